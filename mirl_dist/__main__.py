@@ -1,0 +1,3 @@
+from mirl_dist.cli import main
+
+main()

@@ -1,0 +1,318 @@
+"""Config to live objects: the only wiring. Literal dictionaries of words to builders."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from mirl_dist import __version__, evaluate, lottery, models, report
+from mirl_dist.checkpoint import STATE, TICKET, WEIGHTS, Checkpoints, Commit
+from mirl_dist.checkpoint import MOMENTS as MOMENTS_PART
+from mirl_dist.config import Config, differences, of_dump
+from mirl_dist.data.order import Order, Shares, share_batch
+from mirl_dist.data.stream import Shards, Stream
+from mirl_dist.faults import Fault
+from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning.masks import Masks
+from mirl_dist.pruning.prune import Rule, in_scope
+from mirl_dist.ranks import Ranks
+from mirl_dist.rounds import Rounds
+from mirl_dist.state import MakeOptimiser, Progress, State
+from mirl_dist.storage import open_store
+from mirl_dist.ticket import Ticket, parse
+from mirl_dist.tracking import Mlflow, Silent, Tracker
+
+OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+class Prepared(NamedTuple):
+    """What is known of a run before any rank starts: its data, its order, its shares, its place."""
+
+    shards: Shards
+    order: Order
+    shares: Shares
+    jobs: list[evaluate.Job]
+    checkpoints: Checkpoints
+    known: bool
+
+
+def network(config: Config) -> nn.Module:
+    """The network of a config with fresh weights, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        model = models.create(config.model.name, **config.model.sizes())
+    if next(model.buffers(), None) is not None:
+        raise Fault(f"model.name: '{config.model.name}' has buffers, which masks and rewinding do not cover yet.")
+    return model
+
+
+def optimiser_of(config: Config) -> MakeOptimiser:
+    """A maker of fresh optimisers over named parameters."""
+    made = config.optimiser
+
+    def make(parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        build: Callable[..., torch.optim.Optimizer] = OPTIMISERS[made.name]
+        return build(
+            list(parameters.values()),
+            lr=made.lr,
+            betas=made.betas,
+            eps=made.eps,
+            weight_decay=made.weight_decay,
+        )
+
+    return make
+
+
+def lottery_of(config: Config) -> lottery.Lottery:
+    prune = config.prune
+    rule = Rule(
+        prune.fraction, prune.criterion, prune.per, prune.output_layers, prune.output_factor, config.run.seed
+    )
+    what = "nothing" if prune.style == "one_shot" else config.rewind.what
+    return lottery.Lottery(rule, prune.rounds, prune.target_sparsity, what)
+
+
+def prepare(config: Config, world: int, resume: str) -> Prepared:
+    """Everything that can be refused before work begins, refused; nothing is written.
+
+    resume: 'auto', 'never' or 'must'. Raises Fault.
+    """
+    shares = share_batch(config.batch.global_, config.batch.forward, world)
+    shards = Shards(Path(config.data.shards))
+    order = Order(
+        config.data.mix,
+        shards.manifest.samples("train"),
+        config.batch.global_,
+        config.run.seed,
+        config.data.steps_per_epoch,
+    )
+    if shards.manifest.tile_pixels < config.data.patch_pixels:
+        raise Fault(
+            f"data.patch_pixels: found {config.data.patch_pixels}, but the tiles in {shards.folder} are "
+            f"{shards.manifest.tile_pixels} pixels. Lower it, or build shards with larger tile_pixels."
+        )
+    jobs = evaluate.plan(shards, order.tasks, config.evaluate.sets)
+    checkpoints = Checkpoints(open_store(config.run.folder))
+    known = _same_run(checkpoints, config, shards.manifest.digest(), resume)
+    with torch.device("meta"):
+        names = [n for n, _ in models.create(config.model.name, **config.model.sizes()).named_parameters()]
+    in_scope(names, config.prune.scope)
+    return Prepared(shards, order, shares, jobs, checkpoints, known)
+
+
+def _same_run(checkpoints: Checkpoints, config: Config, manifest_digest: str, resume: str) -> bool:
+    """Whether the folder holds this very run. Raises Fault when it holds another, or resume says otherwise."""
+    where = checkpoints.store.where()
+    found = checkpoints.identity()
+    if found is None:
+        if resume == "must":
+            raise Fault(f"--resume must, but {where} holds no run. Correct run.folder, or use --resume auto.")
+        if checkpoints.commits():
+            raise Fault(f"{where} holds commits but no run.json. Restore it, or choose another run.folder.")
+        return False
+    if resume == "never":
+        raise Fault(f"--resume never, but {where} holds a run. Choose another run.folder, or use --resume auto.")
+    if found["fingerprint"] != config.fingerprint():
+        other = of_dump(found["config"], f"{where}/run.json")
+        said = "; ".join(differences(config, other)[:6]) or "another version wrote it"
+        raise Fault(
+            f"{where} belongs to another config (fingerprint {found['fingerprint']}, this one is "
+            f"{config.fingerprint()}): {said}. Choose another run.folder, or restore those values."
+        )
+    if found["manifest_digest"] != manifest_digest:
+        raise Fault(
+            f"{where} was trained on shards with digest {found['manifest_digest'][:12]}, {config.data.shards} has "
+            f"{manifest_digest[:12]}: other data. Point data.shards to the first ones, or choose another run.folder."
+        )
+    return True
+
+
+def describe(config: Config, prepared: Prepared, world: int) -> str:
+    """The recipe in numbers, so that nobody's drifts silently with the number of ranks."""
+    shares, steps = prepared.shares, prepared.order.steps_per_epoch
+    passes = "pass" if shares.accumulation == 1 else "passes"
+    samples = steps * config.batch.global_ * config.train.epochs
+    o = config.optimiser
+    return (
+        f"{world} ranks x {shares.accumulation} {passes} x {shares.forward} samples = global batch "
+        f"{config.batch.global_}; {steps} steps per epoch, {config.train.epochs} epochs, {samples:,} samples per round; "
+        f"{o.name}, learning rate {o.lr:g}, warm-up {config.schedule.warmup_epochs:g} epochs, {config.train.precision}"
+    )
+
+
+def _tracker(config: Config, checkpoints: Checkpoints, ranks: Ranks, shards: Shards) -> Tracker:
+    if not ranks.is_main or not config.tracking.enabled:
+        return Silent()
+    tracker = Mlflow(
+        uri=config.tracking.uri,
+        experiment=config.tracking.experiment,
+        run_name=config.tracking.run_name or Path(config.run.folder).name,
+        remembered=checkpoints.remembered(),
+        remember=checkpoints.remember,
+    )
+    tags = {
+        "fingerprint": config.fingerprint(),
+        "shards": shards.manifest.name,
+        "manifest": shards.manifest.digest(),
+        "method": f"{config.prune.style}-{config.prune.criterion}-{config.prune.per}",
+        "ranks": str(ranks.world),
+    }
+    tracker.begin_run(config.dump(), tags)
+    return tracker
+
+
+def _first_weights(config: Config, prepared: Prepared, ranks: Ranks) -> dict[str, Tensor]:
+    """The one set of initial weights: made and written by rank 0 once, sent to every rank, verified by digest."""
+    kept: dict[str, dict[str, Tensor]] = {}
+
+    def on_main() -> str:
+        if not prepared.known:
+            _write_run(config, prepared)
+        kept["weights"] = prepared.checkpoints.initial()
+        return str((prepared.checkpoints.identity() or {})["initial_digest"])
+
+    expected = ranks.from_main(on_main)
+    initial = ranks.tensors_from_main(kept.get("weights"))
+    found = masking.digest_tensors(initial)
+    if found != expected:
+        raise Fault(
+            f"rank {ranks.rank} holds initial weights {found[:12]}, run.json says {expected[:12]}: "
+            "initial.safetensors is damaged or belongs to another run. Restore it, or choose another run.folder."
+        )
+    return initial
+
+
+def _write_run(config: Config, prepared: Prepared) -> None:
+    """The first weights, then run.json, which states their digest."""
+    weights = {n: p.detach() for n, p in network(config).named_parameters()}
+    versions = {"mirl_dist": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    prepared.checkpoints.save_initial(weights)
+    prepared.checkpoints.begin(
+        {
+            "config": config.dump(),
+            "fingerprint": config.fingerprint(),
+            "manifest_digest": prepared.shards.manifest.digest(),
+            "initial_digest": masking.digest_tensors(weights),
+            "versions": versions,
+        }
+    )
+
+
+class _Newest(NamedTuple):
+    commit: Commit
+    progress: dict[str, Any]
+    ticket: str | None
+
+
+def _resume(state: State, prepared: Prepared, ranks: Ranks) -> Ticket | None:
+    """Put the newest whole commit into the state; its ticket when a round had ended. Rank 0 chooses."""
+    kept: dict[str, Any] = {}
+
+    def on_main() -> _Newest | None:
+        found = prepared.checkpoints.newest()
+        if found is None:
+            return None
+        commit, parts, damaged = found
+        for text in damaged:
+            report.say(f"warning: {text}; falling back to {commit.folder}")
+        kept["weights"] = safetensors.torch.load(parts[WEIGHTS])
+        kept["moments"] = safetensors.torch.load(parts[MOMENTS_PART]) if MOMENTS_PART in parts else {}
+        shapes = {n: tuple(m.shape) for n, m in state.masks.items()}
+        kept["masks"] = prepared.checkpoints.masks(commit.round_, shapes)
+        ticket = parts[TICKET].decode() if TICKET in parts else None
+        return _Newest(commit, json.loads(parts[STATE]), ticket)
+
+    newest = ranks.from_main(on_main)
+    if newest is None:
+        return None
+    weights = ranks.tensors_from_main(kept.get("weights"))
+    masks: Masks = ranks.tensors_from_main(kept.get("masks"))
+    progress = Progress.model_validate(newest.progress)
+    if masking.digest(masks) != progress.mask_digest:
+        raise Fault(
+            f"the mask of round {progress.round} has digest {masking.digest(masks)[:12]}, its commit says "
+            f"{progress.mask_digest[:12]}. Restore mask.safetensors from a copy of the run.",
+            everywhere=True,
+        )
+    state.load_weights(weights)
+    state.begin_round(progress.round, masks, threshold=progress.threshold, parent=progress.parent)
+    state.progress = progress
+    state.load_moments(ranks.tensors_from_main(kept.get("moments")))
+    if ranks.is_main:
+        place = "finished" if newest.commit.step is None else f"after step {newest.commit.step}"
+        report.say(f"resuming: round {progress.round}, {place}")
+    return parse(newest.ticket.encode(), newest.commit.folder) if newest.ticket is not None else None
+
+
+def run(config: Config, resume: str, stop_asked: Callable[[], bool]) -> str:
+    """The whole run on this rank; what to type to see it in MLflow. Raises Fault, StorageError, Stopped."""
+    ranks = Ranks(device=config.train.device, precision=config.train.precision, seed=config.run.seed)
+    known = ranks.from_main(lambda: prepare(config, ranks.world, resume).known)
+    prepared = prepare(config, ranks.world, "auto")._replace(known=known)
+    if ranks.is_main:
+        report.say(describe(config, prepared, ranks.world))
+    initial = _first_weights(config, prepared, ranks)
+    model = network(config)
+    model.load_state_dict(initial)
+    model.to(ranks.device)
+    wrapped = ranks.wrap(model)
+    bare = ranks.unwrap(wrapped)
+    weights = dict(bare.named_parameters())
+    dense = masking.all_alive(weights, in_scope(weights, config.prune.scope))
+    state = State(weights, dense, optimiser_of(config))
+    newest = _resume(state, prepared, ranks)
+    rounds = Rounds(
+        config=config,
+        ranks=ranks,
+        state=state,
+        model=wrapped,
+        bare=bare,
+        initial=initial,
+        shards=prepared.shards,
+        order=prepared.order,
+        shares=prepared.shares,
+        stream=_stream(config, prepared, ranks),
+        jobs=prepared.jobs,
+        checkpoints=prepared.checkpoints,
+        tracker=_tracker(config, prepared.checkpoints, ranks, prepared.shards),
+        stop_asked=stop_asked,
+    )
+    if newest is None and state.progress.updates == 0:
+        rounds.open_round()
+    lottery.play(
+        lottery_of(config),
+        state,
+        initial,
+        ranks,
+        newest=newest,
+        train_and_score=rounds.train_and_score,
+        open_round=rounds.open_round,
+        record=rounds.record,
+    )
+    rounds.close()
+    rounds.tracker.end_run()
+    ranks.barrier()
+    address = rounds.tracker.address()
+    ranks.close()
+    return address
+
+
+def _stream(config: Config, prepared: Prepared, ranks: Ranks) -> Stream:
+    return Stream(
+        prepared.shards,
+        prepared.order,
+        seed=config.run.seed,
+        patch_pixels=config.data.patch_pixels,
+        augment=config.data.augment,
+        workers=config.data.workers,
+        rank=ranks.rank,
+        shares=prepared.shares,
+        pin=ranks.device.type == "cuda",
+    )

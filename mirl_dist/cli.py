@@ -1,0 +1,242 @@
+"""The commands. Each checks what it was given, calls one story, and prints what came out.
+
+Exit codes: 0 done, 1 failed, 2 the user's mistake (one clear line), 75 stopped early and resumable.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mirl_dist import __version__
+from mirl_dist.faults import Fault, Stopped
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Find winning tickets in all-in-one image restoration networks, on any number of GPUs.",
+)
+shards_app = typer.Typer(no_args_is_help=True, help="Build and check WebDataset shards.")
+tickets_app = typer.Typer(no_args_is_help=True, help="List and show the tickets of a run.")
+app.add_typer(shards_app, name="shards")
+app.add_typer(tickets_app, name="tickets")
+
+Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value, read as YAML; may be repeated.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def main() -> None:
+    """Run a command; a Fault becomes one line on standard error."""
+    rank = os.environ.get("RANK", "0")
+    try:
+        app()
+    except Fault as fault:
+        if rank == "0" or not fault.everywhere:
+            who = "mirl-dist" if fault.everywhere or "RANK" not in os.environ else f"mirl-dist, rank {rank}"
+            print(f"{who}: {fault}", file=sys.stderr, flush=True)
+        _leave(2)
+    except Stopped as stopped:
+        if rank == "0":
+            print(f"mirl-dist: {stopped}. Go on with --resume auto.", file=sys.stderr, flush=True)
+        _leave(75)
+    except RuntimeError as error:
+        from mirl_dist.ranks import lost_a_peer
+
+        if not lost_a_peer(error):
+            raise
+        print(f"mirl-dist, rank {rank}: another rank has gone; its own message says why", file=sys.stderr)
+        _leave(1)
+
+
+def _leave(code: int) -> None:
+    """Exit; without waiting for the process group, since other ranks may be gone already."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "RANK" in os.environ:
+        os._exit(code)
+    sys.exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mirl_dist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file, for example configs/demo.yaml.")],
+    sets: Sets = None,
+    resume: Annotated[str, typer.Option(help="auto, never or must.")] = "auto",
+    launch: Annotated[
+        str | None, typer.Option(help="A file from launch/, or 'auto': all GPUs, or two CPU processes.")
+    ] = None,
+) -> None:
+    """Train a run: rounds of train, evaluate, prune and rewind, each of which becomes a ticket.
+
+    Under `accelerate launch` this is one rank; with --launch it starts the ranks itself.
+    """
+    from mirl_dist import assemble
+    from mirl_dist import config as configs
+
+    if resume not in ("auto", "never", "must"):
+        raise Fault(f"--resume: found '{resume}'. Use auto, never or must.", everywhere=True)
+    try:
+        tree = configs.read(config, sets or [])
+    except Fault as fault:
+        raise Fault(str(fault), everywhere=True) from None
+    if launch is None:
+        address = assemble.run(tree, resume, _stop_flag())
+    else:
+        from mirl_dist import launching
+
+        launching.launch(tree, config, sets or [], resume, launch)
+        return
+    if address and os.environ.get("RANK", "0") == "0":
+        print(f"MLflow: {address}", flush=True)
+
+
+def _stop_flag() -> Any:
+    """A function that says whether SIGTERM or SIGINT came; a second SIGINT ends the process at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if asked and number == signal.SIGINT:
+            os._exit(130)
+        asked.append(number)
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    return lambda: bool(asked)
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="Also say what this config means on 1, 2, 4, ... ranks.")] = None,
+    sets: Sets = None,
+) -> None:
+    """Say what this machine offers, and what is missing."""
+    from mirl_dist import doctor as examine
+
+    faults = examine.print_machine()
+    if config is not None:
+        from mirl_dist import config as configs
+
+        examine.print_plan(configs.read(config, sets or []))
+    if faults:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(run: Annotated[str, typer.Argument(help="Run folder.")], as_json: Json = False) -> None:
+    """Say where a run stands: its round, its step, its last commit."""
+    from mirl_dist import shelf
+
+    shelf.print_status(run, as_json)
+
+
+@app.command()
+def evaluate(
+    ticket: Annotated[str, typer.Argument(help="Run folder, or run folder/rounds/NN.")],
+    shards: Annotated[Path | None, typer.Option(help="Built shards; default: those the run was trained on.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a ticket: PSNR and SSIM per task and set, on whole images."""
+    from mirl_dist import shelf
+
+    shelf.print_scores(ticket, shards, as_json)
+
+
+@app.command()
+def restore(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    ticket: Annotated[str, typer.Option(help="Run folder, or run folder/rounds/NN.")],
+    out: Annotated[Path, typer.Option(help="Folder for the restored PNG files.")],
+) -> None:
+    """Restore images with a ticket's network."""
+    from mirl_dist import shelf
+
+    shelf.restore_files(images, ticket, out)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="Official checkpoint (.ckpt, .pth, .pt or .safetensors).")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    model: Annotated[str, typer.Option(help="Network name.")] = "promptir",
+) -> None:
+    """Convert an official checkpoint of the published size to this project's weights."""
+    from mirl_dist import shelf
+
+    shelf.import_official(file, model, out)
+
+
+@shards_app.command("build")
+def shards_build(
+    recipe: Annotated[Path, typer.Argument(help="YAML file, for example shards/demo.yaml.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    sets: Sets = None,
+) -> None:
+    """Turn folders of images into WebDataset shards of degraded and clean patches, with a manifest."""
+    from mirl_dist import report
+    from mirl_dist.data.build import build
+    from mirl_dist.data.recipe import read
+
+    tree = read(recipe, sets or [])
+    with report.bars() as progress:
+        manifest = build(tree, out, workers, progress)
+    for text in manifest.skipped:
+        report.say(f"skipped: {text}")
+    for role in ("train", "evaluate"):
+        counts = ", ".join(f"{n:,} {kind}" for kind, n in sorted(manifest.samples(role).items())) or "none"
+        report.say(f"{role}: {counts}")
+    size = sum(s.bytes for s in manifest.shards)
+    report.say(f"{len(manifest.shards)} shards, {size / 1e6:.1f} MB, in {out} (manifest {manifest.digest()[:12]})")
+
+
+@shards_app.command("check")
+def shards_check(folder: Annotated[Path, typer.Argument(help="Folder of built shards.")]) -> None:
+    """Hold every shard against its manifest: sizes, digests, counts, and whether every image decodes."""
+    from mirl_dist import report
+    from mirl_dist.data.check import check
+
+    with report.bars() as progress:
+        faults = check(folder, progress)
+    if faults:
+        raise Fault(f"{len(faults)} faults in {folder}:\n" + "\n".join(f"  {fault}" for fault in faults))
+    report.say(f"{folder}: whole")
+
+
+@tickets_app.command("list")
+def tickets_list(run: Annotated[str, typer.Argument(help="Run folder.")], as_json: Json = False) -> None:
+    """Print the tickets of a run, a line per round."""
+    from mirl_dist import shelf
+
+    shelf.print_tickets(run, as_json)
+
+
+@tickets_app.command("show")
+def tickets_show(
+    ticket: Annotated[str, typer.Argument(help="Run folder, or run folder/rounds/NN.")], as_json: Json = False
+) -> None:
+    """Print one ticket: counts, digests, scores, density per layer."""
+    from mirl_dist import shelf
+
+    shelf.print_ticket(ticket, as_json)
+
+
+

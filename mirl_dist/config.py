@@ -1,0 +1,290 @@
+"""The typed tree of one run: every key, its unit, its range and its default.
+
+Defaults are MIR-L's published recipe (paper section IV and the released code) at full size. `fingerprint` hashes
+the non-default keys that change the numbers; keys marked `Aside` (places, logging, workers) stay out of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from mirl_dist import yaml_tree
+from mirl_dist.faults import Fault
+from mirl_dist.yaml_tree import Node
+
+
+class _Aside:
+    """Marks a key that does not change the numbers of a run."""
+
+
+Aside = _Aside()
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=0)]
+Four = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
+Three = tuple[PositiveInt, PositiveInt, PositiveInt]
+
+
+class Run(Node):
+    folder: Annotated[str, Aside] = Field("runs/run", min_length=1)
+    """Where everything of this run is kept: a folder."""
+    seed: Count = 0
+
+
+class Model(Node):
+    name: Literal["promptir"] = "promptir"
+    dim: PositiveInt = 48
+    blocks: Four = (4, 6, 6, 8)
+    refinement_blocks: PositiveInt = 4
+    heads: Four = (1, 2, 4, 8)
+    ffn_expansion: PositiveFloat = 2.66
+    prompt_length: PositiveInt = 5
+    prompt_dims: Three = (64, 128, 320)
+    prompt_sizes: Three = (64, 32, 16)
+    prompt_heads: PositiveInt = 4
+
+    def sizes(self) -> dict[str, Any]:
+        """The keyword arguments of `models.create`."""
+        return self.model_dump(exclude={"name"})
+
+
+class Data(Node):
+    shards: Annotated[str, Aside] = Field("shards/built", min_length=1)
+    """Folder that `mirl-dist shards build` wrote. Its manifest's digest is part of the run's identity."""
+    mix: dict[str, PositiveInt] = Field(
+        default_factory=lambda: {"denoise_15": 3, "denoise_25": 3, "denoise_50": 3, "derain": 120, "dehaze": 1}
+    )
+    """Task -> how often each of its samples is read per epoch. `denoise_<sigma>`: noise of that sigma (0..255)."""
+    patch_pixels: Annotated[int, Field(ge=8)] = 64
+    augment: Literal["published", "all", "flips", "none"] = "published"
+    """published: one of the 7 turns and flips that change the image; all: 8; flips: the paper's text."""
+    steps_per_epoch: PositiveInt | None = None
+    """Null: the whole mix once, the last incomplete global batch left out."""
+    workers: Annotated[Count, Aside] = 2
+    """Loader processes of each rank; 0 reads in the training process."""
+
+    def contradictions(self) -> list[str]:
+        found = []
+        if not self.mix:
+            found.append("data.mix: found no task; name at least one, for example derain: 1")
+        for task in self.mix:
+            kind, _, level = task.partition("_")
+            if kind == "denoise" and level.isdigit() and 0 < int(level) <= 255:
+                continue
+            if task not in ("derain", "dehaze"):
+                found.append(
+                    f"data.mix.{task}: found an unknown task; allowed are denoise_<sigma 1..255>, derain, dehaze"
+                )
+        return found
+
+
+class Batch(Node):
+    global_: PositiveInt = Field(8, alias="global")
+    """Samples per optimiser step over all ranks. The world size never changes it."""
+    forward: Annotated[PositiveInt | None, Aside] = None
+    """Samples per forward pass on a rank; less than the rank's share means accumulation. Null: the whole share."""
+
+
+class Optimiser(Node):
+    name: Literal["adam", "adamw"] = "adamw"
+    lr: PositiveFloat = 2e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NotNegative = 0.01
+    """The released code's AdamW default; the paper's text says Adam."""
+    clip_norm: PositiveFloat | None = None
+
+
+class Schedule(Node):
+    by: Literal["epoch", "step"] = "epoch"
+    """epoch: as published (the whole first epoch runs at rate 0 when warm-up is on); step: smooth."""
+    warmup_epochs: NotNegative = 15
+    horizon_epochs: PositiveFloat | None = None
+    """Where the cosine reaches 0. Null: train.epochs."""
+
+
+class Train(Node):
+    epochs: PositiveInt = 120
+    """Epochs of every round."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Annotated[Literal["auto", "cpu"], Aside] = "auto"
+
+
+class Prune(Node):
+    style: Literal["iterative", "one_shot"] = "iterative"
+    """iterative: MIR-L, `rounds` times prune and rewind; one_shot: PIR-OSM / PIR-OSR, prune once and fine-tune."""
+    rounds: Annotated[Count, Aside] = 15
+    """Pruned rounds after the dense round 0. 0 trains the dense network alone."""
+    target_sparsity: Annotated[Share | None, Aside] = None
+    """Stop after the first round whose sparsity over all parameters reaches this."""
+    fraction: Share = 0.2
+    """Of the surviving prunable weights, per round."""
+    criterion: Literal["magnitude", "random"] = "magnitude"
+    per: Literal["global", "layer"] = "global"
+    scope: Literal["published", "all"] | tuple[str, ...] = "published"
+    """published: names that contain 'weight'; all: every parameter; or globs of names."""
+    output_layers: tuple[str, ...] = ("output.weight",)
+    """Globs of tensors that layer-wise pruning treats at `output_factor` x fraction."""
+    output_factor: PositiveFloat = 0.5
+    finetune_epochs_fraction: Share = 0.05
+    """One-shot only: length of the fine-tuning as a share of train.epochs (at least one epoch)."""
+    finetune_lr: PositiveFloat | None = None
+    """One-shot only: peak rate of the fine-tuning, cosine by step without warm-up. Null: optimiser.lr."""
+
+
+class Rewind(Node):
+    what: Literal["all", "published"] = "all"
+    """all: every tensor returns to its first value; published: as the released code (prompts and temperatures
+    never, biases before round 1 only)."""
+
+
+class Evaluate(Node):
+    sets: tuple[str, ...] | None = None
+    """Evaluation sets of the shards. Null: all."""
+    seed: Count = 0
+    """Seed of the test noise, which depends on nothing but this, the image's name and sigma."""
+
+
+class Keep(Node):
+    rounds: Literal["all", "best"] = "all"
+    """best: at the end the run names the round with the best validation score and drops other rounds' weights."""
+    by: tuple[str, ...] = ()
+    """Globs of score names, `psnr/<task>/<set>`; their mean decides. Needed for rounds: best."""
+
+
+class Checkpoint(Node):
+    every_steps: Annotated[PositiveInt | None, Aside] = 1000
+    """Null: only at the ends of rounds."""
+    keep_last: Annotated[int, Field(ge=2), Aside] = 2
+
+
+class Tracking(Node):
+    enabled: Annotated[bool, Aside] = True
+    uri: Annotated[str | None, Aside] = None
+    """Null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db. Passwords belong into the environment."""
+    experiment: Annotated[str, Aside] = "mirl_dist"
+    run_name: Annotated[str | None, Aside] = None
+    every_steps: Annotated[PositiveInt, Aside] = 10
+
+
+class Config(Node):
+    run: Run = Run()
+    model: Model = Model()
+    data: Data = Data()
+    batch: Batch = Batch()
+    optimiser: Optimiser = Optimiser()
+    schedule: Schedule = Schedule()
+    train: Train = Train()
+    prune: Prune = Prune()
+    rewind: Rewind = Rewind()
+    evaluate: Evaluate = Evaluate()
+    keep: Keep = Keep()
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+
+    def contradictions(self) -> list[str]:
+        found = self.data.contradictions()
+        if self.prune.style == "one_shot" and self.prune.rounds != 1:
+            found.append(
+                f"prune.rounds: found {self.prune.rounds} with prune.style one_shot; one-shot prunes once: set it to 1"
+            )
+        if self.prune.style == "iterative" and self.prune.finetune_lr is not None:
+            found.append("prune.finetune_lr: found with prune.style iterative; remove it, or set style one_shot")
+        if self.prune.style == "one_shot" and self.rewind.what != "all":
+            found.append("rewind.what: found 'published' with prune.style one_shot, which never rewinds; remove it")
+        if self.schedule.warmup_epochs >= self.train.epochs:
+            found.append(
+                f"schedule.warmup_epochs: found {self.schedule.warmup_epochs} of {self.train.epochs} train.epochs; "
+                "the warm-up must be shorter than the round"
+            )
+        horizon = self.schedule.horizon_epochs
+        if horizon is not None and horizon < self.train.epochs:
+            found.append(
+                f"schedule.horizon_epochs: found {horizon} below train.epochs {self.train.epochs}; "
+                "the cosine would end before the round: raise it, or leave it out"
+            )
+        for key, heads, width in self._head_widths():
+            if width % heads:
+                found.append(f"model.{key}: found {heads} heads for a width of {width}; heads must divide the width")
+        if self.batch.forward is not None and self.batch.global_ % self.batch.forward:
+            found.append(
+                f"batch.forward: found {self.batch.forward}, which does not divide batch.global {self.batch.global_}"
+            )
+        if self.keep.rounds == "best" and not self.keep.by:
+            found.append("keep.by: found nothing with keep.rounds best; name scores, for example ['psnr/*/valid']")
+        if self.tracking.uri and "@" in self.tracking.uri.partition("://")[2].partition("/")[0]:
+            found.append("tracking.uri: found credentials inside; put the address into MLFLOW_TRACKING_URI instead")
+        if "://" in self.run.folder or "://" in self.data.shards:
+            found.append("run.folder, data.shards: found a URL; this version keeps runs and shards in folders")
+        return found
+
+    def _head_widths(self) -> list[tuple[str, int, int]]:
+        m = self.model
+        levels = [(f"heads[{i}]", h, m.dim * 2**i) for i, h in enumerate(m.heads)]
+        lifted = (m.dim * 2, m.dim * 4, m.dim * 8)  # width that each prompt is joined to
+        return levels + [("prompt_heads", m.prompt_heads, a + b) for a, b in zip(m.prompt_dims, lifted, strict=True)]
+
+    def round_epochs(self, round_: int) -> int:
+        """Epochs of a round: fine-tuning after a one-shot cut is shorter."""
+        if self.prune.style == "one_shot" and round_ > 0:
+            return max(1, round(self.prune.finetune_epochs_fraction * self.train.epochs))
+        return self.train.epochs
+
+    def dump(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True)
+
+    def fingerprint(self) -> str:
+        """16 hex digits over the non-default keys that change the numbers; equal for equal experiments."""
+        text = json.dumps(_telling(self, Config()), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _telling(node: Node, default: Node) -> dict[str, Any]:
+    """The non-default, not-aside values of a node by key."""
+    said: dict[str, Any] = {}
+    for name, field in type(node).model_fields.items():
+        value, usual = getattr(node, name), getattr(default, name)
+        if isinstance(value, Node):
+            inner = _telling(value, usual)
+            if inner:
+                said[field.alias or name] = inner
+        elif value != usual and Aside not in field.metadata:
+            said[field.alias or name] = value
+    return said
+
+
+def read(path: Path, sets: Sequence[str] = ()) -> Config:
+    """The config of one run: defaults, the file, the `--set` assignments. Raises Fault with every complaint."""
+    return yaml_tree.read(Config, path, sets)
+
+
+def of_dump(tree: dict[str, Any], where: str) -> Config:
+    """The config that `dump` wrote. Raises Fault when this version does not understand it."""
+    return yaml_tree.build(Config, tree, where)
+
+
+def differences(mine: Config, other: Config) -> list[str]:
+    """`key: mine / other` for each key that changes the numbers."""
+
+    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in tree.items():
+            out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return out
+
+    a, b = flat(_telling(mine, Config())), flat(_telling(other, Config()))
+    defaults = flat(Config().dump())
+    return [
+        f"{k}: {a.get(k, defaults.get(k))} here, {b.get(k, defaults.get(k))} there"
+        for k in sorted(a.keys() | b.keys())
+        if a.get(k) != b.get(k)
+    ]
+
+
+__all__ = ["Config", "Fault", "differences", "of_dump", "read"]

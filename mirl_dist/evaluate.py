@@ -1,0 +1,139 @@
+"""PSNR and SSIM per task and set: whole images, each scored once by one rank, averaged exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import fsum
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from mirl_dist import metrics, pictures
+from mirl_dist.data import degrade
+from mirl_dist.data.manifest import CLEAN, DEGRADED
+from mirl_dist.data.sample import Pixels, Task, to_tensor
+from mirl_dist.data.stream import Place, Shards
+from mirl_dist.faults import Fault
+from mirl_dist.ranks import Ranks
+from mirl_dist.report import bar
+from mirl_dist.ticket import Score
+
+_STRIP_PIXELS = 192
+
+
+class Job(NamedTuple):
+    """One image to restore for one task. `name` is 'task/set', the name of the score it counts for."""
+
+    name: str
+    task: Task
+    set: str
+    place: Place
+    pictured: bool
+
+
+class _Result(NamedTuple):
+    number: int
+    name: str
+    psnr: float
+    ssim: float
+    degraded_psnr: float
+    degraded_ssim: float
+    row: pictures.Row | None
+
+
+class Scores(NamedTuple):
+    """Scores by 'task/set', and a PNG of the first image of each (None without images)."""
+
+    scores: dict[str, Score]
+    pictures: bytes | None
+
+
+def plan(shards: Shards, tasks: Sequence[Task], sets: Sequence[str] | None) -> list[Job]:
+    """Every (task, image) to score: an evaluation set of kind 'denoise' is scored at every sigma that is trained.
+
+    sets: names, or None for all. Raises Fault for a set that the shards do not have.
+    """
+    places = shards.places("evaluate")
+    kinds = {s.set: s.kind for s in shards.manifest.role("evaluate")}
+    unknown = [name for name in sets or () if name not in places]
+    if unknown:
+        raise Fault(
+            f"evaluate.sets: found {', '.join(unknown)}; the shards have {', '.join(sorted(places)) or 'none'}. "
+            "Correct the names, or build shards with those sets.",
+            everywhere=True,
+        )
+    jobs = []
+    for task in tasks:
+        for name in sorted(sets if sets is not None else places):
+            if kinds[name] == task.kind:
+                jobs += [Job(f"{task.name}/{name}", task, name, p, i == 0) for i, p in enumerate(places[name])]
+    return jobs
+
+
+def degraded_and_clean(shards: Shards, job: Job, seed: int) -> tuple[Pixels, Pixels]:
+    """The test pair of a job, uint8, cropped to a multiple of 16; its noise depends on seed, set, name and sigma."""
+    clean = np.ascontiguousarray(metrics.crop_to_multiple(shards.image(job.place, CLEAN)))
+    if DEGRADED in job.place.entry.parts:
+        return np.ascontiguousarray(metrics.crop_to_multiple(shards.image(job.place, DEGRADED))), clean
+    rng = degrade.generator("test-noise", seed, job.set, job.place.entry.key, job.task.sigma_255)
+    return degrade.gaussian_noise(clean, job.task.sigma_255, rng), clean
+
+
+def restore(model: nn.Module, image: Pixels, device: torch.device) -> NDArray[np.float32]:
+    """One image through the network: uint8 (H, W, 3) to float32 (H, W, 3) clipped to [0, 1]."""
+    with torch.inference_mode():
+        restored = model(to_tensor([image]).to(device))
+    clipped: NDArray[np.float32] = restored[0].float().clamp(0, 1).permute(1, 2, 0).contiguous().cpu().numpy()
+    return clipped
+
+
+def _score(model: nn.Module, shards: Shards, number: int, job: Job, seed: int, device: torch.device) -> _Result:
+    degraded, clean = degraded_and_clean(shards, job, seed)
+    restored = restore(model, degraded, device)
+    truth, given = (x.astype(np.float32) / np.float32(255) for x in (clean, degraded))
+    row = None
+    if job.pictured:
+        shown = (degraded, np.round(restored * 255).astype(np.uint8), clean)
+        images = tuple(pictures.centre(i, _STRIP_PIXELS) for i in shown)
+        row = pictures.Row(f"{job.name}: degraded, restored, clean", images)
+    return _Result(
+        number,
+        job.name,
+        metrics.psnr(restored, truth),
+        metrics.ssim(restored, truth),
+        metrics.psnr(given, truth),
+        metrics.ssim(given, truth),
+        row,
+    )
+
+
+def evaluate(model: nn.Module, shards: Shards, jobs: Sequence[Job], ranks: Ranks, seed: int) -> Scores:
+    """Score every job once, shared out over the ranks; the same bits on every rank and for every world size.
+
+    model: the bare network (not the wrapped one: ranks score different numbers of images), set to eval here.
+    """
+    model.eval()
+    mine = [(n, job) for n, job in enumerate(jobs) if n % ranks.world == ranks.rank]
+    results = []
+    with bar("evaluating", len(mine), shown=ranks.is_main and bool(jobs)) as advance:
+        for done, (number, job) in enumerate(mine):
+            results.append(_score(model, shards, number, job, seed, ranks.device))
+            advance(done + 1, job.name)
+    model.train()
+    everyone = sorted((r for part in ranks.gather_objects(results) for r in part), key=lambda r: r.number)
+    assert [r.number for r in everyone] == list(range(len(jobs))), "an image was scored twice or not at all"
+    scores = {}
+    for name in dict.fromkeys(job.name for job in jobs):
+        of = [r for r in everyone if r.name == name]
+        scores[name] = Score(
+            psnr=fsum(r.psnr for r in of) / len(of),
+            ssim=fsum(r.ssim for r in of) / len(of),
+            degraded_psnr=fsum(r.degraded_psnr for r in of) / len(of),
+            degraded_ssim=fsum(r.degraded_ssim for r in of) / len(of),
+            images=len(of),
+        )
+    rows = [r.row for r in everyone if r.row is not None]
+    return Scores(scores, pictures.strip(rows) if rows else None)

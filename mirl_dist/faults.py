@@ -1,0 +1,20 @@
+"""The one error type for a user's mistake: shown as one line, never as a traceback."""
+
+from __future__ import annotations
+
+
+class Fault(ValueError):
+    """Something the user can put right.
+
+    The text has three parts: what was found, where, and what to do instead. The command line prints it and
+    exits with code 2. `everywhere` is true when every rank raises the same text at the same place (rank 0
+    alone prints it then); otherwise the rank that met the fault prints it with its own number.
+    """
+
+    def __init__(self, text: str, *, everywhere: bool = False) -> None:
+        super().__init__(text)
+        self.everywhere = everywhere
+
+
+class Stopped(Exception):
+    """The run was asked to stop, has committed, and can be resumed: exit code 75."""

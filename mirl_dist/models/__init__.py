@@ -1,0 +1,62 @@
+"""The networks by name: plain modules, images in and images out; and the way from official checkpoints."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mirl_dist.faults import Fault
+from mirl_dist.models.official import Converted, convert
+from mirl_dist.models.promptir import PromptIR
+
+__all__ = ["Converted", "PromptIR", "create", "from_official", "names"]
+
+_NETWORKS = {"promptir": PromptIR}
+
+
+def names() -> tuple[str, ...]:
+    """The names that `create` knows."""
+    return tuple(_NETWORKS)
+
+
+def create(name: str, **sizes: Any) -> nn.Module:
+    """A fresh network: float (B, 3, H, W) in [0, 1] in and out, any H, W >= 1.
+
+    sizes: the constructor's keywords; what is not given has its published value. Weights are drawn from
+    torch's global generator, so seed it first. Raises Fault for an unknown name or keyword (listing the
+    known ones) and for sizes that do not fit.
+    """
+    _refuse_unknown(name, sizes)
+    return _NETWORKS[name](**sizes)
+
+
+def from_official(name: str, state_dict: Mapping[str, Any], **sizes: Any) -> Converted:
+    """The tensors of an official checkpoint, ready for `create(name, **sizes).load_state_dict(weights)`.
+
+    state_dict: names to tensors, with or without Lightning's prefix `net.`, or the whole Lightning
+    checkpoint. Tensors that the official class owns and never uses are dropped and reported; nothing is
+    copied or cast. Raises Fault as `create` does, and for missing, unknown or misshapen tensors, all listed
+    at once.
+    """
+    _refuse_unknown(name, sizes)
+    with torch.device("meta"):
+        expected = {key: tuple(tensor.shape) for key, tensor in _NETWORKS[name](**sizes).state_dict().items()}
+    return convert(name, state_dict, expected, _NETWORKS[name].official_only)
+
+
+def _refuse_unknown(name: str, sizes: Mapping[str, Any]) -> None:
+    if name not in _NETWORKS:
+        raise Fault(
+            f"found the network name {name!r}, where a network is built. Use one of: {', '.join(_NETWORKS)}."
+        )
+    known = tuple(inspect.signature(_NETWORKS[name]).parameters)
+    strange = [key for key in sizes if key not in known]
+    if strange:
+        raise Fault(
+            f"found unknown sizes {', '.join(map(repr, strange))}, where the network {name!r} is built. "
+            f"It knows: {', '.join(known)}."
+        )

@@ -1,0 +1,107 @@
+"""From the tensors of an official checkpoint to ours: names and shapes checked, unused tensors dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mirl_dist.faults import Fault
+
+_SHOWN = 8  # names listed per kind of complaint; the count is always given in full
+
+
+class Converted(NamedTuple):
+    """What `convert` returns.
+
+    weights: our names to tensors, detached, as found.  dropped: 'name (shape)' of each left out.
+    """
+
+    weights: dict[str, Tensor]
+    dropped: tuple[str, ...]
+
+
+def convert(
+    network: str, found: Mapping[str, object], expected: Mapping[str, Sequence[int]], unused: Iterable[str]
+) -> Converted:
+    """The tensors of an official checkpoint under our names, with nothing missing, unknown or misshapen.
+
+    found: names to tensors, all or none of them prefixed `net.`, or a Lightning checkpoint, which holds
+    such a mapping under `state_dict`.  expected: our names and shapes, in our order.  unused: names, without
+    prefix, that the official class owns and never uses; each one present is left out and reported, whatever
+    its shape.
+    Raises Fault that lists all complaints at once.
+    """
+    named = _without_prefix(network, _tensors_of(network, found))
+    dropped = tuple(f"{name} {tuple(named.pop(name).shape)}" for name in sorted(unused) if name in named)
+    missing = [repr(name) for name in expected if name not in named]
+    unknown = [f"{name!r} {tuple(tensor.shape)}" for name, tensor in named.items() if name not in expected]
+    misshapen = [
+        f"{name!r} is {tuple(named[name].shape)}, the network has {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in named and tuple(named[name].shape) != tuple(shape)
+    ]
+    no_floats = [
+        f"{name!r} is {tensor.dtype}" for name, tensor in named.items() if not tensor.dtype.is_floating_point
+    ]
+    complaints = [
+        _listed(kind, names)
+        for kind, names in (
+            ("missing", missing),
+            ("unknown", unknown),
+            ("misshapen", misshapen),
+            ("not floating-point", no_floats),
+        )
+        if names
+    ]
+    if complaints:
+        raise Fault(
+            f"found {'; '.join(complaints)}, where an official checkpoint of {network!r} was read. "
+            "Use a checkpoint of this very network, and give the sizes that it was trained with."
+        )
+    return Converted({name: named[name] for name in expected}, dropped)
+
+
+def _tensors_of(network: str, found: Mapping[str, object]) -> dict[str, Tensor]:
+    """The flat mapping of names to tensors inside `found`."""
+    inner = found.get("state_dict", found)
+    if not isinstance(inner, Mapping):
+        raise Fault(
+            f"found {type(inner).__name__} under 'state_dict', where an official checkpoint of {network!r} "
+            "was read. Give names with their tensors, or a Lightning checkpoint that holds them there."
+        )
+    tensors = {str(name): value.detach() for name, value in inner.items() if isinstance(value, torch.Tensor)}
+    others = [
+        f"{str(name)!r} is {type(value).__name__}"
+        for name, value in inner.items()
+        if not isinstance(value, torch.Tensor)
+    ]
+    if others:
+        raise Fault(
+            f"found {_listed('entries that are no tensors', others)}, where an official checkpoint of "
+            f"{network!r} was read. Give names with their tensors, or a Lightning checkpoint that holds them "
+            "under 'state_dict'."
+        )
+    return tensors
+
+
+def _without_prefix(network: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors without Lightning's `net.` in front, which all names carry or none."""
+    prefixed = [name for name in tensors if name.startswith("net.")]
+    if not prefixed:
+        return tensors
+    bare = [repr(name) for name in tensors if not name.startswith("net.")]
+    if bare:
+        raise Fault(
+            f"found {len(prefixed)} names with the prefix 'net.' and {_listed('without it', bare)}, where an "
+            f"official checkpoint of {network!r} was read. Keep the tensors of one network only."
+        )
+    return {name.removeprefix("net."): tensor for name, tensor in tensors.items()}
+
+
+def _listed(kind: str, names: Sequence[str]) -> str:
+    """'3 missing (a, b, c)', cut after the first few names."""
+    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{more})"

@@ -1,0 +1,210 @@
+"""PromptIR: Potlapalli et al., NeurIPS 2023 (arXiv 2306.13090), also the dense network that MIR-L prunes.
+
+Written from the paper and from facts measured on the official class (va1shn9v/PromptIR at 106159a, which
+carries a non-commercial licence and was not copied). Equal to that class up to rounding, gradients
+included; the parameters have the official names.
+
+Differences from the published code:
+- Six 1x1 convolutions that the published class owns but its forward never calls are absent:
+  `PromptIR.official_only`, 215,296 of 35,592,263 parameters at the default sizes. MIR-L's code leaves them
+  at their initial values, yet counts them among the prunable weights, so its global threshold and its
+  totals differ slightly.
+- Any image size >= 1x1 is accepted; the published network needs multiples of 8.
+- All widths follow `dim` and `prompt_dims`, and `prompt_heads` is a parameter; published values are the
+  defaults.
+- The published `decoder=False` does not run (widths do not fit) and is not offered. Norms are always
+  "WithBias".
+- Attention and gating use plain reshapes in place of einops; the mixture of prompt components is one matrix
+  product.
+
+Shape letters: B batch, C channels, H W pixels, L prompt components, S prompt side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mirl_dist.faults import Fault
+from mirl_dist.models.restormer_blocks import (
+    Downsample,
+    PatchEmbed,
+    TransformerBlock,
+    Upsample,
+    level,
+    pad_to_multiple,
+)
+
+
+class PromptBlock(nn.Module):
+    """Prompt generation: a mixture of learnt components, chosen by the image's features. Section 3.1.1.
+
+    features (B, C, H, W) to prompt (B, channels, H, W): softmax weights from the pixel mean mix the
+    components (1, L, channels, S, S), initially uniform in [0, 1); the mixture is resized bilinearly to
+    (H, W) (pixel centres, no antialiasing) and passes a 3x3 convolution.
+    """
+
+    def __init__(self, feature_channels: int, channels: int, length: int, side: int) -> None:
+        super().__init__()
+        self.prompt_param = nn.Parameter(torch.rand(1, length, channels, side, side))
+        self.linear_layer = nn.Linear(feature_channels, length)
+        self.conv3x3 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        shares = self.linear_layer(features.mean(dim=(-2, -1))).softmax(dim=1)  # (B, L)
+        components = self.prompt_param.squeeze(0)  # (L, channels, S, S)
+        mixture = (shares @ components.flatten(1)).unflatten(1, components.shape[1:])
+        resized = F.interpolate(mixture, features.shape[-2:], mode="bilinear", align_corners=False)
+        prompt: Tensor = self.conv3x3(resized)
+        return prompt
+
+
+class PromptIR(nn.Module):
+    """A degraded image to a restored one: a four-level Restormer whose decoder is steered by learnt prompts.
+
+    Input and output: float (B, 3, H, W), nominally in [0, 1] (the output is not clipped), any H, W >= 1:
+    padded inside to multiples of 8 and cropped again. 35,376,967 parameters in 542 tensors at the defaults.
+    Initial values are PyTorch's own; temperatures 1, norm scales 1 and shifts 0, prompts uniform in [0, 1).
+
+    dim: channels of level 1, even; levels have dim, 2 dim, 4 dim, 8 dim.  blocks, heads: per level, finest
+    first (the decoder repeats levels 3, 2, 1).  refinement_blocks: at full resolution after the decoder.
+    ffn_expansion: hidden over visible channels.  prompt_length: components per prompt.
+    prompt_dims, prompt_sizes: channels and side of prompts 1, 2, 3, which follow features of 2 dim, 4 dim,
+    8 dim channels.  prompt_heads: heads of the blocks that read the prompts.
+    Raises Fault, naming every number at fault, for sizes that do not fit, and for an input of another shape.
+    Source: section 3 and the official class; see the head of this file for the differences.
+    """
+
+    official_only: ClassVar[tuple[str, ...]] = (
+        "chnl_reduce1.weight",
+        "chnl_reduce2.weight",
+        "chnl_reduce3.weight",
+        "reduce_noise_channel_1.weight",
+        "reduce_noise_channel_2.weight",
+        "reduce_noise_channel_3.weight",
+    )
+
+    def __init__(
+        self,
+        dim: int = 48,
+        blocks: Sequence[int] = (4, 6, 6, 8),
+        refinement_blocks: int = 4,
+        heads: Sequence[int] = (1, 2, 4, 8),
+        ffn_expansion: float = 2.66,
+        prompt_length: int = 5,
+        prompt_dims: Sequence[int] = (64, 128, 320),
+        prompt_sizes: Sequence[int] = (64, 32, 16),
+        prompt_heads: int = 4,
+    ) -> None:
+        scalars = {"dim": dim, "prompt_length": prompt_length, "prompt_heads": prompt_heads}
+        rows = {"blocks": blocks, "heads": heads, "prompt_dims": prompt_dims, "prompt_sizes": prompt_sizes}
+        _refuse_bad_sizes(scalars, rows, refinement_blocks, ffn_expansion)
+        super().__init__()
+        c1, c2, c3, c4 = dim, 2 * dim, 4 * dim, 8 * dim
+        p1, p2, p3 = prompt_dims
+        s1, s2, s3 = prompt_sizes
+
+        def row(channels: int, at: int, count: int) -> nn.Sequential:
+            return level(channels, heads[at], ffn_expansion, count)
+
+        def reader(channels: int) -> TransformerBlock:
+            return TransformerBlock(channels, prompt_heads, ffn_expansion)
+
+        self.patch_embed = PatchEmbed(c1)
+        self.encoder_level1, self.down1_2 = row(c1, 0, blocks[0]), Downsample(c1)
+        self.encoder_level2, self.down2_3 = row(c2, 1, blocks[1]), Downsample(c2)
+        self.encoder_level3, self.down3_4 = row(c3, 2, blocks[2]), Downsample(c3)
+        self.latent = row(c4, 3, blocks[3])
+
+        self.prompt3, self.noise_level3 = PromptBlock(c4, p3, prompt_length, s3), reader(c4 + p3)
+        self.reduce_noise_level3 = nn.Conv2d(c4 + p3, c3, 1, bias=False)
+        self.up4_3 = Upsample(c3)
+        self.reduce_chan_level3 = nn.Conv2d(c2 + c3, c3, 1, bias=False)
+        self.decoder_level3 = row(c3, 2, blocks[2])
+
+        self.prompt2, self.noise_level2 = PromptBlock(c3, p2, prompt_length, s2), reader(c3 + p2)
+        self.reduce_noise_level2 = nn.Conv2d(c3 + p2, c3, 1, bias=False)
+        self.up3_2 = Upsample(c3)
+        self.reduce_chan_level2 = nn.Conv2d(c2 + c2, c2, 1, bias=False)
+        self.decoder_level2 = row(c2, 1, blocks[1])
+
+        self.prompt1, self.noise_level1 = PromptBlock(c2, p1, prompt_length, s1), reader(c2 + p1)
+        self.reduce_noise_level1 = nn.Conv2d(c2 + p1, c2, 1, bias=False)
+        self.up2_1 = Upsample(c2)
+        self.decoder_level1 = row(c1 + c1, 0, blocks[0])
+        self.refinement = row(c1 + c1, 0, refinement_blocks)
+        self.output = nn.Conv2d(c1 + c1, 3, 3, padding=1, bias=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
+            raise Fault(
+                f"found an input of shape {tuple(image.shape)}, where PromptIR takes images of shape "
+                "(B, 3, H, W), none of them 0. Give colour images: batch, channels, height, width."
+            )
+        height, width = image.shape[-2:]
+        padded = pad_to_multiple(image, 8)
+        return (self._correction(padded) + padded)[..., :height, :width]
+
+    def _correction(self, image: Tensor) -> Tensor:
+        """What is added to the image: (B, 3, H, W) to (B, 3, H, W), both sides multiples of 8."""
+        encoded1 = self.encoder_level1(self.patch_embed(image))  # (B, dim, H, W)
+        encoded2 = self.encoder_level2(self.down1_2(encoded1))  # (B, 2 dim, H/2, W/2)
+        encoded3 = self.encoder_level3(self.down2_3(encoded2))  # (B, 4 dim, H/4, W/4)
+        x = self.latent(self.down3_4(encoded3))  # (B, 8 dim, H/8, W/8)
+
+        x = self.reduce_noise_level3(self.noise_level3(torch.cat((x, self.prompt3(x)), dim=1)))
+        x = self.reduce_chan_level3(torch.cat((self.up4_3(x), encoded3), dim=1))
+        x = self.decoder_level3(x)
+
+        x = self.reduce_noise_level2(self.noise_level2(torch.cat((x, self.prompt2(x)), dim=1)))
+        x = self.reduce_chan_level2(torch.cat((self.up3_2(x), encoded2), dim=1))
+        x = self.decoder_level2(x)
+
+        x = self.reduce_noise_level1(self.noise_level1(torch.cat((x, self.prompt1(x)), dim=1)))
+        x = self.decoder_level1(torch.cat((self.up2_1(x), encoded1), dim=1))
+        correction: Tensor = self.output(self.refinement(x))
+        return correction
+
+
+def _refuse_bad_sizes(
+    scalars: dict[str, int], rows: dict[str, Sequence[int]], refinement_blocks: int, ffn_expansion: float
+) -> None:
+    """Raise one Fault that lists every complaint about PromptIR's sizes."""
+    wanted = {"blocks": 4, "heads": 4, "prompt_dims": 3, "prompt_sizes": 3}
+    bad = [f"{key} = {value} (must be >= 1)" for key, value in scalars.items() if value < 1]
+    for key, row in rows.items():
+        if len(row) != wanted[key]:
+            bad.append(f"{key} = {list(row)} has {len(row)} numbers (must be {wanted[key]})")
+        elif min(row) < 1:
+            bad.append(f"{key} = {list(row)} (all must be >= 1)")
+    if refinement_blocks < 0:
+        bad.append(f"refinement_blocks = {refinement_blocks} (must be >= 0)")
+    dim, prompt_heads = scalars["dim"], scalars["prompt_heads"]
+    if dim % 2:
+        bad.append(
+            f"dim = {dim} is odd (must be even: a step down halves it, then packs four pixels into one)"
+        )
+    if dim >= 1 and int(ffn_expansion * dim) < 1:
+        bad.append(f"ffn_expansion = {ffn_expansion} leaves no hidden channel at dim = {dim}")
+    if not bad:
+        for at, count in enumerate(rows["heads"]):
+            if dim * 2**at % count:
+                bad.append(
+                    f"level {at + 1} has {dim * 2**at} channels, which heads[{at}] = {count} does not divide"
+                )
+        for at, extra in enumerate(rows["prompt_dims"]):
+            width = dim * 2 ** (at + 1) + extra
+            if width % prompt_heads:
+                bad.append(
+                    f"prompt {at + 1} is read with {dim * 2 ** (at + 1)} + {extra} = {width} channels, "
+                    f"which prompt_heads = {prompt_heads} does not divide"
+                )
+    if bad:
+        raise Fault(
+            f"found sizes that do not fit: {'; '.join(bad)}, where PromptIR is built. "
+            "Change these numbers; the published ones are the defaults."
+        )

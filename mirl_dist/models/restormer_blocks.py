@@ -1,0 +1,150 @@
+"""Building blocks of the Restormer family: Zamir et al., CVPR 2022 (arXiv 2111.09881), sections 3.1 and 3.2.
+
+Written from the published description and from facts measured on the official classes; parameter names are
+the official ones, so published weights load with `strict=True`. No convolution has a bias.
+
+Shape letters: B batch, C channels, H W pixels, N heads, D channels per head (C = N * D).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    """The image, grown at the bottom and the right until both sides divide by `multiple`.
+
+    image: (B, C, H, W), H and W >= 1. Reflects without repeating the border as far as the side reaches
+    (at most side - 1 pixels), then repeats the border. Returns the image itself when nothing is to be added.
+    """
+    height, width = image.shape[-2:]
+    down, right = -height % multiple, -width % multiple
+    if not (down or right):
+        return image
+    mirrored_down, mirrored_right = min(down, height - 1), min(right, width - 1)
+    image = F.pad(image, (0, mirrored_right, 0, mirrored_down), mode="reflect")
+    return F.pad(image, (0, right - mirrored_right, 0, down - mirrored_down), mode="replicate")
+
+
+class PixelNorm(nn.Module):
+    """Layer norm over each pixel's channels: population variance, eps 1e-5, scale and shift ("WithBias").
+
+    (B, C, H, W) to (B, C, H, W). Section 3; parameters `body.weight` (ones) and `body.bias` (zeros).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.body(x.permute(0, 2, 3, 1))
+        return normed.permute(0, 3, 1, 2)
+
+
+class ChannelAttention(nn.Module):
+    """MDTA: attention between channels, so that its cost is linear in H * W. Section 3.1.
+
+    (B, C, H, W) to (B, C, H, W); C must divide by `heads`, whose channels are contiguous. Queries and keys
+    have unit length over the pixels (eps 1e-12); `temperature` (N, 1, 1), initially one, multiplies the
+    scores.
+    """
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
+        self.qkv_dwconv = nn.Conv2d(3 * channels, 3 * channels, 3, padding=1, groups=3 * channels, bias=False)
+        self.project_out = nn.Conv2d(channels, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        qkv: Tensor = self.qkv_dwconv(self.qkv(x))
+        # (B, 3C, H, W) to three times (B, N, D, H * W)
+        q, k, v = qkv.reshape(batch, 3, self.heads, channels // self.heads, height * width).unbind(1)
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
+        mixed = scores.softmax(dim=-1) @ v
+        out: Tensor = self.project_out(mixed.reshape(batch, channels, height, width))
+        return out
+
+
+class GatedFeedForward(nn.Module):
+    """GDFN: two depthwise 3x3 branches, the first through the exact (erf) GELU, multiplied. Section 3.2.
+
+    (B, C, H, W) to (B, C, H, W); each branch has int(expansion * C) channels, truncated as published.
+    """
+
+    def __init__(self, channels: int, expansion: float) -> None:
+        super().__init__()
+        hidden = int(expansion * channels)
+        self.project_in = nn.Conv2d(channels, 2 * hidden, 1, bias=False)
+        self.dwconv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
+        self.project_out = nn.Conv2d(hidden, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.dwconv(self.project_in(x)).chunk(2, dim=1)
+        out: Tensor = self.project_out(F.gelu(gate) * value)
+        return out
+
+
+class TransformerBlock(nn.Module):
+    """x + MDTA(norm1(x)), then x + GDFN(norm2(x)): (B, C, H, W) to (B, C, H, W). Figure 2 of the paper."""
+
+    def __init__(self, channels: int, heads: int, ffn_expansion: float) -> None:
+        super().__init__()
+        self.norm1 = PixelNorm(channels)
+        self.attn = ChannelAttention(channels, heads)
+        self.norm2 = PixelNorm(channels)
+        self.ffn = GatedFeedForward(channels, ffn_expansion)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        out: Tensor = x + self.ffn(self.norm2(x))
+        return out
+
+
+def level(channels: int, heads: int, ffn_expansion: float, blocks: int) -> nn.Sequential:
+    """`blocks` transformer blocks of one width in a row, named 0, 1, ... as in the official files."""
+    return nn.Sequential(*(TransformerBlock(channels, heads, ffn_expansion) for _ in range(blocks)))
+
+
+class PatchEmbed(nn.Module):
+    """The stem: 3x3 convolution, (B, 3, H, W) to (B, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        out: Tensor = self.proj(image)
+        return out
+
+
+class Downsample(nn.Module):
+    """Half the resolution, twice the channels: (B, C, H, W) to (B, 2C, H/2, W/2); C, H and W even."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels // 2, 3, padding=1, bias=False), nn.PixelUnshuffle(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x)
+        return out
+
+
+class Upsample(nn.Module):
+    """Twice the resolution, half the channels: (B, C, H, W) to (B, C/2, 2H, 2W); C even."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 2 * channels, 3, padding=1, bias=False), nn.PixelShuffle(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x)
+        return out

@@ -1,0 +1,100 @@
+"""Named boolean masks: count, apply, pack to bits, digest. Alive means that the mask is true, never 'not zero'."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Masks: TypeAlias = dict[str, Tensor]
+"""Name of a prunable tensor -> bool tensor of its shape; tensors without a mask are never pruned."""
+
+
+def all_alive(weights: Mapping[str, Tensor], prunable: Iterable[str]) -> Masks:
+    """The dense masks of round 0: every weight of every prunable tensor alive."""
+    return {name: torch.ones_like(weights[name], dtype=torch.bool) for name in sorted(prunable)}
+
+
+def alive(masks: Mapping[str, Tensor]) -> int:
+    """Alive weights over all prunable tensors."""
+    return sum(int(mask.sum()) for mask in masks.values())
+
+
+def size(masks: Mapping[str, Tensor]) -> int:
+    """All prunable weights, alive or not."""
+    return sum(mask.numel() for mask in masks.values())
+
+
+def densities(masks: Mapping[str, Tensor]) -> dict[str, float]:
+    """Alive share of each prunable tensor, in [0, 1]."""
+    return {name: int(mask.sum()) / mask.numel() for name, mask in masks.items()}
+
+
+@torch.no_grad()
+def close_weights(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Set dead weights to +0.0, in place."""
+    for name, mask in masks.items():
+        weights[name].masked_fill_(~mask, 0.0)
+
+
+@torch.no_grad()
+def close_gradients(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Set the gradients of dead weights to zero, in place.
+
+    With zero weights, zero gradients and a fresh optimiser, moments and weights stay exactly zero under any
+    optimiser whose update is zero for a zero weight and zero moments, decoupled weight decay included.
+    """
+    for name, mask in masks.items():
+        gradient = parameters[name].grad
+        if gradient is not None:
+            gradient.mul_(mask)
+
+
+def open_dead(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> str | None:
+    """The first tensor (by name) with a dead weight that is not zero, or None when the masks hold."""
+    for name in sorted(masks):
+        if bool((weights[name].detach() * ~masks[name]).any()):
+            return name
+    return None
+
+
+def pack(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bits, eight to a uint8, in the flat order of each tensor, first weight in the highest bit."""
+    return {n: torch.from_numpy(np.packbits(m.cpu().numpy().reshape(-1))) for n, m in masks.items()}
+
+
+def unpack(packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Masks:
+    """The inverse of `pack`. Raises ValueError when names or lengths do not fit the shapes."""
+    if packed.keys() != shapes.keys():
+        odd = sorted(packed.keys() ^ shapes.keys())
+        raise ValueError(f"masks and prunable tensors differ: {', '.join(odd[:5])}")
+    masks: Masks = {}
+    for name in sorted(packed):
+        count = int(np.prod(shapes[name], dtype=np.int64))
+        if packed[name].numel() != (count + 7) // 8:
+            raise ValueError(f"the mask of '{name}' has {packed[name].numel()} bytes for {count} weights")
+        bits = np.unpackbits(packed[name].cpu().numpy(), count=count).astype(bool)
+        masks[name] = torch.from_numpy(bits).reshape(shapes[name])
+    return masks
+
+
+def digest(masks: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 over names, shapes and bits, in the order of names: equal only for equal masks."""
+    return digest_tensors(pack(masks), {n: tuple(m.shape) for n, m in masks.items()})
+
+
+def digest_tensors(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> str:
+    """Hex SHA-256 over names, dtypes, shapes and the exact bytes of named tensors, in the order of names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        flat = tensors[name].detach().cpu().contiguous()
+        shape = (shapes or {}).get(name, tuple(flat.shape))
+        total.update(f"{name}|{flat.dtype}|{shape}|".encode())
+        total.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()

@@ -1,0 +1,174 @@
+"""What one round of a run does with the outside: train, score, make the ticket, keep it, show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mirl_dist import __version__, evaluate, metrics, report, schedule, train
+from mirl_dist.checkpoint import PICTURES, TICKET, Checkpoints, pack_tensors
+from mirl_dist.config import Config
+from mirl_dist.data.order import Order, Position, Shares
+from mirl_dist.data.stream import Shards, Stream
+from mirl_dist.lottery import prove_dead_weights
+from mirl_dist.pruning import masks as masking
+from mirl_dist.ranks import Ranks
+from mirl_dist.state import Progress, State
+from mirl_dist.ticket import Score, Ticket, validation_score
+from mirl_dist.ticket import metrics as ticket_metrics
+from mirl_dist.tracking import Tracker
+
+
+@dataclass
+class Rounds:
+    """The live parts of a run on one rank, and the verbs that `lottery.play` calls."""
+
+    config: Config
+    ranks: Ranks
+    state: State
+    model: nn.Module
+    bare: nn.Module
+    initial: dict[str, Tensor]
+    shards: Shards
+    order: Order
+    shares: Shares
+    stream: Stream
+    jobs: list[evaluate.Job]
+    checkpoints: Checkpoints
+    tracker: Tracker
+    stop_asked: Callable[[], bool]
+
+    def train_and_score(self) -> Ticket:
+        """Train the round from where it stands, score it, and commit its ticket."""
+        self._train()
+        scored = evaluate.evaluate(self.bare, self.shards, self.jobs, self.ranks, self.config.evaluate.seed)
+        prove_dead_weights(self.state, self.ranks)
+        ticket = self._ticket(scored.scores)
+        self.ranks.agree("the ticket", ticket.digest())
+        self.ranks.from_main(
+            lambda: self.checkpoints.commit_round(
+                ticket, self._weights(), scored.pictures, self.state.progress
+            )
+        )
+        return ticket
+
+    def _train(self) -> None:
+        progress, config = self.state.progress, self.config
+        epochs = config.round_epochs(progress.round)
+        plan = train.Plan(
+            tasks=self.order.tasks,
+            epochs=epochs,
+            steps_per_epoch=self.order.steps_per_epoch,
+            batch=config.batch.global_,
+            passes=self.shares.accumulation,
+            clip_norm=config.optimiser.clip_norm,
+            commit_every=config.checkpoint.every_steps,
+            report_every=config.tracking.every_steps,
+        )
+        self.tracker.begin_round(progress.round, {"round": str(progress.round), "mask": progress.mask_digest})
+        total = epochs * plan.steps_per_epoch
+        what = f"round {progress.round}"
+        with report.bar(what, total, start=progress.updates, shown=self.ranks.is_main) as advance:
+            train.train_round(
+                self.state,
+                self.model,
+                self.stream.batches(progress.round, Position(progress.epoch, progress.step), epochs),
+                plan,
+                self.ranks,
+                rate=self.rate,
+                stop_asked=self.stop_asked,
+                commit=self._commit_step,
+                log=self.tracker.log_step,
+                advance=advance,
+            )
+
+    def rate(self, progress: Progress) -> float:
+        """The learning rate at a position; a one-shot's fine-tuning has a cosine of its own."""
+        config, epochs = self.config, self.config.round_epochs(progress.round)
+        tuning = config.prune.style == "one_shot" and progress.round > 0
+        return schedule.rate(
+            (config.prune.finetune_lr if tuning else None) or config.optimiser.lr,
+            by="step" if tuning else config.schedule.by,
+            epoch=progress.epoch,
+            step=progress.step,
+            steps_per_epoch=self.order.steps_per_epoch,
+            warmup_epochs=0 if tuning else config.schedule.warmup_epochs,
+            horizon_epochs=epochs if tuning else config.schedule.horizon_epochs or epochs,
+        )
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.state.weights.items()}
+
+    def _commit_step(self) -> None:
+        """Commit the middle of a round; every rank waits to hear that it succeeded."""
+        self.ranks.from_main(
+            lambda: self.checkpoints.commit_step(
+                self.state.progress, self._weights(), self.state.moments(), self.config.checkpoint.keep_last
+            )
+        )
+        self.tracker.flush()
+
+    def _ticket(self, scores: dict[str, Score]) -> Ticket:
+        progress, masks = self.state.progress, self.state.masks
+        return Ticket(
+            round=progress.round,
+            alive=masking.alive(masks),
+            prunable=masking.size(masks),
+            total=sum(p.numel() for p in self.state.weights.values()),
+            threshold=progress.threshold,
+            layer_density=masking.densities(masks),
+            mask_digest=progress.mask_digest,
+            initial_digest=masking.digest_tensors(self.initial),
+            weights_digest=masking.digest_tensors(self.state.weights),
+            parent=progress.parent,
+            fingerprint=self.config.fingerprint(),
+            manifest_digest=self.shards.manifest.digest(),
+            protocol=metrics.PROTOCOL,
+            scores=scores,
+            updates=progress.updates,
+            samples=progress.samples,
+            seconds=progress.seconds,
+            world=self.ranks.world,
+            versions={"mirl_dist": __version__, "torch": torch.__version__},
+        )
+
+    def open_round(self) -> None:
+        """Keep the mask of the round that begins."""
+        progress = self.state.progress
+        self.ranks.from_main(lambda: self.checkpoints.save_mask(progress.round, self.state.masks))
+
+    def record(self, ticket: Ticket) -> None:
+        """Show a committed ticket: one line, and MLflow. Twice is once."""
+        if not self.ranks.is_main:
+            return
+        scores = ", ".join(f"{n} {s.psnr:.2f} dB" for n, s in ticket.scores.items())
+        report.say(
+            f"ticket {ticket.round}: {ticket.alive_total:,} of {ticket.total:,} weights "
+            f"({ticket.total_sparsity:.1%} sparse); {scores or 'no evaluation sets'}"
+        )
+        self.tracker.begin_round(ticket.round, {"round": str(ticket.round), "mask": ticket.mask_digest})
+        self.tracker.log_ticket(ticket.round, ticket_metrics(ticket))
+        folder = f"tickets/{ticket.round:02d}"
+        self.tracker.log_file(f"{folder}/{TICKET}", ticket.dump(), "round")
+        self.tracker.log_file(f"{folder}/mask.safetensors", pack_tensors(masking.pack(self.state.masks)), "round")
+        pictures = self.checkpoints.pictures(ticket.round)
+        if pictures is not None:
+            self.tracker.log_file(f"{folder}/{PICTURES}", pictures, "round")
+        self.tracker.end_round()
+
+    def close(self) -> None:
+        """After the last round: name the best by validation, and drop other weights, if the config says so."""
+        by = self.config.keep.by
+        if not by or not self.ranks.is_main:
+            return
+        tickets = self.checkpoints.tickets()
+        scores = {t.round: validation_score(t, by) for t in tickets}
+        best = max(scores, key=lambda r: (scores[r], r))
+        self.checkpoints.mark_best(best, scores[best], by)
+        if self.config.keep.rounds == "best":
+            for ticket in tickets:
+                if ticket.round not in (best, tickets[-1].round):
+                    self.checkpoints.drop_weights(ticket.round)

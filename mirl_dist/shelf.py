@@ -1,0 +1,227 @@
+"""Finished work off the shelf: tickets of a run listed, shown, scored again, and put to use."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from mirl_dist import assemble, evaluate, metrics, models, report
+from mirl_dist.checkpoint import Checkpoints, pack_tensors
+from mirl_dist.config import Config, of_dump
+from mirl_dist.data.sample import Task, decode
+from mirl_dist.data.stream import Shards
+from mirl_dist.faults import Fault
+from mirl_dist.ranks import Ranks
+from mirl_dist.storage import open_store
+from mirl_dist.ticket import Score, Ticket
+
+
+class Found(NamedTuple):
+    """A run and one of its rounds."""
+
+    checkpoints: Checkpoints
+    config: Config
+    round_: int
+
+
+def open_run(folder: str) -> tuple[Checkpoints, Config]:
+    """A run folder, opened for reading. Raises Fault where there is none."""
+    checkpoints = Checkpoints(open_store(folder))
+    identity = checkpoints.identity()
+    if identity is None:
+        raise Fault(f"{folder} holds no run (no run.json). Give the run.folder of a config that was trained.")
+    return checkpoints, of_dump(identity["config"], f"{folder}/run.json")
+
+
+def find(reference: str) -> Found:
+    """`RUN` (its best round where the run chose one, else its last) or `RUN/rounds/NN`."""
+    match = re.fullmatch(r"(.*?)/rounds/(\d+)/?", reference)
+    checkpoints, config = open_run(match.group(1) if match else reference)
+    rounds = [t.round for t in checkpoints.tickets()]
+    if not rounds:
+        raise Fault(f"{reference} has no finished round yet. `mirl-dist status` shows where it stands.")
+    chosen = checkpoints.best()
+    round_ = int(match.group(2)) if match else (rounds[-1] if chosen is None else chosen)
+    if round_ not in rounds:
+        raise Fault(f"{reference} is not there; finished rounds are {', '.join(map(str, rounds))}.")
+    return Found(checkpoints, config, round_)
+
+
+def network(found: Found) -> nn.Module:
+    """The network of a ticket with the weights that its round trained."""
+    model = assemble.network(found.config)
+    model.load_state_dict(found.checkpoints.round_weights(found.round_))
+    return model.eval()
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_tickets(run: str, as_json: bool) -> None:
+    """One line per round: alive weights, sparsity, PSNR and SSIM per task and set."""
+    checkpoints, _ = open_run(run)
+    tickets, best = checkpoints.tickets(), checkpoints.best()
+    if as_json:
+        print(json.dumps([t.row() | {"best": t.round == best} for t in tickets], indent=1))
+        return
+    if not tickets:
+        report.say(f"{run} has no finished round yet.")
+        return
+    names = list(tickets[0].scores)
+    columns = ["round", "alive", "sparsity"] + [name.replace("/", "\n") for name in names]
+    rows = []
+    for t in tickets:
+        mark = "*" if t.round == best else ""
+        cells = [f"{t.scores[n].psnr:.2f}\n{t.scores[n].ssim:.4f}" for n in names]
+        rows.append([f"{t.round}{mark}", f"{t.alive_total:,}", f"{t.total_sparsity:.1%}", *cells])
+    given = tickets[0].scores
+    rows.append(["input", "", "", *(f"{given[n].degraded_psnr:.2f}\n{given[n].degraded_ssim:.4f}" for n in names)])
+    _table(f"tickets of {run} (PSNR in dB over SSIM)", columns, rows)
+    if best is not None:
+        report.say("* best by validation")
+
+
+def print_ticket(reference: str, as_json: bool) -> None:
+    """Counts, digests, scores and density per layer of one ticket."""
+    found = find(reference)
+    ticket = found.checkpoints.ticket(found.round_)
+    if as_json:
+        print(json.dumps(ticket.row() | {"layer_density": ticket.layer_density}, indent=1))
+        return
+    for name, value in ticket.row().items():
+        if name != "scores":
+            report.say(f"{name:16} {value}")
+    print_score_table(reference, ticket.scores)
+    rows = [[name, f"{value:.4f}"] for name, value in ticket.layer_density.items()]
+    _table("density per layer", ["tensor", "alive share"], rows)
+
+
+def print_score_table(title: str, scores: dict[str, Score]) -> None:
+    rows = [
+        [
+            name,
+            str(s.images),
+            f"{s.psnr:.2f}",
+            f"{s.ssim:.4f}",
+            f"{s.degraded_psnr:.2f}",
+            f"{s.degraded_ssim:.4f}",
+        ]
+        for name, s in scores.items()
+    ]
+    _table(title, ["task/set", "images", "PSNR", "SSIM", "input PSNR", "input SSIM"], rows)
+
+
+def print_status(run: str, as_json: bool) -> None:
+    """Round, step and speed at the newest commit."""
+    checkpoints, config = open_run(run)
+    commits, tickets = checkpoints.commits(), checkpoints.tickets()
+    newest = commits[0] if commits else None
+    last: Ticket | None = tickets[-1] if tickets else None
+    said: dict[str, Any] = {
+        "run": run,
+        "rounds_finished": len(tickets),
+        "rounds_planned": config.prune.rounds + 1,
+        "newest_commit": None
+        if newest is None
+        else {"round": newest.round_, "step": newest.step, "folder": newest.folder},
+        "samples": last.samples if last else 0,
+        "seconds_training": last.seconds if last else 0.0,
+        "samples_per_second": last.samples / last.seconds if last and last.seconds else None,
+    }
+    if as_json:
+        print(json.dumps(said, indent=1))
+        return
+    for name, value in said.items():
+        report.say(f"{name:20} {value}")
+
+
+def print_scores(reference: str, shards_folder: Path | None, as_json: bool) -> None:
+    """Score a ticket again, on the run's shards or on others."""
+    found = find(reference)
+    shards = Shards(shards_folder or Path(found.config.data.shards))
+    tasks = tuple(Task.of(name) for name in found.config.data.mix)
+    jobs = evaluate.plan(shards, tasks, found.config.evaluate.sets if shards_folder is None else None)
+    if not jobs:
+        raise Fault(f"{shards.folder} holds no evaluation images for {', '.join(t.name for t in tasks)}.")
+    ranks = Ranks(device=found.config.train.device)
+    model = network(found).to(ranks.device)
+    scored = evaluate.evaluate(model, shards, jobs, ranks, found.config.evaluate.seed)
+    if not ranks.is_main:
+        return
+    if as_json:
+        said = {name: score.model_dump() for name, score in scored.scores.items()}
+        print(json.dumps({"protocol": metrics.PROTOCOL, "round": found.round_, "scores": said}, indent=1))
+        return
+    print_score_table(f"{reference}, round {found.round_}", scored.scores)
+    report.say(f"protocol: {metrics.PROTOCOL}")
+
+
+def restore_files(images: list[Path], reference: str, out: Path) -> None:
+    """Restore image files into PNG files of the same stem. Raises Fault before any work for files that are no images."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from mirl_dist.storage import Folder
+
+    found = find(reference)
+    stems = [path.stem for path in images]
+    twice = sorted({s for s in stems if stems.count(s) > 1})
+    if twice:
+        raise Fault(f"two images are named '{twice[0]}': both would be written to {out / twice[0]}.png. Rename one.")
+    missing = [str(path) for path in images if not path.is_file()]
+    if missing:
+        raise Fault(f"no image at {', '.join(missing[:5])}. Give paths of image files.")
+    pictures = [decode(path.read_bytes(), str(path), "Give a PNG, JPEG or BMP file.") for path in images]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, folder = network(found).to(device), Folder(out)
+    with report.bar("restoring", len(images)) as advance:
+        for number, (path, picture) in enumerate(zip(images, pictures, strict=True)):
+            restored = evaluate.restore(model, picture, device)
+            data = io.BytesIO()
+            Image.fromarray(np.round(restored * 255).astype(np.uint8)).save(data, "PNG")
+            folder.put(f"{path.stem}.png", data.getvalue())
+            advance(number + 1, path.name)
+    report.say(f"{len(images)} restored by round {found.round_} into {out}")
+
+
+def import_official(file: Path, model: str, out: Path) -> None:
+    """An official checkpoint to safetensors under our names; says what was dropped."""
+    import pickle
+
+    import safetensors.torch
+
+    from mirl_dist.storage import Folder
+
+    try:
+        if file.suffix == ".safetensors":
+            raw = safetensors.torch.load_file(file)
+        else:
+            raw = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Fault(f"no file at {file}. Give the path of an official checkpoint.") from None
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise Fault(f"{file} cannot be read without running code from it ({reason}). Save its state dict alone.") from None
+    converted = models.from_official(model, raw)
+    Folder(out.parent).put(out.name, pack_tensors(converted.weights))
+    count = sum(t.numel() for t in converted.weights.values())
+    report.say(f"{out}: {len(converted.weights)} tensors, {count:,} weights")
+    for text in converted.dropped:
+        report.say(f"dropped (never used by the network): {text}")
+
+

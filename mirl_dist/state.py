@@ -1,0 +1,98 @@
+"""All that a restart needs, as one object: weights, moments, masks, and a few numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from mirl_dist.faults import Fault
+from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning.masks import Masks
+
+MakeOptimiser = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Progress(BaseModel):
+    """Where a run stands. epoch, step: the next optimiser step of the round; updates: optimiser steps done in it.
+
+    samples: read by all ranks in all rounds; seconds: spent training in all rounds; threshold, parent: of the
+    round's mask and of the ticket it was made from (None in round 0).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    round: int = 0
+    epoch: int = 0
+    step: int = 0
+    updates: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    threshold: float = 0.0
+    parent: str | None = None
+    mask_digest: str = ""
+
+
+@dataclass
+class State:
+    """The live run of one rank. `weights` are the network's parameters by name, changed in place."""
+
+    weights: dict[str, nn.Parameter]
+    masks: Masks
+    make_optimiser: MakeOptimiser
+    progress: Progress = field(default_factory=Progress)
+    optimiser: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begin_round(0, self.masks, threshold=0.0, parent=None)
+
+    def begin_round(self, round_: int, masks: Masks, *, threshold: float, parent: str | None) -> None:
+        """A fresh optimiser and the first position of a round. Weights are the caller's."""
+        device = next(iter(self.weights.values())).device
+        self.masks = {name: mask.to(device) for name, mask in masks.items()}
+        self.optimiser = self.make_optimiser(self.weights)
+        self.progress = Progress(
+            round=round_,
+            samples=self.progress.samples,
+            seconds=self.progress.seconds,
+            threshold=threshold,
+            parent=parent,
+            mask_digest=masking.digest(masks),
+        )
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy named tensors into the network. Raises Fault for names or shapes that are not the network's."""
+        mine = {name: tuple(p.shape) for name, p in self.weights.items()}
+        theirs = {name: tuple(t.shape) for name, t in weights.items()}
+        if mine != theirs:
+            odd = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
+            raise Fault(
+                f"saved weights and the network differ in {len(odd)} tensors, first '{odd[0]}': saved "
+                f"{theirs.get(odd[0], 'absent')}, network {mine.get(odd[0], 'absent')}. The model section differs.",
+                everywhere=True,
+            )
+        with torch.no_grad():
+            for name, parameter in self.weights.items():
+                parameter.copy_(weights[name])
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimiser's first and second moments as '<weight>.exp_avg' and '<weight>.exp_avg_sq', float32."""
+        found = {}
+        for name, parameter in self.weights.items():
+            for kind in _MOMENTS:
+                if kind in self.optimiser.state[parameter]:
+                    found[f"{name}.{kind}"] = self.optimiser.state[parameter][kind]
+        return found
+
+    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+        """The inverse of `moments`, with the update count of `progress`."""
+        for name, parameter in self.weights.items():
+            if f"{name}.{_MOMENTS[0]}" in moments:
+                self.optimiser.state[parameter] = {
+                    "step": torch.tensor(float(self.progress.updates)),
+                    **{kind: moments[f"{name}.{kind}"].clone().to(parameter.device) for kind in _MOMENTS},
+                }

@@ -1,0 +1,163 @@
+"""YAML files and `--set a.b=c` to a typed pydantic tree; every complaint is gathered before any is raised."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mirl_dist.faults import Fault
+
+
+class Node(BaseModel):
+    """A frozen part of a tree. Unknown keys are errors, and so are non-finite numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=False)
+
+    def contradictions(self) -> list[str]:
+        """Sentences about keys that cannot stand together; each names the keys and what to change."""
+        return []
+
+
+Tree = TypeVar("Tree", bound=Node)
+
+
+class _OneValuePerKey(yaml.SafeLoader):
+    """safe_load that refuses a key given twice: YAML would keep the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' stands here twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_OneValuePerKey)  # a SafeLoader: builds plain values only
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise Fault(f"{where} is not valid YAML{place}: {problem}. Correct that place.") from None
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """The mapping a YAML file holds. Raises Fault for a missing, unreadable or malformed file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = sorted(str(p) for p in path.parent.glob("*.yaml"))[:6] if path.parent.is_dir() else []
+        offer = f"There are: {', '.join(near)}." if near else "Give the path of a YAML file."
+        raise Fault(f"no file at {path}. {offer}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Fault(f"cannot read {path}: {error}. Give a readable YAML file.") from None
+    tree = _parse(text, str(path))
+    if not isinstance(tree, dict):
+        raise Fault(f"{path} holds {type(tree).__name__}, not keys with values. Start from configs/demo.yaml.")
+    return tree
+
+
+def apply_set(tree: dict[str, Any], assignment: str) -> None:
+    """Put one `a.b=c` into the tree; the value is read as YAML (`[1, 2]`, `null`, `0.2`, text)."""
+    key, equals, value = assignment.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise Fault(f"--set '{assignment}' is not of the form key=value. Write for example prune.fraction=0.2.")
+    here = tree
+    for part in path[:-1]:
+        inner = here.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise Fault(f"--set {key}: '{part}' holds {inner!r}, which has no keys below it. Shorten the key.")
+        here = inner
+    here[path[-1]] = _parse(value, f"--set {key}")
+
+
+def _node_type(annotation: Any) -> type[BaseModel] | None:
+    """The tree node an annotation allows, looking through Optional, list and dict."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in typing.get_args(annotation):
+        found = _node_type(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def _keys_at(cls: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
+    """The keys that are known at a place of the tree."""
+    here: type[BaseModel] | None = cls
+    for part in loc:
+        if isinstance(part, int) or here is None:
+            continue
+        fields = {(f.alias or name): f for name, f in here.model_fields.items()}
+        here = _node_type(fields[part].annotation) if part in fields else None
+    return sorted((f.alias or name) for name, f in here.model_fields.items()) if here else []
+
+
+def _describe(cls: type[BaseModel], loc: tuple[str | int, ...], kind: str, message: str, found: Any) -> str:
+    key = ".".join(str(part) for part in loc)
+    if kind == "extra_forbidden":
+        known = _keys_at(cls, loc[:-1])
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        offer = f"the nearest key is '{near[0]}'" if near else f"known here: {', '.join(known)}"
+        return f"{key}: found an unknown key (value {found!r}); {offer}"
+    if kind == "missing":
+        return f"{key}: missing; give it a value"
+    return f"{key}: found {found!r}; {message[0].lower()}{message[1:]}"
+
+
+def _without(tree: Any, loc: Sequence[str | int]) -> None:
+    """Remove the value at loc, or the nearest container that still exists."""
+    here = tree
+    for part in loc[:-1]:
+        if isinstance(here, Mapping) and part in here:
+            here = here[part]
+        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
+            here = here[part]
+        else:
+            return
+    if isinstance(here, dict):
+        here.pop(loc[-1], None)
+
+
+def build(cls: type[Tree], tree: dict[str, Any], where: str) -> Tree:
+    """Validate a raw tree; Fault lists every unknown key, wrong value and contradiction at once."""
+    complaints: list[str] = []
+    checked: Tree | None = None
+    try:
+        checked = cls.model_validate(tree)
+    except ValidationError as error:
+        rest = yaml.safe_load(yaml.safe_dump(tree))
+        for e in error.errors(include_url=False):
+            complaint = _describe(cls, e["loc"], e["type"], e["msg"], e["input"])
+            if complaint not in complaints:
+                complaints.append(complaint)
+            _without(rest, e["loc"])
+        try:  # the faulty keys at their defaults: do the others fit together?
+            checked = cls.model_validate(rest)
+        except ValidationError:
+            checked = None
+    if checked is not None:
+        complaints += checked.contradictions()
+    if complaints or checked is None:
+        count = f"{len(complaints)} faults" if len(complaints) > 1 else "a fault"
+        raise Fault(f"{count} in {where}:\n" + "\n".join(f"  {c}" for c in complaints))
+    return checked
+
+
+def read(cls: type[Tree], path: Path, sets: Sequence[str] = ()) -> Tree:
+    """Defaults, then the file, then the `--set` assignments in order: the only three merges."""
+    tree = load_file(path)
+    for assignment in sets:
+        apply_set(tree, assignment)
+    return build(cls, tree, str(path))
