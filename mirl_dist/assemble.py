@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mirl_dist import __version__, evaluate, lottery, models, report
-from mirl_dist.checkpoint import STATE, TICKET, WEIGHTS, Checkpoints, Commit
 from mirl_dist.checkpoint import MOMENTS as MOMENTS_PART
+from mirl_dist.checkpoint import STATE, TICKET, WEIGHTS, Checkpoints, Commit
 from mirl_dist.config import Config, differences, of_dump
 from mirl_dist.data.order import Order, Shares, share_batch
 from mirl_dist.data.stream import Shards, Stream
@@ -72,9 +72,7 @@ def optimiser_of(config: Config) -> MakeOptimiser:
 
 def lottery_of(config: Config) -> lottery.Lottery:
     prune = config.prune
-    rule = Rule(
-        prune.fraction, prune.criterion, prune.per, prune.output_layers, prune.output_factor, config.run.seed
-    )
+    rule = Rule(prune.fraction, prune.criterion, prune.per, prune.output_layers, prune.output_factor, config.run.seed)
     what = "nothing" if prune.style == "one_shot" else config.rewind.what
     return lottery.Lottery(rule, prune.rounds, prune.target_sparsity, what)
 
@@ -142,8 +140,9 @@ def describe(config: Config, prepared: Prepared, world: int) -> str:
     o = config.optimiser
     return (
         f"{world} ranks x {shares.accumulation} {passes} x {shares.forward} samples = global batch "
-        f"{config.batch.global_}; {steps} steps per epoch, {config.train.epochs} epochs, {samples:,} samples per round; "
-        f"{o.name}, learning rate {o.lr:g}, warm-up {config.schedule.warmup_epochs:g} epochs, {config.train.precision}"
+        f"{config.batch.global_}; {steps} steps per epoch, {config.train.epochs} epochs, "
+        f"{samples:,} samples per round; {o.name}, learning rate {o.lr:g}, "
+        f"warm-up {config.schedule.warmup_epochs:g} epochs, {config.train.precision}"
     )
 
 

@@ -95,7 +95,8 @@ class Checkpoints:
             return {}
 
     def remember(self, ids: dict[str, str]) -> None:
-        self.store.put(TRACKING, _json(ids))
+        """Keep further MLflow ids."""
+        self.store.put(TRACKING, _json(self.remembered() | ids))
 
     # -- commits ------------------------------------------------------------------------------------------------
 

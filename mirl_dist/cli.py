@@ -125,7 +125,9 @@ def _stop_flag() -> Any:
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(help="Also say what this config means on 1, 2, 4, ... ranks.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="Also say what this config means on 1, 2, 4, ... ranks.")
+    ] = None,
     sets: Sets = None,
 ) -> None:
     """Say what this machine offers, and what is missing."""
@@ -197,7 +199,7 @@ def shards_build(
     from mirl_dist.data.recipe import read
 
     tree = read(recipe, sets or [])
-    with report.bars() as progress:
+    with report.Bars() as progress:
         manifest = build(tree, out, workers, progress)
     for text in manifest.skipped:
         report.say(f"skipped: {text}")
@@ -214,7 +216,7 @@ def shards_check(folder: Annotated[Path, typer.Argument(help="Folder of built sh
     from mirl_dist import report
     from mirl_dist.data.check import check
 
-    with report.bars() as progress:
+    with report.Bars() as progress:
         faults = check(folder, progress)
     if faults:
         raise Fault(f"{len(faults)} faults in {folder}:\n" + "\n".join(f"  {fault}" for fault in faults))
@@ -237,6 +239,3 @@ def tickets_show(
     from mirl_dist import shelf
 
     shelf.print_ticket(ticket, as_json)
-
-
-

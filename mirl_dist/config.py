@@ -58,7 +58,13 @@ class Data(Node):
     shards: Annotated[str, Aside] = Field("shards/built", min_length=1)
     """Folder that `mirl-dist shards build` wrote. Its manifest's digest is part of the run's identity."""
     mix: dict[str, PositiveInt] = Field(
-        default_factory=lambda: {"denoise_15": 3, "denoise_25": 3, "denoise_50": 3, "derain": 120, "dehaze": 1}
+        default_factory=lambda: {
+            "denoise_15": 3,
+            "denoise_25": 3,
+            "denoise_50": 3,
+            "derain": 120,
+            "dehaze": 1,
+        }
     )
     """Task -> how often each of its samples is read per epoch. `denoise_<sigma>`: noise of that sigma (0..255)."""
     patch_pixels: Annotated[int, Field(ge=8)] = 64

@@ -96,7 +96,9 @@ def prove_first_values(initial: dict[str, Tensor], ranks: Ranks) -> None:
 def prove_dead_weights(state: State, ranks: Ranks) -> None:
     """Dead weights are exactly zero on every rank after training."""
     prove(
-        f"pruned weights moved in round {state.progress.round}", masking.open_dead(state.weights, state.masks), ranks
+        f"pruned weights moved in round {state.progress.round}",
+        masking.open_dead(state.weights, state.masks),
+        ranks,
     )
 
 

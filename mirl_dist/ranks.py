@@ -7,6 +7,7 @@ its name, so that a reader sees in the loop where ranks meet.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ class Ranks:
         from accelerate import Accelerator
 
         _refuse_a_launch_that_lost_ranks(os.environ)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it matmul varies
         cpu = device == "cpu" or not torch.cuda.is_available()
         self._accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if precision == "bf16" else "no")
         self.rank: int = self._accelerator.process_index
@@ -39,7 +41,6 @@ class Ranks:
         self._prove_that_all_are_here()
         torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
     def _prove_that_all_are_here(self) -> None:
         announced = int(os.environ.get("WORLD_SIZE", "1"))
@@ -65,6 +66,8 @@ class Ranks:
 
         Raises Fault when several ranks would train a model that is not wrapped.
         """
+        # Depthwise kernels (C, 1, 3, 3) have two equal layouts, and autograd picks the other one: harmless.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         wrapped: nn.Module = self._accelerator.prepare(model)
         parallel = isinstance(wrapped, nn.parallel.DistributedDataParallel)
         if parallel != (self.world > 1):
@@ -198,7 +201,20 @@ def gpus() -> int:
     return torch.cuda.device_count()
 
 
+def backends() -> dict[str, bool]:
+    """The collectives that this torch was built with."""
+    if not torch.distributed.is_available():
+        return {}
+    return {"gloo": torch.distributed.is_gloo_available(), "nccl": torch.distributed.is_nccl_available()}
+
+
 def lost_a_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another process ended."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe", "Connection refused")
+    signs = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "NCCL",
+        "Broken pipe",
+        "Connection refused",
+    )
     return any(sign in str(error) for sign in signs)

@@ -42,20 +42,24 @@ def bar(what: str, total: int, *, start: int = 0, shown: bool = True) -> Iterato
         yield _lines(what, total)
 
 
-@contextmanager
-def bars() -> Iterator[Callable[[int, int, str], None]]:
-    """Bars for work in phases: (units done, units in all, phase); a new phase begins a new bar."""
-    with ExitStack() as open_bars:
-        now: dict[str, Advance] = {}
+class Bars:
+    """Bars for work in phases: called with (units done, units in all, phase); a new phase begins a new bar."""
 
-        def advance(done: int, total: int, what: str) -> None:
-            if what not in now:
-                open_bars.close()
-                now.clear()
-                now[what] = open_bars.enter_context(bar(what, total))
-            now[what](done, "")
+    def __init__(self) -> None:
+        self._open = ExitStack()
+        self._now: dict[str, Advance] = {}
 
-        yield advance
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if what not in self._now:
+            self._open.close()
+            self._now = {what: self._open.enter_context(bar(what, total))}
+        self._now[what](done, "")
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
 
 def _lines(what: str, total: int) -> Advance:

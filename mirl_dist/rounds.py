@@ -49,9 +49,7 @@ class Rounds:
         ticket = self._ticket(scored.scores)
         self.ranks.agree("the ticket", ticket.digest())
         self.ranks.from_main(
-            lambda: self.checkpoints.commit_round(
-                ticket, self._weights(), scored.pictures, self.state.progress
-            )
+            lambda: self.checkpoints.commit_round(ticket, self._weights(), scored.pictures, self.state.progress)
         )
         return ticket
 

@@ -170,7 +170,7 @@ def print_scores(reference: str, shards_folder: Path | None, as_json: bool) -> N
 
 
 def restore_files(images: list[Path], reference: str, out: Path) -> None:
-    """Restore image files into PNG files of the same stem. Raises Fault before any work for files that are no images."""
+    """Restore image files into PNG files of the same stem. Raises Fault, before any work, for files that are none."""
     import io
 
     import numpy as np
@@ -216,12 +216,12 @@ def import_official(file: Path, model: str, out: Path) -> None:
         raise Fault(f"no file at {file}. Give the path of an official checkpoint.") from None
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, safetensors.SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise Fault(f"{file} cannot be read without running code from it ({reason}). Save its state dict alone.") from None
+        raise Fault(
+            f"{file} cannot be read without running code from it ({reason}). Save its state dict alone."
+        ) from None
     converted = models.from_official(model, raw)
     Folder(out.parent).put(out.name, pack_tensors(converted.weights))
     count = sum(t.numel() for t in converted.weights.values())
     report.say(f"{out}: {len(converted.weights)} tensors, {count:,} weights")
     for text in converted.dropped:
         report.say(f"dropped (never used by the network): {text}")
-
-

@@ -87,9 +87,7 @@ class Folder:
         """Complete names below `prefix` (a folder name, or '' for all), sorted."""
         with self._named_errors(prefix):
             found = [p for p in (self._root / prefix).rglob("*") if p.is_file()]
-            return sorted(
-                str(p.relative_to(self._root).as_posix()) for p in found if not p.name.startswith(_TEMPORARY)
-            )
+            return sorted(str(p.relative_to(self._root).as_posix()) for p in found if not p.name.startswith(_TEMPORARY))
 
     def remove(self, name: str) -> None:
         """Remove `name` if it is there, and folders that this leaves empty."""

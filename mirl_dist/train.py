@@ -69,7 +69,11 @@ def train_round(
     Raises Fault on every rank, before the step, for a loss or gradient that is not finite; Stopped after a commit
     when any rank was asked to stop.
     """
-    parameters, progress, meter = list(state.weights.values()), state.progress, Meter(len(plan.tasks), ranks.device)
+    parameters, progress, meter = (
+        list(state.weights.values()),
+        state.progress,
+        Meter(len(plan.tasks), ranks.device),
+    )
     while progress.epoch < plan.epochs:
         lr = rate(progress)
         for i in range(plan.passes):

@@ -116,16 +116,14 @@ def _describe(cls: type[BaseModel], loc: tuple[str | int, ...], kind: str, messa
     return f"{key}: found {found!r}; {message[0].lower()}{message[1:]}"
 
 
-def _without(tree: Any, loc: Sequence[str | int]) -> None:
+def _without(tree: Any, loc: Sequence[Any]) -> None:
     """Remove the value at loc, or the nearest container that still exists."""
     here = tree
     for part in loc[:-1]:
-        if isinstance(here, Mapping) and part in here:
-            here = here[part]
-        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
-            here = here[part]
-        else:
+        inside = part in here if isinstance(here, Mapping) else isinstance(here, list) and part in range(len(here))
+        if not inside:
             return
+        here = here[part]
     if isinstance(here, dict):
         here.pop(loc[-1], None)
 

@@ -74,9 +74,7 @@ def test_hidden_files_and_other_endings_are_no_images(tmp_path: Path) -> None:
 
 
 def test_every_missing_or_ambiguous_partner_is_named_at_once(tmp_path: Path) -> None:
-    touch(
-        tmp_path, "input/1.png", "input/2.png", "input/3.png", "target/1.png", "target/3.png", "target/3.jpg"
-    )
+    touch(tmp_path, "input/1.png", "input/2.png", "input/3.png", "target/1.png", "target/3.png", "target/3.jpg")
     touch(tmp_path, "target/9.png")
     pictures, complaints = pairing.find(recipe(pairs(tmp_path)))
     assert [p.name for p in pictures] == ["1.png"]
@@ -93,9 +91,7 @@ def test_every_missing_or_ambiguous_partner_is_named_at_once(tmp_path: Path) -> 
 def test_a_name_that_does_not_fit_is_named(tmp_path: Path) -> None:
     touch(tmp_path, "input/rain-1.png", "input/odd.png", "target/norain-1.png")
     _, complaints = pairing.find(recipe(pairs(tmp_path, "rain-{id}", "norain-{id}")))
-    assert [c.full() for c in complaints] == [
-        f"{tmp_path}/input/odd.png: its name does not fit 'rain-{{id}}'"
-    ]
+    assert [c.full() for c in complaints] == [f"{tmp_path}/input/odd.png: its name does not fit 'rain-{{id}}'"]
 
 
 def test_another_count_than_expected_is_a_complaint(tmp_path: Path) -> None:
@@ -235,9 +231,7 @@ def test_folders_are_no_part_of_a_recipes_content() -> None:
     assert recipe(here).content() != recipe({**here, "limit": 3}).content()
 
 
-@pytest.mark.parametrize(
-    ("side", "expected"), [(128, [0]), (256, [0, 128]), (321, [0, 128, 193]), (129, [0, 1])]
-)
+@pytest.mark.parametrize(("side", "expected"), [(128, [0]), (256, [0, 128]), (321, [0, 128, 193]), (129, [0, 1])])
 def test_tiles_cover_a_side_and_end_at_its_border(side: int, expected: list[int]) -> None:
     assert plan.starts(side, 128) == expected
 

@@ -94,9 +94,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Fault(
-            f"cannot write {path}: {error.strerror}. Make room or allow it, or choose another --out."
-        ) from None
+        raise Fault(f"cannot write {path}: {error.strerror}. Make room or allow it, or choose another --out.") from None
 
 
 @contextlib.contextmanager
@@ -110,9 +108,7 @@ def _claimed(out: Path) -> Iterator[Path]:
         try:
             fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Fault(
-                f"another build is writing into {out}. Wait for it, or choose another --out."
-            ) from None
+            raise Fault(f"another build is writing into {out}. Wait for it, or choose another --out.") from None
         except OSError:  # a file system without locks: two builds at once are then the user's care
             pass
         try:
@@ -179,9 +175,7 @@ def write_shard(out: Path, plan: ShardPlan) -> Shard:
     sizes: dict[str, tuple[int, int]] = {}
     with _writing(out / plan.name), _removed(partial_path):
         with partial_path.open("wb") as stream:
-            with webdataset.TarWriter(
-                stream, user="mirl", group="mirl", mode=0o644, mtime=0, encoder=False
-            ) as writer:
+            with webdataset.TarWriter(stream, user="mirl", group="mirl", mode=0o644, mtime=0, encoder=False) as writer:
                 for cut in plan.cuts:
                     for key, box, members in samples(cut, plan.seed):
                         sizes[key] = (box.height, box.width)

@@ -37,9 +37,7 @@ def _unchanged(path: Path, digest: str) -> Pixels:
             return decode(data)
     except (OSError, Refused):
         pass
-    raise Fault(
-        f"{printable(path)} changed while the shards were built. Build again when the images are at rest."
-    )
+    raise Fault(f"{printable(path)} changed while the shards were built. Build again when the images are at rest.")
 
 
 def samples(cut: Cut, seed: int) -> Iterator[tuple[str, Box, dict[str, bytes]]]:

@@ -126,9 +126,7 @@ class Order:
             found.append(Slot(round_, at.epoch, task, sample, copy))
         return found
 
-    def passes(
-        self, round_: int, start: Position, epochs: int, rank: int, shares: Shares
-    ) -> Iterator[list[Slot]]:
+    def passes(self, round_: int, start: Position, epochs: int, rank: int, shares: Shares) -> Iterator[list[Slot]]:
         """The slots of every forward pass of one rank from `start` to the end of the round."""
         for epoch in range(start.epoch, epochs):
             for step in range(start.step if epoch == start.epoch else 0, self.steps_per_epoch):

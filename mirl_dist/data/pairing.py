@@ -115,9 +115,7 @@ def _identify(folder: Folder, label: str) -> tuple[dict[str, list[tuple[str, Pat
     return by_id, complaints
 
 
-def _pairs(
-    role: Role, one: ImageSet, degraded: Folder, clean: Folder
-) -> tuple[list[Picture], list[Complaint]]:
+def _pairs(role: Role, one: ImageSet, degraded: Folder, clean: Folder) -> tuple[list[Picture], list[Complaint]]:
     label = f"{role} {one.set}"
     partners, complaints = _identify(clean, label)
     seekers, more = _identify(degraded, label)

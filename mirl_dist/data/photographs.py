@@ -41,9 +41,7 @@ def locate(name: str) -> tuple[Path, Path | None]:
         raise Fault(f"no photograph is named '{name}'. Known are: {', '.join(PHOTOGRAPHS)}.")
     package = importlib.util.find_spec("skimage")
     if package is None or package.origin is None:
-        raise Fault(
-            "the photographs lie inside scikit-image, which is not installed: pip install scikit-image"
-        )
+        raise Fault("the photographs lie inside scikit-image, which is not installed: pip install scikit-image")
     folder = Path(package.origin).parent / "data"
     one = PHOTOGRAPHS[name]
     for file in filter(None, one):

@@ -88,10 +88,7 @@ def _share_out(weights: Sequence[int], limit: float) -> list[list[int]]:
     total = sum(weights)
     count = math.ceil(total / limit)
     middles = [after - weight / 2 for weight, after in zip(weights, accumulate(weights), strict=True)]
-    return [
-        list(group)
-        for _, group in groupby(range(len(weights)), key=lambda i: int(middles[i] / total * count))
-    ]
+    return [list(group) for _, group in groupby(range(len(weights)), key=lambda i: int(middles[i] / total * count))]
 
 
 def shards(recipe: Recipe, pictures: Sequence[Picture], seen: Mapping[Path, Examined]) -> list[ShardPlan]:

@@ -63,9 +63,7 @@ class ImageSet(Node):
         if self.degraded is not None and self.photographs:
             found.append("pairs 'photographs' with a folder 'degraded'; write make: rain or haze instead")
         if self.make is not None and MAKES[self.make] != self.kind:
-            found.append(
-                f"makes {self.make}, which is of kind {MAKES[self.make]}, not {self.kind}; change one"
-            )
+            found.append(f"makes {self.make}, which is of kind {MAKES[self.make]}, not {self.kind}; change one")
         if self.limit is not None and self.fraction is not None:
             found.append("has 'limit' and 'fraction'; keep one of them")
         for key, folder in (("clean", self.clean), ("degraded", self.degraded)):

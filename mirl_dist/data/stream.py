@@ -17,7 +17,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mirl_dist.data.degrade import generator
-from mirl_dist.data.manifest import CLEAN, DEGRADED, MANIFEST, Entry, Manifest, Shard, read_index, read_manifest
+from mirl_dist.data.manifest import (
+    CLEAN,
+    DEGRADED,
+    MANIFEST,
+    Entry,
+    Manifest,
+    Shard,
+    read_index,
+    read_manifest,
+)
 from mirl_dist.data.order import Order, Position, Shares, Slot
 from mirl_dist.data.sample import Batch, Patch, Pixels, collate, decode, make_patch
 from mirl_dist.faults import Fault
@@ -68,7 +77,7 @@ class Shards:
         return found
 
     def image(self, place: Place, part: str) -> Pixels:
-        """One decoded member, uint8 (H, W, 3). Raises Fault naming shard and key when its bytes are not the built ones."""
+        """One decoded member, uint8 (H, W, 3). Raises Fault, with shard and key, for bytes that were not built so."""
         at, path = place.entry.parts[part], self.folder / place.shard.name
         where = f"{path}, sample '{place.entry.key}', {part}"
         try:
@@ -143,7 +152,7 @@ class Stream:
         context = multiprocessing.get_context("forkserver") if self._workers else None
         loader: DataLoader[Any] = DataLoader(
             self._patches,
-            batch_sampler=passes,  # type: ignore[arg-type]
+            batch_sampler=passes,
             num_workers=self._workers,
             collate_fn=_collate,
             pin_memory=self._pin,

@@ -72,14 +72,10 @@ def _against(picture: Picture, seen: Mapping[Path, Examined], tile: int) -> list
     if picture.degraded is not None:
         other = seen[picture.degraded]
         if (clean.height, clean.width) != (other.height, other.width):
-            problem = (
-                f"is {other.width}x{other.height}, its clean partner {printable(picture.clean.name)} {size}"
-            )
+            problem = f"is {other.width}x{other.height}, its clean partner {printable(picture.clean.name)} {size}"
             found.append(complaint(picture.degraded, problem))
     if picture.role == "train" and min(clean.height, clean.width) < tile:
-        found.append(
-            complaint(picture.files[-1], f"is {size}, smaller than a training tile of {tile} pixels")
-        )
+        found.append(complaint(picture.files[-1], f"is {size}, smaller than a training tile of {tile} pixels"))
     return found
 
 

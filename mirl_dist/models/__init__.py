@@ -50,9 +50,7 @@ def from_official(name: str, state_dict: Mapping[str, Any], **sizes: Any) -> Con
 
 def _refuse_unknown(name: str, sizes: Mapping[str, Any]) -> None:
     if name not in _NETWORKS:
-        raise Fault(
-            f"found the network name {name!r}, where a network is built. Use one of: {', '.join(_NETWORKS)}."
-        )
+        raise Fault(f"found the network name {name!r}, where a network is built. Use one of: {', '.join(_NETWORKS)}.")
     known = tuple(inspect.signature(_NETWORKS[name]).parameters)
     strange = [key for key in sizes if key not in known]
     if strange:

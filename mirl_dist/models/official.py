@@ -43,9 +43,7 @@ def convert(
         for name, shape in expected.items()
         if name in named and tuple(named[name].shape) != tuple(shape)
     ]
-    no_floats = [
-        f"{name!r} is {tensor.dtype}" for name, tensor in named.items() if not tensor.dtype.is_floating_point
-    ]
+    no_floats = [f"{name!r} is {tensor.dtype}" for name, tensor in named.items() if not tensor.dtype.is_floating_point]
     complaints = [
         _listed(kind, names)
         for kind, names in (

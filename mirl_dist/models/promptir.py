@@ -185,17 +185,13 @@ def _refuse_bad_sizes(
         bad.append(f"refinement_blocks = {refinement_blocks} (must be >= 0)")
     dim, prompt_heads = scalars["dim"], scalars["prompt_heads"]
     if dim % 2:
-        bad.append(
-            f"dim = {dim} is odd (must be even: a step down halves it, then packs four pixels into one)"
-        )
+        bad.append(f"dim = {dim} is odd (must be even: a step down halves it, then packs four pixels into one)")
     if dim >= 1 and int(ffn_expansion * dim) < 1:
         bad.append(f"ffn_expansion = {ffn_expansion} leaves no hidden channel at dim = {dim}")
     if not bad:
         for at, count in enumerate(rows["heads"]):
             if dim * 2**at % count:
-                bad.append(
-                    f"level {at + 1} has {dim * 2**at} channels, which heads[{at}] = {count} does not divide"
-                )
+                bad.append(f"level {at + 1} has {dim * 2**at} channels, which heads[{at}] = {count} does not divide")
         for at, extra in enumerate(rows["prompt_dims"]):
             width = dim * 2 ** (at + 1) + extra
             if width % prompt_heads:

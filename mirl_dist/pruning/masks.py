@@ -87,9 +87,7 @@ def digest(masks: Mapping[str, Tensor]) -> str:
     return digest_tensors(pack(masks), {n: tuple(m.shape) for n, m in masks.items()})
 
 
-def digest_tensors(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None
-) -> str:
+def digest_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None) -> str:
     """Hex SHA-256 over names, dtypes, shapes and the exact bytes of named tensors, in the order of names."""
     total = hashlib.sha256()
     for name in sorted(tensors):

@@ -45,7 +45,7 @@ def _count_bins(parts: Mapping[str, Tensor], prefix: int, known: int, width: int
     shift = 31 - known - width
     bins = torch.zeros(1 << width, dtype=torch.int64)
     for part in parts.values():
-        for chunk in part.detach().reshape(-1).split(_CHUNK):
+        for chunk in torch.split(part.detach().reshape(-1), _CHUNK):
             bits = _bits(chunk)
             if known:
                 bits = bits[(bits >> (31 - known)) == prefix]
@@ -94,4 +94,3 @@ def kth_smallest(parts: Mapping[str, Tensor], k: int, gather: Gather = alone) ->
 
 
 __all__ = ["Cut", "Gather", "alone", "kth_smallest", "refuse_non_finite"]
-
