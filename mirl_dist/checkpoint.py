@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -42,6 +43,14 @@ class Commit(NamedTuple):
 
 def round_folder(round_: int) -> str:
     return f"rounds/{round_:02d}"
+
+
+_COMMIT = re.compile(rf"(rounds/(\d+)(?:/steps/(\d+))?)/{re.escape(COMPLETE)}")
+
+
+def _facts(data: bytes) -> dict[str, Any]:
+    """What COMPLETE.json says of a part."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _json(value: Any) -> bytes:
@@ -104,20 +113,30 @@ class Checkpoints:
         said = {}
         for name, data in parts.items():
             self.store.put(f"{folder}/{name}", data)
-            said[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            said[name] = _facts(data)
         self.store.put(f"{folder}/{COMPLETE}", _json({"parts": said}))
+
+    def _said(self, folder: str) -> dict[str, Any]:
+        """What COMPLETE.json says of each part. Raises Fault for one that is damaged."""
+        name = f"{folder}/{COMPLETE}"
+        try:
+            parts = json.loads(self.store.get(name))["parts"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+            parts = None
+        if not isinstance(parts, dict):
+            raise Fault(f"{self.store.where(name)} is damaged: it does not list the parts of a commit")
+        return parts
 
     def _parts(self, folder: str) -> dict[str, bytes]:
         """All parts of a commit, verified. Raises Fault naming a part that is missing or damaged."""
-        said = json.loads(self.store.get(f"{folder}/{COMPLETE}"))["parts"]
         found = {}
-        for name, facts in said.items():
+        for name, facts in self._said(folder).items():
             where = self.store.where(f"{folder}/{name}")
             try:
                 data = self.store.get(f"{folder}/{name}")
             except NotThere:
                 raise Fault(f"{where} is missing from its commit") from None
-            if len(data) != facts["bytes"] or hashlib.sha256(data).hexdigest() != facts["sha256"]:
+            if facts != _facts(data):
                 raise Fault(f"{where} is damaged: its bytes are not those that were committed")
             found[name] = data
         return found
@@ -126,11 +145,10 @@ class Checkpoints:
         """All complete commits, the newest first."""
         found = []
         for name in self.store.list("rounds"):
-            path = name.split("/")
-            if path[-1] == COMPLETE and len(path) == 3:
-                found.append(Commit("/".join(path[:-1]), int(path[1]), None))
-            elif path[-1] == COMPLETE and len(path) == 5:
-                found.append(Commit("/".join(path[:-1]), int(path[1]), int(path[3])))
+            match = _COMMIT.fullmatch(name)
+            if match:
+                step = match.group(3)
+                found.append(Commit(match.group(1), int(match.group(2)), None if step is None else int(step)))
         return sorted(found, key=lambda c: (c.round_, c.step is None, c.step or 0), reverse=True)
 
     def save_mask(self, round_: int, masks: Mapping[str, Tensor]) -> None:
@@ -194,9 +212,9 @@ class Checkpoints:
     def drop_weights(self, round_: int) -> None:
         """Keep a round's ticket and mask, drop the weights it trained."""
         folder = round_folder(round_)
-        said = json.loads(self.store.get(f"{folder}/{COMPLETE}"))
-        if said["parts"].pop(WEIGHTS, None) is not None:
-            self.store.put(f"{folder}/{COMPLETE}", _json(said))
+        said = self._said(folder)
+        if said.pop(WEIGHTS, None) is not None:
+            self.store.put(f"{folder}/{COMPLETE}", _json({"parts": said}))
             self.store.remove(f"{folder}/{WEIGHTS}")
 
     # -- reading back -------------------------------------------------------------------------------------------

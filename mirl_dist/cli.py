@@ -100,6 +100,10 @@ def train(
         raise Fault(str(fault), everywhere=True) from None
     if launch is None:
         address = assemble.run(tree, resume, _stop_flag())
+        if os.environ.get("RANK", "0") == "0":
+            from mirl_dist import shelf
+
+            shelf.print_tickets(tree.run.folder, as_json=False)
     else:
         from mirl_dist import launching
 
@@ -233,9 +237,11 @@ def tickets_list(run: Annotated[str, typer.Argument(help="Run folder.")], as_jso
 
 @tickets_app.command("show")
 def tickets_show(
-    ticket: Annotated[str, typer.Argument(help="Run folder, or run folder/rounds/NN.")], as_json: Json = False
+    ticket: Annotated[str, typer.Argument(help="Run folder, or run folder/rounds/NN.")],
+    as_json: Json = False,
+    picture: Annotated[Path | None, typer.Option(help="Also write its strip of restored images, a PNG.")] = None,
 ) -> None:
     """Print one ticket: counts, digests, scores, density per layer."""
     from mirl_dist import shelf
 
-    shelf.print_ticket(ticket, as_json)
+    shelf.print_ticket(ticket, as_json, picture)

@@ -81,7 +81,7 @@ class Data(Node):
             found.append("data.mix: found no task; name at least one, for example derain: 1")
         for task in self.mix:
             kind, _, level = task.partition("_")
-            if kind == "denoise" and level.isdigit() and 0 < int(level) <= 255:
+            if kind == "denoise" and level.isdecimal() and 0 < int(level) <= 255:
                 continue
             if task not in ("derain", "dehaze"):
                 found.append(

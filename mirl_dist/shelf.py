@@ -19,7 +19,7 @@ from mirl_dist.data.sample import Task, decode
 from mirl_dist.data.stream import Shards
 from mirl_dist.faults import Fault
 from mirl_dist.ranks import Ranks
-from mirl_dist.storage import open_store
+from mirl_dist.storage import Folder, open_store
 from mirl_dist.ticket import Score, Ticket
 
 
@@ -94,10 +94,15 @@ def print_tickets(run: str, as_json: bool) -> None:
         report.say("* best by validation")
 
 
-def print_ticket(reference: str, as_json: bool) -> None:
-    """Counts, digests, scores and density per layer of one ticket."""
+def print_ticket(reference: str, as_json: bool, picture: Path | None) -> None:
+    """Counts, digests, scores and density per layer of one ticket; its strip of images goes to `picture`."""
     found = find(reference)
     ticket = found.checkpoints.ticket(found.round_)
+    if picture is not None:
+        strip = found.checkpoints.pictures(found.round_)
+        if strip is None:
+            raise Fault(f"{reference} drew no pictures: its shards have no evaluation sets. Leave out --picture.")
+        Folder(picture.parent).put(picture.name, strip)
     if as_json:
         print(json.dumps(ticket.row() | {"layer_density": ticket.layer_density}, indent=1))
         return
@@ -107,6 +112,8 @@ def print_ticket(reference: str, as_json: bool) -> None:
     print_score_table(reference, ticket.scores)
     rows = [[name, f"{value:.4f}"] for name, value in ticket.layer_density.items()]
     _table("density per layer", ["tensor", "alive share"], rows)
+    if picture is not None:
+        report.say(f"degraded, restored and clean: {picture}")
 
 
 def print_score_table(title: str, scores: dict[str, Score]) -> None:
@@ -176,8 +183,6 @@ def restore_files(images: list[Path], reference: str, out: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    from mirl_dist.storage import Folder
-
     found = find(reference)
     stems = [path.stem for path in images]
     twice = sorted({s for s in stems if stems.count(s) > 1})
@@ -204,8 +209,6 @@ def import_official(file: Path, model: str, out: Path) -> None:
     import pickle
 
     import safetensors.torch
-
-    from mirl_dist.storage import Folder
 
     try:
         if file.suffix == ".safetensors":

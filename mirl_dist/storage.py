@@ -86,8 +86,10 @@ class Folder:
     def list(self, prefix: str) -> list[str]:
         """Complete names below `prefix` (a folder name, or '' for all), sorted."""
         with self._named_errors(prefix):
-            found = [p for p in (self._root / prefix).rglob("*") if p.is_file()]
-            return sorted(str(p.relative_to(self._root).as_posix()) for p in found if not p.name.startswith(_TEMPORARY))
+            found = []
+            for folder, _, files in os.walk(self._root / prefix, onerror=_refuse_unless_gone):
+                found += [Path(folder, f).relative_to(self._root) for f in files if not f.startswith(_TEMPORARY)]
+            return sorted(path.as_posix() for path in found)
 
     def remove(self, name: str) -> None:
         """Remove `name` if it is there, and folders that this leaves empty."""
@@ -133,6 +135,12 @@ class Folder:
 
 
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE)
+
+
+def _refuse_unless_gone(error: OSError) -> None:
+    """A folder that may not be read is not an empty one."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _flush_folder(folder: Path) -> None:

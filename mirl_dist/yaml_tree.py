@@ -33,6 +33,8 @@ class _OneValuePerKey(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # a list or mapping as a key: refused below
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key '{key.value}' stands here twice", key.start_mark
@@ -116,16 +118,32 @@ def _describe(cls: type[BaseModel], loc: tuple[str | int, ...], kind: str, messa
     return f"{key}: found {found!r}; {message[0].lower()}{message[1:]}"
 
 
+def _inside(part: Any, here: Any) -> bool:
+    return part in here if isinstance(here, Mapping) else isinstance(here, list) and part in range(len(here))
+
+
+def _place(tree: Any, loc: Sequence[str | int], kind: str) -> tuple[str | int, ...]:
+    """The keys of a complaint that the tree has (pydantic also names the branches of a union)."""
+    here, found = tree, []
+    for part in loc:
+        if _inside(part, here):
+            here = here[part]
+            found.append(part)
+    return (*found, loc[-1]) if kind == "missing" else tuple(found)
+
+
 def _without(tree: Any, loc: Sequence[Any]) -> None:
-    """Remove the value at loc, or the nearest container that still exists."""
-    here = tree
-    for part in loc[:-1]:
-        inside = part in here if isinstance(here, Mapping) else isinstance(here, list) and part in range(len(here))
-        if not inside:
-            return
+    """Remove the value at loc; a faulty list of plain values goes as a whole."""
+    here, holder, key = tree, {}, None
+    for part in loc:
+        if not _inside(part, here):
+            break
+        if isinstance(here, dict):
+            holder, key = here, part
         here = here[part]
-    if isinstance(here, dict):
-        here.pop(loc[-1], None)
+    value = holder.get(key)
+    if not (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
+        holder.pop(key, None)
 
 
 def build(cls: type[Tree], tree: dict[str, Any], where: str) -> Tree:
@@ -137,10 +155,11 @@ def build(cls: type[Tree], tree: dict[str, Any], where: str) -> Tree:
     except ValidationError as error:
         rest = yaml.safe_load(yaml.safe_dump(tree))
         for e in error.errors(include_url=False):
-            complaint = _describe(cls, e["loc"], e["type"], e["msg"], e["input"])
+            loc = _place(tree, e["loc"], e["type"])
+            complaint = _describe(cls, loc, e["type"], e["msg"], e["input"])
             if complaint not in complaints:
                 complaints.append(complaint)
-            _without(rest, e["loc"])
+            _without(rest, loc)
         try:  # the faulty keys at their defaults: do the others fit together?
             checked = cls.model_validate(rest)
         except ValidationError:

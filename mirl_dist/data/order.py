@@ -91,7 +91,9 @@ class Order:
                 everywhere=True,
             )
         self._counts = [samples[t.kind] for t in self.tasks]
-        self._ends = np.cumsum([mix[t.name] * n for t, n in zip(self.tasks, self._counts, strict=True)])
+        # Laid out by name: in whichever order a config lists its tasks, the samples come in one order.
+        self._laid = sorted(range(len(self.tasks)), key=lambda i: self.tasks[i].name)
+        self._ends = np.cumsum([mix[self.tasks[i].name] * self._counts[i] for i in self._laid])
         self.length = int(self._ends[-1])
         whole = self.length // global_batch
         if whole == 0:
@@ -120,8 +122,9 @@ class Order:
         places = self._epoch(round_, at.epoch)[at.step * self._global : (at.step + 1) * self._global]
         found = []
         for place in places.tolist():
-            task = int(np.searchsorted(self._ends, place, side="right"))
-            inside = place - (int(self._ends[task - 1]) if task else 0)
+            at_name = int(np.searchsorted(self._ends, place, side="right"))
+            inside = place - (int(self._ends[at_name - 1]) if at_name else 0)
+            task = self._laid[at_name]
             copy, sample = divmod(inside, self._counts[task])
             found.append(Slot(round_, at.epoch, task, sample, copy))
         return found

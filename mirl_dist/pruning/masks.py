@@ -57,7 +57,7 @@ def close_gradients(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor
 def open_dead(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> str | None:
     """The first tensor (by name) with a dead weight that is not zero, or None when the masks hold."""
     for name in sorted(masks):
-        if bool((weights[name].detach() * ~masks[name]).any()):
+        if bool(weights[name].detach().masked_fill(masks[name], 0.0).any()):
             return name
     return None
 

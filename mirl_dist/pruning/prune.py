@@ -107,13 +107,12 @@ def _cut_group(
     mine = {n: share.of(scores(n))[share.of(masks[n].reshape(-1))] for n in group}
     cut = kth_smallest(mine, k, gather)
     ties, new = cut.ties, {}
-    value = torch.tensor(cut.value, dtype=torch.float32)
     for name in group:
         keep = masks[name].reshape(-1).clone()
         magnitude = _absolute(scores(name))
-        keep &= magnitude >= _absolute(value.to(keep.device))
+        keep &= magnitude >= cut.bits
         if ties:
-            equal = torch.nonzero(keep & (magnitude == _absolute(value.to(keep.device)))).reshape(-1)[:ties]
+            equal = torch.nonzero(keep & (magnitude == cut.bits)).reshape(-1)[:ties]
             keep[equal] = False
             ties -= equal.numel()
         new[name] = keep.reshape(masks[name].shape)

@@ -7,6 +7,7 @@ those counts tells every rank the same next prefix. No sort, no interpolation, n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
 
@@ -23,11 +24,20 @@ _CHUNK = 1 << 22  # weights counted at once: bounds the extra memory
 
 
 class Cut(NamedTuple):
-    """Where the k smallest magnitudes end: `below` are smaller than `value`, the first `ties` equal to it also go."""
+    """Where the k smallest magnitudes end: `below` are smaller than the cut, the first `ties` equal to it also go.
 
-    value: float
+    bits: the cut as the bits of a float32, by which to compare: exact under any flush-to-zero mode.
+    """
+
+    bits: int
     below: int
     ties: int
+
+    @property
+    def value(self) -> float:
+        """The cut as a number."""
+        exponent, fraction = divmod(self.bits, 1 << 23)
+        return math.ldexp(fraction + (1 << 23), exponent - 150) if exponent else math.ldexp(fraction, -149)
 
 
 def alone(counts: Tensor) -> Tensor:
@@ -89,8 +99,7 @@ def kth_smallest(parts: Mapping[str, Tensor], k: int, gather: Gather = alone) ->
         before = int(upto[chosen] - counts[chosen])
         below, remaining = below + before, remaining - before
         prefix, known, ties = (prefix << width) | chosen, known + width, remaining
-    value = torch.tensor([prefix], dtype=torch.int32).view(torch.float32).item()
-    return Cut(float(value), below, ties)
+    return Cut(prefix, below, ties)
 
 
 __all__ = ["Cut", "Gather", "alone", "kth_smallest", "refuse_non_finite"]

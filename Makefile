@@ -1,0 +1,40 @@
+# make demo   the whole mission, small: shards, two ranks, four tickets, a picture
+# make test   all checks and tests
+# make check  ruff, format, types
+# make bench  measurements (see benchmarks/)
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
+# One thread per rank and per test process: two ranks on two cores would fight for them otherwise.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test check bench install clean
+.DEFAULT_GOAL := demo
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: install
+	mirl-dist shards build shards/demo.yaml --out demo/shards
+	mirl-dist train configs/demo.yaml --launch auto
+	mirl-dist tickets show demo/run --picture demo/restored.png
+
+check: install
+	ruff check .
+	ruff format --check .
+	mypy
+
+test: check
+	pytest
+
+bench: install
+	python benchmarks/selection.py
+
+clean:
+	rm -rf demo .mypy_cache .ruff_cache .pytest_cache build *.egg-info

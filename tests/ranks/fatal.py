@@ -1,0 +1,89 @@
+"""`mirl_dist` with one planned mishap, described by the environment variable MIRL_FATAL as JSON.
+
+{"rank": 0, "put": GLOB, "when": "before" | "during" | "after", "signal": 9}   at the first put of a matching name;
+    during: the bytes lie under a temporary name, the rename has not happened
+{"rank": 1, "step": [ROUND, UPDATES], "signal": 9}    before that optimiser step; rank "all": every rank
+{"rank": 1, "step": [ROUND, UPDATES], "do": "nan"}    that rank's network returns NaN at that step
+{"rank": 1, "step": [ROUND, UPDATES], "do": "drift"}  one weight of that rank moves by one part in a million
+{"rank": 1, "step": [ROUND, UPDATES], "do": "fault"}  that rank raises a Fault of its own
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+from typing import Any
+
+import torch
+
+from mirl_dist import cli, objective, storage, train
+from mirl_dist.faults import Fault
+from mirl_dist.pruning import masks
+
+PLAN: dict[str, Any] = json.loads(os.environ["MIRL_FATAL"])
+MINE = PLAN["rank"] in ("all", int(os.environ.get("RANK", "0")))
+
+
+def die() -> None:
+    os.kill(os.getpid(), PLAN.get("signal", 9))
+
+
+def at_put() -> None:
+    put, replace = storage.Folder.put, os.replace
+    armed = [True]
+
+    def strike(name: str, when: str) -> None:
+        if armed[0] and when == PLAN["when"] and fnmatch.fnmatchcase(name, PLAN["put"]):
+            armed[0] = False
+            die()
+
+    def putting(self: storage.Folder, name: str, data: bytes) -> None:
+        strike(name, "before")
+        put(self, name, data)
+        strike(name, "after")
+
+    def replacing(source: str, target: Any) -> None:
+        strike(str(target), "during")
+        replace(source, target)
+
+    storage.Folder.put = putting  # type: ignore[method-assign]
+    storage.os.replace = replacing  # type: ignore[assignment]
+
+
+def at_step() -> None:
+    train_round, close_gradients, l1 = train.train_round, masks.close_gradients, objective.per_sample_l1
+    where: list[Any] = []
+
+    def now() -> bool:
+        return bool(where) and [where[0].progress.round, where[0].progress.updates] == PLAN["step"]
+
+    def training(state: Any, *args: Any, **kwargs: Any) -> None:
+        where[:] = [state]
+        train_round(state, *args, **kwargs)
+
+    def closing(weights: Any, alive: Any) -> None:
+        if now() and "do" not in PLAN:
+            die()
+        if now() and PLAN["do"] == "fault":
+            raise Fault("found a planned fault, in this rank alone, so that a test can see it.")
+        close_gradients(weights, alive)
+        if now() and PLAN["do"] == "drift":
+            with torch.no_grad():
+                next(iter(weights.values())).view(-1)[0] *= 1.000001
+
+    def losing(restored: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+        losses = l1(restored, clean)
+        if now() and PLAN.get("do") == "nan":
+            losses = torch.cat([losses[:-1], losses[-1:] * float("nan")])
+        return losses
+
+    train.train_round = training
+    masks.close_gradients = closing
+    objective.per_sample_l1 = losing
+
+
+if __name__ == "__main__":
+    if MINE:
+        at_put() if "put" in PLAN else at_step()
+    cli.main()
