@@ -285,8 +285,11 @@ def run(config: Config, resume: str, stop_asked: Callable[[], bool]) -> str:
     )
     if newest is None and state.progress.updates == 0:
         rounds.open_round()
+    game = lottery_of(config)
+    if newest is not None and game.finished(newest) and ranks.is_main:
+        report.say(f"all rounds are finished; nothing is left to train (prune.rounds: {config.prune.rounds})")
     lottery.play(
-        lottery_of(config),
+        game,
         state,
         initial,
         ranks,

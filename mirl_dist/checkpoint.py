@@ -156,8 +156,9 @@ class Checkpoints:
 
     def masks(self, round_: int, shapes: Mapping[str, tuple[int, ...]]) -> masking.Masks:
         name = f"{round_folder(round_)}/{MASK}"
+        data = self.store.get(name)
         try:
-            return masking.unpack(safetensors.torch.load(self.store.get(name)), shapes)
+            return masking.unpack(safetensors.torch.load(data), shapes)
         except (ValueError, safetensors.SafetensorError) as error:
             raise Fault(f"{self.store.where(name)}: {error}. The prune.scope or the model differs.") from None
 

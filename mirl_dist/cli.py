@@ -34,8 +34,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 def main() -> None:
     """Run a command; a Fault becomes one line on standard error."""
     rank = os.environ.get("RANK", "0")
+    if "RANK" in os.environ:
+        sys.excepthook = _show_and_leave
     try:
         app()
+    except SystemExit as ended:
+        _leave(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
     except Fault as fault:
         if rank == "0" or not fault.everywhere:
             who = "mirl-dist" if fault.everywhere or "RANK" not in os.environ else f"mirl-dist, rank {rank}"
@@ -55,12 +59,19 @@ def main() -> None:
 
 
 def _leave(code: int) -> None:
-    """Exit; without waiting for the process group, since other ranks may be gone already."""
+    """Exit. A rank goes at once: other ranks may be gone already, and torch's process group (gloo, torch 2.13) can
+    wait for itself for ever while Python takes it apart."""
     sys.stdout.flush()
     sys.stderr.flush()
     if "RANK" in os.environ:
         os._exit(code)
     sys.exit(code)
+
+
+def _show_and_leave(*error: Any) -> None:
+    """What an unforeseen error of a rank does: its traceback, then code 1."""
+    sys.__excepthook__(*error)
+    _leave(1)
 
 
 def _version(wanted: bool) -> None:

@@ -20,6 +20,10 @@ from mirl_dist.pruning.prune import Slice
 
 T = TypeVar("T")
 
+# Groups that were left. Were a wrapped model the last to hold one, freeing it would wait, with Python's lock held, for
+# a thread of gloo that may need that lock to free a tensor (torch 2.13): a finished rank that never ends.
+_LEFT: list[Any] = []
+
 
 class Ranks:
     """One process among `world`. Constructed once per process; joins the process group that the launcher announced."""
@@ -70,7 +74,7 @@ class Ranks:
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         wrapped: nn.Module = self._accelerator.prepare(model)
         parallel = isinstance(wrapped, nn.parallel.DistributedDataParallel)
-        if parallel != (self.world > 1):
+        if self.world > 1 and not parallel:
             raise Fault(
                 f"{self.world} ranks, but the model is a {type(wrapped).__name__}: gradients would not be shared. "
                 "Launch with a file from launch/.",
@@ -164,6 +168,8 @@ class Ranks:
 
     def close(self) -> None:
         """Leave the process group; without this, torch warns about leaked resources."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            _LEFT.append(torch.distributed.group.WORLD)
         self._accelerator.end_training()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

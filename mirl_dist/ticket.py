@@ -137,8 +137,10 @@ def validation_score(ticket: Ticket, globs: tuple[str, ...]) -> float:
     """The mean of the scores that the globs name. Raises Fault when they name none."""
     from fnmatch import fnmatchcase
 
-    named: Mapping[str, float] = {n: v for n, v in metrics(ticket).items() if n.startswith(("psnr/", "ssim/"))}
-    chosen = [v for n, v in named.items() if n != "psnr/mean" and any(fnmatchcase(n, g) for g in globs)]
+    found = metrics(ticket)
+    found.pop("psnr/mean", None)
+    named: Mapping[str, float] = {n: v for n, v in found.items() if n.startswith(("psnr/", "ssim/"))}
+    chosen = [v for n, v in named.items() if any(fnmatchcase(n, g) for g in globs)]
     if not chosen:
         raise Fault(
             f"keep.by: {', '.join(globs)} names no score; there are {', '.join(sorted(named))}. Correct keep.by.",

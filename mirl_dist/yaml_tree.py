@@ -136,10 +136,10 @@ def _without(tree: Any, loc: Sequence[Any]) -> None:
     """Remove the value at loc; a faulty list of plain values goes as a whole."""
     here, holder, key = tree, {}, None
     for part in loc:
-        if not _inside(part, here):
-            break
         if isinstance(here, dict):
             holder, key = here, part
+        if not _inside(part, here):
+            break
         here = here[part]
     value = holder.get(key)
     if not (isinstance(value, list) and any(isinstance(item, dict) for item in value)):

@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from mirl_dist.data import degrade
+from mirl_dist.data.source_image import DAMAGE
 from mirl_dist.faults import Fault
 
 Pixels = NDArray[np.uint8]
@@ -68,7 +69,7 @@ def decode(data: bytes, where: str, remedy: str = "Build the shards again.") -> 
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.array(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, *DAMAGE) as error:
         raise Fault(f"{where} does not decode as an image ({error}). {remedy}") from None
 
 

@@ -6,6 +6,7 @@
 {"rank": 1, "step": [ROUND, UPDATES], "do": "nan"}    that rank's network returns NaN at that step
 {"rank": 1, "step": [ROUND, UPDATES], "do": "drift"}  one weight of that rank moves by one part in a million
 {"rank": 1, "step": [ROUND, UPDATES], "do": "fault"}  that rank raises a Fault of its own
+{"rank": 0, "do": "keep"}                             no mishap: commits inside rounds are kept for a look at them
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mirl_dist import cli, objective, storage, train
+from mirl_dist import checkpoint, cli, objective, storage, train
 from mirl_dist.faults import Fault
 from mirl_dist.pruning import masks
 
@@ -83,7 +84,11 @@ def at_step() -> None:
     objective.per_sample_l1 = losing
 
 
+def keep() -> None:
+    checkpoint.Checkpoints._remove = lambda self, folder: None  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     if MINE:
-        at_put() if "put" in PLAN else at_step()
+        (keep if PLAN.get("do") == "keep" else at_put if "put" in PLAN else at_step)()
     cli.main()

@@ -1,0 +1,403 @@
+"""Laws of the config: every mistake is named at once, and the fingerprint tells experiments apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from mirl_dist import yaml_tree
+from mirl_dist.config import Aside, Config, differences, of_dump, read
+from mirl_dist.faults import Fault
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def config(tree: dict[str, Any]) -> Config:
+    return yaml_tree.build(Config, tree, "the test")
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+def said(tree: dict[str, Any]) -> list[str]:
+    """The complaints about a tree, one a line."""
+    with pytest.raises(Fault) as caught:
+        config(tree)
+    head, *lines = str(caught.value).splitlines()
+    assert head == ("a fault in the test:" if len(lines) == 1 else f"{len(lines)} faults in the test:")
+    return [line.strip() for line in lines]
+
+
+def file(folder: Path, text: str, name: str = "a.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_known_one() -> None:
+    assert said({"prune": {"fracton": 0.3}}) == [
+        "prune.fracton: found an unknown key (value 0.3); the nearest key is 'fraction'"
+    ]
+    assert said({"trian": {}}) == ["trian: found an unknown key (value {}); the nearest key is 'train'"]
+    assert said({"batch": {"globl": 4}}) == [
+        "batch.globl: found an unknown key (value 4); the nearest key is 'global'"
+    ], "keys are offered as they are written in YAML"
+
+
+def test_an_unknown_key_far_from_all_lists_what_is_known_there() -> None:
+    assert said({"rewind": {"zzz": 1}}) == ["rewind.zzz: found an unknown key (value 1); known here: what"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "complaint"),
+    [
+        ({"prune": {"fraction": "much"}}, "prune.fraction: found 'much'; input should be a valid number"),
+        ({"prune": {"fraction": 1.0}}, "prune.fraction: found 1.0; input should be less than 1"),
+        ({"prune": {"fraction": float("nan")}}, "prune.fraction: found nan; input should be a finite number"),
+        ({"batch": {"global": 0}}, "batch.global: found 0; input should be greater than 0"),
+        ({"batch": {"global": 2.5}}, "batch.global: found 2.5; input should be a valid integer"),
+        ({"batch": {"global_": 4}}, "batch.global_: found an unknown key (value 4); the nearest key is 'global'"),
+        ({"train": {"precision": "fp8"}}, "train.precision: found 'fp8'; input should be 'fp32' or 'bf16'"),
+        ({"run": {"folder": 5}}, "run.folder: found 5; input should be a valid string"),
+        ({"run": {"folder": ""}}, "run.folder: found ''; string should have at least 1 character"),
+        ({"model": {"blocks": [1, 1]}}, "model.blocks.2: missing; give it a value"),
+        ({"model": {"blocks": [1, 1, 0, 1]}}, "model.blocks.2: found 0; input should be greater than 0"),
+        ({"prune": 5}, "prune: found 5; input should be a valid dictionary"),
+        ({"prune": {"scope": 5}}, "prune.scope: found 5; input should be 'published' or 'all'"),
+        ({"data": {"mix": {"derain": 0}}}, "data.mix.derain: found 0; input should be greater than 0"),
+        ({"checkpoint": {"keep_last": 1}}, "checkpoint.keep_last: found 1; input should be greater than or equal to 2"),
+        ({"optimiser": {"betas": [0.9, 1.0]}}, "optimiser.betas.1: found 1.0; input should be less than 1"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key_and_what_is_right(tree: dict[str, Any], complaint: str) -> None:
+    assert said(tree)[0].startswith(complaint)
+
+
+@pytest.mark.parametrize(
+    ("tree", "complaint"),
+    [
+        ({"data": {"mix": {}}}, "data.mix: found no task"),
+        ({"data": {"mix": {"desnow": 1}}}, "data.mix.desnow: found an unknown task"),
+        ({"data": {"mix": {"denoise": 1}}}, "data.mix.denoise: found an unknown task"),
+        ({"data": {"mix": {"denoise_256": 1}}}, "data.mix.denoise_256: found an unknown task"),
+        ({"data": {"mix": {"denoise_²": 1}}}, "data.mix.denoise_²: found an unknown task"),
+        ({"prune": {"style": "one_shot"}}, "prune.rounds: found 15 with prune.style one_shot"),
+        ({"prune": {"finetune_lr": 1e-4}}, "prune.finetune_lr: found with prune.style iterative"),
+        (
+            {"prune": {"style": "one_shot", "rounds": 1}, "rewind": {"what": "published"}},
+            "rewind.what: found 'published' with prune.style one_shot",
+        ),
+        ({"train": {"epochs": 15}}, "schedule.warmup_epochs: found 15 of 15 train.epochs"),
+        ({"schedule": {"horizon_epochs": 100}}, "schedule.horizon_epochs: found 100.0 below train.epochs 120"),
+        ({"model": {"heads": [5, 2, 4, 8]}}, "model.heads[0]: found 5 heads for a width of 48"),
+        ({"model": {"prompt_dims": [63, 128, 320]}}, "model.prompt_heads: found 4 heads for a width of 159"),
+        ({"batch": {"forward": 3}}, "batch.forward: found 3, which does not divide batch.global 8"),
+        ({"keep": {"rounds": "best"}}, "keep.by: found nothing with keep.rounds best"),
+        ({"run": {"folder": "s3://bucket/run"}}, "run.folder, data.shards: found a URL"),
+    ],
+)
+def test_keys_that_cannot_stand_together_are_refused(tree: dict[str, Any], complaint: str) -> None:
+    found = said(tree)
+    assert len(found) == 1
+    assert found[0].startswith(complaint)
+
+
+def test_unknown_keys_wrong_values_and_contradictions_come_in_one_message() -> None:
+    found = said(
+        {
+            "trian": {},
+            "prune": {"fracton": 0.3, "style": "one_shot", "scope": 5},
+            "optimiser": {"lr": "fast", "betas": [0.9, "x"]},
+            "model": {"blocks": [1, 1, 0, 1]},
+            "batch": {"forward": 3},
+        }
+    )
+    for start in (
+        "trian: found an unknown key",
+        "prune.fracton: found an unknown key",
+        "prune.scope: found 5",
+        "optimiser.lr: found 'fast'",
+        "optimiser.betas.1: found 'x'",
+        "model.blocks.2: found 0",
+        "prune.rounds: found 15 with prune.style one_shot",
+        "batch.forward: found 3",
+    ):
+        assert any(complaint.startswith(start) for complaint in found), start
+
+
+def test_a_password_in_the_tracking_address_is_refused_and_an_address_without_one_is_not() -> None:
+    found = said({"tracking": {"uri": "https://me:secret@mlflow.example.org/x"}})
+    assert found == ["tracking.uri: found credentials inside; put the address into MLFLOW_TRACKING_URI instead"]
+    assert "secret" not in "".join(found)
+    for uri in ("https://mlflow.example.org/a@b", "sqlite:///mlflow.db", "http://127.0.0.1:5000"):
+        assert config({"tracking": {"uri": uri}}).tracking.uri == uri
+
+
+# -- files and --set --------------------------------------------------------------------------------------------
+
+
+def test_set_goes_over_the_file_and_the_last_set_wins(tmp_path: Path) -> None:
+    path = file(tmp_path, "prune: {fraction: 0.3, rounds: 2}\n")
+    assert read(path).prune.fraction == 0.3
+    found = read(path, ["prune.fraction=0.4", "prune.fraction=0.5", "run.seed=7"])
+    assert (found.prune.fraction, found.prune.rounds, found.run.seed) == (0.5, 2, 7)
+    assert found.batch.global_ == 8, "what neither names keeps its default"
+
+
+def test_a_set_value_is_read_as_yaml(tmp_path: Path) -> None:
+    path = file(tmp_path, "run: {seed: 1}\n")
+    sets = [
+        "model.blocks=[1, 2, 3, 4]",
+        "checkpoint.every_steps=null",
+        "tracking.enabled=false",
+        "data.mix={derain: 2}",
+        "tracking.run_name=a=b",
+        "batch.global=16",
+        "optimiser.lr=2e-4",
+    ]
+    found = read(path, sets)
+    assert found.model.blocks == (1, 2, 3, 4)
+    assert found.checkpoint.every_steps is None
+    assert found.tracking.enabled is False
+    assert found.data.mix == {"derain": 2}, "a mapping replaces a mapping"
+    assert found.tracking.run_name == "a=b"
+    assert (found.batch.global_, found.optimiser.lr) == (16, 2e-4)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "complaint"),
+    [
+        ("prune.fraction", "--set 'prune.fraction' is not of the form key=value. Write for example"),
+        ("=3", "--set '=3' is not of the form key=value"),
+        ("prune..fraction=3", "--set 'prune..fraction=3' is not of the form key=value"),
+        ("run.seed.x=1", "--set run.seed.x: 'seed' holds 3, which has no keys below it"),
+        ("model.blocks=[1, 2", "--set model.blocks is not valid YAML at line 1"),
+        ("data.mix={a: 1, a: 2}", "the key 'a' stands here twice"),
+        ("prune.fracton=0.3", "the nearest key is 'fraction'"),
+    ],
+)
+def test_a_set_that_means_nothing_is_refused(tmp_path: Path, assignment: str, complaint: str) -> None:
+    with pytest.raises(Fault) as caught:
+        read(file(tmp_path, "run: {seed: 3}\n"), [assignment])
+    assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("run: {seed: 1}\nrun: {seed: 2}\n", "line 2, column 1: the key 'run' stands here twice"),
+        ("run:\n  seed: 1\n  folder: a\n  seed: 2\n", "line 4, column 3: the key 'seed' stands here twice"),
+        ("run: {seed: 1\n", "is not valid YAML at line 2"),
+        ("? [a, b]\n: 1\n", "is not valid YAML at line 1, column 3"),
+        ("- 1\n", "holds list, not keys with values"),
+        ("", "holds NoneType, not keys with values"),
+        ("run: !!python/object/apply:os.system ['true']\n", "is not valid YAML at line 1"),
+    ],
+)
+def test_a_malformed_file_is_refused_with_its_place(tmp_path: Path, text: str, complaint: str) -> None:
+    path = file(tmp_path, text)
+    with pytest.raises(Fault) as caught:
+        read(path)
+    assert complaint in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_answered_with_its_neighbours(tmp_path: Path) -> None:
+    for name in ("b.yaml", "a.yaml", "notes.txt"):
+        file(tmp_path, "{}", name)
+    with pytest.raises(Fault) as caught:
+        read(tmp_path / "c.yaml")
+    assert str(caught.value) == (f"no file at {tmp_path}/c.yaml. There are: {tmp_path}/a.yaml, {tmp_path}/b.yaml.")
+    with pytest.raises(Fault, match=r"Give the path of a YAML file\."):
+        read(tmp_path / "nowhere" / "c.yaml")
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(Fault, match=r"cannot read .*a\.yaml"):
+        read(path)
+
+
+# -- fingerprint ------------------------------------------------------------------------------------------------
+
+# A value other than the default for every key, with the keys that it needs beside it.
+ASIDE: dict[str, Any] = {
+    "run.folder": "elsewhere",
+    "data.shards": "elsewhere",
+    "data.workers": 0,
+    "batch.forward": 2,
+    "train.device": "cpu",
+    "prune.rounds": 3,
+    "prune.target_sparsity": 0.5,
+    "checkpoint.every_steps": 5,
+    "checkpoint.keep_last": 9,
+    "tracking.enabled": False,
+    "tracking.uri": "sqlite:///other.db",
+    "tracking.experiment": "other",
+    "tracking.run_name": "other",
+    "tracking.every_steps": 3,
+}
+TELLING: dict[str, Any] = {
+    "run.seed": 1,
+    "model.dim": 64,
+    "model.blocks": [4, 6, 6, 9],
+    "model.refinement_blocks": 3,
+    "model.heads": [2, 2, 4, 8],
+    "model.ffn_expansion": 2.0,
+    "model.prompt_length": 6,
+    "model.prompt_dims": [64, 128, 324],
+    "model.prompt_sizes": [64, 32, 8],
+    "model.prompt_heads": 2,
+    "data.mix": {"denoise_15": 3, "denoise_25": 3, "denoise_50": 3, "derain": 120, "dehaze": 2},
+    "data.patch_pixels": 128,
+    "data.augment": "all",
+    "data.steps_per_epoch": 3,
+    "batch.global": 16,
+    "optimiser.name": "adam",
+    "optimiser.lr": 1e-4,
+    "optimiser.betas": [0.9, 0.99],
+    "optimiser.eps": 1e-7,
+    "optimiser.weight_decay": 0,
+    "optimiser.clip_norm": 1.0,
+    "schedule.by": "step",
+    "schedule.warmup_epochs": 14,
+    "schedule.horizon_epochs": 150,
+    "train.epochs": 121,
+    "train.precision": "bf16",
+    "prune.style": "one_shot",
+    "prune.fraction": 0.3,
+    "prune.criterion": "random",
+    "prune.per": "layer",
+    "prune.scope": "all",
+    "prune.output_layers": ["output.*"],
+    "prune.output_factor": 1.0,
+    "prune.finetune_epochs_fraction": 0.1,
+    "prune.finetune_lr": 1e-5,
+    "rewind.what": "published",
+    "evaluate.sets": ["a"],
+    "evaluate.seed": 1,
+    "keep.rounds": "best",
+    "keep.by": ["psnr/*/a"],
+}
+
+
+def with_value(key: str, value: Any) -> Config:
+    tree = nested(key, value)
+    if key == "prune.style":
+        tree["prune"]["rounds"] = 1
+    if key == "prune.finetune_lr":
+        tree["prune"] |= {"style": "one_shot", "rounds": 1}
+    if key == "keep.rounds":
+        tree["keep"]["by"] = ["psnr/*/b"]
+    return config(tree)
+
+
+def keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
+    found = []
+    for name, field in cls.model_fields.items():
+        key = prefix + (field.alias or name)
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found += keys(inner, f"{key}.")
+        else:
+            found.append(key)
+    return found
+
+
+def test_every_key_of_the_config_is_either_telling_or_aside() -> None:
+    assert sorted(keys(Config)) == sorted([*ASIDE, *TELLING, "model.name"]), "place a new key in one of the tables"
+    assert not ASIDE.keys() & TELLING.keys()
+
+
+@pytest.mark.parametrize("key", TELLING)
+def test_a_key_that_changes_the_numbers_changes_the_fingerprint(key: str) -> None:
+    changed = with_value(key, TELLING[key])
+    without = {"prune.finetune_lr": with_value("prune.style", "one_shot")}.get(key, Config())
+    assert changed.fingerprint() != without.fingerprint()
+    assert any(text.startswith(f"{key}: ") or text.startswith(f"{key}.") for text in differences(changed, without))
+
+
+@pytest.mark.parametrize("key", ASIDE)
+def test_a_key_that_is_aside_leaves_the_fingerprint(key: str) -> None:
+    changed = with_value(key, ASIDE[key])
+    assert changed != Config()
+    assert changed.fingerprint() == Config().fingerprint()
+    assert differences(changed, Config()) == []
+
+
+def test_all_telling_changes_have_different_fingerprints() -> None:
+    found = [with_value(key, value).fingerprint() for key, value in TELLING.items()]
+    assert len(set(found)) == len(found)
+
+
+def test_defaults_spelled_out_have_the_fingerprint_of_defaults_left_out() -> None:
+    assert config(Config().dump()).fingerprint() == config({}).fingerprint()
+    assert config({"optimiser": {"lr": 0.0002}, "schedule": {"warmup_epochs": 15}}).fingerprint() == (
+        config({"schedule": {"warmup_epochs": 15.0}}).fingerprint()
+    )
+
+
+def test_the_order_of_keys_leaves_the_fingerprint() -> None:
+    one = config({"run": {"seed": 1}, "data": {"mix": {"derain": 2, "dehaze": 1}}})
+    other = config({"data": {"mix": {"dehaze": 1, "derain": 2}}, "run": {"seed": 1}})
+    assert one.fingerprint() == other.fingerprint()
+    assert differences(one, other) == []
+
+
+def test_differences_tell_both_values() -> None:
+    found = differences(config({"prune": {"fraction": 0.3}}), config({"run": {"seed": 4}}))
+    assert found == ["prune.fraction: 0.3 here, 0.2 there", "run.seed: 0 here, 4 there"]
+
+
+def test_an_aside_mark_stands_only_where_the_table_says() -> None:
+    def marked(cls: type[BaseModel], prefix: str = "") -> list[str]:
+        found = []
+        for name, field in cls.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                found += marked(inner, f"{prefix}{name}.")
+            elif Aside in field.metadata:
+                found.append(prefix + (field.alias or name))
+        return found
+
+    assert sorted(marked(Config)) == sorted(ASIDE)
+
+
+# -- what is kept -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_of_the_repository_loads_and_comes_back_from_its_dump(path: Path) -> None:
+    found = read(path)
+    again = of_dump(yaml.safe_load(yaml.safe_dump(found.dump())), "a dump")
+    assert again == found
+    assert again.fingerprint() == found.fingerprint()
+
+
+@pytest.mark.parametrize("key", [*TELLING, *ASIDE])
+def test_a_config_comes_back_from_its_dump(key: str) -> None:
+    found = with_value(key, (TELLING | ASIDE)[key])
+    again = of_dump(found.dump(), "a dump")
+    assert again == found
+    assert again.fingerprint() == found.fingerprint()
+
+
+def test_a_dump_of_another_version_is_refused_with_its_place() -> None:
+    with pytest.raises(Fault, match=r"a fault in runs/a/run\.json:\n  prune\.colour: found an unknown key"):
+        of_dump(Config().dump() | {"prune": Config().dump()["prune"] | {"colour": 1}}, "runs/a/run.json")
+
+
+def test_a_config_cannot_be_changed_after_it_was_checked() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Config().run.seed = 3  # type: ignore[misc]

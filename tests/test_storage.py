@@ -1,0 +1,289 @@
+"""Laws of a store: a name is whole or not there, and only NotThere means that it is not."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from mirl_dist.faults import Fault
+from mirl_dist.storage import Folder, NotAllowed, NotThere, StorageError, Store, TryAgain, open_store
+
+# Each further kind of store joins the laws with a maker: an empty store, given a folder that is its own.
+MAKERS: dict[str, Callable[[Path], Store]] = {"folder": lambda path: Folder(path / "store")}
+
+
+@pytest.fixture(params=MAKERS)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return MAKERS[request.param](tmp_path)
+
+
+class TestEveryStore:
+    """What all stores keep, through the protocol alone."""
+
+    def test_what_is_put_is_what_is_got(self, store: Store) -> None:
+        for name, data in (("a", b""), ("b/c/d.json", b"{}"), ("b/c/e", bytes(range(256)) * 5000)):
+            assert not store.exists(name)
+            store.put(name, data)
+            assert store.exists(name)
+            assert store.get(name) == data
+
+    def test_a_put_replaces_the_whole_of_what_was_there(self, store: Store) -> None:
+        store.put("a/b", b"long " * 1000)
+        store.put("a/b", b"short")
+        assert store.get("a/b") == b"short"
+
+    def test_a_name_that_does_not_exist_is_not_there(self, store: Store) -> None:
+        store.put("a/b", b"x")
+        for name in ("b", "a/c", "a/b.x", "c/d/e"):
+            assert not store.exists(name)
+            with pytest.raises(NotThere, match="does not exist"):
+                store.get(name)
+
+    def test_a_prefix_is_no_name(self, store: Store) -> None:
+        store.put("a/b", b"x")
+        assert not store.exists("a")
+        with pytest.raises(StorageError):
+            store.get("a")
+
+    def test_names_are_listed_below_a_prefix_in_order(self, store: Store) -> None:
+        for name in ("r/10/z", "r/02/y", "r/02/x/w", "rr/q", "top"):
+            store.put(name, b"1")
+        assert store.list("r") == ["r/02/x/w", "r/02/y", "r/10/z"]
+        assert store.list("r/02") == ["r/02/x/w", "r/02/y"]
+        assert store.list("") == ["r/02/x/w", "r/02/y", "r/10/z", "rr/q", "top"]
+        assert store.list("nowhere") == []
+
+    def test_an_empty_store_lists_nothing(self, store: Store) -> None:
+        assert store.list("") == []
+
+    def test_what_is_removed_is_gone_and_its_neighbours_stay(self, store: Store) -> None:
+        store.put("a/b/c", b"1")
+        store.put("a/d", b"2")
+        store.remove("a/b/c")
+        store.remove("a/b/c")
+        store.remove("never/was")
+        assert store.list("") == ["a/d"]
+        store.put("a/b/c", b"3")
+        assert store.get("a/b/c") == b"3"
+
+    def test_put_if_absent_writes_once(self, store: Store) -> None:
+        assert store.put_if_absent("a/run.json", b"first") is True
+        assert store.put_if_absent("a/run.json", b"second") is False
+        assert store.get("a/run.json") == b"first"
+        store.remove("a/run.json")
+        assert store.put_if_absent("a/run.json", b"third") is True
+        assert store.list("") == ["a/run.json"], "the loser leaves nothing behind"
+
+    def test_of_eight_writers_exactly_one_wins(self, store: Store) -> None:
+        for attempt in range(10):
+            start = threading.Barrier(8)
+
+            def race(me: int, name: str = f"lease/{attempt}", start: threading.Barrier = start) -> bool:
+                start.wait()
+                return store.put_if_absent(name, f"writer {me}".encode() * 100)
+
+            with ThreadPoolExecutor(8) as pool:
+                won = list(pool.map(race, range(8)))
+            assert won.count(True) == 1
+            assert store.get(f"lease/{attempt}") == f"writer {won.index(True)}".encode() * 100
+        assert len(store.list("")) == 10
+
+    def test_a_reader_sees_the_old_or_the_new_and_nothing_between(self, store: Store) -> None:
+        versions = [bytes([n]) * 200_000 for n in range(4)]
+        store.put("a", versions[0])
+        done = threading.Event()
+
+        def read() -> int:
+            seen = 0
+            while not done.is_set():
+                assert store.get("a") in versions
+                assert store.list("") == ["a"]
+                seen += 1
+            return seen
+
+        with ThreadPoolExecutor(2) as pool:
+            readers = [pool.submit(read) for _ in range(2)]
+            try:
+                for turn in range(40):
+                    store.put("a", versions[turn % 4])
+            finally:
+                done.set()
+            assert all(reader.result() > 0 for reader in readers)
+
+    def test_a_place_is_told_for_people(self, store: Store) -> None:
+        assert store.where("a/b").startswith(store.where())
+        assert store.where("a/b").endswith("a/b")
+
+    def test_its_errors_are_faults(self, store: Store) -> None:
+        assert all(issubclass(kind, StorageError) for kind in (NotThere, NotAllowed, TryAgain))
+        assert issubclass(StorageError, Fault)
+        assert not issubclass(NotAllowed, NotThere) and not issubclass(TryAgain, NotThere)
+
+
+# -- a folder ---------------------------------------------------------------------------------------------------
+
+
+def leftovers(root: Path) -> list[str]:
+    return sorted(p.name for p in root.rglob("*") if p.is_file())
+
+
+def test_removing_the_last_name_removes_its_empty_folders_but_never_the_root(tmp_path: Path) -> None:
+    store = Folder(tmp_path)
+    store.put("a/b/c/d", b"1")
+    store.put("a/e", b"2")
+    store.remove("a/b/c/d")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "e"]
+    store.remove("a/e")
+    assert list(tmp_path.iterdir()) == []
+    assert tmp_path.is_dir()
+
+
+def test_what_a_dead_writer_left_is_not_listed_and_can_be_swept(tmp_path: Path) -> None:
+    store = Folder(tmp_path)
+    store.put("a/b", b"whole")
+    code = (
+        "import os, sys; from pathlib import Path; from mirl_dist import storage\n"
+        "storage.os.replace = storage.os.fsync = lambda *a: os._exit(9)\n"
+        "storage.Folder(Path(sys.argv[1])).put('a/b', b'half' * 1000)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode
+    assert ended == 9
+    assert len(leftovers(tmp_path)) == 2, "the dead writer's temporary file lies there"
+    assert store.list("") == ["a/b"]
+    assert store.get("a/b") == b"whole"
+    store.sweep()
+    assert leftovers(tmp_path) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.ENOSPC, TryAgain),
+        (errno.EDQUOT, TryAgain),
+        (errno.EIO, TryAgain),
+        (errno.ESTALE, TryAgain),
+        (errno.EACCES, NotAllowed),
+        (errno.EPERM, NotAllowed),
+        (errno.EROFS, NotAllowed),
+        (errno.ENAMETOOLONG, NotAllowed),
+    ],
+)
+def test_an_error_of_the_system_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[StorageError]
+) -> None:
+    store = Folder(tmp_path)
+    store.put("a/b", b"before")
+
+    def refuse(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("mirl_dist.storage.os.fsync", refuse)
+    for write in (store.put, store.put_if_absent):
+        with pytest.raises(kind) as caught:
+            write("a/b", b"after")
+        assert type(caught.value) is kind
+        assert str(caught.value).startswith(f"{tmp_path}/a/b: {os.strerror(number)}. ")
+        assert "what was there before is intact" in str(caught.value)
+    assert store.get("a/b") == b"before"
+    assert leftovers(tmp_path) == ["b"]
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 64 KiB."""
+    place = tmp_path / "full"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_says_try_again_and_keeps_what_was_there(full: Path) -> None:
+    store = Folder(full)
+    store.put("a/b", b"before")
+    for write in (store.put, store.put_if_absent):
+        with pytest.raises(TryAgain, match=r"No space left on device\. .*Make room or repair the disk, then start"):
+            write("a/b", bytes(200_000))
+        with pytest.raises(TryAgain):
+            write("a/c", bytes(200_000))
+    assert store.list("") == ["a/b"]
+    assert store.get("a/b") == b"before"
+    assert leftovers(full) == ["b"], "no half-written file takes the room"
+    store.put("a/b", b"after")
+    assert store.get("a/b") == b"after"
+
+
+def test_a_file_where_a_folder_should_be_is_not_allowed_and_never_not_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    store = Folder(tmp_path / "file")
+    for act in (
+        lambda: store.get("run.json"),
+        lambda: store.put("run.json", b""),
+        lambda: store.put_if_absent("run.json", b""),
+        lambda: store.list(""),
+    ):
+        with pytest.raises(NotAllowed, match="Correct the rights, or choose another folder"):
+            act()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights of files are POSIX's here")
+def test_what_may_not_be_read_is_not_allowed_and_never_not_there(tmp_path: Path) -> None:
+    """Run as a user without rights, since root may read everything."""
+    open_way = [tmp_path, *tmp_path.parents]
+    Folder(tmp_path).put("rounds/00/COMPLETE.json", b"{}")
+    Folder(tmp_path).put("run.json", b"{}")
+    (tmp_path / "rounds").chmod(0)
+    (tmp_path / "run.json").chmod(0)
+    code = """
+import os, sys
+from pathlib import Path
+from mirl_dist.storage import Folder, NotAllowed
+if os.getuid() == 0:
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+store = Folder(Path(sys.argv[1]))
+for act in (store.list, store.get, store.exists, lambda n: store.put(n, b"")):
+    name = "run.json" if act == store.get else "rounds" if act == store.list else "rounds/00/COMPLETE.json"
+    try:
+        print(act(name))
+    except NotAllowed:
+        print("not allowed")
+try:
+    print(store.list(""))
+except NotAllowed:
+    print("not allowed")
+"""
+    changed = []
+    try:
+        if os.getuid() == 0:
+            for folder in open_way:
+                if folder.stat().st_mode & 0o005 != 0o005:
+                    changed.append((folder, folder.stat().st_mode))
+                    folder.chmod(folder.stat().st_mode | 0o005)
+        ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    finally:
+        for folder, mode in changed:
+            folder.chmod(mode)
+        (tmp_path / "rounds").chmod(0o755)
+    assert ran.stdout.splitlines() == ["not allowed"] * 5, ran.stderr
+
+
+def test_only_folders_can_be_opened_yet(tmp_path: Path) -> None:
+    opened = open_store(str(tmp_path))
+    opened.put("a", b"1")
+    assert (tmp_path / "a").read_bytes() == b"1"
+    with pytest.raises(NotAllowed, match=r"^s3://bucket/run: this version keeps runs in folders; give a path$"):
+        open_store("s3://bucket/run")
