@@ -1,6 +1,6 @@
 """Score against alive weights for several runs: a CSV, a Markdown table, and a plot per task.
 
-    python benchmarks/plot_tickets.py --out docs/results/bsd_small global=runs/bsd_small/global layer=runs/bsd_small/layer ...
+python benchmarks/plot_tickets.py --out docs/results/bsd_small global=runs/bsd_small/global layer=runs/bsd_small/layer ...
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mirl_dist.shelf import open_run
 from mirl_dist.ticket import Ticket
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - the backend is chosen first
+import matplotlib.pyplot as plt
 
 MARKS = ("o", "s", "^", "v", "D", "P")
 
@@ -34,7 +34,9 @@ def read(arguments: list[str]) -> dict[str, list[Ticket]]:
 def write_csv(runs: dict[str, list[Ticket]], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["run", "round", "alive", "total", "sparsity", "score", "psnr", "ssim", "input_psnr", "input_ssim"])
+        writer.writerow(
+            ["run", "round", "alive", "total", "sparsity", "score", "psnr", "ssim", "input_psnr", "input_ssim"]
+        )
         for label, tickets in runs.items():
             for t in tickets:
                 for name, s in t.scores.items():

@@ -52,7 +52,9 @@ def main() -> None:
     assert found["counting"] == found["torch.sort"], "the exact selection and the sort disagree"
     base = statistics.median(seconds["counting"])
     print(f"{given.weights:,} float32 weights in 400 tensors, {given.runs} interleaved runs each")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {os.cpu_count()} cores, {platform.machine()}")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {os.cpu_count()} cores, {platform.machine()}"
+    )
     for name, times in seconds.items():
         middle = statistics.median(times)
         print(f"{name:18} median {middle:6.2f} s  (min {min(times):.2f}, max {max(times):.2f})  {middle / base:5.2f} x")

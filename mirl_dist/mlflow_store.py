@@ -126,7 +126,9 @@ class Store:
         if self._uri.startswith("sqlite"):  # files beside the database, whatever the working directory
             database = Path(self._uri.partition(":///")[2].partition("?")[0]).resolve()
             location = (database.parent / "mlartifacts" / legal_name(self._experiment)).as_uri()
-        return str(client.create_experiment(self._experiment, artifact_location=location))
+        # Without this tag MLflow opens the experiment on its pages for language models, away from the curves.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        return str(client.create_experiment(self._experiment, artifact_location=location, tags=tags))
 
     def _open(self, client: Any, item: Item) -> None:
         """Find the run by id or tag, or create it, and note what it holds already."""

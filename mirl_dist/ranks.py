@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mirl_dist.faults import Fault
+from mirl_dist.faults import Fault, Stopped
 from mirl_dist.pruning.prune import Slice
 
 T = TypeVar("T")
@@ -185,10 +185,14 @@ def _refuse_a_launch_that_lost_ranks(env: Mapping[str, str]) -> None:
 
 
 def launch(arguments: list[str]) -> int:
-    """`accelerate launch ARGUMENTS` in this process; the exit code of the first worker that failed, else 0."""
+    """`accelerate launch ARGUMENTS` in this process; the exit code of the first worker that failed, else 0.
+
+    Raises Stopped when this process was asked to stop: the workers have been asked too, and have ended.
+    """
     import logging
 
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # The workers have said in one line what is wrong; the elastic agent's reports would bury it.
@@ -199,6 +203,8 @@ def launch(arguments: list[str]) -> int:
         codes = [failure.exitcode for failure in error.failures.values()]
         chosen = [code for code in codes if code > 0] or [1]
         return min(chosen, key=lambda code: (code == 1, code))
+    except SignalException as error:
+        raise Stopped(f"all ranks were stopped by {error.sigval.name}; a run is kept up to its last commit") from None
     return 0
 
 

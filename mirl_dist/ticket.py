@@ -130,7 +130,7 @@ def metrics(ticket: Ticket) -> dict[str, float]:
         found[f"psnr/{name}"], found[f"ssim/{name}"] = score.psnr, score.ssim
     if ticket.scores:
         found["psnr/mean"] = fmean(s.psnr for s in ticket.scores.values())
-    return found | {f"density/{name}": value for name, value in ticket.layer_density.items()}
+    return found | {f"weights/density/{name}": value for name, value in ticket.layer_density.items()}
 
 
 def validation_score(ticket: Ticket, globs: tuple[str, ...]) -> float:

@@ -124,17 +124,18 @@ class Mlflow:
     def log_ticket(self, round_: int, values: Mapping[str, float]) -> None:
         """Write down what a begun round came to: twice is once. Names must differ from those of log_step.
 
-        All go to the nested run, and those not under 'density/' to the parent too, at step = round; the
-        parent also gets 'by_alive/<name>' at step = values['alive_weights'] where that is given.
+        All go to the nested run, and those not under 'weights/density/' to the parent too, at step = round; the
+        parent also gets its scores ('psnr/...', 'ssim/...') as 'by_alive/<name>' at step = values['alive_weights'].
         """
         where = f"round/{round_:02d}"
         assert where in self._begun, "begin_round comes first"
         self._outbox.put_points("ticket", where, [(name, value, round_) for name, value in values.items()])
-        summary = {name: value for name, value in values.items() if not name.startswith("density/")}
+        summary = {name: value for name, value in values.items() if not name.startswith("weights/density/")}
         points = [(name, value, round_) for name, value in summary.items()]
-        alive = summary.pop("alive_weights", math.nan)
+        alive = summary.get("alive_weights", math.nan)
         if math.isfinite(alive):
-            points += [(f"by_alive/{name}", value, int(alive)) for name, value in summary.items()]
+            scores = {name: value for name, value in summary.items() if name.startswith(("psnr/", "ssim/"))}
+            points += [(f"by_alive/{name}", value, int(alive)) for name, value in scores.items()]
         self._outbox.put_points("ticket", "run", points)
         self.flush()
 

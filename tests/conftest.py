@@ -157,7 +157,7 @@ class Lab:
         cwd: Path,
         world: int | None = None,
         script: str | None = None,
-        env: Mapping[str, str] = {},  # noqa: B006 - only read
+        env: Mapping[str, str] = {},
     ) -> Started:
         """`mirl-dist ARGUMENTS`, or a script: one plain process, or `world` ranks that meet as under srun."""
         streams = self._streams()
@@ -166,7 +166,7 @@ class Lab:
         pids = self.ask(question | {"env": self.env(meeting | dict(env))})
         return Started(self, streams, pids, None)
 
-    def cold(self, *command: str, cwd: Path, env: Mapping[str, str] = {}) -> Started:  # noqa: B006 - only read
+    def cold(self, *command: str, cwd: Path, env: Mapping[str, str] = {}) -> Started:
         """Any command, started as a user starts it. 'python', 'torchrun' and 'accelerate' mean this environment's."""
         launchers = {
             "python": [],
@@ -197,7 +197,7 @@ class Lab:
         path.write_text(json.dumps(tree))  # JSON is YAML
         return path
 
-    def train(self, folder: Path, sets: Mapping[str, Any] = {}, *more: str) -> list[str]:  # noqa: B006 - only read
+    def train(self, folder: Path, sets: Mapping[str, Any] = {}, *more: str) -> list[str]:
         """The arguments of `mirl-dist train` for the tiny config in `folder` with some values set."""
         arguments = ["train", str(self.config(folder)), *more]
         for key, value in sets.items():
@@ -207,7 +207,7 @@ class Lab:
     def play(
         self,
         folder: Path,
-        sets: Mapping[str, Any] = {},  # noqa: B006 - only read
+        sets: Mapping[str, Any] = {},
         *,
         world: int = 2,
         fatal: Mapping[str, Any] | None = None,

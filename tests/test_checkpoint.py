@@ -458,7 +458,7 @@ def test_scores_become_flat_numbers_and_validation_is_the_mean_of_those_named() 
     found = metrics(ticket())
     assert found["psnr/derain/r"] == 30.0
     assert found["psnr/mean"] == 29.0
-    assert found["density/a.weight"] == 0.5
+    assert found["weights/density/a.weight"] == 0.5
     assert validation_score(ticket(), ("psnr/*/c",)) == 28.0
     assert validation_score(ticket(), ("psnr/*",)) == 29.0
     with pytest.raises(Fault) as caught:

@@ -45,9 +45,7 @@ def test_noise_added_to_uint8_and_truncated_scores_the_reference_value() -> None
     noise = np.random.RandomState(0).randn(48, 64, 3)
     noisy = np.clip(eight_bit + 25 * noise, 0, 255).astype(np.uint8)
     assert noisy.reshape(-1)[:6].tolist() == [222, 236, 237, 244, 255, 184]
-    assert psnr(noisy.astype(np.float32) / np.float32(255), clean) == pytest.approx(
-        20.45593947301317, abs=1e-4
-    )
+    assert psnr(noisy.astype(np.float32) / np.float32(255), clean) == pytest.approx(20.45593947301317, abs=1e-4)
 
 
 def test_output_outside_the_range_is_clipped_before_scoring() -> None:

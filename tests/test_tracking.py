@@ -41,9 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command += ["--artifacts-destination", str(folder / "files")]
     settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(
-            command, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True)
     try:
         for _ in range(600):
             try:
@@ -75,9 +73,7 @@ def begin(request: pytest.FixtureRequest) -> Callable[..., Mlflow]:
 
     def make(uri: str, ids: dict[str, str] | None = None, **params: object) -> Mlflow:
         kept = {} if ids is None else ids
-        tracker = Mlflow(
-            uri=uri, experiment=request.node.name, run_name="demo", remembered=kept, remember=kept.update
-        )
+        tracker = Mlflow(uri=uri, experiment=request.node.name, run_name="demo", remembered=kept, remember=kept.update)
         tracker.begin_run(params, {"fingerprint": "9f3c"})
         return tracker
 
@@ -118,9 +114,7 @@ def test_rounds_hang_below_their_run(uri: str, begin: Callable[..., Mlflow]) -> 
     }
     assert nested.info.run_name == "round 01" and nested.info.status == "FINISHED"
     assert nested.data.tags["sparsity"] == "0.2"
-    children = [
-        run for run in runs_of(uri, ids["run"]) if run.data.tags.get("mlflow.parentRunId") == ids["run"]
-    ]
+    children = [run for run in runs_of(uri, ids["run"]) if run.data.tags.get("mlflow.parentRunId") == ids["run"]]
     assert {run.info.run_id for run in children} == {ids["round/00"], ids["round/01"]}
 
 
@@ -158,23 +152,20 @@ def test_a_ticket_shows_on_its_round_on_the_run_and_against_alive_weights(
     for round_, alive, score in ((0, 1000, 27.5), (1, 800, 27.25), (2, 640, 28.0)):
         tracker.begin_round(round_, {})
         tracker.log_ticket(
-            round_, {"psnr/BSD68 s15": score, "alive_weights": alive, "density/output.weight": alive / 1000}
+            round_, {"psnr/BSD68 s15": score, "alive_weights": alive, "weights/density/output.weight": alive / 1000}
         )
     run, nested = ids["run"], ids["round/01"]
     assert curve(uri, run, "psnr/BSD68 s15") == [(0, 27.5), (1, 27.25), (2, 28.0)]
     assert curve(uri, run, "alive_weights") == [(0, 1000), (1, 800), (2, 640)]
     assert curve(uri, run, "by_alive/psnr/BSD68 s15") == [(640, 28.0), (800, 27.25), (1000, 27.5)]
     assert curve(uri, nested, "psnr/BSD68 s15") == [(1, 27.25)]
-    assert curve(uri, nested, "density/output.weight") == [(1, 0.8)]
+    assert curve(uri, nested, "weights/density/output.weight") == [(1, 0.8)]
     assert not any(
-        "density" in name or name == "by_alive/alive_weights"
-        for name in client(uri).get_run(run).data.metrics
+        "density" in name or name == "by_alive/alive_weights" for name in client(uri).get_run(run).data.metrics
     )
 
 
-def test_files_lie_with_their_round_or_their_run(
-    uri: str, begin: Callable[..., Mlflow], tmp_path: Path
-) -> None:
+def test_files_lie_with_their_round_or_their_run(uri: str, begin: Callable[..., Mlflow], tmp_path: Path) -> None:
     ids: dict[str, str] = {}
     tracker = begin(uri, ids)
     tracker.begin_round(3, {})
@@ -204,7 +195,7 @@ def test_files_of_a_sqlite_store_lie_beside_it(
 
 def test_a_reopened_run_holds_no_point_twice(uri: str, begin: Callable[..., Mlflow]) -> None:
     ids: dict[str, str] = {}
-    ticket = {"psnr/BSD68": 27.5, "alive_weights": 900.0, "density/a": 0.9}
+    ticket = {"psnr/BSD68": 27.5, "alive_weights": 900.0, "weights/density/a": 0.9}
     first = begin(uri, ids, ranks=4)
     first.begin_round(0, {})
     for step in range(1, 31):
@@ -224,7 +215,7 @@ def test_a_reopened_run_holds_no_point_twice(uri: str, begin: Callable[..., Mlfl
     for run in (ids["run"], ids["round/00"]):
         assert curve(uri, run, "psnr/BSD68") == [(0, 27.5)]
     assert curve(uri, ids["run"], "by_alive/psnr/BSD68") == [(900, 27.5)]
-    assert curve(uri, ids["round/00"], "density/a") == [(0, 0.9)]
+    assert curve(uri, ids["round/00"], "weights/density/a") == [(0, 0.9)]
     parent = client(uri).get_run(ids["run"])
     assert parent.data.params["ranks"] == "4" and parent.data.tags["changed.ranks"] == "8"
     assert client(uri).get_run(ids["round/00"]).data.tags["resumed"] == "1"
@@ -428,9 +419,7 @@ def test_what_waits_is_bounded_and_the_oldest_points_go_first(
     finally:
         line.close()
     assert [step for step, _ in curve(server, ids["round/00"], "v0")] == list(range(20, 50))
-    assert client(server).get_run(ids["run"]).data.params == {"seed": "0"}, (
-        "runs and params are never forgotten"
-    )
+    assert client(server).get_run(ids["run"]).data.params == {"seed": "0"}, "runs and params are never forgotten"
 
 
 def test_a_refused_record_does_not_hold_up_the_others(
@@ -479,10 +468,10 @@ def test_names_values_and_texts_are_made_fit_for_mlflow(uri: str, begin: Callabl
     tracker.begin_round(0, {})
     tracker.log_step(1, {"loss/σ=15 (dB)": 1.5, "/a//../b": 2.0, "x" * 400: 3.0})
     tracker.log_step(1, {"infinite": float("inf"), "nan": float("nan"), "fine": 0.0})
-    tracker.log_ticket(0, {f"density/t{i}": 0.5 for i in range(1500)})
+    tracker.log_ticket(0, {f"weights/density/t{i}": 0.5 for i in range(1500)})
     tracker.flush()
     metrics = client(uri).get_run(ids["round/00"]).data.metrics
-    steps = {name for name in metrics if not name.startswith("density/")}
+    steps = {name for name in metrics if not name.startswith("weights/density/")}
     assert steps == {"loss/σ_15 _dB_", "a/b", "x" * 250, "fine"}
     assert len(metrics) - len(steps) == 1500
     params = client(uri).get_run(ids["run"]).data.params
@@ -498,9 +487,7 @@ def test_no_secret_reaches_a_run_or_a_reader(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "sesame-open")
     uri, ids = sqlite, dict[str, str]()
-    tracker = begin(
-        uri, ids, tracking={"uri": "https://ada:hunter22@example.org/x"}, note="with sesame-open inside"
-    )
+    tracker = begin(uri, ids, tracking={"uri": "https://ada:hunter22@example.org/x"}, note="with sesame-open inside")
     params = client(uri).get_run(ids["run"]).data.params
     assert params == {"tracking.uri": "https://***@example.org/x", "note": "with *** inside"}
     assert tracker.address() == f"{uri} (to see it: mlflow ui --backend-store-uri {uri})"
@@ -521,9 +508,7 @@ def test_no_secret_reaches_a_run_or_a_reader(
 
 def test_a_folder_as_store_is_refused_with_the_way_out() -> None:
     for uri in ("./mlruns", "file:///srv/mlruns"):
-        with pytest.raises(
-            Fault, match="found the tracking URI .*mlruns.*keeps no runs in plain folders. Use sqlite"
-        ):
+        with pytest.raises(Fault, match="found the tracking URI .*mlruns.*keeps no runs in plain folders. Use sqlite"):
             Mlflow(uri=uri, experiment="e", run_name="r", remembered={}, remember=lambda ids: None)
 
 
@@ -579,10 +564,6 @@ assert mlflow.active_run() is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlartifacts", "mlflow.db"]
 
 
-def test_warnings_are_told_on_our_own_logger(
-    begin: Callable[..., Mlflow], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_warnings_are_told_on_our_own_logger(begin: Callable[..., Mlflow], caplog: pytest.LogCaptureFixture) -> None:
     begin("http://127.0.0.1:9")
-    assert [(record.name, record.levelno) for record in caplog.records] == [
-        ("mirl_dist.tracking", logging.WARNING)
-    ]
+    assert [(record.name, record.levelno) for record in caplog.records] == [("mirl_dist.tracking", logging.WARNING)]

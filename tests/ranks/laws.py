@@ -141,7 +141,9 @@ def guarded(ranks: Ranks) -> dict[str, Any]:
 
     drifted, other_start, unproven, risen = (small_state(3) for _ in range(4))
     starts = [first(s) for s in (drifted, other_start, unproven, risen)]
-    masks = {n: torch.rand(p.shape, generator=torch.Generator().manual_seed(1)) > 0.3 for n, p in drifted.weights.items()}
+    masks = {
+        n: torch.rand(p.shape, generator=torch.Generator().manual_seed(1)) > 0.3 for n, p in drifted.weights.items()
+    }
     masking.close_weights(risen.weights, masks)
     risen.begin_round(1, masks, threshold=0.0, parent=None)
     if last:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -93,9 +95,6 @@ def test_sigterm_to_the_front_process_commits_and_exits_75_and_mlflow_has_each_p
     sets = {"tracking.enabled": True, "tracking.uri": store, "tracking.run_name": "disturbed"}
     front = lab.cold("python", "-m", "mirl_dist", *lab.train(tmp_path, sets, "--launch", str(LAUNCH)), cwd=tmp_path)
     wait_for((tmp_path / "run/rounds/00/steps/00000002/COMPLETE.json").exists, front)
-    import os
-    import signal
-
     os.kill(front.pids[0], signal.SIGTERM)
     ended = front.wait()
     assert ended.rc == 75, ended.said()

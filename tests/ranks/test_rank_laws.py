@@ -141,7 +141,9 @@ def test_a_wrong_rewind_names_the_rank_and_the_tensor(seen: Seen, world: int) ->
 @pytest.mark.parametrize("world", WORLDS[1:])
 def test_a_dead_weight_that_rises_on_one_rank_is_named(seen: Seen, world: int) -> None:
     for rank in seen[world]:
-        assert f"pruned weights moved in round 1: rank {world - 1}, tensor 'b.weight'" in rank["guarded"]["risen"]["text"]
+        assert (
+            f"pruned weights moved in round 1: rank {world - 1}, tensor 'b.weight'" in rank["guarded"]["risen"]["text"]
+        )
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])

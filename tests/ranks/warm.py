@@ -43,7 +43,7 @@ def poll(pid: int) -> int | None:
 def main() -> None:
     import accelerate  # noqa: F401
     import skimage.data  # noqa: F401
-    import torch._inductor  # noqa: F401
+    import torch._inductor
     import torch.utils.data  # noqa: F401
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity  # noqa: F401
 

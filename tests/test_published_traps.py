@@ -1,0 +1,135 @@
+"""Ways to train alone, or on half of the data, without a word: known of the tools, shut here."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mirl_dist.data.order import Order, Position, share_batch
+from mirl_dist.data.stream import Shards, Stream
+from mirl_dist.faults import Fault
+
+ONE_STEP = {"prune.rounds": 0, "data.steps_per_epoch": 1, "evaluate.sets": [], "checkpoint.every_steps": None}
+
+
+def test_accelerates_cpu_launcher_which_starts_one_process_is_refused(lab: Any, tmp_path: Path) -> None:
+    arguments = ["launch", "--cpu", "--num_processes", "2", "-m", "mirl_dist", *lab.train(tmp_path, ONE_STEP)]
+    ended = lab.cold("accelerate", *arguments, cwd=tmp_path).wait()
+    assert ended.rc != 0, ended.said()
+    assert "mirl-dist: accelerate launch was asked for several processes but started this one alone" in ended.err
+    assert "launch/cpu_two.yaml" in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_accelerates_gpu_launcher_on_a_machine_without_gpus_trains_together(
+    lab: Any, tmp_path: Path, device: str
+) -> None:
+    # By itself accelerate gives two processes here that each train alone. Every rank proves at the end of a round
+    # that it holds the weights of the others, so a run that finishes on different data has trained together.
+    arguments = ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    arguments += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "mirl_dist"]
+    sets = ONE_STEP | {"train.device": device}
+    ended = lab.cold("accelerate", *arguments, *lab.train(tmp_path, sets), cwd=tmp_path).wait()
+    assert ended.rc == 0, ended.said()
+    assert "2 ranks x 1 pass x 2 samples" in ended.out
+    (ticket,) = lab.tickets(tmp_path / "run")
+    assert (ticket["world"], ticket["samples"]) == (2, 8)
+
+
+def test_a_world_size_that_nobody_answers_to_is_refused(lab: Any, tmp_path: Path) -> None:
+    # The right world size, but accelerate was told by its own variable to stay alone.
+    started = lab.start(*lab.train(tmp_path, ONE_STEP), cwd=tmp_path, env={"WORLD_SIZE": "2"})
+    ended = started.wait(60)
+    assert ended.rc == 2, ended.said()
+    assert "the launcher announced 2 processes, accelerate sees 1, and 1 answered" in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_ranks_read_every_sample_of_an_epoch_exactly_once(lab: Any, workers: int) -> None:
+    shards = Shards(lab.shards)
+    order = Order({"denoise_25": 1, "derain": 1, "dehaze": 1}, shards.manifest.samples("train"), 6, seed=1)
+    everything = {
+        f"{task}:{place.entry.key}"
+        for task, kind in (("denoise_25", "denoise"), ("derain", "derain"), ("dehaze", "dehaze"))
+        for place in shards.places("train")[kind]
+    }
+    shares = share_batch(6, None, 2)
+    seen: Counter[str] = Counter()
+    for rank in range(2):
+        stream = Stream(
+            shards,
+            order,
+            seed=1,
+            patch_pixels=16,
+            augment="all",
+            workers=workers,
+            rank=rank,
+            shares=shares,
+            pin=False,
+        )
+        for batch in stream.batches(0, Position(0, 0), 1):
+            seen.update(batch.keys)
+    assert len(everything) == 54
+    assert seen == Counter(dict.fromkeys(everything, 1))
+
+
+def plain_webdataset(tar: Path) -> set[str]:
+    """The samples that webdataset's own reader finds."""
+    import webdataset
+
+    return {sample["__key__"] for sample in webdataset.WebDataset(str(tar), shardshuffle=False, empty_check=False)}
+
+
+def damage(tar: Path, how: str) -> None:
+    """A broken header, or two blocks of zeros where a header was, in the middle of a tar."""
+    data = bytearray(tar.read_bytes())
+    with tarfile.open(fileobj=io.BytesIO(bytes(data))) as archive:
+        members = archive.getmembers()
+    member = members[len(members) // 2]
+    if how == "header":
+        data[member.offset + 148 : member.offset + 156] = b"garbage!"
+    else:
+        data[member.offset : member.offset + 1024] = bytes(1024)
+    tar.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["header", "zeros"])
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_damaged_header_hides_samples_from_a_plain_reader_and_none_from_ours(
+    lab: Any, tmp_path: Path, how: str
+) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(lab.shards, tmp_path / "shards"))
+    tar = folder / "train-clean-00000.tar"
+    whole = plain_webdataset(tar)
+    damage(tar, how)
+    try:
+        left = plain_webdataset(tar)
+    except (tarfile.TarError, OSError):
+        left = set()
+    assert len(left) < len(whole), "the trap is gone: plain reading lost nothing"
+
+    shards = Shards(folder)
+    places = [p for p in shards.places("train")["denoise"] if p.shard.name == tar.name]
+    assert {p.entry.key for p in places} == whole
+    read, refused = 0, []
+    for place in places:
+        try:
+            shards.image(place, "clean.png")
+            read += 1
+        except Fault as fault:
+            refused.append((place.entry.key, str(fault)))
+    assert read + len(refused) == len(whole)
+    assert len(refused) <= 1, "damage of one place costs at most the sample that lies there"
+    for key, text in refused:
+        assert key in text and tar.name in text
+    checked = lab.mirl("shards", "check", str(folder))
+    assert checked.rc == 2 and tar.name in checked.err, checked.said()
