@@ -1,6 +1,6 @@
 """Score against alive weights for several runs: a CSV, a Markdown table, and a plot per task.
 
-python benchmarks/plot_tickets.py --out docs/results/bsd_small global=runs/bsd_small/global layer=runs/bsd_small/layer ...
+python benchmarks/plot_tickets.py --out docs/results/bsd_small global=runs/a layer=runs/b ...
 """
 
 from __future__ import annotations

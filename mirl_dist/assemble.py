@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from mirl_dist.checkpoint import STATE, TICKET, WEIGHTS, Checkpoints, Commit
 from mirl_dist.config import Config, differences, of_dump
 from mirl_dist.data.order import Order, Shares, share_batch
 from mirl_dist.data.stream import Shards, Stream
-from mirl_dist.faults import Fault
+from mirl_dist.faults import Fault, Stopped
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.prune import Rule, in_scope
@@ -30,6 +32,7 @@ from mirl_dist.ticket import Ticket, parse
 from mirl_dist.tracking import Mlflow, Silent, Tracker
 
 OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+_DECAYS = {"adam": 0.0, "adamw": 0.01}
 
 
 class Prepared(NamedTuple):
@@ -64,7 +67,7 @@ def optimiser_of(config: Config) -> MakeOptimiser:
             lr=made.lr,
             betas=made.betas,
             eps=made.eps,
-            weight_decay=made.weight_decay,
+            weight_decay=_DECAYS[made.name] if made.weight_decay is None else made.weight_decay,
         )
 
     return make
@@ -96,13 +99,23 @@ def prepare(config: Config, world: int, resume: str) -> Prepared:
             f"data.patch_pixels: found {config.data.patch_pixels}, but the tiles in {shards.folder} are "
             f"{shards.manifest.tile_pixels} pixels. Lower it, or build shards with larger tile_pixels."
         )
+    shards.places("train")  # refuses indices that do not fit
     jobs = evaluate.plan(shards, order.tasks, config.evaluate.sets)
+    _refuse_unknown_scores(config.keep.by, sorted({job.name for job in jobs}))
     checkpoints = Checkpoints(open_store(config.run.folder))
     known = _same_run(checkpoints, config, shards.manifest.digest(), resume)
     with torch.device("meta"):
         names = [n for n, _ in models.create(config.model.name, **config.model.sizes()).named_parameters()]
     in_scope(names, config.prune.scope)
     return Prepared(shards, order, shares, jobs, checkpoints, known)
+
+
+def _refuse_unknown_scores(globs: tuple[str, ...], names: list[str]) -> None:
+    """Raise Fault for a glob of keep.by that no score will answer to."""
+    scores = [f"{kind}/{name}" for name in names for kind in ("psnr", "ssim")]
+    for glob in globs:
+        if not any(fnmatchcase(score, glob) for score in scores):
+            raise Fault(f"keep.by: '{glob}' names no score; there will be {', '.join(scores) or 'none'}. Correct it.")
 
 
 def _same_run(checkpoints: Checkpoints, config: Config, manifest_digest: str, resume: str) -> bool:
@@ -146,25 +159,37 @@ def describe(config: Config, prepared: Prepared, world: int) -> str:
     )
 
 
-def _tracker(config: Config, checkpoints: Checkpoints, ranks: Ranks, shards: Shards) -> Tracker:
-    if not ranks.is_main or not config.tracking.enabled:
+def _tracker(config: Config, checkpoints: Checkpoints, ranks: Ranks) -> Tracker:
+    """MLflow's door on rank 0, its twin elsewhere; an address that is refused is refused on every rank."""
+    if not config.tracking.enabled:
         return Silent()
-    tracker = Mlflow(
-        uri=config.tracking.uri,
-        experiment=config.tracking.experiment,
-        run_name=config.tracking.run_name or Path(config.run.folder).name,
-        remembered=checkpoints.remembered(),
-        remember=checkpoints.remember,
-    )
-    tags = {
+    opened: list[Tracker] = []
+
+    def on_main() -> None:
+        opened.append(
+            Mlflow(
+                uri=config.tracking.uri,
+                experiment=config.tracking.experiment,
+                run_name=config.tracking.run_name or Path(config.run.folder).name,
+                remembered=checkpoints.remembered(),
+                remember=checkpoints.remember,
+            )
+        )
+
+    ranks.from_main(on_main)
+    return opened[0] if opened else Silent()
+
+
+def _tags(config: Config, prepared: Prepared, world: int) -> dict[str, str]:
+    """By what runs are found and compared in MLflow."""
+    manifest = prepared.shards.manifest
+    return {
         "fingerprint": config.fingerprint(),
-        "shards": shards.manifest.name,
-        "manifest": shards.manifest.digest(),
+        "shards": manifest.name,
+        "manifest": manifest.digest(),
         "method": f"{config.prune.style}-{config.prune.criterion}-{config.prune.per}",
-        "ranks": str(ranks.world),
+        "ranks": str(world),
     }
-    tracker.begin_run(config.dump(), tags)
-    return tracker
 
 
 def _first_weights(config: Config, prepared: Prepared, ranks: Ranks) -> dict[str, Tensor]:
@@ -172,10 +197,14 @@ def _first_weights(config: Config, prepared: Prepared, ranks: Ranks) -> dict[str
     kept: dict[str, dict[str, Tensor]] = {}
 
     def on_main() -> str:
-        if not prepared.known:
-            _write_run(config, prepared)
-        kept["weights"] = prepared.checkpoints.initial()
-        return str((prepared.checkpoints.identity() or {})["initial_digest"])
+        checkpoints = prepared.checkpoints
+        if not prepared.known or not checkpoints.has_initial():
+            weights = {n: p.detach() for n, p in network(config).named_parameters()}
+            if not prepared.known:
+                checkpoints.begin(_identity(config, prepared, masking.digest_tensors(weights)))
+            checkpoints.save_initial(weights)
+        kept["weights"] = checkpoints.initial()
+        return str((checkpoints.identity() or {})["initial_digest"])
 
     expected = ranks.from_main(on_main)
     initial = ranks.tensors_from_main(kept.get("weights"))
@@ -188,20 +217,15 @@ def _first_weights(config: Config, prepared: Prepared, ranks: Ranks) -> dict[str
     return initial
 
 
-def _write_run(config: Config, prepared: Prepared) -> None:
-    """The first weights, then run.json, which states their digest."""
-    weights = {n: p.detach() for n, p in network(config).named_parameters()}
-    versions = {"mirl_dist": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    prepared.checkpoints.save_initial(weights)
-    prepared.checkpoints.begin(
-        {
-            "config": config.dump(),
-            "fingerprint": config.fingerprint(),
-            "manifest_digest": prepared.shards.manifest.digest(),
-            "initial_digest": masking.digest_tensors(weights),
-            "versions": versions,
-        }
-    )
+def _identity(config: Config, prepared: Prepared, initial_digest: str) -> dict[str, Any]:
+    """What run.json says."""
+    return {
+        "config": config.dump(),
+        "fingerprint": config.fingerprint(),
+        "manifest_digest": prepared.shards.manifest.digest(),
+        "initial_digest": initial_digest,
+        "versions": {"mirl_dist": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
 
 
 class _Newest(NamedTuple):
@@ -251,17 +275,21 @@ def _resume(state: State, prepared: Prepared, ranks: Ranks) -> Ticket | None:
 
 
 def run(config: Config, resume: str, stop_asked: Callable[[], bool]) -> str:
-    """The whole run on this rank; what to type to see it in MLflow. Raises Fault, StorageError, Stopped."""
+    """The whole run on this rank; what to type to see it in MLflow. Raises Fault and Stopped."""
     ranks = Ranks(device=config.train.device, precision=config.train.precision, seed=config.run.seed)
     known = ranks.from_main(lambda: prepare(config, ranks.world, resume).known)
     prepared = prepare(config, ranks.world, "auto")._replace(known=known)
     if ranks.is_main:
         report.say(describe(config, prepared, ranks.world))
+    tracker = _tracker(config, prepared.checkpoints, ranks)
     initial = _first_weights(config, prepared, ranks)
+    ranks.from_main(prepared.checkpoints.sweep)
     model = network(config)
     model.load_state_dict(initial)
     model.to(ranks.device)
     wrapped = ranks.wrap(model)
+    pixels = config.data.patch_pixels
+    ranks.settle(wrapped, torch.zeros(1, 3, pixels, pixels))
     bare = ranks.unwrap(wrapped)
     weights = dict(bare.named_parameters())
     dense = masking.all_alive(weights, in_scope(weights, config.prune.scope))
@@ -280,30 +308,48 @@ def run(config: Config, resume: str, stop_asked: Callable[[], bool]) -> str:
         stream=_stream(config, prepared, ranks),
         jobs=prepared.jobs,
         checkpoints=prepared.checkpoints,
-        tracker=_tracker(config, prepared.checkpoints, ranks, prepared.shards),
+        tracker=tracker,
         stop_asked=stop_asked,
     )
-    if newest is None and state.progress.updates == 0:
+    tracker.begin_run(config.dump(), _tags(config, prepared, ranks.world))
+    with _told_how_it_ended(tracker):
+        _play(config, rounds, newest)
+    ranks.barrier()
+    ranks.close()
+    return tracker.address()
+
+
+def _play(config: Config, rounds: Rounds, newest: Ticket | None) -> None:
+    """All rounds that are still to do."""
+    if newest is None and rounds.state.progress.updates == 0:
         rounds.open_round()
     game = lottery_of(config)
-    if newest is not None and game.finished(newest) and ranks.is_main:
+    if newest is not None and game.finished(newest) and rounds.ranks.is_main:
         report.say(f"all rounds are finished; nothing is left to train (prune.rounds: {config.prune.rounds})")
     lottery.play(
         game,
-        state,
-        initial,
-        ranks,
+        rounds.state,
+        rounds.initial,
+        rounds.ranks,
         newest=newest,
         train_and_score=rounds.train_and_score,
         open_round=rounds.open_round,
         record=rounds.record,
     )
     rounds.close()
-    rounds.tracker.end_run()
-    ranks.barrier()
-    address = rounds.tracker.address()
-    ranks.close()
-    return address
+
+
+@contextmanager
+def _told_how_it_ended(tracker: Tracker) -> Iterator[None]:
+    """The run's end in MLflow: FINISHED, KILLED when it was asked to stop, FAILED by a fault."""
+    try:
+        yield
+    except (Fault, Stopped) as end:
+        status = "KILLED" if isinstance(end, Stopped) else "FAILED"
+        tracker.end_round(status)
+        tracker.end_run(status)
+        raise
+    tracker.end_run()
 
 
 def _stream(config: Config, prepared: Prepared, ranks: Ranks) -> Stream:

@@ -33,6 +33,9 @@ COMPLETE, WEIGHTS, MOMENTS = "COMPLETE.json", "weights.safetensors", "moments.sa
 STATE, MASK, TICKET, PICTURES = "state.json", "mask.safetensors", "ticket.json", "pictures.png"
 
 
+_IDENTITY = {"config", "fingerprint", "manifest_digest", "initial_digest"}
+
+
 class Commit(NamedTuple):
     """A complete commit: its folder, its round, and its step inside the round; step None: the round's ticket."""
 
@@ -81,27 +84,49 @@ class Checkpoints:
             found = json.loads(data)
         except (json.JSONDecodeError, UnicodeDecodeError):
             found = None
-        if not isinstance(found, dict) or "fingerprint" not in found:
+        if not isinstance(found, dict) or not found.keys() >= _IDENTITY:
             raise Fault(f"{self.store.where(RUN)} does not describe a run. Choose another run.folder.")
         return found
 
     def begin(self, identity: dict[str, Any]) -> None:
-        self.store.put_if_absent(RUN, _json(identity))
+        """Write run.json, which states the digest of the first weights. Raises Fault when another start was faster."""
+        if not self.store.put_if_absent(RUN, _json(identity)):
+            raise Fault(f"{self.store.where()} was begun by another launch a moment ago. Choose another run.folder.")
+
+    def has_initial(self) -> bool:
+        return self.store.exists(INITIAL)
 
     def save_initial(self, weights: Mapping[str, Tensor]) -> None:
-        """Write the first weights; run.json, which states their digest, follows."""
-        self.store.put(INITIAL, pack_tensors(weights))
+        """Write the first weights, once."""
+        self.store.put_if_absent(INITIAL, pack_tensors(weights))
 
     def initial(self) -> dict[str, Tensor]:
-        return safetensors.torch.load(self.store.get(INITIAL))
+        """The first weights. Raises Fault for a damaged file."""
+        try:
+            return safetensors.torch.load(self.store.get(INITIAL))
+        except safetensors.SafetensorError as error:
+            raise Fault(f"{self.store.where(INITIAL)} is damaged ({error}). Restore a copy of the run.") from None
+
+    def sweep(self) -> None:
+        """Remove what dead writers left: temporary files, and step commits that never became whole."""
+        self.store.sweep()
+        whole = {c.folder for c in self.commits()}
+        for name in self.store.list("rounds"):
+            path = name.split("/")
+            if len(path) == 5 and path[2] == "steps" and "/".join(path[:4]) not in whole:
+                self.store.remove(name)
 
     def remembered(self) -> dict[str, str]:
-        """MLflow ids by name."""
+        """MLflow ids by name. Raises Fault for a file that holds none."""
         try:
-            found: dict[str, str] = json.loads(self.store.get(TRACKING))
-            return found
+            found = json.loads(self.store.get(TRACKING))
         except NotThere:
             return {}
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            found = None
+        if not isinstance(found, dict) or not all(isinstance(id_, str) for id_ in found.values()):
+            raise Fault(f"{self.store.where(TRACKING)} holds no MLflow ids. Remove it: the run shows anew in MLflow.")
+        return found
 
     def remember(self, ids: dict[str, str]) -> None:
         """Keep further MLflow ids."""
@@ -240,6 +265,10 @@ class Checkpoints:
         if commits:
             raise Fault("no commit of this run can be read: " + "; ".join(damaged) + ". Restore a copy of the run.")
         return None
+
+    def progress(self, commit: Commit) -> Progress:
+        """Where the run stood at a commit."""
+        return Progress.model_validate_json(self.store.get(f"{commit.folder}/{STATE}"))
 
     def tickets(self) -> list[Ticket]:
         """The tickets of all complete rounds, in order."""

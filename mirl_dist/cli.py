@@ -54,7 +54,7 @@ def main() -> None:
 
         if not lost_a_peer(error):
             raise
-        print(f"mirl-dist, rank {rank}: another rank has gone; its own message says why", file=sys.stderr)
+        print(f"mirl-dist, rank {rank}: another rank has gone ({str(error).splitlines()[0][:120]})", file=sys.stderr)
         _leave(1)
 
 
@@ -109,19 +109,20 @@ def train(
         tree = configs.read(config, sets or [])
     except Fault as fault:
         raise Fault(str(fault), everywhere=True) from None
-    if launch is None:
-        address = assemble.run(tree, resume, _stop_flag())
-        if os.environ.get("RANK", "0") == "0":
-            from mirl_dist import shelf
-
-            shelf.print_tickets(tree.run.folder, as_json=False)
-    else:
+    if launch is not None:
         from mirl_dist import launching
 
-        launching.launch(tree, config, sets or [], resume, launch)
-        return
-    if address and os.environ.get("RANK", "0") == "0":
-        print(f"MLflow: {address}", flush=True)
+        world, options = launching.choose(tree, launch)
+        if world > 1:
+            launching.launch(tree, world, options, ["train", str(config), "--resume", resume], sets or [])
+            return
+    address = assemble.run(tree, resume, _stop_flag())
+    if os.environ.get("RANK", "0") == "0":
+        from mirl_dist import shelf
+
+        shelf.print_tickets(tree.run.folder, as_json=False)
+        if address:
+            print(f"MLflow: {address}", flush=True)
 
 
 def _stop_flag() -> Any:

@@ -27,6 +27,7 @@ Aside = _Aside()
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Four = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
 Three = tuple[PositiveInt, PositiveInt, PositiveInt]
 
@@ -34,7 +35,7 @@ Three = tuple[PositiveInt, PositiveInt, PositiveInt]
 class Run(Node):
     folder: Annotated[str, Aside] = Field("runs/run", min_length=1)
     """Where everything of this run is kept: a folder."""
-    seed: Count = 0
+    seed: Seed = 0
 
 
 class Model(Node):
@@ -102,8 +103,8 @@ class Optimiser(Node):
     lr: PositiveFloat = 2e-4
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
-    weight_decay: NotNegative = 0.01
-    """The released code's AdamW default; the paper's text says Adam."""
+    weight_decay: NotNegative | None = None
+    """Null: 0.01 with adamw, the released code's choice; 0 with adam, the paper's text."""
     clip_norm: PositiveFloat | None = None
 
 
@@ -153,14 +154,14 @@ class Rewind(Node):
 class Evaluate(Node):
     sets: tuple[str, ...] | None = None
     """Evaluation sets of the shards. Null: all."""
-    seed: Count = 0
+    seed: Seed = 0
     """Seed of the test noise, which depends on nothing but this, the image's name and sigma."""
 
 
 class Keep(Node):
-    rounds: Literal["all", "best"] = "all"
+    rounds: Annotated[Literal["all", "best"], Aside] = "all"
     """best: at the end the run names the round with the best validation score and drops other rounds' weights."""
-    by: tuple[str, ...] = ()
+    by: Annotated[tuple[str, ...], Aside] = ()
     """Globs of score names, `psnr/<task>/<set>`; their mean decides. Needed for rounds: best."""
 
 
@@ -224,8 +225,11 @@ class Config(Node):
             )
         if self.keep.rounds == "best" and not self.keep.by:
             found.append("keep.by: found nothing with keep.rounds best; name scores, for example ['psnr/*/valid']")
-        if self.tracking.uri and "@" in self.tracking.uri.partition("://")[2].partition("/")[0]:
-            found.append("tracking.uri: found credentials inside; put the address into MLFLOW_TRACKING_URI instead")
+        address = (self.tracking.uri or "").partition("://")[2]
+        if "@" in address or "?" in address:
+            found.append("tracking.uri: found '@' or '?', which may hold credentials; use MLFLOW_TRACKING_URI instead")
+        if "\0" in self.run.folder + self.data.shards:
+            found.append("run.folder, data.shards: found a NUL character; no folder has one in its name")
         if "://" in self.run.folder or "://" in self.data.shards:
             found.append("run.folder, data.shards: found a URL; this version keeps runs and shards in folders")
         return found

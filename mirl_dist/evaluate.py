@@ -22,6 +22,7 @@ from mirl_dist.report import bar
 from mirl_dist.ticket import Score
 
 _STRIP_PIXELS = 192
+_LEAST_PIXELS = 16
 
 
 class Job(NamedTuple):
@@ -51,6 +52,10 @@ class Scores(NamedTuple):
     pictures: bytes | None
 
 
+def _too_small(place: Place) -> bool:
+    return min(place.entry.height, place.entry.width) < _LEAST_PIXELS
+
+
 def plan(shards: Shards, tasks: Sequence[Task], sets: Sequence[str] | None) -> list[Job]:
     """Every (task, image) to score: an evaluation set of kind 'denoise' is scored at every sigma that is trained.
 
@@ -63,6 +68,13 @@ def plan(shards: Shards, tasks: Sequence[Task], sets: Sequence[str] | None) -> l
         raise Fault(
             f"evaluate.sets: found {', '.join(unknown)}; the shards have {', '.join(sorted(places)) or 'none'}. "
             "Correct the names, or build shards with those sets.",
+            everywhere=True,
+        )
+    small = [p.entry for name in (places if sets is None else sets) for p in places[name] if _too_small(p)]
+    if small:
+        raise Fault(
+            f"evaluation image '{small[0].key}' is {small[0].height} x {small[0].width} pixels ({len(small)} such); "
+            f"scores need {_LEAST_PIXELS} a side. Leave it out of the recipe and build the shards again.",
             everywhere=True,
         )
     jobs = []
@@ -120,7 +132,10 @@ def evaluate(model: nn.Module, shards: Shards, jobs: Sequence[Job], ranks: Ranks
     results = []
     with bar("evaluating", len(mine), shown=ranks.is_main and bool(jobs)) as advance:
         for done, (number, job) in enumerate(mine):
-            results.append(_score(model, shards, number, job, seed, ranks.device))
+            try:
+                results.append(_score(model, shards, number, job, seed, ranks.device))
+            except Fault as fault:
+                raise Fault(f"{job.name}, image '{job.place.entry.key}': {fault}") from None
             advance(done + 1, job.name)
     model.train()
     everyone = sorted((r for part in ranks.gather_objects(results) for r in part), key=lambda r: r.number)

@@ -38,7 +38,11 @@ class Ranks:
         _refuse_a_launch_that_lost_ranks(os.environ)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it matmul varies
         cpu = device == "cpu" or not torch.cuda.is_available()
-        self._accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if precision == "bf16" else "no")
+        if not cpu:
+            _refuse_shared_gpus(os.environ)
+            torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: TF32 would change every convolution
+        self._half = precision == "bf16"
+        self._accelerator = Accelerator(cpu=cpu, mixed_precision="no")
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
@@ -82,10 +86,23 @@ class Ranks:
             )
         return wrapped
 
+    def settle(self, model: nn.Module, example: Tensor) -> None:
+        """One throwaway pass through a wrapped model, so that every step that counts adds gradients in one order.
+
+        DDP sorts its buckets anew after its first backward pass; with three ranks or more, a process's first step
+        would otherwise add in another order than the same step of a run that was not interrupted.
+        """
+        (model(example.to(self.device)).sum() * 0).backward()
+        model.zero_grad()
+
     def unwrap(self, model: nn.Module) -> nn.Module:
-        """The bare network below `wrap`, without the precision wrapper: names and weights as created."""
-        bare: nn.Module = self._accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        """The bare network below `wrap`: names and weights as created."""
+        bare: nn.Module = self._accelerator.unwrap_model(model)
         return bare
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Around a forward pass: the precision that was asked for. Weights, gradients and losses stay float32."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._half)
 
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)
@@ -177,6 +194,16 @@ class Ranks:
 
 def _refuse_a_launch_that_lost_ranks(env: Mapping[str, str]) -> None:
     """`accelerate launch --cpu --num_processes 2` announces a meeting point but starts one process, silently."""
+    if int(env.get("WORLD_SIZE", "1")) > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        raise Fault(
+            f"found WORLD_SIZE={env['WORLD_SIZE']} in the environment, but not RANK, MASTER_ADDR and MASTER_PORT: this "
+            "process would wait for others that nobody started. Unset it, or launch with a file from launch/."
+        )
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "WORLD_SIZE" not in env:
+        raise Fault(
+            f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks without a launcher: each would train alone in the same "
+            "folder. Start one task per node, and in it `accelerate launch` with a file from launch/, or torchrun."
+        )
     if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and "RANK" not in env:
         raise Fault(
             "accelerate launch was asked for several processes but started this one alone (its --cpu launcher does "
@@ -184,10 +211,21 @@ def _refuse_a_launch_that_lost_ranks(env: Mapping[str, str]) -> None:
         )
 
 
+def _refuse_shared_gpus(env: Mapping[str, str]) -> None:
+    """Several ranks on one GPU cannot talk to each other: NCCL refuses them without naming the cause."""
+    local = int(env.get("LOCAL_WORLD_SIZE", "1"))
+    if local > gpus():
+        raise Fault(
+            f"{local} ranks were started on this node, which has {gpus()} GPUs. Start one rank per GPU, or add "
+            "--set train.device=cpu to train on its processors."
+        )
+
+
 def launch(arguments: list[str]) -> int:
     """`accelerate launch ARGUMENTS` in this process; the exit code of the first worker that failed, else 0.
 
-    Raises Stopped when this process was asked to stop: the workers have been asked too, and have ended.
+    Raises Stopped when this process was asked to stop: the workers have been asked too, and have ended. Raises Fault
+    for a launch file that accelerate refuses.
     """
     import logging
 
@@ -203,6 +241,8 @@ def launch(arguments: list[str]) -> int:
         codes = [failure.exitcode for failure in error.failures.values()]
         chosen = [code for code in codes if code > 0] or [1]
         return min(chosen, key=lambda code: (code == 1, code))
+    except ValueError as error:
+        raise Fault(f"accelerate refuses this launch: {error}. Compare with launch/cpu_two.yaml.") from None
     except SignalException as error:
         raise Stopped(f"all ranks were stopped by {error.sigval.name}; a run is kept up to its last commit") from None
     return 0
@@ -225,8 +265,7 @@ def lost_a_peer(error: RuntimeError) -> bool:
     signs = (
         "Connection closed by peer",
         "Connection reset by peer",
-        "NCCL",
+        "remote process exited",
         "Broken pipe",
-        "Connection refused",
     )
     return any(sign in str(error) for sign in signs)

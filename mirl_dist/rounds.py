@@ -48,6 +48,7 @@ class Rounds:
         prove_dead_weights(self.state, self.ranks)
         ticket = self._ticket(scored.scores)
         self.ranks.agree("the ticket", ticket.digest())
+        self.tracker.flush()
         self.ranks.from_main(
             lambda: self.checkpoints.commit_round(ticket, self._weights(), scored.pictures, self.state.progress)
         )
@@ -102,12 +103,12 @@ class Rounds:
 
     def _commit_step(self) -> None:
         """Commit the middle of a round; every rank waits to hear that it succeeded."""
+        self.tracker.flush()  # first: steps that are committed are not trained, and so not told, again
         self.ranks.from_main(
             lambda: self.checkpoints.commit_step(
                 self.state.progress, self._weights(), self.state.moments(), self.config.checkpoint.keep_last
             )
         )
-        self.tracker.flush()
 
     def _ticket(self, scores: dict[str, Score]) -> Ticket:
         progress, masks = self.state.progress, self.state.masks

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +17,14 @@ from torch import nn
 from mirl_dist import assemble, evaluate, metrics, models, report
 from mirl_dist.checkpoint import Checkpoints, pack_tensors
 from mirl_dist.config import Config, of_dump
-from mirl_dist.data.sample import Task, decode
+from mirl_dist.data.sample import Pixels, Task
+from mirl_dist.data.source_image import Refused, decode
 from mirl_dist.data.stream import Shards
 from mirl_dist.faults import Fault
 from mirl_dist.ranks import Ranks
+from mirl_dist.state import Progress
 from mirl_dist.storage import Folder, open_store
-from mirl_dist.ticket import Score, Ticket
+from mirl_dist.ticket import Score
 
 
 class Found(NamedTuple):
@@ -132,21 +136,21 @@ def print_score_table(title: str, scores: dict[str, Score]) -> None:
 
 
 def print_status(run: str, as_json: bool) -> None:
-    """Round, step and speed at the newest commit."""
+    """Round and step of the newest commit, and the samples, time and speed up to there."""
     checkpoints, config = open_run(run)
     commits, tickets = checkpoints.commits(), checkpoints.tickets()
     newest = commits[0] if commits else None
-    last: Ticket | None = tickets[-1] if tickets else None
+    stands = checkpoints.progress(newest) if newest is not None else Progress()
     said: dict[str, Any] = {
         "run": run,
         "rounds_finished": len(tickets),
-        "rounds_planned": config.prune.rounds + 1,
+        "rounds_planned_at_first": config.prune.rounds + 1,
         "newest_commit": None
         if newest is None
         else {"round": newest.round_, "step": newest.step, "folder": newest.folder},
-        "samples": last.samples if last else 0,
-        "seconds_training": last.seconds if last else 0.0,
-        "samples_per_second": last.samples / last.seconds if last and last.seconds else None,
+        "samples": stands.samples,
+        "seconds_training": stands.seconds,
+        "samples_per_second": stands.samples / stands.seconds if stands.seconds else None,
     }
     if as_json:
         print(json.dumps(said, indent=1))
@@ -165,7 +169,8 @@ def print_scores(reference: str, shards_folder: Path | None, as_json: bool) -> N
         raise Fault(f"{shards.folder} holds no evaluation images for {', '.join(t.name for t in tasks)}.")
     ranks = Ranks(device=found.config.train.device)
     model = network(found).to(ranks.device)
-    scored = evaluate.evaluate(model, shards, jobs, ranks, found.config.evaluate.seed)
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):  # progress is no JSON
+        scored = evaluate.evaluate(model, shards, jobs, ranks, found.config.evaluate.seed)
     if not ranks.is_main:
         return
     if as_json:
@@ -191,7 +196,7 @@ def restore_files(images: list[Path], reference: str, out: Path) -> None:
     missing = [str(path) for path in images if not path.is_file()]
     if missing:
         raise Fault(f"no image at {', '.join(missing[:5])}. Give paths of image files.")
-    pictures = [decode(path.read_bytes(), str(path), "Give a PNG, JPEG or BMP file.") for path in images]
+    pictures = [_picture(path) for path in images]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, folder = network(found).to(device), Folder(out)
     with report.bar("restoring", len(images)) as advance:
@@ -202,6 +207,14 @@ def restore_files(images: list[Path], reference: str, out: Path) -> None:
             folder.put(f"{path.stem}.png", data.getvalue())
             advance(number + 1, path.name)
     report.say(f"{len(images)} restored by round {found.round_} into {out}")
+
+
+def _picture(path: Path) -> Pixels:
+    """The pixels of an image file. Raises Fault for one whose 8-bit RGB would be a guess."""
+    try:
+        return decode(path.read_bytes())
+    except Refused as reason:
+        raise Fault(f"{path} {reason}. Give a PNG, JPEG or BMP file of 8 bits per channel.") from None
 
 
 def import_official(file: Path, model: str, out: Path) -> None:

@@ -79,7 +79,9 @@ def train_round(
         for i in range(plan.passes):
             batch = next(batches).to(ranks.device)
             with ranks.accumulate(model, more=i + 1 < plan.passes):
-                losses = objective.per_sample_l1(model(batch.degraded), batch.clean)
+                with ranks.autocast():
+                    restored = model(batch.degraded)
+                losses = objective.per_sample_l1(restored, batch.clean)
                 stop = refuse_non_finite(losses, batch, progress, ranks, stop_asked())
                 ranks.backward(objective.combine(losses) / plan.passes)
             meter.count(losses, batch)
@@ -150,7 +152,8 @@ def refuse_non_finite(losses: Tensor, batch: Batch, progress: Progress, ranks: R
         said = [f"rank {r}: {', '.join(n)}" for r, n in enumerate(ranks.gather_objects(names)) if n]
         raise Fault(
             f"the loss is not finite at {_position(progress)}, samples as task:key: {'; '.join(said)}. Nothing of "
-            "this step was applied. Lower optimiser.lr or set optimiser.clip_norm, and check those samples.",
+            "this step was applied. Check those samples, "
+            "or lower optimiser.lr or optimiser.clip_norm in a new run.folder.",
             everywhere=True,
         )
     return bool(flags[1])
@@ -161,6 +164,7 @@ def refuse_non_finite_gradient(norm: Tensor, batch: Batch, progress: Progress) -
     if not bool(torch.isfinite(norm)):
         raise Fault(
             f"the gradient is not finite at {_position(progress)} though every loss was; rank 0 held samples "
-            f"{', '.join(batch.keys)}. Nothing of this step was applied. Lower optimiser.lr, or train in fp32.",
+            f"{', '.join(batch.keys)}. Nothing of this step was applied. "
+            "Lower optimiser.lr, or train in fp32, in a new run.folder.",
             everywhere=True,
         )

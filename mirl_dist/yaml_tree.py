@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ class Node(BaseModel):
 
 
 Tree = TypeVar("Tree", bound=Node)
+_CREDENTIALS = re.compile(r"(?<=://)\S*@|(?<=\w)\?\S*=\S*")  # in addresses: not for messages
 
 
 class _OneValuePerKey(yaml.SafeLoader):
@@ -46,6 +48,8 @@ class _OneValuePerKey(yaml.SafeLoader):
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_OneValuePerKey)  # a SafeLoader: builds plain values only
+    except ValueError as error:  # a date or number that is none
+        raise Fault(f"{where} is not valid YAML: {error}. Put that value in quotes, or correct it.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -108,6 +112,7 @@ def _keys_at(cls: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
 
 def _describe(cls: type[BaseModel], loc: tuple[str | int, ...], kind: str, message: str, found: Any) -> str:
     key = ".".join(str(part) for part in loc)
+    found = _CREDENTIALS.sub("***", found) if isinstance(found, str) else found
     if kind == "extra_forbidden":
         known = _keys_at(cls, loc[:-1])
         near = difflib.get_close_matches(str(loc[-1]), known, n=1)

@@ -137,7 +137,7 @@ def test_unknown_keys_wrong_values_and_contradictions_come_in_one_message() -> N
 
 def test_a_password_in_the_tracking_address_is_refused_and_an_address_without_one_is_not() -> None:
     found = said({"tracking": {"uri": "https://me:secret@mlflow.example.org/x"}})
-    assert found == ["tracking.uri: found credentials inside; put the address into MLFLOW_TRACKING_URI instead"]
+    assert found == ["tracking.uri: found '@' or '?', which may hold credentials; use MLFLOW_TRACKING_URI instead"]
     assert "secret" not in "".join(found)
     for uri in ("https://mlflow.example.org/a@b", "sqlite:///mlflow.db", "http://127.0.0.1:5000"):
         assert config({"tracking": {"uri": uri}}).tracking.uri == uri

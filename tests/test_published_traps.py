@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mirl_dist.data.order import Order, Position, share_batch
 from mirl_dist.data.stream import Shards, Stream
@@ -26,15 +27,14 @@ def test_accelerates_cpu_launcher_which_starts_one_process_is_refused(lab: Any, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("device", ["cpu", "auto"])
-def test_accelerates_gpu_launcher_on_a_machine_without_gpus_trains_together(
-    lab: Any, tmp_path: Path, device: str
-) -> None:
+def test_accelerates_gpu_launcher_on_a_machine_without_gpus_trains_together(lab: Any, tmp_path: Path) -> None:
     # By itself accelerate gives two processes here that each train alone. Every rank proves at the end of a round
     # that it holds the weights of the others, so a run that finishes on different data has trained together.
     arguments = ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     arguments += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "mirl_dist"]
-    sets = ONE_STEP | {"train.device": device}
+    if torch.cuda.is_available():
+        pytest.skip("this machine has GPUs")
+    sets = ONE_STEP | {"train.device": "auto"}
     ended = lab.cold("accelerate", *arguments, *lab.train(tmp_path, sets), cwd=tmp_path).wait()
     assert ended.rc == 0, ended.said()
     assert "2 ranks x 1 pass x 2 samples" in ended.out
@@ -43,11 +43,10 @@ def test_accelerates_gpu_launcher_on_a_machine_without_gpus_trains_together(
 
 
 def test_a_world_size_that_nobody_answers_to_is_refused(lab: Any, tmp_path: Path) -> None:
-    # The right world size, but accelerate was told by its own variable to stay alone.
     started = lab.start(*lab.train(tmp_path, ONE_STEP), cwd=tmp_path, env={"WORLD_SIZE": "2"})
     ended = started.wait(60)
     assert ended.rc == 2, ended.said()
-    assert "the launcher announced 2 processes, accelerate sees 1, and 1 answered" in ended.err
+    assert "found WORLD_SIZE=2 in the environment, but not RANK, MASTER_ADDR and MASTER_PORT" in ended.err
     assert not (tmp_path / "run").exists()
 
 

@@ -8,7 +8,10 @@ what, so no reader can run dry, read twice or wait for another.
 from __future__ import annotations
 
 import multiprocessing
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +32,7 @@ from mirl_dist.data.manifest import (
 )
 from mirl_dist.data.order import Order, Position, Shares, Slot
 from mirl_dist.data.sample import Batch, Patch, Pixels, collate, decode, make_patch
+from mirl_dist.data.workers import end_with_parent
 from mirl_dist.faults import Fault
 
 
@@ -112,6 +116,25 @@ class _Patches(Dataset[Any]):
         return Patch(*made, task=slot.task, key=f"{task.name}:{place.entry.key}")
 
 
+def _worker_begins(_: int) -> None:
+    end_with_parent()
+
+
+@contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """Processes that are started inside ignore SIGTERM and SIGINT; this process's handlers come back afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers, and only there does a run train
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def _collate(items: list[Patch | Fault]) -> Batch | Fault:
     for item in items:
         if isinstance(item, Fault):
@@ -150,6 +173,8 @@ class Stream:
         passes = self._order.passes(round_, start, epochs, self._rank, self._shares)
         # A fork server keeps workers free of this process's threads (collectives, tracking).
         context = multiprocessing.get_context("forkserver") if self._workers else None
+        if context is not None:
+            context.set_forkserver_preload([__name__])  # imported once, not by every worker of every round
         loader: DataLoader[Any] = DataLoader(
             self._patches,
             batch_sampler=passes,
@@ -158,8 +183,11 @@ class Stream:
             pin_memory=self._pin,
             multiprocessing_context=context,
             generator=torch.Generator().manual_seed(0),  # seeds workers; nothing here draws from it
+            worker_init_fn=_worker_begins if self._workers else None,
         )
-        for item in loader:
+        with _signals_ignored():  # a stop signal goes to the whole group: what is started here must outlive it
+            items = iter(loader)
+        for item in items:
             if isinstance(item, Fault):
                 raise item
             yield item if isinstance(item, Batch) else Batch(*item)

@@ -24,12 +24,14 @@ class Report(Protocol):
     def __call__(self, done: int, total: int, what: str) -> None: ...
 
 
-def _end_with_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, and leave at once when the parent dies.
+def end_with_parent() -> None:
+    """In a worker: leave signals to the parent, which may have work to commit, and leave at once when it dies.
 
-    Otherwise a build that was killed would go on writing into a folder which its successor fills.
+    Otherwise a build that was killed would go on writing into a folder which its successor fills, and loaders of a
+    rank that was killed would stay for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
     sentinel = parent.sentinel
@@ -62,7 +64,7 @@ def each(
     # Spawned, not forked: the caller may hold threads (MLflow, CUDA), which a fork would copy half.
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(min(workers, len(items)), context, _end_with_parent) as pool:
+        with ProcessPoolExecutor(min(workers, len(items)), context, end_with_parent) as pool:
             for done, result in enumerate(pool.map(function, items, chunksize=chunk), 1):
                 yield result
                 report(done, len(items), what)

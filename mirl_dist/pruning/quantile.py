@@ -72,7 +72,7 @@ def refuse_non_finite(parts: Mapping[str, Tensor], gather: Gather = alone) -> No
         here = f"tensors: {', '.join(odd[:5])}" if odd else "none in this rank's share"
         raise Fault(
             f"found NaN or infinite weights on rank {ranks} ({here}); nothing was pruned. "
-            "Resume from an earlier commit with a lower optimiser.lr, or set optimiser.clip_norm."
+            "Lower optimiser.lr, or set optimiser.clip_norm, in a new run.folder."
         )
 
 
@@ -81,8 +81,8 @@ def kth_smallest(parts: Mapping[str, Tensor], k: int, gather: Gather = alone) ->
 
     parts: named float32 tensors of this rank's share, any shape; shares of different ranks must not overlap.
     k: 1-based, 1 <= k <= number of magnitudes on all ranks. gather: see `Gather`.
-    Returns Cut with below + ties == k. Raises TypeError for another dtype, ValueError for k out of range,
-    Fault for NaN or inf. Every rank raises or returns the same.
+    Returns Cut with below + ties == k. Raises TypeError for another dtype (on the rank that holds it),
+    ValueError for k out of range and Fault for NaN or inf (on every rank).
     Cost: a few reads of the parts, 2048 int64 per rank and pass on the wire, 4 million weights' bits of memory.
     """
     for name, part in parts.items():

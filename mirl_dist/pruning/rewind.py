@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from mirl_dist.pruning.masks import close_weights
+
 
 def rewound_names(names: Iterable[str], what: str, round_: int) -> frozenset[str]:
     """The tensors that start round `round_` (1, 2, ...) from their first values. what: 'all' or 'published'."""
@@ -29,11 +31,9 @@ def rewind(
     names: frozenset[str],
 ) -> None:
     """weights <- mask x initial for `names`, in place; other tensors keep their values, dead weights become zero."""
-    for name, weight in weights.items():
-        if name in names:
-            weight.copy_(initial[name])
-        if name in masks:
-            weight.masked_fill_(~masks[name], 0.0)
+    for name in names:
+        weights[name].copy_(initial[name])
+    close_weights(weights, masks)
 
 
 def unproven(

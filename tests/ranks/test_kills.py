@@ -88,6 +88,7 @@ def test_a_run_that_is_killed_at_every_bad_moment_ends_with_the_tickets_of_one_t
     assert [t["round"] for t in listed] == [0, 1, 2]
 
 
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 def test_sigterm_to_the_front_process_commits_and_exits_75_and_mlflow_has_each_point_once(
     lab: Any, reference: Path, tmp_path: Path
 ) -> None:
@@ -108,6 +109,11 @@ def test_sigterm_to_the_front_process_commits_and_exits_75_and_mlflow_has_each_p
     wait_for((tmp_path / "run/rounds/01/steps/00000002/COMPLETE.json").exists, again)
     again.kill()
     assert again.wait().rc == -9
+
+    # Right after a commit: what led up to it must be in MLflow already, for nobody will train it again.
+    for put in ("rounds/01/COMPLETE.json", "rounds/02/steps/00000004/COMPLETE.json"):
+        ended = lab.play(tmp_path, sets, fatal={"rank": 0, "put": put, "when": "after"})
+        assert ended.codes == (-9, 1), ended.said()
 
     # Loader processes, and no launcher but what srun gives: the numbers are the same.
     ended = lab.play(tmp_path, sets | {"data.workers": 2})
