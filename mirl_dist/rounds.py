@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -70,11 +71,15 @@ class Rounds:
         self.tracker.begin_round(progress.round, {"round": str(progress.round), "mask": progress.mask_digest})
         total = epochs * plan.steps_per_epoch
         what = f"round {progress.round}"
-        with report.bar(what, total, start=progress.updates, shown=self.ranks.is_main) as advance:
+        stream = self.stream.batches(progress.round, Position(progress.epoch, progress.step), epochs)
+        with (
+            closing(stream) as batches,  # its workers end with the round, also with one that fails
+            report.bar(what, total, start=progress.updates, shown=self.ranks.is_main) as advance,
+        ):
             train.train_round(
                 self.state,
                 self.model,
-                self.stream.batches(progress.round, Position(progress.epoch, progress.step), epochs),
+                batches,
                 plan,
                 self.ranks,
                 rate=self.rate,

@@ -389,9 +389,11 @@ def test_a_mask_file_that_is_none_is_refused(kept: Checkpoints) -> None:
 
 def test_a_run_is_described_once(kept: Checkpoints) -> None:
     assert kept.identity() is None
-    kept.begin({"fingerprint": "one"})
-    kept.begin({"fingerprint": "two"})
-    assert kept.identity() == {"fingerprint": "one"}
+    one = {"config": {}, "fingerprint": "one", "manifest_digest": "m", "initial_digest": "i"}
+    kept.begin(one)
+    with pytest.raises(Fault, match=r"was begun by another launch a moment ago\. Choose another run\.folder\."):
+        kept.begin(one | {"fingerprint": "two"})
+    assert kept.identity() == one
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b"\xff\xfe"])

@@ -139,7 +139,9 @@ def test_a_password_in_the_tracking_address_is_refused_and_an_address_without_on
     found = said({"tracking": {"uri": "https://me:secret@mlflow.example.org/x"}})
     assert found == ["tracking.uri: found '@' or '?', which may hold credentials; use MLFLOW_TRACKING_URI instead"]
     assert "secret" not in "".join(found)
-    for uri in ("https://mlflow.example.org/a@b", "sqlite:///mlflow.db", "http://127.0.0.1:5000"):
+    for uri in ("postgresql://u:pa/ss@host/db", "postgresql://host/db?password=secret"):
+        assert "tracking.uri: found '@' or '?'" in said({"tracking": {"uri": uri}})[0]
+    for uri in ("https://mlflow.example.org/a", "sqlite:///mlflow.db", "http://127.0.0.1:5000"):
         assert config({"tracking": {"uri": uri}}).tracking.uri == uri
 
 
@@ -240,6 +242,8 @@ ASIDE: dict[str, Any] = {
     "train.device": "cpu",
     "prune.rounds": 3,
     "prune.target_sparsity": 0.5,
+    "keep.rounds": "best",
+    "keep.by": ["psnr/*/a"],
     "checkpoint.every_steps": 5,
     "checkpoint.keep_last": 9,
     "tracking.enabled": False,
@@ -287,8 +291,6 @@ TELLING: dict[str, Any] = {
     "rewind.what": "published",
     "evaluate.sets": ["a"],
     "evaluate.seed": 1,
-    "keep.rounds": "best",
-    "keep.by": ["psnr/*/a"],
 }
 
 

@@ -8,9 +8,10 @@ what, so no reader can run dry, read twice or wait for another.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -117,6 +118,8 @@ class _Patches(Dataset[Any]):
 
 
 def _worker_begins(_: int) -> None:
+    """In a group of its own: a launcher stops a rank's whole group, and the rank needs its batches up to the commit."""
+    os.setpgrp()
     end_with_parent()
 
 
@@ -168,8 +171,11 @@ class Stream:
         self._order, self._rank, self._shares = order, rank, shares
         self._workers, self._pin = workers, pin
 
-    def batches(self, round_: int, start: Position, epochs: int) -> Iterator[Batch]:
-        """One Batch per forward pass, from `start` to the round's end. Raises Fault for damaged samples."""
+    def batches(self, round_: int, start: Position, epochs: int) -> Generator[Batch, None, None]:
+        """One Batch per forward pass, from `start` to the round's end; closing it ends its workers.
+
+        Raises Fault for damaged samples.
+        """
         passes = self._order.passes(round_, start, epochs, self._rank, self._shares)
         # A fork server keeps workers free of this process's threads (collectives, tracking).
         context = multiprocessing.get_context("forkserver") if self._workers else None

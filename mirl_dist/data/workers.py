@@ -25,13 +25,12 @@ class Report(Protocol):
 
 
 def end_with_parent() -> None:
-    """In a worker: leave signals to the parent, which may have work to commit, and leave at once when it dies.
+    """In a worker: leave Ctrl-C to the parent, and leave at once when the parent dies.
 
     Otherwise a build that was killed would go on writing into a folder which its successor fills, and loaders of a
     rank that was killed would stay for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
     sentinel = parent.sentinel
