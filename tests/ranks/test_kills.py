@@ -195,3 +195,18 @@ def test_a_store_lists_nothing_that_a_dead_writer_left(tmp_path: Path) -> None:
     assert store.list("") == ["rounds/00/whole"]
     store.sweep()
     assert [p.name for p in (tmp_path / "rounds/00").iterdir()] == ["whole"]
+
+
+def test_three_ranks_that_resume_add_gradients_in_the_order_of_those_that_were_not_stopped(
+    lab: Any, tmp_path: Path
+) -> None:
+    # Three is where it shows: DDP's first step in a process would add in another order than its later ones.
+    sets = {"batch.global": 6, "prune.rounds": 0}
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    assert lab.play(tmp_path / "whole", sets, world=3).rc == 0
+    ended = lab.play(tmp_path / "killed", sets, world=3, fatal={"rank": "all", "step": [0, 3]})
+    assert ended.codes == (-9, -9, -9), ended.said()
+    ended = lab.play(tmp_path / "killed", sets, world=3)
+    assert ended.rc == 0 and "resuming: round 0, after step 2" in ended.out, ended.said()
+    assert_same_run(lab, tmp_path / "killed/run", tmp_path / "whole/run")
