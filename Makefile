@@ -23,7 +23,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install
 	mirl-dist shards build shards/demo.yaml --out demo/shards
 	mirl-dist train configs/demo.yaml --launch auto
-	mirl-dist tickets show demo/run --picture demo/restored.png
+	mirl-dist tickets pictures demo/run --out demo/restored.png
 
 check: install
 	ruff check .

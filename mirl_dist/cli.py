@@ -251,9 +251,19 @@ def tickets_list(run: Annotated[str, typer.Argument(help="Run folder.")], as_jso
 def tickets_show(
     ticket: Annotated[str, typer.Argument(help="Run folder, or run folder/rounds/NN.")],
     as_json: Json = False,
-    picture: Annotated[Path | None, typer.Option(help="Also write its strip of restored images, a PNG.")] = None,
 ) -> None:
     """Print one ticket: counts, digests, scores, density per layer."""
     from mirl_dist import shelf
 
-    shelf.print_ticket(ticket, as_json, picture)
+    shelf.print_ticket(ticket, as_json)
+
+
+@tickets_app.command("pictures")
+def tickets_pictures(
+    ticket: Annotated[str, typer.Argument(help="Run folder, or run folder/rounds/NN.")],
+    out: Annotated[Path, typer.Option(help="The PNG file to write.")],
+) -> None:
+    """Write a ticket's degraded, restored and clean images, a row per task."""
+    from mirl_dist import shelf
+
+    shelf.write_pictures(ticket, out)

@@ -98,15 +98,10 @@ def print_tickets(run: str, as_json: bool) -> None:
         report.say("* best by validation")
 
 
-def print_ticket(reference: str, as_json: bool, picture: Path | None) -> None:
-    """Counts, digests, scores and density per layer of one ticket; its strip of images goes to `picture`."""
+def print_ticket(reference: str, as_json: bool) -> None:
+    """Counts, digests, scores and density per layer of one ticket."""
     found = find(reference)
     ticket = found.checkpoints.ticket(found.round_)
-    if picture is not None:
-        strip = found.checkpoints.pictures(found.round_)
-        if strip is None:
-            raise Fault(f"{reference} drew no pictures: its shards have no evaluation sets. Leave out --picture.")
-        Folder(picture.parent).put(picture.name, strip)
     if as_json:
         print(json.dumps(ticket.row() | {"layer_density": ticket.layer_density}, indent=1))
         return
@@ -116,8 +111,16 @@ def print_ticket(reference: str, as_json: bool, picture: Path | None) -> None:
     print_score_table(reference, ticket.scores)
     rows = [[name, f"{value:.4f}"] for name, value in ticket.layer_density.items()]
     _table("density per layer", ["tensor", "alive share"], rows)
-    if picture is not None:
-        report.say(f"degraded, restored and clean: {picture}")
+
+
+def write_pictures(reference: str, out: Path) -> None:
+    """The strip of images that a ticket restored, as a PNG file."""
+    found = find(reference)
+    strip = found.checkpoints.pictures(found.round_)
+    if strip is None:
+        raise Fault(f"{reference} drew no pictures: its shards have no evaluation sets. Build shards that have some.")
+    Folder(out.parent).put(out.name, strip)
+    report.say(f"degraded, restored and clean images of round {found.round_}: {out}")
 
 
 def print_score_table(title: str, scores: dict[str, Score]) -> None:

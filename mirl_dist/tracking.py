@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from mirl_dist import outbox
@@ -166,7 +167,7 @@ class Mlflow:
         """Where people find the run: its page, or the command that opens the store; never a password."""
         clean, run = shown(self._uri), self._store.reached.get("run")
         if not clean.startswith("http"):
-            return f"{clean} (to see it: mlflow ui --backend-store-uri {clean})"
+            return f"{clean} (to see it: {_mlflow_here()} ui --backend-store-uri {clean})"
         page = f"{clean.rstrip('/')}/#/experiments/{self._store.experiment_id}/runs/"
         return page + run.id if run else clean
 
@@ -178,3 +179,12 @@ class Mlflow:
     def _deliver(self, *, at_once: bool) -> None:
         self._steps_waiting = 0
         self._outbox.deliver(at_once=at_once)
+
+
+def _mlflow_here() -> str:
+    """How to call this environment's mlflow: by its path below the working directory, where it lies there."""
+    beside = Path(sys.executable).parent / "mlflow"
+    try:
+        return str(beside.relative_to(Path.cwd())) if beside.exists() else "mlflow"
+    except ValueError:
+        return "mlflow"

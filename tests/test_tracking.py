@@ -490,7 +490,8 @@ def test_no_secret_reaches_a_run_or_a_reader(
     tracker = begin(uri, ids, tracking={"uri": "https://ada:hunter22@example.org/x"}, note="with sesame-open inside")
     params = client(uri).get_run(ids["run"]).data.params
     assert params == {"tracking.uri": "https://***@example.org/x", "note": "with *** inside"}
-    assert tracker.address() == f"{uri} (to see it: mlflow ui --backend-store-uri {uri})"
+    assert tracker.address().startswith(f"{uri} (to see it: ")
+    assert tracker.address().endswith(f"mlflow ui --backend-store-uri {uri})"), "this environment's own, where near"
 
     for secret_uri, clean in (
         ("http://ada:hunt%40r22@127.0.0.1:9/base", "http://127.0.0.1:9/base"),
