@@ -1,0 +1,155 @@
+"""Laws of scoring: the named protocol, noise that belongs to the image, every image once."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import nn
+
+from mirl_dist import evaluate, yaml_tree
+from mirl_dist.data.build import build
+from mirl_dist.data.manifest import CLEAN
+from mirl_dist.data.recipe import Recipe
+from mirl_dist.data.sample import Task
+from mirl_dist.data.stream import Shards
+from mirl_dist.faults import Fault
+
+TASKS = (Task.of("denoise_25"), Task.of("denoise_50"), Task.of("derain"))
+
+
+class Darker(nn.Module):
+    """Stands in for a network: every image a tenth darker, so that each has a score of its own."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image * 0.9
+
+
+class SomeRanks:
+    """One of `world` threads that meet where ranks would."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int, world: int, board: list[Any], meet: threading.Barrier) -> None:
+        self.rank, self.world, self._board, self._meet = rank, world, board, meet
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        self._board[self.rank] = item
+        self._meet.wait()
+        return list(self._board)
+
+
+def scores_on(world: int, shards: Shards, jobs: list[evaluate.Job]) -> list[evaluate.Scores]:
+    board: list[Any] = [None] * world
+    found: list[Any] = [None] * world
+    meet = threading.Barrier(world)
+
+    def one(rank: int) -> None:
+        ranks: Any = SomeRanks(rank, world, board, meet)
+        found[rank] = evaluate.evaluate(Darker(), shards, jobs, ranks, seed=0)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """Three photographs whole, of sizes that are no multiples of 16, clean and with made rain."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "images").mkdir()
+    from skimage import data
+
+    for name, (height, width) in {"astronaut": (70, 93), "coffee": (64, 64), "rocket": (90, 55)}.items():
+        picture = getattr(data, name)()[100 : 100 + height, 100 : 100 + width]
+        Image.fromarray(picture).save(folder / "images" / f"{name}.png")
+    clean = {"folder": str(folder / "images")}
+    tree = {
+        "name": "scores",
+        "tile_pixels": 48,
+        "train": [{"set": "some", "kind": "denoise", "clean": clean}],
+        "evaluate": [
+            {"set": "photos", "kind": "denoise", "clean": clean},
+            {"set": "rain", "kind": "derain", "clean": clean, "make": "rain"},
+        ],
+        "allow_overlap": True,
+    }
+    build(yaml_tree.build(Recipe, tree, "the test"), folder / "built", 1, lambda done, total, what: None)
+    return Shards(folder / "built")
+
+
+def test_a_denoising_set_is_scored_at_every_sigma_that_is_trained(shards: Shards) -> None:
+    jobs = evaluate.plan(shards, TASKS, None)
+    assert [j.name for j in jobs] == ["denoise_25/photos"] * 3 + ["denoise_50/photos"] * 3 + ["derain/rain"] * 3
+    assert evaluate.plan(shards, TASKS, ("rain",)) == jobs[6:]
+    with pytest.raises(Fault, match=r"evaluate\.sets: found set5; the shards have photos, rain"):
+        evaluate.plan(shards, TASKS, ("set5",))
+
+
+def test_scores_are_those_of_the_published_protocol(shards: Shards) -> None:
+    jobs = evaluate.plan(shards, TASKS[:1], ("photos",))
+    [found] = scores_on(1, shards, jobs)
+    psnr, ssim = [], []
+    for job in jobs:
+        degraded, clean = evaluate.degraded_and_clean(shards, job, seed=0)
+        assert clean.shape[0] % 16 == clean.shape[1] % 16 == 0
+        restored = (torch.from_numpy(degraded).float() / 255 * 0.9).clamp(0, 1).numpy()
+        truth = clean.astype(np.float32) / 255
+        psnr.append(peak_signal_noise_ratio(truth, restored, data_range=1))
+        ssim.append(structural_similarity(truth, restored, data_range=1, channel_axis=-1))
+    score = found.scores["denoise_25/photos"]
+    assert score.images == 3
+    assert score.psnr == pytest.approx(np.mean(psnr), abs=1e-6)
+    assert score.ssim == pytest.approx(np.mean(ssim), abs=1e-6)
+
+
+def test_test_noise_belongs_to_the_image_and_the_sigma_alone(shards: Shards) -> None:
+    jobs = evaluate.plan(shards, TASKS[:2], ("photos",))
+    first = [evaluate.degraded_and_clean(shards, job, 0)[0] for job in jobs]
+    again = [evaluate.degraded_and_clean(shards, job, 0)[0] for job in reversed(jobs)][::-1]
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not np.array_equal(first[0], first[3]), "another sigma"
+    assert not np.array_equal(first[0], evaluate.degraded_and_clean(shards, jobs[0], 1)[0]), "another seed"
+    clean = shards.image(jobs[1].place, CLEAN)
+    noise = first[1].astype(float) - evaluate.degraded_and_clean(shards, jobs[1], 0)[1]
+    assert clean.shape == (64, 64, 3) and 15 < noise.std() < 26
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_scores_and_pictures_are_the_same_to_the_last_bit_on_any_number_of_ranks(shards: Shards, world: int) -> None:
+    jobs = evaluate.plan(shards, TASKS, None)
+    [alone] = scores_on(1, shards, jobs)
+    assert alone.pictures is not None
+    for found in scores_on(world, shards, jobs):
+        assert found.scores == alone.scores
+        assert found.pictures == alone.pictures
+
+
+def test_an_image_too_small_to_score_is_refused_by_name_before_any_training(shards: Shards, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    draw = np.random.default_rng(0)
+    Image.fromarray(draw.integers(0, 256, (12, 40, 3), dtype=np.uint8)).save(tmp_path / "images/low.png")
+    Image.fromarray(draw.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "images/fine.png")
+    clean = {"folder": str(tmp_path / "images"), "include": ["fine.png"]}
+    tree = {
+        "name": "low",
+        "tile_pixels": 32,
+        "train": [{"set": "some", "kind": "denoise", "clean": clean}],
+        "evaluate": [{"set": "low", "kind": "denoise", "clean": clean | {"include": ["low.png"]}}],
+    }
+    build(yaml_tree.build(Recipe, tree, "the test"), tmp_path / "built", 1, lambda done, total, what: None)
+    with pytest.raises(Fault, match=r"evaluation image '.*low.*' is 12 x 40 pixels \(1 such\); scores need 16 a side"):
+        evaluate.plan(Shards(tmp_path / "built"), TASKS, None)
