@@ -242,7 +242,8 @@ def launch(arguments: list[str]) -> int:
         chosen = [code for code in codes if code > 0] or [1]
         return min(chosen, key=lambda code: (code == 1, code))
     except ValueError as error:
-        raise Fault(f"accelerate refuses this launch: {error}. Compare with launch/cpu_two.yaml.") from None
+        said = str(error).rstrip(".")
+        raise Fault(f"accelerate refuses this launch: {said}. Compare with launch/cpu_two.yaml.") from None
     except SignalException as error:
         raise Stopped(f"all ranks were stopped by {error.sigval.name}; a run is kept up to its last commit") from None
     return 0
