@@ -198,7 +198,7 @@ def _first_weights(config: Config, prepared: Prepared, ranks: Ranks) -> dict[str
 
     def on_main() -> str:
         checkpoints = prepared.checkpoints
-        if not prepared.known or not checkpoints.has_initial():
+        if not (prepared.known and checkpoints.has_initial()):
             weights = {n: p.detach() for n, p in network(config).named_parameters()}
             if not prepared.known:
                 checkpoints.begin(_identity(config, prepared, masking.digest_tensors(weights)))
@@ -341,10 +341,10 @@ def _play(config: Config, rounds: Rounds, newest: Ticket | None) -> None:
 
 @contextmanager
 def _told_how_it_ended(tracker: Tracker) -> Iterator[None]:
-    """The run's end in MLflow: FINISHED, KILLED when it was asked to stop, FAILED by a fault."""
+    """The run's end in MLflow: FINISHED, KILLED when it was asked to stop, FAILED by a fault or a lost rank."""
     try:
         yield
-    except (Fault, Stopped) as end:
+    except Exception as end:
         status = "KILLED" if isinstance(end, Stopped) else "FAILED"
         tracker.end_round(status)
         tracker.end_run(status)

@@ -97,8 +97,8 @@ class Checkpoints:
         return self.store.exists(INITIAL)
 
     def save_initial(self, weights: Mapping[str, Tensor]) -> None:
-        """Write the first weights, once."""
-        self.store.put_if_absent(INITIAL, pack_tensors(weights))
+        """Write the first weights, over any that an older run left here; run.json already states their digest."""
+        self.store.put(INITIAL, pack_tensors(weights))
 
     def initial(self) -> dict[str, Tensor]:
         """The first weights. Raises Fault for a damaged file."""
@@ -298,6 +298,10 @@ class Checkpoints:
         if WEIGHTS not in parts:
             raise Fault(f"{self.store.where(folder)} kept its ticket but not its weights (keep.rounds: best).")
         return safetensors.torch.load(parts[WEIGHTS])
+
+    def has_weights(self, round_: int) -> bool:
+        """Whether a finished round's weights were kept."""
+        return WEIGHTS in self._said(round_folder(round_))
 
     def mark_best(self, round_: int, score: float, by: tuple[str, ...]) -> None:
         self.store.put(BEST, _json({"round": round_, "score": score, "by": list(by)}))

@@ -213,10 +213,10 @@ def _refuse_a_launch_that_lost_ranks(env: Mapping[str, str]) -> None:
 
 def _refuse_shared_gpus(env: Mapping[str, str]) -> None:
     """Several ranks on one GPU cannot talk to each other: NCCL refuses them without naming the cause."""
-    local = int(env.get("LOCAL_WORLD_SIZE", "1"))
-    if local > gpus():
+    local = int(env.get("LOCAL_RANK", "0"))
+    if local >= gpus():
         raise Fault(
-            f"{local} ranks were started on this node, which has {gpus()} GPUs. Start one rank per GPU, or add "
+            f"rank {local} of this node finds {gpus()} GPUs, so none for itself. Start one rank per GPU, or add "
             "--set train.device=cpu to train on its processors."
         )
 

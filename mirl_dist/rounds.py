@@ -168,7 +168,7 @@ class Rounds:
         by = self.config.keep.by
         if not by or not self.ranks.is_main:
             return
-        tickets = self.checkpoints.tickets()
+        tickets = [t for t in self.checkpoints.tickets() if self.checkpoints.has_weights(t.round)]
         scores = {t.round: validation_score(t, by) for t in tickets}
         best = max(scores, key=lambda r: (scores[r], r))
         self.checkpoints.mark_best(best, scores[best], by)

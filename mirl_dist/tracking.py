@@ -152,9 +152,11 @@ class Mlflow:
         self._deliver(at_once=False)
 
     def end_round(self, status: str = "FINISHED") -> None:
-        """Close the nested run of the current round as FINISHED, FAILED or KILLED."""
-        self._outbox.put(Item("end", self._round, status))
-        self.flush()
+        """Close the nested run of the current round, if one is open, as FINISHED, FAILED or KILLED."""
+        if self._round:
+            self._outbox.put(Item("end", self._round, status))
+            self._round = ""
+            self.flush()
 
     def end_run(self, status: str = "FINISHED") -> None:
         """Close the parent run as FINISHED, FAILED or KILLED, and try once more to deliver what waits."""

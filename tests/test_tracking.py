@@ -568,3 +568,15 @@ assert mlflow.active_run() is None
 def test_warnings_are_told_on_our_own_logger(begin: Callable[..., Mlflow], caplog: pytest.LogCaptureFixture) -> None:
     begin("http://127.0.0.1:9")
     assert [(record.name, record.levelno) for record in caplog.records] == [("mirl_dist.tracking", logging.WARNING)]
+
+
+def test_a_fault_between_rounds_leaves_the_finished_round_finished(uri: str, begin: Callable[..., Mlflow]) -> None:
+    ids: dict[str, str] = {}
+    tracker = begin(uri, ids)
+    tracker.end_round("FAILED")  # before any round: there is nothing to end
+    tracker.begin_round(0, {})
+    tracker.end_round()
+    tracker.end_round("FAILED")
+    tracker.end_run("FAILED")
+    assert client(uri).get_run(ids["round/00"]).info.status == "FINISHED"
+    assert client(uri).get_run(ids["run"]).info.status == "FAILED"

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,6 +182,8 @@ class Stream:
         context = multiprocessing.get_context("forkserver") if self._workers else None
         if context is not None:
             context.set_forkserver_preload([__name__])  # imported once, not by every worker of every round
+            with _signals_ignored():  # a stop signal goes to the whole group: the fork server must outlive it
+                forkserver.ensure_running()
         loader: DataLoader[Any] = DataLoader(
             self._patches,
             batch_sampler=passes,
@@ -191,9 +194,7 @@ class Stream:
             generator=torch.Generator().manual_seed(0),  # seeds workers; nothing here draws from it
             worker_init_fn=_worker_begins if self._workers else None,
         )
-        with _signals_ignored():  # a stop signal goes to the whole group: what is started here must outlive it
-            items = iter(loader)
-        for item in items:
+        for item in loader:
             if isinstance(item, Fault):
                 raise item
             yield item if isinstance(item, Batch) else Batch(*item)
