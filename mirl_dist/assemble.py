@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mirl_dist import __version__, evaluate, lottery, models, report
-from mirl_dist.checkpoint import MOMENTS as MOMENTS_PART
-from mirl_dist.checkpoint import STATE, TICKET, WEIGHTS, Checkpoints, Commit
+from mirl_dist.checkpoint import MOMENTS, STATE, TICKET, WEIGHTS, Checkpoints, Commit
 from mirl_dist.config import Config, differences, of_dump
 from mirl_dist.data.order import Order, Shares, share_batch
 from mirl_dist.data.stream import Shards, Stream
@@ -94,11 +93,7 @@ def prepare(config: Config, world: int, resume: str) -> Prepared:
         config.run.seed,
         config.data.steps_per_epoch,
     )
-    if shards.manifest.tile_pixels < config.data.patch_pixels:
-        raise Fault(
-            f"data.patch_pixels: found {config.data.patch_pixels}, but the tiles in {shards.folder} are "
-            f"{shards.manifest.tile_pixels} pixels. Lower it, or build shards with larger tile_pixels."
-        )
+    shards.refuse_larger_patches(config.data.patch_pixels)
     shards.places("train")  # refuses indices that do not fit
     jobs = evaluate.plan(shards, order.tasks, config.evaluate.sets)
     _refuse_unknown_scores(config.keep.by, sorted({job.name for job in jobs}))
@@ -246,7 +241,7 @@ def _resume(state: State, prepared: Prepared, ranks: Ranks) -> Ticket | None:
         for text in damaged:
             report.say(f"warning: {text}; falling back to {commit.folder}")
         kept["weights"] = safetensors.torch.load(parts[WEIGHTS])
-        kept["moments"] = safetensors.torch.load(parts[MOMENTS_PART]) if MOMENTS_PART in parts else {}
+        kept["moments"] = safetensors.torch.load(parts[MOMENTS]) if MOMENTS in parts else {}
         shapes = {n: tuple(m.shape) for n, m in state.masks.items()}
         kept["masks"] = prepared.checkpoints.masks(commit.round_, shapes)
         ticket = parts[TICKET].decode() if TICKET in parts else None

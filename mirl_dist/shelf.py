@@ -222,25 +222,38 @@ def _picture(path: Path) -> Pixels:
 
 def import_official(file: Path, model: str, out: Path) -> None:
     """An official checkpoint to safetensors under our names; says what was dropped."""
+    converted = models.from_official(model, _load_tensors(file))
+    Folder(out.parent).put(out.name, pack_tensors(converted.weights))
+    count = sum(t.numel() for t in converted.weights.values())
+    report.say(f"{out}: {len(converted.weights)} tensors, {count:,} weights")
+    for text in converted.dropped:
+        report.say(f"dropped (never used by the network): {text}")
+
+
+# What torch's restricted unpickler raises for bytes that are no checkpoint: it trips over whatever comes first.
+_NO_CHECKPOINT = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
+
+
+def _load_tensors(file: Path) -> dict[str, Any]:
+    """What a checkpoint file holds, read without running code from it. Raises Fault for any other file."""
     import pickle
 
     import safetensors.torch
 
     try:
         if file.suffix == ".safetensors":
-            raw = safetensors.torch.load_file(file)
-        else:
-            raw = torch.load(file, map_location="cpu", weights_only=True)
+            return dict(safetensors.torch.load_file(file))
+        found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return found
     except FileNotFoundError:
         raise Fault(f"no file at {file}. Give the path of an official checkpoint.") from None
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, safetensors.SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    except pickle.UnpicklingError:  # torch's own text would advise to run the code
         raise Fault(
-            f"{file} cannot be read without running code from it ({reason}). Save its state dict alone."
+            f"{file} holds more than tensors and plain values, which only code from the file could read; none was run. "
+            "Save its state dict alone, where you trust the file."
         ) from None
-    converted = models.from_official(model, raw)
-    Folder(out.parent).put(out.name, pack_tensors(converted.weights))
-    count = sum(t.numel() for t in converted.weights.values())
-    report.say(f"{out}: {len(converted.weights)} tensors, {count:,} weights")
-    for text in converted.dropped:
-        report.say(f"dropped (never used by the network): {text}")
+    except (*_NO_CHECKPOINT, safetensors.SafetensorError) as error:
+        reason = (str(error).splitlines() or [""])[0][:120]
+        raise Fault(
+            f"{file} is not a checkpoint that can be read ({type(error).__name__}: {reason}). Get the file again."
+        ) from None

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch" / "cpu_two.yaml"
@@ -286,3 +287,34 @@ def test_images_of_odd_sizes_and_grey_ones_are_restored_at_their_size(
     refused = lab.mirl("restore", str(tmp_path / "text.png"), "--ticket", str(reference), "--out", str(tmp_path / "no"))
     assert_refused(refused, "text.png is not an image that Pillow can read", "Give a PNG, JPEG or BMP file")
     assert not (tmp_path / "no").exists()
+
+
+class RunsCode:
+    """A hostile checkpoint: unpickled without care, it would make a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"touch {self._mark}",)
+
+
+def test_files_that_are_no_checkpoints_are_refused_and_code_in_them_is_not_run(lab: Any, tmp_path: Path) -> None:
+    mark = tmp_path / "code_ran"
+    (tmp_path / "junk.ckpt").write_text("junk\n")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "junk.safetensors").write_bytes(b"\xff" * 40)
+    torch.save({"state_dict": RunsCode(mark)}, tmp_path / "hostile.ckpt")
+    said = {
+        "junk.ckpt": "is not a checkpoint that can be read",
+        "empty.pth": "is not a checkpoint that can be read",
+        "junk.safetensors": "is not a checkpoint that can be read",
+        "hostile.ckpt": "none was run",
+        "absent.ckpt": "no file at",
+    }
+    for name, text in said.items():
+        ended = lab.mirl("import", str(tmp_path / name), "--out", str(tmp_path / "out.safetensors"))
+        assert_refused(ended, text)
+        assert ended.err.count("\n") == 1
+    assert not mark.exists()
+    assert not (tmp_path / "out.safetensors").exists()

@@ -70,6 +70,15 @@ class Shards:
                     f"{tar} {state}; the manifest says {shard.bytes} bytes. Copy it again or build the shards again."
                 )
 
+    def refuse_larger_patches(self, patch_pixels: int) -> None:
+        """Raise Fault for patches that do not fit into the tiles."""
+        if self.manifest.tile_pixels < patch_pixels:
+            raise Fault(
+                f"data.patch_pixels: found {patch_pixels}, but the tiles in {self.folder} are "
+                f"{self.manifest.tile_pixels} pixels. Lower it, or build shards with larger tile_pixels.",
+                everywhere=True,
+            )
+
     def places(self, role: str) -> dict[str, list[Place]]:
         """The samples of one role by kind (role 'train') or by set (role 'evaluate'), in shard order."""
         found: dict[str, list[Place]] = {}
@@ -162,12 +171,7 @@ class Stream:
         shares: Shares,
         pin: bool,
     ) -> None:
-        if shards.manifest.tile_pixels < patch_pixels:
-            raise Fault(
-                f"data.patch_pixels: found {patch_pixels}, but the tiles in {shards.folder} are "
-                f"{shards.manifest.tile_pixels} pixels. Lower it, or build shards with larger tile_pixels.",
-                everywhere=True,
-            )
+        shards.refuse_larger_patches(patch_pixels)
         self._patches = _Patches(shards, order, seed, patch_pixels, augment)
         self._order, self._rank, self._shares = order, rank, shares
         self._workers, self._pin = workers, pin
