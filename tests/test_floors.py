@@ -47,7 +47,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "ticket",
     ),
     "order": ("data/order", "data/pairing", "data/plan", "data/survey"),
-    "doors": ("data/stream", "mlflow_store", "outbox", "ranks", "report", "storage", "tracking"),
+    "doors": ("data/stream", "mlflow_store", "outbox", "ranks", "report", "storage/__init__", "storage/folder", "storage/law", "tracking"),
     "memory": ("checkpoint", "state"),
     "work": ("data/build", "data/check", "data/encode", "evaluate", "train"),
     "stories": ("lottery", "rounds"),
@@ -62,8 +62,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "torch.distributed": ("ranks",),
     "deepspeed": ("ranks",),
     "webdataset": ("data/build", "data/stream"),
-    "boto3": ("storage",),
-    "botocore": ("storage",),
+    "boto3": ("storage/s3",),
+    "botocore": ("storage/s3",),
     "mlflow": ("mlflow_store",),
 }
 

@@ -150,7 +150,7 @@ def test_what_a_dead_writer_left_is_not_listed_and_can_be_swept(tmp_path: Path) 
     store = Folder(tmp_path)
     store.put("a/b", b"whole")
     code = (
-        "import os, sys; from pathlib import Path; from mirl_dist import storage\n"
+        "import os, sys; from pathlib import Path; from mirl_dist.storage import folder as storage\n"
         "storage.os.replace = storage.os.fsync = lambda *a: os._exit(9)\n"
         "storage.Folder(Path(sys.argv[1])).put('a/b', b'half' * 1000)"
     )
@@ -185,7 +185,7 @@ def test_an_error_of_the_system_keeps_what_was_there(
     def refuse(handle: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("mirl_dist.storage.os.fsync", refuse)
+    monkeypatch.setattr("mirl_dist.storage.folder.os.fsync", refuse)
     for write in (store.put, store.put_if_absent):
         with pytest.raises(kind) as caught:
             write("a/b", b"after")

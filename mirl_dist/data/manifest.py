@@ -1,9 +1,10 @@
 """What a folder of shards says of itself: `manifest.json`, and one index beside every tar.
 
     <shards>/manifest.json                 written last: shards without it do not exist
-    <shards>/train-<set>-00000.tar         samples as `key.clean.png`, `key.degraded.png`, `key.json`
+    <shards>/train-<set>-00000.tar         samples as `key.clean.ppm`, `key.degraded.ppm`, `key.json`
     <shards>/train-<set>-00000.index.json  where every member of every sample lies, and its SHA-256
 
+A sample is one whole image or pair. Its images are binary PPM (raw pixels: a crop is read without the rest) or PNG.
 Addressing by index means that a damaged tar header can never hide the rest of a shard.
 """
 
@@ -12,16 +13,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mirl_dist.faults import Fault
 
-FORMAT = "mirl-dist-shards-1"
+FORMAT = "mirl-dist-shards-2"
 MANIFEST = "manifest.json"
-KINDS = ("denoise", "derain", "dehaze")
-CLEAN, DEGRADED, NOTES = "clean.png", "degraded.png", "json"
+Kind = Literal["clean", "derain", "dehaze", "desnow", "deraindrop", "deblur", "enlighten"]
+"""What samples are for: clean images alone, which are degraded on reading, or pairs, by the task that undoes them."""
+ImageFormat = Literal["ppm", "png"]
+CLEAN, DEGRADED, NOTES = "clean", "degraded", "json"
 
 
 class _Record(BaseModel):
@@ -37,12 +40,22 @@ class Part(_Record):
 
 
 class Entry(_Record):
-    """One sample: its key (unique in the whole manifest), image height and width in pixels, and its parts."""
+    """One sample: its key (unique in the whole manifest), image height and width in pixels, and its parts.
+
+    parts: by member name without the key: 'clean.ppm', 'degraded.ppm' (pairs only), 'json'.
+    """
 
     key: str
     height: int
     width: int
     parts: dict[str, Part]
+
+    def image(self, which: str) -> tuple[ImageFormat, Part] | None:
+        """Format and place of the image CLEAN or DEGRADED; None where the sample has none."""
+        for form in get_args(ImageFormat):
+            if f"{which}.{form}" in self.parts:
+                return form, self.parts[f"{which}.{form}"]
+        return None
 
 
 class Index(_Record):
@@ -52,13 +65,17 @@ class Index(_Record):
 
 
 class Shard(_Record):
-    """One tar: `kind` says what its samples are for, `samples` how many, digests are hex SHA-256 of whole files."""
+    """One tar: `kind` says what its samples are for, `samples` how many, digests are hex SHA-256 of whole files.
+
+    least_pixels: the shortest side of any of its images.
+    """
 
     name: str
     role: Literal["train", "evaluate"]
     set: str
-    kind: Literal["denoise", "derain", "dehaze"]
+    kind: Kind
     samples: int
+    least_pixels: int
     bytes: int
     sha256: str
     index_sha256: str
@@ -71,10 +88,9 @@ class Shard(_Record):
 class Manifest(_Record):
     """All shards of one build. `recipe` is the fingerprint of the recipe and of every source file it read."""
 
-    format: Literal["mirl-dist-shards-1"] = "mirl-dist-shards-1"
+    format: Literal["mirl-dist-shards-2"] = "mirl-dist-shards-2"
     name: str
     recipe: str
-    tile_pixels: int
     skipped: tuple[str, ...] = ()
     shards: tuple[Shard, ...]
 

@@ -49,7 +49,7 @@ def at_put() -> None:
         replace(source, target)
 
     storage.Folder.put = putting  # type: ignore[method-assign]
-    storage.os.replace = replacing  # type: ignore[assignment]
+    storage.folder.os.replace = replacing  # type: ignore[assignment]
 
 
 def at_step() -> None:

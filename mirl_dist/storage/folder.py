@@ -1,51 +1,20 @@
-"""The door to storage: put, get, list, remove on a folder; other kinds of store are further classes with the same law.
-
-Names are relative, with '/' between parts. A name exists complete or not at all: data goes to a temporary name,
-is flushed to the disk, and is renamed. Three errors only; of these, NotThere alone may mean 'begin afresh'.
-"""
+"""A store in a directory: data goes to a temporary name, is flushed to the disk, and is renamed."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO
 
-from mirl_dist.faults import Fault
+from mirl_dist.storage.law import NotAllowed, NotThere, TryAgain
 
 _TEMPORARY = ".writing-"
-
-
-class StorageError(Fault):
-    """What a store may raise; the text names the place, the cause, and what to do."""
-
-
-class NotThere(StorageError):
-    """The name does not exist."""
-
-
-class NotAllowed(StorageError):
-    """The store refused: rights, or a place that is not what it should be. Never read as 'not there'."""
-
-
-class TryAgain(StorageError):
-    """Nothing is wrong with the request; the store could not take it now (full, or a fault of the device)."""
-
-
-class Store(Protocol):
-    """What every store can do."""
-
-    def put(self, name: str, data: bytes) -> None: ...
-    def put_if_absent(self, name: str, data: bytes) -> bool: ...
-    def get(self, name: str) -> bytes: ...
-    def exists(self, name: str) -> bool: ...
-    def list(self, prefix: str) -> list[str]: ...
-    def remove(self, name: str) -> None: ...
-    def sweep(self) -> None: ...
-    def where(self, name: str = "") -> str: ...
+_BLOCK = 1 << 20
 
 
 class Folder:
@@ -61,14 +30,26 @@ class Folder:
     def put(self, name: str, data: bytes) -> None:
         """Write `name` durably, complete or not at all; replaces what was there."""
         path = self._root / name
-        with self._named_errors(name), self._written(path, data) as temporary:
+        with self._named_errors(name), self._written(path, lambda file: file.write(data)) as temporary:
             os.replace(temporary, path)
             _flush_folder(path.parent)
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Copy a file to `name`, durably, complete or not at all; replaces what was there."""
+
+        def copy(file: BinaryIO) -> None:
+            with path.open("rb") as source:
+                shutil.copyfileobj(source, file, _BLOCK)
+
+        target = self._root / name
+        with self._named_errors(name), self._written(target, copy) as temporary:
+            os.replace(temporary, target)
+            _flush_folder(target.parent)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """Write `name` unless it exists; whether this call wrote it. Of several writers exactly one wins."""
         path = self._root / name
-        with self._named_errors(name), self._written(path, data) as temporary:
+        with self._named_errors(name), self._written(path, lambda file: file.write(data)) as temporary:
             try:
                 os.link(temporary, path)
             except FileExistsError:
@@ -79,6 +60,21 @@ class Folder:
     def get(self, name: str) -> bytes:
         with self._named_errors(name):
             return (self._root / name).read_bytes()
+
+    def size(self, name: str) -> int:
+        """Bytes. Raises NotThere for what is no file."""
+        with self._named_errors(name):
+            path = self._root / name
+            if not path.is_file():
+                raise FileNotFoundError(str(path))
+            return path.stat().st_size
+
+    def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
+        """The bytes from `offset` to the end, in blocks."""
+        with self._named_errors(name), (self._root / name).open("rb") as file:
+            file.seek(offset)
+            while block := file.read(_BLOCK):
+                yield block
 
     def exists(self, name: str) -> bool:
         with self._named_errors(name):
@@ -109,13 +105,13 @@ class Folder:
                 leftover.unlink(missing_ok=True)
 
     @contextmanager
-    def _written(self, path: Path, data: bytes) -> Iterator[str]:
+    def _written(self, path: Path, write: Callable[[BinaryIO], object]) -> Iterator[str]:
         """A flushed temporary file beside `path`, gone afterwards."""
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                write(file)
                 file.flush()
                 os.fsync(file.fileno())
             yield temporary
@@ -151,10 +147,3 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def open_store(url: str) -> Store:
-    """The store that a folder name means. Raises NotAllowed for a kind of address that this version does not know."""
-    if "://" in url:
-        raise NotAllowed(f"{url}: this version keeps runs in folders; give a path")
-    return Folder(Path(url).expanduser())
