@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -17,8 +19,12 @@ from torch import Tensor, nn
 from mirl_dist import __version__, evaluate, lottery, models, report
 from mirl_dist.checkpoint import MOMENTS, STATE, TICKET, WEIGHTS, Checkpoints, Commit
 from mirl_dist.config import Config, differences, of_dump
+from mirl_dist.data.cache import Cache
 from mirl_dist.data.order import Order, Shares, share_batch
-from mirl_dist.data.stream import Shards, Stream
+from mirl_dist.data.shards import Shards
+from mirl_dist.data.stream import Stream
+from mirl_dist.data.supply import Supply
+from mirl_dist.data.window import shards_ahead
 from mirl_dist.faults import Fault, Stopped
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
@@ -26,7 +32,7 @@ from mirl_dist.pruning.prune import Rule, in_scope
 from mirl_dist.ranks import Ranks
 from mirl_dist.rounds import Rounds
 from mirl_dist.state import MakeOptimiser, Progress, State
-from mirl_dist.storage import open_store
+from mirl_dist.storage import Folder, open_store
 from mirl_dist.ticket import Ticket, parse
 from mirl_dist.tracking import Mlflow, Silent, Tracker
 
@@ -85,16 +91,19 @@ def prepare(config: Config, world: int, resume: str) -> Prepared:
     resume: 'auto', 'never' or 'must'. Raises Fault.
     """
     shares = share_batch(config.batch.global_, config.batch.forward, world)
-    shards = Shards(Path(config.data.shards))
+    shards = Shards(open_store(config.data.shards))
     order = Order(
         config.data.mix,
-        shards.manifest.samples("train"),
+        shards.train,
         config.batch.global_,
         config.run.seed,
-        config.data.steps_per_epoch,
+        mix_by=config.data.mix_by,
+        steps_per_epoch=config.data.steps_per_epoch,
     )
     shards.refuse_larger_patches(config.data.patch_pixels)
-    shards.places("train")  # refuses indices that do not fit
+    if config.data.damage == "refuse":
+        shards.refuse_missing("train")
+    shards.refuse_missing("evaluate")
     jobs = evaluate.plan(shards, order.tasks, config.evaluate.sets)
     _refuse_unknown_scores(config.keep.by, sorted({job.name for job in jobs}))
     checkpoints = Checkpoints(open_store(config.run.folder))
@@ -276,6 +285,8 @@ def run(config: Config, resume: str, stop_asked: Callable[[], bool]) -> str:
     prepared = prepare(config, ranks.world, "auto")._replace(known=known)
     if ranks.is_main:
         report.say(describe(config, prepared, ranks.world))
+    supply = supply_of(config, prepared.shards, f"rank {ranks.rank}")
+    ranks.from_main(lambda: _refuse_damaged(prepared.jobs, supply))
     tracker = _tracker(config, prepared.checkpoints, ranks)
     initial = _first_weights(config, prepared, ranks)
     ranks.from_main(prepared.checkpoints.sweep)
@@ -298,9 +309,10 @@ def run(config: Config, resume: str, stop_asked: Callable[[], bool]) -> str:
         bare=bare,
         initial=initial,
         shards=prepared.shards,
+        supply=supply,
         order=prepared.order,
         shares=prepared.shares,
-        stream=_stream(config, prepared, ranks),
+        stream=_stream(config, prepared, supply, ranks),
         jobs=prepared.jobs,
         checkpoints=prepared.checkpoints,
         tracker=tracker,
@@ -309,6 +321,7 @@ def run(config: Config, resume: str, stop_asked: Callable[[], bool]) -> str:
     tracker.begin_run(config.dump(), _tags(config, prepared, ranks.world))
     with _told_how_it_ended(tracker):
         _play(config, rounds, newest)
+    supply.close()
     ranks.barrier()
     ranks.close()
     return tracker.address()
@@ -347,15 +360,43 @@ def _told_how_it_ended(tracker: Tracker) -> Iterator[None]:
     tracker.end_run()
 
 
-def _stream(config: Config, prepared: Prepared, ranks: Ranks) -> Stream:
+def supply_of(config: Config, shards: Shards, who: str) -> Supply:
+    """The shards of a config, through the node's cache where they are not read in place."""
+    store, cache = shards.store, None
+    if config.data.cache.folder is not None or not isinstance(store, Folder):
+        usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mirl_dist" / "shards"
+        folder = Path(config.data.cache.folder or usual).expanduser()
+        cache = Cache(folder, round(config.data.cache.gigabytes * 1e9))
+
+    def say(line: str) -> None:
+        print(f"mirl-dist, {who}: {line}", file=sys.stderr, flush=True)
+
+    return Supply(shards, cache, config.data.damage, say)
+
+
+def _refuse_damaged(jobs: list[evaluate.Job], supply: Supply) -> None:
+    """Raise Fault for damage in the shards that scores will come from, before any work is lost."""
+    for shard in {job.place.shard.name: job.place.shard for job in jobs}.values():
+        supply.want(shard)
+        supply.get(shard)
+        supply.release(shard)
+
+
+def _stream(config: Config, prepared: Prepared, supply: Supply, ranks: Ranks) -> Stream:
+    shares, order, train = prepared.shares, prepared.order, prepared.shards.train
+    node = platform.node()
+    lanes = shares.per_rank * len(order.sources)
+    limit = None if supply.cache is None else supply.cache.limit
     return Stream(
         prepared.shards,
-        prepared.order,
+        supply,
+        order,
         seed=config.run.seed,
         patch_pixels=config.data.patch_pixels,
         augment=config.data.augment,
         workers=config.data.workers,
         rank=ranks.rank,
-        shares=prepared.shares,
+        shares=shares,
+        ahead=shards_ahead(lanes, train, limit, ranks.gather_objects(node).count(node)),
         pin=ranks.device.type == "cuda",
     )

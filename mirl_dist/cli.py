@@ -169,7 +169,9 @@ def status(run: Annotated[str, typer.Argument(help="Run folder.")], as_json: Jso
 @app.command()
 def evaluate(
     ticket: Annotated[str, typer.Argument(help="Run folder, or run folder/rounds/NN.")],
-    shards: Annotated[Path | None, typer.Option(help="Built shards; default: those the run was trained on.")] = None,
+    shards: Annotated[
+        str | None, typer.Option(help="Built shards, a folder or URL; default: those the run was trained on.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score a ticket: PSNR and SSIM per task and set, on whole images."""
@@ -205,38 +207,60 @@ def import_(
 @shards_app.command("build")
 def shards_build(
     recipe: Annotated[Path, typer.Argument(help="YAML file, for example shards/demo.yaml.")],
-    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    out: Annotated[str, typer.Option(help="Where the shards go: a folder, or s3://bucket/prefix.")],
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes of each rank; default: this node's processors.")
+    ] = None,
     sets: Sets = None,
 ) -> None:
-    """Turn folders of images into WebDataset shards of degraded and clean patches, with a manifest."""
-    from mirl_dist import report
-    from mirl_dist.data.build import build
-    from mirl_dist.data.recipe import read
+    """Turn folders of images into WebDataset shards of whole images and pairs, with a manifest.
 
-    tree = read(recipe, sets or [])
-    with report.Bars() as progress:
-        manifest = build(tree, out, workers, progress)
-    for text in manifest.skipped:
-        report.say(f"skipped: {text}")
-    for role in ("train", "evaluate"):
-        counts = ", ".join(f"{n:,} {kind}" for kind, n in sorted(manifest.samples(role).items())) or "none"
-        report.say(f"{role}: {counts}")
-    size = sum(s.bytes for s in manifest.shards)
-    report.say(f"{len(manifest.shards)} shards, {size / 1e6:.1f} MB, in {out} (manifest {manifest.digest()[:12]})")
+    Under `accelerate launch` or torchrun all ranks share the work.
+    """
+    from mirl_dist import report
+    from mirl_dist.data import contact_sheet
+    from mirl_dist.data.build import build
+    from mirl_dist.data.crew import Alone, Crew
+    from mirl_dist.data.recipe import read
+    from mirl_dist.storage import open_store
+
+    ranks = None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from mirl_dist.ranks import Ranks
+
+        ranks = Ranks(device="cpu")
+    crew: Crew = ranks or Alone()
+    try:
+        tree, store = read(recipe, sets or []), open_store(out)
+        processes = workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        with report.Bars() as bars:
+            progress = bars if crew.rank == 0 else lambda done, total, what: None
+            manifest = build(tree, store, processes, progress, crew)
+    except Fault as fault:  # every rank meets it
+        raise Fault(str(fault), everywhere=crew.world > 1) from None
+    if crew.rank == 0:
+        for line in (*(f"skipped: {text}" for text in manifest.skipped), *contact_sheet.lines(store, manifest)):
+            report.say(line)
+    if ranks is not None:
+        ranks.close()
 
 
 @shards_app.command("check")
-def shards_check(folder: Annotated[Path, typer.Argument(help="Folder of built shards.")]) -> None:
+def shards_check(
+    shards: Annotated[str, typer.Argument(help="Built shards: a folder, s3:// or https://.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+) -> None:
     """Hold every shard against its manifest: sizes, digests, counts, and whether every image decodes."""
     from mirl_dist import report
     from mirl_dist.data.check import check
+    from mirl_dist.storage import open_store
 
+    store = open_store(shards)
     with report.Bars() as progress:
-        faults = check(folder, progress)
+        faults = check(store, workers, progress)
     if faults:
-        raise Fault(f"{len(faults)} faults in {folder}:\n" + "\n".join(f"  {fault}" for fault in faults))
-    report.say(f"{folder}: whole")
+        raise Fault(f"{len(faults)} faults in {store.where()}:\n" + "\n".join(f"  {fault}" for fault in faults))
+    report.say(f"{store.where()}: whole")
 
 
 @tickets_app.command("list")

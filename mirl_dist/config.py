@@ -16,6 +16,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from mirl_dist import yaml_tree
 from mirl_dist.faults import Fault
+from mirl_dist.tasks import Task
 from mirl_dist.yaml_tree import Node
 
 
@@ -55,24 +56,40 @@ class Model(Node):
         return self.model_dump(exclude={"name"})
 
 
+_PUBLISHED_MIX: dict[str, float | dict[str, float]] = {
+    "denoise_15": 3.0,
+    "denoise_25": 3.0,
+    "denoise_50": 3.0,
+    "derain": 120.0,
+    "dehaze": 1.0,
+}
+
+
+class Cache(Node):
+    folder: Annotated[str | None, Aside] = None
+    """Where shards are kept on each node; all its ranks share it. Null: ~/.cache/mirl_dist/shards for s3:// and
+    https://, none for a folder, whose shards are read in place. Name one to copy shards from a shared file system."""
+    gigabytes: Annotated[PositiveFloat, Aside] = 50
+    """Most that the cache may take on the disk, in 10^9 bytes."""
+
+
 class Data(Node):
     shards: Annotated[str, Aside] = Field("shards/built", min_length=1)
-    """Folder that `mirl-dist shards build` wrote. Its manifest's digest is part of the run's identity."""
-    mix: dict[str, PositiveInt] = Field(
-        default_factory=lambda: {
-            "denoise_15": 3,
-            "denoise_25": 3,
-            "denoise_50": 3,
-            "derain": 120,
-            "dehaze": 1,
-        }
-    )
-    """Task -> how often each of its samples is read per epoch. `denoise_<sigma>`: noise of that sigma (0..255)."""
+    """Where `mirl-dist shards build` wrote: a folder, s3://bucket/prefix or https://host/path. The digest of its
+    manifest is part of the run's identity."""
+    mix: dict[str, PositiveFloat | dict[str, PositiveFloat]] = Field(default_factory=lambda: dict(_PUBLISHED_MIX))
+    """Task -> number, or task -> set -> number; what the numbers mean says mix_by. Task words: docs/degradations.md."""
+    mix_by: Literal["repeats", "weights", "balanced"] = "repeats"
+    """repeats: how often each sample is read per epoch, as published; weights: shares of the epoch; balanced: equal
+    shares (all numbers 1)."""
     patch_pixels: Annotated[int, Field(ge=8)] = 64
     augment: Literal["published", "all", "flips", "none"] = "published"
     """published: one of the 7 turns and flips that change the image; all: 8; flips: the paper's text."""
     steps_per_epoch: PositiveInt | None = None
     """Null: the whole mix once, the last incomplete global batch left out."""
+    damage: Literal["refuse", "skip"] = "refuse"
+    """What a damaged or missing training sample does: stop the run, or be replaced, told and counted."""
+    cache: Cache = Cache()
     workers: Annotated[Count, Aside] = 2
     """Loader processes of each rank; 0 reads in the training process."""
 
@@ -80,14 +97,20 @@ class Data(Node):
         found = []
         if not self.mix:
             found.append("data.mix: found no task; name at least one, for example derain: 1")
-        for task in self.mix:
-            kind, _, level = task.partition("_")
-            if kind == "denoise" and level.isdecimal() and 0 < int(level) <= 255:
-                continue
-            if task not in ("derain", "dehaze"):
-                found.append(
-                    f"data.mix.{task}: found an unknown task; allowed are denoise_<sigma 1..255>, derain, dehaze"
-                )
+        for word, amount in self.mix.items():
+            try:
+                Task.of(word)
+            except Fault as fault:
+                found.append(f"data.mix: {fault}")
+            numbers = {"": amount} if isinstance(amount, float) else amount
+            if not numbers:
+                found.append(f"data.mix.{word}: found no set; give a number, or numbers of sets")
+            for name, number in numbers.items():
+                key = f"data.mix.{word}" + (f".{name}" if name else "")
+                if self.mix_by == "repeats" and number != int(number):
+                    found.append(f"{key}: found {number:g} with mix_by repeats; use a whole number, or mix_by: weights")
+                if self.mix_by == "balanced" and number != 1:
+                    found.append(f"{key}: found {number:g} with mix_by balanced; write 1, or use mix_by: weights")
         return found
 
 
@@ -230,8 +253,8 @@ class Config(Node):
             found.append("tracking.uri: found '@' or '?', which may hold credentials; use MLFLOW_TRACKING_URI instead")
         if "\0" in self.run.folder + self.data.shards:
             found.append("run.folder, data.shards: found a NUL character; no folder has one in its name")
-        if "://" in self.run.folder or "://" in self.data.shards:
-            found.append("run.folder, data.shards: found a URL; this version keeps runs and shards in folders")
+        if "://" in self.run.folder:
+            found.append("run.folder: found a URL; this version keeps runs in folders")
         return found
 
     def _head_widths(self) -> list[tuple[str, int, int]]:

@@ -14,11 +14,13 @@ from torch import nn
 from mirl_dist import metrics, pictures
 from mirl_dist.data import degrade
 from mirl_dist.data.manifest import CLEAN, DEGRADED
-from mirl_dist.data.sample import Pixels, Task, to_tensor
-from mirl_dist.data.stream import Place, Shards
+from mirl_dist.data.sample import Pixels, to_tensor
+from mirl_dist.data.shards import Place, Shards
+from mirl_dist.data.supply import Supply
 from mirl_dist.faults import Fault
 from mirl_dist.ranks import Ranks
 from mirl_dist.report import bar
+from mirl_dist.tasks import Task
 from mirl_dist.ticket import Score
 
 _STRIP_PIXELS = 192
@@ -57,7 +59,7 @@ def _too_small(place: Place) -> bool:
 
 
 def plan(shards: Shards, tasks: Sequence[Task], sets: Sequence[str] | None) -> list[Job]:
-    """Every (task, image) to score: an evaluation set of kind 'denoise' is scored at every sigma that is trained.
+    """Every (task, image) to score: a set of clean images is scored for every trained task that degrades on reading.
 
     sets: names, or None for all. Raises Fault for a set that the shards do not have.
     """
@@ -85,13 +87,13 @@ def plan(shards: Shards, tasks: Sequence[Task], sets: Sequence[str] | None) -> l
     return jobs
 
 
-def degraded_and_clean(shards: Shards, job: Job, seed: int) -> tuple[Pixels, Pixels]:
-    """The test pair of a job, uint8, cropped to a multiple of 16; its noise depends on seed, set, name and sigma."""
-    clean = np.ascontiguousarray(metrics.crop_to_multiple(shards.image(job.place, CLEAN)))
-    if DEGRADED in job.place.entry.parts:
-        return np.ascontiguousarray(metrics.crop_to_multiple(shards.image(job.place, DEGRADED))), clean
-    rng = degrade.generator("test-noise", seed, job.set, job.place.entry.key, job.task.sigma_255)
-    return degrade.gaussian_noise(clean, job.task.sigma_255, rng), clean
+def degraded_and_clean(supply: Supply, job: Job, seed: int) -> tuple[Pixels, Pixels]:
+    """The test pair of a job, uint8, cropped to a multiple of 16; its chance depends on seed, set, name and task."""
+    clean = np.ascontiguousarray(metrics.crop_to_multiple(supply.image(job.place, CLEAN)))
+    if job.place.entry.image(DEGRADED) is not None:
+        return np.ascontiguousarray(metrics.crop_to_multiple(supply.image(job.place, DEGRADED))), clean
+    rng = degrade.generator("test", seed, job.set, job.place.entry.key, job.task.name)
+    return degrade.for_test(job.task, clean, rng), clean
 
 
 def restore(model: nn.Module, image: Pixels, device: torch.device) -> NDArray[np.float32]:
@@ -102,8 +104,8 @@ def restore(model: nn.Module, image: Pixels, device: torch.device) -> NDArray[np
     return clipped
 
 
-def _score(model: nn.Module, shards: Shards, number: int, job: Job, seed: int, device: torch.device) -> _Result:
-    degraded, clean = degraded_and_clean(shards, job, seed)
+def _score(model: nn.Module, supply: Supply, number: int, job: Job, seed: int, device: torch.device) -> _Result:
+    degraded, clean = degraded_and_clean(supply, job, seed)
     restored = restore(model, degraded, device)
     truth, given = (x.astype(np.float32) / np.float32(255) for x in (clean, degraded))
     row = None
@@ -122,7 +124,7 @@ def _score(model: nn.Module, shards: Shards, number: int, job: Job, seed: int, d
     )
 
 
-def evaluate(model: nn.Module, shards: Shards, jobs: Sequence[Job], ranks: Ranks, seed: int) -> Scores:
+def evaluate(model: nn.Module, supply: Supply, jobs: Sequence[Job], ranks: Ranks, seed: int) -> Scores:
     """Score every job once, shared out over the ranks; the same bits on every rank and for every world size.
 
     model: the bare network (not the wrapped one: ranks score different numbers of images), set to eval here.
@@ -133,7 +135,7 @@ def evaluate(model: nn.Module, shards: Shards, jobs: Sequence[Job], ranks: Ranks
     with bar("evaluating", len(mine), shown=ranks.is_main and bool(jobs)) as advance:
         for done, (number, job) in enumerate(mine):
             try:
-                results.append(_score(model, shards, number, job, seed, ranks.device))
+                results.append(_score(model, supply, number, job, seed, ranks.device))
             except Fault as fault:
                 raise Fault(f"{job.name}, image '{job.place.entry.key}': {fault}") from None
             advance(done + 1, job.name)

@@ -13,7 +13,9 @@ from mirl_dist import __version__, evaluate, metrics, report, schedule, train
 from mirl_dist.checkpoint import PICTURES, TICKET, Checkpoints, pack_tensors
 from mirl_dist.config import Config
 from mirl_dist.data.order import Order, Position, Shares
-from mirl_dist.data.stream import Shards, Stream
+from mirl_dist.data.shards import Shards
+from mirl_dist.data.stream import Stream
+from mirl_dist.data.supply import Supply
 from mirl_dist.lottery import prove_dead_weights
 from mirl_dist.pruning import masks as masking
 from mirl_dist.ranks import Ranks
@@ -34,6 +36,7 @@ class Rounds:
     bare: nn.Module
     initial: dict[str, Tensor]
     shards: Shards
+    supply: Supply
     order: Order
     shares: Shares
     stream: Stream
@@ -45,8 +48,9 @@ class Rounds:
     def train_and_score(self) -> Ticket:
         """Train the round from where it stands, score it, and commit its ticket."""
         self._train()
-        scored = evaluate.evaluate(self.bare, self.shards, self.jobs, self.ranks, self.config.evaluate.seed)
+        scored = evaluate.evaluate(self.bare, self.supply, self.jobs, self.ranks, self.config.evaluate.seed)
         prove_dead_weights(self.state, self.ranks)
+        self._gather_damage()
         ticket = self._ticket(scored.scores)
         self.ranks.agree("the ticket", ticket.digest())
         self.tracker.flush()
@@ -108,12 +112,18 @@ class Rounds:
 
     def _commit_step(self) -> None:
         """Commit the middle of a round; every rank waits to hear that it succeeded."""
+        self._gather_damage()
         self.tracker.flush()  # first: steps that are committed are not trained, and so not told, again
         self.ranks.from_main(
             lambda: self.checkpoints.commit_step(
                 self.state.progress, self._weights(), self.state.moments(), self.config.checkpoint.keep_last
             )
         )
+
+    def _gather_damage(self) -> None:
+        """What any rank found damaged in this round, into every rank's progress."""
+        for found in self.ranks.gather_objects(self.stream.damaged):
+            self.state.progress.damaged |= found
 
     def _ticket(self, scores: dict[str, Score]) -> Ticket:
         progress, masks = self.state.progress, self.state.masks
@@ -134,6 +144,8 @@ class Rounds:
             scores=scores,
             updates=progress.updates,
             samples=progress.samples,
+            skipped=progress.skipped,
+            damaged=dict(sorted(progress.damaged.items())),
             seconds=progress.seconds,
             world=self.ranks.world,
             versions={"mirl_dist": __version__, "torch": torch.__version__},

@@ -17,13 +17,14 @@ from torch import nn
 from mirl_dist import assemble, evaluate, metrics, models, report
 from mirl_dist.checkpoint import Checkpoints, pack_tensors
 from mirl_dist.config import Config, of_dump
-from mirl_dist.data.sample import Pixels, Task
+from mirl_dist.data.sample import Pixels
+from mirl_dist.data.shards import Shards
 from mirl_dist.data.source_image import Refused, decode
-from mirl_dist.data.stream import Shards
 from mirl_dist.faults import Fault
 from mirl_dist.ranks import Ranks
 from mirl_dist.state import Progress
 from mirl_dist.storage import Folder, open_store
+from mirl_dist.tasks import Task
 from mirl_dist.ticket import Score
 
 
@@ -162,18 +163,19 @@ def print_status(run: str, as_json: bool) -> None:
         report.say(f"{name:20} {value}")
 
 
-def print_scores(reference: str, shards_folder: Path | None, as_json: bool) -> None:
+def print_scores(reference: str, shards_address: str | None, as_json: bool) -> None:
     """Score a ticket again, on the run's shards or on others."""
     found = find(reference)
-    shards = Shards(shards_folder or Path(found.config.data.shards))
+    shards = Shards(open_store(shards_address or found.config.data.shards))
     tasks = tuple(Task.of(name) for name in found.config.data.mix)
-    jobs = evaluate.plan(shards, tasks, found.config.evaluate.sets if shards_folder is None else None)
+    jobs = evaluate.plan(shards, tasks, found.config.evaluate.sets if shards_address is None else None)
     if not jobs:
-        raise Fault(f"{shards.folder} holds no evaluation images for {', '.join(t.name for t in tasks)}.")
+        raise Fault(f"{shards.store.where()} holds no evaluation images for {', '.join(t.name for t in tasks)}.")
     ranks = Ranks(device=found.config.train.device)
     model = network(found).to(ranks.device)
+    supply = assemble.supply_of(found.config, shards, "evaluate")
     with redirect_stdout(sys.stderr if as_json else sys.stdout):  # progress is no JSON
-        scored = evaluate.evaluate(model, shards, jobs, ranks, found.config.evaluate.seed)
+        scored = evaluate.evaluate(model, supply, jobs, ranks, found.config.evaluate.seed)
     if not ranks.is_main:
         return
     if as_json:

@@ -20,8 +20,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class Progress(BaseModel):
     """Where a run stands. epoch, step: the next optimiser step of the round; updates: optimiser steps done in it.
 
-    samples: read by all ranks in all rounds; seconds: spent training in all rounds; threshold, parent: of the
-    round's mask and of the ticket it was made from (None in round 0).
+    samples: read by all ranks in all rounds; skipped: reads of this round in which a sample stood in for a damaged one;
+    damaged: what this round met that was damaged, 'shard' or 'shard key' -> why; seconds: spent training in all rounds;
+    threshold, parent: of the round's mask and of the ticket it was made from (None in round 0).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -31,6 +32,8 @@ class Progress(BaseModel):
     step: int = 0
     updates: int = 0
     samples: int = 0
+    skipped: int = 0
+    damaged: dict[str, str] = {}
     seconds: float = 0.0
     threshold: float = 0.0
     parent: str | None = None

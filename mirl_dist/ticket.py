@@ -30,7 +30,8 @@ class Ticket(BaseModel):
 
     alive, prunable, total: weights, counted by masks. density = alive / prunable and total_density = (alive +
     total - prunable) / total, in (0, 1]; sparsities are 1 minus these. threshold: the largest magnitude removed to
-    make this mask (0 in round 0). scores: 'task/set' -> Score. Digests are hex SHA-256.
+    make this mask (0 in round 0). skipped: reads of the round in which another sample stood in for a damaged one;
+    damaged: 'shard' or 'shard key' -> what was wrong. scores: 'task/set' -> Score. Digests are hex SHA-256.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,6 +53,8 @@ class Ticket(BaseModel):
     scores: dict[str, Score]
     updates: int
     samples: int
+    skipped: int = 0
+    damaged: dict[str, str] = {}
     seconds: float
     world: int
     versions: dict[str, str]
@@ -100,6 +103,8 @@ class Ticket(BaseModel):
             "parent": self.parent,
             "digest": self.digest(),
             "protocol": self.protocol,
+            "skipped": self.skipped,
+            "damaged": self.damaged,
             "scores": {name: score.model_dump() for name, score in self.scores.items()},
         }
 
@@ -125,6 +130,7 @@ def metrics(ticket: Ticket) -> dict[str, float]:
         "sparsity": ticket.sparsity,
         "total_sparsity": ticket.total_sparsity,
         "threshold": ticket.threshold,
+        "skipped_reads": ticket.skipped,
     }
     for name, score in ticket.scores.items():
         found[f"psnr/{name}"], found[f"ssim/{name}"] = score.psnr, score.ssim

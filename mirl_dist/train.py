@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from mirl_dist import objective
-from mirl_dist.data.sample import Batch, Task
+from mirl_dist.data.sample import Batch
 from mirl_dist.faults import Fault, Stopped
 from mirl_dist.pruning import masks
 from mirl_dist.ranks import Ranks
 from mirl_dist.report import Advance
 from mirl_dist.state import Progress, State
+from mirl_dist.tasks import Task
 
 Rate = Callable[[Progress], float]
 
@@ -82,9 +83,10 @@ def train_round(
                 with ranks.autocast():
                     restored = model(batch.degraded)
                 losses = objective.per_sample_l1(restored, batch.clean)
-                stop = refuse_non_finite(losses, batch, progress, ranks, stop_asked())
+                stop, skipped = refuse_non_finite(losses, batch, progress, ranks, stop_asked())
                 ranks.backward(objective.combine(losses) / plan.passes)
             meter.count(losses, batch)
+            progress.skipped += skipped
         masks.close_gradients(state.weights, state.masks)
         norm = nn.utils.clip_grad_norm_(parameters, plan.clip_norm or float("inf"))
         refuse_non_finite_gradient(norm, batch, progress)
@@ -140,13 +142,14 @@ def _position(progress: Progress) -> str:
     return f"round {progress.round}, epoch {progress.epoch}, step {progress.step}"
 
 
-def refuse_non_finite(losses: Tensor, batch: Batch, progress: Progress, ranks: Ranks, stop: bool) -> bool:
+def refuse_non_finite(losses: Tensor, batch: Batch, progress: Progress, ranks: Ranks, stop: bool) -> tuple[bool, int]:
     """Raise Fault on every rank when any sample of any rank has a loss that is not finite; naming it.
 
-    The same meeting of ranks tells whether any of them was asked to stop: that is what is returned.
+    The same meeting of ranks tells whether any of them was asked to stop, and how many samples of this pass stood in
+    for damaged ones: that is what is returned.
     """
     bad = ~torch.isfinite(losses.detach())
-    flags = ranks.sum(torch.tensor([int(bad.any()), int(stop)], dtype=torch.int64))
+    flags = ranks.sum(torch.tensor([int(bad.any()), int(stop), batch.skipped], dtype=torch.int64))
     if flags[0]:
         names = [key for key, wrong in zip(batch.keys, bad.tolist(), strict=True) if wrong]
         said = [f"rank {r}: {', '.join(n)}" for r, n in enumerate(ranks.gather_objects(names)) if n]
@@ -156,7 +159,7 @@ def refuse_non_finite(losses: Tensor, batch: Batch, progress: Progress, ranks: R
             "or lower optimiser.lr or optimiser.clip_norm in a new run.folder.",
             everywhere=True,
         )
-    return bool(flags[1])
+    return bool(flags[1]), int(flags[2])
 
 
 def refuse_non_finite_gradient(norm: Tensor, batch: Batch, progress: Progress) -> None:

@@ -1,214 +1,178 @@
-"""Folders of images to WebDataset shards and a manifest: the same recipe and images give the same bytes."""
+"""Folders of images to WebDataset shards and a manifest: the same recipe and images give the same bytes.
+
+Any number of ranks and of processes work on one build, into a folder or any other store. A shard is encoded into a
+file of this machine's folder for temporary files and then put into the store, so that it is there whole or not at all.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import re
 import tarfile
+import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mirl_dist.data.encode import samples
-from mirl_dist.data.manifest import MANIFEST, Entry, Index, Manifest, Part, Shard, read_manifest
-from mirl_dist.data.plan import ShardPlan, shards
+from mirl_dist.data import contact_sheet, unfinished
+from mirl_dist.data.crew import Alone, Crew, shared
+from mirl_dist.data.encode import members
+from mirl_dist.data.manifest import MANIFEST, Entry, Index, Manifest, Part, Shard
+from mirl_dist.data.plan import Item, ShardPlan, shards
 from mirl_dist.data.recipe import Recipe
-from mirl_dist.data.survey import Survey, survey
-from mirl_dist.data.workers import Report, each
+from mirl_dist.data.survey import survey
+from mirl_dist.data.workers import Report
 from mirl_dist.faults import Fault
-
-MARKER = ".building.json"
-OURS = re.compile(r"(train|evaluate)-[A-Za-z0-9_-]+-\d{5,}\.(tar|index\.json)")
-PARTIAL = ".partial-"
+from mirl_dist.storage import NotThere, Store
 
 
-def build(recipe: Recipe, out: Path, workers: int, report: Report) -> Manifest:
-    """Write the shards of a recipe into the folder `out`; the manifest comes last and vouches for the rest.
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs beside its shard. recorded: shards that an earlier try may have written."""
 
-    workers: processes, 1 or more; the bytes do not depend on it. Shards of the same recipe that lie there
-    whole are kept, the leftover of a build that died is replaced.
-    Raises Fault for images that cannot be used (all listed at once), and for a folder that holds something
-    else, that another build is writing into, or that cannot be written.
+    store: Store
+    name: str
+    fingerprint: str
+    recorded: frozenset[str]
+
+
+def build(recipe: Recipe, store: Store, workers: int, report: Report, crew: Crew = Alone()) -> Manifest:
+    """Write the shards of a recipe into a store; the manifest comes last and vouches for the rest.
+
+    workers: processes of each rank, 1 or more; the bytes depend neither on it nor on the number of ranks. Shards of
+    the same recipe that lie there whole are kept, also those of a build that was killed.
+    Raises Fault, on every rank, for images that cannot be used (all listed at once), and for a place that holds
+    something else, that another build is writing into, or that cannot be written.
     """
-    found = survey(recipe, workers, report)
-    with _claimed(out) as marker:
-        existing = _existing(out)
-        if existing is not None and existing.recipe != found.fingerprint:
-            raise Fault(
-                f"{out} holds shards of another recipe or other images ('{existing.name}', "
-                f"{existing.recipe[:12]}; this is '{recipe.name}', {found.fingerprint[:12]}). "
-                "Choose another --out, or remove that folder."
-            )
-        if existing is not None and _whole(existing, out, report):
-            marker.unlink()
-            return existing
-        manifest = _write_all(recipe, found, out, workers, report)
-        marker.unlink()
+    found = survey(recipe, workers, report, crew)
+    whose = recipe.name, found.fingerprint
+    with ExitStack() as stack:
+
+        def claim() -> Manifest | None:
+            stack.enter_context(unfinished.locked(store))
+            return unfinished.standing(store, *whose)
+
+        existing = crew.from_main(claim)
+        if existing is not None:
+            compare = partial(unfinished.is_sound, store)
+            sound = shared(crew, compare, existing.shards, workers, report, "comparing shards already built")
+            if all(sound):
+                crew.from_main(lambda: unfinished.clear(store))
+                report(len(sound), len(sound), "already built")
+                return existing
+            crew.from_main(lambda: unfinished.reopen(store, existing, sound))
+        recorded = crew.from_main(lambda: unfinished.begin(store, *whose))
+        plans = shards(recipe, found.pictures, found.seen)
+        write = partial(write_shard, Job(store, *whose, recorded))
+        written = shared(crew, write, plans, workers, report, "writing shards")
+        manifest = Manifest(name=recipe.name, recipe=found.fingerprint, skipped=found.skipped, shards=tuple(written))
+        crew.from_main(lambda: _finish(store, manifest))
         return manifest
 
 
-def _write_all(recipe: Recipe, found: Survey, out: Path, workers: int, report: Report) -> Manifest:
-    with _writing(out):
-        (out / MARKER).write_text(json.dumps({"recipe": found.fingerprint}))
-        (out / MANIFEST).unlink(missing_ok=True)
-        for leftover in [p for p in out.iterdir() if OURS.fullmatch(p.name) or p.name.startswith(PARTIAL)]:
-            leftover.unlink()
-    plans = shards(recipe, found.pictures, found.seen)
-    written = tuple(each(partial(write_shard, out), plans, workers, report, "writing shards"))
-    manifest = Manifest(
-        name=recipe.name,
-        recipe=found.fingerprint,
-        tile_pixels=recipe.tile_pixels,
-        skipped=found.skipped,
-        shards=written,
-    )
-    _put(out, MANIFEST, manifest.dump())
-    return manifest
+def _finish(store: Store, manifest: Manifest) -> None:
+    """The last steps: is all there, then the sheet for people, then the manifest."""
+    for shard in manifest.shards:
+        try:
+            size = store.size(shard.name)
+        except NotThere:
+            size = 0
+        if size != shard.bytes:
+            raise Fault(
+                f"{store.where(shard.name)} has {size} bytes after {shard.bytes} were written there. Do all ranks see "
+                "the same folder? Choose an --out that all nodes share, and build again."
+            )
+    store.put(contact_sheet.NAME, contact_sheet.draw(store, manifest))
+    store.put(MANIFEST, manifest.dump())
+    unfinished.clear(store)
 
 
-def _existing(out: Path) -> Manifest | None:
-    """The manifest in a folder, if any. Raises Fault where it holds what is not ours to replace."""
-    try:
-        return read_manifest((out / MANIFEST).read_bytes(), str(out / MANIFEST))
-    except FileNotFoundError:
-        pass
-    except Fault as fault:
-        found = str(fault).removesuffix(" Build the shards again.")
-        raise Fault(f"{found} Choose another --out, or remove that folder.") from None
-    foreign = sorted(p.name for p in out.iterdir() if OURS.fullmatch(p.name))
-    if foreign and not (out / MARKER).stat().st_size:
-        raise Fault(
-            f"{out} holds shards ({foreign[0]}) without a manifest or the mark of a build that died. "
-            "Choose another --out, or remove them."
+def write_shard(job: Job, plan: ShardPlan) -> Shard:
+    """Encode one shard's samples and store its tar, its index and its record; kept where an earlier try did that.
+
+    Raises Fault for an image that changed since it was checked, and for a full disk.
+    """
+    if plan.name in job.recorded:
+        kept = unfinished.recorded(job.store, plan.name, job.fingerprint)
+        if kept is not None:
+            return kept
+    with _temporary() as path:
+        index, size, digest = _encode(plan, path)
+        first = plan.items[0].picture
+        data = (json.dumps(index.model_dump(), sort_keys=True, separators=(",", ":")) + "\n").encode()
+        shard = Shard(
+            name=plan.name,
+            role=first.role,
+            set=first.set,
+            kind=first.kind,
+            samples=len(index.entries),
+            least_pixels=min(min(entry.height, entry.width) for entry in index.entries),
+            bytes=size,
+            sha256=digest,
+            index_sha256=hashlib.sha256(data).hexdigest(),
         )
-    return None
+        job.store.put_file(shard.name, path)
+        job.store.put(shard.index_name, data)
+        unfinished.record(job.store, job.name, job.fingerprint, shard)
+        return shard
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Errors of the file system as a Fault that names the path."""
+@contextmanager
+def _temporary() -> Iterator[Path]:
+    """A new file of this machine that is gone when the work on it ends; on Linux also when its process is killed."""
     try:
-        yield
+        if Path("/proc/self/fd").is_dir():
+            opened = tempfile.TemporaryFile(prefix="mirl-dist-")
+            path = Path(f"/proc/self/fd/{opened.fileno()}")
+        else:
+            opened = tempfile.NamedTemporaryFile(prefix="mirl-dist-")  # type: ignore[assignment]
+            path = Path(opened.name)
     except OSError as error:
-        raise Fault(f"cannot write {path}: {error.strerror}. Make room or allow it, or choose another --out.") from None
+        raise _no_room(error) from None
+    with opened:
+        yield path
 
 
-@contextlib.contextmanager
-def _claimed(out: Path) -> Iterator[Path]:
-    """The folder for this build alone. Yields its marker; a build that dies leaves it filled."""
-    path = out / MARKER
-    with _writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        marker = path.open("ab")
-    with marker:
-        try:
-            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Fault(f"another build is writing into {out}. Wait for it, or choose another --out.") from None
-        except OSError:  # a file system without locks: two builds at once are then the user's care
-            pass
-        try:
-            yield path
-        finally:
-            if path.exists() and not path.stat().st_size:
-                path.unlink()
+def _no_room(error: OSError) -> Fault:
+    return Fault(
+        f"cannot write {tempfile.gettempdir()}: {error.strerror or error}. Every worker keeps a shard there until it is "
+        "stored: make room, set TMPDIR to a folder on a larger disk, use fewer --workers, or lower shard_megabytes."
+    )
 
 
-def _whole(manifest: Manifest, out: Path, report: Report) -> bool:
-    """True where every shard and index has the size and digest that the manifest says."""
-    for done, shard in enumerate(manifest.shards):
-        report(done, len(manifest.shards), "comparing shards already built")
-        for name, digest in ((shard.name, shard.sha256), (shard.index_name, shard.index_sha256)):
-            if not (out / name).is_file() or file_digest(out / name) != digest:
-                return False
-    report(len(manifest.shards), len(manifest.shards), "already built")
-    return True
-
-
-def file_digest(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _removed(path: Path) -> Iterator[None]:
-    """A file that does not outlive the work on it, whether that ends well or not."""
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _put(out: Path, name: str, data: bytes) -> None:
-    """A file under its name, complete or not at all, also after a power cut."""
-    partial_path = out / f"{PARTIAL}{os.getpid()}-{name}"
-    with _writing(out / name), _removed(partial_path):
-        with partial_path.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        _rename(partial_path, out / name)
-
-
-def _rename(source: Path, target: Path) -> None:
-    os.replace(source, target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_shard(out: Path, plan: ShardPlan) -> Shard:
-    """Encode one shard's samples, write its tar and index. Raises Fault for a changed image, a full disk."""
+def _encode(plan: ShardPlan, path: Path) -> tuple[Index, int, str]:
+    """Write one tar; its index, its size in bytes, and its SHA-256."""
     import webdataset  # here, because it brings torch along
 
-    partial_path = out / f"{PARTIAL}{os.getpid()}-{plan.name}"
-    sizes: dict[str, tuple[int, int]] = {}
-    with _writing(out / plan.name), _removed(partial_path):
-        with partial_path.open("wb") as stream:
-            with webdataset.TarWriter(stream, user="mirl", group="mirl", mode=0o644, mtime=0, encoder=False) as writer:
-                for cut in plan.cuts:
-                    for key, box, members in samples(cut, plan.seed):
-                        sizes[key] = (box.height, box.width)
-                        writer.write({"__key__": key, **members})
-            stream.flush()
-            os.fsync(stream.fileno())
-        index = index_of(partial_path, sizes)
-        size, digest = partial_path.stat().st_size, file_digest(partial_path)
-        _rename(partial_path, out / plan.name)
-    picture = plan.cuts[0].picture
-    data = (json.dumps(index.model_dump(), sort_keys=True, separators=(",", ":")) + "\n").encode()
-    shard = Shard(
-        name=plan.name,
-        role=picture.role,
-        set=picture.set,
-        kind=picture.kind,
-        samples=len(index.entries),
-        bytes=size,
-        sha256=digest,
-        index_sha256=hashlib.sha256(data).hexdigest(),
-    )
-    _put(out, shard.index_name, data)
-    return shard
+    try:
+        with (
+            path.open("wb") as stream,
+            webdataset.TarWriter(stream, user="mirl", group="mirl", mode=0o644, mtime=0, encoder=False) as writer,
+        ):
+            for item in plan.items:
+                writer.write({"__key__": item.key, **members(item, plan.seed)})
+        found = hashlib.sha256()
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                found.update(block)
+        return index_of(path, plan.items), path.stat().st_size, found.hexdigest()
+    except OSError as error:
+        raise _no_room(error) from None
 
 
-def index_of(tar: Path, sizes: dict[str, tuple[int, int]]) -> Index:
-    """Where every member lies in a tar. sizes: height and width by key."""
-    parts: dict[str, dict[str, Part]] = {key: {} for key in sizes}
+def index_of(tar: Path, items: tuple[Item, ...]) -> Index:
+    """Where every member of these samples lies in a tar."""
+    parts: dict[str, dict[str, Part]] = {item.key: {} for item in items}
     with tar.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
         for member in opened.getmembers():
             key, _, name = member.name.partition(".")
             stream.seek(member.offset_data)
             digest = hashlib.sha256(stream.read(member.size)).hexdigest()
             parts[key][name] = Part(offset=member.offset_data, size=member.size, sha256=digest)
-    entries = (Entry(key=k, height=h, width=w, parts=parts[k]) for k, (h, w) in sizes.items())
+    entries = [
+        Entry.model_validate({"key": i.key, "height": i.box.height, "width": i.box.width, "parts": parts[i.key]})
+        for i in items
+    ]
     return Index(entries=tuple(entries))

@@ -1,21 +1,21 @@
-"""One picture to the members of its samples: cut, degraded where the recipe makes it, as PNG."""
+"""One picture to the members of its sample: degraded where the recipe makes it, as PPM or PNG."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from mirl_dist.data import photographs
-from mirl_dist.data.degrade import Pixels, generator, haze, rain
-from mirl_dist.data.manifest import CLEAN, DEGRADED, NOTES
+from mirl_dist.data.degrade import Pixels, generator, haze, rain, snow
+from mirl_dist.data.manifest import CLEAN, DEGRADED, NOTES, ImageFormat, ppm_header
 from mirl_dist.data.pairing import printable
-from mirl_dist.data.plan import Box, Cut
+from mirl_dist.data.plan import Item
 from mirl_dist.data.source_image import Refused, decode
 from mirl_dist.faults import Fault
 
@@ -29,6 +29,14 @@ def png(pixels: Pixels) -> bytes:
     return held.getvalue()
 
 
+def ppm(pixels: Pixels) -> bytes:
+    """The bytes of a binary PPM file: a header that the size alone decides, then the pixels as they are."""
+    return ppm_header(*pixels.shape[:2]) + pixels.tobytes()
+
+
+ENCODE: dict[ImageFormat, Callable[[Pixels], bytes]] = {"ppm": ppm, "png": png}
+
+
 def _unchanged(path: Path, digest: str) -> Pixels:
     """The pixels of a file that has not changed since it was checked."""
     try:
@@ -40,26 +48,31 @@ def _unchanged(path: Path, digest: str) -> Pixels:
     raise Fault(f"{printable(path)} changed while the shards were built. Build again when the images are at rest.")
 
 
-def samples(cut: Cut, seed: int) -> Iterator[tuple[str, Box, dict[str, bytes]]]:
-    """Key, box and members of every sample of one picture. Raises Fault for a file that changed.
+def _made(item: Item, clean: Pixels, seed: int) -> Pixels:
+    """The degraded image that the recipe makes of a whole clean one."""
+    picture = item.picture
+    assert picture.make is not None
+    rng = generator(seed, picture.make, item.key)
+    if picture.make == "rain":
+        return rain(clean, rng)
+    if picture.make == "snow":
+        return snow(clean, rng)
+    far = photographs.depth(*clean.shape[:2], picture.disparity)
+    return haze(clean, far, airlight=rng.uniform(0.8, 1.0), beta=rng.uniform(0.5, 2.5))
 
-    A made degradation depends on nothing but the seed, the sample's key and its pixels.
+
+def members(item: Item, seed: int) -> dict[str, bytes]:
+    """The members of one sample by their names without the key. Raises Fault for a file that changed.
+
+    A made degradation depends on nothing but the seed, the sample's key and the whole image's pixels.
     """
-    picture = cut.picture
-    images = [_unchanged(file, digest) for file, digest in zip(picture.files, cut.digests, strict=True)]
-    height, width = images[0].shape[:2]
-    far = photographs.depth(height, width, picture.disparity) if picture.make == "haze" else None
-    for key, box in cut.boxes:
-        window = (slice(box.y, box.y + box.height), slice(box.x, box.x + box.width))
-        clean, *rest = (image[window] for image in images)
-        rng = generator(seed, picture.make or "", key)
-        if picture.make == "rain":
-            rest = [rain(clean, rng)]
-        elif far is not None:
-            rest = [haze(clean, far[window], airlight=rng.uniform(0.8, 1.0), beta=rng.uniform(0.5, 2.5))]
-        source = printable(picture.name)
-        notes = {"set": picture.set, "kind": picture.kind, "source": source, "y": box.y, "x": box.x}
-        members = {CLEAN: png(clean), NOTES: json.dumps(notes, sort_keys=True).encode()}
-        if rest:
-            members[DEGRADED] = png(rest[0])
-        yield key, box, members
+    picture, box = item.picture, item.box
+    images = [_unchanged(file, digest) for file, digest in zip(picture.files, item.digests, strict=True)]
+    if picture.make is not None:
+        images.append(_made(item, images[0], seed))
+    window = (slice(box.y, box.y + box.height), slice(box.x, box.x + box.width))
+    notes = {"set": picture.set, "kind": picture.kind, "source": printable(picture.name), "y": box.y, "x": box.x}
+    held = {NOTES: json.dumps(notes, sort_keys=True).encode()}
+    for which, image in zip((CLEAN, DEGRADED), images, strict=False):
+        held[f"{which}.{item.form}"] = ENCODE[item.form](image[window])
+    return held

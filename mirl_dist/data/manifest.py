@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
-from typing import Literal, get_args
+from collections.abc import Iterator
+from typing import Annotated, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mirl_dist.faults import Fault
 
@@ -25,6 +27,23 @@ Kind = Literal["clean", "derain", "dehaze", "desnow", "deraindrop", "deblur", "e
 """What samples are for: clean images alone, which are degraded on reading, or pairs, by the task that undoes them."""
 ImageFormat = Literal["ppm", "png"]
 CLEAN, DEGRADED, NOTES = "clean", "degraded", "json"
+REBUILD = "Copy it again, or build the shards again."
+
+# Names become file names in caches and in folders where tars are unpacked: nothing in them may lead elsewhere.
+SAFE_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+_Key = Annotated[str, Field(pattern=f"^{SAFE_KEY.pattern}$")]
+_ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*\.tar$")]
+_SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Count = Annotated[int, Field(ge=0, strict=True)]
+_Pixels = Annotated[int, Field(ge=1, strict=True)]
+_Member = Literal["clean.ppm", "clean.png", "degraded.ppm", "degraded.png", "json"]
+MEMBERS: tuple[str, ...] = get_args(_Member)
+
+
+def ppm_header(height: int, width: int) -> bytes:
+    """What comes before the raw RGB pixels of a binary PPM file of that size."""
+    return b"P6\n%d %d\n255\n" % (width, height)
 
 
 class _Record(BaseModel):
@@ -34,9 +53,9 @@ class _Record(BaseModel):
 class Part(_Record):
     """One tar member: `offset` of its first data byte in the tar, `size` in bytes, hex SHA-256 of its bytes."""
 
-    offset: int
-    size: int
-    sha256: str
+    offset: _Count
+    size: _Count
+    sha256: _Digest
 
 
 class Entry(_Record):
@@ -45,16 +64,17 @@ class Entry(_Record):
     parts: by member name without the key: 'clean.ppm', 'degraded.ppm' (pairs only), 'json'.
     """
 
-    key: str
-    height: int
-    width: int
-    parts: dict[str, Part]
+    key: _Key
+    height: _Pixels
+    width: _Pixels
+    parts: dict[_Member, Part]
 
     def image(self, which: str) -> tuple[ImageFormat, Part] | None:
         """Format and place of the image CLEAN or DEGRADED; None where the sample has none."""
-        for form in get_args(ImageFormat):
-            if f"{which}.{form}" in self.parts:
-                return form, self.parts[f"{which}.{form}"]
+        for name, part in self.parts.items():
+            stem, _, form = name.partition(".")
+            if stem == which and form:
+                return ("ppm" if form == "ppm" else "png"), part
         return None
 
 
@@ -70,15 +90,15 @@ class Shard(_Record):
     least_pixels: the shortest side of any of its images.
     """
 
-    name: str
+    name: _ShardName
     role: Literal["train", "evaluate"]
-    set: str
+    set: _SetName
     kind: Kind
-    samples: int
-    least_pixels: int
-    bytes: int
-    sha256: str
-    index_sha256: str
+    samples: Annotated[int, Field(ge=1, strict=True)]
+    least_pixels: _Pixels
+    bytes: _Count
+    sha256: _Digest
+    index_sha256: _Digest
 
     @property
     def index_name(self) -> str:
@@ -112,17 +132,34 @@ class Manifest(_Record):
         return hashlib.sha256(self.dump()).hexdigest()
 
 
+_Read = TypeVar("_Read", bound=_Record)
+
+
+def parse(cls: type[_Read], data: bytes, where: str, what: str) -> _Read:
+    """A record of one of the classes above from JSON. Raises Fault that names the first place that is wrong."""
+    try:
+        return cls.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        said = f"{place}: {first['msg']}" if place else first["msg"]
+        raise Fault(f"{where} is not {what} ({said}). {REBUILD}") from None
+
+
 def read_manifest(data: bytes, where: str) -> Manifest:
-    """Parse a manifest. Raises Fault for another format or a file that is no manifest."""
+    """Parse a manifest. Raises Fault for another format, a file that is no manifest, and names given twice."""
     try:
         raw = json.loads(data)
-        found = raw.get("format") if isinstance(raw, dict) else None
-        if found != FORMAT:
-            raise Fault(f"{where} says format {found!r}; this version reads '{FORMAT}'. Build the shards again.")
-        return Manifest.model_validate(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
-        first = str(error).splitlines()[0]
-        raise Fault(f"{where} is not a manifest of shards ({first}). Build the shards again.") from None
+    except (ValueError, RecursionError) as error:
+        raise Fault(f"{where} is not a manifest of shards ({str(error)[:120]}). {REBUILD}") from None
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if found != FORMAT:
+        raise Fault(f"{where} says format {found!r:.40}; this version reads '{FORMAT}'. Build the shards again.")
+    manifest = parse(Manifest, data, where, "a manifest of shards")
+    twice = [name for name, n in Counter(s.name for s in manifest.shards).items() if n > 1]
+    if twice:
+        raise Fault(f"{where} names the shard {twice[0]} twice. {REBUILD}")
+    return manifest
 
 
 def read_index(data: bytes, shard: Shard, where: str) -> Index:
@@ -131,11 +168,40 @@ def read_index(data: bytes, shard: Shard, where: str) -> Index:
     if found != shard.index_sha256:
         raise Fault(
             f"{where} has SHA-256 {found[:12]}, the manifest says {shard.index_sha256[:12]}: "
-            "the index belongs to another build or is damaged. Build the shards again."
+            f"the index belongs to another build or is damaged. {REBUILD}"
         )
-    index = Index.model_validate_json(data)
-    if len(index.entries) != shard.samples:
-        raise Fault(
-            f"{where} lists {len(index.entries)} samples, the manifest {shard.samples}. Build the shards again."
-        )
+    index = parse(Index, data, where, "an index of a shard")
+    for problem in _unfit(index, shard):
+        raise Fault(f"{where}: {problem}. {REBUILD}")
     return index
+
+
+def _unfit(index: Index, shard: Shard) -> Iterator[str]:
+    """What in an index cannot be true of its shard."""
+    if len(index.entries) != shard.samples:
+        yield f"lists {len(index.entries)} samples, the manifest {shard.samples}"
+    wanted = {CLEAN} if shard.kind == "clean" else {CLEAN, DEGRADED}
+    keys: set[str] = set()
+    held: list[tuple[int, int, str]] = []
+    for entry in index.entries:
+        if entry.key in keys:
+            yield f"the key {entry.key} stands there twice"
+        keys.add(entry.key)
+        images = [name.partition(".")[0] for name in entry.parts if name != NOTES]
+        if sorted(images) != sorted(wanted) or NOTES not in entry.parts:
+            yield f"{entry.key} holds {', '.join(sorted(entry.parts)) or 'nothing'}; not what {shard.kind} samples hold"
+        raw = len(ppm_header(entry.height, entry.width)) + 3 * entry.height * entry.width
+        for name, part in entry.parts.items():
+            held.append((part.offset, part.offset + part.size, f"{entry.key}.{name}"))
+            if name.endswith("ppm") and part.size != raw:
+                yield f"{entry.key}.{name} has {part.size} bytes, but {entry.width}x{entry.height} pixels take {raw}"
+        if min(entry.height, entry.width) < shard.least_pixels:
+            size = f"{entry.width}x{entry.height}"
+            yield f"{entry.key} is {size}, but the manifest says that no side is below {shard.least_pixels} pixels"
+    before, last = 0, "the beginning"
+    for start, end, name in sorted(held):
+        if end > shard.bytes:
+            yield f"{name} ends at byte {end}, but the shard has {shard.bytes}"
+        if start < before:
+            yield f"{name} begins at byte {start}, inside {last}"
+        before, last = end, name

@@ -1,16 +1,27 @@
-"""Which sample sits at which slot of which step: pure arithmetic on counts, the same for any number of ranks."""
+"""Which sample sits at which slot of which step: pure arithmetic on the manifest, the same for any number of ranks.
+
+A global batch of G has G lanes, one per slot. An epoch's slots are laid out lane after lane; a seeded permutation
+says which source (the shards of some tasks) each slot reads; within a source the slots follow one another along a walk
+over its shards: shards in a seeded order, the samples of each in a seeded order, pass after pass. So a lane uses one
+shard of a source after the other, and a global batch draws from G places of the walk at once, whoever reads the lanes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mirl_dist.data.degrade import generator
-from mirl_dist.data.sample import Task
+from mirl_dist.data.manifest import Shard
+from mirl_dist.data.mix import Amounts, Source, sources, tasks_of
 from mirl_dist.faults import Fault
+
+_EPOCHS_KEPT = 3  # the one being read, the next one being looked ahead into, and one to spare
 
 
 class Position(NamedTuple):
@@ -21,13 +32,16 @@ class Position(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """One place in a global batch: task index, index among the samples of the task's kind, and which copy it is."""
+    """One place in a global batch: which sample of which training shard is read for which task.
+
+    visit: number of the pass over the sample's source in this round, so that no two reads of a sample are alike.
+    """
 
     round_: int
-    epoch: int
+    visit: int
     task: int
+    shard: int
     sample: int
-    copy: int
 
 
 class Shares(NamedTuple):
@@ -62,77 +76,141 @@ def share_batch(global_batch: int, forward: int | None, world: int) -> Shares:
     return Shares(per_rank, per_rank // size, size)
 
 
+class _Table(NamedTuple):
+    """One epoch: for every slot, lane after lane, task, training shard, sample in it, visit. 13 bytes a slot."""
+
+    task: NDArray[np.uint8]
+    shard: NDArray[np.int32]
+    sample: NDArray[np.int32]
+    visit: NDArray[np.int32]
+
+
 class Order:
     """The seeded order of a round's samples.
 
-    An epoch holds every sample of every task as often as the mix says, in one permutation keyed by (seed, round,
-    epoch); step t takes the slots [t G, (t + 1) G) of it; what does not fill a global batch is left out, as
-    published. Rank r of W takes the r-th of W equal runs of a step's slots.
+    Under `mix_by: repeats` an epoch holds every sample of every task exactly as often as the mix says; what does not
+    fill a global batch is left out, as published. Otherwise the sources' walks go on from epoch to epoch, so that no
+    sample is read again before all others were. Step t takes the t-th slot of every lane; rank r of W takes the r-th of
+    W equal runs of lanes. Any position costs one table of its epoch, wherever it lies (tables are kept for
+    three epochs: 39 bytes for every slot of an epoch).
     """
 
     def __init__(
         self,
-        mix: Mapping[str, int],
-        samples: Mapping[str, int],
+        mix: Amounts,
+        shards: Sequence[Shard],
         global_batch: int,
         seed: int,
+        *,
+        mix_by: str = "repeats",
         steps_per_epoch: int | None = None,
     ) -> None:
-        """mix: task -> copies per epoch; samples: kind -> count. Raises Fault for tasks without samples, for an
-        epoch shorter than one global batch, and for more steps per epoch than the mix gives."""
-        self.tasks = tuple(Task.of(name) for name in mix)
-        self._global, self._seed = global_batch, seed
-        lacking = [t.name for t in self.tasks if not samples.get(t.kind)]
-        if lacking:
-            has = ", ".join(f"{kind} ({n})" for kind, n in sorted(samples.items())) or "nothing"
-            raise Fault(
-                f"data.mix: the shards hold no training samples for {', '.join(lacking)}; they hold {has}. "
-                "Remove those tasks from data.mix, or build shards that have them.",
-                everywhere=True,
-            )
-        self._counts = [samples[t.kind] for t in self.tasks]
-        # Laid out by name: in whichever order a config lists its tasks, the samples come in one order.
-        self._laid = sorted(range(len(self.tasks)), key=lambda i: self.tasks[i].name)
-        self._ends = np.cumsum([mix[self.tasks[i].name] * self._counts[i] for i in self._laid])
-        self.length = int(self._ends[-1])
+        """mix: task -> number, or task -> set -> number; shards: the training shards of the manifest.
+
+        Raises Fault for tasks without samples, for an epoch shorter than one global batch, and for more steps per
+        epoch than the repeats give.
+        """
+        self.tasks = tasks_of(mix)
+        self._seed, self.global_batch = seed, global_batch
+        self.sources = sources(mix, mix_by, shards, global_batch, steps_per_epoch)
+        self.length = sum(source.per_epoch for source in self.sources)
         whole = self.length // global_batch
         if whole == 0:
             raise Fault(
                 f"an epoch has {self.length} samples, fewer than one global batch of {global_batch}. "
-                "Lower batch.global, raise the counts in data.mix, or build more shards.",
+                "Lower batch.global, raise the numbers in data.mix, or build more shards.",
                 everywhere=True,
             )
         if steps_per_epoch is not None and steps_per_epoch > whole:
             raise Fault(
                 f"data.steps_per_epoch: found {steps_per_epoch}, but the mix fills only {whole} steps of "
-                f"{global_batch}. Lower it, or raise the counts in data.mix.",
+                f"{global_batch}. Lower it, or raise the numbers in data.mix.",
                 everywhere=True,
             )
         self.steps_per_epoch = steps_per_epoch or whole
-        self._permuted: tuple[tuple[int, int], NDArray[np.int64]] | None = None
+        self._counts = np.array([shard.samples for shard in shards], dtype=np.int64)
+        self._tables: OrderedDict[tuple[int, int], _Table] = OrderedDict()
+        self._making = threading.Lock()
 
-    def _epoch(self, round_: int, epoch: int) -> NDArray[np.int64]:
-        if self._permuted is None or self._permuted[0] != (round_, epoch):
-            rng = generator("order", self._seed, round_, epoch)
-            self._permuted = ((round_, epoch), rng.permutation(self.length))
-        return self._permuted[1]
-
-    def slots(self, round_: int, at: Position) -> list[Slot]:
-        """The global batch of one step, in slot order."""
-        places = self._epoch(round_, at.epoch)[at.step * self._global : (at.step + 1) * self._global]
-        found = []
-        for place in places.tolist():
-            at_name = int(np.searchsorted(self._ends, place, side="right"))
-            inside = place - (int(self._ends[at_name - 1]) if at_name else 0)
-            task = self._laid[at_name]
-            copy, sample = divmod(inside, self._counts[task])
-            found.append(Slot(round_, at.epoch, task, sample, copy))
-        return found
+    def slots(self, round_: int, at: Position, first: int = 0, lanes: int | None = None) -> list[Slot]:
+        """The slots of one step, in lane order: of all lanes, or of `lanes` of them from `first` on."""
+        table = self._table(round_, at.epoch)
+        steps = self.steps_per_epoch
+        stop = self.global_batch if lanes is None else first + lanes
+        rows = slice(first * steps + at.step, (stop - 1) * steps + at.step + 1, steps)
+        columns = (table.visit[rows], table.task[rows], table.shard[rows], table.sample[rows])
+        return [Slot(round_, *row) for row in zip(*(c.tolist() for c in columns), strict=True)]
 
     def passes(self, round_: int, start: Position, epochs: int, rank: int, shares: Shares) -> Iterator[list[Slot]]:
         """The slots of every forward pass of one rank from `start` to the end of the round."""
+        for at in self.positions(start, epochs):
+            mine = self.slots(round_, at, rank * shares.per_rank, shares.per_rank)
+            for i in range(shares.accumulation):
+                yield mine[i * shares.forward : (i + 1) * shares.forward]
+
+    def positions(self, start: Position, epochs: int) -> Iterator[Position]:
+        """Every step from `start` to the end of the round."""
         for epoch in range(start.epoch, epochs):
             for step in range(start.step if epoch == start.epoch else 0, self.steps_per_epoch):
-                mine = self.slots(round_, Position(epoch, step))[rank * shares.per_rank :][: shares.per_rank]
-                for i in range(shares.accumulation):
-                    yield mine[i * shares.forward : (i + 1) * shares.forward]
+                yield Position(epoch, step)
+
+    def _table(self, round_: int, epoch: int) -> _Table:
+        """The slots of one epoch: made once, whoever asks first."""
+        with self._making:
+            found = self._tables.get((round_, epoch))
+            if found is None:
+                found = self._made(round_, epoch)
+                self._tables[round_, epoch] = found
+                while len(self._tables) > _EPOCHS_KEPT:
+                    self._tables.popitem(last=False)
+            return found
+
+    def _made(self, round_: int, epoch: int) -> _Table:
+        counts = [source.per_epoch for source in self.sources]
+        labels = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
+        generator("order", self._seed, round_, epoch).shuffle(labels)
+        labels = labels[: self.global_batch * self.steps_per_epoch]
+        table = _Table(
+            np.empty(len(labels), np.uint8),
+            *(np.empty(len(labels), np.int32) for _ in range(3)),
+        )
+        for number, source in enumerate(self.sources):
+            places = np.flatnonzero(labels == number)
+            if len(places):
+                self._walk(table, places, round_, source, epoch * source.per_epoch)
+        return table
+
+    def _walk(self, table: _Table, places: NDArray[np.int64], round_: int, source: Source, begin: int) -> None:
+        """Fill the places of one source: its walk from item `begin` of the round on."""
+        held = np.array(source.shards)
+        ends = np.cumsum(self._counts[held])
+        first, last = begin // source.samples, (begin + len(places) - 1) // source.samples
+        for visit in range(first, last + 1):
+            low = max(begin, visit * source.samples)
+            high = min(begin + len(places), (visit + 1) * source.samples)
+            here = places[low - begin : high - begin]
+            one_pass = self._pass(round_, source, visit)[low - visit * source.samples : high - visit * source.samples]
+            at = np.searchsorted(ends, one_pass, side="right")
+            table.visit[here] = visit
+            table.shard[here] = held[at]
+            table.sample[here] = one_pass - (ends - self._counts[held])[at]
+            table.task[here] = self._dealt(round_, source, visit)[one_pass]
+
+    def _pass(self, round_: int, source: Source, visit: int) -> NDArray[np.int64]:
+        """All samples of a source (numbered along its shards) in the order of one pass: shard after shard."""
+        rng = generator("pass", self._seed, round_, source.name, visit)
+        counts = self._counts[list(source.shards)]
+        begins = np.cumsum(counts) - counts
+        parts = [begins[i] + rng.permutation(int(counts[i])) for i in rng.permutation(len(counts)).tolist()]
+        return np.concatenate(parts)
+
+    def _dealt(self, round_: int, source: Source, visit: int) -> NDArray[np.uint8]:
+        """For which task each sample is read in a pass: over as many passes as the deck has cards, each card once."""
+        deck = np.array(source.deck, dtype=np.uint8)
+        if len(deck) == 1:
+            return np.repeat(deck, source.samples)
+        block, number = divmod(visit, len(deck))
+        rng = generator("deck", self._seed, round_, source.name, block)
+        shuffled, shifts = rng.permutation(deck), rng.integers(len(deck), size=source.samples)
+        dealt: NDArray[np.uint8] = shuffled[(number + shifts) % len(deck)]
+        return dealt

@@ -8,14 +8,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from pathlib import Path
 
+from mirl_dist.data.manifest import Kind
 from mirl_dist.data.photographs import locate
-from mirl_dist.data.recipe import Folder, ImageSet, Kind, Recipe, Role, expand
+from mirl_dist.data.recipe import Folder, ImageSet, Recipe, Role, expand
 from mirl_dist.faults import Fault
 
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-SHOWN = 20
+SHOWN, EXAMPLES = 20, 3
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,17 @@ def listing(complaints: Sequence[str], heading: str, advice: str) -> str:
 
 
 def template(names: str) -> re.Pattern[str]:
-    """The pattern of a name template. {id} takes as much as it can, {any} at least one character."""
-    parts = re.split(r"(\{id\}|\{any\})", names)
-    known = {"{id}": "(?P<id>.+)", "{any}": ".+?"}
-    return re.compile("".join(known.get(part, re.escape(part)) for part in parts), re.DOTALL)
+    """The pattern of a name template. {id} takes as much as it can, {any} at least one character, neither a /."""
+    parts = re.split(r"(\{first\}|\{id\}|\{any\})", names.replace("{id}", "{first}", 1))
+    known = {"{first}": "(?P<id>[^/]+)", "{id}": "([^/]+)", "{any}": "[^/]+?"}
+    return re.compile("".join(known.get(part, re.escape(part)) for part in parts))
+
+
+def _filled(names: str, identity: str) -> str:
+    """The name that a template makes of an identity."""
+    for part in identity.split("/"):
+        names = names.replace("{id}", part, 1)
+    return names
 
 
 def files(folder: Folder) -> tuple[Path, dict[str, Path]]:
@@ -102,16 +111,16 @@ def files(folder: Folder) -> tuple[Path, dict[str, Path]]:
 
 def _identify(folder: Folder, label: str) -> tuple[dict[str, list[tuple[str, Path]]], list[Complaint]]:
     """The folder's files by the {id} in their names, and complaints about names without any."""
-    pattern = template(folder.names)
+    pattern, whole = template(folder.names), "/" in folder.names
     by_id: dict[str, list[tuple[str, Path]]] = {}
     complaints = []
     for name, path in files(folder)[1].items():
-        match = pattern.fullmatch(path.stem)
+        match = pattern.fullmatch(name.removesuffix(path.suffix) if whole else path.stem)
         if match is None:
             problem = f"its name does not fit '{folder.names}'"
             complaints.append(Complaint(label, printable(name), printable(path), problem))
         else:
-            by_id.setdefault(match.group("id"), []).append((name, path))
+            by_id.setdefault("/".join(match.groups()), []).append((name, path))
     return by_id, complaints
 
 
@@ -128,7 +137,7 @@ def _pairs(role: Role, one: ImageSet, degraded: Folder, clean: Folder) -> tuple[
     for identity, held in seekers.items():
         found = partners.get(identity, [])
         for name, path in held:
-            wanted = clean.names.replace("{id}", printable(identity))
+            wanted = _filled(clean.names, printable(identity))
             if len(found) == 1:
                 pictures.append(Picture(role, one.set, one.kind, name, found[0][1], path))
             elif not found:
@@ -160,40 +169,58 @@ def _pictures(role: Role, one: ImageSet) -> tuple[list[Picture], list[Complaint]
     return [Picture(role, one.set, one.kind, n, p, None, one.make) for n, p in named], complaints
 
 
+def share(fraction: float, count: int) -> int:
+    """How many of `count` a fraction keeps: the nearest whole number, halves up, at least one."""
+    exact = Fraction(str(fraction)) * count  # 0.05 means one twentieth here, not the float beside it
+    return max(1, int(exact + Fraction(1, 2)))
+
+
 def _some(pictures: list[Picture], one: ImageSet, seed: int) -> list[Picture]:
     """The share that `limit` or `fraction` keeps, whatever order the files came in, in the order of names."""
     keep = one.limit if one.limit is not None else len(pictures)
     if one.fraction is not None:
-        keep = max(1, round(one.fraction * len(pictures)))
+        keep = share(one.fraction, len(pictures))
+    drawn_by = seed if one.draw_seed is None else one.draw_seed
 
     def lot(picture: Picture) -> bytes:
-        return hashlib.sha256(f"{seed}/{one.set}/{printable(picture.name)}".encode()).digest()
+        return hashlib.sha256(f"{drawn_by}/{one.set}/{printable(picture.name)}".encode()).digest()
 
     chosen = set(sorted(pictures, key=lot)[:keep])
     return [p for p in pictures if p in chosen]
 
 
+def _miscount(one: ImageSet, found: int, against: Sequence[Complaint]) -> str:
+    """What is said about a set of another size than its official one."""
+    places = [f"{expand(f.folder)} ({', '.join(f.include)})" for f in (one.degraded, one.clean) if f is not None]
+    what = "images" if one.degraded is None else "pairs"
+    where = " and ".join(map(printable, places)) or "scikit-image"
+    text = f"found {found:,} {what}, expected {one.expect:,}, in {where}."
+    if against:
+        more = f"; and {len(against) - EXAMPLES:,} more" if len(against) > EXAMPLES else ""
+        text += f" Not counted: {'; '.join(f'{c.name}: {c.problem}' for c in against[:EXAMPLES])}{more}."
+    return f"{text} Complete the set, or correct 'expect' in the recipe."
+
+
 def find(recipe: Recipe) -> tuple[list[Picture], list[Complaint]]:
     """Every image or pair that a recipe means, set by set, and everything that does not fit.
 
-    Raises Fault that names all folders which are missing or hold no image, and all unset variables.
+    Raises Fault that names all folders which are missing or hold no image, all unset variables, and all sets which
+    hold another number than expected, each with the recipe's words on where the set can be had.
     """
     pictures: list[Picture] = []
     complaints: list[Complaint] = []
-    missing: list[str] = []
+    incomplete: list[str] = []
     for role, one in recipe.sets():
-        label = f"{role} {one.set}"
         try:
             found, against = _pictures(role, one)
+            if one.expect is not None and len(found) != one.expect:
+                raise Fault(_miscount(one, len(found), against))
         except Fault as fault:
-            missing.append(f"the set '{one.set}' ({role}): {fault}")
+            where = f" To get it: {one.get}" if one.get else ""
+            incomplete.append(f"the set '{one.set}' ({role}): {fault}{where}")
             continue
-        if one.expect is not None and len(found) != one.expect:
-            problem = f"found {len(found)} usable images or pairs, the recipe expects {one.expect}"
-            against.append(Complaint(label, "count", f"the set '{one.set}' ({role})", problem))
         pictures += _some(found, one, recipe.seed)
         complaints += against
-    if missing:
-        unique = list(dict.fromkeys(missing))
-        raise Fault("\n".join(unique))
+    if incomplete:
+        raise Fault("\n".join(incomplete))
     return pictures, sorted(complaints, key=lambda c: (c.label, c.name))

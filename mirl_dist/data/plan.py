@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
 
+from mirl_dist.data.manifest import ImageFormat, ppm_header
 from mirl_dist.data.pairing import Picture, printable
 from mirl_dist.data.recipe import Recipe
 from mirl_dist.data.source_image import Examined
 
 PNG_SHARE = 0.6  # of the raw bytes: about what PNG leaves of photographs
+BLOCK = 512  # of a tar: every member takes a header and its data, each filled up to whole blocks
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,14 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """One picture, the digests its files had when they were checked, and the boxes to store of it, by key."""
+class Item:
+    """One sample to store: its key, its picture, the digests the files had when checked, the part to keep, how."""
 
+    key: str
     picture: Picture
     digests: tuple[str, ...]
-    boxes: tuple[tuple[str, Box], ...]
+    box: Box
+    form: ImageFormat
 
 
 @dataclass(frozen=True)
@@ -42,18 +46,7 @@ class ShardPlan:
 
     name: str
     seed: int
-    cuts: tuple[Cut, ...]
-
-
-def starts(side: int, tile: int) -> list[int]:
-    """Where tiles begin along a side: every `tile` pixels, and the last flush with the border."""
-    begins = list(range(0, side - tile + 1, tile))
-    return begins if begins[-1] + tile == side else [*begins, side - tile]
-
-
-def tiles(height: int, width: int, tile: int) -> list[Box]:
-    """Square tiles that cover an image whose sides are at least `tile`."""
-    return [Box(y, x, tile, tile) for y in starts(height, tile) for x in starts(width, tile)]
+    items: tuple[Item, ...]
 
 
 def centre(height: int, width: int, side: int | None) -> Box:
@@ -62,16 +55,15 @@ def centre(height: int, width: int, side: int | None) -> Box:
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-def key(picture: Picture, box: Box, whole: bool) -> str:
+def key(picture: Picture) -> str:
     """A sample's name: readable, without dots and slashes, the same for the same file wherever it lies.
 
-    Below 90 characters, so that `key.degraded.png` fits the 100 of a plain tar header.
+    At most 69 characters, so that `key.degraded.ppm` fits the 100 of a plain tar header.
     """
     name = printable(picture.name)
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name).stem)[:24]
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    place = "" if whole else f"-y{box.y:05d}-x{box.x:05d}"
-    return f"{picture.role}-{picture.set}-{stem}-{digest}{place}"
+    return f"{picture.role}-{picture.set}-{stem}-{digest}"
 
 
 def _shuffled(pictures: Sequence[Picture], seed: int) -> list[Picture]:
@@ -83,7 +75,7 @@ def _shuffled(pictures: Sequence[Picture], seed: int) -> list[Picture]:
     return sorted(pictures, key=lot)
 
 
-def _share_out(weights: Sequence[int], limit: float) -> list[list[int]]:
+def _share_out(weights: Sequence[float], limit: float) -> list[list[int]]:
     """Positions in consecutive groups of nearly equal weight, none empty, of about `limit` at most."""
     total = sum(weights)
     count = math.ceil(total / limit)
@@ -91,24 +83,27 @@ def _share_out(weights: Sequence[int], limit: float) -> list[list[int]]:
     return [list(group) for _, group in groupby(range(len(weights)), key=lambda i: int(middles[i] / total * count))]
 
 
+def _bytes(item: Item) -> float:
+    """About what a sample takes of a tar; for PPM to the block."""
+    raw = len(ppm_header(item.box.height, item.box.width)) + 3 * item.box.height * item.box.width
+    image = raw if item.form == "ppm" else int(PNG_SHARE * raw)
+    images = 1 if item.picture.kind == "clean" else 2
+    return images * (BLOCK + math.ceil(image / BLOCK) * BLOCK) + 2 * BLOCK
+
+
 def shards(recipe: Recipe, pictures: Sequence[Picture], seen: Mapping[Path, Examined]) -> list[ShardPlan]:
     """The tars of a recipe. pictures: those to use, grouped by set; seen: what checking their files found."""
     centres = {e.set: e.centre_pixels for e in recipe.evaluate}
     plans = []
     for (role, name), group in groupby(pictures, key=lambda p: (p.role, p.set)):
-        members = list(group)
-        cuts = []
-        for picture in _shuffled(members, recipe.seed) if role == "train" else members:
+        side = centres[name] if role == "evaluate" else None
+        form: ImageFormat = recipe.train_format if role == "train" else "png"
+        items = []
+        for picture in _shuffled(list(group), recipe.seed) if role == "train" else group:
             size = seen[picture.clean]
-            if role == "train":
-                boxes = tiles(size.height, size.width, recipe.tile_pixels)
-            else:
-                boxes = [centre(size.height, size.width, centres[name])]
-            named = tuple((key(picture, box, whole=role == "evaluate"), box) for box in boxes)
-            cuts.append(Cut(picture, tuple(seen[f].sha256 for f in picture.files), named))
-        images = 1 if members[0].kind == "denoise" else 2
-        weights = [images * sum(3 * box.height * box.width for _, box in cut.boxes) for cut in cuts]
-        for number, part in enumerate(_share_out(weights, recipe.shard_megabytes * 2**20 / PNG_SHARE)):
-            held = tuple(cuts[position] for position in part)
+            digests = tuple(seen[f].sha256 for f in picture.files)
+            items.append(Item(key(picture), picture, digests, centre(size.height, size.width, side), form))
+        for number, part in enumerate(_share_out([_bytes(i) for i in items], recipe.shard_megabytes * 2**20)):
+            held = tuple(items[position] for position in part)
             plans.append(ShardPlan(f"{role}-{name}-{number:05d}.tar", recipe.seed, held))
     return plans

@@ -1,8 +1,9 @@
-"""What one training sample is: decode, crop, turn or flip, degrade; and the `Batch` that the network sees."""
+"""What one training sample is: read a crop, degrade, turn or flip; and the `Batch` that the network sees."""
 
 from __future__ import annotations
 
 import io
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from mirl_dist.data import degrade
+from mirl_dist.data.degrade import generator, margin, on_reading
+from mirl_dist.data.manifest import ImageFormat
 from mirl_dist.data.source_image import DAMAGE
 from mirl_dist.faults import Fault
+from mirl_dist.tasks import Task
 
 Pixels = NDArray[np.uint8]
 
@@ -26,18 +29,30 @@ TURNS: dict[str, tuple[int, ...]] = {
 }
 
 
-class Task(NamedTuple):
-    """One degradation to undo. kind: which samples it reads; sigma_255: noise added on reading, 0 for pairs."""
+class Member(NamedTuple):
+    """An image inside a shard: its format, first byte and size in bytes."""
 
-    name: str
-    kind: str
-    sigma_255: int
+    format: ImageFormat
+    offset: int
+    size: int
 
-    @classmethod
-    def of(cls, name: str) -> Task:
-        """'denoise_25' -> noise of sigma 25 on clean samples; 'derain', 'dehaze' -> stored pairs."""
-        kind, _, level = name.partition("_")
-        return cls(name, kind, int(level) if level else 0)
+
+class Read(NamedTuple):
+    """All that a reader needs to make one patch: where the sample lies on this node, and what keys its chance.
+
+    task: index among the run's tasks; visit: number of the pass over the sample's source in the round.
+    """
+
+    path: str
+    shard: str
+    key: str
+    height: int
+    width: int
+    clean: Member
+    degraded: Member | None
+    task: int
+    round_: int
+    visit: int
 
 
 class Patch(NamedTuple):
@@ -50,22 +65,35 @@ class Patch(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Samples for one forward pass: float32 (B, 3, P, P) in [0, 1], int64 (B,) task indices, B keys."""
+    """Samples for one forward pass: degraded and clean, int64 (B,) task indices, B keys, and how many of the samples
+    stand in for damaged ones.
+
+    The images are uint8 (B, P, P, 3) as they come from a reader, and float32 (B, 3, P, P) in [0, 1] after `to`.
+    """
 
     degraded: Tensor
     clean: Tensor
     task: Tensor
     keys: tuple[str, ...]
+    skipped: int = 0
 
     def to(self, device: torch.device) -> Batch:
+        """On a device, as the network wants it. A quarter of the bytes travels, and the device divides."""
+
         def move(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=True)
 
-        return Batch(move(self.degraded), move(self.clean), move(self.task), self.keys)
+        return Batch(
+            _as_input(move(self.degraded)), _as_input(move(self.clean)), move(self.task), self.keys, self.skipped
+        )
+
+
+def _as_input(images: Tensor) -> Tensor:
+    return images.permute(0, 3, 1, 2).contiguous().float().div_(255.0)
 
 
 def decode(data: bytes, where: str, remedy: str = "Build the shards again.") -> Pixels:
-    """PNG, JPEG or BMP bytes to uint8 (H, W, 3) RGB. Raises Fault naming `where` for bytes that are no image."""
+    """PPM, PNG, JPEG or BMP bytes to uint8 (H, W, 3) RGB. Raises Fault naming `where` for bytes that are no image."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.array(image.convert("RGB"))
@@ -89,41 +117,77 @@ def turn(image: Pixels, index: int) -> Pixels:
 
 def to_tensor(images: list[Pixels]) -> Tensor:
     """uint8 (H, W, 3) images of one size to float32 (B, 3, H, W) in [0, 1]."""
-    stacked = torch.from_numpy(np.stack(images))
-    return stacked.permute(0, 3, 1, 2).contiguous().float().div_(255.0)
+    return _as_input(torch.from_numpy(np.stack(images)))
 
 
-def make_patch(
-    clean: Pixels,
-    degraded: Pixels | None,
-    task: Task,
-    patch_pixels: int,
-    augment: str,
-    rng: np.random.Generator,
-) -> tuple[Pixels, Pixels]:
-    """One seeded random crop, turned or flipped, as (degraded, clean), both uint8 (P, P, 3).
+class Box(NamedTuple):
+    """A part of an image in pixels: top, left, height, width."""
 
-    clean, degraded: uint8 (H, W, 3) of one size, H, W >= P; degraded None: noise of the task's sigma is added.
-    MIR-L section IV-A and the released code: crop, then one of TURNS[augment], then noise, clipped and truncated.
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def crop(read: Read, member: Member, box: Box) -> Pixels:
+    """A part of one member, uint8 (height, width, 3). Of a PPM only the rows of the box are read from the disk.
+
+    Raises OSError where the file cannot be read, Fault where it holds no such image.
     """
-    top = int(rng.integers(clean.shape[0] - patch_pixels + 1))
-    left = int(rng.integers(clean.shape[1] - patch_pixels + 1))
-    index = int(rng.choice(TURNS[augment]))
+    where = f"{read.shard}, sample '{read.key}'"
+    handle = os.open(read.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if member.format == "ppm":
+            stride = 3 * read.width
+            header = member.size - read.height * stride
+            band = os.pread(handle, box.height * stride, member.offset + header + box.top * stride)
+            if header <= 0 or len(band) != box.height * stride:
+                raise Fault(f"{where}: the shard ends inside its pixels. Copy the shard again.")
+            image = np.frombuffer(band, np.uint8).reshape(box.height, read.width, 3)
+            return image[:, box.left : box.left + box.width]
+        data = os.pread(handle, member.size, member.offset)
+    finally:
+        os.close(handle)
+    image = decode(data, where)
+    if image.shape[:2] != (read.height, read.width):
+        raise Fault(f"{where} has {image.shape[:2]} pixels, the index says {read.height, read.width}. Build it again.")
+    return image[box.top : box.top + box.height, box.left : box.left + box.width]
 
-    def cut(image: Pixels) -> Pixels:
-        return np.ascontiguousarray(turn(image[top : top + patch_pixels, left : left + patch_pixels], index))
 
-    target = cut(clean)
-    if degraded is None:
-        return degrade.gaussian_noise(target, task.sigma_255, rng), target
-    return cut(degraded), target
+def make_patch(read: Read, task: Task, seed: int, patch_pixels: int, augment: str) -> Patch:
+    """One seeded random crop of a sample, degraded where its task does that on reading, turned or flipped.
+
+    The crop is uniform over the image, whose sides are at least `patch_pixels`. MIR-L section IV-A and the released
+    code: crop, one of TURNS[augment], and noise that is clipped and truncated. What a degradation needs around the crop
+    is read with it and cut off afterwards. Raises what `crop` raises.
+    """
+    rng = generator("patch", seed, read.round_, read.visit, task.name, read.key)
+    dice = rng.bit_generator.random_raw(3).tolist()
+
+    def below(count: int, die: int) -> int:
+        return int(die) * count >> 64
+
+    top, left = below(read.height - patch_pixels + 1, dice[0]), below(read.width - patch_pixels + 1, dice[1])
+    index = TURNS[augment][below(len(TURNS[augment]), dice[2])]
+    if read.degraded is not None:
+        box = Box(top, left, patch_pixels, patch_pixels)
+        degraded, clean = crop(read, read.degraded, box), crop(read, read.clean, box)
+    else:
+        rim = margin(task)
+        y, x = max(0, top - rim), max(0, left - rim)
+        end_y, end_x = min(read.height, top + patch_pixels + rim), min(read.width, left + patch_pixels + rim)
+        wide = crop(read, read.clean, Box(y, x, end_y - y, end_x - x))
+        inner = (slice(top - y, top - y + patch_pixels), slice(left - x, left - x + patch_pixels))
+        degraded, clean = on_reading(task, wide, rng)[inner], wide[inner]
+    return Patch(turn(degraded, index), turn(clean, index), read.task, f"{task.name}:{read.key}")
 
 
-def collate(patches: list[Patch]) -> Batch:
-    """Patches of one size to a Batch, in their order."""
+def collate(patches: list[Patch], skipped: int = 0) -> Batch:
+    """Patches of one size to a Batch of uint8 images, in their order."""
     return Batch(
-        to_tensor([p.degraded for p in patches]),
-        to_tensor([p.clean for p in patches]),
+        torch.from_numpy(np.stack([p.degraded for p in patches])),
+        torch.from_numpy(np.stack([p.clean for p in patches])),
         torch.tensor([p.task for p in patches], dtype=torch.int64),
         tuple(p.key for p in patches),
+        skipped,
     )

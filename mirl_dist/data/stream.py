@@ -1,8 +1,7 @@
-"""Shards to batches, at any position: members are addressed by index, never by walking a tar.
+"""Shards to batches, at any position: whose turn it is says the order, where it lies the supply, and nobody waits.
 
-A plain WebDataset reader stops at the first damaged header and says nothing; here every read checks the SHA-256
-that the build wrote, sizes are held against the manifest before the first step, and the order alone says who reads
-what, so no reader can run dry, read twice or wait for another.
+A plain WebDataset reader stops at the first damaged header and says nothing; here samples are addressed by index inside
+shards that were verified, so no reader can run dry, read twice, or wait for another.
 """
 
 from __future__ import annotations
@@ -11,120 +10,212 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
-from hashlib import sha256
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from multiprocessing import forkserver
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mirl_dist.data.degrade import generator
-from mirl_dist.data.manifest import (
-    CLEAN,
-    DEGRADED,
-    MANIFEST,
-    Entry,
-    Manifest,
-    Shard,
-    read_index,
-    read_manifest,
-)
+from mirl_dist.data.manifest import CLEAN, DEGRADED, Entry, Shard
 from mirl_dist.data.order import Order, Position, Shares, Slot
-from mirl_dist.data.sample import Batch, Patch, Pixels, collate, decode, make_patch
+from mirl_dist.data.sample import Batch, Member, Patch, Read, collate, make_patch
+from mirl_dist.data.shards import Shards
+from mirl_dist.data.supply import Local, Supply
+from mirl_dist.data.window import Window
 from mirl_dist.data.workers import end_with_parent
 from mirl_dist.faults import Fault
+from mirl_dist.tasks import Task
+
+_PREFETCH = 2  # batches that a loader process makes ahead
 
 
-class Place(NamedTuple):
-    """Where one sample lies: its shard and its entry in that shard's index."""
+class _Asked(NamedTuple):
+    """A read, the slot that it is for, and whether it stands in for a damaged sample."""
 
-    shard: Shard
-    entry: Entry
+    read: Read
+    slot: Slot
+    stands_in: bool
 
 
-class Shards:
-    """A folder of built shards, opened: manifest and indices read, sizes checked, bytes read on demand.
+class _Failed(NamedTuple):
+    """A read that met damage, and what it was."""
 
-    Raises Fault for a missing folder or manifest, an index that does not fit, and a shard that is missing or has
-    another size than the manifest says.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        path = folder / MANIFEST
-        if not path.is_file():
-            there = "holds no manifest.json" if folder.is_dir() else "does not exist"
-            raise Fault(
-                f"data.shards: {folder} {there}. Build shards with `mirl-dist shards build RECIPE --out {folder}`."
-            )
-        self.manifest: Manifest = read_manifest(path.read_bytes(), str(path))
-        for shard in self.manifest.shards:
-            tar = folder / shard.name
-            found = tar.stat().st_size if tar.is_file() else None
-            if found != shard.bytes:
-                state = "is missing" if found is None else f"has {found} bytes"
-                raise Fault(
-                    f"{tar} {state}; the manifest says {shard.bytes} bytes. Copy it again or build the shards again."
-                )
-
-    def refuse_larger_patches(self, patch_pixels: int) -> None:
-        """Raise Fault for patches that do not fit into the tiles."""
-        if self.manifest.tile_pixels < patch_pixels:
-            raise Fault(
-                f"data.patch_pixels: found {patch_pixels}, but the tiles in {self.folder} are "
-                f"{self.manifest.tile_pixels} pixels. Lower it, or build shards with larger tile_pixels.",
-                everywhere=True,
-            )
-
-    def places(self, role: str) -> dict[str, list[Place]]:
-        """The samples of one role by kind (role 'train') or by set (role 'evaluate'), in shard order."""
-        found: dict[str, list[Place]] = {}
-        for shard in self.manifest.role(role):
-            path = self.folder / shard.index_name
-            if not path.is_file():
-                raise Fault(f"{path} is missing beside {shard.name}. Build the shards again.")
-            index = read_index(path.read_bytes(), shard, str(path))
-            group = shard.kind if role == "train" else shard.set
-            found.setdefault(group, []).extend(Place(shard, entry) for entry in index.entries)
-        return found
-
-    def image(self, place: Place, part: str) -> Pixels:
-        """One decoded member, uint8 (H, W, 3). Raises Fault, with shard and key, for bytes that were not built so."""
-        at, path = place.entry.parts[part], self.folder / place.shard.name
-        where = f"{path}, sample '{place.entry.key}', {part}"
-        try:
-            with path.open("rb") as tar:
-                tar.seek(at.offset)
-                data = tar.read(at.size)
-        except OSError as error:
-            raise Fault(f"{where} cannot be read ({error}). Check the disk, or copy the shard again.") from None
-        if sha256(data).hexdigest() != at.sha256:
-            raise Fault(f"{where}: the bytes are not those that were built (SHA-256 differs). Copy the shard again.")
-        return decode(data, where)
+    asked: _Asked
+    problem: str
 
 
 class _Patches(Dataset[Any]):
-    """Slot -> Patch, or the Fault that reading it met (a value, since exceptions lose their type between processes)."""
+    """_Asked -> (itself, Patch), or _Failed: a value, since exceptions lose their type between processes."""
 
-    def __init__(self, shards: Shards, order: Order, seed: int, patch_pixels: int, augment: str) -> None:
-        self._shards, self._tasks = shards, order.tasks
-        self._seed, self._patch, self._augment = seed, patch_pixels, augment
-        self._places = shards.places("train")
+    def __init__(self, tasks: Sequence[Task], seed: int, patch_pixels: int, augment: str) -> None:
+        self._tasks, self._seed, self._patch, self._augment = tuple(tasks), seed, patch_pixels, augment
 
-    def __getitem__(self, slot: Slot) -> Patch | Fault:
-        task = self._tasks[slot.task]
-        place = self._places[task.kind][slot.sample]
-        rng = generator("patch", self._seed, slot.round_, slot.epoch, place.entry.key, task.name, slot.copy)
+    def __getitem__(self, asked: _Asked) -> tuple[_Asked, Patch] | _Failed:
+        task = self._tasks[asked.read.task]
         try:
-            clean = self._shards.image(place, CLEAN)
-            degraded = self._shards.image(place, DEGRADED) if DEGRADED in place.entry.parts else None
-        except Fault as fault:
-            return fault
-        made = make_patch(clean, degraded, task, self._patch, self._augment, rng)
-        return Patch(*made, task=slot.task, key=f"{task.name}:{place.entry.key}")
+            return asked, make_patch(asked.read, task, self._seed, self._patch, self._augment)
+        except (Fault, OSError) as error:
+            return _Failed(asked, str(error))
+
+
+def _collate(items: list[tuple[_Asked, Patch] | _Failed]) -> Batch | list[tuple[_Asked, Patch] | _Failed]:
+    """A batch; items that met damage go back as they are, to be replaced by the process that knows all shards."""
+    made = [item for item in items if not isinstance(item, _Failed)]
+    if len(made) < len(items):
+        return items
+    return collate([patch for _, patch in made], sum(asked.stands_in for asked, _ in made))
+
+
+class Stream:
+    """The training batches of one rank: `batches(round, start, epochs)` begins at any position without replay.
+
+    Memory per rank: three tables of the order (39 bytes for each slot of an epoch), the indices of the shards in use
+    (about 1 kB a sample), and 2 batches for each loader process. Shards stay on the disk.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        supply: Supply,
+        order: Order,
+        *,
+        seed: int,
+        patch_pixels: int,
+        augment: str,
+        workers: int,
+        rank: int,
+        shares: Shares,
+        ahead: int,
+        pin: bool,
+    ) -> None:
+        """ahead: how many shards to bring before they are used (`window.shards_ahead`); pin: batches for a GPU."""
+        self._train, self._supply, self._order = shards.train, supply, order
+        self._patches = _Patches(order.tasks, seed, patch_pixels, augment)
+        self._rank, self._shares, self._workers, self._ahead, self._pin = rank, shares, workers, ahead, pin
+        self.damaged: dict[str, str] = {}
+        """What this rank met and skipped in the round: 'shard' or 'shard key' -> what was wrong with it."""
+        self._kept: dict[int, Shard] = {}
+
+    def batches(self, round_: int, start: Position, epochs: int) -> Generator[Batch, None, None]:
+        """One Batch per forward pass, from `start` to the round's end; closing it ends its workers.
+
+        The images are uint8 until `Batch.to`. Raises Fault for damaged samples where they are refused.
+        """
+        self.damaged.clear()
+        window = Window(
+            self._order.passes(round_, start, epochs, self._rank, self._shares),
+            lambda shard: self._supply.want(self._train[shard]),
+            lambda shard: self._supply.release(self._train[shard]),
+            behind=(_PREFETCH * self._workers + 2),
+            extra=self._ahead,
+        )
+        # A fork server keeps workers free of this process's threads (collectives, tracking).
+        context = multiprocessing.get_context("forkserver") if self._workers else None
+        if context is not None:
+            context.set_forkserver_preload([__name__])  # imported once, not by every worker of every round
+            with _signals_ignored():  # a stop signal goes to the whole group: the fork server must outlive it
+                forkserver.ensure_running()
+        with closing(window), self._stand_ins():
+            loader: DataLoader[Any] = DataLoader(
+                self._patches,
+                batch_sampler=([self._ask(slot) for slot in slots] for slots in window),
+                num_workers=self._workers,
+                collate_fn=_collate,
+                pin_memory=self._pin,
+                prefetch_factor=_PREFETCH if self._workers else None,
+                multiprocessing_context=context,
+                generator=torch.Generator().manual_seed(0),  # seeds workers; nothing here draws from it
+                worker_init_fn=_worker_begins if self._workers else None,
+            )
+            for item in loader:
+                yield self._mended(item) if isinstance(item, list) else Batch(*item)
+
+    def _ask(self, slot: Slot) -> _Asked:
+        """The read of a slot; of the next whole sample where its own is known to be damaged."""
+        number = self._whole_sample(slot.shard, slot.sample)
+        if number is not None:
+            local = self._supply.get(self._train[slot.shard])
+            return _Asked(_read(local, local.entries[number], slot), slot, stands_in=number != slot.sample)
+        return self._ask_elsewhere(slot)
+
+    def _whole_sample(self, shard: int, sample: int) -> int | None:
+        """The number of a sample, or of the next one in its shard that is not damaged; None where all are."""
+        local, count = self._supply.get(self._train[shard]), self._train[shard].samples
+        for step in range(count):
+            number = (sample + step) % count
+            if number not in local.bad:
+                return number
+            key = f" {local.entries[number].key}" if local.entries else ""
+            self.damaged[local.shard.name + key] = local.bad[number]
+        return None
+
+    def _ask_elsewhere(self, slot: Slot) -> _Asked:
+        """The read of a slot whose shard has no whole sample: from the next shard of the same sets that has one."""
+        source = next(s for s in self._order.sources if slot.task in s.deck and slot.shard in s.shards)
+        at = source.shards.index(slot.shard)
+        for other in (*source.shards[at + 1 :], *source.shards[:at]):
+            shard = self._train[other]
+            if other not in self._kept:
+                self._kept[other] = shard
+                self._supply.want(shard)
+            number = self._whole_sample(other, slot.sample % shard.samples)
+            if number is not None:
+                local = self._supply.get(shard)
+                return _Asked(_read(local, local.entries[number], slot), slot, stands_in=True)
+        raise Fault(f"data.damage: no shard of {source.name} has a whole sample left. Build or copy the shards again.")
+
+    @contextmanager
+    def _stand_ins(self) -> Iterator[None]:
+        """Shards that stand in for lost ones are kept for as long as batches are read."""
+        try:
+            yield
+        finally:
+            for shard in self._kept.values():
+                self._supply.release(shard)
+            self._kept.clear()
+
+    def _mended(self, items: list[tuple[_Asked, Patch] | _Failed]) -> Batch:
+        """A batch in which some reads met damage that no digest had told: noted, and replaced one by one."""
+        patches, skipped = [], 0
+        for item in items:
+            while isinstance(item, _Failed):
+                self._note(item)
+                item = self._patches[self._ask(item.asked.slot)]
+            asked, patch = item
+            patches.append(patch)
+            skipped += asked.stands_in
+        return collate(patches, skipped)
+
+    def _note(self, failed: _Failed) -> None:
+        """Tell the supply which sample failed. Raises Fault where damage is refused."""
+        read = failed.asked.read
+        shard = next(s for s in self._train if s.name == read.shard)
+        self._supply.want(shard)
+        try:
+            local = self._supply.get(shard)
+            number = next(i for i, entry in enumerate(local.entries) if entry.key == read.key)
+            self._supply.note(local, number, failed.problem)
+        finally:
+            self._supply.release(shard)
+
+
+def _read(local: Local, entry: Entry, slot: Slot) -> Read:
+    clean, degraded = entry.image(CLEAN), entry.image(DEGRADED)
+    assert clean is not None, "manifest.read_index lets no sample through without a clean image"
+    return Read(
+        str(local.path),
+        local.shard.name,
+        entry.key,
+        entry.height,
+        entry.width,
+        Member(clean[0], clean[1].offset, clean[1].size),
+        None if degraded is None else Member(degraded[0], degraded[1].offset, degraded[1].size),
+        slot.task,
+        slot.round_,
+        slot.visit,
+    )
 
 
 def _worker_begins(_: int) -> None:
@@ -146,59 +237,3 @@ def _signals_ignored() -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-
-
-def _collate(items: list[Patch | Fault]) -> Batch | Fault:
-    for item in items:
-        if isinstance(item, Fault):
-            return item
-    return collate([item for item in items if isinstance(item, Patch)])
-
-
-class Stream:
-    """The training batches of one rank: `batches(round, start, epochs)` begins at any position without replay."""
-
-    def __init__(
-        self,
-        shards: Shards,
-        order: Order,
-        *,
-        seed: int,
-        patch_pixels: int,
-        augment: str,
-        workers: int,
-        rank: int,
-        shares: Shares,
-        pin: bool,
-    ) -> None:
-        shards.refuse_larger_patches(patch_pixels)
-        self._patches = _Patches(shards, order, seed, patch_pixels, augment)
-        self._order, self._rank, self._shares = order, rank, shares
-        self._workers, self._pin = workers, pin
-
-    def batches(self, round_: int, start: Position, epochs: int) -> Generator[Batch, None, None]:
-        """One Batch per forward pass, from `start` to the round's end; closing it ends its workers.
-
-        Raises Fault for damaged samples.
-        """
-        passes = self._order.passes(round_, start, epochs, self._rank, self._shares)
-        # A fork server keeps workers free of this process's threads (collectives, tracking).
-        context = multiprocessing.get_context("forkserver") if self._workers else None
-        if context is not None:
-            context.set_forkserver_preload([__name__])  # imported once, not by every worker of every round
-            with _signals_ignored():  # a stop signal goes to the whole group: the fork server must outlive it
-                forkserver.ensure_running()
-        loader: DataLoader[Any] = DataLoader(
-            self._patches,
-            batch_sampler=passes,
-            num_workers=self._workers,
-            collate_fn=_collate,
-            pin_memory=self._pin,
-            multiprocessing_context=context,
-            generator=torch.Generator().manual_seed(0),  # seeds workers; nothing here draws from it
-            worker_init_fn=_worker_begins if self._workers else None,
-        )
-        for item in loader:
-            if isinstance(item, Fault):
-                raise item
-            yield item if isinstance(item, Batch) else Batch(*item)

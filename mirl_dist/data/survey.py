@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mirl_dist.data.crew import Crew, shared
 from mirl_dist.data.pairing import Complaint, Picture, find, listing, printable
 from mirl_dist.data.recipe import Recipe
 from mirl_dist.data.source_image import Examined, examine
-from mirl_dist.data.workers import Report, each
+from mirl_dist.data.workers import Report
 from mirl_dist.faults import Fault
 
 
@@ -25,18 +26,24 @@ class Survey:
     fingerprint: str
 
 
-def survey(recipe: Recipe, workers: int, report: Report) -> Survey:
-    """Find, pair, read and decode every image of a recipe.
+def survey(recipe: Recipe, workers: int, report: Report, crew: Crew) -> Survey:
+    """Find, pair, read and decode every image of a recipe: names by rank 0, files shared by all ranks.
 
-    Raises Fault that lists what cannot be used (recipe.broken: stop), sets without any usable image, and
-    images that serve both training and evaluation.
+    Raises Fault, on every rank, that lists what cannot be used (recipe.broken: stop), sets without any usable image,
+    and images that serve both training and evaluation.
     """
-    pictures, complaints = find(recipe)
+    pictures, complaints = crew.from_main(lambda: find(recipe))
     paths = sorted({file for picture in pictures for file in picture.files})
-    seen = dict(zip(paths, each(examine, paths, workers, report, "checking images", 8), strict=True))
+    seen = dict(zip(paths, shared(crew, examine, paths, workers, report, "checking images", 8), strict=True))
+    return crew.from_main(lambda: _judged(recipe, pictures, complaints, seen))
+
+
+def _judged(
+    recipe: Recipe, pictures: Iterable[Picture], complaints: list[Complaint], seen: Mapping[Path, Examined]
+) -> Survey:
     usable = []
     for picture in pictures:
-        against = _against(picture, seen, recipe.tile_pixels)
+        against = _against(picture, seen, recipe.least_pixels)
         complaints += against
         if not against:
             usable.append(picture)
@@ -55,7 +62,7 @@ def survey(recipe: Recipe, workers: int, report: Report) -> Survey:
     return Survey(tuple(usable), seen, skipped, fingerprint(recipe, usable, seen, skipped))
 
 
-def _against(picture: Picture, seen: Mapping[Path, Examined], tile: int) -> list[Complaint]:
+def _against(picture: Picture, seen: Mapping[Path, Examined], least: int) -> list[Complaint]:
     """What speaks against using a picture."""
 
     def complaint(file: Path, problem: str) -> Complaint:
@@ -74,8 +81,8 @@ def _against(picture: Picture, seen: Mapping[Path, Examined], tile: int) -> list
         if (clean.height, clean.width) != (other.height, other.width):
             problem = f"is {other.width}x{other.height}, its clean partner {printable(picture.clean.name)} {size}"
             found.append(complaint(picture.degraded, problem))
-    if picture.role == "train" and min(clean.height, clean.width) < tile:
-        found.append(complaint(picture.files[-1], f"is {size}, smaller than a training tile of {tile} pixels"))
+    if picture.role == "train" and min(clean.height, clean.width) < least:
+        found.append(complaint(picture.files[-1], f"is {size}, its shorter side below least_pixels, {least}"))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from mirl_dist.storage.folder import Folder
 from mirl_dist.storage.law import NotAllowed, NotThere, StorageError, Store, TryAgain
@@ -11,7 +12,24 @@ __all__ = ["Folder", "NotAllowed", "NotThere", "StorageError", "Store", "TryAgai
 
 
 def open_store(url: str) -> Store:
-    """The store that an address means. Raises NotAllowed for a kind of address that this version does not know."""
-    if "://" in url:
-        raise NotAllowed(f"{url}: this version keeps runs in folders; give a path")
-    return Folder(Path(url).expanduser())
+    """The store that an address means: a folder's path, file://, s3://, http:// or https:// (read only).
+
+    Nothing is asked of a server yet. Raises NotAllowed for other kinds, and for addresses that hold a key or a query.
+    """
+    kind, found, _ = url.partition("://")
+    if not found:
+        return Folder(Path(url).expanduser())
+    if kind == "file":
+        parts = urlsplit(url)
+        if parts.netloc not in ("", "localhost") or not parts.path or parts.query or parts.fragment:
+            raise NotAllowed(f"{url} is no folder of this machine. Write file:///path, or the path alone.")
+        return Folder(Path(unquote(parts.path)))
+    if kind == "s3":
+        from mirl_dist.storage.s3 import S3
+
+        return S3(url)
+    if kind in ("http", "https"):
+        from mirl_dist.storage.web import Web
+
+        return Web(url)
+    raise NotAllowed(f"{kind}:// is not known here. Give a folder's path, file://, s3://bucket/prefix, or http(s)://.")

@@ -1,0 +1,195 @@
+"""Whole, verified files on this node, shared by all its processes, within a limit in bytes.
+
+    <folder>/<sha256>.tar              a file whose bytes have that digest
+    <folder>/<sha256>.<bytes>.partial  one that is being brought, or whose bringer died: the next one goes on
+    <folder>/room.lock                 held while room is made
+
+Everything rests on locks that the kernel takes back from a process that dies: who brings a file holds its partial
+alone, who uses a file shares a lock on it, and only what nobody holds is removed, the longest unused first. The folder
+lies on a disk of the node: network file systems may not keep such locks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+from mirl_dist.faults import Fault
+
+_OURS = re.compile(r"[0-9a-f]{64}(\.tar|\.(?P<bytes>\d+)\.partial)")
+_PAUSE_SECONDS = 0.05
+Fetch = Callable[[Path], None]
+"""Completes a file from its present length on."""
+
+
+class WrongBytes(Exception):
+    """A file was brought whole, and is not what its digest says."""
+
+
+class Held:
+    """A file in the cache that stays there until `release`. fresh: this call brought it, and knows its digest."""
+
+    def __init__(self, path: Path, handle: int, fresh: bool) -> None:
+        self.path, self._handle, self.fresh = path, handle, fresh
+
+    def release(self) -> None:
+        """Let it go; twice is once."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+class _Kept(NamedTuple):
+    path: Path
+    bytes: int
+    used: float
+
+
+class Cache:
+    """A folder of at most `limit` bytes. Any number of processes may use one; all should say the same limit."""
+
+    def __init__(self, folder: Path, limit: int, patience: float = 600.0) -> None:
+        """patience: seconds to wait for room that others hold. Raises Fault for a folder that cannot be written."""
+        self.folder, self.limit, self._patience = folder, limit, patience
+        with self._named_errors():
+            folder.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(folder / "room.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+
+    def hold(self, digest: str, size: int, fetch: Fetch, stop: Callable[[], bool] = lambda: False) -> Held:
+        """The file with that SHA-256, brought by `fetch` unless it is there; of many who ask at once one brings it.
+
+        Raises WrongBytes when what was brought is something else (it is removed), Fault when there is no room or
+        `stop` says that nobody wants it any more.
+        """
+        if size > self.limit:
+            raise Fault(
+                f"data.cache.gigabytes: found {self.limit / 1e9:g}, but one shard has {size / 1e9:.3g} GB. Raise it."
+            )
+        whole, partial = self.folder / f"{digest}.tar", self.folder / f"{digest}.{size}.partial"
+        last = time.monotonic() + self._patience
+        with self._named_errors():
+            while not stop():
+                handle = _lock(whole, fcntl.LOCK_SH)
+                if handle is not None:
+                    os.utime(whole)
+                    return Held(whole, handle, fresh=False)
+                handle = self._claim(whole, partial, size)
+                if handle is not None:
+                    return self._bring(whole, partial, handle, digest, fetch)
+                if time.monotonic() > last and not partial.exists():
+                    raise Fault(self._no_room(size))
+                time.sleep(_PAUSE_SECONDS)
+        raise Fault(f"{whole}: the work that wanted this file has ended.")
+
+    def discard(self, digest: str) -> None:
+        """Remove a file that is not what it should be, also from under those who hold it."""
+        (self.folder / f"{digest}.tar").unlink(missing_ok=True)
+
+    def _claim(self, whole: Path, partial: Path, size: int) -> int | None:
+        """The partial file, locked for this caller alone, its room granted; None when that is not possible now."""
+        with self._room():
+            if whole.exists():
+                return None
+            if not partial.exists():
+                if not self._make_room(size):
+                    return None
+                partial.touch()
+            return _lock(partial, fcntl.LOCK_EX)
+
+    def _bring(self, whole: Path, partial: Path, handle: int, digest: str, fetch: Fetch) -> Held:
+        try:
+            fetch(partial)
+            if _digest(partial) != digest:
+                partial.unlink(missing_ok=True)
+                raise WrongBytes(str(partial))
+            os.fsync(handle)
+            os.rename(partial, whole)
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        except BaseException:
+            os.close(handle)
+            raise
+        return Held(whole, handle, fresh=True)
+
+    def _make_room(self, size: int) -> bool:
+        """Remove what nobody holds, longest unused first, until `size` more bytes fit."""
+        kept = sorted(self._kept(), key=lambda k: k.used)
+        total = sum(k.bytes for k in kept)
+        for one in kept:
+            if total + size <= self.limit:
+                break
+            handle = _lock(one.path, fcntl.LOCK_EX)
+            if handle is not None:
+                one.path.unlink(missing_ok=True)
+                os.close(handle)
+                total -= one.bytes
+        return total + size <= self.limit
+
+    def _kept(self) -> Iterator[_Kept]:
+        """Files of the cache; one that is being brought counts whole."""
+        for entry in os.scandir(self.folder):
+            match = _OURS.fullmatch(entry.name)
+            if match is not None:
+                try:
+                    found = entry.stat()
+                except FileNotFoundError:
+                    continue
+                yield _Kept(Path(entry.path), int(match.group("bytes") or found.st_size), found.st_mtime)
+
+    def _no_room(self, size: int) -> str:
+        held = sum(k.bytes for k in self._kept())
+        return (
+            f"the cache {self.folder} has no room for {size / 1e9:.3g} GB: of its {self.limit / 1e9:g} GB "
+            f"{held / 1e9:.3g} GB are in use. Raise data.cache.gigabytes, or choose a folder of its own for each run."
+        )
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        handle = os.open(self.folder / "room.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise Fault(
+                f"the cache {self.folder}: {error.strerror or error}. Make room or allow it, or choose another "
+                "data.cache.folder."
+            ) from None
+
+
+def _lock(path: Path, kind: int) -> int | None:
+    """A handle of the file that lies at `path` now, locked; None where there is none or another holds it."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        mine, there = os.fstat(handle), os.stat(path)
+        if (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino):
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(handle)
+    return None
+
+
+def _digest(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    digest = sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

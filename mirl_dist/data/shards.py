@@ -1,0 +1,82 @@
+"""Built shards at an address: the manifest, the indices, and which files should lie beside them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+from mirl_dist.data.manifest import MANIFEST, Entry, Index, Manifest, Shard, read_index, read_manifest
+from mirl_dist.faults import Fault
+from mirl_dist.storage import Folder, NotAllowed, NotThere, Store
+
+
+class Place(NamedTuple):
+    """Where one sample lies: its shard and its entry in that shard's index."""
+
+    shard: Shard
+    entry: Entry
+
+
+class Shards:
+    """The shards at an address. Raises Fault for a missing manifest or one of another format."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        try:
+            data = store.get(MANIFEST)
+        except NotThere:
+            raise Fault(
+                f"data.shards: {store.where()} holds no {MANIFEST}. Build shards with "
+                f"`mirl-dist shards build RECIPE --out {store.where()}`."
+            ) from None
+        self.manifest: Manifest = read_manifest(data, store.where(MANIFEST))
+        self.train = self.manifest.role("train")
+
+    def index(self, shard: Shard) -> Index:
+        """The index of one shard. Raises Fault where it is missing or does not fit the manifest."""
+        where = self.store.where(shard.index_name)
+        try:
+            return read_index(self.store.get(shard.index_name), shard, where)
+        except NotThere:
+            raise Fault(f"{where} is missing beside {shard.name}. Build the shards again.") from None
+
+    def places(self, role: str) -> dict[str, list[Place]]:
+        """The samples of one role by set, in shard order."""
+        found: dict[str, list[Place]] = {}
+        for shard in self.manifest.role(role):
+            found.setdefault(shard.set, []).extend(Place(shard, entry) for entry in self.index(shard).entries)
+        return found
+
+    def refuse_missing(self, *roles: str) -> None:
+        """Raise Fault that names shards and indices of the roles which are not there, as far as a listing tells.
+
+        On a folder also shards of another size.
+        """
+        expected = [shard for role in roles for shard in self.manifest.role(role)]
+        try:
+            there = set(self.store.list(""))
+        except NotAllowed:
+            return  # the web has no listing, and a bucket may allow reading alone: a reader will tell
+        wanted = itertools.chain.from_iterable((s.name, s.index_name) for s in expected)
+        wrong = [f"{name} is missing" for name in wanted if name not in there]
+        if isinstance(self.store, Folder):
+            for shard in expected:
+                if shard.name in there and (size := self.store.size(shard.name)) != shard.bytes:
+                    wrong.append(f"{shard.name} has {size} bytes, the manifest says {shard.bytes} bytes")
+        if wrong:
+            more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise Fault(
+                f"{self.store.where()}: {'; '.join(wrong[:5])}{more}. Copy them again or build the shards again; for "
+                "training shards alone, data.damage: skip trains without them."
+            )
+
+    def refuse_larger_patches(self, patch_pixels: int) -> None:
+        """Raise Fault for patches that do not fit into every training image."""
+        least = min((s.least_pixels for s in self.train), default=patch_pixels)
+        if least < patch_pixels:
+            name = next(s.name for s in self.train if s.least_pixels == least)
+            raise Fault(
+                f"data.patch_pixels: found {patch_pixels}, but an image in {name} has a side of {least} pixels. Lower "
+                "it, or build shards with least_pixels of at least that.",
+                everywhere=True,
+            )

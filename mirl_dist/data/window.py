@@ -1,0 +1,98 @@
+"""What a reader will need soon: shards are wanted ahead of their first use, and released after their last."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+
+from mirl_dist.data.manifest import Shard
+from mirl_dist.data.order import Slot
+from mirl_dist.faults import Fault
+
+_LONGEST = 4096  # passes that are looked ahead at most
+
+
+def shards_ahead(lanes: int, shards: Sequence[Shard], limit: int | None, node_ranks: int) -> int:
+    """How many shards a rank may want beyond those in use: one for each of its lanes, as far as the cache allows.
+
+    lanes: places of walks that the rank reads at once; limit: bytes of the node's cache, None without one. Raises Fault
+    for a cache in which the ranks of a node could wait for each other's room for ever.
+    """
+    wanted = min(len(shards), max(2, lanes))
+    if limit is None or sum(s.bytes for s in shards) <= limit:
+        return wanted
+    largest = max(s.bytes for s in shards)
+    used = min(len(shards), 2 * lanes)  # a lane's shard, and the one before it, which a loader may still be reading
+    fits = limit // node_ranks // largest
+    if fits <= used:
+        raise Fault(
+            f"data.cache.gigabytes: found {limit / 1e9:g}, but {node_ranks} ranks on this node need {used + 1} shards "
+            f"of up to {largest / 1e9:.3g} GB each at a time. Set it to {node_ranks * (used + 1) * largest / 1e9:.3g} or "
+            "more, or build smaller shards (shard_megabytes in the recipe)."
+        )
+    return min(wanted, fits - used)
+
+
+class Window:
+    """A view over the coming forward passes of one rank, moved on by `__next__`.
+
+    A pass is handed out when its turn comes; the shards of the passes after it are wanted as soon as they are seen, as
+    long as no more than `extra` shards are wanted that the pass itself does not use; a pass's own shards are released
+    when `behind` more passes have been handed out, since loader processes read later than passes are handed out.
+    """
+
+    def __init__(
+        self,
+        passes: Iterator[list[Slot]],
+        want: Callable[[int], None],
+        release: Callable[[int], None],
+        *,
+        behind: int,
+        extra: int,
+    ) -> None:
+        """want, release: take the number of a training shard."""
+        self._passes, self._want, self._release = passes, want, release
+        self._behind, self._extra = behind, extra
+        self._coming: deque[list[Slot]] = deque()
+        self._gone: deque[list[Slot]] = deque()
+        self._uses: Counter[int] = Counter()
+
+    def __iter__(self) -> Window:
+        return self
+
+    def __next__(self) -> list[Slot]:
+        self._look_ahead()
+        if not self._coming:
+            raise StopIteration
+        now = self._coming.popleft()
+        self._gone.append(now)
+        while len(self._gone) > self._behind + 1:
+            self._forget(self._gone.popleft())
+        self._look_ahead()
+        return now
+
+    def close(self) -> None:
+        """Release everything."""
+        for slots in (*self._gone, *self._coming):
+            self._forget(slots)
+        self._gone.clear()
+        self._coming.clear()
+
+    def _look_ahead(self) -> None:
+        used = {slot.shard for slots in self._gone for slot in slots}
+        while not self._coming or (len(self._coming) < _LONGEST and len(self._uses.keys() - used) < self._extra):
+            slots = next(self._passes, None)
+            if slots is None:
+                return
+            self._coming.append(slots)
+            for shard in dict.fromkeys(slot.shard for slot in slots):
+                self._uses[shard] += 1
+                if self._uses[shard] == 1:
+                    self._want(shard)
+
+    def _forget(self, slots: list[Slot]) -> None:
+        for shard in {slot.shard for slot in slots}:
+            self._uses[shard] -= 1
+            if self._uses[shard] == 0:
+                del self._uses[shard]
+                self._release(shard)

@@ -1,0 +1,175 @@
+"""What goes over the wire to S3 and what comes back: addresses, bodies, and what boto3's errors mean.
+
+No text of a server or of botocore is repeated, since it may hold a key: only codes, kinds and hosts.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from mirl_dist.storage.law import NotAllowed, NotThere, StorageError, TryAgain
+
+PASSING = "Check the server and the network; nothing is half-written."
+
+
+class Exists(NotAllowed):
+    """A conditional put found the name taken."""
+
+
+class Beyond(NotAllowed):
+    """The range begins where the object ends, or after."""
+
+
+class NoUpload(NotAllowed):
+    """The upload in parts does not exist: completed, aborted, or never begun."""
+
+
+_OWN = {"PreconditionFailed": Exists, "InvalidRange": Beyond, "416": Beyond, "NoSuchUpload": NoUpload}
+
+# Codes below 500 that mean 'later': load, two writers at once, a body that was damaged on its way.
+_LATER = {
+    "BadDigest",
+    "ConditionalRequestConflict",
+    "IncompleteBody",
+    "OperationAborted",
+    "RequestLimitExceeded",
+    "RequestTimeout",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+    "XAmzContentSHA256Mismatch",
+}
+
+_KEYS = "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile."
+_RENEW = "Renew the credentials: they have expired."
+_REGION = "Set AWS_DEFAULT_REGION (or the profile's region) to the bucket's, and check the endpoint."
+_TO_DO = {
+    "AuthorizationHeaderMalformed": _REGION,
+    "ExpiredToken": _RENEW,
+    "IllegalLocationConstraintException": _REGION,
+    "InvalidAccessKeyId": _KEYS,
+    "InvalidBucketName": "Correct the bucket's name.",
+    "InvalidToken": _RENEW,
+    "KeyTooLongError": "Choose a shorter prefix.",
+    "PermanentRedirect": _REGION,
+    "QuotaExceeded": "Make room, or ask for a larger quota.",
+    "RequestTimeTooSkewed": "Set this machine's clock.",
+    "SignatureDoesNotMatch": _KEYS,
+    "TokenRefreshRequired": _RENEW,
+}
+
+
+def address(url: str) -> tuple[str, str]:
+    """Bucket and prefix of an `s3://` address. Raises NotAllowed for any other text, which is not repeated."""
+    found = re.fullmatch(r"s3://([A-Za-z0-9._-]{3,255})(/[^?#]*)?", url)
+    if found is None:
+        raise NotAllowed(
+            "An address of S3 is s3://bucket/prefix, without '?', '#' or keys; this one is not. Credentials belong in "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile, the server in AWS_ENDPOINT_URL_S3."
+        )
+    return found[1], (found[2] or "").strip("/")
+
+
+def mark() -> dict[str, Any]:
+    """Metadata that tells this write from all others: an answer may get lost after the server did the work."""
+    return {"Metadata": {"writer": uuid.uuid4().hex}}
+
+
+def body(data: bytes) -> dict[str, Any]:
+    """With the digest that all S3 servers know, for them to refuse what was damaged on its way."""
+    digest = hashlib.md5(data, usedforsecurity=False).digest()
+    return {"Body": data, "ContentMD5": base64.b64encode(digest).decode()}
+
+
+def no_bucket(where: str) -> str:
+    return f"{where}: the bucket does not exist. Create it, or correct its name and the endpoint."
+
+
+@contextmanager
+def named_errors(where: str) -> Iterator[None]:
+    """Whatever boto3 raises inside, as one of the three errors of a store."""
+    from botocore import exceptions as known
+    from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError
+
+    passing = (
+        known.HTTPClientError,
+        known.ConnectionError,
+        known.IncompleteReadError,
+        known.ChecksumError,
+        known.FlexibleChecksumError,
+        known.MetadataRetrievalError,
+        ResponseParserError,
+        HTTPError,  # of the body's stream, where botocore lets it pass
+    )
+    no_keys = (known.NoCredentialsError, known.PartialCredentialsError, known.CredentialRetrievalError)
+    try:
+        yield
+    except known.ClientError as error:
+        raise _of_answer(where, error.response) from error
+    except RecursionError as error:  # botocore asks a server that only redirects for its region, without end
+        raise NotAllowed(f"{where}: the server redirects without saying where to. {_REGION}") from error
+    except known.SSLError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            text = f"{where}: {_host(error)} shows a certificate that is not trusted."
+            raise NotAllowed(f"{text} Set AWS_CA_BUNDLE to its authority's.") from error
+        raise TryAgain(_broken(where, error)) from error
+    except passing as error:
+        raise TryAgain(_broken(where, error)) from error
+    except no_keys as error:
+        text = f"{where}: no usable credentials were found."
+        raise NotAllowed(f"{text} Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.") from error
+    except known.BotoCoreError as error:
+        text = f"{where}: {type(error).__name__}. Correct the address, or the AWS settings of this machine."
+        raise NotAllowed(text) from error
+
+
+def _of_answer(where: str, answer: dict[str, Any]) -> StorageError:
+    """The error that an answer of a server means, from its code and its HTTP status alone."""
+    status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
+    code = str(answer.get("Error", {}).get("Code", ""))
+    code = code if re.fullmatch(r"\w{1,60}", code) else "no code"
+    if code in _OWN:
+        return _OWN[code](f"{where}: {code}")
+    if code == "NoSuchBucket":
+        return NotAllowed(no_bucket(where))
+    if code in ("NoSuchKey", "404"):
+        return NotThere(f"{where} does not exist")
+    said = f"{where}: the server answered {code}" + (f" (HTTP {status})" if str(status) != code else "")
+    if code in _LATER or status == 429 or (status >= 500 and status != 501):
+        return TryAgain(f"{said}. {PASSING}")
+    if 300 <= status < 400:
+        return NotAllowed(f"{said}. {_REGION}")
+    if status in (401, 403):
+        rights = "Check the credentials, and their rights to read, write and list in this bucket."
+        return NotAllowed(f"{said}. {_TO_DO.get(code, rights)}")
+    return NotAllowed(f"{said}. {_TO_DO.get(code, 'Check the endpoint, the bucket and the credentials.')}")
+
+
+_IN_WORDS = {
+    "ConnectTimeoutError": "does not answer",
+    "EndpointConnectionError": "cannot be reached",
+    "ReadTimeoutError": "fell silent",
+}
+
+
+def _broken(where: str, error: Exception) -> str:
+    kind = type(error).__name__
+    return f"{where}: {_host(error)} {_IN_WORDS.get(kind, f'broke the transfer ({kind})')}. {PASSING}"
+
+
+def _host(error: Exception) -> str:
+    """The machine that an error speaks of, without path and credentials."""
+    url = getattr(error, "kwargs", {}).get("endpoint_url")
+    if not url:
+        return "the server"
+    parts = urlsplit(str(url))
+    return f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
