@@ -220,7 +220,7 @@ def shards_build(
     from mirl_dist import report
     from mirl_dist.data import contact_sheet
     from mirl_dist.data.build import build
-    from mirl_dist.data.crew import Alone, Crew
+    from mirl_dist.data.crew import ALONE, Crew
     from mirl_dist.data.recipe import read
     from mirl_dist.storage import open_store
 
@@ -229,7 +229,7 @@ def shards_build(
         from mirl_dist.ranks import Ranks
 
         ranks = Ranks(device="cpu")
-    crew: Crew = ranks or Alone()
+    crew: Crew = ranks or ALONE
     try:
         tree, store = read(recipe, sets or []), open_store(out)
         processes = workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

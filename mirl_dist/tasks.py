@@ -18,7 +18,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "dejpeg": ("mild", "hard"),
     "enlighten": ("mild", "hard"),
 }
-"""Families made on reading, and their levels that draw a strength per image: easy AdaIR, mild MiOIR, hard see docs/degradations.md."""
+"""Families made on reading, and their levels that draw a strength per image; ranges: docs/degradations.md."""
 NUMBERS: dict[str, tuple[str, range]] = {
     "denoise": ("sigma", range(1, 256)),
     "superres": ("factor", range(2, 17)),

@@ -61,6 +61,18 @@ def test_weights_of_every_output_sum_to_one_exactly_and_are_symmetric(before: in
     assert covered == list(range(after))
 
 
+@pytest.mark.parametrize(("antialias", "passes", "bits"), [(True, 1, 40), (False, 2, 20)])
+@pytest.mark.parametrize(("before", "after"), [(2040, 510), (339, 1356), (64, 21), (300, 19), (100, 99)])
+def test_sums_are_exact_in_float64_whatever_their_order(
+    before: int, after: int, antialias: bool, passes: int, bits: int
+) -> None:
+    for band in bands(before, after, antialias):
+        steps = band.weights * 2.0**bits
+        assert (steps == np.rint(steps)).all()
+        largest = float(np.abs(steps).sum(axis=1).max())
+        assert 255 * largest**passes < 2**53
+
+
 @pytest.mark.parametrize("antialias", [True, False])
 def test_flat_images_and_unchanged_sizes_stay_as_they_are(antialias: bool) -> None:
     for value in (0, 1, 127, 255):

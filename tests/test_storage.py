@@ -281,9 +281,34 @@ except NotAllowed:
     assert ran.stdout.splitlines() == ["not allowed"] * 5, ran.stderr
 
 
-def test_only_folders_can_be_opened_yet(tmp_path: Path) -> None:
-    opened = open_store(str(tmp_path))
-    opened.put("a", b"1")
-    assert (tmp_path / "a").read_bytes() == b"1"
-    with pytest.raises(NotAllowed, match=r"^s3://bucket/run: this version keeps runs in folders; give a path$"):
-        open_store("s3://bucket/run")
+# -- addresses --------------------------------------------------------------------------------------------------
+
+
+def test_an_address_chooses_the_store(tmp_path: Path) -> None:
+    for number, address in enumerate((str(tmp_path / "a b"), (tmp_path / "a b").as_uri())):
+        opened = open_store(address)
+        opened.put(str(number), b"1")
+        assert (tmp_path / "a b" / str(number)).read_bytes() == b"1"
+    for address in ("s3://bucket/run", "s3://bucket", "http://host:80/shards", "https://host/a"):
+        assert open_store(address).where("x") == f"{address}/x"
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "ftp://user:swordfish@host/x", "S4://x"])
+def test_an_unknown_kind_of_address_is_refused_with_the_known_ones(address: str) -> None:
+    with pytest.raises(
+        NotAllowed, match=r"^\w+:// is not known here\. Give a folder's path, file://, s3://bucket/"
+    ) as caught:
+        open_store(address)
+    assert "swordfish" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["file://other-host/run", "file://", "file:///run?x"])
+def test_a_file_address_means_a_folder_of_this_machine(address: str) -> None:
+    with pytest.raises(NotAllowed, match=r"is no folder of this machine\. Write file:///path, or the path alone"):
+        open_store(address)
+
+
+def test_looking_at_an_address_loads_no_client() -> None:
+    code = "import sys; from mirl_dist.storage import open_store; open_store('s3://bucket/run'); print('boto3' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from mirl_dist.data import contact_sheet, unfinished
-from mirl_dist.data.crew import Alone, Crew, shared
+from mirl_dist.data.crew import ALONE, Crew, shared
 from mirl_dist.data.encode import members
 from mirl_dist.data.manifest import MANIFEST, Entry, Index, Manifest, Part, Shard
 from mirl_dist.data.plan import Item, ShardPlan, shards
@@ -38,7 +38,7 @@ class Job:
     recorded: frozenset[str]
 
 
-def build(recipe: Recipe, store: Store, workers: int, report: Report, crew: Crew = Alone()) -> Manifest:
+def build(recipe: Recipe, store: Store, workers: int, report: Report, crew: Crew = ALONE) -> Manifest:
     """Write the shards of a recipe into a store; the manifest comes last and vouches for the rest.
 
     workers: processes of each rank, 1 or more; the bytes depend neither on it nor on the number of ranks. Shards of
@@ -122,23 +122,22 @@ def write_shard(job: Job, plan: ShardPlan) -> Shard:
 @contextmanager
 def _temporary() -> Iterator[Path]:
     """A new file of this machine that is gone when the work on it ends; on Linux also when its process is killed."""
-    try:
-        if Path("/proc/self/fd").is_dir():
-            opened = tempfile.TemporaryFile(prefix="mirl-dist-")
-            path = Path(f"/proc/self/fd/{opened.fileno()}")
-        else:
-            opened = tempfile.NamedTemporaryFile(prefix="mirl-dist-")  # type: ignore[assignment]
-            path = Path(opened.name)
-    except OSError as error:
-        raise _no_room(error) from None
-    with opened:
+    with ExitStack() as stack:
+        try:
+            if Path("/proc/self/fd").is_dir():
+                nameless = stack.enter_context(tempfile.TemporaryFile(prefix="mirl-dist-"))
+                path = Path(f"/proc/self/fd/{nameless.fileno()}")
+            else:
+                path = Path(stack.enter_context(tempfile.NamedTemporaryFile(prefix="mirl-dist-")).name)
+        except OSError as error:
+            raise _no_room(error) from None
         yield path
 
 
 def _no_room(error: OSError) -> Fault:
     return Fault(
-        f"cannot write {tempfile.gettempdir()}: {error.strerror or error}. Every worker keeps a shard there until it is "
-        "stored: make room, set TMPDIR to a folder on a larger disk, use fewer --workers, or lower shard_megabytes."
+        f"cannot write {tempfile.gettempdir()}: {error.strerror or error}. Every worker keeps a shard there until it "
+        "is stored: make room, set TMPDIR to a folder on a larger disk, use fewer --workers, or lower shard_megabytes."
     )
 
 
@@ -154,8 +153,8 @@ def _encode(plan: ShardPlan, path: Path) -> tuple[Index, int, str]:
             for item in plan.items:
                 writer.write({"__key__": item.key, **members(item, plan.seed)})
         found = hashlib.sha256()
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
+        with path.open("rb") as tar:
+            while block := tar.read(1 << 20):
                 found.update(block)
         return index_of(path, plan.items), path.stat().st_size, found.hexdigest()
     except OSError as error:

@@ -79,7 +79,7 @@ def _brought(store: Store, shard: Shard) -> Iterator[Path]:
             download(store, shard.name, Path(copy.name), size, patience=USUAL, say=to_stderr)
         except OSError as error:
             raise Fault(
-                f"{shard.name}: cannot be kept in {tempfile.gettempdir()} ({error.strerror or error}). Make room there, "
+                f"{shard.name}: cannot be kept in {tempfile.gettempdir()} ({error.strerror or error}). Make room, "
                 "set TMPDIR to a folder on a larger disk, or use fewer --workers."
             ) from None
         yield Path(copy.name)

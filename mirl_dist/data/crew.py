@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Generic, Protocol, TypeVar
 
 from mirl_dist.data.workers import Report, each
@@ -42,39 +43,40 @@ class Alone:
         return work()
 
 
-class _Share(threading.Thread, Generic[Item, Result]):
+ALONE = Alone()
+
+
+class _Share(Generic[Result]):
     """One rank's part of a work, done beside the thread that meets the other ranks."""
 
-    def __init__(
-        self, function: Callable[[Item], Result], items: Sequence[Item], workers: int, what: str, chunk: int
-    ) -> None:
-        super().__init__(daemon=True)
-        self._work = function, items, workers
-        self._what, self._chunk = what, chunk
-        self._asked_to_stop = threading.Event()
+    def __init__(self, work: Callable[[], Iterable[Result]]) -> None:
         self.results: list[Result] = []
-        self.error: BaseException | None = None
+        self._asked_to_stop = threading.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="share")
+        self._future = self._thread.submit(self._run, work)
 
-    def run(self) -> None:
-        try:
-            for result in each(*self._work, lambda done, total, what: None, self._what, self._chunk):
-                self.results.append(result)
-                if self._asked_to_stop.is_set():
-                    return
-        except BaseException as error:  # raised again by the thread that meets the others
-            self.error = error
+    def _run(self, work: Callable[[], Iterable[Result]]) -> None:
+        for result in work():
+            self.results.append(result)
+            if self._asked_to_stop.is_set():
+                return
 
     def state(self) -> tuple[int, bool, str | None]:
         """Things done, whether that is all, and the text of a Fault. Raises whatever else went wrong."""
-        ended = not self.is_alive()
-        if self.error is not None and not isinstance(self.error, Fault):
-            raise self.error
-        return len(self.results), ended, None if self.error is None else str(self.error)
+        ended = self._future.done()
+        error = self._future.exception() if ended else None
+        if error is not None and not isinstance(error, Fault):
+            raise error
+        return len(self.results), ended, None if error is None else str(error)
+
+    def wait(self, seconds: float) -> None:
+        """Until the work ends, or for some seconds."""
+        wait([self._future], seconds)
 
     def stop(self) -> None:
         """End after what is in work now."""
         self._asked_to_stop.set()
-        self.join()
+        self._thread.shutdown()
 
 
 def shared(
@@ -93,18 +95,23 @@ def shared(
     """
     if crew.world == 1:
         return list(each(function, items, workers, report, what, chunk))
-    share = _Share(function, items[crew.rank :: crew.world], workers, what, chunk)
-    share.start()
+    mine = items[crew.rank :: crew.world]
+    share = _Share(lambda: each(function, mine, workers, lambda done, total, what: None, what, chunk))
+    report(0, len(items), what)
+    seen = 0
     try:
         while True:
             states = crew.gather_objects(share.state())
             faults = {text: rank for rank, (_, _, text) in reversed(list(enumerate(states))) if text is not None}
             if faults:
                 raise Fault("\n".join(f"rank {rank}: {text}" for text, rank in faults.items()), everywhere=True)
-            report(sum(done for done, _, _ in states), len(items), what)
+            done = sum(count for count, _, _ in states)
+            if done != seen:
+                report(done, len(items), what)
+            seen = done
             if all(ended for _, ended, _ in states):
                 break
-            share.join(MEET_SECONDS)
+            share.wait(MEET_SECONDS)
     finally:
         share.stop()
     found = crew.gather_objects(share.results)

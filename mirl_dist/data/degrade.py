@@ -59,7 +59,7 @@ def gaussian_noise(image: Pixels, sigma: float, rng: np.random.Generator) -> Pix
 
 @lru_cache(maxsize=1)
 def _quantiles() -> Plane:
-    """65,536 equally likely values of the standard normal, ascending, rescaled to unit variance: |z| <= 4.34."""
+    """65,536 equally likely values of the standard normal, ascending, rescaled to unit variance: |z| <= 4.33."""
     inverse = NormalDist().inv_cdf
     upper = np.array([inverse((i + 0.5) / 65536) for i in range(32768, 65536)])
     upper /= np.sqrt(np.mean(upper**2))
@@ -77,7 +77,7 @@ def quick_noise(image: Pixels, sigma: float, rng: np.random.Generator) -> Pixels
     """Noise of the law of `gaussian_noise`, about four times as fast: for training.
 
     clip(pixel + sigma z) truncated is clip(pixel + floor(sigma z)), so whole numbers are drawn, by 16 raw bits each,
-    from a table: no z passes 4.34, and no release of numpy changes the numbers. sigma: 0 to 1000, in steps of 1/255.
+    from a table: no z passes 4.33, and no release of numpy changes the numbers. sigma: 0 to 1000, in steps of 1/255.
     """
     raw = rng.bit_generator.random_raw(-(-image.size // 4)).astype("<u8", copy=False)
     noisy = _whole_noise(sigma).take(raw.view("<u2")[: image.size].reshape(image.shape), mode="clip")
@@ -169,22 +169,22 @@ class _Flakes(NamedTuple):
 
 
 _SNOW = (
-    _Flakes(radius=(0.4, 0.9), density=(8, 40), fall=(1, 3), opacity=(0.4, 0.8)),
-    _Flakes(radius=(1.0, 2.2), density=(2, 10), fall=(1, 4), opacity=(0.5, 0.9)),
-    _Flakes(radius=(3.0, 7.0), density=(0.1, 0.8), fall=(0, 3), opacity=(0.3, 0.7)),
+    _Flakes(radius=(0.4, 0.9), density=(10, 80), fall=(1, 3), opacity=(0.4, 0.8)),
+    _Flakes(radius=(1.0, 2.2), density=(2, 20), fall=(1, 4), opacity=(0.5, 0.9)),
+    _Flakes(radius=(3.0, 7.0), density=(0.1, 1.5), fall=(0, 2), opacity=(0.4, 0.8)),
 )
 
 
 def _flake(radius: float, fall: float, tilt: float, opacity: float, at: Plane, phase: float) -> Plane:
     """One flake's opacity, float64 (K, K) with K odd: a lobed disc with a soft edge, drawn out along its fall."""
-    half, soft = 0.5 * fall * radius, 0.5 + 0.3 * radius
-    reach = math.ceil(half + 1.25 * radius + soft) + 1
+    half, soft = 0.5 * fall * radius, 0.4 + 0.7 * radius
+    reach = math.ceil(half + radius + soft) + 1
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1] - at[:, None, None]
     down, right = math.cos(tilt), math.sin(tilt)
+    lobes = 0.2 * np.cos(3 * np.arctan2(y, x) + phase) * np.minimum(np.hypot(y, x) / radius, 1)
     along = np.clip(y * down + x * right, -half, half)
-    y, x = y - along * down, x - along * right
-    edge = radius * (1 + 0.2 * np.cos(3 * np.arctan2(y, x) + phase))
-    rise = np.clip(0.5 + 0.5 * (edge - np.hypot(y, x)) / soft, 0, 1)
+    inside = radius * (0.8 + lobes) - np.hypot(y - along * down, x - along * right)
+    rise = np.clip(0.5 + 0.5 * inside / soft, 0, 1)
     flake: Plane = opacity * rise * rise * (3 - 2 * rise)
     return flake
 
@@ -282,7 +282,7 @@ def on_reading(task: Task, image: Pixels, rng: np.random.Generator) -> Pixels:
 
 
 def for_test(task: Task, image: Pixels, rng: np.random.Generator) -> Pixels:
-    """`on_reading` for evaluation: the same, but noise is `gaussian_noise`, not limited to 4.34 sigma."""
+    """`on_reading` for evaluation: the same, but noise is `gaussian_noise`, not limited to 4.33 sigma."""
     if task.family == "denoise":
         return gaussian_noise(image, _sigma(task.level, rng), rng)
     return on_reading(task, image, rng)

@@ -57,7 +57,8 @@ def _made(item: Item, clean: Pixels, seed: int) -> Pixels:
         return rain(clean, rng)
     if picture.make == "snow":
         return snow(clean, rng)
-    far = photographs.depth(*clean.shape[:2], picture.disparity)
+    height, width = clean.shape[:2]
+    far = photographs.depth(height, width, picture.disparity)
     return haze(clean, far, airlight=rng.uniform(0.8, 1.0), beta=rng.uniform(0.5, 2.5))
 
 

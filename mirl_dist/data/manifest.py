@@ -199,9 +199,9 @@ def _unfit(index: Index, shard: Shard) -> Iterator[str]:
             size = f"{entry.width}x{entry.height}"
             yield f"{entry.key} is {size}, but the manifest says that no side is below {shard.least_pixels} pixels"
     before, last = 0, "the beginning"
-    for start, end, name in sorted(held):
+    for start, end, member in sorted(held):
         if end > shard.bytes:
-            yield f"{name} ends at byte {end}, but the shard has {shard.bytes}"
+            yield f"{member} ends at byte {end}, but the shard has {shard.bytes}"
         if start < before:
-            yield f"{name} begins at byte {start}, inside {last}"
-        before, last = end, name
+            yield f"{member} begins at byte {start}, inside {last}"
+        before, last = end, member

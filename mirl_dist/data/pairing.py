@@ -216,7 +216,7 @@ def find(recipe: Recipe) -> tuple[list[Picture], list[Complaint]]:
             if one.expect is not None and len(found) != one.expect:
                 raise Fault(_miscount(one, len(found), against))
         except Fault as fault:
-            where = f" To get it: {one.get}" if one.get else ""
+            where = f"\n  where it can be had: {one.get}" if one.get else ""
             incomplete.append(f"the set '{one.set}' ({role}): {fault}{where}")
             continue
         pictures += _some(found, one, recipe.seed)

@@ -60,7 +60,7 @@ class Supply:
         patience: Patience = _PATIENCE,
     ) -> None:
         """cache: None reads a folder in place. damage: 'refuse' or 'skip'. say: takes one line for people."""
-        self._shards, self.cache, self._damage = shards, cache, damage
+        self.shards, self.cache, self._damage = shards, cache, damage
         self._say, self._patience = say, patience
         self._pool = ThreadPoolExecutor(_STREAMS, thread_name_prefix="supply")
         self._guard = threading.Lock()
@@ -133,7 +133,7 @@ class Supply:
 
     def _proven(self, shard: Shard) -> Local:
         """A shard that is here, its bytes compared with the manifest's."""
-        entries = self._shards.index(shard).entries
+        entries = self.shards.index(shard).entries
         try:
             local = self._placed(shard, entries)
             stat = local.path.stat()
@@ -151,7 +151,7 @@ class Supply:
 
     def _placed(self, shard: Shard, entries: tuple[Entry, ...]) -> Local:
         """A shard's file on this node; one from a store is whole, or what can be had of a damaged one."""
-        store = self._shards.store
+        store = self.shards.store
         if self.cache is None:
             assert isinstance(store, Folder)
             path = Path(store.where(shard.name))
@@ -182,7 +182,7 @@ class Supply:
 
     def _salvaged(self, shard: Shard, entries: tuple[Entry, ...], folder: Path) -> Local:
         """A shard that is damaged in the store itself, in a file of its own for as long as it is used."""
-        store = self._shards.store
+        store = self.shards.store
         handle, name = tempfile.mkstemp(prefix="damaged-", suffix=".tar", dir=folder)
         os.close(handle)
         path = Path(name)
@@ -192,7 +192,7 @@ class Supply:
     def _tell(self, local: Local, found: dict[int, str]) -> None:
         """Damage by shard and key: raised, or listed and told."""
         entries = local.entries
-        where = self._shards.store.where(local.shard.name)
+        where = self.shards.store.where(local.shard.name)
         said = [f"sample '{entries[i].key}' {problem}" for i, problem in list(found.items())[:_SHOWN]]
         if len(found) > _SHOWN:
             said.append(f"and {len(found) - _SHOWN} more")

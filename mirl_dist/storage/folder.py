@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,9 +108,9 @@ class Folder:
     def _written(self, path: Path, write: Callable[[BinaryIO], object]) -> Iterator[str]:
         """A flushed temporary file beside `path`, gone afterwards."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+        temporary = str(path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "xb") as file:  # with the rights that the umask gives: others may have to read it
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())

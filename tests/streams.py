@@ -1,0 +1,130 @@
+"""Tiny shards of real pixels, and streams over them, as several test modules need them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mirl_dist import yaml_tree
+from mirl_dist.data import photographs
+from mirl_dist.data.build import build
+from mirl_dist.data.cache import Cache
+from mirl_dist.data.order import Order, Position, share_batch
+from mirl_dist.data.recipe import Recipe
+from mirl_dist.data.sample import Batch
+from mirl_dist.data.shards import Shards
+from mirl_dist.data.stream import Stream
+from mirl_dist.data.supply import Supply
+from mirl_dist.data.window import shards_ahead
+from mirl_dist.storage import Folder, open_store
+from mirl_dist.storage.patience import Patience
+
+MIX: dict[str, float] = {"denoise_25": 1, "denoise_50": 1, "derain": 1}
+HEIGHT, WIDTH, PATCH, GLOBAL = 72, 48, 16, 8
+HASTY = Patience(seconds=20, first=0.02, most=0.2)
+
+
+def quiet(done: int, total: int, what: str) -> None:
+    pass
+
+
+def crops(folder: Path, name: str, at: int, count: int) -> Path:
+    """A folder of real crops of a photograph in PNG files."""
+    path = folder / name
+    path.mkdir(parents=True)
+    photo = np.array(Image.open(photographs.locate("chelsea")[0]).convert("RGB"))
+    for number in range(count):
+        x = 8 * number
+        Image.fromarray(photo[at : at + HEIGHT, x : x + WIDTH]).save(path / f"{number}.png")
+    return path
+
+
+def built_at(folder: Path, at: int = 0, form: str = "ppm", counts: tuple[int, int] = (10, 6), mb: float = 0.03) -> Path:
+    """Shards of real pixels: 10 images for noise in several tars, 6 pairs for rain in others."""
+    clean, rainy = crops(folder, "clean", at, counts[0]), crops(folder, "rain", at + 100, counts[1])
+    recipe: dict[str, Any] = {
+        "name": "tiny",
+        "least_pixels": 32,
+        "train_format": form,
+        "shard_megabytes": mb,
+        "train": [
+            {"set": "c", "kind": "clean", "clean": {"folder": str(clean)}},
+            {"set": "r", "kind": "derain", "clean": {"folder": str(rainy)}, "make": "rain"},
+        ],
+        "evaluate": [{"set": "e", "kind": "clean", "photographs": ["coffee"], "centre_pixels": 32}],
+    }
+    build(yaml_tree.build(Recipe, recipe, "the test"), Folder(folder / "shards"), 1, quiet)
+    return folder / "shards"
+
+
+def supply_of(
+    address: str | Path,
+    *,
+    damage: str = "refuse",
+    cache: Path | None = None,
+    said: list[str] | None = None,
+    limit: int = 10**9,
+) -> Supply:
+    """A supply of the shards at an address; what it tells people goes to `said`."""
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+        if said is not None:
+            said.append(line)
+
+    held = None if cache is None else Cache(cache, limit, patience=10)
+    return Supply(Shards(open_store(str(address))), held, damage, say, HASTY)
+
+
+def stream(
+    address: str | Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    seed: int = 0,
+    forward: int | None = None,
+    mix: Any = MIX,
+    augment: str = "published",
+    global_batch: int = GLOBAL,
+    supply: Supply | None = None,
+    **more: Any,
+) -> Stream:
+    """The stream of one rank; more: `supply_of`'s."""
+    supply = supply or supply_of(address, **more)
+    shards, shares = supply.shards, share_batch(global_batch, forward, world)
+    order = Order(mix, shards.train, global_batch, seed)
+    lanes = shares.per_rank * len(order.sources)
+    return Stream(
+        shards,
+        supply,
+        order,
+        seed=seed,
+        patch_pixels=PATCH,
+        augment=augment,
+        workers=workers,
+        rank=rank,
+        shares=shares,
+        ahead=shards_ahead(lanes, shards.train, None if supply.cache is None else supply.cache.limit, world),
+        pin=False,
+    )
+
+
+def batches(of: Stream, epochs: int = 2, start: Position = Position(0, 0), round_: int = 0) -> list[Batch]:  # noqa: B008
+    """Batches as a network gets them."""
+    return [batch.to(torch.device("cpu")) for batch in of.batches(round_, start, epochs)]
+
+
+def same(one: list[Batch], other: list[Batch]) -> bool:
+    return len(one) == len(other) and all(
+        a.keys == b.keys
+        and torch.equal(a.degraded, b.degraded)
+        and torch.equal(a.clean, b.clean)
+        and torch.equal(a.task, b.task)
+        for a, b in zip(one, other, strict=True)
+    )
