@@ -8,11 +8,13 @@ is kept open. Counters tell whether the faults happened.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import random
 import re
 import select
 import socket
 import struct
+import termios
 import threading
 import time
 from types import TracebackType
@@ -197,6 +199,7 @@ class FaultyProxy:
             if self.cuts_left is not None:
                 self.cuts_left -= 1
         if self.ending == "reset":
+            _delivered(client)
             _reset(client)
 
 
@@ -205,6 +208,16 @@ def _reset(client: socket.socket) -> None:
     with contextlib.suppress(OSError):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
+
+
+def _delivered(client: socket.socket) -> None:
+    """Wait until the other side's kernel has all that was sent: a reset throws away what is still here."""
+    last = time.monotonic() + 2
+    while time.monotonic() < last:
+        waiting = fcntl.ioctl(client, termios.TIOCOUTQ, struct.pack("i", 0))
+        if struct.unpack("i", waiting)[0] == 0:
+            return
+        time.sleep(0.001)
 
 
 def _say_and_hear(client: socket.socket, said: bytes) -> None:

@@ -9,13 +9,14 @@ import io
 import json
 import os
 import resource
-import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from mirl_dist import yaml_tree
-from mirl_dist.data import photographs
+from mirl_dist import pictures, yaml_tree
+from mirl_dist.data import contact_sheet, photographs
 from mirl_dist.data.build import build
 from mirl_dist.data.check import check
 from mirl_dist.data.degrade import Pixels, generator, rain
@@ -34,7 +35,7 @@ from mirl_dist.data.recipe import Recipe, read
 from mirl_dist.data.source_image import examine
 from mirl_dist.data.unfinished import LOCK, MARKER
 from mirl_dist.faults import Fault
-from mirl_dist.storage import Folder, open_store
+from mirl_dist.storage import Folder
 
 RECIPES = Path(__file__).parent.parent / "shards"
 SMALL: dict[str, Any] = {
@@ -96,16 +97,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
 
 def test_plain_webdataset_reads_the_shards(built: tuple[Path, Manifest]) -> None:
     out, manifest = built
-    shard = next(s for s in manifest.shards if s.set == "rain")
-    held = plainly(out / shard.name)
-    assert len(held) == shard.samples
+    held = [sample for s in manifest.shards if s.set == "rain" for sample in plainly(out / s.name)]
+    assert len(held) == 2
     for sample in held:
-        assert sample["clean.png"].size == sample["degraded.png"].size == (96, 96)
         notes = sample["json"]
         clean = photo(notes["source"].removesuffix(".png"))
-        tile = clean[notes["y"] : notes["y"] + 96, notes["x"] : notes["x"] + 96]
-        assert np.array_equal(np.array(sample["clean.png"]), tile), "the pixels of the source, exactly"
-        assert (notes["set"], notes["kind"]) == ("rain", "derain")
+        assert np.array_equal(np.array(sample["clean.ppm"]), clean), "the pixels of the source, exactly"
+        assert sample["degraded.ppm"].size == sample["clean.ppm"].size
+        assert (notes["set"], notes["kind"], notes["y"], notes["x"]) == ("rain", "derain", 0, 0)
 
 
 def test_plain_tar_lists_the_shards(built: tuple[Path, Manifest]) -> None:
@@ -116,7 +115,9 @@ def test_plain_tar_lists_the_shards(built: tuple[Path, Manifest]) -> None:
     ).stdout.split()
     wanted = [f"{e.key}.{part}" for e in indices(out, manifest)[shard.name].entries for part in sorted(e.parts)]
     assert listed == wanted
-    assert {name.partition(".")[2] for name in listed} == {"clean.png", "json"}, "noise is not stored"
+    assert {name.partition(".")[2] for name in listed} == {"clean.ppm", "json"}, (
+        "what the reader degrades is not stored"
+    )
 
 
 def test_the_index_leads_to_every_member_without_the_tar_headers(built: tuple[Path, Manifest]) -> None:
@@ -127,24 +128,89 @@ def test_the_index_leads_to_every_member_without_the_tar_headers(built: tuple[Pa
             for part, place in entry.parts.items():
                 held = data[place.offset : place.offset + place.size]
                 assert hashlib.sha256(held).hexdigest() == place.sha256
-                if part.endswith(".png"):
+                if part != "json":
                     assert Image.open(io.BytesIO(held)).size == (entry.width, entry.height)
+
+
+def test_training_images_are_raw_pixels_after_a_header_that_the_size_decides(built: tuple[Path, Manifest]) -> None:
+    out, manifest = built
+    shard = next(s for s in manifest.shards if s.set == "clean" and s.role == "train")
+    entry = indices(out, manifest)[shard.name].entries[0]
+    found = entry.image("clean")
+    assert found is not None and found[0] == "ppm" and entry.image("degraded") is None
+    held = (out / shard.name).read_bytes()[found[1].offset : found[1].offset + found[1].size]
+    header = b"P6\n%d %d\n255\n" % (entry.width, entry.height)
+    source = photo("chelsea" if entry.height == 300 else "coffee")
+    assert header == ppm_header(entry.height, entry.width) and held == header + source.tobytes()
+
+
+def test_png_is_stored_where_the_recipe_says_so_and_always_to_score_on(
+    built: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    manifest = build(recipe(SMALL, train_format="png"), Folder(out), 1, quiet)
+    entries = [e for index in indices(out, manifest).values() for e in index.entries]
+    assert {e.image("clean")[0] for e in entries} == {"png"}  # type: ignore[index]
+    assert all(s.bytes < 900_000 for s in manifest.shards)
+    scored = [s for s in built[1].shards if s.role == "evaluate"]
+    assert {part for s in scored for e in indices(*built)[s.name].entries for part in e.parts} == {
+        "clean.png",
+        "degraded.png",
+        "json",
+    }
+    assert check(Folder(out), 1, quiet) == []
 
 
 def test_the_manifest_counts_what_is_there(built: tuple[Path, Manifest]) -> None:
     out, manifest = built
     assert manifest == read_manifest((out / "manifest.json").read_bytes(), "")
-    tiles = 4 * 5 + 5 * 7  # chelsea 451x300, coffee 600x400
-    assert manifest.samples("train") == {"clean": tiles, "derain": tiles}
+    assert manifest.samples("train") == {"clean": 2, "derain": 2}
     assert manifest.samples("evaluate") == {"dehaze": 1, "clean": 1}
     entries = [e for index in indices(out, manifest).values() for e in index.entries]
-    assert len({e.key for e in entries}) == len(entries) == 2 * tiles + 2
-    assert {(e.height, e.width) for e in entries} == {(96, 96), (100, 100), (500, 741)}
-    assert len([s for s in manifest.shards if s.set == "clean" and s.role == "train"]) == 2
+    assert len({e.key for e in entries}) == len(entries) == 6
+    assert {(e.height, e.width) for e in entries} == {(300, 451), (400, 600), (100, 100), (500, 741)}
+    assert sorted(s.least_pixels for s in manifest.shards) == [100, 300, 300, 400, 400, 500]
+
+
+def test_shards_of_raw_pixels_have_the_size_that_was_asked_for(tmp_path: Path) -> None:
+    """Twelve images of 40 x 40 take 12 x (512 + 5,120 + 1,024) bytes."""
+    tree = {"name": "s", "least_pixels": 32, "train": [folder(tmp_path / "in", count=9)]}
+    for bytes_, counts in ((9 * 6656, [9]), (9 * 6656 - 1, [5, 4]), (3 * 6656, [3, 3, 3])):
+        out = Folder(tmp_path / f"out{bytes_}")
+        manifest = build(recipe(tree, shard_megabytes=bytes_ / 2**20), out, 1, quiet)
+        assert sorted((s.samples for s in manifest.shards), reverse=True) == counts
+        assert all(s.bytes <= bytes_ + 10240 for s in manifest.shards), "a tar ends at a whole record"
 
 
 def test_a_whole_build_checks_clean(built: tuple[Path, Manifest]) -> None:
     assert check(Folder(built[0]), 1, quiet) == []
+
+
+def test_the_contact_sheet_has_a_row_for_every_set_and_is_always_the_same(built: tuple[Path, Manifest]) -> None:
+    out, manifest = built
+    with Image.open(out / contact_sheet.NAME) as sheet:
+        pixels = np.array(sheet)
+    rows = contact_sheet.table(Folder(out), manifest)
+    assert [row.title for row in rows] == [
+        "train clean: clean, 2 images",
+        "train rain: derain, 2 pairs, degraded | clean",
+        "evaluate haze: dehaze, 1 pairs, degraded | clean",
+        "evaluate clean: clean, 1 images",
+    ]
+    assert pixels.shape[0] // len(rows) > contact_sheet.SIDE
+    photos = [photo(name) for name in ("chelsea", "coffee", "motorcycle_left")]
+    text = pixels.tobytes()
+    for image in photos:
+        middle = pictures.centre(image, contact_sheet.SIDE)
+        assert text.count(middle[80].tobytes()) >= 1, "crops of what lies in the shards"
+    assert contact_sheet.draw(Folder(out), manifest) == (out / contact_sheet.NAME).read_bytes()
+
+
+def test_the_table_says_what_every_set_holds(built: tuple[Path, Manifest]) -> None:
+    lines = contact_sheet.lines(Folder(built[0]), built[1])
+    assert lines[1].split() == ["train", "clean", "clean", "2", "451x300", "to", "600x400", "1.1", "2"]
+    assert lines[3].split()[:5] == ["evaluate", "haze", "dehaze", "1", "100x100"]
+    assert lines[-1].startswith(f"6 shards, {sum(s.bytes for s in built[1].shards) / 1e6:.1f} MB, in {built[0]}")
 
 
 def test_the_number_of_workers_does_not_change_a_byte(built: tuple[Path, Manifest], tmp_path: Path) -> None:
@@ -156,12 +222,22 @@ def test_a_made_degradation_does_not_depend_on_the_other_images(built: tuple[Pat
     alone = {**SMALL, "evaluate": [], "train": [{**SMALL["train"][1], "photographs": ["coffee"]}]}
     manifest = build(recipe(alone), Folder(tmp_path / "alone"), 1, quiet)
 
-    def rain(out: Path, of: Manifest) -> dict[str, str]:
+    def rainy(out: Path, of: Manifest) -> dict[str, str]:
         entries = [e for index in indices(out, of).values() for e in index.entries]
-        return {e.key: e.parts["degraded.png"].sha256 for e in entries if e.key.startswith("train-rain-coffee")}
+        return {e.key: e.parts["degraded.ppm"].sha256 for e in entries if e.key.startswith("train-rain-coffee")}
 
-    assert rain(tmp_path / "alone", manifest) == rain(*built)
-    assert len(set(rain(*built).values())) == 35, "every tile has its own rain"
+    assert rainy(tmp_path / "alone", manifest) == rainy(*built)
+    ((key, digest),) = rainy(*built).items()
+    whole = rain(photo("coffee"), generator(0, "rain", key))
+    assert hashlib.sha256(ppm_header(400, 600) + whole.tobytes()).hexdigest() == digest, "made over the whole image"
+
+
+def test_snow_is_made_too(tmp_path: Path) -> None:
+    one = {"set": "snow", "kind": "desnow", "photographs": ["rocket"], "make": "snow", "centre_pixels": 64}
+    manifest = build(recipe({"name": "s", "evaluate": [one]}), Folder(tmp_path / "out"), 1, quiet)
+    (sample,) = plainly(tmp_path / "out" / manifest.shards[0].name)
+    clean, snowy = (np.array(sample[f"{which}.png"]).astype(int) for which in ("clean", "degraded"))
+    assert manifest.shards[0].kind == "desnow" and clean.shape == (64, 64, 3) and (clean != snowy).any()
 
 
 def test_building_again_keeps_what_is_whole_and_mends_what_is_not(tmp_path: Path) -> None:
@@ -175,7 +251,7 @@ def test_building_again_keeps_what_is_whole_and_mends_what_is_not(tmp_path: Path
     data = bytearray(tar.read_bytes())
     data[700] ^= 1
     tar.write_bytes(data)
-    (tmp_path / "out" / ".partial-1-train-s-00000.tar").write_bytes(b"half")
+    (tmp_path / "out" / ".writing-1").write_bytes(b"half")
     assert build(small, Folder(tmp_path / "out"), 1, quiet) == first
     assert contents(tmp_path / "out") == before
 
@@ -198,7 +274,7 @@ def test_shards_of_another_recipe_are_not_overwritten(tmp_path: Path) -> None:
         build(recipe(tree), Folder(tmp_path / "out"), 1, quiet)
     assert contents(tmp_path / "out") == before
     (tmp_path / "out/manifest.json").write_text("{}")
-    with pytest.raises(Fault, match="says format None.*Choose another --out, or remove that folder"):
+    with pytest.raises(Fault, match="says format None.*Or choose another --out"):
         build(recipe(tree), Folder(tmp_path / "out"), 1, quiet)
 
 
@@ -213,68 +289,129 @@ def test_shards_that_no_build_of_ours_left_are_not_removed(tmp_path: Path) -> No
 
 def test_two_builds_do_not_write_into_one_folder(tmp_path: Path) -> None:
     tree = {"name": "s", "least_pixels": 32, "train": [folder(tmp_path / "in")]}
-    (tmp_path / "out").mkdir()
-    with (tmp_path / "out" / MARKER).open("ab") as other:
+    out = tmp_path / "out"
+    (out / LOCK).parent.mkdir(parents=True)
+    with (out / LOCK).open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(Fault, match="another build is writing into"):
-            build(recipe(tree), Folder(tmp_path / "out"), 1, quiet)
-    build(recipe(tree), Folder(tmp_path / "out"), 1, quiet)
-    assert not (tmp_path / "out" / MARKER).exists()
+        with pytest.raises(Fault, match=f"another build is writing into {out}. Wait for it"):
+            build(recipe(tree), Folder(out), 1, quiet)
+    build(recipe(tree), Folder(out), 1, quiet)
+    assert sorted(os.listdir(out)) == [
+        "contact_sheet.png",
+        "manifest.json",
+        "train-s-00000.index.json",
+        "train-s-00000.tar",
+    ]
 
 
-def test_a_build_killed_in_the_middle_is_replaced_by_the_same_bytes(tmp_path: Path) -> None:
-    tree = {**SMALL, "shard_megabytes": 0.01, "evaluate": [], "tile_pixels": 128}
+KILLED = """
+import sys
+from pathlib import Path
+from mirl_dist.data.build import build
+from mirl_dist.data.recipe import read
+from mirl_dist.storage import open_store
+
+def report(done, total, what):
+    print(done, what, flush=True)
+    if (done, what) == (2, "writing shards"):
+        sys.stdin.read()  # until the test kills this process
+
+if __name__ == "__main__":
+    build(read(Path(sys.argv[1])), open_store(sys.argv[2]), 2, report)
+"""
+
+
+def killed_build(tmp_path: Path, out: str, env: Mapping[str, str] = {}) -> Path:
+    """A build of nine shards into `out`, by two workers, ended by SIGKILL after two of them; its recipe."""
+    tree = {**SMALL, "shard_megabytes": 0.01, "evaluate": []}
     tree["train"] = [
         {"set": name, "kind": "derain", "make": "rain", "photographs": ["chelsea", "coffee", "ihc"]}
         for name in ("a", "b", "c")
     ]
-    path, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(tree))
-    code = (
-        "import sys, time; from pathlib import Path\n"
-        "from mirl_dist.data.build import build; from mirl_dist.data.recipe import read\n"
-        "def report(done, total, what):\n"
-        "    print(done, what, flush=True)\n"
-        "    if (done, what) == (2, 'writing shards'): time.sleep(60)\n"
-        "if __name__ == '__main__': build(read(Path(sys.argv[1])), Path(sys.argv[2]), 2, report)\n"
-    )
-    (tmp_path / "run.py").write_text(code)
-    root = str(Path(__file__).parent.parent)
+    (tmp_path / "run.py").write_text(KILLED)
     killed = subprocess.Popen(
-        [sys.executable, str(tmp_path / "run.py"), str(path), str(out)],
+        [sys.executable, str(tmp_path / "run.py"), str(path), out],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": root},
+        env={**os.environ, "PYTHONPATH": str(RECIPES.parent), **env},
     )
-    assert killed.stdout is not None
+    assert killed.stdin is not None and killed.stdout is not None
     for line in killed.stdout:
         if line == "2 writing shards\n":
-            killed.send_signal(signal.SIGKILL)
+            killed.kill()
             break
     killed.wait()
+    killed.stdin.close()
     killed.stdout.close()
-    left = os.listdir(out)
-    assert any(name.endswith(".tar") for name in left) and "manifest.json" not in left and MARKER in left
-    manifest = build(read(path), Folder(out), 1, quiet)
-    assert len(manifest.shards) == 9
-    before = contents(out)
     time.sleep(0.2)  # a worker that outlived its parent would still write
+    return path
+
+
+def test_a_build_killed_in_the_middle_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    path = killed_build(tmp_path, str(out))
+    assert not (out / "manifest.json").exists() and (out / MARKER).exists()
+    done = [p.stem for p in (out / MARKER).parent.glob("train-*.json")]
+    assert 2 <= len(done) < 9
+    before = {name: (out / f"{name}.tar").stat() for name in done}
+    with pytest.raises(Fault, match=rf"{out} holds an unfinished build of another .*'small'.*Choose another --out"):
+        build(read(path, ["seed=1"]), Folder(out), 1, quiet)
+    said: list[str] = []
+    manifest = build(read(path), Folder(out), 1, lambda done, total, what: said.append(what))
+    assert len(manifest.shards) == 9 and not (out / MARKER).parent.exists()
+    for name, old in before.items():
+        new = (out / f"{name}.tar").stat()
+        assert (new.st_ino, new.st_mtime_ns) == (old.st_ino, old.st_mtime_ns), "what was done is left as it is"
     build(read(path), Folder(tmp_path / "undisturbed"), 1, quiet)
-    assert contents(out) == before == contents(tmp_path / "undisturbed")
+    assert contents(out) == contents(tmp_path / "undisturbed")
 
 
-def test_a_full_disk_is_named_and_leaves_no_manifest(tmp_path: Path) -> None:
+def test_a_shard_of_a_killed_build_that_was_damaged_since_is_written_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    path = killed_build(tmp_path, str(out))
+    name = min(p.stem for p in (out / MARKER).parent.glob("train-*.json"))
+    data = bytearray((out / f"{name}.tar").read_bytes())
+    data[700] ^= 1
+    (out / f"{name}.tar").write_bytes(data)
+    (out / MARKER).parent.joinpath("train-c-00002.json").write_text("{")
+    build(read(path), Folder(out), 1, quiet)
+    assert check(Folder(out), 1, quiet) == []
+
+
+def test_nothing_is_left_in_the_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tmp").mkdir()
+    killed_build(tmp_path, str(tmp_path / "out"), {"TMPDIR": str(tmp_path / "tmp")})
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    build(recipe(SMALL), Folder(tmp_path / "other"), 1, quiet)
+    assert os.listdir(tmp_path / "tmp") == []
+
+
+def test_a_full_folder_for_temporary_files_is_named_and_leaves_no_manifest(tmp_path: Path) -> None:
     out = tmp_path / "out"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # no file may grow beyond this
     try:
-        with pytest.raises(Fault, match=rf"cannot write {out}/train-clean-00000.tar: File too large. Make room"):
+        with pytest.raises(Fault, match=rf"cannot write {tempfile.gettempdir()}: File too large. Every worker keeps"):
             build(recipe(SMALL), Folder(out), 1, quiet)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert os.listdir(out) == [MARKER], "nothing but the mark of a build that died"
+    assert os.listdir(out) == [".building"], "nothing but the mark of a build that died"
     build(recipe(SMALL), Folder(out), 1, quiet)
     assert check(Folder(out), 1, quiet) == []
+
+
+def test_shards_of_different_builds_never_mix_after_a_finished_one_was_damaged(tmp_path: Path) -> None:
+    tree = {"name": "s", "least_pixels": 32, "shard_megabytes": 0.01, "train": [folder(tmp_path / "in", count=4)]}
+    out = tmp_path / "out"
+    manifest = build(recipe(tree), Folder(out), 1, quiet)
+    before, (first, second, *_) = contents(out), manifest.shards
+    (out / first.name).unlink()
+    untouched = (out / second.name).stat().st_mtime_ns
+    assert build(recipe(tree), Folder(out), 1, quiet) == manifest
+    assert contents(out) == before and (out / second.name).stat().st_mtime_ns == untouched
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
@@ -318,7 +455,7 @@ def test_every_image_that_cannot_be_used_is_named_with_its_reason(tmp_path: Path
         "glassy.png": (encoded(glassy, "PNG"), "has transparent pixels"),
         "small.png": (
             encoded(image.crop((0, 0, 64, 20)), "PNG"),
-            "is 64x20, smaller than a training tile of 32",
+            "is 64x20, its shorter side below least_pixels, 32",
         ),
     }
     one = folder(tmp_path / "in")
@@ -352,7 +489,7 @@ def test_at_most_twenty_faults_are_listed_and_all_counted(tmp_path: Path) -> Non
 
 def test_a_set_without_any_usable_image_stops_also_when_skipping(tmp_path: Path) -> None:
     one = folder(tmp_path / "in", side=20)
-    with pytest.raises(Fault, match=r"no usable image is left in: train s\.\n.*0.png: is 20x20, smaller"):
+    with pytest.raises(Fault, match=r"no usable image is left in: train s\.\n.*0.png: is 20x20, its shorter side"):
         build(recipe({"name": "s", "least_pixels": 32, "broken": "skip", "train": [one]}), Folder(tmp_path), 1, quiet)
 
 
@@ -371,7 +508,9 @@ def test_an_image_in_training_and_evaluation_is_refused_in_any_format(tmp_path: 
     tree = {"name": "s", "least_pixels": 32, "train": [train], "evaluate": [evaluate]}
     with pytest.raises(Fault, match=r"1 images serve both training and evaluation:\n.*0.png = .*other.bmp"):
         build(recipe(tree), Folder(tmp_path / "out"), 1, quiet)
-    assert build(recipe(tree, allow_overlap=True), Folder(tmp_path / "out"), 1, quiet).samples("evaluate") == {"clean": 1}
+    assert build(recipe(tree, allow_overlap=True), Folder(tmp_path / "out"), 1, quiet).samples("evaluate") == {
+        "clean": 1
+    }
 
 
 def test_grey_palette_and_opaque_alpha_become_rgb(tmp_path: Path) -> None:
@@ -402,17 +541,18 @@ def test_an_image_that_changes_during_the_build_is_named(tmp_path: Path) -> None
     assert not (tmp_path / "out/manifest.json").exists()
 
 
-def test_real_benchmark_images_become_shards(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "kinds"), [("local_data", 3), ("bsd_small", 2)])
+def test_real_benchmark_images_become_shards(name: str, kinds: int, tmp_path: Path) -> None:
     if not os.environ.get("MIRL_DATA"):
         pytest.skip("MIRL_DATA does not name a folder of real benchmark images")
-    tree = read(RECIPES / "local_data.yaml").model_dump(exclude_none=True)
+    tree = read(RECIPES / f"{name}.yaml").model_dump(exclude_none=True)
     for one in [*tree["train"], *tree["evaluate"]]:
         one["limit"] = 2
-    out = tmp_path / "out"
-    manifest = build(recipe(tree), Folder(out), 1, quiet)
-    assert manifest.samples("train") == {"clean": 24, "derain": 24, "dehaze": 40}
-    assert manifest.samples("evaluate") == {"clean": 2, "derain": 2, "dehaze": 2}
-    assert manifest.skipped == () and check(Folder(out), 1, quiet) == []
+    out = Folder(tmp_path / "out")
+    manifest = build(recipe(tree), out, 1, quiet)
+    twos = dict.fromkeys(("clean", "derain", "dehaze")[:kinds], 2)
+    assert manifest.samples("train") == manifest.samples("evaluate") == twos
+    assert manifest.skipped == () and check(out, 1, quiet) == []
 
 
 def test_no_real_image_is_refused() -> None:

@@ -309,6 +309,6 @@ def test_a_file_address_means_a_folder_of_this_machine(address: str) -> None:
 
 
 def test_looking_at_an_address_loads_no_client() -> None:
-    code = "import sys; from mirl_dist.storage import open_store; open_store('s3://bucket/run'); print('boto3' in sys.modules)"
+    code = "import sys, mirl_dist.storage as s; s.open_store('s3://bucket/run'); print('boto3' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"

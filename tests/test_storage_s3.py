@@ -324,7 +324,7 @@ def test_a_broken_download_goes_on_and_only_the_missing_bytes_travel(
     download(store, "a", tmp_path / "a", len(data), patience=SHORT, say=lines.append)
     assert (tmp_path / "a").read_bytes() == data
     assert proxy.cuts >= 3, "the network did break"
-    assert proxy.bytes_down - before < len(data) + (proxy.cuts + 1) * ((1 << 18) + 1000)
+    assert proxy.bytes_down - before < len(data) + (proxy.cuts + 1) * ((1 << 16) + 1000)
     assert len(lines) == 1, "one line, not one for each try"
     assert re.match(r"s3://.*/some/prefix/a: .*Check the server and the network.* Trying again for \d+ s\.", lines[0])
 
@@ -523,7 +523,7 @@ def test_a_server_that_is_killed_and_filled_again_is_no_reason_to_start_over(
             proxy.accept()
             bringing.result(60)
         assert (tmp_path / "a").read_bytes() == data
-        assert proxy.bytes_down - down < len(data) - there + (1 << 18), "what lay there did not travel again"
+        assert proxy.bytes_down - down < len(data) - there + (1 << 16), "what lay there did not travel again"
 
 
 # -- patience ---------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def _shifted(kernel: int, sigma: float) -> Plane:
 
 @lru_cache(maxsize=1024)
 def _reflected(size: int, reach: int) -> NDArray[np.intp]:
-    return np.pad(np.arange(size), reach, mode="symmetric")
+    return np.pad(np.arange(size), reach, mode="reflect")
 
 
 def blur(image: Pixels, kernel: int, sigma: float) -> Pixels:

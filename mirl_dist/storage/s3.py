@@ -24,7 +24,7 @@ from mirl_dist.storage.s3_wire import PASSING, Beyond, Exists, NoUpload, named_e
 
 T = TypeVar("T")
 
-_BLOCK = 1 << 18  # what a broken connection loses at most
+_BLOCK = 1 << 16  # what a broken connection loses at most
 _PART = 1 << 24
 _MOST_PARTS = 10_000
 _PARTS_AT_ONCE = 4
@@ -203,14 +203,14 @@ class S3:
 
     def _length(self, name: str, answer: Mapping[str, Any]) -> int:
         if "ContentLength" not in answer:
-            raise NotAllowed(f"{self.where(name)}: the server does not say how long it is. Use one that keeps to S3.")
+            raise TryAgain(f"{self.where(name)}: the server does not say how long it is, or was cut off. {PASSING}")
         return int(answer["ContentLength"])
 
     def _blocks(self, name: str, offset: int, answer: Any) -> Iterator[bytes]:
         """A body that ends early, or begins elsewhere, is never taken for the whole."""
         wanted = self._length(name, answer)
         if offset and not str(answer.get("ContentRange", "")).startswith(f"bytes {offset}-"):
-            raise NotAllowed(f"{self.where(name)}: the server ignores a request's Range. Use one that keeps to S3.")
+            raise TryAgain(f"{self.where(name)}: the server sends another range, or was cut off. {PASSING}")
         body = answer["Body"]
         try:
             with named_errors(self.where(name)):

@@ -19,7 +19,7 @@ from mirl_dist.storage.patience import USUAL, Patience, Say, patiently, to_stder
 
 T = TypeVar("T")
 
-_BLOCK = 1 << 18
+_BLOCK = 1 << 16  # what a broken connection loses at most
 _PASSING = "Check the server and the network."
 _LATER = (408, 425, 429, 500, 502, 503, 504)
 
@@ -69,7 +69,7 @@ class Web:
             skip = offset
             if answer.status == 206:
                 if not re.match(rf"bytes {offset}-", answer.headers.get("Content-Range", "")):
-                    raise NotAllowed(f"{self.where(name)}: the server sends another range. Use another server.")
+                    raise TryAgain(f"{self.where(name)}: the server sends another range, or was cut off. {_PASSING}")
                 skip = 0
             for block in self._whole(name, answer):
                 if skip < len(block):
@@ -135,7 +135,7 @@ class Web:
 
     def _length(self, name: str, said: str | None) -> int:
         if said is None or not said.isascii() or not said.isdigit():
-            raise NotAllowed(f"{self.where(name)}: the server does not say how long it is. Use another server.")
+            raise TryAgain(f"{self.where(name)}: the server does not say how long it is, or was cut off. {_PASSING}")
         return int(said)
 
     @contextmanager
