@@ -22,7 +22,7 @@ from mirl_dist.config import Config, differences, of_dump
 from mirl_dist.data.cache import Cache
 from mirl_dist.data.order import Order, Shares, share_batch
 from mirl_dist.data.shards import Shards
-from mirl_dist.data.stream import Stream
+from mirl_dist.data.stream import Stream, passes_behind
 from mirl_dist.data.supply import Supply
 from mirl_dist.data.window import shards_ahead
 from mirl_dist.faults import Fault, Stopped
@@ -383,7 +383,7 @@ def _refuse_damaged(jobs: list[evaluate.Job], supply: Supply) -> None:
 
 
 def _stream(config: Config, prepared: Prepared, supply: Supply, ranks: Ranks) -> Stream:
-    shares, order, train = prepared.shares, prepared.order, prepared.shards.train
+    shares, order = prepared.shares, prepared.order
     node = platform.node()
     lanes = shares.per_rank * len(order.sources)
     limit = None if supply.cache is None else supply.cache.limit
@@ -397,6 +397,8 @@ def _stream(config: Config, prepared: Prepared, supply: Supply, ranks: Ranks) ->
         workers=config.data.workers,
         rank=ranks.rank,
         shares=shares,
-        ahead=shards_ahead(lanes, train, limit, ranks.gather_objects(node).count(node)),
+        ahead=shards_ahead(
+            lanes, passes_behind(config.data.workers), order.shards(), limit, ranks.gather_objects(node).count(node)
+        ),
         pin=ranks.device.type == "cuda",
     )

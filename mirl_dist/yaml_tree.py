@@ -110,7 +110,24 @@ def _keys_at(cls: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
     return sorted((f.alias or name) for name, f in here.model_fields.items()) if here else []
 
 
-def _describe(cls: type[BaseModel], loc: tuple[str | int, ...], kind: str, message: str, found: Any) -> str:
+_Loc = tuple[str | int, ...]
+
+
+def _described(cls: type[BaseModel], errors: Sequence[tuple[_Loc, Any]]) -> list[str]:
+    """One complaint for each place. What branches of a union say of the same value is joined; a branch that would not
+    have taken a value at all is silent where another took it and found something inside."""
+    said: dict[_Loc, str] = {}
+    for loc, error in errors:
+        inside = any(len(other) > len(loc) and other[: len(loc)] == loc for other, _ in errors)
+        if error["type"].endswith("_type") and inside:
+            continue
+        text = _describe(cls, loc, error["type"], error["msg"], error["input"])
+        first, other = said.get(loc, text), text.rpartition("; ")[2]
+        said[loc] = first if other in first else f"{first}, or {other}"
+    return list(said.values())
+
+
+def _describe(cls: type[BaseModel], loc: _Loc, kind: str, message: str, found: Any) -> str:
     key = ".".join(str(part) for part in loc)
     found = _CREDENTIALS.sub("***", found) if isinstance(found, str) else found
     if kind == "extra_forbidden":
@@ -127,7 +144,7 @@ def _inside(part: Any, here: Any) -> bool:
     return part in here if isinstance(here, Mapping) else isinstance(here, list) and part in range(len(here))
 
 
-def _place(tree: Any, loc: Sequence[str | int], kind: str) -> tuple[str | int, ...]:
+def _place(tree: Any, loc: Sequence[str | int], kind: str) -> _Loc:
     """The keys of a complaint that the tree has (pydantic also names the branches of a union)."""
     here, found = tree, []
     for part in loc:
@@ -138,17 +155,22 @@ def _place(tree: Any, loc: Sequence[str | int], kind: str) -> tuple[str | int, .
 
 
 def _without(tree: Any, loc: Sequence[Any]) -> None:
-    """Remove the value at loc; a faulty list of plain values goes as a whole."""
+    """Remove the value at loc; a faulty list of plain values goes as a whole, and so does a mapping left empty."""
     here, holder, key = tree, {}, None
+    above: list[tuple[dict[Any, Any], Any]] = []
     for part in loc:
         if isinstance(here, dict):
             holder, key = here, part
+            above.append((holder, key))
         if not _inside(part, here):
             break
         here = here[part]
     value = holder.get(key)
     if not (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
         holder.pop(key, None)
+    for (outer, name), (inner, _) in zip(reversed(above[:-1]), reversed(above), strict=False):
+        if not inner:
+            outer.pop(name, None)
 
 
 def build(cls: type[Tree], tree: dict[str, Any], where: str) -> Tree:
@@ -159,11 +181,9 @@ def build(cls: type[Tree], tree: dict[str, Any], where: str) -> Tree:
         checked = cls.model_validate(tree)
     except ValidationError as error:
         rest = yaml.safe_load(yaml.safe_dump(tree))
-        for e in error.errors(include_url=False):
-            loc = _place(tree, e["loc"], e["type"])
-            complaint = _describe(cls, loc, e["type"], e["msg"], e["input"])
-            if complaint not in complaints:
-                complaints.append(complaint)
+        errors = [(_place(tree, e["loc"], e["type"]), e) for e in error.errors(include_url=False)]
+        complaints = _described(cls, errors)
+        for loc, _ in errors:
             _without(rest, loc)
         try:  # the faulty keys at their defaults: do the others fit together?
             checked = cls.model_validate(rest)

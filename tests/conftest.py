@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
         "prompt_heads": 4,
     },
     "data": {
-        "mix": {"denoise_25": 1, "derain": 1, "dehaze": 1},
+        "mix": {"denoise_25": 3, "derain": 3, "dehaze": 3},
         "patch_pixels": 16,
         "steps_per_epoch": 3,
         "workers": 0,
@@ -227,20 +227,21 @@ class Lab:
 
 
 def write_photographs(folder: Path) -> None:
-    """Small parts of real photographs: two to train on, 96 x 96, and one to score on, 48 x 48."""
+    """Small parts of real photographs: six to train on, 48 x 40, and one to score on, 48 x 48."""
     from PIL import Image
     from skimage import data
 
-    wanted = {"train": (("astronaut", "coffee"), 96), "evaluate": (("chelsea",), 48)}
-    for role, (names, side) in wanted.items():
+    for role in ("train", "evaluate"):
         (folder / role).mkdir(parents=True)
-        for name in names:
-            part = getattr(data, name)()[100 : 100 + side, 150 : 150 + side]
-            Image.fromarray(part).save(folder / role / f"{name}.png")
+    for name in ("astronaut", "coffee"):
+        for number in range(3):
+            part = getattr(data, name)()[100:148, 150 + 40 * number : 190 + 40 * number]
+            Image.fromarray(part).save(folder / "train" / f"{name}-{number}.png")
+    Image.fromarray(data.chelsea()[100:148, 150:198]).save(folder / "evaluate" / "chelsea.png")
 
 
 def recipe_of(images: Path) -> dict[str, Any]:
-    """The recipe of the tiny shards: two training images or pairs and one to score on for each kind."""
+    """The recipe of the tiny shards: six training images or pairs and one to score on for each kind."""
 
     def sets(role: str) -> list[dict[str, Any]]:
         made = (("clean", "clean", None), ("rain", "derain", "rain"), ("haze", "dehaze", "haze"))
@@ -249,7 +250,8 @@ def recipe_of(images: Path) -> dict[str, Any]:
 
     return {
         "name": "tiny",
-        "shard_megabytes": 0.05,
+        "least_pixels": 40,
+        "shard_megabytes": 0.02,
         "train": sets("train"),
         "evaluate": sets("evaluate"),
     }

@@ -36,11 +36,11 @@ def answer(status: int, code: str, text: str = "no") -> bytes:
 class FaultyProxy:
     """In front of `upstream` ('http://host:port', may be changed); `url` is its own address.
 
-    Faults: `latency` seconds before each chunk that goes down; `cut_after` bytes down, head included, a request's
-    connection is cut, by `ending` 'reset' (RST) or 'end' (a plain end), for `cuts_left` requests (None: all);
-    `cut_every` n-th request at a random byte below `cut_within`, from `seed`; `silent`: requests are taken and nothing
-    is said; `answers`: the next requests are answered so (bytes of HTTP each), without the server; `always`: every
-    request is answered so. `refuse` and `accept`: nobody listens, or somebody again.
+    Faults: `latency` seconds before each chunk that goes down. After `cut_after` bytes down, head included, a request's
+    connection is cut, for `cuts_left` requests (None: all); `ending`: 'reset' (RST), 'end' (a plain end), or 'stall'
+    (it stays open, nothing comes). Every `cut_every`-th request is cut at a random byte below `cut_within`, from
+    `seed`. `silent`: requests are taken and nothing is said. `answers`: the next requests are answered so (bytes of
+    HTTP each), without the server; `always`: every request is. `refuse` and `accept`: nobody listens, or again.
 
     Counters: `connections`, `requests` (first lines), `cuts`, `silences`, `answered`, `bytes_down` (all that went to
     clients), `bytes_up`.
@@ -198,7 +198,9 @@ class FaultyProxy:
             self.cuts += 1
             if self.cuts_left is not None:
                 self.cuts_left -= 1
-        if self.ending == "reset":
+        if self.ending == "stall":
+            _say_and_hear(client, b"")
+        elif self.ending == "reset":
             _delivered(client)
             _reset(client)
 

@@ -32,11 +32,13 @@ class S3Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
+        self._client: Any = None
         self.start()
 
     def start(self, seconds: float = 60) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
+            env=os.environ | {"MOTO_S3_DEFAULT_MAX_KEYS": "100"},  # lists come in pages of 100 names
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -89,14 +91,16 @@ class S3Server:
         import boto3.session
         from botocore.config import Config
 
-        return boto3.session.Session().client(
-            "s3",
-            endpoint_url=self.url,
-            aws_access_key_id="testing",
-            aws_secret_access_key="testing-secret",
-            region_name="us-east-1",
-            config=Config(s3={"addressing_style": "path"}),
-        )
+        if self._client is None:
+            self._client = boto3.session.Session().client(
+                "s3",
+                endpoint_url=self.url,
+                aws_access_key_id="testing",
+                aws_secret_access_key="testing-secret",
+                region_name="us-east-1",
+                config=Config(s3={"addressing_style": "path"}),
+            )
+        return self._client
 
     def bucket(self, name: str) -> str:
         """Make a bucket; its address."""

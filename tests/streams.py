@@ -18,7 +18,7 @@ from mirl_dist.data.order import Order, Position, share_batch
 from mirl_dist.data.recipe import Recipe
 from mirl_dist.data.sample import Batch
 from mirl_dist.data.shards import Shards
-from mirl_dist.data.stream import Stream
+from mirl_dist.data.stream import Stream, passes_behind
 from mirl_dist.data.supply import Supply
 from mirl_dist.data.window import shards_ahead
 from mirl_dist.storage import Folder, open_store
@@ -110,7 +110,7 @@ def stream(
         workers=workers,
         rank=rank,
         shares=shares,
-        ahead=shards_ahead(lanes, shards.train, None if supply.cache is None else supply.cache.limit, world),
+        ahead=shards_ahead(lanes, passes_behind(workers), order.shards(), None if supply.cache is None else supply.cache.limit, world),
         pin=False,
     )
 

@@ -71,10 +71,27 @@ def test_a_world_that_does_not_fit_is_told_the_numbers_that_work_once(lab: Any, 
 @pytest.mark.parametrize(
     ("sets", "pieces"),
     [
-        ({"data.shards": "nowhere"}, ("data.shards: nowhere does not exist", "shards build")),
-        ({"data.steps_per_epoch": None, "batch.global": 64}, ("an epoch has 54 samples", "Lower batch.global")),
+        (
+            {"data.shards": "nowhere"},
+            ("data.shards: nowhere holds no manifest.json", "shards build RECIPE --out nowhere"),
+        ),
+        (
+            {"data.steps_per_epoch": None, "batch.global": 64},
+            ("an epoch has 54 samples, fewer than one global batch of 64", "Lower batch.global"),
+        ),
         ({"data.steps_per_epoch": 99}, ("data.steps_per_epoch: found 99", "13 steps of 4")),
-        ({"data.patch_pixels": 48}, ("data.patch_pixels: found 48", "32 pixels")),
+        ({"data.patch_pixels": 41}, ("data.patch_pixels: found 41", "train-clean-00000.tar", "40 pixels", "Lower it")),
+        ({"data.mix": {"deblur": 1, "desnow": 1}}, ("no training samples for deblur, desnow; they hold", "(derain)")),
+        ({"data.mix": {"derain": {"rain": 1, "fog": 1}}}, ("no training samples for derain@fog; they hold the sets",)),
+        ({"data.mix": {"derian": 1}}, ("data.mix: found 'derian'", "did you mean 'derain'?")),
+        (
+            {"data.mix": {"derain": 1e-9, "dehaze": 1}, "data.mix_by": "weights"},
+            ("data.mix: derain gets none of the 12 samples of an epoch", "Raise its weight, or data.steps_per_epoch"),
+        ),
+        ({"data.shards": "s3://"}, ("s3://",)),
+        ({"data.shards": "ftp://host/shards"}, ("ftp://",)),
+        ({"data.cache.gigabytes": 1e-6, "data.cache.folder": "cache"}, ("data.cache.gigabytes: found 1e-06", "Set it")),
+        ({"data.cache.folder": "tiny.yaml"}, ("the cache tiny.yaml", "choose another data.cache.folder")),
         ({"evaluate.sets": ["set5"]}, ("evaluate.sets: found set5", "clean, haze, rain")),
         ({"prune.scope": ["teacher*"]}, ("the glob 'teacher*' matches no parameter",)),
         ({"run.folder": "s3://bucket/run"}, ("found a URL",)),
@@ -92,7 +109,7 @@ def test_a_task_without_samples_is_refused_with_what_there_is(lab: Any, tmp_path
     manifest["shards"] = [s for s in manifest["shards"] if s["kind"] != "derain"]
     (shards / "manifest.json").write_text(json.dumps(manifest))
     ended = lab.mirl(*lab.train(tmp_path, {"data.shards": str(shards)}), cwd=tmp_path)
-    assert_refused(ended, "hold no training samples for derain", "dehaze (18), denoise (18)")
+    assert_refused(ended, "hold no training samples for derain", "they hold the sets clean (clean), haze (dehaze)")
 
 
 def test_shards_that_do_not_fit_their_manifest_are_refused_by_name(lab: Any, tmp_path: Path, shards: Path) -> None:
@@ -103,8 +120,8 @@ def test_shards_that_do_not_fit_their_manifest_are_refused_by_name(lab: Any, tmp
         assert_refused(lab.mirl(*arguments, cwd=tmp_path), *pieces)
         assert not (tmp_path / "run").exists()
 
-    (shards / "manifest.json").write_text(whole.replace("mirl-dist-shards-1", "mirl-dist-shards-9"))
-    refused("says format 'mirl-dist-shards-9'", "this version reads 'mirl-dist-shards-1'")
+    (shards / "manifest.json").write_text(whole.replace("mirl-dist-shards-2", "mirl-dist-shards-9"))
+    refused("says format 'mirl-dist-shards-9'", "this version reads 'mirl-dist-shards-2'")
     edited = json.loads(whole)
     edited["shards"][0]["samples"] += 1
     (shards / "manifest.json").write_text(json.dumps(edited))
@@ -128,15 +145,15 @@ def test_images_that_cannot_become_shards_are_listed_and_nothing_is_built(lab: A
         Image.fromarray(np.full((40, 40, 3), len(name), np.uint8)).save(tmp_path / name)
     pair = {"set": "rain", "kind": "derain", "clean": {"folder": "clean"}, "degraded": {"folder": "rainy"}}
     recipe = tmp_path / "pairs.yaml"
-    recipe.write_text(json.dumps({"name": "pairs", "tile_pixels": 32, "train": [pair]}))
+    recipe.write_text(json.dumps({"name": "pairs", "least_pixels": 32, "train": [pair]}))
     ended = lab.mirl("shards", "build", "pairs.yaml", "--out", "built", "--workers", "1", cwd=tmp_path)
     assert ended.rc == 2, ended.said()
     assert ended.err.startswith("mirl-dist: 2 things in the images of recipe 'pairs' are wrong:\n"), ended.said()
     assert "two.png" in ended.err and "three.png" in ended.err and "Traceback" not in ended.err
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "absent"):
-        alone = {"set": "noise", "kind": "denoise", "clean": {"folder": folder}}
-        recipe.write_text(json.dumps({"name": "pairs", "tile_pixels": 32, "train": [alone]}))
+        alone = {"set": "noise", "kind": "clean", "clean": {"folder": folder}}
+        recipe.write_text(json.dumps({"name": "pairs", "least_pixels": 32, "train": [alone]}))
         ended = lab.mirl("shards", "build", "pairs.yaml", "--out", "built", "--workers", "1", cwd=tmp_path)
         assert ended.rc == 2 and folder in ended.err and "Traceback" not in ended.err, ended.said()
     assert not (tmp_path / "built/manifest.json").exists()

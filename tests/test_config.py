@@ -13,6 +13,7 @@ from mirl_dist import yaml_tree
 from mirl_dist.config import Aside, Config, differences, of_dump, read
 from mirl_dist.faults import Fault
 
+NO_TASK = "found '{}', where the word of a task belongs"
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
@@ -75,6 +76,14 @@ def test_an_unknown_key_far_from_all_lists_what_is_known_there() -> None:
         ({"prune": 5}, "prune: found 5; input should be a valid dictionary"),
         ({"prune": {"scope": 5}}, "prune.scope: found 5; input should be 'published' or 'all'"),
         ({"data": {"mix": {"derain": 0}}}, "data.mix.derain: found 0; input should be greater than 0"),
+        ({"data": {"mix": {"derain": {"a": -1}}}}, "data.mix.derain.a: found -1; input should be greater than 0"),
+        (
+            {"data": {"mix_by": "shares"}},
+            "data.mix_by: found 'shares'; input should be 'repeats', 'weights' or 'balanced'",
+        ),
+        ({"data": {"damage": "warn"}}, "data.damage: found 'warn'; input should be 'refuse' or 'skip'"),
+        ({"data": {"cache": {"gigabytes": 0}}}, "data.cache.gigabytes: found 0; input should be greater than 0"),
+        ({"data": {"cache": "/fast"}}, "data.cache: found '/fast'; input should be a valid dictionary"),
         ({"checkpoint": {"keep_last": 1}}, "checkpoint.keep_last: found 1; input should be greater than or equal to 2"),
         ({"optimiser": {"betas": [0.9, 1.0]}}, "optimiser.betas.1: found 1.0; input should be less than 1"),
     ],
@@ -87,10 +96,28 @@ def test_a_wrong_value_is_named_with_its_key_and_what_is_right(tree: dict[str, A
     ("tree", "complaint"),
     [
         ({"data": {"mix": {}}}, "data.mix: found no task"),
-        ({"data": {"mix": {"desnow": 1}}}, "data.mix.desnow: found an unknown task"),
-        ({"data": {"mix": {"denoise": 1}}}, "data.mix.denoise: found an unknown task"),
-        ({"data": {"mix": {"denoise_256": 1}}}, "data.mix.denoise_256: found an unknown task"),
-        ({"data": {"mix": {"denoise_²": 1}}}, "data.mix.denoise_²: found an unknown task"),
+        (
+            {"data": {"mix": {"desnoww": 1}}},
+            f"data.mix: {NO_TASK.format('desnoww')}; did you mean 'desnow'? Allowed are",
+        ),
+        ({"data": {"mix": {"denoise": 1}}}, f"data.mix: {NO_TASK.format('denoise')}; did you mean 'denoise_50'?"),
+        ({"data": {"mix": {"denoise_256": 1}}}, f"data.mix: {NO_TASK.format('denoise_256')}; allowed are derain, "),
+        ({"data": {"mix": {"denoise_²": 1}}}, f"data.mix: {NO_TASK.format('denoise_²')}; allowed are derain, "),
+        ({"data": {"mix": {"derain": {}}}}, "data.mix.derain: found no set; give a number, or numbers of sets"),
+        ({"data": {"mix": {"derain": 1.5}}}, "data.mix.derain: found 1.5 with mix_by repeats; use a whole number, or"),
+        ({"data": {"mix": {"derain": 0.5}}}, "data.mix.derain: found 0.5 with mix_by repeats; use a whole number, or"),
+        (
+            {"data": {"mix": {"dehaze": 2, "derain": {"heavy": 2, "light": 0.25}}}},
+            "data.mix.derain.light: found 0.25 with mix_by repeats; use a whole number, or mix_by: weights",
+        ),
+        (
+            {"data": {"mix": {"dehaze": 1, "derain": 2}, "mix_by": "balanced"}},
+            "data.mix.derain: found 2 with mix_by balanced; write 1, or use mix_by: weights",
+        ),
+        (
+            {"data": {"mix": {"derain": {"heavy": 1, "light": 0.5}}, "mix_by": "balanced"}},
+            "data.mix.derain.light: found 0.5 with mix_by balanced; write 1, or use mix_by: weights",
+        ),
         ({"prune": {"style": "one_shot"}}, "prune.rounds: found 15 with prune.style one_shot"),
         ({"prune": {"finetune_lr": 1e-4}}, "prune.finetune_lr: found with prune.style iterative"),
         (
@@ -103,7 +130,7 @@ def test_a_wrong_value_is_named_with_its_key_and_what_is_right(tree: dict[str, A
         ({"model": {"prompt_dims": [63, 128, 320]}}, "model.prompt_heads: found 4 heads for a width of 159"),
         ({"batch": {"forward": 3}}, "batch.forward: found 3, which does not divide batch.global 8"),
         ({"keep": {"rounds": "best"}}, "keep.by: found nothing with keep.rounds best"),
-        ({"run": {"folder": "s3://bucket/run"}}, "run.folder, data.shards: found a URL"),
+        ({"run": {"folder": "s3://bucket/run"}}, "run.folder: found a URL; this version keeps runs in folders"),
     ],
 )
 def test_keys_that_cannot_stand_together_are_refused(tree: dict[str, Any], complaint: str) -> None:
@@ -133,6 +160,39 @@ def test_unknown_keys_wrong_values_and_contradictions_come_in_one_message() -> N
         "batch.forward: found 3",
     ):
         assert any(complaint.startswith(start) for complaint in found), start
+
+
+def test_all_faults_of_a_mix_come_at_once() -> None:
+    found = said({"data": {"mix": {"desmog": 1, "derain": {"heavy": 0.5}, "dehaze": {}}}})
+    assert [line.split(";")[0] for line in found] == [
+        f"data.mix: {NO_TASK.format('desmog')}",
+        "data.mix.derain.heavy: found 0.5 with mix_by repeats",
+        "data.mix.dehaze: found no set",
+    ]
+
+
+def test_one_mistake_in_a_value_of_two_shapes_is_one_complaint() -> None:
+    assert said({"data": {"mix": {"derain": {"heavy": -1}}}}) == [
+        "data.mix.derain.heavy: found -1; input should be greater than 0"
+    ]
+    assert said({"data": {"mix": {"derain": -1}}}) == [
+        "data.mix.derain: found -1; input should be greater than 0, or input should be a valid dictionary"
+    ]
+
+
+def test_a_mix_of_weights_takes_fractions_and_numbers_per_set() -> None:
+    mix = {"derain": {"heavy": 0.25, "light": 3}, "denoise_25": 0.5, "deblur_easy": 2}
+    found = config({"data": {"mix": mix, "mix_by": "weights"}})
+    assert found.data.mix == mix
+    assert list(found.data.mix) == list(mix), "the order of tasks is the config's"
+    even = config({"data": {"mix": {"derain": {"heavy": 1, "light": 1}, "dehaze": 1}, "mix_by": "balanced"}})
+    assert even.data.mix["derain"] == {"heavy": 1, "light": 1}
+
+
+def test_shards_may_lie_at_any_address_that_is_no_nul() -> None:
+    for address in ("shards/built", "s3://bucket/prefix", "https://host.example/path"):
+        assert config({"data": {"shards": address}}).data.shards == address
+    assert said({"data": {"shards": "a\0b"}})[0].startswith("run.folder, data.shards: found a NUL character")
 
 
 def test_a_password_in_the_tracking_address_is_refused_and_an_address_without_one_is_not() -> None:
@@ -237,6 +297,8 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 ASIDE: dict[str, Any] = {
     "run.folder": "elsewhere",
     "data.shards": "elsewhere",
+    "data.cache.folder": "/fast/shards",
+    "data.cache.gigabytes": 200,
     "data.workers": 0,
     "batch.forward": 2,
     "train.device": "cpu",
@@ -264,6 +326,8 @@ TELLING: dict[str, Any] = {
     "model.prompt_sizes": [64, 32, 8],
     "model.prompt_heads": 2,
     "data.mix": {"denoise_15": 3, "denoise_25": 3, "denoise_50": 3, "derain": 120, "dehaze": 2},
+    "data.mix_by": "weights",
+    "data.damage": "skip",
     "data.patch_pixels": 128,
     "data.augment": "all",
     "data.steps_per_epoch": 3,
@@ -355,6 +419,17 @@ def test_the_order_of_keys_leaves_the_fingerprint() -> None:
     other = config({"data": {"mix": {"dehaze": 1, "derain": 2}}, "run": {"seed": 1}})
     assert one.fingerprint() == other.fingerprint()
     assert differences(one, other) == []
+    sets = [("heavy", 2), ("light", 1)]
+    assert config({"data": {"mix": {"derain": dict(sets)}}}).fingerprint() == (
+        config({"data": {"mix": {"derain": dict(reversed(sets))}}}).fingerprint()
+    )
+
+
+def test_numbers_per_set_change_the_fingerprint_and_the_differences_name_the_set() -> None:
+    whole, parts = config({"data": {"mix": {"derain": 2}}}), config({"data": {"mix": {"derain": {"a": 2, "b": 2}}}})
+    assert whole.fingerprint() != parts.fingerprint()
+    other = config({"data": {"mix": {"derain": {"a": 2, "b": 3}}}})
+    assert differences(parts, other) == ["data.mix.derain.b: 2.0 here, 3.0 there"]
 
 
 def test_differences_tell_both_values() -> None:

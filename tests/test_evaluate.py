@@ -11,15 +11,18 @@ import pytest
 import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from streams import quiet, supply_of
 from torch import nn
 
 from mirl_dist import evaluate, yaml_tree
 from mirl_dist.data.build import build
 from mirl_dist.data.manifest import CLEAN
 from mirl_dist.data.recipe import Recipe
-from mirl_dist.data.sample import Task
-from mirl_dist.data.stream import Shards
+from mirl_dist.data.shards import Shards
+from mirl_dist.data.supply import Supply
 from mirl_dist.faults import Fault
+from mirl_dist.storage import Folder
+from mirl_dist.tasks import Task
 
 TASKS = (Task.of("denoise_25"), Task.of("denoise_50"), Task.of("derain"))
 
@@ -49,14 +52,14 @@ class SomeRanks:
         return list(self._board)
 
 
-def scores_on(world: int, shards: Shards, jobs: list[evaluate.Job]) -> list[evaluate.Scores]:
+def scores_on(world: int, supply: Supply, jobs: list[evaluate.Job]) -> list[evaluate.Scores]:
     board: list[Any] = [None] * world
     found: list[Any] = [None] * world
     meet = threading.Barrier(world)
 
     def one(rank: int) -> None:
         ranks: Any = SomeRanks(rank, world, board, meet)
-        found[rank] = evaluate.evaluate(Darker(), shards, jobs, ranks, seed=0)
+        found[rank] = evaluate.evaluate(Darker(), supply, jobs, ranks, seed=0)
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
     for thread in threads:
@@ -67,7 +70,7 @@ def scores_on(world: int, shards: Shards, jobs: list[evaluate.Job]) -> list[eval
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+def supply(tmp_path_factory: pytest.TempPathFactory) -> Supply:
     """Three photographs whole, of sizes that are no multiples of 16, clean and with made rain."""
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "images").mkdir()
@@ -79,32 +82,66 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     clean = {"folder": str(folder / "images")}
     tree = {
         "name": "scores",
-        "tile_pixels": 48,
-        "train": [{"set": "some", "kind": "denoise", "clean": clean}],
+        "least_pixels": 48,
+        "train": [{"set": "some", "kind": "clean", "clean": clean}],
         "evaluate": [
-            {"set": "photos", "kind": "denoise", "clean": clean},
+            {"set": "photos", "kind": "clean", "clean": clean},
             {"set": "rain", "kind": "derain", "clean": clean, "make": "rain"},
         ],
         "allow_overlap": True,
     }
-    build(yaml_tree.build(Recipe, tree, "the test"), folder / "built", 1, lambda done, total, what: None)
-    return Shards(folder / "built")
+    build(yaml_tree.build(Recipe, tree, "the test"), Folder(folder / "built"), 1, quiet)
+    return supply_of(folder / "built")
 
 
-def test_a_denoising_set_is_scored_at_every_sigma_that_is_trained(shards: Shards) -> None:
-    jobs = evaluate.plan(shards, TASKS, None)
+def test_a_denoising_set_is_scored_at_every_sigma_that_is_trained(supply: Supply) -> None:
+    jobs = evaluate.plan(supply.shards, TASKS, None)
     assert [j.name for j in jobs] == ["denoise_25/photos"] * 3 + ["denoise_50/photos"] * 3 + ["derain/rain"] * 3
-    assert evaluate.plan(shards, TASKS, ("rain",)) == jobs[6:]
+    assert evaluate.plan(supply.shards, TASKS, ("rain",)) == jobs[6:]
     with pytest.raises(Fault, match=r"evaluate\.sets: found set5; the shards have photos, rain"):
-        evaluate.plan(shards, TASKS, ("set5",))
+        evaluate.plan(supply.shards, TASKS, ("set5",))
 
 
-def test_scores_are_those_of_the_published_protocol(shards: Shards) -> None:
-    jobs = evaluate.plan(shards, TASKS[:1], ("photos",))
-    [found] = scores_on(1, shards, jobs)
+def test_a_clean_set_is_scored_for_every_trained_task_that_degrades_on_reading_and_for_no_other(
+    supply: Supply,
+) -> None:
+    words = (
+        "deblur_easy",
+        "superres_4",
+        "dejpeg_40",
+        "enlighten_mild",
+        "denoise_hard",
+        "derain",
+        "deblur",
+        "enlighten",
+    )
+    jobs = evaluate.plan(supply.shards, [Task.of(word) for word in words], None)
+    made = [word for word in words[:5] for _ in range(3)]
+    assert [job.name for job in jobs] == [f"{word}/photos" for word in made] + ["derain/rain"] * 3
+    [alone] = scores_on(1, supply, jobs)
+    assert list(alone.scores) == [*(f"{word}/photos" for word in words[:5]), "derain/rain"]
+    assert len({score.degraded_psnr for score in alone.scores.values()}) == 6, "each task degrades in its own way"
+    for found in scores_on(3, supply, jobs):
+        assert found == alone
+    drawn = ("deblur_easy", "enlighten_mild", "denoise_hard")
+    for word in (*words[:5], "derain"):
+        mine = [job for job in jobs if job.task.name == word]
+        pairs = [evaluate.degraded_and_clean(supply, job, seed=0) for job in mine]
+        assert all(d.dtype == c.dtype == np.uint8 and d.shape == c.shape for d, c in pairs)
+        assert any(not np.array_equal(d, c) for d, c in pairs), "an easy level may leave one image as it was"
+        again = [evaluate.degraded_and_clean(supply, job, seed=0)[0] for job in mine]
+        assert all(np.array_equal(d, a) for (d, _), a in zip(pairs, again, strict=True))
+        others = [evaluate.degraded_and_clean(supply, job, seed=1)[0] for job in mine]
+        same = all(np.array_equal(d, o) for (d, _), o in zip(pairs, others, strict=True))
+        assert same == (word not in drawn), "chance where the task has some, and there alone"
+
+
+def test_scores_are_those_of_the_published_protocol(supply: Supply) -> None:
+    jobs = evaluate.plan(supply.shards, TASKS[:1], ("photos",))
+    [found] = scores_on(1, supply, jobs)
     psnr, ssim = [], []
     for job in jobs:
-        degraded, clean = evaluate.degraded_and_clean(shards, job, seed=0)
+        degraded, clean = evaluate.degraded_and_clean(supply, job, seed=0)
         assert clean.shape[0] % 16 == clean.shape[1] % 16 == 0
         restored = (torch.from_numpy(degraded).float() / 255 * 0.9).clamp(0, 1).numpy()
         truth = clean.astype(np.float32) / 255
@@ -116,29 +153,29 @@ def test_scores_are_those_of_the_published_protocol(shards: Shards) -> None:
     assert score.ssim == pytest.approx(np.mean(ssim), abs=1e-6)
 
 
-def test_test_noise_belongs_to_the_image_and_the_sigma_alone(shards: Shards) -> None:
-    jobs = evaluate.plan(shards, TASKS[:2], ("photos",))
-    first = [evaluate.degraded_and_clean(shards, job, 0)[0] for job in jobs]
-    again = [evaluate.degraded_and_clean(shards, job, 0)[0] for job in reversed(jobs)][::-1]
+def test_test_noise_belongs_to_the_image_and_the_sigma_alone(supply: Supply) -> None:
+    jobs = evaluate.plan(supply.shards, TASKS[:2], ("photos",))
+    first = [evaluate.degraded_and_clean(supply, job, 0)[0] for job in jobs]
+    again = [evaluate.degraded_and_clean(supply, job, 0)[0] for job in reversed(jobs)][::-1]
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not np.array_equal(first[0], first[3]), "another sigma"
-    assert not np.array_equal(first[0], evaluate.degraded_and_clean(shards, jobs[0], 1)[0]), "another seed"
-    clean = shards.image(jobs[1].place, CLEAN)
-    noise = first[1].astype(float) - evaluate.degraded_and_clean(shards, jobs[1], 0)[1]
+    assert not np.array_equal(first[0], evaluate.degraded_and_clean(supply, jobs[0], 1)[0]), "another seed"
+    clean = supply.image(jobs[1].place, CLEAN)
+    noise = first[1].astype(float) - evaluate.degraded_and_clean(supply, jobs[1], 0)[1]
     assert clean.shape == (64, 64, 3) and 15 < noise.std() < 26
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_scores_and_pictures_are_the_same_to_the_last_bit_on_any_number_of_ranks(shards: Shards, world: int) -> None:
-    jobs = evaluate.plan(shards, TASKS, None)
-    [alone] = scores_on(1, shards, jobs)
+def test_scores_and_pictures_are_the_same_to_the_last_bit_on_any_number_of_ranks(supply: Supply, world: int) -> None:
+    jobs = evaluate.plan(supply.shards, TASKS, None)
+    [alone] = scores_on(1, supply, jobs)
     assert alone.pictures is not None
-    for found in scores_on(world, shards, jobs):
+    for found in scores_on(world, supply, jobs):
         assert found.scores == alone.scores
         assert found.pictures == alone.pictures
 
 
-def test_an_image_too_small_to_score_is_refused_by_name_before_any_training(shards: Shards, tmp_path: Path) -> None:
+def test_an_image_too_small_to_score_is_refused_by_name_before_any_training(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     draw = np.random.default_rng(0)
     Image.fromarray(draw.integers(0, 256, (12, 40, 3), dtype=np.uint8)).save(tmp_path / "images/low.png")
@@ -146,10 +183,10 @@ def test_an_image_too_small_to_score_is_refused_by_name_before_any_training(shar
     clean = {"folder": str(tmp_path / "images"), "include": ["fine.png"]}
     tree = {
         "name": "low",
-        "tile_pixels": 32,
-        "train": [{"set": "some", "kind": "denoise", "clean": clean}],
-        "evaluate": [{"set": "low", "kind": "denoise", "clean": clean | {"include": ["low.png"]}}],
+        "least_pixels": 32,
+        "train": [{"set": "some", "kind": "clean", "clean": clean}],
+        "evaluate": [{"set": "low", "kind": "clean", "clean": clean | {"include": ["low.png"]}}],
     }
-    build(yaml_tree.build(Recipe, tree, "the test"), tmp_path / "built", 1, lambda done, total, what: None)
+    build(yaml_tree.build(Recipe, tree, "the test"), Folder(tmp_path / "built"), 1, quiet)
     with pytest.raises(Fault, match=r"evaluation image '.*low.*' is 12 x 40 pixels \(1 such\); scores need 16 a side"):
-        evaluate.plan(Shards(tmp_path / "built"), TASKS, None)
+        evaluate.plan(Shards(Folder(tmp_path / "built")), TASKS, None)

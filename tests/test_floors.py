@@ -91,7 +91,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "torch.distributed": ("ranks",),
     "deepspeed": ("ranks",),
     "webdataset": ("data/build", "data/stream"),
-    "boto3": ("storage/s3", "storage/s3_wire"),
+    "boto3": ("storage/s3",),
     "botocore": ("storage/s3", "storage/s3_wire"),
     "mlflow": ("mlflow_store",),
 }
@@ -289,7 +289,8 @@ SMALL = {"low": ("__init__", "data/__init__", "low"), "middle": ("data/middle",)
         ("data/middle", "import torch\ntorch.distributed.barrier()\n", "data/middle uses torch.distributed"),
         ("data/middle", "import webdataset as w\n", "only data/build, data/stream may"),
         ("data/middle", "from accelerate import Accelerator\n", "data/middle uses accelerate"),
-        ("low", "import boto3\n", "low uses boto3; only storage/s3, storage/s3_wire may"),
+        ("low", "from botocore import config\n", "low uses botocore; only storage/s3, storage/s3_wire may"),
+        ("low", "import boto3\n", "low uses boto3; only storage/s3 may"),
         ("low", "import pickle\npickle.loads(b'')\n", "low: use of pickle"),
         ("low", "from pickle import loads\n", "low: from pickle import"),
         ("low", "import pickle as p\n", "low: import pickle as p"),
@@ -348,7 +349,8 @@ def ruff(root: Path) -> list[str]:
 
 
 def test_ruff_refuses_what_belongs_behind_a_door_and_lets_the_doors_have_it(tmp_path: Path) -> None:
-    (tmp_path / "mirl_dist/data").mkdir(parents=True)
+    for folder in {Path(door).parent for doors in DOORS.values() for door in doors}:
+        (tmp_path / "mirl_dist" / folder).mkdir(parents=True, exist_ok=True)
     shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
     banned = [thing for thing in DOORS if thing != "botocore"]
     for thing in banned:

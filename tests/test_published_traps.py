@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from streams import stream, supply_of
 
-from mirl_dist.data.order import Order, Position, share_batch
-from mirl_dist.data.stream import Shards, Stream
-from mirl_dist.faults import Fault
+from mirl_dist.data.manifest import CLEAN
+from mirl_dist.data.order import Position
+from mirl_dist.data.shards import Shards
+from mirl_dist.storage import Folder
 
 ONE_STEP = {"prune.rounds": 0, "data.steps_per_epoch": 1, "evaluate.sets": [], "checkpoint.every_steps": None}
 
@@ -52,30 +55,19 @@ def test_a_world_size_that_nobody_answers_to_is_refused(lab: Any, tmp_path: Path
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_two_ranks_read_every_sample_of_an_epoch_exactly_once(lab: Any, workers: int) -> None:
-    shards = Shards(lab.shards)
-    order = Order({"denoise_25": 1, "derain": 1, "dehaze": 1}, shards.manifest.samples("train"), 6, seed=1)
+    places = Shards(Folder(lab.shards)).places("train")
     everything = {
         f"{task}:{place.entry.key}"
-        for task, kind in (("denoise_25", "denoise"), ("derain", "derain"), ("dehaze", "dehaze"))
-        for place in shards.places("train")[kind]
+        for task, of in (("denoise_25", "clean"), ("derain", "rain"), ("dehaze", "haze"))
+        for place in places[of]
     }
-    shares = share_batch(6, None, 2)
+    mix = dict.fromkeys(("denoise_25", "derain", "dehaze"), 1)
     seen: Counter[str] = Counter()
     for rank in range(2):
-        stream = Stream(
-            shards,
-            order,
-            seed=1,
-            patch_pixels=16,
-            augment="all",
-            workers=workers,
-            rank=rank,
-            shares=shares,
-            pin=False,
-        )
-        for batch in stream.batches(0, Position(0, 0), 1):
+        reader = stream(lab.shards, rank=rank, world=2, workers=workers, seed=1, mix=mix, augment="all", global_batch=6)
+        for batch in reader.batches(0, Position(0, 0), 1):
             seen.update(batch.keys)
-    assert len(everything) == 54
+    assert len(everything) == 18
     assert seen == Counter(dict.fromkeys(everything, 1))
 
 
@@ -104,8 +96,6 @@ def damage(tar: Path, how: str) -> None:
 def test_a_damaged_header_hides_samples_from_a_plain_reader_and_none_from_ours(
     lab: Any, tmp_path: Path, how: str
 ) -> None:
-    import shutil
-
     folder = Path(shutil.copytree(lab.shards, tmp_path / "shards"))
     tar = folder / "train-clean-00000.tar"
     whole = plain_webdataset(tar)
@@ -116,19 +106,21 @@ def test_a_damaged_header_hides_samples_from_a_plain_reader_and_none_from_ours(
         left = set()
     assert len(left) < len(whole), "the trap is gone: plain reading lost nothing"
 
-    shards = Shards(folder)
-    places = [p for p in shards.places("train")["denoise"] if p.shard.name == tar.name]
+    shards = Shards(Folder(folder))
+    places = [p for p in shards.places("train")["clean"] if p.shard.name == tar.name]
     assert {p.entry.key for p in places} == whole
-    read, refused = 0, []
+    said: list[str] = []
+    supply = supply_of(folder, damage="skip", said=said)
+    shard = places[0].shard
+    supply.want(shard)
+    lost = {supply.get(shard).entries[number].key for number in supply.get(shard).bad}
     for place in places:
-        try:
-            shards.image(place, "clean.png")
-            read += 1
-        except Fault as fault:
-            refused.append((place.entry.key, str(fault)))
-    assert read + len(refused) == len(whole)
-    assert len(refused) <= 1, "damage of one place costs at most the sample that lies there"
-    for key, text in refused:
-        assert key in text and tar.name in text
+        if place.entry.key not in lost:
+            image = supply.image(place, CLEAN)
+            assert image.shape == (place.entry.height, place.entry.width, 3)
+    supply.release(shard)
+    assert len(lost) <= 1, "damage of one place costs at most the sample that lies there"
+    assert len(said) == 1 and tar.name in said[0], "it is told even where no image is lost"
+    assert all(key in said[0] for key in lost)
     checked = lab.mirl("shards", "check", str(folder))
     assert checked.rc == 2 and tar.name in checked.err, checked.said()

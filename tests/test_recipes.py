@@ -10,7 +10,6 @@ import io
 import json
 import os
 import random
-import shutil
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -312,8 +311,10 @@ def test_every_recipe_says_what_it_is_what_it_expects_and_where_to_get_it(name: 
             assert one.expect and one.get, f"{role} {one.set} lacks expect or get"
 
 
-def test_every_official_recipe_is_tested_here() -> None:
+def test_every_official_recipe_is_tested_here_and_every_recipe_is_in_the_table() -> None:
     assert sorted(LAYOUTS) == OFFICIAL
+    table = [line.split("`")[1] for line in (RECIPES / "README.md").read_text().splitlines() if line.startswith("| `")]
+    assert sorted(name for name in table if not name.startswith("<")) == NAMES
     for name, layout in LAYOUTS.items():
         assert {f"{role} {one.set}" for role, one in shipped(name).sets()} == {label for label in layout if label}
 
@@ -403,47 +404,40 @@ def test_a_scene_with_a_clean_frame_for_every_rainy_one_is_told(sets: Path) -> N
     ]
 
 
-def official_names() -> Iterator[str]:
-    """As many names as MIR-L's full training sets hold, 72,135 of them of OTS, and its tests."""
-    yield from (f"Train/Denoise/{n:05d}.bmp" for n in range(1, 4745))
-    yield from (f"Train/Denoise/{n}.jpg" for n in range(100000, 100400))
-    yield from (f"Train/Derain/{part}-{n}.png" for n in range(1, 201) for part in ("rainy/rain", "gt/norain"))
-    for n in range(2061):
-        yield f"Train/Dehaze/original/{n:04d}.jpg"
-        for number, airlight in enumerate(("0.8", "0.85", "0.9", "0.95", "1")):
-            for beta in ("0.04", "0.06", "0.08", "0.1", "0.12", "0.16", "0.2"):
-                yield f"Train/Dehaze/synthetic/part{1 + number % 4}/{n:04d}_{airlight}_{beta}.jpg"
-    yield "Train/Dehaze/original/7777.jpg"
-    yield from (f"test/denoise/bsd68/{n}.jpg" for n in range(68))
-    yield from (f"test/denoise/urban100/img_{n:03d}.png" for n in range(100))
-    yield from (f"test/derain/Rain100L/{part}/{n}.png" for n in range(100) for part in ("input", "target"))
-    yield from (f"test/dehaze/{part}{n:04d}{rest}" for n in range(500) for part, rest in HAZE)
+HAZY = 2 * 2061
+"""Hazy images of OTS laid out here: two of each clean one instead of 35."""
 
 
-HAZE = (("input/", "_0.8_0.2.jpg"), ("target/", ".png"))
-
-
-@pytest.fixture(scope="module")
-def full_sets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """MIR-L's full sets by name; the files are empty."""
-    root = tmp_path_factory.mktemp("full")
-    folders = set()
-    for name in official_names():
-        folder, _, file = name.rpartition("/")
-        if folder not in folders:
-            (root / "data" / folder).mkdir(parents=True)
-            folders.add(folder)
-        os.close(os.open(root / "data" / folder / file, os.O_CREAT | os.O_WRONLY))
-    yield root
-    shutil.rmtree(root)
+def training_names() -> Iterator[str]:
+    """As many names as the full training sets of the three tasks hold, but for OTS."""
+    yield from (f"Denoise/{n:05d}.bmp" for n in range(1, 4745))
+    yield from (f"Denoise/{n}.jpg" for n in range(100000, 100400))
+    yield from (f"Derain/{part}-{n}.png" for n in range(1, 201) for part in ("rainy/rain", "gt/norain"))
+    yield from (f"Dehaze/original/{n:04d}.jpg" for n in range(2061))
+    yield from (f"Dehaze/synthetic/part{n % 4 + 1}/{n // 2:04d}_0.{8 + n % 2}_0.04.jpg" for n in range(HAZY))
 
 
 def test_mirls_shares_have_their_exact_counts_and_depend_on_seed_and_names_alone(
-    full_sets: Path, monkeypatch: pytest.MonkeyPatch
+    sets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MIRL_SETS", str(full_sets))
+    for name in training_names():
+        (sets / "data/Train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (sets / "data/Train" / name).touch()
+    wanted = {"train wed": 237, "train bsd400": 20, "train rain100l": 20, "train ots": 2164}
+    shipped_shares = {
+        f"{role} {one.set}": pairing.share(one.fraction, one.expect)
+        for role, one in shipped("mirl").sets()
+        if one.fraction and one.expect
+    }
+    assert shipped_shares == wanted
 
-    def shares(recipe: Recipe) -> dict[str, list[str]]:
+    def shares(**more: Any) -> dict[str, list[str]]:
+        def here(label: str, one: ImageSet) -> dict[str, Any] | None:
+            if one.fraction is None:
+                return None
+            return {"expect": HAZY if label == "train ots" else one.expect} | more
+
+        recipe = changed(shipped("mirl"), here, seed=random.randrange(100))
         pictures, complaints = pairing.find(recipe)
         assert not complaints
         held: dict[str, list[str]] = defaultdict(list)
@@ -451,24 +445,20 @@ def test_mirls_shares_have_their_exact_counts_and_depend_on_seed_and_names_alone
             held[one.label].append(one.name)
         return dict(held)
 
-    drawn = shares(shipped("mirl"))
-    tests = {"evaluate bsd68": 68, "evaluate urban100": 100, "evaluate rain100l": 100, "evaluate sots_outdoor": 500}
-    shared_out = {"train wed": 237, "train bsd400": 20, "train rain100l": 20, "train ots": 2164}
-    assert {label: len(names) for label, names in drawn.items()} == shared_out | tests
-    assert len({name[: name.index("/")] for name in drawn["train ots"]}) == 4, "from all four parts"
+    drawn = shares()
+    counts = {label: len(names) for label, names in drawn.items()}
+    assert counts == wanted | {"train ots": pairing.share(0.03, HAZY)}
 
     glob = Path.glob
 
     def in_another_order(folder: Path, pattern: str) -> list[Path]:
-        found = list(glob(folder, pattern))
-        random.Random(7).shuffle(found)
-        return found
+        return random.sample(found := list(glob(folder, pattern)), len(found))
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "glob", in_another_order)
-        assert shares(shipped("mirl").model_copy(update={"seed": 5})) == drawn, "draw_seed alone draws"
-    redrawn = shares(changed(shipped("mirl"), lambda _, one: {"draw_seed": 1} if one.fraction else {}))
-    for label, count in shared_out.items():
+        assert shares() == drawn, "neither the disk's order nor the recipe's seed draws, but draw_seed"
+    redrawn = shares(draw_seed=1)
+    for label, count in counts.items():
         assert len(redrawn[label]) == count
         assert len(set(redrawn[label]) & set(drawn[label])) < count / 2, f"{label}: another seed, another share"
 

@@ -36,7 +36,7 @@ class Ranges(Plain):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        way, _, name = unquote(self.path).lstrip("/").partition("/")
+        way, _, name = unquote(self.path.partition("?")[0]).lstrip("/").partition("/")
         if way == "moved":
             self.send_response(302)
             self.send_header("Location", f"/plain/{name}?signature={SECRET}")
@@ -49,7 +49,7 @@ class Ranges(Plain):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        path = Path(self.directory) / name.partition("?")[0]
+        path = Path(self.directory) / name
         if not path.is_file():
             self.send_error(404)
             return

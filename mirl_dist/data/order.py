@@ -128,9 +128,14 @@ class Order:
                 everywhere=True,
             )
         self.steps_per_epoch = steps_per_epoch or whole
+        self._shards = tuple(shards)
         self._counts = np.array([shard.samples for shard in shards], dtype=np.int64)
         self._tables: OrderedDict[tuple[int, int], _Table] = OrderedDict()
         self._making = threading.Lock()
+
+    def shards(self) -> list[Shard]:
+        """The training shards that the mix reads."""
+        return [self._shards[i] for i in sorted({i for source in self.sources for i in source.shards})]
 
     def slots(self, round_: int, at: Position, first: int = 0, lanes: int | None = None) -> list[Slot]:
         """The slots of one step, in lane order: of all lanes, or of `lanes` of them from `first` on."""

@@ -31,6 +31,11 @@ from mirl_dist.tasks import Task
 _PREFETCH = 2  # batches that a loader process makes ahead
 
 
+def passes_behind(workers: int) -> int:
+    """Forward passes that may have been handed out and are still being read by loader processes."""
+    return _PREFETCH * workers + 2
+
+
 class _Asked(NamedTuple):
     """A read, the slot that it is for, and whether it stands in for a damaged sample."""
 
@@ -108,7 +113,7 @@ class Stream:
             self._order.passes(round_, start, epochs, self._rank, self._shares),
             lambda shard: self._supply.want(self._train[shard]),
             lambda shard: self._supply.release(self._train[shard]),
-            behind=(_PREFETCH * self._workers + 2),
+            behind=passes_behind(self._workers),
             extra=self._ahead,
         )
         # A fork server keeps workers free of this process's threads (collectives, tracking).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 
@@ -12,23 +13,25 @@ from mirl_dist.faults import Fault
 _LONGEST = 4096  # passes that are looked ahead at most
 
 
-def shards_ahead(lanes: int, shards: Sequence[Shard], limit: int | None, node_ranks: int) -> int:
+def shards_ahead(lanes: int, behind: int, shards: Sequence[Shard], limit: int | None, node_ranks: int) -> int:
     """How many shards a rank may want beyond those in use: one for each of its lanes, as far as the cache allows.
 
-    lanes: places of walks that the rank reads at once; limit: bytes of the node's cache, None without one. Raises Fault
-    for a cache in which the ranks of a node could wait for each other's room for ever.
+    lanes: places of walks that the rank reads at once; behind: passes for which shards are kept after their use; limit:
+    bytes of the node's cache, None without one. Raises Fault for a cache in which the ranks of a node could wait for each other's room for ever.
     """
     wanted = min(len(shards), max(2, lanes))
     if limit is None or sum(s.bytes for s in shards) <= limit:
         return wanted
     largest = max(s.bytes for s in shards)
-    used = min(len(shards), 2 * lanes)  # a lane's shard, and the one before it, which a loader may still be reading
+    shortest = min(s.samples for s in shards)
+    used = min(len(shards), lanes * (1 + math.ceil(behind / shortest)))  # a lane's shard, and those it just left
     fits = limit // node_ranks // largest
     if fits <= used:
         raise Fault(
             f"data.cache.gigabytes: found {limit / 1e9:g}, but {node_ranks} ranks on this node need {used + 1} shards "
-            f"of up to {largest / 1e9:.3g} GB each at a time. Set it to {node_ranks * (used + 1) * largest / 1e9:.3g} or "
-            "more, or build smaller shards (shard_megabytes in the recipe)."
+            f"of up to {largest / 1e9:.3g} GB each at a time. Set it to {node_ranks * (used + 1) * largest * 1.01 / 1e9:.3g} or "
+            "more, or build smaller shards (shard_megabytes in the recipe).",
+            everywhere=True,
         )
     return min(wanted, fits - used)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -51,9 +52,10 @@ class S3:
         self._patience, self._say = patience, say
         self._timeouts = connect_seconds, read_seconds
         self._clients: dict[int, Any] = {}
+        self._locks: dict[int, threading.Lock] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_clients": {}}
+        return {**self.__dict__, "_clients": {}, "_locks": {}}
 
     def where(self, name: str = "") -> str:
         """The place for people and messages."""
@@ -150,8 +152,9 @@ class S3:
     def _client(self) -> Any:
         """This process's client; a fork must not share sockets with its parent."""
         mine = os.getpid()
-        if mine not in self._clients:
-            self._clients.setdefault(mine, _connected(*self._timeouts))
+        with self._locks.setdefault(mine, threading.Lock()):
+            if mine not in self._clients:
+                self._clients[mine] = _connected(*self._timeouts)
         return self._clients[mine]
 
     def _ask(self, name: str, work: Callable[[Any, dict[str, str]], T], *, patience: Patience | None = None) -> T:

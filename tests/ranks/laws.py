@@ -176,17 +176,17 @@ def guarded(ranks: Ranks) -> dict[str, Any]:
     return found | {"opened": opened, "loss": refused(lambda: lossy(ranks, last)), "stop": stops(ranks, last)}
 
 
-def lossy(ranks: Ranks, last: bool) -> bool:
+def lossy(ranks: Ranks, last: bool) -> tuple[bool, int]:
     losses = torch.tensor([0.1, float("inf") if last else 0.2])
     none = torch.zeros(2)
     batch = Batch(none, none, none, (f"derain:one-{ranks.rank}", f"derain:two-{ranks.rank}"))
     return train.refuse_non_finite(losses, batch, Progress(round=1, epoch=2, step=3), ranks, stop=False)
 
 
-def stops(ranks: Ranks, last: bool) -> bool:
-    """Asked of one rank alone, heard by all."""
+def stops(ranks: Ranks, last: bool) -> tuple[bool, int]:
+    """Asked of one rank alone, heard by all; so is what every rank's batch replaced."""
     losses = torch.tensor([0.1, 0.2])
-    batch = Batch(losses, losses, losses, ("a", "b"))
+    batch = Batch(losses, losses, losses, ("a", "b"), skipped=2 if ranks.rank else 1)
     return train.refuse_non_finite(losses, batch, Progress(), ranks, stop=last)
 
 

@@ -1,0 +1,35 @@
+"""`mirl-dist` that writes down what every step read and lost: one JSON line per forward pass and rank.
+
+Environment: MIRL_KEYS, the folder for the lines; MIRL_KILL, '[round, updates]': every rank dies before that step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from mirl_dist import cli, train
+
+
+def watch() -> None:
+    refuse, kill = train.refuse_non_finite, json.loads(os.environ.get("MIRL_KILL", "null"))
+    lines = Path(os.environ["MIRL_KEYS"]) / f"{os.environ.get('RANK', '0')}.jsonl"
+
+    def watching(losses: Any, batch: Any, progress: Any, ranks: Any, stop: bool) -> Any:
+        if [progress.round, progress.updates] == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        at = [progress.round, progress.epoch, progress.step]
+        said = {"at": at, "keys": batch.keys, "losses": [loss.hex() for loss in losses.tolist()]}
+        with lines.open("a") as file:
+            file.write(json.dumps(said) + "\n")
+        return refuse(losses, batch, progress, ranks, stop)
+
+    train.refuse_non_finite = watching
+
+
+if __name__ == "__main__":
+    watch()
+    cli.main()
