@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -286,7 +287,8 @@ def run(config: Config, resume: str, stop_asked: Callable[[], bool]) -> str:
     if ranks.is_main:
         report.say(describe(config, prepared, ranks.world))
     supply = supply_of(config, prepared.shards, f"rank {ranks.rank}")
-    ranks.from_main(lambda: _refuse_damaged(prepared.jobs, supply))
+    ranks.from_main(lambda: _refuse_damaged(config, prepared, supply))
+    stream = _stream(config, prepared, supply, ranks)
     tracker = _tracker(config, prepared.checkpoints, ranks)
     initial = _first_weights(config, prepared, ranks)
     ranks.from_main(prepared.checkpoints.sweep)
@@ -312,7 +314,7 @@ def run(config: Config, resume: str, stop_asked: Callable[[], bool]) -> str:
         supply=supply,
         order=prepared.order,
         shares=prepared.shares,
-        stream=_stream(config, prepared, supply, ranks),
+        stream=stream,
         jobs=prepared.jobs,
         checkpoints=prepared.checkpoints,
         tracker=tracker,
@@ -374,9 +376,14 @@ def supply_of(config: Config, shards: Shards, who: str) -> Supply:
     return Supply(shards, cache, config.data.damage, say)
 
 
-def _refuse_damaged(jobs: list[evaluate.Job], supply: Supply) -> None:
-    """Raise Fault for damage in the shards that scores will come from, before any work is lost."""
-    for shard in {job.place.shard.name: job.place.shard for job in jobs}.values():
+def _refuse_damaged(config: Config, prepared: Prepared, supply: Supply) -> None:
+    """Raise Fault for damage in the shards that scores will come from, and in a folder also for indices of training
+    shards that are not theirs, before any work is lost."""
+    shards = prepared.shards
+    if config.data.damage == "refuse" and isinstance(shards.store, Folder):
+        for shard in shards.train:
+            shards.index(shard)
+    for shard in {job.place.shard.name: job.place.shard for job in prepared.jobs}.values():
         supply.want(shard)
         supply.get(shard)
         supply.release(shard)
@@ -384,9 +391,9 @@ def _refuse_damaged(jobs: list[evaluate.Job], supply: Supply) -> None:
 
 def _stream(config: Config, prepared: Prepared, supply: Supply, ranks: Ranks) -> Stream:
     shares, order = prepared.shares, prepared.order
-    node = platform.node()
     lanes = shares.per_rank * len(order.sources)
     limit = None if supply.cache is None else supply.cache.limit
+    node_ranks = max(Counter(ranks.gather_objects(platform.node())).values())  # the same on every rank: so is a Fault
     return Stream(
         prepared.shards,
         supply,
@@ -397,8 +404,6 @@ def _stream(config: Config, prepared: Prepared, supply: Supply, ranks: Ranks) ->
         workers=config.data.workers,
         rank=ranks.rank,
         shares=shares,
-        ahead=shards_ahead(
-            lanes, passes_behind(config.data.workers), order.shards(), limit, ranks.gather_objects(node).count(node)
-        ),
+        ahead=shards_ahead(lanes, passes_behind(config.data.workers), order.shards(), limit, node_ranks),
         pin=ranks.device.type == "cuda",
     )

@@ -90,7 +90,10 @@ def test_a_world_that_does_not_fit_is_told_the_numbers_that_work_once(lab: Any, 
         ),
         ({"data.shards": "s3://"}, ("s3://",)),
         ({"data.shards": "ftp://host/shards"}, ("ftp://",)),
-        ({"data.cache.gigabytes": 1e-6, "data.cache.folder": "cache"}, ("data.cache.gigabytes: found 1e-06", "Set it")),
+        (
+            {"data.cache.gigabytes": 1e-6, "data.cache.folder": "cache"},
+            ("data.cache.gigabytes: found 1e-06", "one shard has", "GB. Raise it."),
+        ),
         ({"data.cache.folder": "tiny.yaml"}, ("the cache tiny.yaml", "choose another data.cache.folder")),
         ({"evaluate.sets": ["set5"]}, ("evaluate.sets: found set5", "clean, haze, rain")),
         ({"prune.scope": ["teacher*"]}, ("the glob 'teacher*' matches no parameter",)),
@@ -125,7 +128,7 @@ def test_shards_that_do_not_fit_their_manifest_are_refused_by_name(lab: Any, tmp
     edited = json.loads(whole)
     edited["shards"][0]["samples"] += 1
     (shards / "manifest.json").write_text(json.dumps(edited))
-    refused(edited["shards"][0]["name"].removesuffix(".tar") + ".index.json lists", "Build the shards again")
+    refused(edited["shards"][0]["name"].removesuffix(".tar") + ".index.json: lists 2 samples", "build the shards again")
     edited["shards"][0]["index_sha256"] = "0" * 64
     (shards / "manifest.json").write_text(json.dumps(edited))
     refused("the manifest says 000000000000")

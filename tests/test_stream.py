@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -239,6 +242,22 @@ def test_passes_of_one_step_are_parts_of_its_batch(built: Path) -> None:
     assert len(parts) == 4 * len(alone)
     for step, whole in enumerate(alone):
         assert torch.equal(torch.cat([part.clean for part in parts[4 * step : 4 * step + 4]]), whole.clean)
+
+
+def test_a_stream_over_http_through_a_cache_is_the_one_from_the_folder(built: Path, tmp_path: Path) -> None:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(built))
+    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        try:
+            address = f"http://127.0.0.1:{server.server_address[1]}"
+            assert same(batches(stream(address, cache=tmp_path / "cache")), batches(stream(built)))
+        finally:
+            server.shutdown()
+            serving.join()
+    held = {path.name for path in (tmp_path / "cache").glob("*.tar")}
+    assert held == {f"{shard.sha256}.tar" for shard in Shards(Folder(built)).train}
 
 
 @pytest.mark.parametrize("start", [Position(0, 0), Position(1, 2)])

@@ -8,10 +8,11 @@ whole sample of the shard instead, or of the next shard where none is left: the 
 from __future__ import annotations
 
 import os
+import queue
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -48,6 +49,37 @@ class _Wanted:
     future: Future[Local]
 
 
+class _Bringers:
+    """A few threads that bring shards in the order of asking. They never keep a process alive that wants to end, as a
+    pool of the standard library would for as long as a server is away."""
+
+    def __init__(self, bring: Callable[[Shard], Local]) -> None:
+        self._bring, self._asked = bring, queue.SimpleQueue[tuple[Future[Local], Shard] | None]()
+        self._threads: list[threading.Thread] = []
+
+    def submit(self, shard: Shard) -> Future[Local]:
+        if len(self._threads) < _STREAMS:
+            self._threads.append(threading.Thread(target=self._work, name="supply", daemon=True))
+            self._threads[-1].start()
+        future: Future[Local] = Future()
+        self._asked.put((future, shard))
+        return future
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._asked.put(None)
+
+    def _work(self) -> None:
+        while (asked := self._asked.get()) is not None:
+            future, shard = asked
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(self._bring(shard))
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the shard raises it
+                future.set_exception(error)
+
+
 class Supply:
     """The shards of an address for one process, from several threads at once."""
 
@@ -62,7 +94,7 @@ class Supply:
         """cache: None reads a folder in place. damage: 'refuse' or 'skip'. say: takes one line for people."""
         self.shards, self.cache, self._damage = shards, cache, damage
         self._say, self._patience = say, patience
-        self._pool = ThreadPoolExecutor(_STREAMS, thread_name_prefix="supply")
+        self._bringers = _Bringers(self._bring)
         self._guard = threading.Lock()
         self._wanted: dict[str, _Wanted] = {}
         self._proved: dict[str, tuple[object, dict[int, str]]] = {}
@@ -74,7 +106,7 @@ class Supply:
         with self._guard:
             wanted = self._wanted.get(shard.name)
             if wanted is None:
-                self._wanted[shard.name] = _Wanted(1, self._pool.submit(self._bring, shard))
+                self._wanted[shard.name] = _Wanted(1, self._bringers.submit(shard))
             else:
                 wanted.users += 1
 
@@ -120,7 +152,7 @@ class Supply:
     def close(self) -> None:
         """Stop bringing shards; what is half here stays in the cache for the next process."""
         self._closed = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._bringers.close()
 
     def _bring(self, shard: Shard) -> Local:
         try:

@@ -14,10 +14,11 @@ _LONGEST = 4096  # passes that are looked ahead at most
 
 
 def shards_ahead(lanes: int, behind: int, shards: Sequence[Shard], limit: int | None, node_ranks: int) -> int:
-    """How many shards a rank may want beyond those in use: one for each of its lanes, as far as the cache allows.
+    """How many shards a rank may want beyond those in use: one for each lane, as far as the cache allows.
 
     lanes: places of walks that the rank reads at once; behind: passes for which shards are kept after their use; limit:
-    bytes of the node's cache, None without one. Raises Fault for a cache in which the ranks of a node could wait for each other's room for ever.
+    bytes of the node's cache, None without one. Raises Fault for a cache in which the ranks of a node could wait for
+    each other's room for ever.
     """
     wanted = min(len(shards), max(2, lanes))
     if limit is None or sum(s.bytes for s in shards) <= limit:
@@ -29,8 +30,9 @@ def shards_ahead(lanes: int, behind: int, shards: Sequence[Shard], limit: int | 
     if fits <= used:
         raise Fault(
             f"data.cache.gigabytes: found {limit / 1e9:g}, but {node_ranks} ranks on this node need {used + 1} shards "
-            f"of up to {largest / 1e9:.3g} GB each at a time. Set it to {node_ranks * (used + 1) * largest * 1.01 / 1e9:.3g} or "
-            "more, or build smaller shards (shard_megabytes in the recipe).",
+            f"of up to {largest / 1e9:.3g} GB each at a time. Set it to "
+            f"{node_ranks * (used + 1) * largest * 1.01 / 1e9:.3g} or more, or build smaller shards "
+            "(shard_megabytes in the recipe).",
             everywhere=True,
         )
     return min(wanted, fits - used)
@@ -40,8 +42,8 @@ class Window:
     """A view over the coming forward passes of one rank, moved on by `__next__`.
 
     A pass is handed out when its turn comes; the shards of the passes after it are wanted as soon as they are seen, as
-    long as no more than `extra` shards are wanted that the pass itself does not use; a pass's own shards are released
-    when `behind` more passes have been handed out, since loader processes read later than passes are handed out.
+    long as no more than `extra` shards are wanted beyond those in use; a pass's own shards are released when `behind`
+    more passes have been handed out, since loader processes read later than passes are handed out.
     """
 
     def __init__(
@@ -58,20 +60,21 @@ class Window:
         self._behind, self._extra = behind, extra
         self._coming: deque[list[Slot]] = deque()
         self._gone: deque[list[Slot]] = deque()
+        self._next: list[Slot] | None = None  # seen, and not wanted yet
         self._uses: Counter[int] = Counter()
 
     def __iter__(self) -> Window:
         return self
 
     def __next__(self) -> list[Slot]:
-        self._look_ahead()
+        while len(self._gone) > self._behind:
+            self._forget(self._gone.popleft())
+        self._look_ahead(at_least=1)
         if not self._coming:
             raise StopIteration
         now = self._coming.popleft()
         self._gone.append(now)
-        while len(self._gone) > self._behind + 1:
-            self._forget(self._gone.popleft())
-        self._look_ahead()
+        self._look_ahead(at_least=0)
         return now
 
     def close(self) -> None:
@@ -81,14 +84,20 @@ class Window:
         self._gone.clear()
         self._coming.clear()
 
-    def _look_ahead(self) -> None:
+    def _look_ahead(self, at_least: int) -> None:
+        """Want the shards of coming passes, of so many in any case."""
         used = {slot.shard for slots in self._gone for slot in slots}
-        while not self._coming or (len(self._coming) < _LONGEST and len(self._uses.keys() - used) < self._extra):
-            slots = next(self._passes, None)
-            if slots is None:
+        while len(self._coming) < _LONGEST:
+            if self._next is None:
+                self._next = next(self._passes, None)
+            if self._next is None:
                 return
-            self._coming.append(slots)
-            for shard in dict.fromkeys(slot.shard for slot in slots):
+            shards = dict.fromkeys(slot.shard for slot in self._next)
+            if len(self._coming) >= at_least and len((self._uses.keys() | shards.keys()) - used) > self._extra:
+                return
+            self._coming.append(self._next)
+            self._next = None
+            for shard in shards:
                 self._uses[shard] += 1
                 if self._uses[shard] == 1:
                     self._want(shard)
