@@ -16,7 +16,7 @@ from mirl_dist.data.build import build
 from mirl_dist.data.cache import Cache
 from mirl_dist.data.order import Order, Position, share_batch
 from mirl_dist.data.recipe import Recipe
-from mirl_dist.data.sample import Batch
+from mirl_dist.data.sample import Batch, Pixels
 from mirl_dist.data.shards import Shards
 from mirl_dist.data.stream import Stream, passes_behind
 from mirl_dist.data.supply import Supply
@@ -27,6 +27,20 @@ from mirl_dist.storage.patience import Patience
 MIX: dict[str, float] = {"denoise_25": 1, "denoise_50": 1, "derain": 1}
 HEIGHT, WIDTH, PATCH, GLOBAL = 72, 48, 16, 8
 HASTY = Patience(seconds=20, first=0.02, most=0.2)
+
+
+def turn(image: Pixels, index: int) -> Pixels:
+    """One of the eight turns and flips: index // 2 quarter turns (0, 2: none and half), odd or high ones mirrored.
+
+    0 identity, 2 up-down, 4 left-right, 6 half turn; 1, 3, 5, 7 the same after a quarter turn.
+    """
+    if index & 1:
+        image = np.rot90(image)
+    if index & 2:
+        image = image[::-1]
+    if index & 4:
+        image = image[:, ::-1]
+    return image
 
 
 def quiet(done: int, total: int, what: str) -> None:
@@ -100,6 +114,7 @@ def stream(
     shards, shares = supply.shards, share_batch(global_batch, forward, world)
     order = Order(mix, shards.train, global_batch, seed)
     lanes = shares.per_rank * len(order.sources)
+    limit = None if supply.cache is None else supply.cache.limit
     return Stream(
         shards,
         supply,
@@ -110,7 +125,7 @@ def stream(
         workers=workers,
         rank=rank,
         shares=shares,
-        ahead=shards_ahead(lanes, passes_behind(workers), order.shards(), None if supply.cache is None else supply.cache.limit, world),
+        ahead=shards_ahead(lanes, passes_behind(workers), order.shards(), limit, world),
         pin=False,
     )
 

@@ -159,7 +159,7 @@ def test_damaged_evaluation_shards_are_refused_before_training_whatever_the_poli
     (line,) = ended.err.splitlines()
     assert place.shard.name in line and f"sample '{place.entry.key}' is damaged" in line
     assert not (tmp_path / "run").exists(), "nothing was begun"
-    ended = lab.play(tmp_path, sets | {"data.mix": {"derain": 1}, "prune.rounds": 0})
+    ended = lab.play(tmp_path, sets | {"data.mix": {"derain": 2}, "prune.rounds": 0})
     assert ended.rc == 0, "what is not scored does not matter"
 
 
@@ -171,3 +171,21 @@ def test_a_cache_gives_the_tickets_of_reading_in_place(lab: Any, reference: Path
     assert kept <= {f"{s.sha256}.tar" for s in Shards(Folder(lab.shards)).manifest.shards}
     assert len(kept) > 3
     assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+@pytest.mark.parametrize("policy", ["refuse", "skip"])
+def test_a_cache_that_is_too_small_is_no_damage_and_is_refused_before_anything_is_begun(
+    lab: Any, tmp_path: Path, policy: str
+) -> None:
+    sets = {"data.cache.folder": "cache", "data.cache.gigabytes": 3e-5, "data.damage": policy}
+    ended = lab.play(tmp_path, sets)
+    assert ended.codes == (2, 2), ended.said()
+    (line,) = ended.err.splitlines()
+    assert line.startswith("mirl-dist: data.cache.gigabytes: found 3e-05, but 2 ranks on this node need"), line
+    assert "Set it to" in line
+    assert not (tmp_path / "run").exists()
+    enough = float(line.partition("Set it to ")[2].split()[0])
+    ended = lab.play(tmp_path, sets | {"data.cache.gigabytes": enough, "prune.rounds": 0})
+    assert ended.rc == 0, "what the message says is enough"
+    assert lab.tickets(tmp_path / "run")[0]["skipped"] == 0
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")) <= enough * 1e9

@@ -14,12 +14,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from streams import GLOBAL, HEIGHT, MIX, PATCH, WIDTH, batches, built_at, same, stream, supply_of
+from streams import GLOBAL, HEIGHT, MIX, PATCH, WIDTH, batches, built_at, same, stream, supply_of, turn
 
 from mirl_dist.data import photographs
 from mirl_dist.data.manifest import CLEAN, DEGRADED, MANIFEST
 from mirl_dist.data.order import Position
-from mirl_dist.data.sample import Batch, Box, Member, Pixels, Read, crop, decode, make_patch, to_tensor, turn
+from mirl_dist.data.sample import (
+    Batch,
+    Box,
+    Member,
+    Pixels,
+    Read,
+    crop,
+    decode,
+    make_patch,
+    to_tensor,
+    turned_planes,
+)
 from mirl_dist.data.shards import Shards
 from mirl_dist.faults import Fault
 from mirl_dist.storage import Folder
@@ -136,7 +147,7 @@ def patches_of(image: Pixels, augment: str, count: int, size: int) -> list[Pixel
         file.flush()
         member = Member("ppm", 0, len(header) + image.size)
         reads = [Read(file.name, "s", "k", *image.shape[:2], member, member, 0, 0, n) for n in range(count)]
-        return [make_patch(read, Task.of("derain"), 0, size, augment).clean for read in reads]
+        return [make_patch(read, Task.of("derain"), 0, size, augment).clean.transpose(1, 2, 0) for read in reads]
 
 
 def test_published_turns_never_leave_a_patch_as_it_is() -> None:
@@ -148,6 +159,8 @@ def test_published_turns_never_leave_a_patch_as_it_is() -> None:
     eight = {np.ascontiguousarray(turn(image, t)).tobytes() for t in range(8)}
     assert len(eight) == 8
     assert seen("all") == eight
+    for index in range(8):
+        assert np.array_equal(turned_planes(image, index).transpose(1, 2, 0), turn(image, index))
     assert seen("published") == eight - {image.tobytes()}
     assert seen("none") == {image.tobytes()}
     assert seen("flips") == {

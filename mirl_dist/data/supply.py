@@ -49,6 +49,14 @@ class _Wanted:
     future: Future[Local]
 
 
+class _Lost(Fault):
+    """Nothing of a shard is to be had. why: in a few words that are the same wherever it lies, for tickets."""
+
+    def __init__(self, text: str, why: str) -> None:
+        super().__init__(text)
+        self.why = why
+
+
 class _Bringers:
     """A few threads that bring shards in the order of asking. They never keep a process alive that wants to end, as a
     pool of the standard library would for as long as a server is away."""
@@ -157,15 +165,20 @@ class Supply:
     def _bring(self, shard: Shard) -> Local:
         try:
             return self._proven(shard)
-        except Fault as fault:
-            if not self._skips(shard) or isinstance(fault, TryAgain) or self._closed:
+        except _Lost as lost:  # no other fault: a full disk or a cache without room damages no data
+            if not self._skips(shard) or self._closed:
                 raise
-            self._tell_once(shard, -1, f"all of its {shard.samples} samples: {fault}")
-            return Local(shard, Path(), (), {i: str(fault) for i in range(shard.samples)})
+            self._tell_once(shard, -1, f"all of its {shard.samples} samples: {lost}")
+            return Local(shard, Path(), (), dict.fromkeys(range(shard.samples), lost.why))
 
     def _proven(self, shard: Shard) -> Local:
         """A shard that is here, its bytes compared with the manifest's."""
-        entries = self.shards.index(shard).entries
+        try:
+            entries = self.shards.index(shard).entries
+        except (NotAllowed, TryAgain):
+            raise
+        except Fault as fault:
+            raise _Lost(str(fault), "its index is missing or damaged") from None
         try:
             local = self._placed(shard, entries)
             stat = local.path.stat()
@@ -179,7 +192,7 @@ class Supply:
             local.bad = self._proved[shard.name][1]
             return local
         except OSError as error:
-            raise Fault(f"{shard.name} cannot be read ({error}). Check the disk.") from None
+            raise _Lost(f"{shard.name} cannot be read ({error}). Check the disk.", "cannot be read") from None
 
     def _placed(self, shard: Shard, entries: tuple[Entry, ...]) -> Local:
         """A shard's file on this node; one from a store is whole, or what can be had of a damaged one."""
@@ -188,7 +201,7 @@ class Supply:
             assert isinstance(store, Folder)
             path = Path(store.where(shard.name))
             if not path.is_file():
-                raise Fault(f"{path} is missing. {_REMEDY}")
+                raise _Lost(f"{path} is missing. {_REMEDY}", "is missing")
             return Local(shard, path, entries)
 
         def fetch(path: Path) -> None:
@@ -204,7 +217,7 @@ class Supply:
             self._proved[shard.name] = ((stat.st_ino, stat.st_size, stat.st_mtime_ns), {})
             return Local(shard, held.path, entries, let_go=held.release)
         except NotThere:
-            raise Fault(f"{store.where(shard.name)} is missing. {_REMEDY}") from None
+            raise _Lost(f"{store.where(shard.name)} is missing. {_REMEDY}", "is missing") from None
         except NotAllowed:
             if store.size(shard.name) == shard.bytes:
                 raise
@@ -230,7 +243,7 @@ class Supply:
             said.append(f"and {len(found) - _SHOWN} more")
         found_text = "; ".join(said) or "no image is damaged, only what lies between them"
         text = f"{where}: its bytes are not the manifest's: {found_text}"
-        if not self._skips(local.shard) or len(found) == len(entries):
+        if not self._skips(local.shard):
             local.let_go()
             raise Fault(f"{text}. {_REMEDY}")
         self._tell_once(local.shard, -1, found_text)
