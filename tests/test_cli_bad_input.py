@@ -90,10 +90,6 @@ def test_a_world_that_does_not_fit_is_told_the_numbers_that_work_once(lab: Any, 
         ),
         ({"data.shards": "s3://"}, ("s3://",)),
         ({"data.shards": "ftp://host/shards"}, ("ftp://",)),
-        (
-            {"data.cache.gigabytes": 1e-6, "data.cache.folder": "cache"},
-            ("data.cache.gigabytes: found 1e-06", "one shard has", "GB. Raise it."),
-        ),
         ({"data.cache.folder": "tiny.yaml"}, ("the cache tiny.yaml", "choose another data.cache.folder")),
         ({"evaluate.sets": ["set5"]}, ("evaluate.sets: found set5", "clean, haze, rain")),
         ({"prune.scope": ["teacher*"]}, ("the glob 'teacher*' matches no parameter",)),
@@ -105,6 +101,13 @@ def test_a_config_that_does_not_fit_its_data_or_machine_writes_nothing(
 ) -> None:
     assert_refused(lab.mirl(*lab.train(tmp_path, sets), cwd=tmp_path), *pieces)
     assert files(tmp_path) == {"tiny.yaml"}
+
+
+def test_a_cache_that_holds_no_shard_is_refused_before_the_run_begins(lab: Any, tmp_path: Path) -> None:
+    sets = {"data.cache.gigabytes": 1e-6, "data.cache.folder": "cache"}
+    ended = lab.mirl(*lab.train(tmp_path, sets), cwd=tmp_path)
+    assert_refused(ended, "data.cache.gigabytes: found 1e-06, but one shard has", "GB. Raise it.")
+    assert files(tmp_path) == {"tiny.yaml", "cache/room.lock"}
 
 
 def test_a_task_without_samples_is_refused_with_what_there_is(lab: Any, tmp_path: Path, shards: Path) -> None:
