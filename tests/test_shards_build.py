@@ -232,6 +232,25 @@ def test_a_made_degradation_does_not_depend_on_the_other_images(built: tuple[Pat
     assert hashlib.sha256(ppm_header(400, 600) + whole.tobytes()).hexdigest() == digest, "made over the whole image"
 
 
+def test_versions_are_pairs_of_their_own_and_the_first_is_the_one_made_without_them(tmp_path: Path) -> None:
+    made: dict[int, dict[str, bytes]] = {}
+    for versions in (1, 3):
+        one = folder(tmp_path / "images") | {"kind": "derain", "make": "rain", "versions": versions}
+        tree = {"name": "v", "least_pixels": 40, "train": [one]}
+        manifest = build(recipe(tree), Folder(tmp_path / str(versions)), 1, quiet)
+        assert manifest.shards[0].samples == 2 * versions
+        held = plainly(tmp_path / str(versions) / manifest.shards[0].name)
+        made[versions] = {sample["__key__"]: sample["degraded.ppm"].tobytes() for sample in held}
+        assert {sample["json"]["source"] for sample in held} == {"0.png", "1.png"}
+    assert made[1].items() <= made[3].items()
+    assert len(set(made[3].values())) == 6, "no two are alike"
+
+
+def test_versions_without_anything_made_are_refused() -> None:
+    with pytest.raises(Fault, match=r"has versions: 2 without 'make', which alone makes versions; remove one"):
+        recipe({"name": "v", "train": [{"set": "s", "kind": "clean", "photographs": ["coffee"], "versions": 2}]})
+
+
 def test_snow_is_made_too(tmp_path: Path) -> None:
     one = {"set": "snow", "kind": "desnow", "photographs": ["rocket"], "make": "snow", "centre_pixels": 64}
     manifest = build(recipe({"name": "s", "evaluate": [one]}), Folder(tmp_path / "out"), 1, quiet)

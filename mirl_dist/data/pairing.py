@@ -31,6 +31,7 @@ class Picture:
     clean: Path
     degraded: Path | None = None
     make: str | None = None
+    versions: int = 1
     disparity: Path | None = None
 
     @property
@@ -158,7 +159,7 @@ def _pictures(role: Role, one: ImageSet) -> tuple[list[Picture], list[Complaint]
         made = []
         for photograph in one.photographs:
             path, disparity = locate(photograph)
-            picture = Picture(role, one.set, one.kind, path.name, path, None, one.make, disparity)
+            picture = Picture(role, one.set, one.kind, path.name, path, None, one.make, one.versions, disparity)
             made.append(picture)
         return made, []
     assert one.clean is not None
@@ -166,7 +167,7 @@ def _pictures(role: Role, one: ImageSet) -> tuple[list[Picture], list[Complaint]
         return _pairs(role, one, one.degraded, one.clean)
     by_id, complaints = _identify(one.clean, f"{role} {one.set}")
     named = sorted((name, path) for held in by_id.values() for name, path in held)
-    return [Picture(role, one.set, one.kind, n, p, None, one.make) for n, p in named], complaints
+    return [Picture(role, one.set, one.kind, n, p, None, one.make, one.versions) for n, p in named], complaints
 
 
 def share(fraction: float, count: int) -> int:

@@ -31,10 +31,12 @@ class Box:
 
 @dataclass(frozen=True)
 class Item:
-    """One sample to store: its key, its picture, the digests the files had when checked, the part to keep, how."""
+    """One sample to store: its key, its picture, which version of a made degradation, the digests the files had when
+    checked, the part to keep, and how."""
 
     key: str
     picture: Picture
+    version: int
     digests: tuple[str, ...]
     box: Box
     form: ImageFormat
@@ -55,24 +57,29 @@ def centre(height: int, width: int, side: int | None) -> Box:
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-def key(picture: Picture) -> str:
+def _named(picture: Picture, version: int) -> str:
+    """What tells a sample from others of its set; further versions of a made degradation are further samples."""
+    return printable(picture.name) + (f"/{version}" if version else "")
+
+
+def key(picture: Picture, version: int = 0) -> str:
     """A sample's name: readable, without dots and slashes, the same for the same file wherever it lies.
 
     At most 69 characters, so that `key.degraded.ppm` fits the 100 of a plain tar header.
     """
-    name = printable(picture.name)
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name).stem)[:24]
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(printable(picture.name)).stem)[:24]
+    digest = hashlib.sha256(_named(picture, version).encode()).hexdigest()[:8]
     return f"{picture.role}-{picture.set}-{stem}-{digest}"
 
 
-def _shuffled(pictures: Sequence[Picture], seed: int) -> list[Picture]:
-    """Training pictures in an order drawn from seed and names, so that every shard is a sample of its set."""
+def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:
+    """Training samples in an order drawn from seed and names, so that every shard is a sample of its set."""
 
-    def lot(picture: Picture) -> bytes:
-        return hashlib.sha256(f"{seed}/order/{picture.set}/{printable(picture.name)}".encode()).digest()
+    def lot(item: Item) -> bytes:
+        name = _named(item.picture, item.version)
+        return hashlib.sha256(f"{seed}/order/{item.picture.set}/{name}".encode()).digest()
 
-    return sorted(pictures, key=lot)
+    return sorted(items, key=lot)
 
 
 def _share_out(weights: Sequence[float], limit: float) -> list[list[int]]:
@@ -99,10 +106,12 @@ def shards(recipe: Recipe, pictures: Sequence[Picture], seen: Mapping[Path, Exam
         side = centres[name] if role == "evaluate" else None
         form: ImageFormat = recipe.train_format if role == "train" else "png"
         items = []
-        for picture in _shuffled(list(group), recipe.seed) if role == "train" else group:
+        for picture in group:
             size = seen[picture.clean]
-            digests = tuple(seen[f].sha256 for f in picture.files)
-            items.append(Item(key(picture), picture, digests, centre(size.height, size.width, side), form))
+            digests, box = tuple(seen[f].sha256 for f in picture.files), centre(size.height, size.width, side)
+            items += [Item(key(picture, v), picture, v, digests, box, form) for v in range(picture.versions)]
+        if role == "train":
+            items = _shuffled(items, recipe.seed)
         for number, part in enumerate(_share_out([_bytes(i) for i in items], recipe.shard_megabytes * 2**20)):
             held = tuple(items[position] for position in part)
             plans.append(ShardPlan(f"{role}-{name}-{number:05d}.tar", recipe.seed, held))

@@ -49,6 +49,8 @@ class ImageSet(Node):
     """Instead of `clean`: photographs that lie inside scikit-image, by name."""
     make: Make | None = None
     """Instead of `degraded`: a synthetic degradation, seeded by the recipe's seed and the sample's key."""
+    versions: PositiveInt = 1
+    """How many degraded versions `make` makes of each clean image, each a pair of its own, as in OTS."""
     unused_clean: bool = False
     """True where the clean folder holds images that no degraded one belongs to, as in OTS."""
     expect: PositiveInt | None = None
@@ -71,6 +73,8 @@ class ImageSet(Node):
             found.append(f"is of kind {self.kind} and has 'degraded' and 'make' both or neither; keep one")
         if self.degraded is not None and self.photographs:
             found.append("pairs 'photographs' with a folder 'degraded'; write make: rain, haze or snow instead")
+        if self.versions > 1 and self.make is None:
+            found.append(f"has versions: {self.versions} without 'make', which alone makes versions; remove one")
         if self.make is not None and MAKES[self.make] != self.kind:
             found.append(f"makes {self.make}, which is of kind {MAKES[self.make]}, not {self.kind}; change one")
         if self.limit is not None and self.fraction is not None:
