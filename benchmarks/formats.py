@@ -66,7 +66,7 @@ def pillow(form: str, **options: int | bool) -> Callable[[Pixels], bytes]:
 
 
 def ppm(image: Pixels) -> bytes:
-    return ppm_header(*image.shape[:2]) + image.tobytes()
+    return ppm_header(image.shape[0], image.shape[1]) + image.tobytes()
 
 
 def npy(image: Pixels) -> bytes:
@@ -184,7 +184,9 @@ def main(data: Path, rounds: int, out: Path | None) -> None:
                 times[form].append(timed(form, stored[form], number))
         for held in stored.values():
             os.close(held.handle)
-    table = [("format", "us CPU per patch", "kB stored per image", "kB read per patch", "crops reached, %")]
+    table: list[tuple[str, ...]] = [
+        ("format", "us CPU per patch", "kB stored per image", "kB read per patch", "crops reached, %")
+    ]
     for form, held in stored.items():
         cells = (statistics.median(times[form]), held.bytes / 1e3, read_per_patch(form, held) / 1e3, 100 * held.reach)
         table.append((form.name, *(f"{cell:.0f}" for cell in cells)))

@@ -153,19 +153,9 @@ def plain_webdataset(folder: Path, mix: dict[str, int]) -> Iterator[Any]:
 def ours(supply: Supply, mix: dict[str, int], workers: int) -> Iterator[Any]:
     """Batches of the package's stream, as a network on the CPU gets them."""
     shards, shares = supply.shards, share_batch(BATCH, None, 1)
-    stream = Stream(
-        shards,
-        supply,
-        Order(mix, shards.train, BATCH, seed=0),
-        seed=0,
-        patch_pixels=PATCH,
-        augment="published",
-        workers=workers,
-        rank=0,
-        shares=shares,
-        ahead=BATCH,
-        pin=False,
-    )
+    order = Order(mix, shards.train, BATCH, seed=0)
+    cut: dict[str, Any] = {"patch_pixels": PATCH, "augment": "published", "pin": False}
+    stream = Stream(shards, supply, order, seed=0, workers=workers, rank=0, shares=shares, ahead=BATCH, **cut)
     with closing(stream.batches(0, Position(0, 0), epochs=1000)) as batches:
         for batch in batches:
             yield batch.to(torch.device("cpu"))
@@ -195,16 +185,14 @@ def measured(work: str, way: str, number: int, batches: Iterator[Any], seconds: 
     return Round(work, way, number, count, after[0] - wall, after[1] - cpu, after[2] - read)
 
 
-def refuse_mapped(*folders: str) -> None:
-    """System calls are all that `spent` counts: no way may read images through mapped memory."""
-    maps = Path("/proc/self/maps").read_text()
-    assert not any(folder in maps for folder in folders), "images are mapped: rchar does not count all that is read"
+def silent(done: int, total: int, what: str) -> None:
+    pass
 
 
-def compare(recipe: Recipe, folder: Path, rounds: int, seconds: float) -> list[Round]:
+def compare(recipe: Recipe, data: str, folder: Path, rounds: int, seconds: float) -> list[Round]:
     """Rounds of every way on every workload."""
     files: dict[str, list[Pair]] = {task: [] for task in KINDS}
-    for picture in survey(recipe, 1, quiet, ALONE).pictures:
+    for picture in survey(recipe, 1, silent, ALONE).pictures:
         task = next(task for task, kind in KINDS.items() if kind == picture.kind)
         files[task].append(Pair(picture.degraded, picture.clean))
     supply = Supply(Shards(Folder(folder)), None, "refuse", print)
@@ -226,7 +214,8 @@ def compare(recipe: Recipe, folder: Path, rounds: int, seconds: float) -> list[R
         for number in range(rounds):
             names = list(ways) if number % 2 == 0 else list(reversed(ways))
             found += [measured(work, name, number, ways[name], seconds) for name in names]
-        refuse_mapped(str(folder), str(files["derain"][0].clean.parent))
+        mapped = Path("/proc/self/maps").read_text()
+        assert str(folder) not in mapped and data not in mapped, "rchar does not count what is mapped"
         for batches in ways.values():
             batches.close()  # type: ignore[attr-defined]
     supply.close()
@@ -265,7 +254,10 @@ def conditions(rounds: int, seconds: float) -> str:
 def show(table: list[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
-        print("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))))
+        cells = [
+            f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        print("  ".join(cells))
 
 
 def write(found: list[Round], table: list[tuple[str, ...]], said: str, path: Path) -> None:
@@ -279,10 +271,6 @@ def write(found: list[Round], table: list[tuple[str, ...]], said: str, path: Pat
     path.with_suffix(".md").write_text("\n".join([said + ".", "", rows[0], *marks, *rows[1:]]) + "\n")
 
 
-def quiet(done: int, total: int, what: str) -> None:
-    pass
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", default=os.environ.get("MIRL_DATA"), help="folder of real images (MIRL_DATA)")
@@ -293,15 +281,14 @@ def main() -> None:
     given = parser.parse_args()
     if not given.data:
         parser.error("no images: set MIRL_DATA or give --data")
-    torch.set_num_threads(1)
     if given.formats:
-        measure_formats(Path(given.data), given.rounds, given.out)
-        return
+        return measure_formats(Path(given.data), given.rounds, given.out)
+    torch.set_num_threads(1)
     os.environ["MIRL_DATA"] = given.data
     recipe = read_recipe(RECIPE).model_copy(update={"evaluate": ()})
     with tempfile.TemporaryDirectory(prefix="loader-") as folder:
-        build(recipe, Folder(Path(folder)), 1, quiet)
-        found = compare(recipe, Path(folder), given.rounds, given.seconds)
+        build(recipe, Folder(Path(folder)), 1, silent)
+        found = compare(recipe, given.data, Path(folder), given.rounds, given.seconds)
     table, said = list(lines_of(found)), conditions(given.rounds, given.seconds)
     show(table)
     print(said)
