@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mirl_dist.data import photographs
-from mirl_dist.data.degrade import Pixels, for_test, generator, haze, rain, snow
+from mirl_dist.data.chance import generator
+from mirl_dist.data.degrade import Pixels, for_test, haze, rain, snow
 from mirl_dist.tasks import Task
 
 GAP, TITLE, QUALITY = 4, 18, 88

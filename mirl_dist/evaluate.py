@@ -13,6 +13,7 @@ from torch import nn
 
 from mirl_dist import metrics, pictures
 from mirl_dist.data import degrade
+from mirl_dist.data.chance import generator
 from mirl_dist.data.manifest import CLEAN, DEGRADED
 from mirl_dist.data.sample import Pixels, to_tensor
 from mirl_dist.data.shards import Place, Shards
@@ -92,7 +93,7 @@ def degraded_and_clean(supply: Supply, job: Job, seed: int) -> tuple[Pixels, Pix
     clean = np.ascontiguousarray(metrics.crop_to_multiple(supply.image(job.place, CLEAN)))
     if job.place.entry.image(DEGRADED) is not None:
         return np.ascontiguousarray(metrics.crop_to_multiple(supply.image(job.place, DEGRADED))), clean
-    rng = degrade.generator("test", seed, job.set, job.place.entry.key, job.task.name)
+    rng = generator("test", seed, job.set, job.place.entry.key, job.task.name)
     return degrade.for_test(job.task, clean, rng), clean
 
 

@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 
 from mirl_dist.data import degrade, photographs
+from mirl_dist.data.chance import generator, lent_generator
 from mirl_dist.data.degrade import (
     Pixels,
     add_noise,
     blur,
     for_test,
     gaussian_noise,
-    generator,
     haze,
     jpeg,
     lost_resolution,
@@ -74,6 +74,15 @@ def test_noise_equals_the_published_vector() -> None:
     error = noisy.astype(float) - clean
     assert error.mean() == PUBLISHED["mean_shift"]
     assert 10 * np.log10(255**2 / (error**2).mean()) == pytest.approx(PUBLISHED["psnr"], abs=1e-12)
+
+
+def test_a_lent_generator_draws_the_same_numbers_whatever_was_drawn_before() -> None:
+    for number in range(50):
+        own, lent = generator("x", number), lent_generator("x", number)
+        assert own.bit_generator.random_raw(3).tolist() == lent.bit_generator.random_raw(3).tolist()
+        assert own.integers(7) == lent.integers(7)
+        assert own.standard_normal(number).tolist() == lent.standard_normal(number).tolist()
+        lent.integers(2, dtype=np.uint32)  # leaves half of a word behind
 
 
 def test_same_words_give_the_same_numbers_and_other_words_others() -> None:

@@ -28,6 +28,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "data/__init__",
         "data/bicubic",
         "data/blur",
+        "data/chance",
         "data/crew",
         "data/degrade",
         "data/manifest",

@@ -28,8 +28,9 @@ from PIL import Image
 from mirl_dist import pictures, yaml_tree
 from mirl_dist.data import contact_sheet, photographs
 from mirl_dist.data.build import build
+from mirl_dist.data.chance import generator
 from mirl_dist.data.check import check
-from mirl_dist.data.degrade import Pixels, generator, rain
+from mirl_dist.data.degrade import Pixels, rain
 from mirl_dist.data.manifest import Index, Manifest, ppm_header, read_index, read_manifest
 from mirl_dist.data.recipe import Recipe, read
 from mirl_dist.data.source_image import examine

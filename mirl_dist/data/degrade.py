@@ -6,7 +6,6 @@ keys by words (seed, epoch, sample), so that a sample looks the same whoever mak
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -24,22 +23,6 @@ from mirl_dist.tasks import Task, blur_of
 
 Pixels = NDArray[np.uint8]
 Plane = NDArray[np.float64]
-
-
-def generator(*words: int | str) -> np.random.Generator:
-    """A counter-based generator (Philox) keyed by the SHA-256 of the words.
-
-    The encoding is unambiguous: ("ab", "c"), ("a", "bc"), (1,) and ("1",) are four different keys.
-    Raises TypeError for words that are neither int nor str.
-    """
-    digest = hashlib.sha256()
-    for word in words:
-        if isinstance(word, bool) or not isinstance(word, int | str):
-            raise TypeError(f"a generator is keyed by int and str, not by {type(word).__name__} ({word!r})")
-        text = str(word).encode("utf-8", "surrogateescape")
-        digest.update(b"%c%d:" % (b"i" if isinstance(word, int) else b"s", len(text)))
-        digest.update(text)
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest()[:16], "little")))
 
 
 def add_noise(image: Pixels, noise: Plane, sigma: float) -> Pixels:

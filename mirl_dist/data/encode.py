@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from mirl_dist.data import photographs
-from mirl_dist.data.degrade import Pixels, generator, haze, rain, snow
+from mirl_dist.data.chance import generator
+from mirl_dist.data.degrade import Pixels, haze, rain, snow
 from mirl_dist.data.manifest import CLEAN, DEGRADED, NOTES, ImageFormat, ppm_header
 from mirl_dist.data.pairing import printable
 from mirl_dist.data.plan import Item

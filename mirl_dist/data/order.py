@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mirl_dist.data.degrade import generator
+from mirl_dist.data.chance import generator
 from mirl_dist.data.manifest import Shard
 from mirl_dist.data.mix import Amounts, Source, sources, tasks_of
 from mirl_dist.faults import Fault

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from mirl_dist.data.degrade import generator, margin, on_reading
+from mirl_dist.data.chance import lent_generator
+from mirl_dist.data.degrade import margin, on_reading
 from mirl_dist.data.manifest import ImageFormat
 from mirl_dist.data.source_image import DAMAGE
 from mirl_dist.faults import Fault
@@ -64,18 +65,34 @@ class Patch(NamedTuple):
     key: str
 
 
-class Batch(NamedTuple):
-    """Samples for one forward pass: degraded and clean, int64 (B,) task indices, B keys, and how many of the samples
-    stand in for damaged ones.
-
-    The images are uint8 (B, 3, P, P) as they come from a reader, and float32 in [0, 1] after `to`.
+class Stack(NamedTuple):
+    """Patches for one forward pass: uint8 (B, 3, P, P) degraded and clean, int64 (B,) task indices, B keys, and how
+    many of them stand in for damaged samples. Arrays, since tensors cost a socket each on their way between processes.
     """
+
+    degraded: Pixels
+    clean: Pixels
+    task: NDArray[np.int64]
+    keys: tuple[str, ...]
+    skipped: int
+
+
+class Batch(NamedTuple):
+    """A `Stack` as tensors: its images are uint8 as they come from a reader, and float32 in [0, 1] after `to`."""
 
     degraded: Tensor
     clean: Tensor
     task: Tensor
     keys: tuple[str, ...]
     skipped: int = 0
+
+    @classmethod
+    def of(cls, stack: Stack, pin: bool) -> Batch:
+        """The same memory as tensors; pin: copied to where a GPU can fetch it by itself."""
+        degraded, clean, task = (torch.from_numpy(array) for array in stack[:3])
+        if pin:
+            degraded, clean, task = degraded.pin_memory(), clean.pin_memory(), task.pin_memory()
+        return cls(degraded, clean, task, stack.keys, stack.skipped)
 
     def to(self, device: torch.device) -> Batch:
         """On a device, as the network wants it. A quarter of the bytes travels, and the device divides."""
@@ -158,7 +175,7 @@ def make_patch(read: Read, task: Task, seed: int, patch_pixels: int, augment: st
     code: crop, one of TURNS[augment], and noise that is clipped and truncated. What a degradation needs around the crop
     is read with it and cut off afterwards. Raises what `crop` raises.
     """
-    rng = generator("patch", seed, read.round_, read.visit, task.name, read.key)
+    rng = lent_generator("patch", seed, read.round_, read.visit, task.name, read.key)
     dice = rng.bit_generator.random_raw(3).tolist()
 
     def below(count: int, die: int) -> int:
@@ -179,12 +196,12 @@ def make_patch(read: Read, task: Task, seed: int, patch_pixels: int, augment: st
     return Patch(turned_planes(degraded, index), turned_planes(clean, index), read.task, f"{task.name}:{read.key}")
 
 
-def collate(patches: list[Patch], skipped: int = 0) -> Batch:
-    """Patches of one size to a Batch of uint8 images, in their order."""
-    return Batch(
-        torch.from_numpy(np.stack([p.degraded for p in patches])),
-        torch.from_numpy(np.stack([p.clean for p in patches])),
-        torch.tensor([p.task for p in patches], dtype=torch.int64),
-        tuple(p.key for p in patches),
-        skipped,
-    )
+def collate(patches: list[Patch], skipped: int = 0) -> Stack:
+    """Patches of one size to a Stack, in their order. Turned patches are views: this is their only copy."""
+    shape = (len(patches), *patches[0].clean.shape)
+    degraded, clean = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
+    for number, patch in enumerate(patches):
+        degraded[number] = patch.degraded
+        clean[number] = patch.clean
+    task = np.array([p.task for p in patches], dtype=np.int64)
+    return Stack(degraded, clean, task, tuple(p.key for p in patches), skipped)

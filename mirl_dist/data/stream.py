@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mirl_dist.data.manifest import CLEAN, DEGRADED, Entry, Shard
 from mirl_dist.data.order import Order, Position, Shares, Slot
-from mirl_dist.data.sample import Batch, Member, Patch, Read, collate, make_patch
+from mirl_dist.data.sample import Batch, Member, Patch, Read, Stack, collate, make_patch
 from mirl_dist.data.shards import Shards
 from mirl_dist.data.supply import Local, Supply
 from mirl_dist.data.window import Window
@@ -65,8 +65,8 @@ class _Patches(Dataset[Any]):
             return _Failed(asked, str(error))
 
 
-def _collate(items: list[tuple[_Asked, Patch] | _Failed]) -> Batch | list[tuple[_Asked, Patch] | _Failed]:
-    """A batch; items that met damage go back as they are, to be replaced by the process that knows all shards."""
+def _collate(items: list[tuple[_Asked, Patch] | _Failed]) -> Stack | list[tuple[_Asked, Patch] | _Failed]:
+    """A stack; items that met damage go back as they are, to be replaced by the process that knows all shards."""
     made = [item for item in items if not isinstance(item, _Failed)]
     if len(made) < len(items):
         return items
@@ -128,14 +128,14 @@ class Stream:
                 batch_sampler=([self._ask(slot) for slot in slots] for slots in window),
                 num_workers=self._workers,
                 collate_fn=_collate,
-                pin_memory=self._pin,
                 prefetch_factor=_PREFETCH if self._workers else None,
                 multiprocessing_context=context,
                 generator=torch.Generator().manual_seed(0),  # seeds workers; nothing here draws from it
                 worker_init_fn=_worker_begins if self._workers else None,
             )
             for item in loader:
-                yield self._mended(item) if isinstance(item, list) else Batch(*item)
+                stack = self._mended(item) if isinstance(item, list) else item
+                yield Batch.of(stack, self._pin)
 
     def _ask(self, slot: Slot) -> _Asked:
         """The read of a slot; of the next whole sample where its own is known to be damaged."""
@@ -181,8 +181,8 @@ class Stream:
                 self._supply.release(shard)
             self._kept.clear()
 
-    def _mended(self, items: list[tuple[_Asked, Patch] | _Failed]) -> Batch:
-        """A batch in which some reads met damage that no digest had told: noted, and replaced one by one."""
+    def _mended(self, items: list[tuple[_Asked, Patch] | _Failed]) -> Stack:
+        """A stack in which some reads met damage that no digest had told: noted, and replaced one by one."""
         patches, skipped = [], 0
         for item in items:
             while isinstance(item, _Failed):
