@@ -38,11 +38,13 @@ _LENT = _Lent()
 
 
 def _digest(words: tuple[int | str, ...]) -> bytes:
-    digest = hashlib.sha256()
+    said = []
     for word in words:
-        if isinstance(word, bool) or not isinstance(word, int | str):
+        if type(word) is int:
+            text, kind = str(word).encode(), b"i"
+        elif isinstance(word, str):
+            text, kind = word.encode("utf-8", "surrogateescape"), b"s"
+        else:
             raise TypeError(f"a generator is keyed by int and str, not by {type(word).__name__} ({word!r})")
-        text = str(word).encode("utf-8", "surrogateescape")
-        digest.update(b"%c%d:" % (b"i" if isinstance(word, int) else b"s", len(text)))
-        digest.update(text)
-    return digest.digest()
+        said += [kind, str(len(text)).encode(), b":", text]
+    return hashlib.sha256(b"".join(said)).digest()
