@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -17,15 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from mirl_dist import __version__, evaluate, lottery, models, report
+from mirl_dist import __version__, evaluate, feed, lottery, models, report
 from mirl_dist.checkpoint import MOMENTS, STATE, TICKET, WEIGHTS, Checkpoints, Commit
 from mirl_dist.config import Config, differences, of_dump
-from mirl_dist.data.cache import Cache
 from mirl_dist.data.order import Order, Shares, share_batch
 from mirl_dist.data.shards import Shards
-from mirl_dist.data.stream import Stream, passes_behind
-from mirl_dist.data.supply import Supply
-from mirl_dist.data.window import shards_ahead
 from mirl_dist.faults import Fault, Stopped
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
@@ -33,7 +26,7 @@ from mirl_dist.pruning.prune import Rule, in_scope
 from mirl_dist.ranks import Ranks
 from mirl_dist.rounds import Rounds
 from mirl_dist.state import MakeOptimiser, Progress, State
-from mirl_dist.storage import Folder, open_store
+from mirl_dist.storage import open_store
 from mirl_dist.ticket import Ticket, parse
 from mirl_dist.tracking import Mlflow, Silent, Tracker
 
@@ -86,25 +79,26 @@ def lottery_of(config: Config) -> lottery.Lottery:
     return lottery.Lottery(rule, prune.rounds, prune.target_sparsity, what)
 
 
+class _Told(NamedTuple):
+    """What rank 0 has read and tells the others: so that a store is not asked by every rank."""
+
+    manifest: bytes
+    jobs: list[evaluate.Job]
+    known: bool
+
+
 def prepare(config: Config, world: int, resume: str) -> Prepared:
     """Everything that can be refused before work begins, refused; nothing is written.
 
     resume: 'auto', 'never' or 'must'. Raises Fault.
     """
-    shares = share_batch(config.batch.global_, config.batch.forward, world)
     shards = Shards(open_store(config.data.shards))
-    order = Order(
-        config.data.mix,
-        shards.train,
-        config.batch.global_,
-        config.run.seed,
-        mix_by=config.data.mix_by,
-        steps_per_epoch=config.data.steps_per_epoch,
-    )
+    order, shares = order_of(config, shards), share_batch(config.batch.global_, config.batch.forward, world)
     shards.refuse_larger_patches(config.data.patch_pixels)
     if config.data.damage == "refuse":
-        shards.refuse_missing("train")
-    shards.refuse_missing("evaluate")
+        shards.refuse_missing("train", "evaluate")
+    else:
+        shards.refuse_missing("evaluate")
     jobs = evaluate.plan(shards, order.tasks, config.evaluate.sets)
     _refuse_unknown_scores(config.keep.by, sorted({job.name for job in jobs}))
     checkpoints = Checkpoints(open_store(config.run.folder))
@@ -113,6 +107,35 @@ def prepare(config: Config, world: int, resume: str) -> Prepared:
         names = [n for n, _ in models.create(config.model.name, **config.model.sizes()).named_parameters()]
     in_scope(names, config.prune.scope)
     return Prepared(shards, order, shares, jobs, checkpoints, known)
+
+
+def _prepare_together(config: Config, resume: str, ranks: Ranks) -> Prepared:
+    """`prepare` on every rank, with all reading and judging done by rank 0 alone."""
+    mine: list[Prepared] = []
+
+    def on_main() -> _Told:
+        mine.append(prepare(config, ranks.world, resume))
+        return _Told(mine[0].shards.manifest.dump(), mine[0].jobs, mine[0].known)
+
+    told = ranks.from_main(on_main)
+    if mine:
+        return mine[0]
+    shards = Shards(open_store(config.data.shards), told.manifest)
+    shares = share_batch(config.batch.global_, config.batch.forward, ranks.world)
+    checkpoints = Checkpoints(open_store(config.run.folder))
+    return Prepared(shards, order_of(config, shards), shares, told.jobs, checkpoints, told.known)
+
+
+def order_of(config: Config, shards: Shards) -> Order:
+    """The order of a config's samples. Raises Fault for a mix that the shards cannot feed."""
+    return Order(
+        config.data.mix,
+        shards.train,
+        config.batch.global_,
+        config.run.seed,
+        mix_by=config.data.mix_by,
+        steps_per_epoch=config.data.steps_per_epoch,
+    )
 
 
 def _refuse_unknown_scores(globs: tuple[str, ...], names: list[str]) -> None:
@@ -282,13 +305,12 @@ def _resume(state: State, prepared: Prepared, ranks: Ranks) -> Ticket | None:
 def run(config: Config, resume: str, stop_asked: Callable[[], bool]) -> str:
     """The whole run on this rank; what to type to see it in MLflow. Raises Fault and Stopped."""
     ranks = Ranks(device=config.train.device, precision=config.train.precision, seed=config.run.seed)
-    known = ranks.from_main(lambda: prepare(config, ranks.world, resume).known)
-    prepared = prepare(config, ranks.world, "auto")._replace(known=known)
+    prepared = _prepare_together(config, resume, ranks)
     if ranks.is_main:
         report.say(describe(config, prepared, ranks.world))
-    supply = supply_of(config, prepared.shards, f"rank {ranks.rank}")
-    ranks.from_main(lambda: _refuse_damaged(config, prepared, supply))
-    stream = _stream(config, prepared, supply, ranks)
+    supply = feed.supply_of(config, prepared.shards, f"rank {ranks.rank}", stop_asked)
+    stream = feed.stream_of(config, prepared.shards, supply, prepared.order, prepared.shares, ranks)
+    feed.refuse_damaged(prepared.shards, supply, prepared.jobs, ranks, config.data.damage)
     tracker = _tracker(config, prepared.checkpoints, ranks)
     initial = _first_weights(config, prepared, ranks)
     ranks.from_main(prepared.checkpoints.sweep)
@@ -360,50 +382,3 @@ def _told_how_it_ended(tracker: Tracker) -> Iterator[None]:
         tracker.end_run(status)
         raise
     tracker.end_run()
-
-
-def supply_of(config: Config, shards: Shards, who: str) -> Supply:
-    """The shards of a config, through the node's cache where they are not read in place."""
-    store, cache = shards.store, None
-    if config.data.cache.folder is not None or not isinstance(store, Folder):
-        usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mirl_dist" / "shards"
-        folder = Path(config.data.cache.folder or usual).expanduser()
-        cache = Cache(folder, round(config.data.cache.gigabytes * 1e9))
-
-    def say(line: str) -> None:
-        print(f"mirl-dist, {who}: {line}", file=sys.stderr, flush=True)
-
-    return Supply(shards, cache, config.data.damage, say)
-
-
-def _refuse_damaged(config: Config, prepared: Prepared, supply: Supply) -> None:
-    """Raise Fault for damage in the shards that scores will come from, and in a folder also for indices of training
-    shards that are not theirs, before any work is lost."""
-    shards = prepared.shards
-    if config.data.damage == "refuse" and isinstance(shards.store, Folder):
-        for shard in shards.train:
-            shards.index(shard)
-    for shard in {job.place.shard.name: job.place.shard for job in prepared.jobs}.values():
-        supply.want(shard)
-        supply.get(shard)
-        supply.release(shard)
-
-
-def _stream(config: Config, prepared: Prepared, supply: Supply, ranks: Ranks) -> Stream:
-    shares, order = prepared.shares, prepared.order
-    lanes = shares.per_rank * len(order.sources)
-    limit = None if supply.cache is None else supply.cache.limit
-    node_ranks = max(Counter(ranks.gather_objects(platform.node())).values())  # the same on every rank: so is a Fault
-    return Stream(
-        prepared.shards,
-        supply,
-        order,
-        seed=config.run.seed,
-        patch_pixels=config.data.patch_pixels,
-        augment=config.data.augment,
-        workers=config.data.workers,
-        rank=ranks.rank,
-        shares=shares,
-        ahead=shards_ahead(lanes, passes_behind(config.data.workers), order.shards(), limit, node_ranks),
-        pin=ranks.device.type == "cuda",
-    )

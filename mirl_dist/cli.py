@@ -126,17 +126,28 @@ def train(
 
 
 def _stop_flag() -> Any:
-    """A function that says whether SIGTERM or SIGINT came; a second SIGINT ends the process at once."""
+    """A function that says whether SIGTERM or SIGINT came; a second SIGINT ends the process at once.
+
+    Before it is asked for the first time, which a run does when it trains, there is nothing to commit: a signal then
+    ends the run where it stands.
+    """
     asked: list[int] = []
+    polite: list[bool] = []
 
     def note(number: int, frame: object) -> None:
         if asked and number == signal.SIGINT:
             os._exit(130)
         asked.append(number)
+        if not polite:
+            raise Stopped("stopped as asked before any step was trained; nothing was lost")
+
+    def stop_asked() -> bool:
+        polite.append(True) if not polite else None
+        return bool(asked)
 
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
-    return lambda: bool(asked)
+    return stop_asked
 
 
 @app.command()

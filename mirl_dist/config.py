@@ -56,6 +56,7 @@ class Model(Node):
         return self.model_dump(exclude={"name"})
 
 
+MOST_REPEATS = 10_000
 _PUBLISHED_MIX: dict[str, float | dict[str, float]] = {
     "denoise_15": 3.0,
     "denoise_25": 3.0,
@@ -67,8 +68,8 @@ _PUBLISHED_MIX: dict[str, float | dict[str, float]] = {
 
 class Cache(Node):
     folder: Annotated[str | None, Aside] = None
-    """Where shards are kept on each node; all its ranks share it. Null: ~/.cache/mirl_dist/shards for s3:// and
-    https://, none for a folder, whose shards are read in place. Name one to copy shards from a shared file system."""
+    """Where shards are kept on each node, on a disk of its own; all its ranks share it. Null: below SLURM_TMPDIR, TMPDIR
+    or /tmp for s3:// and https://, and none for a folder, whose shards are read in place."""
     gigabytes: Annotated[PositiveFloat, Aside] = 50
     """Most that the cache may take on the disk, in 10^9 bytes."""
 
@@ -87,8 +88,8 @@ class Data(Node):
     """published: one of the 7 turns and flips that change the image; all: 8; flips: the paper's text."""
     steps_per_epoch: PositiveInt | None = None
     """Null: the whole mix once, the last incomplete global batch left out."""
-    damage: Literal["refuse", "skip"] = "refuse"
-    """What a damaged or missing training sample does: stop the run, or be replaced, told and counted."""
+    damage: Annotated[Literal["refuse", "skip"], Aside] = "refuse"
+    """What a damaged or missing training sample does: stop the run, or be replaced, told and counted in the ticket."""
     cache: Cache = Cache()
     workers: Annotated[Count, Aside] = 2
     """Loader processes of each rank; 0 reads in the training process."""
@@ -109,6 +110,8 @@ class Data(Node):
                 key = f"data.mix.{word}" + (f".{name}" if name else "")
                 if self.mix_by == "repeats" and number != int(number):
                     found.append(f"{key}: found {number:g} with mix_by repeats; use a whole number, or mix_by: weights")
+                if self.mix_by == "repeats" and number > MOST_REPEATS:
+                    found.append(f"{key}: found {number:g} with mix_by repeats; at most {MOST_REPEATS:,} make sense")
                 if self.mix_by == "balanced" and number != 1:
                     found.append(f"{key}: found {number:g} with mix_by balanced; write 1, or use mix_by: weights")
         return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from math import fsum
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch import nn
 from mirl_dist import metrics, pictures
 from mirl_dist.data import degrade
 from mirl_dist.data.chance import generator
-from mirl_dist.data.manifest import CLEAN, DEGRADED
+from mirl_dist.data.manifest import CLEAN, DEGRADED, Shard
 from mirl_dist.data.sample import Pixels, to_tensor
 from mirl_dist.data.shards import Place, Shards
 from mirl_dist.data.supply import Supply
@@ -125,21 +126,37 @@ def _score(model: nn.Module, supply: Supply, number: int, job: Job, seed: int, d
     )
 
 
+def deal(jobs: Sequence[Job], rank: int, world: int) -> list[int]:
+    """The numbers of one rank's jobs: runs of shards, so that a rank brings few of them."""
+    by_shard = sorted(range(len(jobs)), key=lambda n: (jobs[n].place.shard.name, n))
+    return by_shard[len(jobs) * rank // world : len(jobs) * (rank + 1) // world]
+
+
+def _by_shard(jobs: Sequence[Job], mine: Sequence[int]) -> Iterator[tuple[list[Shard], list[int]]]:
+    """Jobs shard by shard, each with the shards to hold meanwhile: its own, and the next one, which may come ahead."""
+    runs = [list(group) for _, group in groupby(mine, key=lambda n: jobs[n].place.shard.name)]
+    for numbers, following in zip(runs, [*runs[1:], []], strict=True):
+        yield [jobs[n].place.shard for n in numbers[:1] + following[:1]], numbers
+
+
 def evaluate(model: nn.Module, supply: Supply, jobs: Sequence[Job], ranks: Ranks, seed: int) -> Scores:
     """Score every job once, shared out over the ranks; the same bits on every rank and for every world size.
 
     model: the bare network (not the wrapped one: ranks score different numbers of images), set to eval here.
     """
     model.eval()
-    mine = [(n, job) for n, job in enumerate(jobs) if n % ranks.world == ranks.rank]
-    results = []
+    mine = deal(jobs, ranks.rank, ranks.world)
+    results: list[_Result] = []
     with bar("evaluating", len(mine), shown=ranks.is_main and bool(jobs)) as advance:
-        for done, (number, job) in enumerate(mine):
-            try:
-                results.append(_score(model, supply, number, job, seed, ranks.device))
-            except Fault as fault:
-                raise Fault(f"{job.name}, image '{job.place.entry.key}': {fault}") from None
-            advance(done + 1, job.name)
+        for held, numbers in _by_shard(jobs, mine):
+            with supply.holding(held):
+                for number in numbers:
+                    job = jobs[number]
+                    try:
+                        results.append(_score(model, supply, number, job, seed, ranks.device))
+                    except Fault as fault:
+                        raise Fault(f"{job.name}, image '{job.place.entry.key}': {fault}") from None
+                    advance(len(results), job.name)
     model.train()
     everyone = sorted((r for part in ranks.gather_objects(results) for r in part), key=lambda r: r.number)
     assert [r.number for r in everyone] == list(range(len(jobs))), "an image was scored twice or not at all"

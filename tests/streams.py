@@ -92,7 +92,7 @@ def supply_of(
             said.append(line)
 
     held = None if cache is None else Cache(cache, limit, patience=10)
-    return Supply(Shards(open_store(str(address))), held, damage, say, HASTY)
+    return Supply(Shards(open_store(str(address))), held, damage, say, patience=HASTY)
 
 
 def stream(
@@ -125,7 +125,7 @@ def stream(
         workers=workers,
         rank=rank,
         shares=shares,
-        ahead=shards_ahead(lanes, passes_behind(workers), order.shards(), limit, world),
+        ahead=shards_ahead(lanes, passes_behind(workers), order.steps_per_epoch, order.shards(), limit, world),
         pin=False,
     )
 

@@ -16,6 +16,7 @@ import pytest
 
 from mirl_dist.data.cache import Cache, Held, WrongBytes
 from mirl_dist.faults import Fault
+from mirl_dist.storage import TryAgain
 
 SIZE = 1000
 
@@ -87,7 +88,7 @@ def test_the_longest_unused_file_goes_first_and_the_limit_holds(tmp_path: Path, 
 def test_what_is_held_stays_also_when_room_is_wanted(tmp_path: Path, source: Source) -> None:
     cache = Cache(tmp_path, 2 * SIZE, patience=0.2)
     first, second = hold(cache, source, 0), hold(cache, source, 1)
-    with pytest.raises(Fault, match=r"has no room for .* of its 2e-06 GB 2e-06 GB are in use\. Raise data\.cache\."):
+    with pytest.raises(TryAgain, match=r"has no room for .* of its 2e-06 GB 2e-06 GB are in use\. Raise data\.cache\."):
         hold(cache, source, 2)
     assert kept(tmp_path) == [0, 1]
     first.release()
@@ -118,6 +119,69 @@ def test_wrong_bytes_are_never_handed_out_and_do_not_stay(tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["room.lock"]
 
 
+def test_a_file_that_went_bad_is_discarded_but_not_the_one_that_took_its_place(tmp_path: Path, source: Source) -> None:
+    """As when all ranks of a node find the same bad file, and the fast one has brought another already."""
+    cache = Cache(tmp_path, 10 * SIZE)
+    hold(cache, source, 1).release()
+    (tmp_path / f"{digest(1)}.tar").write_bytes(content(2))
+    fast, slow = hold(cache, source, 1), hold(cache, source, 1)
+    assert fast.digest() == slow.digest() == digest(2)
+    cache.discard(fast)
+    again = hold(cache, source, 1)
+    assert (again.fresh, again.digest()) == (True, digest(1))
+    assert slow.digest() == digest(2), "what is held stays what it was"
+    cache.discard(slow)
+    assert again.lies_there()
+    assert hold(cache, source, 1).digest() == digest(1)
+    assert source.given == [(1, SIZE)] * 2
+
+
+def test_who_looks_while_a_file_gets_its_name_does_not_bring_it_again(
+    tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moment between 'is it there' and 'is it being brought': the name changes in between."""
+    cache = Cache(tmp_path, 10 * SIZE)
+    exists = Path.exists
+    first: list[Held] = []
+
+    def late(path: Path) -> bool:
+        found = exists(path)
+        if not first and path.name.endswith(".tar"):  # looked, and then another process is done with it
+            first.append(None)  # type: ignore[arg-type]
+            first[0] = bring_elsewhere(tmp_path, source)
+        return found
+
+    monkeypatch.setattr(Path, "exists", late)
+    second = hold(cache, source, 1)
+    monkeypatch.undo()
+    assert second.lies_there()
+    assert first[0] is None or first[0].lies_there(), "no file was replaced under its holder"
+    assert len(source.given) == 1
+
+
+def bring_elsewhere(folder: Path, source: Source) -> Held | None:
+    """Another process tries to bring the file at this moment; the room's lock makes it wait."""
+    got: list[Held] = []
+    other = threading.Thread(target=lambda: got.append(hold(Cache(folder, 10 * SIZE), source, 1)), daemon=True)
+    other.start()
+    other.join(0.3)
+    return got[0] if got else None
+
+
+def test_what_a_store_has_instead_is_kept_by_the_same_rules(tmp_path: Path, source: Source) -> None:
+    cache = Cache(tmp_path, 2 * SIZE)
+    held = cache.hold(digest(1), 300, lambda path: path.write_bytes(b"x" * 300) and None, damaged=True)
+    assert held.path.name == f"{digest(1)}.damaged"
+    again = cache.hold(digest(1), 300, source(1), damaged=True)
+    assert not again.fresh
+    held.release()
+    again.release()
+    hold(cache, source, 2).release()
+    hold(cache, source, 3).release()
+    assert kept(tmp_path) == [2, 3]
+    assert not held.path.exists()
+
+
 def test_a_fetch_that_fails_leaves_what_it_brought_for_the_next(tmp_path: Path, source: Source) -> None:
     cache = Cache(tmp_path, 10 * SIZE)
 
@@ -133,10 +197,10 @@ def test_a_fetch_that_fails_leaves_what_it_brought_for_the_next(tmp_path: Path, 
 
 def test_leftovers_of_the_dead_make_room_when_it_is_wanted(tmp_path: Path, source: Source) -> None:
     cache = Cache(tmp_path, 2 * SIZE)
-    (tmp_path / f"{digest(7)}.{SIZE}.partial").write_bytes(b"x")
+    (tmp_path / f"{digest(7)}.{SIZE}.tar.partial").write_bytes(b"x")
     hold(cache, source, 0).release()
     assert len(list(tmp_path.glob("*.partial"))) == 1, "there was room for both"
-    os.utime(tmp_path / f"{digest(7)}.{SIZE}.partial", (1, 1))
+    os.utime(tmp_path / f"{digest(7)}.{SIZE}.tar.partial", (1, 1))
     hold(cache, source, 1).release()
     assert list(tmp_path.glob("*.partial")) == []
     assert kept(tmp_path) == [0, 1]

@@ -1,8 +1,9 @@
 """Whole, verified files on this node, shared by all its processes, within a limit in bytes.
 
-    <folder>/<sha256>.tar              a file whose bytes have that digest
-    <folder>/<sha256>.<bytes>.partial  one that is being brought, or whose bringer died: the next one goes on
-    <folder>/room.lock                 held while room is made
+    <folder>/<sha256>.tar                  a file whose bytes have that digest
+    <folder>/<sha256>.damaged              what the store has instead, where it has something else
+    <folder>/<sha256>.<bytes>.tar.partial  one that is being brought, or whose bringer died: the next one goes on
+    <folder>/room.lock                     held while a file comes, goes, or gets its name
 
 Everything rests on locks that the kernel takes back from a process that dies: who brings a file holds its partial
 alone, who uses a file shares a lock on it, and only what nobody holds is removed, the longest unused first. The folder
@@ -14,16 +15,18 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+from mirl_dist.data.digest import digest_of
 from mirl_dist.faults import Fault
+from mirl_dist.storage import TryAgain
 
-_OURS = re.compile(r"[0-9a-f]{64}(\.tar|\.(?P<bytes>\d+)\.partial)")
+_OURS = re.compile(r"[0-9a-f]{64}(\.tar|\.damaged|\.(?P<bytes>\d+)\.(tar|damaged)\.partial)")
 _PAUSE_SECONDS = 0.05
 Fetch = Callable[[Path], None]
 """Completes a file from its present length on."""
@@ -34,10 +37,24 @@ class WrongBytes(Exception):
 
 
 class Held:
-    """A file in the cache that stays there until `release`. fresh: this call brought it, and knows its digest."""
+    """A file in the cache that stays there until `release`. fresh: this call brought it, and knows its bytes."""
 
     def __init__(self, path: Path, handle: int, fresh: bool) -> None:
         self.path, self._handle, self.fresh = path, handle, fresh
+
+    def digest(self) -> str:
+        """Hex SHA-256 of this very file, whatever lies at its path now."""
+        with open(os.dup(self._handle), "rb") as stream:
+            stream.seek(0)
+            return digest_of(stream)
+
+    def lies_there(self) -> bool:
+        """Whether it is still the file at its path."""
+        try:
+            mine, there = os.fstat(self._handle), os.stat(self.path)
+        except FileNotFoundError:
+            return False
+        return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
 
     def release(self) -> None:
         """Let it go; twice is once."""
@@ -62,17 +79,21 @@ class Cache:
             folder.mkdir(parents=True, exist_ok=True)
             os.close(os.open(folder / "room.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
 
-    def hold(self, digest: str, size: int, fetch: Fetch, stop: Callable[[], bool] = lambda: False) -> Held:
+    def hold(
+        self, digest: str, size: int, fetch: Fetch, stop: Callable[[], bool] = lambda: False, *, damaged: bool = False
+    ) -> Held:
         """The file with that SHA-256, brought by `fetch` unless it is there; of many who ask at once one brings it.
 
-        Raises WrongBytes when what was brought is something else (it is removed), Fault when there is no room or
-        `stop` says that nobody wants it any more.
+        damaged: whatever `fetch` brings in its place, unverified. Raises WrongBytes when what was brought is something
+        else (it is removed), TryAgain when there was no room for long, Fault when there can never be or `stop` says
+        that nobody wants the file any more.
         """
         if size > self.limit:
             raise Fault(
                 f"data.cache.gigabytes: found {self.limit / 1e9:g}, but one shard has {size / 1e9:.3g} GB. Raise it."
             )
-        whole, partial = self.folder / f"{digest}.tar", self.folder / f"{digest}.{size}.partial"
+        ending = "damaged" if damaged else "tar"
+        whole, partial = self.folder / f"{digest}.{ending}", self.folder / f"{digest}.{size}.{ending}.partial"
         last = time.monotonic() + self._patience
         with self._named_errors():
             while not stop():
@@ -82,40 +103,43 @@ class Cache:
                     return Held(whole, handle, fresh=False)
                 handle = self._claim(whole, partial, size)
                 if handle is not None:
-                    return self._bring(whole, partial, handle, digest, fetch)
+                    return self._bring(whole, partial, handle, None if damaged else digest, fetch)
                 if time.monotonic() > last and not partial.exists():
-                    raise Fault(self._no_room(size))
+                    raise TryAgain(self._no_room(size))
                 time.sleep(_PAUSE_SECONDS)
         raise Fault(f"{whole}: the work that wanted this file has ended.")
 
-    def discard(self, digest: str) -> None:
-        """Remove a file that is not what it should be, also from under those who hold it."""
-        (self.folder / f"{digest}.tar").unlink(missing_ok=True)
+    def discard(self, held: Held) -> None:
+        """Let go of a file that is not what it should be, and remove it, but not another that has taken its place."""
+        with self._named_errors(), self._room():
+            if held.lies_there():
+                held.path.unlink()
+        held.release()
 
     def _claim(self, whole: Path, partial: Path, size: int) -> int | None:
         """The partial file, locked for this caller alone, its room granted; None when that is not possible now."""
         with self._room():
-            if whole.exists():
-                return None
             if not partial.exists():
-                if not self._make_room(size):
+                if whole.exists() or not self._make_room(size):
                     return None
                 partial.touch()
             return _lock(partial, fcntl.LOCK_EX)
 
-    def _bring(self, whole: Path, partial: Path, handle: int, digest: str, fetch: Fetch) -> Held:
+    def _bring(self, whole: Path, partial: Path, handle: int, digest: str | None, fetch: Fetch) -> Held:
+        held = Held(whole, handle, fresh=True)
         try:
             fetch(partial)
-            if _digest(partial) != digest:
+            if digest is not None and held.digest() != digest:
                 partial.unlink(missing_ok=True)
                 raise WrongBytes(str(partial))
             os.fsync(handle)
-            os.rename(partial, whole)
-            fcntl.flock(handle, fcntl.LOCK_SH)
+            with self._room():  # between one lock and the other nobody may remove it, and nobody see neither name
+                os.rename(partial, whole)
+                fcntl.flock(handle, fcntl.LOCK_SH)
         except BaseException:
-            os.close(handle)
+            held.release()
             raise
-        return Held(whole, handle, fresh=True)
+        return held
 
     def _make_room(self, size: int) -> bool:
         """Remove what nobody holds, longest unused first, until `size` more bytes fit."""
@@ -186,10 +210,7 @@ def _lock(path: Path, kind: int) -> int | None:
     return None
 
 
-def _digest(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    digest = sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def usual_folder() -> Path:
+    """Where the cache lies if nobody says: on a disk of this node, where the environment names one; one per user."""
+    base = os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
+    return Path(base) / f"mirl_dist-{os.getuid()}" / "shards"

@@ -20,14 +20,16 @@ class Place(NamedTuple):
 class Shards:
     """The shards at an address. Raises Fault for a missing manifest or one of another format."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, manifest: bytes | None = None) -> None:
+        """manifest: its bytes, where another process has read them already."""
         self.store = store
         try:
-            data = store.get(MANIFEST)
+            data = store.get(MANIFEST) if manifest is None else manifest
         except NotThere:
+            out = "FOLDER" if store.where().startswith("http") else store.where()
             raise Fault(
                 f"data.shards: {store.where()} holds no {MANIFEST}. Build shards with "
-                f"`mirl-dist shards build RECIPE --out {store.where()}`."
+                f"`mirl-dist shards build RECIPE --out {out}`."
             ) from None
         self.manifest: Manifest = read_manifest(data, store.where(MANIFEST))
         self.train = self.manifest.role("train")
@@ -53,6 +55,8 @@ class Shards:
         On a folder also shards of another size.
         """
         expected = [shard for role in roles for shard in self.manifest.role(role)]
+        if not expected:
+            return
         try:
             there = set(self.store.list(""))
         except NotAllowed:

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mirl_dist.data.manifest import CLEAN, DEGRADED, Entry, Shard
+from mirl_dist.data.manifest import CLEAN, DEGRADED, Entry
 from mirl_dist.data.order import Order, Position, Shares, Slot
 from mirl_dist.data.sample import Batch, Member, Patch, Read, Stack, collate, make_patch
 from mirl_dist.data.shards import Shards
-from mirl_dist.data.supply import Local, Supply
+from mirl_dist.data.supply import Supply
+from mirl_dist.data.verify import Local
 from mirl_dist.data.window import Window
 from mirl_dist.data.workers import end_with_parent
 from mirl_dist.faults import Fault
@@ -45,10 +46,11 @@ class _Asked(NamedTuple):
 
 
 class _Failed(NamedTuple):
-    """A read that met damage, and what it was."""
+    """A read that came to nothing, and why. passing: the system was at fault, not the bytes."""
 
     asked: _Asked
     problem: str
+    passing: bool
 
 
 class _Patches(Dataset[Any]):
@@ -61,8 +63,12 @@ class _Patches(Dataset[Any]):
         task = self._tasks[asked.read.task]
         try:
             return asked, make_patch(asked.read, task, self._seed, self._patch, self._augment)
-        except (Fault, OSError) as error:
-            return _Failed(asked, str(error))
+        except Fault as fault:
+            return _Failed(asked, str(fault), passing=False)
+        except OSError as error:
+            return _Failed(
+                asked, f"{asked.read.shard}, sample '{asked.read.key}' cannot be read: {error}", passing=True
+            )
 
 
 def _collate(items: list[tuple[_Asked, Patch] | _Failed]) -> Stack | list[tuple[_Asked, Patch] | _Failed]:
@@ -77,7 +83,8 @@ class Stream:
     """The training batches of one rank: `batches(round, start, epochs)` begins at any position without replay.
 
     Memory per rank: three tables of the order (39 bytes for each slot of an epoch), the indices of the shards in use
-    (about 1 kB a sample), and 2 batches for each loader process. Shards stay on the disk.
+    (about 1 kB a sample), 16,384 slots that are looked ahead at (about 4 MB), and 2 batches for each loader process.
+    Shards stay on the disk.
     """
 
     def __init__(
@@ -101,7 +108,6 @@ class Stream:
         self._rank, self._shares, self._workers, self._ahead, self._pin = rank, shares, workers, ahead, pin
         self.damaged: dict[str, str] = {}
         """What this rank met and skipped in the round: 'shard' or 'shard key' -> what was wrong with it."""
-        self._kept: dict[int, Shard] = {}
 
     def batches(self, round_: int, start: Position, epochs: int) -> Generator[Batch, None, None]:
         """One Batch per forward pass, from `start` to the round's end; closing it ends its workers.
@@ -109,7 +115,7 @@ class Stream:
         The images are uint8 until `Batch.to`. Raises Fault for damaged samples where they are refused.
         """
         self.damaged.clear()
-        window = Window(
+        window = self._window = Window(
             self._order.passes(round_, start, epochs, self._rank, self._shares),
             lambda shard: self._supply.want(self._train[shard]),
             lambda shard: self._supply.release(self._train[shard]),
@@ -122,7 +128,7 @@ class Stream:
             context.set_forkserver_preload([__name__])  # imported once, not by every worker of every round
             with _signals_ignored():  # a stop signal goes to the whole group: the fork server must outlive it
                 forkserver.ensure_running()
-        with closing(window), self._stand_ins():
+        with closing(window):
             loader: DataLoader[Any] = DataLoader(
                 self._patches,
                 batch_sampler=([self._ask(slot) for slot in slots] for slots in window),
@@ -162,31 +168,28 @@ class Stream:
         at = source.shards.index(slot.shard)
         for other in (*source.shards[at + 1 :], *source.shards[:at]):
             shard = self._train[other]
-            if other not in self._kept:
-                self._kept[other] = shard
-                self._supply.want(shard)
+            self._window.lend(other)
             number = self._whole_sample(other, slot.sample % shard.samples)
             if number is not None:
                 local = self._supply.get(shard)
                 return _Asked(_read(local, local.entries[number], slot), slot, stands_in=True)
         raise Fault(f"data.damage: no shard of {source.name} has a whole sample left. Build or copy the shards again.")
 
-    @contextmanager
-    def _stand_ins(self) -> Iterator[None]:
-        """Shards that stand in for lost ones are kept for as long as batches are read."""
-        try:
-            yield
-        finally:
-            for shard in self._kept.values():
-                self._supply.release(shard)
-            self._kept.clear()
-
     def _mended(self, items: list[tuple[_Asked, Patch] | _Failed]) -> Stack:
-        """A stack in which some reads met damage that no digest had told: noted, and replaced one by one."""
+        """A stack in which some reads met damage that no digest had told: noted, and replaced one by one.
+
+        What the system was at fault for is tried once more, and is no damage: other ranks would not see it. Raises
+        Fault when it stays.
+        """
         patches, skipped = [], 0
         for item in items:
+            tried = False
             while isinstance(item, _Failed):
-                self._note(item)
+                if not item.passing:
+                    self._note(item)
+                elif tried:
+                    raise Fault(f"{item.problem}. Check the disk, then start again.")
+                tried = True
                 item = self._patches[self._ask(item.asked.slot)]
             asked, patch = item
             patches.append(patch)
@@ -197,13 +200,10 @@ class Stream:
         """Tell the supply which sample failed. Raises Fault where damage is refused."""
         read = failed.asked.read
         shard = next(s for s in self._train if s.name == read.shard)
-        self._supply.want(shard)
-        try:
+        with self._supply.holding([shard]):
             local = self._supply.get(shard)
             number = next(i for i, entry in enumerate(local.entries) if entry.key == read.key)
             self._supply.note(local, number, failed.problem)
-        finally:
-            self._supply.release(shard)
 
 
 def _read(local: Local, entry: Entry, slot: Slot) -> Read:

@@ -10,10 +10,12 @@ from mirl_dist.data.manifest import Shard
 from mirl_dist.data.order import Slot
 from mirl_dist.faults import Fault
 
-_LONGEST = 4096  # passes that are looked ahead at most
+_SLOTS = 16384  # that are looked ahead at, at most: a few megabytes
 
 
-def shards_ahead(lanes: int, behind: int, shards: Sequence[Shard], limit: int | None, node_ranks: int) -> int:
+def shards_ahead(
+    lanes: int, behind: int, steps_per_epoch: int, shards: Sequence[Shard], limit: int | None, node_ranks: int
+) -> int:
     """How many shards a rank may want beyond those in use: one for each lane, as far as the cache allows.
 
     lanes: places of walks that the rank reads at once; behind: passes for which shards are kept after their use; limit:
@@ -23,14 +25,14 @@ def shards_ahead(lanes: int, behind: int, shards: Sequence[Shard], limit: int | 
     wanted = min(len(shards), max(2, lanes))
     if limit is None or sum(s.bytes for s in shards) <= limit:
         return wanted
-    largest = max(s.bytes for s in shards)
-    shortest = min(s.samples for s in shards)
-    used = min(len(shards), lanes * (1 + math.ceil(behind / shortest)))  # a lane's shard, and those it just left
+    largest, shortest = max(s.bytes for s in shards), min(s.samples for s in shards)
+    # In `behind` passes a lane leaves shards that it has read, and begins elsewhere when an epoch begins.
+    used = min(len(shards), lanes * (1 + math.ceil(behind / shortest) + math.ceil(behind / steps_per_epoch)))
     fits = limit // node_ranks // largest
     if fits <= used:
         raise Fault(
-            f"data.cache.gigabytes: found {limit / 1e9:g}, but {node_ranks} ranks on this node need {used + 1} shards "
-            f"of up to {largest / 1e9:.3g} GB each at a time. Set it to "
+            f"data.cache.gigabytes: found {limit / 1e9:g}, but each of {node_ranks} ranks on this node needs {used + 1} "
+            f"shards of up to {largest / 1e9:.3g} GB at a time. Set it to "
             f"{node_ranks * (used + 1) * largest * 1.01 / 1e9:.3g} or more, or build smaller shards "
             "(shard_megabytes in the recipe).",
             everywhere=True,
@@ -59,7 +61,7 @@ class Window:
         self._passes, self._want, self._release = passes, want, release
         self._behind, self._extra = behind, extra
         self._coming: deque[list[Slot]] = deque()
-        self._gone: deque[list[Slot]] = deque()
+        self._gone: deque[set[int]] = deque()
         self._next: list[Slot] | None = None  # seen, and not wanted yet
         self._uses: Counter[int] = Counter()
 
@@ -73,21 +75,27 @@ class Window:
         if not self._coming:
             raise StopIteration
         now = self._coming.popleft()
-        self._gone.append(now)
+        self._gone.append({slot.shard for slot in now})
         self._look_ahead(at_least=0)
         return now
 
+    def lend(self, shard: int) -> None:
+        """Want one more shard for the pass that was handed out last, and release it with that pass."""
+        if shard not in self._gone[-1]:
+            self._gone[-1].add(shard)
+            self._use(shard)
+
     def close(self) -> None:
         """Release everything."""
-        for slots in (*self._gone, *self._coming):
-            self._forget(slots)
+        for shards in (*self._gone, *({slot.shard for slot in slots} for slots in self._coming)):
+            self._forget(shards)
         self._gone.clear()
         self._coming.clear()
 
     def _look_ahead(self, at_least: int) -> None:
         """Want the shards of coming passes, of so many in any case."""
-        used = {slot.shard for slots in self._gone for slot in slots}
-        while len(self._coming) < _LONGEST:
+        used = set().union(*self._gone)
+        while len(self._coming) < at_least or sum(map(len, self._coming)) < _SLOTS:
             if self._next is None:
                 self._next = next(self._passes, None)
             if self._next is None:
@@ -98,12 +106,15 @@ class Window:
             self._coming.append(self._next)
             self._next = None
             for shard in shards:
-                self._uses[shard] += 1
-                if self._uses[shard] == 1:
-                    self._want(shard)
+                self._use(shard)
 
-    def _forget(self, slots: list[Slot]) -> None:
-        for shard in {slot.shard for slot in slots}:
+    def _use(self, shard: int) -> None:
+        self._uses[shard] += 1
+        if self._uses[shard] == 1:
+            self._want(shard)
+
+    def _forget(self, shards: set[int]) -> None:
+        for shard in shards:
             self._uses[shard] -= 1
             if self._uses[shard] == 0:
                 del self._uses[shard]

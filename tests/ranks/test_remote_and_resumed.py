@@ -90,6 +90,7 @@ def test_after_a_kill_inside_an_epoch_the_remaining_global_batches_are_the_same_
 
 # -- over a bad network ---------------------------------------------------------------------------------------------
 
+LIMIT = 950_000  # bytes of a cache that holds not quite all shards
 STREAMED = {
     "data.mix": {"derain": 2},
     "data.steps_per_epoch": None,
@@ -102,9 +103,9 @@ STREAMED = {
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dozen shards of four pairs each."""
-    folder = built_at(tmp_path_factory.mktemp("many"), counts=(1, 46), mb=0.08)
-    assert 10 <= len(list(folder.glob("train-r-*.tar"))) <= 14
+    """Two dozen shards of one or two pairs each."""
+    folder = built_at(tmp_path_factory.mktemp("many"), counts=(1, 46), mb=0.04)
+    assert len(list(folder.glob("train-r-*.tar"))) >= 20
     return folder
 
 
@@ -129,7 +130,7 @@ def test_two_ranks_over_resets_delays_and_a_server_that_dies_train_as_from_a_fol
         sets = STREAMED | {
             "data.shards": "s3://mirl/some/shards",
             "data.cache.folder": str(tmp_path / "cache"),
-            "data.cache.gigabytes": 0.00105,
+            "data.cache.gigabytes": LIMIT / 1e9,
         }
         running, remote, keys = play.start("remote", sets, world=2, env=server.env(proxy.url))
         killer = threading.Thread(target=die_once, args=(proxy, server, refill))
@@ -139,10 +140,10 @@ def test_two_ranks_over_resets_delays_and_a_server_that_dies_train_as_from_a_fol
         assert ended.rc == 0, ended.said()
         assert proxy.cuts >= 10, "the network was bad"
         brought = [line for line in proxy.requests if ".tar" in line]
-    assert len(brought) > 14 + proxy.cuts, "shards went from the small cache and came again"
+    assert len(brought) > 26 + proxy.cuts, "shards went from the small cache and came again"
     assert told(keys) == from_folder, "losses to the last bit"
     assert digests(remote) == digests(run)
-    assert sum(p.stat().st_size for p in (tmp_path / "cache").iterdir()) <= 1_050_000
+    assert sum(p.stat().st_size for p in (tmp_path / "cache").iterdir()) <= LIMIT
 
 
 def die_once(proxy: FaultyProxy, server: S3Server, refill: Any) -> None:

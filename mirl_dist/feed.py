@@ -1,0 +1,81 @@
+"""A config's shards to live batches: store, cache, supply, stream."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from mirl_dist import evaluate, report
+from mirl_dist.config import Config
+from mirl_dist.data.cache import Cache, usual_folder
+from mirl_dist.data.crew import shared
+from mirl_dist.data.manifest import Shard
+from mirl_dist.data.order import Order, Shares
+from mirl_dist.data.shards import Shards
+from mirl_dist.data.stream import Stream, passes_behind
+from mirl_dist.data.supply import Supply
+from mirl_dist.data.window import shards_ahead
+from mirl_dist.ranks import Ranks
+from mirl_dist.storage import Folder
+
+
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
+
+
+def supply_of(config: Config, shards: Shards, who: str, stop_asked: Callable[[], bool] = never) -> Supply:
+    """The shards of a config, through the node's cache where they are not read in place. who: for messages."""
+    cache = None
+    if config.data.cache.folder is not None or not isinstance(shards.store, Folder):
+        folder = Path(config.data.cache.folder).expanduser() if config.data.cache.folder else usual_folder()
+        cache = Cache(folder, round(config.data.cache.gigabytes * 1e9))
+
+    def say(line: str) -> None:
+        print(f"mirl-dist, {who}: {line}", file=sys.stderr, flush=True)
+
+    return Supply(shards, cache, config.data.damage, say, stop_asked=stop_asked)
+
+
+def refuse_damaged(shards: Shards, supply: Supply, jobs: Sequence[evaluate.Job], ranks: Ranks, damage: str) -> None:
+    """Raise Fault, on every rank, for damage in the shards that scores will come from, before any work is lost; in a
+    folder also for indices of training shards that are not theirs. The ranks share the work."""
+    if damage == "refuse" and isinstance(shards.store, Folder):
+        shared(ranks, partial(_read_index, shards), shards.train, 1, _silent, "reading indices")
+    scored = {job.place.shard.name: job.place.shard for job in jobs}
+    with report.Bars() as bars:
+        told = bars if ranks.is_main and supply.cache is not None else _silent
+        shared(ranks, supply.prove, list(scored.values()), 1, told, "checking evaluation shards")
+
+
+def _read_index(shards: Shards, shard: Shard) -> None:
+    shards.index(shard)
+
+
+def _silent(done: int, total: int, what: str) -> None:
+    pass
+
+
+def stream_of(config: Config, shards: Shards, supply: Supply, order: Order, shares: Shares, ranks: Ranks) -> Stream:
+    """The training batches of this rank. Raises Fault, on every rank, for a cache that is too small."""
+    lanes = shares.per_rank * len(order.sources)
+    limit = None if supply.cache is None else supply.cache.limit
+    node_ranks = max(Counter(ranks.gather_objects(platform.node())).values())  # the same on every rank: so is a Fault
+    behind = passes_behind(config.data.workers)
+    return Stream(
+        shards,
+        supply,
+        order,
+        seed=config.run.seed,
+        patch_pixels=config.data.patch_pixels,
+        augment=config.data.augment,
+        workers=config.data.workers,
+        rank=ranks.rank,
+        shares=shares,
+        ahead=shards_ahead(lanes, behind, order.steps_per_epoch, order.shards(), limit, node_ranks),
+        pin=ranks.device.type == "cuda",
+    )
