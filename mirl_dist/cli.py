@@ -28,6 +28,7 @@ app.add_typer(shards_app, name="shards")
 app.add_typer(tickets_app, name="tickets")
 
 Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value, read as YAML; may be repeated.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes of each rank; default: one per processor.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -219,9 +220,7 @@ def import_(
 def shards_build(
     recipe: Annotated[Path, typer.Argument(help="YAML file, for example shards/demo.yaml.")],
     out: Annotated[str, typer.Option(help="Where the shards go: a folder, or s3://bucket/prefix.")],
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes of each rank; default: this node's processors.")
-    ] = None,
+    workers: Workers = None,
     sets: Sets = None,
 ) -> None:
     """Turn folders of images into WebDataset shards of whole images and pairs, with a manifest.
@@ -231,7 +230,7 @@ def shards_build(
     from mirl_dist import report
     from mirl_dist.data import contact_sheet
     from mirl_dist.data.build import build
-    from mirl_dist.data.crew import ALONE, Crew
+    from mirl_dist.data.crew import ALONE, Crew, processes
     from mirl_dist.data.recipe import read
     from mirl_dist.storage import open_store
 
@@ -241,17 +240,13 @@ def shards_build(
 
         ranks = Ranks(device="cpu")
     crew: Crew = ranks or ALONE
-    try:
-        tree, store = read(recipe, sets or []), open_store(out)
-        processes = workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        with report.Bars() as bars:
-            progress = bars if crew.rank == 0 else lambda done, total, what: None
-            manifest = build(tree, store, processes, progress, crew)
-    except Fault as fault:  # every rank meets it
-        raise Fault(str(fault), everywhere=crew.world > 1) from None
-    if crew.rank == 0:
-        for line in (*(f"skipped: {text}" for text in manifest.skipped), *contact_sheet.lines(store, manifest)):
-            report.say(line)
+    # Rank 0 alone reads what the user gave: files and settings may differ from node to node.
+    tree, store = crew.from_main(lambda: (read(recipe, sets or []), open_store(out)))
+    with report.Bars() as bars:
+        progress = bars if crew.rank == 0 else lambda done, total, what: None
+        manifest = build(tree, store, workers or processes(), progress, crew)
+    skipped = [f"skipped: {text}" for text in manifest.skipped]
+    crew.from_main(lambda: report.say("\n".join([*skipped, *contact_sheet.lines(store, manifest)])))
     if ranks is not None:
         ranks.close()
 
@@ -259,16 +254,17 @@ def shards_build(
 @shards_app.command("check")
 def shards_check(
     shards: Annotated[str, typer.Argument(help="Built shards: a folder, s3:// or https://.")],
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    workers: Workers = None,
 ) -> None:
     """Hold every shard against its manifest: sizes, digests, counts, and whether every image decodes."""
     from mirl_dist import report
     from mirl_dist.data.check import check
+    from mirl_dist.data.crew import processes
     from mirl_dist.storage import open_store
 
     store = open_store(shards)
     with report.Bars() as progress:
-        faults = check(store, workers, progress)
+        faults = check(store, workers or processes(), progress)
     if faults:
         raise Fault(f"{len(faults)} faults in {store.where()}:\n" + "\n".join(f"  {fault}" for fault in faults))
     report.say(f"{store.where()}: whole")

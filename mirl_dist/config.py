@@ -68,8 +68,8 @@ _PUBLISHED_MIX: dict[str, float | dict[str, float]] = {
 
 class Cache(Node):
     folder: Annotated[str | None, Aside] = None
-    """Where shards are kept on each node, on a disk of its own; all its ranks share it. Null: below SLURM_TMPDIR, TMPDIR
-    or /tmp for s3:// and https://, and none for a folder, whose shards are read in place."""
+    """Where shards are kept on each node, on a disk of its own; all its ranks share it. Null: below SLURM_TMPDIR,
+    TMPDIR or /tmp for s3:// and https://, and none for a folder, whose shards are read in place."""
     gigabytes: Annotated[PositiveFloat, Aside] = 50
     """Most that the cache may take on the disk, in 10^9 bytes."""
 

@@ -135,8 +135,8 @@ def deal(jobs: Sequence[Job], rank: int, world: int) -> list[int]:
 def _by_shard(jobs: Sequence[Job], mine: Sequence[int]) -> Iterator[tuple[list[Shard], list[int]]]:
     """Jobs shard by shard, each with the shards to hold meanwhile: its own, and the next one, which may come ahead."""
     runs = [list(group) for _, group in groupby(mine, key=lambda n: jobs[n].place.shard.name)]
-    for numbers, following in zip(runs, [*runs[1:], []], strict=True):
-        yield [jobs[n].place.shard for n in numbers[:1] + following[:1]], numbers
+    for at, numbers in enumerate(runs):
+        yield [jobs[run[0]].place.shard for run in runs[at : at + 2]], numbers
 
 
 def evaluate(model: nn.Module, supply: Supply, jobs: Sequence[Job], ranks: Ranks, seed: int) -> Scores:

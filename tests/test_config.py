@@ -297,6 +297,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 ASIDE: dict[str, Any] = {
     "run.folder": "elsewhere",
     "data.shards": "elsewhere",
+    "data.damage": "skip",
     "data.cache.folder": "/fast/shards",
     "data.cache.gigabytes": 200,
     "data.workers": 0,
@@ -327,7 +328,6 @@ TELLING: dict[str, Any] = {
     "model.prompt_heads": 2,
     "data.mix": {"denoise_15": 3, "denoise_25": 3, "denoise_50": 3, "derain": 120, "dehaze": 2},
     "data.mix_by": "weights",
-    "data.damage": "skip",
     "data.patch_pixels": 128,
     "data.augment": "all",
     "data.steps_per_epoch": 3,

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from streams import GLOBAL, batches, built_at, same, stream, supply_of
 
+from mirl_dist.data.cache import Cache
 from mirl_dist.data.manifest import CLEAN, DEGRADED, MANIFEST, Entry, Part, Shard, read_manifest
 from mirl_dist.data.order import Position
 from mirl_dist.data.sample import Batch
 from mirl_dist.data.shards import Place, Shards
-from mirl_dist.faults import Fault
-from mirl_dist.storage import Folder
+from mirl_dist.data.supply import Supply
+from mirl_dist.faults import Fault, Stopped
+from mirl_dist.storage import Folder, TryAgain
+from mirl_dist.storage.patience import Patience
 
 
 @pytest.fixture(scope="module")
@@ -268,3 +273,119 @@ def test_a_batch_counts_what_stands_in_for_damage(copy: Path) -> None:
     assert len(found) == 3
     assert sum(batch.skipped for batch in found) == 4 * place.shard.samples
     assert all(len(batch.keys) == GLOBAL for batch in found)
+
+
+# -- a small cache, a store that is away, a disk that is full -------------------------------------------------------
+
+
+def test_lost_shards_do_not_fill_the_cache_with_those_that_stand_in(tmp_path: Path) -> None:
+    folder = built_at(tmp_path, counts=(1, 40), mb=0.03)
+    rainy = [s for s in Shards(Folder(folder)).train if s.kind == "derain"]
+    for shard in rainy[::2]:
+        (folder / shard.name).unlink()
+    limit = 9 * max(s.bytes for s in rainy)
+    assert sum(s.bytes for s in rainy[1::2]) > limit
+    small = batches(stream(folder, mix={"derain": 1}, global_batch=2, damage="skip", cache=tmp_path / "c", limit=limit))
+    assert same(small, batches(stream(folder, mix={"derain": 1}, global_batch=2, damage="skip")))
+
+
+def test_what_a_store_has_instead_of_a_shard_comes_once_and_counts_in_the_cache(copy: Path, tmp_path: Path) -> None:
+    place = victim(copy)
+    cut(copy, place)
+    made = stream(copy, damage="skip", cache=tmp_path / "cache")
+    batches(made)
+    (kept,) = (tmp_path / "cache").glob("*.damaged")
+    assert kept.name == f"{place.shard.sha256}.damaged"
+    assert kept.read_bytes() == (copy / place.shard.name).read_bytes()
+
+
+class Away(Folder):
+    """A folder that can be away, as a server can."""
+
+    away = False
+    reads = 0
+
+    def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
+        self.reads += 1
+        if self.away:
+            raise TryAgain(f"{name}: away")
+        yield from super().read(name, offset)
+
+
+def supply_over(store: Folder, cache: Path, damage: str = "refuse") -> Supply:
+    patience = Patience(seconds=0.2, first=0.01, most=0.02)
+    return Supply(Shards(store), Cache(cache, 10**9, patience=1), damage, lambda line: None, patience=patience)
+
+
+def test_a_store_that_was_away_while_nobody_waited_stops_no_one(copy: Path, tmp_path: Path) -> None:
+    store = Away(copy)
+    supply = supply_over(store, tmp_path / "cache")
+    shard = supply.shards.train[0]
+    store.away = True
+    supply.want(shard)
+    while not supply._wanted[shard.name].future.done():
+        pass
+    store.away = False
+    assert supply.get(shard).path.stat().st_size == shard.bytes
+    supply.release(shard)
+    store.away = True
+    other = supply.shards.train[1]
+    supply.want(other)
+    with pytest.raises(TryAgain, match="away"):
+        supply.get(other)  # this one was waited for until patience ended
+
+
+@pytest.mark.parametrize("damage", ["refuse", "skip"])
+def test_a_system_that_fails_is_no_damage(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """A full disk, too many open files: no sample is skipped for that, since other ranks would not skip it."""
+    supply = supply_over(Folder(copy), tmp_path / "cache", damage)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mirl_dist.data.supply.download", full)
+    shard = supply.shards.train[0]
+    with pytest.raises(Fault, match=r"the cache .*: No space left on device\. Make room"):
+        supply.prove(shard)
+    monkeypatch.undo()
+    supply.prove(shard)
+
+    def many(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    running = stream(copy, damage=damage).batches(0, Position(0, 0), 1)
+    next(running)
+    monkeypatch.setattr("mirl_dist.data.sample.os.open", many)
+    with pytest.raises(Fault, match=r"cannot be read: .*Too many open files.*Check the disk, then start again"):
+        list(running)
+
+
+def test_a_passing_fault_of_the_system_is_tried_once_more(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = batches(stream(copy))
+    opened, calls = os.open, [0]
+
+    def sometimes(path: str, flags: int) -> int:
+        calls[0] += 1
+        if calls[0] in (5, 30):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return opened(path, flags)
+
+    monkeypatch.setattr("mirl_dist.data.sample.os.open", sometimes)
+    skipping = stream(copy, damage="skip")
+    found = batches(skipping)
+    assert calls[0] > 50
+    monkeypatch.undo()
+    assert same(found, whole)
+    assert skipping.damaged == {}
+
+
+def test_who_is_asked_to_stop_does_not_wait_for_a_store(copy: Path, tmp_path: Path) -> None:
+    store = Away(copy)
+    patience = Patience(seconds=60, first=0.05, most=0.1)
+    cache = Cache(tmp_path / "cache", 10**9)
+    supply = Supply(Shards(store), cache, "refuse", lambda line: None, stop_asked=lambda: True, patience=patience)
+    store.away = True
+    with pytest.raises(Stopped, match=r"stopped as asked while waiting for train-.*; the last commit stands"):
+        supply.prove(supply.shards.train[0])

@@ -181,7 +181,7 @@ def test_a_cache_that_is_too_small_is_no_damage_and_is_refused_before_anything_i
     ended = lab.play(tmp_path, sets)
     assert ended.codes == (2, 2), ended.said()
     (line,) = ended.err.splitlines()
-    assert line.startswith("mirl-dist: data.cache.gigabytes: found 3e-05, but 2 ranks on this node need"), line
+    assert line.startswith("mirl-dist: data.cache.gigabytes: found 3e-05, but each of 2 ranks on this node needs"), line
     assert "Set it to" in line
     assert not (tmp_path / "run").exists()
     enough = float(line.partition("Set it to ")[2].split()[0])

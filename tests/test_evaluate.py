@@ -190,3 +190,14 @@ def test_an_image_too_small_to_score_is_refused_by_name_before_any_training(tmp_
     build(yaml_tree.build(Recipe, tree, "the test"), Folder(tmp_path / "built"), 1, quiet)
     with pytest.raises(Fault, match=r"evaluation image '.*low.*' is 12 x 40 pixels \(1 such\); scores need 16 a side"):
         evaluate.plan(Shards(Folder(tmp_path / "built")), TASKS, None)
+
+
+def test_a_rank_is_dealt_runs_of_shards_and_every_job_once(supply: Supply) -> None:
+    jobs = evaluate.plan(supply.shards, TASKS, None)
+    for world in (1, 2, 3, 4, 20):
+        dealt = [evaluate.deal(jobs, rank, world) for rank in range(world)]
+        assert sorted(n for mine in dealt for n in mine) == list(range(len(jobs)))
+        assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+        for mine in dealt:
+            names = [jobs[n].place.shard.name for n in mine]
+            assert names == sorted(names)

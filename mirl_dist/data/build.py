@@ -11,13 +11,14 @@ import json
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from mirl_dist.data import contact_sheet, unfinished
 from mirl_dist.data.crew import ALONE, Crew, shared
+from mirl_dist.data.digest import digest_of
 from mirl_dist.data.encode import members
 from mirl_dist.data.manifest import MANIFEST, Entry, Index, Manifest, Part, Shard
 from mirl_dist.data.plan import Item, ShardPlan, shards
@@ -43,18 +44,15 @@ def build(recipe: Recipe, store: Store, workers: int, report: Report, crew: Crew
 
     workers: processes of each rank, 1 or more; the bytes depend neither on it nor on the number of ranks. Shards of
     the same recipe that lie there whole are kept, also those of a build that was killed.
-    Raises Fault, on every rank, for images that cannot be used (all listed at once), and for a place that holds
-    something else, that another build is writing into, or that cannot be written.
+    Raises Fault, on every rank: before any image is read, for a place that holds something else, that another build is
+    writing into, or that some rank cannot write; then for images that cannot be used (all listed at once).
     """
-    found = survey(recipe, workers, report, crew)
-    whose = recipe.name, found.fingerprint
     with ExitStack() as stack:
-
-        def claim() -> Manifest | None:
-            stack.enter_context(unfinished.locked(store))
-            return unfinished.standing(store, *whose)
-
-        existing = crew.from_main(claim)
+        crew.from_main(lambda: stack.enter_context(unfinished.locked(store)))
+        _prove(store, recipe.name, crew, report)
+        found = survey(recipe, workers, report, crew)
+        whose = recipe.name, found.fingerprint
+        existing = crew.from_main(lambda: unfinished.standing(store, *whose))
         if existing is not None:
             compare = partial(unfinished.is_sound, store)
             sound = shared(crew, compare, existing.shards, workers, report, "comparing shards already built")
@@ -70,6 +68,18 @@ def build(recipe: Recipe, store: Store, workers: int, report: Report, crew: Crew
         manifest = Manifest(name=recipe.name, recipe=found.fingerprint, skipped=found.skipped, shards=tuple(written))
         crew.from_main(lambda: _finish(store, manifest))
         return manifest
+
+
+def _prove(store: Store, name: str, crew: Crew, report: Report) -> None:
+    """Every rank can write and remove there, all see one place, and nothing lies there that a build would refuse."""
+    probe = crew.from_main(lambda: unfinished.put_probe(store))
+    try:
+        shared(crew, partial(unfinished.prove, store, probe), range(crew.world), 1, report, "trying the place")
+        crew.from_main(lambda: unfinished.look(store, name))
+    finally:
+        if crew.rank == 0:
+            with suppress(Fault):  # that probes can be removed is proven, or what cannot be is being told
+                store.remove(probe)
 
 
 def _finish(store: Store, manifest: Manifest) -> None:
@@ -152,11 +162,9 @@ def _encode(plan: ShardPlan, path: Path) -> tuple[Index, int, str]:
         ):
             for item in plan.items:
                 writer.write({"__key__": item.key, **members(item, plan.seed)})
-        found = hashlib.sha256()
         with path.open("rb") as tar:
-            while block := tar.read(1 << 20):
-                found.update(block)
-        return index_of(path, plan.items), path.stat().st_size, found.hexdigest()
+            digest = digest_of(tar)
+        return index_of(path, plan.items), path.stat().st_size, digest
     except OSError as error:
         raise _no_room(error) from None
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from mirl_dist.data.digest import digest_of
 from mirl_dist.data.manifest import (
     MANIFEST,
     MEMBERS,
@@ -26,7 +27,6 @@ from mirl_dist.data.manifest import (
     read_manifest,
 )
 from mirl_dist.data.source_image import Refused, decode
-from mirl_dist.data.unfinished import digest
 from mirl_dist.data.workers import Report, each
 from mirl_dist.faults import Fault
 from mirl_dist.storage import Folder, NotAllowed, NotThere, Store
@@ -113,8 +113,10 @@ def _bytes(tar: Path, shard: Shard) -> Iterator[str]:
     size = tar.stat().st_size
     if size != shard.bytes:
         yield f"{shard.name}: has {size} bytes, the manifest says {shard.bytes}"
-    elif digest(Folder(tar.parent), tar.name) != shard.sha256:
-        yield f"{shard.name}: its SHA-256 is not the manifest's, although its size is"
+        return
+    with tar.open("rb") as stream:
+        if digest_of(stream) != shard.sha256:
+            yield f"{shard.name}: its SHA-256 is not the manifest's, although its size is"
 
 
 def _headers(tar: Path, shard: Shard, parts: dict[str, Part]) -> Iterator[str]:

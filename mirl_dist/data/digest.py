@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from hashlib import sha256
 from typing import BinaryIO
 
@@ -10,7 +12,12 @@ _BLOCK = 1 << 20
 
 def digest_of(stream: BinaryIO) -> str:
     """Hex SHA-256 of a stream from where it stands to its end."""
+    return digest_of_blocks(iter(partial(stream.read, _BLOCK), b""))
+
+
+def digest_of_blocks(blocks: Iterable[bytes]) -> str:
+    """Hex SHA-256 of bytes that come in blocks, as a store gives them."""
     digest = sha256()
-    while block := stream.read(_BLOCK):
+    for block in blocks:
         digest.update(block)
     return digest.hexdigest()

@@ -3,6 +3,7 @@
     <shards>/.building/build.json       the fingerprint of the build that writes here
     <shards>/.building/train-x-00000.json   written after a shard and its index: that shard is done
     <shards>/.building/lock             in folders: held by the build that writes now
+    <shards>/.building/probe-<letters>  there for a moment before any work: the place can be written
 
 All of it goes when the manifest is there.
 """
@@ -14,12 +15,14 @@ import fcntl
 import hashlib
 import os
 import re
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mirl_dist.data.digest import digest_of_blocks
 from mirl_dist.data.manifest import MANIFEST, Manifest, Shard, read_manifest
 from mirl_dist.faults import Fault
 from mirl_dist.storage import Folder, NotThere, Store
@@ -61,7 +64,8 @@ def locked(store: Store) -> Iterator[None]:
     if not isinstance(store, Folder):
         yield
         return
-    path = Path(store.where(LOCK))
+    path, out = Path(store.where(LOCK)), Path(store.where())
+    ours = not out.exists()
     with _lock(path, store.where()):
         try:
             yield
@@ -69,6 +73,8 @@ def locked(store: Store) -> Iterator[None]:
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # what a build that died needs lies there still
                 path.parent.rmdir()
+                if ours:
+                    out.rmdir()
 
 
 def _lock(path: Path, out: str) -> BinaryIO:
@@ -94,36 +100,65 @@ def _lock(path: Path, out: str) -> BinaryIO:
         handle.close()  # the lock of a build that ended just now
 
 
-def standing(store: Store, name: str, fingerprint: str) -> Manifest | None:
-    """The manifest of an earlier build of the same recipe and images, if it came to that.
+def put_probe(store: Store) -> str:
+    """The name of something small that was written just now. Raises Fault where nothing can be written."""
+    name = f"{AREA}/probe-{uuid.uuid4().hex}"
+    store.put_if_absent(name, b"mirl-dist tries whether it may write here\n")
+    return name
 
-    Raises Fault where the place holds other shards, or what is left of another build.
+
+def prove(store: Store, probe: str, rank: int) -> None:
+    """Write and remove there, and see what rank 0 has put under `probe`. Raises Fault where that is not so."""
+    mine = put_probe(store)
+    seen = store.exists(probe)
+    store.remove(mine)
+    if not seen:
+        raise Fault(
+            f"{store.where()} is another place for rank {rank} than for rank 0. Do all ranks see the same folder? "
+            "Choose an --out that all nodes share."
+        )
+
+
+def look(store: Store, name: str) -> Manifest | _Mark | None:
+    """What lies there: a finished build, the mark of one that died, or nothing.
+
+    Raises Fault for what no build of the recipe `name` could use, whatever its images.
     """
-    this = f"this is '{name}', {fingerprint[:12]}"
+    found: Manifest | _Mark | None
     try:
-        manifest = read_manifest(store.get(MANIFEST), store.where(MANIFEST))
+        found = read_manifest(store.get(MANIFEST), store.where(MANIFEST))
     except NotThere:
-        mark = _read(store, MARKER)
-        foreign = [n for n in store.list("") if OURS.fullmatch(n)] if mark is None else []
+        found = _read(store, MARKER)
+        foreign = [n for n in store.list("") if OURS.fullmatch(n)] if found is None else []
         if foreign:
             raise Fault(
                 f"{store.where()} holds shards ({foreign[0]}) without a manifest or the mark of a build that died. "
                 f"{ELSEWHERE}"
             ) from None
-        if mark is not None and mark.recipe != fingerprint:
-            raise Fault(
-                f"{store.where()} holds an unfinished build of another recipe or other images ('{mark.name}', "
-                f"{mark.recipe[:12]}; {this}). {ELSEWHERE}"
-            ) from None
-        return None
     except Fault as fault:
         raise Fault(f"{fault} Or choose another --out.") from None
-    if manifest.recipe != fingerprint:
-        raise Fault(
-            f"{store.where()} holds shards of another recipe or other images ('{manifest.name}', "
-            f"{manifest.recipe[:12]}; {this}). {ELSEWHERE}"
-        )
-    return manifest
+    if found is not None and found.name != name:
+        raise _of_another(store, found, f"'{name}'")
+    return found
+
+
+def _of_another(store: Store, found: Manifest | _Mark, this: str) -> Fault:
+    what = "shards" if isinstance(found, Manifest) else "an unfinished build"
+    return Fault(
+        f"{store.where()} holds {what} of another recipe or other images ('{found.name}', {found.recipe[:12]}; this "
+        f"is {this}). {ELSEWHERE}"
+    )
+
+
+def standing(store: Store, name: str, fingerprint: str) -> Manifest | None:
+    """The manifest of an earlier build of the same recipe and images, if it came to that.
+
+    Raises Fault where the place holds other shards, or what is left of another build.
+    """
+    found = look(store, name)
+    if found is not None and found.recipe != fingerprint:
+        raise _of_another(store, found, f"'{name}', {fingerprint[:12]}")
+    return found if isinstance(found, Manifest) else None
 
 
 def begin(store: Store, name: str, fingerprint: str) -> frozenset[str]:
@@ -174,14 +209,6 @@ def is_sound(store: Store, shard: Shard) -> bool:
             return False
         if hashlib.sha256(store.get(shard.index_name)).hexdigest() != shard.index_sha256:
             return False
-        return not isinstance(store, Folder) or digest(store, shard.name) == shard.sha256
+        return not isinstance(store, Folder) or digest_of_blocks(store.read(shard.name)) == shard.sha256
     except NotThere:
         return False
-
-
-def digest(store: Store, name: str) -> str:
-    """Hex SHA-256 of what lies under a name."""
-    found = hashlib.sha256()
-    for block in store.read(name):
-        found.update(block)
-    return found.hexdigest()

@@ -31,8 +31,8 @@ def shards_ahead(
     fits = limit // node_ranks // largest
     if fits <= used:
         raise Fault(
-            f"data.cache.gigabytes: found {limit / 1e9:g}, but each of {node_ranks} ranks on this node needs {used + 1} "
-            f"shards of up to {largest / 1e9:.3g} GB at a time. Set it to "
+            f"data.cache.gigabytes: found {limit / 1e9:g}, but each of {node_ranks} ranks on this node needs "
+            f"{used + 1} shards of up to {largest / 1e9:.3g} GB at a time. Set it to "
             f"{node_ranks * (used + 1) * largest * 1.01 / 1e9:.3g} or more, or build smaller shards "
             "(shard_megabytes in the recipe).",
             everywhere=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -14,10 +15,12 @@ __all__ = ["Folder", "NotAllowed", "NotThere", "StorageError", "Store", "TryAgai
 def open_store(url: str) -> Store:
     """The store that an address means: a folder's path, file://, s3://, http:// or https:// (read only).
 
-    Nothing is asked of a server yet. Raises NotAllowed for other kinds, and for addresses that hold a key or a query.
+    Nothing is asked of a server yet. Raises NotAllowed for other kinds, for 's3:/' where 's3://' must be meant, and
+    for addresses that hold a key or a query.
     """
     kind, found, _ = url.partition("://")
     if not found:
+        _refuse_one_slash(url)
         return Folder(Path(url).expanduser())
     if kind == "file":
         parts = urlsplit(url)
@@ -33,3 +36,17 @@ def open_store(url: str) -> Store:
 
         return Web(url)
     raise NotAllowed(f"{kind}:// is not known here. Give a folder's path, file://, s3://bucket/prefix, or http(s)://.")
+
+
+def _refuse_one_slash(url: str) -> None:
+    """Raise NotAllowed for a path that begins as an address does: nobody means a folder named 's3:'."""
+    one = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", url)
+    if one is None:
+        return
+    kind, rest = one[1], url[one.end() :]
+    meant = f"{kind}:///{rest}" if kind == "file" else f"{kind}://{rest}"
+    if re.search(r"[@?#]", rest):
+        raise NotAllowed(f"The address begins with {kind}:/ and holds '@', '?' or '#'. Write {kind}://, without keys.")
+    if kind not in ("file", "s3", "http", "https"):
+        meant = "a folder's path, file:///path, s3://bucket/prefix, or http(s)://host/folder"
+    raise NotAllowed(f"{url} is no address and hardly a folder. Write {meant} (for a folder of that name: ./{url}).")
