@@ -31,7 +31,7 @@ _SHOWN = 5
 _PATIENCE = Patience()
 _LOOK_SECONDS = 0.5  # between two looks at whether the run was asked to stop, while a shard is awaited
 _DISK = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR)  # of these the file itself is the cause
-_REMEDY = "Copy the shard again, build the shards again, or train without such samples by data.damage: skip."
+_REMEDY = "Copy the shard again, build the shards again, or go on without such samples by data.damage: skip."
 
 
 class _Lost(Fault):
