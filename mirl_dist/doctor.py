@@ -28,7 +28,11 @@ _NEEDED = (
     "numpy",
     "pillow",
     "scikit-image",
+    "matplotlib",
     "pydantic",
+    "pyyaml",
+    "rich",
+    "typer",
 )
 _OTHER_CREDENTIALS = (
     "AWS_PROFILE",
@@ -66,7 +70,7 @@ def print_machine() -> int:
 
 def _room(folder: Path) -> str:
     """Free bytes on the disk where a folder lies or would lie."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     return f"{shutil.disk_usage(there).free / 1e9:.1f} GB"
 
 

@@ -106,7 +106,9 @@ def test_a_config_that_does_not_fit_its_data_or_machine_writes_nothing(
 def test_a_cache_that_holds_no_shard_is_refused_before_the_run_begins(lab: Any, tmp_path: Path) -> None:
     sets = {"data.cache.gigabytes": 1e-6, "data.cache.folder": "cache"}
     ended = lab.mirl(*lab.train(tmp_path, sets), cwd=tmp_path)
-    assert_refused(ended, "data.cache.gigabytes: found 1e-06, but each of 1 ranks on this node needs", "GB. Raise it.")
+    assert_refused(
+        ended, "data.cache.gigabytes: found 1e-06, but each of 1 ranks on this node needs", "Set it to 0.000434 or more"
+    )
     assert files(tmp_path) == {"tiny.yaml", "cache/room.lock"}
 
 

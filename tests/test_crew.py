@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,7 +12,7 @@ from typing import Any, TypeVar
 import pytest
 
 from mirl_dist.data import crew as crews
-from mirl_dist.data.crew import ALONE, shared
+from mirl_dist.data.crew import ALONE, processes, shared
 from mirl_dist.faults import Fault
 
 T = TypeVar("T")
@@ -132,3 +135,31 @@ def test_an_error_that_nobody_foresaw_is_raised_where_it_happened() -> None:
 
     ended, _ = together(2, work)
     assert isinstance(ended[0], threading.BrokenBarrierError) and isinstance(ended[1], ZeroDivisionError)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system gives a process all processors")
+def test_a_process_that_may_use_one_processor_uses_one() -> None:
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
+    code += "from mirl_dist.data.crew import processes; print(processes())"
+    env = {name: value for name, value in os.environ.items() if name != "LOCAL_WORLD_SIZE"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert ran.stdout.strip() == "1"
+
+
+@pytest.mark.parametrize(("ranks", "each"), [(None, 12), ("1", 12), ("5", 2), ("12", 1), ("16", 1)])
+def test_the_ranks_of_a_node_share_its_processors(
+    ranks: str | None, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert processes() == each
+
+
+def test_where_a_system_does_not_say_what_a_process_may_use_all_processors_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert processes() == os.cpu_count()

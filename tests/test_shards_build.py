@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ from mirl_dist.data.recipe import Recipe, read
 from mirl_dist.data.source_image import examine
 from mirl_dist.data.unfinished import LOCK, MARKER
 from mirl_dist.faults import Fault
-from mirl_dist.storage import Folder
+from mirl_dist.storage import Folder, NotAllowed, Store
+from mirl_dist.storage.web import Web
 
 RECIPES = Path(__file__).parent.parent / "shards"
 SMALL: dict[str, Any] = {
@@ -440,6 +441,55 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     tree = {"name": "s", "least_pixels": 32, "train": [folder(tmp_path / "in")]}
     with pytest.raises(Fault, match=rf"cannot write {tmp_path}/file/out: Not a directory"):
         build(recipe(tree), Folder(tmp_path / "file/out"), 1, quiet)
+
+
+class Unremovable(Folder):
+    """A place where things may be written, but not removed."""
+
+    def remove(self, name: str) -> None:
+        raise NotAllowed(f"{self.where(name)}: nothing can be removed here. Allow it.")
+
+
+def another(path: Path) -> Folder:
+    """A folder that holds the manifest of another recipe."""
+    path.mkdir()
+    (path / "manifest.json").write_bytes(Manifest(name="theirs", recipe="f" * 64, shards=()).dump())
+    return Folder(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (lambda path: Web("http://127.0.0.1:9/shards"), "a web address can only be read. Give a folder or s3://"),
+        (lambda path: Unremovable(path / "out"), "nothing can be removed here. Allow it."),
+        (lambda path: another(path / "out"), r"holds shards of another recipe .*'theirs', f{12}; this is 's'\)"),
+        (
+            lambda path: Folder(path / "file"),
+            r"cannot write .*/file: Not a directory|cannot write .*/file: File exists",
+        ),
+    ],
+    ids=["web", "unremovable", "another", "file"],
+)
+def test_a_place_that_cannot_take_shards_is_refused_before_any_image_is_read(
+    place: Callable[[Path], Store], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    heard: list[str] = []
+    tree = {"name": "s", "least_pixels": 32, "train": [folder(tmp_path / "in")]}
+    with pytest.raises(Fault, match=said):
+        build(recipe(tree), place(tmp_path), 1, lambda done, total, what: heard.append(what))
+    assert "checking images" not in heard
+
+
+def test_trying_a_place_leaves_nothing_there_when_the_images_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(b"")
+    one = {"set": "s", "kind": "clean", "clean": {"folder": str(tmp_path / "in")}}
+    (tmp_path / "there").mkdir()
+    for name in ("there", "new"):
+        with pytest.raises(Fault, match=r"a\.png: is empty"):
+            build(recipe({"name": "s", "train": [one]}), Folder(tmp_path / name), 1, quiet)
+    assert os.listdir(tmp_path / "there") == [] and not (tmp_path / "new").exists()
 
 
 def encoded(image: Image.Image, ending: str) -> bytes:

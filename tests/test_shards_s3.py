@@ -91,3 +91,19 @@ def test_a_shard_that_is_missing_in_a_finished_bucket_is_written_again(bucket: s
     assert fault.startswith(f"{bucket}/{manifest.shards[1].name}")
     assert build(recipe(SMALL), store, 1, quiet) == manifest
     assert held(store) == before
+
+
+def test_a_wrong_bucket_is_told_before_any_image_is_read(bucket: str) -> None:
+    heard: list[str] = []
+    store = open_store("s3://nobody-made-this-bucket/a")
+    with pytest.raises(Fault, match=r"s3://nobody-made-this-bucket/a.*: the bucket does not exist\. Create it"):
+        build(recipe(SMALL), store, 1, lambda done, total, what: heard.append(what))
+    assert heard == []
+
+
+def test_trying_a_bucket_leaves_nothing_there(bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    one = {"set": "s", "kind": "clean", "clean": {"folder": str(tmp_path)}}
+    with pytest.raises(Fault, match=r"a\.png: is empty"):
+        build(recipe({"name": "s", "train": [one]}), open_store(bucket), 1, quiet)
+    assert open_store(bucket).list("") == []

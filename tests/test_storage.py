@@ -302,6 +302,28 @@ def test_an_unknown_kind_of_address_is_refused_with_the_known_ones(address: str)
     assert "swordfish" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("address", "meant"),
+    [
+        ("s3:/bucket/x", "Write s3://bucket/x (for a folder of that name: ./s3:/bucket/x)"),
+        ("https:/host/x", "Write https://host/x"),
+        ("file:/data/x", "Write file:///data/x"),
+        ("gs:/bucket/x", "Write a folder's path, file:///path, s3://bucket/prefix, or http(s)://host/folder"),
+        ("https:/ada:swordfish@host/x", "Write https://, without keys"),
+        ("http:/host/x?key=swordfish", "Write http://, without keys"),
+    ],
+)
+def test_an_address_that_lacks_a_slash_is_refused_with_what_was_meant(address: str, meant: str) -> None:
+    with pytest.raises(NotAllowed) as caught:
+        open_store(address)
+    assert meant in str(caught.value) and "swordfish" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["./s3:/bucket/x", "/data/a:/b", "a:b", "a b:/c", "1:/x"])
+def test_a_path_with_a_colon_is_still_a_folder(path: str) -> None:
+    assert open_store(path).where() == str(Path(path))
+
+
 @pytest.mark.parametrize("address", ["file://other-host/run", "file://", "file:///run?x"])
 def test_a_file_address_means_a_folder_of_this_machine(address: str) -> None:
     with pytest.raises(NotAllowed, match=r"is no folder of this machine\. Write file:///path, or the path alone"):

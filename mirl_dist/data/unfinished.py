@@ -65,7 +65,7 @@ def locked(store: Store) -> Iterator[None]:
         yield
         return
     path, out = Path(store.where(LOCK)), Path(store.where())
-    ours = not out.exists()
+    ours = not os.path.exists(out)
     with _lock(path, store.where()):
         try:
             yield

@@ -120,3 +120,64 @@ def test_a_rank_that_is_killed_ends_the_others(lab: Any, tmp_path: Path) -> None
     ended = started.wait()
     assert ended.codes == (1, -9), ended.said()
     assert "rank 0: another rank has gone" in ended.err
+
+
+APART = """
+import os
+from mirl_dist.cli import main
+
+if os.environ["RANK"] == "1":
+    os.chdir(os.environ["ELSEWHERE"])
+main()
+"""
+
+
+def apart(lab: Any, tmp_path: Path, *arguments: str) -> Any:
+    """A build by two ranks of which the second works in the folder 'elsewhere', as on a node of its own."""
+    (tmp_path / "apart.py").write_text(APART)
+    (tmp_path / "elsewhere").mkdir(exist_ok=True)
+    env = {"ELSEWHERE": str(tmp_path / "elsewhere")}
+    script = str(tmp_path / "apart.py")
+    arguments = ("shards", "build", *arguments, "--workers", "1")
+    return lab.start(*arguments, cwd=tmp_path, world=2, script=script, env=env).wait()
+
+
+def test_a_recipe_that_only_the_first_rank_has_is_enough(lab: Any, tmp_path: Path) -> None:
+    recipe(lab, tmp_path)
+    ended = apart(lab, tmp_path, "recipe.yaml", "--out", str(tmp_path / "out"))
+    assert ended.codes == (0, 0) and ended.err == "", ended.said()
+    assert contents(tmp_path / "out") == contents(lab.shards)
+
+
+def test_a_recipe_that_the_first_rank_lacks_ends_all_with_one_text(lab: Any, tmp_path: Path) -> None:
+    recipe(lab, tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "recipe.yaml").rename(tmp_path / "elsewhere/recipe.yaml")
+    ended = apart(lab, tmp_path, "recipe.yaml", "--out", str(tmp_path / "out"))
+    assert ended.codes == (2, 2), ended.said()
+    assert ended.err.count("\n") == 1 and "recipe.yaml" in ended.err and "another rank" not in ended.err
+
+
+@pytest.mark.parametrize("out", ["s3:/bucket/x", "http://127.0.0.1:9/x", "ftp://host/x"])
+def test_an_address_that_cannot_be_written_ends_all_ranks_with_one_text(out: str, lab: Any, tmp_path: Path) -> None:
+    path = recipe(lab, tmp_path)
+    ended = lab.start("shards", "build", path, "--out", out, cwd=tmp_path, world=2).wait()
+    assert ended.codes == (2, 2), ended.said()
+    assert ended.err.startswith("mirl-dist: ") and ended.err.count("\n") == 1
+
+
+def test_ranks_that_see_different_folders_are_told_so_before_any_image_is_read(lab: Any, tmp_path: Path) -> None:
+    ended = apart(lab, tmp_path, recipe(lab, tmp_path), "--out", "out")
+    assert ended.codes == (2, 2), ended.said()
+    assert ended.err.startswith("mirl-dist: rank 1: out is another place for rank 1 than for rank 0.")
+    assert ended.err.count("\n") == 1 and "checking images" not in ended.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_only_one_rank_cannot_write_is_told_before_any_image_is_read(lab: Any, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/out").write_text("a file")
+    ended = apart(lab, tmp_path, recipe(lab, tmp_path), "--out", "out")
+    assert ended.codes == (2, 2), ended.said()
+    assert ended.err.startswith("mirl-dist: rank 1: out/.building/probe-") and ended.err.count("\n") == 1
+    assert "checking images" not in ended.out and not (tmp_path / "out").exists()
