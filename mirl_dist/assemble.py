@@ -26,6 +26,7 @@ from mirl_dist.pruning.prune import Rule, in_scope
 from mirl_dist.ranks import Ranks
 from mirl_dist.rounds import Rounds
 from mirl_dist.state import MakeOptimiser, Progress, State
+from mirl_dist.stopping import StopFlag
 from mirl_dist.storage import open_store
 from mirl_dist.ticket import Ticket, parse
 from mirl_dist.tracking import Mlflow, Silent, Tracker
@@ -302,7 +303,7 @@ def _resume(state: State, prepared: Prepared, ranks: Ranks) -> Ticket | None:
     return parse(newest.ticket.encode(), newest.commit.folder) if newest.ticket is not None else None
 
 
-def run(config: Config, resume: str, stop_asked: Callable[[], bool]) -> str:
+def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
     """The whole run on this rank; what to type to see it in MLflow. Raises Fault and Stopped."""
     ranks = Ranks(device=config.train.device, precision=config.train.precision, seed=config.run.seed)
     prepared = _prepare_together(config, resume, ranks)
@@ -310,6 +311,7 @@ def run(config: Config, resume: str, stop_asked: Callable[[], bool]) -> str:
         report.say(describe(config, prepared, ranks.world))
     supply = feed.supply_of(config, prepared.shards, f"rank {ranks.rank}", stop_asked)
     stream = feed.stream_of(config, prepared.shards, supply, prepared.order, prepared.shares, ranks)
+    look_ahead = feed.evaluation_looks_ahead(supply, prepared.jobs, ranks)
     feed.refuse_damaged(prepared.shards, supply, prepared.jobs, ranks, config.data.damage)
     tracker = _tracker(config, prepared.checkpoints, ranks)
     initial = _first_weights(config, prepared, ranks)
@@ -338,10 +340,12 @@ def run(config: Config, resume: str, stop_asked: Callable[[], bool]) -> str:
         shares=prepared.shares,
         stream=stream,
         jobs=prepared.jobs,
+        look_ahead=look_ahead,
         checkpoints=prepared.checkpoints,
         tracker=tracker,
         stop_asked=stop_asked,
     )
+    stop_asked.polite = True  # from here on there is something to commit
     tracker.begin_run(config.dump(), _tags(config, prepared, ranks.world))
     with _told_how_it_ended(tracker):
         _play(config, rounds, newest)

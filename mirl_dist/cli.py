@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 failed, 2 the user's mistake (one clear line), 75 stopped 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ import typer
 
 from mirl_dist import __version__
 from mirl_dist.faults import Fault, Stopped
+from mirl_dist.stopping import RESUMABLE, StopFlag
 
 app = typer.Typer(
     add_completion=False,
@@ -49,7 +49,7 @@ def main() -> None:
     except Stopped as stopped:
         if rank == "0":
             print(f"mirl-dist: {stopped}. Go on with --resume auto.", file=sys.stderr, flush=True)
-        _leave(75)
+        _leave(RESUMABLE)
     except RuntimeError as error:
         from mirl_dist.ranks import lost_a_peer
 
@@ -117,38 +117,13 @@ def train(
         if world > 1:
             launching.launch(tree, world, options, ["train", str(config), "--resume", resume], sets or [])
             return
-    address = assemble.run(tree, resume, _stop_flag())
+    address = assemble.run(tree, resume, StopFlag().listen())
     if os.environ.get("RANK", "0") == "0":
         from mirl_dist import shelf
 
         shelf.print_tickets(tree.run.folder, as_json=False)
         if address:
             print(f"MLflow: {address}", flush=True)
-
-
-def _stop_flag() -> Any:
-    """A function that says whether SIGTERM or SIGINT came; a second SIGINT ends the process at once.
-
-    Before it is asked for the first time, which a run does when it trains, there is nothing to commit: a signal then
-    ends the run where it stands.
-    """
-    asked: list[int] = []
-    polite: list[bool] = []
-
-    def note(number: int, frame: object) -> None:
-        if asked and number == signal.SIGINT:
-            os._exit(130)
-        asked.append(number)
-        if not polite:
-            raise Stopped("stopped as asked before any step was trained; nothing was lost")
-
-    def stop_asked() -> bool:
-        polite.append(True) if not polite else None
-        return bool(asked)
-
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGINT, note)
-    return stop_asked
 
 
 @app.command()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from math import fsum
 from typing import NamedTuple
@@ -132,24 +134,42 @@ def deal(jobs: Sequence[Job], rank: int, world: int) -> list[int]:
     return by_shard[len(jobs) * rank // world : len(jobs) * (rank + 1) // world]
 
 
-def _by_shard(jobs: Sequence[Job], mine: Sequence[int]) -> Iterator[tuple[list[Shard], list[int]]]:
-    """Jobs shard by shard, each with the shards to hold meanwhile: its own, and the next one, which may come ahead."""
-    runs = [list(group) for _, group in groupby(mine, key=lambda n: jobs[n].place.shard.name)]
-    for at, numbers in enumerate(runs):
-        yield [jobs[run[0]].place.shard for run in runs[at : at + 2]], numbers
+@contextmanager
+def _held(supply: Supply, shards: Sequence[Shard], ahead: bool) -> Iterator[Iterator[Shard]]:
+    """Shards one after the other, each held until the next is asked for; ahead: the one after it comes meanwhile."""
+    wanted: deque[Shard] = deque()
+
+    def one_by_one() -> Iterator[Shard]:
+        coming = iter(shards)
+        for shard in shards:
+            while len(wanted) < 1 + ahead and (more := next(coming, None)) is not None:
+                supply.want(more)
+                wanted.append(more)
+            yield shard
+            supply.release(wanted.popleft())
+
+    try:
+        yield one_by_one()
+    finally:
+        for shard in wanted:
+            supply.release(shard)
 
 
-def evaluate(model: nn.Module, supply: Supply, jobs: Sequence[Job], ranks: Ranks, seed: int) -> Scores:
+def evaluate(
+    model: nn.Module, supply: Supply, jobs: Sequence[Job], ranks: Ranks, seed: int, look_ahead: bool = False
+) -> Scores:
     """Score every job once, shared out over the ranks; the same bits on every rank and for every world size.
 
     model: the bare network (not the wrapped one: ranks score different numbers of images), set to eval here.
+    look_ahead: the cache has room for two shards of every rank.
     """
     model.eval()
     mine = deal(jobs, ranks.rank, ranks.world)
     results: list[_Result] = []
     with bar("evaluating", len(mine), shown=ranks.is_main and bool(jobs)) as advance:
-        for held, numbers in _by_shard(jobs, mine):
-            with supply.holding(held):
+        runs = [list(group) for _, group in groupby(mine, key=lambda n: jobs[n].place.shard.name)]
+        with _held(supply, [jobs[numbers[0]].place.shard for numbers in runs], look_ahead) as held:
+            for _, numbers in zip(held, runs, strict=True):
                 for number in numbers:
                     job = jobs[number]
                     try:

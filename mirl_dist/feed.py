@@ -19,6 +19,7 @@ from mirl_dist.data.shards import Shards
 from mirl_dist.data.stream import Stream, passes_behind
 from mirl_dist.data.supply import Supply
 from mirl_dist.data.window import shards_ahead
+from mirl_dist.faults import Fault
 from mirl_dist.ranks import Ranks
 from mirl_dist.storage import Folder
 
@@ -52,6 +53,27 @@ def refuse_damaged(shards: Shards, supply: Supply, jobs: Sequence[evaluate.Job],
         shared(ranks, supply.prove, list(scored.values()), 1, told, "checking evaluation shards")
 
 
+def evaluation_looks_ahead(supply: Supply, jobs: Sequence[evaluate.Job], ranks: Ranks) -> bool:
+    """Whether the node's cache has room for two evaluation shards of every rank. Raises Fault if not for one."""
+    if supply.cache is None or not jobs:
+        return True
+    limit, node_ranks = supply.cache.limit, _node_ranks(ranks)
+    shards = {job.place.shard.name: job.place.shard.bytes for job in jobs}
+    largest = max(shards.values())
+    if sum(shards.values()) > limit and node_ranks * largest > limit:
+        raise Fault(
+            f"data.cache.gigabytes: found {limit / 1e9:g}, but {node_ranks} ranks on this node score evaluation shards "
+            f"of up to {largest / 1e9:.3g} GB. Set it to {node_ranks * largest * 1.01 / 1e9:.3g} or more.",
+            everywhere=True,
+        )
+    return sum(shards.values()) <= limit or 2 * node_ranks * largest <= limit
+
+
+def _node_ranks(ranks: Ranks) -> int:
+    """The most ranks on any node: the same number on every rank, so that all raise a Fault, or none."""
+    return max(Counter(ranks.gather_objects(platform.node())).values())
+
+
 def _read_index(shards: Shards, shard: Shard) -> None:
     shards.index(shard)
 
@@ -64,7 +86,6 @@ def stream_of(config: Config, shards: Shards, supply: Supply, order: Order, shar
     """The training batches of this rank. Raises Fault, on every rank, for a cache that is too small."""
     lanes = shares.per_rank * len(order.sources)
     limit = None if supply.cache is None else supply.cache.limit
-    node_ranks = max(Counter(ranks.gather_objects(platform.node())).values())  # the same on every rank: so is a Fault
     behind = passes_behind(config.data.workers)
     return Stream(
         shards,
@@ -76,6 +97,6 @@ def stream_of(config: Config, shards: Shards, supply: Supply, order: Order, shar
         workers=config.data.workers,
         rank=ranks.rank,
         shares=shares,
-        ahead=shards_ahead(lanes, behind, order.steps_per_epoch, order.shards(), limit, node_ranks),
+        ahead=shards_ahead(lanes, behind, order.steps_per_epoch, order.shards(), limit, _node_ranks(ranks)),
         pin=ranks.device.type == "cuda",
     )

@@ -41,6 +41,7 @@ class Rounds:
     shares: Shares
     stream: Stream
     jobs: list[evaluate.Job]
+    look_ahead: bool
     checkpoints: Checkpoints
     tracker: Tracker
     stop_asked: Callable[[], bool]
@@ -48,7 +49,9 @@ class Rounds:
     def train_and_score(self) -> Ticket:
         """Train the round from where it stands, score it, and commit its ticket."""
         self._train()
-        scored = evaluate.evaluate(self.bare, self.supply, self.jobs, self.ranks, self.config.evaluate.seed)
+        scored = evaluate.evaluate(
+            self.bare, self.supply, self.jobs, self.ranks, self.config.evaluate.seed, self.look_ahead
+        )
         prove_dead_weights(self.state, self.ranks)
         self._gather_damage()
         ticket = self._ticket(scored.scores)

@@ -171,7 +171,7 @@ def bring_elsewhere(folder: Path, source: Source) -> Held | None:
 def test_what_a_store_has_instead_is_kept_by_the_same_rules(tmp_path: Path, source: Source) -> None:
     cache = Cache(tmp_path, 2 * SIZE)
     held = cache.hold(digest(1), 300, lambda path: path.write_bytes(b"x" * 300) and None, damaged=True)
-    assert held.path.name == f"{digest(1)}.damaged"
+    assert held.path.name == f"{digest(1)}.300.damaged"
     again = cache.hold(digest(1), 300, source(1), damaged=True)
     assert not again.fresh
     held.release()

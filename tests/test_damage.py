@@ -295,7 +295,7 @@ def test_what_a_store_has_instead_of_a_shard_comes_once_and_counts_in_the_cache(
     made = stream(copy, damage="skip", cache=tmp_path / "cache")
     batches(made)
     (kept,) = (tmp_path / "cache").glob("*.damaged")
-    assert kept.name == f"{place.shard.sha256}.damaged"
+    assert kept.name == f"{place.shard.sha256}.{(copy / place.shard.name).stat().st_size}.damaged"
     assert kept.read_bytes() == (copy / place.shard.name).read_bytes()
 
 
@@ -381,7 +381,10 @@ def test_a_passing_fault_of_the_system_is_tried_once_more(copy: Path, monkeypatc
     assert skipping.damaged == {}
 
 
-def test_who_is_asked_to_stop_does_not_wait_for_a_store(copy: Path, tmp_path: Path) -> None:
+def test_who_is_asked_to_stop_does_not_wait_long_for_a_store(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mirl_dist.data.supply._GRACE_SECONDS", 0.1)
     store = Away(copy)
     patience = Patience(seconds=60, first=0.05, most=0.1)
     cache = Cache(tmp_path / "cache", 10**9)
@@ -389,3 +392,44 @@ def test_who_is_asked_to_stop_does_not_wait_for_a_store(copy: Path, tmp_path: Pa
     store.away = True
     with pytest.raises(Stopped, match=r"stopped as asked while waiting for train-.*; the last commit stands"):
         supply.prove(supply.shards.train[0])
+
+
+def test_batches_that_are_ready_are_trained_on_when_a_stop_meets_a_store_that_is_away(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the ranks may yet meet and commit; then the stop is told."""
+    monkeypatch.setattr("mirl_dist.data.supply._GRACE_SECONDS", 0.0)
+    store, asked = Away(copy), [False]
+    patience = Patience(seconds=60, first=0.05, most=0.1)
+    cache = Cache(tmp_path / "cache", 10**9)
+    supply = Supply(Shards(store), cache, "refuse", lambda line: None, stop_asked=lambda: asked[0], patience=patience)
+    want, wanted = supply.want, [0]
+
+    def wanting(shard: Shard) -> None:
+        wanted[0] += 1
+        if wanted[0] == 7:  # the shards of some passes are here
+            for other in supply._wanted.values():
+                other.future.result()
+            store.away = asked[0] = True
+        want(shard)
+
+    monkeypatch.setattr(supply, "want", wanting)
+    running = stream(copy, supply=supply, mix={"denoise_25": 4, "derain": 4}, global_batch=2).batches(
+        0, Position(0, 0), 9
+    )
+    made = 0
+    with pytest.raises(Stopped, match="stopped as asked while waiting for train-"):
+        for _ in running:
+            made += 1
+    assert made > 0
+
+
+def test_a_file_that_goes_from_the_cache_is_brought_again(copy: Path, tmp_path: Path) -> None:
+    """As when another process of the node finds it bad and brings another."""
+    whole = batches(stream(copy))
+    running = stream(copy, cache=tmp_path / "cache").batches(0, Position(0, 0), 2)
+    found = [next(running).to(torch.device("cpu"))]
+    for tar in (tmp_path / "cache").glob("*.tar"):
+        tar.unlink()
+    found += [batch.to(torch.device("cpu")) for batch in running]
+    assert same(found, whole)

@@ -1,7 +1,7 @@
 """Whole, verified files on this node, shared by all its processes, within a limit in bytes.
 
     <folder>/<sha256>.tar                  a file whose bytes have that digest
-    <folder>/<sha256>.damaged              what the store has instead, where it has something else
+    <folder>/<sha256>.<bytes>.damaged      what the store has instead, where it has something else
     <folder>/<sha256>.<bytes>.tar.partial  one that is being brought, or whose bringer died: the next one goes on
     <folder>/room.lock                     held while a file comes, goes, or gets its name
 
@@ -26,7 +26,7 @@ from mirl_dist.data.digest import digest_of
 from mirl_dist.faults import Fault
 from mirl_dist.storage import TryAgain
 
-_OURS = re.compile(r"[0-9a-f]{64}(\.tar|\.damaged|\.(?P<bytes>\d+)\.(tar|damaged)\.partial)")
+_OURS = re.compile(r"[0-9a-f]{64}(\.tar|\.\d+\.damaged|\.(?P<bytes>\d+)\.(tar|damaged)\.partial)")
 _PAUSE_SECONDS = 0.05
 Fetch = Callable[[Path], None]
 """Completes a file from its present length on."""
@@ -42,11 +42,24 @@ class Held:
     def __init__(self, path: Path, handle: int, fresh: bool) -> None:
         self.path, self._handle, self.fresh = path, handle, fresh
 
+    @property
+    def state(self) -> tuple[int, int]:
+        """Inode and size: another file has another, and nobody changes this one once it has its name."""
+        stat = os.fstat(self._handle)
+        return stat.st_ino, stat.st_size
+
     def digest(self) -> str:
         """Hex SHA-256 of this very file, whatever lies at its path now."""
         with open(os.dup(self._handle), "rb") as stream:
             stream.seek(0)
             return digest_of(stream)
+
+    def holds(self, digest: str) -> bool:
+        """Whether its bytes can be read and have that SHA-256."""
+        try:
+            return self.digest() == digest
+        except OSError:
+            return False
 
     def lies_there(self) -> bool:
         """Whether it is still the file at its path."""
@@ -93,13 +106,14 @@ class Cache:
                 f"data.cache.gigabytes: found {self.limit / 1e9:g}, but one shard has {size / 1e9:.3g} GB. Raise it."
             )
         ending = "damaged" if damaged else "tar"
-        whole, partial = self.folder / f"{digest}.{ending}", self.folder / f"{digest}.{size}.{ending}.partial"
+        whole = self.folder / (f"{digest}.{size}.damaged" if damaged else f"{digest}.tar")
+        partial = self.folder / f"{digest}.{size}.{ending}.partial"
         last = time.monotonic() + self._patience
         with self._named_errors():
             while not stop():
                 handle = _lock(whole, fcntl.LOCK_SH)
                 if handle is not None:
-                    os.utime(whole)
+                    os.utime(handle)
                     return Held(whole, handle, fresh=False)
                 handle = self._claim(whole, partial, size)
                 if handle is not None:
@@ -111,10 +125,12 @@ class Cache:
 
     def discard(self, held: Held) -> None:
         """Let go of a file that is not what it should be, and remove it, but not another that has taken its place."""
-        with self._named_errors(), self._room():
-            if held.lies_there():
-                held.path.unlink()
-        held.release()
+        try:
+            with self._named_errors(), self._room():
+                if held.lies_there():
+                    held.path.unlink()
+        finally:
+            held.release()
 
     def _claim(self, whole: Path, partial: Path, size: int) -> int | None:
         """The partial file, locked for this caller alone, its room granted; None when that is not possible now."""

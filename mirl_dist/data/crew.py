@@ -85,9 +85,9 @@ class _Share(Generic[Result]):
         wait([self._future], seconds)
 
     def stop(self) -> None:
-        """End after what is in work now."""
+        """Begin nothing more."""
         self._asked_to_stop.set()
-        self._thread.shutdown()
+        self._thread.shutdown(wait=False)  # a message must not wait for a transfer that is tried again
 
 
 def shared(

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mirl_dist.data.manifest import CLEAN, DEGRADED, Entry
+from mirl_dist.data.manifest import CLEAN, DEGRADED, Entry, Shard
 from mirl_dist.data.order import Order, Position, Shares, Slot
 from mirl_dist.data.sample import Batch, Member, Patch, Read, Stack, collate, make_patch
 from mirl_dist.data.shards import Shards
@@ -26,7 +26,7 @@ from mirl_dist.data.supply import Supply
 from mirl_dist.data.verify import Local
 from mirl_dist.data.window import Window
 from mirl_dist.data.workers import end_with_parent
-from mirl_dist.faults import Fault
+from mirl_dist.faults import Fault, Stopped
 from mirl_dist.tasks import Task
 
 _PREFETCH = 2  # batches that a loader process makes ahead
@@ -115,6 +115,7 @@ class Stream:
         The images are uint8 until `Batch.to`. Raises Fault for damaged samples where they are refused.
         """
         self.damaged.clear()
+        self._stopped: Stopped | None = None
         window = self._window = Window(
             self._order.passes(round_, start, epochs, self._rank, self._shares),
             lambda shard: self._supply.want(self._train[shard]),
@@ -131,7 +132,7 @@ class Stream:
         with closing(window):
             loader: DataLoader[Any] = DataLoader(
                 self._patches,
-                batch_sampler=([self._ask(slot) for slot in slots] for slots in window),
+                batch_sampler=self._asked(window),
                 num_workers=self._workers,
                 collate_fn=_collate,
                 prefetch_factor=_PREFETCH if self._workers else None,
@@ -142,6 +143,17 @@ class Stream:
             for item in loader:
                 stack = self._mended(item) if isinstance(item, list) else item
                 yield Batch.of(stack, self._pin)
+        if self._stopped is not None:
+            raise self._stopped
+
+    def _asked(self, window: Window) -> Iterator[list[_Asked]]:
+        """Pass after pass. A stop while a shard is awaited ends them: batches that are ready are trained on first, and
+        with them the ranks may yet commit together."""
+        try:
+            for slots in window:
+                yield [self._ask(slot) for slot in slots]
+        except Stopped as stopped:
+            self._stopped = stopped
 
     def _ask(self, slot: Slot) -> _Asked:
         """The read of a slot; of the next whole sample where its own is known to be damaged."""
@@ -183,23 +195,27 @@ class Stream:
         """
         patches, skipped = [], 0
         for item in items:
-            tried = False
+            tries = 0
             while isinstance(item, _Failed):
                 if not item.passing:
                     self._note(item)
-                elif tried:
+                elif tries:
                     raise Fault(f"{item.problem}. Check the disk, then start again.")
-                tried = True
+                else:
+                    tries += 1
+                    self._supply.again(self._shard_of(item))
                 item = self._patches[self._ask(item.asked.slot)]
             asked, patch = item
             patches.append(patch)
             skipped += asked.stands_in
         return collate(patches, skipped)
 
+    def _shard_of(self, failed: _Failed) -> Shard:
+        return next(s for s in self._train if s.name == failed.asked.read.shard)
+
     def _note(self, failed: _Failed) -> None:
         """Tell the supply which sample failed. Raises Fault where damage is refused."""
-        read = failed.asked.read
-        shard = next(s for s in self._train if s.name == read.shard)
+        read, shard = failed.asked.read, self._shard_of(failed)
         with self._supply.holding([shard]):
             local = self._supply.get(shard)
             number = next(i for i, entry in enumerate(local.entries) if entry.key == read.key)

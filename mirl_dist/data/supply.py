@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, TimeoutError
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,7 @@ from mirl_dist.storage.patience import Patience, download
 
 _SHOWN = 5
 _PATIENCE = Patience()
+_GRACE_SECONDS = 10.0  # for a shard to come after the run was asked to stop: others may be waiting for this rank
 _LOOK_SECONDS = 0.5  # between two looks at whether the run was asked to stop, while a shard is awaited
 _DISK = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR)  # of these the file itself is the cause
 _REMEDY = "Copy the shard again, build the shards again, or go on without such samples by data.damage: skip."
@@ -92,14 +94,25 @@ class Supply:
             if wanted.future.done() and isinstance(wanted.future.exception(), TryAgain):
                 wanted.future = self._bringers.submit(shard)
             future = wanted.future
+        since = 0.0
         while True:
             try:
                 return future.result(timeout=_LOOK_SECONDS)
             except TimeoutError:
-                if future.done():  # the work itself has timed out
-                    raise
+                if future.done():
+                    return future.result()
                 if self._stop_asked():
-                    raise Stopped(f"stopped as asked while waiting for {shard.name}; the last commit stands") from None
+                    since = since or time.monotonic()
+                    if time.monotonic() - since > _GRACE_SECONDS:
+                        text = f"stopped as asked while waiting for {shard.name}; the last commit stands"
+                        raise Stopped(text) from None
+
+    def again(self, shard: Shard) -> None:
+        """Bring a shard anew that is wanted already: its file has gone from where it lay."""
+        with self._guard:
+            wanted = self._wanted[shard.name]
+            old, wanted.future = wanted.future, self._bringers.submit(shard)
+        old.add_done_callback(_let_go)
 
     def release(self, shard: Shard) -> None:
         """One want less; without any the shard's place in the cache may be used for others."""
@@ -176,7 +189,7 @@ class Supply:
         """The damaged samples of a shard that is here, its bytes compared with the manifest's if they were not yet."""
         name = local.shard.name
         try:
-            seen = verify.file_state(local.path)
+            seen = local.state or verify.file_state(local.path)
             if name not in self._proved or self._proved[name][0] != seen:
                 found = verify.damage(local.path, local.shard, local.entries)
                 if found is not None:
@@ -214,7 +227,7 @@ class Supply:
         try:
             while True:
                 held = cache.hold(shard.sha256, shard.bytes, fetch, lambda: self._closed)
-                if held.fresh or shard.name in self._proved or held.digest() == shard.sha256:
+                if held.fresh or shard.name in self._proved or held.holds(shard.sha256):
                     break
                 cache.discard(held)
         except WrongBytes:
@@ -223,10 +236,9 @@ class Supply:
             if self.shards.store.size(shard.name) == shard.bytes:
                 raise
             return self._salvaged(cache, shard, entries)
-        seen = verify.file_state(held.path)
-        if self._proved.get(shard.name, (None,))[0] != seen:
-            self._proved[shard.name] = (seen, {})
-        return Local(shard, held.path, entries, let_go=held.release)
+        if self._proved.get(shard.name, (None,))[0] != held.state:
+            self._proved[shard.name] = (held.state, {})
+        return Local(shard, held.path, entries, let_go=held.release, state=held.state)
 
     def _salvaged(self, cache: Cache, shard: Shard, entries: tuple[Entry, ...]) -> Local:
         """What the store has in the place of a shard that is damaged there, through the cache too."""
@@ -238,7 +250,7 @@ class Supply:
             download(store, shard.name, path, size, patience=self._patience, say=self._say)
 
         held = cache.hold(shard.sha256, size, fetch, lambda: self._closed, damaged=True)
-        return Local(shard, held.path, entries, let_go=held.release)
+        return Local(shard, held.path, entries, let_go=held.release, state=held.state)
 
     def _tell(self, local: Local, found: dict[int, str]) -> None:
         """Damage by shard and key: raised, or told."""

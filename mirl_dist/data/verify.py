@@ -17,13 +17,15 @@ from mirl_dist.faults import Fault
 
 @dataclass
 class Local:
-    """A shard on this node. bad: number of a sample -> what is wrong with it; let_go: frees its place."""
+    """A shard on this node. bad: number of a sample -> what is wrong with it; let_go: frees its place; state: what
+    changes when its file does, where that is known without looking."""
 
     shard: Shard
     path: Path
     entries: tuple[Entry, ...]
     bad: dict[int, str] = field(default_factory=dict)
     let_go: Callable[[], None] = lambda: None
+    state: object = None
 
 
 def file_state(path: Path) -> tuple[int, int, int]:
