@@ -310,9 +310,9 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
     if ranks.is_main:
         report.say(describe(config, prepared, ranks.world))
     supply = feed.supply_of(config, prepared.shards, f"rank {ranks.rank}", stop_asked)
-    stream = feed.stream_of(config, prepared.shards, supply, prepared.order, prepared.shares, ranks)
+    stream = feed.stream_of(config, supply, prepared.order, prepared.shares, ranks)
     look_ahead = feed.evaluation_looks_ahead(supply, prepared.jobs, ranks)
-    feed.refuse_damaged(prepared.shards, supply, prepared.jobs, ranks, config.data.damage)
+    feed.refuse_damaged(supply, prepared.jobs, ranks, config.data.damage)
     tracker = _tracker(config, prepared.checkpoints, ranks)
     initial = _first_weights(config, prepared, ranks)
     ranks.from_main(prepared.checkpoints.sweep)

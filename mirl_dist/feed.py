@@ -24,12 +24,7 @@ from mirl_dist.ranks import Ranks
 from mirl_dist.storage import Folder
 
 
-def never() -> bool:
-    """Nobody asks to stop."""
-    return False
-
-
-def supply_of(config: Config, shards: Shards, who: str, stop_asked: Callable[[], bool] = never) -> Supply:
+def supply_of(config: Config, shards: Shards, who: str, stop_asked: Callable[[], bool]) -> Supply:
     """The shards of a config, through the node's cache where they are not read in place. who: for messages."""
     cache = None
     if config.data.cache.folder is not None or not isinstance(shards.store, Folder):
@@ -42,9 +37,10 @@ def supply_of(config: Config, shards: Shards, who: str, stop_asked: Callable[[],
     return Supply(shards, cache, config.data.damage, say, stop_asked=stop_asked)
 
 
-def refuse_damaged(shards: Shards, supply: Supply, jobs: Sequence[evaluate.Job], ranks: Ranks, damage: str) -> None:
+def refuse_damaged(supply: Supply, jobs: Sequence[evaluate.Job], ranks: Ranks, damage: str) -> None:
     """Raise Fault, on every rank, for damage in the shards that scores will come from, before any work is lost; in a
     folder also for indices of training shards that are not theirs. The ranks share the work."""
+    shards = supply.shards
     if damage == "refuse" and isinstance(shards.store, Folder):
         shared(ranks, partial(_read_index, shards), shards.train, 1, _silent, "reading indices")
     scored = {job.place.shard.name: job.place.shard for job in jobs}
@@ -82,13 +78,12 @@ def _silent(done: int, total: int, what: str) -> None:
     pass
 
 
-def stream_of(config: Config, shards: Shards, supply: Supply, order: Order, shares: Shares, ranks: Ranks) -> Stream:
+def stream_of(config: Config, supply: Supply, order: Order, shares: Shares, ranks: Ranks) -> Stream:
     """The training batches of this rank. Raises Fault, on every rank, for a cache that is too small."""
     lanes = shares.per_rank * len(order.sources)
     limit = None if supply.cache is None else supply.cache.limit
     behind = passes_behind(config.data.workers)
     return Stream(
-        shards,
         supply,
         order,
         seed=config.run.seed,

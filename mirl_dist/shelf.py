@@ -173,7 +173,7 @@ def print_scores(reference: str, shards_address: str | None, as_json: bool) -> N
         raise Fault(f"{shards.store.where()} holds no evaluation images for {', '.join(t.name for t in tasks)}.")
     ranks = Ranks(device=found.config.train.device)
     model = network(found).to(ranks.device)
-    supply = feed.supply_of(found.config, shards, "evaluate")
+    supply = feed.supply_of(found.config, shards, "evaluate", stop_asked=lambda: False)
     with redirect_stdout(sys.stderr if as_json else sys.stdout):  # progress is no JSON
         scored = evaluate.evaluate(model, supply, jobs, ranks, found.config.evaluate.seed)
     if not ranks.is_main:

@@ -116,7 +116,6 @@ def stream(
     lanes = shares.per_rank * len(order.sources)
     limit = None if supply.cache is None else supply.cache.limit
     return Stream(
-        shards,
         supply,
         order,
         seed=seed,

@@ -146,6 +146,16 @@ def test_refused_damage_ends_two_ranks_with_one_line_that_names_shard_and_key(
     assert [t["damaged"] for t in lab.tickets(tmp_path / "run")] == [{}, {}]
 
 
+def test_a_run_that_damage_stopped_goes_on_by_skipping_it(lab: Any, damaged: Damaged, tmp_path: Path) -> None:
+    sets = ALL | {"data.shards": str(damaged.shards)}
+    assert lab.play(tmp_path, sets | {"data.damage": "refuse"}).rc == 2
+    assert (tmp_path / "run" / "run.json").exists(), "the run had begun"
+    ended = lab.play(tmp_path, sets | {"data.damage": "skip"})
+    assert ended.rc == 0, ended.said()
+    key = f"{damaged.place.shard.name} {damaged.place.entry.key}"
+    assert all(t["skipped"] > 0 and list(t["damaged"]) == [key] for t in lab.tickets(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("policy", ["refuse", "skip"])
 def test_damaged_evaluation_shards_are_refused_before_training_whatever_the_policy(
     lab: Any, tmp_path: Path, policy: str

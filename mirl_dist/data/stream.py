@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, Dataset
 from mirl_dist.data.manifest import CLEAN, DEGRADED, Entry, Shard
 from mirl_dist.data.order import Order, Position, Shares, Slot
 from mirl_dist.data.sample import Batch, Member, Patch, Read, Stack, collate, make_patch
-from mirl_dist.data.shards import Shards
 from mirl_dist.data.supply import Supply
 from mirl_dist.data.verify import Local
 from mirl_dist.data.window import Window
@@ -89,7 +88,6 @@ class Stream:
 
     def __init__(
         self,
-        shards: Shards,
         supply: Supply,
         order: Order,
         *,
@@ -103,7 +101,7 @@ class Stream:
         pin: bool,
     ) -> None:
         """ahead: how many shards to bring before they are used (`window.shards_ahead`); pin: batches for a GPU."""
-        self._train, self._supply, self._order = shards.train, supply, order
+        self._train, self._supply, self._order = supply.shards.train, supply, order
         self._patches = _Patches(order.tasks, seed, patch_pixels, augment)
         self._rank, self._shares, self._workers, self._ahead, self._pin = rank, shares, workers, ahead, pin
         self.damaged: dict[str, str] = {}
