@@ -35,8 +35,48 @@ Three = tuple[PositiveInt, PositiveInt, PositiveInt]
 
 class Run(Node):
     folder: Annotated[str, Aside] = Field("runs/run", min_length=1)
-    """Where everything of this run is kept: a folder."""
+    """Where everything of this run is kept: a folder, or s3://bucket/prefix."""
     seed: Seed = 0
+
+
+class Store(Node):
+    """How stores are talked to: of the run, and of its shards."""
+
+    endpoint: Annotated[str | None, Aside] = None
+    """The S3 server, http(s)://host:port. Null: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, a profile, else AWS."""
+    encryption: Annotated[Literal["AES256", "aws:kms"] | None, Aside] = None
+    """Server-side encryption of what is written to S3. Null: as the bucket says."""
+    kms_key: Annotated[str | None, Aside] = None
+    """With aws:kms: the key's id or ARN. Null: the account's own key for S3."""
+    patience_seconds: Annotated[PositiveFloat, Aside] = 900
+    """How long a store that is away or full is tried again, since the last byte that passed. After that a run stops,
+    resumably."""
+    lease_seconds: Annotated[float, Field(ge=1), Aside] = 60
+    """A launch without a sign of life for so long is dead, and another may go on with its run."""
+
+
+class Ranks(Node):
+    timeout_seconds: Annotated[PositiveFloat, Aside] = 1800
+    """How long ranks wait for one another. After that those who did not come are named, and the ranks end."""
+    restarts: Annotated[Count, Aside] = 3
+    """How often `train --launch` starts the ranks again after one of them died."""
+    slow_factor: Annotated[float, Field(gt=1), Aside] = 1.5
+    """A rank that reaches the all-reduce later than the others by this factor, report after report, is named."""
+
+
+class Preempt(Node):
+    deadline_seconds: Annotated[PositiveFloat, Aside] = 120
+    """From SIGTERM, SIGINT or SIGUSR1 to the end of the process, at the latest."""
+
+
+class Guard(Node):
+    skip_bad_batches: Annotated[Count, Aside] = 0
+    """How many global batches of a round may have a loss or gradient that is not finite: they are left out, told and
+    counted in the ticket. 0: the first one stops the run."""
+    spike_factor: Annotated[float | None, Field(gt=1), Aside] = 10
+    """A step whose loss is so many times the median of the 50 before it is reported. Null: none is."""
+    same_step_failures: Annotated[PositiveInt, Aside] = 3
+    """Launches on one machine that may die in one and the same step before the next one refuses to try it again."""
 
 
 class Model(Node):
@@ -193,7 +233,7 @@ class Keep(Node):
 
 class Checkpoint(Node):
     every_steps: Annotated[PositiveInt | None, Aside] = 1000
-    """Null: only at the ends of rounds."""
+    """Null: only when a round's training has ended, and at the end of the round."""
     keep_last: Annotated[int, Field(ge=2), Aside] = 2
 
 
@@ -204,10 +244,14 @@ class Tracking(Node):
     experiment: Annotated[str, Aside] = "mirl_dist"
     run_name: Annotated[str | None, Aside] = None
     every_steps: Annotated[PositiveInt, Aside] = 10
+    journal: Annotated[str | None, Aside] = None
+    """The folder of this machine where all that MLflow is to hear waits until it has heard it. Null: inside a
+    run.folder that is a folder; for s3:// below XDG_CACHE_HOME or ~/.cache."""
 
 
 class Config(Node):
     run: Run = Run()
+    store: Store = Store()
     model: Model = Model()
     data: Data = Data()
     batch: Batch = Batch()
@@ -219,6 +263,9 @@ class Config(Node):
     evaluate: Evaluate = Evaluate()
     keep: Keep = Keep()
     checkpoint: Checkpoint = Checkpoint()
+    ranks: Ranks = Ranks()
+    preempt: Preempt = Preempt()
+    guard: Guard = Guard()
     tracking: Tracking = Tracking()
 
     def contradictions(self) -> list[str]:
@@ -256,8 +303,14 @@ class Config(Node):
             found.append("tracking.uri: found '@' or '?', which may hold credentials; use MLFLOW_TRACKING_URI instead")
         if "\0" in self.run.folder + self.data.shards:
             found.append("run.folder, data.shards: found a NUL character; no folder has one in its name")
-        if "://" in self.run.folder:
-            found.append("run.folder: found a URL; this version keeps runs in folders")
+        kind = self.run.folder.partition("://")[0]
+        if kind not in ("s3", "file", self.run.folder):
+            found.append(f"run.folder: found {kind}://; runs are kept in folders and under s3://bucket/prefix")
+        endpoint = self.store.endpoint or "http://"
+        if not endpoint.startswith(("http://", "https://")) or "@" in endpoint or "?" in endpoint:
+            found.append("store.endpoint: found no plain address; write http(s)://host:port, keys belong into AWS's")
+        if self.store.kms_key is not None and self.store.encryption != "aws:kms":
+            found.append("store.kms_key: found without store.encryption aws:kms; set that too, or remove the key")
         return found
 
     def _head_widths(self) -> list[tuple[str, int, int]]:

@@ -8,12 +8,17 @@ class Fault(ValueError):
 
     The text has three parts: what was found, where, and what to do instead. The command line prints it and
     exits with code 2. `everywhere` is true when every rank raises the same text at the same place (rank 0
-    alone prints it then); otherwise the rank that met the fault prints it with its own number.
+    alone prints it then); otherwise the rank that met the fault prints it with its own number. `resumable` is true when
+    time alone may put it right (a server that is away): the command then exits with code 75.
     """
 
-    def __init__(self, text: str, *, everywhere: bool = False) -> None:
+    resumable = False
+
+    def __init__(self, text: str, *, everywhere: bool = False, resumable: bool | None = None) -> None:
         super().__init__(text)
         self.everywhere = everywhere
+        if resumable is not None:
+            self.resumable = resumable
 
 
 class Stopped(Exception):

@@ -7,6 +7,7 @@ alone may mean 'begin afresh'.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +27,23 @@ class NotAllowed(StorageError):
 
 
 class TryAgain(StorageError):
-    """Nothing is wrong with the request; the store could not take it now (full, or a fault of the device)."""
+    """Nothing is wrong with the request; the store could not take it now (full, away, or a fault of the device)."""
+
+    resumable = True
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a store is talked to; None: as its own settings say. endpoint: http(s)://host:port of an S3 server;
+    encryption: 'AES256' or 'aws:kms', with the key's id; patience_seconds: of trying again, 0 for one try."""
+
+    endpoint: str | None = None
+    encryption: str | None = None
+    kms_key: str | None = None
+    patience_seconds: float = 300.0
+
+
+USUAL = Options()
 
 
 class Store(Protocol):
