@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import platform
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mirl_dist import __version__, evaluate, feed, lottery, models, report
-from mirl_dist.checkpoint import MOMENTS, STATE, TICKET, WEIGHTS, Checkpoints, Commit
+from mirl_dist import __version__, evaluate, feed, lottery, models, report, resuming
+from mirl_dist.checkpoint import OUTBOX, Checkpoints
 from mirl_dist.config import Config, differences, of_dump
 from mirl_dist.data.order import Order, Shares, share_batch
 from mirl_dist.data.shards import Shards
 from mirl_dist.faults import Fault, Stopped
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.prune import Rule, in_scope
 from mirl_dist.ranks import Ranks
+from mirl_dist.resuming import Newest
 from mirl_dist.rounds import Rounds
-from mirl_dist.state import MakeOptimiser, Progress, State
+from mirl_dist.state import MakeOptimiser, State
 from mirl_dist.stopping import StopFlag
-from mirl_dist.storage import open_store
-from mirl_dist.ticket import Ticket, parse
-from mirl_dist.tracking import Mlflow, Silent, Tracker
+from mirl_dist.storage import Options, Store, open_store
+from mirl_dist.ticket import Ticket
+from mirl_dist.tracking import FAREWELL_SECONDS, Mlflow, Silent, Tracker, usual_journal
 
 OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 _DECAYS = {"adam": 0.0, "adamw": 0.01}
+LEAVE_SECONDS = 2.0  # of the deadline, to take leave of store and lease
+SETTLE_SECONDS = 10.0  # for a commit under way when a run fails
 
 
 class Prepared(NamedTuple):
@@ -42,8 +43,7 @@ class Prepared(NamedTuple):
     order: Order
     shares: Shares
     jobs: list[evaluate.Job]
-    checkpoints: Checkpoints
-    known: bool
+    store: Store
 
 
 def network(config: Config) -> nn.Module:
@@ -85,7 +85,6 @@ class _Told(NamedTuple):
 
     manifest: bytes
     jobs: list[evaluate.Job]
-    known: bool
 
 
 def prepare(config: Config, world: int, resume: str) -> Prepared:
@@ -93,7 +92,7 @@ def prepare(config: Config, world: int, resume: str) -> Prepared:
 
     resume: 'auto', 'never' or 'must'. Raises Fault.
     """
-    shards = Shards(open_store(config.data.shards))
+    shards = Shards(store_of(config, config.data.shards))
     order, shares = order_of(config, shards), share_batch(config.batch.global_, config.batch.forward, world)
     shards.refuse_larger_patches(config.data.patch_pixels)
     if config.data.damage == "refuse":
@@ -102,12 +101,12 @@ def prepare(config: Config, world: int, resume: str) -> Prepared:
         shards.refuse_missing("evaluate")
     jobs = evaluate.plan(shards, order.tasks, config.evaluate.sets)
     _refuse_unknown_scores(config.keep.by, sorted({job.name for job in jobs}))
-    checkpoints = Checkpoints(open_store(config.run.folder))
-    known = _same_run(checkpoints, config, shards.manifest.digest(), resume)
+    store = store_of(config, config.run.folder)
+    _refuse_another_run(Checkpoints(store), config, shards.manifest.digest(), resume)
     with torch.device("meta"):
         names = [n for n, _ in models.create(config.model.name, **config.model.sizes()).named_parameters()]
     in_scope(names, config.prune.scope)
-    return Prepared(shards, order, shares, jobs, checkpoints, known)
+    return Prepared(shards, order, shares, jobs, store)
 
 
 def _prepare_together(config: Config, resume: str, ranks: Ranks) -> Prepared:
@@ -116,15 +115,20 @@ def _prepare_together(config: Config, resume: str, ranks: Ranks) -> Prepared:
 
     def on_main() -> _Told:
         mine.append(prepare(config, ranks.world, resume))
-        return _Told(mine[0].shards.manifest.dump(), mine[0].jobs, mine[0].known)
+        return _Told(mine[0].shards.manifest.dump(), mine[0].jobs)
 
-    told = ranks.from_main(on_main)
+    told = ranks.from_main(on_main, what="manifest")
     if mine:
         return mine[0]
-    shards = Shards(open_store(config.data.shards), told.manifest)
+    shards = Shards(store_of(config, config.data.shards), told.manifest)
     shares = share_batch(config.batch.global_, config.batch.forward, ranks.world)
-    checkpoints = Checkpoints(open_store(config.run.folder))
-    return Prepared(shards, order_of(config, shards), shares, told.jobs, checkpoints, told.known)
+    return Prepared(shards, order_of(config, shards), shares, told.jobs, store_of(config, config.run.folder))
+
+
+def store_of(config: Config, address: str) -> Store:
+    """A store that a config names."""
+    said = config.store
+    return open_store(address, Options(said.endpoint, said.encryption, said.kms_key, said.patience_seconds))
 
 
 def order_of(config: Config, shards: Shards) -> Order:
@@ -147,8 +151,8 @@ def _refuse_unknown_scores(globs: tuple[str, ...], names: list[str]) -> None:
             raise Fault(f"keep.by: '{glob}' names no score; there will be {', '.join(scores) or 'none'}. Correct it.")
 
 
-def _same_run(checkpoints: Checkpoints, config: Config, manifest_digest: str, resume: str) -> bool:
-    """Whether the folder holds this very run. Raises Fault when it holds another, or resume says otherwise."""
+def _refuse_another_run(checkpoints: Checkpoints, config: Config, manifest_digest: str, resume: str) -> None:
+    """Raise Fault when the folder holds another run than this one, or resume says otherwise."""
     where = checkpoints.store.where()
     found = checkpoints.identity()
     if found is None:
@@ -156,7 +160,7 @@ def _same_run(checkpoints: Checkpoints, config: Config, manifest_digest: str, re
             raise Fault(f"--resume must, but {where} holds no run. Correct run.folder, or use --resume auto.")
         if checkpoints.commits():
             raise Fault(f"{where} holds commits but no run.json. Restore it, or choose another run.folder.")
-        return False
+        return
     if resume == "never":
         raise Fault(f"--resume never, but {where} holds a run. Choose another run.folder, or use --resume auto.")
     if found["fingerprint"] != config.fingerprint():
@@ -171,7 +175,6 @@ def _same_run(checkpoints: Checkpoints, config: Config, manifest_digest: str, re
             f"{where} was trained on shards with digest {found['manifest_digest'][:12]}, {config.data.shards} has "
             f"{manifest_digest[:12]}: other data. Point data.shards to the first ones, or choose another run.folder."
         )
-    return True
 
 
 def describe(config: Config, prepared: Prepared, world: int) -> str:
@@ -188,7 +191,12 @@ def describe(config: Config, prepared: Prepared, world: int) -> str:
     )
 
 
-def _tracker(config: Config, checkpoints: Checkpoints, ranks: Ranks) -> Tracker:
+def journal_of(address: str, run_id: str, configured: str | None) -> Path:
+    """Where on this machine MLflow's journal of a run lies. A bucket's prefix may have held another run before."""
+    return usual_journal(f"{address.rstrip('/')}#{run_id}" if "://" in address else address, configured)
+
+
+def _tracker(config: Config, checkpoints: Checkpoints, newest: Newest | None, run_id: str, ranks: Ranks) -> Tracker:
     """MLflow's door on rank 0, its twin elsewhere; an address that is refused is refused on every rank."""
     if not config.tracking.enabled:
         return Silent()
@@ -202,10 +210,12 @@ def _tracker(config: Config, checkpoints: Checkpoints, ranks: Ranks) -> Tracker:
                 run_name=config.tracking.run_name or Path(config.run.folder).name,
                 remembered=checkpoints.remembered(),
                 remember=checkpoints.remember,
+                journal=journal_of(config.run.folder, run_id, config.tracking.journal),
+                inherited=b"" if newest is None else newest.parts.get(OUTBOX, b""),
             )
         )
 
-    ranks.from_main(on_main)
+    ranks.from_main(on_main, what="MLflow")
     return opened[0] if opened else Silent()
 
 
@@ -221,31 +231,6 @@ def _tags(config: Config, prepared: Prepared, world: int) -> dict[str, str]:
     }
 
 
-def _first_weights(config: Config, prepared: Prepared, ranks: Ranks) -> dict[str, Tensor]:
-    """The one set of initial weights: made and written by rank 0 once, sent to every rank, verified by digest."""
-    kept: dict[str, dict[str, Tensor]] = {}
-
-    def on_main() -> str:
-        checkpoints = prepared.checkpoints
-        if not (prepared.known and checkpoints.has_initial()):
-            weights = {n: p.detach() for n, p in network(config).named_parameters()}
-            if not prepared.known:
-                checkpoints.begin(_identity(config, prepared, masking.digest_tensors(weights)))
-            checkpoints.save_initial(weights)
-        kept["weights"] = checkpoints.initial()
-        return str((checkpoints.identity() or {})["initial_digest"])
-
-    expected = ranks.from_main(on_main)
-    initial = ranks.tensors_from_main(kept.get("weights"))
-    found = masking.digest_tensors(initial)
-    if found != expected:
-        raise Fault(
-            f"rank {ranks.rank} holds initial weights {found[:12]}, run.json says {expected[:12]}: "
-            "initial.safetensors is damaged or belongs to another run. Restore it, or choose another run.folder."
-        )
-    return initial
-
-
 def _identity(config: Config, prepared: Prepared, initial_digest: str) -> dict[str, Any]:
     """What run.json says."""
     return {
@@ -253,103 +238,78 @@ def _identity(config: Config, prepared: Prepared, initial_digest: str) -> dict[s
         "fingerprint": config.fingerprint(),
         "manifest_digest": prepared.shards.manifest.digest(),
         "initial_digest": initial_digest,
+        "id": uuid.uuid4().hex,
         "versions": {"mirl_dist": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
 
 
-class _Newest(NamedTuple):
-    commit: Commit
-    progress: dict[str, Any]
-    ticket: str | None
-
-
-def _resume(state: State, prepared: Prepared, ranks: Ranks) -> Ticket | None:
-    """Put the newest whole commit into the state; its ticket when a round had ended. Rank 0 chooses."""
-    kept: dict[str, Any] = {}
-
-    def on_main() -> _Newest | None:
-        found = prepared.checkpoints.newest()
-        if found is None:
-            return None
-        commit, parts, damaged = found
-        for text in damaged:
-            report.say(f"warning: {text}; falling back to {commit.folder}")
-        kept["weights"] = safetensors.torch.load(parts[WEIGHTS])
-        kept["moments"] = safetensors.torch.load(parts[MOMENTS]) if MOMENTS in parts else {}
-        shapes = {n: tuple(m.shape) for n, m in state.masks.items()}
-        kept["masks"] = prepared.checkpoints.masks(commit.round_, shapes)
-        ticket = parts[TICKET].decode() if TICKET in parts else None
-        return _Newest(commit, json.loads(parts[STATE]), ticket)
-
-    newest = ranks.from_main(on_main)
-    if newest is None:
-        return None
-    weights = ranks.tensors_from_main(kept.get("weights"))
-    masks: Masks = ranks.tensors_from_main(kept.get("masks"))
-    progress = Progress.model_validate(newest.progress)
-    if masking.digest(masks) != progress.mask_digest:
-        raise Fault(
-            f"the mask of round {progress.round} has digest {masking.digest(masks)[:12]}, its commit says "
-            f"{progress.mask_digest[:12]}. Restore mask.safetensors from a copy of the run.",
-            everywhere=True,
-        )
-    state.load_weights(weights)
-    state.begin_round(progress.round, masks, threshold=progress.threshold, parent=progress.parent)
-    state.progress = progress
-    state.load_moments(ranks.tensors_from_main(kept.get("moments")))
-    if ranks.is_main:
-        place = "finished" if newest.commit.step is None else f"after step {newest.commit.step}"
-        report.say(f"resuming: round {progress.round}, {place}")
-    return parse(newest.ticket.encode(), newest.commit.folder) if newest.ticket is not None else None
-
-
 def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
     """The whole run on this rank; what to type to see it in MLflow. Raises Fault and Stopped."""
-    ranks = Ranks(device=config.train.device, precision=config.train.precision, seed=config.run.seed)
+    ranks = Ranks(
+        device=config.train.device,
+        precision=config.train.precision,
+        seed=config.run.seed,
+        timeout_seconds=config.ranks.timeout_seconds,
+    )
+    stop_asked.deadline_seconds = config.preempt.deadline_seconds
+    stop_asked.phase = lambda: ranks.phase
+    stop_asked.hears.append(ranks.stop_told)
+    stop_asked.tells.append(ranks.tell_stop)
     prepared = _prepare_together(config, resume, ranks)
     if ranks.is_main:
         report.say(describe(config, prepared, ranks.world))
-    supply = feed.supply_of(config, prepared.shards, f"rank {ranks.rank}", stop_asked)
-    stream = feed.stream_of(config, supply, prepared.order, prepared.shares, ranks)
-    look_ahead = feed.evaluation_looks_ahead(supply, prepared.jobs, ranks)
-    feed.refuse_damaged(supply, prepared.jobs, ranks, config.data.damage)
-    tracker = _tracker(config, prepared.checkpoints, ranks)
-    initial = _first_weights(config, prepared, ranks)
-    ranks.from_main(prepared.checkpoints.sweep)
-    model = network(config)
-    model.load_state_dict(initial)
-    model.to(ranks.device)
-    wrapped = ranks.wrap(model)
-    pixels = config.data.patch_pixels
-    ranks.settle(wrapped, torch.zeros(1, 3, pixels, pixels))
-    bare = ranks.unwrap(wrapped)
-    weights = dict(bare.named_parameters())
-    dense = masking.all_alive(weights, in_scope(weights, config.prune.scope))
-    state = State(weights, dense, optimiser_of(config))
-    newest = _resume(state, prepared, ranks)
-    rounds = Rounds(
-        config=config,
-        ranks=ranks,
-        state=state,
-        model=wrapped,
-        bare=bare,
-        initial=initial,
-        shards=prepared.shards,
-        supply=supply,
-        order=prepared.order,
-        shares=prepared.shares,
-        stream=stream,
-        jobs=prepared.jobs,
-        look_ahead=look_ahead,
-        checkpoints=prepared.checkpoints,
-        tracker=tracker,
-        stop_asked=stop_asked,
-    )
-    stop_asked.polite = True  # from here on there is something to commit
-    tracker.begin_run(config.dump(), _tags(config, prepared, ranks.world))
-    with _told_how_it_ended(tracker):
-        _play(config, rounds, newest)
-    supply.close()
+    news: dict[str, Any] = {}
+    with resuming.writing(config, prepared.store, ranks, news, stop_asked) as checkpoints:
+        supply = feed.supply_of(config, prepared.shards, f"rank {ranks.rank}", stop_asked)
+        stream = feed.stream_of(config, supply, prepared.order, prepared.shares, ranks)
+        look_ahead = feed.evaluation_looks_ahead(supply, prepared.jobs, ranks)
+        feed.refuse_damaged(supply, prepared.jobs, ranks, config.data.damage)
+        newest = resuming.newest(checkpoints, ranks)
+        initial, run_id = resuming.first_weights(
+            checkpoints,
+            lambda: {n: p.detach() for n, p in network(config).named_parameters()},
+            lambda digest: _identity(config, prepared, digest),
+            ranks,
+        )
+        tracker = _tracker(config, checkpoints, newest, run_id, ranks)
+        footprint = resuming.footprint(run_id, config, prepared.order, prepared.shards, ranks)
+        model = network(config)
+        model.load_state_dict(initial)
+        model.to(ranks.device)
+        wrapped = ranks.wrap(model)
+        pixels = config.data.patch_pixels
+        ranks.settle(wrapped, torch.zeros(1, 3, pixels, pixels))
+        bare = ranks.unwrap(wrapped)
+        weights = dict(bare.named_parameters())
+        dense = masking.all_alive(weights, in_scope(weights, config.prune.scope))
+        state = State(weights, dense, optimiser_of(config))
+        ticket = resuming.restore(state, newest, checkpoints, ranks)
+        rounds = Rounds(
+            config=config,
+            ranks=ranks,
+            state=state,
+            model=wrapped,
+            bare=bare,
+            initial=initial,
+            shards=prepared.shards,
+            supply=supply,
+            order=prepared.order,
+            shares=prepared.shares,
+            stream=stream,
+            jobs=prepared.jobs,
+            look_ahead=look_ahead,
+            checkpoints=checkpoints,
+            keeper=resuming.keeper(config, prepared.store),
+            footprint=footprint,
+            tracker=tracker,
+            stop_asked=stop_asked,
+            news=news,
+        )
+        stop_asked.polite = True  # from here on there is something to commit
+        tracker.begin_run(config.dump(), _tags(config, prepared, ranks.world))
+        with _told_how_it_ended(tracker, rounds, stop_asked), footprint:
+            _play(config, rounds, ticket)
+        supply.close()
     ranks.barrier()
     ranks.close()
     return tracker.address()
@@ -371,18 +331,24 @@ def _play(config: Config, rounds: Rounds, newest: Ticket | None) -> None:
         train_and_score=rounds.train_and_score,
         open_round=rounds.open_round,
         record=rounds.record,
+        stop_if_asked=rounds.stop_if_asked,
     )
     rounds.close()
 
 
 @contextmanager
-def _told_how_it_ended(tracker: Tracker) -> Iterator[None]:
-    """The run's end in MLflow: FINISHED, KILLED when it was asked to stop, FAILED by a fault or a lost rank."""
+def _told_how_it_ended(tracker: Tracker, rounds: Rounds, stop_asked: StopFlag) -> Iterator[None]:
+    """The run's end in MLflow: FINISHED, KILLED when it was asked to stop, FAILED by a fault or a lost rank. A run that
+    was asked to stop ends when its last commit is written; one that fails gives it some seconds."""
     try:
         yield
     except Exception as end:
         status = "KILLED" if isinstance(end, Stopped) else "FAILED"
         tracker.end_round(status)
-        tracker.end_run(status)
+        with rounds.ranks.in_phase("uploading"):
+            if isinstance(end, Stopped):
+                rounds.ranks.from_main(rounds.keeper.wait, what="last commit")
+            rounds.keeper.settle(min(SETTLE_SECONDS, stop_asked.left_seconds() - LEAVE_SECONDS))
+        tracker.end_run(status, seconds=max(0.0, min(FAREWELL_SECONDS, stop_asked.left_seconds() - LEAVE_SECONDS)))
         raise
     tracker.end_run()

@@ -3,16 +3,18 @@
     run.json                                      config, fingerprint, versions; written once
     initial.safetensors                           the first weights; written once
     tracking.json                                 MLflow ids
+    lease/00000004.*                              who may write: the fourth launch (lease.py)
+    accepted/00000004.json                        the commits that it found (commits.py)
     rounds/03/mask.safetensors                    bit-packed
-    rounds/03/steps/00012000/{weights,moments}.safetensors, state.json, COMPLETE.json
-    rounds/03/{weights.safetensors, ticket.json, COMPLETE.json}, pictures.png
+    rounds/03/steps/00012000-0004/{weights,moments}.safetensors, state.json, outbox.jsonl, COMPLETE.json
+    rounds/03/{weights.safetensors, state.json, ticket.json, outbox.jsonl, COMPLETE.json}, pictures.png
 
-A commit is its COMPLETE.json, written last, with names, sizes and SHA-256 of every part. Readers trust nothing else.
+A commit is its COMPLETE.json, written last (commits.py). Steps carry the number of the launch that wrote them: one
+that has lost the run cannot spoil the parts of its successor.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -22,17 +24,16 @@ import safetensors.torch
 from torch import Tensor
 
 from mirl_dist import ticket as tickets
+from mirl_dist.commits import Commits, Facts, Reader, Writer, dump, facts, sealed, unsealed, unsigned
 from mirl_dist.faults import Fault
 from mirl_dist.pruning import masks as masking
-from mirl_dist.state import Progress
+from mirl_dist.state import Progress, Snapshot
 from mirl_dist.storage import NotAllowed, NotThere, Store, TryAgain
 from mirl_dist.ticket import Ticket
 
 RUN, INITIAL, TRACKING, BEST = "run.json", "initial.safetensors", "tracking.json", "best.json"
-COMPLETE, WEIGHTS, MOMENTS = "COMPLETE.json", "weights.safetensors", "moments.safetensors"
-STATE, MASK, TICKET, PICTURES = "state.json", "mask.safetensors", "ticket.json", "pictures.png"
-
-
+WEIGHTS, MOMENTS, STATE, MASK = "weights.safetensors", "moments.safetensors", "state.json", "mask.safetensors"
+TICKET, PICTURES, OUTBOX = "ticket.json", "pictures.png", "outbox.jsonl"
 _IDENTITY = {"config", "fingerprint", "manifest_digest", "initial_digest"}
 
 
@@ -48,16 +49,7 @@ def round_folder(round_: int) -> str:
     return f"rounds/{round_:02d}"
 
 
-_COMMIT = re.compile(rf"(rounds/(\d+)(?:/steps/(\d+))?)/{re.escape(COMPLETE)}")
-
-
-def _facts(data: bytes) -> dict[str, Any]:
-    """What COMPLETE.json says of a part."""
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+_FOLDER = re.compile(r"rounds/(\d+)(?:/steps/(\d+)(?:-(\d+))?)?")
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
@@ -66,13 +58,28 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save(plain)
 
 
-class Checkpoints:
-    """The commits of one run in one store. Only rank 0 uses it."""
+def _if_any(name: str, data: bytes) -> dict[str, bytes]:
+    return {name: data} if data else {}
 
-    def __init__(self, store: Store) -> None:
+
+class Checkpoints:
+    """The run in one store. `writer`: who may write; only rank 0 of a launch may, and only after `take_over`."""
+
+    def __init__(self, store: Store, writer: Writer | None = None) -> None:
         self.store = store
+        self._commits = Commits(store, writer or Reader())
+        self._damaged: set[str] = set()
 
     # -- the run ------------------------------------------------------------------------------------------------
+
+    def take_over(self) -> None:
+        """Begin to write, after the lease was claimed: what dead writers left goes, and they cannot commit any more."""
+        self._commits.take_over()
+        whole = {c.folder for c in self.commits()}
+        for name in self.store.list("rounds"):
+            path = name.split("/")
+            if len(path) == 5 and path[2] == "steps" and "/".join(path[:4]) not in whole:
+                self.store.remove(name)
 
     def identity(self) -> dict[str, Any] | None:
         """What run.json says, or None where there is no run. Raises Fault for a run.json that cannot be read."""
@@ -80,101 +87,54 @@ class Checkpoints:
             data = self.store.get(RUN)
         except NotThere:
             return None
-        try:
-            found = json.loads(data)
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            found = None
-        if not isinstance(found, dict) or not found.keys() >= _IDENTITY:
-            raise Fault(f"{self.store.where(RUN)} does not describe a run. Choose another run.folder.")
+        found = unsealed(data) or unsigned(data, _IDENTITY | {"versions"})
+        if found is None or not found.keys() >= _IDENTITY:
+            raise Fault(
+                f"{self.store.where(RUN)} does not describe a run, or is damaged. Restore a copy of it, or choose "
+                "another run.folder."
+            )
         return found
 
     def begin(self, identity: dict[str, Any]) -> None:
         """Write run.json, which states the digest of the first weights. Raises Fault when another start was faster."""
-        if not self.store.put_if_absent(RUN, _json(identity)):
+        if not self.store.put_if_absent(RUN, sealed(identity)):
             raise Fault(f"{self.store.where()} was begun by another launch a moment ago. Choose another run.folder.")
-
-    def has_initial(self) -> bool:
-        return self.store.exists(INITIAL)
 
     def save_initial(self, weights: Mapping[str, Tensor]) -> None:
         """Write the first weights, over any that an older run left here; run.json already states their digest."""
         self.store.put(INITIAL, pack_tensors(weights))
 
-    def initial(self) -> dict[str, Tensor]:
-        """The first weights. Raises Fault for a damaged file."""
+    def initial(self) -> dict[str, Tensor] | None:
+        """The first weights; None where the file is damaged or missing. Their digest is the caller's to compare."""
         try:
             return safetensors.torch.load(self.store.get(INITIAL))
-        except safetensors.SafetensorError as error:
-            raise Fault(f"{self.store.where(INITIAL)} is damaged ({error}). Restore a copy of the run.") from None
-
-    def sweep(self) -> None:
-        """Remove what dead writers left: temporary files, and step commits that never became whole."""
-        self.store.sweep()
-        whole = {c.folder for c in self.commits()}
-        for name in self.store.list("rounds"):
-            path = name.split("/")
-            if len(path) == 5 and path[2] == "steps" and "/".join(path[:4]) not in whole:
-                self.store.remove(name)
+        except (NotThere, safetensors.SafetensorError):
+            return None
 
     def remembered(self) -> dict[str, str]:
-        """MLflow ids by name. Raises Fault for a file that holds none."""
+        """MLflow ids by name; none for a file that is damaged: the runs are then found by their tags."""
         try:
             found = json.loads(self.store.get(TRACKING))
-        except NotThere:
+        except (NotThere, json.JSONDecodeError, UnicodeDecodeError):
             return {}
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            found = None
-        if not isinstance(found, dict) or not all(isinstance(id_, str) for id_ in found.values()):
-            raise Fault(f"{self.store.where(TRACKING)} holds no MLflow ids. Remove it: the run shows anew in MLflow.")
-        return found
+        well = isinstance(found, dict) and all(isinstance(id_, str) for id_ in found.values())
+        return found if well else {}
 
     def remember(self, ids: dict[str, str]) -> None:
         """Keep further MLflow ids."""
-        self.store.put(TRACKING, _json(self.remembered() | ids))
+        self.store.put(TRACKING, dump(self.remembered() | ids))
 
     # -- commits ------------------------------------------------------------------------------------------------
-
-    def _commit(self, folder: str, parts: Mapping[str, bytes]) -> None:
-        said = {}
-        for name, data in parts.items():
-            self.store.put(f"{folder}/{name}", data)
-            said[name] = _facts(data)
-        self.store.put(f"{folder}/{COMPLETE}", _json({"parts": said}))
-
-    def _said(self, folder: str) -> dict[str, Any]:
-        """What COMPLETE.json says of each part. Raises Fault for one that is damaged."""
-        name = f"{folder}/{COMPLETE}"
-        try:
-            parts = json.loads(self.store.get(name))["parts"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-            parts = None
-        if not isinstance(parts, dict):
-            raise Fault(f"{self.store.where(name)} is damaged: it does not list the parts of a commit")
-        return parts
-
-    def _parts(self, folder: str) -> dict[str, bytes]:
-        """All parts of a commit, verified. Raises Fault naming a part that is missing or damaged."""
-        found = {}
-        for name, facts in self._said(folder).items():
-            where = self.store.where(f"{folder}/{name}")
-            try:
-                data = self.store.get(f"{folder}/{name}")
-            except NotThere:
-                raise Fault(f"{where} is missing from its commit") from None
-            if facts != _facts(data):
-                raise Fault(f"{where} is damaged: its bytes are not those that were committed")
-            found[name] = data
-        return found
 
     def commits(self) -> list[Commit]:
         """All complete commits, the newest first."""
         found = []
-        for name in self.store.list("rounds"):
-            match = _COMMIT.fullmatch(name)
-            if match:
-                step = match.group(3)
-                found.append(Commit(match.group(1), int(match.group(2)), None if step is None else int(step)))
-        return sorted(found, key=lambda c: (c.round_, c.step is None, c.step or 0), reverse=True)
+        for folder in self._commits.whole("rounds"):
+            if match := _FOLDER.fullmatch(folder):
+                round_, step, generation = (None if text is None else int(text) for text in match.groups())
+                found.append((Commit(folder, round_ or 0, step), generation or 0))
+        found.sort(key=lambda c: (c[0].round_, c[0].step is None, c[0].step or 0, c[1]), reverse=True)
+        return [commit for commit, _ in found]
 
     def save_mask(self, round_: int, masks: Mapping[str, Tensor]) -> None:
         self.store.put(f"{round_folder(round_)}/{MASK}", pack_tensors(masking.pack(masks)))
@@ -187,61 +147,58 @@ class Checkpoints:
         except (ValueError, safetensors.SafetensorError) as error:
             raise Fault(f"{self.store.where(name)}: {error}. The prune.scope or the model differs.") from None
 
-    def commit_step(
-        self,
-        progress: Progress,
-        weights: Mapping[str, Tensor],
-        moments: Mapping[str, Tensor],
-        keep_last: int,
-    ) -> None:
-        """Commit the middle of a round, then remove all but its newest `keep_last` commits."""
-        folder = f"{round_folder(progress.round)}/steps/{progress.updates:08d}"
-        self._commit(
-            folder,
-            {
-                WEIGHTS: pack_tensors(weights),
-                MOMENTS: pack_tensors(moments),
-                STATE: _json(progress.model_dump()),
-            },
-        )
-        inside = [c for c in self.commits() if c.round_ == progress.round and c.step is not None]
-        for old in inside[keep_last:]:
-            self._remove(old.folder)
+    def commit_step(self, snapshot: Snapshot, keep_last: int, outbox: bytes = b"") -> None:
+        """Commit the middle of a round, then remove what is no longer needed. outbox: what MLflow has not heard yet."""
+        progress = snapshot.progress
+        generation = self._commits.writer.generation
+        folder = f"{round_folder(progress.round)}/steps/{progress.updates:08d}-{generation:04d}"
+        parts = {
+            WEIGHTS: pack_tensors(snapshot.weights),
+            MOMENTS: pack_tensors(snapshot.moments),
+            STATE: dump(progress.model_dump()),
+        }
+        self._commits.commit(folder, parts | _if_any(OUTBOX, outbox), self._mask_facts(snapshot))
+        self._tidy(keep_last)
 
     def commit_round(
-        self, ticket: Ticket, weights: Mapping[str, Tensor], pictures: bytes | None, progress: Progress
+        self, ticket: Ticket, snapshot: Snapshot, pictures: bytes | None, keep_last: int, outbox: bytes = b""
     ) -> None:
-        """Commit a round with its ticket, then remove the commits of its middle."""
+        """Commit a round with its ticket, then remove what is no longer needed."""
         folder = round_folder(ticket.round)
         if pictures is not None:
             self.store.put(f"{folder}/{PICTURES}", pictures)
-        mask = self.store.get(f"{folder}/{MASK}")
-        self._commit(
-            folder,
-            {
-                MASK: mask,
-                WEIGHTS: pack_tensors(weights),
-                STATE: _json(progress.model_dump()),
-                TICKET: ticket.dump(),
-            },
-        )
-        for commit in self.commits():
-            if commit.step is not None and commit.round_ <= ticket.round:
-                self._remove(commit.folder)
+        needs = self._mask_facts(snapshot)
+        if facts(self.store.get(f"{folder}/{MASK}")) not in needs.values():
+            self.save_mask(ticket.round, snapshot.masks)
+        parts = {
+            WEIGHTS: pack_tensors(snapshot.weights),
+            STATE: dump(snapshot.progress.model_dump()),
+            TICKET: ticket.dump(),
+        }
+        self._commits.commit(folder, parts | _if_any(OUTBOX, outbox), needs)
+        self._tidy(keep_last)
 
-    def _remove(self, folder: str) -> None:
-        """COMPLETE.json goes first: a half-removed commit is none."""
-        self.store.remove(f"{folder}/{COMPLETE}")
-        for name in self.store.list(folder):
-            self.store.remove(name)
+    def _mask_facts(self, snapshot: Snapshot) -> dict[str, Facts]:
+        """The mask of a commit's round is part of it, though it is written once."""
+        return {f"{round_folder(snapshot.progress.round)}/{MASK}": facts(pack_tensors(masking.pack(snapshot.masks)))}
+
+    def _tidy(self, keep_last: int) -> None:
+        """Remove step commits, but none of the newest `keep_last` commits that are sound, and no round."""
+        sound = [c for c in self.commits() if c.folder not in self._damaged]
+        kept = {c.folder for c in sound[:keep_last]}
+        for commit in self.commits():
+            if commit.step is not None and commit.folder not in kept:
+                self._commits.remove(commit.folder)
+
+    def finish(self) -> None:
+        """The last round has ended: no step commit is needed any more."""
+        for commit in self.commits():
+            if commit.step is not None:
+                self._commits.remove(commit.folder)
 
     def drop_weights(self, round_: int) -> None:
         """Keep a round's ticket and mask, drop the weights it trained."""
-        folder = round_folder(round_)
-        said = self._said(folder)
-        if said.pop(WEIGHTS, None) is not None:
-            self.store.put(f"{folder}/{COMPLETE}", _json({"parts": said}))
-            self.store.remove(f"{folder}/{WEIGHTS}")
+        self._commits.drop(round_folder(round_), WEIGHTS)
 
     # -- reading back -------------------------------------------------------------------------------------------
 
@@ -254,7 +211,7 @@ class Checkpoints:
         commits = self.commits()
         for commit in commits:
             try:
-                parts = self._parts(commit.folder)
+                parts = self._commits.parts(commit.folder)
                 if WEIGHTS not in parts:
                     raise Fault(f"{self.store.where(commit.folder)} kept its ticket but not its weights")
                 return commit, parts, damaged
@@ -262,6 +219,7 @@ class Checkpoints:
                 raise  # a store that refuses or fails is not a damaged commit
             except Fault as fault:
                 damaged.append(str(fault))
+                self._damaged.add(commit.folder)
         if commits:
             raise Fault("no commit of this run can be read: " + "; ".join(damaged) + ". Restore a copy of the run.")
         return None
@@ -290,7 +248,7 @@ class Checkpoints:
         """The weights that a round trained, verified. Raises Fault where they are damaged or were not kept."""
         folder = round_folder(round_)
         try:
-            parts = self._parts(folder)
+            parts = self._commits.parts(folder)
         except NotThere:
             raise Fault(
                 f"{self.store.where(folder)} holds no finished round. `mirl-dist tickets list` shows them."
@@ -301,10 +259,10 @@ class Checkpoints:
 
     def has_weights(self, round_: int) -> bool:
         """Whether a finished round's weights were kept."""
-        return WEIGHTS in self._said(round_folder(round_))
+        return WEIGHTS in self._commits.said(round_folder(round_))["parts"]
 
     def mark_best(self, round_: int, score: float, by: tuple[str, ...]) -> None:
-        self.store.put(BEST, _json({"round": round_, "score": score, "by": list(by)}))
+        self.store.put(BEST, dump({"round": round_, "score": score, "by": list(by)}))
 
     def best(self) -> int | None:
         """The round that the run chose by validation, if it did."""

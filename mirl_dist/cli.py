@@ -14,6 +14,7 @@ import typer
 
 from mirl_dist import __version__
 from mirl_dist.faults import Fault, Stopped
+from mirl_dist.slip import Slip
 from mirl_dist.stopping import RESUMABLE, StopFlag
 
 app = typer.Typer(
@@ -24,8 +25,10 @@ app = typer.Typer(
 )
 shards_app = typer.Typer(no_args_is_help=True, help="Build and check WebDataset shards.")
 tickets_app = typer.Typer(no_args_is_help=True, help="List and show the tickets of a run.")
+track_app = typer.Typer(no_args_is_help=True, help="What MLflow is to hear of a run.")
 app.add_typer(shards_app, name="shards")
 app.add_typer(tickets_app, name="tickets")
+app.add_typer(track_app, name="track")
 
 Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value, read as YAML; may be repeated.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes of each rank; default: one per processor.")]
@@ -37,6 +40,7 @@ def main() -> None:
     rank = os.environ.get("RANK", "0")
     if "RANK" in os.environ:
         sys.excepthook = _show_and_leave
+        _leave_if_said_already()
     try:
         app()
     except SystemExit as ended:
@@ -44,8 +48,9 @@ def main() -> None:
     except Fault as fault:
         if rank == "0" or not fault.everywhere:
             who = "mirl-dist" if fault.everywhere or "RANK" not in os.environ else f"mirl-dist, rank {rank}"
-            print(f"{who}: {fault}", file=sys.stderr, flush=True)
-        _leave(2)
+            more = " Go on with --resume auto." if fault.resumable else ""
+            print(f"{who}: {fault}{more}", file=sys.stderr, flush=True)
+        _leave(RESUMABLE if fault.resumable else 2)
     except Stopped as stopped:
         if rank == "0":
             print(f"mirl-dist: {stopped}. Go on with --resume auto.", file=sys.stderr, flush=True)
@@ -65,8 +70,17 @@ def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if "RANK" in os.environ:
+        if code in (2, RESUMABLE):  # starting the ranks again would not mend it
+            Slip.of_worker().last_word(code)
         os._exit(code)
     sys.exit(code)
+
+
+def _leave_if_said_already() -> None:
+    """An elastic launcher starts its ranks again whatever ended them: those that have had their last word leave."""
+    code = Slip.of_worker().final()
+    if code is not None:
+        os._exit(code)
 
 
 def _show_and_leave(*error: Any) -> None:
@@ -117,7 +131,10 @@ def train(
         if world > 1:
             launching.launch(tree, world, options, ["train", str(config), "--resume", resume], sets or [])
             return
-    address = assemble.run(tree, resume, StopFlag().listen())
+    stop_asked = StopFlag().listen()
+    slip = Slip.of_worker()
+    stop_asked.hears += [slip.stop_asked, lambda: slip.leave_if_orphaned(stop_asked)]
+    address = assemble.run(tree, resume, stop_asked)
     if os.environ.get("RANK", "0") == "0":
         from mirl_dist import shelf
 
@@ -147,7 +164,7 @@ def doctor(
 
 @app.command()
 def status(run: Annotated[str, typer.Argument(help="Run folder.")], as_json: Json = False) -> None:
-    """Say where a run stands: its round, its step, its last commit."""
+    """Say where a run stands: its round, its step, its last commit, who writes it, what MLflow has not heard."""
     from mirl_dist import shelf
 
     shelf.print_status(run, as_json)
@@ -209,6 +226,7 @@ def shards_build(
     from mirl_dist.data.recipe import read
     from mirl_dist.storage import open_store
 
+    StopFlag().listen()  # what is built stays; the next build goes on from there
     ranks = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from mirl_dist.ranks import Ranks
@@ -243,6 +261,14 @@ def shards_check(
     if faults:
         raise Fault(f"{len(faults)} faults in {store.where()}:\n" + "\n".join(f"  {fault}" for fault in faults))
     report.say(f"{store.where()}: whole")
+
+
+@track_app.command("resend")
+def track_resend(run: Annotated[str, typer.Argument(help="Run folder, or s3://bucket/prefix.")]) -> None:
+    """Send MLflow what a run that has ended could not send."""
+    from mirl_dist import shelf
+
+    shelf.resend(run)
 
 
 @tickets_app.command("list")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from math import fsum
@@ -21,7 +21,7 @@ from mirl_dist.data.manifest import CLEAN, DEGRADED, Shard
 from mirl_dist.data.sample import Pixels, to_tensor
 from mirl_dist.data.shards import Place, Shards
 from mirl_dist.data.supply import Supply
-from mirl_dist.faults import Fault
+from mirl_dist.faults import Fault, Stopped
 from mirl_dist.ranks import Ranks
 from mirl_dist.report import bar
 from mirl_dist.tasks import Task
@@ -155,22 +155,35 @@ def _held(supply: Supply, shards: Sequence[Shard], ahead: bool) -> Iterator[Iter
             supply.release(shard)
 
 
+def _never() -> bool:
+    return False
+
+
 def evaluate(
-    model: nn.Module, supply: Supply, jobs: Sequence[Job], ranks: Ranks, seed: int, look_ahead: bool = False
+    model: nn.Module,
+    supply: Supply,
+    jobs: Sequence[Job],
+    ranks: Ranks,
+    seed: int,
+    look_ahead: bool = False,
+    stop_asked: Callable[[], bool] = _never,
 ) -> Scores:
     """Score every job once, shared out over the ranks; the same bits on every rank and for every world size.
 
     model: the bare network (not the wrapped one: ranks score different numbers of images), set to eval here.
-    look_ahead: the cache has room for two shards of every rank.
+    look_ahead: the cache has room for two shards of every rank. stop_asked: looked at before every image.
+    Raises Stopped on every rank, with nothing scored, when any of them was asked to stop.
     """
     model.eval()
-    mine = deal(jobs, ranks.rank, ranks.world)
+    mine, stopped = deal(jobs, ranks.rank, ranks.world), False
     results: list[_Result] = []
     with bar("evaluating", len(mine), shown=ranks.is_main and bool(jobs)) as advance:
         runs = [list(group) for _, group in groupby(mine, key=lambda n: jobs[n].place.shard.name)]
         with _held(supply, [jobs[numbers[0]].place.shard for numbers in runs], look_ahead) as held:
             for _, numbers in zip(held, runs, strict=True):
                 for number in numbers:
+                    if stopped := stopped or stop_asked():
+                        break
                     job = jobs[number]
                     try:
                         results.append(_score(model, supply, number, job, seed, ranks.device))
@@ -178,6 +191,8 @@ def evaluate(
                         raise Fault(f"{job.name}, image '{job.place.entry.key}': {fault}") from None
                     advance(len(results), job.name)
     model.train()
+    if ranks.any(stopped, what="whether to stop evaluating"):
+        raise Stopped("stopped as asked while evaluating; the round's training is committed")
     everyone = sorted((r for part in ranks.gather_objects(results) for r in part), key=lambda r: r.number)
     assert [r.number for r in everyone] == list(range(len(jobs))), "an image was scored twice or not at all"
     scores = {}

@@ -45,12 +45,15 @@ def play(
     train_and_score: Callable[[], Ticket],
     open_round: Callable[[], None],
     record: Callable[[Ticket], None],
+    stop_if_asked: Callable[[str], None],
 ) -> None:
     """Play all rounds that are still to do.
 
     newest: the ticket of `state.progress.round` when that round is finished already (its weights are in `state`).
     train_and_score: trains the round from its position and makes its ticket; record: keeps a ticket, twice is once;
-    open_round: keeps the mask of a round that begins. Raises Fault naming rank and tensor when a law is broken.
+    open_round: keeps the mask of a round that begins; stop_if_asked: raises Stopped on all ranks when any was asked,
+    naming what comes next: until `open_round` the ticket before is all that a restart needs. Raises Fault naming rank
+    and tensor when a law is broken.
     """
     while True:
         if newest is None:
@@ -59,10 +62,16 @@ def play(
         record(newest)
         if lottery.finished(newest):
             return
-        ranks.agree("the trained weights", masking.digest_tensors(state.weights))
-        pruned = prune(state.weights, state.masks, lottery.rule, ranks.share, ranks.gather)
-        ranks.agree("the new masks", masking.digest(pruned.masks))
-        begin_round(lottery, state, initial, ranks, pruned.masks, pruned.threshold, newest)
+        stop_if_asked("selecting")
+        with ranks.in_phase("selecting"):
+            ranks.agree("the trained weights", masking.digest_tensors(state.weights))
+            pruned = prune(state.weights, state.masks, lottery.rule, ranks.share, ranks.gather)
+        stop_if_asked("pruning")
+        with ranks.in_phase("pruning"):
+            ranks.agree("the new masks", masking.digest(pruned.masks))
+        with ranks.in_phase("rewinding"):
+            begin_round(lottery, state, initial, ranks, pruned.masks, pruned.threshold, newest)
+        stop_if_asked("opening the next round")
         open_round()
         newest = None
 

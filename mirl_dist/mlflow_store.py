@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import os
 import sys
 import tempfile
-import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mirl_dist.faults import Fault
-from mirl_dist.outbox import Item, legal_name, masked, shown
+from mirl_dist.items import Item, legal_name, masked, shown
 
 _SETTINGS = {  # MLflow reads them at each call; what the user has set stands
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds; without retries a dead server costs 5 s a try, not 246 s
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds; without retries a dead server costs 30 s a try, not 246 s
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_CONFIGURE_LOGGING": "false",
@@ -27,42 +25,65 @@ _SETTINGS = {  # MLflow reads them at each call; what the user has set stands
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-_FINAL = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", "RESOURCE_DOES_NOT_EXIST")  # asking again is no use
+_LOST = "RESOURCE_DOES_NOT_EXIST"
+_FINAL = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", _LOST)  # asking again is no use
 _log = logging.getLogger("mirl_dist.tracking")
 
 
 @dataclass
 class Reached:
-    """What the store held of a run when it was opened."""
+    """What the store holds of a run: noted when it was opened, and after each delivery."""
 
     id: str
     params: dict[str, str]
     steps: dict[str, int]  # latest step of each curve
-    last: int  # latest step of all, -1 for none
 
 
 class Store:
-    """MLflow at one address: resolves our names to its ids, and bears the same item twice."""
+    """MLflow at one address: resolves our names to its ids, and bears the same item twice.
+
+    ids: what `remember` was given in earlier lives. key: by which runs are found whose ids got lost, unless ids has
+    one. remember: gets new ids before anything depends on them; may raise Fault, and is then called again later.
+    """
 
     def __init__(
-        self, uri: str, experiment: str, ids: dict[str, str], remember: Callable[[dict[str, str]], None]
+        self,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        ids: dict[str, str],
+        key: str,
+        remember: Callable[[dict[str, str]], None],
     ) -> None:
         self.name = shown(uri)
         self.experiment_id = ""
         self.reached: dict[str, Reached] = {}
-        self._uri, self._experiment, self._ids, self._remember = uri, experiment, ids, remember
+        self._uri, self._experiment, self._run_name = uri, experiment, run_name
+        self._ids, self._key, self._remember = ids, key, remember
+        self._heard: dict[str, dict[str, Item]] = {}  # how runs were opened, and their params: to make them anew
         self._client: Any = None
 
     def deliver(self, item: Item) -> None:
-        with _hushed():
-            self._deliver(self._connected(), item)
+        """Deliver an item; a server that was emptied or restored meanwhile gets the runs anew."""
+        from mlflow.exceptions import MlflowException
 
-    def _deliver(self, client: Any, item: Item) -> None:
+        if item.do in ("open", "params"):
+            self._heard.setdefault(item.where, {})[item.id] = item
+        try:
+            self._deliver(item)
+        except MlflowException as trouble:
+            if trouble.error_code != _LOST:
+                raise
+            self._client, self.reached = None, {}
+            self._deliver(item)
+
+    def _deliver(self, item: Item) -> None:
         from mlflow.entities import Param, RunTag
 
+        client = self._connected()
         if item.do == "open":
             return self._open(client, item)
-        run = self.reached[item.where]
+        run = self._reach(item)
         if item.do == "end":
             client.set_terminated(run.id, item.name, item.at_ms)
         elif item.do == "params":
@@ -70,6 +91,7 @@ class Store:
             changed = [n for n, text in item.texts.items() if run.params.get(n, text) != text]
             tags = [RunTag(f"changed.{n}", item.texts[n]) for n in changed]
             client.log_batch(run.id, params=new, tags=tags)
+            run.params |= {param.key: param.value for param in new}
         elif item.do == "file":
             path = PurePosixPath(item.name)
             with tempfile.TemporaryDirectory() as folder:
@@ -79,9 +101,9 @@ class Store:
             _send_points(client, item, run)
 
     def answers(self) -> bool:
+        """Whether the store itself is there, whatever became of its place for files."""
         try:
-            with _hushed():
-                self._connected().get_run(self.reached["run"].id)
+            self._connected().get_run(self.reached["run"].id)
         except self.troubles():
             return False
         return True
@@ -95,10 +117,12 @@ class Store:
         return f"{type(trouble).__name__}: {short}"
 
     def troubles(self) -> tuple[type[BaseException], ...]:
-        """What a store raises that is away, refuses or lacks its driver (requests' errors are OSErrors)."""
+        """What comes of a store that is away, refuses, lacks its driver, or whose answers make no sense; and Fault."""
         from mlflow.exceptions import MlflowException
 
-        kinds: list[type[BaseException]] = [MlflowException, OSError, ImportError]
+        # requests' errors are OSErrors; a client that reads nonsense raises what the reading of it raised.
+        nonsense = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+        kinds: list[type[BaseException]] = [MlflowException, Fault, OSError, ImportError, *nonsense]
         for module, name in (
             ("sqlalchemy.exc", "SQLAlchemyError"),
             ("alembic.util.exc", "CommandError"),
@@ -130,24 +154,35 @@ class Store:
         tags = {"mlflow.experimentKind": "custom_model_development"}
         return str(client.create_experiment(self._experiment, artifact_location=location, tags=tags))
 
+    def _reach(self, item: Item) -> Reached:
+        """The run of an item; one that an earlier life opened is found, one that the store lost is made as it was."""
+        if item.where not in self.reached:
+            name = self._run_name if item.where == "run" else f"round {item.where.rpartition('/')[2]}"
+            heard = self._heard.get(item.where) or {"": Item("open", item.where, name, at_ms=item.at_ms)}
+            for opening in heard.values():
+                self._deliver(opening)
+        return self.reached[item.where]
+
     def _open(self, client: Any, item: Item) -> None:
         """Find the run by id or tag, or create it, and note what it holds already."""
         from mlflow.entities import RunTag
 
         if "key" not in self._ids:
-            self._know("key", uuid.uuid4().hex)
+            self._know("key", self._key)
         tags = item.texts | {"mirl_dist.key": f"{self._ids['key']}/{item.where}"}
         if item.where != "run":
-            tags["mlflow.parentRunId"] = self.reached["run"].id
+            parent = self._reach(Item("open", "run", at_ms=item.at_ms)).id
+            client.get_run(parent)  # raises where it is lost: a child is not hung on nothing
+            tags["mlflow.parentRunId"] = parent
         run = self._find(client, item.where, tags["mirl_dist.key"])
         if run is None:
             run = client.create_run(self.experiment_id, item.at_ms, tags, item.name)
         else:
-            client.update_run(run.info.run_id, status="RUNNING")
+            if (run.info.end_time or 0) <= item.at_ms:  # it goes on; an older word must not open what has ended since
+                client.update_run(run.info.run_id, status="RUNNING")
             client.log_batch(run.info.run_id, tags=[RunTag(name, text) for name, text in tags.items()])
         steps = {metric.key: metric.step for metric in run.to_proto().data.metrics}
-        last = max(steps.values(), default=-1)
-        self.reached[item.where] = Reached(run.info.run_id, dict(run.data.params), steps, last)
+        self.reached[item.where] = Reached(run.info.run_id, dict(run.data.params), steps)
         if self._ids.get(item.where) != run.info.run_id:
             self._know(item.where, run.info.run_id)
 
@@ -163,36 +198,34 @@ class Store:
             try:
                 run = client.get_run(id_)
             except MlflowException as trouble:
-                if trouble.error_code != "RESOURCE_DOES_NOT_EXIST":
+                if trouble.error_code != _LOST:
                     raise
             else:
                 if run.info.lifecycle_stage == "active":
                     return run
             _log.warning("%s has no run %s any more (remembered as %s); it gets a new one", self.name, id_, where)
+            del self._ids[where]
         found = client.search_runs([self.experiment_id], f"tags.`mirl_dist.key` = '{key}'", max_results=1)
         return found[0] if found else None
 
 
 def _send_points(client: Any, item: Item, run: Reached) -> None:
-    """Send the points that the run did not hold when opened (steps), or does not hold now (tickets)."""
+    """Send the points that the run does not hold: the steps of each curve only grow, so the latest one tells.
+
+    Of a ticket, 'by_alive/x' goes in one batch with 'x', whose steps are rounds and grow; its own need not.
+    """
     from mlflow.entities import Metric
 
-    points = [point for point in item.points if point[3] > run.last]
-    if item.do == "ticket":  # 'by_alive/x' goes in one batch with 'x', whose steps are rounds and grow
-        held = {name for name, _, _, step in item.points if run.steps.get(name, -1) >= step}
-        points = [point for point in item.points if point[0].removeprefix("by_alive/") not in held]
+    steps, points = dict(run.steps), list[tuple[str, float, int, int]]()
+    for name, value, at_ms, step in item.points:
+        curve = name.removeprefix("by_alive/") if item.do == "ticket" else name
+        new = step > steps.get(name, -1) if curve == name else curve in {point[0] for point in points}
+        if new:
+            points.append((name, value, at_ms, step))
+            steps[name] = step
     if points:
         client.log_batch(run.id, metrics=[Metric(*point) for point in points])
-    if item.do == "ticket":
-        run.steps |= {name: step for name, _, _, step in points}
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """No warnings of MLflow and its parts, such as deprecations inside it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    run.steps = steps
 
 
 def import_quietly(uri: str) -> None:
@@ -210,8 +243,11 @@ def import_quietly(uri: str) -> None:
         )
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    with _hushed():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         import mlflow.tracking
+    # For good, not around each call: the thread that calls must not change what other threads are warned of.
+    warnings.filterwarnings("ignore", module=r"(mlflow|alembic|sqlalchemy)(\.|$)")
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # its troubles reach us as exceptions; we mask them
     logging.getLogger("alembic").setLevel(logging.WARNING)
     if not scheme.startswith("http"):

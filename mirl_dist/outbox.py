@@ -1,174 +1,214 @@
-"""What waits to be told to a tracking store: items in order, bounded in memory, tried again after a failure.
+"""What waits to be told to a tracking store: items in order, each in the journal before anybody may send it.
 
-No store is known here. Runs go by our own names ("run", "round/03") and an item holds plain values only, so
-that the outbox can become a journal on disk. Texts are made fit for MLflow 3, with no password in them.
+What the journal cannot keep (a full disk, a folder that may not be written) waits in memory, bounded. No store is known
+here.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import math
-import os
-import re
+import threading
 import time
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
-from urllib.parse import unquote, urlsplit
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterable
 
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 300.0
-TRIES_PER_FILE = 3
-OUTBOX_BYTES, POINT_BYTES = 64 * 2**20, 200  # what may wait in memory; one point, roughly
-POINTS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits, as are the next three (characters)
-LONGEST_NAME, LONGEST_PARAM, LONGEST_TAG = 250, 6000, 8000
+from mirl_dist.items import POINTS_PER_CALL, Damaged, Item, legal_name, line_of, parse_all
+from mirl_dist.journal import Journal, Waiting, count
+from mirl_dist.segments import Entry, entry_of
+
+MEMORY_BYTES, POINT_BYTES = 64 * 2**20, 200  # what may wait in memory; one point there, roughly
+BACKLOG_BYTES = 16 * 2**20
 
 _log = logging.getLogger("mirl_dist.tracking")
 
 
-@dataclass(eq=False)
-class Item:
-    """One thing to deliver."""
-
-    do: str  # open, params, points, ticket, file or end
-    where: str  # "run" or "round/03"
-    name: str = ""  # of a run or a file; the status for "end"
-    texts: dict[str, str] = field(default_factory=dict)  # tags or params
-    points: list[tuple[str, float, int, int]] = field(default_factory=list)  # name, value, time in ms, step
-    data: bytes = b""
-    at_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
-    tries: int = 0
-
-
-class Store(Protocol):
-    """Where items go. `deliver` must bear the same item twice."""
-
-    name: str  # for people, without secrets
-
-    def deliver(self, item: Item) -> None: ...
-    def troubles(self) -> tuple[type[BaseException], ...]: ...
-    def told(self, trouble: BaseException) -> str: ...
-    def final(self, trouble: BaseException) -> bool: ...
-    def answers(self) -> bool: ...
-
-
 class Outbox:
-    """Items in the order of their making; when too much waits, the oldest points and files are forgotten."""
+    """Items in the order of their making, for any thread; what was inherited, and what earlier lives left, comes first.
 
-    def __init__(self, store: Store) -> None:
-        self.items: deque[Item] = deque()
-        self._store = store
-        self._forgotten = 0
-        self._away, self._pause, self._not_before = False, 0.0, 0.0
+    store_name: for people. journal: None for memory only. inherited: the `backlog` of the life that this one goes on
+    from. changed: notified when something was sent. mine: whether this process delivers; what earlier lives left is
+    known from then on. sent: items so far.
+    """
+
+    def __init__(self, store_name: str, journal: Journal | None, inherited: bytes = b"") -> None:
+        self.changed = threading.Condition()
+        self.mine = journal is None
+        self.sent = self.forgotten = 0
+        self._store_name, self._journal = store_name, journal
+        self._queue: OrderedDict[str, Entry] = OrderedDict()
+        self._files = self._memory = 0  # how many are files; bytes in memory alone
+        self._life, self._count, self._last_ms = uuid.uuid4().hex, 0, 0
+        self._disk_told = False
+        self._order = self._inherit(inherited)
 
     def put(self, item: Item) -> None:
-        self.items.append(item)
+        """Keep an item for sending; it gets its id and its time here. The clock of a life never runs backwards."""
+        with self.changed:
+            self._last_ms = item.at_ms = self._now_ms()
+            self._keep(item)
 
-    def put_points(self, do: str, where: str, values: list[tuple[str, float, int]]) -> None:
-        """Add (name, value, step) under one time, joined to the last item where the batch limit allows.
+    def put_points(self, do: str, where: str, values: Iterable[tuple[str, float, int]]) -> None:
+        """Keep (name, value, step) for sending, under one time.
 
         Values that are not finite are left out: MLflow would draw infinity as 1.8e308.
         """
-        now = time.time_ns() // 1_000_000
-        points = [(legal_name(n), float(v), now, step) for n, v, step in values if math.isfinite(v)]
-        tail = self.items[-1] if self.items else None
-        same = tail is not None and (tail.do, tail.where) == (do, where)
-        if tail and same and len(tail.points) + len(points) <= POINTS_PER_CALL:
-            tail.points += points
-            return
-        for start in range(0, len(points), POINTS_PER_CALL):
-            self.put(Item(do, where, points=points[start : start + POINTS_PER_CALL]))
+        with self.changed:
+            now = self._now_ms()
+            points = [(legal_name(n), float(v), now, step) for n, v, step in values if math.isfinite(v)]
+            for start in range(0, len(points), POINTS_PER_CALL):
+                self.put(Item(do, where, points=points[start : start + POINTS_PER_CALL]))
 
-    def deliver(self, *, at_once: bool) -> None:
-        """Deliver in order until nothing waits or the store fails; without `at_once`, not during a pause."""
-        if at_once or time.monotonic() >= self._not_before:
-            while self.items:
-                try:
-                    self._store.deliver(self.items[0])
-                except self._store.troubles() as trouble:
-                    if self._must_wait(self.items[0], trouble):
-                        break
-                self.items.popleft()
-            else:
-                self._away, self._pause, self._not_before = False, 0.0, 0.0
-        self._forget_oldest()
-
-    def _must_wait(self, item: Item, trouble: BaseException) -> bool:
-        """Whether a failed item stays; the first failure of an outage and each refusal are told."""
-        if item.do == "file" and self._store.answers():
-            item.tries += 1
-        refused = item.do != "open" and self._store.final(trouble)
-        if refused or item.tries >= TRIES_PER_FILE:
-            _log.warning(
-                "%s did not take %s '%s' of %s (%s). Training goes on without it there.",
-                *(self._store.name, item.do, item.name, item.where, self._store.told(trouble)),
-            )
-            return False
-        if not self._away:
-            _log.warning(
-                "%s is away or refuses (%s). Training goes on; points are kept and sent when it is back. "
-                "Check the server, and the address in tracking.uri or MLFLOW_TRACKING_URI.",
-                *(self._store.name, self._store.told(trouble)),
-            )
-        self._away = True
-        self._pause = min(max(2 * self._pause, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
-        self._not_before = time.monotonic() + self._pause
-        if item.do == "file":  # the place for files may be away alone: let points pass
-            self.items.rotate(-1)
+    def take_over(self) -> bool:
+        """Whether this process delivers from now on: it holds the journal's lock and knows what earlier lives left."""
+        if not self.mine:
+            assert self._journal is not None
+            if not self._journal.lock():
+                return False
+            older = self._older()
+            with self.changed:
+                self._queue = self._merged(older)
+                self._files = sum(entry.do == "file" for entry in self._queue.values())
+                self.mine = True
         return True
 
+    def waits(self) -> tuple[int, int]:
+        """How many items wait that are files, and that are none."""
+        return self._files, len(self._queue) - self._files
+
+    def count(self) -> Waiting:
+        with self.changed:
+            return count(self._queue.values())
+
+    def in_memory(self) -> Waiting:
+        """What of it no disk has."""
+        with self.changed:
+            return count([entry for entry in self._queue.values() if entry.item is not None])
+
+    def next(self, *, files: bool, others: bool) -> list[Entry]:
+        """What goes in the next delivery: points of one run, up to the limit, or one item; files or others or both."""
+        batch: list[Entry] = []
+        with self.changed:
+            for entry in self._queue.values():
+                if not (files if entry.do == "file" else others):
+                    continue
+                joins = entry.do == "points" and (not batch or (batch[0].do, batch[0].where) == ("points", entry.where))
+                if batch and not (joins and sum(e.points for e in batch) + entry.points <= POINTS_PER_CALL):
+                    break
+                batch.append(entry)
+                if not joins:
+                    break
+        return batch
+
+    def done(self, batch: list[Entry]) -> None:
+        """These need not be sent any more."""
+        with self.changed:
+            for entry in batch:
+                self._drop(entry)
+            self.sent += len(batch)
+            if self._journal is not None:
+                with contextlib.suppress(OSError):  # what is not noted is sent again, which does no harm
+                    self._journal.sent(batch)
+            self.changed.notify_all()
+
+    def backlog(self) -> bytes:
+        """All that waits now as lines, for a life on another machine; the largest files are left out above 16 MiB."""
+        with self.changed:
+            entries = list((self._queue if self.mine else self._merged(self._older())).values())
+            size = sum((entry.end - entry.start or _weight(entry)) + entry.size * 4 // 3 for entry in entries)
+            for entry in sorted(entries, key=lambda entry: -entry.size):
+                if size <= BACKLOG_BYTES or not entry.size:
+                    break
+                size -= entry.size * 4 // 3
+                entries.remove(entry)
+            lines = []
+            for entry in entries:
+                with contextlib.suppress(OSError, Damaged):
+                    lines.append(line_of(entry.read()) if entry.do == "file" else entry.raw())
+            return b"".join(lines)
+
+    def close(self) -> None:
+        """Let other processes deliver."""
+        with self.changed:
+            if self._journal is not None:
+                self._journal.close()
+
+    def _inherit(self, lines: bytes) -> dict[str, int]:
+        """Take what no life of this folder knows; the order in which all of it is to go."""
+        items, damaged = parse_all(lines)
+        if damaged:
+            _log.warning("%d damaged lines that a commit kept for %s are left out", damaged, self._store_name)
+        order = {item.id: number for number, item in enumerate(items)}
+        known = set[str]()
+        if self._journal is not None and items:
+            with contextlib.suppress(OSError):
+                known = self._journal.knows(order)
+        for item in items:
+            if item.id not in known:
+                self._keep(item)
+        return order
+
+    def _older(self) -> list[Entry]:
+        assert self._journal is not None
+        try:
+            return self._journal.older()
+        except OSError as error:
+            _log.warning("what waits for %s in %s cannot be read (%s)", self._store_name, self._journal.folder, error)
+            return []
+
+    def _merged(self, older: list[Entry]) -> OrderedDict[str, Entry]:
+        everything = [*older, *self._queue.values()]
+        first = [entry for entry in everything if entry.id in self._order]
+        first.sort(key=lambda entry: self._order[entry.id])
+        rest = [entry for entry in everything if entry.id not in self._order]
+        return OrderedDict((entry.id, entry) for entry in first + rest)
+
+    def _now_ms(self) -> int:
+        return max(self._last_ms, time.time_ns() // 1_000_000)
+
+    def _keep(self, item: Item) -> None:
+        if not item.id:
+            item.id = f"{self._life}-{self._count}"
+            self._count += 1
+        entry = None
+        if self._journal is not None:
+            try:
+                entry = self._journal.append(item)
+            except OSError as error:
+                if not self._disk_told:
+                    _log.warning(
+                        "the journal %s takes no more (%s): what %s is to hear waits in memory only. Make room, or "
+                        "correct the rights.",
+                        *(self._journal.folder, error.strerror or error, self._store_name),
+                    )
+                self._disk_told = True
+        if entry is None:
+            entry = entry_of(item)
+            entry.item = item
+            self._memory += _weight(entry)
+        self._queue[entry.id] = entry
+        self._files += entry.do == "file"
+        self._forget_oldest()
+
     def _forget_oldest(self) -> None:
-        sizes = [(item, POINT_BYTES * len(item.points) + len(item.data)) for item in self.items]
-        total = sum(size for _, size in sizes)
-        for item, size in sizes:
-            if total > OUTBOX_BYTES and size:
-                if not self._forgotten:
-                    _log.warning("too much waits for %s: the oldest is being forgotten", self._store.name)
-                self.items.remove(item)
-                self._forgotten += len(item.points) or 1
-                total -= size
+        """Keep memory bounded; runs, params and what is on disk are never forgotten."""
+        while self._memory > MEMORY_BYTES:
+            oldest = next((e for e in self._queue.values() if e.item is not None and _weight(e)), None)
+            if oldest is None:
+                break
+            if not self.forgotten:
+                _log.warning("too much waits for %s: the oldest is being forgotten", self._store_name)
+            self.forgotten += oldest.points or 1
+            self._drop(oldest)
 
-    def __str__(self) -> str:
-        points = sum(len(item.points) for item in self.items)
-        text = f"{points} points and {sum(not item.points for item in self.items)} other records wait"
-        return text + (f" and {self._forgotten} were forgotten" if self._forgotten else "")
-
-
-def flat(params: Mapping[str, object], prefix: str = "") -> dict[str, str]:
-    """Nested params as {'a.b': text}; numbers, lists, true, false and null as JSON writes them."""
-    texts: dict[str, str] = {}
-    for name, value in params.items():
-        if isinstance(value, Mapping) and value:
-            texts |= flat(value, f"{prefix}{name}.")
-        else:
-            texts[f"{prefix}{name}"] = value if isinstance(value, str) else json.dumps(value, default=str)
-    return texts
+    def _drop(self, entry: Entry) -> None:
+        if self._queue.pop(entry.id, None) is not None:
+            self._files -= entry.do == "file"
+            if entry.item is not None:
+                self._memory -= _weight(entry)
 
 
-def legal_name(name: str) -> str:
-    """A name that MLflow takes for a metric, param or tag: letters, digits, _ - . / space, 250 at most."""
-    parts = re.sub(r"[^/\w.\- ]", "_", name)[:LONGEST_NAME].split("/")
-    return "/".join(part for part in parts if part not in ("", ".", "..")) or "_"
-
-
-def shown(uri: str) -> str:
-    """A tracking URI without password, token and query (for web addresses without user name as well)."""
-    parts = urlsplit(uri)
-    user, at, host = parts.netloc.rpartition("@")
-    if parts.scheme in ("http", "https"):
-        user, at = "", ""
-    return f"{parts.scheme}://{user.partition(':')[0]}{at}{host}{parts.path}" if parts.scheme else uri
-
-
-def masked(text: str, uri: str) -> str:
-    """A text without the secrets of the tracking URI, of MLflow's environment, and of any address in it."""
-    parts = urlsplit(uri)
-    user, _, password = parts.netloc.rpartition("@")[0].partition(":")
-    token = user if not password and parts.scheme in ("http", "https") else ""
-    environment = [os.environ.get(f"MLFLOW_TRACKING_{word}", "") for word in ("PASSWORD", "TOKEN")]
-    text = re.sub(r"(\w://)[^/\s@]+@", r"\1***@", text.replace(uri, shown(uri)))
-    for secret in (password, unquote(password), token, parts.query, *environment):
-        if len(secret) > 3:  # shorter ones would garble every word
-            text = text.replace(secret, "***")
-    return text
+def _weight(entry: Entry) -> int:
+    return POINT_BYTES * entry.points + entry.size

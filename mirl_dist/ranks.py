@@ -1,58 +1,84 @@
 """The door to other processes: who am I, wrap, backward, gather, sum, agree, broadcast.
 
-Alone imports accelerate and torch.distributed. Every collective of the project is a method here, with the phase in
-its name, so that a reader sees in the loop where ranks meet.
+Alone imports accelerate and torch.distributed. Every collective of the project is a method here, so that a reader sees
+in the loop where ranks meet. Each is a numbered meeting, `what` its name in messages; see watch.py.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from mirl_dist.faults import Fault, Stopped
+from mirl_dist.faults import Fault
+from mirl_dist.launched import come_together, refuse_a_launch_that_lost_ranks, refuse_shared_gpus
+from mirl_dist.meetings import Meetings
 from mirl_dist.pruning.prune import Slice
+from mirl_dist.watch import LiveBoard, Watch
 
 T = TypeVar("T")
 
 # Groups that were left. Were a wrapped model the last to hold one, freeing it would wait, with Python's lock held, for
 # a thread of gloo that may need that lock to free a tensor (torch 2.13): a finished rank that never ends.
 _LEFT: list[Any] = []
+_DISTRIBUTED: Any = torch.distributed  # what it calls private, or does not describe
 
 
 class Ranks:
     """One process among `world`. Constructed once per process; joins the process group that the launcher announced."""
 
-    def __init__(self, *, device: str = "auto", precision: str = "fp32", seed: int = 0) -> None:
+    def __init__(
+        self, *, device: str = "auto", precision: str = "fp32", seed: int = 0, timeout_seconds: float = 1800
+    ) -> None:
         """device: 'auto' (a GPU per rank where there are any) or 'cpu'; precision: 'fp32' or 'bf16'.
 
-        Raises Fault when the processes that were launched are not the processes that found each other.
+        timeout_seconds: how long ranks wait for one another. After that those who have not come are named on standard
+        error, and who waited ends with code 1. Raises Fault when the processes that were launched are not the
+        processes that found each other.
         """
-        from accelerate import Accelerator
+        from accelerate import Accelerator, InitProcessGroupKwargs
 
-        _refuse_a_launch_that_lost_ranks(os.environ)
+        refuse_a_launch_that_lost_ranks(os.environ)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it matmul varies
         cpu = device == "cpu" or not torch.cuda.is_available()
         if not cpu:
-            _refuse_shared_gpus(os.environ)
+            refuse_shared_gpus(os.environ, gpus())
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: TF32 would change every convolution
         self._half = precision == "bf16"
-        self._accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+        patience = timedelta(seconds=timeout_seconds + 60)  # torch gives up later than the watch, which can tell why
+        word = _join("gloo" if cpu else "nccl", patience) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        self._accelerator = Accelerator(
+            cpu=cpu, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)]
+        )
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
+        self._meetings, self._all_reduces, self._stop_told = Meetings(), True, False
+        self.hosts: list[str] = self.gather_objects(platform.node(), what="gather of hosts")
+        self._watch = self._start_watch(word, timeout_seconds) if word and self.world > 1 else None
         self._prove_that_all_are_here()
         torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True)
 
+    def _start_watch(self, word: str, timeout_seconds: float) -> Watch:
+        """On a connection of its own, which may block for as long as it likes: the watch minds that."""
+        pids = self.gather_objects(os.getpid(), what="gather of process ids")
+        names = [f"rank {rank} ({self.hosts[rank]}, pid {pid})" for rank, pid in enumerate(pids)]
+        store = _store(timedelta(days=1000), master=False)
+        home = f"the launcher's process at {store.host}:{store.port}" if _store_is_the_launchers() else names[0]
+        board = LiveBoard(_DISTRIBUTED.PrefixStore(f"{word}/watch", store), store.host, store.port)
+        return Watch(self._meetings, board, self.rank, names, home, timeout_seconds).start()
+
     def _prove_that_all_are_here(self) -> None:
         announced = int(os.environ.get("WORLD_SIZE", "1"))
-        counted = int(self.sum(torch.ones(1, dtype=torch.int64)).item())
+        counted = int(self.sum(torch.ones(1, dtype=torch.int64), what="roll call").item())
         if not announced == self.world == counted:
             raise Fault(
                 f"the launcher announced {announced} processes, accelerate sees {self.world}, and {counted} answered: "
@@ -63,6 +89,25 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def phase(self) -> str:
+        """What this rank is doing, for messages."""
+        return self._meetings.phase
+
+    def in_phase(self, name: str) -> AbstractContextManager[None]:
+        """Around a part of the work, named as in 'training'; afterwards the phase around it returns."""
+        return self._meetings.in_phase(name)
+
+    def tell_stop(self) -> None:
+        """Ask all ranks to stop: `stop_told` becomes true on each within about two seconds. Returns at once."""
+        self._stop_told = True
+        if self._watch is not None:
+            self._watch.tell_stop()
+
+    def stop_told(self) -> bool:
+        """Whether any rank was asked to stop; costs nothing, and ranks may hear it a second apart."""
+        return self._stop_told or (self._watch is not None and self._watch.stop_told)
 
     @property
     def share(self) -> Slice:
@@ -76,7 +121,8 @@ class Ranks:
         """
         # Depthwise kernels (C, 1, 3, 3) have two equal layouts, and autograd picks the other one: harmless.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        wrapped: nn.Module = self._accelerator.prepare(model)
+        with self._meetings.meeting("wrapping of the network"):
+            wrapped: nn.Module = self._accelerator.prepare(model)
         parallel = isinstance(wrapped, nn.parallel.DistributedDataParallel)
         if self.world > 1 and not parallel:
             raise Fault(
@@ -92,7 +138,7 @@ class Ranks:
         DDP sorts its buckets anew after its first backward pass; with three ranks or more, a process's first step
         would otherwise add in another order than the same step of a run that was not interrupted.
         """
-        (model(example.to(self.device)).sum() * 0).backward()
+        self.backward(model(example.to(self.device)).sum() * 0)
         model.zero_grad()
 
     def unwrap(self, model: nn.Module) -> nn.Module:
@@ -105,36 +151,56 @@ class Ranks:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._half)
 
     def backward(self, loss: Tensor) -> None:
-        self._accelerator.backward(loss)
+        """Gradients, averaged over ranks: a meeting, unless more passes follow in this step."""
+        if self.world == 1 or not self._all_reduces:
+            self._accelerator.backward(loss)
+            return
+        self._meetings.begin("gradient all-reduce")
+        try:
+            self._accelerator.backward(loss)
+        finally:
+            self._meetings.end(*([_when_gpu_is_done()] if self.device.type == "cuda" else []))
 
-    def accumulate(self, model: nn.Module, more: bool) -> AbstractContextManager[Any]:
+    @contextmanager
+    def accumulate(self, model: nn.Module, more: bool) -> Iterator[None]:
         """Around a forward and backward pass; `more` passes follow in this step, so ranks need not meet yet."""
-        return self._accelerator.no_sync(model) if more else nullcontext()
+        self._all_reduces = not more
+        try:
+            with self._accelerator.no_sync(model) if more else nullcontext():
+                yield
+        finally:
+            self._all_reduces = True
 
-    def gather(self, values: Tensor) -> Tensor:
+    def gather(self, values: Tensor, *, what: str = "gather of numbers") -> Tensor:
         """A tensor of every rank, of one shape and dtype, as (world, *shape) on the CPU, in rank order."""
         if self.world == 1:
             return values.detach().cpu().unsqueeze(0)
         mine = values.detach().to(self.device).contiguous()
         everyone = [torch.empty_like(mine) for _ in range(self.world)]
-        torch.distributed.all_gather(everyone, mine)
-        return torch.stack(everyone).cpu()
+        with self._meetings.meeting(what):
+            torch.distributed.all_gather(everyone, mine)
+            return torch.stack(everyone).cpu()
 
-    def sum(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor, *, what: str = "sum of numbers") -> Tensor:
         """The sum over ranks, on the CPU; added in rank order, so the same bits on every rank."""
-        return self.gather(values).sum(dim=0)
+        return self.gather(values, what=what).sum(dim=0)
 
-    def gather_objects(self, item: T) -> list[T]:
+    def any(self, flag: bool, *, what: str) -> bool:
+        """Whether the flag is true on any rank; the same on all. what: the question, as in 'whether to stop'."""
+        return bool(self.gather(torch.tensor(flag), what=f"question {what}").any())
+
+    def gather_objects(self, item: T, *, what: str = "gather of objects") -> list[T]:
         """A small picklable object of every rank, in rank order, on every rank."""
         if self.world == 1:
             return [item]
         found: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(found, item)
+        with self._meetings.meeting(what):
+            torch.distributed.all_gather_object(found, item)
         return found
 
     def agree(self, what: str, digest: str) -> None:
         """Raise Fault on every rank, naming who differs, unless all ranks hold the same digest."""
-        all_digests = self.gather_objects(digest)
+        all_digests = self.gather_objects(digest, what=f"agreement on {what}")
         if len(set(all_digests)) > 1:
             usual = max(all_digests, key=all_digests.count)
             odd = [r for r, d in enumerate(all_digests) if d != usual]
@@ -145,29 +211,30 @@ class Ranks:
                 everywhere=True,
             )
 
-    def from_main(self, work: Callable[[], T]) -> T:
+    def from_main(self, work: Callable[[], T], *, what: str = "work") -> T:
         """The result of `work`, done by rank 0 alone. A Fault that rank 0 meets is raised on every rank."""
         if self.world == 1:
             return work()
-        result: list[Any] = [None, None]
+        result: list[Any] = [None, None, False]
         if self.is_main:
             try:
                 result[0] = work()
             except Fault as fault:
-                result[1] = str(fault)
-        torch.distributed.broadcast_object_list(result, src=0)
+                result[1:] = str(fault), fault.resumable
+        with self._meetings.meeting(f"{what} by rank 0"):
+            torch.distributed.broadcast_object_list(result, src=0)
         if result[1] is not None:
-            raise Fault(result[1], everywhere=True)
+            raise Fault(result[1], everywhere=True, resumable=result[2])
         found: T = result[0]
         return found
 
-    def tensors_from_main(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    def tensors_from_main(self, tensors: Mapping[str, Tensor] | None, *, what: str = "tensors") -> dict[str, Tensor]:
         """Rank 0's named tensors on the CPU of every rank; other ranks pass None."""
         if self.world == 1:
             assert tensors is not None
             return dict(tensors)
         described = [(n, tuple(t.shape), t.dtype) for n, t in tensors.items()] if tensors is not None else []
-        described = self.from_main(lambda: described)
+        described = self.from_main(lambda: described, what=what)
         received: dict[str, Tensor] = {}
         for name, shape, dtype in described:
             wire = torch.uint8 if dtype is torch.bool else dtype
@@ -175,16 +242,20 @@ class Ranks:
                 buffer = tensors[name].to(self.device, wire).contiguous()
             else:
                 buffer = torch.empty(shape, dtype=wire, device=self.device)
-            torch.distributed.broadcast(buffer, src=0)
-            received[name] = buffer.to("cpu", dtype)
+            with self._meetings.meeting(f"{what} by rank 0, {name}"):
+                torch.distributed.broadcast(buffer, src=0)
+                received[name] = buffer.to("cpu", dtype)
         return received
 
-    def barrier(self) -> None:
+    def barrier(self, *, what: str = "barrier") -> None:
         if self.world > 1:
-            torch.distributed.barrier()
+            with self._meetings.meeting(what):
+                torch.distributed.barrier()
 
     def close(self) -> None:
         """Leave the process group; without this, torch warns about leaked resources."""
+        if self._watch is not None:
+            self._watch.stop()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _LEFT.append(torch.distributed.group.WORLD)
         self._accelerator.end_training()
@@ -192,51 +263,20 @@ class Ranks:
             torch.distributed.destroy_process_group()
 
 
-def _refuse_a_launch_that_lost_ranks(env: Mapping[str, str]) -> None:
-    """`accelerate launch --cpu --num_processes 2` announces a meeting point but starts one process, silently."""
-    if int(env.get("WORLD_SIZE", "1")) > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-        raise Fault(
-            f"found WORLD_SIZE={env['WORLD_SIZE']} in the environment, but not RANK, MASTER_ADDR and MASTER_PORT: this "
-            "process would wait for others that nobody started. Unset it, or launch with a file from launch/."
-        )
-    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "WORLD_SIZE" not in env:
-        raise Fault(
-            f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks without a launcher: each would train alone in the same "
-            "folder. Start one task per node, and in it `accelerate launch` with a file from launch/, or torchrun."
-        )
-    if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and "RANK" not in env:
-        raise Fault(
-            "accelerate launch was asked for several processes but started this one alone (its --cpu launcher does "
-            "that without a word). Use `accelerate launch --config_file launch/cpu_two.yaml -m mirl_dist train ...`."
-        )
-
-
-def _refuse_shared_gpus(env: Mapping[str, str]) -> None:
-    """Several ranks on one GPU cannot talk to each other: NCCL refuses them without naming the cause."""
-    local = int(env.get("LOCAL_RANK", "0"))
-    if local >= gpus():
-        raise Fault(
-            f"rank {local} of this node finds {gpus()} GPUs, so none for itself. Start one rank per GPU, or add "
-            "--set train.device=cpu to train on its processors."
-        )
-
-
-def launch(arguments: list[str]) -> int:
+def launch(arguments: list[str], died: Callable[[int, int], None]) -> int:
     """`accelerate launch ARGUMENTS` in this process; the exit code of the first worker that failed, else 0.
 
-    Raises Stopped when this process was asked to stop: the workers have been asked too, and have ended. Raises Fault
+    To be called in a thread: in the main thread, torch's launcher would take the signals for itself. died(rank, code):
+    called in that thread for each time that ranks failed, with the first of them, when all have ended. Raises Fault
     for a launch file that accelerate refuses.
     """
-    import logging
-
     from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # The workers have said in one line what is wrong; the elastic agent's reports would bury it.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    asked = launch_command_parser().parse_args(arguments)
+    _hear_failures(lambda local, code: died(local + _first_rank(vars(asked)), code))
     try:
-        launch_command(launch_command_parser().parse_args(arguments))
+        launch_command(asked)
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         chosen = [code for code in codes if code > 0] or [1]
@@ -244,9 +284,30 @@ def launch(arguments: list[str]) -> int:
     except ValueError as error:
         said = str(error).rstrip(".")
         raise Fault(f"accelerate refuses this launch: {said}. Compare with launch/cpu_two.yaml.") from None
-    except SignalException as error:
-        raise Stopped(f"all ranks were stopped by {error.sigval.name}; a run is kept up to its last commit") from None
     return 0
+
+
+def _first_rank(asked: Mapping[str, Any]) -> int:
+    """The rank of this machine's first worker, from accelerate's options."""
+    machines = int(asked["num_machines"] or 1)
+    return int(asked["machine_rank"] or 0) * (int(asked["num_processes"]) // machines)
+
+
+def _hear_failures(failed: Callable[[int, int], None]) -> None:
+    """Silence torch's launcher (the workers have said in one line what is wrong, its reports would bury it), and hear
+    from its log which worker failed: it tells that nowhere else before it starts all of them again."""
+    import logging
+
+    class Failures(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.msg.startswith("failed (exitcode: %s) local_rank: %s") and isinstance(record.args, tuple):
+                code, local = record.args[:2]
+                failed(int(str(local)), int(str(code)))
+
+    logger = logging.getLogger("torch.distributed.elastic")
+    logger.setLevel(logging.ERROR)
+    logger.propagate = False
+    logger.handlers = [Failures()]
 
 
 def gpus() -> int:
@@ -261,12 +322,57 @@ def backends() -> dict[str, bool]:
     return {"gloo": torch.distributed.is_gloo_available(), "nccl": torch.distributed.is_nccl_available()}
 
 
+def _join(backend: str, patience: timedelta) -> str:
+    """Join the process group under a word of this start, which is returned.
+
+    For torch's launcher keeps its store when it starts ranks again (torch 2.4 to 2.13), and torch alone would read in
+    it where the dead ones listened.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = _store(patience, master=rank == 0 and not _store_is_the_launchers())
+    word = come_together(_DISTRIBUTED.PrefixStore("mirl_dist", store), rank, world, patience.total_seconds())
+    own = _DISTRIBUTED.PrefixStore(word, store)
+    _DISTRIBUTED.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=patience)
+    return word
+
+
+def _store(patience: timedelta, *, master: bool) -> Any:
+    """A connection to where the ranks of this launch meet; the master keeps that place."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    options = {"is_master": master, "wait_for_workers": False, "multi_tenant": True}
+    return _DISTRIBUTED.TCPStore(host, port, timeout=patience, **options)
+
+
+def _store_is_the_launchers() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _when_gpu_is_done() -> Callable[[], bool]:
+    """Whether all that this thread has asked of its GPU so far is done; may be called by any thread."""
+    event = torch.Event("cuda")
+    event.record()
+
+    def done() -> bool:
+        try:
+            return event.query()
+        except RuntimeError:  # the GPU has failed, as the main thread will notice
+            return True
+
+    return done
+
+
 def lost_a_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process ended."""
+    """Whether a collective failed because another process ended, or the network to it."""
     signs = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "remote process exited",
-        "Broken pipe",
+        "closed by peer",
+        "reset by peer",
+        "broken pipe",
+        "timed out waiting",  # gloo
+        "application timeout caused pair closure",
+        "at the start for rank",
+        "client socket has",  # timed out, failed
+        "connection was likely closed",
+        "remote process exit",  # NCCL
+        "nccl communicator was aborted",
     )
-    return any(sign in str(error) for sign in signs)
+    return any(sign in str(error).lower() for sign in signs)

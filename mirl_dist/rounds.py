@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,13 @@ from mirl_dist.data.order import Order, Position, Shares
 from mirl_dist.data.shards import Shards
 from mirl_dist.data.stream import Stream
 from mirl_dist.data.supply import Supply
+from mirl_dist.faults import Stopped
+from mirl_dist.footprint import Footprint
+from mirl_dist.keeper import Keeper
 from mirl_dist.lottery import prove_dead_weights
 from mirl_dist.pruning import masks as masking
 from mirl_dist.ranks import Ranks
-from mirl_dist.state import Progress, State
+from mirl_dist.state import Progress, Snapshot, State
 from mirl_dist.ticket import Score, Ticket, validation_score
 from mirl_dist.ticket import metrics as ticket_metrics
 from mirl_dist.tracking import Tracker
@@ -43,23 +47,32 @@ class Rounds:
     jobs: list[evaluate.Job]
     look_ahead: bool
     checkpoints: Checkpoints
+    keeper: Keeper
+    footprint: Footprint
     tracker: Tracker
     stop_asked: Callable[[], bool]
+    news: dict[str, Any]
 
     def train_and_score(self) -> Ticket:
         """Train the round from where it stands, score it, and commit its ticket."""
-        self._train()
-        scored = evaluate.evaluate(
-            self.bare, self.supply, self.jobs, self.ranks, self.config.evaluate.seed, self.look_ahead
-        )
+        with self.ranks.in_phase("training"):
+            self._train()
+        with self.ranks.in_phase("evaluating"):
+            config = self.config
+            scored = evaluate.evaluate(
+                self.bare, self.supply, self.jobs, self.ranks, config.evaluate.seed, self.look_ahead, self.stop_asked
+            )
         prove_dead_weights(self.state, self.ranks)
         self._gather_damage()
         ticket = self._ticket(scored.scores)
         self.ranks.agree("the ticket", ticket.digest())
-        self.tracker.flush()
-        self.ranks.from_main(
-            lambda: self.checkpoints.commit_round(ticket, self._weights(), scored.pictures, self.state.progress)
-        )
+        with self.ranks.in_phase("committing"):
+            self._begin_commit(
+                lambda snapshot, last, waits: self.checkpoints.commit_round(
+                    ticket, snapshot, scored.pictures, last, waits
+                )
+            )
+            self.ranks.from_main(self.keeper.wait, what="commit of the round")
         return ticket
 
     def _train(self) -> None:
@@ -74,6 +87,9 @@ class Rounds:
             clip_norm=config.optimiser.clip_norm,
             commit_every=config.checkpoint.every_steps,
             report_every=config.tracking.every_steps,
+            skip_bad=config.guard.skip_bad_batches,
+            spike_factor=config.guard.spike_factor,
+            slow_factor=config.ranks.slow_factor,
         )
         self.tracker.begin_round(progress.round, {"round": str(progress.round), "mask": progress.mask_digest})
         total = epochs * plan.steps_per_epoch
@@ -83,18 +99,10 @@ class Rounds:
             closing(stream) as batches,  # its workers end with the round, also with one that fails
             report.bar(what, total, start=progress.updates, shown=self.ranks.is_main) as advance,
         ):
-            train.train_round(
-                self.state,
-                self.model,
-                batches,
-                plan,
-                self.ranks,
-                rate=self.rate,
-                stop_asked=self.stop_asked,
-                commit=self._commit_step,
-                log=self.tracker.log_step,
-                advance=advance,
-            )
+            train.train_round(self.state, self.model, batches, plan, self.ranks, self, advance)
+        self.footprint.rest()
+
+    # -- what the loop asks for (train.Around) ------------------------------------------------------------------
 
     def rate(self, progress: Progress) -> float:
         """The learning rate at a position; a one-shot's fine-tuning has a cosine of its own."""
@@ -110,23 +118,53 @@ class Rounds:
             horizon_epochs=epochs if tuning else config.schedule.horizon_epochs or epochs,
         )
 
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.state.weights.items()}
+    def begins_step(self, progress: Progress) -> None:
+        self.footprint.step(progress.round, progress.updates)
+        self.news.update(round=progress.round, step=progress.updates)
 
-    def _commit_step(self) -> None:
-        """Commit the middle of a round; every rank waits to hear that it succeeded."""
+    def busy(self) -> bool:
+        return self.keeper.busy
+
+    def failed(self) -> bool:
+        return self.keeper.failed
+
+    def refuse_failed(self) -> None:
+        self.ranks.from_main(self.keeper.refuse, what="failure of the last commit")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.tracker.log_step(step, values)
+        self.news["samples_per_second"] = values["samples_per_second"]
+
+    def commit(self, *, wait: bool) -> None:
+        """Commit the middle of a round: a snapshot now, the rest in the background unless `wait`."""
         self._gather_damage()
-        self.tracker.flush()  # first: steps that are committed are not trained, and so not told, again
-        self.ranks.from_main(
-            lambda: self.checkpoints.commit_step(
-                self.state.progress, self._weights(), self.state.moments(), self.config.checkpoint.keep_last
-            )
-        )
+        with self.ranks.in_phase("committing"):
+            self._begin_commit(self.checkpoints.commit_step)
+            if wait:
+                self.ranks.from_main(self.keeper.wait, what="commit of the step")
+
+    def _begin_commit(self, write: Callable[[Snapshot, int, bytes], None]) -> None:
+        """Begin to write a snapshot, on rank 0, once the commit before is written. Steps that are committed are not
+        trained, and so not told to MLflow, again: what it has not heard is committed with them."""
+
+        def on_main() -> None:
+            self.keeper.wait()
+            snapshot, waits = self.state.snapshot(), self.tracker.backlog()
+            keep_last = self.config.checkpoint.keep_last
+            self.keeper.begin(lambda: write(snapshot, keep_last, waits), "a commit")
+
+        self.tracker.flush()
+        self.ranks.from_main(on_main, what="snapshot")
 
     def _gather_damage(self) -> None:
         """What any rank found damaged in this round, into every rank's progress."""
         for found in self.ranks.gather_objects(self.stream.damaged):
             self.state.progress.damaged |= found
+
+    def stop_if_asked(self, before: str) -> None:
+        """Raise Stopped on every rank when any was asked to stop."""
+        if self.ranks.any(self.stop_asked(), what="whether to stop"):
+            raise Stopped(f"stopped as asked before {before}, after round {self.state.progress.round}; committed")
 
     def _ticket(self, scores: dict[str, Score]) -> Ticket:
         progress, masks = self.state.progress, self.state.masks
@@ -148,6 +186,7 @@ class Rounds:
             updates=progress.updates,
             samples=progress.samples,
             skipped=progress.skipped,
+            bad=progress.bad,
             damaged=dict(sorted(progress.damaged.items())),
             seconds=progress.seconds,
             world=self.ranks.world,
@@ -157,7 +196,17 @@ class Rounds:
     def open_round(self) -> None:
         """Keep the mask of the round that begins."""
         progress = self.state.progress
-        self.ranks.from_main(lambda: self.checkpoints.save_mask(progress.round, self.state.masks))
+        with self.ranks.in_phase("committing"):
+            self._write(lambda: self.checkpoints.save_mask(progress.round, self.state.masks), "a mask")
+
+    def _write(self, work: Callable[[], None], what: str) -> None:
+        """Small things, at once, with the keeper's patience."""
+
+        def on_main() -> None:
+            self.keeper.begin(work, what)
+            self.keeper.wait()
+
+        self.ranks.from_main(on_main, what=what)
 
     def record(self, ticket: Ticket) -> None:
         """Show a committed ticket: one line, and MLflow. Twice is once."""
@@ -179,9 +228,14 @@ class Rounds:
         self.tracker.end_round()
 
     def close(self) -> None:
-        """After the last round: name the best by validation, and drop other weights, if the config says so."""
+        """After the last round: keep rounds only; name the best and drop other weights, if the config says so."""
+        with self.ranks.in_phase("committing"):
+            self._write(self._close, "the end of the run")
+
+    def _close(self) -> None:
+        self.checkpoints.finish()
         by = self.config.keep.by
-        if not by or not self.ranks.is_main:
+        if not by:
             return
         tickets = [t for t in self.checkpoints.tickets() if self.checkpoints.has_weights(t.round)]
         scores = {t.round: validation_score(t, by) for t in tickets}

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from mirl_dist import assemble, evaluate, feed, metrics, models, report
-from mirl_dist.checkpoint import Checkpoints, pack_tensors
+from mirl_dist import assemble, evaluate, feed, lease, metrics, models, report, tracking
+from mirl_dist.checkpoint import OUTBOX, Checkpoints, pack_tensors
 from mirl_dist.config import Config, of_dump
 from mirl_dist.data.sample import Pixels
 from mirl_dist.data.shards import Shards
@@ -155,18 +155,68 @@ def print_status(run: str, as_json: bool) -> None:
         "samples": stands.samples,
         "seconds_training": stands.seconds,
         "samples_per_second": stands.samples / stands.seconds if stands.seconds else None,
+        "writer": _writer(checkpoints),
+        "mlflow": _mlflow(run, checkpoints, config),
     }
     if as_json:
         print(json.dumps(said, indent=1))
         return
     for name, value in said.items():
-        report.say(f"{name:20} {value}")
+        shown = ", ".join(f"{k} {v}" for k, v in value.items() if v != "") if isinstance(value, dict) else value
+        report.say(f"{name:24} {'-' if shown is None else shown}")
+
+
+def _writer(checkpoints: Checkpoints) -> dict[str, Any] | None:
+    """Who holds, or last held, the run's lease, and its last sign of life."""
+    found = lease.holder(checkpoints.store)
+    if found is None:
+        return None
+    ended = {} if found.ended is None else {"ended": found.ended}
+    return {
+        "host": found.host,
+        "pid": found.pid,
+        "since": found.started_at,
+        "beat": found.beat_at,
+        **found.news,
+        **ended,
+    }
+
+
+def _journal(run: str, checkpoints: Checkpoints, config: Config) -> Path:
+    found = checkpoints.identity() or {}
+    return assemble.journal_of(run, str(found.get("id", "")), config.tracking.journal)
+
+
+def _mlflow(run: str, checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
+    """What waits on this machine to be told to MLflow."""
+    if not config.tracking.enabled:
+        return None
+    waits = tracking.waiting(_journal(run, checkpoints, config))
+    return {"points_waiting": waits.points, "records_waiting": waits.records, "since": waits.since}
+
+
+def resend(run: str) -> None:
+    """Tell MLflow what a run that has ended could not tell it: what waits on this machine, and in its last commit."""
+    checkpoints, config = open_run(run)
+    if not config.tracking.enabled:
+        raise Fault(f"{run} was trained with tracking.enabled=false: there is nothing to send.")
+    found = checkpoints.newest()
+    tracking.resend(
+        uri=config.tracking.uri,
+        experiment=config.tracking.experiment,
+        run_name=config.tracking.run_name or Path(run).name,
+        remembered=checkpoints.remembered(),
+        remember=checkpoints.remember,
+        journal=_journal(run, checkpoints, config),
+        inherited=b"" if found is None else found[1].get(OUTBOX, b""),
+        say=report.say,
+    )
 
 
 def print_scores(reference: str, shards_address: str | None, as_json: bool) -> None:
     """Score a ticket again, on the run's shards or on others."""
     found = find(reference)
-    shards = Shards(open_store(shards_address or found.config.data.shards))
+    shards = Shards(assemble.store_of(found.config, shards_address or found.config.data.shards))
     tasks = tuple(Task.of(name) for name in found.config.data.mix)
     jobs = evaluate.plan(shards, tasks, found.config.evaluate.sets if shards_address is None else None)
     if not jobs:

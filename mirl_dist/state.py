@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -20,9 +21,11 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class Progress(BaseModel):
     """Where a run stands. epoch, step: the next optimiser step of the round; updates: optimiser steps done in it.
 
-    samples: read by all ranks in all rounds; skipped: reads of this round in which a sample stood in for a damaged one;
-    damaged: what this round met that was damaged, 'shard' or 'shard key' -> why; seconds: spent training in all rounds;
-    threshold, parent: of the round's mask and of the ticket it was made from (None in round 0).
+    bad: global batches of this round that were left out, their loss or gradient not being finite; unreported: losses
+    and samples per task since the last report, summed over ranks; samples: read by all ranks in all rounds; skipped:
+    reads of this round in which a sample stood in for a damaged one; damaged: what this round met that was damaged,
+    'shard' or 'shard key' -> why; seconds: spent training in all rounds; threshold, parent: of the round's mask and of
+    the ticket it was made from (None in round 0).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -31,6 +34,8 @@ class Progress(BaseModel):
     epoch: int = 0
     step: int = 0
     updates: int = 0
+    bad: int = 0
+    unreported: list[list[float]] = []
     samples: int = 0
     skipped: int = 0
     damaged: dict[str, str] = {}
@@ -38,6 +43,15 @@ class Progress(BaseModel):
     threshold: float = 0.0
     parent: str | None = None
     mask_digest: str = ""
+
+
+class Snapshot(NamedTuple):
+    """A run at one moment, on the CPU and out of training's way."""
+
+    progress: Progress
+    masks: Masks
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
 
 
 @dataclass
@@ -49,6 +63,7 @@ class State:
     make_optimiser: MakeOptimiser
     progress: Progress = field(default_factory=Progress)
     optimiser: torch.optim.Optimizer = field(init=False)
+    _copies: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.begin_round(0, self.masks, threshold=0.0, parent=None)
@@ -91,11 +106,28 @@ class State:
                     found[f"{name}.{kind}"] = self.optimiser.state[parameter][kind]
         return found
 
+    def snapshot(self) -> Snapshot:
+        """Copies of weights and moments as they are now. The next snapshot is written into the same memory."""
+        weights = self._copied({name: parameter.detach() for name, parameter in self.weights.items()})
+        moments = self._copied(self.moments())
+        if any(parameter.is_cuda for parameter in self.weights.values()):
+            torch.cuda.synchronize()  # the copies are on their way only
+        return Snapshot(self.progress.model_copy(deep=True), dict(self.masks), weights, moments)
+
+    def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        copies = {}
+        for name, tensor in tensors.items():
+            if name not in self._copies:
+                pinned = tensor.device.type == "cuda"  # page-locked memory: the copy runs at the bus's speed
+                self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            copies[name] = self._copies[name].copy_(tensor, non_blocking=True)
+        return copies
+
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        """The inverse of `moments`, with the update count of `progress`."""
+        """The inverse of `moments`, with the count of its updates that were not left out."""
         for name, parameter in self.weights.items():
             if f"{name}.{_MOMENTS[0]}" in moments:
                 self.optimiser.state[parameter] = {
-                    "step": torch.tensor(float(self.progress.updates)),
+                    "step": torch.tensor(float(self.progress.updates - self.progress.bad)),
                     **{kind: moments[f"{name}.{kind}"].clone().to(parameter.device) for kind in _MOMENTS},
                 }

@@ -72,7 +72,9 @@ class StopFlag:
         if again and number == signal.SIGINT:
             os._exit(130)
         if not self.polite and not handled:  # once: a second one must not break what the first has begun to clear up
-            _say("stopped as asked before any step was trained. Go on with --resume auto.")
+            if _rank() == "0":
+                text = "stopped as asked; nothing was left half done. The same command goes on from here."
+                print(f"mirl-dist: {text}", file=sys.stderr, flush=True)
             raise SystemExit(RESUMABLE)
 
     def _watch(self, signals: socket.socket, keep: socket.socket) -> None:
@@ -95,12 +97,11 @@ class StopFlag:
                 for tell in self.tells:
                     tell()
             if self.asked and self.left_seconds() <= 0:
-                text = f"asked to stop {self.deadline_seconds:.0f} s ago (preempt.deadline_seconds), and still in "
-                _say(f"{text}{self.phase()}: leaving now. The run goes on from its last commit with --resume auto.")
+                text = f"asked to stop {self.deadline_seconds:g} s ago (preempt.deadline_seconds), and still in "
+                text += f"{self.phase()}: leaving now. The run goes on from its last commit with --resume auto."
+                print(f"mirl-dist, rank {_rank()}: {text}", file=sys.stderr, flush=True)
                 os._exit(RESUMABLE)
 
 
-def _say(text: str) -> None:
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"mirl-dist: {text}", file=sys.stderr, flush=True)
+def _rank() -> str:
+    return os.environ.get("RANK", "0")

@@ -31,7 +31,8 @@ class Ticket(BaseModel):
     alive, prunable, total: weights, counted by masks. density = alive / prunable and total_density = (alive +
     total - prunable) / total, in (0, 1]; sparsities are 1 minus these. threshold: the largest magnitude removed to
     make this mask (0 in round 0). skipped: reads of the round in which another sample stood in for a damaged one;
-    damaged: 'shard' or 'shard key' -> what was wrong. scores: 'task/set' -> Score. Digests are hex SHA-256.
+    damaged: 'shard' or 'shard key' -> what was wrong; bad: global batches that were left out since their loss or
+    gradient was not finite. scores: 'task/set' -> Score. Digests are hex SHA-256.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +55,7 @@ class Ticket(BaseModel):
     updates: int
     samples: int
     skipped: int = 0
+    bad: int = 0
     damaged: dict[str, str] = {}
     seconds: float
     world: int
@@ -80,7 +82,7 @@ class Ticket(BaseModel):
 
     def digest(self) -> str:
         """Hex SHA-256 over all that the experiment determines: not time, ranks or versions."""
-        told = self.model_dump(exclude={"seconds", "world", "versions"})
+        told = self.model_dump(exclude={"seconds", "world", "versions"} | (set() if self.bad else {"bad"}))
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def dump(self) -> bytes:
@@ -104,6 +106,7 @@ class Ticket(BaseModel):
             "digest": self.digest(),
             "protocol": self.protocol,
             "skipped": self.skipped,
+            "bad": self.bad,
             "damaged": self.damaged,
             "scores": {name: score.model_dump() for name, score in self.scores.items()},
         }
@@ -131,6 +134,7 @@ def metrics(ticket: Ticket) -> dict[str, float]:
         "total_sparsity": ticket.total_sparsity,
         "threshold": ticket.threshold,
         "skipped_reads": ticket.skipped,
+        "bad_batches": ticket.bad,
     }
     for name, score in ticket.scores.items():
         found[f"psnr/{name}"], found[f"ssim/{name}"] = score.psnr, score.ssim

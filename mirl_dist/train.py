@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mirl_dist import objective
+from mirl_dist import guards, objective, report
 from mirl_dist.data.sample import Batch
-from mirl_dist.faults import Fault, Stopped
+from mirl_dist.faults import Stopped
 from mirl_dist.pruning import masks
 from mirl_dist.ranks import Ranks
 from mirl_dist.report import Advance
 from mirl_dist.state import Progress, State
 from mirl_dist.tasks import Task
-
-Rate = Callable[[Progress], float]
+from mirl_dist.watch import Pace
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The numbers of one round. batch: samples per step over all ranks; passes: forward passes per step and rank."""
+    """The numbers of one round. batch: samples per step over all ranks; passes: forward passes per step and rank;
+    skip_bad: steps of the round that may be left out; slow_factor, spike_factor: as in the config."""
 
     tasks: tuple[Task, ...]
     epochs: int
@@ -33,141 +34,169 @@ class Plan:
     clip_norm: float | None
     commit_every: int | None
     report_every: int
+    skip_bad: int = 0
+    spike_factor: float | None = None
+    slow_factor: float = 1.5
 
 
-@dataclass
-class Meter:
-    """Losses, samples and time since the last report."""
+class Around(Protocol):
+    """The run around a round's loop.
 
-    tasks: int
-    device: torch.device
-    sums: Tensor = field(init=False)
-    began: float = field(default_factory=time.monotonic)
+    rate: the learning rate at a position; begins_step: heard before each step; commit: keep the state, in the
+    background unless `wait`; busy, failed: whether a commit is being written, or could not be (on the rank that
+    writes); refuse_failed: raise that failure, on every rank; log: values of a step, on the rank that tells.
+    """
 
-    def __post_init__(self) -> None:
-        self.sums = torch.zeros(2, self.tasks, dtype=torch.float64, device=self.device)
+    def rate(self, progress: Progress) -> float: ...
+    def begins_step(self, progress: Progress) -> None: ...
+    def stop_asked(self) -> bool: ...
+    def busy(self) -> bool: ...
+    def failed(self) -> bool: ...
+    def refuse_failed(self) -> None: ...
+    def commit(self, *, wait: bool) -> None: ...
+    def log(self, step: int, values: dict[str, float]) -> None: ...
 
-    def count(self, losses: Tensor, batch: Batch) -> None:
-        self.sums += objective.by_task(losses, batch.task, self.tasks)
+
+class Word(NamedTuple):
+    """What all ranks know after their meeting in a pass, before the backward pass. loss: the sum over its samples."""
+
+    bad: bool
+    stop: bool
+    skipped: int
+    busy: bool
+    failed: bool
+    loss: float
 
 
 def train_round(
-    state: State,
-    model: nn.Module,
-    batches: Iterator[Batch],
-    plan: Plan,
-    ranks: Ranks,
-    *,
-    rate: Rate,
-    stop_asked: Callable[[], bool],
-    commit: Callable[[], None],
-    log: Callable[[int, dict[str, float]], None],
-    advance: Advance,
+    state: State, model: nn.Module, batches: Iterator[Batch], plan: Plan, ranks: Ranks, around: Around, advance: Advance
 ) -> None:
-    """Train the masked network from `state.progress` to the end of its round, in place.
+    """Train the masked network from `state.progress` to the end of its round, in place; commit its end.
 
     model: the wrapped network whose parameters are `state.weights`; batches: this rank's, from that position on.
-    Raises Fault on every rank, before the step, for a loss or gradient that is not finite; Stopped after a commit
-    when any rank was asked to stop.
+    Raises Fault on every rank, before the step, for a loss or gradient that is not finite, and for a commit that could
+    not be written; Stopped after a commit when any rank was asked to stop.
     """
-    parameters, progress, meter = (
-        list(state.weights.values()),
-        state.progress,
-        Meter(len(plan.tasks), ranks.device),
-    )
+    parameters, progress = list(state.weights.values()), state.progress
+    meter, pace, spikes = Meter(plan, progress, ranks.device), Pace(), guards.Spikes(plan.spike_factor)
+    due = False
     while progress.epoch < plan.epochs:
-        lr = rate(progress)
+        lr, seen, loss, norm = around.rate(progress), guards.Seen(), 0.0, torch.tensor(0.0)
+        around.begins_step(progress)
         for i in range(plan.passes):
+            pace.begin()
             batch = next(batches).to(ranks.device)
+            pace.batch_came()
             with ranks.accumulate(model, more=i + 1 < plan.passes):
                 with ranks.autocast():
                     restored = model(batch.degraded)
                 losses = objective.per_sample_l1(restored, batch.clean)
-                stop, skipped = refuse_non_finite(losses, batch, progress, ranks, stop_asked())
-                ranks.backward(objective.combine(losses) / plan.passes)
-            meter.count(losses, batch)
-            progress.skipped += skipped
-        masks.close_gradients(state.weights, state.masks)
-        norm = nn.utils.clip_grad_norm_(parameters, plan.clip_norm or float("inf"))
-        refuse_non_finite_gradient(norm, batch, progress)
-        for group in state.optimiser.param_groups:
-            group["lr"] = lr
-        state.optimiser.step()
+                seen.add(losses.detach(), batch)
+                word = meet(losses, batch, ranks, around, pace)
+                if word.bad and not seen.left_out:
+                    guards.refuse_bad_loss(seen, progress, plan.skip_bad, ranks)
+                    seen.left_out = True
+                if not seen.left_out:
+                    ranks.backward(objective.combine(losses) / plan.passes)
+            loss += word.loss / plan.batch
+            progress.skipped += word.skipped
+        if not seen.left_out:
+            masks.close_gradients(state.weights, state.masks)
+            norm = nn.utils.clip_grad_norm_(parameters, plan.clip_norm or float("inf"))
+            seen.left_out = guards.refuse_bad_gradient(norm, seen, progress, plan.skip_bad, ranks)
+        if not seen.left_out:
+            for group in state.optimiser.param_groups:
+                group["lr"] = lr
+            state.optimiser.step()
+            meter.count(seen)
+            spikes.look(loss, seen, progress, ranks)
         state.optimiser.zero_grad()
-        count(progress, plan)
-        if progress.updates % plan.report_every == 0 or progress.epoch == plan.epochs:
-            report(progress, meter, plan, ranks, lr, float(norm), log, advance)
-        if stop or (plan.commit_every and progress.updates % plan.commit_every == 0):
-            commit()
-        if stop:
+        count(progress, plan, left_out=seen.left_out)
+        ended = progress.epoch == plan.epochs
+        if progress.updates % plan.report_every == 0 or ended:
+            tell(progress, meter, pace, plan, ranks, {"lr": lr, "gradient_norm": float(norm)}, around, advance)
+        if word.failed:
+            around.refuse_failed()
+        due = due or (plan.commit_every is not None and progress.updates % plan.commit_every == 0)
+        if word.stop or ended or (due and not word.busy):
+            progress.unreported = meter.waiting(ranks)
+            around.commit(wait=word.stop)
+            due = False
+        if word.stop:
             raise Stopped(f"stopped as asked in round {progress.round} after {progress.updates} steps; committed")
 
 
-def count(progress: Progress, plan: Plan) -> None:
+def meet(losses: Tensor, batch: Batch, ranks: Ranks, around: Around, pace: Pace) -> Word:
+    """The one meeting of ranks in a pass: who met a loss that is not finite, who was asked to stop, and so on."""
+    bad = int(not bool(torch.isfinite(losses.detach()).all()))
+    mine = [bad, int(around.stop_asked()), batch.skipped, int(around.busy()), int(around.failed())]
+    flags = torch.tensor([*mine, float(losses.detach().sum())], dtype=torch.float64)
+    pace.arrived()
+    bad_ranks, stop, skipped, busy, failed, loss = ranks.sum(flags, what="sum of losses and flags").tolist()
+    return Word(bad_ranks > 0, stop > 0, int(skipped), busy > 0, failed > 0, loss)
+
+
+def count(progress: Progress, plan: Plan, *, left_out: bool) -> None:
     """Move the position one optimiser step on."""
     progress.updates += 1
+    progress.bad += left_out
     progress.samples += plan.batch
     progress.epoch, progress.step = divmod(progress.updates, plan.steps_per_epoch)
 
 
-def report(
+class Meter:
+    """Losses, samples and time since the last report; what a commit carried over is counted in."""
+
+    def __init__(self, plan: Plan, progress: Progress, device: torch.device) -> None:
+        self.tasks = len(plan.tasks)
+        self.sums = torch.zeros(2, self.tasks, dtype=torch.float64, device=device)
+        self.carried = torch.tensor(progress.unreported or [[0.0] * self.tasks] * 2, dtype=torch.float64)
+        self.began = time.monotonic()
+
+    def count(self, seen: guards.Seen) -> None:
+        for losses, batch in seen.passes:
+            self.sums += objective.by_task(losses, batch.task, self.tasks)
+
+    def waiting(self, ranks: Ranks) -> list[list[float]]:
+        """What has not been reported: losses and samples per task, summed over ranks."""
+        found: list[list[float]] = (ranks.sum(self.sums) + self.carried).tolist()
+        return found
+
+    def reset(self) -> None:
+        self.sums.zero_()
+        self.carried.zero_()
+        self.began = time.monotonic()
+
+
+def tell(
     progress: Progress,
     meter: Meter,
+    pace: Pace,
     plan: Plan,
     ranks: Ranks,
-    lr: float,
-    norm: float,
-    log: Callable[[int, dict[str, float]], None],
+    values: dict[str, float],
+    around: Around,
     advance: Advance,
 ) -> None:
-    """Sum the losses since the last report over the ranks, log them per task, and start counting afresh."""
-    sums, counts = ranks.sum(meter.sums)
+    """Sum the losses since the last report over the ranks, log them per task, name slow ranks, and count afresh."""
+    now = ranks.sum(meter.sums)
+    losses, counts = now + meter.carried
     elapsed = max(time.monotonic() - meter.began, 1e-9)
     progress.seconds += elapsed
-    speed = float(counts.sum()) / elapsed
-    loss = float(sums.sum() / counts.sum())
-    values = {"lr": lr, "gradient_norm": norm, "samples_per_second": speed, "loss/mean": loss}
+    speed = float(now[1].sum()) / elapsed
+    if counts.sum():  # else every step since the last report was left out
+        values["loss/mean"] = float(losses.sum() / counts.sum())
     values |= {
         f"loss/{task.name}": float(s / n)
-        for task, s, n in zip(plan.tasks, sums.tolist(), counts.tolist(), strict=True)
+        for task, s, n in zip(plan.tasks, losses.tolist(), counts.tolist(), strict=True)
         if n
     }
-    log(progress.updates, values)
-    advance(progress.updates, f"loss {loss:.4f}  {speed:.0f} samples/s")
-    meter.sums.zero_()
-    meter.began = time.monotonic()
-
-
-def _position(progress: Progress) -> str:
-    return f"round {progress.round}, epoch {progress.epoch}, step {progress.step}"
-
-
-def refuse_non_finite(losses: Tensor, batch: Batch, progress: Progress, ranks: Ranks, stop: bool) -> tuple[bool, int]:
-    """Raise Fault on every rank when any sample of any rank has a loss that is not finite; naming it.
-
-    The same meeting of ranks tells whether any of them was asked to stop, and how many samples of this pass stood in
-    for damaged ones: that is what is returned.
-    """
-    bad = ~torch.isfinite(losses.detach())
-    flags = ranks.sum(torch.tensor([int(bad.any()), int(stop), batch.skipped], dtype=torch.int64))
-    if flags[0]:
-        names = [key for key, wrong in zip(batch.keys, bad.tolist(), strict=True) if wrong]
-        said = [f"rank {r}: {', '.join(n)}" for r, n in enumerate(ranks.gather_objects(names)) if n]
-        raise Fault(
-            f"the loss is not finite at {_position(progress)}, samples as task:key: {'; '.join(said)}. Nothing of "
-            "this step was applied. Check those samples, "
-            "or lower optimiser.lr or optimiser.clip_norm in a new run.folder.",
-            everywhere=True,
-        )
-    return bool(flags[1]), int(flags[2])
-
-
-def refuse_non_finite_gradient(norm: Tensor, batch: Batch, progress: Progress) -> None:
-    """Raise Fault before the step when the averaged gradient, the same on every rank, is not finite."""
-    if not bool(torch.isfinite(norm)):
-        raise Fault(
-            f"the gradient is not finite at {_position(progress)} though every loss was; rank 0 held samples "
-            f"{', '.join(batch.keys)}. Nothing of this step was applied. "
-            "Lower optimiser.lr, or train in fp32, in a new run.folder.",
-            everywhere=True,
-        )
+    around.log(progress.updates, values | {"samples_per_second": speed})
+    advance(progress.updates, f"loss {values.get('loss/mean', float('nan')):.4f}  {speed:.0f} samples/s")
+    if ranks.world > 1:
+        paces = ranks.gather(torch.tensor(pace.take(), dtype=torch.float64), what="gather of paces")
+        lines = pace.judge([(float(a), float(b)) for a, b in paces.tolist()], plan.slow_factor)
+        for line in lines if ranks.is_main else ():
+            report.say(f"warning: {line}")
+    meter.reset()
+    progress.unreported = []

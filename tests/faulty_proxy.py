@@ -39,11 +39,13 @@ class FaultyProxy:
     Faults: `latency` seconds before each chunk that goes down. After `cut_after` bytes down, head included, a request's
     connection is cut, for `cuts_left` requests (None: all); `ending`: 'reset' (RST), 'end' (a plain end), or 'stall'
     (it stays open, nothing comes). Every `cut_every`-th request is cut at a random byte below `cut_within`, from
-    `seed`. `silent`: requests are taken and nothing is said. `answers`: the next requests are answered so (bytes of
-    HTTP each), without the server; `always`: every request is. `refuse` and `accept`: nobody listens, or again.
+    `seed`. A bit of the byte at `flip_up_after` of a request's body is another when it comes to the server, for
+    `flips_left` requests. `silent`: requests are taken and nothing is said. `answers`: the next requests are answered
+    so (bytes of HTTP each), without the server; `always`: every request is. `refuse` and `accept`: nobody listens, or
+    again.
 
-    Counters: `connections`, `requests` (first lines), `cuts`, `silences`, `answered`, `bytes_down` (all that went to
-    clients), `bytes_up`.
+    Counters: `connections`, `requests` (first lines), `cuts`, `flips`, `silences`, `answered`, `bytes_down` (all that
+    went to clients), `bytes_up`.
     """
 
     def __init__(self, upstream: str, seed: int = 0) -> None:
@@ -52,7 +54,7 @@ class FaultyProxy:
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._closed = False
-        self.connections = self.cuts = self.silences = self.answered = self.bytes_down = self.bytes_up = 0
+        self.connections = self.cuts = self.flips = self.silences = self.answered = self.bytes_down = self.bytes_up = 0
         self.requests: list[str] = []
         self.calm()
         self._listener: socket.socket | None = None
@@ -70,6 +72,8 @@ class FaultyProxy:
         self.ending = "reset"
         self.cut_every = 0
         self.cut_within = 1 << 16
+        self.flip_up_after: int | None = None
+        self.flips_left = 1
         self.silent = False
         self.answers: list[bytes] = []
         self.always: bytes | None = None
@@ -144,6 +148,7 @@ class FaultyProxy:
         """Until one side ends, or a fault does. The server is met when there is something to tell it."""
         server: socket.socket | None = None
         left: int | None = None  # bytes of this request's answer until the cut
+        passed: int | None = None  # bytes of this request's body that went up; None: its head goes
         while True:
             ready, _, _ = select.select([client] if server is None else [client, server], [], [])
             if client in ready:
@@ -151,10 +156,12 @@ class FaultyProxy:
                 if not sent:
                     return
                 if found := _METHOD.match(sent):
+                    passed = None
                     said, left = self._begin(found[0].decode(errors="replace"))
                     if said is not None:
                         _say_and_hear(client, said)
                         return
+                sent, passed = self._flipped(sent, passed)
                 with self._lock:
                     self.bytes_up += len(sent)
                 if server is None:
@@ -192,6 +199,22 @@ class FaultyProxy:
             if self.cuts_left is not None and self.cuts_left <= 0:
                 return None, None
             return None, self.cut_after
+
+    def _flipped(self, sent: bytes, passed: int | None) -> tuple[bytes, int | None]:
+        """What goes up instead of `sent`, and how much of the body has passed then."""
+        begins = 0
+        if passed is None:
+            head = sent.find(b"\r\n\r\n")
+            if head < 0:
+                return sent, None
+            begins, passed = head + 4, 0
+        with self._lock:
+            at = -1 if self.flip_up_after is None else begins + self.flip_up_after - passed
+            if self.flips_left > 0 and begins <= at < len(sent):
+                self.flips_left -= 1
+                self.flips += 1
+                sent = sent[:at] + bytes([sent[at] ^ 1]) + sent[at + 1 :]
+        return sent, passed + len(sent) - begins
 
     def _cut(self, client: socket.socket) -> None:
         with self._lock:

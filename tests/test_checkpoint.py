@@ -4,79 +4,37 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
+from snapshots import SHAPES, commit_round, commit_steps, masks, progress, snapshot, ticket, weights
 
-from mirl_dist.checkpoint import COMPLETE, MASK, MOMENTS, RUN, STATE, TICKET, WEIGHTS, Checkpoints, pack_tensors
+from mirl_dist.checkpoint import (
+    INITIAL,
+    MASK,
+    MOMENTS,
+    RUN,
+    STATE,
+    TICKET,
+    TRACKING,
+    WEIGHTS,
+    Checkpoints,
+    pack_tensors,
+)
+from mirl_dist.commits import COMPLETE
 from mirl_dist.faults import Fault
 from mirl_dist.pruning import masks as masking
 from mirl_dist.state import Progress
 from mirl_dist.storage import Folder, NotAllowed, NotThere, TryAgain
-from mirl_dist.ticket import Score, Ticket, metrics, parse, validation_score
+from mirl_dist.ticket import metrics, parse, validation_score
 
-SHAPES = {"a.weight": (3, 3), "b.weight": (5,)}
 STEP_PARTS = (WEIGHTS, MOMENTS, STATE)
-
-
-def weights(seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(*shape, generator=generator) for name, shape in SHAPES.items()}
-
-
-def masks() -> masking.Masks:
-    return {name: weight > 0 for name, weight in weights(9).items()}
-
-
-def progress(round_: int, updates: int) -> Progress:
-    return Progress(round=round_, updates=updates, step=updates, mask_digest=masking.digest(masks()))
-
-
-def ticket(round_: int = 0, **more: Any) -> Ticket:
-    told: dict[str, Any] = {
-        "round": round_,
-        "alive": 10,
-        "prunable": 14,
-        "total": 20,
-        "threshold": 0.5,
-        "layer_density": {"a.weight": 0.5},
-        "mask_digest": masking.digest(masks()),
-        "initial_digest": "i",
-        "weights_digest": "w",
-        "parent": None,
-        "fingerprint": "f",
-        "manifest_digest": "m",
-        "protocol": "p",
-        "scores": {
-            "derain/r": Score(psnr=30.0, ssim=0.9, degraded_psnr=20.0, degraded_ssim=0.5, images=2),
-            "denoise_25/c": Score(psnr=28.0, ssim=0.8, degraded_psnr=19.0, degraded_ssim=0.4, images=3),
-        },
-        "updates": 4,
-        "samples": 32,
-        "seconds": 1.5,
-        "world": 2,
-        "versions": {"torch": "2"},
-    }
-    return Ticket(**(told | more))
 
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Checkpoints:
     return Checkpoints(Folder(tmp_path))
-
-
-def commit_steps(kept: Checkpoints, *updates: int, round_: int = 0, keep_last: int = 2) -> None:
-    kept.save_mask(round_, masks())
-    for count in updates:
-        kept.commit_step(progress(round_, count), weights(count), {"a.weight.exp_avg": torch.ones(3)}, keep_last)
-
-
-def commit_round(kept: Checkpoints, round_: int) -> None:
-    kept.save_mask(round_, masks())
-    kept.commit_round(ticket(round_), weights(round_), b"png", progress(round_, 4))
 
 
 def spoil(path: Path, at: int | None = None) -> None:
@@ -109,7 +67,7 @@ def test_what_is_committed_comes_back_to_the_last_bit(kept: Checkpoints) -> None
     found = kept.newest()
     assert found is not None
     commit, parts, damaged = found
-    assert (commit.folder, commit.round_, commit.step, damaged) == ("rounds/00/steps/00000003", 0, 3, [])
+    assert (commit.folder, commit.round_, commit.step, damaged) == ("rounds/00/steps/00000003-0000", 0, 3, [])
     assert set(parts) == set(STEP_PARTS)
     again = safetensors.torch.load(parts[WEIGHTS])
     assert all(torch.equal(again[n], w) for n, w in weights(3).items())
@@ -118,7 +76,7 @@ def test_what_is_committed_comes_back_to_the_last_bit(kept: Checkpoints) -> None
 
 def test_a_commit_without_complete_does_not_exist(kept: Checkpoints, tmp_path: Path) -> None:
     commit_steps(kept, 3, 6)
-    (tmp_path / "rounds/00/steps/00000006" / COMPLETE).unlink()
+    (tmp_path / "rounds/00/steps/00000006-0000" / COMPLETE).unlink()
     assert newest(kept) == (0, 3, []), "nothing damaged: it never was"
     commit_round(kept, 1)
     (tmp_path / "rounds/01" / COMPLETE).unlink()
@@ -133,9 +91,13 @@ def test_complete_is_written_last(tmp_path: Path) -> None:
             written.append(name)
             super().put(name, data)
 
+        def put_if_absent(self, name: str, data: bytes) -> bool:
+            written.append(name)
+            return super().put_if_absent(name, data)
+
     kept = Checkpoints(Noting(tmp_path))
     commit_steps(kept, 3)
-    assert written[-1] == f"rounds/00/steps/00000003/{COMPLETE}"
+    assert written[-1] == f"rounds/00/steps/00000003-0000/{COMPLETE}"
     assert {n.rpartition("/")[2] for n in written[:-1]} == {MASK, *STEP_PARTS}
     commit_round(kept, 0)
     assert written[-1] == f"rounds/00/{COMPLETE}"
@@ -152,15 +114,21 @@ def test_a_commit_that_breaks_off_anywhere_leaves_the_one_before(tmp_path: Path,
             self.left -= 1
             super().put(name, data)
 
+        def put_if_absent(self, name: str, data: bytes) -> bool:
+            if self.left == 0:
+                raise TryAgain("the disk is full")
+            self.left -= 1
+            return super().put_if_absent(name, data)
+
     store = Breaking(tmp_path)
     kept = Checkpoints(store)
     commit_steps(kept, 3)
     store.left = stop_after
     with pytest.raises(TryAgain):
-        kept.commit_step(progress(0, 6), weights(6), {}, 2)
+        kept.commit_step(snapshot(0, 6, 6), 2)
     store.left = 99
     assert newest(kept) == (0, 3, [])
-    kept.commit_step(progress(0, 6), weights(6), {}, 2)
+    kept.commit_step(snapshot(0, 6, 6), 2)
     assert newest(kept) == (0, 6, [])
 
 
@@ -198,7 +166,7 @@ def test_other_files_among_the_rounds_are_no_commits(kept: Checkpoints) -> None:
     commit_steps(kept, 3)
     for name in ("rounds/00_old/COMPLETE.json", "rounds/COMPLETE.json", "rounds/00/notes/1/COMPLETE.json", "rounds/x"):
         kept.store.put(name, b"{}")
-    assert [c.folder for c in kept.commits()] == ["rounds/00/steps/00000003"]
+    assert [c.folder for c in kept.commits()] == ["rounds/00/steps/00000003-0000"]
 
 
 @pytest.mark.parametrize("part", [*STEP_PARTS, COMPLETE])
@@ -207,7 +175,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(
     kept: Checkpoints, tmp_path: Path, part: str, how: str
 ) -> None:
     commit_steps(kept, 3, 6)
-    path = tmp_path / "rounds/00/steps/00000006" / part
+    path = tmp_path / "rounds/00/steps/00000006-0000" / part
     if how == "flipped":
         spoil(path, at=0)
     elif how == "missing":
@@ -226,7 +194,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(
 
 def test_every_single_flipped_bit_of_complete_is_noticed_or_harmless(kept: Checkpoints, tmp_path: Path) -> None:
     commit_steps(kept, 3, 6)
-    path = tmp_path / "rounds/00/steps/00000006" / COMPLETE
+    path = tmp_path / "rounds/00/steps/00000006-0000" / COMPLETE
     whole = path.read_bytes()
     for at in range(len(whole)):
         spoil(path, at)
@@ -248,13 +216,14 @@ def test_a_damaged_end_of_a_round_falls_back_to_the_round_before(kept: Checkpoin
 
 def test_when_no_commit_can_be_read_the_run_is_not_begun_afresh(kept: Checkpoints, tmp_path: Path) -> None:
     commit_steps(kept, 3, 6)
-    for step in ("00000003", "00000006"):
+    for step in ("00000003-0000", "00000006-0000"):
         spoil(tmp_path / "rounds/00/steps" / step / WEIGHTS)
     with pytest.raises(Fault) as caught:
         kept.newest()
     text = str(caught.value)
     assert text.startswith("no commit of this run can be read: ")
-    assert "00000006/weights.safetensors is damaged" in text and "00000003/weights.safetensors is damaged" in text
+    assert "00000006-0000/weights.safetensors is damaged" in text
+    assert "00000003-0000/weights.safetensors is damaged" in text
     assert text.endswith("Restore a copy of the run.")
 
 
@@ -276,10 +245,37 @@ def test_a_store_that_refuses_is_not_a_damaged_commit(tmp_path: Path, error: typ
 
 
 @pytest.mark.parametrize("keep_last", [2, 3])
-def test_only_the_last_commits_of_a_round_are_kept(kept: Checkpoints, keep_last: int) -> None:
+def test_only_the_last_commits_are_kept(kept: Checkpoints, keep_last: int) -> None:
     commit_steps(kept, 1, 2, 3, 4, 5, keep_last=keep_last)
     assert [c.step for c in kept.commits()] == [5, 4, 3][:keep_last]
-    assert {n.split("/")[3] for n in kept.store.list("rounds/00/steps")} == {f"{c.step:08d}" for c in kept.commits()}
+    names = {n.split("/")[3] for n in kept.store.list("rounds/00/steps")}
+    assert names == {f"{c.step:08d}-0000" for c in kept.commits()}
+
+
+def test_rounds_count_among_the_commits_that_are_kept_and_are_never_removed(kept: Checkpoints) -> None:
+    def told() -> list[tuple[int, int | None]]:
+        return [(c.round_, c.step) for c in kept.commits()]
+
+    commit_steps(kept, 1, 2, keep_last=3)
+    commit_round(kept, 0)
+    assert told() == [(0, None), (0, 2)]
+    commit_steps(kept, 1, round_=1)
+    assert told() == [(1, 1), (0, None)]
+    commit_steps(kept, 2, 3, round_=1)
+    assert told() == [(1, 3), (1, 2), (0, None)]
+    for round_ in (1, 2, 3):
+        commit_round(kept, round_)
+    assert told() == [(3, None), (2, None), (1, None), (0, None)]
+
+
+def test_a_commit_that_was_found_damaged_does_not_count_among_those_that_are_kept(
+    kept: Checkpoints, tmp_path: Path
+) -> None:
+    commit_steps(kept, 1, 2)
+    spoil(tmp_path / "rounds/00/steps/00000002-0000" / WEIGHTS)
+    assert newest(kept)[:2] == (0, 1)
+    commit_steps(kept, 3)
+    assert [c.step for c in kept.commits()] == [3, 1], "the damaged one has gone, the sound one before it has not"
 
 
 def test_a_commit_is_removed_from_its_complete_on(tmp_path: Path) -> None:
@@ -291,13 +287,15 @@ def test_a_commit_is_removed_from_its_complete_on(tmp_path: Path) -> None:
             super().remove(name)
 
     commit_steps(Checkpoints(Noting(tmp_path)), 1, 2, 3)
-    assert removed[0] == f"rounds/00/steps/00000001/{COMPLETE}"
+    assert removed[0] == f"rounds/00/steps/00000001-0000/{COMPLETE}"
     assert {n.rpartition("/")[2] for n in removed[1:]} == set(STEP_PARTS)
 
 
-def test_the_end_of_a_round_replaces_its_middle(kept: Checkpoints) -> None:
+def test_the_end_of_the_run_leaves_its_rounds_alone(kept: Checkpoints) -> None:
     commit_steps(kept, 1, 2)
     commit_round(kept, 0)
+    assert [(c.round_, c.step) for c in kept.commits()] == [(0, None), (0, 2)]
+    kept.finish()
     assert [(c.round_, c.step) for c in kept.commits()] == [(0, None)]
     assert kept.store.list("rounds/00/steps") == []
     names = {n.rpartition("/")[2] for n in kept.store.list("rounds/00")}
@@ -339,6 +337,14 @@ def test_ids_are_remembered_beside_older_ones(kept: Checkpoints) -> None:
     kept.remember({"run": "1"})
     kept.remember({"round-0": "2"})
     assert kept.remembered() == {"run": "1", "round-0": "2"}
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"run": 1}', b"\xff\xfe"])
+def test_ids_in_a_damaged_file_are_not_known_and_can_be_remembered_anew(kept: Checkpoints, data: bytes) -> None:
+    kept.store.put(TRACKING, data)
+    assert kept.remembered() == {}
+    kept.remember({"run": "1"})
+    assert kept.remembered() == {"run": "1"}
 
 
 # -- masks ------------------------------------------------------------------------------------------------------
@@ -399,14 +405,28 @@ def test_a_run_is_described_once(kept: Checkpoints) -> None:
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b"\xff\xfe"])
 def test_a_run_json_that_describes_no_run_is_refused_and_never_begun_over(kept: Checkpoints, data: bytes) -> None:
     kept.store.put(RUN, data)
-    with pytest.raises(Fault, match=r"run\.json does not describe a run\. Choose another run\.folder\."):
+    with pytest.raises(Fault, match=r"run\.json does not describe a run, or is damaged\. Restore a copy"):
         kept.identity()
 
 
 def test_first_weights_come_back_and_equal_tensors_give_equal_bytes(kept: Checkpoints) -> None:
     kept.save_initial(weights())
-    assert masking.digest_tensors(kept.initial()) == masking.digest_tensors(weights())
+    found = kept.initial()
+    assert found is not None and masking.digest_tensors(found) == masking.digest_tensors(weights())
     assert pack_tensors(weights()) == pack_tensors(dict(reversed(weights().items())))
+
+
+def test_first_weights_that_are_missing_or_damaged_are_none_or_others(kept: Checkpoints, tmp_path: Path) -> None:
+    assert kept.initial() is None
+    kept.save_initial(weights())
+    path, data = tmp_path / INITIAL, pack_tensors(weights())
+    for at in range(len(data)):
+        path.write_bytes(data)
+        spoil(path, at)
+        found = kept.initial()
+        assert found is None or masking.digest_tensors(found) != masking.digest_tensors(weights()), f"byte {at}"
+    path.write_bytes(data[:-7])
+    assert kept.initial() is None
 
 
 # -- tickets ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ PACKAGE = REPOSITORY / "mirl_dist"
 
 # From the ground up. A module imports only modules of its own floor or of lower ones.
 FLOORS: dict[str, tuple[str, ...]] = {
-    "words": ("__init__", "faults", "stopping", "yaml_tree", "tasks", "config"),
+    "words": ("__init__", "faults", "slip", "stopping", "yaml_tree", "tasks", "config"),
     "networks": (
         "models/__init__",
         "models/official",
@@ -60,20 +60,28 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "data/supply",
         "data/verify",
         "data/window",
+        "items",
+        "journal",
+        "meetings",
         "mlflow_store",
         "outbox",
         "ranks",
         "report",
+        "segments",
+        "sender",
         "storage/__init__",
         "storage/folder",
         "storage/law",
         "storage/patience",
         "storage/s3",
+        "storage/s3_parts",
+        "storage/s3_requests",
         "storage/s3_wire",
         "storage/web",
         "tracking",
+        "watch",
     ),
-    "memory": ("checkpoint", "state"),
+    "memory": ("checkpoint", "commits", "footprint", "keeper", "lease", "lease_files", "state"),
     "work": (
         "data/build",
         "data/check",
@@ -81,11 +89,12 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "data/encode",
         "data/unfinished",
         "evaluate",
+        "guards",
         "train",
     ),
     "stories": ("lottery", "rounds"),
-    "wiring": ("assemble", "feed"),
-    "uses": ("doctor", "launching", "shelf"),
+    "wiring": ("assemble", "feed", "resuming"),
+    "uses": ("doctor", "launched", "launching", "shelf"),
     "front door": ("__main__", "cli"),
 }
 

@@ -72,18 +72,22 @@ def test_three_rounds_become_three_tickets_each_the_child_of_the_one_before(lab:
 def test_a_finished_run_keeps_no_commits_of_the_middle_of_its_rounds(reference: Path) -> None:
     left = sorted(str(p.relative_to(reference)) for p in reference.rglob("*") if p.is_file())
     whole = ["COMPLETE.json", "mask.safetensors", "pictures.png", "state.json", "ticket.json", "weights.safetensors"]
-    assert left == sorted(["initial.safetensors", "run.json", *(f"rounds/0{r}/{n}" for r in range(3) for n in whole)])
+    launch = ["accepted/00000001.json", *(f"lease/00000001.{end}" for end in ("json", "beat.json", "released.json"))]
+    rounds = [f"rounds/0{r}/{n}" for r in range(3) for n in whole]
+    assert left == sorted(["initial.safetensors", "run.json", *launch, *rounds])
 
 
 def test_a_finished_run_resumes_to_nothing_and_says_so(lab: Any, reference: Path, tmp_path: Path) -> None:
     shutil.copytree(reference, tmp_path / "run")
-    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    files = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.parent.name not in ("lease", "accepted")]
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
     ended = lab.play(tmp_path)
     assert ended.rc == 0, ended.said()
     assert "resuming: round 2, finished" in ended.out
     assert "nothing is left to train" in ended.out
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in before} == before
-    assert {p for p in (tmp_path / "run").rglob("*") if p.is_file()} == before.keys()
+    more = {p for p in (tmp_path / "run").rglob("*") if p.is_file()} - before.keys()
+    assert {p.parent.name for p in more} == {"lease", "accepted"}
 
 
 def test_accumulation_takes_the_same_steps_and_more_rounds_continue_the_run_on_other_ranks(
@@ -118,10 +122,10 @@ def test_every_round_starts_from_the_first_values_of_its_survivors(lab: Any, tmp
     run = tmp_path / "run"
     initial = safetensors.torch.load_file(run / "initial.safetensors")
     for round_ in range(3):
-        started = weights(run / f"rounds/{round_:02d}/steps/00000003")
+        started = weights(run / f"rounds/{round_:02d}/steps/00000003-0001")
         assert differing(started, masked(initial, masks(run, round_, initial))) == set()
         assert differing(weights(run / f"rounds/{round_:02d}"), started) != set()
-        moments = safetensors.torch.load_file(run / f"rounds/{round_:02d}/steps/00000006/moments.safetensors")
+        moments = safetensors.torch.load_file(run / f"rounds/{round_:02d}/steps/00000006-0001/moments.safetensors")
         for kind in ("exp_avg", "exp_avg_sq"):
             of = {n.removesuffix(f".{kind}"): t for n, t in moments.items() if n.endswith(f".{kind}")}
             assert masking.open_dead(of, masks(run, round_, initial)) is None
@@ -147,7 +151,7 @@ def test_the_published_rewind_carries_prompts_and_temperatures_over_and_stops_at
     run = tmp_path / "run"
     tickets = lab.tickets(run)
     initial = safetensors.torch.load_file(run / "initial.safetensors")
-    trained = {r: weights(run / f"rounds/0{r}/steps/00000006") for r in range(3)}
+    trained = {r: weights(run / f"rounds/0{r}/steps/00000006-0001") for r in range(3)}
 
     shares = [t["alive"] / t["total"] for t in tickets]
     assert len(tickets) == 3, "the run stops after the first round that reaches the target"
@@ -157,7 +161,7 @@ def test_the_published_rewind_carries_prompts_and_temperatures_over_and_stops_at
     assert layers["output.weight"] == pytest.approx(0.9, abs=0.02)
 
     for round_ in (1, 2):
-        started = weights(run / f"rounds/0{round_}/steps/00000003")
+        started = weights(run / f"rounds/0{round_}/steps/00000003-0001")
         mask = masks(run, round_, initial)
         carried = {n for n in initial if "weight" not in n and not (round_ == 1 and "bias" in n)}
         assert any("prompt" in n for n in carried) and any("temperature" in n for n in carried)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
+import multiprocessing
 import os
+import pickle
+import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,18 +19,28 @@ import pytest
 
 from mirl_dist.faults import Fault
 from mirl_dist.storage import Folder, NotAllowed, NotThere, StorageError, Store, TryAgain, open_store
+from mirl_dist.storage.patience import Patience, download
 
-# Each further kind of store joins the laws with a maker: an empty store, given a folder that is its own.
-MAKERS: dict[str, Callable[[Path], Store]] = {"folder": lambda path: Folder(path / "store")}
+PART = 1 << 24
+"""Bytes: what is longer goes to a bucket in parts."""
 
 
-@pytest.fixture(params=MAKERS)
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return MAKERS[request.param](tmp_path)
+def big(size: int = 3_000_000) -> bytes:
+    return random.Random(size).randbytes(size)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Folder(tmp_path / "store")
 
 
 class TestEveryStore:
-    """What all stores keep, through the protocol alone."""
+    """What all stores keep, through the protocol alone. Each further kind joins with a fixture `store` of its own."""
+
+    MANY = 1050
+    """Names: more than a server lists at once."""
+    TURNS = 400
+    """Of each writer beside others."""
 
     def test_what_is_put_is_what_is_got(self, store: Store) -> None:
         for name, data in (("a", b""), ("b/c/d.json", b"{}"), ("b/c/e", bytes(range(256)) * 5000)):
@@ -82,19 +96,41 @@ class TestEveryStore:
         assert store.put_if_absent("a/run.json", b"third") is True
         assert store.list("") == ["a/run.json"], "the loser leaves nothing behind"
 
-    def test_of_eight_writers_exactly_one_wins(self, store: Store) -> None:
-        for attempt in range(10):
-            start = threading.Barrier(8)
+    def test_of_twenty_threads_exactly_one_wins(self, store: Store) -> None:
+        for attempt in range(4):
+            start = threading.Barrier(20)
 
             def race(me: int, name: str = f"lease/{attempt}", start: threading.Barrier = start) -> bool:
                 start.wait()
                 return store.put_if_absent(name, f"writer {me}".encode() * 100)
 
-            with ThreadPoolExecutor(8) as pool:
-                won = list(pool.map(race, range(8)))
+            with ThreadPoolExecutor(20) as pool:
+                won = list(pool.map(race, range(20)))
             assert won.count(True) == 1
             assert store.get(f"lease/{attempt}") == f"writer {won.index(True)}".encode() * 100
-        assert len(store.list("")) == 10
+        assert len(store.list("")) == 4
+
+    def test_of_three_processes_exactly_one_wins(self, store: Store) -> None:
+        code = (
+            "import pickle, sys\n"
+            "store, me = pickle.loads(bytes.fromhex(sys.argv[1])), sys.argv[2]\n"
+            "store.put(f'ready/{me}', b'')\n"
+            "while len(store.list('ready')) < 3: pass\n"
+            "print([n for n in range(12) if store.put_if_absent(f'lease/{n}', me.encode())])"
+        )
+        racing = {
+            me: subprocess.Popen([sys.executable, "-c", code, pickle.dumps(store).hex(), me], stdout=subprocess.PIPE)
+            for me in "abc"
+        }
+        try:
+            won = {me: json.loads(one.communicate(timeout=60)[0]) for me, one in racing.items()}
+        finally:
+            for one in racing.values():
+                one.kill()
+                one.communicate()
+        assert sorted(n for mine in won.values() for n in mine) == list(range(12))
+        for me, mine in won.items():
+            assert all(store.get(f"lease/{n}") == me.encode() for n in mine)
 
     def test_a_reader_sees_the_old_or_the_new_and_nothing_between(self, store: Store) -> None:
         versions = [bytes([n]) * 200_000 for n in range(4)]
@@ -126,6 +162,126 @@ class TestEveryStore:
         assert all(issubclass(kind, StorageError) for kind in (NotThere, NotAllowed, TryAgain))
         assert issubclass(StorageError, Fault)
         assert not issubclass(NotAllowed, NotThere) and not issubclass(TryAgain, NotThere)
+
+    def test_odd_names_are_names(self, store: Store) -> None:
+        names = ["a b/c d", "a+b", "50%", "%20", "ümlaut/日本", "q?x=1&y=2#z", "quote'\"", "a:b;c,d@e=f~g(h)[i]{j}"]
+        for name in names:
+            store.put(name, name.encode())
+        assert store.list("") == sorted(names)
+        for name in names:
+            assert store.get(name) == name.encode()
+            assert store.size(name) == len(name.encode())
+            store.remove(name)
+        assert store.list("") == []
+
+    @pytest.mark.parametrize("size", [0, 1, 100_000, PART, PART + 5])
+    def test_data_arrives_whole_whatever_its_size(self, store: Store, tmp_path: Path, size: int) -> None:
+        data = big(size)
+        (tmp_path / "file").write_bytes(data)
+        store.put_file("shards/a.tar", tmp_path / "file")
+        store.put("weights", data)
+        assert store.put_if_absent("lease", data) is True
+        for name in ("shards/a.tar", "weights", "lease"):
+            assert store.size(name) == size
+            assert store.get(name) == data
+        assert store.list("") == ["lease", "shards/a.tar", "weights"]
+
+    def test_long_and_short_replace_each_other(self, store: Store, tmp_path: Path) -> None:
+        data = big(2 * PART + 17)
+        for turn in range(2):
+            store.put("a", data[turn:])
+            assert store.get("a") == data[turn:]
+            store.put("a", b"short")
+            assert store.get("a") == b"short"
+        assert store.put_if_absent("a", data) is False
+        assert store.get("a") == b"short"
+
+    def test_a_long_listing_comes_whole(self, store: Store) -> None:
+        names = [f"p/{n:05d}" for n in range(self.MANY)]
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda name: store.put(name, b""), names))
+        store.put("pp/other", b"")
+        assert store.list("p") == names
+        assert store.list("") == [*names, "pp/other"]
+
+    def test_prefixes_that_begin_alike_are_kept_apart(self, store: Store) -> None:
+        names = ["run/a", "run/a.b", "run/ab/c", "run-2/a", "run2/a", "runs"]
+        for name in names:
+            store.put(name, name.encode())
+        assert store.list("run") == ["run/a", "run/a.b", "run/ab/c"]
+        assert store.list("run/ab") == ["run/ab/c"]
+        assert store.list("ru") == []
+        store.remove("run/a")
+        store.sweep(0)
+        assert store.list("") == sorted(name for name in names if name != "run/a")
+
+    def test_names_come_and_go_beside_one_another(self, store: Store) -> None:
+        """A folder that a removal leaves empty may be wanted by a put at that moment."""
+
+        def work(me: int) -> None:
+            for n in range(self.TURNS):
+                store.put(f"a/b/{me}", b"%d" % n)
+                assert store.get(f"a/b/{me}") == b"%d" % n
+                store.remove(f"a/b/{me}")
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+        assert store.list("") == []
+
+    def test_a_read_begins_anywhere_and_gives_nothing_at_the_end(self, store: Store) -> None:
+        data = big(700_000)
+        store.put("a", data)
+        store.put("empty", b"")
+        for offset in (0, 1, 262_144, 699_999, 700_000, 700_001):
+            assert b"".join(store.read("a", offset)) == data[offset:]
+        assert b"".join(store.read("empty")) == b""
+        with pytest.raises(NotThere, match="does not exist"):
+            list(store.read("b"))
+        with pytest.raises(NotThere, match="does not exist"):
+            store.size("b")
+
+    def test_many_threads_share_one_store(self, store: Store) -> None:
+        def work(me: int) -> bool:
+            store.put(f"t/{me}", bytes([me]) * 1000)
+            return store.get(f"t/{me}") == bytes([me]) * 1000 and store.exists(f"t/{me}")
+
+        with ThreadPoolExecutor(16) as pool:
+            assert all(pool.map(work, range(48)))
+        assert len(store.list("t")) == 48
+
+    def test_a_store_travels_to_other_processes(self, store: Store) -> None:
+        store.put("a", b"from the parent")
+        copy: Store = pickle.loads(pickle.dumps(store))
+        assert copy.get("a") == b"from the parent"
+        with ThreadPoolExecutor(2):
+            context = multiprocessing.get_context("fork")
+            child = context.Process(target=_child, args=(store,))
+            child.start()
+            child.join(60)
+        assert child.exitcode == 0
+        assert store.get("child") == b"from the child, which read: from the parent"
+
+    def test_a_download_brings_what_is_missing_and_refuses_another_size(self, store: Store, tmp_path: Path) -> None:
+        data = big(600_000)
+        store.put("a", data)
+        path = tmp_path / "a.part"
+        path.write_bytes(data[:250_000])
+        download(store, "a", path, 600_000, patience=Patience(0), say=pytest.fail)
+        assert path.read_bytes() == data
+        download(store, "a", path, 600_000, patience=Patience(0), say=pytest.fail)
+        with pytest.raises(NotAllowed, match=r"a\.part has 600000 bytes, but .*/a should have 5\. Remove"):
+            download(store, "a", path, 5, patience=Patience(0), say=pytest.fail)
+        for wrong in (599_999, 600_001, 1):
+            path.unlink(missing_ok=True)
+            with pytest.raises(NotAllowed, match=rf"/a has 600000 bytes where its manifest or commit says {wrong}\."):
+                download(store, "a", path, wrong, patience=Patience(0), say=pytest.fail)
+            assert not path.exists(), "bytes of another object are not kept to be continued"
+        with pytest.raises(NotThere):
+            download(store, "b", path, 10, patience=Patience(0), say=pytest.fail)
+
+
+def _child(store: Store) -> None:
+    store.put("child", b"from the child, which read: " + store.get("a"))
 
 
 # -- a folder ---------------------------------------------------------------------------------------------------

@@ -4,56 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faulty_proxy import FaultyProxy
+from mlflow_server import MlflowServer, client, curve, runs_of
 
-from mirl_dist import tracking
+from mirl_dist import outbox, sender, tracking
 from mirl_dist.faults import Fault
-from mirl_dist.tracking import Mlflow, Silent, Tracker
+from mirl_dist.tracking import Mlflow, Silent, Tracker, waiting
 
 pytest.importorskip("mlflow", reason="MLflow is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-OUTBOX = sys.modules[tracking.Outbox.__module__]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--backend-store-uri", f"sqlite:///{folder}/m.db"]
-    command += ["--artifacts-destination", str(folder / "files")]
-    settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True)
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-                break
-            except (urllib.error.URLError, OSError):
-                assert process.poll() is None, (folder / "log").read_text()
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with MlflowServer(tmp_path_factory.mktemp("mlflow")) as started:
+        yield started.url
 
 
 @pytest.fixture(scope="module")
@@ -67,40 +40,64 @@ def uri(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(request.param))
 
 
-@pytest.fixture
-def begin(request: pytest.FixtureRequest) -> Callable[..., Mlflow]:
-    """A tracker in an experiment named after the test; `ids` plays the memory that survives a restart."""
+class Begin:
+    """Begins trackers in an experiment named after the test, each on a machine of its own.
 
-    def make(uri: str, ids: dict[str, str] | None = None, **params: object) -> Mlflow:
+    `ids` plays the memory that survives a restart; `journals` are their folders.
+    """
+
+    def __init__(self, experiment: str, folder: Path) -> None:
+        self._experiment, self._folder = experiment, folder
+        self.journals: dict[Mlflow, Path] = {}
+
+    def __call__(self, uri: str, ids: dict[str, str] | None = None, **params: object) -> Mlflow:
         kept = {} if ids is None else ids
-        tracker = Mlflow(uri=uri, experiment=request.node.name, run_name="demo", remembered=kept, remember=kept.update)
+        journal = self._folder / f"journal{len(self.journals)}"
+        tracker = Mlflow(
+            uri=uri,
+            experiment=self._experiment,
+            run_name="demo",
+            remembered=kept,
+            remember=kept.update,
+            journal=journal,
+        )
+        self.journals[tracker] = journal
         tracker.begin_run(params, {"fingerprint": "9f3c"})
         return tracker
 
-    return make
+    def settle(self, tracker: Mlflow) -> None:
+        """Until the store has all that waited."""
+        tracker.flush()
+        until(lambda: waiting(self.journals[tracker]).since is None)
 
 
-def client(uri: str) -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
-
-
-def curve(uri: str, run: str, name: str) -> list[tuple[int, float]]:
-    return sorted((point.step, point.value) for point in client(uri).get_metric_history(run, name))
+def until(holds: Callable[[], object]) -> None:
+    last = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < last, "it never happened"
+        time.sleep(0.01)
 
 
-def runs_of(uri: str, run: str) -> list[Any]:
-    look = client(uri)
-    experiment = look.get_run(run).info.experiment_id
-    return list(look.search_runs([experiment]))
+@pytest.fixture
+def begin(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Begin]:
+    made = Begin(request.node.name, tmp_path)
+    yield made
+    for tracker in made.journals:
+        tracker.end_run(seconds=0.0)
 
 
-def test_rounds_hang_below_their_run(uri: str, begin: Callable[..., Mlflow]) -> None:
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that failed is asked again at once."""
+    monkeypatch.setattr(sender, "FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_SECONDS", 0.05)
+
+
+def test_rounds_hang_below_their_run(uri: str, begin: Begin) -> None:
     ids: dict[str, str] = {}
     tracker = begin(uri, ids, model={"name": "promptir", "dim": 48}, prune={"fraction": 0.2, "scope": None})
     for round_ in (0, 1):
-        assert tracker.begin_round(round_, {"sparsity": "0.2"}) == -1
+        tracker.begin_round(round_, {"sparsity": "0.2"})
         tracker.end_round()
     tracker.end_run()
     parent, nested = client(uri).get_run(ids["run"]), client(uri).get_run(ids["round/01"])
@@ -118,12 +115,10 @@ def test_rounds_hang_below_their_run(uri: str, begin: Callable[..., Mlflow]) -> 
     assert {run.info.run_id for run in children} == {ids["round/00"], ids["round/01"]}
 
 
-def test_every_step_arrives_once_in_few_deliveries(
-    uri: str, begin: Callable[..., Mlflow], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_step_arrives_once_in_few_deliveries(uri: str, begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
-    monkeypatch.setattr(tracking, "SECONDS_PER_DELIVERY", 1e9)
+    monkeypatch.setattr(sender, "SECONDS_PER_DELIVERY", 1e9)
     calls: list[int] = []
     real = MlflowClient.log_batch
 
@@ -131,22 +126,25 @@ def test_every_step_arrives_once_in_few_deliveries(
         calls.append(len(kwargs.get("metrics", ())))
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(MlflowClient, "log_batch", counted)
     ids: dict[str, str] = {}
     tracker = begin(uri, ids)
     tracker.begin_round(0, {})
-    calls.clear()
-    for step in range(1, 121):
+    begin.settle(tracker)
+    monkeypatch.setattr(MlflowClient, "log_batch", counted)
+    for step in range(1, 50):
         tracker.log_step(step, {"loss": 1 / step, "rate": 2e-4})
-    assert calls == [100, 100], "fifty steps of two values each, twice"
-    tracker.flush()
-    assert calls == [100, 100, 40]
-    assert curve(uri, ids["round/00"], "loss") == [(step, 1 / step) for step in range(1, 121)]
+    assert calls == [] and waiting(begin.journals[tracker]).points == 98, "49 steps are gathered"
+    tracker.log_step(50, {"loss": 1 / 50, "rate": 2e-4})
+    until(lambda: waiting(begin.journals[tracker]).since is None)
+    assert calls == [100], "fifty steps of two values each"
+    for step in range(51, 1001):
+        tracker.log_step(step, {"loss": 1 / step, "rate": 2e-4})
+    begin.settle(tracker)
+    assert sum(calls) == 2000 and max(calls) <= 1000
+    assert curve(uri, ids["round/00"], "loss") == [(step, 1 / step) for step in range(1, 1001)]
 
 
-def test_a_ticket_shows_on_its_round_on_the_run_and_against_alive_weights(
-    uri: str, begin: Callable[..., Mlflow]
-) -> None:
+def test_a_ticket_shows_on_its_round_on_the_run_and_against_alive_weights(uri: str, begin: Begin) -> None:
     ids: dict[str, str] = {}
     tracker = begin(uri, ids)
     for round_, alive, score in ((0, 1000, 27.5), (1, 800, 27.25), (2, 640, 28.0)):
@@ -154,6 +152,7 @@ def test_a_ticket_shows_on_its_round_on_the_run_and_against_alive_weights(
         tracker.log_ticket(
             round_, {"psnr/BSD68 s15": score, "alive_weights": alive, "weights/density/output.weight": alive / 1000}
         )
+    begin.settle(tracker)
     run, nested = ids["run"], ids["round/01"]
     assert curve(uri, run, "psnr/BSD68 s15") == [(0, 27.5), (1, 27.25), (2, 28.0)]
     assert curve(uri, run, "alive_weights") == [(0, 1000), (1, 800), (2, 640)]
@@ -165,13 +164,14 @@ def test_a_ticket_shows_on_its_round_on_the_run_and_against_alive_weights(
     )
 
 
-def test_files_lie_with_their_round_or_their_run(uri: str, begin: Callable[..., Mlflow], tmp_path: Path) -> None:
+def test_files_lie_with_their_round_or_their_run(uri: str, begin: Begin, tmp_path: Path) -> None:
     ids: dict[str, str] = {}
     tracker = begin(uri, ids)
     tracker.begin_round(3, {})
     tracker.log_file("tickets/03/ticket.json", b"{}", "round")
     tracker.log_file("config.yaml", b"seed: 0\n", "run")
     tracker.log_file("config.yaml", b"seed: 1\n", "run")
+    begin.settle(tracker)
     look = client(uri)
     ticket = look.download_artifacts(ids["round/03"], "tickets/03/ticket.json", str(tmp_path))
     assert Path(ticket).read_bytes() == b"{}"
@@ -180,9 +180,7 @@ def test_files_lie_with_their_round_or_their_run(uri: str, begin: Callable[..., 
     assert [file.path for file in look.list_artifacts(ids["run"])] == ["config.yaml"]
 
 
-def test_files_of_a_sqlite_store_lie_beside_it(
-    begin: Callable[..., Mlflow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_of_a_sqlite_store_lie_beside_it(begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, store = tmp_path / "here", tmp_path / "store"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -193,7 +191,7 @@ def test_files_of_a_sqlite_store_lie_beside_it(
     assert list(here.iterdir()) == []
 
 
-def test_a_reopened_run_holds_no_point_twice(uri: str, begin: Callable[..., Mlflow]) -> None:
+def test_a_reopened_run_holds_no_point_twice(uri: str, begin: Begin) -> None:
     ids: dict[str, str] = {}
     ticket = {"psnr/BSD68": 27.5, "alive_weights": 900.0, "weights/density/a": 0.9}
     first = begin(uri, ids, ranks=4)
@@ -202,14 +200,15 @@ def test_a_reopened_run_holds_no_point_twice(uri: str, begin: Callable[..., Mlfl
         first.log_step(step, {"loss": 1 / step})
     first.log_ticket(0, ticket)
     first.log_ticket(0, ticket)
+    begin.settle(first)
     before = dict(ids)
 
     second = begin(uri, ids, ranks=8)  # resumes from the commit at step 20
-    assert second.begin_round(0, {"resumed": "1"}) == 30
+    second.begin_round(0, {"resumed": "1"})
     for step in range(21, 41):
         second.log_step(step, {"loss": 1 / step})
     second.log_ticket(0, ticket)
-    second.flush()
+    begin.settle(second)
     assert ids == before and len(runs_of(uri, ids["run"])) == 2
     assert curve(uri, ids["round/00"], "loss") == [(step, 1 / step) for step in range(1, 41)]
     for run in (ids["run"], ids["round/00"]):
@@ -221,36 +220,39 @@ def test_a_reopened_run_holds_no_point_twice(uri: str, begin: Callable[..., Mlfl
     assert client(uri).get_run(ids["round/00"]).data.tags["resumed"] == "1"
 
 
-def test_an_ended_run_is_running_again_when_reopened(uri: str, begin: Callable[..., Mlflow]) -> None:
+def test_an_ended_run_is_running_again_when_reopened(uri: str, begin: Begin) -> None:
     ids: dict[str, str] = {}
     begin(uri, ids).end_run("KILLED")
     assert client(uri).get_run(ids["run"]).info.status == "KILLED"
-    begin(uri, ids)
+    begin.settle(begin(uri, ids))
     assert client(uri).get_run(ids["run"]).info.status == "RUNNING"
 
 
-def test_a_run_whose_id_got_lost_is_found_by_its_key(uri: str, begin: Callable[..., Mlflow]) -> None:
+def test_a_run_whose_id_got_lost_is_found_by_its_key(uri: str, begin: Begin) -> None:
     ids: dict[str, str] = {}
-    begin(uri, ids).begin_round(0, {})
+    first = begin(uri, ids)
+    first.begin_round(0, {})
+    begin.settle(first)
     again = {"key": ids["key"]}
-    begin(uri, again).begin_round(0, {})
+    second = begin(uri, again)
+    second.begin_round(0, {})
+    begin.settle(second)
     assert again == ids
 
 
 def test_a_run_that_the_store_lost_gets_a_new_one_and_says_so(
-    uri: str, begin: Callable[..., Mlflow], caplog: pytest.LogCaptureFixture
+    uri: str, begin: Begin, caplog: pytest.LogCaptureFixture
 ) -> None:
     ids: dict[str, str] = {}
-    begin(uri, ids)
+    begin.settle(begin(uri, ids))
     old = ids["run"]
     client(uri).delete_run(old)
-    begin(uri, ids)
+    begin.settle(begin(uri, ids))
     assert ids["run"] != old and f"has no run {old} any more" in caplog.text
 
 
-def test_an_answer_lost_on_the_way_doubles_nothing(
-    uri: str, begin: Callable[..., Mlflow], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("impatient")
+def test_an_answer_lost_on_the_way_doubles_nothing(uri: str, begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
     def loses_the_first_answer(name: str) -> None:
@@ -265,12 +267,11 @@ def test_an_answer_lost_on_the_way_doubles_nothing(
 
         monkeypatch.setattr(MlflowClient, name, call)
 
-    monkeypatch.setattr(OUTBOX, "FIRST_PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(OUTBOX, "LONGEST_PAUSE_SECONDS", 0.0)
     ids: dict[str, str] = {}
     loses_the_first_answer("create_run")
     tracker = begin(uri, ids)
     tracker.begin_round(0, {})
+    begin.settle(tracker)
     loses_the_first_answer("log_batch")
     for step in (1, 2, 3):
         tracker.log_step(step, {"loss": 0.5})
@@ -280,66 +281,30 @@ def test_an_answer_lost_on_the_way_doubles_nothing(
     assert curve(uri, ids["round/00"], "loss") == [(1, 0.5), (2, 0.5), (3, 0.5)]
 
 
-class Line:
-    """A wire from a port of our own to the server, laid late."""
-
-    def __init__(self, port: int, target: str) -> None:
-        self._target = ("127.0.0.1", int(target.rpartition(":")[2]))
-        self._door = socket.create_server(("127.0.0.1", port))
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._door.accept()
-            except OSError:
-                return
-            far = socket.create_connection(self._target)
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
-
-    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
-        try:
-            while piece := source.recv(65536):
-                sink.sendall(piece)
-            sink.shutdown(socket.SHUT_WR)
-        except OSError:
-            source.close()
-
-    def close(self) -> None:
-        self._door.shutdown(socket.SHUT_RDWR)
-        self._door.close()
-
-
+@pytest.mark.usefixtures("impatient")
 def test_a_dead_server_stops_nothing_and_gets_everything_later(
-    server: str,
-    begin: Callable[..., Mlflow],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    server: str, begin: Begin, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(OUTBOX, "FIRST_PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(OUTBOX, "LONGEST_PAUSE_SECONDS", 0.0)
-    port = free_port()
-    ids: dict[str, str] = {}
-    tracker = begin(f"http://user:hunter22@127.0.0.1:{port}", ids, seed=0)
-    assert tracker.begin_round(0, {}) == -1
-    for step in range(1, 121):
-        tracker.log_step(step, {"loss": 1 / step})
-    tracker.log_ticket(0, {"psnr/BSD68": 27.5, "alive_weights": 900})
-    tracker.log_file("ticket.json", b"{}", "round")
-    assert len(caplog.records) == 1, "one outage, one warning"
-    assert f"http://127.0.0.1:{port} is away or refuses" in caplog.text
-    assert "Connection refused" in caplog.text
-    assert "Training goes on; points are kept and sent when it is back. Check the server" in caplog.text
-    assert "hunter22" not in caplog.text
-    assert tracker.address() == f"http://127.0.0.1:{port}" and "run" not in ids
+    with FaultyProxy(server) as proxy:
+        proxy.refuse()
+        ids: dict[str, str] = {}
+        tracker = begin(proxy.url.replace("//", "//user:hunter22@"), ids, seed=0)
+        tracker.begin_round(0, {})
+        for step in range(1, 121):
+            tracker.log_step(step, {"loss": 1 / step})
+        tracker.log_ticket(0, {"psnr/BSD68": 27.5, "alive_weights": 900})
+        tracker.log_file("ticket.json", b"{}", "round")
+        until(lambda: caplog.records)
+        assert len(caplog.records) == 1, "one outage, one warning"
+        assert f"{proxy.url} is away or refuses" in caplog.text
+        assert "Connection refused" in caplog.text
+        assert "Training goes on; points are kept and sent when it is back. Check the server" in caplog.text
+        assert tracker.address() == proxy.url and "run" not in ids
 
-    line = Line(port, server)
-    try:
-        tracker.flush()
-    finally:
-        line.close()
-    assert len(caplog.records) == 1, caplog.text
+        proxy.accept()
+        begin.settle(tracker)
+    assert [record.message for record in caplog.records[1:]] == [f"{proxy.url} is back: all that waited is sent"]
+    assert "hunter22" not in caplog.text
     assert curve(server, ids["round/00"], "loss") == [(step, 1 / step) for step in range(1, 121)]
     assert curve(server, ids["run"], "by_alive/psnr/BSD68") == [(900, 27.5)]
     assert client(server).get_run(ids["run"]).data.params == {"seed": "0"}
@@ -347,87 +312,91 @@ def test_a_dead_server_stops_nothing_and_gets_everything_later(
     assert tracker.address().endswith(f"/runs/{ids['run']}")
 
 
-def test_points_of_a_restart_during_an_outage_are_sorted_out_on_delivery(
-    server: str, begin: Callable[..., Mlflow], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(OUTBOX, "FIRST_PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(OUTBOX, "LONGEST_PAUSE_SECONDS", 0.0)
+@pytest.mark.usefixtures("impatient")
+def test_points_of_a_restart_during_an_outage_are_sorted_out_on_delivery(server: str, begin: Begin) -> None:
     ids: dict[str, str] = {}
     first = begin(server, ids)
     first.begin_round(0, {})
     for step in (1, 2, 3):
         first.log_step(step, {"loss": 1 / step})
-    first.flush()
-    port = free_port()
-    second = begin(f"http://127.0.0.1:{port}", ids)
-    assert second.begin_round(0, {}) == -1, "nobody there to ask"
-    for step in (2, 3, 4):
-        second.log_step(step, {"loss": 1 / step})
-    line = Line(port, server)
-    try:
-        second.flush()
-    finally:
-        line.close()
-    assert curve(server, ids["round/00"], "loss") == [(step, 1 / step) for step in (1, 2, 3, 4)]
+    begin.settle(first)
+    with FaultyProxy(server) as proxy:
+        proxy.refuse()
+        second = begin(proxy.url, ids)
+        second.begin_round(0, {})
+        for step in (2, 3, 4):
+            second.log_step(step, {"loss": 2 / step})
+        proxy.accept()
+        begin.settle(second)
+    assert curve(server, ids["round/00"], "loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.5)]
 
 
-def test_a_dead_server_is_not_asked_again_before_the_pause_is_over(
-    begin: Callable[..., Mlflow], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_dead_server_is_asked_after_pauses_that_double(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from mlflow import MlflowClient
 
-    asked: list[str] = []
+    asked: list[float] = []
 
     def refuse(self: Any, name: str) -> None:
-        asked.append(name)
+        asked.append(time.monotonic())
         raise ConnectionRefusedError("nobody listens")
 
     monkeypatch.setattr(MlflowClient, "get_experiment_by_name", refuse)
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sender, "FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_SECONDS", 0.3)
     tracker = begin("http://127.0.0.1:9")
-    assert len(asked) == 1
-    counts = []
-    for now[0] in (1.0, 4.9, 5.1, 14.9, 15.2, 34.9, 35.3):
-        tracker.flush()
-        counts.append(len(asked))
-    assert counts == [1, 1, 2, 2, 3, 3, 4], "pauses of 5, 10 and 20 seconds"
+    while len(asked) < 6:
+        tracker.flush()  # in vain: it does not shorten a pause
+        time.sleep(0.001)
+    pauses = [later - earlier for earlier, later in zip(asked, asked[1:], strict=False)]
+    assert all(pause >= least for pause, least in zip(pauses, (0.05, 0.1, 0.2, 0.3, 0.3), strict=False)), pauses
+    assert len(caplog.records) == 1
+
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_SECONDS", 1e9)
+    monkeypatch.setattr(sender, "FIRST_PAUSE_SECONDS", 1e9)
+    now = len(asked)
+    until(lambda: len(asked) > now)
+    monkeypatch.setattr(tracking, "FAREWELL_SECONDS", 0.2)
     tracker.end_run()
-    assert len(asked) == 5, "the end tries once more, pause or not"
-    assert "the run ends while 0 points and 2 other records wait" in caplog.text
+    assert len(asked) >= now + 2, "the end tries once more, pause or not"
+    folder = begin.journals[tracker]
+    assert f"the run ends while 0 points and 2 other records wait for http://127.0.0.1:9 in {folder}" in caplog.text
+    assert "Send them with `mirl-dist track resend RUN`" in caplog.text
 
 
-def test_what_waits_is_bounded_and_the_oldest_points_go_first(
-    begin: Callable[..., Mlflow],
+@pytest.mark.usefixtures("impatient")
+def test_without_a_journal_what_waits_is_bounded_and_the_oldest_points_go_first(
+    begin: Begin,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
     server: str,
 ) -> None:
-    monkeypatch.setattr(OUTBOX, "FIRST_PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(OUTBOX, "LONGEST_PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(OUTBOX, "OUTBOX_BYTES", 3000 * OUTBOX.POINT_BYTES)
-    port = free_port()
-    ids: dict[str, str] = {}
-    tracker = begin(f"http://127.0.0.1:{port}", ids, seed=0)
-    tracker.begin_round(0, {})
-    for step in range(50):
-        tracker.log_step(step, {f"v{i}": 1.0 for i in range(100)})
-    assert caplog.text.count("the oldest is being forgotten") == 1
-    line = Line(port, server)
-    try:
-        tracker.flush()
-    finally:
-        line.close()
+    monkeypatch.setattr(outbox, "MEMORY_BYTES", 3000 * outbox.POINT_BYTES)
+    (tmp_path / "journal0").write_text("a file where the folder should be")
+    with FaultyProxy(server) as proxy:
+        proxy.refuse()
+        ids: dict[str, str] = {}
+        tracker = begin(proxy.url, ids, seed=0)
+        assert f"the journal {tmp_path / 'journal0'} cannot be used (File exists)" in caplog.text
+        assert "waits in memory only" in caplog.text
+        tracker.begin_round(0, {})
+        for step in range(50):
+            tracker.log_step(step, {f"v{i}": 1.0 for i in range(100)})
+        assert caplog.text.count("the oldest is being forgotten") == 1
+        assert tracker.backlog().count(b"\n") == 30 + 3, "runs and params are never forgotten"
+        proxy.accept()
+        tracker.end_run()
     assert [step for step, _ in curve(server, ids["round/00"], "v0")] == list(range(20, 50))
-    assert client(server).get_run(ids["run"]).data.params == {"seed": "0"}, "runs and params are never forgotten"
+    assert client(server).get_run(ids["run"]).data.params == {"seed": "0"}
 
 
-def test_a_refused_record_does_not_hold_up_the_others(
-    uri: str, begin: Callable[..., Mlflow], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_refused_record_does_not_hold_up_the_others(uri: str, begin: Begin, caplog: pytest.LogCaptureFixture) -> None:
     ids: dict[str, str] = {}
     tracker = begin(uri, ids)
     tracker.begin_round(0, {})
+    begin.settle(tracker)
     client(uri).delete_run(ids["round/00"])
     tracker.log_step(1, {"loss": 0.5})
     tracker.log_ticket(0, {"psnr/BSD68": 27.5})
@@ -438,30 +407,29 @@ def test_a_refused_record_does_not_hold_up_the_others(
     assert client(uri).get_run(ids["run"]).info.status == "FINISHED"
 
 
-def test_a_file_that_cannot_be_kept_is_given_up_and_points_pass(
-    begin: Callable[..., Mlflow],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
+@pytest.mark.usefixtures("impatient")
+def test_a_file_that_finds_no_place_waits_and_points_pass(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(OUTBOX, "FIRST_PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(OUTBOX, "LONGEST_PAUSE_SECONDS", 0.0)
-    (tmp_path / "mlartifacts").write_text("a file where the folder should be")
+    place = tmp_path / "mlartifacts"
+    place.write_text("a file where the folder should be")
     uri, ids = f"sqlite:///{tmp_path}/m.db", dict[str, str]()
     tracker = begin(uri, ids)
     tracker.begin_round(0, {})
     tracker.log_file("ticket.json", b"{}", "round")
     for step in (1, 2):
         tracker.log_step(step, {"loss": 0.5})
-        tracker.flush()
-    assert curve(uri, ids["round/00"], "loss") == [(1, 0.5), (2, 0.5)]
     tracker.flush()
-    assert "did not take file 'ticket.json' of round/00" in caplog.text
-    tracker.end_run()
-    assert "the run ends while" not in caplog.text
+    until(lambda: waiting(begin.journals[tracker])[:2] == (0, 1))
+    assert curve(uri, ids["round/00"], "loss") == [(1, 0.5), (2, 0.5)]
+    assert len(caplog.records) == 1 and f"{uri} takes points but no file (" in caplog.text
+    place.unlink()
+    begin.settle(tracker)
+    assert f"{uri} takes files again: all that waited are sent" in caplog.text and len(caplog.records) == 2
+    assert [path.name for path in place.rglob("ticket.json")] == ["ticket.json"]
 
 
-def test_names_values_and_texts_are_made_fit_for_mlflow(uri: str, begin: Callable[..., Mlflow]) -> None:
+def test_names_values_and_texts_are_made_fit_for_mlflow(uri: str, begin: Begin) -> None:
     ids: dict[str, str] = {}
     long = {f"p{i}": i for i in range(250)} | {"steps": list(range(9000))}
     tracker = begin(uri, ids, data={"train σ": [15, 25], "empty": {}}, **long)
@@ -469,7 +437,7 @@ def test_names_values_and_texts_are_made_fit_for_mlflow(uri: str, begin: Callabl
     tracker.log_step(1, {"loss/σ=15 (dB)": 1.5, "/a//../b": 2.0, "x" * 400: 3.0})
     tracker.log_step(1, {"infinite": float("inf"), "nan": float("nan"), "fine": 0.0})
     tracker.log_ticket(0, {f"weights/density/t{i}": 0.5 for i in range(1500)})
-    tracker.flush()
+    begin.settle(tracker)
     metrics = client(uri).get_run(ids["round/00"]).data.metrics
     steps = {name for name in metrics if not name.startswith("weights/density/")}
     assert steps == {"loss/σ_15 _dB_", "a/b", "x" * 250, "fine"}
@@ -480,14 +448,16 @@ def test_names_values_and_texts_are_made_fit_for_mlflow(uri: str, begin: Callabl
 
 
 def test_no_secret_reaches_a_run_or_a_reader(
-    begin: Callable[..., Mlflow],
+    begin: Begin,
     sqlite: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "sesame-open")
+    monkeypatch.setattr(tracking, "FAREWELL_SECONDS", 0.2)
     uri, ids = sqlite, dict[str, str]()
     tracker = begin(uri, ids, tracking={"uri": "https://ada:hunter22@example.org/x"}, note="with sesame-open inside")
+    begin.settle(tracker)
     params = client(uri).get_run(ids["run"]).data.params
     assert params == {"tracking.uri": "https://***@example.org/x", "note": "with *** inside"}
     assert tracker.address().startswith(f"{uri} (to see it: ")
@@ -498,19 +468,23 @@ def test_no_secret_reaches_a_run_or_a_reader(
         ("http://tokentoken@127.0.0.1:9", "http://127.0.0.1:9"),
         ("nosuchdb://ada:hunter22@127.0.0.1:9/runs?key=wordpass", "nosuchdb://ada@127.0.0.1:9/runs"),
     ):
-        away = begin(secret_uri, ids)
+        away = begin(secret_uri, ids, note=f"see {secret_uri}")
         away.end_run()
         assert away.address().startswith(clean)
-        told = caplog.text + away.address()
+        kept = b"".join(path.read_bytes() for path in begin.journals[away].iterdir()) + away.backlog()
+        assert b"see " in kept
+        told = caplog.text + away.address() + kept.decode()
         assert clean in told
         for secret in ("hunter22", "hunt%40r22", "hunt@r22", "tokentoken", "wordpass", "sesame-open"):
             assert secret not in told
 
 
-def test_a_folder_as_store_is_refused_with_the_way_out() -> None:
+def test_a_folder_as_store_is_refused_with_the_way_out(tmp_path: Path) -> None:
     for uri in ("./mlruns", "file:///srv/mlruns"):
         with pytest.raises(Fault, match="found the tracking URI .*mlruns.*keeps no runs in plain folders. Use sqlite"):
-            Mlflow(uri=uri, experiment="e", run_name="r", remembered={}, remember=lambda ids: None)
+            Mlflow(
+                uri=uri, experiment="e", run_name="r", remembered={}, remember=lambda ids: None, journal=tmp_path / "j"
+            )
 
 
 def test_without_an_address_the_environment_decides_then_a_file_here(
@@ -522,23 +496,32 @@ def test_without_an_address_the_environment_decides_then_a_file_here(
         ("", "sqlite:///mlflow.db (to see it"),
     ):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", setting)
-        tracker = Mlflow(uri=None, experiment="e", run_name="r", remembered={}, remember=lambda ids: None)
+        tracker = Mlflow(
+            uri=None,
+            experiment="e",
+            run_name="r",
+            remembered={},
+            remember=lambda ids: None,
+            journal=tmp_path / "journal",
+        )
         assert tracker.address().startswith(address)
+        tracker.end_run(seconds=0.0)
 
 
 def test_the_silent_twin_answers_to_the_same_words() -> None:
     twin: Tracker = Silent()
     twin.begin_run({"seed": 0}, {})
-    assert twin.begin_round(0, {}) == -1
+    twin.begin_round(0, {})
     twin.log_step(1, {"loss": 1.0})
     twin.log_ticket(0, {"psnr": 1.0})
     twin.log_file("a", b"", "run")
     twin.flush()
+    assert twin.backlog() == b""
     twin.end_round()
-    twin.end_run("FAILED")
+    twin.end_run("FAILED", seconds=1.0)
     assert twin.address() == ""
     words = [name for name in vars(Tracker) if not name.startswith("_")]
-    assert all(callable(getattr(Mlflow, word)) for word in words) and len(words) == 9
+    assert all(callable(getattr(Mlflow, word)) for word in words) and len(words) == 10
 
 
 def test_mlflow_is_imported_late_and_keeps_quiet(tmp_path: Path) -> None:
@@ -546,7 +529,8 @@ def test_mlflow_is_imported_late_and_keeps_quiet(tmp_path: Path) -> None:
 import sys
 from mirl_dist.tracking import Mlflow
 assert "mlflow" not in sys.modules
-tracker = Mlflow(uri=None, experiment="e", run_name="r", remembered={}, remember=lambda ids: None)
+from pathlib import Path
+tracker = Mlflow(uri=None, experiment="e", run_name="r", remembered={}, remember=lambda ids: None, journal=Path("j"))
 tracker.begin_run({}, {})
 tracker.begin_round(0, {})
 tracker.log_step(1, {"loss": 1.0})
@@ -562,15 +546,16 @@ assert mlflow.active_run() is None
         [sys.executable, "-c", story], cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlartifacts", "mlflow.db"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["j", "mlartifacts", "mlflow.db"]
 
 
-def test_warnings_are_told_on_our_own_logger(begin: Callable[..., Mlflow], caplog: pytest.LogCaptureFixture) -> None:
+def test_warnings_are_told_on_our_own_logger(begin: Begin, caplog: pytest.LogCaptureFixture) -> None:
     begin("http://127.0.0.1:9")
+    until(lambda: caplog.records)
     assert [(record.name, record.levelno) for record in caplog.records] == [("mirl_dist.tracking", logging.WARNING)]
 
 
-def test_a_fault_between_rounds_leaves_the_finished_round_finished(uri: str, begin: Callable[..., Mlflow]) -> None:
+def test_a_fault_between_rounds_leaves_the_finished_round_finished(uri: str, begin: Begin) -> None:
     ids: dict[str, str] = {}
     tracker = begin(uri, ids)
     tracker.end_round("FAILED")  # before any round: there is nothing to end

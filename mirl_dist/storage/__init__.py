@@ -7,16 +7,17 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from mirl_dist.storage.folder import Folder
-from mirl_dist.storage.law import NotAllowed, NotThere, StorageError, Store, TryAgain
+from mirl_dist.storage.law import USUAL, NotAllowed, NotThere, Options, StorageError, Store, TryAgain
+from mirl_dist.storage.patience import Patience
 
-__all__ = ["Folder", "NotAllowed", "NotThere", "StorageError", "Store", "TryAgain", "open_store"]
+__all__ = ["Folder", "NotAllowed", "NotThere", "Options", "StorageError", "Store", "TryAgain", "open_store"]
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, options: Options = USUAL) -> Store:
     """The store that an address means: a folder's path, file://, s3://, http:// or https:// (read only).
 
-    Nothing is asked of a server yet. Raises NotAllowed for other kinds, for 's3:/' where 's3://' must be meant, and
-    for addresses that hold a key or a query.
+    A folder tries everything once, whatever the options say. Nothing is asked of a server yet. Raises NotAllowed for
+    other kinds, for 's3:/' where 's3://' must be meant, and for addresses that hold a key or a query.
     """
     kind, found, _ = url.partition("://")
     if not found:
@@ -30,11 +31,11 @@ def open_store(url: str) -> Store:
     if kind == "s3":
         from mirl_dist.storage.s3 import S3
 
-        return S3(url)
+        return S3(url, options)
     if kind in ("http", "https"):
         from mirl_dist.storage.web import Web
 
-        return Web(url)
+        return Web(url, patience=Patience(options.patience_seconds))
     raise NotAllowed(f"{kind}:// is not known here. Give a folder's path, file://, s3://bucket/prefix, or http(s)://.")
 
 

@@ -7,14 +7,15 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from mirl_dist.storage.law import NotAllowed, NotThere, TryAgain
+from mirl_dist.storage.law import DAY, NotAllowed, NotThere, TryAgain
 
 _TEMPORARY = ".writing-"
 _BLOCK = 1 << 20
+_ATTEMPTS = 100
 
 
 class Folder:
@@ -94,12 +95,11 @@ class Folder:
             path = self._root / name
             path.unlink(missing_ok=True)
             for parent in path.parents:
-                if parent == self._root or not parent.is_dir() or any(parent.iterdir()):
+                if parent == self._root or not _removed_if_empty(parent):
                     return
-                parent.rmdir()
 
-    def sweep(self) -> None:
-        """Remove what dead writers left under temporary names."""
+    def sweep(self, older_than_seconds: float = DAY) -> None:
+        """Remove what dead writers left under temporary names, whatever its age: nobody else may write meanwhile."""
         with self._named_errors(""):
             for leftover in self._root.rglob(f"{_TEMPORARY}*"):
                 leftover.unlink(missing_ok=True)
@@ -107,10 +107,9 @@ class Folder:
     @contextmanager
     def _written(self, path: Path, write: Callable[[BinaryIO], object]) -> Iterator[str]:
         """A flushed temporary file beside `path`, gone afterwards."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = str(path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}")
         try:
-            with open(temporary, "xb") as file:  # with the rights that the umask gives: others may have to read it
+            with _opened(temporary, path.parent) as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -140,9 +139,43 @@ def _refuse_unless_gone(error: OSError) -> None:
         raise error
 
 
+def _opened(path: str, folder: Path) -> BinaryIO:
+    """A new file, with the rights that the umask gives: others may have to read it."""
+    for _ in range(_ATTEMPTS):
+        _make(folder)
+        with suppress(FileNotFoundError):  # a removal beside this found the folder empty
+            return open(path, "xb")
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+
+def _make(folder: Path) -> None:
+    """With its parents, each of which survives a power cut."""
+    if folder.is_dir():
+        return
+    _make(folder.parent)
+    with suppress(FileExistsError, FileNotFoundError):  # made, or its parent removed, by another: `_opened` will see
+        folder.mkdir()
+        _flush_folder(folder.parent)
+
+
+def _removed_if_empty(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
+
+
 def _flush_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Make a change of names in `folder` survive a power cut."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return  # another removed the name again, and its folder
     try:
         os.fsync(handle)
     finally:

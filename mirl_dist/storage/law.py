@@ -45,15 +45,19 @@ class Options:
 
 USUAL = Options()
 
+DAY = 86400.0
+"""Seconds: no upload that is alive takes so long."""
+
 
 class Store(Protocol):
     """What every store can do.
 
     put, put_file: durably, complete or not at all, replacing what was there. put_if_absent: whether this call wrote it;
     of several writers exactly one wins. list: complete names below a prefix (a folder's name, or '' for all), sorted.
-    remove: no error where nothing is. sweep: leftovers of dead writers go. where: the place, for people and messages.
-    size: bytes. read: the bytes from `offset` to the end in blocks; TryAgain may come after some of them, and a second
-    call from where it broke goes on.
+    remove: no error where nothing is. sweep: what dead writers left goes; in buckets, what began more than
+    `older_than_seconds` ago (0: all, for a caller who knows that nobody else writes here). where: the place, for people
+    and messages. size: bytes. read: the bytes from `offset` to the end in blocks; TryAgain may come after some of them,
+    and a second call from where it broke goes on.
     """
 
     def put(self, name: str, data: bytes) -> None: ...
@@ -62,7 +66,7 @@ class Store(Protocol):
     def exists(self, name: str) -> bool: ...
     def list(self, prefix: str) -> list[str]: ...
     def remove(self, name: str) -> None: ...
-    def sweep(self) -> None: ...
+    def sweep(self, older_than_seconds: float = DAY) -> None: ...
     def where(self, name: str = "") -> str: ...
 
     # Large things, which need not fit into memory.

@@ -1,94 +1,95 @@
 """A store in a bucket, through boto3: AWS S3, and servers that speak its language (Ceph, MinIO).
 
-Endpoint and credentials come from boto3's own chain (AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID, a profile, a role).
+Credentials come from boto3's own chain (AWS_ACCESS_KEY_ID, a profile, a role), and so does the endpoint where the
+options name none (AWS_ENDPOINT_URL_S3).
 """
 
 from __future__ import annotations
 
-import math
-import os
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
+from mirl_dist.storage import law, s3_parts
 from mirl_dist.storage import s3_wire as wire
-from mirl_dist.storage.law import NotAllowed, NotThere, StorageError, TryAgain
-from mirl_dist.storage.patience import USUAL, Patience, Say, Tries, patiently, to_stderr
-from mirl_dist.storage.s3_wire import PASSING, Beyond, Exists, NoUpload, named_errors
-
-T = TypeVar("T")
+from mirl_dist.storage.law import NotAllowed, NotThere, Options, StorageError, TryAgain
+from mirl_dist.storage.patience import Patience, Say, Tries, to_stderr
+from mirl_dist.storage.s3_requests import Requests
+from mirl_dist.storage.s3_wire import PASSING, Beyond, Exists, Refused, named_errors
 
 _BLOCK = 1 << 16  # what a broken connection loses at most
-_PART = 1 << 24
-_MOST_PARTS = 10_000
-_PARTS_AT_ONCE = 4
-_STALE = timedelta(days=1)
 
 
 class S3:
     """A store under `s3://bucket/prefix`, for several threads; each process makes its own connections.
 
-    A request that fails in passing is made again for as long as `patience` lasts; `read` alone leaves that to its
-    reader. Timeouts in seconds: to connect, and between two packets.
+    A request that fails in passing is made again for as long as patience lasts (`patience`: instead of the options');
+    `read` alone leaves that to its reader. Timeouts in seconds: to connect, and between two packets.
     """
 
     def __init__(
         self,
         url: str,
+        options: Options = law.USUAL,
         *,
-        patience: Patience = USUAL,
+        patience: Patience | None = None,
         say: Say = to_stderr,
         connect_seconds: float = 10.0,
         read_seconds: float = 30.0,
     ) -> None:
-        self._bucket, self._prefix = wire.address(url)
-        self._patience, self._say = patience, say
-        self._timeouts = connect_seconds, read_seconds
-        self._clients: dict[int, Any] = {}
-        self._locks: dict[int, threading.Lock] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_clients": {}, "_locks": {}}
+        connect = partial(_connected, options.endpoint, connect_seconds, read_seconds)
+        self._requests = Requests(*wire.address(url), connect, patience or Patience(options.patience_seconds), say)
+        self._write, self._told = wire.terms(options)
 
     def where(self, name: str = "") -> str:
         """The place for people and messages."""
-        return f"s3://{self._bucket}/{self._key(name)}".rstrip("/")
+        return self._requests.where(name)
 
     def put(self, name: str, data: bytes) -> None:
-        """Write `name`, complete or not at all; replaces what was there."""
-        self._ask(name, lambda s3, at: s3.put_object(**at, **wire.body(data)))
+        """Write `name`, in parts where it is long, complete or not at all; replaces what was there."""
+        if len(data) <= s3_parts.PART:
+            self._requests.send("put_object", name, self._write, data, self._told)
+        else:
+            whole = memoryview(data)
+            self._put_parts(name, len(data), lambda begin, end: whole[begin:end])
 
     def put_file(self, name: str, path: Path) -> None:
-        """Copy a file to `name` in parts, complete or not at all; replaces what was there."""
+        """Copy a file to `name`, in parts where it is long, complete or not at all; replaces what was there."""
         try:
             size = path.stat().st_size
-            if size <= _PART:
+            if size <= s3_parts.PART:
                 self.put(name, path.read_bytes())
             else:
-                self._put_parts(name, path, size)
+                self._put_parts(name, size, partial(self._piece, name, path, size))
         except OSError as error:
             text = f"{path}: {error.strerror or error}. Nothing was written to {self.where(name)}; send it again."
             raise NotAllowed(text) from error
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Write `name` unless it exists; whether this call wrote it. Of several writers exactly one wins."""
-        mark = wire.mark()
+        """Write `name` unless it exists; whether this call wrote it. Of several writers exactly one wins.
+
+        In one part, whatever its length: Ceph ignores the condition on others.
+        """
+        mine = {**self._told, **wire.mark()}
         try:
-            self._ask(name, lambda s3, at: s3.put_object(**at, **mark, **wire.body(data), IfNoneMatch="*"))
+            self._requests.send("put_object", name, self._write, data, {**mine, "IfNoneMatch": "*"})
         except Exists:
-            return self._is_mine(name, mark)
+            found = s3_parts.written_by(self._requests, name, mine)
+            if found is None:
+                return False
+            if not wire.is_what_was_sent(found, wire.body(data)):  # it was damaged on its way, and is this call's
+                self._requests.send("put_object", name, self._write, data, mine)
         return True
 
     def get(self, name: str) -> bytes:
         """The whole of `name`; a transfer that broke goes on, unless another version lies there by then."""
-        tries = Tries(f"reading {self.where(name)}", self._patience, self._say)
+        tries = Tries(f"reading {self.where(name)}", self._requests.patience, self._requests.say)
         held, version = bytearray(), ""
         while True:
             try:
@@ -106,7 +107,7 @@ class S3:
 
     def size(self, name: str) -> int:
         """Bytes."""
-        return self._length(name, self._head(name))
+        return self._length(name, self._requests.head(name))
 
     def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
         """The bytes from `offset` to the end, in blocks. Raises TryAgain wherever the transfer breaks, at once."""
@@ -114,92 +115,60 @@ class S3:
 
     def exists(self, name: str) -> bool:
         try:
-            self._head(name)
+            self._requests.head(name)
         except NotThere:
             return False
         return True
 
     def list(self, prefix: str) -> list[str]:
         """Complete names below `prefix` (a folder name, or '' for all), sorted."""
-        below = self._key(prefix).rstrip("/")
+        below = self._requests.key(prefix).rstrip("/")
         below = f"{below}/" if below else ""
-        cut = len(self._key(""))
-        pages = self._pages(prefix, "list_objects_v2", below, {"ContinuationToken": "NextContinuationToken"})
+        cut = len(self._requests.key(""))
+        following = {"ContinuationToken": "NextContinuationToken"}
+        pages = self._requests.pages(prefix, wire.LIST, "list_objects_v2", below, following)
         keys = [found["Key"] for page in pages for found in page.get("Contents", ())]
         return sorted(key[cut:] for key in keys if not key.endswith("/"))  # consoles make 'folders' of such names
 
     def remove(self, name: str) -> None:
         """Remove `name` if it is there."""
         with suppress(NotThere):
-            self._ask(name, lambda s3, at: s3.delete_object(**at))
+            self._requests.ask(name, wire.REMOVE, lambda s3, at: s3.delete_object(**at))
 
-    def sweep(self) -> None:
-        """Abort uploads in parts below the prefix that began more than a day ago, by the server's clock."""
+    def sweep(self, older_than_seconds: float = law.DAY) -> None:
+        """Abort uploads in parts below the prefix that began longer ago than that, by the server's clock; 0: all.
+
+        Where these credentials may not do it, that is said, and the uploads stay.
+        """
+        refused: StorageError | None = None
+        try:
+            for key, upload in self._stale(timedelta(seconds=older_than_seconds)):
+                refused = s3_parts.abort(self._requests, key, upload) or refused
+        except Refused as error:
+            refused = error
+        if isinstance(refused, Refused):
+            self._requests.say(f"warning: {refused} Until then uploads that died stay there, and take room.")
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    def _stale(self, age: timedelta) -> Iterator[tuple[str, str]]:
+        """Key and id of each upload in parts that began longer ago."""
+        below = self._requests.key("")
         following = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
-        for page in self._pages("", "list_multipart_uploads", self._key(""), following):
+        for page in self._requests.pages("", wire.LIST_UPLOADS, "list_multipart_uploads", below, following):
             date = page["ResponseMetadata"]["HTTPHeaders"].get("date")
             now = parsedate_to_datetime(date) if date else datetime.now(timezone.utc)
             for upload in page.get("Uploads", ()):
                 began: datetime = upload["Initiated"]
-                if now - began > _STALE:
-                    self._abort(upload["Key"], upload["UploadId"])
-
-    # -- requests -----------------------------------------------------------------------------------------------
-
-    def _key(self, name: str) -> str:
-        return f"{self._prefix}/{name}" if self._prefix else name
-
-    def _client(self) -> Any:
-        """This process's client; a fork must not share sockets with its parent."""
-        mine = os.getpid()
-        with self._locks.setdefault(mine, threading.Lock()):
-            if mine not in self._clients:
-                self._clients[mine] = _connected(*self._timeouts)
-        return self._clients[mine]
-
-    def _ask(self, name: str, work: Callable[[Any, dict[str, str]], T], *, patience: Patience | None = None) -> T:
-        """`work(client, bucket and key)`, tried again while patience lasts; in this package's errors."""
-        at = {"Bucket": self._bucket, "Key": self._key(name)}
-
-        def once() -> T:
-            with named_errors(self.where(name)):
-                return work(self._client(), at)
-
-        return patiently(once, self.where(name), patience or self._patience, self._say)
-
-    def _pages(self, name: str, operation: str, below: str, following: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-        """All pages of a listing; `following`: what to ask of the next page -> where this one says it."""
-        asked = {"Bucket": self._bucket, "Prefix": below}
-        while True:
-            page = self._ask(name, lambda s3, at: getattr(s3, operation)(**asked))
-            yield page
-            if not page.get("IsTruncated"):
-                return
-            asked.update({ask: page[said] for ask, said in following.items() if said in page})
-
-    def _head(self, name: str) -> Any:
-        """What the server says of `name`. A bare 404 may mean the bucket: then NotAllowed."""
-        try:
-            return self._ask(name, lambda s3, at: s3.head_object(**at))
-        except NotThere as error:
-            try:
-                self._ask(name, lambda s3, at: s3.head_bucket(Bucket=self._bucket))
-            except NotThere:
-                raise NotAllowed(wire.no_bucket(self.where(name))) from None
-            raise error
-
-    def _is_mine(self, name: str, mark: dict[str, Any]) -> bool:
-        """Whether an object that exists was written by this call, whose answer got lost on its way."""
-        try:
-            return bool(self._head(name).get("Metadata") == mark["Metadata"])
-        except NotThere:
-            return False
+                if upload["Key"].startswith(below) and (not age or now - began > age):
+                    yield upload["Key"], upload["UploadId"]
 
     def _open(self, name: str, offset: int) -> tuple[str, Iterator[bytes]]:
         """The version that lies there, and its bytes from `offset`; none where it ends before."""
         span = {"Range": f"bytes={offset}-"} if offset else {}
+        once = Patience(0)
         try:
-            answer = self._ask(name, lambda s3, at: s3.get_object(**at, **span), patience=Patience(0))
+            answer = self._requests.ask(name, wire.READ, lambda s3, at: s3.get_object(**at, **span), patience=once)
         except Beyond:
             return "", iter(())
         return str(answer.get("ETag", "")), self._blocks(name, offset, answer)
@@ -216,7 +185,7 @@ class S3:
             raise TryAgain(f"{self.where(name)}: the server sends another range, or was cut off. {PASSING}")
         body = answer["Body"]
         try:
-            with named_errors(self.where(name)):
+            with named_errors(self.where(name), wire.READ):
                 while block := body.read(_BLOCK):
                     wanted -= len(block)
                     yield block
@@ -225,50 +194,24 @@ class S3:
         finally:
             body.close()
 
-    # -- uploads in parts ---------------------------------------------------------------------------------------
+    def _put_parts(self, name: str, size: int, piece: Callable[[int, int], memoryview]) -> None:
+        s3_parts.put_parts(self._requests, name, size, piece, self._write, self._told)
 
-    def _put_parts(self, name: str, path: Path, size: int) -> None:
-        """Several parts at once, each tried again alone; the object appears when all are there."""
-        mark = wire.mark()
-        step = max(_PART, math.ceil(size / _MOST_PARTS))
-        upload = self._ask(name, lambda s3, at: s3.create_multipart_upload(**at, **mark))["UploadId"]
-
-        def send(number: int) -> dict[str, Any]:
-            with path.open("rb") as file:
-                file.seek((number - 1) * step)
-                data = file.read(step)
-            part = {"UploadId": upload, "PartNumber": number}
-            sent = self._ask(name, lambda s3, at: s3.upload_part(**at, **part, **wire.body(data)))
-            return {"PartNumber": number, "ETag": sent["ETag"]}
-
-        whole = False
-        try:
-            with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
-                parts = list(pool.map(send, range(1, math.ceil(size / step) + 1)))
-            if path.stat().st_size != size:
-                raise NotAllowed(f"{path} changed while it was sent to {self.where(name)}. Send it again.")
-            self._complete(name, {"UploadId": upload, "MultipartUpload": {"Parts": parts}}, mark)
-            whole = True
-        finally:
-            if not whole:
-                self._abort(self._key(name), upload)
-
-    def _complete(self, name: str, upload: dict[str, Any], mark: dict[str, Any]) -> None:
-        try:
-            self._ask(name, lambda s3, at: s3.complete_multipart_upload(**at, **upload))
-        except NoUpload:  # completed by an earlier try whose answer got lost, or aborted
-            if not self._is_mine(name, mark):
-                raise TryAgain(f"{self.where(name)}: the upload was aborted by another. Send it again.") from None
-
-    def _abort(self, key: str, upload: str) -> None:
-        """One try: what cannot be aborted now is swept later."""
-        given = {"Bucket": self._bucket, "Key": key, "UploadId": upload}
-        with suppress(StorageError):
-            self._ask("", lambda s3, at: s3.abort_multipart_upload(**given), patience=Patience(0))
+    def _piece(self, name: str, path: Path, size: int, begin: int, end: int) -> memoryview:
+        """Some bytes of a file that must not change meanwhile."""
+        with path.open("rb") as file:
+            file.seek(begin)
+            data = file.read(end - begin)
+        if len(data) < end - begin or path.stat().st_size != size:
+            raise NotAllowed(f"{path} changed while it was sent to {self.where(name)}. Send it again.")
+        return memoryview(data)
 
 
-def _connected(connect_seconds: float, read_seconds: float) -> Any:
-    """A client. It tries once: trying again is patience's. Raises NotAllowed for an endpoint that is none."""
+def _connected(at: str | None, connect_seconds: float, read_seconds: float) -> Any:
+    """A client of the server `at`, or of the one that the environment names; it tries once: more is patience's.
+
+    Raises NotAllowed for an endpoint that is none.
+    """
     import boto3.session
     from botocore.config import Config
 
@@ -281,7 +224,7 @@ def _connected(connect_seconds: float, read_seconds: float) -> Any:
             tcp_keepalive=True,
             **more,
         )
-        return session.client("s3", config=config)
+        return session.client("s3", endpoint_url=at, config=config)
 
     session = boto3.session.Session()
     try:
@@ -290,7 +233,10 @@ def _connected(connect_seconds: float, read_seconds: float) -> Any:
         if endpoint.username is not None:
             raise ValueError
     except ValueError:
-        text = "The endpoint of S3 is no plain address. Set AWS_ENDPOINT_URL_S3 to http(s)://host:port, without keys."
+        text = (
+            "The endpoint of S3 is no plain address. Set store.endpoint or AWS_ENDPOINT_URL_S3 to http(s)://host:port,"
+        )
+        text += " without keys."
         raise NotAllowed(text) from None
     if re.search(r"\.amazonaws\.com(\.cn)?$", endpoint.hostname or ""):
         return client

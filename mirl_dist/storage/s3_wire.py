@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from mirl_dist.storage.law import NotAllowed, NotThere, StorageError, TryAgain
+from mirl_dist.storage.law import NotAllowed, NotThere, Options, StorageError, TryAgain
 
 PASSING = "Check the server and the network; nothing is half-written."
 
@@ -31,6 +32,30 @@ class NoUpload(NotAllowed):
     """The upload in parts does not exist: completed, aborted, or never begun."""
 
 
+class Refused(NotAllowed):
+    """These credentials may not do this, or the server cannot."""
+
+
+class Bare(NotThere):
+    """A 404 that does not say of what: to be asked about, since it may mean the bucket, or no S3 server at all."""
+
+
+class Needs(NamedTuple):
+    """The rights that a request needs, and on what."""
+
+    rights: str
+    on: str = "it"
+
+
+READ = Needs("s3:GetObject (and s3:ListBucket)")
+WRITE = Needs("s3:PutObject")
+WRITE_WITH_KEY = Needs("s3:PutObject (and kms:GenerateDataKey and kms:Decrypt of the key)")
+REMOVE = Needs("s3:DeleteObject")
+LIST = Needs("s3:ListBucket", "the bucket")
+LIST_UPLOADS = Needs("s3:ListBucketMultipartUploads", "the bucket")
+ABORT = Needs("s3:AbortMultipartUpload")
+
+
 _OWN = {"PreconditionFailed": Exists, "InvalidRange": Beyond, "416": Beyond, "NoSuchUpload": NoUpload}
 
 # Codes below 500 that mean 'later': load, two writers at once, a body that was damaged on its way.
@@ -40,6 +65,7 @@ _LATER = {
     "IncompleteBody",
     "OperationAborted",
     "RequestLimitExceeded",
+    "RequestTimeTooSkewed",
     "RequestTimeout",
     "SlowDown",
     "Throttling",
@@ -83,19 +109,59 @@ def mark() -> dict[str, Any]:
     return {"Metadata": {"writer": uuid.uuid4().hex}}
 
 
-def body(data: bytes) -> dict[str, Any]:
+class _Window:
+    """A piece of memory as a file that botocore reads, without a copy."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data, self._at = data, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self._data)}[whence]
+        self._at = start + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> memoryview:
+        found = self._data[self._at : None if size < 0 else self._at + size]
+        self._at += len(found)
+        return found
+
+
+def body(data: bytes | memoryview) -> dict[str, Any]:
     """With the digest that all S3 servers know, for them to refuse what was damaged on its way."""
     digest = hashlib.md5(data, usedforsecurity=False).digest()
-    return {"Body": data, "ContentMD5": base64.b64encode(digest).decode()}
+    sent = _Window(data) if isinstance(data, memoryview) else data
+    return {"Body": sent, "ContentMD5": base64.b64encode(digest).decode()}
+
+
+def is_what_was_sent(answer: Mapping[str, Any], sent: Mapping[str, Any]) -> bool:
+    """Whether a server holds the bytes of `body`, as far as its ETag tells: not every one is an MD5."""
+    tag = str(answer.get("ETag", "")).strip('"').lower()
+    if re.fullmatch(r"[0-9a-f]{32}", tag) is None or str(answer.get("ServerSideEncryption", "")).startswith("aws:kms"):
+        return True
+    return bytes.fromhex(tag) == base64.b64decode(sent["ContentMD5"])
+
+
+def terms(options: Options) -> tuple[Needs, dict[str, str]]:
+    """The rights that a write needs, and what it is to say of encryption."""
+    told = {"ServerSideEncryption": options.encryption, "SSEKMSKeyId": options.kms_key}
+    needs = WRITE_WITH_KEY if options.encryption == "aws:kms" else WRITE
+    return needs, {name: value for name, value in told.items() if value is not None}
 
 
 def no_bucket(where: str) -> str:
     return f"{where}: the bucket does not exist. Create it, or correct its name and the endpoint."
 
 
+def damaged(where: str) -> TryAgain:
+    return TryAgain(f"{where}: what the server holds is not what was sent: it was damaged on its way. {PASSING}")
+
+
 @contextmanager
-def named_errors(where: str) -> Iterator[None]:
-    """Whatever boto3 raises inside, as one of the three errors of a store."""
+def named_errors(where: str, needs: Needs) -> Iterator[None]:
+    """Whatever boto3 raises inside, as one of the three errors of a store. `needs`: the rights, for a refusal."""
     from botocore import exceptions as known
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
@@ -114,7 +180,7 @@ def named_errors(where: str) -> Iterator[None]:
     try:
         yield
     except known.ClientError as error:
-        raise _of_answer(where, error.response) from error
+        raise _of_answer(where, needs, error.response) from error
     except RecursionError as error:  # botocore asks a server that only redirects for its region, without end
         raise NotAllowed(f"{where}: the server redirects without saying where to. {_REGION}") from error
     except known.SSLError as error:
@@ -132,25 +198,31 @@ def named_errors(where: str) -> Iterator[None]:
         raise NotAllowed(text) from error
 
 
-def _of_answer(where: str, answer: dict[str, Any]) -> StorageError:
+def _of_answer(where: str, needs: Needs, answer: dict[str, Any]) -> StorageError:
     """The error that an answer of a server means, from its code and its HTTP status alone."""
     status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
     code = str(answer.get("Error", {}).get("Code", ""))
-    code = code if re.fullmatch(r"\w{1,60}", code) else "no code"
+    code = code if re.fullmatch(r"[\w.]{1,60}", code) else "no code"
+    said = f"{where}: the server answered {code}" + (f" (HTTP {status})" if str(status) != code else "")
+    if code.removeprefix("KMS.") in _LATER or status == 429 or (status >= 500 and status != 501):
+        return TryAgain(f"{said}. {_TO_DO.get(code, PASSING)}")
+    if code.startswith("KMS."):
+        return NotAllowed(f"{said}. Check the encryption's key (store.kms_key) and the right to use it.")
+    if status in (401, 403) and code not in _TO_DO:
+        rights = f"This needs the right {needs.rights} on {needs.on}."
+        return Refused(f"{said}. {rights} Grant it to these credentials, or use others.")
     if code in _OWN:
         return _OWN[code](f"{where}: {code}")
     if code == "NoSuchBucket":
         return NotAllowed(no_bucket(where))
-    if code in ("NoSuchKey", "404"):
+    if code == "NoSuchKey":
         return NotThere(f"{where} does not exist")
-    said = f"{where}: the server answered {code}" + (f" (HTTP {status})" if str(status) != code else "")
-    if code in _LATER or status == 429 or (status >= 500 and status != 501):
-        return TryAgain(f"{said}. {PASSING}")
+    if status == 404 and code in ("404", "no code"):
+        return Bare(f"{where} does not exist")
     if 300 <= status < 400:
         return NotAllowed(f"{said}. {_REGION}")
-    if status in (401, 403):
-        rights = "Check the credentials, and their rights to read, write and list in this bucket."
-        return NotAllowed(f"{said}. {_TO_DO.get(code, rights)}")
+    if status in (405, 501):
+        return Refused(f"{said}. It cannot do this: use another, or leave out store.encryption if it is set.")
     return NotAllowed(f"{said}. {_TO_DO.get(code, 'Check the endpoint, the bucket and the credentials.')}")
 
 

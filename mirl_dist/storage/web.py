@@ -14,7 +14,7 @@ from typing import NoReturn, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit
 
-from mirl_dist.storage.law import NotAllowed, NotThere, StorageError, TryAgain
+from mirl_dist.storage.law import DAY, NotAllowed, NotThere, StorageError, TryAgain
 from mirl_dist.storage.patience import USUAL, Patience, Say, patiently, to_stderr
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ class Web:
     def remove(self, name: str) -> None:
         self._refuse()
 
-    def sweep(self) -> None:
+    def sweep(self, older_than_seconds: float = DAY) -> None:
         self._refuse()
 
     # -- requests -----------------------------------------------------------------------------------------------

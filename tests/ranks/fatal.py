@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mirl_dist import checkpoint, cli, objective, storage, train
+from mirl_dist import cli, commits, objective, storage, train
 from mirl_dist.faults import Fault
 from mirl_dist.pruning import masks
 
@@ -31,7 +31,7 @@ def die() -> None:
 
 
 def at_put() -> None:
-    put, replace = storage.Folder.put, os.replace
+    put, put_if_absent, replace, link = storage.Folder.put, storage.Folder.put_if_absent, os.replace, os.link
     armed = [True]
 
     def strike(name: str, when: str) -> None:
@@ -44,12 +44,24 @@ def at_put() -> None:
         put(self, name, data)
         strike(name, "after")
 
+    def putting_if_absent(self: storage.Folder, name: str, data: bytes) -> bool:
+        strike(name, "before")
+        written = put_if_absent(self, name, data)
+        strike(name, "after")
+        return written
+
     def replacing(source: str, target: Any) -> None:
         strike(str(target), "during")
         replace(source, target)
 
+    def linking(source: str, target: Any) -> None:
+        strike(str(target), "during")
+        link(source, target)
+
     storage.Folder.put = putting  # type: ignore[method-assign]
+    storage.Folder.put_if_absent = putting_if_absent  # type: ignore[method-assign]
     storage.folder.os.replace = replacing  # type: ignore[assignment]
+    storage.folder.os.link = linking  # type: ignore[assignment]
 
 
 def at_step() -> None:
@@ -59,12 +71,13 @@ def at_step() -> None:
     def now() -> bool:
         return bool(where) and [where[0].progress.round, where[0].progress.updates] == PLAN["step"]
 
-    def training(state: Any, *args: Any, **kwargs: Any) -> None:
-        where[:] = [state]
-        train_round(state, *args, **kwargs)
+    def training(state: Any, model: Any, batches: Any, plan: Any, ranks: Any, around: Any, advance: Any) -> None:
+        where[:] = [state, around]
+        train_round(state, model, batches, plan, ranks, around, advance)
 
     def closing(weights: Any, alive: Any) -> None:
         if now() and "do" not in PLAN:
+            where[1].keeper.settle(60)  # a commit that is under way is the matter of other mishaps
             die()
         if now() and PLAN["do"] == "fault":
             raise Fault("found a planned fault, in this rank alone, so that a test can see it.")
@@ -85,7 +98,7 @@ def at_step() -> None:
 
 
 def keep() -> None:
-    checkpoint.Checkpoints._remove = lambda self, folder: None  # type: ignore[method-assign]
+    commits.Commits.remove = lambda self, folder: None  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -15,19 +15,21 @@ from mirl_dist import cli, train
 
 
 def watch() -> None:
-    refuse, kill = train.refuse_non_finite, json.loads(os.environ.get("MIRL_KILL", "null"))
+    meet, kill = train.meet, json.loads(os.environ.get("MIRL_KILL", "null"))
     lines = Path(os.environ["MIRL_KEYS"]) / f"{os.environ.get('RANK', '0')}.jsonl"
 
-    def watching(losses: Any, batch: Any, progress: Any, ranks: Any, stop: bool) -> Any:
+    def watching(losses: Any, batch: Any, ranks: Any, around: Any, pace: Any) -> Any:
+        progress = around.state.progress
         if [progress.round, progress.updates] == kill:
+            around.keeper.settle(60)  # a commit under way is not what this test is about
             os.kill(os.getpid(), signal.SIGKILL)
         at = [progress.round, progress.epoch, progress.step]
         said = {"at": at, "keys": batch.keys, "losses": [loss.hex() for loss in losses.tolist()]}
         with lines.open("a") as file:
             file.write(json.dumps(said) + "\n")
-        return refuse(losses, batch, progress, ranks, stop)
+        return meet(losses, batch, ranks, around, pace)
 
-    train.refuse_non_finite = watching
+    train.meet = watching
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from mirl_dist import lottery, train
+from mirl_dist import guards, lottery, train
 from mirl_dist.data.sample import Batch
 from mirl_dist.faults import Fault
 from mirl_dist.pruning import masks as masking
@@ -20,6 +20,7 @@ from mirl_dist.pruning.prune import Rule, prune
 from mirl_dist.ranks import Ranks
 from mirl_dist.state import Progress, State
 from mirl_dist.ticket import Ticket
+from mirl_dist.watch import Pace
 
 RULES = {
     "global": Rule(0.2),
@@ -34,7 +35,7 @@ def refused(work: Callable[[], object]) -> dict[str, Any] | None:
     try:
         work()
     except Fault as fault:
-        return {"text": str(fault), "everywhere": fault.everywhere}
+        return {"text": str(fault), "everywhere": fault.everywhere, "resumable": fault.resumable}
     return None
 
 
@@ -58,6 +59,9 @@ def told(ranks: Ranks) -> dict[str, Any]:
     def main_fails() -> str:
         raise Fault(f"found something on rank {ranks.rank}, here, do that.")
 
+    def main_finds_the_server_away() -> str:
+        raise Fault("the server is away.", resumable=True)
+
     sent = {
         "flags": torch.tensor([[True, False], [False, True]]),
         "empty": torch.zeros(0, 3),
@@ -72,6 +76,8 @@ def told(ranks: Ranks) -> dict[str, Any]:
         "agreed": refused(lambda: ranks.agree("the colour", "red")),
         "from main": ranks.from_main(lambda: f"from rank {ranks.rank}"),
         "main fails": refused(lambda: ranks.from_main(main_fails)),
+        "server away": refused(lambda: ranks.from_main(main_finds_the_server_away, what="commit")),
+        "any": [ranks.any(last, what="whether one is last"), ranks.any(False, what="whether none is")],
         "sent": {n: [str(t.dtype), list(t.shape), t.tolist()] for n, t in got.items()},
         "gather": ranks.gather(torch.tensor([ranks.rank, 10 * ranks.rank])).tolist(),
         "sum": [x.hex() for x in ranks.sum(mine).tolist()],
@@ -134,6 +140,7 @@ def guarded(ranks: Ranks) -> dict[str, Any]:
             train_and_score=lambda: a_ticket(state),
             open_round=lambda: opened.append(state.progress.round),
             record=lambda ticket: None,
+            stop_if_asked=lambda before: None,
         )
 
     def first(state: State) -> dict[str, torch.Tensor]:
@@ -180,14 +187,35 @@ def lossy(ranks: Ranks, last: bool) -> tuple[bool, int]:
     losses = torch.tensor([0.1, float("inf") if last else 0.2])
     none = torch.zeros(2)
     batch = Batch(none, none, none, (f"derain:one-{ranks.rank}", f"derain:two-{ranks.rank}"))
-    return train.refuse_non_finite(losses, batch, Progress(round=1, epoch=2, step=3), ranks, stop=False)
+    seen = guards.Seen([(losses, batch)])
+    progress = Progress(round=1, epoch=2, step=3)
+    if train.meet(losses, batch, ranks, Around(), Pace()).bad:
+        guards.refuse_bad_loss(seen, progress, 0, ranks)
+    return (False, 0)
 
 
 def stops(ranks: Ranks, last: bool) -> tuple[bool, int]:
     """Asked of one rank alone, heard by all; so is what every rank's batch replaced."""
     losses = torch.tensor([0.1, 0.2])
     batch = Batch(losses, losses, losses, ("a", "b"), skipped=2 if ranks.rank else 1)
-    return train.refuse_non_finite(losses, batch, Progress(), ranks, stop=last)
+    word = train.meet(losses, batch, ranks, Around(stop=last), Pace())
+    assert abs(word.loss - ranks.world * 0.3) < 1e-6 and not (word.bad or word.busy or word.failed)
+    return (word.stop, word.skipped)
+
+
+class Around:
+    """The run around a loop that only looks whether to stop."""
+
+    def __init__(self, stop: bool = False) -> None:
+        self._stop = stop
+
+    def stop_asked(self) -> bool:
+        return self._stop
+
+    def busy(self) -> bool:
+        return False
+
+    failed = busy
 
 
 def averaged(ranks: Ranks) -> dict[str, Any]:

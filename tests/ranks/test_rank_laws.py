@@ -78,6 +78,15 @@ def test_what_rank_0_finds_or_faults_reaches_every_rank(seen: Seen, world: int) 
     for rank in seen[world]:
         assert rank["told"]["from main"] == "from rank 0"
         assert rank["told"]["main fails"]["text"] == "found something on rank 0, here, do that."
+        assert not rank["told"]["main fails"]["resumable"]
+        assert rank["told"]["server away"]["text"] == "the server is away."
+        assert rank["told"]["server away"]["resumable"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_is_true_on_any_rank_is_known_to_all(seen: Seen, world: int) -> None:
+    for rank in seen[world]:
+        assert rank["told"]["any"] == [True, False]
 
 
 @pytest.mark.parametrize("world", WORLDS)

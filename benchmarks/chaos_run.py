@@ -1,0 +1,233 @@
+"""The disturbed run of chaos.py: launched, watched, struck, and launched again until it has ended."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+from chaos_checks import FINISHED, Commits, told
+from chaos_world import At, Launch, Service, Steps, alive, family, kill
+
+RANK, ALL, LAUNCHER = "one rank", "all ranks", "the launcher"
+S3, S3_DISKS, MLFLOW = "the S3 server", "S3 and its disks", "the MLflow server"
+TRAINING = (RANK, ALL, LAUNCHER)
+LATE_STEPS = 60
+ORPHAN_SECONDS, STUCK_SECONDS = 30.0, 300.0
+Say = Callable[[str], None]
+
+
+class Blow(NamedTuple):
+    """One kill: `delay` seconds after the run has reached `after` steps, or 60 steps later. away: of a server."""
+
+    after: int
+    delay: float
+    victim: str
+    rank: int
+    away: float
+
+
+class Log:
+    """What happened when: lines of JSON in the experiment's folder, and some of them for people."""
+
+    def __init__(self, folder: Path, say: Say) -> None:
+        self._file = (folder / "events.jsonl").open("a", buffering=1)
+        self._say, self._began = say, time.monotonic()
+
+    def __call__(self, what: str, text: str = "", **more: Any) -> None:
+        at = time.monotonic() - self._began
+        self._file.write(json.dumps({"at": round(at, 3), "what": what, "text": text, **more}) + "\n")
+        if text:
+            self._say(f"{at:7.1f} s  {text}")
+
+
+class Hurt(NamedTuple):
+    """A kill that the run has not got over: it has when it trains a step after it."""
+
+    at: float
+    victim: str
+
+
+class Experiment:
+    """The disturbed run, from its first launch to its end. Counts and failures are read when `play` has returned."""
+
+    def __init__(
+        self, blows: list[Blow], services: dict[str, Service], commits: Commits, start: Callable[[int], Launch],
+        steps: Steps, steps_per_round: int, chance: random.Random, log: Log,
+    ) -> None:  # fmt: skip
+        self._services, self._commits, self._start_launch = services, commits, start
+        self._steps, self._per_round, self._chance, self._log = steps, steps_per_round, chance, log
+        self.waiting, self.killed, self.codes = list(blows), Counter[str](), Counter[int]()
+        self.total = len(blows)
+        self.launches = self.elastic = self.resumes = self.refused = self.retrained = self.tracebacks = 0
+        self.failures: list[str] = []
+        self.lost: list[str] = []
+        self.recoveries: dict[str, list[float]] = {}
+        self.vanished: list[float] = []
+        self._due: dict[Blow, float] = {}
+        self._orphans: list[tuple[float, list[psutil.Process]]] = []
+        self._hurt: list[Hurt] = []
+        self._launch: Launch | None = None
+        self._next_launch, self._refusal, self._struck = 0.0, False, False
+        self._furthest, self._at, self._first = -1, At(-1, -1), At(-1, -1)
+        self._floor: At | None = None
+        self._opened, self._state = 0.0, "none"
+        self._moved = time.monotonic()
+
+    def play(self, minutes: float) -> bool:
+        """Until the run has ended; whether it has."""
+        last = time.monotonic() + 60 * minutes
+        while not self.failures:
+            self._keep_launched()
+            if self._launch is None and self.codes[0]:
+                return True
+            self._listen()
+            self._follow()
+            self._strike()
+            self._watch_orphans()
+            for service in self._services.values():
+                service.tick(disturb=bool(self.waiting))
+            now = time.monotonic()
+            if now > last:
+                self.failures.append(f"not at its end after {minutes:g} minutes")
+            if now - self._moved > STUCK_SECONDS:
+                self.failures.append(f"no new step for {STUCK_SECONDS:.0f} s, launch {self.launches}")
+            time.sleep(0.02)
+        return False
+
+    # -- launches ---------------------------------------------------------------------------------------------------
+
+    def _keep_launched(self) -> None:
+        now = time.monotonic()
+        if self._launch is None:
+            if now >= self._next_launch and not self.codes[0]:
+                self._commits.look()
+                self._floor = self._commits.before(time.monotonic())
+                self.launches += 1
+                self._refusal = self._struck = False
+                self._launch = self._start_launch(self.launches)
+                self._log("launch", number=self.launches, newest=told(self._floor))
+            return
+        code = self._launch.ended()
+        if code is None:
+            return
+        self._listen()
+        self.codes[code] += 1
+        self._log("ended", number=self.launches, code=code)
+        if (code == 2 and not self._refusal) or (code < 0 and not self._struck):
+            self.failures.append(f"launch {self.launches} ended with {code}: see launch-{self.launches:03d}.err")
+        self.refused += code == 2 and self._refusal
+        self._launch, self._next_launch = None, now + self._chance.uniform(0, 1.5)
+
+    def _listen(self) -> None:
+        """To what the launch says."""
+        for kind, line in self._launch.lines() if self._launch else ():
+            if kind == "out" and re.match(r"\d+ ranks x", line):
+                self._opened, self._state = time.monotonic(), "opened"
+            elif found := re.match(r"resuming: round (\d+), (?:after step (\d+)|finished)", line):
+                self.resumes += 1
+                at = At(int(found[1]), FINISHED if found[2] is None else int(found[2]))
+                self._log("resumes", at=told(at), newest=told(self._floor))
+                if self._floor is not None and at < self._floor:
+                    self.lost.append(f"launch {self.launches} resumed {told(at)}, committed was {told(self._floor)}")
+            elif "starting the ranks again (" in line:
+                self.elastic += 1
+                self._floor = self._commits.before(time.monotonic())
+                self._log("ranks again", line=line)
+            elif "is held by another launch" in line:
+                self._refusal = True
+            elif line.startswith("Traceback"):
+                self.tracebacks += 1
+                self._log("traceback", number=self.launches)
+
+    # -- progress ---------------------------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        """Note a step that begins, once; `_at` counts those done before."""
+        at, now = self._steps.now(), time.monotonic()
+        if at is None:
+            self._state = "rested" if self._state == "opened" else self._state
+            return
+        if at == self._at and self._state != "rested":
+            return
+        index = at.round * self._per_round + at.step
+        if self._state in ("rested", "opened"):  # the first step of these ranks
+            self._state, self._first = "training", at
+            self.retrained += max(0, self._furthest - index)
+            if self._floor is not None and at < self._floor:
+                self.lost.append(f"launch {self.launches} trains {told(at)}, committed was {told(self._floor)}")
+        over = [h for h in self._hurt if at != self._first and (h.victim not in TRAINING or h.at < self._opened)]
+        for hurt in over:
+            self.recoveries.setdefault(hurt.victim, []).append(now - hurt.at)
+            self._hurt.remove(hurt)
+        if index > self._furthest:
+            self._furthest, self._moved = index, now
+        self._at = at
+
+    # -- kills ------------------------------------------------------------------------------------------------------
+
+    def _strike(self) -> None:
+        """The first kill that is due and whose victim lives."""
+        now = time.monotonic()
+        for blow in self.waiting:
+            if self._furthest < blow.after:
+                break
+            due = self._due.setdefault(blow, now + blow.delay)
+            early = self._furthest < blow.after + LATE_STEPS
+            if now < due and early:
+                continue
+            if self._hit(blow):
+                self._note(blow)
+                break
+            self._due[blow] = now + 0.25 + blow.delay  # it is dead; not at the very moment when it lives again
+
+    def _note(self, blow: Blow) -> None:
+        self.waiting.remove(blow)
+        self.killed[blow.victim] += 1
+        self._hurt.append(Hurt(time.monotonic(), blow.victim))
+        which = f" {blow.rank}" if blow.victim == RANK else ""
+        text = f"kill {self.killed.total():3d} of {self.total}: {blow.victim + which:18} {told(self._at):20}"
+        self._log("kill", f"{text} launch {self.launches}", blow=blow._asdict())
+
+    def _hit(self, blow: Blow) -> bool:
+        """Whether the victim was there to be killed."""
+        if blow.victim in (S3, S3_DISKS, MLFLOW):
+            service = self._services[MLFLOW if blow.victim == MLFLOW else S3]
+            if service.up:
+                service.kill(blow.away, everything=blow.victim == S3_DISKS)
+                return True
+            return False
+        if self._launch is None or self._launch.ended() is not None:
+            return False
+        if blow.victim == LAUNCHER:
+            victims = [self._launch.process]
+            self._struck = True
+        else:
+            ranks = self._launch.ranks()
+            if len(ranks) < 2:
+                return False
+            victims = list(ranks.values()) if blow.victim == ALL else [ranks[blow.rank]]
+        left = [p for victim in victims for p in family(victim)]
+        for victim in victims:
+            kill(victim)
+        self._orphans.append((time.monotonic(), left))
+        return True
+
+    def _watch_orphans(self) -> None:
+        """What the killed left behind must go by itself."""
+        now = time.monotonic()
+        for born, processes in list(self._orphans):
+            if not any(alive(p) for p in processes):
+                self.vanished.append(now - born)
+            elif now - born < ORPHAN_SECONDS:
+                continue
+            else:
+                names = ", ".join(str(p) for p in processes if alive(p))
+                self.failures.append(f"still alive {ORPHAN_SECONDS:.0f} s after what started it was killed: {names}")
+            self._orphans.remove((born, processes))

@@ -1,0 +1,304 @@
+"""What chaos.py kills and disturbs: a launch and its ranks, an S3 and an MLflow server, the networks before them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from ceph_server import CephServer
+from faulty_proxy import SLOW_DOWN, FaultyProxy, answer
+from s3_server import S3Server, free_port
+
+from mirl_dist import footprint
+
+_MARK = "MIRL_CHAOS"
+
+
+class At(NamedTuple):
+    """A place in a run: `step` optimiser steps of a round are done."""
+
+    round: int
+    step: int
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that has ended and that nobody waited for does not."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def family(process: psutil.Process) -> list[psutil.Process]:
+    """A process and all that descend from it."""
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """All processes of an experiment, whoever their parents are."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(_MARK) == mark and alive(process):
+                found.append(process)
+    return found
+
+
+class Launch:
+    """`mirl-dist train CONFIG --launch auto`: the process that is started, and the ranks that it starts.
+
+    Each has a cache of its own, as on another node: its shards come over the network.
+    """
+
+    def __init__(self, number: int, config: Path, folder: Path, env: Mapping[str, str]) -> None:
+        self.number, self.began = number, time.monotonic()
+        cache = f"data.cache.folder={folder}/cache-{number:03d}"
+        files = {kind: folder / f"launch-{number:03d}.{kind}" for kind in ("out", "err")}
+        with files["out"].open("wb") as out, files["err"].open("wb") as err:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "mirl_dist", "train", str(config), "--launch", "auto", "--set", cache],
+                cwd=folder,
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        self._said = {kind: Tail(path) for kind, path in files.items()}
+        self.process = psutil.Process(self._process.pid)
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """What was said since the last call: ('out' or 'err', line)."""
+        for kind, tail in self._said.items():
+            for line in tail.lines():
+                yield kind, line
+
+    def ended(self) -> int | None:
+        """Its exit code, minus the signal for one that was killed; None while it runs."""
+        return self._process.poll()
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The ranks that run now."""
+        found = {}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in self.process.children():
+                with contextlib.suppress(psutil.Error, OSError):
+                    rank = child.environ().get("RANK")
+                    if rank is not None and alive(child):
+                        found[int(rank)] = child
+        return found
+
+
+class Tail:
+    """The complete lines of a file that grows."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._rest = path.open("rb"), b""
+
+    def lines(self) -> list[str]:
+        self._rest += self._file.read()
+        *whole, self._rest = self._rest.split(b"\n")
+        return [line.decode(errors="replace") for line in whole]
+
+
+class Steps:
+    """Where the run's main rank is: read from what it leaves for its successors (footprint.py), many times a second."""
+
+    def __init__(self, address: str, temporary: Path) -> None:
+        name = hashlib.sha256(address.encode()).hexdigest()[:16]
+        self._path = temporary / f"mirl-dist-{os.getuid()}" / "footprints" / name
+
+    def now(self) -> At | None:
+        """The steps that were done when the newest one began; None before the first, and between rounds."""
+        try:
+            record = footprint._newest(self._path.read_bytes())
+        except OSError:
+            return None
+        inside = record.where == footprint._INSIDE
+        return At(record.round_, record.updates) if inside else None
+
+
+# -- servers ----------------------------------------------------------------------------------------------------------
+
+
+class MlflowServer:
+    """A real MLflow server over SQLite; what it was told outlives `kill`."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self._folder, self._process, self._port = folder, None, free_port()
+        self.url = f"http://127.0.0.1:{self._port}"
+        self.start()
+
+    _process: subprocess.Popen[bytes] | None
+
+    def start(self, seconds: float = 120) -> None:
+        """Returns when it answers. Raises RuntimeError."""
+        settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"),
+                    *("--port", str(self._port), "--backend-store-uri", f"sqlite:///{self._folder}/m.db"),
+                    *("--artifacts-destination", str(self._folder / "files")),
+                ],
+                env=os.environ | settings,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        last = time.monotonic() + seconds
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=2).close()
+                return
+            except (urllib.error.URLError, OSError):
+                if time.monotonic() > last or self._process.poll() is not None:
+                    self.kill()
+                    raise RuntimeError(f"mlflow server does not start: see {self._folder / 'log'}") from None
+                time.sleep(0.1)
+
+    def kill(self) -> None:
+        """SIGKILL to its process group."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    stop = kill
+
+
+class Service:
+    """A server, and the bad network before it: killed, and brought back in a thread after a while."""
+
+    def __init__(self, server: Any, chance: random.Random, words: tuple[int, ...]) -> None:
+        """words: below which byte of an answer it may be cut, chosen anew each time."""
+        self.server, self._chance, self._words = server, chance, words
+        self.proxy = FaultyProxy(server.url, seed=chance.randrange(1 << 30))
+        self.spells: dict[str, int] = {}
+        self.restarts = 0
+        self._until, self._refuses, self._back = 0.0, False, 0.0
+        self._starting: Future[None] | None = None
+        self._pool = ThreadPoolExecutor(1)
+        self.up = True
+
+    def kill(self, away_seconds: float, *, everything: bool = False) -> None:
+        """SIGKILL; it comes back on the same port with the same data. everything: also what keeps its data."""
+        self.up = False
+        (self.server.kill_all if everything else self.server.kill)()
+        self._back = time.monotonic() + away_seconds
+
+    def tick(self, disturb: bool) -> None:
+        """What is due now: a start, another spell of weather; without `disturb` only good weather comes."""
+        now = time.monotonic()
+        if not self.up:
+            if self._starting is not None and self._starting.done():
+                failed, self._starting = self._starting.exception(), None
+                self.up, self._back = failed is None, now + 1
+                self.restarts += self.up
+                if failed is not None and not isinstance(failed, (RuntimeError, OSError, subprocess.SubprocessError)):
+                    raise failed
+            elif self._starting is None and now >= self._back:
+                self._starting = self._pool.submit(self.server.start)
+        if now >= self._until or (self._refuses and not disturb):
+            self._turn(now, disturb)
+
+    def _turn(self, now: float, disturb: bool) -> None:
+        """Another spell."""
+        try:
+            self.proxy.accept()
+        except OSError:  # somebody's outgoing connection has the port for a moment
+            self._until = now + 0.1
+            return
+        self.proxy.calm()
+        self._refuses = False
+        chance = self._chance
+        kind = chance.choices(("calm", "late", "cut", "refuse", "slow down"), (9, 3, 4, 3, 1))[0] if disturb else "calm"
+        seconds = chance.uniform(2, 8)
+        if kind == "late":
+            self.proxy.latency = chance.uniform(0.002, 0.02)
+        elif kind == "cut":
+            self.proxy.cut_every, self.proxy.cut_within = chance.randrange(4, 16), chance.choice(self._words)
+        elif kind == "refuse":
+            seconds, self._refuses = chance.uniform(0.5, 3), True
+            self.proxy.refuse()
+        elif kind == "slow down":
+            self.proxy.answers = [answer(*SLOW_DOWN)] * chance.randrange(1, 6)
+        self.spells[kind] = self.spells.get(kind, 0) + 1
+        self._until = now + seconds
+
+    def settle(self, seconds: float = 180) -> None:
+        """Good weather, and the server there. Raises RuntimeError."""
+        last = time.monotonic() + seconds
+        while True:
+            self.tick(disturb=False)
+            if self.up and not self._refuses:
+                self.proxy.calm()
+                return
+            if time.monotonic() > last:
+                raise RuntimeError(f"the server at {self.server.url} does not come back")
+            time.sleep(0.05)
+
+    def told(self) -> dict[str, int]:
+        """How often it was disturbed, and how."""
+        p = self.proxy
+        counts = {"requests": len(p.requests), "cuts": p.cuts, "answers 503": p.answered, "restarts": self.restarts}
+        return counts | {f"spells of {kind}": count for kind, count in sorted(self.spells.items()) if kind != "calm"}
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+        self.proxy.close()
+        self.server.stop()
+
+
+def s3_server() -> S3Server:
+    """Ceph where it is installed; else moto, which loses its objects with its life."""
+    return CephServer() if CephServer.installed() else S3Server()
+
+
+def durable(server: S3Server) -> bool:
+    return isinstance(server, CephServer)
+
+
+def environment(folder: Path, s3: Mapping[str, str], mlflow_url: str, mark: str) -> dict[str, str]:
+    """Of a launch: its servers, and everything that it leaves on this machine inside the experiment's folder."""
+    temporary = folder / "tmp"
+    temporary.mkdir(exist_ok=True)
+    here = {"TMPDIR": str(temporary), "XDG_CACHE_HOME": str(folder / "home"), "MLFLOW_TRACKING_URI": mlflow_url}
+    quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "COLUMNS": "160", "NO_COLOR": "1"}
+    return {**os.environ, **s3, **here, **quiet, _MARK: mark}
+
+
+def write_json(path: Path, tree: Any) -> Path:
+    path.write_text(json.dumps(tree, indent=1) + "\n")
+    return path

@@ -1,0 +1,152 @@
+"""One thing that a tracking store is to hear, the line that a journal or a commit keeps of it, and texts fit for it.
+
+Runs go by our own names ("run", "round/03") and an item holds plain values only: no store is known here. A line may
+have been damaged, or come from another machine: `parse` takes nothing on trust. Texts are made fit for MLflow 3, with
+no password in them.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+POINTS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits, as are the next three (characters)
+LONGEST_NAME, LONGEST_PARAM, LONGEST_TAG = 250, 6000, 8000
+_DOES = ("open", "params", "points", "ticket", "file", "end")
+_ID, _WHERE = re.compile(r"[0-9a-f]{32}-\d{1,15}"), re.compile(r"run|round/\d{2,6}")
+_DATA = re.compile(r"\d{8}-\d{1,15}\.data")
+
+
+@dataclass(eq=False)
+class Item:
+    """One thing to deliver."""
+
+    do: str  # open, params, points, ticket, file or end
+    where: str  # "run" or "round/03"
+    name: str = ""  # of a run or a file; the status for "end"
+    texts: dict[str, str] = field(default_factory=dict)  # tags or params
+    points: list[tuple[str, float, int, int]] = field(default_factory=list)  # name, value, time in ms, step
+    data: bytes = b""  # of a file
+    at_ms: int = 0
+    id: str = ""  # unique over all lives of a run: 32 hex digits of the life, '-', and a number
+
+
+class Lies(NamedTuple):
+    """Where the content of a file lies beside a journal's line, and how many bytes it has."""
+
+    file: str
+    size: int
+
+
+class Damaged(ValueError):
+    """A line, or the file that it names, is not what was written."""
+
+
+def line_of(item: Item, lies: Lies | None = None) -> bytes:
+    """The line of an item; a file's content is in it unless it lies elsewhere."""
+    said: dict[str, object] = {"id": item.id, "do": item.do, "where": item.where, "at_ms": item.at_ms}
+    for key in ("name", "texts", "points"):
+        if value := getattr(item, key):
+            said[key] = value
+    if lies is not None:
+        said |= lies._asdict()
+    elif item.do == "file":
+        said["data"] = base64.b64encode(item.data).decode()
+    return json.dumps(said, separators=(",", ":")).encode() + b"\n"
+
+
+def parse(line: bytes) -> tuple[Item, Lies | None]:
+    """The item of a line, and where its content lies if not in the line. Raises Damaged."""
+    try:
+        said = json.loads(line)
+        item = Item(
+            said["do"],
+            said["where"],
+            said.get("name", ""),
+            {str(name): str(text) for name, text in said.get("texts", {}).items()},
+            [(str(name), float(value), int(ms), int(step)) for name, value, ms, step in said.get("points", [])],
+            base64.b64decode(said.get("data", ""), validate=True),
+            int(said["at_ms"]),
+            said["id"],
+        )
+        lies = Lies(str(said["file"]), int(said["size"])) if "file" in said else None
+        sound = _sound(item, lies)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise Damaged(str(error)) from None
+    if not sound:
+        raise Damaged("it says what no run has said")
+    return item, lies
+
+
+def parse_all(lines: bytes) -> tuple[list[Item], int]:
+    """The items of a commit's lines, and how many lines are damaged."""
+    found, damaged = [], 0
+    for line in lines.splitlines():
+        try:
+            item, lies = parse(line)
+            if lies is not None:
+                raise Damaged("its content is elsewhere")
+            found.append(item)
+        except Damaged:
+            damaged += 1
+    return found, damaged
+
+
+def _sound(item: Item, lies: Lies | None) -> bool:
+    """Whether a run could have said this; no path leads out of its folder."""
+    path = PurePosixPath(item.name)
+    return (
+        item.do in _DOES
+        and _WHERE.fullmatch(item.where) is not None
+        and _ID.fullmatch(item.id) is not None
+        and all(math.isfinite(value) for _, value, _, _ in item.points)
+        and (item.do != "file" or (bool(path.name) and not path.is_absolute() and ".." not in path.parts))
+        and (lies is None or _DATA.fullmatch(lies.file) is not None)
+    )
+
+
+def flat(params: Mapping[str, object], prefix: str = "") -> dict[str, str]:
+    """Nested params as {'a.b': text}; numbers, lists, true, false and null as JSON writes them."""
+    texts: dict[str, str] = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping) and value:
+            texts |= flat(value, f"{prefix}{name}.")
+        else:
+            texts[f"{prefix}{name}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return texts
+
+
+def legal_name(name: str) -> str:
+    """A name that MLflow takes for a metric, param or tag: letters, digits, _ - . / space, 250 at most."""
+    parts = re.sub(r"[^/\w.\- ]", "_", name)[:LONGEST_NAME].split("/")
+    return "/".join(part for part in parts if part not in ("", ".", "..")) or "_"
+
+
+def shown(uri: str) -> str:
+    """A tracking URI without password, token and query (for web addresses without user name as well)."""
+    parts = urlsplit(uri)
+    user, at, host = parts.netloc.rpartition("@")
+    if parts.scheme in ("http", "https"):
+        user, at = "", ""
+    return f"{parts.scheme}://{user.partition(':')[0]}{at}{host}{parts.path}" if parts.scheme else uri
+
+
+def masked(text: str, uri: str) -> str:
+    """A text without the secrets of the tracking URI, of MLflow's environment, and of any address in it."""
+    parts = urlsplit(uri)
+    user, _, password = parts.netloc.rpartition("@")[0].partition(":")
+    token = user if not password and parts.scheme in ("http", "https") else ""
+    environment = [os.environ.get(f"MLFLOW_TRACKING_{word}", "") for word in ("PASSWORD", "TOKEN")]
+    text = re.sub(r"(\w://)[^/\s@]+@", r"\1***@", text.replace(uri, shown(uri)))
+    for secret in (password, unquote(password), token, parts.query, *environment):
+        if len(secret) > 3:  # shorter ones would garble every word
+            text = text.replace(secret, "***")
+    return text

@@ -1,0 +1,213 @@
+"""The files of a run's lease, what they say of a launch, and whether the process that they name is dead.
+
+    lease/00000004.json            generation 4 is claimed: who, where, since when
+    lease/00000004.beat.json       its holder lives: written again and again, each time with other bytes
+    lease/00000004.released.json   it has ended, and how
+
+Files that are damaged or foreign say nothing; they break nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mirl_dist.storage import NotThere, Store
+
+FOLDER = "lease"
+_NAME = re.compile(rf"{FOLDER}/(\d{{8,}})(\.beat|\.released)?\.json")
+
+
+def claim_name(generation: int) -> str:
+    return f"{FOLDER}/{generation:08d}.json"
+
+
+def beat_name(generation: int) -> str:
+    return f"{FOLDER}/{generation:08d}.beat.json"
+
+
+def released_name(generation: int) -> str:
+    return f"{FOLDER}/{generation:08d}.released.json"
+
+
+def newest_generation(store: Store) -> int:
+    """The newest that is claimed, from 1; 0 where there is none."""
+    matches = [_NAME.fullmatch(name) for name in store.list(FOLDER)]
+    return max((int(match[1]) for match in matches if match and not match[2]), default=0)
+
+
+def remove_before(store: Store, generation: int) -> None:
+    """Remove the files of all generations below `generation`; what is not ours stays."""
+    for name in store.list(FOLDER):
+        match = _NAME.fullmatch(name)
+        if match and int(match[1]) < generation:
+            store.remove(name)
+
+
+# -- processes ------------------------------------------------------------------------------------------------------
+
+
+class Machine(NamedTuple):
+    """What tells whether a process number means something here: the kernel's start, and the space of numbers."""
+
+    boot: str
+    pids: int
+
+
+def this_machine() -> Machine | None:
+    """Where this process runs; None where /proc does not say it, or shows another space of numbers than ours."""
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return None
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Machine(boot, os.stat("/proc/self/ns/pid").st_ino)
+    except OSError:
+        return None
+
+
+def _process(pid: int) -> tuple[str, int] | None:
+    """The state letter of a process, and when it started in ticks since the boot; None where that is not told."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return after_name[0].decode(), int(after_name[19])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def _gone(pid: int, started: int) -> bool:
+    """Whether the process of this machine that had this number and start is dead."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass  # another user's; or no number of a process
+    found = _process(pid)  # None also where /proc hides what belongs to others
+    return found is not None and (found[0] in "ZX" or found[1] != started)
+
+
+# -- what the files say -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A launch that holds a run, or held it, as its lease says; empty or None where that is damaged or not there.
+
+    started_at, beat_at: ISO 8601, by that machine's clock, for people. beat_at, news, running_seconds (since it
+    started): of its last beat, or of its release. ended: 'finished', 'stopped' or 'failed' as it said itself; 'dead' or
+    'silent' as its follower found it; None: it may live. sign: its last beat; other bytes later are a sign of life.
+    """
+
+    generation: int
+    host: str
+    pid: int | None
+    process_started: int | None
+    machine: Machine | None
+    started_at: str
+    launch: Mapping[str, Any]
+    running_seconds: float | None
+    beat_at: str
+    news: Mapping[str, Any]
+    ended: str | None
+    sign: bytes
+
+    def __str__(self) -> str:
+        return f"{self.host or 'an unknown host'}, pid {self.pid or 'unknown'}"
+
+    def is_gone(self) -> bool:
+        """Whether its process is known to be dead: it ran on this very machine."""
+        if self.machine is None or self.pid is None or self.process_started is None:
+            return False
+        return self.machine == this_machine() and _gone(self.pid, self.process_started)
+
+
+def holder(store: Store) -> Holder | None:
+    """Who claimed a run last, whether it lives or not; None where nobody ever did. Only reads.
+
+    Raises StorageError where the store does not answer: that is never 'nobody'.
+    """
+    generation = newest_generation(store)
+    if generation == 0:
+        return None
+    beat = content(store, beat_name(generation))
+    claimed = _parsed(content(store, claim_name(generation)))
+    released = _parsed(content(store, released_name(generation)))
+    ended = _text(released.get("why")) or None if released.get("token") == claimed.get("token") else None
+    last = released if ended else _parsed(beat)
+    boot, pids = _text(claimed.get("boot")), _whole(claimed.get("pids"))
+    running = last.get("running_seconds")
+    return Holder(
+        generation,
+        host=_text(claimed.get("host")),
+        pid=_whole(claimed.get("pid")),
+        process_started=_whole(claimed.get("process_started")),
+        machine=Machine(boot, pids) if boot and pids else None,
+        started_at=_text(claimed.get("started_at")),
+        launch=_fields(claimed.get("launch")),
+        running_seconds=float(running) if isinstance(running, int | float) and 0 <= running < 1e10 else None,
+        beat_at=_text(last.get("at")),
+        news=_fields(last.get("news")),
+        ended=ended,
+        sign=beat,
+    )
+
+
+def content(store: Store, name: str) -> bytes:
+    """The bytes of `name`; none where it does not exist."""
+    try:
+        return store.get(name)
+    except NotThere:
+        return b""
+
+
+def claim_bytes(token: str, launch: Mapping[str, Any]) -> bytes:
+    """What this process writes to claim a generation. token: unlike that of any other launch."""
+    machine, process = this_machine(), _process(os.getpid())
+    return to_json(
+        {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process_started": process[1] if process else None,
+            "boot": machine.boot if machine else None,
+            "pids": machine.pids if machine else None,
+            "token": token,
+            "started_at": now(),
+            "launch": dict(launch),
+        }
+    )
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, default=str) + "\n").encode()
+
+
+def now() -> str:
+    """For people: the time of this machine's clock, in UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    try:
+        return _fields(json.loads(data))
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: Any) -> str:
+    """A short text that can be shown; '' for all else."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= 255 else ""
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

@@ -1,0 +1,206 @@
+"""A run taken up where it stands: the right to write, the first weights, the newest whole commit."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from mirl_dist import report
+from mirl_dist.checkpoint import MOMENTS, STATE, TICKET, WEIGHTS, Checkpoints, Commit
+from mirl_dist.config import Config
+from mirl_dist.data.order import Order, Position
+from mirl_dist.data.shards import Shards
+from mirl_dist.faults import Fault, Stopped
+from mirl_dist.footprint import Footprint
+from mirl_dist.keeper import Keeper
+from mirl_dist.lease import Lease
+from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning.masks import Masks
+from mirl_dist.ranks import Ranks
+from mirl_dist.state import Progress, State
+from mirl_dist.stopping import StopFlag
+from mirl_dist.storage import Folder, Store
+from mirl_dist.ticket import Ticket, parse
+
+
+@contextmanager
+def writing(
+    config: Config, store: Store, ranks: Ranks, news: dict[str, Any], stop_asked: StopFlag
+) -> Iterator[Checkpoints]:
+    """The run's checkpoints, which rank 0 alone may write, as long as it holds the run's lease.
+
+    news: what the lease's signs of life tell, changed by the caller. Raises Fault, on every rank, where another launch
+    is alive; Stopped when asked to stop while finding that out.
+    """
+    lease: Lease | None = None
+    if ranks.is_main:
+        launch = {"id": os.environ.get("TORCHELASTIC_RUN_ID", ""), "world": ranks.world}
+        lease = Lease(
+            store, seconds=config.store.lease_seconds, news=lambda: {**news, "phase": ranks.phase}, launch=launch
+        )
+    checkpoints = Checkpoints(store, lease)
+
+    def claim() -> bool:
+        assert lease is not None
+        try:
+            lease.claim(stop_asked)
+        except Stopped:
+            return False
+        checkpoints.take_over()
+        return True
+
+    if not ranks.from_main(claim, what="lease"):
+        raise Stopped("stopped as asked before any step was trained")
+    why = "failed"
+    try:
+        yield checkpoints
+        why = "finished"
+    except Stopped:
+        why = "stopped"
+        raise
+    finally:
+        if lease is not None:
+            lease.release(why)
+
+
+def keeper(config: Config, store: Store) -> Keeper:
+    """Who writes commits. An S3 store is patient itself; a folder that is full is tried again by the keeper."""
+    return Keeper(config.store.patience_seconds if isinstance(store, Folder) else 0.0)
+
+
+def footprint(run_id: str, config: Config, order: Order, shards: Shards, ranks: Ranks) -> Footprint:
+    """Where rank 0 leaves word of the step that it is in. Raises Fault, on every rank, when launch after launch died in
+    one and the same step."""
+    opened: list[Footprint] = []
+
+    def on_main() -> None:
+        opened.append(Footprint.open(run_id, config.guard.same_step_failures))
+        if (repeated := opened[0].repeated) is not None:
+            round_, updates = repeated
+            at = Position(*divmod(updates, order.steps_per_epoch))
+            keys = [
+                f"{order.tasks[slot.task].name}:{shards.index(shards.train[slot.shard]).entries[slot.sample].key}"
+                for slot in order.slots(round_, at)
+            ]
+            raise Fault(opened[0].text(keys))
+
+    ranks.from_main(on_main, what="footprint")
+    return opened[0] if opened else Footprint.silent()
+
+
+def first_weights(
+    checkpoints: Checkpoints,
+    make: Callable[[], dict[str, Tensor]],
+    identity: Callable[[str], dict[str, Any]],
+    ranks: Ranks,
+) -> tuple[dict[str, Tensor], str]:
+    """The one set of initial weights: made and written by rank 0 once, sent to every rank, verified by digest. With the
+    run's id, which tells it from any other that lies, or lay, at the same address.
+
+    make: them from the seed; identity: what run.json says, given their digest. A file that is damaged or missing is
+    made anew where the seed still gives the very same weights; else Fault.
+    """
+    kept: list[dict[str, Tensor]] = []
+
+    def on_main() -> tuple[str, str]:
+        found = checkpoints.identity()
+        weights = None if found is None else checkpoints.initial()
+        if found is None:
+            weights = make()
+            found = identity(masking.digest_tensors(weights))
+            checkpoints.begin(found)
+            checkpoints.save_initial(weights)
+        expected = str(found["initial_digest"])
+        if weights is None or masking.digest_tensors(weights) != expected:
+            weights = make()
+            if masking.digest_tensors(weights) != expected:
+                raise Fault(
+                    f"{checkpoints.store.where('initial.safetensors')} is damaged or belongs to another run, and the "
+                    f"seed gives other weights than run.json tells ({expected[:12]}). Restore a copy of the file."
+                )
+            report.say("warning: initial.safetensors was damaged or missing; made anew from the seed, same digest")
+            checkpoints.save_initial(weights)
+        kept.append(weights)
+        return expected, str(found.get("id", checkpoints.store.where()))
+
+    expected, run_id = ranks.from_main(on_main, what="first weights")
+    initial = ranks.tensors_from_main(kept[0] if kept else None)
+    found = masking.digest_tensors(initial)
+    if found != expected:
+        raise Fault(
+            f"rank {ranks.rank} received initial weights {found[:12]} where run.json says {expected[:12]}. Check that "
+            "machine's memory and network, then start again."
+        )
+    return initial, run_id
+
+
+@dataclass
+class Newest:
+    """The newest whole commit. parts: its files, on rank 0 alone."""
+
+    commit: Commit
+    progress: dict[str, Any]
+    ticket: str | None
+    parts: dict[str, bytes] = field(default_factory=dict)
+
+
+def newest(checkpoints: Checkpoints, ranks: Ranks) -> Newest | None:
+    """The commit to go on from; None for a run without one. Rank 0 chooses, and says what was damaged on the way."""
+    parts: dict[str, bytes] = {}
+
+    def on_main() -> Newest | None:
+        found = checkpoints.newest()
+        if found is None:
+            return None
+        commit, read, damaged = found
+        for text in damaged:
+            report.say(f"warning: {text}; falling back to {commit.folder}")
+        parts.update(read)
+        ticket = parts[TICKET].decode() if TICKET in parts else None
+        return Newest(commit, json.loads(parts[STATE]), ticket)
+
+    chosen = ranks.from_main(on_main, what="newest commit")
+    if chosen is not None:
+        chosen.parts = parts
+    return chosen
+
+
+def restore(state: State, chosen: Newest | None, checkpoints: Checkpoints, ranks: Ranks) -> Ticket | None:
+    """Put a commit into the state; its ticket when a round had ended."""
+    if chosen is None:
+        return None
+    kept: dict[str, Any] = {}
+
+    def on_main() -> None:
+        parts = chosen.parts
+        kept["weights"] = safetensors.torch.load(parts[WEIGHTS])
+        kept["moments"] = safetensors.torch.load(parts[MOMENTS]) if MOMENTS in parts else {}
+        shapes = {n: tuple(m.shape) for n, m in state.masks.items()}
+        kept["masks"] = checkpoints.masks(chosen.commit.round_, shapes)
+        parts.clear()
+
+    ranks.from_main(on_main, what="state of the commit")
+    weights = ranks.tensors_from_main(kept.get("weights"))
+    masks: Masks = ranks.tensors_from_main(kept.get("masks"))
+    progress = Progress.model_validate(chosen.progress)
+    if masking.digest(masks) != progress.mask_digest:
+        raise Fault(
+            f"the mask of round {progress.round} has digest {masking.digest(masks)[:12]}, its commit says "
+            f"{progress.mask_digest[:12]}. Restore mask.safetensors from a copy of the run.",
+            everywhere=True,
+        )
+    state.load_weights(weights)
+    state.begin_round(progress.round, masks, threshold=progress.threshold, parent=progress.parent)
+    state.progress = progress
+    state.load_moments(ranks.tensors_from_main(kept.get("moments")))
+    if ranks.is_main:
+        place = "finished" if chosen.commit.step is None else f"after step {chosen.commit.step}"
+        report.say(f"resuming: round {progress.round}, {place}")
+    return parse(chosen.ticket.encode(), chosen.commit.folder) if chosen.ticket is not None else None
