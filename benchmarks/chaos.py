@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
@@ -34,12 +35,27 @@ from typing import Any, NamedTuple
 
 import chaos_checks as checks
 from chaos_checks import BUCKET, CHAOS, REFERENCE, RUN, SHARDS, Check, Commits, Ended
-from chaos_run import ALL, LAUNCHER, MLFLOW, RANK, S3, S3_DISKS, TRAINING, Blow, Experiment, Log, Say
-from chaos_world import Launch, MlflowServer, Service, Steps, durable, environment, kill, marked, s3_server, write_json
+from chaos_run import (
+    ALL,
+    LAUNCHER,
+    MLFLOW,
+    RANK,
+    S3,
+    S3_WHOLE,
+    TRAINING,
+    Blow,
+    Experiment,
+    Log,
+    Say,
+    Steps,
+    figures_of,
+    watched,
+)
+from chaos_world import Launch, MlflowServer, Service, durable, environment, kill, marked, s3_server, write_json
 from conftest import TINY, recipe_of, write_photographs
 from s3_server import S3Server
 
-DECK = {RANK: 6, ALL: 3, LAUNCHER: 4, S3: 2, S3_DISKS: 2, MLFLOW: 2}
+DECK = {RANK: 6, ALL: 3, LAUNCHER: 4, S3: 2, S3_WHOLE: 2, MLFLOW: 2}
 STEPS_PER_KILL, QUIET_STEPS, EPOCH = 14, 90, 12
 
 
@@ -93,14 +109,23 @@ def config(folder: Path, steps: int, which: str) -> dict[str, Any]:
 @contextmanager
 def servers(folder: Path, seed: int) -> Iterator[dict[str, Service]]:
     """The two servers behind their bad networks."""
+    with ThreadPoolExecutor(2) as pool:
+        made: dict[str, Future[Any]] = {
+            S3: pool.submit(s3_server),
+            MLFLOW: pool.submit(MlflowServer, folder / "mlflow"),
+        }
+    cuts = {S3: (150, 400, 4000), MLFLOW: (150, 1000)}
     opened: dict[str, Service] = {}
     try:
-        opened[S3] = Service(s3_server(), random.Random(f"S3 {seed}"), (400, 4000, 1 << 16))
-        opened[MLFLOW] = Service(MlflowServer(folder / "mlflow"), random.Random(f"MLflow {seed}"), (300, 3000))
+        for name, server in made.items():
+            opened[name] = Service(server.result(), random.Random(f"{name} {seed}"), cuts[name])
         yield opened
     finally:
         for service in opened.values():
             service.close()
+        for server in made.values():
+            if server.exception() is None:
+                server.result().stop()
 
 
 @contextmanager
@@ -163,7 +188,7 @@ def try_it(folder: Path, kills: int, seed: int, minutes: float, say: Say) -> Res
         kind = type(s3).__name__ if durable(s3) else "moto, which is not killed: its objects would be lost"
         log("plan", f"{kills} kills in a run of 3 x {steps} steps; seed {seed}; the S3 server is {kind}")
         local = undisturbed(folder, calm, config(folder, steps, REFERENCE), 60 * minutes, log)
-        victims = {name: n for name, n in DECK.items() if durable(s3) or name not in (S3, S3_DISKS)}
+        victims = {name: n for name, n in DECK.items() if durable(s3) or name not in (S3, S3_WHOLE)}
         tree, commits = config(folder, steps, CHAOS), Commits(s3.url)
         path = write_json(folder / "chaos.yaml", tree)
         env = environment(folder, s3.env(services[S3].proxy.url), services[MLFLOW].proxy.url, mark)
@@ -205,41 +230,6 @@ def build(folder: Path, env: Mapping[str, str], server: S3Server) -> None:
     write_json(folder / "recipe.yaml", recipe_of(folder / "images"))
     command(folder, env, "shards", "build", "recipe.yaml", "--out", SHARDS, "--workers", "1")
     server.fill(f"{server.bucket(BUCKET)}/{SHARDS}", folder / SHARDS)
-
-
-def watched(experiment: Experiment, commits: Commits) -> Iterator[Check]:
-    """What was seen while it ran."""
-    e = experiment
-    done = e.killed.total()
-    yield Check("kills", f"{done} of {e.total} before the run's end", done == e.total)
-    for failure in e.failures:
-        yield Check("failure", failure, False)
-    lost = e.lost + commits.lost
-    yield Check(
-        "(b) no commit lost", f"{e.resumes} resumes, {len(lost)} before a commit {' '.join(lost[:2])}", not lost
-    )
-    worst = max(e.vanished, default=0.0)
-    yield Check("(d) orphans", f"{len(e.vanished)} times all gone by themselves, after {worst:.1f} s at most", True)
-
-
-def figures_of(experiment: Experiment) -> dict[str, Any]:
-    """(e) Counts."""
-    e = experiment
-    victims = {
-        victim: {"kills": n, "seconds_to_next_step": sorted(round(s, 2) for s in e.recoveries.get(victim, []))}
-        for victim, n in e.killed.items()
-    }
-    return {
-        "kills": e.killed.total(),
-        "victims": victims,
-        "launches": e.launches,
-        "exit_codes": {str(code): n for code, n in sorted(e.codes.items())},
-        "refused_by_a_dying_launch": e.refused,
-        "elastic_restarts": e.elastic,
-        "resumes": e.resumes,
-        "steps_retrained": e.retrained,
-        "tracebacks": e.tracebacks,
-    }
 
 
 def conditions(server: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 import time
@@ -22,6 +23,7 @@ CHAOS, REFERENCE = "chaos", "reference"
 _COMMIT = re.compile(rf"{RUN}/rounds/(\d+)/(?:steps/(\d+)(?:-\d+)?/)?COMPLETE\.json")
 _TIMES = ("samples_per_second",)
 _CLOSE = 1e-6
+_PER_LAUNCH = ("lease/", "accepted/")
 
 
 class Check(NamedTuple):
@@ -167,6 +169,7 @@ def points(ended: Ended) -> Iterator[Check]:
     """(c) What MLflow shows: the same runs, each point once, the same values, the tickets' files."""
     from mlflow import MlflowClient
 
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     client = MlflowClient(ended.mlflow_url)
     mine, theirs = shown(client, CHAOS), shown(client, REFERENCE)
     nested = [run for runs in mine.rounds.values() for run in runs]
@@ -243,10 +246,10 @@ def leftovers(ended: Ended) -> Iterator[Check]:
     names = [name.removeprefix(f"{RUN}/") for name in names_in(ended.client, f"{RUN}/")]
     steps = [name for name in names if "/steps/" in name]
     yield Check("(d) step commits", f"{len(steps)} objects left", not steps)
-    theirs = {str(p.relative_to(ended.reference)) for p in ended.reference.rglob("*") if p.is_file()}
-    odd = {n for n in names if not n.startswith(("lease/", "accepted/"))} ^ {
-        n for n in theirs if not n.startswith(("lease/", "accepted/", "tracking/"))
-    }
+    theirs = [p.relative_to(ended.reference).as_posix() for p in ended.reference.rglob("*") if p.is_file()]
+    rounds = [f"rounds/{r:02d}" for r in ROUNDS]
+    parts = {f"{r}/{part}" for r in rounds for part in json.loads(ended.bytes_of(f"{r}/COMPLETE.json"))["parts"]}
+    odd = {n for n in set(names) ^ set(theirs) if n not in parts and not n.startswith(_PER_LAUNCH)}
     yield Check("(d) other objects", f"{len(odd)} more or fewer than undisturbed {' '.join(sorted(odd)[:3])}", not odd)
     newest = max((n for n in names if re.fullmatch(r"lease/\d+\.json", n)), default="")
     said = newest.replace(".json", ".released.json")

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import random
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-from chaos_checks import FINISHED, Commits, told
-from chaos_world import At, Launch, Service, Steps, alive, family, kill
+from chaos_checks import FINISHED, Check, Commits, told
+from chaos_world import At, Launch, Service, alive, family, kill
+
+from mirl_dist import footprint
 
 RANK, ALL, LAUNCHER = "one rank", "all ranks", "the launcher"
-S3, S3_DISKS, MLFLOW = "the S3 server", "S3 and its disks", "the MLflow server"
+S3, S3_WHOLE, MLFLOW = "the S3 server", "S3 with its storage", "the MLflow server"
 TRAINING = (RANK, ALL, LAUNCHER)
 LATE_STEPS = 60
 ORPHAN_SECONDS, STUCK_SECONDS = 30.0, 300.0
 Say = Callable[[str], None]
+
+
+class Steps:
+    """Where the run's main rank is: read from what it leaves for its successors (footprint.py), many times a second."""
+
+    def __init__(self, address: str, temporary: Path) -> None:
+        name = hashlib.sha256(address.encode()).hexdigest()[:16]
+        self._path = temporary / f"mirl-dist-{os.getuid()}" / "footprints" / name
+
+    def now(self) -> At | None:
+        """The steps that were done when the newest one began; None before the first, and between rounds."""
+        try:
+            record = footprint._newest(self._path.read_bytes())
+        except OSError:
+            return None
+        inside = record.where == footprint._INSIDE
+        return At(record.round_, record.updates) if inside else None
 
 
 class Blow(NamedTuple):
@@ -197,10 +218,10 @@ class Experiment:
 
     def _hit(self, blow: Blow) -> bool:
         """Whether the victim was there to be killed."""
-        if blow.victim in (S3, S3_DISKS, MLFLOW):
+        if blow.victim in (S3, S3_WHOLE, MLFLOW):
             service = self._services[MLFLOW if blow.victim == MLFLOW else S3]
             if service.up:
-                service.kill(blow.away, everything=blow.victim == S3_DISKS)
+                service.kill(blow.away, everything=blow.victim == S3_WHOLE)
                 return True
             return False
         if self._launch is None or self._launch.ended() is not None:
@@ -231,3 +252,38 @@ class Experiment:
                 names = ", ".join(str(p) for p in processes if alive(p))
                 self.failures.append(f"still alive {ORPHAN_SECONDS:.0f} s after what started it was killed: {names}")
             self._orphans.remove((born, processes))
+
+
+def watched(experiment: Experiment, commits: Commits) -> Iterator[Check]:
+    """What was seen while it ran."""
+    e = experiment
+    done = e.killed.total()
+    yield Check("kills", f"{done} of {e.total} before the run's end", done == e.total)
+    for failure in e.failures:
+        yield Check("failure", failure, False)
+    lost = e.lost + commits.lost
+    yield Check(
+        "(b) no commit lost", f"{e.resumes} resumes, {len(lost)} before a commit {' '.join(lost[:2])}", not lost
+    )
+    worst = max(e.vanished, default=0.0)
+    yield Check("(d) orphans", f"{len(e.vanished)} times all gone by themselves, after {worst:.1f} s at most", True)
+
+
+def figures_of(experiment: Experiment) -> dict[str, Any]:
+    """(e) Counts."""
+    e = experiment
+    victims = {
+        victim: {"kills": n, "seconds_to_next_step": sorted(round(s, 2) for s in e.recoveries.get(victim, []))}
+        for victim, n in e.killed.items()
+    }
+    return {
+        "kills": e.killed.total(),
+        "victims": victims,
+        "launches": e.launches,
+        "exit_codes": {str(code): n for code, n in sorted(e.codes.items())},
+        "refused_by_a_dying_launch": e.refused,
+        "elastic_restarts": e.elastic,
+        "resumes": e.resumes,
+        "steps_retrained": e.retrained,
+        "tracebacks": e.tracebacks,
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -25,8 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from ceph_server import CephServer
 from faulty_proxy import SLOW_DOWN, FaultyProxy, answer
 from s3_server import S3Server, free_port
-
-from mirl_dist import footprint
 
 _MARK = "MIRL_CHAOS"
 
@@ -127,23 +124,6 @@ class Tail:
         self._rest += self._file.read()
         *whole, self._rest = self._rest.split(b"\n")
         return [line.decode(errors="replace") for line in whole]
-
-
-class Steps:
-    """Where the run's main rank is: read from what it leaves for its successors (footprint.py), many times a second."""
-
-    def __init__(self, address: str, temporary: Path) -> None:
-        name = hashlib.sha256(address.encode()).hexdigest()[:16]
-        self._path = temporary / f"mirl-dist-{os.getuid()}" / "footprints" / name
-
-    def now(self) -> At | None:
-        """The steps that were done when the newest one began; None before the first, and between rounds."""
-        try:
-            record = footprint._newest(self._path.read_bytes())
-        except OSError:
-            return None
-        inside = record.where == footprint._INSIDE
-        return At(record.round_, record.updates) if inside else None
 
 
 # -- servers ----------------------------------------------------------------------------------------------------------

@@ -349,12 +349,13 @@ def _store_is_the_launchers() -> bool:
 
 def _when_gpu_is_done() -> Callable[[], bool]:
     """Whether all that this thread has asked of its GPU so far is done; may be called by any thread."""
-    event = torch.Event("cuda")
+    cuda: Any = torch.cuda
+    event = cuda.Event()
     event.record()
 
     def done() -> bool:
         try:
-            return event.query()
+            return bool(event.query())
         except RuntimeError:  # the GPU has failed, as the main thread will notice
             return True
 

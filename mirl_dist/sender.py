@@ -79,9 +79,10 @@ class Sender:
 
     def step(self) -> None:
         """A step was put: send when 50 have gathered, or after 5 seconds."""
-        self._steps += 1
-        full = self._steps >= STEPS_PER_DELIVERY
-        self._send_at(time.monotonic() + (0.0 if full else SECONDS_PER_DELIVERY))
+        with self._changed:
+            self._steps += 1
+            full = self._steps >= STEPS_PER_DELIVERY
+            self._send_at(time.monotonic() + (0.0 if full else SECONDS_PER_DELIVERY))
 
     def finish(self, idle_seconds: float, seconds: float) -> bool:
         """Try all that waits once more, without long pauses; whether it is sent. The thread ends.
@@ -125,7 +126,7 @@ class Sender:
 
     def _send_at(self, when: float) -> None:
         with self._changed:
-            if when < self._due:
+            if when < self._due and self._unfinished():
                 self._due = when
                 self._changed.notify_all()
 
@@ -138,6 +139,7 @@ class Sender:
                 if self._outbox.mine:
                     self._send_one()
                 elif self._outbox.take_over():
+                    self._gather_anew()
                     self.soon()
                 else:
                     self._lock_at = time.monotonic() + LOCK_PAUSE_SECONDS
@@ -165,6 +167,12 @@ class Sender:
             )
         return at - time.monotonic()
 
+    def _gather_anew(self) -> None:
+        """When all steps are sent, the next ones are gathered again."""
+        with self._changed:
+            if not self._outbox.waits()[1]:
+                self._due, self._steps = math.inf, 0
+
     def _send_one(self) -> None:
         """One delivery of what may be tried now, and what comes of it."""
         now = time.monotonic()
@@ -185,8 +193,10 @@ class Sender:
             self._away.over()
             if item.do == "file":
                 self._no_files.over()
-        self._outbox.done(batch)
-        self._look_what_is_left()
+        with self._changed:
+            self._outbox.done(batch)
+            self._gather_anew()
+        self._tell_of_return()
 
     def _whole(self, batch: list[Entry]) -> Item | None:
         """The one item that a batch makes, of all that can still be read."""
@@ -232,12 +242,9 @@ class Sender:
             outage.told = True
             _log.warning(text, self._store.name, cause)
 
-    def _look_what_is_left(self) -> None:
-        """Gather steps anew when nothing is left to send; an outage is over, and told to be, when all of it is sent."""
-        with self._changed:
-            files, others = self._outbox.waits()
-            if not others:
-                self._due, self._steps = math.inf, 0
+    def _tell_of_return(self) -> None:
+        """An outage is over, and told to be, when all that waited is sent."""
+        files, others = self._outbox.waits()
         if self._away.told and not others and (not files or self._no_files.told):
             self._away.told = False
             _log.warning("%s is back: all that waited is sent", self._store.name)

@@ -61,6 +61,8 @@ class Slip:
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls(None)
         parent = os.getppid()
+        if _is_no_launcher(parent):
+            return cls(None, 0)
         try:
             return cls(place() / _name(parent), parent)
         except Fault:  # nothing is said or believed in a folder that others can write
@@ -199,6 +201,19 @@ def _stat(pid: int) -> list[str] | None:
     except OSError:
         return None
     return text.rpartition(")")[2].split()
+
+
+def _is_no_launcher(parent: int) -> bool:
+    """Whether this worker, which leads a session as torch's launchers start them, has another parent than one of these:
+    they have torch in their memory. So the launcher ended before its worker could look for it."""
+    if os.getpid() == 1 or os.getsid(0) != os.getpid():  # something stands between it and its launcher
+        return False
+    try:
+        return "libtorch" not in Path(f"/proc/{parent}/maps").read_text(errors="replace")
+    except PermissionError:
+        return parent == 1
+    except OSError:
+        return False
 
 
 def _clear_leftovers(folder: Path) -> None:

@@ -130,7 +130,13 @@ def test_a_wrong_value_is_named_with_its_key_and_what_is_right(tree: dict[str, A
         ({"model": {"prompt_dims": [63, 128, 320]}}, "model.prompt_heads: found 4 heads for a width of 159"),
         ({"batch": {"forward": 3}}, "batch.forward: found 3, which does not divide batch.global 8"),
         ({"keep": {"rounds": "best"}}, "keep.by: found nothing with keep.rounds best"),
-        ({"run": {"folder": "s3://bucket/run"}}, "run.folder: found a URL; this version keeps runs in folders"),
+        (
+            {"run": {"folder": "https://host/run"}},
+            "run.folder: found https://; runs are kept in folders and under s3://",
+        ),
+        ({"store": {"endpoint": "http://key:word@host"}}, "store.endpoint: found no plain address"),
+        ({"store": {"endpoint": "host:9000"}}, "store.endpoint: found no plain address"),
+        ({"store": {"kms_key": "k"}}, "store.kms_key: found without store.encryption aws:kms"),
     ],
 )
 def test_keys_that_cannot_stand_together_are_refused(tree: dict[str, Any], complaint: str) -> None:
@@ -295,6 +301,19 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 
 # A value other than the default for every key, with the keys that it needs beside it.
 ASIDE: dict[str, Any] = {
+    "store.endpoint": "http://127.0.0.1:9000",
+    "store.encryption": "AES256",
+    "store.kms_key": "alias/mine",
+    "store.patience_seconds": 5.0,
+    "store.lease_seconds": 5.0,
+    "ranks.timeout_seconds": 5.0,
+    "ranks.restarts": 0,
+    "ranks.slow_factor": 2.0,
+    "preempt.deadline_seconds": 5.0,
+    "guard.skip_bad_batches": 3,
+    "guard.spike_factor": 3.0,
+    "guard.same_step_failures": 5,
+    "tracking.journal": "elsewhere",
     "run.folder": "elsewhere",
     "data.shards": "elsewhere",
     "data.damage": "skip",
@@ -364,6 +383,8 @@ def with_value(key: str, value: Any) -> Config:
         tree["prune"]["rounds"] = 1
     if key == "prune.finetune_lr":
         tree["prune"] |= {"style": "one_shot", "rounds": 1}
+    if key == "store.kms_key":
+        tree["store"]["encryption"] = "aws:kms"
     if key == "keep.rounds":
         tree["keep"]["by"] = ["psnr/*/b"]
     return config(tree)

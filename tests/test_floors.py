@@ -62,6 +62,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "data/window",
         "items",
         "journal",
+        "launched",
         "meetings",
         "mlflow_store",
         "outbox",
@@ -94,7 +95,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "stories": ("lottery", "rounds"),
     "wiring": ("assemble", "feed", "resuming"),
-    "uses": ("doctor", "launched", "launching", "shelf"),
+    "uses": ("doctor", "launching", "shelf"),
     "front door": ("__main__", "cli"),
 }
 

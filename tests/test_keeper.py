@@ -140,6 +140,20 @@ def test_what_nobody_foresaw_surfaces_as_itself(error: Exception, hear: Callable
     assert caught.value is error
 
 
+def test_who_leaves_anyway_gives_a_commit_some_time_and_does_not_ask_how_it_ended() -> None:
+    keeper, slow = Keeper(60.0), Slow()
+    keeper.settle(60)
+    keeper.begin(slow, "a commit")
+    keeper.settle(0.01)
+    assert keeper.busy
+    slow.go.set()
+    keeper.settle(60)
+    assert not keeper.busy
+    keeper.begin(failing(NotAllowed("no right to write here.")), "a commit")
+    keeper.settle(60)
+    assert keeper.failed
+
+
 HANGING = """
 import sys, threading
 from mirl_dist.keeper import Keeper

@@ -149,6 +149,30 @@ def test_a_restart_is_said_once_by_the_worker_or_by_a_launcher_of_ours(ours: boo
     assert worker("print(slip.restarted())", TORCHELASTIC_RESTART_COUNT="0", **counts).stdout == "None\n"
 
 
+HAS_TORCH = """
+import mmap
+open("libtorch.so", "w").write("x")
+keep = mmap.mmap(os.open("libtorch.so", os.O_RDONLY), 0, prot=mmap.PROT_READ)
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "session", "gone"), [("", True, True), ("", False, False), (HAS_TORCH, True, False)]
+)
+def test_a_worker_whose_launcher_ended_before_it_could_look_has_none(
+    tmp_path: Path, launcher: str, session: bool, gone: bool
+) -> None:
+    # Torch's launchers, which have torch in their memory, start each worker in a session of its own.
+    worker = "from mirl_dist.slip import Slip\nprint(Slip.of_worker().parent_gone())"
+    code = f"import os, subprocess, sys{launcher}\n"
+    code += f"subprocess.run([sys.executable, '-c', {worker!r}], start_new_session={session})"
+    env = os.environ | {"TORCHELASTIC_RUN_ID": "none"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert ended.stdout == f"{gone}\n", ended.stderr
+
+
 ORPHAN = """
 import os, sys, time
 from mirl_dist.slip import Slip

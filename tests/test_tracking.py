@@ -86,6 +86,17 @@ def begin(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Begin]:
         tracker.end_run(seconds=0.0)
 
 
+@pytest.fixture(autouse=True)
+def farewell(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """How long the end waits for a store: long, for this machine may be busy."""
+
+    def takes(seconds: float) -> None:
+        monkeypatch.setattr(tracking, "FAREWELL_SECONDS", seconds)
+
+    takes(60.0)
+    return takes
+
+
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that failed is asked again at once."""
@@ -332,7 +343,10 @@ def test_points_of_a_restart_during_an_outage_are_sorted_out_on_delivery(server:
 
 
 def test_a_dead_server_is_asked_after_pauses_that_double(
-    begin: Begin, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    begin: Begin,
+    farewell: Callable[[float], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from mlflow import MlflowClient
 
@@ -357,7 +371,7 @@ def test_a_dead_server_is_asked_after_pauses_that_double(
     monkeypatch.setattr(sender, "FIRST_PAUSE_SECONDS", 1e9)
     now = len(asked)
     until(lambda: len(asked) > now)
-    monkeypatch.setattr(tracking, "FAREWELL_SECONDS", 0.2)
+    farewell(0.2)
     tracker.end_run()
     assert len(asked) >= now + 2, "the end tries once more, pause or not"
     folder = begin.journals[tracker]
@@ -447,14 +461,14 @@ def test_names_values_and_texts_are_made_fit_for_mlflow(uri: str, begin: Begin) 
     assert len(params["steps"]) == 6000 and params["steps"].startswith("[0, 1, 2")
 
 
-def test_no_secret_reaches_a_run_or_a_reader(
+def test_no_secret_reaches_a_run_a_reader_or_the_journal(
     begin: Begin,
+    farewell: Callable[[float], None],
     sqlite: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "sesame-open")
-    monkeypatch.setattr(tracking, "FAREWELL_SECONDS", 0.2)
     uri, ids = sqlite, dict[str, str]()
     tracker = begin(uri, ids, tracking={"uri": "https://ada:hunter22@example.org/x"}, note="with sesame-open inside")
     begin.settle(tracker)
@@ -469,6 +483,7 @@ def test_no_secret_reaches_a_run_or_a_reader(
         ("nosuchdb://ada:hunter22@127.0.0.1:9/runs?key=wordpass", "nosuchdb://ada@127.0.0.1:9/runs"),
     ):
         away = begin(secret_uri, ids, note=f"see {secret_uri}")
+        farewell(0.2)
         away.end_run()
         assert away.address().startswith(clean)
         kept = b"".join(path.read_bytes() for path in begin.journals[away].iterdir()) + away.backlog()
@@ -527,7 +542,9 @@ def test_the_silent_twin_answers_to_the_same_words() -> None:
 def test_mlflow_is_imported_late_and_keeps_quiet(tmp_path: Path) -> None:
     story = """
 import sys
+from mirl_dist import tracking
 from mirl_dist.tracking import Mlflow
+tracking.FAREWELL_SECONDS = 60.0
 assert "mlflow" not in sys.modules
 from pathlib import Path
 tracker = Mlflow(uri=None, experiment="e", run_name="r", remembered={}, remember=lambda ids: None, journal=Path("j"))

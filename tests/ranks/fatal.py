@@ -1,9 +1,11 @@
-"""`mirl_dist` with one planned mishap, described by the environment variable MIRL_FATAL as JSON.
+"""`mirl_dist` with planned mishaps, described by the environment variable MIRL_FATAL as JSON: one, or a list.
 
 {"rank": 0, "put": GLOB, "when": "before" | "during" | "after", "signal": 9}   at the first put of a matching name;
     during: the bytes lie under a temporary name, the rename has not happened
 {"rank": 1, "step": [ROUND, UPDATES], "signal": 9}    before that optimiser step; rank "all": every rank
-{"rank": 1, "step": [ROUND, UPDATES], "do": "nan"}    that rank's network returns NaN at that step
+{"rank": 1, "step": [ROUND, UPDATES], "do": "nan", "pass": 0}    that rank's network returns NaN at that step, in one
+    of its passes; without "pass": in all
+{"rank": 1, "step": [ROUND, UPDATES], "do": "inf_gradient"}    its losses are finite, their gradient is not
 {"rank": 1, "step": [ROUND, UPDATES], "do": "drift"}  one weight of that rank moves by one part in a million
 {"rank": 1, "step": [ROUND, UPDATES], "do": "fault"}  that rank raises a Fault of its own
 {"rank": 0, "do": "keep"}                             no mishap: commits inside rounds are kept for a look at them
@@ -22,22 +24,33 @@ from mirl_dist import cli, commits, objective, storage, train
 from mirl_dist.faults import Fault
 from mirl_dist.pruning import masks
 
-PLAN: dict[str, Any] = json.loads(os.environ["MIRL_FATAL"])
-MINE = PLAN["rank"] in ("all", int(os.environ.get("RANK", "0")))
+Plan = dict[str, Any]
 
 
-def die() -> None:
-    os.kill(os.getpid(), PLAN.get("signal", 9))
+class Overflow(torch.autograd.Function):
+    """The same values, and a gradient that is infinite."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0] * float("inf")
 
 
-def at_put() -> None:
+def die(plan: Plan) -> None:
+    os.kill(os.getpid(), plan.get("signal", 9))
+
+
+def at_put(plan: Plan) -> None:
     put, put_if_absent, replace, link = storage.Folder.put, storage.Folder.put_if_absent, os.replace, os.link
     armed = [True]
 
     def strike(name: str, when: str) -> None:
-        if armed[0] and when == PLAN["when"] and fnmatch.fnmatchcase(name, PLAN["put"]):
+        if armed[0] and when == plan["when"] and fnmatch.fnmatchcase(name, plan["put"]):
             armed[0] = False
-            die()
+            die(plan)
 
     def putting(self: storage.Folder, name: str, data: bytes) -> None:
         strike(name, "before")
@@ -64,31 +77,36 @@ def at_put() -> None:
     storage.folder.os.link = linking  # type: ignore[assignment]
 
 
-def at_step() -> None:
+def at_step(plan: Plan) -> None:
     train_round, close_gradients, l1 = train.train_round, masks.close_gradients, objective.per_sample_l1
     where: list[Any] = []
+    passes = [0]
 
     def now() -> bool:
-        return bool(where) and [where[0].progress.round, where[0].progress.updates] == PLAN["step"]
+        return bool(where) and [where[0].progress.round, where[0].progress.updates] == plan["step"]
 
-    def training(state: Any, model: Any, batches: Any, plan: Any, ranks: Any, around: Any, advance: Any) -> None:
+    def training(state: Any, model: Any, batches: Any, numbers: Any, ranks: Any, around: Any, advance: Any) -> None:
         where[:] = [state, around]
-        train_round(state, model, batches, plan, ranks, around, advance)
+        train_round(state, model, batches, numbers, ranks, around, advance)
 
     def closing(weights: Any, alive: Any) -> None:
-        if now() and "do" not in PLAN:
+        if now() and "do" not in plan:
             where[1].keeper.settle(60)  # a commit that is under way is the matter of other mishaps
-            die()
-        if now() and PLAN["do"] == "fault":
+            die(plan)
+        if now() and plan["do"] == "fault":
             raise Fault("found a planned fault, in this rank alone, so that a test can see it.")
         close_gradients(weights, alive)
-        if now() and PLAN["do"] == "drift":
+        if now() and plan["do"] == "drift":
             with torch.no_grad():
                 next(iter(weights.values())).view(-1)[0] *= 1.000001
 
     def losing(restored: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+        passes[0] = passes[0] + 1 if now() else 0
+        mine = passes[0] and plan.get("pass", passes[0] - 1) == passes[0] - 1
+        if mine and plan.get("do") == "inf_gradient":
+            restored = Overflow.apply(restored)
         losses = l1(restored, clean)
-        if now() and PLAN.get("do") == "nan":
+        if mine and plan.get("do") == "nan":
             losses = torch.cat([losses[:-1], losses[-1:] * float("nan")])
         return losses
 
@@ -97,11 +115,17 @@ def at_step() -> None:
     objective.per_sample_l1 = losing
 
 
-def keep() -> None:
+def keep(plan: Plan) -> None:
     commits.Commits.remove = lambda self, folder: None  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
-    if MINE:
-        (keep if PLAN.get("do") == "keep" else at_put if "put" in PLAN else at_step)()
+def main() -> None:
+    told = json.loads(os.environ["MIRL_FATAL"])
+    for plan in told if isinstance(told, list) else [told]:
+        if plan["rank"] in ("all", int(os.environ.get("RANK", "0"))):
+            (keep if plan.get("do") == "keep" else at_put if "put" in plan else at_step)(plan)
     cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -88,6 +88,26 @@ def test_after_a_kill_inside_an_epoch_the_remaining_global_batches_are_the_same_
         assert rest == {at: batch for at, batch in whole.items() if at >= committed}, "losses to the last bit"
 
 
+GROWING = EPOCHS | {"batch.global": 4, "train.epochs": 1, "prune.rounds": 1, "checkpoint.every_steps": 2}
+"""13 steps a round."""
+
+
+def test_one_run_on_one_two_four_and_one_ranks_reads_the_same_batches_and_loses_the_same(play: Any) -> None:
+    _, undisturbed = play("fixed", GROWING, world=2)
+    assert len(undisturbed) == 26
+    seen: dict[At, list[tuple[str, str]]] = {}
+    for world, kill in ((1, [0, 5]), (2, [0, 11]), (4, [1, 6]), (1, None)):
+        run, found = play("growing", GROWING, world=world, rc=0 if kill is None else -9, kill=kill)
+        assert not seen or min(found) <= max(seen), "it goes on from a commit, and trains some steps again"
+        seen |= found
+    assert keys_of(seen) == keys_of(undisturbed)
+    for at, batch in undisturbed.items():
+        mean, other = (sum(float.fromhex(loss) for _, loss in of) / len(of) for of in (batch, seen[at]))
+        assert other == pytest.approx(mean, rel=1e-4), at
+    tickets = [json.loads(p.read_text()) for p in sorted(run.glob("rounds/*/ticket.json"))]
+    assert [ticket["world"] for ticket in tickets] == [4, 1]
+
+
 # -- over a bad network ---------------------------------------------------------------------------------------------
 
 LIMIT = 950_000  # bytes of a cache that holds not quite all shards
