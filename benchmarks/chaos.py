@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -51,8 +51,9 @@ from chaos_run import (
     figures_of,
     watched,
 )
-from chaos_world import Launch, MlflowServer, Service, durable, environment, kill, marked, s3_server, write_json
+from chaos_world import Launch, Service, durable, environment, kill, marked, s3_server, write_json
 from conftest import TINY, recipe_of, write_photographs
+from mlflow_server import MlflowServer
 from s3_server import S3Server
 
 DECK = {RANK: 6, ALL: 3, LAUNCHER: 4, S3: 2, S3_WHOLE: 2, MLFLOW: 2}
@@ -109,23 +110,18 @@ def config(folder: Path, steps: int, which: str) -> dict[str, Any]:
 @contextmanager
 def servers(folder: Path, seed: int) -> Iterator[dict[str, Service]]:
     """The two servers behind their bad networks."""
-    with ThreadPoolExecutor(2) as pool:
-        made: dict[str, Future[Any]] = {
-            S3: pool.submit(s3_server),
-            MLFLOW: pool.submit(MlflowServer, folder / "mlflow"),
-        }
-    cuts = {S3: (150, 400, 4000), MLFLOW: (150, 1000)}
-    opened: dict[str, Service] = {}
-    try:
-        for name, server in made.items():
-            opened[name] = Service(server.result(), random.Random(f"{name} {seed}"), cuts[name])
-        yield opened
-    finally:
+    (folder / "mlflow").mkdir()
+    with ExitStack() as ends:
+        with ThreadPoolExecutor(2) as pool:  # each takes seconds to start
+            made: dict[str, Future[Any]] = {
+                S3: pool.submit(lambda: ends.enter_context(s3_server())),
+                MLFLOW: pool.submit(lambda: ends.enter_context(MlflowServer(folder / "mlflow"))),
+            }
+        cuts = {S3: (150, 400, 4000), MLFLOW: (150, 1000)}
+        opened = {name: Service(f.result(), random.Random(f"{name} {seed}"), cuts[name]) for name, f in made.items()}
         for service in opened.values():
-            service.close()
-        for server in made.values():
-            if server.exception() is None:
-                server.result().stop()
+            ends.callback(service.close)
+        yield opened
 
 
 @contextmanager
@@ -183,7 +179,7 @@ def try_it(folder: Path, kills: int, seed: int, minutes: float, say: Say) -> Res
     log, mark, steps = Log(folder, say), secrets.token_hex(8), steps_for(kills)
     with nothing_left(mark), servers(folder, seed) as services:
         s3, mlflow = services[S3].server, services[MLFLOW].server
-        calm = environment(folder, s3.env(), mlflow.url, mark)
+        calm = environment(folder, s3.env(), mlflow.url, mark, folder / "tmp-calm")
         build(folder, calm, s3)
         kind = type(s3).__name__ if durable(s3) else "moto, which is not killed: its objects would be lost"
         log("plan", f"{kills} kills in a run of 3 x {steps} steps; seed {seed}; the S3 server is {kind}")
@@ -191,13 +187,13 @@ def try_it(folder: Path, kills: int, seed: int, minutes: float, say: Say) -> Res
         victims = {name: n for name, n in DECK.items() if durable(s3) or name not in (S3, S3_WHOLE)}
         tree, commits = config(folder, steps, CHAOS), Commits(s3.url)
         path = write_json(folder / "chaos.yaml", tree)
-        env = environment(folder, s3.env(services[S3].proxy.url), services[MLFLOW].proxy.url, mark)
+        env = environment(folder, s3.env(services[S3].proxy.url), services[MLFLOW].proxy.url, mark, folder / "tmp")
         experiment = Experiment(
             blows=planned(kills, 3 * steps, seed, victims),
             services=services,
             commits=commits,
             start=lambda number: Launch(number, path, folder, env),
-            steps=Steps(tree["run"]["folder"], folder / "tmp"),
+            steps=Steps(folder / "tmp"),
             steps_per_round=steps,
             chance=random.Random(f"launches {seed}"),
             log=log,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -30,18 +29,16 @@ Say = Callable[[str], None]
 class Steps:
     """Where the run's main rank is: read from what it leaves for its successors (footprint.py), many times a second."""
 
-    def __init__(self, address: str, temporary: Path) -> None:
-        name = hashlib.sha256(address.encode()).hexdigest()[:16]
-        self._path = temporary / f"mirl-dist-{os.getuid()}" / "footprints" / name
+    def __init__(self, temporary: Path) -> None:
+        """temporary: TMPDIR of this run alone."""
+        self._folder = temporary / f"mirl-dist-{os.getuid()}" / "footprints"
 
     def now(self) -> At | None:
         """The steps that were done when the newest one began; None before the first, and between rounds."""
-        try:
-            record = footprint._newest(self._path.read_bytes())
-        except OSError:
-            return None
-        inside = record.where == footprint._INSIDE
-        return At(record.round_, record.updates) if inside else None
+        records = [footprint._newest(path.read_bytes()) for path in self._folder.glob("*") if path.stat().st_size]
+        newest = max(records, default=None)
+        inside = newest is not None and newest.where == footprint._INSIDE
+        return At(newest.round_, newest.updates) if newest is not None and inside else None
 
 
 class Blow(NamedTuple):
@@ -113,7 +110,7 @@ class Experiment:
             self._strike()
             self._watch_orphans()
             for service in self._services.values():
-                service.tick(disturb=bool(self.waiting))
+                service.tick()
             now = time.monotonic()
             if now > last:
                 self.failures.append(f"not at its end after {minutes:g} minutes")
@@ -184,8 +181,10 @@ class Experiment:
             if self._floor is not None and at < self._floor:
                 self.lost.append(f"launch {self.launches} trains {told(at)}, committed was {told(self._floor)}")
         over = [h for h in self._hurt if at != self._first and (h.victim not in TRAINING or h.at < self._opened)]
+        restarted = any(h.victim in TRAINING for h in self._hurt)
         for hurt in over:
-            self.recoveries.setdefault(hurt.victim, []).append(now - hurt.at)
+            if hurt.victim in TRAINING or not restarted:  # else it is not the server that was waited for
+                self.recoveries.setdefault(hurt.victim, []).append(now - hurt.at)
             self._hurt.remove(hurt)
         if index > self._furthest:
             self._furthest, self._moved = index, now

@@ -6,12 +6,9 @@ import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from ceph_server import CephServer
 from faulty_proxy import SLOW_DOWN, FaultyProxy, answer
-from s3_server import S3Server, free_port
+from s3_server import S3Server
 
 _MARK = "MIRL_CHAOS"
 
@@ -129,55 +126,6 @@ class Tail:
 # -- servers ----------------------------------------------------------------------------------------------------------
 
 
-class MlflowServer:
-    """A real MLflow server over SQLite; what it was told outlives `kill`."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        self._folder, self._process, self._port = folder, None, free_port()
-        self.url = f"http://127.0.0.1:{self._port}"
-        self.start()
-
-    _process: subprocess.Popen[bytes] | None
-
-    def start(self, seconds: float = 120) -> None:
-        """Returns when it answers. Raises RuntimeError."""
-        settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        with (self._folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"),
-                    *("--port", str(self._port), "--backend-store-uri", f"sqlite:///{self._folder}/m.db"),
-                    *("--artifacts-destination", str(self._folder / "files")),
-                ],
-                env=os.environ | settings,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        last = time.monotonic() + seconds
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=2).close()
-                return
-            except (urllib.error.URLError, OSError):
-                if time.monotonic() > last or self._process.poll() is not None:
-                    self.kill()
-                    raise RuntimeError(f"mlflow server does not start: see {self._folder / 'log'}") from None
-                time.sleep(0.1)
-
-    def kill(self) -> None:
-        """SIGKILL to its process group."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-    stop = kill
-
-
 class Service:
     """A server, and the bad network before it: killed, and brought back in a thread after a while."""
 
@@ -198,7 +146,7 @@ class Service:
         (self.server.kill_all if everything else self.server.kill)()
         self._back = time.monotonic() + away_seconds
 
-    def tick(self, disturb: bool) -> None:
+    def tick(self, disturb: bool = True) -> None:
         """What is due now: a start, another spell of weather; without `disturb` only good weather comes."""
         now = time.monotonic()
         if not self.up:
@@ -223,7 +171,7 @@ class Service:
         self.proxy.calm()
         self._refuses = False
         chance = self._chance
-        kind = chance.choices(("calm", "late", "cut", "refuse", "slow down"), (9, 3, 4, 3, 1))[0] if disturb else "calm"
+        kind = chance.choices(("calm", "late", "cut", "refuse", "slow down"), (6, 3, 4, 3, 2))[0] if disturb else "calm"
         seconds = chance.uniform(2, 8)
         if kind == "late":
             self.proxy.latency = chance.uniform(0.002, 0.02)
@@ -256,9 +204,9 @@ class Service:
         return counts | {f"spells of {kind}": count for kind, count in sorted(self.spells.items()) if kind != "calm"}
 
     def close(self) -> None:
+        """The server itself is its owner's to end."""
         self._pool.shutdown(wait=True)
         self.proxy.close()
-        self.server.stop()
 
 
 def s3_server() -> S3Server:
@@ -270,9 +218,8 @@ def durable(server: S3Server) -> bool:
     return isinstance(server, CephServer)
 
 
-def environment(folder: Path, s3: Mapping[str, str], mlflow_url: str, mark: str) -> dict[str, str]:
+def environment(folder: Path, s3: Mapping[str, str], mlflow_url: str, mark: str, temporary: Path) -> dict[str, str]:
     """Of a launch: its servers, and everything that it leaves on this machine inside the experiment's folder."""
-    temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
     here = {"TMPDIR": str(temporary), "XDG_CACHE_HOME": str(folder / "home"), "MLFLOW_TRACKING_URI": mlflow_url}
     quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "COLUMNS": "160", "NO_COLOR": "1"}

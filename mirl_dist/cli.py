@@ -38,6 +38,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 def main() -> None:
     """Run a command; a Fault becomes one line on standard error."""
     rank = os.environ.get("RANK", "0")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost rank costs a page of C++ frames
     if "RANK" in os.environ:
         sys.excepthook = _show_and_leave
         _leave_if_said_already()

@@ -31,7 +31,7 @@ from mirl_dist.items import Item
 from mirl_dist.segments import Entry, Segment, lines_of, segments_of, write
 from mirl_dist.storage import open_store
 
-SEGMENT_BYTES = 16 * 2**20
+SEGMENT_BYTES = 2**20
 
 _log = logging.getLogger("mirl_dist.tracking")
 

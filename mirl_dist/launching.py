@@ -136,7 +136,8 @@ def _kill(work: concurrent.futures.Future[int], slip: Slip, code: int) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"mirl-dist: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a terminal that has been closed must not end what it started
+        print(f"mirl-dist: {text}", file=sys.stderr, flush=True)
 
 
 def _auto(config: Config) -> tuple[int, list[str]]:

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -44,6 +45,7 @@ class Store:
 
     ids: what `remember` was given in earlier lives. key: by which runs are found whose ids got lost, unless ids has
     one. remember: gets new ids before anything depends on them; may raise Fault, and is then called again later.
+    life: the word with which the ids of items of this life begin.
     """
 
     def __init__(
@@ -54,21 +56,25 @@ class Store:
         ids: dict[str, str],
         key: str,
         remember: Callable[[dict[str, str]], None],
+        life: str,
     ) -> None:
         self.name = shown(uri)
         self.experiment_id = ""
         self.reached: dict[str, Reached] = {}
         self._uri, self._experiment, self._run_name = uri, experiment, run_name
-        self._ids, self._key, self._remember = ids, key, remember
-        self._heard: dict[str, dict[str, Item]] = {}  # how runs were opened, and their params: to make them anew
+        self._ids, self._key, self._remember, self._life = ids, key, remember, life
+        self._opened, self._params = dict[str, Item](), dict[str, Item]()  # to make runs anew
+        self._created = Counter[str]()  # how often that was asked for
         self._client: Any = None
 
     def deliver(self, item: Item) -> None:
         """Deliver an item; a server that was emptied or restored meanwhile gets the runs anew."""
         from mlflow.exceptions import MlflowException
 
-        if item.do in ("open", "params"):
-            self._heard.setdefault(item.where, {})[item.id] = item
+        if item.do == "open":
+            self._opened[item.where] = item
+        elif item.do == "params":
+            self._params[item.id] = item
         try:
             self._deliver(item)
         except MlflowException as trouble:
@@ -83,9 +89,11 @@ class Store:
         client = self._connected()
         if item.do == "open":
             return self._open(client, item)
-        run = self._reach(item)
+        run = self._reach(client, item)
         if item.do == "end":
-            client.set_terminated(run.id, item.name, item.at_ms)
+            if not self._out_of_date(item, client.get_run(run.id)):
+                client.set_terminated(run.id, item.name, item.at_ms)
+            self._delete_doubles(client, item.where)
         elif item.do == "params":
             new = [Param(name, text) for name, text in item.texts.items() if name not in run.params]
             changed = [n for n, text in item.texts.items() if run.params.get(n, text) != text]
@@ -154,13 +162,13 @@ class Store:
         tags = {"mlflow.experimentKind": "custom_model_development"}
         return str(client.create_experiment(self._experiment, artifact_location=location, tags=tags))
 
-    def _reach(self, item: Item) -> Reached:
+    def _reach(self, client: Any, item: Item) -> Reached:
         """The run of an item; one that an earlier life opened is found, one that the store lost is made as it was."""
         if item.where not in self.reached:
             name = self._run_name if item.where == "run" else f"round {item.where.rpartition('/')[2]}"
-            heard = self._heard.get(item.where) or {"": Item("open", item.where, name, at_ms=item.at_ms)}
-            for opening in heard.values():
-                self._deliver(opening)
+            self._open(client, self._opened.get(item.where) or Item("open", item.where, name, at_ms=item.at_ms))
+            for params in self._params.values() if item.where == "run" else ():
+                self._deliver(params)
         return self.reached[item.where]
 
     def _open(self, client: Any, item: Item) -> None:
@@ -171,20 +179,25 @@ class Store:
             self._know("key", self._key)
         tags = item.texts | {"mirl_dist.key": f"{self._ids['key']}/{item.where}"}
         if item.where != "run":
-            parent = self._reach(Item("open", "run", at_ms=item.at_ms)).id
+            parent = self._reach(client, Item("open", "run", at_ms=item.at_ms)).id
             client.get_run(parent)  # raises where it is lost: a child is not hung on nothing
             tags["mlflow.parentRunId"] = parent
         run = self._find(client, item.where, tags["mirl_dist.key"])
         if run is None:
+            self._created[item.where] += 1
             run = client.create_run(self.experiment_id, item.at_ms, tags, item.name)
         else:
-            if (run.info.end_time or 0) <= item.at_ms:  # it goes on; an older word must not open what has ended since
+            if not self._out_of_date(item, run):
                 client.update_run(run.info.run_id, status="RUNNING")
             client.log_batch(run.info.run_id, tags=[RunTag(name, text) for name, text in tags.items()])
         steps = {metric.key: metric.step for metric in run.to_proto().data.metrics}
         self.reached[item.where] = Reached(run.info.run_id, dict(run.data.params), steps)
         if self._ids.get(item.where) != run.info.run_id:
             self._know(item.where, run.info.run_id)
+
+    def _out_of_date(self, item: Item, run: Any) -> bool:
+        """Whether another life has ended the run since: by the clock, which this life's own words need not heed."""
+        return not item.id.startswith(self._life) and (run.info.end_time or 0) > item.at_ms
 
     def _know(self, name: str, id_: str) -> None:
         self._remember({name: id_})
@@ -205,8 +218,17 @@ class Store:
                     return run
             _log.warning("%s has no run %s any more (remembered as %s); it gets a new one", self.name, id_, where)
             del self._ids[where]
-        found = client.search_runs([self.experiment_id], f"tags.`mirl_dist.key` = '{key}'", max_results=1)
-        return found[0] if found else None
+        return next(iter(self._known_by(client, key)), None)
+
+    def _known_by(self, client: Any, key: str) -> list[Any]:
+        return list(client.search_runs([self.experiment_id], f"tags.`mirl_dist.key` = '{key}'", max_results=10))
+
+    def _delete_doubles(self, client: Any, where: str) -> None:
+        """Delete the empty twins of a run: made by requests that a slow server took up after we asked again."""
+        if self._created[where] > 1:
+            for run in self._known_by(client, f"{self._ids['key']}/{where}"):
+                if run.info.run_id != self.reached[where].id and not run.data.metrics:
+                    client.delete_run(run.info.run_id)
 
 
 def _send_points(client: Any, item: Item, run: Reached) -> None:

@@ -11,7 +11,6 @@ import logging
 import math
 import threading
 import time
-import uuid
 from collections import OrderedDict
 from collections.abc import Iterable
 
@@ -28,26 +27,26 @@ _log = logging.getLogger("mirl_dist.tracking")
 class Outbox:
     """Items in the order of their making, for any thread; what was inherited, and what earlier lives left, comes first.
 
-    store_name: for people. journal: None for memory only. inherited: the `backlog` of the life that this one goes on
-    from. changed: notified when something was sent. mine: whether this process delivers; what earlier lives left is
-    known from then on. sent: items so far.
+    store_name: for people. life: 32 hex digits, this process's own. journal: None for memory only. inherited: the
+    `backlog` of the life that this one goes on from. changed: notified when something was sent. mine: whether this
+    process delivers; what earlier lives left is known from then on. sent: items so far.
     """
 
-    def __init__(self, store_name: str, journal: Journal | None, inherited: bytes = b"") -> None:
+    def __init__(self, store_name: str, life: str, journal: Journal | None, inherited: bytes = b"") -> None:
         self.changed = threading.Condition()
         self.mine = journal is None
         self.sent = self.forgotten = 0
         self._store_name, self._journal = store_name, journal
         self._queue: OrderedDict[str, Entry] = OrderedDict()
         self._files = self._memory = 0  # how many are files; bytes in memory alone
-        self._life, self._count, self._last_ms = uuid.uuid4().hex, 0, 0
+        self._life, self._count, self._last_ms = life, 0, 0
         self._disk_told = False
         self._order = self._inherit(inherited)
 
     def put(self, item: Item) -> None:
         """Keep an item for sending; it gets its id and its time here. The clock of a life never runs backwards."""
         with self.changed:
-            self._last_ms = item.at_ms = self._now_ms()
+            item.at_ms = self._tick()
             self._keep(item)
 
     def put_points(self, do: str, where: str, values: Iterable[tuple[str, float, int]]) -> None:
@@ -56,10 +55,10 @@ class Outbox:
         Values that are not finite are left out: MLflow would draw infinity as 1.8e308.
         """
         with self.changed:
-            now = self._now_ms()
+            now = self._tick()
             points = [(legal_name(n), float(v), now, step) for n, v, step in values if math.isfinite(v)]
             for start in range(0, len(points), POINTS_PER_CALL):
-                self.put(Item(do, where, points=points[start : start + POINTS_PER_CALL]))
+                self._keep(Item(do, where, points=points[start : start + POINTS_PER_CALL], at_ms=now))
 
     def take_over(self) -> bool:
         """Whether this process delivers from now on: it holds the journal's lock and knows what earlier lives left."""
@@ -89,13 +88,14 @@ class Outbox:
 
     def next(self, *, files: bool, others: bool) -> list[Entry]:
         """What goes in the next delivery: points of one run, up to the limit, or one item; files or others or both."""
-        batch: list[Entry] = []
+        batch, points = list[Entry](), 0
         with self.changed:
             for entry in self._queue.values():
                 if not (files if entry.do == "file" else others):
                     continue
                 joins = entry.do == "points" and (not batch or (batch[0].do, batch[0].where) == ("points", entry.where))
-                if batch and not (joins and sum(e.points for e in batch) + entry.points <= POINTS_PER_CALL):
+                points += entry.points
+                if batch and not (joins and points <= POINTS_PER_CALL):
                     break
                 batch.append(entry)
                 if not joins:
@@ -165,8 +165,9 @@ class Outbox:
         rest = [entry for entry in everything if entry.id not in self._order]
         return OrderedDict((entry.id, entry) for entry in first + rest)
 
-    def _now_ms(self) -> int:
-        return max(self._last_ms, time.time_ns() // 1_000_000)
+    def _tick(self) -> int:
+        self._last_ms = max(self._last_ms, time.time_ns() // 1_000_000)
+        return self._last_ms
 
     def _keep(self, item: Item) -> None:
         if not item.id:

@@ -253,9 +253,10 @@ class Ranks:
                 torch.distributed.barrier()
 
     def close(self) -> None:
-        """Leave the process group; without this, torch warns about leaked resources."""
+        """Leave the process group, all ranks together; without this, torch warns about leaked resources."""
         if self._watch is not None:
             self._watch.stop()
+            self.barrier(what="end")  # rank 0 may keep what the others' watches read
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _LEFT.append(torch.distributed.group.WORLD)
         self._accelerator.end_training()

@@ -94,6 +94,7 @@ class Rounds:
         self.tracker.begin_round(progress.round, {"round": str(progress.round), "mask": progress.mask_digest})
         total = epochs * plan.steps_per_epoch
         what = f"round {progress.round}"
+        self.news.update(round=progress.round, step=progress.updates, steps=total)
         stream = self.stream.batches(progress.round, Position(progress.epoch, progress.step), epochs)
         with (
             closing(stream) as batches,  # its workers end with the round, also with one that fails

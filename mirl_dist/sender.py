@@ -67,6 +67,7 @@ class Sender:
         self._away, self._no_files = _Outage(), _Outage()
         self._refused = set[tuple[str, str]]()
         self._trouble = "nothing got through"
+        self._tell: Callable[..., None] = _log.warning  # of outages
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
 
     def start(self) -> None:
@@ -111,7 +112,7 @@ class Sender:
     def send_all(self, idle_seconds: float, advance: Callable[[int], None]) -> str:
         """Send all that waits, in this thread; what hindered it for `idle_seconds`, else ''. advance: items so far."""
         self._due, self._longest_pause = -math.inf, HURRIED_PAUSE_SECONDS
-        self._away.told = self._no_files.told = True  # the caller tells
+        self._tell = _nobody
         last, sent = time.monotonic(), 0
         while self._unfinished():
             self._send_one()
@@ -240,14 +241,18 @@ class Sender:
             outage.lengthen(self._longest_pause)
         if not outage.told:
             outage.told = True
-            _log.warning(text, self._store.name, cause)
+            self._tell(text, self._store.name, cause)
 
     def _tell_of_return(self) -> None:
         """An outage is over, and told to be, when all that waited is sent."""
         files, others = self._outbox.waits()
         if self._away.told and not others and (not files or self._no_files.told):
             self._away.told = False
-            _log.warning("%s is back: all that waited is sent", self._store.name)
+            self._tell("%s is back: all that waited is sent", self._store.name)
         if self._no_files.told and not files:
             self._no_files.told = False
-            _log.warning("%s takes files again: all that waited are sent", self._store.name)
+            self._tell("%s takes files again: all that waited are sent", self._store.name)
+
+
+def _nobody(*_: object) -> None:
+    """Tell nobody."""

@@ -155,31 +155,36 @@ def print_status(run: str, as_json: bool) -> None:
         "samples": stands.samples,
         "seconds_training": stands.seconds,
         "samples_per_second": stands.samples / stands.seconds if stands.seconds else None,
-        "writer": _writer(checkpoints),
+        "writer": _writer(checkpoints, config),
         "mlflow": _mlflow(run, checkpoints, config),
     }
     if as_json:
         print(json.dumps(said, indent=1))
         return
     for name, value in said.items():
-        shown = ", ".join(f"{k} {v}" for k, v in value.items() if v != "") if isinstance(value, dict) else value
-        report.say(f"{name:24} {'-' if shown is None else shown}")
+        report.say(f"{name:24} {_in_words(value)}")
 
 
-def _writer(checkpoints: Checkpoints) -> dict[str, Any] | None:
-    """Who holds, or last held, the run's lease, and its last sign of life."""
+def _in_words(value: Any) -> str:
+    """One line for people: '-' for nothing, few digits."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_in_words(inner)}" for key, inner in value.items() if inner not in ("", None))
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _writer(checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
+    """Who holds, or last held, the run's lease; while it lives, what its last sign of life said."""
     found = lease.holder(checkpoints.store)
     if found is None:
         return None
-    ended = {} if found.ended is None else {"ended": found.ended}
-    return {
-        "host": found.host,
-        "pid": found.pid,
-        "since": found.started_at,
-        "beat": found.beat_at,
-        **found.news,
-        **ended,
-    }
+    who = {"host": found.host, "pid": found.pid, "since": found.started_at, "beat": found.beat_at}
+    if found.ended is not None:
+        return who | {"ended": found.ended}
+    news = dict(found.news)
+    left, speed = news.get("steps", 0) - news.get("step", 0), news.get("samples_per_second")
+    if speed:
+        news["seconds_left_in_round"] = round(left * config.batch.global_ / speed)
+    return who | news
 
 
 def _journal(run: str, checkpoints: Checkpoints, config: Config) -> Path:

@@ -97,8 +97,9 @@ class Mlflow:
         import_quietly(self._uri)
         self._run_name = run_name
         self._journal, key = _opened(journal, shown(self._uri))
-        self._store = Store(self._uri, experiment, run_name, dict(remembered), key, remember)
-        self._outbox = Outbox(self._store.name, self._journal, inherited)
+        life = uuid.uuid4().hex
+        self._store = Store(self._uri, experiment, run_name, dict(remembered), key, remember, life)
+        self._outbox = Outbox(self._store.name, life, self._journal, inherited)
         self._sender = Sender(self._store, self._outbox)
         self._round, self._begun = "", set[str]()
         self._sender.start()
@@ -239,8 +240,9 @@ def resend(
                 f"found the journal {journal} in use: the run lives and sends by itself, or another command does. "
                 "Wait until it has ended."
             )
-        store = Store(address, experiment, run_name, dict(remembered), key, remember)
-        outbox = Outbox(store.name, kept, inherited)
+        life = uuid.uuid4().hex
+        store = Store(address, experiment, run_name, dict(remembered), key, remember, life)
+        outbox = Outbox(store.name, life, kept, inherited)
         outbox.take_over()
         before = outbox.count()
         if before.since is None:

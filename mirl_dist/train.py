@@ -78,7 +78,7 @@ def train_round(
     not be written; Stopped after a commit when any rank was asked to stop.
     """
     parameters, progress = list(state.weights.values()), state.progress
-    meter, pace, spikes = Meter(plan, progress, ranks.device), Pace(), guards.Spikes(plan.spike_factor)
+    meter, pace, spikes = Meter(plan, progress, ranks.device), Pace(ranks.hosts), guards.Spikes(plan.spike_factor)
     due = False
     while progress.epoch < plan.epochs:
         lr, seen, loss, norm = around.rate(progress), guards.Seen(), 0.0, torch.tensor(0.0)

@@ -173,8 +173,8 @@ class Watch:
             quiet, seen = (quiet + 1 if self._beat == seen else 0), self._beat
             mine = self._meetings.standing()
             if mine.waiting and mine.seconds > self._timeout and quiet > _LOOKS:
-                gone = f"{self._home} does not answer any more: it has ended or is stopped, or its node is gone"
-                self._end(f"{waited(mine)}, and {gone}. {_AGAIN}")
+                keeper = f"{self._home}, through which ranks tell where they are, does not answer any more"
+                self._end(f"{waited(mine)}, and {keeper}: it has ended or is stopped, or its node is gone. {_AGAIN}")
 
     def _end(self, text: str) -> None:
         """Not at once: this process may keep the board, on which others have yet to read that this one has spoken."""

@@ -59,7 +59,7 @@ mon data = {folder}/mon
 [osd.0]
 osd data = {folder}/osd
 osd objectstore = bluestore
-osd max object name len = 1024
+osd op queue = wpq
 bluestore block size = 10737418240
 bluestore block create = true
 bluestore cache autotune = false
@@ -69,6 +69,8 @@ rgw data = {folder}
 rgw frontends = beast endpoint=127.0.0.1:{port}
 rgw enable ops log = false
 rgw enable usage log = false
+rgw gc obj min wait = 30
+rgw gc processor period = 30
 """
 
 _KEYS = """

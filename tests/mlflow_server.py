@@ -17,17 +17,18 @@ from conftest import free_port
 
 
 class MlflowServer:
-    """`url`: its address, the same after `kill` and `start`. Use as a context manager."""
+    """`url`: its address, the same after `kill` and `start`; `database`: its file. Use as a context manager."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._port = folder, free_port()
         self.url = f"http://127.0.0.1:{self._port}"
+        self.database = folder / "m.db"
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
     def start(self, seconds: float = 60) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
-        command += ["--port", str(self._port), "--backend-store-uri", f"sqlite:///{self._folder}/m.db"]
+        command += ["--port", str(self._port), "--backend-store-uri", f"sqlite:///{self.database}"]
         command += ["--artifacts-destination", str(self._folder / "files")]
         settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         with open(self._folder / "log", "ab") as log:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mirl_dist.data.manifest import CLEAN
 from mirl_dist.data.recipe import Recipe
 from mirl_dist.data.shards import Shards
 from mirl_dist.data.supply import Supply
-from mirl_dist.faults import Fault
+from mirl_dist.faults import Fault, Stopped
 from mirl_dist.storage import Folder
 from mirl_dist.tasks import Task
 
@@ -46,20 +47,33 @@ class SomeRanks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def gather_objects(self, item: Any) -> list[Any]:
+    def gather_objects(self, item: Any, *, what: str = "") -> list[Any]:
         self._board[self.rank] = item
-        self._meet.wait()
-        return list(self._board)
+        self._meet.wait(60)
+        everyone = list(self._board)
+        self._meet.wait(60)
+        return everyone
+
+    def any(self, flag: bool, *, what: str) -> bool:
+        return any(self.gather_objects(flag, what=what))
 
 
-def scores_on(world: int, supply: Supply, jobs: list[evaluate.Job]) -> list[evaluate.Scores]:
+def scores_on(
+    world: int, supply: Supply, jobs: list[evaluate.Job], asked: Callable[[int], bool] = lambda rank: False
+) -> list[Any]:
+    """What every rank scored, or the exception that it met; asked: whether a rank is asked to stop, at each image."""
     board: list[Any] = [None] * world
     found: list[Any] = [None] * world
     meet = threading.Barrier(world)
 
     def one(rank: int) -> None:
         ranks: Any = SomeRanks(rank, world, board, meet)
-        found[rank] = evaluate.evaluate(Darker(), supply, jobs, ranks, seed=0)
+        try:
+            found[rank] = evaluate.evaluate(
+                Darker(), supply, jobs, ranks, seed=0, stop_asked=lambda: asked(rank), look_ahead=True
+            )
+        except (Fault, Stopped) as error:
+            found[rank] = error
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
     for thread in threads:
@@ -173,6 +187,30 @@ def test_scores_and_pictures_are_the_same_to_the_last_bit_on_any_number_of_ranks
     for found in scores_on(world, supply, jobs):
         assert found.scores == alone.scores
         assert found.pictures == alone.pictures
+
+
+@pytest.mark.parametrize("images_before", [0, 1])
+def test_all_ranks_stop_when_one_of_them_is_asked_to_and_the_next_evaluation_is_whole(
+    supply: Supply, images_before: int
+) -> None:
+    jobs = evaluate.plan(supply.shards, TASKS, None)
+    looks = iter(range(100))
+
+    def asked(rank: int) -> bool:
+        return rank == 1 and next(looks) >= images_before
+
+    for found in scores_on(3, supply, jobs, asked):
+        assert isinstance(found, Stopped)
+        assert str(found) == "stopped as asked while evaluating; the round's training is committed"
+    [alone] = scores_on(1, supply, jobs)
+    assert scores_on(3, supply, jobs) == [alone] * 3, "nothing was left held, and nobody waits for somebody"
+
+
+def test_a_rank_without_images_that_is_asked_to_stop_does_not_leave_alone(supply: Supply) -> None:
+    jobs = evaluate.plan(supply.shards, TASKS[:1], ("photos",))
+    empty = next(rank for rank in range(4) if not evaluate.deal(jobs, rank, 4))
+    found = scores_on(4, supply, jobs, lambda rank: rank == empty)
+    assert len({type(one) for one in found}) == 1
 
 
 def test_an_image_too_small_to_score_is_refused_by_name_before_any_training(tmp_path: Path) -> None:

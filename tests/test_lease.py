@@ -444,6 +444,22 @@ class TestTaking:
         assert make(store).claim() == 1
         assert store.tries == 2
 
+    @pytest.mark.parametrize("error", [NotAllowed, TryAgain])
+    @pytest.mark.parametrize("name", [claim_name, beat_name, released_name])
+    def test_a_file_that_the_store_does_not_give_is_not_taken_for_none(
+        self, folder: Folder, make: Make, name: Callable[[int], str], error: type[Exception]
+    ) -> None:
+        class Refuses(Folder):
+            def get(self, asked: str) -> bytes:
+                if asked == name(1):
+                    raise error("no")
+                return super().get(asked)
+
+        stranger(folder)
+        with pytest.raises(error):
+            make(Refuses(Path(folder.where())), 0.2).claim()
+        assert lease_names(folder) == [claim_name(1)]
+
     def test_the_newest_two_generations_stay_and_what_is_foreign(self, store: Store, make: Make) -> None:
         store.put("lease/notes.txt", b"mine")
         store.put("lease/deep/00000001.json", b"mine too")

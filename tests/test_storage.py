@@ -249,6 +249,7 @@ class TestEveryStore:
             assert all(pool.map(work, range(48)))
         assert len(store.list("t")) == 48
 
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # threads that play the network
     def test_a_store_travels_to_other_processes(self, store: Store) -> None:
         store.put("a", b"from the parent")
         copy: Store = pickle.loads(pickle.dumps(store))

@@ -293,6 +293,31 @@ def test_an_answer_lost_on_the_way_doubles_nothing(uri: str, begin: Begin, monke
 
 
 @pytest.mark.usefixtures("impatient")
+def test_a_run_that_a_slow_server_makes_too_late_is_not_left_beside_its_twin(
+    uri: str, begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    real, late = MlflowClient.create_run, list[Any]()
+
+    def create(self: Any, *args: Any) -> Any:
+        late.append(args)
+        if len(late) == 1:
+            raise TimeoutError("no answer yet")
+        made = real(self, *args)
+        if len(late) == 2:
+            real(self, *late[0])
+        return made
+
+    monkeypatch.setattr(MlflowClient, "create_run", create)
+    ids: dict[str, str] = {}
+    tracker = begin(uri, ids)
+    tracker.begin_round(0, {})
+    tracker.end_run()
+    assert len(late) == 3 and {run.info.run_id for run in runs_of(uri, ids["run"])} == {ids["run"], ids["round/00"]}
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_dead_server_stops_nothing_and_gets_everything_later(
     server: str, begin: Begin, caplog: pytest.LogCaptureFixture
 ) -> None:

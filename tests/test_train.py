@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -224,6 +225,20 @@ def test_a_step_that_is_left_out_moves_no_weight_and_no_moment_and_is_in_no_mean
     (adam,) = {float(moment["step"]) for moment in run.state.optimiser.state.values()}
     assert adam == 11.0
     assert all(torch.isfinite(torch.tensor(list(values.values()))).all() for values in run.told.values())
+
+
+def test_a_run_that_goes_on_after_a_step_was_left_out_moves_as_one_that_did_not_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends = []
+    for stops in (False, True):
+        monkeypatch.setattr(objective, "per_sample_l1", bad_in((2, 0)))
+        run = Run(stop_in=lambda step, stops=stops: stops and step == 4)  # type: ignore[misc]
+        with contextlib.suppress(Stopped):
+            run.train(plan(skip_bad=1))
+        monkeypatch.undo()
+        ends.append(bits(Run().train(plan(), run)) if stops else bits(run))
+    assert ends[0] == ends[1]
 
 
 def test_a_report_after_nothing_but_steps_that_were_left_out_tells_no_loss(

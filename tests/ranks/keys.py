@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mirl_dist import cli, train
+from mirl_dist.keeper import Keeper
 
 
 def watch() -> None:
@@ -30,6 +31,8 @@ def watch() -> None:
         return meet(losses, batch, ranks, around, pace)
 
     train.meet = watching
+    # A commit that is due is made at its step, not later because the one before is still being written.
+    Keeper.busy = property(lambda self: bool(self.settle(60)))  # type: ignore[assignment, method-assign]
 
 
 if __name__ == "__main__":

@@ -122,6 +122,14 @@ def test_ranks_of_which_one_died_are_started_again_and_it_is_said_who_and_how_of
     assert list(play.place.iterdir()) == [], "nothing is left of a launch that has ended"
 
 
+def test_the_rank_that_died_is_named_and_not_the_one_that_only_missed_it(play: Play, tmp_path: Path) -> None:
+    died = str(tmp_path / "died")
+    one = f"if rank:\n open({died!r}, 'w').close()\n os.kill(os.getpid(), 9)"
+    two = f"while not os.path.exists({died!r}):\n time.sleep(0.001)\nslip.linger()\nsys.exit(1)"
+    ended = play(f"{one}\n{two}", restarts=0).wait()
+    assert ended.err == "mirl-dist: rank 1 was killed by signal 9.\n", ended.said()
+
+
 def test_ranks_that_always_die_end_the_launch_with_their_code(play: Play) -> None:
     ended = play("sys.exit(3) if rank == 1 else serve()", restarts=1).wait()
     assert ended.rc == 3, ended.said()
@@ -154,6 +162,13 @@ def test_ranks_that_finish_although_they_were_asked_to_stop_have_finished(play: 
     wait_for(lambda: launch.text("out").count("process") == 2, launch)
     os.kill(launch.pids[0], signal.SIGTERM)
     assert launch.wait(30).rc == 0
+
+
+def test_a_launch_that_was_asked_to_stop_can_be_gone_on_with_even_if_its_ranks_fail(play: Play) -> None:
+    launch = play("serve(slip.stop_asked); sys.exit(1)", restarts=0)
+    wait_for(lambda: launch.text("out").count("process") == 2, launch)
+    os.kill(launch.pids[0], signal.SIGTERM)
+    assert launch.wait(30).rc == 75
 
 
 DEAF = """
@@ -206,7 +221,7 @@ def test_a_launch_file_with_which_accelerate_hides_failures_is_refused(tmp_path:
 
 
 def test_a_run_survives_killed_ranks_a_stop_and_a_killed_launcher(lab: Any, reference: Path, tmp_path: Path) -> None:
-    run, sets = tmp_path / "run", {"store.lease_seconds": 1}
+    run, sets = tmp_path / "run", {"store.lease_seconds": 5}
     first = lab.cold("python", "-m", "mirl_dist", *lab.train(tmp_path, sets, "--launch", "auto"), cwd=tmp_path)
     wait_for(lambda: list(run.glob("rounds/00/steps/*/COMPLETE.json")), first)
     os.kill(workers(first)[1], signal.SIGKILL)
@@ -216,7 +231,7 @@ def test_a_run_survives_killed_ranks_a_stop_and_a_killed_launcher(lab: Any, refe
     ended = first.wait()
     assert ended.rc == 75, ended.said()
     assert "mirl-dist: rank 1 was killed by signal 9; starting the ranks again (1 of 3)." in ended.err
-    assert ended.err.count("stopped as asked in round") == 1, "said once, and committed"
+    assert ended.err.count("stopped as asked") == 1, ended.said()
     assert "(2 of 3)" not in ended.err and "Traceback" not in ended.err, ended.said()
 
     arguments = ["--nproc-per-node", "2", "--max-restarts", "1", "-m", "mirl_dist", *lab.train(tmp_path, sets)]
@@ -236,7 +251,7 @@ def test_a_run_survives_killed_ranks_a_stop_and_a_killed_launcher(lab: Any, refe
 def test_a_step_that_kills_its_ranks_each_time_is_not_tried_for_ever_and_can_be_tried_again(
     lab: Any, tmp_path: Path
 ) -> None:
-    sets = {"guard.same_step_failures": 2, "prune.rounds": 0, "store.lease_seconds": 1}
+    sets = {"guard.same_step_failures": 2, "prune.rounds": 0, "store.lease_seconds": 5}
     for _ in range(2):
         ended = lab.play(tmp_path, sets, fatal={"rank": 1, "step": [0, 3]})
         assert ended.codes == (1, -9), ended.said()
@@ -248,9 +263,9 @@ def test_a_step_that_kills_its_ranks_each_time_is_not_tried_for_ever_and_can_be_
     assert ended.rc == 0, ended.said()
 
 
-def test_a_fault_of_a_rank_is_said_once_though_restarts_are_left(lab: Any, tmp_path: Path) -> None:
+def test_a_fault_of_a_rank_is_said_once_though_a_restart_is_left(lab: Any, tmp_path: Path) -> None:
     fatal = {"MIRL_FATAL": json.dumps({"rank": 1, "step": [0, 1], "do": "fault"})}
-    arguments = ["--nproc-per-node", "2", "--max-restarts", "3", lab.fatal, *lab.train(tmp_path)]
+    arguments = ["--nproc-per-node", "2", "--max-restarts", "1", lab.fatal, *lab.train(tmp_path)]
     ended = lab.cold("torchrun", *arguments, cwd=tmp_path, env=fatal).wait()
     assert ended.rc == 1, ended.said()  # torchrun's own code
     assert ended.err.count("mirl-dist, rank 1: found a planned fault") == 1, ended.said()
