@@ -177,7 +177,7 @@ class Result(NamedTuple):
 def try_it(folder: Path, kills: int, seed: int, minutes: float, say: Say) -> Result:
     """The whole experiment. folder: empty, for all that it writes. Raises RuntimeError where it cannot be made."""
     log, mark, steps = Log(folder, say), secrets.token_hex(8), steps_for(kills)
-    with nothing_left(mark), servers(folder, seed) as services:
+    with nothing_left(mark), servers(folder, seed) as services, Commits(services[S3].server.url) as commits:
         s3, mlflow = services[S3].server, services[MLFLOW].server
         calm = environment(folder, s3.env(), mlflow.url, mark, folder / "tmp-calm")
         build(folder, calm, s3)
@@ -185,7 +185,7 @@ def try_it(folder: Path, kills: int, seed: int, minutes: float, say: Say) -> Res
         log("plan", f"{kills} kills in a run of 3 x {steps} steps; seed {seed}; the S3 server is {kind}")
         local = undisturbed(folder, calm, config(folder, steps, REFERENCE), 60 * minutes, log)
         victims = {name: n for name, n in DECK.items() if durable(s3) or name not in (S3, S3_WHOLE)}
-        tree, commits = config(folder, steps, CHAOS), Commits(s3.url)
+        tree = config(folder, steps, CHAOS)
         path = write_json(folder / "chaos.yaml", tree)
         env = environment(folder, s3.env(services[S3].proxy.url), services[MLFLOW].proxy.url, mark, folder / "tmp")
         experiment = Experiment(
@@ -207,7 +207,6 @@ def try_it(folder: Path, kills: int, seed: int, minutes: float, say: Say) -> Res
             "faults": {name: service.told() for name, service in services.items()},
         }
         found = list(watched(experiment, commits))
-        commits.close()
         if ended:
             for service in services.values():
                 service.settle()
@@ -252,7 +251,8 @@ def table(result: Result) -> Iterator[str]:
     )
     yield f"exit codes {f['exit_codes']}; {f['refused_by_a_dying_launch']} refused; {f['tracebacks']} tracebacks"
     for name, said in f["faults"].items():
-        yield f"before {name}: " + ", ".join(f"{count} {what}" for what, count in said.items())
+        yield f"{name}: " + ", ".join(f"{count} {what}" for what, count in said.items() if what != "spells")
+        yield "  spells of weather: " + ", ".join(f"{count} {what}" for what, count in said["spells"].items())
     for check in result.checks:
         yield f"{'holds' if check.held else 'FAILS'}  {check.name:24} {check.found}"
 

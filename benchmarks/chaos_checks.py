@@ -72,7 +72,10 @@ class Commits:
         elif newest != known:
             self.lost.append(f"{told(known)} was the newest commit, and then {told(newest)}")
 
-    def close(self) -> None:
+    def __enter__(self) -> Commits:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
 

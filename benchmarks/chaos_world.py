@@ -197,11 +197,11 @@ class Service:
                 raise RuntimeError(f"the server at {self.server.url} does not come back")
             time.sleep(0.05)
 
-    def told(self) -> dict[str, int]:
+    def told(self) -> dict[str, Any]:
         """How often it was disturbed, and how."""
         p = self.proxy
-        counts = {"requests": len(p.requests), "cuts": p.cuts, "answers 503": p.answered, "restarts": self.restarts}
-        return counts | {f"spells of {kind}": count for kind, count in sorted(self.spells.items()) if kind != "calm"}
+        counts = {"requests": len(p.requests), "cut": p.cuts, "answered 503": p.answered, "restarts": self.restarts}
+        return counts | {"spells": dict(sorted(self.spells.items()))}
 
     def close(self) -> None:
         """The server itself is its owner's to end."""

@@ -305,6 +305,7 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
             stop_asked=stop_asked,
             news=news,
         )
+        stop_asked.busy = lambda: rounds.keeper.busy
         stop_asked.polite = True  # from here on there is something to commit
         tracker.begin_run(config.dump(), _tags(config, prepared, ranks.world))
         with _told_how_it_ended(tracker, rounds, stop_asked), footprint:

@@ -45,13 +45,14 @@ def main() -> None:
     try:
         app()
     except SystemExit as ended:
-        _leave(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        _leave(code, final=code == 2)
     except Fault as fault:
         if rank == "0" or not fault.everywhere:
             who = "mirl-dist" if fault.everywhere or "RANK" not in os.environ else f"mirl-dist, rank {rank}"
             more = " Go on with --resume auto." if fault.resumable else ""
             print(f"{who}: {fault}{more}", file=sys.stderr, flush=True)
-        _leave(RESUMABLE if fault.resumable else 2)
+        _leave(RESUMABLE if fault.resumable else 2, final=True)
     except Stopped as stopped:
         if rank == "0":
             print(f"mirl-dist: {stopped}. Go on with --resume auto.", file=sys.stderr, flush=True)
@@ -62,16 +63,21 @@ def main() -> None:
         if not lost_a_peer(error):
             raise
         print(f"mirl-dist, rank {rank}: another rank has gone ({str(error).splitlines()[0][:120]})", file=sys.stderr)
+        sys.stderr.flush()
+        Slip.of_worker().linger()
         _leave(1)
 
 
-def _leave(code: int) -> None:
-    """Exit. A rank goes at once: other ranks may be gone already, and torch's process group (gloo, torch 2.13) can
-    wait for itself for ever while Python takes it apart."""
+def _leave(code: int, *, final: bool = False) -> None:
+    """Exit; final: a launcher that starts the ranks again would not mend it.
+
+    A rank goes at once: other ranks may be gone already, and torch's process group (gloo, torch 2.13) can wait for
+    itself for ever while Python takes it apart.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     if "RANK" in os.environ:
-        if code in (2, RESUMABLE):  # starting the ranks again would not mend it
+        if final:
             Slip.of_worker().last_word(code)
         os._exit(code)
     sys.exit(code)
@@ -132,9 +138,13 @@ def train(
         if world > 1:
             launching.launch(tree, world, options, ["train", str(config), "--resume", resume], sets or [])
             return
-    stop_asked = StopFlag().listen()
-    slip = Slip.of_worker()
+    stop_asked, slip = StopFlag(), Slip.of_worker()
     stop_asked.hears += [slip.stop_asked, lambda: slip.leave_if_orphaned(stop_asked)]
+    stop_asked.meant, stop_asked.cleared = slip.ask_to_stop, slip.another_failed
+    stop_asked.listen()
+    again = slip.restarted()
+    if again is not None and os.environ.get("RANK", "0") == "0":
+        print(f"mirl-dist: {again}", file=sys.stderr, flush=True)
     address = assemble.run(tree, resume, stop_asked)
     if os.environ.get("RANK", "0") == "0":
         from mirl_dist import shelf

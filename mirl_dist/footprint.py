@@ -10,6 +10,7 @@ word; starting, resting, a Fault and a stop that was asked for are none.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import os
@@ -96,11 +97,14 @@ class Footprint:
         self._write(self._record._replace(where=_AWAY))
 
     def close(self) -> None:
-        """The launch ends with a word. Twice is once."""
+        """The launch ends with a word; without deaths to remember, the file goes. Twice is once."""
         self.rest()
         if self._file is not None:
             self._file.close()
             self._file = None
+            if not _judged(self._record).deaths:
+                with contextlib.suppress(OSError):
+                    self._path.unlink()
 
     def __enter__(self) -> Footprint:
         return self

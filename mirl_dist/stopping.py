@@ -17,6 +17,7 @@ from collections.abc import Callable
 RESUMABLE = 75
 _POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LOOK_SECONDS = 0.5
+_BUSY_SECONDS = 10.0
 
 
 class StopFlag:
@@ -25,8 +26,10 @@ class StopFlag:
     Until `polite` is set there is nothing to commit, and the first signal ends the process with code 75. It does so by
     SystemExit, which no library takes for an error of its own and tries again.
     hears: others who may have been asked, looked at twice a second; tells: called once, when this process was asked
-    (both in a thread of their own, and must not raise); phase: what the process is doing, for the message at the
-    deadline, which is `deadline_seconds` after the first request.
+    (both in a thread of their own, and must not raise); meant: called for SIGINT and SIGUSR1, which no launcher sends
+    of its own. cleared: whether a SIGTERM only clears this process away because another has failed; it then ends with
+    code 1 as soon as it is not `busy` any more, or after ten seconds. phase: what the process is doing, for the message
+    at the deadline, which is `deadline_seconds` after the first request.
     """
 
     def __init__(self) -> None:
@@ -35,6 +38,9 @@ class StopFlag:
         self.deadline_seconds = 120.0
         self.hears: list[Callable[[], bool]] = []
         self.tells: list[Callable[[], None]] = []
+        self.meant: Callable[[], None] = lambda: None
+        self.cleared: Callable[[], bool] = lambda: False
+        self.busy: Callable[[], bool] = lambda: False
         self.phase: Callable[[], str] = lambda: "starting"
         self.since = 0.0
         self._told = False
@@ -66,6 +72,8 @@ class StopFlag:
 
     def _handle(self, number: int, frame: object) -> None:
         """In the main thread, as soon as it runs Python again."""
+        if number == signal.SIGTERM and not self.asked and self.cleared():
+            return  # the thread ends the process
         again, handled = self.asked and self._told, self._told
         self._told = True
         self.ask()
@@ -90,6 +98,10 @@ class StopFlag:
             interrupts += numbers.count(signal.SIGINT)
             if interrupts > 1:
                 os._exit(130)
+            if signal.SIGTERM in numbers and not self.asked and self.cleared():
+                self._leave_to_a_new_start()
+            if signal.SIGINT in numbers or signal.SIGUSR1 in numbers:
+                self.meant()
             if any(number in _POLITE for number in numbers) or any(hear() for hear in self.hears):
                 self.ask()
             if self.asked and not told:
@@ -101,6 +113,12 @@ class StopFlag:
                 text += f"{self.phase()}: leaving now. The run goes on from its last commit with --resume auto."
                 print(f"mirl-dist, rank {_rank()}: {text}", file=sys.stderr, flush=True)
                 os._exit(RESUMABLE)
+
+    def _leave_to_a_new_start(self) -> None:
+        last = time.monotonic() + _BUSY_SECONDS
+        while self.busy() and time.monotonic() < last:
+            time.sleep(0.05)
+        os._exit(1)
 
 
 def _rank() -> str:

@@ -184,6 +184,15 @@ def follower(store: Any) -> Checkpoints:
     return Checkpoints(store, Claim(store))
 
 
+class Blind:
+    """A writer that does not look whether it may still write."""
+
+    generation = 1
+
+    def check(self) -> None:
+        pass
+
+
 # -- a writer that dies -----------------------------------------------------------------------------------------
 
 
@@ -195,6 +204,8 @@ def assert_all_is_whole_after_a_death(site: Site, story: str, call: int, ended: 
     assert len(whole(store)) >= 2, "sound commits are fewer than were to be kept"
     left = newest(Checkpoints(store))
     assert left in (before, ended) or left[0] in DEEDS, "neither the old nor a new one"
+    for told in Checkpoints(store).tickets():
+        assert not Checkpoints(store).has_weights(told.round) or Checkpoints(store).round_weights(told.round)
     again = launch(store)
     assert newest(again) == left, "taking over changed what is newest"
     work(again, OLD)
@@ -252,20 +263,27 @@ def test_a_commit_that_is_tried_again_after_a_failure_at_any_call_never_leaves_t
 
 
 def test_a_takeover_that_dies_before_any_call_and_is_followed_by_one_that_dies_too_loses_nothing(site: Site) -> None:
-    store = site.run()
-    count = calls_of(store, follower, Checkpoints.take_over)
-    expected = whole(store)
-    assert count >= 5 and len(expected) == 3
-    orphan = "rounds/01/steps/00000010-0001/weights.safetensors"
-    for first in range(1, count + 1):
-        store = site.run()
+    def begun() -> Memory:
+        """Taken over once; something has come too late, and something was never whole."""
+        store: Memory = site.run()
+        launch(store)
+        step_9(Checkpoints(store, Blind()), OLD)
         store.put(orphan, b"never whole")
+        return store
+
+    orphan = "rounds/01/steps/00000010-0001/weights.safetensors"
+    count = calls_of(begun(), follower, Checkpoints.take_over)
+    expected = whole(site.run())
+    assert count >= 5 and len(expected) == 3
+    for first in range(1, count + 1):
+        store = begun()
+        assert whole(store) == expected, "what comes too late does not count"
         for call in {first, count + 1 - first}:
             with contextlib.suppress(Died):  # the second finds less to do
                 die_at(store, call, follower, Checkpoints.take_over)
             assert whole(store) == expected, f"call {call} after {first}"
         step_9(launch(store), NEW)
-        assert newest(Checkpoints(store))[0] == (1, 9)
+        assert newest(Checkpoints(store)) == ((1, 9), pack_tensors(weights(209)))
         assert not store.exists(orphan)
         assert len(store.list(ACCEPTED)) == 1
 
@@ -504,15 +522,6 @@ def test_a_process_that_is_stopped_anywhere_in_a_commit_and_continues_after_its_
 
 
 # -- damage -----------------------------------------------------------------------------------------------------
-
-
-class Blind:
-    """A writer that does not look whether it may still write."""
-
-    generation = 1
-
-    def check(self) -> None:
-        pass
 
 
 def flipped(data: bytes, at: int) -> bytes:

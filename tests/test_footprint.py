@@ -166,6 +166,11 @@ def test_without_a_place_to_leave_it_a_run_goes_on(place: Path) -> None:
     assert silent.repeated is None and place.read_text().startswith("a file")
 
 
-def test_closing_twice_is_once() -> None:
+def test_a_clean_end_leaves_a_file_only_where_there_are_deaths_to_remember(place: Path) -> None:
     launch_that_dies((0, 3), then="close").close()
-    assert Footprint.open(RUN, 1).repeated is None
+    assert list((place / "footprints").iterdir()) == []
+    launch_that_dies((0, 3))
+    launch_that_dies((0, 2), then="close")
+    assert file_of(place).stat().st_size < 200
+    launch_that_dies((0, 4), then="close")
+    assert list((place / "footprints").iterdir()) == []

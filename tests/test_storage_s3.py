@@ -208,6 +208,14 @@ def test_all_that_is_written_is_encrypted_as_the_options_say(
         assert (said.get("ServerSideEncryption"), said.get("SSEKMSKeyId")) == (told or usual)
 
 
+def test_a_server_that_cannot_encrypt_says_so(ceph_bucket: str) -> None:
+    store = impatient(ceph_bucket, options=Options(encryption="aws:kms"), read_seconds=5)
+    for data in (b"short", bytes(PART + 1)):
+        with pytest.raises(NotAllowed, match=r"answered InvalidRequest \(HTTP 400\)\. Check .* and store\.encryption"):
+            store.put("a", data)
+    assert store.list("") == []
+
+
 # -- what is sent -----------------------------------------------------------------------------------------------
 
 

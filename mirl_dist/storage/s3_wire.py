@@ -83,6 +83,7 @@ _TO_DO = {
     "IllegalLocationConstraintException": _REGION,
     "InvalidAccessKeyId": _KEYS,
     "InvalidBucketName": "Correct the bucket's name.",
+    "InvalidRequest": "Check the endpoint, and store.encryption where it is set: some servers want https for it.",
     "InvalidToken": _RENEW,
     "KeyTooLongError": "Choose a shorter prefix.",
     "PermanentRedirect": _REGION,
