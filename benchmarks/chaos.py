@@ -243,7 +243,7 @@ def table(result: Result) -> Iterator[str]:
     yield f"{'killed':18} {'times':>5}  {'to the next step: median':>24} {'longest':>9}"
     for victim, said in sorted(f["victims"].items()):
         seconds = said["seconds_to_next_step"] or [math.nan]
-        yield f"{victim:18} {said['kills']:5}  {statistics.median(seconds):22.1f} s {max(seconds):7.1f} s"
+        yield f"{victim:18} {said['kills']:5}  {statistics.median(seconds):22.1f} s {max(seconds):7.1f} s".replace("nan", "  -")
     yield (
         f"{f['seconds']:.0f} s, undisturbed {f['undisturbed_seconds']:.0f} s; {f['steps']} steps, "
         f"{f['steps_retrained']} trained again; {f['commits']} commits; {f['launches']} launches, "

@@ -187,9 +187,11 @@ class Store:
             self._created[item.where] += 1
             run = client.create_run(self.experiment_id, item.at_ms, tags, item.name)
         else:
-            if not self._out_of_date(item, run):
+            if run.info.status != "RUNNING" and not self._out_of_date(item, run):
                 client.update_run(run.info.run_id, status="RUNNING")
-            client.log_batch(run.info.run_id, tags=[RunTag(name, text) for name, text in tags.items()])
+            new = [RunTag(name, text) for name, text in tags.items() if run.data.tags.get(name) != text]
+            if new:
+                client.log_batch(run.info.run_id, tags=new)
         steps = {metric.key: metric.step for metric in run.to_proto().data.metrics}
         self.reached[item.where] = Reached(run.info.run_id, dict(run.data.params), steps)
         if self._ids.get(item.where) != run.info.run_id:
