@@ -57,7 +57,7 @@ from mlflow_server import MlflowServer
 from s3_server import S3Server
 
 DECK = {RANK: 6, ALL: 3, LAUNCHER: 4, S3: 2, S3_WHOLE: 2, MLFLOW: 2}
-STEPS_PER_KILL, QUIET_STEPS, EPOCH = 14, 90, 12
+STEPS_PER_KILL, QUIET_STEPS, EPOCH = 14, 60, 12
 
 
 def planned(kills: int, steps: int, seed: int, victims: Mapping[str, int]) -> list[Blow]:
@@ -240,10 +240,11 @@ def conditions(server: str) -> dict[str, Any]:
 def table(result: Result) -> Iterator[str]:
     """Lines for a terminal."""
     f = result.figures
-    yield f"{'killed':18} {'times':>5}  {'to the next step: median':>24} {'longest':>9}"
+    yield f"{'killed':19} {'times':>5}  {'to the next step: median':>24} {'longest':>9}"
     for victim, said in sorted(f["victims"].items()):
         seconds = said["seconds_to_next_step"] or [math.nan]
-        yield f"{victim:18} {said['kills']:5}  {statistics.median(seconds):22.1f} s {max(seconds):7.1f} s".replace("nan", "  -")
+        middle, longest = (f"{value:.1f} s" for value in (statistics.median(seconds), max(seconds)))
+        yield f"{victim:19} {said['kills']:5}  {middle:>24} {longest:>9}"
     yield (
         f"{f['seconds']:.0f} s, undisturbed {f['undisturbed_seconds']:.0f} s; {f['steps']} steps, "
         f"{f['steps_retrained']} trained again; {f['commits']} commits; {f['launches']} launches, "

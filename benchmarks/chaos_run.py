@@ -21,7 +21,8 @@ from mirl_dist import footprint
 RANK, ALL, LAUNCHER = "one rank", "all ranks", "the launcher"
 S3, S3_WHOLE, MLFLOW = "the S3 server", "S3 with its storage", "the MLflow server"
 TRAINING = (RANK, ALL, LAUNCHER)
-LATE_STEPS = 60
+LATE_STEPS = 30
+CALM_STEPS = 15  # of good weather at the end: a lease is let go within its seconds, or not at all
 ORPHAN_SECONDS, STUCK_SECONDS = 30.0, 300.0
 Say = Callable[[str], None]
 
@@ -42,7 +43,7 @@ class Steps:
 
 
 class Blow(NamedTuple):
-    """One kill: `delay` seconds after the run has reached `after` steps, or 60 steps later. away: of a server."""
+    """One kill: `delay` seconds after the run has reached `after` steps, or 30 steps later. away: of a server."""
 
     after: int
     delay: float
@@ -55,12 +56,12 @@ class Log:
     """What happened when: lines of JSON in the experiment's folder, and some of them for people."""
 
     def __init__(self, folder: Path, say: Say) -> None:
-        self._file = (folder / "events.jsonl").open("a", buffering=1)
-        self._say, self._began = say, time.monotonic()
+        self._path, self._say, self._began = folder / "events.jsonl", say, time.monotonic()
 
     def __call__(self, what: str, text: str = "", **more: Any) -> None:
         at = time.monotonic() - self._began
-        self._file.write(json.dumps({"at": round(at, 3), "what": what, "text": text, **more}) + "\n")
+        with self._path.open("a") as file:
+            file.write(json.dumps({"seconds": round(at, 3), "what": what, "text": text, **more}) + "\n")
         if text:
             self._say(f"{at:7.1f} s  {text}")
 
@@ -110,7 +111,7 @@ class Experiment:
             self._strike()
             self._watch_orphans()
             for service in self._services.values():
-                service.tick()
+                service.tick(disturb=self._furthest < 3 * self._per_round - CALM_STEPS)
             now = time.monotonic()
             if now > last:
                 self.failures.append(f"not at its end after {minutes:g} minutes")

@@ -115,12 +115,17 @@ class Tail:
     """The complete lines of a file that grows."""
 
     def __init__(self, path: Path) -> None:
-        self._file, self._rest = path.open("rb"), b""
+        self._path, self._read = path, 0
 
     def lines(self) -> list[str]:
-        self._rest += self._file.read()
-        *whole, self._rest = self._rest.split(b"\n")
-        return [line.decode(errors="replace") for line in whole]
+        """Those since the last call."""
+        if self._path.stat().st_size == self._read:
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            whole = file.read().rpartition(b"\n")[0]
+        self._read += len(whole) + bool(whole)
+        return whole.decode(errors="replace").splitlines()
 
 
 # -- servers ----------------------------------------------------------------------------------------------------------
@@ -135,7 +140,7 @@ class Service:
         self.proxy = FaultyProxy(server.url, seed=chance.randrange(1 << 30))
         self.spells: dict[str, int] = {}
         self.restarts = 0
-        self._until, self._refuses, self._back = 0.0, False, 0.0
+        self._until, self._kind, self._back = 0.0, "calm", 0.0
         self._starting: Future[None] | None = None
         self._pool = ThreadPoolExecutor(1)
         self.up = True
@@ -158,7 +163,7 @@ class Service:
                     raise failed
             elif self._starting is None and now >= self._back:
                 self._starting = self._pool.submit(self.server.start)
-        if now >= self._until or (self._refuses and not disturb):
+        if now >= self._until or (self._kind != "calm" and not disturb):
             self._turn(now, disturb)
 
     def _turn(self, now: float, disturb: bool) -> None:
@@ -169,16 +174,15 @@ class Service:
             self._until = now + 0.1
             return
         self.proxy.calm()
-        self._refuses = False
         chance = self._chance
         kind = chance.choices(("calm", "late", "cut", "refuse", "slow down"), (6, 3, 4, 3, 2))[0] if disturb else "calm"
-        seconds = chance.uniform(2, 8)
+        seconds, self._kind = chance.uniform(2, 8), kind
         if kind == "late":
             self.proxy.latency = chance.uniform(0.002, 0.02)
         elif kind == "cut":
             self.proxy.cut_every, self.proxy.cut_within = chance.randrange(4, 16), chance.choice(self._words)
         elif kind == "refuse":
-            seconds, self._refuses = chance.uniform(0.5, 3), True
+            seconds = chance.uniform(0.5, 3)
             self.proxy.refuse()
         elif kind == "slow down":
             self.proxy.answers = [answer(*SLOW_DOWN)] * chance.randrange(1, 6)
@@ -190,8 +194,7 @@ class Service:
         last = time.monotonic() + seconds
         while True:
             self.tick(disturb=False)
-            if self.up and not self._refuses:
-                self.proxy.calm()
+            if self.up and self._kind == "calm":
                 return
             if time.monotonic() > last:
                 raise RuntimeError(f"the server at {self.server.url} does not come back")

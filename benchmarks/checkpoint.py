@@ -111,7 +111,6 @@ def main() -> None:
         os.environ.update(server.env())
         address = server.bucket("bench")
         kept = Checkpoints(open_store(f"{address}/run"))
-        kept.save_mask(0, state.masks)
         client = server.client()
         results["s3"] = measure(
             kept, state, asked.commits, lambda name, data: client.upload_fileobj(io.BytesIO(data), "bench", name)
@@ -120,7 +119,6 @@ def main() -> None:
         server.stop()
     with tempfile.TemporaryDirectory() as folder:
         kept = Checkpoints(open_store(f"{folder}/run"))
-        kept.save_mask(0, state.masks)
 
         def raw(name: str, data: bytes) -> None:
             with open(f"{folder}/{name}", "wb") as file:

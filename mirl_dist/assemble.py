@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mirl_dist import __version__, evaluate, feed, lottery, models, report, resuming
+from mirl_dist import __version__, evaluate, feed, lottery, models, report, resuming, tracking
 from mirl_dist.checkpoint import OUTBOX, Checkpoints
 from mirl_dist.config import Config, differences, of_dump
 from mirl_dist.data.order import Order, Shares, share_batch
@@ -115,6 +115,8 @@ def _prepare_together(config: Config, resume: str, ranks: Ranks) -> Prepared:
 
     def on_main() -> _Told:
         mine.append(prepare(config, ranks.world, resume))
+        if config.tracking.enabled:
+            tracking.refuse(config.tracking.uri)
         return _Told(mine[0].shards.manifest.dump(), mine[0].jobs)
 
     told = ranks.from_main(on_main, what="manifest")
@@ -258,12 +260,16 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
     prepared = _prepare_together(config, resume, ranks)
     if ranks.is_main:
         report.say(describe(config, prepared, ranks.world))
+    supply = feed.supply_of(config, prepared.shards, f"rank {ranks.rank}", stop_asked)
+    stream = feed.stream_of(config, supply, prepared.order, prepared.shares, ranks)
+    look_ahead = feed.evaluation_looks_ahead(supply, prepared.jobs, ranks)
+    feed.refuse_damaged(supply, prepared.jobs, ranks, config.data.damage)
     news: dict[str, Any] = {}
-    with resuming.writing(config, prepared.store, ranks, news, stop_asked) as checkpoints:
-        supply = feed.supply_of(config, prepared.shards, f"rank {ranks.rank}", stop_asked)
-        stream = feed.stream_of(config, supply, prepared.order, prepared.shares, ranks)
-        look_ahead = feed.evaluation_looks_ahead(supply, prepared.jobs, ranks)
-        feed.refuse_damaged(supply, prepared.jobs, ranks, config.data.damage)
+
+    def refuse_another_run() -> None:
+        _refuse_another_run(Checkpoints(prepared.store), config, prepared.shards.manifest.digest(), resume)
+
+    with resuming.writing(config, prepared.store, ranks, news, stop_asked, refuse_another_run) as checkpoints:
         newest = resuming.newest(checkpoints, ranks)
         initial, run_id = resuming.first_weights(
             checkpoints,
@@ -283,7 +289,7 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
         weights = dict(bare.named_parameters())
         dense = masking.all_alive(weights, in_scope(weights, config.prune.scope))
         state = State(weights, dense, optimiser_of(config))
-        ticket = resuming.restore(state, newest, checkpoints, ranks)
+        ticket = resuming.restore(state, newest, ranks)
         rounds = Rounds(
             config=config,
             ranks=ranks,
@@ -318,8 +324,6 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
 
 def _play(config: Config, rounds: Rounds, newest: Ticket | None) -> None:
     """All rounds that are still to do."""
-    if newest is None and rounds.state.progress.updates == 0:
-        rounds.open_round()
     game = lottery_of(config)
     if newest is not None and game.finished(newest) and rounds.ranks.is_main:
         report.say(f"all rounds are finished; nothing is left to train (prune.rounds: {config.prune.rounds})")
@@ -330,7 +334,6 @@ def _play(config: Config, rounds: Rounds, newest: Ticket | None) -> None:
         rounds.ranks,
         newest=newest,
         train_and_score=rounds.train_and_score,
-        open_round=rounds.open_round,
         record=rounds.record,
         stop_if_asked=rounds.stop_if_asked,
     )

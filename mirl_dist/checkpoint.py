@@ -5,12 +5,13 @@
     tracking.json                                 MLflow ids
     lease/00000004.*                              who may write: the fourth launch (lease.py)
     accepted/00000004.json                        the commits that it found (commits.py)
-    rounds/03/mask.safetensors                    bit-packed
-    rounds/03/steps/00012000-0004/{weights,moments}.safetensors, state.json, outbox.jsonl, COMPLETE.json
-    rounds/03/{weights.safetensors, state.json, ticket.json, outbox.jsonl, COMPLETE.json}, pictures.png
+    rounds/03/steps/00012000-0004/                {weights, moments, mask}.safetensors, state.json, COMPLETE.json
+    rounds/03/ticket-0004/                        {weights, mask}.safetensors, state.json, ticket.json, pictures.png,
+                                                  COMPLETE.json
+    best.json                                     the round chosen by validation
 
-A commit is its COMPLETE.json, written last (commits.py). Steps carry the number of the launch that wrote them: one
-that has lost the run cannot spoil the parts of its successor.
+A commit is its COMPLETE.json, written last (commits.py). Its folder carries the number of the launch that wrote it: one
+that has lost the run cannot spoil what its successor writes. outbox.jsonl in a commit is what MLflow had not heard.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import safetensors.torch
 from torch import Tensor
 
 from mirl_dist import ticket as tickets
-from mirl_dist.commits import Commits, Facts, Reader, Writer, dump, facts, sealed, unsealed, unsigned
+from mirl_dist.commits import Commits, Reader, Writer, dump, sealed, unsealed, unsigned
 from mirl_dist.faults import Fault
 from mirl_dist.pruning import masks as masking
 from mirl_dist.state import Progress, Snapshot
@@ -45,21 +46,22 @@ class Commit(NamedTuple):
     step: int | None
 
 
-def round_folder(round_: int) -> str:
-    return f"rounds/{round_:02d}"
+def _parsed(folder: str) -> tuple[Commit, int] | None:
+    """The commit that a folder may hold, and the generation that wrote it (0 before there was a lease)."""
+    match = _FOLDER.fullmatch(folder)
+    if match is None:
+        return None
+    round_, step, *generations = (None if text is None else int(text) for text in match.groups())
+    return Commit(folder, round_ or 0, step), max(g or 0 for g in generations)
 
 
-_FOLDER = re.compile(r"rounds/(\d+)(?:/steps/(\d+)(?:-(\d+))?)?")
+_FOLDER = re.compile(r"rounds/(\d+)(?:/steps/(\d+)-(\d+)|/ticket-(\d+))?")  # a bare round: of versions before the lease
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     """Named tensors to safetensors bytes; the same tensors give the same bytes."""
     plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     return safetensors.torch.save(plain)
-
-
-def _if_any(name: str, data: bytes) -> dict[str, bytes]:
-    return {name: data} if data else {}
 
 
 class Checkpoints:
@@ -75,10 +77,10 @@ class Checkpoints:
     def take_over(self) -> None:
         """Begin to write, after the lease was claimed: what dead writers left goes, and they cannot commit any more."""
         self._commits.take_over()
-        whole = {c.folder for c in self.commits()}
+        whole, mine = {c.folder for c in self.commits()}, self._commits.writer.generation
         for name in self.store.list("rounds"):
-            path = name.split("/")
-            if len(path) == 5 and path[2] == "steps" and "/".join(path[:4]) not in whole:
+            found = _parsed(name.rpartition("/")[0])
+            if found is not None and 0 < found[1] < mine and found[0].folder not in whole:
                 self.store.remove(name)
 
     def identity(self) -> dict[str, Any] | None:
@@ -128,77 +130,56 @@ class Checkpoints:
 
     def commits(self) -> list[Commit]:
         """All complete commits, the newest first."""
-        found = []
-        for folder in self._commits.whole("rounds"):
-            if match := _FOLDER.fullmatch(folder):
-                round_, step, generation = (None if text is None else int(text) for text in match.groups())
-                found.append((Commit(folder, round_ or 0, step), generation or 0))
+        found = [parsed for folder in self._commits.whole("rounds") if (parsed := _parsed(folder))]
         found.sort(key=lambda c: (c[0].round_, c[0].step is None, c[0].step or 0, c[1]), reverse=True)
         return [commit for commit, _ in found]
 
-    def save_mask(self, round_: int, masks: Mapping[str, Tensor]) -> None:
-        self.store.put(f"{round_folder(round_)}/{MASK}", pack_tensors(masking.pack(masks)))
-
-    def masks(self, round_: int, shapes: Mapping[str, tuple[int, ...]]) -> masking.Masks:
-        name = f"{round_folder(round_)}/{MASK}"
-        data = self.store.get(name)
-        try:
-            return masking.unpack(safetensors.torch.load(data), shapes)
-        except (ValueError, safetensors.SafetensorError) as error:
-            raise Fault(f"{self.store.where(name)}: {error}. The prune.scope or the model differs.") from None
-
     def commit_step(self, snapshot: Snapshot, keep_last: int, outbox: bytes = b"") -> None:
         """Commit the middle of a round, then remove what is no longer needed. outbox: what MLflow has not heard yet."""
-        progress = snapshot.progress
-        generation = self._commits.writer.generation
-        folder = f"{round_folder(progress.round)}/steps/{progress.updates:08d}-{generation:04d}"
-        parts = {
-            WEIGHTS: pack_tensors(snapshot.weights),
-            MOMENTS: pack_tensors(snapshot.moments),
-            STATE: dump(progress.model_dump()),
-        }
-        self._commits.commit(folder, parts | _if_any(OUTBOX, outbox), self._mask_facts(snapshot))
-        self._tidy(keep_last)
+        parts = {MOMENTS: pack_tensors(snapshot.moments)}
+        self._commit(f"steps/{snapshot.progress.updates:08d}", snapshot, parts, keep_last, outbox)
 
     def commit_round(
         self, ticket: Ticket, snapshot: Snapshot, pictures: bytes | None, keep_last: int, outbox: bytes = b""
     ) -> None:
         """Commit a round with its ticket, then remove what is no longer needed."""
-        folder = round_folder(ticket.round)
-        if pictures is not None:
-            self.store.put(f"{folder}/{PICTURES}", pictures)
-        needs = self._mask_facts(snapshot)
-        if facts(self.store.get(f"{folder}/{MASK}")) not in needs.values():
-            self.save_mask(ticket.round, snapshot.masks)
+        parts = {TICKET: ticket.dump()} | ({} if pictures is None else {PICTURES: pictures})
+        self._commit("ticket", snapshot, parts, keep_last, outbox)
+
+    def _commit(self, what: str, snapshot: Snapshot, more: dict[str, bytes], keep_last: int, outbox: bytes) -> None:
+        """Then remove step commits, but none of the newest `keep_last` commits that are sound, and no round."""
         parts = {
             WEIGHTS: pack_tensors(snapshot.weights),
+            MASK: pack_tensors(masking.pack(snapshot.masks)),
             STATE: dump(snapshot.progress.model_dump()),
-            TICKET: ticket.dump(),
         }
-        self._commits.commit(folder, parts | _if_any(OUTBOX, outbox), needs)
-        self._tidy(keep_last)
-
-    def _mask_facts(self, snapshot: Snapshot) -> dict[str, Facts]:
-        """The mask of a commit's round is part of it, though it is written once."""
-        return {f"{round_folder(snapshot.progress.round)}/{MASK}": facts(pack_tensors(masking.pack(snapshot.masks)))}
-
-    def _tidy(self, keep_last: int) -> None:
-        """Remove step commits, but none of the newest `keep_last` commits that are sound, and no round."""
-        sound = [c for c in self.commits() if c.folder not in self._damaged]
-        kept = {c.folder for c in sound[:keep_last]}
-        for commit in self.commits():
+        folder = f"rounds/{snapshot.progress.round:02d}/{what}-{self._commits.writer.generation:04d}"
+        self._commits.commit(folder, parts | more | ({OUTBOX: outbox} if outbox else {}))
+        commits = self.commits()
+        kept = {c.folder for c in [c for c in commits if c.folder not in self._damaged][:keep_last]}
+        for commit in commits:
             if commit.step is not None and commit.folder not in kept:
                 self._commits.remove(commit.folder)
 
     def finish(self) -> None:
         """The last round has ended: no step commit is needed any more."""
-        for commit in self.commits():
+        commits = self.commits()
+        self._commits.writer.check()
+        for commit in commits:
             if commit.step is not None:
                 self._commits.remove(commit.folder)
 
     def drop_weights(self, round_: int) -> None:
-        """Keep a round's ticket and mask, drop the weights it trained."""
-        self._commits.drop(round_folder(round_), WEIGHTS)
+        """Keep a round's ticket and mask, drop the weights it trained. Twice is once."""
+        self._commits.drop(self._ended(round_), WEIGHTS)
+
+    def _ended(self, round_: int) -> str:
+        """The folder of a finished round's ticket. Raises Fault where the round is not finished."""
+        for commit in self.commits():
+            if (commit.round_, commit.step) == (round_, None):
+                return commit.folder
+        where = self.store.where(f"rounds/{round_:02d}")
+        raise Fault(f"{where} holds no finished round. `mirl-dist tickets list` shows them.")
 
     # -- reading back -------------------------------------------------------------------------------------------
 
@@ -212,8 +193,8 @@ class Checkpoints:
         for commit in commits:
             try:
                 parts = self._commits.parts(commit.folder)
-                if WEIGHTS not in parts:
-                    raise Fault(f"{self.store.where(commit.folder)} kept its ticket but not its weights")
+                if not {WEIGHTS, MASK, STATE} <= parts.keys():
+                    raise Fault(f"{self.store.where(commit.folder)} does not hold all of a run's state (any more)")
                 return commit, parts, damaged
             except (NotAllowed, TryAgain):
                 raise  # a store that refuses or fails is not a damaged commit
@@ -230,43 +211,53 @@ class Checkpoints:
 
     def tickets(self) -> list[Ticket]:
         """The tickets of all complete rounds, in order."""
-        rounds = sorted(c.round_ for c in self.commits() if c.step is None)
-        return [self.ticket(r) for r in rounds]
+        newest = {c.round_: c.folder for c in reversed(self.commits()) if c.step is None}
+        return [self._ticket(newest[round_]) for round_ in sorted(newest)]
 
     def ticket(self, round_: int) -> Ticket:
-        name = f"{round_folder(round_)}/{TICKET}"
+        return self._ticket(self._ended(round_))
+
+    def _ticket(self, folder: str) -> Ticket:
+        name = f"{folder}/{TICKET}"
         return tickets.parse(self.store.get(name), self.store.where(name))
 
     def pictures(self, round_: int) -> bytes | None:
         """The PNG of degraded, restored and clean that a round drew, if it had images to score."""
         try:
-            return self.store.get(f"{round_folder(round_)}/{PICTURES}")
+            return self.store.get(f"{self._ended(round_)}/{PICTURES}")
         except NotThere:
             return None
 
     def round_weights(self, round_: int) -> dict[str, Tensor]:
         """The weights that a round trained, verified. Raises Fault where they are damaged or were not kept."""
-        folder = round_folder(round_)
-        try:
-            parts = self._commits.parts(folder)
-        except NotThere:
-            raise Fault(
-                f"{self.store.where(folder)} holds no finished round. `mirl-dist tickets list` shows them."
-            ) from None
+        folder = self._ended(round_)
+        parts = self._commits.parts(folder)
         if WEIGHTS not in parts:
             raise Fault(f"{self.store.where(folder)} kept its ticket but not its weights (keep.rounds: best).")
         return safetensors.torch.load(parts[WEIGHTS])
 
     def has_weights(self, round_: int) -> bool:
         """Whether a finished round's weights were kept."""
-        return WEIGHTS in self._commits.said(round_folder(round_))["parts"]
+        return WEIGHTS in self._commits.said(self._ended(round_))
 
     def mark_best(self, round_: int, score: float, by: tuple[str, ...]) -> None:
-        self.store.put(BEST, dump({"round": round_, "score": score, "by": list(by)}))
+        self.store.put(BEST, sealed({"round": round_, "score": score, "by": list(by)}))
 
     def best(self) -> int | None:
-        """The round that the run chose by validation, if it did."""
+        """The round that the run chose by validation, if it did. Raises Fault for a damaged file."""
         try:
-            return int(json.loads(self.store.get(BEST))["round"])
+            data = self.store.get(BEST)
         except NotThere:
             return None
+        found = unsealed(data) or unsigned(data, {"round", "score", "by"})
+        if found is None:
+            raise Fault(f"{self.store.where(BEST)} is damaged. Remove it: the last round then stands for the run.")
+        return int(found["round"])
+
+
+def unpack_masks(data: bytes, shapes: Mapping[str, tuple[int, ...]], where: str) -> masking.Masks:
+    """A commit's masks, by name. Raises Fault for those of another model or scope."""
+    try:
+        return masking.unpack(safetensors.torch.load(data), shapes)
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise Fault(f"{where}/{MASK}: {error}. The prune.scope or the model differs.") from None

@@ -1,8 +1,8 @@
 """The protocol of commits: parts first, COMPLETE.json last; one writer at a time, and readers trust nothing else.
 
-COMPLETE.json says names, sizes and SHA-256 of every part, and which generation of the run's lease wrote it. A launch
-that takes a run over writes down once which commits it found (accepted/GENERATION.json): a commit that an older
-generation completes after that does not count, however late it wakes up. No clock has a say in it.
+COMPLETE.json says names, sizes and SHA-256 of every part; the folder's name ends in the generation of the run's lease
+that wrote it. A launch that takes a run over writes down once which commits it found (accepted/GENERATION.json): one
+that an older generation completes after that does not count, however late it wakes up. No clock has a say in it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Mapping, Set
 from typing import Any, NamedTuple, Protocol
 
@@ -75,7 +74,6 @@ class Commits:
     def __init__(self, store: Store, writer: Writer) -> None:
         self.store, self.writer = store, writer
         self._known: _Accepted | None = None
-        self._generations: dict[str, int] = {}
 
     def take_over(self) -> None:
         """Write down which commits count, and remove what dead writers left. The caller has just claimed the lease."""
@@ -85,72 +83,66 @@ class Commits:
         mine = _accepted_name(self.writer.generation)
         self.store.put_if_absent(mine, sealed({"commits": folders}))
         self._known = None
-        for name in self.store.list(ACCEPTED):
-            if name < mine:
+        lists = self.store.list(ACCEPTED)
+        self.writer.check()
+        for name in lists:  # higher ones too: where the lease was removed by hand, generations begin anew
+            if name != mine:
                 self.store.remove(name)
         self.store.sweep(0)
 
     def whole(self, below: str) -> list[str]:
         """The folders of all commits that count, below a folder, sorted."""
-        accepted = self._accepted()
         found = [name.removesuffix(f"/{COMPLETE}") for name in self.store.list(below) if name.endswith(f"/{COMPLETE}")]
-        return [f for f in found if f in accepted.folders or self._generation(f) >= accepted.generation]
+        accepted = self._accepted()  # afterwards: what a take-over accepts is older than what comes too late
+        return [f for f in found if f in accepted.folders or _generation(f) >= accepted.generation]
 
-    def commit(self, folder: str, parts: Mapping[str, bytes], beside: Mapping[str, Facts] = {}) -> None:
-        """Write a commit, complete or not at all.
+    def commit(self, folder: str, parts: Mapping[str, bytes]) -> None:
+        """Write a commit, complete or not at all; the folder's name ends in the writer's generation. Twice is once.
 
-        beside: facts of files elsewhere in the run that the commit needs. Raises Fault when another launch has taken
-        the run over: the commit then does not count.
+        Raises Fault when another launch has taken the run over: the commit then does not count.
         """
         self.writer.check()
-        for name, data in parts.items():
-            self.store.put(f"{folder}/{name}", data)
-        self._complete(folder, {name: facts(data) for name, data in parts.items()}, beside)
-        self._generations.pop(folder, None)
+        said = sealed({"parts": {name: facts(data) for name, data in parts.items()}})
+        try:
+            for name, data in parts.items():
+                self.store.put(f"{folder}/{name}", data)
+            self.store.put(f"{folder}/{COMPLETE}", said)
+        except NotThere:  # another launch has swept a file away that was being written
+            self.writer.check()
+            raise
         self.writer.check()  # nobody newer even now: whoever takes over later finds this commit
 
-    def _complete(self, folder: str, parts: Mapping[str, Facts], beside: Mapping[str, Facts]) -> None:
-        """Conditionally, since a dead writer's may lie there; that one does not count, or is damaged."""
-        name = f"{folder}/{COMPLETE}"
-        said = sealed({"parts": dict(parts), "beside": dict(beside), "generation": self.writer.generation})
-        while not self.store.put_if_absent(name, said):
-            self.writer.check()
-            self.store.remove(name)
-
-    def said(self, folder: str) -> dict[str, dict[str, Facts]]:
-        """What COMPLETE.json says: {'parts': ..., 'beside': ...}. Raises Fault for one that is damaged."""
+    def said(self, folder: str) -> dict[str, Facts]:
+        """What COMPLETE.json says of each part. Raises Fault for one that is damaged."""
         name = f"{folder}/{COMPLETE}"
         data = self.store.get(name)
-        found = _said(data)
-        if found is None:
+        found = unsigned(data, {"parts"}) or unsealed(data)
+        if found is None or not isinstance(found.get("parts"), dict):
             raise Fault(f"{self.store.where(name)} is damaged: its bytes are not those that were committed")
-        return found
+        parts: dict[str, Facts] = found["parts"]
+        return parts
 
     def parts(self, folder: str) -> dict[str, bytes]:
         """All parts of a commit, verified. Raises Fault naming a part that is missing or damaged."""
-        said = self.said(folder)
-        for name, expected in said["beside"].items():
-            self._verified(name, expected)
-        return {name: self._verified(f"{folder}/{name}", expected) for name, expected in said["parts"].items()}
-
-    def _verified(self, name: str, expected: Facts) -> bytes:
-        where = self.store.where(name)
-        try:
-            data = self.store.get(name)
-        except NotThere:
-            raise Fault(f"{where} is missing from its commit") from None
-        if expected != facts(data):
-            raise Fault(f"{where} is damaged: its bytes are not those that were committed")
-        return data
+        found = {}
+        for name, expected in self.said(folder).items():
+            where = self.store.where(f"{folder}/{name}")
+            try:
+                data = self.store.get(f"{folder}/{name}")
+            except NotThere:
+                raise Fault(f"{where} is missing from its commit") from None
+            if expected != facts(data):
+                raise Fault(f"{where} is damaged: its bytes are not those that were committed")
+            found[name] = data
+        return found
 
     def drop(self, folder: str, part: str) -> None:
-        """Take one part out of a commit."""
+        """Take one part out of a commit. Twice is once."""
         said = self.said(folder)
-        if said["parts"].pop(part, None) is not None:
-            self.writer.check()
-            value = {"parts": said["parts"], "beside": said["beside"], "generation": self.writer.generation}
-            self.store.put(f"{folder}/{COMPLETE}", sealed(value))
-            self.store.remove(f"{folder}/{part}")
+        self.writer.check()
+        if said.pop(part, None) is not None:
+            self.store.put(f"{folder}/{COMPLETE}", sealed({"parts": said}))
+        self.store.remove(f"{folder}/{part}")
 
     def remove(self, folder: str) -> None:
         """COMPLETE.json goes first: a half-removed commit is none."""
@@ -159,29 +151,26 @@ class Commits:
             self.store.remove(name)
 
     def _accepted(self) -> _Accepted:
-        """What the newest take-over found; a damaged list accepts everything, which a dead writer alone could abuse."""
+        """What the newest take-over found; a damaged list accepts all, which only a launch that slept could abuse."""
         if self._known is not None and self.writer.generation:
             return self._known  # nobody but this writer may change it now
-        newest = max(self.store.list(ACCEPTED), default=None)
-        found = None if newest is None else unsealed(self.store.get(newest))
-        self._known = _Accepted(0, frozenset())
-        if newest is not None and found is not None:
-            self._known = _Accepted(int(newest[len(ACCEPTED) + 1 :].partition(".")[0]), frozenset(found["commits"]))
-        return self._known
-
-    def _generation(self, folder: str) -> int:
-        """Which generation wrote a commit: its folder's name tells for steps, COMPLETE.json for rounds."""
-        if match := re.search(r"-(\d+)$", folder):
-            return int(match.group(1))
-        if folder not in self._generations:
+        known = _Accepted(0, frozenset())
+        if newest := max(self.store.list(ACCEPTED), default=None):
             try:
-                data = self.store.get(f"{folder}/{COMPLETE}")
-            except NotThere:
-                return -1
-            found = _said(data)
-            # One that is damaged counts, so that whoever reads it notices.
-            self._generations[folder] = sys.maxsize if found is None else int(found.get("generation", 0))
-        return self._generations[folder]
+                found = unsealed(self.store.get(newest))
+            except NotThere:  # a take-over is under way, and replaces it
+                return self._accepted()
+            if found is not None:
+                generation = int(newest[len(ACCEPTED) + 1 :].partition(".")[0])
+                known = _Accepted(generation, frozenset(found["commits"]))
+        self._known = known
+        return known
+
+
+def _generation(folder: str) -> int:
+    """Which generation wrote a commit; 0 before there was a lease."""
+    match = re.search(r"-(\d+)$", folder)
+    return int(match.group(1)) if match else 0
 
 
 def _accepted_name(generation: int) -> str:
@@ -195,9 +184,3 @@ def unsigned(data: bytes, keys: Set[str]) -> dict[str, Any] | None:
     except (json.JSONDecodeError, UnicodeDecodeError):
         return None
     return found if isinstance(found, dict) and found.keys() == keys else None
-
-
-def _said(data: bytes) -> dict[str, Any] | None:
-    """What COMPLETE.json says, of this version or an older one."""
-    old = unsigned(data, {"parts"})
-    return unsealed(data) if old is None or not isinstance(old["parts"], dict) else old | {"beside": {}}

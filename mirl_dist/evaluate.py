@@ -187,9 +187,14 @@ def evaluate(
                     job = jobs[number]
                     try:
                         results.append(_score(model, supply, number, job, seed, ranks.device))
+                    except Stopped:  # while a shard did not come
+                        stopped = True
+                        break
                     except Fault as fault:
                         raise Fault(f"{job.name}, image '{job.place.entry.key}': {fault}") from None
                     advance(len(results), job.name)
+                if stopped:
+                    break
     model.train()
     if ranks.any(stopped, what="whether to stop evaluating"):
         raise Stopped("stopped as asked while evaluating; the round's training is committed")

@@ -18,9 +18,11 @@ import fcntl
 import hashlib
 import itertools
 import logging
+import math
 import os
 import re
 import tempfile
+import threading
 import uuid
 from collections.abc import Collection
 from pathlib import Path
@@ -45,19 +47,21 @@ class Waiting(NamedTuple):
 
 
 class Journal:
-    """The journal of one run in one folder, for one life. Thread-safe only where the caller sees to it."""
+    """The journal of one run in one folder, for one life. One thread may call `older` while another appends."""
 
     def __init__(self, folder: Path) -> None:
         """Raises OSError for a folder that can't be made."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder = folder
         self._mine: list[Segment] = []
+        self._naming = threading.Lock()  # a segment of this life is never seen without being known as such
         self._lock, self._locked = -1, False
 
     def append(self, item: Item) -> Entry:
         """Keep an item; from then on no death of this process loses it. Raises OSError, and nothing is half kept."""
         if not self._mine or self._mine[-1].end >= SEGMENT_BYTES:
-            self._mine.append(Segment.new(self.folder))
+            with self._naming:
+                self._mine.append(Segment.new(self.folder))
         return self._mine[-1].append(item)
 
     def sent(self, entries: Collection[Entry]) -> None:
@@ -108,10 +112,11 @@ class Journal:
 
     def older(self) -> list[Entry]:
         """What earlier lives left, in order; who holds the lock may deliver it, and clears up. Raises OSError."""
+        with self._naming:
+            first = self._mine[0].number if self._mine else math.inf
+            segments = [segment for segment in segments_of(self.folder) if segment.number < first]
         found = []
-        for segment in segments_of(self.folder):
-            if self._mine and segment.number >= self._mine[0].number:
-                break
+        for segment in segments:
             try:
                 left = segment.left()
             except FileNotFoundError:  # its life has just removed it, or was killed when it had begun to

@@ -43,7 +43,6 @@ def play(
     *,
     newest: Ticket | None,
     train_and_score: Callable[[], Ticket],
-    open_round: Callable[[], None],
     record: Callable[[Ticket], None],
     stop_if_asked: Callable[[str], None],
 ) -> None:
@@ -51,9 +50,8 @@ def play(
 
     newest: the ticket of `state.progress.round` when that round is finished already (its weights are in `state`).
     train_and_score: trains the round from its position and makes its ticket; record: keeps a ticket, twice is once;
-    open_round: keeps the mask of a round that begins; stop_if_asked: raises Stopped on all ranks when any was asked,
-    naming what comes next: until `open_round` the ticket before is all that a restart needs. Raises Fault naming rank
-    and tensor when a law is broken.
+    stop_if_asked: raises Stopped on all ranks when any was asked, naming what comes next: until the next round trains,
+    its parent's ticket is all that a restart needs. Raises Fault naming rank and tensor when a law is broken.
     """
     while True:
         if newest is None:
@@ -71,8 +69,7 @@ def play(
             ranks.agree("the new masks", masking.digest(pruned.masks))
         with ranks.in_phase("rewinding"):
             begin_round(lottery, state, initial, ranks, pruned.masks, pruned.threshold, newest)
-        stop_if_asked("opening the next round")
-        open_round()
+        stop_if_asked("the next round")
         newest = None
 
 

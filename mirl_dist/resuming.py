@@ -13,7 +13,7 @@ import safetensors.torch
 from torch import Tensor
 
 from mirl_dist import report
-from mirl_dist.checkpoint import MOMENTS, STATE, TICKET, WEIGHTS, Checkpoints, Commit
+from mirl_dist.checkpoint import MASK, MOMENTS, STATE, TICKET, WEIGHTS, Checkpoints, Commit, unpack_masks
 from mirl_dist.config import Config
 from mirl_dist.data.order import Order, Position
 from mirl_dist.data.shards import Shards
@@ -32,7 +32,12 @@ from mirl_dist.ticket import Ticket, parse
 
 @contextmanager
 def writing(
-    config: Config, store: Store, ranks: Ranks, news: dict[str, Any], stop_asked: StopFlag
+    config: Config,
+    store: Store,
+    ranks: Ranks,
+    news: dict[str, Any],
+    stop_asked: StopFlag,
+    refuse_another_run: Callable[[], None],
 ) -> Iterator[Checkpoints]:
     """The run's checkpoints, which rank 0 alone may write, as long as it holds the run's lease.
 
@@ -53,7 +58,12 @@ def writing(
             lease.claim(stop_asked)
         except Stopped:
             return False
-        checkpoints.take_over()
+        try:
+            checkpoints.take_over()
+            refuse_another_run()  # for the run may have been begun since that was looked at
+        except Fault:
+            lease.release("failed")
+            raise
         return True
 
     if not ranks.from_main(claim, what="lease"):
@@ -172,7 +182,7 @@ def newest(checkpoints: Checkpoints, ranks: Ranks) -> Newest | None:
     return chosen
 
 
-def restore(state: State, chosen: Newest | None, checkpoints: Checkpoints, ranks: Ranks) -> Ticket | None:
+def restore(state: State, chosen: Newest | None, ranks: Ranks) -> Ticket | None:
     """Put a commit into the state; its ticket when a round had ended."""
     if chosen is None:
         return None
@@ -183,7 +193,7 @@ def restore(state: State, chosen: Newest | None, checkpoints: Checkpoints, ranks
         kept["weights"] = safetensors.torch.load(parts[WEIGHTS])
         kept["moments"] = safetensors.torch.load(parts[MOMENTS]) if MOMENTS in parts else {}
         shapes = {n: tuple(m.shape) for n, m in state.masks.items()}
-        kept["masks"] = checkpoints.masks(chosen.commit.round_, shapes)
+        kept["masks"] = unpack_masks(parts[MASK], shapes, chosen.commit.folder)
         parts.clear()
 
     ranks.from_main(on_main, what="state of the commit")

@@ -165,7 +165,7 @@ class Rounds:
     def stop_if_asked(self, before: str) -> None:
         """Raise Stopped on every rank when any was asked to stop."""
         if self.ranks.any(self.stop_asked(), what="whether to stop"):
-            raise Stopped(f"stopped as asked before {before}, after round {self.state.progress.round}; committed")
+            raise Stopped(f"stopped as asked before {before}; all rounds that were trained are committed")
 
     def _ticket(self, scores: dict[str, Score]) -> Ticket:
         progress, masks = self.state.progress, self.state.masks
@@ -193,12 +193,6 @@ class Rounds:
             world=self.ranks.world,
             versions={"mirl_dist": __version__, "torch": torch.__version__},
         )
-
-    def open_round(self) -> None:
-        """Keep the mask of the round that begins."""
-        progress = self.state.progress
-        with self.ranks.in_phase("committing"):
-            self._write(lambda: self.checkpoints.save_mask(progress.round, self.state.masks), "a mask")
 
     def _write(self, work: Callable[[], None], what: str) -> None:
         """Small things, at once, with the keeper's patience."""
@@ -243,6 +237,6 @@ class Rounds:
         best = max(scores, key=lambda r: (scores[r], r))
         self.checkpoints.mark_best(best, scores[best], by)
         if self.config.keep.rounds == "best":
-            for ticket in tickets:
+            for ticket in self.checkpoints.tickets():
                 if ticket.round not in (best, tickets[-1].round):
                     self.checkpoints.drop_weights(ticket.round)

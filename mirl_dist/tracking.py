@@ -210,6 +210,11 @@ class Mlflow:
         self._begun.add(where)
 
 
+def refuse(uri: str | None) -> None:
+    """Raise Fault for an address that MLflow refuses, and when MLflow is not installed; no server is asked."""
+    import_quietly(_uri(uri))
+
+
 def resend(
     uri: str | None,
     experiment: str,

@@ -58,13 +58,16 @@ class Around(Protocol):
 
 
 class Word(NamedTuple):
-    """What all ranks know after their meeting in a pass, before the backward pass. loss: the sum over its samples."""
+    """What all ranks know after their meeting in a pass, before the backward pass: whether any of them met a loss that
+    is not finite, was asked to stop, has no batch (and was asked to stop), is writing a commit, could not write one;
+    reads in which a sample stood in for a damaged one; the sum of the losses over the samples."""
 
     bad: bool
     stop: bool
-    skipped: int
+    starved: bool
     busy: bool
     failed: bool
+    skipped: int
     loss: float
 
 
@@ -81,18 +84,21 @@ def train_round(
     meter, pace, spikes = Meter(plan, progress, ranks.device), Pace(ranks.hosts), guards.Spikes(plan.spike_factor)
     due = False
     while progress.epoch < plan.epochs:
-        lr, seen, loss, norm = around.rate(progress), guards.Seen(), 0.0, torch.tensor(0.0)
+        lr, seen, loss, norm = around.rate(progress), guards.Seen(), 0.0, torch.tensor(float("nan"))
         around.begins_step(progress)
         for i in range(plan.passes):
             pace.begin()
-            batch = next(batches).to(ranks.device)
+            batch = come(batches, ranks.device)
             pace.batch_came()
             with ranks.accumulate(model, more=i + 1 < plan.passes):
-                with ranks.autocast():
-                    restored = model(batch.degraded)
-                losses = objective.per_sample_l1(restored, batch.clean)
-                seen.add(losses.detach(), batch)
+                losses = forward(model, batch, seen, ranks)
                 word = meet(losses, batch, ranks, around, pace)
+                if word.starved:
+                    progress.unreported = meter.waiting(ranks)
+                    around.commit(wait=True)
+                    raise Stopped(
+                        f"stopped as asked in round {progress.round} after {progress.updates} steps; committed"
+                    )
                 if word.bad and not seen.left_out:
                     guards.refuse_bad_loss(seen, progress, plan.skip_bad, ranks)
                     seen.left_out = True
@@ -126,14 +132,35 @@ def train_round(
             raise Stopped(f"stopped as asked in round {progress.round} after {progress.updates} steps; committed")
 
 
-def meet(losses: Tensor, batch: Batch, ranks: Ranks, around: Around, pace: Pace) -> Word:
+def come(batches: Iterator[Batch], device: torch.device) -> Batch | None:
+    """The next batch; None when this rank was asked to stop while a shard did not come."""
+    try:
+        return next(batches).to(device)
+    except Stopped:
+        return None
+
+
+def forward(model: nn.Module, batch: Batch | None, seen: guards.Seen, ranks: Ranks) -> Tensor:
+    """The loss of each sample; of none without a batch."""
+    if batch is None:
+        return torch.zeros(0)
+    with ranks.autocast():
+        restored = model(batch.degraded)
+    losses = objective.per_sample_l1(restored, batch.clean)
+    seen.add(losses.detach(), batch)
+    return losses
+
+
+def meet(losses: Tensor, batch: Batch | None, ranks: Ranks, around: Around, pace: Pace) -> Word:
     """The one meeting of ranks in a pass: who met a loss that is not finite, who was asked to stop, and so on."""
-    bad = int(not bool(torch.isfinite(losses.detach()).all()))
-    mine = [bad, int(around.stop_asked()), batch.skipped, int(around.busy()), int(around.failed())]
-    flags = torch.tensor([*mine, float(losses.detach().sum())], dtype=torch.float64)
+    bad = not bool(torch.isfinite(losses.detach()).all())
+    skipped = 0 if batch is None else batch.skipped
+    flags = [bad, around.stop_asked(), batch is None, around.busy(), around.failed(), skipped]
+    mine = torch.tensor([*map(float, flags), float(losses.detach().sum())], dtype=torch.float64)
     pace.arrived()
-    bad_ranks, stop, skipped, busy, failed, loss = ranks.sum(flags, what="sum of losses and flags").tolist()
-    return Word(bad_ranks > 0, stop > 0, int(skipped), busy > 0, failed > 0, loss)
+    *told, replaced, loss = ranks.sum(mine, what="sum of losses and flags").tolist()
+    bad, stop, starved, busy, failed = (count > 0 for count in told)
+    return Word(bad, stop, starved, busy, failed, int(replaced), loss)
 
 
 def count(progress: Progress, plan: Plan, *, left_out: bool) -> None:

@@ -219,8 +219,11 @@ class Lab:
 
     def tickets(self, run: Path) -> list[dict[str, Any]]:
         """What ticket.json says in each finished round."""
-        found = sorted(p.parent for p in run.glob("rounds/*/COMPLETE.json"))
-        return [json.loads((folder / "ticket.json").read_text()) for folder in found]
+        return [json.loads((folder / "ticket.json").read_text()) for folder in self.ended(run)]
+
+    def ended(self, run: Path) -> list[Path]:
+        """The folders of all finished rounds' tickets, in order."""
+        return sorted(p.parent for p in run.glob("rounds/*/ticket-*/COMPLETE.json"))
 
     def digests(self, run: Path) -> list[str]:
         return [str(ticket["digest"]) for ticket in self.tickets(run)]

@@ -68,14 +68,12 @@ def ticket(round_: int = 0, **more: Any) -> Ticket:
 
 
 def commit_steps(kept: Checkpoints, *updates: int, round_: int = 0, keep_last: int = 2, seed: int = 0) -> None:
-    """Begin a round and commit its middle; the weights differ from step to step and from seed to seed."""
-    kept.save_mask(round_, masks())
+    """Commit the middle of a round; the weights differ from step to step and from seed to seed."""
     for count in updates:
         kept.commit_step(snapshot(round_, count, 100 * seed + count), keep_last)
 
 
 def commit_round(kept: Checkpoints, round_: int, *, seed: int = 0) -> None:
-    kept.save_mask(round_, masks())
     kept.commit_round(ticket(round_, seconds=1.5 + seed), snapshot(round_, 4, 100 * seed + round_), b"png", 2)
 
 

@@ -11,9 +11,11 @@ import torch
 from snapshots import SHAPES, commit_round, commit_steps, masks, progress, snapshot, ticket, weights
 
 from mirl_dist.checkpoint import (
+    BEST,
     INITIAL,
     MASK,
     MOMENTS,
+    PICTURES,
     RUN,
     STATE,
     TICKET,
@@ -21,15 +23,17 @@ from mirl_dist.checkpoint import (
     WEIGHTS,
     Checkpoints,
     pack_tensors,
+    unpack_masks,
 )
-from mirl_dist.commits import COMPLETE
+from mirl_dist.commits import COMPLETE, dump, facts, unsealed
 from mirl_dist.faults import Fault
 from mirl_dist.pruning import masks as masking
 from mirl_dist.state import Progress
-from mirl_dist.storage import Folder, NotAllowed, NotThere, TryAgain
+from mirl_dist.storage import Folder, NotAllowed, TryAgain
 from mirl_dist.ticket import metrics, parse, validation_score
 
-STEP_PARTS = (WEIGHTS, MOMENTS, STATE)
+STEP_PARTS = (WEIGHTS, MOMENTS, MASK, STATE)
+ROUND_PARTS = (WEIGHTS, MASK, STATE, TICKET, PICTURES)
 
 
 @pytest.fixture
@@ -51,6 +55,10 @@ def newest(kept: Checkpoints) -> tuple[int, int | None, list[str]]:
     return commit.round_, commit.step, damaged
 
 
+def newest_folder(kept: Checkpoints) -> str:
+    return kept.commits()[0].folder
+
+
 # -- whole or none ----------------------------------------------------------------------------------------------
 
 
@@ -58,8 +66,8 @@ def test_without_commits_there_is_none(kept: Checkpoints) -> None:
     assert kept.newest() is None
     assert kept.commits() == []
     assert kept.tickets() == []
-    kept.save_mask(0, masks())
-    assert kept.newest() is None
+    with pytest.raises(Fault, match=r"rounds/00 holds no finished round"):
+        kept.ticket(0)
 
 
 def test_what_is_committed_comes_back_to_the_last_bit(kept: Checkpoints) -> None:
@@ -72,6 +80,34 @@ def test_what_is_committed_comes_back_to_the_last_bit(kept: Checkpoints) -> None
     again = safetensors.torch.load(parts[WEIGHTS])
     assert all(torch.equal(again[n], w) for n, w in weights(3).items())
     assert Progress.model_validate_json(parts[STATE]) == progress(0, 3)
+    assert masking.digest(unpack_masks(parts[MASK], SHAPES, "here")) == masking.digest(masks())
+    commit_round(kept, 0)
+    assert newest_folder(kept) == "rounds/00/ticket-0000"
+    again = kept.round_weights(0)
+    assert all(torch.equal(again[n], w) for n, w in weights(0).items())
+    assert (kept.ticket(0), kept.pictures(0)) == (ticket(0), b"png")
+
+
+def test_complete_tells_of_every_part_its_size_and_digest_and_seals_that(kept: Checkpoints) -> None:
+    commit_round(kept, 0)
+    said = unsealed(kept.store.get(f"rounds/00/ticket-0000/{COMPLETE}"))
+    assert said == {"parts": {name: facts(kept.store.get(f"rounds/00/ticket-0000/{name}")) for name in ROUND_PARTS}}
+
+
+def test_a_round_without_pictures_has_none(kept: Checkpoints) -> None:
+    kept.commit_round(ticket(0), snapshot(0, 4, 0), None, 2)
+    assert kept.pictures(0) is None
+    assert newest(kept) == (0, None, [])
+
+
+def test_a_commit_twice_is_once(tmp_path: Path) -> None:
+    once, twice = Checkpoints(Folder(tmp_path / "once")), Checkpoints(Folder(tmp_path / "twice"))
+    for kept in (once, twice, twice):
+        kept.commit_step(snapshot(0, 3, 3), 2, b"waits")
+    for kept in (once, twice, twice):
+        commit_round(kept, 0)
+    files = [{name: kept.store.get(name) for name in kept.store.list("")} for kept in (once, twice)]
+    assert files[0] == files[1]
 
 
 def test_a_commit_without_complete_does_not_exist(kept: Checkpoints, tmp_path: Path) -> None:
@@ -79,7 +115,7 @@ def test_a_commit_without_complete_does_not_exist(kept: Checkpoints, tmp_path: P
     (tmp_path / "rounds/00/steps/00000006-0000" / COMPLETE).unlink()
     assert newest(kept) == (0, 3, []), "nothing damaged: it never was"
     commit_round(kept, 1)
-    (tmp_path / "rounds/01" / COMPLETE).unlink()
+    (tmp_path / "rounds/01/ticket-0000" / COMPLETE).unlink()
     assert kept.tickets() == []
 
 
@@ -98,12 +134,14 @@ def test_complete_is_written_last(tmp_path: Path) -> None:
     kept = Checkpoints(Noting(tmp_path))
     commit_steps(kept, 3)
     assert written[-1] == f"rounds/00/steps/00000003-0000/{COMPLETE}"
-    assert {n.rpartition("/")[2] for n in written[:-1]} == {MASK, *STEP_PARTS}
+    assert {n.rpartition("/")[2] for n in written[:-1]} == set(STEP_PARTS)
+    written.clear()
     commit_round(kept, 0)
-    assert written[-1] == f"rounds/00/{COMPLETE}"
+    assert written[-1] == f"rounds/00/ticket-0000/{COMPLETE}"
+    assert {n.rpartition("/")[2] for n in written[:-1]} == set(ROUND_PARTS)
 
 
-@pytest.mark.parametrize("stop_after", range(4))
+@pytest.mark.parametrize("stop_after", range(5))
 def test_a_commit_that_breaks_off_anywhere_leaves_the_one_before(tmp_path: Path, stop_after: int) -> None:
     class Breaking(Folder):
         left = 99
@@ -164,8 +202,9 @@ def test_a_round_that_ended_wins_over_its_middle_when_tidying_broke_off(tmp_path
 
 def test_other_files_among_the_rounds_are_no_commits(kept: Checkpoints) -> None:
     commit_steps(kept, 3)
-    for name in ("rounds/00_old/COMPLETE.json", "rounds/COMPLETE.json", "rounds/00/notes/1/COMPLETE.json", "rounds/x"):
-        kept.store.put(name, b"{}")
+    for folder in ("00_old", "", "00/notes/1", "00/ticket", "00/ticket-", "00/ticket-0000/1", "00/steps/00000009"):
+        kept.store.put(f"rounds/{folder}/{COMPLETE}".replace("//", "/"), b"{}")
+    kept.store.put("rounds/x", b"{}")
     assert [c.folder for c in kept.commits()] == ["rounds/00/steps/00000003-0000"]
 
 
@@ -205,13 +244,15 @@ def test_every_single_flipped_bit_of_complete_is_noticed_or_harmless(kept: Check
         path.write_bytes(whole)
 
 
-def test_a_damaged_end_of_a_round_falls_back_to_the_round_before(kept: Checkpoints, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ROUND_PARTS)
+def test_a_damaged_end_of_a_round_falls_back_to_the_round_before(kept: Checkpoints, tmp_path: Path, part: str) -> None:
     commit_round(kept, 0)
     commit_round(kept, 1)
-    spoil(tmp_path / "rounds/01" / MASK)
+    spoil(tmp_path / "rounds/01/ticket-0000" / part)
     round_, step, damaged = newest(kept)
     assert (round_, step) == (0, None)
-    assert damaged == [f"{tmp_path}/rounds/01/{MASK} is damaged: its bytes are not those that were committed"]
+    name = f"{tmp_path}/rounds/01/ticket-0000/{part}"
+    assert damaged == [f"{name} is damaged: its bytes are not those that were committed"]
 
 
 def test_when_no_commit_can_be_read_the_run_is_not_begun_afresh(kept: Checkpoints, tmp_path: Path) -> None:
@@ -298,8 +339,7 @@ def test_the_end_of_the_run_leaves_its_rounds_alone(kept: Checkpoints) -> None:
     kept.finish()
     assert [(c.round_, c.step) for c in kept.commits()] == [(0, None)]
     assert kept.store.list("rounds/00/steps") == []
-    names = {n.rpartition("/")[2] for n in kept.store.list("rounds/00")}
-    assert names == {MASK, WEIGHTS, STATE, TICKET, COMPLETE, "pictures.png"}
+    assert set(kept.store.list("rounds")) == {f"rounds/00/ticket-0000/{name}" for name in (*ROUND_PARTS, COMPLETE)}
     assert kept.pictures(0) == b"png"
     assert kept.ticket(0) == ticket(0)
 
@@ -309,10 +349,13 @@ def test_dropped_weights_leave_a_ticket_that_can_be_read(kept: Checkpoints, tmp_
     commit_round(kept, 1)
     kept.drop_weights(0)
     kept.drop_weights(0)
-    assert not (tmp_path / "rounds/00" / WEIGHTS).exists()
+    assert not (tmp_path / "rounds/00/ticket-0000" / WEIGHTS).exists()
+    assert [kept.has_weights(r) for r in (0, 1)] == [False, True]
     assert [t.round for t in kept.tickets()] == [0, 1]
     assert all(torch.equal(w, weights(1)[n]) for n, w in kept.round_weights(1).items())
-    with pytest.raises(Fault, match=r"rounds/00 kept its ticket but not its weights \(keep\.rounds: best\)"):
+    with pytest.raises(
+        Fault, match=r"rounds/00/ticket-0000 kept its ticket but not its weights \(keep\.rounds: best\)"
+    ):
         kept.round_weights(0)
     with pytest.raises(Fault, match=r"rounds/07 holds no finished round\. `mirl-dist tickets list` shows them"):
         kept.round_weights(7)
@@ -321,14 +364,28 @@ def test_dropped_weights_leave_a_ticket_that_can_be_read(kept: Checkpoints, tmp_
 
 def test_damaged_weights_of_a_round_are_refused(kept: Checkpoints, tmp_path: Path) -> None:
     commit_round(kept, 0)
-    spoil(tmp_path / "rounds/00" / WEIGHTS)
-    with pytest.raises(Fault, match=r"rounds/00/weights\.safetensors is damaged"):
+    spoil(tmp_path / "rounds/00/ticket-0000" / WEIGHTS)
+    with pytest.raises(Fault, match=r"rounds/00/ticket-0000/weights\.safetensors is damaged"):
         kept.round_weights(0)
 
 
 def test_the_best_round_is_remembered(kept: Checkpoints) -> None:
     assert kept.best() is None
     kept.mark_best(3, 30.5, ("psnr/*/valid",))
+    assert kept.best() == 3
+    kept.store.put(BEST, dump({"round": 2, "score": 30.5, "by": ["psnr/*/valid"]}))
+    assert kept.best() == 2, "one that a version without seals wrote"
+
+
+def test_every_flipped_byte_of_the_best_round_is_found(kept: Checkpoints, tmp_path: Path) -> None:
+    kept.mark_best(3, 30.5, ("psnr/*/valid",))
+    for at in range((tmp_path / BEST).stat().st_size):
+        spoil(tmp_path / BEST, at)
+        with pytest.raises(
+            Fault, match=r"best\.json is damaged\. Remove it: the last round then stands for the run\.$"
+        ):
+            kept.best()
+        spoil(tmp_path / BEST, at)
     assert kept.best() == 3
 
 
@@ -351,20 +408,11 @@ def test_ids_in_a_damaged_file_are_not_known_and_can_be_remembered_anew(kept: Ch
 
 
 def test_masks_come_back(kept: Checkpoints) -> None:
-    kept.save_mask(2, masks())
-    assert masking.digest(kept.masks(2, SHAPES)) == masking.digest(masks())
-    with pytest.raises(NotThere, match=r"rounds/03/mask\.safetensors does not exist$"):
-        kept.masks(3, SHAPES)
-
-
-@pytest.mark.parametrize("error", [NotAllowed, TryAgain])
-def test_a_store_that_refuses_is_not_a_mask_of_another_network(tmp_path: Path, error: type[Fault]) -> None:
-    class Refusing(Folder):
-        def get(self, name: str) -> bytes:
-            raise error("the store says no")
-
-    with pytest.raises(error, match="^the store says no$"):
-        Checkpoints(Refusing(tmp_path)).masks(0, SHAPES)
+    commit_steps(kept, 3)
+    commit_round(kept, 0)
+    for commit in kept.commits():
+        found = unpack_masks(kept.store.get(f"{commit.folder}/{MASK}"), SHAPES, commit.folder)
+        assert masking.digest(found) == masking.digest(masks())
 
 
 @pytest.mark.parametrize(
@@ -375,19 +423,15 @@ def test_a_store_that_refuses_is_not_a_mask_of_another_network(tmp_path: Path, e
         ({"a.weight": (5, 5), "b.weight": (5,)}, "the mask of 'a.weight' has 2 bytes for 25 weights"),
     ],
 )
-def test_masks_of_another_network_or_scope_are_refused(
-    kept: Checkpoints, tmp_path: Path, shapes: dict[str, tuple[int, ...]], said: str
-) -> None:
-    kept.save_mask(0, masks())
+def test_masks_of_another_network_or_scope_are_refused(shapes: dict[str, tuple[int, ...]], said: str) -> None:
     with pytest.raises(Fault) as caught:
-        kept.masks(0, shapes)
-    assert str(caught.value) == f"{tmp_path}/rounds/00/{MASK}: {said}. The prune.scope or the model differs."
+        unpack_masks(pack_tensors(masking.pack(masks())), shapes, "rounds/00")
+    assert str(caught.value) == f"rounds/00/{MASK}: {said}. The prune.scope or the model differs."
 
 
-def test_a_mask_file_that_is_none_is_refused(kept: Checkpoints) -> None:
-    kept.store.put(f"rounds/00/{MASK}", b"not safetensors at all")
-    with pytest.raises(Fault, match=r"rounds/00/mask\.safetensors: "):
-        kept.masks(0, SHAPES)
+def test_a_mask_file_that_is_none_is_refused() -> None:
+    with pytest.raises(Fault, match=r"^rounds/00/mask\.safetensors: "):
+        unpack_masks(b"not safetensors at all", SHAPES, "rounds/00")
 
 
 # -- the run ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -22,15 +23,25 @@ from snapshots import (
     commit_round,
     commit_steps,
     launch,
-    masks,
     snapshot,
     ticket,
     weights,
     whole,
 )
 
-from mirl_dist.checkpoint import MASK, MOMENTS, OUTBOX, RUN, STATE, TICKET, WEIGHTS, Checkpoints, pack_tensors
-from mirl_dist.commits import ACCEPTED, COMPLETE, dump, facts, sealed, unsealed
+from mirl_dist.checkpoint import (
+    MASK,
+    MOMENTS,
+    OUTBOX,
+    PICTURES,
+    RUN,
+    STATE,
+    TICKET,
+    WEIGHTS,
+    Checkpoints,
+    pack_tensors,
+)
+from mirl_dist.commits import ACCEPTED, COMPLETE, Reader, dump, sealed, unsealed
 from mirl_dist.faults import Fault
 from mirl_dist.lease import Lease, Lost
 from mirl_dist.storage import Folder, Store, TryAgain, open_store
@@ -114,7 +125,6 @@ def round_1(kept: Checkpoints, whose: int) -> None:
 
 
 def step_3_of_round_2(kept: Checkpoints, whose: int) -> None:
-    kept.save_mask(2, masks())
     kept.commit_step(snapshot(2, 3, 100 * whose + 23), 2)
 
 
@@ -222,9 +232,7 @@ def test_a_writer_that_dies_before_any_call_leaves_the_newest_commit_or_the_one_
     count = calls_of(done, writer, lambda kept: STORIES[story](kept, OLD))
     ended = newest(Checkpoints(done))
     places = [assert_all_is_whole_after_a_death(site, story, call, ended) for call in range(1, count + 1)]
-    assert places == sorted(places, key=order) or story == "twice", (
-        "the second try takes the first one's away for a moment"
-    )
+    assert places == sorted(places, key=order), "a later call takes away what was there before"
     assert places[0] == (1, 6), "before its first call nothing has changed"
     assert places[-1] == ended[0], "before its last call it is whole already"
 
@@ -323,7 +331,12 @@ def sleep_through(site: Site, story: str, call: int, until: Place) -> Fault | No
     seen = look(store)
     assert seen["newest"] == max(begun, until, key=order)
     sleeper.wake()
-    assert not (found := changed(seen, look(store))) or story == "drop", f"changed: {', '.join(found)}"
+    after = look(store)
+    if story == "drop":  # what it was about to drop when it lost the run may go, and nothing else
+        for (folder, had), (_, has) in zip(seen["rounds"], after["rounds"], strict=True):
+            assert has in (had, {name: had[name] for name in had if (folder[:9], name) != ("rounds/00", WEIGHTS)})
+        after["rounds"] = seen["rounds"]
+    assert not (found := changed(seen, after)), f"changed: {', '.join(found)}"
     third = launch(store)
     assert look(store)["newest"] == newest(third)[0] == seen["newest"]
     assert len(whole(store)) >= 2
@@ -348,7 +361,7 @@ def test_a_writer_that_wakes_up_after_its_succession_disturbs_nothing_whichever_
 
 def test_a_writer_that_wakes_up_after_its_succession_disturbs_nothing_in_a_real_store_either(real: Site) -> None:
     sleep_through(real, "round_1", 5, (1, None))
-    sleep_through(real, "step_9", 6, (1, 9))
+    sleep_through(real, "step_9", 7, (1, 9))
 
 
 @pytest.mark.parametrize(("story", "mine"), [("step_9", (1, 9)), ("round_1", (1, None))])
@@ -363,8 +376,9 @@ def test_a_commit_that_is_completed_during_a_takeover_counts_for_all_or_for_nobo
             store = site.run()
             calls = Calls(store, call)
             sleeper = Sleeper(calls, lambda calls=calls: STORIES[story](writer(calls), OLD))  # type: ignore[misc]
-            other = follower(store)
-            other.store = other._commits.store = Calls(store, moment, sleeper.wake)  # type: ignore[assignment]
+            taking_over = Calls(store, before=sleeper.wake)
+            other = follower(taking_over)
+            taking_over.at = taking_over.made + moment
             other.take_over()
             sleeper.wake()
             found = [newest(kept)[0] for kept in (other, Checkpoints(store), launch(store))]
@@ -374,24 +388,113 @@ def test_a_commit_that_is_completed_during_a_takeover_counts_for_all_or_for_nobo
     assert (False, True) not in outcomes, "what was told as committed got lost"
 
 
-def test_a_takeover_that_sleeps_while_another_one_follows_it_disturbs_nothing(site: Site) -> None:
-    count = calls_of(site.run(), follower, Checkpoints.take_over)
+@pytest.mark.parametrize("left", [0, 4])
+def test_a_takeover_that_sleeps_while_another_one_follows_it_disturbs_nothing(site: Site, left: int) -> None:
+    """left: files of a commit that a dead writer did not complete, for both to remove."""
+
+    def begun() -> Memory:
+        store: Memory = site.run()
+        for number in range(left):
+            store.put(f"rounds/01/steps/00000010-0001/{number}", b"never whole")
+        return store
+
+    count = calls_of(begun(), follower, Checkpoints.take_over)
+    following = site.run()
+    launch(following)
+    writing = calls_of(following, launch, lambda kept: step_9(kept, NEW))
     broken = []
     for call in range(1, count + 1):
-        store = site.run()
-        sleeping = follower(store)
-        calls = Calls(store, call)
-        sleeping.store = sleeping._commits.store = calls  # type: ignore[assignment]
-        sleeper = Sleeper(calls, sleeping.take_over)
-        step_9(launch(store), NEW)
-        seen = look(store)
-        sleeper.wake()
-        try:
-            assert not changed(seen, look(store)), f"changed: {', '.join(changed(seen, look(store)))}"
-            assert newest(launch(store))[0] == (1, 9)
-        except (AssertionError, Fault) as error:
-            broken.append(f"before call {call} of {count}: {str(error).splitlines()[0]}")
+        for moment in (0, *range(2, writing + 1, 3)):  # it has committed; it is about to make that call
+            store = begun()
+            calls, busy = Calls(store), Calls(store)
+            sleeping = follower(calls)
+            calls.at = calls.made + call
+            sleeper = Sleeper(calls, sleeping.take_over)
+            kept = launch(busy)
+            if moment:
+                busy.at = busy.made + moment
+                successor = Sleeper(busy, lambda kept=kept: step_9(kept, NEW))  # type: ignore[misc]
+            else:
+                step_9(kept, NEW)
+            seen = look(store)
+            try:
+                sleeper.wake()
+                assert not changed(seen, look(store)), f"changed: {', '.join(changed(seen, look(store)))}"
+                if moment:
+                    successor.wake()
+                    assert successor.ended is None, successor.ended
+                assert newest(kept) == newest(Checkpoints(store)) == ((1, 9), pack_tensors(weights(209)))
+                assert newest(launch(store))[0] == (1, 9)
+                assert not store.list("rounds/01/steps/00000010-0001")
+            except (AssertionError, Fault) as error:
+                broken.append(f"before call {call} of {count}, {moment}: {str(error).splitlines()[0]}")
     assert not broken, "\n".join(broken)
+
+
+def test_a_takeover_that_finds_the_run_lost_removes_nothing(site: Site) -> None:
+    store = site.run()
+    store.put("rounds/01/steps/00000010-0001/0", b"never whole")
+    late = follower(store)
+    follower(store)
+    files = dict(store.files)
+    with pytest.raises(Fault, match="no longer holds"):
+        late.take_over()
+    assert store.files == files
+
+
+@pytest.mark.parametrize("deed", [Checkpoints.finish, lambda kept: kept.drop_weights(0)], ids=["finish", "drop"])
+def test_who_has_lost_the_run_removes_nothing(site: Site, deed: Callable[[Checkpoints], None]) -> None:
+    store = site.run()
+    lost = writer(store)
+    step_9(launch(store), NEW)
+    files = dict(store.files)
+    with pytest.raises(Fault, match="no longer holds"):
+        deed(lost)
+    assert store.files == files
+
+
+def test_a_takeover_removes_what_older_generations_left_unfinished_and_nothing_of_others(site: Site) -> None:
+    left = [f"rounds/01/steps/00000010-{generation:04d}/0" for generation in (1, 2, 3, 7)]
+    left += [f"rounds/01/ticket-{generation:04d}/0" for generation in (1, 2, 3, 7)]
+    left += ["rounds/01/mask.safetensors", "rounds/01/steps/00000010/0", "rounds/01/steps/00000010-0001/0/0"]
+    store = site.run()
+    launch(store)
+    for name in left:
+        store.put(name, b"never whole")
+    expected = whole(store)
+    launch(store)
+    assert whole(store) == expected
+    assert [name for name in left if not store.exists(name)] == [left[i] for i in (0, 1, 4, 5)]
+
+
+def test_readers_do_not_count_what_comes_too_late_at_whichever_of_their_calls(site: Site) -> None:
+    def too_late(store: Store) -> None:
+        launch(store)
+        step_9(Checkpoints(store, Blind()), OLD)
+
+    count = calls_of(site.run(), Checkpoints, lambda kept: None if newest(kept) else None)
+    found = []
+    for call in range(1, count + 1):
+        store = site.run()
+        reader = Checkpoints(Calls(store, call, lambda store=store: too_late(store)))  # type: ignore[arg-type, misc]
+        assert newest(reader)[0] == newest(reader)[0] == (1, 6), f"call {call}"
+        found.append(reader)
+    assert found
+
+
+@pytest.mark.parametrize("reads", [Reader.generation, 2])
+def test_a_list_of_accepted_commits_that_could_not_be_read_once_is_read_again(site: Site, reads: int) -> None:
+    def fail() -> None:
+        raise TryAgain("the store is away")
+
+    store = site.run()
+    launch(store)
+    step_9(Checkpoints(store, Blind()), OLD)
+    for call in (1, 2, 3):
+        kept = Checkpoints(Calls(store, call, fail), Claim(store, 2) if reads else None)  # type: ignore[arg-type]
+        with pytest.raises(TryAgain):
+            kept.commits()
+        assert newest(kept)[0] == (1, 6), f"call {call}"
 
 
 @pytest.mark.parametrize("times", [1, 3])
@@ -475,7 +578,7 @@ import itertools, json, os, sys
 from pathlib import Path
 
 sys.path.insert(0, sys.argv[2])
-from snapshots import commit_steps, masks, snapshot
+from snapshots import snapshot
 from mirl_dist.checkpoint import Checkpoints
 from mirl_dist.faults import Fault
 from mirl_dist.lease import Lease
@@ -486,7 +589,6 @@ lease = Lease(store, seconds=1.0, news=dict)
 lease.claim()
 kept = Checkpoints(store, lease)
 kept.take_over()
-kept.save_mask(0, masks())
 try:
     for step in itertools.count(1):
         kept.commit_step(snapshot(0, step, step), 2)
@@ -537,7 +639,7 @@ def places_of(data: bytes) -> list[int]:
 
 FILES = [
     *[((1, 9), name) for name in (WEIGHTS, MOMENTS, STATE, OUTBOX, COMPLETE, MASK)],
-    *[((1, None), name) for name in (WEIGHTS, STATE, TICKET, OUTBOX, COMPLETE, MASK)],
+    *[((1, None), name) for name in (WEIGHTS, STATE, TICKET, OUTBOX, PICTURES, COMPLETE, MASK)],
 ]
 
 
@@ -550,20 +652,15 @@ def test_a_flipped_bit_in_any_kind_of_byte_of_a_commit_is_found_and_the_commit_b
     before = newest(kept)
     DEEDS[place](kept, NEW)
     (folder,) = [c.folder for c in kept.commits() if (c.round_, c.step) == place]
-    name = f"rounds/01/{MASK}" if part == MASK else f"{folder}/{part}"
+    name = f"{folder}/{part}"
     data = store.get(name)
     for at in places_of(data):
         store.put(name, flipped(data, at))
         found = Checkpoints(store).newest()
         assert found is not None
         commit, parts, damaged = found
-        text = f"memory/{name} is damaged: its bytes are not those that were committed"
-        if part == MASK:  # no commit of the round can do without it
-            assert (commit.round_, commit.step) == (0, None)
-            assert set(damaged) == {text} and len(damaged) >= 2
-        else:
-            assert ((commit.round_, commit.step), parts[WEIGHTS]) == before
-            assert damaged == [text]
+        assert ((commit.round_, commit.step), parts[WEIGHTS]) == before
+        assert damaged == [f"memory/{name} is damaged: its bytes are not those that were committed"]
     store.put(name, data)
     assert newest(Checkpoints(store))[0] == place
 
@@ -598,40 +695,42 @@ def test_a_flipped_byte_of_the_list_of_accepted_commits_loses_none_of_them(site:
 
 
 def as_before_the_lease(files: dict[str, bytes]) -> dict[str, bytes]:
-    """The run so far as versions wrote it that knew no lease: no generations, no seals, the mask a part of a round."""
+    """A run as versions wrote it that knew no lease: no generations, no seals, masks only in the folders of rounds."""
     old: dict[str, bytes] = {}
     for name, data in files.items():
-        name = name.replace("-0001/", "/")
+        if name.startswith(("lease/", f"{ACCEPTED}/")):
+            continue
+        step = "/steps/" in name
+        name = name.replace("/ticket-0001/", "/").replace("-0001/", "/")
+        if step and name.endswith(f"/{MASK}"):
+            name = f"{name.partition('/steps/')[0]}/{MASK}"
         if name.endswith(COMPLETE):
             said = unsealed(data)
             assert said is not None
-            mask = {MASK: facts(files[f"rounds/00/{MASK}"])} if name == f"rounds/00/{COMPLETE}" else {}
-            data = dump({"parts": said["parts"] | mask})
-        if name == RUN:
-            data = dump(IDENTITY)
-        if not name.startswith(("lease/", f"{ACCEPTED}/")):
-            old[name] = data
+            data = dump({"parts": {part: said["parts"][part] for part in said["parts"] if not (step and part == MASK)}})
+        old[name] = dump(IDENTITY) if name == RUN else data
     return old
 
 
-def test_a_run_of_a_version_before_the_lease_is_read_and_goes_on(run_so_far: dict[str, bytes]) -> None:
+def test_a_run_of_a_version_before_the_lease_is_read_and_goes_on_from_its_last_round(
+    run_so_far: dict[str, bytes],
+) -> None:
     store = Memory(as_before_the_lease(run_so_far))
+    assert f"rounds/01/steps/00000006/{COMPLETE}" in store.files
     for kept in (Checkpoints(store), launch(store), launch(store)):
         assert kept.identity() == IDENTITY
-        assert newest(kept) == ((1, 6), pack_tensors(weights(106)))
-        assert [(c.folder, c.step) for c in kept.commits()] == [
-            ("rounds/01/steps/00000006", 6),
-            ("rounds/01/steps/00000003", 3),
-            ("rounds/00", None),
-        ]
+        assert newest(kept) == ((0, None), pack_tensors(weights(0)))
+        assert [(c.folder, c.step) for c in kept.commits()] == [("rounds/00", None)], "steps lack their mask"
         assert kept.tickets() == [ticket(0)]
+        assert kept.pictures(0) == b"png"
+        assert kept.has_weights(0) and kept.round_weights(0)
     step_9(kept, NEW)
-    assert [c.step for c in kept.commits()] == [9, 6, None]
+    assert [c.step for c in kept.commits()] == [9, None]
     kept.drop_weights(0)
     round_1(kept, NEW)
     assert newest(launch(store)) == ((1, None), pack_tensors(weights(200)))
     assert [t.round for t in Checkpoints(store).tickets()] == [0, 1]
-    with pytest.raises(Fault, match="kept its ticket but not its weights"):
+    with pytest.raises(Fault, match="rounds/00 kept its ticket but not its weights"):
         kept.round_weights(0)
 
 
@@ -641,21 +740,35 @@ def test_what_a_process_of_a_version_before_the_lease_commits_after_its_successi
     store = Memory(as_before_the_lease(run_so_far))
     kept = launch(store)
     for name, data in list(store.files.items()):
-        store.put(name.replace("/00000006/", "/00000012/"), data)
-    assert newest(Checkpoints(store))[0] == newest(kept)[0] == newest(launch(store))[0] == (1, 6)
-    assert store.list("rounds/01/steps/00000012") == []
+        store.put(name.replace("rounds/00/", "rounds/01/"), data)
+    assert store.exists(f"rounds/01/{COMPLETE}")
+    assert newest(Checkpoints(store))[0] == newest(kept)[0] == newest(launch(store))[0] == (0, None)
+    third = launch(store)
+    round_1(third, NEW)
+    assert newest(Checkpoints(store)) == newest(launch(store)) == ((1, None), pack_tensors(weights(200)))
+    assert Checkpoints(store).ticket(1) == ticket(1, seconds=NEW)
 
 
-@pytest.mark.parametrize("at", range(3))
-def test_a_flipped_byte_in_a_commit_of_a_version_before_the_lease_is_found(
-    run_so_far: dict[str, bytes], at: int
-) -> None:
-    store = Memory(as_before_the_lease(run_so_far))
-    name = f"rounds/01/steps/00000006/{(WEIGHTS, MOMENTS, STATE)[at]}"
-    store.put(name, flipped(store.get(name), 50))
-    found = Checkpoints(store).newest()
-    assert found is not None
-    assert (found[0].step, found[2]) == (3, [f"memory/{name} is damaged: its bytes are not those that were committed"])
+@pytest.mark.parametrize("part", [WEIGHTS, STATE, TICKET, MASK, COMPLETE])
+def test_a_flipped_byte_in_a_commit_of_a_version_before_the_lease_is_found(site: Site, part: str) -> None:
+    new = site.run()
+    round_1(writer(new), OLD)
+    store = Memory(as_before_the_lease(new.files))
+    assert newest(Checkpoints(store))[0] == newest(launch(Memory(store.files)))[0] == (1, None)
+    name = f"rounds/01/{part}"
+    data = store.get(name)
+    for at in places_of(data):
+        store.put(name, flipped(data, at))
+        found = Checkpoints(store).newest()
+        assert found is not None
+        if part == COMPLETE and (found[0].round_, found[2]) == (1, []):
+            assert json.loads(store.get(name)) == json.loads(data), "white space"
+            continue
+        assert (found[0].round_, len(found[2])) == (0, 1)
+        if part == COMPLETE:  # without a seal: it may name another part, or say other things of one
+            assert found[2][0].startswith("memory/rounds/01/")
+        else:
+            assert found[2] == [f"memory/{name} is damaged: its bytes are not those that were committed"]
 
 
 # -- seals ------------------------------------------------------------------------------------------------------

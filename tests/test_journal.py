@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +29,7 @@ from mirl_dist.faults import Fault
 from mirl_dist.items import Damaged, Item
 from mirl_dist.journal import Journal, usual_journal, waiting
 from mirl_dist.outbox import Outbox
-from mirl_dist.segments import Entry
+from mirl_dist.segments import Entry, Segment
 from mirl_dist.storage.law import TryAgain
 from mirl_dist.tracking import Mlflow, resend
 
@@ -186,6 +187,25 @@ def test_a_long_life_writes_several_segments_and_leaves_none_that_is_through(
     journal.sent(entries[:9])
     assert len(list(tmp_path.glob("0*.jsonl"))) == 1
     assert numbers(Journal(tmp_path).older()) == [9]
+
+
+def test_a_life_that_begins_its_segment_does_not_take_it_for_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, found, real = Journal(tmp_path), list[Entry](), Segment.new
+    assert journal.lock()
+    sends = threading.Thread(target=lambda: found.extend(journal.older()))
+
+    def slowly(folder: Path) -> Segment:
+        made = real(folder)
+        sends.start()
+        sends.join(0.1)
+        return made
+
+    monkeypatch.setattr(Segment, "new", slowly)
+    journal.append(item(0))
+    sends.join()
+    assert found == [] and numbers(Journal(tmp_path).older()) == [0]
 
 
 def test_one_delivers_and_the_next_one_may_when_it_has_gone(tmp_path: Path) -> None:

@@ -21,8 +21,14 @@ def weights(folder: Path) -> Tensors:
     return safetensors.torch.load_file(folder / "weights.safetensors")
 
 
+def ticket_of(run: Path, round_: int) -> Path:
+    """The folder of a finished round's ticket."""
+    (folder,) = run.glob(f"rounds/{round_:02d}/ticket-*")
+    return folder
+
+
 def masks(run: Path, round_: int, like: Tensors) -> Tensors:
-    packed = safetensors.torch.load_file(run / f"rounds/{round_:02d}/mask.safetensors")
+    packed = safetensors.torch.load_file(ticket_of(run, round_) / "mask.safetensors")
     return masking.unpack(packed, {n: tuple(like[n].shape) for n in packed})
 
 
@@ -51,7 +57,7 @@ def assert_laws(run: Path, tickets: list[dict[str, Any]]) -> None:
         if before is not None:
             assert ticket["alive"] < tickets[round_ - 1]["alive"]
             assert all(not bool((mask[n] & ~before[n]).any()) for n in mask), "a dead weight came back"
-        folder = run / f"rounds/{round_:02d}"
+        (folder,) = run.glob(f"rounds/{round_:02d}/ticket-*")
         if (folder / "weights.safetensors").exists():
             trained = weights(folder)
             assert ticket["weights_digest"] == masking.digest_tensors(trained)
@@ -73,7 +79,7 @@ def test_a_finished_run_keeps_no_commits_of_the_middle_of_its_rounds(reference: 
     left = sorted(str(p.relative_to(reference)) for p in reference.rglob("*") if p.is_file())
     whole = ["COMPLETE.json", "mask.safetensors", "pictures.png", "state.json", "ticket.json", "weights.safetensors"]
     launch = ["accepted/00000001.json", *(f"lease/00000001.{end}" for end in ("json", "beat.json", "released.json"))]
-    rounds = [f"rounds/0{r}/{n}" for r in range(3) for n in whole]
+    rounds = [f"rounds/0{r}/ticket-0001/{n}" for r in range(3) for n in whole]
     assert left == sorted(["initial.safetensors", "run.json", *launch, *rounds])
 
 
@@ -98,7 +104,7 @@ def test_accumulation_takes_the_same_steps_and_more_rounds_continue_the_run_on_o
     assert "2 ranks x 2 passes x 1 samples" in ended.out
     run, (whole,) = tmp_path / "run", lab.tickets(tmp_path / "run")
     first = safetensors.torch.load_file(reference / "initial.safetensors")
-    one, other = weights(reference / "rounds/00"), weights(run / "rounds/00")
+    one, other = weights(ticket_of(reference, 0)), weights(ticket_of(run, 0))
     moved = sum(float((one[n] - first[n]).square().sum()) for n in one)
     apart = sum(float((one[n] - other[n]).square().sum()) for n in one)
     assert apart < 1e-4 * moved, "accumulation changed more than the last digits"
@@ -124,7 +130,7 @@ def test_every_round_starts_from_the_first_values_of_its_survivors(lab: Any, tmp
     for round_ in range(3):
         started = weights(run / f"rounds/{round_:02d}/steps/00000003-0001")
         assert differing(started, masked(initial, masks(run, round_, initial))) == set()
-        assert differing(weights(run / f"rounds/{round_:02d}"), started) != set()
+        assert differing(weights(ticket_of(run, round_)), started) != set()
         moments = safetensors.torch.load_file(run / f"rounds/{round_:02d}/steps/00000006-0001/moments.safetensors")
         for kind in ("exp_avg", "exp_avg_sq"):
             of = {n.removesuffix(f".{kind}"): t for n, t in moments.items() if n.endswith(f".{kind}")}
@@ -173,7 +179,7 @@ def test_the_published_rewind_carries_prompts_and_temperatures_over_and_stops_at
     best = json.loads((run / "best.json").read_text())
     assert best["round"] == max(range(3), key=lambda r: (means[r], r))
     assert best["score"] == pytest.approx(means[best["round"]])
-    kept = [(run / f"rounds/0{r}/weights.safetensors").exists() for r in range(3)]
+    kept = [(ticket_of(run, r) / "weights.safetensors").exists() for r in range(3)]
     assert kept == [r in (best["round"], 2) for r in range(3)]
     shown = lab.mirl("tickets", "show", str(run), "--json")
     assert json.loads(shown.out)["round"] == best["round"]
@@ -200,7 +206,7 @@ def test_a_one_shot_prunes_once_and_fine_tunes_what_it_trained(lab: Any, tmp_pat
     assert ended.rc == 0, ended.said()
     run = tmp_path / "run"
     tickets = lab.tickets(run)
-    dense, tuned = weights(run / "rounds/00"), weights(run / "rounds/01")
+    dense, tuned = weights(ticket_of(run, 0)), weights(ticket_of(run, 1))
     mask = masks(run, 1, dense)
     assert [t["updates"] for t in tickets] == [20, 1], "5 % of 20 epochs"
     assert tickets[1]["alive"] / tickets[1]["prunable"] == pytest.approx(0.3, abs=1e-3)

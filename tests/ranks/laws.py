@@ -128,7 +128,7 @@ def guarded(ranks: Ranks) -> dict[str, Any]:
     """Laws that one rank breaks, by the smallest step that a float can take."""
     last = ranks.rank == ranks.world - 1
     game = lottery.Lottery(Rule(0.2), 2, None, "all")
-    opened: list[int] = []
+    opened: list[str] = []
 
     def play(state: State, initial: dict[str, torch.Tensor]) -> None:
         lottery.play(
@@ -138,9 +138,8 @@ def guarded(ranks: Ranks) -> dict[str, Any]:
             ranks,
             newest=None,
             train_and_score=lambda: a_ticket(state),
-            open_round=lambda: opened.append(state.progress.round),
             record=lambda ticket: None,
-            stop_if_asked=lambda before: None,
+            stop_if_asked=lambda before: opened.append(before),
         )
 
     def first(state: State) -> dict[str, torch.Tensor]:

@@ -18,10 +18,10 @@ PHASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "evaluating": ({"rank": 1, "phase": "evaluating"}, "stopped as asked while evaluating; the round's training is"),
     "committing": ({"rank": 0, "phase": "committing", "times": 2}, "stopped as asked"),
-    "selecting": ({"rank": 1, "phase": "selecting"}, "stopped as asked before pruning, after round 0; committed"),
-    "counting": ({"rank": 0, "phase": "counting"}, "stopped as asked before pruning, after round 0; committed"),
-    "pruning": ({"rank": 0, "phase": "pruning"}, "stopped as asked before opening the next round"),
-    "rewinding": ({"rank": 1, "phase": "rewinding"}, "stopped as asked before opening the next round"),
+    "selecting": ({"rank": 1, "phase": "selecting"}, "stopped as asked before pruning; all rounds that"),
+    "counting": ({"rank": 0, "phase": "counting"}, "stopped as asked before pruning; all rounds that"),
+    "pruning": ({"rank": 0, "phase": "pruning"}, "stopped as asked before the next round; all rounds that"),
+    "rewinding": ({"rank": 1, "phase": "rewinding"}, "stopped as asked before the next round; all rounds that"),
     "uploading": ({"rank": 0, "phase": "uploading"}, "stopped as asked"),
 }
 
