@@ -57,7 +57,7 @@ from mlflow_server import MlflowServer
 from s3_server import S3Server
 
 DECK = {RANK: 6, ALL: 3, LAUNCHER: 4, S3: 2, S3_WHOLE: 2, MLFLOW: 2}
-STEPS_PER_KILL, QUIET_STEPS, EPOCH = 14, 60, 12
+STEPS_PER_KILL, QUIET_STEPS, EPOCH = 8, 60, 12
 
 
 def planned(kills: int, steps: int, seed: int, victims: Mapping[str, int]) -> list[Blow]:
@@ -100,7 +100,7 @@ def config(folder: Path, steps: int, which: str) -> dict[str, Any]:
         "train": {"epochs": steps // EPOCH, "device": "cpu"},
         "checkpoint": {"every_steps": 10, "keep_last": 2},
         "store": {"lease_seconds": 3, "patience_seconds": 120},
-        "ranks": {"restarts": 2, "timeout_seconds": 60},
+        "ranks": {"restarts": 2, "timeout_seconds": 150},
         "guard": {"same_step_failures": 1000},
         "tracking": {"every_steps": 1, "experiment": which, "journal": str(folder / f"journal-{which}")},
     }

@@ -30,14 +30,14 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from ceph_server import CephServer  # noqa: E402
-from s3_server import S3Server  # noqa: E402
+from ceph_server import CephServer
+from s3_server import S3Server
 
-from mirl_dist.checkpoint import Checkpoints  # noqa: E402
-from mirl_dist.keeper import Keeper  # noqa: E402
-from mirl_dist.pruning import masks as masking  # noqa: E402
-from mirl_dist.state import State  # noqa: E402
-from mirl_dist.storage import open_store  # noqa: E402
+from mirl_dist.checkpoint import Checkpoints
+from mirl_dist.keeper import Keeper
+from mirl_dist.pruning import masks as masking
+from mirl_dist.state import State
+from mirl_dist.storage import open_store
 
 TENSORS = 542  # as many as PromptIR has
 

@@ -193,11 +193,6 @@ def describe(config: Config, prepared: Prepared, world: int) -> str:
     )
 
 
-def journal_of(address: str, run_id: str, configured: str | None) -> Path:
-    """Where on this machine MLflow's journal of a run lies. A bucket's prefix may have held another run before."""
-    return usual_journal(f"{address.rstrip('/')}#{run_id}" if "://" in address else address, configured)
-
-
 def _tracker(config: Config, checkpoints: Checkpoints, newest: Newest | None, run_id: str, ranks: Ranks) -> Tracker:
     """MLflow's door on rank 0, its twin elsewhere; an address that is refused is refused on every rank."""
     if not config.tracking.enabled:
@@ -212,7 +207,7 @@ def _tracker(config: Config, checkpoints: Checkpoints, newest: Newest | None, ru
                 run_name=config.tracking.run_name or Path(config.run.folder).name,
                 remembered=checkpoints.remembered(),
                 remember=checkpoints.remember,
-                journal=journal_of(config.run.folder, run_id, config.tracking.journal),
+                journal=usual_journal(config.run.folder, config.tracking.journal, run_id),
                 inherited=b"" if newest is None else newest.parts.get(OUTBOX, b""),
             )
         )
@@ -347,12 +342,19 @@ def _told_how_it_ended(tracker: Tracker, rounds: Rounds, stop_asked: StopFlag) -
     try:
         yield
     except Exception as end:
+        if isinstance(end, Fault | Stopped):  # it will be said; ranks that have gone before are no news
+            stop_asked.cleared = lambda: False
+        if rounds.checkpoints.lost():
+            raise  # the run is another launch's, which tells how it ends
         status = "KILLED" if isinstance(end, Stopped) else "FAILED"
         tracker.end_round(status)
-        with rounds.ranks.in_phase("uploading"):
-            if isinstance(end, Stopped):
-                rounds.ranks.from_main(rounds.keeper.wait, what="last commit")
-            rounds.keeper.settle(min(SETTLE_SECONDS, stop_asked.left_seconds() - LEAVE_SECONDS))
-        tracker.end_run(status, seconds=max(0.0, min(FAREWELL_SECONDS, stop_asked.left_seconds() - LEAVE_SECONDS)))
+        try:
+            with rounds.ranks.in_phase("uploading"):
+                if isinstance(end, Stopped):
+                    rounds.ranks.from_main(rounds.keeper.wait, what="last commit")
+                rounds.keeper.settle(min(SETTLE_SECONDS, stop_asked.left_seconds() - LEAVE_SECONDS))
+        finally:
+            left = stop_asked.left_seconds() - LEAVE_SECONDS
+            tracker.end_run(status, seconds=max(0.0, min(FAREWELL_SECONDS, left)))
         raise
     tracker.end_run()

@@ -161,6 +161,14 @@ class Checkpoints:
             if commit.step is not None and commit.folder not in kept:
                 self._commits.remove(commit.folder)
 
+    def lost(self) -> bool:
+        """Whether another launch is known to have taken the run over. Asks nothing."""
+        return self._commits.writer.lost()
+
+    def check(self) -> None:
+        """Raise Fault when another launch has taken the run over."""
+        self._commits.writer.check()
+
     def finish(self) -> None:
         """The last round has ended: no step commit is needed any more."""
         commits = self.commits()
@@ -205,9 +213,16 @@ class Checkpoints:
             raise Fault("no commit of this run can be read: " + "; ".join(damaged) + ". Restore a copy of the run.")
         return None
 
-    def progress(self, commit: Commit) -> Progress:
-        """Where the run stood at a commit."""
-        return Progress.model_validate_json(self.store.get(f"{commit.folder}/{STATE}"))
+    def stands(self, commits: list[Commit]) -> tuple[Commit | None, Progress]:
+        """The first of some commits whose state can be read, and where the run stood then; other parts are not read."""
+        for commit in commits:
+            try:
+                return commit, Progress.model_validate_json(self._commits.part(commit.folder, STATE))
+            except (NotAllowed, TryAgain):
+                raise
+            except Fault:  # damaged, or removed meanwhile
+                continue
+        return None, Progress()
 
     def tickets(self) -> list[Ticket]:
         """The tickets of all complete rounds, in order."""

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 the user's mistake (one clear line), 75 stopped 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from mirl_dist import __version__
 from mirl_dist.faults import Fault, Stopped
 from mirl_dist.slip import Slip
 from mirl_dist.stopping import RESUMABLE, StopFlag
+from mirl_dist.telling import say, warn
 
 app = typer.Typer(
     add_completion=False,
@@ -51,19 +53,18 @@ def main() -> None:
         if rank == "0" or not fault.everywhere:
             who = "mirl-dist" if fault.everywhere or "RANK" not in os.environ else f"mirl-dist, rank {rank}"
             more = " Go on with --resume auto." if fault.resumable else ""
-            print(f"{who}: {fault}{more}", file=sys.stderr, flush=True)
+            warn(f"{who}: {fault}{more}")
         _leave(RESUMABLE if fault.resumable else 2, final=True)
     except Stopped as stopped:
         if rank == "0":
-            print(f"mirl-dist: {stopped}. Go on with --resume auto.", file=sys.stderr, flush=True)
-        _leave(RESUMABLE)
+            warn(f"mirl-dist: {stopped}. Go on with --resume auto.")
+        _leave(RESUMABLE, final=True)
     except RuntimeError as error:
         from mirl_dist.ranks import lost_a_peer
 
         if not lost_a_peer(error):
             raise
-        print(f"mirl-dist, rank {rank}: another rank has gone ({str(error).splitlines()[0][:120]})", file=sys.stderr)
-        sys.stderr.flush()
+        warn(f"mirl-dist, rank {rank}: another rank has gone ({str(error).splitlines()[0][:120]})")
         Slip.of_worker().linger()
         _leave(1)
 
@@ -71,16 +72,15 @@ def main() -> None:
 def _leave(code: int, *, final: bool = False) -> None:
     """Exit; final: a launcher that starts the ranks again would not mend it.
 
-    A rank goes at once: other ranks may be gone already, and torch's process group (gloo, torch 2.13) can wait for
-    itself for ever while Python takes it apart.
+    A process goes at once: other ranks may be gone already, torch's process group (gloo, torch 2.13) can wait for
+    itself for ever while Python takes it apart, and so can a thread for a store that is away.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if "RANK" in os.environ:
-        if final:
-            Slip.of_worker().last_word(code)
-        os._exit(code)
-    sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if final and "RANK" in os.environ:
+        Slip.of_worker().last_word(code)
+    os._exit(code)
 
 
 def _leave_if_said_already() -> None:
@@ -122,6 +122,11 @@ def train(
 
     Under `accelerate launch` this is one rank; with --launch it starts the ranks itself.
     """
+    stop_asked, slip = StopFlag(), Slip.of_worker()
+    stop_asked.hears += [slip.stop_asked, lambda: slip.leave_if_orphaned(stop_asked)]
+    stop_asked.meant, stop_asked.cleared = slip.ask_to_stop, slip.another_failed
+    stop_asked.listen()  # before what takes seconds to import
+
     from mirl_dist import assemble
     from mirl_dist import config as configs
 
@@ -136,22 +141,20 @@ def train(
 
         world, options = launching.choose(tree, launch)
         if world > 1:
-            launching.launch(tree, world, options, ["train", str(config), "--resume", resume], sets or [])
+            launching.launch(tree, world, options, ["train", str(config)], sets or [], resume, stop_asked.close)
             return
-    stop_asked, slip = StopFlag(), Slip.of_worker()
-    stop_asked.hears += [slip.stop_asked, lambda: slip.leave_if_orphaned(stop_asked)]
-    stop_asked.meant, stop_asked.cleared = slip.ask_to_stop, slip.another_failed
-    stop_asked.listen()
     again = slip.restarted()
     if again is not None and os.environ.get("RANK", "0") == "0":
-        print(f"mirl-dist: {again}", file=sys.stderr, flush=True)
+        warn(f"mirl-dist: {again}")
+    if resume == "never" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        resume = "auto"  # these ranks are started again, and find their own run
     address = assemble.run(tree, resume, stop_asked)
     if os.environ.get("RANK", "0") == "0":
         from mirl_dist import shelf
 
-        shelf.print_tickets(tree.run.folder, as_json=False)
+        shelf.print_tickets(tree.run.folder, as_json=False, store=assemble.store_of(tree, tree.run.folder))
         if address:
-            print(f"MLflow: {address}", flush=True)
+            say(f"MLflow: {address}")
 
 
 @app.command()

@@ -26,6 +26,7 @@ class Writer(Protocol):
     generation: int
 
     def check(self) -> None: ...
+    def lost(self) -> bool: ...
 
 
 class Reader:
@@ -34,6 +35,8 @@ class Reader:
     generation = 0
 
     def check(self) -> None: ...
+    def lost(self) -> bool:
+        return False
 
 
 class _Accepted(NamedTuple):
@@ -124,17 +127,24 @@ class Commits:
 
     def parts(self, folder: str) -> dict[str, bytes]:
         """All parts of a commit, verified. Raises Fault naming a part that is missing or damaged."""
-        found = {}
-        for name, expected in self.said(folder).items():
-            where = self.store.where(f"{folder}/{name}")
-            try:
-                data = self.store.get(f"{folder}/{name}")
-            except NotThere:
-                raise Fault(f"{where} is missing from its commit") from None
-            if expected != facts(data):
-                raise Fault(f"{where} is damaged: its bytes are not those that were committed")
-            found[name] = data
-        return found
+        return {name: self._verified(folder, name, expected) for name, expected in self.said(folder).items()}
+
+    def part(self, folder: str, name: str) -> bytes:
+        """One part of a commit, verified; as `parts`."""
+        said = self.said(folder)
+        if name not in said:
+            raise Fault(f"{self.store.where(folder)} has no {name}")
+        return self._verified(folder, name, said[name])
+
+    def _verified(self, folder: str, name: str, expected: Facts) -> bytes:
+        where = self.store.where(f"{folder}/{name}")
+        try:
+            data = self.store.get(f"{folder}/{name}")
+        except NotThere:
+            raise Fault(f"{where} is missing from its commit") from None
+        if expected != facts(data):
+            raise Fault(f"{where} is damaged: its bytes are not those that were committed")
+        return data
 
     def drop(self, folder: str, part: str) -> None:
         """Take one part out of a commit. Twice is once."""

@@ -309,6 +309,11 @@ class Config(Node):
         endpoint = self.store.endpoint or "http://"
         if not endpoint.startswith(("http://", "https://")) or "@" in endpoint or "?" in endpoint:
             found.append("store.endpoint: found no plain address; write http(s)://host:port, keys belong into AWS's")
+        if self.ranks.timeout_seconds <= self.store.patience_seconds:
+            found.append(
+                f"ranks.timeout_seconds: found {self.ranks.timeout_seconds:g}, not more than store.patience_seconds "
+                f"{self.store.patience_seconds:g}; ranks would give up rank 0 while it waits for the store: raise it"
+            )
         if self.store.kms_key is not None and self.store.encryption != "aws:kms":
             found.append("store.kms_key: found without store.encryption aws:kms; set that too, or remove the key")
         return found

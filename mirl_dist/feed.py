@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,6 +21,8 @@ from mirl_dist.data.window import shards_ahead
 from mirl_dist.faults import Fault
 from mirl_dist.ranks import Ranks
 from mirl_dist.storage import Folder
+from mirl_dist.storage.patience import Patience
+from mirl_dist.telling import warn
 
 
 def supply_of(config: Config, shards: Shards, who: str, stop_asked: Callable[[], bool]) -> Supply:
@@ -32,9 +33,10 @@ def supply_of(config: Config, shards: Shards, who: str, stop_asked: Callable[[],
         cache = Cache(folder, round(config.data.cache.gigabytes * 1e9))
 
     def say(line: str) -> None:
-        print(f"mirl-dist, {who}: {line}", file=sys.stderr, flush=True)
+        warn(f"mirl-dist, {who}: {line}")
 
-    return Supply(shards, cache, config.data.damage, say, stop_asked=stop_asked)
+    patience = Patience(config.store.patience_seconds)
+    return Supply(shards, cache, config.data.damage, say, stop_asked=stop_asked, patience=patience)
 
 
 def refuse_damaged(supply: Supply, jobs: Sequence[evaluate.Job], ranks: Ranks, damage: str) -> None:

@@ -57,22 +57,22 @@ class Footprint:
         self._record = _judged(_newest(file[:])) if file is not None else _Record()
 
     @classmethod
-    def open(cls, run_address: str, limit: int) -> Footprint:
-        """The run's; to be called by a launch that alone may write the run. run_address: a folder or a URL; limit:
-        deaths in one step, 1 or more.
+    def open(cls, run_id: str, limit: int) -> Footprint:
+        """The run's; to be called by a launch that alone may write the run.
+
+        run_id: unlike that of any other run; limit: deaths in one step, 1 or more.
 
         The launch that follows the last of them is refused, and so each that follows one more; the one after a refusal
         may try again.
         """
-        if "://" not in run_address:
-            run_address = os.path.realpath(run_address)
-        digest = hashlib.sha256(run_address.encode()).hexdigest()
+        digest = hashlib.sha256(run_id.encode()).hexdigest()
         path = Path("footprints", digest[:16])
         try:
             path = place() / path
             path.parent.mkdir(exist_ok=True)
             with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b") as stream:
-                os.posix_fallocate(stream.fileno(), 0, 2 * _BYTES)  # a full disk must not end the run at a write
+                stream.write(b"\0" * (2 * _BYTES - stream.seek(0, os.SEEK_END)))  # a full disk says so here
+                stream.flush()
                 file = mmap.mmap(stream.fileno(), 2 * _BYTES)
         except (OSError, Fault):  # no room, or nobody's place: a run does not end for want of it
             return cls()

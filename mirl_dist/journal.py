@@ -162,15 +162,16 @@ def count(entries: Collection[Entry]) -> Waiting:
     return Waiting(sum(entry.points for entry in entries), sum(not entry.points for entry in entries), since)
 
 
-def usual_journal(run_folder: str, configured: str | None) -> Path:
+def usual_journal(run_folder: str, configured: str | None, run_id: str = "") -> Path:
     """Where the journal of the run with that address lies on this machine; nothing is made.
 
-    configured: the folder of tracking.journal, in which each run gets one of its own.
+    configured: the folder of tracking.journal, in which each run gets one of its own; run_id: tells the run from others
+    that lay at the same address before.
     """
     kind, found, _ = run_folder.partition("://")
     local = Path(open_store(run_folder).where()).resolve() if not found or kind == "file" else None
     address = str(local or run_folder.rstrip("/"))
-    name = hashlib.sha256(address.encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{address}#{run_id}".encode()).hexdigest()[:16]
     if configured is not None:
         return Path(os.path.expanduser(configured)) / name
     cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mirl_dist import assemble, ranks
@@ -20,6 +20,7 @@ from mirl_dist.config import Config
 from mirl_dist.faults import Fault
 from mirl_dist.slip import Slip, children
 from mirl_dist.stopping import RESUMABLE
+from mirl_dist.telling import warn
 from mirl_dist.yaml_tree import load_file
 
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -38,17 +39,28 @@ def choose(config: Config, how: str) -> tuple[int, list[str]]:
     return _auto(config) if how == "auto" else _from_file(Path(how))
 
 
-def launch(config: Config, world: int, options: list[str], command: list[str], sets: Sequence[str]) -> None:
+def launch(
+    config: Config,
+    world: int,
+    options: list[str],
+    command: list[str],
+    sets: Sequence[str],
+    resume: str,
+    prepared: Callable[[], None],
+) -> None:
     """Start the ranks of a run and exit with their code. Raises Fault before any process is started.
 
-    They are started again `ranks.restarts` times, together, after one of them died.
+    They are started again `ranks.restarts` times, together, after one of them died. resume: as for the command; 'never'
+    is proved here once, for ranks that are started again find their own run. prepared: called when signals are about to
+    be heard here.
     """
-    assemble.prepare(config, world, command[-1])
+    assemble.prepare(config, world, resume)
     arguments = [*options, "--max_restarts", str(config.ranks.restarts), "--monitor_interval", "0.1"]
-    arguments += ["-m", "mirl_dist", *command]
+    arguments += ["-m", "mirl_dist", *command, "--resume", "auto" if resume == "never" else resume]
     for assignment in sets:
         arguments += ["--set", assignment]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
+    prepared()
     code = attend(arguments, config.ranks.restarts, config.preempt.deadline_seconds)
     if code:
         sys.exit(code)
@@ -136,8 +148,7 @@ def _kill(work: concurrent.futures.Future[int], slip: Slip, code: int) -> None:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # a terminal that has been closed must not end what it started
-        print(f"mirl-dist: {text}", file=sys.stderr, flush=True)
+    warn(f"mirl-dist: {text}")
 
 
 def _auto(config: Config) -> tuple[int, list[str]]:

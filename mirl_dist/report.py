@@ -11,15 +11,14 @@ from typing import TypeAlias
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mirl_dist.telling import say
+
+__all__ = ["Advance", "Bars", "bar", "say"]
+
 Advance: TypeAlias = Callable[[int, str], None]
 """(units done so far, a short note)."""
 
 _LINE_EVERY_SECONDS = 10.0
-
-
-def say(line: str) -> None:
-    """One plain line on standard output, at once."""
-    print(line, flush=True)
 
 
 @contextmanager

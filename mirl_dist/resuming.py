@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,7 +45,7 @@ def writing(
     """
     lease: Lease | None = None
     if ranks.is_main:
-        launch = {"id": os.environ.get("TORCHELASTIC_RUN_ID", ""), "world": ranks.world}
+        launch = {"world": ranks.world, "tracking": config.tracking.model_dump(mode="json")}
         lease = Lease(
             store, seconds=config.store.lease_seconds, news=lambda: {**news, "phase": ranks.phase}, launch=launch
         )

@@ -52,6 +52,7 @@ class Rounds:
     tracker: Tracker
     stop_asked: Callable[[], bool]
     news: dict[str, Any]
+    committed: tuple[int, int] | None = None
 
     def train_and_score(self) -> Ticket:
         """Train the round from where it stands, score it, and commit its ticket."""
@@ -127,10 +128,14 @@ class Rounds:
         return self.keeper.busy
 
     def failed(self) -> bool:
-        return self.keeper.failed
+        return self.keeper.failed or self.checkpoints.lost()
 
     def refuse_failed(self) -> None:
-        self.ranks.from_main(self.keeper.refuse, what="failure of the last commit")
+        def on_main() -> None:
+            self.checkpoints.check()
+            self.keeper.refuse()
+
+        self.ranks.from_main(on_main, what="failure of the last commit")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.tracker.log_step(step, values)
@@ -138,9 +143,14 @@ class Rounds:
 
     def commit(self, *, wait: bool) -> None:
         """Commit the middle of a round: a snapshot now, the rest in the background unless `wait`."""
+        if wait:
+            self.footprint.rest()  # whoever dies from here on has not died of a step
         self._gather_damage()
         with self.ranks.in_phase("committing"):
-            self._begin_commit(self.checkpoints.commit_step)
+            at = self.state.progress.round, self.state.progress.updates
+            if at != self.committed:
+                self._begin_commit(self.checkpoints.commit_step)
+                self.committed = at
             if wait:
                 self.ranks.from_main(self.keeper.wait, what="commit of the step")
 
@@ -150,9 +160,8 @@ class Rounds:
 
         def on_main() -> None:
             self.keeper.wait()
-            snapshot, waits = self.state.snapshot(), self.tracker.backlog()
-            keep_last = self.config.checkpoint.keep_last
-            self.keeper.begin(lambda: write(snapshot, keep_last, waits), "a commit")
+            snapshot, keep_last = self.state.snapshot(), self.config.checkpoint.keep_last
+            self.keeper.begin(lambda: write(snapshot, keep_last, self.tracker.backlog()), "a commit")
 
         self.tracker.flush()
         self.ranks.from_main(on_main, what="snapshot")

@@ -16,14 +16,13 @@ from torch import nn
 
 from mirl_dist import assemble, evaluate, feed, lease, metrics, models, report, tracking
 from mirl_dist.checkpoint import OUTBOX, Checkpoints, pack_tensors
-from mirl_dist.config import Config, of_dump
+from mirl_dist.config import Config, Tracking, of_dump
 from mirl_dist.data.sample import Pixels
 from mirl_dist.data.shards import Shards
 from mirl_dist.data.source_image import Refused, decode
 from mirl_dist.faults import Fault
 from mirl_dist.ranks import Ranks
-from mirl_dist.state import Progress
-from mirl_dist.storage import Folder, open_store
+from mirl_dist.storage import Folder, Store, open_store
 from mirl_dist.tasks import Task
 from mirl_dist.ticket import Score
 
@@ -36,9 +35,9 @@ class Found(NamedTuple):
     round_: int
 
 
-def open_run(folder: str) -> tuple[Checkpoints, Config]:
-    """A run folder, opened for reading. Raises Fault where there is none."""
-    checkpoints = Checkpoints(open_store(folder))
+def open_run(folder: str, store: Store | None = None) -> tuple[Checkpoints, Config]:
+    """A run, opened for reading; store: where that is not as the environment says. Raises Fault without a run."""
+    checkpoints = Checkpoints(store or open_store(folder))
     identity = checkpoints.identity()
     if identity is None:
         raise Fault(f"{folder} holds no run (no run.json). Give the run.folder of a config that was trained.")
@@ -75,9 +74,9 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     Console().print(table)
 
 
-def print_tickets(run: str, as_json: bool) -> None:
+def print_tickets(run: str, as_json: bool, store: Store | None = None) -> None:
     """One line per round: alive weights, sparsity, PSNR and SSIM per task and set."""
-    checkpoints, _ = open_run(run)
+    checkpoints, _ = open_run(run, store)
     tickets, best = checkpoints.tickets(), checkpoints.best()
     if as_json:
         print(json.dumps([t.row() | {"best": t.round == best} for t in tickets], indent=1))
@@ -143,8 +142,7 @@ def print_status(run: str, as_json: bool) -> None:
     """Round and step of the newest commit, and the samples, time and speed up to there."""
     checkpoints, config = open_run(run)
     commits, tickets = checkpoints.commits(), checkpoints.tickets()
-    newest = commits[0] if commits else None
-    stands = checkpoints.progress(newest) if newest is not None else Progress()
+    newest, stands = checkpoints.stands(commits)
     said: dict[str, Any] = {
         "run": run,
         "rounds_finished": len(tickets),
@@ -178,8 +176,8 @@ def _writer(checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
     if found is None:
         return None
     who = {"host": found.host, "pid": found.pid, "since": found.started_at, "beat": found.beat_at}
-    if found.ended is not None:
-        return who | {"ended": found.ended}
+    if found.ended is not None or found.is_gone():
+        return who | {"ended": found.ended or "dead"}
     news = dict(found.news)
     left, speed = news.get("steps", 0) - news.get("step", 0), news.get("samples_per_second")
     if speed:
@@ -187,32 +185,41 @@ def _writer(checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
     return who | news
 
 
-def _journal(run: str, checkpoints: Checkpoints, config: Config) -> Path:
+def _tracking(checkpoints: Checkpoints, config: Config) -> Tracking:
+    """The tracking section of the last launch; that of run.json is the first one's."""
+    found = lease.holder(checkpoints.store)
+    said = found.launch.get("tracking") if found is not None else None
+    return config.tracking if said is None else Tracking.model_validate(said)
+
+
+def _journal(run: str, checkpoints: Checkpoints, said: Tracking) -> Path:
     found = checkpoints.identity() or {}
-    return assemble.journal_of(run, str(found.get("id", "")), config.tracking.journal)
+    return tracking.usual_journal(run, said.journal, str(found.get("id", "")))
 
 
 def _mlflow(run: str, checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
     """What waits on this machine to be told to MLflow."""
-    if not config.tracking.enabled:
+    said = _tracking(checkpoints, config)
+    if not said.enabled:
         return None
-    waits = tracking.waiting(_journal(run, checkpoints, config))
+    waits = tracking.waiting(_journal(run, checkpoints, said))
     return {"points_waiting": waits.points, "records_waiting": waits.records, "since": waits.since}
 
 
 def resend(run: str) -> None:
     """Tell MLflow what a run that has ended could not tell it: what waits on this machine, and in its last commit."""
     checkpoints, config = open_run(run)
-    if not config.tracking.enabled:
+    said = _tracking(checkpoints, config)
+    if not said.enabled:
         raise Fault(f"{run} was trained with tracking.enabled=false: there is nothing to send.")
     found = checkpoints.newest()
     tracking.resend(
-        uri=config.tracking.uri,
-        experiment=config.tracking.experiment,
-        run_name=config.tracking.run_name or Path(run).name,
+        uri=said.uri,
+        experiment=said.experiment,
+        run_name=said.run_name or Path(run).name,
         remembered=checkpoints.remembered(),
         remember=checkpoints.remember,
-        journal=_journal(run, checkpoints, config),
+        journal=_journal(run, checkpoints, said),
         inherited=b"" if found is None else found[1].get(OUTBOX, b""),
         say=report.say,
     )

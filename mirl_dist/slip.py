@@ -17,7 +17,6 @@ import os
 import shutil
 import signal
 import stat
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from mirl_dist.faults import Fault
 from mirl_dist.stopping import RESUMABLE
+from mirl_dist.telling import warn
 
 _WORD = "word-"
 _DOUBT_SECONDS = 2.0
@@ -101,7 +101,7 @@ class Slip:
         gone = self.parent_gone()
         if gone and self._gone_before and not asked():
             if os.environ.get("RANK", "0") == "0":
-                print("mirl-dist: the launcher has gone; leaving.", file=sys.stderr, flush=True)
+                warn("mirl-dist: the launcher has gone; leaving.")
             os._exit(1)
         self._gone_before = gone
         return False

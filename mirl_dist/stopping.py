@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
+
+from mirl_dist.telling import warn
 
 RESUMABLE = 75
 _POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -43,7 +44,7 @@ class StopFlag:
         self.busy: Callable[[], bool] = lambda: False
         self.phase: Callable[[], str] = lambda: "starting"
         self.since = 0.0
-        self._told = False
+        self._told = self._closed = False
 
     def __call__(self) -> bool:
         return self.asked
@@ -59,6 +60,11 @@ class StopFlag:
             signal.signal(number, self._handle)
         threading.Thread(target=self._watch, args=(ours, theirs), name="signals", daemon=True).start()
         return self
+
+    def close(self) -> None:
+        """Hear no more: whoever comes next has handlers of its own."""
+        self._closed = True
+        signal.set_wakeup_fd(-1)
 
     def ask(self) -> None:
         """Ask this process to stop."""
@@ -82,7 +88,7 @@ class StopFlag:
         if not self.polite and not handled:  # once: a second one must not break what the first has begun to clear up
             if _rank() == "0":
                 text = "stopped as asked; nothing was left half done. The same command goes on from here."
-                print(f"mirl-dist: {text}", file=sys.stderr, flush=True)
+                warn(f"mirl-dist: {text}")
             raise SystemExit(RESUMABLE)
 
     def _watch(self, signals: socket.socket, keep: socket.socket) -> None:
@@ -90,7 +96,7 @@ class StopFlag:
         signals.settimeout(_LOOK_SECONDS)
         told = False
         interrupts = 0
-        while True:
+        while not self._closed:
             try:
                 numbers = signals.recv(64)
             except TimeoutError:
@@ -111,7 +117,8 @@ class StopFlag:
             if self.asked and self.left_seconds() <= 0:
                 text = f"asked to stop {self.deadline_seconds:g} s ago (preempt.deadline_seconds), and still in "
                 text += f"{self.phase()}: leaving now. The run goes on from its last commit with --resume auto."
-                print(f"mirl-dist, rank {_rank()}: {text}", file=sys.stderr, flush=True)
+                warn(f"mirl-dist, rank {_rank()}: {text}")
+                self.meant()
                 os._exit(RESUMABLE)
 
     def _leave_to_a_new_start(self) -> None:

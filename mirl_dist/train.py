@@ -86,6 +86,7 @@ def train_round(
     while progress.epoch < plan.epochs:
         lr, seen, loss, norm = around.rate(progress), guards.Seen(), 0.0, torch.tensor(float("nan"))
         around.begins_step(progress)
+        skipped = 0
         for i in range(plan.passes):
             pace.begin()
             batch = come(batches, ranks.device)
@@ -105,7 +106,7 @@ def train_round(
                 if not seen.left_out:
                     ranks.backward(objective.combine(losses) / plan.passes)
             loss += word.loss / plan.batch
-            progress.skipped += word.skipped
+            skipped += word.skipped
         if not seen.left_out:
             masks.close_gradients(state.weights, state.masks)
             norm = nn.utils.clip_grad_norm_(parameters, plan.clip_norm or float("inf"))
@@ -117,6 +118,7 @@ def train_round(
             meter.count(seen)
             spikes.look(loss, seen, progress, ranks)
         state.optimiser.zero_grad()
+        progress.skipped += skipped
         count(progress, plan, left_out=seen.left_out)
         ended = progress.epoch == plan.epochs
         if progress.updates % plan.report_every == 0 or ended:

@@ -12,13 +12,13 @@ import json
 import os
 import socket
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from mirl_dist.meetings import Meetings, Standing, verdict, waited
+from mirl_dist.telling import warn
 
 _PERIOD_SECONDS = 1.0
 _LOOKS = 5  # at the others before one is judged
@@ -178,7 +178,7 @@ class Watch:
 
     def _end(self, text: str) -> None:
         """Not at once: this process may keep the board, on which others have yet to read that this one has spoken."""
-        print(f"mirl-dist, rank {self._rank}: {text}", file=sys.stderr, flush=True)
+        warn(f"mirl-dist, rank {self._rank}: {text}")
         if not self._ended.wait(_LAST_PERIODS * self._period):
             self._leave(1)
             self._ended.set()

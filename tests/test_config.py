@@ -136,6 +136,7 @@ def test_a_wrong_value_is_named_with_its_key_and_what_is_right(tree: dict[str, A
         ),
         ({"store": {"endpoint": "http://key:word@host"}}, "store.endpoint: found no plain address"),
         ({"store": {"endpoint": "host:9000"}}, "store.endpoint: found no plain address"),
+        ({"ranks": {"timeout_seconds": 900}}, "ranks.timeout_seconds: found 900, not more than store.patience_seconds"),
         ({"store": {"kms_key": "k"}}, "store.kms_key: found without store.encryption aws:kms"),
     ],
 )
@@ -306,7 +307,7 @@ ASIDE: dict[str, Any] = {
     "store.kms_key": "alias/mine",
     "store.patience_seconds": 5.0,
     "store.lease_seconds": 5.0,
-    "ranks.timeout_seconds": 5.0,
+    "ranks.timeout_seconds": 5000.0,
     "ranks.restarts": 0,
     "ranks.slow_factor": 2.0,
     "preempt.deadline_seconds": 5.0,

@@ -17,7 +17,7 @@ PACKAGE = REPOSITORY / "mirl_dist"
 
 # From the ground up. A module imports only modules of its own floor or of lower ones.
 FLOORS: dict[str, tuple[str, ...]] = {
-    "words": ("__init__", "faults", "slip", "stopping", "yaml_tree", "tasks", "config"),
+    "words": ("__init__", "faults", "slip", "stopping", "telling", "yaml_tree", "tasks", "config"),
     "networks": (
         "models/__init__",
         "models/official",

@@ -127,15 +127,6 @@ def test_a_run_that_is_not_this_one_has_its_own_footprint(place: Path) -> None:
     assert len(names) == 2 and all(len(name) == 16 for name in names)
 
 
-def test_a_folder_is_one_run_from_wherever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
-        monkeypatch.chdir(tmp_path / folder)
-        launch_that_dies((0, 3), run="run")
-    assert Footprint.open(str(tmp_path / "one/run"), 1).repeated == (0, 3)
-    assert Footprint.open("run", 2).repeated is None, "another folder of that name is another run"
-
-
 def test_a_write_that_was_cut_short_leaves_the_step_before(place: Path) -> None:
     launch_that_dies((0, 3), (0, 4))
     data = bytearray(file_of(place).read_bytes())

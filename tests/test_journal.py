@@ -579,6 +579,21 @@ def test_a_life_waits_for_a_dying_one_to_let_the_journal_go(run: Run, server: Ml
     ], "a point that was trained again replaces nothing, although nobody had heard the first one"
 
 
+def test_a_life_that_began_before_the_run_was_known_finds_what_a_dying_one_has_made(
+    run: Run, server: MlflowServer, proxy: FaultyProxy
+) -> None:
+    proxy.refuse()
+    dying = run.begin(proxy.url)
+    assert run.ids == {}
+    next_ = run.begin(server.url)
+    proxy.accept()
+    dying.end_run("KILLED")
+    made = dict(run.ids)
+    next_.end_run()
+    assert run.ids == made and len(runs_of(server.url, made["run"])) == 1
+    assert client(server.url).get_run(made["run"]).info.status == "FINISHED"
+
+
 def test_a_backlog_goes_on_elsewhere_and_the_old_journal_does_no_harm(
     run: Run, server: MlflowServer, proxy: FaultyProxy
 ) -> None:

@@ -231,12 +231,20 @@ def test_a_reopened_run_holds_no_point_twice(uri: str, begin: Begin) -> None:
     assert client(uri).get_run(ids["round/00"]).data.tags["resumed"] == "1"
 
 
-def test_an_ended_run_is_running_again_when_reopened(uri: str, begin: Begin) -> None:
+@pytest.mark.parametrize("clock", [0, -3600])
+def test_an_ended_run_is_running_again_when_reopened_whatever_the_clock_says(
+    clock: int, uri: str, begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids: dict[str, str] = {}
     begin(uri, ids).end_run("KILLED")
     assert client(uri).get_run(ids["run"]).info.status == "KILLED"
-    begin.settle(begin(uri, ids))
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() + clock * 10**9)
+    again = begin(uri, ids)
+    begin.settle(again)
     assert client(uri).get_run(ids["run"]).info.status == "RUNNING"
+    again.end_run("FAILED")
+    assert client(uri).get_run(ids["run"]).info.status == "FAILED"
 
 
 def test_a_run_whose_id_got_lost_is_found_by_its_key(uri: str, begin: Begin) -> None:

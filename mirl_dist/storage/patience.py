@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn, TypeAlias, TypeVar
 
 from mirl_dist.storage.law import NotAllowed, Store, TryAgain
+from mirl_dist.telling import warn
 
 Say: TypeAlias = Callable[[str], None]
 """Takes one line for people."""
@@ -22,7 +22,7 @@ _SAY_EVERY_SECONDS = 60.0
 
 def to_stderr(line: str) -> None:
     """One line on standard error, at once."""
-    print(f"mirl-dist: {line}", file=sys.stderr, flush=True)
+    warn(f"mirl-dist: {line}")
 
 
 @dataclass(frozen=True)
