@@ -20,7 +20,6 @@ import random
 import secrets
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -237,14 +236,17 @@ def conditions(server: str) -> dict[str, Any]:
     }
 
 
+def shown(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.1f} s"
+
+
 def table(result: Result) -> Iterator[str]:
     """Lines for a terminal."""
     f = result.figures
     yield f"{'killed':19} {'times':>5}  {'to the next step: median':>24} {'longest':>9}"
-    for victim, said in sorted(f["victims"].items()):
-        seconds = said["seconds_to_next_step"] or [math.nan]
-        middle, longest = (f"{value:.1f} s" for value in (statistics.median(seconds), max(seconds)))
-        yield f"{victim:19} {said['kills']:5}  {middle:>24} {longest:>9}"
+    for victim, said in f["victims"].items():
+        middle, longest = (said[f"{which}_seconds_to_next_step"] for which in ("median", "longest"))
+        yield f"{victim:19} {said['kills']:5}  {shown(middle):>24} {shown(longest):>9}"
     yield (
         f"{f['seconds']:.0f} s, undisturbed {f['undisturbed_seconds']:.0f} s; {f['steps']} steps, "
         f"{f['steps_retrained']} trained again; {f['commits']} commits; {f['launches']} launches, "

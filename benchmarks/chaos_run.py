@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -273,8 +274,13 @@ def figures_of(experiment: Experiment) -> dict[str, Any]:
     """(e) Counts."""
     e = experiment
     victims = {
-        victim: {"kills": n, "seconds_to_next_step": sorted(round(s, 2) for s in e.recoveries.get(victim, []))}
-        for victim, n in e.killed.items()
+        victim: {
+            "kills": n,
+            "median_seconds_to_next_step": round(statistics.median(seconds), 2) if seconds else None,
+            "longest_seconds_to_next_step": round(max(seconds), 2) if seconds else None,
+        }
+        for victim, n in sorted(e.killed.items())
+        for seconds in [e.recoveries.get(victim, [])]
     }
     return {
         "kills": e.killed.total(),

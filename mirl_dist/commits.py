@@ -14,7 +14,7 @@ from collections.abc import Mapping, Set
 from typing import Any, NamedTuple, Protocol
 
 from mirl_dist.faults import Fault
-from mirl_dist.storage import NotThere, Store
+from mirl_dist.storage import NotThere, Store, TryAgain
 
 COMPLETE, ACCEPTED = "COMPLETE.json", "accepted"
 Facts = dict[str, Any]
@@ -110,9 +110,9 @@ class Commits:
             for name, data in parts.items():
                 self.store.put(f"{folder}/{name}", data)
             self.store.put(f"{folder}/{COMPLETE}", said)
-        except NotThere:  # another launch has swept a file away that was being written
+        except NotThere as error:  # a launch that slept has swept a file away that was being written
             self.writer.check()
-            raise
+            raise TryAgain(str(error)) from error
         self.writer.check()  # nobody newer even now: whoever takes over later finds this commit
 
     def said(self, folder: str) -> dict[str, Facts]:

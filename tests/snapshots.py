@@ -160,6 +160,9 @@ class Claim:
         if newest_generation(self._store) != self.generation:
             raise Fault("this launch no longer holds the run")
 
+    def lost(self) -> bool:
+        return newest_generation(self._store) != self.generation
+
 
 def launch(store: Store) -> Checkpoints:
     """A launch that has taken the run over."""

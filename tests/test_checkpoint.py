@@ -25,7 +25,7 @@ from mirl_dist.checkpoint import (
     pack_tensors,
     unpack_masks,
 )
-from mirl_dist.commits import COMPLETE, dump, facts, unsealed
+from mirl_dist.commits import COMPLETE, Commits, Reader, dump, facts, unsealed
 from mirl_dist.faults import Fault
 from mirl_dist.pruning import masks as masking
 from mirl_dist.state import Progress
@@ -351,6 +351,8 @@ def test_dropped_weights_leave_a_ticket_that_can_be_read(kept: Checkpoints, tmp_
     kept.drop_weights(0)
     assert not (tmp_path / "rounds/00/ticket-0000" / WEIGHTS).exists()
     assert [kept.has_weights(r) for r in (0, 1)] == [False, True]
+    said = unsealed(kept.store.get(f"rounds/00/ticket-0000/{COMPLETE}"))
+    assert said is not None and said["parts"].keys() == set(ROUND_PARTS) - {WEIGHTS}
     assert [t.round for t in kept.tickets()] == [0, 1]
     assert all(torch.equal(w, weights(1)[n]) for n, w in kept.round_weights(1).items())
     with pytest.raises(
@@ -360,6 +362,15 @@ def test_dropped_weights_leave_a_ticket_that_can_be_read(kept: Checkpoints, tmp_
     with pytest.raises(Fault, match=r"rounds/07 holds no finished round\. `mirl-dist tickets list` shows them"):
         kept.round_weights(7)
     assert newest(kept) == (1, None, [])
+
+
+@pytest.mark.parametrize("part", [WEIGHTS, MASK, STATE])
+def test_a_commit_without_all_that_a_run_needs_is_not_where_it_goes_on(kept: Checkpoints, part: str) -> None:
+    commit_round(kept, 0)
+    commit_round(kept, 1)
+    Commits(kept.store, Reader()).drop("rounds/01/ticket-0000", part)
+    text = f"{kept.store.where('rounds/01/ticket-0000')} does not hold all of a run's state (any more)"
+    assert newest(kept) == (0, None, [text])
 
 
 def test_damaged_weights_of_a_round_are_refused(kept: Checkpoints, tmp_path: Path) -> None:

@@ -194,13 +194,10 @@ def follower(store: Any) -> Checkpoints:
     return Checkpoints(store, Claim(store))
 
 
-class Blind:
+class Blind(Reader):
     """A writer that does not look whether it may still write."""
 
     generation = 1
-
-    def check(self) -> None:
-        pass
 
 
 # -- a writer that dies -----------------------------------------------------------------------------------------
@@ -388,9 +385,11 @@ def test_a_commit_that_is_completed_during_a_takeover_counts_for_all_or_for_nobo
     assert (False, True) not in outcomes, "what was told as committed got lost"
 
 
-@pytest.mark.parametrize("left", [0, 4])
-def test_a_takeover_that_sleeps_while_another_one_follows_it_disturbs_nothing(site: Site, left: int) -> None:
-    """left: files of a commit that a dead writer did not complete, for both to remove."""
+@pytest.mark.parametrize(("left", "late"), [(0, False), (4, False), (0, True)])
+def test_a_takeover_that_sleeps_while_another_one_follows_it_disturbs_nothing(
+    site: Site, left: int, late: bool
+) -> None:
+    """left: files of a commit that a dead writer did not complete, for both to remove; late: it does so after all."""
 
     def begun() -> Memory:
         store: Memory = site.run()
@@ -410,6 +409,8 @@ def test_a_takeover_that_sleeps_while_another_one_follows_it_disturbs_nothing(si
             sleeping = follower(calls)
             calls.at = calls.made + call
             sleeper = Sleeper(calls, sleeping.take_over)
+            if late:
+                step_9(Checkpoints(store, Blind()), OLD)
             kept = launch(busy)
             if moment:
                 busy.at = busy.made + moment
@@ -468,18 +469,38 @@ def test_a_takeover_removes_what_older_generations_left_unfinished_and_nothing_o
 
 
 def test_readers_do_not_count_what_comes_too_late_at_whichever_of_their_calls(site: Site) -> None:
+    """After a first succession, or another one."""
+
     def too_late(store: Store) -> None:
         launch(store)
         step_9(Checkpoints(store, Blind()), OLD)
 
     count = calls_of(site.run(), Checkpoints, lambda kept: None if newest(kept) else None)
-    found = []
-    for call in range(1, count + 1):
-        store = site.run()
-        reader = Checkpoints(Calls(store, call, lambda store=store: too_late(store)))  # type: ignore[arg-type, misc]
-        assert newest(reader)[0] == newest(reader)[0] == (1, 6), f"call {call}"
-        found.append(reader)
-    assert found
+    assert count >= 5
+    for again in (False, True):
+        for call in range(1, count + 1):
+            store = site.run()
+            if again:
+                too_late(store)
+            calls = Calls(store, call, lambda store=store: too_late(store))  # type: ignore[misc]
+            reader = Checkpoints(calls)  # type: ignore[arg-type]
+            assert newest(reader)[0] == newest(reader)[0] == (1, 6), f"call {call}"
+
+
+def test_a_round_that_was_damaged_and_done_again_is_the_one_that_counts(site: Site) -> None:
+    store = site.run()
+    round_1(writer(store), OLD)
+    (name,) = [name for name in store.list("rounds/01") if name.endswith(f"/{TICKET}")]
+    store.put(name, flipped(store.get(name), 99))
+    second = launch(store)
+    found = second.newest()
+    assert found is not None and found[0].step == 6
+    assert found[2] == [f"memory/{name} is damaged: its bytes are not those that were committed"]
+    round_1(second, NEW)
+    assert newest(second) == newest(launch(store)) == ((1, None), pack_tensors(weights(200)))
+    for kept in (second, Checkpoints(store)):
+        assert [kept.ticket(1)] == kept.tickets()[1:] == [ticket(1, seconds=NEW)]
+        assert kept.pictures(1) == b"png 2"
 
 
 @pytest.mark.parametrize("reads", [Reader.generation, 2])

@@ -311,6 +311,9 @@ def test_what_a_folder_knows_is_not_inherited_again_and_the_order_is_that_of_the
     assert back.take_over() and back.backlog() == before
     assert steps(before) == [2, 3, 4, 5, 6, 4, 5, 7], "those that were trained again after 2 and 3, as there"
     assert waiting(tmp_path / "here").points == 8, "nothing is kept twice"
+    back.close()
+    turned = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path / "here"), b"".join(before.splitlines(True)[::-1]))
+    assert turned.take_over() and steps(turned.backlog()) == [7, 5, 4, 6, 5, 4, 3, 2]
 
 
 def test_damage_in_a_commit_is_told_and_the_rest_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -334,6 +337,7 @@ def test_the_usual_journal_lies_in_the_run_or_in_the_users_cache(
     inside = usual_journal("s3://bucket/runs/a", None)
     assert inside.parent == tmp_path / "home/.cache/mirl_dist/outbox" and len(inside.name) == 16
     assert usual_journal("s3://bucket/runs/a/", None) == inside != usual_journal("s3://bucket/runs/b", None)
+    assert usual_journal("s3://bucket/runs/a", None, "another run there") != inside
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert usual_journal("s3://bucket/runs/a", None) == tmp_path / "cache/mirl_dist/outbox" / inside.name
     assert usual_journal("s3://bucket/runs/a", "~/kept") == tmp_path / "home/kept" / inside.name
@@ -512,8 +516,9 @@ def test_answers_that_get_lost_double_nothing(run: Run, server: MlflowServer, pr
     assert whole(server.url, run.ids["round/00"], 100)
 
 
+@pytest.mark.parametrize("lost", ["everything", "runs"])
 def test_a_server_that_was_emptied_gets_the_run_anew(
-    run: Run, server: MlflowServer, caplog: pytest.LogCaptureFixture
+    lost: str, run: Run, server: MlflowServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = run.begin(server.url)
     tracker.begin_round(0, {"sparsity": "0.2"})
@@ -524,20 +529,21 @@ def test_a_server_that_was_emptied_gets_the_run_anew(
     with sqlite3.connect(server.database) as database:
         for table in ("metrics", "latest_metrics", "params", "tags", "runs", "experiment_tags"):
             database.execute(f"DELETE FROM {table}")
-        database.execute("DELETE FROM experiments WHERE name = ?", (run.name,))
+        if lost == "everything":
+            database.execute("DELETE FROM experiments WHERE name = ?", (run.name,))
     database.close()
+    tracker.begin_round(1, {})
     log(tracker, range(11, 21))
     tracker.log_ticket(0, {"psnr/BSD68": 27.5})
-    tracker.begin_round(1, {})
     tracker.end_run()
     assert run.waits() == (0, 0) and "did not take" not in caplog.text
     assert old["run"] != run.ids["run"] and old["key"] == run.ids["key"]
     look = client(server.url)
     assert look.get_run(run.ids["run"]).data.params == {"seed": "0"}
-    nested = look.get_run(run.ids["round/00"]).data.tags
-    assert nested["sparsity"] == "0.2" and nested["mlflow.parentRunId"] == run.ids["run"]
-    assert look.get_run(run.ids["round/01"]).data.tags["mlflow.parentRunId"] == run.ids["run"]
-    assert [step for step, _ in curve(server.url, run.ids["round/00"], "loss")] == list(range(11, 21))
+    assert look.get_run(run.ids["round/00"]).data.tags["sparsity"] == "0.2"
+    for nested in ("round/00", "round/01"):
+        assert look.get_run(run.ids[nested]).data.tags["mlflow.parentRunId"] == run.ids["run"]
+    assert [step for step, _ in curve(server.url, run.ids["round/01"], "loss")] == list(range(11, 21))
     assert curve(server.url, run.ids["run"], "psnr/BSD68") == [(0, 27.5)]
 
 
