@@ -132,8 +132,8 @@ class Rounds:
 
     def refuse_failed(self) -> None:
         def on_main() -> None:
-            self.checkpoints.check()
             self.keeper.refuse()
+            self.checkpoints.check()
 
         self.ranks.from_main(on_main, what="failure of the last commit")
 
