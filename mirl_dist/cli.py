@@ -152,7 +152,8 @@ def train(
     if os.environ.get("RANK", "0") == "0":
         from mirl_dist import shelf
 
-        shelf.print_tickets(tree.run.folder, as_json=False, store=assemble.store_of(tree, tree.run.folder))
+        with contextlib.suppress(OSError):  # of the terminal: the run itself has ended well
+            shelf.print_tickets(tree.run.folder, as_json=False, store=assemble.store_of(tree, tree.run.folder))
         if address:
             say(f"MLflow: {address}")
 

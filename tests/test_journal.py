@@ -389,7 +389,7 @@ class Run:
         self.name, self.folder, self.ids = name, folder, dict[str, str]()
         self.trackers: list[Mlflow] = []
 
-    def begin(
+    def tracker(
         self,
         uri: str,
         journal: str = "outbox",
@@ -406,6 +406,10 @@ class Run:
             inherited=inherited,
         )
         self.trackers.append(tracker)
+        return tracker
+
+    def begin(self, *arguments: Any, **more: Any) -> Mlflow:
+        tracker = self.tracker(*arguments, **more)
         tracker.begin_run({"seed": 0}, {})
         return tracker
 
@@ -583,6 +587,16 @@ def test_a_life_waits_for_a_dying_one_to_let_the_journal_go(run: Run, server: Ml
     assert curve(server.url, run.ids["round/00"], "loss") == [
         (step, 1 / step if step <= 30 else 7 / step) for step in range(1, 41)
     ], "a point that was trained again replaces nothing, although nobody had heard the first one"
+
+
+def test_a_new_life_sends_what_was_left_before_it_says_anything_itself(run: Run, server: MlflowServer) -> None:
+    left = Outbox("the store", uuid.uuid4().hex, Journal(run.folder / "outbox"))
+    left.put(Item("open", "run", "demo"))
+    left.put_points("points", "run", [("loss", 1.0, 1)])
+    left.close()
+    run.tracker(server.url)
+    until(lambda: run.waits() == (0, 0))
+    assert curve(server.url, run.ids["run"], "loss") == [(1, 1.0)]
 
 
 def test_a_life_that_began_before_the_run_was_known_finds_what_a_dying_one_has_made(

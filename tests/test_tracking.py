@@ -259,15 +259,26 @@ def test_a_run_whose_id_got_lost_is_found_by_its_key(uri: str, begin: Begin) -> 
     assert again == ids
 
 
-def test_a_run_that_the_store_lost_gets_a_new_one_and_says_so(
-    uri: str, begin: Begin, caplog: pytest.LogCaptureFixture
+@pytest.mark.usefixtures("impatient")
+def test_a_run_that_the_store_lost_gets_a_new_one_and_says_so_once(
+    uri: str, begin: Begin, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from mlflow import MlflowClient
+
     ids: dict[str, str] = {}
     begin.settle(begin(uri, ids))
-    old = ids["run"]
+    old, real, lost = ids["run"], MlflowClient.create_run, list[int]()
+
+    def create(*args: Any) -> Any:
+        lost.append(0)
+        if len(lost) < 3:
+            raise ConnectionResetError("the line broke")
+        return real(*args)
+
+    monkeypatch.setattr(MlflowClient, "create_run", create)
     client(uri).delete_run(old)
     begin.settle(begin(uri, ids))
-    assert ids["run"] != old and f"has no run {old} any more" in caplog.text
+    assert ids["run"] != old and caplog.text.count(f"has no run {old} any more") == 1
 
 
 @pytest.mark.usefixtures("impatient")
@@ -412,6 +423,28 @@ def test_a_dead_server_is_asked_after_pauses_that_double(
     assert "Send them with `mirl-dist track resend RUN`" in caplog.text
 
 
+def test_a_store_that_was_back_is_asked_soon_again(sqlite: str, begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    real, answers = MlflowClient.log_batch, [False] * 7 + [True] + [False] * 7 + [True] * 99
+
+    def batch(*args: Any, **kwargs: Any) -> Any:
+        if not answers.pop(0):
+            raise ConnectionResetError("the line broke")
+        return real(*args, **kwargs)
+
+    tracker = begin(sqlite)
+    tracker.begin_round(0, {})
+    begin.settle(tracker)
+    monkeypatch.setattr(sender, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_SECONDS", 1e9)
+    monkeypatch.setattr(MlflowClient, "log_batch", batch)
+    for step in (1, 2):
+        tracker.log_step(step, {"loss": 1.0})
+        begin.settle(tracker)  # in vain, if pauses went on from where they were: the longest would be minutes
+    assert len(answers) == 98
+
+
 @pytest.mark.usefixtures("impatient")
 def test_without_a_journal_what_waits_is_bounded_and_the_oldest_points_go_first(
     begin: Begin,
@@ -516,11 +549,12 @@ def test_no_secret_reaches_a_run_a_reader_or_the_journal(
         ("nosuchdb://ada:hunter22@127.0.0.1:9/runs?key=wordpass", "nosuchdb://ada@127.0.0.1:9/runs"),
     ):
         away = begin(secret_uri, ids, note=f"see {secret_uri}")
+        away.begin_round(0, {"also": f"tags see {secret_uri}"})
         farewell(0.2)
         away.end_run()
         assert away.address().startswith(clean)
         kept = b"".join(path.read_bytes() for path in begin.journals[away].iterdir()) + away.backlog()
-        assert b"see " in kept
+        assert b'"see ' in kept and b"tags see " in kept
         told = caplog.text + away.address() + kept.decode()
         assert clean in told
         for secret in ("hunter22", "hunt%40r22", "hunt@r22", "tokentoken", "wordpass", "sesame-open"):
