@@ -141,7 +141,6 @@ class Sender:
                     self._send_one()
                 elif self._outbox.take_over():
                     self._gather_anew()
-                    self.soon()
                 else:
                     self._lock_at = time.monotonic() + LOCK_PAUSE_SECONDS
         finally:

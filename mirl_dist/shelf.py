@@ -212,6 +212,9 @@ def resend(run: str) -> None:
     said = _tracking(checkpoints, config)
     if not said.enabled:
         raise Fault(f"{run} was trained with tracking.enabled=false: there is nothing to send.")
+    writer = lease.holder(checkpoints.store)
+    if writer is not None and writer.ended is None and not writer.is_gone():
+        raise Fault(f"{run} is held by a launch ({writer}) that has not ended: it sends by itself. Wait for its end.")
     found = checkpoints.newest()
     tracking.resend(
         uri=said.uri,
