@@ -52,7 +52,7 @@ def main() -> None:
     except Fault as fault:
         if rank == "0" or not fault.everywhere:
             who = "mirl-dist" if fault.everywhere or "RANK" not in os.environ else f"mirl-dist, rank {rank}"
-            more = " Go on with --resume auto." if fault.resumable else ""
+            more = " Go on with --resume auto." if fault.resumable and "train" in sys.argv[1:2] else ""
             warn(f"{who}: {fault}{more}")
         _leave(RESUMABLE if fault.resumable else 2, final=True)
     except Stopped as stopped:

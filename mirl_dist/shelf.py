@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from contextlib import redirect_stdout
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,8 @@ from mirl_dist.ranks import Ranks
 from mirl_dist.storage import Folder, Store, open_store
 from mirl_dist.tasks import Task
 from mirl_dist.ticket import Score
+
+_WATCH_SECONDS = 15.0  # three beats of a lease
 
 
 class Found(NamedTuple):
@@ -203,7 +207,23 @@ def _mlflow(run: str, checkpoints: Checkpoints, config: Config) -> dict[str, Any
     if not said.enabled:
         return None
     waits = tracking.waiting(_journal(run, checkpoints, said))
-    return {"points_waiting": waits.points, "records_waiting": waits.records, "since": waits.since}
+    since = None
+    if waits.since is not None:
+        since = datetime.fromtimestamp(waits.since, timezone.utc).isoformat(timespec="seconds")
+    return {"points_waiting": waits.points, "records_waiting": waits.records, "since": since}
+
+
+def _refuse_while_it_lives(run: str, checkpoints: Checkpoints) -> None:
+    """Raise Fault when the launch that holds a run gives a sign of life; on another machine that is watched for."""
+    first, last = lease.holder(checkpoints.store), time.monotonic() + _WATCH_SECONDS
+    if first is None or first.ended is not None or first.is_gone():
+        return
+    report.say(f"{run} was last held by the launch on {first}; watching for {_WATCH_SECONDS:g} s whether it lives")
+    while time.monotonic() < last:
+        time.sleep(0.5)
+        now = lease.holder(checkpoints.store)
+        if now is not None and (now.sign != first.sign or now.generation != first.generation):
+            raise Fault(f"{run} is held by a launch ({now}) that lives, and sends by itself. Wait for its end.")
 
 
 def resend(run: str) -> None:
@@ -212,9 +232,7 @@ def resend(run: str) -> None:
     said = _tracking(checkpoints, config)
     if not said.enabled:
         raise Fault(f"{run} was trained with tracking.enabled=false: there is nothing to send.")
-    writer = lease.holder(checkpoints.store)
-    if writer is not None and writer.ended is None and not writer.is_gone():
-        raise Fault(f"{run} is held by a launch ({writer}) that has not ended: it sends by itself. Wait for its end.")
+    _refuse_while_it_lives(run, checkpoints)
     found = checkpoints.newest()
     tracking.resend(
         uri=said.uri,
