@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -37,7 +38,10 @@ class Steps:
 
     def now(self) -> At | None:
         """The steps that were done when the newest one began; None before the first, and between rounds."""
-        records = [footprint._newest(path.read_bytes()) for path in self._folder.glob("*") if path.stat().st_size]
+        records = []
+        for path in self._folder.glob("*"):
+            with contextlib.suppress(FileNotFoundError):  # a life that ends well removes it
+                records += [footprint._newest(data)] if (data := path.read_bytes()) else []
         newest = max(records, default=None)
         inside = newest is not None and newest.where == footprint._INSIDE
         return At(newest.round_, newest.updates) if newest is not None and inside else None

@@ -11,7 +11,7 @@ import pytest
 
 from mirl_dist import assemble, doctor
 from mirl_dist import config as configs
-from mirl_dist.storage import Store, open_store
+from mirl_dist.storage import Options, Store, open_store
 
 REPOSITORY = Path(__file__).parent.parent
 PAIR = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -74,9 +74,9 @@ def test_a_plan_for_many_worlds_reads_the_shards_once(
 ) -> None:
     opened: list[str] = []
 
-    def counted(address: str) -> Store:
+    def counted(address: str, options: Options) -> Store:
         opened.append(address)
-        return open_store(address)
+        return open_store(address, options)
 
     monkeypatch.setattr(assemble, "open_store", counted)
     monkeypatch.chdir(tmp_path)
