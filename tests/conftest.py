@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,15 @@ class Started:
     def text(self, kind: str) -> str:
         files = sorted(self._streams.parent.glob(f"{self._streams.name}.*.{kind}"))
         return "".join(f.read_text(errors="replace") for f in files)
+
+    def until(self, reached: Callable[[], Any], seconds: float = 90) -> None:
+        """Wait for what the processes bring about; when they end before, they are killed and the test fails."""
+        last = time.monotonic() + seconds
+        while not reached():
+            if time.monotonic() > last or None not in self._codes():
+                self.kill()
+                pytest.fail(f"what was waited for never came\n{self.text('out')}\n{self.text('err')}")
+            time.sleep(0.01)
 
     def wait(self, seconds: float = 120) -> Ended:
         """How it ended; a launch that takes longer than `seconds` is killed and fails the test."""

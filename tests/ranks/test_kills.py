@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,6 @@ def assert_same_run(lab: Any, run: Path, reference: Path) -> None:
     for mine, theirs in zip(lab.ended(run), lab.ended(reference), strict=True):
         for name in ("weights.safetensors", "mask.safetensors"):
             assert (mine / name).read_bytes() == (theirs / name).read_bytes()
-
-
-def wait_for(found: Any, launch: Any, seconds: float = 90) -> None:
-    last = time.monotonic() + seconds
-    while not found():
-        if time.monotonic() > last or None not in launch._codes():
-            launch.kill()
-            pytest.fail(f"what was waited for never came\n{launch.text('out')}\n{launch.text('err')}")
-        time.sleep(0.01)
 
 
 STAGES: list[tuple[str, dict[str, Any], tuple[int, int | None] | None]] = [
@@ -95,7 +85,7 @@ def test_sigterm_to_the_front_process_commits_and_exits_75_and_mlflow_has_each_p
     store = f"sqlite:///{tmp_path}/mlflow.db"
     sets = {"tracking.enabled": True, "tracking.uri": store, "tracking.run_name": "disturbed"}
     front = lab.cold("python", "-m", "mirl_dist", *lab.train(tmp_path, sets, "--launch", str(LAUNCH)), cwd=tmp_path)
-    wait_for(lambda: [*tmp_path.glob("run/rounds/00/steps/00000002-*/COMPLETE.json")], front)
+    front.until(lambda: [*tmp_path.glob("run/rounds/00/steps/00000002-*/COMPLETE.json")])
     os.kill(front.pids[0], signal.SIGTERM)
     ended = front.wait()
     assert ended.rc == 75, ended.said()
@@ -106,7 +96,7 @@ def test_sigterm_to_the_front_process_commits_and_exits_75_and_mlflow_has_each_p
 
     # Now all at once, from outside, as when a node loses power; torchrun instead of accelerate.
     again = lab.cold("torchrun", "--nproc-per-node", "2", "-m", "mirl_dist", *lab.train(tmp_path, sets), cwd=tmp_path)
-    wait_for(lambda: [*tmp_path.glob("run/rounds/01/steps/00000002-*/COMPLETE.json")], again)
+    again.until(lambda: [*tmp_path.glob("run/rounds/01/steps/00000002-*/COMPLETE.json")])
     again.kill()
     assert again.wait().rc == -9
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +46,6 @@ print(f"rank {rank}, start {again}, process {os.getpid()}", flush=True)
 exec(sys.argv[1])
 """
 """A rank without torch: what it does is its argument."""
-
-
-def wait_for(found: Callable[[], Any], launch: Any, seconds: float = 90) -> None:
-    last = time.monotonic() + seconds
-    while not found():
-        if time.monotonic() > last or None not in launch._codes():
-            launch.kill()
-            pytest.fail(f"what was waited for never came\n{launch.text('out')}\n{launch.text('err')}")
-        time.sleep(0.01)
 
 
 def living(pids: list[int]) -> list[int]:
@@ -147,7 +137,7 @@ def test_after_a_last_word_no_rank_works_again_though_restarts_are_left(play: Pl
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_each_signal_asks_the_ranks_to_stop_and_none_is_started_again(play: Play, number: signal.Signals) -> None:
     launch = play("serve(slip.stop_asked); print('committed', flush=True); sys.exit(75)")
-    wait_for(lambda: launch.text("out").count("process") == 2, launch)
+    launch.until(lambda: launch.text("out").count("process") == 2)
     os.kill(launch.pids[0], number)
     ended = launch.wait(30)
     assert ended.rc == 75, ended.said()
@@ -159,14 +149,14 @@ def test_each_signal_asks_the_ranks_to_stop_and_none_is_started_again(play: Play
 
 def test_ranks_that_finish_although_they_were_asked_to_stop_have_finished(play: Play) -> None:
     launch = play("serve(slip.stop_asked)")
-    wait_for(lambda: launch.text("out").count("process") == 2, launch)
+    launch.until(lambda: launch.text("out").count("process") == 2)
     os.kill(launch.pids[0], signal.SIGTERM)
     assert launch.wait(30).rc == 0
 
 
 def test_a_launch_that_was_asked_to_stop_can_be_gone_on_with_even_if_its_ranks_fail(play: Play) -> None:
     launch = play("serve(slip.stop_asked); sys.exit(1)", restarts=0)
-    wait_for(lambda: launch.text("out").count("process") == 2, launch)
+    launch.until(lambda: launch.text("out").count("process") == 2)
     os.kill(launch.pids[0], signal.SIGTERM)
     assert launch.wait(30).rc == 75
 
@@ -189,12 +179,12 @@ def test_ranks_that_hear_nothing_are_killed_by_a_second_ctrl_c_or_at_the_deadlin
     play: Play, numbers: tuple[int, int], grace: float, code: int
 ) -> None:
     launch = play(DEAF, deadline=0.2, grace=grace)
-    wait_for(lambda: launch.text("out").count("process") == 4, launch)
+    launch.until(lambda: launch.text("out").count("process") == 4)
     pids = launch.everyone()
     assert len(pids) >= 5
     for number in numbers:
         os.kill(launch.pids[0], number)
-        wait_for(lambda: "the ranks were asked to stop" in launch.text("err"), launch)
+        launch.until(lambda: "the ranks were asked to stop" in launch.text("err"))
     ended = launch.wait(30)
     assert ended.rc == code, ended.said()
     assert ("the ranks have not left in time (preempt.deadline_seconds)" in ended.err) == (code == 75)
@@ -204,7 +194,7 @@ def test_ranks_that_hear_nothing_are_killed_by_a_second_ctrl_c_or_at_the_deadlin
 
 def test_a_launcher_that_is_killed_leaves_no_ranks_behind(play: Play) -> None:
     launch = play("serve()")
-    wait_for(lambda: launch.text("out").count("process") == 2, launch)
+    launch.until(lambda: launch.text("out").count("process") == 2)
     pids = launch.everyone()
     os.kill(launch.pids[0], signal.SIGKILL)
     assert launch.wait(30).rc == -9
@@ -223,10 +213,10 @@ def test_a_launch_file_with_which_accelerate_hides_failures_is_refused(tmp_path:
 def test_a_run_survives_killed_ranks_a_stop_and_a_killed_launcher(lab: Any, reference: Path, tmp_path: Path) -> None:
     run, sets = tmp_path / "run", {"store.lease_seconds": 5}
     first = lab.cold("python", "-m", "mirl_dist", *lab.train(tmp_path, sets, "--launch", "auto"), cwd=tmp_path)
-    wait_for(lambda: list(run.glob("rounds/00/steps/*/COMPLETE.json")), first)
+    first.until(lambda: list(run.glob("rounds/00/steps/*/COMPLETE.json")))
     os.kill(workers(first)[1], signal.SIGKILL)
-    wait_for(lambda: "resuming: round" in first.text("out"), first)
-    wait_for(lambda: list(run.glob("rounds/00/ticket-*/COMPLETE.json")), first)
+    first.until(lambda: "resuming: round" in first.text("out"))
+    first.until(lambda: list(run.glob("rounds/00/ticket-*/COMPLETE.json")))
     os.kill(first.pids[0], signal.SIGUSR1)
     ended = first.wait()
     assert ended.rc == 75, ended.said()
@@ -236,9 +226,9 @@ def test_a_run_survives_killed_ranks_a_stop_and_a_killed_launcher(lab: Any, refe
 
     arguments = ["--nproc-per-node", "2", "--max-restarts", "1", "-m", "mirl_dist", *lab.train(tmp_path, sets)]
     second = lab.cold("torchrun", *arguments, cwd=tmp_path)
-    wait_for(lambda: "resuming: round" in second.text("out"), second)
+    second.until(lambda: "resuming: round" in second.text("out"))
     os.kill(workers(second)[0], signal.SIGKILL)
-    wait_for(lambda: "mirl-dist: started again by the launcher (1 of 1)" in second.text("err"), second)
+    second.until(lambda: "mirl-dist: started again by the launcher (1 of 1)" in second.text("err"))
     pids = second.everyone()
     os.kill(second.pids[0], signal.SIGKILL)
     assert second.wait().rc == -9 and len(pids) == 3 and gone(pids), second.text("err")

@@ -67,15 +67,6 @@ def start(lab: Any, server: S3Server, proxy: FaultyProxy, tmp_path: Path) -> Sta
     return starting
 
 
-def until(reached: Callable[[], Any], launch: Any, seconds: float = 60) -> None:
-    last = time.monotonic() + seconds
-    while not reached():
-        if time.monotonic() > last:
-            launch.kill()
-            pytest.fail(f"what was waited for never came\n{launch.text('out')}\n{launch.text('err')}")
-        time.sleep(0.02)
-
-
 LONG = {"train.epochs": 40, "prune.rounds": 0}  # some seconds: what is done to it happens while it trains
 
 
@@ -114,7 +105,7 @@ def test_a_right_that_is_taken_away_while_training_stops_at_a_step_with_the_caus
 ) -> None:
     bucket = Bucket(server, "taken")
     launch = start(bucket, **LONG)
-    until(bucket.commits, launch)
+    launch.until(bucket.commits)
     proxy.always = answer(*FORBIDDEN)
     ended = launch.wait()
     assert ended.codes == (2, 2), ended.said()
@@ -130,7 +121,7 @@ def test_training_goes_on_while_the_store_is_away_and_stops_resumably_when_it_st
 ) -> None:
     bucket = Bucket(server, "away")
     launch = start(bucket, **LONG, **{"store.patience_seconds": 3})
-    until(bucket.commits, launch)
+    launch.until(bucket.commits)
     proxy.refuse()
     ended = launch.wait()
     proxy.accept()
@@ -145,7 +136,7 @@ def test_a_store_that_comes_back_in_time_is_not_noticed_by_the_run(
 ) -> None:
     bucket = Bucket(server, "back")
     launch = start(bucket)
-    until(bucket.commits, launch)
+    launch.until(bucket.commits)
     proxy.refuse()
     time.sleep(1.5)
     proxy.accept()
@@ -159,15 +150,15 @@ def test_of_two_launches_at_once_one_runs_and_when_it_is_killed_the_other_takes_
 ) -> None:
     bucket = Bucket(server, "twice")
     first = start(bucket, **LONG)
-    until(bucket.commits, first)
+    first.until(bucket.commits)
     ended = start(bucket, **LONG).wait()
     assert ended.codes == (2, 2), ended.said()
     assert "s3://runs/twice is held by another launch (" in ended.err and "which is alive" in ended.err
     assert f"pid {first.pids[0]}" in ended.err and "choose another run.folder" in ended.err
     first.kill(signal.SIGSTOP)  # silent, but not gone: as a machine that was cut off
     second = start(bucket, **LONG)
-    until(lambda: any(name.startswith("accepted/00000002") for name in bucket.names()), second)
-    until(lambda: any("-0002/COMPLETE.json" in name for name in bucket.commits()), second)
+    second.until(lambda: any(name.startswith("accepted/00000002") for name in bucket.names()))
+    second.until(lambda: any("-0002/COMPLETE.json" in name for name in bucket.commits()))
     first.kill(signal.SIGCONT)
     late = first.wait()
     assert late.rc in (1, 2), late.said()
