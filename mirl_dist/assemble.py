@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import platform
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mirl_dist import __version__, evaluate, feed, lottery, models, report, resuming, tracking
-from mirl_dist.checkpoint import OUTBOX, Checkpoints
+from mirl_dist import __version__, evaluate, feed, lottery, models, report, resuming, starting, tracking
+from mirl_dist.checkpoint import OUTBOX, RUN, Checkpoints
+from mirl_dist.commits import dump as pretty
 from mirl_dist.config import Config, differences, of_dump
 from mirl_dist.data.order import Order, Shares, share_batch
 from mirl_dist.data.shards import Shards
 from mirl_dist.faults import Fault, Stopped
+from mirl_dist.protocols import PROTOCOLS
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import Rule, in_scope
 from mirl_dist.ranks import Ranks
@@ -46,16 +48,6 @@ class Prepared(NamedTuple):
     store: Store
 
 
-def network(config: Config) -> nn.Module:
-    """The network of a config with fresh weights, the same for the same seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
-        model = models.create(config.model.name, **config.model.sizes())
-    if next(model.buffers(), None) is not None:
-        raise Fault(f"model.name: '{config.model.name}' has buffers, which masks and rewinding do not cover yet.")
-    return model
-
-
 def optimiser_of(config: Config) -> MakeOptimiser:
     """A maker of fresh optimisers over named parameters."""
     made = config.optimiser
@@ -73,11 +65,39 @@ def optimiser_of(config: Config) -> MakeOptimiser:
     return make
 
 
-def lottery_of(config: Config) -> lottery.Lottery:
+def rule_of(config: Config) -> Rule:
+    """How rounds are pruned."""
     prune = config.prune
-    rule = Rule(prune.fraction, prune.criterion, prune.per, prune.output_layers, prune.output_factor, config.run.seed)
-    what = "nothing" if prune.style == "one_shot" else config.rewind.what
-    return lottery.Lottery(rule, prune.rounds, prune.target_sparsity, what)
+    return Rule(
+        prune.fraction,
+        prune.criterion,
+        prune.per,
+        prune.output_layers,
+        prune.output_factor,
+        config.run.seed,
+        floor=prune.floor,
+        iterations=prune.synflow_steps,
+    )
+
+
+def lottery_of(config: Config, steps_per_epoch: int) -> lottery.Lottery:
+    prune, rewind = config.prune, config.rewind
+    return lottery.Lottery(
+        prune.rounds, prune.target_sparsity, config.rewinds_to(), rewind.what, rewind.step or 0, steps_per_epoch
+    )
+
+
+def scoring_of(config: Config) -> evaluate.Settings:
+    """How images are restored and scored."""
+    said = config.evaluate
+    return evaluate.Settings(
+        tuple(PROTOCOLS[name] for name in said.protocols),
+        said.seed,
+        said.tile_pixels,
+        said.tile_overlap,
+        said.precision,
+        said.compile,
+    )
 
 
 class _Told(NamedTuple):
@@ -99,8 +119,9 @@ def prepare(config: Config, world: int, resume: str) -> Prepared:
         shards.refuse_missing("train", "evaluate")
     else:
         shards.refuse_missing("evaluate")
-    jobs = evaluate.plan(shards, order.tasks, config.evaluate.sets)
+    jobs = evaluate.plan(shards, order.tasks, config.evaluate.sets, config.evaluate.pictures)
     _refuse_unknown_scores(config.keep.by, sorted({job.name for job in jobs}))
+    _refuse_late_rewind(config, order.steps_per_epoch)
     store = store_of(config, config.run.folder)
     _refuse_another_run(Checkpoints(store), config, shards.manifest.digest(), resume)
     with torch.device("meta"):
@@ -151,6 +172,13 @@ def _refuse_unknown_scores(globs: tuple[str, ...], names: list[str]) -> None:
     for glob in globs:
         if not any(fnmatchcase(score, glob) for score in scores):
             raise Fault(f"keep.by: '{glob}' names no score; there will be {', '.join(scores) or 'none'}. Correct it.")
+
+
+def _refuse_late_rewind(config: Config, steps_per_epoch: int) -> None:
+    """Raise Fault for a rewind point that round 0 does not pass."""
+    steps, at = steps_per_epoch * config.train.epochs, config.rewind.step
+    if at is not None and at >= steps:
+        raise Fault(f"rewind.step: found {at}, but a round has {steps} steps. Give an earlier one.")
 
 
 def _refuse_another_run(checkpoints: Checkpoints, config: Config, manifest_digest: str, resume: str) -> None:
@@ -223,21 +251,46 @@ def _tags(config: Config, prepared: Prepared, world: int) -> dict[str, str]:
         "fingerprint": config.fingerprint(),
         "shards": manifest.name,
         "manifest": manifest.digest(),
-        "method": f"{config.prune.style}-{config.prune.criterion}-{config.prune.per}",
+        "method": config.method(),
+        "criterion": config.prune.criterion,
+        "per": config.prune.per,
+        "scope": str(config.prune.scope),
+        "rewind": config.rewinds_to(),
+        "seed": str(config.run.seed),
+        "protocol": config.evaluate.protocols[0],
         "ranks": str(world),
     }
 
 
-def _identity(config: Config, prepared: Prepared, initial_digest: str) -> dict[str, Any]:
+def _identity(
+    config: Config, prepared: Prepared, initial_digest: str, start_digest: str, parent: str | None
+) -> dict[str, Any]:
     """What run.json says."""
+    start = {"start_digest": start_digest, "parent": parent} if start_digest else {}
     return {
         "config": config.dump(),
         "fingerprint": config.fingerprint(),
         "manifest_digest": prepared.shards.manifest.digest(),
         "initial_digest": initial_digest,
+        **start,
         "id": uuid.uuid4().hex,
         "versions": {"mirl_dist": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def _first_masks(config: Config, weights: Mapping[str, Tensor], given: masking.Masks | None) -> masking.Masks:
+    """The masks of round 0. Raises Fault where those of a ticket are of another scope."""
+    dense = masking.all_alive(weights, in_scope(weights, config.prune.scope))
+    if given is None:
+        return dense
+    odd = sorted(given.keys() ^ dense.keys())
+    if odd:
+        raise Fault(
+            f"start.ticket: {config.start.ticket} was pruned in another scope: '{odd[0]}' and {len(odd) - 1} more "
+            "tensors are in one of the two only. Set prune.scope to the ticket's.",
+            everywhere=True,
+        )
+    return given
 
 
 def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
@@ -259,6 +312,7 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
     stream = feed.stream_of(config, supply, prepared.order, prepared.shares, ranks)
     look_ahead = feed.evaluation_looks_ahead(supply, prepared.jobs, ranks)
     feed.refuse_damaged(supply, prepared.jobs, ranks, config.data.damage)
+    held = feed.held_of(config, supply, prepared.jobs, ranks)
     news: dict[str, Any] = {}
 
     def refuse_another_run() -> None:
@@ -266,38 +320,42 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
 
     with resuming.writing(config, prepared.store, ranks, news, stop_asked, refuse_another_run) as checkpoints:
         newest = resuming.newest(checkpoints, ranks)
-        initial, run_id = resuming.first_weights(
+        begun = resuming.begun(
             checkpoints,
-            lambda: {n: p.detach() for n, p in network(config).named_parameters()},
-            lambda digest: _identity(config, prepared, digest),
+            lambda: starting.first(config),
+            lambda weights, masks, parent: _identity(config, prepared, weights, masks, parent),
             ranks,
         )
-        tracker = _tracker(config, checkpoints, newest, run_id, ranks)
-        footprint = resuming.footprint(run_id, config, prepared.order, prepared.shards, ranks)
-        model = network(config)
-        model.load_state_dict(initial)
+        tracker = _tracker(config, checkpoints, newest, begun.id, ranks)
+        footprint = resuming.footprint(begun.id, config, prepared.order, prepared.shards, ranks)
+        model = starting.network(config)
+        model.load_state_dict(begun.initial)
         model.to(ranks.device)
         wrapped = ranks.wrap(model)
         pixels = config.data.patch_pixels
         ranks.settle(wrapped, torch.zeros(1, 3, pixels, pixels))
         bare = ranks.unwrap(wrapped)
         weights = dict(bare.named_parameters())
-        dense = masking.all_alive(weights, in_scope(weights, config.prune.scope))
-        state = State(weights, dense, optimiser_of(config))
+        state = State(weights, _first_masks(config, weights, begun.masks), optimiser_of(config), parent=begun.parent)
+        masking.close_weights({n: p.data for n, p in weights.items()}, state.masks)
         ticket = resuming.restore(state, newest, ranks)
         rounds = Rounds(
             config=config,
+            rule=rule_of(config),
             ranks=ranks,
             state=state,
             model=wrapped,
             bare=bare,
-            initial=initial,
+            initial=begun.initial,
             shards=prepared.shards,
             supply=supply,
             order=prepared.order,
             shares=prepared.shares,
             stream=stream,
             jobs=prepared.jobs,
+            how=scoring_of(config),
+            held=held,
+            probe=feed.probe_of(config, supply, prepared.order, ranks),
             look_ahead=look_ahead,
             checkpoints=checkpoints,
             keeper=resuming.keeper(config, prepared.store),
@@ -309,6 +367,7 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
         stop_asked.busy = lambda: rounds.keeper.busy
         stop_asked.polite = True  # from here on there is something to commit
         tracker.begin_run(config.dump(), _tags(config, prepared, ranks.world))
+        tracker.log_file(RUN, pretty(config.dump()), "run")
         with _told_how_it_ended(tracker, rounds, stop_asked), footprint:
             _play(config, rounds, ticket)
         supply.close()
@@ -319,7 +378,7 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
 
 def _play(config: Config, rounds: Rounds, newest: Ticket | None) -> None:
     """All rounds that are still to do."""
-    game = lottery_of(config)
+    game = lottery_of(config, rounds.order.steps_per_epoch)
     if newest is not None and game.finished(newest) and rounds.ranks.is_main:
         report.say(f"all rounds are finished; nothing is left to train (prune.rounds: {config.prune.rounds})")
     lottery.play(
@@ -330,6 +389,8 @@ def _play(config: Config, rounds: Rounds, newest: Ticket | None) -> None:
         newest=newest,
         train_and_score=rounds.train_and_score,
         record=rounds.record,
+        select=rounds.select,
+        rewind_point=rounds.rewind_point,
         stop_if_asked=rounds.stop_if_asked,
     )
     rounds.close()

@@ -2,6 +2,8 @@
 
     run.json                                      config, fingerprint, versions; written once
     initial.safetensors                           the first weights; written once
+    start.safetensors                             the first masks of a run that begins from a ticket; written once
+    rewind.safetensors                            the weights that later rounds return to, where those are of a step
     tracking.json                                 MLflow ids
     lease/00000004.*                              who may write: the fourth launch (lease.py)
     accepted/00000004.json                        the commits that it found (commits.py)
@@ -33,8 +35,9 @@ from mirl_dist.storage import NotAllowed, NotThere, Store, TryAgain
 from mirl_dist.ticket import Ticket
 
 RUN, INITIAL, TRACKING, BEST = "run.json", "initial.safetensors", "tracking.json", "best.json"
+START, REWIND = "start.safetensors", "rewind.safetensors"
 WEIGHTS, MOMENTS, STATE, MASK = "weights.safetensors", "moments.safetensors", "state.json", "mask.safetensors"
-TICKET, PICTURES, OUTBOX = "ticket.json", "pictures.png", "outbox.jsonl"
+TICKET, PICTURES, SCORES, OUTBOX = "ticket.json", "pictures.png", "scores.csv", "outbox.jsonl"
 _IDENTITY = {"config", "fingerprint", "manifest_digest", "initial_digest"}
 
 
@@ -113,6 +116,18 @@ class Checkpoints:
         except (NotThere, safetensors.SafetensorError):
             return None
 
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write START or REWIND, whose digest the caller keeps."""
+        self._commits.writer.check()
+        self.store.put(name, pack_tensors(tensors))
+
+    def tensors(self, name: str) -> dict[str, Tensor] | None:
+        """What `save_tensors` wrote; None where the file is damaged or missing. Their digest is the caller's."""
+        try:
+            return safetensors.torch.load(self.store.get(name))
+        except (NotThere, safetensors.SafetensorError):
+            return None
+
     def remembered(self) -> dict[str, str]:
         """MLflow ids by name; none for a file that is damaged: the runs are then found by their tags."""
         try:
@@ -140,10 +155,16 @@ class Checkpoints:
         self._commit(f"steps/{snapshot.progress.updates:08d}", snapshot, parts, keep_last, outbox)
 
     def commit_round(
-        self, ticket: Ticket, snapshot: Snapshot, pictures: bytes | None, keep_last: int, outbox: bytes = b""
+        self,
+        ticket: Ticket,
+        snapshot: Snapshot,
+        scores: bytes,
+        pictures: bytes | None,
+        keep_last: int,
+        outbox: bytes = b"",
     ) -> None:
-        """Commit a round with its ticket, then remove what is no longer needed."""
-        parts = {TICKET: ticket.dump()} | ({} if pictures is None else {PICTURES: pictures})
+        """Commit a round with its ticket, then remove what is no longer needed. scores: of each image, CSV."""
+        parts = {TICKET: ticket.dump(), SCORES: scores} | ({} if pictures is None else {PICTURES: pictures})
         self._commit("ticket", snapshot, parts, keep_last, outbox)
 
     def _commit(self, what: str, snapshot: Snapshot, more: dict[str, bytes], keep_last: int, outbox: bytes) -> None:
@@ -238,8 +259,19 @@ class Checkpoints:
 
     def pictures(self, round_: int) -> bytes | None:
         """The PNG of degraded, restored and clean that a round drew, if it had images to score."""
+        return self._beside(round_, PICTURES)
+
+    def scores(self, round_: int) -> bytes | None:
+        """The score of each image of a round, CSV; None in runs of older versions."""
+        return self._beside(round_, SCORES)
+
+    def round_masks(self, round_: int) -> bytes:
+        """The bit-packed masks of a round, verified: safetensors."""
+        return self._commits.part(self._ended(round_), MASK)
+
+    def _beside(self, round_: int, name: str) -> bytes | None:
         try:
-            return self.store.get(f"{self._ended(round_)}/{PICTURES}")
+            return self.store.get(f"{self._ended(round_)}/{name}")
         except NotThere:
             return None
 

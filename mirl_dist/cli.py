@@ -26,7 +26,7 @@ app = typer.Typer(
     help="Find winning tickets in all-in-one image restoration networks, on any number of GPUs.",
 )
 shards_app = typer.Typer(no_args_is_help=True, help="Build and check WebDataset shards.")
-tickets_app = typer.Typer(no_args_is_help=True, help="List and show the tickets of a run.")
+tickets_app = typer.Typer(no_args_is_help=True, help="List, show, prove, ship, compare and judge tickets.")
 track_app = typer.Typer(no_args_is_help=True, help="What MLflow is to hear of a run.")
 app.add_typer(shards_app, name="shards")
 app.add_typer(tickets_app, name="tickets")
@@ -35,6 +35,8 @@ app.add_typer(track_app, name="track")
 Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value, read as YAML; may be repeated.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes of each rank; default: one per processor.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+TicketArgument = Annotated[str, typer.Argument(help="Run folder, run folder/rounds/NN, or a ticket file.")]
+Tile = Annotated[int | None, typer.Option(help="Pixels of square tiles, for images too large for memory.")]
 
 
 def main() -> None:
@@ -187,28 +189,36 @@ def status(run: Annotated[str, typer.Argument(help="Run folder.")], as_json: Jso
 
 @app.command()
 def evaluate(
-    ticket: Annotated[str, typer.Argument(help="Run folder, or run folder/rounds/NN.")],
+    ticket: TicketArgument,
     shards: Annotated[
         str | None, typer.Option(help="Built shards, a folder or URL; default: those the run was trained on.")
     ] = None,
+    protocol: Annotated[
+        list[str] | None, typer.Option(help="How to score (docs/protocols.md); may be repeated. Default: the run's.")
+    ] = None,
+    tile: Tile = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
+    compiled: Annotated[bool | None, typer.Option("--compile/--no-compile", help="torch.compile.")] = None,
+    table: Annotated[Path | None, typer.Option(help="A CSV file to write: the scores of each image.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a ticket: PSNR and SSIM per task and set, on whole images."""
-    from mirl_dist import shelf
+    """Score a ticket: PSNR and SSIM per task and set. Under `accelerate launch` all ranks share the images."""
+    from mirl_dist import scoring
 
-    shelf.print_scores(ticket, shards, as_json)
+    scoring.print_scores(ticket, shards, scoring.How(protocol, tile, precision, compiled), table, as_json)
 
 
 @app.command()
 def restore(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    ticket: Annotated[str, typer.Option(help="Run folder, or run folder/rounds/NN.")],
+    ticket: Annotated[str, typer.Option(help="Run folder, run folder/rounds/NN, or a ticket file.")],
     out: Annotated[Path, typer.Option(help="Folder for the restored PNG files.")],
+    tile: Tile = None,
 ) -> None:
     """Restore images with a ticket's network."""
-    from mirl_dist import shelf
+    from mirl_dist import scoring
 
-    shelf.restore_files(images, ticket, out)
+    scoring.restore_files(images, ticket, out, tile)
 
 
 @app.command("import")
@@ -218,9 +228,9 @@ def import_(
     model: Annotated[str, typer.Option(help="Network name.")] = "promptir",
 ) -> None:
     """Convert an official checkpoint of the published size to this project's weights."""
-    from mirl_dist import shelf
+    from mirl_dist import shipping
 
-    shelf.import_official(file, model, out)
+    shipping.import_official(file, model, out)
 
 
 @shards_app.command("build")
@@ -296,7 +306,7 @@ def tickets_list(run: Annotated[str, typer.Argument(help="Run folder.")], as_jso
 
 @tickets_app.command("show")
 def tickets_show(
-    ticket: Annotated[str, typer.Argument(help="Run folder, or run folder/rounds/NN.")],
+    ticket: TicketArgument,
     as_json: Json = False,
 ) -> None:
     """Print one ticket: counts, digests, scores, density per layer."""
@@ -314,3 +324,77 @@ def tickets_pictures(
     from mirl_dist import shelf
 
     shelf.write_pictures(ticket, out)
+
+
+@tickets_app.command("pack")
+def tickets_pack(
+    ticket: Annotated[str, typer.Argument(help="Run folder, or run folder/rounds/NN.")],
+    out: Annotated[Path, typer.Option(help="The file to write, for example mine.ticket.")],
+) -> None:
+    """Write a ticket as one file: mask, first and trained values, scores, config, digests."""
+    from mirl_dist import shipping
+
+    shipping.pack(ticket, out)
+
+
+@tickets_app.command("verify")
+def tickets_verify(
+    ticket: TicketArgument,
+    run: Annotated[str | None, typer.Option(help="The run of a ticket file, to prove its descent too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Prove a ticket from itself alone, and with its run that the mask follows from the parent's weights."""
+    from mirl_dist import shipping
+
+    shipping.verify(ticket, run, as_json)
+
+
+@tickets_app.command("export")
+def tickets_export(
+    ticket: TicketArgument,
+    out: Annotated[Path, typer.Option(help="A .ckpt, .pth or .pt file for the official code, or .safetensors.")],
+    compact: Annotated[bool, typer.Option("--compact", help="A smaller file, which loads in the same way.")] = False,
+) -> None:
+    """Write a ticket's trained weights as the official code loads them."""
+    from mirl_dist import shipping
+
+    shipping.export(ticket, out, compact)
+
+
+@tickets_app.command("compare")
+def tickets_compare(
+    tickets: Annotated[
+        list[str],
+        typer.Argument(
+            help="Runs, run folder/rounds/NN, ticket files, mlflow:RUN_ID or mlflow:experiment:NAME; several seeds of "
+            "one method stand in one line."
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="A folder for the CSV, the LaTeX tables and the page.")] = None,
+    title: Annotated[str, typer.Option(help="Of the page, and of the run in MLflow.")] = "Tickets compared",
+    experiment: Annotated[str | None, typer.Option(help="Also log the files to this MLflow experiment.")] = None,
+    uri: Annotated[str | None, typer.Option(help="MLflow's address; default: MLFLOW_TRACKING_URI.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare tickets: a table, and with --out a CSV, LaTeX tables and one self-contained HTML page."""
+    from mirl_dist import comparing
+
+    comparing.compare(tickets, out, as_json, title, experiment, uri)
+
+
+@tickets_app.command("judge")
+def tickets_judge(
+    runs: Annotated[list[str], typer.Argument(help="Runs of one method, one for each seed.")],
+    round_: Annotated[
+        int | None, typer.Option("--round", min=1, help="Default: the best chosen, else the last.")
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(help="Train controls that are missing: a file from launch/, or 'auto'.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="dB below dense that still count as equal.")] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Say whether tickets win: MIR-L's Definition 1 per task, over the seeds, and against controls."""
+    from mirl_dist import judging
+
+    judging.judge_runs(runs, round_, train, tolerance, as_json)

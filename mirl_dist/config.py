@@ -1,7 +1,6 @@
-"""The typed tree of one run: every key, its unit, its range and its default.
+"""The typed tree of one run: its sections, what contradicts in them, its words, its fingerprint.
 
-Defaults are MIR-L's published recipe (paper section IV and the released code) at full size. `fingerprint` hashes
-the non-default keys that change the numbers; keys marked `Aside` (places, logging, workers) stay out of it.
+`fingerprint` hashes the non-default keys that change the numbers; every key and its default: sections.py.
 """
 
 from __future__ import annotations
@@ -10,243 +9,31 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, PositiveFloat, PositiveInt
+from typing import Any
 
 from mirl_dist import yaml_tree
-from mirl_dist.faults import Fault
-from mirl_dist.tasks import Task
+from mirl_dist.sections import (
+    Aside,
+    Batch,
+    Checkpoint,
+    Data,
+    Evaluate,
+    Guard,
+    Keep,
+    Model,
+    Optimiser,
+    Preempt,
+    Prune,
+    Ranks,
+    Rewind,
+    Run,
+    Schedule,
+    Start,
+    Store,
+    Tracking,
+    Train,
+)
 from mirl_dist.yaml_tree import Node
-
-
-class _Aside:
-    """Marks a key that does not change the numbers of a run."""
-
-
-Aside = _Aside()
-Share = Annotated[float, Field(gt=0.0, lt=1.0)]
-NotNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Four = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
-Three = tuple[PositiveInt, PositiveInt, PositiveInt]
-
-
-class Run(Node):
-    folder: Annotated[str, Aside] = Field("runs/run", min_length=1)
-    """Where everything of this run is kept: a folder, or s3://bucket/prefix."""
-    seed: Seed = 0
-
-
-class Store(Node):
-    """How stores are talked to: of the run, and of its shards."""
-
-    endpoint: Annotated[str | None, Aside] = None
-    """The S3 server, http(s)://host:port. Null: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, a profile, else AWS."""
-    encryption: Annotated[Literal["AES256", "aws:kms"] | None, Aside] = None
-    """Server-side encryption of what is written to S3. Null: as the bucket says."""
-    kms_key: Annotated[str | None, Aside] = None
-    """With aws:kms: the key's id or ARN. Null: the account's own key for S3."""
-    patience_seconds: Annotated[PositiveFloat, Aside] = 900
-    """How long a store that is away or full is tried again, since the last byte that passed. After that a run stops,
-    resumably."""
-    lease_seconds: Annotated[float, Field(ge=1), Aside] = 60
-    """A launch without a sign of life for so long is dead, and another may go on with its run."""
-
-
-class Ranks(Node):
-    timeout_seconds: Annotated[PositiveFloat, Aside] = 1800
-    """How long ranks wait for one another. After that those who did not come are named, and the ranks end."""
-    restarts: Annotated[Count, Aside] = 3
-    """How often `train --launch` starts the ranks again after one of them died."""
-    slow_factor: Annotated[float, Field(gt=1), Aside] = 1.5
-    """A rank that reaches the all-reduce later than the others by this factor, report after report, is named."""
-
-
-class Preempt(Node):
-    deadline_seconds: Annotated[PositiveFloat, Aside] = 120
-    """From SIGTERM, SIGINT or SIGUSR1 to the end of the process, at the latest."""
-
-
-class Guard(Node):
-    skip_bad_batches: Annotated[Count, Aside] = 0
-    """How many global batches of a round may have a loss or gradient that is not finite: they are left out, told and
-    counted in the ticket. 0: the first one stops the run."""
-    spike_factor: Annotated[float | None, Field(gt=1), Aside] = 10
-    """A step whose loss is so many times the median of the 50 before it is reported. Null: none is."""
-    same_step_failures: Annotated[PositiveInt, Aside] = 3
-    """Launches on one machine that may die in one and the same step before the next one refuses to try it again."""
-
-
-class Model(Node):
-    name: Literal["promptir"] = "promptir"
-    dim: PositiveInt = 48
-    blocks: Four = (4, 6, 6, 8)
-    refinement_blocks: PositiveInt = 4
-    heads: Four = (1, 2, 4, 8)
-    ffn_expansion: PositiveFloat = 2.66
-    prompt_length: PositiveInt = 5
-    prompt_dims: Three = (64, 128, 320)
-    prompt_sizes: Three = (64, 32, 16)
-    prompt_heads: PositiveInt = 4
-
-    def sizes(self) -> dict[str, Any]:
-        """The keyword arguments of `models.create`."""
-        return self.model_dump(exclude={"name"})
-
-
-MOST_REPEATS = 10_000
-_PUBLISHED_MIX: dict[str, float | dict[str, float]] = {
-    "denoise_15": 3.0,
-    "denoise_25": 3.0,
-    "denoise_50": 3.0,
-    "derain": 120.0,
-    "dehaze": 1.0,
-}
-
-
-class Cache(Node):
-    folder: Annotated[str | None, Aside] = None
-    """Where shards are kept on each node, on a disk of its own; all its ranks share it. Null: below SLURM_TMPDIR,
-    TMPDIR or /tmp for s3:// and https://, and none for a folder, whose shards are read in place."""
-    gigabytes: Annotated[PositiveFloat, Aside] = 50
-    """Most that the cache may take on the disk, in 10^9 bytes."""
-
-
-class Data(Node):
-    shards: Annotated[str, Aside] = Field("shards/built", min_length=1)
-    """Where `mirl-dist shards build` wrote: a folder, s3://bucket/prefix or https://host/path. The digest of its
-    manifest is part of the run's identity."""
-    mix: dict[str, PositiveFloat | dict[str, PositiveFloat]] = Field(default_factory=lambda: dict(_PUBLISHED_MIX))
-    """Task -> number, or task -> set -> number; what the numbers mean says mix_by. Task words: docs/degradations.md."""
-    mix_by: Literal["repeats", "weights", "balanced"] = "repeats"
-    """repeats: how often each sample is read per epoch, as published; weights: shares of the epoch; balanced: equal
-    shares (all numbers 1)."""
-    patch_pixels: Annotated[int, Field(ge=8)] = 64
-    augment: Literal["published", "all", "flips", "none"] = "published"
-    """published: one of the 7 turns and flips that change the image; all: 8; flips: the paper's text."""
-    steps_per_epoch: PositiveInt | None = None
-    """Null: the whole mix once, the last incomplete global batch left out."""
-    damage: Annotated[Literal["refuse", "skip"], Aside] = "refuse"
-    """What a damaged or missing training sample does: stop the run, or be replaced, told and counted in the ticket."""
-    cache: Cache = Cache()
-    workers: Annotated[Count, Aside] = 2
-    """Loader processes of each rank; 0 reads in the training process."""
-
-    def contradictions(self) -> list[str]:
-        found = []
-        if not self.mix:
-            found.append("data.mix: found no task; name at least one, for example derain: 1")
-        for word, amount in self.mix.items():
-            try:
-                Task.of(word)
-            except Fault as fault:
-                found.append(f"data.mix: {fault}")
-            numbers = {"": amount} if isinstance(amount, float) else amount
-            if not numbers:
-                found.append(f"data.mix.{word}: found no set; give a number, or numbers of sets")
-            for name, number in numbers.items():
-                key = f"data.mix.{word}" + (f".{name}" if name else "")
-                if self.mix_by == "repeats" and number != int(number):
-                    found.append(f"{key}: found {number:g} with mix_by repeats; use a whole number, or mix_by: weights")
-                if self.mix_by == "repeats" and number > MOST_REPEATS:
-                    found.append(f"{key}: found {number:g} with mix_by repeats; at most {MOST_REPEATS:,} make sense")
-                if self.mix_by == "balanced" and number != 1:
-                    found.append(f"{key}: found {number:g} with mix_by balanced; write 1, or use mix_by: weights")
-        return found
-
-
-class Batch(Node):
-    global_: PositiveInt = Field(8, alias="global")
-    """Samples per optimiser step over all ranks. The world size never changes it."""
-    forward: Annotated[PositiveInt | None, Aside] = None
-    """Samples per forward pass on a rank; less than the rank's share means accumulation. Null: the whole share."""
-
-
-class Optimiser(Node):
-    name: Literal["adam", "adamw"] = "adamw"
-    lr: PositiveFloat = 2e-4
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NotNegative | None = None
-    """Null: 0.01 with adamw, the released code's choice; 0 with adam, the paper's text."""
-    clip_norm: PositiveFloat | None = None
-
-
-class Schedule(Node):
-    by: Literal["epoch", "step"] = "epoch"
-    """epoch: as published (the whole first epoch runs at rate 0 when warm-up is on); step: smooth."""
-    warmup_epochs: NotNegative = 15
-    horizon_epochs: PositiveFloat | None = None
-    """Where the cosine reaches 0. Null: train.epochs."""
-
-
-class Train(Node):
-    epochs: PositiveInt = 120
-    """Epochs of every round."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: Annotated[Literal["auto", "cpu"], Aside] = "auto"
-
-
-class Prune(Node):
-    style: Literal["iterative", "one_shot"] = "iterative"
-    """iterative: MIR-L, `rounds` times prune and rewind; one_shot: PIR-OSM / PIR-OSR, prune once and fine-tune."""
-    rounds: Annotated[Count, Aside] = 15
-    """Pruned rounds after the dense round 0. 0 trains the dense network alone."""
-    target_sparsity: Annotated[Share | None, Aside] = None
-    """Stop after the first round whose sparsity over all parameters reaches this."""
-    fraction: Share = 0.2
-    """Of the surviving prunable weights, per round."""
-    criterion: Literal["magnitude", "random"] = "magnitude"
-    per: Literal["global", "layer"] = "global"
-    scope: Literal["published", "all"] | tuple[str, ...] = "published"
-    """published: names that contain 'weight'; all: every parameter; or globs of names."""
-    output_layers: tuple[str, ...] = ("output.weight",)
-    """Globs of tensors that layer-wise pruning treats at `output_factor` x fraction."""
-    output_factor: PositiveFloat = 0.5
-    finetune_epochs_fraction: Share = 0.05
-    """One-shot only: length of the fine-tuning as a share of train.epochs (at least one epoch)."""
-    finetune_lr: PositiveFloat | None = None
-    """One-shot only: peak rate of the fine-tuning, cosine by step without warm-up. Null: optimiser.lr."""
-
-
-class Rewind(Node):
-    what: Literal["all", "published"] = "all"
-    """all: every tensor returns to its first value; published: as the released code (prompts and temperatures
-    never, biases before round 1 only)."""
-
-
-class Evaluate(Node):
-    sets: tuple[str, ...] | None = None
-    """Evaluation sets of the shards. Null: all."""
-    seed: Seed = 0
-    """Seed of the test noise, which depends on nothing but this, the image's name and sigma."""
-
-
-class Keep(Node):
-    rounds: Annotated[Literal["all", "best"], Aside] = "all"
-    """best: at the end the run names the round with the best validation score and drops other rounds' weights."""
-    by: Annotated[tuple[str, ...], Aside] = ()
-    """Globs of score names, `psnr/<task>/<set>`; their mean decides. Needed for rounds: best."""
-
-
-class Checkpoint(Node):
-    every_steps: Annotated[PositiveInt | None, Aside] = 1000
-    """Null: only when a round's training has ended, and at the end of the round."""
-    keep_last: Annotated[int, Field(ge=2), Aside] = 2
-
-
-class Tracking(Node):
-    enabled: Annotated[bool, Aside] = True
-    uri: Annotated[str | None, Aside] = None
-    """Null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db. Passwords belong into the environment."""
-    experiment: Annotated[str, Aside] = "mirl_dist"
-    run_name: Annotated[str | None, Aside] = None
-    every_steps: Annotated[PositiveInt, Aside] = 10
-    journal: Annotated[str | None, Aside] = None
-    """The folder of this machine where all that MLflow is to hear waits until it has heard it. Null: inside a
-    run.folder that is a folder; for s3:// below XDG_CACHE_HOME or ~/.cache."""
 
 
 class Config(Node):
@@ -258,6 +45,7 @@ class Config(Node):
     optimiser: Optimiser = Optimiser()
     schedule: Schedule = Schedule()
     train: Train = Train()
+    start: Start = Start()
     prune: Prune = Prune()
     rewind: Rewind = Rewind()
     evaluate: Evaluate = Evaluate()
@@ -274,10 +62,20 @@ class Config(Node):
             found.append(
                 f"prune.rounds: found {self.prune.rounds} with prune.style one_shot; one-shot prunes once: set it to 1"
             )
-        if self.prune.style == "iterative" and self.prune.finetune_lr is not None:
-            found.append("prune.finetune_lr: found with prune.style iterative; remove it, or set style one_shot")
-        if self.prune.style == "one_shot" and self.rewind.what != "all":
-            found.append("rewind.what: found 'published' with prune.style one_shot, which never rewinds; remove it")
+        found += self._rewind_contradictions()
+        if self.prune.floor and self.prune.per != "global":
+            found.append("prune.floor: found with prune.per layer, which cuts each tensor by itself; remove it")
+        if self.evaluate.tile_pixels is not None and self.evaluate.tile_overlap >= self.evaluate.tile_pixels:
+            found.append(
+                f"evaluate.tile_overlap: found {self.evaluate.tile_overlap} for tiles of {self.evaluate.tile_pixels} "
+                "pixels; it must be smaller"
+            )
+        if not self.evaluate.protocols or len(set(self.evaluate.protocols)) < len(self.evaluate.protocols):
+            found.append(f"evaluate.protocols: found {list(self.evaluate.protocols)}; name at least one, and each once")
+        if self.start.ticket is None and self.start.kind != "ticket":
+            found.append(f"start.kind: found {self.start.kind} without start.ticket; name a ticket, or remove it")
+        if self.start.ticket is not None and self.model.weights is not None:
+            found.append("model.weights: found with start.ticket, which has first values; remove one of them")
         if self.schedule.warmup_epochs >= self.train.epochs:
             found.append(
                 f"schedule.warmup_epochs: found {self.schedule.warmup_epochs} of {self.train.epochs} train.epochs; "
@@ -318,6 +116,42 @@ class Config(Node):
             found.append("store.kms_key: found without store.encryption aws:kms; set that too, or remove the key")
         return found
 
+    def _rewind_contradictions(self) -> list[str]:
+        found, to = [], self.rewinds_to()
+        if to != "finetune" and self.prune.finetune_lr is not None:
+            found.append(f"prune.finetune_lr: found with rewind.to {to}; remove it, or set rewind.to finetune")
+        if to in ("rate", "finetune") and self.rewind.what != "all":
+            found.append(f"rewind.what: found 'published' with rewind.to {to}, which moves no weight; remove it")
+        if to == "step" and self.rewind.step is None:
+            found.append("rewind.step: found nothing with rewind.to step; give the step of round 0 to return to")
+        if to != "step" and self.rewind.step is not None:
+            found.append(f"rewind.step: found {self.rewind.step} with rewind.to {to}; remove it, or set rewind.to step")
+        if to == "step" and self.start.ticket is not None:
+            found.append("rewind.to: found step with start.ticket; a ticket has first values only: use initial")
+        return found
+
+    def rewinds_to(self) -> str:
+        """Where survivors go after a cut: 'initial', 'step', 'rate' or 'finetune'."""
+        return self.rewind.to or ("finetune" if self.prune.style == "one_shot" else "initial")
+
+    def method(self) -> str:
+        """The papers' word for what is done after round 0, with all that differs from it: 'MIR-L-G', 'PIR-OSM 70%'."""
+        prune, to = self.prune, self.rewinds_to()
+        if self.start.ticket is not None:
+            return f"control {self.start.kind}" if prune.rounds == 0 else f"from ticket ({self.start.kind})"
+        known = {
+            ("iterative", "magnitude", "global", "initial"): "MIR-L-G",
+            ("iterative", "magnitude", "layer", "initial"): "MIR-L-LW",
+            ("one_shot", "magnitude", "global", "finetune"): f"PIR-OSM {prune.fraction:.0%}",
+            ("one_shot", "random", "global", "finetune"): f"PIR-OSR {prune.fraction:.0%}",
+        }
+        usual = known.get((prune.style, prune.criterion, prune.per, to))
+        if usual is None:
+            words = [prune.criterion, prune.per, prune.style.replace("_", "-")]
+            words.append({"initial": "rewound", "step": f"rewound to {self.rewind.step}"}.get(to, to))
+            usual = " ".join(words) + (f" {prune.fraction:.0%}" if prune.style == "one_shot" else "")
+        return usual + (f" floor {prune.floor:g}" if prune.floor else "")
+
     def _head_widths(self) -> list[tuple[str, int, int]]:
         m = self.model
         levels = [(f"heads[{i}]", h, m.dim * 2**i) for i, h in enumerate(m.heads)]
@@ -325,10 +159,14 @@ class Config(Node):
         return levels + [("prompt_heads", m.prompt_heads, a + b) for a, b in zip(m.prompt_dims, lifted, strict=True)]
 
     def round_epochs(self, round_: int) -> int:
-        """Epochs of a round: fine-tuning after a one-shot cut is shorter."""
-        if self.prune.style == "one_shot" and round_ > 0:
+        """Epochs of a round: fine-tuning after a cut is shorter."""
+        if self.tunes(round_):
             return max(1, round(self.prune.finetune_epochs_fraction * self.train.epochs))
         return self.train.epochs
+
+    def tunes(self, round_: int) -> bool:
+        """Whether a round is fine-tuning."""
+        return round_ > 0 and self.rewinds_to() == "finetune"
 
     def dump(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True)
@@ -381,4 +219,4 @@ def differences(mine: Config, other: Config) -> list[str]:
     ]
 
 
-__all__ = ["Config", "Fault", "differences", "of_dump", "read"]
+__all__ = ["Aside", "Config", "differences", "of_dump", "read"]

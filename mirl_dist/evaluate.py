@@ -1,34 +1,58 @@
-"""PSNR and SSIM per task and set: whole images, each scored once by one rank, averaged exactly."""
+"""PSNR and SSIM per protocol, task and set: each image restored once by one rank, averaged exactly."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, islice
 from math import fsum
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from mirl_dist import metrics, pictures
-from mirl_dist.data import degrade
+from mirl_dist import metrics, pictures, protocols, tiling
 from mirl_dist.data.chance import generator
 from mirl_dist.data.manifest import CLEAN, DEGRADED, Shard
 from mirl_dist.data.sample import Pixels, to_tensor
 from mirl_dist.data.shards import Place, Shards
 from mirl_dist.data.supply import Supply
 from mirl_dist.faults import Fault, Stopped
+from mirl_dist.models.compiled import Compiled
+from mirl_dist.protocols import Protocol
 from mirl_dist.ranks import Ranks
 from mirl_dist.report import bar
 from mirl_dist.tasks import Task
 from mirl_dist.ticket import Score
 
+Image = NDArray[np.float32]
 _STRIP_PIXELS = 192
-_LEAST_PIXELS = 16
+_COLUMNS = ("degraded", "restored", "clean")
+
+
+class Settings(NamedTuple):
+    """How images are restored and scored.
+
+    protocols: the first is the headline. seed: of the test noise. tile_pixels: None restores images whole, else in
+    tiles of so many pixels a side which share `tile_overlap`. compile: restore through torch.compile.
+    """
+
+    protocols: tuple[Protocol, ...]
+    seed: int
+    tile_pixels: int | None = None
+    tile_overlap: int = 32
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+
+    def measured(self) -> dict[str, str]:
+        """What of it changes scores although no protocol says it, in words for a ticket."""
+        tile = f"{self.tile_pixels} pixels, {self.tile_overlap} shared" if self.tile_pixels else "whole image"
+        return {"precision": self.precision, "compile": "yes" if self.compile else "no", "tile": tile}
 
 
 class Job(NamedTuple):
@@ -41,31 +65,46 @@ class Job(NamedTuple):
     pictured: bool
 
 
-class _Result(NamedTuple):
-    number: int
+class ImageScore(NamedTuple):
+    """One image by one protocol: name is 'task/set', image the sample's key; degraded_*: of the input itself."""
+
+    protocol: str
     name: str
+    image: str
     psnr: float
     ssim: float
     degraded_psnr: float
     degraded_ssim: float
+
+
+class _Result(NamedTuple):
+    number: int
+    scores: tuple[ImageScore, ...]
     row: pictures.Row | None
 
 
-class Scores(NamedTuple):
-    """Scores by 'task/set', and a PNG of the first image of each (None without images)."""
+class Scored(NamedTuple):
+    """Means by protocol and 'task/set', protocols in the order of the settings; the scores of each image, by protocol
+    and in the order of the jobs; and a strip of the pictured images by the headline protocol (None without any)."""
 
-    scores: dict[str, Score]
+    scores: dict[str, dict[str, Score]]
+    images: tuple[ImageScore, ...]
     pictures: bytes | None
 
+    def table(self) -> bytes:
+        """`images` as CSV with a head, every number with all its digits."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(ImageScore._fields)
+        writer.writerows([*image[:3], *map(repr, image[3:])] for image in self.images)
+        return out.getvalue().encode("utf-8", "surrogateescape")
 
-def _too_small(place: Place) -> bool:
-    return min(place.entry.height, place.entry.width) < _LEAST_PIXELS
 
-
-def plan(shards: Shards, tasks: Sequence[Task], sets: Sequence[str] | None) -> list[Job]:
+def plan(shards: Shards, tasks: Sequence[Task], sets: Sequence[str] | None, pictures: int = 1) -> list[Job]:
     """Every (task, image) to score: a set of clean images is scored for every trained task that degrades on reading.
 
-    sets: names, or None for all. Raises Fault for a set that the shards do not have.
+    sets: names, or None for all. pictures: the first so many images of each score are pictured.
+    Raises Fault for a set that the shards do not have, and for images that not every protocol could score.
     """
     places = shards.places("evaluate")
     kinds = {s.set: s.kind for s in shards.manifest.role("evaluate")}
@@ -76,56 +115,80 @@ def plan(shards: Shards, tasks: Sequence[Task], sets: Sequence[str] | None) -> l
             "Correct the names, or build shards with those sets.",
             everywhere=True,
         )
-    small = [p.entry for name in (places if sets is None else sets) for p in places[name] if _too_small(p)]
+    entries = (p.entry for name in (places if sets is None else sets) for p in places[name])
+    small = [e for e in entries if min(e.height, e.width) < protocols.LEAST_PIXELS]
     if small:
         raise Fault(
             f"evaluation image '{small[0].key}' is {small[0].height} x {small[0].width} pixels ({len(small)} such); "
-            f"scores need {_LEAST_PIXELS} a side. Leave it out of the recipe and build the shards again.",
+            f"scores need {protocols.LEAST_PIXELS} a side. Leave it out of the recipe and build the shards again.",
             everywhere=True,
         )
     jobs = []
     for task in tasks:
         for name in sorted(sets if sets is not None else places):
             if kinds[name] == task.kind:
-                jobs += [Job(f"{task.name}/{name}", task, name, p, i == 0) for i, p in enumerate(places[name])]
+                jobs += [Job(f"{task.name}/{name}", task, name, p, i < pictures) for i, p in enumerate(places[name])]
     return jobs
 
 
-def degraded_and_clean(supply: Supply, job: Job, seed: int) -> tuple[Pixels, Pixels]:
-    """The test pair of a job, uint8, cropped to a multiple of 16; its chance depends on seed, set, name and task."""
-    clean = np.ascontiguousarray(metrics.crop_to_multiple(supply.image(job.place, CLEAN)))
+def few(jobs: Sequence[Job], images: int) -> list[Job]:
+    """The first `images` jobs of each 'task/set', none of them pictured."""
+    by_name = groupby(jobs, key=lambda job: job.name)
+    return [job._replace(pictured=False) for _, of in by_name for job in islice(of, images)]
+
+
+def degraded_and_clean(supply: Supply, job: Job, protocol: Protocol, seed: int) -> tuple[Pixels | Image, Pixels]:
+    """The test pair of a job by a protocol: what the network is given (uint8, or float32 where the protocol does not
+    quantise noise) and the clean uint8 image, cropped alike; its chance depends on seed, set, name and task."""
+    clean = protocols.cropped(protocol, supply.image(job.place, CLEAN))
     if job.place.entry.image(DEGRADED) is not None:
-        return np.ascontiguousarray(metrics.crop_to_multiple(supply.image(job.place, DEGRADED))), clean
+        return protocols.cropped(protocol, supply.image(job.place, DEGRADED)), clean
     rng = generator("test", seed, job.set, job.place.entry.key, job.task.name)
-    return degrade.for_test(job.task, clean, rng), clean
+    return protocols.degraded(protocol, job.task, clean, rng), clean
 
 
-def restore(model: nn.Module, image: Pixels, device: torch.device) -> NDArray[np.float32]:
-    """One image through the network: uint8 (H, W, 3) to float32 (H, W, 3) clipped to [0, 1]."""
-    with torch.inference_mode():
-        restored = model(to_tensor([image]).to(device))
-    clipped: NDArray[np.float32] = restored[0].float().clamp(0, 1).permute(1, 2, 0).contiguous().cpu().numpy()
-    return clipped
+def restore(
+    model: nn.Module,
+    image: Pixels | Image,
+    device: torch.device,
+    tile_pixels: int | None = None,
+    tile_overlap: int = 32,
+    precision: str = "fp32",
+) -> Image:
+    """One image through the network, whole or in tiles (tiling.py): float32 (H, W, 3), clipped to [0, 1].
+
+    image: (H, W, 3), uint8, or float32 in the network's range. precision: fp32 or bf16 (torch's autocast).
+    """
+
+    def work(part: NDArray[Any]) -> Image:
+        eight_bit = part.dtype == np.uint8
+        given = to_tensor([part]) if eight_bit else torch.from_numpy(part[None].transpose(0, 3, 1, 2).copy())
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            restored = model(given.to(device))
+        out: Image = restored[0].float().permute(1, 2, 0).contiguous().cpu().numpy()
+        return out
+
+    restored = work(image) if tile_pixels is None else tiling.tiled(work, image, tile_pixels, tile_overlap)
+    return np.clip(restored, 0, 1)
 
 
-def _score(model: nn.Module, supply: Supply, number: int, job: Job, seed: int, device: torch.device) -> _Result:
-    degraded, clean = degraded_and_clean(supply, job, seed)
-    restored = restore(model, degraded, device)
-    truth, given = (x.astype(np.float32) / np.float32(255) for x in (clean, degraded))
-    row = None
-    if job.pictured:
-        shown = (degraded, np.round(restored * 255).astype(np.uint8), clean)
-        images = tuple(pictures.centre(i, _STRIP_PIXELS) for i in shown)
-        row = pictures.Row(f"{job.name}: degraded, restored, clean", images)
-    return _Result(
-        number,
-        job.name,
-        metrics.psnr(restored, truth),
-        metrics.ssim(restored, truth),
-        metrics.psnr(given, truth),
-        metrics.ssim(given, truth),
-        row,
-    )
+def _score(model: nn.Module, supply: Supply, number: int, job: Job, how: Settings, device: torch.device) -> _Result:
+    """One image by every protocol, restored once for each of the inputs that they differ in."""
+    made: dict[tuple[int, str], tuple[Image, Image, Pixels]] = {}
+    scores, row, key = [], None, job.place.entry.key
+    for protocol in how.protocols:
+        same = protocol.input(job.task)
+        if same not in made:
+            given, clean = degraded_and_clean(supply, job, protocol, how.seed)
+            restored = restore(model, given, device, how.tile_pixels, how.tile_overlap, how.precision)
+            made[same] = (protocols.as_restored(given), restored, clean)
+        degraded, restored, clean = made[same]
+        quality, before = (protocols.score(protocol, image, clean) for image in (restored, degraded))
+        scores.append(ImageScore(protocol.name, job.name, key, *quality, *before))
+        if job.pictured and row is None:
+            shown = (metrics.to_8bit(degraded), metrics.to_8bit(restored), clean)
+            row = pictures.Row(f"{job.name} {key}", tuple(pictures.centre(i, _STRIP_PIXELS) for i in shown))
+    return _Result(number, tuple(scores), row)
 
 
 def deal(jobs: Sequence[Job], rank: int, world: int) -> list[int]:
@@ -164,51 +227,53 @@ def evaluate(
     supply: Supply,
     jobs: Sequence[Job],
     ranks: Ranks,
-    seed: int,
+    how: Settings,
     look_ahead: bool = False,
     stop_asked: Callable[[], bool] = _never,
-) -> Scores:
+) -> Scored:
     """Score every job once, shared out over the ranks; the same bits on every rank and for every world size.
 
     model: the bare network (not the wrapped one: ranks score different numbers of images), set to eval here.
     look_ahead: the cache has room for two shards of every rank. stop_asked: looked at before every image.
-    Raises Stopped on every rank, with nothing scored, when any of them was asked to stop.
+    Raises Stopped on every rank, with nothing scored, when any of them was asked to stop; Fault for an image that
+    cannot be scored, and where compiling fails.
     """
     model.eval()
     mine, stopped = deal(jobs, ranks.rank, ranks.world), False
+    network = Compiled(model) if how.compile else model
     results: list[_Result] = []
     with bar("evaluating", len(mine), shown=ranks.is_main and bool(jobs)) as advance:
         runs = [list(group) for _, group in groupby(mine, key=lambda n: jobs[n].place.shard.name)]
         with _held(supply, [jobs[numbers[0]].place.shard for numbers in runs], look_ahead) as held:
-            for _, numbers in zip(held, runs, strict=True):
-                for number in numbers:
-                    if stopped := stopped or stop_asked():
-                        break
-                    job = jobs[number]
-                    try:
-                        results.append(_score(model, supply, number, job, seed, ranks.device))
-                    except Stopped:  # while a shard did not come
-                        stopped = True
-                        break
-                    except Fault as fault:
-                        raise Fault(f"{job.name}, image '{job.place.entry.key}': {fault}") from None
-                    advance(len(results), job.name)
-                if stopped:
+            for number in (n for _, numbers in zip(held, runs, strict=True) for n in numbers):
+                if stopped := stop_asked():
                     break
+                job = jobs[number]
+                try:
+                    results.append(_score(network, supply, number, job, how, ranks.device))
+                except Stopped:  # while a shard did not come
+                    stopped = True
+                    break
+                except Fault as fault:
+                    raise Fault(f"{job.name}, image '{job.place.entry.key}': {fault}") from None
+                advance(len(results), job.name)
     model.train()
     if ranks.any(stopped, what="whether to stop evaluating"):
         raise Stopped("stopped as asked while evaluating; the round's training is committed")
     everyone = sorted((r for part in ranks.gather_objects(results) for r in part), key=lambda r: r.number)
     assert [r.number for r in everyone] == list(range(len(jobs))), "an image was scored twice or not at all"
-    scores = {}
-    for name in dict.fromkeys(job.name for job in jobs):
-        of = [r for r in everyone if r.name == name]
-        scores[name] = Score(
-            psnr=fsum(r.psnr for r in of) / len(of),
-            ssim=fsum(r.ssim for r in of) / len(of),
-            degraded_psnr=fsum(r.degraded_psnr for r in of) / len(of),
-            degraded_ssim=fsum(r.degraded_ssim for r in of) / len(of),
-            images=len(of),
+    return _summed(everyone, how)
+
+
+def _summed(everyone: Sequence[_Result], how: Settings) -> Scored:
+    """Exact means over images, in an order that no world size changes."""
+    images = tuple(r.scores[at] for at in range(len(how.protocols)) for r in everyone)
+    scores: dict[str, dict[str, Score]] = {protocol.name: {} for protocol in how.protocols}
+    for protocol, name in dict.fromkeys((i.protocol, i.name) for i in images):
+        of = [i for i in images if (i.protocol, i.name) == (protocol, name)]
+        psnr, ssim, before_psnr, before_ssim = (fsum(each) / len(of) for each in zip(*(i[3:] for i in of), strict=True))
+        scores[protocol][name] = Score(
+            psnr=psnr, ssim=ssim, degraded_psnr=before_psnr, degraded_ssim=before_ssim, images=len(of)
         )
     rows = [r.row for r in everyone if r.row is not None]
-    return Scores(scores, pictures.strip(rows) if rows else None)
+    return Scored(scores, images, pictures.strip(rows, _COLUMNS) if rows else None)

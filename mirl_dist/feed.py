@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
+
+import torch
 
 from mirl_dist import evaluate, report
 from mirl_dist.config import Config
 from mirl_dist.data.cache import Cache, usual_folder
 from mirl_dist.data.crew import shared
+from mirl_dist.data.held import Held
 from mirl_dist.data.manifest import Shard
-from mirl_dist.data.order import Order, Shares
+from mirl_dist.data.order import Order, Position, Shares, share_batch
+from mirl_dist.data.sample import Batch
 from mirl_dist.data.shards import Shards
 from mirl_dist.data.stream import Stream, passes_behind
 from mirl_dist.data.supply import Supply
@@ -80,8 +86,36 @@ def _silent(done: int, total: int, what: str) -> None:
     pass
 
 
+def held_of(config: Config, supply: Supply, jobs: Sequence[evaluate.Job], ranks: Ranks) -> Held:
+    """This rank's part of the images that are scored within rounds; none where that is not asked for."""
+    few = evaluate.few(jobs, config.evaluate.curve_images) if config.evaluate.every_epochs is not None else []
+    return Held(supply, [few[number].place for number in evaluate.deal(few, ranks.rank, ranks.world)])
+
+
+def probe_of(config: Config, supply: Supply, order: Order, ranks: Ranks) -> Callable[[int], Iterator[Batch]]:
+    """The first global batches of a round, whole, for criteria that need gradients: round -> batches of at most 8
+    samples on this rank's device, the same for any number of ranks."""
+    size = max(n for n in range(1, 9) if config.batch.global_ % n == 0)
+    shares = share_batch(config.batch.global_, size, 1)
+    passes = config.prune.criterion_batches * shares.accumulation
+
+    def batches(round_: int) -> Iterator[Batch]:
+        stream = _stream(config, supply, order, shares, rank=0, node_ranks=1, device=ranks.device)
+        with closing(stream.batches(round_, Position(0, 0), config.train.epochs)) as found:
+            for batch in islice(found, passes):
+                yield batch.to(ranks.device)
+
+    return batches
+
+
 def stream_of(config: Config, supply: Supply, order: Order, shares: Shares, ranks: Ranks) -> Stream:
     """The training batches of this rank. Raises Fault, on every rank, for a cache that is too small."""
+    return _stream(config, supply, order, shares, ranks.rank, _node_ranks(ranks), ranks.device)
+
+
+def _stream(
+    config: Config, supply: Supply, order: Order, shares: Shares, rank: int, node_ranks: int, device: torch.device
+) -> Stream:
     lanes = shares.per_rank * len(order.sources)
     limit = None if supply.cache is None else supply.cache.limit
     behind = passes_behind(config.data.workers)
@@ -92,8 +126,8 @@ def stream_of(config: Config, supply: Supply, order: Order, shares: Shares, rank
         patch_pixels=config.data.patch_pixels,
         augment=config.data.augment,
         workers=config.data.workers,
-        rank=ranks.rank,
+        rank=rank,
         shares=shares,
-        ahead=shards_ahead(lanes, behind, order.steps_per_epoch, order.shards(), limit, _node_ranks(ranks)),
-        pin=ranks.device.type == "cuda",
+        ahead=shards_ahead(lanes, behind, order.steps_per_epoch, order.shards(), limit, node_ranks),
+        pin=device.type == "cuda",
     )

@@ -8,18 +8,23 @@ no password in them.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import os
 import re
+import sys
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 POINTS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits, as are the next three (characters)
 LONGEST_NAME, LONGEST_PARAM, LONGEST_TAG = 250, 6000, 8000
+BY_ROUND = "round/"  # before names whose step is the round, where the plain name goes by alive weights
+IMAGES, SMALL_PIXELS = "images/", 640  # where pictures lie for the grid, and the longer side of the small ones
 _DOES = ("open", "params", "points", "ticket", "file", "end")
 _ID, _WHERE = re.compile(r"[0-9a-f]{32}-\d{1,15}"), re.compile(r"run|round/\d{2,6}")
 _DATA = re.compile(r"\d{8}-\d{1,15}\.data")
@@ -130,6 +135,32 @@ def legal_name(name: str) -> str:
     return "/".join(part for part in parts if part not in ("", ".", "..")) or "_"
 
 
+def round_name(run_name: str, round_: int) -> str:
+    """'RUN, round 03': what a nested run is called, wherever runs are shown beside each other."""
+    return f"{run_name}, round {round_:02d}"
+
+
+def is_score(name: str) -> bool:
+    """Whether a metric is a score, by whatever protocol: 'psnr/...', 'ssim/...', 'psnr.<protocol>/...'."""
+    return name.partition("/")[0].partition(".")[0] in ("psnr", "ssim")
+
+
+def image_files(key: str, png: bytes, step: int) -> dict[str, bytes]:
+    """The two files by which MLflow's image grid knows a picture: as it is, and small.
+
+    As MLflow's `log_image` names them, but for the time and the number there: here key and step alone make the name, so
+    that a second writing replaces the first.
+    """
+    from PIL import Image
+
+    path = f"{IMAGES}{legal_name(key).replace('/', '~')}+step+{step}+timestamp+{step}"
+    path += f"+{uuid.uuid5(uuid.NAMESPACE_URL, path)}"
+    small, data = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    small.thumbnail((SMALL_PIXELS, SMALL_PIXELS))
+    small.save(data, "WEBP", quality=90)
+    return {f"{path}.png": png, f"{path}+compressed.webp": data.getvalue()}
+
+
 def shown(uri: str) -> str:
     """A tracking URI without password, token and query (for web addresses without user name as well)."""
     parts = urlsplit(uri)
@@ -137,6 +168,28 @@ def shown(uri: str) -> str:
     if parts.scheme in ("http", "https"):
         user, at = "", ""
     return f"{parts.scheme}://{user.partition(':')[0]}{at}{host}{parts.path}" if parts.scheme else uri
+
+
+def usual_uri(configured: str | None) -> str:
+    """The tracking URI that is meant: what is configured, else what the environment says, else a file here."""
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
+def page(uri: str, experiment_id: str, run_id: str) -> str:
+    """Where people find a run ('' while it is unknown): its page, or the command that opens the store; no password."""
+    clean = shown(uri)
+    if not clean.startswith("http"):
+        return f"{clean} (to see it: {_mlflow_here()} ui --backend-store-uri {clean})"
+    return f"{clean.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}" if run_id else clean
+
+
+def _mlflow_here() -> str:
+    """How to call this environment's mlflow: by its path below the working directory, where it lies there."""
+    beside = Path(sys.executable).parent / "mlflow"
+    try:
+        return str(beside.relative_to(Path.cwd())) if beside.exists() else "mlflow"
+    except ValueError:
+        return "mlflow"
 
 
 def masked(text: str, uri: str) -> str:

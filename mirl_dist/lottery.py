@@ -1,7 +1,7 @@
 """MIR-L's story: train, evaluate, prune the weakest, rewind the survivors, again.
 
 Beside Algorithm 1 of the paper: line 1 theta_0 is `initial`; lines 3 to 5 are `train_and_score`; line 6 the quantile
-and line 7 the mask are `prune`; line 8 the rewind is `rewind`. One-shot baselines (PIR-OSM, PIR-OSR) are one cut
+and line 7 the mask are `select`; line 8 the rewind is `begin_round`. One-shot baselines (PIR-OSM, PIR-OSR) are one cut
 after round 0 and no rewind. Differs from the released code where that drops the first values (see pruning/rewind).
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mirl_dist.faults import Fault
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.prune import Rule, prune
+from mirl_dist.pruning.prune import Pruned
 from mirl_dist.pruning.rewind import rewind, rewound_names, unproven
 from mirl_dist.ranks import Ranks
 from mirl_dist.state import State
@@ -23,16 +23,28 @@ from mirl_dist.ticket import Ticket
 
 @dataclass(frozen=True)
 class Lottery:
-    """How rounds follow one another. rounds: pruned rounds after round 0; rewind: 'all', 'published' or 'nothing'."""
+    """How rounds follow one another.
 
-    rule: Rule
+    rounds: pruned rounds after round 0. rewinds_to: 'initial', 'step', 'rate' or 'finetune', as in the config; what:
+    'all' or 'published' tensors. began: the optimiser step that rounds after round 0 begin at, of `steps_per_epoch`.
+    """
+
     rounds: int
     target_sparsity: float | None
-    rewind: str
+    rewinds_to: str
+    what: str
+    began: int
+    steps_per_epoch: int
 
     def finished(self, ticket: Ticket) -> bool:
         reached = self.target_sparsity is not None and ticket.total_sparsity >= self.target_sparsity
         return ticket.round >= self.rounds or reached
+
+    def rewound(self, state: State, round_: int) -> frozenset[str]:
+        """The tensors that round `round_` begins with earlier values of."""
+        if self.rewinds_to in ("rate", "finetune"):
+            return frozenset()
+        return rewound_names(state.weights, self.what, round_)
 
 
 def play(
@@ -44,14 +56,17 @@ def play(
     newest: Ticket | None,
     train_and_score: Callable[[], Ticket],
     record: Callable[[Ticket], None],
+    select: Callable[[], Pruned],
+    rewind_point: Callable[[], dict[str, Tensor]],
     stop_if_asked: Callable[[str], None],
 ) -> None:
     """Play all rounds that are still to do.
 
     newest: the ticket of `state.progress.round` when that round is finished already (its weights are in `state`).
     train_and_score: trains the round from its position and makes its ticket; record: keeps a ticket, twice is once;
-    stop_if_asked: raises Stopped on all ranks when any was asked, naming what comes next: until the next round trains,
-    its parent's ticket is all that a restart needs. Raises Fault naming rank and tensor when a law is broken.
+    select: the masks of the next round; rewind_point: the values that survivors return to; stop_if_asked: raises
+    Stopped on all ranks when any was asked, naming what comes next: until the next round trains, its parent's ticket is
+    all that a restart needs. Raises Fault naming rank and tensor when a law is broken.
     """
     while True:
         if newest is None:
@@ -63,35 +78,36 @@ def play(
         stop_if_asked("selecting")
         with ranks.in_phase("selecting"):
             ranks.agree("the trained weights", masking.digest_tensors(state.weights))
-            pruned = prune(state.weights, state.masks, lottery.rule, ranks.share, ranks.gather)
+            pruned = select()
         stop_if_asked("pruning")
         with ranks.in_phase("pruning"):
             ranks.agree("the new masks", masking.digest(pruned.masks))
         with ranks.in_phase("rewinding"):
-            begin_round(lottery, state, initial, ranks, pruned.masks, pruned.threshold, newest)
+            begin_round(lottery, state, rewind_point(), ranks, pruned, newest)
         stop_if_asked("the next round")
         newest = None
 
 
 def begin_round(
-    lottery: Lottery,
-    state: State,
-    initial: dict[str, Tensor],
-    ranks: Ranks,
-    new_masks: masking.Masks,
-    threshold: float,
-    parent: Ticket,
+    lottery: Lottery, state: State, point: dict[str, Tensor], ranks: Ranks, pruned: Pruned, parent: Ticket
 ) -> None:
-    """Rewind the survivors under the new masks and prove it on every rank."""
+    """Rewind the survivors to `point` under the new masks, and prove it on every rank."""
     round_ = parent.round + 1
-    names = frozenset[str]() if lottery.rewind == "nothing" else rewound_names(state.weights, lottery.rewind, round_)
-    rewind({n: p.data for n, p in state.weights.items()}, initial, new_masks, names)
+    names = lottery.rewound(state, round_)
+    rewind({n: p.data for n, p in state.weights.items()}, point, pruned.masks, names)
     prove(
-        f"the weights at the start of round {round_} are not mask x initial",
-        unproven(state.weights, initial, new_masks, names),
+        f"the weights at the start of round {round_} are not mask x what they were rewound to",
+        unproven(state.weights, point, pruned.masks, names),
         ranks,
     )
-    state.begin_round(round_, new_masks, threshold=threshold, parent=parent.digest())
+    state.begin_round(
+        round_,
+        pruned.masks,
+        threshold=pruned.threshold,
+        parent=parent.digest(),
+        began=lottery.began,
+        steps_per_epoch=lottery.steps_per_epoch,
+    )
 
 
 def prove_first_values(initial: dict[str, Tensor], ranks: Ranks) -> None:

@@ -1,7 +1,7 @@
-"""PSNR and SSIM of one image by the protocol of PromptIR and MIR-L, with every convention written down.
+"""PSNR and SSIM of one image, each in the two ways that papers use; protocols.py says which paper uses which.
 
-Images: float32 arrays (H, W, 3), RGB, in [0, 1]. The restored image is clipped to [0, 1] and not quantised;
-scores of a set are means over its images. scikit-image is imported at the first score.
+`psnr` and `ssim` as PromptIR and MIR-L: float32 (H, W, 3) RGB in [0, 1], the restored image clipped, not quantised.
+`psnr_8bit` and `ssim_8bit` as BasicSR: levels 0 to 255. scikit-image computes all four, and is imported at the first.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ PSNR_CEILING_DB = 100.0
 """What equal images score: infinity is no JSON number and would swallow every mean over images."""
 
 SSIM_WINDOW_PIXELS = 7
+GAUSSIAN_WINDOW_PIXELS = 11
 
 Image = NDArray[np.float32]
+Levels = NDArray[np.uint8] | NDArray[np.float64]
+"""An image in [0, 255]: uint8 (H, W, 3) RGB, or float64 (H, W) luma."""
 
 
 def psnr(restored: Image, clean: Image) -> float:
@@ -57,6 +60,51 @@ def ssim(restored: Image, clean: Image) -> float:
     return float(measure(clean, restored, data_range=1, channel_axis=-1))
 
 
+def psnr_8bit(restored: Levels, clean: Levels) -> float:
+    """Peak signal-to-noise ratio of levels in dB, at most PSNR_CEILING_DB: one mean over pixels and channels, peak 255.
+
+    restored, clean: both uint8 (H, W, 3) or both float64 (H, W), of one shape.   Source: BasicSR.
+    """
+    from skimage.metrics import peak_signal_noise_ratio
+
+    if np.array_equal(restored, clean):
+        return PSNR_CEILING_DB
+    measure: Any = peak_signal_noise_ratio
+    return min(float(measure(clean, restored, data_range=255)), PSNR_CEILING_DB)
+
+
+def ssim_8bit(restored: Levels, clean: Levels) -> float:
+    """Structural similarity of levels, in [-1, 1]: Gaussian window 11 x 11 of sigma 1.5, only where it fits whole.
+
+    restored, clean: both uint8 (H, W, 3) or both float64 (H, W), of one shape, H and W at least 11; population
+    covariance, data range 255, mean over positions and channels. Raises Fault for smaller images.   Source: BasicSR.
+    """
+    from skimage.metrics import structural_similarity
+
+    _refuse_small(clean, GAUSSIAN_WINDOW_PIXELS)
+    measure: Any = structural_similarity
+    axis = -1 if clean.ndim == 3 else None
+    shape = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    return float(measure(clean, restored, data_range=255, channel_axis=axis, **shape))
+
+
+def to_8bit(image: Image) -> NDArray[np.uint8]:
+    """Clipped to [0, 1] and rounded to 8 bits, a half to the even level."""
+    levels: NDArray[np.uint8] = np.rint(np.clip(image, 0.0, 1.0) * np.float32(255)).astype(np.uint8)
+    return levels
+
+
+def luma(image: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Y of BT.601 YCbCr in studio range, 16 to 235, not rounded: uint8 (H, W, 3) RGB to float64 (H, W).
+
+    Source: MATLAB's rgb2ycbcr, BasicSR.
+    """
+    from skimage.color import rgb2ycbcr
+
+    y: NDArray[np.float64] = rgb2ycbcr(image)[..., 0]
+    return y
+
+
 def crop_to_multiple(image: NDArray[Any], multiple: int = 16) -> NDArray[Any]:
     """The centre of an image whose sides are the largest multiples of `multiple` pixels (a view).
 
@@ -78,10 +126,13 @@ def crop_to_multiple(image: NDArray[Any], multiple: int = 16) -> NDArray[Any]:
     return image[top : top + height // multiple * multiple, left : left + width // multiple * multiple]
 
 
-def _pair(restored: Image, clean: Image) -> tuple[Image, Image]:
-    """Both images checked, the restored one clipped to [0, 1]."""
-    for name, image in (("restored", restored), ("clean", clean)):
-        if image.dtype != np.float32:
+def refuse_unlike(restored: Image, clean: NDArray[Any]) -> None:
+    """Raise Fault for images that no measure takes: another type, shape or size, or values that are not finite.
+
+    restored: float32; clean: float32 or uint8; both (H, W, 3), at least 7 x 7.
+    """
+    for name, image, wanted in (("restored", restored, ("float32",)), ("clean", clean, ("float32", "uint8"))):
+        if image.dtype.name not in wanted:
             raise Fault(
                 f"found {image.dtype} pixels where the {name} image is scored. "
                 "Convert to float32 in [0, 1] (8-bit images: divide by 255)."
@@ -101,10 +152,24 @@ def _pair(restored: Image, clean: Image) -> tuple[Image, Image]:
             f"found shapes {restored.shape} and {clean.shape} where a restored image meets its clean one. "
             "Crop or pad both in the same way before scoring."
         )
-    if min(clean.shape[:2]) < SSIM_WINDOW_PIXELS:
+    _refuse_small(clean, SSIM_WINDOW_PIXELS)
+
+
+def _refuse_small(image: NDArray[Any], window: int) -> None:
+    if min(image.shape[:2]) < window:
         raise Fault(
-            f"found an image of {clean.shape[0]} x {clean.shape[1]} pixels where the window is "
-            f"{SSIM_WINDOW_PIXELS} x {SSIM_WINDOW_PIXELS}. Score larger images."
+            f"found an image of {image.shape[0]} x {image.shape[1]} pixels where the window is "
+            f"{window} x {window}. Score larger images."
+        )
+
+
+def _pair(restored: Image, clean: Image) -> tuple[Image, Image]:
+    """Both images checked, the restored one clipped to [0, 1]."""
+    refuse_unlike(restored, clean)
+    if clean.dtype != np.float32:
+        raise Fault(
+            f"found {clean.dtype} pixels where the clean image is scored. "
+            "Convert to float32 in [0, 1] (8-bit images: divide by 255)."
         )
     low, high = float(clean.min()), float(clean.max())
     if low < 0.0 or high > 1.0:

@@ -1,4 +1,4 @@
-"""MLflow at one address: resolves our names to its ids, and bears every item twice. Alone imports mlflow."""
+"""MLflow at one address: resolves our names to its ids, and bears every item twice. Imports mlflow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mirl_dist.faults import Fault
-from mirl_dist.items import Item, legal_name, masked, shown
+from mirl_dist.items import BY_ROUND, IMAGES, Item, legal_name, masked, round_name, shown
 
 _SETTINGS = {  # MLflow reads them at each call; what the user has set stands
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds; without retries a dead server costs 30 s a try, not 246 s
@@ -105,6 +105,8 @@ class Store:
             with tempfile.TemporaryDirectory() as folder:
                 Path(folder, path.name).write_bytes(item.data)
                 client.log_artifact(run.id, f"{folder}/{path.name}", str(path.parent) if path.parent.name else None)
+            if item.name.startswith(IMAGES):
+                client.set_tag(run.id, "mlflow.loggedImages", "true")  # else the grid does not look for any
         else:
             _send_points(client, item, run)
 
@@ -120,27 +122,10 @@ class Store:
         return getattr(trouble, "error_code", "") in _FINAL
 
     def told(self, trouble: BaseException) -> str:
-        text = " ".join(masked(str(trouble), self._uri).split())
-        short = text if len(text) <= 300 else f"{text[:120]} ... {text[-170:]}"  # the cause stands last
-        return f"{type(trouble).__name__}: {short}"
+        return told(trouble, self._uri)
 
     def troubles(self) -> tuple[type[BaseException], ...]:
-        """What comes of a store that is away, refuses, lacks its driver, or whose answers make no sense; and Fault."""
-        from mlflow.exceptions import MlflowException
-
-        # requests' errors are OSErrors; a client that reads nonsense raises what the reading of it raised.
-        nonsense = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
-        kinds: list[type[BaseException]] = [MlflowException, Fault, OSError, ImportError, *nonsense]
-        for module, name in (
-            ("sqlalchemy.exc", "SQLAlchemyError"),
-            ("alembic.util.exc", "CommandError"),
-            ("botocore.exceptions", "BotoCoreError"),
-            ("botocore.exceptions", "ClientError"),
-            ("boto3.exceptions", "Boto3Error"),
-        ):
-            if module in sys.modules:  # only what MLflow has loaded can have been raised
-                kinds.append(getattr(sys.modules[module], name))
-        return tuple(kinds)
+        return troubles()
 
     def _connected(self) -> Any:
         """MLflow's client, once the store has answered and knows the experiment."""
@@ -148,27 +133,19 @@ class Store:
             from mlflow import MlflowClient
 
             client = MlflowClient(tracking_uri=self._uri)
-            found = client.get_experiment_by_name(self._experiment)
-            self.experiment_id = found.experiment_id if found else self._create_experiment(client)
+            self.experiment_id = experiment_id(client, self._uri, self._experiment)
             self._client = client
         return self._client
-
-    def _create_experiment(self, client: Any) -> str:
-        location = None
-        if self._uri.startswith("sqlite"):  # files beside the database, whatever the working directory
-            database = Path(self._uri.partition(":///")[2].partition("?")[0]).resolve()
-            location = (database.parent / "mlartifacts" / legal_name(self._experiment)).as_uri()
-        # Without this tag MLflow opens the experiment on its pages for language models, away from the curves.
-        tags = {"mlflow.experimentKind": "custom_model_development"}
-        return str(client.create_experiment(self._experiment, artifact_location=location, tags=tags))
 
     def _reach(self, client: Any, item: Item) -> Reached:
         """The run of an item; one that an earlier life opened is found, one that the store lost is made as it was."""
         if item.where not in self.reached:
-            name = self._run_name if item.where == "run" else f"round {item.where.rpartition('/')[2]}"
+            number = item.where.rpartition("/")[2]
+            name = self._run_name if item.where == "run" else round_name(self._run_name, int(number))
             self._open(client, self._opened.get(item.where) or Item("open", item.where, name, at_ms=item.at_ms))
-            for params in self._params.values() if item.where == "run" else ():
-                self._deliver(params)
+            for params in self._params.values():
+                if params.where == item.where:
+                    self._deliver(params)
         return self.reached[item.where]
 
     def _open(self, client: Any, item: Item) -> None:
@@ -236,20 +213,64 @@ class Store:
 def _send_points(client: Any, item: Item, run: Reached) -> None:
     """Send the points that the run does not hold: the steps of each curve only grow, so the latest one tells.
 
-    Of a ticket, 'by_alive/x' goes in one batch with 'x', whose steps are rounds and grow; its own need not.
+    Of a ticket, a score 'x' at step = alive weights goes in one batch with 'round/x', whose steps are rounds and grow;
+    its own shrink.
     """
     from mlflow.entities import Metric
 
     steps, points = dict(run.steps), list[tuple[str, float, int, int]]()
+    rounds = {name: step for name, _, _, step in item.points if item.do == "ticket" and name.startswith(BY_ROUND)}
     for name, value, at_ms, step in item.points:
-        curve = name.removeprefix("by_alive/") if item.do == "ticket" else name
-        new = step > steps.get(name, -1) if curve == name else curve in {point[0] for point in points}
-        if new:
+        twin = BY_ROUND + name
+        if rounds[twin] > run.steps.get(twin, -1) if twin in rounds else step > steps.get(name, -1):
             points.append((name, value, at_ms, step))
             steps[name] = step
     if points:
         client.log_batch(run.id, metrics=[Metric(*point) for point in points])
     run.steps = steps
+
+
+def experiment_id(client: Any, uri: str, name: str) -> str:
+    """The experiment of a name, created where there is none."""
+    if found := client.get_experiment_by_name(name):
+        return str(found.experiment_id)
+    location = None
+    if uri.startswith("sqlite"):  # files beside the database, whatever the working directory
+        location = (database(uri).parent / "mlartifacts" / legal_name(name)).as_uri()
+    # Without this tag MLflow opens the experiment on its pages for language models, away from the curves.
+    tags = {"mlflow.experimentKind": "custom_model_development"}
+    return str(client.create_experiment(name, artifact_location=location, tags=tags))
+
+
+def database(uri: str) -> Path:
+    """The file of a SQLite store."""
+    return Path(uri.partition(":///")[2].partition("?")[0]).resolve()
+
+
+def told(trouble: BaseException, uri: str) -> str:
+    """What went wrong at a tracking URI, for people: short, and without secrets."""
+    text = " ".join(masked(str(trouble), uri).split())
+    short = text if len(text) <= 300 else f"{text[:120]} ... {text[-170:]}"  # the cause stands last
+    return f"{type(trouble).__name__}: {short}"
+
+
+def troubles() -> tuple[type[BaseException], ...]:
+    """What comes of a store that is away, refuses, lacks its driver, or whose answers make no sense; and Fault."""
+    from mlflow.exceptions import MlflowException
+
+    # requests' errors are OSErrors; a client that reads nonsense raises what the reading of it raised.
+    nonsense = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+    kinds: list[type[BaseException]] = [MlflowException, Fault, OSError, ImportError, *nonsense]
+    for module, name in (
+        ("sqlalchemy.exc", "SQLAlchemyError"),
+        ("alembic.util.exc", "CommandError"),
+        ("botocore.exceptions", "BotoCoreError"),
+        ("botocore.exceptions", "ClientError"),
+        ("boto3.exceptions", "Boto3Error"),
+    ):
+        if module in sys.modules:  # only what MLflow has loaded can have been raised
+            kinds.append(getattr(sys.modules[module], name))
+    return tuple(kinds)
 
 
 def import_quietly(uri: str) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 from torch import Tensor
 
 from mirl_dist import report
-from mirl_dist.checkpoint import MASK, MOMENTS, STATE, TICKET, WEIGHTS, Checkpoints, Commit, unpack_masks
+from mirl_dist.checkpoint import MASK, MOMENTS, START, STATE, TICKET, WEIGHTS, Checkpoints, Commit, unpack_masks
 from mirl_dist.config import Config
 from mirl_dist.data.order import Order, Position
 from mirl_dist.data.shards import Shards
@@ -23,6 +24,7 @@ from mirl_dist.lease import Lease
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.ranks import Ranks
+from mirl_dist.starting import First
 from mirl_dist.state import Progress, State
 from mirl_dist.stopping import StopFlag
 from mirl_dist.storage import Folder, Store
@@ -104,50 +106,87 @@ def footprint(run_id: str, config: Config, order: Order, shards: Shards, ranks: 
     return opened[0] if opened else Footprint.silent()
 
 
-def first_weights(
+class Begun(NamedTuple):
+    """What a run began with, the same on every rank. masks: of round 0, None where all are alive; parent: the digest of
+    the ticket that they are of; id: tells the run from any other that lies, or lay, at the same address."""
+
+    initial: dict[str, Tensor]
+    masks: Masks | None
+    parent: str | None
+    id: str
+
+
+def begun(
     checkpoints: Checkpoints,
-    make: Callable[[], dict[str, Tensor]],
-    identity: Callable[[str], dict[str, Any]],
+    make: Callable[[], First],
+    identity: Callable[[str, str, str | None], dict[str, Any]],
     ranks: Ranks,
-) -> tuple[dict[str, Tensor], str]:
-    """The one set of initial weights: made and written by rank 0 once, sent to every rank, verified by digest. With the
-    run's id, which tells it from any other that lies, or lay, at the same address.
+) -> Begun:
+    """The one set of first values and masks: made and written by rank 0 once, sent to every rank, verified by digest.
 
-    make: them from the seed; identity: what run.json says, given their digest. A file that is damaged or missing is
-    made anew where the seed still gives the very same weights; else Fault.
+    identity: what run.json says, given the digest of the values, that of the masks ('' for all alive), and the parent.
+    A file that is damaged or missing is made anew where `make` still gives the very same; else Fault.
     """
-    kept: list[dict[str, Tensor]] = []
+    kept: list[First] = []
 
-    def on_main() -> tuple[str, str]:
+    def on_main() -> dict[str, Any]:
         found = checkpoints.identity()
-        weights = None if found is None else checkpoints.initial()
         if found is None:
-            weights = make()
-            found = identity(masking.digest_tensors(weights))
+            kept.append(make())
+            weights, masks, parent = kept[0]
+            found = identity(masking.digest_tensors(weights), masking.digest(masks) if masks else "", parent)
             checkpoints.begin(found)
             checkpoints.save_initial(weights)
-        expected = str(found["initial_digest"])
-        if weights is None or masking.digest_tensors(weights) != expected:
-            weights = make()
-            if masking.digest_tensors(weights) != expected:
-                raise Fault(
-                    f"{checkpoints.store.where('initial.safetensors')} is damaged or belongs to another run, and the "
-                    f"seed gives other weights than run.json tells ({expected[:12]}). Restore a copy of the file."
-                )
-            report.say("warning: initial.safetensors was damaged or missing; made anew from the seed, same digest")
-            checkpoints.save_initial(weights)
-        kept.append(weights)
-        return expected, str(found.get("id", checkpoints.store.where()))
+            if masks is not None:
+                checkpoints.save_tensors(START, masking.pack(masks))
+        else:
+            kept.append(_kept_first(checkpoints, found, make))
+        return {key: found.get(key) for key in ("initial_digest", "start_digest", "parent", "id")}
 
-    expected, run_id = ranks.from_main(on_main, what="first weights")
-    initial = ranks.tensors_from_main(kept[0] if kept else None)
-    found = masking.digest_tensors(initial)
-    if found != expected:
+    told = ranks.from_main(on_main, what="first weights")
+    initial = ranks.tensors_from_main(kept[0].weights if kept else None)
+    masks = ranks.tensors_from_main(kept[0].masks or {} if kept else None)
+    for what, mine, said in (
+        ("initial weights", masking.digest_tensors(initial), told["initial_digest"]),
+        ("first masks", masking.digest(masks) if masks else "", told["start_digest"] or ""),
+    ):
+        if mine != said:
+            raise Fault(
+                f"rank {ranks.rank} received {what} {mine[:12]} where run.json says {said[:12]}. Check that machine's "
+                "memory and network, then start again."
+            )
+    return Begun(initial, masks or None, told["parent"], told["id"] or checkpoints.store.where())
+
+
+def _kept_first(checkpoints: Checkpoints, identity: dict[str, Any], make: Callable[[], First]) -> First:
+    """What the run's files hold; made anew where they are damaged or missing."""
+    weights, starts = checkpoints.initial(), identity.get("start_digest") or ""
+    expected, masks = str(identity["initial_digest"]), None
+    whole = weights is not None and masking.digest_tensors(weights) == expected
+    if whole and starts:
+        assert weights is not None
+        packed = checkpoints.tensors(START) or {}
+        shapes = {name: tuple(weights[name].shape) for name in packed if name in weights}
+        with contextlib.suppress(ValueError):
+            masks = masking.unpack(packed, shapes)
+        whole = masks is not None and masking.digest(masks) == starts
+    if whole and weights is not None:
+        return First(weights, masks, identity.get("parent"))
+    made = make()
+    same = (
+        masking.digest_tensors(made.weights) == expected
+        and (masking.digest(made.masks) if made.masks else "") == starts
+    )
+    if not same:
         raise Fault(
-            f"rank {ranks.rank} received initial weights {found[:12]} where run.json says {expected[:12]}. Check that "
-            "machine's memory and network, then start again."
+            f"{checkpoints.store.where('initial.safetensors')} is damaged or belongs to another run, and the "
+            f"seed gives other weights than run.json tells ({expected[:12]}). Restore a copy of the file."
         )
-    return initial, run_id
+    report.say("warning: initial.safetensors was damaged or missing; made anew from the seed, same digest")
+    checkpoints.save_initial(made.weights)
+    if made.masks is not None:
+        checkpoints.save_tensors(START, masking.pack(made.masks))
+    return made
 
 
 @dataclass

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from importlib import metadata
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mirl_dist import __version__, evaluate, metrics, report, schedule, train
-from mirl_dist.checkpoint import PICTURES, TICKET, Checkpoints, pack_tensors
+from mirl_dist import __version__, evaluate, report, schedule, selecting, train
+from mirl_dist.checkpoint import MASK, PICTURES, REWIND, SCORES, TICKET, Checkpoints, pack_tensors
 from mirl_dist.config import Config
+from mirl_dist.data.held import Held
 from mirl_dist.data.order import Order, Position, Shares
+from mirl_dist.data.sample import Batch
 from mirl_dist.data.shards import Shards
 from mirl_dist.data.stream import Stream
 from mirl_dist.data.supply import Supply
-from mirl_dist.faults import Stopped
+from mirl_dist.faults import Fault, Stopped
 from mirl_dist.footprint import Footprint
 from mirl_dist.keeper import Keeper
 from mirl_dist.lottery import prove_dead_weights
+from mirl_dist.pictures import rows, strip
 from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning.prune import Pruned, Rule
 from mirl_dist.ranks import Ranks
 from mirl_dist.state import Progress, Snapshot, State
-from mirl_dist.ticket import Score, Ticket, validation_score
+from mirl_dist.ticket import DENSE, Curve, Ticket, validation_score
 from mirl_dist.ticket import metrics as ticket_metrics
 from mirl_dist.tracking import Tracker
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that scores depend on."""
+    return {name: metadata.version(name) for name in ("numpy", "scikit-image")}
 
 
 @dataclass
@@ -34,6 +45,7 @@ class Rounds:
     """The live parts of a run on one rank, and the verbs that `lottery.play` calls."""
 
     config: Config
+    rule: Rule
     ranks: Ranks
     state: State
     model: nn.Module
@@ -45,6 +57,9 @@ class Rounds:
     shares: Shares
     stream: Stream
     jobs: list[evaluate.Job]
+    how: evaluate.Settings
+    held: Held
+    probe: Callable[[int], Iterator[Batch]]
     look_ahead: bool
     checkpoints: Checkpoints
     keeper: Keeper
@@ -59,18 +74,19 @@ class Rounds:
         with self.ranks.in_phase("training"):
             self._train()
         with self.ranks.in_phase("evaluating"):
-            config = self.config
             scored = evaluate.evaluate(
-                self.bare, self.supply, self.jobs, self.ranks, config.evaluate.seed, self.look_ahead, self.stop_asked
+                self.bare, self.supply, self.jobs, self.ranks, self.how, self.look_ahead, self.stop_asked
             )
+            if self.config.evaluate.every_epochs is not None:
+                self._add_to_curve(scored)
         prove_dead_weights(self.state, self.ranks)
         self._gather_damage()
-        ticket = self._ticket(scored.scores)
+        ticket = self._ticket(scored)
         self.ranks.agree("the ticket", ticket.digest())
         with self.ranks.in_phase("committing"):
             self._begin_commit(
                 lambda snapshot, last, waits: self.checkpoints.commit_round(
-                    ticket, snapshot, scored.pictures, last, waits
+                    ticket, snapshot, scored.table(), scored.pictures, last, waits
                 )
             )
             self.ranks.from_main(self.keeper.wait, what="commit of the round")
@@ -92,7 +108,7 @@ class Rounds:
             spike_factor=config.guard.spike_factor,
             slow_factor=config.ranks.slow_factor,
         )
-        self.tracker.begin_round(progress.round, {"round": str(progress.round), "mask": progress.mask_digest})
+        self._open_round(progress.round, progress.mask_digest)
         total = epochs * plan.steps_per_epoch
         what = f"round {progress.round}"
         self.news.update(round=progress.round, step=progress.updates, steps=total)
@@ -109,7 +125,7 @@ class Rounds:
     def rate(self, progress: Progress) -> float:
         """The learning rate at a position; a one-shot's fine-tuning has a cosine of its own."""
         config, epochs = self.config, self.config.round_epochs(progress.round)
-        tuning = config.prune.style == "one_shot" and progress.round > 0
+        tuning = config.tunes(progress.round)
         return schedule.rate(
             (config.prune.finetune_lr if tuning else None) or config.optimiser.lr,
             by="step" if tuning else config.schedule.by,
@@ -121,8 +137,75 @@ class Rounds:
         )
 
     def begins_step(self, progress: Progress) -> None:
-        self.footprint.step(progress.round, progress.updates)
         self.news.update(round=progress.round, step=progress.updates)
+        if progress.round == 0 and progress.updates == self.config.rewind.step:
+            self._keep_rewind_point(progress)
+        every = self.config.evaluate.every_epochs
+        due = every is not None and progress.step == 0 and progress.epoch > 0 and progress.epoch % every == 0
+        if due and progress.updates not in progress.curve.steps and progress.updates > progress.began:
+            self._look()
+        self.footprint.step(progress.round, progress.updates)
+
+    def _look(self) -> None:
+        """Score a few images in the midst of a round. Raises Stopped on every rank when asked to stop."""
+        self.footprint.rest()
+        few = evaluate.few(self.jobs, self.config.evaluate.curve_images)
+        how = self.how._replace(protocols=self.how.protocols[:1])
+        with self.ranks.in_phase("evaluating"):
+            scored = evaluate.evaluate(self.bare, self.held, few, self.ranks, how, False, self.stop_asked)
+        self._add_to_curve(scored)
+
+    def _add_to_curve(self, scored: evaluate.Scored) -> None:
+        """One more point of the round's curve: the mean of the first images of each score, by the headline protocol."""
+        progress = self.state.progress
+        few = {(job.name, job.place.entry.key) for job in evaluate.few(self.jobs, self.config.evaluate.curve_images)}
+        found: dict[str, list[float]] = {}
+        for image in scored.images:
+            if image.protocol == self.how.protocols[0].name and (image.name, image.image) in few:
+                found.setdefault(image.name, []).append(image.psnr)
+        if progress.updates in progress.curve.steps or not found:
+            return
+        means = {name: fmean(values) for name, values in found.items()}
+        progress.curve = Curve(
+            steps=(*progress.curve.steps, progress.updates),
+            psnr={name: (*progress.curve.psnr.get(name, ()), mean) for name, mean in means.items()},
+        )
+        self.tracker.log_step(progress.updates, {f"valid/psnr/{name}": mean for name, mean in means.items()})
+
+    def _keep_rewind_point(self, progress: Progress) -> None:
+        """What later rounds return to, kept before any commit that is made after it. Twice is once."""
+        weights = {name: parameter.detach() for name, parameter in self.state.weights.items()}
+        progress.rewind_digest = masking.digest_tensors(weights)
+        self.ranks.agree("the rewind point", progress.rewind_digest)
+        self._write(lambda: self.checkpoints.save_tensors(REWIND, weights), "the rewind point")
+
+    # -- what the story asks for (lottery.play) -----------------------------------------------------------------
+
+    def select(self) -> Pruned:
+        """The masks of the next round. A tensor that they leave nothing of is told."""
+        next_round = self.state.progress.round + 1
+        pruned = selecting.select(
+            self.rule, self.state, self.initial, self.bare, lambda: self.probe(next_round), self.ranks
+        )
+        if pruned.collapsed and self.ranks.is_main:
+            shown = ", ".join(pruned.collapsed[:5]) + (", ..." if len(pruned.collapsed) > 5 else "")
+            report.say(f"warning: round {next_round} leaves nothing of {len(pruned.collapsed)} tensors ({shown})")
+        return pruned
+
+    def rewind_point(self) -> dict[str, Tensor]:
+        """The values that survivors return to: the first ones, or those of a step of round 0."""
+        if self.config.rewinds_to() != "step":
+            return self.initial
+        kept: list[dict[str, Tensor] | None] = []
+        self.ranks.from_main(lambda: kept.append(self.checkpoints.tensors(REWIND)), what="rewind point")
+        point = self.ranks.tensors_from_main((kept[0] or {}) if kept else None, what="rewind point")
+        if masking.digest_tensors(point) != self.state.progress.rewind_digest:
+            raise Fault(
+                f"{self.checkpoints.store.where(REWIND)} is damaged or missing, and nothing else holds the weights of "
+                f"step {self.config.rewind.step}. Restore a copy of it, or train in a new run.folder.",
+                everywhere=True,
+            )
+        return point
 
     def busy(self) -> bool:
         return self.keeper.busy
@@ -176,23 +259,33 @@ class Rounds:
         if self.ranks.any(self.stop_asked(), what="whether to stop"):
             raise Stopped(f"stopped as asked before {before}; all rounds that were trained are committed")
 
-    def _ticket(self, scores: dict[str, Score]) -> Ticket:
+    def _ticket(self, scored: evaluate.Scored) -> Ticket:
         progress, masks = self.state.progress, self.state.masks
+        headline, *others = self.how.protocols
+        densities = masking.densities(masks)
         return Ticket(
             round=progress.round,
             alive=masking.alive(masks),
             prunable=masking.size(masks),
             total=sum(p.numel() for p in self.state.weights.values()),
             threshold=progress.threshold,
-            layer_density=masking.densities(masks),
+            layer_density=densities,
             mask_digest=progress.mask_digest,
             initial_digest=masking.digest_tensors(self.initial),
             weights_digest=masking.digest_tensors(self.state.weights),
             parent=progress.parent,
             fingerprint=self.config.fingerprint(),
             manifest_digest=self.shards.manifest.digest(),
-            protocol=metrics.PROTOCOL,
-            scores=scores,
+            protocol=headline.text,
+            scores=scored.scores[headline.name],
+            protocols={protocol.name: protocol.text for protocol in self.how.protocols},
+            also={protocol.name: scored.scores[protocol.name] for protocol in others},
+            measured=self.how.measured(),
+            curve=progress.curve if progress.curve.steps else None,
+            method=self.method(progress.round),
+            seed=self.config.run.seed,
+            began=progress.began,
+            collapsed=tuple(name for name, density in densities.items() if density == 0),
             updates=progress.updates,
             samples=progress.samples,
             skipped=progress.skipped,
@@ -200,8 +293,27 @@ class Rounds:
             damaged=dict(sorted(progress.damaged.items())),
             seconds=progress.seconds,
             world=self.ranks.world,
-            versions={"mirl_dist": __version__, "torch": torch.__version__},
+            versions={"mirl_dist": __version__, "torch": torch.__version__, **versions()},
         )
+
+    def method(self, round_: int) -> str:
+        """The word for a round: that of the run, and 'dense' for a round 0 of all weights."""
+        return self.config.method() if round_ or self.config.start.ticket is not None else DENSE
+
+    def _open_round(self, round_: int, mask_digest: str) -> None:
+        """Tell MLflow of a round: by what rounds of several runs are found and compared there."""
+        config = self.config
+        said = {
+            "round": str(round_),
+            "method": self.method(round_),
+            "criterion": config.prune.criterion,
+            "per": config.prune.per,
+            "scope": str(config.prune.scope),
+            "rewind": config.rewinds_to(),
+            "seed": str(config.run.seed),
+            "protocol": self.how.protocols[0].name,
+        }
+        self.tracker.begin_round(round_, said | {"mask": mask_digest}, said)
 
     def _write(self, work: Callable[[], None], what: str) -> None:
         """Small things, at once, with the keeper's patience."""
@@ -221,14 +333,18 @@ class Rounds:
             f"ticket {ticket.round}: {ticket.alive_total:,} of {ticket.total:,} weights "
             f"({ticket.total_sparsity:.1%} sparse); {scores or 'no evaluation sets'}"
         )
-        self.tracker.begin_round(ticket.round, {"round": str(ticket.round), "mask": ticket.mask_digest})
+        self._open_round(ticket.round, ticket.mask_digest)
         self.tracker.log_ticket(ticket.round, ticket_metrics(ticket))
         folder = f"tickets/{ticket.round:02d}"
         self.tracker.log_file(f"{folder}/{TICKET}", ticket.dump(), "round")
-        self.tracker.log_file(f"{folder}/mask.safetensors", pack_tensors(masking.pack(self.state.masks)), "round")
-        pictures = self.checkpoints.pictures(ticket.round)
+        self.tracker.log_file(f"{folder}/{MASK}", pack_tensors(masking.pack(self.state.masks)), "round")
+        table, pictures = self.checkpoints.scores(ticket.round), self.checkpoints.pictures(ticket.round)
+        if table is not None:
+            self.tracker.log_file(f"{folder}/{SCORES}", table, "round")
         if pictures is not None:
             self.tracker.log_file(f"{folder}/{PICTURES}", pictures, "round")
+            for row in rows(pictures):
+                self.tracker.log_image(row.title, strip([row]), ticket.round)
         self.tracker.end_round()
 
     def close(self) -> None:

@@ -1,72 +1,26 @@
-"""Finished work off the shelf: tickets of a run listed, shown, scored again, and put to use."""
+"""Finished work off the shelf: where a run stands, its tickets listed and shown, what MLflow has not heard of it."""
 
 from __future__ import annotations
 
 import json
-import re
-import sys
 import time
-from contextlib import redirect_stdout
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from mirl_dist import assemble, evaluate, feed, lease, metrics, models, report, tracking
-from mirl_dist.checkpoint import OUTBOX, Checkpoints, pack_tensors
-from mirl_dist.config import Config, Tracking, of_dump
-from mirl_dist.data.sample import Pixels
-from mirl_dist.data.shards import Shards
-from mirl_dist.data.source_image import Refused, decode
+from mirl_dist import lease, report, tracking
+from mirl_dist.checkpoint import OUTBOX, Checkpoints
+from mirl_dist.config import Config
 from mirl_dist.faults import Fault
-from mirl_dist.ranks import Ranks
-from mirl_dist.storage import Folder, Store, open_store
-from mirl_dist.tasks import Task
+from mirl_dist.opening import Filed, open_run, open_ticket
+from mirl_dist.sections import Tracking
+from mirl_dist.storage import Folder, Store
 from mirl_dist.ticket import Score
 
 _WATCH_SECONDS = 15.0  # three beats of a lease
-
-
-class Found(NamedTuple):
-    """A run and one of its rounds."""
-
-    checkpoints: Checkpoints
-    config: Config
-    round_: int
-
-
-def open_run(folder: str, store: Store | None = None) -> tuple[Checkpoints, Config]:
-    """A run, opened for reading; store: where that is not as the environment says. Raises Fault without a run."""
-    checkpoints = Checkpoints(store or open_store(folder))
-    identity = checkpoints.identity()
-    if identity is None:
-        raise Fault(f"{folder} holds no run (no run.json). Give the run.folder of a config that was trained.")
-    return checkpoints, of_dump(identity["config"], f"{folder}/run.json")
-
-
-def find(reference: str) -> Found:
-    """`RUN` (its best round where the run chose one, else its last) or `RUN/rounds/NN`."""
-    match = re.fullmatch(r"(.*?)/rounds/(\d+)/?", reference)
-    checkpoints, config = open_run(match.group(1) if match else reference)
-    rounds = [t.round for t in checkpoints.tickets()]
-    if not rounds:
-        raise Fault(f"{reference} has no finished round yet. `mirl-dist status` shows where it stands.")
-    chosen = checkpoints.best()
-    round_ = int(match.group(2)) if match else (rounds[-1] if chosen is None else chosen)
-    if round_ not in rounds:
-        raise Fault(f"{reference} is not there; finished rounds are {', '.join(map(str, rounds))}.")
-    return Found(checkpoints, config, round_)
-
-
-def network(found: Found) -> nn.Module:
-    """The network of a ticket with the weights that its round trained."""
-    model = assemble.network(found.config)
-    model.load_state_dict(found.checkpoints.round_weights(found.round_))
-    return model.eval()
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -104,22 +58,26 @@ def print_tickets(run: str, as_json: bool, store: Store | None = None) -> None:
 
 def print_ticket(reference: str, as_json: bool) -> None:
     """Counts, digests, scores and density per layer of one ticket."""
-    found = find(reference)
-    ticket = found.checkpoints.ticket(found.round_)
+    opened = open_ticket(reference)
+    ticket = opened.ticket()
     if as_json:
         print(json.dumps(ticket.row() | {"layer_density": ticket.layer_density}, indent=1))
         return
     for name, value in ticket.row().items():
-        if name != "scores":
-            report.say(f"{name:16} {value}")
+        if name not in ("scores", "also"):
+            report.say(f"{name:16} {_in_words(value)}")
     print_score_table(reference, ticket.scores)
+    for protocol, scores in ticket.also.items():
+        print_score_table(f"{reference}, {protocol}", scores)
     rows = [[name, f"{value:.4f}"] for name, value in ticket.layer_density.items()]
     _table("density per layer", ["tensor", "alive share"], rows)
 
 
 def write_pictures(reference: str, out: Path) -> None:
     """The strip of images that a ticket restored, as a PNG file."""
-    found = find(reference)
+    found = open_ticket(reference)
+    if isinstance(found, Filed):
+        raise Fault(f"found {reference}, a ticket file, which holds no pictures. Name its run, as RUN/rounds/NN.")
     strip = found.checkpoints.pictures(found.round_)
     if strip is None:
         raise Fault(f"{reference} drew no pictures: its shards have no evaluation sets. Build shards that have some.")
@@ -244,101 +202,3 @@ def resend(run: str) -> None:
         inherited=b"" if found is None else found[1].get(OUTBOX, b""),
         say=report.say,
     )
-
-
-def print_scores(reference: str, shards_address: str | None, as_json: bool) -> None:
-    """Score a ticket again, on the run's shards or on others."""
-    found = find(reference)
-    shards = Shards(assemble.store_of(found.config, shards_address or found.config.data.shards))
-    tasks = tuple(Task.of(name) for name in found.config.data.mix)
-    jobs = evaluate.plan(shards, tasks, found.config.evaluate.sets if shards_address is None else None)
-    if not jobs:
-        raise Fault(f"{shards.store.where()} holds no evaluation images for {', '.join(t.name for t in tasks)}.")
-    ranks = Ranks(device=found.config.train.device)
-    model = network(found).to(ranks.device)
-    supply = feed.supply_of(found.config, shards, "evaluate", stop_asked=lambda: False)
-    with redirect_stdout(sys.stderr if as_json else sys.stdout):  # progress is no JSON
-        scored = evaluate.evaluate(model, supply, jobs, ranks, found.config.evaluate.seed)
-    if not ranks.is_main:
-        return
-    if as_json:
-        said = {name: score.model_dump() for name, score in scored.scores.items()}
-        print(json.dumps({"protocol": metrics.PROTOCOL, "round": found.round_, "scores": said}, indent=1))
-        return
-    print_score_table(f"{reference}, round {found.round_}", scored.scores)
-    report.say(f"protocol: {metrics.PROTOCOL}")
-
-
-def restore_files(images: list[Path], reference: str, out: Path) -> None:
-    """Restore image files into PNG files of the same stem. Raises Fault, before any work, for files that are none."""
-    import io
-
-    import numpy as np
-    from PIL import Image
-
-    found = find(reference)
-    stems = [path.stem for path in images]
-    twice = sorted({s for s in stems if stems.count(s) > 1})
-    if twice:
-        raise Fault(f"two images are named '{twice[0]}': both would be written to {out / twice[0]}.png. Rename one.")
-    missing = [str(path) for path in images if not path.is_file()]
-    if missing:
-        raise Fault(f"no image at {', '.join(missing[:5])}. Give paths of image files.")
-    pictures = [_picture(path) for path in images]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, folder = network(found).to(device), Folder(out)
-    with report.bar("restoring", len(images)) as advance:
-        for number, (path, picture) in enumerate(zip(images, pictures, strict=True)):
-            restored = evaluate.restore(model, picture, device)
-            data = io.BytesIO()
-            Image.fromarray(np.round(restored * 255).astype(np.uint8)).save(data, "PNG")
-            folder.put(f"{path.stem}.png", data.getvalue())
-            advance(number + 1, path.name)
-    report.say(f"{len(images)} restored by round {found.round_} into {out}")
-
-
-def _picture(path: Path) -> Pixels:
-    """The pixels of an image file. Raises Fault for one whose 8-bit RGB would be a guess."""
-    try:
-        return decode(path.read_bytes())
-    except Refused as reason:
-        raise Fault(f"{path} {reason}. Give a PNG, JPEG or BMP file of 8 bits per channel.") from None
-
-
-def import_official(file: Path, model: str, out: Path) -> None:
-    """An official checkpoint to safetensors under our names; says what was dropped."""
-    converted = models.from_official(model, _load_tensors(file))
-    Folder(out.parent).put(out.name, pack_tensors(converted.weights))
-    count = sum(t.numel() for t in converted.weights.values())
-    report.say(f"{out}: {len(converted.weights)} tensors, {count:,} weights")
-    for text in converted.dropped:
-        report.say(f"dropped (never used by the network): {text}")
-
-
-# What torch's restricted unpickler raises for bytes that are no checkpoint: it trips over whatever comes first.
-_NO_CHECKPOINT = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
-
-
-def _load_tensors(file: Path) -> dict[str, Any]:
-    """What a checkpoint file holds, read without running code from it. Raises Fault for any other file."""
-    import pickle
-
-    import safetensors.torch
-
-    try:
-        if file.suffix == ".safetensors":
-            return dict(safetensors.torch.load_file(file))
-        found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        return found
-    except FileNotFoundError:
-        raise Fault(f"no file at {file}. Give the path of an official checkpoint.") from None
-    except pickle.UnpicklingError:  # torch's own text would advise to run the code
-        raise Fault(
-            f"{file} holds more than tensors and plain values, which only code from the file could read; none was run. "
-            "Save its state dict alone, where you trust the file."
-        ) from None
-    except (*_NO_CHECKPOINT, safetensors.SafetensorError) as error:
-        reason = (str(error).splitlines() or [""])[0][:120]
-        raise Fault(
-            f"{file} is not a checkpoint that can be read ({type(error).__name__}: {reason}). Get the file again."
-        ) from None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mirl_dist.faults import Fault
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
+from mirl_dist.ticket import Curve
 
 MakeOptimiser = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -25,7 +26,8 @@ class Progress(BaseModel):
     and samples per task since the last report, summed over ranks; samples: read by all ranks in all rounds; skipped:
     reads of this round in which a sample stood in for a damaged one; damaged: what this round met that was damaged,
     'shard' or 'shard key' -> why; seconds: spent training in all rounds; threshold, parent: of the round's mask and of
-    the ticket it was made from (None in round 0).
+    the ticket it was made from (None in a dense round 0). began: the optimiser step that the round began at; curve:
+    scores within it; rewind_digest: of the weights that later rounds return to, where those are of a step of round 0.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -43,6 +45,9 @@ class Progress(BaseModel):
     threshold: float = 0.0
     parent: str | None = None
     mask_digest: str = ""
+    began: int = 0
+    curve: Curve = Curve()
+    rewind_digest: str = ""
 
 
 class Snapshot(NamedTuple):
@@ -56,25 +61,41 @@ class Snapshot(NamedTuple):
 
 @dataclass
 class State:
-    """The live run of one rank. `weights` are the network's parameters by name, changed in place."""
+    """The live run of one rank. `weights` are the network's parameters by name, changed in place; parent: the digest of
+    the ticket that the run began from, if any."""
 
     weights: dict[str, nn.Parameter]
     masks: Masks
     make_optimiser: MakeOptimiser
+    parent: str | None = None
     progress: Progress = field(default_factory=Progress)
     optimiser: torch.optim.Optimizer = field(init=False)
     _copies: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.begin_round(0, self.masks, threshold=0.0, parent=None)
+        self.begin_round(0, self.masks, threshold=0.0, parent=self.parent)
 
-    def begin_round(self, round_: int, masks: Masks, *, threshold: float, parent: str | None) -> None:
-        """A fresh optimiser and the first position of a round. Weights are the caller's."""
+    def begin_round(
+        self,
+        round_: int,
+        masks: Masks,
+        *,
+        threshold: float,
+        parent: str | None,
+        began: int = 0,
+        steps_per_epoch: int = 1,
+    ) -> None:
+        """A fresh optimiser and the position of optimiser step `began` of a round. Weights are the caller's."""
         device = next(iter(self.weights.values())).device
         self.masks = {name: mask.to(device) for name, mask in masks.items()}
         self.optimiser = self.make_optimiser(self.weights)
         self.progress = Progress(
             round=round_,
+            epoch=began // steps_per_epoch,
+            step=began % steps_per_epoch,
+            updates=began,
+            began=began,
+            rewind_digest=self.progress.rewind_digest,
             samples=self.progress.samples,
             seconds=self.progress.seconds,
             threshold=threshold,
@@ -128,6 +149,6 @@ class State:
         for name, parameter in self.weights.items():
             if f"{name}.{_MOMENTS[0]}" in moments:
                 self.optimiser.state[parameter] = {
-                    "step": torch.tensor(float(self.progress.updates - self.progress.bad)),
+                    "step": torch.tensor(float(self.progress.updates - self.progress.began - self.progress.bad)),
                     **{kind: moments[f"{name}.{kind}"].clone().to(parameter.device) for kind in _MOMENTS},
                 }

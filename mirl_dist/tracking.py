@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
-import sys
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -20,7 +18,7 @@ from typing import Protocol
 
 from mirl_dist import items, report
 from mirl_dist.faults import Fault
-from mirl_dist.items import Item, flat, legal_name, masked, shown
+from mirl_dist.items import Item, flat, image_files, is_score, legal_name, masked, shown, usual_uri
 from mirl_dist.journal import Journal, Waiting, usual_journal, waiting
 from mirl_dist.mlflow_store import Store, import_quietly
 from mirl_dist.outbox import Outbox
@@ -39,10 +37,11 @@ class Tracker(Protocol):
     """What a story tells of its run: `Mlflow` on rank 0, `Silent` on the others; methods as in `Mlflow`."""
 
     def begin_run(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None: ...
-    def begin_round(self, round_: int, tags: Mapping[str, str]) -> None: ...
+    def begin_round(self, round_: int, tags: Mapping[str, str], params: Mapping[str, object] = {}) -> None: ...
     def log_step(self, step: int, values: Mapping[str, float]) -> None: ...
     def log_ticket(self, round_: int, values: Mapping[str, float]) -> None: ...
     def log_file(self, name: str, data: bytes, where: str) -> None: ...
+    def log_image(self, key: str, png: bytes, step: int) -> None: ...
     def flush(self) -> None: ...
     def backlog(self) -> bytes: ...
     def end_round(self, status: str = "FINISHED") -> None: ...
@@ -50,20 +49,11 @@ class Tracker(Protocol):
     def address(self) -> str: ...
 
 
-class Silent:
+class Silent(Tracker):
     """The twin that does nothing: for ranks other than 0, and for tracking switched off."""
 
-    def begin_run(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None: ...
-    def begin_round(self, round_: int, tags: Mapping[str, str]) -> None: ...
-    def log_step(self, step: int, values: Mapping[str, float]) -> None: ...
-    def log_ticket(self, round_: int, values: Mapping[str, float]) -> None: ...
-    def log_file(self, name: str, data: bytes, where: str) -> None: ...
-    def flush(self) -> None: ...
     def backlog(self) -> bytes:
         return b""
-
-    def end_round(self, status: str = "FINISHED") -> None: ...
-    def end_run(self, status: str = "FINISHED", seconds: float = math.inf) -> None: ...
 
     def address(self) -> str:
         return ""
@@ -93,7 +83,7 @@ class Mlflow:
         journal: Path,
         inherited: bytes = b"",
     ) -> None:
-        self._uri = _uri(uri)
+        self._uri = usual_uri(uri)
         import_quietly(self._uri)
         self._run_name = run_name
         self._journal, key = _opened(journal, shown(self._uri))
@@ -109,19 +99,15 @@ class Mlflow:
 
         A param that differs after a restart stays; its new value becomes the tag 'changed.<name>'.
         """
-        self._begin("run", self._run_name, tags)
-        long = items.LONGEST_PARAM
-        texts = [(legal_name(n), masked(text, self._uri)[:long]) for n, text in flat(params).items()]
-        for start in range(0, len(texts), items.PARAMS_PER_CALL):
-            some = dict(texts[start : start + items.PARAMS_PER_CALL])
-            self._outbox.put(Item("params", "run", texts=some))
-        self.flush()
+        self._begin("run", self._run_name, tags, params)
 
-    def begin_round(self, round_: int, tags: Mapping[str, str]) -> None:
-        """Open the nested run 'round 03'. Steps that it holds already, or that wait for it, are not sent again."""
+    def begin_round(self, round_: int, tags: Mapping[str, str], params: Mapping[str, object] = {}) -> None:
+        """Open the nested run 'RUN, round 03'; params as in `begin_run`.
+
+        Steps that it holds already, or that wait for it, are not sent again.
+        """
         self._round = f"round/{round_:02d}"
-        self._begin(self._round, f"round {round_:02d}", tags)
-        self.flush()
+        self._begin(self._round, items.round_name(self._run_name, round_), tags, params)
 
     def log_step(self, step: int, values: Mapping[str, float]) -> None:
         """Write down the values of one optimiser step; sent when 50 steps or 5 seconds have gathered.
@@ -135,18 +121,19 @@ class Mlflow:
     def log_ticket(self, round_: int, values: Mapping[str, float]) -> None:
         """Write down what a begun round came to: twice is once. Names must differ from those of log_step.
 
-        All go to the nested run, and those not under 'weights/density/' to the parent too, at step = round; the
-        parent also gets its scores ('psnr/...', 'ssim/...') as 'by_alive/<name>' at step = values['alive_weights'].
+        All go to the nested run at step = round, and those not under 'weights/density/' to the parent too, as
+        'round/<name>'. The parent also has its scores ('psnr/...', 'ssim.<protocol>/...') under their plain names, at
+        step = values['alive_weights'].
         """
         where = f"round/{round_:02d}"
         assert where in self._begun, "begin_round comes first"
         self._outbox.put_points("ticket", where, [(name, value, round_) for name, value in values.items()])
-        summary = {name: value for name, value in values.items() if not name.startswith("weights/density/")}
-        points = [(name, value, round_) for name, value in summary.items()]
-        alive = summary.get("alive_weights", math.nan)
-        if math.isfinite(alive):
-            scores = {name: value for name, value in summary.items() if name.startswith(("psnr/", "ssim/"))}
-            points += [(f"by_alive/{name}", value, int(alive)) for name, value in scores.items()]
+        alive, points = values.get("alive_weights", math.nan), list[tuple[str, float, int]]()
+        for name in sorted(values, key=lambda name: (not is_score(name), name.count("/"))):  # as pages list them
+            if not name.startswith("weights/density/"):
+                points.append((items.BY_ROUND + name, values[name], round_))
+            if is_score(name) and math.isfinite(alive):  # next to its twin, from which no limit may part it
+                points.append((name, values[name], int(alive)))
         self._outbox.put_points("ticket", "run", points)
         self.flush()
 
@@ -156,6 +143,14 @@ class Mlflow:
         assert where in ("round", "run") and path.name and not path.is_absolute() and ".." not in path.parts
         self._outbox.put(Item("file", self._round if where == "round" else "run", str(path), data=data))
         self.flush()
+
+    def log_image(self, key: str, png: bytes, step: int) -> None:
+        """Show a picture in the image grid of the run, under 'task/set image', at a step of its slider (the round).
+
+        Of a key and step the last one stands.
+        """
+        for name, data in image_files(key, png, step).items():
+            self.log_file(name, data, "run")
 
     def flush(self) -> None:
         """Have sent what waits, unless the store failed a moment ago; returns at once."""
@@ -198,21 +193,23 @@ class Mlflow:
 
     def address(self) -> str:
         """Where people find the run: its page, or the command that opens the store; never a password."""
-        clean, run = shown(self._uri), self._store.reached.get("run")
-        if not clean.startswith("http"):
-            return f"{clean} (to see it: {_mlflow_here()} ui --backend-store-uri {clean})"
-        page = f"{clean.rstrip('/')}/#/experiments/{self._store.experiment_id}/runs/"
-        return page + run.id if run else clean
+        run = self._store.reached.get("run")
+        return items.page(self._uri, self._store.experiment_id, run.id if run else "")
 
-    def _begin(self, where: str, name: str, tags: Mapping[str, str]) -> None:
+    def _begin(self, where: str, name: str, tags: Mapping[str, str], params: Mapping[str, object]) -> None:
         texts = {legal_name(t): masked(text, self._uri)[: items.LONGEST_TAG] for t, text in tags.items()}
         self._outbox.put(Item("open", where, name, texts))
         self._begun.add(where)
+        long = items.LONGEST_PARAM
+        pairs = [(legal_name(n), masked(text, self._uri)[:long]) for n, text in flat(params).items()]
+        for start in range(0, len(pairs), items.PARAMS_PER_CALL):
+            self._outbox.put(Item("params", where, texts=dict(pairs[start : start + items.PARAMS_PER_CALL])))
+        self.flush()
 
 
 def refuse(uri: str | None) -> None:
     """Raise Fault for an address that MLflow refuses, and when MLflow is not installed; no server is asked."""
-    import_quietly(_uri(uri))
+    import_quietly(usual_uri(uri))
 
 
 def resend(
@@ -229,7 +226,7 @@ def resend(
 
     Raises Fault while the run lives, and a resumable one when nothing got through for 30 seconds.
     """
-    address = _uri(uri)
+    address = usual_uri(uri)
     import_quietly(address)
     if not inherited and not journal.exists():
         say(f"nothing waits for {shown(address)}")
@@ -268,10 +265,6 @@ def resend(
     return before
 
 
-def _uri(configured: str | None) -> str:
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-
-
 def _opened(folder: Path, store_name: str) -> tuple[Journal | None, str]:
     """The journal, if there can be one, and the key of its run."""
     try:
@@ -287,12 +280,3 @@ def _opened(folder: Path, store_name: str) -> tuple[Journal | None, str]:
         return journal, journal.key()
     except OSError:
         return journal, uuid.uuid4().hex
-
-
-def _mlflow_here() -> str:
-    """How to call this environment's mlflow: by its path below the working directory, where it lies there."""
-    beside = Path(sys.executable).parent / "mlflow"
-    try:
-        return str(beside.relative_to(Path.cwd())) if beside.exists() else "mlflow"
-    except ValueError:
-        return "mlflow"

@@ -42,7 +42,7 @@ class Plan:
 class Around(Protocol):
     """The run around a round's loop.
 
-    rate: the learning rate at a position; begins_step: heard before each step; commit: keep the state, in the
+    rate: the learning rate at a position; begins_step: heard before each step, may raise Stopped on all ranks; commit: keep the state, in the
     background unless `wait`; busy, failed: whether a commit is being written, or could not be (on the rank that
     writes); refuse_failed: raise that failure, on every rank; log: values of a step, on the rank that tells.
     """
@@ -85,7 +85,12 @@ def train_round(
     due = False
     while progress.epoch < plan.epochs:
         lr, seen, loss, norm = around.rate(progress), guards.Seen(), 0.0, torch.tensor(float("nan"))
-        around.begins_step(progress)
+        try:
+            around.begins_step(progress)
+        except Stopped:
+            progress.unreported = meter.waiting(ranks)
+            around.commit(wait=True)
+            raise
         skipped = 0
         for i in range(plan.passes):
             pace.begin()

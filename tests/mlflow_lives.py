@@ -8,6 +8,7 @@ exit code of a process when asked for `{"ended": pid}`. The memory of the run is
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import signal
@@ -27,6 +28,15 @@ def put(path: Path, said: object) -> None:
 
 def get(path: Path, otherwise: Any) -> Any:
     return json.loads(path.read_text()) if path.exists() else otherwise
+
+
+def picture(shade: int) -> bytes:
+    """A PNG."""
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.new("RGB", (8, 4), (shade, 0, 0)).save(data, "PNG")
+    return data.getvalue()
 
 
 def live(
@@ -75,7 +85,7 @@ def live(
     tracker.begin_run({"seed": 0}, {})
     tracker.log_file("config.yaml", b"seed: 0", "run")
     for round_ in range(commit["round"], ROUNDS):
-        tracker.begin_round(round_, {})
+        tracker.begin_round(round_, {}, {"round": round_})
         for step in range(commit["step"] + 1 if round_ == commit["round"] else 1, STEPS + 1):
             if lived == die_at:
                 time.sleep(linger if not hold else 3600)
@@ -87,6 +97,7 @@ def live(
                 keep(round_, step)
         tracker.log_ticket(round_, {"psnr/BSD68": 27.0 + round_, "alive_weights": 1000 - 100 * round_})
         tracker.log_file(f"tickets/{round_:02d}/ticket.json", b"ticket %d" % round_, "round")
+        tracker.log_image("denoise_25/cbsd68 3096", picture(round_), round_)
         tracker.end_round()
         keep(round_ + 1, 0)
     tracker.end_run()

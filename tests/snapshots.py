@@ -74,7 +74,7 @@ def commit_steps(kept: Checkpoints, *updates: int, round_: int = 0, keep_last: i
 
 
 def commit_round(kept: Checkpoints, round_: int, *, seed: int = 0) -> None:
-    kept.commit_round(ticket(round_, seconds=1.5 + seed), snapshot(round_, 4, 100 * seed + round_), b"png", 2)
+    kept.commit_round(ticket(round_, seconds=1.5 + seed), snapshot(round_, 4, 100 * seed + round_), b"csv", b"png", 2)
 
 
 def whole(store: Store) -> dict[str, dict[str, bytes]]:

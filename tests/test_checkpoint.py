@@ -16,6 +16,7 @@ from mirl_dist.checkpoint import (
     MASK,
     MOMENTS,
     PICTURES,
+    SCORES,
     RUN,
     STATE,
     TICKET,
@@ -33,7 +34,7 @@ from mirl_dist.storage import Folder, NotAllowed, TryAgain
 from mirl_dist.ticket import metrics, parse, validation_score
 
 STEP_PARTS = (WEIGHTS, MOMENTS, MASK, STATE)
-ROUND_PARTS = (WEIGHTS, MASK, STATE, TICKET, PICTURES)
+ROUND_PARTS = (WEIGHTS, MASK, STATE, TICKET, SCORES, PICTURES)
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_what_is_committed_comes_back_to_the_last_bit(kept: Checkpoints) -> None
     assert newest_folder(kept) == "rounds/00/ticket-0000"
     again = kept.round_weights(0)
     assert all(torch.equal(again[n], w) for n, w in weights(0).items())
-    assert (kept.ticket(0), kept.pictures(0)) == (ticket(0), b"png")
+    assert (kept.ticket(0), kept.scores(0), kept.pictures(0)) == (ticket(0), b"csv", b"png")
 
 
 def test_complete_tells_of_every_part_its_size_and_digest_and_seals_that(kept: Checkpoints) -> None:
@@ -95,7 +96,7 @@ def test_complete_tells_of_every_part_its_size_and_digest_and_seals_that(kept: C
 
 
 def test_a_round_without_pictures_has_none(kept: Checkpoints) -> None:
-    kept.commit_round(ticket(0), snapshot(0, 4, 0), None, 2)
+    kept.commit_round(ticket(0), snapshot(0, 4, 0), b"csv", None, 2)
     assert kept.pictures(0) is None
     assert newest(kept) == (0, None, [])
 

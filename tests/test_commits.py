@@ -34,6 +34,7 @@ from mirl_dist.checkpoint import (
     MOMENTS,
     OUTBOX,
     PICTURES,
+    SCORES,
     RUN,
     STATE,
     TICKET,
@@ -121,7 +122,7 @@ def step_9(kept: Checkpoints, whose: int) -> None:
 
 def round_1(kept: Checkpoints, whose: int) -> None:
     told, taken = ticket(1, seconds=whose), snapshot(1, 12, 100 * whose)
-    kept.commit_round(told, taken, f"png {whose}".encode(), 2, b"waits")
+    kept.commit_round(told, taken, b"csv", f"png {whose}".encode(), 2, b"waits")
 
 
 def step_3_of_round_2(kept: Checkpoints, whose: int) -> None:
@@ -368,7 +369,7 @@ def test_a_commit_that_is_completed_during_a_takeover_counts_for_all_or_for_nobo
     count = calls_of(site.run(), writer, lambda kept: STORIES[story](kept, OLD))
     taking = calls_of(site.run(), follower, Checkpoints.take_over)
     outcomes = set()
-    for call in range(1, min(count, 10) + 1):
+    for call in range(1, min(count, 11) + 1):
         for moment in range(1, taking + 1, 2 - call % 2):
             store = site.run()
             calls = Calls(store, call)
@@ -660,7 +661,7 @@ def places_of(data: bytes) -> list[int]:
 
 FILES = [
     *[((1, 9), name) for name in (WEIGHTS, MOMENTS, STATE, OUTBOX, COMPLETE, MASK)],
-    *[((1, None), name) for name in (WEIGHTS, STATE, TICKET, OUTBOX, PICTURES, COMPLETE, MASK)],
+    *[((1, None), name) for name in (WEIGHTS, STATE, TICKET, OUTBOX, PICTURES, SCORES, COMPLETE, MASK)],
 ]
 
 

@@ -56,7 +56,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one() -> None:
 
 
 def test_an_unknown_key_far_from_all_lists_what_is_known_there() -> None:
-    assert said({"rewind": {"zzz": 1}}) == ["rewind.zzz: found an unknown key (value 1); known here: what"]
+    assert said({"rewind": {"zzz": 1}}) == ["rewind.zzz: found an unknown key (value 1); known here: step, to, what"]
 
 
 @pytest.mark.parametrize(
@@ -119,10 +119,10 @@ def test_a_wrong_value_is_named_with_its_key_and_what_is_right(tree: dict[str, A
             "data.mix.derain.light: found 0.5 with mix_by balanced; write 1, or use mix_by: weights",
         ),
         ({"prune": {"style": "one_shot"}}, "prune.rounds: found 15 with prune.style one_shot"),
-        ({"prune": {"finetune_lr": 1e-4}}, "prune.finetune_lr: found with prune.style iterative"),
+        ({"prune": {"finetune_lr": 1e-4}}, "prune.finetune_lr: found with rewind.to initial"),
         (
             {"prune": {"style": "one_shot", "rounds": 1}, "rewind": {"what": "published"}},
-            "rewind.what: found 'published' with prune.style one_shot",
+            "rewind.what: found 'published' with rewind.to finetune",
         ),
         ({"train": {"epochs": 15}}, "schedule.warmup_epochs: found 15 of 15 train.epochs"),
         ({"schedule": {"horizon_epochs": 100}}, "schedule.horizon_epochs: found 100.0 below train.epochs 120"),
@@ -314,6 +314,7 @@ ASIDE: dict[str, Any] = {
     "guard.skip_bad_batches": 3,
     "guard.spike_factor": 3.0,
     "guard.same_step_failures": 5,
+    "evaluate.pictures": 1,
     "tracking.journal": "elsewhere",
     "run.folder": "elsewhere",
     "data.shards": "elsewhere",
@@ -375,6 +376,21 @@ TELLING: dict[str, Any] = {
     "rewind.what": "published",
     "evaluate.sets": ["a"],
     "evaluate.seed": 1,
+    "evaluate.protocols": ["basicsr_y"],
+    "evaluate.every_epochs": 1,
+    "evaluate.curve_images": 1,
+    "evaluate.tile_pixels": 128,
+    "evaluate.tile_overlap": 16,
+    "evaluate.precision": "bf16",
+    "evaluate.compile": True,
+    "model.weights": "w.safetensors",
+    "start.ticket": "run/rounds/03",
+    "start.kind": "reinit",
+    "prune.criterion_batches": 2,
+    "prune.synflow_steps": 5,
+    "prune.floor": 0.1,
+    "rewind.to": "rate",
+    "rewind.step": 5,
 }
 
 
@@ -384,6 +400,10 @@ def with_value(key: str, value: Any) -> Config:
         tree["prune"]["rounds"] = 1
     if key == "prune.finetune_lr":
         tree["prune"] |= {"style": "one_shot", "rounds": 1}
+    if key == "start.kind":
+        tree["start"]["ticket"] = TELLING["start.ticket"]
+    if key == "rewind.step":
+        tree["rewind"]["to"] = "step"
     if key == "store.kms_key":
         tree["store"]["encryption"] = "aws:kms"
     if key == "keep.rounds":
@@ -411,7 +431,10 @@ def test_every_key_of_the_config_is_either_telling_or_aside() -> None:
 @pytest.mark.parametrize("key", TELLING)
 def test_a_key_that_changes_the_numbers_changes_the_fingerprint(key: str) -> None:
     changed = with_value(key, TELLING[key])
-    without = {"prune.finetune_lr": with_value("prune.style", "one_shot")}.get(key, Config())
+    without = {
+        "prune.finetune_lr": with_value("prune.style", "one_shot"),
+        "start.kind": with_value("start.ticket", TELLING["start.ticket"]),
+    }.get(key, Config())
     assert changed.fingerprint() != without.fingerprint()
     assert any(text.startswith(f"{key}: ") or text.startswith(f"{key}.") for text in differences(changed, without))
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import math
+import re
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +28,9 @@ from mirl_dist.data.recipe import Recipe
 from mirl_dist.data.shards import Shards
 from mirl_dist.data.supply import Supply
 from mirl_dist.faults import Fault, Stopped
+from mirl_dist.metrics import to_8bit
+from mirl_dist.pictures import rows
+from mirl_dist.protocols import PROTOCOLS
 from mirl_dist.storage import Folder
 from mirl_dist.tasks import Task
 
@@ -58,8 +67,17 @@ class SomeRanks:
         return any(self.gather_objects(flag, what=what))
 
 
+ONE, ALL = (PROTOCOLS["promptir"],), tuple(PROTOCOLS.values())
+PUBLISHED = evaluate.Settings(ONE, seed=0)
+
+
 def scores_on(
-    world: int, supply: Supply, jobs: list[evaluate.Job], asked: Callable[[int], bool] = lambda rank: False
+    world: int,
+    supply: Supply,
+    jobs: list[evaluate.Job],
+    asked: Callable[[int], bool] = lambda rank: False,
+    how: evaluate.Settings = PUBLISHED,
+    model: nn.Module | None = None,
 ) -> list[Any]:
     """What every rank scored, or the exception that it met; asked: whether a rank is asked to stop, at each image."""
     board: list[Any] = [None] * world
@@ -70,7 +88,7 @@ def scores_on(
         ranks: Any = SomeRanks(rank, world, board, meet)
         try:
             found[rank] = evaluate.evaluate(
-                Darker(), supply, jobs, ranks, seed=0, stop_asked=lambda: asked(rank), look_ahead=True
+                model or Darker(), supply, jobs, ranks, how, stop_asked=lambda: asked(rank), look_ahead=True
             )
         except (Fault, Stopped) as error:
             found[rank] = error
@@ -81,6 +99,10 @@ def scores_on(
     for thread in threads:
         thread.join()
     return found
+
+
+def pair(supply: Supply, job: evaluate.Job, seed: int = 0, protocol: str = "promptir") -> tuple[Any, Any]:
+    return evaluate.degraded_and_clean(supply, job, PROTOCOLS[protocol], seed)
 
 
 @pytest.fixture(scope="module")
@@ -133,19 +155,20 @@ def test_a_clean_set_is_scored_for_every_trained_task_that_degrades_on_reading_a
     made = [word for word in words[:5] for _ in range(3)]
     assert [job.name for job in jobs] == [f"{word}/photos" for word in made] + ["derain/rain"] * 3
     [alone] = scores_on(1, supply, jobs)
-    assert list(alone.scores) == [*(f"{word}/photos" for word in words[:5]), "derain/rain"]
-    assert len({score.degraded_psnr for score in alone.scores.values()}) == 6, "each task degrades in its own way"
+    [scores] = alone.scores.values()
+    assert list(scores) == [*(f"{word}/photos" for word in words[:5]), "derain/rain"]
+    assert len({score.degraded_psnr for score in scores.values()}) == 6, "each task degrades in its own way"
     for found in scores_on(3, supply, jobs):
         assert found == alone
     drawn = ("deblur_easy", "enlighten_mild", "denoise_hard")
     for word in (*words[:5], "derain"):
         mine = [job for job in jobs if job.task.name == word]
-        pairs = [evaluate.degraded_and_clean(supply, job, seed=0) for job in mine]
+        pairs = [pair(supply, job) for job in mine]
         assert all(d.dtype == c.dtype == np.uint8 and d.shape == c.shape for d, c in pairs)
         assert any(not np.array_equal(d, c) for d, c in pairs), "an easy level may leave one image as it was"
-        again = [evaluate.degraded_and_clean(supply, job, seed=0)[0] for job in mine]
+        again = [pair(supply, job)[0] for job in mine]
         assert all(np.array_equal(d, a) for (d, _), a in zip(pairs, again, strict=True))
-        others = [evaluate.degraded_and_clean(supply, job, seed=1)[0] for job in mine]
+        others = [pair(supply, job, 1)[0] for job in mine]
         same = all(np.array_equal(d, o) for (d, _), o in zip(pairs, others, strict=True))
         assert same == (word not in drawn), "chance where the task has some, and there alone"
 
@@ -155,13 +178,13 @@ def test_scores_are_those_of_the_published_protocol(supply: Supply) -> None:
     [found] = scores_on(1, supply, jobs)
     psnr, ssim = [], []
     for job in jobs:
-        degraded, clean = evaluate.degraded_and_clean(supply, job, seed=0)
+        degraded, clean = pair(supply, job)
         assert clean.shape[0] % 16 == clean.shape[1] % 16 == 0
         restored = (torch.from_numpy(degraded).float() / 255 * 0.9).clamp(0, 1).numpy()
         truth = clean.astype(np.float32) / 255
         psnr.append(peak_signal_noise_ratio(truth, restored, data_range=1))
         ssim.append(structural_similarity(truth, restored, data_range=1, channel_axis=-1))
-    score = found.scores["denoise_25/photos"]
+    score = found.scores["promptir"]["denoise_25/photos"]
     assert score.images == 3
     assert score.psnr == pytest.approx(np.mean(psnr), abs=1e-6)
     assert score.ssim == pytest.approx(np.mean(ssim), abs=1e-6)
@@ -169,23 +192,26 @@ def test_scores_are_those_of_the_published_protocol(supply: Supply) -> None:
 
 def test_test_noise_belongs_to_the_image_and_the_sigma_alone(supply: Supply) -> None:
     jobs = evaluate.plan(supply.shards, TASKS[:2], ("photos",))
-    first = [evaluate.degraded_and_clean(supply, job, 0)[0] for job in jobs]
-    again = [evaluate.degraded_and_clean(supply, job, 0)[0] for job in reversed(jobs)][::-1]
+    first = [pair(supply, job)[0] for job in jobs]
+    again = [pair(supply, job)[0] for job in reversed(jobs)][::-1]
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not np.array_equal(first[0], first[3]), "another sigma"
-    assert not np.array_equal(first[0], evaluate.degraded_and_clean(supply, jobs[0], 1)[0]), "another seed"
+    assert not np.array_equal(first[0], pair(supply, jobs[0], 1)[0]), "another seed"
     clean = supply.image(jobs[1].place, CLEAN)
-    noise = first[1].astype(float) - evaluate.degraded_and_clean(supply, jobs[1], 0)[1]
+    noise = first[1].astype(float) - pair(supply, jobs[1])[1]
     assert clean.shape == (64, 64, 3) and 15 < noise.std() < 26
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_scores_and_pictures_are_the_same_to_the_last_bit_on_any_number_of_ranks(supply: Supply, world: int) -> None:
     jobs = evaluate.plan(supply.shards, TASKS, None)
-    [alone] = scores_on(1, supply, jobs)
+    how = PUBLISHED._replace(protocols=ALL)
+    [alone] = scores_on(1, supply, jobs, how=how)
     assert alone.pictures is not None
-    for found in scores_on(world, supply, jobs):
+    for found in scores_on(world, supply, jobs, how=how):
         assert found.scores == alone.scores
+        assert found.images == alone.images
+        assert found.table() == alone.table()
         assert found.pictures == alone.pictures
 
 
@@ -226,7 +252,7 @@ def test_an_image_too_small_to_score_is_refused_by_name_before_any_training(tmp_
         "evaluate": [{"set": "low", "kind": "clean", "clean": clean | {"include": ["low.png"]}}],
     }
     build(yaml_tree.build(Recipe, tree, "the test"), Folder(tmp_path / "built"), 1, quiet)
-    with pytest.raises(Fault, match=r"evaluation image '.*low.*' is 12 x 40 pixels \(1 such\); scores need 16 a side"):
+    with pytest.raises(Fault, match=r"evaluation image '.*low.*' is 12 x 40 pixels \(1 such\); scores need 19 a side"):
         evaluate.plan(Shards(Folder(tmp_path / "built")), TASKS, None)
 
 
@@ -239,3 +265,174 @@ def test_a_rank_is_dealt_runs_of_shards_and_every_job_once(supply: Supply) -> No
         for mine in dealt:
             names = [jobs[n].place.shard.name for n in mine]
             assert names == sorted(names)
+
+
+class Counting(Darker):
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return super().forward(image)
+
+
+def test_an_image_is_restored_once_for_all_protocols_that_give_the_network_the_same(supply: Supply) -> None:
+    jobs = evaluate.plan(supply.shards, TASKS[1:], None)
+    counting = Counting()
+    [together] = scores_on(1, supply, jobs, how=PUBLISHED._replace(protocols=ALL), model=counting)
+    assert counting.passes == 3 * 3 + 3 * 2, "noise: three inputs of each image; stored pairs: cropped, and whole"
+    assert list(together.scores) == list(PROTOCOLS), "the headline first"
+    for protocol in ALL:
+        [alone] = scores_on(1, supply, jobs, how=PUBLISHED._replace(protocols=(protocol,)))
+        assert together.scores[protocol.name] == alone.scores[protocol.name]
+        assert tuple(i for i in together.images if i.protocol == protocol.name) == alone.images
+    assert len({scores["denoise_50/photos"].psnr for scores in together.scores.values()}) == 5
+
+
+def test_every_image_is_told_with_all_its_digits_and_means_are_exact(supply: Supply) -> None:
+    jobs = evaluate.plan(supply.shards, TASKS, None)
+    [found] = scores_on(1, supply, jobs, how=PUBLISHED._replace(protocols=ALL[:2]))
+    lines = list(csv.DictReader(io.StringIO(found.table().decode())))
+    assert list(lines[0]) == ["protocol", "name", "image", "psnr", "ssim", "degraded_psnr", "degraded_ssim"]
+    assert [(line["protocol"], line["name"], line["image"]) for line in lines] == [
+        (protocol, job.name, job.place.entry.key) for protocol in ("promptir", "restormer") for job in jobs
+    ]
+    for protocol, scores in found.scores.items():
+        for name, score in scores.items():
+            of = [line for line in lines if (line["protocol"], line["name"]) == (protocol, name)]
+            assert len(of) == score.images == 3
+            for what in ("psnr", "ssim", "degraded_psnr", "degraded_ssim"):
+                assert math.fsum(float(line[what]) for line in of) / 3 == getattr(score, what)
+
+
+def test_inputs_follow_the_protocol(supply: Supply) -> None:
+    jobs = evaluate.plan(supply.shards, TASKS[:1], ("photos",))
+    for job in jobs:
+        size = (job.place.entry.height, job.place.entry.width)
+        for name in PROTOCOLS:
+            degraded, clean = pair(supply, job, protocol=name)
+            whole = PROTOCOLS[name].multiple == 1
+            assert clean.shape[:2] == (size if whole else tuple(side // 16 * 16 for side in size))
+            assert degraded.dtype == (np.float32 if name == "restormer" else np.uint8)
+            other = pair(supply, job, 1, name)[0]
+            assert np.array_equal(degraded, other) == (name == "restormer"), "whose seed is 0, always"
+    one, other = (pair(supply, job, protocol="promptir")[0] for job in (jobs[0], jobs[0]._replace(set="elsewhere")))
+    assert not np.array_equal(one, other)
+
+
+def test_the_degraded_score_is_that_of_a_network_that_does_nothing(supply: Supply) -> None:
+    jobs = evaluate.plan(supply.shards, TASKS, None)
+    [found] = scores_on(1, supply, jobs, how=PUBLISHED._replace(protocols=ALL), model=nn.Identity())
+    assert found.images
+    for image in found.images:
+        assert (image.psnr, image.ssim) == (image.degraded_psnr, image.degraded_ssim)
+
+
+def test_few_are_the_first_images_of_each_score_without_pictures(supply: Supply) -> None:
+    jobs = evaluate.plan(supply.shards, TASKS, None, pictures=2)
+    assert [job.pictured for job in jobs] == [True, True, False] * 3
+    chosen = evaluate.few(jobs, 2)
+    assert chosen == [job._replace(pictured=False) for n, job in enumerate(jobs) if n % 3 < 2]
+    assert evaluate.few(jobs, 9) == [job._replace(pictured=False) for job in jobs]
+    [found] = scores_on(1, supply, chosen)
+    assert found.pictures is None
+    assert {score.images for score in found.scores["promptir"].values()} == {2}
+
+
+@pytest.mark.parametrize("name", ["promptir", "restormer"])
+def test_a_strip_shows_the_first_images_of_each_score_and_says_which(supply: Supply, name: str) -> None:
+    jobs = evaluate.plan(supply.shards, TASKS[1:], None, pictures=2)
+    [found] = scores_on(2, supply, jobs, how=PUBLISHED._replace(protocols=(PROTOCOLS[name], *ONE)))[:1]
+    shown, pictured = rows(found.pictures), [job for job in jobs if job.pictured]
+    assert [row.title for row in shown] == [f"{job.name} {job.place.entry.key}" for job in pictured]
+    for row, job in zip(shown, pictured, strict=True):
+        given, clean = pair(supply, job, protocol=name)
+        degraded = given if given.dtype == np.uint8 else to_8bit(given)
+        restored = to_8bit(evaluate.restore(Darker(), given, torch.device("cpu")))
+        assert all(np.array_equal(*two) for two in zip(row.images, (degraded, restored, clean), strict=True))
+
+
+def test_what_was_measured_with_is_told_in_words() -> None:
+    assert PUBLISHED.measured() == {"precision": "fp32", "compile": "no", "tile": "whole image"}
+    other = evaluate.Settings(ONE, 0, tile_pixels=256, precision="bf16", compile=True)
+    assert other.measured() == {"precision": "bf16", "compile": "yes", "tile": "256 pixels, 32 shared"}
+
+
+class Wide(nn.Module):
+    """A network whose answer depends on all that it is given, and on the precision it computes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        with torch.no_grad():
+            self.mix.weight.copy_(torch.sin(torch.arange(81.0)).reshape(3, 3, 3, 3) / 40)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = 0.9 * image + self.mix(image) - 0.1 * image.mean(dim=(-2, -1), keepdim=True)
+        return out
+
+
+def test_tiles_and_bf16_reach_the_network(supply: Supply) -> None:
+    jobs = evaluate.plan(supply.shards, TASKS[:1], None)
+    ways = {
+        "plain": PUBLISHED,
+        "tiles": PUBLISHED._replace(tile_pixels=32, tile_overlap=8),
+        "bf16": PUBLISHED._replace(precision="bf16"),
+    }
+    psnr = {}
+    for word, how in ways.items():
+        [found] = scores_on(1, supply, jobs, how=how, model=Wide())
+        psnr[word] = found.scores["promptir"]["denoise_25/photos"].psnr
+    assert abs(psnr["tiles"] - psnr["plain"]) > 1e-3
+    assert 1e-6 < abs(psnr["bf16"] - psnr["plain"]) < 0.2
+    image = np.full((20, 30, 3), 77, np.uint8)
+    assert evaluate.restore(Wide(), image, torch.device("cpu"), precision="bf16").dtype == np.float32
+
+
+def test_a_compiled_network_scores_the_same_for_every_size_from_one_tracing(
+    supply: Supply, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced: list[Any] = []
+
+    def traces_only(graph: Any, inputs: Any) -> Any:
+        traced.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=traces_only))
+    jobs = evaluate.plan(supply.shards, TASKS[:1], None)
+    how = PUBLISHED._replace(protocols=ALL)
+    model = Darker()
+    [compiled] = scores_on(1, supply, jobs, how=how._replace(compile=True), model=model)
+    [plain] = scores_on(1, supply, jobs, how=how, model=model)
+    assert compiled == plain
+    assert len(traced) == 1, "photographs have three sizes, cropped and whole"
+
+
+def test_where_compiling_fails_the_fault_says_what_to_do(supply: Supply, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(graph: Any, inputs: Any) -> Any:
+        raise OSError("no g++ here")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=no_compiler))
+    jobs = evaluate.plan(supply.shards, TASKS[:1], None)
+    [found] = scores_on(1, supply, jobs, how=PUBLISHED._replace(compile=True))
+    assert isinstance(found, Fault)
+    assert re.search(r"torch.compile fails \(.*\), where the network is compiled for scoring", str(found))
+    assert "Install a C++ compiler (g++), or set evaluate.compile=false." in str(found)
+
+
+def test_a_score_is_the_same_on_1_2_and_3_real_ranks_to_the_last_bit(lab: Any, tmp_path: Path) -> None:
+    script = str(Path(__file__).parent / "ranks" / "scored.py")
+    told = {}
+    for world in (1, 2, 3):
+        ended = lab.start(str(lab.shards), cwd=tmp_path, world=world, script=script).wait()
+        assert ended.rc == 0, ended.said()
+        told[world] = [json.loads((tmp_path / f"{world}-{rank}.json").read_text()) for rank in range(world)]
+    [alone] = told[1]
+    assert alone["images"] == 2 * 4 and set(alone["scores"]) == {"promptir", "restormer"}
+    assert sum(len(rank["mine"]) for rank in told[3]) == 4 and all(rank["mine"] for rank in told[3])
+    for world in (2, 3):
+        for rank in told[world]:
+            assert {key: rank[key] for key in rank if key != "mine"} == {
+                key: alone[key] for key in alone if key != "mine"
+            }

@@ -685,14 +685,14 @@ def expect_whole(uri: str, ids: Mapping[str, str]) -> None:
     assert sorted(run.info.run_id for run in everything) == sorted(ids[name] for name in ids if name != "key")
     assert {run.info.status for run in everything} == {"FINISHED"}
     assert look.get_run(ids["run"]).data.params == {"seed": "0"}
-    assert [file.path for file in look.list_artifacts(ids["run"])] == ["config.yaml"]
-    assert curve(uri, ids["run"], "psnr/BSD68") == [(n, 27.0 + n) for n in range(ROUNDS)]
-    assert curve(uri, ids["run"], "by_alive/psnr/BSD68") == [
-        (1000 - 100 * n, 27.0 + n) for n in reversed(range(ROUNDS))
-    ]
+    assert [file.path for file in look.list_artifacts(ids["run"])] == ["config.yaml", "images"]
+    assert len(look.list_artifacts(ids["run"], "images")) == 2 * ROUNDS, "each picture and its small one, once"
+    assert curve(uri, ids["run"], "round/psnr/BSD68") == [(n, 27.0 + n) for n in range(ROUNDS)]
+    assert curve(uri, ids["run"], "psnr/BSD68") == [(1000 - 100 * n, 27.0 + n) for n in reversed(range(ROUNDS))]
     for round_ in range(ROUNDS):
         nested = ids[f"round/{round_:02d}"]
         assert look.get_run(nested).data.tags["mlflow.parentRunId"] == ids["run"]
+        assert look.get_run(nested).data.params == {"round": str(round_)}
         for name in ("loss", "rate", "life"):
             assert [step for step, _ in curve(uri, nested, name)] == list(range(1, STEPS + 1)), (round_, name)
         assert [step for step, _ in curve(uri, nested, "psnr/BSD68")] == [round_]
@@ -748,12 +748,12 @@ def test_what_a_dead_job_left_can_be_sent_but_not_while_it_lives(
         send(server.url)
     os.kill(pid, signal.SIGKILL)
     assert lives.end(pid) == -signal.SIGKILL
-    with pytest.raises(Fault, match="away or refusing .*refused.*: 60 points and 4 other records still wait") as away:
+    with pytest.raises(Fault, match="away or refusing .*refused.*: 60 points and 5 other records still wait") as away:
         send(proxy.url)
-    assert away.value.resumable and waiting(journal)[:2] == (60, 4)
+    assert away.value.resumable and waiting(journal)[:2] == (60, 5)
 
-    assert send(server.url)[:2] == (60, 4)
-    assert said.pop() == f"sent 60 points and 4 other records to {server.url}"
+    assert send(server.url)[:2] == (60, 5)
+    assert said.pop() == f"sent 60 points and 5 other records to {server.url}"
     assert [step for step, _ in curve(server.url, ids["round/00"], "loss")] == list(range(1, 21))
     assert client(server.url).get_run(ids["run"]).info.status == "RUNNING", "nobody has said how it ended"
     assert send(server.url)[:2] == (0, 0) and said.pop() == f"nothing waits for {server.url} in {journal}"

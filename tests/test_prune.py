@@ -284,6 +284,72 @@ def test_a_single_survivor_stays() -> None:
     assert pruned.masks["a.weight"].tolist() == [True, False]
 
 
+# -- floors -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    numbers,
+    st.sampled_from([0.01, 0.2, 0.5, 0.9]),
+    st.sampled_from([0.0, 0.1, 0.3, 1 / 3, 0.5, 0.95]),
+    st.integers(1, 3),
+    st.randoms(use_true_random=False),
+)
+def test_a_floor_spares_each_tensors_strongest_and_the_weakest_others_go(
+    values: list[float], p: float, floor: float, ranks: int, dice: random.Random
+) -> None:
+    cuts = sorted(dice.randint(0, len(values)) for _ in range(3))
+    flat, ends = np.array(values, dtype=np.float32), [0, *cuts, len(values)]
+    living = np.array([dice.random() < 0.8 for _ in values])
+    spans = list(zip("abcd", ends, ends[1:], strict=False))
+    weights = {n: torch.from_numpy(flat[a:b].copy()) for n, a, b in spans}
+    masks = {n: torch.from_numpy(living[a:b].copy()) for n, a, b in spans}
+    k = count_to_remove(int(living.sum()), p)
+    expected, gone = living.copy(), 0
+    for place in np.argsort(flat.view(np.int32) & 0x7FFFFFFF, kind="stable"):  # one by one, while its tensor may lose
+        a, b = next((a, b) for _, a, b in spans if a <= place < b)
+        if expected[place] and gone < k and expected[a:b].sum() > math.ceil(Fraction(str(floor)) * (b - a)):
+            expected[place], gone = False, gone + 1
+    rule = Rule(p, floor=floor)
+    found = on_ranks(ranks, lambda rank, gather: prune(weights, masks, rule, Slice(rank, ranks), gather))
+    for pruned in found:
+        if gone < k:
+            assert isinstance(pruned, Fault) and "prune.floor: found" in str(pruned)
+            continue
+        assert isinstance(pruned, Pruned)
+        assert pruned.removed == k
+        assert np.array_equal(joined(pruned.masks), expected)
+        assert pruned.threshold == (float(np.abs(flat[living & ~expected].astype(np.float64)).max()) if k else 0.0)
+        assert pruned.collapsed == tuple(n for n, a, b in spans if not expected[a:b].any())
+
+
+def test_a_floor_of_nothing_changes_nothing_and_one_of_half_holds_the_weakest_tensor() -> None:
+    weights = {"a.weight": torch.arange(1.0, 11.0), "b.weight": torch.arange(101.0, 131.0)}
+    masks = all_alive(weights, weights)
+    bare = prune(weights, masks, Rule(0.3))
+    assert {n: int(m.sum()) for n, m in bare.masks.items()} == {"a.weight": 0, "b.weight": 28}
+    assert bare.collapsed == ("a.weight",)
+    held = prune(weights, masks, Rule(0.3, floor=0.5))
+    assert held.masks["a.weight"].tolist() == [False] * 5 + [True] * 5
+    assert held.masks["b.weight"].tolist() == [False] * 7 + [True] * 23
+    assert (held.removed, held.threshold, held.collapsed) == (12, 107.0, ())
+    again = prune(weights, held.masks, Rule(0.2, floor=0.5))
+    assert int(again.masks["a.weight"].sum()) == 5, "the floor counts the whole tensor, not what is left of it"
+
+
+def test_a_floor_that_leaves_too_few_weights_to_remove_is_refused_with_both_numbers() -> None:
+    weights = small()
+    with pytest.raises(Fault) as caught:
+        prune(weights, all_alive(weights, weights), Rule(0.7, floor=0.4))
+    assert str(caught.value) == (
+        "prune.floor: found 0.4, which lets only 67 of 113 alive weights go, with prune.fraction 0.7, which asks for "
+        "79. Lower one of them, or prune.rounds."
+    )
+    assert caught.value.everywhere
+    with pytest.raises(ValueError, match="a floor belongs to per='global'"):
+        prune(weights, all_alive(weights, weights), Rule(0.1, per="layer", floor=0.4))
+
+
 # -- random masks -----------------------------------------------------------------------------------------------
 
 

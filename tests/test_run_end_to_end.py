@@ -77,7 +77,8 @@ def test_three_rounds_become_three_tickets_each_the_child_of_the_one_before(lab:
 
 def test_a_finished_run_keeps_no_commits_of_the_middle_of_its_rounds(reference: Path) -> None:
     left = sorted(str(p.relative_to(reference)) for p in reference.rglob("*") if p.is_file())
-    whole = ["COMPLETE.json", "mask.safetensors", "pictures.png", "state.json", "ticket.json", "weights.safetensors"]
+    whole = ["COMPLETE.json", "mask.safetensors", "pictures.png", "scores.csv", "state.json", "ticket.json"]
+    whole.append("weights.safetensors")
     launch = ["accepted/00000001.json", *(f"lease/00000001.{end}" for end in ("json", "beat.json", "released.json"))]
     rounds = [f"rounds/0{r}/ticket-0001/{n}" for r in range(3) for n in whole]
     assert left == sorted(["initial.safetensors", "run.json", *launch, *rounds])

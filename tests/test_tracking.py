@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from faulty_proxy import FaultyProxy
+from mlflow_lives import picture
 from mlflow_server import MlflowServer, client, curve, runs_of
 
 from mirl_dist import outbox, sender, tracking
@@ -108,7 +110,7 @@ def test_rounds_hang_below_their_run(uri: str, begin: Begin) -> None:
     ids: dict[str, str] = {}
     tracker = begin(uri, ids, model={"name": "promptir", "dim": 48}, prune={"fraction": 0.2, "scope": None})
     for round_ in (0, 1):
-        tracker.begin_round(round_, {"sparsity": "0.2"})
+        tracker.begin_round(round_, {"sparsity": "0.2"}, {"round": round_, "method": "MIR-L"})
         tracker.end_round()
     tracker.end_run()
     parent, nested = client(uri).get_run(ids["run"]), client(uri).get_run(ids["round/01"])
@@ -120,8 +122,8 @@ def test_rounds_hang_below_their_run(uri: str, begin: Begin) -> None:
         "prune.fraction": "0.2",
         "prune.scope": "null",
     }
-    assert nested.info.run_name == "round 01" and nested.info.status == "FINISHED"
-    assert nested.data.tags["sparsity"] == "0.2"
+    assert nested.info.run_name == "demo, round 01" and nested.info.status == "FINISHED"
+    assert nested.data.tags["sparsity"] == "0.2" and nested.data.params == {"round": "1", "method": "MIR-L"}
     children = [run for run in runs_of(uri, ids["run"]) if run.data.tags.get("mlflow.parentRunId") == ids["run"]]
     assert {run.info.run_id for run in children} == {ids["round/00"], ids["round/01"]}
 
@@ -155,24 +157,61 @@ def test_every_step_arrives_once_in_few_deliveries(uri: str, begin: Begin, monke
     assert curve(uri, ids["round/00"], "loss") == [(step, 1 / step) for step in range(1, 1001)]
 
 
-def test_a_ticket_shows_on_its_round_on_the_run_and_against_alive_weights(uri: str, begin: Begin) -> None:
+def test_a_ticket_shows_on_its_round_and_on_the_run_by_alive_weights_and_by_round(uri: str, begin: Begin) -> None:
     ids: dict[str, str] = {}
     tracker = begin(uri, ids)
     for round_, alive, score in ((0, 1000, 27.5), (1, 800, 27.25), (2, 640, 28.0)):
         tracker.begin_round(round_, {})
+        values = {"alive_weights": alive, "psnr/denoise_15/BSD68": score, "psnr.mioir/denoise_15/BSD68": score + 1}
         tracker.log_ticket(
-            round_, {"psnr/BSD68 s15": score, "alive_weights": alive, "weights/density/output.weight": alive / 1000}
+            round_, values | {"ssim/denoise_15/BSD68": 0.5, "psnr/mean": score, "weights/density/o": alive / 1000}
         )
     begin.settle(tracker)
     run, nested = ids["run"], ids["round/01"]
-    assert curve(uri, run, "psnr/BSD68 s15") == [(0, 27.5), (1, 27.25), (2, 28.0)]
-    assert curve(uri, run, "alive_weights") == [(0, 1000), (1, 800), (2, 640)]
-    assert curve(uri, run, "by_alive/psnr/BSD68 s15") == [(640, 28.0), (800, 27.25), (1000, 27.5)]
-    assert curve(uri, nested, "psnr/BSD68 s15") == [(1, 27.25)]
-    assert curve(uri, nested, "weights/density/output.weight") == [(1, 0.8)]
-    assert not any(
-        "density" in name or name == "by_alive/alive_weights" for name in client(uri).get_run(run).data.metrics
+    for name, more in (("psnr/denoise_15/BSD68", 0), ("psnr.mioir/denoise_15/BSD68", 1), ("psnr/mean", 0)):
+        assert curve(uri, run, name) == [(640, 28.0 + more), (800, 27.25 + more), (1000, 27.5 + more)]
+        assert curve(uri, run, f"round/{name}") == [(0, 27.5 + more), (1, 27.25 + more), (2, 28.0 + more)]
+        assert curve(uri, nested, name) == [(1, 27.25 + more)]
+    assert curve(uri, run, "round/alive_weights") == [(0, 1000), (1, 800), (2, 640)]
+    assert curve(uri, nested, "weights/density/o") == [(1, 0.8)]
+    names = client(uri).get_run(run).data.metrics
+    assert {name for name in names if "/" not in name or "density" in name} == set()
+    assert list(names)[:2] == ["round/psnr/mean", "psnr/mean"], "what MLflow's plots begin with"
+
+
+def test_a_ticket_of_more_scores_than_one_delivery_takes_parts_no_twins(uri: str, begin: Begin) -> None:
+    ids: dict[str, str] = {}
+    tracker = begin(uri, ids)
+    for round_, alive in ((0, 1000), (1, 800)):
+        tracker.begin_round(round_, {})
+        tracker.log_ticket(round_, {"alive_weights": alive} | {f"psnr/t/{n}": 30.0 for n in range(600)})
+    begin.settle(tracker)
+    for n in (0, 499, 500, 599):
+        assert curve(uri, ids["run"], f"psnr/t/{n}") == [(800, 30.0), (1000, 30.0)]
+        assert curve(uri, ids["run"], f"round/psnr/t/{n}") == [(0, 30.0), (1, 30.0)]
+
+
+def test_pictures_stand_in_the_image_grid_of_the_run_once_per_round(uri: str, begin: Begin, tmp_path: Path) -> None:
+    ids: dict[str, str] = {}
+    tracker = begin(uri, ids)
+    for round_, shade in ((0, 1), (1, 2), (1, 3)):
+        tracker.begin_round(round_, {})
+        tracker.log_image("denoise_25/cbsd68 3096", picture(shade), round_)
+    begin.settle(tracker)
+    look = client(uri)
+    paths = sorted(file.path for file in look.list_artifacts(ids["run"], "images"))
+    # What MLflow's page takes apart: key, step, time, number.
+    form = re.compile(
+        r"images/denoise_25~cbsd68 3096\+step\+([01])\+timestamp\+\d+\+[-0-9a-f]{36}(\+compressed.webp|.png)"
     )
+    assert [found.groups() for path in paths if (found := form.fullmatch(path))] == [
+        ("0", "+compressed.webp"),
+        ("0", ".png"),
+        ("1", "+compressed.webp"),
+        ("1", ".png"),
+    ]
+    assert Path(look.download_artifacts(ids["run"], paths[3], str(tmp_path))).read_bytes() == picture(3), "the last one"
+    assert look.get_run(ids["run"]).data.tags["mlflow.loggedImages"] == "true"
 
 
 def test_files_lie_with_their_round_or_their_run(uri: str, begin: Begin, tmp_path: Path) -> None:
@@ -222,9 +261,8 @@ def test_a_reopened_run_holds_no_point_twice(uri: str, begin: Begin) -> None:
     begin.settle(second)
     assert ids == before and len(runs_of(uri, ids["run"])) == 2
     assert curve(uri, ids["round/00"], "loss") == [(step, 1 / step) for step in range(1, 41)]
-    for run in (ids["run"], ids["round/00"]):
-        assert curve(uri, run, "psnr/BSD68") == [(0, 27.5)]
-    assert curve(uri, ids["run"], "by_alive/psnr/BSD68") == [(900, 27.5)]
+    assert curve(uri, ids["run"], "psnr/BSD68") == [(900, 27.5)]
+    assert curve(uri, ids["run"], "round/psnr/BSD68") == curve(uri, ids["round/00"], "psnr/BSD68") == [(0, 27.5)]
     assert curve(uri, ids["round/00"], "weights/density/a") == [(0, 0.9)]
     parent = client(uri).get_run(ids["run"])
     assert parent.data.params["ranks"] == "4" and parent.data.tags["changed.ranks"] == "8"
@@ -361,7 +399,7 @@ def test_a_dead_server_stops_nothing_and_gets_everything_later(
     assert [record.message for record in caplog.records[1:]] == [f"{proxy.url} is back: all that waited is sent"]
     assert "hunter22" not in caplog.text
     assert curve(server, ids["round/00"], "loss") == [(step, 1 / step) for step in range(1, 121)]
-    assert curve(server, ids["run"], "by_alive/psnr/BSD68") == [(900, 27.5)]
+    assert curve(server, ids["run"], "psnr/BSD68") == [(900, 27.5)]
     assert client(server).get_run(ids["run"]).data.params == {"seed": "0"}
     assert [file.path for file in client(server).list_artifacts(ids["round/00"])] == ["ticket.json"]
     assert tracker.address().endswith(f"/runs/{ids['run']}")
@@ -483,7 +521,7 @@ def test_a_refused_record_does_not_hold_up_the_others(uri: str, begin: Begin, ca
     tracker.end_run()
     assert "did not take points '' of round/00" in caplog.text
     client(uri).restore_run(ids["round/00"])
-    assert curve(uri, ids["run"], "psnr/BSD68") == [(0, 27.5)]
+    assert curve(uri, ids["run"], "round/psnr/BSD68") == [(0, 27.5)]
     assert client(uri).get_run(ids["run"]).info.status == "FINISHED"
 
 
@@ -593,17 +631,18 @@ def test_without_an_address_the_environment_decides_then_a_file_here(
 def test_the_silent_twin_answers_to_the_same_words() -> None:
     twin: Tracker = Silent()
     twin.begin_run({"seed": 0}, {})
-    twin.begin_round(0, {})
+    twin.begin_round(0, {}, {"seed": 0})
     twin.log_step(1, {"loss": 1.0})
     twin.log_ticket(0, {"psnr": 1.0})
     twin.log_file("a", b"", "run")
+    twin.log_image("a/b c", b"", 0)
     twin.flush()
     assert twin.backlog() == b""
     twin.end_round()
     twin.end_run("FAILED", seconds=1.0)
     assert twin.address() == ""
     words = [name for name in vars(Tracker) if not name.startswith("_")]
-    assert all(callable(getattr(Mlflow, word)) for word in words) and len(words) == 10
+    assert all(callable(getattr(Mlflow, word)) for word in words) and len(words) == 11
 
 
 def test_mlflow_is_imported_late_and_keeps_quiet(tmp_path: Path) -> None:

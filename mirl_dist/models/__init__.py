@@ -1,4 +1,4 @@
-"""The networks by name: plain modules, images in and images out; and the way from official checkpoints."""
+"""The networks by name: plain modules, images in and images out; and the way from official checkpoints and back."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mirl_dist.faults import Fault
-from mirl_dist.models.official import Converted, convert
+from mirl_dist.models.official import Converted, convert, revert
+from mirl_dist.models.official import write as write_official
 from mirl_dist.models.promptir import PromptIR
 
-__all__ = ["Converted", "PromptIR", "create", "from_official", "names"]
+__all__ = ["Converted", "PromptIR", "create", "from_official", "names", "to_official", "write_official"]
 
 _NETWORKS = {"promptir": PromptIR}
 
@@ -43,9 +44,27 @@ def from_official(name: str, state_dict: Mapping[str, Any], **sizes: Any) -> Con
     at once.
     """
     _refuse_unknown(name, sizes)
+    made, expected = _shapes(name, sizes)
+    return convert(name, state_dict, expected, made.official_only)
+
+
+def to_official(name: str, weights: Mapping[str, Tensor], **sizes: Any) -> dict[str, Tensor]:
+    """The inverse of `from_official`: the official class's whole state dict, without prefix.
+
+    The tensors that the class owns and never uses are zeros; nothing else is copied or cast. The official class exists
+    at the published sizes; at others, shapes of the unused tensors follow the same rule. Raises Fault as `create` does,
+    and for missing, unknown or misshapen weights, all listed at once.
+    """
+    _refuse_unknown(name, sizes)
+    made, expected = _shapes(name, sizes)
+    return revert(name, weights, expected, made.official_only_shapes())
+
+
+def _shapes(name: str, sizes: Mapping[str, Any]) -> tuple[PromptIR, dict[str, tuple[int, ...]]]:
+    """A network without values, and its names and shapes."""
     with torch.device("meta"):
-        expected = {key: tuple(tensor.shape) for key, tensor in _NETWORKS[name](**sizes).state_dict().items()}
-    return convert(name, state_dict, expected, _NETWORKS[name].official_only)
+        made = _NETWORKS[name](**sizes)
+    return made, {key: tuple(tensor.shape) for key, tensor in made.state_dict().items()}
 
 
 def _refuse_unknown(name: str, sizes: Mapping[str, Any]) -> None:

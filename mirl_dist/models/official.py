@@ -1,7 +1,9 @@
-"""From the tensors of an official checkpoint to ours: names and shapes checked, unused tensors dropped."""
+"""The tensors of official checkpoints and ours, both ways: names and shapes checked, unused tensors dropped or zero."""
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -36,6 +38,68 @@ def convert(
     """
     named = _without_prefix(network, _tensors_of(network, found))
     dropped = tuple(f"{name} {tuple(named.pop(name).shape)}" for name in sorted(unused) if name in named)
+    complaints = _complaints(named, expected)
+    if complaints:
+        raise Fault(
+            f"found {'; '.join(complaints)}, where an official checkpoint of {network!r} was read. "
+            "Use a checkpoint of this very network, and give the sizes that it was trained with."
+        )
+    return Converted({name: named[name] for name in expected}, dropped)
+
+
+def revert(
+    network: str,
+    weights: Mapping[str, Tensor],
+    expected: Mapping[str, Sequence[int]],
+    unused: Mapping[str, Sequence[int]],
+) -> dict[str, Tensor]:
+    """The inverse of `convert`: all tensors of the official class, those that it never uses as zeros.
+
+    weights: our names to tensors; expected: our names and shapes; unused: names and shapes to add. Nothing is copied
+    or cast. Raises Fault that lists all complaints at once.
+    """
+    complaints = _complaints(weights, expected)
+    if complaints:
+        raise Fault(
+            f"found {'; '.join(complaints)}, where weights of {network!r} were exported. Give the weights of this very "
+            "network, and its sizes."
+        )
+    ours = {name: weights[name].detach() for name in expected}
+    return ours | {name: torch.zeros(tuple(shape)) for name, shape in unused.items()}
+
+
+def write(weights: Mapping[str, Tensor], *, compact: bool, lightning: bool = True) -> bytes:
+    """A checkpoint file that `torch.load(..., weights_only=True)` reads; the same weights give the same bytes.
+
+    lightning: names prefixed `net.` under 'state_dict', beside what Lightning's `load_from_checkpoint` asks for; else a
+    bare state dict. compact: the file's records are deflated, so that zeros cost little; such a file cannot be read
+    with `mmap=True`.
+    """
+    plain = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}  # of no larger storage
+    tree: dict[str, object] = dict(plain)
+    if lightning:
+        tree = {"state_dict": {f"net.{name}": tensor for name, tensor in plain.items()}} | _LIGHTNING
+    stored = io.BytesIO()
+    torch.save(tree, stored)
+    return _deflated(stored) if compact else stored.getvalue()
+
+
+# Lightning upgrades checkpoints of versions before 2.0; later ones it takes as they are.
+_LIGHTNING = {"pytorch-lightning_version": "2.0.1", "epoch": 0, "global_step": 0}
+
+
+def _deflated(stored: io.BytesIO) -> bytes:
+    """The same zip archive with its records compressed."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(stored) as source, zipfile.ZipFile(made, "w") as target:
+        for entry in source.infolist():
+            record = zipfile.ZipInfo(entry.filename)
+            target.writestr(record, source.read(entry), zipfile.ZIP_DEFLATED, compresslevel=6)
+    return made.getvalue()
+
+
+def _complaints(named: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> list[str]:
+    """What keeps tensors from being those of a network."""
     missing = [repr(name) for name in expected if name not in named]
     unknown = [f"{name!r} {tuple(tensor.shape)}" for name, tensor in named.items() if name not in expected]
     misshapen = [
@@ -44,7 +108,7 @@ def convert(
         if name in named and tuple(named[name].shape) != tuple(shape)
     ]
     no_floats = [f"{name!r} is {tensor.dtype}" for name, tensor in named.items() if not tensor.dtype.is_floating_point]
-    complaints = [
+    return [
         _listed(kind, names)
         for kind, names in (
             ("missing", missing),
@@ -54,12 +118,6 @@ def convert(
         )
         if names
     ]
-    if complaints:
-        raise Fault(
-            f"found {'; '.join(complaints)}, where an official checkpoint of {network!r} was read. "
-            "Use a checkpoint of this very network, and give the sizes that it was trained with."
-        )
-    return Converted({name: named[name] for name in expected}, dropped)
 
 
 def _tensors_of(network: str, found: Mapping[str, object]) -> dict[str, Tensor]:

@@ -139,6 +139,20 @@ class PromptIR(nn.Module):
         self.refinement = row(c1 + c1, 0, refinement_blocks)
         self.output = nn.Conv2d(c1 + c1, 3, 3, padding=1, bias=False)
 
+    def official_only_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of `official_only` beside this network's sizes (256 channels are fixed in the published class)."""
+        c = [self.patch_embed.proj.out_channels * 2**at for at in range(3)]
+        p = [block.conv3x3.out_channels for block in (self.prompt1, self.prompt2, self.prompt3)]
+        reduced = (
+            (p[0], p[0]),
+            (p[1], p[1]),
+            (256, p[2]),
+            (c[0], c[0] + p[0]),
+            (c[1], c[1] + p[1]),
+            (c[2], c[2] + 256),
+        )
+        return {name: (*shape, 1, 1) for name, shape in zip(self.official_only, reduced, strict=True)}
+
     def forward(self, image: Tensor) -> Tensor:
         if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
             raise Fault(

@@ -7,39 +7,52 @@ released code removes, of n distinct survivors, exactly ceil(p (n - 1)); so does
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mirl_dist.faults import Fault
+from mirl_dist.pruning.criteria import scores_of_weights
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.quantile import Cut, Gather, alone, kth_smallest
 
 
 class Rule(NamedTuple):
-    """How a round prunes. fraction: of the alive weights, in (0, 1); output_*: the layer-wise exception of MIR-L."""
+    """How a round prunes. fraction: of the alive weights, in (0, 1); output_*: the layer-wise exception of MIR-L.
+
+    floor: with per='global', the share of each tensor, in [0, 1), that stays alive in any case; iterations: SynFlow's.
+    """
 
     fraction: float
-    criterion: Literal["magnitude", "random"] = "magnitude"
+    criterion: Literal["magnitude", "random", "synflow", "snip", "gradient"] = "magnitude"
     per: Literal["global", "layer"] = "global"
     output_layers: tuple[str, ...] = ("output.weight",)
     output_factor: float = 0.5
     seed: int = 0
+    floor: float = 0.0
+    iterations: int = 100
 
 
 class Pruned(NamedTuple):
-    """New masks; `threshold`: the largest removed score (per layer: the largest of all layers); `removed`: how many."""
+    """New masks; `threshold`: the largest removed score (per layer: the largest of all layers); `removed`: how many;
+    `collapsed`: the tensors without any alive weight."""
 
     masks: Masks
     threshold: float
     removed: int
+    collapsed: tuple[str, ...]
+
+
+class Group(NamedTuple):
+    """Tensors whose weights compete with one another, and how many of them go."""
+
+    names: tuple[str, ...]
+    k: int
 
 
 class Slice(NamedTuple):
@@ -77,26 +90,98 @@ def count_to_remove(alive: int, fraction: float, factor: float = 1.0) -> int:
     return math.ceil(Fraction(str(fraction)) * Fraction(str(factor)) * (alive - 1)) if alive > 0 else 0
 
 
-def _random_scores(name: str, like: Tensor, seed: int) -> Tensor:
-    """Uniform float32 scores that depend on nothing but the seed and the name."""
-    key = hashlib.sha256(f"random-mask|{seed}|{name}".encode()).digest()[:16]
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-    return torch.from_numpy(generator.random(like.numel(), dtype=np.float32)).to(like.device)
+def groups(masks: Mapping[str, Tensor], rule: Rule) -> list[Group]:
+    """Who competes and how many go: all tensors together, or each by itself with `output_factor` for `output_layers`.
+
+    Raises Fault when the floor leaves too few weights to remove, ValueError for a floor with per='layer'.
+    """
+    if rule.floor and rule.per != "global":
+        raise ValueError("a floor belongs to per='global'")
+    found = []
+    for names in [tuple(sorted(masks))] if rule.per == "global" else [(name,) for name in sorted(masks)]:
+        halved = rule.per == "layer" and any(fnmatchcase(names[0], glob) for glob in rule.output_layers)
+        living = sum(int(masks[n].sum()) for n in names)
+        k = count_to_remove(living, rule.fraction, rule.output_factor if halved else 1.0)
+        spare = sum(_spare(masks[n], rule.floor) for n in names)
+        if k > spare:
+            raise Fault(
+                f"prune.floor: found {rule.floor:g}, which lets only {spare:,} of {living:,} alive weights go, with "
+                f"prune.fraction {rule.fraction:g}, which asks for {k:,}. Lower one of them, or prune.rounds.",
+                everywhere=True,
+            )
+        found.append(Group(names, k))
+    return found
 
 
-def _magnitude_scores(name: str, like: Tensor, seed: int) -> Tensor:
-    return like.detach().float().reshape(-1)
+def _spare(mask: Tensor, floor: float) -> int:
+    """How many alive weights of a tensor may go: all but ceil(floor x size), in exact decimal arithmetic."""
+    return max(0, int(mask.sum()) - math.ceil(Fraction(str(floor)) * mask.numel()))
 
 
-CRITERIA: dict[str, Callable[[str, Tensor, int], Tensor]] = {
-    "magnitude": _magnitude_scores,
-    "random": _random_scores,
-}
-"""Name -> (tensor name, weights, seed) -> flat float32 scores; the smallest |score| goes first."""
+def select(
+    scores: Callable[[str], Tensor],
+    masks: Mapping[str, Tensor],
+    among: Iterable[Group],
+    floor: float = 0.0,
+    share: Slice = Slice(),  # noqa: B008 - an immutable tuple
+    gather: Gather = alone,
+) -> Pruned:
+    """New masks in which of every group the k alive weights of the smallest |score| are gone, ties by name and index.
+
+    scores: name -> float32 of the mask's number of weights, on its device, the same on every rank.
+    """
+    new: Masks = {}
+    threshold, removed = 0.0, 0
+    for names, k in among:
+        if k == 0:
+            new |= {n: masks[n].clone() for n in names}
+            continue
+        cut_masks, cut = _cut_above_floor(names, scores, masks, k, floor, share, gather)
+        new |= cut_masks
+        threshold, removed = max(threshold, cut.value), removed + k
+    return Pruned(new, threshold, removed, tuple(n for n in sorted(new) if not bool(new[n].any())))
+
+
+def _cut_above_floor(
+    group: Sequence[str],
+    scores: Callable[[str], Tensor],
+    masks: Mapping[str, Tensor],
+    k: int,
+    floor: float,
+    share: Slice,
+    gather: Gather,
+) -> tuple[Masks, Cut]:
+    """New masks after the k weakest of the spare weights went: of each tensor all but the strongest `floor`.
+
+    All alive weights stand in one order: |score|, name, index. Call a tensor's weights spare but for its strongest
+    ones, as many as the floor holds. Wanted are the k first of all spare weights. Where a cut that ignores the floor
+    takes more of a tensor than is spare, it takes all that is spare of it, since those are the tensor's first; and the
+    wanted cut ends no earlier in the order than that one, since it counts fewer candidates up to the same k. So all
+    that is spare of such a tensor is wanted, and the rest of k is wanted of the other tensors: the same task, smaller.
+    Where a cut takes no more than is spare of any tensor, it is the wanted one. No later cut ends before an earlier
+    one, so the last is the threshold.
+    """
+    spare = {n: _spare(masks[n], floor) for n in group}
+    assert k <= sum(spare.values()), "groups() refuses a floor that leaves too few"
+    free, low = list(group), list[str]()
+    while True:
+        new, cut = _cut_group(free, scores, masks, k, share, gather)
+        found = [n for n in free if int(masks[n].sum()) - int(new[n].sum()) > spare[n]]
+        if not found:
+            break
+        k -= sum(spare[n] for n in found)
+        low += found
+        free = [n for n in free if n not in found]
+    for name in low:
+        if spare[name]:
+            new |= _cut_group([name], scores, masks, spare[name], share, gather)[0]
+        else:
+            new[name] = masks[name].clone()
+    return new, cut
 
 
 def _cut_group(
-    group: list[str],
+    group: Sequence[str],
     scores: Callable[[str], Tensor],
     masks: Mapping[str, Tensor],
     k: int,
@@ -131,25 +216,42 @@ def prune(
     rule: Rule,
     share: Slice = Slice(),  # noqa: B008 - an immutable tuple
     gather: Gather = alone,
+    scores: Callable[[str], Tensor] | Mapping[str, Tensor] | None = None,
 ) -> Pruned:
     """New masks with ceil(fraction (alive - 1)) fewer alive weights, the same on every rank.
 
     weights: float tensors, replicated on all ranks; masks: the alive weights among them. Weights are counted once:
     each rank counts its `share`. per='layer' applies the count to every tensor by itself, with fraction x
-    output_factor for `output_layers`. Raises Fault for NaN or inf.
+    output_factor for `output_layers`. scores: name -> float32 of the weights' shape, of any sign, replicated too; None:
+    of the weights, by the criterion. Raises Fault for NaN or inf, and for a floor that leaves too few weights to
+    remove.
     """
-    score = CRITERIA[rule.criterion]
-    groups = [sorted(masks)] if rule.per == "global" else [[name] for name in sorted(masks)]
-    new: Masks = {}
-    threshold, removed = 0.0, 0
-    for group in groups:
-        halved = rule.per == "layer" and any(fnmatchcase(group[0], glob) for glob in rule.output_layers)
-        alive = sum(int(masks[n].sum()) for n in group)
-        k = count_to_remove(alive, rule.fraction, rule.output_factor if halved else 1.0)
-        if k == 0:
-            new |= {n: masks[n].clone() for n in group}
-            continue
-        cut_masks, cut = _cut_group(group, lambda n: score(n, weights[n], rule.seed), masks, k, share, gather)
-        new |= cut_masks
-        threshold, removed = max(threshold, cut.value), removed + k
-    return Pruned(new, threshold, removed)
+    if scores is None:
+
+        def flat(name: str) -> Tensor:
+            return scores_of_weights(rule.criterion, name, weights[name], rule.seed)
+    else:
+        given = scores if callable(scores) else scores.__getitem__
+        _refuse_odd_scores(given, masks, rule.criterion)
+
+        def flat(name: str) -> Tensor:
+            return given(name).detach().reshape(-1).to(masks[name].device)
+
+    return select(flat, masks, groups(masks, rule), rule.floor, share, gather)
+
+
+def _refuse_odd_scores(scores: Callable[[str], Tensor], masks: Mapping[str, Tensor], criterion: str) -> None:
+    """Raise ValueError for scores of another shape, and Fault for NaN or inf; on every rank alike."""
+    odd = []
+    for name in sorted(masks):
+        found = scores(name)
+        if found.shape != masks[name].shape:
+            raise ValueError(f"scores of '{name}' are {tuple(found.shape)}, its weights {tuple(masks[name].shape)}")
+        if not bool(torch.isfinite(found).all()):
+            odd.append(name)
+    if odd:
+        raise Fault(
+            f"found NaN or infinite scores by prune.criterion {criterion} (tensors: {', '.join(odd[:5])}); nothing was "
+            "pruned. Take another criterion, or look at the weights it scores.",
+            everywhere=True,
+        )

@@ -60,9 +60,9 @@ def while_uploading() -> None:
 
 
 def while_counting() -> None:
-    from mirl_dist import lottery
+    from mirl_dist import selecting
 
-    prune, armed = lottery.prune, [True]
+    prune, armed = selecting.prune, [True]
 
     def pruning(weights: Any, masks: Any, rule: Any, share: Any, gather: Any) -> Any:
         def gathering(values: Any) -> Any:
@@ -74,7 +74,7 @@ def while_counting() -> None:
 
         return prune(weights, masks, rule, share, gathering)
 
-    lottery.prune = pruning
+    selecting.prune = pruning
 
 
 def while_starting() -> None:

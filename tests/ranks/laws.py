@@ -16,7 +16,7 @@ from mirl_dist import guards, lottery, train
 from mirl_dist.data.sample import Batch
 from mirl_dist.faults import Fault
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.prune import Rule, prune
+from mirl_dist.pruning.prune import Pruned, Rule, prune
 from mirl_dist.ranks import Ranks
 from mirl_dist.state import Progress, State
 from mirl_dist.ticket import Ticket
@@ -127,7 +127,7 @@ def nudge(tensor: torch.Tensor) -> None:
 def guarded(ranks: Ranks) -> dict[str, Any]:
     """Laws that one rank breaks, by the smallest step that a float can take."""
     last = ranks.rank == ranks.world - 1
-    game = lottery.Lottery(Rule(0.2), 2, None, "all")
+    game = lottery.Lottery(2, None, "initial", "all", 0, 1)
     opened: list[str] = []
 
     def play(state: State, initial: dict[str, torch.Tensor]) -> None:
@@ -139,6 +139,8 @@ def guarded(ranks: Ranks) -> dict[str, Any]:
             newest=None,
             train_and_score=lambda: a_ticket(state),
             record=lambda ticket: None,
+            select=lambda: prune(state.weights, state.masks, Rule(0.2), ranks.share, ranks.gather),
+            rewind_point=lambda: initial,
             stop_if_asked=lambda before: opened.append(before),
         )
 
@@ -168,7 +170,7 @@ def guarded(ranks: Ranks) -> dict[str, Any]:
                     nudge(weights["b.weight"])
 
             lottery.rewind = wrong
-            lottery.begin_round(game, unproven, starts[2], ranks, masks, 0.5, a_ticket(unproven))
+            lottery.begin_round(game, unproven, starts[2], ranks, Pruned(masks, 0.5, 0, ()), a_ticket(unproven))
         finally:
             lottery.rewind = told
 

@@ -142,7 +142,7 @@ def test_ranks_that_start_from_different_weights_do_not_train(seen: Seen, world:
 def test_a_wrong_rewind_names_the_rank_and_the_tensor(seen: Seen, world: int) -> None:
     for rank in seen[world]:
         fault = rank["guarded"]["rewind"]
-        assert "the weights at the start of round 1 are not mask x initial" in fault["text"]
+        assert "the weights at the start of round 1 are not mask x what they were rewound to" in fault["text"]
         assert f": rank {world - 1}, tensor 'b.weight'." in fault["text"]
         assert fault["everywhere"]
 

@@ -1,0 +1,58 @@
+"""Tickets side by side for people: on the terminal, as CSV and LaTeX, as one page, in MLflow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from rich.console import Console
+
+from mirl_dist import mlflow_reader, report, sources
+from mirl_dist.compare import judge, latex, page, summary, text
+from mirl_dist.compare.shown import Shown
+from mirl_dist.storage import Folder
+from mirl_dist.telling import warn
+
+CSV, LATEX, PAGE, PUBLISHED = "tickets.csv", "tickets.tex", "tickets.html", "published.csv"
+
+
+def compare(
+    references: Sequence[str], out: Path | None, as_json: bool, title: str, to_mlflow: str | None, uri: str | None
+) -> None:
+    """Print a comparison; out: a folder for its files; to_mlflow: an experiment that gets them too."""
+    shown = sources.gather(references, uri)
+    summary.refuse_mixed(shown)
+    if as_json:
+        print(json.dumps(_told(shown), indent=1))
+    else:
+        console = Console()
+        for table in text.tables(shown):
+            console.print(table)
+        for note in summary.notes(shown):
+            report.say(f"note: {note}")
+    if out is None and to_mlflow is None:
+        return
+    say = warn if as_json else report.say  # what is said beside JSON is no JSON
+    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    files = {
+        CSV: text.csv(shown),
+        PUBLISHED: text.published_csv(),
+        LATEX: latex.tables(shown).encode(),
+        PAGE: page.html(shown, title, made, judge.judge(shown)).encode(),
+    }
+    if out is not None:
+        for name, data in files.items():
+            Folder(out).put(name, data)
+        say(f"wrote {', '.join(str(out / name) for name in files)}")
+    if to_mlflow is not None:
+        address = mlflow_reader.log_report(uri, to_mlflow, title, files)
+        say(f"MLflow: {address}")
+
+
+def _told(shown: Sequence[Shown]) -> list[dict[str, object]]:
+    return [
+        {"run": one.run, "method": one.method, "seed": one.seed} | one.ticket.row() | {"method": one.method}
+        for one in shown
+    ]

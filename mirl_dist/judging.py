@@ -1,0 +1,98 @@
+"""Is it a winning ticket? Definition 1 of MIR-L on runs of several seeds, and the controls that a reviewer asks for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from rich.console import Console
+
+from mirl_dist import opening, report, sources
+from mirl_dist.compare import judge, summary
+from mirl_dist.faults import Fault
+from mirl_dist.opening import Found
+
+KINDS = ("reinit", "random_layer", "random_global")
+
+
+class Control(NamedTuple):
+    """One more training that a ticket is held against: its mask with other first values, or a random mask."""
+
+    kind: str
+    folder: str
+    tree: dict[str, Any]
+
+    def finished(self) -> bool:
+        try:
+            return bool(opening.open_run(self.folder)[0].tickets())
+        except Fault:
+            return False
+
+
+def judge_runs(runs: Sequence[str], round_: int | None, train: str | None, tolerance_db: float, as_json: bool) -> None:
+    """Print the judgement of each run's round (its last, or the best that it chose); train: a launch file or 'auto',
+    with which controls that are missing are trained first."""
+    judged = [opening.find(run if round_ is None else f"{run}/rounds/{round_:02d}") for run in runs]
+    controls = [c for run, found in zip(runs, judged, strict=True) for c in controls_of(run, found)]
+    for control in controls:
+        if train is not None and not control.finished():
+            report.say(f"training the control {control.folder}")
+            _train(control, train)
+    finished = [control for control in controls if control.finished()]
+    wanted = [f"{run}/rounds/{found.round_:02d}" for run, found in zip(runs, judged, strict=True)]
+    dense = [f"{run}/rounds/00" for run, found in zip(runs, judged, strict=True) if found.round_ != 0]
+    names = list(dict.fromkeys([*dense, *wanted, *(control.folder for control in finished)]))
+    shown = sources.gather(names)
+    summary.refuse_mixed(shown)
+    judgements = judge.judge(shown, tolerance_db)
+    if as_json:
+        print(json.dumps(judge.to_json(judgements), indent=1))
+        return
+    console = Console()
+    for table in judge.tables(judgements):
+        console.print(table)
+    for note in summary.notes(shown):
+        report.say(f"note: {note}")
+    missing = [control.folder for control in controls if control not in finished]
+    if missing:
+        report.say(
+            f"{len(missing)} controls were not trained ({missing[0]}, ...): --train auto, or a launch file, does"
+        )
+
+
+def controls_of(run: str, found: Found) -> list[Control]:
+    """The controls of a round, beside its run: the same data and training, one round, and another start."""
+    if found.round_ == 0 or found.config.start.ticket is not None:
+        return []
+    made = []
+    for kind in KINDS:
+        tree = found.config.dump()
+        folder = f"{run.rstrip('/')}-controls/{found.round_:02d}-{kind}"
+        tree["run"]["folder"] = folder
+        tree["start"] = {"ticket": f"{run.rstrip('/')}/rounds/{found.round_:02d}", "kind": kind}
+        tree["model"]["weights"] = None
+        tree["prune"] |= {"style": "iterative", "rounds": 0, "target_sparsity": None, "finetune_lr": None}
+        tree["rewind"] = {}
+        tree["tracking"]["run_name"] = folder.rpartition("/")[0].rpartition("/")[2] + "-" + folder.rpartition("/")[2]
+        made.append(Control(kind, folder, tree))
+    return made
+
+
+def _train(control: Control, launch: str) -> None:
+    """Train a control to its end. Raises Fault when it ends otherwise."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / f"{control.kind}.yaml"
+        config.write_text(yaml.safe_dump(control.tree, sort_keys=False))
+        command = [sys.executable, "-m", "mirl_dist", "train", str(config), "--launch", launch]
+        code = subprocess.run(command, check=False).returncode
+    if code:
+        raise Fault(
+            f"the control {control.folder} ended with code {code}, as it said above. Call this again to go on.",
+            resumable=code == 75,
+        )

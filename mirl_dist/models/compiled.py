@@ -1,0 +1,63 @@
+"""A network through torch.compile, for images of any size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mirl_dist.faults import Fault
+from mirl_dist.models.restormer_blocks import pad_to_multiple
+
+_EIGHT = 8
+
+
+class _OfEighths(nn.Module):
+    """The network on (B, 64 C, h, w), each cell an 8 x 8 square: what is traced sees sides that divide by 8.
+
+    Otherwise the network's own padding leaves remainders in the traced sizes, which torch 2.13 cannot compile
+    (pytorch/pytorch issue 197716).
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, squares: Tensor) -> Tensor:
+        restored: Tensor = self.network(F.pixel_shuffle(squares, _EIGHT))
+        return restored
+
+
+class Compiled(nn.Module):
+    """A network, compiled at its first image and not again for other sizes; weights may change between images.
+
+    Images: (B, C, H, W), grown to multiples of 8 as `pad_to_multiple` says, and cropped again. Outputs differ from the
+    network's own by rounding. Raises Fault where compiling fails.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        try:
+            self._network: Any = torch.compile(_OfEighths(network), dynamic=True)
+        except RuntimeError as error:  # this Python or this system is not supported
+            raise _fault(error) from None
+
+    def forward(self, image: Tensor) -> Tensor:
+        from torch._dynamo.exc import TorchDynamoException
+
+        height, width = image.shape[-2:]
+        try:
+            restored: Tensor = self._network(F.pixel_unshuffle(pad_to_multiple(image, _EIGHT), _EIGHT))
+        except TorchDynamoException as error:
+            raise _fault(error) from None
+        return restored[..., :height, :width]
+
+
+def _fault(error: Exception) -> Fault:
+    why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return Fault(
+        f"found that torch.compile fails ({why}), where the network is compiled for scoring. "
+        "Install a C++ compiler (g++), or set evaluate.compile=false."
+    )

@@ -1,0 +1,130 @@
+"""A ticket opened for reading, wherever it lies: a round of a run in a folder or under s3://, or one file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mirl_dist import models, ticket_file
+from mirl_dist.checkpoint import INITIAL, Checkpoints, unpack_masks
+from mirl_dist.config import Config, of_dump
+from mirl_dist.faults import Fault
+from mirl_dist.pruning import masks as masking
+from mirl_dist.storage import Store, open_store
+from mirl_dist.ticket import Ticket
+from mirl_dist.ticket_file import Content
+
+
+class Found(NamedTuple):
+    """A run and one of its rounds."""
+
+    checkpoints: Checkpoints
+    config: Config
+    round_: int
+
+    def ticket(self) -> Ticket:
+        return self.checkpoints.ticket(self.round_)
+
+
+class Filed(NamedTuple):
+    """A ticket in a file of its own."""
+
+    path: Path
+    config: Config
+    content: Content
+
+    def ticket(self) -> Ticket:
+        return self.content.ticket
+
+
+def open_run(folder: str, store: Store | None = None) -> tuple[Checkpoints, Config]:
+    """A run, opened for reading; store: where that is not as the environment says. Raises Fault without a run."""
+    checkpoints = Checkpoints(store or open_store(folder))
+    identity = checkpoints.identity()
+    if identity is None:
+        raise Fault(f"{folder} holds no run (no run.json). Give the run.folder of a config that was trained.")
+    return checkpoints, of_dump(identity["config"], f"{folder}/run.json")
+
+
+def find(reference: str) -> Found:
+    """`RUN` (its best round where the run chose one, else its last) or `RUN/rounds/NN`."""
+    match = re.fullmatch(r"(.*?)/rounds/(\d+)/?", reference)
+    checkpoints, config = open_run(match.group(1) if match else reference)
+    rounds = [t.round for t in checkpoints.tickets()]
+    if not rounds:
+        raise Fault(f"{reference} has no finished round yet. `mirl-dist status` shows where it stands.")
+    chosen = checkpoints.best()
+    round_ = int(match.group(2)) if match else (rounds[-1] if chosen is None else chosen)
+    if round_ not in rounds:
+        raise Fault(f"{reference} is not there; finished rounds are {', '.join(map(str, rounds))}.")
+    return Found(checkpoints, config, round_)
+
+
+def open_ticket(reference: str) -> Found | Filed:
+    """What `find` finds, or the ticket in a file. Raises Fault for a file that is none."""
+    path = Path(reference)
+    if "://" in reference or not path.is_file():
+        return find(reference)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise Fault(f"found {path}, which cannot be read: {error.strerror or error}. Correct the rights.") from None
+    content = ticket_file.read(data, reference)
+    return Filed(path, of_dump(content.config, reference), content)
+
+
+def network(config: Config, weights: dict[str, Tensor]) -> nn.Module:
+    """The network of a config with these weights, for restoring. Raises Fault where they are not its weights."""
+    with torch.device("meta"):
+        model = models.create(config.model.name, **config.model.sizes())
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in weights.items()}
+    if expected != found:
+        odd = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+        raise Fault(
+            f"the ticket's weights and its model section differ in {len(odd)} tensors, first '{odd[0]}': found "
+            f"{found.get(odd[0], 'nothing')}, the network has {expected.get(odd[0], 'nothing')}. Get the ticket again."
+        )
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def trained(opened: Found | Filed) -> dict[str, Tensor]:
+    """The weights that a ticket's round trained."""
+    if isinstance(opened, Filed):
+        return opened.content.trained
+    return opened.checkpoints.round_weights(opened.round_)
+
+
+def first_values(opened: Found | Filed) -> dict[str, Tensor] | None:
+    """The first values of all weights, the dead ones too; None where a file alone does not tell them."""
+    if isinstance(opened, Filed):
+        return None
+    return _verified_initial(opened.checkpoints)
+
+
+def content(opened: Found | Filed) -> Content:
+    """Everything that a ticket is. Raises Fault where a part is damaged, or its run did not keep it."""
+    if isinstance(opened, Filed):
+        return opened.content
+    checkpoints, initial, weights = opened.checkpoints, _verified_initial(opened.checkpoints), trained(opened)
+    packed = checkpoints.round_masks(opened.round_)
+    where = checkpoints.store.where(f"rounds/{opened.round_:02d}")
+    ticket = opened.ticket()
+    masks = unpack_masks(packed, {n: tuple(w.shape) for n, w in initial.items() if n in ticket.layer_density}, where)
+    masking.close_weights(initial, masks)
+    return Content(ticket, opened.config.dump(), masks, initial, weights)
+
+
+def _verified_initial(checkpoints: Checkpoints) -> dict[str, Tensor]:
+    found, identity = checkpoints.initial(), checkpoints.identity() or {}
+    if found is None or masking.digest_tensors(found) != identity.get("initial_digest"):
+        raise Fault(
+            f"{checkpoints.store.where(INITIAL)} is damaged or missing. Start the run again once: it makes the file "
+            "anew where its seed still gives the same values."
+        )
+    return found

@@ -1,0 +1,53 @@
+"""What makes a weight strong: the literal table of criteria, and the scores of those that need weights alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Criterion(NamedTuple):
+    """of: the values that are scored, after training or the first ones; needs: what besides them; text: for people."""
+
+    of: Literal["trained", "initial"]
+    needs: Literal["nothing", "network", "gradients"]
+    text: str
+
+
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": Criterion("trained", "nothing", "|w| after training (MIR-L, eq. 3 to 5; Han et al. 2015)"),
+    "random": Criterion("trained", "nothing", "chance: run.seed and the tensor's name (MIR-L's PIR-OSR)"),
+    "synflow": Criterion("initial", "network", "flow through w, without data (SynFlow, Tanaka et al. 2020)"),
+    "snip": Criterion("initial", "gradients", "|w dL/dw| at first values (SNIP, Lee et al. 2019)"),
+    "gradient": Criterion("trained", "gradients", "|w dL/dw| after training (Blalock et al. 2020)"),
+}
+"""prune.criterion -> what it is. The weights with the smallest |score| go first."""
+
+
+def scores_of_weights(criterion: str, name: str, weights: Tensor, seed: int) -> Tensor:
+    """Flat float32 scores of a tensor by a criterion that needs nothing but weights.
+
+    Raises ValueError for one that needs more: its scores are the caller's to bring.
+    """
+    if criterion not in _OF_WEIGHTS:
+        raise ValueError(f"the criterion '{criterion}' needs {CRITERIA[criterion].needs}: pass its scores")
+    return _OF_WEIGHTS[criterion](name, weights, seed)
+
+
+def _random(name: str, like: Tensor, seed: int) -> Tensor:
+    """Uniform in [0, 1); depends on nothing but the seed and the name."""
+    key = hashlib.sha256(f"random-mask|{seed}|{name}".encode()).digest()[:16]
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+    return torch.from_numpy(generator.random(like.numel(), dtype=np.float32)).to(like.device)
+
+
+def _magnitude(name: str, like: Tensor, seed: int) -> Tensor:
+    return like.detach().float().reshape(-1)
+
+
+_OF_WEIGHTS: dict[str, Callable[[str, Tensor, int], Tensor]] = {"magnitude": _magnitude, "random": _random}

@@ -1,0 +1,72 @@
+"""The masks of the next round: what each criterion needs is brought to it, and every rank cuts the same weights.
+
+Scores that need the network or its gradients are made by rank 0 alone, on the same passes whatever the number of ranks,
+and sent to the others: so a mask is the same bits on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+
+from mirl_dist import objective
+from mirl_dist.data.sample import Batch
+from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning import sensitivity, synflow
+from mirl_dist.pruning.criteria import CRITERIA
+from mirl_dist.pruning.prune import Pruned, Rule, prune
+from mirl_dist.ranks import Ranks
+from mirl_dist.state import State
+
+Batches = Callable[[], Iterable[Batch]]
+
+
+def select(
+    rule: Rule, state: State, initial: dict[str, Tensor], network: nn.Module, batches: Batches, ranks: Ranks
+) -> Pruned:
+    """New masks by a rule, the same on every rank. network: bare, with the trained weights, left as it is.
+
+    batches: called on rank 0 alone, by criteria that need gradients. Raises Fault, on every rank, for weights or scores
+    that are not finite.
+    """
+    criterion = CRITERIA[rule.criterion]
+    values: dict[str, Tensor] = {n: p.detach() for n, p in state.weights.items()}
+    if criterion.of == "initial":
+        values = {n: initial[n].to(p.device) for n, p in state.weights.items()}
+        masking.close_weights(values, state.masks)
+    if criterion.needs == "nothing":
+        return prune(values, state.masks, rule, ranks.share, ranks.gather)
+    if criterion.needs == "network":
+        made: list[Pruned] = []
+
+        def flow() -> tuple[float, int, tuple[str, ...]]:
+            made.append(synflow.iterate(_with(network, values), values, state.masks, rule))
+            return made[0].threshold, made[0].removed, made[0].collapsed
+
+        threshold, removed, collapsed = ranks.from_main(flow, what="SynFlow")
+        masks = ranks.tensors_from_main(made[0].masks if made else None, what="masks")
+        return Pruned({n: masks[n].to(state.masks[n].device) for n in state.masks}, threshold, removed, collapsed)
+    scored: list[dict[str, Tensor]] = []
+
+    def sense() -> None:
+        pairs = ((batch.degraded, batch.clean) for batch in batches())
+        gradients = sensitivity.gradients(_with(network, values), pairs, _loss)
+        scored.append({n: s for n, s in sensitivity.scores(values, gradients).items() if n in state.masks})
+
+    ranks.from_main(sense, what="gradients")
+    scores = ranks.tensors_from_main(scored[0] if scored else None, what="scores")
+    here = {n: scores[n].to(state.masks[n].device) for n in state.masks}
+    return prune(values, state.masks, rule, ranks.share, ranks.gather, here)
+
+
+def _loss(restored: Tensor, clean: Tensor) -> Tensor:
+    return objective.combine(objective.per_sample_l1(restored, clean))
+
+
+def _with(network: nn.Module, values: dict[str, Tensor]) -> nn.Module:
+    """A copy of a network with other weights."""
+    twin = copy.deepcopy(network)
+    twin.load_state_dict(values)
+    return twin
