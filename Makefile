@@ -1,6 +1,7 @@
 # make demo   the whole mission, small: shards, two ranks, four tickets, a picture
 # make test   all checks and tests
 # make check  ruff, format, types
+# make report five methods side by side on real images (needs MIRL_DATA; an hour or two on two cores)
 # make bench  measurements (see benchmarks/)
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,7 +10,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # One thread per rank and per test process: two ranks on two cores would fight for them otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check bench install clean
+.PHONY: demo test check report bench install clean
 .DEFAULT_GOAL := demo
 
 install: $(VENV)/installed
@@ -32,6 +33,9 @@ check: install
 
 test: check
 	pytest
+
+report: install
+	python benchmarks/five_methods.py
 
 bench: install
 	python benchmarks/selection.py

@@ -140,8 +140,8 @@ class Store:
     def _reach(self, client: Any, item: Item) -> Reached:
         """The run of an item; one that an earlier life opened is found, one that the store lost is made as it was."""
         if item.where not in self.reached:
-            number = item.where.rpartition("/")[2]
-            name = self._run_name if item.where == "run" else round_name(self._run_name, int(number))
+            round_ = item.where.rpartition("/")[2]
+            name = self._run_name if item.where == "run" else round_name(self._run_name, int(round_))
             self._open(client, self._opened.get(item.where) or Item("open", item.where, name, at_ms=item.at_ms))
             for params in self._params.values():
                 if params.where == item.where:
@@ -237,9 +237,8 @@ def experiment_id(client: Any, uri: str, name: str) -> str:
     location = None
     if uri.startswith("sqlite"):  # files beside the database, whatever the working directory
         location = (database(uri).parent / "mlartifacts" / legal_name(name)).as_uri()
-    # Without this tag MLflow opens the experiment on its pages for language models, away from the curves.
-    tags = {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(name, artifact_location=location, tags=tags))
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # else it opens on the pages for language models
+    return str(client.create_experiment(name, artifact_location=location, tags=kind))
 
 
 def database(uri: str) -> Path:

@@ -6,7 +6,6 @@ and sent to the others: so a mask is the same bits on any number of ranks.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
@@ -34,26 +33,18 @@ def select(
     criterion = CRITERIA[rule.criterion]
     values: dict[str, Tensor] = {n: p.detach() for n, p in state.weights.items()}
     if criterion.of == "initial":
-        values = {n: initial[n].to(p.device) for n, p in state.weights.items()}
+        values = {n: initial[n].to(p.device, copy=True) for n, p in state.weights.items()}
         masking.close_weights(values, state.masks)
     if criterion.needs == "nothing":
         return prune(values, state.masks, rule, ranks.share, ranks.gather)
     if criterion.needs == "network":
-        made: list[Pruned] = []
-
-        def flow() -> tuple[float, int, tuple[str, ...]]:
-            made.append(synflow.iterate(_with(network, values), values, state.masks, rule))
-            return made[0].threshold, made[0].removed, made[0].collapsed
-
-        threshold, removed, collapsed = ranks.from_main(flow, what="SynFlow")
-        masks = ranks.tensors_from_main(made[0].masks if made else None, what="masks")
-        return Pruned({n: masks[n].to(state.masks[n].device) for n in state.masks}, threshold, removed, collapsed)
+        return _by_flow(rule, state, values, network, ranks)
     scored: list[dict[str, Tensor]] = []
 
     def sense() -> None:
         pairs = ((batch.degraded, batch.clean) for batch in batches())
-        gradients = sensitivity.gradients(_with(network, values), pairs, _loss)
-        scored.append({n: s for n, s in sensitivity.scores(values, gradients).items() if n in state.masks})
+        found = sensitivity.gradients(network, pairs, _loss, at=values)
+        scored.append({n: s for n, s in sensitivity.scores(values, found).items() if n in state.masks})
 
     ranks.from_main(sense, what="gradients")
     scores = ranks.tensors_from_main(scored[0] if scored else None, what="scores")
@@ -61,12 +52,17 @@ def select(
     return prune(values, state.masks, rule, ranks.share, ranks.gather, here)
 
 
+def _by_flow(rule: Rule, state: State, values: dict[str, Tensor], network: nn.Module, ranks: Ranks) -> Pruned:
+    made: list[Pruned] = []
+
+    def flow() -> tuple[float, int, tuple[str, ...]]:
+        made.append(synflow.iterate(network, values, state.masks, rule))
+        return made[0].threshold, made[0].removed, made[0].collapsed
+
+    told = ranks.from_main(flow, what="SynFlow")
+    masks = ranks.tensors_from_main(made[0].masks if made else None, what="masks")
+    return Pruned({n: masks[n].to(state.masks[n].device) for n in state.masks}, *told)
+
+
 def _loss(restored: Tensor, clean: Tensor) -> Tensor:
     return objective.combine(objective.per_sample_l1(restored, clean))
-
-
-def _with(network: nn.Module, values: dict[str, Tensor]) -> nn.Module:
-    """A copy of a network with other weights."""
-    twin = copy.deepcopy(network)
-    twin.load_state_dict(values)
-    return twin

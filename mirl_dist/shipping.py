@@ -86,7 +86,7 @@ def export(reference: str, out: Path, compact: bool) -> None:
     if out.suffix not in (".ckpt", ".pth", ".pt"):
         raise Fault(f"--out: found {out}, whose ending says no format. Use .ckpt, .pth, .pt or .safetensors.")
     official = models.to_official(opened.config.model.name, weights, **sizes)
-    data = ticket_file.write_official(official, compact=compact)
+    data = models.write_official(official, compact=compact, lightning=True)
     Folder(out.parent).put(out.name, data)
     report.say(
         f"{out}: {len(official)} tensors in the official layout, {len(data):,} bytes"

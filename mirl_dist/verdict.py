@@ -58,7 +58,7 @@ def _of_file(content: Round) -> Iterator[Check]:
     odd = [n for n in sorted(densities.keys() | ticket.layer_density.keys())]
     odd = [n for n in odd if densities.get(n) != ticket.layer_density.get(n)]
     yield Check("density of each tensor", not odd, _named(odd) or f"{len(densities)} tensors")
-    if ticket.collapsed:  # tickets of older versions do not tell
+    if ticket.collapsed or ticket.method:  # tickets of older versions tell neither
         bare = [n for n in sorted(densities) if densities[n] == 0]
         yield _same("tensors without any alive weight", ", ".join(sorted(ticket.collapsed)), ", ".join(bare))
     for what, weights in (("first", content.initial), ("trained", content.trained)):

@@ -525,7 +525,7 @@ def test_a_server_that_was_emptied_gets_the_run_anew(
     lost: str, run: Run, server: MlflowServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = run.begin(server.url)
-    tracker.begin_round(0, {"sparsity": "0.2"})
+    tracker.begin_round(0, {"sparsity": "0.2"}, {"round": 0})
     log(tracker, range(1, 11))
     tracker.flush()
     until(lambda: run.waits() == (0, 0))
@@ -545,10 +545,11 @@ def test_a_server_that_was_emptied_gets_the_run_anew(
     look = client(server.url)
     assert look.get_run(run.ids["run"]).data.params == {"seed": "0"}
     assert look.get_run(run.ids["round/00"]).data.tags["sparsity"] == "0.2"
+    assert look.get_run(run.ids["round/00"]).data.params == {"round": "0"}
     for nested in ("round/00", "round/01"):
         assert look.get_run(run.ids[nested]).data.tags["mlflow.parentRunId"] == run.ids["run"]
     assert [step for step, _ in curve(server.url, run.ids["round/01"], "loss")] == list(range(11, 21))
-    assert curve(server.url, run.ids["run"], "psnr/BSD68") == [(0, 27.5)]
+    assert curve(server.url, run.ids["run"], "round/psnr/BSD68") == [(0, 27.5)]
 
 
 def test_ids_that_cannot_be_remembered_are_remembered_later(

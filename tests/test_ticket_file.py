@@ -84,6 +84,7 @@ def made(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], like: Conte
         "prunable": masking.size(masks),
         "total": sum(t.numel() for t in weights.values()),
         "layer_density": masking.densities(masks),
+        "collapsed": tuple(n for n in sorted(masks) if not masks[n].any()),
         "mask_digest": masking.digest(masks),
         "weights_digest": masking.digest_tensors(trained),
         "initial_digest": masking.digest_tensors(initial),
@@ -317,9 +318,21 @@ def test_a_record_that_no_run_could_have_made_is_refused_even_with_its_digest(
 
 
 def test_folded_text_must_be_one_whole_stream(data: bytes) -> None:
-    for change in (lambda p: p[:-1], lambda p: p + b"x", lambda p: b"", lambda p: b"x" + p):
+    whole = bytes(ticket_seal.unseal(data, "x")["about"])
+    for odd in ({"about": about} for about in (whole[:-1], whole + b"x", b"", b"x" + whole)):
         with pytest.raises(Fault, match="its text (ends too early or too late|cannot be unfolded)"):
-            ticket_file.read(resealed(data, lambda parts, c=change: parts.update(about=c(parts["about"]))), "x")
+            ticket_file.read(resealed(data, odd_parts(odd)), "x")
+
+
+def odd_parts(changes: fuzz_tickets.Parts) -> Callable[[fuzz_tickets.Parts], None]:
+    return lambda parts: parts.update(changes)
+
+
+def test_a_collapse_that_is_not_told_is_caught(child: Content) -> None:
+    bare = {**child.masks, "output.weight": torch.zeros(3, 4, 3, 3, dtype=torch.bool)}
+    content = made(child.initial, bare, child)
+    assert broken(content) == []
+    assert broken(told(content, collapsed=())) == ["tensors without any alive weight"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

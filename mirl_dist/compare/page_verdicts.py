@@ -30,8 +30,8 @@ def verdicts(judgements: Sequence[Judgement], looks: Mapping[str, Look]) -> Html
         if any(c.kind == kind and c.verdict != judge.NOT_RUN for j in judgements for c in j.controls)
     ]
     last = {j.method: j.round_ for j in judgements}
-    tasks, against = map(broken, names), (f"against/{kind}" for kind in kinds)
-    head = ("method", "round", "density", "winning?", *tasks, *map(broken, against), "remarks")
+    numbers = [tag("th", broken(name), class_="number") for name in (*names, *(f"against/{kind}" for kind in kinds))]
+    head = ("method", "round", "density", "winning?", *numbers, "remarks")
     body, before = [], ""
     for j in judgements:
         words = ["first"] * (j.method != before) + ["early"] * (j.round_ != last[j.method])

@@ -35,7 +35,7 @@ thead th { font-weight: 600; border-bottom: 2px solid var(--soft); vertical-alig
 thead tr + tr th { font-weight: 500; }
 tbody tr:hover > * { background: var(--tint); }
 td.number, th.number { text-align: right; white-space: nowrap; }
-td.number small { color: var(--soft); font-size: 12px; }
+td.number small { color: var(--soft); font-size: .92em; }
 td.best b, td .best { font-weight: 750; }
 td.method { padding-left: 58px; text-indent: -50px; }
 td.method, td.run { min-width: 14em; overflow-wrap: break-word; max-width: 24em; }
@@ -78,10 +78,12 @@ footer { padding-top: 26px; padding-bottom: 40px; font-size: 13px; color: var(--
 details > summary { cursor: pointer; margin: 6px 0 10px; font-size: 14px; color: var(--link); }
 @media (max-width: 640px) { main, header, nav, footer { padding-left: 14px; padding-right: 14px; }
   h1 { font-size: 23px; } nav { position: static; } dl { grid-template-columns: 1fr; } dd { margin-bottom: 6px; } }
+@page { size: A4 landscape; margin: 12mm; }
 @media print { :root { --page: #fff; --ink: #000; --soft: #444; --line: #bbb; --tint: #fff; --theirs: #f6f0e2;
     --theirs-line: #b99; color-scheme: light; }
   body { font-size: 11px; } nav, .downloads, label.only, summary { display: none; }
-  table { font-size: 9.5px; } th, td { padding: 2px 5px; } .scroll { overflow: visible; }
+  table { font-size: 9.5px; } th, td { padding: 2px 5px; } .scroll { overflow: visible; background: none; }
+  td.method, td.run { min-width: 9em; }
   main, header, footer { max-width: none; padding-left: 0; padding-right: 0; }
   figure, tr { break-inside: avoid; } .charts { break-inside: auto; } .charts > * { break-inside: avoid; }
   h2, h3 { break-after: avoid; } }
