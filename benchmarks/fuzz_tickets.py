@@ -21,6 +21,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def odd_text(data: bytes, chance: random.Random) -> bytes:
             elif kind == 3 and isinstance(inside[key], (int, float)):
                 inside[key] = inside[key] * chance.choice((0, -1, 2, 1 << 20)) + chance.choice((0, 1, -1))
             else:
-                inside[key] = chance.choice(ODD_VALUES)
+                inside[key] = deepcopy(chance.choice(ODD_VALUES))
         return with_digest(tree, densities) if isinstance(tree.get("ticket"), dict) else tree
 
     return retold(data, change)

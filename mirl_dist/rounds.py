@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -302,9 +303,13 @@ class Rounds:
 
     def _open_round(self, round_: int, mask_digest: str) -> None:
         """Tell MLflow of a round: by what rounds of several runs are found and compared there."""
-        config = self.config
+        config, masks = self.config, self.state.masks
+        total = sum(p.numel() for p in self.state.weights.values())
+        alive = total - masking.size(masks) + masking.alive(masks)
         said = {
             "round": str(round_),
+            "alive_weights": str(alive),
+            "total_sparsity": f"{1 - alive / total:.4f}",
             "method": self.method(round_),
             "criterion": config.prune.criterion,
             "per": config.prune.per,
@@ -343,8 +348,9 @@ class Rounds:
             self.tracker.log_file(f"{folder}/{SCORES}", table, "round")
         if pictures is not None:
             self.tracker.log_file(f"{folder}/{PICTURES}", pictures, "round")
-            for row in rows(pictures):
-                self.tracker.log_image(row.title, strip([row]), ticket.round)
+            with contextlib.suppress(Fault):  # of a strip of older versions, which tells of no images
+                for row in rows(pictures):
+                    self.tracker.log_image(row.title, strip([row]), ticket.round)
         self.tracker.end_round()
 
     def close(self) -> None:

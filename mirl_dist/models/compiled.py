@@ -31,9 +31,9 @@ class _OfEighths(nn.Module):
 
 
 class Compiled(nn.Module):
-    """A network, compiled at its first image and not again for other sizes; weights may change between images.
+    """A network, compiled at its first image and not again for other sizes, unless they are very small.
 
-    Images: (B, C, H, W), grown to multiples of 8 as `pad_to_multiple` says, and cropped again. Outputs differ from the
+    Weights may change between images. Images: (B, C, H, W), grown to multiples of 8 as `pad_to_multiple` says, and cropped again. Outputs differ from the
     network's own by rounding. Raises Fault where compiling fails.
     """
 
@@ -45,11 +45,14 @@ class Compiled(nn.Module):
             raise _fault(error) from None
 
     def forward(self, image: Tensor) -> Tensor:
+        from torch._dynamo.decorators import maybe_mark_dynamic
         from torch._dynamo.exc import TorchDynamoException
 
         height, width = image.shape[-2:]
+        squares = F.pixel_unshuffle(pad_to_multiple(image, _EIGHT), _EIGHT)
+        maybe_mark_dynamic(squares, (2, 3))  # else a square first image is taken for a law: height equals width
         try:
-            restored: Tensor = self._network(F.pixel_unshuffle(pad_to_multiple(image, _EIGHT), _EIGHT))
+            restored: Tensor = self._network(squares)
         except TorchDynamoException as error:
             raise _fault(error) from None
         return restored[..., :height, :width]
