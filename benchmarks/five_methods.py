@@ -72,7 +72,9 @@ def main() -> None:
     runs = [str(said.runs / f"{method}-{seed}") for method in METHODS for seed in said.seeds]
     controls = sorted(str(folder) for folder in said.runs.glob("*-controls/*") if folder.is_dir())
     title = "Five methods on real images"
-    mirl("tickets", "compare", *runs, *controls, "--out", str(said.out), "--title", title, "--experiment", "five_methods")
+    mirl(
+        "tickets", "compare", *runs, *controls, "--out", str(said.out), "--title", title, "--experiment", "five_methods"
+    )
     mirl("tickets", "judge", *(str(said.runs / f"global-{seed}") for seed in said.seeds))
 
 

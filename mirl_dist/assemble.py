@@ -6,20 +6,18 @@ import platform
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mirl_dist import __version__, evaluate, feed, lottery, models, report, resuming, starting, tracking
+from mirl_dist import __version__, evaluate, feed, lottery, report, resuming, showing, starting
 from mirl_dist.checkpoint import OUTBOX, RUN, Checkpoints
 from mirl_dist.commits import dump as pretty
-from mirl_dist.config import Config, differences, of_dump
-from mirl_dist.data.order import Order, Shares, share_batch
-from mirl_dist.data.shards import Shards
+from mirl_dist.config import Config
 from mirl_dist.faults import Fault, Stopped
+from mirl_dist.preparing import Prepared, describe, prepare_together, refuse_another_run_in
 from mirl_dist.protocols import PROTOCOLS
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import Rule, in_scope
@@ -28,7 +26,6 @@ from mirl_dist.resuming import Newest
 from mirl_dist.rounds import Rounds
 from mirl_dist.state import MakeOptimiser, State
 from mirl_dist.stopping import StopFlag
-from mirl_dist.storage import Options, Store, open_store
 from mirl_dist.ticket import Ticket
 from mirl_dist.tracking import FAREWELL_SECONDS, Mlflow, Silent, Tracker, usual_journal
 
@@ -36,16 +33,6 @@ OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, 
 _DECAYS = {"adam": 0.0, "adamw": 0.01}
 LEAVE_SECONDS = 2.0  # of the deadline, to take leave of store and lease
 SETTLE_SECONDS = 10.0  # for a commit under way when a run fails
-
-
-class Prepared(NamedTuple):
-    """What is known of a run before any rank starts: its data, its order, its shares, its place."""
-
-    shards: Shards
-    order: Order
-    shares: Shares
-    jobs: list[evaluate.Job]
-    store: Store
 
 
 def optimiser_of(config: Config) -> MakeOptimiser:
@@ -100,127 +87,6 @@ def scoring_of(config: Config) -> evaluate.Settings:
     )
 
 
-class _Told(NamedTuple):
-    """What rank 0 has read and tells the others: so that a store is not asked by every rank."""
-
-    manifest: bytes
-    jobs: list[evaluate.Job]
-
-
-def prepare(config: Config, world: int, resume: str) -> Prepared:
-    """Everything that can be refused before work begins, refused; nothing is written.
-
-    resume: 'auto', 'never' or 'must'. Raises Fault.
-    """
-    shards = Shards(store_of(config, config.data.shards))
-    order, shares = order_of(config, shards), share_batch(config.batch.global_, config.batch.forward, world)
-    shards.refuse_larger_patches(config.data.patch_pixels)
-    if config.data.damage == "refuse":
-        shards.refuse_missing("train", "evaluate")
-    else:
-        shards.refuse_missing("evaluate")
-    jobs = evaluate.plan(shards, order.tasks, config.evaluate.sets, config.evaluate.pictures)
-    _refuse_unknown_scores(config.keep.by, sorted({job.name for job in jobs}))
-    _refuse_late_rewind(config, order.steps_per_epoch)
-    store = store_of(config, config.run.folder)
-    _refuse_another_run(Checkpoints(store), config, shards.manifest.digest(), resume)
-    with torch.device("meta"):
-        names = [n for n, _ in models.create(config.model.name, **config.model.sizes()).named_parameters()]
-    in_scope(names, config.prune.scope)
-    return Prepared(shards, order, shares, jobs, store)
-
-
-def _prepare_together(config: Config, resume: str, ranks: Ranks) -> Prepared:
-    """`prepare` on every rank, with all reading and judging done by rank 0 alone."""
-    mine: list[Prepared] = []
-
-    def on_main() -> _Told:
-        mine.append(prepare(config, ranks.world, resume))
-        if config.tracking.enabled:
-            tracking.refuse(config.tracking.uri)
-        return _Told(mine[0].shards.manifest.dump(), mine[0].jobs)
-
-    told = ranks.from_main(on_main, what="manifest")
-    if mine:
-        return mine[0]
-    shards = Shards(store_of(config, config.data.shards), told.manifest)
-    shares = share_batch(config.batch.global_, config.batch.forward, ranks.world)
-    return Prepared(shards, order_of(config, shards), shares, told.jobs, store_of(config, config.run.folder))
-
-
-def store_of(config: Config, address: str) -> Store:
-    """A store that a config names."""
-    said = config.store
-    return open_store(address, Options(said.endpoint, said.encryption, said.kms_key, said.patience_seconds))
-
-
-def order_of(config: Config, shards: Shards) -> Order:
-    """The order of a config's samples. Raises Fault for a mix that the shards cannot feed."""
-    return Order(
-        config.data.mix,
-        shards.train,
-        config.batch.global_,
-        config.run.seed,
-        mix_by=config.data.mix_by,
-        steps_per_epoch=config.data.steps_per_epoch,
-    )
-
-
-def _refuse_unknown_scores(globs: tuple[str, ...], names: list[str]) -> None:
-    """Raise Fault for a glob of keep.by that no score will answer to."""
-    scores = [f"{kind}/{name}" for name in names for kind in ("psnr", "ssim")]
-    for glob in globs:
-        if not any(fnmatchcase(score, glob) for score in scores):
-            raise Fault(f"keep.by: '{glob}' names no score; there will be {', '.join(scores) or 'none'}. Correct it.")
-
-
-def _refuse_late_rewind(config: Config, steps_per_epoch: int) -> None:
-    """Raise Fault for a rewind point that round 0 does not pass."""
-    steps, at = steps_per_epoch * config.train.epochs, config.rewind.step
-    if at is not None and at >= steps:
-        raise Fault(f"rewind.step: found {at}, but a round has {steps} steps. Give an earlier one.")
-
-
-def _refuse_another_run(checkpoints: Checkpoints, config: Config, manifest_digest: str, resume: str) -> None:
-    """Raise Fault when the folder holds another run than this one, or resume says otherwise."""
-    where = checkpoints.store.where()
-    found = checkpoints.identity()
-    if found is None:
-        if resume == "must":
-            raise Fault(f"--resume must, but {where} holds no run. Correct run.folder, or use --resume auto.")
-        if checkpoints.commits():
-            raise Fault(f"{where} holds commits but no run.json. Restore it, or choose another run.folder.")
-        return
-    if resume == "never":
-        raise Fault(f"--resume never, but {where} holds a run. Choose another run.folder, or use --resume auto.")
-    if found["fingerprint"] != config.fingerprint():
-        other = of_dump(found["config"], f"{where}/run.json")
-        said = "; ".join(differences(config, other)[:6]) or "another version wrote it"
-        raise Fault(
-            f"{where} belongs to another config (fingerprint {found['fingerprint']}, this one is "
-            f"{config.fingerprint()}): {said}. Choose another run.folder, or restore those values."
-        )
-    if found["manifest_digest"] != manifest_digest:
-        raise Fault(
-            f"{where} was trained on shards with digest {found['manifest_digest'][:12]}, {config.data.shards} has "
-            f"{manifest_digest[:12]}: other data. Point data.shards to the first ones, or choose another run.folder."
-        )
-
-
-def describe(config: Config, prepared: Prepared, world: int) -> str:
-    """The recipe in numbers, so that nobody's drifts silently with the number of ranks."""
-    shares, steps = prepared.shares, prepared.order.steps_per_epoch
-    passes = "pass" if shares.accumulation == 1 else "passes"
-    samples = steps * config.batch.global_ * config.train.epochs
-    o = config.optimiser
-    return (
-        f"{world} ranks x {shares.accumulation} {passes} x {shares.forward} samples = global batch "
-        f"{config.batch.global_}; {steps} steps per epoch, {config.train.epochs} epochs, "
-        f"{samples:,} samples per round; {o.name}, learning rate {o.lr:g}, "
-        f"warm-up {config.schedule.warmup_epochs:g} epochs, {config.train.precision}"
-    )
-
-
 def _tracker(config: Config, checkpoints: Checkpoints, newest: Newest | None, run_id: str, ranks: Ranks) -> Tracker:
     """MLflow's door on rank 0, its twin elsewhere; an address that is refused is refused on every rank."""
     if not config.tracking.enabled:
@@ -252,12 +118,7 @@ def _tags(config: Config, prepared: Prepared, world: int) -> dict[str, str]:
         "shards": manifest.name,
         "manifest": manifest.digest(),
         "method": config.method(),
-        "criterion": config.prune.criterion,
-        "per": config.prune.per,
-        "scope": str(config.prune.scope),
-        "rewind": config.rewinds_to(),
-        "seed": str(config.run.seed),
-        "protocol": config.evaluate.protocols[0],
+        **showing.said_of(config),
         "ranks": str(world),
     }
 
@@ -305,7 +166,7 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
     stop_asked.phase = lambda: ranks.phase
     stop_asked.hears.append(ranks.stop_told)
     stop_asked.tells.append(ranks.tell_stop)
-    prepared = _prepare_together(config, resume, ranks)
+    prepared = prepare_together(config, resume, ranks)
     if ranks.is_main:
         report.say(describe(config, prepared, ranks.world))
     supply = feed.supply_of(config, prepared.shards, f"rank {ranks.rank}", stop_asked)
@@ -316,7 +177,7 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
     news: dict[str, Any] = {}
 
     def refuse_another_run() -> None:
-        _refuse_another_run(Checkpoints(prepared.store), config, prepared.shards.manifest.digest(), resume)
+        refuse_another_run_in(Checkpoints(prepared.store), config, prepared.shards.manifest.digest(), resume)
 
     with resuming.writing(config, prepared.store, ranks, news, stop_asked, refuse_another_run) as checkpoints:
         newest = resuming.newest(checkpoints, ranks)

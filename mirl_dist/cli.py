@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mirl_dist import __version__
+from mirl_dist import __version__, cli_tickets
+from mirl_dist.cli_tickets import Json, TicketArgument, Tile
 from mirl_dist.faults import Fault, Stopped
 from mirl_dist.slip import Slip
 from mirl_dist.stopping import RESUMABLE, StopFlag
@@ -26,17 +27,13 @@ app = typer.Typer(
     help="Find winning tickets in all-in-one image restoration networks, on any number of GPUs.",
 )
 shards_app = typer.Typer(no_args_is_help=True, help="Build and check WebDataset shards.")
-tickets_app = typer.Typer(no_args_is_help=True, help="List, show, prove, ship, compare and judge tickets.")
 track_app = typer.Typer(no_args_is_help=True, help="What MLflow is to hear of a run.")
 app.add_typer(shards_app, name="shards")
-app.add_typer(tickets_app, name="tickets")
+app.add_typer(cli_tickets.app, name="tickets")
 app.add_typer(track_app, name="track")
 
 Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value, read as YAML; may be repeated.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes of each rank; default: one per processor.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-TicketArgument = Annotated[str, typer.Argument(help="Run folder, run folder/rounds/NN, or a ticket file.")]
-Tile = Annotated[int | None, typer.Option(help="Pixels of square tiles, for images too large for memory.")]
 
 
 def main() -> None:
@@ -129,7 +126,7 @@ def train(
     stop_asked.meant, stop_asked.cleared = slip.ask_to_stop, slip.another_failed
     stop_asked.listen()  # before what takes seconds to import
 
-    from mirl_dist import assemble
+    from mirl_dist import assemble, preparing
     from mirl_dist import config as configs
 
     if resume not in ("auto", "never", "must"):
@@ -155,7 +152,7 @@ def train(
         from mirl_dist import shelf
 
         with contextlib.suppress(OSError):  # of the terminal: the run itself has ended well
-            shelf.print_tickets(tree.run.folder, as_json=False, store=assemble.store_of(tree, tree.run.folder))
+            shelf.print_tickets(tree.run.folder, as_json=False, store=preparing.store_of(tree, tree.run.folder))
         if address:
             say(f"MLflow: {address}")
 
@@ -294,107 +291,3 @@ def track_resend(run: Annotated[str, typer.Argument(help="Run folder, or s3://bu
     from mirl_dist import shelf
 
     shelf.resend(run)
-
-
-@tickets_app.command("list")
-def tickets_list(run: Annotated[str, typer.Argument(help="Run folder.")], as_json: Json = False) -> None:
-    """Print the tickets of a run, a line per round."""
-    from mirl_dist import shelf
-
-    shelf.print_tickets(run, as_json)
-
-
-@tickets_app.command("show")
-def tickets_show(
-    ticket: TicketArgument,
-    as_json: Json = False,
-) -> None:
-    """Print one ticket: counts, digests, scores, density per layer."""
-    from mirl_dist import shelf
-
-    shelf.print_ticket(ticket, as_json)
-
-
-@tickets_app.command("pictures")
-def tickets_pictures(
-    ticket: Annotated[str, typer.Argument(help="Run folder, or run folder/rounds/NN.")],
-    out: Annotated[Path, typer.Option(help="The PNG file to write.")],
-) -> None:
-    """Write a ticket's degraded, restored and clean images, a row per task."""
-    from mirl_dist import shelf
-
-    shelf.write_pictures(ticket, out)
-
-
-@tickets_app.command("pack")
-def tickets_pack(
-    ticket: Annotated[str, typer.Argument(help="Run folder, or run folder/rounds/NN.")],
-    out: Annotated[Path, typer.Option(help="The file to write, for example mine.ticket.")],
-) -> None:
-    """Write a ticket as one file: mask, first and trained values, scores, config, digests."""
-    from mirl_dist import shipping
-
-    shipping.pack(ticket, out)
-
-
-@tickets_app.command("verify")
-def tickets_verify(
-    ticket: TicketArgument,
-    run: Annotated[str | None, typer.Option(help="The run of a ticket file, to prove its descent too.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Prove a ticket from itself alone, and with its run that the mask follows from the parent's weights."""
-    from mirl_dist import shipping
-
-    shipping.verify(ticket, run, as_json)
-
-
-@tickets_app.command("export")
-def tickets_export(
-    ticket: TicketArgument,
-    out: Annotated[Path, typer.Option(help="A .ckpt, .pth or .pt file for the official code, or .safetensors.")],
-    compact: Annotated[bool, typer.Option("--compact", help="A smaller file, which loads in the same way.")] = False,
-) -> None:
-    """Write a ticket's trained weights as the official code loads them."""
-    from mirl_dist import shipping
-
-    shipping.export(ticket, out, compact)
-
-
-@tickets_app.command("compare")
-def tickets_compare(
-    tickets: Annotated[
-        list[str],
-        typer.Argument(
-            help="Runs, run folder/rounds/NN, ticket files, mlflow:RUN_ID or mlflow:experiment:NAME; several seeds of "
-            "one method stand in one line."
-        ),
-    ],
-    out: Annotated[Path | None, typer.Option(help="A folder for the CSV, the LaTeX tables and the page.")] = None,
-    title: Annotated[str, typer.Option(help="Of the page, and of the run in MLflow.")] = "Tickets compared",
-    experiment: Annotated[str | None, typer.Option(help="Also log the files to this MLflow experiment.")] = None,
-    uri: Annotated[str | None, typer.Option(help="MLflow's address; default: MLFLOW_TRACKING_URI.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Compare tickets: a table, and with --out a CSV, LaTeX tables and one self-contained HTML page."""
-    from mirl_dist import comparing
-
-    comparing.compare(tickets, out, as_json, title, experiment, uri)
-
-
-@tickets_app.command("judge")
-def tickets_judge(
-    runs: Annotated[list[str], typer.Argument(help="Runs of one method, one for each seed.")],
-    round_: Annotated[
-        int | None, typer.Option("--round", min=1, help="Default: the best chosen, else the last.")
-    ] = None,
-    train: Annotated[
-        str | None, typer.Option(help="Train controls that are missing: a file from launch/, or 'auto'.")
-    ] = None,
-    tolerance: Annotated[float, typer.Option(min=0, help="dB below dense that still count as equal.")] = 0.0,
-    as_json: Json = False,
-) -> None:
-    """Say whether tickets win: MIR-L's Definition 1 per task, over the seeds, and against controls."""
-    from mirl_dist import judging
-
-    judging.judge_runs(runs, round_, train, tolerance, as_json)

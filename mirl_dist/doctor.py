@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mirl_dist import assemble, ranks
+from mirl_dist import preparing, ranks
 from mirl_dist.config import Config
 from mirl_dist.data.cache import usual_folder
 from mirl_dist.data.crew import processes
@@ -87,11 +87,11 @@ def print_plan(config: Config) -> None:
     folder = config.data.cache.folder
     if folder is not None:
         say(f"{'data.cache':16} {folder}, {_room(Path(folder).expanduser())} free")
-    prepared = assemble.prepare(config, 1, "auto")
+    prepared = preparing.prepare(config, 1, "auto")
     for world in (2**i for i in range(7)):
         try:
             shares = share_batch(config.batch.global_, config.batch.forward, world)
         except Fault as fault:
             say(f"{world} ranks: {fault}")
             continue
-        say(assemble.describe(config, prepared._replace(shares=shares), world))
+        say(preparing.describe(config, prepared._replace(shares=shares), world))

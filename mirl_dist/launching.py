@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mirl_dist import assemble, ranks
+from mirl_dist import preparing, ranks
 from mirl_dist.config import Config
 from mirl_dist.faults import Fault
 from mirl_dist.slip import Slip, children
@@ -54,7 +54,7 @@ def launch(
     is proved here once, for ranks that are started again find their own run. prepared: called when signals are about to
     be heard here.
     """
-    assemble.prepare(config, world, resume)
+    preparing.prepare(config, world, resume)
     arguments = [*options, "--max_restarts", str(config.ranks.restarts), "--monitor_interval", "0.1"]
     arguments += ["-m", "mirl_dist", *command, "--resume", "auto" if resume == "never" else resume]
     for assignment in sets:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirl_dist import __version__, evaluate, report, schedule, selecting, train
-from mirl_dist.checkpoint import MASK, PICTURES, REWIND, SCORES, TICKET, Checkpoints, pack_tensors
+from mirl_dist import __version__, evaluate, report, schedule, selecting, showing, train
+from mirl_dist.checkpoint import REWIND, Checkpoints
 from mirl_dist.config import Config
 from mirl_dist.data.held import Held
 from mirl_dist.data.order import Order, Position, Shares
@@ -26,13 +25,11 @@ from mirl_dist.faults import Fault, Stopped
 from mirl_dist.footprint import Footprint
 from mirl_dist.keeper import Keeper
 from mirl_dist.lottery import prove_dead_weights
-from mirl_dist.pictures import rows, strip
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import Pruned, Rule
 from mirl_dist.ranks import Ranks
 from mirl_dist.state import Progress, Snapshot, State
-from mirl_dist.ticket import DENSE, Curve, Ticket, validation_score
-from mirl_dist.ticket import metrics as ticket_metrics
+from mirl_dist.ticket import Curve, Ticket, validation_score
 from mirl_dist.tracking import Tracker
 
 
@@ -109,7 +106,8 @@ class Rounds:
             spike_factor=config.guard.spike_factor,
             slow_factor=config.ranks.slow_factor,
         )
-        self._open_round(progress.round, progress.mask_digest)
+        weights = sum(p.numel() for p in self.state.weights.values())
+        showing.open_round(self.tracker, config, progress.round, self.state.masks, weights)
         total = epochs * plan.steps_per_epoch
         what = f"round {progress.round}"
         self.news.update(round=progress.round, step=progress.updates, steps=total)
@@ -283,7 +281,7 @@ class Rounds:
             also={protocol.name: scored.scores[protocol.name] for protocol in others},
             measured=self.how.measured(),
             curve=progress.curve if progress.curve.steps else None,
-            method=self.method(progress.round),
+            method=showing.method(self.config, progress.round),
             seed=self.config.run.seed,
             began=progress.began,
             collapsed=tuple(name for name, density in densities.items() if density == 0),
@@ -297,29 +295,6 @@ class Rounds:
             versions={"mirl_dist": __version__, "torch": torch.__version__, **versions()},
         )
 
-    def method(self, round_: int) -> str:
-        """The word for a round: that of the run, and 'dense' for a round 0 of all weights."""
-        return self.config.method() if round_ or self.config.start.ticket is not None else DENSE
-
-    def _open_round(self, round_: int, mask_digest: str) -> None:
-        """Tell MLflow of a round: by what rounds of several runs are found and compared there."""
-        config, masks = self.config, self.state.masks
-        total = sum(p.numel() for p in self.state.weights.values())
-        alive = total - masking.size(masks) + masking.alive(masks)
-        said = {
-            "round": str(round_),
-            "alive_weights": str(alive),
-            "total_sparsity": f"{1 - alive / total:.4f}",
-            "method": self.method(round_),
-            "criterion": config.prune.criterion,
-            "per": config.prune.per,
-            "scope": str(config.prune.scope),
-            "rewind": config.rewinds_to(),
-            "seed": str(config.run.seed),
-            "protocol": self.how.protocols[0].name,
-        }
-        self.tracker.begin_round(round_, said | {"mask": mask_digest}, said)
-
     def _write(self, work: Callable[[], None], what: str) -> None:
         """Small things, at once, with the keeper's patience."""
 
@@ -331,27 +306,8 @@ class Rounds:
 
     def record(self, ticket: Ticket) -> None:
         """Show a committed ticket: one line, and MLflow. Twice is once."""
-        if not self.ranks.is_main:
-            return
-        scores = ", ".join(f"{n} {s.psnr:.2f} dB" for n, s in ticket.scores.items())
-        report.say(
-            f"ticket {ticket.round}: {ticket.alive_total:,} of {ticket.total:,} weights "
-            f"({ticket.total_sparsity:.1%} sparse); {scores or 'no evaluation sets'}"
-        )
-        self._open_round(ticket.round, ticket.mask_digest)
-        self.tracker.log_ticket(ticket.round, ticket_metrics(ticket))
-        folder = f"tickets/{ticket.round:02d}"
-        self.tracker.log_file(f"{folder}/{TICKET}", ticket.dump(), "round")
-        self.tracker.log_file(f"{folder}/{MASK}", pack_tensors(masking.pack(self.state.masks)), "round")
-        table, pictures = self.checkpoints.scores(ticket.round), self.checkpoints.pictures(ticket.round)
-        if table is not None:
-            self.tracker.log_file(f"{folder}/{SCORES}", table, "round")
-        if pictures is not None:
-            self.tracker.log_file(f"{folder}/{PICTURES}", pictures, "round")
-            with contextlib.suppress(Fault):  # of a strip of older versions, which tells of no images
-                for row in rows(pictures):
-                    self.tracker.log_image(row.title, strip([row]), ticket.round)
-        self.tracker.end_round()
+        if self.ranks.is_main:
+            showing.ticket(self.tracker, self.config, self.checkpoints, ticket, self.state.masks)
 
     def close(self) -> None:
         """After the last round: keep rounds only; name the best and drop other weights, if the config says so."""

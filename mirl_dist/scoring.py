@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mirl_dist import assemble, evaluate, feed, opening, report, rounds, shelf
+from mirl_dist import assemble, evaluate, feed, opening, preparing, report, rounds, shelf
 from mirl_dist.config import Config
 from mirl_dist.data.sample import Pixels
 from mirl_dist.data.shards import Shards
@@ -65,7 +65,7 @@ def print_scores(reference: str, shards_address: str | None, how: How, table: Pa
     opened = opening.open_ticket(reference)
     config, ticket = opened.config, opened.ticket()
     settings = _settings(config, how)
-    shards = Shards(assemble.store_of(config, shards_address or config.data.shards))
+    shards = Shards(preparing.store_of(config, shards_address or config.data.shards))
     tasks = tuple(Task.of(name) for name in config.data.mix)
     jobs = evaluate.plan(shards, tasks, config.evaluate.sets if shards_address is None else None)
     if not jobs:

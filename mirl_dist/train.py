@@ -42,9 +42,10 @@ class Plan:
 class Around(Protocol):
     """The run around a round's loop.
 
-    rate: the learning rate at a position; begins_step: heard before each step, may raise Stopped on all ranks; commit: keep the state, in the
-    background unless `wait`; busy, failed: whether a commit is being written, or could not be (on the rank that
-    writes); refuse_failed: raise that failure, on every rank; log: values of a step, on the rank that tells.
+    rate: the learning rate at a position; begins_step: heard before each step, may raise Stopped on all ranks; commit:
+    keep the state, in the background unless `wait`; busy, failed: whether a commit is being written, or could not be
+    (on the rank that writes); refuse_failed: raise that failure, on every rank; log: values of a step, on the rank
+    that tells.
     """
 
     def rate(self, progress: Progress) -> float: ...

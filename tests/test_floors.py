@@ -59,6 +59,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "strict_json",
         "ticket",
         "ticket_file",
+        "ticket_seal",
         "verdict",
     ),
     "comparison": (
@@ -126,10 +127,10 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "guards",
         "train",
     ),
-    "stories": ("lottery", "rounds", "selecting"),
-    "wiring": ("assemble", "feed", "opening", "resuming", "starting"),
+    "stories": ("lottery", "rounds", "selecting", "showing"),
+    "wiring": ("assemble", "feed", "opening", "preparing", "resuming", "starting"),
     "uses": ("comparing", "doctor", "judging", "launching", "scoring", "shelf", "shipping", "sources"),
-    "front door": ("__main__", "cli"),
+    "front door": ("__main__", "cli", "cli_tickets"),
 }
 
 # What only the named modules may import.
@@ -330,7 +331,11 @@ SMALL = {"low": ("__init__", "data/__init__", "low"), "middle": ("data/middle",)
         ("data/middle", "from .. import ranks\n", "data/middle (middle) imports ranks (high)"),
         ("__init__", "def f():\n    from mirl_dist import low\n", ""),
         ("stranger", "x = 1\n", "stranger: on no floor; give it a place in FLOORS"),
-        ("data/middle", "def f():\n    import mlflow\n", "data/middle uses mlflow; only mlflow_reader, mlflow_store may"),
+        (
+            "data/middle",
+            "def f():\n    import mlflow\n",
+            "data/middle uses mlflow; only mlflow_reader, mlflow_store may",
+        ),
         ("data/middle", "from mlflow.tracking import MlflowClient\n", "data/middle uses mlflow"),
         ("data/middle", "from torch import distributed\n", "data/middle uses torch.distributed; only ranks may"),
         ("data/middle", "import torch\ntorch.distributed.barrier()\n", "data/middle uses torch.distributed"),

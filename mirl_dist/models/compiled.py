@@ -33,8 +33,8 @@ class _OfEighths(nn.Module):
 class Compiled(nn.Module):
     """A network, compiled at its first image and not again for other sizes, unless they are very small.
 
-    Weights may change between images. Images: (B, C, H, W), grown to multiples of 8 as `pad_to_multiple` says, and cropped again. Outputs differ from the
-    network's own by rounding. Raises Fault where compiling fails.
+    Images: (B, C, H, W), grown to multiples of 8 as `pad_to_multiple` says, and cropped again. Weights may change
+    between images. Outputs differ from the network's own by rounding. Raises Fault where compiling fails.
     """
 
     def __init__(self, network: nn.Module) -> None:

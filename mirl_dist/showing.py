@@ -1,0 +1,66 @@
+"""What a round shows of itself: a line on the terminal, and a nested run in MLflow."""
+
+from __future__ import annotations
+
+import contextlib
+
+from mirl_dist import report
+from mirl_dist.checkpoint import MASK, PICTURES, SCORES, TICKET, Checkpoints, pack_tensors
+from mirl_dist.config import Config
+from mirl_dist.faults import Fault
+from mirl_dist.pictures import rows, strip
+from mirl_dist.pruning import masks as masking
+from mirl_dist.ticket import DENSE, Ticket, metrics
+from mirl_dist.tracking import Tracker
+
+
+def method(config: Config, round_: int) -> str:
+    """The word for a round: that of the run, and DENSE for a round 0 of all weights."""
+    return config.method() if round_ or config.start.ticket is not None else DENSE
+
+
+def said_of(config: Config) -> dict[str, str]:
+    """What runs and rounds are found and compared by."""
+    return {
+        "criterion": config.prune.criterion,
+        "per": config.prune.per,
+        "scope": str(config.prune.scope),
+        "rewind": config.rewinds_to(),
+        "seed": str(config.run.seed),
+        "protocol": config.evaluate.protocols[0],
+    }
+
+
+def open_round(tracker: Tracker, config: Config, round_: int, masks: masking.Masks, weights: int) -> None:
+    """Tell MLflow of a round, with tags and params to compare it by. weights: of the whole network."""
+    alive = weights - masking.size(masks) + masking.alive(masks)
+    said = said_of(config) | {
+        "round": str(round_),
+        "method": method(config, round_),
+        "alive_weights": str(alive),
+        "total_sparsity": f"{1 - alive / weights:.4f}",
+    }
+    tracker.begin_round(round_, said | {"mask": masking.digest(masks)}, said)
+
+
+def ticket(tracker: Tracker, config: Config, checkpoints: Checkpoints, ticket: Ticket, masks: masking.Masks) -> None:
+    """Show a committed ticket. Twice is once."""
+    scores = ", ".join(f"{n} {s.psnr:.2f} dB" for n, s in ticket.scores.items())
+    report.say(
+        f"ticket {ticket.round}: {ticket.alive_total:,} of {ticket.total:,} weights "
+        f"({ticket.total_sparsity:.1%} sparse); {scores or 'no evaluation sets'}"
+    )
+    open_round(tracker, config, ticket.round, masks, ticket.total)
+    tracker.log_ticket(ticket.round, metrics(ticket))
+    folder = f"tickets/{ticket.round:02d}"
+    tracker.log_file(f"{folder}/{TICKET}", ticket.dump(), "round")
+    tracker.log_file(f"{folder}/{MASK}", pack_tensors(masking.pack(masks)), "round")
+    table, pictures = checkpoints.scores(ticket.round), checkpoints.pictures(ticket.round)
+    if table is not None:
+        tracker.log_file(f"{folder}/{SCORES}", table, "round")
+    if pictures is not None:
+        tracker.log_file(f"{folder}/{PICTURES}", pictures, "round")
+        with contextlib.suppress(Fault):  # of a strip of older versions, which tells of no images
+            for row in rows(pictures):
+                tracker.log_image(row.title, strip([row]), ticket.round)
+    tracker.end_round()
