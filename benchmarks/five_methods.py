@@ -2,8 +2,8 @@
 
 python benchmarks/five_methods.py [--runs runs/five_methods] [--out docs/results/five_methods] [--seeds 0 1] [--lanes 2]
 
-Needs MIRL_DATA. What is trained already is not trained again: a second call goes on where the first one stopped. Runs are
-single processes, `lanes` of them side by side, each on one thread.
+Needs MIRL_DATA. What is trained already is not trained again: a second call goes on where the first one stopped. Runs
+are single processes, `lanes` of them side by side, each on one thread.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What users do with finished tickets: pack, show, prove, export, restore, compare and judge them, or mistype it all."""
+"""What users do with finished tickets: pack, show, prove, export, restore, compare, judge; and what they mistype."""
 
 from __future__ import annotations
 
