@@ -50,7 +50,7 @@ def train(runs: Path, method: str, seed: int) -> None:
 def judge(runs: Path, seed: int, launch: Path) -> None:
     """The controls of one global run."""
     mirl("tickets", "judge", str(runs / f"global-{seed}"), "--train", str(launch), log=runs / f"controls-{seed}.log")
-    print(f"{runs}/global-{seed}-controls done", flush=True)
+    print(f"{runs}/global-{seed}/controls done", flush=True)
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
         list(lanes.map(lambda one: train(said.runs, *one), [(m, s) for m in METHODS for s in said.seeds]))
         list(lanes.map(lambda seed: judge(said.runs, seed, Path("launch/one.yaml")), said.seeds))
     runs = [str(said.runs / f"{method}-{seed}") for method in METHODS for seed in said.seeds]
-    controls = sorted(str(folder) for folder in said.runs.glob("*-controls/*") if folder.is_dir())
+    controls = sorted(str(folder) for folder in said.runs.glob("*/controls/*") if folder.is_dir())
     title = "Five methods on real images"
     mirl(
         "tickets", "compare", *runs, *controls, "--out", str(said.out), "--title", title, "--experiment", "five_methods"

@@ -11,6 +11,7 @@
     rounds/03/ticket-0004/                        {weights, mask}.safetensors, state.json, ticket.json, pictures.png,
                                                   COMPLETE.json
     best.json                                     the round chosen by validation
+    controls/08-reinit/                           a run of its own: a control of round 8 (judging.py)
 
 A commit is its COMPLETE.json, written last (commits.py). Its folder carries the number of the launch that wrote it: one
 that has lost the run cannot spoil what its successor writes. outbox.jsonl in a commit is what MLflow had not heard.

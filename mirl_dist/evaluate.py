@@ -18,10 +18,10 @@ from torch import nn
 
 from mirl_dist import metrics, pictures, protocols, tiling
 from mirl_dist.data.chance import generator
+from mirl_dist.data.held import Images
 from mirl_dist.data.manifest import CLEAN, DEGRADED, Shard
 from mirl_dist.data.sample import Pixels, to_tensor
 from mirl_dist.data.shards import Place, Shards
-from mirl_dist.data.supply import Supply
 from mirl_dist.faults import Fault, Stopped
 from mirl_dist.models.compiled import Compiled
 from mirl_dist.protocols import Protocol
@@ -137,7 +137,7 @@ def few(jobs: Sequence[Job], images: int) -> list[Job]:
     return [job._replace(pictured=False) for _, of in by_name for job in islice(of, images)]
 
 
-def degraded_and_clean(supply: Supply, job: Job, protocol: Protocol, seed: int) -> tuple[Pixels | Image, Pixels]:
+def degraded_and_clean(supply: Images, job: Job, protocol: Protocol, seed: int) -> tuple[Pixels | Image, Pixels]:
     """The test pair of a job by a protocol: what the network is given (uint8, or float32 where the protocol does not
     quantise noise) and the clean uint8 image, cropped alike; its chance depends on seed, set, name and task."""
     clean = protocols.cropped(protocol, supply.image(job.place, CLEAN))
@@ -172,7 +172,7 @@ def restore(
     return np.clip(restored, 0, 1)
 
 
-def _score(model: nn.Module, supply: Supply, number: int, job: Job, how: Settings, device: torch.device) -> _Result:
+def _score(model: nn.Module, supply: Images, number: int, job: Job, how: Settings, device: torch.device) -> _Result:
     """One image by every protocol, restored once for each of the inputs that they differ in."""
     made: dict[tuple[int, str], tuple[Image, Image, Pixels]] = {}
     scores, row, key = [], None, job.place.entry.key
@@ -198,7 +198,7 @@ def deal(jobs: Sequence[Job], rank: int, world: int) -> list[int]:
 
 
 @contextmanager
-def _held(supply: Supply, shards: Sequence[Shard], ahead: bool) -> Iterator[Iterator[Shard]]:
+def _held(supply: Images, shards: Sequence[Shard], ahead: bool) -> Iterator[Iterator[Shard]]:
     """Shards one after the other, each held until the next is asked for; ahead: the one after it comes meanwhile."""
     wanted: deque[Shard] = deque()
 
@@ -224,7 +224,7 @@ def _never() -> bool:
 
 def evaluate(
     model: nn.Module,
-    supply: Supply,
+    supply: Images,
     jobs: Sequence[Job],
     ranks: Ranks,
     how: Settings,

@@ -67,19 +67,19 @@ def judge_runs(runs: Sequence[str], round_: int | None, train: str | None, toler
 
 
 def controls_of(run: str, found: Found) -> list[Control]:
-    """The controls of a round, beside its run: the same data and training, one round, and another start."""
+    """The controls of a round, inside its run's folder: the same data and training, one round, and another start."""
     if found.round_ == 0 or found.config.start.ticket is not None:
         return []
-    made = []
+    made, home = [], run.partition("/rounds/")[0].rstrip("/")
     for kind in KINDS:
         tree = found.config.dump()
-        folder = f"{run.rstrip('/')}-controls/{found.round_:02d}-{kind}"
+        folder = f"{home}/controls/{found.round_:02d}-{kind}"
         tree["run"]["folder"] = folder
-        tree["start"] = {"ticket": f"{run.rstrip('/')}/rounds/{found.round_:02d}", "kind": kind}
+        tree["start"] = {"ticket": f"{home}/rounds/{found.round_:02d}", "kind": kind}
         tree["model"]["weights"] = None
         tree["prune"] |= {"style": "iterative", "rounds": 0, "target_sparsity": None, "finetune_lr": None}
         tree["rewind"] = {}
-        tree["tracking"]["run_name"] = folder.rpartition("/")[0].rpartition("/")[2] + "-" + folder.rpartition("/")[2]
+        tree["tracking"]["run_name"] = f"{home.rpartition('/')[2]}, {found.round_:02d}-{kind}"
         made.append(Control(kind, folder, tree))
     return made
 

@@ -136,7 +136,7 @@ def test_a_judgement_trains_the_controls_that_are_missing_once(lab: Any, referen
     assert ended.rc == 0 and "were not trained" not in ended.out, ended.said()
     trained = {
         p.parent.parent.parent.parent.name: p.stat().st_mtime_ns
-        for p in tmp_path.glob("*-controls/*/rounds/00/*/ticket.json")
+        for p in tmp_path.glob("run/controls/*/rounds/00/*/ticket.json")
     }
     assert sorted(trained) == ["02-random_global", "02-random_layer", "02-reinit"]
     ended = lab.start("tickets", "judge", "run", "--train", "one.yaml", "--json", cwd=tmp_path).wait()
@@ -147,7 +147,7 @@ def test_a_judgement_trains_the_controls_that_are_missing_once(lab: Any, referen
         "random_global",
     }
     assert all(c["verdict"] != "not run" for c in judgement["controls"])
-    assert all(p.stat().st_mtime_ns in trained.values() for p in tmp_path.glob("*-controls/*/rounds/00/*/ticket.json"))
+    assert all(p.stat().st_mtime_ns in trained.values() for p in tmp_path.glob("run/controls/*/rounds/00/*/ticket.json"))
 
 
 def test_several_protocols_score_in_one_pass_and_the_table_holds_every_image(

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from mirl_dist.data.manifest import CLEAN, DEGRADED, Shard
 from mirl_dist.data.sample import Pixels
 from mirl_dist.data.shards import Place
 from mirl_dist.data.supply import Supply
+
+
+class Images(Protocol):
+    """Where images of evaluation samples come from: a Supply, or Held."""
+
+    def want(self, shard: Shard) -> None: ...
+    def release(self, shard: Shard) -> None: ...
+    def image(self, place: Place, which: str) -> Pixels: ...
 
 
 class Held:
