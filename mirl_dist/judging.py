@@ -14,9 +14,11 @@ import yaml
 from rich.console import Console
 
 from mirl_dist import opening, report, sources
+from mirl_dist.checkpoint import Checkpoints
 from mirl_dist.compare import judge, summary
 from mirl_dist.faults import Fault
 from mirl_dist.opening import Found
+from mirl_dist.storage import open_store
 
 KINDS = ("reinit", "random_layer", "random_global")
 
@@ -29,24 +31,24 @@ class Control(NamedTuple):
     tree: dict[str, Any]
 
     def finished(self) -> bool:
-        try:
-            return bool(opening.open_run(self.folder)[0].tickets())
-        except Fault:
-            return False
+        checkpoints = Checkpoints(open_store(self.folder))
+        return checkpoints.identity() is not None and bool(checkpoints.tickets())
 
 
 def judge_runs(runs: Sequence[str], round_: int | None, train: str | None, tolerance_db: float, as_json: bool) -> None:
     """Print the judgement of each run's round (its last, or the best that it chose); train: a launch file or 'auto',
     with which controls that are missing are trained first."""
-    judged = [opening.find(run if round_ is None else f"{run}/rounds/{round_:02d}") for run in runs]
-    controls = [c for run, found in zip(runs, judged, strict=True) for c in controls_of(run, found)]
+    homes = [run.partition("/rounds/")[0].rstrip("/") for run in runs]
+    named = runs if round_ is None else [f"{home}/rounds/{round_:02d}" for home in homes]
+    judged = dict(zip(homes, map(opening.find, named), strict=True))
+    controls = [control for home, found in judged.items() for control in controls_of(home, found)]
     for control in controls:
         if train is not None and not control.finished():
             report.say(f"training the control {control.folder}")
             _train(control, train)
     finished = [control for control in controls if control.finished()]
-    wanted = [f"{run}/rounds/{found.round_:02d}" for run, found in zip(runs, judged, strict=True)]
-    dense = [f"{run}/rounds/00" for run, found in zip(runs, judged, strict=True) if found.round_ != 0]
+    wanted = [f"{home}/rounds/{found.round_:02d}" for home, found in judged.items()]
+    dense = [f"{home}/rounds/00" for home, found in judged.items() if found.round_ != 0]
     names = list(dict.fromkeys([*dense, *wanted, *(control.folder for control in finished)]))
     shown = sources.gather(names)
     summary.refuse_mixed(shown)
@@ -62,15 +64,15 @@ def judge_runs(runs: Sequence[str], round_: int | None, train: str | None, toler
     missing = [control.folder for control in controls if control not in finished]
     if missing:
         report.say(
-            f"{len(missing)} controls were not trained ({missing[0]}, ...): --train auto, or a launch file, does"
+            f"{len(missing)} controls were not trained ({missing[0]}, ...): --train auto, or a launch file, trains them"
         )
 
 
-def controls_of(run: str, found: Found) -> list[Control]:
+def controls_of(home: str, found: Found) -> list[Control]:
     """The controls of a round, inside its run's folder: the same data and training, one round, and another start."""
     if found.round_ == 0 or found.config.start.ticket is not None:
         return []
-    made, home = [], run.partition("/rounds/")[0].rstrip("/")
+    made = []
     for kind in KINDS:
         tree = found.config.dump()
         folder = f"{home}/controls/{found.round_:02d}-{kind}"
