@@ -133,7 +133,7 @@ def degraded(protocol: Protocol, task: Task, clean: Pixels, rng: np.random.Gener
     """
     if task.family != "denoise" or protocol.noise == "truncated":
         return degrade.for_test(task, clean, rng)
-    sigma = degrade._sigma(task.level, rng)
+    sigma = degrade.sigma_of(task.level, rng)
     if protocol.noise == "rounded":
         noisy = clean + sigma * rng.standard_normal(clean.shape)
         return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)

@@ -256,7 +256,7 @@ class Evaluate(Node):
     """Pixels that neighbouring tiles share, and over which they are blended."""
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
-    """Compile the network for scoring (torch.compile)."""
+    """Compile the network for scoring (torch.compile): for GPUs; on a CPU the first image takes minutes."""
     pictures: Annotated[PositiveInt, Aside] = 2
     """How many images of each task and set a ticket's strip of pictures shows."""
 

@@ -216,12 +216,12 @@ _QUALITIES = {"mild": range(30, 71), "hard": range(10, 31)}
 _GAMMAS = {"mild": (1.0, 3.0), "hard": (3.0, 4.0)}
 
 
-def _sigma(level: str, rng: np.random.Generator) -> int:
+def sigma_of(level: str, rng: np.random.Generator) -> int:
     return round(_between(*_SIGMAS[level], rng)) if level in _SIGMAS else int(level)
 
 
 def _denoise(level: str, image: Pixels, rng: np.random.Generator) -> Pixels:
-    return quick_noise(image, _sigma(level, rng), rng)
+    return quick_noise(image, sigma_of(level, rng), rng)
 
 
 def _deblur(level: str, image: Pixels, rng: np.random.Generator) -> Pixels:
@@ -267,7 +267,7 @@ def on_reading(task: Task, image: Pixels, rng: np.random.Generator) -> Pixels:
 def for_test(task: Task, image: Pixels, rng: np.random.Generator) -> Pixels:
     """`on_reading` for evaluation: the same, but noise is `gaussian_noise`, not limited to 4.33 sigma."""
     if task.family == "denoise":
-        return gaussian_noise(image, _sigma(task.level, rng), rng)
+        return gaussian_noise(image, sigma_of(task.level, rng), rng)
     return on_reading(task, image, rng)
 
 
