@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mirl_dist import __version__, evaluate, feed, lottery, report, resuming, showing, starting
 from mirl_dist.checkpoint import OUTBOX, RUN, Checkpoints
@@ -139,21 +139,6 @@ def _identity(
     }
 
 
-def _first_masks(config: Config, weights: Mapping[str, Tensor], given: masking.Masks | None) -> masking.Masks:
-    """The masks of round 0. Raises Fault where those of a ticket are of another scope."""
-    dense = masking.all_alive(weights, in_scope(weights, config.prune.scope))
-    if given is None:
-        return dense
-    odd = sorted(given.keys() ^ dense.keys())
-    if odd:
-        raise Fault(
-            f"start.ticket: {config.start.ticket} was pruned in another scope: '{odd[0]}' and {len(odd) - 1} more "
-            "tensors are in one of the two only. Set prune.scope to the ticket's.",
-            everywhere=True,
-        )
-    return given
-
-
 def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
     """The whole run on this rank; what to type to see it in MLflow. Raises Fault and Stopped."""
     ranks = Ranks(
@@ -197,7 +182,8 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
         ranks.settle(wrapped, torch.zeros(1, 3, pixels, pixels))
         bare = ranks.unwrap(wrapped)
         weights = dict(bare.named_parameters())
-        state = State(weights, _first_masks(config, weights, begun.masks), optimiser_of(config), parent=begun.parent)
+        dense = masking.all_alive(weights, in_scope(weights, config.prune.scope))
+        state = State(weights, begun.masks or dense, optimiser_of(config), parent=begun.parent)
         masking.close_weights({n: p.data for n, p in weights.items()}, state.masks)
         ticket = resuming.restore(state, newest, ranks)
         rounds = Rounds(
@@ -216,7 +202,7 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
             jobs=prepared.jobs,
             how=scoring_of(config),
             held=held,
-            probe=feed.probe_of(config, supply, prepared.order, ranks),
+            probe=feed.probe_of(config, supply, prepared.order, ranks, stop_asked),
             look_ahead=look_ahead,
             checkpoints=checkpoints,
             keeper=resuming.keeper(config, prepared.store),

@@ -3,7 +3,7 @@
     run.json                                      config, fingerprint, versions; written once
     initial.safetensors                           the first weights; written once
     start.safetensors                             the first masks of a run that begins from a ticket; written once
-    rewind.safetensors                            the weights that later rounds return to, where those are of a step
+    rewind-0123456789abcdef.safetensors           the weights that later rounds return to, where those are of a step
     tracking.json                                 MLflow ids
     lease/00000004.*                              who may write: the fourth launch (lease.py)
     accepted/00000004.json                        the commits that it found (commits.py)
@@ -36,10 +36,16 @@ from mirl_dist.storage import NotAllowed, NotThere, Store, TryAgain
 from mirl_dist.ticket import Ticket
 
 RUN, INITIAL, TRACKING, BEST = "run.json", "initial.safetensors", "tracking.json", "best.json"
-START, REWIND = "start.safetensors", "rewind.safetensors"
+START = "start.safetensors"
 WEIGHTS, MOMENTS, STATE, MASK = "weights.safetensors", "moments.safetensors", "state.json", "mask.safetensors"
 TICKET, PICTURES, SCORES, OUTBOX = "ticket.json", "pictures.png", "scores.csv", "outbox.jsonl"
 _IDENTITY = {"config", "fingerprint", "manifest_digest", "initial_digest"}
+
+
+def rewind_name(digest: str) -> str:
+    """Where the weights of a digest are kept, that later rounds return to: a launch that lost the run, and whose other
+    weights arrive late, cannot spoil those that the commits name."""
+    return f"rewind-{digest[:16]}.safetensors"
 
 
 class Commit(NamedTuple):
@@ -118,7 +124,7 @@ class Checkpoints:
             return None
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write START or REWIND, whose digest the caller keeps."""
+        """Write START or a rewind point, whose digest the caller keeps."""
         self._commits.writer.check()
         self.store.put(name, pack_tensors(tensors))
 

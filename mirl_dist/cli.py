@@ -126,7 +126,7 @@ def train(
     stop_asked.meant, stop_asked.cleared = slip.ask_to_stop, slip.another_failed
     stop_asked.listen()  # before what takes seconds to import
 
-    from mirl_dist import assemble, preparing
+    from mirl_dist import assemble, opening
     from mirl_dist import config as configs
 
     if resume not in ("auto", "never", "must"):
@@ -152,7 +152,7 @@ def train(
         from mirl_dist import shelf
 
         with contextlib.suppress(OSError):  # of the terminal: the run itself has ended well
-            shelf.print_tickets(tree.run.folder, as_json=False, store=preparing.store_of(tree, tree.run.folder))
+            shelf.print_tickets(tree.run.folder, as_json=False, options=opening.options_of(tree))
         if address:
             say(f"MLflow: {address}")
 

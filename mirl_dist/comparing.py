@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mirl_dist import mlflow_reader, report, sources
+from mirl_dist import destination, mlflow_reader, report, sources
 from mirl_dist.compare import judge, latex, page, summary, text
 from mirl_dist.compare.shown import Shown
 from mirl_dist.storage import Folder
@@ -21,20 +21,24 @@ CSV, LATEX, PAGE, PUBLISHED = "tickets.csv", "tickets.tex", "tickets.html", "pub
 def compare(
     references: Sequence[str], out: Path | None, as_json: bool, title: str, to_mlflow: str | None, uri: str | None
 ) -> None:
-    """Print a comparison; out: a folder for its files; to_mlflow: an experiment that gets them too."""
+    """Print a comparison; out: a folder for its files; to_mlflow: an experiment that gets them too.
+
+    as_json: one list of tickets on standard output, notes on standard error.
+    """
+    destination.refuse_folder(out)
     shown = sources.gather(references, uri)
     summary.refuse_mixed(shown)
+    say = warn if as_json else report.say  # what is said beside JSON is no JSON
     if as_json:
         print(json.dumps(_told(shown), indent=1))
     else:
         console = Console()
         for table in text.tables(shown):
             console.print(table)
-        for note in summary.notes(shown):
-            report.say(f"note: {note}")
+    for note in summary.notes(shown):
+        say(f"note: {note}")
     if out is None and to_mlflow is None:
         return
-    say = warn if as_json else report.say  # what is said beside JSON is no JSON
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     files = {
         CSV: text.csv(shown),

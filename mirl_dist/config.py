@@ -63,6 +63,18 @@ class Config(Node):
                 f"prune.rounds: found {self.prune.rounds} with prune.style one_shot; one-shot prunes once: set it to 1"
             )
         found += self._rewind_contradictions()
+        cuts = self.prune.rounds if self.prune.target_sparsity is None and self.start.ticket is None else 1
+        left = (1 - self.prune.fraction) ** max(1, cuts)
+        if self.prune.floor > left and self.prune.rounds:
+            found.append(
+                f"prune.floor: found {self.prune.floor:g}, but {cuts} cuts of {self.prune.fraction:g} leave {left:.3g} "
+                "of all weights: lower it, or cut less"
+            )
+        if self.evaluate.every_epochs is not None and self.evaluate.every_epochs >= self.train.epochs:
+            found.append(
+                f"evaluate.every_epochs: found {self.evaluate.every_epochs} of {self.train.epochs} train.epochs, at "
+                "whose end all is scored anyway: lower it, or leave it out"
+            )
         if self.prune.floor and self.prune.per != "global":
             found.append("prune.floor: found with prune.per layer, which cuts each tensor by itself; remove it")
         if self.evaluate.tile_pixels is not None and self.evaluate.tile_overlap >= self.evaluate.tile_pixels:
@@ -137,8 +149,6 @@ class Config(Node):
     def method(self) -> str:
         """The papers' word for what is done after round 0, with all that differs from it: 'MIR-L-G', 'PIR-OSM 70%'."""
         prune, to = self.prune, self.rewinds_to()
-        if self.start.ticket is not None:
-            return f"control {self.start.kind}" if prune.rounds == 0 else f"from ticket ({self.start.kind})"
         known = {
             ("iterative", "magnitude", "global", "initial"): "MIR-L-G",
             ("iterative", "magnitude", "layer", "initial"): "MIR-L-LW",
@@ -150,7 +160,8 @@ class Config(Node):
             words = [prune.criterion, prune.per, prune.style.replace("_", "-")]
             words.append({"initial": "rewound", "step": f"rewound to {self.rewind.step}"}.get(to, to))
             usual = " ".join(words) + (f" {prune.fraction:.0%}" if prune.style == "one_shot" else "")
-        return usual + (f" floor {prune.floor:g}" if prune.floor else "")
+        started = f" from {self.start.kind}" if self.start.ticket is not None else ""
+        return usual + (f" floor {prune.floor:g}" if prune.floor else "") + started
 
     def _head_widths(self) -> list[tuple[str, int, int]]:
         m = self.model
@@ -173,8 +184,34 @@ class Config(Node):
 
     def fingerprint(self) -> str:
         """16 hex digits over the non-default keys that change the numbers; equal for equal experiments."""
-        text = json.dumps(_telling(self, Config()), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _digest(self._telling())
+
+    def training(self) -> str:
+        """The same over how networks are trained and scored alone, whatever the seed: not how they are pruned. Runs of
+        one training and one seed have the same dense network."""
+        said = {key: value for key, value in self._telling().items() if key not in ("prune", "rewind", "start", "run")}
+        return _digest(said)
+
+    def experiment(self) -> str:
+        """The same over all but the seed and the ticket that was begun from: runs of one experiment are its seeds."""
+        said = self._telling()
+        said.pop("run", None)
+        if "start" in said:
+            said["start"] = {"kind": self.start.kind}
+        return _digest(said)
+
+    def _telling(self) -> dict[str, Any]:
+        usual = "finetune" if self.prune.style == "one_shot" else "initial"
+        said = _telling(self, Config())
+        if self.rewind.to == usual:  # written out or left out, it is the same
+            said["rewind"] = {key: value for key, value in said["rewind"].items() if key != "to"}
+            if not said["rewind"]:
+                del said["rewind"]
+        return said
+
+
+def _digest(said: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _telling(node: Node, default: Node) -> dict[str, Any]:
@@ -210,7 +247,7 @@ def differences(mine: Config, other: Config) -> list[str]:
             out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         return out
 
-    a, b = flat(_telling(mine, Config())), flat(_telling(other, Config()))
+    a, b = flat(mine._telling()), flat(other._telling())
     defaults = flat(Config().dump())
     return [
         f"{k}: {a.get(k, defaults.get(k))} here, {b.get(k, defaults.get(k))} there"

@@ -24,7 +24,7 @@ from mirl_dist.data.sample import Pixels, to_tensor
 from mirl_dist.data.shards import Place, Shards
 from mirl_dist.faults import Fault, Stopped
 from mirl_dist.models.compiled import Compiled
-from mirl_dist.protocols import Protocol
+from mirl_dist.protocols import PROTOCOLS, Protocol
 from mirl_dist.ranks import Ranks
 from mirl_dist.report import bar
 from mirl_dist.tasks import Task
@@ -100,12 +100,19 @@ class Scored(NamedTuple):
         return out.getvalue().encode("utf-8", "surrogateescape")
 
 
-def plan(shards: Shards, tasks: Sequence[Task], sets: Sequence[str] | None, pictures: int = 1) -> list[Job]:
+def plan(
+    shards: Shards,
+    tasks: Sequence[Task],
+    sets: Sequence[str] | None,
+    pictures: int = 1,
+    by: Sequence[Protocol] = (PROTOCOLS["promptir"],),
+) -> list[Job]:
     """Every (task, image) to score: a set of clean images is scored for every trained task that degrades on reading.
 
-    sets: names, or None for all. pictures: the first so many images of each score are pictured.
-    Raises Fault for a set that the shards do not have, and for images that not every protocol could score.
+    sets: names, or None for all. pictures: the first so many images of each score are pictured; by: how they will be
+    scored. Raises Fault for a set that the shards do not have, and for images that a protocol could not score.
     """
+    least = max(protocol.least_pixels for protocol in by)
     places = shards.places("evaluate")
     kinds = {s.set: s.kind for s in shards.manifest.role("evaluate")}
     unknown = [name for name in sets or () if name not in places]
@@ -116,11 +123,11 @@ def plan(shards: Shards, tasks: Sequence[Task], sets: Sequence[str] | None, pict
             everywhere=True,
         )
     entries = (p.entry for name in (places if sets is None else sets) for p in places[name])
-    small = [e for e in entries if min(e.height, e.width) < protocols.LEAST_PIXELS]
+    small = [e for e in entries if min(e.height, e.width) < least]
     if small:
         raise Fault(
             f"evaluation image '{small[0].key}' is {small[0].height} x {small[0].width} pixels ({len(small)} such); "
-            f"scores need {protocols.LEAST_PIXELS} a side. Leave it out of the recipe and build the shards again.",
+            f"scores need {least} a side. Leave it out of the recipe and build the shards again.",
             everywhere=True,
         )
     jobs = []

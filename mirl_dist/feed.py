@@ -5,12 +5,9 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
-
-import torch
 
 from mirl_dist import evaluate, report
 from mirl_dist.config import Config
@@ -18,13 +15,14 @@ from mirl_dist.data.cache import Cache, usual_folder
 from mirl_dist.data.crew import shared
 from mirl_dist.data.held import Held
 from mirl_dist.data.manifest import Shard
-from mirl_dist.data.order import Order, Position, Shares, share_batch
+from mirl_dist.data.order import Order, Position, Shares
+from mirl_dist.data.probe import Patches
 from mirl_dist.data.sample import Batch
 from mirl_dist.data.shards import Shards
 from mirl_dist.data.stream import Stream, passes_behind
 from mirl_dist.data.supply import Supply
 from mirl_dist.data.window import shards_ahead
-from mirl_dist.faults import Fault
+from mirl_dist.faults import Fault, Stopped
 from mirl_dist.ranks import Ranks
 from mirl_dist.storage import Folder
 from mirl_dist.storage.patience import Patience
@@ -87,35 +85,44 @@ def _silent(done: int, total: int, what: str) -> None:
 
 
 def held_of(config: Config, supply: Supply, jobs: Sequence[evaluate.Job], ranks: Ranks) -> Held:
-    """This rank's part of the images that are scored within rounds; none where that is not asked for."""
+    """This rank's part of the images that are scored within rounds; none where that is not asked for. Raises Fault or
+    Stopped, on every rank, where an image does not come to one of them."""
     few = evaluate.few(jobs, config.evaluate.curve_images) if config.evaluate.every_epochs is not None else []
-    return Held(supply, [few[number].place for number in evaluate.deal(few, ranks.rank, ranks.world)])
+    mine = [few[number].place for number in evaluate.deal(few, ranks.rank, ranks.world)]
+    held, why, stopped = Held(), "", False
+    try:
+        held.read(supply, mine)
+    except Fault as fault:
+        why = str(fault)
+    except Stopped:
+        stopped = True
+    told = ranks.gather_objects((why, stopped), what="gather of images to look at")
+    if any(stopped for _, stopped in told):
+        raise Stopped("stopped as asked before any step was trained")
+    for text, _ in told:
+        if text:
+            raise Fault(text, everywhere=True)
+    return held
 
 
-def probe_of(config: Config, supply: Supply, order: Order, ranks: Ranks) -> Callable[[int], Iterator[Batch]]:
-    """The first global batches of a round, whole, for criteria that need gradients: round -> batches of at most 8
-    samples on this rank's device, the same for any number of ranks."""
-    size = max(n for n in range(1, 9) if config.batch.global_ % n == 0)
-    shares = share_batch(config.batch.global_, size, 1)
-    passes = config.prune.criterion_batches * shares.accumulation
+def probe_of(
+    config: Config, supply: Supply, order: Order, ranks: Ranks, stop_asked: Callable[[], bool]
+) -> Callable[[int], Iterator[Batch]]:
+    """The samples of a round's first global batches, for criteria that need gradients: round -> batches of one sample
+    on this rank's device. The same for any number of ranks and any memory: one sample, one shard at a time."""
+    patches = Patches(order.tasks, config.run.seed, config.data.patch_pixels, config.data.augment)
 
     def batches(round_: int) -> Iterator[Batch]:
-        stream = _stream(config, supply, order, shares, rank=0, node_ranks=1, device=ranks.device)
-        with closing(stream.batches(round_, Position(0, 0), config.train.epochs)) as found:
-            for batch in islice(found, passes):
-                yield batch.to(ranks.device)
+        places = islice(order.positions(Position(0, 0), config.train.epochs), config.prune.criterion_batches)
+        slots = [slot for at in places for slot in order.slots(round_, at)]
+        for stack in patches.of(slots, supply, stop_asked):
+            yield Batch.of(stack, pin=False).to(ranks.device)
 
     return batches
 
 
 def stream_of(config: Config, supply: Supply, order: Order, shares: Shares, ranks: Ranks) -> Stream:
     """The training batches of this rank. Raises Fault, on every rank, for a cache that is too small."""
-    return _stream(config, supply, order, shares, ranks.rank, _node_ranks(ranks), ranks.device)
-
-
-def _stream(
-    config: Config, supply: Supply, order: Order, shares: Shares, rank: int, node_ranks: int, device: torch.device
-) -> Stream:
     lanes = shares.per_rank * len(order.sources)
     limit = None if supply.cache is None else supply.cache.limit
     behind = passes_behind(config.data.workers)
@@ -126,8 +133,8 @@ def _stream(
         patch_pixels=config.data.patch_pixels,
         augment=config.data.augment,
         workers=config.data.workers,
-        rank=rank,
+        rank=ranks.rank,
         shares=shares,
-        ahead=shards_ahead(lanes, behind, order.steps_per_epoch, order.shards(), limit, node_ranks),
-        pin=device.type == "cuda",
+        ahead=shards_ahead(lanes, behind, order.steps_per_epoch, order.shards(), limit, _node_ranks(ranks)),
+        pin=ranks.device.type == "cuda",
     )

@@ -14,7 +14,7 @@ from mirl_dist.checkpoint import INITIAL, Checkpoints, unpack_masks
 from mirl_dist.config import Config, of_dump
 from mirl_dist.faults import Fault
 from mirl_dist.pruning import masks as masking
-from mirl_dist.storage import Store, open_store
+from mirl_dist.storage import Options, Store, open_store
 from mirl_dist.ticket import Ticket
 from mirl_dist.ticket_file import Content
 
@@ -41,19 +41,33 @@ class Filed(NamedTuple):
         return self.content.ticket
 
 
-def open_run(folder: str, store: Store | None = None) -> tuple[Checkpoints, Config]:
-    """A run, opened for reading; store: where that is not as the environment says. Raises Fault without a run."""
-    checkpoints = Checkpoints(store or open_store(folder))
+_USUAL = Options()
+
+
+def options_of(config: Config) -> Options:
+    """How a config talks to stores."""
+    said = config.store
+    return Options(said.endpoint, said.encryption, said.kms_key, said.patience_seconds)
+
+
+def store_of(config: Config, address: str) -> Store:
+    """A store that a config names."""
+    return open_store(address, options_of(config))
+
+
+def open_run(folder: str, options: Options = _USUAL) -> tuple[Checkpoints, Config]:
+    """A run, opened for reading; options: where its store is not as the environment says. Raises Fault without one."""
+    checkpoints = Checkpoints(open_store(folder, options))
     identity = checkpoints.identity()
     if identity is None:
         raise Fault(f"{folder} holds no run (no run.json). Give the run.folder of a config that was trained.")
     return checkpoints, of_dump(identity["config"], f"{folder}/run.json")
 
 
-def find(reference: str) -> Found:
+def find(reference: str, options: Options = _USUAL) -> Found:
     """`RUN` (its best round where the run chose one, else its last) or `RUN/rounds/NN`."""
     match = re.fullmatch(r"(.*?)/rounds/(\d+)/?", reference)
-    checkpoints, config = open_run(match.group(1) if match else reference)
+    checkpoints, config = open_run(match.group(1) if match else reference, options)
     rounds = [t.round for t in checkpoints.tickets()]
     if not rounds:
         raise Fault(f"{reference} has no finished round yet. `mirl-dist status` shows where it stands.")
@@ -64,11 +78,11 @@ def find(reference: str) -> Found:
     return Found(checkpoints, config, round_)
 
 
-def open_ticket(reference: str) -> Found | Filed:
+def open_ticket(reference: str, options: Options = _USUAL) -> Found | Filed:
     """What `find` finds, or the ticket in a file. Raises Fault for a file that is none."""
     path = Path(reference)
     if "://" in reference or not path.is_file():
-        return find(reference)
+        return find(reference, options)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -101,23 +115,41 @@ def trained(opened: Found | Filed) -> dict[str, Tensor]:
 
 
 def first_values(opened: Found | Filed) -> dict[str, Tensor] | None:
-    """The first values of all weights, the dead ones too; None where a file alone does not tell them."""
-    if isinstance(opened, Filed):
+    """The first values of all weights, the dead ones too; None where a file, or a run that itself began from a ticket's
+    survivors, does not tell them."""
+    start = opened.config.start
+    if isinstance(opened, Filed) or (start.ticket is not None and start.kind == "ticket"):
         return None
     return _verified_initial(opened.checkpoints)
+
+
+class Beginning(NamedTuple):
+    """What a ticket's round began with: its record, its masks, and its first values, dead ones zero."""
+
+    ticket: Ticket
+    masks: masking.Masks
+    initial: dict[str, Tensor]
 
 
 def content(opened: Found | Filed) -> Content:
     """Everything that a ticket is. Raises Fault where a part is damaged, or its run did not keep it."""
     if isinstance(opened, Filed):
         return opened.content
-    checkpoints, initial, weights = opened.checkpoints, _verified_initial(opened.checkpoints), trained(opened)
+    ticket, masks, initial = beginning(opened)
+    return Content(ticket, opened.config.dump(), masks, initial, trained(opened))
+
+
+def beginning(opened: Found | Filed) -> Beginning:
+    """What a ticket's round began with; its trained weights are not read. Raises Fault where a part is damaged."""
+    if isinstance(opened, Filed):
+        return Beginning(opened.content.ticket, opened.content.masks, opened.content.initial)
+    checkpoints, initial = opened.checkpoints, _verified_initial(opened.checkpoints)
     packed = checkpoints.round_masks(opened.round_)
     where = checkpoints.store.where(f"rounds/{opened.round_:02d}")
     ticket = opened.ticket()
     masks = unpack_masks(packed, {n: tuple(w.shape) for n, w in initial.items() if n in ticket.layer_density}, where)
     masking.close_weights(initial, masks)
-    return Content(ticket, opened.config.dump(), masks, initial, weights)
+    return Beginning(ticket, masks, initial)
 
 
 def _verified_initial(checkpoints: Checkpoints) -> dict[str, Tensor]:

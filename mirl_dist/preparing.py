@@ -7,15 +7,18 @@ from typing import NamedTuple
 
 import torch
 
-from mirl_dist import evaluate, models, tracking
+from mirl_dist import evaluate, models, starting, tracking
 from mirl_dist.checkpoint import Checkpoints
 from mirl_dist.config import Config, differences, of_dump
 from mirl_dist.data.order import Order, Shares, share_batch
 from mirl_dist.data.shards import Shards
 from mirl_dist.faults import Fault
+from mirl_dist.opening import store_of
+from mirl_dist.protocols import PROTOCOLS
+from mirl_dist.pruning.criteria import CRITERIA
 from mirl_dist.pruning.prune import in_scope
 from mirl_dist.ranks import Ranks
-from mirl_dist.storage import Options, Store, open_store
+from mirl_dist.storage import Store
 
 
 class Prepared(NamedTuple):
@@ -47,9 +50,10 @@ def prepare(config: Config, world: int, resume: str) -> Prepared:
         shards.refuse_missing("train", "evaluate")
     else:
         shards.refuse_missing("evaluate")
-    jobs = evaluate.plan(shards, order.tasks, config.evaluate.sets, config.evaluate.pictures)
+    said = config.evaluate
+    jobs = evaluate.plan(shards, order.tasks, said.sets, said.pictures, [PROTOCOLS[name] for name in said.protocols])
     _refuse_unknown_scores(config.keep.by, sorted({job.name for job in jobs}))
-    _refuse_late_rewind(config, order.steps_per_epoch)
+    _refuse_too_many_steps(config, order.steps_per_epoch)
     store = store_of(config, config.run.folder)
     refuse_another_run_in(Checkpoints(store), config, shards.manifest.digest(), resume)
     with torch.device("meta"):
@@ -76,12 +80,6 @@ def prepare_together(config: Config, resume: str, ranks: Ranks) -> Prepared:
     return Prepared(shards, order_of(config, shards), shares, told.jobs, store_of(config, config.run.folder))
 
 
-def store_of(config: Config, address: str) -> Store:
-    """A store that a config names."""
-    said = config.store
-    return open_store(address, Options(said.endpoint, said.encryption, said.kms_key, said.patience_seconds))
-
-
 def order_of(config: Config, shards: Shards) -> Order:
     """The order of a config's samples. Raises Fault for a mix that the shards cannot feed."""
     return Order(
@@ -102,11 +100,13 @@ def _refuse_unknown_scores(globs: tuple[str, ...], names: list[str]) -> None:
             raise Fault(f"keep.by: '{glob}' names no score; there will be {', '.join(scores) or 'none'}. Correct it.")
 
 
-def _refuse_late_rewind(config: Config, steps_per_epoch: int) -> None:
-    """Raise Fault for a rewind point that round 0 does not pass."""
-    steps, at = steps_per_epoch * config.train.epochs, config.rewind.step
+def _refuse_too_many_steps(config: Config, steps_per_epoch: int) -> None:
+    """Raise Fault for a rewind point that round 0 does not pass, and for more batches to score by than a round has."""
+    steps, at, batches = steps_per_epoch * config.train.epochs, config.rewind.step, config.prune.criterion_batches
     if at is not None and at >= steps:
         raise Fault(f"rewind.step: found {at}, but a round has {steps} steps. Give an earlier one.")
+    if CRITERIA[config.prune.criterion].needs == "gradients" and batches > steps:
+        raise Fault(f"prune.criterion_batches: found {batches}, but a round has {steps} steps. Give fewer.")
 
 
 def refuse_another_run_in(checkpoints: Checkpoints, config: Config, manifest_digest: str, resume: str) -> None:
@@ -118,6 +118,7 @@ def refuse_another_run_in(checkpoints: Checkpoints, config: Config, manifest_dig
             raise Fault(f"--resume must, but {where} holds no run. Correct run.folder, or use --resume auto.")
         if checkpoints.commits():
             raise Fault(f"{where} holds commits but no run.json. Restore it, or choose another run.folder.")
+        starting.refuse_absent(config)
         return
     if resume == "never":
         raise Fault(f"--resume never, but {where} holds a run. Choose another run.folder, or use --resume auto.")

@@ -116,9 +116,6 @@ _ALL = (
 PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in _ALL}
 """By name, as `evaluate.protocols` says them."""
 
-LEAST_PIXELS = max(protocol.least_pixels for protocol in _ALL)
-"""The shortest side that every protocol can score."""
-
 
 def cropped(protocol: Protocol, image: Pixels) -> Pixels:
     """The part of an image that the protocol looks at: uint8 (H, W, 3), both of a pair alike."""

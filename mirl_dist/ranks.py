@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mirl_dist.faults import Fault
+from mirl_dist.faults import Fault, Stopped
 from mirl_dist.launched import come_together, refuse_a_launch_that_lost_ranks, refuse_shared_gpus
 from mirl_dist.meetings import Meetings
 from mirl_dist.pruning.prune import Slice
@@ -212,17 +212,21 @@ class Ranks:
             )
 
     def from_main(self, work: Callable[[], T], *, what: str = "work") -> T:
-        """The result of `work`, done by rank 0 alone. A Fault that rank 0 meets is raised on every rank."""
+        """The result of `work`, done by rank 0 alone. A Fault or Stopped that rank 0 meets is raised on every rank."""
         if self.world == 1:
             return work()
-        result: list[Any] = [None, None, False]
+        result: list[Any] = [None, None, False, None]
         if self.is_main:
             try:
                 result[0] = work()
             except Fault as fault:
-                result[1:] = str(fault), fault.resumable
+                result[1:3] = str(fault), fault.resumable
+            except Stopped as stopped:
+                result[3] = str(stopped)
         with self._meetings.meeting(f"{what} by rank 0"):
             torch.distributed.broadcast_object_list(result, src=0)
+        if result[3] is not None:
+            raise Stopped(result[3])
         if result[1] is not None:
             raise Fault(result[1], everywhere=True, resumable=result[2])
         found: T = result[0]

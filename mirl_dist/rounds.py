@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mirl_dist import __version__, evaluate, report, schedule, selecting, showing, train
-from mirl_dist.checkpoint import REWIND, Checkpoints
+from mirl_dist.checkpoint import Checkpoints, rewind_name
 from mirl_dist.config import Config
 from mirl_dist.data.held import Held
 from mirl_dist.data.order import Order, Position, Shares
@@ -176,7 +176,8 @@ class Rounds:
         weights = {name: parameter.detach() for name, parameter in self.state.weights.items()}
         progress.rewind_digest = masking.digest_tensors(weights)
         self.ranks.agree("the rewind point", progress.rewind_digest)
-        self._write(lambda: self.checkpoints.save_tensors(REWIND, weights), "the rewind point")
+        name = rewind_name(progress.rewind_digest)
+        self._write(lambda: self.checkpoints.save_tensors(name, weights), "the rewind point")
 
     # -- what the story asks for (lottery.play) -----------------------------------------------------------------
 
@@ -184,7 +185,7 @@ class Rounds:
         """The masks of the next round. A tensor that they leave nothing of is told."""
         next_round = self.state.progress.round + 1
         pruned = selecting.select(
-            self.rule, self.state, self.initial, self.bare, lambda: self.probe(next_round), self.ranks
+            self.rule, self.state, self.initial, self.bare, lambda: self.probe(next_round), self.ranks, self.stop_asked
         )
         if pruned.collapsed and self.ranks.is_main:
             shown = ", ".join(pruned.collapsed[:5]) + (", ..." if len(pruned.collapsed) > 5 else "")
@@ -196,11 +197,12 @@ class Rounds:
         if self.config.rewinds_to() != "step":
             return self.initial
         kept: list[dict[str, Tensor] | None] = []
-        self.ranks.from_main(lambda: kept.append(self.checkpoints.tensors(REWIND)), what="rewind point")
+        name = rewind_name(self.state.progress.rewind_digest)
+        self.ranks.from_main(lambda: kept.append(self.checkpoints.tensors(name)), what="rewind point")
         point = self.ranks.tensors_from_main((kept[0] or {}) if kept else None, what="rewind point")
         if masking.digest_tensors(point) != self.state.progress.rewind_digest:
             raise Fault(
-                f"{self.checkpoints.store.where(REWIND)} is damaged or missing, and nothing else holds the weights of "
+                f"{self.checkpoints.store.where(name)} is damaged or missing, and nothing else holds the weights of "
                 f"step {self.config.rewind.step}. Restore a copy of it, or train in a new run.folder.",
                 everywhere=True,
             )
@@ -306,8 +308,10 @@ class Rounds:
 
     def record(self, ticket: Ticket) -> None:
         """Show a committed ticket: one line, and MLflow. Twice is once."""
-        if self.ranks.is_main:
-            showing.ticket(self.tracker, self.config, self.checkpoints, ticket, self.state.masks)
+        self.ranks.from_main(
+            lambda: showing.ticket(self.tracker, self.config, self.checkpoints, ticket, self.state.masks),
+            what="record of the round",
+        )
 
     def close(self) -> None:
         """After the last round: keep rounds only; name the best and drop other weights, if the config says so."""

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mirl_dist import assemble, evaluate, feed, opening, preparing, report, rounds, shelf
+from mirl_dist import assemble, destination, evaluate, feed, opening, report, rounds, shelf
 from mirl_dist.config import Config
 from mirl_dist.data.sample import Pixels
 from mirl_dist.data.shards import Shards
 from mirl_dist.data.source_image import Refused, decode
 from mirl_dist.faults import Fault
+from mirl_dist.opening import Filed
+from mirl_dist.placeless import placeless
 from mirl_dist.protocols import PROTOCOLS
 from mirl_dist.ranks import Ranks
 from mirl_dist.storage import Folder
@@ -61,13 +63,21 @@ def refuse_tiles(tile_pixels: int, overlap: int) -> None:
 
 
 def print_scores(reference: str, shards_address: str | None, how: How, table: Path | None, as_json: bool) -> None:
-    """Score a ticket again, on the run's shards or on others, shared out over the ranks that were launched."""
+    """Score a ticket again, on the run's shards or on others, shared out over the ranks that were launched.
+
+    A ticket file names no places, and what it names in spite of that is not heard: its user's own hold.
+    """
+    destination.refuse_file(table, "--table")
     opened = opening.open_ticket(reference)
     config, ticket = opened.config, opened.ticket()
+    if isinstance(opened, Filed):
+        if shards_address is None:
+            raise Fault(f"found {reference}, a ticket file, which does not say where shards are. Name the shards with --shards.")
+        config = placeless(config)
     settings = _settings(config, how)
-    shards = Shards(preparing.store_of(config, shards_address or config.data.shards))
+    shards = Shards(opening.store_of(config, shards_address or config.data.shards))
     tasks = tuple(Task.of(name) for name in config.data.mix)
-    jobs = evaluate.plan(shards, tasks, config.evaluate.sets if shards_address is None else None)
+    jobs = evaluate.plan(shards, tasks, config.evaluate.sets if shards_address is None else None, by=settings.protocols)
     if not jobs:
         raise Fault(f"{shards.store.where()} holds no evaluation images for {', '.join(t.name for t in tasks)}.")
     model = opening.network(config, opening.trained(opened))
@@ -110,6 +120,7 @@ def _told(round_: int, settings: evaluate.Settings, shards: Shards, scored: eval
 
 def restore_files(images: list[Path], reference: str, out: Path, tile_pixels: int | None) -> None:
     """Restore image files into PNG files of the same stem. Raises Fault, before any work, for files that are none."""
+    destination.refuse_folder(out)
     opened = opening.open_ticket(reference)
     config, ticket = opened.config, opened.ticket()
     stems = [path.stem for path in images]

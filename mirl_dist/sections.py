@@ -85,7 +85,7 @@ class Model(Node):
     prompt_dims: Three = (64, 128, 320)
     prompt_sizes: Three = (64, 32, 16)
     prompt_heads: PositiveInt = 4
-    weights: str | None = None
+    weights: Annotated[str, Field(min_length=1)] | None = None
     """First values to begin from: a safetensors file as `mirl-dist import` writes. Null: drawn from run.seed."""
 
     def sizes(self) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class Train(Node):
 class Start(Node):
     """Begin from a finished ticket in place of a dense network; with prune.rounds 0 that is a control."""
 
-    ticket: str | None = None
+    ticket: Annotated[str, Field(min_length=1)] | None = None
     """`RUN/rounds/NN`, or a ticket file."""
     kind: Literal["ticket", "reinit", "random_layer", "random_global"] = "ticket"
     """ticket: its mask and its first values; reinit: its mask, and first values drawn anew;

@@ -6,12 +6,13 @@ and sent to the others: so a mask is the same bits on any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor, nn
 
 from mirl_dist import objective
 from mirl_dist.data.sample import Batch
+from mirl_dist.faults import Stopped
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning import sensitivity, synflow
 from mirl_dist.pruning.criteria import CRITERIA
@@ -23,12 +24,18 @@ Batches = Callable[[], Iterable[Batch]]
 
 
 def select(
-    rule: Rule, state: State, initial: dict[str, Tensor], network: nn.Module, batches: Batches, ranks: Ranks
+    rule: Rule,
+    state: State,
+    initial: dict[str, Tensor],
+    network: nn.Module,
+    batches: Batches,
+    ranks: Ranks,
+    stop_asked: Callable[[], bool],
 ) -> Pruned:
     """New masks by a rule, the same on every rank. network: bare, with the trained weights, left as it is.
 
     batches: called on rank 0 alone, by criteria that need gradients. Raises Fault, on every rank, for weights or scores
-    that are not finite.
+    that are not finite; Stopped, on every rank, when rank 0 is asked to stop while it makes scores.
     """
     criterion = CRITERIA[rule.criterion]
     values: dict[str, Tensor] = {n: p.detach() for n, p in state.weights.items()}
@@ -37,13 +44,22 @@ def select(
         masking.close_weights(values, state.masks)
     if criterion.needs == "nothing":
         return prune(values, state.masks, rule, ranks.share, ranks.gather)
+
+    def go_on() -> None:
+        if stop_asked():
+            raise Stopped("stopped as asked while selecting; all rounds that were trained are committed")
+
     if criterion.needs == "network":
-        return _by_flow(rule, state, values, network, ranks)
+        return _by_flow(rule, state, values, network, ranks, go_on)
     scored: list[dict[str, Tensor]] = []
 
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches():
+            go_on()
+            yield batch.degraded, batch.clean
+
     def sense() -> None:
-        pairs = ((batch.degraded, batch.clean) for batch in batches())
-        found = sensitivity.gradients(network, pairs, _loss, at=values)
+        found = sensitivity.gradients(network, pairs(), _loss, at=values)
         scored.append({n: s for n, s in sensitivity.scores(values, found).items() if n in state.masks})
 
     ranks.from_main(sense, what="gradients")
@@ -52,11 +68,18 @@ def select(
     return prune(values, state.masks, rule, ranks.share, ranks.gather, here)
 
 
-def _by_flow(rule: Rule, state: State, values: dict[str, Tensor], network: nn.Module, ranks: Ranks) -> Pruned:
+def _by_flow(
+    rule: Rule,
+    state: State,
+    values: dict[str, Tensor],
+    network: nn.Module,
+    ranks: Ranks,
+    go_on: Callable[[], None],
+) -> Pruned:
     made: list[Pruned] = []
 
     def flow() -> tuple[float, int, tuple[str, ...]]:
-        made.append(synflow.iterate(network, values, state.masks, rule))
+        made.append(synflow.iterate(network, values, state.masks, rule, before_step=go_on))
         return made[0].threshold, made[0].removed, made[0].collapsed
 
     told = ranks.from_main(flow, what="SynFlow")

@@ -10,31 +10,33 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from mirl_dist import lease, report, tracking
+from mirl_dist import destination, lease, report, tracking
 from mirl_dist.checkpoint import OUTBOX, Checkpoints
 from mirl_dist.config import Config
 from mirl_dist.faults import Fault
 from mirl_dist.opening import Filed, open_run, open_ticket
 from mirl_dist.sections import Tracking
-from mirl_dist.storage import Folder, Store
+from mirl_dist.storage import Folder, Options
 from mirl_dist.ticket import Score
 
+_USUAL = Options()
 _WATCH_SECONDS = 15.0  # three beats of a lease
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=title)
+    table = Table(title=Text(title, style="table.title"))  # Text: names are no markup
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+        table.add_column(Text(column), justify="left" if number == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console().print(table)
 
 
-def print_tickets(run: str, as_json: bool, store: Store | None = None) -> None:
+def print_tickets(run: str, as_json: bool, options: Options = _USUAL) -> None:
     """One line per round: alive weights, sparsity, PSNR and SSIM per task and set."""
-    checkpoints, _ = open_run(run, store)
+    checkpoints, _ = open_run(run, options)
     tickets, best = checkpoints.tickets(), checkpoints.best()
     if as_json:
         print(json.dumps([t.row() | {"best": t.round == best} for t in tickets], indent=1))
@@ -75,6 +77,7 @@ def print_ticket(reference: str, as_json: bool) -> None:
 
 def write_pictures(reference: str, out: Path) -> None:
     """The strip of images that a ticket restored, as a PNG file."""
+    destination.refuse_file(out)
     found = open_ticket(reference)
     if isinstance(found, Filed):
         raise Fault(f"found {reference}, a ticket file, which holds no pictures. Name its run, as RUN/rounds/NN.")
@@ -128,7 +131,9 @@ def print_status(run: str, as_json: bool) -> None:
 def _in_words(value: Any) -> str:
     """One line for people: '-' for nothing, few digits."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_in_words(inner)}" for key, inner in value.items() if inner not in ("", None))
+        return ", ".join(f"{_in_words(key)} {_in_words(inner)}" for key, inner in value.items() if inner not in ("", None))
+    if isinstance(value, str):  # what a damaged sample said, too: nothing that would upset a terminal
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -8,19 +8,26 @@ from typing import Any
 
 import torch
 
-from mirl_dist import assemble, models, opening, report, ticket_file
+from mirl_dist import assemble, destination, models, opening, report, ticket_file
 from mirl_dist.checkpoint import pack_tensors
 from mirl_dist.faults import Fault
-from mirl_dist.opening import Found
+from mirl_dist.opening import Filed, Found
+from mirl_dist.placeless import placeless
 from mirl_dist.storage import Folder
-from mirl_dist.ticket_file import Check
+from mirl_dist.ticket_file import Check, Content
+from mirl_dist.verdict import FOLLOWS
 
 
 def pack(reference: str, out: Path) -> None:
-    """One round of a run into one file. Raises Fault where its own proof fails."""
-    content = opening.content(opening.find(reference))
-    data = ticket_file.pack(*content)
-    broken = [check for check in ticket_file.verify(ticket_file.read(data, str(out))) if not check.holds]
+    """One round of a run into one file, without the places that its config names. Raises Fault where its own proof
+    fails."""
+    destination.refuse_file(out)
+    opened = opening.open_ticket(reference)
+    if isinstance(opened, Filed):
+        raise Fault(f"found {reference}, which is a ticket file already. Copy it, or name a round of a run.")
+    content = opening.content(opened)
+    data = ticket_file.pack(*content._replace(config=placeless(opened.config).dump()))
+    broken = [check for check in ticket_file.verify(ticket_file.read(data, str(out))) if check.holds is False]
     if broken:
         raise Fault(f"{reference} does not prove itself: {broken[0].what} ({broken[0].detail}). Restore the run.")
     Folder(out.parent).put(out.name, data)
@@ -31,18 +38,21 @@ def pack(reference: str, out: Path) -> None:
     )
 
 
+_SAID = {True: "holds  ", False: "BROKEN ", None: "unknown"}
+
+
 def verify(reference: str, run: str | None, as_json: bool) -> None:
     """Prove a ticket from itself, and with its run that the mask follows from the parent's weights.
 
-    run: where the run of a ticket file is. Raises Fault, after printing all checks, when one does not hold.
+    run: where the run of a ticket file is. Raises Fault for another run, and, after printing all checks, when one does
+    not hold.
     """
     opened = opening.open_ticket(reference)
     content = opening.content(opened)
     checks = ticket_file.verify(content)
     home = opened if isinstance(opened, Found) else None
     if run is not None:
-        checkpoints, config = opening.open_run(run)
-        home = Found(checkpoints, config, content.ticket.round)
+        home = _home(content, reference, run)
     if home is not None:
         checks += _with_run(content, home)
     if as_json:
@@ -50,41 +60,59 @@ def verify(reference: str, run: str | None, as_json: bool) -> None:
     else:
         for check in checks:
             detail = f": {check.detail}" if check.detail else ""
-            report.say(f"{'holds ' if check.holds else 'BROKEN'}  {check.what}{detail}")
+            report.say(f"{_SAID[check.holds]}  {check.what}{detail}")
         if home is None:
             report.say("not asked: whether the mask follows from the parent's weights; name the run with --run RUN")
-    broken = [check.what for check in checks if not check.holds]
+    broken = [check.what for check in checks if check.holds is False]
     if broken:
         raise Fault(f"{reference} does not hold: {'; '.join(broken)}. Do not use it; get it from its run again.")
 
 
-def _with_run(content: ticket_file.Content, home: Found) -> list[Check]:
+def _home(content: Content, reference: str, run: str) -> Found:
+    """The run that --run names. Raises Fault when the ticket says that it is of another one."""
+    checkpoints, config = opening.open_run(run)
+    said = checkpoints.identity() or {}
+    for what in ("fingerprint", "manifest_digest", "initial_digest"):
+        mine = getattr(content.ticket, what)
+        if said.get(what) != mine:
+            raise Fault(
+                f"--run: {run} is another run than the ticket's: its {what.replace('_', ' ')} is "
+                f"{str(said.get(what))[:16]}, that of {reference} {mine[:16]}. Name the run that the ticket is of."
+            )
+    return Found(checkpoints, config, content.ticket.round)
+
+
+def _with_run(content: Content, home: Found) -> list[Check]:
     """What only the run can prove."""
     where, ticket = home.checkpoints.store.where(), content.ticket
     kept = {t.round: t for t in home.checkpoints.tickets()}
-    same = ticket.round in kept and kept[ticket.round].digest() == ticket.digest()
-    found = [Check("the run holds this very ticket", same, where)]
+    mine = kept.get(ticket.round)
+    same = None if mine is None else mine.digest() == ticket.digest()
+    found = [Check("the run holds this very ticket", same, where if mine else f"not provable: {where} lacks its round")]
     if ticket.round == 0:
         return found
-    if ticket.round - 1 not in kept or not home.checkpoints.has_weights(ticket.round - 1):
-        return [*found, Check("the mask follows from the parent's weights", False, "the run did not keep them")]
-    parent = opening.content(Found(home.checkpoints, home.config, ticket.round - 1))
-    rule = assemble.rule_of(home.config)
-    return found + ticket_file.verify_descent(content, parent, rule)
+    if ticket.round - 1 not in kept:
+        return [*found, Check(FOLLOWS, None, f"not provable: {where} lacks round {ticket.round - 1}")]
+    before = Found(home.checkpoints, home.config, ticket.round - 1)
+    trained = opening.trained(before) if home.checkpoints.has_weights(before.round_) else {}
+    elder = opening.beginning(before)
+    parent = Content(elder.ticket, home.config.dump(), elder.masks, elder.initial, trained)
+    return found + ticket_file.verify_descent(content, parent, assemble.rule_of(home.config))
 
 
 def export(reference: str, out: Path, compact: bool) -> None:
     """A ticket's trained weights as the official code loads them (.ckpt, .pth, .pt), or as safetensors."""
+    destination.refuse_file(out)
+    if out.suffix not in (".ckpt", ".pth", ".pt", ".safetensors"):
+        raise Fault(f"--out: found {out}, whose ending says no format. Use .ckpt, .pth, .pt or .safetensors.")
+    if compact and out.suffix == ".safetensors":
+        raise Fault("--compact: found with a .safetensors file, which is never compressed. Name a .ckpt file.")
     opened = opening.open_ticket(reference)
     weights, sizes = opening.trained(opened), opened.config.model.sizes()
     if out.suffix == ".safetensors":
-        if compact:
-            raise Fault("--compact: found with a .safetensors file, which is never compressed. Name a .ckpt file.")
         Folder(out.parent).put(out.name, pack_tensors(weights))
         report.say(f"{out}: {len(weights)} tensors under this project's names")
         return
-    if out.suffix not in (".ckpt", ".pth", ".pt"):
-        raise Fault(f"--out: found {out}, whose ending says no format. Use .ckpt, .pth, .pt or .safetensors.")
     official = models.to_official(opened.config.model.name, weights, **sizes)
     data = models.write_official(official, compact=compact, lightning=True)
     Folder(out.parent).put(out.name, data)
@@ -96,6 +124,7 @@ def export(reference: str, out: Path, compact: bool) -> None:
 
 def import_official(file: Path, model: str, out: Path) -> None:
     """An official checkpoint to safetensors under our names; says what was dropped."""
+    destination.refuse_file(out)
     converted = models.from_official(model, _load_tensors(file))
     Folder(out.parent).put(out.name, pack_tensors(converted.weights))
     count = sum(t.numel() for t in converted.weights.values())

@@ -15,8 +15,10 @@ from mirl_dist.tracking import Tracker
 
 
 def method(config: Config, round_: int) -> str:
-    """The word for a round: that of the run, and DENSE for a round 0 of all weights."""
-    return config.method() if round_ or config.start.ticket is not None else DENSE
+    """The word for a round: the run's; for round 0 DENSE, or what control of a ticket it is."""
+    if round_:
+        return config.method()
+    return DENSE if config.start.ticket is None else f"control {config.start.kind}"
 
 
 def said_of(config: Config) -> dict[str, str]:

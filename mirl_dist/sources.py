@@ -55,7 +55,8 @@ def gather(references: Sequence[str], uri: str | None = None) -> list[Shown]:
             method = ticket.method or (DENSE if first else run.config.method())
             seed = run.config.run.seed if ticket.seed is None else ticket.seed
             parts = {part: size for part, size in order.items() if part in ticket.layer_density}
-            shown.append(Shown(name, method, seed, ticket, parts, mask, strip))
+            likeness = run.config.training(), run.config.experiment()
+            shown.append(Shown(name, method, seed, *likeness, ticket, parts, mask, strip))
     if not shown:
         raise Fault(f"found no finished round in {', '.join(references)}. `mirl-dist status` shows where a run stands.")
     return shown

@@ -16,6 +16,7 @@ from mirl_dist.faults import Fault
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.controls import random_masks
 from mirl_dist.pruning.masks import Masks
+from mirl_dist.pruning.prune import in_scope
 
 
 class First(NamedTuple):
@@ -65,14 +66,27 @@ def _imported(file: Path, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: found[name] for name in drawn}
 
 
+def refuse_absent(config: Config) -> None:
+    """Raise Fault, before anything is begun, where what a run is to begin with is not there."""
+    if config.model.weights is not None and not Path(config.model.weights).is_file():
+        raise Fault(f"model.weights: found {config.model.weights}, which is no file. Write it with `mirl-dist import`.")
+    if config.start.ticket is not None:
+        opening.open_ticket(config.start.ticket, opening.options_of(config))
+
+
 def _of_ticket(config: Config, drawn: dict[str, Tensor]) -> First:
     reference, kind = str(config.start.ticket), config.start.kind
-    opened = opening.open_ticket(reference)
-    content = opening.content(opened)
+    opened = opening.open_ticket(reference, opening.options_of(config))
+    ticket, masks, weights = opening.beginning(opened)
     where = f"start.ticket: {reference}"
-    _refuse_another_network(where, {n: t.shape for n, t in content.initial.items()}, drawn)
-    ticket, masks = content.ticket, content.masks
-    weights = {name: content.initial[name] for name in drawn}
+    _refuse_another_network(where, {n: t.shape for n, t in weights.items()}, drawn)
+    odd = sorted(masks.keys() ^ set(in_scope(drawn, config.prune.scope)))
+    if odd:
+        raise Fault(
+            f"{where} was pruned in another scope: {len(odd)} tensors are in one of the two only, first '{odd[0]}'. "
+            "Set prune.scope to the ticket's."
+        )
+    weights = {name: weights[name] for name in drawn}
     if kind == "reinit":
         weights = {name: p.detach() for name, p in network(config, _ANEW).named_parameters()}
     elif kind != "ticket":
@@ -93,8 +107,8 @@ def _all_first_values(
         found = {name: parameter.detach() for name, parameter in again.named_parameters()}
         if masking.digest_tensors(found) != digest:
             raise Fault(
-                f"{where} is a file, which holds the first values of its survivors only, and seed {seed} gives others "
-                "here. Name the run that it is of, as RUN/rounds/NN."
+                f"{where} tells the first values of its survivors only, and seed {seed} gives others here. Name a "
+                "round of the run whose tickets began from all weights, as RUN/rounds/NN."
             )
     return {name: found[name] for name in drawn}
 

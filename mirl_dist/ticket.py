@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
+from mirl_dist import strict_json
 from mirl_dist.faults import Fault
 
 DENSE = "dense"
 """The method of a round 0 of all weights."""
+MOST_WEIGHTS = 1 << 40
+_Decibel = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+_Likeness = Annotated[float, Field(ge=-1 - 1e-6, le=1 + 1e-6, allow_inf_nan=False)]  # a mean of rounded numbers
 
 
 class Score(BaseModel):
-    """Mean quality of one task on one set. psnr in dB, ssim in [-1, 1]; degraded_*: of the input itself."""
+    """Mean quality of one task on one set. psnr in dB, at most 100 (metrics.PSNR_CEILING_DB); ssim in [-1, 1];
+    degraded_*: of the input itself."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    psnr: float
-    ssim: float
-    degraded_psnr: float
-    degraded_ssim: float
-    images: int
+    psnr: _Decibel
+    ssim: _Likeness
+    degraded_psnr: _Decibel
+    degraded_ssim: _Likeness
+    images: PositiveInt
 
 
 class Curve(BaseModel):
@@ -159,16 +165,61 @@ _LATER = ("bad", "method", "seed", "began", "collapsed", "protocols", "also", "m
 
 
 def parse(data: bytes, where: str) -> Ticket:
-    """The ticket that `dump` wrote. Raises Fault for a file that is none, or whose digest does not fit its content."""
+    """The ticket that `dump` wrote, wherever it comes from. Raises Fault for a file that is none, for what no run could
+    have written (numbers outside their ranges, text that would upset a terminal), and where the digest does not fit."""
     try:
-        raw = json.loads(data)
+        raw = json.loads(data, parse_constant=_refuse_constant)
         claimed = raw.pop("digest", None) if isinstance(raw, dict) else None
         ticket = Ticket.model_validate(raw)
-    except (ValueError, RecursionError, ValidationError) as error:
-        raise Fault(f"{where} is not a ticket ({str(error).splitlines()[0]}). Take it from a run folder.") from None
+        strict_json.parse(json.dumps(_texts(ticket)).encode())
+    except ValidationError as error:
+        first = error.errors()[0]
+        said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".encode("unicode_escape").decode()[:160]
+        raise Fault(f"{where} is not a ticket ({said}). Take it from a run folder.") from None
+    except (ValueError, RecursionError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise Fault(f"{where} is not a ticket ({said}). Take it from a run folder.") from None
+    odd = _impossible(ticket)
+    if odd:
+        raise Fault(f"{where}: its record counts what cannot be: {odd}. Take it from the run folder again.")
     if claimed != ticket.digest():
         raise Fault(f"{where}: its content does not have the digest it states. Take it from the run folder again.")
     return ticket
+
+
+def _refuse_constant(word: str) -> float:
+    raise ValueError(f"{word}, a number that is not finite")
+
+
+def _texts(ticket: Ticket) -> list[str]:
+    """What tables, charts and messages show of a ticket."""
+    found = [ticket.format, ticket.method, ticket.protocol, ticket.parent or "", ticket.fingerprint]
+    found += [ticket.mask_digest, ticket.initial_digest, ticket.weights_digest, ticket.manifest_digest]
+    found += [*ticket.layer_density, *ticket.collapsed, *ticket.scores]
+    found += [name for scores in ticket.also.values() for name in scores]
+    found += [] if ticket.curve is None else ticket.curve.psnr
+    trees: tuple[Mapping[str, str], ...] = (ticket.protocols, ticket.measured, ticket.versions)
+    return found + [*ticket.also] + [text for tree in trees for pair in tree.items() for text in pair]
+
+
+def _impossible(ticket: Ticket) -> str:
+    """What of a ticket's numbers no run could have found, or nothing."""
+    if not (0 <= ticket.alive <= ticket.prunable <= ticket.total <= MOST_WEIGHTS and ticket.prunable):
+        return "alive, prunable or total"
+    for name in ("round", "updates", "samples", "skipped", "bad", "began", "world"):
+        if not 0 <= getattr(ticket, name) < 2**63:
+            return name
+    if not (math.isfinite(ticket.threshold) and math.isfinite(ticket.seconds) and ticket.seconds >= 0):
+        return "threshold or seconds"
+    dense = [name for name, share in ticket.layer_density.items() if not 0 <= share <= 1]
+    if dense:
+        return f"the density of '{dense[0]}'"
+    curve = ticket.curve
+    if curve is not None and curve.psnr:
+        ragged = {len(curve.steps), *map(len, curve.psnr.values())}
+        if len(ragged) > 1 or 0 in ragged or any(not abs(v) <= 100 for vs in curve.psnr.values() for v in vs):
+            return "the curve"
+    return ""
 
 
 def metrics(ticket: Ticket) -> dict[str, float]:

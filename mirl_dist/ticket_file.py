@@ -43,7 +43,7 @@ FACTOR, ROOM = 80, 128 << 20
 """`read` allocates at most FACTOR x the file's bytes + ROOM. A byte of mask stands for 8 weights, which are 8 bytes of
 mask and 2 x 32 of values: 72, the rest is spare. ROOM is for the text, which has an upper bound of its own."""
 
-_MOST_WEIGHTS, _LONGEST_NAME = 1 << 40, 200
+_LONGEST_NAME = 200
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
 
@@ -251,7 +251,7 @@ def _entries(index: Any, where: str) -> list[_Entry]:
         if len(shape) > 8 or any(type(side) is not int or side < 1 for side in shape):
             raise Fault(f"{where}: found a shape of '{name}' that is no shape. {AGAIN}")
         size = math.prod(shape)
-        if size > _MOST_WEIGHTS:
+        if size > tickets.MOST_WEIGHTS:
             raise Fault(f"{where}: found {size:,} weights in '{name}'. {AGAIN}")
         entries.append(_Entry(name, tuple(shape), prunable, size))
     names = [entry.name for entry in entries]
@@ -270,19 +270,9 @@ def _ticket(record: Any, densities: dict[str, float], where: str) -> Ticket:
             raise Fault(f"{where}: its scores are none. {AGAIN}")
     ticket = tickets.parse(json.dumps(record).encode(), where)
     whole = json.loads(ticket.dump())
-    if any(record[key] != whole[key] for key in record) or not _curve_fits(ticket):
+    if any(record[key] != whole[key] for key in record):
         raise Fault(f"{where}: its record has values of other kinds than a ticket's. {AGAIN}")
-    if not (0 <= ticket.alive <= ticket.prunable <= ticket.total and ticket.prunable and ticket.round >= 0):
-        raise Fault(f"{where}: its record counts what cannot be: alive, prunable, total or round. {AGAIN}")
     return ticket
-
-
-def _curve_fits(ticket: Ticket) -> bool:
-    """Whether a curve has, for each set, one value per step."""
-    if ticket.curve is None or not ticket.curve.psnr:
-        return True
-    lengths = {len(ticket.curve.steps), *map(len, ticket.curve.psnr.values())}
-    return len(lengths) == 1 and 0 not in lengths
 
 
 def _values(tree: Any) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -87,7 +88,8 @@ def train_round(
     while progress.epoch < plan.epochs:
         lr, seen, loss, norm = around.rate(progress), guards.Seen(), 0.0, torch.tensor(float("nan"))
         try:
-            around.begins_step(progress)
+            with meter.paused():
+                around.begins_step(progress)
         except Stopped:
             progress.unreported = meter.waiting(ranks)
             around.commit(wait=True)
@@ -196,6 +198,13 @@ class Meter:
         """What has not been reported: losses and samples per task, summed over ranks."""
         found: list[list[float]] = (ranks.sum(self.sums) + self.carried).tolist()
         return found
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What may take long here is no training: scoring within a round."""
+        since = time.monotonic()
+        yield
+        self.began += time.monotonic() - since
 
     def reset(self) -> None:
         self.sums.zero_()

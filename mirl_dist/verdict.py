@@ -17,12 +17,41 @@ from mirl_dist.pruning.prune import Rule, groups, prune
 from mirl_dist.ticket import DENSE, Ticket
 
 
+FOLLOWS = "the mask follows from the parent's weights"
+
+
 class Check(NamedTuple):
-    """One claim of a ticket, whether it holds, and by which numbers."""
+    """One claim of a ticket, whether it holds (None: what would prove it is not here), and by which numbers."""
 
     what: str
-    holds: bool
+    holds: bool | None
     detail: str
+
+
+MOST_BLOCKS = 1_000
+"""Deeper networks are not built for a ticket: a stranger's config could ask for any number."""
+
+
+def refuse_oversized(config: configs.Config, weights: int, where: str) -> None:
+    """Raise Fault for a model section whose network has more than so many weights, before it is built.
+
+    Each size is held against the smallest tensors that it makes: that bounds the time and the numbers, no more.
+    """
+    m = config.model
+    least = {
+        "dim": m.dim**2,
+        "heads": max(m.heads),
+        "ffn_expansion": m.ffn_expansion * m.dim**2,
+        "prompt_heads": m.prompt_heads,
+        "prompt_dims": max(m.prompt_dims) ** 2,
+        "prompt_sizes": m.prompt_length * max(d * s**2 for d, s in zip(m.prompt_dims, m.prompt_sizes, strict=True)),
+        "blocks": (sum(m.blocks) + m.refinement_blocks) * m.dim**2,
+    }
+    odd = [key for key, count in least.items() if count > weights]
+    if sum(m.blocks) + m.refinement_blocks > MOST_BLOCKS:
+        odd.append("blocks")
+    if odd:
+        raise Fault(f"{where}: its model.{odd[0]} makes a larger network than its {weights:,} weights. Get it again.")
 
 
 class Round(Protocol):
@@ -86,7 +115,8 @@ def _of_config(ticket: Ticket, tree: dict[str, Any]) -> Iterator[Check]:
 def verify_descent(content: Round, parent: Round, rule: Rule) -> list[Check]:
     """Whether a ticket is the child of `parent`, the round before it in its run, whose masks `rule` cut.
 
-    parent.initial may be the run's first values with or without the dead ones. Where the criterion looks at more than
+    parent.initial may be the run's first values with or without the dead ones; parent.trained is empty where the run did
+    not keep them, and what only they prove is then neither held nor broken. Where the criterion looks at more than
     weights (a network, gradients), the cut cannot be repeated here: then its size and direction alone are judged.
     """
     return list(_of_descent(content, parent, rule))
@@ -99,7 +129,8 @@ def _of_descent(content: Round, parent: Round, rule: Rule) -> Iterator[Check]:
     for what in ("fingerprint", "manifest_digest", "initial_digest"):
         yield _same(f"{what.replace('_', ' ')} of the run", getattr(child, what), getattr(elder, what))
     yield _same("parent's mask digest", elder.mask_digest, masking.digest(parent.masks))
-    yield _same("parent's weights digest", elder.weights_digest, masking.digest_tensors(parent.trained))
+    if parent.trained:
+        yield _same("parent's weights digest", elder.weights_digest, masking.digest_tensors(parent.trained))
     names = _unlike(content.masks, parent.masks) or _unlike(content.initial, parent.initial)
     yield Check("the same tensors", not names, _named(names) or f"{len(content.initial)} tensors")
     if names:
@@ -123,12 +154,15 @@ def _of_cut(content: Round, parent: Round, rule: Rule) -> Iterator[Check]:
     gone = masking.alive(parent.masks) - masking.alive(content.masks)
     yield _same("weights removed by the rule", wanted, gone)
     if criterion.needs != "nothing":
+        yield Check(FOLLOWS, None, f"not provable: {rule.criterion} looks at the {criterion.needs} too")
         return
-    cut = prune(parent.initial if criterion.of == "initial" else parent.trained, parent.masks, rule)
+    values = parent.initial if criterion.of == "initial" or rule.criterion == "random" else parent.trained
+    if not values:
+        yield Check(FOLLOWS, None, "not provable: the run did not keep the parent's weights")
+        return
+    cut = prune(values, parent.masks, rule)
     odd = [n for n in sorted(cut.masks) if not torch.equal(cut.masks[n], content.masks[n])]
-    yield Check(
-        "the mask follows from the parent's weights", not odd, _named(odd) or f"by {rule.criterion}, {rule.per}"
-    )
+    yield Check(FOLLOWS, not odd, _named(odd) or f"by {rule.criterion}, {rule.per}")
     yield _same("threshold", content.ticket.threshold, cut.threshold)
 
 

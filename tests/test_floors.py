@@ -88,6 +88,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "data/bringers",
         "data/cache",
         "data/held",
+        "data/probe",
         "data/shards",
         "data/stream",
         "data/supply",

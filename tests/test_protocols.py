@@ -15,7 +15,7 @@ from mirl_dist.data import degrade
 from mirl_dist.data.chance import generator
 from mirl_dist.faults import Fault
 from mirl_dist.metrics import psnr, to_8bit
-from mirl_dist.protocols import LEAST_PIXELS, PROTOCOLS, as_restored, cropped, degraded, score
+from mirl_dist.protocols import PROTOCOLS, as_restored, cropped, degraded, score
 from mirl_dist.tasks import Task
 
 NOISE_25, RAIN = Task.of("denoise_25"), Task.of("derain")
@@ -162,12 +162,12 @@ def test_mioir_does_not_look_at_the_border() -> None:
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_images_of_the_least_size_can_be_scored_and_equal_ones_reach_the_ceiling(name: str) -> None:
-    restored, clean = (image[:LEAST_PIXELS, :LEAST_PIXELS] for image in vectors())
+    side = PROTOCOLS[name].least_pixels
+    restored, clean = (image[:side, :side] for image in vectors())
     part = cropped(PROTOCOLS[name], clean)
     same = score(PROTOCOLS[name], as_restored(part), part)
     assert (same.psnr, round(same.ssim, 9)) == (100.0, 1.0)
-    assert LEAST_PIXELS == max(protocol.least_pixels for protocol in PROTOCOLS.values()) == 19
-    least = PROTOCOLS[name].least_pixels - 1
+    least = side - 1
     with pytest.raises(Fault, match=r"found an image of \d+ x \d+ pixels where the (window|protocol)"):
         small = cropped(PROTOCOLS[name], clean[:least, :least])
         score(PROTOCOLS[name], as_restored(small), small)

@@ -112,13 +112,14 @@ def test_a_control_that_is_killed_and_lost_its_first_masks_ends_in_the_same_tick
         ({"start.ticket": "RUN/rounds/07"}, "finished rounds are 0, 1, 2"),
         ({"start.ticket": "RUN", "model.dim": 16}, "is of another network"),
         ({"start.ticket": "RUN", "prune.scope": "all"}, "was pruned in another scope"),
-        ({"model.weights": "absent.safetensors"}, "model.weights: found absent.safetensors, which cannot be read"),
+        ({"model.weights": "absent.safetensors"}, "model.weights: found absent.safetensors, which is no file"),
         ({"model.weights": "tiny.yaml"}, "Write it with `mirl-dist import`"),
         (
             {"model.weights": "half.safetensors"},
             "'refinement.0.attn.qkv.weight' (1 such) is not float32, or not finite",
         ),
         ({"model.weights": "few.safetensors"}, "is of another network"),
+        ({"prune.criterion": "snip", "prune.criterion_batches": 7}, "found 7, but a round has 6 steps. Give fewer"),
         ({"rewind.to": "step", "rewind.step": 6}, "rewind.step: found 6, but a round has 6 steps"),
     ],
 )
@@ -137,6 +138,20 @@ def test_a_start_that_does_not_fit_is_refused_in_one_line_before_a_run_begins(
     assert ended.rc == 2 and "Traceback" not in ended.err, ended.said()
     assert text in ended.err and len(ended.err.splitlines()) == 1
     assert not list((tmp_path / "run").glob("rounds/*"))
+
+
+def test_a_random_mask_over_a_run_that_began_from_survivors_alone_is_refused(
+    lab: Any, reference: Path, tmp_path: Path
+) -> None:
+    first = control(lab, tmp_path, reference, "ticket")
+    assert first.rc == 0, first.said()
+    sets = ONE_ROUND | {
+        "start.ticket": f"{tmp_path}/run/rounds/00",
+        "start.kind": "random_global",
+        "run.folder": "again",
+    }
+    ended = lab.play(tmp_path, sets, world=1)
+    assert ended.rc == 2 and "tells the first values of its survivors only" in ended.err, ended.said()
 
 
 def test_imported_weights_are_what_a_run_begins_with(lab: Any, reference: Path, tmp_path: Path) -> None:

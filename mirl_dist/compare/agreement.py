@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mirl_dist.compare import overlap
 from mirl_dist.compare.charts import alive_axis
 from mirl_dist.compare.looks import Look, drawing, marker, svg
-from mirl_dist.compare.shown import DENSE, Shown
+from mirl_dist.compare.shown import Shown
 from mirl_dist.compare.summary import Line
 
 Grid = NDArray[np.float64]
@@ -33,7 +33,7 @@ def chosen(lines: Sequence[Line]) -> list[Named]:
     """At most MOST pruned tickets with a mask, in the order of lines: last rounds first, then some between."""
     methods: dict[str, list[Line]] = {}
     for line in lines:
-        if line.method != DENSE and any(s.mask is not None for s in line.shown):
+        if not line.dense and any(s.mask is not None for s in line.shown):
             methods.setdefault(line.method, []).append(line)
     seeds = max((len(line.shown) for held in methods.values() for line in held), default=1)
     each = max(1, MOST // max(1, seeds * len(methods)))
@@ -110,7 +110,7 @@ def _pairs(lines: Sequence[Line]) -> dict[str, list[tuple[float, float, float]]]
     found: dict[str, list[tuple[float, float, float]]] = {}
     for line in lines:
         one = list({s.seed: s for s in line.shown if s.mask is not None}.values())
-        if line.method == DENSE or len(one) < 2:
+        if line.dense or len(one) < 2:
             continue
         upper = np.triu_indices(len(one), 1)
         measured, chance = overlap.iou(one)[upper], overlap.expected(one)[upper]

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from mirl_dist.compare.looks import INK, Look, drawing, marker, svg
 from mirl_dist.compare.shown import DENSE, Shown
-from mirl_dist.compare.summary import CONTROL, Line, Spread
+from mirl_dist.compare.summary import Line, Spread, scores_of
 
 WORDS = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
 
@@ -62,7 +62,7 @@ def _path(axes: Axes, rows: Sequence[Line], look: Look, name: str, measure: str)
     spreads = [_scores(r, measure)[name] for r in rows]
     x, mean = np.array([r.alive for r in rows]), np.array([s.mean for s in spreads], dtype=float)
     sd = np.array([s.sd or 0.0 for s in spreads], dtype=float)
-    dots = [(s.ticket.alive_total, getattr(s.ticket.scores[name], measure)) for r in rows for s in _with(r, name)]
+    dots = [(s.ticket.alive_total, getattr(scores_of(s.ticket)[name], measure)) for r in rows for s in _with(r, name)]
     several = any(s.count > 1 for s in spreads)
     if several:
         axes.plot(*zip(*dots, strict=True), ".", color=look.colour, alpha=0.4, markersize=5, zorder=2)
@@ -77,7 +77,7 @@ def _path(axes: Axes, rows: Sequence[Line], look: Look, name: str, measure: str)
 
 
 def _with(line: Line, name: str) -> list[Shown]:
-    return [s for s in line.shown if name in s.ticket.scores]
+    return [s for s in line.shown if name in scores_of(s.ticket)]
 
 
 def alive_axis(axes: Axes, weights: Sequence[float]) -> None:
@@ -150,4 +150,4 @@ def last_rounds(lines: Sequence[Line]) -> list[Line]:
     for line in lines:
         if line.method not in found or line.round_ >= found[line.method].round_:
             found[line.method] = line
-    return sorted(found.values(), key=lambda r: r.method.startswith(CONTROL))
+    return sorted(found.values(), key=lambda r: r.control)

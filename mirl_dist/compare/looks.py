@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from mirl_dist.compare.grouping import CONTROL
 from mirl_dist.compare.shown import DENSE
-from mirl_dist.compare.summary import CONTROL
 
 INK = "#0d1b2b"
 """Drawn with this, text and lines take the colour of the page's text (currentColor), on light and dark."""

@@ -33,7 +33,7 @@ def expected(shown: Sequence[Shown]) -> Square:
     no mask. nan where prunable tensors differ or a density is unknown.
     """
     result = np.full((len(shown), len(shown)), np.nan)
-    known = [tuple(s.parts.items()) if s.parts.keys() <= s.ticket.layer_density.keys() else None for s in shown]
+    known = [tuple(s.parts.items()) if _told(s) else None for s in shown]
     for places in _alike(known):
         parts = shown[places[0]].parts
         sizes = np.array(list(parts.values()), dtype=np.float64)
@@ -42,6 +42,11 @@ def expected(shown: Sequence[Shown]) -> Square:
         alive = density @ sizes
         result[np.ix_(places, places)] = _ratio(both, alive[:, None] + alive[None, :] - both)
     return result
+
+
+def _told(s: Shown) -> bool:
+    """Whether every part has a density, in [0, 1]."""
+    return all(0 <= s.ticket.layer_density.get(name, -1) <= 1 for name in s.parts)
 
 
 def _ratio(above: Square, below: Square) -> Square:

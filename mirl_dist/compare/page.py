@@ -97,8 +97,8 @@ def _scores(shown: Sequence[Shown], lines: Sequence[Line], names: Sequence[str],
         return missing("No ticket has scores.")
     known = page_tables.scores(lines, names, styles)
     said = (
-        "PSNR in dB over SSIM: mean ± standard deviation over seeds. Bold: the best ticket of a column, the dense "
-        "network not counted. Alive weights and sparsity are over all parameters. Click a head to sort."
+        "PSNR in dB over SSIM: mean ± standard deviation over seeds. Bold: the best ticket of a column, dense networks "
+        "and controls not counted. Alive weights and sparsity are over all parameters. Click a head to sort."
     )
     theirs = (
         " Tinted, apart: what the paper prints for a method, beside our line of the nearest density; its networks, "

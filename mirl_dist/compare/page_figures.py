@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from mirl_dist.compare import agreement, charts, depth
 from mirl_dist.compare.looks import Look, swatch
 from mirl_dist.compare.markup import Html, figure, join, picture, tag
-from mirl_dist.compare.shown import DENSE, Shown
-from mirl_dist.compare.summary import CONTROL, Line
+from mirl_dist.compare.shown import Shown
+from mirl_dist.compare.summary import Line
 
 Looks = Mapping[str, Look]
 MOST_CURVES = 6
@@ -55,7 +55,7 @@ def distance(lines: Sequence[Line], names: Sequence[str], looks: Looks) -> Html:
     last = charts.last_rounds(lines)
     known = [n for n in names if any(n in line.against_dense for line in last)]
     if not known:
-        return missing("No ticket has a dense network of the same seed, data and network to be compared with.")
+        return missing("No ticket has a dense network of the same seed, training, data and network to be compared with.")
     return figure(
         "PSNR of the last ticket of each method minus that of the dense network of the same seed, with its alive "
         "weights. Mark: mean over seeds; whiskers: one standard deviation of the paired differences, none with one "
@@ -67,7 +67,7 @@ def distance(lines: Sequence[Line], names: Sequence[str], looks: Looks) -> Html:
 def curves(lines: Sequence[Line], names: Sequence[str], looks: Looks, dense: Sequence[Shown]) -> Html:
     """How fast tickets learn: a row of charts per method, of one seed."""
     rows = []
-    for method in dict.fromkeys(line.method for line in lines if line.method != DENSE):
+    for method in dict.fromkeys(line.method for line in lines if not line.dense):
         held = [s for line in lines if line.method == method for s in line.shown if s.ticket.curve is not None]
         seed = min((s.seed for s in held), default=None)
         mine = [s for s in held if s.seed == seed]
@@ -90,7 +90,7 @@ def curves(lines: Sequence[Line], names: Sequence[str], looks: Looks, dense: Seq
 
 def density(lines: Sequence[Line], looks: Looks) -> Html:
     """Densities by block: inside the last ticket of each method, and round by round."""
-    last = [line for line in charts.last_rounds(lines) if line.method != DENSE]
+    last = [line for line in charts.last_rounds(lines) if not line.dense]
     known = [(line, _first(line)) for line in last if _first(line).ticket.layer_density]
     if not known:
         return missing("No ticket tells the densities of its layers." if last else "No ticket here is pruned.")
@@ -108,7 +108,7 @@ def density(lines: Sequence[Line], looks: Looks) -> Html:
     second = []
     for line, s in known:
         rounds = [x for other in lines for x in other.shown if x.run == s.run]
-        if len({x.ticket.round for x in rounds}) > 1 and not line.method.startswith(CONTROL):
+        if len({x.ticket.round for x in rounds}) > 1 and not line.control:
             grid = depth.heat(depth.by_round(rounds), f"rounds {line.method}", "round")
             second.append(_titled(line.method, "", looks, picture(grid, f"density by block and round, {line.method}")))
     if second:
@@ -133,7 +133,7 @@ def overlap(lines: Sequence[Line], looks: Looks) -> Html:
     named = agreement.chosen(lines)
     if len(named) < 2:
         return missing("Fewer than two pruned tickets have a known mask, so there is no overlap to show.")
-    total = sum(s.mask is not None for line in lines if line.method != DENSE for s in line.shown)
+    total = sum(s.mask is not None for line in lines if not line.dense for s in line.shown)
     said = (
         "Overlap of alive prunable weights, intersection over union (IoU). r: round, s: seed. Left: as it is. Right: "
         "minus what independent random masks of the same density, tensor by tensor, would have: blue is more than "

@@ -142,7 +142,7 @@ def _ours(
     ]
     for name in names:
         psnr, ssim = line.psnr.get(name), line.ssim.get(name)
-        top = line.method != DENSE
+        top = not (line.dense or line.control)
         inside = join(
             [
                 _spread(psnr, 2, top and psnr is not None and psnr.mean == best["psnr", name]),
@@ -170,8 +170,8 @@ def _theirs(beside: published.Beside | None, cited: Collection[str]) -> list[Htm
 
 
 def _best(lines: Sequence[Line], measure: str, name: str) -> float | None:
-    """The highest mean of a column, the whole network not counted."""
-    found = [getattr(line, measure).get(name) for line in lines if line.method != DENSE]
+    """The highest mean of a column, dense networks and controls not counted."""
+    found = [getattr(line, measure).get(name) for line in lines if not (line.dense or line.control)]
     return max((s.mean for s in found if s is not None and math.isfinite(s.mean)), default=None)
 
 

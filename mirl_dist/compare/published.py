@@ -125,10 +125,10 @@ def beside(lines: Sequence[Line], names: Sequence[str]) -> list[Beside]:
     """For each method that the paper has, its figures beside our line of the nearest density."""
     setting, found = setting_of(names), []
     for method in dict.fromkeys(line.method for line in lines):
-        matched = {name: match(method, name, setting) for name in names}
+        mine = [line for line in lines if line.method == method]
+        matched = {name: match(mine[0].shown[0].method, name, setting) for name in names}
         figures = {name: figure for name, figure in matched.items() if figure is not None}
         if figures:
             density = next(iter(figures.values())).weights / DENSE_WEIGHTS
-            mine = [line for line in lines if line.method == method]
             found.append(Beside(min(mine, key=lambda x: abs(x.alive / x.total - density)), figures))
     return found

@@ -17,7 +17,9 @@ class Shown(NamedTuple):
     """A ticket with what it is compared by.
 
     run: a short name of its run, unique in a comparison. method: DENSE for a whole network, else the run's method
-    (config.method). seed: the run's. parts: its prunable tensors in the network's order, name -> number of weights.
+    (config.method). seed: the run's. training: equal for runs that train and score alike, so that those of one seed
+    have the same dense network (config.training); experiment: equal for the seeds of one experiment
+    (config.experiment). parts: its prunable tensors in the network's order, name -> number of weights.
     mask: name -> alive bits, uint8, first weight in the highest bit (pruning.masks.pack); None where it is unknown.
     strip: its pictures as PNG bytes (pictures.strip), None without.
     """
@@ -25,6 +27,8 @@ class Shown(NamedTuple):
     run: str
     method: str
     seed: int
+    training: str
+    experiment: str
     ticket: Ticket
     parts: Mapping[str, int]
     mask: Mapping[str, NDArray[np.uint8]] | None

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
+from mirl_dist.compare import grouping
+from mirl_dist.compare.grouping import CONTROL
 from mirl_dist.compare.shown import DENSE, Shown
 from mirl_dist.faults import Fault
 from mirl_dist.ticket import Score, Ticket
 
-CONTROL = "control "
-"""How the method of a control begins."""
 _FEW_IMAGES = 20
+_MOST_DB, _MOST_SSIM = 1000.0, 1.001
 _USUAL = {"", "fp32", "no", "none", "false", "off", "whole image"}
 
 
@@ -33,10 +34,10 @@ class Spread(NamedTuple):
 class Line(NamedTuple):
     """One line of a comparison: a method's tickets of one round, seeds together.
 
-    A control stands at the round of the ticket that it controls, and its method names that ticket's. alive: mean over
-    seeds of the weights that are not pruned, of `total`; sparsity: over all parameters. psnr in dB, ssim: by
-    'task/set'; against_dense: PSNR minus that of the dense network of the same seed, data and network, in dB, paired;
-    without an entry where there is no such pair. Several tickets of one seed count as one value, their mean.
+    method, round_: as `grouping.places` labels them. alive: mean over seeds of the weights that are not pruned, of
+    `total`; sparsity: over all parameters. psnr in dB, ssim: by 'task/set'; against_dense: PSNR minus that of the
+    dense network (`dense_of`), in dB, paired; without an entry where there is no such pair. Several tickets of one
+    seed count as one value, their mean. Scores that are no numbers are left out, which a note says.
     """
 
     method: str
@@ -53,6 +54,14 @@ class Line(NamedTuple):
     def seeds(self) -> tuple[int, ...]:
         return tuple(sorted({s.seed for s in self.shown}))
 
+    @property
+    def dense(self) -> bool:
+        return self.shown[0].method == DENSE
+
+    @property
+    def control(self) -> bool:
+        return self.shown[0].method.startswith(CONTROL)
+
 
 def headline(ticket: Ticket) -> str:
     """The name of the protocol of `ticket.scores`; its whole text for a ticket that knows no names."""
@@ -60,10 +69,20 @@ def headline(ticket: Ticket) -> str:
 
 
 def scores_of(ticket: Ticket, protocol: str | None = None) -> Mapping[str, Score]:
-    """'task/set' -> Score by a protocol, None for the headline; empty where it was not scored so."""
+    """'task/set' -> Score by a protocol, None for the headline; empty where it was not scored so. Without what is no
+    number or out of every range."""
+    return {name: score for name, score in _said(ticket, protocol).items() if _sound(score)}
+
+
+def _said(ticket: Ticket, protocol: str | None) -> Mapping[str, Score]:
     if protocol is None or protocol == headline(ticket):
         return ticket.scores
     return ticket.also.get(protocol, {})
+
+
+def _sound(score: Score) -> bool:
+    psnr, ssim = (score.psnr, score.degraded_psnr), (score.ssim, score.degraded_ssim)
+    return all(abs(x) <= _MOST_DB for x in psnr) and all(abs(x) <= _MOST_SSIM for x in ssim)
 
 
 def names(shown: Iterable[Shown]) -> list[str]:
@@ -72,38 +91,22 @@ def names(shown: Iterable[Shown]) -> list[str]:
 
 
 def lines(shown: Sequence[Shown], protocol: str | None = None) -> list[Line]:
-    """A line per method and round: dense first, methods in the order of first appearance, rounds ascending.
+    """A line per label and round: dense first, methods in the order of first appearance, rounds ascending.
 
     protocol: another than the headline. Raises Fault for tickets that cannot stand in one table (refuse_mixed), and
     for a protocol by which none was scored.
     """
     refuse_mixed(shown)
-    if protocol is not None and not any(scores_of(s.ticket, protocol) for s in shown):
+    if protocol is not None and not any(_said(s.ticket, protocol) for s in shown):
         known = dict.fromkeys(name for s in shown for name in (headline(s.ticket), *s.ticket.also))
         raise Fault(f"no ticket here was scored by {protocol}; there are {', '.join(known)}. Name one of these.")
     together: dict[tuple[str, int], list[Shown]] = {}
-    for s, key in zip(shown, _keys(shown), strict=True):
-        together.setdefault(key, []).append(s)
+    for s, place in zip(shown, grouping.places(shown), strict=True):
+        together.setdefault((place.label, place.round_), []).append(s)
     order = list(dict.fromkeys(method for method, _ in together))
-    placed = sorted(together, key=lambda k: (k[0] != DENSE, order.index(k[0]), k[1]))
+    placed = sorted(together, key=lambda k: (together[k][0].method != DENSE, order.index(k[0]), k[1]))
     dense = [s for s in shown if s.method == DENSE]
     return [_line(key, together[key], dense, protocol) for key in placed]
-
-
-def _keys(shown: Sequence[Shown]) -> list[tuple[str, int]]:
-    """Method and round of the line on which each ticket stands."""
-    controls = any(s.method.startswith(CONTROL) for s in shown)
-    known = {s.ticket.digest(): s for s in shown} if controls else {}
-
-    def key(s: Shown) -> tuple[str, int]:
-        if not s.method.startswith(CONTROL):
-            return s.method, s.ticket.round
-        parent = known.get(s.ticket.parent or "")
-        if parent is None:  # the density tells which tickets it may control
-            return f"{s.method} ({s.ticket.alive_total:,} alive)", s.ticket.round
-        return f"{s.method} of {parent.method}", parent.ticket.round
-
-    return [key(s) for s in shown]
 
 
 def _line(key: tuple[str, int], mine: Sequence[Shown], dense: Sequence[Shown], protocol: str | None) -> Line:
@@ -112,7 +115,7 @@ def _line(key: tuple[str, int], mine: Sequence[Shown], dense: Sequence[Shown], p
 
     alive = Spread.of(by_seed(mine, lambda s: {"": s.ticket.alive_total})[""].values()).mean
     total = mine[0].ticket.total
-    against = {} if key[0] == DENSE else paired(mine, dense, of("psnr"))
+    against = {} if mine[0].method == DENSE else paired(mine, dense, of("psnr"))
     return Line(
         method=key[0],
         round_=key[1],
@@ -154,9 +157,11 @@ def paired(
 
 
 def dense_of(one: Shown, dense: Sequence[Shown]) -> list[Shown]:
-    """The dense tickets of the same seed, data and network; of the same run, where that has one."""
+    """The dense tickets of the same run, seed, data and network; without one, those of other runs that also trained
+    alike, for as many steps."""
     fits = [d for d in dense if d.seed == one.seed and same_ground(d, one)]
-    return [d for d in fits if d.run == one.run] or fits
+    alike = [d for d in fits if d.training == one.training and d.ticket.updates == one.ticket.updates]
+    return [d for d in fits if d.run == one.run] or alike
 
 
 def same_ground(one: Shown, other: Shown) -> bool:
@@ -196,7 +201,8 @@ def refuse_mixed(shown: Sequence[Shown]) -> None:
 def notes(shown: Sequence[Shown]) -> list[str]:
     """What a reader of a table must know beside its numbers, a sentence each. Raises Fault as `lines`."""
     table = lines(shown)
-    return [*_seeds(table), *_pairs(table, shown), *_differences(table, shown), *_measured(shown), *_training(shown)]
+    lines_ = [*grouping.apart(shown), *_seeds(table), *_pairs(table, shown), *_differences(table, shown)]
+    return [*lines_, *_unknown(shown), *_measured(shown), *_training(shown)]
 
 
 def _seeds(table: Sequence[Line]) -> list[str]:
@@ -216,10 +222,10 @@ def _seeds(table: Sequence[Line]) -> list[str]:
 
 def _pairs(table: Sequence[Line], shown: Sequence[Shown]) -> list[str]:
     dense = [s for s in shown if s.method == DENSE]
-    lone = [s.name for line in table if line.method != DENSE for s in line.shown if not dense_of(s, dense)]
+    lone = [s.name for line in table if not line.dense for s in line.shown if not dense_of(s, dense)]
     if not lone:
         return []
-    return [f"no dense ticket of the same seed, data and network, so no difference to it: {_some(lone)}"]
+    return [f"no dense ticket of the same seed, training, data and network, so no difference to it: {_some(lone)}"]
 
 
 _Count = Callable[[Ticket], int]
@@ -237,8 +243,17 @@ def _differences(table: Sequence[Line], shown: Sequence[Shown]) -> list[str]:
     for what, count in counted.items():
         odd = [f"{x.method}, round {x.round_}" for x in table if len({count(s.ticket) for s in x.shown}) > 1]
         if odd:
-            found.append(f"different numbers of {what} within a line, so perhaps different configs: {'; '.join(odd)}")
+            found.append(f"different numbers of {what} within a line, though its configs are equal: {'; '.join(odd)}")
     return found
+
+
+def _unknown(shown: Sequence[Shown]) -> list[str]:
+    found = []
+    for s in shown:
+        for scores in (s.ticket.scores, *s.ticket.also.values()):
+            found += [f"{s.name}, {name}" for name, score in scores.items() if not _sound(score)]
+    text = "scores that are no numbers, or out of range, count as unknown and are in no mean"
+    return [f"{text}: {_some(dict.fromkeys(found))}"] if found else []
 
 
 def _measured(shown: Sequence[Shown]) -> list[str]:

@@ -22,9 +22,11 @@ class Images(Protocol):
 class Held:
     """Images of evaluation samples, read once from a supply; then looked at like the supply itself."""
 
-    def __init__(self, supply: Supply, places: Sequence[Place]) -> None:
-        """Raises Fault for damage."""
+    def __init__(self) -> None:
         self._images: dict[tuple[str, str, str], Pixels] = {}
+
+    def read(self, supply: Supply, places: Sequence[Place]) -> None:
+        """Read the images of some samples. Raises Fault for damage."""
         for place in sorted(places, key=lambda place: place.shard.name):
             for which in (CLEAN, DEGRADED):
                 if place.entry.image(which) is not None:

@@ -158,7 +158,7 @@ class Stream:
         number = self._whole_sample(slot.shard, slot.sample)
         if number is not None:
             local = self._supply.get(self._train[slot.shard])
-            return _Asked(_read(local, local.entries[number], slot), slot, stands_in=number != slot.sample)
+            return _Asked(read_of(local, local.entries[number], slot), slot, stands_in=number != slot.sample)
         return self._ask_elsewhere(slot)
 
     def _whole_sample(self, shard: int, sample: int) -> int | None:
@@ -182,7 +182,7 @@ class Stream:
             number = self._whole_sample(other, slot.sample % shard.samples)
             if number is not None:
                 local = self._supply.get(shard)
-                return _Asked(_read(local, local.entries[number], slot), slot, stands_in=True)
+                return _Asked(read_of(local, local.entries[number], slot), slot, stands_in=True)
         raise Fault(f"data.damage: no shard of {source.name} has a whole sample left. Build or copy the shards again.")
 
     def _mended(self, items: list[tuple[_Asked, Patch] | _Failed]) -> Stack:
@@ -220,7 +220,7 @@ class Stream:
             self._supply.note(local, number, failed.problem)
 
 
-def _read(local: Local, entry: Entry, slot: Slot) -> Read:
+def read_of(local: Local, entry: Entry, slot: Slot) -> Read:
     clean, degraded = entry.image(CLEAN), entry.image(DEGRADED)
     assert clean is not None, "manifest.read_index lets no sample through without a clean image"
     return Read(

@@ -40,12 +40,14 @@ def iterate(
     masks: Mapping[str, Tensor],
     rule: Rule,
     image_shape: Sequence[int] = (1, 3, 64, 64),
+    before_step: Callable[[], None] = lambda: None,
 ) -> Pruned:
     """New masks after `rule.iterations` steps, each of which scores what is left and cuts the weakest.
 
     The alive share falls exponentially from 1 to what `prune` would leave; the counts at the end are exactly those.
     network: its weights are neither read nor changed; weights: all its parameters by name, of which the absolute values
-    count; masks, rule: as for `prune`; image_shape: (1, 3, H, W). `threshold` is that of the last step.
+    count; masks, rule: as for `prune`; image_shape: (1, 3, H, W); before_step: heard before each, may raise.
+    `threshold` is that of the last step.
     The same bits whenever called on the same machine. Raises Fault as `prune` does.
     """
     goal = groups(masks, rule)
@@ -57,6 +59,7 @@ def iterate(
         if due == gone:
             continue
         step_groups = [Group(g.names, d - before) for g, d, before in zip(goal, due, gone, strict=True)]
+        before_step()
         found = scores(network, weights, pruned.masks, image_shape)
         flat = {n: s.reshape(-1) for n, s in found.items()}
         pruned, gone = select(flat.__getitem__, pruned.masks, step_groups, rule.floor), due

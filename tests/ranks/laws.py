@@ -14,7 +14,7 @@ import torch
 
 from mirl_dist import guards, lottery, train
 from mirl_dist.data.sample import Batch
-from mirl_dist.faults import Fault
+from mirl_dist.faults import Fault, Stopped
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import Pruned, Rule, prune
 from mirl_dist.ranks import Ranks
@@ -39,6 +39,15 @@ def refused(work: Callable[[], object]) -> dict[str, Any] | None:
     return None
 
 
+def stopped(work: Callable[[], object]) -> str | None:
+    """What the Stopped says that some work meets, or None."""
+    try:
+        work()
+    except Stopped as asked:
+        return str(asked)
+    return None
+
+
 def pruned(weights: dict[str, torch.Tensor], ranks: Ranks) -> dict[str, Any]:
     """Two cuts in a row by every rule."""
     found = {}
@@ -59,6 +68,9 @@ def told(ranks: Ranks) -> dict[str, Any]:
     def main_fails() -> str:
         raise Fault(f"found something on rank {ranks.rank}, here, do that.")
 
+    def main_is_asked_to_stop() -> str:
+        raise Stopped("stopped as asked")
+
     def main_finds_the_server_away() -> str:
         raise Fault("the server is away.", resumable=True)
 
@@ -75,6 +87,7 @@ def told(ranks: Ranks) -> dict[str, Any]:
         "agree": refused(lambda: ranks.agree("the colour", "red" if not last else "blue")),
         "agreed": refused(lambda: ranks.agree("the colour", "red")),
         "from main": ranks.from_main(lambda: f"from rank {ranks.rank}"),
+        "main stops": stopped(lambda: ranks.from_main(main_is_asked_to_stop)),
         "main fails": refused(lambda: ranks.from_main(main_fails)),
         "server away": refused(lambda: ranks.from_main(main_finds_the_server_away, what="commit")),
         "any": [ranks.any(last, what="whether one is last"), ranks.any(False, what="whether none is")],

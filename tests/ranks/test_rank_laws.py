@@ -77,6 +77,7 @@ def test_disagreement_names_the_rank_that_drifted(seen: Seen, world: int) -> Non
 def test_what_rank_0_finds_or_faults_reaches_every_rank(seen: Seen, world: int) -> None:
     for rank in seen[world]:
         assert rank["told"]["from main"] == "from rank 0"
+        assert rank["told"]["main stops"] == "stopped as asked"
         assert rank["told"]["main fails"]["text"] == "found something on rank 0, here, do that."
         assert not rank["told"]["main fails"]["resumable"]
         assert rank["told"]["server away"]["text"] == "the server is away."
