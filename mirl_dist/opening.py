@@ -64,6 +64,11 @@ def open_run(folder: str, options: Options = _USUAL) -> tuple[Checkpoints, Confi
     return checkpoints, of_dump(identity["config"], f"{folder}/run.json")
 
 
+def run_of(reference: str) -> str:
+    """The run that `RUN` or `RUN/rounds/NN` names."""
+    return re.sub(r"/rounds/\d+/?$", "", reference).rstrip("/") or reference
+
+
 def find(reference: str, options: Options = _USUAL) -> Found:
     """`RUN` (its best round where the run chose one, else its last) or `RUN/rounds/NN`."""
     match = re.fullmatch(r"(.*?)/rounds/(\d+)/?", reference)

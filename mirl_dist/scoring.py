@@ -72,7 +72,9 @@ def print_scores(reference: str, shards_address: str | None, how: How, table: Pa
     config, ticket = opened.config, opened.ticket()
     if isinstance(opened, Filed):
         if shards_address is None:
-            raise Fault(f"found {reference}, a ticket file, which does not say where shards are. Name the shards with --shards.")
+            raise Fault(
+                f"found {reference}, a ticket file, which does not say where shards are. Name the shards with --shards."
+            )
         config = placeless(config)
     settings = _settings(config, how)
     shards = Shards(opening.store_of(config, shards_address or config.data.shards))

@@ -131,7 +131,9 @@ def print_status(run: str, as_json: bool) -> None:
 def _in_words(value: Any) -> str:
     """One line for people: '-' for nothing, few digits."""
     if isinstance(value, dict):
-        return ", ".join(f"{_in_words(key)} {_in_words(inner)}" for key, inner in value.items() if inner not in ("", None))
+        return ", ".join(
+            f"{_in_words(key)} {_in_words(inner)}" for key, inner in value.items() if inner not in ("", None)
+        )
     if isinstance(value, str):  # what a damaged sample said, too: nothing that would upset a terminal
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

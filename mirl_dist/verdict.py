@@ -16,7 +16,6 @@ from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.prune import Rule, groups, prune
 from mirl_dist.ticket import DENSE, Ticket
 
-
 FOLLOWS = "the mask follows from the parent's weights"
 
 
@@ -115,9 +114,9 @@ def _of_config(ticket: Ticket, tree: dict[str, Any]) -> Iterator[Check]:
 def verify_descent(content: Round, parent: Round, rule: Rule) -> list[Check]:
     """Whether a ticket is the child of `parent`, the round before it in its run, whose masks `rule` cut.
 
-    parent.initial may be the run's first values with or without the dead ones; parent.trained is empty where the run did
-    not keep them, and what only they prove is then neither held nor broken. Where the criterion looks at more than
-    weights (a network, gradients), the cut cannot be repeated here: then its size and direction alone are judged.
+    parent.initial may be the run's first values with or without the dead ones; parent.trained is empty where the run
+    did not keep them. What only they could prove, or a network or gradients that the criterion looks at, neither holds
+    nor is broken: the cut's size and direction alone are judged then.
     """
     return list(_of_descent(content, parent, rule))
 

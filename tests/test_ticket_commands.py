@@ -140,14 +140,21 @@ def test_a_judgement_trains_the_controls_that_are_missing_once(lab: Any, referen
     }
     assert sorted(trained) == ["02-random_global", "02-random_layer", "02-reinit"]
     ended = lab.start("tickets", "judge", "run", "--train", "one.yaml", "--json", cwd=tmp_path).wait()
-    (judgement,) = json.loads(ended.out)
+    told = json.loads(ended.out)
+    (judgement,) = told["judgements"]
+    assert told["controls_missing"] == [] and any("one seed" in note for note in told["notes"])
     assert {c["kind"]: c["verdict"] for c in judgement["controls"]}.keys() == {
         "reinit",
         "random_layer",
         "random_global",
     }
     assert all(c["verdict"] != "not run" for c in judgement["controls"])
-    assert all(p.stat().st_mtime_ns in trained.values() for p in tmp_path.glob("run/controls/*/rounds/00/*/ticket.json"))
+    again = {p.stat().st_mtime_ns for p in tmp_path.glob("run/controls/*/rounds/00/*/ticket.json")}
+    assert again == set(trained.values())
+    (tmp_path / "run/controls/02-reinit").rename(tmp_path / "aside")
+    shutil.copytree(tmp_path / "aside", tmp_path / "run/controls/01-reinit")
+    ended = lab.start("tickets", "judge", "run", "--round", "1", cwd=tmp_path).wait()
+    assert ended.rc == 2 and "01-reinit holds a control of another ticket" in ended.err, ended.said()
 
 
 def test_several_protocols_score_in_one_pass_and_the_table_holds_every_image(

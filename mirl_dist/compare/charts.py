@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from mirl_dist.compare.looks import INK, Look, drawing, marker, svg
 from mirl_dist.compare.shown import DENSE, Shown
-from mirl_dist.compare.summary import Line, Spread, scores_of
+from mirl_dist.compare.summary import MOST_DB, Line, Spread, scores_of
 
 WORDS = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
 
@@ -136,9 +136,10 @@ def curves(tickets: Sequence[Shown], look: Look, name: str) -> bytes:
             dense = s.method == DENSE
             strength = 1.0 if dense or not last else 0.25 + 0.75 * s.ticket.round / last
             how: dict[str, Any] = {"color": INK if dense else look.colour, "alpha": strength}
-            axes.plot(steps, curve.psnr[name], linestyle="--" if dense else "-", linewidth=1.3, **how)
+            told = [v if abs(v) <= MOST_DB else math.nan for v in curve.psnr[name]]
+            axes.plot(steps, told, linestyle="--" if dense else "-", linewidth=1.3, **how)
             best = s.ticket.best_steps()[name]
-            axes.plot(best, curve.psnr[name][steps.index(best)], "o", markersize=5, **how)
+            axes.plot(best, told[steps.index(best)], "o", markersize=5, **how)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
         return svg(figure, f"curves {name} {tickets[0].name if tickets else ''}")

@@ -2,37 +2,45 @@
 
 A winning ticket, trained by itself, (1) scores at least what the dense network scores, (2) after no more steps to its
 best validation score, (3) with fewer weights. All is paired: a ticket with the dense network of the same seed, data
-and network (summary.paired), a control with the very ticket whose digest its own names as parent. A difference that
-is no larger than the spread of seeds is called that, and neither a win nor a loss.
+and network (summary.paired), a control with the very ticket whose digest its own names as parent. A mean difference
+that is no larger than the standard deviation of the paired differences is called within the spread, and is neither a
+win nor a loss; one pair has no spread, and is never more than one seed's word.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from mirl_dist.compare import summary, text
+from mirl_dist.compare.grouping import CONTROL
 from mirl_dist.compare.shown import DENSE, Shown
-from mirl_dist.compare.summary import CONTROL, Line, Spread
+from mirl_dist.compare.summary import Line, Spread
 
 YES, WITHIN, NO, UNKNOWN = "yes", "within the spread", "no", "unknown"
+YES_ONE, NO_ONE = "yes (one seed)", "no (one seed)"
 WINNING, WITHIN_SEEDS = "winning ticket", "within the spread of seeds"
+ALL_ONE, NOT_ALL_ONE = "one seed: at least dense on every task", "one seed: not on every task"
 BEATS, LOSES, NOT_RUN = "beats", "loses", "not run"
+BEATS_ONE, LOSES_ONE = "beats (one seed)", "no better (one seed)"
 CONTROLS = ("reinit", "random_layer", "random_global")
 ONE_SEED = "one seed: no spread known"
+TWO_SEEDS = "two seeds: the spread itself is uncertain"
+CANNOT_TELL = "within the spread: these seeds cannot tell it from dense; 'at least' can hold on average at most"
+CHOSEN = "the round was chosen by scores, by which it is judged here: that favours the ticket"
 _KEPT_VALUES = re.compile(r"PIR-|.*\b(finetune|rate)\b")
 
 
 class Answer(NamedTuple):
     """One task of one ticket against the dense network, paired by seed; None where there is no pair.
 
-    gain: PSNR in dB, ticket minus dense; score: YES, WITHIN, NO or UNKNOWN. later: optimiser steps to the best
-    validation score, ticket minus dense; steps: the same words.
+    gain: PSNR in dB, ticket minus dense; score: YES, WITHIN or NO by the paired spread, YES_ONE or NO_ONE of one pair,
+    or UNKNOWN. later: optimiser steps to the best validation score, ticket minus dense; steps: the same words.
     """
 
     gain: Spread | None
@@ -44,8 +52,8 @@ class Answer(NamedTuple):
 class Control(NamedTuple):
     """A ticket against one kind of control: PSNR in dB, ticket minus control, by 'task/set', and a word for each.
 
-    verdict: BEATS, WITHIN or LOSES by `mean`, the mean over tasks of the differences; NOT_RUN without a control;
-    UNKNOWN where a score is not a number.
+    verdict: BEATS, WITHIN or LOSES by `mean`, the mean over tasks of the differences; BEATS_ONE or LOSES_ONE of one
+    pair; NOT_RUN without a control; UNKNOWN where a score is not a number.
     """
 
     kind: str
@@ -56,7 +64,8 @@ class Control(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """Of one method and round. density: alive / total weights. overall: WINNING, WITHIN_SEEDS, NO or UNKNOWN."""
+    """Of one method and round. density: alive / total weights. overall: WINNING (every task is YES), WITHIN_SEEDS (none
+    is NO), ALL_ONE or NOT_ALL_ONE (some have one pair), NO or UNKNOWN."""
 
     method: str
     round_: int
@@ -68,30 +77,28 @@ class Judgement(NamedTuple):
     remarks: tuple[str, ...]
 
 
-def judge(shown: Sequence[Shown], tolerance_db: float = 0.0) -> list[Judgement]:
+def judge(shown: Sequence[Shown], tolerance_db: float = 0.0, *, chosen: bool = False) -> list[Judgement]:
     """A judgement of every method and round that is neither dense nor a control.
 
-    tolerance_db: how much less than the dense network still counts as its score, in dB. Raises Fault as
-    `summary.lines`.
+    tolerance_db: how much less than the dense network still counts as its score, in dB. chosen: the rounds were chosen
+    by their scores, which a remark then says. Raises Fault as `summary.lines`.
     """
-    lines = [line for line in summary.lines(shown) if line.method != DENSE and not line.method.startswith(CONTROL)]
-    return [_judge(line, shown, tolerance_db) for line in lines]
+    lines = [line for line in summary.lines(shown) if not (line.dense or line.control)]
+    found = [_judge(line, shown, tolerance_db) for line in lines]
+    return [_also(j, [*_rounds_apart(j, found), *([CHOSEN] if chosen else [])]) for j in found]
 
 
 def _judge(line: Line, shown: Sequence[Shown], tolerance_db: float) -> Judgement:
-    dense = [s for s in shown if s.method == DENSE and any(summary.same_ground(s, one) for one in line.shown)]
-    gain_by, gain_of = _against(line, dense, _psnr)
-    step_by, step_of = _against(line, dense, _steps)
+    dense = [s for s in shown if s.method == DENSE]
+    gains, laters = (summary.spreads(summary.paired(line.shown, dense, value)) for value in (_psnr, _steps))
     answers = {}
-    for name in line.psnr:
-        gain, later = gain_by.get(name), step_by.get(name)
-        answers[name] = Answer(
-            gain,
-            _at_least(gain, gain_of.get(name), tolerance_db),
-            later,
-            _at_least(None if later is None else later._replace(mean=-later.mean), step_of.get(name), 0.0),
-        )
+    for name in summary.names(line.shown):
+        gain, later = gains.get(name), laters.get(name)
+        fewer = None if later is None else later._replace(mean=-later.mean)
+        known = all(name in _psnr(s) for s in line.shown if name in s.ticket.scores)
+        answers[name] = Answer(gain, _at_least(gain, tolerance_db) if known else UNKNOWN, later, _at_least(fewer, 0.0))
     controls = tuple(_control(kind, line, shown) for kind in CONTROLS)
+    overall = _overall(line, answers)
     return Judgement(
         method=line.method,
         round_=line.round_,
@@ -99,61 +106,90 @@ def _judge(line: Line, shown: Sequence[Shown], tolerance_db: float) -> Judgement
         density=line.alive / line.total,
         answers=answers,
         controls=controls,
-        overall=_overall(line, answers),
-        remarks=tuple(_remarks(line, answers, controls)),
+        overall=overall,
+        remarks=tuple(_remarks(line, answers, controls, overall)),
     )
 
 
+def _also(j: Judgement, remarks: Sequence[str]) -> Judgement:
+    return j._replace(remarks=(*j.remarks, *remarks))
+
+
+def _rounds_apart(one: Judgement, judgements: Sequence[Judgement]) -> list[str]:
+    """What to do where each seed of a method stands here by another round, so that none has a spread."""
+    mine = [j for j in judgements if j.method == one.method]
+    seeds = [(seed, j.round_) for j in mine for seed in j.seeds]
+    if len(mine) < 2 or len(dict(seeds)) < len(seeds):
+        return []
+    said = ", ".join(f"round {round_} for seed {seed}" for seed, round_ in sorted(seeds))
+    return [f"{said}: judge one round with --round"]
+
+
 def _psnr(s: Shown) -> dict[str, float]:
-    return {name: score.psnr for name, score in s.ticket.scores.items()}
+    return {name: score.psnr for name, score in summary.scores_of(s.ticket).items()}
 
 
 def _steps(s: Shown) -> Mapping[str, float]:
-    return s.ticket.best_steps()
+    curves = {} if s.ticket.curve is None else s.ticket.curve.psnr
+    return {name: step for name, step in s.ticket.best_steps().items() if all(map(math.isfinite, curves[name]))}
 
 
-def _against(
-    line: Line, dense: Sequence[Shown], value: Callable[[Shown], Mapping[str, float]]
-) -> tuple[dict[str, Spread], dict[str, Spread]]:
-    """By 'task/set': the paired differences to the dense network, and the dense network's own values."""
-    return summary.spreads(summary.paired(line.shown, dense, value)), summary.spreads(summary.by_seed(dense, value))
-
-
-def _at_least(difference: Spread | None, dense: Spread | None, tolerance: float) -> str:
-    """Whether what is paired is not below; within the spread of the differences or of the dense seeds it may be."""
-    if difference is None or math.isnan(difference.mean):
+def _at_least(difference: Spread | None, tolerance: float) -> str:
+    """Whether what is paired is not below, by the spread of the pairs; equal in every pair is not below."""
+    if difference is None:
         return UNKNOWN
-    if difference.mean >= -tolerance:
+    margin = difference.mean + tolerance
+    if difference.sd is None:
+        return YES_ONE if margin >= 0 else NO_ONE
+    if margin > difference.sd or margin == difference.sd == 0:
         return YES
-    spreads = [s.sd for s in (difference, dense) if s is not None and s.sd is not None]
-    return WITHIN if any(abs(difference.mean) <= sd for sd in spreads) else NO
+    return WITHIN if abs(margin) <= difference.sd else NO
 
 
 def _overall(line: Line, answers: Mapping[str, Answer]) -> str:
     """Definition 1 over all tasks. Without curves it is judged by scores alone, which a remark says."""
-    scores, steps = {a.score for a in answers.values()}, {a.steps for a in answers.values()}
-    if NO in scores | steps or _KEPT_VALUES.match(line.method):
+    scores = {a.score for a in answers.values()}
+    words = scores | {a.steps for a in answers.values()}
+    if NO in words or _KEPT_VALUES.match(line.method):
         return NO
+    if NO_ONE in words:
+        return NOT_ALL_ONE
     if UNKNOWN in scores or not scores:
         return UNKNOWN
-    return WITHIN_SEEDS if WITHIN in scores | steps else WINNING
+    if WITHIN in words:
+        return WITHIN_SEEDS
+    return ALL_ONE if YES_ONE in words else WINNING
 
 
-def _remarks(line: Line, answers: Mapping[str, Answer], controls: Sequence[Control]) -> list[str]:
-    found = []
-    counts = [a.gain.count for a in answers.values() if a.gain is not None]
-    if counts and max(counts) == 1:
-        found.append(ONE_SEED)
-    if counts and max(counts) < len(line.seeds):
-        found.append(f"a dense pair for {max(counts)} of {len(line.seeds)} seeds")
-    missing = [name for name, a in answers.items() if a.score == UNKNOWN]
+def _remarks(line: Line, answers: Mapping[str, Answer], controls: Sequence[Control], overall: str) -> list[str]:
+    found = [*_counted(line, answers)]
+    broken = [n for n in answers if any(n in s.ticket.scores and n not in _psnr(s) for s in line.shown)]
+    if broken:
+        found.append(f"a score that is no number: {', '.join(broken)}")
+    missing = [name for name, a in answers.items() if a.gain is None and name not in broken]
     if missing:
-        found.append(f"no dense score of the same seed, data and network: {', '.join(missing)}")
+        found.append(f"no dense score of the same seed, training, data and network: {', '.join(missing)}")
     if any(a.steps == UNKNOWN for a in answers.values()):
         found.append("steps to the best score unknown (no curves): by scores alone")
     if _KEPT_VALUES.match(line.method):
         found.append("kept its trained values: no ticket in the definition's sense, whatever it scores")
+    if overall == WITHIN_SEEDS:
+        found.append(CANNOT_TELL)
     found += [f"control {c.kind} does as well" for c in controls if c.verdict in (WITHIN, LOSES)]
+    return found + [f"control {c.kind} does as well (one seed)" for c in controls if c.verdict == LOSES_ONE]
+
+
+def _counted(line: Line, answers: Mapping[str, Answer]) -> list[str]:
+    """How many pairs there are, where they are few."""
+    pairs = {name: min(x.count for x in (a.gain, a.later) if x) for name, a in answers.items() if a.gain}
+    found = []
+    for count, words in ((1, ONE_SEED), (2, TWO_SEEDS)):
+        few = [name for name, number in pairs.items() if number == count]
+        if few:
+            found.append(words if len(few) == len(pairs) else f"{words} ({', '.join(few)})")
+    fewest = min((a.gain.count for a in answers.values() if a.gain), default=0)
+    if 0 < fewest < len(line.seeds):
+        found.append(f"a dense pair for {fewest} of {len(line.seeds)} seeds")
     return found
 
 
@@ -164,9 +200,12 @@ def _control(kind: str, line: Line, shown: Sequence[Shown]) -> Control:
         if s.method == f"{CONTROL}{kind}" and s.ticket.parent is not None:
             theirs.setdefault(s.ticket.parent, []).append(s)
 
+    def against(s: Shown) -> list[Shown]:
+        return [c for c in theirs.get(s.ticket.digest(), []) if summary.same_ground(c, s)]
+
     def difference(s: Shown) -> dict[str, float]:
-        against = [_psnr(c) for c in theirs.get(s.ticket.digest(), []) if summary.same_ground(c, s)]
-        known = {name: [c[name] for c in against if name in c] for name in s.ticket.scores}
+        values = [_psnr(c) for c in against(s)]
+        known = {name: [v[name] for v in values if name in v] for name in _psnr(s)}
         return {name: value - fmean(known[name]) for name, value in _psnr(s).items() if known[name]}
 
     def mean(s: Shown) -> dict[str, float]:
@@ -176,13 +215,16 @@ def _control(kind: str, line: Line, shown: Sequence[Shown]) -> Control:
     gains = summary.spreads(summary.by_seed(line.shown, difference))
     over = summary.spreads(summary.by_seed(line.shown, mean)).get("")
     verdicts = {name: _word(gain) for name, gain in gains.items()}
-    return Control(kind, gains, verdicts, over, NOT_RUN if over is None else _word(over))
+    pairs = [(s, c) for s in line.shown for c in against(s)]
+    sound = all(len(_psnr(x)) == len(x.ticket.scores) for pair in pairs for x in pair)
+    verdict = (NOT_RUN if over is None else _word(over)) if sound else UNKNOWN
+    return Control(kind, gains, verdicts, over if sound else None, verdict)
 
 
 def _word(gain: Spread) -> str:
-    if math.isnan(gain.mean):
-        return UNKNOWN
-    if abs(gain.mean) <= (gain.sd or 0.0):
+    if gain.sd is None:
+        return BEATS_ONE if gain.mean > 0 else LOSES_ONE
+    if abs(gain.mean) <= gain.sd:
         return WITHIN
     return BEATS if gain.mean > 0 else LOSES
 
@@ -208,7 +250,7 @@ def tables(judgements: Sequence[Judgement]) -> list[Table]:
         found += text.blocks("PSNR against controls, dB (ticket minus control)", heads, tried, names)
     said = [f"{j.method}, round {j.round_}: {'; '.join(j.remarks)}" for j in judgements if j.remarks]
     said += [] if tried else ["no control was run"]
-    return text.with_remarks(found, [*said, "within the spread: no larger than ±, here or between the dense seeds"])
+    return text.with_remarks(found, [*said, "within the spread: a difference no larger than its ± (any tolerance added), neither a win nor a loss"])
 
 
 def _cells(j: Judgement) -> dict[str, str]:
@@ -225,7 +267,7 @@ def _control_cells(c: Control) -> dict[str, str]:
 
 def _cell(spread: Spread | None, digits: int, word: str) -> str:
     numbers = [] if spread is None else text.told(spread, digits, "+")
-    return "\n".join([*numbers, *word.split(" the ")])
+    return "\n".join([*numbers, *word.replace(" the ", "\n").replace(" (", "\n(").split("\n")])
 
 
 def to_json(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:

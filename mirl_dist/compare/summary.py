@@ -13,7 +13,8 @@ from mirl_dist.faults import Fault
 from mirl_dist.ticket import Score, Ticket
 
 _FEW_IMAGES = 20
-_MOST_DB, _MOST_SSIM = 1000.0, 1.001
+MOST_DB, _MOST_SSIM = 1000.0, 1.001
+"""Beyond it, a PSNR is no number that was measured."""
 _USUAL = {"", "fp32", "no", "none", "false", "off", "whole image"}
 
 
@@ -82,7 +83,7 @@ def _said(ticket: Ticket, protocol: str | None) -> Mapping[str, Score]:
 
 def _sound(score: Score) -> bool:
     psnr, ssim = (score.psnr, score.degraded_psnr), (score.ssim, score.degraded_ssim)
-    return all(abs(x) <= _MOST_DB for x in psnr) and all(abs(x) <= _MOST_SSIM for x in ssim)
+    return all(abs(x) <= MOST_DB for x in psnr) and all(abs(x) <= _MOST_SSIM for x in ssim)
 
 
 def names(shown: Iterable[Shown]) -> list[str]:
