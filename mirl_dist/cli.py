@@ -188,7 +188,8 @@ def status(run: Annotated[str, typer.Argument(help="Run folder.")], as_json: Jso
 def evaluate(
     ticket: TicketArgument,
     shards: Annotated[
-        str | None, typer.Option(help="Built shards, a folder or URL; default: those the run was trained on.")
+        str | None,
+        typer.Option(help="Built shards, a folder or URL; default: those of the run. A ticket file needs it."),
     ] = None,
     protocol: Annotated[
         list[str] | None, typer.Option(help="How to score (docs/protocols.md); may be repeated. Default: the run's.")

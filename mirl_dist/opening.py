@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mirl_dist import models, ticket_file
+from mirl_dist import models, ticket_file, verdict
 from mirl_dist.checkpoint import INITIAL, Checkpoints, unpack_masks
 from mirl_dist.config import Config, of_dump
 from mirl_dist.faults import Fault
+from mirl_dist.placeless import placeless
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import Options, Store, open_store
 from mirl_dist.ticket import Ticket
@@ -57,11 +58,24 @@ def store_of(config: Config, address: str) -> Store:
 
 def open_run(folder: str, options: Options = _USUAL) -> tuple[Checkpoints, Config]:
     """A run, opened for reading; options: where its store is not as the environment says. Raises Fault without one."""
+    _refuse_no_run(folder)
     checkpoints = Checkpoints(open_store(folder, options))
     identity = checkpoints.identity()
     if identity is None:
         raise Fault(f"{folder} holds no run (no run.json). Give the run.folder of a config that was trained.")
     return checkpoints, of_dump(identity["config"], f"{folder}/run.json")
+
+
+def _refuse_no_run(folder: str) -> None:
+    """Raise Fault for what names something else than a run."""
+    if folder.startswith("mlflow:"):
+        raise Fault(
+            f"found {folder}, but only `tickets compare` reads MLflow. Name the run's folder, or a ticket file."
+        )
+    if "://" not in folder and Path(folder).is_file():
+        raise Fault(f"found {folder}, which is a file, where a run is needed. Name the folder of a run.")
+    if folder.endswith(".ticket") and not Path(folder).exists():
+        raise Fault(f"no file at {folder}. Give the path of a ticket file, or a run.")
 
 
 def run_of(reference: str) -> str:
@@ -93,11 +107,12 @@ def open_ticket(reference: str, options: Options = _USUAL) -> Found | Filed:
     except OSError as error:
         raise Fault(f"found {path}, which cannot be read: {error.strerror or error}. Correct the rights.") from None
     content = ticket_file.read(data, reference)
-    return Filed(path, of_dump(content.config, reference), content)
+    return Filed(path, placeless(of_dump(content.config, reference)), content)
 
 
 def network(config: Config, weights: dict[str, Tensor]) -> nn.Module:
     """The network of a config with these weights, for restoring. Raises Fault where they are not its weights."""
+    verdict.refuse_oversized(config, sum(t.numel() for t in weights.values()), "the ticket")
     with torch.device("meta"):
         model = models.create(config.model.name, **config.model.sizes())
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}

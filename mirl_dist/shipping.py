@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from mirl_dist import assemble, destination, models, opening, report, ticket_file
+from mirl_dist import assemble, destination, models, opening, report, ticket_file, verdict
 from mirl_dist.checkpoint import pack_tensors
 from mirl_dist.faults import Fault
 from mirl_dist.opening import Filed, Found
 from mirl_dist.placeless import placeless
 from mirl_dist.storage import Folder
 from mirl_dist.ticket_file import Check, Content
-from mirl_dist.verdict import FOLLOWS
 
 
 def pack(reference: str, out: Path) -> None:
@@ -92,7 +91,7 @@ def _with_run(content: Content, home: Found) -> list[Check]:
     if ticket.round == 0:
         return found
     if ticket.round - 1 not in kept:
-        return [*found, Check(FOLLOWS, None, f"not provable: {where} lacks round {ticket.round - 1}")]
+        return [*found, Check(verdict.FOLLOWS, None, f"not provable: {where} lacks round {ticket.round - 1}")]
     before = Found(home.checkpoints, home.config, ticket.round - 1)
     trained = opening.trained(before) if home.checkpoints.has_weights(before.round_) else {}
     elder = opening.beginning(before)
@@ -113,6 +112,7 @@ def export(reference: str, out: Path, compact: bool) -> None:
         Folder(out.parent).put(out.name, pack_tensors(weights))
         report.say(f"{out}: {len(weights)} tensors under this project's names")
         return
+    verdict.refuse_oversized(opened.config, sum(t.numel() for t in weights.values()), reference)
     official = models.to_official(opened.config.model.name, weights, **sizes)
     data = models.write_official(official, compact=compact, lightning=True)
     Folder(out.parent).put(out.name, data)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,6 @@ from mirl_dist.ticket import Ticket
 
 MLFLOW = "mlflow:"
 Packed = Mapping[str, NDArray[np.uint8]]
-_ROUND = re.compile(r"(.*?)/rounds/\d+/?")
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -62,7 +60,7 @@ def gather(references: Sequence[str], uri: str | None = None) -> list[Shown]:
         before = found.get(one.key, one._replace(each=[]))
         twice = {kept.ticket.round for kept in before.each} & {kept.ticket.round for kept in one.each}
         if twice:
-            raise Fault(f"found round {min(twice)} of {one.said} twice. Name each ticket once.")
+            raise Fault(f"found round {min(twice)} of {before.said} twice. Name each ticket once.")
         found[one.key] = one._replace(said=before.said, each=before.each + one.each)
     shown = []
     for run, name in zip(found.values(), _labels(list(found.values())), strict=True):
@@ -101,9 +99,8 @@ def _of_file(reference: str) -> _Gathered:
 
 
 def _of_run(reference: str) -> _Gathered:
-    match = _ROUND.fullmatch(reference)
-    home = match.group(1) if match else reference
-    if match:
+    home = opening.run_of(reference)
+    if home != (reference.rstrip("/") or reference):
         found = opening.find(reference)
         checkpoints, config, rounds = found.checkpoints, found.config, [found.ticket()]
     else:

@@ -228,13 +228,17 @@ def tell(
     elapsed = max(time.monotonic() - meter.began, 1e-9)
     progress.seconds += elapsed
     speed = float(now[1].sum()) / elapsed
-    if counts.sum():  # else every step since the last report was left out
-        values["loss/mean"] = float(losses.sum() / counts.sum())
-    values |= {
-        f"loss/{task.name}": float(s / n)
-        for task, s, n in zip(plan.tasks, losses.tolist(), counts.tolist(), strict=True)
-        if n
-    }
+    # The loss comes first: MLflow opens its comparison of rounds with the first metric that it heard of.
+    mean = {"loss/mean": float(losses.sum() / counts.sum())} if counts.sum() else {}  # else every step was left out
+    values = (
+        mean
+        | {
+            f"loss/{task.name}": float(s / n)
+            for task, s, n in zip(plan.tasks, losses.tolist(), counts.tolist(), strict=True)
+            if n
+        }
+        | values
+    )
     around.log(progress.updates, values | {"samples_per_second": speed})
     advance(progress.updates, f"loss {values.get('loss/mean', float('nan')):.4f}  {speed:.0f} samples/s")
     if ranks.world > 1:

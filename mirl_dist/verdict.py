@@ -27,7 +27,7 @@ class Check(NamedTuple):
     detail: str
 
 
-MOST_BLOCKS = 1_000
+MOST_BLOCKS = 256
 """Deeper networks are not built for a ticket: a stranger's config could ask for any number."""
 
 

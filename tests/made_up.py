@@ -172,7 +172,8 @@ def shown(
     )
     packed = {n: np.packbits(m) for n, m in masks.items()} if masked else None
     strip = _strip(seed, {n: s.psnr for n, s in scores.items()}, side) if side else None
-    return Shown(run or f"{method.replace(' ', '_')}_s{seed}", method, seed, ticket, parts, packed, strip)
+    name = run or f"{method.replace(' ', '_')}_s{seed}"
+    return Shown(name, method, seed, "training", f"experiment of {method}", ticket, parts, packed, strip)
 
 
 def comparison(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def one(
     best: int | None = None,
     mask: Mapping[str, NDArray[np.bool_]] | None = None,
     parts: Mapping[str, int] = PARTS,
+    training: str = "training",
+    experiment: str | None = None,
     **more: Any,
 ) -> Shown:
     """A ticket of a network of 200 weights. best: the step of 100, 200, 300 at which every curve is highest."""
@@ -87,7 +90,14 @@ def one(
     }
     ticket = Ticket.model_validate(fields | more)
     packed = None if mask is None else {n: np.packbits(m) for n, m in mask.items()}
-    return Shown(run or f"{method} s{seed}", method, seed, ticket, parts, packed, None)
+    likeness = training, f"experiment of {method}" if experiment is None else experiment
+    return Shown(run or f"{method} s{seed}", method, seed, *likeness, ticket, parts, packed, None)
+
+
+def spoilt(s: Shown, **numbers: float) -> Shown:
+    """The same with numbers in its scores that `Score` itself would refuse."""
+    told = {name: score.model_copy(update=numbers) for name, score in s.ticket.scores.items()}
+    return s._replace(ticket=s.ticket.model_copy(update={"scores": told}))
 
 
 def at(shown: list[Shown], method: str, round_: int = 1, protocol: str | None = None) -> summary.Line:
@@ -176,6 +186,55 @@ def test_the_dense_ticket_of_the_same_run_is_the_pair_where_there_is_one() -> No
     dense = [one(DENSE, 0, psnr={RAIN: 30}, run="mine"), one(DENSE, 0, psnr={RAIN: 20}, run="other")]
     assert at([*dense, one("A", 0, 1, {RAIN: 31}, run="mine")], "A").against_dense[RAIN].mean == 1
     assert at([*dense, one("A", 0, 1, {RAIN: 31}, run="third")], "A").against_dense[RAIN].mean == 6
+
+
+@pytest.mark.parametrize("other", [{"training": "another"}, {"updates": 301}, {"manifest_digest": "n" * 64}])
+def test_the_dense_ticket_of_another_run_is_a_pair_only_if_it_trained_alike(other: dict[str, Any]) -> None:
+    mine = one("A", 0, 1, {RAIN: 31}, run="mine")
+    assert at([one(DENSE, 0, run="other"), mine], "A").against_dense[RAIN].mean == 1
+    assert at([one(DENSE, 0, run="other", **other), mine], "A").against_dense == {}
+    assert "no dense ticket of the same seed, training, data and network" in said([one(DENSE, 0, **other), mine])
+
+
+def test_the_dense_ticket_of_the_same_run_may_have_taken_more_steps() -> None:
+    shown = [one(DENSE, 0, run="mine"), one("PIR-OSM 70%", 0, 1, {RAIN: 29}, run="mine", updates=60)]
+    assert at(shown, "PIR-OSM 70%").against_dense[RAIN].mean == -1
+
+
+# Experiments.
+
+
+def test_only_seeds_of_one_experiment_share_a_line() -> None:
+    shown = [one("A", seed, 1, {RAIN: 30 + 5 * (seed > 1)}, experiment=f"e{seed > 1}") for seed in range(4)]
+    found = {(x.method, x.round_): (x.psnr[RAIN], x.seeds) for x in summary.lines(shown)}
+    assert found == {("A", 1): ((30, 0, 2), (0, 1)), ("A (2)", 1): ((35, 0, 2), (2, 3))}
+    assert "A (2) is another experiment than A: the configs differ, so these runs are no seeds of it: A s2; A s3" in (
+        summary.notes(shown)
+    )
+    assert "another experiment" not in said(shown[:2])
+
+
+def test_dense_networks_of_one_training_share_a_line_whatever_is_done_to_them_later() -> None:
+    shown = [one(DENSE, seed, experiment=f"e{seed}") for seed in range(2)]
+    assert [(x.method, x.seeds) for x in summary.lines(shown)] == [(DENSE, (0, 1))]
+    other = [*shown, one(DENSE, 2, psnr={RAIN: 20}, training="another"), one("A", 2, 1)]
+    lines = summary.lines(other)
+    assert [(x.method, x.seeds) for x in lines] == [(DENSE, (0, 1)), ("dense (2)", (2,)), ("A", (2,))]
+    assert [x.dense for x in lines] == [True, True, False] and lines[1].against_dense == {}
+    assert [j.method for j in judge.judge(other)] == ["A"]
+
+
+def test_controls_stand_by_the_experiment_of_their_ticket() -> None:
+    tickets = [one("A", 0, 1, experiment="e"), one("A", 1, 1, experiment="f")]
+    controls = [
+        one("control reinit", t.seed, 0, run=f"c{t.seed}", experiment="c", parent=t.ticket.digest()) for t in tickets
+    ]
+    assert [x.method for x in summary.lines([*tickets, *controls])] == [
+        "A",
+        "A (2)",
+        "control reinit of A",
+        "control reinit of A (2)",
+    ]
 
 
 # Controls.
@@ -277,6 +336,18 @@ def test_what_sets_a_ticket_apart_is_noted(more: dict[str, Any], note: str) -> N
     assert note in said([one(DENSE, 0), one("A", 0, 1, **more)])
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 1e308])
+@pytest.mark.parametrize("what", ["psnr", "ssim", "degraded_psnr"])
+def test_scores_that_are_no_numbers_are_unknown_and_noted(number: float, what: str) -> None:
+    shown = [one(DENSE, 0), one(DENSE, 1), one("A", 0, 1), spoilt(one("A", 1, 1), **{what: number})]
+    line = at(shown, "A")
+    assert (line.psnr[RAIN], line.ssim[RAIN].count, line.against_dense[RAIN].count) == ((30, None, 1), 1, 1)
+    assert "count as unknown and are in no mean: A s1, round 1, derain/rain100l" in said(shown)
+    assert "30.00" in printed(text.tables(shown)) and "30.00" in latex.tables(shown)
+    assert "inf" not in printed(text.tables(shown)) and "nan" not in latex.tables(shown)
+    text.csv(shown)
+
+
 def test_few_seeds_and_few_images_are_noted() -> None:
     shown = [one(DENSE, seed, images=11) for seed in range(2)] + [one("A", 0, 1, images=11)]
     assert "one seed only (A): no spread is known" in said(shown)
@@ -284,9 +355,9 @@ def test_few_seeds_and_few_images_are_noted() -> None:
     assert "few images: derain/rain100l 11" in said(shown)
 
 
-def test_seeds_of_different_configs_are_noted() -> None:
+def test_seeds_that_took_other_steps_or_have_other_sizes_are_noted() -> None:
     shown = [one("A", 0, 1, alive=80), one("A", 1, 1, alive=81, updates=301)]
-    assert "different numbers of steps within a line, so perhaps different configs: A, round 1" in said(shown)
+    assert "different numbers of steps within a line, though its configs are equal: A, round 1" in said(shown)
     assert "different numbers of alive weights within a line" in said(shown)
 
 
@@ -362,6 +433,15 @@ def test_the_expected_overlap_needs_densities_of_one_network_and_no_mask() -> No
     np.testing.assert_array_equal(overlap.expected(shown), [[nan, 0, nan], [0, 1, nan], [nan, nan, 1]])
 
 
+@pytest.mark.parametrize("density", [math.nan, math.inf, -0.5, 1.5])
+def test_a_density_that_is_none_makes_the_expected_overlap_unknown(density: float) -> None:
+    first, other = one("A", 0, 1), one("A", 1, 1)
+    odd = other.ticket.model_copy(update={"layer_density": other.ticket.layer_density | {"a.weight": density}})
+    np.testing.assert_array_equal(
+        overlap.expected([first, other._replace(ticket=odd)]), [[1, math.nan], [math.nan, math.nan]]
+    )
+
+
 # The paper's figures.
 
 
@@ -416,6 +496,8 @@ def test_the_papers_figure_stands_beside_the_nearest_density() -> None:
     lines = summary.lines(shown)
     assert [round(x.alive / x.total, 2) for x in lines] == [1, 0.69, 0.31, 0.18]  # the paper's: 0.13
     assert [(b.line.method, b.line.round_) for b in published.beside(lines, [RAIN])] == [(DENSE, 0), ("MIR-L-G", 3)]
+    other = [*shown, one("MIR-L-G", 0, 1, alive=0, experiment="another")]
+    assert [b.line.method for b in published.beside(summary.lines(other), [RAIN])] == [DENSE, "MIR-L-G", "MIR-L-G (2)"]
 
 
 # Tables and CSV.
@@ -454,6 +536,18 @@ def test_every_table_fits_100_columns_and_shows_every_task(seeds: int) -> None:
         assert word in shown_text
     judged = printed(judge.tables(judge.judge(shown)), 200)
     assert max(map(len, judged.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_narrow_terminal_breaks_no_number_and_drops_none(seeds: int, width: int) -> None:
+    shown = five_tasks(seeds)
+    narrow = printed(text.tables(shown), width)
+    assert max(map(len, narrow.splitlines())) <= width
+    ours = re.findall(r"[\d.,±%]*\d", printed(text.tables(shown)[:1], 100))
+    words = set(re.findall(r"[\d.,±%]*\d", narrow))
+    assert words >= {word for word in ours if "." in word or "," in word}
+    assert ("round: 1" in narrow) == (width < 60 or (width, seeds) == (60, 3))
 
 
 def test_a_table_shows_spreads_only_of_several_seeds() -> None:
@@ -501,7 +595,9 @@ def test_published_figures_have_a_csv_of_their_own() -> None:
 
 def test_a_real_run_is_compared_and_judged(reference: Path) -> None:
     tickets = Checkpoints(storage.open_store(str(reference))).tickets()
-    shown = [Shown("run", "MIR-L-G" if t.round else DENSE, 0, t, {}, None, None) for t in tickets]
+    shown = [
+        Shown("run", "MIR-L-G" if t.round else DENSE, 0, "training", "experiment", t, {}, None, None) for t in tickets
+    ]
     lines = summary.lines(shown)
     assert [line.round_ for line in lines] == [0, 1, 2]
     assert lines[0].alive > lines[1].alive > lines[2].alive

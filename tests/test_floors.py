@@ -17,7 +17,19 @@ PACKAGE = REPOSITORY / "mirl_dist"
 
 # From the ground up. A module imports only modules of its own floor or of lower ones.
 FLOORS: dict[str, tuple[str, ...]] = {
-    "words": ("__init__", "faults", "slip", "stopping", "telling", "yaml_tree", "tasks", "sections", "config"),
+    "words": (
+        "__init__",
+        "faults",
+        "slip",
+        "stopping",
+        "telling",
+        "yaml_tree",
+        "tasks",
+        "sections",
+        "config",
+        "placeless",
+        "destination",
+    ),
     "networks": (
         "models/__init__",
         "models/compiled",
@@ -67,6 +79,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "compare/agreement",
         "compare/charts",
         "compare/depth",
+        "compare/grouping",
         "compare/judge",
         "compare/latex",
         "compare/looks",

@@ -1,16 +1,20 @@
-"""Laws of judging: a winning ticket needs scores, steps and pairs; what the spread of seeds explains is no verdict."""
+"""Laws of judging: a winning ticket needs scores, steps and pairs; what the spread of pairs explains is no verdict."""
 
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
-from test_compare import NOISE, RAIN, one, printed
+from hypothesis import given
+from hypothesis import strategies as st
+from test_compare import NOISE, RAIN, one, printed, spoilt
 
 from mirl_dist.compare import judge
 from mirl_dist.compare.judge import Judgement
 from mirl_dist.compare.shown import DENSE, Shown
+from mirl_dist.compare.summary import Spread
 
 
 def pairs(differences: list[float], dense: list[float] | None = None, **more: Any) -> list[Shown]:
@@ -27,12 +31,12 @@ def only(shown: list[Shown], tolerance_db: float = 0.0) -> Judgement:
     return found
 
 
-def test_a_ticket_as_good_as_dense_after_as_many_steps_wins() -> None:
-    found = only(pairs([0.0, 0.5, 0.25]))
+def test_a_ticket_better_than_the_spread_after_as_many_steps_wins() -> None:
+    found = only(pairs([0.25, 0.75, 0.5]))
     assert found.overall == "winning ticket"
     assert found.answers[RAIN].score == found.answers[RAIN].steps == "yes"
     gain = found.answers[RAIN].gain
-    assert gain is not None and gain == (0.25, 0.25, 3)
+    assert gain is not None and gain == (0.5, 0.25, 3)
     assert (found.method, found.round_, found.seeds, found.density) == ("MIR-L-G", 1, (0, 1, 2), 0.5)
     assert found.remarks == ()
 
@@ -41,29 +45,122 @@ def test_a_ticket_as_good_as_dense_after_as_many_steps_wins() -> None:
     ("differences", "dense", "word", "overall"),
     [
         ([-0.5, 0.25, -0.5], [30.0, 30.0, 30.0], "within the spread", "within the spread of seeds"),
-        ([-0.5, -0.5, -0.5], [29.0, 30.0, 31.0], "within the spread", "within the spread of seeds"),
-        ([-0.5, -0.5, -0.5], [30.0, 30.0, 30.0], "no", "no"),
-        ([-1.5, -1.5, -1.5], [29.0, 30.0, 31.0], "no", "no"),
-        ([-0.5, 0.25], [30.0, 30.0], "within the spread", "within the spread of seeds"),
+        ([0.5, -0.25, 0.5], [30.0, 30.0, 30.0], "within the spread", "within the spread of seeds"),
+        ([0.51, -0.49], [30.0, 30.0], "within the spread", "within the spread of seeds"),
+        ([-0.51, 0.49], [30.0, 30.0], "within the spread", "within the spread of seeds"),
+        ([-1.01, -0.99], [27.0, 33.0], "no", "no"),
+        ([1.01, 0.99], [27.0, 33.0], "yes", "winning ticket"),
+        ([-0.5, -0.5, -0.5], [29.0, 30.0, 31.0], "no", "no"),
+        ([0.0, 0.0, 0.0], [29.0, 30.0, 31.0], "yes", "winning ticket"),
     ],
 )
-def test_what_is_less_than_dense_is_a_loss_only_beyond_the_spread(
+def test_only_the_spread_of_pairs_tells_a_difference_from_none_either_way(
     differences: list[float], dense: list[float], word: str, overall: str
 ) -> None:
     found = only(pairs(differences, dense))
     assert (found.answers[RAIN].score, found.overall) == (word, overall)
 
 
-def test_one_seed_gives_a_verdict_that_says_so() -> None:
-    for difference, overall in ((0.0, "winning ticket"), (-0.01, "no")):
-        found = only(pairs([difference]))
-        assert (found.overall, found.remarks) == (overall, ("one seed: no spread known",))
+@given(st.integers(-16, 16), st.integers(0, 8), st.integers(0, 8))
+def test_yes_and_no_are_each_others_mirror(mean: int, sd: int, tolerance: int) -> None:
+    spread, slack = Spread(mean / 8, sd / 8, 3), tolerance / 8  # exact
+    word = judge._at_least(spread, slack)
+    turned = judge._at_least(spread._replace(mean=-spread.mean - 2 * slack), slack)
+    equal = mean + tolerance == sd == 0
+    known = (["yes", "yes"],) if equal else (["no", "yes"], ["within the spread", "within the spread"])
+    assert sorted((word, turned)) in known
 
 
-def test_a_loss_within_the_tolerance_is_none() -> None:
-    assert only(pairs([-0.125])).overall == "no"
-    assert only(pairs([-0.125]), 0.125).overall == "winning ticket"
-    assert only(pairs([-0.125]), 0.1).overall == "no"
+@pytest.mark.parametrize(
+    ("difference", "word", "overall"),
+    [
+        (5.0, "yes (one seed)", "one seed: at least dense on every task"),
+        (0.0, "yes (one seed)", "one seed: at least dense on every task"),
+        (-0.01, "no (one seed)", "one seed: not on every task"),
+    ],
+)
+def test_one_seed_makes_no_winning_ticket_and_no_loser(difference: float, word: str, overall: str) -> None:
+    found = only(pairs([difference]))
+    assert (found.answers[RAIN].score, found.overall) == (word, overall)
+    assert found.remarks == ("one seed: no spread known",)
+
+
+def test_a_task_of_one_pair_keeps_the_others_from_winning() -> None:
+    shown = [one(DENSE, seed, psnr={RAIN: 30.0, NOISE: 25.0}, best=200) for seed in range(2)]
+    shown += [
+        one("A", 0, 1, {RAIN: 31.0, NOISE: 26.0}, best=200),
+        one("A", 1, 1, {RAIN: 31.5}, best=200),
+    ]
+    found = only(shown)
+    assert (found.answers[RAIN].score, found.answers[NOISE].score) == ("yes", "yes (one seed)")
+    assert found.overall == "one seed: at least dense on every task"
+    assert f"one seed: no spread known ({NOISE})" in found.remarks
+    shown[2] = one("A", 0, 1, {RAIN: 28.0, NOISE: 26.0}, best=200)
+    assert only(shown).overall == "within the spread of seeds"
+
+
+def test_two_seeds_are_said_to_be_few_and_three_are_not() -> None:
+    assert only(pairs([1.0, 1.1])).remarks == ("two seeds: the spread itself is uncertain",)
+    assert only(pairs([1.0, 1.1, 1.2])).remarks == ()
+
+
+def test_within_the_spread_is_explained_and_a_clear_answer_is_not() -> None:
+    assert judge.CANNOT_TELL in only(pairs([0.5, -0.25, 0.5])).remarks
+    assert judge.CANNOT_TELL not in only(pairs([-0.5, -0.5, -0.5])).remarks
+
+
+def test_the_tolerance_moves_the_mean_before_the_spread_is_asked() -> None:
+    assert only(pairs([-0.125])).overall == "one seed: not on every task"
+    assert only(pairs([-0.125]), 0.125).overall == "one seed: at least dense on every task"
+    assert only(pairs([-0.125]), 0.1).overall == "one seed: not on every task"
+    several = pairs([-0.25, -0.15, -0.05])  # -0.15 ± 0.10
+    assert [only(several, t).answers[RAIN].score for t in (0.0, 0.1, 0.2, 0.3)] == [
+        "no",
+        "within the spread",
+        "within the spread",
+        "yes",
+    ]
+
+
+def test_rounds_that_were_chosen_by_their_scores_are_said_to_be() -> None:
+    shown = pairs([1.0, 1.1, 1.2])
+    [found] = judge.judge(shown, chosen=True)
+    assert found.remarks == (judge.CHOSEN,) and found.overall == "winning ticket"
+
+
+def test_seeds_that_stand_by_other_rounds_are_told_how_to_be_judged_together() -> None:
+    shown = [one(DENSE, seed, best=200) for seed in range(2)]
+    shown += [one("A", 0, 6, {RAIN: 31.0}, best=200), one("A", 1, 8, {RAIN: 31.0}, best=200)]
+    hint = "round 6 for seed 0, round 8 for seed 1: judge one round with --round"
+    assert [hint in j.remarks for j in judge.judge(shown)] == [True, True]
+    together = [*shown, one("A", 0, 8, {RAIN: 31.0}, best=200)]
+    assert not any("--round" in remark for j in judge.judge(together) for remark in j.remarks)
+    other = [*shown[:3], shown[3]._replace(experiment="another")]
+    assert not any("--round" in remark for j in judge.judge(other) for remark in j.remarks)
+
+
+def test_other_experiments_of_a_method_are_judged_apart() -> None:
+    shown = pairs([1.0, 1.0, -3.0])
+    shown[-1] = shown[-1]._replace(experiment="another")
+    assert [(j.method, j.seeds, j.overall) for j in judge.judge(shown)] == [
+        ("MIR-L-G", (0, 1), "winning ticket"),
+        ("MIR-L-G (2)", (2,), "one seed: not on every task"),
+    ]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 1e308])
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_score_that_is_no_number_is_unknown_and_flatters_nobody(number: float, at: int) -> None:
+    shown = pairs([1.0, 1.0, 1.0])
+    shown[at] = spoilt(shown[at], psnr=number)
+    found = only(shown)
+    assert found.answers[RAIN].gain == (1.0, 0.0, 2)
+    if at == 4:  # the ticket's own
+        assert (found.answers[RAIN].score, found.overall) == ("unknown", "unknown")
+        assert f"a score that is no number: {RAIN}" in found.remarks
+    assert "a dense pair for 2 of 3 seeds" in found.remarks
+    json.dumps(judge.to_json([found]), allow_nan=False)
+    assert "nan" not in printed(judge.tables([found]))
 
 
 def test_more_steps_to_the_best_score_are_a_loss_and_fewer_are_none() -> None:
@@ -78,7 +175,7 @@ def test_more_steps_to_the_best_score_are_a_loss_and_fewer_are_none() -> None:
 
 
 def test_without_curves_steps_are_unknown_and_the_scores_alone_decide() -> None:
-    found = only(pairs([1.0, 1.0], best=None))
+    found = only(pairs([1.0, 1.0, 1.0], best=None))
     assert (found.answers[RAIN].steps, found.answers[RAIN].later, found.overall) == ("unknown", None, "winning ticket")
     assert found.remarks == ("steps to the best score unknown (no curves): by scores alone",)
 
@@ -86,16 +183,18 @@ def test_without_curves_steps_are_unknown_and_the_scores_alone_decide() -> None:
 def test_without_a_dense_ticket_nothing_is_known() -> None:
     found = only(pairs([1.0])[1:])
     assert found.overall == "unknown" and found.answers[RAIN] == (None, "unknown", None, "unknown")
-    assert "no dense score of the same seed, data and network: derain/rain100l" in found.remarks
+    assert "no dense score of the same seed, training, data and network: derain/rain100l" in found.remarks
     other = [one(DENSE, 7), *pairs([1.0])[1:]]
     assert only(other).overall == "unknown"
 
 
 def test_one_lost_task_is_enough_to_lose_and_a_missing_one_to_know_nothing() -> None:
-    dense = one(DENSE, psnr={RAIN: 30.0, NOISE: 25.0}, best=200)
-    assert only([dense, one("A", 0, 1, {RAIN: 31.0, NOISE: 24.0}, best=200)]).overall == "no"
-    part = one(DENSE, psnr={RAIN: 30.0}, best=200)
-    found = only([part, one("A", 0, 1, {RAIN: 31.0, NOISE: 24.0}, best=200)])
+    tickets = [one("A", seed, 1, {RAIN: 31.0, NOISE: 24.0}, best=200) for seed in range(2)]
+    dense = [one(DENSE, seed, psnr={RAIN: 30.0, NOISE: 25.0}, best=200) for seed in range(2)]
+    assert only([*dense, *tickets]).overall == "no"
+    assert only([dense[0], tickets[0]]).overall == "one seed: not on every task"
+    part = [one(DENSE, seed, psnr={RAIN: 30.0}, best=200) for seed in range(2)]
+    found = only([*part, *tickets])
     assert (found.answers[RAIN].score, found.answers[NOISE].score, found.overall) == ("yes", "unknown", "unknown")
 
 
@@ -111,13 +210,14 @@ def test_unequal_seeds_are_judged_by_their_pairs() -> None:
 )
 def test_networks_that_kept_their_trained_values_are_no_tickets(method: str) -> None:
     found = only([one(DENSE, best=200), one(method, 0, 1, {RAIN: 35.0}, best=100)])
-    assert found.answers[RAIN].score == "yes" and found.overall == "no"
+    assert found.answers[RAIN].score == "yes (one seed)" and found.overall == "no"
     assert "kept its trained values" in found.remarks[-1]
 
 
 def test_rewound_networks_are_tickets_whatever_their_criterion() -> None:
     for method in ("MIR-L-LW", "snip global iterative rewound to 200", "gradient layer iterative rewound floor 0.1"):
-        assert only([one(DENSE, best=200), one(method, 0, 1, {RAIN: 30.0}, best=200)]).overall == "winning ticket"
+        shown = [one(m, s, r, best=200) for s in range(2) for m, r in ((DENSE, 0), (method, 1))]
+        assert only(shown).overall == "winning ticket"
 
 
 def test_dense_networks_and_controls_are_not_judged() -> None:
@@ -151,8 +251,9 @@ def test_a_ticket_is_held_against_the_controls_of_itself_alone() -> None:
         ((29.0, 29.5), "beats"),
         ((29.0, 30.5), "within the spread"),
         ((31.0, 31.5), "loses"),
-        ((30.0,), "within the spread"),
-        ((29.99,), "beats"),
+        ((30.0, 30.0), "within the spread"),
+        ((30.0,), "no better (one seed)"),
+        ((29.99,), "beats (one seed)"),
     ],
 )
 def test_a_control_within_the_spread_is_neither_beaten_nor_better(scores: tuple[float, ...], verdict: str) -> None:
@@ -161,7 +262,8 @@ def test_a_control_within_the_spread_is_neither_beaten_nor_better(scores: tuple[
     shown += [control("random_layer", t, score) for t, score in zip(tickets, scores, strict=True)]
     found = only(shown)
     assert found.controls[1].verdict == found.controls[1].verdicts[RAIN] == verdict
-    assert ("control random_layer does as well" in found.remarks) == (verdict != "beats")
+    remark = "control random_layer does as well" + " (one seed)" * (len(scores) == 1)
+    assert (remark in found.remarks) == (not verdict.startswith("beats"))
 
 
 def test_several_controls_of_one_ticket_are_one_value() -> None:
@@ -171,9 +273,9 @@ def test_several_controls_of_one_ticket_are_one_value() -> None:
 
 
 def test_the_verdict_on_a_control_is_that_of_the_mean_over_tasks() -> None:
-    ticket = one("MIR-L-G", 0, 1, {RAIN: 30.0, NOISE: 25.0})
-    other = one("control reinit", 0, 0, {RAIN: 30.5, NOISE: 22.0}, parent=ticket.ticket.digest())
-    found = only([ticket, other]).controls[0]
+    tickets = [one("MIR-L-G", seed, 1, {RAIN: 30.0, NOISE: 25.0}) for seed in range(2)]
+    others = [one("control reinit", t.seed, 0, {RAIN: 30.5, NOISE: 22.0}, parent=t.ticket.digest()) for t in tickets]
+    found = only([*tickets, *others]).controls[0]
     assert found.verdicts == {RAIN: "loses", NOISE: "beats"}
     assert found.verdict == "beats" and found.mean is not None and found.mean.mean == 1.25
 
@@ -198,11 +300,18 @@ def test_tables_say_differences_words_controls_and_remarks() -> None:
     assert judge.tables([]) is not None
 
 
+def test_a_narrow_terminal_breaks_no_number_of_a_judgement() -> None:
+    shown = pairs([-0.5, 0.25])
+    said = " ".join(printed(judge.tables(judge.judge(shown)), 40).split())
+    for word in ("MIR-L-G", "round: 1", "50.0%", "-0.12 ±0.53 within spread", "winning?: within the spread of seeds"):
+        assert word in said
+
+
 def test_json_says_all_and_is_json() -> None:
-    shown = pairs([0.0, 1.0])
-    shown.append(control("reinit", shown[2], float("nan")))
+    shown = pairs([0.75, 1.25])
+    shown.append(spoilt(control("reinit", shown[2], 29.0), psnr=math.nan))
     [found] = json.loads(json.dumps(judge.to_json(judge.judge(shown)), allow_nan=False))
     assert (found["method"], found["round"], found["seeds"], found["density"]) == ("MIR-L-G", 1, [0, 1], 0.5)
-    assert found["answers"][RAIN]["gain"] == {"mean": 0.5, "sd": pytest.approx(0.5**0.5), "count": 2}
-    assert (found["controls"][0]["mean"]["mean"], found["controls"][0]["verdict"]) == (None, "unknown")
-    assert (found["overall"], found["remarks"]) == ("winning ticket", [])
+    assert found["answers"][RAIN]["gain"] == {"mean": 1.0, "sd": pytest.approx(0.125**0.5), "count": 2}
+    assert (found["controls"][0]["mean"], found["controls"][0]["verdict"]) == (None, "unknown")
+    assert (found["overall"], found["remarks"]) == ("winning ticket", [judge.TWO_SEEDS])

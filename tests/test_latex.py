@@ -69,9 +69,11 @@ def test_every_row_has_the_columns_of_its_table(seeds: int) -> None:
     assert noise[2] == ["Method", "Params (M)", *["PSNR", "SSIM"] * 6]
 
 
-def test_best_is_bold_and_second_underlined_among_ours_alone() -> None:
+def test_best_is_bold_and_second_underlined_among_our_tickets_alone() -> None:
     shown = [
-        one(DENSE, psnr={RAIN: 30.0}),
+        one(DENSE, psnr={RAIN: 33.0}),
+        one("control reinit", 0, 0, {RAIN: 32.0}),
+        one("MIR-L-G floor 0.1", 0, 1, {RAIN: 30.0}),
         one("MIR-L-G", 0, 1, {RAIN: 30.004}),
         one("MIR-L-LW", 0, 1, {RAIN: 29.0}),
         one("A", 0, 1, {RAIN: 20.0}),
@@ -79,7 +81,9 @@ def test_best_is_bold_and_second_underlined_among_ours_alone() -> None:
     [rows] = tabulars(latex.tables(shown))
     psnr = {row[0]: row[2] for row in rows[2:]}
     assert psnr == {
-        DENSE: r"\textbf{30.00}",
+        DENSE: "33.00",
+        "control reinit (200 alive)": "32.00",
+        "MIR-L-G floor 0.1, round 1": r"\textbf{30.00}",
         "MIR-L-G, round 1": r"\textbf{30.00}",  # equal as printed
         "MIR-L-LW, round 1": r"\underline{29.00}",
         "A, round 1": "20.00",
@@ -123,6 +127,13 @@ def test_names_of_users_are_words_and_no_commands() -> None:
     assert len(rows) == 4
     assert rows[2][0].startswith(r"50\% of \$x\_1\$ \& \{more\} \#1 \textbackslash{}input\{a\}")
     assert r"my\_set\%" in rows[0][2]
+
+
+@pytest.mark.parametrize("name", ["[2em] A", "*A"])
+def test_a_row_is_no_argument_of_the_line_end_before_it(name: str) -> None:
+    source = latex.tables([one(name, 0, 1), one("B", 0, 1), one(name, 0, 2)])
+    assert [row[0] for row in tabulars(source)[0][2:]] == [f"{{}}{name}, round 1", f"{{}}{name}, round 2", "B, round 1"]
+    assert re.search(r"(\\\\|midrule)\s*[\[*]", source) is None
 
 
 def test_spreads_and_missing_scores_have_their_cells() -> None:

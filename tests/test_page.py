@@ -269,6 +269,30 @@ def test_a_score_that_is_no_number_is_a_dash() -> None:
     assert row[5][1].startswith("–") and "nan" not in found.text["scores"]
 
 
+@pytest.mark.parametrize("number", [float("inf"), -1e308])
+def test_a_page_of_impossible_numbers_is_a_page(number: float) -> None:
+    mine = comparison(("MIR-L-G",), (0, 1), 2, tasks=ONE)
+    score = mine[1].ticket.scores["derain/Rain100L"].model_copy(update={"psnr": number})
+    assert mine[1].ticket.curve is not None
+    curve = mine[1].ticket.curve.model_copy(update={"psnr": {"derain/Rain100L": (number,) * 8}})
+    update = {"scores": {"derain/Rain100L": score}, "curve": curve}
+    mine[1] = mine[1]._replace(ticket=mine[1].ticket.model_copy(update=update))
+    found = read(mine)
+    assert found.wrong == []
+    assert "count as unknown" in found.text["caveats"] and "no number" in found.text["judgements"]
+
+
+def test_experiments_have_lines_of_their_own_on_the_page_and_dense_ones_are_never_bold() -> None:
+    mine = comparison(("MIR-L-G",), (0, 1), 1, tasks=ONE)
+    mine = [s._replace(training=f"t{s.seed}", experiment=f"e{s.seed}") for s in mine]
+    found = read(mine)
+    assert found.wrong == []
+    assert "MIR-L-G (2) is another experiment than MIR-L-G" in found.text["caveats"]
+    assert {"dense (2)", "MIR-L-G (2)"} <= {r[0][1] for r in found.cells if len(r) > 5}
+    judged = {r[0][1] for r in found.cells if any(said.startswith("one seed:") for _, said in r)}
+    assert judged == {"MIR-L-G", "MIR-L-G (2)"}
+
+
 def test_other_protocols_have_tables_of_their_own() -> None:
     mine = comparison(("MIR-L-G",), (0,), 1, tasks=ONE)
     other = {"basicsr_y": {n: s.model_copy(update={"psnr": 41.25}) for n, s in mine[0].ticket.scores.items()}}

@@ -175,18 +175,32 @@ def test_several_protocols_score_in_one_pass_and_the_table_holds_every_image(
     assert {row["protocol"] for row in rows} == {"basicsr_y", "promptir"} and len(rows) == 6
 
 
+def test_a_ticket_file_is_scored_as_its_run_on_shards_that_its_user_names(
+    lab: Any, reference: Path, packed: Path
+) -> None:
+    assert str(reference) not in json.dumps(opening.open_ticket(str(packed)).config.dump())
+    ended = lab.mirl("evaluate", str(packed), "--json", "--shards", str(lab.shards))
+    assert ended.rc == 0, ended.said()
+    told, wanted = json.loads(ended.out), lab.tickets(reference)[2]
+    assert told["manifest_digest"] == wanted["manifest_digest"]
+    for name, score in wanted["scores"].items():
+        assert told["scores"][name]["psnr"] == pytest.approx(score["psnr"], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("command", "text"),
     [
         (("tickets", "compare", "nowhere"), "nowhere holds no run"),
         (("tickets", "compare", "RUN", "RUN"), "twice"),
         (("tickets", "compare", "mlflow:experiment:none", "--uri", "sqlite:///none.db"), "none"),
+        (("tickets", "show", "mlflow:abc"), "only `tickets compare` reads MLflow"),
         (("tickets", "judge", "RUN", "--round", "9"), "finished rounds are 0, 1, 2"),
         (("tickets", "pack", "RUN/rounds/09", "--out", "x.ticket"), "finished rounds are 0, 1, 2"),
         (("tickets", "export", "RUN", "--out", "x.onnx"), "whose ending says no format"),
         (("tickets", "export", "RUN", "--out", "x.safetensors", "--compact"), "never compressed"),
         (("tickets", "verify", "tiny.txt"), "tiny.txt"),
         (("tickets", "pictures", "FILE", "--out", "x.png"), "holds no pictures"),
+        (("evaluate", "FILE"), "a ticket file, which does not say where shards are. Name the shards with --shards"),
         (("evaluate", "RUN", "--protocol", "psnr"), "--protocol: found 'psnr'. Use promptir,"),
         (("evaluate", "RUN", "--precision", "fp16"), "Use fp32 or bf16"),
         (("evaluate", "RUN", "--tile", "8"), "--tile: found 8"),

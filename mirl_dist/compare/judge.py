@@ -12,15 +12,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any, NamedTuple
-
-from rich.table import Table
 
 from mirl_dist.compare import summary, text
 from mirl_dist.compare.grouping import CONTROL
 from mirl_dist.compare.shown import DENSE, Shown
 from mirl_dist.compare.summary import Line, Spread
+from mirl_dist.compare.text import Grid, Row
 
 YES, WITHIN, NO, UNKNOWN = "yes", "within the spread", "no", "unknown"
 YES_ONE, NO_ONE = "yes (one seed)", "no (one seed)"
@@ -31,7 +31,9 @@ BEATS_ONE, LOSES_ONE = "beats (one seed)", "no better (one seed)"
 CONTROLS = ("reinit", "random_layer", "random_global")
 ONE_SEED = "one seed: no spread known"
 TWO_SEEDS = "two seeds: the spread itself is uncertain"
-CANNOT_TELL = "within the spread: these seeds cannot tell it from dense; 'at least' can hold on average at most"
+CANNOT_TELL = (
+    "within the spread: these seeds cannot tell it from dense; 'at least' is not shown, and holds at most on average"
+)
 CHOSEN = "the round was chosen by scores, by which it is judged here: that favours the ticket"
 _KEPT_VALUES = re.compile(r"PIR-|.*\b(finetune|rate)\b")
 
@@ -229,28 +231,30 @@ def _word(gain: Spread) -> str:
     return BEATS if gain.mean > 0 else LOSES
 
 
-def tables(judgements: Sequence[Judgement]) -> list[Table]:
+def tables(judgements: Sequence[Judgement]) -> list[Grid]:
     """For a terminal: (1) and, where curves tell, (2) of the definition per task; then controls; remarks below."""
     names = list(dict.fromkeys(name for j in judgements for name in j.answers))
     heads = ("method", "round", "density", "winning?")
     fixed = [(j.method, str(j.round_), f"{j.density:.1%}", j.overall) for j in judgements]
-    rows = [text.Row(f, _cells(j)) for f, j in zip(fixed, judgements, strict=True)]
-    found = text.blocks("PSNR against the dense network, dB: at least as good?", heads, rows, names)
-    rows = [text.Row(f, _step_cells(j)) for f, j in zip(fixed, judgements, strict=True)]
+    rows = [Row(f, _cells(j)) for f, j in zip(fixed, judgements, strict=True)]
+    found = [Grid("PSNR against the dense network, dB: at least as good?", heads, rows, names)]
+    rows = [Row(f, _step_cells(j)) for f, j in zip(fixed, judgements, strict=True)]
     if any(row.cells for row in rows):
-        found += text.blocks("steps to the best score against the dense network's: no more?", heads, rows, names)
+        found.append(Grid("steps to the best score against the dense network's: no more?", heads, rows, names))
     tried = [
-        text.Row((j.method, str(j.round_), c.kind, c.verdict), _control_cells(c))
+        Row((j.method, str(j.round_), c.kind, c.verdict), _control_cells(c))
         for j in judgements
         if any(c.verdict != NOT_RUN for c in j.controls)
         for c in j.controls
     ]
     if tried:
         heads = ("method", "round", "control", "verdict")
-        found += text.blocks("PSNR against controls, dB (ticket minus control)", heads, tried, names)
+        found.append(Grid("PSNR against controls, dB (ticket minus control)", heads, tried, names))
     said = [f"{j.method}, round {j.round_}: {'; '.join(j.remarks)}" for j in judgements if j.remarks]
     said += [] if tried else ["no control was run"]
-    return text.with_remarks(found, [*said, "within the spread: a difference no larger than its ± (any tolerance added), neither a win nor a loss"])
+    said.append("within the spread: a difference, with any tolerance, no larger than its ±: neither a win nor a loss")
+    found[-1] = replace(found[-1], remarks=said)
+    return found
 
 
 def _cells(j: Judgement) -> dict[str, str]:
@@ -267,7 +271,7 @@ def _control_cells(c: Control) -> dict[str, str]:
 
 def _cell(spread: Spread | None, digits: int, word: str) -> str:
     numbers = [] if spread is None else text.told(spread, digits, "+")
-    return "\n".join([*numbers, *word.replace(" the ", "\n").replace(" (", "\n(").split("\n")])
+    return "\n".join([*numbers, word.replace(" the ", "\n").replace(" (", "\n(")])
 
 
 def to_json(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:

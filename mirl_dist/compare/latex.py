@@ -37,9 +37,9 @@ def escape(text: str) -> str:
 def tables(shown: Sequence[Shown]) -> str:
     """A floating table for every data set and kind of task: a row per method and round, PSNR and SSIM per level.
 
-    Best value bold and second underlined, as printed, among ours. The paper's figures, where it has any, stand grey
-    and slanted in columns of their own, beside our line of the nearest density. Raises Fault as `summary.lines`, and
-    where nothing was scored.
+    Best value bold and second underlined, as printed, among tickets: dense networks and controls have no part in it.
+    The paper's figures, where it has any, stand grey and slanted in columns of their own, beside our line of the
+    nearest density. Raises Fault as `summary.lines`, and where nothing was scored.
     """
     lines, names = summary.lines(shown), summary.names(shown)
     if not names:
@@ -107,10 +107,13 @@ def _level(name: str) -> str:
 
 def _row(line: Line, names: list[str], lines: Sequence[Line], figures: Figures | None) -> str:
     method = escape(line.method) + (f", round {line.round_}" if line.round_ else "")
+    if method.startswith(("[", "*")):  # the line before ends in \\, whose argument or star it would be
+        method = "{}" + method
     cells = [method, f"{line.alive / 1e6:.2f}"]
     for name in names:
         for what, digits in _MEASURES:
-            cells.append(_cell(getattr(line, what).get(name), _ranks(lines, what, name, digits), digits))
+            ranks = _ranks(lines, what, name, digits) if _ranked(line) else []
+            cells.append(_cell(getattr(line, what).get(name), ranks, digits))
     if figures is not None:
         beside = figures.get((line.method, line.round_), {})
         for name in names:
@@ -119,9 +122,14 @@ def _row(line: Line, names: list[str], lines: Sequence[Line], figures: Figures |
     return " & ".join(cells) + r" \\"
 
 
+def _ranked(line: Line) -> bool:
+    return not (line.dense or line.control)
+
+
 def _ranks(lines: Sequence[Line], what: str, name: str, digits: int) -> list[str]:
     """The best and the second best value of a column, as printed; none of a column with one value."""
-    found = {round(getattr(line, what)[name].mean, digits) for line in lines if name in getattr(line, what)}
+    mine = [getattr(line, what)[name] for line in lines if _ranked(line) and name in getattr(line, what)]
+    found = {round(spread.mean, digits) for spread in mine}
     return [f"{value:.{digits}f}" for value in sorted(found, reverse=True)[:2]] if len(found) > 1 else []
 
 
@@ -141,7 +149,7 @@ def _grey(words: str) -> str:
 def _caption(kind: str, data: str, names: list[str], lines: Sequence[Line], figures: Figures) -> str:
     most = max(len(line.seeds) for line in lines)
     said = f"PSNR (dB) and SSIM of {escape(kind)} on {data}. Params: weights that are not pruned. "
-    said += "Best value bold, second underlined, among ours. "
+    said += "Best ticket bold, second underlined; dense networks and controls have no part in it. "
     if most > 1:
         said += rf"Means over at most {most} seeds, $\pm$ sample standard deviation. "
     found = [figure for theirs in figures.values() for name, figure in theirs.items() if name in names]

@@ -55,7 +55,7 @@ def distance(lines: Sequence[Line], names: Sequence[str], looks: Looks) -> Html:
     last = charts.last_rounds(lines)
     known = [n for n in names if any(n in line.against_dense for line in last)]
     if not known:
-        return missing("No ticket has a dense network of the same seed, training, data and network to be compared with.")
+        return missing("No ticket has a dense network of its seed, training, data and network to be compared with.")
     return figure(
         "PSNR of the last ticket of each method minus that of the dense network of the same seed, with its alive "
         "weights. Mark: mean over seeds; whiskers: one standard deviation of the paired differences, none with one "

@@ -14,10 +14,12 @@ _GOOD, _BAD = (judge.YES, judge.WINNING, judge.BEATS), (judge.NO, judge.LOSES)
 MEANING = (
     "Definition 1: trained by itself, a winning ticket (1) scores at least what the dense network of the same seed "
     "scores, (2) needs no more steps to its best score, (3) with fewer weights. First line of a task: ticket minus "
-    "dense in dB, paired by seed; second: steps to the best score, ticket minus dense. Within: the difference is no "
-    "larger than the spread of seeds, neither a win nor a loss. A control that does as well takes the win's meaning "
-    "away: reinit draws first values anew under the same mask; random_layer and random_global take a random mask of "
-    "the same density, per tensor or over all. Their cells: ticket minus control, mean over tasks, in dB."
+    "dense in dB, paired by seed; second: steps to the best score, ticket minus dense. ±: sample standard deviation "
+    "of these differences. Yes: better by more than it, or equal in every pair; within: no larger than it, so these "
+    "seeds cannot tell the ticket from dense. One seed has no spread, and makes no winning ticket. A control that does "
+    "as well takes the win's meaning away: reinit draws first values anew under the same mask; random_layer and "
+    "random_global take a random mask of the same density, per tensor or over all. Their cells: ticket minus control, "
+    "mean over tasks, in dB."
 )
 
 

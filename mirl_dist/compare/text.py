@@ -1,12 +1,14 @@
-"""Tables for a terminal of 100 columns, and CSV with all digits."""
+"""Tables for a terminal, of at most 100 columns, and CSV with all digits."""
 
 from __future__ import annotations
 
 import csv as csv_files
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -30,7 +32,54 @@ class Row(NamedTuple):
     cells: Mapping[str, str]
 
 
-def tables(shown: Sequence[Shown]) -> list[Table]:
+@dataclass(frozen=True)
+class Grid:
+    """Rows below the fixed columns and a column per 'task/set', in as many tables as the terminal's width asks for.
+
+    At most WIDTH columns are used; where the fixed columns leave no room for a task, rows are told as lines instead,
+    so that no number is ever broken. The first fixed column is wrapped; every table repeats the fixed ones. remarks
+    stand below, a line each.
+    """
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Row]
+    names: Sequence[str]
+    remarks: Sequence[str] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = min(WIDTH, options.max_width)
+        fixed = [max(_longest([head, *(row.fixed[i] for row in self.rows)]), 1) for i, head in enumerate(self.heads)]
+        fixed = [min(one, _WIDEST_LABEL) for one in fixed]
+        wide = {n: _longest([_head(n), *(row.cells.get(n, "") for row in self.rows)]) for n in self.names}
+        cut = {n: min(one, _WIDEST_TASK) for n, one in wide.items()}
+        room = width - 1 - sum(one + 3 for one in fixed)
+        if room < max((one + 3 for one in cut.values()), default=0):
+            yield Text("\n".join(self._lines()))
+            return
+        groups: list[list[str]] = [[]]
+        for name in self.names:
+            if groups[-1] and sum(cut[n] + 3 for n in [*groups[-1], name]) > room:
+                groups.append([])
+            groups[-1].append(name)
+        columns = list(zip(self.heads, fixed, strict=True))
+        found = [
+            _block(self.title + " (continued)" * (part > 0), columns, self.rows, {n: cut[n] for n in group})
+            for part, group in enumerate(groups)
+        ]
+        if self.remarks:
+            found[-1].caption = Text("\n".join(self.remarks), justify="left")
+        yield from found
+
+    def _lines(self) -> list[str]:
+        said = [self.title]
+        for row in self.rows:
+            said += ["", *(f"{head}: {_flat(word)}" for head, word in zip(self.heads, row.fixed, strict=True) if word)]
+            said += [f"  {name}: {_flat(row.cells[name])}" for name in self.names if name in row.cells]
+        return [*said, "", *self.remarks]
+
+
+def tables(shown: Sequence[Shown]) -> list[Grid]:
     """Alive weights, PSNR over SSIM per method and round; then the paper's figures, in tables of their own.
 
     Over several seeds: means, each above its sample standard deviation. `summary.notes` says what else to know.
@@ -41,15 +90,8 @@ def tables(shown: Sequence[Shown]) -> list[Table]:
     heads = ("method", "round", "alive", "sparsity") + (("seeds",) if many else ())
     rows = [_row(line, many) for line in lines] + _input(shown, len(heads))
     title = "PSNR in dB over SSIM" + (", means over seeds, ± sample standard deviation" if many else "")
-    ours = with_remarks(blocks(title, heads, rows, names), [f"protocol: {s.ticket.protocol}" for s in shown[:1]])
-    return [*ours, *_published(lines, names)]
-
-
-def with_remarks(tables: list[Table], sentences: Sequence[str]) -> list[Table]:
-    """The same tables, with sentences below the last one, a line each."""
-    if sentences:
-        tables[-1].caption = Text("\n".join(sentences), justify="left")
-    return tables
+    ours = Grid(title, heads, rows, names, [f"protocol: {s.ticket.protocol}" for s in shown[:1]])
+    return [ours, *_published(lines, names)]
 
 
 def _row(line: Line, many: bool) -> Row:
@@ -66,12 +108,12 @@ def told(spread: Spread, digits: int, sign: str = "") -> list[str]:
 
 def _input(shown: Sequence[Shown], fixed: int) -> list[Row]:
     """The scores of the degraded images themselves."""
-    given = {n: s for one in reversed(shown) for n, s in one.ticket.scores.items()}
+    given = {n: s for one in reversed(shown) for n, s in summary.scores_of(one.ticket).items()}
     cells = {n: f"{s.degraded_psnr:.2f}\n{s.degraded_ssim:.4f}" for n, s in given.items()}
     return [Row(("input",) + ("",) * (fixed - 1), cells)] if cells else []
 
 
-def _published(lines: Sequence[Line], names: Sequence[str]) -> list[Table]:
+def _published(lines: Sequence[Line], names: Sequence[str]) -> list[Grid]:
     """The paper's figures, in a table of their own; nothing where it has none."""
     rows, where = [], dict[str, None]()
     for beside in published.beside(lines, names):
@@ -87,28 +129,7 @@ def _published(lines: Sequence[Line], names: Sequence[str]) -> list[Table]:
     used = [name for name in names if any(name in row.cells for row in rows)]
     setting = published.setting_of(names)
     said = f"the figures of MIR-L, Table {', '.join(where)} ({setting}), as printed: no yardstick for other training"
-    return with_remarks(blocks(published.TITLE, ("beside", "MIR-L's"), rows, used), [said])
-
-
-def blocks(title: str, heads: Sequence[str], rows: Sequence[Row], names: Sequence[str]) -> list[Table]:
-    """Rows below the fixed columns and a column per 'task/set', in as many tables as WIDTH asks for.
-
-    The first fixed column is wrapped; every table repeats the fixed ones.
-    """
-    fixed = [max(_longest([head, *(row.fixed[i] for row in rows)]), 1) for i, head in enumerate(heads)]
-    fixed = [min(width, _WIDEST_LABEL) for width in fixed]
-    wide = {n: min(_longest([_head(n), *(row.cells.get(n, "") for row in rows)]), _WIDEST_TASK) for n in names}
-    room = WIDTH - 1 - sum(width + 3 for width in fixed)
-    groups: list[list[str]] = [[]]
-    for name in names:
-        if groups[-1] and sum(wide[n] + 3 for n in [*groups[-1], name]) > room:
-            groups.append([])
-        groups[-1].append(name)
-    columns = list(zip(heads, fixed, strict=True))
-    return [
-        _block(title + " (continued)" * (part > 0), columns, rows, {n: wide[n] for n in group})
-        for part, group in enumerate(groups)
-    ]
+    return [Grid(published.TITLE, ("beside", "MIR-L's"), rows, used, [said])]
 
 
 def _block(title: str, fixed: Sequence[tuple[str, int]], rows: Sequence[Row], tasks: Mapping[str, int]) -> Table:
@@ -124,6 +145,10 @@ def _block(title: str, fixed: Sequence[tuple[str, int]], rows: Sequence[Row], ta
 
 def _head(name: str) -> str:
     return name.replace("/", "\n").replace("_", "\n")
+
+
+def _flat(cell: str) -> str:
+    return cell.replace("\n", " ")
 
 
 def _longest(cells: Iterable[str]) -> int:
