@@ -189,7 +189,7 @@ def evaluate(
     ticket: TicketArgument,
     shards: Annotated[
         str | None,
-        typer.Option(help="Built shards, a folder or URL; default: those of the run. A ticket file needs it."),
+        typer.Option(help="Built shards, a folder or URL; default: the run's. A ticket file needs it."),
     ] = None,
     protocol: Annotated[
         list[str] | None, typer.Option(help="How to score (docs/protocols.md); may be repeated. Default: the run's.")
