@@ -19,15 +19,24 @@ CSV, LATEX, PAGE, PUBLISHED = "tickets.csv", "tickets.tex", "tickets.html", "pub
 
 
 def compare(
-    references: Sequence[str], out: Path | None, as_json: bool, title: str, to_mlflow: str | None, uri: str | None
+    references: Sequence[str],
+    out: Path | None,
+    as_json: bool,
+    title: str,
+    to_mlflow: str | None,
+    uri: str | None,
+    pictures: bool,
 ) -> None:
-    """Print a comparison; out: a folder for its files; to_mlflow: an experiment that gets them too.
+    """Print a comparison; out: a folder for its files; to_mlflow: an experiment that gets them too; pictures: whether
+    the page shows restored images.
 
     as_json: one list of tickets on standard output, notes on standard error.
     """
     destination.refuse_folder(out)
     shown = sources.gather(references, uri)
     summary.refuse_mixed(shown)
+    if not pictures:
+        shown = [one._replace(strip=None) for one in shown]
     say = warn if as_json else report.say  # what is said beside JSON is no JSON
     if as_json:
         print(json.dumps(_told(shown), indent=1))
