@@ -51,7 +51,7 @@ def _cells(j: Judgement, names: Sequence[str], kinds: Sequence[str], looks: Mapp
         tag("td", look, j.method, class_="method"),
         tag("td", str(j.round_), class_="number"),
         tag("td", f"{j.density:.1%}", class_="number"),
-        tag("td", _word(j.overall)),
+        tag("td", _word(j.overall), class_="overall"),
         *(_answer(j.answers.get(name)) for name in names),
         *(_control(controls.get(kind)) for kind in kinds),
         tag("td", tag("small", "; ".join(j.remarks)), class_="run"),

@@ -11,7 +11,7 @@ CSS = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5;
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif; }
-main, header, nav, footer { max-width: 1240px; margin: 0 auto; padding: 0 24px; }
+main, header, nav, footer { max-width: 1560px; margin: 0 auto; padding: 0 24px; }
 header { padding-top: 36px; }
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -.01em; overflow-wrap: anywhere; }
 h2 { font-size: 20px; margin: 0 0 12px; letter-spacing: -.005em; }
@@ -39,6 +39,7 @@ td.number small { color: var(--soft); font-size: .92em; }
 td.best b, td .best { font-weight: 750; }
 td.method { padding-left: 58px; text-indent: -50px; }
 td.method, td.run { min-width: 14em; overflow-wrap: break-word; max-width: 24em; }
+td.overall { min-width: 11em; }
 td.method svg { vertical-align: -2px; margin-right: 6px; }
 tbody tr.first > * { border-top: 2px solid var(--soft); }
 tbody tr.first > td.gap { border: 0; }
