@@ -194,7 +194,7 @@ def test_damaged_parts_of_a_run_are_named(lab: Any, reference: Path, tmp_path: P
     run = Path(shutil.copytree(reference, tmp_path / "run"))
     ticket = run / "rounds/02/ticket-0001/ticket.json"
     whole = ticket.read_text()
-    ticket.write_text(whole.replace('"alive": 1', '"alive": 2', 1))
+    ticket.write_text(whole.replace('"seed": 0', '"seed": 7', 1))
     assert_refused(lab.mirl("tickets", "show", str(run)), "ticket.json", "does not have the digest it states")
     ticket.write_text(whole[: len(whole) // 2])
     assert_refused(lab.mirl("tickets", "list", str(run)), "ticket.json is not a ticket")

@@ -86,7 +86,7 @@ def test_mlflow_has_the_replaced_reads_of_each_round(skipping: Path) -> None:
     runs = client.search_runs([experiment.experiment_id])
     (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
     assert {r.data.tags["round"]: r.data.metrics["skipped_reads"] for r in runs if r is not parent} == {"0": 6, "1": 6}
-    history = client.get_metric_history(parent.info.run_id, "skipped_reads")
+    history = client.get_metric_history(parent.info.run_id, "round/skipped_reads")
     assert sorted((m.step, m.value) for m in history) == [(0, 6), (1, 6)]
 
 

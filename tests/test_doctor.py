@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mirl_dist import assemble, doctor
+from mirl_dist import doctor, opening
 from mirl_dist import config as configs
 from mirl_dist.storage import Options, Store, open_store
 
@@ -78,7 +78,7 @@ def test_a_plan_for_many_worlds_reads_the_shards_once(
         opened.append(address)
         return open_store(address, options)
 
-    monkeypatch.setattr(assemble, "open_store", counted)
+    monkeypatch.setattr(opening, "open_store", counted)
     monkeypatch.chdir(tmp_path)
     config = configs.read(lab.config(tmp_path), ["batch.global=12", "batch.forward=4", "data.cache.folder=cache"])
     doctor.print_plan(config)

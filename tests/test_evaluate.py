@@ -252,7 +252,7 @@ def test_an_image_too_small_to_score_is_refused_by_name_before_any_training(tmp_
         "evaluate": [{"set": "low", "kind": "clean", "clean": clean | {"include": ["low.png"]}}],
     }
     build(yaml_tree.build(Recipe, tree, "the test"), Folder(tmp_path / "built"), 1, quiet)
-    with pytest.raises(Fault, match=r"evaluation image '.*low.*' is 12 x 40 pixels \(1 such\); scores need 19 a side"):
+    with pytest.raises(Fault, match=r"evaluation image '.*low.*' is 12 x 40 pixels \(1 such\); scores need 16 a side"):
         evaluate.plan(Shards(Folder(tmp_path / "built")), TASKS, None)
 
 
