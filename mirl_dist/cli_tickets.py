@@ -92,9 +92,7 @@ def tickets_compare(
     title: Annotated[str, typer.Option(help="Of the page, and of the run in MLflow.")] = "Tickets compared",
     experiment: Annotated[str | None, typer.Option(help="Also log the files to this MLflow experiment.")] = None,
     uri: Annotated[str | None, typer.Option(help="MLflow's address; default: MLFLOW_TRACKING_URI.")] = None,
-    pictures: Annotated[
-        bool, typer.Option(help="Whether the page shows restored images.")
-    ] = True,
+    pictures: Annotated[bool, typer.Option(help="Whether the page shows restored images.")] = True,
     as_json: Json = False,
 ) -> None:
     """Compare tickets: a table, and with --out a CSV, LaTeX tables and one self-contained HTML page."""

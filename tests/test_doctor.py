@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mirl_dist import doctor, opening
 from mirl_dist import config as configs
+from mirl_dist import doctor, opening
 from mirl_dist.storage import Options, Store, open_store
 
 REPOSITORY = Path(__file__).parent.parent
