@@ -114,11 +114,9 @@ def _tags(config: Config, prepared: Prepared, world: int) -> dict[str, str]:
     """By what runs are found and compared in MLflow."""
     manifest = prepared.shards.manifest
     return {
-        "fingerprint": config.fingerprint(),
+        **showing.tags_of(config),
         "shards": manifest.name,
         "manifest": manifest.digest(),
-        "method": config.method(),
-        **showing.said_of(config),
         "ranks": str(world),
     }
 
@@ -213,7 +211,7 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
         )
         stop_asked.busy = lambda: rounds.keeper.busy
         stop_asked.polite = True  # from here on there is something to commit
-        tracker.begin_run(config.dump(), _tags(config, prepared, ranks.world))
+        tracker.begin_run(showing.params_of(config), _tags(config, prepared, ranks.world))
         tracker.log_file(RUN, pretty(config.dump()), "run")
         with _told_how_it_ended(tracker, rounds, stop_asked), footprint:
             _play(config, rounds, ticket)

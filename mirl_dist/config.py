@@ -184,23 +184,24 @@ class Config(Node):
 
     def fingerprint(self) -> str:
         """16 hex digits over the non-default keys that change the numbers; equal for equal experiments."""
-        return _digest(self._telling())
+        return _digest(self.told())
 
     def training(self) -> str:
         """The same over how networks are trained and scored alone, whatever the seed: not how they are pruned. Runs of
         one training and one seed have the same dense network."""
-        said = {key: value for key, value in self._telling().items() if key not in ("prune", "rewind", "start", "run")}
+        said = {key: value for key, value in self.told().items() if key not in ("prune", "rewind", "start", "run")}
         return _digest(said)
 
     def experiment(self) -> str:
         """The same over all but the seed and the ticket that was begun from: runs of one experiment are its seeds."""
-        said = self._telling()
+        said = self.told()
         said.pop("run", None)
         if "start" in said:
             said["start"] = {"kind": self.start.kind}
         return _digest(said)
 
-    def _telling(self) -> dict[str, Any]:
+    def told(self) -> dict[str, Any]:
+        """The keys that change the numbers and differ from the published recipe, as a tree."""
         usual = "finetune" if self.prune.style == "one_shot" else "initial"
         said = _telling(self, Config())
         if self.rewind.to == usual:  # written out or left out, it is the same
@@ -247,7 +248,7 @@ def differences(mine: Config, other: Config) -> list[str]:
             out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         return out
 
-    a, b = flat(mine._telling()), flat(other._telling())
+    a, b = flat(mine.told()), flat(other.told())
     defaults = flat(Config().dump())
     return [
         f"{k}: {a.get(k, defaults.get(k))} here, {b.get(k, defaults.get(k))} there"

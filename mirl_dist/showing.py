@@ -8,6 +8,7 @@ from mirl_dist import report
 from mirl_dist.checkpoint import MASK, PICTURES, SCORES, TICKET, Checkpoints, pack_tensors
 from mirl_dist.config import Config
 from mirl_dist.faults import Fault
+from mirl_dist.items import flat
 from mirl_dist.pictures import rows, strip
 from mirl_dist.pruning import masks as masking
 from mirl_dist.ticket import DENSE, Ticket, metrics
@@ -31,6 +32,26 @@ def said_of(config: Config) -> dict[str, str]:
         "seed": str(config.run.seed),
         "protocol": config.evaluate.protocols[0],
     }
+
+
+def params_of(config: Config) -> dict[str, object]:
+    """The params of a run: few, for MLflow writes all of them above each picture, and would hide it."""
+    return {
+        "method": config.method(),
+        "seed": config.run.seed,
+        "prune.fraction": config.prune.fraction,
+        "prune.rounds": config.prune.rounds,
+        "train.epochs": config.train.epochs,
+        "batch.global": config.batch.global_,
+        "optimiser.lr": config.optimiser.lr,
+    }
+
+
+def tags_of(config: Config) -> dict[str, str]:
+    """The tags of a run: what it is found and compared by, and as `config.<key>` all that changes the numbers and is
+    not as published. The whole config is run.json, among the run's files."""
+    told = {f"config.{key}": text for key, text in flat(config.told()).items()}
+    return told | said_of(config) | {"method": config.method(), "fingerprint": config.fingerprint()}
 
 
 def open_round(tracker: Tracker, config: Config, round_: int, masks: masking.Masks, weights: int) -> None:
