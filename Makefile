@@ -33,8 +33,10 @@ check: install
 	ruff format --check .
 	mypy
 
+# Tests with ranks of their own need both processors, and their place in time.
 test: check
-	pytest
+	pytest --numprocesses 2 tests --ignore tests/ranks
+	pytest tests/ranks
 
 report: install
 	python benchmarks/five_methods.py

@@ -390,7 +390,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "import": lambda out: shipping.import_official(Path("x.ckpt"), "promptir", out),
     "pictures": lambda out: shelf.write_pictures("run", out),
     "evaluate": lambda out: scoring.print_scores("run", None, scoring.How(), out, False),
-    "compare": lambda out: comparing.compare(["run"], out, False, "t", None, None),
+    "compare": lambda out: comparing.compare(["run"], out, False, "t", None, None, True),
     "restore": lambda out: scoring.restore_files([], "run", out, None),
 }
 
@@ -429,7 +429,7 @@ def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path: Path, monkeypatch: p
 def test_beside_json_notes_go_to_standard_error(
     contents: list[Content], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    comparing.compare([str(written(contents, tmp_path / "run"))], None, True, "t", None, None)
+    comparing.compare([str(written(contents, tmp_path / "run"))], None, True, "t", None, None, True)
     told = capsys.readouterr()
     assert [row["round"] for row in json.loads(told.out)] == [0, 1]
     assert "note: one seed only" in told.err
