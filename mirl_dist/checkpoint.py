@@ -118,10 +118,7 @@ class Checkpoints:
 
     def initial(self) -> dict[str, Tensor] | None:
         """The first weights; None where the file is damaged or missing. Their digest is the caller's to compare."""
-        try:
-            return safetensors.torch.load(self.store.get(INITIAL))
-        except (NotThere, safetensors.SafetensorError):
-            return None
+        return self.tensors(INITIAL)
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write START or a rewind point, whose digest the caller keeps."""
