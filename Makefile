@@ -1,7 +1,7 @@
 # make demo   the whole mission, small: shards, two ranks, four tickets, a picture
 # make test   all checks and tests
 # make check  ruff, format, types
-# make report five methods side by side on real images (needs MIRL_DATA; an hour or two on two cores)
+# make report five methods side by side on real images (needs MIRL_DATA; over an hour on two cores)
 # make bench  measurements (see benchmarks/)
 PYTHON ?= python3
 VENV   ?= .venv

@@ -114,7 +114,7 @@ def export(reference: str, out: Path, compact: bool) -> None:
         return
     verdict.refuse_oversized(opened.config, sum(t.numel() for t in weights.values()), reference)
     official = models.to_official(opened.config.model.name, weights, **sizes)
-    data = models.write_official(official, compact=compact, lightning=True)
+    data = models.write_official(official, compact=compact)
     Folder(out.parent).put(out.name, data)
     report.say(
         f"{out}: {len(official)} tensors in the official layout, {len(data):,} bytes"

@@ -14,7 +14,7 @@ from mirl_dist.guards import Seen, Spikes
 from mirl_dist.state import Progress
 
 NONE = torch.zeros(0)
-SETS = {"prune.rounds": 0}  # one round of six steps
+SETS = {"prune.rounds": 0, "ranks.slow_factor": 1e9}  # one round of six steps; a busy machine slows ranks
 
 
 # -- losses that jump -------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def left_out(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_bad_step_that_is_allowed_is_left_out_on_every_rank_and_said_and_counted(lab: Any, left_out: Any) -> None:
     run, ended = left_out
     assert ended.rc == 0, ended.said()
-    (told,) = [line for line in ended.out.splitlines() if line.startswith("warning: the loss")]
+    (told,) = [line for line in ended.out.splitlines() if line.startswith("warning: ")]
     assert told.startswith("warning: the loss is not finite at round 0, epoch 1, step 0, samples as task:key: rank 1: ")
     assert told.endswith(". The step is left out, as the 1. of 2 allowed in a round.")
     (ticket,) = lab.tickets(run)

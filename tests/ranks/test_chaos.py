@@ -1,4 +1,4 @@
-"""The experiment of benchmarks/chaos.py, short: ranks, launcher and MLflow are killed once each, on bad networks."""
+"""The experiment of benchmarks/chaos.py, short: each victim is killed once, on bad networks, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import chaos
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_a_run_survives_the_death_of_any_of_its_parts_and_ends_as_if_undisturbed(tmp_path: Path) -> None:
     lines: list[str] = []
-    result = chaos.try_it(tmp_path, kills=4, seed=3, minutes=6, say=lines.append)
+    result = chaos.try_it(tmp_path, kills=len(chaos.DECK), seed=1, minutes=6, say=lines.append)
     said = "\n".join([*lines, *chaos.table(result)])
     assert result.held, said
     promises = {check.name[:3] for check in result.checks if check.name.startswith("(")}
