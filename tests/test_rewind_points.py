@@ -9,10 +9,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from mirl_dist.checkpoint import Checkpoints, pack_tensors, rewind_name
 from mirl_dist.config import of_dump
 from mirl_dist.lottery import Lottery
 from mirl_dist.pruning import masks as masking
 from mirl_dist.state import State
+from mirl_dist.storage import Folder
 
 TO_STEP = {"rewind.to": "step", "rewind.step": 2, "prune.rounds": 1, "evaluate.every_epochs": 1}
 
@@ -107,3 +109,12 @@ def test_a_collapsed_tensor_is_told_and_kept_in_the_ticket(lab: Any, tmp_path: P
     assert ended.rc == 0, ended.said()
     collapsed = lab.tickets(tmp_path / "run")[1]["collapsed"]
     assert collapsed and f"round 1 leaves nothing of {len(collapsed)} tensors ({collapsed[0]}" in ended.out
+
+
+def test_a_rewind_point_that_a_late_writer_leaves_lies_beside_the_one_that_the_commits_name(tmp_path: Path) -> None:
+    mine, late = {"a": torch.zeros(3)}, {"a": torch.ones(3)}
+    kept = Checkpoints(Folder(tmp_path))
+    for weights in (mine, late):  # the second arrives after its launch has lost the run
+        Folder(tmp_path).put(rewind_name(masking.digest_tensors(weights)), pack_tensors(weights))
+    found = kept.tensors(rewind_name(masking.digest_tensors(mine)))
+    assert found is not None and torch.equal(found["a"], mine["a"])
