@@ -34,6 +34,7 @@ from ceph_server import CephServer
 from s3_server import S3Server
 
 from mirl_dist.checkpoint import Checkpoints
+from mirl_dist.engines.replicas import Replicas
 from mirl_dist.keeper import Keeper
 from mirl_dist.pruning import masks as masking
 from mirl_dist.state import State
@@ -48,10 +49,10 @@ def state_of(megaweights: float) -> State:
     torch.manual_seed(0)
     weights = {f"layer{i:03d}.weight": nn.Parameter(torch.randn(each)) for i in range(TENSORS)}
     masks = {name: torch.rand(each) > 0.5 for name in weights}
-    state = State(weights, masks, lambda named: torch.optim.AdamW(named.values()))
+    state = State(Replicas(weights, lambda named: torch.optim.AdamW(named.values())), masks)
     for parameter in weights.values():
         parameter.grad = torch.randn(each)
-    state.optimiser.step()
+    state.engine.step(1e-3)
     state.progress.mask_digest = masking.digest(masks)
     return state
 

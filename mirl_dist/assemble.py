@@ -16,6 +16,8 @@ from mirl_dist import __version__, evaluate, feed, lottery, report, resuming, sh
 from mirl_dist.checkpoint import OUTBOX, RUN, Checkpoints
 from mirl_dist.commits import dump as pretty
 from mirl_dist.config import Config
+from mirl_dist.engines.held import kept
+from mirl_dist.engines.law import MakeOptimiser
 from mirl_dist.faults import Fault, Stopped
 from mirl_dist.preparing import Prepared, describe, prepare_together, refuse_another_run_in
 from mirl_dist.protocols import PROTOCOLS
@@ -24,7 +26,7 @@ from mirl_dist.pruning.prune import Rule, in_scope
 from mirl_dist.ranks import Ranks
 from mirl_dist.resuming import Newest
 from mirl_dist.rounds import Rounds
-from mirl_dist.state import MakeOptimiser, State
+from mirl_dist.state import State
 from mirl_dist.stopping import StopFlag
 from mirl_dist.ticket import Ticket
 from mirl_dist.tracking import FAREWELL_SECONDS, Mlflow, Silent, Tracker, usual_journal
@@ -175,23 +177,24 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
         model = starting.network(config)
         model.load_state_dict(begun.initial)
         model.to(ranks.device)
-        wrapped = ranks.wrap(model)
         pixels = config.data.patch_pixels
-        ranks.settle(wrapped, torch.zeros(1, 3, pixels, pixels))
-        bare = ranks.unwrap(wrapped)
-        weights = dict(bare.named_parameters())
-        dense = masking.all_alive(weights, in_scope(weights, config.prune.scope))
-        state = State(weights, begun.masks or dense, optimiser_of(config), parent=begun.parent)
-        masking.close_weights({n: p.data for n, p in weights.items()}, state.masks)
+        engine, network = ranks.engine(model, optimiser_of(config), torch.zeros(1, 3, pixels, pixels))
+        initial, masks = kept(engine.held, begun.initial), kept(engine.held, begun.masks or {})
+        begun.initial.clear()  # where this rank is to keep a part, it keeps no more
+        dense = masking.all_alive(initial, in_scope(initial, config.prune.scope))
+        state = State(engine, masks or dense, begun.parent, ranks.gather_here)
+        masking.close_weights(state.weights, state.masks)
+        engine.written()
         ticket = resuming.restore(state, newest, ranks)
         rounds = Rounds(
             config=config,
             rule=rule_of(config),
             ranks=ranks,
             state=state,
-            model=wrapped,
-            bare=bare,
-            initial=begun.initial,
+            model=network,
+            bare=None if ranks.meets_in_passes else model,
+            make_network=lambda: starting.network(config),
+            initial=initial,
             shards=prepared.shards,
             supply=supply,
             order=prepared.order,

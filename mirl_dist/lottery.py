@@ -70,18 +70,18 @@ def play(
     """
     while True:
         if newest is None:
-            prove_first_values(initial, ranks)
+            prove_first_values(state, initial, ranks)
             newest = train_and_score()
         record(newest)
         if lottery.finished(newest):
             return
         stop_if_asked("selecting")
         with ranks.in_phase("selecting"):
-            ranks.agree("the trained weights", masking.digest_tensors(state.weights))
+            prove_replicas(state, ranks)
             pruned = select()
         stop_if_asked("pruning")
         with ranks.in_phase("pruning"):
-            ranks.agree("the new masks", masking.digest(pruned.masks))
+            ranks.agree("the new masks", masking.digest_of_masks(state.whole(pruned.masks)))
         with ranks.in_phase("rewinding"):
             begin_round(lottery, state, rewind_point(), ranks, pruned, newest)
         stop_if_asked("the next round")
@@ -94,7 +94,8 @@ def begin_round(
     """Rewind the survivors to `point` under the new masks, and prove it on every rank."""
     round_ = parent.round + 1
     names = lottery.rewound(state, round_)
-    rewind({n: p.data for n, p in state.weights.items()}, point, pruned.masks, names)
+    rewind(state.weights, point, pruned.masks, names)
+    state.engine.written()
     prove(
         f"the weights at the start of round {round_} are not mask x what they were rewound to",
         unproven(state.weights, point, pruned.masks, names),
@@ -110,9 +111,15 @@ def begin_round(
     )
 
 
-def prove_first_values(initial: dict[str, Tensor], ranks: Ranks) -> None:
+def prove_first_values(state: State, initial: dict[str, Tensor], ranks: Ranks) -> None:
     """Every rank holds the same initial weights, by digest."""
-    ranks.agree("the initial weights", masking.digest_tensors(initial))
+    ranks.agree("the initial weights", masking.digest_of(state.whole(initial)))
+
+
+def prove_replicas(state: State, ranks: Ranks) -> None:
+    """Every rank that holds the trained weights holds the same; parts that one rank alone holds cannot drift apart."""
+    if state.engine.held.whole:
+        ranks.agree("the trained weights", masking.digest_tensors(state.weights))
 
 
 def prove_dead_weights(state: State, ranks: Ranks) -> None:

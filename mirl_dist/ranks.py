@@ -17,10 +17,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mirl_dist.engines.asked import asked
+from mirl_dist.engines.held import Held
+from mirl_dist.engines.law import Dealt, Engine, MakeOptimiser
+from mirl_dist.engines.replicas import Replicas
 from mirl_dist.faults import Fault, Stopped
 from mirl_dist.launched import come_together, refuse_a_launch_that_lost_ranks, refuse_shared_gpus
 from mirl_dist.meetings import Meetings
-from mirl_dist.pruning.prune import Slice
+from mirl_dist.pruning.shares import Slice
 from mirl_dist.watch import LiveBoard, Watch
 
 T = TypeVar("T")
@@ -43,9 +47,8 @@ class Ranks:
         error, and who waited ends with code 1. Raises Fault when the processes that were launched are not the
         processes that found each other.
         """
-        from accelerate import Accelerator, InitProcessGroupKwargs
-
         refuse_a_launch_that_lost_ranks(os.environ)
+        self.asked = asked(os.environ)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it matmul varies
         cpu = device == "cpu" or not torch.cuda.is_available()
         if not cpu:
@@ -53,19 +56,43 @@ class Ranks:
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: TF32 would change every convolution
         self._half = precision == "bf16"
         patience = timedelta(seconds=timeout_seconds + 60)  # torch gives up later than the watch, which can tell why
-        word = _join("gloo" if cpu else "nccl", patience) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        self._accelerator = Accelerator(
-            cpu=cpu, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)]
-        )
-        self.rank: int = self._accelerator.process_index
-        self.world: int = self._accelerator.num_processes
-        self.device: torch.device = self._accelerator.device
+        backend = "gloo" if cpu else "nccl"
+        word = _join(backend, patience) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        self.rank: int
+        self.world: int
+        self.device: torch.device
+        if self.asked.name == "ddp":
+            self._joined_by_accelerate(cpu, patience)
+        else:
+            self._joined_alone(backend, patience)
+        self._dealt: Dealt | None = None
         self._meetings, self._all_reduces, self._stop_told = Meetings(), True, False
         self.hosts: list[str] = self.gather_objects(platform.node(), what="gather of hosts")
         self._watch = self._start_watch(word, timeout_seconds) if word and self.world > 1 else None
         self._prove_that_all_are_here()
         torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True)
+
+    def _joined_by_accelerate(self, cpu: bool, patience: timedelta) -> None:
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
+        self._accelerator: Any = Accelerator(
+            cpu=cpu, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)]
+        )
+        self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
+        self.device = self._accelerator.device
+
+    def _joined_alone(self, backend: str, patience: timedelta) -> None:
+        """For engines that Accelerate would wrap in its own loop, or, on a CPU, not at all and without a word."""
+        self._accelerator = None
+        if not _DISTRIBUTED.is_initialized():  # one process
+            store = _DISTRIBUTED.HashStore()
+            _DISTRIBUTED.init_process_group(backend, store=store, rank=0, world_size=1, timeout=patience)
+        self.rank, self.world = _DISTRIBUTED.get_rank(), _DISTRIBUTED.get_world_size()
+        self.device = torch.device("cpu")
+        if backend == "nccl":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
 
     def _start_watch(self, word: str, timeout_seconds: float) -> Watch:
         """On a connection of its own, which may block for as long as it likes: the watch minds that."""
@@ -81,7 +108,7 @@ class Ranks:
         counted = int(self.sum(torch.ones(1, dtype=torch.int64), what="roll call").item())
         if not announced == self.world == counted:
             raise Fault(
-                f"the launcher announced {announced} processes, accelerate sees {self.world}, and {counted} answered: "
+                f"the launcher announced {announced} processes, {self.world} were joined, and {counted} answered: "
                 "each would train alone. Launch with `accelerate launch --config_file launch/cpu_two.yaml`, or with "
                 "torchrun."
             )
@@ -113,6 +140,36 @@ class Ranks:
     def share(self) -> Slice:
         """This rank's slice of replicated tensors, for counting every weight once."""
         return Slice(self.rank, self.world)
+
+    def engine(self, model: nn.Module, make_optimiser: MakeOptimiser, example: Tensor) -> tuple[Engine, nn.Module]:
+        """The engine that the launch asked for, around a model that lies on this rank's device; what to call in
+        training. Weights become those of rank 0 under DDP; else they must be the same on every rank.
+
+        example: (B, 3, H, W), of any values.
+        """
+        if self.asked.name == "ddp":
+            wrapped = self.wrap(model)
+            self.settle(wrapped, example)
+            return Replicas(dict(self.unwrap(wrapped).named_parameters()), make_optimiser, self.share), wrapped
+        if self.asked.name == "fsdp":
+            from mirl_dist.engines.fsdp import Fsdp
+
+            dealt: Dealt = Fsdp(model, make_optimiser, self.asked, self.rank, self)
+        else:
+            from mirl_dist.engines.zero import Zero
+
+            dealt = Zero(model, make_optimiser, self.asked, self.rank, self.world, self, self._half)
+        self._dealt = dealt
+        return dealt, dealt.network
+
+    def meeting(self, what: str) -> AbstractContextManager[None]:
+        """Around a wait for all ranks that somebody else holds."""
+        return self._meetings.meeting(what)
+
+    @property
+    def meets_in_passes(self) -> bool:
+        """Whether a forward pass needs all ranks: weights are gathered in it."""
+        return self._dealt is not None
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model on this rank's device, its gradients averaged over ranks. Weights become those of rank 0.
@@ -146,24 +203,41 @@ class Ranks:
         bare: nn.Module = self._accelerator.unwrap_model(model)
         return bare
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Around a forward pass: the precision that was asked for. Weights, gradients and losses stay float32."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._half)
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """The model's output in the precision that was asked for. Weights, gradients and losses stay float32. A meeting
+        where weights are gathered for it."""
+        meeting = self._gpu_meeting("gather of weights") if self._dealt is not None else nullcontext()
+        with meeting, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._half):
+            restored: Tensor = model(images)
+        return restored
 
     def backward(self, loss: Tensor) -> None:
         """Gradients, averaged over ranks: a meeting, unless more passes follow in this step."""
-        if self.world == 1 or not self._all_reduces:
+        if self._dealt is not None:
+            with self._gpu_meeting("gradient reduction"):
+                self._dealt.backward(loss)
+        elif self.world == 1 or not self._all_reduces:
             self._accelerator.backward(loss)
-            return
-        self._meetings.begin("gradient all-reduce")
+        else:
+            with self._gpu_meeting("gradient all-reduce"):
+                self._accelerator.backward(loss)
+
+    @contextmanager
+    def _gpu_meeting(self, what: str) -> Iterator[None]:
+        """A meeting that the GPU may still be in when the main thread goes on."""
+        self._meetings.begin(what)
         try:
-            self._accelerator.backward(loss)
+            yield
         finally:
             self._meetings.end(*([_when_gpu_is_done()] if self.device.type == "cuda" else []))
 
     @contextmanager
     def accumulate(self, model: nn.Module, more: bool) -> Iterator[None]:
         """Around a forward and backward pass; `more` passes follow in this step, so ranks need not meet yet."""
+        if self._dealt is not None:
+            self._dealt.accumulate(more)
+            yield
+            return
         self._all_reduces = not more
         try:
             with self._accelerator.no_sync(model) if more else nullcontext():
@@ -173,13 +247,17 @@ class Ranks:
 
     def gather(self, values: Tensor, *, what: str = "gather of numbers") -> Tensor:
         """A tensor of every rank, of one shape and dtype, as (world, *shape) on the CPU, in rank order."""
-        if self.world == 1:
-            return values.detach().cpu().unsqueeze(0)
+        return self.gather_here(values, what=what).cpu()
+
+    def gather_here(self, values: Tensor, *, what: str = "gather of numbers") -> Tensor:
+        """As `gather`, on this rank's device: for large ones."""
         mine = values.detach().to(self.device).contiguous()
+        if self.world == 1:
+            return mine.unsqueeze(0)
         everyone = [torch.empty_like(mine) for _ in range(self.world)]
         with self._meetings.meeting(what):
             torch.distributed.all_gather(everyone, mine)
-            return torch.stack(everyone).cpu()
+            return torch.stack(everyone)
 
     def sum(self, values: Tensor, *, what: str = "sum of numbers") -> Tensor:
         """The sum over ranks, on the CPU; added in rank order, so the same bits on every rank."""
@@ -232,11 +310,13 @@ class Ranks:
         found: T = result[0]
         return found
 
-    def tensors_from_main(self, tensors: Mapping[str, Tensor] | None, *, what: str = "tensors") -> dict[str, Tensor]:
-        """Rank 0's named tensors on the CPU of every rank; other ranks pass None."""
+    def tensors_from_main(
+        self, tensors: Mapping[str, Tensor] | None, *, what: str = "tensors", held: Held | None = None
+    ) -> dict[str, Tensor]:
+        """Rank 0's named tensors on the CPU of every rank; other ranks pass None. held: of each, keep this part."""
         if self.world == 1:
             assert tensors is not None
-            return dict(tensors)
+            return {name: tensor if held is None else held.of(name, tensor) for name, tensor in tensors.items()}
         described = [(n, tuple(t.shape), t.dtype) for n, t in tensors.items()] if tensors is not None else []
         described = self.from_main(lambda: described, what=what)
         received: dict[str, Tensor] = {}
@@ -248,7 +328,7 @@ class Ranks:
                 buffer = torch.empty(shape, dtype=wire, device=self.device)
             with self._meetings.meeting(f"{what} by rank 0, {name}"):
                 torch.distributed.broadcast(buffer, src=0)
-                received[name] = buffer.to("cpu", dtype)
+            received[name] = (buffer if held is None else held.of(name, buffer).clone()).to("cpu", dtype)
         return received
 
     def barrier(self, *, what: str = "barrier") -> None:
@@ -263,7 +343,8 @@ class Ranks:
             self.barrier(what="end")  # rank 0 may keep what the others' watches read
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _LEFT.append(torch.distributed.group.WORLD)
-        self._accelerator.end_training()
+        if self._accelerator is not None:
+            self._accelerator.end_training()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

@@ -230,24 +230,27 @@ def restore(state: State, chosen: Newest | None, ranks: Ranks) -> Ticket | None:
         parts = chosen.parts
         kept["weights"] = safetensors.torch.load(parts[WEIGHTS])
         kept["moments"] = safetensors.torch.load(parts[MOMENTS]) if MOMENTS in parts else {}
-        shapes = {n: tuple(m.shape) for n, m in state.masks.items()}
+        shapes = {n: state.engine.held.shapes[n] for n in state.masks}
+        state.refuse_another_network(kept["weights"])
         kept["masks"] = unpack_masks(parts[MASK], shapes, chosen.commit.folder)
         parts.clear()
 
     ranks.from_main(on_main, what="state of the commit")
-    weights = ranks.tensors_from_main(kept.get("weights"))
-    masks: Masks = ranks.tensors_from_main(kept.get("masks"))
+    engine = state.engine
+    weights = ranks.tensors_from_main(kept.pop("weights", None), held=engine.held, what="weights")
+    masks: Masks = ranks.tensors_from_main(kept.pop("masks", None), held=engine.held, what="masks")
     progress = Progress.model_validate(chosen.progress)
-    if masking.digest(masks) != progress.mask_digest:
+    digest = masking.digest_of_masks(state.whole(masks))
+    if digest != progress.mask_digest:
         raise Fault(
-            f"the mask of round {progress.round} has digest {masking.digest(masks)[:12]}, its commit says "
+            f"the mask of round {progress.round} has digest {digest[:12]}, its commit says "
             f"{progress.mask_digest[:12]}. Restore mask.safetensors from a copy of the run.",
             everywhere=True,
         )
     state.load_weights(weights)
     state.begin_round(progress.round, masks, threshold=progress.threshold, parent=progress.parent)
     state.progress = progress
-    state.load_moments(ranks.tensors_from_main(kept.get("moments")))
+    state.load_moments(ranks.tensors_from_main(kept.pop("moments", None), held=engine.owned, what="moments"))
     if ranks.is_main:
         place = "finished" if chosen.commit.step is None else f"after step {chosen.commit.step}"
         report.say(f"resuming: round {progress.round}, {place}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from statistics import fmean
@@ -47,7 +47,8 @@ class Rounds:
     ranks: Ranks
     state: State
     model: nn.Module
-    bare: nn.Module
+    bare: nn.Module | None
+    make_network: Callable[[], nn.Module]
     initial: dict[str, Tensor]
     shards: Shards
     supply: Supply
@@ -72,9 +73,10 @@ class Rounds:
         with self.ranks.in_phase("training"):
             self._train()
         with self.ranks.in_phase("evaluating"):
-            scored = evaluate.evaluate(
-                self.bare, self.supply, self.jobs, self.ranks, self.how, self.look_ahead, self.stop_asked
-            )
+            with self._whole_network() as network:
+                scored = evaluate.evaluate(
+                    network, self.supply, self.jobs, self.ranks, self.how, self.look_ahead, self.stop_asked
+                )
             if self.config.evaluate.every_epochs is not None:
                 self._add_to_curve(scored)
         prove_dead_weights(self.state, self.ranks)
@@ -89,6 +91,19 @@ class Rounds:
             )
             self.ranks.from_main(self.keeper.wait, what="commit of the round")
         return ticket
+
+    @contextmanager
+    def _whole_network(self) -> Iterator[nn.Module]:
+        """The network that is trained, to be called by each rank for itself: a copy where weights are dealt out, for
+        ranks score different numbers of images."""
+        if self.bare is not None:
+            yield self.bare
+            return
+        network = self.make_network().to(self.ranks.device)
+        parameters = dict(network.named_parameters())
+        for name, weight in self.state.whole(self.state.weights):
+            parameters[name].data.copy_(weight)
+        yield network
 
     def _train(self) -> None:
         progress, config = self.state.progress, self.config
@@ -105,9 +120,11 @@ class Rounds:
             skip_bad=config.guard.skip_bad_batches,
             spike_factor=config.guard.spike_factor,
             slow_factor=config.ranks.slow_factor,
+            patch_pixels=config.data.patch_pixels,
         )
-        weights = sum(p.numel() for p in self.state.weights.values())
-        showing.open_round(self.tracker, config, progress.round, self.state.masks, weights)
+        showing.open_round(
+            self.tracker, config, progress.round, self.state.counts, self.state.total(), progress.mask_digest
+        )
         total = epochs * plan.steps_per_epoch
         what = f"round {progress.round}"
         self.news.update(round=progress.round, step=progress.updates, steps=total)
@@ -150,8 +167,8 @@ class Rounds:
         self.footprint.rest()
         few = evaluate.few(self.jobs, self.config.evaluate.curve_images)
         how = self.how._replace(protocols=self.how.protocols[:1])
-        with self.ranks.in_phase("evaluating"):
-            scored = evaluate.evaluate(self.bare, self.held, few, self.ranks, how, False, self.stop_asked)
+        with self.ranks.in_phase("evaluating"), self._whole_network() as network:
+            scored = evaluate.evaluate(network, self.held, few, self.ranks, how, False, self.stop_asked)
         self._add_to_curve(scored)
 
     def _add_to_curve(self, scored: evaluate.Scored) -> None:
@@ -173,10 +190,10 @@ class Rounds:
 
     def _keep_rewind_point(self, progress: Progress) -> None:
         """What later rounds return to, kept before any commit that is made after it. Twice is once."""
-        weights = {name: parameter.detach() for name, parameter in self.state.weights.items()}
-        progress.rewind_digest = masking.digest_tensors(weights)
+        progress.rewind_digest = self.state.digest()
         self.ranks.agree("the rewind point", progress.rewind_digest)
         name = rewind_name(progress.rewind_digest)
+        weights = {n: w.cpu() for n, w in self.state.whole(self.state.weights) if self.ranks.is_main}
         self._write(lambda: self.checkpoints.save_tensors(name, weights), "the rewind point")
 
     # -- what the story asks for (lottery.play) -----------------------------------------------------------------
@@ -185,7 +202,13 @@ class Rounds:
         """The masks of the next round. A tensor that they leave nothing of is told."""
         next_round = self.state.progress.round + 1
         pruned = selecting.select(
-            self.rule, self.state, self.initial, self.bare, lambda: self.probe(next_round), self.ranks, self.stop_asked
+            self.rule,
+            self.state,
+            self.initial,
+            self._whole_network,
+            lambda: self.probe(next_round),
+            self.ranks,
+            self.stop_asked,
         )
         if pruned.collapsed and self.ranks.is_main:
             shown = ", ".join(pruned.collapsed[:5]) + (", ..." if len(pruned.collapsed) > 5 else "")
@@ -199,8 +222,11 @@ class Rounds:
         kept: list[dict[str, Tensor] | None] = []
         name = rewind_name(self.state.progress.rewind_digest)
         self.ranks.from_main(lambda: kept.append(self.checkpoints.tensors(name)), what="rewind point")
-        point = self.ranks.tensors_from_main((kept[0] or {}) if kept else None, what="rewind point")
-        if masking.digest_tensors(point) != self.state.progress.rewind_digest:
+        held = self.state.engine.held
+        if kept and kept[0] is not None and kept[0].keys() != held.shapes.keys():
+            kept[0] = None
+        point = self.ranks.tensors_from_main((kept[0] or {}) if kept else None, what="rewind point", held=held)
+        if not point or masking.digest_of(self.state.whole(point)) != self.state.progress.rewind_digest:
             raise Fault(
                 f"{self.checkpoints.store.where(name)} is damaged or missing, and nothing else holds the weights of "
                 f"step {self.config.rewind.step}. Restore a copy of it, or train in a new run.folder.",
@@ -242,12 +268,14 @@ class Rounds:
         """Begin to write a snapshot, on rank 0, once the commit before is written. Steps that are committed are not
         trained, and so not told to MLflow, again: what it has not heard is committed with them."""
 
+        self.tracker.flush()
+        self.ranks.from_main(self.keeper.wait, what="commit before this one")
+        snapshot, keep_last = self.state.snapshot(keep=self.ranks.is_main), self.config.checkpoint.keep_last
+
         def on_main() -> None:
-            self.keeper.wait()
-            snapshot, keep_last = self.state.snapshot(), self.config.checkpoint.keep_last
+            assert snapshot is not None
             self.keeper.begin(lambda: write(snapshot, keep_last, self.tracker.backlog()), "a commit")
 
-        self.tracker.flush()
         self.ranks.from_main(on_main, what="snapshot")
 
     def _gather_damage(self) -> None:
@@ -261,19 +289,19 @@ class Rounds:
             raise Stopped(f"stopped as asked before {before}; all rounds that were trained are committed")
 
     def _ticket(self, scored: evaluate.Scored) -> Ticket:
-        progress, masks = self.state.progress, self.state.masks
+        progress, counts = self.state.progress, self.state.counts
         headline, *others = self.how.protocols
-        densities = masking.densities(masks)
+        densities = {name: counts.alive[name] / size for name, size in counts.all.items()}
         return Ticket(
             round=progress.round,
-            alive=masking.alive(masks),
-            prunable=masking.size(masks),
-            total=sum(p.numel() for p in self.state.weights.values()),
+            alive=sum(counts.alive.values()),
+            prunable=sum(counts.all.values()),
+            total=self.state.total(),
             threshold=progress.threshold,
             layer_density=densities,
             mask_digest=progress.mask_digest,
-            initial_digest=masking.digest_tensors(self.initial),
-            weights_digest=masking.digest_tensors(self.state.weights),
+            initial_digest=masking.digest_of(self.state.whole(self.initial)),
+            weights_digest=self.state.digest(),
             parent=progress.parent,
             fingerprint=self.config.fingerprint(),
             manifest_digest=self.shards.manifest.digest(),
@@ -308,8 +336,10 @@ class Rounds:
 
     def record(self, ticket: Ticket) -> None:
         """Show a committed ticket: one line, and MLflow. Twice is once."""
+        state = self.state
+        masks = {name: mask.cpu() for name, mask in state.whole(state.masks) if self.ranks.is_main}
         self.ranks.from_main(
-            lambda: showing.ticket(self.tracker, self.config, self.checkpoints, ticket, self.state.masks),
+            lambda: showing.ticket(self.tracker, self.config, self.checkpoints, ticket, state.counts, masks),
             what="record of the round",
         )
 

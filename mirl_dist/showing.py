@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from mirl_dist import report
 from mirl_dist.checkpoint import MASK, PICTURES, SCORES, TICKET, Checkpoints, pack_tensors
@@ -11,6 +14,7 @@ from mirl_dist.faults import Fault
 from mirl_dist.items import flat
 from mirl_dist.pictures import rows, strip
 from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning.shares import Sizes
 from mirl_dist.ticket import DENSE, Ticket, metrics
 from mirl_dist.tracking import Tracker
 
@@ -54,26 +58,34 @@ def tags_of(config: Config) -> dict[str, str]:
     return told | said_of(config) | {"method": config.method(), "fingerprint": config.fingerprint()}
 
 
-def open_round(tracker: Tracker, config: Config, round_: int, masks: masking.Masks, weights: int) -> None:
-    """Tell MLflow of a round, with tags and params to compare it by. weights: of the whole network."""
-    alive = weights - masking.size(masks) + masking.alive(masks)
+def open_round(tracker: Tracker, config: Config, round_: int, counts: Sizes, weights: int, mask: str) -> None:
+    """Tell MLflow of a round, with tags and params to compare it by. weights: of the whole network; mask: the digest
+    of the round's."""
+    alive = weights - sum(counts.all.values()) + sum(counts.alive.values())
     said = said_of(config) | {
         "round": str(round_),
         "method": method(config, round_),
         "alive_weights": str(alive),
         "total_sparsity": f"{1 - alive / weights:.4f}",
     }
-    tracker.begin_round(round_, said | {"mask": masking.digest(masks)}, said)
+    tracker.begin_round(round_, said | {"mask": mask}, said)
 
 
-def ticket(tracker: Tracker, config: Config, checkpoints: Checkpoints, ticket: Ticket, masks: masking.Masks) -> None:
+def ticket(
+    tracker: Tracker,
+    config: Config,
+    checkpoints: Checkpoints,
+    ticket: Ticket,
+    counts: Sizes,
+    masks: Mapping[str, Tensor],
+) -> None:
     """Show a committed ticket. Twice is once."""
     scores = ", ".join(f"{n} {s.psnr:.2f} dB" for n, s in ticket.scores.items())
     report.say(
         f"ticket {ticket.round}: {ticket.alive_total:,} of {ticket.total:,} weights "
         f"({ticket.total_sparsity:.1%} sparse); {scores or 'no evaluation sets'}"
     )
-    open_round(tracker, config, ticket.round, masks, ticket.total)
+    open_round(tracker, config, ticket.round, counts, ticket.total, ticket.mask_digest)
     tracker.log_ticket(ticket.round, metrics(ticket))
     folder = f"tickets/{ticket.round:02d}"
     tracker.log_file(f"{folder}/{TICKET}", ticket.dump(), "round")

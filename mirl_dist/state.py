@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import Tensor
 
+from mirl_dist.engines.held import Held
+from mirl_dist.engines.law import Engine, wholes
 from mirl_dist.faults import Fault
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
+from mirl_dist.pruning.shares import Sizes, sizes
 from mirl_dist.ticket import Curve
-
-MakeOptimiser = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Progress(BaseModel):
@@ -59,21 +59,33 @@ class Snapshot(NamedTuple):
     moments: dict[str, Tensor]
 
 
+def _alone(values: Tensor, *, what: str = "") -> Tensor:
+    return values.unsqueeze(0)
+
+
 @dataclass
 class State:
-    """The live run of one rank. `weights` are the network's parameters by name, changed in place; parent: the digest of
-    the ticket that the run began from, if any."""
+    """The live run of one rank: its engine's weights, the masks of what it holds of them, and the position.
 
-    weights: dict[str, nn.Parameter]
+    parent: the digest of the ticket that the run began from, if any; gather: a tensor of every rank, (ranks, *shape):
+    asked where ranks hold parts, and then by all of them. counts: of the masks, over all ranks.
+    """
+
+    engine: Engine
     masks: Masks
-    make_optimiser: MakeOptimiser
     parent: str | None = None
+    gather: Callable[..., Tensor] = _alone
     progress: Progress = field(default_factory=Progress)
-    optimiser: torch.optim.Optimizer = field(init=False)
+    counts: Sizes = field(init=False)
     _copies: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.begin_round(0, self.masks, threshold=0.0, parent=self.parent)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What this rank holds of each parameter, live."""
+        return self.engine.weights
 
     def begin_round(
         self,
@@ -86,9 +98,9 @@ class State:
         steps_per_epoch: int = 1,
     ) -> None:
         """A fresh optimiser and the position of optimiser step `began` of a round. Weights are the caller's."""
-        device = next(iter(self.weights.values())).device
-        self.masks = {name: mask.to(device) for name, mask in masks.items()}
-        self.optimiser = self.make_optimiser(self.weights)
+        self.masks = {name: mask.to(self.weights[name].device) for name, mask in masks.items()}
+        self.counts = sizes(self.masks, self.engine.share, self.gather)
+        self.engine.begin()
         self.progress = Progress(
             round=round_,
             epoch=began // steps_per_epoch,
@@ -100,13 +112,25 @@ class State:
             seconds=self.progress.seconds,
             threshold=threshold,
             parent=parent,
-            mask_digest=masking.digest(masks),
+            mask_digest=masking.digest_of_masks(self.whole(self.masks)),
         )
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy named tensors into the network. Raises Fault for names or shapes that are not the network's."""
-        mine = {name: tuple(p.shape) for name, p in self.weights.items()}
-        theirs = {name: tuple(t.shape) for name, t in weights.items()}
+    def total(self) -> int:
+        """Parameters of the whole network."""
+        return sum(torch.Size(shape).numel() for shape in self.engine.held.shapes.values())
+
+    def whole(self, parts: Mapping[str, Tensor], held: Held | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors, one by one in the order of names, of parts that lie as the weights do, or as `held` says. A
+        meeting of all ranks for each where they hold parts."""
+        return wholes(parts, held or self.engine.held, self.gather)
+
+    def digest(self) -> str:
+        """Of the whole network's weights; a meeting as `whole`."""
+        return masking.digest_of(self.whole(self.weights))
+
+    def refuse_another_network(self, whole: Mapping[str, Tensor]) -> None:
+        """Raise Fault for names or shapes that are not the network's."""
+        mine, theirs = self.engine.held.shapes, {name: tuple(t.shape) for name, t in whole.items()}
         if mine != theirs:
             odd = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
             raise Fault(
@@ -114,41 +138,47 @@ class State:
                 f"{theirs.get(odd[0], 'absent')}, network {mine.get(odd[0], 'absent')}. The model section differs.",
                 everywhere=True,
             )
-        with torch.no_grad():
-            for name, parameter in self.weights.items():
-                parameter.copy_(weights[name])
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy named tensors, held as the weights are, into the network."""
+        for name, weight in self.weights.items():
+            weight.copy_(weights[name])
+        self.engine.written()
 
     def moments(self) -> dict[str, Tensor]:
-        """The optimiser's first and second moments as '<weight>.exp_avg' and '<weight>.exp_avg_sq', float32."""
-        found = {}
-        for name, parameter in self.weights.items():
-            for kind in _MOMENTS:
-                if kind in self.optimiser.state[parameter]:
-                    found[f"{name}.{kind}"] = self.optimiser.state[parameter][kind]
-        return found
-
-    def snapshot(self) -> Snapshot:
-        """Copies of weights and moments as they are now. The next snapshot is written into the same memory."""
-        weights = self._copied({name: parameter.detach() for name, parameter in self.weights.items()})
-        moments = self._copied(self.moments())
-        if any(parameter.is_cuda for parameter in self.weights.values()):
-            torch.cuda.synchronize()  # the copies are on their way only
-        return Snapshot(self.progress.model_copy(deep=True), dict(self.masks), weights, moments)
-
-    def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        copies = {}
-        for name, tensor in tensors.items():
-            if name not in self._copies:
-                pinned = tensor.device.type == "cuda"  # page-locked memory: the copy runs at the bus's speed
-                self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-            copies[name] = self._copies[name].copy_(tensor, non_blocking=True)
-        return copies
+        """What this rank owns of the optimiser's moments: '<weight>.exp_avg' and '<weight>.exp_avg_sq', float32."""
+        return self.engine.moments()
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         """The inverse of `moments`, with the count of its updates that were not left out."""
-        for name, parameter in self.weights.items():
-            if f"{name}.{_MOMENTS[0]}" in moments:
-                self.optimiser.state[parameter] = {
-                    "step": torch.tensor(float(self.progress.updates - self.progress.began - self.progress.bad)),
-                    **{kind: moments[f"{name}.{kind}"].clone().to(parameter.device) for kind in _MOMENTS},
-                }
+        self.engine.load_moments(moments, self.progress.updates - self.progress.began - self.progress.bad)
+
+    def snapshot(self, *, keep: bool = True) -> Snapshot | None:
+        """Whole copies of weights and moments as they are now, on the rank that is to `keep` them; else None. The next
+        snapshot is written into the same memory. A meeting of all ranks where they hold parts."""
+        engine = self.engine
+        if not keep and engine.held.whole and engine.owned.whole:
+            return None
+        masks = {n: m.cpu() if keep else m for n, m in self._each(self.masks, engine.held, keep)}
+        weights = dict(self._copied(self._each(self.weights, engine.held, keep)))
+        moments = dict(self._copied(self._each(self.moments(), engine.owned, keep)))
+        if not keep:
+            return None
+        if any(weight.is_cuda for weight in self.weights.values()):
+            torch.cuda.synchronize()  # the copies are on their way only
+        return Snapshot(self.progress.model_copy(deep=True), masks, weights, moments)
+
+    def _each(self, parts: Mapping[str, Tensor], held: Held, keep: bool) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors for the rank that keeps them; the others only help to make them."""
+        if held.whole and not keep:
+            return
+        for name, tensor in self.whole(parts, held):
+            if keep:
+                yield name, tensor
+
+    def _copied(self, tensors: Any) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            if name not in self._copies:
+                pinned = tensor.device.type == "cuda"  # page-locked memory: the copy runs at the bus's speed
+                self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            yield name, self._copies[name].copy_(tensor, non_blocking=True)

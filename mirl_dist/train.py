@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from mirl_dist import guards, objective, report
 from mirl_dist.data.sample import Batch
 from mirl_dist.faults import Stopped
-from mirl_dist.pruning import masks
 from mirl_dist.ranks import Ranks
 from mirl_dist.report import Advance
 from mirl_dist.state import Progress, State
@@ -38,6 +37,7 @@ class Plan:
     skip_bad: int = 0
     spike_factor: float | None = None
     slow_factor: float = 1.5
+    patch_pixels: int = 64
 
 
 class Around(Protocol):
@@ -78,11 +78,11 @@ def train_round(
 ) -> None:
     """Train the masked network from `state.progress` to the end of its round, in place; commit its end.
 
-    model: the wrapped network whose parameters are `state.weights`; batches: this rank's, from that position on.
+    model: the network to train, whose weights are `state.weights`; batches: this rank's, from that position on.
     Raises Fault on every rank, before the step, for a loss or gradient that is not finite, and for a commit that could
     not be written; Stopped after a commit when any rank was asked to stop.
     """
-    parameters, progress = list(state.weights.values()), state.progress
+    engine, progress = state.engine, state.progress
     meter, pace, spikes = Meter(plan, progress, ranks.device), Pace(ranks.hosts), guards.Spikes(plan.spike_factor)
     due = False
     while progress.epoch < plan.epochs:
@@ -100,7 +100,7 @@ def train_round(
             batch = come(batches, ranks.device)
             pace.batch_came()
             with ranks.accumulate(model, more=i + 1 < plan.passes):
-                losses = forward(model, batch, seen, ranks)
+                losses = forward(model, batch, plan, seen, ranks)
                 word = meet(losses, batch, ranks, around, pace)
                 if word.starved:
                     progress.unreported = meter.waiting(ranks)
@@ -116,16 +116,15 @@ def train_round(
             loss += word.loss / plan.batch
             skipped += word.skipped
         if not seen.left_out:
-            masks.close_gradients(state.weights, state.masks)
-            norm = nn.utils.clip_grad_norm_(parameters, plan.clip_norm or float("inf"))
+            engine.close_gradients(state.masks)
+            norm = engine.clip(plan.clip_norm)
             seen.left_out = guards.refuse_bad_gradient(norm, seen, progress, plan.skip_bad, ranks)
-        if not seen.left_out:
-            for group in state.optimiser.param_groups:
-                group["lr"] = lr
-            state.optimiser.step()
+        if seen.left_out:
+            engine.forget()
+        else:
+            engine.step(lr)
             meter.count(seen)
             spikes.look(loss, seen, progress, ranks)
-        state.optimiser.zero_grad()
         progress.skipped += skipped
         count(progress, plan, left_out=seen.left_out)
         ended = progress.epoch == plan.epochs
@@ -150,12 +149,13 @@ def come(batches: Iterator[Batch], device: torch.device) -> Batch | None:
         return None
 
 
-def forward(model: nn.Module, batch: Batch | None, seen: guards.Seen, ranks: Ranks) -> Tensor:
-    """The loss of each sample; of none without a batch."""
+def forward(model: nn.Module, batch: Batch | None, plan: Plan, seen: guards.Seen, ranks: Ranks) -> Tensor:
+    """The loss of each sample; of none without a batch, for which a rank goes along where the others need it to."""
     if batch is None:
+        if ranks.meets_in_passes:
+            ranks.forward(model, torch.zeros(1, 3, plan.patch_pixels, plan.patch_pixels, device=ranks.device))
         return torch.zeros(0)
-    with ranks.autocast():
-        restored = model(batch.degraded)
+    restored = ranks.forward(model, batch.degraded)
     losses = objective.per_sample_l1(restored, batch.clean)
     seen.add(losses.detach(), batch)
     return losses

@@ -14,6 +14,8 @@ from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.criteria import CRITERIA
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.prune import Rule, groups, prune
+from mirl_dist.pruning.quantile import alone
+from mirl_dist.pruning.shares import Slice, sizes
 from mirl_dist.ticket import DENSE, Ticket
 
 FOLLOWS = "the mask follows from the parent's weights"
@@ -149,7 +151,7 @@ def _of_descent(content: Round, parent: Round, rule: Rule) -> Iterator[Check]:
 
 def _of_cut(content: Round, parent: Round, rule: Rule) -> Iterator[Check]:
     criterion = CRITERIA[rule.criterion]
-    wanted = sum(group.k for group in groups(parent.masks, rule))
+    wanted = sum(group.k for group in groups(sizes(parent.masks, Slice(), alone), rule))
     gone = masking.alive(parent.masks) - masking.alive(content.masks)
     yield _same("weights removed by the rule", wanted, gone)
     if criterion.needs != "nothing":

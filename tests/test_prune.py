@@ -21,7 +21,8 @@ from mirl_dist import models
 from mirl_dist.faults import Fault
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks, alive, all_alive
-from mirl_dist.pruning.prune import Pruned, Rule, Slice, count_to_remove, in_scope, prune
+from mirl_dist.pruning.prune import Pruned, Rule, count_to_remove, in_scope, prune
+from mirl_dist.pruning.shares import Slice
 
 # MIR-L at 20 % per round. Six tensors of the published class are never used; they count there and are absent here.
 DEAD = {

@@ -119,7 +119,7 @@ def test_ranks_without_any_weight_hear_the_answer() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
 def test_chunks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(quantile, "_CHUNK", chunk)
+    monkeypatch.setattr(quantile, "CHUNK", chunk)
     values = np.random.default_rng(1).choice(np.array([0, 1e-40, 0.1, -0.1, 0.2, 3], np.float32), 200)
     for k in (1, 50, 200):
         check(values, k, (33, 100))

@@ -11,6 +11,7 @@ import torch
 
 from mirl_dist.checkpoint import Checkpoints, pack_tensors, rewind_name
 from mirl_dist.config import of_dump
+from mirl_dist.engines.replicas import Replicas
 from mirl_dist.lottery import Lottery
 from mirl_dist.pruning import masks as masking
 from mirl_dist.state import State
@@ -61,7 +62,7 @@ def test_a_rewind_point_that_is_damaged_stops_the_run_in_one_line(lab: Any, tmp_
 )
 def test_learning_rate_rewinding_and_fine_tuning_move_no_weight(to: str, round_: int, moved: bool) -> None:
     weights = {"a.weight": torch.nn.Parameter(torch.ones(3))}
-    state = State(weights, masking.all_alive(weights, ["a.weight"]), lambda p: torch.optim.Adam(p.values()))
+    state = State(Replicas(weights, lambda p: torch.optim.Adam(p.values())), masking.all_alive(weights, ["a.weight"]))
     lottery = Lottery(1, None, to, "all", 0, 1)
     assert lottery.rewound(state, round_) == (frozenset(["a.weight"]) if moved else frozenset())
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from mirl_dist import models, objective, train
 from mirl_dist.data.sample import Batch
+from mirl_dist.engines.replicas import Replicas
 from mirl_dist.faults import Fault, Stopped
 from mirl_dist.pruning import masks as masking
 from mirl_dist.ranks import Ranks
@@ -40,8 +41,7 @@ def test_a_precision_that_was_asked_for_is_that_of_the_layers_inside_the_wrapped
     stem = bare.get_submodule("patch_embed.proj")
     assert isinstance(stem, nn.Conv2d)
     stem.register_forward_hook(lambda _module, _given, out: seen.append(out.dtype))
-    with ranks.autocast():
-        wrapped(torch.rand(1, 3, 16, 16))
+    ranks.forward(wrapped, torch.rand(1, 3, 16, 16))
     assert seen == [inside]
     bare(torch.rand(1, 3, 16, 16))
     assert seen[1] == torch.float32, "scores are computed in full precision"
@@ -127,7 +127,7 @@ class Run:
         model = nn.Conv2d(3, 3, 3, padding=1)
         weights = dict(model.named_parameters())
         masks = masking.all_alive(weights, ["weight"])
-        self.state = State(weights, masks, lambda given: torch.optim.Adam(list(given.values()), lr=9.0))
+        self.state = State(Replicas(weights, lambda given: torch.optim.Adam(list(given.values()), lr=9.0)), masks)
         begin = 0
         if resumed is not None:
             begin = max(resumed.kept)
@@ -222,7 +222,7 @@ def test_a_step_that_is_left_out_moves_no_weight_and_no_moment_and_is_in_no_mean
     assert masking.digest_tensors(run.weights[5][1]) == masking.digest_tensors(run.weights[6][1])
     assert masking.digest_tensors(run.weights[6][0]) != masking.digest_tensors(run.weights[7][0])
     assert (run.kept[12].bad, run.kept[12].updates, run.kept[12].samples) == (1, 12, 48)
-    (adam,) = {float(moment["step"]) for moment in run.state.optimiser.state.values()}
+    (adam,) = {float(moment["step"]) for moment in run.state.engine.optimiser.state.values()}
     assert adam == 11.0
     assert all(torch.isfinite(torch.tensor(list(values.values()))).all() for values in run.told.values())
 

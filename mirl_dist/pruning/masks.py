@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -84,15 +84,32 @@ def unpack(packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) 
 
 def digest(masks: Mapping[str, Tensor]) -> str:
     """Hex SHA-256 over names, shapes and bits, in the order of names: equal only for equal masks."""
-    return digest_tensors(pack(masks), {n: tuple(m.shape) for n, m in masks.items()})
+    return digest_of_masks((name, masks[name]) for name in sorted(masks))
 
 
 def digest_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None) -> str:
     """Hex SHA-256 over names, dtypes, shapes and the exact bytes of named tensors, in the order of names."""
+    return digest_of(((name, tensors[name]) for name in sorted(tensors)), shapes)
+
+
+def digest_of(named: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]] | None = None) -> str:
+    """`digest_tensors` of tensors that come one by one, in the order of names."""
     total = hashlib.sha256()
-    for name in sorted(tensors):
-        flat = tensors[name].detach().cpu().contiguous()
+    for name, tensor in named:
+        flat = tensor.detach().cpu().contiguous()
         shape = (shapes or {}).get(name, tuple(flat.shape))
         total.update(f"{name}|{flat.dtype}|{shape}|".encode())
         total.update(flat.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def digest_of_masks(named: Iterable[tuple[str, Tensor]]) -> str:
+    """`digest` of masks that come one by one, in the order of names."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def packed() -> Iterator[tuple[str, Tensor]]:
+        for name, mask in named:
+            shapes[name] = tuple(mask.shape)
+            yield name, pack({name: mask})[name]
+
+    return digest_of(packed(), shapes)

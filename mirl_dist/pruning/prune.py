@@ -19,7 +19,8 @@ from torch import Tensor
 from mirl_dist.faults import Fault
 from mirl_dist.pruning.criteria import scores_of_weights
 from mirl_dist.pruning.masks import Masks
-from mirl_dist.pruning.quantile import Cut, Gather, alone, kth_smallest
+from mirl_dist.pruning.quantile import CHUNK, Cut, Gather, alone, kth_smallest
+from mirl_dist.pruning.shares import Share, Sizes, Slice, sizes
 
 
 class Rule(NamedTuple):
@@ -55,17 +56,6 @@ class Group(NamedTuple):
     k: int
 
 
-class Slice(NamedTuple):
-    """This rank's share of replicated tensors: the `rank`-th of `ranks` contiguous pieces of each."""
-
-    rank: int = 0
-    ranks: int = 1
-
-    def of(self, flat: Tensor) -> Tensor:
-        n = flat.numel()
-        return flat[n * self.rank // self.ranks : n * (self.rank + 1) // self.ranks]
-
-
 def in_scope(names: Iterable[str], scope: str | tuple[str, ...]) -> tuple[str, ...]:
     """The prunable names, sorted. scope: 'published' (names that contain 'weight'), 'all', or globs.
 
@@ -90,32 +80,32 @@ def count_to_remove(alive: int, fraction: float, factor: float = 1.0) -> int:
     return math.ceil(Fraction(str(fraction)) * Fraction(str(factor)) * (alive - 1)) if alive > 0 else 0
 
 
-def groups(masks: Mapping[str, Tensor], rule: Rule) -> list[Group]:
+def groups(found: Sizes, rule: Rule) -> list[Group]:
     """Who competes and how many go: all tensors together, or each by itself with `output_factor` for `output_layers`.
 
     Raises Fault when the floor leaves too few weights to remove, ValueError for a floor with per='layer'.
     """
     if rule.floor and rule.per != "global":
         raise ValueError("a floor belongs to per='global'")
-    found = []
-    for names in [tuple(sorted(masks))] if rule.per == "global" else [(name,) for name in sorted(masks)]:
+    made = []
+    for names in [tuple(sorted(found.all))] if rule.per == "global" else [(name,) for name in sorted(found.all)]:
         halved = rule.per == "layer" and any(fnmatchcase(names[0], glob) for glob in rule.output_layers)
-        living = sum(int(masks[n].sum()) for n in names)
+        living = sum(found.alive[n] for n in names)
         k = count_to_remove(living, rule.fraction, rule.output_factor if halved else 1.0)
-        spare = sum(_spare(masks[n], rule.floor) for n in names)
+        spare = sum(_spare(found, n, rule.floor) for n in names)
         if k > spare:
             raise Fault(
                 f"prune.floor: found {rule.floor:g}, which lets only {spare:,} of {living:,} alive weights go, with "
                 f"prune.fraction {rule.fraction:g}, which asks for {k:,}. Lower one of them, or prune.rounds.",
                 everywhere=True,
             )
-        found.append(Group(names, k))
-    return found
+        made.append(Group(names, k))
+    return made
 
 
-def _spare(mask: Tensor, floor: float) -> int:
+def _spare(found: Sizes, name: str, floor: float) -> int:
     """How many alive weights of a tensor may go: all but ceil(floor x size), in exact decimal arithmetic."""
-    return max(0, int(mask.sum()) - math.ceil(Fraction(str(floor)) * mask.numel()))
+    return max(0, found.alive[name] - math.ceil(Fraction(str(floor)) * found.all[name]))
 
 
 def select(
@@ -123,12 +113,12 @@ def select(
     masks: Mapping[str, Tensor],
     among: Iterable[Group],
     floor: float = 0.0,
-    share: Slice = Slice(),  # noqa: B008 - an immutable tuple
+    share: Share = Slice(),  # noqa: B008 - an immutable tuple
     gather: Gather = alone,
 ) -> Pruned:
     """New masks in which of every group the k alive weights of the smallest |score| are gone, ties by name and index.
 
-    scores: name -> float32 of the mask's number of weights, on its device, the same on every rank.
+    scores: name -> float32 of the mask's number of weights, on its device, the same on every rank that holds them.
     """
     new: Masks = {}
     threshold, removed = 0.0, 0
@@ -136,10 +126,11 @@ def select(
         if k == 0:
             new |= {n: masks[n].clone() for n in names}
             continue
-        cut_masks, cut = _cut_above_floor(names, scores, masks, k, floor, share, gather)
+        cut_masks, cut = _cut_above_floor(names, scores, masks, k, floor, share, gather)  # a meeting of all ranks
         new |= cut_masks
         threshold, removed = max(threshold, cut.value), removed + k
-    return Pruned(new, threshold, removed, tuple(n for n in sorted(new) if not bool(new[n].any())))
+    left = sizes(new, share, gather).alive
+    return Pruned(new, threshold, removed, tuple(n for n in sorted(new) if not left[n]))
 
 
 def _cut_above_floor(
@@ -148,7 +139,7 @@ def _cut_above_floor(
     masks: Mapping[str, Tensor],
     k: int,
     floor: float,
-    share: Slice,
+    share: Share,
     gather: Gather,
 ) -> tuple[Masks, Cut]:
     """New masks after the k weakest of the spare weights went: of each tensor all but the strongest `floor`.
@@ -161,12 +152,16 @@ def _cut_above_floor(
     Where a cut takes no more than is spare of any tensor, it is the wanted one. No later cut ends before an earlier
     one, so the last is the threshold.
     """
-    spare = {n: _spare(masks[n], floor) for n in group}
+    before = sizes({n: masks[n] for n in group}, share, gather)
+    spare = {n: _spare(before, n, floor) for n in group}
     assert k <= sum(spare.values()), "groups() refuses a floor that leaves too few"
     free, low = list(group), list[str]()
     while True:
         new, cut = _cut_group(free, scores, masks, k, share, gather)
-        found = [n for n in free if int(masks[n].sum()) - int(new[n].sum()) > spare[n]]
+        if not floor:
+            return new, cut
+        after = sizes(new, share, gather)
+        found = [n for n in free if before.alive[n] - after.alive[n] > spare[n]]
         if not found:
             break
         k -= sum(spare[n] for n in found)
@@ -185,24 +180,49 @@ def _cut_group(
     scores: Callable[[str], Tensor],
     masks: Mapping[str, Tensor],
     k: int,
-    share: Slice,
+    share: Share,
     gather: Gather,
 ) -> tuple[Masks, Cut]:
     """New masks of a group of tensors after its k smallest alive scores went."""
-    mine = {n: share.of(scores(n))[share.of(masks[n].reshape(-1))] for n in group}
-    cut = kth_smallest(mine, k, gather)
-    ties, new = cut.ties, {}
+    mine = {n: share.of(scores(n)) for n in group}
+    cut = kth_smallest(mine, k, gather, {n: share.of(masks[n].reshape(-1)) for n in group})
+    del mine  # scores that are made when they are asked for need not lie about twice
+    new, equal = {}, []
     for name in group:
         keep = masks[name].reshape(-1).clone()
-        magnitude = _absolute(scores(name))
-        keep &= magnitude >= cut.bits
-        if ties:
-            equal = torch.nonzero(keep & (magnitude == cut.bits)).reshape(-1)[:ties]
-            keep[equal] = False
-            ties -= equal.numel()
-        new[name] = keep.reshape(masks[name].shape)
-    assert ties == 0, "the ranks counted ties that this replica does not hold"
-    return new, cut
+        equal.append(_keep_not_below(keep, scores(name), cut.bits))
+        new[name] = keep
+    held = torch.tensor(equal, dtype=torch.int64)
+    before, everywhere = torch.zeros_like(held), held
+    if not share.whole:
+        of_ranks = gather(held)
+        before, everywhere = of_ranks[: share.rank].sum(dim=0), of_ranks.sum(dim=0)
+    ties = cut.ties
+    for name, mine_equal, earlier, all_equal in zip(group, equal, before.tolist(), everywhere.tolist(), strict=True):
+        _drop_ties(new[name], scores(name), cut.bits, min(max(ties - earlier, 0), mine_equal))
+        ties -= min(ties, all_equal)
+    assert ties == 0, "the ranks counted ties that nobody holds"
+    return {n: keep.reshape(masks[n].shape) for n, keep in new.items()}, cut
+
+
+def _keep_not_below(keep: Tensor, scores: Tensor, bits: int) -> int:
+    """Drop what is smaller than a cut, in place; how many of those left are equal to it."""
+    equal = 0
+    for living, chunk in zip(torch.split(keep, CHUNK), torch.split(scores, CHUNK), strict=True):
+        magnitude = _absolute(chunk)
+        living &= magnitude >= bits
+        equal += int((living & (magnitude == bits)).sum())
+    return equal
+
+
+def _drop_ties(keep: Tensor, scores: Tensor, bits: int, count: int) -> None:
+    """Drop the first `count` that are equal to a cut, in place."""
+    for living, chunk in zip(torch.split(keep, CHUNK), torch.split(scores, CHUNK), strict=True):
+        if not count:
+            return
+        first = torch.nonzero(living & (_absolute(chunk) == bits)).reshape(-1)[:count]
+        living[first] = False
+        count -= first.numel()
 
 
 def _absolute(scores: Tensor) -> Tensor:
@@ -214,17 +234,18 @@ def prune(
     weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
     rule: Rule,
-    share: Slice = Slice(),  # noqa: B008 - an immutable tuple
+    share: Share = Slice(),  # noqa: B008 - an immutable tuple
     gather: Gather = alone,
     scores: Callable[[str], Tensor] | Mapping[str, Tensor] | None = None,
 ) -> Pruned:
-    """New masks with ceil(fraction (alive - 1)) fewer alive weights, the same on every rank.
+    """New masks with ceil(fraction (alive - 1)) fewer alive weights, the same on every rank, or each rank's part.
 
-    weights: float tensors, replicated on all ranks; masks: the alive weights among them. Weights are counted once:
-    each rank counts its `share`. per='layer' applies the count to every tensor by itself, with fraction x
-    output_factor for `output_layers`. scores: name -> float32 of the weights' shape, of any sign, replicated too; None:
-    of the weights, by the criterion. Raises Fault for NaN or inf, and for a floor that leaves too few weights to
-    remove.
+    weights: float tensors, replicated on all ranks, or with `Own` the parts of them that this rank holds; masks: the
+    alive weights among them. Weights are counted once: each rank counts its `share`. per='layer' applies the count to
+    every tensor by itself, with fraction x output_factor for `output_layers`. scores: name -> float32 of the weights'
+    shape, of any sign, held as the weights are; None: of the weights, by the criterion. Raises Fault for NaN or inf,
+    and for a floor that leaves too few weights to remove. Extra memory: the new masks, a byte for each weight that the
+    rank holds, and a few times quantile.CHUNK weights.
     """
     if scores is None:
 
@@ -232,22 +253,25 @@ def prune(
             return scores_of_weights(rule.criterion, name, weights[name], rule.seed)
     else:
         given = scores if callable(scores) else scores.__getitem__
-        _refuse_odd_scores(given, masks, rule.criterion)
+        _refuse_odd_scores(given, masks, rule.criterion, share)
 
         def flat(name: str) -> Tensor:
             return given(name).detach().reshape(-1).to(masks[name].device)
 
-    return select(flat, masks, groups(masks, rule), rule.floor, share, gather)
+    return select(flat, masks, groups(sizes(masks, share, gather), rule), rule.floor, share, gather)
 
 
-def _refuse_odd_scores(scores: Callable[[str], Tensor], masks: Mapping[str, Tensor], criterion: str) -> None:
-    """Raise ValueError for scores of another shape, and Fault for NaN or inf; on every rank alike."""
+def _refuse_odd_scores(
+    scores: Callable[[str], Tensor], masks: Mapping[str, Tensor], criterion: str, share: Share
+) -> None:
+    """Raise ValueError for scores of another shape, and Fault for NaN or inf; on every rank alike. Those of parts that
+    one rank alone holds are looked at when they are counted."""
     odd = []
     for name in sorted(masks):
         found = scores(name)
         if found.shape != masks[name].shape:
             raise ValueError(f"scores of '{name}' are {tuple(found.shape)}, its weights {tuple(masks[name].shape)}")
-        if not bool(torch.isfinite(found).all()):
+        if share.whole and not bool(torch.isfinite(found).all()):
             odd.append(name)
     if odd:
         raise Fault(

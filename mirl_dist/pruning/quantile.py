@@ -8,7 +8,7 @@ those counts tells every rank the same next prefix. No sort, no interpolation, n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -20,7 +20,9 @@ Gather: TypeAlias = Callable[[Tensor], Tensor]
 """int64 (n,) of this rank -> int64 (ranks, n) of all ranks."""
 
 _PASSES = (11, 10, 10)
-_CHUNK = 1 << 22  # weights counted at once: bounds the extra memory
+_KNOWN = (0, 11, 21)
+CHUNK = 1 << 20
+"""Weights counted at once: bounds the extra memory of a selection, whatever the size of the tensors."""
 
 
 class Cut(NamedTuple):
@@ -50,22 +52,50 @@ def _bits(part: Tensor) -> Tensor:
     return part.detach().reshape(-1).contiguous().view(torch.int32) & 0x7FFFFFFF
 
 
-def _count_bins(parts: Mapping[str, Tensor], prefix: int, known: int, width: int) -> Tensor:
-    """int64 (2**width,): magnitudes whose top `known` of 31 bits equal prefix, by their next `width` bits."""
-    shift = 31 - known - width
-    bins = torch.zeros(1 << width, dtype=torch.int64)
-    for part in parts.values():
-        for chunk in torch.split(part.detach().reshape(-1), _CHUNK):
-            bits = _bits(chunk)
-            if known:
-                bits = bits[(bits >> (31 - known)) == prefix]
-            bins += torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=1 << width).cpu()
-    return bins
+class Search(NamedTuple):
+    """How far the search for the k-th smallest is: the top `known` of its 31 bits are `prefix`; `below` are smaller
+    than all that begin so, and it is the `remaining`-th of those that do."""
+
+    remaining: int
+    prefix: int = 0
+    known: int = 0
+    below: int = 0
+
+    @property
+    def width(self) -> int:
+        """The bits that the next pass finds; 0 when all are known."""
+        return next((width for at, width in zip(_KNOWN, _PASSES, strict=True) if at == self.known), 0)
+
+    def counts(self, magnitudes: Tensor) -> Tensor:
+        """int64 (2**width,): how many of some float32 begin as the one searched for, by their next bits."""
+        width, last = self.width, 31 - self.known
+        bits = _bits(magnitudes)
+        if self.known:
+            bits = bits[(bits >> last) == self.prefix]
+        return torch.bincount((bits >> (last - width)) & ((1 << width) - 1), minlength=1 << width).cpu()
+
+    def narrowed(self, counts: Tensor) -> Search:
+        """The search after a pass. counts: int64 (2**width,), summed over all magnitudes of all ranks."""
+        upto = counts.cumsum(0)
+        chosen = int(torch.searchsorted(upto, self.remaining))
+        before = int(upto[chosen] - counts[chosen])
+        prefix = (self.prefix << self.width) | chosen
+        return Search(self.remaining - before, prefix, self.known + self.width, self.below + before)
+
+
+def _chunks(part: Tensor, alive: Tensor | None) -> Iterator[Tensor]:
+    """A part's magnitudes, a few at a time; alive: which of them count."""
+    flat = part.detach().reshape(-1)
+    if alive is None:
+        yield from torch.split(flat, CHUNK)
+        return
+    for chunk, living in zip(torch.split(flat, CHUNK), torch.split(alive.reshape(-1), CHUNK), strict=True):
+        yield chunk[living]
 
 
 def refuse_non_finite(parts: Mapping[str, Tensor], gather: Gather = alone) -> None:
     """Raise Fault on every rank when any rank holds a NaN or an infinity; a rank that holds one names it."""
-    odd = [name for name in sorted(parts) if not bool(torch.isfinite(parts[name]).all())]
+    odd = [n for n in sorted(parts) if not all(bool(torch.isfinite(c).all()) for c in _chunks(parts[n], None))]
     per_rank = gather(torch.tensor([len(odd)], dtype=torch.int64)).reshape(-1).tolist()
     if any(per_rank):
         ranks = ", ".join(str(r) for r, n in enumerate(per_rank) if n)
@@ -76,30 +106,33 @@ def refuse_non_finite(parts: Mapping[str, Tensor], gather: Gather = alone) -> No
         )
 
 
-def kth_smallest(parts: Mapping[str, Tensor], k: int, gather: Gather = alone) -> Cut:
+def kth_smallest(
+    parts: Mapping[str, Tensor], k: int, gather: Gather = alone, alive: Mapping[str, Tensor] | None = None
+) -> Cut:
     """The k-th smallest magnitude among all parts on all ranks, exactly.
 
     parts: named float32 tensors of this rank's share, any shape; shares of different ranks must not overlap.
-    k: 1-based, 1 <= k <= number of magnitudes on all ranks. gather: see `Gather`.
+    k: 1-based, 1 <= k <= number of magnitudes on all ranks. gather: see `Gather`. alive: bool masks of the parts'
+    sizes, without which all count.
     Returns Cut with below + ties == k. Raises TypeError for another dtype (on the rank that holds it),
     ValueError for k out of range and Fault for NaN or inf (on every rank).
-    Cost: a few reads of the parts, 2048 int64 per rank and pass on the wire, 4 million weights' bits of memory.
+    Cost: a few reads of the parts, 2048 int64 per rank and pass on the wire, memory for a few times CHUNK weights.
     """
     for name, part in parts.items():
         if part.dtype != torch.float32:
             raise TypeError(f"magnitudes of '{name}' are {part.dtype}; pass float32")
     refuse_non_finite(parts, gather)
-    prefix, known, remaining, below, ties = 0, 0, k, 0, 0
-    for width in _PASSES:
-        counts = gather(_count_bins(parts, prefix, known, width)).sum(dim=0)
-        upto = counts.cumsum(0)
-        if known == 0 and not 1 <= k <= int(upto[-1]):
-            raise ValueError(f"k = {k} is outside 1..{int(upto[-1])}, the number of magnitudes")
-        chosen = int(torch.searchsorted(upto, remaining))
-        before = int(upto[chosen] - counts[chosen])
-        below, remaining = below + before, remaining - before
-        prefix, known, ties = (prefix << width) | chosen, known + width, remaining
-    return Cut(prefix, below, ties)
+    search = Search(k)
+    while search.width:
+        bins = torch.zeros(1 << search.width, dtype=torch.int64)
+        for name, part in parts.items():
+            for chunk in _chunks(part, None if alive is None else alive[name]):
+                bins += search.counts(chunk)
+        counts = gather(bins).sum(dim=0)
+        if search.known == 0 and not 1 <= k <= int(counts.sum()):
+            raise ValueError(f"k = {k} is outside 1..{int(counts.sum())}, the number of magnitudes")
+        search = search.narrowed(counts)
+    return Cut(search.prefix, search.below, search.remaining)
 
 
-__all__ = ["Cut", "Gather", "alone", "kth_smallest", "refuse_non_finite"]
+__all__ = ["CHUNK", "Cut", "Gather", "Search", "alone", "kth_smallest", "refuse_non_finite"]

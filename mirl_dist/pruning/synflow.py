@@ -32,6 +32,8 @@ from torch.overrides import TorchFunctionMode
 
 from mirl_dist.faults import Fault
 from mirl_dist.pruning.prune import Group, Pruned, Rule, groups, select
+from mirl_dist.pruning.quantile import alone
+from mirl_dist.pruning.shares import Slice, sizes
 
 
 def iterate(
@@ -50,7 +52,7 @@ def iterate(
     `threshold` is that of the last step.
     The same bits whenever called on the same machine. Raises Fault as `prune` does.
     """
-    goal = groups(masks, rule)
+    goal = groups(sizes(masks, Slice(), alone), rule)
     living = [sum(int(masks[n].sum()) for n in group.names) for group in goal]
     gone = [0] * len(goal)
     pruned = select(masks.__getitem__, masks, [Group(group.names, 0) for group in goal])

@@ -14,6 +14,7 @@ import torch
 
 from mirl_dist import guards, lottery, train
 from mirl_dist.data.sample import Batch
+from mirl_dist.engines.replicas import Replicas
 from mirl_dist.faults import Fault, Stopped
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import Pruned, Rule, prune
@@ -104,7 +105,8 @@ def small_state(seed: int) -> State:
         n: torch.nn.Parameter(torch.randn(s, generator=generator))
         for n, s in (("a.weight", (4, 3)), ("b.weight", (5,)))
     }
-    return State(weights, masking.all_alive(weights, weights), lambda p: torch.optim.AdamW(p.values(), lr=0.1))
+    engine = Replicas(weights, lambda p: torch.optim.AdamW(p.values(), lr=0.1))
+    return State(engine, masking.all_alive(weights, weights))
 
 
 def a_ticket(state: State) -> Ticket:
