@@ -51,7 +51,9 @@ class Ranks:
         self.asked = asked(os.environ)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it matmul varies
         cpu = device == "cpu" or not torch.cuda.is_available()
-        if not cpu:
+        if cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed it says else that it guesses
+        else:
             refuse_shared_gpus(os.environ, gpus())
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: TF32 would change every convolution
         self._half = precision == "bf16"

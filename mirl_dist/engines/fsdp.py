@@ -6,6 +6,7 @@ works on this rank's rows as plain tensors that share the memory of torch's DTen
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -101,6 +102,9 @@ def _sharded(network: nn.Module, device: torch.device, asked: Asked) -> nn.Modul
             "or ZeRO.",
             everywhere=True,
         ) from None
+    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
+    # The network ends in a crop, a view, which nothing here changes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
     if asked.offload_parameters and device.type == "cuda":

@@ -8,12 +8,14 @@ of it is a place. Its own checkpoints are not used: states are named tensors, wh
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mirl_dist.budget import DEEPSPEED_BUCKET, DEEPSPEED_LIVE
 from mirl_dist.engines import own_gradients
 from mirl_dist.engines.held import Held, dealt
 from mirl_dist.engines.law import MOMENTS, Asked, MakeOptimiser, Meet
@@ -21,6 +23,7 @@ from mirl_dist.faults import Fault
 from mirl_dist.pruning.shares import Own, Share, Slice
 
 _STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+_OLD_NAMES = r"`torch.distributed.\w+` is deprecated"  # of collectives, which DeepSpeed and FSDP2 call (torch 2.13)
 
 
 class _Place(NamedTuple):
@@ -65,7 +68,8 @@ class Zero:
         shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
         optimiser = make_optimiser(dict(network.named_parameters()))
         with meet.meeting("sharding of the network"):
-            self._engine = _initialised(_InPrecision(network, half), optimiser, _settings(asked, self._stage))
+            settings = _settings(asked, self._stage, sum(p.numel() for p in network.parameters()))
+            self._engine = _initialised(_InPrecision(network, half), optimiser, settings)
         self.network: Any = self._engine
         self._parameters: dict[str, Any] = dict(network.named_parameters())
         self._zero: Any = self._engine.optimizer
@@ -185,16 +189,19 @@ class Zero:
                 place.of(self._inner.state[place.flat][kind]).copy_(moments[f"{name}.{kind}"].reshape(-1))
 
 
-def _settings(asked: Asked, stage: int) -> dict[str, Any]:
+def _settings(asked: Asked, stage: int, parameters: int) -> dict[str, Any]:
     """DeepSpeed's own config: float32, one pass a step as far as it knows, nothing of its own on top."""
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "round_robin_gradients": False}
+    zero["reduce_bucket_size"] = min(DEEPSPEED_BUCKET, parameters)  # a buffer of that size is filled in each step
     if asked.offload_optimizer:
         zero["offload_optimizer"] = host
     if asked.offload_parameters and stage == 3:
         zero["offload_param"] = host
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # no rank keeps what it does not own
+        for limit in ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size"):
+            zero[f"stage3_{limit}"] = max(1, parameters // DEEPSPEED_LIVE)  # for long
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -208,12 +215,14 @@ def _settings(asked: Asked, stage: int) -> dict[str, Any]:
 
 def _initialised(network: nn.Module, optimiser: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
     cuda = next(network.parameters()).device.type == "cuda"
-    if not cuda:
-        os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
-        import deepspeed
-        from deepspeed.utils import logger
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what DeepSpeed uses of torch
+            import deepspeed
+            from deepspeed.utils import logger
+
+            compatible = deepspeed.ops.__compatible_ops__
     except ImportError as error:
         raise Fault(
             f"the launch asks for DeepSpeed, which cannot be imported ({str(error)[:100]}). "
@@ -221,8 +230,9 @@ def _initialised(network: nn.Module, optimiser: torch.optim.Optimizer, settings:
             everywhere=True,
         ) from None
     logger.setLevel("ERROR")
+    warnings.filterwarnings("ignore", message=_OLD_NAMES, category=FutureWarning)
     if not cuda:  # gloo sums in rank order, and needs no compiler on the user's machine
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        compatible["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimiser, config=settings, dist_init_required=False)
     if engine.zero_optimization_stage() != settings["zero_optimization"]["stage"]:
         raise Fault(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from mirl_dist import cli, commits, keeper, objective, storage, train
+from mirl_dist.engines import own_gradients
 from mirl_dist.faults import Fault
 from mirl_dist.pruning import masks
 
@@ -79,6 +80,7 @@ def at_put(plan: Plan) -> None:
 
 def at_step(plan: Plan) -> None:
     train_round, close_gradients, l1 = train.train_round, masks.close_gradients, objective.per_sample_l1
+    close_parts = own_gradients.close
     where: list[Any] = []
     passes = [0]
 
@@ -89,14 +91,21 @@ def at_step(plan: Plan) -> None:
         where[:] = [state, around]
         train_round(state, model, batches, numbers, ranks, around, advance)
 
-    def closing(weights: Any, alive: Any) -> None:
+    def before_closing() -> None:
         if now() and "do" not in plan:
             where[1].keeper.settle(60)  # a commit that is under way is the matter of other mishaps
             die(plan)
-        if now() and plan["do"] == "fault":
+        if now() and plan.get("do") == "fault":
             raise Fault("found a planned fault, in this rank alone, so that a test can see it.")
+
+    def closing_parts(*given: Any) -> None:
+        before_closing()
+        close_parts(*given)
+
+    def closing(weights: Any, alive: Any) -> None:
+        before_closing()
         close_gradients(weights, alive)
-        if now() and plan["do"] == "drift":
+        if now() and plan.get("do") == "drift":
             with torch.no_grad():
                 next(iter(weights.values())).view(-1)[0] *= 1.000001
 
@@ -112,6 +121,7 @@ def at_step(plan: Plan) -> None:
 
     train.train_round = training
     masks.close_gradients = closing
+    own_gradients.close = closing_parts
     objective.per_sample_l1 = losing
 
 
