@@ -28,6 +28,7 @@ from mirl_dist.resuming import Newest
 from mirl_dist.rounds import Rounds
 from mirl_dist.state import State
 from mirl_dist.stopping import StopFlag
+from mirl_dist.telling import rank_here
 from mirl_dist.ticket import Ticket
 from mirl_dist.tracking import FAREWELL_SECONDS, Mlflow, Silent, Tracker, usual_journal
 
@@ -154,7 +155,7 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
     prepared = prepare_together(config, resume, ranks)
     if ranks.is_main:
         report.say(describe(config, prepared, ranks.world))
-    supply = feed.supply_of(config, prepared.shards, f"rank {ranks.rank}", stop_asked)
+    supply = feed.supply_of(config, prepared.shards, rank_here(ranks.rank), stop_asked)
     stream = feed.stream_of(config, supply, prepared.order, prepared.shares, ranks)
     look_ahead = feed.evaluation_looks_ahead(supply, prepared.jobs, ranks)
     feed.refuse_damaged(supply, prepared.jobs, ranks, config.data.damage)
@@ -192,7 +193,7 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
             ranks=ranks,
             state=state,
             model=network,
-            bare=None if ranks.meets_in_passes else model,
+            bare=model if engine.held.whole else None,
             make_network=lambda: starting.network(config),
             initial=initial,
             shards=prepared.shards,

@@ -13,12 +13,12 @@ from typing import Annotated, Any
 
 import typer
 
-from mirl_dist import __version__, cli_tickets
+from mirl_dist import __version__, cli_sweep, cli_tickets
 from mirl_dist.cli_tickets import Json, TicketArgument, Tile
 from mirl_dist.faults import Fault, Stopped
 from mirl_dist.slip import Slip
 from mirl_dist.stopping import RESUMABLE, StopFlag
-from mirl_dist.telling import say, warn
+from mirl_dist.telling import rank_here, say, warn
 
 app = typer.Typer(
     add_completion=False,
@@ -50,9 +50,9 @@ def main() -> None:
         _leave(code, final=code == 2)
     except Fault as fault:
         if rank == "0" or not fault.everywhere:
-            who = "mirl-dist" if fault.everywhere or "RANK" not in os.environ else f"mirl-dist, rank {rank}"
+            who = "mirl-dist" if fault.everywhere or "RANK" not in os.environ else f"mirl-dist, {rank_here()}"
             more = " Go on with --resume auto." if fault.resumable and "train" in sys.argv[1:2] else ""
-            warn(f"{who}: {fault}{more}")
+            warn(f"{who}: {fault}{more}", "fault")
         _leave(RESUMABLE if fault.resumable else 2, final=True)
     except Stopped as stopped:
         if rank == "0":
@@ -63,7 +63,7 @@ def main() -> None:
 
         if not lost_a_peer(error):
             raise
-        warn(f"mirl-dist, rank {rank}: another rank has gone ({str(error).splitlines()[0][:120]})")
+        warn(f"mirl-dist, {rank_here()}: another rank has gone ({str(error).splitlines()[0][:120]})")
         Slip.of_worker().linger()
         _leave(1)
 
@@ -126,7 +126,7 @@ def train(
     stop_asked.meant, stop_asked.cleared = slip.ask_to_stop, slip.another_failed
     stop_asked.listen()  # before what takes seconds to import
 
-    from mirl_dist import assemble, opening
+    from mirl_dist import assemble, opening, rank_log
     from mirl_dist import config as configs
 
     if resume not in ("auto", "never", "must"):
@@ -138,15 +138,16 @@ def train(
     if launch is not None:
         from mirl_dist import launching
 
-        world, options = launching.choose(tree, launch)
-        if world > 1:
-            launching.launch(tree, world, options, ["train", str(config)], sets or [], resume, stop_asked.close)
+        file, options = launching.choose(tree, launch)
+        if options:
+            launching.launch(tree, file, options, ["train", str(config)], sets or [], resume, stop_asked.close)
             return
     again = slip.restarted()
     if again is not None and os.environ.get("RANK", "0") == "0":
         warn(f"mirl-dist: {again}")
     if resume == "never" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         resume = "auto"  # these ranks are started again, and find their own run
+    rank_log.begin(tree, lambda: stop_asked.phase())
     address = assemble.run(tree, resume, stop_asked)
     if os.environ.get("RANK", "0") == "0":
         from mirl_dist import shelf
@@ -157,21 +158,38 @@ def train(
             say(f"MLflow: {address}")
 
 
+app.command("sweep")(cli_sweep.sweep)
+
+
 @app.command()
 def doctor(
     config: Annotated[
         Path | None, typer.Argument(help="Also say what this config means on 1, 2, 4, ... ranks.")
     ] = None,
     sets: Sets = None,
+    launch: Annotated[
+        str | None, typer.Option(help="A file from launch/, or 'auto': check this launch of the config, and plan it.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="With --launch: A40, A100-40, A100-80, H100 or H200.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=1e-6, help="With --launch: samples per second over all ranks.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Say what this machine offers, and what is missing."""
+    """Say what this machine offers, and what is missing; with --launch: whether a launch would work, and its plan."""
+    if launch is None and (gpu is not None or rate is not None or as_json):
+        raise Fault("found --gpu, --rate or --json without --launch, which they belong to. Name a launch file.")
+    if launch is not None and config is None:
+        raise Fault("found --launch without a config. Name the config that is to be launched.")
+    from mirl_dist import config as configs
     from mirl_dist import doctor as examine
 
-    faults = examine.print_machine()
-    if config is not None:
-        from mirl_dist import config as configs
-
-        examine.print_plan(configs.read(config, sets or []))
+    if launch is not None and config is not None:
+        faults = examine.print_launch(configs.read(config, sets or []), launch, gpu, rate, as_json)
+    else:
+        faults = examine.print_machine()
+        if config is not None:
+            examine.print_plan(configs.read(config, sets or []))
     if faults:
         raise typer.Exit(1)
 

@@ -1,8 +1,9 @@
-"""What this machine offers a run, and what a config means on it."""
+"""What this machine offers a run, what a config means on it, and whether a launch of it would work."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -10,12 +11,16 @@ from pathlib import Path
 
 import torch
 
-from mirl_dist import preparing, ranks
+from mirl_dist import checks, checks_disks, checks_places, launch_plan, launching, preparing, ranks
+from mirl_dist.checks import Finding
 from mirl_dist.config import Config
 from mirl_dist.data.cache import usual_folder
 from mirl_dist.data.crew import processes
-from mirl_dist.data.order import share_batch
+from mirl_dist.data.order import Order, share_batch
+from mirl_dist.data.shards import Shards
 from mirl_dist.faults import Fault
+from mirl_dist.launch_file import LaunchFile
+from mirl_dist.launch_plan import Plan
 from mirl_dist.report import say
 
 _NEEDED = (
@@ -95,3 +100,63 @@ def print_plan(config: Config) -> None:
             say(f"{world} ranks: {fault}")
             continue
         say(preparing.describe(config, prepared._replace(shares=shares), world))
+
+
+def print_launch(config: Config, launch: str, gpu: str | None, rate: float | None, as_json: bool) -> int:
+    """All that can be checked of a launch before a rank starts, then its plan; returns how many faults there are.
+
+    launch: a launch file, or 'auto'; gpu, rate: as for `launch_plan.make`. Nothing is left behind. Raises Fault for a
+    launch file that cannot be read.
+    """
+    said, _ = launching.choose(config, launch)
+    findings, plan = examine(config, said, gpu, rate)
+    faults = sum(finding.kind == "FAULT" for finding in findings)
+    if as_json:
+        found = [finding._asdict() for finding in findings]
+        say(json.dumps({"faults": faults, "findings": found, "plan": launch_plan.tree(plan)}, indent=1))
+        return faults
+    for line in (*(finding.line() for finding in findings), "", *launch_plan.lines(plan)):
+        say(line)
+    return faults
+
+
+def examine(config: Config, said: LaunchFile, gpu: str | None, rate: float | None) -> tuple[list[Finding], Plan]:
+    """The findings, in the order in which a launch would meet their subjects, and the plan."""
+    there: list[tuple[Shards, Order]] = []
+    shards = list(checks_places.shards(config, there))
+    found = there[0] if there else None
+    plan = launch_plan.make(config, said, found, gpu, rate)
+    needed = plan.needed()
+    folder = checks_disks.cache_folder(config, config.data.shards)
+    mounts = Path("/proc/mounts")
+    rooms = [
+        *checks_disks.run_room(config, plan.size.weights, plan.size.prunable),
+        *checks_disks.cache_room(config, folder, found[0] if found else None),
+    ]
+    place = list(checks_places.run_place(config))
+    readable = not any(f.kind == "FAULT" and f.text.startswith(("list", "get")) for f in place)
+    digest = found[0].manifest.digest() if found else None
+    findings = [
+        *checks.world(config, said, os.environ),
+        *checks.port(said),
+        *checks.devices(config, said, needed),
+        *checks.engine(said),
+        *checks.limits(config, said),
+        *checks.host(plan.states.host, said),
+        *shards,
+        *checks_disks.cache(folder, mounts.read_text() if mounts.exists() else ""),
+        *place,
+        *(checks_places.the_run(config, digest) if readable else ()),
+        *checks_disks.rooms(rooms),
+        *checks_places.telling(config),
+        *checks_places.clocks(config),
+    ]
+    if not any(finding.kind == "FAULT" for finding in findings):
+        try:
+            preparing.prepare(config, said.ranks, "auto")
+        except Fault as fault:
+            findings.append(Finding("FAULT", "config", str(fault)))
+    if gpu is not None and plan.gpu is not None and needed is not None and needed > plan.gpu.bytes:
+        text = f"a rank needs about {needed / 2**30:.1f} GiB, {plan.gpu.name} has {plan.gpu.bytes / 2**30:.1f} GiB"
+        findings.append(Finding("FAULT", "GPU", f"{text}; see batch.forward in the plan, or take a larger one."))
+    return findings, plan

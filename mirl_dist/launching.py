@@ -9,74 +9,86 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
+import platform
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mirl_dist import preparing, ranks
+from mirl_dist import agent, launch_file, preparing, ranks
 from mirl_dist.config import Config
+from mirl_dist.data.crew import processes
 from mirl_dist.faults import Fault
+from mirl_dist.launch_file import LaunchFile
 from mirl_dist.slip import Slip, children
 from mirl_dist.stopping import RESUMABLE
 from mirl_dist.telling import warn
-from mirl_dist.yaml_tree import load_file
 
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _INTERRUPTED = 130
 _LOOK_SECONDS = 0.2
+_NAME_SECONDS = 60.0
 _GRACE_SECONDS = 15.0
 """Left to the ranks, which leave by themselves at preempt.deadline_seconds."""
+_LEAST_MEETING_SECONDS = 60
+_AGAIN = "start the same command again on every node: the run goes on from its last commit"
 
 
-def choose(config: Config, how: str) -> tuple[int, list[str]]:
-    """How many ranks, and accelerate's options to start them. Raises Fault for a launch file that says neither.
+def choose(config: Config, how: str) -> tuple[LaunchFile, list[str]]:
+    """How many ranks, and accelerate's options to start this node's; none for one rank, which is the calling process.
 
     how: a launch file for accelerate, or 'auto': one rank per GPU (as many as divide the global batch), or two on
-    the CPU where two divide it. One rank needs no launcher: it is the calling process.
+    the CPU where two divide it. Raises Fault as launch_file.read does.
     """
-    return _auto(config) if how == "auto" else _from_file(Path(how))
+    if how == "auto":
+        return _auto(config)
+    file = launch_file.read(Path(how))
+    return file, file.options() if file.ranks > 1 or file.engine != "ddp" else []
 
 
 def launch(
     config: Config,
-    world: int,
+    file: LaunchFile,
     options: list[str],
     command: list[str],
     sets: Sequence[str],
     resume: str,
     prepared: Callable[[], None],
 ) -> None:
-    """Start the ranks of a run and exit with their code. Raises Fault before any process is started.
+    """Start this node's ranks of a run and exit with their code. Raises Fault before any process is started.
 
     They are started again `ranks.restarts` times, together, after one of them died. resume: as for the command; 'never'
     is proved here once, for ranks that are started again find their own run. prepared: called when signals are about to
     be heard here.
     """
-    preparing.prepare(config, world, resume)
+    preparing.prepare(config, file.ranks, resume)
     arguments = [*options, "--max_restarts", str(config.ranks.restarts), "--monitor_interval", "0.1"]
+    arguments += _meeting(config, file)
     arguments += ["-m", "mirl_dist", *command, "--resume", "auto" if resume == "never" else resume]
     for assignment in sets:
         arguments += ["--set", assignment]
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, processes() // file.ranks_per_node)))
     prepared()
-    code = attend(arguments, config.ranks.restarts, config.preempt.deadline_seconds)
+    code = attend(arguments, config.ranks.restarts, config.preempt.deadline_seconds, file)
     if code:
         sys.exit(code)
 
 
-def attend(arguments: list[str], restarts: int, deadline_seconds: float) -> int:
+def attend(arguments: list[str], restarts: int, deadline_seconds: float, file: LaunchFile | None = None) -> int:
     """`accelerate launch ARGUMENTS` from its start to its end; its exit code. Only the main thread may call it.
 
-    That is a worker's last word (slip.py), else the code of the first worker that failed, else 0. SIGTERM, SIGINT,
-    SIGUSR1 and SIGHUP ask the ranks to stop: 75. They are killed when they have not left 15 s after the deadline, and
-    at once by a second SIGINT: 130.
+    That is a worker's last word (slip.py), on this node or another, else the code of the first worker that failed, else
+    0. SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask the ranks to stop: 75. They are killed when they have not left 15 s after
+    the deadline, and at once by a second SIGINT: 130. file: of a launch on several nodes.
     """
     slip = Slip.of_launcher()
-    told = _Told(slip, restarts)
+    several = file if file is not None and file.nodes > 1 else None
+    told = _Told(slip, restarts, several)
+    address = _place(several) if several is not None else None
     with _heard(slip) as signals, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        work = pool.submit(ranks.launch, arguments, told.died)
+        work = pool.submit(_start, arguments, told.died, address)
         since: float | None = None
         while not concurrent.futures.wait([work], _LOOK_SECONDS).done:
             if signals.count(signal.SIGINT) > 1:
@@ -84,36 +96,135 @@ def attend(arguments: list[str], restarts: int, deadline_seconds: float) -> int:
                 return _INTERRUPTED
             if signals and since is None:
                 since = time.monotonic()
-                name = signal.Signals(signals[0]).name
-                _say(f"{name}: the ranks were asked to stop; Ctrl-C, twice in all, ends them at once.")
+                told.asked(signals[0])
+            if told.another_node_ended() and time.monotonic() - told.since > _GRACE_SECONDS:
+                _kill(work, slip, told.code)
+                return told.code
             if since is not None and time.monotonic() - since > deadline_seconds + _GRACE_SECONDS:
-                _say("the ranks have not left in time (preempt.deadline_seconds): ending them.")
+                told.say("the ranks have not left in time (preempt.deadline_seconds): ending them.")
                 _kill(work, slip, RESUMABLE)
                 return RESUMABLE
-        word = slip.final()
-        slip.remove()
-        code = work.result()
-        return word if code and word is not None else code
+        if signals and since is None:
+            told.asked(signals[0])
+        return told.code_of(work)
+
+
+def _start(arguments: list[str], died: Callable[[int, int], None], address: str | None) -> int:
+    try:
+        return agent.launch(arguments, died, address)
+    except ValueError as error:
+        said = str(error).rstrip(".")
+        raise Fault(f"accelerate refuses this launch: {said}. Compare with launch/cpu_two.yaml.") from None
 
 
 class _Told:
-    """Says in a line that ranks died and are started again."""
+    """What this launcher says: that ranks died and are started again, that another node has ended."""
 
-    def __init__(self, slip: Slip, restarts: int) -> None:
-        self._slip, self._restarts, self._deaths = slip, restarts, 0
+    def __init__(self, slip: Slip, restarts: int, file: LaunchFile | None) -> None:
+        """file: of a launch on several nodes."""
+        self._slip, self._restarts, self._file, self._deaths = slip, restarts, file, 0
+        self._line: agent.Line | None = None
+        self.who = "mirl-dist"
+        self.since, self.code = 0.0, 0
+        if file is not None:
+            self._line = agent.Line(str(file.address), int(file.port or 0), file.node_rank, file.nodes)
+            self.who = f"mirl-dist, node {file.node_rank} ({platform.node()})"
 
-    def died(self, rank: int, code: int) -> None:
-        """In the launcher's thread, when the others have ended too. code: minus the signal, for one that was killed."""
-        if self._slip.final() is not None:  # it has said why, and those that are started again leave at once
-            return
+    def say(self, text: str) -> None:
+        warn(f"{self.who}: {text}")
+
+    def asked(self, number: int) -> None:
+        name = signal.Signals(number).name
+        self.say(f"{name}: the ranks were asked to stop; Ctrl-C, twice in all, ends them at once.")
+
+    def died(self, local: int, code: int) -> None:
+        """In the launcher's thread, when the others on this node have ended too. code: minus the signal, for one that
+        was killed. Raises Over when a new start would not mend it."""
+        if self._slip.final() is not None:  # it has said why
+            raise agent.Over
         self._deaths += 1
         how = f"was killed by signal {-code}" if code < 0 else f"failed (code {code})"
+        who = self._name(local)
+        if self._line is not None and self._line.host_gone():
+            self.say(f"{who} {how}, and the launcher of node 0 has gone; {_AGAIN}.")
+            raise agent.Over
         if self._deaths <= self._restarts:
-            _say(f"rank {rank} {how}; starting the ranks again ({self._deaths} of {self._restarts}).")
+            self.say(f"{who} {how}; starting the ranks again ({self._deaths} of {self._restarts}).")
         elif self._restarts:
-            _say(f"rank {rank} {how}, and the ranks were started again {self._restarts} times (ranks.restarts).")
+            self.say(f"{who} {how}, and the ranks were started again {self._restarts} times (ranks.restarts).")
         elif code < 0:
-            _say(f"rank {rank} {how}.")
+            self.say(f"{who} {how}.")
+
+    def _name(self, local: int) -> str:
+        if self._file is None:
+            return f"rank {local}"
+        if self._file.rendezvous == "c10d":  # which deals the ranks out by the nodes' addresses
+            return f"rank {local} of this node"
+        return f"rank {self._file.node_rank * self._file.ranks_per_node + local}"
+
+    def another_node_ended(self) -> bool:
+        """Whether a node has ended for good; this one then has the same last word, since `since`, and `code`."""
+        heard = self._line.heard() if self._line is not None else None
+        if heard is not None and not self.since:
+            node, self.code = heard
+            self.since = time.monotonic()
+            if self._slip.final() is None:
+                self.say(f"node {node} has ended for good (code {self.code}): ending here too.")
+            self._slip.last_word(self.code)
+        return bool(self.since)
+
+    def code_of(self, work: concurrent.futures.Future[int]) -> int:
+        """The exit code of a launch whose ranks have all ended; the other nodes are told."""
+        self.another_node_ended()
+        word = self._slip.final()
+        self._slip.remove()
+        try:
+            code = work.result()
+        except agent.Apart as apart:
+            code = 1
+            if word is None:
+                self.say(f"the launchers of the nodes have lost each other ({apart}); {_AGAIN}.")
+        code = word if code and word is not None else code
+        if code and self._line is not None:
+            self._line.tell(code)
+        return code
+
+
+def _meeting(config: Config, file: LaunchFile) -> list[str]:
+    """How long launchers of several nodes wait for each other: as long as ranks do, so that both outlast one cut."""
+    if file.nodes == 1:
+        return []
+    seconds = max(_LEAST_MEETING_SECONDS, int(config.ranks.timeout_seconds))
+    if file.rendezvous == "static":
+        return ["--rdzv_conf", f"timeout={seconds}"]
+    host = int(file.node_rank == 0)
+    return ["--rdzv_conf", f"is_host={host},join_timeout={seconds},read_timeout={seconds}"]
+
+
+def _place(file: LaunchFile) -> str:
+    """This node's address on its way to node 0. Gloo, which would ask for the host name's address (often 127.0.1.1),
+    is told the interface that has it. A name may come to have an address while we wait, as those of pods do. Raises
+    Fault for an address that cannot be reached from here."""
+    since, told = time.monotonic(), False
+    while True:
+        try:
+            address = agent.own_address(str(file.address), int(file.port or 0))
+            break
+        except OSError as error:
+            passing = isinstance(error, socket.gaierror) and time.monotonic() - since < _NAME_SECONDS
+            if not passing:
+                raise Fault(
+                    f"{file.path}: node 0 is said to be at {file.address}, to which this node finds no way "
+                    f"({error.strerror or error}). Correct main_process_ip or {launch_file.ADDRESS}, or the network."
+                ) from None
+        if not told:
+            warn(f"mirl-dist: {file.address} has no address yet; asking again for {_NAME_SECONDS:.0f} s.")
+        told = True
+        time.sleep(1)
+    interface = agent.interface_of(address)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return address
 
 
 @contextlib.contextmanager
@@ -147,24 +258,11 @@ def _kill(work: concurrent.futures.Future[int], slip: Slip, code: int) -> None:
     slip.remove()
 
 
-def _say(text: str) -> None:
-    warn(f"mirl-dist: {text}")
-
-
-def _auto(config: Config) -> tuple[int, list[str]]:
+def _auto(config: Config) -> tuple[LaunchFile, list[str]]:
     gpus = 0 if config.train.device == "cpu" else ranks.gpus()
     share = config.batch.global_
     world = max(n for n in range(1, max(gpus, 1) + 1) if share % n == 0) if gpus else (2 if share % 2 == 0 else 1)
-    options = ["--num_processes", str(world), "--num_machines", "1", "--mixed_precision", "no"]
+    file = LaunchFile(Path("auto"), world, 1, 0, world, "ddp", False, "none", None, None)
+    options = ["--multi_gpu", "--num_processes", str(world), "--num_machines", "1", "--mixed_precision", "no"]
     options += ["--dynamo_backend", "no", "--main_process_port", "0"]
-    return world, ["--multi_gpu", *options]
-
-
-def _from_file(path: Path) -> tuple[int, list[str]]:
-    tree = load_file(path)
-    world = tree.get("num_processes")
-    if not isinstance(world, int) or world < 1:
-        raise Fault(f"{path}: found num_processes {world!r}; give the number of ranks, 1 or more.")
-    if tree.get("debug"):
-        raise Fault(f"{path}: found debug: {tree['debug']}, with which accelerate hides that ranks failed. Remove it.")
-    return world, ["--config_file", str(path)]
+    return file, options if world > 1 else []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,22 @@ def read(reference: str, uri: str | None) -> list[Found]:
         if not any(found.tickets for found in everything):
             raise Fault(f"found no run with tickets in the experiment {name!r} at {shown(address)}. Name another one.")
         return [found for found in everything if found.tickets]
+
+
+def reach(address: str, experiment: str, seconds: float) -> None:
+    """Ask a server once whether it knows an experiment; nothing is made. Raises Fault where it is away or refuses.
+
+    seconds: of waiting, where MLFLOW_HTTP_REQUEST_TIMEOUT does not say.
+    """
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    said = os.environ.get(name)
+    os.environ.setdefault(name, f"{seconds:.0f}")
+    try:
+        with _asking(address) as client:
+            client.get_experiment_by_name(experiment)
+    finally:
+        if said is None:
+            del os.environ[name]
 
 
 def log_report(

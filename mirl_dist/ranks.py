@@ -351,53 +351,6 @@ class Ranks:
             torch.distributed.destroy_process_group()
 
 
-def launch(arguments: list[str], died: Callable[[int, int], None]) -> int:
-    """`accelerate launch ARGUMENTS` in this process; the exit code of the first worker that failed, else 0.
-
-    To be called in a thread: in the main thread, torch's launcher would take the signals for itself. died(rank, code):
-    called in that thread for each time that ranks failed, with the first of them, when all have ended. Raises Fault
-    for a launch file that accelerate refuses.
-    """
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    asked = launch_command_parser().parse_args(arguments)
-    _hear_failures(lambda local, code: died(local + _first_rank(vars(asked)), code))
-    try:
-        launch_command(asked)
-    except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        chosen = [code for code in codes if code > 0] or [1]
-        return min(chosen, key=lambda code: (code == 1, code))
-    except ValueError as error:
-        said = str(error).rstrip(".")
-        raise Fault(f"accelerate refuses this launch: {said}. Compare with launch/cpu_two.yaml.") from None
-    return 0
-
-
-def _first_rank(asked: Mapping[str, Any]) -> int:
-    """The rank of this machine's first worker, from accelerate's options."""
-    machines = int(asked["num_machines"] or 1)
-    return int(asked["machine_rank"] or 0) * (int(asked["num_processes"]) // machines)
-
-
-def _hear_failures(failed: Callable[[int, int], None]) -> None:
-    """Silence torch's launcher (the workers have said in one line what is wrong, its reports would bury it), and hear
-    from its log which worker failed: it tells that nowhere else before it starts all of them again."""
-    import logging
-
-    class Failures(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.msg.startswith("failed (exitcode: %s) local_rank: %s") and isinstance(record.args, tuple):
-                code, local = record.args[:2]
-                failed(int(str(local)), int(str(code)))
-
-    logger = logging.getLogger("torch.distributed.elastic")
-    logger.setLevel(logging.ERROR)
-    logger.propagate = False
-    logger.handlers = [Failures()]
-
-
 def gpus() -> int:
     """GPUs that this process could use."""
     return torch.cuda.device_count()

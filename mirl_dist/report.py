@@ -11,7 +11,7 @@ from typing import TypeAlias
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mirl_dist.telling import say
+from mirl_dist.telling import note, say, show
 
 __all__ = ["Advance", "Bars", "bar", "say"]
 
@@ -23,9 +23,11 @@ _LINE_EVERY_SECONDS = 10.0
 
 @contextmanager
 def bar(what: str, total: int, *, start: int = 0, shown: bool = True) -> Iterator[Advance]:
-    """A progress bar of `total` units, or a line every ten seconds where standard error is no terminal."""
+    """A progress bar of `total` units, or a line every ten seconds where standard error is no terminal. Shown or not,
+    this rank's log gets those lines."""
+    noted = _every_ten_seconds(what, total, note)
     if not shown:
-        yield lambda done, note: None
+        yield noted
     elif sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -36,9 +38,19 @@ def bar(what: str, total: int, *, start: int = 0, shown: bool = True) -> Iterato
         )
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task(what, total=total, completed=start, note="")
-            yield lambda done, note: progress.update(task, completed=done, note=note)
+
+            def advance(done: int, said: str) -> None:
+                progress.update(task, completed=done, note=said)
+                noted(done, said)
+
+            yield advance
     else:
-        yield _lines(what, total)
+
+        def lines(line: str) -> None:
+            show(line)
+            note(line)
+
+        yield _every_ten_seconds(what, total, lines)
 
 
 class Bars:
@@ -61,13 +73,13 @@ class Bars:
         self._open.close()
 
 
-def _lines(what: str, total: int) -> Advance:
+def _every_ten_seconds(what: str, total: int, take: Callable[[str], None]) -> Advance:
     last = [time.monotonic()]
 
-    def advance(done: int, note: str) -> None:
+    def advance(done: int, said: str) -> None:
         now = time.monotonic()
         if done >= total or now - last[0] >= _LINE_EVERY_SECONDS:
             last[0] = now
-            say(f"{what}: {done}/{total} {note}".rstrip())
+            take(f"{what}: {done}/{total} {said}".rstrip())
 
     return advance

@@ -67,6 +67,7 @@ class Rounds:
     stop_asked: Callable[[], bool]
     news: dict[str, Any]
     committed: tuple[int, int] | None = None
+    point: dict[str, Tensor] | None = None
 
     def train_and_score(self) -> Ticket:
         """Train the round from where it stands, score it, and commit its ticket."""
@@ -193,6 +194,8 @@ class Rounds:
         progress.rewind_digest = self.state.digest()
         self.ranks.agree("the rewind point", progress.rewind_digest)
         name = rewind_name(progress.rewind_digest)
+        if not self.state.engine.held.whole:
+            self.point = {name: weight.to("cpu", copy=True) for name, weight in self.state.weights.items()}
         weights = {n: w.cpu() for n, w in self.state.whole(self.state.weights) if self.ranks.is_main}
         self._write(lambda: self.checkpoints.save_tensors(name, weights), "the rewind point")
 
@@ -216,9 +219,14 @@ class Rounds:
         return pruned
 
     def rewind_point(self) -> dict[str, Tensor]:
-        """The values that survivors return to: the first ones, or those of a step of round 0."""
+        """The values that survivors return to: the first ones, or those of a step of round 0.
+
+        A rank that holds a part of the network keeps its part of them: after a restart the file is read once.
+        """
         if self.config.rewinds_to() != "step":
             return self.initial
+        if self.point is not None:
+            return self.point
         kept: list[dict[str, Tensor] | None] = []
         name = rewind_name(self.state.progress.rewind_digest)
         self.ranks.from_main(lambda: kept.append(self.checkpoints.tensors(name)), what="rewind point")
@@ -232,6 +240,7 @@ class Rounds:
                 f"step {self.config.rewind.step}. Restore a copy of it, or train in a new run.folder.",
                 everywhere=True,
             )
+        self.point = None if held.whole else point
         return point
 
     def busy(self) -> bool:

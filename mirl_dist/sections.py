@@ -57,6 +57,9 @@ class Ranks(Node):
     """How often `train --launch` starts the ranks again after one of them died."""
     slow_factor: Annotated[float, Field(gt=1), Aside] = 1.5
     """A rank that reaches the all-reduce later than the others by this factor, report after report, is named."""
+    logs: Annotated[str | None, Aside] = None
+    """The folder in which each rank keeps a log, rank-0003.jsonl. Null: logs/ inside a run.folder that is a folder; for
+    s3:// a folder named after the run below XDG_STATE_HOME or ~/.local/state/mirl-dist."""
 
 
 class Preempt(Node):
@@ -280,6 +283,8 @@ class Tracking(Node):
     """Null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db. Passwords belong into the environment."""
     experiment: Annotated[str, Aside] = "mirl_dist"
     run_name: Annotated[str | None, Aside] = None
+    tags: Annotated[dict[str, str], Aside] = Field(default_factory=dict)
+    """Of the run in MLflow, beside those that it has anyway."""
     every_steps: Annotated[PositiveInt, Aside] = 10
     journal: Annotated[str | None, Aside] = None
     """The folder of this machine where all that MLflow is to hear waits until it has heard it. Null: inside a

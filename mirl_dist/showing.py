@@ -55,7 +55,8 @@ def tags_of(config: Config) -> dict[str, str]:
     """The tags of a run: what it is found and compared by, and as `config.<key>` all that changes the numbers and is
     not as published. The whole config is run.json, among the run's files."""
     told = {f"config.{key}": text for key, text in flat(config.told()).items()}
-    return told | said_of(config) | {"method": config.method(), "fingerprint": config.fingerprint()}
+    own = told | said_of(config) | {"method": config.method(), "fingerprint": config.fingerprint()}
+    return config.tracking.tags | own
 
 
 def open_round(tracker: Tracker, config: Config, round_: int, counts: Sizes, weights: int, mask: str) -> None:

@@ -157,7 +157,10 @@ def place() -> Path:
 
     Raises Fault where it cannot be made, or is another user's.
     """
-    folder = _place()
+    try:
+        folder = _place()
+    except FileNotFoundError as error:
+        raise Fault(f"found no folder for temporary files: {error.strerror}. Set TMPDIR to one.") from None
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from mirl_dist.telling import warn
+from mirl_dist.telling import rank_here, warn
 
 RESUMABLE = 75
 _POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -117,7 +117,7 @@ class StopFlag:
             if self.asked and self.left_seconds() <= 0:
                 text = f"asked to stop {self.deadline_seconds:g} s ago (preempt.deadline_seconds), and still in "
                 text += f"{self.phase()}: leaving now. The run goes on from its last commit with --resume auto."
-                warn(f"mirl-dist, rank {_rank()}: {text}")
+                warn(f"mirl-dist, {rank_here()}: {text}")
                 self.meant()
                 os._exit(RESUMABLE)
 

@@ -18,6 +18,7 @@ from mirl_dist.ranks import Ranks
 from mirl_dist.report import Advance
 from mirl_dist.state import Progress, State
 from mirl_dist.tasks import Task
+from mirl_dist.telling import note
 from mirl_dist.watch import Pace
 
 
@@ -241,8 +242,12 @@ def tell(
     )
     around.log(progress.updates, values | {"samples_per_second": speed})
     advance(progress.updates, f"loss {values.get('loss/mean', float('nan')):.4f}  {speed:.0f} samples/s")
+    batch_seconds, rest_seconds = pace.take()
+    told = {"batch_seconds": batch_seconds, "rest_seconds": rest_seconds} | values
+    note(f"round {progress.round}", "note", round=progress.round, step=progress.updates, **told)
     if ranks.world > 1:
-        paces = ranks.gather(torch.tensor(pace.take(), dtype=torch.float64), what="gather of paces")
+        mine = torch.tensor([batch_seconds, rest_seconds], dtype=torch.float64)
+        paces = ranks.gather(mine, what="gather of paces")
         lines = pace.judge([(float(a), float(b)) for a, b in paces.tolist()], plan.slow_factor)
         for line in lines if ranks.is_main else ():
             report.say(f"warning: {line}")

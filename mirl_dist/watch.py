@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from mirl_dist.meetings import Meetings, Standing, verdict, waited
-from mirl_dist.telling import warn
+from mirl_dist.telling import rank_here, warn
 
 _PERIOD_SECONDS = 1.0
 _LOOKS = 5  # at the others before one is judged
@@ -178,7 +178,7 @@ class Watch:
 
     def _end(self, text: str) -> None:
         """Not at once: this process may keep the board, on which others have yet to read that this one has spoken."""
-        warn(f"mirl-dist, rank {self._rank}: {text}")
+        warn(f"mirl-dist, {rank_here(self._rank)}: {text}")
         if not self._ended.wait(_LAST_PERIODS * self._period):
             self._leave(1)
             self._ended.set()

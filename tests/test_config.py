@@ -317,6 +317,7 @@ ASIDE: dict[str, Any] = {
     "store.patience_seconds": 5.0,
     "store.lease_seconds": 5.0,
     "ranks.timeout_seconds": 5000.0,
+    "ranks.logs": "logs",
     "ranks.restarts": 0,
     "ranks.slow_factor": 2.0,
     "preempt.deadline_seconds": 5.0,
@@ -343,6 +344,7 @@ ASIDE: dict[str, Any] = {
     "tracking.uri": "sqlite:///other.db",
     "tracking.experiment": "other",
     "tracking.run_name": "other",
+    "tracking.tags": {"sweep": "other"},
     "tracking.every_steps": 3,
 }
 TELLING: dict[str, Any] = {

@@ -19,7 +19,7 @@ PACKAGE = REPOSITORY / "mirl_dist"
 FLOORS: dict[str, tuple[str, ...]] = {
     "words": (
         *("__init__", "faults", "slip", "stopping", "telling", "yaml_tree", "tasks"),
-        *("sections", "config", "placeless", "destination"),
+        *("sections", "config", "launch_file", "placeless", "destination"),
     ),
     "networks": (
         "models/__init__",
@@ -48,6 +48,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "tiling",
     ),
     "arithmetic": (
+        "budget",
         "pruning/__init__",
         "pruning/controls",
         "pruning/criteria",
@@ -56,6 +57,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "pruning/quantile",
         "pruning/rewind",
         "pruning/sensitivity",
+        "pruning/shares",
         "pruning/synflow",
         "objective",
         "schedule",
@@ -89,6 +91,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "order": ("data/mix", "data/order", "data/pairing", "data/plan", "data/survey"),
     "doors": (
+        "agent",
         "data/bringers",
         "data/cache",
         "data/held",
@@ -98,6 +101,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "data/supply",
         "data/verify",
         "data/window",
+        *("engines/__init__", "engines/asked", "engines/fsdp", "engines/held", "engines/law"),
+        *("engines/own_gradients", "engines/replicas", "engines/zero"),
         "items",
         "journal",
         "launched",
@@ -105,6 +110,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "mlflow_reader",
         "mlflow_store",
         "outbox",
+        "rank_log",
         "ranks",
         "report",
         "segments",
@@ -134,15 +140,19 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "stories": ("lottery", "rounds", "selecting", "showing"),
     "wiring": ("assemble", "feed", "opening", "preparing", "resuming", "starting"),
-    "uses": ("comparing", "doctor", "judging", "launching", "scoring", "shelf", "shipping", "sources"),
-    "front door": ("__main__", "cli", "cli_tickets"),
+    "uses": (
+        *("checks", "checks_disks", "checks_places", "comparing", "doctor", "judging", "launch_plan", "launching"),
+        *("scoring", "shelf", "shipping", "sources"),
+        *("sweep_board", "sweep_plan", "sweep_queue", "sweeping"),
+    ),
+    "front door": ("__main__", "cli", "cli_sweep", "cli_tickets"),
 }
 
 # What only the named modules may import.
 DOORS: dict[str, tuple[str, ...]] = {
-    "accelerate": ("ranks",),
-    "torch.distributed": ("ranks",),
-    "deepspeed": ("ranks",),
+    "accelerate": ("agent", "ranks"),
+    "torch.distributed": ("agent", "engines/fsdp", "ranks"),
+    "deepspeed": ("engines/zero",),
     "webdataset": ("data/build",),
     "boto3": ("storage/s3",),
     "botocore": ("storage/s3", "storage/s3_wire"),
@@ -342,7 +352,7 @@ SMALL = {"low": ("__init__", "data/__init__", "low"), "middle": ("data/middle",)
             "data/middle uses mlflow; only mlflow_reader, mlflow_store may",
         ),
         ("data/middle", "from mlflow.tracking import MlflowClient\n", "data/middle uses mlflow"),
-        ("data/middle", "from torch import distributed\n", "data/middle uses torch.distributed; only ranks may"),
+        ("data/middle", "from torch import distributed\n", "data/middle uses torch.distributed; only agent, "),
         ("data/middle", "import torch\ntorch.distributed.barrier()\n", "data/middle uses torch.distributed"),
         ("data/middle", "import webdataset as w\n", "only data/build may"),
         ("data/middle", "from accelerate import Accelerator\n", "data/middle uses accelerate"),

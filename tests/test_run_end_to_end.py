@@ -79,14 +79,16 @@ def test_a_finished_run_keeps_no_commits_of_the_middle_of_its_rounds(reference: 
     left = sorted(str(p.relative_to(reference)) for p in reference.rglob("*") if p.is_file())
     whole = ["COMPLETE.json", "mask.safetensors", "pictures.png", "scores.csv", "state.json", "ticket.json"]
     whole.append("weights.safetensors")
+    logs = [f"logs/rank-000{rank}.jsonl" for rank in range(2)]
     launch = ["accepted/00000001.json", *(f"lease/00000001.{end}" for end in ("json", "beat.json", "released.json"))]
     rounds = [f"rounds/0{r}/ticket-0001/{n}" for r in range(3) for n in whole]
-    assert left == sorted(["initial.safetensors", "run.json", *launch, *rounds])
+    assert left == sorted(["initial.safetensors", "run.json", *logs, *launch, *rounds])
 
 
 def test_a_finished_run_resumes_to_nothing_and_says_so(lab: Any, reference: Path, tmp_path: Path) -> None:
     shutil.copytree(reference, tmp_path / "run")
-    files = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.parent.name not in ("lease", "accepted")]
+    told = ("lease", "accepted", "logs")
+    files = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.parent.name not in told]
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
     ended = lab.play(tmp_path)
     assert ended.rc == 0, ended.said()
@@ -94,7 +96,7 @@ def test_a_finished_run_resumes_to_nothing_and_says_so(lab: Any, reference: Path
     assert "nothing is left to train" in ended.out
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in before} == before
     more = {p for p in (tmp_path / "run").rglob("*") if p.is_file()} - before.keys()
-    assert {p.parent.name for p in more} == {"lease", "accepted"}
+    assert {p.parent.name for p in more} == set(told)
 
 
 def test_accumulation_takes_the_same_steps_and_more_rounds_continue_the_run_on_other_ranks(

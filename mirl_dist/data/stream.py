@@ -245,11 +245,11 @@ def _worker_begins(_: int) -> None:
 
 @contextmanager
 def _signals_ignored() -> Iterator[None]:
-    """Processes that are started inside ignore SIGTERM and SIGINT; this process's handlers come back afterwards."""
+    """Processes that are started inside ignore what asks a run to stop; this one's handlers come back afterwards."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers, and only there does a run train
         return
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
     try:
         yield

@@ -233,7 +233,9 @@ def _initialised(network: nn.Module, optimiser: torch.optim.Optimizer, settings:
     warnings.filterwarnings("ignore", message=_OLD_NAMES, category=FutureWarning)
     if not cuda:  # gloo sums in rank order, and needs no compiler on the user's machine
         compatible["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(model=network, optimizer=optimiser, config=settings, dist_init_required=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        engine, *_ = deepspeed.initialize(model=network, optimizer=optimiser, config=settings, dist_init_required=False)
     if engine.zero_optimization_stage() != settings["zero_optimization"]["stage"]:
         raise Fault(
             f"ZeRO-{settings['zero_optimization']['stage']} was asked for, and DeepSpeed gave stage "

@@ -130,6 +130,14 @@ class S3:
         keys = [found["Key"] for page in pages for found in page.get("Contents", ())]
         return sorted(key[cut:] for key in keys if not key.endswith("/"))  # consoles make 'folders' of such names
 
+    def now(self) -> datetime | None:
+        """What the server's clock says; None where it does not tell. Asks for a list of at most one name."""
+        below = {"Prefix": self._requests.key(""), "MaxKeys": 1}
+        ask = self._requests.ask
+        answer = ask("", wire.LIST, lambda s3, at: s3.list_objects_v2(Bucket=at["Bucket"], **below))
+        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        return parsedate_to_datetime(date) if date else None
+
     def remove(self, name: str) -> None:
         """Remove `name` if it is there."""
         with suppress(NotThere):

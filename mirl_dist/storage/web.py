@@ -9,6 +9,8 @@ import ssl
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import NoReturn, TypeVar
 from urllib.error import HTTPError, URLError
@@ -60,6 +62,21 @@ class Web:
             return self._ask(name, ask)
         except NotThere:
             return False
+
+    def now(self, name: str = "") -> datetime | None:
+        """What the server's clock says, whatever it answers of `name`; None where it does not tell. One try."""
+        asked = urllib.request.Request(self.where(quote(name)), method="HEAD")
+        with self._named_errors(name):
+            try:
+                answer = _opener().open(asked, timeout=self._seconds)
+            except HTTPError as error:
+                answer = error
+            with answer:
+                date = answer.headers.get("Date")
+        try:
+            return parsedate_to_datetime(date) if date else None
+        except ValueError:
+            return None
 
     def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
         """The bytes from `offset` to the end, in blocks. Raises TryAgain wherever the transfer breaks, at once."""

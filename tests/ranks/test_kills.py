@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 from pathlib import Path
 from typing import Any
@@ -157,9 +158,9 @@ def test_one_dead_rank_ends_all_ranks_under_a_launcher_and_a_fault_of_one_rank_i
         ended = launch.wait(60)
         assert ended.rc == 1, ended.said()  # torchrun's own code
         if code == 2:
-            assert "mirl-dist, rank 1: found a planned fault, in this rank alone" in ended.err
+            assert f"mirl-dist, rank 1 ({platform.node()}): found a planned fault, in this rank alone" in ended.err
         else:
-            assert "mirl-dist, rank 0: another rank has gone" in ended.err
+            assert f"mirl-dist, rank 0 ({platform.node()}): another rank has gone" in ended.err
 
 
 def test_a_replica_that_drifts_in_training_stops_the_run_before_its_ticket(lab: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ from mirl_dist.meetings import Meetings, Standing, verdict
 from mirl_dist.ranks import Ranks, lost_a_peer
 from mirl_dist.watch import Pace, Watch
 
+HERE = platform.node()
 SCRIPT = str(Path(__file__).with_name("watched.py"))
 
 
@@ -62,7 +64,7 @@ def ended(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_rank_whose_process_is_stopped_is_named_with_the_meeting_that_waits_for_it(ended: dict[str, Any]) -> None:
     run = ended["stopped"]
     assert run.codes == (1, 1), run.said()
-    assert "mirl-dist, rank 0: waited " in run.err
+    assert f"mirl-dist, rank 0 ({HERE}): waited " in run.err
     assert " s in training for the gather of loss flags (meeting 5); rank 1 (" in run.err
     assert "has not come: its process does not answer any more: it is stopped, swapped out, or its node is" in run.err
     assert "frame #" not in run.err, "pages of C++"
@@ -75,7 +77,7 @@ def test_a_rank_that_wakes_up_finds_that_the_others_have_gone(ended: dict[str, A
 def test_a_stopped_rank_that_keeps_the_store_is_named_although_the_store_is_silent(ended: dict[str, Any]) -> None:
     run = ended["frozen-main"]
     assert run.codes[1] == 1, run.said()
-    assert "mirl-dist, rank 1: waited " in run.err
+    assert f"mirl-dist, rank 1 ({HERE}): waited " in run.err
     assert " s in training for the gather of loss flags (meeting 5), and rank 0 (" in run.err
     assert "), through which ranks tell where they are, does not answer any more: it has ended or is stop" in run.err
 
@@ -86,7 +88,7 @@ def test_a_rank_that_hangs_in_its_own_work_is_named_with_phase_and_place_by_one_
     run = ended["asleep"]
     assert run.codes == (1, 1, -9), run.said()
     first, *rest = run.err.splitlines()
-    assert first.startswith("mirl-dist, rank 0: waited ")
+    assert first.startswith(f"mirl-dist, rank 0 ({HERE}): waited ")
     assert " s in training for the gather of loss flags (meeting 5); rank 2 (" in first
     assert "has not come: it is in evaluating, after meeting 4, at watched.py:" in first
     assert " work, for " in first
@@ -266,9 +268,11 @@ def test_the_lowest_rank_that_waits_says_who_has_not_come_and_all_that_wait_end(
     wait_for(lambda: len(ranks.left) == 3)
     assert ranks.left == {1: 1, 2: 1, 3: 1}
     lines = sorted(capsys.readouterr().err.splitlines())
-    assert lines[0].startswith("mirl-dist, rank 1: waited 0 s in starting for the sum of losses (meeting 1); rank 0 (")
+    assert lines[0].startswith(
+        f"mirl-dist, rank 1 ({HERE}): waited 0 s in starting for the sum of losses (meeting 1); rank 0 ("
+    )
     assert "rank 0 (node0, pid 0) has not come: it is in evaluating, after meeting 0, at " in lines[0]
-    assert lines[1:] == [f"mirl-dist, rank {r}: waited too; rank 1 has said for whom" for r in (2, 3)]
+    assert lines[1:] == [f"mirl-dist, rank {r} ({HERE}): waited too; rank 1 has said for whom" for r in (2, 3)]
 
 
 def test_when_the_lowest_rank_has_not_waited_long_enough_another_one_says_it(
@@ -279,7 +283,10 @@ def test_when_the_lowest_rank_has_not_waited_long_enough_another_one_says_it(
         ranks.meetings[rank].begin("barrier")
     ranks.start(1000, 0.1, 0.1)
     wait_for(lambda: 1 in ranks.left)
-    assert "mirl-dist, rank 1: waited 0 s in starting for the barrier (meeting 1); rank 2 (" in capsys.readouterr().err
+    assert (
+        f"mirl-dist, rank 1 ({HERE}): waited 0 s in starting for the barrier (meeting 1); rank 2 ("
+        in capsys.readouterr().err
+    )
 
 
 def test_a_rank_that_comes_while_it_is_looked_at_is_not_named(
