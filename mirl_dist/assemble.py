@@ -113,14 +113,15 @@ def _tracker(config: Config, checkpoints: Checkpoints, newest: Newest | None, ru
     return opened[0] if opened else Silent()
 
 
-def _tags(config: Config, prepared: Prepared, world: int) -> dict[str, str]:
+def _tags(config: Config, prepared: Prepared, ranks: Ranks) -> dict[str, str]:
     """By what runs are found and compared in MLflow."""
     manifest = prepared.shards.manifest
     return {
         **showing.tags_of(config),
         "shards": manifest.name,
         "manifest": manifest.digest(),
-        "ranks": str(world),
+        "ranks": str(ranks.world),
+        "engine": ranks.asked.name,
     }
 
 
@@ -215,7 +216,7 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
         )
         stop_asked.busy = lambda: rounds.keeper.busy
         stop_asked.polite = True  # from here on there is something to commit
-        tracker.begin_run(showing.params_of(config), _tags(config, prepared, ranks.world))
+        tracker.begin_run(showing.params_of(config), _tags(config, prepared, ranks))
         tracker.log_file(RUN, pretty(config.dump()), "run")
         with _told_how_it_ended(tracker, rounds, stop_asked), footprint:
             _play(config, rounds, ticket)

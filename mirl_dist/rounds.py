@@ -331,6 +331,7 @@ class Rounds:
             damaged=dict(sorted(progress.damaged.items())),
             seconds=progress.seconds,
             world=self.ranks.world,
+            engine=self.ranks.asked.name,
             versions={"mirl_dist": __version__, "torch": torch.__version__, **versions()},
         )
 

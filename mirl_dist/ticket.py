@@ -54,7 +54,8 @@ class Ticket(BaseModel):
     protocol -> 'task/set' -> Score for every other one; protocols: name -> text of all. measured: how
     images were restored for scoring ('precision', 'compile', 'tile'). method: the papers' word (config.method);
     began: the optimiser step that the round's training began at (more than 0 where it was rewound to that step).
-    collapsed: prunable tensors without any alive weight. Digests are hex SHA-256.
+    collapsed: prunable tensors without any alive weight. engine: 'ddp', 'zero1', 'zero2', 'zero3' or 'fsdp'. Digests
+    are hex SHA-256.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -89,6 +90,7 @@ class Ticket(BaseModel):
     curve: Curve | None = None
     seconds: float
     world: int
+    engine: str = ""
     versions: dict[str, str]
 
     @property
@@ -111,9 +113,9 @@ class Ticket(BaseModel):
         return 1 - self.alive_total / self.total
 
     def digest(self) -> str:
-        """Hex SHA-256 over all that the experiment determines: not time, ranks or versions."""
+        """Hex SHA-256 over all that the experiment determines: not time, ranks, engine or versions."""
         absent = {name for name in _LATER if getattr(self, name) == type(self).model_fields[name].default}
-        told = self.model_dump(mode="json", exclude={"seconds", "world", "versions"} | absent)
+        told = self.model_dump(mode="json", exclude={"seconds", "world", "engine", "versions"} | absent)
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def dump(self) -> bytes:
@@ -193,7 +195,7 @@ def _refuse_constant(word: str) -> float:
 
 def _texts(ticket: Ticket) -> list[str]:
     """What tables, charts and messages show of a ticket."""
-    found = [ticket.format, ticket.method, ticket.protocol, ticket.parent or "", ticket.fingerprint]
+    found = [ticket.format, ticket.method, ticket.engine, ticket.protocol, ticket.parent or "", ticket.fingerprint]
     found += [ticket.mask_digest, ticket.initial_digest, ticket.weights_digest, ticket.manifest_digest]
     found += [*ticket.layer_density, *ticket.collapsed, *ticket.scores]
     found += [name for scores in ticket.also.values() for name in scores]

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-from conftest import HERE, Ended, Lab
+from conftest import HERE, ROOT, Ended, Lab
+
+from mirl_dist import launch_file
+from mirl_dist.engines.asked import asked
 
 DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
@@ -122,6 +125,32 @@ def test_the_masks_of_one_checkpoint_do_not_depend_on_engine_or_ranks(
     assert [cut[key] for key in ("mask_digest", "threshold", "alive")] == [
         expected[key] for key in ("mask_digest", "threshold", "alive")
     ]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_asks_for_the_engine_that_the_launch_file_names(file: Path) -> None:
+    from accelerate.commands import launch
+    from accelerate.utils import launch as made
+
+    if "zero" in file.stem and DEEPSPEED.args[0]:
+        pytest.skip(DEEPSPEED.kwargs["reason"])
+    said = launch_file.read(file, {"MIRL_MASTER_ADDR": "127.0.0.1", "MIRL_NODE_RANK": "0"})
+    ask = launch.launch_command_parser().parse_args([*said.options(), "-m", "mirl_dist"])
+    given, defaults, _ = launch._validate_launch_command(ask)
+    given.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config) if given.use_deepspeed else ""
+    env = made.prepare_deepspeed_cmd_env(given)[1] if given.use_deepspeed else made.prepare_multi_gpu_env(given)
+    found = asked(env)
+    assert found.name == said.engine
+    assert (found.offload_optimizer or found.offload_parameters) == said.offload == ("offload" in file.stem)
+    assert file.stem.partition("_")[0] in (said.engine, "cpu", "gpus", "nodes", "one")
+
+
+def test_train_launch_starts_the_engine_of_its_file(lab: Lab, reference: Path, tmp_path: Path) -> None:
+    command = [*lab.train(tmp_path, {"ranks.slow_factor": 1000}), "--launch", str(ROOT / "launch" / "fsdp.yaml")]
+    ended = lab.cold("python", "-m", "mirl_dist", *command, cwd=tmp_path, env={"MIRL_SEEN": "1"}).wait()
+    assert ended.rc == 0, ended.said()
+    assert told(lab, tmp_path / "run") == told(lab, reference)
+    assert {ticket["engine"] for ticket in lab.tickets(tmp_path / "run")} == {"fsdp"}
 
 
 @DEEPSPEED
