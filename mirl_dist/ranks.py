@@ -156,7 +156,8 @@ class Ranks:
         if self.asked.name == "fsdp":
             from mirl_dist.engines.fsdp import Fsdp
 
-            dealt: Dealt = Fsdp(model, make_optimiser, self.asked, self.rank, self)
+            example = example.to(self.device)
+            dealt: Dealt = Fsdp(model, make_optimiser, self.asked, self.rank, self, example)
         else:
             from mirl_dist.engines.zero import Zero
 

@@ -25,7 +25,9 @@ class Fsdp:
 
     optimiser: torch.optim.Optimizer
 
-    def __init__(self, network: nn.Module, make_optimiser: MakeOptimiser, asked: Asked, rank: int, meet: Meet) -> None:
+    def __init__(
+        self, network: nn.Module, make_optimiser: MakeOptimiser, asked: Asked, rank: int, meet: Meet, example: Tensor
+    ) -> None:
         shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
         with meet.meeting("sharding of the network"):
             self.network: Any = _sharded(network, next(network.parameters()).device, asked)
@@ -37,6 +39,9 @@ class Fsdp:
                 "would be saved. This torch does not shard here; launch with a file for DDP.",
                 everywhere=True,
             )
+        with meet.meeting("first pass"), torch.no_grad():
+            self.network(example)  # FSDP2 puts parameters in their last place when they are first used
+        self.network.reshard()
         self._make, self._meet = make_optimiser, meet
         self._own = {name: nn.Parameter(p.detach().to_local().reshape(-1)) for name, p in self._dealt.items()}
         self.weights: dict[str, Tensor] = {name: p.detach() for name, p in self._own.items()}
@@ -67,6 +72,9 @@ class Fsdp:
             group["lr"] = lr
         for name, gradient in self._gradients().items():
             self._own[name].grad = gradient
+        assert all(self._own[n].data_ptr() == p.to_local().data_ptr() for n, p in self._dealt.items()), (
+            "not the weights"
+        )
         self.optimiser.step()
         self.forget()
 
