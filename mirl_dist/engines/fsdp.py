@@ -72,9 +72,8 @@ class Fsdp:
             group["lr"] = lr
         for name, gradient in self._gradients().items():
             self._own[name].grad = gradient
-        assert all(self._own[n].data_ptr() == p.to_local().data_ptr() for n, p in self._dealt.items()), (
-            "not the weights"
-        )
+        live = {name: p.to_local().data_ptr() for name, p in self._dealt.items()}
+        assert all(own.data_ptr() == live[name] for name, own in self._own.items()), "FSDP2 has moved its parameters"
         self.optimiser.step()
         self.forget()
 
@@ -100,7 +99,7 @@ class Fsdp:
                 self.optimiser.state[parameter] = {"step": torch.tensor(float(steps)), **kept}
 
 
-def _sharded(network: nn.Module, device: torch.device, asked: Asked) -> nn.Module:
+def _sharded(network: nn.Module, device: torch.device, asked: Asked) -> Any:
     try:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
