@@ -32,6 +32,7 @@ _NEEDED = (
     "safetensors",
     "numpy",
     "pillow",
+    "psutil",
     "scikit-image",
     "matplotlib",
     "pydantic",
