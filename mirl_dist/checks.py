@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import errno
-import importlib.metadata
-import importlib.util
 import os
-import re
 import resource
 import shutil
 import socket
@@ -21,6 +18,7 @@ from mirl_dist.budget import GIB
 from mirl_dist.config import Config
 from mirl_dist.data.crew import processes
 from mirl_dist.data.order import share_batch
+from mirl_dist.engines import needs
 from mirl_dist.faults import Fault
 from mirl_dist.launch_file import LaunchFile
 
@@ -152,20 +150,10 @@ def _room_on_gpus(count: int, needed: int | None) -> Iterator[Finding]:
 
 def engine(said: LaunchFile) -> Iterator[Finding]:
     """What the engine of a launch file needs of this environment."""
-    if said.engine == "fsdp":
-        found = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
-        text = f"fsdp, torch {torch.__version__}"
-        if found < (2, 6):
-            yield Finding("FAULT", "engine", f"{text}: FSDP2 needs 2.6; install a newer torch, or use ZeRO.")
-            return
-        yield Finding("ok", "engine", text)
-    elif said.engine == "ddp":
-        yield Finding("ok", "engine", f"ddp, torch {torch.__version__}")
-    elif importlib.util.find_spec("deepspeed") is None:
-        text = f"{said.engine}, but no package deepspeed here; pip install deepspeed, or use DDP or FSDP."
-        yield Finding("FAULT", "engine", text)
-    else:
-        yield Finding("ok", "engine", f"{said.engine}, deepspeed {importlib.metadata.version('deepspeed')}")
+    try:
+        yield Finding("ok", "engine", needs.found(said.engine))
+    except LookupError as error:
+        yield Finding("FAULT", "engine", str(error))
 
 
 def limits(config: Config, said: LaunchFile, shm: Path = Path("/dev/shm")) -> Iterator[Finding]:

@@ -51,7 +51,7 @@ def position(progress: Progress) -> str:
 def refuse_bad_loss(seen: Seen, progress: Progress, skip: int, ranks: Ranks) -> None:
     """A sample of some rank has a loss that is not finite: raise Fault on every rank naming it, or say that the step is
     left out, while the round has left out fewer than `skip`."""
-    named = [f"rank {r}: {', '.join(n)}" for r, n in enumerate(ranks.gather_objects(seen.not_finite())) if n]
+    named = [f"{ranks.names[r]}: {', '.join(n)}" for r, n in enumerate(ranks.gather_objects(seen.not_finite())) if n]
     found = f"the loss is not finite at {position(progress)}, samples as task:key: {'; '.join(named)}"
     _leave_out(found, "Check those samples, or lower optimiser.lr or optimiser.clip_norm", progress, skip, ranks)
 
@@ -60,7 +60,7 @@ def refuse_bad_gradient(norm: Tensor, seen: Seen, progress: Progress, skip: int,
     """Whether the averaged gradient, the same on every rank, is not finite; as `refuse_bad_loss`."""
     if bool(torch.isfinite(norm)):
         return False
-    held = "; ".join(f"rank {r}: {', '.join(keys)}" for r, keys in enumerate(ranks.gather_objects(seen.keys())))
+    held = "; ".join(f"{ranks.names[r]}: {', '.join(keys)}" for r, keys in enumerate(ranks.gather_objects(seen.keys())))
     found = f"the gradient is not finite at {position(progress)} though every loss was; samples: {held}"
     _leave_out(found, "Lower optimiser.lr, or train in fp32,", progress, skip, ranks)
     return True
@@ -90,7 +90,7 @@ class Spikes:
         if self._factor is not None and usual is not None and loss > self._factor * usual:
             of_ranks = ranks.gather_objects(seen.worst(), what="gather of the worst samples")
             every = sorted(((loss, key, r) for r, of in enumerate(of_ranks) for loss, key in of), reverse=True)
-            named = ", ".join(f"{key} ({value:.3g}, rank {r})" for value, key, r in every[:_NAMED])
+            named = ", ".join(f"{key} ({value:.3g}, {ranks.names[r]})" for value, key, r in every[:_NAMED])
             if ranks.is_main:
                 times = loss / usual if usual else float("inf")
                 at = position(progress)

@@ -64,8 +64,8 @@ class _DeepSpeed(Node):
     zero_stage: Literal[1, 2, 3]
     offload_optimizer_device: _Device | None = None
     offload_param_device: _Device | None = None
-    zero3_init_flag: bool = False
-    zero3_save_16bit_model: bool = False
+    zero3_init_flag: Literal[False] = False
+    zero3_save_16bit_model: Literal[False] = False
     gradient_accumulation_steps: int | str | None = None
     gradient_clipping: float | str | None = None
     deepspeed_multinode_launcher: str = "standard"
@@ -88,6 +88,11 @@ class _DeepSpeed(Node):
                 f"{here}.gradient_clipping: found {self.gradient_clipping}; the run's config decides "
                 "(optimiser.clip_norm): remove it"
             )
+        if self.offload_param_device == "cpu" and self.zero_stage != 3:
+            found.append(
+                f"{here}.offload_param_device: found cpu with zero_stage {self.zero_stage}; parameters stay with the "
+                "host under ZeRO-3 alone: write none"
+            )
         if self.deepspeed_multinode_launcher != "standard":
             found.append(
                 f"{here}.deepspeed_multinode_launcher: found {self.deepspeed_multinode_launcher}, which starts ranks "
@@ -99,11 +104,8 @@ class _DeepSpeed(Node):
 class _Fsdp(Node):
     fsdp_version: int = 1
     fsdp_offload_params: bool = False
-    fsdp_reshard_after_forward: bool = True
-    fsdp_auto_wrap_policy: str | None = None
-    fsdp_transformer_layer_cls_to_wrap: str | None = None
-    fsdp_state_dict_type: str | None = None
-    fsdp_cpu_ram_efficient_loading: bool = False
+    fsdp_reshard_after_forward: Literal[True] = True
+    fsdp_cpu_ram_efficient_loading: Literal[False] = False
     fsdp_activation_checkpointing: Literal[False] = False
 
     def complaints(self) -> list[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from mirl_dist import agent, launch_file, preparing, ranks
 from mirl_dist.config import Config
 from mirl_dist.data.crew import processes
+from mirl_dist.engines import needs
 from mirl_dist.faults import Fault
 from mirl_dist.launch_file import LaunchFile
 from mirl_dist.slip import Slip, children
@@ -63,6 +64,10 @@ def launch(
     is proved here once, for ranks that are started again find their own run. prepared: called when signals are about to
     be heard here.
     """
+    try:
+        needs.found(file.engine)
+    except LookupError as error:
+        raise Fault(f"{file.path}: {error}") from None
     preparing.prepare(config, file.ranks, resume)
     arguments = [*options, "--max_restarts", str(config.ranks.restarts), "--monitor_interval", "0.1"]
     arguments += _meeting(config, file)
@@ -112,7 +117,7 @@ def attend(arguments: list[str], restarts: int, deadline_seconds: float, file: L
 def _start(arguments: list[str], died: Callable[[int, int], None], address: str | None) -> int:
     try:
         return agent.launch(arguments, died, address)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         said = str(error).rstrip(".")
         raise Fault(f"accelerate refuses this launch: {said}. Compare with launch/cpu_two.yaml.") from None
 

@@ -134,7 +134,7 @@ def prove_dead_weights(state: State, ranks: Ranks) -> None:
 def prove(broken: str, tensor: str | None, ranks: Ranks) -> None:
     """Raise Fault on every rank when any rank names a tensor."""
     found = ranks.gather_objects(tensor)
-    odd = [f"rank {rank}, tensor '{name}'" for rank, name in enumerate(found) if name is not None]
+    odd = [f"{ranks.names[rank]}, tensor '{name}'" for rank, name in enumerate(found) if name is not None]
     if odd:
         raise Fault(
             f"{broken}: {'; '.join(odd)}. The round cannot be trusted and was not recorded; start again with "

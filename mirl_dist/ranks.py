@@ -70,6 +70,7 @@ class Ranks:
         self._dealt: Dealt | None = None
         self._meetings, self._all_reduces, self._stop_told = Meetings(), True, False
         self.hosts: list[str] = self.gather_objects(platform.node(), what="gather of hosts")
+        self.names = [f"rank {rank} ({host})" for rank, host in enumerate(self.hosts)]
         self._watch = self._start_watch(word, timeout_seconds) if word and self.world > 1 else None
         self._prove_that_all_are_here()
         torch.manual_seed(seed)
@@ -167,7 +168,7 @@ class Ranks:
 
     def meeting(self, what: str) -> AbstractContextManager[None]:
         """Around a wait for all ranks that somebody else holds."""
-        return self._meetings.meeting(what)
+        return self._gpu_meeting(what)
 
     @property
     def meets_in_passes(self) -> bool:
@@ -250,17 +251,21 @@ class Ranks:
 
     def gather(self, values: Tensor, *, what: str = "gather of numbers") -> Tensor:
         """A tensor of every rank, of one shape and dtype, as (world, *shape) on the CPU, in rank order."""
-        return self.gather_here(values, what=what).cpu()
+        with self._meetings.meeting(what) if self.world > 1 else nullcontext():
+            return self._gathered(values).cpu()
 
     def gather_here(self, values: Tensor, *, what: str = "gather of numbers") -> Tensor:
         """As `gather`, on this rank's device: for large ones."""
+        with self._gpu_meeting(what) if self.world > 1 else nullcontext():
+            return self._gathered(values)
+
+    def _gathered(self, values: Tensor) -> Tensor:
         mine = values.detach().to(self.device).contiguous()
         if self.world == 1:
             return mine.unsqueeze(0)
         everyone = [torch.empty_like(mine) for _ in range(self.world)]
-        with self._meetings.meeting(what):
-            torch.distributed.all_gather(everyone, mine)
-            return torch.stack(everyone)
+        torch.distributed.all_gather(everyone, mine)
+        return torch.stack(everyone)
 
     def sum(self, values: Tensor, *, what: str = "sum of numbers") -> Tensor:
         """The sum over ranks, on the CPU; added in rank order, so the same bits on every rank."""
@@ -286,8 +291,9 @@ class Ranks:
             usual = max(all_digests, key=all_digests.count)
             odd = [r for r, d in enumerate(all_digests) if d != usual]
             table = ", ".join(f"rank {r} {d[:12]}" for r, d in enumerate(all_digests))
+            named = ", ".join(f"{r} ({self.hosts[r]})" for r in odd)
             raise Fault(
-                f"ranks disagree on {what}: {table}. Rank {', '.join(map(str, odd))} has drifted: check that "
+                f"ranks disagree on {what}: {table}. Rank {named} has drifted: check that "
                 "machine's memory and GPU, then start again with --resume auto from the last commit.",
                 everywhere=True,
             )

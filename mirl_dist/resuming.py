@@ -152,8 +152,8 @@ def begun(
     ):
         if mine != said:
             raise Fault(
-                f"rank {ranks.rank} received {what} {mine[:12]} where run.json says {said[:12]}. Check that machine's "
-                "memory and network, then start again."
+                f"{ranks.names[ranks.rank]} received {what} {mine[:12]} where run.json says {said[:12]}. Check that "
+                "machine's memory and network, then start again."
             )
     return Begun(initial, masks or None, told["parent"], told["id"] or checkpoints.store.where())
 

@@ -52,8 +52,8 @@ def select(
     if criterion.needs == "nothing":
         drawn = None if held.whole or rule.criterion != "random" else _chance(rule, held)
         return prune(values, state.masks, rule, share, ranks.gather, drawn)
-    values = dict(state.whole(values))
-    masks = dict(state.whole(state.masks))
+    values = {n: v for n, v in state.whole(values) if ranks.is_main}  # the others only help to gather them
+    masks = {n: m for n, m in state.whole(state.masks) if ranks.is_main}
 
     def go_on() -> None:
         if stop_asked():

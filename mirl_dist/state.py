@@ -164,7 +164,7 @@ class State:
         moments = dict(self._copied(self._each(self.moments(), engine.owned, keep)))
         if not keep:
             return None
-        if any(weight.is_cuda for weight in self.weights.values()):
+        if any(copy.is_pinned() for copy in self._copies.values()):
             torch.cuda.synchronize()  # the copies are on their way only
         return Snapshot(self.progress.model_copy(deep=True), masks, weights, moments)
 

@@ -14,6 +14,7 @@ import pytest
 from mirl_dist.data import crew as crews
 from mirl_dist.data.crew import ALONE, processes, shared
 from mirl_dist.faults import Fault
+from mirl_dist.telling import rank_here
 
 T = TypeVar("T")
 
@@ -109,7 +110,7 @@ def test_a_fault_of_one_rank_is_raised_on_all_and_ends_their_work(monkeypatch: p
 
     ended, _ = together(2, work)
     assert [(str(error), error.everywhere) for error in ended if isinstance(error, Fault)] == [
-        ("rank 1: found this, here, do that.", True)
+        (f"{rank_here(1)}: found this, here, do that.", True)
     ] * 2
     assert len(done) < 500, "the other rank stopped soon"
 

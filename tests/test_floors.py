@@ -102,6 +102,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "data/verify",
         "data/window",
         *("engines/__init__", "engines/asked", "engines/fsdp", "engines/held", "engines/law"),
+        "engines/needs",
         *("engines/own_gradients", "engines/replicas", "engines/zero"),
         "items",
         "journal",

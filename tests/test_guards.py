@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from mirl_dist.state import Progress
 NONE = torch.zeros(0)
 SETS = {"prune.rounds": 0, "ranks.slow_factor": 1e9}  # one round of six steps; a busy machine slows ranks
 
+HERE = re.escape(f"({platform.node()})")
+
 
 # -- losses that jump -------------------------------------------------------------------------------------------
 
@@ -25,7 +28,7 @@ class SomeRanks:
 
     def __init__(self, *others: Any) -> None:
         self._others, self.met = others, 0
-        self.is_main = True
+        self.is_main, self.names = True, ["rank 0 (here)", "rank 1 (there)"]
 
     def gather_objects(self, item: Any, *, what: str) -> list[Any]:
         self.met += 1
@@ -57,7 +60,7 @@ def test_a_loss_that_jumps_is_told_with_the_samples_that_lost_most_on_any_rank(
     assert ranks.met == 1
     assert capsys.readouterr().out == (
         "warning: the loss at round 1, epoch 2, step 3 is 1.75, 12 times the median 0.15 of the 50 steps before. "
-        "Highest: derain:1 (9, rank 0), dehaze:far (7.5, rank 1), derain:2 (1, rank 0).\n"
+        "Highest: derain:1 (9, rank 0 (here)), dehaze:far (7.5, rank 1 (there)), derain:2 (1, rank 0 (here)).\n"
     )
 
 
@@ -124,7 +127,8 @@ def test_a_loss_that_is_not_finite_stops_every_rank_before_the_step_and_says_wha
     assert ended.err.count("\n") == 1, "all ranks know, one says it"
     assert re.fullmatch(
         r"mirl-dist: the loss is not finite at round 0, epoch 1, step 0, samples as task:key: "
-        r"rank 1: (denoise_25|derain|dehaze):\S+\. Nothing of this step was applied\. Check those samples, or lower "
+        rf"rank 1 {HERE}: (denoise_25|derain|dehaze):\S+\. "
+        r"Nothing of this step was applied\. Check those samples, or lower "
         r"optimiser\.lr or optimiser\.clip_norm in a new run\.folder, or allow some with "
         r"guard\.skip_bad_batches=10 and go on from the last commit\.\n",
         ended.err,
@@ -140,7 +144,8 @@ def test_a_gradient_that_is_not_finite_stops_every_rank_before_the_step_though_t
     assert ended.err.count("\n") == 1
     assert re.fullmatch(
         r"mirl-dist: the gradient is not finite at round 0, epoch 1, step 0 though every loss was; samples: "
-        r"rank 0: \S+, \S+; rank 1: \S+, \S+\. Nothing of this step was applied\. Lower optimiser\.lr, or train in "
+        rf"rank 0 {HERE}: \S+, \S+; rank 1 {HERE}: \S+, \S+\. "
+        r"Nothing of this step was applied\. Lower optimiser\.lr, or train in "
         r"fp32, in a new run\.folder, or allow some with guard\.skip_bad_batches=10 and go on from the last commit\.\n",
         ended.err,
     ), ended.err
@@ -158,7 +163,9 @@ def test_a_bad_step_that_is_allowed_is_left_out_on_every_rank_and_said_and_count
     run, ended = left_out
     assert ended.rc == 0, ended.said()
     (told,) = [line for line in ended.out.splitlines() if line.startswith("warning: ")]
-    assert told.startswith("warning: the loss is not finite at round 0, epoch 1, step 0, samples as task:key: rank 1: ")
+    assert told.startswith(
+        f"warning: the loss is not finite at round 0, epoch 1, step 0, samples as task:key: rank 1 ({platform.node()}): "
+    )
     assert told.endswith(". The step is left out, as the 1. of 2 allowed in a round.")
     (ticket,) = lab.tickets(run)
     assert (ticket["bad"], ticket["updates"], ticket["samples"]) == (1, 6, 24)
@@ -182,7 +189,7 @@ def test_a_step_is_left_out_alike_whether_a_loss_or_the_gradient_was_not_finite(
 ) -> None:
     ended = lab.play(tmp_path, SETS | {"guard.skip_bad_batches": 2}, fatal=inf_gradient(3))
     assert ended.rc == 0, ended.said()
-    assert "step 0 though every loss was; samples: rank 0: " in ended.out
+    assert f"step 0 though every loss was; samples: rank 0 ({platform.node()}): " in ended.out
     assert ". The step is left out, as the 1. of 2 allowed in a round." in ended.out
     assert lab.digests(tmp_path / "run") == lab.digests(left_out[0])
 

@@ -10,6 +10,7 @@ from typing import Generic, Protocol, TypeVar
 
 from mirl_dist.data.workers import Report, each
 from mirl_dist.faults import Fault
+from mirl_dist.telling import rank_here
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -112,10 +113,11 @@ def shared(
     seen = 0
     try:
         while True:
-            states = crew.gather_objects(share.state())
-            faults = {text: rank for rank, (_, _, text) in reversed(list(enumerate(states))) if text is not None}
+            told = crew.gather_objects((share.state(), rank_here(crew.rank)))
+            states = [state for state, _ in told]
+            faults = {text: who for (_, _, text), who in reversed(told) if text is not None}
             if faults:
-                raise Fault("\n".join(f"rank {rank}: {text}" for text, rank in faults.items()), everywhere=True)
+                raise Fault("\n".join(f"{who}: {text}" for text, who in faults.items()), everywhere=True)
             done = sum(count for count, _, _ in states)
             if done != seen:
                 report(done, len(items), what)

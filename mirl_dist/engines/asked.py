@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from mirl_dist.engines.law import Asked
 from mirl_dist.faults import Fault
 
+_NOT_ITS_OWN = (
+    ("ACCELERATE_GRADIENT_CLIPPING", "none", "optimiser.clip_norm"),
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", "batch.forward"),
+    ("ACCELERATE_MIXED_PRECISION", "no", "train.precision"),
+)
 _HOSTS = {"": False, "none": False, "cpu": True}
 
 
@@ -29,13 +34,16 @@ def _said(env: Mapping[str, str], key: str) -> bool:
 
 def _zero(env: Mapping[str, str]) -> Asked:
     stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
-    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in env:
+    if env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
         raise Fault(
             "found a deepspeed_config_file in the launch file, which could change rates, precision or accumulation "
             "behind the config's back. Give zero_stage and offload_*_device in the launch file instead."
         )
     if stage not in ("1", "2", "3"):
         raise Fault(f"found zero_stage {stage or 'none'} in the launch file. Use 1, 2 or 3, or a file for DDP.")
+    for key, usual, instead in _NOT_ITS_OWN:
+        if env.get(key, usual) not in (usual, "none"):
+            raise Fault(f"found {key}={env[key]} from the launch file; the run's config decides ({instead}).")
     kept: list[bool] = []
     for what in ("OPTIMIZER", "PARAM"):
         device = env.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none").lower()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirl_dist.engines import own_gradients
+from mirl_dist.engines import needs, own_gradients
 from mirl_dist.engines.held import dealt
 from mirl_dist.engines.law import MOMENTS, Asked, MakeOptimiser, Meet
 from mirl_dist.faults import Fault
@@ -101,14 +101,12 @@ class Fsdp:
 
 def _sharded(network: nn.Module, device: torch.device, asked: Asked) -> Any:
     try:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-    except ImportError:
-        raise Fault(
-            f"found torch {torch.__version__}; FSDP2 needs 2.6 or newer. Install one, or launch with a file for DDP "
-            "or ZeRO.",
-            everywhere=True,
-        ) from None
+        needs.found("fsdp")
+    except LookupError as error:
+        raise Fault(str(error), everywhere=True) from None
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
     warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
     # The network ends in a crop, a view, which nothing here changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

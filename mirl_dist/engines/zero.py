@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from mirl_dist.budget import DEEPSPEED_BUCKET, DEEPSPEED_LIVE
-from mirl_dist.engines import own_gradients
+from mirl_dist.engines import needs, own_gradients
 from mirl_dist.engines.held import Held, dealt
-from mirl_dist.engines.law import MOMENTS, Asked, MakeOptimiser, Meet
+from mirl_dist.engines.law import MOMENTS, Asked, MakeOptimiser, Meet, Name
 from mirl_dist.faults import Fault
 from mirl_dist.pruning.shares import Own, Share, Slice
 
@@ -69,7 +69,7 @@ class Zero:
         optimiser = make_optimiser(dict(network.named_parameters()))
         with meet.meeting("sharding of the network"):
             settings = _settings(asked, self._stage, sum(p.numel() for p in network.parameters()))
-            self._engine = _initialised(_InPrecision(network, half), optimiser, settings)
+            self._engine = _initialised(asked.name, _InPrecision(network, half), optimiser, settings)
         self.network: Any = self._engine
         self._parameters: dict[str, Any] = dict(network.named_parameters())
         self._zero: Any = self._engine.optimizer
@@ -109,6 +109,8 @@ class Zero:
 
     def _gradients(self) -> dict[str, Tensor]:
         """The averaged gradients that this rank owns, live."""
+        if self._offloaded and torch.cuda.is_available():
+            torch.cuda.synchronize()  # DeepSpeed sends them to the host without waiting (0.19.8)
         found = {}
         for name, parameter in self._parameters.items():
             place = self._places[name]
@@ -199,6 +201,7 @@ def _settings(asked: Asked, stage: int, parameters: int) -> dict[str, Any]:
     if asked.offload_parameters and stage == 3:
         zero["offload_param"] = host
     if stage == 3:
+        zero["memory_efficient_linear"] = False  # it would replace torch's linear function in this process, for all
         zero["stage3_param_persistence_threshold"] = 0  # no rank keeps what it does not own
         for limit in ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size"):
             zero[f"stage3_{limit}"] = max(1, parameters // DEEPSPEED_LIVE)  # for long
@@ -213,22 +216,19 @@ def _settings(asked: Asked, stage: int, parameters: int) -> dict[str, Any]:
     }
 
 
-def _initialised(network: nn.Module, optimiser: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+def _initialised(name: Name, network: nn.Module, optimiser: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
     cuda = next(network.parameters()).device.type == "cuda"
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
+        needs.found(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what DeepSpeed uses of torch
             import deepspeed
             from deepspeed.utils import logger
 
             compatible = deepspeed.ops.__compatible_ops__
-    except ImportError as error:
-        raise Fault(
-            f"the launch asks for DeepSpeed, which cannot be imported ({str(error)[:100]}). "
-            "pip install 'mirl_dist[deepspeed]', or launch with a file for DDP or FSDP.",
-            everywhere=True,
-        ) from None
+    except (LookupError, ImportError) as error:  # it wants transformers too, under Accelerate
+        raise Fault(str(error), everywhere=True) from None
     logger.setLevel("ERROR")
     warnings.filterwarnings("ignore", message=_OLD_NAMES, category=FutureWarning)
     if not cuda:  # gloo sums in rank order, and needs no compiler on the user's machine

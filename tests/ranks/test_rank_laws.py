@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_disagreement_names_the_rank_that_drifted(seen: Seen, world: int) -> Non
     for rank in seen[world]:
         fault = rank["told"]["agree"]
         assert "ranks disagree on the colour" in fault["text"]
-        assert f"Rank {world - 1} has drifted" in fault["text"]
+        assert f"Rank {world - 1} ({platform.node()}) has drifted" in fault["text"]
         assert fault["everywhere"]
         assert rank["told"]["agreed"] is None
 
@@ -128,7 +129,7 @@ def test_a_replica_that_drifted_by_one_bit_stops_the_run_before_pruning(seen: Se
     for rank in seen[world]:
         broken = rank["guarded"]
         assert "ranks disagree on the trained weights" in broken["drift"]["text"]
-        assert f"Rank {world - 1} has drifted" in broken["drift"]["text"]
+        assert f"Rank {world - 1} ({platform.node()}) has drifted" in broken["drift"]["text"]
         assert broken["drifted masks"] == 17, "nothing may be pruned"
         assert broken["opened"] == ["selecting"], "nothing comes after it"
 
@@ -144,7 +145,7 @@ def test_a_wrong_rewind_names_the_rank_and_the_tensor(seen: Seen, world: int) ->
     for rank in seen[world]:
         fault = rank["guarded"]["rewind"]
         assert "the weights at the start of round 1 are not mask x what they were rewound to" in fault["text"]
-        assert f": rank {world - 1}, tensor 'b.weight'." in fault["text"]
+        assert f": rank {world - 1} ({platform.node()}), tensor 'b.weight'." in fault["text"]
         assert fault["everywhere"]
 
 
@@ -152,7 +153,8 @@ def test_a_wrong_rewind_names_the_rank_and_the_tensor(seen: Seen, world: int) ->
 def test_a_dead_weight_that_rises_on_one_rank_is_named(seen: Seen, world: int) -> None:
     for rank in seen[world]:
         assert (
-            f"pruned weights moved in round 1: rank {world - 1}, tensor 'b.weight'" in rank["guarded"]["risen"]["text"]
+            f"pruned weights moved in round 1: rank {world - 1} ({platform.node()}), tensor 'b.weight'"
+            in rank["guarded"]["risen"]["text"]
         )
 
 
@@ -161,7 +163,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_named_on_all(seen: Seen, world
     for rank in seen[world]:
         fault = rank["guarded"]["loss"]
         assert "not finite at round 1, epoch 2, step 3" in fault["text"]
-        assert f"rank {world - 1}: derain:two-{world - 1}." in fault["text"]
+        assert f"rank {world - 1} ({platform.node()}): derain:two-{world - 1}." in fault["text"]
         assert "one-" not in fault["text"]
 
 
