@@ -163,9 +163,8 @@ def test_a_bad_step_that_is_allowed_is_left_out_on_every_rank_and_said_and_count
     run, ended = left_out
     assert ended.rc == 0, ended.said()
     (told,) = [line for line in ended.out.splitlines() if line.startswith("warning: ")]
-    assert told.startswith(
-        f"warning: the loss is not finite at round 0, epoch 1, step 0, samples as task:key: rank 1 ({platform.node()}): "
-    )
+    at = "round 0, epoch 1, step 0, samples as task:key: "
+    assert told.startswith(f"warning: the loss is not finite at {at}rank 1 ({platform.node()}): ")
     assert told.endswith(". The step is left out, as the 1. of 2 allowed in a round.")
     (ticket,) = lab.tickets(run)
     assert (ticket["bad"], ticket["updates"], ticket["samples"]) == (1, 6, 24)
