@@ -33,10 +33,10 @@ check: install
 	ruff format --check .
 	mypy
 
-# Tests with ranks of their own need both processors, and their place in time.
+# Tests with ranks of their own start many processes: a file of them at a time in each of two.
 test: check
 	pytest --numprocesses 2 tests --ignore tests/ranks
-	pytest tests/ranks
+	pytest --numprocesses 2 --dist loadfile tests/ranks
 
 report: install
 	python benchmarks/five_methods.py

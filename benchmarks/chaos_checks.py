@@ -23,7 +23,7 @@ CHAOS, REFERENCE = "chaos", "reference"
 _COMMIT = re.compile(rf"{RUN}/rounds/(\d+)/(?:steps/(\d+)-\d+|ticket-\d+)/COMPLETE\.json")
 _TIMES = ("samples_per_second",)
 _CLOSE = 1e-6
-_PER_LAUNCH = ("lease/", "accepted/")
+_PER_LAUNCH = ("logs/", "lease/", "accepted/")
 
 
 class Check(NamedTuple):

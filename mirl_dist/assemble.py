@@ -194,7 +194,7 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
             ranks=ranks,
             state=state,
             model=network,
-            bare=model if engine.held.whole else None,
+            bare=None if ranks.meets_in_passes else model,
             make_network=lambda: starting.network(config),
             initial=initial,
             shards=prepared.shards,

@@ -95,8 +95,9 @@ class Rounds:
 
     @contextmanager
     def _whole_network(self) -> Iterator[nn.Module]:
-        """The network that is trained, to be called by each rank for itself: a copy where weights are dealt out, for
-        ranks score different numbers of images."""
+        """The network that is trained, to be called by each rank for itself, for ranks score different numbers of
+        images. Where it, or what updates it, is dealt out, that is a copy: as well under ZeRO-1 and 2, whose parameters
+        lie in one flat tensor, which is enough for the CPU's kernels to round otherwise."""
         if self.bare is not None:
             yield self.bare
             return

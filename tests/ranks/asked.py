@@ -64,7 +64,7 @@ def while_counting() -> None:
 
     prune, armed = selecting.prune, [True]
 
-    def pruning(weights: Any, masks: Any, rule: Any, share: Any, gather: Any) -> Any:
+    def pruning(weights: Any, masks: Any, rule: Any, share: Any, gather: Any, *scores: Any) -> Any:
         def gathering(values: Any) -> Any:
             if armed[0]:
                 armed[0] = False
@@ -72,7 +72,7 @@ def while_counting() -> None:
                 time.sleep(0.2)
             return gather(values)
 
-        return prune(weights, masks, rule, share, gathering)
+        return prune(weights, masks, rule, share, gathering, *scores)
 
     selecting.prune = pruning
 
