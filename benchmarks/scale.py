@@ -184,18 +184,34 @@ def ties() -> None:
         )
 
 
+def positive(word: str) -> int:
+    if not word.isdecimal() or int(word) == 0:
+        raise argparse.ArgumentTypeError(f"found {word}; give a whole number from 1 on")
+    return int(word)
+
+
+def constant(pair: str) -> tuple[str, float]:
+    name, _, value = pair.partition("=")
+    if name not in Constants._fields:
+        raise argparse.ArgumentTypeError(f"found {name}; there are {', '.join(Constants._fields)}")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {pair}; give {name}=NUMBER") from None
+
+
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = ask.add_subparsers(dest="what", required=True)
     what.add_parser("ties")
     simulated = what.add_parser("simulate")
-    simulated.add_argument("--weights", type=int, default=PROMPTIR)
-    simulated.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 8, 64, 512, 1000, 4096])
+    simulated.add_argument("--weights", type=positive, default=PROMPTIR)
+    simulated.add_argument("--ranks", type=positive, nargs="+", default=[1, 2, 3, 8, 64, 512, 1000, 4096])
     real = what.add_parser("processes")
-    real.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
-    real.add_argument("--runs", type=int, default=3)
+    real.add_argument("--ranks", type=positive, nargs="+", default=[1, 2, 4, 8])
+    real.add_argument("--runs", type=positive, default=3)
     model = what.add_parser("round")
-    model.add_argument("--set", nargs="+", default=[], metavar="NAME=NUMBER")
+    model.add_argument("--set", nargs="+", type=constant, default=[], metavar="NAME=NUMBER")
     model.add_argument("--batch", type=int, nargs="+", default=[0, 512], help="0: the smallest that the ranks divide")
     model.add_argument("--plot", type=Path)
     asked = ask.parse_args()
@@ -207,10 +223,7 @@ def main() -> None:
     elif asked.what == "processes":
         processes(asked.ranks, asked.runs)
     else:
-        given = {name: float(value) for name, _, value in (pair.partition("=") for pair in asked.set)}
-        if unknown := given.keys() - set(Constants._fields):
-            ask.error(f"found {', '.join(sorted(unknown))} in --set; there are {', '.join(Constants._fields)}")
-        constants = Constants()._replace(**given)
+        constants = Constants()._replace(**dict(asked.set))
         batches = [batch or None for batch in asked.batch]
         print(constants, *("\n" + "\n".join(table(constants, batch)) for batch in batches), sep="\n")
         if asked.plot:

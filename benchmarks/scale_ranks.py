@@ -124,7 +124,8 @@ def processes(worlds: Sequence[int], runs: int) -> None:
             memory = ", ".join(f"{lean['ways'][way][i] / 1e6:.1f}" for i in (2, 4))
             row = f"| {world} | {way} | {wall:.3f} | {cpu:.3f} | {memory} | {wire:,.0f} |"
             print(f"{row} {formula[way]:,} |" if way in formula else f"{row} |", flush=True)
-    print(f"\nmasks {', '.join(d[:12] for d in digests)} on all numbers of ranks; load {os.getloadavg()[0]:.1f}")
+    print("\nbytes: all traffic of the loopback interface meanwhile, other programs' too, divided by the ranks")
+    print(f"masks {', '.join(d[:12] for d in digests)} on all numbers of ranks; load {os.getloadavg()[0]:.1f}")
     assert len(digests) == 1
 
 

@@ -8,7 +8,7 @@ import resource
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from mirl_dist import ranks
 from mirl_dist.budget import GIB
 from mirl_dist.config import Config
 from mirl_dist.data.crew import processes
-from mirl_dist.data.order import share_batch
+from mirl_dist.data.order import ranks_in_words, share_batch
 from mirl_dist.engines import needs
 from mirl_dist.faults import Fault
 from mirl_dist.launch_file import LaunchFile
@@ -48,13 +48,13 @@ def world(config: Config, said: LaunchFile, env: Mapping[str, str]) -> Iterator[
     try:
         shares = share_batch(config.batch.global_, config.batch.forward, said.ranks)
         passes = "pass" if shares.accumulation == 1 else "passes"
-        text = f"{said.ranks} ranks x {shares.accumulation} {passes} x {shares.forward} samples"
+        text = f"{ranks_in_words(said.ranks)} x {shares.accumulation} {passes} x {shares.forward} samples"
         yield Finding("ok", "world", f"{text} = batch.global {config.batch.global_}")
     except Fault as fault:
         yield Finding("FAULT", "world", str(fault))
     told = env.get("WORLD_SIZE")
     if told is not None and told != str(said.ranks):
-        text = f"WORLD_SIZE={told} is set, {said.path} has {said.ranks} ranks; unset it, or correct the file."
+        text = f"WORLD_SIZE={told} is set, {said.path} has {ranks_in_words(said.ranks)}; unset it, or correct the file."
         yield Finding("FAULT", "environment", text)
     elif left := [name for name in _LAUNCHED if name in env]:
         text = f"{' and '.join(left)} set, as inside a launched rank; unset, or call this outside a launch."
@@ -121,13 +121,14 @@ def devices(config: Config, said: LaunchFile, needed: int | None) -> Iterator[Fi
     cpu, count = config.train.device == "cpu", said.ranks_per_node
     gpus = 0 if cpu else ranks.gpus()
     if cpu or not gpus:
-        where = f"{count} ranks on {processes()} processors"
+        where = f"{ranks_in_words(count)} on {processes()} processors"
         if cpu:
             yield Finding("ok", "devices", f"train.device cpu: {where}")
         else:
             yield Finding("warning", "devices", f"no GPU here: {where}; call this on the node that is to train.")
     elif gpus < count:
-        text = f"{count} ranks per node, but {gpus} GPUs here; lower num_processes, or show more GPUs to this process."
+        text = f"{ranks_in_words(count)} per node, but {gpus} GPUs here; lower num_processes, or show more GPUs to"
+        text += " this process."
         yield Finding("FAULT", "devices", text)
     else:
         yield from _room_on_gpus(count, needed)
@@ -178,9 +179,33 @@ def host(needed: int, said: LaunchFile) -> Iterator[Finding]:
     """The machine's memory for what an engine keeps there. needed: bytes per rank."""
     if needed:
         whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        whole = min([whole, *memory_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
         wanted = needed * said.ranks_per_node
-        text = f"{sized(wanted)} offloaded by {said.ranks_per_node} ranks, of {sized(whole)} here"
+        text = f"{sized(wanted)} offloaded by {ranks_in_words(said.ranks_per_node)}, of {sized(whole)} here"
         if wanted < whole:
             yield Finding("ok", "host memory", text)
         else:
             yield Finding("FAULT", "host memory", f"{text}; leave out the offload, or start fewer ranks per node.")
+
+
+def memory_limits(groups: Path, root: Path) -> list[int]:
+    """Bytes that the control groups of a process, and those around them, leave to it: memory.max, or
+    memory.limit_in_bytes in version 1. groups: as /proc/self/cgroup; root: as /sys/fs/cgroup."""
+    found = []
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:  # no Linux
+        return []
+    for line in lines:
+        _, kinds, place = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        top, name = (root / "memory", "memory.limit_in_bytes") if kinds else (root, "memory.max")
+        here = PurePosixPath("/", *(part for part in place.split("/") if part != ".."))
+        for group in (here, *here.parents):
+            try:
+                said = (top / str(group).lstrip("/") / name).read_text().strip()
+            except OSError:  # not of this container's view, or without a limit
+                continue
+            found += [int(said)] if said.isdecimal() else []
+    return found

@@ -26,7 +26,7 @@ from mirl_dist.config import Config
 from mirl_dist.data.order import Order
 from mirl_dist.data.shards import Shards
 from mirl_dist.faults import Fault
-from mirl_dist.items import shown, usual_uri
+from mirl_dist.items import refuse_unclear, shown, usual_uri
 from mirl_dist.mlflow_store import database
 from mirl_dist.storage import Folder, NotThere, Store
 from mirl_dist.storage.s3 import S3
@@ -119,11 +119,20 @@ def the_run(config: Config, digest: str | None) -> Iterator[Finding]:
         if checkpoints.identity() is not None:
             commits = checkpoints.commits()
             newest = f"newest commit {commits[0].folder}" if commits else "no commit yet"
-            yield Finding("ok", "run", f"goes on: {newest}")
+            yield Finding("ok", "run", f"{'finished' if _is_over(config, checkpoints) else 'goes on'}: {newest}")
         else:
             yield Finding("ok", "run", "new")
     except Fault as fault:
         yield Finding("FAULT", "run", str(fault))
+
+
+def _is_over(config: Config, checkpoints: Checkpoints) -> bool:
+    """Whether the last round that the config asks for has its ticket."""
+    ended = [commit.round_ for commit in checkpoints.commits() if commit.step is None]
+    if not ended:
+        return False
+    target, ticket = config.prune.target_sparsity, checkpoints.ticket(max(ended))
+    return ticket.round >= config.prune.rounds or (target is not None and ticket.total_sparsity >= target)
 
 
 # -- shards -------------------------------------------------------------------------------------------------------
@@ -158,12 +167,13 @@ def telling(config: Config) -> Iterator[Finding]:
         yield Finding("ok", "MLflow", "off (tracking.enabled)")
         return
     address = usual_uri(config.tracking.uri)
-    kind, clean = urlsplit(address).scheme, shown(address)
+    kind, clean = address.partition(":")[0].lower(), shown(address)
     if importlib.util.find_spec("mlflow") is None:
         text = "no package mlflow, and tracking is on; pip install mlflow, or set tracking.enabled=false."
         yield Finding("FAULT", "MLflow", text)
         return
     try:
+        refuse_unclear(address)
         if kind.startswith("sqlite"):
             _sqlite(database(address))
         elif kind in ("http", "https"):

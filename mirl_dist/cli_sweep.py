@@ -27,7 +27,7 @@ def sweep(
 ) -> None:
     """Train methods x seeds, a few runs at a time, and compare them; the same command again goes on.
 
-    Exit codes: 0 all finished, 1 a run failed, 75 asked to stop.
+    Exit codes: 0 all finished, 1 a run failed, 2 a mistake to put right, 75 asked to stop, 130 ended at once.
     """
     stop = StopFlag().listen()
     if sum((show, submit is not None, status, compare)) > 1:

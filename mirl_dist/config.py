@@ -231,7 +231,7 @@ def _telling(node: Node, default: Node) -> dict[str, Any]:
 
 def read(path: Path, sets: Sequence[str] = ()) -> Config:
     """The config of one run: defaults, the file, the `--set` assignments. Raises Fault with every complaint."""
-    return yaml_tree.read(Config, path, sets)
+    return yaml_tree.read(Config, path, sets, "configs/demo.yaml", "the config of a run")
 
 
 def of_dump(tree: dict[str, Any], where: str) -> Config:

@@ -16,7 +16,7 @@ from mirl_dist.checks import Finding
 from mirl_dist.config import Config
 from mirl_dist.data.cache import usual_folder
 from mirl_dist.data.crew import processes
-from mirl_dist.data.order import Order, share_batch
+from mirl_dist.data.order import Order, ranks_in_words, share_batch
 from mirl_dist.data.shards import Shards
 from mirl_dist.faults import Fault
 from mirl_dist.launch_file import LaunchFile
@@ -98,7 +98,7 @@ def print_plan(config: Config) -> None:
         try:
             shares = share_batch(config.batch.global_, config.batch.forward, world)
         except Fault as fault:
-            say(f"{world} ranks: {fault}")
+            say(f"{ranks_in_words(world)}: {fault}")
             continue
         say(preparing.describe(config, prepared._replace(shares=shares), world))
 

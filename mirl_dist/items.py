@@ -21,6 +21,8 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from mirl_dist.faults import Fault
+
 POINTS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits, as are the next three (characters)
 LONGEST_NAME, LONGEST_PARAM, LONGEST_TAG = 250, 6000, 8000
 BY_ROUND = "round/"  # before names whose step is the round, where the plain name goes by alive weights
@@ -162,12 +164,50 @@ def image_files(key: str, png: bytes, step: int) -> dict[str, bytes]:
 
 
 def shown(uri: str) -> str:
-    """A tracking URI without password, token and query (for web addresses without user name as well)."""
-    parts = urlsplit(uri)
-    user, at, host = parts.netloc.rpartition("@")
-    if parts.scheme in ("http", "https"):
-        user, at = "", ""
-    return f"{parts.scheme}://{user.partition(':')[0]}{at}{host}{parts.path}" if parts.scheme else uri
+    """A tracking URI without password, token and query (for web addresses without user name as well).
+
+    A password may hold a '/' that nobody escaped: all up to the last '@' may belong to it."""
+    kind, found, rest = uri.partition("://")
+    place, *query = re.split("[?#]", rest if found else uri, maxsplit=1)
+    if found and place.startswith("/") and not _is_web(kind):  # a file's path
+        return f"{kind}://{place}"
+    if query and "@" in query[0]:  # where the host begins nobody knows
+        return f"{kind}://***" if found else "***"
+    user, at, host = place.rpartition("@")
+    if not found:
+        return f"***@{host}" if at else uri
+    name = user.partition(":")[0]
+    if _is_web(kind) or "/" in name:
+        name = ""
+    return f"{kind}://{name}{'@' if name else ''}{host}"
+
+
+def refuse_unclear(uri: str) -> None:
+    """Raise Fault, without a password in it, for a tracking URI whose '@' stands behind the host, and for one whose
+    port is none."""
+    kind, found, rest = uri.partition("://")
+    place, *query = re.split("[?#]", rest, maxsplit=1)
+    if not found or (place.startswith("/") and not _is_web(kind)):
+        return
+    host, _, path = place.partition("/")
+    try:
+        sound = urlsplit(uri).port != 0
+    except ValueError:
+        sound = False
+    said_by = "the tracking URI of tracking.uri or MLFLOW_TRACKING_URI"
+    if "@" in path or (query and "@" in query[0] and (_is_web(kind) or not sound)):
+        raise Fault(
+            f"found an '@' behind the host in {said_by}. Write a / in a password as %2F, ? as %3F, # as %23, @ as %40."
+        )
+    if not sound:
+        port = host.rpartition("@")[2].rpartition(":")[2]
+        odd = port.isdecimal() and not 0 < int(port) < 65536
+        what = f"the port {port}, which is out of range," if odd else "no host and port"
+        raise Fault(f"found {what} in {said_by}. Write http://host:port with a port from 1 to 65535.")
+
+
+def _is_web(kind: str) -> bool:
+    return kind.lower() in ("http", "https")
 
 
 def usual_uri(configured: str | None) -> str:
@@ -194,12 +234,14 @@ def _mlflow_here() -> str:
 
 def masked(text: str, uri: str) -> str:
     """A text without the secrets of the tracking URI, of MLflow's environment, and of any address in it."""
-    parts = urlsplit(uri)
-    user, _, password = parts.netloc.rpartition("@")[0].partition(":")
-    token = user if not password and parts.scheme in ("http", "https") else ""
-    environment = [os.environ.get(f"MLFLOW_TRACKING_{word}", "") for word in ("PASSWORD", "TOKEN")]
-    text = re.sub(r"(\w://)[^/\s@]+@", r"\1***@", text.replace(uri, shown(uri)))
-    for secret in (password, unquote(password), token, parts.query, *environment):
+    kind, _, rest = uri.partition("://")
+    secrets = [os.environ.get(f"MLFLOW_TRACKING_{word}", "") for word in ("PASSWORD", "TOKEN")]
+    for place in (rest, re.split("[?#]", rest)[0], re.split("[/?#]", rest)[0]):
+        user, _, password = place.rpartition("@")[0].partition(":")
+        secrets += [password, unquote(password), user if not password and _is_web(kind) else ""]
+    secrets.append(rest.partition("?")[2].partition("#")[0])
+    text = re.sub(r"(\w://)(?!/)\S+@", r"\1***@", text.replace(uri, shown(uri)))
+    for secret in sorted(secrets, key=len, reverse=True):
         if len(secret) > 3:  # shorter ones would garble every word
             text = text.replace(secret, "***")
     return text

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, PositiveInt
 
 from mirl_dist.faults import Fault
-from mirl_dist.yaml_tree import Node, build, load_file
+from mirl_dist.yaml_tree import Node, build, load_file, refuse_other
 
 Engine = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
 NODE_RANK = ("MIRL_NODE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
@@ -208,7 +208,9 @@ def read(path: Path, env: Mapping[str, str] = os.environ) -> LaunchFile:
     Raises Fault with every complaint: keys that are unknown, do not fit together, would train ranks alone or would
     change the numbers of a run; several nodes without an address or without this node's number.
     """
-    tree = build(_Tree, load_file(path), str(path))
+    said = load_file(path, "launch/cpu_two.yaml")
+    refuse_other(said, "a launch file", str(path))
+    tree = build(_Tree, said, str(path))
     nodes = _whole(env, NODES, 1) or tree.num_machines
     each = _whole(env, RANKS_PER_NODE, 1) or tree.num_processes // tree.num_machines
     ranks, engine = nodes * each, _engine(tree)

@@ -11,7 +11,7 @@ from mirl_dist.budget import GIB, OVERHEAD, Budget, Gpu, Passes, Size
 from mirl_dist.checkpoint import Checkpoints
 from mirl_dist.checks_disks import store_of
 from mirl_dist.config import Config
-from mirl_dist.data.order import Order, Shares, share_batch
+from mirl_dist.data.order import Order, Shares, ranks_in_words, share_batch
 from mirl_dist.data.shards import Shards
 from mirl_dist.faults import Fault
 from mirl_dist.launch_file import LaunchFile
@@ -97,7 +97,9 @@ def _measured(config: Config, said: LaunchFile) -> tuple[float, str] | None:
     if not stands.seconds or not stands.samples:
         return None
     world = tickets[-1].world if tickets else None
-    where = "measured in this run" + (f" on {world} ranks" if world not in (None, said.ranks) else "")
+    where = "measured in this run"
+    if world is not None and world != said.ranks:
+        where += f" on {ranks_in_words(world)}"
     return stands.samples / stands.seconds, where
 
 
@@ -109,10 +111,10 @@ def lines(plan: Plan) -> list[str]:
     config, said, shares = plan.config, plan.said, plan.shares
     nodes = "node" if said.nodes == 1 else "nodes"
     offload = ", offloaded to the host" if said.offload else ""
-    told = [_line("engine", f"{said.engine}{offload}: {said.nodes} {nodes} x {said.ranks_per_node} ranks")]
+    told = [_line("engine", f"{said.engine}{offload}: {said.nodes} {nodes} x {ranks_in_words(said.ranks_per_node)}")]
     if shares is not None:
         passes = "forward pass" if shares.accumulation == 1 else "forward passes"
-        share = f"{said.ranks} ranks x {shares.accumulation} {passes} x {shares.forward} samples"
+        share = f"{ranks_in_words(said.ranks)} x {shares.accumulation} {passes} x {shares.forward} samples"
         told.append(_line("batch", f"{config.batch.global_} = {share}"))
     told += _steps(plan)
     told += ["", f"{'memory of a rank':36}{'MiB':>10}"]
@@ -160,8 +162,11 @@ def _time(plan: Plan, steps: int) -> str:
     if plan.rate is None:
         return f"time {_UNKNOWN}"
     rate, where = plan.rate
-    minutes = steps * plan.config.batch.global_ / rate / 60
-    time = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min"
+    seconds = steps * plan.config.batch.global_ / rate
+    if seconds < 60:
+        time = f"{seconds:.0f} s" if seconds >= 1 else "less than 1 s"
+    else:
+        time = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
     return f"{time} at {rate:.4g} samples/s ({where})"
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mirl_dist import agent, launch_file, preparing, ranks
+from mirl_dist import agent, checks, launch_file, preparing, ranks
 from mirl_dist.config import Config
 from mirl_dist.data.crew import processes
 from mirl_dist.engines import needs
@@ -45,6 +45,8 @@ def choose(config: Config, how: str) -> tuple[LaunchFile, list[str]]:
     """
     if how == "auto":
         return _auto(config)
+    if not how.strip():
+        raise Fault("--launch: found an empty name. Give a file from launch/, or auto.")
     file = launch_file.read(Path(how))
     return file, file.options() if file.ranks > 1 or file.engine != "ddp" else []
 
@@ -68,6 +70,10 @@ def launch(
         needs.found(file.engine)
     except LookupError as error:
         raise Fault(f"{file.path}: {error}") from None
+    if file.nodes == 1:
+        for finding in checks.port(file):
+            if finding.kind == "FAULT":
+                raise Fault(f"{file.path}: main_process_port: {finding.text}")
     preparing.prepare(config, file.ranks, resume)
     arguments = [*options, "--max_restarts", str(config.ranks.restarts), "--monitor_interval", "0.1"]
     arguments += _meeting(config, file)

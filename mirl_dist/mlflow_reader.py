@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from mirl_dist.faults import Fault
-from mirl_dist.items import LONGEST_TAG, legal_name, masked, page, shown, usual_uri
+from mirl_dist.items import LONGEST_TAG, legal_name, masked, page, refuse_unclear, shown, usual_uri
 from mirl_dist.mlflow_store import database, experiment_id, import_quietly, told, troubles
 
 EXPERIMENT = "experiment:"
@@ -128,6 +128,7 @@ def log_report(
 @contextlib.contextmanager
 def _asking(address: str, *, makes: bool = False) -> Iterator[Any]:
     """A client; troubles with the store become Faults. makes: whether a SQLite store may be new."""
+    refuse_unclear(address)
     import_quietly(address)
     if address.startswith("sqlite") and not makes and not database(address).exists():
         raise Fault(

@@ -10,7 +10,7 @@ import torch
 from mirl_dist import evaluate, models, starting, tracking
 from mirl_dist.checkpoint import Checkpoints
 from mirl_dist.config import Config, differences, of_dump
-from mirl_dist.data.order import Order, Shares, share_batch
+from mirl_dist.data.order import Order, Shares, ranks_in_words, share_batch
 from mirl_dist.data.shards import Shards
 from mirl_dist.faults import Fault
 from mirl_dist.opening import store_of
@@ -143,7 +143,7 @@ def describe(config: Config, prepared: Prepared, world: int) -> str:
     samples = steps * config.batch.global_ * config.train.epochs
     o = config.optimiser
     return (
-        f"{world} ranks x {shares.accumulation} {passes} x {shares.forward} samples = global batch "
+        f"{ranks_in_words(world)} x {shares.accumulation} {passes} x {shares.forward} samples = global batch "
         f"{config.batch.global_}; {steps} steps per epoch, {config.train.epochs} epochs, "
         f"{samples:,} samples per round; {o.name}, learning rate {o.lr:g}, "
         f"warm-up {config.schedule.warmup_epochs:g} epochs, {config.train.precision}"

@@ -30,7 +30,7 @@ from mirl_dist.telling import listen, note, rank_here, warn
 _WAITING = 200
 """Lines that are kept until the run has a folder."""
 _EVERY_SECONDS = 5.0
-_CREDENTIALS = re.compile(r"(?<=://)[^\s/@]*@|(?<=\w)\?\S*=\S*")
+_CREDENTIALS = re.compile(r"(?<=://)\S*@|(?<=\w)\?\S*=\S*")
 _SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|PRIVATE|CREDENTIAL|(ACCESS|API)_?KEY", re.IGNORECASE)
 _LEAST_SECRET = 6  # characters; shorter values are words
 

@@ -86,7 +86,10 @@ class Sweep(Node):
             if not option.startswith("--")
         ]
         kind, address, _ = self.folder.partition("://")
-        if address and kind != "s3":
+        one = re.match(r"s3:/+(?=[^/])", self.folder)
+        if one and one[0] != "s3://" and not re.search("[@?#]", self.folder):
+            found.append(f"folder: found {self.folder}; write s3://{self.folder[one.end() :]}")
+        elif address and kind != "s3":
             found.append(f"folder: found {kind}://; runs are kept in folders and under s3://bucket/prefix")
         for place, said in [("set", self.set_), *((f"methods.{name}", said) for name, said in self.methods.items())]:
             keys = [key for key, _ in _flat(said)]
@@ -124,7 +127,7 @@ class Plan(NamedTuple):
 
 def read(path: Path, sets: Sequence[str] = ()) -> Plan:
     """A sweep and all its runs. Raises Fault with every complaint about the sweep, or about any of its runs."""
-    sweep = yaml_tree.read(Sweep, path, sets)
+    sweep = yaml_tree.read(Sweep, path, sets, "configs/sweeps/demo.yaml", "a sweep")
     return Plan(path.stem, sweep, expand(sweep, path.stem, str(path)), sweep.local(path.stem))
 
 

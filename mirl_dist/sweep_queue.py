@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
+from mirl_dist.faults import Fault
 from mirl_dist.stopping import RESUMABLE
 from mirl_dist.sweep_board import Board
 from mirl_dist.sweep_plan import Plan, Planned, arguments
@@ -43,8 +45,9 @@ class Queue:
 
     def work(self, lost: Callable[[], bool]) -> int | None:
         """Until all runs have ended. None, or the code of a sweep that was asked to stop: 75, or 130 where a second
-        Ctrl-C ended its runs at once. lost: whether another sweep has taken this one's place, which ends it alike."""
-        asked = False
+        Ctrl-C ended its runs at once. lost: whether another sweep has taken this one's place, which ends it alike.
+        Raises Fault, once the runs that it has started have ended, where the folder of the logs cannot be written."""
+        asked, fault = False, None
         with hearing() as signals:
             while self._waiting or self._slots:
                 self._gather(asked)
@@ -55,9 +58,15 @@ class Queue:
                     asked = True
                     self._ask(signal.Signals(signals[0]).name if signals else "another sweep works here")
                 if not asked:
-                    self._start()
+                    try:
+                        self._start()
+                    except Fault as found:
+                        asked, fault = True, found
+                        self._ask("a log cannot be written")
                 self._board.refresh({started.run.name for started in self._slots.values()})
                 time.sleep(_LOOK_SECONDS)
+        if fault is not None:
+            raise fault
         return RESUMABLE if asked else None
 
     def _start(self) -> None:
@@ -71,7 +80,7 @@ class Queue:
                 return
             self._waiting.remove(run)
             log = self._plan.log(run)
-            with open(log, "ab") as file:
+            with self._opened(log) as file:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "mirl_dist", *arguments(self._plan, run)],
                     stdin=subprocess.DEVNULL,
@@ -82,6 +91,15 @@ class Queue:
                 )
             self._slots[slot] = Started(run, process)
             self._board.put(run, "running", f"pid {process.pid}, log {log}")
+
+    def _opened(self, log: Path) -> BinaryIO:
+        try:
+            return open(log, "ab")
+        except OSError as error:
+            folder = self._plan.local
+            raise Fault(
+                f"folder: {log} cannot be written: {error.strerror}. Put {folder} right, or choose another place."
+            ) from None
 
     def _is_elsewhere(self, run: Planned) -> bool:
         """Whether another launch trains a run: its signs of life change while we watch."""

@@ -47,7 +47,8 @@ def run(plan: Plan, where: str, prepared: Callable[[], None]) -> int:
     try:
         counts = Counter(states.values())
         report.say(f"{_runs(len(plan.runs))}: {', '.join(f'{counts[s]} {s}' for s in _ORDER if counts[s])}")
-        if asked is None and "finished" in counts:
+        may = asked is None or (asked != INTERRUPTED and len(plan.runs) == counts["finished"])
+        if may and "finished" in counts:
             compare(plan, where, states)
     finally:
         for one in plan.runs:
@@ -60,7 +61,10 @@ def _train(
     plan: Plan, where: str, board: Board, environments: list[dict[str, str]], prepared: Callable[[], None]
 ) -> int | None:
     """Work off the queue as the only sweep of its folder: as `Queue.work`. Raises Fault where another one works."""
-    plan.local.mkdir(parents=True, exist_ok=True)
+    try:
+        plan.local.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Fault(f"folder: {plan.local} cannot be made: {error.strerror}. Choose another place.") from None
     config = plan.runs[0].config
     store = opening.store_of(config, plan.sweep.folder)
     lease = Lease(store, seconds=config.store.lease_seconds, news=dict, launch={"sweep": where})

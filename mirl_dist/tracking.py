@@ -218,8 +218,11 @@ class Mlflow:
 
 
 def refuse(uri: str | None) -> None:
-    """Raise Fault for an address that MLflow refuses, and when MLflow is not installed; no server is asked."""
-    import_quietly(usual_uri(uri))
+    """Raise Fault for an address that is unclear or that MLflow refuses, and when MLflow is not installed; no server is
+    asked."""
+    address = usual_uri(uri)
+    items.refuse_unclear(address)
+    import_quietly(address)
 
 
 def resend(
@@ -237,7 +240,7 @@ def resend(
     Raises Fault while the run lives, and a resumable one when nothing got through for 30 seconds.
     """
     address = usual_uri(uri)
-    import_quietly(address)
+    refuse(address)
     if not inherited and not journal.exists():
         say(f"nothing waits for {shown(address)}")
         return Waiting(0, 0, None)

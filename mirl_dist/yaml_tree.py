@@ -7,7 +7,7 @@ import re
 import typing
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -57,20 +57,51 @@ def _parse(text: str, where: str) -> Any:
         raise Fault(f"{where} is not valid YAML{place}: {problem}. Correct that place.") from None
 
 
-def load_file(path: Path) -> dict[str, Any]:
-    """The mapping a YAML file holds. Raises Fault for a missing, unreadable or malformed file."""
+def load_file(path: Path, example: str = "configs/demo.yaml") -> dict[str, Any]:
+    """The mapping a YAML file holds. Raises Fault for a missing, unreadable or malformed file.
+
+    example: a file that people may start from."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = sorted(str(p) for p in path.parent.glob("*.yaml"))[:6] if path.parent.is_dir() else []
-        offer = f"There are: {', '.join(near)}." if near else "Give the path of a YAML file."
-        raise Fault(f"no file at {path}. {offer}") from None
+        raise Fault(f"no file at {path}. {_near(path.parent)}") from None
+    except IsADirectoryError:
+        raise Fault(f"{path} is a folder, where a file is needed. {_near(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise Fault(f"cannot read {path}: {error}. Give a readable YAML file.") from None
     tree = _parse(text, str(path))
+    if tree is None:
+        raise Fault(f"{path} is empty. Start from {example}.")
     if not isinstance(tree, dict):
-        raise Fault(f"{path} holds {type(tree).__name__}, not keys with values. Start from configs/demo.yaml.")
+        kind = "a list" if isinstance(tree, list) else "one value"
+        raise Fault(f"{path} holds {kind}, not keys with values. Start from {example}.")
     return tree
+
+
+def _near(folder: Path) -> str:
+    found = sorted(str(p) for p in folder.glob("*.yaml"))[:6] if folder.is_dir() else []
+    return f"There are: {', '.join(found)}." if found else "Give the path of a YAML file."
+
+
+def refuse_other(tree: Mapping[str, Any], meant: str, where: str) -> None:
+    """Raise Fault for a file of another kind. meant: a key of _KINDS."""
+    if any(key in tree for key in _KINDS[meant].keys):
+        return
+    for name, kind in _KINDS.items():
+        if any(key in tree for key in kind.keys):
+            raise Fault(f"{where} is {name}, not {meant}; {_KINDS[meant].folder} has those.")
+
+
+class _Kind(NamedTuple):
+    keys: tuple[str, ...]
+    folder: str
+
+
+_KINDS = {
+    "the config of a run": _Kind(("model", "prune", "batch", "run"), "configs/"),
+    "a launch file": _Kind(("num_processes", "distributed_type"), "launch/"),
+    "a sweep": _Kind(("methods", "seeds"), "configs/sweeps/"),
+}
 
 
 def apply_set(tree: dict[str, Any], assignment: str) -> None:
@@ -119,8 +150,11 @@ def _described(cls: type[BaseModel], errors: Sequence[tuple[_Loc, Any]]) -> list
     said: dict[_Loc, str] = {}
     for loc, error in errors:
         inside = any(len(other) > len(loc) and other[: len(loc)] == loc for other, _ in errors)
-        if error["type"].endswith("_type") and inside:
-            continue
+        if inside and (error["type"].endswith("_type") or error["type"] == "too_short"):
+            continue  # too short: without what is wrong in it
+        beside = any(other == loc and e["type"] == "literal_error" for other, e in errors)
+        if beside and error["type"].startswith("bool") and isinstance(error["input"], str):
+            continue  # a word was meant
         text = _describe(cls, loc, error["type"], error["msg"], error["input"])
         first, other = said.get(loc, text), text.rpartition("; ")[2]
         said[loc] = first if other in first else f"{first}, or {other}"
@@ -137,7 +171,20 @@ def _describe(cls: type[BaseModel], loc: _Loc, kind: str, message: str, found: A
         return f"{key}: found an unknown key (value {found!r}); {offer}"
     if kind == "missing":
         return f"{key}: missing; give it a value"
-    return f"{key}: found {found!r}; {message[0].lower()}{message[1:]}"
+    if kind == "tuple_type":
+        return f"{key}: found {found!r}; write a list, as [0, 1]"
+    if kind in ("dict_type", "model_type") and found is None:
+        return f"{key}: found nothing; write {{}} for none"
+    return f"{key}: found {found!r}; {message[0].lower()}{message[1:]}{_nearest(kind, message, found)}"
+
+
+def _nearest(kind: str, message: str, found: Any) -> str:
+    """Which of the known words was meant, if it can be guessed."""
+    if kind != "literal_error" or not isinstance(found, str):
+        return ""
+    words = {word.lower(): word for word in re.findall(r"'([^']+)'", message)}
+    near = difflib.get_close_matches(found.lower(), words, n=1)
+    return f" (the nearest is {words[near[0]]!r})" if near else ""
 
 
 def _inside(part: Any, here: Any) -> bool:
@@ -173,9 +220,16 @@ def _without(tree: Any, loc: Sequence[Any]) -> None:
             outer.pop(name, None)
 
 
+def _speaks_of(contradiction: str, key: str) -> bool:
+    """Whether a contradiction names a key, or is of a section above it."""
+    section = contradiction.partition(":")[0]
+    return re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", contradiction) is not None or key.startswith(f"{section}.")
+
+
 def build(cls: type[Tree], tree: dict[str, Any], where: str) -> Tree:
     """Validate a raw tree; Fault lists every unknown key, wrong value and contradiction at once."""
     complaints: list[str] = []
+    failed: list[str] = []
     checked: Tree | None = None
     try:
         checked = cls.model_validate(tree)
@@ -183,6 +237,7 @@ def build(cls: type[Tree], tree: dict[str, Any], where: str) -> Tree:
         rest = yaml.safe_load(yaml.safe_dump(tree))
         errors = [(_place(tree, e["loc"], e["type"]), e) for e in error.errors(include_url=False)]
         complaints = _described(cls, errors)
+        failed = [".".join(part for part in loc if isinstance(part, str)) for loc, _ in errors]
         for loc, _ in errors:
             _without(rest, loc)
         try:  # the faulty keys at their defaults: do the others fit together?
@@ -190,16 +245,20 @@ def build(cls: type[Tree], tree: dict[str, Any], where: str) -> Tree:
         except ValidationError:
             checked = None
     if checked is not None:
-        complaints += checked.contradictions()
+        complaints += [text for text in checked.contradictions() if not any(_speaks_of(text, key) for key in failed)]
     if complaints or checked is None:
         count = f"{len(complaints)} faults" if len(complaints) > 1 else "a fault"
         raise Fault(f"{count} in {where}:\n" + "\n".join(f"  {c}" for c in complaints))
     return checked
 
 
-def read(cls: type[Tree], path: Path, sets: Sequence[str] = ()) -> Tree:
-    """Defaults, then the file, then the `--set` assignments in order: the only three merges."""
-    tree = load_file(path)
+def read(cls: type[Tree], path: Path, sets: Sequence[str], example: str, kind: str | None = None) -> Tree:
+    """Defaults, then the file, then the `--set` assignments in order: the only three merges.
+
+    example, kind: as for `load_file` and `refuse_other`; None is a kind that no other is taken for."""
+    tree = load_file(path, example)
+    if kind is not None:
+        refuse_other(tree, kind, str(path))
     for assignment in sets:
         apply_set(tree, assignment)
     return build(cls, tree, str(path))

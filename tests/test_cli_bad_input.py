@@ -346,3 +346,11 @@ def test_files_that_are_no_checkpoints_are_refused_and_code_in_them_is_not_run(l
         assert ended.err.count("\n") == 1
     assert not mark.exists()
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_tracking_address_with_an_unescaped_password_is_refused_without_it(lab: Any, tmp_path: Path) -> None:
+    address = {"MLFLOW_TRACKING_URI": "http://bob:hunt/er2secret@127.0.0.1:9"}
+    ended = lab.start(*lab.train(tmp_path, {"tracking.enabled": True}), cwd=tmp_path, env=address).wait()
+    assert_refused(ended, "MLFLOW_TRACKING_URI", "Write a / in a password as %2F")
+    assert "hunt" not in ended.said() and "er2" not in ended.said()
+    assert not (tmp_path / "run").exists()

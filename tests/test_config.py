@@ -277,8 +277,8 @@ def test_a_set_that_means_nothing_is_refused(tmp_path: Path, assignment: str, co
         ("run:\n  seed: 1\n  folder: a\n  seed: 2\n", "line 4, column 3: the key 'seed' stands here twice"),
         ("run: {seed: 1\n", "is not valid YAML at line 2"),
         ("? [a, b]\n: 1\n", "is not valid YAML at line 1, column 3"),
-        ("- 1\n", "holds list, not keys with values"),
-        ("", "holds NoneType, not keys with values"),
+        ("- 1\n", "holds a list, not keys with values. Start from configs/demo.yaml."),
+        ("", "is empty. Start from configs/demo.yaml."),
         ("run: !!python/object/apply:os.system ['true']\n", "is not valid YAML at line 1"),
     ],
 )

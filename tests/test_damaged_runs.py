@@ -105,7 +105,7 @@ def test_skipping_runs_that_are_killed_and_resumed_or_run_alone_have_the_same_ti
     # One rank in two passes adds the same two halves of a batch that two ranks add: every bit is the same.
     (tmp_path / "alone").mkdir()
     ended = lab.play(tmp_path / "alone", sets | {"batch.forward": 2}, world=1)
-    assert ended.rc == 0 and "1 ranks x 2 passes x 2 samples" in ended.out, ended.said()
+    assert ended.rc == 0 and "1 rank x 2 passes x 2 samples" in ended.out, ended.said()
     assert lab.digests(tmp_path / "alone/run") == lab.digests(skipping / "run")
 
 

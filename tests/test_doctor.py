@@ -19,8 +19,9 @@ import pytest
 import torch
 from ceph_server import MISSING, CephServer
 
-from mirl_dist import budget, checks, checks_disks, doctor, launch_plan, launching, opening, ranks
+from mirl_dist import budget, checks, checks_disks, checks_places, doctor, launch_plan, launching, opening, ranks
 from mirl_dist import config as configs
+from mirl_dist.faults import Fault
 from mirl_dist.launch_file import LaunchFile
 from mirl_dist.storage import Options, Store, open_store
 
@@ -96,7 +97,7 @@ def test_a_plan_for_many_worlds_reads_the_shards_once(
     assert opened.count(str(lab.shards)) == 1
     said = capsys.readouterr().out
     assert re.search(r"^data\.cache +cache, \d+\.\d GB free$", said, re.MULTILINE) and not (tmp_path / "cache").exists()
-    assert "1 ranks x 3 passes x 4 samples = global batch 12" in said
+    assert "1 rank x 3 passes x 4 samples = global batch 12" in said
     assert "2 ranks: batch.forward: 4 samples per pass do not divide the 6" in said
     assert "4 ranks x 1 pass x 3 samples = global batch 12" in said and "64 ranks: batch.global" in said
 
@@ -158,7 +159,7 @@ def test_a_sound_setup_is_told_with_its_plan_in_100_columns_and_leaves_nothing(l
     assert max(map(len, plan.splitlines())) <= 100
     assert "2 ranks x 1 forward pass x 2 samples" in plan and "3 steps, 12 samples" in plan
     assert "A40, 44.3 GiB: fits; largest batch.forward that fits: 2" in plan
-    assert "2 epochs, 6 steps; 0.2 min at 2 samples/s (--rate)" in plan
+    assert "2 epochs, 6 steps; 12 s at 2 samples/s (--rate)" in plan
     assert everything(here) == before
 
 
@@ -202,6 +203,34 @@ def test_a_port_that_is_in_use_is_a_fault_on_node_0_alone(lab: Any, here: Path) 
     silent = judged(lab, here, launch_of(here, **two, machine_rank=1))[0]
     assert len(silent) == 1 and silent[0].startswith(f"warning  port         127.0.0.1:{port} does not answer")
     assert judged(lab, here, launch_of(here, **two))[0] == []
+
+
+def test_a_launch_on_a_port_that_is_in_use_is_refused_as_the_doctor_says(lab: Any, here: Path) -> None:
+    config = configs.read(lab.config(here), [*QUIET])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        file, options = launching.choose(config, str(launch_of(here, main_process_port=port)))
+        with pytest.raises(Fault, match=f"main_process_port: {port} is in use on this machine; give another .*0: any"):
+            launching.launch(config, file, options, ["train"], [], "auto", lambda: pytest.fail("it goes on"))
+    for name in ("", " "):
+        with pytest.raises(Fault, match="--launch: found an empty name. Give a file from launch/, or auto"):
+            launching.choose(config, name)
+
+
+def test_the_memory_of_a_container_is_what_its_groups_leave(tmp_path: Path) -> None:
+    groups, root = tmp_path / "cgroup", tmp_path / "fs"
+    for place, limit in (("", "max"), ("pod", "5000"), ("pod/one", "max"), ("other", "1")):
+        (root / place).mkdir(parents=True, exist_ok=True)
+        (root / place / "memory.max").write_text(f"{limit}\n")
+    groups.write_text("0::/pod/one/not-seen-here\n")
+    assert checks.memory_limits(groups, root) == [5000]
+    (root / "memory/job").mkdir(parents=True)
+    (root / "memory/job/memory.limit_in_bytes").write_text("3000\n")
+    groups.write_text("9:cpu,memory:/job/step\n3:cpuset:/other\n1:name=systemd:/other\n0::/\n")
+    assert checks.memory_limits(groups, root) == [3000]
+    assert checks.memory_limits(tmp_path / "none", root) == []
 
 
 def test_an_address_that_has_no_host_is_a_fault(lab: Any, here: Path) -> None:
@@ -342,6 +371,12 @@ def test_a_tracking_server_that_is_away_is_a_fault_which_shows_no_password(
         (line,) = judged(lab, here, TWO, "tracking.enabled=true")[0]
     assert line.startswith(f"FAULT    MLflow       http://{away}: ") and "Connection refused" in line
     assert "swordfish" not in line and "Check the server" in line
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:hunt/er2secret@{away}")
+    (line,) = judged(lab, here, TWO, "tracking.enabled=true")[0]
+    assert "hunt" not in line and "secret" not in line and "Write a / in a password as %2F" in line
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:99999")
+    (line,) = judged(lab, here, TWO, "tracking.enabled=true")[0]
+    assert "found the port 99999, which is out of range" in line and "s3://" not in line
     monkeypatch.setenv("MLFLOW_TRACKING_URI", late)
     assert judged(lab, here, TWO, "tracking.enabled=true")[0] == []
     assert os.environ.get("MLFLOW_TRACKING_URI") == late
@@ -359,6 +394,11 @@ def test_a_run_of_another_config_in_the_folder_is_a_fault(lab: Any, here: Path, 
     before = everything(reference)
     found, plan = judged(lab, here, TWO, f"run.folder={reference}")
     assert found == [] and plan["seconds_per_round"] > 0, "the rate that the run itself measured"
+    config = configs.read(lab.config(here), [*QUIET, f"run.folder={reference}"])
+    (over,) = checks_places.the_run(config, None)
+    assert over.text.startswith("finished: newest commit ")
+    more = config.model_copy(update={"prune": config.prune.model_copy(update={"rounds": 9})})
+    assert [found.text.partition(":")[0] for found in checks_places.the_run(more, None)] == ["goes on"]
     (line,) = judged(lab, here, TWO, f"run.folder={reference}", "optimiser.lr=0.5")[0]
     assert line.startswith(f"FAULT    run          {reference} belongs to another config")
     assert everything(reference).keys() == before.keys()

@@ -171,3 +171,35 @@ def test_accelerate_is_told_all_that_it_would_take_from_elsewhere(tmp_path: Path
     assert (said["--num_processes"], said["--num_machines"], said["--machine_rank"]) == ("8", "2", "1")
     assert (said["--main_process_ip"], said["--main_process_port"]) == ("10.0.0.1", "29500")
     assert read(written(tmp_path, TWO), {}).options()[-2:] == ["--main_process_port", "0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "launch.yaml is empty. Start from launch/cpu_two.yaml."),
+        ("[1]", "launch.yaml holds a list, not keys with values. Start from launch/cpu_two.yaml."),
+        ("prune: {rounds: 1}", "launch.yaml is the config of a run, not a launch file; launch/ has those."),
+        ("seeds: [1]", "launch.yaml is a sweep, not a launch file; launch/ has those."),
+    ],
+)
+def test_a_file_of_another_kind_is_told_as_what_it_is(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "launch.yaml"
+    path.write_text(text)
+    with pytest.raises(Fault) as fault:
+        read(path, {})
+    assert str(fault.value) == f"{tmp_path}/{said}"
+
+
+def test_a_folder_is_refused_with_the_files_in_it(tmp_path: Path) -> None:
+    path = written(tmp_path, TWO)
+    with pytest.raises(Fault) as fault:
+        read(tmp_path, {})
+    assert str(fault.value) == f"{tmp_path} is a folder, where a file is needed. There are: {path}."
+
+
+def test_a_word_that_is_almost_right_is_one_fault_with_the_right_one(tmp_path: Path) -> None:
+    with pytest.raises(Fault, match=r"(?s)^a fault in .*the nearest is 'MULTI_GPU'") as fault:
+        read(written(tmp_path, TWO | {"distributed_type": "multi_gpu", "fsdp_config": {"fsdp_version": 2}}), {})
+    assert "boolean" not in str(fault.value)
+    with pytest.raises(Fault, match="^a fault in .*\\n  deepspeed_config.zero_stage: found 4"):
+        read(written(tmp_path, ZERO | {"deepspeed_config": {"zero_stage": 4}}), {})

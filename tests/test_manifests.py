@@ -194,6 +194,11 @@ def test_a_mistake_ends_the_job_and_a_preemption_costs_it_nothing() -> None:
     assert job["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
 
 
+def test_what_no_count_ends_is_ended_by_a_deadline_far_away() -> None:
+    for spec in (kind("Job")["spec"], kind("PyTorchJob")["spec"]["runPolicy"]):
+        assert spec["activeDeadlineSeconds"] >= 7 * 24 * 3600
+
+
 def test_who_is_asked_to_stop_is_left_the_time_that_its_config_says() -> None:
     for where, pod in workers().items():
         config = check_command(words(pod["containers"][0]))
@@ -233,6 +238,8 @@ def node_script(tmp_path: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SEEN": str(tmp_path / "seen"), **plain(container)}
     env |= {"MASTER_ADDR": "mirl-master-0", "MASTER_PORT": "23456", "RANK": "1", "WORLD_SIZE": "2"}
     env |= {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "auto"}
+    env |= {"PET_MASTER_ADDR": "mirl-master-0", "PET_MASTER_PORT": "23456"}
+    env |= {"PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": "mirl-master-0:23456"}
     yield [*container["command"], *container["args"]], env
 
 
@@ -300,6 +307,8 @@ def test_the_image_starts_the_command_itself_as_nobody_special() -> None:
     text = DOCKERFILES[0].read_text()
     assert 'ENTRYPOINT ["mirl-dist"]' in text
     assert '\nmirl-dist = "mirl_dist.cli:main"' in (ROOT / "pyproject.toml").read_text()
+    services = parts(COMPOSE)[0]["services"]
+    assert not any("init" in service for service in services.values()), "the health check looks at process 1"
     for target in ("cpu", "cuda"):
         stage = text.partition(f"AS {target}\n")[2].partition("\nFROM")[0]
         assert stage.strip().endswith("USER 1000:1000")

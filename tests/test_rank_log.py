@@ -110,6 +110,8 @@ def test_no_secret_reaches_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     log.close()
     (line,) = lines(log.path)
     assert line["text"] == "at https://***host/x*** of *** with ***"
+    log.hear("error", "http://bob:hunt/er2secret@127.0.0.1:9 is away", {})
+    assert lines(log.path)[-1]["text"] == "http://***127.0.0.1:9 is away"
 
 
 def test_a_refused_launch_leaves_no_log_and_a_failed_one_does(tmp_path: Path) -> None:

@@ -242,3 +242,26 @@ def test_every_committed_sweep_can_be_expanded(file: Path, monkeypatch: pytest.M
     monkeypatch.chdir(ROOT)
     plan = plans.read(file)
     assert plan.runs and file.read_text().startswith("# ")
+
+
+def test_what_is_no_list_or_no_mapping_is_told_once_and_how_to_write_it(swept: Any) -> None:
+    assert refused(swept, "seeds: found 3; write a list, as [0, 1]", seeds=3).startswith("a fault in ")
+    assert refused(swept, "seeds.0: found -1; ", seeds=[-1]).startswith("a fault in ")
+    nothing = refused(swept, "methods.dense: found nothing; write {} for none", methods={"dense": None, "b": {}})
+    assert nothing.startswith("a fault in ")
+    refused(swept, "folder: found s3:/b/x; write s3://b/x", folder="s3:/b/x")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", " is empty. Start from configs/sweeps/demo.yaml."),
+        ("model: {}", " is the config of a run, not a sweep; configs/sweeps/ has those."),
+        ("num_processes: 2", " is a launch file, not a sweep; configs/sweeps/ has those."),
+    ],
+)
+def test_a_file_of_another_kind_is_no_sweep(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(Fault) as caught:
+        plans.read(tmp_path / "a.yaml")
+    assert str(caught.value) == f"{tmp_path}/a.yaml{said}"

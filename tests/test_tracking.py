@@ -17,7 +17,7 @@ from faulty_proxy import FaultyProxy
 from mlflow_lives import picture
 from mlflow_server import MlflowServer, client, curve, runs_of
 
-from mirl_dist import outbox, sender, tracking
+from mirl_dist import items, outbox, sender, tracking
 from mirl_dist.faults import Fault
 from mirl_dist.tracking import Mlflow, Silent, Tracker, waiting
 
@@ -688,3 +688,46 @@ def test_a_fault_between_rounds_leaves_the_finished_round_finished(uri: str, beg
     tracker.end_run("FAILED")
     assert client(uri).get_run(ids["round/00"]).info.status == "FINISHED"
     assert client(uri).get_run(ids["run"]).info.status == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("address", "clean"),
+    [
+        ("http://bob:hunt/er2secret@127.0.0.1:9", "http://127.0.0.1:9"),
+        ("http://hunt/er2secret@127.0.0.1:9/base", "http://127.0.0.1:9/base"),
+        ("http://bob:hunt@er2/secret@host/base?key=hunt", "http://host/base"),
+        ("https://bob:/hunt?er2secret@host", "https://***"),
+        ("postgresql://bob:hunt/er2#secret@host/db", "postgresql://***"),
+        ("postgresql://bob:hunt/er2secret@host/db", "postgresql://bob@host/db"),
+    ],
+)
+def test_a_password_with_a_slash_is_refused_and_never_shown(
+    address: str, clean: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert items.shown(address) == clean
+    assert items.masked(f"{address} is away", address) == f"{clean.replace('bob@', '***@')} is away"
+    other = items.masked(f"see {address}", "sqlite:///mlflow.db")
+    assert "hunt" not in other.partition("?key")[0] and "er2" not in other
+    with pytest.raises(Fault, match="Write a / in a password as %2F") as fault:
+        tracking.refuse(None)
+    assert not re.search("bob|hunt|er2", str(fault.value))
+
+
+def test_addresses_whose_parts_are_clear_stay_as_they_are() -> None:
+    for address in (
+        "sqlite:////home/me@work/mlflow.db",
+        "http://host:5000/base",
+        "postgresql://bob@host/db",
+        "databricks",
+        "http://[::1]:5000",
+    ):
+        items.refuse_unclear(address)
+        assert items.shown(address) == address
+    items.refuse_unclear("http://bob:hunt%2Fer2@host")
+    items.refuse_unclear("mssql://host/db?user=me@server")
+    for address in ("http://host:99999", "postgresql://bob@host:65536/db"):
+        with pytest.raises(Fault, match=r"found the port \d+, which is out of range"):
+            items.refuse_unclear(address)
+    with pytest.raises(Fault, match="found no host and port in the tracking URI"):
+        items.refuse_unclear("http://[::1:5000")

@@ -52,6 +52,11 @@ class Shares(NamedTuple):
     forward: int
 
 
+def ranks_in_words(count: int) -> str:
+    """'1 rank', '2 ranks'."""
+    return f"{count} rank{'' if count == 1 else 's'}"
+
+
 def share_batch(global_batch: int, forward: int | None, world: int) -> Shares:
     """The share of each rank. Raises Fault, with the numbers that work, when the batch cannot be shared evenly."""
     if global_batch % world:

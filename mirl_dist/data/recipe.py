@@ -150,7 +150,7 @@ class Recipe(Node):
 
 def read(path: Path, sets: Sequence[str] = ()) -> Recipe:
     """Read a recipe. Raises Fault that lists every unknown key, wrong value and contradiction."""
-    return yaml_tree.read(Recipe, path, sets)
+    return yaml_tree.read(Recipe, path, sets, "shards/demo.yaml")
 
 
 def expand(folder: str) -> Path:

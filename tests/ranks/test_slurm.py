@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from slurm_cluster import MISSING, Job, SlurmCluster, free_ports
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = sorted((ROOT / "launch" / "slurm").glob("*.sbatch"))
+Batch = tuple[list[str], dict[str, str]]
 SETS = {"train.epochs": 6, "prune.rounds": 1}
 """18 steps a round: enough for a request that comes in the middle of one."""
 
@@ -79,6 +82,7 @@ def test_a_job_on_two_nodes_makes_way_for_a_more_urgent_one_and_ends_in_the_same
     lab: Any, slurm: SlurmCluster, undisturbed: list[str], tmp_path: Path
 ) -> None:
     meeting = {"MIRL_MASTER_ADDR": "127.0.0.1", "MIRL_MASTER_PORT": str(free_ports(1)[0]), "MIRL_RANKS_PER_NODE": "1"}
+    meeting["MIRL_REQUEUES"] = "0"  # which is for stops that nobody asks for
     files = (str(ROOT / "launch/slurm/nodes.sbatch"), str(lab.config(tmp_path)), str(ROOT / "launch/nodes_static.yaml"))
     job = slurm.submit(
         "--nodes=2", "--exclusive", *files, *assignments(SETS), cwd=tmp_path, env=environment(lab, meeting)
@@ -93,6 +97,7 @@ def test_a_job_on_two_nodes_makes_way_for_a_more_urgent_one_and_ends_in_the_same
     said = finished_after_a_requeue(job)
     assert "2 ranks x " in said and "resuming: round " in said
     assert lab.digests(tmp_path / "run") == undisturbed
+    assert job.field("PreemptTime") == "None", "the next stop that nobody asks for is told from this one"
 
 
 def test_a_users_mistake_ends_a_job_for_good_and_its_last_words_say_what_it_was(
@@ -155,6 +160,72 @@ def test_every_file_is_sound_bash_and_begins_with_what_it_is_for(file: Path) -> 
     subprocess.run(["bash", "-n", file], check=True, timeout=60)
     lines = file.read_text().splitlines()
     assert lines[0] == "#!/usr/bin/env bash" and f"launch/slurm/{file.name} " in "".join(lines[1:5])
+
+
+@pytest.fixture(params=FILES, ids=lambda file: file.stem)
+def batch(request: Any, tmp_path: Path) -> Batch:
+    """A batch file as SLURM would call it, with stand-ins for SLURM's commands: srun ends as CODE says, or waits to be
+    asked, and writes its environment to `seen`; scontrol writes what it is asked to `told`."""
+    stand_ins = {
+        "srun": 'env >seen\n[ -z "$WAITS" ] || { trap "exit $CODE" TERM; while :; do sleep 0.05; done; }\nexit $CODE',
+        "scancel": 'kill -TERM "$(cat pid)"',
+        "squeue": "echo RUNNING",
+        "scontrol": 'case "$*" in show*names*) echo n1 ;; show*) echo " PreemptTime=$PREEMPTED " ;;\n'
+        '*) echo "$@" >>told ;; esac',
+    }
+    for name, text in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{'echo $$ >pid' if name == 'srun' else ''}\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "runs.txt").write_text("true\n")
+    arguments = ["runs.txt"] if request.param.stem == "array" else ["config", "launch"]
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "CODE": "75"}
+    env |= {"SLURM_JOB_NUM_NODES": "1", "PREEMPTED": "None", "WAITS": ""}
+    env |= {"SLURM_ARRAY_TASK_ID": "1"} if request.param.stem == "array" else {}
+    return ["bash", str(request.param), *arguments], env
+
+
+def test_a_run_that_stops_early_unasked_is_requeued_so_many_times_and_then_left(batch: Batch, tmp_path: Path) -> None:
+    command, env = batch
+
+    def play(**more: str) -> tuple[bool, str]:
+        (tmp_path / "told").unlink(missing_ok=True)
+        ended = subprocess.run(command, cwd=tmp_path, env=env | more, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 75, ended.stderr
+        return (tmp_path / "told").exists(), ended.stderr
+
+    assert play() == play(SLURM_RESTART_COUNT="9") == play(SLURM_RESTART_COUNT="10", MIRL_REQUEUES="11") == (True, "")
+    for more in ({"SLURM_RESTART_COUNT": "10"}, {"MIRL_REQUEUES": "0"}):
+        again, said = play(**more)
+        assert not again and said.startswith("Stopped early, unasked, after ") and said.count("\n") == 1, said
+    assert play(SLURM_RESTART_COUNT="10", PREEMPTED="2026-01-02T03:04:05") == (True, "")
+
+
+def test_a_script_that_is_asked_to_stop_is_requeued_however_often_it_was(batch: Batch, tmp_path: Path) -> None:
+    command, env = batch
+    with subprocess.Popen(command, cwd=tmp_path, env=env | {"WAITS": "yes", "SLURM_RESTART_COUNT": "99"}) as script:
+        try:
+            while not (tmp_path / "seen").exists():
+                assert script.poll() is None
+                time.sleep(0.02)
+            time.sleep(0.2)
+            script.send_signal(signal.SIGTERM)
+            assert script.wait(20) == 75
+        finally:
+            script.kill()
+    assert (tmp_path / "told").read_text().startswith("requeue ")
+
+
+def test_a_file_of_secrets_may_hold_what_bash_frowns_on_and_none_of_it_is_printed(batch: Batch, tmp_path: Path) -> None:
+    command, env = batch
+    (tmp_path / "keys").write_text("ONE=pa$sword\nfalse\nTWO='it is $that'\n")
+    (tmp_path / "keys").chmod(0o600)
+    env |= {"CODE": "0", "MIRL_ENV": "keys"}
+    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert {"ONE=pa", "TWO=it is $that"} <= set((tmp_path / "seen").read_text().splitlines())
+    (tmp_path / "keys").write_text("ONE=pa(ssword\n")
+    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (2, "MIRL_ENV: keys is no sound bash. Quote values: '...'\n")
 
 
 def test_all_files_end_alike() -> None:

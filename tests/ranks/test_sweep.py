@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 
 from mirl_dist.lease import Lease
@@ -163,6 +164,39 @@ def test_a_mistake_in_one_method_starts_nothing(lab: Any, tmp_path: Path) -> Non
     assert "snow-seed0, snow-seed1: data.mix: the shards hold no training samples for desnow" in ended.err, ended.said()
     assert "late-seed0, late-seed1: rewind.step: found 500, but a round has 12 steps" in ended.err, ended.said()
     assert files(tmp_path) == before
+
+
+def test_a_sweep_that_is_asked_to_stop_when_all_have_finished_compares_them(lab: Any, tmp_path: Path) -> None:
+    write(lab, tmp_path, seeds=[0], methods={"mirl": {}}, set={"prune.rounds": 1})
+    started = sweep(lab, tmp_path)
+    run = psutil.Process(pid_of(started, "mirl-seed0"))
+    os.kill(started.pids[0], signal.SIGSTOP)  # it is to find the end of its run and the request together
+    started.until(lambda: run.status() == psutil.STATUS_ZOMBIE)
+    os.kill(started.pids[0], signal.SIGTERM)
+    os.kill(started.pids[0], signal.SIGCONT)
+    ended = started.wait()
+    assert ended.codes == (0,) and "asked to stop" in ended.err, ended.said()
+    assert compared(tmp_path) == {"mirl-seed0"}
+
+
+def test_a_folder_that_cannot_be_made_is_named_and_nothing_is_started(lab: Any, tmp_path: Path) -> None:
+    write(lab, tmp_path)
+    ended = sweep(lab, tmp_path, "--set", "folder=/proc/none").wait()
+    assert ended.codes == (2,) and "Traceback" not in ended.err, ended.said()
+    assert re.search("folder: (found )?/proc", ended.err) and ": running" not in ended.out, ended.said()
+
+
+def test_a_log_that_cannot_be_written_is_named_once_the_other_runs_have_stopped(lab: Any, tmp_path: Path) -> None:
+    write(lab, tmp_path, seeds=[0], slots=2)
+    (tmp_path / "runs/random-seed0.log").mkdir(parents=True)
+    started = sweep(lab, tmp_path)
+    pid = pid_of(started, "mirl-seed0")
+    ended = started.wait()
+    assert ended.codes == (2,) and "Traceback" not in ended.err, ended.said()
+    assert "mirl-seed0 asked to stop" in ended.err and "mirl-seed0: stopped" in ended.out, ended.said()
+    assert "folder: runs/random-seed0.log cannot be written: Is a directory" in ended.err, ended.said()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_a_second_interrupt_ends_the_runs_at_once(lab: Any, tmp_path: Path) -> None:
