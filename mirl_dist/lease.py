@@ -220,7 +220,7 @@ class _Watch:
     def _refused(self, found: Holder, life: str) -> str:
         ran = "" if found.running_seconds is None else f"it has been running for {_age(found.running_seconds)}, and "
         text = f"{self._store.where()} is held by another launch ({found}), which is alive: {ran}{life}."
-        return f"{text} Wait for it, stop it, or choose another run.folder (of a sweep: folder)."
+        return f"{text} Wait for it, stop it, or choose another run.folder."
 
 
 def _age(seconds: float) -> str:

@@ -308,6 +308,7 @@ class TestRealProcesses:
         newest = holder(store)
         assert newest is not None and (newest.generation, newest.pid, newest.ended) == (2, os.getpid(), None)
         assert released_name(1) not in lease_names(store)
+        until(lambda: store.exists(beat_name(2)))
         assert json.loads(store.get(beat_name(2)))["news"] == {}, "its own beats"
         assert lines[-1].endswith("going on in its place")
 
