@@ -351,3 +351,13 @@ def test_patches_larger_than_the_smallest_image_are_refused(built: Path) -> None
     shards.refuse_larger_patches(WIDTH)
     with pytest.raises(Fault, match=rf"^data\.patch_pixels: found 49, but an image in train-.* has a side of {WIDTH} "):
         shards.refuse_larger_patches(WIDTH + 1)
+
+
+def test_a_folder_for_temporary_files_with_too_long_a_path_is_a_fault_that_names_it(lab: Any, tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    arguments = lab.train(tmp_path, {"data.workers": 1})
+    ended = lab.cold("python", "-m", "mirl_dist", *arguments, cwd=tmp_path, env={"TMPDIR": str(long)}).wait()
+    assert ended.rc == 2, ended.said()
+    assert f"found {long} as the folder for temporary files" in ended.err and "Traceback" not in ended.err
+    assert "Set TMPDIR to a folder with a short path, or data.workers=0." in ended.err

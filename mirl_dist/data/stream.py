@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -126,7 +127,7 @@ class Stream:
         if context is not None:
             context.set_forkserver_preload([__name__])  # imported once, not by every worker of every round
             with _signals_ignored():  # a stop signal goes to the whole group: the fork server must outlive it
-                forkserver.ensure_running()
+                _start_fork_server()
         with closing(window):
             loader: DataLoader[Any] = DataLoader(
                 self._patches,
@@ -241,6 +242,16 @@ def _worker_begins(_: int) -> None:
     """In a group of its own: a launcher stops a rank's whole group, and the rank needs its batches up to the commit."""
     os.setpgrp()
     end_with_parent()
+
+
+def _start_fork_server() -> None:
+    try:
+        forkserver.ensure_running()
+    except OSError as error:  # its socket's path holds 107 bytes at most
+        raise Fault(
+            f"found {tempfile.gettempdir()} as the folder for temporary files, where loader processes cannot be "
+            f"started ({error}). Set TMPDIR to a folder with a short path, or data.workers=0."
+        ) from None
 
 
 @contextmanager
