@@ -64,7 +64,7 @@ class Zero:
         meet: Meet,
         half: bool,
     ) -> None:
-        self._stage, self._meet, self._rank = _STAGES[asked.name], meet, rank
+        self._stage, self._meet = _STAGES[asked.name], meet
         shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
         optimiser = make_optimiser(dict(network.named_parameters()))
         with meet.meeting("sharding of the network"):
