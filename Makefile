@@ -35,8 +35,8 @@ check: install
 
 # Tests with ranks of their own start many processes: a file of them at a time in each of two.
 test: check
-	pytest --numprocesses 2 tests --ignore tests/ranks
-	pytest --numprocesses 2 --dist loadfile tests/ranks
+	pytest --numprocesses 2 tests --ignore tests/multiprocess
+	pytest --numprocesses 2 --dist loadfile tests/multiprocess
 
 report: install
 	python benchmarks/five_methods.py

@@ -51,9 +51,10 @@ from chaos_run import (
     watched,
 )
 from chaos_world import Launch, Service, durable, environment, kill, marked, s3_server, write_json
-from conftest import TINY, recipe_of, write_photographs
-from mlflow_server import MlflowServer
-from s3_server import S3Server
+
+from tests.services.lab import TINY, recipe_of, write_photographs
+from tests.services.mlflow_server import MlflowServer
+from tests.services.s3_server import S3Server
 
 DECK = {RANK: 6, ALL: 3, LAUNCHER: 4, S3: 2, S3_WHOLE: 2, MLFLOW: 2}
 STEPS_PER_KILL, QUIET_STEPS, EPOCH = 8, 60, 12

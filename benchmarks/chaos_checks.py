@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from chaos_world import At, alive, marked
 
-from mirl_dist import ticket, tracking
+from mirl_dist.observability.mlflow import tracker
+from mirl_dist.training import ticket
 
 FINISHED = 1 << 60
 """The step of a commit that ends its round."""
@@ -277,7 +278,7 @@ def leftovers(ended: Ended) -> Iterator[Check]:
     yield Check("(d) lease", f"generation {newest[6:14]} released: {why}", why == "finished")
     pending = ended.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
     yield Check("(d) uploads in parts", f"{len(pending)} pending", not pending)
-    waits = tracking.waiting(ended.journal)
+    waits = tracker.waiting(ended.journal)
     yield Check(
         "(d) journal", f"{waits.points} points and {waits.records} records wait", not (waits.points or waits.records)
     )
@@ -285,5 +286,5 @@ def leftovers(ended: Ended) -> Iterator[Check]:
 
 def waits(journal: Path) -> bool:
     """Whether MLflow has not heard all."""
-    found = tracking.waiting(journal)
+    found = tracker.waiting(journal)
     return bool(found.points or found.records)

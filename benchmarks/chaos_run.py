@@ -18,7 +18,7 @@ import psutil
 from chaos_checks import FINISHED, Check, Commits, told
 from chaos_world import At, Launch, Service, alive, family, kill
 
-from mirl_dist import footprint
+from mirl_dist.training import crash_loop
 
 RANK, ALL, LAUNCHER = "one rank", "all ranks", "the launcher"
 S3, S3_WHOLE, MLFLOW = "the S3 server", "S3 with its storage", "the MLflow server"
@@ -41,9 +41,9 @@ class Steps:
         records = []
         for path in self._folder.glob("*"):
             with contextlib.suppress(FileNotFoundError):  # a life that ends well removes it
-                records += [footprint._newest(data)] if (data := path.read_bytes()) else []
+                records += [crash_loop._newest(data)] if (data := path.read_bytes()) else []
         newest = max(records, default=None)
-        inside = newest is not None and newest.where == footprint._INSIDE
+        inside = newest is not None and newest.where == crash_loop._INSIDE
         return At(newest.round_, newest.updates) if newest is not None and inside else None
 
 

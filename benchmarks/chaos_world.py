@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ceph_server import CephServer
-from faulty_proxy import SLOW_DOWN, FaultyProxy, answer
-from s3_server import S3Server
+from tests.services.ceph_server import CephServer
+from tests.services.faulty_proxy import SLOW_DOWN, FaultyProxy, answer
+from tests.services.s3_server import S3Server
 
 _MARK = "MIRL_CHAOS"
 

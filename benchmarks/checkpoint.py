@@ -28,17 +28,16 @@ from typing import Any
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ceph_server import CephServer
-from s3_server import S3Server
-
-from mirl_dist.checkpoint import Checkpoints
-from mirl_dist.engines.replicas import Replicas
-from mirl_dist.keeper import Keeper
+from mirl_dist.distributed.engines.ddp import Replicas
 from mirl_dist.pruning import masks as masking
-from mirl_dist.state import State
 from mirl_dist.storage import open_store
+from mirl_dist.storage.async_writer import Keeper
+from mirl_dist.training.checkpoint import Checkpoints
+from mirl_dist.training.state import State
+from tests.services.ceph_server import CephServer
+from tests.services.s3_server import S3Server
 
 TENSORS = 542  # as many as PromptIR has
 

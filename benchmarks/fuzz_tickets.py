@@ -28,13 +28,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mirl_dist import config as configs
-from mirl_dist import ticket_file, ticket_seal
-from mirl_dist.faults import Fault
+from mirl_dist.config import config as configs
+from mirl_dist.errors import Fault
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import Rule, prune
-from mirl_dist.ticket import Curve, Score, Ticket
-from mirl_dist.ticket_file import Content
+from mirl_dist.tickets import container, file
+from mirl_dist.tickets.file import Content
+from mirl_dist.training.ticket import Curve, Score, Ticket
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "encoder.0.attn.qkv.weight": (12, 4, 1, 1),
@@ -102,14 +102,14 @@ Parts = dict[str, bytes]
 
 
 def parts_of(data: bytes) -> Parts:
-    return {name: bytes(part) for name, part in ticket_seal.unseal(data, "the small ticket").items()}
+    return {name: bytes(part) for name, part in container.unseal(data, "the small ticket").items()}
 
 
 def resealed(data: bytes, change: Callable[[Parts], None]) -> bytes:
     """The file with changed parts and checksums that fit them."""
     parts = parts_of(data)
     change(parts)
-    return ticket_seal.seal(parts)
+    return container.seal(parts)
 
 
 def retold(data: bytes, change: Callable[[Any], Any]) -> bytes:
@@ -147,7 +147,7 @@ def _places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 def odd_text(data: bytes, chance: random.Random) -> bytes:
     """One to three places of the text hold something else, are gone, stand twice, or have another key."""
-    densities = ticket_file.peek(data, "the small ticket")[0].layer_density
+    densities = file.peek(data, "the small ticket")[0].layer_density
 
     def change(tree: Any) -> Any:
         for _ in range(chance.randint(1, 3)):
@@ -237,19 +237,19 @@ MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
 def outcome(data: bytes) -> str:
     """What reading made of a file. Lets anything but a Fault through."""
     try:
-        content = ticket_file.read(data, "the file")
+        content = file.read(data, "the file")
     except Fault as fault:
         text = str(fault)
         assert text.isprintable(), text
         return "Fault"
-    checks = ticket_file.verify(content)
-    ticket_file.pack(*content)
+    checks = file.verify(content)
+    file.pack(*content)
     return "read, and all checks hold" if all(check.holds for check in checks) else "read, and a check fails"
 
 
 def play(files: int, seed: int) -> dict[str, Counter[str]]:
     """The outcomes by mutation."""
-    whole = [ticket_file.pack(*content) for content in rounds(4)]
+    whole = [file.pack(*content) for content in rounds(4)]
     chance, ways = random.Random(seed), list(MUTATIONS)
     counted: dict[str, Counter[str]] = {way: Counter() for way in ways}
     for number in range(files):
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     play(50, given.seed + 1)  # what Python and torch allocate at first use
-    size, before, began = len(ticket_file.pack(*rounds(1)[0])), _peak(), time.perf_counter()
+    size, before, began = len(file.pack(*rounds(1)[0])), _peak(), time.perf_counter()
     counted = play(given.files, given.seed)
     grown, seconds = _peak() - before, time.perf_counter() - began
     outcomes = sorted({name for counts in counted.values() for name in counts})
@@ -277,8 +277,8 @@ def main() -> None:
     print("|---|---|" + "---|" * len(outcomes))
     for way, counts in counted.items():
         print(f"| {way} | {counts.total():,} | " + " | ".join(f"{counts[name]:,}" for name in outcomes) + " |")
-    code = hashlib.sha256(Path(ticket_file.__file__).read_bytes()).hexdigest()[:12]
-    bound = ticket_file.ROOM + ticket_file.FACTOR * size
+    code = hashlib.sha256(Path(file.__file__).read_bytes()).hexdigest()[:12]
+    bound = file.ROOM + file.FACTOR * size
     print(f"\n{given.files:,} files of about {size:,} bytes, seed {given.seed}, {seconds:.0f} s.")
     print(f"Nothing but a Fault came out; peak memory grew by {grown / 2**20:.1f} MiB (bound {bound / 2**20:.0f} MiB).")
     print(

@@ -35,15 +35,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from mirl_dist.data.build import build
-from mirl_dist.data.crew import ALONE
-from mirl_dist.data.order import Order, Position, share_batch
-from mirl_dist.data.recipe import Recipe
-from mirl_dist.data.recipe import read as read_recipe
+from mirl_dist.data.building.build import build
+from mirl_dist.data.building.inspection import survey
+from mirl_dist.data.building.recipe import Recipe
+from mirl_dist.data.building.recipe import read as read_recipe
+from mirl_dist.data.loader import Stream
+from mirl_dist.data.parallel import ALONE
+from mirl_dist.data.sampler import Order, Position, share_batch
+from mirl_dist.data.shard_pool import Supply
 from mirl_dist.data.shards import Shards
-from mirl_dist.data.stream import Stream
-from mirl_dist.data.supply import Supply
-from mirl_dist.data.survey import survey
 from mirl_dist.storage import Folder
 
 Pixels = NDArray[np.uint8]

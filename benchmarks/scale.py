@@ -32,9 +32,9 @@ from scale_ranks import part_of, processes
 from scale_round import Constants, plot, received, reduced, table, words
 
 from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning.partition import Own
 from mirl_dist.pruning.prune import Pruned, Rule, count_to_remove, prune
 from mirl_dist.pruning.quantile import Cut, Gather, Search
-from mirl_dist.pruning.shares import Own
 
 T = TypeVar("T")
 PIECE = 1 << 20

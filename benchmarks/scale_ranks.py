@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from scale_round import received, reduced, words
 
 from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning.partition import Own
 from mirl_dist.pruning.prune import Pruned, Rule, prune
-from mirl_dist.pruning.shares import Own
 
 GATHERS, REDUCES = "50 all-gathers of 2048 counts", "50 all-reduces of 2048 counts"
 
@@ -47,8 +47,8 @@ def rank_work(folder: Path, runs: int) -> None:
     """On every rank: cuts of a PromptIR that is replicated, and of one that is dealt out."""
     import torch.distributed
 
+    from mirl_dist.distributed.ranks import Ranks
     from mirl_dist.models import create
-    from mirl_dist.ranks import Ranks
 
     ranks = Ranks(device="cpu")
     torch.manual_seed(0)

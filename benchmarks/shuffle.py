@@ -22,7 +22,7 @@ import webdataset
 from numpy.typing import NDArray
 
 from mirl_dist.data.manifest import Kind, Shard
-from mirl_dist.data.order import Order, Position
+from mirl_dist.data.sampler import Order, Position
 
 MIX = {"denoise_15": 3.0, "denoise_25": 3.0, "denoise_50": 3.0, "derain": 120.0, "dehaze": 1.0}
 FULL: dict[Kind, int] = {"clean": 5144, "derain": 200, "dehaze": 72135}

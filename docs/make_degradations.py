@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
-
-from mirl_dist.data import photographs
 from mirl_dist.data.chance import generator
 from mirl_dist.data.degrade import Pixels, for_test, haze, rain, snow
 from mirl_dist.tasks import Task
+from PIL import Image, ImageDraw
+
+from mirl_dist.data import photographs
 
 GAP, TITLE, QUALITY = 4, 18, 88
 

@@ -1,3 +1,3 @@
-from mirl_dist.cli import main
+from mirl_dist.cli.app import main
 
 main()

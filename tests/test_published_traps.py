@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from streams import stream, supply_of
 
 from mirl_dist.data.manifest import CLEAN
-from mirl_dist.data.order import Position
+from mirl_dist.data.sampler import Position
 from mirl_dist.data.shards import Shards
 from mirl_dist.storage import Folder
+from tests.data.loaders import stream, supply_of
 
 ONE_STEP = {"prune.rounds": 0, "data.steps_per_epoch": 1, "evaluate.sets": [], "checkpoint.every_steps": None}
 

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from mirl_dist.data.integrity import Local
 from mirl_dist.data.manifest import Shard
-from mirl_dist.data.verify import Local
 
 _THREADS = 4
 

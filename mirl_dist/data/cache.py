@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from mirl_dist.data.digest import digest_of
-from mirl_dist.faults import Fault
+from mirl_dist.errors import Fault
 from mirl_dist.storage import TryAgain
+from mirl_dist.storage.hashing import digest_of
 
 _OURS = re.compile(r"[0-9a-f]{64}(\.tar|\.\d+\.damaged|\.(?P<bytes>\d+)\.(tar|damaged)\.partial)")
 _PAUSE_SECONDS = 0.05

@@ -19,7 +19,7 @@ from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mirl_dist.faults import Fault
+from mirl_dist.errors import Fault
 
 FORMAT = "mirl-dist-shards-2"
 MANIFEST = "manifest.json"

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from mirl_dist.data.chance import lent_generator
-from mirl_dist.data.degrade import margin, on_reading
+from mirl_dist.config.seeding import lent_generator
+from mirl_dist.config.tasks import Task
+from mirl_dist.data.degradations.degrade import margin, on_reading
+from mirl_dist.data.image_files import DAMAGE
 from mirl_dist.data.manifest import ImageFormat
-from mirl_dist.data.source_image import DAMAGE
-from mirl_dist.faults import Fault
-from mirl_dist.tasks import Task
+from mirl_dist.errors import Fault
 
 Pixels = NDArray[np.uint8]
 

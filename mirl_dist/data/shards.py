@@ -6,7 +6,7 @@ import itertools
 from typing import NamedTuple
 
 from mirl_dist.data.manifest import MANIFEST, Entry, Index, Manifest, Shard, read_index, read_manifest
-from mirl_dist.faults import Fault
+from mirl_dist.errors import Fault
 from mirl_dist.storage import Folder, NotAllowed, NotThere, Store
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Protocol, TypeVar
 
-from mirl_dist.faults import Fault
+from mirl_dist.errors import Fault
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

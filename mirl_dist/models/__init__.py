@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirl_dist.faults import Fault
+from mirl_dist.errors import Fault
 from mirl_dist.models.official import Converted, convert, revert
 from mirl_dist.models.official import write as write_official
 from mirl_dist.models.promptir import PromptIR

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mirl_dist.faults import Fault
-from mirl_dist.models.restormer_blocks import pad_to_multiple
+from mirl_dist.errors import Fault
+from mirl_dist.models.restormer import pad_to_multiple
 
 _EIGHT = 8
 

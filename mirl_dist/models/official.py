@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mirl_dist.faults import Fault
+from mirl_dist.errors import Fault
 
 _SHOWN = 8  # names listed per kind of complaint; the count is always given in full
 

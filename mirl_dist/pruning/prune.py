@@ -16,11 +16,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mirl_dist.faults import Fault
+from mirl_dist.errors import Fault
 from mirl_dist.pruning.criteria import scores_of_weights
 from mirl_dist.pruning.masks import Masks
+from mirl_dist.pruning.partition import Share, Sizes, Slice, sizes
 from mirl_dist.pruning.quantile import CHUNK, Cut, Gather, alone, kth_smallest
-from mirl_dist.pruning.shares import Share, Sizes, Slice, sizes
 
 
 class Rule(NamedTuple):

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from mirl_dist.faults import Fault
+from mirl_dist.errors import Fault
 
 Gather: TypeAlias = Callable[[Tensor], Tensor]
 """int64 (n,) of this rank -> int64 (ranks, n) of all ranks."""

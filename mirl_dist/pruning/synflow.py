@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from mirl_dist.faults import Fault
+from mirl_dist.errors import Fault
+from mirl_dist.pruning.partition import Slice, sizes
 from mirl_dist.pruning.prune import Group, Pruned, Rule, groups, select
 from mirl_dist.pruning.quantile import alone
-from mirl_dist.pruning.shares import Slice, sizes
 
 
 def iterate(

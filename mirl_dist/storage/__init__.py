@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from mirl_dist.storage.folder import Folder
-from mirl_dist.storage.law import USUAL, NotAllowed, NotThere, Options, StorageError, Store, TryAgain
-from mirl_dist.storage.patience import Patience
+from mirl_dist.storage.base import USUAL, NotAllowed, NotThere, Options, StorageError, Store, TryAgain
+from mirl_dist.storage.local import Folder
+from mirl_dist.storage.retry import Patience
 
 __all__ = ["Folder", "NotAllowed", "NotThere", "Options", "StorageError", "Store", "TryAgain", "open_store"]
 
@@ -33,7 +33,7 @@ def open_store(url: str, options: Options = USUAL) -> Store:
 
         return S3(url, options)
     if kind in ("http", "https"):
-        from mirl_dist.storage.web import Web
+        from mirl_dist.storage.http import Web
 
         return Web(url, patience=Patience(options.patience_seconds))
     raise NotAllowed(f"{kind}:// is not known here. Give a folder's path, file://, s3://bucket/prefix, or http(s)://.")

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mirl_dist.storage import law, s3_parts
-from mirl_dist.storage import s3_wire as wire
-from mirl_dist.storage.law import NotAllowed, NotThere, Options, StorageError, TryAgain
-from mirl_dist.storage.patience import Patience, Say, Tries, to_stderr
-from mirl_dist.storage.s3_requests import Requests
-from mirl_dist.storage.s3_wire import PASSING, Beyond, Exists, Refused, named_errors
+from mirl_dist.storage import base, s3_multipart
+from mirl_dist.storage import s3_errors as wire
+from mirl_dist.storage.base import NotAllowed, NotThere, Options, StorageError, TryAgain
+from mirl_dist.storage.retry import Patience, Say, Tries, to_stderr
+from mirl_dist.storage.s3_client import Requests
+from mirl_dist.storage.s3_errors import PASSING, Beyond, Exists, Refused, named_errors
 
 _BLOCK = 1 << 16  # what a broken connection loses at most
 
@@ -36,7 +36,7 @@ class S3:
     def __init__(
         self,
         url: str,
-        options: Options = law.USUAL,
+        options: Options = base.USUAL,
         *,
         patience: Patience | None = None,
         say: Say = to_stderr,
@@ -53,7 +53,7 @@ class S3:
 
     def put(self, name: str, data: bytes) -> None:
         """Write `name`, in parts where it is long, complete or not at all; replaces what was there."""
-        if len(data) <= s3_parts.PART:
+        if len(data) <= s3_multipart.PART:
             self._requests.send("put_object", name, self._write, data, self._told)
         else:
             whole = memoryview(data)
@@ -63,7 +63,7 @@ class S3:
         """Copy a file to `name`, in parts where it is long, complete or not at all; replaces what was there."""
         try:
             size = path.stat().st_size
-            if size <= s3_parts.PART:
+            if size <= s3_multipart.PART:
                 self.put(name, path.read_bytes())
             else:
                 self._put_parts(name, size, partial(self._piece, name, path, size))
@@ -80,7 +80,7 @@ class S3:
         try:
             self._requests.send("put_object", name, self._write, data, {**mine, "IfNoneMatch": "*"})
         except Exists:
-            found = s3_parts.written_by(self._requests, name, mine)
+            found = s3_multipart.written_by(self._requests, name, mine)
             if found is None:
                 return False
             if not wire.is_what_was_sent(found, wire.body(data)):  # it was damaged on its way, and is this call's
@@ -143,7 +143,7 @@ class S3:
         with suppress(NotThere):
             self._requests.ask(name, wire.REMOVE, lambda s3, at: s3.delete_object(**at))
 
-    def sweep(self, older_than_seconds: float = law.DAY) -> None:
+    def sweep(self, older_than_seconds: float = base.DAY) -> None:
         """Abort uploads in parts below the prefix that began longer ago than that, by the server's clock; 0: all.
 
         Where these credentials may not do it, that is said, and the uploads stay.
@@ -151,7 +151,7 @@ class S3:
         refused: StorageError | None = None
         try:
             for key, upload in self._stale(timedelta(seconds=older_than_seconds)):
-                refused = s3_parts.abort(self._requests, key, upload) or refused
+                refused = s3_multipart.abort(self._requests, key, upload) or refused
         except Refused as error:
             refused = error
         if isinstance(refused, Refused):
@@ -203,7 +203,7 @@ class S3:
             body.close()
 
     def _put_parts(self, name: str, size: int, piece: Callable[[int, int], memoryview]) -> None:
-        s3_parts.put_parts(self._requests, name, size, piece, self._write, self._told)
+        s3_multipart.put_parts(self._requests, name, size, piece, self._write, self._told)
 
     def _piece(self, name: str, path: Path, size: int, begin: int, end: int) -> memoryview:
         """Some bytes of a file that must not change meanwhile."""

@@ -1,0 +1,74 @@
+"""Tickets side by side for people: on the terminal, as CSV and LaTeX, as one page, in MLflow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from rich.console import Console
+
+from mirl_dist.observability import progress
+from mirl_dist.observability.console import warn
+from mirl_dist.observability.mlflow import reader
+from mirl_dist.storage import Folder, output_paths
+from mirl_dist.tickets import collect
+from mirl_dist.tickets.compare import judge, statistics
+from mirl_dist.tickets.compare.entry import Shown
+from mirl_dist.tickets.report import latex, page, text_tables
+
+CSV, LATEX, PAGE, PUBLISHED = "tickets.csv", "tickets.tex", "tickets.html", "published.csv"
+
+
+def compare(
+    references: Sequence[str],
+    out: Path | None,
+    as_json: bool,
+    title: str,
+    to_mlflow: str | None,
+    uri: str | None,
+    pictures: bool,
+) -> None:
+    """Print a comparison; out: a folder for its files; to_mlflow: an experiment that gets them too; pictures: whether
+    the page shows restored images.
+
+    as_json: one list of tickets on standard output, notes on standard error.
+    """
+    output_paths.refuse_folder(out)
+    shown = collect.gather(references, uri)
+    statistics.refuse_mixed(shown)
+    if not pictures:
+        shown = [one._replace(strip=None) for one in shown]
+    say = warn if as_json else progress.say  # what is said beside JSON is no JSON
+    if as_json:
+        print(json.dumps(_told(shown), indent=1))
+    else:
+        console = Console()
+        for table in text_tables.tables(shown):
+            console.print(table)
+    for note in statistics.notes(shown):
+        say(f"note: {note}")
+    if out is None and to_mlflow is None:
+        return
+    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    files = {
+        CSV: text_tables.csv(shown),
+        PUBLISHED: text_tables.published_csv(),
+        LATEX: latex.tables(shown).encode(),
+        PAGE: page.html(shown, title, made, judge.judge(shown)).encode(),
+    }
+    if out is not None:
+        for name, data in files.items():
+            Folder(out).put(name, data)
+        say(f"wrote {', '.join(str(out / name) for name in files)}")
+    if to_mlflow is not None:
+        address = reader.log_report(uri, to_mlflow, title, files)
+        say(f"MLflow: {address}")
+
+
+def _told(shown: Sequence[Shown]) -> list[dict[str, object]]:
+    return [
+        {"run": one.run, "method": one.method, "seed": one.seed} | one.ticket.row() | {"method": one.method}
+        for one in shown
+    ]

@@ -1,0 +1,274 @@
+"""What a run takes of a GPU's memory, counted before any GPU is asked.
+
+Activations are counted on torch's `meta` device, which knows shapes and dtypes and holds no numbers: what autograd
+keeps of a real forward pass, and the most that lives at any moment of forward and backward. The rest is arithmetic:
+float32 weights, gradients and two moments are 4 + 4 + 8 bytes a weight, shared among W ranks as the engine does
+(ZeRO: Rajbhandari et al., SC 2020, figure 1).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mirl_dist import models
+from mirl_dist.distributed.launch.launch_file import Engine
+from mirl_dist.errors import Fault
+from mirl_dist.pruning.prune import in_scope
+from mirl_dist.training import losses
+
+GIB = 2**30
+GPUS: dict[str, float] = {"A40": 44.3, "A100-40": 39.4, "A100-80": 79.1, "H100": 79.1, "H200": 139.8}
+"""GiB that CUDA gives to programs: less than the name says."""
+OVERHEAD = 3 * GIB // 2
+"""Bytes: CUDA's context, NCCL's buffers and cuDNN's workspaces. Assumed: nothing here can count them."""
+
+DEEPSPEED_BUCKET = 50_000_000
+"""Weights at most that DeepSpeed keeps room for to reduce gradients, as engines/zero.py asks it to; never more than
+the network has."""
+DEEPSPEED_LIVE = 8
+"""ZeRO-3: one part in so many of the network may be gathered beside the layer in use, as engines/zero.py asks."""
+_HALF = ("conv2d", "linear", "matmul", "__matmul__")
+_FULL = {"cuda": ("layer_norm", "softmax", "normalize"), "cpu": ()}  # of what our networks call; torch's own lists
+
+
+class Size(NamedTuple):
+    """A network's weights, those that pruning may close, and those that FSDP has whole at once: the largest block of
+    a row of blocks, and all that lies in none."""
+
+    weights: int
+    prunable: int
+    unit: int
+
+
+class Pass(NamedTuple):
+    """Bytes of one forward and backward pass: kept for backward, and the most that lives beyond that at a moment."""
+
+    kept: int
+    working: int
+
+
+class Passes(NamedTuple):
+    """Bytes of a pass of n samples: `fixed` whatever n is, and `each` for every sample."""
+
+    fixed: Pass
+    each: Pass
+
+    def of(self, samples: int) -> Pass:
+        return Pass(*(f + e * samples for f, e in zip(self.fixed, self.each, strict=True)))
+
+
+class Budget(NamedTuple):
+    """Bytes on one rank's GPU by name, in order, and bytes on its host."""
+
+    gpu: dict[str, int]
+    host: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.gpu.values())
+
+
+def size_of(name: str, sizes: Mapping[str, Any], scope: str | tuple[str, ...]) -> Size:
+    """A network's weights, without making them. name, sizes: as for `models.create`; scope: as for `in_scope`."""
+    with torch.device("meta"):
+        model = models.create(name, **sizes)
+    numbers = {n: p.numel() for n, p in model.named_parameters()}
+    rows = [row for row in model.modules() if isinstance(row, nn.Sequential | nn.ModuleList)]
+    blocks = [sum(p.numel() for p in block.parameters()) for row in rows for block in row if any(block.children())]
+    unit = sum(numbers.values()) - sum(blocks) + max(blocks, default=0)
+    return Size(sum(numbers.values()), sum(numbers[n] for n in in_scope(numbers, scope)), unit)
+
+
+def share(size: Size, engine: Engine, world: int, *, offload: bool = False) -> Budget:
+    """What weights, gradients, moments and masks take on one of `world` ranks, at most.
+
+    ddp: all of it on every rank, and buckets as large as the gradients. zero1, zero2, zero3: moments, then gradients,
+    then weights are 1/world each, beside DeepSpeed's own copy of the weights that a rank updates, and its bucket. fsdp:
+    all 1/world. Where weights are shared, those in use are whole: a unit's, with their gradients, and with zero3 one
+    part of DEEPSPEED_LIVE beside it. offload: moments and that copy go to the host;
+    with fsdp weights and gradients too.
+    """
+    whole, part = 4 * size.weights, -(-4 * size.weights // world)
+    keeps_weights, keeps_gradients = engine in ("ddp", "zero1", "zero2"), engine in ("ddp", "zero1")
+    gpu = {
+        "weights": whole if keeps_weights else part,
+        "gradients": whole if keeps_gradients else part,
+        "moments": 2 * (whole if engine == "ddp" else part),
+        "masks": size.prunable if keeps_weights else -(-size.prunable // world),
+    }
+    if engine.startswith("zero"):
+        gpu |= {"DeepSpeed's copy of weights": part, "DeepSpeed's bucket": min(whole, 4 * DEEPSPEED_BUCKET)}
+    if engine == "ddp" and world > 1:
+        gpu["buckets"] = whole
+    if not keeps_weights and world > 1:
+        gpu["gathered for use"] = 8 * size.unit + (whole // DEEPSPEED_LIVE if engine == "zero3" else 0)
+    host = 0
+    if offload:
+        away = ("weights", "gradients", "moments") if engine == "fsdp" else ("moments", "DeepSpeed's copy of weights")
+        host = sum(gpu.pop(name, 0) for name in away)
+    return Budget(gpu, host)
+
+
+def fitting(passes: Passes, taken: int, room: int, per_rank: int) -> int:
+    """The largest batch.forward that fits: a divisor of `per_rank`, 0 for none. taken, room: bytes, without and with
+    the pass."""
+    divisors = (n for n in range(per_rank, 0, -1) if per_rank % n == 0)
+    return next((n for n in divisors if taken + sum(passes.of(n)) <= room), 0)
+
+
+class Gpu(NamedTuple):
+    """A GPU by name, with its bytes for programs."""
+
+    name: str
+    bytes: int
+
+
+def gpu_of(name: str) -> Gpu:
+    """The GPU of GPUS that a name means, in capitals or not. Raises Fault for another."""
+    for known, gib in GPUS.items():
+        if known.casefold() == name.casefold():
+            return Gpu(known, int(gib * GIB))
+    raise Fault(f"--gpu: found '{name}'. Give one of {', '.join(GPUS)}.")
+
+
+# -- activations --------------------------------------------------------------------------------------------------
+
+
+def passes_of(name: str, sizes: Mapping[str, Any], side: int, precision: str, kind: str = "cuda") -> Passes:
+    """What passes over patches of side x side pixels take.
+
+    Told by a pass of two samples and one of three: a lone sample is laid out in another way.
+
+    precision: 'fp32' or 'bf16', by the rules of autocast on `kind`, 'cuda' or 'cpu'.
+    """
+    with torch.device("meta"):
+        model = models.create(name, **sizes)
+        two = measured(model, torch.rand(2, 3, side, side), precision, kind)
+        three = kept(_loss(model, torch.rand(3, 3, side, side), precision, kind), model)
+    each = Pass(three - two.kept, -(-two.working // 2))
+    return Passes(Pass(max(0, two.kept - 2 * each.kept), 0), each)
+
+
+def measured(model: nn.Module, images: Tensor, precision: str, kind: str | None = None) -> Pass:
+    """Bytes of one forward and backward pass over images (B, 3, H, W), whose device the model has.
+
+    kind: whose autocast is imitated ('cuda', 'cpu'); None: the images' own, really used. The gradients of the weights
+    are left out of `kept`, not of `working`.
+    """
+    loss = _loss(model, images, precision, kind)
+    held = kept(loss, model)
+    live = _Live({_id(p) for p in model.parameters()})
+    with live:
+        loss().backward()  # type: ignore[no-untyped-call]
+    model.zero_grad()
+    return Pass(held, max(0, live.peak - held))
+
+
+def kept(loss: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes that autograd keeps of a forward pass for its backward pass, parameters left out."""
+    own = {_id(p) for p in model.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _id(tensor) not in own:
+            saved[_id(tensor)] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        end = loss()
+    found = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    del end
+    return found
+
+
+def _loss(model: nn.Module, images: Tensor, precision: str, kind: str | None) -> Callable[[], Tensor]:
+    """A forward pass to its loss, as training makes it."""
+
+    def around() -> AbstractContextManager[Any]:
+        if precision == "fp32":
+            return nullcontext()
+        return _Autocast(kind) if kind else torch.autocast(images.device.type, torch.bfloat16)
+
+    def loss() -> Tensor:
+        with around():
+            restored = model(images)
+        return losses.combine(losses.per_sample_l1(restored, images))
+
+    return loss
+
+
+def scoring(name: str, sizes: Mapping[str, Any], height: int, width: int) -> int:
+    """Bytes that restoring one image of height x width takes at its peak, in float32, weights and image included."""
+    with torch.device("meta"):
+        model = models.create(name, **sizes)
+        image = torch.rand(1, 3, height, width)
+    live = _Live({_id(p) for p in model.parameters()})
+    with torch.no_grad(), live:
+        model(image)
+    held: int = sum(t.untyped_storage().nbytes() for t in (*model.parameters(), image))
+    return live.peak + held
+
+
+def _id(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all storages that come and go inside, except `own`; `peak`: the most at a moment."""
+
+    def __init__(self, own: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak: int = 0
+        self._now: int = 0
+        self._known: dict[int, int] = dict.fromkeys(own, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [a for a in args if isinstance(a, Tensor)]
+        for tensor in inputs:  # what was there before
+            self._known.setdefault(_id(tensor), 0)
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and _id(tensor) not in self._known:
+                storage = tensor.untyped_storage()
+                self._known[_id(tensor)] = storage.nbytes()
+                self._now += storage.nbytes()
+                weakref.finalize(storage, self._gone, _id(tensor))
+        self.peak = max(self.peak, self._now)
+        return out
+
+    def _gone(self, key: int) -> None:
+        self._now -= self._known.pop(key, 0)
+
+
+class _Autocast(TorchFunctionMode):
+    """Autocast to bfloat16 where torch has none, on `meta`: the same casts, weights' copies made once."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self._full = _FULL[kind]
+        self._copies: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _HALF or name in self._full:
+            to = torch.bfloat16 if name in _HALF else torch.float32
+            args = [self._cast(a, to) for a in args]
+            kwargs = {key: self._cast(value, to) for key, value in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+    def _cast(self, value: Any, to: torch.dtype) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == to:
+            return value
+        if not isinstance(value, nn.Parameter):
+            return value.to(to)
+        if id(value) not in self._copies:
+            self._copies[id(value)] = value.to(to)
+        return self._copies[id(value)]

@@ -1,0 +1,159 @@
+"""A ticket at work: scored again by any protocol on any shards, and put to images."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mirl_dist.cli import show
+from mirl_dist.config.config import Config
+from mirl_dist.config.portable import placeless
+from mirl_dist.config.tasks import Task
+from mirl_dist.data.image_files import Refused, decode
+from mirl_dist.data.sample import Pixels
+from mirl_dist.data.shards import Shards
+from mirl_dist.distributed.ranks import Ranks
+from mirl_dist.errors import Fault
+from mirl_dist.evaluation import evaluate
+from mirl_dist.evaluation.protocols import PROTOCOLS
+from mirl_dist.observability import progress
+from mirl_dist.storage import Folder, output_paths
+from mirl_dist.tickets.open import Filed, network, open_ticket, store_of, trained
+from mirl_dist.training import dataloaders, run
+from mirl_dist.training.round import versions
+
+
+class How(NamedTuple):
+    """What differs from the ticket's own evaluation section; None: as there."""
+
+    protocols: Sequence[str] | None = None
+    tile_pixels: int | None = None
+    precision: str | None = None
+    compile: bool | None = None
+
+
+def _settings(config: Config, how: How) -> evaluate.Settings:
+    unknown = [name for name in how.protocols or () if name not in PROTOCOLS]
+    if unknown:
+        raise Fault(f"--protocol: found '{unknown[0]}'. Use {', '.join(PROTOCOLS)}.")
+    if how.precision not in (None, "fp32", "bf16"):
+        raise Fault(f"--precision: found '{how.precision}'. Use fp32 or bf16.")
+    settings = run.scoring_of(config)
+    if how.protocols:
+        settings = settings._replace(protocols=tuple(PROTOCOLS[name] for name in dict.fromkeys(how.protocols)))
+    if how.tile_pixels is not None:
+        settings = settings._replace(tile_pixels=how.tile_pixels)
+        refuse_tiles(how.tile_pixels, settings.tile_overlap)
+    if how.precision is not None:
+        settings = settings._replace(precision="bf16" if how.precision == "bf16" else "fp32")
+    return settings if how.compile is None else settings._replace(compile=how.compile)
+
+
+def refuse_tiles(tile_pixels: int, overlap: int) -> None:
+    """Raise Fault for tiles that are too small."""
+    if tile_pixels < 64 or tile_pixels <= overlap:
+        raise Fault(
+            f"--tile: found {tile_pixels}. Give 64 or more pixels, and more than the {overlap} that tiles share."
+        )
+
+
+def print_scores(reference: str, shards_address: str | None, how: How, table: Path | None, as_json: bool) -> None:
+    """Score a ticket again, on the run's shards or on others, shared out over the ranks that were launched.
+
+    A ticket file names no places, and what it names in spite of that is not heard: its user's own hold.
+    """
+    output_paths.refuse_file(table, "--table")
+    opened = open_ticket(reference)
+    config, ticket = opened.config, opened.ticket()
+    if isinstance(opened, Filed):
+        if shards_address is None:
+            raise Fault(
+                f"found {reference}, a ticket file, which does not say where shards are. Name the shards with --shards."
+            )
+        config = placeless(config)
+    settings = _settings(config, how)
+    shards = Shards(store_of(config, shards_address or config.data.shards))
+    tasks = tuple(Task.of(name) for name in config.data.mix)
+    jobs = evaluate.plan(shards, tasks, config.evaluate.sets if shards_address is None else None, by=settings.protocols)
+    if not jobs:
+        raise Fault(f"{shards.store.where()} holds no evaluation images for {', '.join(t.name for t in tasks)}.")
+    model = network(config, trained(opened))
+    ranks = Ranks(device=config.train.device)
+    supply = dataloaders.supply_of(config, shards, "evaluate", stop_asked=lambda: False)
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):  # progress is no JSON
+        scored = evaluate.evaluate(model.to(ranks.device), supply, jobs, ranks, settings)
+    supply.close()
+    if ranks.is_main:
+        if table is not None:
+            Folder(table.parent).put(table.name, scored.table())
+        if as_json:
+            print(json.dumps(_told(ticket.round, settings, shards, scored), indent=1))
+        else:
+            for protocol in settings.protocols:
+                title = f"{reference}, round {ticket.round}, {protocol.name}"
+                show.print_score_table(title, scored.scores[protocol.name])
+            for protocol in settings.protocols:
+                progress.say(f"{protocol.name}: {protocol.text}")
+            progress.say(", ".join(f"{key}: {value}" for key, value in settings.measured().items()))
+            if table is not None:
+                progress.say(f"scores of each image: {table}")
+    ranks.close()
+
+
+def _told(round_: int, settings: evaluate.Settings, shards: Shards, scored: evaluate.Scored) -> dict[str, object]:
+    headline = settings.protocols[0]
+    dumped = {p: {name: score.model_dump() for name, score in of.items()} for p, of in scored.scores.items()}
+    return {
+        "round": round_,
+        "protocol": headline.text,
+        "scores": dumped[headline.name],
+        "protocols": {protocol.name: protocol.text for protocol in settings.protocols},
+        "also": {name: of for name, of in dumped.items() if name != headline.name},
+        "measured": settings.measured(),
+        "manifest_digest": shards.manifest.digest(),
+        "versions": versions(),
+    }
+
+
+def restore_files(images: list[Path], reference: str, out: Path, tile_pixels: int | None) -> None:
+    """Restore image files into PNG files of the same stem. Raises Fault, before any work, for files that are none."""
+    output_paths.refuse_folder(out)
+    opened = open_ticket(reference)
+    config, ticket = opened.config, opened.ticket()
+    stems = [path.stem for path in images]
+    twice = sorted({s for s in stems if stems.count(s) > 1})
+    if twice:
+        raise Fault(f"two images are named '{twice[0]}': both would be written to {out / twice[0]}.png. Rename one.")
+    missing = [str(path) for path in images if not path.is_file()]
+    if missing:
+        raise Fault(f"no image at {', '.join(missing[:5])}. Give paths of image files.")
+    if tile_pixels is not None:
+        refuse_tiles(tile_pixels, config.evaluate.tile_overlap)
+    pictures = [_picture(path) for path in images]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, folder = network(config, trained(opened)).to(device), Folder(out)
+    with progress.bar("restoring", len(images)) as advance:
+        for number, (path, picture) in enumerate(zip(images, pictures, strict=True)):
+            restored = evaluate.restore(model, picture, device, tile_pixels, config.evaluate.tile_overlap)
+            data = io.BytesIO()
+            Image.fromarray(np.round(restored * 255).astype(np.uint8)).save(data, "PNG")
+            folder.put(f"{path.stem}.png", data.getvalue())
+            advance(number + 1, path.name)
+    progress.say(f"{len(images)} restored by round {ticket.round} into {out}")
+
+
+def _picture(path: Path) -> Pixels:
+    """The pixels of an image file. Raises Fault for one whose 8-bit RGB would be a guess."""
+    try:
+        return decode(path.read_bytes())
+    except Refused as reason:
+        raise Fault(f"{path} {reason}. Give a PNG, JPEG or BMP file of 8 bits per channel.") from None

@@ -1,0 +1,92 @@
+"""Task words: what each name of `data.mix` means."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import NamedTuple
+
+from mirl_dist.errors import Fault
+
+KINDS = ("derain", "dehaze", "desnow", "deraindrop", "deblur", "enlighten")
+"""Tasks whose degraded images are stored in the shards. The kind of their samples has the task's name."""
+CLEAN, PAIRS = "clean", "pairs"
+LEVELS: dict[str, tuple[str, ...]] = {
+    "denoise": ("mild", "hard"),
+    "deblur": ("easy", "mild", "hard"),
+    "superres": ("easy", "mild", "hard"),
+    "dejpeg": ("mild", "hard"),
+    "enlighten": ("mild", "hard"),
+}
+"""Families made on reading, and their levels that draw a strength per image; ranges: docs/degradations.md."""
+NUMBERS: dict[str, tuple[str, range]] = {
+    "denoise": ("sigma", range(1, 256)),
+    "superres": ("factor", range(2, 17)),
+    "dejpeg": ("quality", range(1, 101)),
+}
+"""Families whose level may be one number: what the number is, and its range."""
+BLUR_KERNELS, BLUR_SIGMAS = range(3, 52, 2), range(1, 21)
+"""What deblur_k<kernel>s<sigma> may say: kernel width and sigma in pixels."""
+_WHOLE = "[1-9][0-9]*"  # no leading zero: one task has one name
+
+
+class Task(NamedTuple):
+    """One degradation to undo.
+
+    name: the word itself. kind: the kind of stored samples that it reads, `clean` when it is made on reading.
+    family: `pairs`, or a key of LEVELS. level: what follows the family's name, '' for pairs.
+    """
+
+    name: str
+    kind: str
+    family: str
+    level: str
+
+    @classmethod
+    def of(cls, name: str) -> Task:
+        """The task of a word, such as 'denoise_25', 'deblur_easy', 'derain'. Raises Fault for an unknown word."""
+        if name in KINDS:
+            return cls(name, name, PAIRS, "")
+        family, _, level = name.partition("_")
+        if level in LEVELS.get(family, ()) or _is_number(family, level) or _is_blur(family, level):
+            return cls(name, CLEAN, family, level)
+        wrong_number = family in LEVELS and any(c.isdigit() for c in level)  # its range says more than a near word
+        near = [] if wrong_number else difflib.get_close_matches(name, _examples(), n=1, cutoff=0.75)
+        hint = f"did you mean '{near[0]}'? Allowed" if near else "allowed"
+        raise Fault(f"found '{name}', where the word of a task belongs; {hint} are {', '.join(allowed())}")
+
+
+def blur_of(level: str) -> tuple[int, int] | None:
+    """Kernel width and sigma, in pixels, of a level such as 'k19s4'; None for another text."""
+    said = re.fullmatch(f"k({_WHOLE})s({_WHOLE})", level)
+    return (int(said[1]), int(said[2])) if said else None
+
+
+def allowed() -> tuple[str, ...]:
+    """All task words, those with numbers as patterns with their ranges."""
+    words = list(KINDS)
+    for family, levels in LEVELS.items():
+        words += [f"{family}_{level}" for level in levels]
+        if family in NUMBERS:
+            what, numbers = NUMBERS[family]
+            words.append(f"{family}_<{what} {numbers[0]}..{numbers[-1]}>")
+        if family == "deblur":
+            kernels, sigmas = BLUR_KERNELS, BLUR_SIGMAS
+            words.append(f"deblur_k<odd {kernels[0]}..{kernels[-1]}>s<sigma {sigmas[0]}..{sigmas[-1]}>")
+    return tuple(words)
+
+
+def _examples() -> tuple[str, ...]:
+    """Task words without patterns, to suggest from: one or a few of each pattern."""
+    drawn = [f"{family}_{level}" for family, levels in LEVELS.items() for level in levels]
+    numbered = ["denoise_15", "denoise_25", "denoise_50", "superres_4", "dejpeg_40", "deblur_k19s4"]
+    return (*KINDS, *drawn, *numbered)
+
+
+def _is_number(family: str, level: str) -> bool:
+    return family in NUMBERS and bool(re.fullmatch(_WHOLE, level)) and int(level) in NUMBERS[family][1]
+
+
+def _is_blur(family: str, level: str) -> bool:
+    said = blur_of(level) if family == "deblur" else None
+    return said is not None and said[0] in BLUR_KERNELS and said[1] in BLUR_SIGMAS

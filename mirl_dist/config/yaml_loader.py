@@ -1,0 +1,264 @@
+"""YAML files and `--set a.b=c` to a typed pydantic tree; every complaint is gathered before any is raised."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mirl_dist.errors import Fault
+
+
+class Node(BaseModel):
+    """A frozen part of a tree. Unknown keys are errors, and so are non-finite numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=False)
+
+    def contradictions(self) -> list[str]:
+        """Sentences about keys that cannot stand together; each names the keys and what to change."""
+        return []
+
+
+Tree = TypeVar("Tree", bound=Node)
+_CREDENTIALS = re.compile(r"(?<=://)\S*@|(?<=\w)\?\S*=\S*")  # in addresses: not for messages
+
+
+class _OneValuePerKey(yaml.SafeLoader):
+    """safe_load that refuses a key given twice: YAML would keep the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # a list or mapping as a key: refused below
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' stands here twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_OneValuePerKey)  # a SafeLoader: builds plain values only
+    except ValueError as error:  # a date or number that is none
+        raise Fault(f"{where} is not valid YAML: {error}. Put that value in quotes, or correct it.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise Fault(f"{where} is not valid YAML{place}: {problem}. Correct that place.") from None
+
+
+def load_file(path: Path, example: str = "configs/demo.yaml") -> dict[str, Any]:
+    """The mapping a YAML file holds. Raises Fault for a missing, unreadable or malformed file.
+
+    example: a file that people may start from."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise Fault(f"no file at {path}. {_near(path.parent)}") from None
+    except IsADirectoryError:
+        raise Fault(f"{path} is a folder, where a file is needed. {_near(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Fault(f"cannot read {path}: {error}. Give a readable YAML file.") from None
+    tree = _parse(text, str(path))
+    if tree is None:
+        raise Fault(f"{path} is empty. Start from {example}.")
+    if not isinstance(tree, dict):
+        kind = "a list" if isinstance(tree, list) else "one value"
+        raise Fault(f"{path} holds {kind}, not keys with values. Start from {example}.")
+    return tree
+
+
+def _near(folder: Path) -> str:
+    found = sorted(str(p) for p in folder.glob("*.yaml"))[:6] if folder.is_dir() else []
+    return f"There are: {', '.join(found)}." if found else "Give the path of a YAML file."
+
+
+def refuse_other(tree: Mapping[str, Any], meant: str, where: str) -> None:
+    """Raise Fault for a file of another kind. meant: a key of _KINDS."""
+    if any(key in tree for key in _KINDS[meant].keys):
+        return
+    for name, kind in _KINDS.items():
+        if any(key in tree for key in kind.keys):
+            raise Fault(f"{where} is {name}, not {meant}; {_KINDS[meant].folder} has those.")
+
+
+class _Kind(NamedTuple):
+    keys: tuple[str, ...]
+    folder: str
+
+
+_KINDS = {
+    "the config of a run": _Kind(("model", "prune", "batch", "run"), "configs/"),
+    "a launch file": _Kind(("num_processes", "distributed_type"), "launch/"),
+    "a sweep": _Kind(("methods", "seeds"), "configs/sweeps/"),
+}
+
+
+def apply_set(tree: dict[str, Any], assignment: str) -> None:
+    """Put one `a.b=c` into the tree; the value is read as YAML (`[1, 2]`, `null`, `0.2`, text)."""
+    key, equals, value = assignment.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise Fault(f"--set '{assignment}' is not of the form key=value. Write for example prune.fraction=0.2.")
+    here = tree
+    for part in path[:-1]:
+        inner = here.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise Fault(f"--set {key}: '{part}' holds {inner!r}, which has no keys below it. Shorten the key.")
+        here = inner
+    here[path[-1]] = _parse(value, f"--set {key}")
+
+
+def _node_type(annotation: Any) -> type[BaseModel] | None:
+    """The tree node an annotation allows, looking through Optional, list and dict."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in typing.get_args(annotation):
+        found = _node_type(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def _keys_at(cls: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
+    """The keys that are known at a place of the tree."""
+    here: type[BaseModel] | None = cls
+    for part in loc:
+        if isinstance(part, int) or here is None:
+            continue
+        fields = {(f.alias or name): f for name, f in here.model_fields.items()}
+        here = _node_type(fields[part].annotation) if part in fields else None
+    return sorted((f.alias or name) for name, f in here.model_fields.items()) if here else []
+
+
+_Loc = tuple[str | int, ...]
+
+
+def _described(cls: type[BaseModel], errors: Sequence[tuple[_Loc, Any]]) -> list[str]:
+    """One complaint for each place. What branches of a union say of the same value is joined; a branch that would not
+    have taken a value at all is silent where another took it and found something inside."""
+    said: dict[_Loc, str] = {}
+    for loc, error in errors:
+        inside = any(len(other) > len(loc) and other[: len(loc)] == loc for other, _ in errors)
+        if inside and (error["type"].endswith("_type") or error["type"] == "too_short"):
+            continue  # too short: without what is wrong in it
+        beside = any(other == loc and e["type"] == "literal_error" for other, e in errors)
+        if beside and error["type"].startswith("bool") and isinstance(error["input"], str):
+            continue  # a word was meant
+        text = _describe(cls, loc, error["type"], error["msg"], error["input"])
+        first, other = said.get(loc, text), text.rpartition("; ")[2]
+        said[loc] = first if other in first else f"{first}, or {other}"
+    return list(said.values())
+
+
+def _describe(cls: type[BaseModel], loc: _Loc, kind: str, message: str, found: Any) -> str:
+    key = ".".join(str(part) for part in loc)
+    found = _CREDENTIALS.sub("***", found) if isinstance(found, str) else found
+    if kind == "extra_forbidden":
+        known = _keys_at(cls, loc[:-1])
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        offer = f"the nearest key is '{near[0]}'" if near else f"known here: {', '.join(known)}"
+        return f"{key}: found an unknown key (value {found!r}); {offer}"
+    if kind == "missing":
+        return f"{key}: missing; give it a value"
+    if kind == "tuple_type":
+        return f"{key}: found {found!r}; write a list, as [0, 1]"
+    if kind in ("dict_type", "model_type") and found is None:
+        return f"{key}: found nothing; write {{}} for none"
+    return f"{key}: found {found!r}; {message[0].lower()}{message[1:]}{_nearest(kind, message, found)}"
+
+
+def _nearest(kind: str, message: str, found: Any) -> str:
+    """Which of the known words was meant, if it can be guessed."""
+    if kind != "literal_error" or not isinstance(found, str):
+        return ""
+    words = {word.lower(): word for word in re.findall(r"'([^']+)'", message)}
+    near = difflib.get_close_matches(found.lower(), words, n=1)
+    return f" (the nearest is {words[near[0]]!r})" if near else ""
+
+
+def _inside(part: Any, here: Any) -> bool:
+    return part in here if isinstance(here, Mapping) else isinstance(here, list) and part in range(len(here))
+
+
+def _place(tree: Any, loc: Sequence[str | int], kind: str) -> _Loc:
+    """The keys of a complaint that the tree has (pydantic also names the branches of a union)."""
+    here, found = tree, []
+    for part in loc:
+        if _inside(part, here):
+            here = here[part]
+            found.append(part)
+    return (*found, loc[-1]) if kind == "missing" else tuple(found)
+
+
+def _without(tree: Any, loc: Sequence[Any]) -> None:
+    """Remove the value at loc; a faulty list of plain values goes as a whole, and so does a mapping left empty."""
+    here, holder, key = tree, {}, None
+    above: list[tuple[dict[Any, Any], Any]] = []
+    for part in loc:
+        if isinstance(here, dict):
+            holder, key = here, part
+            above.append((holder, key))
+        if not _inside(part, here):
+            break
+        here = here[part]
+    value = holder.get(key)
+    if not (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
+        holder.pop(key, None)
+    for (outer, name), (inner, _) in zip(reversed(above[:-1]), reversed(above), strict=False):
+        if not inner:
+            outer.pop(name, None)
+
+
+def _speaks_of(contradiction: str, key: str) -> bool:
+    """Whether a contradiction names a key, or is of a section above it."""
+    section = contradiction.partition(":")[0]
+    return re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", contradiction) is not None or key.startswith(f"{section}.")
+
+
+def build(cls: type[Tree], tree: dict[str, Any], where: str) -> Tree:
+    """Validate a raw tree; Fault lists every unknown key, wrong value and contradiction at once."""
+    complaints: list[str] = []
+    failed: list[str] = []
+    checked: Tree | None = None
+    try:
+        checked = cls.model_validate(tree)
+    except ValidationError as error:
+        rest = yaml.safe_load(yaml.safe_dump(tree))
+        errors = [(_place(tree, e["loc"], e["type"]), e) for e in error.errors(include_url=False)]
+        complaints = _described(cls, errors)
+        failed = [".".join(part for part in loc if isinstance(part, str)) for loc, _ in errors]
+        for loc, _ in errors:
+            _without(rest, loc)
+        try:  # the faulty keys at their defaults: do the others fit together?
+            checked = cls.model_validate(rest)
+        except ValidationError:
+            checked = None
+    if checked is not None:
+        complaints += [text for text in checked.contradictions() if not any(_speaks_of(text, key) for key in failed)]
+    if complaints or checked is None:
+        count = f"{len(complaints)} faults" if len(complaints) > 1 else "a fault"
+        raise Fault(f"{count} in {where}:\n" + "\n".join(f"  {c}" for c in complaints))
+    return checked
+
+
+def read(cls: type[Tree], path: Path, sets: Sequence[str], example: str, kind: str | None = None) -> Tree:
+    """Defaults, then the file, then the `--set` assignments in order: the only three merges.
+
+    example, kind: as for `load_file` and `refuse_other`; None is a kind that no other is taken for."""
+    tree = load_file(path, example)
+    if kind is not None:
+        refuse_other(tree, kind, str(path))
+    for assignment in sets:
+        apply_set(tree, assignment)
+    return build(cls, tree, str(path))

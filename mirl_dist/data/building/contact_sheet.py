@@ -1,0 +1,127 @@
+"""What was built, for people: a table of the sets, and a sheet with samples of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+
+from mirl_dist.data import image_strip
+from mirl_dist.data.degradations.degrade import Pixels
+from mirl_dist.data.image_files import decode
+from mirl_dist.data.manifest import CLEAN, DEGRADED, Entry, Index, Manifest, Part, Shard, read_index
+from mirl_dist.storage import Store
+from mirl_dist.storage.retry import USUAL, patiently, to_stderr
+
+NAME = "contact_sheet.png"
+SIDE, ACROSS = 160, 8  # pixels of one crop, crops in a row
+
+
+class SetRow(NamedTuple):
+    """One set: its images (or pairs), the smallest and the largest one's height and width, bytes, shards."""
+
+    role: str
+    set: str
+    kind: str
+    samples: int
+    smallest: tuple[int, int]
+    largest: tuple[int, int]
+    bytes: int
+    shards: int
+
+    @property
+    def title(self) -> str:
+        what = "images" if self.kind == "clean" else "pairs, degraded | clean"
+        return f"{self.role} {self.set}: {self.kind}, {self.samples:,} {what}"
+
+
+def _sets(manifest: Manifest) -> Iterator[list[Shard]]:
+    """The shards of each set."""
+    for _, held in groupby(manifest.shards, key=lambda s: (s.role, s.set)):
+        yield list(held)
+
+
+def _index(store: Store, shard: Shard) -> Index:
+    return read_index(store.get(shard.index_name), shard, store.where(shard.index_name))
+
+
+def table(store: Store, manifest: Manifest) -> list[SetRow]:
+    """What every set of a manifest holds, in its order. Raises Fault for an index that does not fit."""
+    return [_row(store, held) for held in _sets(manifest)]
+
+
+def _row(store: Store, held: list[Shard]) -> SetRow:
+    sizes = {(e.height, e.width) for shard in held for e in _index(store, shard).entries}
+    ordered = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+    samples, bytes_ = sum(s.samples for s in held), sum(s.bytes for s in held)
+    return SetRow(held[0].role, held[0].set, held[0].kind, samples, ordered[0], ordered[-1], bytes_, len(held))
+
+
+def lines(store: Store, manifest: Manifest) -> list[str]:
+    """A table of the sets, and where all of it lies, as lines of text."""
+    head = ("role", "set", "kind", "samples", "pixels (width x height)", "MB", "shards")
+    cells = [head]
+    for row in table(store, manifest):
+        small, large = (f"{width}x{height}" for height, width in (row.smallest, row.largest))
+        pixels = small if small == large else f"{small} to {large}"
+        cells.append(
+            (row.role, row.set, row.kind, f"{row.samples:,}", pixels, f"{row.bytes / 1e6:.1f}", f"{row.shards}")
+        )
+    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    right = {3, 5, 6}  # numbers
+
+    def text(line: tuple[str, ...]) -> str:
+        placed = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        return "  ".join(placed).rstrip()
+
+    size = sum(s.bytes for s in manifest.shards) / 1e6
+    return [
+        *map(text, cells),
+        f"{len(manifest.shards)} shards, {size:.1f} MB, in {store.where()} (manifest {manifest.digest()[:12]}). "
+        f"Look at {store.where(NAME)}.",
+    ]
+
+
+def draw(store: Store, manifest: Manifest) -> bytes:
+    """A PNG file with a row for every set: centres of its first samples, as they lie in the shards."""
+    rows = []
+    for held in _sets(manifest):
+        crops: list[Pixels] = []
+        for shard, entry in _samples(store, held):
+            crops += [_crop(store, shard, found[1]) for found in map(entry.image, (DEGRADED, CLEAN)) if found]
+            if len(crops) >= ACROSS:
+                break
+        rows.append(image_strip.Row(_row(store, held).title, tuple(crops)))
+    return image_strip.strip(rows)
+
+
+def _samples(store: Store, held: list[Shard]) -> Iterator[tuple[Shard, Entry]]:
+    for shard in held:
+        for entry in _index(store, shard).entries:
+            yield shard, entry
+
+
+def _crop(store: Store, shard: Shard, part: Part) -> Pixels:
+    """The centre of an image in a shard, on white where the image is smaller."""
+    centre = image_strip.centre(decode(_member(store, shard, part)), SIDE)
+    height, width = centre.shape[:2]
+    filled = np.full((SIDE, SIDE, 3), 255, np.uint8)
+    top, left = (SIDE - height) // 2, (SIDE - width) // 2
+    filled[top : top + height, left : left + width] = centre
+    return filled
+
+
+def _member(store: Store, shard: Shard, part: Part) -> bytes:
+    """The bytes of one member, without the rest of its shard."""
+
+    def read() -> bytes:
+        held = bytearray()
+        for block in store.read(shard.name, part.offset):
+            held += block
+            if len(held) >= part.size:
+                break
+        return bytes(held[: part.size])
+
+    return patiently(read, f"reading {store.where(shard.name)}", USUAL, to_stderr)

@@ -1,0 +1,82 @@
+"""Real photographs that lie inside scikit-image's wheel: enough for a demo without any download.
+
+Two views of one scene would leak from training into evaluation, so only one of each scene is known here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mirl_dist.data.degradations.degrade import Plane
+from mirl_dist.errors import Fault
+
+
+class Photograph(NamedTuple):
+    """A file in scikit-image's folder of data, and its disparity's file where it has one."""
+
+    file: str
+    disparity: str | None = None
+
+
+PHOTOGRAPHS = {
+    "astronaut": Photograph("astronaut.png"),
+    "chelsea": Photograph("chelsea.png"),
+    "coffee": Photograph("coffee.png"),
+    "hubble_deep_field": Photograph("hubble_deep_field.jpg"),
+    "ihc": Photograph("ihc.png"),
+    "motorcycle_left": Photograph("motorcycle_left.png", "motorcycle_disp.npz"),
+    "retina": Photograph("retina.jpg"),
+    "rocket": Photograph("rocket.jpg"),
+}
+DISPARITY_OFFSET = 31.086  # pixels between the principal points: calibration of Middlebury 2014's motorcycle
+
+
+def locate(name: str) -> tuple[Path, Path | None]:
+    """The paths of a photograph and of its disparity. Raises Fault for an unknown name or a missing file."""
+    if name not in PHOTOGRAPHS:
+        raise Fault(f"no photograph is named '{name}'. Known are: {', '.join(PHOTOGRAPHS)}.")
+    package = importlib.util.find_spec("skimage")
+    if package is None or package.origin is None:
+        raise Fault("the photographs lie inside scikit-image, which is not installed: pip install scikit-image")
+    folder = Path(package.origin).parent / "data"
+    one = PHOTOGRAPHS[name]
+    for file in filter(None, one):
+        if not (folder / file).is_file():
+            raise Fault(f"no file {folder / file}. Install scikit-image's wheel, or name other photographs.")
+    return folder / one.file, folder / one.disparity if one.disparity else None
+
+
+def depth_from_disparity(disparity: Plane) -> Plane:
+    """Depth in (0, 1], the farthest point 1. disparity: float (H, W) in pixels, not finite where unknown.
+
+    Unknown points are mostly hidden from one of the two cameras, so they take the farther (smaller) of the
+    nearest known disparities to their left and right; a row without any takes the farthest of the image.
+    """
+    known = np.isfinite(disparity)
+    if not known.any():
+        raise Fault("a disparity map holds no finite value. Use another map, or none.")
+    columns = np.arange(disparity.shape[1])
+    left = np.maximum.accumulate(np.where(known, columns, -1), axis=1)
+    right = np.minimum.accumulate(np.where(known, columns, columns.size)[:, ::-1], axis=1)[:, ::-1]
+    padded = np.pad(np.where(known, disparity, np.inf), ((0, 0), (1, 1)), constant_values=np.inf)
+    rows = np.arange(disparity.shape[0])[:, None]
+    filled = np.minimum(padded[rows, left + 1], padded[rows, right + 1])
+    filled = np.where(np.isfinite(filled), filled, disparity[known].min())
+    depth = 1 / (filled + DISPARITY_OFFSET)
+    far: Plane = (depth / depth.max()).astype(np.float64)
+    return far
+
+
+def depth(height: int, width: int, disparity: Path | None) -> Plane:
+    """Depth in [0, 1] of an image, (height, width): true where a disparity is known, else a stand-in.
+
+    The stand-in knows nothing of the scene: it rises evenly from 0.1 at the lower border to 1 at the upper.
+    """
+    if disparity is None:
+        return np.repeat(np.linspace(1.0, 0.1, height)[:, None], width, axis=1)
+    with np.load(disparity, allow_pickle=False) as held:
+        return depth_from_disparity(held[held.files[0]].astype(np.float64))

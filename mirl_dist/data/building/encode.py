@@ -1,0 +1,80 @@
+"""One picture to the members of its sample: degraded where the recipe makes it, as PPM or PNG."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mirl_dist.config.seeding import generator
+from mirl_dist.data.building import demo_photos
+from mirl_dist.data.building.discovery import printable
+from mirl_dist.data.building.layout import Item
+from mirl_dist.data.degradations.degrade import Pixels, haze, rain, snow
+from mirl_dist.data.image_files import Refused, decode
+from mirl_dist.data.manifest import CLEAN, DEGRADED, NOTES, ImageFormat, ppm_header
+from mirl_dist.errors import Fault
+
+PNG_LEVEL = 4  # measured on photographs: 0.7 % larger than level 9 in half of its time
+
+
+def png(pixels: Pixels) -> bytes:
+    """The bytes of a PNG file, the same for the same pixels and version of Pillow."""
+    held = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(held, "PNG", compress_level=PNG_LEVEL)
+    return held.getvalue()
+
+
+def ppm(pixels: Pixels) -> bytes:
+    """The bytes of a binary PPM file: a header that the size alone decides, then the pixels as they are."""
+    return ppm_header(*pixels.shape[:2]) + pixels.tobytes()
+
+
+ENCODE: dict[ImageFormat, Callable[[Pixels], bytes]] = {"ppm": ppm, "png": png}
+
+
+def _unchanged(path: Path, digest: str) -> Pixels:
+    """The pixels of a file that has not changed since it was checked."""
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() == digest:
+            return decode(data)
+    except (OSError, Refused):
+        pass
+    raise Fault(f"{printable(path)} changed while the shards were built. Build again when the images are at rest.")
+
+
+def _made(item: Item, clean: Pixels, seed: int) -> Pixels:
+    """The degraded image that the recipe makes of a whole clean one."""
+    picture = item.picture
+    assert picture.make is not None
+    rng = generator(seed, picture.make, item.key)
+    if picture.make == "rain":
+        return rain(clean, rng)
+    if picture.make == "snow":
+        return snow(clean, rng)
+    height, width = clean.shape[:2]
+    far = demo_photos.depth(height, width, picture.disparity)
+    return haze(clean, far, airlight=rng.uniform(0.8, 1.0), beta=rng.uniform(0.5, 2.5))
+
+
+def members(item: Item, seed: int) -> dict[str, bytes]:
+    """The members of one sample by their names without the key. Raises Fault for a file that changed.
+
+    A made degradation depends on nothing but the seed, the sample's key and the whole image's pixels.
+    """
+    picture, box = item.picture, item.box
+    images = [_unchanged(file, digest) for file, digest in zip(picture.files, item.digests, strict=True)]
+    if picture.make is not None:
+        images.append(_made(item, images[0], seed))
+    window = (slice(box.y, box.y + box.height), slice(box.x, box.x + box.width))
+    notes = {"set": picture.set, "kind": picture.kind, "source": printable(picture.name), "y": box.y, "x": box.x}
+    held = {NOTES: json.dumps(notes, sort_keys=True).encode()}
+    for which, image in zip((CLEAN, DEGRADED), images, strict=False):
+        held[f"{which}.{item.form}"] = ENCODE[item.form](image[window])
+    return held

@@ -1,0 +1,136 @@
+"""All that a recipe's images have to say before any work: which can be used, and what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mirl_dist.data.building.discovery import Complaint, Picture, find, listing, printable
+from mirl_dist.data.building.recipe import Recipe
+from mirl_dist.data.image_files import Examined, examine
+from mirl_dist.data.parallel import Crew, shared
+from mirl_dist.data.workers import Report
+from mirl_dist.errors import Fault
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What may be built: pictures, what was seen of their files, what is left out, the fingerprint."""
+
+    pictures: tuple[Picture, ...]
+    seen: Mapping[Path, Examined]
+    skipped: tuple[str, ...]
+    fingerprint: str
+
+
+def survey(recipe: Recipe, workers: int, report: Report, crew: Crew) -> Survey:
+    """Find, pair, read and decode every image of a recipe: names by rank 0, files shared by all ranks.
+
+    Raises Fault, on every rank, that lists what cannot be used (recipe.broken: stop), sets without any usable image,
+    and images that serve both training and evaluation.
+    """
+    pictures, complaints = crew.from_main(lambda: find(recipe))
+    paths = sorted({file for picture in pictures for file in picture.files})
+    seen = dict(zip(paths, shared(crew, examine, paths, workers, report, "checking images", 8), strict=True))
+    return crew.from_main(lambda: _judged(recipe, pictures, complaints, seen))
+
+
+def _judged(
+    recipe: Recipe, pictures: Iterable[Picture], complaints: list[Complaint], seen: Mapping[Path, Examined]
+) -> Survey:
+    usable = []
+    for picture in pictures:
+        against = _against(picture, seen, recipe.least_pixels)
+        complaints += against
+        if not against:
+            usable.append(picture)
+    if complaints and recipe.broken == "stop":
+        raise Fault(
+            listing(
+                [c.full() for c in complaints],
+                f"{len(complaints)} things in the images of recipe '{recipe.name}' are wrong:",
+                "Put them right, or write broken: skip into the recipe to leave them out.",
+            )
+        )
+    _refuse_empty_sets(recipe, usable, complaints)
+    if not recipe.allow_overlap:
+        _refuse_overlap(usable, seen)
+    skipped = tuple(c.portable() for c in complaints)
+    return Survey(tuple(usable), seen, skipped, fingerprint(recipe, usable, seen, skipped))
+
+
+def _against(picture: Picture, seen: Mapping[Path, Examined], least: int) -> list[Complaint]:
+    """What speaks against using a picture."""
+
+    def complaint(file: Path, problem: str) -> Complaint:
+        name = printable(picture.name)
+        if file != picture.files[-1]:
+            name += f" (its clean partner {printable(file.name)})"
+        return Complaint(picture.label, name, printable(file), problem)
+
+    found = [complaint(f, problem) for f in picture.files if (problem := seen[f].problem) is not None]
+    if found:
+        return found
+    clean = seen[picture.clean]
+    size = f"{clean.width}x{clean.height}"
+    if picture.degraded is not None:
+        other = seen[picture.degraded]
+        if (clean.height, clean.width) != (other.height, other.width):
+            problem = f"is {other.width}x{other.height}, its clean partner {printable(picture.clean.name)} {size}"
+            found.append(complaint(picture.degraded, problem))
+    if picture.role == "train" and min(clean.height, clean.width) < least:
+        found.append(complaint(picture.files[-1], f"is {size}, its shorter side below least_pixels, {least}"))
+    return found
+
+
+def _refuse_empty_sets(recipe: Recipe, pictures: Iterable[Picture], complaints: list[Complaint]) -> None:
+    filled = {picture.label for picture in pictures}
+    empty = [f"{role} {one.set}" for role, one in recipe.sets() if f"{role} {one.set}" not in filled]
+    if empty:
+        raise Fault(
+            listing(
+                [c.full() for c in complaints if c.label in empty],
+                f"no usable image is left in: {', '.join(empty)}.",
+                "Put these right, or take the set out of the recipe.",
+            )
+        )
+
+
+def _refuse_overlap(pictures: Iterable[Picture], seen: Mapping[Path, Examined]) -> None:
+    """An image that is trained on and scored on makes the score worthless, whatever its format."""
+    trained: dict[str, Path] = {}
+    scored: dict[str, Path] = {}
+    for picture in pictures:
+        side = trained if picture.role == "train" else scored
+        for file in picture.files:
+            side.setdefault(seen[file].pixels_sha256, file)
+    both = [
+        f"{printable(trained[d])} = {printable(scored[d])}"
+        for d in sorted(trained.keys() & scored.keys(), key=lambda d: trained[d])
+    ]
+    if both:
+        raise Fault(
+            listing(
+                both,
+                f"{len(both)} images serve both training and evaluation:",
+                "Leave them out on one side (exclude), or write allow_overlap: true if it is meant.",
+            )
+        )
+
+
+def fingerprint(
+    recipe: Recipe, pictures: Iterable[Picture], seen: Mapping[Path, Examined], skipped: tuple[str, ...]
+) -> str:
+    """Hex SHA-256 of the recipe without its places, what it skips, and every file's name and SHA-256."""
+    sources = []
+    for picture in pictures:
+        row = [picture.label, printable(picture.name)]
+        row += [f"{printable(f.name)} {seen[f].sha256}" for f in picture.files]
+        if picture.disparity is not None:
+            row.append(hashlib.sha256(picture.disparity.read_bytes()).hexdigest())
+        sources.append(row)
+    identity = json.dumps([recipe.content(), sources, skipped], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()

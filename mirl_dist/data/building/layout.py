@@ -1,0 +1,118 @@
+"""Which sample goes into which shard, decided before any pixel is encoded: arithmetic on names and sizes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from pathlib import Path
+
+from mirl_dist.data.building.discovery import Picture, printable
+from mirl_dist.data.building.recipe import Recipe
+from mirl_dist.data.image_files import Examined
+from mirl_dist.data.manifest import ImageFormat, ppm_header
+
+PNG_SHARE = 0.6  # of the raw bytes: about what PNG leaves of photographs
+BLOCK = 512  # of a tar: every member takes a header and its data, each filled up to whole blocks
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of an image, in pixels: top and left corner, height and width."""
+
+    y: int
+    x: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample to store: its key, its picture, which version of a made degradation, the digests the files had when
+    checked, the part to keep, and how."""
+
+    key: str
+    picture: Picture
+    version: int
+    digests: tuple[str, ...]
+    box: Box
+    form: ImageFormat
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One tar to write, with its samples in order."""
+
+    name: str
+    seed: int
+    items: tuple[Item, ...]
+
+
+def centre(height: int, width: int, side: int | None) -> Box:
+    """The centre of an image, at most `side` pixels high and wide; the whole image for None."""
+    h, w = (height, width) if side is None else (min(height, side), min(width, side))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def _named(picture: Picture, version: int) -> str:
+    """What tells a sample from others of its set; further versions of a made degradation are further samples."""
+    return printable(picture.name) + (f"/{version}" if version else "")
+
+
+def key(picture: Picture, version: int = 0) -> str:
+    """A sample's name: readable, without dots and slashes, the same for the same file wherever it lies.
+
+    At most 69 characters, so that `key.degraded.ppm` fits the 100 of a plain tar header.
+    """
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(printable(picture.name)).stem)[:24]
+    digest = hashlib.sha256(_named(picture, version).encode()).hexdigest()[:8]
+    return f"{picture.role}-{picture.set}-{stem}-{digest}"
+
+
+def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:
+    """Training samples in an order drawn from seed and names, so that every shard is a sample of its set."""
+
+    def lot(item: Item) -> bytes:
+        name = _named(item.picture, item.version)
+        return hashlib.sha256(f"{seed}/order/{item.picture.set}/{name}".encode()).digest()
+
+    return sorted(items, key=lot)
+
+
+def _share_out(weights: Sequence[float], limit: float) -> list[list[int]]:
+    """Positions in consecutive groups of nearly equal weight, none empty, of about `limit` at most."""
+    total = sum(weights)
+    count = math.ceil(total / limit)
+    middles = [after - weight / 2 for weight, after in zip(weights, accumulate(weights), strict=True)]
+    return [list(group) for _, group in groupby(range(len(weights)), key=lambda i: int(middles[i] / total * count))]
+
+
+def _bytes(item: Item) -> float:
+    """About what a sample takes of a tar; for PPM to the block."""
+    raw = len(ppm_header(item.box.height, item.box.width)) + 3 * item.box.height * item.box.width
+    image = raw if item.form == "ppm" else int(PNG_SHARE * raw)
+    images = 1 if item.picture.kind == "clean" else 2
+    return images * (BLOCK + math.ceil(image / BLOCK) * BLOCK) + 2 * BLOCK
+
+
+def shards(recipe: Recipe, pictures: Sequence[Picture], seen: Mapping[Path, Examined]) -> list[ShardPlan]:
+    """The tars of a recipe. pictures: those to use, grouped by set; seen: what checking their files found."""
+    centres = {e.set: e.centre_pixels for e in recipe.evaluate}
+    plans = []
+    for (role, name), group in groupby(pictures, key=lambda p: (p.role, p.set)):
+        side = centres[name] if role == "evaluate" else None
+        form: ImageFormat = recipe.train_format if role == "train" else "png"
+        items = []
+        for picture in group:
+            size = seen[picture.clean]
+            digests, box = tuple(seen[f].sha256 for f in picture.files), centre(size.height, size.width, side)
+            items += [Item(key(picture, v), picture, v, digests, box, form) for v in range(picture.versions)]
+        if role == "train":
+            items = _shuffled(items, recipe.seed)
+        for number, part in enumerate(_share_out([_bytes(i) for i in items], recipe.shard_megabytes * 2**20)):
+            held = tuple(items[position] for position in part)
+            plans.append(ShardPlan(f"{role}-{name}-{number:05d}.tar", recipe.seed, held))
+    return plans

@@ -1,0 +1,214 @@
+"""What a build leaves in a store until its manifest is there, so that a killed one goes on and no other mixes in.
+
+    <shards>/.building/build.json       the fingerprint of the build that writes here
+    <shards>/.building/train-x-00000.json   written after a shard and its index: that shard is done
+    <shards>/.building/lock             in folders: held by the build that writes now
+    <shards>/.building/probe-<letters>  there for a moment before any work: the place can be written
+
+All of it goes when the manifest is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mirl_dist.data.manifest import MANIFEST, Manifest, Shard, read_manifest
+from mirl_dist.errors import Fault
+from mirl_dist.storage import Folder, NotThere, Store
+from mirl_dist.storage.hashing import digest_of_blocks
+
+AREA = ".building"
+MARKER, LOCK = f"{AREA}/build.json", f"{AREA}/lock"
+OURS = re.compile(r"(train|evaluate)-[A-Za-z0-9_-]+-\d{5,}\.(tar|index\.json)")
+ELSEWHERE = "Choose another --out, or remove what lies there."
+
+
+class _Mark(BaseModel):
+    """Whose build it is: the recipe's name and fingerprint, and in a shard's record what was written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    recipe: str
+    shard: Shard | None = None
+
+    def dump(self) -> bytes:
+        return (self.model_dump_json(exclude_none=True) + "\n").encode()
+
+
+def _read(store: Store, name: str) -> _Mark | None:
+    """A mark, or None where none is or it is not one."""
+    try:
+        return _Mark.model_validate_json(store.get(name))
+    except (NotThere, ValidationError):
+        return None
+
+
+def _record(shard: str) -> str:
+    return f"{AREA}/{shard.removesuffix('.tar')}.json"
+
+
+@contextlib.contextmanager
+def locked(store: Store) -> Iterator[None]:
+    """A folder for this build alone; on other stores the marker has to do. Raises Fault where another build writes."""
+    if not isinstance(store, Folder):
+        yield
+        return
+    path, out = Path(store.where(LOCK)), Path(store.where())
+    ours = not os.path.exists(out)
+    with _lock(path, store.where()):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what a build that died needs lies there still
+                path.parent.rmdir()
+                if ours:
+                    out.rmdir()
+
+
+def _lock(path: Path, out: str) -> BinaryIO:
+    """The lock file, open and held."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = path.open("ab")
+        except FileNotFoundError:
+            continue  # the build that ended just now took the folder away
+        except OSError as error:
+            said = error.strerror or error
+            raise Fault(f"cannot write {out}: {said}. Make room or allow it, or choose another --out.") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.close()
+            raise Fault(f"another build is writing into {out}. Wait for it, or choose another --out.") from None
+        except OSError:  # a file system without locks: two builds at once are then the user's care
+            return handle
+        if path.exists() and path.stat().st_ino == os.fstat(handle.fileno()).st_ino:
+            return handle
+        handle.close()  # the lock of a build that ended just now
+
+
+def put_probe(store: Store) -> str:
+    """The name of something small that was written just now. Raises Fault where nothing can be written."""
+    name = f"{AREA}/probe-{uuid.uuid4().hex}"
+    store.put_if_absent(name, b"mirl-dist tries whether it may write here\n")
+    return name
+
+
+def prove(store: Store, probe: str, rank: int) -> None:
+    """Write and remove there, and see what rank 0 has put under `probe`. Raises Fault where that is not so."""
+    mine = put_probe(store)
+    seen = store.exists(probe)
+    store.remove(mine)
+    if not seen:
+        raise Fault(
+            f"{store.where()} is another place for rank {rank} than for rank 0. Do all ranks see the same folder? "
+            "Choose an --out that all nodes share."
+        )
+
+
+def look(store: Store, name: str) -> Manifest | _Mark | None:
+    """What lies there: a finished build, the mark of one that died, or nothing.
+
+    Raises Fault for what no build of the recipe `name` could use, whatever its images.
+    """
+    found: Manifest | _Mark | None
+    try:
+        found = read_manifest(store.get(MANIFEST), store.where(MANIFEST))
+    except NotThere:
+        found = _read(store, MARKER)
+        foreign = [n for n in store.list("") if OURS.fullmatch(n)] if found is None else []
+        if foreign:
+            raise Fault(
+                f"{store.where()} holds shards ({foreign[0]}) without a manifest or the mark of a build that died. "
+                f"{ELSEWHERE}"
+            ) from None
+    except Fault as fault:
+        raise Fault(f"{fault} Or choose another --out.") from None
+    if found is not None and found.name != name:
+        raise _of_another(store, found, f"'{name}'")
+    return found
+
+
+def _of_another(store: Store, found: Manifest | _Mark, this: str) -> Fault:
+    what = "shards" if isinstance(found, Manifest) else "an unfinished build"
+    return Fault(
+        f"{store.where()} holds {what} of another recipe or other images ('{found.name}', {found.recipe[:12]}; this "
+        f"is {this}). {ELSEWHERE}"
+    )
+
+
+def standing(store: Store, name: str, fingerprint: str) -> Manifest | None:
+    """The manifest of an earlier build of the same recipe and images, if it came to that.
+
+    Raises Fault where the place holds other shards, or what is left of another build.
+    """
+    found = look(store, name)
+    if found is not None and found.recipe != fingerprint:
+        raise _of_another(store, found, f"'{name}', {fingerprint[:12]}")
+    return found if isinstance(found, Manifest) else None
+
+
+def begin(store: Store, name: str, fingerprint: str) -> frozenset[str]:
+    """Mark the place as this build's. The names of shards that an earlier try recorded as done.
+
+    Raises Fault where another build was faster.
+    """
+    store.sweep()
+    if not store.put_if_absent(MARKER, _Mark(name=name, recipe=fingerprint).dump()):
+        standing(store, name, fingerprint)
+    stems = {Path(n).stem for n in store.list(AREA) if n not in (MARKER, LOCK)}
+    return frozenset(f"{stem}.tar" for stem in stems)
+
+
+def record(store: Store, name: str, fingerprint: str, shard: Shard) -> None:
+    """Say that a shard and its index are in the store."""
+    store.put(_record(shard.name), _Mark(name=name, recipe=fingerprint, shard=shard).dump())
+
+
+def recorded(store: Store, shard: str, fingerprint: str) -> Shard | None:
+    """A shard that this build has written before and that lies there still."""
+    mark = _read(store, _record(shard))
+    if mark is None or mark.shard is None or (mark.recipe, mark.shard.name) != (fingerprint, shard):
+        return None
+    return mark.shard if is_sound(store, mark.shard) else None
+
+
+def reopen(store: Store, manifest: Manifest, sound: Sequence[bool]) -> None:
+    """Make an unfinished build of a finished one of which shards were damaged or lost: the others stay."""
+    for shard, good in zip(manifest.shards, sound, strict=True):
+        if good:
+            record(store, manifest.name, manifest.recipe, shard)
+    store.put(MARKER, _Mark(name=manifest.name, recipe=manifest.recipe).dump())
+    store.remove(MANIFEST)
+
+
+def clear(store: Store) -> None:
+    """Remove marks and records, the marker last."""
+    for name in sorted(store.list(AREA), key=MARKER.__eq__):
+        if name != LOCK:
+            store.remove(name)
+
+
+def is_sound(store: Store, shard: Shard) -> bool:
+    """Whether a shard and its index are what their record says: in folders by every byte, elsewhere by size."""
+    try:
+        if store.size(shard.name) != shard.bytes:
+            return False
+        if hashlib.sha256(store.get(shard.index_name)).hexdigest() != shard.index_sha256:
+            return False
+        return not isinstance(store, Folder) or digest_of_blocks(store.read(shard.name)) == shard.sha256
+    except NotThere:
+        return False

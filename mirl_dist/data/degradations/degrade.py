@@ -1,0 +1,282 @@
+"""Seeded degradations of one image: noise, blur, JPEG, low light, lost resolution, rain, haze, snow.
+
+Images are uint8 (H, W, 3) in [0, 255], in and out. Every random draw comes from a generator which the caller
+keys by words (seed, epoch, sample), so that a sample looks the same whoever makes it and whenever.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mirl_dist.config.tasks import Task, blur_of
+from mirl_dist.data.degradations.bicubic import bicubic
+from mirl_dist.data.degradations.blur import blur
+
+Pixels = NDArray[np.uint8]
+Plane = NDArray[np.float64]
+
+
+def add_noise(image: Pixels, noise: Plane, sigma: float) -> Pixels:
+    """image + sigma * noise, clipped to [0, 255] and truncated (not rounded) to uint8.
+
+    noise: float64, the image's shape, unit variance. sigma: in steps of 1/255.
+    Truncation is what the released code of AirNet, PromptIR and MIR-L does: half a step darker on average.
+    """
+    noisy: Pixels = np.clip(image + sigma * noise, 0, 255).astype(np.uint8)
+    return noisy
+
+
+def gaussian_noise(image: Pixels, sigma: float, rng: np.random.Generator) -> Pixels:
+    """White Gaussian noise of standard deviation sigma (in steps of 1/255), made by `add_noise`."""
+    return add_noise(image, rng.standard_normal(image.shape), sigma)
+
+
+@lru_cache(maxsize=1)
+def _quantiles() -> Plane:
+    """65,536 equally likely values of the standard normal, ascending, rescaled to unit variance: |z| <= 4.33."""
+    inverse = NormalDist().inv_cdf
+    upper = np.array([inverse((i + 0.5) / 65536) for i in range(32768, 65536)])
+    upper /= np.sqrt(np.mean(upper**2))
+    return np.concatenate([-upper[::-1], upper])
+
+
+@lru_cache(maxsize=256)
+def _whole_noise(sigma: float) -> NDArray[np.int16]:
+    """floor(sigma z) for each of the quantiles."""
+    assert 0 <= sigma <= 1000, "int16 holds the noise and a pixel"
+    return np.floor(sigma * _quantiles()).astype(np.int16)
+
+
+def quick_noise(image: Pixels, sigma: float, rng: np.random.Generator) -> Pixels:
+    """Noise of the law of `gaussian_noise`, about four times as fast: for training.
+
+    clip(pixel + sigma z) truncated is clip(pixel + floor(sigma z)), so whole numbers are drawn, by 16 raw bits each,
+    from a table: no z passes 4.33, and no release of numpy changes the numbers. sigma: 0 to 1000, in steps of 1/255.
+    """
+    raw = rng.bit_generator.random_raw(-(-image.size // 4)).astype("<u8", copy=False)
+    noisy = _whole_noise(sigma).take(raw.view("<u2")[: image.size].reshape(image.shape), mode="clip")
+    noisy += image
+    return noisy.clip(0, 255).astype(np.uint8)
+
+
+def jpeg(image: Pixels, quality: int) -> Pixels:
+    """Through JPEG and back by Pillow's libjpeg: quality 1 to 100, colour at half resolution (4:2:0)."""
+    held = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(held, "JPEG", quality=quality, subsampling="4:2:0")
+    with Image.open(held) as back:
+        return np.array(back)
+
+
+def low_light(image: Pixels, gamma: float) -> Pixels:
+    """image^gamma on [0, 1], rounded: gamma 1 leaves the image as it is, above 1 darkens (MiOIR)."""
+    curve: Pixels = np.rint(255 * (np.arange(256) / 255) ** gamma).astype(np.uint8)
+    return curve[image]
+
+
+def lost_resolution(image: Pixels, factor: float, antialias: bool = True) -> Pixels:
+    """Bicubic down to ceil(size / factor) and up to the original size again; factor >= 1, fractions too.
+
+    antialias: MATLAB's bicubic, else torch's (MiOIR). The scale of each axis is the ratio of its whole sizes.
+    """
+    height, width = image.shape[:2]
+    small = bicubic(image, math.ceil(height / factor), math.ceil(width / factor), antialias)
+    return bicubic(small, height, width, antialias)
+
+
+def _streak(length: int, tilt: float, width: int) -> Plane:
+    """One streak, (K, K) with K odd: a segment `tilt` degrees from the vertical with a Gaussian profile."""
+    sigma = 0.3 * ((width - 1) * 0.5 - 1) + 0.8  # the deviation which OpenCV gives to a blur of this width
+    half = 0.5 * min(length, np.sqrt(2) * length * (1 - length / 100))
+    reach = int(np.ceil(half + 3 * sigma))
+    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float64)
+    angle = np.deg2rad(tilt)
+    along = np.clip(y * np.cos(angle) + x * np.sin(angle), -half, half)
+    distance = np.hypot(y - along * np.cos(angle), x - along * np.sin(angle))
+    kernel: Plane = np.exp(-0.5 * (distance / sigma) ** 2)
+    return kernel
+
+
+def rain(image: Pixels, rng: np.random.Generator) -> Pixels:
+    """Synthetic rain streaks of one direction, length and width per image, added and clipped.
+
+    After the recipe of MiOIR: drops where uniform noise passes 256 - 0.01 v, v from 50 to 99; length 20 to 40
+    pixels; -45 to 44 degrees from the vertical; width 3 to 11; the brightest point stretched to 255.
+    Differs: a streak is drawn as a Gaussian around a line segment instead of being turned as a picture.
+    """
+    height, width = image.shape[:2]
+    value = int(rng.integers(50, 100))
+    length, tilt = int(rng.integers(20, 41)), float(rng.integers(-45, 45))
+    kernel = _streak(length, tilt, width=int(rng.choice([3, 5, 7, 9, 11])))
+    reach = kernel.shape[0] // 2
+    # Drops also fall outside the frame, so that streaks enter it from all sides.
+    sown = rng.uniform(0, 256, (height + 2 * reach, width + 2 * reach)) > 256 - 0.01 * value
+    layer = np.zeros((height + 4 * reach, width + 4 * reach))
+    for row, column in np.argwhere(sown):
+        layer[row : row + 2 * reach + 1, column : column + 2 * reach + 1] += kernel
+    layer = layer[2 * reach : 2 * reach + height, 2 * reach : 2 * reach + width]
+    peak = layer.max(initial=0.0)
+    if peak > 0:
+        layer = layer * (255 / peak)
+    rainy: Pixels = np.clip(np.rint(image + layer[..., None]), 0, 255).astype(np.uint8)
+    return rainy
+
+
+def haze(image: Pixels, depth: Plane, airlight: float, beta: float) -> Pixels:
+    """The scattering model I T + A (1 - T) with T = exp(-beta depth), rounded to uint8.
+
+    depth: float64 (H, W), in units in which beta is its inverse (MiOIR: 0 to 1 per image).
+    airlight A: 0 to 1 (white). beta: 0 leaves the image as it is. Source: RESIDE's model.
+    """
+    transmission = np.exp(-beta * depth)[..., None]
+    scattered = image * transmission + 255 * airlight * (1 - transmission)
+    hazy: Pixels = np.clip(np.rint(scattered), 0, 255).astype(np.uint8)
+    return hazy
+
+
+class _Flakes(NamedTuple):
+    """One distance of snow. Ranges: radius in pixels, flakes per 10,000 pixels, fall in radii, opacity 0 to 1."""
+
+    radius: tuple[float, float]
+    density: tuple[float, float]
+    fall: tuple[float, float]
+    opacity: tuple[float, float]
+
+
+_SNOW = (
+    _Flakes(radius=(0.4, 0.9), density=(10, 80), fall=(1, 3), opacity=(0.4, 0.8)),
+    _Flakes(radius=(1.0, 2.2), density=(2, 20), fall=(1, 4), opacity=(0.5, 0.9)),
+    _Flakes(radius=(3.0, 7.0), density=(0.1, 1.5), fall=(0, 2), opacity=(0.4, 0.8)),
+)
+
+
+def _flake(radius: float, fall: float, tilt: float, opacity: float, at: Plane, phase: float) -> Plane:
+    """One flake's opacity, float64 (K, K) with K odd: a lobed disc with a soft edge, drawn out along its fall."""
+    half, soft = 0.5 * fall * radius, 0.4 + 0.7 * radius
+    reach = math.ceil(half + radius + soft) + 1
+    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1] - at[:, None, None]
+    down, right = math.cos(tilt), math.sin(tilt)
+    lobes = 0.2 * np.cos(3 * np.arctan2(y, x) + phase) * np.minimum(np.hypot(y, x) / radius, 1)
+    along = np.clip(y * down + x * right, -half, half)
+    inside = radius * (0.8 + lobes) - np.hypot(y - along * down, x - along * right)
+    rise = np.clip(0.5 + 0.5 * inside / soft, 0, 1)
+    flake: Plane = opacity * rise * rise * (3 - 2 * rise)
+    return flake
+
+
+def snow(image: Pixels, rng: np.random.Generator) -> Pixels:
+    """Synthetic snow: flakes at three distances, falling one way, over the image; rounded.
+
+    Our own recipe, after what Snow100K says of itself: particles of three sizes and of many densities, shapes,
+    transparencies and motions. Ranges: _SNOW; fall -50 to 50 degrees from the vertical, 10 more or less per flake;
+    flakes of one grey, 225 to 255. Sizes are in pixels whatever the image's size. No veil of far snow is drawn.
+    """
+    height, width = image.shape[:2]
+    rim = 32  # flakes also fall outside the frame and reach into it
+    wind, grey = rng.uniform(-50, 50), rng.uniform(225, 255)
+    seen = np.ones((height + 2 * rim, width + 2 * rim))
+    for kind in _SNOW:
+        count = rng.poisson(rng.uniform(*kind.density) * seen.size / 1e4)
+        for _ in range(count):
+            tilt = math.radians(wind + rng.uniform(-10, 10))
+            radius, fall, opacity = rng.uniform(*kind.radius), rng.uniform(*kind.fall), rng.uniform(*kind.opacity)
+            flake = _flake(radius, fall, tilt, opacity, rng.uniform(-0.5, 0.5, 2), rng.uniform(0, 2 * math.pi))
+            size = len(flake)
+            top, left = rng.integers(seen.shape[0] - size + 1), rng.integers(seen.shape[1] - size + 1)
+            seen[top : top + size, left : left + size] *= 1 - flake
+    part = seen[rim : rim + height, rim : rim + width, None]
+    snowy: Pixels = np.rint(image * part + grey * (1 - part)).astype(np.uint8)
+    return snowy
+
+
+def _between(low: float, high: float, rng: np.random.Generator) -> float:
+    """Uniform, to two decimals, as MiOIR draws; from raw bits, which no release of numpy changes."""
+    return round(low + (high - low) * (rng.bit_generator.random_raw() >> 11) * 2.0**-53, 2)
+
+
+def _one_of(choices: Sequence[int], rng: np.random.Generator) -> int:
+    return choices[rng.bit_generator.random_raw() * len(choices) >> 64]
+
+
+_SIGMAS = {"mild": (15.0, 50.0), "hard": (50.0, 70.0)}
+_BLURS = {
+    "easy": (range(7, 16, 2), (0.2, 3.0)),
+    "mild": (range(7, 22, 2), (1.0, 3.0)),
+    "hard": (range(17, 22, 2), (3.0, 5.0)),
+}
+_QUALITIES = {"mild": range(30, 71), "hard": range(10, 31)}
+_GAMMAS = {"mild": (1.0, 3.0), "hard": (3.0, 4.0)}
+
+
+def sigma_of(level: str, rng: np.random.Generator) -> int:
+    return round(_between(*_SIGMAS[level], rng)) if level in _SIGMAS else int(level)
+
+
+def _denoise(level: str, image: Pixels, rng: np.random.Generator) -> Pixels:
+    return quick_noise(image, sigma_of(level, rng), rng)
+
+
+def _deblur(level: str, image: Pixels, rng: np.random.Generator) -> Pixels:
+    if fixed := blur_of(level):
+        return blur(image, *fixed)
+    kernels, sigmas = _BLURS[level]
+    return blur(image, _one_of(kernels, rng), _between(*sigmas, rng))
+
+
+def _superres(level: str, image: Pixels, rng: np.random.Generator) -> Pixels:
+    if level == "mild":
+        return lost_resolution(image, 4, antialias=False)
+    if level == "easy":
+        return lost_resolution(image, _between(1, 4, rng))
+    return lost_resolution(image, _one_of((6, 8), rng) if level == "hard" else int(level))
+
+
+def _dejpeg(level: str, image: Pixels, rng: np.random.Generator) -> Pixels:
+    return jpeg(image, _one_of(_QUALITIES[level], rng) if level in _QUALITIES else int(level))
+
+
+def _enlighten(level: str, image: Pixels, rng: np.random.Generator) -> Pixels:
+    return low_light(image, _between(*_GAMMAS[level], rng))
+
+
+_FAMILIES: dict[str, Callable[[str, Pixels, np.random.Generator], Pixels]] = {
+    "denoise": _denoise,
+    "deblur": _deblur,
+    "superres": _superres,
+    "dejpeg": _dejpeg,
+    "enlighten": _enlighten,
+}
+
+
+def on_reading(task: Task, image: Pixels, rng: np.random.Generator) -> Pixels:
+    """A clean image degraded as the task says, for training: task.kind is 'clean'; docs/degradations.md has the ranges.
+
+    The strength is drawn first, so it does not depend on the image's size.
+    """
+    return _FAMILIES[task.family](task.level, image, rng)
+
+
+def for_test(task: Task, image: Pixels, rng: np.random.Generator) -> Pixels:
+    """`on_reading` for evaluation: the same, but noise is `gaussian_noise`, not limited to 4.33 sigma."""
+    if task.family == "denoise":
+        return gaussian_noise(image, sigma_of(task.level, rng), rng)
+    return on_reading(task, image, rng)
+
+
+def margin(task: Task) -> int:
+    """Pixels around a crop that the task needs: degrading with them and cutting equals degrading the whole and cutting.
+
+    0 for what changes each pixel alone, and for JPEG and lost resolution, whose grids begin at the crop's corner.
+    """
+    if task.family != "deblur":
+        return 0
+    fixed = blur_of(task.level)
+    return (fixed[0] if fixed else max(_BLURS[task.level][0])) // 2

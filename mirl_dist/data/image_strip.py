@@ -1,0 +1,138 @@
+"""Pictures for people: rows of degraded, restored and clean in one PNG, which can be cut up into its rows again."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+from mirl_dist.data.image_files import DAMAGE
+from mirl_dist.errors import Fault
+
+Pixels = NDArray[np.uint8]
+MOST_PIXELS = 2**26
+"""Most pixels of a strip that `rows` decodes: 200 MB."""
+_GAP, _TITLE = 4, 18
+_CHUNK = "mirl_dist"
+
+
+class Row(NamedTuple):
+    """One line of a strip: a title and images of one height, uint8 (H, W, 3)."""
+
+    title: str
+    images: tuple[Pixels, ...]
+
+
+class _Line(BaseModel):
+    """Where a row lies. boxes: left, top, width and height of its images in pixels."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    title: str
+    boxes: list[tuple[NonNegativeInt, NonNegativeInt, PositiveInt, PositiveInt]]
+
+
+class _Layout(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    rows: list[_Line]
+
+
+def centre(image: Pixels, pixels: int) -> Pixels:
+    """The centre of an image, at most `pixels` on a side."""
+    height, width = image.shape[:2]
+    h, w = min(height, pixels), min(width, pixels)
+    top, left = (height - h) // 2, (width - w) // 2
+    return image[top : top + h, left : left + w]
+
+
+def strip(rows: Sequence[Row], columns: Sequence[str] = ()) -> bytes:
+    """Rows below one another, each under its title, as PNG bytes; `rows` of this module cuts them up again.
+
+    columns: words above the images of the first row, drawn once. Raises ValueError for no rows.
+    """
+    if not rows:
+        raise ValueError("a strip needs at least one row")
+    width = max(sum(i.shape[1] + _GAP for i in row.images) for row in rows) + _GAP
+    top = _GAP + (_TITLE if columns else 0)
+    height = top + sum(row.images[0].shape[0] + _TITLE + _GAP for row in rows)
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    lines = []
+    for row in rows:
+        pen.text((_GAP, top + 3), _drawable(row.title), fill="black")
+        left, boxes = _GAP, []
+        for image in row.images:
+            sheet.paste(Image.fromarray(image), (left, top + _TITLE))
+            boxes.append((left, top + _TITLE, image.shape[1], image.shape[0]))
+            left += image.shape[1] + _GAP
+        lines.append(_Line(title=row.title, boxes=boxes))
+        top += row.images[0].shape[0] + _TITLE + _GAP
+    for word, box in zip(columns, lines[0].boxes, strict=False):
+        pen.text((box[0], _GAP), _drawable(word), fill="black")
+    told, data = PngInfo(), io.BytesIO()
+    told.add_text(_CHUNK, json.dumps(_Layout(rows=lines).model_dump()))
+    sheet.save(data, "PNG", pnginfo=told)
+    return data.getvalue()
+
+
+def rows(png: bytes, where: str = "the strip of pictures") -> list[Row]:
+    """The rows of a strip that `strip` wrote. where: its name in messages.
+
+    Raises Fault for any other bytes, and for an image above MOST_PIXELS before a pixel of it is decoded.
+    """
+    size = _size(png)
+    if size is None:
+        raise Fault(f"{where} is no PNG file. Take pictures.png from a run folder.")
+    if size[0] * size[1] > MOST_PIXELS:
+        raise Fault(f"{where} has {size[0]} x {size[1]} pixels, more than {MOST_PIXELS:,}. Compare fewer pictures.")
+    try:
+        with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+            told = image.info.get(_CHUNK)
+            if image.size != size or image.mode != "RGB" or not isinstance(told, str):
+                raise Fault(f"{where} is a PNG file, but no strip of pictures. Take pictures.png from a run folder.")
+            lines = _Layout.model_validate_json(told).rows
+            pixels = np.array(image)
+    except ValidationError as error:
+        raise Fault(
+            f"{where} tells its rows wrongly ({error.errors()[0]['msg']}). Take it from the run again."
+        ) from None
+    except Fault:
+        raise
+    except DAMAGE as error:
+        raise Fault(f"{where} is damaged ({str(error) or type(error).__name__}). Take it from the run again.") from None
+    _refuse_outside(lines, size, where)
+    return [Row(line.title, tuple(pixels[t : t + h, x : x + w] for x, t, w, h in line.boxes)) for line in lines]
+
+
+def _refuse_outside(lines: Sequence[_Line], size: tuple[int, int], where: str) -> None:
+    """Raise Fault for rows without images, of several heights, or with boxes outside the image or over one another."""
+    area = 0
+    for line in lines:
+        if not line.boxes or len({box[3] for box in line.boxes}) > 1:
+            raise Fault(f"{where}: its row '{line.title}' has no images of one height. Take it from the run again.")
+        for left, top, width, height in line.boxes:
+            area += width * height
+            if left + width > size[0] or top + height > size[1] or area > size[0] * size[1]:
+                raise Fault(f"{where}: its row '{line.title}' lies outside the image. Take it from the run again.")
+
+
+def _size(png: bytes) -> tuple[int, int] | None:
+    """Width and height that a PNG file states in its first bytes, or None for another file."""
+    if len(png) < 33 or png[:16] != b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR":
+        return None
+    width, height = struct.unpack(">II", png[16:24])
+    return width, height
+
+
+def _drawable(text: str) -> str:
+    """What every font has letters for."""
+    return text.encode("ascii", "replace").decode()

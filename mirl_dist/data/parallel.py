@@ -1,0 +1,131 @@
+"""The processes that work on one job together: one alone, or the ranks of a launch, which meet while they work."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Generic, Protocol, TypeVar
+
+from mirl_dist.data.workers import Report, each
+from mirl_dist.errors import Fault
+from mirl_dist.observability.console import rank_here
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+MEET_SECONDS = 0.5
+
+
+class Crew(Protocol):
+    """What a job needs to know of the processes that share it; all of them call the same methods in the same order.
+
+    gather_objects: a picklable thing of every rank, in rank order, on every rank. from_main: the result of a work that
+    rank 0 alone does, and its Fault, on every rank.
+    """
+
+    rank: int
+    world: int
+
+    def gather_objects(self, item: T) -> list[T]: ...
+    def from_main(self, work: Callable[[], T]) -> T: ...
+
+
+class Alone:
+    """A crew of one process."""
+
+    rank = 0
+    world = 1
+
+    def gather_objects(self, item: T) -> list[T]:
+        return [item]
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        return work()
+
+
+ALONE = Alone()
+
+
+def processes() -> int:
+    """Worker processes for this rank unless a user says otherwise: the processors that it may use, shared by its node.
+
+    What cgroups' CPU quotas grant is not looked at.
+    """
+    # On Linux what taskset, Slurm or a container's cpuset leave, not all that the node has.
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+class _Share(Generic[Result]):
+    """One rank's part of a work, done beside the thread that meets the other ranks."""
+
+    def __init__(self, work: Callable[[], Iterable[Result]]) -> None:
+        self.results: list[Result] = []
+        self._asked_to_stop = threading.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="share")
+        self._future = self._thread.submit(self._run, work)
+
+    def _run(self, work: Callable[[], Iterable[Result]]) -> None:
+        for result in work():
+            self.results.append(result)
+            if self._asked_to_stop.is_set():
+                return
+
+    def state(self) -> tuple[int, bool, str | None]:
+        """Things done, whether that is all, and the text of a Fault. Raises whatever else went wrong."""
+        ended = self._future.done()
+        error = self._future.exception() if ended else None
+        if error is not None and not isinstance(error, Fault):
+            raise error
+        return len(self.results), ended, None if error is None else str(error)
+
+    def wait(self, seconds: float) -> None:
+        """Until the work ends, or for some seconds."""
+        wait([self._future], seconds)
+
+    def stop(self) -> None:
+        """Begin nothing more."""
+        self._asked_to_stop.set()
+        self._thread.shutdown(wait=False)  # a message must not wait for a transfer that is tried again
+
+
+def shared(
+    crew: Crew,
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int,
+    report: Report,
+    what: str,
+    chunk: int = 1,
+) -> list[Result]:
+    """function(item) of every item, in order, on every rank; each rank works on its share with so many processes.
+
+    The ranks meet every half second, however long one item takes: no collective waits for a slow rank, all see how far
+    all are, and a rank that is lost or meets a Fault ends the others soon. Raises the Fault of any rank on every rank.
+    """
+    if crew.world == 1:
+        return list(each(function, items, workers, report, what, chunk))
+    mine = items[crew.rank :: crew.world]
+    share = _Share(lambda: each(function, mine, workers, lambda done, total, what: None, what, chunk))
+    report(0, len(items), what)
+    seen = 0
+    try:
+        while True:
+            told = crew.gather_objects((share.state(), rank_here(crew.rank)))
+            states = [state for state, _ in told]
+            faults = {text: who for (_, _, text), who in reversed(told) if text is not None}
+            if faults:
+                raise Fault("\n".join(f"{who}: {text}" for text, who in faults.items()), everywhere=True)
+            done = sum(count for count, _, _ in states)
+            if done != seen:
+                report(done, len(items), what)
+            seen = done
+            if all(ended for _, ended, _ in states):
+                break
+            share.wait(MEET_SECONDS)
+    finally:
+        share.stop()
+    found = crew.gather_objects(share.results)
+    return [found[number % crew.world][number // crew.world] for number in range(len(items))]

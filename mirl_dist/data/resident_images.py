@@ -1,0 +1,44 @@
+"""A few images kept in memory: to look at in the midst of a round, while the cache is full of what is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from mirl_dist.data.manifest import CLEAN, DEGRADED, Shard
+from mirl_dist.data.sample import Pixels
+from mirl_dist.data.shard_pool import Supply
+from mirl_dist.data.shards import Place
+
+
+class Images(Protocol):
+    """Where images of evaluation samples come from: a Supply, or Held."""
+
+    def want(self, shard: Shard) -> None: ...
+    def release(self, shard: Shard) -> None: ...
+    def image(self, place: Place, which: str) -> Pixels: ...
+
+
+class Held:
+    """Images of evaluation samples, read once from a supply; then looked at like the supply itself."""
+
+    def __init__(self) -> None:
+        self._images: dict[tuple[str, str, str], Pixels] = {}
+
+    def read(self, supply: Supply, places: Sequence[Place]) -> None:
+        """Read the images of some samples. Raises Fault for damage."""
+        for place in sorted(places, key=lambda place: place.shard.name):
+            for which in (CLEAN, DEGRADED):
+                if place.entry.image(which) is not None:
+                    key = (place.shard.name, place.entry.key, which)
+                    self._images[key] = self._images[key] if key in self._images else supply.image(place, which)
+
+    def want(self, shard: Shard) -> None:
+        """All are here."""
+
+    def release(self, shard: Shard) -> None:
+        """All stay."""
+
+    def image(self, place: Place, which: str) -> Pixels:
+        """One of them, uint8 (H, W, 3)."""
+        return self._images[place.shard.name, place.entry.key, which]

@@ -1,0 +1,68 @@
+"""Every rank holds the whole network: one process, or DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mirl_dist.distributed.engines.base import MOMENTS, MakeOptimiser
+from mirl_dist.distributed.engines.sharding import Held
+from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning.partition import Share, Slice
+
+
+class Replicas:
+    """Engine. parameters: of the bare network, whose gradients somebody else averages."""
+
+    optimiser: torch.optim.Optimizer
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        make_optimiser: MakeOptimiser,
+        share: Share = Slice(),  # noqa: B008 - an immutable tuple
+    ) -> None:
+        self.parameters, self._make = dict(parameters), make_optimiser
+        self.weights: dict[str, Tensor] = {name: p.detach() for name, p in parameters.items()}
+        self.held = self.owned = Held({name: tuple(p.shape) for name, p in parameters.items()})
+        self.share = share
+        self.begin()
+
+    def close_gradients(self, masks: Mapping[str, Tensor]) -> None:
+        masking.close_gradients(self.parameters, masks)
+
+    def clip(self, most: float | None) -> Tensor:
+        return nn.utils.clip_grad_norm_(self.parameters.values(), most or float("inf"))
+
+    def step(self, lr: float) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+    def forget(self) -> None:
+        self.optimiser.zero_grad()
+
+    def begin(self) -> None:
+        self.optimiser = self._make(self.parameters)
+
+    def written(self) -> None:
+        pass
+
+    def moments(self) -> dict[str, Tensor]:
+        found = {}
+        for name, parameter in self.parameters.items():
+            for kind in MOMENTS:
+                if kind in self.optimiser.state[parameter]:
+                    found[f"{name}.{kind}"] = self.optimiser.state[parameter][kind]
+        return found
+
+    def load_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
+        for name, parameter in self.parameters.items():
+            if f"{name}.{MOMENTS[0]}" in moments:
+                self.optimiser.state[parameter] = {
+                    "step": torch.tensor(float(steps)),
+                    **{kind: moments[f"{name}.{kind}"].clone().to(parameter.device) for kind in MOMENTS},
+                }

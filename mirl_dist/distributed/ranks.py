@@ -1,0 +1,427 @@
+"""The door to other processes: who am I, wrap, backward, gather, sum, agree, broadcast.
+
+Alone imports accelerate and torch.distributed. Every collective of the project is a method here, so that a reader sees
+in the loop where ranks meet. Each is a numbered meeting, `what` its name in messages; see watch.py.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mirl_dist.distributed.engines.base import Dealt, Engine, MakeOptimiser
+from mirl_dist.distributed.engines.ddp import Replicas
+from mirl_dist.distributed.engines.from_env import asked
+from mirl_dist.distributed.engines.sharding import Held
+from mirl_dist.distributed.flight_recorder import Meetings
+from mirl_dist.distributed.rendezvous import come_together, refuse_a_launch_that_lost_ranks, refuse_shared_gpus
+from mirl_dist.distributed.watchdog import LiveBoard, Watch
+from mirl_dist.errors import Fault, Stopped
+from mirl_dist.pruning.partition import Slice
+
+T = TypeVar("T")
+
+# Groups that were left. Were a wrapped model the last to hold one, freeing it would wait, with Python's lock held, for
+# a thread of gloo that may need that lock to free a tensor (torch 2.13): a finished rank that never ends.
+_LEFT: list[Any] = []
+_DISTRIBUTED: Any = torch.distributed  # what it calls private, or does not describe
+
+
+class Ranks:
+    """One process among `world`. Constructed once per process; joins the process group that the launcher announced."""
+
+    def __init__(
+        self, *, device: str = "auto", precision: str = "fp32", seed: int = 0, timeout_seconds: float = 1800
+    ) -> None:
+        """device: 'auto' (a GPU per rank where there are any) or 'cpu'; precision: 'fp32' or 'bf16'.
+
+        timeout_seconds: how long ranks wait for one another. After that those who have not come are named on standard
+        error, and who waited ends with code 1. Raises Fault when the processes that were launched are not the
+        processes that found each other.
+        """
+        refuse_a_launch_that_lost_ranks(os.environ)
+        self.asked = asked(os.environ)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it matmul varies
+        cpu = device == "cpu" or not torch.cuda.is_available()
+        if cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed it says else that it guesses
+        else:
+            refuse_shared_gpus(os.environ, gpus())
+            torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: TF32 would change every convolution
+        self._half = precision == "bf16"
+        patience = timedelta(seconds=timeout_seconds + 60)  # torch gives up later than the watch, which can tell why
+        backend = "gloo" if cpu else "nccl"
+        word = _join(backend, patience) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        self.rank: int
+        self.world: int
+        self.device: torch.device
+        if self.asked.name == "ddp":
+            self._joined_by_accelerate(cpu, patience)
+        else:
+            self._joined_alone(backend, patience)
+        self._dealt: Dealt | None = None
+        self._meetings, self._all_reduces, self._stop_told = Meetings(), True, False
+        self.hosts: list[str] = self.gather_objects(platform.node(), what="gather of hosts")
+        self.names = [f"rank {rank} ({host})" for rank, host in enumerate(self.hosts)]
+        self._watch = self._start_watch(word, timeout_seconds) if word and self.world > 1 else None
+        self._prove_that_all_are_here()
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True)
+
+    def _joined_by_accelerate(self, cpu: bool, patience: timedelta) -> None:
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
+        self._accelerator: Any = Accelerator(
+            cpu=cpu, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)]
+        )
+        self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
+        self.device = self._accelerator.device
+
+    def _joined_alone(self, backend: str, patience: timedelta) -> None:
+        """For engines that Accelerate would wrap in its own loop, or, on a CPU, not at all and without a word."""
+        self._accelerator = None
+        if not _DISTRIBUTED.is_initialized():  # one process
+            store = _DISTRIBUTED.HashStore()
+            _DISTRIBUTED.init_process_group(backend, store=store, rank=0, world_size=1, timeout=patience)
+        self.rank, self.world = _DISTRIBUTED.get_rank(), _DISTRIBUTED.get_world_size()
+        self.device = torch.device("cpu")
+        if backend == "nccl":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+
+    def _start_watch(self, word: str, timeout_seconds: float) -> Watch:
+        """On a connection of its own, which may block for as long as it likes: the watch minds that."""
+        pids = self.gather_objects(os.getpid(), what="gather of process ids")
+        names = [f"rank {rank} ({self.hosts[rank]}, pid {pid})" for rank, pid in enumerate(pids)]
+        store = _store(timedelta(days=1000), master=False)
+        home = f"the launcher's process at {store.host}:{store.port}" if _store_is_the_launchers() else names[0]
+        board = LiveBoard(_DISTRIBUTED.PrefixStore(f"{word}/watch", store), store.host, store.port)
+        return Watch(self._meetings, board, self.rank, names, home, timeout_seconds).start()
+
+    def _prove_that_all_are_here(self) -> None:
+        announced = int(os.environ.get("WORLD_SIZE", "1"))
+        counted = int(self.sum(torch.ones(1, dtype=torch.int64), what="roll call").item())
+        if not announced == self.world == counted:
+            raise Fault(
+                f"the launcher announced {announced} processes, {self.world} were joined, and {counted} answered: "
+                "each would train alone. Launch with `accelerate launch --config_file launch/cpu_two.yaml`, or with "
+                "torchrun."
+            )
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def phase(self) -> str:
+        """What this rank is doing, for messages."""
+        return self._meetings.phase
+
+    def in_phase(self, name: str) -> AbstractContextManager[None]:
+        """Around a part of the work, named as in 'training'; afterwards the phase around it returns."""
+        return self._meetings.in_phase(name)
+
+    def tell_stop(self) -> None:
+        """Ask all ranks to stop: `stop_told` becomes true on each within about two seconds. Returns at once."""
+        self._stop_told = True
+        if self._watch is not None:
+            self._watch.tell_stop()
+
+    def stop_told(self) -> bool:
+        """Whether any rank was asked to stop; costs nothing, and ranks may hear it a second apart."""
+        return self._stop_told or (self._watch is not None and self._watch.stop_told)
+
+    @property
+    def share(self) -> Slice:
+        """This rank's slice of replicated tensors, for counting every weight once."""
+        return Slice(self.rank, self.world)
+
+    def engine(self, model: nn.Module, make_optimiser: MakeOptimiser, example: Tensor) -> tuple[Engine, nn.Module]:
+        """The engine that the launch asked for, around a model that lies on this rank's device; what to call in
+        training. Weights become those of rank 0 under DDP; else they must be the same on every rank.
+
+        example: (B, 3, H, W), of any values.
+        """
+        if self.asked.name == "ddp":
+            wrapped = self.wrap(model)
+            self.settle(wrapped, example)
+            return Replicas(dict(self.unwrap(wrapped).named_parameters()), make_optimiser, self.share), wrapped
+        if self.asked.name == "fsdp":
+            from mirl_dist.distributed.engines.fsdp import Fsdp
+
+            example = example.to(self.device)
+            dealt: Dealt = Fsdp(model, make_optimiser, self.asked, self.rank, self, example)
+        else:
+            from mirl_dist.distributed.engines.deepspeed import Zero
+
+            dealt = Zero(model, make_optimiser, self.asked, self.rank, self.world, self, self._half)
+        self._dealt = dealt
+        return dealt, dealt.network
+
+    def meeting(self, what: str) -> AbstractContextManager[None]:
+        """Around a wait for all ranks that somebody else holds."""
+        return self._gpu_meeting(what)
+
+    @property
+    def meets_in_passes(self) -> bool:
+        """Whether a forward pass needs all ranks: weights are gathered in it."""
+        return self._dealt is not None
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model on this rank's device, its gradients averaged over ranks. Weights become those of rank 0.
+
+        Raises Fault when several ranks would train a model that is not wrapped.
+        """
+        # Depthwise kernels (C, 1, 3, 3) have two equal layouts, and autograd picks the other one: harmless.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        with self._meetings.meeting("wrapping of the network"):
+            wrapped: nn.Module = self._accelerator.prepare(model)
+        parallel = isinstance(wrapped, nn.parallel.DistributedDataParallel)
+        if self.world > 1 and not parallel:
+            raise Fault(
+                f"{self.world} ranks, but the model is a {type(wrapped).__name__}: gradients would not be shared. "
+                "Launch with a file from launch/.",
+                everywhere=True,
+            )
+        return wrapped
+
+    def settle(self, model: nn.Module, example: Tensor) -> None:
+        """One throwaway pass through a wrapped model, so that every step that counts adds gradients in one order.
+
+        DDP sorts its buckets anew after its first backward pass; with three ranks or more, a process's first step
+        would otherwise add in another order than the same step of a run that was not interrupted.
+        """
+        self.backward(model(example.to(self.device)).sum() * 0)
+        model.zero_grad()
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The bare network below `wrap`: names and weights as created."""
+        bare: nn.Module = self._accelerator.unwrap_model(model)
+        return bare
+
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """The model's output in the precision that was asked for. Weights, gradients and losses stay float32. A meeting
+        where weights are gathered for it."""
+        meeting = self._gpu_meeting("gather of weights") if self._dealt is not None else nullcontext()
+        with meeting, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._half):
+            restored: Tensor = model(images)
+        return restored
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients, averaged over ranks: a meeting, unless more passes follow in this step."""
+        if self._dealt is not None:
+            with self._gpu_meeting("gradient reduction"):
+                self._dealt.backward(loss)
+        elif self.world == 1 or not self._all_reduces:
+            self._accelerator.backward(loss)
+        else:
+            with self._gpu_meeting("gradient all-reduce"):
+                self._accelerator.backward(loss)
+
+    @contextmanager
+    def _gpu_meeting(self, what: str) -> Iterator[None]:
+        """A meeting that the GPU may still be in when the main thread goes on."""
+        self._meetings.begin(what)
+        try:
+            yield
+        finally:
+            self._meetings.end(*([_when_gpu_is_done()] if self.device.type == "cuda" else []))
+
+    @contextmanager
+    def accumulate(self, model: nn.Module, more: bool) -> Iterator[None]:
+        """Around a forward and backward pass; `more` passes follow in this step, so ranks need not meet yet."""
+        if self._dealt is not None:
+            self._dealt.accumulate(more)
+            yield
+            return
+        self._all_reduces = not more
+        try:
+            with self._accelerator.no_sync(model) if more else nullcontext():
+                yield
+        finally:
+            self._all_reduces = True
+
+    def gather(self, values: Tensor, *, what: str = "gather of numbers") -> Tensor:
+        """A tensor of every rank, of one shape and dtype, as (world, *shape) on the CPU, in rank order."""
+        with self._meetings.meeting(what) if self.world > 1 else nullcontext():
+            return self._gathered(values).cpu()
+
+    def gather_here(self, values: Tensor, *, what: str = "gather of numbers") -> Tensor:
+        """As `gather`, on this rank's device: for large ones."""
+        with self._gpu_meeting(what) if self.world > 1 else nullcontext():
+            return self._gathered(values)
+
+    def _gathered(self, values: Tensor) -> Tensor:
+        mine = values.detach().to(self.device).contiguous()
+        if self.world == 1:
+            return mine.unsqueeze(0)
+        everyone = [torch.empty_like(mine) for _ in range(self.world)]
+        torch.distributed.all_gather(everyone, mine)
+        return torch.stack(everyone)
+
+    def sum(self, values: Tensor, *, what: str = "sum of numbers") -> Tensor:
+        """The sum over ranks, on the CPU; added in rank order, so the same bits on every rank."""
+        return self.gather(values, what=what).sum(dim=0)
+
+    def any(self, flag: bool, *, what: str) -> bool:
+        """Whether the flag is true on any rank; the same on all. what: the question, as in 'whether to stop'."""
+        return bool(self.gather(torch.tensor(flag), what=f"question {what}").any())
+
+    def gather_objects(self, item: T, *, what: str = "gather of objects") -> list[T]:
+        """A small picklable object of every rank, in rank order, on every rank."""
+        if self.world == 1:
+            return [item]
+        found: list[Any] = [None] * self.world
+        with self._meetings.meeting(what):
+            torch.distributed.all_gather_object(found, item)
+        return found
+
+    def agree(self, what: str, digest: str) -> None:
+        """Raise Fault on every rank, naming who differs, unless all ranks hold the same digest."""
+        all_digests = self.gather_objects(digest, what=f"agreement on {what}")
+        if len(set(all_digests)) > 1:
+            usual = max(all_digests, key=all_digests.count)
+            odd = [r for r, d in enumerate(all_digests) if d != usual]
+            table = ", ".join(f"rank {r} {d[:12]}" for r, d in enumerate(all_digests))
+            named = ", ".join(f"{r} ({self.hosts[r]})" for r in odd)
+            raise Fault(
+                f"ranks disagree on {what}: {table}. Rank {named} has drifted: check that "
+                "machine's memory and GPU, then start again with --resume auto from the last commit.",
+                everywhere=True,
+            )
+
+    def from_main(self, work: Callable[[], T], *, what: str = "work") -> T:
+        """The result of `work`, done by rank 0 alone. A Fault or Stopped that rank 0 meets is raised on every rank."""
+        if self.world == 1:
+            return work()
+        result: list[Any] = [None, None, False, None]
+        if self.is_main:
+            try:
+                result[0] = work()
+            except Fault as fault:
+                result[1:3] = str(fault), fault.resumable
+            except Stopped as stopped:
+                result[3] = str(stopped)
+        with self._meetings.meeting(f"{what} by rank 0"):
+            torch.distributed.broadcast_object_list(result, src=0)
+        if result[3] is not None:
+            raise Stopped(result[3])
+        if result[1] is not None:
+            raise Fault(result[1], everywhere=True, resumable=result[2])
+        found: T = result[0]
+        return found
+
+    def tensors_from_main(
+        self, tensors: Mapping[str, Tensor] | None, *, what: str = "tensors", held: Held | None = None
+    ) -> dict[str, Tensor]:
+        """Rank 0's named tensors on the CPU of every rank; other ranks pass None. held: of each, keep this part."""
+        if self.world == 1:
+            assert tensors is not None
+            return {name: tensor if held is None else held.of(name, tensor) for name, tensor in tensors.items()}
+        described = [(n, tuple(t.shape), t.dtype) for n, t in tensors.items()] if tensors is not None else []
+        described = self.from_main(lambda: described, what=what)
+        received: dict[str, Tensor] = {}
+        for name, shape, dtype in described:
+            wire = torch.uint8 if dtype is torch.bool else dtype
+            if tensors is not None and self.is_main:
+                buffer = tensors[name].to(self.device, wire).contiguous()
+            else:
+                buffer = torch.empty(shape, dtype=wire, device=self.device)
+            with self._meetings.meeting(f"{what} by rank 0, {name}"):
+                torch.distributed.broadcast(buffer, src=0)
+            received[name] = (buffer if held is None else held.of(name, buffer).clone()).to("cpu", dtype)
+        return received
+
+    def barrier(self, *, what: str = "barrier") -> None:
+        if self.world > 1:
+            with self._meetings.meeting(what):
+                torch.distributed.barrier()
+
+    def close(self) -> None:
+        """Leave the process group, all ranks together; without this, torch warns about leaked resources."""
+        if self._watch is not None:
+            self._watch.stop()
+            self.barrier(what="end")  # rank 0 may keep what the others' watches read
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            _LEFT.append(torch.distributed.group.WORLD)
+        if self._accelerator is not None:
+            self._accelerator.end_training()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def gpus() -> int:
+    """GPUs that this process could use."""
+    return torch.cuda.device_count()
+
+
+def backends() -> dict[str, bool]:
+    """The collectives that this torch was built with."""
+    if not torch.distributed.is_available():
+        return {}
+    return {"gloo": torch.distributed.is_gloo_available(), "nccl": torch.distributed.is_nccl_available()}
+
+
+def _join(backend: str, patience: timedelta) -> str:
+    """Join the process group under a word of this start, which is returned.
+
+    For torch's launcher keeps its store when it starts ranks again (torch 2.4 to 2.13), and torch alone would read in
+    it where the dead ones listened.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = _store(patience, master=rank == 0 and not _store_is_the_launchers())
+    word = come_together(_DISTRIBUTED.PrefixStore("mirl_dist", store), rank, world, patience.total_seconds())
+    own = _DISTRIBUTED.PrefixStore(word, store)
+    _DISTRIBUTED.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=patience)
+    return word
+
+
+def _store(patience: timedelta, *, master: bool) -> Any:
+    """A connection to where the ranks of this launch meet; the master keeps that place."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    options = {"is_master": master, "wait_for_workers": False, "multi_tenant": True}
+    return _DISTRIBUTED.TCPStore(host, port, timeout=patience, **options)
+
+
+def _store_is_the_launchers() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _when_gpu_is_done() -> Callable[[], bool]:
+    """Whether all that this thread has asked of its GPU so far is done; may be called by any thread."""
+    cuda: Any = torch.cuda
+    event = cuda.Event()
+    event.record()
+
+    def done() -> bool:
+        try:
+            return bool(event.query())
+        except RuntimeError:  # the GPU has failed, as the main thread will notice
+            return True
+
+    return done
+
+
+def lost_a_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process ended, or the network to it."""
+    signs = (
+        "closed by peer",
+        "reset by peer",
+        "broken pipe",
+        "timed out waiting",  # gloo
+        "application timeout caused pair closure",
+        "at the start for rank",
+        "client socket has",  # timed out, failed
+        "connection was likely closed",
+        "remote process exit",  # NCCL
+        "nccl communicator was aborted",
+    )
+    return any(sign in str(error).lower() for sign in signs)

@@ -1,0 +1,250 @@
+"""Who waits for whom: ranks tell each other once a second where they stand, so that one that hangs or is slow is named.
+
+A rank that waits too long in a meeting says who has not come, and ends; its launcher starts all again from the last
+commit. The main thread only writes down where it is: what is told and judged is the work of threads.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from mirl_dist.distributed.flight_recorder import Meetings, Standing, verdict, waited
+from mirl_dist.observability.console import rank_here, warn
+
+_PERIOD_SECONDS = 1.0
+_LOOKS = 5  # at the others before one is judged
+_SILENT_LOOKS = 4  # without a beat: its process does not run
+_LAST_PERIODS = 2
+_STOP, _VERDICT = "stop", "verdict"
+_AGAIN = "Start again: a run goes on from its last commit."
+
+
+class Board(Protocol):
+    """What all ranks can write on and read. A board that is gone raises RuntimeError or OSError; one may block.
+
+    get: what stands under some keys, which have all been set.
+    """
+
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, keys: list[str]) -> list[bytes]: ...
+    def close(self) -> None: ...
+
+
+class LiveBoard:
+    """A board over a store at host:port, which is not asked any more once its server has closed the connection.
+
+    Torch prints a page of C++ frames when it meets a dead server, so a connection of our own minds that.
+    """
+
+    def __init__(self, store: Any, host: str, port: int) -> None:
+        self._store = store
+        self._line = socket.create_connection((host, port), timeout=60)
+        self._line.setblocking(False)
+
+    def _refuse_dead(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            if not self._line.recv(1):
+                raise ConnectionResetError("the store has closed the connection")
+
+    def set(self, key: str, value: str) -> None:
+        self._refuse_dead()
+        self._store.set(key, value)
+
+    def get(self, keys: list[str]) -> list[bytes]:
+        self._refuse_dead()
+        found: list[bytes] = self._store.multi_get(keys)
+        return found
+
+    def close(self) -> None:
+        self._line.close()
+
+
+class Watch:
+    """Two threads of a rank. One tells where it stands and hears the others; the other minds that the first can."""
+
+    def __init__(
+        self,
+        meetings: Meetings,
+        board: Board,
+        rank: int,
+        names: Sequence[str],
+        home: str,
+        timeout_seconds: float,
+        *,
+        period_seconds: float = _PERIOD_SECONDS,
+        leave: Callable[[int], None] = os._exit,
+    ) -> None:
+        """names: of all ranks, for messages; home: where the board lives; leave: ends the process at once."""
+        self.stop_told = False
+        self._meetings, self._board, self._rank, self._names, self._home = meetings, board, rank, names, home
+        self._timeout, self._period, self._leave = timeout_seconds, period_seconds, leave
+        self._beat, self._telling, self._wake, self._ended = 0, False, threading.Event(), threading.Event()
+        self._looking_at, self._looks, self._late = 0, 0, 0
+        self._heard: dict[int, tuple[int, int]] = {}
+        self._threads = [threading.Thread(target=run, daemon=True, name="watch") for run in (self._talk, self._mind)]
+
+    def start(self) -> Watch:
+        """To be called by every rank; afterwards the ranks meet, so that all have written before one reads."""
+        if self._rank == 0:
+            self._board.set(_STOP, "")
+            self._board.set(_VERDICT, "")
+        self._board.set(str(self._rank), json.dumps(self._meetings.standing()))
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.stop)  # a thread inside the store must not meet the end of Python
+        return self
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join(2 * self._period)
+        self._board.close()
+
+    def tell_stop(self) -> None:
+        """Ask all ranks to stop; returns at once."""
+        self.stop_told = self._telling = True
+        self._wake.set()
+
+    def _talk(self) -> None:
+        try:
+            while not self._ended.is_set() and self._tell_and_hear():
+                self._wake.wait(self._period)
+                self._wake.clear()
+        except (RuntimeError, OSError):
+            pass  # the board is gone: a rank that waits for its keeper fails by itself, or is minded
+
+    def _tell_and_hear(self) -> bool:
+        """False when there is nothing more to tell."""
+        mine = self._meetings.standing(self._beat)
+        self._board.set(str(self._rank), json.dumps(mine))
+        if self._telling:
+            self._board.set(_STOP, "1")
+            self._telling = False
+        stop, said_by = self._board.get([_STOP, _VERDICT])
+        self.stop_told = self.stop_told or stop != b""
+        if said_by:
+            if mine.waiting and mine.seconds > self._timeout / 2:
+                self._end(f"waited too; rank {said_by.decode()} has said for whom")
+            return False
+        if mine.waiting and mine.seconds > self._timeout - (_LOOKS + 1) * self._period:
+            self._look(mine)
+        self._beat += 1
+        return True
+
+    def _look(self, mine: Standing) -> None:
+        """At the others, shortly before this rank has waited too long and from then on."""
+        if self._looking_at != mine.number:
+            self._looking_at, self._looks, self._late, self._heard = mine.number, 0, 0, {}
+        self._looks += 1
+        others = [rank for rank in range(len(self._names)) if rank != self._rank]
+        said = zip(others, self._board.get([str(rank) for rank in others]), strict=True)
+        standings = {rank: Standing(*json.loads(words)) for rank, words in said}
+        for rank, standing in standings.items():
+            if self._heard.get(rank, (-1, 0))[0] != standing.beat:
+                self._heard[rank] = (standing.beat, self._looks)
+        if mine.seconds >= self._timeout and self._looks >= _LOOKS:
+            self._judge(mine, standings)
+
+    def _judge(self, mine: Standing, others: dict[int, Standing]) -> None:
+        """Say who has not come, and end; the lowest rank that waits here says it, others only when it does not."""
+        self._late += 1
+        silent = [rank for rank, (_, at) in self._heard.items() if self._looks - at >= _SILENT_LOOKS]
+        here = [r for r, other in others.items() if other.waiting and other.number == mine.number and r not in silent]
+        if self._rank > min(here, default=self._rank) and self._late <= _LOOKS:
+            return
+        if self._meetings.standing()[:3] == mine[:3]:  # nobody came while this rank looked
+            self._board.set(_VERDICT, str(self._rank))
+            self._end(f"{verdict(mine, others, silent, self._names)}. {_AGAIN}")
+
+    def _mind(self) -> None:
+        """When the board does not answer: for a stopped process holds it, or a node that is gone."""
+        quiet, seen = 0, -1
+        while not self._ended.wait(self._period):
+            quiet, seen = (quiet + 1 if self._beat == seen else 0), self._beat
+            mine = self._meetings.standing()
+            if mine.waiting and mine.seconds > self._timeout and quiet > _LOOKS:
+                keeper = f"{self._home}, through which ranks tell where they are, does not answer any more"
+                self._end(f"{waited(mine)}, and {keeper}: it has ended or is stopped, or its node is gone. {_AGAIN}")
+
+    def _end(self, text: str) -> None:
+        """Not at once: this process may keep the board, on which others have yet to read that this one has spoken."""
+        warn(f"mirl-dist, {rank_here(self._rank)}: {text}")
+        if not self._ended.wait(_LAST_PERIODS * self._period):
+            self._leave(1)
+            self._ended.set()
+
+
+_TOLD_AFTER = 3
+_TOLD_AGAIN_AFTER = 100
+_LEAST_SECONDS = 0.005
+
+
+class Pace:
+    """How long a rank takes from a pass's beginning to its first meeting; which ranks all others wait for.
+
+    Only durations are compared, for clocks of two machines differ; waiting for other ranks is not counted.
+    """
+
+    def __init__(self, hosts: Sequence[str] = (), clock: Callable[[], float] = time.monotonic) -> None:
+        """hosts: of all ranks, for messages."""
+        self._hosts, self._clock = hosts, clock
+        self._slow: dict[int, int] = {}
+        self._began = self._came = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._passes, self._batches, self._rest = 0, 0.0, 0.0
+
+    def begin(self) -> None:
+        self._began = self._came = self._clock()
+
+    def batch_came(self) -> None:
+        self._came = self._clock()
+
+    def arrived(self) -> None:
+        """At the first meeting since `begin`, before it waits."""
+        self._passes += 1
+        self._batches += self._came - self._began
+        self._rest += self._clock() - self._came
+
+    def take(self) -> tuple[float, float]:
+        """The mean seconds of a pass since the last call: waiting for its batch, and the rest."""
+        passes = max(self._passes, 1)
+        means = self._batches / passes, self._rest / passes
+        self._reset()
+        return means
+
+    def judge(self, seconds_per_rank: Sequence[tuple[float, float]], factor: float) -> list[str]:
+        """Lines that name ranks slower than the median of the others by `factor`, three reports in a row.
+
+        seconds_per_rank: what `take` gave on every rank. A rank is named again when it has recovered in between, or
+        after 100 reports.
+        """
+        totals = [sum(seconds) for seconds in seconds_per_rank]
+        lines = []
+        for rank, total in enumerate(totals):
+            others = statistics.median(totals[:rank] + totals[rank + 1 :]) if len(totals) > 1 else total
+            slow = total > factor * others and total - others >= _LEAST_SECONDS
+            self._slow[rank] = self._slow.get(rank, 0) + 1 if slow else 0
+            if slow and self._slow[rank] % _TOLD_AGAIN_AFTER == _TOLD_AFTER:
+                lines.append(self._line(rank, total, others, seconds_per_rank[rank][0] / total))
+        return lines
+
+    def _line(self, rank: int, total: float, others: float, batches: float) -> str:
+        who = f"rank {rank}" + (f" ({self._hosts[rank]})" if self._hosts else "")
+        look = "disk, network and data.workers" if batches >= 0.5 else "GPU and processors"
+        return (
+            f"{who} reaches the all-reduce {total / max(others, 0.001):.1f} times later than the others "
+            f"({total:.3g} s against {others:.3g} s a pass; {batches:.0%} of it waiting for batches): look at that "
+            f"node's {look}"
+        )

@@ -1,0 +1,287 @@
+"""PSNR and SSIM per protocol, task and set: each image restored once by one rank, averaged exactly."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby, islice
+from math import fsum
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from mirl_dist.config.seeding import generator
+from mirl_dist.config.tasks import Task
+from mirl_dist.data import image_strip as pictures
+from mirl_dist.data.manifest import CLEAN, DEGRADED, Shard
+from mirl_dist.data.resident_images import Images
+from mirl_dist.data.sample import Pixels, to_tensor
+from mirl_dist.data.shards import Place, Shards
+from mirl_dist.distributed.ranks import Ranks
+from mirl_dist.errors import Fault, Stopped
+from mirl_dist.evaluation import metrics, protocols, tiling
+from mirl_dist.evaluation.protocols import PROTOCOLS, Protocol
+from mirl_dist.models.compiled import Compiled
+from mirl_dist.observability.progress import bar
+from mirl_dist.training.ticket import Score
+
+Image = NDArray[np.float32]
+_STRIP_PIXELS = 192
+_COLUMNS = ("degraded", "restored", "clean")
+
+
+class Settings(NamedTuple):
+    """How images are restored and scored.
+
+    protocols: the first is the headline. seed: of the test noise. tile_pixels: None restores images whole, else in
+    tiles of so many pixels a side which share `tile_overlap`. compile: restore through torch.compile.
+    """
+
+    protocols: tuple[Protocol, ...]
+    seed: int
+    tile_pixels: int | None = None
+    tile_overlap: int = 32
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+
+    def measured(self) -> dict[str, str]:
+        """What of it changes scores although no protocol says it, in words for a ticket."""
+        tile = f"{self.tile_pixels} pixels, {self.tile_overlap} shared" if self.tile_pixels else "whole image"
+        return {"precision": self.precision, "compile": "yes" if self.compile else "no", "tile": tile}
+
+
+class Job(NamedTuple):
+    """One image to restore for one task. `name` is 'task/set', the name of the score it counts for."""
+
+    name: str
+    task: Task
+    set: str
+    place: Place
+    pictured: bool
+
+
+class ImageScore(NamedTuple):
+    """One image by one protocol: name is 'task/set', image the sample's key; degraded_*: of the input itself."""
+
+    protocol: str
+    name: str
+    image: str
+    psnr: float
+    ssim: float
+    degraded_psnr: float
+    degraded_ssim: float
+
+
+class _Result(NamedTuple):
+    number: int
+    scores: tuple[ImageScore, ...]
+    row: pictures.Row | None
+
+
+class Scored(NamedTuple):
+    """Means by protocol and 'task/set', protocols in the order of the settings; the scores of each image, by protocol
+    and in the order of the jobs; and a strip of the pictured images by the headline protocol (None without any)."""
+
+    scores: dict[str, dict[str, Score]]
+    images: tuple[ImageScore, ...]
+    pictures: bytes | None
+
+    def table(self) -> bytes:
+        """`images` as CSV with a head, every number with all its digits."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(ImageScore._fields)
+        writer.writerows([*image[:3], *map(repr, image[3:])] for image in self.images)
+        return out.getvalue().encode("utf-8", "surrogateescape")
+
+
+def plan(
+    shards: Shards,
+    tasks: Sequence[Task],
+    sets: Sequence[str] | None,
+    pictures: int = 1,
+    by: Sequence[Protocol] = (PROTOCOLS["promptir"],),
+) -> list[Job]:
+    """Every (task, image) to score: a set of clean images is scored for every trained task that degrades on reading.
+
+    sets: names, or None for all. pictures: the first so many images of each score are pictured; by: how they will be
+    scored. Raises Fault for a set that the shards do not have, and for images that a protocol could not score.
+    """
+    least = max(protocol.least_pixels for protocol in by)
+    places = shards.places("evaluate")
+    kinds = {s.set: s.kind for s in shards.manifest.role("evaluate")}
+    unknown = [name for name in sets or () if name not in places]
+    if unknown:
+        raise Fault(
+            f"evaluate.sets: found {', '.join(unknown)}; the shards have {', '.join(sorted(places)) or 'none'}. "
+            "Correct the names, or build shards with those sets.",
+            everywhere=True,
+        )
+    entries = (p.entry for name in (places if sets is None else sets) for p in places[name])
+    small = [e for e in entries if min(e.height, e.width) < least]
+    if small:
+        raise Fault(
+            f"evaluation image '{small[0].key}' is {small[0].height} x {small[0].width} pixels ({len(small)} such); "
+            f"scores need {least} a side. Leave it out of the recipe and build the shards again.",
+            everywhere=True,
+        )
+    jobs = []
+    for task in tasks:
+        for name in sorted(sets if sets is not None else places):
+            if kinds[name] == task.kind:
+                jobs += [Job(f"{task.name}/{name}", task, name, p, i < pictures) for i, p in enumerate(places[name])]
+    return jobs
+
+
+def few(jobs: Sequence[Job], images: int) -> list[Job]:
+    """The first `images` jobs of each 'task/set', none of them pictured."""
+    by_name = groupby(jobs, key=lambda job: job.name)
+    return [job._replace(pictured=False) for _, of in by_name for job in islice(of, images)]
+
+
+def degraded_and_clean(supply: Images, job: Job, protocol: Protocol, seed: int) -> tuple[Pixels | Image, Pixels]:
+    """The test pair of a job by a protocol: what the network is given (uint8, or float32 where the protocol does not
+    quantise noise) and the clean uint8 image, cropped alike; its chance depends on seed, set, name and task."""
+    clean = protocols.cropped(protocol, supply.image(job.place, CLEAN))
+    if job.place.entry.image(DEGRADED) is not None:
+        return protocols.cropped(protocol, supply.image(job.place, DEGRADED)), clean
+    rng = generator("test", seed, job.set, job.place.entry.key, job.task.name)
+    return protocols.degraded(protocol, job.task, clean, rng), clean
+
+
+def restore(
+    model: nn.Module,
+    image: Pixels | Image,
+    device: torch.device,
+    tile_pixels: int | None = None,
+    tile_overlap: int = 32,
+    precision: str = "fp32",
+) -> Image:
+    """One image through the network, whole or in tiles (tiling.py): float32 (H, W, 3), clipped to [0, 1].
+
+    image: (H, W, 3), uint8, or float32 in the network's range. precision: fp32 or bf16 (torch's autocast).
+    """
+
+    def work(part: NDArray[Any]) -> Image:
+        eight_bit = part.dtype == np.uint8
+        given = to_tensor([part]) if eight_bit else torch.from_numpy(part[None].transpose(0, 3, 1, 2).copy())
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            restored = model(given.to(device))
+        out: Image = restored[0].float().permute(1, 2, 0).contiguous().cpu().numpy()
+        return out
+
+    restored = work(image) if tile_pixels is None else tiling.tiled(work, image, tile_pixels, tile_overlap)
+    return np.clip(restored, 0, 1)
+
+
+def _score(model: nn.Module, supply: Images, number: int, job: Job, how: Settings, device: torch.device) -> _Result:
+    """One image by every protocol, restored once for each of the inputs that they differ in."""
+    made: dict[tuple[int, str], tuple[Image, Image, Pixels]] = {}
+    scores, row, key = [], None, job.place.entry.key
+    for protocol in how.protocols:
+        same = protocol.input(job.task)
+        if same not in made:
+            given, clean = degraded_and_clean(supply, job, protocol, how.seed)
+            restored = restore(model, given, device, how.tile_pixels, how.tile_overlap, how.precision)
+            made[same] = (protocols.as_restored(given), restored, clean)
+        degraded, restored, clean = made[same]
+        quality, before = (protocols.score(protocol, image, clean) for image in (restored, degraded))
+        scores.append(ImageScore(protocol.name, job.name, key, *quality, *before))
+        if job.pictured and row is None:
+            shown = (metrics.to_8bit(degraded), metrics.to_8bit(restored), clean)
+            row = pictures.Row(f"{job.name} {key}", tuple(pictures.centre(i, _STRIP_PIXELS) for i in shown))
+    return _Result(number, tuple(scores), row)
+
+
+def deal(jobs: Sequence[Job], rank: int, world: int) -> list[int]:
+    """The numbers of one rank's jobs: runs of shards, so that a rank brings few of them."""
+    by_shard = sorted(range(len(jobs)), key=lambda n: (jobs[n].place.shard.name, n))
+    return by_shard[len(jobs) * rank // world : len(jobs) * (rank + 1) // world]
+
+
+@contextmanager
+def _held(supply: Images, shards: Sequence[Shard], ahead: bool) -> Iterator[Iterator[Shard]]:
+    """Shards one after the other, each held until the next is asked for; ahead: the one after it comes meanwhile."""
+    wanted: deque[Shard] = deque()
+
+    def one_by_one() -> Iterator[Shard]:
+        coming = iter(shards)
+        for shard in shards:
+            while len(wanted) < 1 + ahead and (more := next(coming, None)) is not None:
+                supply.want(more)
+                wanted.append(more)
+            yield shard
+            supply.release(wanted.popleft())
+
+    try:
+        yield one_by_one()
+    finally:
+        for shard in wanted:
+            supply.release(shard)
+
+
+def _never() -> bool:
+    return False
+
+
+def evaluate(
+    model: nn.Module,
+    supply: Images,
+    jobs: Sequence[Job],
+    ranks: Ranks,
+    how: Settings,
+    look_ahead: bool = False,
+    stop_asked: Callable[[], bool] = _never,
+) -> Scored:
+    """Score every job once, shared out over the ranks; the same bits on every rank and for every world size.
+
+    model: the bare network (not the wrapped one: ranks score different numbers of images), set to eval here.
+    look_ahead: the cache has room for two shards of every rank. stop_asked: looked at before every image.
+    Raises Stopped on every rank, with nothing scored, when any of them was asked to stop; Fault for an image that
+    cannot be scored, and where compiling fails.
+    """
+    model.eval()
+    mine, stopped = deal(jobs, ranks.rank, ranks.world), False
+    network = Compiled(model) if how.compile else model
+    results: list[_Result] = []
+    with bar("evaluating", len(mine), shown=ranks.is_main and bool(jobs)) as advance:
+        runs = [list(group) for _, group in groupby(mine, key=lambda n: jobs[n].place.shard.name)]
+        with _held(supply, [jobs[numbers[0]].place.shard for numbers in runs], look_ahead) as held:
+            for number in (n for _, numbers in zip(held, runs, strict=True) for n in numbers):
+                if stopped := stop_asked():
+                    break
+                job = jobs[number]
+                try:
+                    results.append(_score(network, supply, number, job, how, ranks.device))
+                except Stopped:  # while a shard did not come
+                    stopped = True
+                    break
+                except Fault as fault:
+                    raise Fault(f"{job.name}, image '{job.place.entry.key}': {fault}") from None
+                advance(len(results), job.name)
+    model.train()
+    if ranks.any(stopped, what="whether to stop evaluating"):
+        raise Stopped("stopped as asked while evaluating; the round's training is committed")
+    everyone = sorted((r for part in ranks.gather_objects(results) for r in part), key=lambda r: r.number)
+    assert [r.number for r in everyone] == list(range(len(jobs))), "an image was scored twice or not at all"
+    return _summed(everyone, how)
+
+
+def _summed(everyone: Sequence[_Result], how: Settings) -> Scored:
+    """Exact means over images, in an order that no world size changes."""
+    images = tuple(r.scores[at] for at in range(len(how.protocols)) for r in everyone)
+    scores: dict[str, dict[str, Score]] = {protocol.name: {} for protocol in how.protocols}
+    for protocol, name in dict.fromkeys((i.protocol, i.name) for i in images):
+        of = [i for i in images if (i.protocol, i.name) == (protocol, name)]
+        psnr, ssim, before_psnr, before_ssim = (fsum(each) / len(of) for each in zip(*(i[3:] for i in of), strict=True))
+        scores[protocol][name] = Score(
+            psnr=psnr, ssim=ssim, degraded_psnr=before_psnr, degraded_ssim=before_ssim, images=len(of)
+        )
+    rows = [r.row for r in everyone if r.row is not None]
+    return Scored(scores, images, pictures.strip(rows, _COLUMNS) if rows else None)

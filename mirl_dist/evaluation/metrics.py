@@ -1,0 +1,180 @@
+"""PSNR and SSIM of one image, each in the two ways that papers use; protocols.py says which paper uses which.
+
+`psnr` and `ssim` as PromptIR and MIR-L: float32 (H, W, 3) RGB in [0, 1], the restored image clipped, not quantised.
+`psnr_8bit` and `ssim_8bit` as BasicSR: levels 0 to 255. scikit-image computes all four, and is imported at the first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mirl_dist.errors import Fault
+
+PROTOCOL = (
+    "rgb, centre crop to a multiple of 16, gaussian noise added to uint8 then clipped and truncated, "
+    "output clipped to [0, 1] and not quantised, scikit-image psnr (at most 100 dB) and ssim "
+    "(7x7 uniform window, sample covariance, data range 1), mean over images"
+)
+PSNR_CEILING_DB = 100.0
+"""What equal images score: infinity is no JSON number and would swallow every mean over images."""
+
+SSIM_WINDOW_PIXELS = 7
+GAUSSIAN_WINDOW_PIXELS = 11
+
+Image = NDArray[np.float32]
+Levels = NDArray[np.uint8] | NDArray[np.float64]
+"""An image in [0, 255]: uint8 (H, W, 3) RGB, or float64 (H, W) luma."""
+
+
+def psnr(restored: Image, clean: Image) -> float:
+    """Peak signal-to-noise ratio of a restored image against the clean one, in dB.
+
+    restored, clean: float32 (H, W, 3) RGB, H and W at least 7; clean in [0, 1], restored clipped here.
+    Returns decibels for a peak of 1, at most PSNR_CEILING_DB (reached by equal images).
+    Raises Fault for another type, shape or range.
+    Source: MIR-L, tables II and III; differs only for errors below 1e-5: the published code has no ceiling.
+    """
+    from skimage.metrics import peak_signal_noise_ratio
+
+    restored, clean = _pair(restored, clean)
+    if np.array_equal(restored, clean):
+        return PSNR_CEILING_DB
+    measure: Any = peak_signal_noise_ratio
+    return min(float(measure(clean, restored, data_range=1)), PSNR_CEILING_DB)
+
+
+def ssim(restored: Image, clean: Image) -> float:
+    """Structural similarity of a restored image to the clean one, mean over positions and channels.
+
+    restored, clean: float32 (H, W, 3) RGB, H and W at least 7; clean in [0, 1], restored clipped here.
+    Returns a value in [-1, 1]; window 7x7 uniform, sample covariance, data range 1, no border padding.
+    Raises Fault for another type, shape or range.   Source: MIR-L, tables II and III.
+    """
+    from skimage.metrics import structural_similarity
+
+    restored, clean = _pair(restored, clean)
+    measure: Any = structural_similarity
+    return float(measure(clean, restored, data_range=1, channel_axis=-1))
+
+
+def psnr_8bit(restored: Levels, clean: Levels) -> float:
+    """Peak signal-to-noise ratio of levels in dB, at most PSNR_CEILING_DB: one mean over pixels and channels, peak 255.
+
+    restored, clean: both uint8 (H, W, 3) or both float64 (H, W), of one shape.   Source: BasicSR.
+    """
+    from skimage.metrics import peak_signal_noise_ratio
+
+    if np.array_equal(restored, clean):
+        return PSNR_CEILING_DB
+    measure: Any = peak_signal_noise_ratio
+    return min(float(measure(clean, restored, data_range=255)), PSNR_CEILING_DB)
+
+
+def ssim_8bit(restored: Levels, clean: Levels) -> float:
+    """Structural similarity of levels, in [-1, 1]: Gaussian window 11 x 11 of sigma 1.5, only where it fits whole.
+
+    restored, clean: both uint8 (H, W, 3) or both float64 (H, W), of one shape, H and W at least 11; population
+    covariance, data range 255, mean over positions and channels. Raises Fault for smaller images.   Source: BasicSR.
+    """
+    from skimage.metrics import structural_similarity
+
+    _refuse_small(clean, GAUSSIAN_WINDOW_PIXELS)
+    measure: Any = structural_similarity
+    axis = -1 if clean.ndim == 3 else None
+    shape = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    return float(measure(clean, restored, data_range=255, channel_axis=axis, **shape))
+
+
+def to_8bit(image: Image) -> NDArray[np.uint8]:
+    """Clipped to [0, 1] and rounded to 8 bits, a half to the even level."""
+    levels: NDArray[np.uint8] = np.rint(np.clip(image, 0.0, 1.0) * np.float32(255)).astype(np.uint8)
+    return levels
+
+
+def luma(image: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Y of BT.601 YCbCr in studio range, 16 to 235, not rounded: uint8 (H, W, 3) RGB to float64 (H, W).
+
+    Source: MATLAB's rgb2ycbcr, BasicSR.
+    """
+    from skimage.color import rgb2ycbcr
+
+    y: NDArray[np.float64] = rgb2ycbcr(image)[..., 0]
+    return y
+
+
+def crop_to_multiple(image: NDArray[Any], multiple: int = 16) -> NDArray[Any]:
+    """The centre of an image whose sides are the largest multiples of `multiple` pixels (a view).
+
+    image: (H, W) or (H, W, C), any type; of an odd rest the bottom or right side loses one pixel more.
+    Raises Fault when a side is shorter than `multiple`.   Source: evaluation of AirNet, PromptIR and MIR-L.
+    """
+    if image.ndim not in (2, 3):
+        raise Fault(
+            f"found an array of shape {image.shape} where an image is cropped to a multiple of {multiple}. "
+            "Give one image of shape (H, W) or (H, W, C)."
+        )
+    height, width = image.shape[:2]
+    if min(height, width) < multiple:
+        raise Fault(
+            f"found an image of {height} x {width} pixels where the protocol crops to a multiple of "
+            f"{multiple}. Leave it out, or evaluate images of at least {multiple} x {multiple} pixels."
+        )
+    top, left = height % multiple // 2, width % multiple // 2
+    return image[top : top + height // multiple * multiple, left : left + width // multiple * multiple]
+
+
+def refuse_unlike(restored: Image, clean: NDArray[Any]) -> None:
+    """Raise Fault for images that no measure takes: another type, shape or size, or values that are not finite.
+
+    restored: float32; clean: float32 or uint8; both (H, W, 3), at least 7 x 7.
+    """
+    for name, image, wanted in (("restored", restored, ("float32",)), ("clean", clean, ("float32", "uint8"))):
+        if image.dtype.name not in wanted:
+            raise Fault(
+                f"found {image.dtype} pixels where the {name} image is scored. "
+                "Convert to float32 in [0, 1] (8-bit images: divide by 255)."
+            )
+        if image.ndim != 3 or image.shape[2] != 3:
+            raise Fault(
+                f"found shape {image.shape} where the {name} image is scored. "
+                "Give one RGB image with channels last, (H, W, 3)."
+            )
+        if not np.isfinite(image).all():
+            raise Fault(
+                f"found NaN or infinite pixels where the {name} image is scored. "
+                "Look for the first step whose loss is not finite, or for a damaged ticket."
+            )
+    if restored.shape != clean.shape:
+        raise Fault(
+            f"found shapes {restored.shape} and {clean.shape} where a restored image meets its clean one. "
+            "Crop or pad both in the same way before scoring."
+        )
+    _refuse_small(clean, SSIM_WINDOW_PIXELS)
+
+
+def _refuse_small(image: NDArray[Any], window: int) -> None:
+    if min(image.shape[:2]) < window:
+        raise Fault(
+            f"found an image of {image.shape[0]} x {image.shape[1]} pixels where the window is "
+            f"{window} x {window}. Score larger images."
+        )
+
+
+def _pair(restored: Image, clean: Image) -> tuple[Image, Image]:
+    """Both images checked, the restored one clipped to [0, 1]."""
+    refuse_unlike(restored, clean)
+    if clean.dtype != np.float32:
+        raise Fault(
+            f"found {clean.dtype} pixels where the clean image is scored. "
+            "Convert to float32 in [0, 1] (8-bit images: divide by 255)."
+        )
+    low, high = float(clean.min()), float(clean.max())
+    if low < 0.0 or high > 1.0:
+        raise Fault(
+            f"found values from {low:g} to {high:g} where the clean image must lie in [0, 1]. "
+            "Divide 8-bit images by 255; do not normalise by mean and deviation."
+        )
+    return np.clip(restored, 0.0, 1.0), clean

@@ -1,0 +1,300 @@
+"""MLflow at one address: resolves our names to its ids, and bears every item twice. Imports mlflow."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mirl_dist.errors import Fault
+from mirl_dist.observability.mlflow.records import BY_ROUND, IMAGES, Item, legal_name, masked, round_name, shown
+
+_SETTINGS = {  # MLflow reads them at each call; what the user has set stands
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds; without retries a dead server costs 30 s a try, not 246 s
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_CONFIGURE_LOGGING": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+_LOST = "RESOURCE_DOES_NOT_EXIST"
+_FINAL = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", _LOST)  # asking again is no use
+_log = logging.getLogger("mirl_dist.tracking")
+
+
+@dataclass
+class Reached:
+    """What the store holds of a run: noted when it was opened, and after each delivery."""
+
+    id: str
+    params: dict[str, str]
+    steps: dict[str, int]  # latest step of each curve
+
+
+class Store:
+    """MLflow at one address: resolves our names to its ids, and bears the same item twice.
+
+    ids: what `remember` was given in earlier lives. key: by which runs are found whose ids got lost, unless ids has
+    one. remember: gets new ids before anything depends on them; may raise Fault, and is then called again later.
+    life: the word with which the ids of items of this life begin.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        ids: dict[str, str],
+        key: str,
+        remember: Callable[[dict[str, str]], None],
+        life: str,
+    ) -> None:
+        self.name = shown(uri)
+        self.experiment_id = ""
+        self.reached: dict[str, Reached] = {}
+        self._uri, self._experiment, self._run_name = uri, experiment, run_name
+        self._ids, self._key, self._remember, self._life = ids, key, remember, life
+        self._opened, self._params = dict[str, Item](), dict[str, Item]()  # to make runs anew
+        self._created = Counter[str]()  # how often that was asked for
+        self._client: Any = None
+
+    def deliver(self, item: Item) -> None:
+        """Deliver an item; a server that was emptied or restored meanwhile gets the runs anew."""
+        from mlflow.exceptions import MlflowException
+
+        if item.do == "open":
+            self._opened[item.where] = item
+        elif item.do == "params":
+            self._params[item.id] = item
+        try:
+            self._deliver(item)
+        except MlflowException as trouble:
+            if trouble.error_code != _LOST:
+                raise
+            self._client, self.reached = None, {}
+            self._deliver(item)
+
+    def _deliver(self, item: Item) -> None:
+        from mlflow.entities import Param, RunTag
+
+        client = self._connected()
+        if item.do == "open":
+            return self._open(client, item)
+        run = self._reach(client, item)
+        if item.do == "end":
+            if not self._out_of_date(item, client.get_run(run.id)):
+                client.set_terminated(run.id, item.name, item.at_ms)
+            self._delete_doubles(client, item.where)
+        elif item.do == "params":
+            new = [Param(name, text) for name, text in item.texts.items() if name not in run.params]
+            changed = [n for n, text in item.texts.items() if run.params.get(n, text) != text]
+            tags = [RunTag(f"changed.{n}", item.texts[n]) for n in changed]
+            client.log_batch(run.id, params=new, tags=tags)
+            run.params |= {param.key: param.value for param in new}
+        elif item.do == "file":
+            path = PurePosixPath(item.name)
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, path.name).write_bytes(item.data)
+                client.log_artifact(run.id, f"{folder}/{path.name}", str(path.parent) if path.parent.name else None)
+            if item.name.startswith(IMAGES):
+                client.set_tag(run.id, "mlflow.loggedImages", "true")  # else the grid does not look for any
+        else:
+            _send_points(client, item, run)
+
+    def answers(self) -> bool:
+        """Whether the store itself is there, whatever became of its place for files."""
+        try:
+            self._connected().get_run(self.reached["run"].id)
+        except self.troubles():
+            return False
+        return True
+
+    def final(self, trouble: BaseException) -> bool:
+        return getattr(trouble, "error_code", "") in _FINAL
+
+    def told(self, trouble: BaseException) -> str:
+        return told(trouble, self._uri)
+
+    def troubles(self) -> tuple[type[BaseException], ...]:
+        return troubles()
+
+    def _connected(self) -> Any:
+        """MLflow's client, once the store has answered and knows the experiment."""
+        if self._client is None:
+            from mlflow import MlflowClient
+
+            client = MlflowClient(tracking_uri=self._uri)
+            self.experiment_id = experiment_id(client, self._uri, self._experiment)
+            self._client = client
+        return self._client
+
+    def _reach(self, client: Any, item: Item) -> Reached:
+        """The run of an item; one that an earlier life opened is found, one that the store lost is made as it was."""
+        if item.where not in self.reached:
+            round_ = item.where.rpartition("/")[2]
+            name = self._run_name if item.where == "run" else round_name(self._run_name, int(round_))
+            self._open(client, self._opened.get(item.where) or Item("open", item.where, name, at_ms=item.at_ms))
+            for params in self._params.values():
+                if params.where == item.where:
+                    self._deliver(params)
+        return self.reached[item.where]
+
+    def _open(self, client: Any, item: Item) -> None:
+        """Find the run by id or tag, or create it, and note what it holds already."""
+        from mlflow.entities import RunTag
+
+        if "key" not in self._ids:
+            self._know("key", self._key)
+        tags = item.texts | {"mirl_dist.key": f"{self._ids['key']}/{item.where}"}
+        if item.where != "run":
+            parent = self._reach(client, Item("open", "run", at_ms=item.at_ms)).id
+            client.get_run(parent)  # raises where it is lost: a child is not hung on nothing
+            tags["mlflow.parentRunId"] = parent
+        run = self._find(client, item.where, tags["mirl_dist.key"])
+        if run is None:
+            self._created[item.where] += 1
+            run = client.create_run(self.experiment_id, item.at_ms, tags, item.name)
+        else:
+            if run.info.status != "RUNNING" and not self._out_of_date(item, run):
+                client.update_run(run.info.run_id, status="RUNNING")
+            new = [RunTag(name, text) for name, text in tags.items() if run.data.tags.get(name) != text]
+            if new:
+                client.log_batch(run.info.run_id, tags=new)
+        steps = {metric.key: metric.step for metric in run.to_proto().data.metrics}
+        self.reached[item.where] = Reached(run.info.run_id, dict(run.data.params), steps)
+        if self._ids.get(item.where) != run.info.run_id:
+            self._know(item.where, run.info.run_id)
+
+    def _out_of_date(self, item: Item, run: Any) -> bool:
+        """Whether another life has ended the run since: by the clock, which this life's own words need not heed."""
+        return not item.id.startswith(self._life) and (run.info.end_time or 0) > item.at_ms
+
+    def _know(self, name: str, id_: str) -> None:
+        self._remember({name: id_})
+        self._ids[name] = id_
+
+    def _find(self, client: Any, where: str, key: str) -> Any:
+        """The run that was opened as `where` before, if the store still has it."""
+        from mlflow.exceptions import MlflowException
+
+        if id_ := self._ids.get(where):
+            try:
+                run = client.get_run(id_)
+            except MlflowException as trouble:
+                if trouble.error_code != _LOST:
+                    raise
+            else:
+                if run.info.lifecycle_stage == "active":
+                    return run
+            _log.warning("%s has no run %s any more (remembered as %s); it gets a new one", self.name, id_, where)
+            del self._ids[where]
+        return next(iter(self._known_by(client, key)), None)
+
+    def _known_by(self, client: Any, key: str) -> list[Any]:
+        return list(client.search_runs([self.experiment_id], f"tags.`mirl_dist.key` = '{key}'", max_results=10))
+
+    def _delete_doubles(self, client: Any, where: str) -> None:
+        """Delete the empty twins of a run: made by requests that a slow server took up after we asked again."""
+        if self._created[where] > 1:
+            for run in self._known_by(client, f"{self._ids['key']}/{where}"):
+                if run.info.run_id != self.reached[where].id and not run.data.metrics:
+                    client.delete_run(run.info.run_id)
+
+
+def _send_points(client: Any, item: Item, run: Reached) -> None:
+    """Send the points that the run does not hold: the steps of each curve only grow, so the latest one tells.
+
+    Of a ticket, a score 'x' at step = alive weights goes in one batch with 'round/x', whose steps are rounds and grow;
+    its own shrink.
+    """
+    from mlflow.entities import Metric
+
+    steps, points = dict(run.steps), list[tuple[str, float, int, int]]()
+    rounds = {name: step for name, _, _, step in item.points if item.do == "ticket" and name.startswith(BY_ROUND)}
+    for name, value, at_ms, step in item.points:
+        twin = BY_ROUND + name
+        if rounds[twin] > run.steps.get(twin, -1) if twin in rounds else step > steps.get(name, -1):
+            points.append((name, value, at_ms, step))
+            steps[name] = step
+    if points:
+        client.log_batch(run.id, metrics=[Metric(*point) for point in points])
+    run.steps = steps
+
+
+def experiment_id(client: Any, uri: str, name: str) -> str:
+    """The experiment of a name, created where there is none."""
+    if found := client.get_experiment_by_name(name):
+        return str(found.experiment_id)
+    location = None
+    if uri.startswith("sqlite"):  # files beside the database, whatever the working directory
+        location = (database(uri).parent / "mlartifacts" / legal_name(name)).as_uri()
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # else it opens on the pages for language models
+    return str(client.create_experiment(name, artifact_location=location, tags=kind))
+
+
+def database(uri: str) -> Path:
+    """The file of a SQLite store."""
+    return Path(uri.partition(":///")[2].partition("?")[0]).resolve()
+
+
+def told(trouble: BaseException, uri: str) -> str:
+    """What went wrong at a tracking URI, for people: short, and without secrets."""
+    text = " ".join(masked(str(trouble), uri).split())
+    short = text if len(text) <= 300 else f"{text[:120]} ... {text[-170:]}"  # the cause stands last
+    return f"{type(trouble).__name__}: {short}"
+
+
+def troubles() -> tuple[type[BaseException], ...]:
+    """What comes of a store that is away, refuses, lacks its driver, or whose answers make no sense; and Fault."""
+    from mlflow.exceptions import MlflowException
+
+    # requests' errors are OSErrors; a client that reads nonsense raises what the reading of it raised.
+    nonsense = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+    kinds: list[type[BaseException]] = [MlflowException, Fault, OSError, ImportError, *nonsense]
+    for module, name in (
+        ("sqlalchemy.exc", "SQLAlchemyError"),
+        ("alembic.util.exc", "CommandError"),
+        ("botocore.exceptions", "BotoCoreError"),
+        ("botocore.exceptions", "ClientError"),
+        ("boto3.exceptions", "Boto3Error"),
+    ):
+        if module in sys.modules:  # only what MLflow has loaded can have been raised
+            kinds.append(getattr(sys.modules[module], name))
+    return tuple(kinds)
+
+
+def import_quietly(uri: str) -> None:
+    """Import MLflow with short timeouts and without its chatter, after refusing what it cannot use."""
+    scheme = uri.partition("://")[0]
+    if scheme == "file" or scheme == uri != "databricks":
+        raise Fault(
+            f"found the tracking URI {masked(uri, uri)!r} in tracking.uri or MLFLOW_TRACKING_URI: MLflow 3 "
+            "keeps no runs in plain folders. Use sqlite:///mlflow.db, http://host:port or postgresql://user@host/db."
+        )
+    if importlib.util.find_spec("mlflow") is None:
+        raise Fault(
+            "found no package mlflow where tracking is switched on. "
+            "Run pip install mlflow, or set tracking.enabled=false."
+        )
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import mlflow.tracking
+    # For good, not around each call: the thread that calls must not change what other threads are warned of.
+    warnings.filterwarnings("ignore", module=r"(mlflow|alembic|sqlalchemy)(\.|$)")
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # its troubles reach us as exceptions; we mask them
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    if not scheme.startswith("http"):
+        import mlflow.store.db.utils
+
+        mlflow.store.db.utils.MAX_RETRY_COUNT = 2  # else a database that is away costs 100 s a try

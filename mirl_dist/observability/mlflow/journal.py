@@ -1,0 +1,186 @@
+"""A journal on disk of what a tracking store is to hear: written before anything is sent, read by later lives.
+
+    <folder>/00000007.jsonl     a segment, one line per item; each life of a run begins its own
+    <folder>/00000007-12.data   the content of a file, written whole before its line
+    <folder>/00000007.sent      which bytes of the segment are delivered: '[from, to]' on each line
+    <folder>/gone.jsonl         the ids of segments that were delivered and removed: numbers from, to by life
+    <folder>/key                the word by which a store finds this run again
+    <folder>/lock               held by the one process that delivers
+
+Pure file work: no store is known here. A torn last line (its writer was killed) is left out, a damaged one too; a
+delivery that was not noted is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import logging
+import math
+import os
+import re
+import tempfile
+import threading
+import uuid
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+from mirl_dist.errors import Fault
+from mirl_dist.observability.mlflow.records import Item
+from mirl_dist.observability.mlflow.segments import Entry, Segment, lines_of, segments_of, write
+from mirl_dist.storage import open_store
+
+SEGMENT_BYTES = 2**20
+
+_log = logging.getLogger("mirl_dist.tracking")
+
+
+class Waiting(NamedTuple):
+    """What waits. since: wall-clock seconds of the oldest."""
+
+    points: int
+    records: int
+    since: float | None
+
+
+class Journal:
+    """The journal of one run in one folder, for one life. One thread may call `older` while another appends."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises OSError for a folder that can't be made."""
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder = folder
+        self._mine: list[Segment] = []
+        self._naming = threading.Lock()  # a segment of this life is never seen without being known as such
+        self._lock, self._locked = -1, False
+
+    def append(self, item: Item) -> Entry:
+        """Keep an item; from then on no death of this process loses it. Raises OSError, and nothing is half kept."""
+        if not self._mine or self._mine[-1].end >= SEGMENT_BYTES:
+            with self._naming:
+                self._mine.append(Segment.new(self.folder))
+        return self._mine[-1].append(item)
+
+    def sent(self, entries: Collection[Entry]) -> None:
+        """Note what was delivered; segments that are through, and not in use, go. Raises OSError."""
+        for segment, some in itertools.groupby(entries, lambda entry: entry.segment):
+            if segment is not None:
+                segment.note_sent(list(some))
+                if segment.waiting == 0 and segment not in self._mine[-1:]:
+                    segment.remove()
+
+    def key(self) -> str:
+        """The word of this folder, 32 hex digits, the same in all lives of the run. Raises OSError."""
+        path, fresh = self.folder / "key", self.folder / f"{uuid.uuid4().hex}.key"
+        try:
+            write(fresh, uuid.uuid4().hex.encode())
+            with contextlib.suppress(FileExistsError):
+                os.link(fresh, path)
+            if not re.fullmatch(r"[0-9a-f]{32}", path.read_text(errors="replace")):
+                os.replace(fresh, path)  # a power cut may have emptied it
+        finally:
+            fresh.unlink(missing_ok=True)
+        return path.read_text()
+
+    def close(self) -> None:
+        """Let others deliver; a segment that is through goes. Twice is once."""
+        for segment in self._mine:
+            if segment.waiting == 0:
+                with contextlib.suppress(OSError):
+                    segment.remove()
+            segment.close()
+        self._mine = []
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock, self._locked = -1, False
+
+    def lock(self) -> bool:
+        """Whether this process is now the one that delivers. The kernel takes the lock back when it dies."""
+        try:
+            if self._lock < 0:
+                self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._locked = True
+        except BlockingIOError:
+            self._locked = False
+        except OSError:  # this file system knows no locks, and to deliver twice does no harm
+            self._locked = True
+        return self._locked
+
+    def older(self) -> list[Entry]:
+        """What earlier lives left, in order; who holds the lock may deliver it, and clears up. Raises OSError."""
+        with self._naming:
+            first = self._mine[0].number if self._mine else math.inf
+            segments = [segment for segment in segments_of(self.folder) if segment.number < first]
+        found = []
+        for segment in segments:
+            try:
+                left = segment.left()
+            except FileNotFoundError:  # its life has just removed it, or was killed when it had begun to
+                left = []
+            if self._locked and segment.damaged:
+                _log.warning("%s: %d damaged lines are left out", segment.path, segment.damaged)
+            if self._locked and not left:
+                segment.remove()
+            found += left
+        return found
+
+    def knows(self, ids: Collection[str]) -> set[str]:
+        """Those of `ids` that wait here or were delivered from here. Raises OSError."""
+        known = set[str]()
+        for segment in segments_of(self.folder):
+            with contextlib.suppress(FileNotFoundError):
+                known |= {entry.id for entry in segment.everything()}
+        gone: dict[str, list[range]] = {}
+        for lives in lines_of(self.folder / "gone.jsonl"):  # last: segments may go while this looks
+            with contextlib.suppress(ValueError, TypeError, AttributeError):
+                for life, ranges in lives.items():
+                    gone.setdefault(life, []).extend(range(int(a), int(b) + 1) for a, b in ranges)
+        known |= {i for i in ids if any(int(i[33:]) in numbers for numbers in gone.get(i[:32], ()))}
+        return known & set(ids)
+
+
+def waiting(folder: Path) -> Waiting:
+    """What waits in a journal, whether its run lives or not; nothing is touched. Raises Fault."""
+    entries = list[Entry]()
+    try:
+        for segment in segments_of(folder):
+            with contextlib.suppress(FileNotFoundError):
+                entries += segment.left()
+    except OSError as error:
+        raise Fault(
+            f"found the journal {folder}, which cannot be read: {error.strerror}. Ask its owner, or correct the rights."
+        ) from None
+    return count(entries)
+
+
+def count(entries: Collection[Entry]) -> Waiting:
+    since = min((entry.at_ms / 1000 for entry in entries), default=None)
+    return Waiting(sum(entry.points for entry in entries), sum(not entry.points for entry in entries), since)
+
+
+def usual_journal(run_folder: str, configured: str | None, run_id: str = "") -> Path:
+    """Where the journal of the run with that address lies on this machine; nothing is made.
+
+    configured: the folder of tracking.journal, in which each run gets one of its own; run_id: tells the run from others
+    that lay at the same address before.
+    """
+    kind, found, _ = run_folder.partition("://")
+    local = Path(open_store(run_folder).where()).resolve() if not found or kind == "file" else None
+    address = str(local or run_folder.rstrip("/"))
+    name = hashlib.sha256(f"{address}#{run_id}".encode()).hexdigest()[:16]
+    if configured is not None:
+        return Path(os.path.expanduser(configured)) / name
+    cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+    usual = local / "outbox" if local else cache / "mirl_dist" / "outbox" / name
+    if usual.is_absolute() and _may_be_written(usual):
+        return usual
+    return Path(tempfile.gettempdir()) / f"mirl_dist-{os.getuid()}" / "outbox" / name
+
+
+def _may_be_written(folder: Path) -> bool:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)

@@ -1,0 +1,248 @@
+"""The way back from MLflow: what a run told it of its tickets, for comparisons; and the place of their reports there.
+
+A store that is away is told at once or after MLFLOW_HTTP_REQUEST_TIMEOUT (30 s if unset). Nothing read here is checked
+beyond its size: `ticket.parse` and the readers of masks and pictures do that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from mirl_dist.errors import Fault
+from mirl_dist.observability.mlflow.client import database, experiment_id, import_quietly, told, troubles
+from mirl_dist.observability.mlflow.records import (
+    LONGEST_TAG,
+    legal_name,
+    masked,
+    page,
+    refuse_unclear,
+    shown,
+    usual_uri,
+)
+
+EXPERIMENT = "experiment:"
+"""Before the name of an experiment, all of whose runs are meant."""
+RUN, TICKET, MASK, PICTURES = "run.json", "ticket.json", "mask.safetensors", "pictures.png"
+_MIB = 2**20
+_LARGEST = {RUN: _MIB, TICKET: 16 * _MIB, MASK: 256 * _MIB, PICTURES: 64 * _MIB}  # bytes; a bit per weight is a mask
+_KEY, _PARENT = "mirl_dist.key", "mlflow.parentRunId"
+
+
+class Kept(NamedTuple):
+    """What a round left: ticket.json, mask.safetensors and pictures.png as they were written; None for what is none."""
+
+    round: int
+    ticket: bytes
+    mask: bytes | None
+    pictures: bytes | None
+
+
+class Found(NamedTuple):
+    """A run with its tickets, by round. config: what its run.json says, None where it has none."""
+
+    run_name: str
+    run_id: str
+    config: dict[str, Any] | None
+    tickets: list[Kept]
+
+
+def read(reference: str, uri: str | None) -> list[Found]:
+    """The run of an id, or with 'experiment:NAME' all runs of an experiment that have tickets, oldest first.
+
+    uri: tracking URI; None as for `Mlflow`. Raises Fault for an id that no run of ours has or that a round has, for
+    runs without tickets, for files that are missing or too large to be ours, and (resumable) for a store that is away.
+    """
+    address = usual_uri(uri)
+    with _asking(address) as client:
+        if not reference.startswith(EXPERIMENT):
+            run = _run(client, reference, shown(address))
+            found = _found(client, run, shown(address))
+            if not found.tickets:
+                raise Fault(f"found no ticket yet in {_named(run)} at {shown(address)}. Wait for its first round.")
+            return [found]
+        name = reference.removeprefix(EXPERIMENT)
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            known = sorted(e.name for e in client.search_experiments(max_results=20))
+            raise Fault(f"found no experiment {name!r} at {shown(address)}. There are: {', '.join(known)}.")
+        runs = _search(client, experiment.experiment_id, f"tags.`{_KEY}` LIKE '%/run'")
+        everything = [_found(client, run, shown(address)) for run in runs]
+        if not any(found.tickets for found in everything):
+            raise Fault(f"found no run with tickets in the experiment {name!r} at {shown(address)}. Name another one.")
+        return [found for found in everything if found.tickets]
+
+
+def reach(address: str, experiment: str, seconds: float) -> None:
+    """Ask a server once whether it knows an experiment; nothing is made. Raises Fault where it is away or refuses.
+
+    seconds: of waiting, where MLFLOW_HTTP_REQUEST_TIMEOUT does not say.
+    """
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    said = os.environ.get(name)
+    os.environ.setdefault(name, f"{seconds:.0f}")
+    try:
+        with _asking(address) as client:
+            client.get_experiment_by_name(experiment)
+    finally:
+        if said is None:
+            del os.environ[name]
+
+
+def log_report(
+    uri: str | None,
+    experiment: str,
+    name: str,
+    files: Mapping[str, bytes],
+    metrics: Mapping[str, float] = {},
+    tags: Mapping[str, str] = {},
+) -> str:
+    """Keep files as a run of their own in an experiment, which is made where there is none; returns where it is seen.
+
+    name: the run's. files: 'name' or 'folder/name' -> content; MLflow shows HTML as a page. Raises Fault (resumable)
+    for a store that is away, and leaves no run half filled there if it can.
+    """
+    assert files and not any(PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts for path in files)
+    address = usual_uri(uri)
+    with _asking(address, makes=True) as client:
+        from mlflow.entities import Metric
+
+        place = experiment_id(client, address, experiment)
+        texts = {legal_name(n): masked(text, address)[:LONGEST_TAG] for n, text in tags.items()}
+        run = client.create_run(place, tags=texts | {"mirl_dist.report": name}, run_name=name).info
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                for path, data in files.items():
+                    Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
+                    Path(folder, path).write_bytes(data)
+                client.log_artifacts(run.run_id, folder)
+            client.log_batch(
+                run.run_id, metrics=[Metric(legal_name(n), value, run.start_time, 0) for n, value in metrics.items()]
+            )
+            client.set_terminated(run.run_id)
+        except BaseException:
+            with contextlib.suppress(*troubles()):
+                client.delete_run(run.run_id)
+            raise
+    return page(address, place, run.run_id)
+
+
+@contextlib.contextmanager
+def _asking(address: str, *, makes: bool = False) -> Iterator[Any]:
+    """A client; troubles with the store become Faults. makes: whether a SQLite store may be new."""
+    refuse_unclear(address)
+    import_quietly(address)
+    if address.startswith("sqlite") and not makes and not database(address).exists():
+        raise Fault(
+            f"found no file {database(address)} for the tracking URI {shown(address)}. "
+            "Give the address that the runs were tracked at."
+        )
+    from mlflow import MlflowClient
+
+    try:
+        yield MlflowClient(tracking_uri=address)
+    except Fault:
+        raise
+    except troubles() as trouble:
+        raise Fault(
+            f"found {shown(address)} away or refusing ({told(trouble, address)}). "
+            "Check the server, and the address in tracking.uri or MLFLOW_TRACKING_URI.",
+            resumable=True,
+        ) from None
+
+
+def _run(client: Any, id_: str, store: str) -> Any:
+    """The parent run of an id."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(id_)
+    except MlflowException as trouble:
+        if trouble.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise Fault(
+            f"found no run {id_!r} at {store}. Give a run's id as its page shows it, or {EXPERIMENT}NAME."
+        ) from None
+    if run.info.lifecycle_stage != "active":
+        raise Fault(f"found {_named(run)} deleted at {store}. Restore it there, or name another one.")
+    if parent := run.data.tags.get(_PARENT):
+        raise Fault(f"found {_named(run)} at {store}, which is one round of the run {parent}. Give that id.")
+    if not run.data.tags.get(_KEY, "").endswith("/run"):
+        raise Fault(f"found {_named(run)} at {store}, which mirl-dist has not tracked. Name another one.")
+    return run
+
+
+def _found(client: Any, run: Any, store: str) -> Found:
+    nested = _search(client, run.info.experiment_id, f"tags.`{_PARENT}` = '{run.info.run_id}'")
+    with ThreadPoolExecutor(4) as pool:  # one file costs MLflow several requests
+        kept = list(filter(None, pool.map(lambda each: _kept(client, each, store), nested)))
+    config = None
+    if RUN in (said := _files(client, run, "", (RUN,), store)):
+        try:
+            config = json.loads(said[RUN])
+        except (ValueError, RecursionError):
+            config = None
+        if not isinstance(config, dict):
+            raise Fault(f"found {RUN} of {_named(run)} at {store} damaged. Compare the run's folder in its place.")
+    return Found(run.info.run_name, run.info.run_id, config, sorted(kept))
+
+
+def _kept(client: Any, run: Any, store: str) -> Kept | None:
+    """The ticket of a nested run with what belongs to it; None while the round has none."""
+    number = run.data.tags.get(_KEY, "").rpartition("/round/")[2]
+    if not (number.isdecimal() and number.isascii()):
+        return None
+    folder = f"tickets/{number}/"
+    files = _files(client, run, folder, (TICKET, MASK, PICTURES), store)
+    if TICKET in files:
+        return Kept(int(number), files[TICKET], files.get(MASK), files.get(PICTURES))
+    if "alive_weights" not in run.data.metrics:
+        return None
+    raise Fault(
+        f"found no {folder}{TICKET} with {_named(run)} at {store}, which has a ticket's scores. "
+        "Send what still waits with `mirl-dist track resend RUN`, or compare the run's folder in its place."
+    )
+
+
+def _files(client: Any, run: Any, folder: str, names: Sequence[str], store: str) -> dict[str, bytes]:
+    """Those of the named files that a folder has. Raises Fault for one that is larger than ours are."""
+    id_, found = run.info.run_id, dict[str, bytes]()
+    sizes = {file.path: file.file_size for file in client.list_artifacts(id_, folder.rstrip("/")) if not file.is_dir}
+    with tempfile.TemporaryDirectory() as here:
+        for name in names:
+            if (path := folder + name) not in sizes:
+                continue
+            most, size = _LARGEST[name], sizes[path] or 0  # 0 where the store does not know it: seen after the fact
+            if size <= most:
+                file = Path(client.download_artifacts(id_, path, here))
+                size = file.stat().st_size
+            if size > most:
+                raise Fault(
+                    f"found {path} of {_named(run)} at {store} with {size / _MIB:.1f} MiB, where ours have "
+                    f"{most / _MIB:.0f} at most. Compare the run's folder in its place."
+                )
+            found[name] = file.read_bytes()
+    return found
+
+
+def _search(client: Any, experiment: str, condition: str) -> list[Any]:
+    """All active runs that fulfil a condition, oldest first."""
+    runs, token = list[Any](), None
+    while True:
+        found = client.search_runs(
+            [experiment], condition, max_results=1000, order_by=["attributes.start_time ASC"], page_token=token
+        )
+        runs += found
+        token = found.token
+        if not token:
+            return runs
+
+
+def _named(run: Any) -> str:
+    return f"the run {run.info.run_name!r} ({run.info.run_id})"

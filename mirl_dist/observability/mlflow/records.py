@@ -1,0 +1,247 @@
+"""One thing that a tracking store is to hear, the line that a journal or a commit keeps of it, and texts fit for it.
+
+Runs go by our own names ("run", "round/03") and an item holds plain values only: no store is known here. A line may
+have been damaged, or come from another machine: `parse` takes nothing on trust. Texts are made fit for MLflow 3, with
+no password in them.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import re
+import sys
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from mirl_dist.errors import Fault
+
+POINTS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits, as are the next three (characters)
+LONGEST_NAME, LONGEST_PARAM, LONGEST_TAG = 250, 6000, 8000
+BY_ROUND = "round/"  # before names whose step is the round, where the plain name goes by alive weights
+IMAGES, SMALL_PIXELS = "images/", 640  # where pictures lie for the grid, and the longer side of the small ones
+_DOES = ("open", "params", "points", "ticket", "file", "end")
+_ID, _WHERE = re.compile(r"[0-9a-f]{32}-\d{1,15}"), re.compile(r"run|round/\d{2,6}")
+_DATA = re.compile(r"\d{8}-\d{1,15}\.data")
+
+
+@dataclass(eq=False)
+class Item:
+    """One thing to deliver."""
+
+    do: str  # open, params, points, ticket, file or end
+    where: str  # "run" or "round/03"
+    name: str = ""  # of a run or a file; the status for "end"
+    texts: dict[str, str] = field(default_factory=dict)  # tags or params
+    points: list[tuple[str, float, int, int]] = field(default_factory=list)  # name, value, time in ms, step
+    data: bytes = b""  # of a file
+    at_ms: int = 0
+    id: str = ""  # unique over all lives of a run: 32 hex digits of the life, '-', and a number
+
+
+class Lies(NamedTuple):
+    """Where the content of a file lies beside a journal's line, and how many bytes it has."""
+
+    file: str
+    size: int
+
+
+class Damaged(ValueError):
+    """A line, or the file that it names, is not what was written."""
+
+
+def line_of(item: Item, lies: Lies | None = None) -> bytes:
+    """The line of an item; a file's content is in it unless it lies elsewhere."""
+    said: dict[str, object] = {"id": item.id, "do": item.do, "where": item.where, "at_ms": item.at_ms}
+    for key in ("name", "texts", "points"):
+        if value := getattr(item, key):
+            said[key] = value
+    if lies is not None:
+        said |= lies._asdict()
+    elif item.do == "file":
+        said["data"] = base64.b64encode(item.data).decode()
+    return json.dumps(said, separators=(",", ":")).encode() + b"\n"
+
+
+def parse(line: bytes) -> tuple[Item, Lies | None]:
+    """The item of a line, and where its content lies if not in the line. Raises Damaged."""
+    try:
+        said = json.loads(line)
+        item = Item(
+            said["do"],
+            said["where"],
+            said.get("name", ""),
+            {str(name): str(text) for name, text in said.get("texts", {}).items()},
+            [(str(name), float(value), int(ms), int(step)) for name, value, ms, step in said.get("points", [])],
+            base64.b64decode(said.get("data", ""), validate=True),
+            int(said["at_ms"]),
+            said["id"],
+        )
+        lies = Lies(str(said["file"]), int(said["size"])) if "file" in said else None
+        sound = _sound(item, lies)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise Damaged(str(error)) from None
+    if not sound:
+        raise Damaged("it says what no run has said")
+    return item, lies
+
+
+def parse_all(lines: bytes) -> tuple[list[Item], int]:
+    """The items of a commit's lines, and how many lines are damaged."""
+    found, damaged = [], 0
+    for line in lines.splitlines():
+        try:
+            item, lies = parse(line)
+            if lies is not None:
+                raise Damaged("its content is elsewhere")
+            found.append(item)
+        except Damaged:
+            damaged += 1
+    return found, damaged
+
+
+def _sound(item: Item, lies: Lies | None) -> bool:
+    """Whether a run could have said this; no path leads out of its folder."""
+    path = PurePosixPath(item.name)
+    return (
+        item.do in _DOES
+        and _WHERE.fullmatch(item.where) is not None
+        and _ID.fullmatch(item.id) is not None
+        and all(math.isfinite(value) for _, value, _, _ in item.points)
+        and (item.do != "file" or (bool(path.name) and not path.is_absolute() and ".." not in path.parts))
+        and (lies is None or _DATA.fullmatch(lies.file) is not None)
+    )
+
+
+def flat(params: Mapping[str, object], prefix: str = "") -> dict[str, str]:
+    """Nested params as {'a.b': text}; numbers, lists, true, false and null as JSON writes them."""
+    texts: dict[str, str] = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping) and value:
+            texts |= flat(value, f"{prefix}{name}.")
+        else:
+            texts[f"{prefix}{name}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return texts
+
+
+def legal_name(name: str) -> str:
+    """A name that MLflow takes for a metric, param or tag: letters, digits, _ - . / space, 250 at most."""
+    parts = re.sub(r"[^/\w.\- ]", "_", name)[:LONGEST_NAME].split("/")
+    return "/".join(part for part in parts if part not in ("", ".", "..")) or "_"
+
+
+def round_name(run_name: str, round_: int) -> str:
+    """'RUN, round 03': what a nested run is called, wherever runs are shown beside each other."""
+    return f"{run_name}, round {round_:02d}"
+
+
+def is_score(name: str) -> bool:
+    """Whether a metric is a score, by whatever protocol: 'psnr/...', 'ssim/...', 'psnr.<protocol>/...'."""
+    return name.partition("/")[0].partition(".")[0] in ("psnr", "ssim")
+
+
+def image_files(key: str, png: bytes, step: int) -> dict[str, bytes]:
+    """The two files by which MLflow's image grid knows a picture: as it is, and small.
+
+    As MLflow's `log_image` names them, but for the time and the number there: here key and step alone make the name, so
+    that a second writing replaces the first.
+    """
+    from PIL import Image
+
+    path = f"{IMAGES}{legal_name(key).replace('/', '~')}+step+{step}+timestamp+{step}"
+    path += f"+{uuid.uuid5(uuid.NAMESPACE_URL, path)}"
+    small, data = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    small.thumbnail((SMALL_PIXELS, SMALL_PIXELS))
+    small.save(data, "WEBP", quality=90)
+    return {f"{path}.png": png, f"{path}+compressed.webp": data.getvalue()}
+
+
+def shown(uri: str) -> str:
+    """A tracking URI without password, token and query (for web addresses without user name as well).
+
+    A password may hold a '/' that nobody escaped: all up to the last '@' may belong to it."""
+    kind, found, rest = uri.partition("://")
+    place, *query = re.split("[?#]", rest if found else uri, maxsplit=1)
+    if found and place.startswith("/") and not _is_web(kind):  # a file's path
+        return f"{kind}://{place}"
+    if query and "@" in query[0]:  # where the host begins nobody knows
+        return f"{kind}://***" if found else "***"
+    user, at, host = place.rpartition("@")
+    if not found:
+        return f"***@{host}" if at else uri
+    name = user.partition(":")[0]
+    if _is_web(kind) or "/" in name:
+        name = ""
+    return f"{kind}://{name}{'@' if name else ''}{host}"
+
+
+def refuse_unclear(uri: str) -> None:
+    """Raise Fault, without a password in it, for a tracking URI whose '@' stands behind the host, and for one whose
+    port is none."""
+    kind, found, rest = uri.partition("://")
+    place, *query = re.split("[?#]", rest, maxsplit=1)
+    if not found or (place.startswith("/") and not _is_web(kind)):
+        return
+    host, _, path = place.partition("/")
+    try:
+        sound = urlsplit(uri).port != 0
+    except ValueError:
+        sound = False
+    said_by = "the tracking URI of tracking.uri or MLFLOW_TRACKING_URI"
+    if "@" in path or (query and "@" in query[0] and (_is_web(kind) or not sound)):
+        raise Fault(
+            f"found an '@' behind the host in {said_by}. Write a / in a password as %2F, ? as %3F, # as %23, @ as %40."
+        )
+    if not sound:
+        port = host.rpartition("@")[2].rpartition(":")[2]
+        odd = port.isdecimal() and not 0 < int(port) < 65536
+        what = f"the port {port}, which is out of range," if odd else "no host and port"
+        raise Fault(f"found {what} in {said_by}. Write http://host:port with a port from 1 to 65535.")
+
+
+def _is_web(kind: str) -> bool:
+    return kind.lower() in ("http", "https")
+
+
+def usual_uri(configured: str | None) -> str:
+    """The tracking URI that is meant: what is configured, else what the environment says, else a file here."""
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
+def page(uri: str, experiment_id: str, run_id: str) -> str:
+    """Where people find a run ('' while it is unknown): its page, or the command that opens the store; no password."""
+    clean = shown(uri)
+    if not clean.startswith("http"):
+        return f"{clean} (to see it: {_mlflow_here()} ui --backend-store-uri {clean})"
+    return f"{clean.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}" if run_id else clean
+
+
+def _mlflow_here() -> str:
+    """How to call this environment's mlflow: by its path below the working directory, where it lies there."""
+    beside = Path(sys.executable).parent / "mlflow"
+    try:
+        return str(beside.relative_to(Path.cwd())) if beside.exists() else "mlflow"
+    except ValueError:
+        return "mlflow"
+
+
+def masked(text: str, uri: str) -> str:
+    """A text without the secrets of the tracking URI, of MLflow's environment, and of any address in it."""
+    kind, _, rest = uri.partition("://")
+    secrets = [os.environ.get(f"MLFLOW_TRACKING_{word}", "") for word in ("PASSWORD", "TOKEN")]
+    for place in (rest, re.split("[?#]", rest)[0], re.split("[/?#]", rest)[0]):
+        user, _, password = place.rpartition("@")[0].partition(":")
+        secrets += [password, unquote(password), user if not password and _is_web(kind) else ""]
+    secrets.append(rest.partition("?")[2].partition("#")[0])
+    text = re.sub(r"(\w://)(?!/)\S+@", r"\1***@", text.replace(uri, shown(uri)))
+    for secret in sorted(secrets, key=len, reverse=True):
+        if len(secret) > 3:  # shorter ones would garble every word
+            text = text.replace(secret, "***")
+    return text

@@ -1,0 +1,305 @@
+"""The door to MLflow: one parent run per run, one nested run per round, and no mishap there stops training.
+
+Everything goes into a journal on disk first; a thread sends it in order, and the caller never waits for the store.
+Sending twice changes nothing: points keep the time of their making (by which the store knows them) and a curve only
+grows, runs are found again by id or tag, files are overwritten. So neither a restart nor an answer lost on the way
+leaves a point twice; and what no life could send, the next one sends first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from mirl_dist.errors import Fault
+from mirl_dist.observability import progress
+from mirl_dist.observability.mlflow import records
+from mirl_dist.observability.mlflow.client import Store, import_quietly
+from mirl_dist.observability.mlflow.journal import Journal, Waiting, usual_journal, waiting
+from mirl_dist.observability.mlflow.outbox import Outbox
+from mirl_dist.observability.mlflow.records import (
+    Item,
+    flat,
+    image_files,
+    is_score,
+    legal_name,
+    masked,
+    shown,
+    usual_uri,
+)
+from mirl_dist.observability.mlflow.sender import Sender
+
+__all__ = ["Mlflow", "Silent", "Tracker", "Waiting", "resend", "usual_journal", "waiting"]
+
+FAREWELL_SECONDS = 10.0
+"""How long the end of a run waits for MLflow while nothing gets through."""
+RESEND_SECONDS = 30.0
+
+_log = logging.getLogger("mirl_dist.tracking")
+
+
+class Tracker(Protocol):
+    """What a story tells of its run: `Mlflow` on rank 0, `Silent` on the others; methods as in `Mlflow`."""
+
+    def begin_run(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None: ...
+    def begin_round(self, round_: int, tags: Mapping[str, str], params: Mapping[str, object] = {}) -> None: ...
+    def log_step(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log_ticket(self, round_: int, values: Mapping[str, float]) -> None: ...
+    def log_file(self, name: str, data: bytes, where: str) -> None: ...
+    def log_image(self, key: str, png: bytes, step: int) -> None: ...
+    def flush(self) -> None: ...
+    def backlog(self) -> bytes: ...
+    def end_round(self, status: str = "FINISHED") -> None: ...
+    def end_run(self, status: str = "FINISHED", seconds: float = math.inf) -> None: ...
+    def address(self) -> str: ...
+
+
+class Silent:
+    """The twin that does nothing: for ranks other than 0, and for tracking switched off."""
+
+    def begin_run(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None: ...
+    def begin_round(self, round_: int, tags: Mapping[str, str], params: Mapping[str, object] = {}) -> None: ...
+    def log_step(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log_ticket(self, round_: int, values: Mapping[str, float]) -> None: ...
+    def log_file(self, name: str, data: bytes, where: str) -> None: ...
+    def log_image(self, key: str, png: bytes, step: int) -> None: ...
+    def flush(self) -> None: ...
+    def end_round(self, status: str = "FINISHED") -> None: ...
+    def end_run(self, status: str = "FINISHED", seconds: float = math.inf) -> None: ...
+
+    def backlog(self) -> bytes:
+        return b""
+
+    def address(self) -> str:
+        return ""
+
+
+class Mlflow:
+    """A run as MLflow shows it, reopened by id after a restart and without any point twice.
+
+    uri: tracking URI; None means MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the working directory.
+    remembered, remember: ids that the caller keeps over restarts ("run", "round/03", and "key", by which a
+    run is found whose id got lost); `remember` gets new ones as soon as they exist, in the thread that sends, and is
+    called again later when it raises a Fault (as storage does).
+    journal: a folder of this machine for this run alone. inherited: the `backlog` in the commit that the run goes on
+    from. A store that is away or refuses raises nothing and is not waited for: one warning per outage, logger
+    "mirl_dist.tracking"; the same for a journal that can't be written, whose part then waits in memory.
+    Raises Fault for a URI that MLflow refuses, and when MLflow is not installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        uri: str | None,
+        experiment: str,
+        run_name: str,
+        remembered: Mapping[str, str],
+        remember: Callable[[dict[str, str]], None],
+        journal: Path,
+        inherited: bytes = b"",
+    ) -> None:
+        self._uri = usual_uri(uri)
+        import_quietly(self._uri)
+        self._run_name = run_name
+        self._journal, key = _opened(journal, shown(self._uri))
+        life = uuid.uuid4().hex
+        self._store = Store(self._uri, experiment, run_name, dict(remembered), key, remember, life)
+        self._outbox = Outbox(self._store.name, life, self._journal, inherited)
+        self._sender = Sender(self._store, self._outbox)
+        self._round, self._begun = "", set[str]()
+        self._sender.start()
+
+    def begin_run(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+        """Open the parent run; nested params become 'a.b', long values are cut, passwords in URLs masked.
+
+        A param that differs after a restart stays; its new value becomes the tag 'changed.<name>'.
+        """
+        self._begin("run", self._run_name, tags, params)
+
+    def begin_round(self, round_: int, tags: Mapping[str, str], params: Mapping[str, object] = {}) -> None:
+        """Open the nested run 'RUN, round 03'; params as in `begin_run`.
+
+        Steps that it holds already, or that wait for it, are not sent again.
+        """
+        self._round = f"round/{round_:02d}"
+        self._begin(self._round, records.round_name(self._run_name, round_), tags, params)
+
+    def log_step(self, step: int, values: Mapping[str, float]) -> None:
+        """Write down the values of one optimiser step; sent when 50 steps or 5 seconds have gathered.
+
+        Values that are not finite are left out.
+        """
+        assert self._round, "begin_round comes first"
+        self._outbox.put_points("points", self._round, [(n, value, step) for n, value in values.items()])
+        self._sender.step()
+
+    def log_ticket(self, round_: int, values: Mapping[str, float]) -> None:
+        """Write down what a begun round came to: twice is once. Names must differ from those of log_step.
+
+        All go to the nested run at step = round, and those not under 'weights/density/' to the parent too, as
+        'round/<name>'. The parent also has its scores ('psnr/...', 'ssim.<protocol>/...') under their plain names, at
+        step = values['alive_weights'].
+        """
+        where = f"round/{round_:02d}"
+        assert where in self._begun, "begin_round comes first"
+        self._outbox.put_points("ticket", where, [(name, value, round_) for name, value in values.items()])
+        alive, points = values.get("alive_weights", math.nan), list[tuple[str, float, int]]()
+        for name in sorted(values, key=lambda name: (not is_score(name), name.count("/"))):  # as pages list them
+            if not name.startswith("weights/density/"):
+                points.append((records.BY_ROUND + name, values[name], round_))
+            if is_score(name) and math.isfinite(alive):  # next to its twin, from which no limit may part it
+                points.append((name, values[name], int(alive)))
+        self._outbox.put_points("ticket", "run", points)
+        self.flush()
+
+    def log_file(self, name: str, data: bytes, where: str) -> None:
+        """Keep a file ('folder/name', a relative path) with the current 'round' or with the whole 'run'."""
+        path = PurePosixPath(name)
+        assert where in ("round", "run") and path.name and not path.is_absolute() and ".." not in path.parts
+        self._outbox.put(Item("file", self._round if where == "round" else "run", str(path), data=data))
+        self.flush()
+
+    def log_image(self, key: str, png: bytes, step: int) -> None:
+        """Show a picture in the image grid of the run, under 'task/set image', at a step of its slider (the round).
+
+        Of a key and step the last one stands.
+        """
+        for name, data in image_files(key, png, step).items():
+            self.log_file(name, data, "run")
+
+    def flush(self) -> None:
+        """Have sent what waits, unless the store failed a moment ago; returns at once."""
+        self._sender.soon()
+
+    def backlog(self) -> bytes:
+        """All that waits now, for a commit: a life that goes on from it elsewhere gets it as `inherited`.
+
+        b"" when nothing waits. Above 16 MiB the largest files are left out, never points.
+        """
+        return self._outbox.backlog()
+
+    def end_round(self, status: str = "FINISHED") -> None:
+        """Close the nested run of the current round, if one is open, as FINISHED, FAILED or KILLED."""
+        if self._round:
+            self._outbox.put(Item("end", self._round, status))
+            self._round = ""
+            self.flush()
+
+    def end_run(self, status: str = "FINISHED", seconds: float = math.inf) -> None:
+        """Close the parent run as FINISHED, FAILED or KILLED, and wait while what waits gets through.
+
+        At most `FAREWELL_SECONDS` without progress, and at most `seconds` in all. What is left then is told.
+        """
+        self._outbox.put(Item("end", "run", status))
+        if self._sender.finish(FAREWELL_SECONDS, seconds):
+            return
+        with contextlib.suppress(Fault):
+            left = waiting(self._journal.folder) if self._journal else Waiting(0, 0, None)
+            if left.since is not None:
+                _log.warning(
+                    "the run ends while %d points and %d other records wait for %s in %s. "
+                    "Send them with `mirl-dist track resend RUN`.",
+                    *(left.points, left.records, self._store.name, self._journal and self._journal.folder),
+                )
+        lost = self._outbox.in_memory()
+        if lost.since is not None:
+            text = "the run ends while %d points and %d other records wait for %s in memory only: they are lost to it"
+            _log.warning(text, lost.points, lost.records, self._store.name)
+
+    def address(self) -> str:
+        """Where people find the run: its page, or the command that opens the store; never a password."""
+        run = self._store.reached.get("run")
+        return records.page(self._uri, self._store.experiment_id, run.id if run else "")
+
+    def _begin(self, where: str, name: str, tags: Mapping[str, str], params: Mapping[str, object]) -> None:
+        texts = {legal_name(t): masked(text, self._uri)[: records.LONGEST_TAG] for t, text in tags.items()}
+        self._outbox.put(Item("open", where, name, texts))
+        self._begun.add(where)
+        long = records.LONGEST_PARAM
+        pairs = [(legal_name(n), masked(text, self._uri)[:long]) for n, text in flat(params).items()]
+        for start in range(0, len(pairs), records.PARAMS_PER_CALL):
+            self._outbox.put(Item("params", where, texts=dict(pairs[start : start + records.PARAMS_PER_CALL])))
+        self.flush()
+
+
+def refuse(uri: str | None) -> None:
+    """Raise Fault for an address that is unclear or that MLflow refuses, and when MLflow is not installed; no server is
+    asked."""
+    address = usual_uri(uri)
+    records.refuse_unclear(address)
+    import_quietly(address)
+
+
+def resend(
+    uri: str | None,
+    experiment: str,
+    run_name: str,
+    remembered: Mapping[str, str],
+    remember: Callable[[dict[str, str]], None],
+    journal: Path,
+    inherited: bytes,
+    say: Callable[[str], None],
+) -> Waiting:
+    """Send all that waits for the store, and say so; returns what was sent. Arguments as of `Mlflow`.
+
+    Raises Fault while the run lives, and a resumable one when nothing got through for 30 seconds.
+    """
+    address = usual_uri(uri)
+    refuse(address)
+    if not inherited and not journal.exists():
+        say(f"nothing waits for {shown(address)}")
+        return Waiting(0, 0, None)
+    try:
+        kept = Journal(journal)
+        key = kept.key()
+    except OSError as error:
+        raise Fault(f"found the journal {journal}, which cannot be used: {error}. Correct the rights.") from None
+    try:
+        if not kept.lock():
+            raise Fault(
+                f"found the journal {journal} in use: the run lives and sends by itself, or another command does. "
+                "Wait until it has ended."
+            )
+        life = uuid.uuid4().hex
+        store = Store(address, experiment, run_name, dict(remembered), key, remember, life)
+        outbox = Outbox(store.name, life, kept, inherited)
+        outbox.take_over()
+        before = outbox.count()
+        if before.since is None:
+            say(f"nothing waits for {store.name} in {journal}")
+            return before
+        with progress.bar(f"sending to {store.name}", sum(outbox.waits())) as advance:
+            hindered = Sender(store, outbox).send_all(RESEND_SECONDS, lambda done: advance(done, ""))
+        left = outbox.count()
+    finally:
+        kept.close()
+    if hindered:
+        raise Fault(
+            f"found {store.name} away or refusing ({hindered}): {left.points} points and {left.records} other records "
+            f"still wait in {journal}. Check the server, and call this again.",
+            resumable=True,
+        )
+    say(f"sent {before.points} points and {before.records} other records to {store.name}")
+    return before
+
+
+def _opened(folder: Path, store_name: str) -> tuple[Journal | None, str]:
+    """The journal, if there can be one, and the key of its run."""
+    try:
+        journal = Journal(folder)
+    except OSError as error:
+        _log.warning(
+            "the journal %s cannot be used (%s): what %s is to hear waits in memory only. "
+            "Make room or correct the rights, or choose another tracking.journal.",
+            *(folder, error.strerror or error, store_name),
+        )
+        return None, uuid.uuid4().hex
+    try:
+        return journal, journal.key()
+    except OSError:
+        return journal, uuid.uuid4().hex

@@ -1,0 +1,85 @@
+"""What a person sees while work goes on: bars on a terminal, plain lines without one."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TypeAlias
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mirl_dist.observability.console import note, say, show
+
+__all__ = ["Advance", "Bars", "bar", "say"]
+
+Advance: TypeAlias = Callable[[int, str], None]
+"""(units done so far, a short note)."""
+
+_LINE_EVERY_SECONDS = 10.0
+
+
+@contextmanager
+def bar(what: str, total: int, *, start: int = 0, shown: bool = True) -> Iterator[Advance]:
+    """A progress bar of `total` units, or a line every ten seconds where standard error is no terminal. Shown or not,
+    this rank's log gets those lines."""
+    noted = _every_ten_seconds(what, total, note)
+    if not shown:
+        yield noted
+    elif sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task(what, total=total, completed=start, note="")
+
+            def advance(done: int, said: str) -> None:
+                progress.update(task, completed=done, note=said)
+                noted(done, said)
+
+            yield advance
+    else:
+
+        def lines(line: str) -> None:
+            show(line)
+            note(line)
+
+        yield _every_ten_seconds(what, total, lines)
+
+
+class Bars:
+    """Bars for work in phases: called with (units done, units in all, phase); a new phase begins a new bar."""
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+        self._now: dict[str, Advance] = {}
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if what not in self._now:
+            self._open.close()
+            self._now = {what: self._open.enter_context(bar(what, total))}
+        self._now[what](done, "")
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+
+def _every_ten_seconds(what: str, total: int, take: Callable[[str], None]) -> Advance:
+    last = [time.monotonic()]
+
+    def advance(done: int, said: str) -> None:
+        now = time.monotonic()
+        if done >= total or now - last[0] >= _LINE_EVERY_SECONDS:
+            last[0] = now
+            take(f"{what}: {done}/{total} {said}".rstrip())
+
+    return advance

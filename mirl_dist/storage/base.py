@@ -1,0 +1,75 @@
+"""What every store can do, and the three errors that it may raise.
+
+Names are relative, with '/' between parts. A name exists complete or not at all. Three errors only; of these, NotThere
+alone may mean 'begin afresh'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from mirl_dist.errors import Fault
+
+
+class StorageError(Fault):
+    """What a store may raise; the text names the place, the cause, and what to do."""
+
+
+class NotThere(StorageError):
+    """The name does not exist."""
+
+
+class NotAllowed(StorageError):
+    """The store refused: rights, or a place that is not what it should be. Never read as 'not there'."""
+
+
+class TryAgain(StorageError):
+    """Nothing is wrong with the request; the store could not take it now (full, away, or a fault of the device)."""
+
+    resumable = True
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a store is talked to; None: as its own settings say. endpoint: http(s)://host:port of an S3 server;
+    encryption: 'AES256' or 'aws:kms', with the key's id; patience_seconds: of trying again, 0 for one try."""
+
+    endpoint: str | None = None
+    encryption: str | None = None
+    kms_key: str | None = None
+    patience_seconds: float = 300.0
+
+
+USUAL = Options()
+
+DAY = 86400.0
+"""Seconds: no upload that is alive takes so long."""
+
+
+class Store(Protocol):
+    """What every store can do.
+
+    put, put_file: durably, complete or not at all, replacing what was there. put_if_absent: whether this call wrote it;
+    of several writers exactly one wins. list: complete names below a prefix (a folder's name, or '' for all), sorted.
+    remove: no error where nothing is. sweep: what dead writers left goes; in buckets, what began more than
+    `older_than_seconds` ago (0: all, for a caller who knows that nobody else writes here). where: the place, for people
+    and messages. size: bytes. read: the bytes from `offset` to the end in blocks; TryAgain may come after some of them,
+    and a second call from where it broke goes on.
+    """
+
+    def put(self, name: str, data: bytes) -> None: ...
+    def put_if_absent(self, name: str, data: bytes) -> bool: ...
+    def get(self, name: str) -> bytes: ...
+    def exists(self, name: str) -> bool: ...
+    def list(self, prefix: str) -> list[str]: ...
+    def remove(self, name: str) -> None: ...
+    def sweep(self, older_than_seconds: float = DAY) -> None: ...
+    def where(self, name: str = "") -> str: ...
+
+    # Large things, which need not fit into memory.
+    def put_file(self, name: str, path: Path) -> None: ...
+    def size(self, name: str) -> int: ...
+    def read(self, name: str, offset: int = 0) -> Iterator[bytes]: ...

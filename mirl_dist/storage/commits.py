@@ -1,0 +1,196 @@
+"""The protocol of commits: parts first, COMPLETE.json last; one writer at a time, and readers trust nothing else.
+
+COMPLETE.json says names, sizes and SHA-256 of every part; the folder's name ends in the generation of the run's lease
+that wrote it. A launch that takes a run over writes down once which commits it found (accepted/GENERATION.json): one
+that an older generation completes after that does not count, however late it wakes up. No clock has a say in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Set
+from typing import Any, NamedTuple, Protocol
+
+from mirl_dist.errors import Fault
+from mirl_dist.storage import NotThere, Store, TryAgain
+
+COMPLETE, ACCEPTED = "COMPLETE.json", "accepted"
+Facts = dict[str, Any]
+
+
+class Writer(Protocol):
+    """Who may write: `check` raises Fault as soon as a newer generation exists."""
+
+    generation: int
+
+    def check(self) -> None: ...
+    def lost(self) -> bool: ...
+
+
+class Reader:
+    """Nobody: for commands that only read, and for stores that one process alone knows."""
+
+    generation = 0
+
+    def check(self) -> None: ...
+    def lost(self) -> bool:
+        return False
+
+
+class _Accepted(NamedTuple):
+    generation: int
+    folders: frozenset[str]
+
+
+def facts(data: bytes) -> Facts:
+    """What COMPLETE.json says of some bytes."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def dump(value: Any) -> bytes:
+    """Plain values as the JSON that this project writes: the same values give the same bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def sealed(value: Mapping[str, Any]) -> bytes:
+    """A JSON object with its own digest inside."""
+    return dump({**value, "digest": hashlib.sha256(dump(value)).hexdigest()})
+
+
+def unsealed(data: bytes) -> dict[str, Any] | None:
+    """What `sealed` was given; None for anything else, down to a single flipped bit."""
+    try:
+        found = json.loads(data)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    value = {key: found[key] for key in found if key != "digest"}
+    return value if sealed(value) == data else None
+
+
+class Commits:
+    """The commits of one run: folders with a COMPLETE.json."""
+
+    def __init__(self, store: Store, writer: Writer) -> None:
+        self.store, self.writer = store, writer
+        self._known: _Accepted | None = None
+
+    def take_over(self) -> None:
+        """Write down which commits count, and remove what dead writers left. The caller has just claimed the lease."""
+        self._known = None
+        folders = self.whole("")
+        self.writer.check()
+        mine = _accepted_name(self.writer.generation)
+        self.store.put_if_absent(mine, sealed({"commits": folders}))
+        self._known = None
+        lists = self.store.list(ACCEPTED)
+        self.writer.check()
+        for name in lists:  # higher ones too: where the lease was removed by hand, generations begin anew
+            if name != mine:
+                self.store.remove(name)
+        self.store.sweep(0)
+
+    def whole(self, below: str) -> list[str]:
+        """The folders of all commits that count, below a folder, sorted."""
+        found = [name.removesuffix(f"/{COMPLETE}") for name in self.store.list(below) if name.endswith(f"/{COMPLETE}")]
+        accepted = self._accepted()  # afterwards: what a take-over accepts is older than what comes too late
+        return [f for f in found if f in accepted.folders or _generation(f) >= accepted.generation]
+
+    def commit(self, folder: str, parts: Mapping[str, bytes]) -> None:
+        """Write a commit, complete or not at all; the folder's name ends in the writer's generation. Twice is once.
+
+        Raises Fault when another launch has taken the run over: the commit then does not count.
+        """
+        self.writer.check()
+        said = sealed({"parts": {name: facts(data) for name, data in parts.items()}})
+        try:
+            for name, data in parts.items():
+                self.store.put(f"{folder}/{name}", data)
+            self.store.put(f"{folder}/{COMPLETE}", said)
+        except NotThere as error:  # a launch that slept has swept a file away that was being written
+            self.writer.check()
+            raise TryAgain(str(error)) from error
+        self.writer.check()  # nobody newer even now: whoever takes over later finds this commit
+
+    def said(self, folder: str) -> dict[str, Facts]:
+        """What COMPLETE.json says of each part. Raises Fault for one that is damaged."""
+        name = f"{folder}/{COMPLETE}"
+        data = self.store.get(name)
+        found = unsigned(data, {"parts"}) or unsealed(data)
+        if found is None or not isinstance(found.get("parts"), dict):
+            raise Fault(f"{self.store.where(name)} is damaged: its bytes are not those that were committed")
+        parts: dict[str, Facts] = found["parts"]
+        return parts
+
+    def parts(self, folder: str) -> dict[str, bytes]:
+        """All parts of a commit, verified. Raises Fault naming a part that is missing or damaged."""
+        return {name: self._verified(folder, name, expected) for name, expected in self.said(folder).items()}
+
+    def part(self, folder: str, name: str) -> bytes:
+        """One part of a commit, verified; as `parts`."""
+        said = self.said(folder)
+        if name not in said:
+            raise Fault(f"{self.store.where(folder)} has no {name}")
+        return self._verified(folder, name, said[name])
+
+    def _verified(self, folder: str, name: str, expected: Facts) -> bytes:
+        where = self.store.where(f"{folder}/{name}")
+        try:
+            data = self.store.get(f"{folder}/{name}")
+        except NotThere:
+            raise Fault(f"{where} is missing from its commit") from None
+        if expected != facts(data):
+            raise Fault(f"{where} is damaged: its bytes are not those that were committed")
+        return data
+
+    def drop(self, folder: str, part: str) -> None:
+        """Take one part out of a commit. Twice is once."""
+        said = self.said(folder)
+        self.writer.check()
+        if said.pop(part, None) is not None:
+            self.store.put(f"{folder}/{COMPLETE}", sealed({"parts": said}))
+        self.store.remove(f"{folder}/{part}")
+
+    def remove(self, folder: str) -> None:
+        """COMPLETE.json goes first: a half-removed commit is none."""
+        self.store.remove(f"{folder}/{COMPLETE}")
+        for name in self.store.list(folder):
+            self.store.remove(name)
+
+    def _accepted(self) -> _Accepted:
+        """What the newest take-over found; a damaged list accepts all, which only a launch that slept could abuse."""
+        if self._known is not None and self.writer.generation:
+            return self._known  # nobody but this writer may change it now
+        known = _Accepted(0, frozenset())
+        if newest := max(self.store.list(ACCEPTED), default=None):
+            try:
+                found = unsealed(self.store.get(newest))
+            except NotThere:  # a take-over is under way, and replaces it
+                return self._accepted()
+            if found is not None:
+                generation = int(newest[len(ACCEPTED) + 1 :].partition(".")[0])
+                known = _Accepted(generation, frozenset(found["commits"]))
+        self._known = known
+        return known
+
+
+def _generation(folder: str) -> int:
+    """Which generation wrote a commit; 0 before there was a lease."""
+    match = re.search(r"-(\d+)$", folder)
+    return int(match.group(1)) if match else 0
+
+
+def _accepted_name(generation: int) -> str:
+    return f"{ACCEPTED}/{generation:08d}.json"
+
+
+def unsigned(data: bytes, keys: Set[str]) -> dict[str, Any] | None:
+    """What versions before the lease wrote without a digest: a JSON object with exactly these keys."""
+    try:
+        found = json.loads(data)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return found if isinstance(found, dict) and found.keys() == keys else None

@@ -1,0 +1,225 @@
+"""A folder on a web server, for reading: what `http://` and `https://` addresses mean."""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import re
+import ssl
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import NoReturn, TypeVar
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, urlsplit
+
+from mirl_dist.storage.base import DAY, NotAllowed, NotThere, StorageError, TryAgain
+from mirl_dist.storage.retry import USUAL, Patience, Say, patiently, to_stderr
+
+T = TypeVar("T")
+
+_BLOCK = 1 << 16  # what a broken connection loses at most
+_PASSING = "Check the server and the network."
+_LATER = (408, 425, 429, 500, 502, 503, 504)
+
+
+class Web:
+    """A store under `http(s)://host/folder` that can only be read.
+
+    A small request that fails in passing is made again for as long as `patience` lasts; `read` alone leaves that to its
+    reader. `seconds`: to connect, and between two packets. Redirects are followed, but not from https to http.
+    """
+
+    def __init__(self, url: str, *, patience: Patience = USUAL, say: Say = to_stderr, seconds: float = 30.0) -> None:
+        self._root = _address(url)
+        self._patience, self._say, self._seconds = patience, say, seconds
+
+    def where(self, name: str = "") -> str:
+        """The place for people and messages."""
+        return f"{self._root}/{name}" if name else self._root
+
+    def get(self, name: str) -> bytes:
+        return self._ask(name, lambda: b"".join(self.read(name)))
+
+    def size(self, name: str) -> int:
+        """Bytes."""
+
+        def ask() -> int:
+            with self._answer(name, "HEAD") as answer:
+                return self._length(name, answer.headers.get("Content-Length"))
+
+        return self._ask(name, ask)
+
+    def exists(self, name: str) -> bool:
+        def ask() -> bool:
+            with self._answer(name, "HEAD"):
+                return True
+
+        try:
+            return self._ask(name, ask)
+        except NotThere:
+            return False
+
+    def now(self, name: str = "") -> datetime | None:
+        """What the server's clock says, whatever it answers of `name`; None where it does not tell. One try."""
+        asked = urllib.request.Request(self.where(quote(name)), method="HEAD")
+        with self._named_errors(name):
+            try:
+                answer = _opener().open(asked, timeout=self._seconds)
+            except HTTPError as error:
+                answer = error
+            with answer:
+                date = answer.headers.get("Date")
+        try:
+            return parsedate_to_datetime(date) if date else None
+        except ValueError:
+            return None
+
+    def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
+        """The bytes from `offset` to the end, in blocks. Raises TryAgain wherever the transfer breaks, at once."""
+        with self._answer(name, "GET", offset) as answer:
+            if answer.status == 416:  # begins where it ends, or after
+                return
+            skip = offset
+            if answer.status == 206:
+                if not re.match(rf"bytes {offset}-", answer.headers.get("Content-Range", "")):
+                    raise TryAgain(f"{self.where(name)}: the server sends another range, or was cut off. {_PASSING}")
+                skip = 0
+            for block in self._whole(name, answer):
+                if skip < len(block):
+                    yield block[skip:]
+                skip = max(0, skip - len(block))
+
+    def put(self, name: str, data: bytes) -> None:
+        self._refuse()
+
+    def put_file(self, name: str, path: Path) -> None:
+        self._refuse()
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        self._refuse()
+
+    def list(self, prefix: str) -> list[str]:
+        self._refuse()
+
+    def remove(self, name: str) -> None:
+        self._refuse()
+
+    def sweep(self, older_than_seconds: float = DAY) -> None:
+        self._refuse()
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    def _refuse(self) -> NoReturn:
+        raise NotAllowed(f"{self.where()}: a web address can only be read. Give a folder or s3:// to write or to list.")
+
+    def _ask(self, name: str, work: Callable[[], T]) -> T:
+        return patiently(work, self.where(name), self._patience, self._say)
+
+    @contextmanager
+    def _answer(self, name: str, method: str, offset: int = 0) -> Iterator[http.client.HTTPResponse]:
+        """The open answer of the server; also one that says that `offset` is the end."""
+        asked = urllib.request.Request(self._root + "/" + quote(name), method=method)
+        asked.add_header("Accept-Encoding", "identity")  # a compressed body has other offsets
+        if offset:
+            asked.add_header("Range", f"bytes={offset}-")
+        with self._named_errors(name):
+            try:
+                opened = _opener().open(asked, timeout=self._seconds)
+            except HTTPError as error:
+                if error.code != 416 or not offset:
+                    error.close()
+                    raise
+                opened = error
+            with opened:
+                yield opened
+
+    def _whole(self, name: str, answer: http.client.HTTPResponse) -> Iterator[bytes]:
+        """A body that ends early is never taken for the whole."""
+        if "chunked" in answer.headers.get("Transfer-Encoding", "").lower():
+            while block := answer.read(_BLOCK):  # http.client misses no chunk
+                yield block
+            return
+        wanted = self._length(name, answer.headers.get("Content-Length"))
+        while block := answer.read(_BLOCK):
+            wanted -= len(block)
+            yield block
+        if wanted:
+            raise TryAgain(f"{self.where(name)}: the body ended {wanted} bytes early. {_PASSING}")
+
+    def _length(self, name: str, said: str | None) -> int:
+        if said is None or not said.isascii() or not said.isdigit():
+            raise TryAgain(f"{self.where(name)}: the server does not say how long it is, or was cut off. {_PASSING}")
+        return int(said)
+
+    @contextmanager
+    def _named_errors(self, name: str) -> Iterator[None]:
+        """In this package's errors. Addresses that a server redirects to may hold keys and are not repeated."""
+        try:
+            yield
+        except StorageError:
+            raise
+        except HTTPError as error:
+            raise _of_status(self.where(name), error.code) from None
+        except (URLError, OSError, http.client.HTTPException) as error:
+            cause = error.reason if isinstance(error, URLError) else error
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                text = f"{self.where(name)}: the server's certificate is not trusted. Set SSL_CERT_FILE, or correct it."
+                raise NotAllowed(text) from None
+            said = cause.strerror if isinstance(cause, OSError) and cause.strerror else type(cause).__name__
+            raise TryAgain(f"{self.where(name)}: the transfer broke ({said}). {_PASSING}") from None
+
+
+def _of_status(where: str, status: int) -> StorageError:
+    """The error that an HTTP status means."""
+    if status in (404, 410):
+        return NotThere(f"{where} does not exist")
+    said = f"{where}: the server answered HTTP {status}."
+    if status in _LATER:
+        return TryAgain(f"{said} {_PASSING}")
+    if status in (401, 403, 407):
+        return NotAllowed(f"{said} It must be readable for everyone; else use s3:// or a folder.")
+    return NotAllowed(f"{said} Correct the address, or use s3:// or a folder.")
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+        kind = urlsplit(newurl).scheme
+        if kind not in ("http", "https") or (req.type == "https" and kind == "http"):
+            raise HTTPError(req.full_url, code, "refused", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+@functools.cache
+def _opener() -> urllib.request.OpenerDirector:
+    """HTTP and HTTPS alone: a redirect must not lead to this machine's files."""
+    opener = urllib.request.OpenerDirector()
+    for kind in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        _Redirects,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+    ):
+        opener.add_handler(kind())
+    return opener
+
+
+def _address(url: str) -> str:
+    """The address without a '/' at its end. Raises NotAllowed, without repeating it, where it holds keys or a query."""
+    try:
+        parts = urlsplit(url)
+        plain = parts.hostname and parts.username is None and not parts.query and not parts.fragment
+        parts.port  # noqa: B018 - raises ValueError for what is no port
+    except ValueError:
+        plain = False
+    if not plain or "?" in url or "#" in url or any(c.isspace() or not c.isprintable() for c in url):
+        raise NotAllowed(
+            "A web address is http(s)://host/folder, without user, password, '?' or '#'; this one is not. What needs "
+            "keys can be read through s3://."
+        )
+    return quote(url.rstrip("/"), safe="/:%[]@!$&'()*+,;=~")

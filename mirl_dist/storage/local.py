@@ -1,0 +1,182 @@
+"""A store in a directory: data goes to a temporary name, is flushed to the disk, and is renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from mirl_dist.storage.base import DAY, NotAllowed, NotThere, TryAgain
+
+_TEMPORARY = ".writing-"
+_BLOCK = 1 << 20
+_ATTEMPTS = 100
+
+
+class Folder:
+    """A store in a directory of this machine (or of a file system that all nodes share)."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def where(self, name: str = "") -> str:
+        """The place for people and messages."""
+        return str(self._root / name) if name else str(self._root)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write `name` durably, complete or not at all; replaces what was there."""
+        path = self._root / name
+        with self._named_errors(name), self._written(path, lambda file: file.write(data)) as temporary:
+            os.replace(temporary, path)
+            _flush_folder(path.parent)
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Copy a file to `name`, durably, complete or not at all; replaces what was there."""
+
+        def copy(file: BinaryIO) -> None:
+            with path.open("rb") as source:
+                shutil.copyfileobj(source, file, _BLOCK)
+
+        target = self._root / name
+        with self._named_errors(name), self._written(target, copy) as temporary:
+            os.replace(temporary, target)
+            _flush_folder(target.parent)
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """Write `name` unless it exists; whether this call wrote it. Of several writers exactly one wins."""
+        path = self._root / name
+        with self._named_errors(name), self._written(path, lambda file: file.write(data)) as temporary:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            _flush_folder(path.parent)
+            return True
+
+    def get(self, name: str) -> bytes:
+        with self._named_errors(name):
+            return (self._root / name).read_bytes()
+
+    def size(self, name: str) -> int:
+        """Bytes. Raises NotThere for what is no file."""
+        with self._named_errors(name):
+            path = self._root / name
+            if not path.is_file():
+                raise FileNotFoundError(str(path))
+            return path.stat().st_size
+
+    def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
+        """The bytes from `offset` to the end, in blocks."""
+        with self._named_errors(name), (self._root / name).open("rb") as file:
+            file.seek(offset)
+            while block := file.read(_BLOCK):
+                yield block
+
+    def exists(self, name: str) -> bool:
+        with self._named_errors(name):
+            return (self._root / name).is_file()
+
+    def list(self, prefix: str) -> list[str]:
+        """Complete names below `prefix` (a folder name, or '' for all), sorted."""
+        with self._named_errors(prefix):
+            found = []
+            for folder, _, files in os.walk(self._root / prefix, onerror=_refuse_unless_gone):
+                found += [Path(folder, f).relative_to(self._root) for f in files if not f.startswith(_TEMPORARY)]
+            return sorted(path.as_posix() for path in found)
+
+    def remove(self, name: str) -> None:
+        """Remove `name` if it is there, and folders that this leaves empty."""
+        with self._named_errors(name):
+            path = self._root / name
+            path.unlink(missing_ok=True)
+            for parent in path.parents:
+                if parent == self._root or not _removed_if_empty(parent):
+                    return
+
+    def sweep(self, older_than_seconds: float = DAY) -> None:
+        """Remove what dead writers left under temporary names, whatever its age: nobody else may write meanwhile."""
+        with self._named_errors(""):
+            for leftover in self._root.rglob(f"{_TEMPORARY}*"):
+                leftover.unlink(missing_ok=True)
+
+    @contextmanager
+    def _written(self, path: Path, write: Callable[[BinaryIO], object]) -> Iterator[str]:
+        """A flushed temporary file beside `path`, gone afterwards."""
+        temporary = str(path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}")
+        try:
+            with _opened(temporary, path.parent) as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    @contextmanager
+    def _named_errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise NotThere(f"{self.where(name)} does not exist") from error
+        except OSError as error:
+            said = f"{self.where(name)}: {error.strerror or error}. Nothing is half-written; what was there before is"
+            if error.errno in _PASSING:
+                raise TryAgain(f"{said} intact. Make room or repair the disk, then start again.") from error
+            raise NotAllowed(f"{said} intact. Correct the rights, or choose another folder.") from error
+
+
+_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE)
+
+
+def _refuse_unless_gone(error: OSError) -> None:
+    """A folder that may not be read is not an empty one."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def _opened(path: str, folder: Path) -> BinaryIO:
+    """A new file, with the rights that the umask gives: others may have to read it."""
+    for _ in range(_ATTEMPTS):
+        _make(folder)
+        with suppress(FileNotFoundError):  # a removal beside this found the folder empty
+            return open(path, "xb")
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+
+def _make(folder: Path) -> None:
+    """With its parents, each of which survives a power cut."""
+    if folder.is_dir():
+        return
+    _make(folder.parent)
+    with suppress(FileExistsError, FileNotFoundError):  # made, or its parent removed, by another: `_opened` will see
+        folder.mkdir()
+        _flush_folder(folder.parent)
+
+
+def _removed_if_empty(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a change of names in `folder` survive a power cut."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return  # another removed the name again, and its folder
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,125 @@
+"""How long to try again: a store that is away for a while is waited for, and a transfer that broke goes on."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, TypeAlias, TypeVar
+
+from mirl_dist.observability.console import warn
+from mirl_dist.storage.base import NotAllowed, Store, TryAgain
+
+Say: TypeAlias = Callable[[str], None]
+"""Takes one line for people."""
+
+T = TypeVar("T")
+
+_SAY_EVERY_SECONDS = 60.0
+
+
+def to_stderr(line: str) -> None:
+    """One line on standard error, at once."""
+    warn(f"mirl-dist: {line}")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to try again, in seconds: in all since the last progress, the first pause, and the longest pause.
+
+    Pauses double, and each is shortened by a random part of up to a half, so that ranks that lost a server together do
+    not return together. `seconds` of 0: one try.
+    """
+
+    seconds: float = 300.0
+    first: float = 0.2
+    most: float = 20.0
+
+
+USUAL = Patience()
+
+
+class Tries:
+    """The clock of one piece of work that may have to be tried several times."""
+
+    def __init__(self, what: str, patience: Patience, say: Say) -> None:
+        self._what, self._patience, self._say = what, patience, say
+        self._chance = random.Random()  # of its own: the global state belongs to experiments
+        self._said = -_SAY_EVERY_SECONDS
+        self._tries = 0
+        self.progressed()
+
+    def progressed(self) -> None:
+        """Something arrived: patience begins afresh."""
+        self._failed = 0
+        self._since = time.monotonic()
+
+    def failed(self, error: TryAgain) -> None:
+        """Pause before the next try. Raises TryAgain when patience ends: the last error, how long, how often."""
+        self._tries += 1
+        self._failed += 1
+        now = time.monotonic()
+        left = self._since + self._patience.seconds - now
+        if left <= 0:
+            if self._patience.seconds <= 0:
+                raise error
+            times = f"{self._tries} tries" if self._tries > 1 else "one try"
+            ended = f"{error} Given up on {self._what} after {times} and {now - self._since:.0f} s without progress."
+            raise TryAgain(ended) from error
+        if now - self._said >= _SAY_EVERY_SECONDS:
+            self._said = now
+            self._say(f"{error} Trying again for {left:.0f} s.")
+        pause = min(self._patience.most, self._patience.first * 2.0 ** min(self._failed - 1, 30))
+        time.sleep(min(left, pause * self._chance.uniform(0.5, 1.0)))
+
+
+def patiently(work: Callable[[], T], what: str, patience: Patience, say: Say) -> T:
+    """What `work` returns; it is called again while it raises TryAgain and patience lasts.
+
+    `what`: the work in a few words, for the message at the end of patience. Any other error passes at once.
+    """
+    tries = Tries(what, patience, say)
+    while True:
+        try:
+            return work()
+        except TryAgain as error:
+            tries.failed(error)
+
+
+def download(store: Store, name: str, path: Path, size: int, *, patience: Patience, say: Say) -> None:
+    """Append to `path` what it lacks of `name`, until `size` bytes lie there; a transfer that broke goes on.
+
+    Patience begins afresh whenever bytes arrive. Nothing is flushed, renamed or digested: that is the caller's. Raises
+    NotAllowed where the file is longer than `size`, or where the store's object has another size (the bytes that lie
+    there are then removed); TryAgain at the end of patience; OSError where `path` cannot be written.
+    """
+    held = path.stat().st_size if path.exists() else 0
+    if held > size:
+        raise NotAllowed(f"{path} has {held} bytes, but {store.where(name)} should have {size}. Remove {path}.")
+    tries = Tries(f"bringing {store.where(name)}", patience, say)
+    with path.open("ab") as file:
+        while held < size:
+            try:
+                for block in store.read(name, held):
+                    if held + len(block) > size:
+                        _refuse_other_size(store, name, path, size)
+                    held += file.write(block)
+                    tries.progressed()
+                if held < size:
+                    _refuse_other_size(store, name, path, size)
+            except TryAgain as error:
+                tries.failed(error)
+
+
+def _refuse_other_size(store: Store, name: str, path: Path, size: int) -> NoReturn:
+    """Raises NotAllowed, always, and removes what was brought: it belongs to another object."""
+    found = store.size(name)
+    path.unlink(missing_ok=True)
+    if found == size:
+        raise NotAllowed(f"{store.where(name)} changed while it was read. Start again.")
+    raise NotAllowed(
+        f"{store.where(name)} has {found} bytes where its manifest or commit says {size}. It was replaced, or its "
+        "upload was damaged: build or copy it again."
+    )

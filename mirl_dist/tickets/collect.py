@@ -1,0 +1,204 @@
+"""Tickets gathered for a comparison: from runs in stores, from MLflow, from ticket files."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mirl_dist import models
+from mirl_dist.config.config import Config, of_dump
+from mirl_dist.errors import Fault
+from mirl_dist.observability.mlflow import reader
+from mirl_dist.pruning import masks as masking
+from mirl_dist.tickets import verify
+from mirl_dist.tickets.compare.entry import DENSE, Shown
+from mirl_dist.tickets.open import Filed, find, open_run, open_ticket, run_of
+from mirl_dist.training import ticket as tickets
+from mirl_dist.training.ticket import Ticket
+
+MLFLOW = "mlflow:"
+Packed = Mapping[str, NDArray[np.uint8]]
+_Shapes = Mapping[str, tuple[int, ...]]
+
+
+class _Kept(NamedTuple):
+    """A round as it was found: its ticket, its packed mask (None where it is unknown), its strip of pictures."""
+
+    ticket: Ticket
+    mask: Packed | None
+    strip: bytes | None
+
+
+class _Gathered(NamedTuple):
+    """The tickets of one run as they were found. key: equal for one and the same run; said: what people call it;
+    order: the weights of its network by name, in its own order."""
+
+    key: str
+    said: str
+    config: Config
+    order: Mapping[str, int]
+    each: list[_Kept]
+
+
+def gather(references: Sequence[str], uri: str | None = None) -> list[Shown]:
+    """All tickets that references name, run after run, in their order.
+
+    A reference: `RUN` (all rounds), `RUN/rounds/NN`, a ticket file, `mlflow:RUN_ID` (a parent run) or
+    `mlflow:experiment:NAME`. uri: MLflow's address, where it is not MLFLOW_TRACKING_URI. Raises Fault for what holds no
+    ticket, for masks that are not their tickets', and for one ticket named twice.
+    """
+    found: dict[str, _Gathered] = {}
+    for one in (run for reference in references for run in _gather(reference, uri)):
+        before = found.get(one.key, one._replace(each=[]))
+        twice = {kept.ticket.round for kept in before.each} & {kept.ticket.round for kept in one.each}
+        if twice:
+            raise Fault(f"found round {min(twice)} of {before.said} twice. Name each ticket once.")
+        found[one.key] = one._replace(said=before.said, each=before.each + one.each)
+    shown = []
+    for run, name in zip(found.values(), _labels(list(found.values())), strict=True):
+        for ticket, mask, strip in run.each:
+            first = ticket.round == 0 and run.config.start.ticket is None
+            method = ticket.method or (DENSE if first else run.config.method())
+            seed = run.config.run.seed if ticket.seed is None else ticket.seed
+            parts = {part: size for part, size in run.order.items() if part in ticket.layer_density}
+            likeness = run.config.training(), run.config.experiment()
+            shown.append(Shown(name, method, seed, *likeness, ticket, parts, mask, strip))
+    return shown
+
+
+def _gather(reference: str, uri: str | None) -> list[_Gathered]:
+    if reference.startswith(MLFLOW):
+        return _of_mlflow(reference.removeprefix(MLFLOW), uri)
+    return [_of_file(reference) if _is_file(reference) else _of_run(reference)]
+
+
+def _is_file(reference: str) -> bool:
+    """Whether a reference can be a ticket file alone. Raises Fault for one that is not there."""
+    if "://" in reference:
+        return False
+    if reference.endswith(".ticket") and not os.path.exists(reference):
+        raise Fault(f"no file at {reference}. Give the path of a ticket file, or a run.")
+    return os.path.isfile(reference)
+
+
+def _of_file(reference: str) -> _Gathered:
+    opened = open_ticket(reference)
+    assert isinstance(opened, Filed)
+    packed = masking.pack(opened.content.masks)
+    shapes = _shapes(opened.config, opened.ticket(), reference)
+    kept = _Kept(opened.ticket(), _proved(packed, opened.ticket(), shapes, reference), None)
+    return _Gathered(f"file:{Path(reference).resolve()}", reference, opened.config, _sizes(shapes), [kept])
+
+
+def _of_run(reference: str) -> _Gathered:
+    home = run_of(reference)
+    if home != (reference.rstrip("/") or reference):
+        found = find(reference)
+        checkpoints, config, rounds = found.checkpoints, found.config, [found.ticket()]
+    else:
+        checkpoints, config = open_run(reference)
+        rounds = checkpoints.tickets()
+    if not rounds:
+        raise Fault(f"{reference} has no finished round yet. `mirl-dist status` shows where it stands.")
+    where = checkpoints.store.where()
+    key = where if "://" in where else f"folder:{Path(where).resolve()}"
+    shapes, each = _shapes(config, rounds[0], where), list[_Kept]()
+    for ticket in rounds:
+        place = f"{home}, round {ticket.round}"
+        mask = _proved(_unpacked(checkpoints.round_masks(ticket.round), place), ticket, shapes, place)
+        each.append(_Kept(ticket, mask, checkpoints.pictures(ticket.round)))
+    return _Gathered(key, home, config, _sizes(shapes), each)
+
+
+def _of_mlflow(reference: str, uri: str | None) -> list[_Gathered]:
+    found = []
+    for run in reader.read(reference, uri):
+        where = f"MLflow run {run.run_id}"
+        if run.config is None:
+            raise Fault(
+                f"{where} holds no run.json, so it says neither method nor seed. Compare it from its run folder."
+            )
+        config, each, shapes = of_dump(run.config, f"{where}, run.json"), list[_Kept](), dict[str, tuple[int, ...]]()
+        for round_, data, mask, strip in run.tickets:
+            place = f"{where}, round {round_}"
+            ticket = tickets.parse(data, place)
+            if ticket.round != round_:
+                raise Fault(f"{place}: its ticket is of round {ticket.round}. Compare it from its run folder.")
+            shapes = shapes or _shapes(config, ticket, where)
+            packed = None if mask is None else _proved(_unpacked(mask, place), ticket, shapes, place)
+            each.append(_Kept(ticket, packed, strip))
+        found.append(_Gathered(f"{MLFLOW}{run.run_id}", run.run_name, config, _sizes(shapes), each))
+    return found
+
+
+def _unpacked(data: bytes, where: str) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise Fault(f"{where}: its mask is damaged ({error}). Compare it from its run folder.") from None
+
+
+def _proved(packed: Mapping[str, Tensor], ticket: Ticket, shapes: _Shapes, where: str) -> Packed:
+    """A packed mask that is the ticket's, of its network. Raises Fault for any other."""
+    wanted = {name: shapes[name] for name in ticket.layer_density if name in shapes}
+    odd = sorted((wanted.keys() ^ packed.keys()) | (ticket.layer_density.keys() - wanted.keys()))
+    for name in [] if odd else sorted(packed):
+        if packed[name].dtype != torch.uint8 or tuple(packed[name].shape) != ((math.prod(wanted[name]) + 7) // 8,):
+            odd.append(name)
+    if odd:
+        raise Fault(f"{where}: its mask does not fit its network, first in '{odd[0]}'. Take it from the run again.")
+    if masking.digest_tensors(packed, wanted) != ticket.mask_digest:
+        raise Fault(f"{where}: its mask is not the one that its ticket names. Take it from the run again.")
+    return {name: bits.numpy() for name, bits in packed.items()}
+
+
+def _shapes(config: Config, ticket: Ticket, where: str) -> dict[str, tuple[int, ...]]:
+    """The tensors of a network by name, in its own order. Raises Fault where the ticket counts other weights."""
+    verify.refuse_oversized(config, ticket.total, where)
+    with torch.device("meta"):
+        model = models.create(config.model.name, **config.model.sizes())
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    total = sum(_sizes(shapes).values())
+    if total != ticket.total:
+        raise Fault(
+            f"{where}: its model section makes {total:,} weights, its ticket counts {ticket.total:,}. Get it again."
+        )
+    return shapes
+
+
+def _sizes(shapes: _Shapes) -> dict[str, int]:
+    return {name: math.prod(shape) for name, shape in shapes.items()}
+
+
+def _labels(runs: Sequence[_Gathered]) -> list[str]:
+    """A short name for each run, no two alike: the shortest ends of paths that tell them apart; where the whole name
+    does not, the beginning of MLflow's id or a number."""
+    names = _short_names([run.said for run in runs])
+    for at, run in enumerate(runs):
+        if names.count(names[at]) > 1 and run.key.startswith(MLFLOW):
+            names[at] = f"{names[at]}-{run.key.removeprefix(MLFLOW)[:6]}"
+    for at, name in enumerate(names):
+        number = 2
+        while names[at] in names[:at]:
+            names[at], number = f"{name} ({number})", number + 1
+    return names
+
+
+def _short_names(said: Sequence[str]) -> list[str]:
+    """The shortest ends of paths that tell runs apart, or as many as differ."""
+    parts = [[p for p in text.rstrip("/").split("/") if p not in ("", ".")] or [text] for text in said]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(set(said)):
+            return names
+    return list(said)

@@ -1,0 +1,290 @@
+"""MIR-L's Definition 1: is a ticket a winning one? And is it better than its controls?
+
+A winning ticket, trained by itself, (1) scores at least what the dense network scores, (2) after no more steps to its
+best validation score, (3) with fewer weights. All is paired: a ticket with the dense network of the same seed, data
+and network (summary.paired), a control with the very ticket whose digest its own names as parent. A mean difference
+that is no larger than the standard deviation of the paired differences is called within the spread, and is neither a
+win nor a loss; one pair has no spread, and is never more than one seed's word.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from mirl_dist.tickets.compare import statistics
+from mirl_dist.tickets.compare.entry import DENSE, Shown
+from mirl_dist.tickets.compare.grouping import CONTROL
+from mirl_dist.tickets.compare.statistics import Line, Spread
+from mirl_dist.tickets.report import text_tables
+from mirl_dist.tickets.report.text_tables import Grid, Row
+
+YES, WITHIN, NO, UNKNOWN = "yes", "within the spread", "no", "unknown"
+YES_ONE, NO_ONE = "yes (one seed)", "no (one seed)"
+WINNING, WITHIN_SEEDS = "winning ticket", "within the spread of seeds"
+ALL_ONE, NOT_ALL_ONE = "one seed: at least dense on every task", "one seed: not on every task"
+BEATS, LOSES, NOT_RUN = "beats", "loses", "not run"
+BEATS_ONE, LOSES_ONE = "beats (one seed)", "no better (one seed)"
+CONTROLS = ("reinit", "random_layer", "random_global")
+ONE_SEED = "one seed: no spread known"
+TWO_SEEDS = "two seeds: the spread itself is uncertain"
+CANNOT_TELL = (
+    "within the spread: these seeds cannot tell it from dense; 'at least' is not shown, and holds at most on average"
+)
+CHOSEN = "the round was chosen by scores, by which it is judged here: that favours the ticket"
+_KEPT_VALUES = re.compile(r"PIR-|.*\b(finetune|rate)\b")
+
+
+class Answer(NamedTuple):
+    """One task of one ticket against the dense network, paired by seed; None where there is no pair.
+
+    gain: PSNR in dB, ticket minus dense; score: YES, WITHIN or NO by the paired spread, YES_ONE or NO_ONE of one pair,
+    or UNKNOWN. later: optimiser steps to the best validation score, ticket minus dense; steps: the same words.
+    """
+
+    gain: Spread | None
+    score: str
+    later: Spread | None
+    steps: str
+
+
+class Control(NamedTuple):
+    """A ticket against one kind of control: PSNR in dB, ticket minus control, by 'task/set', and a word for each.
+
+    verdict: BEATS, WITHIN or LOSES by `mean`, the mean over tasks of the differences; BEATS_ONE or LOSES_ONE of one
+    pair; NOT_RUN without a control; UNKNOWN where a score is not a number.
+    """
+
+    kind: str
+    gains: dict[str, Spread]
+    verdicts: dict[str, str]
+    mean: Spread | None
+    verdict: str
+
+
+class Judgement(NamedTuple):
+    """Of one method and round. density: alive / total weights. overall: WINNING (every task is YES), WITHIN_SEEDS (none
+    is NO), ALL_ONE or NOT_ALL_ONE (some have one pair), NO or UNKNOWN."""
+
+    method: str
+    round_: int
+    seeds: tuple[int, ...]
+    density: float
+    answers: dict[str, Answer]
+    controls: tuple[Control, ...]
+    overall: str
+    remarks: tuple[str, ...]
+
+
+def judge(shown: Sequence[Shown], tolerance_db: float = 0.0, *, chosen: bool = False) -> list[Judgement]:
+    """A judgement of every method and round that is neither dense nor a control.
+
+    tolerance_db: how much less than the dense network still counts as its score, in dB. chosen: the rounds were chosen
+    by their scores, which a remark then says. Raises Fault as `summary.lines`.
+    """
+    lines = [line for line in statistics.lines(shown) if not (line.dense or line.control)]
+    found = [_judge(line, shown, tolerance_db) for line in lines]
+    return [_also(j, [*_rounds_apart(j, found), *([CHOSEN] if chosen else [])]) for j in found]
+
+
+def _judge(line: Line, shown: Sequence[Shown], tolerance_db: float) -> Judgement:
+    dense = [s for s in shown if s.method == DENSE]
+    gains, laters = (statistics.spreads(statistics.paired(line.shown, dense, value)) for value in (_psnr, _steps))
+    answers = {}
+    for name in statistics.names(line.shown):
+        gain, later = gains.get(name), laters.get(name)
+        fewer = None if later is None else later._replace(mean=-later.mean)
+        known = all(name in _psnr(s) for s in line.shown if name in s.ticket.scores)
+        answers[name] = Answer(gain, _at_least(gain, tolerance_db) if known else UNKNOWN, later, _at_least(fewer, 0.0))
+    controls = tuple(_control(kind, line, shown) for kind in CONTROLS)
+    overall = _overall(line, answers)
+    return Judgement(
+        method=line.method,
+        round_=line.round_,
+        seeds=line.seeds,
+        density=line.alive / line.total,
+        answers=answers,
+        controls=controls,
+        overall=overall,
+        remarks=tuple(_remarks(line, answers, controls, overall)),
+    )
+
+
+def _also(j: Judgement, remarks: Sequence[str]) -> Judgement:
+    return j._replace(remarks=(*j.remarks, *remarks))
+
+
+def _rounds_apart(one: Judgement, judgements: Sequence[Judgement]) -> list[str]:
+    """What to do where each seed of a method stands here by another round, so that none has a spread."""
+    mine = [j for j in judgements if j.method == one.method]
+    seeds = [(seed, j.round_) for j in mine for seed in j.seeds]
+    if len(mine) < 2 or len(dict(seeds)) < len(seeds):
+        return []
+    said = ", ".join(f"round {round_} for seed {seed}" for seed, round_ in sorted(seeds))
+    return [f"{said}: judge one round with --round"]
+
+
+def _psnr(s: Shown) -> dict[str, float]:
+    return {name: score.psnr for name, score in statistics.scores_of(s.ticket).items()}
+
+
+def _steps(s: Shown) -> Mapping[str, float]:
+    curves = {} if s.ticket.curve is None else s.ticket.curve.psnr
+    return {name: step for name, step in s.ticket.best_steps().items() if all(map(math.isfinite, curves[name]))}
+
+
+def _at_least(difference: Spread | None, tolerance: float) -> str:
+    """Whether what is paired is not below, by the spread of the pairs; equal in every pair is not below."""
+    if difference is None:
+        return UNKNOWN
+    margin = difference.mean + tolerance
+    if difference.sd is None:
+        return YES_ONE if margin >= 0 else NO_ONE
+    if margin > difference.sd or margin == difference.sd == 0:
+        return YES
+    return WITHIN if abs(margin) <= difference.sd else NO
+
+
+def _overall(line: Line, answers: Mapping[str, Answer]) -> str:
+    """Definition 1 over all tasks. Without curves it is judged by scores alone, which a remark says."""
+    scores = {a.score for a in answers.values()}
+    words = scores | {a.steps for a in answers.values()}
+    if NO in words or _KEPT_VALUES.match(line.method):
+        return NO
+    if NO_ONE in words:
+        return NOT_ALL_ONE
+    if UNKNOWN in scores or not scores:
+        return UNKNOWN
+    if WITHIN in words:
+        return WITHIN_SEEDS
+    return ALL_ONE if YES_ONE in words else WINNING
+
+
+def _remarks(line: Line, answers: Mapping[str, Answer], controls: Sequence[Control], overall: str) -> list[str]:
+    found = [*_counted(line, answers)]
+    broken = [n for n in answers if any(n in s.ticket.scores and n not in _psnr(s) for s in line.shown)]
+    if broken:
+        found.append(f"a score that is no number: {', '.join(broken)}")
+    missing = [name for name, a in answers.items() if a.gain is None and name not in broken]
+    if missing:
+        found.append(f"no dense score of the same seed, training, data and network: {', '.join(missing)}")
+    if any(a.steps == UNKNOWN for a in answers.values()):
+        found.append("steps to the best score unknown (no curves): by scores alone")
+    if _KEPT_VALUES.match(line.method):
+        found.append("kept its trained values: no ticket in the definition's sense, whatever it scores")
+    if overall == WITHIN_SEEDS:
+        found.append(CANNOT_TELL)
+    found += [f"control {c.kind} does as well" for c in controls if c.verdict in (WITHIN, LOSES)]
+    return found + [f"control {c.kind} does as well (one seed)" for c in controls if c.verdict == LOSES_ONE]
+
+
+def _counted(line: Line, answers: Mapping[str, Answer]) -> list[str]:
+    """How many pairs there are, where they are few."""
+    pairs = {name: min(x.count for x in (a.gain, a.later) if x) for name, a in answers.items() if a.gain}
+    found = []
+    for count, words in ((1, ONE_SEED), (2, TWO_SEEDS)):
+        few = [name for name, number in pairs.items() if number == count]
+        if few:
+            found.append(words if len(few) == len(pairs) else f"{words} ({', '.join(few)})")
+    fewest = min((a.gain.count for a in answers.values() if a.gain), default=0)
+    if 0 < fewest < len(line.seeds):
+        found.append(f"a dense pair for {fewest} of {len(line.seeds)} seeds")
+    return found
+
+
+def _control(kind: str, line: Line, shown: Sequence[Shown]) -> Control:
+    """Differences of one kind of control, paired by the digest of the ticket, then a value per seed of the ticket."""
+    theirs: dict[str, list[Shown]] = {}
+    for s in shown:
+        if s.method == f"{CONTROL}{kind}" and s.ticket.parent is not None:
+            theirs.setdefault(s.ticket.parent, []).append(s)
+
+    def against(s: Shown) -> list[Shown]:
+        return [c for c in theirs.get(s.ticket.digest(), []) if statistics.same_ground(c, s)]
+
+    def difference(s: Shown) -> dict[str, float]:
+        values = [_psnr(c) for c in against(s)]
+        known = {name: [v[name] for v in values if name in v] for name in _psnr(s)}
+        return {name: value - fmean(known[name]) for name, value in _psnr(s).items() if known[name]}
+
+    def mean(s: Shown) -> dict[str, float]:
+        found = difference(s)
+        return {"": fmean(found.values())} if found else {}
+
+    gains = statistics.spreads(statistics.by_seed(line.shown, difference))
+    over = statistics.spreads(statistics.by_seed(line.shown, mean)).get("")
+    verdicts = {name: _word(gain) for name, gain in gains.items()}
+    pairs = [(s, c) for s in line.shown for c in against(s)]
+    sound = all(len(_psnr(x)) == len(x.ticket.scores) for pair in pairs for x in pair)
+    verdict = (NOT_RUN if over is None else _word(over)) if sound else UNKNOWN
+    return Control(kind, gains, verdicts, over if sound else None, verdict)
+
+
+def _word(gain: Spread) -> str:
+    if gain.sd is None:
+        return BEATS_ONE if gain.mean > 0 else LOSES_ONE
+    if abs(gain.mean) <= gain.sd:
+        return WITHIN
+    return BEATS if gain.mean > 0 else LOSES
+
+
+def tables(judgements: Sequence[Judgement]) -> list[Grid]:
+    """For a terminal: (1) and, where curves tell, (2) of the definition per task; then controls; remarks below."""
+    names = list(dict.fromkeys(name for j in judgements for name in j.answers))
+    heads = ("method", "round", "density", "winning?")
+    fixed = [(j.method, str(j.round_), f"{j.density:.1%}", j.overall) for j in judgements]
+    rows = [Row(f, _cells(j)) for f, j in zip(fixed, judgements, strict=True)]
+    found = [Grid("PSNR against the dense network, dB: at least as good?", heads, rows, names)]
+    rows = [Row(f, _step_cells(j)) for f, j in zip(fixed, judgements, strict=True)]
+    if any(row.cells for row in rows):
+        found.append(Grid("steps to the best score against the dense network's: no more?", heads, rows, names))
+    tried = [
+        Row((j.method, str(j.round_), c.kind, c.verdict), _control_cells(c))
+        for j in judgements
+        if any(c.verdict != NOT_RUN for c in j.controls)
+        for c in j.controls
+    ]
+    if tried:
+        heads = ("method", "round", "control", "verdict")
+        found.append(Grid("PSNR against controls, dB (ticket minus control)", heads, tried, names))
+    said = [f"{j.method}, round {j.round_}: {'; '.join(j.remarks)}" for j in judgements if j.remarks]
+    said += [] if tried else ["no control was run"]
+    said.append("within the spread: a difference, with any tolerance, no larger than its ±: neither a win nor a loss")
+    found[-1] = replace(found[-1], remarks=said)
+    return found
+
+
+def _cells(j: Judgement) -> dict[str, str]:
+    return {n: _cell(a.gain, 2, a.score) for n, a in j.answers.items()}
+
+
+def _step_cells(j: Judgement) -> dict[str, str]:
+    return {n: _cell(a.later, 0, a.steps) for n, a in j.answers.items() if a.later is not None}
+
+
+def _control_cells(c: Control) -> dict[str, str]:
+    return {n: _cell(gain, 2, c.verdicts[n]) for n, gain in c.gains.items()}
+
+
+def _cell(spread: Spread | None, digits: int, word: str) -> str:
+    numbers = [] if spread is None else text_tables.told(spread, digits, "+")
+    return "\n".join([*numbers, word.replace(" the ", "\n").replace(" (", "\n(")])
+
+
+def to_json(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
+    """All of it as plain values for JSON; numbers that are not finite are None."""
+    return [_plain(j) for j in judgements]
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "_asdict"):
+        return {name.rstrip("_"): _plain(inner) for name, inner in value._asdict().items()}
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,100 @@
+"""How much the masks of tickets have in common: intersection over union, and what chance alone would give."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mirl_dist.tickets.compare.entry import Shown
+
+Square = NDArray[np.float64]
+_WORDS_AT_A_TIME = 1 << 15  # of 8 bytes, per ticket: what is unpacked or copied stays small
+
+
+def iou(shown: Sequence[Shown]) -> Square:
+    """|A and B| / |A or B| over the alive prunable weights of every two tickets, float64 (n, n), in [0, 1].
+
+    nan where a mask is unknown, where the networks' prunable tensors differ, and for two masks without a weight.
+    """
+    result = np.full((len(shown), len(shown)), np.nan)
+    for places in _alike([_shape(s) for s in shown]):
+        both = _intersections([shown[i] for i in places])
+        alive = np.diag(both)
+        result[np.ix_(places, places)] = _ratio(both, alive[:, None] + alive[None, :] - both)
+    return result
+
+
+def expected(shown: Sequence[Shown]) -> Square:
+    """The overlap of two independent random masks that have, tensor by tensor, the densities of these tickets.
+
+    float64 (n, n), a ratio of expectations; the diagonal is that of two such masks of one ticket's densities. Needs
+    no mask. nan where prunable tensors differ or a density is unknown.
+    """
+    result = np.full((len(shown), len(shown)), np.nan)
+    known = [tuple(s.parts.items()) if _told(s) else None for s in shown]
+    for places in _alike(known):
+        parts = shown[places[0]].parts
+        sizes = np.array(list(parts.values()), dtype=np.float64)
+        density = np.array([[shown[i].ticket.layer_density[name] for name in parts] for i in places])
+        both = (density * sizes) @ density.T
+        alive = density @ sizes
+        result[np.ix_(places, places)] = _ratio(both, alive[:, None] + alive[None, :] - both)
+    return result
+
+
+def _told(s: Shown) -> bool:
+    """Whether every part has a density, in [0, 1]."""
+    return all(0 <= s.ticket.layer_density.get(name, -1) <= 1 for name in s.parts)
+
+
+def _ratio(above: Square, below: Square) -> Square:
+    result: Square = np.full(above.shape, np.nan)
+    np.divide(above, below, out=result, where=below > 0)
+    return result
+
+
+def _shape(s: Shown) -> Hashable:
+    """What two tickets must share to be compared weight by weight; None without a fitting mask."""
+    if s.mask is None or s.mask.keys() != s.parts.keys():
+        return None
+    if any(s.mask[name].size != (count + 7) // 8 for name, count in s.parts.items()):
+        return None
+    return tuple(sorted(s.parts.items()))
+
+
+def _alike(keys: Sequence[Hashable]) -> list[list[int]]:
+    """Places of equal keys; None is equal to nothing."""
+    groups: dict[Hashable, list[int]] = {}
+    for place, key in enumerate(keys):
+        if key is not None:
+            groups.setdefault(key, []).append(place)
+    return list(groups.values())
+
+
+def _intersections(shown: Sequence[Shown]) -> Square:
+    """Weights alive in both, for every two tickets of one shape; the diagonal counts each one's own."""
+    counts = np.zeros((len(shown), len(shown)), dtype=np.int64)
+    masks = [s.mask for s in shown if s.mask is not None]
+    bytes_at_a_time = 8 * _WORDS_AT_A_TIME
+    for name in masks[0]:
+        for start in range(0, masks[0][name].size, bytes_at_a_time):
+            pieces = [mask[name].reshape(-1)[start : start + bytes_at_a_time] for mask in masks]
+            words = np.zeros((len(pieces), -(-pieces[0].size // 8)), dtype=np.uint64)
+            words.view(np.uint8)[:, : pieces[0].size] = pieces
+            for row in range(len(pieces)):
+                counts[row, row:] += _popcount(words[row] & words[row:])
+    return (counts + np.triu(counts, 1).T).astype(np.float64)
+
+
+_BITS_OF_A_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
+
+
+def _popcount(words: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Set bits of each row."""
+    if hasattr(np, "bitwise_count"):
+        bits: NDArray[np.uint8] = np.bitwise_count(words)
+    else:  # numpy < 2
+        bits = _BITS_OF_A_BYTE[words.view(np.uint8)]
+    return np.asarray(bits.sum(axis=1, dtype=np.int64))

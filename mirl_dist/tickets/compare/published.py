@@ -1,0 +1,134 @@
+"""The figures of MIR-L's Tables II and III, and which of them stands beside which of our lines.
+
+They are the paper's: networks of full size, other training, its own subsets of the data (published/README.md).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+from mirl_dist.tickets.compare.entry import DENSE
+from mirl_dist.tickets.compare.statistics import Line
+
+TITLE = "published (full size, other training)"
+ALL_IN_ONE, SINGLE = "all-in-one (5)", "single-task"
+DENSE_WEIGHTS = 35_592_263
+"""Of the paper's dense network, PromptIR, with six tensors that it never uses."""
+_TABLES = ("2a", "2b", "2c", "3a", "3b", "3c")
+_METHODS = {
+    DENSE: "PromptIR",
+    "MIR-L-G": "MIR-L-G",
+    "MIR-L-LW": "MIR-L-LW",
+    "PIR-OSM 30%": "PIR-OSM I",
+    "PIR-OSM 70%": "PIR-OSM II",
+    "PIR-OSR 30%": "PIR-OSR I",
+    "PIR-OSR 70%": "PIR-OSR II",
+}
+_DATASETS = {"bsd68": "BSD68", "cbsd68": "BSD68", "urban100": "Urban100", "rain100l": "Rain100L"}
+_UNITS = {"M": 1e6, "K": 1e3}
+
+
+class Published(NamedTuple):
+    """One figure of the paper. psnr in dB; params: weights as printed, '4.7M'; setting: as in the CSV files."""
+
+    table: str
+    method: str
+    dataset: str
+    setting: str
+    psnr: float
+    ssim: float
+    params: str
+
+    @property
+    def weights(self) -> float:
+        """`params` as a number."""
+        return float(self.params[:-1]) * _UNITS[self.params[-1]]
+
+
+class Beside(NamedTuple):
+    """A method of the paper's beside one of our lines: figures by our 'task/set'."""
+
+    line: Line
+    figures: dict[str, Published]
+
+    @property
+    def one(self) -> Published:
+        return next(iter(self.figures.values()))
+
+
+def _read(name: str) -> list[dict[str, str]]:
+    text = (files("mirl_dist.compare") / "published" / name).read_text(encoding="utf-8")
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+@cache
+def _rows() -> tuple[Published, ...]:
+    found = [row for table in _TABLES for row in _read(f"mirl_table{table}.csv")]
+    return tuple(
+        Published(r["table"], r["method"], r["dataset"], r["setting"], float(r["psnr"]), float(r["ssim"]), r["params"])
+        for r in found
+    )
+
+
+def rows() -> list[Published]:
+    """Every figure, in the order of the paper's tables."""
+    return list(_rows())
+
+
+@cache
+def counts() -> dict[int, int]:
+    """Round -> weights of the paper's network that are not pruned, globally at 20 % a round."""
+    return {int(row["round"]): int(row["total_global"]) for row in _read("mirl_round_counts.csv")}
+
+
+def round_of(figure: Published) -> int | None:
+    """The round of iterative pruning that leaves so many weights as printed; None for what is not pruned so."""
+    if not figure.method.startswith("MIR-L"):
+        return None
+    return min(counts(), key=lambda r: abs(counts()[r] - figure.weights))
+
+
+def dataset_of(set_: str) -> str | None:
+    """The paper's word for an evaluation set; None for one that it does not have (SOTS is its outdoor half there)."""
+    word = set_.lower()
+    if word.startswith("sots"):
+        return None if "indoor" in word else "SOTS"
+    return _DATASETS.get(word)
+
+
+def setting_of(names: Iterable[str]) -> str:
+    """Which of the paper's settings is nearest: SINGLE where only one kind of task was scored, else ALL_IN_ONE."""
+    kinds = {name.partition("/")[0].partition("_")[0] for name in names}
+    return SINGLE if len(kinds) == 1 else ALL_IN_ONE
+
+
+def match(method: str, name: str, setting: str) -> Published | None:
+    """The paper's figure for our method and 'task/set', under setting ALL_IN_ONE or SINGLE; None where it has none."""
+    task, _, set_ = name.partition("/")
+    kind, _, level = task.partition("_")
+    wanted = f"{setting} {kind}" if setting == SINGLE else setting
+    wanted += f" sigma={level}" if kind == "denoise" else ""
+    theirs, dataset = _METHODS.get(method), dataset_of(set_)
+    fits = (r for r in _rows() if (r.method, r.dataset, r.setting) == (theirs, dataset, wanted))
+    return next((r for r in fits if kind in _KINDS[r.dataset]), None)
+
+
+_KINDS = {"BSD68": ("denoise",), "Urban100": ("denoise",), "Rain100L": ("derain",), "SOTS": ("dehaze",)}
+
+
+def beside(lines: Sequence[Line], names: Sequence[str]) -> list[Beside]:
+    """For each method that the paper has, its figures beside our line of the nearest density."""
+    setting, found = setting_of(names), []
+    for method in dict.fromkeys(line.method for line in lines):
+        mine = [line for line in lines if line.method == method]
+        matched = {name: match(mine[0].shown[0].method, name, setting) for name in names}
+        figures = {name: figure for name, figure in matched.items() if figure is not None}
+        if figures:
+            density = next(iter(figures.values())).weights / DENSE_WEIGHTS
+            found.append(Beside(min(mine, key=lambda x: abs(x.alive / x.total - density)), figures))
+    return found

@@ -1,0 +1,98 @@
+"""The outside of a ticket file: a safetensors file of four flat tensors, each with its SHA-256, in one exact form.
+
+Its text is deflated, since it would outweigh the values of a small network; how far it may unfold is bounded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from mirl_dist.config import strict_json
+from mirl_dist.errors import Fault
+
+FORMAT = "mirl-dist-ticket-file-1"
+PARTS = {"initial": ("F32", 4), "trained": ("F32", 4), "about": ("U8", 1), "mask": ("U8", 1)}
+"""The parts in the order of the file: dtype, and bytes of one value. Floats first, so that they are aligned."""
+AGAIN = "Get the file again from where it was packed."
+_OPENING = b'{"__metadata__":{"format":"mirl-dist-ticket-file-'
+_MOST_HEADER = 2_048
+
+
+def is_ticket_file(first: bytes) -> bool:
+    """Whether a file that begins with these bytes (64 or more) is a ticket file, of whatever version."""
+    return first[8:].startswith(_OPENING)
+
+
+def seal(parts: Mapping[str, bytes]) -> bytes:
+    """A ticket file of these parts."""
+    sums = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
+    return b"".join([_head({name: len(part) for name, part in parts.items()}, sums), *(parts[name] for name in PARTS)])
+
+
+def _head(sizes: Mapping[str, int], sums: Mapping[str, str]) -> bytes:
+    """The safetensors header, its length in front. sizes: bytes of each part; sums: SHA-256 of each."""
+    told: dict[str, Any] = {"__metadata__": {"format": FORMAT} | {name: sums[name] for name in sorted(PARTS)}}
+    begin = 0
+    for name, (dtype, width) in PARTS.items():
+        end = begin + sizes[name]
+        told[name] = {"dtype": dtype, "shape": [sizes[name] // width], "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(told, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def unseal(data: bytes, where: str) -> dict[str, memoryview]:
+    """The parts of a file, by name, their checksums compared."""
+    if not is_ticket_file(data[:64]):
+        raise Fault(f"{where} is no ticket file. `mirl-dist tickets pack` writes them.")
+    begin = 8 + int.from_bytes(data[:8], "little")
+    if begin > min(len(data), 8 + _MOST_HEADER):
+        raise Fault(f"{where}: its header of {begin - 8:,} bytes is cut short, or too long. {AGAIN}")
+    found = _tree(data[8:begin], where)
+    if found["__metadata__"].get("format") != FORMAT:
+        raise Fault(f"{where} is of another version than {FORMAT}. Read it with the mirl-dist that wrote it.")
+    try:
+        sizes = {name: int(found[name]["shape"][0]) * width for name, (_, width) in PARTS.items()}
+        sums = {name: str(found["__metadata__"][name]) for name in PARTS}
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise Fault(f"{where}: its header does not name the parts of a ticket file. {AGAIN}") from None
+    if min(sizes.values()) < 0 or _head(sizes, sums) != data[:begin]:
+        raise Fault(f"{where}: its header is not the one of its parts. {AGAIN}")
+    if begin + sum(sizes.values()) != len(data):
+        raise Fault(f"{where} has {len(data):,} bytes, its header wants {begin + sum(sizes.values()):,}. {AGAIN}")
+    parts: dict[str, memoryview] = {}
+    for name in PARTS:
+        parts[name] = memoryview(data)[begin : begin + sizes[name]]
+        begin += sizes[name]
+        if hashlib.sha256(parts[name]).hexdigest() != sums[name]:
+            raise Fault(f"{where}: its part '{name}' is damaged: its SHA-256 is not the one stated. {AGAIN}")
+    return parts
+
+
+def fold(text: bytes) -> bytes:
+    """The part `about` of a text. zlib's builds differ in what they write, not in what they read."""
+    return zlib.compress(text, 9)
+
+
+def unfold(part: memoryview, where: str) -> Any:
+    """What the part `about` says. Raises Fault for anything but one stream of at most MOST_BYTES of sound JSON."""
+    stream = zlib.decompressobj()
+    try:
+        text = stream.decompress(part, strict_json.MOST_BYTES + 1)
+    except zlib.error as error:
+        raise Fault(f"{where}: its text cannot be unfolded ({error}). {AGAIN}") from None
+    if len(text) <= strict_json.MOST_BYTES and (not stream.eof or stream.unused_data):
+        raise Fault(f"{where}: its text ends too early or too late. {AGAIN}")
+    return _tree(text, where)
+
+
+def _tree(text: bytes, where: str) -> Any:
+    try:
+        return strict_json.parse(text)
+    except ValueError as error:
+        raise Fault(f"{where}: its text cannot be read ({str(error)[:80]}). {AGAIN}") from None

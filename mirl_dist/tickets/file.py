@@ -1,0 +1,279 @@
+"""A ticket as one file: the record, the config, the mask in bits, and the survivors' first and trained values.
+
+docs/ticket.md has the format byte by byte. The file is a safetensors file of four flat tensors, so that a network of
+many small tensors costs no header for each of them. What the numbers mean is verdict.py's to judge.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mirl_dist.errors import Fault
+from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning.masks import Masks
+from mirl_dist.tickets.container import AGAIN, FORMAT, fold, is_ticket_file, seal, unfold, unseal
+from mirl_dist.tickets.verify import Check, verify, verify_descent
+from mirl_dist.training import ticket as tickets
+from mirl_dist.training.ticket import Score, Ticket
+
+__all__ = [
+    "FACTOR",
+    "FORMAT",
+    "ROOM",
+    "Check",
+    "Content",
+    "is_ticket_file",
+    "pack",
+    "peek",
+    "read",
+    "verify",
+    "verify_descent",
+]
+
+FACTOR, ROOM = 80, 128 << 20
+"""`read` allocates at most FACTOR x the file's bytes + ROOM. A byte of mask stands for 8 weights, which are 8 bytes of
+mask and 2 x 32 of values: 72, the rest is spare. ROOM is for the text, which has an upper bound of its own."""
+
+_LONGEST_NAME = 200
+_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
+
+
+class Content(NamedTuple):
+    """What a ticket file holds. Values are float32 by name, dead weights +0.0 in both; masks are bool.
+
+    config: as run.json has it. initial: mask x the run's first values.
+    """
+
+    ticket: Ticket
+    config: dict[str, Any]
+    masks: Masks
+    initial: dict[str, Tensor]
+    trained: dict[str, Tensor]
+
+
+class _Entry(NamedTuple):
+    """A tensor of the index; mask_bytes: 0 where it has no mask."""
+
+    name: str
+    shape: tuple[int, ...]
+    prunable: bool
+    size: int
+
+    @property
+    def mask_bytes(self) -> int:
+        return (self.size + 7) // 8 if self.prunable else 0
+
+
+class _Opened(NamedTuple):
+    """A file whose bytes are as they were written, before any value is unpacked."""
+
+    ticket: Ticket
+    config: dict[str, Any]
+    begins: str
+    entries: list[_Entry]
+    parts: dict[str, memoryview]
+
+
+# -- writing ----------------------------------------------------------------------------------------------------
+
+
+def pack(
+    ticket: Ticket,
+    config: Mapping[str, Any],
+    masks: Mapping[str, Tensor],
+    initial: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor],
+) -> bytes:
+    """A ticket as one file; the same content gives the same bytes.
+
+    initial: the run's first values, whose dead weights are left out; trained: with dead weights +0.0. Raises Fault for
+    values that no file holds: other dtypes than float32, values that are not finite, dead weights that are not zero,
+    names and texts that `read` refuses.
+    """
+    where = f"the ticket of round {ticket.round}"
+    masks = {n: m.cpu() for n, m in masks.items()}
+    first, last = ({n: t.detach().cpu().contiguous() for n, t in of.items()} for of in (initial, trained))
+    _refuse_unfit(masks, first, last, where)
+    names = sorted(last)
+    packed = masking.pack(masks)
+    parts = {
+        "initial": _survivors(names, masks, first, where),
+        "trained": _survivors(names, masks, last, where),
+        "mask": b"".join(packed[n].numpy().tobytes() for n in names if n in masks),
+    }
+    parts["about"] = _about(ticket, config, masks, first, where)
+    data = seal(parts)
+    _open(data, where)  # what cannot be read is not written
+    return data
+
+
+def _about(ticket: Ticket, config: Mapping[str, Any], masks: Masks, initial: dict[str, Tensor], where: str) -> bytes:
+    """The file's text: the index of tensors, the record, the config, and the digest of mask x first values."""
+    record = json.loads(ticket.dump())
+    if record["layer_density"] == masking.densities(masks):
+        del record["layer_density"]  # the masks say it: a third of the text
+    begins = {n: t.masked_fill(~masks[n], 0.0) if n in masks else t for n, t in initial.items()}
+    about = {
+        "tensors": [[n, list(t.shape), n in masks] for n, t in sorted(initial.items())],
+        "ticket": record,
+        "config": dict(config),
+        "begins": masking.digest_tensors(begins),
+    }
+    try:
+        return fold(json.dumps(about, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
+    except ValueError:
+        raise Fault(f"found a number that is not finite in the record of {where}. A ticket file holds none.") from None
+
+
+def _refuse_unfit(
+    masks: Mapping[str, Tensor], initial: Mapping[str, Tensor], trained: Mapping[str, Tensor], where: str
+) -> None:
+    odd = sorted((initial.keys() ^ trained.keys()) | (masks.keys() - trained.keys()))
+    for name in [] if odd else sorted(trained):
+        of_one = [initial[name].shape, trained[name].shape] + ([masks[name].shape] if name in masks else [])
+        if len(set(of_one)) > 1 or {initial[name].dtype, trained[name].dtype} != {torch.float32}:
+            odd.append(name)
+    if odd:
+        raise Fault(
+            f"found masks, first and trained values of {where} that do not fit each other in names, shapes or float32: "
+            f"{', '.join(odd[:5])}. Pack the parts of one round of one run."
+        )
+    for name, mask in masks.items():
+        dead = trained[name].view(torch.int32).masked_fill(mask, 0)  # -0.0 is another weight by its digest
+        if bool(dead.any()):
+            raise Fault(f"found dead weights of '{name}' that are not +0.0 in {where}. Its run broke its mask.")
+
+
+def _survivors(names: list[str], masks: Mapping[str, Tensor], of: Mapping[str, Tensor], where: str) -> bytes:
+    """The alive values of all tensors, little-endian, by name and flat index."""
+    found = []
+    for name in names:
+        alive = of[name][masks[name]] if name in masks else of[name].reshape(-1)
+        if not bool(torch.isfinite(alive).all()):
+            raise Fault(f"found values of '{name}' in {where} that are not finite. A ticket file holds none.")
+        found.append(alive.numpy().astype("<f4").tobytes())
+    return b"".join(found)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------
+
+
+def read(data: bytes, where: str) -> Content:
+    """The content of a ticket file, every byte of it accounted for; `where` names the file.
+
+    Raises Fault for whatever is no whole ticket file, and nothing else. Allocates at most FACTOR x len(data) + ROOM.
+    """
+    opened = _open(data, where)
+    masks: Masks = {}
+    values = {kind: np.frombuffer(opened.parts[kind], "<f4") for kind in ("initial", "trained")}
+    for kind, flat in values.items():
+        if not np.isfinite(flat).all():
+            raise Fault(f"{where}: found {kind} values that are not finite. {AGAIN}")
+    dense: dict[str, dict[str, Tensor]] = {kind: {} for kind in values}
+    at = 0
+    for entry, packed in _masks(opened.entries, opened.parts["mask"]):
+        if packed is None:
+            keep, alive = None, entry.size
+        else:
+            keep = np.unpackbits(packed, count=entry.size).view(bool)
+            masks[entry.name], alive = torch.from_numpy(keep).reshape(entry.shape), int(np.count_nonzero(keep))
+        for kind, flat in values.items():
+            whole = np.zeros(entry.size, dtype=np.float32)
+            whole[... if keep is None else keep] = flat[at : at + alive]
+            dense[kind][entry.name] = torch.from_numpy(whole).reshape(entry.shape)
+        at += alive
+    if masking.digest_tensors(dense["initial"]) != opened.begins:
+        raise Fault(f"{where}: its first values do not have the digest that it states. {AGAIN}")
+    return Content(opened.ticket, opened.config, masks, dense["initial"], dense["trained"])
+
+
+def peek(data: bytes, where: str) -> tuple[Ticket, dict[str, Any]]:
+    """Ticket and config of a ticket file, checked like `read`, without unpacking any weights. Raises Fault."""
+    opened = _open(data, where)
+    return opened.ticket, opened.config
+
+
+def _open(data: bytes, where: str) -> _Opened:
+    """Everything that can be proven before any weight is unpacked. Raises Fault."""
+    parts = unseal(data, where)
+    about = unfold(parts["about"], where)
+    if not isinstance(about, dict) or about.keys() != {"tensors", "ticket", "config", "begins"}:
+        raise Fault(f"{where}: its text is not that of a ticket file. {AGAIN}")
+    if not isinstance(about["config"], dict) or not isinstance(about["begins"], str):
+        raise Fault(f"{where}: its config or the digest of its first values is none. {AGAIN}")
+    entries = _entries(about["tensors"], where)
+    wanted = sum(entry.mask_bytes for entry in entries)
+    if wanted != len(parts["mask"]):
+        raise Fault(f"{where}: its mask has {len(parts['mask']):,} bytes, its index wants {wanted:,}. {AGAIN}")
+    survivors, densities = 0, {}
+    for entry, packed in _masks(entries, parts["mask"]):
+        alive = entry.size if packed is None else int(_ONES[packed].sum(dtype=np.int64))
+        survivors += alive
+        if packed is not None:
+            densities[entry.name] = alive / entry.size
+            if entry.size % 8 and packed[-1] & (0xFF >> entry.size % 8):
+                raise Fault(f"{where}: the mask of '{entry.name}' has bits behind its last weight. {AGAIN}")
+    if survivors * 4 != len(parts["trained"]) or survivors * 4 != len(parts["initial"]):
+        raise Fault(
+            f"{where}: its masks leave {survivors:,} survivors, but it holds {len(parts['initial']) // 4:,} first and "
+            f"{len(parts['trained']) // 4:,} trained values. {AGAIN}"
+        )
+    return _Opened(_ticket(about["ticket"], densities, where), about["config"], about["begins"], entries, parts)
+
+
+def _masks(entries: list[_Entry], mask: memoryview) -> Iterator[tuple[_Entry, NDArray[np.uint8] | None]]:
+    """Each tensor with the bits of its mask, None where it has none."""
+    at, bits = 0, np.frombuffer(mask, np.uint8)
+    for entry in entries:
+        yield entry, bits[at : at + entry.mask_bytes] if entry.prunable else None
+        at += entry.mask_bytes
+
+
+def _entries(index: Any, where: str) -> list[_Entry]:
+    """The tensors of a file. Raises Fault for names and shapes that no network has."""
+    entries: list[_Entry] = []
+    for said in index if isinstance(index, list) else []:
+        if not (isinstance(said, list) and [type(v) for v in said] == [str, list, bool]):
+            raise Fault(f"{where}: its index of tensors is damaged. {AGAIN}")
+        name, shape, prunable = said
+        if len(name) > _LONGEST_NAME or not _NAME.fullmatch(name):
+            raise Fault(f"{where}: found the tensor name {name[:80]!a}: letters, digits and '_' with dots. {AGAIN}")
+        if len(shape) > 8 or any(type(side) is not int or side < 1 for side in shape):
+            raise Fault(f"{where}: found a shape of '{name}' that is no shape. {AGAIN}")
+        size = math.prod(shape)
+        if size > tickets.MOST_WEIGHTS:
+            raise Fault(f"{where}: found {size:,} weights in '{name}'. {AGAIN}")
+        entries.append(_Entry(name, tuple(shape), prunable, size))
+    names = [entry.name for entry in entries]
+    if not any(entry.prunable for entry in entries) or names != sorted(set(names)):
+        raise Fault(f"{where}: its tensors are not named once each, in order, some of them prunable. {AGAIN}")
+    return entries
+
+
+def _ticket(record: Any, densities: dict[str, float], where: str) -> Ticket:
+    """The ticket of a file. Raises Fault for one that could not have been written."""
+    if not isinstance(record, dict):
+        raise Fault(f"{where}: its record is none. {AGAIN}")
+    record = {"layer_density": densities} | record
+    for scores in [record.get("scores"), *_values(record.get("also"))]:
+        if any(not isinstance(s, dict) or s.keys() != Score.model_fields.keys() for s in _values(scores)):
+            raise Fault(f"{where}: its scores are none. {AGAIN}")
+    ticket = tickets.parse(json.dumps(record).encode(), where)
+    whole = json.loads(ticket.dump())
+    if any(record[key] != whole[key] for key in record):
+        raise Fault(f"{where}: its record has values of other kinds than a ticket's. {AGAIN}")
+    return ticket
+
+
+def _values(tree: Any) -> list[Any]:
+    return list(tree.values()) if isinstance(tree, dict) else []

@@ -1,0 +1,183 @@
+"""A ticket opened for reading, wherever it lies: a round of a run in a folder or under s3://, or one file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mirl_dist import models
+from mirl_dist.config.config import Config, of_dump
+from mirl_dist.config.portable import placeless
+from mirl_dist.errors import Fault
+from mirl_dist.pruning import masks as masking
+from mirl_dist.storage import Options, Store, open_store
+from mirl_dist.tickets import file, verify
+from mirl_dist.tickets.file import Content
+from mirl_dist.training.checkpoint import INITIAL, Checkpoints, unpack_masks
+from mirl_dist.training.ticket import Ticket
+
+
+class Found(NamedTuple):
+    """A run and one of its rounds."""
+
+    checkpoints: Checkpoints
+    config: Config
+    round_: int
+
+    def ticket(self) -> Ticket:
+        return self.checkpoints.ticket(self.round_)
+
+
+class Filed(NamedTuple):
+    """A ticket in a file of its own."""
+
+    path: Path
+    config: Config
+    content: Content
+
+    def ticket(self) -> Ticket:
+        return self.content.ticket
+
+
+_USUAL = Options()
+
+
+def options_of(config: Config) -> Options:
+    """How a config talks to stores."""
+    said = config.store
+    return Options(said.endpoint, said.encryption, said.kms_key, said.patience_seconds)
+
+
+def store_of(config: Config, address: str) -> Store:
+    """A store that a config names."""
+    return open_store(address, options_of(config))
+
+
+def open_run(folder: str, options: Options = _USUAL) -> tuple[Checkpoints, Config]:
+    """A run, opened for reading; options: where its store is not as the environment says. Raises Fault without one."""
+    _refuse_no_run(folder)
+    checkpoints = Checkpoints(open_store(folder, options))
+    identity = checkpoints.identity()
+    if identity is None:
+        raise Fault(f"{folder} holds no run (no run.json). Give the run.folder of a config that was trained.")
+    return checkpoints, of_dump(identity["config"], f"{folder}/run.json")
+
+
+def _refuse_no_run(folder: str) -> None:
+    """Raise Fault for what names something else than a run."""
+    if folder.startswith("mlflow:"):
+        raise Fault(
+            f"found {folder}, but only `tickets compare` reads MLflow. Name the run's folder, or a ticket file."
+        )
+    if "://" not in folder and Path(folder).is_file():
+        raise Fault(f"found {folder}, which is a file, where a run is needed. Name the folder of a run.")
+    if folder.endswith(".ticket") and not Path(folder).exists():
+        raise Fault(f"no file at {folder}. Give the path of a ticket file, or a run.")
+
+
+def run_of(reference: str) -> str:
+    """The run that `RUN` or `RUN/rounds/NN` names."""
+    return re.sub(r"/rounds/\d+/?$", "", reference).rstrip("/") or reference
+
+
+def find(reference: str, options: Options = _USUAL) -> Found:
+    """`RUN` (its best round where the run chose one, else its last) or `RUN/rounds/NN`."""
+    match = re.fullmatch(r"(.*?)/rounds/(\d+)/?", reference)
+    checkpoints, config = open_run(match.group(1) if match else reference, options)
+    rounds = [t.round for t in checkpoints.tickets()]
+    if not rounds:
+        raise Fault(f"{reference} has no finished round yet. `mirl-dist status` shows where it stands.")
+    chosen = checkpoints.best()
+    round_ = int(match.group(2)) if match else (rounds[-1] if chosen is None else chosen)
+    if round_ not in rounds:
+        raise Fault(f"{reference} is not there; finished rounds are {', '.join(map(str, rounds))}.")
+    return Found(checkpoints, config, round_)
+
+
+def open_ticket(reference: str, options: Options = _USUAL) -> Found | Filed:
+    """What `find` finds, or the ticket in a file. Raises Fault for a file that is none."""
+    path = Path(reference)
+    if "://" in reference or not path.is_file():
+        return find(reference, options)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise Fault(f"found {path}, which cannot be read: {error.strerror or error}. Correct the rights.") from None
+    content = file.read(data, reference)
+    return Filed(path, placeless(of_dump(content.config, reference)), content)
+
+
+def network(config: Config, weights: dict[str, Tensor]) -> nn.Module:
+    """The network of a config with these weights, for restoring. Raises Fault where they are not its weights."""
+    verify.refuse_oversized(config, sum(t.numel() for t in weights.values()), "the ticket")
+    with torch.device("meta"):
+        model = models.create(config.model.name, **config.model.sizes())
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in weights.items()}
+    if expected != found:
+        odd = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+        raise Fault(
+            f"the ticket's weights and its model section differ in {len(odd)} tensors, first '{odd[0]}': found "
+            f"{found.get(odd[0], 'nothing')}, the network has {expected.get(odd[0], 'nothing')}. Get the ticket again."
+        )
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def trained(opened: Found | Filed) -> dict[str, Tensor]:
+    """The weights that a ticket's round trained."""
+    if isinstance(opened, Filed):
+        return opened.content.trained
+    return opened.checkpoints.round_weights(opened.round_)
+
+
+def first_values(opened: Found | Filed) -> dict[str, Tensor] | None:
+    """The first values of all weights, the dead ones too; None where a file, or a run that itself began from a ticket's
+    survivors, does not tell them."""
+    start = opened.config.start
+    if isinstance(opened, Filed) or (start.ticket is not None and start.kind == "ticket"):
+        return None
+    return _verified_initial(opened.checkpoints)
+
+
+class Beginning(NamedTuple):
+    """What a ticket's round began with: its record, its masks, and its first values, dead ones zero."""
+
+    ticket: Ticket
+    masks: masking.Masks
+    initial: dict[str, Tensor]
+
+
+def content(opened: Found | Filed) -> Content:
+    """Everything that a ticket is. Raises Fault where a part is damaged, or its run did not keep it."""
+    if isinstance(opened, Filed):
+        return opened.content
+    ticket, masks, initial = beginning(opened)
+    return Content(ticket, opened.config.dump(), masks, initial, trained(opened))
+
+
+def beginning(opened: Found | Filed) -> Beginning:
+    """What a ticket's round began with; its trained weights are not read. Raises Fault where a part is damaged."""
+    if isinstance(opened, Filed):
+        return Beginning(opened.content.ticket, opened.content.masks, opened.content.initial)
+    checkpoints, initial = opened.checkpoints, _verified_initial(opened.checkpoints)
+    packed = checkpoints.round_masks(opened.round_)
+    where = checkpoints.store.where(f"rounds/{opened.round_:02d}")
+    ticket = opened.ticket()
+    masks = unpack_masks(packed, {n: tuple(w.shape) for n, w in initial.items() if n in ticket.layer_density}, where)
+    masking.close_weights(initial, masks)
+    return Beginning(ticket, masks, initial)
+
+
+def _verified_initial(checkpoints: Checkpoints) -> dict[str, Tensor]:
+    found, identity = checkpoints.initial(), checkpoints.identity() or {}
+    if found is None or masking.digest_tensors(found) != identity.get("initial_digest"):
+        raise Fault(
+            f"{checkpoints.store.where(INITIAL)} is damaged or missing. Start the run again once: it makes the file "
+            "anew where its seed still gives the same values."
+        )
+    return found

@@ -1,0 +1,154 @@
+"""Charts of scores, as SVG: against alive weights, distance to the whole network, and within rounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from mirl_dist.tickets.compare.entry import DENSE, Shown
+from mirl_dist.tickets.compare.statistics import MOST_DB, Line, Spread, scores_of
+from mirl_dist.tickets.report.chart_style import INK, Look, drawing, marker, svg
+
+WORDS = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
+
+
+def short(number: float) -> str:
+    """'35.4M', '280k', '912': a count for an axis."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def score(lines: Sequence[Line], looks: Mapping[str, Look], name: str, measure: str = "psnr") -> bytes:
+    """PSNR (dB) or SSIM of one 'task/set' against alive weights, log axis: means, spread, single seeds, dense band."""
+    with drawing():
+        figure = Figure(figsize=(4.05, 3.0), layout="constrained")
+        axes = figure.add_subplot(title=name, xlabel="alive weights", ylabel=WORDS[measure])
+        axes.grid(True)
+        for method, look in looks.items():
+            rows = sorted(
+                (r for r in lines if r.method == method and name in _scores(r, measure)), key=lambda r: r.alive
+            )
+            if method == DENSE:
+                _band(axes, [_scores(r, measure)[name] for r in rows])
+            else:
+                _path(axes, rows, look, name, measure)
+        alive_axis(axes, [r.alive for r in lines])
+        return svg(figure, f"score {name} {measure}")
+
+
+def _scores(line: Line, measure: str) -> Mapping[str, Spread]:
+    return line.psnr if measure == "psnr" else line.ssim
+
+
+def _band(axes: Axes, spreads: Sequence[Spread]) -> None:
+    for spread in spreads:
+        if math.isfinite(spread.mean):
+            axes.axhline(spread.mean, color=INK, linestyle="--", linewidth=1.2, alpha=0.8, zorder=1)
+            sd = spread.sd or 0.0
+            axes.axhspan(spread.mean - sd, spread.mean + sd, color=INK, alpha=0.12, linewidth=0, zorder=0)
+
+
+def _path(axes: Axes, rows: Sequence[Line], look: Look, name: str, measure: str) -> None:
+    if not rows:
+        return
+    spreads = [_scores(r, measure)[name] for r in rows]
+    x, mean = np.array([r.alive for r in rows]), np.array([s.mean for s in spreads], dtype=float)
+    sd = np.array([s.sd or 0.0 for s in spreads], dtype=float)
+    dots = [(s.ticket.alive_total, getattr(scores_of(s.ticket)[name], measure)) for r in rows for s in _with(r, name)]
+    several = any(s.count > 1 for s in spreads)
+    if several:
+        axes.plot(*zip(*dots, strict=True), ".", color=look.colour, alpha=0.4, markersize=5, zorder=2)
+    if look.line == "none" or len(rows) == 1:
+        if several:
+            axes.errorbar(x, mean, sd, fmt="none", ecolor=look.colour, elinewidth=1, capsize=2, alpha=0.7, zorder=3)
+    else:
+        if several:
+            axes.fill_between(x, mean - sd, mean + sd, color=look.colour, alpha=0.18, linewidth=0, zorder=2)
+        axes.plot(x, mean, linestyle=look.line, color=look.colour, zorder=3)
+    axes.plot(x, mean, linestyle="none", **marker(look, 5 if len(rows) > 1 else 6.5), zorder=4)
+
+
+def _with(line: Line, name: str) -> list[Shown]:
+    return [s for s in line.shown if name in scores_of(s.ticket)]
+
+
+def alive_axis(axes: Axes, weights: Sequence[float]) -> None:
+    """Make the x axis one of numbers of weights, logarithmic."""
+    axes.set_xscale("log")
+    low, high = max(1.0, min(weights, default=1.0)), max(1.0, max(weights, default=10.0))
+    axes.set_xlim(low / 1.15, high * 1.15)
+    wide = high / low > 30
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def distance(lines: Sequence[Line], looks: Mapping[str, Look], name: str) -> bytes:
+    """PSNR (dB) of one 'task/set' minus that of the whole network: a row per line, mean, spread, zero in the middle."""
+    with drawing():
+        rows = [r for r in lines if r.method != DENSE and name in r.against_dense]
+        figure = Figure(figsize=(4.05, 0.85 + 0.27 * max(len(rows), 2)), layout="constrained")
+        axes = figure.add_subplot(title=name, xlabel="dB from the dense network")
+        axes.axvline(0, color=INK, linestyle="--", linewidth=1.2, alpha=0.8)
+        axes.grid(True, axis="x")
+        for at, row in enumerate(rows):
+            look, spread = looks[row.method], row.against_dense[name]
+            axes.plot([0, spread.mean], [at, at], color=look.colour, linewidth=2.2, alpha=0.35)
+            if spread.sd is not None:
+                axes.errorbar(spread.mean, at, xerr=spread.sd, fmt="none", ecolor=look.colour, capsize=2.5)
+            axes.plot(spread.mean, at, linestyle="none", **marker(look))
+        axes.set_yticks(range(len(rows)), [_label(r) for r in rows])
+        axes.set_ylim(max(len(rows), 2) - 0.5, -0.5)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        return svg(figure, f"distance {name}")
+
+
+def _label(line: Line) -> str:
+    name = line.method if len(line.method) <= 24 else line.method[:23] + "…"
+    return f"{name}, {short(line.alive)}"
+
+
+def curves(tickets: Sequence[Shown], look: Look, name: str) -> bytes:
+    """PSNR (dB) of one 'task/set' within rounds: a line per ticket, later rounds stronger, the best step as a dot.
+
+    tickets: of one method and seed, and the dense one, dashed; steps count from where the round began.
+    """
+    with drawing():
+        figure = Figure(figsize=(3.0, 2.3), layout="constrained")
+        axes = figure.add_subplot(title=name, xlabel="step of the round", ylabel="PSNR (dB)")
+        axes.grid(True)
+        drawn = [s for s in tickets if s.ticket.curve is not None and s.ticket.curve.psnr.get(name)]
+        last = max((s.ticket.round for s in drawn), default=0)
+        for s in sorted(drawn, key=lambda s: s.ticket.round):
+            curve = s.ticket.curve
+            assert curve is not None, "only tickets with a curve are drawn"
+            steps = [at - s.ticket.began for at in curve.steps]
+            dense = s.method == DENSE
+            strength = 1.0 if dense or not last else 0.25 + 0.75 * s.ticket.round / last
+            how: dict[str, Any] = {"color": INK if dense else look.colour, "alpha": strength}
+            told = [v if abs(v) <= MOST_DB else math.nan for v in curve.psnr[name]]
+            axes.plot(steps, told, linestyle="--" if dense else "-", linewidth=1.3, **how)
+            best = s.ticket.best_steps()[name]
+            axes.plot(best, told[steps.index(best)], "o", markersize=5, **how)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
+        return svg(figure, f"curves {name} {tickets[0].name if tickets else ''}")
+
+
+def last_rounds(lines: Sequence[Line]) -> list[Line]:
+    """The line of the last round of each method, methods in their order; controls are last by themselves."""
+    found: dict[str, Line] = {}
+    for line in lines:
+        if line.method not in found or line.round_ >= found[line.method].round_:
+            found[line.method] = line
+    return sorted(found.values(), key=lambda r: r.control)

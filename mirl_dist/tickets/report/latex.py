@@ -1,0 +1,163 @@
+"""LaTeX in the shape of MIR-L's Tables II and III: a table per data set, ours and the paper's figures apart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from mirl_dist.errors import Fault
+from mirl_dist.tickets.compare import published, statistics
+from mirl_dist.tickets.compare.entry import Shown
+from mirl_dist.tickets.compare.published import Published
+from mirl_dist.tickets.compare.statistics import Line, Spread
+
+_HEAD = "% Needs \\usepackage{booktabs} and \\usepackage{xcolor}.\n"
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': "''",
+} | {c: f"\\{c}" for c in "&%$#_{}"}
+_MEASURES = (("psnr", 2), ("ssim", 4))
+
+Figures: TypeAlias = dict[tuple[str, int], dict[str, Published]]
+"""Method and round of our line -> 'task/set' -> the paper's figure beside it."""
+
+
+def escape(text: str) -> str:
+    """Words as LaTeX sets them; line ends and control characters become spaces."""
+    plain = "".join(c if c.isprintable() else " " for c in text)
+    return "".join(_SPECIAL.get(c, c) for c in plain)
+
+
+def tables(shown: Sequence[Shown]) -> str:
+    """A floating table for every data set and kind of task: a row per method and round, PSNR and SSIM per level.
+
+    Best value bold and second underlined, as printed, among tickets: dense networks and controls have no part in it.
+    The paper's figures, where it has any, stand grey and slanted in columns of their own, beside our line of the
+    nearest density. Raises Fault as `summary.lines`, and where nothing was scored.
+    """
+    lines, names = statistics.lines(shown), statistics.names(shown)
+    if not names:
+        raise Fault("no ticket here has a score, so there is nothing for a table. Compare tickets that were scored.")
+    notes = [*statistics.notes(shown), f"protocol: {shown[0].ticket.protocol}"]
+    beside = published.beside(lines, names)
+    figures = {(b.line.method, b.line.round_): b.figures for b in beside}
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        task, _, set_ = name.partition("/")
+        groups.setdefault((task.partition("_")[0], set_), []).append(name)
+    return _HEAD + "\n".join(_table(key, group, lines, figures, notes) for key, group in groups.items())
+
+
+def _table(key: tuple[str, str], names: list[str], lines: Sequence[Line], figures: Figures, notes: list[str]) -> str:
+    kind, set_ = key
+    theirs = any(name in found for found in figures.values() for name in names)
+    paper = "" if not theirs else _multi(2 * len(names), _grey(published.TITLE))
+    columns = 2 * len(names) * (2 if theirs else 1)
+    data = escape(published.dataset_of(set_) or set_)
+    rows = [_row(line, names, lines, figures if theirs else None) for line in lines if line.psnr.keys() & set(names)]
+    label = re.sub(r"[^a-z0-9]+", "-", f"{kind}-{set_}".lower())
+    return "\n".join(
+        [
+            r"\begin{table*}[t]",
+            r"\centering\footnotesize",
+            r"\setlength{\tabcolsep}{4pt}",
+            rf"\caption{{{_caption(kind, data, names, lines, figures if theirs else {})}}}",
+            rf"\label{{tab:{label}}}",
+            rf"\begin{{tabular}}{{ll{'r' * columns}}}",
+            r"\toprule",
+            *_heads(names, data, paper),
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\par\smallskip\raggedright " + escape(". ".join(notes) + "."),
+            r"\end{table*}",
+            "",
+        ]
+    )
+
+
+def _heads(names: list[str], data: str, paper: str) -> list[str]:
+    """Ours and the paper's over the levels over PSNR and SSIM."""
+    sides = 2 if paper else 1
+    top = f" & & {_multi(2 * len(names), data)}" + (f" & {paper}" if paper else "") + r" \\"
+    levels = [_level(name) for name in names] * sides
+    spans = [rf"\cmidrule(lr){{{3 + 2 * i}-{4 + 2 * i}}}" for i in range(len(levels))]
+    found = [top]
+    if any(levels):
+        found.append(" & & " + " & ".join(_multi(2, level) for level in levels) + r" \\")
+    found.append("".join(spans))
+    return [*found, "Method & Params (M) & " + " & ".join(["PSNR & SSIM"] * len(levels)) + r" \\"]
+
+
+def _multi(columns: int, words: str) -> str:
+    return rf"\multicolumn{{{columns}}}{{c}}{{{words}}}"
+
+
+def _level(name: str) -> str:
+    kind, _, level = name.partition("/")[0].partition("_")
+    return rf"$\sigma={level}$" if kind == "denoise" and level.isdigit() else escape(level)
+
+
+def _row(line: Line, names: list[str], lines: Sequence[Line], figures: Figures | None) -> str:
+    method = escape(line.method) + (f", round {line.round_}" if line.round_ else "")
+    if method.startswith(("[", "*")):  # the line before ends in \\, whose argument or star it would be
+        method = "{}" + method
+    cells = [method, f"{line.alive / 1e6:.2f}"]
+    for name in names:
+        for what, digits in _MEASURES:
+            ranks = _ranks(lines, what, name, digits) if _ranked(line) else []
+            cells.append(_cell(getattr(line, what).get(name), ranks, digits))
+    if figures is not None:
+        beside = figures.get((line.method, line.round_), {})
+        for name in names:
+            figure = beside.get(name)
+            cells += ["", ""] if figure is None else [_grey(f"{figure.psnr:.2f}"), _grey(f"{figure.ssim:.4f}")]
+    return " & ".join(cells) + r" \\"
+
+
+def _ranked(line: Line) -> bool:
+    return not (line.dense or line.control)
+
+
+def _ranks(lines: Sequence[Line], what: str, name: str, digits: int) -> list[str]:
+    """The best and the second best value of a column, as printed; none of a column with one value."""
+    mine = [getattr(line, what)[name] for line in lines if _ranked(line) and name in getattr(line, what)]
+    found = {round(spread.mean, digits) for spread in mine}
+    return [f"{value:.{digits}f}" for value in sorted(found, reverse=True)[:2]] if len(found) > 1 else []
+
+
+def _cell(spread: Spread | None, ranks: Sequence[str], digits: int) -> str:
+    if spread is None:
+        return "--"
+    printed = f"{spread.mean:.{digits}f}"
+    style = dict(zip(ranks, (r"\textbf", r"\underline"), strict=False)).get(printed)
+    said = f"{style}{{{printed}}}" if style else printed
+    return said if spread.sd is None else rf"{said} {{\scriptsize $\pm${spread.sd:.{digits}f}}}"
+
+
+def _grey(words: str) -> str:
+    return rf"\textcolor{{gray}}{{\textit{{{words}}}}}"
+
+
+def _caption(kind: str, data: str, names: list[str], lines: Sequence[Line], figures: Figures) -> str:
+    most = max(len(line.seeds) for line in lines)
+    said = f"PSNR (dB) and SSIM of {escape(kind)} on {data}. Params: weights that are not pruned. "
+    said += "Best ticket bold, second underlined; dense networks and controls have no part in it. "
+    if most > 1:
+        said += rf"Means over at most {most} seeds, $\pm$ sample standard deviation. "
+    found = [figure for theirs in figures.values() for name, figure in theirs.items() if name in names]
+    if found:
+        tables = ", ".join(dict.fromkeys(figure.table for figure in found))
+        sizes = ", ".join(dict.fromkeys(f"{f.method} {f.params}" for f in found))
+        said += (
+            f"Grey and slanted: the paper's own figures (MIR-L, Table {tables}; {sizes}), measured under other "
+            "conditions: networks of full size, other training. They take no part in bold and underlined."
+        )
+    return said.strip()

@@ -1,0 +1,145 @@
+"""Where in the network weights stay: densities by block and kind of tensor, by block and round."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from mirl_dist.tickets.compare.entry import Shown
+from mirl_dist.tickets.report.chart_style import drawing, svg
+
+Grid = NDArray[np.float64]
+_INNER = re.compile(r"^(?P<block>.+?)\.(?P<kind>(attn|ffn|norm\d*)\..+)$")
+_ORDER = (
+    *("norm1", "attn.qkv", "attn.qkv_dwconv", "attn.project_out", "attn.temperature"),
+    *("norm2", "ffn.project_in", "ffn.dwconv", "ffn.project_out"),
+)
+_ALONE = {"": "conv", "proj": "conv", "body.0": "conv", "conv3x3": "conv", "linear_layer": "linear"}
+LEAST = 0.01  # densities below have one colour
+
+
+class Place(NamedTuple):
+    """Where a tensor stands: its block ('encoder_level1.0', 'down1_2') and its kind inside ('attn.qkv', 'conv')."""
+
+    block: str
+    kind: str
+
+
+def place(name: str) -> Place:
+    """The place of a tensor by its name: blocks are transformer blocks, or single layers between them."""
+    stem, _, last = name.rpartition(".")
+    if last not in ("weight", "bias"):
+        stem, last = name, ""
+    inner = _INNER.match(stem)
+    if inner:
+        block, kind = inner["block"], inner["kind"].removesuffix(".body")
+    else:
+        block, _, rest = stem.partition(".")
+        kind = _ALONE.get(rest, rest)
+    return Place(block, kind + " bias" * (last == "bias"))
+
+
+class Density(NamedTuple):
+    """Alive shares on a grid: rows (blocks, in the network's order), columns; NaN where no tensor is.
+
+    collapsed: cells with a tensor that has no alive weight.
+    """
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    share: Grid
+    collapsed: NDArray[np.bool_]
+
+
+def by_kind(shown: Shown) -> Density:
+    """The densities of one ticket, by block and kind of tensor."""
+    places = {name: place(name) for name in shown.parts if name in shown.ticket.layer_density}
+    kinds = sorted({p.kind for p in places.values()}, key=_column)
+    return _density([shown] * len(kinds), places, tuple(kinds), lambda p, at: p.kind == kinds[at])
+
+
+def by_round(tickets: Sequence[Shown]) -> Density:
+    """The densities of tickets of one run, by block and round."""
+    tickets = sorted(tickets, key=lambda s: s.ticket.round)
+    known = {name for s in tickets for name in s.ticket.layer_density}
+    places = {name: place(name) for name in tickets[0].parts if name in known}
+    return _density(tickets, places, tuple(str(s.ticket.round) for s in tickets), lambda p, at: True)
+
+
+def _column(kind: str) -> tuple[int, int, str]:
+    base = kind.removesuffix(" bias")
+    return (_ORDER.index(base) if base in _ORDER else len(_ORDER), kind != base, kind)
+
+
+Takes = Callable[[Place, int], bool]
+"""Whether a tensor belongs to a column."""
+
+
+def _density(tickets: Sequence[Shown], places: Mapping[str, Place], columns: tuple[str, ...], takes: Takes) -> Density:
+    rows = tuple(dict.fromkeys(p.block for p in places.values()))
+    alive, size = np.zeros((len(rows), len(columns))), np.zeros((len(rows), len(columns)))
+    collapsed = np.zeros(alive.shape, dtype=bool)
+    for at, shown in enumerate(tickets):
+        for name, where in places.items():
+            if not takes(where, at) or name not in shown.ticket.layer_density or name not in shown.parts:
+                continue
+            row, share = rows.index(where.block), shown.ticket.layer_density[name]
+            alive[row, at] += share * shown.parts[name]
+            size[row, at] += shown.parts[name]
+            collapsed[row, at] |= name in shown.ticket.collapsed or share == 0
+    share = np.divide(alive, size, out=np.full(alive.shape, np.nan), where=size > 0)
+    return Density(rows, columns, share, collapsed)
+
+
+def heat(density: Density, name: str, below: str = "") -> bytes:
+    """A grid of densities as SVG, log colours from LEAST to 1; a red cross marks a collapsed tensor.
+
+    below: the label of the columns, which then stand below; above otherwise, upright.
+    """
+    with drawing():
+        height, width = density.share.shape
+        left, above, under = 1.6, 0.1 if below else 1.25, 0.45 if below else 0.1
+        size = (left + 0.22 * max(width, 3) + 0.1, under + 0.17 * height + above)
+        figure = Figure(figsize=size)
+        axes = figure.add_axes((left / size[0], under / size[1], 0.22 * width / size[0], 0.17 * height / size[1]))
+        drawn = np.where(density.share > 0, density.share, np.nan)
+        axes.imshow(drawn, cmap="viridis", norm=LogNorm(LEAST, 1.0), aspect="auto", interpolation="none")
+        for row, column in zip(*np.nonzero(density.collapsed), strict=True):
+            axes.plot(column, row, "x", color="white", markersize=7, markeredgewidth=3.4)
+            axes.plot(column, row, "x", color="#d7191c", markersize=5.5, markeredgewidth=1.8)
+        _frame(axes, density, below)
+        return svg(figure, f"heat {name}")
+
+
+def _frame(axes: Axes, density: Density, below: str) -> None:
+    height, width = density.share.shape
+    axes.set_yticks(range(height), density.rows, fontsize=8)
+    if below:
+        axes.set_xlabel(below)
+        axes.set_xticks(range(width), density.columns, fontsize=8)
+    else:
+        axes.xaxis.tick_top()
+        axes.set_xticks(range(width), density.columns, fontsize=8, rotation=90)
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def scale() -> bytes:
+    """The colours of `heat` with their densities."""
+    with drawing():
+        figure = Figure(figsize=(3.4, 0.42))
+        axes = figure.add_axes((0.07, 0.62, 0.86, 0.34))
+        axes.imshow(np.linspace(0, 1, 128)[None], cmap="viridis", aspect="auto", interpolation="none")
+        ticks = {LEAST: f"≤ {LEAST:.0%}", 0.03: "3%", 0.1: "10%", 0.3: "30%", 1.0: "100%"}
+        axes.set_xticks([127 * (1 - np.log10(t) / np.log10(LEAST)) for t in ticks], list(ticks.values()), fontsize=9)
+        axes.set_yticks([])
+        axes.tick_params(length=2)
+        return svg(figure, "scale of densities")

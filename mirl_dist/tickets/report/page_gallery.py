@@ -1,0 +1,159 @@
+"""The page's pictures: the same images restored by each method's last ticket, side by side."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from mirl_dist.data import image_strip
+from mirl_dist.errors import Fault
+from mirl_dist.evaluation.metrics import PSNR_CEILING_DB
+from mirl_dist.tickets.compare.entry import DENSE, Shown
+from mirl_dist.tickets.compare.statistics import Line
+from mirl_dist.tickets.report.charts import last_rounds
+from mirl_dist.tickets.report.html import Html, data_uri, join, row, table, tag
+
+MOST_ROWS, MOST_BYTES = 12, 2_500_000
+"""Images shown, and bytes that all of them may take on the page."""
+
+
+class Column(NamedTuple):
+    """The ticket of a line and its images by title: (degraded, restored, clean)."""
+
+    line: Line
+    shown: Shown
+    images: Mapping[str, tuple[image_strip.Pixels, ...]]
+
+
+def gallery(lines: Sequence[Line]) -> Html:
+    """A row per image: degraded, restored by each ticket with its PSNR, dense, clean; and what was left out."""
+    columns, said = _columns(lines)
+    titles = _spread_over_tasks(list(dict.fromkeys(t for c in columns for t in c.images)))
+    if not titles:
+        return join([tag("p", "No ticket came with pictures (evaluate.pictures)."), *_said(said)])
+    kept = titles[:MOST_ROWS]
+    body, lossy = _encoded(columns, kept)
+    if len(kept) < len(titles):
+        said.append(f"{len(kept)} of {len(titles)} images are shown.")
+    said.append("JPEG (quality 90), to keep the page small." if lossy else "Pixels are exact (PNG).")
+    heads = [_head(c) for c in columns]
+    last = [h for c, h in zip(columns, heads, strict=True) if c.shown.method == DENSE]
+    first = [h for c, h in zip(columns, heads, strict=True) if c.shown.method != DENSE]
+    caption = (
+        "Centres of test images: the input, what each method's last ticket makes of it (one seed), the dense network's "
+        "work, and the clean image. In dB: PSNR of the 8-bit centre that is shown, not the score of the whole image. "
+        + " ".join(said)
+    )
+    shown = table(
+        [["degraded", *first, *last, "clean"]], body, class_="pictures", style=f"min-width:{112 * (len(columns) + 2)}px"
+    )
+    return tag("figure", shown, tag("figcaption", caption))
+
+
+def _said(said: Sequence[str]) -> list[Html]:
+    return [tag("p", text, class_="soft") for text in said]
+
+
+def _columns(lines: Sequence[Line]) -> tuple[list[Column], list[str]]:
+    """One ticket per method, of the lowest seed whose pictures can be read; what could not be, in words."""
+    found, said = [], []
+    for line in last_rounds(lines):
+        for shown in sorted((s for s in line.shown if s.strip is not None), key=lambda s: s.seed):
+            assert shown.strip is not None, "chosen by having one"
+            try:
+                rows = image_strip.rows(shown.strip, f"pictures of {shown.name}")
+            except Fault as fault:
+                said.append(str(fault))
+                continue
+            found.append(Column(line, shown, {r.title: r.images for r in rows if len(r.images) == 3}))
+            break
+    return found, said
+
+
+def _spread_over_tasks(titles: Sequence[str]) -> list[str]:
+    """The first image of each task and set, then the second ones."""
+    tasks: dict[str, list[str]] = {}
+    for title in titles:
+        tasks.setdefault(title.partition(" ")[0], []).append(title)
+    return [t for turn in zip_longest(*tasks.values()) for t in turn if t is not None]
+
+
+def _head(column: Column) -> Html:
+    line, ticket = column.line, column.shown.ticket
+    said = f"round {line.round_}, {1 - ticket.total_sparsity:.1%}, seed {column.shown.seed}"
+    return tag("th", line.method, tag("br"), tag("small", said, class_="soft"))
+
+
+def _encoded(columns: Sequence[Column], titles: Sequence[str]) -> tuple[list[Html], bool]:
+    """Rows of the table, and whether the pictures had to be made smaller by loss."""
+    body = [_row(columns, title, False) for title in titles]
+    if sum(len(line) for rows in body for line in rows) <= MOST_BYTES:
+        return [line for rows in body for line in rows], False
+    kept: list[Html] = []
+    size = 0
+    for title in titles:
+        rows = _row(columns, title, True)
+        size += sum(map(len, rows))
+        if size > MOST_BYTES and kept:
+            kept.append(
+                row(
+                    [
+                        tag(
+                            "td",
+                            "More images would make the page too large.",
+                            colspan=str(len(columns) + 2),
+                            class_="row",
+                        )
+                    ]
+                )
+            )
+            break
+        kept += rows
+    return kept, True
+
+
+def _row(columns: Sequence[Column], title: str, lossy: bool) -> list[Html]:
+    held = [(c, c.images[title]) for c in columns if title in c.images]
+    degraded, _, clean = held[0][1]
+    cells = {c.line.method: _cell(images[1], clean, lossy, _other(images, degraded, clean)) for c, images in held}
+    ordered = [c for c in columns if c.shown.method != DENSE] + [c for c in columns if c.shown.method == DENSE]
+    middle = [cells.get(c.line.method, tag("td", "–")) for c in ordered]
+    width = str(len(middle) + 2)
+    return [
+        row([tag("td", title, colspan=width, class_="row")]),
+        row([_cell(degraded, clean, lossy), *middle, tag("td", _image(clean, lossy, "clean"), "clean")]),
+    ]
+
+
+def _other(images: Sequence[image_strip.Pixels], degraded: image_strip.Pixels, clean: image_strip.Pixels) -> str:
+    same = np.array_equal(images[0], degraded) and np.array_equal(images[2], clean)
+    return "" if same else " (another input)"
+
+
+def _cell(image: image_strip.Pixels, clean: image_strip.Pixels, lossy: bool, more: str = "") -> Html:
+    score = _psnr(image, clean)
+    text = f"{score:.2f} dB{more}" if score is not None else f"another size{more}"
+    return tag("td", _image(image, lossy, text), text)
+
+
+def _psnr(image: image_strip.Pixels, clean: image_strip.Pixels) -> float | None:
+    if image.shape != clean.shape:
+        return None
+    error = float(np.mean((image.astype(np.float64) - clean) ** 2))
+    return min(10 * float(np.log10(255**2 / error)), PSNR_CEILING_DB) if error else PSNR_CEILING_DB
+
+
+def _image(image: image_strip.Pixels, lossy: bool, said: str) -> Html:
+    data = io.BytesIO()
+    if lossy:
+        Image.fromarray(image).save(data, "JPEG", quality=90, subsampling=0)
+    else:
+        Image.fromarray(image).save(data, "PNG", optimize=True)
+    height, width = image.shape[:2]
+    kind = "image/jpeg" if lossy else "image/png"
+    return tag("img", src=data_uri(data.getvalue(), kind), alt=said, width=str(width), height=str(height))

@@ -1,0 +1,186 @@
+"""The page's tables: what is compared, scores beside the paper's figures, and what was judged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+from mirl_dist.tickets.compare import published, statistics
+from mirl_dist.tickets.compare.entry import DENSE, Shown
+from mirl_dist.tickets.compare.statistics import Line, Spread
+from mirl_dist.tickets.report.chart_style import Look, swatch
+from mirl_dist.tickets.report.html import Html, broken, join, picture, row, table, tag
+
+DASH = "–"
+
+
+def compared(shown: Sequence[Shown]) -> Html:
+    """Runs with their methods, seeds, configs, shards and versions; protocols in full words."""
+    runs: dict[str, list[Shown]] = {}
+    for s in shown:
+        runs.setdefault(s.run, []).append(s)
+    head = ("run", "method", "seed", "rounds", "weights", "prunable", "steps a round", "config", "shards", "versions")
+    return join(
+        [
+            tag("p", _inventory(shown, len(runs))),
+            table([head], [_run(name, held) for name, held in runs.items()]),
+            tag("dl", *_protocols(shown)),
+        ]
+    )
+
+
+def _inventory(shown: Sequence[Shown], runs: int) -> str:
+    methods = list(dict.fromkeys(s.method for s in shown if s.method != DENSE))
+    seeds = sorted({s.seed for s in shown})
+    dense = any(s.method == DENSE for s in shown)
+    return (
+        f"{_count(len(shown), 'ticket')} of {_count(runs, 'run')}: {_count(len(methods), 'method')}"
+        f"{f' ({chr(44).join([chr(32) + m for m in methods]).strip()})' if methods else ''}, "
+        f"{_count(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), scored on "
+        f"{', '.join(statistics.names(shown)) or 'nothing'}. "
+        + ("The dense network is round 0 of a run." if dense else "There is no dense network to compare with.")
+    )
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" + "s" * (number != 1)
+
+
+def _run(name: str, held: Sequence[Shown]) -> Html:
+    tickets = sorted((s.ticket for s in held), key=lambda t: t.round)
+    methods = dict.fromkeys(s.method for s in held if s.method != DENSE) or {DENSE: None}
+    first = tickets[0]
+
+    def all_of(values: Sequence[str]) -> str:
+        return ", ".join(dict.fromkeys(values))
+
+    return row(
+        [
+            tag("td", name, class_="run"),
+            ", ".join(methods),
+            all_of([str(s.seed) for s in held]),
+            _rounds([t.round for t in tickets]),
+            _number(f"{first.total:,}", first.total),
+            _number(f"{first.prunable:,}", first.prunable),
+            all_of([f"{t.updates:,}" for t in tickets]),
+            tag("td", tag("code", all_of([t.fingerprint[:12] for t in tickets]))),
+            tag("td", tag("code", all_of([t.manifest_digest[:12] for t in tickets]))),
+            all_of([", ".join(f"{k} {v}" for k, v in sorted(t.versions.items())) for t in tickets]),
+        ]
+    )
+
+
+def _rounds(rounds: Sequence[int]) -> str:
+    known = sorted(set(rounds))
+    whole = known == list(range(known[0], known[-1] + 1))
+    return f"{known[0]}–{known[-1]}" if whole and len(known) > 2 else ", ".join(map(str, known))
+
+
+def _protocols(shown: Sequence[Shown]) -> list[Html]:
+    texts: dict[str, str] = {}
+    for s in shown:
+        texts |= {statistics.headline(s.ticket): s.ticket.protocol} | s.ticket.protocols
+    first = statistics.headline(shown[0].ticket)
+    found = []
+    for name, text in texts.items():
+        title = "protocol" if name == text else name
+        found += [tag("dt", f"{title}{' (headline)' * (name == first and len(texts) > 1)}"), tag("dd", text)]
+    return found
+
+
+def scores(lines: Sequence[Line], names: Sequence[str], looks: Mapping[str, Look], theirs: bool = True) -> Html:
+    """Methods and rounds with PSNR over SSIM; the paper's figures, where it has any, in columns of their own."""
+    beside = published.beside(lines, names) if theirs else []
+    figures = {(b.line.method, b.line.round_): b for b in beside}
+    cited = {
+        name: f"{b.figures[name].dataset}, {b.figures[name].table}"
+        for b in beside
+        for name in names
+        if name in b.figures
+    }
+    last = {line.method: line.round_ for line in lines}
+    best = {(m, n): _best(lines, m, n) for m in ("psnr", "ssim") for n in names}
+    body, before = [], ""
+    for line in lines:
+        cells = [*_ours(line, names, looks, best), *_theirs(figures.get((line.method, line.round_)), cited)]
+        early = line.round_ != last[line.method] and (line.method, line.round_) not in figures
+        words = ["first"] * (line.method != before) + ["early"] * early
+        body.append(row(cells, class_=" ".join(words) if words else False))
+        before = line.method
+    return table(_head(names, cited), body)
+
+
+def _head(names: Sequence[str], cited: Mapping[str, str]) -> list[list[Html]]:
+    plain = ("method", "round", "alive weights", "sparsity", "seeds", *names)
+    ours = [
+        tag("th", broken(text), data_sorts=str(at), scope="col", class_="number" if at > 0 else False)
+        for at, text in enumerate(plain)
+    ]
+    if not cited:
+        return [ours]
+    theirs = [tag("th", "method, weights", class_="number theirs")]
+    for name, said in cited.items():
+        theirs.append(tag("th", name.partition("/")[0], tag("br"), tag("small", said), class_="number theirs"))
+    group = [
+        tag("th", "measured here", colspan=str(len(plain))),
+        tag("th", class_="gap"),
+        tag("th", published.TITLE, class_="theirs head", colspan=str(len(theirs))),
+    ]
+    return [group, [*ours, tag("th", class_="gap"), *theirs]]
+
+
+def _ours(
+    line: Line, names: Sequence[str], looks: Mapping[str, Look], best: Mapping[tuple[str, str], float | None]
+) -> list[Html]:
+    look = picture(swatch(line.method, looks[line.method]), "")
+    cells = [
+        tag("td", look, line.method, class_="method", data_value=line.method),
+        _number(str(line.round_), line.round_),
+        _number(f"{line.alive:,.0f}", line.alive),
+        _number(f"{line.sparsity:.1%}", line.sparsity),
+        _number(str(len(line.seeds)), len(line.seeds)),
+    ]
+    for name in names:
+        psnr, ssim = line.psnr.get(name), line.ssim.get(name)
+        top = not (line.dense or line.control)
+        inside = join(
+            [
+                _spread(psnr, 2, top and psnr is not None and psnr.mean == best["psnr", name]),
+                tag("br"),
+                tag("small", _spread(ssim, 4, top and ssim is not None and ssim.mean == best["ssim", name])),
+            ],
+            "",
+        )
+        known = psnr is not None and math.isfinite(psnr.mean)
+        cells.append(tag("td", inside, class_="number", data_value=f"{psnr.mean:.6f}" if psnr and known else ""))
+    return cells
+
+
+def _theirs(beside: published.Beside | None, cited: Collection[str]) -> list[Html]:
+    if not cited:
+        return []
+    if beside is None:
+        return [tag("td", class_="gap"), *(tag("td", class_="theirs") for _ in range(len(cited) + 1))]
+    cells = [tag("td", f"{beside.one.method}", tag("br"), tag("small", beside.one.params), class_="number theirs")]
+    for name in cited:
+        figure = beside.figures.get(name)
+        said = (f"{figure.psnr:.2f}", tag("br"), tag("small", f"{figure.ssim:.4f}")) if figure else (DASH,)
+        cells.append(tag("td", *said, class_="number theirs"))
+    return [tag("td", class_="gap"), *cells]
+
+
+def _best(lines: Sequence[Line], measure: str, name: str) -> float | None:
+    """The highest mean of a column, dense networks and controls not counted."""
+    found = [getattr(line, measure).get(name) for line in lines if not (line.dense or line.control)]
+    return max((s.mean for s in found if s is not None and math.isfinite(s.mean)), default=None)
+
+
+def _spread(spread: Spread | None, digits: int, best: bool) -> Html:
+    if spread is None or not math.isfinite(spread.mean):
+        return Html(DASH)
+    mean = tag("b", f"{spread.mean:.{digits}f}", class_="best") if best else Html(f"{spread.mean:.{digits}f}")
+    return mean if spread.sd is None else join([mean, tag("small", f" ± {spread.sd:.{digits}f}")], "")
+
+
+def _number(text: str, value: float) -> Html:
+    return tag("td", text, class_="number", data_value=f"{value:.6f}")

@@ -1,0 +1,87 @@
+"""The page's table of judgements: MIR-L's Definition 1 per task, and controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mirl_dist.tickets.compare import judge
+from mirl_dist.tickets.compare.judge import Answer, Control, Judgement
+from mirl_dist.tickets.compare.statistics import Spread
+from mirl_dist.tickets.report.chart_style import Look, swatch
+from mirl_dist.tickets.report.html import Html, broken, join, picture, row, table, tag
+
+_GOOD, _BAD = (judge.YES, judge.WINNING, judge.BEATS), (judge.NO, judge.LOSES)
+MEANING = (
+    "Definition 1: trained by itself, a winning ticket (1) scores at least what the dense network of the same seed "
+    "scores, (2) needs no more steps to its best score, (3) with fewer weights. First line of a task: ticket minus "
+    "dense in dB, paired by seed; second: steps to the best score, ticket minus dense. ±: sample standard deviation "
+    "of these differences. Yes: better by more than it, or equal in every pair; within: no larger than it, so these "
+    "seeds cannot tell the ticket from dense. One seed has no spread, and makes no winning ticket. A control that does "
+    "as well takes the win's meaning away: reinit draws first values anew under the same mask; random_layer and "
+    "random_global take a random mask of the same density, per tensor or over all. Their cells: ticket minus control, "
+    "mean over tasks, in dB."
+)
+
+
+def verdicts(judgements: Sequence[Judgement], looks: Mapping[str, Look]) -> Html:
+    """A row per method and round: overall, each task, each kind of control that was run, remarks."""
+    names = list(dict.fromkeys(name for j in judgements for name in j.answers))
+    kinds = [
+        kind
+        for kind in judge.CONTROLS
+        if any(c.kind == kind and c.verdict != judge.NOT_RUN for j in judgements for c in j.controls)
+    ]
+    last = {j.method: j.round_ for j in judgements}
+    numbers = [tag("th", broken(name), class_="number") for name in (*names, *(f"against/{kind}" for kind in kinds))]
+    head = ("method", "round", "density", "winning?", *numbers, "remarks")
+    body, before = [], ""
+    for j in judgements:
+        words = ["first"] * (j.method != before) + ["early"] * (j.round_ != last[j.method])
+        body.append(row(_cells(j, names, kinds, looks), class_=" ".join(words) if words else False))
+        before = j.method
+    lacking = [kind for kind in judge.CONTROLS if kind not in kinds]
+    said = f"Controls that were not run: {', '.join(lacking)} (start.kind)." if lacking else ""
+    return join([table([head], body), tag("p", f"{MEANING} {said}", class_="soft")])
+
+
+def _cells(j: Judgement, names: Sequence[str], kinds: Sequence[str], looks: Mapping[str, Look]) -> list[Html | str]:
+    look = picture(swatch(j.method, looks[j.method]), "") if j.method in looks else ""
+    controls = {c.kind: c for c in j.controls}
+    return [
+        tag("td", look, j.method, class_="method"),
+        tag("td", str(j.round_), class_="number"),
+        tag("td", f"{j.density:.1%}", class_="number"),
+        tag("td", _word(j.overall), class_="overall"),
+        *(_answer(j.answers.get(name)) for name in names),
+        *(_control(controls.get(kind)) for kind in kinds),
+        tag("td", tag("small", "; ".join(j.remarks)), class_="run"),
+    ]
+
+
+def _answer(answer: Answer | None) -> Html:
+    if answer is None:
+        return tag("td", "–", class_="number")
+    gain = [_told(answer.gain, "+.2f"), " ", _word(answer.score)]
+    later = [_told(answer.later, "+,.0f"), " steps ", _word(answer.steps)] if answer.later else []
+    return tag("td", *gain, *([tag("br"), tag("small", *later)] if later else []), class_="number")
+
+
+def _control(control: Control | None) -> Html:
+    if control is None or control.mean is None:
+        return tag("td", "–", class_="number")
+    return tag("td", _told(control.mean, "+.2f"), " ", _word(control.verdict), class_="number")
+
+
+def _told(spread: Spread | None, form: str) -> Html:
+    if spread is None:
+        return Html("–")
+    mean = f"{spread.mean:{form}}".replace("-", "−")
+    mean = "0" if mean in ("+0", "−0") else mean
+    if spread.sd is None:
+        return Html(mean)
+    return join([mean, tag("small", f" ± {spread.sd:{form[1:]}}")], "")
+
+
+def _word(word: str) -> Html:
+    kind = "yes" if word in _GOOD else "no" if word in _BAD else "unsure"
+    return tag("span", word.removesuffix(" the spread"), class_=kind)

@@ -1,0 +1,167 @@
+"""Tickets on their way: into one file, proved, and to and from the official code's checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mirl_dist import models
+from mirl_dist.config.portable import placeless
+from mirl_dist.errors import Fault
+from mirl_dist.observability import progress
+from mirl_dist.storage import Folder, output_paths
+from mirl_dist.tickets import file as ticket_file
+from mirl_dist.tickets import open as opening
+from mirl_dist.tickets.file import Check, Content
+from mirl_dist.tickets.open import Filed, Found
+from mirl_dist.tickets.verify import FOLLOWS, refuse_oversized
+from mirl_dist.training.checkpoint import pack_tensors
+from mirl_dist.training.run import rule_of
+
+
+def pack(reference: str, out: Path) -> None:
+    """One round of a run into one file, without the places that its config names. Raises Fault where its own proof
+    fails."""
+    output_paths.refuse_file(out)
+    opened = opening.open_ticket(reference)
+    if isinstance(opened, Filed):
+        raise Fault(f"found {reference}, which is a ticket file already. Copy it, or name a round of a run.")
+    content = opening.content(opened)
+    data = ticket_file.pack(*content._replace(config=placeless(opened.config).dump()))
+    broken = [check for check in ticket_file.verify(ticket_file.read(data, str(out))) if check.holds is False]
+    if broken:
+        raise Fault(f"{reference} does not prove itself: {broken[0].what} ({broken[0].detail}). Restore the run.")
+    Folder(out.parent).put(out.name, data)
+    ticket = content.ticket
+    progress.say(
+        f"{out}: round {ticket.round}, {ticket.alive_total:,} of {ticket.total:,} weights, {len(data):,} bytes "
+        f"({len(data) / (4 * ticket.total):.1%} of the dense network's)"
+    )
+
+
+_SAID = {True: "holds  ", False: "BROKEN ", None: "unknown"}
+
+
+def verify(reference: str, run: str | None, as_json: bool) -> None:
+    """Prove a ticket from itself, and with its run that the mask follows from the parent's weights.
+
+    run: where the run of a ticket file is. Raises Fault for another run, and, after printing all checks, when one does
+    not hold.
+    """
+    opened = opening.open_ticket(reference)
+    content = opening.content(opened)
+    checks = ticket_file.verify(content)
+    home = opened if isinstance(opened, Found) else None
+    if run is not None:
+        home = _home(content, reference, run)
+    if home is not None:
+        checks += _with_run(content, home)
+    if as_json:
+        print(json.dumps([check._asdict() for check in checks], indent=1))
+    else:
+        for check in checks:
+            detail = f": {check.detail}" if check.detail else ""
+            progress.say(f"{_SAID[check.holds]}  {check.what}{detail}")
+        if home is None:
+            progress.say("not asked: whether the mask follows from the parent's weights; name the run with --run RUN")
+    broken = [check.what for check in checks if check.holds is False]
+    if broken:
+        raise Fault(f"{reference} does not hold: {'; '.join(broken)}. Do not use it; get it from its run again.")
+
+
+def _home(content: Content, reference: str, run: str) -> Found:
+    """The run that --run names. Raises Fault when the ticket says that it is of another one."""
+    checkpoints, config = opening.open_run(run)
+    said = checkpoints.identity() or {}
+    for what in ("fingerprint", "manifest_digest", "initial_digest"):
+        mine = getattr(content.ticket, what)
+        if said.get(what) != mine:
+            raise Fault(
+                f"--run: {run} is another run than the ticket's: its {what.replace('_', ' ')} is "
+                f"{str(said.get(what))[:16]}, that of {reference} {mine[:16]}. Name the run that the ticket is of."
+            )
+    return Found(checkpoints, config, content.ticket.round)
+
+
+def _with_run(content: Content, home: Found) -> list[Check]:
+    """What only the run can prove."""
+    where, ticket = home.checkpoints.store.where(), content.ticket
+    kept = {t.round: t for t in home.checkpoints.tickets()}
+    mine = kept.get(ticket.round)
+    same = None if mine is None else mine.digest() == ticket.digest()
+    found = [Check("the run holds this very ticket", same, where if mine else f"not provable: {where} lacks its round")]
+    if ticket.round == 0:
+        return found
+    if ticket.round - 1 not in kept:
+        return [*found, Check(FOLLOWS, None, f"not provable: {where} lacks round {ticket.round - 1}")]
+    before = Found(home.checkpoints, home.config, ticket.round - 1)
+    trained = opening.trained(before) if home.checkpoints.has_weights(before.round_) else {}
+    elder = opening.beginning(before)
+    parent = Content(elder.ticket, home.config.dump(), elder.masks, elder.initial, trained)
+    return found + ticket_file.verify_descent(content, parent, rule_of(home.config))
+
+
+def export(reference: str, out: Path, compact: bool) -> None:
+    """A ticket's trained weights as the official code loads them (.ckpt, .pth, .pt), or as safetensors."""
+    output_paths.refuse_file(out)
+    if out.suffix not in (".ckpt", ".pth", ".pt", ".safetensors"):
+        raise Fault(f"--out: found {out}, whose ending says no format. Use .ckpt, .pth, .pt or .safetensors.")
+    if compact and out.suffix == ".safetensors":
+        raise Fault("--compact: found with a .safetensors file, which is never compressed. Name a .ckpt file.")
+    opened = opening.open_ticket(reference)
+    weights, sizes = opening.trained(opened), opened.config.model.sizes()
+    if out.suffix == ".safetensors":
+        Folder(out.parent).put(out.name, pack_tensors(weights))
+        progress.say(f"{out}: {len(weights)} tensors under this project's names")
+        return
+    refuse_oversized(opened.config, sum(t.numel() for t in weights.values()), reference)
+    official = models.to_official(opened.config.model.name, weights, **sizes)
+    data = models.write_official(official, compact=compact)
+    Folder(out.parent).put(out.name, data)
+    progress.say(
+        f"{out}: {len(official)} tensors in the official layout, {len(data):,} bytes"
+        + (" (compressed; load it as usual)" if compact else "")
+    )
+
+
+def import_official(file: Path, model: str, out: Path) -> None:
+    """An official checkpoint to safetensors under our names; says what was dropped."""
+    output_paths.refuse_file(out)
+    converted = models.from_official(model, _load_tensors(file))
+    Folder(out.parent).put(out.name, pack_tensors(converted.weights))
+    count = sum(t.numel() for t in converted.weights.values())
+    progress.say(f"{out}: {len(converted.weights)} tensors, {count:,} weights")
+    for text in converted.dropped:
+        progress.say(f"dropped (never used by the network): {text}")
+
+
+# What torch's restricted unpickler raises for bytes that are no checkpoint: it trips over whatever comes first.
+_NO_CHECKPOINT = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
+
+
+def _load_tensors(file: Path) -> dict[str, Any]:
+    """What a checkpoint file holds, read without running code from it. Raises Fault for any other file."""
+    import pickle
+
+    import safetensors.torch
+
+    try:
+        if file.suffix == ".safetensors":
+            return dict(safetensors.torch.load_file(file))
+        found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return found
+    except FileNotFoundError:
+        raise Fault(f"no file at {file}. Give the path of an official checkpoint.") from None
+    except pickle.UnpicklingError:  # torch's own text would advise to run the code
+        raise Fault(
+            f"{file} holds more than tensors and plain values, which only code from the file could read; none was run. "
+            "Save its state dict alone, where you trust the file."
+        ) from None
+    except (*_NO_CHECKPOINT, safetensors.SafetensorError) as error:
+        reason = (str(error).splitlines() or [""])[0][:120]
+        raise Fault(
+            f"{file} is not a checkpoint that can be read ({type(error).__name__}: {reason}). Get the file again."
+        ) from None

@@ -1,0 +1,187 @@
+"""Whether a ticket is what it says: from its file alone, and against its parent. docs/ticket.md: what that proves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mirl_dist.config import config as configs
+from mirl_dist.errors import Fault
+from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning.criteria import CRITERIA
+from mirl_dist.pruning.masks import Masks
+from mirl_dist.pruning.partition import Slice, sizes
+from mirl_dist.pruning.prune import Rule, groups, prune
+from mirl_dist.pruning.quantile import alone
+from mirl_dist.training.ticket import DENSE, Ticket
+
+FOLLOWS = "the mask follows from the parent's weights"
+
+
+class Check(NamedTuple):
+    """One claim of a ticket, whether it holds (None: what would prove it is not here), and by which numbers."""
+
+    what: str
+    holds: bool | None
+    detail: str
+
+
+MOST_BLOCKS = 256
+"""Deeper networks are not built for a ticket: a stranger's config could ask for any number."""
+
+
+def refuse_oversized(config: configs.Config, weights: int, where: str) -> None:
+    """Raise Fault for a model section whose network has more than so many weights, before it is built.
+
+    Each size is held against the smallest tensors that it makes: that bounds the time and the numbers, no more.
+    """
+    m = config.model
+    least = {
+        "dim": m.dim**2,
+        "heads": max(m.heads),
+        "ffn_expansion": m.ffn_expansion * m.dim**2,
+        "prompt_heads": m.prompt_heads,
+        "prompt_dims": max(m.prompt_dims) ** 2,
+        "prompt_sizes": m.prompt_length * max(d * s**2 for d, s in zip(m.prompt_dims, m.prompt_sizes, strict=True)),
+        "blocks": (sum(m.blocks) + m.refinement_blocks) * m.dim**2,
+    }
+    odd = [key for key, count in least.items() if count > weights]
+    if sum(m.blocks) + m.refinement_blocks > MOST_BLOCKS:
+        odd.append("blocks")
+    if odd:
+        raise Fault(f"{where}: its model.{odd[0]} makes a larger network than its {weights:,} weights. Get it again.")
+
+
+class Round(Protocol):
+    """A round's parts, out of a ticket file (ticket_file.Content) or a run folder."""
+
+    @property
+    def ticket(self) -> Ticket: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def masks(self) -> Masks: ...
+    @property
+    def initial(self) -> dict[str, Tensor]: ...
+    @property
+    def trained(self) -> dict[str, Tensor]: ...
+
+
+def verify(content: Round) -> list[Check]:
+    """What a ticket says about itself, judged by its own masks and values."""
+    return list(_of_file(content))
+
+
+def _of_file(content: Round) -> Iterator[Check]:
+    ticket, masks = content.ticket, content.masks
+    yield _same("mask digest", ticket.mask_digest, masking.digest(masks))
+    yield _same("digest of the trained weights", ticket.weights_digest, masking.digest_tensors(content.trained))
+    if masking.alive(masks) == masking.size(masks):  # else the dead ones among them are not here
+        yield _same("digest of the first values", ticket.initial_digest, masking.digest_tensors(content.initial))
+    yield _same("prunable weights", ticket.prunable, masking.size(masks))
+    yield _same("alive weights", ticket.alive, masking.alive(masks))
+    yield _same("weights in all", ticket.total, sum(t.numel() for t in content.trained.values()))
+    densities = masking.densities(masks)
+    odd = [n for n in sorted(densities.keys() | ticket.layer_density.keys())]
+    odd = [n for n in odd if densities.get(n) != ticket.layer_density.get(n)]
+    yield Check("density of each tensor", not odd, _named(odd) or f"{len(densities)} tensors")
+    if ticket.collapsed or ticket.method:  # tickets of older versions tell neither
+        bare = [n for n in sorted(densities) if densities[n] == 0]
+        yield _same("tensors without any alive weight", ", ".join(sorted(ticket.collapsed)), ", ".join(bare))
+    for what, weights in (("first", content.initial), ("trained", content.trained)):
+        name = masking.open_dead(weights, masks)
+        yield Check(f"dead weights are zero in the {what} values", name is None, f"not in '{name}'" if name else "all")
+    yield from _of_config(ticket, content.config)
+    if ticket.protocols:
+        stated = ticket.protocol in ticket.protocols.values() and ticket.also.keys() <= ticket.protocols.keys()
+        yield Check("every score's protocol is stated", stated, ", ".join(ticket.protocols))
+
+
+def _of_config(ticket: Ticket, tree: dict[str, Any]) -> Iterator[Check]:
+    try:
+        config = configs.of_dump(tree, "the ticket file's config")
+    except Fault as fault:
+        yield Check("fingerprint of the config", False, str(fault))
+        return
+    yield _same("fingerprint of the config", ticket.fingerprint, config.fingerprint())
+    if ticket.method and config.start.ticket is None:  # a control's word may change with the aside prune.rounds
+        yield _same("method", ticket.method, config.method() if ticket.round else DENSE)
+    if ticket.seed is not None:
+        yield _same("seed", ticket.seed, config.run.seed)
+
+
+def verify_descent(content: Round, parent: Round, rule: Rule) -> list[Check]:
+    """Whether a ticket is the child of `parent`, the round before it in its run, whose masks `rule` cut.
+
+    parent.initial may be the run's first values with or without the dead ones; parent.trained is empty where the run
+    did not keep them. What only they could prove, or a network or gradients that the criterion looks at, neither holds
+    nor is broken: the cut's size and direction alone are judged then.
+    """
+    return list(_of_descent(content, parent, rule))
+
+
+def _of_descent(content: Round, parent: Round, rule: Rule) -> Iterator[Check]:
+    child, elder = content.ticket, parent.ticket
+    yield _same("digest of the parent's ticket", child.parent, elder.digest())
+    yield _same("round", child.round, elder.round + 1)
+    for what in ("fingerprint", "manifest_digest", "initial_digest"):
+        yield _same(f"{what.replace('_', ' ')} of the run", getattr(child, what), getattr(elder, what))
+    yield _same("parent's mask digest", elder.mask_digest, masking.digest(parent.masks))
+    if parent.trained:
+        yield _same("parent's weights digest", elder.weights_digest, masking.digest_tensors(parent.trained))
+    names = _unlike(content.masks, parent.masks) or _unlike(content.initial, parent.initial)
+    yield Check("the same tensors", not names, _named(names) or f"{len(content.initial)} tensors")
+    if names:
+        return
+    back = [n for n in sorted(content.masks) if bool((content.masks[n] & ~parent.masks[n]).any())]
+    yield Check("no pruned weight returned", not back, _named(back) or "all masks lie inside the parent's")
+    yield from _of_cut(content, parent, rule)
+    moved = []
+    for name, values in sorted(content.initial.items()):
+        first = parent.initial[name]
+        if name in content.masks:
+            first = first.masked_fill(~content.masks[name], 0.0)
+        if not torch.equal(values.view(torch.int32), first.view(torch.int32)):
+            moved.append(name)
+    yield Check("survivors have the run's first values", not moved, _named(moved) or "all, to the last bit")
+
+
+def _of_cut(content: Round, parent: Round, rule: Rule) -> Iterator[Check]:
+    criterion = CRITERIA[rule.criterion]
+    wanted = sum(group.k for group in groups(sizes(parent.masks, Slice(), alone), rule))
+    gone = masking.alive(parent.masks) - masking.alive(content.masks)
+    yield _same("weights removed by the rule", wanted, gone)
+    if criterion.needs != "nothing":
+        yield Check(FOLLOWS, None, f"not provable: {rule.criterion} looks at the {criterion.needs} too")
+        return
+    values = parent.initial if criterion.of == "initial" or rule.criterion == "random" else parent.trained
+    if not values:
+        yield Check(FOLLOWS, None, "not provable: the run did not keep the parent's weights")
+        return
+    cut = prune(values, parent.masks, rule)
+    odd = [n for n in sorted(cut.masks) if not torch.equal(cut.masks[n], content.masks[n])]
+    yield Check(FOLLOWS, not odd, _named(odd) or f"by {rule.criterion}, {rule.per}")
+    yield _same("threshold", content.ticket.threshold, cut.threshold)
+
+
+def _same(what: str, said: object, found: object) -> Check:
+    """A claim beside what was found."""
+    return Check(what, said == found, f"{found}" if said == found else f"the ticket says {said}, found {found}")
+
+
+def _unlike(mine: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    """Names that one side lacks, or holds in another shape."""
+    return [
+        n
+        for n in sorted(mine.keys() | other.keys())
+        if n not in mine or n not in other or mine[n].shape != other[n].shape
+    ]
+
+
+def _named(names: list[str]) -> str:
+    """'not in a, b and 3 more', or nothing."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"not in {', '.join(names[:3])}{more}" if names else ""

@@ -1,0 +1,314 @@
+"""Where a run is kept and when a commit is whole. All names inside a run folder live here.
+
+    run.json                                      config, fingerprint, versions; written once
+    initial.safetensors                           the first weights; written once
+    start.safetensors                             the first masks of a run that begins from a ticket; written once
+    rewind-0123456789abcdef.safetensors           the weights that later rounds return to, where those are of a step
+    tracking.json                                 MLflow ids
+    lease/00000004.*                              who may write: the fourth launch (lease.py)
+    accepted/00000004.json                        the commits that it found (commits.py)
+    rounds/03/steps/00012000-0004/                {weights, moments, mask}.safetensors, state.json, COMPLETE.json
+    rounds/03/ticket-0004/                        {weights, mask}.safetensors, state.json, ticket.json, pictures.png,
+                                                  COMPLETE.json
+    best.json                                     the round chosen by validation
+    controls/08-reinit/                           a run of its own: a control of round 8 (judging.py)
+
+A commit is its COMPLETE.json, written last (commits.py). Its folder carries the number of the launch that wrote it: one
+that has lost the run cannot spoil what its successor writes. outbox.jsonl in a commit is what MLflow had not heard.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import safetensors.torch
+from torch import Tensor
+
+from mirl_dist.errors import Fault
+from mirl_dist.pruning import masks as masking
+from mirl_dist.storage import NotAllowed, NotThere, Store, TryAgain
+from mirl_dist.storage.commits import Commits, Reader, Writer, dump, sealed, unsealed, unsigned
+from mirl_dist.training import ticket as tickets
+from mirl_dist.training.state import Progress, Snapshot
+from mirl_dist.training.ticket import Ticket
+
+RUN, INITIAL, TRACKING, BEST = "run.json", "initial.safetensors", "tracking.json", "best.json"
+START = "start.safetensors"
+WEIGHTS, MOMENTS, STATE, MASK = "weights.safetensors", "moments.safetensors", "state.json", "mask.safetensors"
+TICKET, PICTURES, SCORES, OUTBOX = "ticket.json", "pictures.png", "scores.csv", "outbox.jsonl"
+_IDENTITY = {"config", "fingerprint", "manifest_digest", "initial_digest"}
+
+
+def rewind_name(digest: str) -> str:
+    """Where the weights of a digest are kept, that later rounds return to: a launch that lost the run, and whose other
+    weights arrive late, cannot spoil those that the commits name."""
+    return f"rewind-{digest[:16]}.safetensors"
+
+
+class Commit(NamedTuple):
+    """A complete commit: its folder, its round, and its step inside the round; step None: the round's ticket."""
+
+    folder: str
+    round_: int
+    step: int | None
+
+
+def _parsed(folder: str) -> tuple[Commit, int] | None:
+    """The commit that a folder may hold, and the generation that wrote it (0 before there was a lease)."""
+    match = _FOLDER.fullmatch(folder)
+    if match is None:
+        return None
+    round_, step, *generations = (None if text is None else int(text) for text in match.groups())
+    return Commit(folder, round_ or 0, step), max(g or 0 for g in generations)
+
+
+_FOLDER = re.compile(r"rounds/(\d+)(?:/steps/(\d+)-(\d+)|/ticket-(\d+))?")  # a bare round: of versions before the lease
+
+
+def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Named tensors to safetensors bytes; the same tensors give the same bytes."""
+    plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    return safetensors.torch.save(plain)
+
+
+class Checkpoints:
+    """The run in one store. `writer`: who may write; only rank 0 of a launch may, and only after `take_over`."""
+
+    def __init__(self, store: Store, writer: Writer | None = None) -> None:
+        self.store = store
+        self._commits = Commits(store, writer or Reader())
+        self._damaged: set[str] = set()
+
+    # -- the run ------------------------------------------------------------------------------------------------
+
+    def take_over(self) -> None:
+        """Begin to write, after the lease was claimed: what dead writers left goes, and they cannot commit any more."""
+        self._commits.take_over()
+        whole, mine = {c.folder for c in self.commits()}, self._commits.writer.generation
+        for name in self.store.list("rounds"):
+            found = _parsed(name.rpartition("/")[0])
+            if found is not None and 0 < found[1] < mine and found[0].folder not in whole:
+                self.store.remove(name)
+
+    def identity(self) -> dict[str, Any] | None:
+        """What run.json says, or None where there is no run. Raises Fault for a run.json that cannot be read."""
+        try:
+            data = self.store.get(RUN)
+        except NotThere:
+            return None
+        found = unsealed(data) or unsigned(data, _IDENTITY | {"versions"})
+        if found is None or not found.keys() >= _IDENTITY:
+            raise Fault(
+                f"{self.store.where(RUN)} does not describe a run, or is damaged. Restore a copy of it, or choose "
+                "another run.folder."
+            )
+        return found
+
+    def begin(self, identity: dict[str, Any]) -> None:
+        """Write run.json, which states the digest of the first weights. Raises Fault when another start was faster."""
+        if not self.store.put_if_absent(RUN, sealed(identity)):
+            raise Fault(f"{self.store.where()} was begun by another launch a moment ago. Choose another run.folder.")
+
+    def save_initial(self, weights: Mapping[str, Tensor]) -> None:
+        """Write the first weights, over any that an older run left here; run.json already states their digest."""
+        self.store.put(INITIAL, pack_tensors(weights))
+
+    def initial(self) -> dict[str, Tensor] | None:
+        """The first weights; None where the file is damaged or missing. Their digest is the caller's to compare."""
+        return self.tensors(INITIAL)
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write START or a rewind point, whose digest the caller keeps."""
+        self._commits.writer.check()
+        self.store.put(name, pack_tensors(tensors))
+
+    def tensors(self, name: str) -> dict[str, Tensor] | None:
+        """What `save_tensors` wrote; None where the file is damaged or missing. Their digest is the caller's."""
+        try:
+            return safetensors.torch.load(self.store.get(name))
+        except (NotThere, safetensors.SafetensorError):
+            return None
+
+    def remembered(self) -> dict[str, str]:
+        """MLflow ids by name; none for a file that is damaged: the runs are then found by their tags."""
+        try:
+            found = json.loads(self.store.get(TRACKING))
+        except (NotThere, json.JSONDecodeError, UnicodeDecodeError):
+            return {}
+        well = isinstance(found, dict) and all(isinstance(id_, str) for id_ in found.values())
+        return found if well else {}
+
+    def remember(self, ids: dict[str, str]) -> None:
+        """Keep further MLflow ids."""
+        self.store.put(TRACKING, dump(self.remembered() | ids))
+
+    # -- commits ------------------------------------------------------------------------------------------------
+
+    def commits(self) -> list[Commit]:
+        """All complete commits, the newest first."""
+        found = [parsed for folder in self._commits.whole("rounds") if (parsed := _parsed(folder))]
+        found.sort(key=lambda c: (c[0].round_, c[0].step is None, c[0].step or 0, c[1]), reverse=True)
+        return [commit for commit, _ in found]
+
+    def commit_step(self, snapshot: Snapshot, keep_last: int, outbox: bytes = b"") -> None:
+        """Commit the middle of a round, then remove what is no longer needed. outbox: what MLflow has not heard yet."""
+        parts = {MOMENTS: pack_tensors(snapshot.moments)}
+        self._commit(f"steps/{snapshot.progress.updates:08d}", snapshot, parts, keep_last, outbox)
+
+    def commit_round(
+        self,
+        ticket: Ticket,
+        snapshot: Snapshot,
+        scores: bytes,
+        pictures: bytes | None,
+        keep_last: int,
+        outbox: bytes = b"",
+    ) -> None:
+        """Commit a round with its ticket, then remove what is no longer needed. scores: of each image, CSV."""
+        parts = {TICKET: ticket.dump(), SCORES: scores} | ({} if pictures is None else {PICTURES: pictures})
+        self._commit("ticket", snapshot, parts, keep_last, outbox)
+
+    def _commit(self, what: str, snapshot: Snapshot, more: dict[str, bytes], keep_last: int, outbox: bytes) -> None:
+        """Then remove step commits, but none of the newest `keep_last` commits that are sound, and no round."""
+        parts = {
+            WEIGHTS: pack_tensors(snapshot.weights),
+            MASK: pack_tensors(masking.pack(snapshot.masks)),
+            STATE: dump(snapshot.progress.model_dump()),
+        }
+        folder = f"rounds/{snapshot.progress.round:02d}/{what}-{self._commits.writer.generation:04d}"
+        self._commits.commit(folder, parts | more | ({OUTBOX: outbox} if outbox else {}))
+        commits = self.commits()
+        kept = {c.folder for c in [c for c in commits if c.folder not in self._damaged][:keep_last]}
+        for commit in commits:
+            if commit.step is not None and commit.folder not in kept:
+                self._commits.remove(commit.folder)
+
+    def lost(self) -> bool:
+        """Whether another launch is known to have taken the run over. Asks nothing."""
+        return self._commits.writer.lost()
+
+    def check(self) -> None:
+        """Raise Fault when another launch has taken the run over."""
+        self._commits.writer.check()
+
+    def finish(self) -> None:
+        """The last round has ended: no step commit is needed any more."""
+        commits = self.commits()
+        self._commits.writer.check()
+        for commit in commits:
+            if commit.step is not None:
+                self._commits.remove(commit.folder)
+
+    def drop_weights(self, round_: int) -> None:
+        """Keep a round's ticket and mask, drop the weights it trained. Twice is once."""
+        self._commits.drop(self._ended(round_), WEIGHTS)
+
+    def _ended(self, round_: int) -> str:
+        """The folder of a finished round's ticket. Raises Fault where the round is not finished."""
+        for commit in self.commits():
+            if (commit.round_, commit.step) == (round_, None):
+                return commit.folder
+        where = self.store.where(f"rounds/{round_:02d}")
+        raise Fault(f"{where} holds no finished round. `mirl-dist tickets list` shows them.")
+
+    # -- reading back -------------------------------------------------------------------------------------------
+
+    def newest(self) -> tuple[Commit, dict[str, bytes], list[str]] | None:
+        """The newest commit that verifies, its parts, and what was found damaged on the way; None without any.
+
+        Raises Fault when there are commits but none of them verifies.
+        """
+        damaged: list[str] = []
+        commits = self.commits()
+        for commit in commits:
+            try:
+                parts = self._commits.parts(commit.folder)
+                if not {WEIGHTS, MASK, STATE} <= parts.keys():
+                    raise Fault(f"{self.store.where(commit.folder)} does not hold all of a run's state (any more)")
+                return commit, parts, damaged
+            except (NotAllowed, TryAgain):
+                raise  # a store that refuses or fails is not a damaged commit
+            except Fault as fault:
+                damaged.append(str(fault))
+                self._damaged.add(commit.folder)
+        if commits:
+            raise Fault("no commit of this run can be read: " + "; ".join(damaged) + ". Restore a copy of the run.")
+        return None
+
+    def stands(self, commits: list[Commit]) -> tuple[Commit | None, Progress]:
+        """The first of some commits whose state can be read, and where the run stood then; other parts are not read."""
+        for commit in commits:
+            try:
+                return commit, Progress.model_validate_json(self._commits.part(commit.folder, STATE))
+            except (NotAllowed, TryAgain):
+                raise
+            except Fault:  # damaged, or removed meanwhile
+                continue
+        return None, Progress()
+
+    def tickets(self) -> list[Ticket]:
+        """The tickets of all complete rounds, in order."""
+        newest = {c.round_: c.folder for c in reversed(self.commits()) if c.step is None}
+        return [self._ticket(newest[round_]) for round_ in sorted(newest)]
+
+    def ticket(self, round_: int) -> Ticket:
+        return self._ticket(self._ended(round_))
+
+    def _ticket(self, folder: str) -> Ticket:
+        name = f"{folder}/{TICKET}"
+        return tickets.parse(self.store.get(name), self.store.where(name))
+
+    def pictures(self, round_: int) -> bytes | None:
+        """The PNG of degraded, restored and clean that a round drew, if it had images to score."""
+        return self._beside(round_, PICTURES)
+
+    def scores(self, round_: int) -> bytes | None:
+        """The score of each image of a round, CSV; None in runs of older versions."""
+        return self._beside(round_, SCORES)
+
+    def round_masks(self, round_: int) -> bytes:
+        """The bit-packed masks of a round, verified: safetensors."""
+        return self._commits.part(self._ended(round_), MASK)
+
+    def _beside(self, round_: int, name: str) -> bytes | None:
+        try:
+            return self.store.get(f"{self._ended(round_)}/{name}")
+        except NotThere:
+            return None
+
+    def round_weights(self, round_: int) -> dict[str, Tensor]:
+        """The weights that a round trained, verified. Raises Fault where they are damaged or were not kept."""
+        folder = self._ended(round_)
+        parts = self._commits.parts(folder)
+        if WEIGHTS not in parts:
+            raise Fault(f"{self.store.where(folder)} kept its ticket but not its weights (keep.rounds: best).")
+        return safetensors.torch.load(parts[WEIGHTS])
+
+    def has_weights(self, round_: int) -> bool:
+        """Whether a finished round's weights were kept."""
+        return WEIGHTS in self._commits.said(self._ended(round_))
+
+    def mark_best(self, round_: int, score: float, by: tuple[str, ...]) -> None:
+        self.store.put(BEST, sealed({"round": round_, "score": score, "by": list(by)}))
+
+    def best(self) -> int | None:
+        """The round that the run chose by validation, if it did. Raises Fault for a damaged file."""
+        try:
+            data = self.store.get(BEST)
+        except NotThere:
+            return None
+        found = unsealed(data) or unsigned(data, {"round", "score", "by"})
+        if found is None:
+            raise Fault(f"{self.store.where(BEST)} is damaged. Remove it: the last round then stands for the run.")
+        return int(found["round"])
+
+
+def unpack_masks(data: bytes, shapes: Mapping[str, tuple[int, ...]], where: str) -> masking.Masks:
+    """A commit's masks, by name. Raises Fault for those of another model or scope."""
+    try:
+        return masking.unpack(safetensors.torch.load(data), shapes)
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise Fault(f"{where}/{MASK}: {error}. The prune.scope or the model differs.") from None

@@ -1,0 +1,141 @@
+"""A config's shards to live batches: store, cache, supply, stream."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from mirl_dist.config.config import Config
+from mirl_dist.data.cache import Cache, usual_folder
+from mirl_dist.data.calibration import Patches
+from mirl_dist.data.loader import Stream, passes_behind
+from mirl_dist.data.manifest import Shard
+from mirl_dist.data.parallel import shared
+from mirl_dist.data.prefetch import shards_ahead
+from mirl_dist.data.resident_images import Held
+from mirl_dist.data.sample import Batch
+from mirl_dist.data.sampler import Order, Position, Shares
+from mirl_dist.data.shard_pool import Supply
+from mirl_dist.data.shards import Shards
+from mirl_dist.distributed.ranks import Ranks
+from mirl_dist.errors import Fault, Stopped
+from mirl_dist.evaluation import evaluate
+from mirl_dist.observability import progress
+from mirl_dist.observability.console import warn
+from mirl_dist.storage import Folder
+from mirl_dist.storage.retry import Patience
+
+
+def supply_of(config: Config, shards: Shards, who: str, stop_asked: Callable[[], bool]) -> Supply:
+    """The shards of a config, through the node's cache where they are not read in place. who: for messages."""
+    cache = None
+    if config.data.cache.folder is not None or not isinstance(shards.store, Folder):
+        folder = Path(config.data.cache.folder).expanduser() if config.data.cache.folder else usual_folder()
+        cache = Cache(folder, round(config.data.cache.gigabytes * 1e9))
+
+    def say(line: str) -> None:
+        warn(f"mirl-dist, {who}: {line}")
+
+    patience = Patience(config.store.patience_seconds)
+    return Supply(shards, cache, config.data.damage, say, stop_asked=stop_asked, patience=patience)
+
+
+def refuse_damaged(supply: Supply, jobs: Sequence[evaluate.Job], ranks: Ranks, damage: str) -> None:
+    """Raise Fault, on every rank, for damage in the shards that scores will come from, before any work is lost; in a
+    folder also for indices of training shards that are not theirs. The ranks share the work."""
+    shards = supply.shards
+    if damage == "refuse" and isinstance(shards.store, Folder):
+        shared(ranks, partial(_read_index, shards), shards.train, 1, _silent, "reading indices")
+    scored = {job.place.shard.name: job.place.shard for job in jobs}
+    with progress.Bars() as bars:
+        told = bars if ranks.is_main and supply.cache is not None else _silent
+        shared(ranks, supply.prove, list(scored.values()), 1, told, "checking evaluation shards")
+
+
+def evaluation_looks_ahead(supply: Supply, jobs: Sequence[evaluate.Job], ranks: Ranks) -> bool:
+    """Whether the node's cache has room for two evaluation shards of every rank. Raises Fault if not for one."""
+    if supply.cache is None or not jobs:
+        return True
+    limit, node_ranks = supply.cache.limit, _node_ranks(ranks)
+    shards = {job.place.shard.name: job.place.shard.bytes for job in jobs}
+    largest = max(shards.values())
+    if sum(shards.values()) > limit and node_ranks * largest > limit:
+        raise Fault(
+            f"data.cache.gigabytes: found {limit / 1e9:g}, but {node_ranks} ranks on this node score evaluation shards "
+            f"of up to {largest / 1e9:.3g} GB. Set it to {node_ranks * largest * 1.01 / 1e9:.3g} or more.",
+            everywhere=True,
+        )
+    return sum(shards.values()) <= limit or 2 * node_ranks * largest <= limit
+
+
+def _node_ranks(ranks: Ranks) -> int:
+    """The most ranks on any node: the same number on every rank, so that all raise a Fault, or none."""
+    return max(Counter(ranks.gather_objects(platform.node())).values())
+
+
+def _read_index(shards: Shards, shard: Shard) -> None:
+    shards.index(shard)
+
+
+def _silent(done: int, total: int, what: str) -> None:
+    pass
+
+
+def held_of(config: Config, supply: Supply, jobs: Sequence[evaluate.Job], ranks: Ranks) -> Held:
+    """This rank's part of the images that are scored within rounds; none where that is not asked for. Raises Fault or
+    Stopped, on every rank, where an image does not come to one of them."""
+    few = evaluate.few(jobs, config.evaluate.curve_images) if config.evaluate.every_epochs is not None else []
+    mine = [few[number].place for number in evaluate.deal(few, ranks.rank, ranks.world)]
+    held, why, stopped = Held(), "", False
+    try:
+        held.read(supply, mine)
+    except Fault as fault:
+        why = str(fault)
+    except Stopped:
+        stopped = True
+    told = ranks.gather_objects((why, stopped), what="gather of images to look at")
+    if any(stopped for _, stopped in told):
+        raise Stopped("stopped as asked before any step was trained")
+    for text, _ in told:
+        if text:
+            raise Fault(text, everywhere=True)
+    return held
+
+
+def probe_of(
+    config: Config, supply: Supply, order: Order, ranks: Ranks, stop_asked: Callable[[], bool]
+) -> Callable[[int], Iterator[Batch]]:
+    """The samples of a round's first global batches, for criteria that need gradients: round -> batches of one sample
+    on this rank's device. The same for any number of ranks and any memory: one sample, one shard at a time."""
+    patches = Patches(order.tasks, config.run.seed, config.data.patch_pixels, config.data.augment)
+
+    def batches(round_: int) -> Iterator[Batch]:
+        places = islice(order.positions(Position(0, 0), config.train.epochs), config.prune.criterion_batches)
+        slots = [slot for at in places for slot in order.slots(round_, at)]
+        for stack in patches.of(slots, supply, stop_asked):
+            yield Batch.of(stack, pin=False).to(ranks.device)
+
+    return batches
+
+
+def stream_of(config: Config, supply: Supply, order: Order, shares: Shares, ranks: Ranks) -> Stream:
+    """The training batches of this rank. Raises Fault, on every rank, for a cache that is too small."""
+    lanes = shares.per_rank * len(order.sources)
+    limit = None if supply.cache is None else supply.cache.limit
+    behind = passes_behind(config.data.workers)
+    return Stream(
+        supply,
+        order,
+        seed=config.run.seed,
+        patch_pixels=config.data.patch_pixels,
+        augment=config.data.augment,
+        workers=config.data.workers,
+        rank=ranks.rank,
+        shares=shares,
+        ahead=shards_ahead(lanes, behind, order.steps_per_epoch, order.shards(), limit, _node_ranks(ranks)),
+        pin=ranks.device.type == "cuda",
+    )

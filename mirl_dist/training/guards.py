@@ -1,0 +1,101 @@
+"""What guards a step: losses and gradients that are not finite, and losses that jump."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from mirl_dist.data.sample import Batch
+from mirl_dist.distributed.ranks import Ranks
+from mirl_dist.errors import Fault
+from mirl_dist.observability.progress import say
+from mirl_dist.training.state import Progress
+
+_REMEMBERED, _NAMED = 50, 3
+
+
+@dataclass
+class Seen:
+    """The losses of a step's samples on this rank, pass by pass; left_out: its update is not made."""
+
+    passes: list[tuple[Tensor, Batch]] = field(default_factory=list)
+    left_out: bool = False
+
+    def add(self, losses: Tensor, batch: Batch) -> None:
+        self.passes.append((losses, batch))
+
+    def keys(self) -> list[str]:
+        """Samples as task:key."""
+        return [key for _, batch in self.passes for key in batch.keys]
+
+    def not_finite(self) -> list[str]:
+        """Those whose loss is not finite."""
+        found = [~torch.isfinite(losses) for losses, _ in self.passes]
+        wrong = torch.cat(found).tolist()
+        return [key for key, bad in zip(self.keys(), wrong, strict=True) if bad]
+
+    def worst(self) -> list[tuple[float, str]]:
+        """The samples with the highest losses."""
+        losses = torch.cat([losses for losses, _ in self.passes]).tolist()
+        return sorted(zip(losses, self.keys(), strict=True), reverse=True)[:_NAMED]
+
+
+def position(progress: Progress) -> str:
+    return f"round {progress.round}, epoch {progress.epoch}, step {progress.step}"
+
+
+def refuse_bad_loss(seen: Seen, progress: Progress, skip: int, ranks: Ranks) -> None:
+    """A sample of some rank has a loss that is not finite: raise Fault on every rank naming it, or say that the step is
+    left out, while the round has left out fewer than `skip`."""
+    named = [f"{ranks.names[r]}: {', '.join(n)}" for r, n in enumerate(ranks.gather_objects(seen.not_finite())) if n]
+    found = f"the loss is not finite at {position(progress)}, samples as task:key: {'; '.join(named)}"
+    _leave_out(found, "Check those samples, or lower optimiser.lr or optimiser.clip_norm", progress, skip, ranks)
+
+
+def refuse_bad_gradient(norm: Tensor, seen: Seen, progress: Progress, skip: int, ranks: Ranks) -> bool:
+    """Whether the averaged gradient, the same on every rank, is not finite; as `refuse_bad_loss`."""
+    if bool(torch.isfinite(norm)):
+        return False
+    held = "; ".join(f"{ranks.names[r]}: {', '.join(keys)}" for r, keys in enumerate(ranks.gather_objects(seen.keys())))
+    found = f"the gradient is not finite at {position(progress)} though every loss was; samples: {held}"
+    _leave_out(found, "Lower optimiser.lr, or train in fp32,", progress, skip, ranks)
+    return True
+
+
+def _leave_out(found: str, advice: str, progress: Progress, skip: int, ranks: Ranks) -> None:
+    if progress.bad >= skip:
+        before = f" {progress.bad} such batches were left out before (guard.skip_bad_batches)." if progress.bad else ""
+        raise Fault(
+            f"{found}. Nothing of this step was applied.{before} {advice} in a new run.folder, or allow some with "
+            f"guard.skip_bad_batches={max(2 * skip, 10)} and go on from the last commit.",
+            everywhere=True,
+        )
+    if ranks.is_main:
+        say(f"warning: {found}. The step is left out, as the {progress.bad + 1}. of {skip} allowed in a round.")
+
+
+class Spikes:
+    """Tells of steps whose loss is many times what it was. All ranks see the same losses, and call in step."""
+
+    def __init__(self, factor: float | None) -> None:
+        self._factor, self._before = factor, deque[float](maxlen=_REMEMBERED)
+
+    def look(self, loss: float, seen: Seen, progress: Progress, ranks: Ranks) -> None:
+        """loss: the mean over the global batch."""
+        usual = median(self._before) if len(self._before) == _REMEMBERED else None
+        if self._factor is not None and usual is not None and loss > self._factor * usual:
+            of_ranks = ranks.gather_objects(seen.worst(), what="gather of the worst samples")
+            every = sorted(((loss, key, r) for r, of in enumerate(of_ranks) for loss, key in of), reverse=True)
+            named = ", ".join(f"{key} ({value:.3g}, {ranks.names[r]})" for value, key, r in every[:_NAMED])
+            if ranks.is_main:
+                times = loss / usual if usual else float("inf")
+                at = position(progress)
+                say(
+                    f"warning: the loss at {at} is {loss:.3g}, {times:.0f} times the median {usual:.3g} of the "
+                    f"{_REMEMBERED} steps before. Highest: {named}."
+                )
+        self._before.append(loss)

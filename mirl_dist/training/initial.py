@@ -1,0 +1,126 @@
+"""What a run begins with: values drawn from its seed, an imported network, or another run's ticket."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from mirl_dist import models
+from mirl_dist.config.config import Config
+from mirl_dist.errors import Fault
+from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning.masks import Masks
+from mirl_dist.pruning.prune import in_scope
+from mirl_dist.pruning.random_masks import random_masks
+from mirl_dist.tickets.open import Filed, Found, beginning, first_values, open_ticket, options_of
+
+
+class First(NamedTuple):
+    """First values; the masks of round 0 (None: all alive), and the digest of the ticket that they are of."""
+
+    weights: dict[str, Tensor]
+    masks: Masks | None
+    parent: str | None
+
+
+_ANEW = 1_000_003
+"""Added to run.seed for first values that are drawn anew: the data's order, which the seed also gives, stays."""
+
+
+def network(config: Config, more: int = 0) -> nn.Module:
+    """The network of a config with fresh weights, the same for the same seed. more: added to the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed + more)
+        model = models.create(config.model.name, **config.model.sizes())
+    if next(model.buffers(), None) is not None:
+        raise Fault(f"model.name: '{config.model.name}' has buffers, which masks and rewinding do not cover yet.")
+    return model
+
+
+def first(config: Config) -> First:
+    """What a run begins with. Raises Fault for a file or a ticket that does not fit the config."""
+    drawn = {name: parameter.detach() for name, parameter in network(config).named_parameters()}
+    if config.model.weights is not None:
+        return First(_imported(Path(config.model.weights), drawn), None, None)
+    if config.start.ticket is None:
+        return First(drawn, None, None)
+    return _of_ticket(config, drawn)
+
+
+def _imported(file: Path, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        found = safetensors.torch.load_file(file)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise Fault(
+            f"model.weights: found {file}, which cannot be read as safetensors ({str(error)[:100]}). "
+            "Write it with `mirl-dist import`."
+        ) from None
+    _refuse_another_network(f"model.weights: {file}", {n: t.shape for n, t in found.items()}, drawn)
+    odd = sorted(n for n, t in found.items() if t.dtype != torch.float32 or not bool(torch.isfinite(t).all()))
+    if odd:
+        raise Fault(f"model.weights: {file}: '{odd[0]}' ({len(odd)} such) is not float32, or not finite. Import again.")
+    return {name: found[name] for name in drawn}
+
+
+def refuse_absent(config: Config) -> None:
+    """Raise Fault, before anything is begun, where what a run is to begin with is not there."""
+    if config.model.weights is not None and not Path(config.model.weights).is_file():
+        raise Fault(f"model.weights: found {config.model.weights}, which is no file. Write it with `mirl-dist import`.")
+    if config.start.ticket is not None:
+        open_ticket(config.start.ticket, options_of(config))
+
+
+def _of_ticket(config: Config, drawn: dict[str, Tensor]) -> First:
+    reference, kind = str(config.start.ticket), config.start.kind
+    opened = open_ticket(reference, options_of(config))
+    ticket, masks, weights = beginning(opened)
+    where = f"start.ticket: {reference}"
+    _refuse_another_network(where, {n: t.shape for n, t in weights.items()}, drawn)
+    odd = sorted(masks.keys() ^ set(in_scope(drawn, config.prune.scope)))
+    if odd:
+        raise Fault(
+            f"{where} was pruned in another scope: {len(odd)} tensors are in one of the two only, first '{odd[0]}'. "
+            "Set prune.scope to the ticket's."
+        )
+    weights = {name: weights[name] for name in drawn}
+    if kind == "reinit":
+        weights = {name: p.detach() for name, p in network(config, _ANEW).named_parameters()}
+    elif kind != "ticket":
+        masks = random_masks(masks, config.run.seed, kind.removeprefix("random_"))
+        weights = _all_first_values(opened, config, ticket.initial_digest, where, drawn)
+    return First(weights, masks, ticket.digest())
+
+
+def _all_first_values(
+    opened: Found | Filed, config: Config, digest: str, where: str, drawn: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Those of the dead weights too: of the run, or drawn again from the seed of a ticket file."""
+    found = first_values(opened)
+    if found is None:
+        seed = opened.config.run.seed
+        run = config.run.model_copy(update={"seed": seed})
+        again = network(config.model_copy(update={"run": run}))
+        found = {name: parameter.detach() for name, parameter in again.named_parameters()}
+        if masking.digest_tensors(found) != digest:
+            raise Fault(
+                f"{where} tells the first values of its survivors only, and seed {seed} gives others here. Name a "
+                "round of the run whose tickets began from all weights, as RUN/rounds/NN."
+            )
+    return {name: found[name] for name in drawn}
+
+
+def _refuse_another_network(where: str, found: dict[str, torch.Size], mine: dict[str, Tensor]) -> None:
+    wanted = {name: t.shape for name, t in mine.items()}
+    odd = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+    if odd:
+        there, here = found.get(odd[0]), wanted.get(odd[0])
+        raise Fault(
+            f"{where} is of another network: {len(odd)} tensors differ, first '{odd[0]}' (there "
+            f"{'absent' if there is None else tuple(there)}, here {'absent' if here is None else tuple(here)}). "
+            "Make the model section that of the file."
+        )

@@ -1,0 +1,143 @@
+"""MIR-L's story: train, evaluate, prune the weakest, rewind the survivors, again.
+
+Beside Algorithm 1 of the paper: line 1 theta_0 is `initial`; lines 3 to 5 are `train_and_score`; line 6 the quantile
+and line 7 the mask are `select`; line 8 the rewind is `begin_round`. One-shot baselines (PIR-OSM, PIR-OSR) are one cut
+after round 0 and no rewind. Differs from the released code where that drops the first values (see pruning/rewind).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mirl_dist.distributed.ranks import Ranks
+from mirl_dist.errors import Fault
+from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning.prune import Pruned
+from mirl_dist.pruning.rewind import rewind, rewound_names, unproven
+from mirl_dist.training.state import State
+from mirl_dist.training.ticket import Ticket
+
+
+@dataclass(frozen=True)
+class Lottery:
+    """How rounds follow one another.
+
+    rounds: pruned rounds after round 0. rewinds_to: 'initial', 'step', 'rate' or 'finetune', as in the config; what:
+    'all' or 'published' tensors. began: the optimiser step that rounds after round 0 begin at, of `steps_per_epoch`.
+    """
+
+    rounds: int
+    target_sparsity: float | None
+    rewinds_to: str
+    what: str
+    began: int
+    steps_per_epoch: int
+
+    def finished(self, ticket: Ticket) -> bool:
+        reached = self.target_sparsity is not None and ticket.total_sparsity >= self.target_sparsity
+        return ticket.round >= self.rounds or reached
+
+    def rewound(self, state: State, round_: int) -> frozenset[str]:
+        """The tensors that round `round_` begins with earlier values of."""
+        if self.rewinds_to in ("rate", "finetune"):
+            return frozenset()
+        return rewound_names(state.weights, self.what, round_)
+
+
+def play(
+    lottery: Lottery,
+    state: State,
+    initial: dict[str, Tensor],
+    ranks: Ranks,
+    *,
+    newest: Ticket | None,
+    train_and_score: Callable[[], Ticket],
+    record: Callable[[Ticket], None],
+    select: Callable[[], Pruned],
+    rewind_point: Callable[[], dict[str, Tensor]],
+    stop_if_asked: Callable[[str], None],
+) -> None:
+    """Play all rounds that are still to do.
+
+    newest: the ticket of `state.progress.round` when that round is finished already (its weights are in `state`).
+    train_and_score: trains the round from its position and makes its ticket; record: keeps a ticket, twice is once;
+    select: the masks of the next round; rewind_point: the values that survivors return to; stop_if_asked: raises
+    Stopped on all ranks when any was asked, naming what comes next: until the next round trains, its parent's ticket is
+    all that a restart needs. Raises Fault naming rank and tensor when a law is broken.
+    """
+    while True:
+        if newest is None:
+            prove_first_values(state, initial, ranks)
+            newest = train_and_score()
+        record(newest)
+        if lottery.finished(newest):
+            return
+        stop_if_asked("selecting")
+        with ranks.in_phase("selecting"):
+            prove_replicas(state, ranks)
+            pruned = select()
+        stop_if_asked("pruning")
+        with ranks.in_phase("pruning"):
+            ranks.agree("the new masks", masking.digest_of_masks(state.whole(pruned.masks)))
+        with ranks.in_phase("rewinding"):
+            begin_round(lottery, state, rewind_point(), ranks, pruned, newest)
+        stop_if_asked("the next round")
+        newest = None
+
+
+def begin_round(
+    lottery: Lottery, state: State, point: dict[str, Tensor], ranks: Ranks, pruned: Pruned, parent: Ticket
+) -> None:
+    """Rewind the survivors to `point` under the new masks, and prove it on every rank."""
+    round_ = parent.round + 1
+    names = lottery.rewound(state, round_)
+    rewind(state.weights, point, pruned.masks, names)
+    state.engine.written()
+    prove(
+        f"the weights at the start of round {round_} are not mask x what they were rewound to",
+        unproven(state.weights, point, pruned.masks, names),
+        ranks,
+    )
+    state.begin_round(
+        round_,
+        pruned.masks,
+        threshold=pruned.threshold,
+        parent=parent.digest(),
+        began=lottery.began,
+        steps_per_epoch=lottery.steps_per_epoch,
+    )
+
+
+def prove_first_values(state: State, initial: dict[str, Tensor], ranks: Ranks) -> None:
+    """Every rank holds the same initial weights, by digest."""
+    ranks.agree("the initial weights", masking.digest_of(state.whole(initial)))
+
+
+def prove_replicas(state: State, ranks: Ranks) -> None:
+    """Every rank that holds the trained weights holds the same; parts that one rank alone holds cannot drift apart."""
+    if state.engine.held.whole:
+        ranks.agree("the trained weights", masking.digest_tensors(state.weights))
+
+
+def prove_dead_weights(state: State, ranks: Ranks) -> None:
+    """Dead weights are exactly zero on every rank after training."""
+    prove(
+        f"pruned weights moved in round {state.progress.round}",
+        masking.open_dead(state.weights, state.masks),
+        ranks,
+    )
+
+
+def prove(broken: str, tensor: str | None, ranks: Ranks) -> None:
+    """Raise Fault on every rank when any rank names a tensor."""
+    found = ranks.gather_objects(tensor)
+    odd = [f"{ranks.names[rank]}, tensor '{name}'" for rank, name in enumerate(found) if name is not None]
+    if odd:
+        raise Fault(
+            f"{broken}: {'; '.join(odd)}. The round cannot be trusted and was not recorded; start again with "
+            "--resume auto, and report this with the run's config.",
+            everywhere=True,
+        )

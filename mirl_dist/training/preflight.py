@@ -1,0 +1,153 @@
+"""What is known of a run before any rank starts, and all that can be refused then."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+
+from mirl_dist import models
+from mirl_dist.config.config import Config, differences, of_dump
+from mirl_dist.data.sampler import Order, Shares, ranks_in_words, share_batch
+from mirl_dist.data.shards import Shards
+from mirl_dist.distributed.ranks import Ranks
+from mirl_dist.errors import Fault
+from mirl_dist.evaluation import evaluate
+from mirl_dist.evaluation.protocols import PROTOCOLS
+from mirl_dist.observability.mlflow import tracker
+from mirl_dist.pruning.criteria import CRITERIA
+from mirl_dist.pruning.prune import in_scope
+from mirl_dist.storage import Store
+from mirl_dist.tickets.open import store_of
+from mirl_dist.training import initial
+from mirl_dist.training.checkpoint import Checkpoints
+
+
+class Prepared(NamedTuple):
+    """What is known of a run before any rank starts: its data, its order, its shares, its place."""
+
+    shards: Shards
+    order: Order
+    shares: Shares
+    jobs: list[evaluate.Job]
+    store: Store
+
+
+class _Told(NamedTuple):
+    """What rank 0 has read and tells the others: so that a store is not asked by every rank."""
+
+    manifest: bytes
+    jobs: list[evaluate.Job]
+
+
+def prepare(config: Config, world: int, resume: str) -> Prepared:
+    """Everything that can be refused before work begins, refused; nothing is written.
+
+    resume: 'auto', 'never' or 'must'. Raises Fault.
+    """
+    shards = Shards(store_of(config, config.data.shards))
+    order, shares = order_of(config, shards), share_batch(config.batch.global_, config.batch.forward, world)
+    shards.refuse_larger_patches(config.data.patch_pixels)
+    if config.data.damage == "refuse":
+        shards.refuse_missing("train", "evaluate")
+    else:
+        shards.refuse_missing("evaluate")
+    said = config.evaluate
+    jobs = evaluate.plan(shards, order.tasks, said.sets, said.pictures, [PROTOCOLS[name] for name in said.protocols])
+    _refuse_unknown_scores(config.keep.by, sorted({job.name for job in jobs}))
+    _refuse_too_many_steps(config, order.steps_per_epoch)
+    store = store_of(config, config.run.folder)
+    refuse_another_run_in(Checkpoints(store), config, shards.manifest.digest(), resume)
+    with torch.device("meta"):
+        names = [n for n, _ in models.create(config.model.name, **config.model.sizes()).named_parameters()]
+    in_scope(names, config.prune.scope)
+    return Prepared(shards, order, shares, jobs, store)
+
+
+def prepare_together(config: Config, resume: str, ranks: Ranks) -> Prepared:
+    """`prepare` on every rank, with all reading and judging done by rank 0 alone."""
+    mine: list[Prepared] = []
+
+    def on_main() -> _Told:
+        mine.append(prepare(config, ranks.world, resume))
+        if config.tracking.enabled:
+            tracker.refuse(config.tracking.uri)
+        return _Told(mine[0].shards.manifest.dump(), mine[0].jobs)
+
+    told = ranks.from_main(on_main, what="manifest")
+    if mine:
+        return mine[0]
+    shards = Shards(store_of(config, config.data.shards), told.manifest)
+    shares = share_batch(config.batch.global_, config.batch.forward, ranks.world)
+    return Prepared(shards, order_of(config, shards), shares, told.jobs, store_of(config, config.run.folder))
+
+
+def order_of(config: Config, shards: Shards) -> Order:
+    """The order of a config's samples. Raises Fault for a mix that the shards cannot feed."""
+    return Order(
+        config.data.mix,
+        shards.train,
+        config.batch.global_,
+        config.run.seed,
+        mix_by=config.data.mix_by,
+        steps_per_epoch=config.data.steps_per_epoch,
+    )
+
+
+def _refuse_unknown_scores(globs: tuple[str, ...], names: list[str]) -> None:
+    """Raise Fault for a glob of keep.by that no score will answer to."""
+    scores = [f"{kind}/{name}" for name in names for kind in ("psnr", "ssim")]
+    for glob in globs:
+        if not any(fnmatchcase(score, glob) for score in scores):
+            raise Fault(f"keep.by: '{glob}' names no score; there will be {', '.join(scores) or 'none'}. Correct it.")
+
+
+def _refuse_too_many_steps(config: Config, steps_per_epoch: int) -> None:
+    """Raise Fault for a rewind point that round 0 does not pass, and for more batches to score by than a round has."""
+    steps, at, batches = steps_per_epoch * config.train.epochs, config.rewind.step, config.prune.criterion_batches
+    if at is not None and at >= steps:
+        raise Fault(f"rewind.step: found {at}, but a round has {steps} steps. Give an earlier one.")
+    if CRITERIA[config.prune.criterion].needs == "gradients" and batches > steps:
+        raise Fault(f"prune.criterion_batches: found {batches}, but a round has {steps} steps. Give fewer.")
+
+
+def refuse_another_run_in(checkpoints: Checkpoints, config: Config, manifest_digest: str, resume: str) -> None:
+    """Raise Fault when the folder holds another run than this one, or resume says otherwise."""
+    where = checkpoints.store.where()
+    found = checkpoints.identity()
+    if found is None:
+        if resume == "must":
+            raise Fault(f"--resume must, but {where} holds no run. Correct run.folder, or use --resume auto.")
+        if checkpoints.commits():
+            raise Fault(f"{where} holds commits but no run.json. Restore it, or choose another run.folder.")
+        initial.refuse_absent(config)
+        return
+    if resume == "never":
+        raise Fault(f"--resume never, but {where} holds a run. Choose another run.folder, or use --resume auto.")
+    if found["fingerprint"] != config.fingerprint():
+        other = of_dump(found["config"], f"{where}/run.json")
+        said = "; ".join(differences(config, other)[:6]) or "another version wrote it"
+        raise Fault(
+            f"{where} belongs to another config (fingerprint {found['fingerprint']}, this one is "
+            f"{config.fingerprint()}): {said}. Choose another run.folder, or restore those values."
+        )
+    if found["manifest_digest"] != manifest_digest:
+        raise Fault(
+            f"{where} was trained on shards with digest {found['manifest_digest'][:12]}, {config.data.shards} has "
+            f"{manifest_digest[:12]}: other data. Point data.shards to the first ones, or choose another run.folder."
+        )
+
+
+def describe(config: Config, prepared: Prepared, world: int) -> str:
+    """The recipe in numbers, so that nobody's drifts silently with the number of ranks."""
+    shares, steps = prepared.shares, prepared.order.steps_per_epoch
+    passes = "pass" if shares.accumulation == 1 else "passes"
+    samples = steps * config.batch.global_ * config.train.epochs
+    o = config.optimiser
+    return (
+        f"{ranks_in_words(world)} x {shares.accumulation} {passes} x {shares.forward} samples = global batch "
+        f"{config.batch.global_}; {steps} steps per epoch, {config.train.epochs} epochs, "
+        f"{samples:,} samples per round; {o.name}, learning rate {o.lr:g}, "
+        f"warm-up {config.schedule.warmup_epochs:g} epochs, {config.train.precision}"
+    )

@@ -1,0 +1,184 @@
+"""All that a restart needs, as one object: weights, moments, masks, and a few numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from mirl_dist.distributed.engines.base import Engine, wholes
+from mirl_dist.distributed.engines.sharding import Held
+from mirl_dist.errors import Fault
+from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning.masks import Masks
+from mirl_dist.pruning.partition import Sizes, sizes
+from mirl_dist.training.ticket import Curve
+
+
+class Progress(BaseModel):
+    """Where a run stands. epoch, step: the next optimiser step of the round; updates: optimiser steps done in it.
+
+    bad: global batches of this round that were left out, their loss or gradient not being finite; unreported: losses
+    and samples per task since the last report, summed over ranks; samples: read by all ranks in all rounds; skipped:
+    reads of this round in which a sample stood in for a damaged one; damaged: what this round met that was damaged,
+    'shard' or 'shard key' -> why; seconds: spent training in all rounds; threshold, parent: of the round's mask and of
+    the ticket it was made from (None in a dense round 0). began: the optimiser step that the round began at; curve:
+    scores within it; rewind_digest: of the weights that later rounds return to, where those are of a step of round 0.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    round: int = 0
+    epoch: int = 0
+    step: int = 0
+    updates: int = 0
+    bad: int = 0
+    unreported: list[list[float]] = []
+    samples: int = 0
+    skipped: int = 0
+    damaged: dict[str, str] = {}
+    seconds: float = 0.0
+    threshold: float = 0.0
+    parent: str | None = None
+    mask_digest: str = ""
+    began: int = 0
+    curve: Curve = Curve()
+    rewind_digest: str = ""
+
+
+class Snapshot(NamedTuple):
+    """A run at one moment, on the CPU and out of training's way."""
+
+    progress: Progress
+    masks: Masks
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+
+def _alone(values: Tensor, *, what: str = "") -> Tensor:
+    return values.unsqueeze(0)
+
+
+@dataclass
+class State:
+    """The live run of one rank: its engine's weights, the masks of what it holds of them, and the position.
+
+    parent: the digest of the ticket that the run began from, if any; gather: a tensor of every rank, (ranks, *shape):
+    asked where ranks hold parts, and then by all of them. counts: of the masks, over all ranks.
+    """
+
+    engine: Engine
+    masks: Masks
+    parent: str | None = None
+    gather: Callable[..., Tensor] = _alone
+    progress: Progress = field(default_factory=Progress)
+    counts: Sizes = field(init=False)
+    _copies: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.begin_round(0, self.masks, threshold=0.0, parent=self.parent)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What this rank holds of each parameter, live."""
+        return self.engine.weights
+
+    def begin_round(
+        self,
+        round_: int,
+        masks: Masks,
+        *,
+        threshold: float,
+        parent: str | None,
+        began: int = 0,
+        steps_per_epoch: int = 1,
+    ) -> None:
+        """A fresh optimiser and the position of optimiser step `began` of a round. Weights are the caller's."""
+        self.masks = {name: mask.to(self.weights[name].device) for name, mask in masks.items()}
+        self.counts = sizes(self.masks, self.engine.share, self.gather)
+        self.engine.begin()
+        self.progress = Progress(
+            round=round_,
+            epoch=began // steps_per_epoch,
+            step=began % steps_per_epoch,
+            updates=began,
+            began=began,
+            rewind_digest=self.progress.rewind_digest,
+            samples=self.progress.samples,
+            seconds=self.progress.seconds,
+            threshold=threshold,
+            parent=parent,
+            mask_digest=masking.digest_of_masks(self.whole(self.masks)),
+        )
+
+    def total(self) -> int:
+        """Parameters of the whole network."""
+        return sum(torch.Size(shape).numel() for shape in self.engine.held.shapes.values())
+
+    def whole(self, parts: Mapping[str, Tensor], held: Held | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors, one by one in the order of names, of parts that lie as the weights do, or as `held` says. A
+        meeting of all ranks for each where they hold parts."""
+        return wholes(parts, held or self.engine.held, self.gather)
+
+    def digest(self) -> str:
+        """Of the whole network's weights; a meeting as `whole`."""
+        return masking.digest_of(self.whole(self.weights))
+
+    def refuse_another_network(self, whole: Mapping[str, Tensor]) -> None:
+        """Raise Fault for names or shapes that are not the network's."""
+        mine, theirs = self.engine.held.shapes, {name: tuple(t.shape) for name, t in whole.items()}
+        if mine != theirs:
+            odd = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
+            raise Fault(
+                f"saved weights and the network differ in {len(odd)} tensors, first '{odd[0]}': saved "
+                f"{theirs.get(odd[0], 'absent')}, network {mine.get(odd[0], 'absent')}. The model section differs.",
+                everywhere=True,
+            )
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy named tensors, held as the weights are, into the network."""
+        for name, weight in self.weights.items():
+            weight.copy_(weights[name])
+        self.engine.written()
+
+    def moments(self) -> dict[str, Tensor]:
+        """What this rank owns of the optimiser's moments: '<weight>.exp_avg' and '<weight>.exp_avg_sq', float32."""
+        return self.engine.moments()
+
+    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+        """The inverse of `moments`, with the count of its updates that were not left out."""
+        self.engine.load_moments(moments, self.progress.updates - self.progress.began - self.progress.bad)
+
+    def snapshot(self, *, keep: bool = True) -> Snapshot | None:
+        """Whole copies of weights and moments as they are now, on the rank that is to `keep` them; else None. The next
+        snapshot is written into the same memory. A meeting of all ranks where they hold parts."""
+        engine = self.engine
+        if not keep and engine.held.whole and engine.owned.whole:
+            return None
+        masks = {n: m.cpu() if keep else m for n, m in self._each(self.masks, engine.held, keep)}
+        weights = dict(self._copied(self._each(self.weights, engine.held, keep)))
+        moments = dict(self._copied(self._each(self.moments(), engine.owned, keep)))
+        if not keep:
+            return None
+        if any(copy.is_pinned() for copy in self._copies.values()):
+            torch.cuda.synchronize()  # the copies are on their way only
+        return Snapshot(self.progress.model_copy(deep=True), masks, weights, moments)
+
+    def _each(self, parts: Mapping[str, Tensor], held: Held, keep: bool) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors for the rank that keeps them; the others only help to make them."""
+        if held.whole and not keep:
+            return
+        for name, tensor in self.whole(parts, held):
+            if keep:
+                yield name, tensor
+
+    def _copied(self, tensors: Any) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            if name not in self._copies:
+                pinned = tensor.device.type == "cuda"  # page-locked memory: the copy runs at the bus's speed
+                self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            yield name, self._copies[name].copy_(tensor, non_blocking=True)

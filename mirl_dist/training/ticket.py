@@ -1,0 +1,263 @@
+"""The record of one round: what was alive, what it scored, and whose child it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from mirl_dist.config import strict_json
+from mirl_dist.errors import Fault
+
+DENSE = "dense"
+"""The method of a round 0 of all weights."""
+MOST_WEIGHTS = 1 << 40
+_Decibel = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+_Likeness = Annotated[float, Field(ge=-1 - 1e-6, le=1 + 1e-6, allow_inf_nan=False)]  # a mean of rounded numbers
+
+
+class Score(BaseModel):
+    """Mean quality of one task on one set. psnr in dB, at most 100 (metrics.PSNR_CEILING_DB); ssim in [-1, 1];
+    degraded_*: of the input itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    psnr: _Decibel
+    ssim: _Likeness
+    degraded_psnr: _Decibel
+    degraded_ssim: _Likeness
+    images: PositiveInt
+
+
+class Curve(BaseModel):
+    """Scores within a round, on the first images of each task and set: steps, and PSNR in dB at each by 'task/set'."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: tuple[int, ...] = ()
+    psnr: dict[str, tuple[float, ...]] = {}
+
+
+class Ticket(BaseModel):
+    """Ticket r: initial weights, mask of round r, the weights that round r trained (by digest), scores, parent.
+
+    alive, prunable, total: weights, counted by masks. density = alive / prunable and total_density = (alive +
+    total - prunable) / total, in (0, 1]; sparsities are 1 minus these. threshold: the largest magnitude removed to
+    make this mask (0 in round 0). skipped: reads of the round in which another sample stood in for a damaged one;
+    damaged: 'shard' or 'shard key' -> what was wrong; bad: global batches that were left out since their loss or
+    gradient was not finite. scores: 'task/set' -> Score by the headline protocol, whose text `protocol` is; also:
+    protocol -> 'task/set' -> Score for every other one; protocols: name -> text of all. measured: how
+    images were restored for scoring ('precision', 'compile', 'tile'). method: the papers' word (config.method);
+    began: the optimiser step that the round's training began at (more than 0 where it was rewound to that step).
+    collapsed: prunable tensors without any alive weight. engine: 'ddp', 'zero1', 'zero2', 'zero3' or 'fsdp'. Digests
+    are hex SHA-256.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: str = "mirl-dist-ticket-1"
+    round: int
+    alive: int
+    prunable: int
+    total: int
+    threshold: float
+    layer_density: dict[str, float]
+    mask_digest: str
+    initial_digest: str
+    weights_digest: str
+    parent: str | None
+    fingerprint: str
+    manifest_digest: str
+    protocol: str
+    scores: dict[str, Score]
+    updates: int
+    samples: int
+    skipped: int = 0
+    bad: int = 0
+    damaged: dict[str, str] = {}
+    method: str = ""
+    seed: int | None = None
+    began: int = 0
+    collapsed: tuple[str, ...] = ()
+    protocols: dict[str, str] = {}
+    also: dict[str, dict[str, Score]] = {}
+    measured: dict[str, str] = {}
+    curve: Curve | None = None
+    seconds: float
+    world: int
+    engine: str = ""
+    versions: dict[str, str]
+
+    @property
+    def density(self) -> float:
+        return self.alive / self.prunable
+
+    @property
+    def sparsity(self) -> float:
+        """Over the prunable weights."""
+        return 1 - self.density
+
+    @property
+    def alive_total(self) -> int:
+        """Weights of the network that are not pruned, unprunable ones included: the papers' parameter column."""
+        return self.total - self.prunable + self.alive
+
+    @property
+    def total_sparsity(self) -> float:
+        """Over all parameters."""
+        return 1 - self.alive_total / self.total
+
+    def digest(self) -> str:
+        """Hex SHA-256 over all that the experiment determines: not time, ranks, engine or versions."""
+        absent = {name for name in _LATER if getattr(self, name) == type(self).model_fields[name].default}
+        told = self.model_dump(mode="json", exclude={"seconds", "world", "engine", "versions"} | absent)
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    def dump(self) -> bytes:
+        return (
+            json.dumps(self.model_dump(mode="json") | {"digest": self.digest()}, indent=1, sort_keys=True) + "\n"
+        ).encode()
+
+    def row(self) -> dict[str, Any]:
+        """What `tickets list --json` prints of it."""
+        return {
+            "round": self.round,
+            "alive": self.alive,
+            "prunable": self.prunable,
+            "total": self.total,
+            "alive_total": self.alive_total,
+            "sparsity": self.sparsity,
+            "total_sparsity": self.total_sparsity,
+            "threshold": self.threshold,
+            "mask_digest": self.mask_digest,
+            "initial_digest": self.initial_digest,
+            "weights_digest": self.weights_digest,
+            "parent": self.parent,
+            "digest": self.digest(),
+            "method": self.method,
+            "seed": self.seed,
+            "collapsed": list(self.collapsed),
+            "protocol": self.protocol,
+            "measured": self.measured,
+            "skipped": self.skipped,
+            "bad": self.bad,
+            "damaged": self.damaged,
+            "scores": {name: score.model_dump() for name, score in self.scores.items()},
+            "also": {p: {name: score.model_dump() for name, score in s.items()} for p, s in self.also.items()},
+            "best_step": self.best_steps(),
+        }
+
+    def best_steps(self) -> dict[str, int]:
+        """'task/set' -> the optimiser steps of this round's training up to the best score on its curve."""
+        if self.curve is None:
+            return {}
+        at = self.curve.steps
+        return {
+            name: at[max(range(len(at)), key=lambda i: (v[i], -i))] - self.began for name, v in self.curve.psnr.items()
+        }
+
+
+# Fields that older tickets lack: at their default they are no part of the digest.
+_LATER = ("bad", "method", "seed", "began", "collapsed", "protocols", "also", "measured", "curve")
+
+
+def parse(data: bytes, where: str) -> Ticket:
+    """The ticket that `dump` wrote, wherever it comes from. Raises Fault for a file that is none, for what no run could
+    have written (numbers outside their ranges, text that would upset a terminal), and where the digest does not fit."""
+    try:
+        raw = json.loads(data, parse_constant=_refuse_constant)
+        claimed = raw.pop("digest", None) if isinstance(raw, dict) else None
+        ticket = Ticket.model_validate(raw)
+        strict_json.parse(json.dumps(_texts(ticket)).encode())
+    except ValidationError as error:
+        first = error.errors()[0]
+        said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".encode("unicode_escape").decode()[:160]
+        raise Fault(f"{where} is not a ticket ({said}). Take it from a run folder.") from None
+    except (ValueError, RecursionError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise Fault(f"{where} is not a ticket ({said}). Take it from a run folder.") from None
+    odd = _impossible(ticket)
+    if odd:
+        raise Fault(f"{where}: its record counts what cannot be: {odd}. Take it from the run folder again.")
+    if claimed != ticket.digest():
+        raise Fault(f"{where}: its content does not have the digest it states. Take it from the run folder again.")
+    return ticket
+
+
+def _refuse_constant(word: str) -> float:
+    raise ValueError(f"{word}, a number that is not finite")
+
+
+def _texts(ticket: Ticket) -> list[str]:
+    """What tables, charts and messages show of a ticket."""
+    found = [ticket.format, ticket.method, ticket.engine, ticket.protocol, ticket.parent or "", ticket.fingerprint]
+    found += [ticket.mask_digest, ticket.initial_digest, ticket.weights_digest, ticket.manifest_digest]
+    found += [*ticket.layer_density, *ticket.collapsed, *ticket.scores]
+    found += [name for scores in ticket.also.values() for name in scores]
+    found += [] if ticket.curve is None else ticket.curve.psnr
+    trees: tuple[Mapping[str, str], ...] = (ticket.protocols, ticket.measured, ticket.versions)
+    return found + [*ticket.also] + [text for tree in trees for pair in tree.items() for text in pair]
+
+
+def _impossible(ticket: Ticket) -> str:
+    """What of a ticket's numbers no run could have found, or nothing."""
+    if not (0 <= ticket.alive <= ticket.prunable <= ticket.total <= MOST_WEIGHTS and ticket.prunable):
+        return "alive, prunable or total"
+    for name in ("round", "updates", "samples", "skipped", "bad", "began", "world"):
+        if not 0 <= getattr(ticket, name) < 2**63:
+            return name
+    if not (math.isfinite(ticket.threshold) and math.isfinite(ticket.seconds) and ticket.seconds >= 0):
+        return "threshold or seconds"
+    dense = [name for name, share in ticket.layer_density.items() if not 0 <= share <= 1]
+    if dense:
+        return f"the density of '{dense[0]}'"
+    curve = ticket.curve
+    if curve is not None and curve.psnr:
+        ragged = {len(curve.steps), *map(len, curve.psnr.values())}
+        if len(ragged) > 1 or 0 in ragged or any(not abs(v) <= 100 for vs in curve.psnr.values() for v in vs):
+            return "the curve"
+    return ""
+
+
+def metrics(ticket: Ticket) -> dict[str, float]:
+    """Flat named numbers for comparison: psnr/<task>/<set> by the headline protocol, psnr.<protocol>/<task>/<set> by
+    others, the same for ssim, alive weights, densities."""
+    found: dict[str, float] = {
+        "alive_weights": ticket.alive_total,
+        "alive_prunable": ticket.alive,
+        "sparsity": ticket.sparsity,
+        "total_sparsity": ticket.total_sparsity,
+        "threshold": ticket.threshold,
+        "skipped_reads": ticket.skipped,
+        "bad_batches": ticket.bad,
+    }
+    for name, score in ticket.scores.items():
+        found[f"psnr/{name}"], found[f"ssim/{name}"] = score.psnr, score.ssim
+    for protocol, scores in ticket.also.items():
+        for name, score in scores.items():
+            found[f"psnr.{protocol}/{name}"], found[f"ssim.{protocol}/{name}"] = score.psnr, score.ssim
+    found |= {f"best_step/{name}": step for name, step in ticket.best_steps().items()}
+    if ticket.scores:
+        found["psnr/mean"] = fmean(s.psnr for s in ticket.scores.values())
+    return found | {f"weights/density/{name}": value for name, value in ticket.layer_density.items()}
+
+
+def validation_score(ticket: Ticket, globs: tuple[str, ...]) -> float:
+    """The mean of the scores that the globs name. Raises Fault when they name none."""
+    from fnmatch import fnmatchcase
+
+    found = metrics(ticket)
+    found.pop("psnr/mean", None)
+    named: Mapping[str, float] = {n: v for n, v in found.items() if n.startswith(("psnr/", "ssim/"))}
+    chosen = [v for n, v in named.items() if any(fnmatchcase(n, g) for g in globs)]
+    if not chosen:
+        raise Fault(
+            f"keep.by: {', '.join(globs)} names no score; there are {', '.join(sorted(named))}. Correct keep.by.",
+            everywhere=True,
+        )
+    return fmean(chosen)

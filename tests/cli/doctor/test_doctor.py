@@ -1,0 +1,451 @@
+"""Laws of the doctor: it names what is needed, what would stop a launch and what to do, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import os
+import re
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mirl_dist.cli.doctor import disks, doctor, machine, memory, services
+from mirl_dist.cli.doctor.plan import tree
+from mirl_dist.config import config as configs
+from mirl_dist.distributed import ranks
+from mirl_dist.distributed.launch import launcher
+from mirl_dist.distributed.launch.launch_file import LaunchFile
+from mirl_dist.errors import Fault
+from mirl_dist.storage import Options, Store, open_store
+from mirl_dist.tickets import open as opening
+from tests.services.ceph_server import MISSING, CephServer
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+PAIR = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+OTHERS = (
+    "AWS_PROFILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+
+
+@pytest.fixture(autouse=True)
+def no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*PAIR, *OTHERS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """What is said of this machine, by the first 16 letters of each line."""
+    capsys.readouterr()
+    doctor.print_machine()
+    return {line[:16].strip(): line[17:] for line in capsys.readouterr().out.splitlines()}
+
+
+def test_every_library_of_the_package_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    project = (REPOSITORY / "pyproject.toml").read_text().partition("\ndependencies = [")[2].partition("\n]")[0]
+    needed = re.findall(r'"([A-Za-z0-9-]+)', project)
+    assert len(needed) > 10 and set(needed) <= lines(capsys).keys()
+
+
+def test_the_place_of_the_shard_cache_is_told_and_not_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path / "job"))
+    said = lines(capsys)["shard cache"]
+    assert re.fullmatch(rf"{tmp_path}/job/\S+, \d+\.\d GB free .*", said)
+    assert not (tmp_path / "job").exists()
+
+
+def test_credentials_of_s3_are_told_of_and_never_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert lines(capsys)["S3 credentials"].startswith("not set")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "swordfish")
+    assert lines(capsys)["S3 credentials"].startswith("not set"), "half of a pair opens nothing"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "swordfish")
+    found = lines(capsys)
+    assert found["S3 credentials"].startswith("set") and "swordfish" not in str(found)
+    for name in PAIR:
+        monkeypatch.delenv(name)
+    (tmp_path / "credentials").write_text("[default]\naws_access_key_id = swordfish\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    found = lines(capsys)
+    assert found["S3 credentials"].startswith("set") and "swordfish" not in str(found)
+
+
+def test_a_plan_for_many_worlds_reads_the_shards_once(
+    lab: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def counted(address: str, options: Options) -> Store:
+        opened.append(address)
+        return open_store(address, options)
+
+    monkeypatch.setattr(opening, "open_store", counted)
+    monkeypatch.chdir(tmp_path)
+    config = configs.read(lab.config(tmp_path), ["batch.global=12", "batch.forward=4", "data.cache.folder=cache"])
+    doctor.print_plan(config)
+    assert opened.count(str(lab.shards)) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"^data\.cache +cache, \d+\.\d GB free$", said, re.MULTILINE) and not (tmp_path / "cache").exists()
+    assert "1 rank x 3 passes x 4 samples = global batch 12" in said
+    assert "2 ranks: batch.forward: 4 samples per pass do not divide the 6" in said
+    assert "4 ranks x 1 pass x 3 samples = global batch 12" in said and "64 ranks: batch.global" in said
+
+
+# -- a launch -----------------------------------------------------------------------------------------------------
+
+ONE, TWO = (str(REPOSITORY / "launch" / name) for name in ("one.yaml", "cpu_two.yaml"))
+QUIET = ("tracking.enabled=false", "train.device=cpu")
+
+
+_PASSES: dict[str, memory.Passes] = {}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder, outside any launch; what a pass takes is counted once for all tests."""
+
+    def passes_of(*asked: Any, count: Any = memory.passes_of) -> memory.Passes:
+        if repr(asked) not in _PASSES:
+            _PASSES[repr(asked)] = count(*asked)
+        return _PASSES[repr(asked)]
+
+    monkeypatch.setattr(memory, "passes_of", passes_of)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def judged(lab: Any, here: Path, launch: str | Path, *sets: str, **more: Any) -> tuple[list[str], dict[str, Any]]:
+    """The lines that are not ok, each a fault or a warning, and the plan."""
+    config = configs.read(lab.config(here), [*QUIET, *sets])
+    said, _ = launcher.choose(config, str(launch))
+    findings, plan = doctor.examine(config, said, more.get("gpu"), more.get("rate"))
+    assert all("\n" not in finding.text for finding in findings)
+    return [finding.line() for finding in findings if finding.kind != "ok"], tree(plan)
+
+
+def launch_of(folder: Path, **keys: Any) -> Path:
+    """A launch file with some keys set otherwise than in launch/cpu_two.yaml."""
+    said = {"num_machines": 1, "num_processes": 2, "distributed_type": "MULTI_GPU", "mixed_precision": "no"}
+    path = folder / "launch.yaml"
+    path.write_text(json.dumps(said | {"machine_rank": 0} | keys))  # JSON is YAML
+    return path
+
+
+def everything(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def test_a_sound_setup_is_told_with_its_plan_in_100_columns_and_leaves_nothing(lab: Any, here: Path) -> None:
+    config = str(lab.config(here))
+    before = everything(here)
+    ended = lab.mirl("doctor", config, "--launch", TWO, "--gpu", "A40", "--rate", "2", cwd=here)
+    assert ended.rc == 0 and ended.err == "", ended.said()
+    checked, _, plan = ended.out.partition("\n\n")
+    assert all(line.startswith("ok ") for line in checked.splitlines())
+    assert {line.split()[1] for line in checked.splitlines()} >= {"world", "port", "devices", "engine", "run.folder"}
+    assert max(map(len, plan.splitlines())) <= 100
+    assert "2 ranks x 1 forward pass x 2 samples" in plan and "3 steps, 12 samples" in plan
+    assert "A40, 44.3 GiB: fits; largest batch.forward that fits: 2" in plan
+    assert "2 epochs, 6 steps; 12 s at 2 samples/s (--rate)" in plan
+    assert everything(here) == before
+
+
+def test_all_faults_are_told_at_once_as_text_and_as_json_and_the_command_fails(
+    lab: Any, here: Path, tmp_path: Path
+) -> None:
+    arguments = ["doctor", str(lab.config(here)), "--launch", str(launch_of(tmp_path, num_processes=3))]
+    arguments += ["--set", "data.shards=nowhere", "--json"]
+    ended = lab.start(*arguments, cwd=here, env={"WORLD_SIZE": "8"}).wait()
+    assert ended.rc == 1, ended.said()
+    told = json.loads(ended.out)
+    faults = {found["about"]: found["text"] for found in told["findings"] if found["kind"] == "FAULT"}
+    assert told["faults"] == len(faults) == 3
+    assert faults["world"].startswith("batch.global: a global batch of 4 cannot be shared by 3 ranks. Use 1, 2, 4")
+    assert re.fullmatch(r"WORLD_SIZE=8 is set, .* has 3 ranks; unset it, or correct the file\.", faults["environment"])
+    assert faults["shards"].startswith("data.shards: nowhere holds no manifest.json. Build shards with")
+    assert told["plan"]["per_rank"] is None and told["plan"]["bytes"]["weights"] > 0
+
+
+def test_options_of_a_launch_without_one_are_refused(lab: Any, here: Path) -> None:
+    for arguments, said in ((["--gpu", "A40"], "without --launch"), (["--launch", TWO], "--launch without a config")):
+        ended = lab.mirl("doctor", *arguments, cwd=here)
+        assert ended.rc == 2 and said in ended.err, ended.said()
+
+
+def test_auto_is_checked_as_train_would_start_it(lab: Any, here: Path) -> None:
+    found, plan = judged(lab, here, "auto")
+    assert found == [] and plan["ranks"] == 2 and plan["engine"] == "ddp"
+
+
+def test_a_port_that_is_in_use_is_a_fault_on_node_0_alone(lab: Any, here: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert judged(lab, here, launch_of(here, main_process_port=port))[0] == [
+            f"FAULT    port         {port} is in use on this machine; give another main_process_port, or 0: any."
+        ]
+        two = {"num_machines": 2, "main_process_ip": "127.0.0.1", "main_process_port": port}
+        assert judged(lab, here, launch_of(here, **two, machine_rank=1))[0] == []
+    silent = judged(lab, here, launch_of(here, **two, machine_rank=1))[0]
+    assert len(silent) == 1 and silent[0].startswith(f"warning  port         127.0.0.1:{port} does not answer")
+    assert judged(lab, here, launch_of(here, **two))[0] == []
+
+
+def test_a_launch_on_a_port_that_is_in_use_is_refused_as_the_doctor_says(lab: Any, here: Path) -> None:
+    config = configs.read(lab.config(here), [*QUIET])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        file, options = launcher.choose(config, str(launch_of(here, main_process_port=port)))
+        with pytest.raises(Fault, match=f"main_process_port: {port} is in use on this machine; give another .*0: any"):
+            launcher.launch(config, file, options, ["train"], [], "auto", lambda: pytest.fail("it goes on"))
+    for name in ("", " "):
+        with pytest.raises(Fault, match="--launch: found an empty name. Give a file from launch/, or auto"):
+            launcher.choose(config, name)
+
+
+def test_the_memory_of_a_container_is_what_its_groups_leave(tmp_path: Path) -> None:
+    groups, root = tmp_path / "cgroup", tmp_path / "fs"
+    for place, limit in (("", "max"), ("pod", "5000"), ("pod/one", "max"), ("other", "1")):
+        (root / place).mkdir(parents=True, exist_ok=True)
+        (root / place / "memory.max").write_text(f"{limit}\n")
+    groups.write_text("0::/pod/one/not-seen-here\n")
+    assert machine.memory_limits(groups, root) == [5000]
+    (root / "memory/job").mkdir(parents=True)
+    (root / "memory/job/memory.limit_in_bytes").write_text("3000\n")
+    groups.write_text("9:cpu,memory:/job/step\n3:cpuset:/other\n1:name=systemd:/other\n0::/\n")
+    assert machine.memory_limits(groups, root) == [3000]
+    assert machine.memory_limits(tmp_path / "none", root) == []
+
+
+def test_an_address_that_has_no_host_is_a_fault(lab: Any, here: Path) -> None:
+    said = launch_of(here, num_machines=2, main_process_ip="nobody.invalid", main_process_port=29500)
+    (line,) = judged(lab, here, said)[0]
+    assert line.startswith("FAULT    address      nobody.invalid has no address") and "correct main_process_ip" in line
+
+
+def test_more_ranks_than_gpus_and_gpus_without_room_are_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configs.Config()
+    said = LaunchFile(Path("x"), 2, 1, 0, 2, "ddp", False, "none", None, 0)
+    monkeypatch.setattr(ranks, "backends", lambda: {"gloo": True, "nccl": True})
+    monkeypatch.setattr(ranks, "gpus", lambda: 1)
+    (one,) = machine.devices(config, said, None)
+    assert one.kind == "FAULT" and one.text.startswith("2 ranks per node, but 1 GPUs here; lower num_processes")
+    monkeypatch.setattr(ranks, "gpus", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda n: ((40 - 30 * n) * 2**30, 48 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda n: "A40")
+    (full,) = machine.devices(config, said, 20 * 2**30)
+    assert full.kind == "FAULT"
+    assert full.text.startswith("a rank needs about 20.0 GiB, free are GPU 1 (10.0 GiB); lower batch.forward")
+    assert [f.kind for f in machine.devices(config, said, 2**30)] == ["ok"]
+
+
+def test_a_gpu_that_is_too_small_is_a_fault_with_what_fits(lab: Any, here: Path) -> None:
+    sets = ("model={dim: 48}", "batch.global=512", "data.patch_pixels=32", "data.mix={denoise_25: 300}")
+    (line,), plan = judged(lab, here, TWO, *sets, gpu="A40")
+    assert line.startswith("FAULT    GPU          a rank needs about ") and "A40 has 44.3 GiB" in line
+    assert plan["fits"] is False and plan["largest_forward"] == 128
+
+
+def test_a_full_disk_is_a_fault_with_how_much_is_needed_where(lab: Any, here: Path) -> None:
+    small = here / "small"
+    small.mkdir()
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True, check=False
+        ).returncode
+    ):
+        pytest.skip("needs the right to mount a tmpfs: run as root")
+    try:
+        (line,) = judged(lab, here, TWO, f"run.folder={small}/run")[0]
+        assert re.fullmatch(
+            rf"FAULT    disk         the run in {small}/run needs 1\d\.\d MB, free are 1\.05 MB: make room for 1\d\.\d "
+            r"MB, or choose another disk\.",
+            line,
+        )
+        (small / "filling").write_bytes(bytes(2**20 - 4096))
+        found = judged(lab, here, TWO, f"run.folder={small}/run")[0]
+        assert any("FAULT    run.folder" in one and "No space left on device" in one for one in found), found
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    assert os.listdir(small) == []
+
+
+def test_a_cache_on_a_network_disk_is_warned_of() -> None:
+    mounts = "disk / ext4 rw 0 0\nserver:/home /home nfs4 rw 0 0\ndisk /home/local\\040disk xfs rw 0 0\n"
+    assert disks.kind_of_disk(Path("/home/me"), mounts) == "nfs4"
+    assert disks.kind_of_disk(Path("/home/local disk/x"), mounts) == "xfs"
+    assert disks.kind_of_disk(Path("/homely"), mounts) == "ext4"
+    (far,) = disks.cache(Path("/tmp/none"), "server:/ / nfs rw 0 0\n")
+    assert far.kind == "warning" and far.text.endswith("set data.cache.folder to a disk of the node.")
+
+
+def test_a_shared_memory_that_is_too_small_for_the_loaders_is_a_fault(tmp_path: Path) -> None:
+    said = LaunchFile(Path("x"), 1, 1, 0, 1, "ddp", False, "none", None, 0)
+    config = configs.Config()
+    huge = config.model_copy(update={"data": config.data.model_copy(update={"patch_pixels": 10**6})})
+    (line,) = [f for f in machine.limits(huge, said, tmp_path) if f.about == "memory"]
+    assert line.kind == "FAULT" and "enlarge it (docker: --shm-size), or lower data.workers." in line.text
+
+
+class Late(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder, and a tracking server that knows nothing; its clock is `ahead` seconds ahead."""
+
+    ahead = 0.0
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return super().date_time_string(time.time() + self.ahead)
+
+    def do_GET(self) -> None:
+        if not self.path.startswith("/api/"):
+            super().do_GET()
+            return
+        body = b'{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "none"}'
+        self.send_response(404)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def late(lab: Any) -> Iterator[str]:
+    """The address of a server that serves the tiny shards."""
+    handler = functools.partial(Late, directory=str(lab.shards))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(("ahead", "kind"), [(0.0, None), (300.0, "warning"), (-2000.0, "FAULT")])
+def test_a_clock_that_is_off_is_told_by_how_much_and_which_way(
+    lab: Any, here: Path, late: str, monkeypatch: pytest.MonkeyPatch, ahead: float, kind: str | None
+) -> None:
+    monkeypatch.setattr(Late, "ahead", ahead)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    found, _ = judged(lab, here, TWO, f"data.shards={late}", f"data.cache.folder={here}/cache")
+    if kind is None:
+        assert found == []
+        return
+    way = "behind" if ahead > 0 else "ahead of"
+    (line,) = found
+    text = rf"{kind:8} clock        this clock is \d+ s {way} that of {late}; S3 refuses from 900 s: set it \(chrony, N"
+    assert re.match(text, line) and abs(int(line.split()[5]) - abs(ahead)) < 60
+    assert not (here / "cache").exists()
+
+
+def test_a_tracking_server_that_is_away_is_a_fault_which_shows_no_password(
+    lab: Any, here: Path, late: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        away = f"127.0.0.1:{nobody.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:swordfish@{away}")
+        (line,) = judged(lab, here, TWO, "tracking.enabled=true")[0]
+    assert line.startswith(f"FAULT    MLflow       http://{away}: ") and "Connection refused" in line
+    assert "swordfish" not in line and "Check the server" in line
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:hunt/er2secret@{away}")
+    (line,) = judged(lab, here, TWO, "tracking.enabled=true")[0]
+    assert "hunt" not in line and "secret" not in line and "Write a / in a password as %2F" in line
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:99999")
+    (line,) = judged(lab, here, TWO, "tracking.enabled=true")[0]
+    assert "found the port 99999, which is out of range" in line and "s3://" not in line
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", late)
+    assert judged(lab, here, TWO, "tracking.enabled=true")[0] == []
+    assert os.environ.get("MLFLOW_TRACKING_URI") == late
+
+
+def test_a_sqlite_store_is_looked_at_and_not_made(lab: Any, here: Path) -> None:
+    assert judged(lab, here, TWO, "tracking.enabled=true")[0] == []
+    assert not (here / "mlflow.db").exists() and not (here / "mlruns").exists()
+    (here / "mlflow.db").write_text("this is no database, whatever its name says" * 100)
+    (line,) = judged(lab, here, TWO, "tracking.enabled=true")[0]
+    assert line.startswith("FAULT    MLflow") and "not a database; correct tracking.uri" in line
+
+
+def test_a_run_of_another_config_in_the_folder_is_a_fault(lab: Any, here: Path, reference: Path) -> None:
+    before = everything(reference)
+    found, plan = judged(lab, here, TWO, f"run.folder={reference}")
+    assert found == [] and plan["seconds_per_round"] > 0, "the rate that the run itself measured"
+    config = configs.read(lab.config(here), [*QUIET, f"run.folder={reference}"])
+    (over,) = services.the_run(config, None)
+    assert over.text.startswith("finished: newest commit ")
+    more = config.model_copy(update={"prune": config.prune.model_copy(update={"rounds": 9})})
+    assert [found.text.partition(":")[0] for found in services.the_run(more, None)] == ["goes on"]
+    (line,) = judged(lab, here, TWO, f"run.folder={reference}", "optimiser.lr=0.5")[0]
+    assert line.startswith(f"FAULT    run          {reference} belongs to another config")
+    assert everything(reference).keys() == before.keys()
+
+
+@pytest.fixture(scope="module")
+def ceph() -> Iterator[CephServer]:
+    if not CephServer.installed():
+        pytest.skip(MISSING)
+    with CephServer() as running:
+        assert isinstance(running, CephServer)
+        yield running
+
+
+def test_every_right_that_is_missing_in_a_bucket_is_named_and_no_probe_stays(
+    lab: Any, here: Path, ceph: CephServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = ceph.bucket("runs")
+    client, place = ceph.client(), f"run.folder={bucket}/a/run"
+    guest = ceph.user("guest", "guest-secret")
+
+    def allow(*rights: str) -> None:
+        on = ["arn:aws:s3:::runs", "arn:aws:s3:::runs/*"]
+        who = {"AWS": ["arn:aws:iam:::user/guest"]}
+        said = {"Effect": "Allow", "Principal": who, "Action": [f"s3:{right}" for right in rights], "Resource": on}
+        client.put_bucket_policy(Bucket="runs", Policy=json.dumps({"Version": "2012-10-17", "Statement": [said]}))
+
+    for name, value in ceph.env().items():
+        monkeypatch.setenv(name, value)
+    assert judged(lab, here, TWO, place)[0] == []
+    for name, value in guest.items():
+        monkeypatch.setenv(name, value)
+    allow("GetObject", "ListBucket", "DeleteObject")
+    found = judged(lab, here, TWO, place)[0]
+    assert [line.split(": ")[0].split("   ")[-1].strip() for line in found] == ["put", "conditional put"]
+    assert all(re.search(r"FAULT .* needs the right s3:PutObject on it\. Grant it", line) for line in found), found
+    allow("GetObject", "ListBucket", "PutObject")
+    refused, untried = judged(lab, here, TWO, place)[0]
+    assert "FAULT    run.folder   delete: s3://runs/a/run" in refused and "s3:DeleteObject" in refused
+    assert untried.startswith("warning  run.folder   put: not tried in s3://runs/a/run, for a probe would stay")
+    (absent,) = judged(lab, here, TWO, "run.folder=s3://nobody/run")[0]
+    assert "the bucket does not exist. Create it" in absent, "said once, not for each right"
+    allow("PutObject", "DeleteObject", "GetObject")
+    found = judged(lab, here, TWO, place)[0]
+    assert any("FAULT    run.folder   list: " in line and "s3:ListBucket on the bucket" in line for line in found)
+    assert "Contents" not in client.list_objects_v2(Bucket="runs"), "a probe was left behind"

@@ -1,0 +1,267 @@
+"""Laws of a sweep's plan: what it expands to, what it refuses, the commands that it prints, who gets which GPU."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mirl_dist.cli.sweep import spec as plans
+from mirl_dist.cli.sweep.spec import Plan, Planned, Stand
+from mirl_dist.config import config as configs
+from mirl_dist.config import yaml_loader
+from mirl_dist.errors import Fault
+
+ROOT = Path(__file__).resolve().parents[3]
+DEMO = ROOT / "configs" / "demo.yaml"
+BASE = {"model": {"dim": 24, "heads": [1, 2, 4, 8]}, "prune": {"rounds": 3, "fraction": 0.25}}
+METHODS: dict[str, Any] = {"dense": {"prune.rounds": 0}, "mirl": {}, "random": {"prune": {"criterion": "random"}}}
+
+
+@pytest.fixture
+def swept(tmp_path: Path) -> Any:
+    """Reads a sweep of METHODS and two seeds, with some of its keys changed."""
+    (tmp_path / "base.yaml").write_text(json.dumps(BASE))
+
+    def read(sets: tuple[str, ...] = (), **more: Any) -> Plan:
+        tree = {"config": str(tmp_path / "base.yaml"), "folder": "runs/s", "methods": METHODS, "seeds": [0, 3]}
+        (tmp_path / "trial.yaml").write_text(json.dumps({k: v for k, v in (tree | more).items() if v is not None}))
+        return plans.read(tmp_path / "trial.yaml", sets)
+
+    return read
+
+
+def refused(swept: Any, *pieces: str, **more: Any) -> str:
+    with pytest.raises(Fault) as caught:
+        swept(**more)
+    for piece in pieces:
+        assert piece in str(caught.value), str(caught.value)
+    return str(caught.value)
+
+
+def test_every_method_is_planned_with_every_seed_all_of_the_first_seed_first(swept: Any) -> None:
+    plan = swept()
+    assert [(run.method, run.seed) for run in plan.runs] == [(m, s) for s in (0, 3) for m in METHODS]
+    assert [run.folder for run in plan.runs][:2] == ["runs/s/dense-seed0", "runs/s/mirl-seed0"]
+    by_name = {run.name: run.config for run in plan.runs}
+    assert len(by_name) == 6 and {config.run.folder for config in by_name.values()} == {r.folder for r in plan.runs}
+    assert by_name["dense-seed3"].prune.rounds == 0 and by_name["mirl-seed3"].prune.rounds == 3
+    assert by_name["random-seed3"].run.seed == 3
+    assert by_name["random-seed3"].tracking.run_name == "trial/random-seed3"
+
+
+def test_a_section_written_as_a_mapping_changes_its_own_keys_and_leaves_the_others(swept: Any) -> None:
+    random = next(run for run in swept().runs if run.method == "random").config
+    assert (random.prune.criterion, random.prune.rounds, random.prune.fraction) == ("random", 3, 0.25)
+    mixed = swept(set={"data": {"mix": {"derain": 2}, "cache.gigabytes": 1}}).runs[0].config
+    assert mixed.data.mix == {"derain": 2.0}, "a key whose value is a mapping is replaced"
+    assert mixed.data.cache.gigabytes == 1
+
+
+def test_what_all_runs_share_yields_to_what_a_method_says(swept: Any) -> None:
+    runs = swept(set={"prune.rounds": 9, "train.epochs": 30}).runs
+    assert [run.config.prune.rounds for run in runs[:3]] == [0, 9, 9]
+    assert {run.config.train.epochs for run in runs} == {30}
+
+
+def test_all_that_is_wrong_with_a_sweep_comes_at_once_with_the_nearest_key(swept: Any) -> None:
+    text = refused(
+        swept,
+        "5 faults in ",
+        "slot: found an unknown key (value 2); the nearest key is 'slots'",
+        "methods: found the name 'a/b'",
+        "seeds: found [1, 1]; name each once",
+        "folder: found https://",
+        "set: found run.seed; leave it out: write seeds",
+        slot=2,
+        methods={"a/b": {}},
+        seeds=[1, 1],
+        folder="https://host/runs",
+        set={"run": {"seed": 4}},
+    )
+    assert text.count("\n") == 5
+
+
+def test_all_that_is_wrong_with_runs_comes_at_once_naming_the_methods(swept: Any) -> None:
+    methods = {"a": {"prune.rouds": 1}, "b": {"prune.fraction": 2, "train.epochs": 30}, "c": {"optimizer.lr": 1}}
+    text = refused(
+        swept,
+        "nothing was started",
+        "a: prune.rouds: found an unknown key (value 1); the nearest key is 'rounds'",
+        "b: prune.fraction: found 2",
+        "c: optimizer: found an unknown key (value {'lr': 1}); the nearest key is 'optimiser'",
+        "all methods: batch.global: found 0",
+        methods=methods,
+        set={"batch.global": 0},
+    )
+    assert text.startswith("4 faults in the runs of ") and text.count("\n") == 4, "each once, not once for every seed"
+
+
+def test_methods_that_are_the_same_config_are_refused(swept: Any) -> None:
+    methods = METHODS | {"again": {"prune.rounds": 3}}
+    assert refused(swept, "mirl, again: these are the same config", methods=methods).count("\n") == 1
+    methods = METHODS | {"longer": {"prune.rounds": 4}}
+    assert len(swept(methods=methods).runs) == 8, "the number of rounds tells methods apart"
+
+
+def test_names_that_a_disk_may_take_for_one_are_refused(swept: Any) -> None:
+    refused(swept, "methods: found 'Dense' and another that differs in capitals", methods=METHODS | {"Dense": {}})
+    with pytest.raises(Fault, match="the key 'mirl' stands here twice"):
+        swept(("methods={mirl: {}, mirl: {}}",))
+    refused(
+        swept,
+        "methods.a: found prune.rounds twice; write it once",
+        methods={"a": {"prune.rounds": 1, "prune": {"rounds": 2}}},
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sets(st.from_regex(r"[a-z0-9](-seed|[a-z0-9._-]){0,8}", fullmatch=True), min_size=1, max_size=4))
+def test_no_two_runs_ever_share_a_folder(names: set[str]) -> None:
+    methods = {name: {"optimiser.lr": number + 1} for number, name in enumerate(sorted(names))}
+    sweep = plans.Sweep(config=str(DEMO), folder="f", methods=methods, seeds=(0, 1, 11))
+    assert not sweep.contradictions()
+    assert len({run.config.run.folder for run in plans.expand(sweep, "s", "s.yaml")}) == 3 * len(names)
+
+
+def test_a_sweep_without_its_config_says_so(swept: Any, tmp_path: Path) -> None:
+    refused(swept, "no file at nowhere.yaml", config="nowhere.yaml")
+    refused(swept, "methods: found {}", methods={})
+    refused(swept, "config: missing; give it a value", "seeds: found []", config=None, seeds=[])
+
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
+
+
+@given(PLAIN | st.lists(PLAIN, max_size=3) | st.dictionaries(st.text(max_size=3), PLAIN, max_size=2))
+@example(["\n", "\U00010000", 3, None, "3", "\x85\u2028\ufeff\x00"])
+def test_any_value_survives_the_command_line_in_one_line(value: Any) -> None:
+    said = plans.assignment("a.b", value)
+    assert len(said.splitlines()) <= 1 or said == "a.b="
+    tree: dict[str, Any] = {}
+    yaml_loader.apply_set(tree, said)
+    assert tree == {"a": {"b": value}}
+
+
+def test_a_printed_command_pasted_into_a_shell_is_that_run(swept: Any) -> None:
+    said = {"tracking.experiment": "it's; $HOME & co", "evaluate.sets": ["a b", "c"], "optimiser.lr": 1e-5}
+    plan = swept(set=said, folder="runs/a b", launch="launch/my file.yaml")
+    for run in plan.runs:
+        program, command, config, *rest = shlex.split(plans.line(plan, run))
+        assert (program, command, rest[:2]) == ("mirl-dist", "train", ["--launch", "launch/my file.yaml"])
+        sets = [text for flag, text in zip(rest[2::2], rest[3::2], strict=True) if flag == "--set"]
+        assert configs.read(Path(config), sets) == run.config
+        assert "\n" not in plans.line(plan, run)
+
+
+def test_a_bucket_s_logs_lie_on_this_machine(swept: Any) -> None:
+    plan = swept(folder="s3://bucket/trial/")
+    assert plan.runs[0].folder == "s3://bucket/trial/dense-seed0"
+    assert plan.log(plan.runs[0]) == Path("sweep-logs/trial/dense-seed0.log")
+    assert swept().log(plan.runs[0]) == Path("runs/s/dense-seed0.log")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "slots", "shares"),
+    [
+        ("0123", 2, ["01", "23"]),
+        ("0123", 3, ["0", "1", "2"]),
+        ("0123", 1, ["0123"]),
+        ("57", 2, ["5", "7"]),
+        ("01", 5, ["0", "1", "0", "1", "0"]),
+        ("", 2, ["", ""]),
+    ],
+)
+def test_slots_share_gpus_evenly(gpus: str, slots: int, shares: list[str]) -> None:
+    assert ["".join(share) for share in plans.shared(list(gpus), slots)] == shares
+
+
+@given(st.integers(1, 70), st.integers(1, 20))
+def test_every_slot_has_as_many_gpus_and_none_is_used_twice_where_there_are_enough(gpus: int, slots: int) -> None:
+    devices = [str(n) for n in range(gpus)]
+    shares = plans.shared(devices, slots)
+    assert len(shares) == slots and {len(share) for share in shares} == {max(1, gpus // slots)}
+    used = [name for share in shares for name in share]
+    assert len(set(used)) == min(gpus, len(used)) if gpus < slots else len(set(used)) == len(used)
+    assert set(used) <= set(devices)
+
+
+@pytest.mark.parametrize(
+    ("held", "ended", "gone", "complete", "state"),
+    [
+        (False, None, False, False, "waiting"),
+        (False, None, False, True, "finished"),
+        (True, None, False, False, "running"),
+        (True, None, True, False, "failed"),
+        (True, "finished", False, True, "finished"),
+        (True, "finished", False, False, "stopped"),
+        (True, "stopped", False, True, "stopped"),
+        (True, "failed", False, False, "failed"),
+        (True, None, True, True, "failed"),
+    ],
+)
+def test_a_run_has_finished_only_where_its_launch_said_so_and_its_last_round_has_a_ticket(
+    held: bool, ended: str | None, gone: bool, complete: bool, state: str
+) -> None:
+    assert plans.state_of(held=held, ended=ended, gone=gone, complete=complete) == state
+
+
+@pytest.mark.parametrize(
+    ("states", "asked", "code"),
+    [
+        (["finished", "finished"], False, 0),
+        (["finished", "finished"], True, 0),
+        (["finished", "failed", "stopped"], False, 1),
+        (["finished", "stopped"], False, 75),
+        (["failed", "waiting"], True, 75),
+    ],
+)
+def test_a_sweep_that_was_asked_to_stop_can_be_queued_again_whatever_failed(
+    states: list[plans.State], asked: bool, code: int
+) -> None:
+    assert plans.exit_code(states, asked) == code
+
+
+def test_where_a_run_stands_is_told_in_words_and_to_programs(swept: Any) -> None:
+    run: Planned = swept().runs[1]
+    stand = Stand("running", 3, 1, 5, 36, 0.2, 17.256, "host, pid 4", b"beat")
+    assert stand.cells() == ["running", "1/3", "5/36", "20.0%", "17.26"]
+    assert Stand().cells() == ["waiting", "", "", "", ""]
+    row = json.loads(json.dumps(stand.row(run)))
+    assert row["method"] == "mirl" and row["seed"] == 0 and row["state"] == "running" and row["psnr"] == 17.256
+    assert row["who"] == "host, pid 4" and "sign" not in row
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/sweeps/*.yaml")), ids=lambda p: p.stem)
+def test_every_committed_sweep_can_be_expanded(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    plan = plans.read(file)
+    assert plan.runs and file.read_text().startswith("# ")
+
+
+def test_what_is_no_list_or_no_mapping_is_told_once_and_how_to_write_it(swept: Any) -> None:
+    assert refused(swept, "seeds: found 3; write a list, as [0, 1]", seeds=3).startswith("a fault in ")
+    assert refused(swept, "seeds.0: found -1; ", seeds=[-1]).startswith("a fault in ")
+    nothing = refused(swept, "methods.dense: found nothing; write {} for none", methods={"dense": None, "b": {}})
+    assert nothing.startswith("a fault in ")
+    refused(swept, "folder: found s3:/b/x; write s3://b/x", folder="s3:/b/x")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", " is empty. Start from configs/sweeps/demo.yaml."),
+        ("model: {}", " is the config of a run, not a sweep; configs/sweeps/ has those."),
+        ("num_processes: 2", " is a launch file, not a sweep; configs/sweeps/ has those."),
+    ],
+)
+def test_a_file_of_another_kind_is_no_sweep(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(Fault) as caught:
+        plans.read(tmp_path / "a.yaml")
+    assert str(caught.value) == f"{tmp_path}/a.yaml{said}"

@@ -1,0 +1,536 @@
+"""Laws of the config: every mistake is named at once, and the fingerprint tells experiments apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from mirl_dist.config import yaml_loader
+from mirl_dist.config.config import Aside, Config, differences, of_dump, read
+from mirl_dist.errors import Fault
+
+NO_TASK = "found '{}', where the word of a task belongs"
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+
+
+def config(tree: dict[str, Any]) -> Config:
+    return yaml_loader.build(Config, tree, "the test")
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+def said(tree: dict[str, Any]) -> list[str]:
+    """The complaints about a tree, one a line."""
+    with pytest.raises(Fault) as caught:
+        config(tree)
+    head, *lines = str(caught.value).splitlines()
+    assert head == ("a fault in the test:" if len(lines) == 1 else f"{len(lines)} faults in the test:")
+    return [line.strip() for line in lines]
+
+
+def file(folder: Path, text: str, name: str = "a.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_known_one() -> None:
+    assert said({"prune": {"fracton": 0.3}}) == [
+        "prune.fracton: found an unknown key (value 0.3); the nearest key is 'fraction'"
+    ]
+    assert said({"trian": {}}) == ["trian: found an unknown key (value {}); the nearest key is 'train'"]
+    assert said({"batch": {"globl": 4}}) == [
+        "batch.globl: found an unknown key (value 4); the nearest key is 'global'"
+    ], "keys are offered as they are written in YAML"
+
+
+def test_an_unknown_key_far_from_all_lists_what_is_known_there() -> None:
+    assert said({"rewind": {"zzz": 1}}) == ["rewind.zzz: found an unknown key (value 1); known here: step, to, what"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "complaint"),
+    [
+        ({"prune": {"fraction": "much"}}, "prune.fraction: found 'much'; input should be a valid number"),
+        ({"prune": {"fraction": 1.0}}, "prune.fraction: found 1.0; input should be less than 1"),
+        ({"prune": {"fraction": float("nan")}}, "prune.fraction: found nan; input should be a finite number"),
+        ({"batch": {"global": 0}}, "batch.global: found 0; input should be greater than 0"),
+        ({"batch": {"global": 2.5}}, "batch.global: found 2.5; input should be a valid integer"),
+        ({"batch": {"global_": 4}}, "batch.global_: found an unknown key (value 4); the nearest key is 'global'"),
+        ({"train": {"precision": "fp8"}}, "train.precision: found 'fp8'; input should be 'fp32' or 'bf16'"),
+        ({"run": {"folder": 5}}, "run.folder: found 5; input should be a valid string"),
+        ({"run": {"folder": ""}}, "run.folder: found ''; string should have at least 1 character"),
+        ({"model": {"blocks": [1, 1]}}, "model.blocks.2: missing; give it a value"),
+        ({"model": {"blocks": [1, 1, 0, 1]}}, "model.blocks.2: found 0; input should be greater than 0"),
+        ({"prune": 5}, "prune: found 5; input should be a valid dictionary"),
+        ({"prune": {"scope": 5}}, "prune.scope: found 5; input should be 'published' or 'all'"),
+        ({"data": {"mix": {"derain": 0}}}, "data.mix.derain: found 0; input should be greater than 0"),
+        ({"data": {"mix": {"derain": {"a": -1}}}}, "data.mix.derain.a: found -1; input should be greater than 0"),
+        (
+            {"data": {"mix_by": "shares"}},
+            "data.mix_by: found 'shares'; input should be 'repeats', 'weights' or 'balanced'",
+        ),
+        ({"data": {"damage": "warn"}}, "data.damage: found 'warn'; input should be 'refuse' or 'skip'"),
+        ({"data": {"cache": {"gigabytes": 0}}}, "data.cache.gigabytes: found 0; input should be greater than 0"),
+        ({"data": {"cache": "/fast"}}, "data.cache: found '/fast'; input should be a valid dictionary"),
+        ({"checkpoint": {"keep_last": 1}}, "checkpoint.keep_last: found 1; input should be greater than or equal to 2"),
+        ({"optimiser": {"betas": [0.9, 1.0]}}, "optimiser.betas.1: found 1.0; input should be less than 1"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key_and_what_is_right(tree: dict[str, Any], complaint: str) -> None:
+    assert said(tree)[0].startswith(complaint)
+
+
+@pytest.mark.parametrize(
+    ("tree", "complaint"),
+    [
+        ({"data": {"mix": {}}}, "data.mix: found no task"),
+        (
+            {"data": {"mix": {"desnoww": 1}}},
+            f"data.mix: {NO_TASK.format('desnoww')}; did you mean 'desnow'? Allowed are",
+        ),
+        ({"data": {"mix": {"denoise": 1}}}, f"data.mix: {NO_TASK.format('denoise')}; did you mean 'denoise_50'?"),
+        ({"data": {"mix": {"denoise_256": 1}}}, f"data.mix: {NO_TASK.format('denoise_256')}; allowed are derain, "),
+        ({"data": {"mix": {"denoise_²": 1}}}, f"data.mix: {NO_TASK.format('denoise_²')}; allowed are derain, "),
+        ({"data": {"mix": {"derain": {}}}}, "data.mix.derain: found no set; give a number, or numbers of sets"),
+        ({"data": {"mix": {"derain": 1.5}}}, "data.mix.derain: found 1.5 with mix_by repeats; use a whole number, or"),
+        ({"data": {"mix": {"derain": 0.5}}}, "data.mix.derain: found 0.5 with mix_by repeats; use a whole number, or"),
+        (
+            {"data": {"mix": {"dehaze": 2, "derain": {"heavy": 2, "light": 0.25}}}},
+            "data.mix.derain.light: found 0.25 with mix_by repeats; use a whole number, or mix_by: weights",
+        ),
+        (
+            {"data": {"mix": {"dehaze": 1, "derain": 2}, "mix_by": "balanced"}},
+            "data.mix.derain: found 2 with mix_by balanced; write 1, or use mix_by: weights",
+        ),
+        (
+            {"data": {"mix": {"derain": {"heavy": 1, "light": 0.5}}, "mix_by": "balanced"}},
+            "data.mix.derain.light: found 0.5 with mix_by balanced; write 1, or use mix_by: weights",
+        ),
+        ({"prune": {"style": "one_shot"}}, "prune.rounds: found 15 with prune.style one_shot"),
+        ({"prune": {"finetune_lr": 1e-4}}, "prune.finetune_lr: found with rewind.to initial"),
+        ({"prune": {"floor": 0.1}}, "prune.floor: found 0.1, but 15 cuts of 0.2 leave 0.0352 of all weights"),
+        ({"prune": {"floor": 0.01, "per": "layer"}}, "prune.floor: found with prune.per layer"),
+        ({"rewind": {"to": "step"}}, "rewind.step: found nothing with rewind.to step"),
+        ({"rewind": {"step": 3}}, "rewind.step: found 3 with rewind.to initial"),
+        ({"evaluate": {"every_epochs": 120}}, "evaluate.every_epochs: found 120 of 120 train.epochs"),
+        ({"evaluate": {"protocols": ["mioir", "mioir"]}}, "evaluate.protocols: found ['mioir', 'mioir']"),
+        ({"evaluate": {"tile_pixels": 64, "tile_overlap": 64}}, "evaluate.tile_overlap: found 64 for tiles of 64"),
+        ({"start": {"kind": "reinit"}}, "start.kind: found reinit without start.ticket"),
+        ({"start": {"ticket": "a"}, "model": {"weights": "b"}}, "model.weights: found with start.ticket"),
+        (
+            {"prune": {"style": "one_shot", "rounds": 1}, "rewind": {"what": "published"}},
+            "rewind.what: found 'published' with rewind.to finetune",
+        ),
+        ({"train": {"epochs": 15}}, "schedule.warmup_epochs: found 15 of 15 train.epochs"),
+        ({"schedule": {"horizon_epochs": 100}}, "schedule.horizon_epochs: found 100.0 below train.epochs 120"),
+        ({"model": {"heads": [5, 2, 4, 8]}}, "model.heads[0]: found 5 heads for a width of 48"),
+        ({"model": {"prompt_dims": [63, 128, 320]}}, "model.prompt_heads: found 4 heads for a width of 159"),
+        ({"batch": {"forward": 3}}, "batch.forward: found 3, which does not divide batch.global 8"),
+        ({"keep": {"rounds": "best"}}, "keep.by: found nothing with keep.rounds best"),
+        (
+            {"run": {"folder": "https://host/run"}},
+            "run.folder: found https://; runs are kept in folders and under s3://",
+        ),
+        ({"store": {"endpoint": "http://key:word@host"}}, "store.endpoint: found no plain address"),
+        ({"store": {"endpoint": "host:9000"}}, "store.endpoint: found no plain address"),
+        ({"ranks": {"timeout_seconds": 900}}, "ranks.timeout_seconds: found 900, not more than store.patience_seconds"),
+        ({"store": {"kms_key": "k"}}, "store.kms_key: found without store.encryption aws:kms"),
+    ],
+)
+def test_keys_that_cannot_stand_together_are_refused(tree: dict[str, Any], complaint: str) -> None:
+    found = said(tree)
+    assert len(found) == 1
+    assert found[0].startswith(complaint)
+
+
+def test_unknown_keys_wrong_values_and_contradictions_come_in_one_message() -> None:
+    found = said(
+        {
+            "trian": {},
+            "prune": {"fracton": 0.3, "style": "one_shot", "scope": 5},
+            "optimiser": {"lr": "fast", "betas": [0.9, "x"]},
+            "model": {"blocks": [1, 1, 0, 1]},
+            "batch": {"forward": 3},
+        }
+    )
+    for start in (
+        "trian: found an unknown key",
+        "prune.fracton: found an unknown key",
+        "prune.scope: found 5",
+        "optimiser.lr: found 'fast'",
+        "optimiser.betas.1: found 'x'",
+        "model.blocks.2: found 0",
+        "prune.rounds: found 15 with prune.style one_shot",
+        "batch.forward: found 3",
+    ):
+        assert any(complaint.startswith(start) for complaint in found), start
+
+
+def test_all_faults_of_a_mix_come_at_once() -> None:
+    found = said({"data": {"mix": {"desmog": 1, "derain": {"heavy": 0.5}, "dehaze": {}}}})
+    assert [line.split(";")[0] for line in found] == [
+        f"data.mix: {NO_TASK.format('desmog')}",
+        "data.mix.derain.heavy: found 0.5 with mix_by repeats",
+        "data.mix.dehaze: found no set",
+    ]
+
+
+def test_one_mistake_in_a_value_of_two_shapes_is_one_complaint() -> None:
+    assert said({"data": {"mix": {"derain": {"heavy": -1}}}}) == [
+        "data.mix.derain.heavy: found -1; input should be greater than 0"
+    ]
+    assert said({"data": {"mix": {"derain": -1}}}) == [
+        "data.mix.derain: found -1; input should be greater than 0, or input should be a valid dictionary"
+    ]
+
+
+def test_a_mix_of_weights_takes_fractions_and_numbers_per_set() -> None:
+    mix = {"derain": {"heavy": 0.25, "light": 3}, "denoise_25": 0.5, "deblur_easy": 2}
+    found = config({"data": {"mix": mix, "mix_by": "weights"}})
+    assert found.data.mix == mix
+    assert list(found.data.mix) == list(mix), "the order of tasks is the config's"
+    even = config({"data": {"mix": {"derain": {"heavy": 1, "light": 1}, "dehaze": 1}, "mix_by": "balanced"}})
+    assert even.data.mix["derain"] == {"heavy": 1, "light": 1}
+
+
+def test_shards_may_lie_at_any_address_that_is_no_nul() -> None:
+    for address in ("shards/built", "s3://bucket/prefix", "https://host.example/path"):
+        assert config({"data": {"shards": address}}).data.shards == address
+    assert said({"data": {"shards": "a\0b"}})[0].startswith("run.folder, data.shards: found a NUL character")
+
+
+def test_a_password_in_the_tracking_address_is_refused_and_an_address_without_one_is_not() -> None:
+    found = said({"tracking": {"uri": "https://me:secret@mlflow.example.org/x"}})
+    assert found == ["tracking.uri: found '@' or '?', which may hold credentials; use MLFLOW_TRACKING_URI instead"]
+    assert "secret" not in "".join(found)
+    for uri in ("postgresql://u:pa/ss@host/db", "postgresql://host/db?password=secret"):
+        assert "tracking.uri: found '@' or '?'" in said({"tracking": {"uri": uri}})[0]
+    for uri in ("https://mlflow.example.org/a", "sqlite:///mlflow.db", "http://127.0.0.1:5000"):
+        assert config({"tracking": {"uri": uri}}).tracking.uri == uri
+
+
+# -- files and --set --------------------------------------------------------------------------------------------
+
+
+def test_set_goes_over_the_file_and_the_last_set_wins(tmp_path: Path) -> None:
+    path = file(tmp_path, "prune: {fraction: 0.3, rounds: 2}\n")
+    assert read(path).prune.fraction == 0.3
+    found = read(path, ["prune.fraction=0.4", "prune.fraction=0.5", "run.seed=7"])
+    assert (found.prune.fraction, found.prune.rounds, found.run.seed) == (0.5, 2, 7)
+    assert found.batch.global_ == 8, "what neither names keeps its default"
+
+
+def test_a_set_value_is_read_as_yaml(tmp_path: Path) -> None:
+    path = file(tmp_path, "run: {seed: 1}\n")
+    sets = [
+        "model.blocks=[1, 2, 3, 4]",
+        "checkpoint.every_steps=null",
+        "tracking.enabled=false",
+        "data.mix={derain: 2}",
+        "tracking.run_name=a=b",
+        "batch.global=16",
+        "optimiser.lr=2e-4",
+    ]
+    found = read(path, sets)
+    assert found.model.blocks == (1, 2, 3, 4)
+    assert found.checkpoint.every_steps is None
+    assert found.tracking.enabled is False
+    assert found.data.mix == {"derain": 2}, "a mapping replaces a mapping"
+    assert found.tracking.run_name == "a=b"
+    assert (found.batch.global_, found.optimiser.lr) == (16, 2e-4)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "complaint"),
+    [
+        ("prune.fraction", "--set 'prune.fraction' is not of the form key=value. Write for example"),
+        ("=3", "--set '=3' is not of the form key=value"),
+        ("prune..fraction=3", "--set 'prune..fraction=3' is not of the form key=value"),
+        ("run.seed.x=1", "--set run.seed.x: 'seed' holds 3, which has no keys below it"),
+        ("model.blocks=[1, 2", "--set model.blocks is not valid YAML at line 1"),
+        ("data.mix={a: 1, a: 2}", "the key 'a' stands here twice"),
+        ("prune.fracton=0.3", "the nearest key is 'fraction'"),
+    ],
+)
+def test_a_set_that_means_nothing_is_refused(tmp_path: Path, assignment: str, complaint: str) -> None:
+    with pytest.raises(Fault) as caught:
+        read(file(tmp_path, "run: {seed: 3}\n"), [assignment])
+    assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("run: {seed: 1}\nrun: {seed: 2}\n", "line 2, column 1: the key 'run' stands here twice"),
+        ("run:\n  seed: 1\n  folder: a\n  seed: 2\n", "line 4, column 3: the key 'seed' stands here twice"),
+        ("run: {seed: 1\n", "is not valid YAML at line 2"),
+        ("? [a, b]\n: 1\n", "is not valid YAML at line 1, column 3"),
+        ("- 1\n", "holds a list, not keys with values. Start from configs/demo.yaml."),
+        ("", "is empty. Start from configs/demo.yaml."),
+        ("run: !!python/object/apply:os.system ['true']\n", "is not valid YAML at line 1"),
+    ],
+)
+def test_a_malformed_file_is_refused_with_its_place(tmp_path: Path, text: str, complaint: str) -> None:
+    path = file(tmp_path, text)
+    with pytest.raises(Fault) as caught:
+        read(path)
+    assert complaint in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_answered_with_its_neighbours(tmp_path: Path) -> None:
+    for name in ("b.yaml", "a.yaml", "notes.txt"):
+        file(tmp_path, "{}", name)
+    with pytest.raises(Fault) as caught:
+        read(tmp_path / "c.yaml")
+    assert str(caught.value) == (f"no file at {tmp_path}/c.yaml. There are: {tmp_path}/a.yaml, {tmp_path}/b.yaml.")
+    with pytest.raises(Fault, match=r"Give the path of a YAML file\."):
+        read(tmp_path / "nowhere" / "c.yaml")
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(Fault, match=r"cannot read .*a\.yaml"):
+        read(path)
+
+
+# -- fingerprint ------------------------------------------------------------------------------------------------
+
+# A value other than the default for every key, with the keys that it needs beside it.
+ASIDE: dict[str, Any] = {
+    "store.endpoint": "http://127.0.0.1:9000",
+    "store.encryption": "AES256",
+    "store.kms_key": "alias/mine",
+    "store.patience_seconds": 5.0,
+    "store.lease_seconds": 5.0,
+    "ranks.timeout_seconds": 5000.0,
+    "ranks.logs": "logs",
+    "ranks.restarts": 0,
+    "ranks.slow_factor": 2.0,
+    "preempt.deadline_seconds": 5.0,
+    "guard.skip_bad_batches": 3,
+    "guard.spike_factor": 3.0,
+    "guard.same_step_failures": 5,
+    "evaluate.pictures": 1,
+    "tracking.journal": "elsewhere",
+    "run.folder": "elsewhere",
+    "data.shards": "elsewhere",
+    "data.damage": "skip",
+    "data.cache.folder": "/fast/shards",
+    "data.cache.gigabytes": 200,
+    "data.workers": 0,
+    "batch.forward": 2,
+    "train.device": "cpu",
+    "prune.rounds": 3,
+    "prune.target_sparsity": 0.5,
+    "keep.rounds": "best",
+    "keep.by": ["psnr/*/a"],
+    "checkpoint.every_steps": 5,
+    "checkpoint.keep_last": 9,
+    "tracking.enabled": False,
+    "tracking.uri": "sqlite:///other.db",
+    "tracking.experiment": "other",
+    "tracking.run_name": "other",
+    "tracking.tags": {"sweep": "other"},
+    "tracking.every_steps": 3,
+}
+TELLING: dict[str, Any] = {
+    "run.seed": 1,
+    "model.dim": 64,
+    "model.blocks": [4, 6, 6, 9],
+    "model.refinement_blocks": 3,
+    "model.heads": [2, 2, 4, 8],
+    "model.ffn_expansion": 2.0,
+    "model.prompt_length": 6,
+    "model.prompt_dims": [64, 128, 324],
+    "model.prompt_sizes": [64, 32, 8],
+    "model.prompt_heads": 2,
+    "data.mix": {"denoise_15": 3, "denoise_25": 3, "denoise_50": 3, "derain": 120, "dehaze": 2},
+    "data.mix_by": "weights",
+    "data.patch_pixels": 128,
+    "data.augment": "all",
+    "data.steps_per_epoch": 3,
+    "batch.global": 16,
+    "optimiser.name": "adam",
+    "optimiser.lr": 1e-4,
+    "optimiser.betas": [0.9, 0.99],
+    "optimiser.eps": 1e-7,
+    "optimiser.weight_decay": 0,
+    "optimiser.clip_norm": 1.0,
+    "schedule.by": "step",
+    "schedule.warmup_epochs": 14,
+    "schedule.horizon_epochs": 150,
+    "train.epochs": 121,
+    "train.precision": "bf16",
+    "prune.style": "one_shot",
+    "prune.fraction": 0.3,
+    "prune.criterion": "random",
+    "prune.per": "layer",
+    "prune.scope": "all",
+    "prune.output_layers": ["output.*"],
+    "prune.output_factor": 1.0,
+    "prune.finetune_epochs_fraction": 0.1,
+    "prune.finetune_lr": 1e-5,
+    "rewind.what": "published",
+    "evaluate.sets": ["a"],
+    "evaluate.seed": 1,
+    "evaluate.protocols": ["basicsr_y"],
+    "evaluate.every_epochs": 1,
+    "evaluate.curve_images": 1,
+    "evaluate.tile_pixels": 128,
+    "evaluate.tile_overlap": 16,
+    "evaluate.precision": "bf16",
+    "evaluate.compile": True,
+    "model.weights": "w.safetensors",
+    "start.ticket": "run/rounds/03",
+    "start.kind": "reinit",
+    "prune.criterion_batches": 2,
+    "prune.synflow_steps": 5,
+    "prune.floor": 0.01,
+    "rewind.to": "rate",
+    "rewind.step": 5,
+}
+
+
+def with_value(key: str, value: Any) -> Config:
+    tree = nested(key, value)
+    if key == "prune.style":
+        tree["prune"]["rounds"] = 1
+    if key == "prune.finetune_lr":
+        tree["prune"] |= {"style": "one_shot", "rounds": 1}
+    if key == "start.kind":
+        tree["start"]["ticket"] = TELLING["start.ticket"]
+    if key == "rewind.step":
+        tree["rewind"]["to"] = "step"
+    if key == "store.kms_key":
+        tree["store"]["encryption"] = "aws:kms"
+    if key == "keep.rounds":
+        tree["keep"]["by"] = ["psnr/*/b"]
+    return config(tree)
+
+
+def keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
+    found = []
+    for name, field in cls.model_fields.items():
+        key = prefix + (field.alias or name)
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found += keys(inner, f"{key}.")
+        else:
+            found.append(key)
+    return found
+
+
+def test_every_key_of_the_config_is_either_telling_or_aside() -> None:
+    assert sorted(keys(Config)) == sorted([*ASIDE, *TELLING, "model.name"]), "place a new key in one of the tables"
+    assert not ASIDE.keys() & TELLING.keys()
+
+
+@pytest.mark.parametrize("key", TELLING)
+def test_a_key_that_changes_the_numbers_changes_the_fingerprint(key: str) -> None:
+    changed = with_value(key, TELLING[key])
+    without = {
+        "prune.finetune_lr": with_value("prune.style", "one_shot"),
+        "start.kind": with_value("start.ticket", TELLING["start.ticket"]),
+    }.get(key, Config())
+    assert changed.fingerprint() != without.fingerprint()
+    assert any(text.startswith(f"{key}: ") or text.startswith(f"{key}.") for text in differences(changed, without))
+
+
+@pytest.mark.parametrize("key", ASIDE)
+def test_a_key_that_is_aside_leaves_the_fingerprint(key: str) -> None:
+    changed = with_value(key, ASIDE[key])
+    assert changed != Config()
+    assert changed.fingerprint() == Config().fingerprint()
+    assert differences(changed, Config()) == []
+
+
+def test_all_telling_changes_have_different_fingerprints() -> None:
+    found = [with_value(key, value).fingerprint() for key, value in TELLING.items()]
+    assert len(set(found)) == len(found)
+
+
+def test_defaults_spelled_out_have_the_fingerprint_of_defaults_left_out() -> None:
+    assert config(Config().dump()).fingerprint() == config({}).fingerprint()
+    assert config({"optimiser": {"lr": 0.0002}, "schedule": {"warmup_epochs": 15}}).fingerprint() == (
+        config({"schedule": {"warmup_epochs": 15.0}}).fingerprint()
+    )
+
+
+def test_the_order_of_keys_leaves_the_fingerprint() -> None:
+    one = config({"run": {"seed": 1}, "data": {"mix": {"derain": 2, "dehaze": 1}}})
+    other = config({"data": {"mix": {"dehaze": 1, "derain": 2}}, "run": {"seed": 1}})
+    assert one.fingerprint() == other.fingerprint()
+    assert differences(one, other) == []
+    sets = [("heavy", 2), ("light", 1)]
+    assert config({"data": {"mix": {"derain": dict(sets)}}}).fingerprint() == (
+        config({"data": {"mix": {"derain": dict(reversed(sets))}}}).fingerprint()
+    )
+
+
+def test_numbers_per_set_change_the_fingerprint_and_the_differences_name_the_set() -> None:
+    whole, parts = config({"data": {"mix": {"derain": 2}}}), config({"data": {"mix": {"derain": {"a": 2, "b": 2}}}})
+    assert whole.fingerprint() != parts.fingerprint()
+    other = config({"data": {"mix": {"derain": {"a": 2, "b": 3}}}})
+    assert differences(parts, other) == ["data.mix.derain.b: 2.0 here, 3.0 there"]
+
+
+def test_differences_tell_both_values() -> None:
+    found = differences(config({"prune": {"fraction": 0.3}}), config({"run": {"seed": 4}}))
+    assert found == ["prune.fraction: 0.3 here, 0.2 there", "run.seed: 0 here, 4 there"]
+
+
+def test_an_aside_mark_stands_only_where_the_table_says() -> None:
+    def marked(cls: type[BaseModel], prefix: str = "") -> list[str]:
+        found = []
+        for name, field in cls.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                found += marked(inner, f"{prefix}{name}.")
+            elif Aside in field.metadata:
+                found.append(prefix + (field.alias or name))
+        return found
+
+    assert sorted(marked(Config)) == sorted(ASIDE)
+
+
+# -- what is kept -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_of_the_repository_loads_and_comes_back_from_its_dump(path: Path) -> None:
+    found = read(path)
+    again = of_dump(yaml.safe_load(yaml.safe_dump(found.dump())), "a dump")
+    assert again == found
+    assert again.fingerprint() == found.fingerprint()
+
+
+@pytest.mark.parametrize("key", [*TELLING, *ASIDE])
+def test_a_config_comes_back_from_its_dump(key: str) -> None:
+    found = with_value(key, (TELLING | ASIDE)[key])
+    again = of_dump(found.dump(), "a dump")
+    assert again == found
+    assert again.fingerprint() == found.fingerprint()
+
+
+def test_a_dump_of_another_version_is_refused_with_its_place() -> None:
+    with pytest.raises(Fault, match=r"a fault in runs/a/run\.json:\n  prune\.colour: found an unknown key"):
+        of_dump(Config().dump() | {"prune": Config().dump()["prune"] | {"colour": 1}}, "runs/a/run.json")
+
+
+def test_a_config_cannot_be_changed_after_it_was_checked() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Config().run.seed = 3  # type: ignore[misc]

@@ -1,0 +1,144 @@
+"""Tiny shards of real pixels, and streams over them, as several test modules need them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mirl_dist.config import yaml_loader
+from mirl_dist.data.building import demo_photos
+from mirl_dist.data.building.build import build
+from mirl_dist.data.building.recipe import Recipe
+from mirl_dist.data.cache import Cache
+from mirl_dist.data.loader import Stream, passes_behind
+from mirl_dist.data.prefetch import shards_ahead
+from mirl_dist.data.sample import Batch, Pixels
+from mirl_dist.data.sampler import Order, Position, share_batch
+from mirl_dist.data.shard_pool import Supply
+from mirl_dist.data.shards import Shards
+from mirl_dist.storage import Folder, open_store
+from mirl_dist.storage.retry import Patience
+
+MIX: dict[str, float] = {"denoise_25": 1, "denoise_50": 1, "derain": 1}
+HEIGHT, WIDTH, PATCH, GLOBAL = 72, 48, 16, 8
+HASTY = Patience(seconds=20, first=0.02, most=0.2)
+
+
+def turn(image: Pixels, index: int) -> Pixels:
+    """One of the eight turns and flips: index // 2 quarter turns (0, 2: none and half), odd or high ones mirrored.
+
+    0 identity, 2 up-down, 4 left-right, 6 half turn; 1, 3, 5, 7 the same after a quarter turn.
+    """
+    if index & 1:
+        image = np.rot90(image)
+    if index & 2:
+        image = image[::-1]
+    if index & 4:
+        image = image[:, ::-1]
+    return image
+
+
+def quiet(done: int, total: int, what: str) -> None:
+    pass
+
+
+def crops(folder: Path, name: str, at: int, count: int) -> Path:
+    """A folder of real crops of a photograph in PNG files."""
+    path = folder / name
+    path.mkdir(parents=True)
+    photo = np.array(Image.open(demo_photos.locate("chelsea")[0]).convert("RGB"))
+    for number in range(count):
+        x = 8 * number
+        Image.fromarray(photo[at : at + HEIGHT, x : x + WIDTH]).save(path / f"{number}.png")
+    return path
+
+
+def built_at(folder: Path, at: int = 0, form: str = "ppm", counts: tuple[int, int] = (10, 6), mb: float = 0.03) -> Path:
+    """Shards of real pixels: 10 images for noise in several tars, 6 pairs for rain in others."""
+    clean, rainy = crops(folder, "clean", at, counts[0]), crops(folder, "rain", at + 100, counts[1])
+    recipe: dict[str, Any] = {
+        "name": "tiny",
+        "least_pixels": 32,
+        "train_format": form,
+        "shard_megabytes": mb,
+        "train": [
+            {"set": "c", "kind": "clean", "clean": {"folder": str(clean)}},
+            {"set": "r", "kind": "derain", "clean": {"folder": str(rainy)}, "make": "rain"},
+        ],
+        "evaluate": [{"set": "e", "kind": "clean", "photographs": ["coffee"], "centre_pixels": 32}],
+    }
+    build(yaml_loader.build(Recipe, recipe, "the test"), Folder(folder / "shards"), 1, quiet)
+    return folder / "shards"
+
+
+def supply_of(
+    address: str | Path,
+    *,
+    damage: str = "refuse",
+    cache: Path | None = None,
+    said: list[str] | None = None,
+    limit: int = 10**9,
+) -> Supply:
+    """A supply of the shards at an address; what it tells people goes to `said`."""
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+        if said is not None:
+            said.append(line)
+
+    held = None if cache is None else Cache(cache, limit, patience=10)
+    return Supply(Shards(open_store(str(address))), held, damage, say, patience=HASTY)
+
+
+def stream(
+    address: str | Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    seed: int = 0,
+    forward: int | None = None,
+    mix: Any = MIX,
+    augment: str = "published",
+    global_batch: int = GLOBAL,
+    supply: Supply | None = None,
+    **more: Any,
+) -> Stream:
+    """The stream of one rank; more: `supply_of`'s."""
+    supply = supply or supply_of(address, **more)
+    shards, shares = supply.shards, share_batch(global_batch, forward, world)
+    order = Order(mix, shards.train, global_batch, seed)
+    lanes = shares.per_rank * len(order.sources)
+    limit = None if supply.cache is None else supply.cache.limit
+    return Stream(
+        supply,
+        order,
+        seed=seed,
+        patch_pixels=PATCH,
+        augment=augment,
+        workers=workers,
+        rank=rank,
+        shares=shares,
+        ahead=shards_ahead(lanes, passes_behind(workers), order.steps_per_epoch, order.shards(), limit, world),
+        pin=False,
+    )
+
+
+def batches(of: Stream, epochs: int = 2, start: Position = Position(0, 0), round_: int = 0) -> list[Batch]:  # noqa: B008
+    """Batches as a network gets them."""
+    return [batch.to(torch.device("cpu")) for batch in of.batches(round_, start, epochs)]
+
+
+def same(one: list[Batch], other: list[Batch]) -> bool:
+    return len(one) == len(other) and all(
+        a.keys == b.keys
+        and torch.equal(a.degraded, b.degraded)
+        and torch.equal(a.clean, b.clean)
+        and torch.equal(a.task, b.task)
+        for a, b in zip(one, other, strict=True)
+    )

@@ -1,0 +1,435 @@
+"""Laws of damage: refused with shard and key, or skipped, told, counted, replaced by the same samples everywhere."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mirl_dist.data.cache import Cache
+from mirl_dist.data.manifest import CLEAN, DEGRADED, MANIFEST, Entry, Part, Shard, read_manifest
+from mirl_dist.data.sample import Batch
+from mirl_dist.data.sampler import Position
+from mirl_dist.data.shard_pool import Supply
+from mirl_dist.data.shards import Place, Shards
+from mirl_dist.errors import Fault, Stopped
+from mirl_dist.storage import Folder, TryAgain
+from mirl_dist.storage.retry import Patience
+from tests.data.loaders import GLOBAL, batches, built_at, same, stream, supply_of
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built_at(tmp_path_factory.mktemp("damage"))
+
+
+@pytest.fixture
+def copy(built: Path, tmp_path: Path) -> Path:
+    """The shards, to be damaged."""
+    return Path(shutil.copytree(built, tmp_path / "copy"))
+
+
+def victim(folder: Path, kind: str = "derain") -> Place:
+    """The first sample of the first training shard of a kind that holds more than one."""
+    shards = Shards(Folder(folder))
+    shard = next(s for s in shards.train if s.kind == kind and s.samples > 1)
+    return Place(shard, shards.index(shard).entries[0])
+
+
+def part_of(entry: Entry, which: str) -> Part:
+    found = entry.image(which)
+    assert found is not None
+    return found[1]
+
+
+def flip(folder: Path, place: Place, which: str = CLEAN) -> None:
+    part, tar = part_of(place.entry, which), folder / place.shard.name
+    data = bytearray(tar.read_bytes())
+    data[part.offset + part.size // 2] ^= 1
+    tar.write_bytes(data)
+
+
+def cut(folder: Path, place: Place) -> None:
+    """The tar ends at its second sample."""
+    second = Shards(Folder(folder)).index(place.shard).entries[1]
+    tar = folder / place.shard.name
+    tar.write_bytes(tar.read_bytes()[: part_of(second, CLEAN).offset + 7])
+
+
+def remove(folder: Path, place: Place) -> None:
+    (folder / place.shard.name).unlink()
+
+
+def mix_up(folder: Path, place: Place) -> None:
+    """The index of another build."""
+    path = folder / place.shard.index_name
+    path.write_bytes(path.read_bytes().replace(b"16", b"17"))
+
+
+def spoil(folder: Path, place: Place) -> None:
+    """A member that was wrong when it was built: every digest fits, the image does not."""
+    part, tar = part_of(place.entry, CLEAN), folder / place.shard.name
+    data = bytearray(tar.read_bytes())
+    wrong = b"\x89PNG" + bytes(40)
+    data[part.offset : part.offset + part.size] = wrong + bytes(part.size - len(wrong))
+    tar.write_bytes(data)
+    path = folder / place.shard.index_name
+    index = json.loads(path.read_bytes())
+    parts = index["entries"][0]["parts"]
+    name = next(n for n in parts if n.startswith(CLEAN))
+    was = parts[name]["sha256"]
+    now = hashlib.sha256(data[part.offset : part.offset + part.size]).hexdigest()
+    path.write_bytes(path.read_bytes().replace(was.encode(), now.encode()))
+    manifest = read_manifest((folder / MANIFEST).read_bytes(), "here")
+
+    def renewed(shard: Shard) -> Shard:
+        if shard.name != place.shard.name:
+            return shard
+        digests = {
+            "sha256": hashlib.sha256(tar.read_bytes()).hexdigest(),
+            "index_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        return shard.model_copy(update=digests)
+
+    changed = manifest.model_copy(update={"shards": tuple(map(renewed, manifest.shards))})
+    (folder / MANIFEST).write_bytes(changed.dump())
+
+
+DAMAGES: list[tuple[Callable[[Path, Place], None], str]] = [
+    (flip, r"{shard}: its bytes are not the manifest's: sample '{key}' is damaged \(clean\.p[np][mg]\)\. Copy the"),
+    (cut, r"{shard}: its bytes are not the manifest's: sample '.*' is damaged \(.*\)"),
+    (remove, r"{shard} is missing\. Copy the shard again"),
+    (mix_up, r"{index} has SHA-256 .*the index belongs to another build or is damaged"),
+]
+
+
+@pytest.mark.parametrize(("damage", "text"), DAMAGES, ids=["flipped bit", "truncated", "missing", "another build"])
+def test_damage_is_refused_with_shard_and_key(copy: Path, damage: Callable[[Path, Place], None], text: str) -> None:
+    place = victim(copy)
+    damage(copy, place)
+    wanted = text.format(shard=place.shard.name, key=place.entry.key, index=place.shard.index_name)
+    with pytest.raises(Fault, match=wanted):
+        batches(stream(copy))
+
+
+def test_damage_is_refused_the_same_with_loader_processes(copy: Path) -> None:
+    place = victim(copy)
+    flip(copy, place)
+    with pytest.raises(
+        Fault, match=f"{place.shard.name}: its bytes are not the manifest's: sample '{place.entry.key}'"
+    ):
+        batches(stream(copy, workers=1))
+
+
+@pytest.mark.parametrize("damage", [flip, cut, remove, mix_up], ids=["flipped", "truncated", "missing", "other build"])
+def test_skipped_damage_is_replaced_by_the_same_samples_on_any_number_of_ranks_and_told(
+    copy: Path, damage: Callable[[Path, Place], None]
+) -> None:
+    place = victim(copy)
+    damage(copy, place)
+    said: list[str] = []
+    one = stream(copy, damage="skip", said=said)
+    alone = batches(one)
+    assert sum(batch.skipped for batch in alone) > 0
+    assert one.damaged
+    assert all(name.startswith(place.shard.name) for name in one.damaged)
+    lost = {name.partition(" ")[2] for name in one.damaged} - {""}
+    read = {key.partition(":")[2] for batch in alone for key in batch.keys}
+    assert not lost & read, "a damaged sample was used"
+    assert len([line for line in said if place.shard.name in line]) == 1, said
+    ranks = [stream(copy, damage="skip", rank=rank, world=4) for rank in range(4)]
+    parts = [batches(rank) for rank in ranks]
+    for step, whole in enumerate(alone):
+        assert tuple(key for part in parts for key in part[step].keys) == whole.keys
+        assert torch.equal(torch.cat([part[step].degraded for part in parts]), whole.degraded)
+        assert sum(part[step].skipped for part in parts) == whole.skipped
+    together = {name: why for rank in ranks for name, why in rank.damaged.items()}
+    assert together == one.damaged
+
+
+def test_only_what_is_damaged_is_replaced(copy: Path, built: Path) -> None:
+    place = victim(copy)
+    flip(copy, place, DEGRADED)
+    whole, skipping = batches(stream(built)), stream(copy, damage="skip")
+    replaced = 0
+    for before, after in zip(whole, batches(skipping), strict=True):
+        for old, new in zip(before.keys, after.keys, strict=True):
+            if old.endswith(place.entry.key):
+                replaced += 1
+                assert new != old
+            else:
+                assert new == old
+    assert replaced == 2, "two epochs"
+    assert list(skipping.damaged) == [f"{place.shard.name} {place.entry.key}"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_member_that_does_not_decode_is_found_when_it_is_read(tmp_path: Path, workers: int) -> None:
+    """Only a compressed member can be so: raw pixels have nothing to decode."""
+    folder = built_at(tmp_path, form="png")
+    place = victim(folder)
+    spoil(folder, place)
+    with pytest.raises(
+        Fault, match=rf"^{place.shard.name}, sample '{place.entry.key}': .* does not decode as an image"
+    ):
+        batches(stream(folder, workers=workers))
+    said: list[str] = []
+    skipping = stream(folder, damage="skip", workers=workers, said=said)
+    found = batches(skipping)
+    assert sum(batch.skipped for batch in found) == 2
+    assert list(skipping.damaged) == [f"{place.shard.name} {place.entry.key}"]
+    assert len(said) == 1
+    assert same(found, batches(stream(folder, damage="skip")))
+
+
+def test_damage_between_the_members_loses_nothing(copy: Path, built: Path) -> None:
+    place = victim(copy)
+    tar = copy / place.shard.name
+    data = bytearray(tar.read_bytes())
+    begin = part_of(place.entry, CLEAN).offset
+    data[begin - 512 : begin] = bytes(512)
+    tar.write_bytes(data)
+    with pytest.raises(Fault, match="no image is damaged, only what lies between them"):
+        batches(stream(copy))
+    said: list[str] = []
+    skipping = stream(copy, damage="skip", said=said)
+    assert same(batches(skipping), batches(stream(built)))
+    assert skipping.damaged == {}
+    assert len(said) == 1
+
+
+def test_a_set_without_a_whole_sample_is_refused_whatever_the_policy(copy: Path) -> None:
+    for shard in Shards(Folder(copy)).train:
+        if shard.kind == "derain":
+            (copy / shard.name).unlink()
+    with pytest.raises(Fault, match=r"^data\.damage: no shard of derain has a whole sample left\."):
+        batches(stream(copy, damage="skip"))
+
+
+def test_scores_never_skip(copy: Path) -> None:
+    shards = Shards(Folder(copy))
+    ((place,),) = shards.places("evaluate").values()
+    flip(copy, place)
+    with pytest.raises(
+        Fault, match=rf"{place.shard.name}: its bytes are not the manifest's: sample '{place.entry.key}'"
+    ):
+        supply_of(copy, damage="skip").image(place, CLEAN)
+
+
+def test_what_is_missing_is_told_before_any_work(copy: Path) -> None:
+    shards = Shards(Folder(copy))
+    shards.refuse_missing("train", "evaluate")
+    first, second = shards.train[:2]
+    (copy / first.index_name).unlink()
+    tar = copy / second.name
+    tar.write_bytes(tar.read_bytes()[:-1024])
+    with pytest.raises(Fault) as caught:
+        shards.refuse_missing("train")
+    assert f"{first.index_name} is missing; {second.name} has {second.bytes - 1024} bytes, the" in str(caught.value)
+    shards.refuse_missing("evaluate")
+
+
+def test_a_file_that_changes_while_it_is_in_use_is_looked_at_again(copy: Path) -> None:
+    supply = supply_of(copy)
+    list(stream(copy, supply=supply).batches(0, Position(0, 0), 1))
+    place = victim(copy)
+    flip(copy, place)
+    with pytest.raises(Fault, match=place.entry.key):
+        list(stream(copy, supply=supply).batches(0, Position(0, 0), 1))
+
+
+def test_a_cached_copy_that_went_bad_is_brought_again(copy: Path, tmp_path: Path, built: Path) -> None:
+    first = batches(stream(copy, cache=tmp_path / "cache"))
+    for tar in (tmp_path / "cache").glob("*.tar"):
+        data = bytearray(tar.read_bytes())
+        data[len(data) // 2] ^= 1
+        tar.write_bytes(data)
+    assert same(batches(stream(copy, cache=tmp_path / "cache")), first)
+    assert same(first, batches(stream(built)))
+
+
+def test_damage_in_the_store_is_found_through_the_cache_too(copy: Path, tmp_path: Path) -> None:
+    place = victim(copy)
+    cut(copy, place)
+    skipping = batches(stream(copy, damage="skip", cache=tmp_path / "cache"))
+    assert same(skipping, batches(stream(copy, damage="skip")))
+    assert list((tmp_path / "cache").glob("damaged-*")) == []
+    with pytest.raises(Fault, match=place.shard.name):
+        batches(stream(copy, cache=tmp_path / "other"))
+    assert list((tmp_path / "other").glob("damaged-*")) == []
+
+
+def test_a_batch_counts_what_stands_in_for_damage(copy: Path) -> None:
+    place = victim(copy)
+    remove(copy, place)
+    found: list[Batch] = batches(stream(copy, damage="skip", mix={"derain": 4}), epochs=1)
+    assert len(found) == 3
+    assert sum(batch.skipped for batch in found) == 4 * place.shard.samples
+    assert all(len(batch.keys) == GLOBAL for batch in found)
+
+
+# -- a small cache, a store that is away, a disk that is full -------------------------------------------------------
+
+
+def test_lost_shards_do_not_fill_the_cache_with_those_that_stand_in(tmp_path: Path) -> None:
+    folder = built_at(tmp_path, counts=(1, 40), mb=0.03)
+    rainy = [s for s in Shards(Folder(folder)).train if s.kind == "derain"]
+    for shard in rainy[::2]:
+        (folder / shard.name).unlink()
+    limit = 9 * max(s.bytes for s in rainy)
+    assert sum(s.bytes for s in rainy[1::2]) > limit
+    small = batches(stream(folder, mix={"derain": 1}, global_batch=2, damage="skip", cache=tmp_path / "c", limit=limit))
+    assert same(small, batches(stream(folder, mix={"derain": 1}, global_batch=2, damage="skip")))
+
+
+def test_what_a_store_has_instead_of_a_shard_comes_once_and_counts_in_the_cache(copy: Path, tmp_path: Path) -> None:
+    place = victim(copy)
+    cut(copy, place)
+    made = stream(copy, damage="skip", cache=tmp_path / "cache")
+    batches(made)
+    (kept,) = (tmp_path / "cache").glob("*.damaged")
+    assert kept.name == f"{place.shard.sha256}.{(copy / place.shard.name).stat().st_size}.damaged"
+    assert kept.read_bytes() == (copy / place.shard.name).read_bytes()
+
+
+class Away(Folder):
+    """A folder that can be away, as a server can."""
+
+    away = False
+    reads = 0
+
+    def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
+        self.reads += 1
+        if self.away:
+            raise TryAgain(f"{name}: away")
+        yield from super().read(name, offset)
+
+
+def supply_over(store: Folder, cache: Path, damage: str = "refuse") -> Supply:
+    patience = Patience(seconds=0.2, first=0.01, most=0.02)
+    return Supply(Shards(store), Cache(cache, 10**9, patience=1), damage, lambda line: None, patience=patience)
+
+
+def test_a_store_that_was_away_while_nobody_waited_stops_no_one(copy: Path, tmp_path: Path) -> None:
+    store = Away(copy)
+    supply = supply_over(store, tmp_path / "cache")
+    shard = supply.shards.train[0]
+    store.away = True
+    supply.want(shard)
+    while not supply._wanted[shard.name].future.done():
+        pass
+    store.away = False
+    assert supply.get(shard).path.stat().st_size == shard.bytes
+    supply.release(shard)
+    store.away = True
+    other = supply.shards.train[1]
+    supply.want(other)
+    with pytest.raises(TryAgain, match="away"):
+        supply.get(other)  # this one was waited for until patience ended
+
+
+@pytest.mark.parametrize("damage", ["refuse", "skip"])
+def test_a_system_that_fails_is_no_damage(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """A full disk, too many open files: no sample is skipped for that, since other ranks would not skip it."""
+    supply = supply_over(Folder(copy), tmp_path / "cache", damage)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mirl_dist.data.shard_pool.download", full)
+    shard = supply.shards.train[0]
+    with pytest.raises(Fault, match=r"the cache .*: No space left on device\. Make room"):
+        supply.prove(shard)
+    monkeypatch.undo()
+    supply.prove(shard)
+
+    def many(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    running = stream(copy, damage=damage).batches(0, Position(0, 0), 1)
+    next(running)
+    monkeypatch.setattr("mirl_dist.data.sample.os.open", many)
+    with pytest.raises(Fault, match=r"cannot be read: .*Too many open files.*Check the disk, then start again"):
+        list(running)
+
+
+def test_a_passing_fault_of_the_system_is_tried_once_more(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = batches(stream(copy))
+    opened, calls = os.open, [0]
+
+    def sometimes(path: str, flags: int) -> int:
+        calls[0] += 1
+        if calls[0] in (5, 30):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return opened(path, flags)
+
+    monkeypatch.setattr("mirl_dist.data.sample.os.open", sometimes)
+    skipping = stream(copy, damage="skip")
+    found = batches(skipping)
+    assert calls[0] > 50
+    monkeypatch.undo()
+    assert same(found, whole)
+    assert skipping.damaged == {}
+
+
+def test_who_is_asked_to_stop_does_not_wait_long_for_a_store(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mirl_dist.data.shard_pool._GRACE_SECONDS", 0.1)
+    store = Away(copy)
+    patience = Patience(seconds=60, first=0.05, most=0.1)
+    cache = Cache(tmp_path / "cache", 10**9)
+    supply = Supply(Shards(store), cache, "refuse", lambda line: None, stop_asked=lambda: True, patience=patience)
+    store.away = True
+    with pytest.raises(Stopped, match=r"stopped as asked while waiting for train-.*; the last commit stands"):
+        supply.prove(supply.shards.train[0])
+
+
+def test_batches_that_are_ready_are_trained_on_when_a_stop_meets_a_store_that_is_away(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the ranks may yet meet and commit; then the stop is told."""
+    monkeypatch.setattr("mirl_dist.data.shard_pool._GRACE_SECONDS", 0.0)
+    store, asked = Away(copy), [False]
+    patience = Patience(seconds=60, first=0.05, most=0.1)
+    cache = Cache(tmp_path / "cache", 10**9)
+    supply = Supply(Shards(store), cache, "refuse", lambda line: None, stop_asked=lambda: asked[0], patience=patience)
+    want, wanted = supply.want, [0]
+
+    def wanting(shard: Shard) -> None:
+        wanted[0] += 1
+        if wanted[0] == 7:  # the shards of some passes are here
+            for other in supply._wanted.values():
+                other.future.result()
+            store.away = asked[0] = True
+        want(shard)
+
+    monkeypatch.setattr(supply, "want", wanting)
+    running = stream(copy, supply=supply, mix={"denoise_25": 4, "derain": 4}, global_batch=2).batches(
+        0, Position(0, 0), 9
+    )
+    made = 0
+    with pytest.raises(Stopped, match="stopped as asked while waiting for train-"):
+        for _ in running:
+            made += 1
+    assert made > 0
+
+
+def test_a_file_that_goes_from_the_cache_is_brought_again(copy: Path, tmp_path: Path) -> None:
+    """As when another process of the node finds it bad and brings another."""
+    whole = batches(stream(copy))
+    running = stream(copy, cache=tmp_path / "cache").batches(0, Position(0, 0), 2)
+    found = [next(running).to(torch.device("cpu"))]
+    for tar in (tmp_path / "cache").glob("*.tar"):
+        tar.unlink()
+    found += [batch.to(torch.device("cpu")) for batch in running]
+    assert same(found, whole)

@@ -1,0 +1,234 @@
+"""What a launcher and its workers tell each other: seen by both, believed only where nobody else can write."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mirl_dist.distributed.launch import control as slips
+from mirl_dist.distributed.launch.control import Slip
+from mirl_dist.errors import Fault
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path / f"mirl-dist-{os.getuid()}"
+
+
+def worker(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """A child of this process, as an elastic launcher starts it."""
+    whole = f"import os\nfrom mirl_dist.distributed.launch.control import Slip\nslip = Slip.of_worker()\n{code}"
+    return subprocess.run(
+        [sys.executable, "-c", whole],
+        env=os.environ | {"TORCHELASTIC_RUN_ID": "none"} | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_launcher_and_worker_hear_each_other_without_being_told_where(place: Path) -> None:
+    slip = Slip.of_launcher()
+    assert worker("print(slip.stop_asked(), slip.final())").stdout == "False None\n"
+    slip.ask_to_stop()
+    assert worker("print(slip.stop_asked(), slip.final())").stdout == "True 75\n"
+    assert worker("slip.last_word(2)").returncode == 0
+    assert slip.final() == 2
+    assert place.stat().st_mode & 0o777 == 0o700
+    slip.remove()
+    assert list(place.iterdir()) == [] and slip.final() is None and not slip.stop_asked()
+
+
+def test_workers_of_a_launcher_that_knows_no_slip_hear_each_other() -> None:
+    assert worker("slip.last_word(75); print(slip.final())").stdout == "75\n"
+    assert worker("print(slip.final(), slip.another_failed())").stdout == "75 False\n"
+    assert worker("slip.ask_to_stop()").returncode == 0
+    assert worker("print(slip.stop_asked())").stdout == "True\n"
+
+
+def test_a_users_mistake_is_the_last_word_whoever_spoke_first() -> None:
+    slip = Slip.of_launcher()
+    for code in (75, 2, 75):
+        slip.last_word(code)
+    assert slip.final() == 2
+
+
+def test_a_process_that_nobody_launched_says_and_hears_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    slip = Slip.of_worker()
+    slip.last_word(2)
+    slip.ask_to_stop()
+    slip.remove()
+    assert (slip.final(), slip.stop_asked(), slip.parent_gone(), slip.restarted()) == (None, False, False, None)
+    assert not slip.leave_if_orphaned(lambda: False) and not slip.another_failed()
+    assert not place.exists()
+
+
+def test_what_dead_launchers_left_is_removed_and_what_living_ones_say_is_kept(place: Path) -> None:
+    code = "from mirl_dist.distributed.launch.control import Slip\n"
+    code += "Slip.of_launcher().last_word(2)\nprint(flush=True)\ninput()"
+    living = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    dead = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    for process in (living, dead):
+        assert process.stdout and process.stdout.readline() == b"\n"
+    dead.kill()
+    dead.communicate()
+    earlier = place / (slips._name(os.getpid()) + "0")  # this process's number, another's start
+    earlier.mkdir()
+    assert len(list(place.iterdir())) == 3
+    Slip.of_launcher()
+    left = {p.name.split("-")[2] for p in place.iterdir()}
+    assert left == {str(living.pid), str(os.getpid())} and not earlier.exists()
+    assert len(list(place.iterdir())) == 2
+    living.communicate(b"\n")
+
+
+def test_a_launcher_begins_with_an_empty_slip() -> None:
+    Slip.of_launcher().last_word(2)
+    assert Slip.of_launcher().final() is None
+
+
+def test_a_folder_that_others_could_write_is_closed_or_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.mkdir()
+    place.chmod(0o777)
+    Slip.of_launcher()
+    assert place.stat().st_mode & 0o777 == 0o700
+
+    monkeypatch.setattr(os, "getuid", lambda: 4711)
+    foreign = place.parent / "mirl-dist-4711"
+    foreign.mkdir()
+    with pytest.raises(Fault, match=r"mirl-dist-4711: found what is not a folder of this user\..* set TMPDIR"):
+        Slip.of_launcher()
+    foreign.rmdir()
+    foreign.symlink_to(place)
+    with pytest.raises(Fault, match="not a folder of this user"):
+        Slip.of_launcher()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    slip = Slip.of_worker()
+    slip.last_word(2)
+    assert slip.final() is None, "a worker neither believes nor says anything there, and trains"
+
+
+def test_a_message_that_cannot_be_written_ends_nobody(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    slip = Slip.of_worker()
+    place.rmdir()
+    place.write_text("a file where the folder was")
+    slip.last_word(2)
+    assert slip.final() is None
+    with pytest.raises(Fault, match=r"mirl-dist-\d+: cannot be used \(File exists\)\. Set TMPDIR"):
+        Slip.of_launcher()
+
+
+def test_a_sigterm_means_a_request_unless_the_launcher_asks_by_slip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slips, "_DOUBT_SECONDS", 0.1)
+    slip = Slip.of_launcher()
+    assert slip.another_failed(), "it would have asked by the slip"
+    slip.ask_to_stop()
+    assert not slip.another_failed()
+    slip.remove()
+    assert not slip.another_failed(), "torchrun passes on the SIGTERM that it got itself"
+
+
+@pytest.mark.parametrize(("ours", "said"), [(True, "None"), (False, "started again by the launcher (1 of 3)")])
+def test_a_restart_is_said_once_by_the_worker_or_by_a_launcher_of_ours(ours: bool, said: str) -> None:
+    if ours:
+        Slip.of_launcher()
+    counts = {"TORCHELASTIC_MAX_RESTARTS": "3"}
+    assert worker("print(slip.restarted())", TORCHELASTIC_RESTART_COUNT="1", **counts).stdout == f"{said}\n"
+    assert worker("print(slip.restarted())", TORCHELASTIC_RESTART_COUNT="0", **counts).stdout == "None\n"
+
+
+HAS_TORCH = """
+import mmap
+open("libtorch.so", "w").write("x")
+keep = mmap.mmap(os.open("libtorch.so", os.O_RDONLY), 0, prot=mmap.PROT_READ)
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "session", "gone"), [("", True, True), ("", False, False), (HAS_TORCH, True, False)]
+)
+def test_a_worker_whose_launcher_ended_before_it_could_look_has_none(
+    tmp_path: Path, launcher: str, session: bool, gone: bool
+) -> None:
+    # Torch's launchers, which have torch in their memory, start each worker in a session of its own.
+    worker = "from mirl_dist.distributed.launch.control import Slip\nprint(Slip.of_worker().parent_gone())"
+    code = f"import os, subprocess, sys{launcher}\n"
+    code += f"subprocess.run([sys.executable, '-c', {worker!r}], start_new_session={session})"
+    env = os.environ | {"TORCHELASTIC_RUN_ID": "none"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert ended.stdout == f"{gone}\n", ended.stderr
+
+
+ORPHAN = """
+import os, sys, time
+from mirl_dist.slip import Slip
+slip = Slip.of_worker()
+print(os.getpid(), flush=True)
+while not slip.parent_gone():
+    time.sleep(0.01)
+slip.leave_if_orphaned(lambda: False)
+print("looked once", flush=True)
+for _ in range(5):
+    slip.leave_if_orphaned(lambda: sys.argv[1] == "asked")
+print("committed", flush=True)
+"""
+
+
+@pytest.mark.parametrize("asked", ["asked", "not asked"])
+def test_a_worker_whose_launcher_has_gone_leaves_unless_it_was_asked_to_stop_before(asked: str) -> None:
+    code = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {ORPHAN!r}, {asked!r}])"
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TORCHELASTIC_RUN_ID": "none"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert launcher.stdout and launcher.stderr
+    pid = int(launcher.stdout.readline())
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    wait_for(lambda: ended(pid))
+    said = {"asked": ("committed\n", ""), "not asked": ("", "mirl-dist: the launcher has gone; leaving.\n")}[asked]
+    assert (launcher.stdout.read(), launcher.stderr.read()) == ("looked once\n" + said[0], said[1])
+    launcher.stdout.close()
+    launcher.stderr.close()
+
+
+def ended(pid: int) -> bool:
+    """Whether a process has gone, or only waits for its parent to take note."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except OSError:
+        return True
+
+
+def wait_for(found: Callable[[], Any]) -> None:
+    last = time.monotonic() + 30
+    while not found():
+        assert time.monotonic() < last
+        time.sleep(0.01)
+
+
+def test_children_are_those_that_live(place: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert process.pid in slips.children(os.getpid())
+    process.kill()
+    wait_for(lambda: ended(process.pid))
+    assert process.pid not in slips.children(os.getpid())
+    process.communicate()

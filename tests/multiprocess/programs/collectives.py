@@ -1,0 +1,262 @@
+"""Runs on every rank: `collectives.py FOLDER` reads weights.safetensors in FOLDER and writes what it saw to W-r.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from mirl_dist.data.sample import Batch
+from mirl_dist.distributed.engines.ddp import Replicas
+from mirl_dist.distributed.ranks import Ranks
+from mirl_dist.distributed.watchdog import Pace
+from mirl_dist.errors import Fault, Stopped
+from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning.prune import Pruned, Rule, prune
+from mirl_dist.training import guards, loop, lottery
+from mirl_dist.training.state import Progress, State
+from mirl_dist.training.ticket import Ticket
+
+RULES = {
+    "global": Rule(0.2),
+    "layer": Rule(0.2, per="layer"),
+    "random": Rule(0.2, criterion="random", seed=7),
+    "random layer": Rule(0.3, criterion="random", per="layer", seed=7),
+}
+
+
+def refused(work: Callable[[], object]) -> dict[str, Any] | None:
+    """The Fault that some work meets, or None."""
+    try:
+        work()
+    except Fault as fault:
+        return {"text": str(fault), "everywhere": fault.everywhere, "resumable": fault.resumable}
+    return None
+
+
+def stopped(work: Callable[[], object]) -> str | None:
+    """What the Stopped says that some work meets, or None."""
+    try:
+        work()
+    except Stopped as asked:
+        return str(asked)
+    return None
+
+
+def pruned(weights: dict[str, torch.Tensor], ranks: Ranks) -> dict[str, Any]:
+    """Two cuts in a row by every rule."""
+    found = {}
+    for name, rule in RULES.items():
+        masks = masking.all_alive(weights, [n for n in weights if "weight" in n])
+        for cut in (1, 2):
+            made = prune(weights, masks, rule, ranks.share, ranks.gather)
+            masks = made.masks
+            said = [masking.digest(masks), made.threshold.hex(), made.removed, masking.alive(masks)]
+            found[f"{name} {cut}"] = said
+    return found
+
+
+def told(ranks: Ranks) -> dict[str, Any]:
+    """What travels between ranks."""
+    last = ranks.rank == ranks.world - 1
+
+    def main_fails() -> str:
+        raise Fault(f"found something on rank {ranks.rank}, here, do that.")
+
+    def main_is_asked_to_stop() -> str:
+        raise Stopped("stopped as asked")
+
+    def main_finds_the_server_away() -> str:
+        raise Fault("the server is away.", resumable=True)
+
+    sent = {
+        "flags": torch.tensor([[True, False], [False, True]]),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        "counts": torch.tensor([2**40, -1]),
+        "half": torch.tensor([1.0, 2.0], dtype=torch.bfloat16),
+    }
+    got = ranks.tensors_from_main(sent if ranks.is_main else None)
+    mine = torch.tensor([1e8, 1.0, -1e8, 0.1], dtype=torch.float32).roll(ranks.rank)
+    return {
+        "agree": refused(lambda: ranks.agree("the colour", "red" if not last else "blue")),
+        "agreed": refused(lambda: ranks.agree("the colour", "red")),
+        "from main": ranks.from_main(lambda: f"from rank {ranks.rank}"),
+        "main stops": stopped(lambda: ranks.from_main(main_is_asked_to_stop)),
+        "main fails": refused(lambda: ranks.from_main(main_fails)),
+        "server away": refused(lambda: ranks.from_main(main_finds_the_server_away, what="commit")),
+        "any": [ranks.any(last, what="whether one is last"), ranks.any(False, what="whether none is")],
+        "sent": {n: [str(t.dtype), list(t.shape), t.tolist()] for n, t in got.items()},
+        "gather": ranks.gather(torch.tensor([ranks.rank, 10 * ranks.rank])).tolist(),
+        "sum": [x.hex() for x in ranks.sum(mine).tolist()],
+        "objects": ranks.gather_objects(f"rank {ranks.rank}"),
+    }
+
+
+def small_state(seed: int) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        n: torch.nn.Parameter(torch.randn(s, generator=generator))
+        for n, s in (("a.weight", (4, 3)), ("b.weight", (5,)))
+    }
+    engine = Replicas(weights, lambda p: torch.optim.AdamW(p.values(), lr=0.1))
+    return State(engine, masking.all_alive(weights, weights))
+
+
+def a_ticket(state: State) -> Ticket:
+    progress = state.progress
+    return Ticket(
+        round=progress.round,
+        alive=17,
+        prunable=17,
+        total=17,
+        threshold=0.0,
+        layer_density={},
+        mask_digest=progress.mask_digest,
+        initial_digest="",
+        weights_digest="",
+        parent=None,
+        fingerprint="",
+        manifest_digest="",
+        protocol="",
+        scores={},
+        updates=0,
+        samples=0,
+        seconds=0.0,
+        world=1,
+        versions={},
+    )
+
+
+def nudge(tensor: torch.Tensor) -> None:
+    with torch.no_grad():
+        tensor.view(-1)[0] = torch.nextafter(tensor.view(-1)[0], torch.tensor(9.0))
+
+
+def guarded(ranks: Ranks) -> dict[str, Any]:
+    """Laws that one rank breaks, by the smallest step that a float can take."""
+    last = ranks.rank == ranks.world - 1
+    game = lottery.Lottery(2, None, "initial", "all", 0, 1)
+    opened: list[str] = []
+
+    def play(state: State, initial: dict[str, torch.Tensor]) -> None:
+        lottery.play(
+            game,
+            state,
+            initial,
+            ranks,
+            newest=None,
+            train_and_score=lambda: a_ticket(state),
+            record=lambda ticket: None,
+            select=lambda: prune(state.weights, state.masks, Rule(0.2), ranks.share, ranks.gather),
+            rewind_point=lambda: initial,
+            stop_if_asked=lambda before: opened.append(before),
+        )
+
+    def first(state: State) -> dict[str, torch.Tensor]:
+        return {n: p.detach().clone() for n, p in state.weights.items()}
+
+    drifted, other_start, unproven, risen = (small_state(3) for _ in range(4))
+    starts = [first(s) for s in (drifted, other_start, unproven, risen)]
+    masks = {
+        n: torch.rand(p.shape, generator=torch.Generator().manual_seed(1)) > 0.3 for n, p in drifted.weights.items()
+    }
+    masking.close_weights(risen.weights, masks)
+    risen.begin_round(1, masks, threshold=0.0, parent=None)
+    if last:
+        nudge(drifted.weights["a.weight"])
+        nudge(starts[1]["b.weight"])
+        with torch.no_grad():
+            risen.weights["b.weight"][~masks["b.weight"]] = 1e-30
+
+    def rewind_that_fails() -> None:
+        told = lottery.rewind
+        try:  # a rewind that this machine gets wrong
+
+            def wrong(weights: Any, *rest: Any) -> None:
+                told(weights, *rest)
+                if last:
+                    nudge(weights["b.weight"])
+
+            lottery.rewind = wrong
+            lottery.begin_round(game, unproven, starts[2], ranks, Pruned(masks, 0.5, 0, ()), a_ticket(unproven))
+        finally:
+            lottery.rewind = told
+
+    found = {
+        "drift": refused(lambda: play(drifted, starts[0])),
+        "drifted masks": masking.alive(drifted.masks),
+        "other start": refused(lambda: play(other_start, starts[1])),
+        "rewind": refused(rewind_that_fails),
+        "risen": refused(lambda: lottery.prove_dead_weights(risen, ranks)),
+    }
+    return found | {"opened": opened, "loss": refused(lambda: lossy(ranks, last)), "stop": stops(ranks, last)}
+
+
+def lossy(ranks: Ranks, last: bool) -> tuple[bool, int]:
+    losses = torch.tensor([0.1, float("inf") if last else 0.2])
+    none = torch.zeros(2)
+    batch = Batch(none, none, none, (f"derain:one-{ranks.rank}", f"derain:two-{ranks.rank}"))
+    seen = guards.Seen([(losses, batch)])
+    progress = Progress(round=1, epoch=2, step=3)
+    if loop.meet(losses, batch, ranks, Around(), Pace()).bad:
+        guards.refuse_bad_loss(seen, progress, 0, ranks)
+    return (False, 0)
+
+
+def stops(ranks: Ranks, last: bool) -> tuple[bool, int]:
+    """Asked of one rank alone, heard by all; so is what every rank's batch replaced."""
+    losses = torch.tensor([0.1, 0.2])
+    batch = Batch(losses, losses, losses, ("a", "b"), skipped=2 if ranks.rank else 1)
+    word = loop.meet(losses, batch, ranks, Around(stop=last), Pace())
+    assert abs(word.loss - ranks.world * 0.3) < 1e-6 and not (word.bad or word.busy or word.failed)
+    return (word.stop, word.skipped)
+
+
+class Around:
+    """The run around a loop that only looks whether to stop."""
+
+    def __init__(self, stop: bool = False) -> None:
+        self._stop = stop
+
+    def stop_asked(self) -> bool:
+        return self._stop
+
+    def busy(self) -> bool:
+        return False
+
+    failed = busy
+
+
+def averaged(ranks: Ranks) -> dict[str, Any]:
+    """Replicas that start apart, and one backward pass of each on its own number."""
+    torch.manual_seed(ranks.rank)
+    bare = torch.nn.Linear(2, 1, bias=False)
+    wrapped = ranks.wrap(bare)
+    ranks.backward(wrapped(torch.full((1, 2), float(ranks.rank))).sum())
+    weights = dict(ranks.unwrap(wrapped).named_parameters())
+    gradient = weights["weight"].grad
+    assert gradient is not None
+    return {"weights": masking.digest_tensors(weights), "gradient": gradient.tolist(), "type": type(wrapped).__name__}
+
+
+def main(folder: Path) -> None:
+    ranks = Ranks(device="cpu")
+    weights = safetensors.torch.load_file(folder / "weights.safetensors")
+    found = {"pruned": pruned(weights, ranks), "told": told(ranks), "averaged": averaged(ranks)}
+    if ranks.world > 1:
+        found["guarded"] = guarded(ranks)
+    (folder / f"{ranks.world}-{ranks.rank}.json").write_text(json.dumps(found))
+    ranks.barrier()
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    os._exit(0)  # as the commands do: taking a gloo group apart at Python's end can hang

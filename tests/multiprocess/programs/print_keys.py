@@ -1,0 +1,41 @@
+"""`mirl-dist` that writes down what every step read and lost: one JSON line per forward pass and rank.
+
+Environment: MIRL_KEYS, the folder for the lines; MIRL_KILL, '[round, updates]': every rank dies before that step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from mirl_dist.cli import app
+from mirl_dist.storage.async_writer import Keeper
+from mirl_dist.training import loop
+
+
+def watch() -> None:
+    meet, kill = loop.meet, json.loads(os.environ.get("MIRL_KILL", "null"))
+    lines = Path(os.environ["MIRL_KEYS"]) / f"{os.environ.get('RANK', '0')}.jsonl"
+
+    def watching(losses: Any, batch: Any, ranks: Any, around: Any, pace: Any) -> Any:
+        progress = around.state.progress
+        if [progress.round, progress.updates] == kill:
+            around.keeper.settle(60)  # a commit under way is not what this test is about
+            os.kill(os.getpid(), signal.SIGKILL)
+        at = [progress.round, progress.epoch, progress.step]
+        said = {"at": at, "keys": batch.keys, "losses": [loss.hex() for loss in losses.tolist()]}
+        with lines.open("a") as file:
+            file.write(json.dumps(said) + "\n")
+        return meet(losses, batch, ranks, around, pace)
+
+    loop.meet = watching
+    # A commit that is due is made at its step, not later because the one before is still being written.
+    Keeper.busy = property(lambda self: bool(self.settle(60)))  # type: ignore[assignment, method-assign]
+
+
+if __name__ == "__main__":
+    watch()
+    app.main()

@@ -1,0 +1,202 @@
+"""Whole runs on shards that are damaged, and on shards that come through a cache, seen through their tickets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from mirl_dist.data.manifest import CLEAN
+from mirl_dist.data.shards import Place, Shards
+from mirl_dist.observability.console import rank_here
+from mirl_dist.storage import Folder
+
+ALL = {
+    "data.mix": {"derain": 3, "dehaze": 1},
+    "data.steps_per_epoch": None,
+    "data.damage": "skip",
+    "prune.rounds": 1,
+}  # 24 samples an epoch in 6 steps: every sample of a set as often as the mix says, 2 epochs in each of 2 rounds
+
+
+def flip(shards: Path, place: Place) -> None:
+    """One bit of the clean image of a sample."""
+    found = place.entry.image(CLEAN)
+    assert found is not None
+    tar = shards / place.shard.name
+    data = bytearray(tar.read_bytes())
+    data[found[1].offset + found[1].size // 2] ^= 1
+    tar.write_bytes(data)
+
+
+class Damaged(NamedTuple):
+    shards: Path
+    place: Place
+
+
+@pytest.fixture(scope="module")
+def damaged(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Damaged:
+    """The tiny shards with one damaged pair for rain."""
+    folder = Path(shutil.copytree(lab.shards, tmp_path_factory.mktemp("damaged") / "shards"))
+    place = Shards(Folder(folder)).places("train")["rain"][0]
+    flip(folder, place)
+    return Damaged(folder, place)
+
+
+@pytest.fixture(scope="module")
+def skipping(lab: Any, damaged: Damaged, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of two ranks that skipped the damage, undisturbed, with MLflow. Only to be read."""
+    folder = tmp_path_factory.mktemp("skipping")
+    store = {"tracking.enabled": True, "tracking.uri": f"sqlite:///{folder}/mlflow.db"}
+    ended = lab.play(folder, ALL | store | {"data.shards": str(damaged.shards)})
+    assert ended.codes == (0, 0), ended.said()
+    told = [line for line in ended.err.splitlines() if "skipped of" in line]
+    assert {line.partition(": ")[0] for line in told} <= {f"mirl-dist, {rank_here(rank)}" for rank in range(2)}
+    assert len(told) == len(set(told)) > 0, "each rank that meets it tells it once"
+    for line in told:
+        assert damaged.place.shard.name in line and f"'{damaged.place.entry.key}' is damaged" in line
+    assert ended.err.splitlines() == told, "and nothing else"
+    return folder
+
+
+def test_a_ticket_says_what_was_damaged_and_how_many_reads_were_replaced(
+    lab: Any, damaged: Damaged, skipping: Path
+) -> None:
+    tickets = lab.tickets(skipping / "run")
+    assert [t["round"] for t in tickets] == [0, 1]
+    name = f"{damaged.place.shard.name} {damaged.place.entry.key}"
+    for ticket in tickets:
+        assert ticket["skipped"] == 6, "three reads an epoch, of this round alone"
+        assert list(ticket["damaged"]) == [name]
+        assert ticket["damaged"][name].startswith("is damaged (clean.ppm")
+        assert ticket["samples"] == 48 * (ticket["round"] + 1), "as many as without damage"
+    listed = json.loads(lab.mirl("tickets", "list", str(skipping / "run"), "--json").out)
+    assert [(t["skipped"], t["damaged"]) for t in listed] == [(t["skipped"], t["damaged"]) for t in tickets]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_mlflow_has_the_replaced_reads_of_each_round(skipping: Path) -> None:
+    pytest.importorskip("mlflow", reason="MLflow is not installed")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{skipping}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "mirl_dist"]
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    assert {r.data.tags["round"]: r.data.metrics["skipped_reads"] for r in runs if r is not parent} == {"0": 6, "1": 6}
+    history = client.get_metric_history(parent.info.run_id, "round/skipped_reads")
+    assert sorted((m.step, m.value) for m in history) == [(0, 6), (1, 6)]
+
+
+def test_skipping_runs_that_are_killed_and_resumed_or_run_alone_have_the_same_tickets(
+    lab: Any, damaged: Damaged, skipping: Path, tmp_path: Path
+) -> None:
+    sets = ALL | {"data.shards": str(damaged.shards)}
+    for step in ([0, 5], [0, 11], [1, 3]):
+        ended = lab.play(tmp_path, sets, fatal={"rank": "all", "step": step})
+        assert ended.codes == (-9, -9), ended.said()
+    ended = lab.play(tmp_path, sets | {"data.workers": 1})
+    assert ended.rc == 0 and "resuming: round 1, after step 2" in ended.out, ended.said()
+    assert lab.digests(tmp_path / "run") == lab.digests(skipping / "run")
+
+    # One rank in two passes adds the same two halves of a batch that two ranks add: every bit is the same.
+    (tmp_path / "alone").mkdir()
+    ended = lab.play(tmp_path / "alone", sets | {"batch.forward": 2}, world=1)
+    assert ended.rc == 0 and "1 rank x 2 passes x 2 samples" in ended.out, ended.said()
+    assert lab.digests(tmp_path / "alone/run") == lab.digests(skipping / "run")
+
+
+def test_a_whole_shard_that_is_lost_gives_the_same_ticket_wherever_the_shards_lie(
+    lab: Any, damaged: Damaged, tmp_path: Path
+) -> None:
+    digests, told = [], []
+    for name, more in (("here", {}), ("there", {"data.cache.folder": "cache"})):
+        folder = tmp_path / name
+        shards = Path(shutil.copytree(lab.shards, folder / "shards"))
+        (shards / damaged.place.shard.name).unlink()
+        ended = lab.play(folder, ALL | more | {"data.shards": str(shards), "prune.rounds": 0})
+        assert ended.codes == (0, 0), ended.said()
+        (ticket,) = lab.tickets(folder / "run")
+        assert ticket["skipped"] == 6 * damaged.place.shard.samples
+        assert list(ticket["damaged"]) == [damaged.place.shard.name]
+        digests += lab.digests(folder / "run")
+        told.append(ticket["damaged"])
+    assert str(tmp_path) not in json.dumps(told), "a ticket holds no path of a machine"
+    assert digests[0] == digests[1]
+
+
+def test_refused_damage_ends_two_ranks_with_one_line_that_names_shard_and_key(
+    lab: Any, damaged: Damaged, tmp_path: Path
+) -> None:
+    sets = ALL | {"data.shards": str(damaged.shards), "data.damage": "refuse"}
+    ended = lab.play(tmp_path, sets)
+    assert ended.rc == 2 and 0 not in ended.codes, ended.said()
+    assert "Traceback" not in ended.err
+    told = [line for line in ended.err.splitlines() if damaged.place.shard.name in line]
+    assert len(told) == 1, ended.said()
+    assert told[0].startswith("mirl-dist")
+    assert f"sample '{damaged.place.entry.key}' is damaged" in told[0]
+    assert "data.damage: skip" in told[0], "what to do instead"
+    assert not list((tmp_path / "run").rglob("ticket.json"))
+    again = lab.play(tmp_path, sets | {"data.shards": str(lab.shards)})
+    assert again.rc == 0, "the same run goes on with whole shards"
+    assert [t["skipped"] for t in lab.tickets(tmp_path / "run")] == [0, 0]
+    assert [t["damaged"] for t in lab.tickets(tmp_path / "run")] == [{}, {}]
+
+
+def test_a_run_that_damage_stopped_goes_on_by_skipping_it(lab: Any, damaged: Damaged, tmp_path: Path) -> None:
+    sets = ALL | {"data.shards": str(damaged.shards)}
+    assert lab.play(tmp_path, sets | {"data.damage": "refuse"}).rc == 2
+    assert (tmp_path / "run" / "run.json").exists(), "the run had begun"
+    ended = lab.play(tmp_path, sets | {"data.damage": "skip"})
+    assert ended.rc == 0, ended.said()
+    key = f"{damaged.place.shard.name} {damaged.place.entry.key}"
+    assert all(t["skipped"] > 0 and list(t["damaged"]) == [key] for t in lab.tickets(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("policy", ["refuse", "skip"])
+def test_damaged_evaluation_shards_are_refused_before_training_whatever_the_policy(
+    lab: Any, tmp_path: Path, policy: str
+) -> None:
+    shards = Path(shutil.copytree(lab.shards, tmp_path / "shards"))
+    place = Shards(Folder(shards)).places("evaluate")["haze"][0]
+    flip(shards, place)
+    sets = {"data.shards": str(shards), "data.damage": policy}
+    ended = lab.play(tmp_path, sets)
+    assert ended.codes == (2, 2), ended.said()
+    (line,) = ended.err.splitlines()
+    assert place.shard.name in line and f"sample '{place.entry.key}' is damaged" in line
+    assert not (tmp_path / "run").exists(), "nothing was begun"
+    ended = lab.play(tmp_path, sets | {"data.mix": {"derain": 2}, "prune.rounds": 0})
+    assert ended.rc == 0, "what is not scored does not matter"
+
+
+def test_a_cache_gives_the_tickets_of_reading_in_place(lab: Any, reference: Path, tmp_path: Path) -> None:
+    ended = lab.play(tmp_path, {"data.cache.folder": "cache"})
+    assert ended.rc == 0 and ended.err == "", ended.said()
+    assert lab.digests(tmp_path / "run") == lab.digests(reference)
+    kept = {path.name for path in (tmp_path / "cache").glob("*.tar")}
+    assert kept <= {f"{s.sha256}.tar" for s in Shards(Folder(lab.shards)).manifest.shards}
+    assert len(kept) > 3
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+@pytest.mark.parametrize("policy", ["refuse", "skip"])
+def test_a_cache_that_is_too_small_is_no_damage_and_is_refused_before_anything_is_begun(
+    lab: Any, tmp_path: Path, policy: str
+) -> None:
+    sets = {"data.cache.folder": "cache", "data.cache.gigabytes": 3e-5, "data.damage": policy}
+    ended = lab.play(tmp_path, sets)
+    assert ended.codes == (2, 2), ended.said()
+    (line,) = ended.err.splitlines()
+    assert line.startswith("mirl-dist: data.cache.gigabytes: found 3e-05, but each of 2 ranks on this node needs"), line
+    assert "Set it to" in line
+    assert not (tmp_path / "run").exists()
+    enough = float(line.partition("Set it to ")[2].split()[0])
+    ended = lab.play(tmp_path, sets | {"data.cache.gigabytes": enough, "prune.rounds": 0})
+    assert ended.rc == 0, "what the message says is enough"
+    assert lab.tickets(tmp_path / "run")[0]["skipped"] == 0
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")) <= enough * 1e9

@@ -1,0 +1,209 @@
+"""Runs that are killed and go on: the tickets are those of a run that nobody disturbed, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mirl_dist.storage import Folder
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch" / "cpu_two.yaml"
+
+
+def newest(lab: Any, folder: Path) -> tuple[int, int | None] | None:
+    """Round and step of the newest commit, as `mirl-dist status` tells."""
+    ended = lab.mirl("status", str(folder / "run"), "--json")
+    assert ended.rc == 0, ended.said()
+    commit = json.loads(ended.out)["newest_commit"]
+    return commit and (commit["round"], commit["step"])
+
+
+def assert_same_run(lab: Any, run: Path, reference: Path) -> None:
+    assert lab.digests(run) == lab.digests(reference)
+    for mine, theirs in zip(lab.ended(run), lab.ended(reference), strict=True):
+        for name in ("weights.safetensors", "mask.safetensors"):
+            assert (mine / name).read_bytes() == (theirs / name).read_bytes()
+
+
+STAGES: list[tuple[str, dict[str, Any], tuple[int, int | None] | None]] = [
+    ("one rank dies inside a round", {"rank": 1, "step": [0, 3]}, (0, 2)),
+    (
+        "rank 0 dies right before the commit is whole",
+        {"rank": 0, "put": "rounds/00/steps/00000004-*/COMPLETE.json", "when": "before"},
+        (0, 2),
+    ),
+    (
+        "rank 0 dies in the middle of a part",
+        {"rank": 0, "put": "*/rounds/00/steps/00000004-*/moments.safetensors", "when": "during"},
+        (0, 2),
+    ),
+    (
+        "rank 0 dies when the ticket lacks only its COMPLETE.json",
+        {"rank": 0, "put": "*/rounds/00/ticket-*/COMPLETE.json", "when": "during"},
+        (0, 6),
+    ),
+    (
+        "rank 0 dies after pruning, with the new mask written",
+        {"rank": 0, "put": "rounds/01/steps/00000002-*/mask.safetensors", "when": "after"},
+        (0, None),
+    ),
+    ("all ranks die inside a round", {"rank": "all", "step": [1, 5]}, (1, 4)),
+]
+
+
+def test_a_run_that_is_killed_at_every_bad_moment_ends_with_the_tickets_of_one_that_was_not(
+    lab: Any, reference: Path, tmp_path: Path
+) -> None:
+    for what, fatal, expected in STAGES:
+        ended = lab.play(tmp_path, fatal=fatal)
+        assert -9 in ended.codes, f"{what}: nobody was killed\n{ended.said()}"
+        if fatal["rank"] != "all":
+            survivor = ended.codes[1 - fatal["rank"]]
+            assert survivor == 1, f"{what}\n{ended.said()}"
+            assert "another rank has gone" in ended.err
+            assert "Traceback" not in ended.err
+        assert newest(lab, tmp_path) == expected, what
+    left = [p.name for p in (tmp_path / "run").rglob(".writing-*")]
+    assert not left, "two writers died over a file that they had not named yet, and the next start cleared it away"
+    ended = lab.play(tmp_path)
+    assert ended.rc == 0, ended.said()
+    assert "resuming: round 1, after step 4" in ended.out
+    assert_same_run(lab, tmp_path / "run", reference)
+    listed = json.loads(lab.mirl("tickets", "list", str(tmp_path / "run"), "--json").out)
+    assert [t["round"] for t in listed] == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+def test_sigterm_to_the_front_process_commits_and_exits_75_and_mlflow_has_each_point_once(
+    lab: Any, reference: Path, tmp_path: Path
+) -> None:
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    sets = {"tracking.enabled": True, "tracking.uri": store, "tracking.run_name": "disturbed"}
+    front = lab.cold("python", "-m", "mirl_dist", *lab.train(tmp_path, sets, "--launch", str(LAUNCH)), cwd=tmp_path)
+    front.until(lambda: [*tmp_path.glob("run/rounds/00/steps/00000002-*/COMPLETE.json")])
+    os.kill(front.pids[0], signal.SIGTERM)
+    ended = front.wait()
+    assert ended.rc == 75, ended.said()
+    assert "stopped as asked in round 0" in ended.err or "stopped as asked while evaluating" in ended.err
+    assert "Traceback" not in ended.err
+    at = newest(lab, tmp_path)
+    assert at is not None and at[0] == 0
+    if "while evaluating" in ended.err:  # the signal came late: then all of the round's six steps are committed
+        assert at[1] == 6
+
+    # Now all at once, from outside, as when a node loses power; torchrun instead of accelerate.
+    again = lab.cold("torchrun", "--nproc-per-node", "2", "-m", "mirl_dist", *lab.train(tmp_path, sets), cwd=tmp_path)
+    again.until(lambda: [*tmp_path.glob("run/rounds/01/steps/00000002-*/COMPLETE.json")])
+    again.kill()
+    assert again.wait().rc == -9
+
+    # Right after a commit: what led up to it must be in MLflow already, for nobody will train it again.
+    for put in ("rounds/01/ticket-*/COMPLETE.json", "rounds/02/steps/00000004-*/COMPLETE.json"):
+        ended = lab.play(tmp_path, sets, fatal={"rank": 0, "put": put, "when": "after"})
+        assert ended.codes == (-9, 1), ended.said()
+
+    # Loader processes, and no launcher but what srun gives: the numbers are the same.
+    ended = lab.play(tmp_path, sets | {"data.workers": 2})
+    assert ended.rc == 0, ended.said()
+    assert "Traceback" not in ended.err
+    assert_same_run(lab, tmp_path / "run", reference)
+    assert_each_point_once(store, lab.tickets(tmp_path / "run"))
+
+
+def assert_each_point_once(store: str, tickets: list[dict[str, Any]]) -> None:
+    from mlflow import MlflowClient
+    from mlflow.entities import ViewType
+
+    client = MlflowClient(store)
+    (experiment,) = [e for e in client.search_experiments(ViewType.ACTIVE_ONLY) if e.name == "mirl_dist"]
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    rounds = {r.data.tags["round"]: r for r in runs if r is not parent}
+    assert sorted(rounds) == ["0", "1", "2"] and len(runs) == 4
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    for ticket in tickets:
+        run = rounds[str(ticket["round"])]
+        for name in ("loss/mean", "lr", "gradient_norm"):
+            steps = sorted(m.step for m in client.get_metric_history(run.info.run_id, name))
+            assert steps == [1, 2, 3, 4, 5, 6], (name, ticket["round"])
+        for name, score in ticket["scores"].items():
+            (point,) = client.get_metric_history(run.info.run_id, f"psnr/{name}")
+            assert point.value == pytest.approx(score["psnr"])
+    for name in tickets[0]["scores"]:
+        steps = {
+            f"round/psnr/{name}": lambda t: t["round"],
+            f"psnr/{name}": lambda t: t["total"] - t["prunable"] + t["alive"],
+        }
+        for curve, step in steps.items():
+            history = client.get_metric_history(parent.info.run_id, curve)
+            found = sorted((m.step, m.value) for m in history)
+            assert found == sorted((step(t), pytest.approx(t["scores"][name]["psnr"])) for t in tickets), curve
+
+
+def test_one_dead_rank_ends_all_ranks_under_a_launcher_and_a_fault_of_one_rank_is_shown(
+    lab: Any, tmp_path: Path
+) -> None:
+    for fatal, code in (
+        ({"rank": 1, "step": [0, 3], "signal": 9}, 1),
+        ({"rank": 1, "step": [0, 3], "do": "fault"}, 2),
+    ):
+        arguments = ["--nproc-per-node", "2", lab.fatal, *lab.train(tmp_path, {"checkpoint.every_steps": 3})]
+        launch = lab.cold("torchrun", *arguments, cwd=tmp_path, env={"MIRL_FATAL": json.dumps(fatal)})
+        ended = launch.wait(60)
+        assert ended.rc == 1, ended.said()  # torchrun's own code
+        if code == 2:
+            assert f"mirl-dist, rank 1 ({platform.node()}): found a planned fault, in this rank alone" in ended.err
+        else:
+            assert f"mirl-dist, rank 0 ({platform.node()}): another rank has gone" in ended.err
+
+
+def test_a_replica_that_drifts_in_training_stops_the_run_before_its_ticket(lab: Any, tmp_path: Path) -> None:
+    sets = {"checkpoint.every_steps": None, "optimiser.weight_decay": 0.0}
+    ended = lab.play(tmp_path, sets, fatal={"rank": 1, "step": [0, 5], "do": "drift"})
+    assert ended.codes == (2, 2), ended.said()
+    assert ended.err.startswith("mirl-dist: ranks disagree on the ticket: rank 0 ")
+    assert ended.err.count("\n") == 1, "both ranks know, one says it"
+    assert not lab.ended(tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_before_the_step_and_names_the_samples(
+    lab: Any, tmp_path: Path
+) -> None:
+    ended = lab.play(tmp_path, fatal={"rank": 1, "step": [0, 3], "do": "nan"})
+    assert ended.codes == (2, 2), ended.said()
+    assert ended.err.count("\n") == 1
+    assert ended.err.startswith("mirl-dist: the loss is not finite at round 0, epoch 1, step 0, samples as task:key: ")
+    named = ended.err.partition("task:key: ")[2].partition(". ")[0]
+    assert named.startswith(f"rank 1 ({platform.node()}): ")
+    assert named.removeprefix(f"rank 1 ({platform.node()}): ").partition(":")[0] in ("denoise_25", "derain", "dehaze")
+    assert newest(lab, tmp_path) == (0, 2)
+
+
+def test_a_store_lists_nothing_that_a_dead_writer_left(tmp_path: Path) -> None:
+    store = Folder(tmp_path)
+    store.put("rounds/00/whole", b"1")
+    (tmp_path / "rounds/00/.writing-abc").write_bytes(b"half")
+    assert store.list("") == ["rounds/00/whole"]
+    store.sweep()
+    assert [p.name for p in (tmp_path / "rounds/00").iterdir()] == ["whole"]
+
+
+def test_three_ranks_that_resume_add_gradients_in_the_order_of_those_that_were_not_stopped(
+    lab: Any, tmp_path: Path
+) -> None:
+    # Three is where it shows: DDP's first step in a process would add in another order than its later ones.
+    sets = {"batch.global": 6, "prune.rounds": 0}
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    assert lab.play(tmp_path / "whole", sets, world=3).rc == 0
+    ended = lab.play(tmp_path / "killed", sets, world=3, fatal={"rank": "all", "step": [0, 3]})
+    assert ended.codes == (-9, -9, -9), ended.said()
+    ended = lab.play(tmp_path / "killed", sets, world=3)
+    assert ended.rc == 0 and "resuming: round 0, after step 2" in ended.out, ended.said()
+    assert_same_run(lab, tmp_path / "killed/run", tmp_path / "whole/run")

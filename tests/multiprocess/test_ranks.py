@@ -1,0 +1,173 @@
+"""What ranks owe each other, in real processes over gloo: 1, 2, 3 and 4 of them on one checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from tests.services.lab import PROGRAMS
+
+WORLDS = (1, 2, 3, 4)
+Seen = dict[int, list[dict[str, Any]]]
+
+
+def checkpoint() -> dict[str, torch.Tensor]:
+    """Weights with many ties: small integers over eight, beside ordinary ones, in sizes that no world divides."""
+    draw = torch.Generator().manual_seed(5)
+    return {
+        "body.weight": torch.randint(-40, 41, (37, 11), generator=draw) / 8,
+        "head.weight": torch.randn(13, 7, generator=draw),
+        "output.weight": torch.randint(-3, 4, (101,), generator=draw) / 8,
+        "same.weight": torch.full((6, 5), 0.125),
+        "body.bias": torch.randn(37, generator=draw),
+    }
+
+
+@pytest.fixture(scope="module")
+def seen(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """What every rank of every world saw."""
+    folder = tmp_path_factory.mktemp("laws")
+    safetensors.torch.save_file(checkpoint(), folder / "weights.safetensors")
+    script = str(PROGRAMS / "collectives.py")
+    found = {}
+    for world in WORLDS:
+        ended = lab.start(str(folder), cwd=folder, world=world, script=script).wait()
+        assert ended.rc == 0, ended.said()
+        found[world] = [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
+    return found
+
+
+def test_every_world_and_every_rank_prunes_the_same_weights_at_the_same_threshold(seen: Seen) -> None:
+    alone = seen[1][0]["pruned"]
+    assert len(alone) == 8
+    for world in WORLDS:
+        assert [rank["pruned"] for rank in seen[world]] == [alone] * world
+
+
+def test_a_global_cut_removes_the_published_count_although_its_threshold_is_tied(seen: Seen) -> None:
+    prunable = [t.flatten() for n, t in checkpoint().items() if "weight" in n]
+    magnitudes = torch.cat(prunable).abs().sort().values
+    k = math.ceil(0.2 * (len(magnitudes) - 1) - 1e-9)
+    digest, threshold, removed, alive = seen[1][0]["pruned"]["global 1"]
+    assert (removed, alive) == (k, len(magnitudes) - k)
+    assert float.fromhex(threshold) == magnitudes[k - 1].item()
+    assert (magnitudes == magnitudes[k - 1]).sum() > 1, "the checkpoint was meant to tie here"
+
+
+def test_the_rules_choose_different_weights(seen: Seen) -> None:
+    firsts = {name: said[0] for name, said in seen[1][0]["pruned"].items()}
+    assert len(set(firsts.values())) == len(firsts)
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_disagreement_names_the_rank_that_drifted(seen: Seen, world: int) -> None:
+    for rank in seen[world]:
+        fault = rank["told"]["agree"]
+        assert "ranks disagree on the colour" in fault["text"]
+        assert f"Rank {world - 1} ({platform.node()}) has drifted" in fault["text"]
+        assert fault["everywhere"]
+        assert rank["told"]["agreed"] is None
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_rank_0_finds_or_faults_reaches_every_rank(seen: Seen, world: int) -> None:
+    for rank in seen[world]:
+        assert rank["told"]["from main"] == "from rank 0"
+        assert rank["told"]["main stops"] == "stopped as asked"
+        assert rank["told"]["main fails"]["text"] == "found something on rank 0, here, do that."
+        assert not rank["told"]["main fails"]["resumable"]
+        assert rank["told"]["server away"]["text"] == "the server is away."
+        assert rank["told"]["server away"]["resumable"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_is_true_on_any_rank_is_known_to_all(seen: Seen, world: int) -> None:
+    for rank in seen[world]:
+        assert rank["told"]["any"] == [True, False]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_tensors_of_rank_0_arrive_with_dtype_shape_and_values(seen: Seen, world: int) -> None:
+    for rank in seen[world]:
+        assert rank["told"]["sent"] == {
+            "flags": ["torch.bool", [2, 2], [[True, False], [False, True]]],
+            "empty": ["torch.float32", [0, 3], []],
+            "scalar": ["torch.float64", [], 2.5],
+            "counts": ["torch.int64", [2], [2**40, -1]],
+            "half": ["torch.bfloat16", [2], [1.0, 2.0]],
+        }
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_gathered_values_stand_in_the_order_of_ranks(seen: Seen, world: int) -> None:
+    for rank in seen[world]:
+        assert rank["told"]["gather"] == [[r, 10 * r] for r in range(world)]
+        assert rank["told"]["objects"] == [f"rank {r}" for r in range(world)]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_sum_of_floats_has_the_same_bits_on_every_rank(seen: Seen, world: int) -> None:
+    assert len({tuple(rank["told"]["sum"]) for rank in seen[world]}) == 1
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_replicas_take_the_weights_of_rank_0_and_average_gradients(seen: Seen, world: int) -> None:
+    found = [rank["averaged"] for rank in seen[world]]
+    mean = sum(range(world)) / world
+    assert {f["weights"] for f in found} == {seen[1][0]["averaged"]["weights"]}
+    assert all(f["gradient"] == [[mean, mean]] for f in found)
+    assert world == 1 or {f["type"] for f in found} == {"DistributedDataParallel"}
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_a_replica_that_drifted_by_one_bit_stops_the_run_before_pruning(seen: Seen, world: int) -> None:
+    for rank in seen[world]:
+        broken = rank["guarded"]
+        assert "ranks disagree on the trained weights" in broken["drift"]["text"]
+        assert f"Rank {world - 1} ({platform.node()}) has drifted" in broken["drift"]["text"]
+        assert broken["drifted masks"] == 17, "nothing may be pruned"
+        assert broken["opened"] == ["selecting"], "nothing comes after it"
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_ranks_that_start_from_different_weights_do_not_train(seen: Seen, world: int) -> None:
+    for rank in seen[world]:
+        assert "ranks disagree on the initial weights" in rank["guarded"]["other start"]["text"]
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_a_wrong_rewind_names_the_rank_and_the_tensor(seen: Seen, world: int) -> None:
+    for rank in seen[world]:
+        fault = rank["guarded"]["rewind"]
+        assert "the weights at the start of round 1 are not mask x what they were rewound to" in fault["text"]
+        assert f": rank {world - 1} ({platform.node()}), tensor 'b.weight'." in fault["text"]
+        assert fault["everywhere"]
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_a_dead_weight_that_rises_on_one_rank_is_named(seen: Seen, world: int) -> None:
+    for rank in seen[world]:
+        assert (
+            f"pruned weights moved in round 1: rank {world - 1} ({platform.node()}), tensor 'b.weight'"
+            in rank["guarded"]["risen"]["text"]
+        )
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_a_loss_that_is_not_finite_on_one_rank_is_named_on_all(seen: Seen, world: int) -> None:
+    for rank in seen[world]:
+        fault = rank["guarded"]["loss"]
+        assert "not finite at round 1, epoch 2, step 3" in fault["text"]
+        assert f"rank {world - 1} ({platform.node()}): derain:two-{world - 1}." in fault["text"]
+        assert "one-" not in fault["text"]
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_a_wish_to_stop_on_one_rank_is_heard_by_all_and_replaced_samples_are_added_up(seen: Seen, world: int) -> None:
+    assert [rank["guarded"]["stop"] for rank in seen[world]] == [[True, 2 * world - 1]] * world

@@ -1,0 +1,221 @@
+"""Laws of what guards a step: losses and gradients that are not finite, and losses that jump."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mirl_dist.data.sample import Batch
+from mirl_dist.training.guards import Seen, Spikes
+from mirl_dist.training.state import Progress
+
+NONE = torch.zeros(0)
+SETS = {"prune.rounds": 0, "ranks.slow_factor": 1e9}  # one round of six steps; a busy machine slows ranks
+
+HERE = re.escape(f"({platform.node()})")
+
+
+# -- losses that jump -------------------------------------------------------------------------------------------
+
+
+class SomeRanks:
+    """What all ranks say, given what the others say; `said` counts the meetings."""
+
+    def __init__(self, *others: Any) -> None:
+        self._others, self.met = others, 0
+        self.is_main, self.names = True, ["rank 0 (here)", "rank 1 (there)"]
+
+    def gather_objects(self, item: Any, *, what: str) -> list[Any]:
+        self.met += 1
+        return [item, *self._others]
+
+
+def seen(*losses: float) -> Seen:
+    """Passes of two samples each, with these losses."""
+    found = Seen()
+    for first in range(0, len(losses), 2):
+        pair = torch.tensor(losses[first : first + 2])
+        keys = tuple(f"derain:{first + i}" for i in range(len(pair)))
+        found.add(pair, Batch(NONE, NONE, NONE, keys))
+    return found
+
+
+def looked(spikes: Spikes, ranks: Any, *losses: float) -> None:
+    for loss in losses:
+        spikes.look(loss, seen(loss, loss), Progress(round=1, epoch=2, step=3), ranks)
+
+
+def test_a_loss_that_jumps_is_told_with_the_samples_that_lost_most_on_any_rank(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spikes, ranks = Spikes(10.0), SomeRanks([(7.5, "dehaze:far"), (0.1, "dehaze:near")])
+    looked(spikes, ranks, *[0.2] * 25, *[0.1] * 25)
+    assert ranks.met == 0, "ranks meet for spikes alone"
+    spikes.look(1.75, seen(0.5, 9.0, 1.0, 0.25), Progress(round=1, epoch=2, step=3), ranks)
+    assert ranks.met == 1
+    assert capsys.readouterr().out == (
+        "warning: the loss at round 1, epoch 2, step 3 is 1.75, 12 times the median 0.15 of the 50 steps before. "
+        "Highest: derain:1 (9, rank 0 (here)), dehaze:far (7.5, rank 1 (there)), derain:2 (1, rank 0 (here)).\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "loss", "told"),
+    [(49, 99.0, False), (50, 99.0, True), (50, 1.0, False), (50, 1.01, True), (50, 0.0, False)],
+)
+def test_a_loss_jumps_when_it_is_many_times_the_median_of_fifty_steps(
+    capsys: pytest.CaptureFixture[str], before: int, loss: float, told: bool
+) -> None:
+    spikes = Spikes(10.0)
+    looked(spikes, SomeRanks(), *[0.1] * before, loss)
+    assert ("warning: the loss at" in capsys.readouterr().out) == told
+
+
+def test_only_the_newest_fifty_steps_count_and_a_loss_that_stays_high_is_soon_usual(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spikes = Spikes(10.0)
+    looked(spikes, SomeRanks(), *[0.1] * 50, *[5.0] * 60)
+    assert capsys.readouterr().out.count("warning") == 25, "until half of those remembered are high"
+    looked(spikes, SomeRanks(), 0.1)
+    assert capsys.readouterr().out == ""
+
+
+def test_after_losses_of_nothing_any_loss_jumps(capsys: pytest.CaptureFixture[str]) -> None:
+    looked(Spikes(10.0), SomeRanks(), *[0.0] * 50, 0.5)
+    assert "is 0.5, inf times the median 0 of" in capsys.readouterr().out
+
+
+def test_nobody_who_switched_it_off_hears_of_a_jump(capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = SomeRanks()
+    looked(Spikes(None), ranks, *[0.1] * 60, 1e9)
+    assert (capsys.readouterr().out, ranks.met) == ("", 0)
+
+
+def test_only_one_rank_tells_and_all_of_them_meet(capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = SomeRanks()
+    ranks.is_main = False
+    looked(Spikes(10.0), ranks, *[0.1] * 50, 9.0)
+    assert (capsys.readouterr().out, ranks.met) == ("", 1)
+
+
+# -- losses and gradients that are not finite -------------------------------------------------------------------
+
+
+def nan(step: int, **more: Any) -> dict[str, Any]:
+    return {"rank": 1, "step": [0, step], "do": "nan"} | more
+
+
+def inf_gradient(step: int) -> dict[str, Any]:
+    return {"rank": 1, "step": [0, step], "do": "inf_gradient"}
+
+
+def newest_commits(run: Path) -> list[str]:
+    return sorted(path.parent.name for path in run.glob("rounds/00/steps/*/COMPLETE.json"))
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank_before_the_step_and_says_what_to_do(
+    lab: Any, tmp_path: Path
+) -> None:
+    ended = lab.play(tmp_path, SETS, fatal=nan(3))
+    assert ended.codes == (2, 2), ended.said()
+    assert ended.err.count("\n") == 1, "all ranks know, one says it"
+    assert re.fullmatch(
+        r"mirl-dist: the loss is not finite at round 0, epoch 1, step 0, samples as task:key: "
+        rf"rank 1 {HERE}: (denoise_25|derain|dehaze):\S+\. "
+        r"Nothing of this step was applied\. Check those samples, or lower "
+        r"optimiser\.lr or optimiser\.clip_norm in a new run\.folder, or allow some with "
+        r"guard\.skip_bad_batches=10 and go on from the last commit\.\n",
+        ended.err,
+    ), ended.err
+    assert newest_commits(tmp_path / "run") == ["00000002-0001"]
+
+
+def test_a_gradient_that_is_not_finite_stops_every_rank_before_the_step_though_the_losses_were(
+    lab: Any, tmp_path: Path
+) -> None:
+    ended = lab.play(tmp_path, SETS, fatal=inf_gradient(3))
+    assert ended.codes == (2, 2), ended.said()
+    assert ended.err.count("\n") == 1
+    assert re.fullmatch(
+        r"mirl-dist: the gradient is not finite at round 0, epoch 1, step 0 though every loss was; samples: "
+        rf"rank 0 {HERE}: \S+, \S+; rank 1 {HERE}: \S+, \S+\. "
+        r"Nothing of this step was applied\. Lower optimiser\.lr, or train in "
+        r"fp32, in a new run\.folder, or allow some with guard\.skip_bad_batches=10 and go on from the last commit\.\n",
+        ended.err,
+    ), ended.err
+
+
+@pytest.fixture(scope="module")
+def left_out(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run that left out the step after three, since a loss was not finite."""
+    folder = tmp_path_factory.mktemp("left-out")
+    ended = lab.play(folder, SETS | {"guard.skip_bad_batches": 2}, fatal=nan(3))
+    return folder / "run", ended
+
+
+def test_a_bad_step_that_is_allowed_is_left_out_on_every_rank_and_said_and_counted(lab: Any, left_out: Any) -> None:
+    run, ended = left_out
+    assert ended.rc == 0, ended.said()
+    (told,) = [line for line in ended.out.splitlines() if line.startswith("warning: ")]
+    at = "round 0, epoch 1, step 0, samples as task:key: "
+    assert told.startswith(f"warning: the loss is not finite at {at}rank 1 ({platform.node()}): ")
+    assert told.endswith(". The step is left out, as the 1. of 2 allowed in a round.")
+    (ticket,) = lab.tickets(run)
+    assert (ticket["bad"], ticket["updates"], ticket["samples"]) == (1, 6, 24)
+    assert all(score["psnr"] > 0 for score in ticket["scores"].values()), "no weight became nan"
+
+
+def test_a_run_that_is_killed_after_a_step_was_left_out_ends_in_the_same_ticket(
+    lab: Any, left_out: Any, tmp_path: Path
+) -> None:
+    sets = SETS | {"guard.skip_bad_batches": 2}
+    ended = lab.play(tmp_path, sets, fatal=[nan(3), {"rank": 1, "step": [0, 4]}])
+    assert -9 in ended.codes, ended.said()
+    assert newest_commits(tmp_path / "run") == ["00000002-0001", "00000004-0001"]
+    ended = lab.play(tmp_path, sets)
+    assert ended.rc == 0 and "resuming: round 0, after step 4" in ended.out, ended.said()
+    assert lab.digests(tmp_path / "run") == lab.digests(left_out[0])
+
+
+def test_a_step_is_left_out_alike_whether_a_loss_or_the_gradient_was_not_finite(
+    lab: Any, left_out: Any, tmp_path: Path
+) -> None:
+    ended = lab.play(tmp_path, SETS | {"guard.skip_bad_batches": 2}, fatal=inf_gradient(3))
+    assert ended.rc == 0, ended.said()
+    assert f"step 0 though every loss was; samples: rank 0 ({platform.node()}): " in ended.out
+    assert ". The step is left out, as the 1. of 2 allowed in a round." in ended.out
+    assert lab.digests(tmp_path / "run") == lab.digests(left_out[0])
+
+
+def test_no_more_bad_steps_are_left_out_than_are_allowed(lab: Any, tmp_path: Path) -> None:
+    ended = lab.play(tmp_path, SETS | {"guard.skip_bad_batches": 1}, fatal=[nan(1), inf_gradient(3)])
+    assert ended.codes == (2, 2), ended.said()
+    assert "as the 1. of 1 allowed in a round" in ended.out
+    assert "the gradient is not finite at round 0, epoch 1, step 0" in ended.err
+    assert " 1 such batches were left out before (guard.skip_bad_batches). " in ended.err
+    assert "guard.skip_bad_batches=10 and go on" in ended.err
+    allowed = SETS | {"guard.skip_bad_batches": 10}
+    ended = lab.play(tmp_path, allowed, fatal=inf_gradient(3))
+    assert ended.rc == 0 and "resuming: round 0, after step 2" in ended.out, ended.said()
+    assert "as the 2. of 10 allowed in a round" in ended.out, "the one before was remembered"
+    assert lab.tickets(tmp_path / "run")[0]["bad"] == 2
+
+
+def test_a_step_of_several_passes_is_left_out_whole_whichever_of_them_was_bad(lab: Any, tmp_path: Path) -> None:
+    sets = SETS | {"guard.skip_bad_batches": 1, "batch.forward": 1}
+    digests = []
+    for number in (0, 1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        ended = lab.play(folder, sets, fatal=nan(2, **{"pass": number}))
+        assert ended.rc == 0, ended.said()
+        assert ended.out.count("The step is left out, as the 1. of 1 allowed") == 1
+        assert lab.tickets(folder / "run")[0]["bad"] == 1
+        digests.append(lab.digests(folder / "run"))
+    assert digests[0] == digests[1]
