@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from mirl_dist.data import image_strip
 from mirl_dist.evaluation import metrics
+from mirl_dist.evaluation.score import Score
 from mirl_dist.tickets.compare.entry import DENSE, Shown
-from mirl_dist.training.ticket import Curve, Score, Ticket
+from mirl_dist.training.ticket import Curve, Ticket
 
 TASKS = {"derain/rain": 29.0, "denoise_25/photos": 30.2, "dehaze/haze": 26.5}
 """'task/set' -> PSNR in dB of a whole network."""

@@ -17,6 +17,7 @@ from mirl_dist import __version__
 from mirl_dist.cli import sweep_command, tickets
 from mirl_dist.cli.tickets import Json, TicketArgument, Tile
 from mirl_dist.distributed.launch.control import Slip
+from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.distributed.signals import RESUMABLE, StopFlag
 from mirl_dist.errors import Fault, Stopped
 from mirl_dist.observability.console import rank_here, say, warn
@@ -129,7 +130,8 @@ def train(
 
     from mirl_dist.config import config as configs
     from mirl_dist.observability import rank_log
-    from mirl_dist.tickets.open import options_of
+    from mirl_dist.storage.configured import options_of
+    from mirl_dist.tickets.open import open_ticket
     from mirl_dist.training import run as assemble
 
     if resume not in ("auto", "never", "must"):
@@ -140,9 +142,12 @@ def train(
         raise Fault(str(fault), everywhere=True) from None
     if launch is not None:
         from mirl_dist.distributed.launch import launcher
+        from mirl_dist.training import preflight
 
         file, options = launcher.choose(tree, launch)
         if options:
+            _check_launch(file)
+            preflight.prepare(tree, file.ranks, resume, open_ticket)
             launcher.launch(tree, file, options, ["train", str(config)], sets or [], resume, stop_asked.close)
             return
     again = slip.restarted()
@@ -151,14 +156,29 @@ def train(
     if resume == "never" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         resume = "auto"  # these ranks are started again, and find their own run
     rank_log.begin(tree, lambda: stop_asked.phase())
-    address = assemble.run(tree, resume, stop_asked)
+    address = assemble.run(tree, resume, stop_asked, open_ticket)
     if os.environ.get("RANK", "0") == "0":
         from mirl_dist.cli import show
 
         with contextlib.suppress(OSError):  # of the terminal: the run itself has ended well
-            show.print_tickets(tree.run.folder, as_json=False, options=options_of(tree))
+            show.print_tickets(tree.run.folder, as_json=False, options=options_of(tree.store))
         if address:
             say(f"MLflow: {address}")
+
+
+def _check_launch(file: LaunchFile) -> None:
+    """Raise Fault where this machine lacks what a launch file asks for."""
+    from mirl_dist.cli.doctor import machine
+    from mirl_dist.distributed.engines import requirements
+
+    try:
+        requirements.found(file.engine)
+    except LookupError as error:
+        raise Fault(f"{file.path}: {error}") from None
+    if file.nodes == 1:
+        for finding in machine.port(file):
+            if finding.kind == "FAULT":
+                raise Fault(f"{file.path}: main_process_port: {finding.text}")
 
 
 app.command("sweep")(sweep_command.sweep)
@@ -266,7 +286,8 @@ def shards_build(
     from mirl_dist.data.building import contact_sheet
     from mirl_dist.data.building.build import build
     from mirl_dist.data.building.recipe import read
-    from mirl_dist.data.parallel import ALONE, Crew, processes
+    from mirl_dist.data.parallel import ALONE, Crew
+    from mirl_dist.distributed.hardware import processes
     from mirl_dist.observability import progress as report
     from mirl_dist.storage import open_store
 
@@ -295,7 +316,7 @@ def shards_check(
 ) -> None:
     """Hold every shard against its manifest: sizes, digests, counts, and whether every image decodes."""
     from mirl_dist.data.building.check import check
-    from mirl_dist.data.parallel import processes
+    from mirl_dist.distributed.hardware import processes
     from mirl_dist.observability import progress as report
     from mirl_dist.storage import open_store
 

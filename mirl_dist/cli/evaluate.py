@@ -27,7 +27,8 @@ from mirl_dist.evaluation import evaluate
 from mirl_dist.evaluation.protocols import PROTOCOLS
 from mirl_dist.observability import progress
 from mirl_dist.storage import Folder, output_paths
-from mirl_dist.tickets.open import Filed, network, open_ticket, store_of, trained
+from mirl_dist.storage.configured import open_configured
+from mirl_dist.tickets.open import Filed, network, open_ticket
 from mirl_dist.training import dataloaders, run
 from mirl_dist.training.round import versions
 
@@ -81,12 +82,12 @@ def print_scores(reference: str, shards_address: str | None, how: How, table: Pa
             )
         config = placeless(config)
     settings = _settings(config, how)
-    shards = Shards(store_of(config, shards_address or config.data.shards))
+    shards = Shards(open_configured(config.store, shards_address or config.data.shards))
     tasks = tuple(Task.of(name) for name in config.data.mix)
     jobs = evaluate.plan(shards, tasks, config.evaluate.sets if shards_address is None else None, by=settings.protocols)
     if not jobs:
         raise Fault(f"{shards.store.where()} holds no evaluation images for {', '.join(t.name for t in tasks)}.")
-    model = network(config, trained(opened))
+    model = network(config, opened.trained_weights())
     ranks = Ranks(device=config.train.device)
     supply = dataloaders.supply_of(config, shards, "evaluate", stop_asked=lambda: False)
     with redirect_stdout(sys.stderr if as_json else sys.stdout):  # progress is no JSON
@@ -140,7 +141,7 @@ def restore_files(images: list[Path], reference: str, out: Path, tile_pixels: in
         refuse_tiles(tile_pixels, config.evaluate.tile_overlap)
     pictures = [_picture(path) for path in images]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, folder = network(config, trained(opened)).to(device), Folder(out)
+    model, folder = network(config, opened.trained_weights()).to(device), Folder(out)
     with progress.bar("restoring", len(images)) as advance:
         for number, (path, picture) in enumerate(zip(images, pictures, strict=True)):
             restored = evaluate.restore(model, picture, device, tile_pixels, config.evaluate.tile_overlap)

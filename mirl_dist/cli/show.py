@@ -13,14 +13,15 @@ from rich.table import Table
 from rich.text import Text
 
 from mirl_dist.config.config import Config
+from mirl_dist.config.local_paths import journal_folder
 from mirl_dist.config.schema import Tracking
 from mirl_dist.errors import Fault
+from mirl_dist.evaluation.score import Score
 from mirl_dist.observability import progress
 from mirl_dist.observability.mlflow import tracker
 from mirl_dist.storage import Folder, Options, lease, output_paths
 from mirl_dist.tickets.open import Filed, open_run, open_ticket
 from mirl_dist.training.checkpoint import OUTBOX, Checkpoints
-from mirl_dist.training.ticket import Score
 
 _USUAL = Options()
 _WATCH_SECONDS = 15.0  # three beats of a lease
@@ -164,7 +165,7 @@ def _tracking(checkpoints: Checkpoints, config: Config) -> Tracking:
 
 def _journal(run: str, checkpoints: Checkpoints, said: Tracking) -> Path:
     found = checkpoints.identity() or {}
-    return tracker.usual_journal(run, said.journal, str(found.get("id", "")))
+    return journal_folder(run, said.journal, str(found.get("id", "")))
 
 
 def _mlflow(run: str, checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -224,9 +223,3 @@ def _lock(path: Path, kind: int) -> int | None:
         pass
     os.close(handle)
     return None
-
-
-def usual_folder() -> Path:
-    """Where the cache lies if nobody says: on a disk of this node, where the environment names one; one per user."""
-    base = os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
-    return Path(base) / f"mirl_dist-{os.getuid()}" / "shards"

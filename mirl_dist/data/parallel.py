@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -46,16 +45,6 @@ class Alone:
 
 
 ALONE = Alone()
-
-
-def processes() -> int:
-    """Worker processes for this rank unless a user says otherwise: the processors that it may use, shared by its node.
-
-    What cgroups' CPU quotas grant is not looked at.
-    """
-    # On Linux what taskset, Slurm or a container's cpuset leave, not all that the node has.
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class _Share(Generic[Result]):

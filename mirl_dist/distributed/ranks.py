@@ -22,6 +22,7 @@ from mirl_dist.distributed.engines.ddp import Replicas
 from mirl_dist.distributed.engines.from_env import asked
 from mirl_dist.distributed.engines.sharding import Held
 from mirl_dist.distributed.flight_recorder import Meetings
+from mirl_dist.distributed.hardware import gpus
 from mirl_dist.distributed.rendezvous import come_together, refuse_a_launch_that_lost_ranks, refuse_shared_gpus
 from mirl_dist.distributed.watchdog import LiveBoard, Watch
 from mirl_dist.errors import Fault, Stopped
@@ -356,18 +357,6 @@ class Ranks:
             self._accelerator.end_training()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def gpus() -> int:
-    """GPUs that this process could use."""
-    return torch.cuda.device_count()
-
-
-def backends() -> dict[str, bool]:
-    """The collectives that this torch was built with."""
-    if not torch.distributed.is_available():
-        return {}
-    return {"gloo": torch.distributed.is_gloo_available(), "nccl": torch.distributed.is_nccl_available()}
 
 
 def _join(backend: str, patience: timedelta) -> str:

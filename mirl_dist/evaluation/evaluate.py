@@ -27,9 +27,9 @@ from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import Fault, Stopped
 from mirl_dist.evaluation import metrics, protocols, tiling
 from mirl_dist.evaluation.protocols import PROTOCOLS, Protocol
+from mirl_dist.evaluation.score import Score
 from mirl_dist.models.compiled import Compiled
 from mirl_dist.observability.progress import bar
-from mirl_dist.training.ticket import Score
 
 Image = NDArray[np.float32]
 _STRIP_PIXELS = 192

@@ -8,7 +8,6 @@ A refused launch leaves no log. A log that cannot be written is told once and co
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -24,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from mirl_dist.config.config import Config
+from mirl_dist.config.local_paths import local_folder, log_folder
 from mirl_dist.observability.console import listen, note, rank_here, warn
-from mirl_dist.storage import open_store
 
 _WAITING = 200
 """Lines that are kept until the run has a folder."""
@@ -33,18 +32,6 @@ _EVERY_SECONDS = 5.0
 _CREDENTIALS = re.compile(r"(?<=://)\S*@|(?<=\w)\?\S*=\S*")
 _SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|PRIVATE|CREDENTIAL|(ACCESS|API)_?KEY", re.IGNORECASE)
 _LEAST_SECRET = 6  # characters; shorter values are words
-
-
-def folder_of(config: Config, env: Mapping[str, str] = os.environ) -> Path:
-    """Where the ranks of a run keep their logs on this machine; nothing is made."""
-    if config.ranks.logs is not None:
-        return Path(config.ranks.logs).expanduser()
-    address = config.run.folder
-    if not address.startswith("s3://"):
-        return Path(open_store(address).where()) / "logs"
-    name = address.rstrip("/").rpartition("/")[2]
-    state = Path(os.path.expanduser(env.get("XDG_STATE_HOME") or "~/.local/state"))
-    return state / "mirl-dist" / f"{name}-{hashlib.sha256(address.rstrip('/').encode()).hexdigest()[:8]}"
 
 
 class RankLog:
@@ -142,7 +129,9 @@ def begin(config: Config, phase: Callable[[], str]) -> Path:
     end()
     run = config.run.folder
     inside = config.ranks.logs is None and not run.startswith("s3://")
-    log = RankLog(folder_of(config), phase, wait_for=Path(open_store(run).where()) if inside else None)
+    log = RankLog(
+        log_folder(config.run.folder, config.ranks.logs), phase, wait_for=local_folder(run) if inside else None
+    )
     in_main, in_thread = sys.excepthook, threading.excepthook
 
     def main_failed(*error: Any) -> None:

@@ -94,7 +94,7 @@ def _is_file(reference: str) -> bool:
 def _of_file(reference: str) -> _Gathered:
     opened = open_ticket(reference)
     assert isinstance(opened, Filed)
-    packed = masking.pack(opened.content.masks)
+    packed = masking.pack(opened.body.masks)
     shapes = _shapes(opened.config, opened.ticket(), reference)
     kept = _Kept(opened.ticket(), _proved(packed, opened.ticket(), shapes, reference), None)
     return _Gathered(f"file:{Path(reference).resolve()}", reference, opened.config, _sizes(shapes), [kept])

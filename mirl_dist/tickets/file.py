@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mirl_dist.errors import Fault
+from mirl_dist.evaluation.score import Score
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.tickets.container import AGAIN, FORMAT, fold, is_ticket_file, seal, unfold, unseal
 from mirl_dist.tickets.verify import Check, verify, verify_descent
 from mirl_dist.training import ticket as tickets
-from mirl_dist.training.ticket import Score, Ticket
+from mirl_dist.training.ticket import Ticket
 
 __all__ = [
     "FACTOR",

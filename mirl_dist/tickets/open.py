@@ -14,10 +14,11 @@ from mirl_dist.config.config import Config, of_dump
 from mirl_dist.config.portable import placeless
 from mirl_dist.errors import Fault
 from mirl_dist.pruning import masks as masking
-from mirl_dist.storage import Options, Store, open_store
+from mirl_dist.storage import Options, open_store
 from mirl_dist.tickets import file, verify
 from mirl_dist.tickets.file import Content
 from mirl_dist.training.checkpoint import INITIAL, Checkpoints, unpack_masks
+from mirl_dist.training.initial import StartingPoint
 from mirl_dist.training.ticket import Ticket
 
 
@@ -29,32 +30,60 @@ class Found(NamedTuple):
     round_: int
 
     def ticket(self) -> Ticket:
+        """The round's record."""
         return self.checkpoints.ticket(self.round_)
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """The weights that the round trained. Raises Fault where the run did not keep them."""
+        return self.checkpoints.round_weights(self.round_)
+
+    def initial_weights(self) -> dict[str, Tensor] | None:
+        """The initial values of all weights, pruned ones too; None for a run that began from a ticket's survivors."""
+        start = self.config.start
+        if start.ticket is not None and start.kind == "ticket":
+            return None
+        return _verified_initial(self.checkpoints)
+
+    def starting_point(self) -> StartingPoint:
+        """What the round began with; its trained weights are not read. Raises Fault where a part is damaged."""
+        initial, packed = _verified_initial(self.checkpoints), self.checkpoints.round_masks(self.round_)
+        ticket, folder = self.ticket(), self.checkpoints.store.where(f"rounds/{self.round_:02d}")
+        shapes = {name: tuple(w.shape) for name, w in initial.items() if name in ticket.layer_density}
+        masks = unpack_masks(packed, shapes, folder)
+        masking.close_weights(initial, masks)
+        return StartingPoint(ticket, masks, initial)
+
+    def content(self) -> Content:
+        """Everything that the ticket is. Raises Fault where a part is damaged, or the run did not keep it."""
+        ticket, masks, initial = self.starting_point()
+        return Content(ticket, self.config.dump(), masks, initial, self.trained_weights())
 
 
 class Filed(NamedTuple):
-    """A ticket in a file of its own."""
+    """A ticket in a file of its own; the same methods as a run's ticket."""
 
     path: Path
     config: Config
-    content: Content
+    body: Content
 
     def ticket(self) -> Ticket:
-        return self.content.ticket
+        return self.body.ticket
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        return self.body.trained
+
+    def initial_weights(self) -> dict[str, Tensor] | None:
+        """None: a file holds the initial values of survivors only."""
+        return None
+
+    def starting_point(self) -> StartingPoint:
+        return StartingPoint(self.body.ticket, self.body.masks, self.body.initial)
+
+    def content(self) -> Content:
+        return self.body
 
 
 _USUAL = Options()
-
-
-def options_of(config: Config) -> Options:
-    """How a config talks to stores."""
-    said = config.store
-    return Options(said.endpoint, said.encryption, said.kms_key, said.patience_seconds)
-
-
-def store_of(config: Config, address: str) -> Store:
-    """A store that a config names."""
-    return open_store(address, options_of(config))
 
 
 def open_run(folder: str, options: Options = _USUAL) -> tuple[Checkpoints, Config]:
@@ -126,51 +155,6 @@ def network(config: Config, weights: dict[str, Tensor]) -> nn.Module:
         )
     model.load_state_dict(weights, assign=True)
     return model.eval()
-
-
-def trained(opened: Found | Filed) -> dict[str, Tensor]:
-    """The weights that a ticket's round trained."""
-    if isinstance(opened, Filed):
-        return opened.content.trained
-    return opened.checkpoints.round_weights(opened.round_)
-
-
-def first_values(opened: Found | Filed) -> dict[str, Tensor] | None:
-    """The first values of all weights, the dead ones too; None where a file, or a run that itself began from a ticket's
-    survivors, does not tell them."""
-    start = opened.config.start
-    if isinstance(opened, Filed) or (start.ticket is not None and start.kind == "ticket"):
-        return None
-    return _verified_initial(opened.checkpoints)
-
-
-class Beginning(NamedTuple):
-    """What a ticket's round began with: its record, its masks, and its first values, dead ones zero."""
-
-    ticket: Ticket
-    masks: masking.Masks
-    initial: dict[str, Tensor]
-
-
-def content(opened: Found | Filed) -> Content:
-    """Everything that a ticket is. Raises Fault where a part is damaged, or its run did not keep it."""
-    if isinstance(opened, Filed):
-        return opened.content
-    ticket, masks, initial = beginning(opened)
-    return Content(ticket, opened.config.dump(), masks, initial, trained(opened))
-
-
-def beginning(opened: Found | Filed) -> Beginning:
-    """What a ticket's round began with; its trained weights are not read. Raises Fault where a part is damaged."""
-    if isinstance(opened, Filed):
-        return Beginning(opened.content.ticket, opened.content.masks, opened.content.initial)
-    checkpoints, initial = opened.checkpoints, _verified_initial(opened.checkpoints)
-    packed = checkpoints.round_masks(opened.round_)
-    where = checkpoints.store.where(f"rounds/{opened.round_:02d}")
-    ticket = opened.ticket()
-    masks = unpack_masks(packed, {n: tuple(w.shape) for n, w in initial.items() if n in ticket.layer_density}, where)
-    masking.close_weights(initial, masks)
-    return Beginning(ticket, masks, initial)
 
 
 def _verified_initial(checkpoints: Checkpoints) -> dict[str, Tensor]:

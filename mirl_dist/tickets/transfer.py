@@ -29,7 +29,7 @@ def pack(reference: str, out: Path) -> None:
     opened = opening.open_ticket(reference)
     if isinstance(opened, Filed):
         raise Fault(f"found {reference}, which is a ticket file already. Copy it, or name a round of a run.")
-    content = opening.content(opened)
+    content = opened.content()
     data = ticket_file.pack(*content._replace(config=placeless(opened.config).dump()))
     broken = [check for check in ticket_file.verify(ticket_file.read(data, str(out))) if check.holds is False]
     if broken:
@@ -52,7 +52,7 @@ def verify(reference: str, run: str | None, as_json: bool) -> None:
     not hold.
     """
     opened = opening.open_ticket(reference)
-    content = opening.content(opened)
+    content = opened.content()
     checks = ticket_file.verify(content)
     home = opened if isinstance(opened, Found) else None
     if run is not None:
@@ -98,8 +98,8 @@ def _with_run(content: Content, home: Found) -> list[Check]:
     if ticket.round - 1 not in kept:
         return [*found, Check(FOLLOWS, None, f"not provable: {where} lacks round {ticket.round - 1}")]
     before = Found(home.checkpoints, home.config, ticket.round - 1)
-    trained = opening.trained(before) if home.checkpoints.has_weights(before.round_) else {}
-    elder = opening.beginning(before)
+    trained = before.trained_weights() if home.checkpoints.has_weights(before.round_) else {}
+    elder = before.starting_point()
     parent = Content(elder.ticket, home.config.dump(), elder.masks, elder.initial, trained)
     return found + ticket_file.verify_descent(content, parent, rule_of(home.config))
 
@@ -112,7 +112,7 @@ def export(reference: str, out: Path, compact: bool) -> None:
     if compact and out.suffix == ".safetensors":
         raise Fault("--compact: found with a .safetensors file, which is never compressed. Name a .ckpt file.")
     opened = opening.open_ticket(reference)
-    weights, sizes = opening.trained(opened), opened.config.model.sizes()
+    weights, sizes = opened.trained_weights(), opened.config.model.sizes()
     if out.suffix == ".safetensors":
         Folder(out.parent).put(out.name, pack_tensors(weights))
         progress.say(f"{out}: {len(weights)} tensors under this project's names")

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from mirl_dist.distributed.launch.control import place
+from mirl_dist.config.local_paths import process_folder
 from mirl_dist.errors import Fault, Stopped
 
 _BODY = struct.Struct("<QBQQQQQ")
@@ -68,7 +68,7 @@ class Footprint:
         digest = hashlib.sha256(run_id.encode()).hexdigest()
         path = Path("footprints", digest[:16])
         try:
-            path = place() / path
+            path = process_folder() / path
             path.parent.mkdir(exist_ok=True)
             with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b") as stream:
                 stream.write(b"\0" * (2 * _BYTES - stream.seek(0, os.SEEK_END)))  # a full disk says so here

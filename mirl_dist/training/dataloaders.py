@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 from mirl_dist.config.config import Config
-from mirl_dist.data.cache import Cache, usual_folder
+from mirl_dist.config.local_paths import shard_cache_folder
+from mirl_dist.data.cache import Cache
 from mirl_dist.data.calibration import Patches
 from mirl_dist.data.loader import Stream, passes_behind
 from mirl_dist.data.manifest import Shard
@@ -34,7 +35,7 @@ def supply_of(config: Config, shards: Shards, who: str, stop_asked: Callable[[],
     """The shards of a config, through the node's cache where they are not read in place. who: for messages."""
     cache = None
     if config.data.cache.folder is not None or not isinstance(shards.store, Folder):
-        folder = Path(config.data.cache.folder).expanduser() if config.data.cache.folder else usual_folder()
+        folder = Path(config.data.cache.folder).expanduser() if config.data.cache.folder else shard_cache_folder()
         cache = Cache(folder, round(config.data.cache.gigabytes * 1e9))
 
     def say(line: str) -> None:

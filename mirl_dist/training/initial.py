@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import safetensors
 import safetensors.torch
@@ -17,7 +18,9 @@ from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.prune import in_scope
 from mirl_dist.pruning.random_masks import random_masks
-from mirl_dist.tickets.open import Filed, Found, beginning, first_values, open_ticket, options_of
+from mirl_dist.storage import Options
+from mirl_dist.storage.configured import options_of
+from mirl_dist.training.ticket import Ticket
 
 
 class First(NamedTuple):
@@ -27,6 +30,25 @@ class First(NamedTuple):
     masks: Masks | None
     parent: str | None
 
+
+class StartingPoint(NamedTuple):
+    """What a ticket's round began with: its record, its masks, and its initial values, zero where pruned."""
+
+    ticket: Ticket
+    masks: Masks
+    initial: dict[str, Tensor]
+
+
+class OpenedTicket(Protocol):
+    """The ticket that a run starts from. initial_weights: of pruned weights too, None where they are not kept."""
+
+    @property
+    def config(self) -> Config: ...
+    def starting_point(self) -> StartingPoint: ...
+    def initial_weights(self) -> dict[str, Tensor] | None: ...
+
+
+OpenTicket = Callable[[str, Options], OpenedTicket]
 
 _ANEW = 1_000_003
 """Added to run.seed for first values that are drawn anew: the data's order, which the seed also gives, stays."""
@@ -42,14 +64,17 @@ def network(config: Config, more: int = 0) -> nn.Module:
     return model
 
 
-def first(config: Config) -> First:
-    """What a run begins with. Raises Fault for a file or a ticket that does not fit the config."""
+def first(config: Config, open_ticket: OpenTicket) -> First:
+    """What a run begins with; open_ticket opens `start.ticket`.
+
+    Raises Fault for a file or a ticket that does not fit the config.
+    """
     drawn = {name: parameter.detach() for name, parameter in network(config).named_parameters()}
     if config.model.weights is not None:
         return First(_imported(Path(config.model.weights), drawn), None, None)
     if config.start.ticket is None:
         return First(drawn, None, None)
-    return _of_ticket(config, drawn)
+    return _of_ticket(config, open_ticket, drawn)
 
 
 def _imported(file: Path, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -67,18 +92,18 @@ def _imported(file: Path, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: found[name] for name in drawn}
 
 
-def refuse_absent(config: Config) -> None:
+def refuse_absent(config: Config, open_ticket: OpenTicket) -> None:
     """Raise Fault, before anything is begun, where what a run is to begin with is not there."""
     if config.model.weights is not None and not Path(config.model.weights).is_file():
         raise Fault(f"model.weights: found {config.model.weights}, which is no file. Write it with `mirl-dist import`.")
     if config.start.ticket is not None:
-        open_ticket(config.start.ticket, options_of(config))
+        open_ticket(config.start.ticket, options_of(config.store))
 
 
-def _of_ticket(config: Config, drawn: dict[str, Tensor]) -> First:
+def _of_ticket(config: Config, open_ticket: OpenTicket, drawn: dict[str, Tensor]) -> First:
     reference, kind = str(config.start.ticket), config.start.kind
-    opened = open_ticket(reference, options_of(config))
-    ticket, masks, weights = beginning(opened)
+    opened = open_ticket(reference, options_of(config.store))
+    ticket, masks, weights = opened.starting_point()
     where = f"start.ticket: {reference}"
     _refuse_another_network(where, {n: t.shape for n, t in weights.items()}, drawn)
     odd = sorted(masks.keys() ^ set(in_scope(drawn, config.prune.scope)))
@@ -97,10 +122,10 @@ def _of_ticket(config: Config, drawn: dict[str, Tensor]) -> First:
 
 
 def _all_first_values(
-    opened: Found | Filed, config: Config, digest: str, where: str, drawn: dict[str, Tensor]
+    opened: OpenedTicket, config: Config, digest: str, where: str, drawn: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Those of the dead weights too: of the run, or drawn again from the seed of a ticket file."""
-    found = first_values(opened)
+    found = opened.initial_weights()
     if found is None:
         seed = opened.config.run.seed
         run = config.run.model_copy(update={"seed": seed})

@@ -19,9 +19,10 @@ from mirl_dist.observability.mlflow import tracker
 from mirl_dist.pruning.criteria import CRITERIA
 from mirl_dist.pruning.prune import in_scope
 from mirl_dist.storage import Store
-from mirl_dist.tickets.open import store_of
+from mirl_dist.storage.configured import open_configured
 from mirl_dist.training import initial
 from mirl_dist.training.checkpoint import Checkpoints
+from mirl_dist.training.initial import OpenTicket
 
 
 class Prepared(NamedTuple):
@@ -41,12 +42,12 @@ class _Told(NamedTuple):
     jobs: list[evaluate.Job]
 
 
-def prepare(config: Config, world: int, resume: str) -> Prepared:
+def prepare(config: Config, world: int, resume: str, open_ticket: OpenTicket) -> Prepared:
     """Everything that can be refused before work begins, refused; nothing is written.
 
-    resume: 'auto', 'never' or 'must'. Raises Fault.
+    resume: 'auto', 'never' or 'must'; open_ticket: opens `start.ticket`. Raises Fault.
     """
-    shards = Shards(store_of(config, config.data.shards))
+    shards = Shards(open_configured(config.store, config.data.shards))
     order, shares = order_of(config, shards), share_batch(config.batch.global_, config.batch.forward, world)
     shards.refuse_larger_patches(config.data.patch_pixels)
     if config.data.damage == "refuse":
@@ -57,20 +58,20 @@ def prepare(config: Config, world: int, resume: str) -> Prepared:
     jobs = evaluate.plan(shards, order.tasks, said.sets, said.pictures, [PROTOCOLS[name] for name in said.protocols])
     _refuse_unknown_scores(config.keep.by, sorted({job.name for job in jobs}))
     _refuse_too_many_steps(config, order.steps_per_epoch)
-    store = store_of(config, config.run.folder)
-    refuse_another_run_in(Checkpoints(store), config, shards.manifest.digest(), resume)
+    store = open_configured(config.store, config.run.folder)
+    refuse_another_run_in(Checkpoints(store), config, shards.manifest.digest(), resume, open_ticket)
     with torch.device("meta"):
         names = [n for n, _ in models.create(config.model.name, **config.model.sizes()).named_parameters()]
     in_scope(names, config.prune.scope)
     return Prepared(shards, order, shares, jobs, store)
 
 
-def prepare_together(config: Config, resume: str, ranks: Ranks) -> Prepared:
+def prepare_together(config: Config, resume: str, ranks: Ranks, open_ticket: OpenTicket) -> Prepared:
     """`prepare` on every rank, with all reading and judging done by rank 0 alone."""
     mine: list[Prepared] = []
 
     def on_main() -> _Told:
-        mine.append(prepare(config, ranks.world, resume))
+        mine.append(prepare(config, ranks.world, resume, open_ticket))
         if config.tracking.enabled:
             tracker.refuse(config.tracking.uri)
         return _Told(mine[0].shards.manifest.dump(), mine[0].jobs)
@@ -78,9 +79,11 @@ def prepare_together(config: Config, resume: str, ranks: Ranks) -> Prepared:
     told = ranks.from_main(on_main, what="manifest")
     if mine:
         return mine[0]
-    shards = Shards(store_of(config, config.data.shards), told.manifest)
+    shards = Shards(open_configured(config.store, config.data.shards), told.manifest)
     shares = share_batch(config.batch.global_, config.batch.forward, ranks.world)
-    return Prepared(shards, order_of(config, shards), shares, told.jobs, store_of(config, config.run.folder))
+    return Prepared(
+        shards, order_of(config, shards), shares, told.jobs, open_configured(config.store, config.run.folder)
+    )
 
 
 def order_of(config: Config, shards: Shards) -> Order:
@@ -112,7 +115,9 @@ def _refuse_too_many_steps(config: Config, steps_per_epoch: int) -> None:
         raise Fault(f"prune.criterion_batches: found {batches}, but a round has {steps} steps. Give fewer.")
 
 
-def refuse_another_run_in(checkpoints: Checkpoints, config: Config, manifest_digest: str, resume: str) -> None:
+def refuse_another_run_in(
+    checkpoints: Checkpoints, config: Config, manifest_digest: str, resume: str, open_ticket: OpenTicket
+) -> None:
     """Raise Fault when the folder holds another run than this one, or resume says otherwise."""
     where = checkpoints.store.where()
     found = checkpoints.identity()
@@ -121,7 +126,7 @@ def refuse_another_run_in(checkpoints: Checkpoints, config: Config, manifest_dig
             raise Fault(f"--resume must, but {where} holds no run. Correct run.folder, or use --resume auto.")
         if checkpoints.commits():
             raise Fault(f"{where} holds commits but no run.json. Restore it, or choose another run.folder.")
-        initial.refuse_absent(config)
+        initial.refuse_absent(config, open_ticket)
         return
     if resume == "never":
         raise Fault(f"--resume never, but {where} holds a run. Choose another run.folder, or use --resume auto.")

@@ -14,6 +14,7 @@ from torch import nn
 
 from mirl_dist import __version__
 from mirl_dist.config.config import Config
+from mirl_dist.config.local_paths import journal_folder
 from mirl_dist.distributed.engines.base import MakeOptimiser
 from mirl_dist.distributed.engines.sharding import kept
 from mirl_dist.distributed.ranks import Ranks
@@ -23,7 +24,7 @@ from mirl_dist.evaluation import evaluate
 from mirl_dist.evaluation.protocols import PROTOCOLS
 from mirl_dist.observability import progress
 from mirl_dist.observability.console import rank_here
-from mirl_dist.observability.mlflow.tracker import FAREWELL_SECONDS, Mlflow, Silent, Tracker, usual_journal
+from mirl_dist.observability.mlflow.tracker import FAREWELL_SECONDS, Mlflow, Silent, Tracker
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import Rule, in_scope
 from mirl_dist.storage.commits import dump as pretty
@@ -31,6 +32,7 @@ from mirl_dist.training import dataloaders, lottery, round_report
 from mirl_dist.training import initial as starting
 from mirl_dist.training import resume as resuming
 from mirl_dist.training.checkpoint import OUTBOX, RUN, Checkpoints
+from mirl_dist.training.initial import OpenTicket
 from mirl_dist.training.preflight import Prepared, describe, prepare_together, refuse_another_run_in
 from mirl_dist.training.resume import Newest
 from mirl_dist.training.round import Rounds
@@ -109,7 +111,7 @@ def _tracker(config: Config, checkpoints: Checkpoints, newest: Newest | None, ru
                 run_name=config.tracking.run_name or Path(config.run.folder).name,
                 remembered=checkpoints.remembered(),
                 remember=checkpoints.remember,
-                journal=usual_journal(config.run.folder, config.tracking.journal, run_id),
+                journal=journal_folder(config.run.folder, config.tracking.journal, run_id),
                 inherited=b"" if newest is None else newest.parts.get(OUTBOX, b""),
             )
         )
@@ -146,8 +148,11 @@ def _identity(
     }
 
 
-def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
-    """The whole run on this rank; what to type to see it in MLflow. Raises Fault and Stopped."""
+def run(config: Config, resume: str, stop_asked: StopFlag, open_ticket: OpenTicket) -> str:
+    """The whole run on this rank; what to type to see it in MLflow.
+
+    open_ticket: opens `start.ticket`. Raises Fault and Stopped.
+    """
     ranks = Ranks(
         device=config.train.device,
         precision=config.train.precision,
@@ -158,7 +163,7 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
     stop_asked.phase = lambda: ranks.phase
     stop_asked.hears.append(ranks.stop_told)
     stop_asked.tells.append(ranks.tell_stop)
-    prepared = prepare_together(config, resume, ranks)
+    prepared = prepare_together(config, resume, ranks, open_ticket)
     if ranks.is_main:
         progress.say(describe(config, prepared, ranks.world))
     supply = dataloaders.supply_of(config, prepared.shards, rank_here(ranks.rank), stop_asked)
@@ -169,13 +174,15 @@ def run(config: Config, resume: str, stop_asked: StopFlag) -> str:
     news: dict[str, Any] = {}
 
     def refuse_another_run() -> None:
-        refuse_another_run_in(Checkpoints(prepared.store), config, prepared.shards.manifest.digest(), resume)
+        refuse_another_run_in(
+            Checkpoints(prepared.store), config, prepared.shards.manifest.digest(), resume, open_ticket
+        )
 
     with resuming.writing(config, prepared.store, ranks, news, stop_asked, refuse_another_run) as checkpoints:
         newest = resuming.newest(checkpoints, ranks)
         begun = resuming.begun(
             checkpoints,
-            lambda: starting.first(config),
+            lambda: starting.first(config, open_ticket),
             lambda weights, masks, parent: _identity(config, prepared, weights, masks, parent),
             ranks,
         )

@@ -7,31 +7,17 @@ import json
 import math
 from collections.abc import Mapping
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mirl_dist.config import strict_json
 from mirl_dist.errors import Fault
+from mirl_dist.evaluation.score import Score
 
 DENSE = "dense"
 """The method of a round 0 of all weights."""
 MOST_WEIGHTS = 1 << 40
-_Decibel = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
-_Likeness = Annotated[float, Field(ge=-1 - 1e-6, le=1 + 1e-6, allow_inf_nan=False)]  # a mean of rounded numbers
-
-
-class Score(BaseModel):
-    """Mean quality of one task on one set. psnr in dB, at most 100 (metrics.PSNR_CEILING_DB); ssim in [-1, 1];
-    degraded_*: of the input itself."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    psnr: _Decibel
-    ssim: _Likeness
-    degraded_psnr: _Decibel
-    degraded_ssim: _Likeness
-    images: PositiveInt
 
 
 class Curve(BaseModel):

@@ -98,7 +98,7 @@ def test_an_exported_ticket_loads_by_official_names_and_gives_the_same_output(
     again = models.from_official("promptir", state, **sizes)
     assert len(again.dropped) == 6
     mine, theirs = (
-        opening.network(opened.config, weights) for weights in (opening.trained(opened), dict(again.weights))
+        opening.network(opened.config, weights) for weights in (opened.trained_weights(), dict(again.weights))
     )
     image = torch.rand(1, 3, 40, 48, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import pytest
 
 from mirl_dist.data import parallel as crews
-from mirl_dist.data.parallel import ALONE, processes, shared
+from mirl_dist.data.parallel import ALONE, shared
+from mirl_dist.distributed.hardware import processes
 from mirl_dist.errors import Fault
 from mirl_dist.observability.console import rank_here
 
@@ -141,7 +142,7 @@ def test_an_error_that_nobody_foresaw_is_raised_where_it_happened() -> None:
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system gives a process all processors")
 def test_a_process_that_may_use_one_processor_uses_one() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
-    code += "from mirl_dist.data.parallel import processes; print(processes())"
+    code += "from mirl_dist.distributed.hardware import processes; print(processes())"
     env = {name: value for name, value in os.environ.items() if name != "LOCAL_WORLD_SIZE"}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert ran.stdout.strip() == "1"

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from mirl_dist.config.config import Config
+from mirl_dist.config.local_paths import log_folder
 from mirl_dist.observability import progress, rank_log
 from mirl_dist.observability.console import listen, note, say, warn
-from mirl_dist.observability.rank_log import RankLog, folder_of
+from mirl_dist.observability.rank_log import RankLog
 
 
 def config(**keys: Any) -> Config:
@@ -153,13 +154,13 @@ def test_a_full_disk_costs_lines_and_nothing_else(
 
 def test_logs_lie_beside_the_run_or_on_this_machine_and_where_one_says() -> None:
     env = {"XDG_STATE_HOME": "/state"}
-    assert folder_of(config(run={"folder": "/runs/a"}), env) == Path("/runs/a/logs")
-    assert folder_of(config(run={"folder": "file:///runs/a"}), env) == Path("/runs/a/logs")
-    one, other = (folder_of(config(run={"folder": f"s3://{bucket}/runs/a"}), env) for bucket in ("one", "other"))
+    assert log_folder("/runs/a", None, env) == Path("/runs/a/logs")
+    assert log_folder("file:///runs/a", None, env) == Path("/runs/a/logs")
+    one, other = (log_folder(f"s3://{bucket}/runs/a", None, env) for bucket in ("one", "other"))
     assert one.parent == Path("/state/mirl-dist") and one.name.startswith("a-") and one != other
-    home = folder_of(config(run={"folder": "s3://one/runs/a"}), {})
+    home = log_folder("s3://one/runs/a", None, {})
     assert home.parent == Path("~/.local/state/mirl-dist").expanduser()
-    assert folder_of(config(run={"folder": "s3://one/a"}, ranks={"logs": "/logs"}), env) == Path("/logs")
+    assert log_folder("s3://one/a", "/logs", env) == Path("/logs")
 
 
 SCRIPT = """

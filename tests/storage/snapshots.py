@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from mirl_dist.errors import Fault
+from mirl_dist.evaluation.score import Score
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import NotThere, Store
 from mirl_dist.storage.commits import Commits, Reader
 from mirl_dist.storage.lease_files import claim_name, newest_generation
 from mirl_dist.training.checkpoint import Checkpoints
 from mirl_dist.training.state import Progress, Snapshot
-from mirl_dist.training.ticket import Score, Ticket
+from mirl_dist.training.ticket import Ticket
 
 SHAPES = {"a.weight": (3, 3), "b.weight": (5,)}
 

@@ -17,6 +17,7 @@ from mirl_dist.cli import compare, evaluate, show
 from mirl_dist.config import config as configs
 from mirl_dist.config.portable import placeless
 from mirl_dist.errors import Fault
+from mirl_dist.evaluation.score import Score
 from mirl_dist.observability.mlflow import reader
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import Rule, in_scope, prune
@@ -27,7 +28,7 @@ from mirl_dist.tickets.file import Content, pack, read, verify, verify_descent
 from mirl_dist.tickets.verify import FOLLOWS, refuse_oversized
 from mirl_dist.training.checkpoint import Checkpoints
 from mirl_dist.training.state import Progress, Snapshot
-from mirl_dist.training.ticket import Score, Ticket, parse
+from mirl_dist.training.ticket import Ticket, parse
 
 TREE: dict[str, Any] = {
     "run": {"folder": "secret/run", "seed": 3},

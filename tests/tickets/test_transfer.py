@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mirl_dist import models
-from mirl_dist.tickets.open import network, open_ticket, trained
+from mirl_dist.tickets.open import network, open_ticket
 from tests.models.test_official import official_shapes
 
 ONE_STEP = {
@@ -48,7 +48,7 @@ def test_an_official_checkpoint_is_imported_pruned_and_exported_to_its_own_layou
     found = torch.load(out, map_location="cpu", weights_only=True)["state_dict"]
     assert {name.removeprefix("net."): tuple(t.shape) for name, t in found.items()} == official_shapes()
     opened = open_ticket(f"{run}/rounds/01")
-    mine = network(opened.config, trained(opened))
+    mine = network(opened.config, opened.trained_weights())
     theirs = models.create("promptir").eval()
     theirs.load_state_dict(models.from_official("promptir", found).weights)
     image = torch.rand(1, 3, 24, 40, generator=torch.Generator().manual_seed(1))

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 from mirl_dist.cli.doctor.machine import Finding, sized
 from mirl_dist.config.config import Config
-from mirl_dist.data.cache import usual_folder
+from mirl_dist.config.local_paths import shard_cache_folder
 from mirl_dist.data.shards import Shards
 from mirl_dist.storage import Folder, Store, open_store
-from mirl_dist.tickets.open import options_of
+from mirl_dist.storage.configured import options_of
 
 _NETWORKED = ("nfs", "lustre", "gpfs", "beegfs", "cifs", "smb", "ceph", "gluster", "9p", "fuse.sshfs", "fuse.ceph")
 
@@ -34,7 +34,7 @@ class Room(NamedTuple):
 
 def store_of(config: Config, address: str) -> Store:
     """The store that a config names, asked once: a doctor does not wait."""
-    return open_store(address, replace(options_of(config), patience_seconds=0.0))
+    return open_store(address, replace(options_of(config.store), patience_seconds=0.0))
 
 
 def existing(folder: Path) -> Path:
@@ -54,7 +54,7 @@ def cache_folder(config: Config, shards: str) -> Path | None:
     """Where this node would keep the shards of an address; None where they are read in place."""
     if config.data.cache.folder is not None:
         return Path(config.data.cache.folder).expanduser()
-    return usual_folder() if shards.startswith(("s3://", "http://", "https://")) else None
+    return shard_cache_folder() if shards.startswith(("s3://", "http://", "https://")) else None
 
 
 def cache(folder: Path | None, mounts: str) -> Iterator[Finding]:

@@ -15,15 +15,15 @@ from mirl_dist.cli.doctor import disks, machine, services
 from mirl_dist.cli.doctor.machine import Finding
 from mirl_dist.cli.doctor.plan import Plan, lines, make, tree
 from mirl_dist.config.config import Config
-from mirl_dist.data.cache import usual_folder
-from mirl_dist.data.parallel import processes
+from mirl_dist.config.local_paths import shard_cache_folder
 from mirl_dist.data.sampler import Order, ranks_in_words, share_batch
 from mirl_dist.data.shards import Shards
-from mirl_dist.distributed import ranks
+from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch import launcher
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.errors import Fault
 from mirl_dist.observability.progress import say
+from mirl_dist.tickets.open import open_ticket
 from mirl_dist.training import preflight
 
 _NEEDED = (
@@ -61,14 +61,14 @@ def print_machine() -> int:
         except importlib.metadata.PackageNotFoundError:
             missing += 1
             say(f"{package:16} MISSING: pip install {package}")
-    say(f"{'cores':16} {os.cpu_count()}, {processes()} for this process")
-    gpus = [torch.cuda.get_device_name(i) for i in range(ranks.gpus())]
+    say(f"{'cores':16} {os.cpu_count()}, {hardware.processes()} for this process")
+    gpus = [torch.cuda.get_device_name(i) for i in range(hardware.gpus())]
     say(f"{'GPUs':16} {', '.join(gpus) if gpus else 'none: ranks train on the CPU'}")
-    backends = [name for name, there in ranks.backends().items() if there]
+    backends = [name for name, there in hardware.backends().items() if there]
     say(f"{'rank backends':16} {', '.join(backends) or 'MISSING: this torch cannot connect processes'}")
     missing += not backends
     say(f"{'free disk here':16} {_room(Path.cwd())}")
-    folder = usual_folder()
+    folder = shard_cache_folder()
     say(f"{'shard cache':16} {folder}, {_room(folder)} free (for shards from s3:// and the web)")
     say(f"{'S3 credentials':16} {'set' if _has_s3_credentials() else 'not set'} (for shards in s3://)")
     for name, use in (("MIRL_DATA", "real images for recipes and tests"), ("MLFLOW_TRACKING_URI", "where runs show")):
@@ -96,7 +96,7 @@ def print_plan(config: Config) -> None:
     folder = config.data.cache.folder
     if folder is not None:
         say(f"{'data.cache':16} {folder}, {_room(Path(folder).expanduser())} free")
-    prepared = preflight.prepare(config, 1, "auto")
+    prepared = preflight.prepare(config, 1, "auto", open_ticket)
     for world in (2**i for i in range(7)):
         try:
             shares = share_batch(config.batch.global_, config.batch.forward, world)
@@ -157,7 +157,7 @@ def examine(config: Config, said: LaunchFile, gpu: str | None, rate: float | Non
     ]
     if not any(finding.kind == "FAULT" for finding in findings):
         try:
-            preflight.prepare(config, said.ranks, "auto")
+            preflight.prepare(config, said.ranks, "auto", open_ticket)
         except Fault as fault:
             findings.append(Finding("FAULT", "config", str(fault)))
     if gpu is not None and plan.gpu is not None and needed is not None and needed > plan.gpu.bytes:

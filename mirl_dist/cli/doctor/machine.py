@@ -15,9 +15,8 @@ import torch
 
 from mirl_dist.cli.doctor.memory import GIB
 from mirl_dist.config.config import Config
-from mirl_dist.data.parallel import processes
 from mirl_dist.data.sampler import ranks_in_words, share_batch
-from mirl_dist.distributed import ranks
+from mirl_dist.distributed import hardware
 from mirl_dist.distributed.engines import requirements
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.errors import Fault
@@ -119,9 +118,9 @@ def _is_free(number: int) -> bool:
 def devices(config: Config, said: LaunchFile, needed: int | None) -> Iterator[Finding]:
     """A GPU for each rank of this node, with room for `needed` bytes (None: unknown), and what connects the ranks."""
     cpu, count = config.train.device == "cpu", said.ranks_per_node
-    gpus = 0 if cpu else ranks.gpus()
+    gpus = 0 if cpu else hardware.gpus()
     if cpu or not gpus:
-        where = f"{ranks_in_words(count)} on {processes()} processors"
+        where = f"{ranks_in_words(count)} on {hardware.processes()} processors"
         if cpu:
             yield Finding("ok", "devices", f"train.device cpu: {where}")
         else:
@@ -133,7 +132,7 @@ def devices(config: Config, said: LaunchFile, needed: int | None) -> Iterator[Fi
     else:
         yield from _room_on_gpus(count, needed)
     wanted = "nccl" if gpus else "gloo"
-    if said.ranks > 1 and not ranks.backends().get(wanted):
+    if said.ranks > 1 and not hardware.backends().get(wanted):
         yield Finding("FAULT", "backend", f"this torch has no {wanted}; install a torch that is built with it.")
 
 

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirl_dist import models
+from mirl_dist.distributed.engines.deepspeed import DEEPSPEED_BUCKET, DEEPSPEED_LIVE
 from mirl_dist.distributed.launch.launch_file import Engine
 from mirl_dist.errors import Fault
 from mirl_dist.pruning.prune import in_scope
@@ -30,11 +31,6 @@ GPUS: dict[str, float] = {"A40": 44.3, "A100-40": 39.4, "A100-80": 79.1, "H100":
 OVERHEAD = 3 * GIB // 2
 """Bytes: CUDA's context, NCCL's buffers and cuDNN's workspaces. Assumed: nothing here can count them."""
 
-DEEPSPEED_BUCKET = 50_000_000
-"""Weights at most that DeepSpeed keeps room for to reduce gradients, as engines/zero.py asks it to; never more than
-the network has."""
-DEEPSPEED_LIVE = 8
-"""ZeRO-3: one part in so many of the network may be gathered beside the layer in use, as engines/zero.py asks."""
 _HALF = ("conv2d", "linear", "matmul", "__matmul__")
 _FULL = {"cuda": ("layer_norm", "softmax", "normalize"), "cpu": ()}  # of what our networks call; torch's own lists
 

@@ -12,7 +12,7 @@ from mirl_dist.cli.doctor.memory import GIB, OVERHEAD, Budget, Gpu, Passes, Size
 from mirl_dist.config.config import Config
 from mirl_dist.data.sampler import Order, Shares, ranks_in_words, share_batch
 from mirl_dist.data.shards import Shards
-from mirl_dist.distributed import ranks
+from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.errors import Fault
 from mirl_dist.training.checkpoint import Checkpoints
@@ -71,7 +71,7 @@ def make(
 def _gpu(config: Config, name: str | None) -> Gpu | None:
     if name is not None:
         return memory.gpu_of(name)
-    if config.train.device == "cpu" or not ranks.gpus():
+    if config.train.device == "cpu" or not hardware.gpus():
         return None
     return Gpu(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)
 

@@ -31,6 +31,7 @@ from mirl_dist.storage import Folder, NotThere, Store
 from mirl_dist.storage.http import Web
 from mirl_dist.storage.s3 import S3
 from mirl_dist.storage.s3_errors import Refused
+from mirl_dist.tickets.open import open_ticket
 from mirl_dist.training import preflight
 from mirl_dist.training.checkpoint import Checkpoints
 
@@ -116,7 +117,7 @@ def the_run(config: Config, digest: str | None) -> Iterator[Finding]:
     checkpoints = Checkpoints(store_of(config, config.run.folder))
     try:
         if digest is not None:
-            preflight.refuse_another_run_in(checkpoints, config, digest, "auto")
+            preflight.refuse_another_run_in(checkpoints, config, digest, "auto", open_ticket)
         if checkpoints.identity() is not None:
             commits = checkpoints.commits()
             newest = f"newest commit {commits[0].folder}" if commits else "no commit yet"

@@ -16,7 +16,7 @@ from mirl_dist.cli.sweep.spec import Plan, Planned, Stand, State, state_of
 from mirl_dist.errors import Fault
 from mirl_dist.observability.progress import say
 from mirl_dist.storage import lease, open_store
-from mirl_dist.tickets.open import options_of
+from mirl_dist.storage.configured import options_of
 from mirl_dist.training.checkpoint import Checkpoints
 from mirl_dist.training.ticket import Ticket, metrics
 
@@ -26,7 +26,7 @@ _PATIENCE_SECONDS = 5.0  # the queue waits meanwhile
 
 def look(run: Planned) -> Stand:
     """Where a run stands, as its store says. Raises Fault where that cannot be told."""
-    options = options_of(run.config)
+    options = options_of(run.config.store)
     patience = min(options.patience_seconds, _PATIENCE_SECONDS)
     store = open_store(run.folder, type(options)(options.endpoint, options.encryption, options.kms_key, patience))
     checkpoints, found = Checkpoints(store), lease.holder(store)

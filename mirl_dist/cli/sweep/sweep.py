@@ -20,15 +20,16 @@ from mirl_dist.cli.sweep import spec as plans
 from mirl_dist.cli.sweep.scheduler import INTERRUPTED, Queue
 from mirl_dist.cli.sweep.spec import Plan, Planned, State
 from mirl_dist.cli.sweep.status import Board, look, table
-from mirl_dist.distributed import ranks
+from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch import launch_file
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.errors import Fault
 from mirl_dist.observability import progress
 from mirl_dist.observability.console import warn
 from mirl_dist.storage import Folder, StorageError, output_paths
+from mirl_dist.storage.configured import open_configured, options_of
 from mirl_dist.storage.lease import Lease
-from mirl_dist.tickets.open import find, options_of, store_of
+from mirl_dist.tickets.open import find, open_ticket
 from mirl_dist.training import preflight
 
 BATCH = Path("launch/slurm/array.sbatch")
@@ -72,7 +73,7 @@ def _train(
     except OSError as error:
         raise Fault(f"folder: {plan.local} cannot be made: {error.strerror}. Choose another place.") from None
     config = plan.runs[0].config
-    store = store_of(config, plan.sweep.folder)
+    store = open_configured(config.store, plan.sweep.folder)
     lease = Lease(store, seconds=config.store.lease_seconds, news=dict, launch={"sweep": where})
     try:
         lease.claim()
@@ -103,7 +104,7 @@ def refuse(plan: Plan, where: str, said: LaunchFile | None) -> None:
     complaints = dict[str, list[str]]()
     for one in plan.runs:
         try:
-            preflight.prepare(one.config, 1 if said is None else said.ranks, "auto")
+            preflight.prepare(one.config, 1 if said is None else said.ranks, "auto", open_ticket)
         except Fault as fault:
             if fault.resumable:
                 raise
@@ -137,7 +138,7 @@ def _refuse_here(plan: Plan, said: LaunchFile, slots: list[dict[str, str]]) -> N
 
 def _environments(plan: Plan, said: LaunchFile | None) -> list[dict[str, str]]:
     """What differs in the environment of each slot: its GPUs, and its share of the processors."""
-    found, named = ranks.gpus(), os.environ.get(_GPUS)
+    found, named = hardware.gpus(), os.environ.get(_GPUS)
     devices = [str(n) for n in range(found)] if named is None else named.split(",")[:found]
     made = []
     for share in plans.shared(devices, plan.sweep.slots):
@@ -191,7 +192,7 @@ def compare(plan: Plan, where: str, states: Mapping[str, State]) -> None:
 
 
 def _controls(one: Planned) -> list[str]:
-    found = find(one.folder, options_of(one.config))
+    found = find(one.folder, options_of(one.config.store))
     return [control.folder for control in judge.controls_of(one.folder, found) if control.finished()]
 
 

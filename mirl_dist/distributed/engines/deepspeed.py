@@ -15,13 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mirl_dist.cli.doctor.memory import DEEPSPEED_BUCKET, DEEPSPEED_LIVE
 from mirl_dist.distributed.engines import requirements, sharded_gradients
 from mirl_dist.distributed.engines.base import MOMENTS, Asked, MakeOptimiser, Meet, Name
 from mirl_dist.distributed.engines.sharding import Held, dealt
 from mirl_dist.errors import Fault
 from mirl_dist.pruning.partition import Own, Share, Slice
 
+DEEPSPEED_BUCKET = 50_000_000
+"""Weights at most that DeepSpeed keeps room for to reduce gradients, as it is asked to here; never more than
+the network has."""
+DEEPSPEED_LIVE = 8
+"""ZeRO-3: one part in so many of the network may be gathered beside the layer in use."""
 _STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 _OLD_NAMES = r"`torch.distributed.\w+` is deprecated"  # of collectives, which DeepSpeed and FSDP2 call (torch 2.13)
 

@@ -16,12 +16,11 @@ import hashlib
 import os
 import shutil
 import signal
-import stat
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from mirl_dist.config.local_paths import process_folder
 from mirl_dist.distributed.signals import RESUMABLE
 from mirl_dist.errors import Fault
 from mirl_dist.observability.console import warn
@@ -45,7 +44,7 @@ class Slip:
 
         Raises Fault where the folder cannot be made, or is another user's.
         """
-        folder = place() / _name(os.getpid())
+        folder = process_folder() / _name(os.getpid())
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -64,7 +63,7 @@ class Slip:
         if _is_no_launcher(parent):
             return cls(None, 0)
         try:
-            return cls(place() / _name(parent), parent)
+            return cls(process_folder() / _name(parent), parent)
         except Fault:  # nothing is said or believed in a folder that others can write
             return cls(None, parent)
 
@@ -145,42 +144,17 @@ class Slip:
         if self._folder is None:
             return
         with contextlib.suppress(OSError, Fault):
-            place()
+            process_folder()
             if not self._folder.is_dir():
                 self._folder.mkdir(exist_ok=True)
                 _clear_leftovers(self._folder.parent)
             (self._folder / name).touch()
 
 
-def place() -> Path:
-    """This user's folder for what outlives a process but not the machine: slips and footprints.
-
-    Raises Fault where it cannot be made, or is another user's.
-    """
-    try:
-        folder = _place()
-    except FileNotFoundError as error:
-        raise Fault(f"found no folder for temporary files: {error.strerror}. Set TMPDIR to one.") from None
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
-            if found.st_mode & 0o077:
-                folder.chmod(0o700)
-            return folder
-    except OSError as error:
-        raise Fault(f"{folder}: cannot be used ({error.strerror}). Set TMPDIR to a folder of yours.") from None
-    raise Fault(f"{folder}: found what is not a folder of this user. Remove it, or set TMPDIR to a folder of yours.")
-
-
 def children(pid: int) -> list[int]:
     """The processes that `pid` has started and that live; none where there is no /proc."""
     found = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
     return [child for child in found if (said := _stat(child)) and said[1] == str(pid) and said[0] != "Z"]
-
-
-def _place() -> Path:
-    return Path(tempfile.gettempdir()) / f"mirl-dist-{os.getuid()}"
 
 
 def _name(pid: int) -> str:

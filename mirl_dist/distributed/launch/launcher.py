@@ -17,18 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mirl_dist.cli.doctor import machine
 from mirl_dist.config.config import Config
-from mirl_dist.data.parallel import processes
-from mirl_dist.distributed import ranks
-from mirl_dist.distributed.engines import requirements
+from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch import elastic, launch_file
 from mirl_dist.distributed.launch.control import Slip, children
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.distributed.signals import RESUMABLE
 from mirl_dist.errors import Fault
 from mirl_dist.observability.console import warn
-from mirl_dist.training import preflight
 
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _INTERRUPTED = 130
@@ -63,27 +59,18 @@ def launch(
     resume: str,
     prepared: Callable[[], None],
 ) -> None:
-    """Start this node's ranks of a run and exit with their code. Raises Fault before any process is started.
+    """Start this node's ranks of a run and exit with their code. The caller has checked file and config.
 
     They are started again `ranks.restarts` times, together, after one of them died. resume: as for the command; 'never'
     is proved here once, for ranks that are started again find their own run. prepared: called when signals are about to
     be heard here.
     """
-    try:
-        requirements.found(file.engine)
-    except LookupError as error:
-        raise Fault(f"{file.path}: {error}") from None
-    if file.nodes == 1:
-        for finding in machine.port(file):
-            if finding.kind == "FAULT":
-                raise Fault(f"{file.path}: main_process_port: {finding.text}")
-    preflight.prepare(config, file.ranks, resume)
     arguments = [*options, "--max_restarts", str(config.ranks.restarts), "--monitor_interval", "0.1"]
     arguments += _meeting(config, file)
     arguments += ["-m", "mirl_dist", *command, "--resume", "auto" if resume == "never" else resume]
     for assignment in sets:
         arguments += ["--set", assignment]
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, processes() // file.ranks_per_node)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, hardware.processes() // file.ranks_per_node)))
     prepared()
     code = attend(arguments, config.ranks.restarts, config.preempt.deadline_seconds, file)
     if code:
@@ -273,7 +260,7 @@ def _kill(work: concurrent.futures.Future[int], slip: Slip, code: int) -> None:
 
 
 def _auto(config: Config) -> tuple[LaunchFile, list[str]]:
-    gpus = 0 if config.train.device == "cpu" else ranks.gpus()
+    gpus = 0 if config.train.device == "cpu" else hardware.gpus()
     share = config.batch.global_
     world = max(n for n in range(1, max(gpus, 1) + 1) if share % n == 0) if gpus else (2 if share % 2 == 0 else 1)
     file = LaunchFile(Path("auto"), world, 1, 0, world, "ddp", False, "none", None, None)

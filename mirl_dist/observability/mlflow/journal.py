@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import itertools
 import logging
 import math
 import os
 import re
-import tempfile
 import threading
 import uuid
 from collections.abc import Collection
@@ -31,7 +29,6 @@ from typing import NamedTuple
 from mirl_dist.errors import Fault
 from mirl_dist.observability.mlflow.records import Item
 from mirl_dist.observability.mlflow.segments import Entry, Segment, lines_of, segments_of, write
-from mirl_dist.storage import open_store
 
 SEGMENT_BYTES = 2**20
 
@@ -160,27 +157,3 @@ def waiting(folder: Path) -> Waiting:
 def count(entries: Collection[Entry]) -> Waiting:
     since = min((entry.at_ms / 1000 for entry in entries), default=None)
     return Waiting(sum(entry.points for entry in entries), sum(not entry.points for entry in entries), since)
-
-
-def usual_journal(run_folder: str, configured: str | None, run_id: str = "") -> Path:
-    """Where the journal of the run with that address lies on this machine; nothing is made.
-
-    configured: the folder of tracking.journal, in which each run gets one of its own; run_id: tells the run from others
-    that lay at the same address before.
-    """
-    kind, found, _ = run_folder.partition("://")
-    local = Path(open_store(run_folder).where()).resolve() if not found or kind == "file" else None
-    address = str(local or run_folder.rstrip("/"))
-    name = hashlib.sha256(f"{address}#{run_id}".encode()).hexdigest()[:16]
-    if configured is not None:
-        return Path(os.path.expanduser(configured)) / name
-    cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
-    usual = local / "outbox" if local else cache / "mirl_dist" / "outbox" / name
-    if usual.is_absolute() and _may_be_written(usual):
-        return usual
-    return Path(tempfile.gettempdir()) / f"mirl_dist-{os.getuid()}" / "outbox" / name
-
-
-def _may_be_written(folder: Path) -> bool:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)

@@ -20,7 +20,7 @@ from mirl_dist.errors import Fault
 from mirl_dist.observability import progress
 from mirl_dist.observability.mlflow import records
 from mirl_dist.observability.mlflow.client import Store, import_quietly
-from mirl_dist.observability.mlflow.journal import Journal, Waiting, usual_journal, waiting
+from mirl_dist.observability.mlflow.journal import Journal, Waiting, waiting
 from mirl_dist.observability.mlflow.outbox import Outbox
 from mirl_dist.observability.mlflow.records import (
     Item,
@@ -34,7 +34,7 @@ from mirl_dist.observability.mlflow.records import (
 )
 from mirl_dist.observability.mlflow.sender import Sender
 
-__all__ = ["Mlflow", "Silent", "Tracker", "Waiting", "resend", "usual_journal", "waiting"]
+__all__ = ["Mlflow", "Silent", "Tracker", "Waiting", "resend", "waiting"]
 
 FAREWELL_SECONDS = 10.0
 """How long the end of a run waits for MLflow while nothing gets through."""

@@ -7,10 +7,11 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 from mirl_dist.errors import Fault
+from mirl_dist.evaluation.score import Score
 from mirl_dist.tickets.compare import grouping
 from mirl_dist.tickets.compare.entry import DENSE, Shown
 from mirl_dist.tickets.compare.grouping import CONTROL
-from mirl_dist.training.ticket import Score, Ticket
+from mirl_dist.training.ticket import Ticket
 
 _FEW_IMAGES = 20
 MOST_DB, _MOST_SSIM = 1000.0, 1.001

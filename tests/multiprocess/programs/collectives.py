@@ -1,4 +1,4 @@
-"""Runs on every rank: `collectives.py FOLDER` reads weights.safetensors in FOLDER and writes what it saw to W-r.json."""
+"""Runs on every rank: `collectives.py FOLDER` reads weights.safetensors there and writes what it saw to W-r.json."""
 
 from __future__ import annotations
 

@@ -21,10 +21,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mirl_dist.config.local_paths import journal_folder
 from mirl_dist.errors import Fault
 from mirl_dist.observability.mlflow import outbox, records, sender
 from mirl_dist.observability.mlflow import tracker as tracking
-from mirl_dist.observability.mlflow.journal import Journal, usual_journal, waiting
+from mirl_dist.observability.mlflow.journal import Journal, waiting
 from mirl_dist.observability.mlflow.outbox import Outbox
 from mirl_dist.observability.mlflow.records import Damaged, Item
 from mirl_dist.observability.mlflow.segments import Entry, Segment
@@ -335,18 +336,18 @@ def test_the_usual_journal_lies_in_the_run_or_in_the_users_cache(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     run = tmp_path / "runs" / "a"
-    assert usual_journal("runs/a", None) == usual_journal(f"file://{run}", None) == run / "outbox"
-    inside = usual_journal("s3://bucket/runs/a", None)
+    assert journal_folder("runs/a", None) == journal_folder(f"file://{run}", None) == run / "outbox"
+    inside = journal_folder("s3://bucket/runs/a", None)
     assert inside.parent == tmp_path / "home/.cache/mirl_dist/outbox" and len(inside.name) == 16
-    assert usual_journal("s3://bucket/runs/a/", None) == inside != usual_journal("s3://bucket/runs/b", None)
-    assert usual_journal("s3://bucket/runs/a", None, "another run there") != inside
+    assert journal_folder("s3://bucket/runs/a/", None) == inside != journal_folder("s3://bucket/runs/b", None)
+    assert journal_folder("s3://bucket/runs/a", None, "another run there") != inside
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert usual_journal("s3://bucket/runs/a", None) == tmp_path / "cache/mirl_dist/outbox" / inside.name
-    assert usual_journal("s3://bucket/runs/a", "~/kept") == tmp_path / "home/kept" / inside.name
-    assert usual_journal("runs/a", str(tmp_path)).parent == tmp_path
+    assert journal_folder("s3://bucket/runs/a", None) == tmp_path / "cache/mirl_dist/outbox" / inside.name
+    assert journal_folder("s3://bucket/runs/a", "~/kept") == tmp_path / "home/kept" / inside.name
+    assert journal_folder("runs/a", str(tmp_path)).parent == tmp_path
     (tmp_path / "cache").write_text("no folder")
-    aside = usual_journal("s3://bucket/runs/a", None)
-    assert aside.name == inside.name and aside.parent.parent.name == f"mirl_dist-{os.getuid()}"
+    aside = journal_folder("s3://bucket/runs/a", None)
+    assert aside.name == inside.name and aside.parent.parent.name == f"mirl-dist-{os.getuid()}"
     assert not run.exists(), "asking makes nothing"
 
 

@@ -19,13 +19,14 @@ from rich.console import Console
 
 from mirl_dist import storage
 from mirl_dist.errors import Fault
+from mirl_dist.evaluation.score import Score
 from mirl_dist.tickets.compare import judge, mask_overlap, published, statistics
 from mirl_dist.tickets.compare.entry import DENSE, Shown
 from mirl_dist.tickets.compare.statistics import Spread
 from mirl_dist.tickets.report import latex
 from mirl_dist.tickets.report import text_tables as text
 from mirl_dist.training.checkpoint import Checkpoints
-from mirl_dist.training.ticket import Curve, Score, Ticket
+from mirl_dist.training.ticket import Curve, Ticket
 
 RAIN, NOISE = "derain/rain100l", "denoise_25/cbsd68"
 PARTS = {"a.weight": 100, "b.weight": 60, "c.weight": 3}

@@ -1,0 +1,88 @@
+"""Where a run keeps on this machine what is not part of it: pending records, rank logs, crash markers, cached shards."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from mirl_dist.errors import Fault
+
+
+def local_folder(address: str) -> Path | None:
+    """The folder of this machine that an address means (a path or file://); None for other kinds of address."""
+    kind, is_url, _ = address.partition("://")
+    if not is_url:
+        return Path(address).expanduser()
+    return Path(unquote(urlsplit(address).path)) if kind == "file" else None
+
+
+def journal_folder(run_folder: str, configured: str | None, run_id: str = "") -> Path:
+    """Where records that MLflow has not received yet are kept for the run at that address; nothing is made.
+
+    configured: the folder of tracking.journal, in which each run gets one of its own; run_id: tells the run from others
+    that lay at the same address before.
+    """
+    folder = local_folder(run_folder)
+    local = folder.resolve() if folder is not None else None
+    address = str(local or run_folder.rstrip("/"))
+    name = hashlib.sha256(f"{address}#{run_id}".encode()).hexdigest()[:16]
+    if configured is not None:
+        return Path(os.path.expanduser(configured)) / name
+    cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+    usual = local / "outbox" if local else cache / "mirl_dist" / "outbox" / name
+    if usual.is_absolute() and _is_writable(usual):
+        return usual
+    return _shared_folder() / "outbox" / name
+
+
+def log_folder(run_folder: str, configured: str | None, env: Mapping[str, str] = os.environ) -> Path:
+    """Where the ranks of a run keep their logs; nothing is made. configured: ranks.logs."""
+    if configured is not None:
+        return Path(configured).expanduser()
+    folder = local_folder(run_folder)
+    if folder is not None:
+        return folder / "logs"
+    name = run_folder.rstrip("/").rpartition("/")[2]
+    state = Path(os.path.expanduser(env.get("XDG_STATE_HOME") or "~/.local/state"))
+    return state / "mirl-dist" / f"{name}-{hashlib.sha256(run_folder.rstrip('/').encode()).hexdigest()[:8]}"
+
+
+def shard_cache_folder() -> Path:
+    """Where shards are cached by default: on a disk of this node, where the environment names one; one per user."""
+    return _shared_folder(os.environ.get("SLURM_TMPDIR")) / "shards"
+
+
+def process_folder() -> Path:
+    """This user's folder for what outlives a process but not the machine: launch messages and crash markers. Made here.
+
+    Raises Fault where it cannot be made, or is another user's.
+    """
+    try:
+        folder = _shared_folder()
+    except FileNotFoundError as error:
+        raise Fault(f"found no folder for temporary files: {error.strerror}. Set TMPDIR to one.") from None
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid():
+            if status.st_mode & 0o077:
+                folder.chmod(0o700)
+            return folder
+    except OSError as error:
+        raise Fault(f"{folder}: cannot be used ({error.strerror}). Set TMPDIR to a folder of yours.") from None
+    raise Fault(f"{folder}: found what is not a folder of this user. Remove it, or set TMPDIR to a folder of yours.")
+
+
+def _shared_folder(base: str | None = None) -> Path:
+    return Path(base or tempfile.gettempdir()) / f"mirl-dist-{os.getuid()}"
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether the folder, or the first one above it that exists, can be written."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)

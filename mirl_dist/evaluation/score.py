@@ -1,0 +1,23 @@
+"""What an evaluation gives: the mean quality of one task on one set."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+_Decibel = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+_Likeness = Annotated[float, Field(ge=-1 - 1e-6, le=1 + 1e-6, allow_inf_nan=False)]  # a mean of rounded numbers
+
+
+class Score(BaseModel):
+    """Mean quality of one task on one set. psnr in dB, at most 100 (metrics.PSNR_CEILING_DB); ssim in [-1, 1];
+    degraded_*: of the input itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    psnr: _Decibel
+    ssim: _Likeness
+    degraded_psnr: _Decibel
+    degraded_ssim: _Likeness
+    images: PositiveInt
