@@ -61,7 +61,7 @@ def main() -> None:
             warn(f"mirl-dist: {stopped}. Go on with --resume auto.")
         _leave(RESUMABLE, final=True)
     except RuntimeError as error:
-        from mirl_dist.distributed.ranks import lost_a_peer
+        from mirl_dist.distributed.process_group import lost_a_peer
 
         if not lost_a_peer(error):
             raise

@@ -1,4 +1,4 @@
-"""Where a run keeps on this machine what is not part of it: pending records, rank logs, crash markers, cached shards."""
+"""Where a run keeps on this machine what is no part of it: pending records, rank logs, crash markers, cached shards."""
 
 from __future__ import annotations
 

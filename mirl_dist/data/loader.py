@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.integrity import Local
 from mirl_dist.data.manifest import CLEAN, DEGRADED, Entry, Shard
+from mirl_dist.data.parallel import end_with_parent
 from mirl_dist.data.prefetch import Window
 from mirl_dist.data.sample import Batch, Member, Patch, Read, Stack, collate, make_patch
 from mirl_dist.data.sampler import Order, Position, Shares, Slot
 from mirl_dist.data.shard_pool import Supply
-from mirl_dist.data.workers import end_with_parent
 from mirl_dist.errors import Fault, Stopped
 
 _PREFETCH = 2  # batches that a loader process makes ahead

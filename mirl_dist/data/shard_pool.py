@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mirl_dist.data import integrity
-from mirl_dist.data.bringers import Bringers
 from mirl_dist.data.cache import Cache, WrongBytes
+from mirl_dist.data.download_threads import Bringers
 from mirl_dist.data.integrity import Local
 from mirl_dist.data.manifest import Entry, Shard
 from mirl_dist.data.sample import Pixels

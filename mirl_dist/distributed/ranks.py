@@ -23,7 +23,8 @@ from mirl_dist.distributed.engines.from_env import asked
 from mirl_dist.distributed.engines.sharding import Held
 from mirl_dist.distributed.flight_recorder import Meetings
 from mirl_dist.distributed.hardware import gpus
-from mirl_dist.distributed.rendezvous import come_together, refuse_a_launch_that_lost_ranks, refuse_shared_gpus
+from mirl_dist.distributed.process_group import connect_store, join, store_is_the_launchers
+from mirl_dist.distributed.rendezvous import refuse_a_launch_that_lost_ranks, refuse_shared_gpus
 from mirl_dist.distributed.watchdog import LiveBoard, Watch
 from mirl_dist.errors import Fault, Stopped
 from mirl_dist.pruning.partition import Slice
@@ -60,7 +61,7 @@ class Ranks:
         self._half = precision == "bf16"
         patience = timedelta(seconds=timeout_seconds + 60)  # torch gives up later than the watch, which can tell why
         backend = "gloo" if cpu else "nccl"
-        word = _join(backend, patience) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        word = join(backend, patience) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         self.rank: int
         self.world: int
         self.device: torch.device
@@ -102,8 +103,8 @@ class Ranks:
         """On a connection of its own, which may block for as long as it likes: the watch minds that."""
         pids = self.gather_objects(os.getpid(), what="gather of process ids")
         names = [f"rank {rank} ({self.hosts[rank]}, pid {pid})" for rank, pid in enumerate(pids)]
-        store = _store(timedelta(days=1000), master=False)
-        home = f"the launcher's process at {store.host}:{store.port}" if _store_is_the_launchers() else names[0]
+        store = connect_store(timedelta(days=1000), master=False)
+        home = f"the launcher's process at {store.host}:{store.port}" if store_is_the_launchers() else names[0]
         board = LiveBoard(_DISTRIBUTED.PrefixStore(f"{word}/watch", store), store.host, store.port)
         return Watch(self._meetings, board, self.rank, names, home, timeout_seconds).start()
 
@@ -359,31 +360,6 @@ class Ranks:
             torch.distributed.destroy_process_group()
 
 
-def _join(backend: str, patience: timedelta) -> str:
-    """Join the process group under a word of this start, which is returned.
-
-    For torch's launcher keeps its store when it starts ranks again (torch 2.4 to 2.13), and torch alone would read in
-    it where the dead ones listened.
-    """
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = _store(patience, master=rank == 0 and not _store_is_the_launchers())
-    word = come_together(_DISTRIBUTED.PrefixStore("mirl_dist", store), rank, world, patience.total_seconds())
-    own = _DISTRIBUTED.PrefixStore(word, store)
-    _DISTRIBUTED.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=patience)
-    return word
-
-
-def _store(patience: timedelta, *, master: bool) -> Any:
-    """A connection to where the ranks of this launch meet; the master keeps that place."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    options = {"is_master": master, "wait_for_workers": False, "multi_tenant": True}
-    return _DISTRIBUTED.TCPStore(host, port, timeout=patience, **options)
-
-
-def _store_is_the_launchers() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
 def _when_gpu_is_done() -> Callable[[], bool]:
     """Whether all that this thread has asked of its GPU so far is done; may be called by any thread."""
     cuda: Any = torch.cuda
@@ -397,20 +373,3 @@ def _when_gpu_is_done() -> Callable[[], bool]:
             return True
 
     return done
-
-
-def lost_a_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process ended, or the network to it."""
-    signs = (
-        "closed by peer",
-        "reset by peer",
-        "broken pipe",
-        "timed out waiting",  # gloo
-        "application timeout caused pair closure",
-        "at the start for rank",
-        "client socket has",  # timed out, failed
-        "connection was likely closed",
-        "remote process exit",  # NCCL
-        "nccl communicator was aborted",
-    )
-    return any(sign in str(error).lower() for sign in signs)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.sample import Batch
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.distributed.watchdog import Pace
+from mirl_dist.distributed.stragglers import Pace
 from mirl_dist.errors import Stopped
 from mirl_dist.observability.console import note
 from mirl_dist.observability.progress import Advance, say

@@ -15,9 +15,11 @@ import torch
 
 from mirl_dist.distributed import watchdog
 from mirl_dist.distributed.flight_recorder import Meetings, Standing, verdict
-from mirl_dist.distributed.ranks import Ranks, lost_a_peer
+from mirl_dist.distributed.process_group import lost_a_peer
+from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.rendezvous import come_together
-from mirl_dist.distributed.watchdog import Pace, Watch
+from mirl_dist.distributed.stragglers import Pace
+from mirl_dist.distributed.watchdog import Watch
 from tests.services.lab import PROGRAMS
 
 HERE = platform.node()

@@ -22,8 +22,7 @@ from mirl_dist.data.building.inspection import survey
 from mirl_dist.data.building.layout import Item, ShardPlan, shards
 from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.manifest import MANIFEST, Entry, Index, Manifest, Part, Shard
-from mirl_dist.data.parallel import ALONE, Crew, shared
-from mirl_dist.data.workers import Report
+from mirl_dist.data.parallel import ALONE, Crew, Report, shared
 from mirl_dist.errors import Fault
 from mirl_dist.storage import NotThere, Store
 from mirl_dist.storage.hashing import digest_of

@@ -26,7 +26,7 @@ from mirl_dist.data.manifest import (
     read_index,
     read_manifest,
 )
-from mirl_dist.data.workers import Report, each
+from mirl_dist.data.parallel import Report, each
 from mirl_dist.errors import Fault
 from mirl_dist.storage import Folder, NotAllowed, NotThere, Store
 from mirl_dist.storage.hashing import digest_of

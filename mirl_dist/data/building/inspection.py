@@ -11,8 +11,7 @@ from pathlib import Path
 from mirl_dist.data.building.discovery import Complaint, Picture, find, listing, printable
 from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.image_files import Examined, examine
-from mirl_dist.data.parallel import Crew, shared
-from mirl_dist.data.workers import Report
+from mirl_dist.data.parallel import Crew, Report, shared
 from mirl_dist.errors import Fault
 
 

@@ -15,7 +15,7 @@ import torch
 from mirl_dist.data.sample import Batch
 from mirl_dist.distributed.engines.ddp import Replicas
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.distributed.watchdog import Pace
+from mirl_dist.distributed.stragglers import Pace
 from mirl_dist.errors import Fault, Stopped
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import Pruned, Rule, prune

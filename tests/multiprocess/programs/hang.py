@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from mirl_dist.distributed.ranks import Ranks, lost_a_peer
+from mirl_dist.distributed.process_group import lost_a_peer
+from mirl_dist.distributed.ranks import Ranks
 
 
 def work(ranks: Ranks, how: str, folder: Path) -> None:
