@@ -30,10 +30,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mirl_dist.distributed.engines.ddp import Replicas
+from mirl_dist.distributed.engines.ddp import DdpEngine
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import open_store
-from mirl_dist.storage.async_writer import Keeper
+from mirl_dist.storage.async_writer import AsyncWriter
 from mirl_dist.training.checkpoint import Checkpoints
 from mirl_dist.training.state import State
 from tests.services.ceph_server import CephServer
@@ -48,7 +48,7 @@ def state_of(megaweights: float) -> State:
     torch.manual_seed(0)
     weights = {f"layer{i:03d}.weight": nn.Parameter(torch.randn(each)) for i in range(TENSORS)}
     masks = {name: torch.rand(each) > 0.5 for name in weights}
-    state = State(Replicas(weights, lambda named: torch.optim.AdamW(named.values())), masks)
+    state = State(DdpEngine(weights, lambda named: torch.optim.AdamW(named.values())), masks)
     for parameter in weights.values():
         parameter.grad = torch.randn(each)
     state.engine.step(1e-3)
@@ -81,7 +81,7 @@ def measure(kept: Checkpoints, state: State, commits: int, raw: Callable[[str, b
         end = time.perf_counter() + 1.0
         done, took = pieces(lambda end=end: time.perf_counter() >= end)  # type: ignore[misc]
         quiet = done / took
-        keeper = Keeper(60)
+        keeper = AsyncWriter(60)
         state.progress.updates = 10 * number + 1
         began = time.perf_counter()
         snapshot = state.snapshot()

@@ -29,9 +29,9 @@ import numpy as np
 import torch
 
 from mirl_dist.config import config as configs
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.prune import Rule, prune
+from mirl_dist.pruning.prune import PruneConfig, prune
 from mirl_dist.tickets import container, file
 from mirl_dist.tickets.file import Content
 from mirl_dist.training.ticket import Curve, Score, Ticket
@@ -53,22 +53,22 @@ CONFIG: dict[str, Any] = {
 
 def rounds(count: int) -> list[Content]:
     """Consecutive rounds of a small run that nobody trained: a fifth goes each time, the rest is rewound."""
-    config = configs.of_dump(CONFIG, "the small run")
+    config = configs.from_dump(CONFIG, "the small run")
     random_ = torch.Generator().manual_seed(3)
     first = {name: torch.randn(shape, generator=random_) for name, shape in SHAPES.items()}
-    masks, threshold = masking.all_alive(first, [n for n in SHAPES if n.endswith("weight")]), 0.0
+    masks, threshold = masking.dense_masks(first, [n for n in SHAPES if n.endswith("weight")]), 0.0
     found: list[Content] = []
     for round_ in range(count):
         if round_:
-            masks, threshold = prune(found[-1].trained, masks, Rule(0.2))[:2]
+            masks, threshold = prune(found[-1].trained, masks, PruneConfig(0.2))[:2]
         initial = {n: t.clone() for n, t in first.items()}
         trained = {n: t + 0.1 * torch.randn(t.shape, generator=random_) for n, t in first.items()}
-        masking.close_weights(initial, masks)
-        masking.close_weights(trained, masks)
+        masking.apply_masks(initial, masks)
+        masking.apply_masks(trained, masks)
         scores = {f"{t}/set": Score(psnr=30.5, ssim=0.9, degraded_psnr=20, degraded_ssim=0.5, images=3) for t in "ab"}
         ticket = Ticket(
             round=round_,
-            alive=masking.alive(masks),
+            alive=masking.count_surviving(masks),
             prunable=masking.size(masks),
             total=sum(t.numel() for t in first.values()),
             threshold=threshold,
@@ -238,7 +238,7 @@ def outcome(data: bytes) -> str:
     """What reading made of a file. Lets anything but a Fault through."""
     try:
         content = file.read(data, "the file")
-    except Fault as fault:
+    except UserError as fault:
         text = str(fault)
         assert text.isprintable(), text
         return "Fault"

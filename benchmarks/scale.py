@@ -32,9 +32,9 @@ from scale_ranks import part_of, processes
 from scale_round import Constants, plot, received, reduced, table, words
 
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.partition import Own
-from mirl_dist.pruning.prune import Pruned, Rule, count_to_remove, prune
-from mirl_dist.pruning.quantile import Cut, Gather, Search
+from mirl_dist.pruning.partition import ShardedPartition
+from mirl_dist.pruning.prune import PruneConfig, PruneResult, count_to_remove, prune
+from mirl_dist.pruning.quantile import BitSearch, Gather, Threshold
 
 T = TypeVar("T")
 PIECE = 1 << 20
@@ -65,7 +65,7 @@ class Found(NamedTuple):
     """equal: weights equal to the cut, by rank; allotted: how many of them go, by rank; seconds: of the first pass's
     counting, by rank; adding: of summing the counts that a rank gathered; sorted_bits: of the cut, found by a sort."""
 
-    cut: Cut
+    cut: Threshold
     equal: Tensor
     allotted: Tensor
     seconds: Tensor
@@ -80,9 +80,9 @@ def search(weights: int, ranks: int, k: int, seed: int = 0) -> Found:
     the first piece; a wrong guess costs a second drawing.
     """
     sample = drawn(0, seed)[:weights]
-    first = Search(max(1, k * len(sample) // weights))
+    first = BitSearch(max(1, k * len(sample) // weights))
     guess = first.narrowed(first.counts(sample)).prefix
-    step, seconds, adding, place = Search(k), torch.zeros(ranks, dtype=torch.float64), 0.0, 0
+    step, seconds, adding, place = BitSearch(k), torch.zeros(ranks, dtype=torch.float64), 0.0, 0
     kept, counts = list[tuple[int, Tensor]](), torch.empty(0)
     while step.width:
         counts = torch.zeros(ranks, 1 << step.width, dtype=torch.int64)
@@ -104,7 +104,7 @@ def search(weights: int, ranks: int, k: int, seed: int = 0) -> Found:
     allotted = (step.remaining - (equal.cumsum(0) - equal)).clamp(min=0).minimum(equal)  # as prune._cut_group
     within = magnitude_bits(torch.cat([part for _, part in kept])).numpy()
     by_sort = int(np.partition(within, place)[place])
-    return Found(Cut(step.prefix, step.below, step.remaining), equal, allotted, seconds, adding, by_sort)
+    return Found(Threshold(step.prefix, step.below, step.remaining), equal, allotted, seconds, adding, by_sort)
 
 
 def magnitude_bits(part: Tensor) -> Tensor:
@@ -141,13 +141,13 @@ class Meeting:
             return list(pool.map(lambda rank: work(rank, self.gather(rank)), range(len(self.brought))))
 
 
-def pruned_apart(weights: Mapping[str, Tensor], ranks: int, rule: Rule) -> tuple[list[Pruned], str, int]:
+def pruned_apart(weights: Mapping[str, Tensor], ranks: int, rule: PruneConfig) -> tuple[list[PruneResult], str, int]:
     """A cut of weights that are dealt out over threads, the digest of the joined masks, and what each rank received."""
     meeting = Meeting(ranks)
 
-    def one(rank: int, gather: Gather) -> Pruned:
+    def one(rank: int, gather: Gather) -> PruneResult:
         mine = {n: part_of(w, rank, ranks) for n, w in weights.items()}
-        return prune(mine, masking.all_alive(mine, mine), rule, Own(rank), gather)
+        return prune(mine, masking.dense_masks(mine, mine), rule, ShardedPartition(rank), gather)
 
     found = meeting.on_all(one)
     joined = {n: torch.cat([f.masks[n] for f in found]).reshape(w.shape) for n, w in weights.items()}
@@ -176,7 +176,7 @@ def simulate(weights: int, worlds: Sequence[int]) -> None:
 def ties() -> None:
     """Cuts by the package's `prune` through many ties, of parts on threads that meet."""
     tied = {f"{i}.weight": drawn(i).mul(2000).round() for i in range(4)}
-    for rule in (Rule(0.2), Rule(0.2, per="layer")):
+    for rule in (PruneConfig(0.2), PruneConfig(0.2, per="layer")):
         said = {ranks: pruned_apart(tied, ranks, rule)[1] for ranks in (1, 3, 64, 256)}
         assert len(set(said.values())) == 1, said
         print(

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from scale_round import received, reduced, words
 
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.partition import Own
-from mirl_dist.pruning.prune import Pruned, Rule, prune
+from mirl_dist.pruning.partition import ShardedPartition
+from mirl_dist.pruning.prune import PruneConfig, PruneResult, prune
 
 GATHERS, REDUCES = "50 all-gathers of 2048 counts", "50 all-reduces of 2048 counts"
 
@@ -54,12 +54,12 @@ def rank_work(folder: Path, runs: int) -> None:
     torch.manual_seed(0)
     whole = {n: p.detach() for n, p in create("promptir").named_parameters()}
     mine = {n: part_of(w, ranks.rank, ranks.world).clone() for n, w in whole.items()}
-    rule, counts = Rule(0.2), torch.arange(2048)
-    masks = {"replicas": masking.all_alive(whole, whole), "dealt": masking.all_alive(mine, mine)}
-    made: dict[str, Pruned] = {}
+    rule, counts = PruneConfig(0.2), torch.arange(2048)
+    masks = {"replicas": masking.dense_masks(whole, whole), "dealt": masking.dense_masks(mine, mine)}
+    made: dict[str, PruneResult] = {}
 
     def cut(way: str) -> None:
-        held, share = (whole, ranks.share) if way == "replicas" else (mine, Own(ranks.rank))
+        held, share = (whole, ranks.partition) if way == "replicas" else (mine, ShardedPartition(ranks.rank))
         made[way] = prune(held, masks[way], rule, share, ranks.gather)
 
     def often(gathers: bool) -> None:

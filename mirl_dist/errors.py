@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Fault(ValueError):
+class UserError(ValueError):
     """Something the user can put right.
 
     The text has three parts: what was found, where, and what to do instead. The command line prints it and

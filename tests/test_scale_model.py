@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.partition import Slice
-from mirl_dist.pruning.prune import Pruned, Rule, prune
+from mirl_dist.pruning.partition import ReplicatedPartition
+from mirl_dist.pruning.prune import PruneConfig, PruneResult, prune
 from mirl_dist.pruning.quantile import kth_smallest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -80,22 +80,22 @@ def test_ties_are_allotted_to_ranks_as_the_package_drops_them(ranks: int, monkey
     found = search(WEIGHTS, ranks, 10_000)
     assert found.cut.ties > 1
     assert int((found.allotted > 0).sum()) > 0
-    pruned, _, _ = pruned_apart({"a.weight": row()}, ranks, Rule(0.2))
+    pruned, _, _ = pruned_apart({"a.weight": row()}, ranks, PruneConfig(0.2))
     assert pruned[0].removed == 10_000
     equal = [scale.part_of(row(), r, ranks).abs() == found.cut.value for r in range(ranks)]
     gone = [int((e & ~p.masks["a.weight"]).sum()) for e, p in zip(equal, pruned, strict=True)]
     assert gone == found.allotted.tolist()
 
 
-def pruned_as_replicas(weights: dict[str, Tensor], ranks: int, rule: Rule) -> tuple[list[Pruned], int]:
+def pruned_as_replicas(weights: dict[str, Tensor], ranks: int, rule: PruneConfig) -> tuple[list[PruneResult], int]:
     """What each rank made, and received, of weights that all hold."""
-    meeting, masks = Meeting(ranks), masking.all_alive(weights, weights)
-    made = meeting.on_all(lambda rank, gather: prune(weights, masks, rule, Slice(rank, ranks), gather))
+    meeting, masks = Meeting(ranks), masking.dense_masks(weights, weights)
+    made = meeting.on_all(lambda rank, gather: prune(weights, masks, rule, ReplicatedPartition(rank, ranks), gather))
     return made, meeting.received
 
 
-@pytest.mark.parametrize("rule", [Rule(0.2), Rule(0.2, per="layer")], ids=["global", "layer"])
-def test_masks_are_the_same_and_the_formula_counts_what_a_gather_moves(rule: Rule) -> None:
+@pytest.mark.parametrize("rule", [PruneConfig(0.2), PruneConfig(0.2, per="layer")], ids=["global", "layer"])
+def test_masks_are_the_same_and_the_formula_counts_what_a_gather_moves(rule: PruneConfig) -> None:
     weights = {f"{i}.weight": coarse(i) for i in range(3)}
     layers = rule.per == "layer"
     digests = set()

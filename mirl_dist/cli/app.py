@@ -16,10 +16,10 @@ import typer
 from mirl_dist import __version__
 from mirl_dist.cli import sweep_command, tickets
 from mirl_dist.cli.tickets import Json, TicketArgument, Tile
-from mirl_dist.distributed.launch.control import Slip
+from mirl_dist.distributed.launch.control import ControlChannel
 from mirl_dist.distributed.launch.launch_file import LaunchFile
-from mirl_dist.distributed.signals import RESUMABLE, StopFlag
-from mirl_dist.errors import Fault, Stopped
+from mirl_dist.distributed.signals import RESUMABLE, StopSignal
+from mirl_dist.errors import Stopped, UserError
 from mirl_dist.observability.console import rank_here, say, warn
 
 app = typer.Typer(
@@ -50,7 +50,7 @@ def main() -> None:
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         _leave(code, final=code == 2)
-    except Fault as fault:
+    except UserError as fault:
         if rank == "0" or not fault.everywhere:
             who = "mirl-dist" if fault.everywhere or "RANK" not in os.environ else f"mirl-dist, {rank_here()}"
             more = " Go on with --resume auto." if fault.resumable and "train" in sys.argv[1:2] else ""
@@ -61,12 +61,12 @@ def main() -> None:
             warn(f"mirl-dist: {stopped}. Go on with --resume auto.")
         _leave(RESUMABLE, final=True)
     except RuntimeError as error:
-        from mirl_dist.distributed.process_group import lost_a_peer
+        from mirl_dist.distributed.process_group import is_peer_loss
 
-        if not lost_a_peer(error):
+        if not is_peer_loss(error):
             raise
         warn(f"mirl-dist, {rank_here()}: another rank has gone ({str(error).splitlines()[0][:120]})")
-        Slip.of_worker().linger()
+        ControlChannel.of_worker().wait_before_exit()
         _leave(1)
 
 
@@ -80,13 +80,13 @@ def _leave(code: int, *, final: bool = False) -> None:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     if final and "RANK" in os.environ:
-        Slip.of_worker().last_word(code)
+        ControlChannel.of_worker().report_exit(code)
     os._exit(code)
 
 
 def _leave_if_said_already() -> None:
     """An elastic launcher starts its ranks again whatever ended them: those that have had their last word leave."""
-    code = Slip.of_worker().final()
+    code = ControlChannel.of_worker().exit_code()
     if code is not None:
         os._exit(code)
 
@@ -123,9 +123,9 @@ def train(
 
     Under `accelerate launch` this is one rank; with --launch it starts the ranks itself.
     """
-    stop_asked, slip = StopFlag(), Slip.of_worker()
-    stop_asked.hears += [slip.stop_asked, lambda: slip.leave_if_orphaned(stop_asked)]
-    stop_asked.meant, stop_asked.cleared = slip.ask_to_stop, slip.another_failed
+    stop_asked, slip = StopSignal(), ControlChannel.of_worker()
+    stop_asked.sources += [slip.stop_requested, lambda: slip.leave_if_orphaned(stop_asked)]
+    stop_asked.on_user_signal, stop_asked.is_cleanup = slip.request_stop, slip.another_failed
     stop_asked.listen()  # before what takes seconds to import
 
     from mirl_dist.config import config as configs
@@ -135,11 +135,11 @@ def train(
     from mirl_dist.training import run as assemble
 
     if resume not in ("auto", "never", "must"):
-        raise Fault(f"--resume: found '{resume}'. Use auto, never or must.", everywhere=True)
+        raise UserError(f"--resume: found '{resume}'. Use auto, never or must.", everywhere=True)
     try:
         tree = configs.read(config, sets or [])
-    except Fault as fault:
-        raise Fault(str(fault), everywhere=True) from None
+    except UserError as fault:
+        raise UserError(str(fault), everywhere=True) from None
     if launch is not None:
         from mirl_dist.distributed.launch import launcher
         from mirl_dist.training import preflight
@@ -150,7 +150,7 @@ def train(
             preflight.prepare(tree, file.ranks, resume, open_ticket)
             launcher.launch(tree, file, options, ["train", str(config)], sets or [], resume, stop_asked.close)
             return
-    again = slip.restarted()
+    again = slip.restart_notice()
     if again is not None and os.environ.get("RANK", "0") == "0":
         warn(f"mirl-dist: {again}")
     if resume == "never" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
@@ -172,13 +172,13 @@ def _check_launch(file: LaunchFile) -> None:
     from mirl_dist.distributed.engines import requirements
 
     try:
-        requirements.found(file.engine)
+        requirements.require(file.engine)
     except LookupError as error:
-        raise Fault(f"{file.path}: {error}") from None
+        raise UserError(f"{file.path}: {error}") from None
     if file.nodes == 1:
         for finding in machine.port(file):
             if finding.kind == "FAULT":
-                raise Fault(f"{file.path}: main_process_port: {finding.text}")
+                raise UserError(f"{file.path}: main_process_port: {finding.text}")
 
 
 app.command("sweep")(sweep_command.sweep)
@@ -201,9 +201,9 @@ def doctor(
 ) -> None:
     """Say what this machine offers, and what is missing; with --launch: whether a launch would work, and its plan."""
     if launch is None and (gpu is not None or rate is not None or as_json):
-        raise Fault("found --gpu, --rate or --json without --launch, which they belong to. Name a launch file.")
+        raise UserError("found --gpu, --rate or --json without --launch, which they belong to. Name a launch file.")
     if launch is not None and config is None:
-        raise Fault("found --launch without a config. Name the config that is to be launched.")
+        raise UserError("found --launch without a config. Name the config that is to be launched.")
     from mirl_dist.cli.doctor import doctor as examine
     from mirl_dist.config import config as configs
 
@@ -291,7 +291,7 @@ def shards_build(
     from mirl_dist.observability import progress as report
     from mirl_dist.storage import open_store
 
-    StopFlag().listen()  # what is built stays; the next build goes on from there
+    StopSignal().listen()  # what is built stays; the next build goes on from there
     ranks = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from mirl_dist.distributed.ranks import Ranks
@@ -299,12 +299,12 @@ def shards_build(
         ranks = Ranks(device="cpu")
     crew: Crew = ranks or ALONE
     # Rank 0 alone reads what the user gave: files and settings may differ from node to node.
-    tree, store = crew.from_main(lambda: (read(recipe, sets or []), open_store(out)))
+    tree, store = crew.on_main(lambda: (read(recipe, sets or []), open_store(out)))
     with report.Bars() as bars:
         progress = bars if crew.rank == 0 else lambda done, total, what: None
         manifest = build(tree, store, workers or processes(), progress, crew)
     skipped = [f"skipped: {text}" for text in manifest.skipped]
-    crew.from_main(lambda: report.say("\n".join([*skipped, *contact_sheet.lines(store, manifest)])))
+    crew.on_main(lambda: report.say("\n".join([*skipped, *contact_sheet.lines(store, manifest)])))
     if ranks is not None:
         ranks.close()
 
@@ -324,7 +324,7 @@ def shards_check(
     with report.Bars() as progress:
         faults = check(store, workers or processes(), progress)
     if faults:
-        raise Fault(f"{len(faults)} faults in {store.where()}:\n" + "\n".join(f"  {fault}" for fault in faults))
+        raise UserError(f"{len(faults)} faults in {store.where()}:\n" + "\n".join(f"  {fault}" for fault in faults))
     report.say(f"{store.where()}: whole")
 
 

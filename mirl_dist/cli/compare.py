@@ -35,7 +35,7 @@ def compare(
 
     as_json: one list of tickets on standard output, notes on standard error.
     """
-    output_paths.refuse_folder(out)
+    output_paths.check_folder(out)
     shown = collect.gather(references, uri)
     statistics.refuse_mixed(shown)
     if not pictures:

@@ -16,13 +16,13 @@ from PIL import Image
 
 from mirl_dist.cli import show
 from mirl_dist.config.config import Config
-from mirl_dist.config.portable import placeless
+from mirl_dist.config.portable import portable
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.image_files import Refused, decode
 from mirl_dist.data.sample import Pixels
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.evaluation import evaluate
 from mirl_dist.evaluation.protocols import PROTOCOLS
 from mirl_dist.observability import progress
@@ -45,9 +45,9 @@ class How(NamedTuple):
 def _settings(config: Config, how: How) -> evaluate.Settings:
     unknown = [name for name in how.protocols or () if name not in PROTOCOLS]
     if unknown:
-        raise Fault(f"--protocol: found '{unknown[0]}'. Use {', '.join(PROTOCOLS)}.")
+        raise UserError(f"--protocol: found '{unknown[0]}'. Use {', '.join(PROTOCOLS)}.")
     if how.precision not in (None, "fp32", "bf16"):
-        raise Fault(f"--precision: found '{how.precision}'. Use fp32 or bf16.")
+        raise UserError(f"--precision: found '{how.precision}'. Use fp32 or bf16.")
     settings = run.scoring_of(config)
     if how.protocols:
         settings = settings._replace(protocols=tuple(PROTOCOLS[name] for name in dict.fromkeys(how.protocols)))
@@ -62,7 +62,7 @@ def _settings(config: Config, how: How) -> evaluate.Settings:
 def refuse_tiles(tile_pixels: int, overlap: int) -> None:
     """Raise Fault for tiles that are too small."""
     if tile_pixels < 64 or tile_pixels <= overlap:
-        raise Fault(
+        raise UserError(
             f"--tile: found {tile_pixels}. Give 64 or more pixels, and more than the {overlap} that tiles share."
         )
 
@@ -72,21 +72,21 @@ def print_scores(reference: str, shards_address: str | None, how: How, table: Pa
 
     A ticket file names no places, and what it names in spite of that is not heard: its user's own hold.
     """
-    output_paths.refuse_file(table, "--table")
+    output_paths.check_file(table, "--table")
     opened = open_ticket(reference)
     config, ticket = opened.config, opened.ticket()
     if isinstance(opened, Filed):
         if shards_address is None:
-            raise Fault(
+            raise UserError(
                 f"found {reference}, a ticket file, which does not say where shards are. Name the shards with --shards."
             )
-        config = placeless(config)
+        config = portable(config)
     settings = _settings(config, how)
     shards = Shards(open_configured(config.store, shards_address or config.data.shards))
     tasks = tuple(Task.of(name) for name in config.data.mix)
     jobs = evaluate.plan(shards, tasks, config.evaluate.sets if shards_address is None else None, by=settings.protocols)
     if not jobs:
-        raise Fault(f"{shards.store.where()} holds no evaluation images for {', '.join(t.name for t in tasks)}.")
+        raise UserError(f"{shards.store.where()} holds no evaluation images for {', '.join(t.name for t in tasks)}.")
     model = network(config, opened.trained_weights())
     ranks = Ranks(device=config.train.device)
     supply = dataloaders.supply_of(config, shards, "evaluate", stop_asked=lambda: False)
@@ -127,16 +127,18 @@ def _told(round_: int, settings: evaluate.Settings, shards: Shards, scored: eval
 
 def restore_files(images: list[Path], reference: str, out: Path, tile_pixels: int | None) -> None:
     """Restore image files into PNG files of the same stem. Raises Fault, before any work, for files that are none."""
-    output_paths.refuse_folder(out)
+    output_paths.check_folder(out)
     opened = open_ticket(reference)
     config, ticket = opened.config, opened.ticket()
     stems = [path.stem for path in images]
     twice = sorted({s for s in stems if stems.count(s) > 1})
     if twice:
-        raise Fault(f"two images are named '{twice[0]}': both would be written to {out / twice[0]}.png. Rename one.")
+        raise UserError(
+            f"two images are named '{twice[0]}': both would be written to {out / twice[0]}.png. Rename one."
+        )
     missing = [str(path) for path in images if not path.is_file()]
     if missing:
-        raise Fault(f"no image at {', '.join(missing[:5])}. Give paths of image files.")
+        raise UserError(f"no image at {', '.join(missing[:5])}. Give paths of image files.")
     if tile_pixels is not None:
         refuse_tiles(tile_pixels, config.evaluate.tile_overlap)
     pictures = [_picture(path) for path in images]
@@ -157,4 +159,4 @@ def _picture(path: Path) -> Pixels:
     try:
         return decode(path.read_bytes())
     except Refused as reason:
-        raise Fault(f"{path} {reason}. Give a PNG, JPEG or BMP file of 8 bits per channel.") from None
+        raise UserError(f"{path} {reason}. Give a PNG, JPEG or BMP file of 8 bits per channel.") from None

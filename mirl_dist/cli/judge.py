@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 from rich.console import Console
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability import progress
 from mirl_dist.observability.console import warn
 from mirl_dist.storage import open_store
@@ -43,7 +43,7 @@ class Control(NamedTuple):
             return False
         tickets = checkpoints.tickets()
         if tickets and tickets[0].parent != self.parent:
-            raise Fault(
+            raise UserError(
                 f"{self.folder} holds a control of another ticket (the run was trained anew, or copied). Remove that "
                 "folder; --train trains it again."
             )
@@ -57,7 +57,7 @@ def judge_runs(runs: Sequence[str], round_: int | None, train: str | None, toler
     homes = [run_of(run) for run in runs]
     twice = next((home for home in homes if homes.count(home) > 1), None)
     if twice is not None:
-        raise Fault(f"found {twice} twice. Judge one round of each run; call again for another round.")
+        raise UserError(f"found {twice} twice. Judge one round of each run; call again for another round.")
     named = runs if round_ is None else [f"{home}/rounds/{round_:02d}" for home in homes]
     judged = dict(zip(homes, map(find, named), strict=True))
     controls = [control for home, found in judged.items() for control in controls_of(home, found)]
@@ -116,7 +116,7 @@ def _train(control: Control, launch: str, *, quiet: bool) -> None:
         command = [sys.executable, "-m", "mirl_dist", "train", str(config), "--launch", launch]
         code = subprocess.run(command, stdout=sys.stderr if quiet else None, check=False).returncode
     if code:
-        raise Fault(
+        raise UserError(
             f"the control {control.folder} ended with code {code}, as it said above. Call this again to go on.",
             resumable=code == 75,
         )

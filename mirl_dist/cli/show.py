@@ -15,7 +15,7 @@ from rich.text import Text
 from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import journal_folder
 from mirl_dist.config.schema import Tracking
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
 from mirl_dist.observability import progress
 from mirl_dist.observability.mlflow import tracker
@@ -79,13 +79,15 @@ def print_ticket(reference: str, as_json: bool) -> None:
 
 def write_pictures(reference: str, out: Path) -> None:
     """The strip of images that a ticket restored, as a PNG file."""
-    output_paths.refuse_file(out)
+    output_paths.check_file(out)
     found = open_ticket(reference)
     if isinstance(found, Filed):
-        raise Fault(f"found {reference}, a ticket file, which holds no pictures. Name its run, as RUN/rounds/NN.")
+        raise UserError(f"found {reference}, a ticket file, which holds no pictures. Name its run, as RUN/rounds/NN.")
     strip = found.checkpoints.pictures(found.round_)
     if strip is None:
-        raise Fault(f"{reference} drew no pictures: its shards have no evaluation sets. Build shards that have some.")
+        raise UserError(
+            f"{reference} drew no pictures: its shards have no evaluation sets. Build shards that have some."
+        )
     Folder(out.parent).put(out.name, strip)
     progress.say(f"degraded, restored and clean images of round {found.round_}: {out}")
 
@@ -147,9 +149,9 @@ def _writer(checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
     if found is None:
         return None
     who = {"host": found.host, "pid": found.pid, "since": found.started_at, "beat": found.beat_at}
-    if found.ended is not None or found.is_gone():
+    if found.ended is not None or found.has_exited():
         return who | {"ended": found.ended or "dead"}
-    news = dict(found.news)
+    news = dict(found.status)
     left, speed = news.get("steps", 0) - news.get("step", 0), news.get("samples_per_second")
     if speed:
         news["seconds_left_in_round"] = round(left * config.batch.global_ / speed)
@@ -183,14 +185,14 @@ def _mlflow(run: str, checkpoints: Checkpoints, config: Config) -> dict[str, Any
 def _refuse_while_it_lives(run: str, checkpoints: Checkpoints) -> None:
     """Raise Fault when the launch that holds a run gives a sign of life; on another machine that is watched for."""
     first, last = lease.holder(checkpoints.store), time.monotonic() + _WATCH_SECONDS
-    if first is None or first.ended is not None or first.is_gone():
+    if first is None or first.ended is not None or first.has_exited():
         return
     progress.say(f"{run} was last held by the launch on {first}; watching for {_WATCH_SECONDS:g} s whether it lives")
     while time.monotonic() < last:
         time.sleep(0.5)
         now = lease.holder(checkpoints.store)
         if now is not None and (now.sign != first.sign or now.generation != first.generation):
-            raise Fault(f"{run} is held by a launch ({now}) that lives, and sends by itself. Wait for its end.")
+            raise UserError(f"{run} is held by a launch ({now}) that lives, and sends by itself. Wait for its end.")
 
 
 def resend(run: str) -> None:
@@ -198,7 +200,7 @@ def resend(run: str) -> None:
     checkpoints, config = open_run(run)
     said = _tracking(checkpoints, config)
     if not said.enabled:
-        raise Fault(f"{run} was trained with tracking.enabled=false: there is nothing to send.")
+        raise UserError(f"{run} was trained with tracking.enabled=false: there is nothing to send.")
     _refuse_while_it_lives(run, checkpoints)
     found = checkpoints.newest()
     tracker.resend(

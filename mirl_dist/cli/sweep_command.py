@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from mirl_dist.cli.tickets import Json
-from mirl_dist.distributed.signals import StopFlag
-from mirl_dist.errors import Fault
+from mirl_dist.distributed.signals import StopSignal
+from mirl_dist.errors import UserError
 
 
 def sweep(
@@ -29,13 +29,15 @@ def sweep(
 
     Exit codes: 0 all finished, 1 a run failed, 2 a mistake to put right, 75 asked to stop, 130 ended at once.
     """
-    stop = StopFlag().listen()
+    stop = StopSignal().listen()
     if sum((show, submit is not None, status, compare)) > 1:
-        raise Fault("found several of --print, --submit, --status and --compare. Give one of them, or none to train.")
+        raise UserError(
+            "found several of --print, --submit, --status and --compare. Give one of them, or none to train."
+        )
     if as_json and not status:
-        raise Fault("found --json without --status. Remove it, or add --status.")
+        raise UserError("found --json without --status. Remove it, or add --status.")
     if submit not in (None, "slurm"):
-        raise Fault(f"--submit: found '{submit}'. There is slurm; for other schedulers take --print.")
+        raise UserError(f"--submit: found '{submit}'. There is slurm; for other schedulers take --print.")
 
     from mirl_dist.cli.sweep import spec
 

@@ -13,13 +13,13 @@ from typing import Any
 
 from mirl_dist.config import yaml_loader
 from mirl_dist.config.schema import (
-    Aside,
     Batch,
     Checkpoint,
     Data,
     Evaluate,
     Guard,
     Keep,
+    Local,
     Model,
     Optimiser,
     Preempt,
@@ -56,13 +56,13 @@ class Config(Node):
     guard: Guard = Guard()
     tracking: Tracking = Tracking()
 
-    def contradictions(self) -> list[str]:
-        found = self.data.contradictions()
+    def inconsistencies(self) -> list[str]:
+        found = self.data.inconsistencies()
         if self.prune.style == "one_shot" and self.prune.rounds != 1:
             found.append(
                 f"prune.rounds: found {self.prune.rounds} with prune.style one_shot; one-shot prunes once: set it to 1"
             )
-        found += self._rewind_contradictions()
+        found += self._rewind_inconsistencies()
         cuts = self.prune.rounds if self.prune.target_sparsity is None and self.start.ticket is None else 1
         left = (1 - self.prune.fraction) ** max(1, cuts)
         if self.prune.floor > left and self.prune.rounds:
@@ -128,7 +128,7 @@ class Config(Node):
             found.append("store.kms_key: found without store.encryption aws:kms; set that too, or remove the key")
         return found
 
-    def _rewind_contradictions(self) -> list[str]:
+    def _rewind_inconsistencies(self) -> list[str]:
         found, to = [], self.rewinds_to()
         if to != "finetune" and self.prune.finetune_lr is not None:
             found.append(f"prune.finetune_lr: found with rewind.to {to}; remove it, or set rewind.to finetune")
@@ -171,11 +171,11 @@ class Config(Node):
 
     def round_epochs(self, round_: int) -> int:
         """Epochs of a round: fine-tuning after a cut is shorter."""
-        if self.tunes(round_):
+        if self.is_finetuning(round_):
             return max(1, round(self.prune.finetune_epochs_fraction * self.train.epochs))
         return self.train.epochs
 
-    def tunes(self, round_: int) -> bool:
+    def is_finetuning(self, round_: int) -> bool:
         """Whether a round is fine-tuning."""
         return round_ > 0 and self.rewinds_to() == "finetune"
 
@@ -184,26 +184,30 @@ class Config(Node):
 
     def fingerprint(self) -> str:
         """16 hex digits over the non-default keys that change the numbers; equal for equal experiments."""
-        return _digest(self.told())
+        return _digest(self.experiment_keys())
 
-    def training(self) -> str:
+    def training_digest(self) -> str:
         """The same over how networks are trained and scored alone, whatever the seed: not how they are pruned. Runs of
         one training and one seed have the same dense network."""
-        said = {key: value for key, value in self.told().items() if key not in ("prune", "rewind", "start", "run")}
+        said = {
+            key: value
+            for key, value in self.experiment_keys().items()
+            if key not in ("prune", "rewind", "start", "run")
+        }
         return _digest(said)
 
-    def experiment(self) -> str:
+    def experiment_digest(self) -> str:
         """The same over all but the seed and the ticket that was begun from: runs of one experiment are its seeds."""
-        said = self.told()
+        said = self.experiment_keys()
         said.pop("run", None)
         if "start" in said:
             said["start"] = {"kind": self.start.kind}
         return _digest(said)
 
-    def told(self) -> dict[str, Any]:
+    def experiment_keys(self) -> dict[str, Any]:
         """The keys that change the numbers and differ from the published recipe, as a tree."""
         usual = "finetune" if self.prune.style == "one_shot" else "initial"
-        said = _telling(self, Config())
+        said = _changed_keys(self, Config())
         if self.rewind.to == usual:  # written out or left out, it is the same
             said["rewind"] = {key: value for key, value in said["rewind"].items() if key != "to"}
             if not said["rewind"]:
@@ -215,16 +219,16 @@ def _digest(said: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _telling(node: Node, default: Node) -> dict[str, Any]:
+def _changed_keys(node: Node, default: Node) -> dict[str, Any]:
     """The non-default, not-aside values of a node by key."""
     said: dict[str, Any] = {}
     for name, field in type(node).model_fields.items():
         value, usual = getattr(node, name), getattr(default, name)
         if isinstance(value, Node):
-            inner = _telling(value, usual)
+            inner = _changed_keys(value, usual)
             if inner:
                 said[field.alias or name] = inner
-        elif value != usual and Aside not in field.metadata:
+        elif value != usual and Local not in field.metadata:
             said[field.alias or name] = value
     return said
 
@@ -234,7 +238,7 @@ def read(path: Path, sets: Sequence[str] = ()) -> Config:
     return yaml_loader.read(Config, path, sets, "configs/demo.yaml", "the config of a run")
 
 
-def of_dump(tree: dict[str, Any], where: str) -> Config:
+def from_dump(tree: dict[str, Any], where: str) -> Config:
     """The config that `dump` wrote. Raises Fault when this version does not understand it."""
     return yaml_loader.build(Config, tree, where)
 
@@ -248,7 +252,7 @@ def differences(mine: Config, other: Config) -> list[str]:
             out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         return out
 
-    a, b = flat(mine.told()), flat(other.told())
+    a, b = flat(mine.experiment_keys()), flat(other.experiment_keys())
     defaults = flat(Config().dump())
     return [
         f"{k}: {a.get(k, defaults.get(k))} here, {b.get(k, defaults.get(k))} there"
@@ -257,4 +261,4 @@ def differences(mine: Config, other: Config) -> list[str]:
     ]
 
 
-__all__ = ["Aside", "Config", "differences", "of_dump", "read"]
+__all__ = ["Local", "Config", "differences", "from_dump", "read"]

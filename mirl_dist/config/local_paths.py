@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 
 def local_folder(address: str) -> Path | None:
@@ -65,7 +65,7 @@ def process_folder() -> Path:
     try:
         folder = _shared_folder()
     except FileNotFoundError as error:
-        raise Fault(f"found no folder for temporary files: {error.strerror}. Set TMPDIR to one.") from None
+        raise UserError(f"found no folder for temporary files: {error.strerror}. Set TMPDIR to one.") from None
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
@@ -74,8 +74,10 @@ def process_folder() -> Path:
                 folder.chmod(0o700)
             return folder
     except OSError as error:
-        raise Fault(f"{folder}: cannot be used ({error.strerror}). Set TMPDIR to a folder of yours.") from None
-    raise Fault(f"{folder}: found what is not a folder of this user. Remove it, or set TMPDIR to a folder of yours.")
+        raise UserError(f"{folder}: cannot be used ({error.strerror}). Set TMPDIR to a folder of yours.") from None
+    raise UserError(
+        f"{folder}: found what is not a folder of this user. Remove it, or set TMPDIR to a folder of yours."
+    )
 
 
 def _shared_folder(base: str | None = None) -> Path:

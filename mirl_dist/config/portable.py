@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from mirl_dist.config.config import Aside, Config
+from mirl_dist.config.config import Config, Local
 from mirl_dist.config.yaml_loader import Node
 
 _Node = TypeVar("_Node", bound=Node)
@@ -13,7 +13,7 @@ _KEPT = ("prune.rounds", "prune.target_sparsity")
 """Aside, but of the experiment: how far it pruned."""
 
 
-def placeless(config: Config) -> Config:
+def portable(config: Config) -> Config:
     """The same experiment, with every other key that is aside (folders, addresses, devices, workers) as this user has
     it by default. Fingerprint and method stay. What changes the numbers stays too: model.weights and start.ticket."""
     return _without(config, Config(), "")
@@ -26,6 +26,6 @@ def _without(node: _Node, usual: Node, path: str) -> _Node:
         key = f"{path}{field.alias or name}"
         if isinstance(value, Node):
             changed[name] = _without(value, default, f"{key}.")
-        elif Aside in field.metadata and key not in _KEPT:
+        elif Local in field.metadata and key not in _KEPT:
             changed[name] = default
     return node.model_copy(update=changed)

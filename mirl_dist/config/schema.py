@@ -12,14 +12,14 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from mirl_dist.config.tasks import Task
 from mirl_dist.config.yaml_loader import Node
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 
-class _Aside:
+class _Local:
     """Marks a key that does not change the numbers of a run."""
 
 
-Aside = _Aside()
+Local = _Local()
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=0)]
@@ -29,7 +29,7 @@ Three = tuple[PositiveInt, PositiveInt, PositiveInt]
 
 
 class Run(Node):
-    folder: Annotated[str, Aside] = Field("runs/run", min_length=1)
+    folder: Annotated[str, Local] = Field("runs/run", min_length=1)
     """Where everything of this run is kept: a folder, or s3://bucket/prefix."""
     seed: Seed = 0
 
@@ -37,43 +37,43 @@ class Run(Node):
 class Store(Node):
     """How stores are talked to: of the run, and of its shards."""
 
-    endpoint: Annotated[str | None, Aside] = None
+    endpoint: Annotated[str | None, Local] = None
     """The S3 server, http(s)://host:port. Null: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, a profile, else AWS."""
-    encryption: Annotated[Literal["AES256", "aws:kms"] | None, Aside] = None
+    encryption: Annotated[Literal["AES256", "aws:kms"] | None, Local] = None
     """Server-side encryption of what is written to S3. Null: as the bucket says."""
-    kms_key: Annotated[str | None, Aside] = None
+    kms_key: Annotated[str | None, Local] = None
     """With aws:kms: the key's id or ARN. Null: the account's own key for S3."""
-    patience_seconds: Annotated[PositiveFloat, Aside] = 900
+    patience_seconds: Annotated[PositiveFloat, Local] = 900
     """How long a store that is away or full is tried again, since the last byte that passed. After that a run stops,
     resumably."""
-    lease_seconds: Annotated[float, Field(ge=1), Aside] = 60
+    lease_seconds: Annotated[float, Field(ge=1), Local] = 60
     """A launch without a sign of life for so long is dead, and another may go on with its run."""
 
 
 class Ranks(Node):
-    timeout_seconds: Annotated[PositiveFloat, Aside] = 1800
+    timeout_seconds: Annotated[PositiveFloat, Local] = 1800
     """How long ranks wait for one another. After that those who did not come are named, and the ranks end."""
-    restarts: Annotated[Count, Aside] = 3
+    restarts: Annotated[Count, Local] = 3
     """How often `train --launch` starts the ranks again after one of them died."""
-    slow_factor: Annotated[float, Field(gt=1), Aside] = 1.5
+    slow_factor: Annotated[float, Field(gt=1), Local] = 1.5
     """A rank that reaches the all-reduce later than the others by this factor, report after report, is named."""
-    logs: Annotated[str | None, Aside] = None
+    logs: Annotated[str | None, Local] = None
     """The folder in which each rank keeps a log, rank-0003.jsonl. Null: logs/ inside a run.folder that is a folder; for
     s3:// a folder named after the run below XDG_STATE_HOME or ~/.local/state/mirl-dist."""
 
 
 class Preempt(Node):
-    deadline_seconds: Annotated[PositiveFloat, Aside] = 120
+    deadline_seconds: Annotated[PositiveFloat, Local] = 120
     """From SIGTERM, SIGINT or SIGUSR1 to the end of the process, at the latest."""
 
 
 class Guard(Node):
-    skip_bad_batches: Annotated[Count, Aside] = 0
+    skip_bad_batches: Annotated[Count, Local] = 0
     """How many global batches of a round may have a loss or gradient that is not finite: they are left out, told and
     counted in the ticket. 0: the first one stops the run."""
-    spike_factor: Annotated[float | None, Field(gt=1), Aside] = 10
+    spike_factor: Annotated[float | None, Field(gt=1), Local] = 10
     """A step whose loss is so many times the median of the 50 before it is reported. Null: none is."""
-    same_step_failures: Annotated[PositiveInt, Aside] = 3
+    same_step_failures: Annotated[PositiveInt, Local] = 3
     """Launches on one machine that may die in one and the same step before the next one refuses to try it again."""
 
 
@@ -107,15 +107,15 @@ _PUBLISHED_MIX: dict[str, float | dict[str, float]] = {
 
 
 class Cache(Node):
-    folder: Annotated[str | None, Aside] = None
+    folder: Annotated[str | None, Local] = None
     """Where shards are kept on each node, on a disk of its own; all its ranks share it. Null: below SLURM_TMPDIR,
     TMPDIR or /tmp for s3:// and https://, and none for a folder, whose shards are read in place."""
-    gigabytes: Annotated[PositiveFloat, Aside] = 50
+    gigabytes: Annotated[PositiveFloat, Local] = 50
     """Most that the cache may take on the disk, in 10^9 bytes."""
 
 
 class Data(Node):
-    shards: Annotated[str, Aside] = Field("shards/built", min_length=1)
+    shards: Annotated[str, Local] = Field("shards/built", min_length=1)
     """Where `mirl-dist shards build` wrote: a folder, s3://bucket/prefix or https://host/path. The digest of its
     manifest is part of the run's identity."""
     mix: dict[str, PositiveFloat | dict[str, PositiveFloat]] = Field(default_factory=lambda: dict(_PUBLISHED_MIX))
@@ -128,20 +128,20 @@ class Data(Node):
     """published: one of the 7 turns and flips that change the image; all: 8; flips: the paper's text."""
     steps_per_epoch: PositiveInt | None = None
     """Null: the whole mix once, the last incomplete global batch left out."""
-    damage: Annotated[Literal["refuse", "skip"], Aside] = "refuse"
+    damage: Annotated[Literal["refuse", "skip"], Local] = "refuse"
     """What a damaged or missing training sample does: stop the run, or be replaced, told and counted in the ticket."""
     cache: Cache = Cache()
-    workers: Annotated[Count, Aside] = 2
+    workers: Annotated[Count, Local] = 2
     """Loader processes of each rank; 0 reads in the training process."""
 
-    def contradictions(self) -> list[str]:
+    def inconsistencies(self) -> list[str]:
         found = []
         if not self.mix:
             found.append("data.mix: found no task; name at least one, for example derain: 1")
         for word, amount in self.mix.items():
             try:
                 Task.of(word)
-            except Fault as fault:
+            except UserError as fault:
                 found.append(f"data.mix: {fault}")
             numbers = {"": amount} if isinstance(amount, float) else amount
             if not numbers:
@@ -160,7 +160,7 @@ class Data(Node):
 class Batch(Node):
     global_: PositiveInt = Field(8, alias="global")
     """Samples per optimiser step over all ranks. The world size never changes it."""
-    forward: Annotated[PositiveInt | None, Aside] = None
+    forward: Annotated[PositiveInt | None, Local] = None
     """Samples per forward pass on a rank; less than the rank's share means accumulation. Null: the whole share."""
 
 
@@ -186,7 +186,7 @@ class Train(Node):
     epochs: PositiveInt = 120
     """Epochs of every round."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    device: Annotated[Literal["auto", "cpu"], Aside] = "auto"
+    device: Annotated[Literal["auto", "cpu"], Local] = "auto"
 
 
 class Start(Node):
@@ -203,9 +203,9 @@ class Prune(Node):
     style: Literal["iterative", "one_shot"] = "iterative"
     """iterative: MIR-L, `rounds` times prune and rewind; one_shot: prune once, then as rewind.to says (PIR-OSM and
     PIR-OSR fine-tune)."""
-    rounds: Annotated[Count, Aside] = 15
+    rounds: Annotated[Count, Local] = 15
     """Pruned rounds after the dense round 0. 0 trains the dense network alone."""
-    target_sparsity: Annotated[Share | None, Aside] = None
+    target_sparsity: Annotated[Share | None, Local] = None
     """Stop after the first round whose sparsity over all parameters reaches this."""
     fraction: Share = 0.2
     """Of the surviving prunable weights, per round."""
@@ -260,32 +260,32 @@ class Evaluate(Node):
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     """Compile the network for scoring (torch.compile): for GPUs; on a CPU the first image takes minutes."""
-    pictures: Annotated[PositiveInt, Aside] = 2
+    pictures: Annotated[PositiveInt, Local] = 2
     """How many images of each task and set a ticket's strip of pictures shows."""
 
 
 class Keep(Node):
-    rounds: Annotated[Literal["all", "best"], Aside] = "all"
+    rounds: Annotated[Literal["all", "best"], Local] = "all"
     """best: at the end the run names the round with the best validation score and drops other rounds' weights."""
-    by: Annotated[tuple[str, ...], Aside] = ()
+    by: Annotated[tuple[str, ...], Local] = ()
     """Globs of score names, `psnr/<task>/<set>`; their mean decides. Needed for rounds: best."""
 
 
 class Checkpoint(Node):
-    every_steps: Annotated[PositiveInt | None, Aside] = 1000
+    every_steps: Annotated[PositiveInt | None, Local] = 1000
     """Null: only when a round's training has ended, and at the end of the round."""
-    keep_last: Annotated[int, Field(ge=2), Aside] = 2
+    keep_last: Annotated[int, Field(ge=2), Local] = 2
 
 
 class Tracking(Node):
-    enabled: Annotated[bool, Aside] = True
-    uri: Annotated[str | None, Aside] = None
+    enabled: Annotated[bool, Local] = True
+    uri: Annotated[str | None, Local] = None
     """Null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db. Passwords belong into the environment."""
-    experiment: Annotated[str, Aside] = "mirl_dist"
-    run_name: Annotated[str | None, Aside] = None
-    tags: Annotated[dict[str, str], Aside] = Field(default_factory=dict)
+    experiment: Annotated[str, Local] = "mirl_dist"
+    run_name: Annotated[str | None, Local] = None
+    tags: Annotated[dict[str, str], Local] = Field(default_factory=dict)
     """Of the run in MLflow, beside those that it has anyway."""
-    every_steps: Annotated[PositiveInt, Aside] = 10
-    journal: Annotated[str | None, Aside] = None
+    every_steps: Annotated[PositiveInt, Local] = 10
+    journal: Annotated[str | None, Local] = None
     """The folder of this machine where all that MLflow is to hear waits until it has heard it. Null: inside a
     run.folder that is a folder; for s3:// below XDG_CACHE_HOME or ~/.cache."""

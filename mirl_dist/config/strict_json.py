@@ -55,19 +55,19 @@ def _bound(tree: Any) -> None:
         below: list[Any] = []
         for value in level:
             if isinstance(value, dict):
-                _refuse_unprintable(value)
+                _check_printable(value)
                 below += value.values()
             elif isinstance(value, list):
                 below += value
             elif isinstance(value, str):
-                _refuse_unprintable([value])
+                _check_printable([value])
         if not below:
             return
         level = below
     raise ValueError("nested too deeply")
 
 
-def _refuse_unprintable(texts: dict[str, Any] | list[str]) -> None:
+def _check_printable(texts: dict[str, Any] | list[str]) -> None:
     for text in texts:
         found = _UNPRINTABLE.search(text)
         if found:

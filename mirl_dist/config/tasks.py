@@ -6,7 +6,7 @@ import difflib
 import re
 from typing import NamedTuple
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 KINDS = ("derain", "dehaze", "desnow", "deraindrop", "deblur", "enlighten")
 """Tasks whose degraded images are stored in the shards. The kind of their samples has the task's name."""
@@ -53,7 +53,7 @@ class Task(NamedTuple):
         wrong_number = family in LEVELS and any(c.isdigit() for c in level)  # its range says more than a near word
         near = [] if wrong_number else difflib.get_close_matches(name, _examples(), n=1, cutoff=0.75)
         hint = f"did you mean '{near[0]}'? Allowed" if near else "allowed"
-        raise Fault(f"found '{name}', where the word of a task belongs; {hint} are {', '.join(allowed())}")
+        raise UserError(f"found '{name}', where the word of a task belongs; {hint} are {', '.join(allowed())}")
 
 
 def blur_of(level: str) -> tuple[int, int] | None:

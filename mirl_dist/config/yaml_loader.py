@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 
 class Node(BaseModel):
@@ -20,7 +20,7 @@ class Node(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=False)
 
-    def contradictions(self) -> list[str]:
+    def inconsistencies(self) -> list[str]:
         """Sentences about keys that cannot stand together; each names the keys and what to change."""
         return []
 
@@ -49,12 +49,12 @@ def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_OneValuePerKey)  # a SafeLoader: builds plain values only
     except ValueError as error:  # a date or number that is none
-        raise Fault(f"{where} is not valid YAML: {error}. Put that value in quotes, or correct it.") from None
+        raise UserError(f"{where} is not valid YAML: {error}. Put that value in quotes, or correct it.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise Fault(f"{where} is not valid YAML{place}: {problem}. Correct that place.") from None
+        raise UserError(f"{where} is not valid YAML{place}: {problem}. Correct that place.") from None
 
 
 def load_file(path: Path, example: str = "configs/demo.yaml") -> dict[str, Any]:
@@ -64,17 +64,17 @@ def load_file(path: Path, example: str = "configs/demo.yaml") -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise Fault(f"no file at {path}. {_near(path.parent)}") from None
+        raise UserError(f"no file at {path}. {_near(path.parent)}") from None
     except IsADirectoryError:
-        raise Fault(f"{path} is a folder, where a file is needed. {_near(path)}") from None
+        raise UserError(f"{path} is a folder, where a file is needed. {_near(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise Fault(f"cannot read {path}: {error}. Give a readable YAML file.") from None
+        raise UserError(f"cannot read {path}: {error}. Give a readable YAML file.") from None
     tree = _parse(text, str(path))
     if tree is None:
-        raise Fault(f"{path} is empty. Start from {example}.")
+        raise UserError(f"{path} is empty. Start from {example}.")
     if not isinstance(tree, dict):
         kind = "a list" if isinstance(tree, list) else "one value"
-        raise Fault(f"{path} holds {kind}, not keys with values. Start from {example}.")
+        raise UserError(f"{path} holds {kind}, not keys with values. Start from {example}.")
     return tree
 
 
@@ -83,13 +83,13 @@ def _near(folder: Path) -> str:
     return f"There are: {', '.join(found)}." if found else "Give the path of a YAML file."
 
 
-def refuse_other(tree: Mapping[str, Any], meant: str, where: str) -> None:
+def check_kind(tree: Mapping[str, Any], meant: str, where: str) -> None:
     """Raise Fault for a file of another kind. meant: a key of _KINDS."""
     if any(key in tree for key in _KINDS[meant].keys):
         return
     for name, kind in _KINDS.items():
         if any(key in tree for key in kind.keys):
-            raise Fault(f"{where} is {name}, not {meant}; {_KINDS[meant].folder} has those.")
+            raise UserError(f"{where} is {name}, not {meant}; {_KINDS[meant].folder} has those.")
 
 
 class _Kind(NamedTuple):
@@ -109,12 +109,12 @@ def apply_set(tree: dict[str, Any], assignment: str) -> None:
     key, equals, value = assignment.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path):
-        raise Fault(f"--set '{assignment}' is not of the form key=value. Write for example prune.fraction=0.2.")
+        raise UserError(f"--set '{assignment}' is not of the form key=value. Write for example prune.fraction=0.2.")
     here = tree
     for part in path[:-1]:
         inner = here.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise Fault(f"--set {key}: '{part}' holds {inner!r}, which has no keys below it. Shorten the key.")
+            raise UserError(f"--set {key}: '{part}' holds {inner!r}, which has no keys below it. Shorten the key.")
         here = inner
     here[path[-1]] = _parse(value, f"--set {key}")
 
@@ -245,10 +245,10 @@ def build(cls: type[Tree], tree: dict[str, Any], where: str) -> Tree:
         except ValidationError:
             checked = None
     if checked is not None:
-        complaints += [text for text in checked.contradictions() if not any(_speaks_of(text, key) for key in failed)]
+        complaints += [text for text in checked.inconsistencies() if not any(_speaks_of(text, key) for key in failed)]
     if complaints or checked is None:
         count = f"{len(complaints)} faults" if len(complaints) > 1 else "a fault"
-        raise Fault(f"{count} in {where}:\n" + "\n".join(f"  {c}" for c in complaints))
+        raise UserError(f"{count} in {where}:\n" + "\n".join(f"  {c}" for c in complaints))
     return checked
 
 
@@ -258,7 +258,7 @@ def read(cls: type[Tree], path: Path, sets: Sequence[str], example: str, kind: s
     example, kind: as for `load_file` and `refuse_other`; None is a kind that no other is taken for."""
     tree = load_file(path, example)
     if kind is not None:
-        refuse_other(tree, kind, str(path))
+        check_kind(tree, kind, str(path))
     for assignment in sets:
         apply_set(tree, assignment)
     return build(cls, tree, str(path))

@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from mirl_dist.errors import Fault
-from mirl_dist.storage import TryAgain
-from mirl_dist.storage.hashing import digest_of
+from mirl_dist.errors import UserError
+from mirl_dist.storage import Unavailable
+from mirl_dist.storage.hashing import digest_of_file
 
 _OURS = re.compile(r"[0-9a-f]{64}(\.tar|\.\d+\.damaged|\.(?P<bytes>\d+)\.(tar|damaged)\.partial)")
 _PAUSE_SECONDS = 0.05
@@ -51,7 +51,7 @@ class Held:
         """Hex SHA-256 of this very file, whatever lies at its path now."""
         with open(os.dup(self._handle), "rb") as stream:
             stream.seek(0)
-            return digest_of(stream)
+            return digest_of_file(stream)
 
     def holds(self, digest: str) -> bool:
         """Whether its bytes can be read and have that SHA-256."""
@@ -101,7 +101,7 @@ class Cache:
         that nobody wants the file any more.
         """
         if size > self.limit:
-            raise Fault(
+            raise UserError(
                 f"data.cache.gigabytes: found {self.limit / 1e9:g}, but one shard has {size / 1e9:.3g} GB. Raise it."
             )
         ending = "damaged" if damaged else "tar"
@@ -118,9 +118,9 @@ class Cache:
                 if handle is not None:
                     return self._bring(whole, partial, handle, None if damaged else digest, fetch)
                 if time.monotonic() > last and not partial.exists():
-                    raise TryAgain(self._no_room(size))
+                    raise Unavailable(self._no_room(size))
                 time.sleep(_PAUSE_SECONDS)
-        raise Fault(f"{whole}: the work that wanted this file has ended.")
+        raise UserError(f"{whole}: the work that wanted this file has ended.")
 
     def discard(self, held: Held) -> None:
         """Let go of a file that is not what it should be, and remove it, but not another that has taken its place."""
@@ -202,7 +202,7 @@ class Cache:
         try:
             yield
         except OSError as error:
-            raise Fault(
+            raise UserError(
                 f"the cache {self.folder}: {error.strerror or error}. Make room or allow it, or choose another "
                 "data.cache.folder."
             ) from None

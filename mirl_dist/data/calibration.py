@@ -12,7 +12,7 @@ from mirl_dist.data.manifest import Shard
 from mirl_dist.data.sample import Patch, Stack, collate, make_patch
 from mirl_dist.data.sampler import Slot
 from mirl_dist.data.shard_pool import Supply
-from mirl_dist.errors import Fault, Stopped
+from mirl_dist.errors import Stopped, UserError
 
 
 class Patches:
@@ -44,9 +44,9 @@ class Patches:
         whole = (n for n in ((slot.sample + step) % count for step in range(count)) if n not in local.bad)
         number = next(whole, None)
         if number is None:
-            raise Fault(f"{shard.name} has no whole sample left to select by. Build or copy the shards again.")
+            raise UserError(f"{shard.name} has no whole sample left to select by. Build or copy the shards again.")
         try:
             read = read_of(local, local.entries[number], slot)
             return make_patch(read, self._tasks[slot.task], self._seed, self._patch, self._augment)
         except OSError as error:
-            raise Fault(f"{shard.name} cannot be read: {error}. Check the disk, then start again.") from None
+            raise UserError(f"{shard.name} cannot be read: {error}. Check the disk, then start again.") from None

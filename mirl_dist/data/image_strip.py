@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from mirl_dist.data.image_files import DAMAGE
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 Pixels = NDArray[np.uint8]
 MOST_PIXELS = 2**26
@@ -91,24 +91,28 @@ def rows(png: bytes, where: str = "the strip of pictures") -> list[Row]:
     """
     size = _size(png)
     if size is None:
-        raise Fault(f"{where} is no PNG file. Take pictures.png from a run folder.")
+        raise UserError(f"{where} is no PNG file. Take pictures.png from a run folder.")
     if size[0] * size[1] > MOST_PIXELS:
-        raise Fault(f"{where} has {size[0]} x {size[1]} pixels, more than {MOST_PIXELS:,}. Compare fewer pictures.")
+        raise UserError(f"{where} has {size[0]} x {size[1]} pixels, more than {MOST_PIXELS:,}. Compare fewer pictures.")
     try:
         with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
             told = image.info.get(_CHUNK)
             if image.size != size or image.mode != "RGB" or not isinstance(told, str):
-                raise Fault(f"{where} is a PNG file, but no strip of pictures. Take pictures.png from a run folder.")
+                raise UserError(
+                    f"{where} is a PNG file, but no strip of pictures. Take pictures.png from a run folder."
+                )
             lines = _Layout.model_validate_json(told).rows
             pixels = np.array(image)
     except ValidationError as error:
-        raise Fault(
+        raise UserError(
             f"{where} tells its rows wrongly ({error.errors()[0]['msg']}). Take it from the run again."
         ) from None
-    except Fault:
+    except UserError:
         raise
     except DAMAGE as error:
-        raise Fault(f"{where} is damaged ({str(error) or type(error).__name__}). Take it from the run again.") from None
+        raise UserError(
+            f"{where} is damaged ({str(error) or type(error).__name__}). Take it from the run again."
+        ) from None
     _refuse_outside(lines, size, where)
     return [Row(line.title, tuple(pixels[t : t + h, x : x + w] for x, t, w, h in line.boxes)) for line in lines]
 
@@ -118,11 +122,11 @@ def _refuse_outside(lines: Sequence[_Line], size: tuple[int, int], where: str) -
     area = 0
     for line in lines:
         if not line.boxes or len({box[3] for box in line.boxes}) > 1:
-            raise Fault(f"{where}: its row '{line.title}' has no images of one height. Take it from the run again.")
+            raise UserError(f"{where}: its row '{line.title}' has no images of one height. Take it from the run again.")
         for left, top, width, height in line.boxes:
             area += width * height
             if left + width > size[0] or top + height > size[1] or area > size[0] * size[1]:
-                raise Fault(f"{where}: its row '{line.title}' lies outside the image. Take it from the run again.")
+                raise UserError(f"{where}: its row '{line.title}' lies outside the image. Take it from the run again.")
 
 
 def _size(png: bytes) -> tuple[int, int] | None:

@@ -11,8 +11,8 @@ from typing import BinaryIO
 from mirl_dist.data.manifest import NOTES, Entry, Part, Shard
 from mirl_dist.data.sample import Pixels, decode
 from mirl_dist.data.shards import Place
-from mirl_dist.errors import Fault
-from mirl_dist.storage.hashing import digest_of
+from mirl_dist.errors import UserError
+from mirl_dist.storage.hashing import digest_of_file
 
 
 @dataclass
@@ -37,7 +37,7 @@ def file_state(path: Path) -> tuple[int, int, int]:
 def damage(path: Path, shard: Shard, entries: Sequence[Entry]) -> dict[int, str] | None:
     """None for a file that is the shard; else its damaged samples by number, and why in words for a ticket."""
     with path.open("rb") as tar:
-        if digest_of(tar) == shard.sha256:
+        if digest_of_file(tar) == shard.sha256:
             return None
         found = {}
         for number, entry in enumerate(entries):
@@ -57,13 +57,13 @@ def image(path: Path, place: Place, which: str) -> Pixels:
     found = place.entry.image(which)
     where = f"{place.shard.name}, sample '{place.entry.key}', {which}"
     if found is None:
-        raise Fault(f"{where}: the index names no such image. Build the shards again.")
+        raise UserError(f"{where}: the index names no such image. Build the shards again.")
     try:
         with path.open("rb") as tar:
             tar.seek(found[1].offset)
             data = tar.read(found[1].size)
     except OSError as error:
-        raise Fault(f"{where} cannot be read ({error}). Check the disk, or copy the shard again.") from None
+        raise UserError(f"{where} cannot be read ({error}). Check the disk, or copy the shard again.") from None
     if sha256(data).hexdigest() != found[1].sha256:
-        raise Fault(f"{where}: the bytes are not those that were built (SHA-256 differs). Copy the shard again.")
+        raise UserError(f"{where}: the bytes are not those that were built (SHA-256 differs). Copy the shard again.")
     return decode(data, where)

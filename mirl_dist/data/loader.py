@@ -27,7 +27,7 @@ from mirl_dist.data.prefetch import Window
 from mirl_dist.data.sample import Batch, Member, Patch, Read, Stack, collate, make_patch
 from mirl_dist.data.sampler import Order, Position, Shares, Slot
 from mirl_dist.data.shard_pool import Supply
-from mirl_dist.errors import Fault, Stopped
+from mirl_dist.errors import Stopped, UserError
 
 _PREFETCH = 2  # batches that a loader process makes ahead
 
@@ -63,7 +63,7 @@ class _Patches(Dataset[Any]):
         task = self._tasks[asked.read.task]
         try:
             return asked, make_patch(asked.read, task, self._seed, self._patch, self._augment)
-        except Fault as fault:
+        except UserError as fault:
             return _Failed(asked, str(fault), passing=False)
         except OSError as error:
             return _Failed(
@@ -184,7 +184,9 @@ class Stream:
             if number is not None:
                 local = self._supply.get(shard)
                 return _Asked(read_of(local, local.entries[number], slot), slot, stands_in=True)
-        raise Fault(f"data.damage: no shard of {source.name} has a whole sample left. Build or copy the shards again.")
+        raise UserError(
+            f"data.damage: no shard of {source.name} has a whole sample left. Build or copy the shards again."
+        )
 
     def _mended(self, items: list[tuple[_Asked, Patch] | _Failed]) -> Stack:
         """A stack in which some reads met damage that no digest had told: noted, and replaced one by one.
@@ -199,7 +201,7 @@ class Stream:
                 if not item.passing:
                     self._note(item)
                 elif tries:
-                    raise Fault(f"{item.problem}. Check the disk, then start again.")
+                    raise UserError(f"{item.problem}. Check the disk, then start again.")
                 else:
                     tries += 1
                     self._supply.again(self._shard_of(item))
@@ -248,7 +250,7 @@ def _start_fork_server() -> None:
     try:
         forkserver.ensure_running()
     except OSError as error:  # its socket's path holds 107 bytes at most
-        raise Fault(
+        raise UserError(
             f"found {tempfile.gettempdir()} as the folder for temporary files, where loader processes cannot be "
             f"started ({error}). Set TMPDIR to a folder with a short path, or data.workers=0."
         ) from None

@@ -19,7 +19,7 @@ from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 FORMAT = "mirl-dist-shards-2"
 MANIFEST = "manifest.json"
@@ -143,7 +143,7 @@ def parse(cls: type[_Read], data: bytes, where: str, what: str) -> _Read:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         said = f"{place}: {first['msg']}" if place else first["msg"]
-        raise Fault(f"{where} is not {what} ({said}). {REBUILD}") from None
+        raise UserError(f"{where} is not {what} ({said}). {REBUILD}") from None
 
 
 def read_manifest(data: bytes, where: str) -> Manifest:
@@ -151,14 +151,14 @@ def read_manifest(data: bytes, where: str) -> Manifest:
     try:
         raw = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise Fault(f"{where} is not a manifest of shards ({str(error)[:120]}). {REBUILD}") from None
+        raise UserError(f"{where} is not a manifest of shards ({str(error)[:120]}). {REBUILD}") from None
     found = raw.get("format") if isinstance(raw, dict) else None
     if found != FORMAT:
-        raise Fault(f"{where} says format {found!r:.40}; this version reads '{FORMAT}'. Build the shards again.")
+        raise UserError(f"{where} says format {found!r:.40}; this version reads '{FORMAT}'. Build the shards again.")
     manifest = parse(Manifest, data, where, "a manifest of shards")
     twice = [name for name, n in Counter(s.name for s in manifest.shards).items() if n > 1]
     if twice:
-        raise Fault(f"{where} names the shard {twice[0]} twice. {REBUILD}")
+        raise UserError(f"{where} names the shard {twice[0]} twice. {REBUILD}")
     return manifest
 
 
@@ -166,13 +166,13 @@ def read_index(data: bytes, shard: Shard, where: str) -> Index:
     """Parse one shard's index and hold it against the manifest. Raises Fault where they do not fit."""
     found = hashlib.sha256(data).hexdigest()
     if found != shard.index_sha256:
-        raise Fault(
+        raise UserError(
             f"{where} has SHA-256 {found[:12]}, the manifest says {shard.index_sha256[:12]}: "
             f"the index belongs to another build or is damaged. {REBUILD}"
         )
     index = parse(Index, data, where, "an index of a shard")
     for problem in _unfit(index, shard):
-        raise Fault(f"{where}: {problem}. {REBUILD}")
+        raise UserError(f"{where}: {problem}. {REBUILD}")
     return index
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.manifest import Shard
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 Amounts = Mapping[str, float | Mapping[str, float]]
 """Task -> number, or task -> set -> number: repeats or weights."""
@@ -59,7 +59,7 @@ def sources(mix: Amounts, mix_by: str, shards: Sequence[Shard], batch: int, step
     counts = apportion(wanted, weights)
     for entry, count in zip(entries, counts, strict=True):
         if count == 0:
-            raise Fault(
+            raise UserError(
                 f"data.mix: {entry.label} gets none of the {wanted} samples of an epoch. Raise its weight, or "
                 "data.steps_per_epoch.",
                 everywhere=True,
@@ -99,7 +99,7 @@ def _entries(mix: Amounts, shards: Sequence[Shard]) -> list[Entry]:
                 lacking.append(label)
     if lacking:
         have = sorted({f"{s.set} ({s.kind})" for s in shards})
-        raise Fault(
+        raise UserError(
             f"data.mix: the shards hold no training samples for {', '.join(lacking)}; they hold the sets "
             f"{', '.join(have) or 'none'}. Correct data.mix, or build shards that have them.",
             everywhere=True,

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Generic, Protocol, TypeVar
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability.console import rank_here
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ def each(
                 yield result
                 report(done, len(items), what)
     except BrokenProcessPool:
-        raise Fault(
+        raise UserError(
             f"a worker process died while {what}, killed from outside: most often for want of memory. "
             f"Use fewer than {workers} workers."
         ) from None
@@ -88,7 +88,7 @@ class Crew(Protocol):
     world: int
 
     def gather_objects(self, item: T) -> list[T]: ...
-    def from_main(self, work: Callable[[], T]) -> T: ...
+    def on_main(self, work: Callable[[], T]) -> T: ...
 
 
 class Alone:
@@ -100,7 +100,7 @@ class Alone:
     def gather_objects(self, item: T) -> list[T]:
         return [item]
 
-    def from_main(self, work: Callable[[], T]) -> T:
+    def on_main(self, work: Callable[[], T]) -> T:
         return work()
 
 
@@ -126,7 +126,7 @@ class _Share(Generic[Result]):
         """Things done, whether that is all, and the text of a Fault. Raises whatever else went wrong."""
         ended = self._future.done()
         error = self._future.exception() if ended else None
-        if error is not None and not isinstance(error, Fault):
+        if error is not None and not isinstance(error, UserError):
             raise error
         return len(self.results), ended, None if error is None else str(error)
 
@@ -166,7 +166,7 @@ def shared(
             states = [state for state, _ in told]
             faults = {text: who for (_, _, text), who in reversed(told) if text is not None}
             if faults:
-                raise Fault("\n".join(f"{who}: {text}" for text, who in faults.items()), everywhere=True)
+                raise UserError("\n".join(f"{who}: {text}" for text, who in faults.items()), everywhere=True)
             done = sum(count for count, _, _ in states)
             if done != seen:
                 report(done, len(items), what)

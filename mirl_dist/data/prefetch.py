@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from mirl_dist.data.manifest import Shard
 from mirl_dist.data.sampler import Slot
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 _SLOTS = 16384  # that are looked ahead at, at most: a few megabytes
 
@@ -30,7 +30,7 @@ def shards_ahead(
     used = min(len(shards), lanes * (1 + math.ceil(behind / shortest) + math.ceil(behind / steps_per_epoch)))
     fits = limit // node_ranks // largest
     if fits <= used:
-        raise Fault(
+        raise UserError(
             f"data.cache.gigabytes: found {limit / 1e9:g}, but each of {node_ranks} ranks on this node needs "
             f"{used + 1} shards of up to {largest / 1e9:.3g} GB at a time. Set it to "
             f"{node_ranks * (used + 1) * largest * 1.01 / 1e9:.3g} or more, or build smaller shards "

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from mirl_dist.config.seeding import lent_generator
+from mirl_dist.config.seeding import shared_rng
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.degradations.degrade import margin, on_reading
 from mirl_dist.data.image_files import DAMAGE
 from mirl_dist.data.manifest import ImageFormat
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 Pixels = NDArray[np.uint8]
 
@@ -110,7 +110,7 @@ def decode(data: bytes, where: str, remedy: str = "Build the shards again.") -> 
         with Image.open(io.BytesIO(data)) as image:
             return np.array(image.convert("RGB"))
     except (UnidentifiedImageError, Image.DecompressionBombError, *DAMAGE) as error:
-        raise Fault(f"{where} does not decode as an image ({error}). {remedy}") from None
+        raise UserError(f"{where} does not decode as an image ({error}). {remedy}") from None
 
 
 def turned_planes(image: Pixels, index: int) -> Pixels:
@@ -156,7 +156,7 @@ def crop(read: Read, member: Member, box: Box) -> Pixels:
             header = member.size - read.height * stride
             band = os.pread(handle, box.height * stride, member.offset + header + box.top * stride)
             if header <= 0 or len(band) != box.height * stride:
-                raise Fault(f"{where}: the shard ends inside its pixels. Copy the shard again.")
+                raise UserError(f"{where}: the shard ends inside its pixels. Copy the shard again.")
             image = np.frombuffer(band, np.uint8).reshape(box.height, read.width, 3)
             return image[:, box.left : box.left + box.width]
         data = os.pread(handle, member.size, member.offset)
@@ -164,7 +164,9 @@ def crop(read: Read, member: Member, box: Box) -> Pixels:
         os.close(handle)
     image = decode(data, where)
     if image.shape[:2] != (read.height, read.width):
-        raise Fault(f"{where} has {image.shape[:2]} pixels, the index says {read.height, read.width}. Build it again.")
+        raise UserError(
+            f"{where} has {image.shape[:2]} pixels, the index says {read.height, read.width}. Build it again."
+        )
     return image[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
@@ -175,7 +177,7 @@ def make_patch(read: Read, task: Task, seed: int, patch_pixels: int, augment: st
     code: crop, one of TURNS[augment], and noise that is clipped and truncated. What a degradation needs around the crop
     is read with it and cut off afterwards. Raises what `crop` raises.
     """
-    rng = lent_generator("patch", seed, read.round_, read.visit, task.name, read.key)
+    rng = shared_rng("patch", seed, read.round_, read.visit, task.name, read.key)
     dice = rng.bit_generator.random_raw(3).tolist()
 
     def below(count: int, die: int) -> int:

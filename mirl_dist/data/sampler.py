@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mirl_dist.config.seeding import generator
 from mirl_dist.data.manifest import Shard
 from mirl_dist.data.mixture import Amounts, Source, sources, tasks_of
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 _EPOCHS_KEPT = 3  # the one being read, the next one being looked ahead into, and one to spare
 
@@ -63,7 +63,7 @@ def share_batch(global_batch: int, forward: int | None, world: int) -> Shares:
         fits = [str(n) for n in range(1, global_batch + 1) if global_batch % n == 0]
         below, above = global_batch // world * world, (global_batch // world + 1) * world
         near = f"{below} or {above}" if below else f"{above}"
-        raise Fault(
+        raise UserError(
             f"batch.global: a global batch of {global_batch} cannot be shared by {world} ranks. "
             f"Use {', '.join(fits)} ranks, or set batch.global to a multiple of {world} such as {near} "
             "(another experiment: the fingerprint changes).",
@@ -73,7 +73,7 @@ def share_batch(global_batch: int, forward: int | None, world: int) -> Shares:
     size = min(forward or per_rank, per_rank)
     if per_rank % size:
         fits = [str(n) for n in range(1, per_rank + 1) if per_rank % n == 0]
-        raise Fault(
+        raise UserError(
             f"batch.forward: {size} samples per pass do not divide the {per_rank} samples that each of {world} "
             f"ranks takes per step. Use {', '.join(fits)}.",
             everywhere=True,
@@ -121,13 +121,13 @@ class Order:
         self.length = sum(source.per_epoch for source in self.sources)
         whole = self.length // global_batch
         if whole == 0:
-            raise Fault(
+            raise UserError(
                 f"an epoch has {self.length} samples, fewer than one global batch of {global_batch}. "
                 "Lower batch.global, raise the numbers in data.mix, or build more shards.",
                 everywhere=True,
             )
         if steps_per_epoch is not None and steps_per_epoch > whole:
-            raise Fault(
+            raise UserError(
                 f"data.steps_per_epoch: found {steps_per_epoch}, but the mix fills only {whole} steps of "
                 f"{global_batch}. Lower it, or raise the numbers in data.mix.",
                 everywhere=True,
@@ -208,10 +208,10 @@ class Order:
 
     def _pass(self, round_: int, source: Source, visit: int) -> NDArray[np.int64]:
         """All samples of a source (numbered along its shards) in the order of one pass: shard after shard."""
-        rng = generator("pass", self._seed, round_, source.name, visit)
+        order = generator("pass", self._seed, round_, source.name, visit)
         counts = self._counts[list(source.shards)]
         begins = np.cumsum(counts) - counts
-        parts = [begins[i] + rng.permutation(int(counts[i])) for i in rng.permutation(len(counts)).tolist()]
+        parts = [begins[i] + order.permutation(int(counts[i])) for i in order.permutation(len(counts)).tolist()]
         return np.concatenate(parts)
 
     def _dealt(self, round_: int, source: Source, visit: int) -> NDArray[np.uint8]:
@@ -220,7 +220,7 @@ class Order:
         if len(deck) == 1:
             return np.repeat(deck, source.samples)
         block, number = divmod(visit, len(deck))
-        rng = generator("deck", self._seed, round_, source.name, block)
-        shuffled, shifts = rng.permutation(deck), rng.integers(len(deck), size=source.samples)
+        draw = generator("deck", self._seed, round_, source.name, block)
+        shuffled, shifts = draw.permutation(deck), draw.integers(len(deck), size=source.samples)
         dealt: NDArray[np.uint8] = shuffled[(number + shifts) % len(deck)]
         return dealt

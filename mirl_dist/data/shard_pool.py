@@ -24,8 +24,8 @@ from mirl_dist.data.integrity import Local
 from mirl_dist.data.manifest import Entry, Shard
 from mirl_dist.data.sample import Pixels
 from mirl_dist.data.shards import Place, Shards
-from mirl_dist.errors import Fault, Stopped
-from mirl_dist.storage import Folder, NotAllowed, NotThere, TryAgain
+from mirl_dist.errors import Stopped, UserError
+from mirl_dist.storage import Folder, NotFound, Rejected, Unavailable
 from mirl_dist.storage.retry import Patience, download
 
 _SHOWN = 5
@@ -36,7 +36,7 @@ _DISK = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR)  # of
 _REMEDY = "Copy the shard again, build the shards again, or go on without such samples by data.damage: skip."
 
 
-class _Lost(Fault):
+class _Lost(UserError):
     """Nothing of a shard is to be had. why: in a few words that are the same wherever it lies, for tickets."""
 
     def __init__(self, text: str, why: str) -> None:
@@ -91,7 +91,7 @@ class Supply:
         """
         with self._guard:
             wanted = self._wanted[shard.name]
-            if wanted.future.done() and isinstance(wanted.future.exception(), TryAgain):
+            if wanted.future.done() and isinstance(wanted.future.exception(), Unavailable):
                 wanted.future = self._bringers.submit(shard)
             future = wanted.future
         since = 0.0
@@ -148,7 +148,7 @@ class Supply:
         """A sample turned out to be damaged. Raises Fault where that is refused."""
         key = local.entries[sample].key
         if not self._skips(local.shard):
-            raise Fault(f"{local.shard.name}, sample '{key}': {problem}. {_REMEDY}")
+            raise UserError(f"{local.shard.name}, sample '{key}': {problem}. {_REMEDY}")
         with self._guard:
             local.bad.setdefault(sample, problem)
         self._tell_once(local.shard, sample, f"sample '{key}': {problem}")
@@ -180,9 +180,9 @@ class Supply:
     def _entries(self, shard: Shard) -> tuple[Entry, ...]:
         try:
             return self.shards.index(shard).entries
-        except (NotAllowed, TryAgain):
+        except (Rejected, Unavailable):
             raise
-        except Fault as fault:
+        except UserError as fault:
             raise _Lost(str(fault), "its index is missing or damaged") from None
 
     def _proven(self, local: Local) -> dict[int, str]:
@@ -199,7 +199,7 @@ class Supply:
             text = f"{name} cannot be read ({error}). Check the disk."
             if error.errno in _DISK and self.cache is None:
                 raise _Lost(text, "cannot be read") from None
-            raise Fault(text) from None
+            raise UserError(text) from None
         return self._proved[name][1]
 
     def _placed(self, shard: Shard, entries: tuple[Entry, ...]) -> Local:
@@ -215,7 +215,7 @@ class Supply:
             if shard.name not in self._wrong_in_store:
                 return self._cached(self.cache, shard, entries)
             return self._salvaged(self.cache, shard, entries)
-        except NotThere:
+        except NotFound:
             raise _Lost(f"{store.where(shard.name)} is missing. {_REMEDY}", "is missing") from None
 
     def _cached(self, cache: Cache, shard: Shard, entries: tuple[Entry, ...]) -> Local:
@@ -232,7 +232,7 @@ class Supply:
                 cache.discard(held)
         except WrongBytes:
             return self._salvaged(cache, shard, entries)
-        except NotAllowed:
+        except Rejected:
             if self.shards.store.size(shard.name) == shard.bytes:
                 raise
             return self._salvaged(cache, shard, entries)
@@ -261,7 +261,7 @@ class Supply:
         text = "; ".join(said) or "no image is damaged, only what lies between them"
         if not self._skips(local.shard):
             where = self.shards.store.where(local.shard.name)
-            raise Fault(f"{where}: its bytes are not the manifest's: {text}. {_REMEDY}")
+            raise UserError(f"{where}: its bytes are not the manifest's: {text}. {_REMEDY}")
         self._tell_once(local.shard, -1, text)
 
     def _tell_once(self, shard: Shard, sample: int, text: str) -> None:

@@ -6,8 +6,8 @@ import itertools
 from typing import NamedTuple
 
 from mirl_dist.data.manifest import MANIFEST, Entry, Index, Manifest, Shard, read_index, read_manifest
-from mirl_dist.errors import Fault
-from mirl_dist.storage import Folder, NotAllowed, NotThere, Store
+from mirl_dist.errors import UserError
+from mirl_dist.storage import Folder, NotFound, Rejected, Store
 
 
 class Place(NamedTuple):
@@ -25,9 +25,9 @@ class Shards:
         self.store = store
         try:
             data = store.get(MANIFEST) if manifest is None else manifest
-        except NotThere:
+        except NotFound:
             out = "FOLDER" if store.where().startswith("http") else store.where()
-            raise Fault(
+            raise UserError(
                 f"data.shards: {store.where()} holds no {MANIFEST}. Build shards with "
                 f"`mirl-dist shards build RECIPE --out {out}`."
             ) from None
@@ -39,8 +39,8 @@ class Shards:
         where = self.store.where(shard.index_name)
         try:
             return read_index(self.store.get(shard.index_name), shard, where)
-        except NotThere:
-            raise Fault(f"{where} is missing beside {shard.name}. Build the shards again.") from None
+        except NotFound:
+            raise UserError(f"{where} is missing beside {shard.name}. Build the shards again.") from None
 
     def places(self, role: str) -> dict[str, list[Place]]:
         """The samples of one role by set, in shard order."""
@@ -59,7 +59,7 @@ class Shards:
             return
         try:
             there = set(self.store.list(""))
-        except NotAllowed:
+        except Rejected:
             return  # the web has no listing, and a bucket may allow reading alone: a reader will tell
         wanted = itertools.chain.from_iterable((s.name, s.index_name) for s in expected)
         wrong = [f"{name} is missing" for name in wanted if name not in there]
@@ -69,7 +69,7 @@ class Shards:
                     wrong.append(f"{shard.name} has {size} bytes, the manifest says {shard.bytes} bytes")
         if wrong:
             more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise Fault(
+            raise UserError(
                 f"{self.store.where()}: {'; '.join(wrong[:5])}{more}. Copy them again or build the shards again; for "
                 "training shards alone, data.damage: skip trains without them."
             )
@@ -79,7 +79,7 @@ class Shards:
         least = min((s.least_pixels for s in self.train), default=patch_pixels)
         if least < patch_pixels:
             name = next(s.name for s in self.train if s.least_pixels == least)
-            raise Fault(
+            raise UserError(
                 f"data.patch_pixels: found {patch_pixels}, but an image in {name} has a side of {least} pixels. Lower "
                 "it, or build shards with least_pixels of at least that.",
                 everywhere=True,

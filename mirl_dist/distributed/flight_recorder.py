@@ -13,19 +13,19 @@ from typing import Any, NamedTuple
 _NAMED = 4
 
 
-class Standing(NamedTuple):
+class RankState(NamedTuple):
     """Where a rank is. number: of the meeting that it is in, or was in last; seconds: in it, or since it left it."""
 
-    number: int
-    what: str
+    sequence: int
+    name: str
     waiting: bool
     phase: str
     seconds: float
-    where: str
+    location: str
     beat: int
 
 
-class Meetings:
+class FlightRecorder:
     """Where the main thread is. It replaces a few words; another thread may read them at any time."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Meetings:
             self.phase = before
 
     @contextmanager
-    def meeting(self, what: str) -> Iterator[None]:
+    def collective(self, what: str) -> Iterator[None]:
         """Around a wait for all ranks."""
         self.begin(what)
         try:
@@ -59,10 +59,10 @@ class Meetings:
         number, what, since, _ = self._now
         self._now = (number, what, time.monotonic() if over() else since, over)
 
-    def standing(self, beat: int = 0) -> Standing:
+    def state(self, beat: int = 0) -> RankState:
         number, what, since, over = self._now
         waiting = over is None or not over()
-        return Standing(number, what, waiting, self.phase, time.monotonic() - since, self._where(), beat)
+        return RankState(number, what, waiting, self.phase, time.monotonic() - since, self._where(), beat)
 
     def _where(self) -> str:
         """The main thread's place in this package, and inside what that called: 'train.py:9 run, in conv.py:1 f'."""
@@ -78,32 +78,30 @@ def _place(frame: Any) -> str:
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
 
 
-def verdict(mine: Standing, others: Mapping[int, Standing], silent: Collection[int], names: Sequence[str]) -> str:
+def diagnose(mine: RankState, others: Mapping[int, RankState], silent: Collection[int], names: Sequence[str]) -> str:
     """Who has not come to the meeting that this rank waits in. silent: ranks whose process gives no sign of life."""
-    behind = {r: o for r, o in others.items() if r in silent or o.number < mine.number}
+    behind = {r: o for r, o in others.items() if r in silent or o.sequence < mine.sequence}
     if any(r in silent or not o.waiting for r, o in behind.items()):
         # Who waits in an earlier meeting waits for the same ones.
         behind = {r: o for r, o in behind.items() if r in silent or not o.waiting}
     said = [f"{names[r]} has not come: {_about(o, r in silent)}" for r, o in behind.items()]
     for rank, other in others.items():
-        if other.number == mine.number and other.what != mine.what:
-            said.append(f"{names[rank]} calls this meeting {other.what}: a fault of this program, please report it")
+        if other.sequence == mine.sequence and other.name != mine.name:
+            said.append(f"{names[rank]} calls this meeting {other.name}: a fault of this program, please report it")
     if len(said) > _NAMED:
         said[_NAMED:] = [f"and {len(said) - _NAMED} more ranks have not come"]
     return f"{waited(mine)}; {'; '.join(said) or 'all have come to it: the network between them, or a GPU, is stuck'}"
 
 
-def _about(other: Standing, silent: bool) -> str:
-    met = f"{'in' if other.waiting else 'after'} meeting {other.number}"
+def _about(other: RankState, silent: bool) -> str:
+    met = f"{'in' if other.waiting else 'after'} meeting {other.sequence}"
     if silent:
         gone = "its process does not answer any more: it is stopped, swapped out, or its node is gone"
         return f"{gone} (last heard of in {other.phase}, {met})"
-    return (
-        f"it {'waits' if other.waiting else 'is'} in {other.phase}, {met}, at {other.where}, for {other.seconds:.0f} s"
-    )
+    return f"it {'waits' if other.waiting else 'is'} in {other.phase}, {met}, at {other.location}, for {other.seconds:.0f} s"
 
 
-def waited(mine: Standing) -> str:
+def waited(mine: RankState) -> str:
     """The beginning of what a rank says that waits for too long."""
-    what = mine.what.removeprefix("the ").removeprefix("a ")
-    return f"waited {mine.seconds:.0f} s in {mine.phase} for the {what} (meeting {mine.number})"
+    what = mine.name.removeprefix("the ").removeprefix("a ")
+    return f"waited {mine.seconds:.0f} s in {mine.phase} for the {what} (meeting {mine.sequence})"

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from mirl_dist.distributed.rendezvous import come_together
+from mirl_dist.distributed.rendezvous import rendezvous
 
 _DISTRIBUTED: Any = torch.distributed  # what it calls private, or does not describe
 
 
-def join(backend: str, patience: timedelta) -> str:
+def join_process_group(backend: str, patience: timedelta) -> str:
     """Join the process group under a word of this start, which is returned.
 
     For torch's launcher keeps its store when it starts ranks again (torch 2.4 to 2.13), and torch alone would read in
@@ -21,7 +21,7 @@ def join(backend: str, patience: timedelta) -> str:
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = connect_store(patience, master=rank == 0 and not store_is_the_launchers())
-    word = come_together(_DISTRIBUTED.PrefixStore("mirl_dist", store), rank, world, patience.total_seconds())
+    word = rendezvous(_DISTRIBUTED.PrefixStore("mirl_dist", store), rank, world, patience.total_seconds())
     own = _DISTRIBUTED.PrefixStore(word, store)
     _DISTRIBUTED.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=patience)
     return word
@@ -38,7 +38,7 @@ def store_is_the_launchers() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def lost_a_peer(error: RuntimeError) -> bool:
+def is_peer_loss(error: RuntimeError) -> bool:
     """Whether a collective failed because another process ended, or the network to it."""
     signs = (
         "closed by peer",

@@ -17,17 +17,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mirl_dist.distributed.engines.base import Dealt, Engine, MakeOptimiser
-from mirl_dist.distributed.engines.ddp import Replicas
-from mirl_dist.distributed.engines.from_env import asked
-from mirl_dist.distributed.engines.sharding import Held
-from mirl_dist.distributed.flight_recorder import Meetings
+from mirl_dist.distributed.engines.base import Engine, MakeOptimiser, ShardedEngine
+from mirl_dist.distributed.engines.ddp import DdpEngine
+from mirl_dist.distributed.engines.from_env import engine_from_env
+from mirl_dist.distributed.engines.sharding import ShardLayout
+from mirl_dist.distributed.flight_recorder import FlightRecorder
 from mirl_dist.distributed.hardware import gpus
-from mirl_dist.distributed.process_group import connect_store, join, store_is_the_launchers
-from mirl_dist.distributed.rendezvous import refuse_a_launch_that_lost_ranks, refuse_shared_gpus
-from mirl_dist.distributed.watchdog import LiveBoard, Watch
-from mirl_dist.errors import Fault, Stopped
-from mirl_dist.pruning.partition import Slice
+from mirl_dist.distributed.process_group import connect_store, join_process_group, store_is_the_launchers
+from mirl_dist.distributed.rendezvous import check_launch_environment, check_own_gpu
+from mirl_dist.distributed.watchdog import LiveStore, Watchdog
+from mirl_dist.errors import Stopped, UserError
+from mirl_dist.pruning.partition import ReplicatedPartition
 
 T = TypeVar("T")
 
@@ -49,31 +49,31 @@ class Ranks:
         error, and who waited ends with code 1. Raises Fault when the processes that were launched are not the
         processes that found each other.
         """
-        refuse_a_launch_that_lost_ranks(os.environ)
-        self.asked = asked(os.environ)
+        check_launch_environment(os.environ)
+        self.engine_spec = engine_from_env(os.environ)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it matmul varies
         cpu = device == "cpu" or not torch.cuda.is_available()
         if cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed it says else that it guesses
         else:
-            refuse_shared_gpus(os.environ, gpus())
+            check_own_gpu(os.environ, gpus())
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: TF32 would change every convolution
         self._half = precision == "bf16"
         patience = timedelta(seconds=timeout_seconds + 60)  # torch gives up later than the watch, which can tell why
         backend = "gloo" if cpu else "nccl"
-        word = join(backend, patience) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        word = join_process_group(backend, patience) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         self.rank: int
         self.world: int
         self.device: torch.device
-        if self.asked.name == "ddp":
+        if self.engine_spec.name == "ddp":
             self._joined_by_accelerate(cpu, patience)
         else:
             self._joined_alone(backend, patience)
-        self._dealt: Dealt | None = None
-        self._meetings, self._all_reduces, self._stop_told = Meetings(), True, False
+        self._sharded: ShardedEngine | None = None
+        self._recorder, self._all_reduces, self._stop_requested = FlightRecorder(), True, False
         self.hosts: list[str] = self.gather_objects(platform.node(), what="gather of hosts")
         self.names = [f"rank {rank} ({host})" for rank, host in enumerate(self.hosts)]
-        self._watch = self._start_watch(word, timeout_seconds) if word and self.world > 1 else None
+        self._watchdog = self._start_watch(word, timeout_seconds) if word and self.world > 1 else None
         self._prove_that_all_are_here()
         torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True)
@@ -99,20 +99,20 @@ class Ranks:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
 
-    def _start_watch(self, word: str, timeout_seconds: float) -> Watch:
+    def _start_watch(self, word: str, timeout_seconds: float) -> Watchdog:
         """On a connection of its own, which may block for as long as it likes: the watch minds that."""
         pids = self.gather_objects(os.getpid(), what="gather of process ids")
         names = [f"rank {rank} ({self.hosts[rank]}, pid {pid})" for rank, pid in enumerate(pids)]
         store = connect_store(timedelta(days=1000), master=False)
         home = f"the launcher's process at {store.host}:{store.port}" if store_is_the_launchers() else names[0]
-        board = LiveBoard(_DISTRIBUTED.PrefixStore(f"{word}/watch", store), store.host, store.port)
-        return Watch(self._meetings, board, self.rank, names, home, timeout_seconds).start()
+        board = LiveStore(_DISTRIBUTED.PrefixStore(f"{word}/watch", store), store.host, store.port)
+        return Watchdog(self._recorder, board, self.rank, names, home, timeout_seconds).start()
 
     def _prove_that_all_are_here(self) -> None:
         announced = int(os.environ.get("WORLD_SIZE", "1"))
         counted = int(self.sum(torch.ones(1, dtype=torch.int64), what="roll call").item())
         if not announced == self.world == counted:
-            raise Fault(
+            raise UserError(
                 f"the launcher announced {announced} processes, {self.world} were joined, and {counted} answered: "
                 "each would train alone. Launch with `accelerate launch --config_file launch/cpu_two.yaml`, or with "
                 "torchrun."
@@ -125,26 +125,26 @@ class Ranks:
     @property
     def phase(self) -> str:
         """What this rank is doing, for messages."""
-        return self._meetings.phase
+        return self._recorder.phase
 
     def in_phase(self, name: str) -> AbstractContextManager[None]:
         """Around a part of the work, named as in 'training'; afterwards the phase around it returns."""
-        return self._meetings.in_phase(name)
+        return self._recorder.in_phase(name)
 
-    def tell_stop(self) -> None:
+    def request_stop(self) -> None:
         """Ask all ranks to stop: `stop_told` becomes true on each within about two seconds. Returns at once."""
-        self._stop_told = True
-        if self._watch is not None:
-            self._watch.tell_stop()
+        self._stop_requested = True
+        if self._watchdog is not None:
+            self._watchdog.request_stop()
 
-    def stop_told(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether any rank was asked to stop; costs nothing, and ranks may hear it a second apart."""
-        return self._stop_told or (self._watch is not None and self._watch.stop_told)
+        return self._stop_requested or (self._watchdog is not None and self._watchdog.stop_requested)
 
     @property
-    def share(self) -> Slice:
+    def partition(self) -> ReplicatedPartition:
         """This rank's slice of replicated tensors, for counting every weight once."""
-        return Slice(self.rank, self.world)
+        return ReplicatedPartition(self.rank, self.world)
 
     def engine(self, model: nn.Module, make_optimiser: MakeOptimiser, example: Tensor) -> tuple[Engine, nn.Module]:
         """The engine that the launch asked for, around a model that lies on this rank's device; what to call in
@@ -152,30 +152,30 @@ class Ranks:
 
         example: (B, 3, H, W), of any values.
         """
-        if self.asked.name == "ddp":
+        if self.engine_spec.name == "ddp":
             wrapped = self.wrap(model)
-            self.settle(wrapped, example)
-            return Replicas(dict(self.unwrap(wrapped).named_parameters()), make_optimiser, self.share), wrapped
-        if self.asked.name == "fsdp":
-            from mirl_dist.distributed.engines.fsdp import Fsdp
+            self.warm_up(wrapped, example)
+            return DdpEngine(dict(self.unwrap(wrapped).named_parameters()), make_optimiser, self.partition), wrapped
+        if self.engine_spec.name == "fsdp":
+            from mirl_dist.distributed.engines.fsdp import FsdpEngine
 
             example = example.to(self.device)
-            dealt: Dealt = Fsdp(model, make_optimiser, self.asked, self.rank, self, example)
+            dealt: ShardedEngine = FsdpEngine(model, make_optimiser, self.engine_spec, self.rank, self, example)
         else:
-            from mirl_dist.distributed.engines.deepspeed import Zero
+            from mirl_dist.distributed.engines.deepspeed import ZeroEngine
 
-            dealt = Zero(model, make_optimiser, self.asked, self.rank, self.world, self, self._half)
-        self._dealt = dealt
+            dealt = ZeroEngine(model, make_optimiser, self.engine_spec, self.rank, self.world, self, self._half)
+        self._sharded = dealt
         return dealt, dealt.network
 
-    def meeting(self, what: str) -> AbstractContextManager[None]:
+    def collective(self, what: str) -> AbstractContextManager[None]:
         """Around a wait for all ranks that somebody else holds."""
-        return self._gpu_meeting(what)
+        return self._gpu_collective(what)
 
     @property
-    def meets_in_passes(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether a forward pass needs all ranks: weights are gathered in it."""
-        return self._dealt is not None
+        return self._sharded is not None
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model on this rank's device, its gradients averaged over ranks. Weights become those of rank 0.
@@ -184,18 +184,18 @@ class Ranks:
         """
         # Depthwise kernels (C, 1, 3, 3) have two equal layouts, and autograd picks the other one: harmless.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        with self._meetings.meeting("wrapping of the network"):
+        with self._recorder.collective("wrapping of the network"):
             wrapped: nn.Module = self._accelerator.prepare(model)
         parallel = isinstance(wrapped, nn.parallel.DistributedDataParallel)
         if self.world > 1 and not parallel:
-            raise Fault(
+            raise UserError(
                 f"{self.world} ranks, but the model is a {type(wrapped).__name__}: gradients would not be shared. "
                 "Launch with a file from launch/.",
                 everywhere=True,
             )
         return wrapped
 
-    def settle(self, model: nn.Module, example: Tensor) -> None:
+    def warm_up(self, model: nn.Module, example: Tensor) -> None:
         """One throwaway pass through a wrapped model, so that every step that counts adds gradients in one order.
 
         DDP sorts its buckets anew after its first backward pass; with three ranks or more, a process's first step
@@ -212,36 +212,36 @@ class Ranks:
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         """The model's output in the precision that was asked for. Weights, gradients and losses stay float32. A meeting
         where weights are gathered for it."""
-        meeting = self._gpu_meeting("gather of weights") if self._dealt is not None else nullcontext()
+        meeting = self._gpu_collective("gather of weights") if self._sharded is not None else nullcontext()
         with meeting, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._half):
             restored: Tensor = model(images)
         return restored
 
     def backward(self, loss: Tensor) -> None:
         """Gradients, averaged over ranks: a meeting, unless more passes follow in this step."""
-        if self._dealt is not None:
-            with self._gpu_meeting("gradient reduction"):
-                self._dealt.backward(loss)
+        if self._sharded is not None:
+            with self._gpu_collective("gradient reduction"):
+                self._sharded.backward(loss)
         elif self.world == 1 or not self._all_reduces:
             self._accelerator.backward(loss)
         else:
-            with self._gpu_meeting("gradient all-reduce"):
+            with self._gpu_collective("gradient all-reduce"):
                 self._accelerator.backward(loss)
 
     @contextmanager
-    def _gpu_meeting(self, what: str) -> Iterator[None]:
+    def _gpu_collective(self, what: str) -> Iterator[None]:
         """A meeting that the GPU may still be in when the main thread goes on."""
-        self._meetings.begin(what)
+        self._recorder.begin(what)
         try:
             yield
         finally:
-            self._meetings.end(*([_when_gpu_is_done()] if self.device.type == "cuda" else []))
+            self._recorder.end(*([_when_gpu_is_done()] if self.device.type == "cuda" else []))
 
     @contextmanager
     def accumulate(self, model: nn.Module, more: bool) -> Iterator[None]:
         """Around a forward and backward pass; `more` passes follow in this step, so ranks need not meet yet."""
-        if self._dealt is not None:
-            self._dealt.accumulate(more)
+        if self._sharded is not None:
+            self._sharded.accumulate(more)
             yield
             return
         self._all_reduces = not more
@@ -253,12 +253,12 @@ class Ranks:
 
     def gather(self, values: Tensor, *, what: str = "gather of numbers") -> Tensor:
         """A tensor of every rank, of one shape and dtype, as (world, *shape) on the CPU, in rank order."""
-        with self._meetings.meeting(what) if self.world > 1 else nullcontext():
+        with self._recorder.collective(what) if self.world > 1 else nullcontext():
             return self._gathered(values).cpu()
 
     def gather_here(self, values: Tensor, *, what: str = "gather of numbers") -> Tensor:
         """As `gather`, on this rank's device: for large ones."""
-        with self._gpu_meeting(what) if self.world > 1 else nullcontext():
+        with self._gpu_collective(what) if self.world > 1 else nullcontext():
             return self._gathered(values)
 
     def _gathered(self, values: Tensor) -> Tensor:
@@ -282,11 +282,11 @@ class Ranks:
         if self.world == 1:
             return [item]
         found: list[Any] = [None] * self.world
-        with self._meetings.meeting(what):
+        with self._recorder.collective(what):
             torch.distributed.all_gather_object(found, item)
         return found
 
-    def agree(self, what: str, digest: str) -> None:
+    def check_agreement(self, what: str, digest: str) -> None:
         """Raise Fault on every rank, naming who differs, unless all ranks hold the same digest."""
         all_digests = self.gather_objects(digest, what=f"agreement on {what}")
         if len(set(all_digests)) > 1:
@@ -294,13 +294,13 @@ class Ranks:
             odd = [r for r, d in enumerate(all_digests) if d != usual]
             table = ", ".join(f"rank {r} {d[:12]}" for r, d in enumerate(all_digests))
             named = ", ".join(f"{r} ({self.hosts[r]})" for r in odd)
-            raise Fault(
+            raise UserError(
                 f"ranks disagree on {what}: {table}. Rank {named} has drifted: check that "
                 "machine's memory and GPU, then start again with --resume auto from the last commit.",
                 everywhere=True,
             )
 
-    def from_main(self, work: Callable[[], T], *, what: str = "work") -> T:
+    def on_main(self, work: Callable[[], T], *, what: str = "work") -> T:
         """The result of `work`, done by rank 0 alone. A Fault or Stopped that rank 0 meets is raised on every rank."""
         if self.world == 1:
             return work()
@@ -308,28 +308,30 @@ class Ranks:
         if self.is_main:
             try:
                 result[0] = work()
-            except Fault as fault:
+            except UserError as fault:
                 result[1:3] = str(fault), fault.resumable
             except Stopped as stopped:
                 result[3] = str(stopped)
-        with self._meetings.meeting(f"{what} by rank 0"):
+        with self._recorder.collective(f"{what} by rank 0"):
             torch.distributed.broadcast_object_list(result, src=0)
         if result[3] is not None:
             raise Stopped(result[3])
         if result[1] is not None:
-            raise Fault(result[1], everywhere=True, resumable=result[2])
+            raise UserError(result[1], everywhere=True, resumable=result[2])
         found: T = result[0]
         return found
 
-    def tensors_from_main(
-        self, tensors: Mapping[str, Tensor] | None, *, what: str = "tensors", held: Held | None = None
+    def broadcast_tensors(
+        self, tensors: Mapping[str, Tensor] | None, *, what: str = "tensors", layout: ShardLayout | None = None
     ) -> dict[str, Tensor]:
         """Rank 0's named tensors on the CPU of every rank; other ranks pass None. held: of each, keep this part."""
         if self.world == 1:
             assert tensors is not None
-            return {name: tensor if held is None else held.of(name, tensor) for name, tensor in tensors.items()}
+            return {
+                name: tensor if layout is None else layout.part_of(name, tensor) for name, tensor in tensors.items()
+            }
         described = [(n, tuple(t.shape), t.dtype) for n, t in tensors.items()] if tensors is not None else []
-        described = self.from_main(lambda: described, what=what)
+        described = self.on_main(lambda: described, what=what)
         received: dict[str, Tensor] = {}
         for name, shape, dtype in described:
             wire = torch.uint8 if dtype is torch.bool else dtype
@@ -337,20 +339,20 @@ class Ranks:
                 buffer = tensors[name].to(self.device, wire).contiguous()
             else:
                 buffer = torch.empty(shape, dtype=wire, device=self.device)
-            with self._meetings.meeting(f"{what} by rank 0, {name}"):
+            with self._recorder.collective(f"{what} by rank 0, {name}"):
                 torch.distributed.broadcast(buffer, src=0)
-            received[name] = (buffer if held is None else held.of(name, buffer).clone()).to("cpu", dtype)
+            received[name] = (buffer if layout is None else layout.part_of(name, buffer).clone()).to("cpu", dtype)
         return received
 
     def barrier(self, *, what: str = "barrier") -> None:
         if self.world > 1:
-            with self._meetings.meeting(what):
+            with self._recorder.collective(what):
                 torch.distributed.barrier()
 
     def close(self) -> None:
         """Leave the process group, all ranks together; without this, torch warns about leaked resources."""
-        if self._watch is not None:
-            self._watch.stop()
+        if self._watchdog is not None:
+            self._watchdog.stop()
             self.barrier(what="end")  # rank 0 may keep what the others' watches read
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _LEFT.append(torch.distributed.group.WORLD)

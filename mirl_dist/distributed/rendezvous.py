@@ -7,13 +7,13 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 _WORD = "word"
 _LONGEST_PAUSE_SECONDS = 0.25
 
 
-class Store(Protocol):
+class KeyValueStore(Protocol):
     """Where the processes of a launch meet. check: whether all of some keys are set; get: what one holds."""
 
     def set(self, key: str, value: str) -> None: ...
@@ -21,7 +21,7 @@ class Store(Protocol):
     def check(self, keys: list[str]) -> bool: ...
 
 
-def come_together(store: Store, rank: int, world: int, seconds: float) -> str:
+def rendezvous(store: KeyValueStore, rank: int, world: int, seconds: float) -> str:
     """A word that all ranks of this start know, and none of an earlier one, whose words the store may still hold.
 
     Rank 0 makes it and calls the others; each answers with a word of its own, and is let in by that one: so nobody
@@ -50,30 +50,30 @@ def come_together(store: Store, rank: int, world: int, seconds: float) -> str:
     raise RuntimeError(f"waited {seconds:.0f} s at the start for rank {', '.join(map(str, missing))}")
 
 
-def refuse_a_launch_that_lost_ranks(env: Mapping[str, str]) -> None:
+def check_launch_environment(env: Mapping[str, str]) -> None:
     """`accelerate launch --cpu --num_processes 2` announces a meeting point but starts one process, silently."""
     if int(env.get("WORLD_SIZE", "1")) > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-        raise Fault(
+        raise UserError(
             f"found WORLD_SIZE={env['WORLD_SIZE']} in the environment, but not RANK, MASTER_ADDR and MASTER_PORT: this "
             "process would wait for others that nobody started. Unset it, or launch with a file from launch/."
         )
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "WORLD_SIZE" not in env:
-        raise Fault(
+        raise UserError(
             f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks without a launcher: each would train alone in the same "
             "folder. Start one task per node, and in it `accelerate launch` with a file from launch/, or torchrun."
         )
     if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and "RANK" not in env:
-        raise Fault(
+        raise UserError(
             "accelerate launch was asked for several processes but started this one alone (its --cpu launcher does "
             "that without a word). Use `accelerate launch --config_file launch/cpu_two.yaml -m mirl_dist train ...`."
         )
 
 
-def refuse_shared_gpus(env: Mapping[str, str], gpus: int) -> None:
+def check_own_gpu(env: Mapping[str, str], gpus: int) -> None:
     """Several ranks on one GPU cannot talk to each other: NCCL refuses them without naming the cause."""
     local = int(env.get("LOCAL_RANK", "0"))
     if local >= gpus:
-        raise Fault(
+        raise UserError(
             f"rank {local} of this node finds {gpus} GPUs, so none for itself. Start one rank per GPU, or add "
             "--set train.device=cpu to train on its processors."
         )

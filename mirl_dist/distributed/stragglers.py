@@ -11,7 +11,7 @@ _TOLD_AGAIN_AFTER = 100
 _LEAST_SECONDS = 0.005
 
 
-class Pace:
+class StragglerDetector:
     """How long a rank takes from a pass's beginning to its first meeting; which ranks all others wait for.
 
     Only durations are compared, for clocks of two machines differ; waiting for other ranks is not counted.
@@ -30,23 +30,23 @@ class Pace:
     def begin(self) -> None:
         self._began = self._came = self._clock()
 
-    def batch_came(self) -> None:
+    def batch_ready(self) -> None:
         self._came = self._clock()
 
-    def arrived(self) -> None:
+    def reached_collective(self) -> None:
         """At the first meeting since `begin`, before it waits."""
         self._passes += 1
         self._batches += self._came - self._began
         self._rest += self._clock() - self._came
 
-    def take(self) -> tuple[float, float]:
+    def mean_seconds(self) -> tuple[float, float]:
         """The mean seconds of a pass since the last call: waiting for its batch, and the rest."""
         passes = max(self._passes, 1)
         means = self._batches / passes, self._rest / passes
         self._reset()
         return means
 
-    def judge(self, seconds_per_rank: Sequence[tuple[float, float]], factor: float) -> list[str]:
+    def find_slow(self, seconds_per_rank: Sequence[tuple[float, float]], factor: float) -> list[str]:
         """Lines that name ranks slower than the median of the others by `factor`, three reports in a row.
 
         seconds_per_rank: what `take` gave on every rank. A rank is named again when it has recovered in between, or

@@ -24,7 +24,7 @@ from mirl_dist.data.resident_images import Images
 from mirl_dist.data.sample import Pixels, to_tensor
 from mirl_dist.data.shards import Place, Shards
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.errors import Fault, Stopped
+from mirl_dist.errors import Stopped, UserError
 from mirl_dist.evaluation import metrics, protocols, tiling
 from mirl_dist.evaluation.protocols import PROTOCOLS, Protocol
 from mirl_dist.evaluation.score import Score
@@ -118,7 +118,7 @@ def plan(
     kinds = {s.set: s.kind for s in shards.manifest.role("evaluate")}
     unknown = [name for name in sets or () if name not in places]
     if unknown:
-        raise Fault(
+        raise UserError(
             f"evaluate.sets: found {', '.join(unknown)}; the shards have {', '.join(sorted(places)) or 'none'}. "
             "Correct the names, or build shards with those sets.",
             everywhere=True,
@@ -126,7 +126,7 @@ def plan(
     entries = (p.entry for name in (places if sets is None else sets) for p in places[name])
     small = [e for e in entries if min(e.height, e.width) < least]
     if small:
-        raise Fault(
+        raise UserError(
             f"evaluation image '{small[0].key}' is {small[0].height} x {small[0].width} pixels ({len(small)} such); "
             f"scores need {least} a side. Leave it out of the recipe and build the shards again.",
             everywhere=True,
@@ -262,8 +262,8 @@ def evaluate(
                 except Stopped:  # while a shard did not come
                     stopped = True
                     break
-                except Fault as fault:
-                    raise Fault(f"{job.name}, image '{job.place.entry.key}': {fault}") from None
+                except UserError as fault:
+                    raise UserError(f"{job.name}, image '{job.place.entry.key}': {fault}") from None
                 advance(len(results), job.name)
     model.train()
     if ranks.any(stopped, what="whether to stop evaluating"):

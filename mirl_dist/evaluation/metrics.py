@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 PROTOCOL = (
     "rgb, centre crop to a multiple of 16, gaussian noise added to uint8 then clipped and truncated, "
@@ -81,7 +81,7 @@ def ssim_8bit(restored: Levels, clean: Levels) -> float:
     """
     from skimage.metrics import structural_similarity
 
-    _refuse_small(clean, GAUSSIAN_WINDOW_PIXELS)
+    _check_size(clean, GAUSSIAN_WINDOW_PIXELS)
     measure: Any = structural_similarity
     axis = -1 if clean.ndim == 3 else None
     shape = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
@@ -112,13 +112,13 @@ def crop_to_multiple(image: NDArray[Any], multiple: int = 16) -> NDArray[Any]:
     Raises Fault when a side is shorter than `multiple`.   Source: evaluation of AirNet, PromptIR and MIR-L.
     """
     if image.ndim not in (2, 3):
-        raise Fault(
+        raise UserError(
             f"found an array of shape {image.shape} where an image is cropped to a multiple of {multiple}. "
             "Give one image of shape (H, W) or (H, W, C)."
         )
     height, width = image.shape[:2]
     if min(height, width) < multiple:
-        raise Fault(
+        raise UserError(
             f"found an image of {height} x {width} pixels where the protocol crops to a multiple of "
             f"{multiple}. Leave it out, or evaluate images of at least {multiple} x {multiple} pixels."
         )
@@ -126,38 +126,38 @@ def crop_to_multiple(image: NDArray[Any], multiple: int = 16) -> NDArray[Any]:
     return image[top : top + height // multiple * multiple, left : left + width // multiple * multiple]
 
 
-def refuse_unlike(restored: Image, clean: NDArray[Any]) -> None:
+def check_same_shape(restored: Image, clean: NDArray[Any]) -> None:
     """Raise Fault for images that no measure takes: another type, shape or size, or values that are not finite.
 
     restored: float32; clean: float32 or uint8; both (H, W, 3), at least 7 x 7.
     """
     for name, image, wanted in (("restored", restored, ("float32",)), ("clean", clean, ("float32", "uint8"))):
         if image.dtype.name not in wanted:
-            raise Fault(
+            raise UserError(
                 f"found {image.dtype} pixels where the {name} image is scored. "
                 "Convert to float32 in [0, 1] (8-bit images: divide by 255)."
             )
         if image.ndim != 3 or image.shape[2] != 3:
-            raise Fault(
+            raise UserError(
                 f"found shape {image.shape} where the {name} image is scored. "
                 "Give one RGB image with channels last, (H, W, 3)."
             )
         if not np.isfinite(image).all():
-            raise Fault(
+            raise UserError(
                 f"found NaN or infinite pixels where the {name} image is scored. "
                 "Look for the first step whose loss is not finite, or for a damaged ticket."
             )
     if restored.shape != clean.shape:
-        raise Fault(
+        raise UserError(
             f"found shapes {restored.shape} and {clean.shape} where a restored image meets its clean one. "
             "Crop or pad both in the same way before scoring."
         )
-    _refuse_small(clean, SSIM_WINDOW_PIXELS)
+    _check_size(clean, SSIM_WINDOW_PIXELS)
 
 
-def _refuse_small(image: NDArray[Any], window: int) -> None:
+def _check_size(image: NDArray[Any], window: int) -> None:
     if min(image.shape[:2]) < window:
-        raise Fault(
+        raise UserError(
             f"found an image of {image.shape[0]} x {image.shape[1]} pixels where the window is "
             f"{window} x {window}. Score larger images."
         )
@@ -165,15 +165,15 @@ def _refuse_small(image: NDArray[Any], window: int) -> None:
 
 def _pair(restored: Image, clean: Image) -> tuple[Image, Image]:
     """Both images checked, the restored one clipped to [0, 1]."""
-    refuse_unlike(restored, clean)
+    check_same_shape(restored, clean)
     if clean.dtype != np.float32:
-        raise Fault(
+        raise UserError(
             f"found {clean.dtype} pixels where the clean image is scored. "
             "Convert to float32 in [0, 1] (8-bit images: divide by 255)."
         )
     low, high = float(clean.min()), float(clean.max())
     if low < 0.0 or high > 1.0:
-        raise Fault(
+        raise UserError(
             f"found values from {low:g} to {high:g} where the clean image must lie in [0, 1]. "
             "Divide 8-bit images by 255; do not normalise by mean and deviation."
         )

@@ -147,7 +147,7 @@ def score(protocol: Protocol, restored: Image, clean: Pixels) -> Quality:
     if protocol.output == "float":
         truth = _unit(clean)
         return Quality(metrics.psnr(restored, truth), metrics.ssim(restored, truth))
-    metrics.refuse_unlike(restored, clean)
+    metrics.check_same_shape(restored, clean)
     inside = slice(protocol.border, -protocol.border or None)
     pair = [image[inside, inside] for image in (metrics.to_8bit(restored), clean)]
     levels: list[metrics.Levels] = [metrics.luma(i) if protocol.colour == "y" else i for i in pair]

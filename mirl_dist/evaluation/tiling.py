@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 Image = NDArray[np.float32]
 
@@ -24,7 +24,7 @@ def starts(size: int, tile: int, overlap: int) -> list[int]:
     Raises Fault unless 0 <= overlap < tile.
     """
     if not 0 <= overlap < tile:
-        raise Fault(
+        raise UserError(
             f"found tiles of {tile} pixels that share {overlap}, where an image is restored in tiles. "
             "Give an overlap of 0 or more that is smaller than the tile."
         )

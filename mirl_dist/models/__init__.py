@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.models.official import Converted, convert, revert
 from mirl_dist.models.official import write as write_official
 from mirl_dist.models.promptir import PromptIR
@@ -31,7 +31,7 @@ def create(name: str, **sizes: Any) -> nn.Module:
     torch's global generator, so seed it first. Raises Fault for an unknown name or keyword (listing the
     known ones) and for sizes that do not fit.
     """
-    _refuse_unknown(name, sizes)
+    _check_known(name, sizes)
     return _NETWORKS[name](**sizes)
 
 
@@ -43,7 +43,7 @@ def from_official(name: str, state_dict: Mapping[str, Any], **sizes: Any) -> Con
     copied or cast. Raises Fault as `create` does, and for missing, unknown or misshapen tensors, all listed
     at once.
     """
-    _refuse_unknown(name, sizes)
+    _check_known(name, sizes)
     made, expected = _shapes(name, sizes)
     return convert(name, state_dict, expected, made.official_only)
 
@@ -55,7 +55,7 @@ def to_official(name: str, weights: Mapping[str, Tensor], **sizes: Any) -> dict[
     at the published sizes; at others, shapes of the unused tensors follow the same rule. Raises Fault as `create` does,
     and for missing, unknown or misshapen weights, all listed at once.
     """
-    _refuse_unknown(name, sizes)
+    _check_known(name, sizes)
     made, expected = _shapes(name, sizes)
     return revert(name, weights, expected, made.official_only_shapes())
 
@@ -67,13 +67,15 @@ def _shapes(name: str, sizes: Mapping[str, Any]) -> tuple[PromptIR, dict[str, tu
     return made, {key: tuple(tensor.shape) for key, tensor in made.state_dict().items()}
 
 
-def _refuse_unknown(name: str, sizes: Mapping[str, Any]) -> None:
+def _check_known(name: str, sizes: Mapping[str, Any]) -> None:
     if name not in _NETWORKS:
-        raise Fault(f"found the network name {name!r}, where a network is built. Use one of: {', '.join(_NETWORKS)}.")
+        raise UserError(
+            f"found the network name {name!r}, where a network is built. Use one of: {', '.join(_NETWORKS)}."
+        )
     known = tuple(inspect.signature(_NETWORKS[name]).parameters)
     strange = [key for key in sizes if key not in known]
     if strange:
-        raise Fault(
+        raise UserError(
             f"found unknown sizes {', '.join(map(repr, strange))}, where the network {name!r} is built. "
             f"It knows: {', '.join(known)}."
         )

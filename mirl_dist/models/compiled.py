@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.models.restormer import pad_to_multiple
 
 _EIGHT = 8
@@ -58,9 +58,9 @@ class Compiled(nn.Module):
         return restored[..., :height, :width]
 
 
-def _fault(error: Exception) -> Fault:
+def _fault(error: Exception) -> UserError:
     why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return Fault(
+    return UserError(
         f"found that torch.compile fails ({why}), where the network is compiled for scoring. "
         "Install a C++ compiler (g++), or set evaluate.compile=false."
     )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 _SHOWN = 8  # names listed per kind of complaint; the count is always given in full
 
@@ -40,7 +40,7 @@ def convert(
     dropped = tuple(f"{name} {tuple(named.pop(name).shape)}" for name in sorted(unused) if name in named)
     complaints = _complaints(named, expected)
     if complaints:
-        raise Fault(
+        raise UserError(
             f"found {'; '.join(complaints)}, where an official checkpoint of {network!r} was read. "
             "Use a checkpoint of this very network, and give the sizes that it was trained with."
         )
@@ -60,7 +60,7 @@ def revert(
     """
     complaints = _complaints(weights, expected)
     if complaints:
-        raise Fault(
+        raise UserError(
             f"found {'; '.join(complaints)}, where weights of {network!r} were exported. Give the weights of this very "
             "network, and its sizes."
         )
@@ -124,7 +124,7 @@ def _tensors_of(network: str, found: Mapping[str, object]) -> dict[str, Tensor]:
     """The flat mapping of names to tensors inside `found`."""
     inner = found.get("state_dict", found)
     if not isinstance(inner, Mapping):
-        raise Fault(
+        raise UserError(
             f"found {type(inner).__name__} under 'state_dict', where an official checkpoint of {network!r} "
             "was read. Give names with their tensors, or a Lightning checkpoint that holds them there."
         )
@@ -135,7 +135,7 @@ def _tensors_of(network: str, found: Mapping[str, object]) -> dict[str, Tensor]:
         if not isinstance(value, torch.Tensor)
     ]
     if others:
-        raise Fault(
+        raise UserError(
             f"found {_listed('entries that are no tensors', others)}, where an official checkpoint of "
             f"{network!r} was read. Give names with their tensors, or a Lightning checkpoint that holds them "
             "under 'state_dict'."
@@ -150,7 +150,7 @@ def _without_prefix(network: str, tensors: dict[str, Tensor]) -> dict[str, Tenso
         return tensors
     bare = [repr(name) for name in tensors if not name.startswith("net.")]
     if bare:
-        raise Fault(
+        raise UserError(
             f"found {len(prefixed)} names with the prefix 'net.' and {_listed('without it', bare)}, where an "
             f"official checkpoint of {network!r} was read. Keep the tensors of one network only."
         )

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.models.restormer import Downsample, PatchEmbed, TransformerBlock, Upsample, level, pad_to_multiple
 
 
@@ -95,7 +95,7 @@ class PromptIR(nn.Module):
     ) -> None:
         scalars = {"dim": dim, "prompt_length": prompt_length, "prompt_heads": prompt_heads}
         rows = {"blocks": blocks, "heads": heads, "prompt_dims": prompt_dims, "prompt_sizes": prompt_sizes}
-        _refuse_bad_sizes(scalars, rows, refinement_blocks, ffn_expansion)
+        _check_sizes(scalars, rows, refinement_blocks, ffn_expansion)
         super().__init__()
         c1, c2, c3, c4 = dim, 2 * dim, 4 * dim, 8 * dim
         p1, p2, p3 = prompt_dims
@@ -148,7 +148,7 @@ class PromptIR(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
-            raise Fault(
+            raise UserError(
                 f"found an input of shape {tuple(image.shape)}, where PromptIR takes images of shape "
                 "(B, 3, H, W), none of them 0. Give colour images: batch, channels, height, width."
             )
@@ -177,7 +177,7 @@ class PromptIR(nn.Module):
         return correction
 
 
-def _refuse_bad_sizes(
+def _check_sizes(
     scalars: dict[str, int], rows: dict[str, Sequence[int]], refinement_blocks: int, ffn_expansion: float
 ) -> None:
     """Raise one Fault that lists every complaint about PromptIR's sizes."""
@@ -207,7 +207,7 @@ def _refuse_bad_sizes(
                     f"which prompt_heads = {prompt_heads} does not divide"
                 )
     if bad:
-        raise Fault(
+        raise UserError(
             f"found sizes that do not fit: {'; '.join(bad)}, where PromptIR is built. "
             "Change these numbers; the published ones are the defaults."
         )

@@ -14,12 +14,12 @@ Masks: TypeAlias = dict[str, Tensor]
 """Name of a prunable tensor -> bool tensor of its shape; tensors without a mask are never pruned."""
 
 
-def all_alive(weights: Mapping[str, Tensor], prunable: Iterable[str]) -> Masks:
+def dense_masks(weights: Mapping[str, Tensor], prunable: Iterable[str]) -> Masks:
     """The dense masks of round 0: every weight of every prunable tensor alive."""
     return {name: torch.ones_like(weights[name], dtype=torch.bool) for name in sorted(prunable)}
 
 
-def alive(masks: Mapping[str, Tensor]) -> int:
+def count_surviving(masks: Mapping[str, Tensor]) -> int:
     """Alive weights over all prunable tensors."""
     return sum(int(mask.sum()) for mask in masks.values())
 
@@ -35,14 +35,14 @@ def densities(masks: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def close_weights(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+def apply_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
     """Set dead weights to +0.0, in place."""
     for name, mask in masks.items():
         weights[name].masked_fill_(~mask, 0.0)
 
 
 @torch.no_grad()
-def close_gradients(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+def mask_gradients(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
     """Set the gradients of dead weights to zero, in place.
 
     With zero weights, zero gradients and a fresh optimiser, moments and weights stay exactly zero under any
@@ -54,7 +54,7 @@ def close_gradients(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor
             gradient.mul_(mask)
 
 
-def open_dead(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> str | None:
+def find_nonzero_pruned(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> str | None:
     """The first tensor (by name) with a dead weight that is not zero, or None when the masks hold."""
     for name in sorted(masks):
         if bool(weights[name].detach().masked_fill(masks[name], 0.0).any()):

@@ -11,14 +11,14 @@ from torch import Tensor
 from mirl_dist.pruning.quantile import Gather
 
 
-class Slice(NamedTuple):
+class ReplicatedPartition(NamedTuple):
     """This rank's share of replicated tensors: the `rank`-th of `ranks` contiguous pieces of each."""
 
     rank: int = 0
     ranks: int = 1
 
     @property
-    def whole(self) -> bool:
+    def is_replicated(self) -> bool:
         return True
 
     def of(self, flat: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ class Slice(NamedTuple):
         return flat[n * self.rank // self.ranks : n * (self.rank + 1) // self.ranks]
 
 
-class Own(NamedTuple):
+class ShardedPartition(NamedTuple):
     """The share of a rank that alone holds its part of each tensor: all of that part.
 
     Parts are contiguous flat slices, which follow one another in the order of ranks, and may be empty.
@@ -35,35 +35,35 @@ class Own(NamedTuple):
     rank: int
 
     @property
-    def whole(self) -> bool:
+    def is_replicated(self) -> bool:
         return False
 
     def of(self, flat: Tensor) -> Tensor:
         return flat
 
 
-class Share(Protocol):
+class Partition(Protocol):
     """What a rank counts. whole: every rank holds every tensor, and makes the masks of all; else each its own part."""
 
     @property
-    def whole(self) -> bool: ...
+    def is_replicated(self) -> bool: ...
     @property
     def rank(self) -> int: ...
     def of(self, flat: Tensor) -> Tensor: ...
 
 
-class Sizes(NamedTuple):
+class Counts(NamedTuple):
     """Of each prunable tensor, over all ranks: its alive weights, and all of them."""
 
     alive: dict[str, int]
     all: dict[str, int]
 
 
-def sizes(masks: Mapping[str, Tensor], share: Share, gather: Gather) -> Sizes:
+def count_weights(masks: Mapping[str, Tensor], share: Partition, gather: Gather) -> Counts:
     """Counted over all ranks: a meeting of them where each holds a part."""
     names = sorted(masks)
     held = torch.tensor([[int(masks[n].sum()), masks[n].numel()] for n in names], dtype=torch.int64).reshape(-1, 2)
-    if not share.whole:
+    if not share.is_replicated:
         held = gather(held).sum(dim=0)
     alive, every = held.t().tolist() if names else ([], [])
-    return Sizes(dict(zip(names, alive, strict=True)), dict(zip(names, every, strict=True)))
+    return Counts(dict(zip(names, alive, strict=True)), dict(zip(names, every, strict=True)))

@@ -16,14 +16,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.pruning.criteria import scores_of_weights
 from mirl_dist.pruning.masks import Masks
-from mirl_dist.pruning.partition import Share, Sizes, Slice, sizes
-from mirl_dist.pruning.quantile import CHUNK, Cut, Gather, alone, kth_smallest
+from mirl_dist.pruning.partition import Counts, Partition, ReplicatedPartition, count_weights
+from mirl_dist.pruning.quantile import CHUNK, Gather, Threshold, kth_smallest, single_rank
 
 
-class Rule(NamedTuple):
+class PruneConfig(NamedTuple):
     """How a round prunes. fraction: of the alive weights, in (0, 1); output_*: the layer-wise exception of MIR-L.
 
     floor: with per='global', the share of each tensor, in [0, 1), that stays alive in any case; iterations: SynFlow's.
@@ -39,7 +39,7 @@ class Rule(NamedTuple):
     iterations: int = 100
 
 
-class Pruned(NamedTuple):
+class PruneResult(NamedTuple):
     """New masks; `threshold`: the largest removed score (per layer: the largest of all layers); `removed`: how many;
     `collapsed`: the tensors without any alive weight."""
 
@@ -49,7 +49,7 @@ class Pruned(NamedTuple):
     collapsed: tuple[str, ...]
 
 
-class Group(NamedTuple):
+class PruneGroup(NamedTuple):
     """Tensors whose weights compete with one another, and how many of them go."""
 
     names: tuple[str, ...]
@@ -68,7 +68,7 @@ def in_scope(names: Iterable[str], scope: str | tuple[str, ...]) -> tuple[str, .
         return tuple(names)
     for glob in scope:
         if not any(fnmatchcase(n, glob) for n in names):
-            raise Fault(
+            raise UserError(
                 f"prune.scope: the glob '{glob}' matches no parameter. Names look like '{names[0]}'.",
                 everywhere=True,
             )
@@ -80,7 +80,7 @@ def count_to_remove(alive: int, fraction: float, factor: float = 1.0) -> int:
     return math.ceil(Fraction(str(fraction)) * Fraction(str(factor)) * (alive - 1)) if alive > 0 else 0
 
 
-def groups(found: Sizes, rule: Rule) -> list[Group]:
+def groups(found: Counts, rule: PruneConfig) -> list[PruneGroup]:
     """Who competes and how many go: all tensors together, or each by itself with `output_factor` for `output_layers`.
 
     Raises Fault when the floor leaves too few weights to remove, ValueError for a floor with per='layer'.
@@ -94,16 +94,16 @@ def groups(found: Sizes, rule: Rule) -> list[Group]:
         k = count_to_remove(living, rule.fraction, rule.output_factor if halved else 1.0)
         spare = sum(_spare(found, n, rule.floor) for n in names)
         if k > spare:
-            raise Fault(
+            raise UserError(
                 f"prune.floor: found {rule.floor:g}, which lets only {spare:,} of {living:,} alive weights go, with "
                 f"prune.fraction {rule.fraction:g}, which asks for {k:,}. Lower one of them, or prune.rounds.",
                 everywhere=True,
             )
-        made.append(Group(names, k))
+        made.append(PruneGroup(names, k))
     return made
 
 
-def _spare(found: Sizes, name: str, floor: float) -> int:
+def _spare(found: Counts, name: str, floor: float) -> int:
     """How many alive weights of a tensor may go: all but ceil(floor x size), in exact decimal arithmetic."""
     return max(0, found.alive[name] - math.ceil(Fraction(str(floor)) * found.all[name]))
 
@@ -111,11 +111,11 @@ def _spare(found: Sizes, name: str, floor: float) -> int:
 def select(
     scores: Callable[[str], Tensor],
     masks: Mapping[str, Tensor],
-    among: Iterable[Group],
+    among: Iterable[PruneGroup],
     floor: float = 0.0,
-    share: Share = Slice(),  # noqa: B008 - an immutable tuple
-    gather: Gather = alone,
-) -> Pruned:
+    share: Partition = ReplicatedPartition(),  # noqa: B008 - an immutable tuple
+    gather: Gather = single_rank,
+) -> PruneResult:
     """New masks in which of every group the k alive weights of the smallest |score| are gone, ties by name and index.
 
     scores: name -> float32 of the mask's number of weights, on its device, the same on every rank that holds them.
@@ -129,8 +129,8 @@ def select(
         cut_masks, cut = _cut_above_floor(names, scores, masks, k, floor, share, gather)  # a meeting of all ranks
         new |= cut_masks
         threshold, removed = max(threshold, cut.value), removed + k
-    left = sizes(new, share, gather).alive
-    return Pruned(new, threshold, removed, tuple(n for n in sorted(new) if not left[n]))
+    left = count_weights(new, share, gather).alive
+    return PruneResult(new, threshold, removed, tuple(n for n in sorted(new) if not left[n]))
 
 
 def _cut_above_floor(
@@ -139,9 +139,9 @@ def _cut_above_floor(
     masks: Mapping[str, Tensor],
     k: int,
     floor: float,
-    share: Share,
+    share: Partition,
     gather: Gather,
-) -> tuple[Masks, Cut]:
+) -> tuple[Masks, Threshold]:
     """New masks after the k weakest of the spare weights went: of each tensor all but the strongest `floor`.
 
     All alive weights stand in one order: |score|, name, index. Call a tensor's weights spare but for its strongest
@@ -152,7 +152,7 @@ def _cut_above_floor(
     Where a cut takes no more than is spare of any tensor, it is the wanted one. No later cut ends before an earlier
     one, so the last is the threshold.
     """
-    before = sizes({n: masks[n] for n in group}, share, gather)
+    before = count_weights({n: masks[n] for n in group}, share, gather)
     spare = {n: _spare(before, n, floor) for n in group}
     assert k <= sum(spare.values()), "groups() refuses a floor that leaves too few"
     free, low = list(group), list[str]()
@@ -160,7 +160,7 @@ def _cut_above_floor(
         new, cut = _cut_group(free, scores, masks, k, share, gather)
         if not floor:
             return new, cut
-        after = sizes(new, share, gather)
+        after = count_weights(new, share, gather)
         found = [n for n in free if before.alive[n] - after.alive[n] > spare[n]]
         if not found:
             break
@@ -180,9 +180,9 @@ def _cut_group(
     scores: Callable[[str], Tensor],
     masks: Mapping[str, Tensor],
     k: int,
-    share: Share,
+    share: Partition,
     gather: Gather,
-) -> tuple[Masks, Cut]:
+) -> tuple[Masks, Threshold]:
     """New masks of a group of tensors after its k smallest alive scores went."""
     mine = {n: share.of(scores(n)) for n in group}
     cut = kth_smallest(mine, k, gather, {n: share.of(masks[n].reshape(-1)) for n in group})
@@ -194,7 +194,7 @@ def _cut_group(
         new[name] = keep
     held = torch.tensor(equal, dtype=torch.int64)
     before, everywhere = torch.zeros_like(held), held
-    if not share.whole:
+    if not share.is_replicated:
         of_ranks = gather(held)
         before, everywhere = of_ranks[: share.rank].sum(dim=0), of_ranks.sum(dim=0)
     ties = cut.ties
@@ -233,11 +233,11 @@ def _absolute(scores: Tensor) -> Tensor:
 def prune(
     weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
-    rule: Rule,
-    share: Share = Slice(),  # noqa: B008 - an immutable tuple
-    gather: Gather = alone,
+    config: PruneConfig,
+    share: Partition = ReplicatedPartition(),  # noqa: B008 - an immutable tuple
+    gather: Gather = single_rank,
     scores: Callable[[str], Tensor] | Mapping[str, Tensor] | None = None,
-) -> Pruned:
+) -> PruneResult:
     """New masks with ceil(fraction (alive - 1)) fewer alive weights, the same on every rank, or each rank's part.
 
     weights: float tensors, replicated on all ranks, or with `Own` the parts of them that this rank holds; masks: the
@@ -250,19 +250,19 @@ def prune(
     if scores is None:
 
         def flat(name: str) -> Tensor:
-            return scores_of_weights(rule.criterion, name, weights[name], rule.seed)
+            return scores_of_weights(config.criterion, name, weights[name], config.seed)
     else:
         given = scores if callable(scores) else scores.__getitem__
-        _refuse_odd_scores(given, masks, rule.criterion, share)
+        _check_scores(given, masks, config.criterion, share)
 
         def flat(name: str) -> Tensor:
             return given(name).detach().reshape(-1).to(masks[name].device)
 
-    return select(flat, masks, groups(sizes(masks, share, gather), rule), rule.floor, share, gather)
+    return select(flat, masks, groups(count_weights(masks, share, gather), config), config.floor, share, gather)
 
 
-def _refuse_odd_scores(
-    scores: Callable[[str], Tensor], masks: Mapping[str, Tensor], criterion: str, share: Share
+def _check_scores(
+    scores: Callable[[str], Tensor], masks: Mapping[str, Tensor], criterion: str, share: Partition
 ) -> None:
     """Raise ValueError for scores of another shape, and Fault for NaN or inf; on every rank alike. Those of parts that
     one rank alone holds are looked at when they are counted."""
@@ -271,10 +271,10 @@ def _refuse_odd_scores(
         found = scores(name)
         if found.shape != masks[name].shape:
             raise ValueError(f"scores of '{name}' are {tuple(found.shape)}, its weights {tuple(masks[name].shape)}")
-        if share.whole and not bool(torch.isfinite(found).all()):
+        if share.is_replicated and not bool(torch.isfinite(found).all()):
             odd.append(name)
     if odd:
-        raise Fault(
+        raise UserError(
             f"found NaN or infinite scores by prune.criterion {criterion} (tensors: {', '.join(odd[:5])}); nothing was "
             "pruned. Take another criterion, or look at the weights it scores.",
             everywhere=True,

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 Gather: TypeAlias = Callable[[Tensor], Tensor]
 """int64 (n,) of this rank -> int64 (ranks, n) of all ranks."""
@@ -25,7 +25,7 @@ CHUNK = 1 << 20
 """Weights counted at once: bounds the extra memory of a selection, whatever the size of the tensors."""
 
 
-class Cut(NamedTuple):
+class Threshold(NamedTuple):
     """Where the k smallest magnitudes end: `below` are smaller than the cut, the first `ties` equal to it also go.
 
     bits: the cut as the bits of a float32, by which to compare: exact under any flush-to-zero mode.
@@ -42,7 +42,7 @@ class Cut(NamedTuple):
         return math.ldexp(fraction + (1 << 23), exponent - 150) if exponent else math.ldexp(fraction, -149)
 
 
-def alone(counts: Tensor) -> Tensor:
+def single_rank(counts: Tensor) -> Tensor:
     """The `gather` of a single rank."""
     return counts.unsqueeze(0)
 
@@ -52,7 +52,7 @@ def _bits(part: Tensor) -> Tensor:
     return part.detach().reshape(-1).contiguous().view(torch.int32) & 0x7FFFFFFF
 
 
-class Search(NamedTuple):
+class BitSearch(NamedTuple):
     """How far the search for the k-th smallest is: the top `known` of its 31 bits are `prefix`; `below` are smaller
     than all that begin so, and it is the `remaining`-th of those that do."""
 
@@ -74,13 +74,13 @@ class Search(NamedTuple):
             bits = bits[(bits >> last) == self.prefix]
         return torch.bincount((bits >> (last - width)) & ((1 << width) - 1), minlength=1 << width).cpu()
 
-    def narrowed(self, counts: Tensor) -> Search:
+    def narrowed(self, counts: Tensor) -> BitSearch:
         """The search after a pass. counts: int64 (2**width,), summed over all magnitudes of all ranks."""
         upto = counts.cumsum(0)
         chosen = int(torch.searchsorted(upto, self.remaining))
         before = int(upto[chosen] - counts[chosen])
         prefix = (self.prefix << self.width) | chosen
-        return Search(self.remaining - before, prefix, self.known + self.width, self.below + before)
+        return BitSearch(self.remaining - before, prefix, self.known + self.width, self.below + before)
 
 
 def _chunks(part: Tensor, alive: Tensor | None) -> Iterator[Tensor]:
@@ -93,22 +93,22 @@ def _chunks(part: Tensor, alive: Tensor | None) -> Iterator[Tensor]:
         yield chunk[living]
 
 
-def refuse_non_finite(parts: Mapping[str, Tensor], gather: Gather = alone) -> None:
+def check_finite(parts: Mapping[str, Tensor], gather: Gather = single_rank) -> None:
     """Raise Fault on every rank when any rank holds a NaN or an infinity; a rank that holds one names it."""
     odd = [n for n in sorted(parts) if not all(bool(torch.isfinite(c).all()) for c in _chunks(parts[n], None))]
     per_rank = gather(torch.tensor([len(odd)], dtype=torch.int64)).reshape(-1).tolist()
     if any(per_rank):
         ranks = ", ".join(str(r) for r, n in enumerate(per_rank) if n)
         here = f"tensors: {', '.join(odd[:5])}" if odd else "none in this rank's share"
-        raise Fault(
+        raise UserError(
             f"found NaN or infinite weights on rank {ranks} ({here}); nothing was pruned. "
             "Lower optimiser.lr, or set optimiser.clip_norm, in a new run.folder."
         )
 
 
 def kth_smallest(
-    parts: Mapping[str, Tensor], k: int, gather: Gather = alone, alive: Mapping[str, Tensor] | None = None
-) -> Cut:
+    parts: Mapping[str, Tensor], k: int, gather: Gather = single_rank, alive: Mapping[str, Tensor] | None = None
+) -> Threshold:
     """The k-th smallest magnitude among all parts on all ranks, exactly.
 
     parts: named float32 tensors of this rank's share, any shape; shares of different ranks must not overlap.
@@ -121,8 +121,8 @@ def kth_smallest(
     for name, part in parts.items():
         if part.dtype != torch.float32:
             raise TypeError(f"magnitudes of '{name}' are {part.dtype}; pass float32")
-    refuse_non_finite(parts, gather)
-    search = Search(k)
+    check_finite(parts, gather)
+    search = BitSearch(k)
     while search.width:
         bins = torch.zeros(1 << search.width, dtype=torch.int64)
         for name, part in parts.items():
@@ -132,7 +132,7 @@ def kth_smallest(
         if search.known == 0 and not 1 <= k <= int(counts.sum()):
             raise ValueError(f"k = {k} is outside 1..{int(counts.sum())}, the number of magnitudes")
         search = search.narrowed(counts)
-    return Cut(search.prefix, search.below, search.remaining)
+    return Threshold(search.prefix, search.below, search.remaining)
 
 
-__all__ = ["CHUNK", "Cut", "Gather", "Search", "alone", "kth_smallest", "refuse_non_finite"]
+__all__ = ["CHUNK", "Threshold", "Gather", "BitSearch", "single_rank", "kth_smallest", "check_finite"]

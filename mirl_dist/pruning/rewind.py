@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from mirl_dist.pruning.masks import close_weights
+from mirl_dist.pruning.masks import apply_masks
 
 
 def rewound_names(names: Iterable[str], what: str, round_: int) -> frozenset[str]:
@@ -33,10 +33,10 @@ def rewind(
     """weights <- mask x initial for `names`, in place; other tensors keep their values, dead weights become zero."""
     for name in names:
         weights[name].copy_(initial[name])
-    close_weights(weights, masks)
+    apply_masks(weights, masks)
 
 
-def unproven(
+def find_unrewound(
     weights: Mapping[str, Tensor],
     initial: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],

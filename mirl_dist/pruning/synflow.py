@@ -30,20 +30,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from mirl_dist.errors import Fault
-from mirl_dist.pruning.partition import Slice, sizes
-from mirl_dist.pruning.prune import Group, Pruned, Rule, groups, select
-from mirl_dist.pruning.quantile import alone
+from mirl_dist.errors import UserError
+from mirl_dist.pruning.partition import ReplicatedPartition, count_weights
+from mirl_dist.pruning.prune import PruneConfig, PruneGroup, PruneResult, groups, select
+from mirl_dist.pruning.quantile import single_rank
 
 
 def iterate(
     network: nn.Module,
     weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
-    rule: Rule,
+    rule: PruneConfig,
     image_shape: Sequence[int] = (1, 3, 64, 64),
     before_step: Callable[[], None] = lambda: None,
-) -> Pruned:
+) -> PruneResult:
     """New masks after `rule.iterations` steps, each of which scores what is left and cuts the weakest.
 
     The alive share falls exponentially from 1 to what `prune` would leave; the counts at the end are exactly those.
@@ -52,15 +52,15 @@ def iterate(
     `threshold` is that of the last step.
     The same bits whenever called on the same machine. Raises Fault as `prune` does.
     """
-    goal = groups(sizes(masks, Slice(), alone), rule)
+    goal = groups(count_weights(masks, ReplicatedPartition(), single_rank), rule)
     living = [sum(int(masks[n].sum()) for n in group.names) for group in goal]
     gone = [0] * len(goal)
-    pruned = select(masks.__getitem__, masks, [Group(group.names, 0) for group in goal])
+    pruned = select(masks.__getitem__, masks, [PruneGroup(group.names, 0) for group in goal])
     for step in range(1, rule.iterations + 1):
         due = [_gone_after(step, rule.iterations, n, group.k) for n, group in zip(living, goal, strict=True)]
         if due == gone:
             continue
-        step_groups = [Group(g.names, d - before) for g, d, before in zip(goal, due, gone, strict=True)]
+        step_groups = [PruneGroup(g.names, d - before) for g, d, before in zip(goal, due, gone, strict=True)]
         before_step()
         found = scores(network, weights, pruned.masks, image_shape)
         flat = {n: s.reshape(-1) for n, s in found.items()}
@@ -95,7 +95,7 @@ def scores(
         image = torch.ones(tuple(image_shape), dtype=torch.float64, device=device)
         total = torch.func.functional_call(network, values, (image,)).sum()
     if not bool(total.isfinite()):
-        raise Fault("found NaN or infinite first values, where SynFlow scored them. Give others in model.weights.")
+        raise UserError("found NaN or infinite first values, where SynFlow scored them. Give others in model.weights.")
     names = sorted(masks)
     slopes = torch.autograd.grad(total, [values[n] for n in names], allow_unused=True)
     found = {n: _flow(values[n].detach(), slope) for n, slope in zip(names, slopes, strict=True)}

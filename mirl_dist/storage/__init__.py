@@ -6,14 +6,14 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from mirl_dist.storage.base import USUAL, NotAllowed, NotThere, Options, StorageError, Store, TryAgain
+from mirl_dist.storage.base import DEFAULT_OPTIONS, NotFound, Options, Rejected, StorageError, Store, Unavailable
 from mirl_dist.storage.local import Folder
 from mirl_dist.storage.retry import Patience
 
-__all__ = ["Folder", "NotAllowed", "NotThere", "Options", "StorageError", "Store", "TryAgain", "open_store"]
+__all__ = ["Folder", "Rejected", "NotFound", "Options", "StorageError", "Store", "Unavailable", "open_store"]
 
 
-def open_store(url: str, options: Options = USUAL) -> Store:
+def open_store(url: str, options: Options = DEFAULT_OPTIONS) -> Store:
     """The store that an address means: a folder's path, file://, s3://, http:// or https:// (read only).
 
     A folder tries everything once, whatever the options say. Nothing is asked of a server yet. Raises NotAllowed for
@@ -21,25 +21,25 @@ def open_store(url: str, options: Options = USUAL) -> Store:
     """
     kind, found, _ = url.partition("://")
     if not found:
-        _refuse_one_slash(url)
+        _check_scheme(url)
         return Folder(Path(url).expanduser())
     if kind == "file":
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost") or not parts.path or parts.query or parts.fragment:
-            raise NotAllowed(f"{url} is no folder of this machine. Write file:///path, or the path alone.")
+            raise Rejected(f"{url} is no folder of this machine. Write file:///path, or the path alone.")
         return Folder(Path(unquote(parts.path)))
     if kind == "s3":
-        from mirl_dist.storage.s3 import S3
+        from mirl_dist.storage.s3 import S3Store
 
-        return S3(url, options)
+        return S3Store(url, options)
     if kind in ("http", "https"):
-        from mirl_dist.storage.http import Web
+        from mirl_dist.storage.http import HttpStore
 
-        return Web(url, patience=Patience(options.patience_seconds))
-    raise NotAllowed(f"{kind}:// is not known here. Give a folder's path, file://, s3://bucket/prefix, or http(s)://.")
+        return HttpStore(url, patience=Patience(options.patience_seconds))
+    raise Rejected(f"{kind}:// is not known here. Give a folder's path, file://, s3://bucket/prefix, or http(s)://.")
 
 
-def _refuse_one_slash(url: str) -> None:
+def _check_scheme(url: str) -> None:
     """Raise NotAllowed for a path that begins as an address does: nobody means a folder named 's3:'."""
     one = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", url)
     if one is None:
@@ -47,7 +47,7 @@ def _refuse_one_slash(url: str) -> None:
     kind, rest = one[1], url[one.end() :]
     meant = f"{kind}:///{rest}" if kind == "file" else f"{kind}://{rest}"
     if re.search(r"[@?#]", rest):
-        raise NotAllowed(f"The address begins with {kind}:/ and holds '@', '?' or '#'. Write {kind}://, without keys.")
+        raise Rejected(f"The address begins with {kind}:/ and holds '@', '?' or '#'. Write {kind}://, without keys.")
     if kind not in ("file", "s3", "http", "https"):
         meant = "a folder's path, file:///path, s3://bucket/prefix, or http(s)://host/folder"
-    raise NotAllowed(f"{url} is no address and hardly a folder. Write {meant} (for a folder of that name: ./{url}).")
+    raise Rejected(f"{url} is no address and hardly a folder. Write {meant} (for a folder of that name: ./{url}).")

@@ -11,22 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 
-class StorageError(Fault):
+class StorageError(UserError):
     """What a store may raise; the text names the place, the cause, and what to do."""
 
 
-class NotThere(StorageError):
+class NotFound(StorageError):
     """The name does not exist."""
 
 
-class NotAllowed(StorageError):
+class Rejected(StorageError):
     """The store refused: rights, or a place that is not what it should be. Never read as 'not there'."""
 
 
-class TryAgain(StorageError):
+class Unavailable(StorageError):
     """Nothing is wrong with the request; the store could not take it now (full, away, or a fault of the device)."""
 
     resumable = True
@@ -43,7 +43,7 @@ class Options:
     patience_seconds: float = 300.0
 
 
-USUAL = Options()
+DEFAULT_OPTIONS = Options()
 
 DAY = 86400.0
 """Seconds: no upload that is alive takes so long."""

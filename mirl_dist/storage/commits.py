@@ -13,11 +13,11 @@ import re
 from collections.abc import Mapping, Set
 from typing import Any, NamedTuple, Protocol
 
-from mirl_dist.errors import Fault
-from mirl_dist.storage import NotThere, Store, TryAgain
+from mirl_dist.errors import UserError
+from mirl_dist.storage import NotFound, Store, Unavailable
 
 COMPLETE, ACCEPTED = "COMPLETE.json", "accepted"
-Facts = dict[str, Any]
+PartInfo = dict[str, Any]
 
 
 class Writer(Protocol):
@@ -44,22 +44,22 @@ class _Accepted(NamedTuple):
     folders: frozenset[str]
 
 
-def facts(data: bytes) -> Facts:
+def part_info(data: bytes) -> PartInfo:
     """What COMPLETE.json says of some bytes."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def dump(value: Any) -> bytes:
+def to_json(value: Any) -> bytes:
     """Plain values as the JSON that this project writes: the same values give the same bytes."""
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
-def sealed(value: Mapping[str, Any]) -> bytes:
+def add_digest(value: Mapping[str, Any]) -> bytes:
     """A JSON object with its own digest inside."""
-    return dump({**value, "digest": hashlib.sha256(dump(value)).hexdigest()})
+    return to_json({**value, "digest": hashlib.sha256(to_json(value)).hexdigest()})
 
 
-def unsealed(data: bytes) -> dict[str, Any] | None:
+def check_digest(data: bytes) -> dict[str, Any] | None:
     """What `sealed` was given; None for anything else, down to a single flipped bit."""
     try:
         found = json.loads(data)
@@ -68,7 +68,7 @@ def unsealed(data: bytes) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         return None
     value = {key: found[key] for key in found if key != "digest"}
-    return value if sealed(value) == data else None
+    return value if add_digest(value) == data else None
 
 
 class Commits:
@@ -78,13 +78,13 @@ class Commits:
         self.store, self.writer = store, writer
         self._known: _Accepted | None = None
 
-    def take_over(self) -> None:
+    def fence_older_writers(self) -> None:
         """Write down which commits count, and remove what dead writers left. The caller has just claimed the lease."""
         self._known = None
-        folders = self.whole("")
+        folders = self.complete("")
         self.writer.check()
         mine = _accepted_name(self.writer.generation)
-        self.store.put_if_absent(mine, sealed({"commits": folders}))
+        self.store.put_if_absent(mine, add_digest({"commits": folders}))
         self._known = None
         lists = self.store.list(ACCEPTED)
         self.writer.check()
@@ -93,7 +93,7 @@ class Commits:
                 self.store.remove(name)
         self.store.sweep(0)
 
-    def whole(self, below: str) -> list[str]:
+    def complete(self, below: str) -> list[str]:
         """The folders of all commits that count, below a folder, sorted."""
         found = [name.removesuffix(f"/{COMPLETE}") for name in self.store.list(below) if name.endswith(f"/{COMPLETE}")]
         accepted = self._accepted()  # afterwards: what a take-over accepts is older than what comes too late
@@ -105,53 +105,53 @@ class Commits:
         Raises Fault when another launch has taken the run over: the commit then does not count.
         """
         self.writer.check()
-        said = sealed({"parts": {name: facts(data) for name, data in parts.items()}})
+        said = add_digest({"parts": {name: part_info(data) for name, data in parts.items()}})
         try:
             for name, data in parts.items():
                 self.store.put(f"{folder}/{name}", data)
             self.store.put(f"{folder}/{COMPLETE}", said)
-        except NotThere as error:  # a launch that slept has swept a file away that was being written
+        except NotFound as error:  # a launch that slept has swept a file away that was being written
             self.writer.check()
-            raise TryAgain(str(error)) from error
+            raise Unavailable(str(error)) from error
         self.writer.check()  # nobody newer even now: whoever takes over later finds this commit
 
-    def said(self, folder: str) -> dict[str, Facts]:
+    def read_complete(self, folder: str) -> dict[str, PartInfo]:
         """What COMPLETE.json says of each part. Raises Fault for one that is damaged."""
         name = f"{folder}/{COMPLETE}"
         data = self.store.get(name)
-        found = unsigned(data, {"parts"}) or unsealed(data)
+        found = unsigned(data, {"parts"}) or check_digest(data)
         if found is None or not isinstance(found.get("parts"), dict):
-            raise Fault(f"{self.store.where(name)} is damaged: its bytes are not those that were committed")
-        parts: dict[str, Facts] = found["parts"]
+            raise UserError(f"{self.store.where(name)} is damaged: its bytes are not those that were committed")
+        parts: dict[str, PartInfo] = found["parts"]
         return parts
 
     def parts(self, folder: str) -> dict[str, bytes]:
         """All parts of a commit, verified. Raises Fault naming a part that is missing or damaged."""
-        return {name: self._verified(folder, name, expected) for name, expected in self.said(folder).items()}
+        return {name: self._verified(folder, name, expected) for name, expected in self.read_complete(folder).items()}
 
     def part(self, folder: str, name: str) -> bytes:
         """One part of a commit, verified; as `parts`."""
-        said = self.said(folder)
+        said = self.read_complete(folder)
         if name not in said:
-            raise Fault(f"{self.store.where(folder)} has no {name}")
+            raise UserError(f"{self.store.where(folder)} has no {name}")
         return self._verified(folder, name, said[name])
 
-    def _verified(self, folder: str, name: str, expected: Facts) -> bytes:
+    def _verified(self, folder: str, name: str, expected: PartInfo) -> bytes:
         where = self.store.where(f"{folder}/{name}")
         try:
             data = self.store.get(f"{folder}/{name}")
-        except NotThere:
-            raise Fault(f"{where} is missing from its commit") from None
-        if expected != facts(data):
-            raise Fault(f"{where} is damaged: its bytes are not those that were committed")
+        except NotFound:
+            raise UserError(f"{where} is missing from its commit") from None
+        if expected != part_info(data):
+            raise UserError(f"{where} is damaged: its bytes are not those that were committed")
         return data
 
     def drop(self, folder: str, part: str) -> None:
         """Take one part out of a commit. Twice is once."""
-        said = self.said(folder)
+        said = self.read_complete(folder)
         self.writer.check()
         if said.pop(part, None) is not None:
-            self.store.put(f"{folder}/{COMPLETE}", sealed({"parts": said}))
+            self.store.put(f"{folder}/{COMPLETE}", add_digest({"parts": said}))
         self.store.remove(f"{folder}/{part}")
 
     def remove(self, folder: str) -> None:
@@ -167,8 +167,8 @@ class Commits:
         known = _Accepted(0, frozenset())
         if newest := max(self.store.list(ACCEPTED), default=None):
             try:
-                found = unsealed(self.store.get(newest))
-            except NotThere:  # a take-over is under way, and replaces it
+                found = check_digest(self.store.get(newest))
+            except NotFound:  # a take-over is under way, and replaces it
                 return self._accepted()
             if found is not None:
                 generation = int(newest[len(ACCEPTED) + 1 :].partition(".")[0])

@@ -10,7 +10,7 @@ from typing import BinaryIO
 _BLOCK = 1 << 20
 
 
-def digest_of(stream: BinaryIO) -> str:
+def digest_of_file(stream: BinaryIO) -> str:
     """Hex SHA-256 of a stream from where it stands to its end."""
     return digest_of_blocks(iter(partial(stream.read, _BLOCK), b""))
 

@@ -16,8 +16,8 @@ from typing import NoReturn, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit
 
-from mirl_dist.storage.base import DAY, NotAllowed, NotThere, StorageError, TryAgain
-from mirl_dist.storage.retry import USUAL, Patience, Say, patiently, to_stderr
+from mirl_dist.storage.base import DAY, NotFound, Rejected, StorageError, Unavailable
+from mirl_dist.storage.retry import DEFAULT_PATIENCE, Patience, Say, to_stderr, with_retries
 
 T = TypeVar("T")
 
@@ -26,14 +26,16 @@ _PASSING = "Check the server and the network."
 _LATER = (408, 425, 429, 500, 502, 503, 504)
 
 
-class Web:
+class HttpStore:
     """A store under `http(s)://host/folder` that can only be read.
 
     A small request that fails in passing is made again for as long as `patience` lasts; `read` alone leaves that to its
     reader. `seconds`: to connect, and between two packets. Redirects are followed, but not from https to http.
     """
 
-    def __init__(self, url: str, *, patience: Patience = USUAL, say: Say = to_stderr, seconds: float = 30.0) -> None:
+    def __init__(
+        self, url: str, *, patience: Patience = DEFAULT_PATIENCE, say: Say = to_stderr, seconds: float = 30.0
+    ) -> None:
         self._root = _address(url)
         self._patience, self._say, self._seconds = patience, say, seconds
 
@@ -60,7 +62,7 @@ class Web:
 
         try:
             return self._ask(name, ask)
-        except NotThere:
+        except NotFound:
             return False
 
     def now(self, name: str = "") -> datetime | None:
@@ -86,7 +88,7 @@ class Web:
             skip = offset
             if answer.status == 206:
                 if not re.match(rf"bytes {offset}-", answer.headers.get("Content-Range", "")):
-                    raise TryAgain(f"{self.where(name)}: the server sends another range, or was cut off. {_PASSING}")
+                    raise Unavailable(f"{self.where(name)}: the server sends another range, or was cut off. {_PASSING}")
                 skip = 0
             for block in self._whole(name, answer):
                 if skip < len(block):
@@ -94,30 +96,30 @@ class Web:
                 skip = max(0, skip - len(block))
 
     def put(self, name: str, data: bytes) -> None:
-        self._refuse()
+        self._reject_write()
 
     def put_file(self, name: str, path: Path) -> None:
-        self._refuse()
+        self._reject_write()
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        self._refuse()
+        self._reject_write()
 
     def list(self, prefix: str) -> list[str]:
-        self._refuse()
+        self._reject_write()
 
     def remove(self, name: str) -> None:
-        self._refuse()
+        self._reject_write()
 
     def sweep(self, older_than_seconds: float = DAY) -> None:
-        self._refuse()
+        self._reject_write()
 
     # -- requests -----------------------------------------------------------------------------------------------
 
-    def _refuse(self) -> NoReturn:
-        raise NotAllowed(f"{self.where()}: a web address can only be read. Give a folder or s3:// to write or to list.")
+    def _reject_write(self) -> NoReturn:
+        raise Rejected(f"{self.where()}: a web address can only be read. Give a folder or s3:// to write or to list.")
 
     def _ask(self, name: str, work: Callable[[], T]) -> T:
-        return patiently(work, self.where(name), self._patience, self._say)
+        return with_retries(work, self.where(name), self._patience, self._say)
 
     @contextmanager
     def _answer(self, name: str, method: str, offset: int = 0) -> Iterator[http.client.HTTPResponse]:
@@ -148,11 +150,11 @@ class Web:
             wanted -= len(block)
             yield block
         if wanted:
-            raise TryAgain(f"{self.where(name)}: the body ended {wanted} bytes early. {_PASSING}")
+            raise Unavailable(f"{self.where(name)}: the body ended {wanted} bytes early. {_PASSING}")
 
     def _length(self, name: str, said: str | None) -> int:
         if said is None or not said.isascii() or not said.isdigit():
-            raise TryAgain(f"{self.where(name)}: the server does not say how long it is, or was cut off. {_PASSING}")
+            raise Unavailable(f"{self.where(name)}: the server does not say how long it is, or was cut off. {_PASSING}")
         return int(said)
 
     @contextmanager
@@ -168,21 +170,21 @@ class Web:
             cause = error.reason if isinstance(error, URLError) else error
             if isinstance(cause, ssl.SSLCertVerificationError):
                 text = f"{self.where(name)}: the server's certificate is not trusted. Set SSL_CERT_FILE, or correct it."
-                raise NotAllowed(text) from None
+                raise Rejected(text) from None
             said = cause.strerror if isinstance(cause, OSError) and cause.strerror else type(cause).__name__
-            raise TryAgain(f"{self.where(name)}: the transfer broke ({said}). {_PASSING}") from None
+            raise Unavailable(f"{self.where(name)}: the transfer broke ({said}). {_PASSING}") from None
 
 
 def _of_status(where: str, status: int) -> StorageError:
     """The error that an HTTP status means."""
     if status in (404, 410):
-        return NotThere(f"{where} does not exist")
+        return NotFound(f"{where} does not exist")
     said = f"{where}: the server answered HTTP {status}."
     if status in _LATER:
-        return TryAgain(f"{said} {_PASSING}")
+        return Unavailable(f"{said} {_PASSING}")
     if status in (401, 403, 407):
-        return NotAllowed(f"{said} It must be readable for everyone; else use s3:// or a folder.")
-    return NotAllowed(f"{said} Correct the address, or use s3:// or a folder.")
+        return Rejected(f"{said} It must be readable for everyone; else use s3:// or a folder.")
+    return Rejected(f"{said} Correct the address, or use s3:// or a folder.")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -218,7 +220,7 @@ def _address(url: str) -> str:
     except ValueError:
         plain = False
     if not plain or "?" in url or "#" in url or any(c.isspace() or not c.isprintable() for c in url):
-        raise NotAllowed(
+        raise Rejected(
             "A web address is http(s)://host/folder, without user, password, '?' or '#'; this one is not. What needs "
             "keys can be read through s3://."
         )

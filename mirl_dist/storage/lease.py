@@ -18,16 +18,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-from mirl_dist.errors import Fault, Stopped
-from mirl_dist.storage import NotThere, StorageError, Store
+from mirl_dist.errors import Stopped, UserError
+from mirl_dist.storage import NotFound, StorageError, Store
 from mirl_dist.storage import lease_files as files
 from mirl_dist.storage.lease_files import Holder, holder
 from mirl_dist.storage.retry import Say, to_stderr
 
-__all__ = ["Holder", "Lease", "Lost", "holder"]
+__all__ = ["Holder", "Lease", "LeaseLost", "holder"]
 
 
-class Lost(Fault):
+class LeaseLost(UserError):
     """This launch no longer holds the run: another took it over, or the lease was removed."""
 
 
@@ -44,16 +44,16 @@ class Lease:
         store: Store,
         *,
         seconds: float,
-        news: Callable[[], dict[str, Any]],
+        status: Callable[[], dict[str, Any]],
         launch: Mapping[str, Any] | None = None,
         say: Say = to_stderr,
     ) -> None:
-        self._store, self._seconds, self._news, self._say = store, seconds, news, say
+        self._store, self._seconds, self._status, self._say = store, seconds, status, say
         self.generation = 0
         self.previous: Holder | None = None
         self._token = uuid.uuid4().hex
         self._claim = files.claim_bytes(self._token, launch or {})
-        self._since = self._heard = time.monotonic()
+        self._since = self._renewed = time.monotonic()
         self._lost, self._end = threading.Event(), threading.Event()
         self._why, self._released, self._trouble = "", False, "the store does not answer"
         self._thread = threading.Thread(target=self._beating, name="lease", daemon=True)
@@ -66,7 +66,7 @@ class Lease:
         Raises Fault naming a holder that lives, Stopped when that is asked meanwhile, StorageError.
         """
         assert self.generation == 0, "a lease is claimed once"
-        watch = _Watch(self._store, self._seconds, self._say)
+        watch = _HolderWatch(self._store, self._seconds, self._say)
         while True:
             if stop_asked():
                 raise Stopped(f"asked to stop before {self._store.where()} was this launch's")
@@ -82,7 +82,7 @@ class Lease:
         name = files.claim_name(generation)
         try:
             self._store.put_if_absent(name, self._claim)
-        except NotThere:  # another start swept the temporary file away
+        except NotFound:  # another start swept the temporary file away
             self._store.put_if_absent(name, self._claim)
         return self._holds(generation)
 
@@ -96,7 +96,7 @@ class Lease:
     def _begin(self, previous: Holder | None) -> None:
         self.generation = previous.generation + 1 if previous else 1
         self.previous = previous
-        self._heard = time.monotonic()
+        self._renewed = time.monotonic()
         self._thread.start()
         if previous is not None and previous.ended == "dead":
             self._say(f"the launch on {previous}, is dead; going on in its place")
@@ -113,7 +113,7 @@ class Lease:
         if not self._lost.is_set() and not self._holds(self.generation):
             self._lost.set()
         if self._lost.is_set():
-            raise Lost(self._told_lost())
+            raise LeaseLost(self._report_lost())
 
     def lost(self) -> bool:
         """Whether `check`, or the thread after a beat, found that another launch holds the run. Asks nothing."""
@@ -121,7 +121,7 @@ class Lease:
 
     def quiet_seconds(self) -> float:
         """Since the last beat that got through to the store."""
-        return time.monotonic() - self._heard
+        return time.monotonic() - self._renewed
 
     def release(self, why: str) -> None:
         """End the lease: 'finished', 'stopped' or 'failed'. Never raises StorageError; returns within `seconds`.
@@ -137,7 +137,7 @@ class Lease:
             text = f"the lease of {self._store.where()} could not be released ({self._trouble})."
             self._say(f"{text} A next launch on another machine waits {self._seconds:g} s.")
 
-    def _told_lost(self) -> str:
+    def _report_lost(self) -> str:
         taken, then = "its lease was removed", "Start it again"
         with suppress(StorageError):
             other = holder(self._store)
@@ -153,32 +153,34 @@ class Lease:
         number = 0
         while not self.lost():
             number += 1
-            with self._troubles():
-                self._store.put(files.beat_name(self.generation), self._said(beat=number))
-                self._heard = time.monotonic()
+            with self._transient_errors():
+                self._store.put(files.beat_name(self.generation), self._beat_bytes(beat=number))
+                self._renewed = time.monotonic()
                 if not self._holds(self.generation):
                     self._lost.set()
             if self._end.wait(pause):
                 break
         if not self.lost():
-            with self._troubles():
-                self._store.put(files.released_name(self.generation), self._said(why=self._why, token=self._token))
+            with self._transient_errors():
+                self._store.put(
+                    files.released_name(self.generation), self._beat_bytes(why=self._why, token=self._token)
+                )
                 self._released = True
 
-    def _said(self, **more: Any) -> bytes:
+    def _beat_bytes(self, **more: Any) -> bytes:
         """How this launch stands."""
         running = round(time.monotonic() - self._since, 1)
-        return files.to_json({"at": files.now(), "running_seconds": running, "news": self._news(), **more})
+        return files.to_json({"at": files.now(), "running_seconds": running, "news": self._status(), **more})
 
     @contextmanager
-    def _troubles(self) -> Iterator[None]:
+    def _transient_errors(self) -> Iterator[None]:
         try:
             yield
         except StorageError as error:
             self._trouble = str(error)
 
 
-class _Watch:
+class _HolderWatch:
     """Looks at a run's lease, from the first look on, and judges by its own clock whether the holder lives.
 
     pause: seconds between two looks.
@@ -200,10 +202,10 @@ class _Watch:
             self._known = found.generation if found else 0
         if found is None or found.ended is not None:
             return found
-        if found.is_gone():
+        if found.has_exited():
             return replace(found, ended="dead")
         if found.generation > self._known:
-            raise Fault(self._refused(found, "it took the run a moment ago"))
+            raise UserError(self._refused(found, "it took the run a moment ago"))
         if self._first is None:
             self._first = found
             text = f"{self._store.where()} is held by the launch on {found}"
@@ -211,7 +213,7 @@ class _Watch:
             return found
         if found.sign != self._first.sign:
             if gap < self._seconds:
-                raise Fault(self._refused(found, f"its last beat came less than {max(gap, 0.1):.1f} s ago"))
+                raise UserError(self._refused(found, f"its last beat came less than {max(gap, 0.1):.1f} s ago"))
             self._first, self._silent = found, 0.0  # it came while the store was away, and says nothing of now
         # While the store does not answer nobody can beat: such a time counts little.
         self._silent += min(gap, max(2 * self.pause, self._seconds / 4))

@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mirl_dist.storage import NotThere, Store
+from mirl_dist.storage import NotFound, Store
 
 FOLDER = "lease"
 _NAME = re.compile(rf"{FOLDER}/(\d{{8,}})(\.beat|\.released)?\.json")
@@ -81,7 +81,7 @@ def _process(pid: int) -> tuple[str, int] | None:
         return None
 
 
-def _gone(pid: int, started: int) -> bool:
+def _has_exited(pid: int, started: int) -> bool:
     """Whether the process of this machine that had this number and start is dead."""
     try:
         os.kill(pid, 0)
@@ -114,18 +114,18 @@ class Holder:
     launch: Mapping[str, Any]
     running_seconds: float | None
     beat_at: str
-    news: Mapping[str, Any]
+    status: Mapping[str, Any]
     ended: str | None
     sign: bytes
 
     def __str__(self) -> str:
         return f"{self.host or 'an unknown host'}, pid {self.pid or 'unknown'}"
 
-    def is_gone(self) -> bool:
+    def has_exited(self) -> bool:
         """Whether its process is known to be dead: it ran on this very machine."""
         if self.machine is None or self.pid is None or self.process_started is None:
             return False
-        return self.machine == this_machine() and _gone(self.pid, self.process_started)
+        return self.machine == this_machine() and _has_exited(self.pid, self.process_started)
 
 
 def holder(store: Store) -> Holder | None:
@@ -153,7 +153,7 @@ def holder(store: Store) -> Holder | None:
         launch=_fields(claimed.get("launch")),
         running_seconds=float(running) if isinstance(running, int | float) and 0 <= running < 1e10 else None,
         beat_at=_text(last.get("at")),
-        news=_fields(last.get("news")),
+        status=_fields(last.get("news")),
         ended=ended,
         sign=beat,
     )
@@ -163,7 +163,7 @@ def content(store: Store, name: str) -> bytes:
     """The bytes of `name`; none where it does not exist."""
     try:
         return store.get(name)
-    except NotThere:
+    except NotFound:
         return b""
 
 

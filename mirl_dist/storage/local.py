@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from mirl_dist.storage.base import DAY, NotAllowed, NotThere, TryAgain
+from mirl_dist.storage.base import DAY, NotFound, Rejected, Unavailable
 
 _TEMPORARY = ".writing-"
 _BLOCK = 1 << 20
@@ -85,7 +85,7 @@ class Folder:
         """Complete names below `prefix` (a folder name, or '' for all), sorted."""
         with self._named_errors(prefix):
             found = []
-            for folder, _, files in os.walk(self._root / prefix, onerror=_refuse_unless_gone):
+            for folder, _, files in os.walk(self._root / prefix, onerror=_raise_unless_missing):
                 found += [Path(folder, f).relative_to(self._root) for f in files if not f.startswith(_TEMPORARY)]
             return sorted(path.as_posix() for path in found)
 
@@ -122,18 +122,18 @@ class Folder:
         try:
             yield
         except FileNotFoundError as error:
-            raise NotThere(f"{self.where(name)} does not exist") from error
+            raise NotFound(f"{self.where(name)} does not exist") from error
         except OSError as error:
             said = f"{self.where(name)}: {error.strerror or error}. Nothing is half-written; what was there before is"
             if error.errno in _PASSING:
-                raise TryAgain(f"{said} intact. Make room or repair the disk, then start again.") from error
-            raise NotAllowed(f"{said} intact. Correct the rights, or choose another folder.") from error
+                raise Unavailable(f"{said} intact. Make room or repair the disk, then start again.") from error
+            raise Rejected(f"{said} intact. Correct the rights, or choose another folder.") from error
 
 
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE)
 
 
-def _refuse_unless_gone(error: OSError) -> None:
+def _raise_unless_missing(error: OSError) -> None:
     """A folder that may not be read is not an empty one."""
     if not isinstance(error, FileNotFoundError):
         raise error

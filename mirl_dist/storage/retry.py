@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn, TypeAlias, TypeVar
 
 from mirl_dist.observability.console import warn
-from mirl_dist.storage.base import NotAllowed, Store, TryAgain
+from mirl_dist.storage.base import Rejected, Store, Unavailable
 
 Say: TypeAlias = Callable[[str], None]
 """Takes one line for people."""
@@ -38,10 +38,10 @@ class Patience:
     most: float = 20.0
 
 
-USUAL = Patience()
+DEFAULT_PATIENCE = Patience()
 
 
-class Tries:
+class RetryState:
     """The clock of one piece of work that may have to be tried several times."""
 
     def __init__(self, what: str, patience: Patience, say: Say) -> None:
@@ -56,7 +56,7 @@ class Tries:
         self._failed = 0
         self._since = time.monotonic()
 
-    def failed(self, error: TryAgain) -> None:
+    def failed(self, error: Unavailable) -> None:
         """Pause before the next try. Raises TryAgain when patience ends: the last error, how long, how often."""
         self._tries += 1
         self._failed += 1
@@ -67,7 +67,7 @@ class Tries:
                 raise error
             times = f"{self._tries} tries" if self._tries > 1 else "one try"
             ended = f"{error} Given up on {self._what} after {times} and {now - self._since:.0f} s without progress."
-            raise TryAgain(ended) from error
+            raise Unavailable(ended) from error
         if now - self._said >= _SAY_EVERY_SECONDS:
             self._said = now
             self._say(f"{error} Trying again for {left:.0f} s.")
@@ -75,16 +75,16 @@ class Tries:
         time.sleep(min(left, pause * self._chance.uniform(0.5, 1.0)))
 
 
-def patiently(work: Callable[[], T], what: str, patience: Patience, say: Say) -> T:
+def with_retries(work: Callable[[], T], what: str, patience: Patience, say: Say) -> T:
     """What `work` returns; it is called again while it raises TryAgain and patience lasts.
 
     `what`: the work in a few words, for the message at the end of patience. Any other error passes at once.
     """
-    tries = Tries(what, patience, say)
+    tries = RetryState(what, patience, say)
     while True:
         try:
             return work()
-        except TryAgain as error:
+        except Unavailable as error:
             tries.failed(error)
 
 
@@ -97,29 +97,29 @@ def download(store: Store, name: str, path: Path, size: int, *, patience: Patien
     """
     held = path.stat().st_size if path.exists() else 0
     if held > size:
-        raise NotAllowed(f"{path} has {held} bytes, but {store.where(name)} should have {size}. Remove {path}.")
-    tries = Tries(f"bringing {store.where(name)}", patience, say)
+        raise Rejected(f"{path} has {held} bytes, but {store.where(name)} should have {size}. Remove {path}.")
+    tries = RetryState(f"bringing {store.where(name)}", patience, say)
     with path.open("ab") as file:
         while held < size:
             try:
                 for block in store.read(name, held):
                     if held + len(block) > size:
-                        _refuse_other_size(store, name, path, size)
+                        _check_size(store, name, path, size)
                     held += file.write(block)
                     tries.progressed()
                 if held < size:
-                    _refuse_other_size(store, name, path, size)
-            except TryAgain as error:
+                    _check_size(store, name, path, size)
+            except Unavailable as error:
                 tries.failed(error)
 
 
-def _refuse_other_size(store: Store, name: str, path: Path, size: int) -> NoReturn:
+def _check_size(store: Store, name: str, path: Path, size: int) -> NoReturn:
     """Raises NotAllowed, always, and removes what was brought: it belongs to another object."""
     found = store.size(name)
     path.unlink(missing_ok=True)
     if found == size:
-        raise NotAllowed(f"{store.where(name)} changed while it was read. Start again.")
-    raise NotAllowed(
+        raise Rejected(f"{store.where(name)} changed while it was read. Start again.")
+    raise Rejected(
         f"{store.where(name)} has {found} bytes where its manifest or commit says {size}. It was replaced, or its "
         "upload was damaged: build or copy it again."
     )

@@ -18,15 +18,15 @@ from urllib.parse import urlsplit
 
 from mirl_dist.storage import base, s3_multipart
 from mirl_dist.storage import s3_errors as wire
-from mirl_dist.storage.base import NotAllowed, NotThere, Options, StorageError, TryAgain
-from mirl_dist.storage.retry import Patience, Say, Tries, to_stderr
-from mirl_dist.storage.s3_client import Requests
-from mirl_dist.storage.s3_errors import PASSING, Beyond, Exists, Refused, named_errors
+from mirl_dist.storage.base import NotFound, Options, Rejected, StorageError, Unavailable
+from mirl_dist.storage.retry import Patience, RetryState, Say, to_stderr
+from mirl_dist.storage.s3_client import S3Client
+from mirl_dist.storage.s3_errors import CHECK_SERVER, AccessDenied, AlreadyExists, RangePastEnd, named_errors
 
 _BLOCK = 1 << 16  # what a broken connection loses at most
 
 
-class S3:
+class S3Store:
     """A store under `s3://bucket/prefix`, for several threads; each process makes its own connections.
 
     A request that fails in passing is made again for as long as patience lasts (`patience`: instead of the options');
@@ -36,7 +36,7 @@ class S3:
     def __init__(
         self,
         url: str,
-        options: Options = base.USUAL,
+        options: Options = base.DEFAULT_OPTIONS,
         *,
         patience: Patience | None = None,
         say: Say = to_stderr,
@@ -44,8 +44,8 @@ class S3:
         read_seconds: float = 30.0,
     ) -> None:
         connect = partial(_connected, options.endpoint, connect_seconds, read_seconds)
-        self._requests = Requests(*wire.address(url), connect, patience or Patience(options.patience_seconds), say)
-        self._write, self._told = wire.terms(options)
+        self._requests = S3Client(*wire.address(url), connect, patience or Patience(options.patience_seconds), say)
+        self._write, self._warned = wire.encryption_arguments(options)
 
     def where(self, name: str = "") -> str:
         """The place for people and messages."""
@@ -53,8 +53,8 @@ class S3:
 
     def put(self, name: str, data: bytes) -> None:
         """Write `name`, in parts where it is long, complete or not at all; replaces what was there."""
-        if len(data) <= s3_multipart.PART:
-            self._requests.send("put_object", name, self._write, data, self._told)
+        if len(data) <= s3_multipart.PART_BYTES:
+            self._requests.send("put_object", name, self._write, data, self._warned)
         else:
             whole = memoryview(data)
             self._put_parts(name, len(data), lambda begin, end: whole[begin:end])
@@ -63,33 +63,33 @@ class S3:
         """Copy a file to `name`, in parts where it is long, complete or not at all; replaces what was there."""
         try:
             size = path.stat().st_size
-            if size <= s3_multipart.PART:
+            if size <= s3_multipart.PART_BYTES:
                 self.put(name, path.read_bytes())
             else:
                 self._put_parts(name, size, partial(self._piece, name, path, size))
         except OSError as error:
             text = f"{path}: {error.strerror or error}. Nothing was written to {self.where(name)}; send it again."
-            raise NotAllowed(text) from error
+            raise Rejected(text) from error
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """Write `name` unless it exists; whether this call wrote it. Of several writers exactly one wins.
 
         In one part, whatever its length: Ceph ignores the condition on others.
         """
-        mine = {**self._told, **wire.mark()}
+        mine = {**self._warned, **wire.writer_metadata()}
         try:
             self._requests.send("put_object", name, self._write, data, {**mine, "IfNoneMatch": "*"})
-        except Exists:
+        except AlreadyExists:
             found = s3_multipart.written_by(self._requests, name, mine)
             if found is None:
                 return False
-            if not wire.is_what_was_sent(found, wire.body(data)):  # it was damaged on its way, and is this call's
+            if not wire.is_same_content(found, wire.body(data)):  # it was damaged on its way, and is this call's
                 self._requests.send("put_object", name, self._write, data, mine)
         return True
 
     def get(self, name: str) -> bytes:
         """The whole of `name`; a transfer that broke goes on, unless another version lies there by then."""
-        tries = Tries(f"reading {self.where(name)}", self._requests.patience, self._requests.say)
+        tries = RetryState(f"reading {self.where(name)}", self._requests.patience, self._requests.say)
         held, version = bytearray(), ""
         while True:
             try:
@@ -102,7 +102,7 @@ class S3:
                     held += block
                     tries.progressed()
                 return bytes(held)
-            except TryAgain as error:
+            except Unavailable as error:
                 tries.failed(error)
 
     def size(self, name: str) -> int:
@@ -116,7 +116,7 @@ class S3:
     def exists(self, name: str) -> bool:
         try:
             self._requests.head(name)
-        except NotThere:
+        except NotFound:
             return False
         return True
 
@@ -133,15 +133,15 @@ class S3:
     def now(self) -> datetime | None:
         """What the server's clock says; None where it does not tell. Asks for a list of at most one name."""
         below = {"Prefix": self._requests.key(""), "MaxKeys": 1}
-        ask = self._requests.ask
+        ask = self._requests.call
         answer = ask("", wire.LIST, lambda s3, at: s3.list_objects_v2(Bucket=at["Bucket"], **below))
         date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
         return parsedate_to_datetime(date) if date else None
 
     def remove(self, name: str) -> None:
         """Remove `name` if it is there."""
-        with suppress(NotThere):
-            self._requests.ask(name, wire.REMOVE, lambda s3, at: s3.delete_object(**at))
+        with suppress(NotFound):
+            self._requests.call(name, wire.REMOVE, lambda s3, at: s3.delete_object(**at))
 
     def sweep(self, older_than_seconds: float = base.DAY) -> None:
         """Abort uploads in parts below the prefix that began longer ago than that, by the server's clock; 0: all.
@@ -152,9 +152,9 @@ class S3:
         try:
             for key, upload in self._stale(timedelta(seconds=older_than_seconds)):
                 refused = s3_multipart.abort(self._requests, key, upload) or refused
-        except Refused as error:
+        except AccessDenied as error:
             refused = error
-        if isinstance(refused, Refused):
+        if isinstance(refused, AccessDenied):
             self._requests.say(f"warning: {refused} Until then uploads that died stay there, and take room.")
 
     # -- requests -----------------------------------------------------------------------------------------------
@@ -176,21 +176,23 @@ class S3:
         span = {"Range": f"bytes={offset}-"} if offset else {}
         once = Patience(0)
         try:
-            answer = self._requests.ask(name, wire.READ, lambda s3, at: s3.get_object(**at, **span), patience=once)
-        except Beyond:
+            answer = self._requests.call(name, wire.READ, lambda s3, at: s3.get_object(**at, **span), patience=once)
+        except RangePastEnd:
             return "", iter(())
         return str(answer.get("ETag", "")), self._blocks(name, offset, answer)
 
     def _length(self, name: str, answer: Mapping[str, Any]) -> int:
         if "ContentLength" not in answer:
-            raise TryAgain(f"{self.where(name)}: the server does not say how long it is, or was cut off. {PASSING}")
+            raise Unavailable(
+                f"{self.where(name)}: the server does not say how long it is, or was cut off. {CHECK_SERVER}"
+            )
         return int(answer["ContentLength"])
 
     def _blocks(self, name: str, offset: int, answer: Any) -> Iterator[bytes]:
         """A body that ends early, or begins elsewhere, is never taken for the whole."""
         wanted = self._length(name, answer)
         if offset and not str(answer.get("ContentRange", "")).startswith(f"bytes {offset}-"):
-            raise TryAgain(f"{self.where(name)}: the server sends another range, or was cut off. {PASSING}")
+            raise Unavailable(f"{self.where(name)}: the server sends another range, or was cut off. {CHECK_SERVER}")
         body = answer["Body"]
         try:
             with named_errors(self.where(name), wire.READ):
@@ -198,12 +200,12 @@ class S3:
                     wanted -= len(block)
                     yield block
             if wanted:
-                raise TryAgain(f"{self.where(name)}: the body ended {wanted} bytes early. {PASSING}")
+                raise Unavailable(f"{self.where(name)}: the body ended {wanted} bytes early. {CHECK_SERVER}")
         finally:
             body.close()
 
     def _put_parts(self, name: str, size: int, piece: Callable[[int, int], memoryview]) -> None:
-        s3_multipart.put_parts(self._requests, name, size, piece, self._write, self._told)
+        s3_multipart.put_parts(self._requests, name, size, piece, self._write, self._warned)
 
     def _piece(self, name: str, path: Path, size: int, begin: int, end: int) -> memoryview:
         """Some bytes of a file that must not change meanwhile."""
@@ -211,7 +213,7 @@ class S3:
             file.seek(begin)
             data = file.read(end - begin)
         if len(data) < end - begin or path.stat().st_size != size:
-            raise NotAllowed(f"{path} changed while it was sent to {self.where(name)}. Send it again.")
+            raise Rejected(f"{path} changed while it was sent to {self.where(name)}. Send it again.")
         return memoryview(data)
 
 
@@ -245,7 +247,7 @@ def _connected(at: str | None, connect_seconds: float, read_seconds: float) -> A
             "The endpoint of S3 is no plain address. Set store.endpoint or AWS_ENDPOINT_URL_S3 to http(s)://host:port,"
         )
         text += " without keys."
-        raise NotAllowed(text) from None
+        raise Rejected(text) from None
     if re.search(r"\.amazonaws\.com(\.cn)?$", endpoint.hostname or ""):
         return client
     # Other servers: few give each bucket a host name, and older ones store the newer checksums' framing as data.

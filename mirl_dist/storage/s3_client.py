@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from mirl_dist.storage import s3_errors as wire
-from mirl_dist.storage.base import NotThere, TryAgain
-from mirl_dist.storage.retry import Patience, Say, patiently
-from mirl_dist.storage.s3_errors import PASSING, Bare, Needs, named_errors
+from mirl_dist.storage.base import NotFound, Unavailable
+from mirl_dist.storage.retry import Patience, Say, with_retries
+from mirl_dist.storage.s3_errors import CHECK_SERVER, BareNotFound, RequiredRights, named_errors
 
 T = TypeVar("T")
 
 
-class Requests:
+class S3Client:
     """For several threads; each process makes its own connections, by `connect`."""
 
     def __init__(self, bucket: str, prefix: str, connect: Callable[[], Any], patience: Patience, say: Say) -> None:
@@ -43,8 +43,13 @@ class Requests:
                 self._clients[mine] = self._connect()
         return self._clients[mine]
 
-    def ask(
-        self, name: str, needs: Needs, work: Callable[[Any, dict[str, str]], T], *, patience: Patience | None = None
+    def call(
+        self,
+        name: str,
+        needs: RequiredRights,
+        work: Callable[[Any, dict[str, str]], T],
+        *,
+        patience: Patience | None = None,
     ) -> T:
         """`work(client, bucket and key)`, tried again while patience lasts; in this package's errors."""
         at = {"Bucket": self.bucket, "Key": self.key(name)}
@@ -53,28 +58,32 @@ class Requests:
             try:
                 with named_errors(self.where(name), needs):
                     return work(self.client(), at)
-            except Bare as error:
-                self._be_sure(name)
+            except BareNotFound as error:
+                self._explain_not_found(name)
                 if needs in (wire.READ, wire.REMOVE):
-                    raise NotThere(str(error)) from None
-                raise TryAgain(f"{self.where(name)}: the server answered 404 without a reason. {PASSING}") from None
+                    raise NotFound(str(error)) from None
+                raise Unavailable(
+                    f"{self.where(name)}: the server answered 404 without a reason. {CHECK_SERVER}"
+                ) from None
 
-        return patiently(once, self.where(name), patience or self.patience, self.say)
+        return with_retries(once, self.where(name), patience or self.patience, self.say)
 
-    def send(self, operation: str, name: str, needs: Needs, data: bytes | memoryview, given: Mapping[str, Any]) -> str:
+    def send(
+        self, operation: str, name: str, needs: RequiredRights, data: bytes | memoryview, given: Mapping[str, Any]
+    ) -> str:
         """Send a body; the ETag of what the server holds, which is sent again where it is not what was sent."""
 
         def once(s3: Any, at: dict[str, str]) -> str:
             body = wire.body(data)
             answer = getattr(s3, operation)(**at, **given, **body)
-            if not wire.is_what_was_sent(answer, body):
-                raise wire.damaged(self.where(name))
+            if not wire.is_same_content(answer, body):
+                raise wire.damaged_error(self.where(name))
             return str(answer["ETag"])
 
-        return self.ask(name, needs, once)
+        return self.call(name, needs, once)
 
     def pages(
-        self, name: str, needs: Needs, operation: str, below: str, following: Mapping[str, str]
+        self, name: str, needs: RequiredRights, operation: str, below: str, following: Mapping[str, str]
     ) -> Iterator[dict[str, Any]]:
         """All pages of a listing; `following`: what to ask of the next page -> where this one says it."""
         asked = {"Bucket": self.bucket, "Prefix": below}
@@ -82,24 +91,24 @@ class Requests:
         def once(s3: Any, at: dict[str, str]) -> dict[str, Any]:
             page: dict[str, Any] = getattr(s3, operation)(**asked)
             if "IsTruncated" not in page:
-                raise TryAgain(f"{self.where(name)}: the server's answer is no listing. {PASSING}")
+                raise Unavailable(f"{self.where(name)}: the server's answer is no listing. {CHECK_SERVER}")
             return page
 
         while True:
-            page = self.ask(name, needs, once)
+            page = self.call(name, needs, once)
             yield page
             if not page["IsTruncated"]:
                 return
             goes_on = {ask: page[said] for ask, said in following.items() if page.get(said)}
             if goes_on.items() <= asked.items():
-                raise TryAgain(f"{self.where(name)}: the server's listing does not go on. {PASSING}")
+                raise Unavailable(f"{self.where(name)}: the server's listing does not go on. {CHECK_SERVER}")
             asked.update(goes_on)
 
     def head(self, name: str) -> Any:
         """What the server says of `name`."""
-        return self.ask(name, wire.READ, lambda s3, at: s3.head_object(**at))
+        return self.call(name, wire.READ, lambda s3, at: s3.head_object(**at))
 
-    def _be_sure(self, name: str) -> None:
+    def _explain_not_found(self, name: str) -> None:
         """After a 404 that may mean anything: that this is an S3 server, and has the bucket.
 
         Raises NotAllowed where it has not, and TryAgain where something else answers.
@@ -107,6 +116,6 @@ class Requests:
         try:
             with named_errors(self.where(name), wire.LIST):
                 self.client().list_objects_v2(Bucket=self.bucket, Prefix=self.key(""), MaxKeys=1)
-        except Bare:
+        except BareNotFound:
             text = f"{self.where(name)}: what answers is no S3 server (HTTP 404 for the bucket, without a reason)."
-            raise TryAgain(f"{text} Check the endpoint.") from None
+            raise Unavailable(f"{text} Check the endpoint.") from None

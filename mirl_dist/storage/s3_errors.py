@@ -15,51 +15,56 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from mirl_dist.storage.base import NotAllowed, NotThere, Options, StorageError, TryAgain
+from mirl_dist.storage.base import NotFound, Options, Rejected, StorageError, Unavailable
 
-PASSING = "Check the server and the network; nothing is half-written."
+CHECK_SERVER = "Check the server and the network; nothing is half-written."
 
 
-class Exists(NotAllowed):
+class AlreadyExists(Rejected):
     """A conditional put found the name taken."""
 
 
-class Beyond(NotAllowed):
+class RangePastEnd(Rejected):
     """The range begins where the object ends, or after."""
 
 
-class NoUpload(NotAllowed):
+class NoSuchUpload(Rejected):
     """The upload in parts does not exist: completed, aborted, or never begun."""
 
 
-class Refused(NotAllowed):
+class AccessDenied(Rejected):
     """These credentials may not do this, or the server cannot."""
 
 
-class Bare(NotThere):
+class BareNotFound(NotFound):
     """A 404 that does not say of what: to be asked about, since it may mean the bucket, or no S3 server at all."""
 
 
-class Needs(NamedTuple):
+class RequiredRights(NamedTuple):
     """The rights that a request needs, and on what."""
 
     rights: str
     on: str = "it"
 
 
-READ = Needs("s3:GetObject (and s3:ListBucket)")
-WRITE = Needs("s3:PutObject")
-WRITE_WITH_KEY = Needs("s3:PutObject (and kms:GenerateDataKey and kms:Decrypt of the key)")
-REMOVE = Needs("s3:DeleteObject")
-LIST = Needs("s3:ListBucket", "the bucket")
-LIST_UPLOADS = Needs("s3:ListBucketMultipartUploads", "the bucket")
-ABORT = Needs("s3:AbortMultipartUpload")
+READ = RequiredRights("s3:GetObject (and s3:ListBucket)")
+WRITE = RequiredRights("s3:PutObject")
+WRITE_WITH_KEY = RequiredRights("s3:PutObject (and kms:GenerateDataKey and kms:Decrypt of the key)")
+REMOVE = RequiredRights("s3:DeleteObject")
+LIST = RequiredRights("s3:ListBucket", "the bucket")
+LIST_UPLOADS = RequiredRights("s3:ListBucketMultipartUploads", "the bucket")
+ABORT = RequiredRights("s3:AbortMultipartUpload")
 
 
-_OWN = {"PreconditionFailed": Exists, "InvalidRange": Beyond, "416": Beyond, "NoSuchUpload": NoUpload}
+_ERROR_TYPES = {
+    "PreconditionFailed": AlreadyExists,
+    "InvalidRange": RangePastEnd,
+    "416": RangePastEnd,
+    "NoSuchUpload": NoSuchUpload,
+}
 
 # Codes below 500 that mean 'later': load, two writers at once, a body that was damaged on its way.
-_LATER = {
+_TRANSIENT_CODES = {
     "BadDigest",
     "ConditionalRequestConflict",
     "IncompleteBody",
@@ -77,7 +82,7 @@ _LATER = {
 _KEYS = "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile."
 _RENEW = "Renew the credentials: they have expired."
 _REGION = "Set AWS_DEFAULT_REGION (or the profile's region) to the bucket's, and check the endpoint."
-_TO_DO = {
+_REMEDIES = {
     "AuthorizationHeaderMalformed": _REGION,
     "ExpiredToken": _RENEW,
     "IllegalLocationConstraintException": _REGION,
@@ -98,19 +103,19 @@ def address(url: str) -> tuple[str, str]:
     """Bucket and prefix of an `s3://` address. Raises NotAllowed for any other text, which is not repeated."""
     found = re.fullmatch(r"s3://([A-Za-z0-9._-]{3,255})(/[^?#]*)?", url)
     if found is None:
-        raise NotAllowed(
+        raise Rejected(
             "An address of S3 is s3://bucket/prefix, without '?', '#' or keys; this one is not. Credentials belong in "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile, the server in AWS_ENDPOINT_URL_S3."
         )
     return found[1], (found[2] or "").strip("/")
 
 
-def mark() -> dict[str, Any]:
+def writer_metadata() -> dict[str, Any]:
     """Metadata that tells this write from all others: an answer may get lost after the server did the work."""
     return {"Metadata": {"writer": uuid.uuid4().hex}}
 
 
-class _Window:
+class _MemoryFile:
     """A piece of memory as a file that botocore reads, without a copy."""
 
     def __init__(self, data: memoryview) -> None:
@@ -133,11 +138,11 @@ class _Window:
 def body(data: bytes | memoryview) -> dict[str, Any]:
     """With the digest that all S3 servers know, for them to refuse what was damaged on its way."""
     digest = hashlib.md5(data, usedforsecurity=False).digest()
-    sent = _Window(data) if isinstance(data, memoryview) else data
+    sent = _MemoryFile(data) if isinstance(data, memoryview) else data
     return {"Body": sent, "ContentMD5": base64.b64encode(digest).decode()}
 
 
-def is_what_was_sent(answer: Mapping[str, Any], sent: Mapping[str, Any]) -> bool:
+def is_same_content(answer: Mapping[str, Any], sent: Mapping[str, Any]) -> bool:
     """Whether a server holds the bytes of `body`, as far as its ETag tells: not every one is an MD5."""
     tag = str(answer.get("ETag", "")).strip('"').lower()
     if re.fullmatch(r"[0-9a-f]{32}", tag) is None or str(answer.get("ServerSideEncryption", "")).startswith("aws:kms"):
@@ -145,23 +150,25 @@ def is_what_was_sent(answer: Mapping[str, Any], sent: Mapping[str, Any]) -> bool
     return bytes.fromhex(tag) == base64.b64decode(sent["ContentMD5"])
 
 
-def terms(options: Options) -> tuple[Needs, dict[str, str]]:
+def encryption_arguments(options: Options) -> tuple[RequiredRights, dict[str, str]]:
     """The rights that a write needs, and what it is to say of encryption."""
     told = {"ServerSideEncryption": options.encryption, "SSEKMSKeyId": options.kms_key}
     needs = WRITE_WITH_KEY if options.encryption == "aws:kms" else WRITE
     return needs, {name: value for name, value in told.items() if value is not None}
 
 
-def no_bucket(where: str) -> str:
+def missing_bucket_error(where: str) -> str:
     return f"{where}: the bucket does not exist. Create it, or correct its name and the endpoint."
 
 
-def damaged(where: str) -> TryAgain:
-    return TryAgain(f"{where}: what the server holds is not what was sent: it was damaged on its way. {PASSING}")
+def damaged_error(where: str) -> Unavailable:
+    return Unavailable(
+        f"{where}: what the server holds is not what was sent: it was damaged on its way. {CHECK_SERVER}"
+    )
 
 
 @contextmanager
-def named_errors(where: str, needs: Needs) -> Iterator[None]:
+def named_errors(where: str, needs: RequiredRights) -> Iterator[None]:
     """Whatever boto3 raises inside, as one of the three errors of a store. `needs`: the rights, for a refusal."""
     from botocore import exceptions as known
     from botocore.parsers import ResponseParserError
@@ -181,50 +188,50 @@ def named_errors(where: str, needs: Needs) -> Iterator[None]:
     try:
         yield
     except known.ClientError as error:
-        raise _of_answer(where, needs, error.response) from error
+        raise _error_of_response(where, needs, error.response) from error
     except RecursionError as error:  # botocore asks a server that only redirects for its region, without end
-        raise NotAllowed(f"{where}: the server redirects without saying where to. {_REGION}") from error
+        raise Rejected(f"{where}: the server redirects without saying where to. {_REGION}") from error
     except known.SSLError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             text = f"{where}: {_host(error)} shows a certificate that is not trusted."
-            raise NotAllowed(f"{text} Set AWS_CA_BUNDLE to its authority's.") from error
-        raise TryAgain(_broken(where, error)) from error
+            raise Rejected(f"{text} Set AWS_CA_BUNDLE to its authority's.") from error
+        raise Unavailable(_connection_error(where, error)) from error
     except passing as error:
-        raise TryAgain(_broken(where, error)) from error
+        raise Unavailable(_connection_error(where, error)) from error
     except no_keys as error:
         text = f"{where}: no usable credentials were found."
-        raise NotAllowed(f"{text} Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.") from error
+        raise Rejected(f"{text} Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.") from error
     except known.BotoCoreError as error:
         text = f"{where}: {type(error).__name__}. Correct the address, or the AWS settings of this machine."
-        raise NotAllowed(text) from error
+        raise Rejected(text) from error
 
 
-def _of_answer(where: str, needs: Needs, answer: dict[str, Any]) -> StorageError:
+def _error_of_response(where: str, needs: RequiredRights, answer: dict[str, Any]) -> StorageError:
     """The error that an answer of a server means, from its code and its HTTP status alone."""
     status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
     code = str(answer.get("Error", {}).get("Code", ""))
     code = code if re.fullmatch(r"[\w.]{1,60}", code) else "no code"
     said = f"{where}: the server answered {code}" + (f" (HTTP {status})" if str(status) != code else "")
-    if code.removeprefix("KMS.") in _LATER or status == 429 or (status >= 500 and status != 501):
-        return TryAgain(f"{said}. {_TO_DO.get(code, PASSING)}")
+    if code.removeprefix("KMS.") in _TRANSIENT_CODES or status == 429 or (status >= 500 and status != 501):
+        return Unavailable(f"{said}. {_REMEDIES.get(code, CHECK_SERVER)}")
     if code.startswith("KMS."):
-        return NotAllowed(f"{said}. Check the encryption's key (store.kms_key) and the right to use it.")
-    if status in (401, 403) and code not in _TO_DO:
+        return Rejected(f"{said}. Check the encryption's key (store.kms_key) and the right to use it.")
+    if status in (401, 403) and code not in _REMEDIES:
         rights = f"This needs the right {needs.rights} on {needs.on}."
-        return Refused(f"{said}. {rights} Grant it to these credentials, or use others.")
-    if code in _OWN:
-        return _OWN[code](f"{where}: {code}")
+        return AccessDenied(f"{said}. {rights} Grant it to these credentials, or use others.")
+    if code in _ERROR_TYPES:
+        return _ERROR_TYPES[code](f"{where}: {code}")
     if code == "NoSuchBucket":
-        return NotAllowed(no_bucket(where))
+        return Rejected(missing_bucket_error(where))
     if code == "NoSuchKey":
-        return NotThere(f"{where} does not exist")
+        return NotFound(f"{where} does not exist")
     if status == 404 and code in ("404", "no code"):
-        return Bare(f"{where} does not exist")
+        return BareNotFound(f"{where} does not exist")
     if 300 <= status < 400:
-        return NotAllowed(f"{said}. {_REGION}")
+        return Rejected(f"{said}. {_REGION}")
     if status in (405, 501):
-        return Refused(f"{said}. It cannot do this: use another, or leave out store.encryption if it is set.")
-    return NotAllowed(f"{said}. {_TO_DO.get(code, 'Check the endpoint, the bucket and the credentials.')}")
+        return AccessDenied(f"{said}. It cannot do this: use another, or leave out store.encryption if it is set.")
+    return Rejected(f"{said}. {_REMEDIES.get(code, 'Check the endpoint, the bucket and the credentials.')}")
 
 
 _IN_WORDS = {
@@ -234,9 +241,9 @@ _IN_WORDS = {
 }
 
 
-def _broken(where: str, error: Exception) -> str:
+def _connection_error(where: str, error: Exception) -> str:
     kind = type(error).__name__
-    return f"{where}: {_host(error)} {_IN_WORDS.get(kind, f'broke the transfer ({kind})')}. {PASSING}"
+    return f"{where}: {_host(error)} {_IN_WORDS.get(kind, f'broke the transfer ({kind})')}. {CHECK_SERVER}"
 
 
 def _host(error: Exception) -> str:

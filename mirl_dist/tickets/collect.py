@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mirl_dist import models
-from mirl_dist.config.config import Config, of_dump
-from mirl_dist.errors import Fault
+from mirl_dist.config.config import Config, from_dump
+from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import reader
 from mirl_dist.pruning import masks as masking
 from mirl_dist.tickets import verify
@@ -62,7 +62,7 @@ def gather(references: Sequence[str], uri: str | None = None) -> list[Shown]:
         before = found.get(one.key, one._replace(each=[]))
         twice = {kept.ticket.round for kept in before.each} & {kept.ticket.round for kept in one.each}
         if twice:
-            raise Fault(f"found round {min(twice)} of {before.said} twice. Name each ticket once.")
+            raise UserError(f"found round {min(twice)} of {before.said} twice. Name each ticket once.")
         found[one.key] = one._replace(said=before.said, each=before.each + one.each)
     shown = []
     for run, name in zip(found.values(), _labels(list(found.values())), strict=True):
@@ -71,7 +71,7 @@ def gather(references: Sequence[str], uri: str | None = None) -> list[Shown]:
             method = ticket.method or (DENSE if first else run.config.method())
             seed = run.config.run.seed if ticket.seed is None else ticket.seed
             parts = {part: size for part, size in run.order.items() if part in ticket.layer_density}
-            likeness = run.config.training(), run.config.experiment()
+            likeness = run.config.training_digest(), run.config.experiment_digest()
             shown.append(Shown(name, method, seed, *likeness, ticket, parts, mask, strip))
     return shown
 
@@ -87,7 +87,7 @@ def _is_file(reference: str) -> bool:
     if "://" in reference:
         return False
     if reference.endswith(".ticket") and not os.path.exists(reference):
-        raise Fault(f"no file at {reference}. Give the path of a ticket file, or a run.")
+        raise UserError(f"no file at {reference}. Give the path of a ticket file, or a run.")
     return os.path.isfile(reference)
 
 
@@ -109,7 +109,7 @@ def _of_run(reference: str) -> _Gathered:
         checkpoints, config = open_run(reference)
         rounds = checkpoints.tickets()
     if not rounds:
-        raise Fault(f"{reference} has no finished round yet. `mirl-dist status` shows where it stands.")
+        raise UserError(f"{reference} has no finished round yet. `mirl-dist status` shows where it stands.")
     where = checkpoints.store.where()
     key = where if "://" in where else f"folder:{Path(where).resolve()}"
     shapes, each = _shapes(config, rounds[0], where), list[_Kept]()
@@ -125,15 +125,15 @@ def _of_mlflow(reference: str, uri: str | None) -> list[_Gathered]:
     for run in reader.read(reference, uri):
         where = f"MLflow run {run.run_id}"
         if run.config is None:
-            raise Fault(
+            raise UserError(
                 f"{where} holds no run.json, so it says neither method nor seed. Compare it from its run folder."
             )
-        config, each, shapes = of_dump(run.config, f"{where}, run.json"), list[_Kept](), dict[str, tuple[int, ...]]()
+        config, each, shapes = from_dump(run.config, f"{where}, run.json"), list[_Kept](), dict[str, tuple[int, ...]]()
         for round_, data, mask, strip in run.tickets:
             place = f"{where}, round {round_}"
             ticket = tickets.parse(data, place)
             if ticket.round != round_:
-                raise Fault(f"{place}: its ticket is of round {ticket.round}. Compare it from its run folder.")
+                raise UserError(f"{place}: its ticket is of round {ticket.round}. Compare it from its run folder.")
             shapes = shapes or _shapes(config, ticket, where)
             packed = None if mask is None else _proved(_unpacked(mask, place), ticket, shapes, place)
             each.append(_Kept(ticket, packed, strip))
@@ -145,7 +145,7 @@ def _unpacked(data: bytes, where: str) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
-        raise Fault(f"{where}: its mask is damaged ({error}). Compare it from its run folder.") from None
+        raise UserError(f"{where}: its mask is damaged ({error}). Compare it from its run folder.") from None
 
 
 def _proved(packed: Mapping[str, Tensor], ticket: Ticket, shapes: _Shapes, where: str) -> Packed:
@@ -156,9 +156,9 @@ def _proved(packed: Mapping[str, Tensor], ticket: Ticket, shapes: _Shapes, where
         if packed[name].dtype != torch.uint8 or tuple(packed[name].shape) != ((math.prod(wanted[name]) + 7) // 8,):
             odd.append(name)
     if odd:
-        raise Fault(f"{where}: its mask does not fit its network, first in '{odd[0]}'. Take it from the run again.")
+        raise UserError(f"{where}: its mask does not fit its network, first in '{odd[0]}'. Take it from the run again.")
     if masking.digest_tensors(packed, wanted) != ticket.mask_digest:
-        raise Fault(f"{where}: its mask is not the one that its ticket names. Take it from the run again.")
+        raise UserError(f"{where}: its mask is not the one that its ticket names. Take it from the run again.")
     return {name: bits.numpy() for name, bits in packed.items()}
 
 
@@ -170,7 +170,7 @@ def _shapes(config: Config, ticket: Ticket, where: str) -> dict[str, tuple[int, 
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     total = sum(_sizes(shapes).values())
     if total != ticket.total:
-        raise Fault(
+        raise UserError(
             f"{where}: its model section makes {total:,} weights, its ticket counts {ticket.total:,}. Get it again."
         )
     return shapes

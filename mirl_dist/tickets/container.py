@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mirl_dist.config import strict_json
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 FORMAT = "mirl-dist-ticket-file-1"
 PARTS = {"initial": ("F32", 4), "trained": ("F32", 4), "about": ("U8", 1), "mask": ("U8", 1)}
@@ -49,28 +49,28 @@ def _head(sizes: Mapping[str, int], sums: Mapping[str, str]) -> bytes:
 def unseal(data: bytes, where: str) -> dict[str, memoryview]:
     """The parts of a file, by name, their checksums compared."""
     if not is_ticket_file(data[:64]):
-        raise Fault(f"{where} is no ticket file. `mirl-dist tickets pack` writes them.")
+        raise UserError(f"{where} is no ticket file. `mirl-dist tickets pack` writes them.")
     begin = 8 + int.from_bytes(data[:8], "little")
     if begin > min(len(data), 8 + _MOST_HEADER):
-        raise Fault(f"{where}: its header of {begin - 8:,} bytes is cut short, or too long. {AGAIN}")
+        raise UserError(f"{where}: its header of {begin - 8:,} bytes is cut short, or too long. {AGAIN}")
     found = _tree(data[8:begin], where)
     if found["__metadata__"].get("format") != FORMAT:
-        raise Fault(f"{where} is of another version than {FORMAT}. Read it with the mirl-dist that wrote it.")
+        raise UserError(f"{where} is of another version than {FORMAT}. Read it with the mirl-dist that wrote it.")
     try:
         sizes = {name: int(found[name]["shape"][0]) * width for name, (_, width) in PARTS.items()}
         sums = {name: str(found["__metadata__"][name]) for name in PARTS}
     except (KeyError, IndexError, TypeError, ValueError):
-        raise Fault(f"{where}: its header does not name the parts of a ticket file. {AGAIN}") from None
+        raise UserError(f"{where}: its header does not name the parts of a ticket file. {AGAIN}") from None
     if min(sizes.values()) < 0 or _head(sizes, sums) != data[:begin]:
-        raise Fault(f"{where}: its header is not the one of its parts. {AGAIN}")
+        raise UserError(f"{where}: its header is not the one of its parts. {AGAIN}")
     if begin + sum(sizes.values()) != len(data):
-        raise Fault(f"{where} has {len(data):,} bytes, its header wants {begin + sum(sizes.values()):,}. {AGAIN}")
+        raise UserError(f"{where} has {len(data):,} bytes, its header wants {begin + sum(sizes.values()):,}. {AGAIN}")
     parts: dict[str, memoryview] = {}
     for name in PARTS:
         parts[name] = memoryview(data)[begin : begin + sizes[name]]
         begin += sizes[name]
         if hashlib.sha256(parts[name]).hexdigest() != sums[name]:
-            raise Fault(f"{where}: its part '{name}' is damaged: its SHA-256 is not the one stated. {AGAIN}")
+            raise UserError(f"{where}: its part '{name}' is damaged: its SHA-256 is not the one stated. {AGAIN}")
     return parts
 
 
@@ -85,9 +85,9 @@ def unfold(part: memoryview, where: str) -> Any:
     try:
         text = stream.decompress(part, strict_json.MOST_BYTES + 1)
     except zlib.error as error:
-        raise Fault(f"{where}: its text cannot be unfolded ({error}). {AGAIN}") from None
+        raise UserError(f"{where}: its text cannot be unfolded ({error}). {AGAIN}") from None
     if len(text) <= strict_json.MOST_BYTES and (not stream.eof or stream.unused_data):
-        raise Fault(f"{where}: its text ends too early or too late. {AGAIN}")
+        raise UserError(f"{where}: its text ends too early or too late. {AGAIN}")
     return _tree(text, where)
 
 
@@ -95,4 +95,4 @@ def _tree(text: bytes, where: str) -> Any:
     try:
         return strict_json.parse(text)
     except ValueError as error:
-        raise Fault(f"{where}: its text cannot be read ({str(error)[:80]}). {AGAIN}") from None
+        raise UserError(f"{where}: its text cannot be read ({str(error)[:80]}). {AGAIN}") from None

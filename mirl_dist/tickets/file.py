@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
@@ -133,7 +133,9 @@ def _about(ticket: Ticket, config: Mapping[str, Any], masks: Masks, initial: dic
     try:
         return fold(json.dumps(about, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
     except ValueError:
-        raise Fault(f"found a number that is not finite in the record of {where}. A ticket file holds none.") from None
+        raise UserError(
+            f"found a number that is not finite in the record of {where}. A ticket file holds none."
+        ) from None
 
 
 def _refuse_unfit(
@@ -145,14 +147,14 @@ def _refuse_unfit(
         if len(set(of_one)) > 1 or {initial[name].dtype, trained[name].dtype} != {torch.float32}:
             odd.append(name)
     if odd:
-        raise Fault(
+        raise UserError(
             f"found masks, first and trained values of {where} that do not fit each other in names, shapes or float32: "
             f"{', '.join(odd[:5])}. Pack the parts of one round of one run."
         )
     for name, mask in masks.items():
         dead = trained[name].view(torch.int32).masked_fill(mask, 0)  # -0.0 is another weight by its digest
         if bool(dead.any()):
-            raise Fault(f"found dead weights of '{name}' that are not +0.0 in {where}. Its run broke its mask.")
+            raise UserError(f"found dead weights of '{name}' that are not +0.0 in {where}. Its run broke its mask.")
 
 
 def _survivors(names: list[str], masks: Mapping[str, Tensor], of: Mapping[str, Tensor], where: str) -> bytes:
@@ -161,7 +163,7 @@ def _survivors(names: list[str], masks: Mapping[str, Tensor], of: Mapping[str, T
     for name in names:
         alive = of[name][masks[name]] if name in masks else of[name].reshape(-1)
         if not bool(torch.isfinite(alive).all()):
-            raise Fault(f"found values of '{name}' in {where} that are not finite. A ticket file holds none.")
+            raise UserError(f"found values of '{name}' in {where} that are not finite. A ticket file holds none.")
         found.append(alive.numpy().astype("<f4").tobytes())
     return b"".join(found)
 
@@ -179,7 +181,7 @@ def read(data: bytes, where: str) -> Content:
     values = {kind: np.frombuffer(opened.parts[kind], "<f4") for kind in ("initial", "trained")}
     for kind, flat in values.items():
         if not np.isfinite(flat).all():
-            raise Fault(f"{where}: found {kind} values that are not finite. {AGAIN}")
+            raise UserError(f"{where}: found {kind} values that are not finite. {AGAIN}")
     dense: dict[str, dict[str, Tensor]] = {kind: {} for kind in values}
     at = 0
     for entry, packed in _masks(opened.entries, opened.parts["mask"]):
@@ -194,7 +196,7 @@ def read(data: bytes, where: str) -> Content:
             dense[kind][entry.name] = torch.from_numpy(whole).reshape(entry.shape)
         at += alive
     if masking.digest_tensors(dense["initial"]) != opened.begins:
-        raise Fault(f"{where}: its first values do not have the digest that it states. {AGAIN}")
+        raise UserError(f"{where}: its first values do not have the digest that it states. {AGAIN}")
     return Content(opened.ticket, opened.config, masks, dense["initial"], dense["trained"])
 
 
@@ -209,13 +211,13 @@ def _open(data: bytes, where: str) -> _Opened:
     parts = unseal(data, where)
     about = unfold(parts["about"], where)
     if not isinstance(about, dict) or about.keys() != {"tensors", "ticket", "config", "begins"}:
-        raise Fault(f"{where}: its text is not that of a ticket file. {AGAIN}")
+        raise UserError(f"{where}: its text is not that of a ticket file. {AGAIN}")
     if not isinstance(about["config"], dict) or not isinstance(about["begins"], str):
-        raise Fault(f"{where}: its config or the digest of its first values is none. {AGAIN}")
+        raise UserError(f"{where}: its config or the digest of its first values is none. {AGAIN}")
     entries = _entries(about["tensors"], where)
     wanted = sum(entry.mask_bytes for entry in entries)
     if wanted != len(parts["mask"]):
-        raise Fault(f"{where}: its mask has {len(parts['mask']):,} bytes, its index wants {wanted:,}. {AGAIN}")
+        raise UserError(f"{where}: its mask has {len(parts['mask']):,} bytes, its index wants {wanted:,}. {AGAIN}")
     survivors, densities = 0, {}
     for entry, packed in _masks(entries, parts["mask"]):
         alive = entry.size if packed is None else int(_ONES[packed].sum(dtype=np.int64))
@@ -223,9 +225,9 @@ def _open(data: bytes, where: str) -> _Opened:
         if packed is not None:
             densities[entry.name] = alive / entry.size
             if entry.size % 8 and packed[-1] & (0xFF >> entry.size % 8):
-                raise Fault(f"{where}: the mask of '{entry.name}' has bits behind its last weight. {AGAIN}")
+                raise UserError(f"{where}: the mask of '{entry.name}' has bits behind its last weight. {AGAIN}")
     if survivors * 4 != len(parts["trained"]) or survivors * 4 != len(parts["initial"]):
-        raise Fault(
+        raise UserError(
             f"{where}: its masks leave {survivors:,} survivors, but it holds {len(parts['initial']) // 4:,} first and "
             f"{len(parts['trained']) // 4:,} trained values. {AGAIN}"
         )
@@ -245,34 +247,34 @@ def _entries(index: Any, where: str) -> list[_Entry]:
     entries: list[_Entry] = []
     for said in index if isinstance(index, list) else []:
         if not (isinstance(said, list) and [type(v) for v in said] == [str, list, bool]):
-            raise Fault(f"{where}: its index of tensors is damaged. {AGAIN}")
+            raise UserError(f"{where}: its index of tensors is damaged. {AGAIN}")
         name, shape, prunable = said
         if len(name) > _LONGEST_NAME or not _NAME.fullmatch(name):
-            raise Fault(f"{where}: found the tensor name {name[:80]!a}: letters, digits and '_' with dots. {AGAIN}")
+            raise UserError(f"{where}: found the tensor name {name[:80]!a}: letters, digits and '_' with dots. {AGAIN}")
         if len(shape) > 8 or any(type(side) is not int or side < 1 for side in shape):
-            raise Fault(f"{where}: found a shape of '{name}' that is no shape. {AGAIN}")
+            raise UserError(f"{where}: found a shape of '{name}' that is no shape. {AGAIN}")
         size = math.prod(shape)
         if size > tickets.MOST_WEIGHTS:
-            raise Fault(f"{where}: found {size:,} weights in '{name}'. {AGAIN}")
+            raise UserError(f"{where}: found {size:,} weights in '{name}'. {AGAIN}")
         entries.append(_Entry(name, tuple(shape), prunable, size))
     names = [entry.name for entry in entries]
     if not any(entry.prunable for entry in entries) or names != sorted(set(names)):
-        raise Fault(f"{where}: its tensors are not named once each, in order, some of them prunable. {AGAIN}")
+        raise UserError(f"{where}: its tensors are not named once each, in order, some of them prunable. {AGAIN}")
     return entries
 
 
 def _ticket(record: Any, densities: dict[str, float], where: str) -> Ticket:
     """The ticket of a file. Raises Fault for one that could not have been written."""
     if not isinstance(record, dict):
-        raise Fault(f"{where}: its record is none. {AGAIN}")
+        raise UserError(f"{where}: its record is none. {AGAIN}")
     record = {"layer_density": densities} | record
     for scores in [record.get("scores"), *_values(record.get("also"))]:
         if any(not isinstance(s, dict) or s.keys() != Score.model_fields.keys() for s in _values(scores)):
-            raise Fault(f"{where}: its scores are none. {AGAIN}")
+            raise UserError(f"{where}: its scores are none. {AGAIN}")
     ticket = tickets.parse(json.dumps(record).encode(), where)
     whole = json.loads(ticket.dump())
     if any(record[key] != whole[key] for key in record):
-        raise Fault(f"{where}: its record has values of other kinds than a ticket's. {AGAIN}")
+        raise UserError(f"{where}: its record has values of other kinds than a ticket's. {AGAIN}")
     return ticket
 
 

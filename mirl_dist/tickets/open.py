@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mirl_dist import models
-from mirl_dist.config.config import Config, of_dump
-from mirl_dist.config.portable import placeless
-from mirl_dist.errors import Fault
+from mirl_dist.config.config import Config, from_dump
+from mirl_dist.config.portable import portable
+from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import Options, open_store
 from mirl_dist.tickets import file, verify
@@ -50,7 +50,7 @@ class Found(NamedTuple):
         ticket, folder = self.ticket(), self.checkpoints.store.where(f"rounds/{self.round_:02d}")
         shapes = {name: tuple(w.shape) for name, w in initial.items() if name in ticket.layer_density}
         masks = unpack_masks(packed, shapes, folder)
-        masking.close_weights(initial, masks)
+        masking.apply_masks(initial, masks)
         return StartingPoint(ticket, masks, initial)
 
     def content(self) -> Content:
@@ -92,20 +92,20 @@ def open_run(folder: str, options: Options = _USUAL) -> tuple[Checkpoints, Confi
     checkpoints = Checkpoints(open_store(folder, options))
     identity = checkpoints.identity()
     if identity is None:
-        raise Fault(f"{folder} holds no run (no run.json). Give the run.folder of a config that was trained.")
-    return checkpoints, of_dump(identity["config"], f"{folder}/run.json")
+        raise UserError(f"{folder} holds no run (no run.json). Give the run.folder of a config that was trained.")
+    return checkpoints, from_dump(identity["config"], f"{folder}/run.json")
 
 
 def _refuse_no_run(folder: str) -> None:
     """Raise Fault for what names something else than a run."""
     if folder.startswith("mlflow:"):
-        raise Fault(
+        raise UserError(
             f"found {folder}, but only `tickets compare` reads MLflow. Name the run's folder, or a ticket file."
         )
     if "://" not in folder and Path(folder).is_file():
-        raise Fault(f"found {folder}, which is a file, where a run is needed. Name the folder of a run.")
+        raise UserError(f"found {folder}, which is a file, where a run is needed. Name the folder of a run.")
     if folder.endswith(".ticket") and not Path(folder).exists():
-        raise Fault(f"no file at {folder}. Give the path of a ticket file, or a run.")
+        raise UserError(f"no file at {folder}. Give the path of a ticket file, or a run.")
 
 
 def run_of(reference: str) -> str:
@@ -119,11 +119,11 @@ def find(reference: str, options: Options = _USUAL) -> Found:
     checkpoints, config = open_run(match.group(1) if match else reference, options)
     rounds = [t.round for t in checkpoints.tickets()]
     if not rounds:
-        raise Fault(f"{reference} has no finished round yet. `mirl-dist status` shows where it stands.")
+        raise UserError(f"{reference} has no finished round yet. `mirl-dist status` shows where it stands.")
     chosen = checkpoints.best()
     round_ = int(match.group(2)) if match else (rounds[-1] if chosen is None else chosen)
     if round_ not in rounds:
-        raise Fault(f"{reference} is not there; finished rounds are {', '.join(map(str, rounds))}.")
+        raise UserError(f"{reference} is not there; finished rounds are {', '.join(map(str, rounds))}.")
     return Found(checkpoints, config, round_)
 
 
@@ -135,9 +135,9 @@ def open_ticket(reference: str, options: Options = _USUAL) -> Found | Filed:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise Fault(f"found {path}, which cannot be read: {error.strerror or error}. Correct the rights.") from None
+        raise UserError(f"found {path}, which cannot be read: {error.strerror or error}. Correct the rights.") from None
     content = file.read(data, reference)
-    return Filed(path, placeless(of_dump(content.config, reference)), content)
+    return Filed(path, portable(from_dump(content.config, reference)), content)
 
 
 def network(config: Config, weights: dict[str, Tensor]) -> nn.Module:
@@ -149,7 +149,7 @@ def network(config: Config, weights: dict[str, Tensor]) -> nn.Module:
     found = {name: tuple(t.shape) for name, t in weights.items()}
     if expected != found:
         odd = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-        raise Fault(
+        raise UserError(
             f"the ticket's weights and its model section differ in {len(odd)} tensors, first '{odd[0]}': found "
             f"{found.get(odd[0], 'nothing')}, the network has {expected.get(odd[0], 'nothing')}. Get the ticket again."
         )
@@ -160,7 +160,7 @@ def network(config: Config, weights: dict[str, Tensor]) -> nn.Module:
 def _verified_initial(checkpoints: Checkpoints) -> dict[str, Tensor]:
     found, identity = checkpoints.initial(), checkpoints.identity() or {}
     if found is None or masking.digest_tensors(found) != identity.get("initial_digest"):
-        raise Fault(
+        raise UserError(
             f"{checkpoints.store.where(INITIAL)} is damaged or missing. Start the run again once: it makes the file "
             "anew where its seed still gives the same values."
         )

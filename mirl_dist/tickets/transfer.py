@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from mirl_dist import models
-from mirl_dist.config.portable import placeless
-from mirl_dist.errors import Fault
+from mirl_dist.config.portable import portable
+from mirl_dist.errors import UserError
 from mirl_dist.observability import progress
 from mirl_dist.storage import Folder, output_paths
 from mirl_dist.tickets import file as ticket_file
@@ -25,15 +25,15 @@ from mirl_dist.training.run import rule_of
 def pack(reference: str, out: Path) -> None:
     """One round of a run into one file, without the places that its config names. Raises Fault where its own proof
     fails."""
-    output_paths.refuse_file(out)
+    output_paths.check_file(out)
     opened = opening.open_ticket(reference)
     if isinstance(opened, Filed):
-        raise Fault(f"found {reference}, which is a ticket file already. Copy it, or name a round of a run.")
+        raise UserError(f"found {reference}, which is a ticket file already. Copy it, or name a round of a run.")
     content = opened.content()
-    data = ticket_file.pack(*content._replace(config=placeless(opened.config).dump()))
+    data = ticket_file.pack(*content._replace(config=portable(opened.config).dump()))
     broken = [check for check in ticket_file.verify(ticket_file.read(data, str(out))) if check.holds is False]
     if broken:
-        raise Fault(f"{reference} does not prove itself: {broken[0].what} ({broken[0].detail}). Restore the run.")
+        raise UserError(f"{reference} does not prove itself: {broken[0].what} ({broken[0].detail}). Restore the run.")
     Folder(out.parent).put(out.name, data)
     ticket = content.ticket
     progress.say(
@@ -69,7 +69,7 @@ def verify(reference: str, run: str | None, as_json: bool) -> None:
             progress.say("not asked: whether the mask follows from the parent's weights; name the run with --run RUN")
     broken = [check.what for check in checks if check.holds is False]
     if broken:
-        raise Fault(f"{reference} does not hold: {'; '.join(broken)}. Do not use it; get it from its run again.")
+        raise UserError(f"{reference} does not hold: {'; '.join(broken)}. Do not use it; get it from its run again.")
 
 
 def _home(content: Content, reference: str, run: str) -> Found:
@@ -79,7 +79,7 @@ def _home(content: Content, reference: str, run: str) -> Found:
     for what in ("fingerprint", "manifest_digest", "initial_digest"):
         mine = getattr(content.ticket, what)
         if said.get(what) != mine:
-            raise Fault(
+            raise UserError(
                 f"--run: {run} is another run than the ticket's: its {what.replace('_', ' ')} is "
                 f"{str(said.get(what))[:16]}, that of {reference} {mine[:16]}. Name the run that the ticket is of."
             )
@@ -106,11 +106,11 @@ def _with_run(content: Content, home: Found) -> list[Check]:
 
 def export(reference: str, out: Path, compact: bool) -> None:
     """A ticket's trained weights as the official code loads them (.ckpt, .pth, .pt), or as safetensors."""
-    output_paths.refuse_file(out)
+    output_paths.check_file(out)
     if out.suffix not in (".ckpt", ".pth", ".pt", ".safetensors"):
-        raise Fault(f"--out: found {out}, whose ending says no format. Use .ckpt, .pth, .pt or .safetensors.")
+        raise UserError(f"--out: found {out}, whose ending says no format. Use .ckpt, .pth, .pt or .safetensors.")
     if compact and out.suffix == ".safetensors":
-        raise Fault("--compact: found with a .safetensors file, which is never compressed. Name a .ckpt file.")
+        raise UserError("--compact: found with a .safetensors file, which is never compressed. Name a .ckpt file.")
     opened = opening.open_ticket(reference)
     weights, sizes = opened.trained_weights(), opened.config.model.sizes()
     if out.suffix == ".safetensors":
@@ -129,7 +129,7 @@ def export(reference: str, out: Path, compact: bool) -> None:
 
 def import_official(file: Path, model: str, out: Path) -> None:
     """An official checkpoint to safetensors under our names; says what was dropped."""
-    output_paths.refuse_file(out)
+    output_paths.check_file(out)
     converted = models.from_official(model, _load_tensors(file))
     Folder(out.parent).put(out.name, pack_tensors(converted.weights))
     count = sum(t.numel() for t in converted.weights.values())
@@ -154,14 +154,14 @@ def _load_tensors(file: Path) -> dict[str, Any]:
         found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         return found
     except FileNotFoundError:
-        raise Fault(f"no file at {file}. Give the path of an official checkpoint.") from None
+        raise UserError(f"no file at {file}. Give the path of an official checkpoint.") from None
     except pickle.UnpicklingError:  # torch's own text would advise to run the code
-        raise Fault(
+        raise UserError(
             f"{file} holds more than tensors and plain values, which only code from the file could read; none was run. "
             "Save its state dict alone, where you trust the file."
         ) from None
     except (*_NO_CHECKPOINT, safetensors.SafetensorError) as error:
         reason = (str(error).splitlines() or [""])[0][:120]
-        raise Fault(
+        raise UserError(
             f"{file} is not a checkpoint that can be read ({type(error).__name__}: {reason}). Get the file again."
         ) from None

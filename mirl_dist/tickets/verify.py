@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from mirl_dist.config import config as configs
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.criteria import CRITERIA
 from mirl_dist.pruning.masks import Masks
-from mirl_dist.pruning.partition import Slice, sizes
-from mirl_dist.pruning.prune import Rule, groups, prune
-from mirl_dist.pruning.quantile import alone
+from mirl_dist.pruning.partition import ReplicatedPartition, count_weights
+from mirl_dist.pruning.prune import PruneConfig, groups, prune
+from mirl_dist.pruning.quantile import single_rank
 from mirl_dist.training.ticket import DENSE, Ticket
 
 FOLLOWS = "the mask follows from the parent's weights"
@@ -52,7 +52,9 @@ def refuse_oversized(config: configs.Config, weights: int, where: str) -> None:
     if sum(m.blocks) + m.refinement_blocks > MOST_BLOCKS:
         odd.append("blocks")
     if odd:
-        raise Fault(f"{where}: its model.{odd[0]} makes a larger network than its {weights:,} weights. Get it again.")
+        raise UserError(
+            f"{where}: its model.{odd[0]} makes a larger network than its {weights:,} weights. Get it again."
+        )
 
 
 class Round(Protocol):
@@ -79,10 +81,10 @@ def _of_file(content: Round) -> Iterator[Check]:
     ticket, masks = content.ticket, content.masks
     yield _same("mask digest", ticket.mask_digest, masking.digest(masks))
     yield _same("digest of the trained weights", ticket.weights_digest, masking.digest_tensors(content.trained))
-    if masking.alive(masks) == masking.size(masks):  # else the dead ones among them are not here
+    if masking.count_surviving(masks) == masking.size(masks):  # else the dead ones among them are not here
         yield _same("digest of the first values", ticket.initial_digest, masking.digest_tensors(content.initial))
     yield _same("prunable weights", ticket.prunable, masking.size(masks))
-    yield _same("alive weights", ticket.alive, masking.alive(masks))
+    yield _same("alive weights", ticket.alive, masking.count_surviving(masks))
     yield _same("weights in all", ticket.total, sum(t.numel() for t in content.trained.values()))
     densities = masking.densities(masks)
     odd = [n for n in sorted(densities.keys() | ticket.layer_density.keys())]
@@ -92,7 +94,7 @@ def _of_file(content: Round) -> Iterator[Check]:
         bare = [n for n in sorted(densities) if densities[n] == 0]
         yield _same("tensors without any alive weight", ", ".join(sorted(ticket.collapsed)), ", ".join(bare))
     for what, weights in (("first", content.initial), ("trained", content.trained)):
-        name = masking.open_dead(weights, masks)
+        name = masking.find_nonzero_pruned(weights, masks)
         yield Check(f"dead weights are zero in the {what} values", name is None, f"not in '{name}'" if name else "all")
     yield from _of_config(ticket, content.config)
     if ticket.protocols:
@@ -102,8 +104,8 @@ def _of_file(content: Round) -> Iterator[Check]:
 
 def _of_config(ticket: Ticket, tree: dict[str, Any]) -> Iterator[Check]:
     try:
-        config = configs.of_dump(tree, "the ticket file's config")
-    except Fault as fault:
+        config = configs.from_dump(tree, "the ticket file's config")
+    except UserError as fault:
         yield Check("fingerprint of the config", False, str(fault))
         return
     yield _same("fingerprint of the config", ticket.fingerprint, config.fingerprint())
@@ -113,7 +115,7 @@ def _of_config(ticket: Ticket, tree: dict[str, Any]) -> Iterator[Check]:
         yield _same("seed", ticket.seed, config.run.seed)
 
 
-def verify_descent(content: Round, parent: Round, rule: Rule) -> list[Check]:
+def verify_descent(content: Round, parent: Round, rule: PruneConfig) -> list[Check]:
     """Whether a ticket is the child of `parent`, the round before it in its run, whose masks `rule` cut.
 
     parent.initial may be the run's first values with or without the dead ones; parent.trained is empty where the run
@@ -123,7 +125,7 @@ def verify_descent(content: Round, parent: Round, rule: Rule) -> list[Check]:
     return list(_of_descent(content, parent, rule))
 
 
-def _of_descent(content: Round, parent: Round, rule: Rule) -> Iterator[Check]:
+def _of_descent(content: Round, parent: Round, rule: PruneConfig) -> Iterator[Check]:
     child, elder = content.ticket, parent.ticket
     yield _same("digest of the parent's ticket", child.parent, elder.digest())
     yield _same("round", child.round, elder.round + 1)
@@ -149,10 +151,10 @@ def _of_descent(content: Round, parent: Round, rule: Rule) -> Iterator[Check]:
     yield Check("survivors have the run's first values", not moved, _named(moved) or "all, to the last bit")
 
 
-def _of_cut(content: Round, parent: Round, rule: Rule) -> Iterator[Check]:
+def _of_cut(content: Round, parent: Round, rule: PruneConfig) -> Iterator[Check]:
     criterion = CRITERIA[rule.criterion]
-    wanted = sum(group.k for group in groups(sizes(parent.masks, Slice(), alone), rule))
-    gone = masking.alive(parent.masks) - masking.alive(content.masks)
+    wanted = sum(group.k for group in groups(count_weights(parent.masks, ReplicatedPartition(), single_rank), rule))
+    gone = masking.count_surviving(parent.masks) - masking.count_surviving(content.masks)
     yield _same("weights removed by the rule", wanted, gone)
     if criterion.needs != "nothing":
         yield Check(FOLLOWS, None, f"not provable: {rule.criterion} looks at the {criterion.needs} too")

@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 import safetensors.torch
 from torch import Tensor
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
-from mirl_dist.storage import NotAllowed, NotThere, Store, TryAgain
-from mirl_dist.storage.commits import Commits, Reader, Writer, dump, sealed, unsealed, unsigned
+from mirl_dist.storage import NotFound, Rejected, Store, Unavailable
+from mirl_dist.storage.commits import Commits, Reader, Writer, add_digest, check_digest, to_json, unsigned
 from mirl_dist.training import ticket as tickets
 from mirl_dist.training.state import Progress, Snapshot
 from mirl_dist.training.ticket import Ticket
@@ -86,7 +86,7 @@ class Checkpoints:
 
     def take_over(self) -> None:
         """Begin to write, after the lease was claimed: what dead writers left goes, and they cannot commit any more."""
-        self._commits.take_over()
+        self._commits.fence_older_writers()
         whole, mine = {c.folder for c in self.commits()}, self._commits.writer.generation
         for name in self.store.list("rounds"):
             found = _parsed(name.rpartition("/")[0])
@@ -97,11 +97,11 @@ class Checkpoints:
         """What run.json says, or None where there is no run. Raises Fault for a run.json that cannot be read."""
         try:
             data = self.store.get(RUN)
-        except NotThere:
+        except NotFound:
             return None
-        found = unsealed(data) or unsigned(data, _IDENTITY | {"versions"})
+        found = check_digest(data) or unsigned(data, _IDENTITY | {"versions"})
         if found is None or not found.keys() >= _IDENTITY:
-            raise Fault(
+            raise UserError(
                 f"{self.store.where(RUN)} does not describe a run, or is damaged. Restore a copy of it, or choose "
                 "another run.folder."
             )
@@ -109,8 +109,10 @@ class Checkpoints:
 
     def begin(self, identity: dict[str, Any]) -> None:
         """Write run.json, which states the digest of the first weights. Raises Fault when another start was faster."""
-        if not self.store.put_if_absent(RUN, sealed(identity)):
-            raise Fault(f"{self.store.where()} was begun by another launch a moment ago. Choose another run.folder.")
+        if not self.store.put_if_absent(RUN, add_digest(identity)):
+            raise UserError(
+                f"{self.store.where()} was begun by another launch a moment ago. Choose another run.folder."
+            )
 
     def save_initial(self, weights: Mapping[str, Tensor]) -> None:
         """Write the first weights, over any that an older run left here; run.json already states their digest."""
@@ -129,27 +131,27 @@ class Checkpoints:
         """What `save_tensors` wrote; None where the file is damaged or missing. Their digest is the caller's."""
         try:
             return safetensors.torch.load(self.store.get(name))
-        except (NotThere, safetensors.SafetensorError):
+        except (NotFound, safetensors.SafetensorError):
             return None
 
     def remembered(self) -> dict[str, str]:
         """MLflow ids by name; none for a file that is damaged: the runs are then found by their tags."""
         try:
             found = json.loads(self.store.get(TRACKING))
-        except (NotThere, json.JSONDecodeError, UnicodeDecodeError):
+        except (NotFound, json.JSONDecodeError, UnicodeDecodeError):
             return {}
         well = isinstance(found, dict) and all(isinstance(id_, str) for id_ in found.values())
         return found if well else {}
 
     def remember(self, ids: dict[str, str]) -> None:
         """Keep further MLflow ids."""
-        self.store.put(TRACKING, dump(self.remembered() | ids))
+        self.store.put(TRACKING, to_json(self.remembered() | ids))
 
     # -- commits ------------------------------------------------------------------------------------------------
 
     def commits(self) -> list[Commit]:
         """All complete commits, the newest first."""
-        found = [parsed for folder in self._commits.whole("rounds") if (parsed := _parsed(folder))]
+        found = [parsed for folder in self._commits.complete("rounds") if (parsed := _parsed(folder))]
         found.sort(key=lambda c: (c[0].round_, c[0].step is None, c[0].step or 0, c[1]), reverse=True)
         return [commit for commit, _ in found]
 
@@ -176,7 +178,7 @@ class Checkpoints:
         parts = {
             WEIGHTS: pack_tensors(snapshot.weights),
             MASK: pack_tensors(masking.pack(snapshot.masks)),
-            STATE: dump(snapshot.progress.model_dump()),
+            STATE: to_json(snapshot.progress.model_dump()),
         }
         folder = f"rounds/{snapshot.progress.round:02d}/{what}-{self._commits.writer.generation:04d}"
         self._commits.commit(folder, parts | more | ({OUTBOX: outbox} if outbox else {}))
@@ -212,7 +214,7 @@ class Checkpoints:
             if (commit.round_, commit.step) == (round_, None):
                 return commit.folder
         where = self.store.where(f"rounds/{round_:02d}")
-        raise Fault(f"{where} holds no finished round. `mirl-dist tickets list` shows them.")
+        raise UserError(f"{where} holds no finished round. `mirl-dist tickets list` shows them.")
 
     # -- reading back -------------------------------------------------------------------------------------------
 
@@ -227,15 +229,15 @@ class Checkpoints:
             try:
                 parts = self._commits.parts(commit.folder)
                 if not {WEIGHTS, MASK, STATE} <= parts.keys():
-                    raise Fault(f"{self.store.where(commit.folder)} does not hold all of a run's state (any more)")
+                    raise UserError(f"{self.store.where(commit.folder)} does not hold all of a run's state (any more)")
                 return commit, parts, damaged
-            except (NotAllowed, TryAgain):
+            except (Rejected, Unavailable):
                 raise  # a store that refuses or fails is not a damaged commit
-            except Fault as fault:
+            except UserError as fault:
                 damaged.append(str(fault))
                 self._damaged.add(commit.folder)
         if commits:
-            raise Fault("no commit of this run can be read: " + "; ".join(damaged) + ". Restore a copy of the run.")
+            raise UserError("no commit of this run can be read: " + "; ".join(damaged) + ". Restore a copy of the run.")
         return None
 
     def stands(self, commits: list[Commit]) -> tuple[Commit | None, Progress]:
@@ -243,9 +245,9 @@ class Checkpoints:
         for commit in commits:
             try:
                 return commit, Progress.model_validate_json(self._commits.part(commit.folder, STATE))
-            except (NotAllowed, TryAgain):
+            except (Rejected, Unavailable):
                 raise
-            except Fault:  # damaged, or removed meanwhile
+            except UserError:  # damaged, or removed meanwhile
                 continue
         return None, Progress()
 
@@ -276,7 +278,7 @@ class Checkpoints:
     def _beside(self, round_: int, name: str) -> bytes | None:
         try:
             return self.store.get(f"{self._ended(round_)}/{name}")
-        except NotThere:
+        except NotFound:
             return None
 
     def round_weights(self, round_: int) -> dict[str, Tensor]:
@@ -284,25 +286,25 @@ class Checkpoints:
         folder = self._ended(round_)
         parts = self._commits.parts(folder)
         if WEIGHTS not in parts:
-            raise Fault(f"{self.store.where(folder)} kept its ticket but not its weights (keep.rounds: best).")
+            raise UserError(f"{self.store.where(folder)} kept its ticket but not its weights (keep.rounds: best).")
         return safetensors.torch.load(parts[WEIGHTS])
 
     def has_weights(self, round_: int) -> bool:
         """Whether a finished round's weights were kept."""
-        return WEIGHTS in self._commits.said(self._ended(round_))
+        return WEIGHTS in self._commits.read_complete(self._ended(round_))
 
     def mark_best(self, round_: int, score: float, by: tuple[str, ...]) -> None:
-        self.store.put(BEST, sealed({"round": round_, "score": score, "by": list(by)}))
+        self.store.put(BEST, add_digest({"round": round_, "score": score, "by": list(by)}))
 
     def best(self) -> int | None:
         """The round that the run chose by validation, if it did. Raises Fault for a damaged file."""
         try:
             data = self.store.get(BEST)
-        except NotThere:
+        except NotFound:
             return None
-        found = unsealed(data) or unsigned(data, {"round", "score", "by"})
+        found = check_digest(data) or unsigned(data, {"round", "score", "by"})
         if found is None:
-            raise Fault(f"{self.store.where(BEST)} is damaged. Remove it: the last round then stands for the run.")
+            raise UserError(f"{self.store.where(BEST)} is damaged. Remove it: the last round then stands for the run.")
         return int(found["round"])
 
 
@@ -311,4 +313,4 @@ def unpack_masks(data: bytes, shapes: Mapping[str, tuple[int, ...]], where: str)
     try:
         return masking.unpack(safetensors.torch.load(data), shapes)
     except (ValueError, safetensors.SafetensorError) as error:
-        raise Fault(f"{where}/{MASK}: {error}. The prune.scope or the model differs.") from None
+        raise UserError(f"{where}/{MASK}: {error}. The prune.scope or the model differs.") from None

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from mirl_dist.config.local_paths import process_folder
-from mirl_dist.errors import Fault, Stopped
+from mirl_dist.errors import Stopped, UserError
 
 _BODY = struct.Struct("<QBQQQQQ")
 _CHECK = struct.Struct("<I")
@@ -74,7 +74,7 @@ class Footprint:
                 stream.write(b"\0" * (2 * _BYTES - stream.seek(0, os.SEEK_END)))  # a full disk says so here
                 stream.flush()
                 file = mmap.mmap(stream.fileno(), 2 * _BYTES)
-        except (OSError, Fault):  # no room, or nobody's place: a run does not end for want of it
+        except (OSError, UserError):  # no room, or nobody's place: a run does not end for want of it
             return cls()
         opened = cls(file, path)
         last = _newest(file[:])
@@ -113,7 +113,7 @@ class Footprint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Closes, unless what ended the launch is an error that nobody foresaw."""
-        if kind is None or issubclass(kind, (Fault, Stopped, SystemExit)):
+        if kind is None or issubclass(kind, (UserError, Stopped, SystemExit)):
             self.close()
 
     def text(self, keys: Sequence[str]) -> str:

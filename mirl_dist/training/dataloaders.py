@@ -23,7 +23,7 @@ from mirl_dist.data.sampler import Order, Position, Shares
 from mirl_dist.data.shard_pool import Supply
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.errors import Fault, Stopped
+from mirl_dist.errors import Stopped, UserError
 from mirl_dist.evaluation import evaluate
 from mirl_dist.observability import progress
 from mirl_dist.observability.console import warn
@@ -65,7 +65,7 @@ def evaluation_looks_ahead(supply: Supply, jobs: Sequence[evaluate.Job], ranks: 
     shards = {job.place.shard.name: job.place.shard.bytes for job in jobs}
     largest = max(shards.values())
     if sum(shards.values()) > limit and node_ranks * largest > limit:
-        raise Fault(
+        raise UserError(
             f"data.cache.gigabytes: found {limit / 1e9:g}, but {node_ranks} ranks on this node score evaluation shards "
             f"of up to {largest / 1e9:.3g} GB. Set it to {node_ranks * largest * 1.01 / 1e9:.3g} or more.",
             everywhere=True,
@@ -94,7 +94,7 @@ def held_of(config: Config, supply: Supply, jobs: Sequence[evaluate.Job], ranks:
     held, why, stopped = Held(), "", False
     try:
         held.read(supply, mine)
-    except Fault as fault:
+    except UserError as fault:
         why = str(fault)
     except Stopped:
         stopped = True
@@ -103,7 +103,7 @@ def held_of(config: Config, supply: Supply, jobs: Sequence[evaluate.Job], ranks:
         raise Stopped("stopped as asked before any step was trained")
     for text, _ in told:
         if text:
-            raise Fault(text, everywhere=True)
+            raise UserError(text, everywhere=True)
     return held
 
 

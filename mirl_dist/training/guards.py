@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mirl_dist.data.sample import Batch
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability.progress import say
 from mirl_dist.training.state import Progress
 
@@ -69,7 +69,7 @@ def refuse_bad_gradient(norm: Tensor, seen: Seen, progress: Progress, skip: int,
 def _leave_out(found: str, advice: str, progress: Progress, skip: int, ranks: Ranks) -> None:
     if progress.bad >= skip:
         before = f" {progress.bad} such batches were left out before (guard.skip_bad_batches)." if progress.bad else ""
-        raise Fault(
+        raise UserError(
             f"{found}. Nothing of this step was applied.{before} {advice} in a new run.folder, or allow some with "
             f"guard.skip_bad_batches={max(2 * skip, 10)} and go on from the last commit.",
             everywhere=True,

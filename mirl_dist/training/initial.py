@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mirl_dist import models
 from mirl_dist.config.config import Config
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.prune import in_scope
@@ -60,7 +60,7 @@ def network(config: Config, more: int = 0) -> nn.Module:
         torch.manual_seed(config.run.seed + more)
         model = models.create(config.model.name, **config.model.sizes())
     if next(model.buffers(), None) is not None:
-        raise Fault(f"model.name: '{config.model.name}' has buffers, which masks and rewinding do not cover yet.")
+        raise UserError(f"model.name: '{config.model.name}' has buffers, which masks and rewinding do not cover yet.")
     return model
 
 
@@ -81,21 +81,25 @@ def _imported(file: Path, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
     try:
         found = safetensors.torch.load_file(file)
     except (OSError, safetensors.SafetensorError) as error:
-        raise Fault(
+        raise UserError(
             f"model.weights: found {file}, which cannot be read as safetensors ({str(error)[:100]}). "
             "Write it with `mirl-dist import`."
         ) from None
     _refuse_another_network(f"model.weights: {file}", {n: t.shape for n, t in found.items()}, drawn)
     odd = sorted(n for n, t in found.items() if t.dtype != torch.float32 or not bool(torch.isfinite(t).all()))
     if odd:
-        raise Fault(f"model.weights: {file}: '{odd[0]}' ({len(odd)} such) is not float32, or not finite. Import again.")
+        raise UserError(
+            f"model.weights: {file}: '{odd[0]}' ({len(odd)} such) is not float32, or not finite. Import again."
+        )
     return {name: found[name] for name in drawn}
 
 
 def refuse_absent(config: Config, open_ticket: OpenTicket) -> None:
     """Raise Fault, before anything is begun, where what a run is to begin with is not there."""
     if config.model.weights is not None and not Path(config.model.weights).is_file():
-        raise Fault(f"model.weights: found {config.model.weights}, which is no file. Write it with `mirl-dist import`.")
+        raise UserError(
+            f"model.weights: found {config.model.weights}, which is no file. Write it with `mirl-dist import`."
+        )
     if config.start.ticket is not None:
         open_ticket(config.start.ticket, options_of(config.store))
 
@@ -108,7 +112,7 @@ def _of_ticket(config: Config, open_ticket: OpenTicket, drawn: dict[str, Tensor]
     _refuse_another_network(where, {n: t.shape for n, t in weights.items()}, drawn)
     odd = sorted(masks.keys() ^ set(in_scope(drawn, config.prune.scope)))
     if odd:
-        raise Fault(
+        raise UserError(
             f"{where} was pruned in another scope: {len(odd)} tensors are in one of the two only, first '{odd[0]}'. "
             "Set prune.scope to the ticket's."
         )
@@ -132,7 +136,7 @@ def _all_first_values(
         again = network(config.model_copy(update={"run": run}))
         found = {name: parameter.detach() for name, parameter in again.named_parameters()}
         if masking.digest_tensors(found) != digest:
-            raise Fault(
+            raise UserError(
                 f"{where} tells the first values of its survivors only, and seed {seed} gives others here. Name a "
                 "round of the run whose tickets began from all weights, as RUN/rounds/NN."
             )
@@ -144,7 +148,7 @@ def _refuse_another_network(where: str, found: dict[str, torch.Size], mine: dict
     odd = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
     if odd:
         there, here = found.get(odd[0]), wanted.get(odd[0])
-        raise Fault(
+        raise UserError(
             f"{where} is of another network: {len(odd)} tensors differ, first '{odd[0]}' (there "
             f"{'absent' if there is None else tuple(there)}, here {'absent' if here is None else tuple(here)}). "
             "Make the model section that of the file."

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.sample import Batch
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.distributed.stragglers import Pace
+from mirl_dist.distributed.stragglers import StragglerDetector
 from mirl_dist.errors import Stopped
 from mirl_dist.observability.console import note
 from mirl_dist.observability.progress import Advance, say
@@ -85,7 +85,11 @@ def train_round(
     not be written; Stopped after a commit when any rank was asked to stop.
     """
     engine, progress = state.engine, state.progress
-    meter, pace, spikes = Meter(plan, progress, ranks.device), Pace(ranks.hosts), guards.Spikes(plan.spike_factor)
+    meter, pace, spikes = (
+        Meter(plan, progress, ranks.device),
+        StragglerDetector(ranks.hosts),
+        guards.Spikes(plan.spike_factor),
+    )
     due = False
     while progress.epoch < plan.epochs:
         lr, seen, loss, norm = around.rate(progress), guards.Seen(), 0.0, torch.tensor(float("nan"))
@@ -100,7 +104,7 @@ def train_round(
         for i in range(plan.passes):
             pace.begin()
             batch = come(batches, ranks.device)
-            pace.batch_came()
+            pace.batch_ready()
             with ranks.accumulate(model, more=i + 1 < plan.passes):
                 losses = forward(model, batch, plan, seen, ranks)
                 word = meet(losses, batch, ranks, around, pace)
@@ -118,11 +122,11 @@ def train_round(
             loss += word.loss / plan.batch
             skipped += word.skipped
         if not seen.left_out:
-            engine.close_gradients(state.masks)
+            engine.mask_gradients(state.masks)
             norm = engine.clip(plan.clip_norm)
             seen.left_out = guards.refuse_bad_gradient(norm, seen, progress, plan.skip_bad, ranks)
         if seen.left_out:
-            engine.forget()
+            engine.drop_gradients()
         else:
             engine.step(lr)
             meter.count(seen)
@@ -154,7 +158,7 @@ def come(batches: Iterator[Batch], device: torch.device) -> Batch | None:
 def forward(model: nn.Module, batch: Batch | None, plan: Plan, seen: guards.Seen, ranks: Ranks) -> Tensor:
     """The loss of each sample; of none without a batch, for which a rank goes along where the others need it to."""
     if batch is None:
-        if ranks.meets_in_passes:
+        if ranks.is_sharded:
             ranks.forward(model, torch.zeros(1, 3, plan.patch_pixels, plan.patch_pixels, device=ranks.device))
         return torch.zeros(0)
     restored = ranks.forward(model, batch.degraded)
@@ -163,13 +167,13 @@ def forward(model: nn.Module, batch: Batch | None, plan: Plan, seen: guards.Seen
     return losses
 
 
-def meet(losses: Tensor, batch: Batch | None, ranks: Ranks, around: Around, pace: Pace) -> Word:
+def meet(losses: Tensor, batch: Batch | None, ranks: Ranks, around: Around, pace: StragglerDetector) -> Word:
     """The one meeting of ranks in a pass: who met a loss that is not finite, who was asked to stop, and so on."""
     bad = not bool(torch.isfinite(losses.detach()).all())
     skipped = 0 if batch is None else batch.skipped
     flags = [bad, around.stop_asked(), batch is None, around.busy(), around.failed(), skipped]
     mine = torch.tensor([*map(float, flags), float(losses.detach().sum())], dtype=torch.float64)
-    pace.arrived()
+    pace.reached_collective()
     *told, replaced, loss = ranks.sum(mine, what="sum of losses and flags").tolist()
     bad, stop, starved, busy, failed = (count > 0 for count in told)
     return Word(bad, stop, starved, busy, failed, int(replaced), loss)
@@ -217,7 +221,7 @@ class Meter:
 def tell(
     progress: Progress,
     meter: Meter,
-    pace: Pace,
+    pace: StragglerDetector,
     plan: Plan,
     ranks: Ranks,
     values: dict[str, float],
@@ -243,13 +247,13 @@ def tell(
     )
     around.log(progress.updates, values | {"samples_per_second": speed})
     advance(progress.updates, f"loss {values.get('loss/mean', float('nan')):.4f}  {speed:.0f} samples/s")
-    batch_seconds, rest_seconds = pace.take()
+    batch_seconds, rest_seconds = pace.mean_seconds()
     told = {"batch_seconds": batch_seconds, "rest_seconds": rest_seconds} | values
     note(f"round {progress.round}", "note", round=progress.round, step=progress.updates, **told)
     if ranks.world > 1:
         mine = torch.tensor([batch_seconds, rest_seconds], dtype=torch.float64)
         paces = ranks.gather(mine, what="gather of paces")
-        lines = pace.judge([(float(a), float(b)) for a, b in paces.tolist()], plan.slow_factor)
+        lines = pace.find_slow([(float(a), float(b)) for a, b in paces.tolist()], plan.slow_factor)
         for line in lines if ranks.is_main else ():
             say(f"warning: {line}")
     meter.reset()

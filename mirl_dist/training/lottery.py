@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.prune import Pruned
-from mirl_dist.pruning.rewind import rewind, rewound_names, unproven
+from mirl_dist.pruning.prune import PruneResult
+from mirl_dist.pruning.rewind import find_unrewound, rewind, rewound_names
 from mirl_dist.training.state import State
 from mirl_dist.training.ticket import Ticket
 
@@ -56,7 +56,7 @@ def play(
     newest: Ticket | None,
     train_and_score: Callable[[], Ticket],
     record: Callable[[Ticket], None],
-    select: Callable[[], Pruned],
+    select: Callable[[], PruneResult],
     rewind_point: Callable[[], dict[str, Tensor]],
     stop_if_asked: Callable[[str], None],
 ) -> None:
@@ -81,7 +81,7 @@ def play(
             pruned = select()
         stop_if_asked("pruning")
         with ranks.in_phase("pruning"):
-            ranks.agree("the new masks", masking.digest_of_masks(state.whole(pruned.masks)))
+            ranks.check_agreement("the new masks", masking.digest_of_masks(state.whole(pruned.masks)))
         with ranks.in_phase("rewinding"):
             begin_round(lottery, state, rewind_point(), ranks, pruned, newest)
         stop_if_asked("the next round")
@@ -89,16 +89,16 @@ def play(
 
 
 def begin_round(
-    lottery: Lottery, state: State, point: dict[str, Tensor], ranks: Ranks, pruned: Pruned, parent: Ticket
+    lottery: Lottery, state: State, point: dict[str, Tensor], ranks: Ranks, pruned: PruneResult, parent: Ticket
 ) -> None:
     """Rewind the survivors to `point` under the new masks, and prove it on every rank."""
     round_ = parent.round + 1
     names = lottery.rewound(state, round_)
     rewind(state.weights, point, pruned.masks, names)
-    state.engine.written()
+    state.engine.weights_changed()
     prove(
         f"the weights at the start of round {round_} are not mask x what they were rewound to",
-        unproven(state.weights, point, pruned.masks, names),
+        find_unrewound(state.weights, point, pruned.masks, names),
         ranks,
     )
     state.begin_round(
@@ -113,20 +113,20 @@ def begin_round(
 
 def prove_first_values(state: State, initial: dict[str, Tensor], ranks: Ranks) -> None:
     """Every rank holds the same initial weights, by digest."""
-    ranks.agree("the initial weights", masking.digest_of(state.whole(initial)))
+    ranks.check_agreement("the initial weights", masking.digest_of(state.whole(initial)))
 
 
 def prove_replicas(state: State, ranks: Ranks) -> None:
     """Every rank that holds the trained weights holds the same; parts that one rank alone holds cannot drift apart."""
-    if state.engine.held.whole:
-        ranks.agree("the trained weights", masking.digest_tensors(state.weights))
+    if state.engine.layout.is_replicated:
+        ranks.check_agreement("the trained weights", masking.digest_tensors(state.weights))
 
 
 def prove_dead_weights(state: State, ranks: Ranks) -> None:
     """Dead weights are exactly zero on every rank after training."""
     prove(
         f"pruned weights moved in round {state.progress.round}",
-        masking.open_dead(state.weights, state.masks),
+        masking.find_nonzero_pruned(state.weights, state.masks),
         ranks,
     )
 
@@ -136,7 +136,7 @@ def prove(broken: str, tensor: str | None, ranks: Ranks) -> None:
     found = ranks.gather_objects(tensor)
     odd = [f"{ranks.names[rank]}, tensor '{name}'" for rank, name in enumerate(found) if name is not None]
     if odd:
-        raise Fault(
+        raise UserError(
             f"{broken}: {'; '.join(odd)}. The round cannot be trusted and was not recorded; start again with "
             "--resume auto, and report this with the run's config.",
             everywhere=True,

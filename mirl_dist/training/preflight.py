@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 
 from mirl_dist import models
-from mirl_dist.config.config import Config, differences, of_dump
+from mirl_dist.config.config import Config, differences, from_dump
 from mirl_dist.data.sampler import Order, Shares, ranks_in_words, share_batch
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.evaluation import evaluate
 from mirl_dist.evaluation.protocols import PROTOCOLS
 from mirl_dist.observability.mlflow import tracker
@@ -76,7 +76,7 @@ def prepare_together(config: Config, resume: str, ranks: Ranks, open_ticket: Ope
             tracker.refuse(config.tracking.uri)
         return _Told(mine[0].shards.manifest.dump(), mine[0].jobs)
 
-    told = ranks.from_main(on_main, what="manifest")
+    told = ranks.on_main(on_main, what="manifest")
     if mine:
         return mine[0]
     shards = Shards(open_configured(config.store, config.data.shards), told.manifest)
@@ -103,16 +103,18 @@ def _refuse_unknown_scores(globs: tuple[str, ...], names: list[str]) -> None:
     scores = [f"{kind}/{name}" for name in names for kind in ("psnr", "ssim")]
     for glob in globs:
         if not any(fnmatchcase(score, glob) for score in scores):
-            raise Fault(f"keep.by: '{glob}' names no score; there will be {', '.join(scores) or 'none'}. Correct it.")
+            raise UserError(
+                f"keep.by: '{glob}' names no score; there will be {', '.join(scores) or 'none'}. Correct it."
+            )
 
 
 def _refuse_too_many_steps(config: Config, steps_per_epoch: int) -> None:
     """Raise Fault for a rewind point that round 0 does not pass, and for more batches to score by than a round has."""
     steps, at, batches = steps_per_epoch * config.train.epochs, config.rewind.step, config.prune.criterion_batches
     if at is not None and at >= steps:
-        raise Fault(f"rewind.step: found {at}, but a round has {steps} steps. Give an earlier one.")
+        raise UserError(f"rewind.step: found {at}, but a round has {steps} steps. Give an earlier one.")
     if CRITERIA[config.prune.criterion].needs == "gradients" and batches > steps:
-        raise Fault(f"prune.criterion_batches: found {batches}, but a round has {steps} steps. Give fewer.")
+        raise UserError(f"prune.criterion_batches: found {batches}, but a round has {steps} steps. Give fewer.")
 
 
 def refuse_another_run_in(
@@ -123,22 +125,22 @@ def refuse_another_run_in(
     found = checkpoints.identity()
     if found is None:
         if resume == "must":
-            raise Fault(f"--resume must, but {where} holds no run. Correct run.folder, or use --resume auto.")
+            raise UserError(f"--resume must, but {where} holds no run. Correct run.folder, or use --resume auto.")
         if checkpoints.commits():
-            raise Fault(f"{where} holds commits but no run.json. Restore it, or choose another run.folder.")
+            raise UserError(f"{where} holds commits but no run.json. Restore it, or choose another run.folder.")
         initial.refuse_absent(config, open_ticket)
         return
     if resume == "never":
-        raise Fault(f"--resume never, but {where} holds a run. Choose another run.folder, or use --resume auto.")
+        raise UserError(f"--resume never, but {where} holds a run. Choose another run.folder, or use --resume auto.")
     if found["fingerprint"] != config.fingerprint():
-        other = of_dump(found["config"], f"{where}/run.json")
+        other = from_dump(found["config"], f"{where}/run.json")
         said = "; ".join(differences(config, other)[:6]) or "another version wrote it"
-        raise Fault(
+        raise UserError(
             f"{where} belongs to another config (fingerprint {found['fingerprint']}, this one is "
             f"{config.fingerprint()}): {said}. Choose another run.folder, or restore those values."
         )
     if found["manifest_digest"] != manifest_digest:
-        raise Fault(
+        raise UserError(
             f"{where} was trained on shards with digest {found['manifest_digest'][:12]}, {config.data.shards} has "
             f"{manifest_digest[:12]}: other data. Point data.shards to the first ones, or choose another run.folder."
         )

@@ -16,13 +16,13 @@ from mirl_dist.config.config import Config
 from mirl_dist.data.sampler import Order, Position
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.distributed.signals import StopFlag
-from mirl_dist.errors import Fault, Stopped
+from mirl_dist.distributed.signals import StopSignal
+from mirl_dist.errors import Stopped, UserError
 from mirl_dist.observability.progress import say
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.storage import Folder, Store
-from mirl_dist.storage.async_writer import Keeper
+from mirl_dist.storage.async_writer import AsyncWriter
 from mirl_dist.storage.lease import Lease
 from mirl_dist.training.checkpoint import (
     MASK,
@@ -47,7 +47,7 @@ def writing(
     store: Store,
     ranks: Ranks,
     news: dict[str, Any],
-    stop_asked: StopFlag,
+    stop_asked: StopSignal,
     refuse_another_run: Callable[[], None],
 ) -> Iterator[Checkpoints]:
     """The run's checkpoints, which rank 0 alone may write, as long as it holds the run's lease.
@@ -59,7 +59,7 @@ def writing(
     if ranks.is_main:
         launch = {"world": ranks.world, "tracking": config.tracking.model_dump(mode="json")}
         lease = Lease(
-            store, seconds=config.store.lease_seconds, news=lambda: {**news, "phase": ranks.phase}, launch=launch
+            store, seconds=config.store.lease_seconds, status=lambda: {**news, "phase": ranks.phase}, launch=launch
         )
     checkpoints = Checkpoints(store, lease)
 
@@ -72,12 +72,12 @@ def writing(
         try:
             checkpoints.take_over()
             refuse_another_run()  # for the run may have been begun since that was looked at
-        except Fault:
+        except UserError:
             lease.release("failed")
             raise
         return True
 
-    if not ranks.from_main(claim, what="lease"):
+    if not ranks.on_main(claim, what="lease"):
         raise Stopped("stopped as asked before any step was trained")
     why = "failed"
     try:
@@ -91,9 +91,9 @@ def writing(
             lease.release(why)
 
 
-def keeper(config: Config, store: Store) -> Keeper:
+def keeper(config: Config, store: Store) -> AsyncWriter:
     """Who writes commits. An S3 store is patient itself; a folder that is full is tried again by the keeper."""
-    return Keeper(config.store.patience_seconds if isinstance(store, Folder) else 0.0)
+    return AsyncWriter(config.store.patience_seconds if isinstance(store, Folder) else 0.0)
 
 
 def footprint(run_id: str, config: Config, order: Order, shards: Shards, ranks: Ranks) -> Footprint:
@@ -110,9 +110,9 @@ def footprint(run_id: str, config: Config, order: Order, shards: Shards, ranks: 
                 f"{order.tasks[slot.task].name}:{shards.index(shards.train[slot.shard]).entries[slot.sample].key}"
                 for slot in order.slots(round_, at)
             ]
-            raise Fault(opened[0].text(keys))
+            raise UserError(opened[0].text(keys))
 
-    ranks.from_main(on_main, what="footprint")
+    ranks.on_main(on_main, what="footprint")
     return opened[0] if opened else Footprint.silent()
 
 
@@ -153,15 +153,15 @@ def begun(
             kept.append(_kept_first(checkpoints, found, make))
         return {key: found.get(key) for key in ("initial_digest", "start_digest", "parent", "id")}
 
-    told = ranks.from_main(on_main, what="first weights")
-    initial = ranks.tensors_from_main(kept[0].weights if kept else None)
-    masks = ranks.tensors_from_main(kept[0].masks or {} if kept else None)
+    told = ranks.on_main(on_main, what="first weights")
+    initial = ranks.broadcast_tensors(kept[0].weights if kept else None)
+    masks = ranks.broadcast_tensors(kept[0].masks or {} if kept else None)
     for what, mine, said in (
         ("initial weights", masking.digest_tensors(initial), told["initial_digest"]),
         ("first masks", masking.digest(masks) if masks else "", told["start_digest"] or ""),
     ):
         if mine != said:
-            raise Fault(
+            raise UserError(
                 f"{ranks.names[ranks.rank]} received {what} {mine[:12]} where run.json says {said[:12]}. Check that "
                 "machine's memory and network, then start again."
             )
@@ -188,7 +188,7 @@ def _kept_first(checkpoints: Checkpoints, identity: dict[str, Any], make: Callab
         and (masking.digest(made.masks) if made.masks else "") == starts
     )
     if not same:
-        raise Fault(
+        raise UserError(
             f"{checkpoints.store.where('initial.safetensors')} is damaged or belongs to another run, and the "
             f"seed gives other weights than run.json tells ({expected[:12]}). Restore a copy of the file."
         )
@@ -224,7 +224,7 @@ def newest(checkpoints: Checkpoints, ranks: Ranks) -> Newest | None:
         ticket = parts[TICKET].decode() if TICKET in parts else None
         return Newest(commit, json.loads(parts[STATE]), ticket)
 
-    chosen = ranks.from_main(on_main, what="newest commit")
+    chosen = ranks.on_main(on_main, what="newest commit")
     if chosen is not None:
         chosen.parts = parts
     return chosen
@@ -240,19 +240,19 @@ def restore(state: State, chosen: Newest | None, ranks: Ranks) -> Ticket | None:
         parts = chosen.parts
         kept["weights"] = safetensors.torch.load(parts[WEIGHTS])
         kept["moments"] = safetensors.torch.load(parts[MOMENTS]) if MOMENTS in parts else {}
-        shapes = {n: state.engine.held.shapes[n] for n in state.masks}
+        shapes = {n: state.engine.layout.shapes[n] for n in state.masks}
         state.refuse_another_network(kept["weights"])
         kept["masks"] = unpack_masks(parts[MASK], shapes, chosen.commit.folder)
         parts.clear()
 
-    ranks.from_main(on_main, what="state of the commit")
+    ranks.on_main(on_main, what="state of the commit")
     engine = state.engine
-    weights = ranks.tensors_from_main(kept.pop("weights", None), held=engine.held, what="weights")
-    masks: Masks = ranks.tensors_from_main(kept.pop("masks", None), held=engine.held, what="masks")
+    weights = ranks.broadcast_tensors(kept.pop("weights", None), layout=engine.layout, what="weights")
+    masks: Masks = ranks.broadcast_tensors(kept.pop("masks", None), layout=engine.layout, what="masks")
     progress = Progress.model_validate(chosen.progress)
     digest = masking.digest_of_masks(state.whole(masks))
     if digest != progress.mask_digest:
-        raise Fault(
+        raise UserError(
             f"the mask of round {progress.round} has digest {digest[:12]}, its commit says "
             f"{progress.mask_digest[:12]}. Restore mask.safetensors from a copy of the run.",
             everywhere=True,
@@ -260,7 +260,7 @@ def restore(state: State, chosen: Newest | None, ranks: Ranks) -> Ticket | None:
     state.load_weights(weights)
     state.begin_round(progress.round, masks, threshold=progress.threshold, parent=progress.parent)
     state.progress = progress
-    state.load_moments(ranks.tensors_from_main(kept.pop("moments", None), held=engine.owned, what="moments"))
+    state.load_moments(ranks.broadcast_tensors(kept.pop("moments", None), layout=engine.owned_layout, what="moments"))
     if ranks.is_main:
         place = "finished" if chosen.commit.step is None else f"after step {chosen.commit.step}"
         say(f"resuming: round {progress.round}, {place}")

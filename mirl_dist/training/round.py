@@ -21,13 +21,13 @@ from mirl_dist.data.sampler import Order, Position, Shares
 from mirl_dist.data.shard_pool import Supply
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.errors import Fault, Stopped
+from mirl_dist.errors import Stopped, UserError
 from mirl_dist.evaluation import evaluate
 from mirl_dist.observability.mlflow.tracker import Tracker
 from mirl_dist.observability.progress import bar, say
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.prune import Pruned, Rule
-from mirl_dist.storage.async_writer import Keeper
+from mirl_dist.pruning.prune import PruneConfig, PruneResult
+from mirl_dist.storage.async_writer import AsyncWriter
 from mirl_dist.training import loop, round_report, schedule, selection
 from mirl_dist.training.checkpoint import Checkpoints, rewind_name
 from mirl_dist.training.crash_loop import Footprint
@@ -46,7 +46,7 @@ class Rounds:
     """The live parts of a run on one rank, and the verbs that `lottery.play` calls."""
 
     config: Config
-    rule: Rule
+    rule: PruneConfig
     ranks: Ranks
     state: State
     model: nn.Module
@@ -64,7 +64,7 @@ class Rounds:
     probe: Callable[[int], Iterator[Batch]]
     look_ahead: bool
     checkpoints: Checkpoints
-    keeper: Keeper
+    keeper: AsyncWriter
     footprint: Footprint
     tracker: Tracker
     stop_asked: Callable[[], bool]
@@ -86,14 +86,14 @@ class Rounds:
         prove_dead_weights(self.state, self.ranks)
         self._gather_damage()
         ticket = self._ticket(scored)
-        self.ranks.agree("the ticket", ticket.digest())
+        self.ranks.check_agreement("the ticket", ticket.digest())
         with self.ranks.in_phase("committing"):
             self._begin_commit(
                 lambda snapshot, last, waits: self.checkpoints.commit_round(
                     ticket, snapshot, scored.table(), scored.pictures, last, waits
                 )
             )
-            self.ranks.from_main(self.keeper.wait, what="commit of the round")
+            self.ranks.on_main(self.keeper.wait, what="commit of the round")
         return ticket
 
     @contextmanager
@@ -146,7 +146,7 @@ class Rounds:
     def rate(self, progress: Progress) -> float:
         """The learning rate at a position; a one-shot's fine-tuning has a cosine of its own."""
         config, epochs = self.config, self.config.round_epochs(progress.round)
-        tuning = config.tunes(progress.round)
+        tuning = config.is_finetuning(progress.round)
         return schedule.rate(
             (config.prune.finetune_lr if tuning else None) or config.optimiser.lr,
             by="step" if tuning else config.schedule.by,
@@ -196,16 +196,16 @@ class Rounds:
     def _keep_rewind_point(self, progress: Progress) -> None:
         """What later rounds return to, kept before any commit that is made after it. Twice is once."""
         progress.rewind_digest = self.state.digest()
-        self.ranks.agree("the rewind point", progress.rewind_digest)
+        self.ranks.check_agreement("the rewind point", progress.rewind_digest)
         name = rewind_name(progress.rewind_digest)
-        if not self.state.engine.held.whole:
+        if not self.state.engine.layout.is_replicated:
             self.point = {name: weight.to("cpu", copy=True) for name, weight in self.state.weights.items()}
         weights = {n: w.cpu() for n, w in self.state.whole(self.state.weights) if self.ranks.is_main}
         self._write(lambda: self.checkpoints.save_tensors(name, weights), "the rewind point")
 
     # -- what the story asks for (lottery.play) -----------------------------------------------------------------
 
-    def select(self) -> Pruned:
+    def select(self) -> PruneResult:
         """The masks of the next round. A tensor that they leave nothing of is told."""
         next_round = self.state.progress.round + 1
         pruned = selection.select(
@@ -233,18 +233,18 @@ class Rounds:
             return self.point
         kept: list[dict[str, Tensor] | None] = []
         name = rewind_name(self.state.progress.rewind_digest)
-        self.ranks.from_main(lambda: kept.append(self.checkpoints.tensors(name)), what="rewind point")
-        held = self.state.engine.held
+        self.ranks.on_main(lambda: kept.append(self.checkpoints.tensors(name)), what="rewind point")
+        held = self.state.engine.layout
         if kept and kept[0] is not None and kept[0].keys() != held.shapes.keys():
             kept[0] = None
-        point = self.ranks.tensors_from_main((kept[0] or {}) if kept else None, what="rewind point", held=held)
+        point = self.ranks.broadcast_tensors((kept[0] or {}) if kept else None, what="rewind point", layout=held)
         if not point or masking.digest_of(self.state.whole(point)) != self.state.progress.rewind_digest:
-            raise Fault(
+            raise UserError(
                 f"{self.checkpoints.store.where(name)} is damaged or missing, and nothing else holds the weights of "
                 f"step {self.config.rewind.step}. Restore a copy of it, or train in a new run.folder.",
                 everywhere=True,
             )
-        self.point = None if held.whole else point
+        self.point = None if held.is_replicated else point
         return point
 
     def busy(self) -> bool:
@@ -255,10 +255,10 @@ class Rounds:
 
     def refuse_failed(self) -> None:
         def on_main() -> None:
-            self.keeper.refuse()
+            self.keeper.raise_failure()
             self.checkpoints.check()
 
-        self.ranks.from_main(on_main, what="failure of the last commit")
+        self.ranks.on_main(on_main, what="failure of the last commit")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.tracker.log_step(step, values)
@@ -275,21 +275,21 @@ class Rounds:
                 self._begin_commit(self.checkpoints.commit_step)
                 self.committed = at
             if wait:
-                self.ranks.from_main(self.keeper.wait, what="commit of the step")
+                self.ranks.on_main(self.keeper.wait, what="commit of the step")
 
     def _begin_commit(self, write: Callable[[Snapshot, int, bytes], None]) -> None:
         """Begin to write a snapshot, on rank 0, once the commit before is written. Steps that are committed are not
         trained, and so not told to MLflow, again: what it has not heard is committed with them."""
 
         self.tracker.flush()
-        self.ranks.from_main(self.keeper.wait, what="commit before this one")
+        self.ranks.on_main(self.keeper.wait, what="commit before this one")
         snapshot, keep_last = self.state.snapshot(keep=self.ranks.is_main), self.config.checkpoint.keep_last
 
         def on_main() -> None:
             assert snapshot is not None
             self.keeper.begin(lambda: write(snapshot, keep_last, self.tracker.backlog()), "a commit")
 
-        self.ranks.from_main(on_main, what="snapshot")
+        self.ranks.on_main(on_main, what="snapshot")
 
     def _gather_damage(self) -> None:
         """What any rank found damaged in this round, into every rank's progress."""
@@ -335,7 +335,7 @@ class Rounds:
             damaged=dict(sorted(progress.damaged.items())),
             seconds=progress.seconds,
             world=self.ranks.world,
-            engine=self.ranks.asked.name,
+            engine=self.ranks.engine_spec.name,
             versions={"mirl_dist": __version__, "torch": torch.__version__, **versions()},
         )
 
@@ -346,13 +346,13 @@ class Rounds:
             self.keeper.begin(work, what)
             self.keeper.wait()
 
-        self.ranks.from_main(on_main, what=what)
+        self.ranks.on_main(on_main, what=what)
 
     def record(self, ticket: Ticket) -> None:
         """Show a committed ticket: one line, and MLflow. Twice is once."""
         state = self.state
         masks = {name: mask.cpu() for name, mask in state.whole(state.masks) if self.ranks.is_main}
-        self.ranks.from_main(
+        self.ranks.on_main(
             lambda: round_report.ticket(self.tracker, self.config, self.checkpoints, ticket, state.counts, masks),
             what="record of the round",
         )

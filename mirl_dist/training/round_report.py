@@ -9,12 +9,12 @@ from torch import Tensor
 
 from mirl_dist.config.config import Config
 from mirl_dist.data.image_strip import rows, strip
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability import progress
 from mirl_dist.observability.mlflow.records import flat
 from mirl_dist.observability.mlflow.tracker import Tracker
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.partition import Sizes
+from mirl_dist.pruning.partition import Counts
 from mirl_dist.training.checkpoint import MASK, PICTURES, SCORES, TICKET, Checkpoints, pack_tensors
 from mirl_dist.training.ticket import DENSE, Ticket, metrics
 
@@ -54,12 +54,12 @@ def params_of(config: Config) -> dict[str, object]:
 def tags_of(config: Config) -> dict[str, str]:
     """The tags of a run: what it is found and compared by, and as `config.<key>` all that changes the numbers and is
     not as published. The whole config is run.json, among the run's files."""
-    told = {f"config.{key}": text for key, text in flat(config.told()).items()}
+    told = {f"config.{key}": text for key, text in flat(config.experiment_keys()).items()}
     own = told | said_of(config) | {"method": config.method(), "fingerprint": config.fingerprint()}
     return config.tracking.tags | own
 
 
-def open_round(tracker: Tracker, config: Config, round_: int, counts: Sizes, weights: int, mask: str) -> None:
+def open_round(tracker: Tracker, config: Config, round_: int, counts: Counts, weights: int, mask: str) -> None:
     """Tell MLflow of a round, with tags and params to compare it by. weights: of the whole network; mask: the digest
     of the round's."""
     alive = weights - sum(counts.all.values()) + sum(counts.alive.values())
@@ -77,7 +77,7 @@ def ticket(
     config: Config,
     checkpoints: Checkpoints,
     ticket: Ticket,
-    counts: Sizes,
+    counts: Counts,
     masks: Mapping[str, Tensor],
 ) -> None:
     """Show a committed ticket. Twice is once."""
@@ -96,7 +96,7 @@ def ticket(
         tracker.log_file(f"{folder}/{SCORES}", table, "round")
     if pictures is not None:
         tracker.log_file(f"{folder}/{PICTURES}", pictures, "round")
-        with contextlib.suppress(Fault):  # of a strip of older versions, which tells of no images
+        with contextlib.suppress(UserError):  # of a strip of older versions, which tells of no images
             for row in rows(pictures):
                 tracker.log_image(row.title, strip([row]), ticket.round)
     tracker.end_round()

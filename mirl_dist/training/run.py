@@ -16,18 +16,18 @@ from mirl_dist import __version__
 from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import journal_folder
 from mirl_dist.distributed.engines.base import MakeOptimiser
-from mirl_dist.distributed.engines.sharding import kept
+from mirl_dist.distributed.engines.sharding import local_part
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.distributed.signals import StopFlag
-from mirl_dist.errors import Fault, Stopped
+from mirl_dist.distributed.signals import StopSignal
+from mirl_dist.errors import Stopped, UserError
 from mirl_dist.evaluation import evaluate
 from mirl_dist.evaluation.protocols import PROTOCOLS
 from mirl_dist.observability import progress
 from mirl_dist.observability.console import rank_here
 from mirl_dist.observability.mlflow.tracker import FAREWELL_SECONDS, Mlflow, Silent, Tracker
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.prune import Rule, in_scope
-from mirl_dist.storage.commits import dump as pretty
+from mirl_dist.pruning.prune import PruneConfig, in_scope
+from mirl_dist.storage.commits import to_json as pretty
 from mirl_dist.training import dataloaders, lottery, round_report
 from mirl_dist.training import initial as starting
 from mirl_dist.training import resume as resuming
@@ -62,10 +62,10 @@ def optimiser_of(config: Config) -> MakeOptimiser:
     return make
 
 
-def rule_of(config: Config) -> Rule:
+def rule_of(config: Config) -> PruneConfig:
     """How rounds are pruned."""
     prune = config.prune
-    return Rule(
+    return PruneConfig(
         prune.fraction,
         prune.criterion,
         prune.per,
@@ -116,7 +116,7 @@ def _tracker(config: Config, checkpoints: Checkpoints, newest: Newest | None, ru
             )
         )
 
-    ranks.from_main(on_main, what="MLflow")
+    ranks.on_main(on_main, what="MLflow")
     return opened[0] if opened else Silent()
 
 
@@ -128,7 +128,7 @@ def _tags(config: Config, prepared: Prepared, ranks: Ranks) -> dict[str, str]:
         "shards": manifest.name,
         "manifest": manifest.digest(),
         "ranks": str(ranks.world),
-        "engine": ranks.asked.name,
+        "engine": ranks.engine_spec.name,
     }
 
 
@@ -148,7 +148,7 @@ def _identity(
     }
 
 
-def run(config: Config, resume: str, stop_asked: StopFlag, open_ticket: OpenTicket) -> str:
+def run(config: Config, resume: str, stop_asked: StopSignal, open_ticket: OpenTicket) -> str:
     """The whole run on this rank; what to type to see it in MLflow.
 
     open_ticket: opens `start.ticket`. Raises Fault and Stopped.
@@ -161,8 +161,8 @@ def run(config: Config, resume: str, stop_asked: StopFlag, open_ticket: OpenTick
     )
     stop_asked.deadline_seconds = config.preempt.deadline_seconds
     stop_asked.phase = lambda: ranks.phase
-    stop_asked.hears.append(ranks.stop_told)
-    stop_asked.tells.append(ranks.tell_stop)
+    stop_asked.sources.append(ranks.stop_requested)
+    stop_asked.listeners.append(ranks.request_stop)
     prepared = prepare_together(config, resume, ranks, open_ticket)
     if ranks.is_main:
         progress.say(describe(config, prepared, ranks.world))
@@ -193,12 +193,12 @@ def run(config: Config, resume: str, stop_asked: StopFlag, open_ticket: OpenTick
         model.to(ranks.device)
         pixels = config.data.patch_pixels
         engine, network = ranks.engine(model, optimiser_of(config), torch.zeros(1, 3, pixels, pixels))
-        initial, masks = kept(engine.held, begun.initial), kept(engine.held, begun.masks or {})
+        initial, masks = local_part(engine.layout, begun.initial), local_part(engine.layout, begun.masks or {})
         begun.initial.clear()  # where this rank is to keep a part, it keeps no more
-        dense = masking.all_alive(initial, in_scope(initial, config.prune.scope))
+        dense = masking.dense_masks(initial, in_scope(initial, config.prune.scope))
         state = State(engine, masks or dense, begun.parent, ranks.gather_here)
-        masking.close_weights(state.weights, state.masks)
-        engine.written()
+        masking.apply_masks(state.weights, state.masks)
+        engine.weights_changed()
         ticket = resuming.restore(state, newest, ranks)
         rounds = Rounds(
             config=config,
@@ -206,7 +206,7 @@ def run(config: Config, resume: str, stop_asked: StopFlag, open_ticket: OpenTick
             ranks=ranks,
             state=state,
             model=network,
-            bare=None if ranks.meets_in_passes else model,
+            bare=None if ranks.is_sharded else model,
             make_network=lambda: starting.network(config),
             initial=initial,
             shards=prepared.shards,
@@ -227,7 +227,7 @@ def run(config: Config, resume: str, stop_asked: StopFlag, open_ticket: OpenTick
             news=news,
         )
         stop_asked.busy = lambda: rounds.keeper.busy
-        stop_asked.polite = True  # from here on there is something to commit
+        stop_asked.graceful = True  # from here on there is something to commit
         tracker.begin_run(round_report.params_of(config), _tags(config, prepared, ranks))
         tracker.log_file(RUN, pretty(config.dump()), "run")
         with _told_how_it_ended(tracker, rounds, stop_asked), footprint:
@@ -259,14 +259,14 @@ def _play(config: Config, rounds: Rounds, newest: Ticket | None) -> None:
 
 
 @contextmanager
-def _told_how_it_ended(tracker: Tracker, rounds: Rounds, stop_asked: StopFlag) -> Iterator[None]:
+def _told_how_it_ended(tracker: Tracker, rounds: Rounds, stop_asked: StopSignal) -> Iterator[None]:
     """The run's end in MLflow: FINISHED, KILLED when it was asked to stop, FAILED by a fault or a lost rank. A run that
     was asked to stop ends when its last commit is written; one that fails gives it some seconds."""
     try:
         yield
     except Exception as end:
-        if isinstance(end, Fault | Stopped):  # it will be said; ranks that have gone before are no news
-            stop_asked.cleared = lambda: False
+        if isinstance(end, UserError | Stopped):  # it will be said; ranks that have gone before are no news
+            stop_asked.is_cleanup = lambda: False
         if rounds.checkpoints.lost():
             raise  # the run is another launch's, which tells how it ends
         status = "KILLED" if isinstance(end, Stopped) else "FAILED"
@@ -274,8 +274,8 @@ def _told_how_it_ended(tracker: Tracker, rounds: Rounds, stop_asked: StopFlag) -
         try:
             with rounds.ranks.in_phase("uploading"):
                 if isinstance(end, Stopped):
-                    rounds.ranks.from_main(rounds.keeper.wait, what="last commit")
-                rounds.keeper.settle(min(SETTLE_SECONDS, stop_asked.left_seconds() - LEAVE_SECONDS))
+                    rounds.ranks.on_main(rounds.keeper.wait, what="last commit")
+                rounds.keeper.wait_at_most(min(SETTLE_SECONDS, stop_asked.left_seconds() - LEAVE_SECONDS))
         finally:
             left = stop_asked.left_seconds() - LEAVE_SECONDS
             tracker.end_run(status, seconds=max(0.0, min(FAREWELL_SECONDS, left)))

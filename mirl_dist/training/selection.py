@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from mirl_dist.data.sample import Batch
-from mirl_dist.distributed.engines.sharding import Held
+from mirl_dist.distributed.engines.sharding import ShardLayout
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import Stopped
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning import saliency, synflow
 from mirl_dist.pruning.criteria import CRITERIA, scores_of_weights
 from mirl_dist.pruning.masks import Masks
-from mirl_dist.pruning.prune import Pruned, Rule, prune
+from mirl_dist.pruning.prune import PruneConfig, PruneResult, prune
 from mirl_dist.training import losses
 from mirl_dist.training.state import State
 
@@ -28,14 +28,14 @@ Batches = Callable[[], Iterable[Batch]]
 
 
 def select(
-    rule: Rule,
+    rule: PruneConfig,
     state: State,
     initial: dict[str, Tensor],
     whole_network: Callable[[], AbstractContextManager[nn.Module]],
     batches: Batches,
     ranks: Ranks,
     stop_asked: Callable[[], bool],
-) -> Pruned:
+) -> PruneResult:
     """New masks by a rule, of what each rank holds. whole_network: with the trained weights, left as it is.
 
     Where weights are dealt out, each rank counts magnitudes and chance on its own part, and no rank holds the network;
@@ -47,10 +47,10 @@ def select(
     values: dict[str, Tensor] = {n: p.detach() for n, p in state.weights.items()}
     if criterion.of == "initial":
         values = {n: initial[n].to(p.device, copy=True) for n, p in state.weights.items()}
-        masking.close_weights(values, state.masks)
-    share, held = state.engine.share, state.engine.held
+        masking.apply_masks(values, state.masks)
+    share, held = state.engine.partition, state.engine.layout
     if criterion.needs == "nothing":
-        drawn = None if held.whole or rule.criterion != "random" else _chance(rule, held)
+        drawn = None if held.is_replicated or rule.criterion != "random" else _chance(rule, held)
         return prune(values, state.masks, rule, share, ranks.gather, drawn)
     values = {n: v for n, v in state.whole(values) if ranks.is_main}  # the others only help to gather them
     masks = {n: m for n, m in state.whole(state.masks) if ranks.is_main}
@@ -74,41 +74,41 @@ def select(
         scored.append({n: s for n, s in saliency.scores(values, found).items() if n in masks})
 
     with whole_network() as network:
-        ranks.from_main(sense, what="gradients")
-    scores = ranks.tensors_from_main(scored[0] if scored else None, what="scores", held=held)
+        ranks.on_main(sense, what="gradients")
+    scores = ranks.broadcast_tensors(scored[0] if scored else None, what="scores", layout=held)
     here = {n: scores[n].to(state.masks[n].device) for n in state.masks}
     return prune(state.weights, state.masks, rule, share, ranks.gather, here)
 
 
-def _chance(rule: Rule, held: Held) -> Callable[[str], Tensor]:
+def _chance(rule: PruneConfig, held: ShardLayout) -> Callable[[str], Tensor]:
     """The parts of a rank of the scores that whole tensors would have."""
 
     def of(name: str) -> Tensor:
         whole = torch.empty(held.shapes[name])
-        return held.of(name, scores_of_weights(rule.criterion, name, whole, rule.seed))
+        return held.part_of(name, scores_of_weights(rule.criterion, name, whole, rule.seed))
 
     return of
 
 
 def _by_flow(
-    rule: Rule,
+    rule: PruneConfig,
     state: State,
     values: dict[str, Tensor],
     masks: Masks,
     network: nn.Module,
     ranks: Ranks,
     go_on: Callable[[], None],
-) -> Pruned:
-    made: list[Pruned] = []
+) -> PruneResult:
+    made: list[PruneResult] = []
 
     def flow() -> tuple[float, int, tuple[str, ...]]:
         made.append(synflow.iterate(network, values, masks, rule, before_step=go_on))
         return made[0].threshold, made[0].removed, made[0].collapsed
 
-    told = ranks.from_main(flow, what="SynFlow")
-    held = state.engine.held
-    new = ranks.tensors_from_main(made[0].masks if made else None, what="masks", held=held)
-    return Pruned({n: new[n].to(state.masks[n].device) for n in state.masks}, *told)
+    told = ranks.on_main(flow, what="SynFlow")
+    held = state.engine.layout
+    new = ranks.broadcast_tensors(made[0].masks if made else None, what="masks", layout=held)
+    return PruneResult({n: new[n].to(state.masks[n].device) for n in state.masks}, *told)
 
 
 def _loss(restored: Tensor, clean: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from mirl_dist.distributed.engines.base import Engine, wholes
-from mirl_dist.distributed.engines.sharding import Held
-from mirl_dist.errors import Fault
+from mirl_dist.distributed.engines.base import Engine, gather_full
+from mirl_dist.distributed.engines.sharding import ShardLayout
+from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
-from mirl_dist.pruning.partition import Sizes, sizes
+from mirl_dist.pruning.partition import Counts, count_weights
 from mirl_dist.training.ticket import Curve
 
 
@@ -76,7 +76,7 @@ class State:
     parent: str | None = None
     gather: Callable[..., Tensor] = _alone
     progress: Progress = field(default_factory=Progress)
-    counts: Sizes = field(init=False)
+    counts: Counts = field(init=False)
     _copies: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -99,8 +99,8 @@ class State:
     ) -> None:
         """A fresh optimiser and the position of optimiser step `began` of a round. Weights are the caller's."""
         self.masks = {name: mask.to(self.weights[name].device) for name, mask in masks.items()}
-        self.counts = sizes(self.masks, self.engine.share, self.gather)
-        self.engine.begin()
+        self.counts = count_weights(self.masks, self.engine.partition, self.gather)
+        self.engine.reset_optimizer()
         self.progress = Progress(
             round=round_,
             epoch=began // steps_per_epoch,
@@ -117,12 +117,12 @@ class State:
 
     def total(self) -> int:
         """Parameters of the whole network."""
-        return sum(torch.Size(shape).numel() for shape in self.engine.held.shapes.values())
+        return sum(torch.Size(shape).numel() for shape in self.engine.layout.shapes.values())
 
-    def whole(self, parts: Mapping[str, Tensor], held: Held | None = None) -> Iterator[tuple[str, Tensor]]:
+    def whole(self, parts: Mapping[str, Tensor], held: ShardLayout | None = None) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors, one by one in the order of names, of parts that lie as the weights do, or as `held` says. A
         meeting of all ranks for each where they hold parts."""
-        return wholes(parts, held or self.engine.held, self.gather)
+        return gather_full(parts, held or self.engine.layout, self.gather)
 
     def digest(self) -> str:
         """Of the whole network's weights; a meeting as `whole`."""
@@ -130,10 +130,10 @@ class State:
 
     def refuse_another_network(self, whole: Mapping[str, Tensor]) -> None:
         """Raise Fault for names or shapes that are not the network's."""
-        mine, theirs = self.engine.held.shapes, {name: tuple(t.shape) for name, t in whole.items()}
+        mine, theirs = self.engine.layout.shapes, {name: tuple(t.shape) for name, t in whole.items()}
         if mine != theirs:
             odd = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
-            raise Fault(
+            raise UserError(
                 f"saved weights and the network differ in {len(odd)} tensors, first '{odd[0]}': saved "
                 f"{theirs.get(odd[0], 'absent')}, network {mine.get(odd[0], 'absent')}. The model section differs.",
                 everywhere=True,
@@ -143,7 +143,7 @@ class State:
         """Copy named tensors, held as the weights are, into the network."""
         for name, weight in self.weights.items():
             weight.copy_(weights[name])
-        self.engine.written()
+        self.engine.weights_changed()
 
     def moments(self) -> dict[str, Tensor]:
         """What this rank owns of the optimiser's moments: '<weight>.exp_avg' and '<weight>.exp_avg_sq', float32."""
@@ -157,20 +157,20 @@ class State:
         """Whole copies of weights and moments as they are now, on the rank that is to `keep` them; else None. The next
         snapshot is written into the same memory. A meeting of all ranks where they hold parts."""
         engine = self.engine
-        if not keep and engine.held.whole and engine.owned.whole:
+        if not keep and engine.layout.is_replicated and engine.owned_layout.is_replicated:
             return None
-        masks = {n: m.cpu() if keep else m for n, m in self._each(self.masks, engine.held, keep)}
-        weights = dict(self._copied(self._each(self.weights, engine.held, keep)))
-        moments = dict(self._copied(self._each(self.moments(), engine.owned, keep)))
+        masks = {n: m.cpu() if keep else m for n, m in self._each(self.masks, engine.layout, keep)}
+        weights = dict(self._copied(self._each(self.weights, engine.layout, keep)))
+        moments = dict(self._copied(self._each(self.moments(), engine.owned_layout, keep)))
         if not keep:
             return None
         if any(copy.is_pinned() for copy in self._copies.values()):
             torch.cuda.synchronize()  # the copies are on their way only
         return Snapshot(self.progress.model_copy(deep=True), masks, weights, moments)
 
-    def _each(self, parts: Mapping[str, Tensor], held: Held, keep: bool) -> Iterator[tuple[str, Tensor]]:
+    def _each(self, parts: Mapping[str, Tensor], held: ShardLayout, keep: bool) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors for the rank that keeps them; the others only help to make them."""
-        if held.whole and not keep:
+        if held.is_replicated and not keep:
             return
         for name, tensor in self.whole(parts, held):
             if keep:

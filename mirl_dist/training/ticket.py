@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mirl_dist.config import strict_json
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
 
 DENSE = "dense"
@@ -163,15 +163,15 @@ def parse(data: bytes, where: str) -> Ticket:
     except ValidationError as error:
         first = error.errors()[0]
         said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".encode("unicode_escape").decode()[:160]
-        raise Fault(f"{where} is not a ticket ({said}). Take it from a run folder.") from None
+        raise UserError(f"{where} is not a ticket ({said}). Take it from a run folder.") from None
     except (ValueError, RecursionError) as error:
         said = (str(error).splitlines() or [""])[0]
-        raise Fault(f"{where} is not a ticket ({said}). Take it from a run folder.") from None
+        raise UserError(f"{where} is not a ticket ({said}). Take it from a run folder.") from None
     odd = _impossible(ticket)
     if odd:
-        raise Fault(f"{where}: its record counts what cannot be: {odd}. Take it from the run folder again.")
+        raise UserError(f"{where}: its record counts what cannot be: {odd}. Take it from the run folder again.")
     if claimed != ticket.digest():
-        raise Fault(f"{where}: its content does not have the digest it states. Take it from the run folder again.")
+        raise UserError(f"{where}: its content does not have the digest it states. Take it from the run folder again.")
     return ticket
 
 
@@ -242,7 +242,7 @@ def validation_score(ticket: Ticket, globs: tuple[str, ...]) -> float:
     named: Mapping[str, float] = {n: v for n, v in found.items() if n.startswith(("psnr/", "ssim/"))}
     chosen = [v for n, v in named.items() if any(fnmatchcase(n, g) for g in globs)]
     if not chosen:
-        raise Fault(
+        raise UserError(
             f"keep.by: {', '.join(globs)} names no score; there are {', '.join(sorted(named))}. Correct keep.by.",
             everywhere=True,
         )

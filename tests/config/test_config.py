@@ -10,8 +10,8 @@ import yaml
 from pydantic import BaseModel
 
 from mirl_dist.config import yaml_loader
-from mirl_dist.config.config import Aside, Config, differences, of_dump, read
-from mirl_dist.errors import Fault
+from mirl_dist.config.config import Config, Local, differences, from_dump, read
+from mirl_dist.errors import UserError
 
 NO_TASK = "found '{}', where the word of a task belongs"
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -29,7 +29,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 def said(tree: dict[str, Any]) -> list[str]:
     """The complaints about a tree, one a line."""
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         config(tree)
     head, *lines = str(caught.value).splitlines()
     assert head == ("a fault in the test:" if len(lines) == 1 else f"{len(lines)} faults in the test:")
@@ -265,7 +265,7 @@ def test_a_set_value_is_read_as_yaml(tmp_path: Path) -> None:
     ],
 )
 def test_a_set_that_means_nothing_is_refused(tmp_path: Path, assignment: str, complaint: str) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         read(file(tmp_path, "run: {seed: 3}\n"), [assignment])
     assert complaint in str(caught.value)
 
@@ -284,7 +284,7 @@ def test_a_set_that_means_nothing_is_refused(tmp_path: Path, assignment: str, co
 )
 def test_a_malformed_file_is_refused_with_its_place(tmp_path: Path, text: str, complaint: str) -> None:
     path = file(tmp_path, text)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         read(path)
     assert complaint in str(caught.value)
     assert str(path) in str(caught.value)
@@ -293,17 +293,17 @@ def test_a_malformed_file_is_refused_with_its_place(tmp_path: Path, text: str, c
 def test_a_missing_file_is_answered_with_its_neighbours(tmp_path: Path) -> None:
     for name in ("b.yaml", "a.yaml", "notes.txt"):
         file(tmp_path, "{}", name)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         read(tmp_path / "c.yaml")
     assert str(caught.value) == (f"no file at {tmp_path}/c.yaml. There are: {tmp_path}/a.yaml, {tmp_path}/b.yaml.")
-    with pytest.raises(Fault, match=r"Give the path of a YAML file\."):
+    with pytest.raises(UserError, match=r"Give the path of a YAML file\."):
         read(tmp_path / "nowhere" / "c.yaml")
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(Fault, match=r"cannot read .*a\.yaml"):
+    with pytest.raises(UserError, match=r"cannot read .*a\.yaml"):
         read(path)
 
 
@@ -500,7 +500,7 @@ def test_an_aside_mark_stands_only_where_the_table_says() -> None:
             inner = field.annotation
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 found += marked(inner, f"{prefix}{name}.")
-            elif Aside in field.metadata:
+            elif Local in field.metadata:
                 found.append(prefix + (field.alias or name))
         return found
 
@@ -513,7 +513,7 @@ def test_an_aside_mark_stands_only_where_the_table_says() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_of_the_repository_loads_and_comes_back_from_its_dump(path: Path) -> None:
     found = read(path)
-    again = of_dump(yaml.safe_load(yaml.safe_dump(found.dump())), "a dump")
+    again = from_dump(yaml.safe_load(yaml.safe_dump(found.dump())), "a dump")
     assert again == found
     assert again.fingerprint() == found.fingerprint()
 
@@ -521,14 +521,14 @@ def test_every_config_of_the_repository_loads_and_comes_back_from_its_dump(path:
 @pytest.mark.parametrize("key", [*TELLING, *ASIDE])
 def test_a_config_comes_back_from_its_dump(key: str) -> None:
     found = with_value(key, (TELLING | ASIDE)[key])
-    again = of_dump(found.dump(), "a dump")
+    again = from_dump(found.dump(), "a dump")
     assert again == found
     assert again.fingerprint() == found.fingerprint()
 
 
 def test_a_dump_of_another_version_is_refused_with_its_place() -> None:
-    with pytest.raises(Fault, match=r"a fault in runs/a/run\.json:\n  prune\.colour: found an unknown key"):
-        of_dump(Config().dump() | {"prune": Config().dump()["prune"] | {"colour": 1}}, "runs/a/run.json")
+    with pytest.raises(UserError, match=r"a fault in runs/a/run\.json:\n  prune\.colour: found an unknown key"):
+        from_dump(Config().dump() | {"prune": Config().dump()["prune"] | {"colour": 1}}, "runs/a/run.json")
 
 
 def test_a_config_cannot_be_changed_after_it_was_checked() -> None:

@@ -10,7 +10,7 @@ import pytest
 from mirl_dist.config import tasks
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.manifest import Kind
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 
 def test_stored_pairs_are_the_kinds_of_the_manifest() -> None:
@@ -77,7 +77,7 @@ def test_what_is_made_on_reading_reads_clean_images(name: str, family: str, leve
     ],
 )
 def test_an_unknown_word_is_refused_with_all_that_is_allowed(name: str) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         Task.of(name)
     text = str(caught.value)
     assert text.startswith(f"found '{name}', where the word of a task belongs; ")
@@ -90,12 +90,12 @@ def test_an_unknown_word_is_refused_with_all_that_is_allowed(name: str) -> None:
     [("derian", "derain"), ("enlighten_mid", "enlighten_mild"), ("debluur_easy", "deblur_easy"), ("Desnow", "desnow")],
 )
 def test_a_slip_is_answered_with_the_nearest_word(typed: str, meant: str) -> None:
-    with pytest.raises(Fault, match=f"found '{typed}', .*; did you mean '{meant}'[?] Allowed are derain, "):
+    with pytest.raises(UserError, match=f"found '{typed}', .*; did you mean '{meant}'[?] Allowed are derain, "):
         Task.of(typed)
 
 
 def test_a_number_out_of_range_is_answered_with_the_range_alone() -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         Task.of("denoise_256")
     assert "did you mean" not in str(caught.value)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from mirl_dist.data.cache import Cache, Held, WrongBytes
-from mirl_dist.errors import Fault
-from mirl_dist.storage import TryAgain
+from mirl_dist.errors import UserError
+from mirl_dist.storage import Unavailable
 
 SIZE = 1000
 
@@ -88,7 +88,9 @@ def test_the_longest_unused_file_goes_first_and_the_limit_holds(tmp_path: Path, 
 def test_what_is_held_stays_also_when_room_is_wanted(tmp_path: Path, source: Source) -> None:
     cache = Cache(tmp_path, 2 * SIZE, patience=0.2)
     first, second = hold(cache, source, 0), hold(cache, source, 1)
-    with pytest.raises(TryAgain, match=r"has no room for .* of its 2e-06 GB 2e-06 GB are in use\. Raise data\.cache\."):
+    with pytest.raises(
+        Unavailable, match=r"has no room for .* of its 2e-06 GB 2e-06 GB are in use\. Raise data\.cache\."
+    ):
         hold(cache, source, 2)
     assert kept(tmp_path) == [0, 1]
     first.release()
@@ -187,9 +189,9 @@ def test_a_fetch_that_fails_leaves_what_it_brought_for_the_next(tmp_path: Path, 
 
     def broken(path: Path) -> None:
         path.write_bytes(content(1)[:300])
-        raise Fault("the line is down")
+        raise UserError("the line is down")
 
-    with pytest.raises(Fault, match="the line is down"):
+    with pytest.raises(UserError, match="the line is down"):
         cache.hold(digest(1), SIZE, broken)
     hold(cache, source, 1).release()
     assert source.given == [(1, 700)]
@@ -207,13 +209,13 @@ def test_leftovers_of_the_dead_make_room_when_it_is_wanted(tmp_path: Path, sourc
 
 
 def test_a_file_larger_than_the_limit_is_refused(tmp_path: Path, source: Source) -> None:
-    with pytest.raises(Fault, match=r"^data\.cache\.gigabytes: found 5e-07, but one shard has 1e-06 GB\. Raise it"):
+    with pytest.raises(UserError, match=r"^data\.cache\.gigabytes: found 5e-07, but one shard has 1e-06 GB\. Raise it"):
         hold(Cache(tmp_path, SIZE // 2), source, 1)
 
 
 def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(Fault, match=r"^the cache .*file.* or choose another data\.cache\.folder"):
+    with pytest.raises(UserError, match=r"^the cache .*file.* or choose another data\.cache\.folder"):
         Cache(tmp_path / "file" / "cache", SIZE)
 
 

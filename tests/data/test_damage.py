@@ -19,8 +19,8 @@ from mirl_dist.data.sample import Batch
 from mirl_dist.data.sampler import Position
 from mirl_dist.data.shard_pool import Supply
 from mirl_dist.data.shards import Place, Shards
-from mirl_dist.errors import Fault, Stopped
-from mirl_dist.storage import Folder, TryAgain
+from mirl_dist.errors import Stopped, UserError
+from mirl_dist.storage import Folder, Unavailable
 from mirl_dist.storage.retry import Patience
 from tests.data.loaders import GLOBAL, batches, built_at, same, stream, supply_of
 
@@ -115,7 +115,7 @@ def test_damage_is_refused_with_shard_and_key(copy: Path, damage: Callable[[Path
     place = victim(copy)
     damage(copy, place)
     wanted = text.format(shard=place.shard.name, key=place.entry.key, index=place.shard.index_name)
-    with pytest.raises(Fault, match=wanted):
+    with pytest.raises(UserError, match=wanted):
         batches(stream(copy))
 
 
@@ -123,7 +123,7 @@ def test_damage_is_refused_the_same_with_loader_processes(copy: Path) -> None:
     place = victim(copy)
     flip(copy, place)
     with pytest.raises(
-        Fault, match=f"{place.shard.name}: its bytes are not the manifest's: sample '{place.entry.key}'"
+        UserError, match=f"{place.shard.name}: its bytes are not the manifest's: sample '{place.entry.key}'"
     ):
         batches(stream(copy, workers=1))
 
@@ -177,7 +177,7 @@ def test_a_member_that_does_not_decode_is_found_when_it_is_read(tmp_path: Path, 
     place = victim(folder)
     spoil(folder, place)
     with pytest.raises(
-        Fault, match=rf"^{place.shard.name}, sample '{place.entry.key}': .* does not decode as an image"
+        UserError, match=rf"^{place.shard.name}, sample '{place.entry.key}': .* does not decode as an image"
     ):
         batches(stream(folder, workers=workers))
     said: list[str] = []
@@ -196,7 +196,7 @@ def test_damage_between_the_members_loses_nothing(copy: Path, built: Path) -> No
     begin = part_of(place.entry, CLEAN).offset
     data[begin - 512 : begin] = bytes(512)
     tar.write_bytes(data)
-    with pytest.raises(Fault, match="no image is damaged, only what lies between them"):
+    with pytest.raises(UserError, match="no image is damaged, only what lies between them"):
         batches(stream(copy))
     said: list[str] = []
     skipping = stream(copy, damage="skip", said=said)
@@ -209,7 +209,7 @@ def test_a_set_without_a_whole_sample_is_refused_whatever_the_policy(copy: Path)
     for shard in Shards(Folder(copy)).train:
         if shard.kind == "derain":
             (copy / shard.name).unlink()
-    with pytest.raises(Fault, match=r"^data\.damage: no shard of derain has a whole sample left\."):
+    with pytest.raises(UserError, match=r"^data\.damage: no shard of derain has a whole sample left\."):
         batches(stream(copy, damage="skip"))
 
 
@@ -218,7 +218,7 @@ def test_scores_never_skip(copy: Path) -> None:
     ((place,),) = shards.places("evaluate").values()
     flip(copy, place)
     with pytest.raises(
-        Fault, match=rf"{place.shard.name}: its bytes are not the manifest's: sample '{place.entry.key}'"
+        UserError, match=rf"{place.shard.name}: its bytes are not the manifest's: sample '{place.entry.key}'"
     ):
         supply_of(copy, damage="skip").image(place, CLEAN)
 
@@ -230,7 +230,7 @@ def test_what_is_missing_is_told_before_any_work(copy: Path) -> None:
     (copy / first.index_name).unlink()
     tar = copy / second.name
     tar.write_bytes(tar.read_bytes()[:-1024])
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         shards.refuse_missing("train")
     assert f"{first.index_name} is missing; {second.name} has {second.bytes - 1024} bytes, the" in str(caught.value)
     shards.refuse_missing("evaluate")
@@ -241,7 +241,7 @@ def test_a_file_that_changes_while_it_is_in_use_is_looked_at_again(copy: Path) -
     list(stream(copy, supply=supply).batches(0, Position(0, 0), 1))
     place = victim(copy)
     flip(copy, place)
-    with pytest.raises(Fault, match=place.entry.key):
+    with pytest.raises(UserError, match=place.entry.key):
         list(stream(copy, supply=supply).batches(0, Position(0, 0), 1))
 
 
@@ -261,7 +261,7 @@ def test_damage_in_the_store_is_found_through_the_cache_too(copy: Path, tmp_path
     skipping = batches(stream(copy, damage="skip", cache=tmp_path / "cache"))
     assert same(skipping, batches(stream(copy, damage="skip")))
     assert list((tmp_path / "cache").glob("damaged-*")) == []
-    with pytest.raises(Fault, match=place.shard.name):
+    with pytest.raises(UserError, match=place.shard.name):
         batches(stream(copy, cache=tmp_path / "other"))
     assert list((tmp_path / "other").glob("damaged-*")) == []
 
@@ -308,7 +308,7 @@ class Away(Folder):
     def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
         self.reads += 1
         if self.away:
-            raise TryAgain(f"{name}: away")
+            raise Unavailable(f"{name}: away")
         yield from super().read(name, offset)
 
 
@@ -331,7 +331,7 @@ def test_a_store_that_was_away_while_nobody_waited_stops_no_one(copy: Path, tmp_
     store.away = True
     other = supply.shards.train[1]
     supply.want(other)
-    with pytest.raises(TryAgain, match="away"):
+    with pytest.raises(Unavailable, match="away"):
         supply.get(other)  # this one was waited for until patience ended
 
 
@@ -347,7 +347,7 @@ def test_a_system_that_fails_is_no_damage(
 
     monkeypatch.setattr("mirl_dist.data.shard_pool.download", full)
     shard = supply.shards.train[0]
-    with pytest.raises(Fault, match=r"the cache .*: No space left on device\. Make room"):
+    with pytest.raises(UserError, match=r"the cache .*: No space left on device\. Make room"):
         supply.prove(shard)
     monkeypatch.undo()
     supply.prove(shard)
@@ -358,7 +358,7 @@ def test_a_system_that_fails_is_no_damage(
     running = stream(copy, damage=damage).batches(0, Position(0, 0), 1)
     next(running)
     monkeypatch.setattr("mirl_dist.data.sample.os.open", many)
-    with pytest.raises(Fault, match=r"cannot be read: .*Too many open files.*Check the disk, then start again"):
+    with pytest.raises(UserError, match=r"cannot be read: .*Too many open files.*Check the disk, then start again"):
         list(running)
 
 

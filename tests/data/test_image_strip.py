@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mirl_dist.data.image_strip import MOST_PIXELS, Row, rows, strip
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 
 def some_rows() -> list[Row]:
@@ -88,13 +88,13 @@ def test_words_above_the_columns_are_drawn_once_and_take_a_line() -> None:
     ],
 )
 def test_other_bytes_than_a_strips_are_refused(png: bytes, said: str) -> None:
-    with pytest.raises(Fault, match=f"round 3: .*{said}|round 3.* {said}"):
+    with pytest.raises(UserError, match=f"round 3: .*{said}|round 3.* {said}"):
         rows(png, "round 3")
 
 
 def test_an_image_that_claims_to_be_huge_is_refused_before_it_is_decoded() -> None:
     body = b"IHDR" + struct.pack(">IIBBBBB", 2**16, 2**15, 8, 2, 0, 0, 0)
     head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
-    with pytest.raises(Fault, match=f"has 65536 x 32768 pixels, more than {MOST_PIXELS:,}. Compare fewer"):
+    with pytest.raises(UserError, match=f"has 65536 x 32768 pixels, more than {MOST_PIXELS:,}. Compare fewer"):
         rows(head + bytes(100), "the strip")
     assert Image.MAX_IMAGE_PIXELS is not None and MOST_PIXELS < Image.MAX_IMAGE_PIXELS, "Pillow's own limit is above"

@@ -21,7 +21,7 @@ from mirl_dist.data.manifest import CLEAN, DEGRADED, MANIFEST
 from mirl_dist.data.sample import Batch, Box, Member, Pixels, Read, crop, decode, make_patch, to_tensor, turned_planes
 from mirl_dist.data.sampler import Position
 from mirl_dist.data.shards import Shards
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder
 from tests.data.loaders import GLOBAL, HEIGHT, MIX, PATCH, WIDTH, batches, built_at, same, stream, supply_of, turn
 
@@ -301,7 +301,7 @@ def test_shards_are_let_go_when_they_are_not_needed_any_more(built: Path) -> Non
 def test_a_png_cut_short_does_not_decode() -> None:
     data = demo_photos.locate("chelsea")[0].read_bytes()
     assert decode(data, "here").shape == (300, 451, 3)
-    with pytest.raises(Fault, match=r"^here does not decode as an image \(.*\)\. Build the shards again\.$"):
+    with pytest.raises(UserError, match=r"^here does not decode as an image \(.*\)\. Build the shards again\.$"):
         decode(data[: len(data) // 2], "here")
 
 
@@ -310,7 +310,7 @@ def test_an_image_too_large_to_be_safe_does_not_decode() -> None:
     data = demo_photos.locate("chelsea")[0].read_bytes()
     header = b"IHDR" + struct.pack(">II", 20_000, 20_000) + data[24:29]
     bomb = data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
-    with pytest.raises(Fault, match=r"^here does not decode as an image \(.*400000000 pixels.*\)\. Give a PNG"):
+    with pytest.raises(UserError, match=r"^here does not decode as an image \(.*400000000 pixels.*\)\. Give a PNG"):
         decode(bomb, "here", "Give a PNG, JPEG or BMP file.")
 
 
@@ -318,27 +318,33 @@ def test_a_file_that_ends_inside_a_crop_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"P6\n8 8\n255\n" + bytes(100))
     member = Member("ppm", 0, 11 + 192)
     read = Read(str(tmp_path / "x"), "x.tar", "key", 8, 8, member, None, 0, 0, 0)
-    with pytest.raises(Fault, match=r"^x\.tar, sample 'key': the shard ends inside its pixels\. Copy the shard again"):
+    with pytest.raises(
+        UserError, match=r"^x\.tar, sample 'key': the shard ends inside its pixels\. Copy the shard again"
+    ):
         crop(read, member, Box(4, 0, 4, 4))
 
 
 def test_a_folder_without_shards_is_refused_with_the_command_that_builds_them(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(Fault, match=rf"^data\.shards: {folder} holds no manifest\.json\. Build .* --out {folder}"):
+        with pytest.raises(
+            UserError, match=rf"^data\.shards: {folder} holds no manifest\.json\. Build .* --out {folder}"
+        ):
             Shards(Folder(folder))
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"format": "mirl-dist-shards-9"}', "\xff"])
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_bytes(text.encode("latin-1"))
-    with pytest.raises(Fault, match=r"manifest\.json (says format|is not a manifest).*uild the shards again\."):
+    with pytest.raises(UserError, match=r"manifest\.json (says format|is not a manifest).*uild the shards again\."):
         Shards(Folder(tmp_path))
 
 
 def test_patches_larger_than_the_smallest_image_are_refused(built: Path) -> None:
     shards: Any = Shards(Folder(built))
     shards.refuse_larger_patches(WIDTH)
-    with pytest.raises(Fault, match=rf"^data\.patch_pixels: found 49, but an image in train-.* has a side of {WIDTH} "):
+    with pytest.raises(
+        UserError, match=rf"^data\.patch_pixels: found 49, but an image in train-.* has a side of {WIDTH} "
+    ):
         shards.refuse_larger_patches(WIDTH + 1)
 
 

@@ -14,7 +14,7 @@ import pytest
 from mirl_dist.data import parallel as crews
 from mirl_dist.data.parallel import ALONE, shared
 from mirl_dist.distributed.hardware import processes
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability.console import rank_here
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ class Threads:
         self._room["barrier"].wait(20)
         return found
 
-    def from_main(self, work: Callable[[], T]) -> T:
+    def on_main(self, work: Callable[[], T]) -> T:
         raise NotImplementedError
 
 
@@ -48,7 +48,7 @@ def together(world: int, work: Callable[[Threads], T]) -> tuple[list[T | BaseExc
     def one(rank: Threads) -> None:
         try:
             ended[rank.rank] = work(rank)
-        except (Fault, ZeroDivisionError, threading.BrokenBarrierError) as error:
+        except (UserError, ZeroDivisionError, threading.BrokenBarrierError) as error:
             ended[rank.rank] = error
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in ranks]
@@ -102,7 +102,7 @@ def test_a_fault_of_one_rank_is_raised_on_all_and_ends_their_work(monkeypatch: p
     def work(rank: Threads) -> list[int]:
         def one(item: int) -> int:
             if item == 1:
-                raise Fault("found this, here, do that.")
+                raise UserError("found this, here, do that.")
             threading.Event().wait(0.01)
             done.append(item)
             return item
@@ -110,7 +110,7 @@ def test_a_fault_of_one_rank_is_raised_on_all_and_ends_their_work(monkeypatch: p
         return shared(rank, one, list(range(2000)), 1, quiet, "working")
 
     ended, _ = together(2, work)
-    assert [(str(error), error.everywhere) for error in ended if isinstance(error, Fault)] == [
+    assert [(str(error), error.everywhere) for error in ended if isinstance(error, UserError)] == [
         (f"{rank_here(1)}: found this, here, do that.", True)
     ] * 2
     assert len(done) < 500, "the other rank stopped soon"
@@ -119,7 +119,7 @@ def test_a_fault_of_one_rank_is_raised_on_all_and_ends_their_work(monkeypatch: p
 def test_the_same_fault_of_several_ranks_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(rank: Threads) -> list[int]:
         def one(item: int) -> int:
-            raise Fault("the disk is full, here, make room.")
+            raise UserError("the disk is full, here, make room.")
 
         return shared(rank, one, [0, 1, 2], 1, quiet, "working")
 

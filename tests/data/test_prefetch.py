@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mirl_dist.data.manifest import Shard
 from mirl_dist.data.prefetch import Window, shards_ahead
 from mirl_dist.data.sampler import Order, Position, Slot, share_batch
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 
 def passes(*shards: tuple[int, ...]) -> Iterator[list[Slot]]:
@@ -116,7 +116,7 @@ def test_a_small_cache_looks_less_far_ahead_and_too_small_a_one_is_refused() -> 
     many = shards(100, 100)
     assert ahead(4, 6, many, 2 * 16 * 10**8, 2) == 4
     assert ahead(4, 6, many, 2 * 13 * 10**8, 2) == 1
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         ahead(4, 6, many, 2 * 12 * 10**8, 2)
     assert str(caught.value) == (
         "data.cache.gigabytes: found 2.4, but each of 2 ranks on this node needs 13 shards of up to 0.1 GB at a time. "
@@ -128,7 +128,7 @@ def test_a_small_cache_looks_less_far_ahead_and_too_small_a_one_is_refused() -> 
 def test_shards_and_epochs_shorter_than_what_loaders_hold_count_as_many_as_they_are() -> None:
     assert ahead(2, 6, shards(100, 1, samples=2), 12 * 10**6, 1) == 2
     assert ahead(2, 6, shards(100, 1), 12 * 10**6, 1, steps=2) == 2
-    with pytest.raises(Fault, match="needs 11 shards"):
+    with pytest.raises(UserError, match="needs 11 shards"):
         ahead(2, 6, shards(100, 1, samples=2), 10 * 10**6, 1)
 
 
@@ -150,7 +150,7 @@ def test_a_rank_never_holds_more_shards_than_the_cache_was_found_to_have_room_fo
     for limit in range(room * 10**6, 0, -(10**6)):
         try:
             extra = ahead(lanes, behind, held, limit, 1, made.steps_per_epoch)
-        except Fault:
+        except UserError:
             break
         if sum(one.bytes for one in held) <= limit:
             continue

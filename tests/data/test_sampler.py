@@ -16,7 +16,7 @@ from mirl_dist.config.tasks import Task
 from mirl_dist.data.manifest import Shard
 from mirl_dist.data.mixture import apportion
 from mirl_dist.data.sampler import Order, Position, Shares, Slot, share_batch
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 
 def shard(set_: str, kind: Any, number: int, samples: int) -> Shard:
@@ -234,7 +234,9 @@ def test_parts_add_up_and_are_as_near_to_the_weights_as_whole_numbers_can_be() -
 
 
 def test_a_weight_too_small_to_be_read_is_refused() -> None:
-    with pytest.raises(Fault, match=r"^data\.mix: derain gets none of the 8 samples of an epoch\. Raise its weight"):
+    with pytest.raises(
+        UserError, match=r"^data\.mix: derain gets none of the 8 samples of an epoch\. Raise its weight"
+    ):
         order(8, mix={"denoise_25": 1, "derain": 0.001}, mix_by="weights", steps_per_epoch=1)
 
 
@@ -315,19 +317,19 @@ def test_a_batch_is_shared_into_ranks_and_passes(
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_with_numbers_that_can() -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         share_batch(8, None, 3)
     assert str(caught.value) == (
         "batch.global: a global batch of 8 cannot be shared by 3 ranks. Use 1, 2, 4, 8 ranks, or set batch.global to "
         "a multiple of 3 such as 6 or 9 (another experiment: the fingerprint changes)."
     )
     assert caught.value.everywhere
-    with pytest.raises(Fault, match=r"a multiple of 16 such as 16 \("):
+    with pytest.raises(UserError, match=r"a multiple of 16 such as 16 \("):
         share_batch(8, None, 16)
 
 
 def test_passes_that_do_not_divide_the_share_are_refused_with_those_that_do() -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         share_batch(12, 4, 2)
     assert str(caught.value) == (
         "batch.forward: 4 samples per pass do not divide the 6 samples that each of 2 ranks takes per step. "
@@ -339,13 +341,15 @@ def test_passes_that_do_not_divide_the_share_are_refused_with_those_that_do() ->
 
 
 def test_an_epoch_shorter_than_a_global_batch_is_refused() -> None:
-    with pytest.raises(Fault, match=r"^an epoch has 54 samples, fewer than one global batch of 55\. Lower batch"):
+    with pytest.raises(UserError, match=r"^an epoch has 54 samples, fewer than one global batch of 55\. Lower batch"):
         order(55)
 
 
 def test_more_steps_than_the_mix_gives_are_refused() -> None:
     assert order(steps_per_epoch=6).steps_per_epoch == 6
-    with pytest.raises(Fault, match=r"^data\.steps_per_epoch: found 7, but the mix fills only 6 steps of 8\. Lower"):
+    with pytest.raises(
+        UserError, match=r"^data\.steps_per_epoch: found 7, but the mix fills only 6 steps of 8\. Lower"
+    ):
         order(steps_per_epoch=7)
 
 
@@ -358,11 +362,11 @@ def test_fewer_steps_than_the_mix_gives_read_no_sample_more_often_than_it_says()
 
 def test_tasks_and_sets_without_samples_are_named_beside_what_there_is() -> None:
     held = shards({("rain", "derain"): (4,)})
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         order(1, mix={"denoise_15": 1, "derain": {"rain": 1, "rian": 2}, "dehaze": 1}, held=held)
     assert str(caught.value).startswith(
         "data.mix: the shards hold no training samples for dehaze, denoise_15, derain@rian; they hold the sets "
         "rain (derain). Correct data.mix"
     )
-    with pytest.raises(Fault, match="they hold the sets none"):
+    with pytest.raises(UserError, match="they hold the sets none"):
         order(1, mix={"derain": 1}, held=[])

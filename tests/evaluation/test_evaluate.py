@@ -28,7 +28,7 @@ from mirl_dist.data.image_strip import rows
 from mirl_dist.data.manifest import CLEAN
 from mirl_dist.data.shard_pool import Supply
 from mirl_dist.data.shards import Shards
-from mirl_dist.errors import Fault, Stopped
+from mirl_dist.errors import Stopped, UserError
 from mirl_dist.evaluation import evaluate
 from mirl_dist.evaluation.metrics import to_8bit
 from mirl_dist.evaluation.protocols import PROTOCOLS
@@ -92,7 +92,7 @@ def scores_on(
             found[rank] = evaluate.evaluate(
                 model or Darker(), supply, jobs, ranks, how, stop_asked=lambda: asked(rank), look_ahead=True
             )
-        except (Fault, Stopped) as error:
+        except (UserError, Stopped) as error:
             found[rank] = error
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
@@ -136,7 +136,7 @@ def test_a_denoising_set_is_scored_at_every_sigma_that_is_trained(supply: Supply
     jobs = evaluate.plan(supply.shards, TASKS, None)
     assert [j.name for j in jobs] == ["denoise_25/photos"] * 3 + ["denoise_50/photos"] * 3 + ["derain/rain"] * 3
     assert evaluate.plan(supply.shards, TASKS, ("rain",)) == jobs[6:]
-    with pytest.raises(Fault, match=r"evaluate\.sets: found set5; the shards have photos, rain"):
+    with pytest.raises(UserError, match=r"evaluate\.sets: found set5; the shards have photos, rain"):
         evaluate.plan(supply.shards, TASKS, ("set5",))
 
 
@@ -254,7 +254,9 @@ def test_an_image_too_small_to_score_is_refused_by_name_before_any_training(tmp_
         "evaluate": [{"set": "low", "kind": "clean", "clean": clean | {"include": ["low.png"]}}],
     }
     build(yaml_loader.build(Recipe, tree, "the test"), Folder(tmp_path / "built"), 1, quiet)
-    with pytest.raises(Fault, match=r"evaluation image '.*low.*' is 12 x 40 pixels \(1 such\); scores need 16 a side"):
+    with pytest.raises(
+        UserError, match=r"evaluation image '.*low.*' is 12 x 40 pixels \(1 such\); scores need 16 a side"
+    ):
         evaluate.plan(Shards(Folder(tmp_path / "built")), TASKS, None)
 
 
@@ -419,7 +421,7 @@ def test_where_compiling_fails_the_fault_says_what_to_do(supply: Supply, monkeyp
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=no_compiler))
     jobs = evaluate.plan(supply.shards, TASKS[:1], None)
     [found] = scores_on(1, supply, jobs, how=PUBLISHED._replace(compile=True))
-    assert isinstance(found, Fault)
+    assert isinstance(found, UserError)
     assert re.search(r"torch.compile fails \(.*\), where the network is compiled for scoring", str(found))
     assert "Install a C++ compiler (g++), or set evaluate.compile=false." in str(found)
 

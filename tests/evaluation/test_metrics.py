@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.evaluation.metrics import (
     PROTOCOL,
     PSNR_CEILING_DB,
@@ -90,7 +90,7 @@ def test_8_bit_scores_of_equal_images_and_of_small_ones() -> None:
     image = to_8bit(reference_pair()[1])
     assert psnr_8bit(image, image) == PSNR_CEILING_DB
     assert ssim_8bit(image, image) == pytest.approx(1.0)
-    with pytest.raises(Fault, match="found an image of 10 x 64 pixels where the window is 11 x 11. Score larger"):
+    with pytest.raises(UserError, match="found an image of 10 x 64 pixels where the window is 11 x 11. Score larger"):
         ssim_8bit(image[:10], image[:10])
 
 
@@ -141,7 +141,7 @@ def test_a_better_image_scores_higher() -> None:
     ],
 )
 def test_what_cannot_be_scored_is_refused_with_the_way_out(score, change, text) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(Fault, match=text):
+    with pytest.raises(UserError, match=text):
         score(*change(*reference_pair()))
 
 
@@ -156,9 +156,9 @@ def test_crop_keeps_the_centre_in_multiples_of_sixteen() -> None:
 
 
 def test_an_image_smaller_than_the_multiple_is_refused() -> None:
-    with pytest.raises(Fault, match="found an image of 15 x 40 pixels where the protocol crops"):
+    with pytest.raises(UserError, match="found an image of 15 x 40 pixels where the protocol crops"):
         crop_to_multiple(np.zeros((15, 40, 3)), 16)
-    with pytest.raises(Fault, match=r"found an array of shape \(1, 3, 32, 32\)"):
+    with pytest.raises(UserError, match=r"found an array of shape \(1, 3, 32, 32\)"):
         crop_to_multiple(np.zeros((1, 3, 32, 32)), 16)
 
 

@@ -13,7 +13,7 @@ from mirl_dist.config.config import Evaluate
 from mirl_dist.config.seeding import generator
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.degradations import degrade
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.evaluation.metrics import psnr, to_8bit
 from mirl_dist.evaluation.protocols import PROTOCOLS, as_restored, cropped, degraded, score
 from tests.evaluation.vectors import reference_pair
@@ -168,7 +168,7 @@ def test_images_of_the_least_size_can_be_scored_and_equal_ones_reach_the_ceiling
     same = score(PROTOCOLS[name], as_restored(part), part)
     assert (same.psnr, round(same.ssim, 9)) == (100.0, 1.0)
     least = side - 1
-    with pytest.raises(Fault, match=r"found an image of \d+ x \d+ pixels where the (window|protocol)"):
+    with pytest.raises(UserError, match=r"found an image of \d+ x \d+ pixels where the (window|protocol)"):
         small = cropped(PROTOCOLS[name], clean[:least, :least])
         score(PROTOCOLS[name], as_restored(small), small)
 
@@ -178,9 +178,9 @@ def test_what_cannot_be_scored_is_refused_and_what_is_out_of_range_is_clipped(na
     protocol, (restored, clean) = PROTOCOLS[name], vectors()
     wild = np.where(restored > 0.5, restored + np.float32(2), restored - np.float32(2))
     assert score(protocol, wild, clean) == score(protocol, np.clip(wild, 0, 1), clean)
-    with pytest.raises(Fault, match="found NaN or infinite pixels where the restored image"):
+    with pytest.raises(UserError, match="found NaN or infinite pixels where the restored image"):
         score(protocol, restored * np.float32("nan"), clean)
-    with pytest.raises(Fault, match=r"found shapes \(40, 64, 3\) and \(48, 64, 3\)"):
+    with pytest.raises(UserError, match=r"found shapes \(40, 64, 3\) and \(48, 64, 3\)"):
         score(protocol, restored[:40], clean)
-    with pytest.raises(Fault, match="found float64 pixels where the restored image"):
+    with pytest.raises(UserError, match="found float64 pixels where the restored image"):
         score(protocol, restored.astype(np.float64), clean)

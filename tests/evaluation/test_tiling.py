@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.evaluation import evaluate
 from mirl_dist.evaluation.tiling import starts, tiled
 
@@ -95,7 +95,7 @@ def test_tiles_cover_an_axis_and_share_what_was_asked(size: int, tile: int, shar
 
 @pytest.mark.parametrize("overlap", [-1, 32, 40])
 def test_tiles_that_share_all_of_themselves_are_refused(overlap: int) -> None:
-    with pytest.raises(Fault, match=re.escape(f"found tiles of 32 pixels that share {overlap}")):
+    with pytest.raises(UserError, match=re.escape(f"found tiles of 32 pixels that share {overlap}")):
         starts(100, 32, overlap)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mirl_dist import models
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.models.restormer import pad_to_multiple
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -222,17 +222,17 @@ def test_every_parameter_learns() -> None:
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 16, 16), (1, 3, 0, 16)])
 def test_an_input_that_is_no_batch_of_colour_images_is_refused(shape: tuple[int, ...]) -> None:
     network = models.create("promptir", **SMALL)
-    with pytest.raises(Fault, match=re.escape(f"found an input of shape {shape}, where PromptIR takes")):
+    with pytest.raises(UserError, match=re.escape(f"found an input of shape {shape}, where PromptIR takes")):
         network(torch.zeros(shape))
 
 
 def test_unknown_networks_and_sizes_are_refused_with_the_known_ones() -> None:
     assert models.names() == ("promptir",)
-    with pytest.raises(Fault, match=r"found the network name 'prompir', where .* Use one of: promptir\."):
+    with pytest.raises(UserError, match=r"found the network name 'prompir', where .* Use one of: promptir\."):
         models.create("prompir")
-    with pytest.raises(Fault, match=r"found unknown sizes 'width', 'deep', where .* It knows: .*_heads\."):
+    with pytest.raises(UserError, match=r"found unknown sizes 'width', 'deep', where .* It knows: .*_heads\."):
         models.create("promptir", width=3, dim=8, deep=1)
-    with pytest.raises(Fault, match="Use one of: promptir"):
+    with pytest.raises(UserError, match="Use one of: promptir"):
         models.from_official("restormer", {})
 
 
@@ -254,13 +254,13 @@ def test_unknown_networks_and_sizes_are_refused_with_the_known_ones() -> None:
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_by_their_numbers(sizes: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(Fault, match=re.escape(complaint)) as caught:
+    with pytest.raises(UserError, match=re.escape(complaint)) as caught:
         models.create("promptir", **(SMALL | sizes))
     assert "where PromptIR is built. Change these numbers" in str(caught.value)
 
 
 def test_all_bad_sizes_are_named_at_once() -> None:
-    with pytest.raises(Fault, match=r"heads\[1\] = 3 .* 13 channels"):
+    with pytest.raises(UserError, match=r"heads\[1\] = 3 .* 13 channels"):
         models.create("promptir", **(SMALL | {"heads": (1, 3, 2, 4), "prompt_dims": (5, 8, 16)}))
 
 
@@ -303,7 +303,7 @@ def test_official_tensors_convert_with_and_without_prefix_and_unused_tensors(
 def test_official_tensors_convert_at_other_sizes() -> None:
     weights = models.create("promptir", **SMALL).state_dict()
     assert list(models.from_official("promptir", weights, **SMALL).weights) == list(weights)
-    with pytest.raises(Fault, match=r"found \d+ misshapen \(.* give the sizes"):
+    with pytest.raises(UserError, match=r"found \d+ misshapen \(.* give the sizes"):
         models.from_official("promptir", weights, **(SMALL | {"dim": 8}))
 
 
@@ -313,7 +313,7 @@ def test_missing_unknown_and_misshapen_tensors_are_all_listed_at_once() -> None:
     weights["extra.bias"] = torch.zeros(7)
     weights["patch_embed.proj.weight"] = torch.zeros(4, 1, 3, 3)
     weights["prompt1.linear_layer.bias"] = torch.zeros(5, dtype=torch.int64)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         models.from_official("promptir", weights, **SMALL)
     assert str(caught.value) == (
         "found 1 missing ('output.weight'); 1 unknown ('extra.bias' (7,)); "
@@ -327,16 +327,16 @@ def test_missing_unknown_and_misshapen_tensors_are_all_listed_at_once() -> None:
 def test_long_lists_of_wrong_tensors_are_cut_but_counted() -> None:
     total = len(models.create("promptir", **SMALL).state_dict())
     expected = rf"found {total} missing \(('[^']+', ){{7}}'[^']+', and {total - 8} more\), where"
-    with pytest.raises(Fault, match=expected):
+    with pytest.raises(UserError, match=expected):
         models.from_official("promptir", {}, **SMALL)
 
 
 def test_mixed_prefixes_and_entries_that_are_no_tensors_are_refused() -> None:
     weights = models.create("promptir", **SMALL).state_dict()
     mixed = {f"net.{name}": tensor for name, tensor in weights.items()} | {"loss.scale": torch.ones(1)}
-    with pytest.raises(Fault, match=r"names with the prefix 'net\.' and 1 without it \('loss\.scale'\)"):
+    with pytest.raises(UserError, match=r"names with the prefix 'net\.' and 1 without it \('loss\.scale'\)"):
         models.from_official("promptir", mixed, **SMALL)
-    with pytest.raises(Fault, match=r"found 1 entries that are no tensors \('params' is dict\)"):
+    with pytest.raises(UserError, match=r"found 1 entries that are no tensors \('params' is dict\)"):
         models.from_official("promptir", {"params": dict(weights)}, **SMALL)
-    with pytest.raises(Fault, match="found list under 'state_dict'"):
+    with pytest.raises(UserError, match="found list under 'state_dict'"):
         models.from_official("promptir", {"state_dict": []}, **SMALL)

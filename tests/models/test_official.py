@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mirl_dist import models
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 SMALL: dict[str, Any] = {
     "dim": 4,
@@ -124,12 +124,12 @@ def test_weights_of_another_network_are_refused_all_at_once() -> None:
     weights = sparse(0.5)
     odd = {n: t for n, t in weights.items() if n != "output.weight"} | {"strange": torch.zeros(2)}
     odd["patch_embed.proj.weight"] = torch.zeros(1)
-    with pytest.raises(Fault) as fault:
+    with pytest.raises(UserError) as fault:
         models.to_official("promptir", odd, **SMALL)
     assert re.fullmatch(
         r"found 1 missing \('output.weight'\); 1 unknown \('strange' \(2,\)\); 1 misshapen \(.*\), where weights of "
         r"'promptir' were exported. Give the weights of this very network, and its sizes.",
         str(fault.value),
     )
-    with pytest.raises(Fault, match="unknown sizes 'width'"):
+    with pytest.raises(UserError, match="unknown sizes 'width'"):
         models.to_official("promptir", weights, width=3)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-from mirl_dist.distributed.engines.from_env import asked
+from mirl_dist.distributed.engines.from_env import engine_from_env
 from mirl_dist.distributed.launch import launch_file
 from tests.services.lab import PROGRAMS, ROOT, Ended, Lab
 
@@ -145,7 +145,7 @@ def test_accelerate_asks_for_the_engine_that_the_launch_file_names(file: Path) -
     given, defaults, _ = launch._validate_launch_command(ask)
     given.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config) if given.use_deepspeed else ""
     env = made.prepare_deepspeed_cmd_env(given)[1] if given.use_deepspeed else made.prepare_multi_gpu_env(given)
-    found = asked(env)
+    found = engine_from_env(env)
     assert found.name == said.engine
     assert (found.offload_optimizer or found.offload_parameters) == said.offload == ("offload" in file.stem)
     assert file.stem.partition("_")[0] in (said.engine, "cpu", "gpus", "nodes", "one")

@@ -15,7 +15,7 @@ import pytest
 
 from mirl_dist.config.config import Config
 from mirl_dist.distributed.launch import launcher
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 DRIVER = """
 import sys, tempfile
@@ -205,7 +205,7 @@ def test_a_launcher_that_is_killed_leaves_no_ranks_behind(play: Play) -> None:
 def test_a_launch_file_with_which_accelerate_hides_failures_is_refused(tmp_path: Path) -> None:
     (tmp_path / "launch.yaml").write_text("num_processes: 2\ndebug: true\n")
     with pytest.raises(
-        Fault, match=r"launch\.yaml:\n  debug: found true, with which accelerate hides that ranks failed"
+        UserError, match=r"launch\.yaml:\n  debug: found true, with which accelerate hides that ranks failed"
     ):
         launcher.choose(Config(), str(tmp_path / "launch.yaml"))
 

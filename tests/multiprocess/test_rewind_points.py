@@ -9,8 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from mirl_dist.config.config import of_dump
-from mirl_dist.distributed.engines.ddp import Replicas
+from mirl_dist.config.config import from_dump
+from mirl_dist.distributed.engines.ddp import DdpEngine
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import Folder
 from mirl_dist.training.checkpoint import Checkpoints, pack_tensors, rewind_name
@@ -62,7 +62,9 @@ def test_a_rewind_point_that_is_damaged_stops_the_run_in_one_line(lab: Any, tmp_
 )
 def test_learning_rate_rewinding_and_fine_tuning_move_no_weight(to: str, round_: int, moved: bool) -> None:
     weights = {"a.weight": torch.nn.Parameter(torch.ones(3))}
-    state = State(Replicas(weights, lambda p: torch.optim.Adam(p.values())), masking.all_alive(weights, ["a.weight"]))
+    state = State(
+        DdpEngine(weights, lambda p: torch.optim.Adam(p.values())), masking.dense_masks(weights, ["a.weight"])
+    )
     lottery = Lottery(1, None, to, "all", 0, 1)
     assert lottery.rewound(state, round_) == (frozenset(["a.weight"]) if moved else frozenset())
 
@@ -70,7 +72,7 @@ def test_learning_rate_rewinding_and_fine_tuning_move_no_weight(to: str, round_:
 def test_learning_rate_rewinding_runs_the_whole_schedule_and_fine_tuning_a_part() -> None:
     said = {"prune": {"finetune_epochs_fraction": 0.25}, "train": {"epochs": 20}}
     found = {
-        to: of_dump(said | {"rewind": {"to": to}}, "test").round_epochs(1) for to in ("initial", "rate", "finetune")
+        to: from_dump(said | {"rewind": {"to": to}}, "test").round_epochs(1) for to in ("initial", "rate", "finetune")
     }
     assert found == {"initial": 20, "rate": 20, "finetune": 5}
 

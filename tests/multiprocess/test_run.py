@@ -51,7 +51,7 @@ def assert_laws(run: Path, tickets: list[dict[str, Any]]) -> None:
         assert ticket["initial_digest"] == masking.digest_tensors(initial)
         mask = masks(run, round_, initial)
         assert ticket["mask_digest"] == masking.digest(mask)
-        assert ticket["alive"] == masking.alive(mask)
+        assert ticket["alive"] == masking.count_surviving(mask)
         assert ticket["prunable"] == masking.size(mask)
         assert ticket["total"] == sum(t.numel() for t in initial.values())
         if before is not None:
@@ -61,7 +61,7 @@ def assert_laws(run: Path, tickets: list[dict[str, Any]]) -> None:
         if (folder / "weights.safetensors").exists():
             trained = weights(folder)
             assert ticket["weights_digest"] == masking.digest_tensors(trained)
-            assert masking.open_dead(trained, mask) is None
+            assert masking.find_nonzero_pruned(trained, mask) is None
         parent, before = ticket["digest"], mask
 
 
@@ -137,7 +137,7 @@ def test_every_round_starts_from_the_first_values_of_its_survivors(lab: Any, tmp
         moments = safetensors.torch.load_file(run / f"rounds/{round_:02d}/steps/00000006-0001/moments.safetensors")
         for kind in ("exp_avg", "exp_avg_sq"):
             of = {n.removesuffix(f".{kind}"): t for n, t in moments.items() if n.endswith(f".{kind}")}
-            assert masking.open_dead(of, masks(run, round_, initial)) is None
+            assert masking.find_nonzero_pruned(of, masks(run, round_, initial)) is None
             assert all(t.dtype == torch.float32 for t in of.values())
     assert_laws(run, lab.tickets(run))
 

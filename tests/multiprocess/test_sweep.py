@@ -86,7 +86,7 @@ def story(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Story:
     killed = again.wait()
 
     before = files(folder / "runs")
-    held = Lease(Folder(folder / "runs/mirl-seed1"), seconds=3, news=dict)
+    held = Lease(Folder(folder / "runs/mirl-seed1"), seconds=3, status=dict)
     held.claim()
     last = sweep(lab, folder)
     last.until(lambda: "mirl-seed1 is trained by another launch" in last.text("err"))

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from mirl_dist.distributed import watchdog
-from mirl_dist.distributed.flight_recorder import Meetings, Standing, verdict
-from mirl_dist.distributed.process_group import lost_a_peer
+from mirl_dist.distributed.flight_recorder import FlightRecorder, RankState, diagnose
+from mirl_dist.distributed.process_group import is_peer_loss
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.distributed.rendezvous import come_together
-from mirl_dist.distributed.stragglers import Pace
-from mirl_dist.distributed.watchdog import Watch
+from mirl_dist.distributed.rendezvous import rendezvous
+from mirl_dist.distributed.stragglers import StragglerDetector
+from mirl_dist.distributed.watchdog import Watchdog
 from tests.services.lab import PROGRAMS
 
 HERE = platform.node()
@@ -132,63 +132,63 @@ def test_phases_nest_and_return_after_an_error() -> None:
 
 def test_one_rank_alone_tells_itself_to_stop() -> None:
     ranks = Ranks(device="cpu")
-    assert not ranks.stop_told()
-    ranks.tell_stop()
-    assert ranks.stop_told()
+    assert not ranks.stop_requested()
+    ranks.request_stop()
+    assert ranks.stop_requested()
 
 
 def test_meetings_are_numbered_and_tell_the_place_in_this_package() -> None:
-    meetings = Meetings()
-    assert meetings.standing()[:4] == (0, "", False, "starting")
-    with pytest.raises(ZeroDivisionError), meetings.meeting("gather of x"):
-        assert meetings.standing()[:3] == (1, "gather of x", True)
+    meetings = FlightRecorder()
+    assert meetings.state()[:4] == (0, "", False, "starting")
+    with pytest.raises(ZeroDivisionError), meetings.collective("gather of x"):
+        assert meetings.state()[:3] == (1, "gather of x", True)
         raise ZeroDivisionError
-    assert meetings.standing()[:3] == (1, "gather of x", False)
-    assert meetings.standing().where.startswith("meetings.py:")
+    assert meetings.state()[:3] == (1, "gather of x", False)
+    assert meetings.state().location.startswith("meetings.py:")
 
 
 def test_a_meeting_that_a_gpu_is_still_in_lasts_when_the_main_thread_goes_on() -> None:
-    meetings, over = Meetings(), [False]
+    meetings, over = FlightRecorder(), [False]
     meetings.begin("gradient all-reduce")
     meetings.end(lambda: over[0])
-    assert meetings.standing().waiting
+    assert meetings.state().waiting
     over[0] = True
-    assert not meetings.standing().waiting
+    assert not meetings.state().waiting
 
 
 NAMES = [f"rank {rank} (node{rank}, pid {rank})" for rank in range(9)]
 
 
-def at(number: int, *, waiting: bool = False, what: str = "gather", phase: str = "training") -> Standing:
-    return Standing(number, what, waiting, phase, 40.0, "file.py:1 f", 7)
+def at(number: int, *, waiting: bool = False, what: str = "gather", phase: str = "training") -> RankState:
+    return RankState(number, what, waiting, phase, 40.0, "file.py:1 f", 7)
 
 
 def test_those_who_wait_for_a_rank_that_hangs_are_not_accused_with_it() -> None:
-    said = verdict(at(5, waiting=True), {1: at(4, waiting=True), 2: at(3, phase="evaluating")}, (), NAMES)
+    said = diagnose(at(5, waiting=True), {1: at(4, waiting=True), 2: at(3, phase="evaluating")}, (), NAMES)
     assert said == (
         "waited 40 s in training for the gather (meeting 5); rank 2 (node2, pid 2) has not come: it is in evaluating, "
         "after meeting 3, at file.py:1 f, for 40 s"
     )
-    waits = verdict(at(5, waiting=True), {1: at(4, waiting=True), 2: at(5, waiting=True)}, (), NAMES)
+    waits = diagnose(at(5, waiting=True), {1: at(4, waiting=True), 2: at(5, waiting=True)}, (), NAMES)
     assert waits.endswith(
         "; rank 1 (node1, pid 1) has not come: it waits in training, in meeting 4, at file.py:1 f, for 40 s"
     )
 
 
 def test_a_meeting_that_all_have_come_to_accuses_the_network_and_no_rank() -> None:
-    said = verdict(at(5, waiting=True), {1: at(5, waiting=True), 2: at(6)}, (), NAMES)
+    said = diagnose(at(5, waiting=True), {1: at(5, waiting=True), 2: at(6)}, (), NAMES)
     assert said.endswith("; all have come to it: the network between them, or a GPU, is stuck")
 
 
 def test_ranks_that_call_one_meeting_by_two_names_are_told_as_a_fault_of_this_program() -> None:
-    said = verdict(at(5, waiting=True), {1: at(5, waiting=True, what="barrier")}, (), NAMES)
+    said = diagnose(at(5, waiting=True), {1: at(5, waiting=True, what="barrier")}, (), NAMES)
     assert said.endswith(
         "; rank 1 (node1, pid 1) calls this meeting barrier: a fault of this program, please report it"
     )
 
 
 def test_many_missing_ranks_are_named_in_one_short_text() -> None:
-    said = verdict(at(5, waiting=True), {r: at(4) for r in range(1, 9)}, (), NAMES)
+    said = diagnose(at(5, waiting=True), {r: at(4) for r in range(1, 9)}, (), NAMES)
     assert "rank 4 (" in said and "rank 5 (" not in said and said.endswith("; and 4 more ranks have not come")
 
 
@@ -230,14 +230,14 @@ class Group:
 
     def __init__(self, world: int) -> None:
         self.wall = Wall()
-        self.meetings = [Meetings() for _ in range(world)]
+        self.meetings = [FlightRecorder() for _ in range(world)]
         self.left: dict[int, int] = {}
-        self.watches: list[Watch] = []
+        self.watches: list[Watchdog] = []
 
     def start(self, *timeouts: float) -> None:
         for rank, timeout in enumerate(timeouts):
             leave = lambda code, rank=rank: self.left.setdefault(rank, code)  # noqa: E731
-            made = Watch(
+            made = Watchdog(
                 self.meetings[rank], self.wall, rank, NAMES[: len(timeouts)], "the keeper", timeout,
                 period_seconds=0.05, leave=leave,
             )  # fmt: skip
@@ -332,10 +332,10 @@ def test_a_stop_reaches_every_watch_and_does_not_wait_for_the_board(group: Calla
     ranks = group(3)
     ranks.start(100, 100, 100)
     ranks.wall.stuck.clear()
-    ranks.watches[1].tell_stop()
-    assert [w.stop_told for w in ranks.watches] == [False, True, False]
+    ranks.watches[1].request_stop()
+    assert [w.stop_requested for w in ranks.watches] == [False, True, False]
     ranks.wall.stuck.set()
-    wait_for(lambda: all(w.stop_told for w in ranks.watches))
+    wait_for(lambda: all(w.stop_requested for w in ranks.watches))
 
 
 # -- how ranks find each other --------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def test_ranks_of_one_start_agree_on_a_word_although_the_store_is_full_of_an_ear
         found: dict[int, str] = {}
 
         def come(rank: int) -> None:
-            found[rank] = come_together(store, rank, 3, 20)
+            found[rank] = rendezvous(store, rank, 3, 20)
 
         ranks = [threading.Thread(target=come, args=(rank,)) for rank in (2, 1, 0)]
         for rank in ranks:
@@ -366,10 +366,10 @@ def test_ranks_of_one_start_agree_on_a_word_although_the_store_is_full_of_an_ear
 
 def test_ranks_that_never_come_are_named() -> None:
     with pytest.raises(RuntimeError, match="waited 0 s at the start for rank 1, 2$") as told:
-        come_together(torch.distributed.HashStore(), 0, 3, 0.05)
-    assert lost_a_peer(told.value)
+        rendezvous(torch.distributed.HashStore(), 0, 3, 0.05)
+    assert is_peer_loss(told.value)
     with pytest.raises(RuntimeError, match="waited 0 s at the start for rank 0$"):
-        come_together(torch.distributed.HashStore(), 2, 3, 0.05)
+        rendezvous(torch.distributed.HashStore(), 2, 3, 0.05)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_ranks_that_never_come_are_named() -> None:
     ],
 )
 def test_errors_of_collectives_that_lost_a_rank_are_told_from_others(text: str, lost: bool) -> None:
-    assert lost_a_peer(RuntimeError(text)) is lost
+    assert is_peer_loss(RuntimeError(text)) is lost
 
 
 # -- pace -----------------------------------------------------------------------------------------------------------
@@ -410,46 +410,46 @@ class Clock:
 def paced(batch: float, work: float, waits: float, passes: int = 4) -> tuple[float, float]:
     """What a rank reports whose passes take so long before the meeting, and which then waits in it."""
     clock = Clock()
-    pace = Pace(clock=clock)
+    pace = StragglerDetector(clock=clock)
     for _ in range(passes):
         pace.begin()
         clock.now += batch
-        pace.batch_came()
+        pace.batch_ready()
         clock.now += work
-        pace.arrived()
+        pace.reached_collective()
         clock.now += waits
-    return pace.take()
+    return pace.mean_seconds()
 
 
 def test_pace_counts_what_comes_before_the_meeting_and_begins_anew_after_each_report() -> None:
     assert paced(0.5, 0.25, waits=9) == pytest.approx((0.5, 0.25))
     clock = Clock()
-    pace = Pace(clock=clock)
+    pace = StragglerDetector(clock=clock)
     pace.begin()
     clock.now += 5
-    pace.batch_came()
-    pace.arrived()
-    assert pace.take() == (5, 0)
-    assert pace.take() == (0, 0)
+    pace.batch_ready()
+    pace.reached_collective()
+    assert pace.mean_seconds() == (5, 0)
+    assert pace.mean_seconds() == (0, 0)
 
 
 def test_a_slow_rank_is_named_after_three_reports_and_those_who_wait_for_it_are_not() -> None:
     slow, quick = paced(0.756, 0.084, waits=0), paced(0.1, 0.3, waits=0.44)
-    pace = Pace(["a", "b", "c", "d"])
-    reports = [pace.judge([quick, quick, quick, slow], 1.5) for _ in range(120)]
+    pace = StragglerDetector(["a", "b", "c", "d"])
+    reports = [pace.find_slow([quick, quick, quick, slow], 1.5) for _ in range(120)]
     assert [at for at, lines in enumerate(reports, 1) if lines] == [3, 103]
     assert reports[2] == [
         "rank 3 (d) reaches the all-reduce 2.1 times later than the others (0.84 s against 0.4 s a pass; 90% of it "
         "waiting for batches): look at that node's disk, network and data.workers"
     ]
-    busy = Pace()
-    lines = [busy.judge([paced(0.1, 0.7, waits=0), quick], 1.5) for _ in range(3)][-1]
+    busy = StragglerDetector()
+    lines = [busy.find_slow([paced(0.1, 0.7, waits=0), quick], 1.5) for _ in range(3)][-1]
     assert lines[0].startswith("rank 0 reaches") and lines[0].endswith("look at that node's GPU and processors")
 
 
 def test_a_rank_that_recovered_is_named_again_and_one_that_was_slow_twice_is_not() -> None:
-    pace, slow, level = Pace(), [(0.1, 0.9), (0.1, 0.3)], [(0.1, 0.3), (0.1, 0.3)]
-    told = [bool(pace.judge(r, 1.5)) for r in (slow, slow, level, slow, slow, slow, slow, level, slow, slow, slow)]
+    pace, slow, level = StragglerDetector(), [(0.1, 0.9), (0.1, 0.3)], [(0.1, 0.3), (0.1, 0.3)]
+    told = [bool(pace.find_slow(r, 1.5)) for r in (slow, slow, level, slow, slow, slow, slow, level, slow, slow, slow)]
     assert told == [False] * 5 + [True] + [False] * 4 + [True]
 
 
@@ -462,5 +462,5 @@ def test_a_rank_that_recovered_is_named_again_and_one_that_was_slow_twice_is_not
     ],
 )
 def test_small_differences_and_a_rank_alone_are_not_named(seconds: list[tuple[float, float]]) -> None:
-    pace = Pace()
-    assert [pace.judge(seconds, 1.5) for _ in range(5)] == [[]] * 5
+    pace = StragglerDetector()
+    assert [pace.find_slow(seconds, 1.5) for _ in range(5)] == [[]] * 5

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from mirl_dist import models
 from mirl_dist.config import config
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning import saliency, synflow
 from mirl_dist.pruning.criteria import CRITERIA
-from mirl_dist.pruning.masks import Masks, all_alive
-from mirl_dist.pruning.prune import Pruned, Rule, count_to_remove, in_scope, prune
+from mirl_dist.pruning.masks import Masks, dense_masks
+from mirl_dist.pruning.prune import PruneConfig, PruneResult, count_to_remove, in_scope, prune
 
 SIZES: dict[str, Any] = {
     "dim": 8,
@@ -46,7 +46,7 @@ def small(seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def published(weights: Mapping[str, Tensor]) -> Masks:
-    return all_alive(weights, in_scope(weights, "published"))
+    return dense_masks(weights, in_scope(weights, "published"))
 
 
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
@@ -57,7 +57,7 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 
 def test_rules_and_configs_know_the_criteria_of_the_table() -> None:
-    assert set(get_args(get_type_hints(Rule)["criterion"])) == set(CRITERIA)
+    assert set(get_args(get_type_hints(PruneConfig)["criterion"])) == set(CRITERIA)
     assert set(get_args(type(config.Config().prune).model_fields["criterion"].annotation)) == set(CRITERIA)
 
 
@@ -65,7 +65,7 @@ def test_rules_and_configs_know_the_criteria_of_the_table() -> None:
 def test_a_criterion_that_needs_more_than_weights_is_not_guessed_from_them(criterion: Any) -> None:
     weights = {"a.weight": torch.ones(4)}
     with pytest.raises(ValueError, match=f"'{criterion}' needs {CRITERIA[criterion].needs}: pass its scores"):
-        prune(weights, all_alive(weights, weights), Rule(0.5, criterion))
+        prune(weights, dense_masks(weights, weights), PruneConfig(0.5, criterion))
 
 
 # -- SynFlow ----------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_on_convolutions_and_relu_the_scores_are_the_papers_up_to_one_factor() -
 def test_flow_is_conserved_through_the_network() -> None:
     network, weights = small()
     found = {
-        n: s.double().sum() for n, s in synflow.scores(network, weights, all_alive(weights, weights), IMAGE).items()
+        n: s.double().sum() for n, s in synflow.scores(network, weights, dense_masks(weights, weights), IMAGE).items()
     }
     enters = (
         sum(s for n, s in found.items() if "prompt_param" in n or n.endswith("bias")) + found["patch_embed.proj.weight"]
@@ -113,7 +113,7 @@ def test_flow_is_conserved_through_the_network() -> None:
 
 def test_flow_is_conserved_in_every_channel() -> None:
     network, weights = small()
-    found = {n: s.double() for n, s in synflow.scores(network, weights, all_alive(weights, weights), IMAGE).items()}
+    found = {n: s.double() for n, s in synflow.scores(network, weights, dense_masks(weights, weights), IMAGE).items()}
     for inner, outer in (
         (f"{BLOCK}.ffn.project_in", f"{BLOCK}.ffn.dwconv"),
         (f"{BLOCK}.attn.qkv", f"{BLOCK}.attn.qkv_dwconv"),
@@ -145,12 +145,12 @@ def test_scoring_leaves_the_network_and_the_weights_as_they_are() -> None:
     before, given = copy.deepcopy(network.state_dict()), copy.deepcopy(weights)
     image = torch.rand(1, 3, 8, 8)
     restored = network(image)
-    pruned = synflow.iterate(network, weights, published(weights), Rule(0.2, "synflow", iterations=2), IMAGE)
+    pruned = synflow.iterate(network, weights, published(weights), PruneConfig(0.2, "synflow", iterations=2), IMAGE)
     assert pruned.removed > 0
     assert same(network.state_dict(), before) and same(weights, given)
     assert torch.equal(network(image), restored), "norms and gates are themselves again"
     assert network.training and all(p.grad is None for p in network.parameters())
-    with pytest.raises(Fault):
+    with pytest.raises(UserError):
         synflow.scores(network, weights, published(weights), (1, 4, 8, 8))
     assert torch.equal(network(image), restored), "after an error too"
 
@@ -169,19 +169,25 @@ def test_what_no_path_of_alive_weights_reaches_scores_zero() -> None:
 def test_values_that_are_not_finite_are_refused() -> None:
     network, weights = small()
     weights["output.weight"][0, 0, 0, 0] = float("nan")
-    with pytest.raises(Fault, match=r"^found NaN or infinite first values, where SynFlow scored them\. Give others"):
+    with pytest.raises(
+        UserError, match=r"^found NaN or infinite first values, where SynFlow scored them\. Give others"
+    ):
         synflow.scores(network, weights, published(weights), IMAGE)
 
 
 @pytest.mark.parametrize(
-    "rule", [Rule(0.9), Rule(0.5, per="layer"), Rule(0.5, floor=0.3)], ids=["global", "layer", "floor"]
+    "rule",
+    [PruneConfig(0.9), PruneConfig(0.5, per="layer"), PruneConfig(0.5, floor=0.3)],
+    ids=["global", "layer", "floor"],
 )
-def test_many_steps_end_at_the_count_of_one(rule: Rule) -> None:
+def test_many_steps_end_at_the_count_of_one(rule: PruneConfig) -> None:
     network, weights = small()
     masks = {n: m & (torch.rand(m.shape) > 0.2) for n, m in published(weights).items()}
     found = synflow.iterate(network, weights, masks, rule._replace(criterion="synflow", iterations=3), IMAGE)
     by_magnitude = prune(weights, masks, rule)
-    assert found.removed == by_magnitude.removed == masking.alive(masks) - masking.alive(found.masks)
+    assert (
+        found.removed == by_magnitude.removed == masking.count_surviving(masks) - masking.count_surviving(found.masks)
+    )
     assert not any(bool((found.masks[n] & ~masks[n]).any()) for n in masks), "nothing returns"
     assert masking.digest(found.masks) != masking.digest(by_magnitude.masks)
     if rule.per == "layer":
@@ -201,11 +207,13 @@ def test_the_alive_share_falls_by_the_same_factor_in_every_step(monkeypatch: pyt
     masks, seen, scored = published(weights), [], synflow.scores
 
     def watched(network: nn.Module, weights: Mapping[str, Tensor], now: Masks, shape: Any) -> dict[str, Tensor]:
-        seen.append(masking.alive(now))
+        seen.append(masking.count_surviving(now))
         return scored(network, weights, now, shape)
 
     monkeypatch.setattr(synflow, "scores", watched)
-    last = masking.alive(synflow.iterate(network, weights, masks, Rule(0.9, "synflow", iterations=4), IMAGE).masks)
+    last = masking.count_surviving(
+        synflow.iterate(network, weights, masks, PruneConfig(0.9, "synflow", iterations=4), IMAGE).masks
+    )
     assert seen[0] == masking.size(masks)
     assert last == seen[0] - count_to_remove(seen[0], 0.9)
     for before, after in zip(seen, [*seen[1:], last], strict=True):
@@ -214,7 +222,7 @@ def test_the_alive_share_falls_by_the_same_factor_in_every_step(monkeypatch: pyt
 
 def test_one_cut_empties_tensors_that_many_small_ones_keep_alive() -> None:
     network, weights = small()
-    rule = Rule(0.9, "synflow")
+    rule = PruneConfig(0.9, "synflow")
     emptied = [
         synflow.iterate(network, weights, published(weights), rule._replace(iterations=n), IMAGE).collapsed
         for n in (1, 12)
@@ -296,12 +304,12 @@ def test_gradients_leave_the_network_as_it_is(fails: bool) -> None:
     def loss(restored: Tensor, clean: Tensor) -> Tensor:
         assert not network.training and not network.more_noise.training
         if fails:
-            raise Fault("no loss")
+            raise UserError("no loss")
         return restored - clean
 
     try:
         saliency.gradients(network, [(torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2))], loss)
-    except Fault:
+    except UserError:
         assert fails
     assert [network.training, network.noise.training, network.more_noise.training] == [True, False, True]
     assert same(network.state_dict(), before)
@@ -315,7 +323,7 @@ def test_given_scores_decide_by_size_without_sign_and_without_the_weights() -> N
     weights = {"a.weight": torch.tensor([[9.0, 8.0], [7.0, 6.0]]), "b.weight": torch.tensor([1.0, 2.0])}
     scores = {"a.weight": torch.tensor([[0.1, -5.0], [-0.2, 4.0]]), "b.weight": torch.tensor([3.0, -0.3])}
     for given in (scores, scores.__getitem__):
-        pruned = prune(weights, all_alive(weights, weights), Rule(0.5, "snip"), scores=given)
+        pruned = prune(weights, dense_masks(weights, weights), PruneConfig(0.5, "snip"), scores=given)
         assert {n: m.tolist() for n, m in pruned.masks.items()} == {
             "a.weight": [[False, True], [False, True]],
             "b.weight": [True, False],
@@ -325,24 +333,24 @@ def test_given_scores_decide_by_size_without_sign_and_without_the_weights() -> N
 
 def test_scores_of_another_shape_or_not_finite_are_refused() -> None:
     weights = {"a.weight": torch.ones(2, 3), "b.weight": torch.ones(4)}
-    masks = all_alive(weights, weights)
+    masks = dense_masks(weights, weights)
     with pytest.raises(ValueError, match=r"scores of 'a\.weight' are \(3, 2\), its weights \(2, 3\)"):
-        prune(weights, masks, Rule(0.5, "snip"), scores={n: w.t() for n, w in weights.items()})
+        prune(weights, masks, PruneConfig(0.5, "snip"), scores={n: w.t() for n, w in weights.items()})
     odd = weights | {"b.weight": torch.tensor([1, 2, float("inf"), 3])}
     with pytest.raises(
-        Fault, match=r"NaN or infinite scores by prune\.criterion snip \(tensors: b\.weight\)"
+        UserError, match=r"NaN or infinite scores by prune\.criterion snip \(tensors: b\.weight\)"
     ) as caught:
-        prune(weights, masks, Rule(0.5, "snip"), scores=odd)
+        prune(weights, masks, PruneConfig(0.5, "snip"), scores=odd)
     assert caught.value.everywhere
 
 
 # -- on real ranks ----------------------------------------------------------------------------------------------
 
 RULES = {
-    "global": Rule(0.5, "snip"),
-    "layer": Rule(0.5, "snip", per="layer"),
-    "floor": Rule(0.5, "gradient", floor=0.35),
-    "floor by magnitude": Rule(0.5, floor=0.35),
+    "global": PruneConfig(0.5, "snip"),
+    "layer": PruneConfig(0.5, "snip", per="layer"),
+    "floor": PruneConfig(0.5, "gradient", floor=0.35),
+    "floor by magnitude": PruneConfig(0.5, floor=0.35),
 }
 
 
@@ -355,13 +363,13 @@ def scored() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return weights | {"weak.weight": weights["weak.weight"] / 99}, scores | {"weak.weight": scores["weak.weight"] / 99}
 
 
-def cut(rule: Rule, **where: Any) -> Pruned:
+def cut(rule: PruneConfig, **where: Any) -> PruneResult:
     weights, scores = scored()
     given = None if rule.criterion == "magnitude" else scores
-    return prune(weights, all_alive(weights, weights), rule, scores=given, **where)
+    return prune(weights, dense_masks(weights, weights), rule, scores=given, **where)
 
 
-def told(pruned: Pruned) -> list[Any]:
+def told(pruned: PruneResult) -> list[Any]:
     return [masking.digest(pruned.masks), pruned.threshold.hex(), pruned.removed, list(pruned.collapsed)]
 
 
@@ -378,7 +386,7 @@ def test_real_ranks_cut_given_scores_as_one_process_does(lab: Any, tmp_path: Pat
 def on_this_rank(folder: Path) -> None:
     """What `lab` runs on every rank."""
     ranks = Ranks(device="cpu")
-    found = {name: told(cut(rule, share=ranks.share, gather=ranks.gather)) for name, rule in RULES.items()}
+    found = {name: told(cut(rule, share=ranks.partition, gather=ranks.gather)) for name, rule in RULES.items()}
     (folder / f"{ranks.world}-{ranks.rank}.json").write_text(json.dumps(found))
     ranks.barrier()
     ranks.close()

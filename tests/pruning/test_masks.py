@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mirl_dist import models
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
-from mirl_dist.pruning.prune import Rule, in_scope, prune
-from mirl_dist.pruning.rewind import rewind, rewound_names, unproven
+from mirl_dist.pruning.prune import PruneConfig, in_scope, prune
+from mirl_dist.pruning.rewind import find_unrewound, rewind, rewound_names
 
 TINY = {
     "dim": 8,
@@ -33,8 +33,8 @@ def tiny() -> nn.Module:
 
 
 def pruned(weights: dict[str, Tensor], fraction: float = 0.5) -> Masks:
-    masks = masking.all_alive(weights, in_scope(weights, "published"))
-    return prune(weights, masks, Rule(fraction)).masks
+    masks = masking.dense_masks(weights, in_scope(weights, "published"))
+    return prune(weights, masks, PruneConfig(fraction)).masks
 
 
 def first_values(model: nn.Module) -> dict[str, Tensor]:
@@ -113,15 +113,15 @@ def test_the_digest_of_tensors_feels_every_byte_and_the_dtype() -> None:
 
 def test_counts_are_those_of_the_masks_and_not_of_zeros() -> None:
     masks = {"a": torch.tensor([True, True, False]), "b": torch.tensor([[True]])}
-    assert (masking.alive(masks), masking.size(masks)) == (3, 4)
+    assert (masking.count_surviving(masks), masking.size(masks)) == (3, 4)
     assert masking.densities(masks) == {"a": 2 / 3, "b": 1.0}
     weights = {"a": torch.zeros(3), "b": torch.zeros(1, 1), "c": torch.zeros(5)}
-    assert masking.alive(masking.all_alive(weights, ["b", "a"])) == 4
+    assert masking.count_surviving(masking.dense_masks(weights, ["b", "a"])) == 4
 
 
 def test_closing_sets_the_dead_to_zero_and_leaves_the_living() -> None:
     weights = {"a": torch.tensor([-1.0, 2.0, float("nan")]), "b": torch.tensor([5.0])}
-    masking.close_weights(weights, {"a": torch.tensor([False, True, False])})
+    masking.apply_masks(weights, {"a": torch.tensor([False, True, False])})
     assert weights["a"].tolist() == [0.0, 2.0, 0.0]
     assert weights["b"].tolist() == [5.0]
 
@@ -129,15 +129,17 @@ def test_closing_sets_the_dead_to_zero_and_leaves_the_living() -> None:
 def test_a_dead_weight_that_is_not_zero_is_named() -> None:
     masks = {"a": torch.tensor([True, False]), "b": torch.tensor([False, True])}
     zero = torch.tensor([0.0, 3.0])
-    assert masking.open_dead({"a": torch.tensor([1.0, 0.0]), "b": zero}, masks) is None
-    assert masking.open_dead({"a": torch.tensor([1.0, -0.0]), "b": zero}, masks) is None
-    assert masking.open_dead({"a": torch.tensor([1.0, 1e-30]), "b": zero}, masks) == "a"
-    assert masking.open_dead({"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([float("nan"), 0])}, masks) == "b"
+    assert masking.find_nonzero_pruned({"a": torch.tensor([1.0, 0.0]), "b": zero}, masks) is None
+    assert masking.find_nonzero_pruned({"a": torch.tensor([1.0, -0.0]), "b": zero}, masks) is None
+    assert masking.find_nonzero_pruned({"a": torch.tensor([1.0, 1e-30]), "b": zero}, masks) == "a"
+    assert (
+        masking.find_nonzero_pruned({"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([float("nan"), 0])}, masks) == "b"
+    )
 
 
 @pytest.mark.parametrize("odd", [float("inf"), float("nan")])
 def test_a_living_weight_is_never_taken_for_a_dead_one(odd: float) -> None:
-    assert masking.open_dead({"a": torch.tensor([odd, 0.0])}, {"a": torch.tensor([True, False])}) is None
+    assert masking.find_nonzero_pruned({"a": torch.tensor([odd, 0.0])}, {"a": torch.tensor([True, False])}) is None
 
 
 # -- masks hold by gradients ------------------------------------------------------------------------------------
@@ -159,7 +161,7 @@ def steps(model: nn.Module, optimiser: torch.optim.Optimizer, masks: Masks, coun
         clean = torch.rand(1, 3, 16, 16, generator=generator)
         optimiser.zero_grad()
         (model(clean + 0.1) - clean).abs().mean().backward()
-        masking.close_gradients(parameters, masks)
+        masking.mask_gradients(parameters, masks)
         nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
         optimiser.step()
 
@@ -169,7 +171,7 @@ def test_dead_weights_and_their_moments_stay_exactly_zero_under(name: str) -> No
     model = tiny()
     masks = pruned(first_values(model))
     parameters = dict(model.named_parameters())
-    masking.close_weights(parameters, masks)
+    masking.apply_masks(parameters, masks)
     before = first_values(model)
     optimiser = OPTIMISERS[name](list(model.parameters()))
     steps(model, optimiser, masks, 4)
@@ -182,16 +184,16 @@ def test_dead_weights_and_their_moments_stay_exactly_zero_under(name: str) -> No
         living = mask & (before[tensor] != 0)
         if living.any():
             assert not torch.equal(parameters[tensor].detach()[living], before[tensor][living]), f"{tensor} moves"
-    assert masking.open_dead(parameters, masks) is None
+    assert masking.find_nonzero_pruned(parameters, masks) is None
 
 
 def test_without_masked_gradients_the_dead_do_move() -> None:
     model = tiny()
     masks = pruned(first_values(model))
     parameters = dict(model.named_parameters())
-    masking.close_weights(parameters, masks)
+    masking.apply_masks(parameters, masks)
     steps(model, OPTIMISERS["adamw"](list(model.parameters())), {}, 1)
-    assert masking.open_dead(parameters, masks) is not None
+    assert masking.find_nonzero_pruned(parameters, masks) is not None
 
 
 def test_only_masked_gradients_are_touched() -> None:
@@ -199,7 +201,7 @@ def test_only_masked_gradients_are_touched() -> None:
     weight.grad, other.grad = torch.tensor([1.0, -2.0, 3.0]), torch.ones(2)
     parameters = {"a": weight, "b": other, "c": nn.Parameter(torch.ones(1))}
     masks = {"a": torch.tensor([True, False, True]), "c": torch.tensor([False])}
-    masking.close_gradients(parameters, masks)
+    masking.mask_gradients(parameters, masks)
     assert weight.grad.tolist() == [1.0, 0.0, 3.0]
     assert other.grad.tolist() == [1.0, 1.0]
     assert parameters["c"].grad is None
@@ -235,10 +237,10 @@ def test_survivors_return_to_their_first_values_and_the_dead_to_zero(what: str) 
     masks = pruned(trained)
     weights = {n: p.data for n, p in model.named_parameters()}
     names = rewound_names(weights, what, 2)
-    assert unproven(weights, initial, masks, names) is not None, "training moved them"
+    assert find_unrewound(weights, initial, masks, names) is not None, "training moved them"
     rewind(weights, initial, masks, names)
-    assert unproven(weights, initial, masks, names) is None
-    assert masking.open_dead(weights, masks) is None
+    assert find_unrewound(weights, initial, masks, names) is None
+    assert masking.find_nonzero_pruned(weights, masks) is None
     for name, weight in weights.items():
         expected = initial[name] if name in names else trained[name]
         if name in masks:
@@ -260,7 +262,7 @@ def test_a_tensor_that_did_not_return_is_named() -> None:
     masks = {"a.weight": torch.tensor([False, True])}
     good = {"a.weight": torch.tensor([0.0, 2.0]), "b.weight": torch.tensor([3.0])}
     names = frozenset(initial)
-    assert unproven(good, initial, masks, names) is None
-    assert unproven(good | {"b.weight": torch.tensor([3.0 + 2**-22])}, initial, masks, names) == "b.weight"
-    assert unproven(good | {"a.weight": torch.tensor([1.0, 2.0])}, initial, masks, names) == "a.weight"
-    assert unproven(good | {"b.weight": torch.tensor([9.0])}, initial, masks, frozenset({"a.weight"})) is None
+    assert find_unrewound(good, initial, masks, names) is None
+    assert find_unrewound(good | {"b.weight": torch.tensor([3.0 + 2**-22])}, initial, masks, names) == "b.weight"
+    assert find_unrewound(good | {"a.weight": torch.tensor([1.0, 2.0])}, initial, masks, names) == "a.weight"
+    assert find_unrewound(good | {"b.weight": torch.tensor([9.0])}, initial, masks, frozenset({"a.weight"})) is None

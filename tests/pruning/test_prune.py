@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mirl_dist import models
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.masks import Masks, alive, all_alive
-from mirl_dist.pruning.partition import Slice
-from mirl_dist.pruning.prune import Pruned, Rule, count_to_remove, in_scope, prune
+from mirl_dist.pruning.masks import Masks, count_surviving, dense_masks
+from mirl_dist.pruning.partition import ReplicatedPartition
+from mirl_dist.pruning.prune import PruneConfig, PruneResult, count_to_remove, in_scope, prune
 from tests.pruning.test_quantile import on_ranks
 
 # MIR-L at 20 % per round. Six tensors of the published class are never used; they count there and are absent here.
@@ -54,7 +54,7 @@ TABLE = {
     14: (1_460_109, 3_853_308, 1_450_641, 3_843_840, 3_853_434, 1),
     15: (1_168_087, 3_561_286, 1_160_513, 3_553_712, 3_561_365, 1),
 }
-FIFTH = Rule(0.2)
+FIFTH = PruneConfig(0.2)
 FTZ = torch.set_flush_denormal(True)  # False where the processor cannot
 torch.set_flush_denormal(False)
 
@@ -112,17 +112,17 @@ def test_one_shot_counts_are_the_published_ones() -> None:
 def test_pruning_the_full_size_network_leaves_the_published_counts() -> None:
     torch.manual_seed(0)
     weights = {name: p.detach() for name, p in models.create("promptir").named_parameters()}
-    masks = all_alive(weights, in_scope(weights, "published"))
+    masks = dense_masks(weights, in_scope(weights, "published"))
     layer_weights = weights | {name: some(*shape) for name, shape in DEAD.items()}
-    layer_masks = all_alive(layer_weights, in_scope(layer_weights, "published"))
+    layer_masks = dense_masks(layer_weights, in_scope(layer_weights, "published"))
     for round_ in (1, 2):
         _, _, left, total, total_per_layer, scales = TABLE[round_]
         before, masks = masks, prune(weights, masks, FIFTH).masks
-        assert alive(masks) == left
-        assert alive(masks) + UNPRUNABLE == total
+        assert count_surviving(masks) == left
+        assert count_surviving(masks) + UNPRUNABLE == total
         assert not any(bool((masks[n] & ~before[n]).any()) for n in masks), "nothing returns"
-        layer_masks = prune(layer_weights, layer_masks, Rule(0.2, per="layer")).masks
-        assert alive(layer_masks) + UNPRUNABLE == total_per_layer
+        layer_masks = prune(layer_weights, layer_masks, PruneConfig(0.2, per="layer")).masks
+        assert count_surviving(layer_masks) + UNPRUNABLE == total_per_layer
         assert int(layer_masks["latent.0.norm1.body.weight"].sum()) == left_of(384, round_)
         assert int(layer_masks["encoder_level1.0.norm1.body.weight"].sum()) == scales
     assert all(bool(masks[n].all()) for n in masks if n.endswith("norm1.body.weight")), "scales are 1: none goes"
@@ -180,9 +180,11 @@ def test_the_smallest_go_and_ties_go_by_name_and_place(
     magnitudes = flat.view(np.int32)[places] & 0x7FFFFFFF
     expected = living.copy()
     expected[places[np.argsort(magnitudes, kind="stable")[:k]]] = False
-    found = on_ranks(ranks, lambda rank, gather: prune(weights, masks, Rule(p), Slice(rank, ranks), gather))
+    found = on_ranks(
+        ranks, lambda rank, gather: prune(weights, masks, PruneConfig(p), ReplicatedPartition(rank, ranks), gather)
+    )
     for pruned in found:
-        assert isinstance(pruned, Pruned)
+        assert isinstance(pruned, PruneResult)
         assert pruned.removed == k
         assert np.array_equal(joined(pruned.masks), expected)
         assert pruned.threshold == (float(np.abs(flat[living & ~expected].astype(np.float64)).max()) if k else 0.0)
@@ -201,9 +203,9 @@ def test_exactly_the_stated_number_goes_on_every_rank_alike_when_all_weights_are
     ranks: int, per: Literal["global", "layer"], criterion: Literal["magnitude", "random"]
 ) -> None:
     weights = {name: torch.full_like(w, -0.5) for name, w in small().items()}
-    masks = all_alive(weights, weights)
-    rule = Rule(0.2, criterion, per)
-    found = on_ranks(ranks, lambda rank, gather: prune(weights, masks, rule, Slice(rank, ranks), gather))
+    masks = dense_masks(weights, weights)
+    rule = PruneConfig(0.2, criterion, per)
+    found = on_ranks(ranks, lambda rank, gather: prune(weights, masks, rule, ReplicatedPartition(rank, ranks), gather))
     counts = {n: w.numel() for n, w in weights.items()}
     if per == "global":
         wanted = count_to_remove(sum(counts.values()), 0.2)
@@ -211,15 +213,15 @@ def test_exactly_the_stated_number_goes_on_every_rank_alike_when_all_weights_are
         wanted = sum(count_to_remove(c, 0.2, 0.5 if n == "output.weight" else 1.0) for n, c in counts.items())
     digests = set()
     for pruned in found:
-        assert isinstance(pruned, Pruned)
-        assert pruned.removed == wanted == sum(counts.values()) - alive(pruned.masks)
+        assert isinstance(pruned, PruneResult)
+        assert pruned.removed == wanted == sum(counts.values()) - count_surviving(pruned.masks)
         digests.add(masking.digest(pruned.masks))
     assert len(digests) == 1
 
 
 def test_equal_weights_go_in_the_order_of_names_then_places() -> None:
     weights = {"b.weight": torch.ones(4), "a.weight": torch.ones(2, 2), "c.weight": torch.tensor([0.5, 1, 1])}
-    pruned = prune(weights, all_alive(weights, weights), Rule(0.5))
+    pruned = prune(weights, dense_masks(weights, weights), PruneConfig(0.5))
     assert pruned.removed == 5
     assert pruned.masks["a.weight"].tolist() == [[False, False], [False, False]]
     assert pruned.masks["b.weight"].tolist() == [True] * 4
@@ -232,31 +234,31 @@ def test_equal_weights_go_in_the_order_of_names_then_places() -> None:
 @pytest.mark.parametrize("per", ["global", "layer"])
 def test_pruned_weights_never_return_even_when_they_have_grown(per: Literal["global", "layer"]) -> None:
     weights = small()
-    masks = all_alive(weights, weights)
+    masks = dense_masks(weights, weights)
     for round_ in range(6):
-        before, masks = masks, prune(weights, masks, Rule(0.2, per=per)).masks
+        before, masks = masks, prune(weights, masks, PruneConfig(0.2, per=per)).masks
         assert not any(bool((masks[n] & ~before[n]).any()) for n in masks)
-        assert alive(masks) < alive(before)
+        assert count_surviving(masks) < count_surviving(before)
         weights = {n: torch.where(masks[n], some(*w.shape, seed=round_), 9.0) for n, w in weights.items()}
 
 
 def test_global_and_layer_wise_are_the_same_on_one_tensor() -> None:
     weights = {"a.weight": some(9, 9)}
-    masks = all_alive(weights, weights)
-    assert masking.digest(prune(weights, masks, Rule(0.3)).masks) == (
-        masking.digest(prune(weights, masks, Rule(0.3, per="layer")).masks)
+    masks = dense_masks(weights, weights)
+    assert masking.digest(prune(weights, masks, PruneConfig(0.3)).masks) == (
+        masking.digest(prune(weights, masks, PruneConfig(0.3, per="layer")).masks)
     )
 
 
 def test_only_layer_wise_pruning_spares_the_output_layer_by_half() -> None:
     weights = {"attn.project_out.weight": some(101), "output.weight": some(101, seed=1)}
-    masks = all_alive(weights, weights)
-    layer = prune(weights, masks, Rule(0.2, per="layer"))
+    masks = dense_masks(weights, weights)
+    layer = prune(weights, masks, PruneConfig(0.2, per="layer"))
     assert {n: 101 - int(m.sum()) for n, m in layer.masks.items()} == {
         "attn.project_out.weight": 20,
         "output.weight": 10,
     }
-    chosen = prune(weights, masks, Rule(0.2, per="layer", output_layers=("*out*",), output_factor=0.1))
+    chosen = prune(weights, masks, PruneConfig(0.2, per="layer", output_layers=("*out*",), output_factor=0.1))
     assert {n: 101 - int(m.sum()) for n, m in chosen.masks.items()} == {
         "attn.project_out.weight": 2,
         "output.weight": 2,
@@ -267,20 +269,20 @@ def test_only_layer_wise_pruning_spares_the_output_layer_by_half() -> None:
 
 def test_the_layer_wise_threshold_is_the_largest_of_all_layers() -> None:
     weights = {"a.weight": torch.arange(1.0, 12.0), "b.weight": torch.arange(101.0, 112.0)}
-    pruned = prune(weights, all_alive(weights, weights), Rule(0.2, per="layer"))
+    pruned = prune(weights, dense_masks(weights, weights), PruneConfig(0.2, per="layer"))
     assert (pruned.threshold, pruned.removed) == (102.0, 4)
 
 
 def test_tensors_without_a_mask_are_neither_counted_nor_pruned() -> None:
     weights = {"a.weight": torch.arange(1.0, 12.0), "a.bias": torch.zeros(100)}
-    pruned = prune(weights, all_alive(weights, ["a.weight"]), FIFTH)
+    pruned = prune(weights, dense_masks(weights, ["a.weight"]), FIFTH)
     assert pruned.masks.keys() == {"a.weight"}
     assert pruned.removed == 2
 
 
 def test_a_single_survivor_stays() -> None:
     weights = {"a.weight": torch.tensor([0.0, 1.0])}
-    pruned = prune(weights, {"a.weight": torch.tensor([True, False])}, Rule(0.9))
+    pruned = prune(weights, {"a.weight": torch.tensor([True, False])}, PruneConfig(0.9))
     assert (pruned.removed, pruned.threshold) == (0, 0.0)
     assert pruned.masks["a.weight"].tolist() == [True, False]
 
@@ -311,13 +313,13 @@ def test_a_floor_spares_each_tensors_strongest_and_the_weakest_others_go(
         a, b = next((a, b) for _, a, b in spans if a <= place < b)
         if expected[place] and gone < k and expected[a:b].sum() > math.ceil(Fraction(str(floor)) * (b - a)):
             expected[place], gone = False, gone + 1
-    rule = Rule(p, floor=floor)
-    found = on_ranks(ranks, lambda rank, gather: prune(weights, masks, rule, Slice(rank, ranks), gather))
+    rule = PruneConfig(p, floor=floor)
+    found = on_ranks(ranks, lambda rank, gather: prune(weights, masks, rule, ReplicatedPartition(rank, ranks), gather))
     for pruned in found:
         if gone < k:
-            assert isinstance(pruned, Fault) and "prune.floor: found" in str(pruned)
+            assert isinstance(pruned, UserError) and "prune.floor: found" in str(pruned)
             continue
-        assert isinstance(pruned, Pruned)
+        assert isinstance(pruned, PruneResult)
         assert pruned.removed == k
         assert np.array_equal(joined(pruned.masks), expected)
         assert pruned.threshold == (float(np.abs(flat[living & ~expected].astype(np.float64)).max()) if k else 0.0)
@@ -326,29 +328,29 @@ def test_a_floor_spares_each_tensors_strongest_and_the_weakest_others_go(
 
 def test_a_floor_of_nothing_changes_nothing_and_one_of_half_holds_the_weakest_tensor() -> None:
     weights = {"a.weight": torch.arange(1.0, 11.0), "b.weight": torch.arange(101.0, 131.0)}
-    masks = all_alive(weights, weights)
-    bare = prune(weights, masks, Rule(0.3))
+    masks = dense_masks(weights, weights)
+    bare = prune(weights, masks, PruneConfig(0.3))
     assert {n: int(m.sum()) for n, m in bare.masks.items()} == {"a.weight": 0, "b.weight": 28}
     assert bare.collapsed == ("a.weight",)
-    held = prune(weights, masks, Rule(0.3, floor=0.5))
+    held = prune(weights, masks, PruneConfig(0.3, floor=0.5))
     assert held.masks["a.weight"].tolist() == [False] * 5 + [True] * 5
     assert held.masks["b.weight"].tolist() == [False] * 7 + [True] * 23
     assert (held.removed, held.threshold, held.collapsed) == (12, 107.0, ())
-    again = prune(weights, held.masks, Rule(0.2, floor=0.5))
+    again = prune(weights, held.masks, PruneConfig(0.2, floor=0.5))
     assert int(again.masks["a.weight"].sum()) == 5, "the floor counts the whole tensor, not what is left of it"
 
 
 def test_a_floor_that_leaves_too_few_weights_to_remove_is_refused_with_both_numbers() -> None:
     weights = small()
-    with pytest.raises(Fault) as caught:
-        prune(weights, all_alive(weights, weights), Rule(0.7, floor=0.4))
+    with pytest.raises(UserError) as caught:
+        prune(weights, dense_masks(weights, weights), PruneConfig(0.7, floor=0.4))
     assert str(caught.value) == (
         "prune.floor: found 0.4, which lets only 67 of 113 alive weights go, with prune.fraction 0.7, which asks for "
         "79. Lower one of them, or prune.rounds."
     )
     assert caught.value.everywhere
     with pytest.raises(ValueError, match="a floor belongs to per='global'"):
-        prune(weights, all_alive(weights, weights), Rule(0.1, per="layer", floor=0.4))
+        prune(weights, dense_masks(weights, weights), PruneConfig(0.1, per="layer", floor=0.4))
 
 
 # -- random masks -----------------------------------------------------------------------------------------------
@@ -356,19 +358,19 @@ def test_a_floor_that_leaves_too_few_weights_to_remove_is_refused_with_both_numb
 
 def test_random_masks_depend_on_the_seed_and_not_on_the_weights() -> None:
     weights = small()
-    masks = all_alive(weights, weights)
+    masks = dense_masks(weights, weights)
 
     def drawn(of: Mapping[str, Tensor], seed: int) -> str:
-        return masking.digest(prune(of, masks, Rule(0.3, "random", seed=seed)).masks)
+        return masking.digest(prune(of, masks, PruneConfig(0.3, "random", seed=seed)).masks)
 
     assert drawn(weights, 1) == drawn({n: -7 * w for n, w in weights.items()}, 1)
     assert len({drawn(weights, seed) for seed in range(8)}) == 8
-    assert drawn(weights, 1) != masking.digest(prune(weights, masks, Rule(0.3)).masks)
+    assert drawn(weights, 1) != masking.digest(prune(weights, masks, PruneConfig(0.3)).masks)
 
 
 def test_random_masks_spread_over_all_tensors() -> None:
     weights = {f"{i}.weight": torch.ones(1000) for i in range(4)}
-    pruned = prune(weights, all_alive(weights, weights), Rule(0.5, "random"))
+    pruned = prune(weights, dense_masks(weights, weights), PruneConfig(0.5, "random"))
     assert all(400 < int(m.sum()) < 600 for m in pruned.masks.values())
     assert len({masking.digest({"x": m}) for m in pruned.masks.values()}) == 4, "each tensor has its own draw"
 
@@ -396,7 +398,7 @@ def test_the_scope_may_be_all_or_globs() -> None:
 
 
 def test_a_glob_that_matches_nothing_is_refused_by_name() -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         in_scope(["a.weight", "b.weight"], ("a.*", "decoder.*"))
     assert str(caught.value) == ("prune.scope: the glob 'decoder.*' matches no parameter. Names look like 'a.weight'.")
     assert caught.value.everywhere
@@ -408,10 +410,10 @@ def test_a_glob_that_matches_nothing_is_refused_by_name() -> None:
 @pytest.mark.parametrize("flush", [False, pytest.param(True, marks=pytest.mark.skipif(not FTZ, reason="no FTZ here"))])
 def test_weights_below_the_normal_range_are_cut_exactly(flush: bool) -> None:
     weights = {"a.weight": torch.tensor([4, 3, 2, 1, 0, 0x3F800000], dtype=torch.int32).view(torch.float32)}
-    masks = all_alive(weights, weights)
+    masks = dense_masks(weights, weights)
     torch.set_flush_denormal(flush)
     try:
-        pruned = prune(weights, masks, Rule(0.5))
+        pruned = prune(weights, masks, PruneConfig(0.5))
         subnormal = pruned.threshold == 2 * 2.0**-149
     finally:
         torch.set_flush_denormal(False)
@@ -423,13 +425,13 @@ def test_weights_below_the_normal_range_are_cut_exactly(flush: bool) -> None:
 def test_weights_that_are_not_finite_are_refused_on_every_rank(odd: float) -> None:
     weights = small()
     weights["z.weight"][1, 1, 1] = odd
-    masks = all_alive(weights, weights)
-    found = on_ranks(3, lambda rank, gather: prune(weights, masks, FIFTH, Slice(rank, 3), gather))
-    assert all(isinstance(f, Fault) and "NaN or infinite weights on rank 2 (" in str(f) for f in found)
+    masks = dense_masks(weights, weights)
+    found = on_ranks(3, lambda rank, gather: prune(weights, masks, FIFTH, ReplicatedPartition(rank, 3), gather))
+    assert all(isinstance(f, UserError) and "NaN or infinite weights on rank 2 (" in str(f) for f in found)
     assert "z.weight" in str(found[2])
 
 
 def test_slices_of_all_ranks_hold_every_weight_once() -> None:
     flat = torch.arange(11)
     for ranks in (1, 2, 3, 4, 13):
-        assert torch.cat([Slice(rank, ranks).of(flat) for rank in range(ranks)]).tolist() == flat.tolist()
+        assert torch.cat([ReplicatedPartition(rank, ranks).of(flat) for rank in range(ranks)]).tolist() == flat.tolist()

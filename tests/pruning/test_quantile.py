@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.pruning import quantile
-from mirl_dist.pruning.quantile import Cut, Gather, kth_smallest, refuse_non_finite
+from mirl_dist.pruning.quantile import Gather, Threshold, check_finite, kth_smallest
 
 T = TypeVar("T")
 Values = NDArray[np.float32]
@@ -39,7 +39,7 @@ def on_ranks(ranks: int, work: Callable[[int, Gather], T]) -> list[T | Exception
 
         try:
             return work(rank, gather)
-        except (Fault, ValueError, TypeError) as error:
+        except (UserError, ValueError, TypeError) as error:
             return error
 
     with ThreadPoolExecutor(ranks) as pool:
@@ -60,7 +60,7 @@ def check(values: Values, k: int, cuts: Sequence[int] = ()) -> None:
     found = on_ranks(len(shares), lambda rank, gather: kth_smallest(shares[rank], k, gather))
     assert all(f == found[0] for f in found), "every rank has the same answer"
     cut = found[0]
-    assert isinstance(cut, Cut)
+    assert isinstance(cut, Threshold)
     bits = values.view(np.int32) & 0x7FFFFFFF  # sorts as magnitudes do, and keeps subnormals apart
     ordered = np.sort(bits)
     assert cut.bits == ordered[k - 1]
@@ -114,7 +114,7 @@ def test_ranks_without_any_weight_hear_the_answer() -> None:
     values = np.array([3, 1, 2], np.float32)
     shares: list[dict[str, Tensor]] = [{}, {"a": torch.from_numpy(values)}, {"a": torch.empty(0)}]
     found = on_ranks(3, lambda rank, gather: kth_smallest(shares[rank], 2, gather))
-    assert [(f.value, f.below, f.ties) for f in found if isinstance(f, Cut)] == [(2.0, 1, 1)] * 3
+    assert [(f.value, f.below, f.ties) for f in found if isinstance(f, Threshold)] == [(2.0, 1, 1)] * 3
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
@@ -140,7 +140,7 @@ def test_flush_to_zero_does_not_merge_subnormal_weights() -> None:
         numbers = [cut.value for cut in found]
     finally:
         torch.set_flush_denormal(False)
-    assert found == [Cut(1, 0, 1), Cut(2, 1, 1), Cut(3, 2, 1), Cut(0x00800000, 3, 1)]
+    assert found == [Threshold(1, 0, 1), Threshold(2, 1, 1), Threshold(3, 2, 1), Threshold(0x00800000, 3, 1)]
     assert numbers == [2.0**-149, 2 * 2.0**-149, 3 * 2.0**-149, 2.0**-126]
 
 
@@ -149,7 +149,7 @@ def test_nan_and_inf_are_refused_on_all_ranks_and_named_where_they_are(odd: floa
     good, bad = torch.ones(5), torch.tensor([1.0, odd])
     shares = [{"a.weight": good}, {"a.weight": good, "b.weight": bad}, {}]
     found = on_ranks(3, lambda rank, gather: kth_smallest(shares[rank], 2, gather))
-    assert all(isinstance(f, Fault) for f in found)
+    assert all(isinstance(f, UserError) for f in found)
     texts = [str(f) for f in found]
     assert all("found NaN or infinite weights on rank 1 (" in text for text in texts)
     assert "tensors: b.weight" in texts[1]
@@ -159,7 +159,7 @@ def test_nan_and_inf_are_refused_on_all_ranks_and_named_where_they_are(odd: floa
 
 
 def test_finite_weights_are_not_refused() -> None:
-    refuse_non_finite({"a": torch.tensor([3.4e38, -1e-45, 0.0]), "b": torch.empty(0)})
+    check_finite({"a": torch.tensor([3.4e38, -1e-45, 0.0]), "b": torch.empty(0)})
 
 
 @pytest.mark.parametrize("k", [0, -1, 8])

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
 from mirl_dist.pruning import masks as masking
-from mirl_dist.storage import NotThere, Store
+from mirl_dist.storage import NotFound, Store
 from mirl_dist.storage.commits import Commits, Reader
 from mirl_dist.storage.lease_files import claim_name, newest_generation
 from mirl_dist.training.checkpoint import Checkpoints
@@ -81,8 +81,8 @@ def commit_round(kept: Checkpoints, round_: int, *, seed: int = 0) -> None:
 def whole(store: Store) -> dict[str, dict[str, bytes]]:
     """The commits that count for a reader and are sound: their parts by folder."""
     commits, found = Commits(store, Reader()), {}
-    for folder in commits.whole("rounds"):
-        with contextlib.suppress(Fault):
+    for folder in commits.complete("rounds"):
+        with contextlib.suppress(UserError):
             found[folder] = commits.parts(folder)
     return found
 
@@ -107,7 +107,7 @@ class Memory:
     def get(self, name: str) -> bytes:
         with self._lock:
             if name not in self.files:
-                raise NotThere(f"{self.where(name)} does not exist")
+                raise NotFound(f"{self.where(name)} does not exist")
             return self.files[name]
 
     def exists(self, name: str) -> bool:
@@ -159,7 +159,7 @@ class Claim:
 
     def check(self) -> None:
         if newest_generation(self._store) != self.generation:
-            raise Fault("this launch no longer holds the run")
+            raise UserError("this launch no longer holds the run")
 
     def lost(self) -> bool:
         return newest_generation(self._store) != self.generation
@@ -191,7 +191,7 @@ class Sleeper:
     def _run(self) -> None:
         try:
             self._work()
-        except Fault as fault:
+        except UserError as fault:
             self.ended = fault
         self.finished = True
         self._asleep.set()

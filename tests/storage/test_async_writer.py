@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import pytest
 
-from mirl_dist.errors import Fault
-from mirl_dist.storage import NotAllowed, TryAgain
+from mirl_dist.errors import UserError
+from mirl_dist.storage import Rejected, Unavailable
 from mirl_dist.storage import async_writer as keeping
-from mirl_dist.storage.async_writer import Keeper
+from mirl_dist.storage.async_writer import AsyncWriter
 from mirl_dist.storage.retry import Patience
 
 REFUSED = "a commit failed, and training does not go on without: "
@@ -54,25 +54,25 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_who_has_begun_nothing_is_not_busy_and_has_not_failed() -> None:
-    keeper = Keeper(60.0)
+    keeper = AsyncWriter(60.0)
     assert not keeper.busy and not keeper.failed
-    keeper.refuse()
+    keeper.raise_failure()
     keeper.wait()
 
 
 def test_training_goes_on_while_a_commit_is_written() -> None:
-    keeper, slow = Keeper(60.0), Slow()
+    keeper, slow = AsyncWriter(60.0), Slow()
     keeper.begin(slow, "a commit")
     until(lambda: slow.begun == 1)
     assert keeper.busy and not keeper.failed
-    keeper.refuse()
+    keeper.raise_failure()
     slow.go.set()
     keeper.wait()
     assert not keeper.busy and not keeper.failed
 
 
 def test_a_commit_begins_when_the_one_before_is_written() -> None:
-    keeper, first, done = Keeper(60.0), Slow(), list[str]()
+    keeper, first, done = AsyncWriter(60.0), Slow(), list[str]()
     keeper.begin(first, "a commit")
     second = threading.Thread(target=lambda: keeper.begin(lambda: done.append("second"), "another"))
     second.start()
@@ -87,52 +87,58 @@ def test_a_commit_begins_when_the_one_before_is_written() -> None:
 
 def test_a_store_that_is_away_for_a_while_is_tried_again_and_nobody_is_stopped() -> None:
     lines: list[str] = []
-    keeper = Keeper(60.0, lines.append)
-    away = TryAgain("the disk is full.")
+    keeper = AsyncWriter(60.0, lines.append)
+    away = Unavailable("the disk is full.")
     keeper.begin(failing(away, away, away), "a commit")
     keeper.wait()
     assert not keeper.failed
     assert len(lines) == 1 and lines[0].startswith("the disk is full. Trying again for ")
 
 
-@pytest.mark.parametrize("hear", [Keeper.wait, Keeper.refuse, lambda keeper: keeper.begin(failing(), "the next")])
-def test_a_store_that_stays_away_stops_the_training_and_the_run_can_go_on_later(hear: Callable[[Keeper], None]) -> None:
-    keeper = Keeper(0.02, lambda line: None)
-    keeper.begin(failing(*[TryAgain("the disk is full.")] * 100_000), "commit 7")
+@pytest.mark.parametrize(
+    "hear", [AsyncWriter.wait, AsyncWriter.raise_failure, lambda keeper: keeper.begin(failing(), "the next")]
+)
+def test_a_store_that_stays_away_stops_the_training_and_the_run_can_go_on_later(
+    hear: Callable[[AsyncWriter], None],
+) -> None:
+    keeper = AsyncWriter(0.02, lambda line: None)
+    keeper.begin(failing(*[Unavailable("the disk is full.")] * 100_000), "commit 7")
     until(lambda: keeper.failed)
     assert not keeper.busy
     for _ in range(2):
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(UserError) as caught:
             hear(keeper)
         assert str(caught.value).startswith(f"{REFUSED}the disk is full. Given up on commit 7 after ")
         assert caught.value.resumable
 
 
 def test_without_patience_there_is_one_try() -> None:
-    keeper = Keeper(0.0)
-    keeper.begin(failing(TryAgain("the server is away.")), "a commit")
-    with pytest.raises(Fault) as caught:
+    keeper = AsyncWriter(0.0)
+    keeper.begin(failing(Unavailable("the server is away.")), "a commit")
+    with pytest.raises(UserError) as caught:
         keeper.wait()
     assert str(caught.value) == f"{REFUSED}the server is away."
     assert caught.value.resumable
 
 
-@pytest.mark.parametrize("error", [NotAllowed("no right to write here."), Fault("this launch no longer holds it.")])
-def test_what_time_does_not_put_right_is_said_at_once(error: Fault) -> None:
-    keeper = Keeper(60.0, lambda line: None)
+@pytest.mark.parametrize("error", [Rejected("no right to write here."), UserError("this launch no longer holds it.")])
+def test_what_time_does_not_put_right_is_said_at_once(error: UserError) -> None:
+    keeper = AsyncWriter(60.0, lambda line: None)
     keeper.begin(failing(error), "a commit")
     until(lambda: keeper.failed)
-    with pytest.raises(Fault) as caught:
-        keeper.refuse()
+    with pytest.raises(UserError) as caught:
+        keeper.raise_failure()
     assert str(caught.value) == f"{REFUSED}{error}"
     assert not caught.value.resumable
     assert caught.value.__cause__ is error
 
 
-@pytest.mark.parametrize("hear", [Keeper.wait, Keeper.refuse, lambda keeper: keeper.begin(failing(), "the next")])
+@pytest.mark.parametrize(
+    "hear", [AsyncWriter.wait, AsyncWriter.raise_failure, lambda keeper: keeper.begin(failing(), "the next")]
+)
 @pytest.mark.parametrize("error", [KeyError("a slip of ours"), AssertionError("a guarantee"), MemoryError()])
-def test_what_nobody_foresaw_surfaces_as_itself(error: Exception, hear: Callable[[Keeper], None]) -> None:
-    keeper = Keeper(60.0)
+def test_what_nobody_foresaw_surfaces_as_itself(error: Exception, hear: Callable[[AsyncWriter], None]) -> None:
+    keeper = AsyncWriter(60.0)
     keeper.begin(failing(error), "a commit")
     until(lambda: keeper.failed)
     with pytest.raises(type(error)) as caught:
@@ -141,16 +147,16 @@ def test_what_nobody_foresaw_surfaces_as_itself(error: Exception, hear: Callable
 
 
 def test_who_leaves_anyway_gives_a_commit_some_time_and_does_not_ask_how_it_ended() -> None:
-    keeper, slow = Keeper(60.0), Slow()
-    keeper.settle(60)
+    keeper, slow = AsyncWriter(60.0), Slow()
+    keeper.wait_at_most(60)
     keeper.begin(slow, "a commit")
-    keeper.settle(0.01)
+    keeper.wait_at_most(0.01)
     assert keeper.busy
     slow.go.set()
-    keeper.settle(60)
+    keeper.wait_at_most(60)
     assert not keeper.busy
-    keeper.begin(failing(NotAllowed("no right to write here.")), "a commit")
-    keeper.settle(60)
+    keeper.begin(failing(Rejected("no right to write here.")), "a commit")
+    keeper.wait_at_most(60)
     assert keeper.failed
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from mirl_dist.errors import Fault
-from mirl_dist.storage import Folder, Store, TryAgain, open_store
-from mirl_dist.storage.commits import ACCEPTED, COMPLETE, Reader, dump, sealed, unsealed
-from mirl_dist.storage.lease import Lease, Lost
-from mirl_dist.storage.retry import Patience, patiently
+from mirl_dist.errors import UserError
+from mirl_dist.storage import Folder, Store, Unavailable, open_store
+from mirl_dist.storage.commits import ACCEPTED, COMPLETE, Reader, add_digest, check_digest, to_json
+from mirl_dist.storage.lease import Lease, LeaseLost
+from mirl_dist.storage.retry import Patience, with_retries
 from mirl_dist.training.checkpoint import (
     MASK,
     MOMENTS,
@@ -253,7 +253,7 @@ def test_a_commit_that_is_tried_again_after_a_failure_at_any_call_never_leaves_t
             return super().__getattr__(name)
 
     def fail() -> None:
-        raise TryAgain("the store is away")
+        raise Unavailable("the store is away")
 
     done = site.run()
     count = calls_of(done, writer, lambda kept: STORIES[story](kept, OLD))
@@ -262,7 +262,7 @@ def test_a_commit_that_is_tried_again_after_a_failure_at_any_call_never_leaves_t
         store = site.run()
         calls = Watched(store, failing, fail)
         kept = writer(calls)
-        patiently(lambda kept=kept: STORIES[story](kept, OLD), "it", Patience(60, first=1e-4), lambda line: None)
+        with_retries(lambda kept=kept: STORIES[story](kept, OLD), "it", Patience(60, first=1e-4), lambda line: None)
         assert calls.made > count, f"call {failing}: it was not tried again"
         assert newest(Checkpoints(store)) == ended, f"call {failing}"
     assert min(fewest) >= 2
@@ -315,7 +315,7 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return [f"{key} ({after['newest']})" for key in before if before[key] != after[key]]
 
 
-def sleep_through(site: Site, story: str, call: int, until: Place) -> Fault | None:
+def sleep_through(site: Site, story: str, call: int, until: Place) -> UserError | None:
     """A launch sleeps before a call of its work while another one takes over and goes on; then it wakes up, to its end.
     What that one has written must be what readers see before and after."""
     store = site.run()
@@ -351,10 +351,10 @@ def test_a_writer_that_wakes_up_after_its_succession_disturbs_nothing_whichever_
     for call in range(1, count + 1):
         try:
             ends.append(sleep_through(site, story, call, until))
-        except (AssertionError, Fault) as error:
+        except (AssertionError, UserError) as error:
             broken.append(f"before call {call} of {count}: {str(error).splitlines()[0]}")
     assert not broken, "\n".join(broken)
-    assert isinstance(ends[0], Fault), "it was told nothing"
+    assert isinstance(ends[0], UserError), "it was told nothing"
 
 
 def test_a_writer_that_wakes_up_after_its_succession_disturbs_nothing_in_a_real_store_either(real: Site) -> None:
@@ -428,7 +428,7 @@ def test_a_takeover_that_sleeps_while_another_one_follows_it_disturbs_nothing(
                 assert newest(kept) == newest(Checkpoints(store)) == ((1, 9), pack_tensors(weights(209)))
                 assert newest(launch(store))[0] == (1, 9)
                 assert not store.list("rounds/01/steps/00000010-0001")
-            except (AssertionError, Fault) as error:
+            except (AssertionError, UserError) as error:
                 broken.append(f"before call {call} of {count}, {moment}: {str(error).splitlines()[0]}")
     assert not broken, "\n".join(broken)
 
@@ -439,7 +439,7 @@ def test_a_takeover_that_finds_the_run_lost_removes_nothing(site: Site) -> None:
     late = follower(store)
     follower(store)
     files = dict(store.files)
-    with pytest.raises(Fault, match="no longer holds"):
+    with pytest.raises(UserError, match="no longer holds"):
         late.take_over()
     assert store.files == files
 
@@ -450,7 +450,7 @@ def test_who_has_lost_the_run_removes_nothing(site: Site, deed: Callable[[Checkp
     lost = writer(store)
     step_9(launch(store), NEW)
     files = dict(store.files)
-    with pytest.raises(Fault, match="no longer holds"):
+    with pytest.raises(UserError, match="no longer holds"):
         deed(lost)
     assert store.files == files
 
@@ -507,14 +507,14 @@ def test_a_round_that_was_damaged_and_done_again_is_the_one_that_counts(site: Si
 @pytest.mark.parametrize("reads", [Reader.generation, 2])
 def test_a_list_of_accepted_commits_that_could_not_be_read_once_is_read_again(site: Site, reads: int) -> None:
     def fail() -> None:
-        raise TryAgain("the store is away")
+        raise Unavailable("the store is away")
 
     store = site.run()
     launch(store)
     step_9(Checkpoints(store, Blind()), OLD)
     for call in (1, 2, 3):
         kept = Checkpoints(Calls(store, call, fail), Claim(store, 2) if reads else None)  # type: ignore[arg-type]
-        with pytest.raises(TryAgain):
+        with pytest.raises(Unavailable):
             kept.commits()
         assert newest(kept)[0] == (1, 6), f"call {call}"
 
@@ -556,7 +556,7 @@ class Frozen:
 
 def leased(store: Any) -> tuple[Lease, Checkpoints]:
     """A launch that holds the run by a real lease of one second."""
-    lease = Lease(store, seconds=1.0, news=dict, say=lambda line: None)
+    lease = Lease(store, seconds=1.0, status=dict, say=lambda line: None)
     lease.claim()
     kept = Checkpoints(store, lease)
     kept.take_over()
@@ -574,7 +574,7 @@ def test_who_has_lost_a_real_lease_while_it_was_frozen_is_told_and_its_commit_do
     told: list[str] = []
 
     def commit() -> None:
-        with pytest.raises(Lost) as caught:
+        with pytest.raises(LeaseLost) as caught:
             round_1(before, OLD)
         told.append(str(caught.value))
 
@@ -692,7 +692,9 @@ def test_every_flipped_byte_of_run_json_is_found(site: Site) -> None:
     data = store.get(RUN)
     for at in range(len(data)):
         store.put(RUN, flipped(data, at))
-        with pytest.raises(Fault, match=r"^memory/run\.json does not describe a run, or is damaged\. Restore a copy"):
+        with pytest.raises(
+            UserError, match=r"^memory/run\.json does not describe a run, or is damaged\. Restore a copy"
+        ):
             Checkpoints(store).identity()
     store.put(RUN, data)
     assert Checkpoints(store).identity() == IDENTITY
@@ -727,10 +729,12 @@ def as_before_the_lease(files: dict[str, bytes]) -> dict[str, bytes]:
         if step and name.endswith(f"/{MASK}"):
             name = f"{name.partition('/steps/')[0]}/{MASK}"
         if name.endswith(COMPLETE):
-            said = unsealed(data)
+            said = check_digest(data)
             assert said is not None
-            data = dump({"parts": {part: said["parts"][part] for part in said["parts"] if not (step and part == MASK)}})
-        old[name] = dump(IDENTITY) if name == RUN else data
+            data = to_json(
+                {"parts": {part: said["parts"][part] for part in said["parts"] if not (step and part == MASK)}}
+            )
+        old[name] = to_json(IDENTITY) if name == RUN else data
     return old
 
 
@@ -752,7 +756,7 @@ def test_a_run_of_a_version_before_the_lease_is_read_and_goes_on_from_its_last_r
     round_1(kept, NEW)
     assert newest(launch(store)) == ((1, None), pack_tensors(weights(200)))
     assert [t.round for t in Checkpoints(store).tickets()] == [0, 1]
-    with pytest.raises(Fault, match="rounds/00 kept its ticket but not its weights"):
+    with pytest.raises(UserError, match="rounds/00 kept its ticket but not its weights"):
         kept.round_weights(0)
 
 
@@ -796,16 +800,16 @@ def test_a_flipped_byte_in_a_commit_of_a_version_before_the_lease_is_found(site:
 # -- seals ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b'{"digest": 1}', dump({"a": 1})])
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b'{"digest": 1}', to_json({"a": 1})])
 def test_what_was_not_sealed_is_not_unsealed(data: bytes) -> None:
-    assert unsealed(data) is None
+    assert check_digest(data) is None
 
 
 @pytest.mark.parametrize("value", [{}, {"a": 1}, {"a": [1.5, None, "\u00e9"], "b": {"digest": 0}}])
 def test_a_sealed_value_comes_back_and_every_flipped_bit_of_it_is_found(value: dict[str, Any]) -> None:
-    data = sealed(value)
-    assert unsealed(data) == value
+    data = add_digest(value)
+    assert check_digest(data) == value
     for at in range(8 * len(data)):
         wrong = bytearray(data)
         wrong[at // 8] ^= 1 << at % 8
-        assert unsealed(bytes(wrong)) is None, f"bit {at}"
+        assert check_digest(bytes(wrong)) is None, f"bit {at}"

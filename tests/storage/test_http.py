@@ -13,8 +13,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from mirl_dist.storage import NotAllowed, NotThere, TryAgain, open_store
-from mirl_dist.storage.http import Web
+from mirl_dist.storage import NotFound, Rejected, Unavailable, open_store
+from mirl_dist.storage.http import HttpStore
 from mirl_dist.storage.retry import Patience, download
 from tests.services.faulty_proxy import FORBIDDEN, SLOW_DOWN, FaultyProxy, answer
 
@@ -129,15 +129,15 @@ def url(proxy: FaultyProxy, request: pytest.FixtureRequest) -> str:
     return way(proxy, request.node.callspec.id)
 
 
-def impatient(url: str) -> Web:
-    return Web(url, patience=ONCE, say=pytest.fail, seconds=0.5)
+def impatient(url: str) -> HttpStore:
+    return HttpStore(url, patience=ONCE, say=pytest.fail, seconds=0.5)
 
 
 only_with_ranges = pytest.mark.parametrize("server", [Ranges], indirect=True, ids=["with ranges"])
 
 
 def test_what_lies_there_is_read_from_anywhere(url: str) -> None:
-    store = Web(f"{url}/", say=pytest.fail)
+    store = HttpStore(f"{url}/", say=pytest.fail)
     assert store.get("a") == DATA
     assert store.get("empty") == b""
     assert store.get("with space/50% + ü#?.tar") == b"odd"
@@ -147,7 +147,7 @@ def test_what_lies_there_is_read_from_anywhere(url: str) -> None:
     for offset in (0, 1, 262_144, len(DATA) - 1, len(DATA), len(DATA) + 1):
         assert b"".join(store.read("a", offset)) == DATA[offset:]
     for act in (store.get, store.size, lambda name: list(store.read(name))):
-        with pytest.raises(NotThere, match=rf"^{re.escape(url)}/b does not exist$"):
+        with pytest.raises(NotFound, match=rf"^{re.escape(url)}/b does not exist$"):
             act("b")
 
 
@@ -162,7 +162,7 @@ def test_it_can_only_be_read(url: str, tmp_path: Path) -> None:
         store.sweep,
     ]
     for act in acts:
-        with pytest.raises(NotAllowed, match=r"^http://.*: a web address can only be read\. Give a folder or s3://"):
+        with pytest.raises(Rejected, match=r"^http://.*: a web address can only be read\. Give a folder or s3://"):
             act()
 
 
@@ -173,7 +173,7 @@ def test_a_broken_download_goes_on(
     ranges = "with ranges" in request.node.callspec.id
     lines: list[str] = []
     proxy.ending, proxy.cut_after, proxy.cuts_left = ending, 600_000, None if ranges else 1
-    store = Web(url, say=pytest.fail, seconds=5)
+    store = HttpStore(url, say=pytest.fail, seconds=5)
     download(store, "a", tmp_path / "a", len(DATA), patience=SHORT, say=lines.append)
     assert (tmp_path / "a").read_bytes() == DATA
     assert proxy.cuts >= 1
@@ -190,14 +190,14 @@ def test_a_body_that_ends_early_is_never_taken_for_the_whole(proxy: FaultyProxy,
     for after in (1, 100, 2000, 262_144, len(DATA) - 1):
         proxy.ending, proxy.cut_after = ending, after
         for act in (impatient(url).get, lambda name: list(impatient(url).read(name, 7))):
-            with pytest.raises(TryAgain, match=r"/a: the (transfer|body|server) .*"):
+            with pytest.raises(Unavailable, match=r"/a: the (transfer|body|server) .*"):
                 act("a")
     proxy.cuts_left = 3
-    assert Web(url, patience=SHORT, say=lambda line: None).get("a") == DATA, "with patience it comes whole"
+    assert HttpStore(url, patience=SHORT, say=lambda line: None).get("a") == DATA, "with patience it comes whole"
 
 
 def test_what_may_pass_is_tried_again_and_a_refusal_is_not(proxy: FaultyProxy, url: str) -> None:
-    store = Web(url, patience=SHORT, say=lambda line: None)
+    store = HttpStore(url, patience=SHORT, say=lambda line: None)
     for act in (store.get, store.size, store.exists):
         proxy.answers = [answer(*SLOW_DOWN), answer(429, "TooMany")]
         assert act("a")
@@ -206,7 +206,7 @@ def test_what_may_pass_is_tried_again_and_a_refusal_is_not(proxy: FaultyProxy, u
         proxy.always = answer(status, FORBIDDEN[1], SECRET)
         before = proxy.answered
         for refused in (store.get, store.size, store.exists, lambda name: list(store.read(name, 5))):
-            with pytest.raises(NotAllowed, match=rf"answered HTTP {status}\. .*{said}") as caught:
+            with pytest.raises(Rejected, match=rf"answered HTTP {status}\. .*{said}") as caught:
                 refused("a")
             assert SECRET not in str(caught.value)
         assert proxy.answered - before == 4
@@ -215,15 +215,15 @@ def test_what_may_pass_is_tried_again_and_a_refusal_is_not(proxy: FaultyProxy, u
 def test_a_server_that_is_away_or_silent_does_not_hang_for_ever(proxy: FaultyProxy, url: str) -> None:
     proxy.silent = True
     for act in (impatient(url).get, impatient(url).exists, lambda name: list(impatient(url).read(name))):
-        with pytest.raises(TryAgain, match=r"the transfer broke .*Check the server and the network"):
+        with pytest.raises(Unavailable, match=r"the transfer broke .*Check the server and the network"):
             act("a")
     assert proxy.silences == 3
     proxy.calm()
     proxy.refuse()
-    with pytest.raises(TryAgain, match=r"the transfer broke \(Connection refused\)"):
+    with pytest.raises(Unavailable, match=r"the transfer broke \(Connection refused\)"):
         impatient(url).get("a")
-    with pytest.raises(TryAgain, match=r"Given up on http://.* tries and \d+ s without progress"):
-        Web(url, patience=Patience(0.2, 0.01, 0.05), say=lambda line: None).get("a")
+    with pytest.raises(Unavailable, match=r"Given up on http://.* tries and \d+ s without progress"):
+        HttpStore(url, patience=Patience(0.2, 0.01, 0.05), say=lambda line: None).get("a")
 
 
 @only_with_ranges
@@ -232,10 +232,10 @@ def test_redirects_are_followed_and_never_shown(proxy: FaultyProxy, tmp_path: Pa
     assert store.get("a") == DATA
     assert store.size("a") == len(DATA)
     assert b"".join(store.read("a", 1_000_000)) == DATA[1_000_000:]
-    with pytest.raises(NotThere) as gone:
+    with pytest.raises(NotFound) as gone:
         store.get("b")
     assert str(gone.value) == f"{proxy.url}/moved/b does not exist"
-    with pytest.raises(NotAllowed, match="HTTP 302") as caught:
+    with pytest.raises(Rejected, match="HTTP 302") as caught:
         impatient(f"{proxy.url}/astray").get("a")
     assert SECRET not in str(caught.value), "and this machine's files are not read"
 
@@ -246,15 +246,15 @@ def test_bodies_in_chunks_are_whole_or_refused(proxy: FaultyProxy) -> None:
     assert store.get("a") == DATA
     assert b"".join(store.read("a", 1_000_000)) == DATA[1_000_000:]
     proxy.ending, proxy.cut_after = "end", 900_000
-    with pytest.raises(TryAgain):
+    with pytest.raises(Unavailable):
         store.get("a")
 
 
 @only_with_ranges
 def test_a_length_that_nobody_tells_and_a_range_that_nobody_asked_for_are_refused(proxy: FaultyProxy) -> None:
-    with pytest.raises(TryAgain, match="does not say how long it is, or was cut off"):
+    with pytest.raises(Unavailable, match="does not say how long it is, or was cut off"):
         impatient(f"{proxy.url}/endless").get("a")
-    with pytest.raises(TryAgain, match="sends another range, or was cut off"):
+    with pytest.raises(Unavailable, match="sends another range, or was cut off"):
         list(impatient(f"{proxy.url}/liar").read("a", 5))
 
 
@@ -272,11 +272,11 @@ def test_a_length_that_nobody_tells_and_a_range_that_nobody_asked_for_are_refuse
     ],
 )
 def test_addresses_with_keys_or_queries_are_refused_and_not_repeated(address: str) -> None:
-    with pytest.raises(NotAllowed, match=r"^A web address is http\(s\)://host/folder, without user") as caught:
+    with pytest.raises(Rejected, match=r"^A web address is http\(s\)://host/folder, without user") as caught:
         open_store(address)
     assert SECRET not in str(caught.value)
 
 
 def test_a_web_store_travels_to_other_processes() -> None:
-    copy = pickle.loads(pickle.dumps(Web("http://127.0.0.1:1/x/")))
+    copy = pickle.loads(pickle.dumps(HttpStore("http://127.0.0.1:1/x/")))
     assert copy.where("a") == "http://127.0.0.1:1/x/a"

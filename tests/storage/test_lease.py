@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 
-from mirl_dist.errors import Fault, Stopped
-from mirl_dist.storage import Folder, NotAllowed, NotThere, Store, TryAgain, lease_files, open_store
-from mirl_dist.storage.lease import Lease, Lost, holder
+from mirl_dist.errors import Stopped, UserError
+from mirl_dist.storage import Folder, NotFound, Rejected, Store, Unavailable, lease_files, open_store
+from mirl_dist.storage.lease import Lease, LeaseLost, holder
 from mirl_dist.storage.lease_files import Machine, beat_name, claim_name, released_name
 from mirl_dist.storage.retry import Patience
-from mirl_dist.storage.s3 import S3
+from mirl_dist.storage.s3 import S3Store
 from tests.services.faulty_proxy import FORBIDDEN, FaultyProxy, answer
 from tests.services.s3_server import S3Server
 
@@ -236,7 +236,7 @@ class TestRealProcesses:
         (first,) = launches(store, 1, 6.0, machine)
         assert first.ask("claim").what == 1
         until(lambda: store.exists(beat_name(1)))
-        with pytest.raises(Fault) as refused:
+        with pytest.raises(UserError) as refused:
             make(store, 6.0).claim()
         where = re.escape(store.where())
         name = re.escape(f"{socket.gethostname()}, pid {first.pid}")
@@ -321,7 +321,7 @@ class TestRealProcesses:
         assert next_.claim() == 2
         assert next_.previous is not None
         assert (next_.previous.ended, next_.previous.launch) == ("stopped", {"name": "first"})
-        assert next_.previous.news == {"step": 2}, "of the release, which is newer than the last beat"
+        assert next_.previous.status == {"step": 2}, "of the release, which is newer than the last beat"
         assert lines == []
 
     def test_a_process_that_vanishes_ends_the_watch(self, folder: Folder, launches: Any, make: Make) -> None:
@@ -353,14 +353,14 @@ class TestTaking:
         found = holder(folder)
         assert found is not None
         assert (found.host, found.pid, found.ended) == (socket.gethostname(), os.getpid(), None)
-        assert (found.launch, found.news) == ({"attempt": 3}, {"step": 7})
+        assert (found.launch, found.status) == ({"attempt": 3}, {"step": 7})
         assert found.started_at <= found.beat_at and found.running_seconds is not None
         lease.check()
         assert not lease.lost()
         step = 8
         lease.release("finished")
         found = holder(folder)
-        assert found is not None and (found.ended, found.news) == ("finished", {"step": 8})
+        assert found is not None and (found.ended, found.status) == ("finished", {"step": 8})
 
     def test_a_release_ends_the_watch(self, folder: Folder, make: Make) -> None:
         said = stranger(folder)
@@ -414,7 +414,7 @@ class TestTaking:
         last = make(folder)
         folder.put(released_name(1), json.dumps({"why": "stopped", "token": token(folder, 1)}).encode())
         slow = make(Slow(Path(folder.where())))
-        with pytest.raises(Fault, match="took the run a moment ago"):
+        with pytest.raises(UserError, match="took the run a moment ago"):
             slow.claim()
         assert slow.generation == 0
         last.check()
@@ -437,14 +437,14 @@ class TestTaking:
             def put_if_absent(self, name: str, data: bytes) -> bool:
                 self.tries += 1
                 if self.tries == 1:
-                    raise NotThere("swept")
+                    raise NotFound("swept")
                 return super().put_if_absent(name, data)
 
         store = Swept(Path(folder.where()))
         assert make(store).claim() == 1
         assert store.tries == 2
 
-    @pytest.mark.parametrize("error", [NotAllowed, TryAgain])
+    @pytest.mark.parametrize("error", [Rejected, Unavailable])
     @pytest.mark.parametrize("name", [claim_name, beat_name, released_name])
     def test_a_file_that_the_store_does_not_give_is_not_taken_for_none(
         self, folder: Folder, make: Make, name: Callable[[int], str], error: type[Exception]
@@ -489,7 +489,7 @@ class TestWhoIsDead:
     def gone(self, store: Store) -> bool:
         found = holder(store)
         assert found is not None
-        return found.is_gone()
+        return found.has_exited()
 
     def test_only_a_process_with_that_start_on_that_machine_is_judged(self, folder: Folder) -> None:
         said = self.claimed(folder, os.getpid())
@@ -538,15 +538,15 @@ class TestDamage:
             folder.put(name(12), data)
         found = holder(folder)
         assert found is not None and str(found) == "an unknown host, pid unknown"
-        assert (found.generation, found.ended, found.launch, found.news) == (12, None, {}, {})
-        assert found.running_seconds is None and found.machine is None and not found.is_gone()
+        assert (found.generation, found.ended, found.launch, found.status) == (12, None, {}, {})
+        assert found.running_seconds is None and found.machine is None and not found.has_exited()
 
     def test_a_number_of_no_process_is_not_judged(self, folder: Folder) -> None:
         machine = lease_files.this_machine()
         assert machine
         stranger(folder, pid=1 << 70, boot=machine.boot, pids=machine.pids)
         found = holder(folder)
-        assert found is not None and not found.is_gone()
+        assert found is not None and not found.has_exited()
 
     def test_a_holder_that_cannot_be_named_is_watched(self, folder: Folder, make: Make) -> None:
         folder.put(claim_name(1), b"not JSON")
@@ -559,7 +559,7 @@ class TestDamage:
             return False
 
         with pytest.raises(
-            Fault, match=r"held by another launch \(an unknown host, pid unknown\), which is alive: its"
+            UserError, match=r"held by another launch \(an unknown host, pid unknown\), which is alive: its"
         ):
             make(folder, QUICK).claim(beat)
 
@@ -574,10 +574,12 @@ class TestHolding:
         lease.claim()
         lease.check()
         folder.put(claim_name(2), b"{}")
-        with pytest.raises(Lost, match="an unknown host, pid unknown, took it over at an unknown time; nothing more"):
+        with pytest.raises(
+            LeaseLost, match="an unknown host, pid unknown, took it over at an unknown time; nothing more"
+        ):
             lease.check()
         folder.remove(claim_name(2))
-        with pytest.raises(Lost):
+        with pytest.raises(LeaseLost):
             lease.check()
         assert lease.lost()
 
@@ -585,7 +587,7 @@ class TestHolding:
         lease = make(folder)
         lease.claim()
         folder.remove(claim_name(1))
-        with pytest.raises(Lost, match=r"its lease was removed; nothing more is written\. Start it again"):
+        with pytest.raises(LeaseLost, match=r"its lease was removed; nothing more is written\. Start it again"):
             lease.check()
 
     def test_numbers_that_begin_again_make_no_two_holders(self, folder: Folder, make: Make) -> None:
@@ -595,7 +597,7 @@ class TestHolding:
         for name in lease_names(folder):
             folder.remove(name)
         assert second.claim() == first.generation == 1
-        with pytest.raises(Lost, match=rf"pid {os.getpid()}, took it over at "):
+        with pytest.raises(LeaseLost, match=rf"pid {os.getpid()}, took it over at "):
             first.check()
         second.check()
 
@@ -629,7 +631,7 @@ class TestHolding:
                     folder.put(beat_name(1), b"%d" % looks)
                 return super().list(prefix)
 
-        with pytest.raises(Fault, match="which is alive"):
+        with pytest.raises(UserError, match="which is alive"):
             make(Away(Path(folder.where())), 1.0).claim()
 
     def test_a_beat_from_before_an_outage_is_no_sign_of_life_after_it(self, folder: Folder, make: Make) -> None:
@@ -662,12 +664,12 @@ class TestAServerThatIsAway:
     def test_the_holder_goes_on_and_nobody_takes_that_for_no_holder(
         self, proxy: FaultyProxy, url: str, make: Make, lines: list[str]
     ) -> None:
-        once = S3(url, patience=Patience(0), connect_seconds=2, read_seconds=2)
+        once = S3Store(url, patience=Patience(0), connect_seconds=2, read_seconds=2)
         lease = make(once, 1.0)
         lease.claim()
         until(lambda: once.exists(beat_name(1)))
         before = once.get(beat_name(1))
-        for fault, error in ((None, TryAgain), (answer(*FORBIDDEN), NotAllowed)):
+        for fault, error in ((None, Unavailable), (answer(*FORBIDDEN), Rejected)):
             if fault is None:
                 proxy.refuse()
             else:

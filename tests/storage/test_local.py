@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from mirl_dist.errors import Fault
-from mirl_dist.storage import Folder, NotAllowed, NotThere, StorageError, Store, TryAgain, open_store
+from mirl_dist.errors import UserError
+from mirl_dist.storage import Folder, NotFound, Rejected, StorageError, Store, Unavailable, open_store
 from mirl_dist.storage.retry import Patience, download
 
 PART = 1 << 24
@@ -58,7 +58,7 @@ class TestEveryStore:
         store.put("a/b", b"x")
         for name in ("b", "a/c", "a/b.x", "c/d/e"):
             assert not store.exists(name)
-            with pytest.raises(NotThere, match="does not exist"):
+            with pytest.raises(NotFound, match="does not exist"):
                 store.get(name)
 
     def test_a_prefix_is_no_name(self, store: Store) -> None:
@@ -159,9 +159,9 @@ class TestEveryStore:
         assert store.where("a/b").endswith("a/b")
 
     def test_its_errors_are_faults(self, store: Store) -> None:
-        assert all(issubclass(kind, StorageError) for kind in (NotThere, NotAllowed, TryAgain))
-        assert issubclass(StorageError, Fault)
-        assert not issubclass(NotAllowed, NotThere) and not issubclass(TryAgain, NotThere)
+        assert all(issubclass(kind, StorageError) for kind in (NotFound, Rejected, Unavailable))
+        assert issubclass(StorageError, UserError)
+        assert not issubclass(Rejected, NotFound) and not issubclass(Unavailable, NotFound)
 
     def test_odd_names_are_names(self, store: Store) -> None:
         names = ["a b/c d", "a+b", "50%", "%20", "ümlaut/日本", "q?x=1&y=2#z", "quote'\"", "a:b;c,d@e=f~g(h)[i]{j}"]
@@ -235,9 +235,9 @@ class TestEveryStore:
         for offset in (0, 1, 262_144, 699_999, 700_000, 700_001):
             assert b"".join(store.read("a", offset)) == data[offset:]
         assert b"".join(store.read("empty")) == b""
-        with pytest.raises(NotThere, match="does not exist"):
+        with pytest.raises(NotFound, match="does not exist"):
             list(store.read("b"))
-        with pytest.raises(NotThere, match="does not exist"):
+        with pytest.raises(NotFound, match="does not exist"):
             store.size("b")
 
     def test_many_threads_share_one_store(self, store: Store) -> None:
@@ -270,14 +270,14 @@ class TestEveryStore:
         download(store, "a", path, 600_000, patience=Patience(0), say=pytest.fail)
         assert path.read_bytes() == data
         download(store, "a", path, 600_000, patience=Patience(0), say=pytest.fail)
-        with pytest.raises(NotAllowed, match=r"a\.part has 600000 bytes, but .*/a should have 5\. Remove"):
+        with pytest.raises(Rejected, match=r"a\.part has 600000 bytes, but .*/a should have 5\. Remove"):
             download(store, "a", path, 5, patience=Patience(0), say=pytest.fail)
         for wrong in (599_999, 600_001, 1):
             path.unlink(missing_ok=True)
-            with pytest.raises(NotAllowed, match=rf"/a has 600000 bytes where its manifest or commit says {wrong}\."):
+            with pytest.raises(Rejected, match=rf"/a has 600000 bytes where its manifest or commit says {wrong}\."):
                 download(store, "a", path, wrong, patience=Patience(0), say=pytest.fail)
             assert not path.exists(), "bytes of another object are not kept to be continued"
-        with pytest.raises(NotThere):
+        with pytest.raises(NotFound):
             download(store, "b", path, 10, patience=Patience(0), say=pytest.fail)
 
 
@@ -323,14 +323,14 @@ def test_what_a_dead_writer_left_is_not_listed_and_can_be_swept(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("number", "kind"),
     [
-        (errno.ENOSPC, TryAgain),
-        (errno.EDQUOT, TryAgain),
-        (errno.EIO, TryAgain),
-        (errno.ESTALE, TryAgain),
-        (errno.EACCES, NotAllowed),
-        (errno.EPERM, NotAllowed),
-        (errno.EROFS, NotAllowed),
-        (errno.ENAMETOOLONG, NotAllowed),
+        (errno.ENOSPC, Unavailable),
+        (errno.EDQUOT, Unavailable),
+        (errno.EIO, Unavailable),
+        (errno.ESTALE, Unavailable),
+        (errno.EACCES, Rejected),
+        (errno.EPERM, Rejected),
+        (errno.EROFS, Rejected),
+        (errno.ENAMETOOLONG, Rejected),
     ],
 )
 def test_an_error_of_the_system_keeps_what_was_there(
@@ -373,9 +373,9 @@ def test_a_full_disk_says_try_again_and_keeps_what_was_there(full: Path) -> None
     store = Folder(full)
     store.put("a/b", b"before")
     for write in (store.put, store.put_if_absent):
-        with pytest.raises(TryAgain, match=r"No space left on device\. .*Make room or repair the disk, then start"):
+        with pytest.raises(Unavailable, match=r"No space left on device\. .*Make room or repair the disk, then start"):
             write("a/b", bytes(200_000))
-        with pytest.raises(TryAgain):
+        with pytest.raises(Unavailable):
             write("a/c", bytes(200_000))
     assert store.list("") == ["a/b"]
     assert store.get("a/b") == b"before"
@@ -393,7 +393,7 @@ def test_a_file_where_a_folder_should_be_is_not_allowed_and_never_not_there(tmp_
         lambda: store.put_if_absent("run.json", b""),
         lambda: store.list(""),
     ):
-        with pytest.raises(NotAllowed, match="Correct the rights, or choose another folder"):
+        with pytest.raises(Rejected, match="Correct the rights, or choose another folder"):
             act()
 
 
@@ -453,7 +453,7 @@ def test_an_address_chooses_the_store(tmp_path: Path) -> None:
 @pytest.mark.parametrize("address", ["gs://bucket/run", "ftp://user:swordfish@host/x", "S4://x"])
 def test_an_unknown_kind_of_address_is_refused_with_the_known_ones(address: str) -> None:
     with pytest.raises(
-        NotAllowed, match=r"^\w+:// is not known here\. Give a folder's path, file://, s3://bucket/"
+        Rejected, match=r"^\w+:// is not known here\. Give a folder's path, file://, s3://bucket/"
     ) as caught:
         open_store(address)
     assert "swordfish" not in str(caught.value)
@@ -471,7 +471,7 @@ def test_an_unknown_kind_of_address_is_refused_with_the_known_ones(address: str)
     ],
 )
 def test_an_address_that_lacks_a_slash_is_refused_with_what_was_meant(address: str, meant: str) -> None:
-    with pytest.raises(NotAllowed) as caught:
+    with pytest.raises(Rejected) as caught:
         open_store(address)
     assert meant in str(caught.value) and "swordfish" not in str(caught.value)
 
@@ -483,7 +483,7 @@ def test_a_path_with_a_colon_is_still_a_folder(path: str) -> None:
 
 @pytest.mark.parametrize("address", ["file://other-host/run", "file://", "file:///run?x"])
 def test_a_file_address_means_a_folder_of_this_machine(address: str) -> None:
-    with pytest.raises(NotAllowed, match=r"is no folder of this machine\. Write file:///path, or the path alone"):
+    with pytest.raises(Rejected, match=r"is no folder of this machine\. Write file:///path, or the path alone"):
         open_store(address)
 
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from mirl_dist.storage import Folder, NotAllowed, NotThere, Options, Store, TryAgain, open_store
+from mirl_dist.storage import Folder, NotFound, Options, Rejected, Store, Unavailable, open_store
 from mirl_dist.storage import s3_errors as wire
-from mirl_dist.storage.retry import Patience, download, patiently
-from mirl_dist.storage.s3 import S3
+from mirl_dist.storage.retry import Patience, download, with_retries
+from mirl_dist.storage.s3 import S3Store
 from tests.services.ceph_server import MISSING, CephServer
 from tests.services.faulty_proxy import FORBIDDEN, SLOW_DOWN, FaultyProxy, answer
 from tests.services.s3_server import S3Server
@@ -89,12 +89,12 @@ def lines() -> list[str]:
 
 
 @pytest.fixture
-def store(proxy: FaultyProxy, bucket: str, lines: list[str]) -> S3:
-    return S3(f"{bucket}/some/prefix", patience=SHORT, say=lines.append, connect_seconds=2, read_seconds=2)
+def store(proxy: FaultyProxy, bucket: str, lines: list[str]) -> S3Store:
+    return S3Store(f"{bucket}/some/prefix", patience=SHORT, say=lines.append, connect_seconds=2, read_seconds=2)
 
 
-def impatient(url: str, **more: Any) -> S3:
-    return S3(url, patience=ONCE, say=pytest.fail, **{"connect_seconds": 2, "read_seconds": 0.5, **more})
+def impatient(url: str, **more: Any) -> S3Store:
+    return S3Store(url, patience=ONCE, say=pytest.fail, **{"connect_seconds": 2, "read_seconds": 0.5, **more})
 
 
 class TestTheLawsOfEveryStore(test_local.TestEveryStore):
@@ -105,7 +105,7 @@ class TestTheLawsOfEveryStore(test_local.TestEveryStore):
 
     @pytest.fixture
     def store(self, proxy: FaultyProxy, bucket: str) -> Store:
-        return S3(f"{bucket}/some/prefix", patience=SHORT, say=pytest.fail)
+        return S3Store(f"{bucket}/some/prefix", patience=SHORT, say=pytest.fail)
 
 
 class TestTheLawsOfEveryStoreInCeph(test_local.TestEveryStore):
@@ -115,14 +115,14 @@ class TestTheLawsOfEveryStoreInCeph(test_local.TestEveryStore):
 
     @pytest.fixture
     def store(self, ceph_bucket: str) -> Store:
-        return S3(f"{ceph_bucket}/some/prefix", patience=SHORT, say=pytest.fail)
+        return S3Store(f"{ceph_bucket}/some/prefix", patience=SHORT, say=pytest.fail)
 
 
 # -- a bucket ---------------------------------------------------------------------------------------------------
 
 
 def test_stores_of_neighbouring_prefixes_do_not_see_each_other(proxy: FaultyProxy, bucket: str) -> None:
-    one, two, all_ = (S3(f"{bucket}{end}", say=pytest.fail) for end in ("/run/", "/run2", ""))
+    one, two, all_ = (S3Store(f"{bucket}{end}", say=pytest.fail) for end in ("/run/", "/run2", ""))
     one.put("a", b"1")
     two.put("a", b"2")
     assert (one.list(""), two.list("")) == (["a"], ["a"])
@@ -136,7 +136,7 @@ def test_stores_of_neighbouring_prefixes_do_not_see_each_other(proxy: FaultyProx
 def test_a_listing_comes_in_pages_and_leaves_out_what_consoles_call_folders(
     server: S3Server, proxy: FaultyProxy, bucket: str
 ) -> None:
-    store, client = S3(f"{bucket}/p", say=pytest.fail), server.client()
+    store, client = S3Store(f"{bucket}/p", say=pytest.fail), server.client()
     for key in ["p/folder/", *(f"p/{n:05d}" for n in range(110))]:
         client.put_object(Bucket=bucket.removeprefix("s3://"), Key=key, Body=b"")
     assert store.list("") == [f"{n:05d}" for n in range(110)]
@@ -159,7 +159,7 @@ def test_an_answer_that_is_no_listing_is_never_an_empty_one(
 ) -> None:
     proxy.always = said
     for act in (lambda: impatient(bucket).list(""), impatient(bucket).sweep):
-        with pytest.raises(TryAgain, match=expected):
+        with pytest.raises(Unavailable, match=expected):
             act()
 
 
@@ -180,7 +180,7 @@ def test_the_endpoint_of_the_options_beats_the_environment(
 def test_patience_comes_from_the_options(proxy: FaultyProxy, bucket: str) -> None:
     proxy.always = answer(*SLOW_DOWN)
     for url in (bucket, proxy.url):
-        with pytest.raises(TryAgain, match="503"):
+        with pytest.raises(Unavailable, match="503"):
             open_store(url, Options(patience_seconds=0)).get("a")
     assert proxy.answered == 2, "one try each"
 
@@ -197,7 +197,7 @@ def test_patience_comes_from_the_options(proxy: FaultyProxy, bucket: str) -> Non
 def test_all_that_is_written_is_encrypted_as_the_options_say(
     server: S3Server, proxy: FaultyProxy, bucket: str, options: Options, told: tuple[str, str | None] | None
 ) -> None:
-    store = S3(bucket, options, patience=SHORT, say=pytest.fail)
+    store = S3Store(bucket, options, patience=SHORT, say=pytest.fail)
     store.put("short", b"1")
     assert store.put_if_absent("lease", b"1")
     if options.kms_key:
@@ -211,7 +211,7 @@ def test_all_that_is_written_is_encrypted_as_the_options_say(
 def test_a_server_that_cannot_encrypt_says_so(ceph_bucket: str) -> None:
     store = impatient(ceph_bucket, options=Options(encryption="aws:kms"), read_seconds=5)
     for data in (b"short", bytes(PART + 1)):
-        with pytest.raises(NotAllowed, match=r"answered InvalidRequest \(HTTP 400\)\. Check .* and store\.encryption"):
+        with pytest.raises(Rejected, match=r"answered InvalidRequest \(HTTP 400\)\. Check .* and store\.encryption"):
             store.put("a", data)
     assert store.list("") == []
 
@@ -219,7 +219,7 @@ def test_a_server_that_cannot_encrypt_says_so(ceph_bucket: str) -> None:
 # -- what is sent -----------------------------------------------------------------------------------------------
 
 
-def test_long_data_goes_up_in_parts_and_is_not_copied(proxy: FaultyProxy, store: S3) -> None:
+def test_long_data_goes_up_in_parts_and_is_not_copied(proxy: FaultyProxy, store: S3Store) -> None:
     data = big(2 * PART + 17)
     tracemalloc.start()
     try:
@@ -234,7 +234,7 @@ def test_long_data_goes_up_in_parts_and_is_not_copied(proxy: FaultyProxy, store:
 
 
 def test_what_was_damaged_on_its_way_is_sent_again(
-    proxy: FaultyProxy, store: S3, tmp_path: Path, lines: list[str]
+    proxy: FaultyProxy, store: S3Store, tmp_path: Path, lines: list[str]
 ) -> None:
     """This server stores what comes, whatever digest was announced."""
     data = big(PART + 5000)
@@ -253,7 +253,7 @@ def test_what_was_damaged_on_its_way_is_sent_again(
         assert store.get(name) == whole
         assert re.search(r"what the server holds is not what was sent: it was damaged on its way\. .*Trying", lines[-1])
     proxy.flips_left = 1
-    with pytest.raises(TryAgain, match="it was damaged on its way"):
+    with pytest.raises(Unavailable, match="it was damaged on its way"):
         impatient(store.where()).put("short", data[:2000])
 
 
@@ -261,11 +261,11 @@ def test_only_an_etag_that_is_an_md5_is_compared() -> None:
     sent = wire.body(b"data")
     right, wrong = hashlib.md5(b"data").hexdigest(), hashlib.md5(b"dada").hexdigest()
     for tag in (f'"{right}"', right, right.upper(), f'"{wrong}-2"', '"x"', ""):
-        assert wire.is_what_was_sent({"ETag": tag}, sent)
-    assert not wire.is_what_was_sent({"ETag": f'"{wrong}"'}, sent)
-    assert not wire.is_what_was_sent({"ETag": f'"{wrong}"', "ServerSideEncryption": "AES256"}, sent)
+        assert wire.is_same_content({"ETag": tag}, sent)
+    assert not wire.is_same_content({"ETag": f'"{wrong}"'}, sent)
+    assert not wire.is_same_content({"ETag": f'"{wrong}"', "ServerSideEncryption": "AES256"}, sent)
     for kind in ("aws:kms", "aws:kms:dsse"):
-        assert wire.is_what_was_sent({"ETag": f'"{wrong}"', "ServerSideEncryption": kind}, sent)
+        assert wire.is_same_content({"ETag": f'"{wrong}"', "ServerSideEncryption": kind}, sent)
 
 
 # -- leftovers --------------------------------------------------------------------------------------------------
@@ -286,12 +286,12 @@ def test_sweep_aborts_what_dead_uploads_left_and_only_below_the_prefix(
     client, name = server.client(), bucket.removeprefix("s3://")
     for key in KEYS:
         client.create_multipart_upload(Bucket=name, Key=key)
-    store = S3(f"{bucket}/run", say=pytest.fail)
+    store = S3Store(f"{bucket}/run", say=pytest.fail)
     store.sweep(36500 * 86400)
     assert begun(client, name) == sorted(KEYS), "uploads that may still live stay"
     store.sweep()
     assert begun(client, name) == ["ru/f", "run-2/e", "run2/d"]
-    S3(bucket, say=pytest.fail).sweep(0)
+    S3Store(bucket, say=pytest.fail).sweep(0)
     assert begun(client, name) == []
 
 
@@ -299,7 +299,7 @@ def test_uploads_begun_now_are_swept_only_by_who_says_so(ceph: CephServer, ceph_
     client, name = ceph.client(), ceph_bucket.removeprefix("s3://")
     uploads = {key: client.create_multipart_upload(Bucket=name, Key=key)["UploadId"] for key in KEYS}
     client.upload_part(Bucket=name, Key="run/a", UploadId=uploads["run/a"], PartNumber=1, Body=b"half")
-    store = S3(f"{ceph_bucket}/run", say=pytest.fail)
+    store = S3Store(f"{ceph_bucket}/run", say=pytest.fail)
     store.sweep()
     store.sweep(3600)
     assert begun(client, name) == sorted(KEYS)
@@ -323,7 +323,7 @@ def test_a_store_that_may_not_sweep_says_so_and_goes_on(
         return (answer(*FORBIDDEN), None) if ask in line else begun
 
     proxy._begin = forbid  # type: ignore[method-assign]
-    S3(f"{bucket}/run", patience=SHORT, say=lines.append).sweep()
+    S3Store(f"{bucket}/run", patience=SHORT, say=lines.append).sweep()
     right = {"?uploads": "s3:ListBucketMultipartUploads on the bucket", "?uploadId": "s3:AbortMultipartUpload on it"}
     assert len(lines) == 1
     assert re.match(
@@ -351,7 +351,7 @@ def test_a_missing_bucket_is_not_allowed_and_never_not_there(proxy: FaultyProxy,
         lambda: store.remove("a"),
     ]
     for act in acts:
-        with pytest.raises(NotAllowed, match=r"^s3://nobody-made-this/run.*: the bucket does not exist\. Create it"):
+        with pytest.raises(Rejected, match=r"^s3://nobody-made-this/run.*: the bucket does not exist\. Create it"):
             act()
 
 
@@ -360,7 +360,7 @@ def test_a_missing_bucket_is_not_allowed_and_never_not_there(proxy: FaultyProxy,
     ["s3://", "s3:///run", "s3://ab", "s3://b_cket!/x", f"s3://key:{SECRET}@bucket/run", f"s3://bucket/r?sig={SECRET}"],
 )
 def test_an_address_that_is_none_is_refused_and_its_keys_are_not_repeated(url: str) -> None:
-    with pytest.raises(NotAllowed, match=r"An address of S3 is s3://bucket/prefix") as caught:
+    with pytest.raises(Rejected, match=r"An address of S3 is s3://bucket/prefix") as caught:
         open_store(url)
     assert SECRET not in str(caught.value)
 
@@ -370,7 +370,7 @@ def test_an_endpoint_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, se
         for name, value in server.env(endpoint).items():
             monkeypatch.setenv(name, value)
         for store in (impatient("s3://bucket/run"), impatient("s3://bucket/run", options=Options(endpoint=endpoint))):
-            with pytest.raises(NotAllowed, match=r"Set store\.endpoint or AWS_ENDPOINT_URL_S3 to http") as caught:
+            with pytest.raises(Rejected, match=r"Set store\.endpoint or AWS_ENDPOINT_URL_S3 to http") as caught:
                 store.get("a")
             assert SECRET not in str(caught.value)
 
@@ -378,10 +378,10 @@ def test_an_endpoint_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, se
 def test_missing_credentials_are_named(proxy: FaultyProxy, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(NotAllowed, match="no usable credentials were found. Set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(Rejected, match="no usable credentials were found. Set AWS_ACCESS_KEY_ID"):
         impatient(bucket).get("a")
     monkeypatch.setenv("AWS_PROFILE", "nobody")
-    with pytest.raises(NotAllowed, match="ProfileNotFound"):
+    with pytest.raises(Rejected, match="ProfileNotFound"):
         impatient(bucket).get("a")
 
 
@@ -400,7 +400,7 @@ def test_missing_credentials_are_named(proxy: FaultyProxy, bucket: str, monkeypa
     ],
 )
 def test_a_refusal_is_not_allowed_says_what_to_do_and_is_not_tried_again(
-    proxy: FaultyProxy, store: S3, status: int, code: str, said: str
+    proxy: FaultyProxy, store: S3Store, status: int, code: str, said: str
 ) -> None:
     proxy.always = answer(status, code, f"your key testing and {SECRET}")
     acts: list[Callable[[], object]] = [
@@ -411,13 +411,13 @@ def test_a_refusal_is_not_allowed_says_what_to_do_and_is_not_tried_again(
     ]
     for act in acts:
         before = proxy.answered
-        with pytest.raises(NotAllowed, match=said) as caught:
+        with pytest.raises(Rejected, match=said) as caught:
             act()
         assert str(caught.value).startswith("s3://")
         assert SECRET not in str(caught.value)
         assert 1 <= proxy.answered - before <= 3, "a region's redirect may be followed, a refusal is not repeated"
     for ask in (store.exists, store.size):
-        with pytest.raises(NotAllowed):
+        with pytest.raises(Rejected):
             ask("a")
 
 
@@ -435,7 +435,7 @@ NEEDED = {
 }
 
 
-def acts_of(store: S3, name: str, file: Path) -> dict[str, Callable[[], object]]:
+def acts_of(store: S3Store, name: str, file: Path) -> dict[str, Callable[[], object]]:
     file.write_bytes(b"x")
     return {
         "put": lambda: store.put(name, b"x"),
@@ -451,7 +451,7 @@ def acts_of(store: S3, name: str, file: Path) -> dict[str, Callable[[], object]]
     }
 
 
-def refuse_all(store: S3, name: str, file: Path, but: Sequence[str] = ()) -> None:
+def refuse_all(store: S3Store, name: str, file: Path, but: Sequence[str] = ()) -> None:
     """See that each act is refused by the right that it lacks, except those in `but`, which work."""
     for act, work in acts_of(store, name, file).items():
         if act in but:
@@ -460,9 +460,9 @@ def refuse_all(store: S3, name: str, file: Path, but: Sequence[str] = ()) -> Non
         text = (
             rf"{store.where(name)}: the server answered .*403.* This needs the right {NEEDED[act]}\. Grant it to these"
         )
-        with pytest.raises(NotAllowed, match=text) as caught:
+        with pytest.raises(Rejected, match=text) as caught:
             work()
-        assert not isinstance(caught.value, NotThere)
+        assert not isinstance(caught.value, NotFound)
 
 
 def test_every_refusal_names_the_place_and_the_right_that_is_needed(
@@ -470,7 +470,7 @@ def test_every_refusal_names_the_place_and_the_right_that_is_needed(
 ) -> None:
     proxy.always = answer(*FORBIDDEN)
     refuse_all(impatient(f"{bucket}/run"), "run.json", tmp_path / "file")
-    with pytest.raises(NotAllowed, match=r"s3:PutObject \(and kms:GenerateDataKey and kms:Decrypt of the key\) on it"):
+    with pytest.raises(Rejected, match=r"s3:PutObject \(and kms:GenerateDataKey and kms:Decrypt of the key\) on it"):
         impatient(bucket, options=Options(encryption="aws:kms")).put("a", b"")
 
 
@@ -489,7 +489,7 @@ def test_rights_are_refused_by_a_real_server_and_never_read_as_not_there(
         said = {"Effect": "Allow", "Principal": who, "Action": [f"s3:{right}" for right in rights], "Resource": on}
         client.put_bucket_policy(Bucket=name, Policy=json.dumps({"Version": "2012-10-17", "Statement": [said]}))
 
-    store = S3(f"{ceph_bucket}/run", patience=ONCE, say=lines.append)
+    store = S3Store(f"{ceph_bucket}/run", patience=ONCE, say=lines.append)
     allow("GetObject")
     refuse_all(store, "there", tmp_path / "file", ["get", "read", "size", "exists"])
     refuse_all(store, "missing", tmp_path / "file")
@@ -509,11 +509,11 @@ def test_a_wrong_key_is_told_from_a_missing_right(
 ) -> None:
     for name, code in (("AWS_SECRET_ACCESS_KEY", "SignatureDoesNotMatch"), ("AWS_ACCESS_KEY_ID", "InvalidAccessKeyId")):
         use(monkeypatch, ceph.env() | {name: "another"})
-        with pytest.raises(NotAllowed, match=rf"answered {code} \(HTTP 403\)\. Check AWS_ACCESS_KEY_ID and"):
+        with pytest.raises(Rejected, match=rf"answered {code} \(HTTP 403\)\. Check AWS_ACCESS_KEY_ID and"):
             impatient(ceph_bucket, read_seconds=5).get("a")
 
 
-def test_a_clock_that_is_wrong_for_a_while_is_waited_for(proxy: FaultyProxy, store: S3, lines: list[str]) -> None:
+def test_a_clock_that_is_wrong_for_a_while_is_waited_for(proxy: FaultyProxy, store: S3Store, lines: list[str]) -> None:
     store.put("a", b"1")
     skewed = answer(403, "RequestTimeTooSkewed")
     proxy.answers = [skewed, skewed]
@@ -522,28 +522,28 @@ def test_a_clock_that_is_wrong_for_a_while_is_waited_for(proxy: FaultyProxy, sto
         r"answered RequestTimeTooSkewed \(HTTP 403\)\. Set this machine's clock\. Trying again for", lines[0]
     )
     proxy.always = skewed
-    with pytest.raises(TryAgain, match=r"Set this machine's clock\."):
+    with pytest.raises(Unavailable, match=r"Set this machine's clock\."):
         impatient(store.where()).put("a", b"")
 
 
-def test_a_404_of_something_else_is_never_not_there(proxy: FaultyProxy, store: S3, tmp_path: Path) -> None:
+def test_a_404_of_something_else_is_never_not_there(proxy: FaultyProxy, store: S3Store, tmp_path: Path) -> None:
     """As a gateway answers while the S3 server behind it is away."""
     page = b"<html>default backend - 404</html>"
     head = b"HTTP/1.1 404 Not Found\r\nContent-Type: text/html\r\nConnection: close\r\nContent-Length: "
     for body in (page, b""):
         proxy.always = head + b"%d\r\n\r\n" % len(body) + body
         for work in acts_of(impatient(store.where()), "run.json", tmp_path / "file").values():
-            with pytest.raises(TryAgain, match=r"/run\.json: .*404.*\. Check the"):
+            with pytest.raises(Unavailable, match=r"/run\.json: .*404.*\. Check the"):
                 work()
     proxy.always, proxy.answers = None, [head + b"0\r\n\r\n"] * 4
     assert store.exists("run.json") is False
-    with pytest.raises(NotThere):
+    with pytest.raises(NotFound):
         store.get("run.json")
 
 
 def test_a_redirect_that_leads_nowhere_is_not_allowed(proxy: FaultyProxy, bucket: str) -> None:
     proxy.always = answer(301, "PermanentRedirect")
-    with pytest.raises(NotAllowed, match="redirects without saying where to. Set AWS_DEFAULT_REGION"):
+    with pytest.raises(Rejected, match="redirects without saying where to. Set AWS_DEFAULT_REGION"):
         impatient(bucket).get("a")
 
 
@@ -552,7 +552,7 @@ def test_a_redirect_that_leads_nowhere_is_not_allowed(proxy: FaultyProxy, bucket
 
 @pytest.mark.parametrize("ending", ["reset", "end"])
 def test_a_broken_download_goes_on_and_only_the_missing_bytes_travel(
-    proxy: FaultyProxy, store: S3, tmp_path: Path, lines: list[str], ending: str
+    proxy: FaultyProxy, store: S3Store, tmp_path: Path, lines: list[str], ending: str
 ) -> None:
     data = big()
     store.put("a", data)
@@ -567,22 +567,22 @@ def test_a_broken_download_goes_on_and_only_the_missing_bytes_travel(
 
 
 @pytest.mark.parametrize("ending", ["reset", "end"])
-def test_a_body_that_ends_early_is_never_taken_for_the_whole(proxy: FaultyProxy, store: S3, ending: str) -> None:
+def test_a_body_that_ends_early_is_never_taken_for_the_whole(proxy: FaultyProxy, store: S3Store, ending: str) -> None:
     data = big(500_000)
     store.put("a", data)
     plain = impatient(f"{store.where()}")
     for after in (1, 300, 2000, 262_144, 499_999):
         proxy.calm()
         proxy.ending, proxy.cut_after = ending, after
-        with pytest.raises(TryAgain):
+        with pytest.raises(Unavailable):
             list(plain.read("a"))
-        with pytest.raises(TryAgain):
+        with pytest.raises(Unavailable):
             plain.get("a")
     proxy.cut_after, proxy.cuts_left = 300_000, 3
     assert store.get("a") == data, "with patience it comes whole"
 
 
-def test_a_get_never_mixes_two_versions(server: S3Server, proxy: FaultyProxy, store: S3) -> None:
+def test_a_get_never_mixes_two_versions(server: S3Server, proxy: FaultyProxy, store: S3Store) -> None:
     old, new = big(900_000), bytes(900_000)
     store.put("a", old)
     proxy.cut_after, proxy.cuts_left = 600_000, 1
@@ -596,7 +596,7 @@ def test_a_get_never_mixes_two_versions(server: S3Server, proxy: FaultyProxy, st
     assert proxy.cuts == 1
 
 
-def test_random_resets_are_survived(server: S3Server, proxy: FaultyProxy, store: S3, tmp_path: Path) -> None:
+def test_random_resets_are_survived(server: S3Server, proxy: FaultyProxy, store: S3Store, tmp_path: Path) -> None:
     proxy.cut_every, proxy.cut_within = 3, 200
     for n in range(10):
         store.put(f"r/{n}", big(5000 + n))
@@ -609,7 +609,9 @@ def test_random_resets_are_survived(server: S3Server, proxy: FaultyProxy, store:
     assert proxy.cuts > 5
 
 
-def test_slow_down_is_obeyed_by_trying_later(proxy: FaultyProxy, store: S3, tmp_path: Path, lines: list[str]) -> None:
+def test_slow_down_is_obeyed_by_trying_later(
+    proxy: FaultyProxy, store: S3Store, tmp_path: Path, lines: list[str]
+) -> None:
     acts: list[tuple[Callable[[], object], object]] = [
         (lambda: store.put("a", b"1"), None),
         (lambda: store.put_if_absent("b", b"2"), True),
@@ -629,33 +631,33 @@ def test_slow_down_is_obeyed_by_trying_later(proxy: FaultyProxy, store: S3, tmp_
     proxy.answers = [answer(400, "KMS.ThrottlingException")]
     store.put("b", b"2")
     proxy.always = answer(*SLOW_DOWN)
-    with pytest.raises(TryAgain, match=r"answered SlowDown \(HTTP 503\)\. Check the server"):
+    with pytest.raises(Unavailable, match=r"answered SlowDown \(HTTP 503\)\. Check the server"):
         impatient(store.where()).get("b")
 
 
-def test_a_server_that_says_nothing_does_not_hang_for_ever(proxy: FaultyProxy, store: S3) -> None:
+def test_a_server_that_says_nothing_does_not_hang_for_ever(proxy: FaultyProxy, store: S3Store) -> None:
     store.put("a", b"1")
     proxy.drop()
     proxy.silent = True
     quick = impatient(store.where())
     for act in (lambda: quick.get("a"), lambda: list(quick.read("a")), lambda: quick.put("a", b"2")):
-        with pytest.raises(TryAgain, match=r"127\.0\.0\.1:\d+ fell silent\. Check the server"):
+        with pytest.raises(Unavailable, match=r"127\.0\.0\.1:\d+ fell silent\. Check the server"):
             act()
     assert proxy.silences == 3
 
 
-def test_a_body_that_stops_in_the_middle_does_not_hang_for_ever(proxy: FaultyProxy, store: S3) -> None:
+def test_a_body_that_stops_in_the_middle_does_not_hang_for_ever(proxy: FaultyProxy, store: S3Store) -> None:
     store.put("a", big())
     proxy.ending, proxy.cut_after, proxy.cuts_left = "stall", 1_000_000, 1
     came = 0
-    with pytest.raises(TryAgain, match=r"fell silent\. Check the server"):
+    with pytest.raises(Unavailable, match=r"fell silent\. Check the server"):
         for block in impatient(store.where()).read("a"):
             came += len(block)
     assert proxy.cuts == 1
     assert 900_000 < came < 1_000_000, "what came before is kept"
 
 
-def test_a_put_whose_answer_is_lost_is_still_the_winners(proxy: FaultyProxy, store: S3, tmp_path: Path) -> None:
+def test_a_put_whose_answer_is_lost_is_still_the_winners(proxy: FaultyProxy, store: S3Store, tmp_path: Path) -> None:
     proxy.cut_after, proxy.cuts_left = 1, 1
     assert store.put_if_absent("lease", b"mine") is True, "the retry meets its own object"
     assert proxy.cuts == 1
@@ -663,7 +665,7 @@ def test_a_put_whose_answer_is_lost_is_still_the_winners(proxy: FaultyProxy, sto
 
 
 def test_an_upload_in_parts_survives_resets_and_lost_answers(
-    server: S3Server, proxy: FaultyProxy, store: S3, tmp_path: Path
+    server: S3Server, proxy: FaultyProxy, store: S3Store, tmp_path: Path
 ) -> None:
     data = big(3 * (PART) + 17)
     (tmp_path / "file").write_bytes(data)
@@ -701,15 +703,15 @@ def test_an_upload_in_parts_that_fails_leaves_nothing(
         return (answer(*FORBIDDEN), None) if "partNumber=2" in line else begun
 
     proxy._begin = forbid_parts  # type: ignore[method-assign]
-    with pytest.raises(NotAllowed, match="AccessDenied"):
+    with pytest.raises(Rejected, match="AccessDenied"):
         store.put_file("big", tmp_path / "file")
     assert not store.exists("big")
     assert server.client().list_multipart_uploads(Bucket=bucket.removeprefix("s3://")).get("Uploads", []) == []
-    with pytest.raises(NotAllowed, match=r"gone: No such file or directory\. Nothing was written to s3://"):
+    with pytest.raises(Rejected, match=r"gone: No such file or directory\. Nothing was written to s3://"):
         store.put_file("big", tmp_path / "gone")
 
 
-def test_a_server_that_is_away_for_a_while_is_waited_for(proxy: FaultyProxy, store: S3, lines: list[str]) -> None:
+def test_a_server_that_is_away_for_a_while_is_waited_for(proxy: FaultyProxy, store: S3Store, lines: list[str]) -> None:
     store.put("a", b"1")
     proxy.refuse()
     with ThreadPoolExecutor(1) as pool:
@@ -722,12 +724,12 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(proxy: FaultyProxy, sto
     assert re.search(r"127\.0\.0\.1:\d+ (cannot be reached|broke the transfer)", lines[0])
 
 
-def test_patience_ends_with_what_was_tried_and_how_long(proxy: FaultyProxy, store: S3, lines: list[str]) -> None:
+def test_patience_ends_with_what_was_tried_and_how_long(proxy: FaultyProxy, store: S3Store, lines: list[str]) -> None:
     proxy.refuse()
-    short = S3(store.where(), patience=Patience(0.3, 0.01, 0.05), say=lines.append)
+    short = S3Store(store.where(), patience=Patience(0.3, 0.01, 0.05), say=lines.append)
     short._requests.client()  # takes its time on a busy machine
     with pytest.raises(
-        TryAgain, match=r"cannot be reached\..* Given up on reading s3://.*/a after \d+ tries and \d+ s"
+        Unavailable, match=r"cannot be reached\..* Given up on reading s3://.*/a after \d+ tries and \d+ s"
     ) as caught:
         short.get("a")
     assert SECRET not in str(caught.value)
@@ -750,7 +752,7 @@ def test_a_server_that_is_killed_and_filled_again_is_no_reason_to_start_over(
 
         refill()
         proxy.latency = 0.01
-        store = S3("s3://run", say=lines.append)
+        store = S3Store("s3://run", say=lines.append)
         with ThreadPoolExecutor(1) as pool:
             bringing = pool.submit(
                 lambda: download(store, "a", tmp_path / "a", len(data), patience=SHORT, say=lines.append)
@@ -772,7 +774,7 @@ def test_a_server_that_is_killed_and_filled_again_is_no_reason_to_start_over(
 def test_a_server_that_dies_again_and_again_keeps_what_it_took(
     ceph: CephServer, ceph_bucket: str, lines: list[str]
 ) -> None:
-    store = S3(ceph_bucket, patience=Patience(60, 0.01, 0.1), say=lines.append, read_seconds=5)
+    store = S3Store(ceph_bucket, patience=Patience(60, 0.01, 0.1), say=lines.append, read_seconds=5)
     done = threading.Event()
     leases: list[bool] = []
 
@@ -804,13 +806,13 @@ def test_a_server_that_dies_again_and_again_keeps_what_it_took(
 
 
 def test_patience_tries_again_what_may_pass_and_nothing_else() -> None:
-    left = [TryAgain("busy."), TryAgain("busy."), NotThere("gone")]
+    left = [Unavailable("busy."), Unavailable("busy."), NotFound("gone")]
 
     def work() -> None:
         raise left.pop(0)
 
-    with pytest.raises(NotThere):
-        patiently(work, "the work", SHORT, lambda line: None)
+    with pytest.raises(NotFound):
+        with_retries(work, "the work", SHORT, lambda line: None)
     assert left == []
 
 
@@ -819,14 +821,14 @@ def test_patience_begins_afresh_when_bytes_arrive(tmp_path: Path) -> None:
         def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
             time.sleep(0.05)
             yield b"x"
-            raise TryAgain("broken.")
+            raise Unavailable("broken.")
 
     download(Drip(tmp_path), "a", tmp_path / "a", 12, patience=Patience(0.3, 0.01, 0.02), say=lambda line: None)
     assert (tmp_path / "a").read_bytes() == b"x" * 12, "in all it took longer than patience"
 
 
 def test_pauses_leave_the_global_chance_alone() -> None:
-    left = [TryAgain("busy.")] * 3
+    left = [Unavailable("busy.")] * 3
 
     def work() -> None:
         if left:
@@ -834,11 +836,11 @@ def test_pauses_leave_the_global_chance_alone() -> None:
 
     random.seed(7)
     before = random.getstate()
-    patiently(work, "the work", SHORT, lambda line: None)
+    with_retries(work, "the work", SHORT, lambda line: None)
     assert random.getstate() == before
 
 
-def test_a_client_belongs_to_one_process(proxy: FaultyProxy, store: S3) -> None:
+def test_a_client_belongs_to_one_process(proxy: FaultyProxy, store: S3Store) -> None:
     store.put("a", b"1")
     assert list(store._requests._clients) == [os.getpid()]
     assert pickle.loads(pickle.dumps(store))._requests._clients == {}

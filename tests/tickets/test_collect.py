@@ -15,12 +15,12 @@ from torch import Tensor
 from mirl_dist import models
 from mirl_dist.cli import compare, evaluate, show
 from mirl_dist.config import config as configs
-from mirl_dist.config.portable import placeless
-from mirl_dist.errors import Fault
+from mirl_dist.config.portable import portable
+from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
 from mirl_dist.observability.mlflow import reader
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.prune import Rule, in_scope, prune
+from mirl_dist.pruning.prune import PruneConfig, in_scope, prune
 from mirl_dist.storage import Folder, output_paths
 from mirl_dist.tickets import collect, transfer
 from mirl_dist.tickets import open as opening
@@ -44,20 +44,20 @@ SCORE = Score(psnr=30.0, ssim=0.9, degraded_psnr=20.0, degraded_ssim=0.5, images
 
 def line(count: int) -> list[Content]:
     """Consecutive rounds of a tiny PromptIR that nobody trained."""
-    config = configs.of_dump(TREE, "the tiny run")
+    config = configs.from_dump(TREE, "the tiny run")
     with torch.random.fork_rng():
         torch.manual_seed(3)
         first = {n: p.detach() for n, p in models.create("promptir", **config.model.sizes()).named_parameters()}
-    masks, threshold, found = masking.all_alive(first, in_scope(first, "published")), 0.0, list[Content]()
+    masks, threshold, found = masking.dense_masks(first, in_scope(first, "published")), 0.0, list[Content]()
     for round_ in range(count):
         if round_:
-            masks, threshold = prune(found[-1].trained, masks, Rule(0.2))[:2]
+            masks, threshold = prune(found[-1].trained, masks, PruneConfig(0.2))[:2]
         initial, trained = {n: t.clone() for n, t in first.items()}, {n: t * 2 for n, t in first.items()}
-        masking.close_weights(initial, masks)
-        masking.close_weights(trained, masks)
+        masking.apply_masks(initial, masks)
+        masking.apply_masks(trained, masks)
         ticket = Ticket(
             round=round_,
-            alive=masking.alive(masks),
+            alive=masking.count_surviving(masks),
             prunable=masking.size(masks),
             total=sum(t.numel() for t in first.values()),
             threshold=threshold,
@@ -122,9 +122,9 @@ def test_runs_of_one_name_stay_two_runs_with_labels_of_their_own(
     assert [s.name for s in shown] == [
         f"{run}, round {n}" for run in ("run-aaaaaa", "run-bbbbbb", "run") for n in range(2)
     ]
-    with pytest.raises(Fault, match="found round 1 of run twice"):
+    with pytest.raises(UserError, match="found round 1 of run twice"):
         collect.gather(["run/rounds/01", str(folder)])
-    with pytest.raises(Fault, match="found round 0 of run twice"):
+    with pytest.raises(UserError, match="found round 0 of run twice"):
         collect.gather(["mlflow:aaaaaaaa", "mlflow:aaaaaaaa"])
 
 
@@ -139,7 +139,7 @@ def test_runs_below_a_folder_named_rounds_are_runs(contents: list[Content], tmp_
 
 def test_a_run_without_a_finished_round_is_told_and_not_dropped(contents: list[Content], tmp_path: Path) -> None:
     whole, bare = written(contents, tmp_path / "whole"), written(contents, tmp_path / "bare", rounds=0)
-    with pytest.raises(Fault, match="bare has no finished round yet"):
+    with pytest.raises(UserError, match="bare has no finished round yet"):
         collect.gather([str(whole), str(bare)])
 
 
@@ -147,7 +147,7 @@ def test_a_ticket_file_of_any_name_is_compared_and_a_missing_one_told(contents: 
     (tmp_path / "mine.tkt").write_bytes(pack(*contents[1]))
     (shown,) = collect.gather([str(tmp_path / "mine.tkt")])
     assert (shown.run, shown.ticket) == ("mine.tkt", contents[1].ticket)
-    with pytest.raises(Fault, match=r"^no file at other.ticket\."):
+    with pytest.raises(UserError, match=r"^no file at other.ticket\."):
         collect.gather(["other.ticket"])
 
 
@@ -180,7 +180,7 @@ def test_a_mask_from_mlflow_must_be_that_of_its_ticket(
     run = tracked(contents, "aaaa", "run")
     run.tickets[1] = run.tickets[1]._replace(mask=safetensors.torch.save(spoil(contents[1].masks)))
     monkeypatch.setattr(reader, "read", lambda reference, uri: [run])
-    with pytest.raises(Fault, match=f"^MLflow run aaaa, round 1: its mask .*{said}"):
+    with pytest.raises(UserError, match=f"^MLflow run aaaa, round 1: its mask .*{said}"):
         collect.gather(["mlflow:aaaa"])
 
 
@@ -190,7 +190,7 @@ def test_a_nested_run_must_hold_the_ticket_of_its_round(
     run = tracked(contents, "aaaa", "run")
     run.tickets[0] = run.tickets[1]._replace(round=0)
     monkeypatch.setattr(reader, "read", lambda reference, uri: [run])
-    with pytest.raises(Fault, match="^MLflow run aaaa, round 0: its ticket is of round 1"):
+    with pytest.raises(UserError, match="^MLflow run aaaa, round 0: its ticket is of round 1"):
         collect.gather(["mlflow:aaaa"])
 
 
@@ -212,7 +212,7 @@ def test_a_config_cannot_ask_for_a_network_beyond_its_ticket(
     monkeypatch.setattr(reader, "read", lambda reference, uri: [asking])
     if sizes != {"blocks": [2, 1, 1, 1]}:
         monkeypatch.setattr(models, "create", lambda *_, **__: pytest.fail("it was built"))
-    with pytest.raises(Fault, match=f"^MLflow run aaaa: its .*{said}"):
+    with pytest.raises(UserError, match=f"^MLflow run aaaa: its .*{said}"):
         collect.gather(["mlflow:aaaa"])
 
 
@@ -222,7 +222,7 @@ def test_a_file_cannot_make_export_build_a_larger_network(
     model = contents[1].config["model"] | {"blocks": [100_000, 1, 1, 1]}
     (tmp_path / "x.ticket").write_bytes(pack(*contents[1]._replace(config=contents[1].config | {"model": model})))
     monkeypatch.setattr(models, "to_official", lambda *_, **__: pytest.fail("it was built"))
-    with pytest.raises(Fault, match=r"x\.ticket: its model.blocks makes a larger network"):
+    with pytest.raises(UserError, match=r"x\.ticket: its model.blocks makes a larger network"):
         transfer.export(str(tmp_path / "x.ticket"), tmp_path / "x.ckpt", False)
 
 
@@ -258,7 +258,7 @@ def test_a_record_that_no_run_could_have_made_is_refused_wherever_it_comes_from(
     contents: list[Content], changes: dict[str, Any], said: str
 ) -> None:
     record = json.loads(contents[1].ticket.dump()) | changes
-    with pytest.raises(Fault, match=said) as caught:
+    with pytest.raises(UserError, match=said) as caught:
         parse(json.dumps(record).encode(), "here")
     assert str(caught.value).isprintable()
 
@@ -284,16 +284,16 @@ def test_a_packed_ticket_tells_no_place_and_still_proves_itself(
     assert [check.what for check in verify(content) if not check.holds] == []
     transfer.verify(str(file), str(folder), False)
     assert "BROKEN" not in capsys.readouterr().out
-    with pytest.raises(Fault, match="is a ticket file already"):
+    with pytest.raises(UserError, match="is a ticket file already"):
         transfer.pack(str(file), tmp_path / "again.ticket")
 
 
 def test_every_place_goes_and_nothing_that_tells_the_experiment() -> None:
-    config = configs.of_dump(TREE | {"prune": {"style": "one_shot", "rounds": 1}, "batch": {"forward": 2}}, "here")
-    bare = placeless(config)
+    config = configs.from_dump(TREE | {"prune": {"style": "one_shot", "rounds": 1}, "batch": {"forward": 2}}, "here")
+    bare = portable(config)
     assert "secret" not in json.dumps(bare.dump())
     assert (bare.fingerprint(), bare.method()) == (config.fingerprint(), config.method())
-    assert configs.of_dump(bare.dump(), "there") == bare
+    assert configs.from_dump(bare.dump(), "there") == bare
     usual = configs.Config()
     for name in ("store", "ranks", "preempt", "guard", "keep", "checkpoint", "tracking"):
         assert getattr(bare, name) == getattr(usual, name)
@@ -317,7 +317,7 @@ def test_a_strangers_file_says_neither_where_shards_are_nor_how_stores_are_reach
         raise Asked
 
     monkeypatch.setattr(opening, "store_of", store_of)
-    with pytest.raises(Fault, match="Name the shards with --shards"):
+    with pytest.raises(UserError, match="Name the shards with --shards"):
         evaluate.print_scores(str(file), None, evaluate.How(), None, True)
     with pytest.raises(Asked):
         evaluate.print_scores(str(file), "s3://mine/shards", evaluate.How(), None, True)
@@ -348,11 +348,11 @@ def test_a_mask_that_does_not_follow_is_still_broken(contents: list[Content], tm
     child = contents[1]
     moved = {**child.masks, "output.weight": child.masks["output.weight"].roll(1)}
     bare = {n: torch.ones_like(t) for n, t in child.trained.items()}
-    checks = verify_descent(child._replace(masks=moved), contents[0]._replace(trained={}), Rule(0.2))
+    checks = verify_descent(child._replace(masks=moved), contents[0]._replace(trained={}), PruneConfig(0.2))
     assert [c.what for c in checks if c.holds is None] == [FOLLOWS]
-    checks = verify_descent(child, contents[0]._replace(trained=bare), Rule(0.2))
+    checks = verify_descent(child, contents[0]._replace(trained=bare), PruneConfig(0.2))
     assert FOLLOWS in [c.what for c in checks if c.holds is False]
-    checks = verify_descent(child, contents[0]._replace(trained={}), Rule(0.3))
+    checks = verify_descent(child, contents[0]._replace(trained={}), PruneConfig(0.3))
     assert "weights removed by the rule" in [c.what for c in checks if c.holds is False]
 
 
@@ -361,7 +361,7 @@ def test_the_run_of_another_ticket_is_named_as_such(contents: list[Content], tmp
     file.write_bytes(pack(*contents[1]))
     tickets = [c._replace(ticket=c.ticket.model_copy(update={"manifest_digest": "1" * 64})) for c in contents]
     other = written(tickets, tmp_path / "other")
-    with pytest.raises(Fault, match="other is another run than the ticket's: its manifest digest") as caught:
+    with pytest.raises(UserError, match="other is another run than the ticket's: its manifest digest") as caught:
         transfer.verify(str(file), str(other), False)
     assert "Do not use it" not in str(caught.value)
 
@@ -399,23 +399,23 @@ def test_an_impossible_place_is_refused_before_any_work(
         ("file/x/y.ckpt", "file, which is no folder"),
         ("a" * 300, "too long a name"),
     ):
-        with pytest.raises(Fault, match=f"^--(out|table): found .*{said}"):
+        with pytest.raises(UserError, match=f"^--(out|table): found .*{said}"):
             write(Path(out))
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(Fault, match="which is a folder, where a file"):
-        output_paths.refuse_file(tmp_path)
-    with pytest.raises(Fault, match="which is no folder"):
-        output_paths.refuse_folder(tmp_path / "file")
-    output_paths.refuse_file(tmp_path / "file")
-    output_paths.refuse_file(tmp_path / "new" / "deep" / "file")
-    output_paths.refuse_folder(tmp_path / "new" / "deep")
+    with pytest.raises(UserError, match="which is a folder, where a file"):
+        output_paths.check_file(tmp_path)
+    with pytest.raises(UserError, match="which is no folder"):
+        output_paths.check_folder(tmp_path / "file")
+    output_paths.check_file(tmp_path / "file")
+    output_paths.check_file(tmp_path / "new" / "deep" / "file")
+    output_paths.check_folder(tmp_path / "new" / "deep")
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may do everything
-    with pytest.raises(Fault, match="which may not be written. Correct the rights"):
-        output_paths.refuse_folder(tmp_path / "new")
+    with pytest.raises(UserError, match="which may not be written. Correct the rights"):
+        output_paths.check_folder(tmp_path / "new")
 
 
 def test_beside_json_notes_go_to_standard_error(

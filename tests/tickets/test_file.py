@@ -20,9 +20,9 @@ from torch import Tensor
 
 from mirl_dist import models
 from mirl_dist.config import strict_json
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.prune import Rule, in_scope, prune
+from mirl_dist.pruning.prune import PruneConfig, in_scope, prune
 from mirl_dist.tickets import container
 from mirl_dist.tickets import file as ticket_file
 from mirl_dist.tickets.file import FACTOR, ROOM, Content
@@ -78,12 +78,12 @@ def told(content: Content, **changes: Any) -> Content:
 def made(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], like: Content) -> Content:
     """A content of these weights, its record true where the file is proof of it."""
     initial = {n: t.clone() for n, t in weights.items()}
-    masking.close_weights(initial, masks)
+    masking.apply_masks(initial, masks)
     trained = {n: t * 2 for n, t in initial.items()}
     for name, mask in masks.items():
         trained[name].masked_fill_(~mask, 0.0)
     counts = {
-        "alive": masking.alive(masks),
+        "alive": masking.count_surviving(masks),
         "prunable": masking.size(masks),
         "total": sum(t.numel() for t in weights.values()),
         "layer_density": masking.densities(masks),
@@ -140,9 +140,9 @@ def test_first_values_may_come_with_the_dead_ones(line: list[Content], data: byt
 def test_a_file_is_hardly_larger_than_its_mask_and_its_survivors(child: Content, density: float) -> None:
     network = models.create("promptir", dim=8, blocks=(1,) * 4, refinement_blocks=1, prompt_sizes=(4, 4, 4))
     weights = {name: p.detach() for name, p in network.named_parameters()}
-    masks = masking.all_alive(weights, in_scope(weights, "published"))
+    masks = masking.dense_masks(weights, in_scope(weights, "published"))
     if density < 1:
-        masks = prune(weights, masks, Rule(1 - density)).masks
+        masks = prune(weights, masks, PruneConfig(1 - density)).masks
     content = made(weights, masks, child)
     survivors = content.ticket.alive_total
     law = content.ticket.prunable / 8 + 2 * 4 * survivors
@@ -174,22 +174,22 @@ def test_every_flipped_bit_is_noticed(data: bytes) -> None:
     places = {(at, bit) for at in range(begin) for bit in range(8)}
     places = set(chance.sample(sorted(places), 700)) | {(at, at % 8) for at in range(begin, len(data), 7)}
     for at, bit in places:
-        with pytest.raises(Fault):
+        with pytest.raises(UserError):
             ticket_file.read(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :], "x")
 
 
 def test_every_cut_and_everything_appended_is_noticed(data: bytes) -> None:
     for length in (*range(0, 900, 9), *range(900, len(data), 97), len(data) - 1):
-        with pytest.raises(Fault, match="^x( is no ticket file| has|: its)"):
+        with pytest.raises(UserError, match="^x( is no ticket file| has|: its)"):
             ticket_file.read(data[:length], "x")
-    with pytest.raises(Fault, match="x has 3,... bytes, its header wants 3,"):
+    with pytest.raises(UserError, match="x has 3,... bytes, its header wants 3,"):
         ticket_file.read(data + b"\0", "x")
 
 
 @pytest.mark.parametrize("part", ["about", "initial", "mask", "trained"])
 def test_a_damaged_part_is_named(data: bytes, part: str) -> None:
     begin = data.index(bytes(container.unseal(data, "x")[part]))
-    with pytest.raises(Fault, match=f"^x: its part '{part}' is damaged"):
+    with pytest.raises(UserError, match=f"^x: its part '{part}' is damaged"):
         ticket_file.read(data[:begin] + bytes([data[begin] ^ 1]) + data[begin + 1 :], "x")
 
 
@@ -217,7 +217,7 @@ def header(data: bytes, old: bytes, new: bytes) -> bytes:
     ],
 )
 def test_a_header_of_any_other_form_is_refused(data: bytes, old: bytes, new: bytes, said: str) -> None:
-    with pytest.raises(Fault, match=said):
+    with pytest.raises(UserError, match=said):
         ticket_file.read(header(data, old, new), "x")
 
 
@@ -291,7 +291,7 @@ HOSTILE: list[tuple[str, Callable[[Any], Any], str]] = [
 
 @pytest.mark.parametrize(("change", "said"), [h[1:] for h in HOSTILE], ids=[h[0] for h in HOSTILE])
 def test_a_hostile_text_is_refused(data: bytes, change: Callable[[Any], Any], said: str) -> None:
-    with pytest.raises(Fault, match=said):
+    with pytest.raises(UserError, match=said):
         ticket_file.read(retold(data, change), "x")
 
 
@@ -316,14 +316,14 @@ def test_a_record_that_no_run_could_have_made_is_refused_even_with_its_digest(
         tree["ticket"] |= changes
         return with_digest(tree, child.ticket.layer_density)
 
-    with pytest.raises(Fault, match=said):
+    with pytest.raises(UserError, match=said):
         ticket_file.read(retold(data, change), "x")
 
 
 def test_folded_text_must_be_one_whole_stream(data: bytes) -> None:
     whole = bytes(container.unseal(data, "x")["about"])
     for odd in ({"about": about} for about in (whole[:-1], whole + b"x", b"", b"x" + whole)):
-        with pytest.raises(Fault, match="its text (ends too early or too late|cannot be unfolded)"):
+        with pytest.raises(UserError, match="its text (ends too early or too late|cannot be unfolded)"):
             ticket_file.read(resealed(data, odd_parts(odd)), "x")
 
 
@@ -342,7 +342,7 @@ def test_a_collapse_that_is_not_told_is_caught(child: Content) -> None:
 @pytest.mark.parametrize("part", ["initial", "trained"])
 def test_values_that_are_not_finite_are_refused(data: bytes, part: str, value: float) -> None:
     odd = np.array([value], dtype="<f4").tobytes()
-    with pytest.raises(Fault, match=f"found {part} values that are not finite"):
+    with pytest.raises(UserError, match=f"found {part} values that are not finite"):
         ticket_file.read(resealed(data, lambda parts: parts.update({part: parts[part][:-4] + odd})), "x")
 
 
@@ -350,7 +350,7 @@ def test_a_mask_that_does_not_fit_the_values_is_refused(data: bytes) -> None:
     def one_more(parts: fuzz_tickets.Parts) -> None:
         parts["mask"] = bytes(len(parts["mask"]))
 
-    with pytest.raises(Fault, match="its masks leave 7 survivors, but it holds"):
+    with pytest.raises(UserError, match="its masks leave 7 survivors, but it holds"):
         ticket_file.read(resealed(data, one_more), "x")
 
     def behind(parts: fuzz_tickets.Parts) -> None:  # the mask of output.weight, 108 weights, ends in byte 20
@@ -359,7 +359,7 @@ def test_a_mask_that_does_not_fit_the_values_is_refused(data: bytes) -> None:
         mask[at] |= 1
         parts["mask"] = bytes(mask)
 
-    with pytest.raises(Fault, match="the mask of 'output.weight' has bits behind its last weight"):
+    with pytest.raises(UserError, match="the mask of 'output.weight' has bits behind its last weight"):
         ticket_file.read(resealed(data, behind), "x")
 
 
@@ -379,7 +379,7 @@ def peak_of_reading(data: bytes) -> int:
     tracemalloc.start()
     try:
         ticket_file.read(data, "x")
-    except Fault:
+    except UserError:
         pass
     finally:
         peak = tracemalloc.get_traced_memory()[1]
@@ -471,10 +471,10 @@ def test_a_config_that_is_none_is_caught(child: Content) -> None:
 
 # -- descent ----------------------------------------------------------------------------------------------------
 
-RULE = Rule(0.2)
+RULE = PruneConfig(0.2)
 
 
-def unproven(child: Content, parent: Content, rule: Rule = RULE) -> list[str]:
+def unproven(child: Content, parent: Content, rule: PruneConfig = RULE) -> list[str]:
     return [check.what for check in ticket_file.verify_descent(child, parent, rule) if check.holds is False]
 
 
@@ -503,12 +503,12 @@ def test_a_stranger_is_no_parent(line: list[Content]) -> None:
 
 def test_a_mask_by_another_rule_or_chance_does_not_follow(line: list[Content]) -> None:
     child, parent = line[3], line[2]
-    assert unproven(child, parent, Rule(0.2, criterion="random")) == [
+    assert unproven(child, parent, PruneConfig(0.2, criterion="random")) == [
         "the mask follows from the parent's weights",
         "threshold",
     ]
-    assert "weights removed by the rule" in unproven(child, parent, Rule(0.3))
-    assert unproven(child, parent, Rule(0.2, criterion="snip")) == []  # its gradients are not here
+    assert "weights removed by the rule" in unproven(child, parent, PruneConfig(0.3))
+    assert unproven(child, parent, PruneConfig(0.2, criterion="snip")) == []  # its gradients are not here
     name = "output.weight"
     other = swapped(child.masks, name, parent.masks[name] & ~child.masks[name])
     kept = child.ticket.model_dump(include={"initial_digest", "parent"})
@@ -542,7 +542,7 @@ def test_another_network_is_no_parent(line: list[Content]) -> None:
 
 def test_nothing_is_packed_that_could_not_be_read(child: Content) -> None:
     def refuses(content: Content, said: str) -> None:
-        with pytest.raises(Fault, match=said):
+        with pytest.raises(UserError, match=said):
             packed(content)
 
     name = "output.weight"

@@ -9,10 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
-from mirl_dist.storage import Folder, NotAllowed, TryAgain
-from mirl_dist.storage.commits import COMPLETE, Commits, Reader, dump, facts, unsealed
+from mirl_dist.storage import Folder, Rejected, Unavailable
+from mirl_dist.storage.commits import COMPLETE, Commits, Reader, check_digest, part_info, to_json
 from mirl_dist.training.checkpoint import (
     BEST,
     INITIAL,
@@ -67,7 +67,7 @@ def test_without_commits_there_is_none(kept: Checkpoints) -> None:
     assert kept.newest() is None
     assert kept.commits() == []
     assert kept.tickets() == []
-    with pytest.raises(Fault, match=r"rounds/00 holds no finished round"):
+    with pytest.raises(UserError, match=r"rounds/00 holds no finished round"):
         kept.ticket(0)
 
 
@@ -91,8 +91,8 @@ def test_what_is_committed_comes_back_to_the_last_bit(kept: Checkpoints) -> None
 
 def test_complete_tells_of_every_part_its_size_and_digest_and_seals_that(kept: Checkpoints) -> None:
     commit_round(kept, 0)
-    said = unsealed(kept.store.get(f"rounds/00/ticket-0000/{COMPLETE}"))
-    assert said == {"parts": {name: facts(kept.store.get(f"rounds/00/ticket-0000/{name}")) for name in ROUND_PARTS}}
+    said = check_digest(kept.store.get(f"rounds/00/ticket-0000/{COMPLETE}"))
+    assert said == {"parts": {name: part_info(kept.store.get(f"rounds/00/ticket-0000/{name}")) for name in ROUND_PARTS}}
 
 
 def test_a_round_without_pictures_has_none(kept: Checkpoints) -> None:
@@ -149,13 +149,13 @@ def test_a_commit_that_breaks_off_anywhere_leaves_the_one_before(tmp_path: Path,
 
         def put(self, name: str, data: bytes) -> None:
             if self.left == 0:
-                raise TryAgain("the disk is full")
+                raise Unavailable("the disk is full")
             self.left -= 1
             super().put(name, data)
 
         def put_if_absent(self, name: str, data: bytes) -> bool:
             if self.left == 0:
-                raise TryAgain("the disk is full")
+                raise Unavailable("the disk is full")
             self.left -= 1
             return super().put_if_absent(name, data)
 
@@ -163,7 +163,7 @@ def test_a_commit_that_breaks_off_anywhere_leaves_the_one_before(tmp_path: Path,
     kept = Checkpoints(store)
     commit_steps(kept, 3)
     store.left = stop_after
-    with pytest.raises(TryAgain):
+    with pytest.raises(Unavailable):
         kept.commit_step(snapshot(0, 6, 6), 2)
     store.left = 99
     assert newest(kept) == (0, 3, [])
@@ -190,11 +190,11 @@ def test_the_newest_is_the_latest_round_then_its_end_then_its_latest_step(kept: 
 def test_a_round_that_ended_wins_over_its_middle_when_tidying_broke_off(tmp_path: Path) -> None:
     class Breaking(Folder):
         def remove(self, name: str) -> None:
-            raise TryAgain("the disk is gone")
+            raise Unavailable("the disk is gone")
 
     kept = Checkpoints(Breaking(tmp_path))
     commit_steps(kept, 3, 12)
-    with pytest.raises(TryAgain):
+    with pytest.raises(Unavailable):
         commit_round(kept, 0)
     assert {c.step for c in kept.commits()} == {3, 12, None}
     assert newest(kept) == (0, None, [])
@@ -260,7 +260,7 @@ def test_when_no_commit_can_be_read_the_run_is_not_begun_afresh(kept: Checkpoint
     commit_steps(kept, 3, 6)
     for step in ("00000003-0000", "00000006-0000"):
         spoil(tmp_path / "rounds/00/steps" / step / WEIGHTS)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         kept.newest()
     text = str(caught.value)
     assert text.startswith("no commit of this run can be read: ")
@@ -269,8 +269,8 @@ def test_when_no_commit_can_be_read_the_run_is_not_begun_afresh(kept: Checkpoint
     assert text.endswith("Restore a copy of the run.")
 
 
-@pytest.mark.parametrize("error", [NotAllowed, TryAgain])
-def test_a_store_that_refuses_is_not_a_damaged_commit(tmp_path: Path, error: type[Fault]) -> None:
+@pytest.mark.parametrize("error", [Rejected, Unavailable])
+def test_a_store_that_refuses_is_not_a_damaged_commit(tmp_path: Path, error: type[UserError]) -> None:
     class Refusing(Folder):
         def get(self, name: str) -> bytes:
             if name.endswith(WEIGHTS):
@@ -352,15 +352,15 @@ def test_dropped_weights_leave_a_ticket_that_can_be_read(kept: Checkpoints, tmp_
     kept.drop_weights(0)
     assert not (tmp_path / "rounds/00/ticket-0000" / WEIGHTS).exists()
     assert [kept.has_weights(r) for r in (0, 1)] == [False, True]
-    said = unsealed(kept.store.get(f"rounds/00/ticket-0000/{COMPLETE}"))
+    said = check_digest(kept.store.get(f"rounds/00/ticket-0000/{COMPLETE}"))
     assert said is not None and said["parts"].keys() == set(ROUND_PARTS) - {WEIGHTS}
     assert [t.round for t in kept.tickets()] == [0, 1]
     assert all(torch.equal(w, weights(1)[n]) for n, w in kept.round_weights(1).items())
     with pytest.raises(
-        Fault, match=r"rounds/00/ticket-0000 kept its ticket but not its weights \(keep\.rounds: best\)"
+        UserError, match=r"rounds/00/ticket-0000 kept its ticket but not its weights \(keep\.rounds: best\)"
     ):
         kept.round_weights(0)
-    with pytest.raises(Fault, match=r"rounds/07 holds no finished round\. `mirl-dist tickets list` shows them"):
+    with pytest.raises(UserError, match=r"rounds/07 holds no finished round\. `mirl-dist tickets list` shows them"):
         kept.round_weights(7)
     assert newest(kept) == (1, None, [])
 
@@ -377,7 +377,7 @@ def test_a_commit_without_all_that_a_run_needs_is_not_where_it_goes_on(kept: Che
 def test_damaged_weights_of_a_round_are_refused(kept: Checkpoints, tmp_path: Path) -> None:
     commit_round(kept, 0)
     spoil(tmp_path / "rounds/00/ticket-0000" / WEIGHTS)
-    with pytest.raises(Fault, match=r"rounds/00/ticket-0000/weights\.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"rounds/00/ticket-0000/weights\.safetensors is damaged"):
         kept.round_weights(0)
 
 
@@ -385,7 +385,7 @@ def test_the_best_round_is_remembered(kept: Checkpoints) -> None:
     assert kept.best() is None
     kept.mark_best(3, 30.5, ("psnr/*/valid",))
     assert kept.best() == 3
-    kept.store.put(BEST, dump({"round": 2, "score": 30.5, "by": ["psnr/*/valid"]}))
+    kept.store.put(BEST, to_json({"round": 2, "score": 30.5, "by": ["psnr/*/valid"]}))
     assert kept.best() == 2, "one that a version without seals wrote"
 
 
@@ -394,7 +394,7 @@ def test_every_flipped_byte_of_the_best_round_is_found(kept: Checkpoints, tmp_pa
     for at in range((tmp_path / BEST).stat().st_size):
         spoil(tmp_path / BEST, at)
         with pytest.raises(
-            Fault, match=r"best\.json is damaged\. Remove it: the last round then stands for the run\.$"
+            UserError, match=r"best\.json is damaged\. Remove it: the last round then stands for the run\.$"
         ):
             kept.best()
         spoil(tmp_path / BEST, at)
@@ -436,13 +436,13 @@ def test_masks_come_back(kept: Checkpoints) -> None:
     ],
 )
 def test_masks_of_another_network_or_scope_are_refused(shapes: dict[str, tuple[int, ...]], said: str) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         unpack_masks(pack_tensors(masking.pack(masks())), shapes, "rounds/00")
     assert str(caught.value) == f"rounds/00/{MASK}: {said}. The prune.scope or the model differs."
 
 
 def test_a_mask_file_that_is_none_is_refused() -> None:
-    with pytest.raises(Fault, match=r"^rounds/00/mask\.safetensors: "):
+    with pytest.raises(UserError, match=r"^rounds/00/mask\.safetensors: "):
         unpack_masks(b"not safetensors at all", SHAPES, "rounds/00")
 
 
@@ -453,7 +453,7 @@ def test_a_run_is_described_once(kept: Checkpoints) -> None:
     assert kept.identity() is None
     one = {"config": {}, "fingerprint": "one", "manifest_digest": "m", "initial_digest": "i"}
     kept.begin(one)
-    with pytest.raises(Fault, match=r"was begun by another launch a moment ago\. Choose another run\.folder\."):
+    with pytest.raises(UserError, match=r"was begun by another launch a moment ago\. Choose another run\.folder\."):
         kept.begin(one | {"fingerprint": "two"})
     assert kept.identity() == one
 
@@ -461,7 +461,7 @@ def test_a_run_is_described_once(kept: Checkpoints) -> None:
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b"\xff\xfe"])
 def test_a_run_json_that_describes_no_run_is_refused_and_never_begun_over(kept: Checkpoints, data: bytes) -> None:
     kept.store.put(RUN, data)
-    with pytest.raises(Fault, match=r"run\.json does not describe a run, or is damaged\. Restore a copy"):
+    with pytest.raises(UserError, match=r"run\.json does not describe a run, or is damaged\. Restore a copy"):
         kept.identity()
 
 
@@ -511,17 +511,19 @@ def test_the_digest_tells_the_experiment_and_not_its_circumstances() -> None:
 
 def test_a_changed_ticket_is_refused() -> None:
     data = ticket().dump()
-    with pytest.raises(Fault, match=r"^here: its content does not have the digest it states\. Take it from the run"):
+    with pytest.raises(
+        UserError, match=r"^here: its content does not have the digest it states\. Take it from the run"
+    ):
         parse(data.replace(b'"alive": 10', b'"alive": 11'), "here")
     raw = json.loads(data)
     del raw["digest"]
-    with pytest.raises(Fault, match="does not have the digest it states"):
+    with pytest.raises(UserError, match="does not have the digest it states"):
         parse(json.dumps(raw).encode(), "here")
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"3", b"{}", b"\xff", ticket().dump().replace(b'"alive"', b'"aliwe"')])
 def test_a_file_that_is_no_ticket_is_refused(data: bytes) -> None:
-    with pytest.raises(Fault, match=r"^here is not a ticket \(.*\)\. Take it from a run folder\.$"):
+    with pytest.raises(UserError, match=r"^here is not a ticket \(.*\)\. Take it from a run folder\.$"):
         parse(data, "here")
 
 
@@ -539,7 +541,7 @@ def test_scores_become_flat_numbers_and_validation_is_the_mean_of_those_named() 
     assert found["weights/density/a.weight"] == 0.5
     assert validation_score(ticket(), ("psnr/*/c",)) == 28.0
     assert validation_score(ticket(), ("psnr/*",)) == 29.0
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         validation_score(ticket(), ("psnr/mean",))
     assert str(caught.value) == (
         "keep.by: psnr/mean names no score; there are psnr/denoise_25/c, psnr/derain/r, ssim/denoise_25/c, "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mirl_dist.errors import Fault, Stopped
+from mirl_dist.errors import Stopped, UserError
 from mirl_dist.training import crash_loop as footprints
 from mirl_dist.training.crash_loop import Footprint
 
@@ -111,7 +111,13 @@ def test_who_dies_outside_a_step_or_leaves_with_a_word_has_not_died_of_it(then: 
 
 @pytest.mark.parametrize(
     ("end", "counted"),
-    [(Fault("x"), False), (Stopped("x"), False), (SystemExit(75), False), (RuntimeError("x"), True), (OSError(), True)],
+    [
+        (UserError("x"), False),
+        (Stopped("x"), False),
+        (SystemExit(75), False),
+        (RuntimeError("x"), True),
+        (OSError(), True),
+    ],
 )
 def test_ends_that_explain_themselves_are_no_deaths(end: BaseException, counted: bool) -> None:
     with pytest.raises(type(end)), Footprint.open(RUN, 1) as footprint:

@@ -42,7 +42,7 @@ def test_a_random_mask_keeps_the_number_of_alive_weights(seed: int, size: int, p
     chance = torch.Generator().manual_seed(seed)
     masks = {f"t{i}": torch.rand(size, i + 1, generator=chance) > 0.7 for i in range(3)}
     drawn = random_masks(masks, seed, per)
-    assert masking.alive(drawn) == masking.alive(masks)
+    assert masking.count_surviving(drawn) == masking.count_surviving(masks)
     assert {n: m.shape for n, m in drawn.items()} == {n: m.shape for n, m in masks.items()}
     if per == "layer":
         assert masking.densities(drawn) == masking.densities(masks)
@@ -68,7 +68,7 @@ def test_a_ticket_trains_again_from_its_own_first_values_under_its_own_mask(
     assert ticket["mask_digest"] == source["mask_digest"]
     mine, theirs = first_values(tmp_path / "run"), first_values(reference)
     masks = masking.unpack(masks_of(reference, 2), {n: tuple(theirs[n].shape) for n in masks_of(reference, 2)})
-    masking.close_weights(theirs, masks)
+    masking.apply_masks(theirs, masks)
     assert same(mine, theirs), "the survivors' first values, and zero where dead"
 
 

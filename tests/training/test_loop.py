@@ -14,9 +14,9 @@ from torch import nn
 from mirl_dist import models
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.sample import Batch
-from mirl_dist.distributed.engines.ddp import Replicas
+from mirl_dist.distributed.engines.ddp import DdpEngine
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.errors import Fault, Stopped
+from mirl_dist.errors import Stopped, UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.training import loop as train
 from mirl_dist.training import losses as objective
@@ -54,7 +54,7 @@ def test_the_throwaway_pass_leaves_no_gradient_and_no_changed_weight() -> None:
     ranks = Ranks(device="cpu")
     model = models.create("promptir", **TINY)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    ranks.settle(ranks.wrap(model), torch.zeros(1, 3, 16, 16))
+    ranks.warm_up(ranks.wrap(model), torch.zeros(1, 3, 16, 16))
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
@@ -111,7 +111,7 @@ class Run:
         return self.fail_in(self.now)
 
     def refuse_failed(self) -> None:
-        raise Fault("a commit failed")
+        raise UserError("a commit failed")
 
     def commit(self, *, wait: bool) -> None:
         progress = self.state.progress
@@ -128,8 +128,8 @@ class Run:
         torch.manual_seed(0)
         model = nn.Conv2d(3, 3, 3, padding=1)
         weights = dict(model.named_parameters())
-        masks = masking.all_alive(weights, ["weight"])
-        self.state = State(Replicas(weights, lambda given: torch.optim.Adam(list(given.values()), lr=9.0)), masks)
+        masks = masking.dense_masks(weights, ["weight"])
+        self.state = State(DdpEngine(weights, lambda given: torch.optim.Adam(list(given.values()), lr=9.0)), masks)
         begin = 0
         if resumed is not None:
             begin = max(resumed.kept)
@@ -178,7 +178,7 @@ def test_a_run_that_is_asked_to_stop_in_its_last_step_has_committed_the_whole_ro
 
 def test_a_commit_that_could_not_be_written_stops_the_training_and_none_is_begun_after_it() -> None:
     run = Run(fail_in=lambda step: step == 5)
-    with pytest.raises(Fault, match="^a commit failed$"):
+    with pytest.raises(UserError, match="^a commit failed$"):
         run.train(plan())
     assert run.commits == [(3, False)]
 

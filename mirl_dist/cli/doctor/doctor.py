@@ -21,7 +21,7 @@ from mirl_dist.data.shards import Shards
 from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch import launcher
 from mirl_dist.distributed.launch.launch_file import LaunchFile
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability.progress import say
 from mirl_dist.tickets.open import open_ticket
 from mirl_dist.training import preflight
@@ -100,7 +100,7 @@ def print_plan(config: Config) -> None:
     for world in (2**i for i in range(7)):
         try:
             shares = share_batch(config.batch.global_, config.batch.forward, world)
-        except Fault as fault:
+        except UserError as fault:
             say(f"{ranks_in_words(world)}: {fault}")
             continue
         say(preflight.describe(config, prepared._replace(shares=shares), world))
@@ -158,7 +158,7 @@ def examine(config: Config, said: LaunchFile, gpu: str | None, rate: float | Non
     if not any(finding.kind == "FAULT" for finding in findings):
         try:
             preflight.prepare(config, said.ranks, "auto", open_ticket)
-        except Fault as fault:
+        except UserError as fault:
             findings.append(Finding("FAULT", "config", str(fault)))
     if gpu is not None and plan.gpu is not None and needed is not None and needed > plan.gpu.bytes:
         text = f"a rank needs about {needed / 2**30:.1f} GiB, {plan.gpu.name} has {plan.gpu.bytes / 2**30:.1f} GiB"

@@ -19,7 +19,7 @@ from mirl_dist.data.sampler import ranks_in_words, share_batch
 from mirl_dist.distributed import hardware
 from mirl_dist.distributed.engines import requirements
 from mirl_dist.distributed.launch.launch_file import LaunchFile
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 _LAUNCHED = ("RANK", "LOCAL_RANK")
 _MASTER_SECONDS = 3.0
@@ -49,7 +49,7 @@ def world(config: Config, said: LaunchFile, env: Mapping[str, str]) -> Iterator[
         passes = "pass" if shares.accumulation == 1 else "passes"
         text = f"{ranks_in_words(said.ranks)} x {shares.accumulation} {passes} x {shares.forward} samples"
         yield Finding("ok", "world", f"{text} = batch.global {config.batch.global_}")
-    except Fault as fault:
+    except UserError as fault:
         yield Finding("FAULT", "world", str(fault))
     told = env.get("WORLD_SIZE")
     if told is not None and told != str(said.ranks):
@@ -151,7 +151,7 @@ def _room_on_gpus(count: int, needed: int | None) -> Iterator[Finding]:
 def engine(said: LaunchFile) -> Iterator[Finding]:
     """What the engine of a launch file needs of this environment."""
     try:
-        yield Finding("ok", "engine", requirements.found(said.engine))
+        yield Finding("ok", "engine", requirements.require(said.engine))
     except LookupError as error:
         yield Finding("FAULT", "engine", str(error))
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mirl_dist import models
 from mirl_dist.distributed.engines.deepspeed import DEEPSPEED_BUCKET, DEEPSPEED_LIVE
 from mirl_dist.distributed.launch.launch_file import Engine
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.pruning.prune import in_scope
 from mirl_dist.training import losses
 
@@ -132,7 +132,7 @@ def gpu_of(name: str) -> Gpu:
     for known, gib in GPUS.items():
         if known.casefold() == name.casefold():
             return Gpu(known, int(gib * GIB))
-    raise Fault(f"--gpu: found '{name}'. Give one of {', '.join(GPUS)}.")
+    raise UserError(f"--gpu: found '{name}'. Give one of {', '.join(GPUS)}.")
 
 
 # -- activations --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from mirl_dist.data.sampler import Order, Shares, ranks_in_words, share_batch
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch.launch_file import LaunchFile
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.training.checkpoint import Checkpoints
 
 _UNKNOWN = "unknown: no measured rate; run a round, or give --rate"
@@ -56,7 +56,7 @@ def make(
     name, sizes = config.model.name, config.model.sizes()
     try:
         shares = share_batch(config.batch.global_, config.batch.forward, said.ranks)
-    except Fault:
+    except UserError:
         shares = None
     size = memory.size_of(name, sizes, config.prune.scope)
     states = memory.share(size, said.engine, said.ranks, offload=said.offload)
@@ -81,7 +81,7 @@ def _largest(config: Config, shards: Shards) -> tuple[int, int] | None:
     tile, sets = config.evaluate.tile_pixels, config.evaluate.sets
     try:
         found = [p.entry for name, ps in shards.places("evaluate").items() if not sets or name in sets for p in ps]
-    except Fault:  # told where the shards are tried
+    except UserError:  # told where the shards are tried
         return None
     sides = [(min(e.height, tile or e.height), min(e.width, tile or e.width)) for e in found]
     return max(sides, key=lambda s: s[0] * s[1], default=None)
@@ -93,7 +93,7 @@ def _measured(config: Config, said: LaunchFile) -> tuple[float, str] | None:
     try:
         tickets = checkpoints.tickets()
         _, stands = checkpoints.stands(checkpoints.commits())
-    except Fault:  # told where the folder is tried
+    except UserError:  # told where the folder is tried
         return None
     if not stands.seconds or not stands.samples:
         return None
@@ -152,9 +152,9 @@ def _steps(plan: Plan) -> list[str]:
     steps, config = plan.order.steps_per_epoch, plan.config
     text = f"{steps:,} steps, {steps * config.batch.global_:,} samples"
     told = [_line("epoch", text)]
-    for round_ in (0, 1)[: 1 + config.tunes(1)]:
+    for round_ in (0, 1)[: 1 + config.is_finetuning(1)]:
         epochs = config.round_epochs(round_)
-        name = "a round" if not config.tunes(1) else ("round 0" if not round_ else "fine-tuning")
+        name = "a round" if not config.is_finetuning(1) else ("round 0" if not round_ else "fine-tuning")
         told.append(_line(name, f"{epochs} epochs, {epochs * steps:,} steps; {_time(plan, epochs * steps)}"))
     return told
 

@@ -23,14 +23,14 @@ from mirl_dist.cli.doctor.machine import Finding, sized
 from mirl_dist.config.config import Config
 from mirl_dist.data.sampler import Order
 from mirl_dist.data.shards import Shards
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import reader, tracker
 from mirl_dist.observability.mlflow.client import database
 from mirl_dist.observability.mlflow.records import refuse_unclear, shown, usual_uri
-from mirl_dist.storage import Folder, NotThere, Store
-from mirl_dist.storage.http import Web
-from mirl_dist.storage.s3 import S3
-from mirl_dist.storage.s3_errors import Refused
+from mirl_dist.storage import Folder, NotFound, Store
+from mirl_dist.storage.http import HttpStore
+from mirl_dist.storage.s3 import S3Store
+from mirl_dist.storage.s3_errors import AccessDenied
 from mirl_dist.tickets.open import open_ticket
 from mirl_dist.training import preflight
 from mirl_dist.training.checkpoint import Checkpoints
@@ -71,10 +71,10 @@ class _Trial:
             return False
         try:
             work()
-        except NotThere:
+        except NotFound:
             pass
-        except Fault as fault:
-            self.over = not isinstance(fault, Refused)
+        except UserError as fault:
+            self.over = not isinstance(fault, AccessDenied)
             self.found.append(Finding("FAULT", "run.folder", f"{what}: {fault}"))
             return False
         self.said.append(what)
@@ -109,7 +109,7 @@ def _rights(store: Store, where: str) -> Iterator[Finding]:
 
 def _read_back(store: Store, name: str, data: bytes) -> None:
     if store.get(name) != data:
-        raise Fault(f"{store.where(name)} gives back other bytes than were put there. Check the server.")
+        raise UserError(f"{store.where(name)} gives back other bytes than were put there. Check the server.")
 
 
 def the_run(config: Config, digest: str | None) -> Iterator[Finding]:
@@ -124,7 +124,7 @@ def the_run(config: Config, digest: str | None) -> Iterator[Finding]:
             yield Finding("ok", "run", f"{'finished' if _is_over(config, checkpoints) else 'goes on'}: {newest}")
         else:
             yield Finding("ok", "run", "new")
-    except Fault as fault:
+    except UserError as fault:
         yield Finding("FAULT", "run", str(fault))
 
 
@@ -151,7 +151,7 @@ def shards(config: Config, found: list[tuple[Shards, Order]]) -> Iterator[Findin
         first = there.train[0]
         there.index(first)
         next(iter(there.store.read(first.name)), b"")
-    except Fault as fault:
+    except UserError as fault:
         yield Finding("FAULT", "shards", str(fault))
         return
     found.append((there, order))
@@ -179,14 +179,14 @@ def telling(config: Config) -> Iterator[Finding]:
         if kind.startswith("sqlite"):
             _sqlite(database(address))
         elif kind in ("http", "https"):
-            Web(clean, seconds=_SECONDS).now("health")  # quick, where nobody answers
+            HttpStore(clean, seconds=_SECONDS).now("health")  # quick, where nobody answers
             reader.reach(address, config.tracking.experiment, _SECONDS)
         elif urlsplit(address).hostname:
             _connects(address)
         else:
             tracker.refuse(address)
-    except (Fault, OSError, sqlite3.Error) as error:
-        advice = "" if isinstance(error, Fault) else "; correct tracking.uri or MLFLOW_TRACKING_URI, or the rights."
+    except (UserError, OSError, sqlite3.Error) as error:
+        advice = "" if isinstance(error, UserError) else "; correct tracking.uri or MLFLOW_TRACKING_URI, or the rights."
         yield Finding("FAULT", "MLflow", f"{clean}: {error}{advice}")
         return
     yield Finding("ok", "MLflow", f"{clean}: {'writable' if kind.startswith('sqlite') else 'answers'}")
@@ -217,15 +217,15 @@ def clocks(config: Config) -> Iterator[Finding]:
     asked: dict[str, Callable[[], datetime | None]] = {}
     for address in dict.fromkeys((config.run.folder, config.data.shards)):
         store = store_of(config, address)
-        if isinstance(store, (S3, Web)):
+        if isinstance(store, (S3Store, HttpStore)):
             asked[store.where()] = store.now
     address = shown(usual_uri(config.tracking.uri))
     if config.tracking.enabled and address.startswith(("http://", "https://")):
-        asked[address] = lambda: Web(address, seconds=_SECONDS).now("health")
+        asked[address] = lambda: HttpStore(address, seconds=_SECONDS).now("health")
     for where, now in asked.items():
         try:
             theirs = now()
-        except Fault:
+        except UserError:
             continue  # told where that place is tried
         if theirs is not None:
             yield _skew(where, (datetime.now(timezone.utc) - theirs).total_seconds())

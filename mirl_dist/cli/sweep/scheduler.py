@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 from mirl_dist.cli.sweep.spec import Plan, Planned, arguments
 from mirl_dist.cli.sweep.status import Board
 from mirl_dist.distributed.signals import RESUMABLE
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability.console import warn
 
 INTERRUPTED = 130
@@ -60,7 +60,7 @@ class Queue:
                 if not asked:
                     try:
                         self._start()
-                    except Fault as found:
+                    except UserError as found:
                         asked, fault = True, found
                         self._ask("a log cannot be written")
                 self._board.refresh({started.run.name for started in self._slots.values()})
@@ -97,7 +97,7 @@ class Queue:
             return open(log, "ab")
         except OSError as error:
             folder = self._plan.local
-            raise Fault(
+            raise UserError(
                 f"folder: {log} cannot be written: {error.strerror}. Put {folder} right, or choose another place."
             ) from None
 

@@ -22,7 +22,7 @@ from mirl_dist.config.config import Config
 from mirl_dist.config.schema import Seed
 from mirl_dist.config.yaml_loader import Node
 from mirl_dist.distributed.signals import RESUMABLE
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 State: TypeAlias = Literal["waiting", "running", "stopped", "failed", "finished"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -65,7 +65,7 @@ class Sweep(Node):
     """Further options of sbatch for --submit slurm, for example --gpus-per-node=1."""
     compare: Compare = Compare()
 
-    def contradictions(self) -> list[str]:
+    def inconsistencies(self) -> list[str]:
         found = []
         for name in self.methods:
             if not _NAME.fullmatch(name):
@@ -147,7 +147,7 @@ def expand(sweep: Sweep, name: str, where: str) -> tuple[Planned, ...]:
                 for one in sets:
                     yaml_loader.apply_set(tree, one)
                 runs.append(Planned(run, method, seed, folder, sets, yaml_loader.build(Config, tree, where)))
-            except Fault as fault:
+            except UserError as fault:
                 for line in str(fault).split("\n  ")[1:] or [str(fault)]:
                     known = complaints.setdefault(line, [])
                     known += [] if method in known else [method]
@@ -162,7 +162,9 @@ def refuse(complaints: Sequence[str], where: str) -> None:
     """Raise Fault where there are complaints about runs."""
     if complaints:
         count = f"{len(complaints)} faults" if len(complaints) > 1 else "a fault"
-        raise Fault(f"{count} in the runs of {where}; nothing was started:\n" + "\n".join(f"  {c}" for c in complaints))
+        raise UserError(
+            f"{count} in the runs of {where}; nothing was started:\n" + "\n".join(f"  {c}" for c in complaints)
+        )
 
 
 def _twins(runs: Sequence[Planned]) -> list[str]:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mirl_dist.cli.sweep.spec import Plan, Planned, Stand, State, state_of
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability.progress import say
 from mirl_dist.storage import lease, open_store
 from mirl_dist.storage.configured import options_of
@@ -32,11 +32,11 @@ def look(run: Planned) -> Stand:
     checkpoints, found = Checkpoints(store), lease.holder(store)
     rounds = [commit.round_ for commit in checkpoints.commits() if commit.step is None]
     ticket = checkpoints.ticket(max(rounds)) if rounds else None
-    news: dict[str, Any] = {} if found is None else {k: v for k, v in found.news.items() if isinstance(v, int)}
+    news: dict[str, Any] = {} if found is None else {k: v for k, v in found.status.items() if isinstance(v, int)}
     state = state_of(
         held=found is not None,
         ended=None if found is None else found.ended,
-        gone=found is not None and found.is_gone(),
+        gone=found is not None and found.has_exited(),
         complete=ticket is not None and _complete(run, ticket),
     )
     return Stand(
@@ -103,7 +103,7 @@ class Board:
         """Where a run stands, or stood when that was last told."""
         try:
             return look(run)
-        except Fault:  # away, or a commit that went while it was read
+        except UserError:  # away, or a commit that went while it was read
             return self.stands[run.name]
 
     def __enter__(self) -> Board:

@@ -23,7 +23,7 @@ from mirl_dist.cli.sweep.status import Board, look, table
 from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch import launch_file
 from mirl_dist.distributed.launch.launch_file import LaunchFile
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability import progress
 from mirl_dist.observability.console import warn
 from mirl_dist.storage import Folder, StorageError, output_paths
@@ -71,16 +71,16 @@ def _train(
     try:
         plan.local.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Fault(f"folder: {plan.local} cannot be made: {error.strerror}. Choose another place.") from None
+        raise UserError(f"folder: {plan.local} cannot be made: {error.strerror}. Choose another place.") from None
     config = plan.runs[0].config
     store = open_configured(config.store, plan.sweep.folder)
-    lease = Lease(store, seconds=config.store.lease_seconds, news=dict, launch={"sweep": where})
+    lease = Lease(store, seconds=config.store.lease_seconds, status=dict, launch={"sweep": where})
     try:
         lease.claim()
     except StorageError:
         raise
-    except Fault as fault:
-        raise Fault(f"another sweep works here, and this one has started nothing. {fault}") from None
+    except UserError as fault:
+        raise UserError(f"another sweep works here, and this one has started nothing. {fault}") from None
     why = "failed"
     try:
         prepared()
@@ -98,14 +98,14 @@ def refuse(plan: Plan, where: str, said: LaunchFile | None) -> None:
     said: the launch file of the runs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise Fault("a sweep is one process, which starts its runs itself: call it without a launcher.")
-    output_paths.refuse_folder(plan.local, "folder")
-    output_paths.refuse_folder(out_of(plan), "compare.out")
+        raise UserError("a sweep is one process, which starts its runs itself: call it without a launcher.")
+    output_paths.check_folder(plan.local, "folder")
+    output_paths.check_folder(out_of(plan), "compare.out")
     complaints = dict[str, list[str]]()
     for one in plan.runs:
         try:
             preflight.prepare(one.config, 1 if said is None else said.ranks, "auto", open_ticket)
-        except Fault as fault:
+        except UserError as fault:
             if fault.resumable:
                 raise
             complaints.setdefault(str(fault), []).append(one.name)
@@ -125,12 +125,14 @@ def _launch_file(plan: Plan) -> LaunchFile | None:
 def _refuse_here(plan: Plan, said: LaunchFile, slots: list[dict[str, str]]) -> None:
     """Raise Fault for a launch file that does not fit into a slot of this machine. slots: their environments."""
     if said.nodes > 1:
-        raise Fault(f"launch: {said.path} asks for {said.nodes} nodes, a sweep here has one. Use --submit slurm.")
+        raise UserError(f"launch: {said.path} asks for {said.nodes} nodes, a sweep here has one. Use --submit slurm.")
     if len(slots) > 1 and said.ranks > 1 and said.port:
-        raise Fault(f"launch: {said.path} has main_process_port {said.port}, where {len(slots)} runs meet. Write 0.")
+        raise UserError(
+            f"launch: {said.path} has main_process_port {said.port}, where {len(slots)} runs meet. Write 0."
+        )
     gpus = len([name for name in slots[0].get(_GPUS, "").split(",") if name])
     if 0 < gpus < said.ranks_per_node and any(one.config.train.device != "cpu" for one in plan.runs):
-        raise Fault(
+        raise UserError(
             f"launch: {said.path} starts {said.ranks_per_node} ranks, and each of {len(slots)} slots has {gpus} GPUs. "
             "Lower slots, or name a smaller launch file."
         )
@@ -177,7 +179,9 @@ def compare(plan: Plan, where: str, states: Mapping[str, State]) -> None:
     """Compare the runs that have finished, with the controls that `tickets judge --train` has trained of them."""
     finished = [one for one in plan.runs if states[one.name] == "finished"]
     if not finished:
-        raise Fault(f"no run of {where} has finished, so there is nothing to compare. --status shows where they stand.")
+        raise UserError(
+            f"no run of {where} has finished, so there is nothing to compare. --status shows where they stand."
+        )
     missing = [f"{one.name} ({states[one.name]})" for one in plan.runs if one not in finished]
     if missing:
         progress.say(f"note: not in this comparison: {', '.join(missing)}")
@@ -198,7 +202,7 @@ def _controls(one: Planned) -> list[str]:
 
 def compare_now(plan: Plan, where: str) -> None:
     """`sweep --compare`: what has finished so far."""
-    output_paths.refuse_folder(out_of(plan), "compare.out")
+    output_paths.check_folder(out_of(plan), "compare.out")
     compare(plan, where, {one.name: look(one).state for one in plan.runs})
 
 
@@ -226,9 +230,9 @@ def submit(plan: Plan, where: str) -> None:
         progress.say(f"nothing to submit; the comparison: mirl-dist sweep {shlex.quote(where)} --compare")
         return
     if shutil.which("sbatch") is None:
-        raise Fault("sbatch is not here. Submit on a machine of the cluster, or print the commands with --print.")
+        raise UserError("sbatch is not here. Submit on a machine of the cluster, or print the commands with --print.")
     if not BATCH.is_file():
-        raise Fault(f"no file at {BATCH}. Call this where the repository's launch/ lies, as for train.")
+        raise UserError(f"no file at {BATCH}. Call this where the repository's launch/ lies, as for train.")
     text = "".join(f"{plans.line(plan, one)}\n" for one in todo).encode()
     commands = (
         plan.local / f"commands-{hashlib.sha256(text).hexdigest()[:8]}.txt"
@@ -238,6 +242,6 @@ def submit(plan: Plan, where: str) -> None:
     order += [f"--output={plan.local}/slurm-%A_%a.out", *plan.sweep.sbatch, str(BATCH), str(commands)]
     ran = subprocess.run(order, capture_output=True, text=True, check=False)
     if ran.returncode:
-        raise Fault(f"{shlex.join(order)} ended with code {ran.returncode}: {ran.stderr.strip()}. Correct that.")
+        raise UserError(f"{shlex.join(order)} ended with code {ran.returncode}: {ran.stderr.strip()}. Correct that.")
     progress.say(f"{_runs(len(todo))} submitted as job {ran.stdout.strip()}: {shlex.join(order)}")
     progress.say(f"where they stand: mirl-dist sweep {shlex.quote(where)} --status; at the end: --compare")

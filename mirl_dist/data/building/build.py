@@ -23,9 +23,9 @@ from mirl_dist.data.building.layout import Item, ShardPlan, shards
 from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.manifest import MANIFEST, Entry, Index, Manifest, Part, Shard
 from mirl_dist.data.parallel import ALONE, Crew, Report, shared
-from mirl_dist.errors import Fault
-from mirl_dist.storage import NotThere, Store
-from mirl_dist.storage.hashing import digest_of
+from mirl_dist.errors import UserError
+from mirl_dist.storage import NotFound, Store
+from mirl_dist.storage.hashing import digest_of_file
 
 
 @dataclass(frozen=True)
@@ -47,37 +47,37 @@ def build(recipe: Recipe, store: Store, workers: int, report: Report, crew: Crew
     writing into, or that some rank cannot write; then for images that cannot be used (all listed at once).
     """
     with ExitStack() as stack:
-        crew.from_main(lambda: stack.enter_context(resume.locked(store)))
+        crew.on_main(lambda: stack.enter_context(resume.locked(store)))
         _prove(store, recipe.name, crew, report)
         found = survey(recipe, workers, report, crew)
         whose = recipe.name, found.fingerprint
-        existing = crew.from_main(lambda: resume.standing(store, *whose))
+        existing = crew.on_main(lambda: resume.standing(store, *whose))
         if existing is not None:
             compare = partial(resume.is_sound, store)
             sound = shared(crew, compare, existing.shards, workers, report, "comparing shards already built")
             if all(sound):
-                crew.from_main(lambda: resume.clear(store))
+                crew.on_main(lambda: resume.clear(store))
                 report(len(sound), len(sound), "already built")
                 return existing
-            crew.from_main(lambda: resume.reopen(store, existing, sound))
-        recorded = crew.from_main(lambda: resume.begin(store, *whose))
+            crew.on_main(lambda: resume.reopen(store, existing, sound))
+        recorded = crew.on_main(lambda: resume.begin(store, *whose))
         plans = shards(recipe, found.pictures, found.seen)
         write = partial(write_shard, Job(store, *whose, recorded))
         written = shared(crew, write, plans, workers, report, "writing shards")
         manifest = Manifest(name=recipe.name, recipe=found.fingerprint, skipped=found.skipped, shards=tuple(written))
-        crew.from_main(lambda: _finish(store, manifest))
+        crew.on_main(lambda: _finish(store, manifest))
         return manifest
 
 
 def _prove(store: Store, name: str, crew: Crew, report: Report) -> None:
     """Every rank can write and remove there, all see one place, and nothing lies there that a build would refuse."""
-    probe = crew.from_main(lambda: resume.put_probe(store))
+    probe = crew.on_main(lambda: resume.put_probe(store))
     try:
         shared(crew, partial(resume.prove, store, probe), range(crew.world), 1, report, "trying the place")
-        crew.from_main(lambda: resume.look(store, name))
+        crew.on_main(lambda: resume.look(store, name))
     finally:
         if crew.rank == 0:
-            with suppress(Fault):  # that probes can be removed is proven, or what cannot be is being told
+            with suppress(UserError):  # that probes can be removed is proven, or what cannot be is being told
                 store.remove(probe)
 
 
@@ -86,10 +86,10 @@ def _finish(store: Store, manifest: Manifest) -> None:
     for shard in manifest.shards:
         try:
             size = store.size(shard.name)
-        except NotThere:
+        except NotFound:
             size = 0
         if size != shard.bytes:
-            raise Fault(
+            raise UserError(
                 f"{store.where(shard.name)} has {size} bytes after {shard.bytes} were written there. Do all ranks see "
                 "the same folder? Choose an --out that all nodes share, and build again."
             )
@@ -143,8 +143,8 @@ def _temporary() -> Iterator[Path]:
         yield path
 
 
-def _no_room(error: OSError) -> Fault:
-    return Fault(
+def _no_room(error: OSError) -> UserError:
+    return UserError(
         f"cannot write {tempfile.gettempdir()}: {error.strerror or error}. Every worker keeps a shard there until it "
         "is stored: make room, set TMPDIR to a folder on a larger disk, use fewer --workers, or lower shard_megabytes."
     )
@@ -162,7 +162,7 @@ def _encode(plan: ShardPlan, path: Path) -> tuple[Index, int, str]:
             for item in plan.items:
                 writer.write({"__key__": item.key, **members(item, plan.seed)})
         with path.open("rb") as tar:
-            digest = digest_of(tar)
+            digest = digest_of_file(tar)
         return index_of(path, plan.items), path.stat().st_size, digest
     except OSError as error:
         raise _no_room(error) from None

@@ -27,10 +27,10 @@ from mirl_dist.data.manifest import (
     read_manifest,
 )
 from mirl_dist.data.parallel import Report, each
-from mirl_dist.errors import Fault
-from mirl_dist.storage import Folder, NotAllowed, NotThere, Store
-from mirl_dist.storage.hashing import digest_of
-from mirl_dist.storage.retry import USUAL, download, to_stderr
+from mirl_dist.errors import UserError
+from mirl_dist.storage import Folder, NotFound, Rejected, Store
+from mirl_dist.storage.hashing import digest_of_file
+from mirl_dist.storage.retry import DEFAULT_PATIENCE, download, to_stderr
 
 
 def check(store: Store, workers: int, report: Report) -> list[str]:
@@ -40,8 +40,8 @@ def check(store: Store, workers: int, report: Report) -> list[str]:
     """
     try:
         manifest = read_manifest(store.get(MANIFEST), store.where(MANIFEST))
-    except NotThere:
-        raise Fault(
+    except NotFound:
+        raise UserError(
             f"no manifest at {store.where(MANIFEST)}: shards without it do not exist. "
             "Give the place that 'shards build' wrote, or build the shards again."
         ) from None
@@ -60,7 +60,7 @@ def _strangers(store: Store, manifest: Manifest) -> Iterator[str]:
     named = {name for shard in manifest.shards for name in (shard.name, shard.index_name)}
     try:
         there = store.list("")
-    except NotAllowed:
+    except Rejected:
         return
     for name in there:
         if "/" not in name and name.endswith((".tar", ".index.json")) and name not in named:
@@ -76,9 +76,9 @@ def _brought(store: Store, shard: Shard) -> Iterator[Path]:
         return
     with tempfile.NamedTemporaryFile(prefix="mirl-dist-", suffix=".tar") as copy:
         try:
-            download(store, shard.name, Path(copy.name), size, patience=USUAL, say=to_stderr)
+            download(store, shard.name, Path(copy.name), size, patience=DEFAULT_PATIENCE, say=to_stderr)
         except OSError as error:
-            raise Fault(
+            raise UserError(
                 f"{shard.name}: cannot be kept in {tempfile.gettempdir()} ({error.strerror or error}). Make room, "
                 "set TMPDIR to a folder on a larger disk, or use fewer --workers."
             ) from None
@@ -94,7 +94,7 @@ def _shard(store: Store, shard: Shard) -> tuple[list[str], list[str]]:
             faults += _bytes(tar, shard)
             try:
                 index = read_index(store.get(shard.index_name), shard, shard.index_name)
-            except Fault as fault:
+            except UserError as fault:
                 return [*faults, *_headers(tar, shard, {}), str(fault)], keys
             keys = [entry.key for entry in index.entries]
             parts = {f"{e.key}.{name}": part for e in index.entries for name, part in e.parts.items()}
@@ -102,7 +102,7 @@ def _shard(store: Store, shard: Shard) -> tuple[list[str], list[str]]:
             with tar.open("rb") as stream:
                 for entry in index.entries:
                     faults += _sample(stream, shard, entry)
-    except Fault as fault:
+    except UserError as fault:
         faults.append(str(fault))
     except OSError as error:
         faults.append(f"{shard.name}: cannot be read ({error.strerror or error})")
@@ -115,7 +115,7 @@ def _bytes(tar: Path, shard: Shard) -> Iterator[str]:
         yield f"{shard.name}: has {size} bytes, the manifest says {shard.bytes}"
         return
     with tar.open("rb") as stream:
-        if digest_of(stream) != shard.sha256:
+        if digest_of_file(stream) != shard.sha256:
             yield f"{shard.name}: its SHA-256 is not the manifest's, although its size is"
 
 

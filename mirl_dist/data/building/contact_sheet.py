@@ -13,7 +13,7 @@ from mirl_dist.data.degradations.degrade import Pixels
 from mirl_dist.data.image_files import decode
 from mirl_dist.data.manifest import CLEAN, DEGRADED, Entry, Index, Manifest, Part, Shard, read_index
 from mirl_dist.storage import Store
-from mirl_dist.storage.retry import USUAL, patiently, to_stderr
+from mirl_dist.storage.retry import DEFAULT_PATIENCE, to_stderr, with_retries
 
 NAME = "contact_sheet.png"
 SIDE, ACROSS = 160, 8  # pixels of one crop, crops in a row
@@ -124,4 +124,4 @@ def _member(store: Store, shard: Shard, part: Part) -> bytes:
                 break
         return bytes(held[: part.size])
 
-    return patiently(read, f"reading {store.where(shard.name)}", USUAL, to_stderr)
+    return with_retries(read, f"reading {store.where(shard.name)}", DEFAULT_PATIENCE, to_stderr)

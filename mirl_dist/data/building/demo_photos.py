@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mirl_dist.data.degradations.degrade import Plane
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 
 class Photograph(NamedTuple):
@@ -38,15 +38,15 @@ DISPARITY_OFFSET = 31.086  # pixels between the principal points: calibration of
 def locate(name: str) -> tuple[Path, Path | None]:
     """The paths of a photograph and of its disparity. Raises Fault for an unknown name or a missing file."""
     if name not in PHOTOGRAPHS:
-        raise Fault(f"no photograph is named '{name}'. Known are: {', '.join(PHOTOGRAPHS)}.")
+        raise UserError(f"no photograph is named '{name}'. Known are: {', '.join(PHOTOGRAPHS)}.")
     package = importlib.util.find_spec("skimage")
     if package is None or package.origin is None:
-        raise Fault("the photographs lie inside scikit-image, which is not installed: pip install scikit-image")
+        raise UserError("the photographs lie inside scikit-image, which is not installed: pip install scikit-image")
     folder = Path(package.origin).parent / "data"
     one = PHOTOGRAPHS[name]
     for file in filter(None, one):
         if not (folder / file).is_file():
-            raise Fault(f"no file {folder / file}. Install scikit-image's wheel, or name other photographs.")
+            raise UserError(f"no file {folder / file}. Install scikit-image's wheel, or name other photographs.")
     return folder / one.file, folder / one.disparity if one.disparity else None
 
 
@@ -58,7 +58,7 @@ def depth_from_disparity(disparity: Plane) -> Plane:
     """
     known = np.isfinite(disparity)
     if not known.any():
-        raise Fault("a disparity map holds no finite value. Use another map, or none.")
+        raise UserError("a disparity map holds no finite value. Use another map, or none.")
     columns = np.arange(disparity.shape[1])
     left = np.maximum.accumulate(np.where(known, columns, -1), axis=1)
     right = np.minimum.accumulate(np.where(known, columns, columns.size)[:, ::-1], axis=1)[:, ::-1]

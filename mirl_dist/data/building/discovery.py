@@ -14,7 +14,7 @@ from pathlib import Path
 from mirl_dist.data.building.demo_photos import locate
 from mirl_dist.data.building.recipe import Folder, ImageSet, Recipe, Role, expand
 from mirl_dist.data.manifest import Kind
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SHOWN, EXAMPLES = 20, 3
@@ -90,7 +90,7 @@ def files(folder: Folder) -> tuple[Path, dict[str, Path]]:
     root = expand(folder.folder)
     if not root.is_dir():
         near = next((p for p in root.parents if p.is_dir()), Path("."))
-        raise Fault(
+        raise UserError(
             f"no folder at {printable(root)} (the nearest that exists is {printable(near)}). "
             f"Put the images there, or correct '{folder.folder}' in the recipe."
         )
@@ -103,7 +103,7 @@ def files(folder: Folder) -> tuple[Path, dict[str, Path]]:
             if path.suffix.lower() in ENDINGS and not hidden and not left_out and not path.is_dir():
                 found[name] = path
     if not found:
-        raise Fault(
+        raise UserError(
             f"no image in {printable(root)} fits {', '.join(folder.include)}. Put images there "
             f"({', '.join(ENDINGS)}), or correct 'include' ('**/*' looks at all depths) in the recipe."
         )
@@ -215,13 +215,13 @@ def find(recipe: Recipe) -> tuple[list[Picture], list[Complaint]]:
         try:
             found, against = _pictures(role, one)
             if one.expect is not None and len(found) != one.expect:
-                raise Fault(_miscount(one, len(found), against))
-        except Fault as fault:
+                raise UserError(_miscount(one, len(found), against))
+        except UserError as fault:
             where = f"\n  where it can be had: {one.get}" if one.get else ""
             incomplete.append(f"the set '{one.set}' ({role}): {fault}{where}")
             continue
         pictures += _some(found, one, recipe.seed)
         complaints += against
     if incomplete:
-        raise Fault("\n".join(incomplete))
+        raise UserError("\n".join(incomplete))
     return pictures, sorted(complaints, key=lambda c: (c.label, c.name))

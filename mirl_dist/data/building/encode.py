@@ -18,7 +18,7 @@ from mirl_dist.data.building.layout import Item
 from mirl_dist.data.degradations.degrade import Pixels, haze, rain, snow
 from mirl_dist.data.image_files import Refused, decode
 from mirl_dist.data.manifest import CLEAN, DEGRADED, NOTES, ImageFormat, ppm_header
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 PNG_LEVEL = 4  # measured on photographs: 0.7 % larger than level 9 in half of its time
 
@@ -46,7 +46,7 @@ def _unchanged(path: Path, digest: str) -> Pixels:
             return decode(data)
     except (OSError, Refused):
         pass
-    raise Fault(f"{printable(path)} changed while the shards were built. Build again when the images are at rest.")
+    raise UserError(f"{printable(path)} changed while the shards were built. Build again when the images are at rest.")
 
 
 def _made(item: Item, clean: Pixels, seed: int) -> Pixels:

@@ -12,7 +12,7 @@ from mirl_dist.data.building.discovery import Complaint, Picture, find, listing,
 from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.image_files import Examined, examine
 from mirl_dist.data.parallel import Crew, Report, shared
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ def survey(recipe: Recipe, workers: int, report: Report, crew: Crew) -> Survey:
     Raises Fault, on every rank, that lists what cannot be used (recipe.broken: stop), sets without any usable image,
     and images that serve both training and evaluation.
     """
-    pictures, complaints = crew.from_main(lambda: find(recipe))
+    pictures, complaints = crew.on_main(lambda: find(recipe))
     paths = sorted({file for picture in pictures for file in picture.files})
     seen = dict(zip(paths, shared(crew, examine, paths, workers, report, "checking images", 8), strict=True))
-    return crew.from_main(lambda: _judged(recipe, pictures, complaints, seen))
+    return crew.on_main(lambda: _judged(recipe, pictures, complaints, seen))
 
 
 def _judged(
@@ -47,7 +47,7 @@ def _judged(
         if not against:
             usable.append(picture)
     if complaints and recipe.broken == "stop":
-        raise Fault(
+        raise UserError(
             listing(
                 [c.full() for c in complaints],
                 f"{len(complaints)} things in the images of recipe '{recipe.name}' are wrong:",
@@ -89,7 +89,7 @@ def _refuse_empty_sets(recipe: Recipe, pictures: Iterable[Picture], complaints: 
     filled = {picture.label for picture in pictures}
     empty = [f"{role} {one.set}" for role, one in recipe.sets() if f"{role} {one.set}" not in filled]
     if empty:
-        raise Fault(
+        raise UserError(
             listing(
                 [c.full() for c in complaints if c.label in empty],
                 f"no usable image is left in: {', '.join(empty)}.",
@@ -111,7 +111,7 @@ def _refuse_overlap(pictures: Iterable[Picture], seen: Mapping[Path, Examined]) 
         for d in sorted(trained.keys() & scored.keys(), key=lambda d: trained[d])
     ]
     if both:
-        raise Fault(
+        raise UserError(
             listing(
                 both,
                 f"{len(both)} images serve both training and evaluation:",

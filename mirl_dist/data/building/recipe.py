@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt
 from mirl_dist.config import yaml_loader
 from mirl_dist.config.yaml_loader import Node
 from mirl_dist.data.manifest import ImageFormat, Kind
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 Role = Literal["train", "evaluate"]
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,23}$")]
@@ -63,7 +63,7 @@ class ImageSet(Node):
     draw_seed: Seed | None = None
     """The seed of that draw alone. Null: the recipe's."""
 
-    def contradictions(self) -> list[str]:
+    def inconsistencies(self) -> list[str]:
         found = []
         if (self.clean is None) == (not self.photographs):
             found.append("has 'clean' and 'photographs' both or neither; keep one of them as the source")
@@ -127,13 +127,13 @@ class Recipe(Node):
         for other in self.evaluate:
             yield "evaluate", other
 
-    def contradictions(self) -> list[str]:
+    def inconsistencies(self) -> list[str]:
         found = []
         seen: set[str] = set()
         if not self.train and not self.evaluate:
             found.append("train, evaluate: found no set in either; describe at least one")
         for role, one in self.sets():
-            found += [f"{role}: the set '{one.set}' {complaint}" for complaint in one.contradictions()]
+            found += [f"{role}: the set '{one.set}' {complaint}" for complaint in one.inconsistencies()]
             name = f"{role}-{one.set}".lower()
             if name in seen:
                 found.append(f"{role}: found two sets named '{one.set}'; give each its own name")
@@ -160,7 +160,7 @@ def expand(folder: str) -> Path:
         name = match.group(1)
         found = os.environ.get(name, "")
         if not found:
-            raise Fault(
+            raise UserError(
                 f"the environment variable {name} is not set, and the folder '{folder}' needs it. "
                 f"Say where the images are: export {name}=/path/to/the/images"
             )

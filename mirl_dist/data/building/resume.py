@@ -23,8 +23,8 @@ from typing import BinaryIO
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mirl_dist.data.manifest import MANIFEST, Manifest, Shard, read_manifest
-from mirl_dist.errors import Fault
-from mirl_dist.storage import Folder, NotThere, Store
+from mirl_dist.errors import UserError
+from mirl_dist.storage import Folder, NotFound, Store
 from mirl_dist.storage.hashing import digest_of_blocks
 
 AREA = ".building"
@@ -50,7 +50,7 @@ def _read(store: Store, name: str) -> _Mark | None:
     """A mark, or None where none is or it is not one."""
     try:
         return _Mark.model_validate_json(store.get(name))
-    except (NotThere, ValidationError):
+    except (NotFound, ValidationError):
         return None
 
 
@@ -87,12 +87,12 @@ def _lock(path: Path, out: str) -> BinaryIO:
             continue  # the build that ended just now took the folder away
         except OSError as error:
             said = error.strerror or error
-            raise Fault(f"cannot write {out}: {said}. Make room or allow it, or choose another --out.") from None
+            raise UserError(f"cannot write {out}: {said}. Make room or allow it, or choose another --out.") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.close()
-            raise Fault(f"another build is writing into {out}. Wait for it, or choose another --out.") from None
+            raise UserError(f"another build is writing into {out}. Wait for it, or choose another --out.") from None
         except OSError:  # a file system without locks: two builds at once are then the user's care
             return handle
         if path.exists() and path.stat().st_ino == os.fstat(handle.fileno()).st_ino:
@@ -113,7 +113,7 @@ def prove(store: Store, probe: str, rank: int) -> None:
     seen = store.exists(probe)
     store.remove(mine)
     if not seen:
-        raise Fault(
+        raise UserError(
             f"{store.where()} is another place for rank {rank} than for rank 0. Do all ranks see the same folder? "
             "Choose an --out that all nodes share."
         )
@@ -127,24 +127,24 @@ def look(store: Store, name: str) -> Manifest | _Mark | None:
     found: Manifest | _Mark | None
     try:
         found = read_manifest(store.get(MANIFEST), store.where(MANIFEST))
-    except NotThere:
+    except NotFound:
         found = _read(store, MARKER)
         foreign = [n for n in store.list("") if OURS.fullmatch(n)] if found is None else []
         if foreign:
-            raise Fault(
+            raise UserError(
                 f"{store.where()} holds shards ({foreign[0]}) without a manifest or the mark of a build that died. "
                 f"{ELSEWHERE}"
             ) from None
-    except Fault as fault:
-        raise Fault(f"{fault} Or choose another --out.") from None
+    except UserError as fault:
+        raise UserError(f"{fault} Or choose another --out.") from None
     if found is not None and found.name != name:
         raise _of_another(store, found, f"'{name}'")
     return found
 
 
-def _of_another(store: Store, found: Manifest | _Mark, this: str) -> Fault:
+def _of_another(store: Store, found: Manifest | _Mark, this: str) -> UserError:
     what = "shards" if isinstance(found, Manifest) else "an unfinished build"
-    return Fault(
+    return UserError(
         f"{store.where()} holds {what} of another recipe or other images ('{found.name}', {found.recipe[:12]}; this "
         f"is {this}). {ELSEWHERE}"
     )
@@ -210,5 +210,5 @@ def is_sound(store: Store, shard: Shard) -> bool:
         if hashlib.sha256(store.get(shard.index_name)).hexdigest() != shard.index_sha256:
             return False
         return not isinstance(store, Folder) or digest_of_blocks(store.read(shard.name)) == shard.sha256
-    except NotThere:
+    except NotFound:
         return False

@@ -9,15 +9,15 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mirl_dist.distributed.engines.sharding import Held
-from mirl_dist.pruning.partition import Share
+from mirl_dist.distributed.engines.sharding import ShardLayout
+from mirl_dist.pruning.partition import Partition
 
 MakeOptimiser = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Name = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
 
 
-class Asked(NamedTuple):
+class EngineSpec(NamedTuple):
     """The engine that a launch asks for. offload_*: moments and their weights, or parameters, stay with the host."""
 
     name: Name = "ddp"
@@ -25,12 +25,12 @@ class Asked(NamedTuple):
     offload_parameters: bool = False
 
 
-class Meet(Protocol):
+class Collectives(Protocol):
     """Meetings of all ranks. gather: a tensor of every rank, of one shape and dtype, as (ranks, *shape) on its device;
     meeting: around one that somebody else holds."""
 
     def gather(self, values: Tensor, *, what: str) -> Tensor: ...
-    def meeting(self, what: str) -> AbstractContextManager[None]: ...
+    def collective(self, what: str) -> AbstractContextManager[None]: ...
 
 
 class Engine(Protocol):
@@ -42,11 +42,11 @@ class Engine(Protocol):
     """
 
     weights: dict[str, Tensor]
-    held: Held
-    owned: Held
-    share: Share
+    layout: ShardLayout
+    owned_layout: ShardLayout
+    partition: Partition
 
-    def close_gradients(self, masks: Mapping[str, Tensor]) -> None:
+    def mask_gradients(self, masks: Mapping[str, Tensor]) -> None:
         """Set the averaged gradients of dead weights to zero. masks: held as `weights` are."""
         ...
 
@@ -58,15 +58,15 @@ class Engine(Protocol):
         """One update, after which there is no gradient."""
         ...
 
-    def forget(self) -> None:
+    def drop_gradients(self) -> None:
         """Drop the gradients: the step is left out."""
         ...
 
-    def begin(self) -> None:
+    def reset_optimizer(self) -> None:
         """A fresh optimiser: no moments, no steps counted."""
         ...
 
-    def written(self) -> None:
+    def weights_changed(self) -> None:
         """`weights` were changed in place: whatever copies of them there are follow."""
         ...
 
@@ -79,7 +79,7 @@ class Engine(Protocol):
         ...
 
 
-class Dealt(Engine, Protocol):
+class ShardedEngine(Engine, Protocol):
     """An engine that shares the network, or what updates it, out over the ranks.
 
     network: to be called in training, by all ranks together: they may meet in it.
@@ -96,18 +96,20 @@ class Dealt(Engine, Protocol):
         ...
 
 
-def wholes(parts: Mapping[str, Tensor], held: Held, gather: Callable[..., Tensor]) -> Iterator[tuple[str, Tensor]]:
+def gather_full(
+    parts: Mapping[str, Tensor], held: ShardLayout, gather: Callable[..., Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors from what ranks hold of them, one after the other in the order of names; never two at once.
 
     A meeting of all ranks for each, which all must go through, where they hold parts. parts: 'name' or 'name.kind'.
     """
     for key in sorted(parts):
         part = parts[key].detach()
-        if held.whole:
+        if held.is_replicated:
             yield key, part
             continue
         name = held.name(key)
         wire = torch.uint8 if part.dtype is torch.bool else part.dtype
         padded = torch.zeros(held.longest(name), dtype=wire, device=part.device)
         padded[: part.numel()] = part.reshape(-1)
-        yield key, held.joined(name, gather(padded, what=f"gather of {key}")).to(part.dtype)
+        yield key, held.join(name, gather(padded, what=f"gather of {key}")).to(part.dtype)

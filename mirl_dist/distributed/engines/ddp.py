@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from mirl_dist.distributed.engines.base import MOMENTS, MakeOptimiser
-from mirl_dist.distributed.engines.sharding import Held
+from mirl_dist.distributed.engines.sharding import ShardLayout
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.partition import Share, Slice
+from mirl_dist.pruning.partition import Partition, ReplicatedPartition
 
 
-class Replicas:
+class DdpEngine:
     """Engine. parameters: of the bare network, whose gradients somebody else averages."""
 
     optimiser: torch.optim.Optimizer
@@ -22,16 +22,16 @@ class Replicas:
         self,
         parameters: Mapping[str, nn.Parameter],
         make_optimiser: MakeOptimiser,
-        share: Share = Slice(),  # noqa: B008 - an immutable tuple
+        share: Partition = ReplicatedPartition(),  # noqa: B008 - an immutable tuple
     ) -> None:
         self.parameters, self._make = dict(parameters), make_optimiser
         self.weights: dict[str, Tensor] = {name: p.detach() for name, p in parameters.items()}
-        self.held = self.owned = Held({name: tuple(p.shape) for name, p in parameters.items()})
-        self.share = share
-        self.begin()
+        self.layout = self.owned_layout = ShardLayout({name: tuple(p.shape) for name, p in parameters.items()})
+        self.partition = share
+        self.reset_optimizer()
 
-    def close_gradients(self, masks: Mapping[str, Tensor]) -> None:
-        masking.close_gradients(self.parameters, masks)
+    def mask_gradients(self, masks: Mapping[str, Tensor]) -> None:
+        masking.mask_gradients(self.parameters, masks)
 
     def clip(self, most: float | None) -> Tensor:
         return nn.utils.clip_grad_norm_(self.parameters.values(), most or float("inf"))
@@ -42,13 +42,13 @@ class Replicas:
         self.optimiser.step()
         self.optimiser.zero_grad()
 
-    def forget(self) -> None:
+    def drop_gradients(self) -> None:
         self.optimiser.zero_grad()
 
-    def begin(self) -> None:
+    def reset_optimizer(self) -> None:
         self.optimiser = self._make(self.parameters)
 
-    def written(self) -> None:
+    def weights_changed(self) -> None:
         pass
 
     def moments(self) -> dict[str, Tensor]:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from mirl_dist.distributed.engines import requirements, sharded_gradients
-from mirl_dist.distributed.engines.base import MOMENTS, Asked, MakeOptimiser, Meet, Name
-from mirl_dist.distributed.engines.sharding import Held, dealt
-from mirl_dist.errors import Fault
-from mirl_dist.pruning.partition import Own, Share, Slice
+from mirl_dist.distributed.engines.base import MOMENTS, Collectives, EngineSpec, MakeOptimiser, Name
+from mirl_dist.distributed.engines.sharding import ShardLayout, shard_layout
+from mirl_dist.errors import UserError
+from mirl_dist.pruning.partition import Partition, ReplicatedPartition, ShardedPartition
 
 DEEPSPEED_BUCKET = 50_000_000
 """Weights at most that DeepSpeed keeps room for to reduce gradients, as it is asked to here; never more than
@@ -30,7 +30,7 @@ _STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 _OLD_NAMES = r"`torch.distributed.\w+` is deprecated"  # of collectives, which DeepSpeed and FSDP2 call (torch 2.13)
 
 
-class _Place(NamedTuple):
+class _OwnedSlice(NamedTuple):
     """Where a parameter's owned part lies: in `flat`, from `begin`; `first`: its flat index in the whole parameter."""
 
     flat: Tensor
@@ -55,23 +55,23 @@ class _InPrecision(nn.Module):
         return restored
 
 
-class Zero:
+class ZeroEngine:
     """Engine, Dealt. network: with the same weights on every rank, on the ranks' device; it is taken over."""
 
     def __init__(
         self,
         network: nn.Module,
         make_optimiser: MakeOptimiser,
-        asked: Asked,
+        asked: EngineSpec,
         rank: int,
         world: int,
-        meet: Meet,
+        meet: Collectives,
         half: bool,
     ) -> None:
         self._stage, self._meet = _STAGES[asked.name], meet
         shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
         optimiser = make_optimiser(dict(network.named_parameters()))
-        with meet.meeting("sharding of the network"):
+        with meet.collective("sharding of the network"):
             settings = _settings(asked, self._stage, sum(p.numel() for p in network.parameters()))
             self._engine = _initialised(asked.name, _InPrecision(network, half), optimiser, settings)
         self.network: Any = self._engine
@@ -82,28 +82,28 @@ class Zero:
         self._places = {name: self._place(p) for name, p in self._parameters.items()}
         lengths = torch.tensor([place.length for place in self._places.values()], dtype=torch.int64)
         table = meet.gather(lengths, what="gather of shard sizes").tolist()
-        self.owned = dealt(shapes, rank, [dict(zip(shapes, row, strict=True)) for row in table])
-        self._places = {n: p._replace(length=self.owned.lengths[rank][n]) for n, p in self._places.items()}
-        self.share: Share = Own(rank)
+        self.owned_layout = shard_layout(shapes, rank, [dict(zip(shapes, row, strict=True)) for row in table])
+        self._places = {n: p._replace(length=self.owned_layout.lengths[rank][n]) for n, p in self._places.items()}
+        self.partition: Partition = ShardedPartition(rank)
         if self._stage == 3:
-            self.held = self.owned
+            self.layout = self.owned_layout
             self.weights = {name: place.of(place.flat.detach()) for name, place in self._places.items()}
         else:
-            self.held = Held(shapes)
-            self.share = Slice(rank, world)
+            self.layout = ShardLayout(shapes)
+            self.partition = ReplicatedPartition(rank, world)
             self.weights = {name: p.detach() for name, p in self._parameters.items()}
 
-    def _place(self, parameter: Any) -> _Place:
+    def _place(self, parameter: Any) -> _OwnedSlice:
         """In stage 3 its length counts the padding that every rank's part may end in."""
         if self._stage == 3:
             group, begin, length = self._zero.grad_position[self._zero.get_param_id(parameter)]
-            return _Place(self._zero.fp32_partitioned_groups_flat[group], begin, length, 0)
+            return _OwnedSlice(self._zero.fp32_partitioned_groups_flat[group], begin, length, 0)
         flat = self._zero.single_partition_of_fp32_groups[0]
         mapping = parameter._hp_mapping
         if mapping is None:  # all of it is owned by other ranks
-            return _Place(flat, 0, 0, 0)
+            return _OwnedSlice(flat, 0, 0, 0)
         inside, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return _Place(flat, inside.start, inside.numel, whole.start)
+        return _OwnedSlice(flat, inside.start, inside.numel, whole.start)
 
     def accumulate(self, more: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(not more)
@@ -131,8 +131,8 @@ class Zero:
                 found[name] = part.reshape(-1)[: place.length]
         return found
 
-    def close_gradients(self, masks: Mapping[str, Tensor]) -> None:
-        sharded_gradients.close(self._gradients(), masks, self.held, self.owned)
+    def mask_gradients(self, masks: Mapping[str, Tensor]) -> None:
+        sharded_gradients.mask(self._gradients(), masks, self.layout, self.owned_layout)
 
     def clip(self, most: float | None) -> Tensor:
         return sharded_gradients.clip(self._gradients(), most, self._meet)
@@ -140,10 +140,10 @@ class Zero:
     def step(self, lr: float) -> None:
         for group in self._inner.param_groups:
             group["lr"] = lr
-        with self._meet.meeting("update of the weights"):
+        with self._meet.collective("update of the weights"):
             self._engine.step()
 
-    def forget(self) -> None:
+    def drop_gradients(self) -> None:
         """As DeepSpeed itself does after a step that it leaves out."""
         self._zero.zero_grad(set_to_none=True)
         if self._stage == 3:
@@ -161,12 +161,12 @@ class Zero:
                 self._zero.all_grad_tensors[group] = None
         self._zero.micro_step_id = 0 if self._stage == 3 else -1
 
-    def begin(self) -> None:
+    def reset_optimizer(self) -> None:
         for state in self._inner.state.values():
             for value in state.values():
                 value.zero_()
 
-    def written(self) -> None:
+    def weights_changed(self) -> None:
         for name, parameter in self._parameters.items():
             place = self._places[name]
             if self._stage == 3:
@@ -195,7 +195,7 @@ class Zero:
                 place.of(self._inner.state[place.flat][kind]).copy_(moments[f"{name}.{kind}"].reshape(-1))
 
 
-def _settings(asked: Asked, stage: int, parameters: int) -> dict[str, Any]:
+def _settings(asked: EngineSpec, stage: int, parameters: int) -> dict[str, Any]:
     """DeepSpeed's own config: float32, one pass a step as far as it knows, nothing of its own on top."""
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "round_robin_gradients": False}
@@ -224,7 +224,7 @@ def _initialised(name: Name, network: nn.Module, optimiser: torch.optim.Optimize
     cuda = next(network.parameters()).device.type == "cuda"
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
-        requirements.found(name)
+        requirements.require(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what DeepSpeed uses of torch
             import deepspeed
@@ -232,7 +232,7 @@ def _initialised(name: Name, network: nn.Module, optimiser: torch.optim.Optimize
 
             compatible = deepspeed.ops.__compatible_ops__
     except (LookupError, ImportError) as error:  # it wants transformers too, under Accelerate
-        raise Fault(str(error), everywhere=True) from None
+        raise UserError(str(error), everywhere=True) from None
     logger.setLevel("ERROR")
     warnings.filterwarnings("ignore", message=_OLD_NAMES, category=FutureWarning)
     if not cuda:  # gloo sums in rank order, and needs no compiler on the user's machine
@@ -241,7 +241,7 @@ def _initialised(name: Name, network: nn.Module, optimiser: torch.optim.Optimize
         warnings.simplefilter("ignore", DeprecationWarning)
         engine, *_ = deepspeed.initialize(model=network, optimizer=optimiser, config=settings, dist_init_required=False)
     if engine.zero_optimization_stage() != settings["zero_optimization"]["stage"]:
-        raise Fault(
+        raise UserError(
             f"ZeRO-{settings['zero_optimization']['stage']} was asked for, and DeepSpeed gave stage "
             f"{engine.zero_optimization_stage()}. Please report this with your launch file.",
             everywhere=True,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mirl_dist.distributed.engines.base import Asked
-from mirl_dist.errors import Fault
+from mirl_dist.distributed.engines.base import EngineSpec
+from mirl_dist.errors import UserError
 
 _NOT_ITS_OWN = (
     ("ACCELERATE_GRADIENT_CLIPPING", "none", "optimiser.clip_norm"),
@@ -15,42 +15,44 @@ _NOT_ITS_OWN = (
 _HOSTS = {"": False, "none": False, "cpu": True}
 
 
-def asked(env: Mapping[str, str]) -> Asked:
+def engine_from_env(env: Mapping[str, str]) -> EngineSpec:
     """DDP where nothing else is asked for. Raises Fault for a kind that is not built here."""
     if _said(env, "ACCELERATE_USE_DEEPSPEED"):
         return _zero(env)
     if not _said(env, "ACCELERATE_USE_FSDP"):
-        return Asked()
+        return EngineSpec()
     version = env.get("FSDP_VERSION", "1")
     if version != "2":
-        raise Fault(f"found FSDP_VERSION={version}; only FSDP2 is known here. Set fsdp_version: 2 in the launch file.")
+        raise UserError(
+            f"found FSDP_VERSION={version}; only FSDP2 is known here. Set fsdp_version: 2 in the launch file."
+        )
     offload = _said(env, "FSDP_OFFLOAD_PARAMS")
-    return Asked("fsdp", offload, offload)
+    return EngineSpec("fsdp", offload, offload)
 
 
 def _said(env: Mapping[str, str], key: str) -> bool:
     return env.get(key, "").lower() in ("true", "1")
 
 
-def _zero(env: Mapping[str, str]) -> Asked:
+def _zero(env: Mapping[str, str]) -> EngineSpec:
     stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
     if env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
-        raise Fault(
+        raise UserError(
             "found a deepspeed_config_file in the launch file, which could change rates, precision or accumulation "
             "behind the config's back. Give zero_stage and offload_*_device in the launch file instead."
         )
     if stage not in ("1", "2", "3"):
-        raise Fault(f"found zero_stage {stage or 'none'} in the launch file. Use 1, 2 or 3, or a file for DDP.")
+        raise UserError(f"found zero_stage {stage or 'none'} in the launch file. Use 1, 2 or 3, or a file for DDP.")
     for key, usual, instead in _NOT_ITS_OWN:
         if env.get(key, usual) not in (usual, "none"):
-            raise Fault(f"found {key}={env[key]} from the launch file; the run's config decides ({instead}).")
+            raise UserError(f"found {key}={env[key]} from the launch file; the run's config decides ({instead}).")
     kept: list[bool] = []
     for what in ("OPTIMIZER", "PARAM"):
         device = env.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none").lower()
         if device not in _HOSTS:
-            raise Fault(f"found offload_{what.lower()}_device {device} in the launch file. Use none or cpu.")
+            raise UserError(f"found offload_{what.lower()}_device {device} in the launch file. Use none or cpu.")
         kept.append(_HOSTS[device])
     if kept[1] and stage != "3":
-        raise Fault(f"found offload_param_device cpu with zero_stage {stage}; parameters stay with ZeRO-3 alone.")
+        raise UserError(f"found offload_param_device cpu with zero_stage {stage}; parameters stay with ZeRO-3 alone.")
     names = {"1": "zero1", "2": "zero2", "3": "zero3"}
-    return Asked(names[stage], kept[0] or kept[1], kept[1])  # type: ignore[arg-type]
+    return EngineSpec(names[stage], kept[0] or kept[1], kept[1])  # type: ignore[arg-type]

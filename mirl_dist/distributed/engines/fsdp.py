@@ -14,32 +14,38 @@ import torch
 from torch import Tensor, nn
 
 from mirl_dist.distributed.engines import requirements, sharded_gradients
-from mirl_dist.distributed.engines.base import MOMENTS, Asked, MakeOptimiser, Meet
-from mirl_dist.distributed.engines.sharding import dealt
-from mirl_dist.errors import Fault
-from mirl_dist.pruning.partition import Own, Share
+from mirl_dist.distributed.engines.base import MOMENTS, Collectives, EngineSpec, MakeOptimiser
+from mirl_dist.distributed.engines.sharding import shard_layout
+from mirl_dist.errors import UserError
+from mirl_dist.pruning.partition import Partition, ShardedPartition
 
 
-class Fsdp:
+class FsdpEngine:
     """Engine, Dealt. network: with the same weights on every rank, on the ranks' device; it is taken over."""
 
     optimiser: torch.optim.Optimizer
 
     def __init__(
-        self, network: nn.Module, make_optimiser: MakeOptimiser, asked: Asked, rank: int, meet: Meet, example: Tensor
+        self,
+        network: nn.Module,
+        make_optimiser: MakeOptimiser,
+        asked: EngineSpec,
+        rank: int,
+        meet: Collectives,
+        example: Tensor,
     ) -> None:
         shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
-        with meet.meeting("sharding of the network"):
+        with meet.collective("sharding of the network"):
             self.network: Any = _sharded(network, next(network.parameters()).device, asked)
         self._dealt: dict[str, Any] = dict(self.network.named_parameters())
         whole = [name for name, p in self._dealt.items() if not hasattr(p, "to_local")]
         if whole:
-            raise Fault(
+            raise UserError(
                 f"FSDP2 was asked for, but '{whole[0]}' ({len(whole)} such) is still whole on rank {rank}: nothing "
                 "would be saved. This torch does not shard here; launch with a file for DDP.",
                 everywhere=True,
             )
-        with meet.meeting("first pass"), torch.no_grad():
+        with meet.collective("first pass"), torch.no_grad():
             self.network(example)  # FSDP2 puts parameters in their last place when they are first used
         self.network.reshard()
         self._make, self._meet = make_optimiser, meet
@@ -47,9 +53,11 @@ class Fsdp:
         self.weights: dict[str, Tensor] = {name: p.detach() for name, p in self._own.items()}
         mine = torch.tensor([p.numel() for p in self._own.values()], dtype=torch.int64)
         lengths = meet.gather(mine, what="gather of shard sizes").tolist()
-        self.held = self.owned = dealt(shapes, rank, [dict(zip(shapes, row, strict=True)) for row in lengths])
-        self.share: Share = Own(rank)
-        self.begin()
+        self.layout = self.owned_layout = shard_layout(
+            shapes, rank, [dict(zip(shapes, row, strict=True)) for row in lengths]
+        )
+        self.partition: Partition = ShardedPartition(rank)
+        self.reset_optimizer()
 
     def accumulate(self, more: bool) -> None:
         """Every pass reduces and scatters its gradients: no rank keeps whole ones between passes."""
@@ -60,9 +68,9 @@ class Fsdp:
     def _gradients(self) -> dict[str, Tensor]:
         return {n: p.grad.to_local().reshape(-1) for n, p in self._dealt.items() if p.grad is not None}
 
-    def close_gradients(self, masks: Mapping[str, Tensor]) -> None:
+    def mask_gradients(self, masks: Mapping[str, Tensor]) -> None:
         found = self._gradients()
-        sharded_gradients.close(found, {n: m for n, m in masks.items() if n in found}, self.held, self.owned)
+        sharded_gradients.mask(found, {n: m for n, m in masks.items() if n in found}, self.layout, self.owned_layout)
 
     def clip(self, most: float | None) -> Tensor:
         return sharded_gradients.clip(self._gradients(), most, self._meet)
@@ -75,17 +83,17 @@ class Fsdp:
         live = {name: p.to_local().data_ptr() for name, p in self._dealt.items()}
         assert all(own.data_ptr() == live[name] for name, own in self._own.items()), "FSDP2 has moved its parameters"
         self.optimiser.step()
-        self.forget()
+        self.drop_gradients()
 
-    def forget(self) -> None:
+    def drop_gradients(self) -> None:
         self.optimiser.zero_grad()
         self.network.zero_grad()
         self.network.reshard()  # after a forward pass that no backward pass followed
 
-    def begin(self) -> None:
+    def reset_optimizer(self) -> None:
         self.optimiser = self._make(self._own)
 
-    def written(self) -> None:
+    def weights_changed(self) -> None:
         pass  # the parameters are views of the same memory
 
     def moments(self) -> dict[str, Tensor]:
@@ -99,11 +107,11 @@ class Fsdp:
                 self.optimiser.state[parameter] = {"step": torch.tensor(float(steps)), **kept}
 
 
-def _sharded(network: nn.Module, device: torch.device, asked: Asked) -> Any:
+def _sharded(network: nn.Module, device: torch.device, asked: EngineSpec) -> Any:
     try:
-        requirements.found("fsdp")
+        requirements.require("fsdp")
     except LookupError as error:
-        raise Fault(str(error), everywhere=True) from None
+        raise UserError(str(error), everywhere=True) from None
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 

@@ -12,7 +12,7 @@ _TORCH, _DEEPSPEED = (2, 6), (0, 19)
 when moments were offloaded, and knows no way to leave a step out."""
 
 
-def found(name: Name) -> str:
+def require(name: Name) -> str:
     """The engine's library with its version. Raises LookupError that says what to install."""
     library = "deepspeed" if name.startswith("zero") else "torch"
     try:

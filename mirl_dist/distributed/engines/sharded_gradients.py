@@ -7,21 +7,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mirl_dist.distributed.engines.base import Meet
-from mirl_dist.distributed.engines.sharding import Held
+from mirl_dist.distributed.engines.base import Collectives
+from mirl_dist.distributed.engines.sharding import ShardLayout
 
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds as much to the norm
 
 
 @torch.no_grad()
-def close(gradients: Mapping[str, Tensor], masks: Mapping[str, Tensor], held: Held, owned: Held) -> None:
+def mask(gradients: Mapping[str, Tensor], masks: Mapping[str, Tensor], held: ShardLayout, owned: ShardLayout) -> None:
     """Set those of dead weights to zero, in place. masks: held as `held` says."""
     for name, mask in masks.items():
-        gradients[name].mul_(owned.of(name, mask).reshape(-1) if held.whole else mask)
+        gradients[name].mul_(owned.part_of(name, mask).reshape(-1) if held.is_replicated else mask)
 
 
 @torch.no_grad()
-def clip(gradients: Mapping[str, Tensor], most: float | None, meet: Meet) -> Tensor:
+def clip(gradients: Mapping[str, Tensor], most: float | None, meet: Collectives) -> Tensor:
     """The norm over all ranks, the same bits on each, float32 (); scales down to `most`, in place."""
     squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in gradients.values()]
     mine = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)

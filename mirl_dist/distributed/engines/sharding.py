@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Held(NamedTuple):
+class ShardLayout(NamedTuple):
     """shapes: of the whole tensors, by name; lengths: of each rank's parts, by name, in rank order (some may be 0).
 
     Without lengths every rank holds every tensor whole, in its shape.
@@ -21,16 +21,16 @@ class Held(NamedTuple):
     lengths: Sequence[Mapping[str, int]] = ()
 
     @property
-    def whole(self) -> bool:
+    def is_replicated(self) -> bool:
         return not self.lengths
 
     def name(self, key: str) -> str:
         """The tensor that a key is about: 'name', or 'name.kind' for what has its shape, as a moment has."""
         return key if key in self.shapes else key.rpartition(".")[0]
 
-    def of(self, key: str, tensor: Tensor) -> Tensor:
+    def part_of(self, key: str, tensor: Tensor) -> Tensor:
         """This rank's part of a whole tensor: a flat view of it; the tensor itself where all are held whole."""
-        if self.whole:
+        if self.is_replicated:
             return tensor
         name = self.name(key)
         begin = sum(of_rank[name] for of_rank in self.lengths[: self.rank])
@@ -40,18 +40,18 @@ class Held(NamedTuple):
         """The length of the longest part."""
         return max(of_rank[name] for of_rank in self.lengths)
 
-    def joined(self, name: str, padded: Tensor) -> Tensor:
+    def join(self, name: str, padded: Tensor) -> Tensor:
         """A whole tensor from the parts of all ranks, (ranks, longest or more)."""
         parts = [row[: of_rank[name]] for row, of_rank in zip(padded, self.lengths, strict=True)]
         return torch.cat(parts).reshape(self.shapes[name])
 
 
-def kept(held: Held, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def local_part(held: ShardLayout, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of whole tensors what this rank holds, in memory of its own where that is a part."""
-    return {name: t if held.whole else held.of(name, t).clone() for name, t in whole.items()}
+    return {name: t if held.is_replicated else held.part_of(name, t).clone() for name, t in whole.items()}
 
 
-def dealt(shapes: Mapping[str, tuple[int, ...]], rank: int, lengths: Sequence[Mapping[str, int]]) -> Held:
+def shard_layout(shapes: Mapping[str, tuple[int, ...]], rank: int, lengths: Sequence[Mapping[str, int]]) -> ShardLayout:
     """Of parts that cover every tensor once. `lengths` may count the padding after a tensor's end, which is dropped."""
     cut: list[dict[str, int]] = [{} for _ in lengths]
     for name, shape in shapes.items():
@@ -60,4 +60,4 @@ def dealt(shapes: Mapping[str, tuple[int, ...]], rank: int, lengths: Sequence[Ma
         assert ends[-1] == size, f"the ranks hold {ends[-1]} of {size} numbers of '{name}'"
         for of_rank, begin, end in zip(cut, [0, *ends], ends, strict=False):
             of_rank[name] = end - begin
-    return Held(shapes, rank, tuple(cut))
+    return ShardLayout(shapes, rank, tuple(cut))

@@ -22,15 +22,15 @@ from pathlib import Path
 
 from mirl_dist.config.local_paths import process_folder
 from mirl_dist.distributed.signals import RESUMABLE
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability.console import warn
 
-_WORD = "word-"
+_EXIT_PREFIX = "word-"
 _DOUBT_SECONDS = 2.0
 _LINGER_SECONDS = 0.5
 
 
-class Slip:
+class ControlChannel:
     """One end of the talk: a launcher's, a worker's, or (folder None) that of a process which nobody launched."""
 
     def __init__(self, folder: Path | None, parent: int | None = None) -> None:
@@ -39,7 +39,7 @@ class Slip:
         self._gone_before = False
 
     @classmethod
-    def of_launcher(cls) -> Slip:
+    def of_launcher(cls) -> ControlChannel:
         """That of the process which is about to start workers. Removes what dead launchers left.
 
         Raises Fault where the folder cannot be made, or is another user's.
@@ -51,11 +51,11 @@ class Slip:
             (folder / "launcher").touch()
             _clear_leftovers(folder.parent)
         except OSError as error:
-            raise Fault(f"{folder}: cannot be written ({error.strerror}). Make room, or set TMPDIR.") from None
+            raise UserError(f"{folder}: cannot be written ({error.strerror}). Make room, or set TMPDIR.") from None
         return cls(folder)
 
     @classmethod
-    def of_worker(cls) -> Slip:
+    def of_worker(cls) -> ControlChannel:
         """That of a worker under `train --launch`, accelerate launch or torchrun; to be called as early as possible."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls(None)
@@ -64,27 +64,27 @@ class Slip:
             return cls(None, 0)
         try:
             return cls(process_folder() / _name(parent), parent)
-        except Fault:  # nothing is said or believed in a folder that others can write
+        except UserError:  # nothing is said or believed in a folder that others can write
             return cls(None, parent)
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         """The run shall stop, and not be started again by its launcher."""
         self._write("stop")
 
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether anyone on this machine asked so."""
         return self._folder is not None and os.path.exists(self._folder / "stop")
 
-    def last_word(self, code: int) -> None:
+    def report_exit(self, code: int) -> None:
         """This worker is about to leave with `code`, for a reason that a restart cannot mend."""
-        self._write(f"{_WORD}{code}")
+        self._write(f"{_EXIT_PREFIX}{code}")
 
-    def final(self) -> int | None:
+    def exit_code(self) -> int | None:
         """The code to leave with at once: the least last word, else 75 once a stop was asked for, else None."""
         if self._folder is None or not os.path.isdir(self._folder):
             return None
         names = os.listdir(self._folder)
-        words = [int(name.removeprefix(_WORD)) for name in names if name.startswith(_WORD)]
+        words = [int(name.removeprefix(_EXIT_PREFIX)) for name in names if name.startswith(_EXIT_PREFIX)]
         return min(words) if words else RESUMABLE if "stop" in names else None
 
     def parent_gone(self) -> bool:
@@ -114,20 +114,20 @@ class Slip:
         if self._folder is None or not os.path.exists(self._folder / "launcher"):
             return False
         last = time.monotonic() + _DOUBT_SECONDS
-        while not self.stop_asked():
+        while not self.stop_requested():
             if time.monotonic() > last:
                 return True
             time.sleep(0.02)
         return False
 
-    def linger(self) -> None:
+    def wait_before_exit(self) -> None:
         """Before a worker leaves because another has gone: the launcher, which looks a few times a second, then names
         the one that died, not this one. SIGTERM, its way to end the others, is no longer heard."""
         if self._folder is not None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(_LINGER_SECONDS)
 
-    def restarted(self) -> str | None:
+    def restart_notice(self) -> str | None:
         """How often the launcher has started this worker again, where the launcher does not say so itself."""
         count, most = (os.environ.get(f"TORCHELASTIC_{key}", "0") for key in ("RESTART_COUNT", "MAX_RESTARTS"))
         if self._folder is None or count == "0" or os.path.exists(self._folder / "launcher"):
@@ -143,7 +143,7 @@ class Slip:
         """A message that cannot be written is not sent: what it would spare is not worth a run's end."""
         if self._folder is None:
             return
-        with contextlib.suppress(OSError, Fault):
+        with contextlib.suppress(OSError, UserError):
             process_folder()
             if not self._folder.is_dir():
                 self._folder.mkdir(exist_ok=True)
@@ -151,7 +151,7 @@ class Slip:
             (self._folder / name).touch()
 
 
-def children(pid: int) -> list[int]:
+def child_processes(pid: int) -> list[int]:
     """The processes that `pid` has started and that live; none where there is no /proc."""
     found = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
     return [child for child in found if (said := _stat(child)) and said[1] == str(pid) and said[0] != "Z"]

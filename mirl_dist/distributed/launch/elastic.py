@@ -16,7 +16,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from mirl_dist.distributed.watchdog import LiveBoard
+from mirl_dist.distributed.watchdog import LiveStore
 
 _PERIOD_SECONDS = 0.5
 _HEARD_SECONDS = 3.0
@@ -24,11 +24,11 @@ _HEARD_SECONDS = 3.0
 _MOST_SECONDS = 7 * 86400
 
 
-class Apart(Exception):
+class NodesDisconnected(Exception):
     """Launchers of several nodes did not find each other, or not any more. The text says how."""
 
 
-class Over(Exception):
+class NoRestart(Exception):
     """Raised by `died`: the ranks are not to be started again."""
 
 
@@ -53,7 +53,7 @@ def launch(arguments: list[str], died: Callable[[int, int], None], address: str 
     _hear_failures(died)
     try:
         launch_command(asked)
-    except Over:
+    except NoRestart:
         return 1
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
@@ -63,7 +63,7 @@ def launch(arguments: list[str], died: Callable[[int, int], None], address: str 
         # AttributeError: torch 2.13 stumbles over the None of its own graceful exit from a closed rendezvous
         if nodes == 1 or (isinstance(error, AttributeError) and "is_failed" not in str(error)):
             raise
-        raise Apart((str(error).strip().splitlines() or [type(error).__name__])[0][:200]) from None
+        raise NodesDisconnected((str(error).strip().splitlines() or [type(error).__name__])[0][:200]) from None
     return 0
 
 
@@ -103,7 +103,7 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-class Line:
+class NodeChannel:
     """What the launchers of several nodes tell each other: that one of them has ended for good, and with which code.
 
     It lies in the store that torch's launcher of node 0 opens at address:port; that node keeps it until it leaves.
@@ -117,7 +117,7 @@ class Line:
         self._said, self._over = threading.Event(), threading.Event()
         threading.Thread(target=self._run, name="nodes", daemon=True).start()
 
-    def heard(self) -> tuple[int, int] | None:
+    def received(self) -> tuple[int, int] | None:
         """The node that has ended for good, and its code."""
         return self._heard
 
@@ -125,7 +125,7 @@ class Line:
         """Whether the launcher of node 0 was met, and has ended since."""
         return self._gone
 
-    def tell(self, code: int) -> None:
+    def send(self, code: int) -> None:
         """Tell the others that this node has ended with `code`, and leave them some time to hear it."""
         self._told = code
         last = time.monotonic() + _HEARD_SECONDS
@@ -151,7 +151,7 @@ class Line:
         except (RuntimeError, OSError, ValueError):
             self._gone = not self._over.is_set()
 
-    def _open(self) -> LiveBoard | None:
+    def _open(self) -> LiveStore | None:
         """Once node 0 listens; node 0 writes that nobody has ended, before any other node looks."""
         from torch import distributed
 
@@ -161,7 +161,7 @@ class Line:
                 return None
         options = {"is_master": self._node == 0, "wait_for_workers": False, "multi_tenant": True}
         store = known.TCPStore(*self._place, timeout=timedelta(seconds=_MOST_SECONDS), **options)
-        board = LiveBoard(known.PrefixStore("mirl_dist/nodes", store), *self._place)
+        board = LiveStore(known.PrefixStore("mirl_dist/nodes", store), *self._place)
         for node in range(self._nodes) if self._node == 0 else [self._node]:
             board.set(f"ended/{node}", "")
         return board

@@ -14,8 +14,8 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt
 
-from mirl_dist.config.yaml_loader import Node, build, load_file, refuse_other
-from mirl_dist.errors import Fault
+from mirl_dist.config.yaml_loader import Node, build, check_kind, load_file
+from mirl_dist.errors import UserError
 
 Engine = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
 NODE_RANK = ("MIRL_NODE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
@@ -140,7 +140,7 @@ class _Tree(Node):
     tpu_use_sudo: Literal[False] = False
     tpu_env: tuple[()] = ()
 
-    def contradictions(self) -> list[str]:
+    def inconsistencies(self) -> list[str]:
         found = [
             f"{key}: found the bare word no, which YAML takes for false; put it in quotes"
             for key in ("distributed_type", "mixed_precision", "dynamo_backend")
@@ -209,34 +209,36 @@ def read(path: Path, env: Mapping[str, str] = os.environ) -> LaunchFile:
     change the numbers of a run; several nodes without an address or without this node's number.
     """
     said = load_file(path, "launch/cpu_two.yaml")
-    refuse_other(said, "a launch file", str(path))
+    check_kind(said, "a launch file", str(path))
     tree = build(_Tree, said, str(path))
     nodes = _whole(env, NODES, 1) or tree.num_machines
     each = _whole(env, RANKS_PER_NODE, 1) or tree.num_processes // tree.num_machines
     ranks, engine = nodes * each, _engine(tree)
     if tree.distributed_type == "NO" and ranks > 1:
         asked = f"{NODES} and {RANKS_PER_NODE} ask for {ranks} ranks"
-        raise Fault(f"{path}: distributed_type: found NO, of which accelerate starts one rank, but {asked}. Change it.")
+        raise UserError(
+            f"{path}: distributed_type: found NO, of which accelerate starts one rank, but {asked}. Change it."
+        )
     offload = _offload(tree)
     if nodes == 1:
         return LaunchFile(path, ranks, 1, 0, each, engine, offload, "none", None, tree.main_process_port)
     node, said_by = _node_rank(tree, env)
     if node is None:
-        raise Fault(
+        raise UserError(
             f"{path}: {nodes} nodes, and nothing says which of them this is. Set {NODE_RANK[0]} on each, from 0 to "
             f"{nodes - 1} ({' and '.join(NODE_RANK[1:])} count too), or write machine_rank."
         )
     if node >= nodes:
-        raise Fault(f"{said_by}: found {node} of {nodes} nodes; it counts from 0 to {nodes - 1}. Correct it.")
+        raise UserError(f"{said_by}: found {node} of {nodes} nodes; it counts from 0 to {nodes - 1}. Correct it.")
     address = env.get(ADDRESS) or tree.main_process_ip
     if not address:
-        raise Fault(
+        raise UserError(
             f"{path}: {nodes} nodes, and main_process_ip is missing, where node 0 is reached by the others. Write it, "
             f"or set {ADDRESS}."
         )
     port = _whole(env, PORT, 1) or (_USUAL_PORT if tree.main_process_port is None else tree.main_process_port)
     if port == 0:
-        raise Fault(
+        raise UserError(
             f"{path}: main_process_port: found 0 with {nodes} nodes, each of which would choose another. Write a port "
             f"that is free on node 0, or set {PORT}."
         )
@@ -270,5 +272,5 @@ def _whole(env: Mapping[str, str], name: str, least: int) -> int | None:
     if not text:
         return None
     if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise Fault(f"{name}: found '{text}' in the environment; give a whole number from {least}, or unset it.")
+        raise UserError(f"{name}: found '{text}' in the environment; give a whole number from {least}, or unset it.")
     return int(text)

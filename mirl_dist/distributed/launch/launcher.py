@@ -20,10 +20,10 @@ from pathlib import Path
 from mirl_dist.config.config import Config
 from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch import elastic, launch_file
-from mirl_dist.distributed.launch.control import Slip, children
+from mirl_dist.distributed.launch.control import ControlChannel, child_processes
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.distributed.signals import RESUMABLE
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability.console import warn
 
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -45,7 +45,7 @@ def choose(config: Config, how: str) -> tuple[LaunchFile, list[str]]:
     if how == "auto":
         return _auto(config)
     if not how.strip():
-        raise Fault("--launch: found an empty name. Give a file from launch/, or auto.")
+        raise UserError("--launch: found an empty name. Give a file from launch/, or auto.")
     file = launch_file.read(Path(how))
     return file, file.options() if file.ranks > 1 or file.engine != "ddp" else []
 
@@ -84,12 +84,12 @@ def attend(arguments: list[str], restarts: int, deadline_seconds: float, file: L
     0. SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask the ranks to stop: 75. They are killed when they have not left 15 s after
     the deadline, and at once by a second SIGINT: 130. file: of a launch on several nodes.
     """
-    slip = Slip.of_launcher()
+    slip = ControlChannel.of_launcher()
     several = file if file is not None and file.nodes > 1 else None
-    told = _Told(slip, restarts, several)
+    told = _LaunchReporter(slip, restarts, several)
     address = _place(several) if several is not None else None
     with _heard(slip) as signals, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        work = pool.submit(_start, arguments, told.died, address)
+        work = pool.submit(_start, arguments, told.rank_exited, address)
         since: float | None = None
         while not concurrent.futures.wait([work], _LOOK_SECONDS).done:
             if signals.count(signal.SIGINT) > 1:
@@ -97,7 +97,7 @@ def attend(arguments: list[str], restarts: int, deadline_seconds: float, file: L
                 return _INTERRUPTED
             if signals and since is None:
                 since = time.monotonic()
-                told.asked(signals[0])
+                told.stop_requested(signals[0])
             if told.another_node_ended() and time.monotonic() - told.since > _GRACE_SECONDS:
                 _kill(work, slip, told.code)
                 return told.code
@@ -106,7 +106,7 @@ def attend(arguments: list[str], restarts: int, deadline_seconds: float, file: L
                 _kill(work, slip, RESUMABLE)
                 return RESUMABLE
         if signals and since is None:
-            told.asked(signals[0])
+            told.stop_requested(signals[0])
         return told.code_of(work)
 
 
@@ -115,40 +115,40 @@ def _start(arguments: list[str], died: Callable[[int, int], None], address: str 
         return elastic.launch(arguments, died, address)
     except (ValueError, ImportError) as error:
         said = str(error).rstrip(".")
-        raise Fault(f"accelerate refuses this launch: {said}. Compare with launch/cpu_two.yaml.") from None
+        raise UserError(f"accelerate refuses this launch: {said}. Compare with launch/cpu_two.yaml.") from None
 
 
-class _Told:
+class _LaunchReporter:
     """What this launcher says: that ranks died and are started again, that another node has ended."""
 
-    def __init__(self, slip: Slip, restarts: int, file: LaunchFile | None) -> None:
+    def __init__(self, slip: ControlChannel, restarts: int, file: LaunchFile | None) -> None:
         """file: of a launch on several nodes."""
         self._slip, self._restarts, self._file, self._deaths = slip, restarts, file, 0
-        self._line: elastic.Line | None = None
+        self._line: elastic.NodeChannel | None = None
         self.who = "mirl-dist"
         self.since, self.code = 0.0, 0
         if file is not None:
-            self._line = elastic.Line(str(file.address), int(file.port or 0), file.node_rank, file.nodes)
+            self._line = elastic.NodeChannel(str(file.address), int(file.port or 0), file.node_rank, file.nodes)
             self.who = f"mirl-dist, node {file.node_rank} ({platform.node()})"
 
     def say(self, text: str) -> None:
         warn(f"{self.who}: {text}")
 
-    def asked(self, number: int) -> None:
+    def stop_requested(self, number: int) -> None:
         name = signal.Signals(number).name
         self.say(f"{name}: the ranks were asked to stop; Ctrl-C, twice in all, ends them at once.")
 
-    def died(self, local: int, code: int) -> None:
+    def rank_exited(self, local: int, code: int) -> None:
         """In the launcher's thread, when the others on this node have ended too. code: minus the signal, for one that
         was killed. Raises Over when a new start would not mend it."""
-        if self._slip.final() is not None:  # it has said why
-            raise elastic.Over
+        if self._slip.exit_code() is not None:  # it has said why
+            raise elastic.NoRestart
         self._deaths += 1
         how = f"was killed by signal {-code}" if code < 0 else f"failed (code {code})"
         who = self._name(local)
         if self._line is not None and self._line.host_gone():
             self.say(f"{who} {how}, and the launcher of node 0 has gone; {_AGAIN}.")
-            raise elastic.Over
+            raise elastic.NoRestart
         if self._deaths <= self._restarts:
             self.say(f"{who} {how}; starting the ranks again ({self._deaths} of {self._restarts}).")
         elif self._restarts:
@@ -165,29 +165,29 @@ class _Told:
 
     def another_node_ended(self) -> bool:
         """Whether a node has ended for good; this one then has the same last word, since `since`, and `code`."""
-        heard = self._line.heard() if self._line is not None else None
+        heard = self._line.received() if self._line is not None else None
         if heard is not None and not self.since:
             node, self.code = heard
             self.since = time.monotonic()
-            if self._slip.final() is None:
+            if self._slip.exit_code() is None:
                 self.say(f"node {node} has ended for good (code {self.code}): ending here too.")
-            self._slip.last_word(self.code)
+            self._slip.report_exit(self.code)
         return bool(self.since)
 
     def code_of(self, work: concurrent.futures.Future[int]) -> int:
         """The exit code of a launch whose ranks have all ended; the other nodes are told."""
         self.another_node_ended()
-        word = self._slip.final()
+        word = self._slip.exit_code()
         self._slip.remove()
         try:
             code = work.result()
-        except elastic.Apart as apart:
+        except elastic.NodesDisconnected as apart:
             code = 1
             if word is None:
                 self.say(f"the launchers of the nodes have lost each other ({apart}); {_AGAIN}.")
         code = word if code and word is not None else code
         if code and self._line is not None:
-            self._line.tell(code)
+            self._line.send(code)
         return code
 
 
@@ -214,7 +214,7 @@ def _place(file: LaunchFile) -> str:
         except OSError as error:
             passing = isinstance(error, socket.gaierror) and time.monotonic() - since < _NAME_SECONDS
             if not passing:
-                raise Fault(
+                raise UserError(
                     f"{file.path}: node 0 is said to be at {file.address}, to which this node finds no way "
                     f"({error.strerror or error}). Correct main_process_ip or {launch_file.ADDRESS}, or the network."
                 ) from None
@@ -229,13 +229,13 @@ def _place(file: LaunchFile) -> str:
 
 
 @contextlib.contextmanager
-def _heard(slip: Slip) -> Iterator[list[int]]:
+def _heard(slip: ControlChannel) -> Iterator[list[int]]:
     """The signals that this process gets, as they come; the first asks the ranks to stop."""
     signals: list[int] = []
 
     def handle(number: int, frame: object) -> None:
         signals.append(number)
-        slip.ask_to_stop()
+        slip.request_stop()
 
     # nohup has SIGHUP ignored, and means it.
     mine = [n for n in _ASKING if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
@@ -247,11 +247,11 @@ def _heard(slip: Slip) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _kill(work: concurrent.futures.Future[int], slip: Slip, code: int) -> None:
+def _kill(work: concurrent.futures.Future[int], slip: ControlChannel, code: int) -> None:
     """End the ranks, with all that they have started, until their launcher starts no more."""
     last = time.monotonic() + _GRACE_SECONDS
     while not concurrent.futures.wait([work], _LOOK_SECONDS).done:
-        for pid in children(os.getpid()):
+        for pid in child_processes(os.getpid()):
             with contextlib.suppress(ProcessLookupError):
                 (os.killpg if os.getpgid(pid) == pid else os.kill)(pid, signal.SIGKILL)
         if time.monotonic() > last:  # a rank that not even SIGKILL ends: its thread here would wait for it

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow.records import BY_ROUND, IMAGES, Item, legal_name, masked, round_name, shown
 
 _SETTINGS = {  # MLflow reads them at each call; what the user has set stands
@@ -259,7 +259,7 @@ def troubles() -> tuple[type[BaseException], ...]:
 
     # requests' errors are OSErrors; a client that reads nonsense raises what the reading of it raised.
     nonsense = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
-    kinds: list[type[BaseException]] = [MlflowException, Fault, OSError, ImportError, *nonsense]
+    kinds: list[type[BaseException]] = [MlflowException, UserError, OSError, ImportError, *nonsense]
     for module, name in (
         ("sqlalchemy.exc", "SQLAlchemyError"),
         ("alembic.util.exc", "CommandError"),
@@ -276,12 +276,12 @@ def import_quietly(uri: str) -> None:
     """Import MLflow with short timeouts and without its chatter, after refusing what it cannot use."""
     scheme = uri.partition("://")[0]
     if scheme == "file" or scheme == uri != "databricks":
-        raise Fault(
+        raise UserError(
             f"found the tracking URI {masked(uri, uri)!r} in tracking.uri or MLFLOW_TRACKING_URI: MLflow 3 "
             "keeps no runs in plain folders. Use sqlite:///mlflow.db, http://host:port or postgresql://user@host/db."
         )
     if importlib.util.find_spec("mlflow") is None:
-        raise Fault(
+        raise UserError(
             "found no package mlflow where tracking is switched on. "
             "Run pip install mlflow, or set tracking.enabled=false."
         )

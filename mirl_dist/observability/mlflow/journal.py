@@ -26,7 +26,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow.records import Item
 from mirl_dist.observability.mlflow.segments import Entry, Segment, lines_of, segments_of, write
 
@@ -148,7 +148,7 @@ def waiting(folder: Path) -> Waiting:
             with contextlib.suppress(FileNotFoundError):
                 entries += segment.left()
     except OSError as error:
-        raise Fault(
+        raise UserError(
             f"found the journal {folder}, which cannot be read: {error.strerror}. Ask its owner, or correct the rights."
         ) from None
     return count(entries)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow.client import database, experiment_id, import_quietly, told, troubles
 from mirl_dist.observability.mlflow.records import (
     LONGEST_TAG,
@@ -65,17 +65,19 @@ def read(reference: str, uri: str | None) -> list[Found]:
             run = _run(client, reference, shown(address))
             found = _found(client, run, shown(address))
             if not found.tickets:
-                raise Fault(f"found no ticket yet in {_named(run)} at {shown(address)}. Wait for its first round.")
+                raise UserError(f"found no ticket yet in {_named(run)} at {shown(address)}. Wait for its first round.")
             return [found]
         name = reference.removeprefix(EXPERIMENT)
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             known = sorted(e.name for e in client.search_experiments(max_results=20))
-            raise Fault(f"found no experiment {name!r} at {shown(address)}. There are: {', '.join(known)}.")
+            raise UserError(f"found no experiment {name!r} at {shown(address)}. There are: {', '.join(known)}.")
         runs = _search(client, experiment.experiment_id, f"tags.`{_KEY}` LIKE '%/run'")
         everything = [_found(client, run, shown(address)) for run in runs]
         if not any(found.tickets for found in everything):
-            raise Fault(f"found no run with tickets in the experiment {name!r} at {shown(address)}. Name another one.")
+            raise UserError(
+                f"found no run with tickets in the experiment {name!r} at {shown(address)}. Name another one."
+            )
         return [found for found in everything if found.tickets]
 
 
@@ -139,7 +141,7 @@ def _asking(address: str, *, makes: bool = False) -> Iterator[Any]:
     refuse_unclear(address)
     import_quietly(address)
     if address.startswith("sqlite") and not makes and not database(address).exists():
-        raise Fault(
+        raise UserError(
             f"found no file {database(address)} for the tracking URI {shown(address)}. "
             "Give the address that the runs were tracked at."
         )
@@ -147,10 +149,10 @@ def _asking(address: str, *, makes: bool = False) -> Iterator[Any]:
 
     try:
         yield MlflowClient(tracking_uri=address)
-    except Fault:
+    except UserError:
         raise
     except troubles() as trouble:
-        raise Fault(
+        raise UserError(
             f"found {shown(address)} away or refusing ({told(trouble, address)}). "
             "Check the server, and the address in tracking.uri or MLFLOW_TRACKING_URI.",
             resumable=True,
@@ -166,15 +168,15 @@ def _run(client: Any, id_: str, store: str) -> Any:
     except MlflowException as trouble:
         if trouble.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        raise Fault(
+        raise UserError(
             f"found no run {id_!r} at {store}. Give a run's id as its page shows it, or {EXPERIMENT}NAME."
         ) from None
     if run.info.lifecycle_stage != "active":
-        raise Fault(f"found {_named(run)} deleted at {store}. Restore it there, or name another one.")
+        raise UserError(f"found {_named(run)} deleted at {store}. Restore it there, or name another one.")
     if parent := run.data.tags.get(_PARENT):
-        raise Fault(f"found {_named(run)} at {store}, which is one round of the run {parent}. Give that id.")
+        raise UserError(f"found {_named(run)} at {store}, which is one round of the run {parent}. Give that id.")
     if not run.data.tags.get(_KEY, "").endswith("/run"):
-        raise Fault(f"found {_named(run)} at {store}, which mirl-dist has not tracked. Name another one.")
+        raise UserError(f"found {_named(run)} at {store}, which mirl-dist has not tracked. Name another one.")
     return run
 
 
@@ -189,7 +191,7 @@ def _found(client: Any, run: Any, store: str) -> Found:
         except (ValueError, RecursionError):
             config = None
         if not isinstance(config, dict):
-            raise Fault(f"found {RUN} of {_named(run)} at {store} damaged. Compare the run's folder in its place.")
+            raise UserError(f"found {RUN} of {_named(run)} at {store} damaged. Compare the run's folder in its place.")
     return Found(run.info.run_name, run.info.run_id, config, sorted(kept))
 
 
@@ -204,7 +206,7 @@ def _kept(client: Any, run: Any, store: str) -> Kept | None:
         return Kept(int(number), files[TICKET], files.get(MASK), files.get(PICTURES))
     if "alive_weights" not in run.data.metrics:
         return None
-    raise Fault(
+    raise UserError(
         f"found no {folder}{TICKET} with {_named(run)} at {store}, which has a ticket's scores. "
         "Send what still waits with `mirl-dist track resend RUN`, or compare the run's folder in its place."
     )
@@ -223,7 +225,7 @@ def _files(client: Any, run: Any, folder: str, names: Sequence[str], store: str)
                 file = Path(client.download_artifacts(id_, path, here))
                 size = file.stat().st_size
             if size > most:
-                raise Fault(
+                raise UserError(
                     f"found {path} of {_named(run)} at {store} with {size / _MIB:.1f} MiB, where ours have "
                     f"{most / _MIB:.0f} at most. Compare the run's folder in its place."
                 )

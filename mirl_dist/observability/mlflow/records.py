@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 POINTS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits, as are the next three (characters)
 LONGEST_NAME, LONGEST_PARAM, LONGEST_TAG = 250, 6000, 8000
@@ -196,14 +196,14 @@ def refuse_unclear(uri: str) -> None:
         sound = False
     said_by = "the tracking URI of tracking.uri or MLFLOW_TRACKING_URI"
     if "@" in path or (query and "@" in query[0] and (_is_web(kind) or not sound)):
-        raise Fault(
+        raise UserError(
             f"found an '@' behind the host in {said_by}. Write a / in a password as %2F, ? as %3F, # as %23, @ as %40."
         )
     if not sound:
         port = host.rpartition("@")[2].rpartition(":")[2]
         odd = port.isdecimal() and not 0 < int(port) < 65536
         what = f"the port {port}, which is out of range," if odd else "no host and port"
-        raise Fault(f"found {what} in {said_by}. Write http://host:port with a port from 1 to 65535.")
+        raise UserError(f"found {what} in {said_by}. Write http://host:port with a port from 1 to 65535.")
 
 
 def _is_web(kind: str) -> bool:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow.outbox import Outbox
 from mirl_dist.observability.mlflow.records import Damaged, Item
 from mirl_dist.observability.mlflow.segments import Entry
@@ -213,7 +213,7 @@ class Sender:
 
     def _refuses(self, item: Item, trouble: BaseException) -> bool:
         """Whether the store will never take it; the first refusal of a kind is told."""
-        if item.do == "open" or isinstance(trouble, Fault) or not self._store.final(trouble):
+        if item.do == "open" or isinstance(trouble, UserError) or not self._store.final(trouble):
             return False
         if (item.do, item.where) not in self._refused:
             text = "%s did not take %s '%s' of %s (%s). Training goes on without it there."
@@ -223,7 +223,7 @@ class Sender:
 
     def _must_wait(self, item: Item, trouble: BaseException) -> None:
         """Pause; the first failure of an outage is told. The place for files may be away alone: points pass then."""
-        cause = str(trouble) if isinstance(trouble, Fault) else self._store.told(trouble)
+        cause = str(trouble) if isinstance(trouble, UserError) else self._store.told(trouble)
         outage, text = (
             self._away,
             (
@@ -231,7 +231,7 @@ class Sender:
                 "Check the server, and the address in tracking.uri or MLFLOW_TRACKING_URI."
             ),
         )
-        if isinstance(trouble, Fault):
+        if isinstance(trouble, UserError):
             text = "what %s is to hear waits, because the ids of its runs could not be kept (%s). Training goes on."
         elif item.do == "file" and self._store.answers():
             outage, text = self._no_files, "%s takes points but no file (%s). Training goes on; files are kept."

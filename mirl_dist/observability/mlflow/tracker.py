@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability import progress
 from mirl_dist.observability.mlflow import records
 from mirl_dist.observability.mlflow.client import Store, import_quietly
@@ -198,7 +198,7 @@ class Mlflow:
         self._outbox.put(Item("end", "run", status))
         if self._sender.finish(FAREWELL_SECONDS, seconds):
             return
-        with contextlib.suppress(Fault):
+        with contextlib.suppress(UserError):
             left = waiting(self._journal.folder) if self._journal else Waiting(0, 0, None)
             if left.since is not None:
                 _log.warning(
@@ -258,10 +258,10 @@ def resend(
         kept = Journal(journal)
         key = kept.key()
     except OSError as error:
-        raise Fault(f"found the journal {journal}, which cannot be used: {error}. Correct the rights.") from None
+        raise UserError(f"found the journal {journal}, which cannot be used: {error}. Correct the rights.") from None
     try:
         if not kept.lock():
-            raise Fault(
+            raise UserError(
                 f"found the journal {journal} in use: the run lives and sends by itself, or another command does. "
                 "Wait until it has ended."
             )
@@ -279,7 +279,7 @@ def resend(
     finally:
         kept.close()
     if hindered:
-        raise Fault(
+        raise UserError(
             f"found {store.name} away or refusing ({hindered}): {left.points} points and {left.records} other records "
             f"still wait in {journal}. Check the server, and call this again.",
             resumable=True,

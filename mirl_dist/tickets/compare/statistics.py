@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
 from mirl_dist.tickets.compare import grouping
 from mirl_dist.tickets.compare.entry import DENSE, Shown
@@ -101,7 +101,7 @@ def lines(shown: Sequence[Shown], protocol: str | None = None) -> list[Line]:
     refuse_mixed(shown)
     if protocol is not None and not any(_said(s.ticket, protocol) for s in shown):
         known = dict.fromkeys(name for s in shown for name in (headline(s.ticket), *s.ticket.also))
-        raise Fault(f"no ticket here was scored by {protocol}; there are {', '.join(known)}. Name one of these.")
+        raise UserError(f"no ticket here was scored by {protocol}; there are {', '.join(known)}. Name one of these.")
     together: dict[tuple[str, int], list[Shown]] = {}
     for s, place in zip(shown, grouping.places(shown), strict=True):
         together.setdefault((place.label, place.round_), []).append(s)
@@ -179,14 +179,14 @@ def refuse_mixed(shown: Sequence[Shown]) -> None:
     for s in shown:
         first, ticket = shown[0], s.ticket
         if ticket.protocol != first.ticket.protocol:
-            raise Fault(
+            raise UserError(
                 f"found two protocols: {first.name} has '{first.ticket.protocol}', {s.name} has '{ticket.protocol}'; "
                 "their scores are no comparison. Compare them apart, or score one of them again by the other's."
             )
         for name, text in ticket.protocols.items():
             other, said = protocols.setdefault(name, (s, text))
             if said != text:
-                raise Fault(
+                raise UserError(
                     f"found two meanings of the protocol {name}: {other.name} has '{said}', {s.name} has '{text}'. "
                     "Compare them apart, or score one of them again."
                 )
@@ -194,7 +194,7 @@ def refuse_mixed(shown: Sequence[Shown]) -> None:
             for name, score in scores.items():
                 other, count = images.setdefault(name, (s, score.images))
                 if count != score.images:
-                    raise Fault(
+                    raise UserError(
                         f"found {name} scored on {count} images in {other.name} and on {score.images} in {s.name}: "
                         "these are different evaluation sets. Compare them apart, or score one of them again."
                     )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.tickets.compare import published, statistics
 from mirl_dist.tickets.compare.entry import Shown
 from mirl_dist.tickets.compare.published import Published
@@ -43,7 +43,9 @@ def tables(shown: Sequence[Shown]) -> str:
     """
     lines, names = statistics.lines(shown), statistics.names(shown)
     if not names:
-        raise Fault("no ticket here has a score, so there is nothing for a table. Compare tickets that were scored.")
+        raise UserError(
+            "no ticket here has a score, so there is nothing for a table. Compare tickets that were scored."
+        )
     notes = [*statistics.notes(shown), f"protocol: {shown[0].ticket.protocol}"]
     beside = published.beside(lines, names)
     figures = {(b.line.method, b.line.round_): b.figures for b in beside}

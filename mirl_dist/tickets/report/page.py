@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.tickets.compare import judge, statistics
 from mirl_dist.tickets.compare.entry import DENSE, Shown
 from mirl_dist.tickets.compare.judge import Judgement
@@ -40,7 +40,7 @@ def html(shown: Sequence[Shown], title: str, made: str, judgements: Sequence[Jud
     Raises Fault for no tickets, and as `summary.lines` for tickets that cannot stand in one table.
     """
     if not shown:
-        raise Fault("found no ticket to compare, where a page is made. Name runs that have finished a round.")
+        raise UserError("found no ticket to compare, where a page is made. Name runs that have finished a round.")
     shown = [s._replace(run=_printable(s.run), method=_printable(s.method)) for s in shown]
     lines, names = statistics.lines(shown), statistics.names(shown)
     styles = looks(line.method for line in lines)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from mirl_dist.data import image_strip
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.evaluation.metrics import PSNR_CEILING_DB
 from mirl_dist.tickets.compare.entry import DENSE, Shown
 from mirl_dist.tickets.compare.statistics import Line
@@ -67,7 +67,7 @@ def _columns(lines: Sequence[Line]) -> tuple[list[Column], list[str]]:
             assert shown.strip is not None, "chosen by having one"
             try:
                 rows = image_strip.rows(shown.strip, f"pictures of {shown.name}")
-            except Fault as fault:
+            except UserError as fault:
                 said.append(str(fault))
                 continue
             found.append(Column(line, shown, {r.title: r.images for r in rows if len(r.images) == 3}))

@@ -24,7 +24,7 @@ from mirl_dist.config import config as configs
 from mirl_dist.distributed import ranks
 from mirl_dist.distributed.launch import launcher
 from mirl_dist.distributed.launch.launch_file import LaunchFile
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.storage import Options, Store, open_store
 from mirl_dist.tickets import open as opening
 from tests.services.ceph_server import MISSING, CephServer
@@ -216,10 +216,12 @@ def test_a_launch_on_a_port_that_is_in_use_is_refused_as_the_doctor_says(lab: An
         taken.listen()
         port = taken.getsockname()[1]
         file, options = launcher.choose(config, str(launch_of(here, main_process_port=port)))
-        with pytest.raises(Fault, match=f"main_process_port: {port} is in use on this machine; give another .*0: any"):
+        with pytest.raises(
+            UserError, match=f"main_process_port: {port} is in use on this machine; give another .*0: any"
+        ):
             launcher.launch(config, file, options, ["train"], [], "auto", lambda: pytest.fail("it goes on"))
     for name in ("", " "):
-        with pytest.raises(Fault, match="--launch: found an empty name. Give a file from launch/, or auto"):
+        with pytest.raises(UserError, match="--launch: found an empty name. Give a file from launch/, or auto"):
             launcher.choose(config, name)
 
 

@@ -9,7 +9,7 @@ from mirl_dist import models
 from mirl_dist.cli.doctor import memory
 from mirl_dist.cli.doctor.memory import GIB, Gpu, Pass, Passes, Size
 from mirl_dist.distributed.launch.launch_file import Engine
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 SMALL = {
     "dim": 8,
@@ -87,5 +87,5 @@ def test_scoring_takes_the_weights_and_more_the_larger_the_image() -> None:
 
 def test_a_gpu_is_known_by_its_name_in_any_case_and_another_is_refused() -> None:
     assert memory.gpu_of("a40") == Gpu("A40", int(44.3 * GIB))
-    with pytest.raises(Fault, match=r"--gpu: found 'A41'\. Give one of A40, A100-40, A100-80, H100, H200\."):
+    with pytest.raises(UserError, match=r"--gpu: found 'A41'\. Give one of A40, A100-40, A100-80, H100, H200\."):
         memory.gpu_of("A41")

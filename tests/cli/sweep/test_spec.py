@@ -15,7 +15,7 @@ from mirl_dist.cli.sweep import spec as plans
 from mirl_dist.cli.sweep.spec import Plan, Planned, Stand
 from mirl_dist.config import config as configs
 from mirl_dist.config import yaml_loader
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "configs" / "demo.yaml"
@@ -37,7 +37,7 @@ def swept(tmp_path: Path) -> Any:
 
 
 def refused(swept: Any, *pieces: str, **more: Any) -> str:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         swept(**more)
     for piece in pieces:
         assert piece in str(caught.value), str(caught.value)
@@ -111,7 +111,7 @@ def test_methods_that_are_the_same_config_are_refused(swept: Any) -> None:
 
 def test_names_that_a_disk_may_take_for_one_are_refused(swept: Any) -> None:
     refused(swept, "methods: found 'Dense' and another that differs in capitals", methods=METHODS | {"Dense": {}})
-    with pytest.raises(Fault, match="the key 'mirl' stands here twice"):
+    with pytest.raises(UserError, match="the key 'mirl' stands here twice"):
         swept(("methods={mirl: {}, mirl: {}}",))
     refused(
         swept,
@@ -125,7 +125,7 @@ def test_names_that_a_disk_may_take_for_one_are_refused(swept: Any) -> None:
 def test_no_two_runs_ever_share_a_folder(names: set[str]) -> None:
     methods = {name: {"optimiser.lr": number + 1} for number, name in enumerate(sorted(names))}
     sweep = plans.Sweep(config=str(DEMO), folder="f", methods=methods, seeds=(0, 1, 11))
-    assert not sweep.contradictions()
+    assert not sweep.inconsistencies()
     assert len({run.config.run.folder for run in plans.expand(sweep, "s", "s.yaml")}) == 3 * len(names)
 
 
@@ -262,6 +262,6 @@ def test_what_is_no_list_or_no_mapping_is_told_once_and_how_to_write_it(swept: A
 )
 def test_a_file_of_another_kind_is_no_sweep(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         plans.read(tmp_path / "a.yaml")
     assert str(caught.value) == f"{tmp_path}/a.yaml{said}"

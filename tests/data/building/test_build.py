@@ -36,9 +36,9 @@ from mirl_dist.data.building.resume import LOCK, MARKER
 from mirl_dist.data.degradations.degrade import Pixels, rain
 from mirl_dist.data.image_files import examine
 from mirl_dist.data.manifest import Index, Manifest, ppm_header, read_index, read_manifest
-from mirl_dist.errors import Fault
-from mirl_dist.storage import Folder, NotAllowed, Store
-from mirl_dist.storage.http import Web
+from mirl_dist.errors import UserError
+from mirl_dist.storage import Folder, Rejected, Store
+from mirl_dist.storage.http import HttpStore
 
 RECIPES = Path(__file__).resolve().parents[3] / "shards"
 SMALL: dict[str, Any] = {
@@ -250,7 +250,7 @@ def test_versions_are_pairs_of_their_own_and_the_first_is_the_one_made_without_t
 
 
 def test_versions_without_anything_made_are_refused() -> None:
-    with pytest.raises(Fault, match=r"has versions: 2 without 'make', which alone makes versions; remove one"):
+    with pytest.raises(UserError, match=r"has versions: 2 without 'make', which alone makes versions; remove one"):
         recipe({"name": "v", "train": [{"set": "s", "kind": "clean", "photographs": ["coffee"], "versions": 2}]})
 
 
@@ -289,14 +289,14 @@ def test_shards_of_another_recipe_are_not_overwritten(tmp_path: Path) -> None:
     tree = {"name": "s", "least_pixels": 32, "train": [folder(tmp_path / "in")]}
     build(recipe(tree), Folder(tmp_path / "out"), 1, quiet)
     before = contents(tmp_path / "out")
-    with pytest.raises(Fault, match="holds shards of another recipe or other images .* Choose another --out"):
+    with pytest.raises(UserError, match="holds shards of another recipe or other images .* Choose another --out"):
         build(recipe(tree, seed=1), Folder(tmp_path / "out"), 1, quiet)
     Image.fromarray(photo("chelsea")[:40, :40]).save(tmp_path / "in/0.png")
-    with pytest.raises(Fault, match="other images"):
+    with pytest.raises(UserError, match="other images"):
         build(recipe(tree), Folder(tmp_path / "out"), 1, quiet)
     assert contents(tmp_path / "out") == before
     (tmp_path / "out/manifest.json").write_text("{}")
-    with pytest.raises(Fault, match="says format None.*Or choose another --out"):
+    with pytest.raises(UserError, match="says format None.*Or choose another --out"):
         build(recipe(tree), Folder(tmp_path / "out"), 1, quiet)
 
 
@@ -304,7 +304,7 @@ def test_shards_that_no_build_of_ours_left_are_not_removed(tmp_path: Path) -> No
     tree = {"name": "s", "least_pixels": 32, "train": [folder(tmp_path / "in")]}
     (tmp_path / "out").mkdir()
     (tmp_path / "out/train-imagenet-00000.tar").write_bytes(b"precious")
-    with pytest.raises(Fault, match="train-imagenet-00000.tar.*without a manifest"):
+    with pytest.raises(UserError, match="train-imagenet-00000.tar.*without a manifest"):
         build(recipe(tree), Folder(tmp_path / "out"), 1, quiet)
     assert os.listdir(tmp_path / "out") == ["train-imagenet-00000.tar"]
 
@@ -315,7 +315,7 @@ def test_two_builds_do_not_write_into_one_folder(tmp_path: Path) -> None:
     (out / LOCK).parent.mkdir(parents=True)
     with (out / LOCK).open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(Fault, match=f"another build is writing into {out}. Wait for it"):
+        with pytest.raises(UserError, match=f"another build is writing into {out}. Wait for it"):
             build(recipe(tree), Folder(out), 1, quiet)
     build(recipe(tree), Folder(out), 1, quiet)
     assert sorted(os.listdir(out)) == [
@@ -380,7 +380,7 @@ def test_a_build_killed_in_the_middle_goes_on_and_ends_with_the_same_bytes(tmp_p
     done = [p.stem for p in (out / MARKER).parent.glob("train-*.json")]
     assert 2 <= len(done) <= 6
     before = {name: (out / f"{name}.tar").stat() for name in done}
-    with pytest.raises(Fault, match=rf"{out} holds an unfinished build of another .*'small'.*Choose another --out"):
+    with pytest.raises(UserError, match=rf"{out} holds an unfinished build of another .*'small'.*Choose another --out"):
         build(read(path, ["seed=1"]), Folder(out), 1, quiet)
     said: list[str] = []
     manifest = build(read(path), Folder(out), 1, lambda done, total, what: said.append(what))
@@ -417,7 +417,9 @@ def test_a_full_folder_for_temporary_files_is_named_and_leaves_no_manifest(tmp_p
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # no file may grow beyond this
     try:
-        with pytest.raises(Fault, match=rf"cannot write {tempfile.gettempdir()}: File too large. Every worker keeps"):
+        with pytest.raises(
+            UserError, match=rf"cannot write {tempfile.gettempdir()}: File too large. Every worker keeps"
+        ):
             build(recipe(SMALL), Folder(out), 1, quiet)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -440,7 +442,7 @@ def test_shards_of_different_builds_never_mix_after_a_finished_one_was_damaged(t
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     tree = {"name": "s", "least_pixels": 32, "train": [folder(tmp_path / "in")]}
-    with pytest.raises(Fault, match=rf"cannot write {tmp_path}/file/out: Not a directory"):
+    with pytest.raises(UserError, match=rf"cannot write {tmp_path}/file/out: Not a directory"):
         build(recipe(tree), Folder(tmp_path / "file/out"), 1, quiet)
 
 
@@ -448,7 +450,7 @@ class Unremovable(Folder):
     """A place where things may be written, but not removed."""
 
     def remove(self, name: str) -> None:
-        raise NotAllowed(f"{self.where(name)}: nothing can be removed here. Allow it.")
+        raise Rejected(f"{self.where(name)}: nothing can be removed here. Allow it.")
 
 
 def another(path: Path) -> Folder:
@@ -461,7 +463,7 @@ def another(path: Path) -> Folder:
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        (lambda path: Web("http://127.0.0.1:9/shards"), "a web address can only be read. Give a folder or s3://"),
+        (lambda path: HttpStore("http://127.0.0.1:9/shards"), "a web address can only be read. Give a folder or s3://"),
         (lambda path: Unremovable(path / "out"), "nothing can be removed here. Allow it."),
         (lambda path: another(path / "out"), r"holds shards of another recipe .*'theirs', f{12}; this is 's'\)"),
         (
@@ -477,7 +479,7 @@ def test_a_place_that_cannot_take_shards_is_refused_before_any_image_is_read(
     (tmp_path / "file").write_text("")
     heard: list[str] = []
     tree = {"name": "s", "least_pixels": 32, "train": [folder(tmp_path / "in")]}
-    with pytest.raises(Fault, match=said):
+    with pytest.raises(UserError, match=said):
         build(recipe(tree), place(tmp_path), 1, lambda done, total, what: heard.append(what))
     assert "checking images" not in heard
 
@@ -488,7 +490,7 @@ def test_trying_a_place_leaves_nothing_there_when_the_images_are_refused(tmp_pat
     one = {"set": "s", "kind": "clean", "clean": {"folder": str(tmp_path / "in")}}
     (tmp_path / "there").mkdir()
     for name in ("there", "new"):
-        with pytest.raises(Fault, match=r"a\.png: is empty"):
+        with pytest.raises(UserError, match=r"a\.png: is empty"):
             build(recipe({"name": "s", "train": [one]}), Folder(tmp_path / name), 1, quiet)
     assert os.listdir(tmp_path / "there") == [] and not (tmp_path / "new").exists()
 
@@ -535,7 +537,7 @@ def test_every_image_that_cannot_be_used_is_named_with_its_reason(tmp_path: Path
         (tmp_path / "in" / name).write_bytes(data)
     (tmp_path / "in/gone.png").symlink_to("nowhere")
     tree = {"name": "s", "least_pixels": 32, "train": [one]}
-    with pytest.raises(Fault) as fault:
+    with pytest.raises(UserError) as fault:
         build(recipe(tree), Folder(tmp_path / "out"), 1, quiet)
     text = str(fault.value)
     assert text.startswith("10 things in the images of recipe 's' are wrong:")
@@ -553,7 +555,7 @@ def test_at_most_twenty_faults_are_listed_and_all_counted(tmp_path: Path) -> Non
     one = folder(tmp_path / "in")
     for n in range(30):
         (tmp_path / f"in/bad{n}.png").write_bytes(b"")
-    with pytest.raises(Fault) as fault:
+    with pytest.raises(UserError) as fault:
         build(recipe({"name": "s", "least_pixels": 32, "train": [one]}), Folder(tmp_path / "out"), 1, quiet)
     assert str(fault.value).count("is empty") == 20
     assert str(fault.value).startswith("30 things") and "and 10 more" in str(fault.value)
@@ -561,7 +563,7 @@ def test_at_most_twenty_faults_are_listed_and_all_counted(tmp_path: Path) -> Non
 
 def test_a_set_without_any_usable_image_stops_also_when_skipping(tmp_path: Path) -> None:
     one = folder(tmp_path / "in", side=20)
-    with pytest.raises(Fault, match=r"no usable image is left in: train s\.\n.*0.png: is 20x20, its shorter side"):
+    with pytest.raises(UserError, match=r"no usable image is left in: train s\.\n.*0.png: is 20x20, its shorter side"):
         build(recipe({"name": "s", "least_pixels": 32, "broken": "skip", "train": [one]}), Folder(tmp_path), 1, quiet)
 
 
@@ -569,7 +571,7 @@ def test_pairs_of_different_sizes_are_named(tmp_path: Path) -> None:
     one = {**folder(tmp_path / "a", side=40), "kind": "derain"}
     folder(tmp_path / "b", side=50)
     one["degraded"] = {"folder": str(tmp_path / "b")}
-    with pytest.raises(Fault, match=rf"{tmp_path}/b/0.png: is 50x50, its clean partner 0.png 40x40"):
+    with pytest.raises(UserError, match=rf"{tmp_path}/b/0.png: is 50x50, its clean partner 0.png 40x40"):
         build(recipe({"name": "s", "least_pixels": 32, "train": [one]}), Folder(tmp_path / "out"), 1, quiet)
 
 
@@ -578,7 +580,7 @@ def test_an_image_in_training_and_evaluation_is_refused_in_any_format(tmp_path: 
     (tmp_path / "test/0.png").unlink()
     Image.open(tmp_path / "train/0.png").save(tmp_path / "test/other.bmp")
     tree = {"name": "s", "least_pixels": 32, "train": [train], "evaluate": [evaluate]}
-    with pytest.raises(Fault, match=r"1 images serve both training and evaluation:\n.*0.png = .*other.bmp"):
+    with pytest.raises(UserError, match=r"1 images serve both training and evaluation:\n.*0.png = .*other.bmp"):
         build(recipe(tree), Folder(tmp_path / "out"), 1, quiet)
     assert build(recipe(tree, allow_overlap=True), Folder(tmp_path / "out"), 1, quiet).samples("evaluate") == {
         "clean": 1
@@ -608,7 +610,7 @@ def test_an_image_that_changes_during_the_build_is_named(tmp_path: Path) -> None
         if what == "writing shards" and done == 0:
             (tmp_path / "in/1.png").write_bytes((tmp_path / "in/0.png").read_bytes())
 
-    with pytest.raises(Fault, match="1.png changed while the shards were built"):
+    with pytest.raises(UserError, match="1.png changed while the shards were built"):
         build(recipe({"name": "s", "least_pixels": 32, "train": [one]}), Folder(tmp_path / "out"), 1, spoil)
     assert not (tmp_path / "out/manifest.json").exists()
 

@@ -14,7 +14,7 @@ from mirl_dist.data.building.build import build
 from mirl_dist.data.building.check import check
 from mirl_dist.data.building.recipe import read
 from mirl_dist.data.building.resume import AREA, MARKER
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder, Store, open_store
 from tests.data.building.test_build import SMALL, contents, killed_build, quiet, recipe
 from tests.services.s3_server import S3Server
@@ -47,7 +47,7 @@ def test_a_bucket_gets_the_same_bytes_as_a_folder(bucket: str, tmp_path: Path) -
     said: list[str] = []
     assert build(recipe(SMALL), store, 1, lambda done, total, what: said.append(what)) == manifest
     assert said[-1] == "already built" and "writing shards" not in said
-    with pytest.raises(Fault, match=f"{bucket} holds shards of another recipe or other images"):
+    with pytest.raises(UserError, match=f"{bucket} holds shards of another recipe or other images"):
         build(recipe(SMALL, seed=1), store, 1, quiet)
 
 
@@ -56,7 +56,7 @@ def test_a_build_into_a_bucket_that_was_killed_goes_on(bucket: str, server: S3Se
     store = open_store(bucket)
     done = [name for name in store.list(AREA) if name != MARKER]
     assert 2 <= len(done) <= 6 and not store.exists("manifest.json")
-    with pytest.raises(Fault, match=f"{bucket} holds an unfinished build of another recipe"):
+    with pytest.raises(UserError, match=f"{bucket} holds an unfinished build of another recipe"):
         build(read(path, ["seed=1"]), store, 1, quiet)
     before = written(server, bucket)
     build(read(path), store, 1, quiet)
@@ -77,7 +77,7 @@ def written(server: S3Server, bucket: str) -> dict[str, Any]:
 def test_the_marker_keeps_another_build_out_of_a_bucket(bucket: str) -> None:
     store = open_store(bucket)
     store.put(MARKER, json.dumps({"name": "theirs", "recipe": "f" * 64}).encode())
-    with pytest.raises(Fault, match=r"holds an unfinished build of another .*'theirs', ffffffffffff"):
+    with pytest.raises(UserError, match=r"holds an unfinished build of another .*'theirs', ffffffffffff"):
         build(recipe(SMALL), store, 1, quiet)
     assert store.list("") == [MARKER]
 
@@ -96,7 +96,7 @@ def test_a_shard_that_is_missing_in_a_finished_bucket_is_written_again(bucket: s
 def test_a_wrong_bucket_is_told_before_any_image_is_read(bucket: str) -> None:
     heard: list[str] = []
     store = open_store("s3://nobody-made-this-bucket/a")
-    with pytest.raises(Fault, match=r"s3://nobody-made-this-bucket/a.*: the bucket does not exist\. Create it"):
+    with pytest.raises(UserError, match=r"s3://nobody-made-this-bucket/a.*: the bucket does not exist\. Create it"):
         build(recipe(SMALL), store, 1, lambda done, total, what: heard.append(what))
     assert heard == []
 
@@ -104,6 +104,6 @@ def test_a_wrong_bucket_is_told_before_any_image_is_read(bucket: str) -> None:
 def test_trying_a_bucket_leaves_nothing_there(bucket: str, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     one = {"set": "s", "kind": "clean", "clean": {"folder": str(tmp_path)}}
-    with pytest.raises(Fault, match=r"a\.png: is empty"):
+    with pytest.raises(UserError, match=r"a\.png: is empty"):
         build(recipe({"name": "s", "train": [one]}), open_store(bucket), 1, quiet)
     assert open_store(bucket).list("") == []

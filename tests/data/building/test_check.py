@@ -21,9 +21,9 @@ from mirl_dist.data.building.build import build
 from mirl_dist.data.building.check import check
 from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.manifest import Index, Manifest, Shard, read_index, read_manifest
-from mirl_dist.errors import Fault
-from mirl_dist.storage import Folder, NotAllowed, TryAgain
-from mirl_dist.storage.hashing import digest_of, digest_of_blocks
+from mirl_dist.errors import UserError
+from mirl_dist.storage import Folder, Rejected, Unavailable
+from mirl_dist.storage.hashing import digest_of_blocks, digest_of_file
 
 SHA = "0" * 64
 
@@ -96,14 +96,14 @@ class Remote:
         return self._there.size(name)
 
     def list(self, prefix: str) -> list[str]:
-        raise NotAllowed("no listing here")
+        raise Rejected("no listing here")
 
     def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
         data = b"".join(self._there.read(name, offset))
         yield data[: len(data) // 2]
         if name not in self.broken:
             self.broken.add(name)
-            raise TryAgain("broken once")
+            raise Unavailable("broken once")
         yield data[len(data) // 2 :]
 
 
@@ -166,7 +166,7 @@ def test_a_damaged_tar_header_hides_no_sample(copy: Path, built: tuple[Path, Man
 
 
 def test_a_place_without_a_manifest_says_so(tmp_path: Path) -> None:
-    with pytest.raises(Fault, match=rf"no manifest at {tmp_path}/manifest.json: shards without it do not exist"):
+    with pytest.raises(UserError, match=rf"no manifest at {tmp_path}/manifest.json: shards without it do not exist"):
         check(Folder(tmp_path), 1, quiet)
 
 
@@ -298,24 +298,24 @@ def shard_of(data: bytes, **more: Any) -> Shard:
 )
 def test_an_index_that_cannot_be_true_is_refused_by_file_and_place(entries: Any, said: str) -> None:
     data = json.dumps({"entries": entries}).encode()
-    with pytest.raises(Fault, match=rf"train-s-00000\.index\.json.*{said}") as fault:
+    with pytest.raises(UserError, match=rf"train-s-00000\.index\.json.*{said}") as fault:
         read_index(data, shard_of(data), "here/train-s-00000.index.json")
     assert str(fault.value).endswith("Copy it again, or build the shards again.")
 
 
 def test_a_key_twice_or_an_image_below_the_least_side_is_refused() -> None:
     data = json.dumps({"entries": [entry(), entry()]}).encode()
-    with pytest.raises(Fault, match="x: the key a stands there twice"):
+    with pytest.raises(UserError, match="x: the key a stands there twice"):
         read_index(data, shard_of(data, samples=2), "x")
     data = json.dumps({"entries": [entry()]}).encode()
-    with pytest.raises(Fault, match="x: a is 80x64, but the manifest says that no side is below 65 pixels"):
+    with pytest.raises(UserError, match="x: a is 80x64, but the manifest says that no side is below 65 pixels"):
         read_index(data, shard_of(data, least_pixels=65), "x")
     assert read_index(data, shard_of(data), "x").entries[0].image("clean") is not None
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[]", b"null", b"[" * 5000, b'{"entries": 1}'])
 def test_bytes_that_are_no_index_are_refused(data: bytes) -> None:
-    with pytest.raises(Fault, match="^here is not an index of a shard"):
+    with pytest.raises(UserError, match="^here is not an index of a shard"):
         read_index(data, shard_of(data), "here")
 
 
@@ -348,14 +348,14 @@ def manifest_of(**more: Any) -> bytes:
     ],
 )
 def test_a_manifest_that_cannot_be_true_is_refused_by_place(data: bytes, said: str) -> None:
-    with pytest.raises(Fault, match=said):
+    with pytest.raises(UserError, match=said):
         read_manifest(data, "here")
 
 
 def test_a_shard_named_twice_is_refused() -> None:
     raw = json.loads(manifest_of())
     raw["shards"] *= 2
-    with pytest.raises(Fault, match=r"here names the shard train-s-00000\.tar twice"):
+    with pytest.raises(UserError, match=r"here names the shard train-s-00000\.tar twice"):
         read_manifest(json.dumps(raw).encode(), "here")
 
 
@@ -387,5 +387,5 @@ def test_a_digest_in_blocks_is_the_digest_of_the_whole(size: int) -> None:
     whole = hashlib.sha256(data[:size]).hexdigest()
     stream = io.BytesIO(b"before" + data[:size])
     stream.seek(len(b"before"))
-    assert digest_of(stream) == whole
+    assert digest_of_file(stream) == whole
     assert digest_of_blocks(data[:size][at : at + 1000] for at in range(0, size, 1000)) == whole

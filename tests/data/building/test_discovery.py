@@ -12,7 +12,7 @@ import yaml
 from mirl_dist.config import yaml_loader
 from mirl_dist.data.building import discovery, layout
 from mirl_dist.data.building.recipe import Recipe, read
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[3] / "shards"
 
@@ -100,7 +100,7 @@ def test_another_count_than_expected_stops_and_says_what_was_not_counted_and_whe
     touch(tmp_path, "input/1.png", *(f"input/{n}.png" for n in range(2, 7)), "target/1.png", "target/9.png")
     one = pairs(tmp_path, expect=1000, get="https://example.org/rain; research")
     two = {"set": "two", "kind": "clean", "clean": {"folder": str(tmp_path / "nowhere")}, "get": "from Ada"}
-    with pytest.raises(Fault) as fault:
+    with pytest.raises(UserError) as fault:
         discovery.find(recipe(one, two, broken="skip"))
     first, got, second, two_got = str(fault.value).splitlines()
     found = f"found 1 pairs, expected 1,000, in {tmp_path}/input (*) and {tmp_path}/target (*)."
@@ -115,7 +115,7 @@ def test_all_missing_and_empty_folders_are_named_at_once(tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     one = {"set": "one", "kind": "clean", "clean": {"folder": str(tmp_path / "no/where")}}
     two = {"set": "two", "kind": "clean", "clean": {"folder": str(tmp_path / "empty")}}
-    with pytest.raises(Fault) as fault:
+    with pytest.raises(UserError) as fault:
         discovery.find(recipe(one, two))
     assert f"no folder at {tmp_path}/no/where (the nearest that exists is {tmp_path})" in str(fault.value)
     assert f"no image in {tmp_path}/empty fits *" in str(fault.value)
@@ -123,7 +123,7 @@ def test_all_missing_and_empty_folders_are_named_at_once(tmp_path: Path) -> None
 
 def test_an_unset_variable_is_named_with_the_way_to_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MIRL_SETS", raising=False)
-    with pytest.raises(Fault, match=r"MIRL_SETS is not set.*export MIRL_SETS=/path/to/the/images"):
+    with pytest.raises(UserError, match=r"MIRL_SETS is not set.*export MIRL_SETS=/path/to/the/images"):
         discovery.find(read(RECIPES / "wed.yaml"))
 
 
@@ -201,7 +201,7 @@ def test_official_layouts_are_understood(name: str, tmp_path: Path, monkeypatch:
     pictures, complaints = discovery.find(yaml_loader.build(Recipe, tree, name))
     assert not complaints
     assert [p.name for p in pictures] == names
-    with pytest.raises(Fault) as fault:
+    with pytest.raises(UserError) as fault:
         discovery.find(official)
     missed = [line for line in str(fault.value).splitlines() if ", expected " in line]
     assert len(missed) == len(list(official.sets())), "every official count is missed here"
@@ -216,7 +216,7 @@ def test_every_recipe_reads_and_says_how_to_run_it(path: Path) -> None:
 
 def test_all_contradictions_of_a_recipe_are_told_at_once() -> None:
     folder = {"folder": "x", "names": "{any}"}
-    with pytest.raises(Fault) as fault:
+    with pytest.raises(UserError) as fault:
         recipe(
             {"set": "a", "kind": "clean", "clean": {"folder": "x"}, "make": "rain"},
             {"set": "b", "kind": "derain", "clean": {"folder": "x"}},
@@ -249,9 +249,9 @@ def test_all_contradictions_of_a_recipe_are_told_at_once() -> None:
 
 
 def test_an_unknown_key_or_photograph_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(Fault, match="nearest key is 'photographs'"):
+    with pytest.raises(UserError, match="nearest key is 'photographs'"):
         recipe({"set": "a", "kind": "clean", "photograph": ["coffee"]})
-    with pytest.raises(Fault, match="no photograph is named 'tea'. Known are: astronaut, chelsea"):
+    with pytest.raises(UserError, match="no photograph is named 'tea'. Known are: astronaut, chelsea"):
         discovery.find(recipe({"set": "a", "kind": "clean", "photographs": ["tea"]}))
 
 

@@ -26,7 +26,7 @@ from mirl_dist.data.building.inspection import survey
 from mirl_dist.data.building.recipe import ImageSet, Recipe, read
 from mirl_dist.data.manifest import CLEAN, DEGRADED, Part, read_index
 from mirl_dist.data.parallel import Alone
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder
 
 RECIPES = Path(__file__).resolve().parents[3] / "shards"
@@ -333,7 +333,7 @@ def test_official_layouts_are_paired_rightly(name: str, sets: Path) -> None:
 
 def told(recipe: Recipe) -> Iterator[tuple[str, str, ImageSet]]:
     """What is said of every set that cannot be found as expected: its role, the sentence, and the set itself."""
-    with pytest.raises(Fault) as fault:
+    with pytest.raises(UserError) as fault:
         discovery.find(recipe)
     said = str(fault.value).splitlines()
     for (role, one), sentence, source in zip(recipe.sets(), said[::2], said[1::2], strict=True):
@@ -388,9 +388,9 @@ def test_a_path_template_takes_an_id_between_slashes_and_both_sides_the_same_num
     folder = {"folder": str(tmp_path), "names": "{id}/blur/{id}"}
     one = {"set": "s", "kind": "deblur", "degraded": folder, "clean": {**folder, "names": "{id}/sharp"}}
     for wrong in ("{id}_{id}/sharp_{id}", "sharp/{any}"):
-        for found in (ImageSet.model_validate({**one, "clean": {**folder, "names": wrong}}).contradictions(),):
+        for found in (ImageSet.model_validate({**one, "clean": {**folder, "names": wrong}}).inconsistencies(),):
             assert any(f"has clean.names '{wrong}'; it must hold {{id}} exactly once" in text for text in found)
-    (text,) = ImageSet.model_validate(one).contradictions()
+    (text,) = ImageSet.model_validate(one).inconsistencies()
     assert text == "pairs '{id}/blur/{id}' with '{id}/sharp'; write {id} as often in both"
     assert discovery.template("{id}/blur/{id}").fullmatch("a/b/blur/c") is None, "an id never spans folders"
 
@@ -631,7 +631,7 @@ def test_published_tests_of_rain_show_images_of_bsd400(real: Real, monkeypatch: 
     counts = {label: FAMILY_REAL[label] for label in ("train bsd400", "evaluate rain100l")}
     recipe = expecting(shipped("three_tasks"), counts)
     assert recipe.allow_overlap
-    with pytest.raises(Fault, match="67 images serve both training and evaluation"):
+    with pytest.raises(UserError, match="67 images serve both training and evaluation"):
         survey(recipe.model_copy(update={"allow_overlap": False}), 1, quiet, Alone())
     for part in ("train", "test"):
         for path in (real.data / part / "derain/Rain100H/target").iterdir():

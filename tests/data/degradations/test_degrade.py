@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mirl_dist.config.seeding import generator, lent_generator
+from mirl_dist.config.seeding import generator, shared_rng
 from mirl_dist.config.tasks import Task, allowed
 from mirl_dist.data.building import demo_photos
 from mirl_dist.data.degradations import degrade
@@ -79,7 +79,7 @@ def test_noise_equals_the_published_vector() -> None:
 
 def test_a_lent_generator_draws_the_same_numbers_whatever_was_drawn_before() -> None:
     for number in range(50):
-        own, lent = generator("x", number), lent_generator("x", number)
+        own, lent = generator("x", number), shared_rng("x", number)
         assert own.bit_generator.random_raw(3).tolist() == lent.bit_generator.random_raw(3).tolist()
         assert own.integers(7) == lent.integers(7)
         assert own.standard_normal(number).tolist() == lent.standard_normal(number).tolist()

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from mirl_dist.distributed.launch import control as slips
-from mirl_dist.distributed.launch.control import Slip
-from mirl_dist.errors import Fault
+from mirl_dist.distributed.launch.control import ControlChannel
+from mirl_dist.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -39,15 +39,15 @@ def worker(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_launcher_and_worker_hear_each_other_without_being_told_where(place: Path) -> None:
-    slip = Slip.of_launcher()
+    slip = ControlChannel.of_launcher()
     assert worker("print(slip.stop_asked(), slip.final())").stdout == "False None\n"
-    slip.ask_to_stop()
+    slip.request_stop()
     assert worker("print(slip.stop_asked(), slip.final())").stdout == "True 75\n"
     assert worker("slip.last_word(2)").returncode == 0
-    assert slip.final() == 2
+    assert slip.exit_code() == 2
     assert place.stat().st_mode & 0o777 == 0o700
     slip.remove()
-    assert list(place.iterdir()) == [] and slip.final() is None and not slip.stop_asked()
+    assert list(place.iterdir()) == [] and slip.exit_code() is None and not slip.stop_requested()
 
 
 def test_workers_of_a_launcher_that_knows_no_slip_hear_each_other() -> None:
@@ -58,19 +58,24 @@ def test_workers_of_a_launcher_that_knows_no_slip_hear_each_other() -> None:
 
 
 def test_a_users_mistake_is_the_last_word_whoever_spoke_first() -> None:
-    slip = Slip.of_launcher()
+    slip = ControlChannel.of_launcher()
     for code in (75, 2, 75):
-        slip.last_word(code)
-    assert slip.final() == 2
+        slip.report_exit(code)
+    assert slip.exit_code() == 2
 
 
 def test_a_process_that_nobody_launched_says_and_hears_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    slip = Slip.of_worker()
-    slip.last_word(2)
-    slip.ask_to_stop()
+    slip = ControlChannel.of_worker()
+    slip.report_exit(2)
+    slip.request_stop()
     slip.remove()
-    assert (slip.final(), slip.stop_asked(), slip.parent_gone(), slip.restarted()) == (None, False, False, None)
+    assert (slip.exit_code(), slip.stop_requested(), slip.parent_gone(), slip.restart_notice()) == (
+        None,
+        False,
+        False,
+        None,
+    )
     assert not slip.leave_if_orphaned(lambda: False) and not slip.another_failed()
     assert not place.exists()
 
@@ -87,7 +92,7 @@ def test_what_dead_launchers_left_is_removed_and_what_living_ones_say_is_kept(pl
     earlier = place / (slips._name(os.getpid()) + "0")  # this process's number, another's start
     earlier.mkdir()
     assert len(list(place.iterdir())) == 3
-    Slip.of_launcher()
+    ControlChannel.of_launcher()
     left = {p.name.split("-")[2] for p in place.iterdir()}
     assert left == {str(living.pid), str(os.getpid())} and not earlier.exists()
     assert len(list(place.iterdir())) == 2
@@ -95,47 +100,47 @@ def test_what_dead_launchers_left_is_removed_and_what_living_ones_say_is_kept(pl
 
 
 def test_a_launcher_begins_with_an_empty_slip() -> None:
-    Slip.of_launcher().last_word(2)
-    assert Slip.of_launcher().final() is None
+    ControlChannel.of_launcher().report_exit(2)
+    assert ControlChannel.of_launcher().exit_code() is None
 
 
 def test_a_folder_that_others_could_write_is_closed_or_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place.mkdir()
     place.chmod(0o777)
-    Slip.of_launcher()
+    ControlChannel.of_launcher()
     assert place.stat().st_mode & 0o777 == 0o700
 
     monkeypatch.setattr(os, "getuid", lambda: 4711)
     foreign = place.parent / "mirl-dist-4711"
     foreign.mkdir()
-    with pytest.raises(Fault, match=r"mirl-dist-4711: found what is not a folder of this user\..* set TMPDIR"):
-        Slip.of_launcher()
+    with pytest.raises(UserError, match=r"mirl-dist-4711: found what is not a folder of this user\..* set TMPDIR"):
+        ControlChannel.of_launcher()
     foreign.rmdir()
     foreign.symlink_to(place)
-    with pytest.raises(Fault, match="not a folder of this user"):
-        Slip.of_launcher()
+    with pytest.raises(UserError, match="not a folder of this user"):
+        ControlChannel.of_launcher()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    slip = Slip.of_worker()
-    slip.last_word(2)
-    assert slip.final() is None, "a worker neither believes nor says anything there, and trains"
+    slip = ControlChannel.of_worker()
+    slip.report_exit(2)
+    assert slip.exit_code() is None, "a worker neither believes nor says anything there, and trains"
 
 
 def test_a_message_that_cannot_be_written_ends_nobody(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    slip = Slip.of_worker()
+    slip = ControlChannel.of_worker()
     place.rmdir()
     place.write_text("a file where the folder was")
-    slip.last_word(2)
-    assert slip.final() is None
-    with pytest.raises(Fault, match=r"mirl-dist-\d+: cannot be used \(File exists\)\. Set TMPDIR"):
-        Slip.of_launcher()
+    slip.report_exit(2)
+    assert slip.exit_code() is None
+    with pytest.raises(UserError, match=r"mirl-dist-\d+: cannot be used \(File exists\)\. Set TMPDIR"):
+        ControlChannel.of_launcher()
 
 
 def test_a_sigterm_means_a_request_unless_the_launcher_asks_by_slip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slips, "_DOUBT_SECONDS", 0.1)
-    slip = Slip.of_launcher()
+    slip = ControlChannel.of_launcher()
     assert slip.another_failed(), "it would have asked by the slip"
-    slip.ask_to_stop()
+    slip.request_stop()
     assert not slip.another_failed()
     slip.remove()
     assert not slip.another_failed(), "torchrun passes on the SIGTERM that it got itself"
@@ -144,7 +149,7 @@ def test_a_sigterm_means_a_request_unless_the_launcher_asks_by_slip(monkeypatch:
 @pytest.mark.parametrize(("ours", "said"), [(True, "None"), (False, "started again by the launcher (1 of 3)")])
 def test_a_restart_is_said_once_by_the_worker_or_by_a_launcher_of_ours(ours: bool, said: str) -> None:
     if ours:
-        Slip.of_launcher()
+        ControlChannel.of_launcher()
     counts = {"TORCHELASTIC_MAX_RESTARTS": "3"}
     assert worker("print(slip.restarted())", TORCHELASTIC_RESTART_COUNT="1", **counts).stdout == f"{said}\n"
     assert worker("print(slip.restarted())", TORCHELASTIC_RESTART_COUNT="0", **counts).stdout == "None\n"
@@ -227,8 +232,8 @@ def wait_for(found: Callable[[], Any]) -> None:
 
 def test_children_are_those_that_live(place: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert process.pid in slips.children(os.getpid())
+    assert process.pid in slips.child_processes(os.getpid())
     process.kill()
     wait_for(lambda: ended(process.pid))
-    assert process.pid not in slips.children(os.getpid())
+    assert process.pid not in slips.child_processes(os.getpid())
     process.communicate()

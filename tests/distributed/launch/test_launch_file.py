@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mirl_dist.distributed.launch.launch_file import LaunchFile, read
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 
 LAUNCH = Path(__file__).resolve().parents[3] / "launch"
 TWO: dict[str, Any] = {"distributed_type": "MULTI_GPU", "num_processes": 2}
@@ -53,7 +53,9 @@ def test_slurm_and_kubernetes_name_the_node_only_where_there_are_several(tmp_pat
     assert read(path, {"MIRL_NODE_RANK": "0", "SLURM_NODEID": "1", "JOB_COMPLETION_INDEX": "1"}).node_rank == 0
     assert read(written(tmp_path, NODES), {"MIRL_NODE_RANK": "0"}).node_rank == 0, "before the file"
     assert read(written(tmp_path, TWO), {"SLURM_NODEID": "7"}).node_rank == 0
-    with pytest.raises(Fault, match="2 nodes, and nothing says which of them this is. Set MIRL_NODE_RANK on each, "):
+    with pytest.raises(
+        UserError, match="2 nodes, and nothing says which of them this is. Set MIRL_NODE_RANK on each, "
+    ):
         read(written(tmp_path, several), {})
 
 
@@ -114,7 +116,7 @@ def test_what_would_train_alone_or_change_the_numbers_is_refused(
     tmp_path: Path, tree: dict[str, Any], said: str
 ) -> None:
     path = written(tmp_path, tree)
-    with pytest.raises(Fault) as fault:
+    with pytest.raises(UserError) as fault:
         read(path, {})
     assert str(path) in str(fault.value) and said in str(fault.value)
 
@@ -133,7 +135,7 @@ def test_what_would_train_alone_or_change_the_numbers_is_refused(
 def test_deepspeed_may_not_decide_what_the_config_decides(tmp_path: Path, key: str, value: Any, said: str) -> None:
     harmless = {"zero_stage": 2, "gradient_accumulation_steps": 1, "gradient_clipping": "none"}
     assert read(written(tmp_path, ZERO | {"deepspeed_config": harmless}), {}).engine == "zero2"
-    with pytest.raises(Fault) as fault:
+    with pytest.raises(UserError) as fault:
         read(written(tmp_path, ZERO | {"deepspeed_config": harmless | {key: value}}), {})
     assert f"deepspeed_config.{key}: {said}" in str(fault.value)
 
@@ -152,12 +154,12 @@ def test_deepspeed_may_not_decide_what_the_config_decides(tmp_path: Path, key: s
 def test_what_a_node_needs_to_find_the_others_is_asked_for(
     tmp_path: Path, tree: dict[str, Any], env: dict[str, str], said: str
 ) -> None:
-    with pytest.raises(Fault, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(said)):
         read(written(tmp_path, tree), env)
 
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
-    with pytest.raises(Fault, match="3 faults in") as fault:
+    with pytest.raises(UserError, match="3 faults in") as fault:
         read(written(tmp_path, TWO | {"use_cpu": True, "debug": True, "mixed_precision": "fp16"}), {})
     assert str(fault.value).count("\n") == 3
 
@@ -185,21 +187,21 @@ def test_accelerate_is_told_all_that_it_would_take_from_elsewhere(tmp_path: Path
 def test_a_file_of_another_kind_is_told_as_what_it_is(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "launch.yaml"
     path.write_text(text)
-    with pytest.raises(Fault) as fault:
+    with pytest.raises(UserError) as fault:
         read(path, {})
     assert str(fault.value) == f"{tmp_path}/{said}"
 
 
 def test_a_folder_is_refused_with_the_files_in_it(tmp_path: Path) -> None:
     path = written(tmp_path, TWO)
-    with pytest.raises(Fault) as fault:
+    with pytest.raises(UserError) as fault:
         read(tmp_path, {})
     assert str(fault.value) == f"{tmp_path} is a folder, where a file is needed. There are: {path}."
 
 
 def test_a_word_that_is_almost_right_is_one_fault_with_the_right_one(tmp_path: Path) -> None:
-    with pytest.raises(Fault, match=r"(?s)^a fault in .*the nearest is 'MULTI_GPU'") as fault:
+    with pytest.raises(UserError, match=r"(?s)^a fault in .*the nearest is 'MULTI_GPU'") as fault:
         read(written(tmp_path, TWO | {"distributed_type": "multi_gpu", "fsdp_config": {"fsdp_version": 2}}), {})
     assert "boolean" not in str(fault.value)
-    with pytest.raises(Fault, match="^a fault in .*\\n  deepspeed_config.zero_stage: found 4"):
+    with pytest.raises(UserError, match="^a fault in .*\\n  deepspeed_config.zero_stage: found 4"):
         read(written(tmp_path, ZERO | {"deepspeed_config": {"zero_stage": 4}}), {})

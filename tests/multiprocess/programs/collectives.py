@@ -13,21 +13,21 @@ import safetensors.torch
 import torch
 
 from mirl_dist.data.sample import Batch
-from mirl_dist.distributed.engines.ddp import Replicas
+from mirl_dist.distributed.engines.ddp import DdpEngine
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.distributed.stragglers import Pace
-from mirl_dist.errors import Fault, Stopped
+from mirl_dist.distributed.stragglers import StragglerDetector
+from mirl_dist.errors import Stopped, UserError
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.prune import Pruned, Rule, prune
+from mirl_dist.pruning.prune import PruneConfig, PruneResult, prune
 from mirl_dist.training import guards, loop, lottery
 from mirl_dist.training.state import Progress, State
 from mirl_dist.training.ticket import Ticket
 
 RULES = {
-    "global": Rule(0.2),
-    "layer": Rule(0.2, per="layer"),
-    "random": Rule(0.2, criterion="random", seed=7),
-    "random layer": Rule(0.3, criterion="random", per="layer", seed=7),
+    "global": PruneConfig(0.2),
+    "layer": PruneConfig(0.2, per="layer"),
+    "random": PruneConfig(0.2, criterion="random", seed=7),
+    "random layer": PruneConfig(0.3, criterion="random", per="layer", seed=7),
 }
 
 
@@ -35,7 +35,7 @@ def refused(work: Callable[[], object]) -> dict[str, Any] | None:
     """The Fault that some work meets, or None."""
     try:
         work()
-    except Fault as fault:
+    except UserError as fault:
         return {"text": str(fault), "everywhere": fault.everywhere, "resumable": fault.resumable}
     return None
 
@@ -53,11 +53,11 @@ def pruned(weights: dict[str, torch.Tensor], ranks: Ranks) -> dict[str, Any]:
     """Two cuts in a row by every rule."""
     found = {}
     for name, rule in RULES.items():
-        masks = masking.all_alive(weights, [n for n in weights if "weight" in n])
+        masks = masking.dense_masks(weights, [n for n in weights if "weight" in n])
         for cut in (1, 2):
-            made = prune(weights, masks, rule, ranks.share, ranks.gather)
+            made = prune(weights, masks, rule, ranks.partition, ranks.gather)
             masks = made.masks
-            said = [masking.digest(masks), made.threshold.hex(), made.removed, masking.alive(masks)]
+            said = [masking.digest(masks), made.threshold.hex(), made.removed, masking.count_surviving(masks)]
             found[f"{name} {cut}"] = said
     return found
 
@@ -67,13 +67,13 @@ def told(ranks: Ranks) -> dict[str, Any]:
     last = ranks.rank == ranks.world - 1
 
     def main_fails() -> str:
-        raise Fault(f"found something on rank {ranks.rank}, here, do that.")
+        raise UserError(f"found something on rank {ranks.rank}, here, do that.")
 
     def main_is_asked_to_stop() -> str:
         raise Stopped("stopped as asked")
 
     def main_finds_the_server_away() -> str:
-        raise Fault("the server is away.", resumable=True)
+        raise UserError("the server is away.", resumable=True)
 
     sent = {
         "flags": torch.tensor([[True, False], [False, True]]),
@@ -82,15 +82,15 @@ def told(ranks: Ranks) -> dict[str, Any]:
         "counts": torch.tensor([2**40, -1]),
         "half": torch.tensor([1.0, 2.0], dtype=torch.bfloat16),
     }
-    got = ranks.tensors_from_main(sent if ranks.is_main else None)
+    got = ranks.broadcast_tensors(sent if ranks.is_main else None)
     mine = torch.tensor([1e8, 1.0, -1e8, 0.1], dtype=torch.float32).roll(ranks.rank)
     return {
-        "agree": refused(lambda: ranks.agree("the colour", "red" if not last else "blue")),
-        "agreed": refused(lambda: ranks.agree("the colour", "red")),
-        "from main": ranks.from_main(lambda: f"from rank {ranks.rank}"),
-        "main stops": stopped(lambda: ranks.from_main(main_is_asked_to_stop)),
-        "main fails": refused(lambda: ranks.from_main(main_fails)),
-        "server away": refused(lambda: ranks.from_main(main_finds_the_server_away, what="commit")),
+        "agree": refused(lambda: ranks.check_agreement("the colour", "red" if not last else "blue")),
+        "agreed": refused(lambda: ranks.check_agreement("the colour", "red")),
+        "from main": ranks.on_main(lambda: f"from rank {ranks.rank}"),
+        "main stops": stopped(lambda: ranks.on_main(main_is_asked_to_stop)),
+        "main fails": refused(lambda: ranks.on_main(main_fails)),
+        "server away": refused(lambda: ranks.on_main(main_finds_the_server_away, what="commit")),
         "any": [ranks.any(last, what="whether one is last"), ranks.any(False, what="whether none is")],
         "sent": {n: [str(t.dtype), list(t.shape), t.tolist()] for n, t in got.items()},
         "gather": ranks.gather(torch.tensor([ranks.rank, 10 * ranks.rank])).tolist(),
@@ -105,8 +105,8 @@ def small_state(seed: int) -> State:
         n: torch.nn.Parameter(torch.randn(s, generator=generator))
         for n, s in (("a.weight", (4, 3)), ("b.weight", (5,)))
     }
-    engine = Replicas(weights, lambda p: torch.optim.AdamW(p.values(), lr=0.1))
-    return State(engine, masking.all_alive(weights, weights))
+    engine = DdpEngine(weights, lambda p: torch.optim.AdamW(p.values(), lr=0.1))
+    return State(engine, masking.dense_masks(weights, weights))
 
 
 def a_ticket(state: State) -> Ticket:
@@ -154,7 +154,7 @@ def guarded(ranks: Ranks) -> dict[str, Any]:
             newest=None,
             train_and_score=lambda: a_ticket(state),
             record=lambda ticket: None,
-            select=lambda: prune(state.weights, state.masks, Rule(0.2), ranks.share, ranks.gather),
+            select=lambda: prune(state.weights, state.masks, PruneConfig(0.2), ranks.partition, ranks.gather),
             rewind_point=lambda: initial,
             stop_if_asked=lambda before: opened.append(before),
         )
@@ -167,7 +167,7 @@ def guarded(ranks: Ranks) -> dict[str, Any]:
     masks = {
         n: torch.rand(p.shape, generator=torch.Generator().manual_seed(1)) > 0.3 for n, p in drifted.weights.items()
     }
-    masking.close_weights(risen.weights, masks)
+    masking.apply_masks(risen.weights, masks)
     risen.begin_round(1, masks, threshold=0.0, parent=None)
     if last:
         nudge(drifted.weights["a.weight"])
@@ -185,13 +185,13 @@ def guarded(ranks: Ranks) -> dict[str, Any]:
                     nudge(weights["b.weight"])
 
             lottery.rewind = wrong
-            lottery.begin_round(game, unproven, starts[2], ranks, Pruned(masks, 0.5, 0, ()), a_ticket(unproven))
+            lottery.begin_round(game, unproven, starts[2], ranks, PruneResult(masks, 0.5, 0, ()), a_ticket(unproven))
         finally:
             lottery.rewind = told
 
     found = {
         "drift": refused(lambda: play(drifted, starts[0])),
-        "drifted masks": masking.alive(drifted.masks),
+        "drifted masks": masking.count_surviving(drifted.masks),
         "other start": refused(lambda: play(other_start, starts[1])),
         "rewind": refused(rewind_that_fails),
         "risen": refused(lambda: lottery.prove_dead_weights(risen, ranks)),
@@ -205,7 +205,7 @@ def lossy(ranks: Ranks, last: bool) -> tuple[bool, int]:
     batch = Batch(none, none, none, (f"derain:one-{ranks.rank}", f"derain:two-{ranks.rank}"))
     seen = guards.Seen([(losses, batch)])
     progress = Progress(round=1, epoch=2, step=3)
-    if loop.meet(losses, batch, ranks, Around(), Pace()).bad:
+    if loop.meet(losses, batch, ranks, Around(), StragglerDetector()).bad:
         guards.refuse_bad_loss(seen, progress, 0, ranks)
     return (False, 0)
 
@@ -214,7 +214,7 @@ def stops(ranks: Ranks, last: bool) -> tuple[bool, int]:
     """Asked of one rank alone, heard by all; so is what every rank's batch replaced."""
     losses = torch.tensor([0.1, 0.2])
     batch = Batch(losses, losses, losses, ("a", "b"), skipped=2 if ranks.rank else 1)
-    word = loop.meet(losses, batch, ranks, Around(stop=last), Pace())
+    word = loop.meet(losses, batch, ranks, Around(stop=last), StragglerDetector())
     assert abs(word.loss - ranks.world * 0.3) < 1e-6 and not (word.bad or word.busy or word.failed)
     return (word.stop, word.skipped)
 

@@ -23,7 +23,7 @@ import torch
 from mirl_dist import storage
 from mirl_dist.cli import app
 from mirl_dist.distributed.engines import sharded_gradients
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks
 from mirl_dist.storage import async_writer, commits
 from mirl_dist.training import loop
@@ -83,8 +83,8 @@ def at_put(plan: Plan) -> None:
 
 
 def at_step(plan: Plan) -> None:
-    train_round, close_gradients, l1 = loop.train_round, masks.close_gradients, objective.per_sample_l1
-    close_parts = sharded_gradients.close
+    train_round, close_gradients, l1 = loop.train_round, masks.mask_gradients, objective.per_sample_l1
+    close_parts = sharded_gradients.mask
     where: list[Any] = []
     passes = [0]
 
@@ -100,7 +100,7 @@ def at_step(plan: Plan) -> None:
             where[1].keeper.settle(60)  # a commit that is under way is the matter of other mishaps
             die(plan)
         if now() and plan.get("do") == "fault":
-            raise Fault("found a planned fault, in this rank alone, so that a test can see it.")
+            raise UserError("found a planned fault, in this rank alone, so that a test can see it.")
 
     def closing_parts(*given: Any) -> None:
         before_closing()
@@ -124,8 +124,8 @@ def at_step(plan: Plan) -> None:
         return losses
 
     loop.train_round = training
-    masks.close_gradients = closing
-    sharded_gradients.close = closing_parts
+    masks.mask_gradients = closing
+    sharded_gradients.mask = closing_parts
     objective.per_sample_l1 = losing
 
 
@@ -145,11 +145,11 @@ def commit_on_time() -> None:
     """Commits that are due are made at their step, not at a later one because the one before is still being written:
     so that a test knows which are there."""
 
-    def waits(self: async_writer.Keeper) -> bool:
-        self.settle(60)
+    def waits(self: async_writer.AsyncWriter) -> bool:
+        self.wait_at_most(60)
         return False
 
-    async_writer.Keeper.busy = property(waits)  # type: ignore[assignment]
+    async_writer.AsyncWriter.busy = property(waits)  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

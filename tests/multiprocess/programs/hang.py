@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mirl_dist.distributed.process_group import lost_a_peer
+from mirl_dist.distributed.process_group import is_peer_loss
 from mirl_dist.distributed.ranks import Ranks
 
 
@@ -26,7 +26,7 @@ def work(ranks: Ranks, how: str, folder: Path) -> None:
     if how == "stop":
         threading.Thread(target=hear, args=(ranks, folder), daemon=True).start()
         if last:
-            ranks.tell_stop()
+            ranks.request_stop()
             wait_for(lambda: len(list(folder.glob("heard-*"))) == ranks.world)
     with ranks.in_phase("evaluating"):
         if how == "stopped" and last or how == "frozen-main" and ranks.is_main:
@@ -41,21 +41,21 @@ def work(ranks: Ranks, how: str, folder: Path) -> None:
             ranks.gather(torch.tensor(ranks.rank), what="gather of loss flags")
     if how == "restarted":
         again = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
-        (folder / f"{'again' if again else 'first'}-{ranks.rank}").write_text(str(ranks.stop_told()))
+        (folder / f"{'again' if again else 'first'}-{ranks.rank}").write_text(str(ranks.stop_requested()))
         if not again and last:
-            ranks.tell_stop()
+            ranks.request_stop()
         if not again:
-            wait_for(ranks.stop_told)
+            wait_for(ranks.stop_requested)
             os._exit(3)
         time.sleep(2.5)
-        (folder / f"later-{ranks.rank}").write_text(str(ranks.stop_told()))
-    ranks.from_main(lambda: None, what="last word")
+        (folder / f"later-{ranks.rank}").write_text(str(ranks.stop_requested()))
+    ranks.on_main(lambda: None, what="last word")
     ranks.barrier()
     ranks.close()
 
 
 def hear(ranks: Ranks, folder: Path) -> None:
-    wait_for(ranks.stop_told)
+    wait_for(ranks.stop_requested)
     (folder / f"heard-{ranks.rank}").touch()
 
 
@@ -74,7 +74,7 @@ if __name__ == "__main__":
     try:
         work(Ranks(device="cpu", timeout_seconds=2), sys.argv[1], Path(sys.argv[2]))
     except RuntimeError as error:
-        if not lost_a_peer(error):
+        if not is_peer_loss(error):
             raise
         print("another rank has gone", file=sys.stderr, flush=True)
         os._exit(1)

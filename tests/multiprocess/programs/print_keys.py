@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mirl_dist.cli import app
-from mirl_dist.storage.async_writer import Keeper
+from mirl_dist.storage.async_writer import AsyncWriter
 from mirl_dist.training import loop
 
 
@@ -33,7 +33,7 @@ def watch() -> None:
 
     loop.meet = watching
     # A commit that is due is made at its step, not later because the one before is still being written.
-    Keeper.busy = property(lambda self: bool(self.settle(60)))  # type: ignore[assignment, method-assign]
+    AsyncWriter.busy = property(lambda self: bool(self.settle(60)))  # type: ignore[assignment, method-assign]
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from mirl_dist.distributed.engines.sharding import kept
+from mirl_dist.distributed.engines.sharding import local_part
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.prune import Rule
+from mirl_dist.pruning.prune import PruneConfig
 from mirl_dist.training import lottery, selection
 from mirl_dist.training.state import State
 from mirl_dist.training.ticket import Ticket
@@ -56,10 +56,10 @@ def main(folder: Path) -> None:
     model = Tower()
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
     engine, _ = ranks.engine(model, lambda p: torch.optim.AdamW(p.values()), torch.zeros(1, COLUMNS))
-    initial = kept(engine.held, first)
+    initial = local_part(engine.layout, first)
     found = {"network": sum(t.nbytes for t in first.values()), "held": sum(t.nbytes for t in engine.weights.values())}
     first.clear()
-    state = State(engine, masking.all_alive(initial, initial), None, ranks.gather_here)
+    state = State(engine, masking.dense_masks(initial, initial), None, ranks.gather_here)
     game = lottery.Lottery(2, None, "initial", "all", 0, 1)
     ticket = Ticket.model_construct(round=0, protocols={})
 
@@ -67,8 +67,8 @@ def main(folder: Path) -> None:
         raise AssertionError("magnitudes need no network")
 
     with measured(found, "extra"):
-        pruned = selection.select(Rule(0.2), state, initial, whole, lambda: [], ranks, lambda: False)
-        ranks.agree("the new masks", masking.digest_of_masks(state.whole(pruned.masks)))
+        pruned = selection.select(PruneConfig(0.2), state, initial, whole, lambda: [], ranks, lambda: False)
+        ranks.check_agreement("the new masks", masking.digest_of_masks(state.whole(pruned.masks)))
         lottery.begin_round(game, state, initial, ranks, pruned, ticket)
     assert state.progress.round == 1 and pruned.removed == round(0.2 * (found["network"] // 4 - 1) + 0.5)
     with measured(found, "whole_extra"):

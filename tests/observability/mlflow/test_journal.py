@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mirl_dist.config.local_paths import journal_folder
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import outbox, records, sender
 from mirl_dist.observability.mlflow import tracker as tracking
 from mirl_dist.observability.mlflow.journal import Journal, waiting
@@ -30,7 +30,7 @@ from mirl_dist.observability.mlflow.outbox import Outbox
 from mirl_dist.observability.mlflow.records import Damaged, Item
 from mirl_dist.observability.mlflow.segments import Entry, Segment
 from mirl_dist.observability.mlflow.tracker import Mlflow, resend
-from mirl_dist.storage.base import TryAgain
+from mirl_dist.storage.base import Unavailable
 from tests.services import mlflow_client_program
 from tests.services.faulty_proxy import FORBIDDEN, FaultyProxy, answer
 from tests.services.mlflow_client_program import ROUNDS, STEPS, get
@@ -363,7 +363,9 @@ def test_anybody_may_look_what_waits_while_the_run_lives_and_when_it_is_dead(tmp
     assert waiting(tmp_path) == (1, 1, 3.0)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     (tmp_path / "file").write_text("")
-    with pytest.raises(Fault, match="found the journal .*file, which cannot be read: Not a directory. Ask its owner"):
+    with pytest.raises(
+        UserError, match="found the journal .*file, which cannot be read: Not a directory. Ask its owner"
+    ):
         waiting(tmp_path / "file")
 
 
@@ -563,7 +565,7 @@ def test_ids_that_cannot_be_remembered_are_remembered_later(
     def remember(new: dict[str, str]) -> None:
         tries.append(new)
         if len(tries) % 3:
-            raise TryAgain("the bucket is away. Start again.")
+            raise Unavailable("the bucket is away. Start again.")
         run.ids.update(new)
 
     tracker = run.begin(server.url, remember=remember)
@@ -748,11 +750,13 @@ def test_what_a_dead_job_left_can_be_sent_but_not_while_it_lives(
     def send(uri: str) -> Any:
         return resend(uri, "left", "demo", ids, ids.update, journal, b"", said.append)
 
-    with pytest.raises(Fault, match=f"found the journal {journal} in use: the run lives and sends by itself.*Wait"):
+    with pytest.raises(UserError, match=f"found the journal {journal} in use: the run lives and sends by itself.*Wait"):
         send(server.url)
     os.kill(pid, signal.SIGKILL)
     assert lives.end(pid) == -signal.SIGKILL
-    with pytest.raises(Fault, match="away or refusing .*refused.*: 60 points and 5 other records still wait") as away:
+    with pytest.raises(
+        UserError, match="away or refusing .*refused.*: 60 points and 5 other records still wait"
+    ) as away:
         send(proxy.url)
     assert away.value.resumable and waiting(journal)[:2] == (60, 5)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import reader
 from mirl_dist.observability.mlflow import tracker as tracking
 from mirl_dist.observability.mlflow.reader import Kept, log_report, read
@@ -116,7 +116,7 @@ def test_a_reference_that_is_no_run_of_ours_says_what_it_is(sqlite: str, run: di
         ("experiment:empty", "found no run with tickets in the experiment 'empty'"),
         ("experiment:nobody", "found no experiment 'nobody' at .*There are: Default, .*tickets"),
     ):
-        with pytest.raises(Fault, match=said) as fault:
+        with pytest.raises(UserError, match=said) as fault:
             read(reference, sqlite)
         assert not fault.value.resumable
 
@@ -130,30 +130,36 @@ def test_files_that_are_missing_damaged_or_no_tickets_of_ours_are_told(
     assert read(ids["run"], sqlite)[0].tickets == [Kept(0, ticket(0), None, None)]
 
     monkeypatch.setitem(reader._LARGEST, "ticket.json", 5)
-    with pytest.raises(Fault, match=r"found tickets/00/ticket.json of the run 'torn, round 00' .* 0.0 MiB, where ours"):
+    with pytest.raises(
+        UserError, match=r"found tickets/00/ticket.json of the run 'torn, round 00' .* 0.0 MiB, where ours"
+    ):
         read(ids["run"], sqlite)
     monkeypatch.undo()
 
     config = next(folder.glob(f"mlartifacts/torn/{ids['run']}/**/run.json"))
     for content in (b"{torn", b"[]", b"[" * 100_000):
         config.write_bytes(content)
-        with pytest.raises(Fault, match="found run.json of the run 'torn' .* damaged"):
+        with pytest.raises(UserError, match="found run.json of the run 'torn' .* damaged"):
             read(ids["run"], sqlite)
     config.unlink()
     assert read(ids["run"], sqlite)[0].config is None
 
     (mask.parent / "ticket.json").unlink()
-    with pytest.raises(Fault, match="found no tickets/00/ticket.json with the run 'torn, round 00' .*track resend RUN"):
+    with pytest.raises(
+        UserError, match="found no tickets/00/ticket.json with the run 'torn, round 00' .*track resend RUN"
+    ):
         read(ids["run"], sqlite)
 
 
 def test_a_store_that_is_away_is_told_and_none_is_made(tmp_path: Path) -> None:
-    with pytest.raises(Fault, match="found http://127.0.0.1:9 away or refusing .*refused.*Check the server") as away:
+    with pytest.raises(
+        UserError, match="found http://127.0.0.1:9 away or refusing .*refused.*Check the server"
+    ) as away:
         read("f" * 32, "http://ada:hunter22@127.0.0.1:9")
     assert away.value.resumable and "hunter22" not in str(away.value)
-    with pytest.raises(Fault, match="found http://127.0.0.1:9 away or refusing"):
+    with pytest.raises(UserError, match="found http://127.0.0.1:9 away or refusing"):
         log_report("http://127.0.0.1:9", EXPERIMENT, "comparison", {"a.html": b"<p>"})
-    with pytest.raises(Fault, match=f"found no file {tmp_path}/no.db for the tracking URI"):
+    with pytest.raises(UserError, match=f"found no file {tmp_path}/no.db for the tracking URI"):
         read("experiment:x", f"sqlite:///{tmp_path}/no.db")
     assert not list(tmp_path.iterdir()), "who reads makes no store"
 
@@ -164,7 +170,7 @@ def test_a_silent_server_is_not_waited_for_longer_than_the_environment_says(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with FaultyProxy(server) as proxy:
         proxy.silent = True
-        with pytest.raises(Fault, match="away or refusing .*timed out"):
+        with pytest.raises(UserError, match="away or refusing .*timed out"):
             read("f" * 32, proxy.url)
 
 
@@ -189,7 +195,7 @@ def test_a_report_that_breaks_off_leaves_no_half_run(sqlite: str, monkeypatch: p
         raise ConnectionResetError("the line broke")
 
     monkeypatch.setattr(MlflowClient, "log_artifacts", breaks)
-    with pytest.raises(Fault, match="the line broke") as away:
+    with pytest.raises(UserError, match="the line broke") as away:
         log_report(sqlite, "broken", "comparison", {"a.html": b"<p>"})
     assert away.value.resumable
     look = client(sqlite)

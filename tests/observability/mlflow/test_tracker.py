@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import outbox, records, sender
 from mirl_dist.observability.mlflow import tracker as tracking
 from mirl_dist.observability.mlflow.tracker import Mlflow, Silent, Tracker, waiting
@@ -602,7 +602,9 @@ def test_no_secret_reaches_a_run_a_reader_or_the_journal(
 
 def test_a_folder_as_store_is_refused_with_the_way_out(tmp_path: Path) -> None:
     for uri in ("./mlruns", "file:///srv/mlruns"):
-        with pytest.raises(Fault, match="found the tracking URI .*mlruns.*keeps no runs in plain folders. Use sqlite"):
+        with pytest.raises(
+            UserError, match="found the tracking URI .*mlruns.*keeps no runs in plain folders. Use sqlite"
+        ):
             Mlflow(
                 uri=uri, experiment="e", run_name="r", remembered={}, remember=lambda ids: None, journal=tmp_path / "j"
             )
@@ -710,7 +712,7 @@ def test_a_password_with_a_slash_is_refused_and_never_shown(
     assert records.masked(f"{address} is away", address) == f"{clean.replace('bob@', '***@')} is away"
     other = records.masked(f"see {address}", "sqlite:///mlflow.db")
     assert "hunt" not in other.partition("?key")[0] and "er2" not in other
-    with pytest.raises(Fault, match="Write a / in a password as %2F") as fault:
+    with pytest.raises(UserError, match="Write a / in a password as %2F") as fault:
         tracking.refuse(None)
     assert not re.search("bob|hunt|er2", str(fault.value))
 
@@ -728,7 +730,7 @@ def test_addresses_whose_parts_are_clear_stay_as_they_are() -> None:
     records.refuse_unclear("http://bob:hunt%2Fer2@host")
     records.refuse_unclear("mssql://host/db?user=me@server")
     for address in ("http://host:99999", "postgresql://bob@host:65536/db"):
-        with pytest.raises(Fault, match=r"found the port \d+, which is out of range"):
+        with pytest.raises(UserError, match=r"found the port \d+, which is out of range"):
             records.refuse_unclear(address)
-    with pytest.raises(Fault, match="found no host and port in the tracking URI"):
+    with pytest.raises(UserError, match="found no host and port in the tracking URI"):
         records.refuse_unclear("http://[::1:5000")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from mirl_dist import storage
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
 from mirl_dist.tickets.compare import judge, mask_overlap, published, statistics
 from mirl_dist.tickets.compare.entry import DENSE, Shown
@@ -284,7 +284,7 @@ def test_another_protocol_gives_its_own_scores_and_differences() -> None:
     assert at(shown, "A", protocol="second").against_dense[RAIN].mean == -0.5
     assert at(shown, "A", protocol="first") == at(shown, "A")
     assert at(shown, "B", protocol="second").psnr == {}
-    with pytest.raises(Fault, match=r"no ticket here was scored by third; there are first, second\."):
+    with pytest.raises(UserError, match=r"no ticket here was scored by third; there are first, second\."):
         statistics.lines(shown, "third")
 
 
@@ -315,7 +315,7 @@ def test_scores_that_were_measured_differently_are_refused(
         latex.tables,
         judge.judge,
     ):
-        with pytest.raises(Fault, match=complaint):
+        with pytest.raises(UserError, match=complaint):
             compare(shown)
 
 

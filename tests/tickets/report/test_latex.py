@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.tickets.compare.entry import DENSE
 from mirl_dist.tickets.report import latex
 from tests.tickets.compare.test_compare import FIVE, NOISE, RAIN, five_tasks, one, scores
@@ -156,5 +156,5 @@ def test_parameters_are_millions_of_weights_that_are_not_pruned() -> None:
 
 
 def test_tickets_without_scores_make_no_table() -> None:
-    with pytest.raises(Fault, match="no ticket here has a score"):
+    with pytest.raises(UserError, match="no ticket here has a score"):
         latex.tables([one("A", 0, 1, {})])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mirl_dist.data import image_strip
-from mirl_dist.errors import Fault
+from mirl_dist.errors import UserError
 from mirl_dist.tickets.compare import judge, statistics
 from mirl_dist.tickets.compare.entry import DENSE, Shown
 from mirl_dist.tickets.report import latex, page, page_gallery, text_tables
@@ -306,7 +306,7 @@ def test_other_protocols_have_tables_of_their_own() -> None:
 
 
 def test_a_page_of_nothing_is_refused() -> None:
-    with pytest.raises(Fault, match="found no ticket to compare"):
+    with pytest.raises(UserError, match="found no ticket to compare"):
         page.html([], "nothing", MADE)
 
 
