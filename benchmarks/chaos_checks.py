@@ -278,7 +278,7 @@ def leftovers(ended: Ended) -> Iterator[Check]:
     yield Check("(d) lease", f"generation {newest[6:14]} released: {why}", why == "finished")
     pending = ended.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
     yield Check("(d) uploads in parts", f"{len(pending)} pending", not pending)
-    waits = tracker.waiting(ended.journal)
+    waits = tracker.pending_records(ended.journal)
     yield Check(
         "(d) journal", f"{waits.points} points and {waits.records} records wait", not (waits.points or waits.records)
     )
@@ -286,5 +286,5 @@ def leftovers(ended: Ended) -> Iterator[Check]:
 
 def waits(journal: Path) -> bool:
     """Whether MLflow has not heard all."""
-    found = tracker.waiting(journal)
+    found = tracker.pending_records(journal)
     return bool(found.points or found.records)

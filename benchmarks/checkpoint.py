@@ -35,20 +35,20 @@ from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import open_store
 from mirl_dist.storage.async_writer import AsyncWriter
 from mirl_dist.training.checkpoint import Checkpoints
-from mirl_dist.training.state import State
+from mirl_dist.training.state import TrainState
 from tests.services.ceph_server import CephServer
 from tests.services.s3_server import S3Server
 
 TENSORS = 542  # as many as PromptIR has
 
 
-def state_of(megaweights: float) -> State:
+def state_of(megaweights: float) -> TrainState:
     """A state with weights, moments and a mask, as in the middle of a round."""
     each = max(1, int(megaweights * 1e6 / TENSORS))
     torch.manual_seed(0)
     weights = {f"layer{i:03d}.weight": nn.Parameter(torch.randn(each)) for i in range(TENSORS)}
     masks = {name: torch.rand(each) > 0.5 for name in weights}
-    state = State(DdpEngine(weights, lambda named: torch.optim.AdamW(named.values())), masks)
+    state = TrainState(DdpEngine(weights, lambda named: torch.optim.AdamW(named.values())), masks)
     for parameter in weights.values():
         parameter.grad = torch.randn(each)
     state.engine.step(1e-3)
@@ -71,7 +71,7 @@ def pieces(until: Callable[[], bool]) -> tuple[int, float]:
     return done, time.perf_counter() - began
 
 
-def measure(kept: Checkpoints, state: State, commits: int, raw: Callable[[str, bytes], None]) -> dict[str, Any]:
+def measure(kept: Checkpoints, state: TrainState, commits: int, raw: Callable[[str, bytes], None]) -> dict[str, Any]:
     """Medians over interleaved rounds."""
     state.snapshot()  # its memory is made once
     data = os.urandom(sum(p.numel() for p in state.weights.values()) * 12)

@@ -33,7 +33,7 @@ from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import PruneConfig, prune
 from mirl_dist.tickets import container, file
-from mirl_dist.tickets.file import Content
+from mirl_dist.tickets.file import TicketContent
 from mirl_dist.training.ticket import Curve, Score, Ticket
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -51,13 +51,13 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def rounds(count: int) -> list[Content]:
+def rounds(count: int) -> list[TicketContent]:
     """Consecutive rounds of a small run that nobody trained: a fifth goes each time, the rest is rewound."""
     config = configs.from_dump(CONFIG, "the small run")
     random_ = torch.Generator().manual_seed(3)
     first = {name: torch.randn(shape, generator=random_) for name, shape in SHAPES.items()}
     masks, threshold = masking.dense_masks(first, [n for n in SHAPES if n.endswith("weight")]), 0.0
-    found: list[Content] = []
+    found: list[TicketContent] = []
     for round_ in range(count):
         if round_:
             masks, threshold = prune(found[-1].trained, masks, PruneConfig(0.2))[:2]
@@ -92,7 +92,7 @@ def rounds(count: int) -> list[Content]:
             world=2,
             versions={"torch": "2"},
         )
-        found.append(Content(ticket, config.dump(), masks, initial, trained))
+        found.append(TicketContent(ticket, config.dump(), masks, initial, trained))
     return found
 
 
@@ -102,7 +102,7 @@ Parts = dict[str, bytes]
 
 
 def parts_of(data: bytes) -> Parts:
-    return {name: bytes(part) for name, part in container.unseal(data, "the small ticket").items()}
+    return {name: bytes(part) for name, part in container.unpack(data, "the small ticket").items()}
 
 
 def resealed(data: bytes, change: Callable[[Parts], None]) -> bytes:

@@ -36,13 +36,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mirl_dist.data.building.build import build
-from mirl_dist.data.building.inspection import survey
+from mirl_dist.data.building.inspection import inspect_images
 from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.building.recipe import read as read_recipe
-from mirl_dist.data.loader import Stream
-from mirl_dist.data.parallel import ALONE
-from mirl_dist.data.sampler import Order, Position, share_batch
-from mirl_dist.data.shard_pool import Supply
+from mirl_dist.data.loader import TrainLoader
+from mirl_dist.data.parallel import SINGLE_PROCESS
+from mirl_dist.data.sampler import GlobalSampler, Position, split_batch
+from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.data.shards import Shards
 from mirl_dist.storage import Folder
 
@@ -150,12 +150,12 @@ def plain_webdataset(folder: Path, mix: dict[str, int]) -> Iterator[Any]:
         yield default_collate([next(next(turns)) for _ in range(BATCH)])
 
 
-def ours(supply: Supply, mix: dict[str, int], workers: int) -> Iterator[Any]:
+def ours(supply: ShardPool, mix: dict[str, int], workers: int) -> Iterator[Any]:
     """Batches of the package's stream, as a network on the CPU gets them."""
-    shards, shares = supply.shards, share_batch(BATCH, None, 1)
-    order = Order(mix, shards.train, BATCH, seed=0)
+    shards, shares = supply.shards, split_batch(BATCH, None, 1)
+    order = GlobalSampler(mix, shards.train, BATCH, seed=0)
     cut: dict[str, Any] = {"patch_pixels": PATCH, "augment": "published", "pin": False}
-    stream = Stream(supply, order, seed=0, workers=workers, rank=0, shares=shares, ahead=BATCH, **cut)
+    stream = TrainLoader(supply, order, seed=0, workers=workers, rank=0, shares=shares, ahead=BATCH, **cut)
     with closing(stream.batches(0, Position(0, 0), epochs=1000)) as batches:
         for batch in batches:
             yield batch.to(torch.device("cpu"))
@@ -192,12 +192,12 @@ def silent(done: int, total: int, what: str) -> None:
 def compare(recipe: Recipe, data: str, folder: Path, rounds: int, seconds: float) -> list[Round]:
     """Rounds of every way on every workload."""
     files: dict[str, list[Pair]] = {task: [] for task in KINDS}
-    for picture in survey(recipe, 1, silent, ALONE).pictures:
+    for picture in inspect_images(recipe, 1, silent, SINGLE_PROCESS).images:
         task = next(task for task, kind in KINDS.items() if kind == picture.kind)
         files[task].append(Pair(picture.degraded, picture.clean))
-    supply = Supply(Shards(Folder(folder)), None, "refuse", print)
+    supply = ShardPool(Shards(Folder(folder)), None, "refuse", print)
     for shard in supply.shards.train:  # each is hashed once per process: not part of a sample's cost
-        supply.want(shard)
+        supply.acquire(shard)
         supply.get(shard)
         supply.release(shard)
     found = []

@@ -22,7 +22,7 @@ import webdataset
 from numpy.typing import NDArray
 
 from mirl_dist.data.manifest import Kind, Shard
-from mirl_dist.data.sampler import Order, Position
+from mirl_dist.data.sampler import GlobalSampler, Position
 
 MIX = {"denoise_15": 3.0, "denoise_25": 3.0, "denoise_50": 3.0, "derain": 120.0, "dehaze": 1.0}
 FULL: dict[Kind, int] = {"clean": 5144, "derain": 200, "dehaze": 72135}
@@ -85,7 +85,7 @@ def firsts(shards: list[Shard]) -> NDArray[np.int64]:
 
 
 def by_lanes(shards: list[Shard], batch: int, epochs: int) -> Reads:
-    order = Order(MIX, shards, batch, seed=0)
+    order = GlobalSampler(MIX, shards, batch, seed=0)
     slots = [slot for at in order.positions(Position(0, 0), epochs) for slot in order.slots(0, at)]
     held = np.array([(slot.shard, slot.sample, slot.task) for slot in slots])
     return Reads(firsts(shards)[held[:, 0]] + held[:, 1], held[:, 2])
@@ -181,13 +181,13 @@ def table_costs() -> str:
     """Time and memory of one epoch's table."""
     said = []
     for data, (counts, _) in DATA.items():
-        order = Order(MIX, shards_of(counts, 140), 8, seed=0)
+        order = GlobalSampler(MIX, shards_of(counts, 140), 8, seed=0)
         seconds = []
         for epoch in range(7):
             began = time.process_time()
             order.slots(0, Position(epoch, 0))
             seconds.append(time.process_time() - began)
-        fresh = Order(MIX, shards_of(counts, 140), 8, seed=0)
+        fresh = GlobalSampler(MIX, shards_of(counts, 140), 8, seed=0)
         tracemalloc.start()
         fresh.slots(0, Position(0, 0))
         kept, peak = tracemalloc.get_traced_memory()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mirl_dist.data import image_strip
 from mirl_dist.evaluation import metrics
 from mirl_dist.evaluation.score import Score
-from mirl_dist.tickets.compare.entry import DENSE, Shown
+from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.training.ticket import Curve, Ticket
 
 TASKS = {"derain/rain": 29.0, "denoise_25/photos": 30.2, "dehaze/haze": 26.5}
@@ -137,7 +137,7 @@ def shown(
     masked: bool = True,
     curved: bool = True,
     side: int = 0,
-) -> Shown:
+) -> Entry:
     """One ticket. density: about the alive share of its prunable weights; side: pixels of its pictures, 0 without."""
     masks = _masks(method, seed, parts, density)
     alive, prunable = sum(int(m.sum()) for m in masks.values()), sum(parts.values())
@@ -175,7 +175,7 @@ def shown(
     packed = {n: np.packbits(m) for n, m in masks.items()} if masked else None
     strip = _strip(seed, {n: s.psnr for n, s in scores.items()}, side) if side else None
     name = run or f"{method.replace(' ', '_')}_s{seed}"
-    return Shown(name, method, seed, "training", f"experiment of {method}", ticket, parts, packed, strip)
+    return Entry(name, method, seed, "training", f"experiment of {method}", ticket, parts, packed, strip)
 
 
 def comparison(
@@ -186,7 +186,7 @@ def comparison(
     parts: Mapping[str, int] = PARTS,
     tasks: Mapping[str, float] = TASKS,
     side: int = 0,
-) -> list[Shown]:
+) -> list[Entry]:
     """Runs of methods and seeds: a dense round 0 and `rounds` pruned ones; one-shot methods and controls prune once.
 
     Controls are of the last ticket of the first method.

@@ -112,7 +112,7 @@ def test_a_damaged_header_hides_samples_from_a_plain_reader_and_none_from_ours(
     said: list[str] = []
     supply = supply_of(folder, damage="skip", said=said)
     shard = places[0].shard
-    supply.want(shard)
+    supply.acquire(shard)
     lost = {supply.get(shard).entries[number].key for number in supply.get(shard).bad}
     for place in places:
         if place.entry.key not in lost:

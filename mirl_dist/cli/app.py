@@ -147,7 +147,7 @@ def train(
         file, options = launcher.choose(tree, launch)
         if options:
             _check_launch(file)
-            preflight.prepare(tree, file.ranks, resume, open_ticket)
+            preflight.preflight(tree, file.ranks, resume, open_ticket)
             launcher.launch(tree, file, options, ["train", str(config)], sets or [], resume, stop_asked.close)
             return
     again = slip.restart_notice()
@@ -242,9 +242,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a ticket: PSNR and SSIM per task and set. Under `accelerate launch` all ranks share the images."""
-    from mirl_dist.cli.evaluate import How, print_scores
+    from mirl_dist.cli.evaluate import EvalOptions, print_scores
 
-    print_scores(ticket, shards, How(protocol, tile, precision, compiled), table, as_json)
+    print_scores(ticket, shards, EvalOptions(protocol, tile, precision, compiled), table, as_json)
 
 
 @app.command()
@@ -286,7 +286,7 @@ def shards_build(
     from mirl_dist.data.building import contact_sheet
     from mirl_dist.data.building.build import build
     from mirl_dist.data.building.recipe import read
-    from mirl_dist.data.parallel import ALONE, Crew
+    from mirl_dist.data.parallel import SINGLE_PROCESS, WorkerGroup
     from mirl_dist.distributed.hardware import processes
     from mirl_dist.observability import progress as report
     from mirl_dist.storage import open_store
@@ -297,7 +297,7 @@ def shards_build(
         from mirl_dist.distributed.ranks import Ranks
 
         ranks = Ranks(device="cpu")
-    crew: Crew = ranks or ALONE
+    crew: WorkerGroup = ranks or SINGLE_PROCESS
     # Rank 0 alone reads what the user gave: files and settings may differ from node to node.
     tree, store = crew.on_main(lambda: (read(recipe, sets or []), open_store(out)))
     with report.Bars() as bars:

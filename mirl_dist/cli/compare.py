@@ -15,7 +15,7 @@ from mirl_dist.observability.mlflow import reader
 from mirl_dist.storage import Folder, output_paths
 from mirl_dist.tickets import collect
 from mirl_dist.tickets.compare import judge, statistics
-from mirl_dist.tickets.compare.entry import Shown
+from mirl_dist.tickets.compare.entry import Entry
 from mirl_dist.tickets.report import latex, page, text_tables
 
 CSV, LATEX, PAGE, PUBLISHED = "tickets.csv", "tickets.tex", "tickets.html", "published.csv"
@@ -37,7 +37,7 @@ def compare(
     """
     output_paths.check_folder(out)
     shown = collect.gather(references, uri)
-    statistics.refuse_mixed(shown)
+    statistics.check_comparable(shown)
     if not pictures:
         shown = [one._replace(strip=None) for one in shown]
     say = warn if as_json else progress.say  # what is said beside JSON is no JSON
@@ -67,7 +67,7 @@ def compare(
         say(f"MLflow: {address}")
 
 
-def _told(shown: Sequence[Shown]) -> list[dict[str, object]]:
+def _told(shown: Sequence[Entry]) -> list[dict[str, object]]:
     return [
         {"run": one.run, "method": one.method, "seed": one.seed} | one.ticket.row() | {"method": one.method}
         for one in shown

@@ -18,7 +18,7 @@ from mirl_dist.cli import show
 from mirl_dist.config.config import Config
 from mirl_dist.config.portable import portable
 from mirl_dist.config.tasks import Task
-from mirl_dist.data.image_files import Refused, decode
+from mirl_dist.data.image_files import ImageRefused, decode
 from mirl_dist.data.sample import Pixels
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
@@ -28,12 +28,12 @@ from mirl_dist.evaluation.protocols import PROTOCOLS
 from mirl_dist.observability import progress
 from mirl_dist.storage import Folder, output_paths
 from mirl_dist.storage.configured import open_configured
-from mirl_dist.tickets.open import Filed, network, open_ticket
+from mirl_dist.tickets.open import FileTicket, network, open_ticket
 from mirl_dist.training import dataloaders, run
 from mirl_dist.training.round import versions
 
 
-class How(NamedTuple):
+class EvalOptions(NamedTuple):
     """What differs from the ticket's own evaluation section; None: as there."""
 
     protocols: Sequence[str] | None = None
@@ -42,7 +42,7 @@ class How(NamedTuple):
     compile: bool | None = None
 
 
-def _settings(config: Config, how: How) -> evaluate.Settings:
+def _settings(config: Config, how: EvalOptions) -> evaluate.EvalSettings:
     unknown = [name for name in how.protocols or () if name not in PROTOCOLS]
     if unknown:
         raise UserError(f"--protocol: found '{unknown[0]}'. Use {', '.join(PROTOCOLS)}.")
@@ -53,13 +53,13 @@ def _settings(config: Config, how: How) -> evaluate.Settings:
         settings = settings._replace(protocols=tuple(PROTOCOLS[name] for name in dict.fromkeys(how.protocols)))
     if how.tile_pixels is not None:
         settings = settings._replace(tile_pixels=how.tile_pixels)
-        refuse_tiles(how.tile_pixels, settings.tile_overlap)
+        check_tiles(how.tile_pixels, settings.tile_overlap)
     if how.precision is not None:
         settings = settings._replace(precision="bf16" if how.precision == "bf16" else "fp32")
     return settings if how.compile is None else settings._replace(compile=how.compile)
 
 
-def refuse_tiles(tile_pixels: int, overlap: int) -> None:
+def check_tiles(tile_pixels: int, overlap: int) -> None:
     """Raise Fault for tiles that are too small."""
     if tile_pixels < 64 or tile_pixels <= overlap:
         raise UserError(
@@ -67,7 +67,9 @@ def refuse_tiles(tile_pixels: int, overlap: int) -> None:
         )
 
 
-def print_scores(reference: str, shards_address: str | None, how: How, table: Path | None, as_json: bool) -> None:
+def print_scores(
+    reference: str, shards_address: str | None, how: EvalOptions, table: Path | None, as_json: bool
+) -> None:
     """Score a ticket again, on the run's shards or on others, shared out over the ranks that were launched.
 
     A ticket file names no places, and what it names in spite of that is not heard: its user's own hold.
@@ -75,7 +77,7 @@ def print_scores(reference: str, shards_address: str | None, how: How, table: Pa
     output_paths.check_file(table, "--table")
     opened = open_ticket(reference)
     config, ticket = opened.config, opened.ticket()
-    if isinstance(opened, Filed):
+    if isinstance(opened, FileTicket):
         if shards_address is None:
             raise UserError(
                 f"found {reference}, a ticket file, which does not say where shards are. Name the shards with --shards."
@@ -84,12 +86,14 @@ def print_scores(reference: str, shards_address: str | None, how: How, table: Pa
     settings = _settings(config, how)
     shards = Shards(open_configured(config.store, shards_address or config.data.shards))
     tasks = tuple(Task.of(name) for name in config.data.mix)
-    jobs = evaluate.plan(shards, tasks, config.evaluate.sets if shards_address is None else None, by=settings.protocols)
+    jobs = evaluate.plan_jobs(
+        shards, tasks, config.evaluate.sets if shards_address is None else None, by=settings.protocols
+    )
     if not jobs:
         raise UserError(f"{shards.store.where()} holds no evaluation images for {', '.join(t.name for t in tasks)}.")
     model = network(config, opened.trained_weights())
     ranks = Ranks(device=config.train.device)
-    supply = dataloaders.supply_of(config, shards, "evaluate", stop_asked=lambda: False)
+    supply = dataloaders.shard_pool_of(config, shards, "evaluate", stop_asked=lambda: False)
     with redirect_stdout(sys.stderr if as_json else sys.stdout):  # progress is no JSON
         scored = evaluate.evaluate(model.to(ranks.device), supply, jobs, ranks, settings)
     supply.close()
@@ -104,13 +108,15 @@ def print_scores(reference: str, shards_address: str | None, how: How, table: Pa
                 show.print_score_table(title, scored.scores[protocol.name])
             for protocol in settings.protocols:
                 progress.say(f"{protocol.name}: {protocol.text}")
-            progress.say(", ".join(f"{key}: {value}" for key, value in settings.measured().items()))
+            progress.say(", ".join(f"{key}: {value}" for key, value in settings.as_recorded().items()))
             if table is not None:
                 progress.say(f"scores of each image: {table}")
     ranks.close()
 
 
-def _told(round_: int, settings: evaluate.Settings, shards: Shards, scored: evaluate.Scored) -> dict[str, object]:
+def _told(
+    round_: int, settings: evaluate.EvalSettings, shards: Shards, scored: evaluate.EvalResult
+) -> dict[str, object]:
     headline = settings.protocols[0]
     dumped = {p: {name: score.model_dump() for name, score in of.items()} for p, of in scored.scores.items()}
     return {
@@ -119,7 +125,7 @@ def _told(round_: int, settings: evaluate.Settings, shards: Shards, scored: eval
         "scores": dumped[headline.name],
         "protocols": {protocol.name: protocol.text for protocol in settings.protocols},
         "also": {name: of for name, of in dumped.items() if name != headline.name},
-        "measured": settings.measured(),
+        "measured": settings.as_recorded(),
         "manifest_digest": shards.manifest.digest(),
         "versions": versions(),
     }
@@ -140,7 +146,7 @@ def restore_files(images: list[Path], reference: str, out: Path, tile_pixels: in
     if missing:
         raise UserError(f"no image at {', '.join(missing[:5])}. Give paths of image files.")
     if tile_pixels is not None:
-        refuse_tiles(tile_pixels, config.evaluate.tile_overlap)
+        check_tiles(tile_pixels, config.evaluate.tile_overlap)
     pictures = [_picture(path) for path in images]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, folder = network(config, opened.trained_weights()).to(device), Folder(out)
@@ -158,5 +164,5 @@ def _picture(path: Path) -> Pixels:
     """The pixels of an image file. Raises Fault for one whose 8-bit RGB would be a guess."""
     try:
         return decode(path.read_bytes())
-    except Refused as reason:
+    except ImageRefused as reason:
         raise UserError(f"{path} {reason}. Give a PNG, JPEG or BMP file of 8 bits per channel.") from None

@@ -19,13 +19,13 @@ from mirl_dist.observability.console import warn
 from mirl_dist.storage import open_store
 from mirl_dist.tickets import collect
 from mirl_dist.tickets.compare import judge, statistics
-from mirl_dist.tickets.open import Found, find, run_of
+from mirl_dist.tickets.open import RunTicket, open_run_ticket, run_of
 from mirl_dist.training.checkpoint import Checkpoints
 
 KINDS = ("reinit", "random_layer", "random_global")
 
 
-class Control(NamedTuple):
+class ControlRun(NamedTuple):
     """One more training that a ticket is held against: its mask with other first values, or a random mask.
 
     parent: the ticket's digest; tree: the control's config.
@@ -59,7 +59,7 @@ def judge_runs(runs: Sequence[str], round_: int | None, train: str | None, toler
     if twice is not None:
         raise UserError(f"found {twice} twice. Judge one round of each run; call again for another round.")
     named = runs if round_ is None else [f"{home}/rounds/{round_:02d}" for home in homes]
-    judged = dict(zip(homes, map(find, named), strict=True))
+    judged = dict(zip(homes, map(open_run_ticket, named), strict=True))
     controls = [control for home, found in judged.items() for control in controls_of(home, found)]
     for control in controls:
         if train is not None and not control.finished():
@@ -70,7 +70,7 @@ def judge_runs(runs: Sequence[str], round_: int | None, train: str | None, toler
     dense = [f"{home}/rounds/00" for home, found in judged.items() if found.round_ != 0]
     names = list(dict.fromkeys([*dense, *wanted, *(control.folder for control in finished)]))
     shown = collect.gather(names)
-    statistics.refuse_mixed(shown)
+    statistics.check_comparable(shown)
     chosen = named is runs and any(f.checkpoints.best() is not None for f in judged.values())
     judgements = judge.judge(shown, tolerance_db, chosen=chosen)
     notes = statistics.notes(shown)
@@ -90,7 +90,7 @@ def judge_runs(runs: Sequence[str], round_: int | None, train: str | None, toler
         say(f"{len(missing)} controls were not trained ({missing[0]}, ...): --train auto, or a launch file, does that")
 
 
-def controls_of(home: str, found: Found) -> list[Control]:
+def controls_of(home: str, found: RunTicket) -> list[ControlRun]:
     """The controls of a round, inside its run's folder: the same data and training, one round, and another start."""
     if found.round_ == 0 or found.config.start.ticket is not None:
         return []
@@ -104,11 +104,11 @@ def controls_of(home: str, found: Found) -> list[Control]:
         tree["prune"] |= {"style": "iterative", "rounds": 0, "target_sparsity": None, "finetune_lr": None}
         tree["rewind"] = {}
         tree["tracking"]["run_name"] = f"{home.rpartition('/')[2]}, {found.round_:02d}-{kind}"
-        made.append(Control(kind, folder, parent, tree))
+        made.append(ControlRun(kind, folder, parent, tree))
     return made
 
 
-def _train(control: Control, launch: str, *, quiet: bool) -> None:
+def _train(control: ControlRun, launch: str, *, quiet: bool) -> None:
     """Train a control to its end. Raises Fault when it ends otherwise."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / f"{control.kind}.yaml"

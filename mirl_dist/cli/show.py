@@ -20,7 +20,7 @@ from mirl_dist.evaluation.score import Score
 from mirl_dist.observability import progress
 from mirl_dist.observability.mlflow import tracker
 from mirl_dist.storage import Folder, Options, lease, output_paths
-from mirl_dist.tickets.open import Filed, open_run, open_ticket
+from mirl_dist.tickets.open import FileTicket, open_run, open_ticket
 from mirl_dist.training.checkpoint import OUTBOX, Checkpoints
 
 _USUAL = Options()
@@ -81,7 +81,7 @@ def write_pictures(reference: str, out: Path) -> None:
     """The strip of images that a ticket restored, as a PNG file."""
     output_paths.check_file(out)
     found = open_ticket(reference)
-    if isinstance(found, Filed):
+    if isinstance(found, FileTicket):
         raise UserError(f"found {reference}, a ticket file, which holds no pictures. Name its run, as RUN/rounds/NN.")
     strip = found.checkpoints.pictures(found.round_)
     if strip is None:
@@ -111,7 +111,7 @@ def print_status(run: str, as_json: bool) -> None:
     """Round and step of the newest commit, and the samples, time and speed up to there."""
     checkpoints, config = open_run(run)
     commits, tickets = checkpoints.commits(), checkpoints.tickets()
-    newest, stands = checkpoints.stands(commits)
+    newest, stands = checkpoints.latest_progress(commits)
     said: dict[str, Any] = {
         "run": run,
         "rounds_finished": len(tickets),
@@ -175,14 +175,14 @@ def _mlflow(run: str, checkpoints: Checkpoints, config: Config) -> dict[str, Any
     said = _tracking(checkpoints, config)
     if not said.enabled:
         return None
-    waits = tracker.waiting(_journal(run, checkpoints, said))
+    waits = tracker.pending_records(_journal(run, checkpoints, said))
     since = None
     if waits.since is not None:
         since = datetime.fromtimestamp(waits.since, timezone.utc).isoformat(timespec="seconds")
     return {"points_waiting": waits.points, "records_waiting": waits.records, "since": since}
 
 
-def _refuse_while_it_lives(run: str, checkpoints: Checkpoints) -> None:
+def _check_not_alive(run: str, checkpoints: Checkpoints) -> None:
     """Raise Fault when the launch that holds a run gives a sign of life; on another machine that is watched for."""
     first, last = lease.holder(checkpoints.store), time.monotonic() + _WATCH_SECONDS
     if first is None or first.ended is not None or first.has_exited():
@@ -201,14 +201,14 @@ def resend(run: str) -> None:
     said = _tracking(checkpoints, config)
     if not said.enabled:
         raise UserError(f"{run} was trained with tracking.enabled=false: there is nothing to send.")
-    _refuse_while_it_lives(run, checkpoints)
-    found = checkpoints.newest()
+    _check_not_alive(run, checkpoints)
+    found = checkpoints.latest()
     tracker.resend(
         uri=said.uri,
         experiment=said.experiment,
         run_name=said.run_name or Path(run).name,
-        remembered=checkpoints.remembered(),
-        remember=checkpoints.remember,
+        remembered=checkpoints.mlflow_ids(),
+        remember=checkpoints.save_mlflow_ids,
         journal=_journal(run, checkpoints, said),
         inherited=b"" if found is None else found[1].get(OUTBOX, b""),
         say=progress.say,

@@ -35,7 +35,7 @@ class WrongBytes(Exception):
     """A file was brought whole, and is not what its digest says."""
 
 
-class Held:
+class CachedShard:
     """A file in the cache that stays there until `release`. fresh: this call brought it, and knows its bytes."""
 
     def __init__(self, path: Path, handle: int, fresh: bool) -> None:
@@ -60,7 +60,7 @@ class Held:
         except OSError:
             return False
 
-    def lies_there(self) -> bool:
+    def is_in_place(self) -> bool:
         """Whether it is still the file at its path."""
         try:
             mine, there = os.fstat(self._handle), os.stat(self.path)
@@ -75,13 +75,13 @@ class Held:
             self._handle = -1
 
 
-class _Kept(NamedTuple):
+class _CacheFile(NamedTuple):
     path: Path
     bytes: int
     used: float
 
 
-class Cache:
+class ShardCache:
     """A folder of at most `limit` bytes. Any number of processes may use one; all should say the same limit."""
 
     def __init__(self, folder: Path, limit: int, patience: float = 600.0) -> None:
@@ -91,9 +91,9 @@ class Cache:
             folder.mkdir(parents=True, exist_ok=True)
             os.close(os.open(folder / "room.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
 
-    def hold(
+    def acquire(
         self, digest: str, size: int, fetch: Fetch, stop: Callable[[], bool] = lambda: False, *, damaged: bool = False
-    ) -> Held:
+    ) -> CachedShard:
         """The file with that SHA-256, brought by `fetch` unless it is there; of many who ask at once one brings it.
 
         damaged: whatever `fetch` brings in its place, unverified. Raises WrongBytes when what was brought is something
@@ -113,20 +113,20 @@ class Cache:
                 handle = _lock(whole, fcntl.LOCK_SH)
                 if handle is not None:
                     os.utime(handle)
-                    return Held(whole, handle, fresh=False)
+                    return CachedShard(whole, handle, fresh=False)
                 handle = self._claim(whole, partial, size)
                 if handle is not None:
-                    return self._bring(whole, partial, handle, None if damaged else digest, fetch)
+                    return self._download(whole, partial, handle, None if damaged else digest, fetch)
                 if time.monotonic() > last and not partial.exists():
                     raise Unavailable(self._no_room(size))
                 time.sleep(_PAUSE_SECONDS)
         raise UserError(f"{whole}: the work that wanted this file has ended.")
 
-    def discard(self, held: Held) -> None:
+    def discard(self, held: CachedShard) -> None:
         """Let go of a file that is not what it should be, and remove it, but not another that has taken its place."""
         try:
             with self._named_errors(), self._room():
-                if held.lies_there():
+                if held.is_in_place():
                     held.path.unlink()
         finally:
             held.release()
@@ -140,8 +140,8 @@ class Cache:
                 partial.touch()
             return _lock(partial, fcntl.LOCK_EX)
 
-    def _bring(self, whole: Path, partial: Path, handle: int, digest: str | None, fetch: Fetch) -> Held:
-        held = Held(whole, handle, fresh=True)
+    def _download(self, whole: Path, partial: Path, handle: int, digest: str | None, fetch: Fetch) -> CachedShard:
+        held = CachedShard(whole, handle, fresh=True)
         try:
             fetch(partial)
             if digest is not None and held.digest() != digest:
@@ -158,7 +158,7 @@ class Cache:
 
     def _make_room(self, size: int) -> bool:
         """Remove what nobody holds, longest unused first, until `size` more bytes fit."""
-        kept = sorted(self._kept(), key=lambda k: k.used)
+        kept = sorted(self._files(), key=lambda k: k.used)
         total = sum(k.bytes for k in kept)
         for one in kept:
             if total + size <= self.limit:
@@ -170,7 +170,7 @@ class Cache:
                 total -= one.bytes
         return total + size <= self.limit
 
-    def _kept(self) -> Iterator[_Kept]:
+    def _files(self) -> Iterator[_CacheFile]:
         """Files of the cache; one that is being brought counts whole."""
         for entry in os.scandir(self.folder):
             match = _OURS.fullmatch(entry.name)
@@ -179,10 +179,10 @@ class Cache:
                     found = entry.stat()
                 except FileNotFoundError:
                     continue
-                yield _Kept(Path(entry.path), int(match.group("bytes") or found.st_size), found.st_mtime)
+                yield _CacheFile(Path(entry.path), int(match.group("bytes") or found.st_size), found.st_mtime)
 
     def _no_room(self, size: int) -> str:
-        held = sum(k.bytes for k in self._kept())
+        held = sum(k.bytes for k in self._files())
         return (
             f"the cache {self.folder} has no room for {size / 1e9:.3g} GB: of its {self.limit / 1e9:g} GB "
             f"{held / 1e9:.3g} GB are in use. Raise data.cache.gigabytes, or choose a folder of its own for each run."

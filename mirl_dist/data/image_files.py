@@ -19,7 +19,7 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr")
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 
 
-class Refused(Exception):
+class ImageRefused(Exception):
     """The text says why the bytes are no image that can be used."""
 
 
@@ -42,22 +42,22 @@ def decode(data: bytes) -> Pixels:
     try:
         with Image.open(io.BytesIO(data)) as image:
             if any(";16" in repr(tile[3]) for tile in image.tile):  # Pillow drops the low bytes of 48-bit RGB
-                raise Refused("has 16 bits per channel; save it with 8")
+                raise ImageRefused("has 16 bits per channel; save it with 8")
             if image.mode not in MODES:
-                raise Refused(f"has Pillow's mode '{image.mode}'; save it as 8-bit RGB")
+                raise ImageRefused(f"has Pillow's mode '{image.mode}'; save it as 8-bit RGB")
             image.load()
             if image.has_transparency_data:
                 rgba = np.array(image.convert("RGBA"))
                 if rgba[..., 3].min() != 255:
-                    raise Refused("has transparent pixels; save it as RGB without alpha")
+                    raise ImageRefused("has transparent pixels; save it as RGB without alpha")
                 return rgba[..., :3]
             return np.array(image.convert("RGB"))
     except UnidentifiedImageError:
-        raise Refused("is empty" if not data else "is not an image that Pillow can read") from None
+        raise ImageRefused("is empty" if not data else "is not an image that Pillow can read") from None
     except Image.DecompressionBombError:
-        raise Refused("has more pixels than Pillow takes for safe") from None
+        raise ImageRefused("has more pixels than Pillow takes for safe") from None
     except DAMAGE as error:
-        raise Refused(f"is damaged ({str(error) or type(error).__name__})") from None
+        raise ImageRefused(f"is damaged ({str(error) or type(error).__name__})") from None
 
 
 def examine(path: Path) -> Examined:
@@ -68,7 +68,7 @@ def examine(path: Path) -> Examined:
         return Examined("", "", 0, 0, f"cannot be read ({error.strerror})")
     try:
         image = decode(data)
-    except Refused as refused:
+    except ImageRefused as refused:
         return Examined("", "", 0, 0, str(refused))
     pixels = hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
     return Examined(hashlib.sha256(data).hexdigest(), pixels, *image.shape[:2])

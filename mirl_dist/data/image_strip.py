@@ -113,11 +113,11 @@ def rows(png: bytes, where: str = "the strip of pictures") -> list[Row]:
         raise UserError(
             f"{where} is damaged ({str(error) or type(error).__name__}). Take it from the run again."
         ) from None
-    _refuse_outside(lines, size, where)
+    _check_inside(lines, size, where)
     return [Row(line.title, tuple(pixels[t : t + h, x : x + w] for x, t, w, h in line.boxes)) for line in lines]
 
 
-def _refuse_outside(lines: Sequence[_Line], size: tuple[int, int], where: str) -> None:
+def _check_inside(lines: Sequence[_Line], size: tuple[int, int], where: str) -> None:
     """Raise Fault for rows without images, of several heights, or with boxes outside the image or over one another."""
     area = 0
     for line in lines:

@@ -8,23 +8,23 @@ from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
-from mirl_dist.data.manifest import NOTES, Entry, Part, Shard
+from mirl_dist.data.manifest import NOTES, Part, SampleEntry, Shard
 from mirl_dist.data.sample import Pixels, decode
-from mirl_dist.data.shards import Place
+from mirl_dist.data.shards import SamplePlace
 from mirl_dist.errors import UserError
 from mirl_dist.storage.hashing import digest_of_file
 
 
 @dataclass
-class Local:
+class LocalShard:
     """A shard on this node. bad: number of a sample -> what is wrong with it; let_go: frees its place; state: what
     changes when its file does, where that is known without looking."""
 
     shard: Shard
     path: Path
-    entries: tuple[Entry, ...]
+    entries: tuple[SampleEntry, ...]
     bad: dict[int, str] = field(default_factory=dict)
-    let_go: Callable[[], None] = lambda: None
+    release: Callable[[], None] = lambda: None
     state: object = None
 
 
@@ -34,7 +34,7 @@ def file_state(path: Path) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def damage(path: Path, shard: Shard, entries: Sequence[Entry]) -> dict[int, str] | None:
+def find_damage(path: Path, shard: Shard, entries: Sequence[SampleEntry]) -> dict[int, str] | None:
     """None for a file that is the shard; else its damaged samples by number, and why in words for a ticket."""
     with path.open("rb") as tar:
         if digest_of_file(tar) == shard.sha256:
@@ -52,7 +52,7 @@ def _sound(tar: BinaryIO, part: Part) -> bool:
     return sha256(tar.read(part.size)).hexdigest() == part.sha256
 
 
-def image(path: Path, place: Place, which: str) -> Pixels:
+def read_image(path: Path, place: SamplePlace, which: str) -> Pixels:
     """One member of a shard, uint8 (H, W, 3), its own digest checked once more. Raises Fault for anything else."""
     found = place.entry.image(which)
     where = f"{place.shard.name}, sample '{place.entry.key}', {which}"

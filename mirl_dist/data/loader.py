@@ -20,13 +20,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mirl_dist.config.tasks import Task
-from mirl_dist.data.integrity import Local
-from mirl_dist.data.manifest import CLEAN, DEGRADED, Entry, Shard
+from mirl_dist.data.integrity import LocalShard
+from mirl_dist.data.manifest import CLEAN, DEGRADED, SampleEntry, Shard
 from mirl_dist.data.parallel import end_with_parent
-from mirl_dist.data.prefetch import Window
-from mirl_dist.data.sample import Batch, Member, Patch, Read, Stack, collate, make_patch
-from mirl_dist.data.sampler import Order, Position, Shares, Slot
-from mirl_dist.data.shard_pool import Supply
+from mirl_dist.data.prefetch import PrefetchWindow
+from mirl_dist.data.sample import Batch, Member, NumpyBatch, Patch, SampleLocation, collate, make_patch
+from mirl_dist.data.sampler import BatchSplit, GlobalSampler, Position, Slot
+from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.errors import Stopped, UserError
 
 _PREFETCH = 2  # batches that a loader process makes ahead
@@ -37,49 +37,51 @@ def passes_behind(workers: int) -> int:
     return _PREFETCH * workers + 2
 
 
-class _Asked(NamedTuple):
+class _ReadRequest(NamedTuple):
     """A read, the slot that it is for, and whether it stands in for a damaged sample."""
 
-    read: Read
+    location: SampleLocation
     slot: Slot
     stands_in: bool
 
 
-class _Failed(NamedTuple):
+class _FailedRead(NamedTuple):
     """A read that came to nothing, and why. passing: the system was at fault, not the bytes."""
 
-    asked: _Asked
+    request: _ReadRequest
     problem: str
     passing: bool
 
 
-class _Patches(Dataset[Any]):
+class _PatchDataset(Dataset[Any]):
     """_Asked -> (itself, Patch), or _Failed: a value, since exceptions lose their type between processes."""
 
     def __init__(self, tasks: Sequence[Task], seed: int, patch_pixels: int, augment: str) -> None:
         self._tasks, self._seed, self._patch, self._augment = tuple(tasks), seed, patch_pixels, augment
 
-    def __getitem__(self, asked: _Asked) -> tuple[_Asked, Patch] | _Failed:
-        task = self._tasks[asked.read.task]
+    def __getitem__(self, asked: _ReadRequest) -> tuple[_ReadRequest, Patch] | _FailedRead:
+        task = self._tasks[asked.location.task]
         try:
-            return asked, make_patch(asked.read, task, self._seed, self._patch, self._augment)
+            return asked, make_patch(asked.location, task, self._seed, self._patch, self._augment)
         except UserError as fault:
-            return _Failed(asked, str(fault), passing=False)
+            return _FailedRead(asked, str(fault), passing=False)
         except OSError as error:
-            return _Failed(
-                asked, f"{asked.read.shard}, sample '{asked.read.key}' cannot be read: {error}", passing=True
+            return _FailedRead(
+                asked, f"{asked.location.shard}, sample '{asked.location.key}' cannot be read: {error}", passing=True
             )
 
 
-def _collate(items: list[tuple[_Asked, Patch] | _Failed]) -> Stack | list[tuple[_Asked, Patch] | _Failed]:
+def _collate(
+    items: list[tuple[_ReadRequest, Patch] | _FailedRead],
+) -> NumpyBatch | list[tuple[_ReadRequest, Patch] | _FailedRead]:
     """A stack; items that met damage go back as they are, to be replaced by the process that knows all shards."""
-    made = [item for item in items if not isinstance(item, _Failed)]
+    made = [item for item in items if not isinstance(item, _FailedRead)]
     if len(made) < len(items):
         return items
     return collate([patch for _, patch in made], sum(asked.stands_in for asked, _ in made))
 
 
-class Stream:
+class TrainLoader:
     """The training batches of one rank: `batches(round, start, epochs)` begins at any position without replay.
 
     Memory per rank: three tables of the order (39 bytes for each slot of an epoch), the indices of the shards in use
@@ -89,21 +91,21 @@ class Stream:
 
     def __init__(
         self,
-        supply: Supply,
-        order: Order,
+        supply: ShardPool,
+        order: GlobalSampler,
         *,
         seed: int,
         patch_pixels: int,
         augment: str,
         workers: int,
         rank: int,
-        shares: Shares,
+        shares: BatchSplit,
         ahead: int,
         pin: bool,
     ) -> None:
         """ahead: how many shards to bring before they are used (`window.shards_ahead`); pin: batches for a GPU."""
         self._train, self._supply, self._order = supply.shards.train, supply, order
-        self._patches = _Patches(order.tasks, seed, patch_pixels, augment)
+        self._patches = _PatchDataset(order.tasks, seed, patch_pixels, augment)
         self._rank, self._shares, self._workers, self._ahead, self._pin = rank, shares, workers, ahead, pin
         self.damaged: dict[str, str] = {}
         """What this rank met and skipped in the round: 'shard' or 'shard key' -> what was wrong with it."""
@@ -115,9 +117,9 @@ class Stream:
         """
         self.damaged.clear()
         self._stopped: Stopped | None = None
-        window = self._window = Window(
+        window = self._window = PrefetchWindow(
             self._order.passes(round_, start, epochs, self._rank, self._shares),
-            lambda shard: self._supply.want(self._train[shard]),
+            lambda shard: self._supply.acquire(self._train[shard]),
             lambda shard: self._supply.release(self._train[shard]),
             behind=passes_behind(self._workers),
             extra=self._ahead,
@@ -131,7 +133,7 @@ class Stream:
         with closing(window):
             loader: DataLoader[Any] = DataLoader(
                 self._patches,
-                batch_sampler=self._asked(window),
+                batch_sampler=self._requests(window),
                 num_workers=self._workers,
                 collate_fn=_collate,
                 prefetch_factor=_PREFETCH if self._workers else None,
@@ -140,27 +142,27 @@ class Stream:
                 worker_init_fn=_worker_begins if self._workers else None,
             )
             for item in loader:
-                stack = self._mended(item) if isinstance(item, list) else item
+                stack = self._replace_failed(item) if isinstance(item, list) else item
                 yield Batch.of(stack, self._pin)
         if self._stopped is not None:
             raise self._stopped
 
-    def _asked(self, window: Window) -> Iterator[list[_Asked]]:
+    def _requests(self, window: PrefetchWindow) -> Iterator[list[_ReadRequest]]:
         """Pass after pass. A stop while a shard is awaited ends them: batches that are ready are trained on first, and
         with them the ranks may yet commit together."""
         try:
             for slots in window:
-                yield [self._ask(slot) for slot in slots]
+                yield [self._request(slot) for slot in slots]
         except Stopped as stopped:
             self._stopped = stopped
 
-    def _ask(self, slot: Slot) -> _Asked:
+    def _request(self, slot: Slot) -> _ReadRequest:
         """The read of a slot; of the next whole sample where its own is known to be damaged."""
         number = self._whole_sample(slot.shard, slot.sample)
         if number is not None:
             local = self._supply.get(self._train[slot.shard])
-            return _Asked(read_of(local, local.entries[number], slot), slot, stands_in=number != slot.sample)
-        return self._ask_elsewhere(slot)
+            return _ReadRequest(location_of(local, local.entries[number], slot), slot, stands_in=number != slot.sample)
+        return self._request_elsewhere(slot)
 
     def _whole_sample(self, shard: int, sample: int) -> int | None:
         """The number of a sample, or of the next one in its shard that is not damaged; None where all are."""
@@ -173,22 +175,22 @@ class Stream:
             self.damaged[local.shard.name + key] = local.bad[number]
         return None
 
-    def _ask_elsewhere(self, slot: Slot) -> _Asked:
+    def _request_elsewhere(self, slot: Slot) -> _ReadRequest:
         """The read of a slot whose shard has no whole sample: from the next shard of the same sets that has one."""
-        source = next(s for s in self._order.sources if slot.task in s.deck and slot.shard in s.shards)
+        source = next(s for s in self._order.sources if slot.task in s.task_cycle and slot.shard in s.shards)
         at = source.shards.index(slot.shard)
         for other in (*source.shards[at + 1 :], *source.shards[:at]):
             shard = self._train[other]
-            self._window.lend(other)
+            self._window.acquire_extra(other)
             number = self._whole_sample(other, slot.sample % shard.samples)
             if number is not None:
                 local = self._supply.get(shard)
-                return _Asked(read_of(local, local.entries[number], slot), slot, stands_in=True)
+                return _ReadRequest(location_of(local, local.entries[number], slot), slot, stands_in=True)
         raise UserError(
             f"data.damage: no shard of {source.name} has a whole sample left. Build or copy the shards again."
         )
 
-    def _mended(self, items: list[tuple[_Asked, Patch] | _Failed]) -> Stack:
+    def _replace_failed(self, items: list[tuple[_ReadRequest, Patch] | _FailedRead]) -> NumpyBatch:
         """A stack in which some reads met damage that no digest had told: noted, and replaced one by one.
 
         What the system was at fault for is tried once more, and is no damage: other ranks would not see it. Raises
@@ -197,36 +199,36 @@ class Stream:
         patches, skipped = [], 0
         for item in items:
             tries = 0
-            while isinstance(item, _Failed):
+            while isinstance(item, _FailedRead):
                 if not item.passing:
                     self._note(item)
                 elif tries:
                     raise UserError(f"{item.problem}. Check the disk, then start again.")
                 else:
                     tries += 1
-                    self._supply.again(self._shard_of(item))
-                item = self._patches[self._ask(item.asked.slot)]
+                    self._supply.refetch(self._shard_of(item))
+                item = self._patches[self._request(item.request.slot)]
             asked, patch = item
             patches.append(patch)
             skipped += asked.stands_in
         return collate(patches, skipped)
 
-    def _shard_of(self, failed: _Failed) -> Shard:
-        return next(s for s in self._train if s.name == failed.asked.read.shard)
+    def _shard_of(self, failed: _FailedRead) -> Shard:
+        return next(s for s in self._train if s.name == failed.request.location.shard)
 
-    def _note(self, failed: _Failed) -> None:
+    def _note(self, failed: _FailedRead) -> None:
         """Tell the supply which sample failed. Raises Fault where damage is refused."""
-        read, shard = failed.asked.read, self._shard_of(failed)
+        read, shard = failed.request.location, self._shard_of(failed)
         with self._supply.holding([shard]):
             local = self._supply.get(shard)
             number = next(i for i, entry in enumerate(local.entries) if entry.key == read.key)
             self._supply.note(local, number, failed.problem)
 
 
-def read_of(local: Local, entry: Entry, slot: Slot) -> Read:
+def location_of(local: LocalShard, entry: SampleEntry, slot: Slot) -> SampleLocation:
     clean, degraded = entry.image(CLEAN), entry.image(DEGRADED)
     assert clean is not None, "manifest.read_index lets no sample through without a clean image"
-    return Read(
+    return SampleLocation(
         str(local.path),
         local.shard.name,
         entry.key,
@@ -236,7 +238,7 @@ def read_of(local: Local, entry: Entry, slot: Slot) -> Read:
         None if degraded is None else Member(degraded[0], degraded[1].offset, degraded[1].size),
         slot.task,
         slot.round_,
-        slot.visit,
+        slot.pass_index,
     )
 
 

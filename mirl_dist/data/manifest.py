@@ -58,7 +58,7 @@ class Part(_Record):
     sha256: _Digest
 
 
-class Entry(_Record):
+class SampleEntry(_Record):
     """One sample: its key (unique in the whole manifest), image height and width in pixels, and its parts.
 
     parts: by member name without the key: 'clean.ppm', 'degraded.ppm' (pairs only), 'json'.
@@ -81,7 +81,7 @@ class Entry(_Record):
 class Index(_Record):
     """The samples of one shard in the order in which they lie in the tar."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[SampleEntry, ...]
 
 
 class Shard(_Record):

@@ -22,13 +22,13 @@ class Source(NamedTuple):
     """
 
     name: str
-    deck: tuple[int, ...]
+    task_cycle: tuple[int, ...]
     shards: tuple[int, ...]
     samples: int
     per_epoch: int
 
 
-class Entry(NamedTuple):
+class MixEntry(NamedTuple):
     """One number of a mix: a task (by index), the shards it reads, and how often or with which weight."""
 
     task: int
@@ -81,9 +81,9 @@ def _samples(held: Sequence[int], shards: Sequence[Shard]) -> int:
     return sum(shards[i].samples for i in held)
 
 
-def _entries(mix: Amounts, shards: Sequence[Shard]) -> list[Entry]:
+def _entries(mix: Amounts, shards: Sequence[Shard]) -> list[MixEntry]:
     """The numbers of a mix by name, with their shards."""
-    found: list[Entry] = []
+    found: list[MixEntry] = []
     lacking: list[str] = []
     tasks = tasks_of(mix)
     for index in sorted(range(len(tasks)), key=lambda i: tasks[i].name):
@@ -94,7 +94,7 @@ def _entries(mix: Amounts, shards: Sequence[Shard]) -> list[Entry]:
             held = tuple(i for i in of_kind if name in ("", shards[i].set))
             label = task.name + (f"@{name}" if name else "")
             if held:
-                found.append(Entry(index, label, held, number))
+                found.append(MixEntry(index, label, held, number))
             else:
                 lacking.append(label)
     if lacking:
@@ -107,9 +107,9 @@ def _entries(mix: Amounts, shards: Sequence[Shard]) -> list[Entry]:
     return found
 
 
-def _by_repeats(entries: Sequence[Entry], shards: Sequence[Shard], tasks: Sequence[Task]) -> list[Source]:
+def _by_repeats(entries: Sequence[MixEntry], shards: Sequence[Shard], tasks: Sequence[Task]) -> list[Source]:
     """Entries that read the same shards share one walk, so that these shards are brought once for all of them."""
-    decks: dict[tuple[int, ...], list[Entry]] = {}
+    decks: dict[tuple[int, ...], list[MixEntry]] = {}
     for entry in entries:
         decks.setdefault(entry.shards, []).append(entry)
     made = []

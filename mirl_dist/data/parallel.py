@@ -18,10 +18,10 @@ from mirl_dist.observability.console import rank_here
 T = TypeVar("T")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-MEET_SECONDS = 0.5
+SYNC_SECONDS = 0.5
 
 
-class Report(Protocol):
+class ProgressCallback(Protocol):
     """Hears how far the work is: `done` of `total` things named by `what`."""
 
     def __call__(self, done: int, total: int, what: str) -> None: ...
@@ -45,11 +45,11 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def each(
+def parallel_map(
     function: Callable[[Item], Result],
     items: Sequence[Item],
     workers: int,
-    report: Report,
+    report: ProgressCallback,
     what: str,
     chunk: int = 1,
 ) -> Iterator[Result]:
@@ -77,7 +77,7 @@ def each(
         ) from None
 
 
-class Crew(Protocol):
+class WorkerGroup(Protocol):
     """What a job needs to know of the processes that share it; all of them call the same methods in the same order.
 
     gather_objects: a picklable thing of every rank, in rank order, on every rank. from_main: the result of a work that
@@ -91,7 +91,7 @@ class Crew(Protocol):
     def on_main(self, work: Callable[[], T]) -> T: ...
 
 
-class Alone:
+class SingleProcess:
     """A crew of one process."""
 
     rank = 0
@@ -104,10 +104,10 @@ class Alone:
         return work()
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()
 
 
-class _Share(Generic[Result]):
+class _RankWork(Generic[Result]):
     """One rank's part of a work, done beside the thread that meets the other ranks."""
 
     def __init__(self, work: Callable[[], Iterable[Result]]) -> None:
@@ -140,12 +140,12 @@ class _Share(Generic[Result]):
         self._thread.shutdown(wait=False)  # a message must not wait for a transfer that is tried again
 
 
-def shared(
-    crew: Crew,
+def distributed_map(
+    crew: WorkerGroup,
     function: Callable[[Item], Result],
     items: Sequence[Item],
     workers: int,
-    report: Report,
+    report: ProgressCallback,
     what: str,
     chunk: int = 1,
 ) -> list[Result]:
@@ -155,9 +155,9 @@ def shared(
     all are, and a rank that is lost or meets a Fault ends the others soon. Raises the Fault of any rank on every rank.
     """
     if crew.world == 1:
-        return list(each(function, items, workers, report, what, chunk))
+        return list(parallel_map(function, items, workers, report, what, chunk))
     mine = items[crew.rank :: crew.world]
-    share = _Share(lambda: each(function, mine, workers, lambda done, total, what: None, what, chunk))
+    share = _RankWork(lambda: parallel_map(function, mine, workers, lambda done, total, what: None, what, chunk))
     report(0, len(items), what)
     seen = 0
     try:
@@ -173,7 +173,7 @@ def shared(
             seen = done
             if all(ended for _, ended, _ in states):
                 break
-            share.wait(MEET_SECONDS)
+            share.wait(SYNC_SECONDS)
     finally:
         share.stop()
     found = crew.gather_objects(share.results)

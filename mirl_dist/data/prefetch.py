@@ -40,7 +40,7 @@ def shards_ahead(
     return min(wanted, fits - used)
 
 
-class Window:
+class PrefetchWindow:
     """A view over the coming forward passes of one rank, moved on by `__next__`.
 
     A pass is handed out when its turn comes; the shards of the passes after it are wanted as soon as they are seen, as
@@ -51,59 +51,59 @@ class Window:
     def __init__(
         self,
         passes: Iterator[list[Slot]],
-        want: Callable[[int], None],
+        acquire: Callable[[int], None],
         release: Callable[[int], None],
         *,
         behind: int,
         extra: int,
     ) -> None:
         """want, release: take the number of a training shard."""
-        self._passes, self._want, self._release = passes, want, release
+        self._passes, self._acquire, self._release = passes, acquire, release
         self._behind, self._extra = behind, extra
-        self._coming: deque[list[Slot]] = deque()
-        self._gone: deque[set[int]] = deque()
+        self._upcoming: deque[list[Slot]] = deque()
+        self._handed_out: deque[set[int]] = deque()
         self._next: list[Slot] | None = None  # seen, and not wanted yet
         self._uses: Counter[int] = Counter()
 
-    def __iter__(self) -> Window:
+    def __iter__(self) -> PrefetchWindow:
         return self
 
     def __next__(self) -> list[Slot]:
-        while len(self._gone) > self._behind:
-            self._forget(self._gone.popleft())
+        while len(self._handed_out) > self._behind:
+            self._forget(self._handed_out.popleft())
         self._look_ahead(at_least=1)
-        if not self._coming:
+        if not self._upcoming:
             raise StopIteration
-        now = self._coming.popleft()
-        self._gone.append({slot.shard for slot in now})
+        now = self._upcoming.popleft()
+        self._handed_out.append({slot.shard for slot in now})
         self._look_ahead(at_least=0)
         return now
 
-    def lend(self, shard: int) -> None:
+    def acquire_extra(self, shard: int) -> None:
         """Want one more shard for the pass that was handed out last, and release it with that pass."""
-        if shard not in self._gone[-1]:
-            self._gone[-1].add(shard)
+        if shard not in self._handed_out[-1]:
+            self._handed_out[-1].add(shard)
             self._use(shard)
 
     def close(self) -> None:
         """Release everything."""
-        for shards in (*self._gone, *({slot.shard for slot in slots} for slots in self._coming)):
+        for shards in (*self._handed_out, *({slot.shard for slot in slots} for slots in self._upcoming)):
             self._forget(shards)
-        self._gone.clear()
-        self._coming.clear()
+        self._handed_out.clear()
+        self._upcoming.clear()
 
     def _look_ahead(self, at_least: int) -> None:
         """Want the shards of coming passes, of so many in any case."""
-        used = set().union(*self._gone)
-        while len(self._coming) < at_least or sum(map(len, self._coming)) < _SLOTS:
+        used = set().union(*self._handed_out)
+        while len(self._upcoming) < at_least or sum(map(len, self._upcoming)) < _SLOTS:
             if self._next is None:
                 self._next = next(self._passes, None)
             if self._next is None:
                 return
             shards = dict.fromkeys(slot.shard for slot in self._next)
-            if len(self._coming) >= at_least and len((self._uses.keys() | shards.keys()) - used) > self._extra:
+            if len(self._upcoming) >= at_least and len((self._uses.keys() | shards.keys()) - used) > self._extra:
                 return
-            self._coming.append(self._next)
+            self._upcoming.append(self._next)
             self._next = None
             for shard in shards:
                 self._use(shard)
@@ -111,7 +111,7 @@ class Window:
     def _use(self, shard: int) -> None:
         self._uses[shard] += 1
         if self._uses[shard] == 1:
-            self._want(shard)
+            self._acquire(shard)
 
     def _forget(self, shards: set[int]) -> None:
         for shard in shards:

@@ -7,25 +7,25 @@ from typing import Protocol
 
 from mirl_dist.data.manifest import CLEAN, DEGRADED, Shard
 from mirl_dist.data.sample import Pixels
-from mirl_dist.data.shard_pool import Supply
-from mirl_dist.data.shards import Place
+from mirl_dist.data.shard_pool import ShardPool
+from mirl_dist.data.shards import SamplePlace
 
 
-class Images(Protocol):
+class ImageSource(Protocol):
     """Where images of evaluation samples come from: a Supply, or Held."""
 
-    def want(self, shard: Shard) -> None: ...
+    def acquire(self, shard: Shard) -> None: ...
     def release(self, shard: Shard) -> None: ...
-    def image(self, place: Place, which: str) -> Pixels: ...
+    def image(self, place: SamplePlace, which: str) -> Pixels: ...
 
 
-class Held:
+class ResidentImages:
     """Images of evaluation samples, read once from a supply; then looked at like the supply itself."""
 
     def __init__(self) -> None:
         self._images: dict[tuple[str, str, str], Pixels] = {}
 
-    def read(self, supply: Supply, places: Sequence[Place]) -> None:
+    def read(self, supply: ShardPool, places: Sequence[SamplePlace]) -> None:
         """Read the images of some samples. Raises Fault for damage."""
         for place in sorted(places, key=lambda place: place.shard.name):
             for which in (CLEAN, DEGRADED):
@@ -33,12 +33,12 @@ class Held:
                     key = (place.shard.name, place.entry.key, which)
                     self._images[key] = self._images[key] if key in self._images else supply.image(place, which)
 
-    def want(self, shard: Shard) -> None:
+    def acquire(self, shard: Shard) -> None:
         """All are here."""
 
     def release(self, shard: Shard) -> None:
         """All stay."""
 
-    def image(self, place: Place, which: str) -> Pixels:
+    def image(self, place: SamplePlace, which: str) -> Pixels:
         """One of them, uint8 (H, W, 3)."""
         return self._images[place.shard.name, place.entry.key, which]

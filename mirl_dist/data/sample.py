@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mirl_dist.config.seeding import shared_rng
 from mirl_dist.config.tasks import Task
-from mirl_dist.data.degradations.degrade import margin, on_reading
+from mirl_dist.data.degradations.degrade import context_pixels, degrade_for_training
 from mirl_dist.data.image_files import DAMAGE
 from mirl_dist.data.manifest import ImageFormat
 from mirl_dist.errors import UserError
@@ -38,7 +38,7 @@ class Member(NamedTuple):
     size: int
 
 
-class Read(NamedTuple):
+class SampleLocation(NamedTuple):
     """All that a reader needs to make one patch: where the sample lies on this node, and what keys its chance.
 
     task: index among the run's tasks; visit: number of the pass over the sample's source in the round.
@@ -53,7 +53,7 @@ class Read(NamedTuple):
     degraded: Member | None
     task: int
     round_: int
-    visit: int
+    pass_index: int
 
 
 class Patch(NamedTuple):
@@ -65,7 +65,7 @@ class Patch(NamedTuple):
     key: str
 
 
-class Stack(NamedTuple):
+class NumpyBatch(NamedTuple):
     """Patches for one forward pass: uint8 (B, 3, P, P) degraded and clean, int64 (B,) task indices, B keys, and how
     many of them stand in for damaged samples. Arrays, since tensors cost a socket each on their way between processes.
     """
@@ -87,7 +87,7 @@ class Batch(NamedTuple):
     skipped: int = 0
 
     @classmethod
-    def of(cls, stack: Stack, pin: bool) -> Batch:
+    def of(cls, stack: NumpyBatch, pin: bool) -> Batch:
         """The same memory as tensors; pin: copied to where a GPU can fetch it by itself."""
         degraded, clean, task = (torch.from_numpy(array) for array in stack[:3])
         if pin:
@@ -134,7 +134,7 @@ def to_tensor(images: list[Pixels]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float().div_(255.0)
 
 
-class Box(NamedTuple):
+class CropBox(NamedTuple):
     """A part of an image in pixels: top, left, height, width."""
 
     top: int
@@ -143,7 +143,7 @@ class Box(NamedTuple):
     width: int
 
 
-def crop(read: Read, member: Member, box: Box) -> Pixels:
+def crop(read: SampleLocation, member: Member, box: CropBox) -> Pixels:
     """A part of one member, uint8 (height, width, 3). Of a PPM only the rows of the box are read from the disk.
 
     Raises OSError where the file cannot be read, Fault where it holds no such image.
@@ -170,14 +170,14 @@ def crop(read: Read, member: Member, box: Box) -> Pixels:
     return image[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def make_patch(read: Read, task: Task, seed: int, patch_pixels: int, augment: str) -> Patch:
+def make_patch(read: SampleLocation, task: Task, seed: int, patch_pixels: int, augment: str) -> Patch:
     """One seeded random crop of a sample, degraded where its task does that on reading, turned or flipped.
 
     The crop is uniform over the image, whose sides are at least `patch_pixels`. MIR-L section IV-A and the released
     code: crop, one of TURNS[augment], and noise that is clipped and truncated. What a degradation needs around the crop
     is read with it and cut off afterwards. Raises what `crop` raises.
     """
-    rng = shared_rng("patch", seed, read.round_, read.visit, task.name, read.key)
+    rng = shared_rng("patch", seed, read.round_, read.pass_index, task.name, read.key)
     dice = rng.bit_generator.random_raw(3).tolist()
 
     def below(count: int, die: int) -> int:
@@ -186,19 +186,19 @@ def make_patch(read: Read, task: Task, seed: int, patch_pixels: int, augment: st
     top, left = below(read.height - patch_pixels + 1, dice[0]), below(read.width - patch_pixels + 1, dice[1])
     index = TURNS[augment][below(len(TURNS[augment]), dice[2])]
     if read.degraded is not None:
-        box = Box(top, left, patch_pixels, patch_pixels)
+        box = CropBox(top, left, patch_pixels, patch_pixels)
         degraded, clean = crop(read, read.degraded, box), crop(read, read.clean, box)
     else:
-        rim = margin(task)
+        rim = context_pixels(task)
         y, x = max(0, top - rim), max(0, left - rim)
         end_y, end_x = min(read.height, top + patch_pixels + rim), min(read.width, left + patch_pixels + rim)
-        wide = crop(read, read.clean, Box(y, x, end_y - y, end_x - x))
+        wide = crop(read, read.clean, CropBox(y, x, end_y - y, end_x - x))
         inner = (slice(top - y, top - y + patch_pixels), slice(left - x, left - x + patch_pixels))
-        degraded, clean = on_reading(task, wide, rng)[inner], wide[inner]
+        degraded, clean = degrade_for_training(task, wide, rng)[inner], wide[inner]
     return Patch(turned_planes(degraded, index), turned_planes(clean, index), read.task, f"{task.name}:{read.key}")
 
 
-def collate(patches: list[Patch], skipped: int = 0) -> Stack:
+def collate(patches: list[Patch], skipped: int = 0) -> NumpyBatch:
     """Patches of one size to a Stack, in their order. Turned patches are views: this is their only copy."""
     shape = (len(patches), *patches[0].clean.shape)
     degraded, clean = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
@@ -206,4 +206,4 @@ def collate(patches: list[Patch], skipped: int = 0) -> Stack:
         degraded[number] = patch.degraded
         clean[number] = patch.clean
     task = np.array([p.task for p in patches], dtype=np.int64)
-    return Stack(degraded, clean, task, tuple(p.key for p in patches), skipped)
+    return NumpyBatch(degraded, clean, task, tuple(p.key for p in patches), skipped)

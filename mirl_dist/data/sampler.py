@@ -38,17 +38,17 @@ class Slot(NamedTuple):
     """
 
     round_: int
-    visit: int
+    pass_index: int
     task: int
     shard: int
     sample: int
 
 
-class Shares(NamedTuple):
+class BatchSplit(NamedTuple):
     """How a global batch is shared: samples per rank and step, forward passes per step, samples per pass."""
 
     per_rank: int
-    accumulation: int
+    passes: int
     forward: int
 
 
@@ -57,7 +57,7 @@ def ranks_in_words(count: int) -> str:
     return f"{count} rank{'' if count == 1 else 's'}"
 
 
-def share_batch(global_batch: int, forward: int | None, world: int) -> Shares:
+def split_batch(global_batch: int, forward: int | None, world: int) -> BatchSplit:
     """The share of each rank. Raises Fault, with the numbers that work, when the batch cannot be shared evenly."""
     if global_batch % world:
         fits = [str(n) for n in range(1, global_batch + 1) if global_batch % n == 0]
@@ -78,19 +78,19 @@ def share_batch(global_batch: int, forward: int | None, world: int) -> Shares:
             f"ranks takes per step. Use {', '.join(fits)}.",
             everywhere=True,
         )
-    return Shares(per_rank, per_rank // size, size)
+    return BatchSplit(per_rank, per_rank // size, size)
 
 
-class _Table(NamedTuple):
+class _EpochTable(NamedTuple):
     """One epoch: for every slot, lane after lane, task, training shard, sample in it, visit. 13 bytes a slot."""
 
     task: NDArray[np.uint8]
     shard: NDArray[np.int32]
     sample: NDArray[np.int32]
-    visit: NDArray[np.int32]
+    pass_index: NDArray[np.int32]
 
 
-class Order:
+class GlobalSampler:
     """The seeded order of a round's samples.
 
     Under `mix_by: repeats` an epoch holds every sample of every task exactly as often as the mix says; what does not
@@ -135,8 +135,8 @@ class Order:
         self.steps_per_epoch = steps_per_epoch or whole
         self._shards = tuple(shards)
         self._counts = np.array([shard.samples for shard in shards], dtype=np.int64)
-        self._tables: OrderedDict[tuple[int, int], _Table] = OrderedDict()
-        self._making = threading.Lock()
+        self._tables: OrderedDict[tuple[int, int], _EpochTable] = OrderedDict()
+        self._building = threading.Lock()
 
     def shards(self) -> list[Shard]:
         """The training shards that the mix reads."""
@@ -148,14 +148,14 @@ class Order:
         steps = self.steps_per_epoch
         stop = self.global_batch if lanes is None else first + lanes
         rows = slice(first * steps + at.step, (stop - 1) * steps + at.step + 1, steps)
-        columns = (table.visit[rows], table.task[rows], table.shard[rows], table.sample[rows])
+        columns = (table.pass_index[rows], table.task[rows], table.shard[rows], table.sample[rows])
         return [Slot(round_, *row) for row in zip(*(c.tolist() for c in columns), strict=True)]
 
-    def passes(self, round_: int, start: Position, epochs: int, rank: int, shares: Shares) -> Iterator[list[Slot]]:
+    def passes(self, round_: int, start: Position, epochs: int, rank: int, shares: BatchSplit) -> Iterator[list[Slot]]:
         """The slots of every forward pass of one rank from `start` to the end of the round."""
         for at in self.positions(start, epochs):
             mine = self.slots(round_, at, rank * shares.per_rank, shares.per_rank)
-            for i in range(shares.accumulation):
+            for i in range(shares.passes):
                 yield mine[i * shares.forward : (i + 1) * shares.forward]
 
     def positions(self, start: Position, epochs: int) -> Iterator[Position]:
@@ -164,23 +164,23 @@ class Order:
             for step in range(start.step if epoch == start.epoch else 0, self.steps_per_epoch):
                 yield Position(epoch, step)
 
-    def _table(self, round_: int, epoch: int) -> _Table:
+    def _table(self, round_: int, epoch: int) -> _EpochTable:
         """The slots of one epoch: made once, whoever asks first."""
-        with self._making:
+        with self._building:
             found = self._tables.get((round_, epoch))
             if found is None:
-                found = self._made(round_, epoch)
+                found = self._build_table(round_, epoch)
                 self._tables[round_, epoch] = found
                 while len(self._tables) > _EPOCHS_KEPT:
                     self._tables.popitem(last=False)
             return found
 
-    def _made(self, round_: int, epoch: int) -> _Table:
+    def _build_table(self, round_: int, epoch: int) -> _EpochTable:
         counts = [source.per_epoch for source in self.sources]
         labels = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
         generator("order", self._seed, round_, epoch).shuffle(labels)
         labels = labels[: self.global_batch * self.steps_per_epoch]
-        table = _Table(
+        table = _EpochTable(
             np.empty(len(labels), np.uint8),
             *(np.empty(len(labels), np.int32) for _ in range(3)),
         )
@@ -190,7 +190,7 @@ class Order:
                 self._walk(table, places, round_, source, epoch * source.per_epoch)
         return table
 
-    def _walk(self, table: _Table, places: NDArray[np.int64], round_: int, source: Source, begin: int) -> None:
+    def _walk(self, table: _EpochTable, places: NDArray[np.int64], round_: int, source: Source, begin: int) -> None:
         """Fill the places of one source: its walk from item `begin` of the round on."""
         held = np.array(source.shards)
         ends = np.cumsum(self._counts[held])
@@ -201,10 +201,10 @@ class Order:
             here = places[low - begin : high - begin]
             one_pass = self._pass(round_, source, visit)[low - visit * source.samples : high - visit * source.samples]
             at = np.searchsorted(ends, one_pass, side="right")
-            table.visit[here] = visit
+            table.pass_index[here] = visit
             table.shard[here] = held[at]
             table.sample[here] = one_pass - (ends - self._counts[held])[at]
-            table.task[here] = self._dealt(round_, source, visit)[one_pass]
+            table.task[here] = self._pass_order(round_, source, visit)[one_pass]
 
     def _pass(self, round_: int, source: Source, visit: int) -> NDArray[np.int64]:
         """All samples of a source (numbered along its shards) in the order of one pass: shard after shard."""
@@ -214,9 +214,9 @@ class Order:
         parts = [begins[i] + order.permutation(int(counts[i])) for i in order.permutation(len(counts)).tolist()]
         return np.concatenate(parts)
 
-    def _dealt(self, round_: int, source: Source, visit: int) -> NDArray[np.uint8]:
+    def _pass_order(self, round_: int, source: Source, visit: int) -> NDArray[np.uint8]:
         """For which task each sample is read in a pass: over as many passes as the deck has cards, each card once."""
-        deck = np.array(source.deck, dtype=np.uint8)
+        deck = np.array(source.task_cycle, dtype=np.uint8)
         if len(deck) == 1:
             return np.repeat(deck, source.samples)
         block, number = divmod(visit, len(deck))

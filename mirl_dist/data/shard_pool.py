@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mirl_dist.data import integrity
-from mirl_dist.data.cache import Cache, WrongBytes
-from mirl_dist.data.download_threads import Bringers
-from mirl_dist.data.integrity import Local
-from mirl_dist.data.manifest import Entry, Shard
+from mirl_dist.data.cache import ShardCache, WrongBytes
+from mirl_dist.data.download_threads import DownloadThreads
+from mirl_dist.data.integrity import LocalShard
+from mirl_dist.data.manifest import SampleEntry, Shard
 from mirl_dist.data.sample import Pixels
-from mirl_dist.data.shards import Place, Shards
+from mirl_dist.data.shards import SamplePlace, Shards
 from mirl_dist.errors import Stopped, UserError
 from mirl_dist.storage import Folder, NotFound, Rejected, Unavailable
 from mirl_dist.storage.retry import Patience, download
@@ -36,7 +36,7 @@ _DISK = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR)  # of
 _REMEDY = "Copy the shard again, build the shards again, or go on without such samples by data.damage: skip."
 
 
-class _Lost(UserError):
+class _ShardLost(UserError):
     """Nothing of a shard is to be had. why: in a few words that are the same wherever it lies, for tickets."""
 
     def __init__(self, text: str, why: str) -> None:
@@ -45,18 +45,18 @@ class _Lost(UserError):
 
 
 @dataclass
-class _Wanted:
+class _Acquired:
     users: int
-    future: Future[Local]
+    future: Future[LocalShard]
 
 
-class Supply:
+class ShardPool:
     """The shards of an address for one process, from several threads at once."""
 
     def __init__(
         self,
         shards: Shards,
-        cache: Cache | None,
+        cache: ShardCache | None,
         damage: str,
         say: Callable[[str], None],
         *,
@@ -66,33 +66,33 @@ class Supply:
         """cache: None reads a folder in place. damage: 'refuse' or 'skip'. say: takes one line for people."""
         self.shards, self.cache, self._damage = shards, cache, damage
         self._say, self._stop_asked, self._patience = say, stop_asked, patience
-        self._bringers = Bringers(self._bring)
+        self._downloads = DownloadThreads(self._bring)
         self._guard = threading.Lock()
-        self._wanted: dict[str, _Wanted] = {}
+        self._acquired: dict[str, _Acquired] = {}
         self._proved: dict[str, tuple[object, dict[int, str]]] = {}
         self._wrong_in_store: set[str] = set()
         self._closed = False
-        self._told: set[tuple[str, int]] = set()
+        self._reported: set[tuple[str, int]] = set()
 
-    def want(self, shard: Shard) -> None:
+    def acquire(self, shard: Shard) -> None:
         """Bring a shard in the background and keep it until `release`; wants are counted."""
         with self._guard:
-            wanted = self._wanted.get(shard.name)
+            wanted = self._acquired.get(shard.name)
             if wanted is None:
-                self._wanted[shard.name] = _Wanted(1, self._bringers.submit(shard))
+                self._acquired[shard.name] = _Acquired(1, self._downloads.submit(shard))
             else:
                 wanted.users += 1
 
-    def get(self, shard: Shard) -> Local:
+    def get(self, shard: Shard) -> LocalShard:
         """A shard that is wanted, once it is here.
 
         Raises Fault where damage is refused, or nothing of it is left; Stopped when the run was asked to stop while it
         waited. A store that was away when nobody waited for the shard is asked once more.
         """
         with self._guard:
-            wanted = self._wanted[shard.name]
+            wanted = self._acquired[shard.name]
             if wanted.future.done() and isinstance(wanted.future.exception(), Unavailable):
-                wanted.future = self._bringers.submit(shard)
+                wanted.future = self._downloads.submit(shard)
             future = wanted.future
         since = 0.0
         while True:
@@ -107,44 +107,44 @@ class Supply:
                         text = f"stopped as asked while waiting for {shard.name}; the last commit stands"
                         raise Stopped(text) from None
 
-    def again(self, shard: Shard) -> None:
+    def refetch(self, shard: Shard) -> None:
         """Bring a shard anew that is wanted already: its file has gone from where it lay."""
         with self._guard:
-            wanted = self._wanted[shard.name]
-            old, wanted.future = wanted.future, self._bringers.submit(shard)
-        old.add_done_callback(_let_go)
+            wanted = self._acquired[shard.name]
+            old, wanted.future = wanted.future, self._downloads.submit(shard)
+        old.add_done_callback(_release_result)
 
     def release(self, shard: Shard) -> None:
         """One want less; without any the shard's place in the cache may be used for others."""
         with self._guard:
-            wanted = self._wanted[shard.name]
+            wanted = self._acquired[shard.name]
             wanted.users -= 1
             if wanted.users:
                 return
-            del self._wanted[shard.name]
+            del self._acquired[shard.name]
         if not wanted.future.cancel():
-            wanted.future.add_done_callback(_let_go)
+            wanted.future.add_done_callback(_release_result)
 
     @contextmanager
     def holding(self, shards: Iterable[Shard]) -> Iterator[None]:
         """Shards that are wanted for a while."""
         with ExitStack() as stack:
             for shard in shards:
-                self.want(shard)
+                self.acquire(shard)
                 stack.callback(self.release, shard)
             yield
 
-    def image(self, place: Place, which: str) -> Pixels:
+    def image(self, place: SamplePlace, which: str) -> Pixels:
         """One decoded image of an evaluation sample, uint8 (H, W, 3). Raises Fault for damage, whatever the policy."""
         with self.holding([place.shard]):
-            return integrity.image(self.get(place.shard).path, place, which)
+            return integrity.read_image(self.get(place.shard).path, place, which)
 
-    def prove(self, shard: Shard) -> None:
+    def verify(self, shard: Shard) -> None:
         """Bring and verify a shard, and let it go. Raises Fault for damage where that is refused."""
         with self.holding([shard]):
             self.get(shard)
 
-    def note(self, local: Local, sample: int, problem: str) -> None:
+    def note(self, local: LocalShard, sample: int, problem: str) -> None:
         """A sample turned out to be damaged. Raises Fault where that is refused."""
         key = local.entries[sample].key
         if not self._skips(local.shard):
@@ -156,69 +156,69 @@ class Supply:
     def close(self) -> None:
         """Stop bringing shards; what is half here stays in the cache for the next process."""
         self._closed = True
-        self._bringers.close()
+        self._downloads.close()
 
     def _skips(self, shard: Shard) -> bool:
         """Whether damage of a shard may be skipped: never where scores come from, whose means would be others."""
         return self._damage == "skip" and shard.role == "train"
 
-    def _bring(self, shard: Shard) -> Local:
+    def _bring(self, shard: Shard) -> LocalShard:
         try:
             local = self._placed(shard, self._entries(shard))
             try:
                 local.bad = self._proven(local)
             except BaseException:
-                local.let_go()
+                local.release()
                 raise
             return local
-        except _Lost as lost:
+        except _ShardLost as lost:
             if not self._skips(shard) or self._closed:
                 raise
             self._tell_once(shard, -1, f"all of its {shard.samples} samples: {lost}")
-            return Local(shard, Path(), (), dict.fromkeys(range(shard.samples), lost.why))
+            return LocalShard(shard, Path(), (), dict.fromkeys(range(shard.samples), lost.why))
 
-    def _entries(self, shard: Shard) -> tuple[Entry, ...]:
+    def _entries(self, shard: Shard) -> tuple[SampleEntry, ...]:
         try:
             return self.shards.index(shard).entries
         except (Rejected, Unavailable):
             raise
         except UserError as fault:
-            raise _Lost(str(fault), "its index is missing or damaged") from None
+            raise _ShardLost(str(fault), "its index is missing or damaged") from None
 
-    def _proven(self, local: Local) -> dict[int, str]:
+    def _proven(self, local: LocalShard) -> dict[int, str]:
         """The damaged samples of a shard that is here, its bytes compared with the manifest's if they were not yet."""
         name = local.shard.name
         try:
             seen = local.state or integrity.file_state(local.path)
             if name not in self._proved or self._proved[name][0] != seen:
-                found = integrity.damage(local.path, local.shard, local.entries)
+                found = integrity.find_damage(local.path, local.shard, local.entries)
                 if found is not None:
                     self._tell(local, found)
                 self._proved[name] = (seen, found or {})
         except OSError as error:
             text = f"{name} cannot be read ({error}). Check the disk."
             if error.errno in _DISK and self.cache is None:
-                raise _Lost(text, "cannot be read") from None
+                raise _ShardLost(text, "cannot be read") from None
             raise UserError(text) from None
         return self._proved[name][1]
 
-    def _placed(self, shard: Shard, entries: tuple[Entry, ...]) -> Local:
+    def _placed(self, shard: Shard, entries: tuple[SampleEntry, ...]) -> LocalShard:
         """A shard's file on this node; one from a store is whole, or what can be had of a damaged one."""
         store = self.shards.store
         if self.cache is None:
             assert isinstance(store, Folder)
             path = Path(store.where(shard.name))
             if not path.is_file():
-                raise _Lost(f"{path} is missing. {_REMEDY}", "is missing")
-            return Local(shard, path, entries)
+                raise _ShardLost(f"{path} is missing. {_REMEDY}", "is missing")
+            return LocalShard(shard, path, entries)
         try:
             if shard.name not in self._wrong_in_store:
                 return self._cached(self.cache, shard, entries)
             return self._salvaged(self.cache, shard, entries)
         except NotFound:
-            raise _Lost(f"{store.where(shard.name)} is missing. {_REMEDY}", "is missing") from None
+            raise _ShardLost(f"{store.where(shard.name)} is missing. {_REMEDY}", "is missing") from None
 
-    def _cached(self, cache: Cache, shard: Shard, entries: tuple[Entry, ...]) -> Local:
+    def _cached(self, cache: ShardCache, shard: Shard, entries: tuple[SampleEntry, ...]) -> LocalShard:
         """A shard through the cache. One that went bad on this node's disk is brought again: the store has another."""
 
         def fetch(path: Path) -> None:
@@ -226,7 +226,7 @@ class Supply:
 
         try:
             while True:
-                held = cache.hold(shard.sha256, shard.bytes, fetch, lambda: self._closed)
+                held = cache.acquire(shard.sha256, shard.bytes, fetch, lambda: self._closed)
                 if held.fresh or shard.name in self._proved or held.holds(shard.sha256):
                     break
                 cache.discard(held)
@@ -238,9 +238,9 @@ class Supply:
             return self._salvaged(cache, shard, entries)
         if self._proved.get(shard.name, (None,))[0] != held.state:
             self._proved[shard.name] = (held.state, {})
-        return Local(shard, held.path, entries, let_go=held.release, state=held.state)
+        return LocalShard(shard, held.path, entries, release=held.release, state=held.state)
 
-    def _salvaged(self, cache: Cache, shard: Shard, entries: tuple[Entry, ...]) -> Local:
+    def _salvaged(self, cache: ShardCache, shard: Shard, entries: tuple[SampleEntry, ...]) -> LocalShard:
         """What the store has in the place of a shard that is damaged there, through the cache too."""
         self._wrong_in_store.add(shard.name)
         store = self.shards.store
@@ -249,10 +249,10 @@ class Supply:
         def fetch(path: Path) -> None:
             download(store, shard.name, path, size, patience=self._patience, say=self._say)
 
-        held = cache.hold(shard.sha256, size, fetch, lambda: self._closed, damaged=True)
-        return Local(shard, held.path, entries, let_go=held.release, state=held.state)
+        held = cache.acquire(shard.sha256, size, fetch, lambda: self._closed, damaged=True)
+        return LocalShard(shard, held.path, entries, release=held.release, state=held.state)
 
-    def _tell(self, local: Local, found: dict[int, str]) -> None:
+    def _tell(self, local: LocalShard, found: dict[int, str]) -> None:
         """Damage by shard and key: raised, or told."""
         entries = local.entries
         said = [f"sample '{entries[i].key}' {problem}" for i, problem in list(found.items())[:_SHOWN]]
@@ -266,12 +266,12 @@ class Supply:
 
     def _tell_once(self, shard: Shard, sample: int, text: str) -> None:
         with self._guard:
-            if (shard.name, sample) in self._told:
+            if (shard.name, sample) in self._reported:
                 return
-            self._told.add((shard.name, sample))
+            self._reported.add((shard.name, sample))
         self._say(f"skipped of {shard.name}: {text}")
 
 
-def _let_go(future: Future[Local]) -> None:
+def _release_result(future: Future[LocalShard]) -> None:
     if not future.cancelled() and future.exception() is None:
-        future.result().let_go()
+        future.result().release()

@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-from mirl_dist.data.manifest import MANIFEST, Entry, Index, Manifest, Shard, read_index, read_manifest
+from mirl_dist.data.manifest import MANIFEST, Index, Manifest, SampleEntry, Shard, read_index, read_manifest
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder, NotFound, Rejected, Store
 
 
-class Place(NamedTuple):
+class SamplePlace(NamedTuple):
     """Where one sample lies: its shard and its entry in that shard's index."""
 
     shard: Shard
-    entry: Entry
+    entry: SampleEntry
 
 
 class Shards:
@@ -42,14 +42,14 @@ class Shards:
         except NotFound:
             raise UserError(f"{where} is missing beside {shard.name}. Build the shards again.") from None
 
-    def places(self, role: str) -> dict[str, list[Place]]:
+    def places(self, role: str) -> dict[str, list[SamplePlace]]:
         """The samples of one role by set, in shard order."""
-        found: dict[str, list[Place]] = {}
+        found: dict[str, list[SamplePlace]] = {}
         for shard in self.manifest.role(role):
-            found.setdefault(shard.set, []).extend(Place(shard, entry) for entry in self.index(shard).entries)
+            found.setdefault(shard.set, []).extend(SamplePlace(shard, entry) for entry in self.index(shard).entries)
         return found
 
-    def refuse_missing(self, *roles: str) -> None:
+    def check_present(self, *roles: str) -> None:
         """Raise Fault that names shards and indices of the roles which are not there, as far as a listing tells.
 
         On a folder also shards of another size.
@@ -74,7 +74,7 @@ class Shards:
                 "training shards alone, data.damage: skip trains without them."
             )
 
-    def refuse_larger_patches(self, patch_pixels: int) -> None:
+    def check_patch_size(self, patch_pixels: int) -> None:
         """Raise Fault for patches that do not fit into every training image."""
         least = min((s.least_pixels for s in self.train), default=patch_pixels)
         if least < patch_pixels:

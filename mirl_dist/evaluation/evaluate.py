@@ -20,13 +20,13 @@ from mirl_dist.config.seeding import generator
 from mirl_dist.config.tasks import Task
 from mirl_dist.data import image_strip as pictures
 from mirl_dist.data.manifest import CLEAN, DEGRADED, Shard
-from mirl_dist.data.resident_images import Images
+from mirl_dist.data.resident_images import ImageSource
 from mirl_dist.data.sample import Pixels, to_tensor
-from mirl_dist.data.shards import Place, Shards
+from mirl_dist.data.shards import SamplePlace, Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import Stopped, UserError
 from mirl_dist.evaluation import metrics, protocols, tiling
-from mirl_dist.evaluation.protocols import PROTOCOLS, Protocol
+from mirl_dist.evaluation.protocols import PROTOCOLS, ScoringProtocol
 from mirl_dist.evaluation.score import Score
 from mirl_dist.models.compiled import Compiled
 from mirl_dist.observability.progress import bar
@@ -36,33 +36,33 @@ _STRIP_PIXELS = 192
 _COLUMNS = ("degraded", "restored", "clean")
 
 
-class Settings(NamedTuple):
+class EvalSettings(NamedTuple):
     """How images are restored and scored.
 
     protocols: the first is the headline. seed: of the test noise. tile_pixels: None restores images whole, else in
     tiles of so many pixels a side which share `tile_overlap`. compile: restore through torch.compile.
     """
 
-    protocols: tuple[Protocol, ...]
+    protocols: tuple[ScoringProtocol, ...]
     seed: int
     tile_pixels: int | None = None
     tile_overlap: int = 32
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
 
-    def measured(self) -> dict[str, str]:
+    def as_recorded(self) -> dict[str, str]:
         """What of it changes scores although no protocol says it, in words for a ticket."""
         tile = f"{self.tile_pixels} pixels, {self.tile_overlap} shared" if self.tile_pixels else "whole image"
         return {"precision": self.precision, "compile": "yes" if self.compile else "no", "tile": tile}
 
 
-class Job(NamedTuple):
+class EvalJob(NamedTuple):
     """One image to restore for one task. `name` is 'task/set', the name of the score it counts for."""
 
     name: str
     task: Task
     set: str
-    place: Place
+    place: SamplePlace
     pictured: bool
 
 
@@ -78,13 +78,13 @@ class ImageScore(NamedTuple):
     degraded_ssim: float
 
 
-class _Result(NamedTuple):
+class _ImageResult(NamedTuple):
     number: int
     scores: tuple[ImageScore, ...]
     row: pictures.Row | None
 
 
-class Scored(NamedTuple):
+class EvalResult(NamedTuple):
     """Means by protocol and 'task/set', protocols in the order of the settings; the scores of each image, by protocol
     and in the order of the jobs; and a strip of the pictured images by the headline protocol (None without any)."""
 
@@ -101,13 +101,13 @@ class Scored(NamedTuple):
         return out.getvalue().encode("utf-8", "surrogateescape")
 
 
-def plan(
+def plan_jobs(
     shards: Shards,
     tasks: Sequence[Task],
     sets: Sequence[str] | None,
     pictures: int = 1,
-    by: Sequence[Protocol] = (PROTOCOLS["promptir"],),
-) -> list[Job]:
+    by: Sequence[ScoringProtocol] = (PROTOCOLS["promptir"],),
+) -> list[EvalJob]:
     """Every (task, image) to score: a set of clean images is scored for every trained task that degrades on reading.
 
     sets: names, or None for all. pictures: the first so many images of each score are pictured; by: how they will be
@@ -135,17 +135,21 @@ def plan(
     for task in tasks:
         for name in sorted(sets if sets is not None else places):
             if kinds[name] == task.kind:
-                jobs += [Job(f"{task.name}/{name}", task, name, p, i < pictures) for i, p in enumerate(places[name])]
+                jobs += [
+                    EvalJob(f"{task.name}/{name}", task, name, p, i < pictures) for i, p in enumerate(places[name])
+                ]
     return jobs
 
 
-def few(jobs: Sequence[Job], images: int) -> list[Job]:
+def first_images(jobs: Sequence[EvalJob], images: int) -> list[EvalJob]:
     """The first `images` jobs of each 'task/set', none of them pictured."""
     by_name = groupby(jobs, key=lambda job: job.name)
     return [job._replace(pictured=False) for _, of in by_name for job in islice(of, images)]
 
 
-def degraded_and_clean(supply: Images, job: Job, protocol: Protocol, seed: int) -> tuple[Pixels | Image, Pixels]:
+def degraded_and_clean(
+    supply: ImageSource, job: EvalJob, protocol: ScoringProtocol, seed: int
+) -> tuple[Pixels | Image, Pixels]:
     """The test pair of a job by a protocol: what the network is given (uint8, or float32 where the protocol does not
     quantise noise) and the clean uint8 image, cropped alike; its chance depends on seed, set, name and task."""
     clean = protocols.cropped(protocol, supply.image(job.place, CLEAN))
@@ -180,15 +184,17 @@ def restore(
     return np.clip(restored, 0, 1)
 
 
-def _score(model: nn.Module, supply: Images, number: int, job: Job, how: Settings, device: torch.device) -> _Result:
+def _score(
+    model: nn.Module, supply: ImageSource, number: int, job: EvalJob, settings: EvalSettings, device: torch.device
+) -> _ImageResult:
     """One image by every protocol, restored once for each of the inputs that they differ in."""
     made: dict[tuple[int, str], tuple[Image, Image, Pixels]] = {}
     scores, row, key = [], None, job.place.entry.key
-    for protocol in how.protocols:
+    for protocol in settings.protocols:
         same = protocol.input(job.task)
         if same not in made:
-            given, clean = degraded_and_clean(supply, job, protocol, how.seed)
-            restored = restore(model, given, device, how.tile_pixels, how.tile_overlap, how.precision)
+            given, clean = degraded_and_clean(supply, job, protocol, settings.seed)
+            restored = restore(model, given, device, settings.tile_pixels, settings.tile_overlap, settings.precision)
             made[same] = (protocols.as_restored(given), restored, clean)
         degraded, restored, clean = made[same]
         quality, before = (protocols.score(protocol, image, clean) for image in (restored, degraded))
@@ -196,17 +202,17 @@ def _score(model: nn.Module, supply: Images, number: int, job: Job, how: Setting
         if job.pictured and row is None:
             shown = (metrics.to_8bit(degraded), metrics.to_8bit(restored), clean)
             row = pictures.Row(f"{job.name} {key}", tuple(pictures.centre(i, _STRIP_PIXELS) for i in shown))
-    return _Result(number, tuple(scores), row)
+    return _ImageResult(number, tuple(scores), row)
 
 
-def deal(jobs: Sequence[Job], rank: int, world: int) -> list[int]:
+def assign_jobs(jobs: Sequence[EvalJob], rank: int, world: int) -> list[int]:
     """The numbers of one rank's jobs: runs of shards, so that a rank brings few of them."""
     by_shard = sorted(range(len(jobs)), key=lambda n: (jobs[n].place.shard.name, n))
     return by_shard[len(jobs) * rank // world : len(jobs) * (rank + 1) // world]
 
 
 @contextmanager
-def _held(supply: Images, shards: Sequence[Shard], ahead: bool) -> Iterator[Iterator[Shard]]:
+def _acquired_shards(supply: ImageSource, shards: Sequence[Shard], ahead: bool) -> Iterator[Iterator[Shard]]:
     """Shards one after the other, each held until the next is asked for; ahead: the one after it comes meanwhile."""
     wanted: deque[Shard] = deque()
 
@@ -214,7 +220,7 @@ def _held(supply: Images, shards: Sequence[Shard], ahead: bool) -> Iterator[Iter
         coming = iter(shards)
         for shard in shards:
             while len(wanted) < 1 + ahead and (more := next(coming, None)) is not None:
-                supply.want(more)
+                supply.acquire(more)
                 wanted.append(more)
             yield shard
             supply.release(wanted.popleft())
@@ -232,13 +238,13 @@ def _never() -> bool:
 
 def evaluate(
     model: nn.Module,
-    supply: Images,
-    jobs: Sequence[Job],
+    supply: ImageSource,
+    jobs: Sequence[EvalJob],
     ranks: Ranks,
-    how: Settings,
+    settings: EvalSettings,
     look_ahead: bool = False,
     stop_asked: Callable[[], bool] = _never,
-) -> Scored:
+) -> EvalResult:
     """Score every job once, shared out over the ranks; the same bits on every rank and for every world size.
 
     model: the bare network (not the wrapped one: ranks score different numbers of images), set to eval here.
@@ -247,18 +253,18 @@ def evaluate(
     cannot be scored, and where compiling fails.
     """
     model.eval()
-    mine, stopped = deal(jobs, ranks.rank, ranks.world), False
-    network = Compiled(model) if how.compile else model
-    results: list[_Result] = []
+    mine, stopped = assign_jobs(jobs, ranks.rank, ranks.world), False
+    network = Compiled(model) if settings.compile else model
+    results: list[_ImageResult] = []
     with bar("evaluating", len(mine), shown=ranks.is_main and bool(jobs)) as advance:
         runs = [list(group) for _, group in groupby(mine, key=lambda n: jobs[n].place.shard.name)]
-        with _held(supply, [jobs[numbers[0]].place.shard for numbers in runs], look_ahead) as held:
+        with _acquired_shards(supply, [jobs[numbers[0]].place.shard for numbers in runs], look_ahead) as held:
             for number in (n for _, numbers in zip(held, runs, strict=True) for n in numbers):
                 if stopped := stop_asked():
                     break
                 job = jobs[number]
                 try:
-                    results.append(_score(network, supply, number, job, how, ranks.device))
+                    results.append(_score(network, supply, number, job, settings, ranks.device))
                 except Stopped:  # while a shard did not come
                     stopped = True
                     break
@@ -270,13 +276,13 @@ def evaluate(
         raise Stopped("stopped as asked while evaluating; the round's training is committed")
     everyone = sorted((r for part in ranks.gather_objects(results) for r in part), key=lambda r: r.number)
     assert [r.number for r in everyone] == list(range(len(jobs))), "an image was scored twice or not at all"
-    return _summed(everyone, how)
+    return _summed(everyone, settings)
 
 
-def _summed(everyone: Sequence[_Result], how: Settings) -> Scored:
+def _summed(everyone: Sequence[_ImageResult], settings: EvalSettings) -> EvalResult:
     """Exact means over images, in an order that no world size changes."""
-    images = tuple(r.scores[at] for at in range(len(how.protocols)) for r in everyone)
-    scores: dict[str, dict[str, Score]] = {protocol.name: {} for protocol in how.protocols}
+    images = tuple(r.scores[at] for at in range(len(settings.protocols)) for r in everyone)
+    scores: dict[str, dict[str, Score]] = {protocol.name: {} for protocol in settings.protocols}
     for protocol, name in dict.fromkeys((i.protocol, i.name) for i in images):
         of = [i for i in images if (i.protocol, i.name) == (protocol, name)]
         psnr, ssim, before_psnr, before_ssim = (fsum(each) / len(of) for each in zip(*(i[3:] for i in of), strict=True))
@@ -284,4 +290,4 @@ def _summed(everyone: Sequence[_Result], how: Settings) -> Scored:
             psnr=psnr, ssim=ssim, degraded_psnr=before_psnr, degraded_ssim=before_ssim, images=len(of)
         )
     rows = [r.row for r in everyone if r.row is not None]
-    return Scored(scores, images, pictures.strip(rows, _COLUMNS) if rows else None)
+    return EvalResult(scores, images, pictures.strip(rows, _COLUMNS) if rows else None)

@@ -20,7 +20,7 @@ Pixels = NDArray[np.uint8]
 Image = NDArray[np.float32]
 
 
-class Protocol(NamedTuple):
+class ScoringProtocol(NamedTuple):
     """How images are scored.
 
     text: every convention in one sentence. multiple: both images are cropped around the centre to multiples of so many
@@ -60,8 +60,8 @@ _PUBLISHED_NOISE = "gaussian noise added to uint8 then clipped and truncated"
 _GAUSSIAN_SSIM = "ssim (11x11 gaussian window of sigma 1.5 where it fits whole, population covariance, data range 255)"
 
 
-def _basicsr(name: str, text: str, colour: Literal["rgb", "y"]) -> Protocol:
-    return Protocol(
+def _basicsr(name: str, text: str, colour: Literal["rgb", "y"]) -> ScoringProtocol:
+    return ScoringProtocol(
         name,
         f"{text}, centre crop to a multiple of 16, {_PUBLISHED_NOISE}, output clipped and rounded to uint8, no border "
         f"cut, scikit-image psnr (at most 100 dB) and {_GAUSSIAN_SSIM} as BasicSR, mean over images",
@@ -75,7 +75,7 @@ def _basicsr(name: str, text: str, colour: Literal["rgb", "y"]) -> Protocol:
 
 
 _ALL = (
-    Protocol(
+    ScoringProtocol(
         "promptir",
         metrics.PROTOCOL,
         multiple=16,
@@ -85,7 +85,7 @@ _ALL = (
         border=0,
         window="uniform 7x7",
     ),
-    Protocol(
+    ScoringProtocol(
         "restormer",
         "rgb, whole image (the network pads by reflection to a multiple of 8), gaussian noise of numpy's legacy "
         "generator with seed 0 for each image added to [0, 1], neither clipped nor quantised, output clipped and "
@@ -100,7 +100,7 @@ _ALL = (
     ),
     _basicsr("basicsr_rgb", "rgb", "rgb"),
     _basicsr("basicsr_y", "Y of BT.601 YCbCr in studio range 16 to 235, not rounded", "y"),
-    Protocol(
+    ScoringProtocol(
         "mioir",
         "rgb, whole image, gaussian noise added to uint8 then clipped and rounded, output clipped and rounded to "
         "uint8, 4 pixels of border cut on each side, scikit-image psnr (at most 100 dB) and "
@@ -113,23 +113,23 @@ _ALL = (
         window="gaussian 11x11",
     ),
 )
-PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in _ALL}
+PROTOCOLS: dict[str, ScoringProtocol] = {protocol.name: protocol for protocol in _ALL}
 """By name, as `evaluate.protocols` says them."""
 
 
-def cropped(protocol: Protocol, image: Pixels) -> Pixels:
+def cropped(protocol: ScoringProtocol, image: Pixels) -> Pixels:
     """The part of an image that the protocol looks at: uint8 (H, W, 3), both of a pair alike."""
     return np.ascontiguousarray(metrics.crop_to_multiple(image, protocol.multiple))
 
 
-def degraded(protocol: Protocol, task: Task, clean: Pixels, rng: np.random.Generator) -> Pixels | Image:
+def degraded(protocol: ScoringProtocol, task: Task, clean: Pixels, rng: np.random.Generator) -> Pixels | Image:
     """The input of a task that degrades on reading: uint8 (H, W, 3), or float32 nominally in [0, 1] for noise 'float'.
 
     clean: cropped, uint8 (H, W, 3). rng: keyed by seed, set, image and task. Noise 'float' takes from it only the
     strength of a task that draws one: the noise itself is that of seed 0, the same for every image of one size.
     """
     if task.family != "denoise" or protocol.noise == "truncated":
-        return degrade.for_test(task, clean, rng)
+        return degrade.degrade_for_test(task, clean, rng)
     sigma = degrade.sigma_of(task.level, rng)
     if protocol.noise == "rounded":
         noisy = clean + sigma * rng.standard_normal(clean.shape)
@@ -138,7 +138,7 @@ def degraded(protocol: Protocol, task: Task, clean: Pixels, rng: np.random.Gener
     return (_unit(clean) + noise).astype(np.float32)
 
 
-def score(protocol: Protocol, restored: Image, clean: Pixels) -> Quality:
+def score(protocol: ScoringProtocol, restored: Image, clean: Pixels) -> Quality:
     """Compare a restored image with the clean one.
 
     restored: float32 (H, W, 3) RGB in any range, clipped to [0, 1] here. clean: uint8 (H, W, 3) RGB of the same size.

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Callable
 from typing import TypeAlias
 
-Hear: TypeAlias = Callable[[str, str, dict[str, float]], None]
+Listener: TypeAlias = Callable[[str, str, dict[str, float]], None]
 """Takes the level ('note', 'info', 'warning', 'fault' or 'error'), the text, and numbers by name. Must not raise."""
 
-_hear: list[Hear] = []
+_hear: list[Listener] = []
 
 
-def listen(hear: Hear) -> Callable[[], None]:
+def listen(hear: Listener) -> Callable[[], None]:
     """Have `hear` called for each line from now on, in whatever thread it is said; returns what ends that."""
     _hear.append(hear)
     return lambda: _hear.remove(hear)

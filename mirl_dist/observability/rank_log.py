@@ -53,7 +53,7 @@ class RankLog:
         self._file, self._failed, self._torn = -1, False, False
         self._noted: dict[str, float] = {}
 
-    def hear(self, level: str, text: str, numbers: dict[str, float]) -> None:
+    def write(self, level: str, text: str, numbers: dict[str, float]) -> None:
         """Write a line. round and step are remembered for the lines to come. Notes of numbers are taken at most every
         five seconds."""
         self._at.update({key: numbers[key] for key in ("round", "step") if key in numbers})
@@ -147,7 +147,7 @@ def begin(config: Config, phase: Callable[[], str]) -> Path:
         sys.excepthook, threading.excepthook = in_main, in_thread
 
     sys.excepthook, threading.excepthook = main_failed, thread_failed
-    _open.extend([log.close, restore, listen(log.hear)])
+    _open.extend([log.close, restore, listen(log.write)])
     note(f"started ({os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} times again)", "info")
     return log.path
 

@@ -21,8 +21,8 @@ from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import reader
 from mirl_dist.pruning import masks as masking
 from mirl_dist.tickets import verify
-from mirl_dist.tickets.compare.entry import DENSE, Shown
-from mirl_dist.tickets.open import Filed, find, open_run, open_ticket, run_of
+from mirl_dist.tickets.compare.entry import DENSE, Entry
+from mirl_dist.tickets.open import FileTicket, open_run, open_run_ticket, open_ticket, run_of
 from mirl_dist.training import ticket as tickets
 from mirl_dist.training.ticket import Ticket
 
@@ -31,7 +31,7 @@ Packed = Mapping[str, NDArray[np.uint8]]
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
-class _Kept(NamedTuple):
+class _CollectedTicket(NamedTuple):
     """A round as it was found: its ticket, its packed mask (None where it is unknown), its strip of pictures."""
 
     ticket: Ticket
@@ -39,7 +39,7 @@ class _Kept(NamedTuple):
     strip: bytes | None
 
 
-class _Gathered(NamedTuple):
+class _CollectedRun(NamedTuple):
     """The tickets of one run as they were found. key: equal for one and the same run; said: what people call it;
     order: the weights of its network by name, in its own order."""
 
@@ -47,17 +47,17 @@ class _Gathered(NamedTuple):
     said: str
     config: Config
     order: Mapping[str, int]
-    each: list[_Kept]
+    each: list[_CollectedTicket]
 
 
-def gather(references: Sequence[str], uri: str | None = None) -> list[Shown]:
+def gather(references: Sequence[str], uri: str | None = None) -> list[Entry]:
     """All tickets that references name, run after run, in their order.
 
     A reference: `RUN` (all rounds), `RUN/rounds/NN`, a ticket file, `mlflow:RUN_ID` (a parent run) or
     `mlflow:experiment:NAME`. uri: MLflow's address, where it is not MLFLOW_TRACKING_URI. Raises Fault for what holds no
     ticket, for masks that are not their tickets', and for one ticket named twice.
     """
-    found: dict[str, _Gathered] = {}
+    found: dict[str, _CollectedRun] = {}
     for one in (run for reference in references for run in _gather(reference, uri)):
         before = found.get(one.key, one._replace(each=[]))
         twice = {kept.ticket.round for kept in before.each} & {kept.ticket.round for kept in one.each}
@@ -72,11 +72,11 @@ def gather(references: Sequence[str], uri: str | None = None) -> list[Shown]:
             seed = run.config.run.seed if ticket.seed is None else ticket.seed
             parts = {part: size for part, size in run.order.items() if part in ticket.layer_density}
             likeness = run.config.training_digest(), run.config.experiment_digest()
-            shown.append(Shown(name, method, seed, *likeness, ticket, parts, mask, strip))
+            shown.append(Entry(name, method, seed, *likeness, ticket, parts, mask, strip))
     return shown
 
 
-def _gather(reference: str, uri: str | None) -> list[_Gathered]:
+def _gather(reference: str, uri: str | None) -> list[_CollectedRun]:
     if reference.startswith(MLFLOW):
         return _of_mlflow(reference.removeprefix(MLFLOW), uri)
     return [_of_file(reference) if _is_file(reference) else _of_run(reference)]
@@ -91,19 +91,19 @@ def _is_file(reference: str) -> bool:
     return os.path.isfile(reference)
 
 
-def _of_file(reference: str) -> _Gathered:
+def _of_file(reference: str) -> _CollectedRun:
     opened = open_ticket(reference)
-    assert isinstance(opened, Filed)
+    assert isinstance(opened, FileTicket)
     packed = masking.pack(opened.body.masks)
     shapes = _shapes(opened.config, opened.ticket(), reference)
-    kept = _Kept(opened.ticket(), _proved(packed, opened.ticket(), shapes, reference), None)
-    return _Gathered(f"file:{Path(reference).resolve()}", reference, opened.config, _sizes(shapes), [kept])
+    kept = _CollectedTicket(opened.ticket(), _proved(packed, opened.ticket(), shapes, reference), None)
+    return _CollectedRun(f"file:{Path(reference).resolve()}", reference, opened.config, _sizes(shapes), [kept])
 
 
-def _of_run(reference: str) -> _Gathered:
+def _of_run(reference: str) -> _CollectedRun:
     home = run_of(reference)
     if home != (reference.rstrip("/") or reference):
-        found = find(reference)
+        found = open_run_ticket(reference)
         checkpoints, config, rounds = found.checkpoints, found.config, [found.ticket()]
     else:
         checkpoints, config = open_run(reference)
@@ -112,15 +112,15 @@ def _of_run(reference: str) -> _Gathered:
         raise UserError(f"{reference} has no finished round yet. `mirl-dist status` shows where it stands.")
     where = checkpoints.store.where()
     key = where if "://" in where else f"folder:{Path(where).resolve()}"
-    shapes, each = _shapes(config, rounds[0], where), list[_Kept]()
+    shapes, each = _shapes(config, rounds[0], where), list[_CollectedTicket]()
     for ticket in rounds:
         place = f"{home}, round {ticket.round}"
         mask = _proved(_unpacked(checkpoints.round_masks(ticket.round), place), ticket, shapes, place)
-        each.append(_Kept(ticket, mask, checkpoints.pictures(ticket.round)))
-    return _Gathered(key, home, config, _sizes(shapes), each)
+        each.append(_CollectedTicket(ticket, mask, checkpoints.pictures(ticket.round)))
+    return _CollectedRun(key, home, config, _sizes(shapes), each)
 
 
-def _of_mlflow(reference: str, uri: str | None) -> list[_Gathered]:
+def _of_mlflow(reference: str, uri: str | None) -> list[_CollectedRun]:
     found = []
     for run in reader.read(reference, uri):
         where = f"MLflow run {run.run_id}"
@@ -128,7 +128,11 @@ def _of_mlflow(reference: str, uri: str | None) -> list[_Gathered]:
             raise UserError(
                 f"{where} holds no run.json, so it says neither method nor seed. Compare it from its run folder."
             )
-        config, each, shapes = from_dump(run.config, f"{where}, run.json"), list[_Kept](), dict[str, tuple[int, ...]]()
+        config, each, shapes = (
+            from_dump(run.config, f"{where}, run.json"),
+            list[_CollectedTicket](),
+            dict[str, tuple[int, ...]](),
+        )
         for round_, data, mask, strip in run.tickets:
             place = f"{where}, round {round_}"
             ticket = tickets.parse(data, place)
@@ -136,8 +140,8 @@ def _of_mlflow(reference: str, uri: str | None) -> list[_Gathered]:
                 raise UserError(f"{place}: its ticket is of round {ticket.round}. Compare it from its run folder.")
             shapes = shapes or _shapes(config, ticket, where)
             packed = None if mask is None else _proved(_unpacked(mask, place), ticket, shapes, place)
-            each.append(_Kept(ticket, packed, strip))
-        found.append(_Gathered(f"{MLFLOW}{run.run_id}", run.run_name, config, _sizes(shapes), each))
+            each.append(_CollectedTicket(ticket, packed, strip))
+        found.append(_CollectedRun(f"{MLFLOW}{run.run_id}", run.run_name, config, _sizes(shapes), each))
     return found
 
 
@@ -164,7 +168,7 @@ def _proved(packed: Mapping[str, Tensor], ticket: Ticket, shapes: _Shapes, where
 
 def _shapes(config: Config, ticket: Ticket, where: str) -> dict[str, tuple[int, ...]]:
     """The tensors of a network by name, in its own order. Raises Fault where the ticket counts other weights."""
-    verify.refuse_oversized(config, ticket.total, where)
+    verify.check_size(config, ticket.total, where)
     with torch.device("meta"):
         model = models.create(config.model.name, **config.model.sizes())
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -180,7 +184,7 @@ def _sizes(shapes: _Shapes) -> dict[str, int]:
     return {name: math.prod(shape) for name, shape in shapes.items()}
 
 
-def _labels(runs: Sequence[_Gathered]) -> list[str]:
+def _labels(runs: Sequence[_CollectedRun]) -> list[str]:
     """A short name for each run, no two alike: the shortest ends of paths that tell them apart; where the whole name
     does not, the beginning of MLflow's id or a number."""
     names = _short_names([run.said for run in runs])

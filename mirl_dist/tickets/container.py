@@ -46,7 +46,7 @@ def _head(sizes: Mapping[str, int], sums: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def unseal(data: bytes, where: str) -> dict[str, memoryview]:
+def unpack(data: bytes, where: str) -> dict[str, memoryview]:
     """The parts of a file, by name, their checksums compared."""
     if not is_ticket_file(data[:64]):
         raise UserError(f"{where} is no ticket file. `mirl-dist tickets pack` writes them.")
@@ -74,12 +74,12 @@ def unseal(data: bytes, where: str) -> dict[str, memoryview]:
     return parts
 
 
-def fold(text: bytes) -> bytes:
+def compress(text: bytes) -> bytes:
     """The part `about` of a text. zlib's builds differ in what they write, not in what they read."""
     return zlib.compress(text, 9)
 
 
-def unfold(part: memoryview, where: str) -> Any:
+def decompress(part: memoryview, where: str) -> Any:
     """What the part `about` says. Raises Fault for anything but one stream of at most MOST_BYTES of sound JSON."""
     stream = zlib.decompressobj()
     try:

@@ -21,7 +21,7 @@ from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
-from mirl_dist.tickets.container import AGAIN, FORMAT, fold, is_ticket_file, seal, unfold, unseal
+from mirl_dist.tickets.container import AGAIN, FORMAT, compress, decompress, is_ticket_file, seal, unpack
 from mirl_dist.tickets.verify import Check, verify, verify_descent
 from mirl_dist.training import ticket as tickets
 from mirl_dist.training.ticket import Ticket
@@ -31,7 +31,7 @@ __all__ = [
     "FORMAT",
     "ROOM",
     "Check",
-    "Content",
+    "TicketContent",
     "is_ticket_file",
     "pack",
     "peek",
@@ -49,7 +49,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
 
 
-class Content(NamedTuple):
+class TicketContent(NamedTuple):
     """What a ticket file holds. Values are float32 by name, dead weights +0.0 in both; masks are bool.
 
     config: as run.json has it. initial: mask x the run's first values.
@@ -62,7 +62,7 @@ class Content(NamedTuple):
     trained: dict[str, Tensor]
 
 
-class _Entry(NamedTuple):
+class _TensorEntry(NamedTuple):
     """A tensor of the index; mask_bytes: 0 where it has no mask."""
 
     name: str
@@ -75,13 +75,13 @@ class _Entry(NamedTuple):
         return (self.size + 7) // 8 if self.prunable else 0
 
 
-class _Opened(NamedTuple):
+class _OpenedFile(NamedTuple):
     """A file whose bytes are as they were written, before any value is unpacked."""
 
     ticket: Ticket
     config: dict[str, Any]
     begins: str
-    entries: list[_Entry]
+    entries: list[_TensorEntry]
     parts: dict[str, memoryview]
 
 
@@ -104,7 +104,7 @@ def pack(
     where = f"the ticket of round {ticket.round}"
     masks = {n: m.cpu() for n, m in masks.items()}
     first, last = ({n: t.detach().cpu().contiguous() for n, t in of.items()} for of in (initial, trained))
-    _refuse_unfit(masks, first, last, where)
+    _check_consistent(masks, first, last, where)
     names = sorted(last)
     packed = masking.pack(masks)
     parts = {
@@ -131,14 +131,14 @@ def _about(ticket: Ticket, config: Mapping[str, Any], masks: Masks, initial: dic
         "begins": masking.digest_tensors(begins),
     }
     try:
-        return fold(json.dumps(about, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
+        return compress(json.dumps(about, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
     except ValueError:
         raise UserError(
             f"found a number that is not finite in the record of {where}. A ticket file holds none."
         ) from None
 
 
-def _refuse_unfit(
+def _check_consistent(
     masks: Mapping[str, Tensor], initial: Mapping[str, Tensor], trained: Mapping[str, Tensor], where: str
 ) -> None:
     odd = sorted((initial.keys() ^ trained.keys()) | (masks.keys() - trained.keys()))
@@ -171,7 +171,7 @@ def _survivors(names: list[str], masks: Mapping[str, Tensor], of: Mapping[str, T
 # -- reading ----------------------------------------------------------------------------------------------------
 
 
-def read(data: bytes, where: str) -> Content:
+def read(data: bytes, where: str) -> TicketContent:
     """The content of a ticket file, every byte of it accounted for; `where` names the file.
 
     Raises Fault for whatever is no whole ticket file, and nothing else. Allocates at most FACTOR x len(data) + ROOM.
@@ -197,7 +197,7 @@ def read(data: bytes, where: str) -> Content:
         at += alive
     if masking.digest_tensors(dense["initial"]) != opened.begins:
         raise UserError(f"{where}: its first values do not have the digest that it states. {AGAIN}")
-    return Content(opened.ticket, opened.config, masks, dense["initial"], dense["trained"])
+    return TicketContent(opened.ticket, opened.config, masks, dense["initial"], dense["trained"])
 
 
 def peek(data: bytes, where: str) -> tuple[Ticket, dict[str, Any]]:
@@ -206,10 +206,10 @@ def peek(data: bytes, where: str) -> tuple[Ticket, dict[str, Any]]:
     return opened.ticket, opened.config
 
 
-def _open(data: bytes, where: str) -> _Opened:
+def _open(data: bytes, where: str) -> _OpenedFile:
     """Everything that can be proven before any weight is unpacked. Raises Fault."""
-    parts = unseal(data, where)
-    about = unfold(parts["about"], where)
+    parts = unpack(data, where)
+    about = decompress(parts["about"], where)
     if not isinstance(about, dict) or about.keys() != {"tensors", "ticket", "config", "begins"}:
         raise UserError(f"{where}: its text is not that of a ticket file. {AGAIN}")
     if not isinstance(about["config"], dict) or not isinstance(about["begins"], str):
@@ -231,10 +231,10 @@ def _open(data: bytes, where: str) -> _Opened:
             f"{where}: its masks leave {survivors:,} survivors, but it holds {len(parts['initial']) // 4:,} first and "
             f"{len(parts['trained']) // 4:,} trained values. {AGAIN}"
         )
-    return _Opened(_ticket(about["ticket"], densities, where), about["config"], about["begins"], entries, parts)
+    return _OpenedFile(_ticket(about["ticket"], densities, where), about["config"], about["begins"], entries, parts)
 
 
-def _masks(entries: list[_Entry], mask: memoryview) -> Iterator[tuple[_Entry, NDArray[np.uint8] | None]]:
+def _masks(entries: list[_TensorEntry], mask: memoryview) -> Iterator[tuple[_TensorEntry, NDArray[np.uint8] | None]]:
     """Each tensor with the bits of its mask, None where it has none."""
     at, bits = 0, np.frombuffer(mask, np.uint8)
     for entry in entries:
@@ -242,9 +242,9 @@ def _masks(entries: list[_Entry], mask: memoryview) -> Iterator[tuple[_Entry, ND
         at += entry.mask_bytes
 
 
-def _entries(index: Any, where: str) -> list[_Entry]:
+def _entries(index: Any, where: str) -> list[_TensorEntry]:
     """The tensors of a file. Raises Fault for names and shapes that no network has."""
-    entries: list[_Entry] = []
+    entries: list[_TensorEntry] = []
     for said in index if isinstance(index, list) else []:
         if not (isinstance(said, list) and [type(v) for v in said] == [str, list, bool]):
             raise UserError(f"{where}: its index of tensors is damaged. {AGAIN}")
@@ -256,7 +256,7 @@ def _entries(index: Any, where: str) -> list[_Entry]:
         size = math.prod(shape)
         if size > tickets.MOST_WEIGHTS:
             raise UserError(f"{where}: found {size:,} weights in '{name}'. {AGAIN}")
-        entries.append(_Entry(name, tuple(shape), prunable, size))
+        entries.append(_TensorEntry(name, tuple(shape), prunable, size))
     names = [entry.name for entry in entries]
     if not any(entry.prunable for entry in entries) or names != sorted(set(names)):
         raise UserError(f"{where}: its tensors are not named once each, in order, some of them prunable. {AGAIN}")

@@ -16,13 +16,13 @@ from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import Options, open_store
 from mirl_dist.tickets import file, verify
-from mirl_dist.tickets.file import Content
+from mirl_dist.tickets.file import TicketContent
 from mirl_dist.training.checkpoint import INITIAL, Checkpoints, unpack_masks
 from mirl_dist.training.initial import StartingPoint
 from mirl_dist.training.ticket import Ticket
 
 
-class Found(NamedTuple):
+class RunTicket(NamedTuple):
     """A run and one of its rounds."""
 
     checkpoints: Checkpoints
@@ -53,18 +53,18 @@ class Found(NamedTuple):
         masking.apply_masks(initial, masks)
         return StartingPoint(ticket, masks, initial)
 
-    def content(self) -> Content:
+    def content(self) -> TicketContent:
         """Everything that the ticket is. Raises Fault where a part is damaged, or the run did not keep it."""
         ticket, masks, initial = self.starting_point()
-        return Content(ticket, self.config.dump(), masks, initial, self.trained_weights())
+        return TicketContent(ticket, self.config.dump(), masks, initial, self.trained_weights())
 
 
-class Filed(NamedTuple):
+class FileTicket(NamedTuple):
     """A ticket in a file of its own; the same methods as a run's ticket."""
 
     path: Path
     config: Config
-    body: Content
+    body: TicketContent
 
     def ticket(self) -> Ticket:
         return self.body.ticket
@@ -79,7 +79,7 @@ class Filed(NamedTuple):
     def starting_point(self) -> StartingPoint:
         return StartingPoint(self.body.ticket, self.body.masks, self.body.initial)
 
-    def content(self) -> Content:
+    def content(self) -> TicketContent:
         return self.body
 
 
@@ -88,7 +88,7 @@ _USUAL = Options()
 
 def open_run(folder: str, options: Options = _USUAL) -> tuple[Checkpoints, Config]:
     """A run, opened for reading; options: where its store is not as the environment says. Raises Fault without one."""
-    _refuse_no_run(folder)
+    _check_is_run(folder)
     checkpoints = Checkpoints(open_store(folder, options))
     identity = checkpoints.identity()
     if identity is None:
@@ -96,7 +96,7 @@ def open_run(folder: str, options: Options = _USUAL) -> tuple[Checkpoints, Confi
     return checkpoints, from_dump(identity["config"], f"{folder}/run.json")
 
 
-def _refuse_no_run(folder: str) -> None:
+def _check_is_run(folder: str) -> None:
     """Raise Fault for what names something else than a run."""
     if folder.startswith("mlflow:"):
         raise UserError(
@@ -113,7 +113,7 @@ def run_of(reference: str) -> str:
     return re.sub(r"/rounds/\d+/?$", "", reference).rstrip("/") or reference
 
 
-def find(reference: str, options: Options = _USUAL) -> Found:
+def open_run_ticket(reference: str, options: Options = _USUAL) -> RunTicket:
     """`RUN` (its best round where the run chose one, else its last) or `RUN/rounds/NN`."""
     match = re.fullmatch(r"(.*?)/rounds/(\d+)/?", reference)
     checkpoints, config = open_run(match.group(1) if match else reference, options)
@@ -124,25 +124,25 @@ def find(reference: str, options: Options = _USUAL) -> Found:
     round_ = int(match.group(2)) if match else (rounds[-1] if chosen is None else chosen)
     if round_ not in rounds:
         raise UserError(f"{reference} is not there; finished rounds are {', '.join(map(str, rounds))}.")
-    return Found(checkpoints, config, round_)
+    return RunTicket(checkpoints, config, round_)
 
 
-def open_ticket(reference: str, options: Options = _USUAL) -> Found | Filed:
+def open_ticket(reference: str, options: Options = _USUAL) -> RunTicket | FileTicket:
     """What `find` finds, or the ticket in a file. Raises Fault for a file that is none."""
     path = Path(reference)
     if "://" in reference or not path.is_file():
-        return find(reference, options)
+        return open_run_ticket(reference, options)
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"found {path}, which cannot be read: {error.strerror or error}. Correct the rights.") from None
     content = file.read(data, reference)
-    return Filed(path, portable(from_dump(content.config, reference)), content)
+    return FileTicket(path, portable(from_dump(content.config, reference)), content)
 
 
 def network(config: Config, weights: dict[str, Tensor]) -> nn.Module:
     """The network of a config with these weights, for restoring. Raises Fault where they are not its weights."""
-    verify.refuse_oversized(config, sum(t.numel() for t in weights.values()), "the ticket")
+    verify.check_size(config, sum(t.numel() for t in weights.values()), "the ticket")
     with torch.device("meta"):
         model = models.create(config.model.name, **config.model.sizes())
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}

@@ -15,9 +15,9 @@ from mirl_dist.observability import progress
 from mirl_dist.storage import Folder, output_paths
 from mirl_dist.tickets import file as ticket_file
 from mirl_dist.tickets import open as opening
-from mirl_dist.tickets.file import Check, Content
-from mirl_dist.tickets.open import Filed, Found
-from mirl_dist.tickets.verify import FOLLOWS, refuse_oversized
+from mirl_dist.tickets.file import Check, TicketContent
+from mirl_dist.tickets.open import FileTicket, RunTicket
+from mirl_dist.tickets.verify import FOLLOWS, check_size
 from mirl_dist.training.checkpoint import pack_tensors
 from mirl_dist.training.run import rule_of
 
@@ -27,7 +27,7 @@ def pack(reference: str, out: Path) -> None:
     fails."""
     output_paths.check_file(out)
     opened = opening.open_ticket(reference)
-    if isinstance(opened, Filed):
+    if isinstance(opened, FileTicket):
         raise UserError(f"found {reference}, which is a ticket file already. Copy it, or name a round of a run.")
     content = opened.content()
     data = ticket_file.pack(*content._replace(config=portable(opened.config).dump()))
@@ -54,7 +54,7 @@ def verify(reference: str, run: str | None, as_json: bool) -> None:
     opened = opening.open_ticket(reference)
     content = opened.content()
     checks = ticket_file.verify(content)
-    home = opened if isinstance(opened, Found) else None
+    home = opened if isinstance(opened, RunTicket) else None
     if run is not None:
         home = _home(content, reference, run)
     if home is not None:
@@ -72,7 +72,7 @@ def verify(reference: str, run: str | None, as_json: bool) -> None:
         raise UserError(f"{reference} does not hold: {'; '.join(broken)}. Do not use it; get it from its run again.")
 
 
-def _home(content: Content, reference: str, run: str) -> Found:
+def _home(content: TicketContent, reference: str, run: str) -> RunTicket:
     """The run that --run names. Raises Fault when the ticket says that it is of another one."""
     checkpoints, config = opening.open_run(run)
     said = checkpoints.identity() or {}
@@ -83,10 +83,10 @@ def _home(content: Content, reference: str, run: str) -> Found:
                 f"--run: {run} is another run than the ticket's: its {what.replace('_', ' ')} is "
                 f"{str(said.get(what))[:16]}, that of {reference} {mine[:16]}. Name the run that the ticket is of."
             )
-    return Found(checkpoints, config, content.ticket.round)
+    return RunTicket(checkpoints, config, content.ticket.round)
 
 
-def _with_run(content: Content, home: Found) -> list[Check]:
+def _with_run(content: TicketContent, home: RunTicket) -> list[Check]:
     """What only the run can prove."""
     where, ticket = home.checkpoints.store.where(), content.ticket
     kept = {t.round: t for t in home.checkpoints.tickets()}
@@ -97,10 +97,10 @@ def _with_run(content: Content, home: Found) -> list[Check]:
         return found
     if ticket.round - 1 not in kept:
         return [*found, Check(FOLLOWS, None, f"not provable: {where} lacks round {ticket.round - 1}")]
-    before = Found(home.checkpoints, home.config, ticket.round - 1)
+    before = RunTicket(home.checkpoints, home.config, ticket.round - 1)
     trained = before.trained_weights() if home.checkpoints.has_weights(before.round_) else {}
     elder = before.starting_point()
-    parent = Content(elder.ticket, home.config.dump(), elder.masks, elder.initial, trained)
+    parent = TicketContent(elder.ticket, home.config.dump(), elder.masks, elder.initial, trained)
     return found + ticket_file.verify_descent(content, parent, rule_of(home.config))
 
 
@@ -117,7 +117,7 @@ def export(reference: str, out: Path, compact: bool) -> None:
         Folder(out.parent).put(out.name, pack_tensors(weights))
         progress.say(f"{out}: {len(weights)} tensors under this project's names")
         return
-    refuse_oversized(opened.config, sum(t.numel() for t in weights.values()), reference)
+    check_size(opened.config, sum(t.numel() for t in weights.values()), reference)
     official = models.to_official(opened.config.model.name, weights, **sizes)
     data = models.write_official(official, compact=compact)
     Folder(out.parent).put(out.name, data)

@@ -33,7 +33,7 @@ MOST_BLOCKS = 256
 """Deeper networks are not built for a ticket: a stranger's config could ask for any number."""
 
 
-def refuse_oversized(config: configs.Config, weights: int, where: str) -> None:
+def check_size(config: configs.Config, weights: int, where: str) -> None:
     """Raise Fault for a model section whose network has more than so many weights, before it is built.
 
     Each size is held against the smallest tensors that it makes: that bounds the time and the numbers, no more.
@@ -57,7 +57,7 @@ def refuse_oversized(config: configs.Config, weights: int, where: str) -> None:
         )
 
 
-class Round(Protocol):
+class TicketRound(Protocol):
     """A round's parts, out of a ticket file (ticket_file.Content) or a run folder."""
 
     @property
@@ -72,12 +72,12 @@ class Round(Protocol):
     def trained(self) -> dict[str, Tensor]: ...
 
 
-def verify(content: Round) -> list[Check]:
+def verify(content: TicketRound) -> list[Check]:
     """What a ticket says about itself, judged by its own masks and values."""
     return list(_of_file(content))
 
 
-def _of_file(content: Round) -> Iterator[Check]:
+def _of_file(content: TicketRound) -> Iterator[Check]:
     ticket, masks = content.ticket, content.masks
     yield _same("mask digest", ticket.mask_digest, masking.digest(masks))
     yield _same("digest of the trained weights", ticket.weights_digest, masking.digest_tensors(content.trained))
@@ -115,7 +115,7 @@ def _of_config(ticket: Ticket, tree: dict[str, Any]) -> Iterator[Check]:
         yield _same("seed", ticket.seed, config.run.seed)
 
 
-def verify_descent(content: Round, parent: Round, rule: PruneConfig) -> list[Check]:
+def verify_descent(content: TicketRound, parent: TicketRound, rule: PruneConfig) -> list[Check]:
     """Whether a ticket is the child of `parent`, the round before it in its run, whose masks `rule` cut.
 
     parent.initial may be the run's first values with or without the dead ones; parent.trained is empty where the run
@@ -125,7 +125,7 @@ def verify_descent(content: Round, parent: Round, rule: PruneConfig) -> list[Che
     return list(_of_descent(content, parent, rule))
 
 
-def _of_descent(content: Round, parent: Round, rule: PruneConfig) -> Iterator[Check]:
+def _of_descent(content: TicketRound, parent: TicketRound, rule: PruneConfig) -> Iterator[Check]:
     child, elder = content.ticket, parent.ticket
     yield _same("digest of the parent's ticket", child.parent, elder.digest())
     yield _same("round", child.round, elder.round + 1)
@@ -151,7 +151,7 @@ def _of_descent(content: Round, parent: Round, rule: PruneConfig) -> Iterator[Ch
     yield Check("survivors have the run's first values", not moved, _named(moved) or "all, to the last bit")
 
 
-def _of_cut(content: Round, parent: Round, rule: PruneConfig) -> Iterator[Check]:
+def _of_cut(content: TicketRound, parent: TicketRound, rule: PruneConfig) -> Iterator[Check]:
     criterion = CRITERIA[rule.criterion]
     wanted = sum(group.k for group in groups(count_weights(parent.masks, ReplicatedPartition(), single_rank), rule))
     gone = masking.count_surviving(parent.masks) - masking.count_surviving(content.masks)

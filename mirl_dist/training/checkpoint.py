@@ -84,7 +84,7 @@ class Checkpoints:
 
     # -- the run ------------------------------------------------------------------------------------------------
 
-    def take_over(self) -> None:
+    def fence_older_writers(self) -> None:
         """Begin to write, after the lease was claimed: what dead writers left goes, and they cannot commit any more."""
         self._commits.fence_older_writers()
         whole, mine = {c.folder for c in self.commits()}, self._commits.writer.generation
@@ -134,7 +134,7 @@ class Checkpoints:
         except (NotFound, safetensors.SafetensorError):
             return None
 
-    def remembered(self) -> dict[str, str]:
+    def mlflow_ids(self) -> dict[str, str]:
         """MLflow ids by name; none for a file that is damaged: the runs are then found by their tags."""
         try:
             found = json.loads(self.store.get(TRACKING))
@@ -143,9 +143,9 @@ class Checkpoints:
         well = isinstance(found, dict) and all(isinstance(id_, str) for id_ in found.values())
         return found if well else {}
 
-    def remember(self, ids: dict[str, str]) -> None:
+    def save_mlflow_ids(self, ids: dict[str, str]) -> None:
         """Keep further MLflow ids."""
-        self.store.put(TRACKING, to_json(self.remembered() | ids))
+        self.store.put(TRACKING, to_json(self.mlflow_ids() | ids))
 
     # -- commits ------------------------------------------------------------------------------------------------
 
@@ -218,7 +218,7 @@ class Checkpoints:
 
     # -- reading back -------------------------------------------------------------------------------------------
 
-    def newest(self) -> tuple[Commit, dict[str, bytes], list[str]] | None:
+    def latest(self) -> tuple[Commit, dict[str, bytes], list[str]] | None:
         """The newest commit that verifies, its parts, and what was found damaged on the way; None without any.
 
         Raises Fault when there are commits but none of them verifies.
@@ -240,7 +240,7 @@ class Checkpoints:
             raise UserError("no commit of this run can be read: " + "; ".join(damaged) + ". Restore a copy of the run.")
         return None
 
-    def stands(self, commits: list[Commit]) -> tuple[Commit | None, Progress]:
+    def latest_progress(self, commits: list[Commit]) -> tuple[Commit | None, Progress]:
         """The first of some commits whose state can be read, and where the run stood then; other parts are not read."""
         for commit in commits:
             try:

@@ -27,14 +27,14 @@ from mirl_dist.errors import Stopped, UserError
 _BODY = struct.Struct("<QBQQQQQ")
 _CHECK = struct.Struct("<I")
 _BYTES = _BODY.size + _CHECK.size
-_AWAY, _INSIDE = 0, 1
+_OUTSIDE, _INSIDE = 0, 1
 
 
-class _Record(NamedTuple):
+class _StepRecord(NamedTuple):
     """number: of this record; round_, updates: the newest step; died_*: the one that `deaths` launches died in."""
 
     number: int = 0
-    where: int = _AWAY
+    state: int = _OUTSIDE
     round_: int = 0
     updates: int = 0
     died_round: int = 0
@@ -46,7 +46,7 @@ class _Record(NamedTuple):
         return body + _CHECK.pack(zlib.crc32(body))
 
 
-class Footprint:
+class CrashLoopGuard:
     """Of one run, for the one process that tells its steps. repeated: the round, and the updates before the step, that
     the last launches died in, when they were too many; the caller then refuses to train, with `text`."""
 
@@ -54,10 +54,10 @@ class Footprint:
 
     def __init__(self, file: mmap.mmap | None = None, path: Path = Path()) -> None:
         self._file, self._path = file, path
-        self._record = _judged(_newest(file[:])) if file is not None else _Record()
+        self._record = _count_deaths(_newest(file[:])) if file is not None else _StepRecord()
 
     @classmethod
-    def open(cls, run_id: str, limit: int) -> Footprint:
+    def open(cls, run_id: str, limit: int) -> CrashLoopGuard:
         """The run's; to be called by a launch that alone may write the run.
 
         run_id: unlike that of any other run; limit: deaths in one step, 1 or more.
@@ -78,35 +78,35 @@ class Footprint:
             return cls()
         opened = cls(file, path)
         last = _newest(file[:])
-        if last.where == _INSIDE and opened._record.deaths >= limit:
+        if last.state == _INSIDE and opened._record.deaths >= limit:
             opened.repeated = last.round_, last.updates
-        opened.rest()
+        opened.end_step()
         return opened
 
     @classmethod
-    def silent(cls) -> Footprint:
+    def disabled(cls) -> CrashLoopGuard:
         """The twin for processes that tell nothing."""
         return cls()
 
-    def step(self, round_: int, updates: int) -> None:
+    def begin_step(self, round_: int, updates: int) -> None:
         """The step after `updates` of them begins."""
-        self._write(self._record._replace(where=_INSIDE, round_=round_, updates=updates))
+        self._write(self._record._replace(state=_INSIDE, round_=round_, updates=updates))
 
-    def rest(self) -> None:
+    def end_step(self) -> None:
         """No step is in progress: who dies now has not died of one."""
-        self._write(self._record._replace(where=_AWAY))
+        self._write(self._record._replace(state=_OUTSIDE))
 
     def close(self) -> None:
         """The launch ends with a word; without deaths to remember, the file goes. Twice is once."""
-        self.rest()
+        self.end_step()
         if self._file is not None:
             self._file.close()
             self._file = None
-            if not _judged(self._record).deaths:
+            if not _count_deaths(self._record).deaths:
                 with contextlib.suppress(OSError):
                     self._path.unlink()
 
-    def __enter__(self) -> Footprint:
+    def __enter__(self) -> CrashLoopGuard:
         return self
 
     def __exit__(
@@ -116,7 +116,7 @@ class Footprint:
         if kind is None or issubclass(kind, (UserError, Stopped, SystemExit)):
             self.close()
 
-    def text(self, keys: Sequence[str]) -> str:
+    def describe(self, keys: Sequence[str]) -> str:
         """What to say of `repeated`. keys: the samples of that step."""
         round_, updates = self.repeated or (0, 0)
         said = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
@@ -127,28 +127,28 @@ class Footprint:
             f"again; to have it tried more often, raise guard.same_step_failures, or remove {self._path}."
         )
 
-    def _write(self, record: _Record) -> None:
+    def _write(self, record: _StepRecord) -> None:
         self._record = record._replace(number=record.number + 1)
         if self._file is not None:
             begin = self._record.number % 2 * _BYTES
             self._file[begin : begin + _BYTES] = self._record.packed()
 
 
-def _newest(data: bytes) -> _Record:
+def _newest(data: bytes) -> _StepRecord:
     """The newest whole record; a first one where there is none."""
-    found = [_Record()]
+    found = [_StepRecord()]
     for begin in (0, _BYTES):
         part = data[begin : begin + _BYTES]
-        record = _Record(*_BODY.unpack_from(part))
+        record = _StepRecord(*_BODY.unpack_from(part))
         if record.packed() == part:
             found.append(record)
     return max(found)
 
 
-def _judged(last: _Record) -> _Record:
+def _count_deaths(last: _StepRecord) -> _StepRecord:
     """What a new launch begins with, after the one that was left at `last`."""
     here, died = (last.round_, last.updates), (last.died_round, last.died_updates)
     deaths = last.deaths if here <= died else 0  # the step is behind
-    if last.where == _INSIDE:
+    if last.state == _INSIDE:
         deaths, died = (deaths + 1 if here == died else 1), here
-    return _Record(last.number, _AWAY, *here, *died, deaths)
+    return _StepRecord(last.number, _OUTSIDE, *here, *died, deaths)

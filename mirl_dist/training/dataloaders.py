@@ -11,16 +11,16 @@ from pathlib import Path
 
 from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import shard_cache_folder
-from mirl_dist.data.cache import Cache
-from mirl_dist.data.calibration import Patches
-from mirl_dist.data.loader import Stream, passes_behind
+from mirl_dist.data.cache import ShardCache
+from mirl_dist.data.calibration import CalibrationPatches
+from mirl_dist.data.loader import TrainLoader, passes_behind
 from mirl_dist.data.manifest import Shard
-from mirl_dist.data.parallel import shared
+from mirl_dist.data.parallel import distributed_map
 from mirl_dist.data.prefetch import shards_ahead
-from mirl_dist.data.resident_images import Held
+from mirl_dist.data.resident_images import ResidentImages
 from mirl_dist.data.sample import Batch
-from mirl_dist.data.sampler import Order, Position, Shares
-from mirl_dist.data.shard_pool import Supply
+from mirl_dist.data.sampler import BatchSplit, GlobalSampler, Position
+from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import Stopped, UserError
@@ -31,33 +31,33 @@ from mirl_dist.storage import Folder
 from mirl_dist.storage.retry import Patience
 
 
-def supply_of(config: Config, shards: Shards, who: str, stop_asked: Callable[[], bool]) -> Supply:
+def shard_pool_of(config: Config, shards: Shards, who: str, stop_asked: Callable[[], bool]) -> ShardPool:
     """The shards of a config, through the node's cache where they are not read in place. who: for messages."""
     cache = None
     if config.data.cache.folder is not None or not isinstance(shards.store, Folder):
         folder = Path(config.data.cache.folder).expanduser() if config.data.cache.folder else shard_cache_folder()
-        cache = Cache(folder, round(config.data.cache.gigabytes * 1e9))
+        cache = ShardCache(folder, round(config.data.cache.gigabytes * 1e9))
 
     def say(line: str) -> None:
         warn(f"mirl-dist, {who}: {line}")
 
     patience = Patience(config.store.patience_seconds)
-    return Supply(shards, cache, config.data.damage, say, stop_asked=stop_asked, patience=patience)
+    return ShardPool(shards, cache, config.data.damage, say, stop_asked=stop_asked, patience=patience)
 
 
-def refuse_damaged(supply: Supply, jobs: Sequence[evaluate.Job], ranks: Ranks, damage: str) -> None:
+def check_damage(supply: ShardPool, jobs: Sequence[evaluate.EvalJob], ranks: Ranks, damage: str) -> None:
     """Raise Fault, on every rank, for damage in the shards that scores will come from, before any work is lost; in a
     folder also for indices of training shards that are not theirs. The ranks share the work."""
     shards = supply.shards
     if damage == "refuse" and isinstance(shards.store, Folder):
-        shared(ranks, partial(_read_index, shards), shards.train, 1, _silent, "reading indices")
+        distributed_map(ranks, partial(_read_index, shards), shards.train, 1, _silent, "reading indices")
     scored = {job.place.shard.name: job.place.shard for job in jobs}
     with progress.Bars() as bars:
         told = bars if ranks.is_main and supply.cache is not None else _silent
-        shared(ranks, supply.prove, list(scored.values()), 1, told, "checking evaluation shards")
+        distributed_map(ranks, supply.verify, list(scored.values()), 1, told, "checking evaluation shards")
 
 
-def evaluation_looks_ahead(supply: Supply, jobs: Sequence[evaluate.Job], ranks: Ranks) -> bool:
+def evaluation_looks_ahead(supply: ShardPool, jobs: Sequence[evaluate.EvalJob], ranks: Ranks) -> bool:
     """Whether the node's cache has room for two evaluation shards of every rank. Raises Fault if not for one."""
     if supply.cache is None or not jobs:
         return True
@@ -86,12 +86,14 @@ def _silent(done: int, total: int, what: str) -> None:
     pass
 
 
-def held_of(config: Config, supply: Supply, jobs: Sequence[evaluate.Job], ranks: Ranks) -> Held:
+def resident_images_of(
+    config: Config, supply: ShardPool, jobs: Sequence[evaluate.EvalJob], ranks: Ranks
+) -> ResidentImages:
     """This rank's part of the images that are scored within rounds; none where that is not asked for. Raises Fault or
     Stopped, on every rank, where an image does not come to one of them."""
-    few = evaluate.few(jobs, config.evaluate.curve_images) if config.evaluate.every_epochs is not None else []
-    mine = [few[number].place for number in evaluate.deal(few, ranks.rank, ranks.world)]
-    held, why, stopped = Held(), "", False
+    few = evaluate.first_images(jobs, config.evaluate.curve_images) if config.evaluate.every_epochs is not None else []
+    mine = [few[number].place for number in evaluate.assign_jobs(few, ranks.rank, ranks.world)]
+    held, why, stopped = ResidentImages(), "", False
     try:
         held.read(supply, mine)
     except UserError as fault:
@@ -107,12 +109,12 @@ def held_of(config: Config, supply: Supply, jobs: Sequence[evaluate.Job], ranks:
     return held
 
 
-def probe_of(
-    config: Config, supply: Supply, order: Order, ranks: Ranks, stop_asked: Callable[[], bool]
+def calibration_of(
+    config: Config, supply: ShardPool, order: GlobalSampler, ranks: Ranks, stop_asked: Callable[[], bool]
 ) -> Callable[[int], Iterator[Batch]]:
     """The samples of a round's first global batches, for criteria that need gradients: round -> batches of one sample
     on this rank's device. The same for any number of ranks and any memory: one sample, one shard at a time."""
-    patches = Patches(order.tasks, config.run.seed, config.data.patch_pixels, config.data.augment)
+    patches = CalibrationPatches(order.tasks, config.run.seed, config.data.patch_pixels, config.data.augment)
 
     def batches(round_: int) -> Iterator[Batch]:
         places = islice(order.positions(Position(0, 0), config.train.epochs), config.prune.criterion_batches)
@@ -123,12 +125,14 @@ def probe_of(
     return batches
 
 
-def stream_of(config: Config, supply: Supply, order: Order, shares: Shares, ranks: Ranks) -> Stream:
+def train_loader_of(
+    config: Config, supply: ShardPool, order: GlobalSampler, shares: BatchSplit, ranks: Ranks
+) -> TrainLoader:
     """The training batches of this rank. Raises Fault, on every rank, for a cache that is too small."""
     lanes = shares.per_rank * len(order.sources)
     limit = None if supply.cache is None else supply.cache.limit
     behind = passes_behind(config.data.workers)
-    return Stream(
+    return TrainLoader(
         supply,
         order,
         seed=config.run.seed,

@@ -19,11 +19,11 @@ _REMEMBERED, _NAMED = 50, 3
 
 
 @dataclass
-class Seen:
+class StepLosses:
     """The losses of a step's samples on this rank, pass by pass; left_out: its update is not made."""
 
     passes: list[tuple[Tensor, Batch]] = field(default_factory=list)
-    left_out: bool = False
+    skipped: bool = False
 
     def add(self, losses: Tensor, batch: Batch) -> None:
         self.passes.append((losses, batch))
@@ -48,25 +48,25 @@ def position(progress: Progress) -> str:
     return f"round {progress.round}, epoch {progress.epoch}, step {progress.step}"
 
 
-def refuse_bad_loss(seen: Seen, progress: Progress, skip: int, ranks: Ranks) -> None:
+def check_loss(seen: StepLosses, progress: Progress, skip: int, ranks: Ranks) -> None:
     """A sample of some rank has a loss that is not finite: raise Fault on every rank naming it, or say that the step is
     left out, while the round has left out fewer than `skip`."""
     named = [f"{ranks.names[r]}: {', '.join(n)}" for r, n in enumerate(ranks.gather_objects(seen.not_finite())) if n]
     found = f"the loss is not finite at {position(progress)}, samples as task:key: {'; '.join(named)}"
-    _leave_out(found, "Check those samples, or lower optimiser.lr or optimiser.clip_norm", progress, skip, ranks)
+    _skip_step(found, "Check those samples, or lower optimiser.lr or optimiser.clip_norm", progress, skip, ranks)
 
 
-def refuse_bad_gradient(norm: Tensor, seen: Seen, progress: Progress, skip: int, ranks: Ranks) -> bool:
+def check_gradient(norm: Tensor, seen: StepLosses, progress: Progress, skip: int, ranks: Ranks) -> bool:
     """Whether the averaged gradient, the same on every rank, is not finite; as `refuse_bad_loss`."""
     if bool(torch.isfinite(norm)):
         return False
     held = "; ".join(f"{ranks.names[r]}: {', '.join(keys)}" for r, keys in enumerate(ranks.gather_objects(seen.keys())))
     found = f"the gradient is not finite at {position(progress)} though every loss was; samples: {held}"
-    _leave_out(found, "Lower optimiser.lr, or train in fp32,", progress, skip, ranks)
+    _skip_step(found, "Lower optimiser.lr, or train in fp32,", progress, skip, ranks)
     return True
 
 
-def _leave_out(found: str, advice: str, progress: Progress, skip: int, ranks: Ranks) -> None:
+def _skip_step(found: str, advice: str, progress: Progress, skip: int, ranks: Ranks) -> None:
     if progress.bad >= skip:
         before = f" {progress.bad} such batches were left out before (guard.skip_bad_batches)." if progress.bad else ""
         raise UserError(
@@ -78,13 +78,13 @@ def _leave_out(found: str, advice: str, progress: Progress, skip: int, ranks: Ra
         say(f"warning: {found}. The step is left out, as the {progress.bad + 1}. of {skip} allowed in a round.")
 
 
-class Spikes:
+class SpikeDetector:
     """Tells of steps whose loss is many times what it was. All ranks see the same losses, and call in step."""
 
     def __init__(self, factor: float | None) -> None:
         self._factor, self._before = factor, deque[float](maxlen=_REMEMBERED)
 
-    def look(self, loss: float, seen: Seen, progress: Progress, ranks: Ranks) -> None:
+    def check(self, loss: float, seen: StepLosses, progress: Progress, ranks: Ranks) -> None:
         """loss: the mean over the global batch."""
         usual = median(self._before) if len(self._before) == _REMEMBERED else None
         if self._factor is not None and usual is not None and loss > self._factor * usual:

@@ -23,7 +23,7 @@ from mirl_dist.storage.configured import options_of
 from mirl_dist.training.ticket import Ticket
 
 
-class First(NamedTuple):
+class InitialState(NamedTuple):
     """First values; the masks of round 0 (None: all alive), and the digest of the ticket that they are of."""
 
     weights: dict[str, Tensor]
@@ -50,7 +50,7 @@ class OpenedTicket(Protocol):
 
 OpenTicket = Callable[[str, Options], OpenedTicket]
 
-_ANEW = 1_000_003
+_REINIT_SEED_OFFSET = 1_000_003
 """Added to run.seed for first values that are drawn anew: the data's order, which the seed also gives, stays."""
 
 
@@ -64,16 +64,16 @@ def network(config: Config, more: int = 0) -> nn.Module:
     return model
 
 
-def first(config: Config, open_ticket: OpenTicket) -> First:
+def create_initial(config: Config, open_ticket: OpenTicket) -> InitialState:
     """What a run begins with; open_ticket opens `start.ticket`.
 
     Raises Fault for a file or a ticket that does not fit the config.
     """
     drawn = {name: parameter.detach() for name, parameter in network(config).named_parameters()}
     if config.model.weights is not None:
-        return First(_imported(Path(config.model.weights), drawn), None, None)
+        return InitialState(_imported(Path(config.model.weights), drawn), None, None)
     if config.start.ticket is None:
-        return First(drawn, None, None)
+        return InitialState(drawn, None, None)
     return _of_ticket(config, open_ticket, drawn)
 
 
@@ -85,7 +85,7 @@ def _imported(file: Path, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
             f"model.weights: found {file}, which cannot be read as safetensors ({str(error)[:100]}). "
             "Write it with `mirl-dist import`."
         ) from None
-    _refuse_another_network(f"model.weights: {file}", {n: t.shape for n, t in found.items()}, drawn)
+    _check_same_network(f"model.weights: {file}", {n: t.shape for n, t in found.items()}, drawn)
     odd = sorted(n for n, t in found.items() if t.dtype != torch.float32 or not bool(torch.isfinite(t).all()))
     if odd:
         raise UserError(
@@ -94,7 +94,7 @@ def _imported(file: Path, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: found[name] for name in drawn}
 
 
-def refuse_absent(config: Config, open_ticket: OpenTicket) -> None:
+def check_start_exists(config: Config, open_ticket: OpenTicket) -> None:
     """Raise Fault, before anything is begun, where what a run is to begin with is not there."""
     if config.model.weights is not None and not Path(config.model.weights).is_file():
         raise UserError(
@@ -104,12 +104,12 @@ def refuse_absent(config: Config, open_ticket: OpenTicket) -> None:
         open_ticket(config.start.ticket, options_of(config.store))
 
 
-def _of_ticket(config: Config, open_ticket: OpenTicket, drawn: dict[str, Tensor]) -> First:
+def _of_ticket(config: Config, open_ticket: OpenTicket, drawn: dict[str, Tensor]) -> InitialState:
     reference, kind = str(config.start.ticket), config.start.kind
     opened = open_ticket(reference, options_of(config.store))
     ticket, masks, weights = opened.starting_point()
     where = f"start.ticket: {reference}"
-    _refuse_another_network(where, {n: t.shape for n, t in weights.items()}, drawn)
+    _check_same_network(where, {n: t.shape for n, t in weights.items()}, drawn)
     odd = sorted(masks.keys() ^ set(in_scope(drawn, config.prune.scope)))
     if odd:
         raise UserError(
@@ -118,14 +118,14 @@ def _of_ticket(config: Config, open_ticket: OpenTicket, drawn: dict[str, Tensor]
         )
     weights = {name: weights[name] for name in drawn}
     if kind == "reinit":
-        weights = {name: p.detach() for name, p in network(config, _ANEW).named_parameters()}
+        weights = {name: p.detach() for name, p in network(config, _REINIT_SEED_OFFSET).named_parameters()}
     elif kind != "ticket":
         masks = random_masks(masks, config.run.seed, kind.removeprefix("random_"))
-        weights = _all_first_values(opened, config, ticket.initial_digest, where, drawn)
-    return First(weights, masks, ticket.digest())
+        weights = _all_initial_weights(opened, config, ticket.initial_digest, where, drawn)
+    return InitialState(weights, masks, ticket.digest())
 
 
-def _all_first_values(
+def _all_initial_weights(
     opened: OpenedTicket, config: Config, digest: str, where: str, drawn: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Those of the dead weights too: of the run, or drawn again from the seed of a ticket file."""
@@ -143,7 +143,7 @@ def _all_first_values(
     return {name: found[name] for name in drawn}
 
 
-def _refuse_another_network(where: str, found: dict[str, torch.Size], mine: dict[str, Tensor]) -> None:
+def _check_same_network(where: str, found: dict[str, torch.Size], mine: dict[str, Tensor]) -> None:
     wanted = {name: t.shape for name, t in mine.items()}
     odd = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
     if odd:

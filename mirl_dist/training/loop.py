@@ -20,11 +20,11 @@ from mirl_dist.observability.console import note
 from mirl_dist.observability.progress import Advance, say
 from mirl_dist.training import guards
 from mirl_dist.training.losses import by_task, combine, per_sample_l1
-from mirl_dist.training.state import Progress, State
+from mirl_dist.training.state import Progress, TrainState
 
 
 @dataclass(frozen=True)
-class Plan:
+class RoundConfig:
     """The numbers of one round. batch: samples per step over all ranks; passes: forward passes per step and rank;
     skip_bad: steps of the round that may be left out; slow_factor, spike_factor: as in the config."""
 
@@ -42,7 +42,7 @@ class Plan:
     patch_pixels: int = 64
 
 
-class Around(Protocol):
+class LoopHooks(Protocol):
     """The run around a round's loop.
 
     rate: the learning rate at a position; begins_step: heard before each step, may raise Stopped on all ranks; commit:
@@ -52,31 +52,37 @@ class Around(Protocol):
     """
 
     def rate(self, progress: Progress) -> float: ...
-    def begins_step(self, progress: Progress) -> None: ...
+    def before_step(self, progress: Progress) -> None: ...
     def stop_asked(self) -> bool: ...
     def busy(self) -> bool: ...
     def failed(self) -> bool: ...
-    def refuse_failed(self) -> None: ...
+    def raise_commit_failure(self) -> None: ...
     def commit(self, *, wait: bool) -> None: ...
     def log(self, step: int, values: dict[str, float]) -> None: ...
 
 
-class Word(NamedTuple):
+class StepStatus(NamedTuple):
     """What all ranks know after their meeting in a pass, before the backward pass: whether any of them met a loss that
     is not finite, was asked to stop, has no batch (and was asked to stop), is writing a commit, could not write one;
     reads in which a sample stood in for a damaged one; the sum of the losses over the samples."""
 
     bad: bool
     stop: bool
-    starved: bool
-    busy: bool
-    failed: bool
+    no_batch: bool
+    commit_busy: bool
+    commit_failed: bool
     skipped: int
     loss: float
 
 
 def train_round(
-    state: State, model: nn.Module, batches: Iterator[Batch], plan: Plan, ranks: Ranks, around: Around, advance: Advance
+    state: TrainState,
+    model: nn.Module,
+    batches: Iterator[Batch],
+    plan: RoundConfig,
+    ranks: Ranks,
+    around: LoopHooks,
+    advance: Advance,
 ) -> None:
     """Train the masked network from `state.progress` to the end of its round, in place; commit its end.
 
@@ -88,66 +94,66 @@ def train_round(
     meter, pace, spikes = (
         Meter(plan, progress, ranks.device),
         StragglerDetector(ranks.hosts),
-        guards.Spikes(plan.spike_factor),
+        guards.SpikeDetector(plan.spike_factor),
     )
     due = False
     while progress.epoch < plan.epochs:
-        lr, seen, loss, norm = around.rate(progress), guards.Seen(), 0.0, torch.tensor(float("nan"))
+        lr, seen, loss, norm = around.rate(progress), guards.StepLosses(), 0.0, torch.tensor(float("nan"))
         try:
             with meter.paused():
-                around.begins_step(progress)
+                around.before_step(progress)
         except Stopped:
-            progress.unreported = meter.waiting(ranks)
+            progress.unreported = meter.unreported(ranks)
             around.commit(wait=True)
             raise
         skipped = 0
         for i in range(plan.passes):
             pace.begin()
-            batch = come(batches, ranks.device)
+            batch = next_batch(batches, ranks.device)
             pace.batch_ready()
             with ranks.accumulate(model, more=i + 1 < plan.passes):
                 losses = forward(model, batch, plan, seen, ranks)
-                word = meet(losses, batch, ranks, around, pace)
-                if word.starved:
-                    progress.unreported = meter.waiting(ranks)
+                word = sync_status(losses, batch, ranks, around, pace)
+                if word.no_batch:
+                    progress.unreported = meter.unreported(ranks)
                     around.commit(wait=True)
                     raise Stopped(
                         f"stopped as asked in round {progress.round} after {progress.updates} steps; committed"
                     )
-                if word.bad and not seen.left_out:
-                    guards.refuse_bad_loss(seen, progress, plan.skip_bad, ranks)
-                    seen.left_out = True
-                if not seen.left_out:
+                if word.bad and not seen.skipped:
+                    guards.check_loss(seen, progress, plan.skip_bad, ranks)
+                    seen.skipped = True
+                if not seen.skipped:
                     ranks.backward(combine(losses) / plan.passes)
             loss += word.loss / plan.batch
             skipped += word.skipped
-        if not seen.left_out:
+        if not seen.skipped:
             engine.mask_gradients(state.masks)
             norm = engine.clip(plan.clip_norm)
-            seen.left_out = guards.refuse_bad_gradient(norm, seen, progress, plan.skip_bad, ranks)
-        if seen.left_out:
+            seen.skipped = guards.check_gradient(norm, seen, progress, plan.skip_bad, ranks)
+        if seen.skipped:
             engine.drop_gradients()
         else:
             engine.step(lr)
-            meter.count(seen)
-            spikes.look(loss, seen, progress, ranks)
+            meter.add(seen)
+            spikes.check(loss, seen, progress, ranks)
         progress.skipped += skipped
-        count(progress, plan, left_out=seen.left_out)
+        advance_progress(progress, plan, left_out=seen.skipped)
         ended = progress.epoch == plan.epochs
         if progress.updates % plan.report_every == 0 or ended:
-            tell(progress, meter, pace, plan, ranks, {"lr": lr, "gradient_norm": float(norm)}, around, advance)
-        if word.failed:
-            around.refuse_failed()
+            report_step(progress, meter, pace, plan, ranks, {"lr": lr, "gradient_norm": float(norm)}, around, advance)
+        if word.commit_failed:
+            around.raise_commit_failure()
         due = due or (plan.commit_every is not None and progress.updates % plan.commit_every == 0)
-        if word.stop or ended or (due and not word.busy):
-            progress.unreported = meter.waiting(ranks)
+        if word.stop or ended or (due and not word.commit_busy):
+            progress.unreported = meter.unreported(ranks)
             around.commit(wait=word.stop)
             due = False
         if word.stop:
             raise Stopped(f"stopped as asked in round {progress.round} after {progress.updates} steps; committed")
 
 
-def come(batches: Iterator[Batch], device: torch.device) -> Batch | None:
+def next_batch(batches: Iterator[Batch], device: torch.device) -> Batch | None:
     """The next batch; None when this rank was asked to stop while a shard did not come."""
     try:
         return next(batches).to(device)
@@ -155,7 +161,7 @@ def come(batches: Iterator[Batch], device: torch.device) -> Batch | None:
         return None
 
 
-def forward(model: nn.Module, batch: Batch | None, plan: Plan, seen: guards.Seen, ranks: Ranks) -> Tensor:
+def forward(model: nn.Module, batch: Batch | None, plan: RoundConfig, seen: guards.StepLosses, ranks: Ranks) -> Tensor:
     """The loss of each sample; of none without a batch, for which a rank goes along where the others need it to."""
     if batch is None:
         if ranks.is_sharded:
@@ -167,7 +173,9 @@ def forward(model: nn.Module, batch: Batch | None, plan: Plan, seen: guards.Seen
     return losses
 
 
-def meet(losses: Tensor, batch: Batch | None, ranks: Ranks, around: Around, pace: StragglerDetector) -> Word:
+def sync_status(
+    losses: Tensor, batch: Batch | None, ranks: Ranks, around: LoopHooks, pace: StragglerDetector
+) -> StepStatus:
     """The one meeting of ranks in a pass: who met a loss that is not finite, who was asked to stop, and so on."""
     bad = not bool(torch.isfinite(losses.detach()).all())
     skipped = 0 if batch is None else batch.skipped
@@ -176,10 +184,10 @@ def meet(losses: Tensor, batch: Batch | None, ranks: Ranks, around: Around, pace
     pace.reached_collective()
     *told, replaced, loss = ranks.sum(mine, what="sum of losses and flags").tolist()
     bad, stop, starved, busy, failed = (count > 0 for count in told)
-    return Word(bad, stop, starved, busy, failed, int(replaced), loss)
+    return StepStatus(bad, stop, starved, busy, failed, int(replaced), loss)
 
 
-def count(progress: Progress, plan: Plan, *, left_out: bool) -> None:
+def advance_progress(progress: Progress, plan: RoundConfig, *, left_out: bool) -> None:
     """Move the position one optimiser step on."""
     progress.updates += 1
     progress.bad += left_out
@@ -190,17 +198,17 @@ def count(progress: Progress, plan: Plan, *, left_out: bool) -> None:
 class Meter:
     """Losses, samples and time since the last report; what a commit carried over is counted in."""
 
-    def __init__(self, plan: Plan, progress: Progress, device: torch.device) -> None:
+    def __init__(self, plan: RoundConfig, progress: Progress, device: torch.device) -> None:
         self.tasks = len(plan.tasks)
         self.sums = torch.zeros(2, self.tasks, dtype=torch.float64, device=device)
         self.carried = torch.tensor(progress.unreported or [[0.0] * self.tasks] * 2, dtype=torch.float64)
         self.began = time.monotonic()
 
-    def count(self, seen: guards.Seen) -> None:
+    def add(self, seen: guards.StepLosses) -> None:
         for losses, batch in seen.passes:
             self.sums += by_task(losses, batch.task, self.tasks)
 
-    def waiting(self, ranks: Ranks) -> list[list[float]]:
+    def unreported(self, ranks: Ranks) -> list[list[float]]:
         """What has not been reported: losses and samples per task, summed over ranks."""
         found: list[list[float]] = (ranks.sum(self.sums) + self.carried).tolist()
         return found
@@ -218,14 +226,14 @@ class Meter:
         self.began = time.monotonic()
 
 
-def tell(
+def report_step(
     progress: Progress,
     meter: Meter,
     pace: StragglerDetector,
-    plan: Plan,
+    plan: RoundConfig,
     ranks: Ranks,
     values: dict[str, float],
-    around: Around,
+    around: LoopHooks,
     advance: Advance,
 ) -> None:
     """Sum the losses since the last report over the ranks, log them per task, name slow ranks, and count afresh."""

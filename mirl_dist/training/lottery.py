@@ -17,12 +17,12 @@ from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import PruneResult
 from mirl_dist.pruning.rewind import find_unrewound, rewind, rewound_names
-from mirl_dist.training.state import State
+from mirl_dist.training.state import TrainState
 from mirl_dist.training.ticket import Ticket
 
 
 @dataclass(frozen=True)
-class Lottery:
+class LotteryConfig:
     """How rounds follow one another.
 
     rounds: pruned rounds after round 0. rewinds_to: 'initial', 'step', 'rate' or 'finetune', as in the config; what:
@@ -40,7 +40,7 @@ class Lottery:
         reached = self.target_sparsity is not None and ticket.total_sparsity >= self.target_sparsity
         return ticket.round >= self.rounds or reached
 
-    def rewound(self, state: State, round_: int) -> frozenset[str]:
+    def rewound_names(self, state: TrainState, round_: int) -> frozenset[str]:
         """The tensors that round `round_` begins with earlier values of."""
         if self.rewinds_to in ("rate", "finetune"):
             return frozenset()
@@ -48,8 +48,8 @@ class Lottery:
 
 
 def play(
-    lottery: Lottery,
-    state: State,
+    lottery: LotteryConfig,
+    state: TrainState,
     initial: dict[str, Tensor],
     ranks: Ranks,
     *,
@@ -70,18 +70,18 @@ def play(
     """
     while True:
         if newest is None:
-            prove_first_values(state, initial, ranks)
+            check_initial_weights(state, initial, ranks)
             newest = train_and_score()
         record(newest)
         if lottery.finished(newest):
             return
         stop_if_asked("selecting")
         with ranks.in_phase("selecting"):
-            prove_replicas(state, ranks)
+            check_replicas(state, ranks)
             pruned = select()
         stop_if_asked("pruning")
         with ranks.in_phase("pruning"):
-            ranks.check_agreement("the new masks", masking.digest_of_masks(state.whole(pruned.masks)))
+            ranks.check_agreement("the new masks", masking.digest_of_masks(state.gather_full(pruned.masks)))
         with ranks.in_phase("rewinding"):
             begin_round(lottery, state, rewind_point(), ranks, pruned, newest)
         stop_if_asked("the next round")
@@ -89,14 +89,19 @@ def play(
 
 
 def begin_round(
-    lottery: Lottery, state: State, point: dict[str, Tensor], ranks: Ranks, pruned: PruneResult, parent: Ticket
+    lottery: LotteryConfig,
+    state: TrainState,
+    point: dict[str, Tensor],
+    ranks: Ranks,
+    pruned: PruneResult,
+    parent: Ticket,
 ) -> None:
     """Rewind the survivors to `point` under the new masks, and prove it on every rank."""
     round_ = parent.round + 1
-    names = lottery.rewound(state, round_)
+    names = lottery.rewound_names(state, round_)
     rewind(state.weights, point, pruned.masks, names)
     state.engine.weights_changed()
-    prove(
+    check_on_ranks(
         f"the weights at the start of round {round_} are not mask x what they were rewound to",
         find_unrewound(state.weights, point, pruned.masks, names),
         ranks,
@@ -111,27 +116,27 @@ def begin_round(
     )
 
 
-def prove_first_values(state: State, initial: dict[str, Tensor], ranks: Ranks) -> None:
+def check_initial_weights(state: TrainState, initial: dict[str, Tensor], ranks: Ranks) -> None:
     """Every rank holds the same initial weights, by digest."""
-    ranks.check_agreement("the initial weights", masking.digest_of(state.whole(initial)))
+    ranks.check_agreement("the initial weights", masking.digest_of(state.gather_full(initial)))
 
 
-def prove_replicas(state: State, ranks: Ranks) -> None:
+def check_replicas(state: TrainState, ranks: Ranks) -> None:
     """Every rank that holds the trained weights holds the same; parts that one rank alone holds cannot drift apart."""
     if state.engine.layout.is_replicated:
         ranks.check_agreement("the trained weights", masking.digest_tensors(state.weights))
 
 
-def prove_dead_weights(state: State, ranks: Ranks) -> None:
+def check_pruned_weights(state: TrainState, ranks: Ranks) -> None:
     """Dead weights are exactly zero on every rank after training."""
-    prove(
+    check_on_ranks(
         f"pruned weights moved in round {state.progress.round}",
         masking.find_nonzero_pruned(state.weights, state.masks),
         ranks,
     )
 
 
-def prove(broken: str, tensor: str | None, ranks: Ranks) -> None:
+def check_on_ranks(broken: str, tensor: str | None, ranks: Ranks) -> None:
     """Raise Fault on every rank when any rank names a tensor."""
     found = ranks.gather_objects(tensor)
     odd = [f"{ranks.names[rank]}, tensor '{name}'" for rank, name in enumerate(found) if name is not None]

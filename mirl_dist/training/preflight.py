@@ -9,7 +9,7 @@ import torch
 
 from mirl_dist import models
 from mirl_dist.config.config import Config, differences, from_dump
-from mirl_dist.data.sampler import Order, Shares, ranks_in_words, share_batch
+from mirl_dist.data.sampler import BatchSplit, GlobalSampler, ranks_in_words, split_batch
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import UserError
@@ -25,70 +25,72 @@ from mirl_dist.training.checkpoint import Checkpoints
 from mirl_dist.training.initial import OpenTicket
 
 
-class Prepared(NamedTuple):
+class RunPlan(NamedTuple):
     """What is known of a run before any rank starts: its data, its order, its shares, its place."""
 
     shards: Shards
-    order: Order
-    shares: Shares
-    jobs: list[evaluate.Job]
+    sampler: GlobalSampler
+    batch_split: BatchSplit
+    jobs: list[evaluate.EvalJob]
     store: Store
 
 
-class _Told(NamedTuple):
+class _SharedPlan(NamedTuple):
     """What rank 0 has read and tells the others: so that a store is not asked by every rank."""
 
     manifest: bytes
-    jobs: list[evaluate.Job]
+    jobs: list[evaluate.EvalJob]
 
 
-def prepare(config: Config, world: int, resume: str, open_ticket: OpenTicket) -> Prepared:
+def preflight(config: Config, world: int, resume: str, open_ticket: OpenTicket) -> RunPlan:
     """Everything that can be refused before work begins, refused; nothing is written.
 
     resume: 'auto', 'never' or 'must'; open_ticket: opens `start.ticket`. Raises Fault.
     """
     shards = Shards(open_configured(config.store, config.data.shards))
-    order, shares = order_of(config, shards), share_batch(config.batch.global_, config.batch.forward, world)
-    shards.refuse_larger_patches(config.data.patch_pixels)
+    order, shares = sampler_of(config, shards), split_batch(config.batch.global_, config.batch.forward, world)
+    shards.check_patch_size(config.data.patch_pixels)
     if config.data.damage == "refuse":
-        shards.refuse_missing("train", "evaluate")
+        shards.check_present("train", "evaluate")
     else:
-        shards.refuse_missing("evaluate")
+        shards.check_present("evaluate")
     said = config.evaluate
-    jobs = evaluate.plan(shards, order.tasks, said.sets, said.pictures, [PROTOCOLS[name] for name in said.protocols])
-    _refuse_unknown_scores(config.keep.by, sorted({job.name for job in jobs}))
-    _refuse_too_many_steps(config, order.steps_per_epoch)
+    jobs = evaluate.plan_jobs(
+        shards, order.tasks, said.sets, said.pictures, [PROTOCOLS[name] for name in said.protocols]
+    )
+    _check_score_globs(config.keep.by, sorted({job.name for job in jobs}))
+    _check_step_numbers(config, order.steps_per_epoch)
     store = open_configured(config.store, config.run.folder)
-    refuse_another_run_in(Checkpoints(store), config, shards.manifest.digest(), resume, open_ticket)
+    check_run_folder(Checkpoints(store), config, shards.manifest.digest(), resume, open_ticket)
     with torch.device("meta"):
         names = [n for n, _ in models.create(config.model.name, **config.model.sizes()).named_parameters()]
     in_scope(names, config.prune.scope)
-    return Prepared(shards, order, shares, jobs, store)
+    return RunPlan(shards, order, shares, jobs, store)
 
 
-def prepare_together(config: Config, resume: str, ranks: Ranks, open_ticket: OpenTicket) -> Prepared:
+def preflight_on_ranks(config: Config, resume: str, ranks: Ranks, open_ticket: OpenTicket) -> RunPlan:
     """`prepare` on every rank, with all reading and judging done by rank 0 alone."""
-    mine: list[Prepared] = []
+    mine: list[RunPlan] = []
 
-    def on_main() -> _Told:
-        mine.append(prepare(config, ranks.world, resume, open_ticket))
+    def on_main() -> _SharedPlan:
+        mine.append(preflight(config, ranks.world, resume, open_ticket))
         if config.tracking.enabled:
-            tracker.refuse(config.tracking.uri)
-        return _Told(mine[0].shards.manifest.dump(), mine[0].jobs)
+            tracker.check_reachable(config.tracking.uri)
+        return _SharedPlan(mine[0].shards.manifest.dump(), mine[0].jobs)
 
     told = ranks.on_main(on_main, what="manifest")
     if mine:
         return mine[0]
     shards = Shards(open_configured(config.store, config.data.shards), told.manifest)
-    shares = share_batch(config.batch.global_, config.batch.forward, ranks.world)
-    return Prepared(
-        shards, order_of(config, shards), shares, told.jobs, open_configured(config.store, config.run.folder)
+    shares = split_batch(config.batch.global_, config.batch.forward, ranks.world)
+    return RunPlan(
+        shards, sampler_of(config, shards), shares, told.jobs, open_configured(config.store, config.run.folder)
     )
 
 
-def order_of(config: Config, shards: Shards) -> Order:
+def sampler_of(config: Config, shards: Shards) -> GlobalSampler:
     """The order of a config's samples. Raises Fault for a mix that the shards cannot feed."""
-    return Order(
+    return GlobalSampler(
         config.data.mix,
         shards.train,
         config.batch.global_,
@@ -98,7 +100,7 @@ def order_of(config: Config, shards: Shards) -> Order:
     )
 
 
-def _refuse_unknown_scores(globs: tuple[str, ...], names: list[str]) -> None:
+def _check_score_globs(globs: tuple[str, ...], names: list[str]) -> None:
     """Raise Fault for a glob of keep.by that no score will answer to."""
     scores = [f"{kind}/{name}" for name in names for kind in ("psnr", "ssim")]
     for glob in globs:
@@ -108,7 +110,7 @@ def _refuse_unknown_scores(globs: tuple[str, ...], names: list[str]) -> None:
             )
 
 
-def _refuse_too_many_steps(config: Config, steps_per_epoch: int) -> None:
+def _check_step_numbers(config: Config, steps_per_epoch: int) -> None:
     """Raise Fault for a rewind point that round 0 does not pass, and for more batches to score by than a round has."""
     steps, at, batches = steps_per_epoch * config.train.epochs, config.rewind.step, config.prune.criterion_batches
     if at is not None and at >= steps:
@@ -117,7 +119,7 @@ def _refuse_too_many_steps(config: Config, steps_per_epoch: int) -> None:
         raise UserError(f"prune.criterion_batches: found {batches}, but a round has {steps} steps. Give fewer.")
 
 
-def refuse_another_run_in(
+def check_run_folder(
     checkpoints: Checkpoints, config: Config, manifest_digest: str, resume: str, open_ticket: OpenTicket
 ) -> None:
     """Raise Fault when the folder holds another run than this one, or resume says otherwise."""
@@ -128,7 +130,7 @@ def refuse_another_run_in(
             raise UserError(f"--resume must, but {where} holds no run. Correct run.folder, or use --resume auto.")
         if checkpoints.commits():
             raise UserError(f"{where} holds commits but no run.json. Restore it, or choose another run.folder.")
-        initial.refuse_absent(config, open_ticket)
+        initial.check_start_exists(config, open_ticket)
         return
     if resume == "never":
         raise UserError(f"--resume never, but {where} holds a run. Choose another run.folder, or use --resume auto.")
@@ -146,14 +148,14 @@ def refuse_another_run_in(
         )
 
 
-def describe(config: Config, prepared: Prepared, world: int) -> str:
+def describe(config: Config, prepared: RunPlan, world: int) -> str:
     """The recipe in numbers, so that nobody's drifts silently with the number of ranks."""
-    shares, steps = prepared.shares, prepared.order.steps_per_epoch
-    passes = "pass" if shares.accumulation == 1 else "passes"
+    shares, steps = prepared.batch_split, prepared.sampler.steps_per_epoch
+    passes = "pass" if shares.passes == 1 else "passes"
     samples = steps * config.batch.global_ * config.train.epochs
     o = config.optimiser
     return (
-        f"{ranks_in_words(world)} x {shares.accumulation} {passes} x {shares.forward} samples = global batch "
+        f"{ranks_in_words(world)} x {shares.passes} {passes} x {shares.forward} samples = global batch "
         f"{config.batch.global_}; {steps} steps per epoch, {config.train.epochs} epochs, "
         f"{samples:,} samples per round; {o.name}, learning rate {o.lr:g}, "
         f"warm-up {config.schedule.warmup_epochs:g} epochs, {config.train.precision}"

@@ -13,7 +13,7 @@ import safetensors.torch
 from torch import Tensor
 
 from mirl_dist.config.config import Config
-from mirl_dist.data.sampler import Order, Position
+from mirl_dist.data.sampler import GlobalSampler, Position
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
@@ -35,14 +35,14 @@ from mirl_dist.training.checkpoint import (
     Commit,
     unpack_masks,
 )
-from mirl_dist.training.crash_loop import Footprint
-from mirl_dist.training.initial import First
-from mirl_dist.training.state import Progress, State
+from mirl_dist.training.crash_loop import CrashLoopGuard
+from mirl_dist.training.initial import InitialState
+from mirl_dist.training.state import Progress, TrainState
 from mirl_dist.training.ticket import Ticket, parse
 
 
 @contextmanager
-def writing(
+def hold_lease(
     config: Config,
     store: Store,
     ranks: Ranks,
@@ -70,7 +70,7 @@ def writing(
         except Stopped:
             return False
         try:
-            checkpoints.take_over()
+            checkpoints.fence_older_writers()
             refuse_another_run()  # for the run may have been begun since that was looked at
         except UserError:
             lease.release("failed")
@@ -91,18 +91,18 @@ def writing(
             lease.release(why)
 
 
-def keeper(config: Config, store: Store) -> AsyncWriter:
+def commit_writer(config: Config, store: Store) -> AsyncWriter:
     """Who writes commits. An S3 store is patient itself; a folder that is full is tried again by the keeper."""
     return AsyncWriter(config.store.patience_seconds if isinstance(store, Folder) else 0.0)
 
 
-def footprint(run_id: str, config: Config, order: Order, shards: Shards, ranks: Ranks) -> Footprint:
+def crash_loop_guard(run_id: str, config: Config, order: GlobalSampler, shards: Shards, ranks: Ranks) -> CrashLoopGuard:
     """Where rank 0 leaves word of the step that it is in. Raises Fault, on every rank, when launch after launch died in
     one and the same step."""
-    opened: list[Footprint] = []
+    opened: list[CrashLoopGuard] = []
 
     def on_main() -> None:
-        opened.append(Footprint.open(run_id, config.guard.same_step_failures))
+        opened.append(CrashLoopGuard.open(run_id, config.guard.same_step_failures))
         if (repeated := opened[0].repeated) is not None:
             round_, updates = repeated
             at = Position(*divmod(updates, order.steps_per_epoch))
@@ -110,13 +110,13 @@ def footprint(run_id: str, config: Config, order: Order, shards: Shards, ranks: 
                 f"{order.tasks[slot.task].name}:{shards.index(shards.train[slot.shard]).entries[slot.sample].key}"
                 for slot in order.slots(round_, at)
             ]
-            raise UserError(opened[0].text(keys))
+            raise UserError(opened[0].describe(keys))
 
     ranks.on_main(on_main, what="footprint")
-    return opened[0] if opened else Footprint.silent()
+    return opened[0] if opened else CrashLoopGuard.disabled()
 
 
-class Begun(NamedTuple):
+class RunOrigin(NamedTuple):
     """What a run began with, the same on every rank. masks: of round 0, None where all are alive; parent: the digest of
     the ticket that they are of; id: tells the run from any other that lies, or lay, at the same address."""
 
@@ -126,18 +126,18 @@ class Begun(NamedTuple):
     id: str
 
 
-def begun(
+def load_or_create_initial(
     checkpoints: Checkpoints,
-    make: Callable[[], First],
+    make: Callable[[], InitialState],
     identity: Callable[[str, str, str | None], dict[str, Any]],
     ranks: Ranks,
-) -> Begun:
+) -> RunOrigin:
     """The one set of first values and masks: made and written by rank 0 once, sent to every rank, verified by digest.
 
     identity: what run.json says, given the digest of the values, that of the masks ('' for all alive), and the parent.
     A file that is damaged or missing is made anew where `make` still gives the very same; else Fault.
     """
-    kept: list[First] = []
+    kept: list[InitialState] = []
 
     def on_main() -> dict[str, Any]:
         found = checkpoints.identity()
@@ -150,7 +150,7 @@ def begun(
             if masks is not None:
                 checkpoints.save_tensors(START, masking.pack(masks))
         else:
-            kept.append(_kept_first(checkpoints, found, make))
+            kept.append(_load_initial(checkpoints, found, make))
         return {key: found.get(key) for key in ("initial_digest", "start_digest", "parent", "id")}
 
     told = ranks.on_main(on_main, what="first weights")
@@ -165,10 +165,10 @@ def begun(
                 f"{ranks.names[ranks.rank]} received {what} {mine[:12]} where run.json says {said[:12]}. Check that "
                 "machine's memory and network, then start again."
             )
-    return Begun(initial, masks or None, told["parent"], told["id"] or checkpoints.store.where())
+    return RunOrigin(initial, masks or None, told["parent"], told["id"] or checkpoints.store.where())
 
 
-def _kept_first(checkpoints: Checkpoints, identity: dict[str, Any], make: Callable[[], First]) -> First:
+def _load_initial(checkpoints: Checkpoints, identity: dict[str, Any], make: Callable[[], InitialState]) -> InitialState:
     """What the run's files hold; made anew where they are damaged or missing."""
     weights, starts = checkpoints.initial(), identity.get("start_digest") or ""
     expected, masks = str(identity["initial_digest"]), None
@@ -181,7 +181,7 @@ def _kept_first(checkpoints: Checkpoints, identity: dict[str, Any], make: Callab
             masks = masking.unpack(packed, shapes)
         whole = masks is not None and masking.digest(masks) == starts
     if whole and weights is not None:
-        return First(weights, masks, identity.get("parent"))
+        return InitialState(weights, masks, identity.get("parent"))
     made = make()
     same = (
         masking.digest_tensors(made.weights) == expected
@@ -200,7 +200,7 @@ def _kept_first(checkpoints: Checkpoints, identity: dict[str, Any], make: Callab
 
 
 @dataclass
-class Newest:
+class LatestCommit:
     """The newest whole commit. parts: its files, on rank 0 alone."""
 
     commit: Commit
@@ -209,12 +209,12 @@ class Newest:
     parts: dict[str, bytes] = field(default_factory=dict)
 
 
-def newest(checkpoints: Checkpoints, ranks: Ranks) -> Newest | None:
+def load_latest(checkpoints: Checkpoints, ranks: Ranks) -> LatestCommit | None:
     """The commit to go on from; None for a run without one. Rank 0 chooses, and says what was damaged on the way."""
     parts: dict[str, bytes] = {}
 
-    def on_main() -> Newest | None:
-        found = checkpoints.newest()
+    def on_main() -> LatestCommit | None:
+        found = checkpoints.latest()
         if found is None:
             return None
         commit, read, damaged = found
@@ -222,7 +222,7 @@ def newest(checkpoints: Checkpoints, ranks: Ranks) -> Newest | None:
             say(f"warning: {text}; falling back to {commit.folder}")
         parts.update(read)
         ticket = parts[TICKET].decode() if TICKET in parts else None
-        return Newest(commit, json.loads(parts[STATE]), ticket)
+        return LatestCommit(commit, json.loads(parts[STATE]), ticket)
 
     chosen = ranks.on_main(on_main, what="newest commit")
     if chosen is not None:
@@ -230,7 +230,7 @@ def newest(checkpoints: Checkpoints, ranks: Ranks) -> Newest | None:
     return chosen
 
 
-def restore(state: State, chosen: Newest | None, ranks: Ranks) -> Ticket | None:
+def restore(state: TrainState, chosen: LatestCommit | None, ranks: Ranks) -> Ticket | None:
     """Put a commit into the state; its ticket when a round had ended."""
     if chosen is None:
         return None
@@ -241,7 +241,7 @@ def restore(state: State, chosen: Newest | None, ranks: Ranks) -> Ticket | None:
         kept["weights"] = safetensors.torch.load(parts[WEIGHTS])
         kept["moments"] = safetensors.torch.load(parts[MOMENTS]) if MOMENTS in parts else {}
         shapes = {n: state.engine.layout.shapes[n] for n in state.masks}
-        state.refuse_another_network(kept["weights"])
+        state.check_same_network(kept["weights"])
         kept["masks"] = unpack_masks(parts[MASK], shapes, chosen.commit.folder)
         parts.clear()
 
@@ -250,7 +250,7 @@ def restore(state: State, chosen: Newest | None, ranks: Ranks) -> Ticket | None:
     weights = ranks.broadcast_tensors(kept.pop("weights", None), layout=engine.layout, what="weights")
     masks: Masks = ranks.broadcast_tensors(kept.pop("masks", None), layout=engine.layout, what="masks")
     progress = Progress.model_validate(chosen.progress)
-    digest = masking.digest_of_masks(state.whole(masks))
+    digest = masking.digest_of_masks(state.gather_full(masks))
     if digest != progress.mask_digest:
         raise UserError(
             f"the mask of round {progress.round} has digest {digest[:12]}, its commit says "

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from mirl_dist import __version__
 from mirl_dist.config.config import Config
-from mirl_dist.data.loader import Stream
-from mirl_dist.data.resident_images import Held
+from mirl_dist.data.loader import TrainLoader
+from mirl_dist.data.resident_images import ResidentImages
 from mirl_dist.data.sample import Batch
-from mirl_dist.data.sampler import Order, Position, Shares
-from mirl_dist.data.shard_pool import Supply
+from mirl_dist.data.sampler import BatchSplit, GlobalSampler, Position
+from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import Stopped, UserError
@@ -30,9 +30,9 @@ from mirl_dist.pruning.prune import PruneConfig, PruneResult
 from mirl_dist.storage.async_writer import AsyncWriter
 from mirl_dist.training import loop, round_report, schedule, selection
 from mirl_dist.training.checkpoint import Checkpoints, rewind_name
-from mirl_dist.training.crash_loop import Footprint
-from mirl_dist.training.lottery import prove_dead_weights
-from mirl_dist.training.state import Progress, Snapshot, State
+from mirl_dist.training.crash_loop import CrashLoopGuard
+from mirl_dist.training.lottery import check_pruned_weights
+from mirl_dist.training.state import Progress, Snapshot, TrainState
 from mirl_dist.training.ticket import Curve, Ticket, validation_score
 
 
@@ -42,30 +42,30 @@ def versions() -> dict[str, str]:
 
 
 @dataclass
-class Rounds:
+class RoundRunner:
     """The live parts of a run on one rank, and the verbs that `lottery.play` calls."""
 
     config: Config
     rule: PruneConfig
     ranks: Ranks
-    state: State
+    state: TrainState
     model: nn.Module
     bare: nn.Module | None
     make_network: Callable[[], nn.Module]
     initial: dict[str, Tensor]
     shards: Shards
-    supply: Supply
-    order: Order
-    shares: Shares
-    stream: Stream
-    jobs: list[evaluate.Job]
-    how: evaluate.Settings
-    held: Held
+    supply: ShardPool
+    order: GlobalSampler
+    shares: BatchSplit
+    stream: TrainLoader
+    jobs: list[evaluate.EvalJob]
+    how: evaluate.EvalSettings
+    held: ResidentImages
     probe: Callable[[int], Iterator[Batch]]
     look_ahead: bool
     checkpoints: Checkpoints
     keeper: AsyncWriter
-    footprint: Footprint
+    footprint: CrashLoopGuard
     tracker: Tracker
     stop_asked: Callable[[], bool]
     news: dict[str, Any]
@@ -83,7 +83,7 @@ class Rounds:
                 )
             if self.config.evaluate.every_epochs is not None:
                 self._add_to_curve(scored)
-        prove_dead_weights(self.state, self.ranks)
+        check_pruned_weights(self.state, self.ranks)
         self._gather_damage()
         ticket = self._ticket(scored)
         self.ranks.check_agreement("the ticket", ticket.digest())
@@ -106,19 +106,19 @@ class Rounds:
             return
         network = self.make_network().to(self.ranks.device)
         parameters = dict(network.named_parameters())
-        for name, weight in self.state.whole(self.state.weights):
+        for name, weight in self.state.gather_full(self.state.weights):
             parameters[name].data.copy_(weight)
         yield network
 
     def _train(self) -> None:
         progress, config = self.state.progress, self.config
         epochs = config.round_epochs(progress.round)
-        plan = loop.Plan(
+        plan = loop.RoundConfig(
             tasks=self.order.tasks,
             epochs=epochs,
             steps_per_epoch=self.order.steps_per_epoch,
             batch=config.batch.global_,
-            passes=self.shares.accumulation,
+            passes=self.shares.passes,
             clip_norm=config.optimiser.clip_norm,
             commit_every=config.checkpoint.every_steps,
             report_every=config.tracking.every_steps,
@@ -139,7 +139,7 @@ class Rounds:
             bar(what, total, start=progress.updates, shown=self.ranks.is_main) as advance,
         ):
             loop.train_round(self.state, self.model, batches, plan, self.ranks, self, advance)
-        self.footprint.rest()
+        self.footprint.end_step()
 
     # -- what the loop asks for (train.Around) ------------------------------------------------------------------
 
@@ -157,29 +157,32 @@ class Rounds:
             horizon_epochs=epochs if tuning else config.schedule.horizon_epochs or epochs,
         )
 
-    def begins_step(self, progress: Progress) -> None:
+    def before_step(self, progress: Progress) -> None:
         self.news.update(round=progress.round, step=progress.updates)
         if progress.round == 0 and progress.updates == self.config.rewind.step:
             self._keep_rewind_point(progress)
         every = self.config.evaluate.every_epochs
         due = every is not None and progress.step == 0 and progress.epoch > 0 and progress.epoch % every == 0
         if due and progress.updates not in progress.curve.steps and progress.updates > progress.began:
-            self._look()
-        self.footprint.step(progress.round, progress.updates)
+            self.evaluate_mid_round()
+        self.footprint.begin_step(progress.round, progress.updates)
 
-    def _look(self) -> None:
+    def evaluate_mid_round(self) -> None:
         """Score a few images in the midst of a round. Raises Stopped on every rank when asked to stop."""
-        self.footprint.rest()
-        few = evaluate.few(self.jobs, self.config.evaluate.curve_images)
+        self.footprint.end_step()
+        few = evaluate.first_images(self.jobs, self.config.evaluate.curve_images)
         how = self.how._replace(protocols=self.how.protocols[:1])
         with self.ranks.in_phase("evaluating"), self._whole_network() as network:
             scored = evaluate.evaluate(network, self.held, few, self.ranks, how, False, self.stop_asked)
         self._add_to_curve(scored)
 
-    def _add_to_curve(self, scored: evaluate.Scored) -> None:
+    def _add_to_curve(self, scored: evaluate.EvalResult) -> None:
         """One more point of the round's curve: the mean of the first images of each score, by the headline protocol."""
         progress = self.state.progress
-        few = {(job.name, job.place.entry.key) for job in evaluate.few(self.jobs, self.config.evaluate.curve_images)}
+        few = {
+            (job.name, job.place.entry.key)
+            for job in evaluate.first_images(self.jobs, self.config.evaluate.curve_images)
+        }
         found: dict[str, list[float]] = {}
         for image in scored.images:
             if image.protocol == self.how.protocols[0].name and (image.name, image.image) in few:
@@ -200,7 +203,7 @@ class Rounds:
         name = rewind_name(progress.rewind_digest)
         if not self.state.engine.layout.is_replicated:
             self.point = {name: weight.to("cpu", copy=True) for name, weight in self.state.weights.items()}
-        weights = {n: w.cpu() for n, w in self.state.whole(self.state.weights) if self.ranks.is_main}
+        weights = {n: w.cpu() for n, w in self.state.gather_full(self.state.weights) if self.ranks.is_main}
         self._write(lambda: self.checkpoints.save_tensors(name, weights), "the rewind point")
 
     # -- what the story asks for (lottery.play) -----------------------------------------------------------------
@@ -238,7 +241,7 @@ class Rounds:
         if kept and kept[0] is not None and kept[0].keys() != held.shapes.keys():
             kept[0] = None
         point = self.ranks.broadcast_tensors((kept[0] or {}) if kept else None, what="rewind point", layout=held)
-        if not point or masking.digest_of(self.state.whole(point)) != self.state.progress.rewind_digest:
+        if not point or masking.digest_of(self.state.gather_full(point)) != self.state.progress.rewind_digest:
             raise UserError(
                 f"{self.checkpoints.store.where(name)} is damaged or missing, and nothing else holds the weights of "
                 f"step {self.config.rewind.step}. Restore a copy of it, or train in a new run.folder.",
@@ -253,7 +256,7 @@ class Rounds:
     def failed(self) -> bool:
         return self.keeper.failed or self.checkpoints.lost()
 
-    def refuse_failed(self) -> None:
+    def raise_commit_failure(self) -> None:
         def on_main() -> None:
             self.keeper.raise_failure()
             self.checkpoints.check()
@@ -267,7 +270,7 @@ class Rounds:
     def commit(self, *, wait: bool) -> None:
         """Commit the middle of a round: a snapshot now, the rest in the background unless `wait`."""
         if wait:
-            self.footprint.rest()  # whoever dies from here on has not died of a step
+            self.footprint.end_step()  # whoever dies from here on has not died of a step
         self._gather_damage()
         with self.ranks.in_phase("committing"):
             at = self.state.progress.round, self.state.progress.updates
@@ -287,7 +290,7 @@ class Rounds:
 
         def on_main() -> None:
             assert snapshot is not None
-            self.keeper.begin(lambda: write(snapshot, keep_last, self.tracker.backlog()), "a commit")
+            self.keeper.begin(lambda: write(snapshot, keep_last, self.tracker.pending()), "a commit")
 
         self.ranks.on_main(on_main, what="snapshot")
 
@@ -301,7 +304,7 @@ class Rounds:
         if self.ranks.any(self.stop_asked(), what="whether to stop"):
             raise Stopped(f"stopped as asked before {before}; all rounds that were trained are committed")
 
-    def _ticket(self, scored: evaluate.Scored) -> Ticket:
+    def _ticket(self, scored: evaluate.EvalResult) -> Ticket:
         progress, counts = self.state.progress, self.state.counts
         headline, *others = self.how.protocols
         densities = {name: counts.alive[name] / size for name, size in counts.all.items()}
@@ -313,7 +316,7 @@ class Rounds:
             threshold=progress.threshold,
             layer_density=densities,
             mask_digest=progress.mask_digest,
-            initial_digest=masking.digest_of(self.state.whole(self.initial)),
+            initial_digest=masking.digest_of(self.state.gather_full(self.initial)),
             weights_digest=self.state.digest(),
             parent=progress.parent,
             fingerprint=self.config.fingerprint(),
@@ -322,7 +325,7 @@ class Rounds:
             scores=scored.scores[headline.name],
             protocols={protocol.name: protocol.text for protocol in self.how.protocols},
             also={protocol.name: scored.scores[protocol.name] for protocol in others},
-            measured=self.how.measured(),
+            measured=self.how.as_recorded(),
             curve=progress.curve if progress.curve.steps else None,
             method=round_report.method(self.config, progress.round),
             seed=self.config.run.seed,
@@ -351,7 +354,7 @@ class Rounds:
     def record(self, ticket: Ticket) -> None:
         """Show a committed ticket: one line, and MLflow. Twice is once."""
         state = self.state
-        masks = {name: mask.cpu() for name, mask in state.whole(state.masks) if self.ranks.is_main}
+        masks = {name: mask.cpu() for name, mask in state.gather_full(state.masks) if self.ranks.is_main}
         self.ranks.on_main(
             lambda: round_report.ticket(self.tracker, self.config, self.checkpoints, ticket, state.counts, masks),
             what="record of the round",

@@ -24,7 +24,7 @@ from mirl_dist.evaluation import evaluate
 from mirl_dist.evaluation.protocols import PROTOCOLS
 from mirl_dist.observability import progress
 from mirl_dist.observability.console import rank_here
-from mirl_dist.observability.mlflow.tracker import FAREWELL_SECONDS, Mlflow, Silent, Tracker
+from mirl_dist.observability.mlflow.tracker import FAREWELL_SECONDS, MlflowTracker, NoTracker, Tracker
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import PruneConfig, in_scope
 from mirl_dist.storage.commits import to_json as pretty
@@ -33,10 +33,10 @@ from mirl_dist.training import initial as starting
 from mirl_dist.training import resume as resuming
 from mirl_dist.training.checkpoint import OUTBOX, RUN, Checkpoints
 from mirl_dist.training.initial import OpenTicket
-from mirl_dist.training.preflight import Prepared, describe, prepare_together, refuse_another_run_in
-from mirl_dist.training.resume import Newest
-from mirl_dist.training.round import Rounds
-from mirl_dist.training.state import State
+from mirl_dist.training.preflight import RunPlan, check_run_folder, describe, preflight_on_ranks
+from mirl_dist.training.resume import LatestCommit
+from mirl_dist.training.round import RoundRunner
+from mirl_dist.training.state import TrainState
 from mirl_dist.training.ticket import Ticket
 
 OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -77,17 +77,17 @@ def rule_of(config: Config) -> PruneConfig:
     )
 
 
-def lottery_of(config: Config, steps_per_epoch: int) -> lottery.Lottery:
+def lottery_of(config: Config, steps_per_epoch: int) -> lottery.LotteryConfig:
     prune, rewind = config.prune, config.rewind
-    return lottery.Lottery(
+    return lottery.LotteryConfig(
         prune.rounds, prune.target_sparsity, config.rewinds_to(), rewind.what, rewind.step or 0, steps_per_epoch
     )
 
 
-def scoring_of(config: Config) -> evaluate.Settings:
+def scoring_of(config: Config) -> evaluate.EvalSettings:
     """How images are restored and scored."""
     said = config.evaluate
-    return evaluate.Settings(
+    return evaluate.EvalSettings(
         tuple(PROTOCOLS[name] for name in said.protocols),
         said.seed,
         said.tile_pixels,
@@ -97,30 +97,32 @@ def scoring_of(config: Config) -> evaluate.Settings:
     )
 
 
-def _tracker(config: Config, checkpoints: Checkpoints, newest: Newest | None, run_id: str, ranks: Ranks) -> Tracker:
+def _tracker(
+    config: Config, checkpoints: Checkpoints, newest: LatestCommit | None, run_id: str, ranks: Ranks
+) -> Tracker:
     """MLflow's door on rank 0, its twin elsewhere; an address that is refused is refused on every rank."""
     if not config.tracking.enabled:
-        return Silent()
+        return NoTracker()
     opened: list[Tracker] = []
 
     def on_main() -> None:
         opened.append(
-            Mlflow(
+            MlflowTracker(
                 uri=config.tracking.uri,
                 experiment=config.tracking.experiment,
                 run_name=config.tracking.run_name or Path(config.run.folder).name,
-                remembered=checkpoints.remembered(),
-                remember=checkpoints.remember,
+                remembered=checkpoints.mlflow_ids(),
+                remember=checkpoints.save_mlflow_ids,
                 journal=journal_folder(config.run.folder, config.tracking.journal, run_id),
                 inherited=b"" if newest is None else newest.parts.get(OUTBOX, b""),
             )
         )
 
     ranks.on_main(on_main, what="MLflow")
-    return opened[0] if opened else Silent()
+    return opened[0] if opened else NoTracker()
 
 
-def _tags(config: Config, prepared: Prepared, ranks: Ranks) -> dict[str, str]:
+def _tags(config: Config, prepared: RunPlan, ranks: Ranks) -> dict[str, str]:
     """By what runs are found and compared in MLflow."""
     manifest = prepared.shards.manifest
     return {
@@ -133,7 +135,7 @@ def _tags(config: Config, prepared: Prepared, ranks: Ranks) -> dict[str, str]:
 
 
 def _identity(
-    config: Config, prepared: Prepared, initial_digest: str, start_digest: str, parent: str | None
+    config: Config, prepared: RunPlan, initial_digest: str, start_digest: str, parent: str | None
 ) -> dict[str, Any]:
     """What run.json says."""
     start = {"start_digest": start_digest, "parent": parent} if start_digest else {}
@@ -163,31 +165,29 @@ def run(config: Config, resume: str, stop_asked: StopSignal, open_ticket: OpenTi
     stop_asked.phase = lambda: ranks.phase
     stop_asked.sources.append(ranks.stop_requested)
     stop_asked.listeners.append(ranks.request_stop)
-    prepared = prepare_together(config, resume, ranks, open_ticket)
+    prepared = preflight_on_ranks(config, resume, ranks, open_ticket)
     if ranks.is_main:
         progress.say(describe(config, prepared, ranks.world))
-    supply = dataloaders.supply_of(config, prepared.shards, rank_here(ranks.rank), stop_asked)
-    stream = dataloaders.stream_of(config, supply, prepared.order, prepared.shares, ranks)
+    supply = dataloaders.shard_pool_of(config, prepared.shards, rank_here(ranks.rank), stop_asked)
+    stream = dataloaders.train_loader_of(config, supply, prepared.sampler, prepared.batch_split, ranks)
     look_ahead = dataloaders.evaluation_looks_ahead(supply, prepared.jobs, ranks)
-    dataloaders.refuse_damaged(supply, prepared.jobs, ranks, config.data.damage)
-    held = dataloaders.held_of(config, supply, prepared.jobs, ranks)
+    dataloaders.check_damage(supply, prepared.jobs, ranks, config.data.damage)
+    held = dataloaders.resident_images_of(config, supply, prepared.jobs, ranks)
     news: dict[str, Any] = {}
 
     def refuse_another_run() -> None:
-        refuse_another_run_in(
-            Checkpoints(prepared.store), config, prepared.shards.manifest.digest(), resume, open_ticket
-        )
+        check_run_folder(Checkpoints(prepared.store), config, prepared.shards.manifest.digest(), resume, open_ticket)
 
-    with resuming.writing(config, prepared.store, ranks, news, stop_asked, refuse_another_run) as checkpoints:
-        newest = resuming.newest(checkpoints, ranks)
-        begun = resuming.begun(
+    with resuming.hold_lease(config, prepared.store, ranks, news, stop_asked, refuse_another_run) as checkpoints:
+        newest = resuming.load_latest(checkpoints, ranks)
+        begun = resuming.load_or_create_initial(
             checkpoints,
-            lambda: starting.first(config, open_ticket),
+            lambda: starting.create_initial(config, open_ticket),
             lambda weights, masks, parent: _identity(config, prepared, weights, masks, parent),
             ranks,
         )
         tracker = _tracker(config, checkpoints, newest, begun.id, ranks)
-        footprint = resuming.footprint(begun.id, config, prepared.order, prepared.shards, ranks)
+        footprint = resuming.crash_loop_guard(begun.id, config, prepared.sampler, prepared.shards, ranks)
         model = starting.network(config)
         model.load_state_dict(begun.initial)
         model.to(ranks.device)
@@ -196,11 +196,11 @@ def run(config: Config, resume: str, stop_asked: StopSignal, open_ticket: OpenTi
         initial, masks = local_part(engine.layout, begun.initial), local_part(engine.layout, begun.masks or {})
         begun.initial.clear()  # where this rank is to keep a part, it keeps no more
         dense = masking.dense_masks(initial, in_scope(initial, config.prune.scope))
-        state = State(engine, masks or dense, begun.parent, ranks.gather_here)
+        state = TrainState(engine, masks or dense, begun.parent, ranks.gather_here)
         masking.apply_masks(state.weights, state.masks)
         engine.weights_changed()
         ticket = resuming.restore(state, newest, ranks)
-        rounds = Rounds(
+        rounds = RoundRunner(
             config=config,
             rule=rule_of(config),
             ranks=ranks,
@@ -211,16 +211,16 @@ def run(config: Config, resume: str, stop_asked: StopSignal, open_ticket: OpenTi
             initial=initial,
             shards=prepared.shards,
             supply=supply,
-            order=prepared.order,
-            shares=prepared.shares,
+            order=prepared.sampler,
+            shares=prepared.batch_split,
             stream=stream,
             jobs=prepared.jobs,
             how=scoring_of(config),
             held=held,
-            probe=dataloaders.probe_of(config, supply, prepared.order, ranks, stop_asked),
+            probe=dataloaders.calibration_of(config, supply, prepared.sampler, ranks, stop_asked),
             look_ahead=look_ahead,
             checkpoints=checkpoints,
-            keeper=resuming.keeper(config, prepared.store),
+            keeper=resuming.commit_writer(config, prepared.store),
             footprint=footprint,
             tracker=tracker,
             stop_asked=stop_asked,
@@ -238,7 +238,7 @@ def run(config: Config, resume: str, stop_asked: StopSignal, open_ticket: OpenTi
     return tracker.address()
 
 
-def _play(config: Config, rounds: Rounds, newest: Ticket | None) -> None:
+def _play(config: Config, rounds: RoundRunner, newest: Ticket | None) -> None:
     """All rounds that are still to do."""
     game = lottery_of(config, rounds.order.steps_per_epoch)
     if newest is not None and game.finished(newest) and rounds.ranks.is_main:
@@ -259,7 +259,7 @@ def _play(config: Config, rounds: Rounds, newest: Ticket | None) -> None:
 
 
 @contextmanager
-def _told_how_it_ended(tracker: Tracker, rounds: Rounds, stop_asked: StopSignal) -> Iterator[None]:
+def _told_how_it_ended(tracker: Tracker, rounds: RoundRunner, stop_asked: StopSignal) -> Iterator[None]:
     """The run's end in MLflow: FINISHED, KILLED when it was asked to stop, FAILED by a fault or a lost rank. A run that
     was asked to stop ends when its last commit is written; one that fails gives it some seconds."""
     try:

@@ -22,14 +22,14 @@ from mirl_dist.pruning.criteria import CRITERIA, scores_of_weights
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.prune import PruneConfig, PruneResult, prune
 from mirl_dist.training import losses
-from mirl_dist.training.state import State
+from mirl_dist.training.state import TrainState
 
 Batches = Callable[[], Iterable[Batch]]
 
 
 def select(
     rule: PruneConfig,
-    state: State,
+    state: TrainState,
     initial: dict[str, Tensor],
     whole_network: Callable[[], AbstractContextManager[nn.Module]],
     batches: Batches,
@@ -52,8 +52,8 @@ def select(
     if criterion.needs == "nothing":
         drawn = None if held.is_replicated or rule.criterion != "random" else _chance(rule, held)
         return prune(values, state.masks, rule, share, ranks.gather, drawn)
-    values = {n: v for n, v in state.whole(values) if ranks.is_main}  # the others only help to gather them
-    masks = {n: m for n, m in state.whole(state.masks) if ranks.is_main}
+    values = {n: v for n, v in state.gather_full(values) if ranks.is_main}  # the others only help to gather them
+    masks = {n: m for n, m in state.gather_full(state.masks) if ranks.is_main}
 
     def go_on() -> None:
         if stop_asked():
@@ -92,7 +92,7 @@ def _chance(rule: PruneConfig, held: ShardLayout) -> Callable[[str], Tensor]:
 
 def _by_flow(
     rule: PruneConfig,
-    state: State,
+    state: TrainState,
     values: dict[str, Tensor],
     masks: Masks,
     network: nn.Module,

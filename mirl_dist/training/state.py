@@ -59,12 +59,12 @@ class Snapshot(NamedTuple):
     moments: dict[str, Tensor]
 
 
-def _alone(values: Tensor, *, what: str = "") -> Tensor:
+def _single_rank(values: Tensor, *, what: str = "") -> Tensor:
     return values.unsqueeze(0)
 
 
 @dataclass
-class State:
+class TrainState:
     """The live run of one rank: its engine's weights, the masks of what it holds of them, and the position.
 
     parent: the digest of the ticket that the run began from, if any; gather: a tensor of every rank, (ranks, *shape):
@@ -74,7 +74,7 @@ class State:
     engine: Engine
     masks: Masks
     parent: str | None = None
-    gather: Callable[..., Tensor] = _alone
+    gather: Callable[..., Tensor] = _single_rank
     progress: Progress = field(default_factory=Progress)
     counts: Counts = field(init=False)
     _copies: dict[str, Tensor] = field(default_factory=dict)
@@ -112,23 +112,23 @@ class State:
             seconds=self.progress.seconds,
             threshold=threshold,
             parent=parent,
-            mask_digest=masking.digest_of_masks(self.whole(self.masks)),
+            mask_digest=masking.digest_of_masks(self.gather_full(self.masks)),
         )
 
     def total(self) -> int:
         """Parameters of the whole network."""
         return sum(torch.Size(shape).numel() for shape in self.engine.layout.shapes.values())
 
-    def whole(self, parts: Mapping[str, Tensor], held: ShardLayout | None = None) -> Iterator[tuple[str, Tensor]]:
+    def gather_full(self, parts: Mapping[str, Tensor], held: ShardLayout | None = None) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors, one by one in the order of names, of parts that lie as the weights do, or as `held` says. A
         meeting of all ranks for each where they hold parts."""
         return gather_full(parts, held or self.engine.layout, self.gather)
 
     def digest(self) -> str:
         """Of the whole network's weights; a meeting as `whole`."""
-        return masking.digest_of(self.whole(self.weights))
+        return masking.digest_of(self.gather_full(self.weights))
 
-    def refuse_another_network(self, whole: Mapping[str, Tensor]) -> None:
+    def check_same_network(self, whole: Mapping[str, Tensor]) -> None:
         """Raise Fault for names or shapes that are not the network's."""
         mine, theirs = self.engine.layout.shapes, {name: tuple(t.shape) for name, t in whole.items()}
         if mine != theirs:
@@ -172,7 +172,7 @@ class State:
         """Whole tensors for the rank that keeps them; the others only help to make them."""
         if held.is_replicated and not keep:
             return
-        for name, tensor in self.whole(parts, held):
+        for name, tensor in self.gather_full(parts, held):
             if keep:
                 yield name, tensor
 

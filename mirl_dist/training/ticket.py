@@ -156,7 +156,7 @@ def parse(data: bytes, where: str) -> Ticket:
     """The ticket that `dump` wrote, wherever it comes from. Raises Fault for a file that is none, for what no run could
     have written (numbers outside their ranges, text that would upset a terminal), and where the digest does not fit."""
     try:
-        raw = json.loads(data, parse_constant=_refuse_constant)
+        raw = json.loads(data, parse_constant=_reject_constant)
         claimed = raw.pop("digest", None) if isinstance(raw, dict) else None
         ticket = Ticket.model_validate(raw)
         strict_json.parse(json.dumps(_texts(ticket)).encode())
@@ -167,7 +167,7 @@ def parse(data: bytes, where: str) -> Ticket:
     except (ValueError, RecursionError) as error:
         said = (str(error).splitlines() or [""])[0]
         raise UserError(f"{where} is not a ticket ({said}). Take it from a run folder.") from None
-    odd = _impossible(ticket)
+    odd = _impossible_values(ticket)
     if odd:
         raise UserError(f"{where}: its record counts what cannot be: {odd}. Take it from the run folder again.")
     if claimed != ticket.digest():
@@ -175,7 +175,7 @@ def parse(data: bytes, where: str) -> Ticket:
     return ticket
 
 
-def _refuse_constant(word: str) -> float:
+def _reject_constant(word: str) -> float:
     raise ValueError(f"{word}, a number that is not finite")
 
 
@@ -190,7 +190,7 @@ def _texts(ticket: Ticket) -> list[str]:
     return found + [*ticket.also] + [text for tree in trees for pair in tree.items() for text in pair]
 
 
-def _impossible(ticket: Ticket) -> str:
+def _impossible_values(ticket: Ticket) -> str:
     """What of a ticket's numbers no run could have found, or nothing."""
     if not (0 <= ticket.alive <= ticket.prunable <= ticket.total <= MOST_WEIGHTS and ticket.prunable):
         return "alive, prunable or total"

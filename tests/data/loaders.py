@@ -14,12 +14,12 @@ from mirl_dist.config import yaml_loader
 from mirl_dist.data.building import demo_photos
 from mirl_dist.data.building.build import build
 from mirl_dist.data.building.recipe import Recipe
-from mirl_dist.data.cache import Cache
-from mirl_dist.data.loader import Stream, passes_behind
+from mirl_dist.data.cache import ShardCache
+from mirl_dist.data.loader import TrainLoader, passes_behind
 from mirl_dist.data.prefetch import shards_ahead
 from mirl_dist.data.sample import Batch, Pixels
-from mirl_dist.data.sampler import Order, Position, share_batch
-from mirl_dist.data.shard_pool import Supply
+from mirl_dist.data.sampler import GlobalSampler, Position, split_batch
+from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.data.shards import Shards
 from mirl_dist.storage import Folder, open_store
 from mirl_dist.storage.retry import Patience
@@ -83,7 +83,7 @@ def supply_of(
     cache: Path | None = None,
     said: list[str] | None = None,
     limit: int = 10**9,
-) -> Supply:
+) -> ShardPool:
     """A supply of the shards at an address; what it tells people goes to `said`."""
 
     def say(line: str) -> None:
@@ -91,8 +91,8 @@ def supply_of(
         if said is not None:
             said.append(line)
 
-    held = None if cache is None else Cache(cache, limit, patience=10)
-    return Supply(Shards(open_store(str(address))), held, damage, say, patience=HASTY)
+    held = None if cache is None else ShardCache(cache, limit, patience=10)
+    return ShardPool(Shards(open_store(str(address))), held, damage, say, patience=HASTY)
 
 
 def stream(
@@ -106,16 +106,16 @@ def stream(
     mix: Any = MIX,
     augment: str = "published",
     global_batch: int = GLOBAL,
-    supply: Supply | None = None,
+    supply: ShardPool | None = None,
     **more: Any,
-) -> Stream:
+) -> TrainLoader:
     """The stream of one rank; more: `supply_of`'s."""
     supply = supply or supply_of(address, **more)
-    shards, shares = supply.shards, share_batch(global_batch, forward, world)
-    order = Order(mix, shards.train, global_batch, seed)
+    shards, shares = supply.shards, split_batch(global_batch, forward, world)
+    order = GlobalSampler(mix, shards.train, global_batch, seed)
     lanes = shares.per_rank * len(order.sources)
     limit = None if supply.cache is None else supply.cache.limit
-    return Stream(
+    return TrainLoader(
         supply,
         order,
         seed=seed,
@@ -129,7 +129,7 @@ def stream(
     )
 
 
-def batches(of: Stream, epochs: int = 2, start: Position = Position(0, 0), round_: int = 0) -> list[Batch]:  # noqa: B008
+def batches(of: TrainLoader, epochs: int = 2, start: Position = Position(0, 0), round_: int = 0) -> list[Batch]:  # noqa: B008
     """Batches as a network gets them."""
     return [batch.to(torch.device("cpu")) for batch in of.batches(round_, start, epochs)]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mirl_dist.data.cache import Cache, Held, WrongBytes
+from mirl_dist.data.cache import CachedShard, ShardCache, WrongBytes
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Unavailable
 
@@ -50,8 +50,8 @@ def source() -> Source:
     return Source()
 
 
-def hold(cache: Cache, source: Source, number: int) -> Held:
-    return cache.hold(digest(number), SIZE, source(number))
+def hold(cache: ShardCache, source: Source, number: int) -> CachedShard:
+    return cache.acquire(digest(number), SIZE, source(number))
 
 
 def kept(folder: Path) -> list[int]:
@@ -63,7 +63,7 @@ def bytes_in(folder: Path) -> int:
 
 
 def test_a_file_is_brought_once_and_is_what_its_digest_says(tmp_path: Path, source: Source) -> None:
-    cache = Cache(tmp_path / "deep" / "cache", 10 * SIZE)
+    cache = ShardCache(tmp_path / "deep" / "cache", 10 * SIZE)
     first, second = hold(cache, source, 1), hold(cache, source, 1)
     assert first.path == second.path
     assert first.path.read_bytes() == content(1)
@@ -75,7 +75,7 @@ def test_a_file_is_brought_once_and_is_what_its_digest_says(tmp_path: Path, sour
 
 
 def test_the_longest_unused_file_goes_first_and_the_limit_holds(tmp_path: Path, source: Source) -> None:
-    cache = Cache(tmp_path, 3 * SIZE)
+    cache = ShardCache(tmp_path, 3 * SIZE)
     for number in (0, 1, 2):
         hold(cache, source, number).release()
         os.utime(tmp_path / f"{digest(number)}.tar", (number, number))
@@ -86,7 +86,7 @@ def test_the_longest_unused_file_goes_first_and_the_limit_holds(tmp_path: Path, 
 
 
 def test_what_is_held_stays_also_when_room_is_wanted(tmp_path: Path, source: Source) -> None:
-    cache = Cache(tmp_path, 2 * SIZE, patience=0.2)
+    cache = ShardCache(tmp_path, 2 * SIZE, patience=0.2)
     first, second = hold(cache, source, 0), hold(cache, source, 1)
     with pytest.raises(
         Unavailable, match=r"has no room for .* of its 2e-06 GB 2e-06 GB are in use\. Raise data\.cache\."
@@ -101,9 +101,9 @@ def test_what_is_held_stays_also_when_room_is_wanted(tmp_path: Path, source: Sou
 
 
 def test_who_waits_for_room_goes_on_when_it_is_given(tmp_path: Path, source: Source) -> None:
-    cache = Cache(tmp_path, SIZE)
+    cache = ShardCache(tmp_path, SIZE)
     first = hold(cache, source, 0)
-    got: list[Held] = []
+    got: list[CachedShard] = []
     waiter = threading.Thread(target=lambda: got.append(hold(cache, source, 1)))
     waiter.start()
     time.sleep(0.1)
@@ -115,15 +115,15 @@ def test_who_waits_for_room_goes_on_when_it_is_given(tmp_path: Path, source: Sou
 
 
 def test_wrong_bytes_are_never_handed_out_and_do_not_stay(tmp_path: Path) -> None:
-    cache = Cache(tmp_path, 10 * SIZE)
+    cache = ShardCache(tmp_path, 10 * SIZE)
     with pytest.raises(WrongBytes):
-        cache.hold(digest(1), SIZE, lambda path: path.write_bytes(content(2)) and None)
+        cache.acquire(digest(1), SIZE, lambda path: path.write_bytes(content(2)) and None)
     assert [p.name for p in tmp_path.iterdir()] == ["room.lock"]
 
 
 def test_a_file_that_went_bad_is_discarded_but_not_the_one_that_took_its_place(tmp_path: Path, source: Source) -> None:
     """As when all ranks of a node find the same bad file, and the fast one has brought another already."""
-    cache = Cache(tmp_path, 10 * SIZE)
+    cache = ShardCache(tmp_path, 10 * SIZE)
     hold(cache, source, 1).release()
     (tmp_path / f"{digest(1)}.tar").write_bytes(content(2))
     fast, slow = hold(cache, source, 1), hold(cache, source, 1)
@@ -133,7 +133,7 @@ def test_a_file_that_went_bad_is_discarded_but_not_the_one_that_took_its_place(t
     assert (again.fresh, again.digest()) == (True, digest(1))
     assert slow.digest() == digest(2), "what is held stays what it was"
     cache.discard(slow)
-    assert again.lies_there()
+    assert again.is_in_place()
     assert hold(cache, source, 1).digest() == digest(1)
     assert source.given == [(1, SIZE)] * 2
 
@@ -142,9 +142,9 @@ def test_who_looks_while_a_file_gets_its_name_does_not_bring_it_again(
     tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The moment between 'is it there' and 'is it being brought': the name changes in between."""
-    cache = Cache(tmp_path, 10 * SIZE)
+    cache = ShardCache(tmp_path, 10 * SIZE)
     exists = Path.exists
-    first: list[Held] = []
+    first: list[CachedShard] = []
 
     def late(path: Path) -> bool:
         found = exists(path)
@@ -156,25 +156,25 @@ def test_who_looks_while_a_file_gets_its_name_does_not_bring_it_again(
     monkeypatch.setattr(Path, "exists", late)
     second = hold(cache, source, 1)
     monkeypatch.undo()
-    assert second.lies_there()
-    assert first[0] is None or first[0].lies_there(), "no file was replaced under its holder"
+    assert second.is_in_place()
+    assert first[0] is None or first[0].is_in_place(), "no file was replaced under its holder"
     assert len(source.given) == 1
 
 
-def bring_elsewhere(folder: Path, source: Source) -> Held | None:
+def bring_elsewhere(folder: Path, source: Source) -> CachedShard | None:
     """Another process tries to bring the file at this moment; the room's lock makes it wait."""
-    got: list[Held] = []
-    other = threading.Thread(target=lambda: got.append(hold(Cache(folder, 10 * SIZE), source, 1)), daemon=True)
+    got: list[CachedShard] = []
+    other = threading.Thread(target=lambda: got.append(hold(ShardCache(folder, 10 * SIZE), source, 1)), daemon=True)
     other.start()
     other.join(0.3)
     return got[0] if got else None
 
 
 def test_what_a_store_has_instead_is_kept_by_the_same_rules(tmp_path: Path, source: Source) -> None:
-    cache = Cache(tmp_path, 2 * SIZE)
-    held = cache.hold(digest(1), 300, lambda path: path.write_bytes(b"x" * 300) and None, damaged=True)
+    cache = ShardCache(tmp_path, 2 * SIZE)
+    held = cache.acquire(digest(1), 300, lambda path: path.write_bytes(b"x" * 300) and None, damaged=True)
     assert held.path.name == f"{digest(1)}.300.damaged"
-    again = cache.hold(digest(1), 300, source(1), damaged=True)
+    again = cache.acquire(digest(1), 300, source(1), damaged=True)
     assert not again.fresh
     held.release()
     again.release()
@@ -185,20 +185,20 @@ def test_what_a_store_has_instead_is_kept_by_the_same_rules(tmp_path: Path, sour
 
 
 def test_a_fetch_that_fails_leaves_what_it_brought_for_the_next(tmp_path: Path, source: Source) -> None:
-    cache = Cache(tmp_path, 10 * SIZE)
+    cache = ShardCache(tmp_path, 10 * SIZE)
 
     def broken(path: Path) -> None:
         path.write_bytes(content(1)[:300])
         raise UserError("the line is down")
 
     with pytest.raises(UserError, match="the line is down"):
-        cache.hold(digest(1), SIZE, broken)
+        cache.acquire(digest(1), SIZE, broken)
     hold(cache, source, 1).release()
     assert source.given == [(1, 700)]
 
 
 def test_leftovers_of_the_dead_make_room_when_it_is_wanted(tmp_path: Path, source: Source) -> None:
-    cache = Cache(tmp_path, 2 * SIZE)
+    cache = ShardCache(tmp_path, 2 * SIZE)
     (tmp_path / f"{digest(7)}.{SIZE}.tar.partial").write_bytes(b"x")
     hold(cache, source, 0).release()
     assert len(list(tmp_path.glob("*.partial"))) == 1, "there was room for both"
@@ -210,18 +210,18 @@ def test_leftovers_of_the_dead_make_room_when_it_is_wanted(tmp_path: Path, sourc
 
 def test_a_file_larger_than_the_limit_is_refused(tmp_path: Path, source: Source) -> None:
     with pytest.raises(UserError, match=r"^data\.cache\.gigabytes: found 5e-07, but one shard has 1e-06 GB\. Raise it"):
-        hold(Cache(tmp_path, SIZE // 2), source, 1)
+        hold(ShardCache(tmp_path, SIZE // 2), source, 1)
 
 
 def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^the cache .*file.* or choose another data\.cache\.folder"):
-        Cache(tmp_path / "file" / "cache", SIZE)
+        ShardCache(tmp_path / "file" / "cache", SIZE)
 
 
 def test_other_files_in_the_folder_are_left_alone(tmp_path: Path, source: Source) -> None:
     (tmp_path / "thesis.tar").write_bytes(b"x" * 9 * SIZE)
-    cache = Cache(tmp_path, SIZE)
+    cache = ShardCache(tmp_path, SIZE)
     hold(cache, source, 0).release()
     hold(cache, source, 1).release()
     assert kept(tmp_path) == [1]

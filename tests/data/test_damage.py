@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mirl_dist.data.cache import Cache
-from mirl_dist.data.manifest import CLEAN, DEGRADED, MANIFEST, Entry, Part, Shard, read_manifest
+from mirl_dist.data.cache import ShardCache
+from mirl_dist.data.manifest import CLEAN, DEGRADED, MANIFEST, Part, SampleEntry, Shard, read_manifest
 from mirl_dist.data.sample import Batch
 from mirl_dist.data.sampler import Position
-from mirl_dist.data.shard_pool import Supply
-from mirl_dist.data.shards import Place, Shards
+from mirl_dist.data.shard_pool import ShardPool
+from mirl_dist.data.shards import SamplePlace, Shards
 from mirl_dist.errors import Stopped, UserError
 from mirl_dist.storage import Folder, Unavailable
 from mirl_dist.storage.retry import Patience
@@ -36,44 +36,44 @@ def copy(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "copy"))
 
 
-def victim(folder: Path, kind: str = "derain") -> Place:
+def victim(folder: Path, kind: str = "derain") -> SamplePlace:
     """The first sample of the first training shard of a kind that holds more than one."""
     shards = Shards(Folder(folder))
     shard = next(s for s in shards.train if s.kind == kind and s.samples > 1)
-    return Place(shard, shards.index(shard).entries[0])
+    return SamplePlace(shard, shards.index(shard).entries[0])
 
 
-def part_of(entry: Entry, which: str) -> Part:
+def part_of(entry: SampleEntry, which: str) -> Part:
     found = entry.image(which)
     assert found is not None
     return found[1]
 
 
-def flip(folder: Path, place: Place, which: str = CLEAN) -> None:
+def flip(folder: Path, place: SamplePlace, which: str = CLEAN) -> None:
     part, tar = part_of(place.entry, which), folder / place.shard.name
     data = bytearray(tar.read_bytes())
     data[part.offset + part.size // 2] ^= 1
     tar.write_bytes(data)
 
 
-def cut(folder: Path, place: Place) -> None:
+def cut(folder: Path, place: SamplePlace) -> None:
     """The tar ends at its second sample."""
     second = Shards(Folder(folder)).index(place.shard).entries[1]
     tar = folder / place.shard.name
     tar.write_bytes(tar.read_bytes()[: part_of(second, CLEAN).offset + 7])
 
 
-def remove(folder: Path, place: Place) -> None:
+def remove(folder: Path, place: SamplePlace) -> None:
     (folder / place.shard.name).unlink()
 
 
-def mix_up(folder: Path, place: Place) -> None:
+def mix_up(folder: Path, place: SamplePlace) -> None:
     """The index of another build."""
     path = folder / place.shard.index_name
     path.write_bytes(path.read_bytes().replace(b"16", b"17"))
 
 
-def spoil(folder: Path, place: Place) -> None:
+def spoil(folder: Path, place: SamplePlace) -> None:
     """A member that was wrong when it was built: every digest fits, the image does not."""
     part, tar = part_of(place.entry, CLEAN), folder / place.shard.name
     data = bytearray(tar.read_bytes())
@@ -102,7 +102,7 @@ def spoil(folder: Path, place: Place) -> None:
     (folder / MANIFEST).write_bytes(changed.dump())
 
 
-DAMAGES: list[tuple[Callable[[Path, Place], None], str]] = [
+DAMAGES: list[tuple[Callable[[Path, SamplePlace], None], str]] = [
     (flip, r"{shard}: its bytes are not the manifest's: sample '{key}' is damaged \(clean\.p[np][mg]\)\. Copy the"),
     (cut, r"{shard}: its bytes are not the manifest's: sample '.*' is damaged \(.*\)"),
     (remove, r"{shard} is missing\. Copy the shard again"),
@@ -111,7 +111,9 @@ DAMAGES: list[tuple[Callable[[Path, Place], None], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "text"), DAMAGES, ids=["flipped bit", "truncated", "missing", "another build"])
-def test_damage_is_refused_with_shard_and_key(copy: Path, damage: Callable[[Path, Place], None], text: str) -> None:
+def test_damage_is_refused_with_shard_and_key(
+    copy: Path, damage: Callable[[Path, SamplePlace], None], text: str
+) -> None:
     place = victim(copy)
     damage(copy, place)
     wanted = text.format(shard=place.shard.name, key=place.entry.key, index=place.shard.index_name)
@@ -130,7 +132,7 @@ def test_damage_is_refused_the_same_with_loader_processes(copy: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, cut, remove, mix_up], ids=["flipped", "truncated", "missing", "other build"])
 def test_skipped_damage_is_replaced_by_the_same_samples_on_any_number_of_ranks_and_told(
-    copy: Path, damage: Callable[[Path, Place], None]
+    copy: Path, damage: Callable[[Path, SamplePlace], None]
 ) -> None:
     place = victim(copy)
     damage(copy, place)
@@ -225,15 +227,15 @@ def test_scores_never_skip(copy: Path) -> None:
 
 def test_what_is_missing_is_told_before_any_work(copy: Path) -> None:
     shards = Shards(Folder(copy))
-    shards.refuse_missing("train", "evaluate")
+    shards.check_present("train", "evaluate")
     first, second = shards.train[:2]
     (copy / first.index_name).unlink()
     tar = copy / second.name
     tar.write_bytes(tar.read_bytes()[:-1024])
     with pytest.raises(UserError) as caught:
-        shards.refuse_missing("train")
+        shards.check_present("train")
     assert f"{first.index_name} is missing; {second.name} has {second.bytes - 1024} bytes, the" in str(caught.value)
-    shards.refuse_missing("evaluate")
+    shards.check_present("evaluate")
 
 
 def test_a_file_that_changes_while_it_is_in_use_is_looked_at_again(copy: Path) -> None:
@@ -312,9 +314,9 @@ class Away(Folder):
         yield from super().read(name, offset)
 
 
-def supply_over(store: Folder, cache: Path, damage: str = "refuse") -> Supply:
+def supply_over(store: Folder, cache: Path, damage: str = "refuse") -> ShardPool:
     patience = Patience(seconds=0.2, first=0.01, most=0.02)
-    return Supply(Shards(store), Cache(cache, 10**9, patience=1), damage, lambda line: None, patience=patience)
+    return ShardPool(Shards(store), ShardCache(cache, 10**9, patience=1), damage, lambda line: None, patience=patience)
 
 
 def test_a_store_that_was_away_while_nobody_waited_stops_no_one(copy: Path, tmp_path: Path) -> None:
@@ -322,15 +324,15 @@ def test_a_store_that_was_away_while_nobody_waited_stops_no_one(copy: Path, tmp_
     supply = supply_over(store, tmp_path / "cache")
     shard = supply.shards.train[0]
     store.away = True
-    supply.want(shard)
-    while not supply._wanted[shard.name].future.done():
+    supply.acquire(shard)
+    while not supply._acquired[shard.name].future.done():
         pass
     store.away = False
     assert supply.get(shard).path.stat().st_size == shard.bytes
     supply.release(shard)
     store.away = True
     other = supply.shards.train[1]
-    supply.want(other)
+    supply.acquire(other)
     with pytest.raises(Unavailable, match="away"):
         supply.get(other)  # this one was waited for until patience ended
 
@@ -348,9 +350,9 @@ def test_a_system_that_fails_is_no_damage(
     monkeypatch.setattr("mirl_dist.data.shard_pool.download", full)
     shard = supply.shards.train[0]
     with pytest.raises(UserError, match=r"the cache .*: No space left on device\. Make room"):
-        supply.prove(shard)
+        supply.verify(shard)
     monkeypatch.undo()
-    supply.prove(shard)
+    supply.verify(shard)
 
     def many(*_: object) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
@@ -387,11 +389,11 @@ def test_who_is_asked_to_stop_does_not_wait_long_for_a_store(
     monkeypatch.setattr("mirl_dist.data.shard_pool._GRACE_SECONDS", 0.1)
     store = Away(copy)
     patience = Patience(seconds=60, first=0.05, most=0.1)
-    cache = Cache(tmp_path / "cache", 10**9)
-    supply = Supply(Shards(store), cache, "refuse", lambda line: None, stop_asked=lambda: True, patience=patience)
+    cache = ShardCache(tmp_path / "cache", 10**9)
+    supply = ShardPool(Shards(store), cache, "refuse", lambda line: None, stop_asked=lambda: True, patience=patience)
     store.away = True
     with pytest.raises(Stopped, match=r"stopped as asked while waiting for train-.*; the last commit stands"):
-        supply.prove(supply.shards.train[0])
+        supply.verify(supply.shards.train[0])
 
 
 def test_batches_that_are_ready_are_trained_on_when_a_stop_meets_a_store_that_is_away(
@@ -401,14 +403,16 @@ def test_batches_that_are_ready_are_trained_on_when_a_stop_meets_a_store_that_is
     monkeypatch.setattr("mirl_dist.data.shard_pool._GRACE_SECONDS", 0.0)
     store, asked = Away(copy), [False]
     patience = Patience(seconds=60, first=0.05, most=0.1)
-    cache = Cache(tmp_path / "cache", 10**9)
-    supply = Supply(Shards(store), cache, "refuse", lambda line: None, stop_asked=lambda: asked[0], patience=patience)
-    want, wanted = supply.want, [0]
+    cache = ShardCache(tmp_path / "cache", 10**9)
+    supply = ShardPool(
+        Shards(store), cache, "refuse", lambda line: None, stop_asked=lambda: asked[0], patience=patience
+    )
+    want, wanted = supply.acquire, [0]
 
     def wanting(shard: Shard) -> None:
         wanted[0] += 1
         if wanted[0] == 7:  # the shards of some passes are here
-            for other in supply._wanted.values():
+            for other in supply._acquired.values():
                 other.future.result()
             store.away = asked[0] = True
         want(shard)

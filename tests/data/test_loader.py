@@ -18,7 +18,18 @@ import torch
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.building import demo_photos
 from mirl_dist.data.manifest import CLEAN, DEGRADED, MANIFEST
-from mirl_dist.data.sample import Batch, Box, Member, Pixels, Read, crop, decode, make_patch, to_tensor, turned_planes
+from mirl_dist.data.sample import (
+    Batch,
+    CropBox,
+    Member,
+    Pixels,
+    SampleLocation,
+    crop,
+    decode,
+    make_patch,
+    to_tensor,
+    turned_planes,
+)
 from mirl_dist.data.sampler import Position
 from mirl_dist.data.shards import Shards
 from mirl_dist.errors import UserError
@@ -135,7 +146,7 @@ def patches_of(image: Pixels, augment: str, count: int, size: int) -> list[Pixel
         file.write(header + image.tobytes())
         file.flush()
         member = Member("ppm", 0, len(header) + image.size)
-        reads = [Read(file.name, "s", "k", *image.shape[:2], member, member, 0, 0, n) for n in range(count)]
+        reads = [SampleLocation(file.name, "s", "k", *image.shape[:2], member, member, 0, 0, n) for n in range(count)]
         return [make_patch(read, Task.of("derain"), 0, size, augment).clean.transpose(1, 2, 0) for read in reads]
 
 
@@ -271,8 +282,8 @@ def test_before_its_first_batch_a_reader_opens_at_most_one_shard_for_each_of_its
         supply = supply_of(built)
         wanted: list[str] = []
         asked: list[str] = []
-        want, get = supply.want, supply.get
-        supply.want = lambda shard, w=wanted, f=want: (w.append(shard.name), f(shard))[1]  # type: ignore[method-assign]
+        want, get = supply.acquire, supply.get
+        supply.acquire = lambda shard, w=wanted, f=want: (w.append(shard.name), f(shard))[1]  # type: ignore[method-assign]
         supply.get = lambda shard, a=asked, f=get: (a.append(shard.name), f(shard))[1]  # type: ignore[method-assign]
         made = stream(built, world=world, supply=supply)
         running = made.batches(0, start, 2)
@@ -288,11 +299,11 @@ def test_shards_are_let_go_when_they_are_not_needed_any_more(built: Path) -> Non
     supply = supply_of(built)
     running = stream(built, supply=supply, workers=1).batches(0, Position(0, 0), 2)
     next(running)
-    assert supply._wanted
+    assert supply._acquired
     running.close()
-    assert not supply._wanted
+    assert not supply._acquired
     list(stream(built, supply=supply).batches(0, Position(0, 0), 2))
-    assert not supply._wanted
+    assert not supply._acquired
 
 
 # -- what cannot be read ------------------------------------------------------------------------------------------
@@ -317,11 +328,11 @@ def test_an_image_too_large_to_be_safe_does_not_decode() -> None:
 def test_a_file_that_ends_inside_a_crop_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"P6\n8 8\n255\n" + bytes(100))
     member = Member("ppm", 0, 11 + 192)
-    read = Read(str(tmp_path / "x"), "x.tar", "key", 8, 8, member, None, 0, 0, 0)
+    read = SampleLocation(str(tmp_path / "x"), "x.tar", "key", 8, 8, member, None, 0, 0, 0)
     with pytest.raises(
         UserError, match=r"^x\.tar, sample 'key': the shard ends inside its pixels\. Copy the shard again"
     ):
-        crop(read, member, Box(4, 0, 4, 4))
+        crop(read, member, CropBox(4, 0, 4, 4))
 
 
 def test_a_folder_without_shards_is_refused_with_the_command_that_builds_them(tmp_path: Path) -> None:

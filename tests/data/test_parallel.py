@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pytest
 
 from mirl_dist.data import parallel as crews
-from mirl_dist.data.parallel import ALONE, shared
+from mirl_dist.data.parallel import SINGLE_PROCESS, distributed_map
 from mirl_dist.distributed.hardware import processes
 from mirl_dist.errors import UserError
 from mirl_dist.observability.console import rank_here
@@ -67,9 +67,9 @@ def quiet(done: int, total: int, what: str) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_rank_holds_all_results_in_the_order_of_the_items(count: int, world: int) -> None:
     items = list(range(count))
-    ended, _ = together(world, lambda rank: shared(rank, lambda n: n * n, items, 1, quiet, "squaring"))
+    ended, _ = together(world, lambda rank: distributed_map(rank, lambda n: n * n, items, 1, quiet, "squaring"))
     assert ended == [[n * n for n in items]] * world
-    assert shared(ALONE, lambda n: n * n, items, 1, quiet, "squaring") == [n * n for n in items]
+    assert distributed_map(SINGLE_PROCESS, lambda n: n * n, items, 1, quiet, "squaring") == [n * n for n in items]
 
 
 def test_ranks_meet_while_one_of_them_is_slow_so_that_no_collective_waits_for_it(
@@ -88,7 +88,7 @@ def test_ranks_meet_while_one_of_them_is_slow_so_that_no_collective_waits_for_it
                 enough.wait(0.01)
             return item
 
-        return shared(rank, slow, [0, 1, 2, 3], 1, report if rank.rank == 0 else quiet, "working")
+        return distributed_map(rank, slow, [0, 1, 2, 3], 1, report if rank.rank == 0 else quiet, "working")
 
     ended, ranks = together(2, work)
     assert ended == [[0, 1, 2, 3]] * 2 and ranks[0].meetings == ranks[1].meetings > 10
@@ -107,7 +107,7 @@ def test_a_fault_of_one_rank_is_raised_on_all_and_ends_their_work(monkeypatch: p
             done.append(item)
             return item
 
-        return shared(rank, one, list(range(2000)), 1, quiet, "working")
+        return distributed_map(rank, one, list(range(2000)), 1, quiet, "working")
 
     ended, _ = together(2, work)
     assert [(str(error), error.everywhere) for error in ended if isinstance(error, UserError)] == [
@@ -121,7 +121,7 @@ def test_the_same_fault_of_several_ranks_is_told_once(monkeypatch: pytest.Monkey
         def one(item: int) -> int:
             raise UserError("the disk is full, here, make room.")
 
-        return shared(rank, one, [0, 1, 2], 1, quiet, "working")
+        return distributed_map(rank, one, [0, 1, 2], 1, quiet, "working")
 
     ended, _ = together(3, work)
     assert [str(error).count("the disk is full") for error in ended] == [1, 1, 1]
@@ -130,7 +130,7 @@ def test_the_same_fault_of_several_ranks_is_told_once(monkeypatch: pytest.Monkey
 def test_an_error_that_nobody_foresaw_is_raised_where_it_happened() -> None:
     def work(rank: Threads) -> list[float]:
         try:
-            return shared(rank, lambda n: 1 / n, [1, 0], 1, quiet, "dividing")
+            return distributed_map(rank, lambda n: 1 / n, [1, 0], 1, quiet, "dividing")
         except ZeroDivisionError:
             rank._room["barrier"].abort()  # as a process that ends breaks its connections
             raise

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mirl_dist.data.manifest import Shard
-from mirl_dist.data.prefetch import Window, shards_ahead
-from mirl_dist.data.sampler import Order, Position, Slot, share_batch
+from mirl_dist.data.prefetch import PrefetchWindow, shards_ahead
+from mirl_dist.data.sampler import GlobalSampler, Position, Slot, split_batch
 from mirl_dist.errors import UserError
 
 
@@ -29,7 +29,7 @@ class Ledger:
         self.held: Counter[int] = Counter()
         self.events: list[tuple[str, int]] = []
 
-    def want(self, shard: int) -> None:
+    def acquire(self, shard: int) -> None:
         self.held[shard] += 1
         self.events.append(("want", shard))
 
@@ -53,7 +53,7 @@ def test_a_pass_and_those_before_it_are_held_and_little_more(
 ) -> None:
     ledger = Ledger()
     most = max((len({s for one in held[max(0, n - behind) : n + 1] for s in one}) for n in range(len(held))), default=0)
-    window = Window(passes(*held), ledger.want, ledger.release, behind=behind, extra=extra)
+    window = PrefetchWindow(passes(*held), ledger.acquire, ledger.release, behind=behind, extra=extra)
     for number, slots in enumerate(window):
         assert tuple(slot.shard for slot in slots) == held[number]
         needed = {shard for one in held[max(0, number - behind) : number + 1] for shard in one}
@@ -68,14 +68,14 @@ def test_a_pass_and_those_before_it_are_held_and_little_more(
 
 def test_shards_are_wanted_in_the_order_of_their_first_use() -> None:
     ledger = Ledger()
-    window = Window(passes((3, 1), (1, 2), (0, 3), (4,)), ledger.want, ledger.release, behind=9, extra=9)
+    window = PrefetchWindow(passes((3, 1), (1, 2), (0, 3), (4,)), ledger.acquire, ledger.release, behind=9, extra=9)
     next(window)
     assert ledger.events == [("want", shard) for shard in (3, 1, 2, 0, 4)]
 
 
 def test_closing_in_the_middle_releases_what_was_looked_ahead_at() -> None:
     ledger = Ledger()
-    window = Window(passes(*((n,) for n in range(50))), ledger.want, ledger.release, behind=2, extra=5)
+    window = PrefetchWindow(passes(*((n,) for n in range(50))), ledger.acquire, ledger.release, behind=2, extra=5)
     for _ in itertools.islice(window, 10):
         pass
     assert 8 <= len(ledger.now()) <= 9
@@ -145,7 +145,7 @@ def test_a_rank_never_holds_more_shards_than_the_cache_was_found_to_have_room_fo
 ) -> None:
     """Whatever the shards and however short the epochs: else ranks could wait for each other's room for ever."""
     held = [one.model_copy(update={"samples": n}) for one, n in zip(shards(len(counts), 1), counts, strict=True)]
-    made = Order({"denoise_25": 12}, held, lanes, 0, steps_per_epoch=min(steps, 12 * sum(counts) // lanes or 1))
+    made = GlobalSampler({"denoise_25": 12}, held, lanes, 0, steps_per_epoch=min(steps, 12 * sum(counts) // lanes or 1))
     room = lanes * 30 + extra_room
     for limit in range(room * 10**6, 0, -(10**6)):
         try:
@@ -155,8 +155,8 @@ def test_a_rank_never_holds_more_shards_than_the_cache_was_found_to_have_room_fo
         if sum(one.bytes for one in held) <= limit:
             continue
         ledger, most = Ledger(), 0
-        passes_of = made.passes(0, Position(0, 0), 3, 0, share_batch(lanes, None, 1))
-        window = Window(passes_of, ledger.want, ledger.release, behind=behind, extra=extra)
+        passes_of = made.passes(0, Position(0, 0), 3, 0, split_batch(lanes, None, 1))
+        window = PrefetchWindow(passes_of, ledger.acquire, ledger.release, behind=behind, extra=extra)
         for _ in itertools.islice(window, 40):
             most = max(most, len(ledger.now()))
         assert most * 10**6 <= limit
@@ -164,10 +164,10 @@ def test_a_rank_never_holds_more_shards_than_the_cache_was_found_to_have_room_fo
 
 def test_a_lent_shard_goes_with_the_pass_that_it_was_lent_for() -> None:
     ledger = Ledger()
-    window = Window(passes((0,), (1,), (2,), (3,)), ledger.want, ledger.release, behind=1, extra=1)
+    window = PrefetchWindow(passes((0,), (1,), (2,), (3,)), ledger.acquire, ledger.release, behind=1, extra=1)
     next(window)
-    window.lend(9)
-    window.lend(9)
+    window.acquire_extra(9)
+    window.acquire_extra(9)
     assert ledger.held[9] == 1
     next(window)
     assert ledger.held[9] == 1, "a loader may still read it"

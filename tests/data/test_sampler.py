@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.manifest import Shard
 from mirl_dist.data.mixture import apportion
-from mirl_dist.data.sampler import Order, Position, Shares, Slot, share_batch
+from mirl_dist.data.sampler import BatchSplit, GlobalSampler, Position, Slot, split_batch
 from mirl_dist.errors import UserError
 
 
@@ -53,20 +53,20 @@ HELD = shards(
 EPOCHS = 3
 
 
-def order(global_batch: int = 8, seed: int = 0, mix: Any = MIX, held: list[Shard] = HELD, **more: Any) -> Order:
-    return Order(mix, held, global_batch, seed, **more)
+def order(global_batch: int = 8, seed: int = 0, mix: Any = MIX, held: list[Shard] = HELD, **more: Any) -> GlobalSampler:
+    return GlobalSampler(mix, held, global_batch, seed, **more)
 
 
-def epoch_of(made: Order, epoch: int, round_: int = 0) -> list[list[Slot]]:
+def epoch_of(made: GlobalSampler, epoch: int, round_: int = 0) -> list[list[Slot]]:
     return [made.slots(round_, Position(epoch, step)) for step in range(made.steps_per_epoch)]
 
 
-def read(made: Order, slots: list[Slot]) -> Counter[tuple[str, int, int]]:
+def read(made: GlobalSampler, slots: list[Slot]) -> Counter[tuple[str, int, int]]:
     """How often each sample was read for each task."""
     return Counter((made.tasks[s.task].name, s.shard, s.sample) for s in slots)
 
 
-def walked(made: Order, rank: int, shares: Shares, start: Position = Position(0, 0)) -> list[list[Slot]]:  # noqa: B008
+def walked(made: GlobalSampler, rank: int, shares: BatchSplit, start: Position = Position(0, 0)) -> list[list[Slot]]:  # noqa: B008
     return list(made.passes(0, start, EPOCHS, rank, shares))
 
 
@@ -83,13 +83,13 @@ def test_a_global_batch_of_12_is_one_set_of_samples_on_any_number_of_ranks_and_p
 ) -> None:
     """From one shard, fewer than any readers, to a hundred."""
     made = order(12, mix={"derain": 2}, held=shards({("rain", "derain"): sizes}))
-    shares = share_batch(12, forward, world)
+    shares = split_batch(12, forward, world)
     per_rank = [walked(made, rank, shares) for rank in range(world)]
     steps = list(made.positions(Position(0, 0), EPOCHS))
-    assert all(len(passes) == len(steps) * shares.accumulation for passes in per_rank), "every rank ends at one step"
+    assert all(len(passes) == len(steps) * shares.passes for passes in per_rank), "every rank ends at one step"
     for number, at in enumerate(steps):
-        begin = number * shares.accumulation
-        dealt = [s for passes in per_rank for one in passes[begin : begin + shares.accumulation] for s in one]
+        begin = number * shares.passes
+        dealt = [s for passes in per_rank for one in passes[begin : begin + shares.passes] for s in one]
         assert dealt == made.slots(0, at), "the ranks' shares, one after the other, are the global batch"
         assert len(dealt) == 12
     assert all(len(one) == shares.forward for passes in per_rank for one in passes)
@@ -115,17 +115,19 @@ def test_an_epoch_reads_every_sample_for_every_task_exactly_as_often_as_the_mix_
         found = read(made, slots)
         assert found <= wanted
         assert sum((wanted - found).values()) == 54 % global_batch
-        assert len({(s.visit, s.shard, s.sample) for s in slots}) == len(slots), "no two reads of a sample are alike"
+        assert len({(s.pass_index, s.shard, s.sample) for s in slots}) == len(slots), (
+            "no two reads of a sample are alike"
+        )
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_any_position_is_reached_without_replay(world: int) -> None:
-    shares = share_batch(8, 2, world)
+    shares = split_batch(8, 2, world)
     for rank in range(world):
         whole = walked(order(), rank, shares)
         for epoch in range(EPOCHS):
             for step in range(order().steps_per_epoch):
-                before = (epoch * order().steps_per_epoch + step) * shares.accumulation
+                before = (epoch * order().steps_per_epoch + step) * shares.passes
                 assert walked(order(), rank, shares, Position(epoch, step)) == whole[before:]
     assert walked(order(), 0, shares, Position(EPOCHS, 0)) == []
 
@@ -136,9 +138,9 @@ def test_a_change_of_world_size_in_the_middle_of_an_epoch_changes_no_global_batc
     stopped = Position(1, 1)
 
     def global_batches(world: int, start: Position) -> list[list[Slot]]:
-        shares = share_batch(12, 1, world)
+        shares = split_batch(12, 1, world)
         ranks = [list(made.passes(5, start, EPOCHS, rank, shares)) for rank in range(world)]
-        steps = zip(*(list(zip(*[iter(p)] * shares.accumulation, strict=True)) for p in ranks), strict=True)
+        steps = zip(*(list(zip(*[iter(p)] * shares.passes, strict=True)) for p in ranks), strict=True)
         return [[s for rank in step for one in rank for s in one] for step in steps]
 
     uninterrupted = global_batches(before, Position(0, 0))
@@ -165,8 +167,8 @@ def test_the_order_of_tasks_in_a_config_does_not_change_the_samples() -> None:
     other = order(mix=dict(reversed(MIX.items())))
     assert other.tasks == tuple(reversed(order().tasks))
 
-    def named(made: Order, at: Position) -> list[tuple[Any, ...]]:
-        return [(made.tasks[s.task].name, s.shard, s.sample, s.visit) for s in made.slots(0, at)]
+    def named(made: GlobalSampler, at: Position) -> list[tuple[Any, ...]]:
+        return [(made.tasks[s.task].name, s.shard, s.sample, s.pass_index) for s in made.slots(0, at)]
 
     for at in order().positions(Position(0, 0), 2):
         assert named(other, at) == named(order(), at)
@@ -184,7 +186,7 @@ def test_every_mix_is_read_evenly(mix: dict[str, int], counts: list[int], world:
     length = sum(copies * sum(counts) for copies in mix.values())
     if length < world:
         return
-    made, shares = order(world, seed, mix, held), share_batch(world, None, world)
+    made, shares = order(world, seed, mix, held), split_batch(world, None, world)
     ranks = [list(made.passes(1, Position(0, 0), 1, rank, shares)) for rank in range(world)]
     slots = [s for passes in ranks for one in passes for s in one]
     assert len(slots) == length // world * world
@@ -245,7 +247,7 @@ def test_a_weight_too_small_to_be_read_is_refused() -> None:
 MANY = shards({("bsd", "clean"): (20,) * 10, ("rain", "derain"): (10,) * 4})
 
 
-def lanes_of(made: Order, epoch: int) -> list[list[Slot]]:
+def lanes_of(made: GlobalSampler, epoch: int) -> list[list[Slot]]:
     return [list(lane) for lane in zip(*epoch_of(made, epoch), strict=True)]
 
 
@@ -255,7 +257,9 @@ def test_every_lane_reads_whole_shards_in_sequence() -> None:
     for lane in lanes_of(made, 1):
         for kind in ("clean", "derain"):
             mine = [s for s in lane if MANY[s.shard].kind == kind]
-            runs = [(key, len(list(group))) for key, group in itertools.groupby(mine, lambda s: (s.visit, s.shard))]
+            runs = [
+                (key, len(list(group))) for key, group in itertools.groupby(mine, lambda s: (s.pass_index, s.shard))
+            ]
             assert len({key for key, _ in runs}) == len(runs), "a shard was left and entered again"
             for (_, number), length in runs[1:-1]:
                 assert length == MANY[number].samples
@@ -263,7 +267,7 @@ def test_every_lane_reads_whole_shards_in_sequence() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_at_any_position_a_rank_needs_at_most_one_shard_of_each_source_for_each_of_its_lanes(world: int) -> None:
-    made, shares = order(4, mix={"denoise_25": 4, "derain": 10}, held=MANY), share_batch(4, None, world)
+    made, shares = order(4, mix={"denoise_25": 4, "derain": 10}, held=MANY), split_batch(4, None, world)
     for rank in range(world):
         for at in itertools.islice(made.positions(Position(0, 0), 2), 0, None, 17):
             first = next(made.passes(0, at, 2, rank, shares))
@@ -301,36 +305,36 @@ def test_reads_of_one_image_lie_about_as_far_apart_as_in_a_full_shuffle() -> Non
 @pytest.mark.parametrize(
     ("global_batch", "forward", "world", "shares"),
     [
-        (8, None, 1, Shares(8, 1, 8)),
-        (8, 2, 1, Shares(8, 4, 2)),
-        (8, 2, 4, Shares(2, 1, 2)),
-        (8, 4, 4, Shares(2, 1, 2)),
-        (8, 1, 2, Shares(4, 4, 1)),
-        (6, 3, 2, Shares(3, 1, 3)),
+        (8, None, 1, BatchSplit(8, 1, 8)),
+        (8, 2, 1, BatchSplit(8, 4, 2)),
+        (8, 2, 4, BatchSplit(2, 1, 2)),
+        (8, 4, 4, BatchSplit(2, 1, 2)),
+        (8, 1, 2, BatchSplit(4, 4, 1)),
+        (6, 3, 2, BatchSplit(3, 1, 3)),
     ],
 )
 def test_a_batch_is_shared_into_ranks_and_passes(
-    global_batch: int, forward: int | None, world: int, shares: Shares
+    global_batch: int, forward: int | None, world: int, shares: BatchSplit
 ) -> None:
-    assert share_batch(global_batch, forward, world) == shares
-    assert shares.accumulation * shares.forward * world == global_batch
+    assert split_batch(global_batch, forward, world) == shares
+    assert shares.passes * shares.forward * world == global_batch
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_with_numbers_that_can() -> None:
     with pytest.raises(UserError) as caught:
-        share_batch(8, None, 3)
+        split_batch(8, None, 3)
     assert str(caught.value) == (
         "batch.global: a global batch of 8 cannot be shared by 3 ranks. Use 1, 2, 4, 8 ranks, or set batch.global to "
         "a multiple of 3 such as 6 or 9 (another experiment: the fingerprint changes)."
     )
     assert caught.value.everywhere
     with pytest.raises(UserError, match=r"a multiple of 16 such as 16 \("):
-        share_batch(8, None, 16)
+        split_batch(8, None, 16)
 
 
 def test_passes_that_do_not_divide_the_share_are_refused_with_those_that_do() -> None:
     with pytest.raises(UserError) as caught:
-        share_batch(12, 4, 2)
+        split_batch(12, 4, 2)
     assert str(caught.value) == (
         "batch.forward: 4 samples per pass do not divide the 6 samples that each of 2 ranks takes per step. "
         "Use 1, 2, 3, 6."

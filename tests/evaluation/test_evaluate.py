@@ -26,7 +26,7 @@ from mirl_dist.data.building.build import build
 from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.image_strip import rows
 from mirl_dist.data.manifest import CLEAN
-from mirl_dist.data.shard_pool import Supply
+from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.data.shards import Shards
 from mirl_dist.errors import Stopped, UserError
 from mirl_dist.evaluation import evaluate
@@ -70,15 +70,15 @@ class SomeRanks:
 
 
 ONE, ALL = (PROTOCOLS["promptir"],), tuple(PROTOCOLS.values())
-PUBLISHED = evaluate.Settings(ONE, seed=0)
+PUBLISHED = evaluate.EvalSettings(ONE, seed=0)
 
 
 def scores_on(
     world: int,
-    supply: Supply,
-    jobs: list[evaluate.Job],
+    supply: ShardPool,
+    jobs: list[evaluate.EvalJob],
     asked: Callable[[int], bool] = lambda rank: False,
-    how: evaluate.Settings = PUBLISHED,
+    how: evaluate.EvalSettings = PUBLISHED,
     model: nn.Module | None = None,
 ) -> list[Any]:
     """What every rank scored, or the exception that it met; asked: whether a rank is asked to stop, at each image."""
@@ -103,12 +103,12 @@ def scores_on(
     return found
 
 
-def pair(supply: Supply, job: evaluate.Job, seed: int = 0, protocol: str = "promptir") -> tuple[Any, Any]:
+def pair(supply: ShardPool, job: evaluate.EvalJob, seed: int = 0, protocol: str = "promptir") -> tuple[Any, Any]:
     return evaluate.degraded_and_clean(supply, job, PROTOCOLS[protocol], seed)
 
 
 @pytest.fixture(scope="module")
-def supply(tmp_path_factory: pytest.TempPathFactory) -> Supply:
+def supply(tmp_path_factory: pytest.TempPathFactory) -> ShardPool:
     """Three photographs whole, of sizes that are no multiples of 16, clean and with made rain."""
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "images").mkdir()
@@ -132,16 +132,16 @@ def supply(tmp_path_factory: pytest.TempPathFactory) -> Supply:
     return supply_of(folder / "built")
 
 
-def test_a_denoising_set_is_scored_at_every_sigma_that_is_trained(supply: Supply) -> None:
-    jobs = evaluate.plan(supply.shards, TASKS, None)
+def test_a_denoising_set_is_scored_at_every_sigma_that_is_trained(supply: ShardPool) -> None:
+    jobs = evaluate.plan_jobs(supply.shards, TASKS, None)
     assert [j.name for j in jobs] == ["denoise_25/photos"] * 3 + ["denoise_50/photos"] * 3 + ["derain/rain"] * 3
-    assert evaluate.plan(supply.shards, TASKS, ("rain",)) == jobs[6:]
+    assert evaluate.plan_jobs(supply.shards, TASKS, ("rain",)) == jobs[6:]
     with pytest.raises(UserError, match=r"evaluate\.sets: found set5; the shards have photos, rain"):
-        evaluate.plan(supply.shards, TASKS, ("set5",))
+        evaluate.plan_jobs(supply.shards, TASKS, ("set5",))
 
 
 def test_a_clean_set_is_scored_for_every_trained_task_that_degrades_on_reading_and_for_no_other(
-    supply: Supply,
+    supply: ShardPool,
 ) -> None:
     words = (
         "deblur_easy",
@@ -153,7 +153,7 @@ def test_a_clean_set_is_scored_for_every_trained_task_that_degrades_on_reading_a
         "deblur",
         "enlighten",
     )
-    jobs = evaluate.plan(supply.shards, [Task.of(word) for word in words], None)
+    jobs = evaluate.plan_jobs(supply.shards, [Task.of(word) for word in words], None)
     made = [word for word in words[:5] for _ in range(3)]
     assert [job.name for job in jobs] == [f"{word}/photos" for word in made] + ["derain/rain"] * 3
     [alone] = scores_on(1, supply, jobs)
@@ -175,8 +175,8 @@ def test_a_clean_set_is_scored_for_every_trained_task_that_degrades_on_reading_a
         assert same == (word not in drawn), "chance where the task has some, and there alone"
 
 
-def test_scores_are_those_of_the_published_protocol(supply: Supply) -> None:
-    jobs = evaluate.plan(supply.shards, TASKS[:1], ("photos",))
+def test_scores_are_those_of_the_published_protocol(supply: ShardPool) -> None:
+    jobs = evaluate.plan_jobs(supply.shards, TASKS[:1], ("photos",))
     [found] = scores_on(1, supply, jobs)
     psnr, ssim = [], []
     for job in jobs:
@@ -192,8 +192,8 @@ def test_scores_are_those_of_the_published_protocol(supply: Supply) -> None:
     assert score.ssim == pytest.approx(np.mean(ssim), abs=1e-6)
 
 
-def test_test_noise_belongs_to_the_image_and_the_sigma_alone(supply: Supply) -> None:
-    jobs = evaluate.plan(supply.shards, TASKS[:2], ("photos",))
+def test_test_noise_belongs_to_the_image_and_the_sigma_alone(supply: ShardPool) -> None:
+    jobs = evaluate.plan_jobs(supply.shards, TASKS[:2], ("photos",))
     first = [pair(supply, job)[0] for job in jobs]
     again = [pair(supply, job)[0] for job in reversed(jobs)][::-1]
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
@@ -205,8 +205,8 @@ def test_test_noise_belongs_to_the_image_and_the_sigma_alone(supply: Supply) -> 
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_scores_and_pictures_are_the_same_to_the_last_bit_on_any_number_of_ranks(supply: Supply, world: int) -> None:
-    jobs = evaluate.plan(supply.shards, TASKS, None)
+def test_scores_and_pictures_are_the_same_to_the_last_bit_on_any_number_of_ranks(supply: ShardPool, world: int) -> None:
+    jobs = evaluate.plan_jobs(supply.shards, TASKS, None)
     how = PUBLISHED._replace(protocols=ALL)
     [alone] = scores_on(1, supply, jobs, how=how)
     assert alone.pictures is not None
@@ -219,9 +219,9 @@ def test_scores_and_pictures_are_the_same_to_the_last_bit_on_any_number_of_ranks
 
 @pytest.mark.parametrize("images_before", [0, 1])
 def test_all_ranks_stop_when_one_of_them_is_asked_to_and_the_next_evaluation_is_whole(
-    supply: Supply, images_before: int
+    supply: ShardPool, images_before: int
 ) -> None:
-    jobs = evaluate.plan(supply.shards, TASKS, None)
+    jobs = evaluate.plan_jobs(supply.shards, TASKS, None)
     looks = iter(range(100))
 
     def asked(rank: int) -> bool:
@@ -234,9 +234,9 @@ def test_all_ranks_stop_when_one_of_them_is_asked_to_and_the_next_evaluation_is_
     assert scores_on(3, supply, jobs) == [alone] * 3, "nothing was left held, and nobody waits for somebody"
 
 
-def test_a_rank_without_images_that_is_asked_to_stop_does_not_leave_alone(supply: Supply) -> None:
-    jobs = evaluate.plan(supply.shards, TASKS[:1], ("photos",))
-    empty = next(rank for rank in range(4) if not evaluate.deal(jobs, rank, 4))
+def test_a_rank_without_images_that_is_asked_to_stop_does_not_leave_alone(supply: ShardPool) -> None:
+    jobs = evaluate.plan_jobs(supply.shards, TASKS[:1], ("photos",))
+    empty = next(rank for rank in range(4) if not evaluate.assign_jobs(jobs, rank, 4))
     found = scores_on(4, supply, jobs, lambda rank: rank == empty)
     assert len({type(one) for one in found}) == 1
 
@@ -257,13 +257,13 @@ def test_an_image_too_small_to_score_is_refused_by_name_before_any_training(tmp_
     with pytest.raises(
         UserError, match=r"evaluation image '.*low.*' is 12 x 40 pixels \(1 such\); scores need 16 a side"
     ):
-        evaluate.plan(Shards(Folder(tmp_path / "built")), TASKS, None)
+        evaluate.plan_jobs(Shards(Folder(tmp_path / "built")), TASKS, None)
 
 
-def test_a_rank_is_dealt_runs_of_shards_and_every_job_once(supply: Supply) -> None:
-    jobs = evaluate.plan(supply.shards, TASKS, None)
+def test_a_rank_is_dealt_runs_of_shards_and_every_job_once(supply: ShardPool) -> None:
+    jobs = evaluate.plan_jobs(supply.shards, TASKS, None)
     for world in (1, 2, 3, 4, 20):
-        dealt = [evaluate.deal(jobs, rank, world) for rank in range(world)]
+        dealt = [evaluate.assign_jobs(jobs, rank, world) for rank in range(world)]
         assert sorted(n for mine in dealt for n in mine) == list(range(len(jobs)))
         assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
         for mine in dealt:
@@ -281,8 +281,8 @@ class Counting(Darker):
         return super().forward(image)
 
 
-def test_an_image_is_restored_once_for_all_protocols_that_give_the_network_the_same(supply: Supply) -> None:
-    jobs = evaluate.plan(supply.shards, TASKS[1:], None)
+def test_an_image_is_restored_once_for_all_protocols_that_give_the_network_the_same(supply: ShardPool) -> None:
+    jobs = evaluate.plan_jobs(supply.shards, TASKS[1:], None)
     counting = Counting()
     [together] = scores_on(1, supply, jobs, how=PUBLISHED._replace(protocols=ALL), model=counting)
     assert counting.passes == 3 * 3 + 3 * 2, "noise: three inputs of each image; stored pairs: cropped, and whole"
@@ -294,8 +294,8 @@ def test_an_image_is_restored_once_for_all_protocols_that_give_the_network_the_s
     assert len({scores["denoise_50/photos"].psnr for scores in together.scores.values()}) == 5
 
 
-def test_every_image_is_told_with_all_its_digits_and_means_are_exact(supply: Supply) -> None:
-    jobs = evaluate.plan(supply.shards, TASKS, None)
+def test_every_image_is_told_with_all_its_digits_and_means_are_exact(supply: ShardPool) -> None:
+    jobs = evaluate.plan_jobs(supply.shards, TASKS, None)
     [found] = scores_on(1, supply, jobs, how=PUBLISHED._replace(protocols=ALL[:2]))
     lines = list(csv.DictReader(io.StringIO(found.table().decode())))
     assert list(lines[0]) == ["protocol", "name", "image", "psnr", "ssim", "degraded_psnr", "degraded_ssim"]
@@ -310,8 +310,8 @@ def test_every_image_is_told_with_all_its_digits_and_means_are_exact(supply: Sup
                 assert math.fsum(float(line[what]) for line in of) / 3 == getattr(score, what)
 
 
-def test_inputs_follow_the_protocol(supply: Supply) -> None:
-    jobs = evaluate.plan(supply.shards, TASKS[:1], ("photos",))
+def test_inputs_follow_the_protocol(supply: ShardPool) -> None:
+    jobs = evaluate.plan_jobs(supply.shards, TASKS[:1], ("photos",))
     for job in jobs:
         size = (job.place.entry.height, job.place.entry.width)
         for name in PROTOCOLS:
@@ -325,28 +325,28 @@ def test_inputs_follow_the_protocol(supply: Supply) -> None:
     assert not np.array_equal(one, other)
 
 
-def test_the_degraded_score_is_that_of_a_network_that_does_nothing(supply: Supply) -> None:
-    jobs = evaluate.plan(supply.shards, TASKS, None)
+def test_the_degraded_score_is_that_of_a_network_that_does_nothing(supply: ShardPool) -> None:
+    jobs = evaluate.plan_jobs(supply.shards, TASKS, None)
     [found] = scores_on(1, supply, jobs, how=PUBLISHED._replace(protocols=ALL), model=nn.Identity())
     assert found.images
     for image in found.images:
         assert (image.psnr, image.ssim) == (image.degraded_psnr, image.degraded_ssim)
 
 
-def test_few_are_the_first_images_of_each_score_without_pictures(supply: Supply) -> None:
-    jobs = evaluate.plan(supply.shards, TASKS, None, pictures=2)
+def test_few_are_the_first_images_of_each_score_without_pictures(supply: ShardPool) -> None:
+    jobs = evaluate.plan_jobs(supply.shards, TASKS, None, pictures=2)
     assert [job.pictured for job in jobs] == [True, True, False] * 3
-    chosen = evaluate.few(jobs, 2)
+    chosen = evaluate.first_images(jobs, 2)
     assert chosen == [job._replace(pictured=False) for n, job in enumerate(jobs) if n % 3 < 2]
-    assert evaluate.few(jobs, 9) == [job._replace(pictured=False) for job in jobs]
+    assert evaluate.first_images(jobs, 9) == [job._replace(pictured=False) for job in jobs]
     [found] = scores_on(1, supply, chosen)
     assert found.pictures is None
     assert {score.images for score in found.scores["promptir"].values()} == {2}
 
 
 @pytest.mark.parametrize("name", ["promptir", "restormer"])
-def test_a_strip_shows_the_first_images_of_each_score_and_says_which(supply: Supply, name: str) -> None:
-    jobs = evaluate.plan(supply.shards, TASKS[1:], None, pictures=2)
+def test_a_strip_shows_the_first_images_of_each_score_and_says_which(supply: ShardPool, name: str) -> None:
+    jobs = evaluate.plan_jobs(supply.shards, TASKS[1:], None, pictures=2)
     [found] = scores_on(2, supply, jobs, how=PUBLISHED._replace(protocols=(PROTOCOLS[name], *ONE)))[:1]
     shown, pictured = rows(found.pictures), [job for job in jobs if job.pictured]
     assert [row.title for row in shown] == [f"{job.name} {job.place.entry.key}" for job in pictured]
@@ -358,9 +358,9 @@ def test_a_strip_shows_the_first_images_of_each_score_and_says_which(supply: Sup
 
 
 def test_what_was_measured_with_is_told_in_words() -> None:
-    assert PUBLISHED.measured() == {"precision": "fp32", "compile": "no", "tile": "whole image"}
-    other = evaluate.Settings(ONE, 0, tile_pixels=256, precision="bf16", compile=True)
-    assert other.measured() == {"precision": "bf16", "compile": "yes", "tile": "256 pixels, 32 shared"}
+    assert PUBLISHED.as_recorded() == {"precision": "fp32", "compile": "no", "tile": "whole image"}
+    other = evaluate.EvalSettings(ONE, 0, tile_pixels=256, precision="bf16", compile=True)
+    assert other.as_recorded() == {"precision": "bf16", "compile": "yes", "tile": "256 pixels, 32 shared"}
 
 
 class Wide(nn.Module):
@@ -377,8 +377,8 @@ class Wide(nn.Module):
         return out
 
 
-def test_tiles_and_bf16_reach_the_network(supply: Supply) -> None:
-    jobs = evaluate.plan(supply.shards, TASKS[:1], None)
+def test_tiles_and_bf16_reach_the_network(supply: ShardPool) -> None:
+    jobs = evaluate.plan_jobs(supply.shards, TASKS[:1], None)
     ways = {
         "plain": PUBLISHED,
         "tiles": PUBLISHED._replace(tile_pixels=32, tile_overlap=8),
@@ -395,7 +395,7 @@ def test_tiles_and_bf16_reach_the_network(supply: Supply) -> None:
 
 
 def test_a_compiled_network_scores_the_same_for_every_size_from_one_tracing(
-    supply: Supply, monkeypatch: pytest.MonkeyPatch
+    supply: ShardPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced: list[Any] = []
 
@@ -404,7 +404,7 @@ def test_a_compiled_network_scores_the_same_for_every_size_from_one_tracing(
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=traces_only))
-    oblong, square, tall = evaluate.plan(supply.shards, TASKS[:1], None)
+    oblong, square, tall = evaluate.plan_jobs(supply.shards, TASKS[:1], None)
     jobs = [square, oblong, tall]  # nothing is to be concluded from a square that comes first
     how = PUBLISHED._replace(protocols=ALL)
     model = Darker()
@@ -414,12 +414,12 @@ def test_a_compiled_network_scores_the_same_for_every_size_from_one_tracing(
     assert len(traced) == 1, "photographs have three sizes, cropped and whole"
 
 
-def test_where_compiling_fails_the_fault_says_what_to_do(supply: Supply, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_compiling_fails_the_fault_says_what_to_do(supply: ShardPool, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler(graph: Any, inputs: Any) -> Any:
         raise OSError("no g++ here")
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=no_compiler))
-    jobs = evaluate.plan(supply.shards, TASKS[:1], None)
+    jobs = evaluate.plan_jobs(supply.shards, TASKS[:1], None)
     [found] = scores_on(1, supply, jobs, how=PUBLISHED._replace(compile=True))
     assert isinstance(found, UserError)
     assert re.search(r"torch.compile fails \(.*\), where the network is compiled for scoring", str(found))

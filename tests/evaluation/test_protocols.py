@@ -124,7 +124,7 @@ def test_a_task_without_noise_is_degraded_alike_by_all_protocols(name: str) -> N
     _, clean = vectors()
     for word in ("deblur_easy", "superres_4", "enlighten_mild"):
         task = Task.of(word)
-        expected = degrade.for_test(task, clean, generator("a"))
+        expected = degrade.degrade_for_test(task, clean, generator("a"))
         assert np.array_equal(degraded(PROTOCOLS[name], task, clean, generator("a")), expected)
 
 

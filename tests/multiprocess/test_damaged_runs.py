@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from mirl_dist.data.manifest import CLEAN
-from mirl_dist.data.shards import Place, Shards
+from mirl_dist.data.shards import SamplePlace, Shards
 from mirl_dist.observability.console import rank_here
 from mirl_dist.storage import Folder
 
@@ -22,7 +22,7 @@ ALL = {
 }  # 24 samples an epoch in 6 steps: every sample of a set as often as the mix says, 2 epochs in each of 2 rounds
 
 
-def flip(shards: Path, place: Place) -> None:
+def flip(shards: Path, place: SamplePlace) -> None:
     """One bit of the clean image of a sample."""
     found = place.entry.image(CLEAN)
     assert found is not None
@@ -34,7 +34,7 @@ def flip(shards: Path, place: Place) -> None:
 
 class Damaged(NamedTuple):
     shards: Path
-    place: Place
+    place: SamplePlace
 
 
 @pytest.fixture(scope="module")

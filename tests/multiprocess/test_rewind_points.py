@@ -14,8 +14,8 @@ from mirl_dist.distributed.engines.ddp import DdpEngine
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import Folder
 from mirl_dist.training.checkpoint import Checkpoints, pack_tensors, rewind_name
-from mirl_dist.training.lottery import Lottery
-from mirl_dist.training.state import State
+from mirl_dist.training.lottery import LotteryConfig
+from mirl_dist.training.state import TrainState
 
 TO_STEP = {"rewind.to": "step", "rewind.step": 2, "prune.rounds": 1, "evaluate.every_epochs": 1}
 
@@ -62,11 +62,11 @@ def test_a_rewind_point_that_is_damaged_stops_the_run_in_one_line(lab: Any, tmp_
 )
 def test_learning_rate_rewinding_and_fine_tuning_move_no_weight(to: str, round_: int, moved: bool) -> None:
     weights = {"a.weight": torch.nn.Parameter(torch.ones(3))}
-    state = State(
+    state = TrainState(
         DdpEngine(weights, lambda p: torch.optim.Adam(p.values())), masking.dense_masks(weights, ["a.weight"])
     )
-    lottery = Lottery(1, None, to, "all", 0, 1)
-    assert lottery.rewound(state, round_) == (frozenset(["a.weight"]) if moved else frozenset())
+    lottery = LotteryConfig(1, None, to, "all", 0, 1)
+    assert lottery.rewound_names(state, round_) == (frozenset(["a.weight"]) if moved else frozenset())
 
 
 def test_learning_rate_rewinding_runs_the_whole_schedule_and_fine_tuning_a_part() -> None:

@@ -35,7 +35,7 @@ def heard() -> Iterator[Callable[[RankLog], RankLog]]:
     ends: list[Callable[[], None]] = []
 
     def hear(log: RankLog) -> RankLog:
-        ends.extend([listen(log.hear), log.close])
+        ends.extend([listen(log.write), log.close])
         return log
 
     yield hear
@@ -98,7 +98,7 @@ def test_numbers_are_noted_every_few_seconds_and_not_at_every_step(tmp_path: Pat
 def test_a_log_is_gone_on_with_after_a_restart_and_whole_after_a_torn_line(tmp_path: Path) -> None:
     for _ in range(2):
         log = RankLog(tmp_path, lambda: "starting")
-        log.hear("info", "started", {})
+        log.write("info", "started", {})
         log.close()
     assert [line["text"] for line in lines(log.path)] == ["started", "started"]
 
@@ -107,21 +107,21 @@ def test_no_secret_reaches_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "tracked!")
     log = RankLog(tmp_path, lambda: "starting")
-    log.hear("error", "at https://me:pass@host/x?token=abc of wJalrXUtnFEMI with tracked!", {})
+    log.write("error", "at https://me:pass@host/x?token=abc of wJalrXUtnFEMI with tracked!", {})
     log.close()
     (line,) = lines(log.path)
     assert line["text"] == "at https://***host/x*** of *** with ***"
-    log.hear("error", "http://bob:hunt/er2secret@127.0.0.1:9 is away", {})
+    log.write("error", "http://bob:hunt/er2secret@127.0.0.1:9 is away", {})
     assert lines(log.path)[-1]["text"] == "http://***127.0.0.1:9 is away"
 
 
 def test_a_refused_launch_leaves_no_log_and_a_failed_one_does(tmp_path: Path) -> None:
     run = tmp_path / "run"
     log = RankLog(run / "logs", lambda: "starting", wait_for=run)
-    log.hear("info", "started", {})
-    log.hear("fault", "mirl-dist: found another config", {})
+    log.write("info", "started", {})
+    log.write("fault", "mirl-dist: found another config", {})
     assert not run.exists()
-    log.hear("warning", "mirl-dist, rank 1: another rank has gone", {})
+    log.write("warning", "mirl-dist, rank 1: another rank has gone", {})
     log.close()
     assert [line["level"] for line in lines(log.path)] == ["info", "fault", "warning"]
 

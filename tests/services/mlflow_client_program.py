@@ -66,7 +66,7 @@ def live(
     def remember(new: dict[str, str]) -> None:
         put(folder / "tracking.json", get(folder / "tracking.json", {}) | new)
 
-    tracker = tracking.Mlflow(
+    tracker = tracking.MlflowTracker(
         uri=uri,
         experiment=folder.name,
         run_name="demo",
@@ -79,7 +79,7 @@ def live(
     def keep(round_: int, step: int) -> None:
         put(
             folder / "commit.json",
-            {"round": round_, "step": step, "backlog": base64.b64encode(tracker.backlog()).decode()},
+            {"round": round_, "step": step, "backlog": base64.b64encode(tracker.pending()).decode()},
         )
 
     lived = 0

@@ -168,7 +168,7 @@ class Claim:
 def launch(store: Store) -> Checkpoints:
     """A launch that has taken the run over."""
     kept = Checkpoints(store, Claim(store))
-    kept.take_over()
+    kept.fence_older_writers()
     return kept
 
 

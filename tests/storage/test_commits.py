@@ -161,7 +161,7 @@ def order(place: Place) -> tuple[int, bool, int]:
 
 def newest(kept: Checkpoints) -> tuple[Place, bytes]:
     """Round, step and weights of the newest commit, found without anything damaged on the way."""
-    found = kept.newest()
+    found = kept.latest()
     assert found is not None
     commit, parts, damaged = found
     assert damaged == []
@@ -278,7 +278,7 @@ def test_a_takeover_that_dies_before_any_call_and_is_followed_by_one_that_dies_t
         return store
 
     orphan = "rounds/01/steps/00000010-0001/weights.safetensors"
-    count = calls_of(begun(), follower, Checkpoints.take_over)
+    count = calls_of(begun(), follower, Checkpoints.fence_older_writers)
     expected = whole(site.run())
     assert count >= 5 and len(expected) == 3
     for first in range(1, count + 1):
@@ -286,7 +286,7 @@ def test_a_takeover_that_dies_before_any_call_and_is_followed_by_one_that_dies_t
         assert whole(store) == expected, "what comes too late does not count"
         for call in {first, count + 1 - first}:
             with contextlib.suppress(Died):  # the second finds less to do
-                die_at(store, call, follower, Checkpoints.take_over)
+                die_at(store, call, follower, Checkpoints.fence_older_writers)
             assert whole(store) == expected, f"call {call} after {first}"
         step_9(launch(store), NEW)
         assert newest(Checkpoints(store)) == ((1, 9), pack_tensors(weights(209)))
@@ -367,7 +367,7 @@ def test_a_commit_that_is_completed_during_a_takeover_counts_for_all_or_for_nobo
     site: Site, story: str, mine: Place
 ) -> None:
     count = calls_of(site.run(), writer, lambda kept: STORIES[story](kept, OLD))
-    taking = calls_of(site.run(), follower, Checkpoints.take_over)
+    taking = calls_of(site.run(), follower, Checkpoints.fence_older_writers)
     outcomes = set()
     for call in range(1, min(count, 11) + 1):
         for moment in range(1, taking + 1, 2 - call % 2):
@@ -377,7 +377,7 @@ def test_a_commit_that_is_completed_during_a_takeover_counts_for_all_or_for_nobo
             taking_over = Calls(store, before=sleeper.wake)
             other = follower(taking_over)
             taking_over.at = taking_over.made + moment
-            other.take_over()
+            other.fence_older_writers()
             sleeper.wake()
             found = [newest(kept)[0] for kept in (other, Checkpoints(store), launch(store))]
             assert found[0] == found[1] == found[2], f"calls {call} and {moment}: readers differ: {found}"
@@ -398,7 +398,7 @@ def test_a_takeover_that_sleeps_while_another_one_follows_it_disturbs_nothing(
             store.put(f"rounds/01/steps/00000010-0001/{number}", b"never whole")
         return store
 
-    count = calls_of(begun(), follower, Checkpoints.take_over)
+    count = calls_of(begun(), follower, Checkpoints.fence_older_writers)
     following = site.run()
     launch(following)
     writing = calls_of(following, launch, lambda kept: step_9(kept, NEW))
@@ -409,7 +409,7 @@ def test_a_takeover_that_sleeps_while_another_one_follows_it_disturbs_nothing(
             calls, busy = Calls(store), Calls(store)
             sleeping = follower(calls)
             calls.at = calls.made + call
-            sleeper = Sleeper(calls, sleeping.take_over)
+            sleeper = Sleeper(calls, sleeping.fence_older_writers)
             if late:
                 step_9(Checkpoints(store, Blind()), OLD)
             kept = launch(busy)
@@ -440,7 +440,7 @@ def test_a_takeover_that_finds_the_run_lost_removes_nothing(site: Site) -> None:
     follower(store)
     files = dict(store.files)
     with pytest.raises(UserError, match="no longer holds"):
-        late.take_over()
+        late.fence_older_writers()
     assert store.files == files
 
 
@@ -494,7 +494,7 @@ def test_a_round_that_was_damaged_and_done_again_is_the_one_that_counts(site: Si
     (name,) = [name for name in store.list("rounds/01") if name.endswith(f"/{TICKET}")]
     store.put(name, flipped(store.get(name), 99))
     second = launch(store)
-    found = second.newest()
+    found = second.latest()
     assert found is not None and found[0].step == 6
     assert found[2] == [f"memory/{name} is damaged: its bytes are not those that were committed"]
     round_1(second, NEW)
@@ -559,7 +559,7 @@ def leased(store: Any) -> tuple[Lease, Checkpoints]:
     lease = Lease(store, seconds=1.0, status=dict, say=lambda line: None)
     lease.claim()
     kept = Checkpoints(store, lease)
-    kept.take_over()
+    kept.fence_older_writers()
     return lease, kept
 
 
@@ -678,7 +678,7 @@ def test_a_flipped_bit_in_any_kind_of_byte_of_a_commit_is_found_and_the_commit_b
     data = store.get(name)
     for at in places_of(data):
         store.put(name, flipped(data, at))
-        found = Checkpoints(store).newest()
+        found = Checkpoints(store).latest()
         assert found is not None
         commit, parts, damaged = found
         assert ((commit.round_, commit.step), parts[WEIGHTS]) == before
@@ -785,7 +785,7 @@ def test_a_flipped_byte_in_a_commit_of_a_version_before_the_lease_is_found(site:
     data = store.get(name)
     for at in places_of(data):
         store.put(name, flipped(data, at))
-        found = Checkpoints(store).newest()
+        found = Checkpoints(store).latest()
         assert found is not None
         if part == COMPLETE and (found[0].round_, found[2]) == (1, []):
             assert json.loads(store.get(name)) == json.loads(data), "white space"

@@ -24,8 +24,8 @@ from mirl_dist.pruning.prune import PruneConfig, in_scope, prune
 from mirl_dist.storage import Folder, output_paths
 from mirl_dist.tickets import collect, transfer
 from mirl_dist.tickets import open as opening
-from mirl_dist.tickets.file import Content, pack, read, verify, verify_descent
-from mirl_dist.tickets.verify import FOLLOWS, refuse_oversized
+from mirl_dist.tickets.file import TicketContent, pack, read, verify, verify_descent
+from mirl_dist.tickets.verify import FOLLOWS, check_size
 from mirl_dist.training.checkpoint import Checkpoints
 from mirl_dist.training.state import Progress, Snapshot
 from mirl_dist.training.ticket import Ticket, parse
@@ -42,13 +42,13 @@ TREE: dict[str, Any] = {
 SCORE = Score(psnr=30.0, ssim=0.9, degraded_psnr=20.0, degraded_ssim=0.5, images=2)
 
 
-def line(count: int) -> list[Content]:
+def line(count: int) -> list[TicketContent]:
     """Consecutive rounds of a tiny PromptIR that nobody trained."""
     config = configs.from_dump(TREE, "the tiny run")
     with torch.random.fork_rng():
         torch.manual_seed(3)
         first = {n: p.detach() for n, p in models.create("promptir", **config.model.sizes()).named_parameters()}
-    masks, threshold, found = masking.dense_masks(first, in_scope(first, "published")), 0.0, list[Content]()
+    masks, threshold, found = masking.dense_masks(first, in_scope(first, "published")), 0.0, list[TicketContent]()
     for round_ in range(count):
         if round_:
             masks, threshold = prune(found[-1].trained, masks, PruneConfig(0.2))[:2]
@@ -78,16 +78,16 @@ def line(count: int) -> list[Content]:
             world=1,
             versions={"torch": "2"},
         )
-        found.append(Content(ticket, config.dump(), masks, initial, trained))
+        found.append(TicketContent(ticket, config.dump(), masks, initial, trained))
     return found
 
 
 @pytest.fixture(scope="module")
-def contents() -> list[Content]:
+def contents() -> list[TicketContent]:
     return line(2)
 
 
-def written(contents: list[Content], folder: Path, rounds: int = 2) -> Path:
+def written(contents: list[TicketContent], folder: Path, rounds: int = 2) -> Path:
     """A run folder of these rounds."""
     kept, ticket = Checkpoints(Folder(folder)), contents[0].ticket
     identity = {name: getattr(ticket, name) for name in ("fingerprint", "manifest_digest", "initial_digest")}
@@ -99,9 +99,9 @@ def written(contents: list[Content], folder: Path, rounds: int = 2) -> Path:
     return folder
 
 
-def tracked(contents: list[Content], id_: str, name: str) -> reader.Found:
-    each = [reader.Kept(c.ticket.round, c.ticket.dump(), packed(c.masks), None) for c in contents]
-    return reader.Found(name, id_, contents[0].config, each)
+def tracked(contents: list[TicketContent], id_: str, name: str) -> reader.RemoteTickets:
+    each = [reader.RemoteTicket(c.ticket.round, c.ticket.dump(), packed(c.masks), None) for c in contents]
+    return reader.RemoteTickets(name, id_, contents[0].config, each)
 
 
 def packed(masks: dict[str, Tensor]) -> bytes:
@@ -112,7 +112,7 @@ def packed(masks: dict[str, Tensor]) -> bytes:
 
 
 def test_runs_of_one_name_stay_two_runs_with_labels_of_their_own(
-    contents: list[Content], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    contents: list[TicketContent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {id_: [tracked(contents, id_, "run")] for id_ in ("aaaaaaaa", "bbbbbbbb")}
     monkeypatch.setattr(reader, "read", lambda reference, uri: found[reference])
@@ -128,7 +128,7 @@ def test_runs_of_one_name_stay_two_runs_with_labels_of_their_own(
         collect.gather(["mlflow:aaaaaaaa", "mlflow:aaaaaaaa"])
 
 
-def test_runs_below_a_folder_named_rounds_are_runs(contents: list[Content], tmp_path: Path) -> None:
+def test_runs_below_a_folder_named_rounds_are_runs(contents: list[TicketContent], tmp_path: Path) -> None:
     runs = [str(written(contents, tmp_path / "rounds" / name)) for name in ("one", "two")]
     assert [(s.run, s.ticket.round) for s in collect.gather([runs[0], f"{runs[1]}/rounds/01/"])] == [
         ("one", 0),
@@ -137,13 +137,15 @@ def test_runs_below_a_folder_named_rounds_are_runs(contents: list[Content], tmp_
     ]
 
 
-def test_a_run_without_a_finished_round_is_told_and_not_dropped(contents: list[Content], tmp_path: Path) -> None:
+def test_a_run_without_a_finished_round_is_told_and_not_dropped(contents: list[TicketContent], tmp_path: Path) -> None:
     whole, bare = written(contents, tmp_path / "whole"), written(contents, tmp_path / "bare", rounds=0)
     with pytest.raises(UserError, match="bare has no finished round yet"):
         collect.gather([str(whole), str(bare)])
 
 
-def test_a_ticket_file_of_any_name_is_compared_and_a_missing_one_told(contents: list[Content], tmp_path: Path) -> None:
+def test_a_ticket_file_of_any_name_is_compared_and_a_missing_one_told(
+    contents: list[TicketContent], tmp_path: Path
+) -> None:
     (tmp_path / "mine.tkt").write_bytes(pack(*contents[1]))
     (shown,) = collect.gather([str(tmp_path / "mine.tkt")])
     assert (shown.run, shown.ticket) == ("mine.tkt", contents[1].ticket)
@@ -175,7 +177,7 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] 
 
 @pytest.mark.parametrize(("spoil", "said"), SPOILT.values(), ids=SPOILT)
 def test_a_mask_from_mlflow_must_be_that_of_its_ticket(
-    contents: list[Content], monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Any], Any], said: str
+    contents: list[TicketContent], monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Any], Any], said: str
 ) -> None:
     run = tracked(contents, "aaaa", "run")
     run.tickets[1] = run.tickets[1]._replace(mask=safetensors.torch.save(spoil(contents[1].masks)))
@@ -185,7 +187,7 @@ def test_a_mask_from_mlflow_must_be_that_of_its_ticket(
 
 
 def test_a_nested_run_must_hold_the_ticket_of_its_round(
-    contents: list[Content], monkeypatch: pytest.MonkeyPatch
+    contents: list[TicketContent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tracked(contents, "aaaa", "run")
     run.tickets[0] = run.tickets[1]._replace(round=0)
@@ -205,7 +207,7 @@ def test_a_nested_run_must_hold_the_ticket_of_its_round(
     ],
 )
 def test_a_config_cannot_ask_for_a_network_beyond_its_ticket(
-    contents: list[Content], monkeypatch: pytest.MonkeyPatch, sizes: dict[str, Any], said: str
+    contents: list[TicketContent], monkeypatch: pytest.MonkeyPatch, sizes: dict[str, Any], said: str
 ) -> None:
     run = tracked(contents, "aaaa", "run")
     asking = run._replace(config=contents[0].config | {"model": contents[0].config["model"] | sizes})
@@ -217,7 +219,7 @@ def test_a_config_cannot_ask_for_a_network_beyond_its_ticket(
 
 
 def test_a_file_cannot_make_export_build_a_larger_network(
-    contents: list[Content], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    contents: list[TicketContent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = contents[1].config["model"] | {"blocks": [100_000, 1, 1, 1]}
     (tmp_path / "x.ticket").write_bytes(pack(*contents[1]._replace(config=contents[1].config | {"model": model})))
@@ -230,7 +232,7 @@ def test_no_published_size_is_taken_for_too_large() -> None:
     config = configs.Config()
     with torch.device("meta"):
         network = models.create("promptir", **config.model.sizes())
-    refuse_oversized(config, sum(p.numel() for p in network.parameters()), "the published network")
+    check_size(config, sum(p.numel() for p in network.parameters()), "the published network")
 
 
 ODD: dict[str, tuple[dict[str, Any], str]] = {
@@ -255,7 +257,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("changes", "said"), ODD.values(), ids=ODD)
 def test_a_record_that_no_run_could_have_made_is_refused_wherever_it_comes_from(
-    contents: list[Content], changes: dict[str, Any], said: str
+    contents: list[TicketContent], changes: dict[str, Any], said: str
 ) -> None:
     record = json.loads(contents[1].ticket.dump()) | changes
     with pytest.raises(UserError, match=said) as caught:
@@ -263,7 +265,7 @@ def test_a_record_that_no_run_could_have_made_is_refused_wherever_it_comes_from(
     assert str(caught.value).isprintable()
 
 
-def test_what_any_run_wrote_is_still_read(contents: list[Content]) -> None:
+def test_what_any_run_wrote_is_still_read(contents: list[TicketContent]) -> None:
     older = contents[1].ticket.model_dump(exclude={"method", "seed", "protocols", "also", "measured", "curve", "bad"})
     extreme = {"psnr": 100.0, "ssim": 1.0000001, "degraded_psnr": -3.0, "degraded_ssim": -0.2, "images": 1}
     ticket = Ticket.model_validate(older | {"scores": {"a/b": extreme}, "damaged": {"x.tar 1": "bad\x1b"}})
@@ -274,7 +276,7 @@ def test_what_any_run_wrote_is_still_read(contents: list[Content]) -> None:
 
 
 def test_a_packed_ticket_tells_no_place_and_still_proves_itself(
-    contents: list[Content], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    contents: list[TicketContent], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, file = written(contents, tmp_path / "run"), tmp_path / "x.ticket"
     transfer.pack(f"{folder}/rounds/01", file)
@@ -302,7 +304,7 @@ def test_every_place_goes_and_nothing_that_tells_the_experiment() -> None:
 
 
 def test_a_strangers_file_says_neither_where_shards_are_nor_how_stores_are_reached(
-    contents: list[Content], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    contents: list[TicketContent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "stranger.ticket"
     file.write_bytes(pack(*contents[1]))
@@ -318,16 +320,16 @@ def test_a_strangers_file_says_neither_where_shards_are_nor_how_stores_are_reach
 
     monkeypatch.setattr(opening, "store_of", store_of)
     with pytest.raises(UserError, match="Name the shards with --shards"):
-        evaluate.print_scores(str(file), None, evaluate.How(), None, True)
+        evaluate.print_scores(str(file), None, evaluate.EvalOptions(), None, True)
     with pytest.raises(Asked):
-        evaluate.print_scores(str(file), "s3://mine/shards", evaluate.How(), None, True)
+        evaluate.print_scores(str(file), "s3://mine/shards", evaluate.EvalOptions(), None, True)
 
 
 # -- proof ------------------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_proved_is_not_called_broken(
-    contents: list[Content], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    contents: list[TicketContent], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = written(contents, tmp_path / "run")
     Checkpoints(Folder(folder)).drop_weights(0)
@@ -344,7 +346,7 @@ def test_what_cannot_be_proved_is_not_called_broken(
     assert "unknown  the run holds this very ticket" in capsys.readouterr().out
 
 
-def test_a_mask_that_does_not_follow_is_still_broken(contents: list[Content], tmp_path: Path) -> None:
+def test_a_mask_that_does_not_follow_is_still_broken(contents: list[TicketContent], tmp_path: Path) -> None:
     child = contents[1]
     moved = {**child.masks, "output.weight": child.masks["output.weight"].roll(1)}
     bare = {n: torch.ones_like(t) for n, t in child.trained.items()}
@@ -356,7 +358,7 @@ def test_a_mask_that_does_not_follow_is_still_broken(contents: list[Content], tm
     assert "weights removed by the rule" in [c.what for c in checks if c.holds is False]
 
 
-def test_the_run_of_another_ticket_is_named_as_such(contents: list[Content], tmp_path: Path) -> None:
+def test_the_run_of_another_ticket_is_named_as_such(contents: list[TicketContent], tmp_path: Path) -> None:
     file = tmp_path / "x.ticket"
     file.write_bytes(pack(*contents[1]))
     tickets = [c._replace(ticket=c.ticket.model_copy(update={"manifest_digest": "1" * 64})) for c in contents]
@@ -381,7 +383,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "export": lambda out: transfer.export("run", out, False),
     "import": lambda out: transfer.import_official(Path("x.ckpt"), "promptir", out),
     "pictures": lambda out: show.write_pictures("run", out),
-    "evaluate": lambda out: evaluate.print_scores("run", None, evaluate.How(), out, False),
+    "evaluate": lambda out: evaluate.print_scores("run", None, evaluate.EvalOptions(), out, False),
     "compare": lambda out: compare.compare(["run"], out, False, "t", None, None, True),
     "restore": lambda out: evaluate.restore_files([], "run", out, None),
 }
@@ -419,7 +421,7 @@ def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path: Path, monkeypatch: p
 
 
 def test_beside_json_notes_go_to_standard_error(
-    contents: list[Content], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    contents: list[TicketContent], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compare.compare([str(written(contents, tmp_path / "run"))], None, True, "t", None, None, True)
     told = capsys.readouterr()

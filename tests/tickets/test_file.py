@@ -25,7 +25,7 @@ from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import PruneConfig, in_scope, prune
 from mirl_dist.tickets import container
 from mirl_dist.tickets import file as ticket_file
-from mirl_dist.tickets.file import FACTOR, ROOM, Content
+from mirl_dist.tickets.file import FACTOR, ROOM, TicketContent
 from mirl_dist.training.ticket import Ticket
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -36,23 +36,23 @@ from fuzz_tickets import resealed, retold, with_digest
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "ticket.md"
 
 
-def packed(content: Content) -> bytes:
+def packed(content: TicketContent) -> bytes:
     return ticket_file.pack(*content)
 
 
 @pytest.fixture(scope="module")
-def line() -> list[Content]:
+def line() -> list[TicketContent]:
     """Four rounds of one small run."""
     return fuzz_tickets.rounds(4)
 
 
 @pytest.fixture(scope="module")
-def child(line: list[Content]) -> Content:
+def child(line: list[TicketContent]) -> TicketContent:
     return line[-1]
 
 
 @pytest.fixture(scope="module")
-def data(child: Content) -> bytes:
+def data(child: TicketContent) -> bytes:
     return packed(child)
 
 
@@ -60,22 +60,22 @@ def bits(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], byte
     return {name: (tuple(t.shape), t.numpy().tobytes()) for name, t in tensors.items()}
 
 
-def same(one: Content, other: Content) -> bool:
+def same(one: TicketContent, other: TicketContent) -> bool:
     fields = zip(one[2:], other[2:], strict=True)
     return one.ticket == other.ticket and one.config == other.config and all(bits(a) == bits(b) for a, b in fields)
 
 
-def broken(content: Content) -> list[str]:
+def broken(content: TicketContent) -> list[str]:
     """The names of the checks that do not hold."""
     return [check.what for check in ticket_file.verify(content) if not check.holds]
 
 
-def told(content: Content, **changes: Any) -> Content:
+def told(content: TicketContent, **changes: Any) -> TicketContent:
     """The content with a record that says something else."""
     return content._replace(ticket=content.ticket.model_copy(update=changes))
 
 
-def made(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], like: Content) -> Content:
+def made(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], like: TicketContent) -> TicketContent:
     """A content of these weights, its record true where the file is proof of it."""
     initial = {n: t.clone() for n, t in weights.items()}
     masking.apply_masks(initial, masks)
@@ -125,19 +125,19 @@ def test_what_is_packed_is_read_to_the_last_bit_and_holds(network: tuple[dict[st
     assert broken(read) == []
 
 
-def test_the_same_content_gives_the_same_bytes_in_any_order_of_names(child: Content, data: bytes) -> None:
+def test_the_same_content_gives_the_same_bytes_in_any_order_of_names(child: TicketContent, data: bytes) -> None:
     turned = [dict(reversed(list(tree.items()))) for tree in child[1:]]
     assert ticket_file.pack(child.ticket, *turned) == data
     assert ticket_file.is_ticket_file(data[:64])
     assert not ticket_file.is_ticket_file(safetensors.torch.save(child.trained)[:64])
 
 
-def test_first_values_may_come_with_the_dead_ones(line: list[Content], data: bytes) -> None:
+def test_first_values_may_come_with_the_dead_ones(line: list[TicketContent], data: bytes) -> None:
     assert packed(line[-1]._replace(initial=line[0].initial)) == data
 
 
 @pytest.mark.parametrize("density", [1.0, 0.1, 0.03])
-def test_a_file_is_hardly_larger_than_its_mask_and_its_survivors(child: Content, density: float) -> None:
+def test_a_file_is_hardly_larger_than_its_mask_and_its_survivors(child: TicketContent, density: float) -> None:
     network = models.create("promptir", dim=8, blocks=(1,) * 4, refinement_blocks=1, prompt_sizes=(4, 4, 4))
     weights = {name: p.detach() for name, p in network.named_parameters()}
     masks = masking.dense_masks(weights, in_scope(weights, "published"))
@@ -151,7 +151,7 @@ def test_a_file_is_hardly_larger_than_its_mask_and_its_survivors(child: Content,
 
 
 def test_the_document_shows_how_to_read_a_file_without_this_package(
-    child: Content, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    child: TicketContent, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "X.ticket").write_bytes(data)
     monkeypatch.chdir(tmp_path)
@@ -188,7 +188,7 @@ def test_every_cut_and_everything_appended_is_noticed(data: bytes) -> None:
 
 @pytest.mark.parametrize("part", ["about", "initial", "mask", "trained"])
 def test_a_damaged_part_is_named(data: bytes, part: str) -> None:
-    begin = data.index(bytes(container.unseal(data, "x")[part]))
+    begin = data.index(bytes(container.unpack(data, "x")[part]))
     with pytest.raises(UserError, match=f"^x: its part '{part}' is damaged"):
         ticket_file.read(data[:begin] + bytes([data[begin] ^ 1]) + data[begin + 1 :], "x")
 
@@ -310,7 +310,7 @@ def test_a_hostile_text_is_refused(data: bytes, change: Callable[[Any], Any], sa
     ],
 )
 def test_a_record_that_no_run_could_have_made_is_refused_even_with_its_digest(
-    child: Content, data: bytes, changes: dict[str, Any], said: str
+    child: TicketContent, data: bytes, changes: dict[str, Any], said: str
 ) -> None:
     def change(tree: Any) -> Any:
         tree["ticket"] |= changes
@@ -321,7 +321,7 @@ def test_a_record_that_no_run_could_have_made_is_refused_even_with_its_digest(
 
 
 def test_folded_text_must_be_one_whole_stream(data: bytes) -> None:
-    whole = bytes(container.unseal(data, "x")["about"])
+    whole = bytes(container.unpack(data, "x")["about"])
     for odd in ({"about": about} for about in (whole[:-1], whole + b"x", b"", b"x" + whole)):
         with pytest.raises(UserError, match="its text (ends too early or too late|cannot be unfolded)"):
             ticket_file.read(resealed(data, odd_parts(odd)), "x")
@@ -331,7 +331,7 @@ def odd_parts(changes: fuzz_tickets.Parts) -> Callable[[fuzz_tickets.Parts], Non
     return lambda parts: parts.update(changes)
 
 
-def test_a_collapse_that_is_not_told_is_caught(child: Content) -> None:
+def test_a_collapse_that_is_not_told_is_caught(child: TicketContent) -> None:
     bare = {**child.masks, "output.weight": torch.zeros(3, 4, 3, 3, dtype=torch.bool)}
     content = made(child.initial, bare, child)
     assert broken(content) == []
@@ -387,7 +387,7 @@ def peak_of_reading(data: bytes) -> int:
     return peak
 
 
-def test_reading_allocates_no_more_than_stated(child: Content, data: bytes) -> None:
+def test_reading_allocates_no_more_than_stated(child: TicketContent, data: bytes) -> None:
     sparse = {"a.weight": torch.zeros(1_500, 1_000)}
     masks = {"a.weight": torch.zeros(1_500, 1_000, dtype=torch.bool)}
     masks["a.weight"][0, 0] = True
@@ -422,13 +422,13 @@ RECORD_LIES: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize(("changes", "caught"), RECORD_LIES.values(), ids=RECORD_LIES)
-def test_a_record_that_lies_is_caught_by_name(child: Content, changes: dict[str, Any], caught: list[str]) -> None:
+def test_a_record_that_lies_is_caught_by_name(child: TicketContent, changes: dict[str, Any], caught: list[str]) -> None:
     liar = ticket_file.read(packed(told(child, **changes)), "x")
     assert liar.ticket == child.ticket.model_copy(update=changes)
     assert broken(liar) == caught
 
 
-def test_an_honest_ticket_holds_in_every_round(line: list[Content]) -> None:
+def test_an_honest_ticket_holds_in_every_round(line: list[TicketContent]) -> None:
     for content in line:
         read = ticket_file.read(packed(content), "x")
         assert broken(read) == []
@@ -436,7 +436,7 @@ def test_an_honest_ticket_holds_in_every_round(line: list[Content]) -> None:
         assert ("digest of the first values" in names) == (content.ticket.round == 0)
 
 
-def test_a_dense_ticket_proves_its_first_values(line: list[Content]) -> None:
+def test_a_dense_ticket_proves_its_first_values(line: list[TicketContent]) -> None:
     assert broken(told(line[0], initial_digest=WRONG)) == ["digest of the first values"]
     assert broken(told(line[-1], initial_digest=WRONG)) == []  # the dead first values are not in the file
 
@@ -448,7 +448,7 @@ def swapped(masks: Mapping[str, Tensor], name: str, dead: Tensor) -> dict[str, T
     return {**masks, name: flat.reshape(masks[name].shape)}
 
 
-def test_another_mask_or_weight_is_caught(child: Content) -> None:
+def test_another_mask_or_weight_is_caught(child: TicketContent) -> None:
     name = "output.weight"
     other = made(child.trained, swapped(child.masks, name, ~child.masks[name]), child)
     assert broken(other._replace(ticket=child.ticket)) == ["mask digest", "digest of the trained weights"]
@@ -456,14 +456,14 @@ def test_another_mask_or_weight_is_caught(child: Content) -> None:
     assert broken(child._replace(trained=trained)) == ["digest of the trained weights"]
 
 
-def test_open_dead_weights_are_caught(child: Content) -> None:
+def test_open_dead_weights_are_caught(child: TicketContent) -> None:
     opened = {name: t.clone() for name, t in child.initial.items()}
     opened["output.weight"][~child.masks["output.weight"]] = 1.0
     assert broken(child._replace(initial=opened)) == ["dead weights are zero in the first values"]
     assert "dead weights are zero in the trained values" in broken(child._replace(trained=opened))
 
 
-def test_a_config_that_is_none_is_caught(child: Content) -> None:
+def test_a_config_that_is_none_is_caught(child: TicketContent) -> None:
     checks = ticket_file.verify(child._replace(config={"prune": {"rounds": "many"}}))
     assert [check.what for check in checks if not check.holds] == ["fingerprint of the config"]
     assert "prune.rounds" in next(check.detail for check in checks if not check.holds)
@@ -474,18 +474,18 @@ def test_a_config_that_is_none_is_caught(child: Content) -> None:
 RULE = PruneConfig(0.2)
 
 
-def unproven(child: Content, parent: Content, rule: PruneConfig = RULE) -> list[str]:
+def unproven(child: TicketContent, parent: TicketContent, rule: PruneConfig = RULE) -> list[str]:
     return [check.what for check in ticket_file.verify_descent(child, parent, rule) if check.holds is False]
 
 
-def test_every_round_descends_from_the_one_before_out_of_files_too(line: list[Content]) -> None:
+def test_every_round_descends_from_the_one_before_out_of_files_too(line: list[TicketContent]) -> None:
     for parent, child in zip(line, line[1:], strict=False):
         younger, elder = (ticket_file.read(packed(content), "x") for content in (child, parent))
         assert unproven(younger, elder) == []
         assert unproven(child, parent._replace(initial=line[0].initial)) == []  # from a run folder, with dead ones
 
 
-def test_a_stranger_is_no_parent(line: list[Content]) -> None:
+def test_a_stranger_is_no_parent(line: list[TicketContent]) -> None:
     assert unproven(line[3], line[1]) == [
         "digest of the parent's ticket",
         "round",
@@ -501,7 +501,7 @@ def test_a_stranger_is_no_parent(line: list[Content]) -> None:
     ]
 
 
-def test_a_mask_by_another_rule_or_chance_does_not_follow(line: list[Content]) -> None:
+def test_a_mask_by_another_rule_or_chance_does_not_follow(line: list[TicketContent]) -> None:
     child, parent = line[3], line[2]
     assert unproven(child, parent, PruneConfig(0.2, criterion="random")) == [
         "the mask follows from the parent's weights",
@@ -517,7 +517,7 @@ def test_a_mask_by_another_rule_or_chance_does_not_follow(line: list[Content]) -
     ]
 
 
-def test_a_weight_that_came_back_is_caught(line: list[Content]) -> None:
+def test_a_weight_that_came_back_is_caught(line: list[TicketContent]) -> None:
     child, parent = line[3], line[2]
     back = {name: mask.clone() for name, mask in child.masks.items()}
     name = next(n for n, mask in parent.masks.items() if not bool(mask.all()))
@@ -525,14 +525,14 @@ def test_a_weight_that_came_back_is_caught(line: list[Content]) -> None:
     assert "no pruned weight returned" in unproven(child._replace(masks=back), parent)
 
 
-def test_first_values_that_moved_are_caught(line: list[Content]) -> None:
+def test_first_values_that_moved_are_caught(line: list[TicketContent]) -> None:
     child, parent = line[3], line[2]
     for name in ("output.weight", "encoder.0.norm1.body.bias"):
         moved = child._replace(initial=child.initial | {name: child.initial[name] * 2})
         assert unproven(moved, parent) == ["survivors have the run's first values"]
 
 
-def test_another_network_is_no_parent(line: list[Content]) -> None:
+def test_another_network_is_no_parent(line: list[TicketContent]) -> None:
     fewer = line[3]._replace(initial={n: t for n, t in line[3].initial.items() if n != "encoder.0.norm1.body.bias"})
     assert unproven(fewer, line[2]) == ["the same tensors"]
 
@@ -540,8 +540,8 @@ def test_another_network_is_no_parent(line: list[Content]) -> None:
 # -- what is not written ----------------------------------------------------------------------------------------
 
 
-def test_nothing_is_packed_that_could_not_be_read(child: Content) -> None:
-    def refuses(content: Content, said: str) -> None:
+def test_nothing_is_packed_that_could_not_be_read(child: TicketContent) -> None:
+    def refuses(content: TicketContent, said: str) -> None:
         with pytest.raises(UserError, match=said):
             packed(content)
 
@@ -562,7 +562,7 @@ def test_nothing_is_packed_that_could_not_be_read(child: Content) -> None:
     refuses(child._replace(initial=child.initial | path, trained=t | path), "found the tensor name '../x'")
 
 
-def test_an_older_record_without_the_new_fields_is_packed_too(child: Content) -> None:
+def test_an_older_record_without_the_new_fields_is_packed_too(child: TicketContent) -> None:
     older = Ticket.model_validate(
         child.ticket.model_dump(exclude={"method", "seed", "also", "protocols", "curve", "collapsed", "measured"})
     )

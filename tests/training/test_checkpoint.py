@@ -49,7 +49,7 @@ def spoil(path: Path, at: int | None = None) -> None:
 
 
 def newest(kept: Checkpoints) -> tuple[int, int | None, list[str]]:
-    found = kept.newest()
+    found = kept.latest()
     assert found is not None
     commit, parts, damaged = found
     assert json.loads(parts[STATE])["round"] == commit.round_
@@ -64,7 +64,7 @@ def newest_folder(kept: Checkpoints) -> str:
 
 
 def test_without_commits_there_is_none(kept: Checkpoints) -> None:
-    assert kept.newest() is None
+    assert kept.latest() is None
     assert kept.commits() == []
     assert kept.tickets() == []
     with pytest.raises(UserError, match=r"rounds/00 holds no finished round"):
@@ -73,7 +73,7 @@ def test_without_commits_there_is_none(kept: Checkpoints) -> None:
 
 def test_what_is_committed_comes_back_to_the_last_bit(kept: Checkpoints) -> None:
     commit_steps(kept, 3)
-    found = kept.newest()
+    found = kept.latest()
     assert found is not None
     commit, parts, damaged = found
     assert (commit.folder, commit.round_, commit.step, damaged) == ("rounds/00/steps/00000003-0000", 0, 3, [])
@@ -261,7 +261,7 @@ def test_when_no_commit_can_be_read_the_run_is_not_begun_afresh(kept: Checkpoint
     for step in ("00000003-0000", "00000006-0000"):
         spoil(tmp_path / "rounds/00/steps" / step / WEIGHTS)
     with pytest.raises(UserError) as caught:
-        kept.newest()
+        kept.latest()
     text = str(caught.value)
     assert text.startswith("no commit of this run can be read: ")
     assert "00000006-0000/weights.safetensors is damaged" in text
@@ -280,7 +280,7 @@ def test_a_store_that_refuses_is_not_a_damaged_commit(tmp_path: Path, error: typ
     kept = Checkpoints(Refusing(tmp_path))
     commit_steps(kept, 3, 6)
     with pytest.raises(error, match="the store says no"):
-        kept.newest()
+        kept.latest()
 
 
 # -- what is kept -----------------------------------------------------------------------------------------------
@@ -402,18 +402,18 @@ def test_every_flipped_byte_of_the_best_round_is_found(kept: Checkpoints, tmp_pa
 
 
 def test_ids_are_remembered_beside_older_ones(kept: Checkpoints) -> None:
-    assert kept.remembered() == {}
-    kept.remember({"run": "1"})
-    kept.remember({"round-0": "2"})
-    assert kept.remembered() == {"run": "1", "round-0": "2"}
+    assert kept.mlflow_ids() == {}
+    kept.save_mlflow_ids({"run": "1"})
+    kept.save_mlflow_ids({"round-0": "2"})
+    assert kept.mlflow_ids() == {"run": "1", "round-0": "2"}
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"run": 1}', b"\xff\xfe"])
 def test_ids_in_a_damaged_file_are_not_known_and_can_be_remembered_anew(kept: Checkpoints, data: bytes) -> None:
     kept.store.put(TRACKING, data)
-    assert kept.remembered() == {}
-    kept.remember({"run": "1"})
-    assert kept.remembered() == {"run": "1"}
+    assert kept.mlflow_ids() == {}
+    kept.save_mlflow_ids({"run": "1"})
+    assert kept.mlflow_ids() == {"run": "1"}
 
 
 # -- masks ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 
 from mirl_dist.errors import Stopped, UserError
 from mirl_dist.training import crash_loop as footprints
-from mirl_dist.training.crash_loop import Footprint
+from mirl_dist.training.crash_loop import CrashLoopGuard
 
 RUN = "s3://bucket/run"
 
@@ -24,11 +24,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / f"mirl-dist-{os.getuid()}"
 
 
-def launch_that_dies(*steps: tuple[int, int], run: str = RUN, then: str = "") -> Footprint:
+def launch_that_dies(*steps: tuple[int, int], run: str = RUN, then: str = "") -> CrashLoopGuard:
     """A launch that goes through those steps and is gone, as after SIGKILL: what it has mapped is all that is left."""
-    footprint = Footprint.open(run, 3)
+    footprint = CrashLoopGuard.open(run, 3)
     for round_, updates in steps:
-        footprint.step(round_, updates)
+        footprint.begin_step(round_, updates)
     if then:
         getattr(footprint, then)()
     return footprint
@@ -45,15 +45,15 @@ def test_a_process_that_is_killed_in_a_step_leaves_that_step() -> None:
         f"f = Footprint.open({RUN!r}, 1)\nf.step(2, 135)\nf.step(2, 136)\nos.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -9
-    assert Footprint.open(RUN, 1).repeated == (2, 136)
+    assert CrashLoopGuard.open(RUN, 1).repeated == (2, 136)
 
 
 def test_as_many_deaths_in_one_step_as_allowed_are_followed_by_a_refusal_that_tells_where() -> None:
     for _ in range(3):
         assert launch_that_dies((2, 130), (2, 136)).repeated is None
-    refused = Footprint.open(RUN, 3)
+    refused = CrashLoopGuard.open(RUN, 3)
     assert refused.repeated == (2, 136)
-    text = refused.text(["derain:a", "dehaze:b"])
+    text = refused.describe(["derain:a", "dehaze:b"])
     assert text.startswith("3 launches in a row died in step 137 of round 2 on this machine")
     assert "Its samples as task:key: derain:a, dehaze:b." in text
     assert "guard.same_step_failures" in text and str(refused._path) in text
@@ -61,27 +61,27 @@ def test_as_many_deaths_in_one_step_as_allowed_are_followed_by_a_refusal_that_te
 
 def test_long_batches_are_not_listed_to_the_end() -> None:
     launch_that_dies((0, 0))
-    text = Footprint.open(RUN, 1).text([f"k{i}" for i in range(40)])
+    text = CrashLoopGuard.open(RUN, 1).describe([f"k{i}" for i in range(40)])
     assert "k15 and 24 more." in text and "k16" not in text
 
 
 def test_after_a_refusal_the_next_start_tries_once_more() -> None:
     for _ in range(3):
         launch_that_dies((2, 136))
-    assert Footprint.open(RUN, 3).repeated
+    assert CrashLoopGuard.open(RUN, 3).repeated
     assert launch_that_dies((2, 136)).repeated is None, "whoever starts again may have put something right"
-    refused = Footprint.open(RUN, 3)
-    assert refused.repeated == (2, 136) and refused.text([]).startswith("4 launches")
+    refused = CrashLoopGuard.open(RUN, 3)
+    assert refused.repeated == (2, 136) and refused.describe([]).startswith("4 launches")
     assert launch_that_dies().repeated is None
-    assert Footprint.open(RUN, 3).repeated is None, "the launch between died in start-up: not of the step"
+    assert CrashLoopGuard.open(RUN, 3).repeated is None, "the launch between died in start-up: not of the step"
 
 
 def test_deaths_elsewhere_are_not_counted_together() -> None:
     for updates in (136, 136, 140, 136, 136):
         assert launch_that_dies((2, updates)).repeated is None
-    assert Footprint.open(RUN, 3).repeated is None
+    assert CrashLoopGuard.open(RUN, 3).repeated is None
     assert launch_that_dies((1, 136)).repeated is None, "the same step of another round is another step"
-    assert Footprint.open(RUN, 3).repeated is None
+    assert CrashLoopGuard.open(RUN, 3).repeated is None
 
 
 def test_progress_past_a_step_forgets_the_deaths_in_it() -> None:
@@ -89,7 +89,7 @@ def test_progress_past_a_step_forgets_the_deaths_in_it() -> None:
         launch_that_dies((2, 136))
     launch_that_dies((2, 136), (2, 137), then="close")
     launch_that_dies((2, 136))
-    assert Footprint.open(RUN, 3).repeated is None
+    assert CrashLoopGuard.open(RUN, 3).repeated is None
 
 
 def test_a_clean_end_before_that_step_forgets_nothing() -> None:
@@ -97,7 +97,7 @@ def test_a_clean_end_before_that_step_forgets_nothing() -> None:
         launch_that_dies((2, 136))
     launch_that_dies((2, 100), then="close")
     launch_that_dies((2, 136))
-    assert Footprint.open(RUN, 3).repeated == (2, 136)
+    assert CrashLoopGuard.open(RUN, 3).repeated == (2, 136)
 
 
 @pytest.mark.parametrize("then", ["rest", "close"])
@@ -106,7 +106,7 @@ def test_who_dies_outside_a_step_or_leaves_with_a_word_has_not_died_of_it(then: 
         assert launch_that_dies((0, 3), then=then).repeated is None
     for _ in range(5):
         assert launch_that_dies().repeated is None, "in start-up"
-    assert Footprint.open(RUN, 1).repeated is None
+    assert CrashLoopGuard.open(RUN, 1).repeated is None
 
 
 @pytest.mark.parametrize(
@@ -120,15 +120,15 @@ def test_who_dies_outside_a_step_or_leaves_with_a_word_has_not_died_of_it(then: 
     ],
 )
 def test_ends_that_explain_themselves_are_no_deaths(end: BaseException, counted: bool) -> None:
-    with pytest.raises(type(end)), Footprint.open(RUN, 1) as footprint:
-        footprint.step(0, 3)
+    with pytest.raises(type(end)), CrashLoopGuard.open(RUN, 1) as footprint:
+        footprint.begin_step(0, 3)
         raise end
-    assert (Footprint.open(RUN, 1).repeated == (0, 3)) is counted
+    assert (CrashLoopGuard.open(RUN, 1).repeated == (0, 3)) is counted
 
 
 def test_a_run_that_is_not_this_one_has_its_own_footprint(place: Path) -> None:
     launch_that_dies((0, 3), run="s3://bucket/other")
-    assert Footprint.open(RUN, 1).repeated is None
+    assert CrashLoopGuard.open(RUN, 1).repeated is None
     names = [p.name for p in (place / "footprints").iterdir()]
     assert len(names) == 2 and all(len(name) == 16 for name in names)
 
@@ -140,7 +140,7 @@ def test_a_write_that_was_cut_short_leaves_the_step_before(place: Path) -> None:
     newest = max((0, half), key=lambda at: int.from_bytes(data[at : at + 8], "little"))
     data[newest + 20] ^= 1
     file_of(place).write_bytes(data)
-    assert Footprint.open(RUN, 1).repeated == (0, 3)
+    assert CrashLoopGuard.open(RUN, 1).repeated == (0, 3)
 
 
 @pytest.mark.parametrize("damage", [b"", b"x", bytes(200), b"\xff" * 200, b"x" * 5000])
@@ -149,16 +149,16 @@ def test_a_damaged_footprint_is_made_anew(place: Path, damage: bytes) -> None:
         launch_that_dies((0, 3))
     file_of(place).write_bytes(damage)
     assert launch_that_dies((0, 3)).repeated is None
-    assert Footprint.open(RUN, 1).repeated == (0, 3)
+    assert CrashLoopGuard.open(RUN, 1).repeated == (0, 3)
 
 
 def test_without_a_place_to_leave_it_a_run_goes_on(place: Path) -> None:
     place.write_text("a file where the folder would be")
     footprint = launch_that_dies((0, 3), then="close")
-    assert footprint.repeated is None and Footprint.open(RUN, 1).repeated is None
-    silent = Footprint.silent()
-    silent.step(0, 3)
-    silent.rest()
+    assert footprint.repeated is None and CrashLoopGuard.open(RUN, 1).repeated is None
+    silent = CrashLoopGuard.disabled()
+    silent.begin_step(0, 3)
+    silent.end_step()
     silent.close()
     assert silent.repeated is None and place.read_text().startswith("a file")
 

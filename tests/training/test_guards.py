@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mirl_dist.data.sample import Batch
-from mirl_dist.training.guards import Seen, Spikes
+from mirl_dist.training.guards import SpikeDetector, StepLosses
 from mirl_dist.training.state import Progress
 
 NONE = torch.zeros(0)
@@ -35,9 +35,9 @@ class SomeRanks:
         return [item, *self._others]
 
 
-def seen(*losses: float) -> Seen:
+def seen(*losses: float) -> StepLosses:
     """Passes of two samples each, with these losses."""
-    found = Seen()
+    found = StepLosses()
     for first in range(0, len(losses), 2):
         pair = torch.tensor(losses[first : first + 2])
         keys = tuple(f"derain:{first + i}" for i in range(len(pair)))
@@ -45,18 +45,18 @@ def seen(*losses: float) -> Seen:
     return found
 
 
-def looked(spikes: Spikes, ranks: Any, *losses: float) -> None:
+def looked(spikes: SpikeDetector, ranks: Any, *losses: float) -> None:
     for loss in losses:
-        spikes.look(loss, seen(loss, loss), Progress(round=1, epoch=2, step=3), ranks)
+        spikes.check(loss, seen(loss, loss), Progress(round=1, epoch=2, step=3), ranks)
 
 
 def test_a_loss_that_jumps_is_told_with_the_samples_that_lost_most_on_any_rank(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    spikes, ranks = Spikes(10.0), SomeRanks([(7.5, "dehaze:far"), (0.1, "dehaze:near")])
+    spikes, ranks = SpikeDetector(10.0), SomeRanks([(7.5, "dehaze:far"), (0.1, "dehaze:near")])
     looked(spikes, ranks, *[0.2] * 25, *[0.1] * 25)
     assert ranks.met == 0, "ranks meet for spikes alone"
-    spikes.look(1.75, seen(0.5, 9.0, 1.0, 0.25), Progress(round=1, epoch=2, step=3), ranks)
+    spikes.check(1.75, seen(0.5, 9.0, 1.0, 0.25), Progress(round=1, epoch=2, step=3), ranks)
     assert ranks.met == 1
     assert capsys.readouterr().out == (
         "warning: the loss at round 1, epoch 2, step 3 is 1.75, 12 times the median 0.15 of the 50 steps before. "
@@ -71,7 +71,7 @@ def test_a_loss_that_jumps_is_told_with_the_samples_that_lost_most_on_any_rank(
 def test_a_loss_jumps_when_it_is_many_times_the_median_of_fifty_steps(
     capsys: pytest.CaptureFixture[str], before: int, loss: float, told: bool
 ) -> None:
-    spikes = Spikes(10.0)
+    spikes = SpikeDetector(10.0)
     looked(spikes, SomeRanks(), *[0.1] * before, loss)
     assert ("warning: the loss at" in capsys.readouterr().out) == told
 
@@ -79,7 +79,7 @@ def test_a_loss_jumps_when_it_is_many_times_the_median_of_fifty_steps(
 def test_only_the_newest_fifty_steps_count_and_a_loss_that_stays_high_is_soon_usual(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    spikes = Spikes(10.0)
+    spikes = SpikeDetector(10.0)
     looked(spikes, SomeRanks(), *[0.1] * 50, *[5.0] * 60)
     assert capsys.readouterr().out.count("warning") == 25, "until half of those remembered are high"
     looked(spikes, SomeRanks(), 0.1)
@@ -87,20 +87,20 @@ def test_only_the_newest_fifty_steps_count_and_a_loss_that_stays_high_is_soon_us
 
 
 def test_after_losses_of_nothing_any_loss_jumps(capsys: pytest.CaptureFixture[str]) -> None:
-    looked(Spikes(10.0), SomeRanks(), *[0.0] * 50, 0.5)
+    looked(SpikeDetector(10.0), SomeRanks(), *[0.0] * 50, 0.5)
     assert "is 0.5, inf times the median 0 of" in capsys.readouterr().out
 
 
 def test_nobody_who_switched_it_off_hears_of_a_jump(capsys: pytest.CaptureFixture[str]) -> None:
     ranks = SomeRanks()
-    looked(Spikes(None), ranks, *[0.1] * 60, 1e9)
+    looked(SpikeDetector(None), ranks, *[0.1] * 60, 1e9)
     assert (capsys.readouterr().out, ranks.met) == ("", 0)
 
 
 def test_only_one_rank_tells_and_all_of_them_meet(capsys: pytest.CaptureFixture[str]) -> None:
     ranks = SomeRanks()
     ranks.is_main = False
-    looked(Spikes(10.0), ranks, *[0.1] * 50, 9.0)
+    looked(SpikeDetector(10.0), ranks, *[0.1] * 50, 9.0)
     assert (capsys.readouterr().out, ranks.met) == ("", 1)
 
 

@@ -20,7 +20,7 @@ from mirl_dist.errors import Stopped, UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.training import loop as train
 from mirl_dist.training import losses as objective
-from mirl_dist.training.state import Progress, State
+from mirl_dist.training.state import Progress, TrainState
 
 TINY: dict[str, Any] = {
     "dim": 8,
@@ -65,9 +65,9 @@ TASKS = (Task.of("derain"), Task.of("dehaze"))
 STEPS = 12
 
 
-def plan(**more: Any) -> train.Plan:
+def plan(**more: Any) -> train.RoundConfig:
     told: dict[str, Any] = {"commit_every": 3, "report_every": 4, "clip_norm": 1.0, "batch": 4, "passes": 1}
-    return train.Plan(tasks=TASKS, epochs=3, steps_per_epoch=4, **(told | more))
+    return train.RoundConfig(tasks=TASKS, epochs=3, steps_per_epoch=4, **(told | more))
 
 
 def batches(passes: int, begin: int = 0) -> Iterator[Batch]:
@@ -88,7 +88,7 @@ class Run:
     busy_in: Callable[[int], bool] = lambda step: False
     stop_in: Callable[[int], bool] = lambda step: False
     fail_in: Callable[[int], bool] = lambda step: False
-    state: State = field(init=False)
+    state: TrainState = field(init=False)
     commits: list[tuple[int, bool]] = field(default_factory=list)
     kept: dict[int, Progress] = field(default_factory=dict)
     weights: dict[int, Any] = field(default_factory=dict)
@@ -123,13 +123,13 @@ class Run:
     def log(self, step: int, values: dict[str, float]) -> None:
         self.told[step] = values
 
-    def train(self, numbers: train.Plan, resumed: Run | None = None) -> Run:
+    def train(self, numbers: train.RoundConfig, resumed: Run | None = None) -> Run:
         """A round, from its beginning or from the newest commit of another run."""
         torch.manual_seed(0)
         model = nn.Conv2d(3, 3, 3, padding=1)
         weights = dict(model.named_parameters())
         masks = masking.dense_masks(weights, ["weight"])
-        self.state = State(DdpEngine(weights, lambda given: torch.optim.Adam(list(given.values()), lr=9.0)), masks)
+        self.state = TrainState(DdpEngine(weights, lambda given: torch.optim.Adam(list(given.values()), lr=9.0)), masks)
         begin = 0
         if resumed is not None:
             begin = max(resumed.kept)

@@ -24,7 +24,7 @@ from mirl_dist.storage.configured import options_of
 _NETWORKED = ("nfs", "lustre", "gpfs", "beegfs", "cifs", "smb", "ceph", "gluster", "9p", "fuse.sshfs", "fuse.ceph")
 
 
-class Room(NamedTuple):
+class SpaceNeed(NamedTuple):
     """Bytes that something is to take below a folder of this machine."""
 
     what: str
@@ -96,25 +96,25 @@ def run_bytes(config: Config, weights: int, prunable: int) -> int:
     return commits + rounds * (4 * weights + mask) + first
 
 
-def run_room(config: Config, weights: int, prunable: int) -> Iterator[Room]:
+def run_room(config: Config, weights: int, prunable: int) -> Iterator[SpaceNeed]:
     """What the run is yet to take, where its folder is one of this machine."""
     store = store_of(config, config.run.folder)
     if isinstance(store, Folder):
         folder = Path(store.where()).expanduser()
         held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        yield Room(f"the run in {folder}", folder, max(0, run_bytes(config, weights, prunable) - held))
+        yield SpaceNeed(f"the run in {folder}", folder, max(0, run_bytes(config, weights, prunable) - held))
 
 
-def cache_room(config: Config, folder: Path | None, there: Shards | None) -> Iterator[Room]:
+def cache_room(config: Config, folder: Path | None, there: Shards | None) -> Iterator[SpaceNeed]:
     if folder is not None and there is not None:
         wanted = min(sum(shard.bytes for shard in there.manifest.shards), int(config.data.cache.gigabytes * 1e9))
         held = sum(path.stat().st_size for path in folder.glob("*.tar"))
-        yield Room(f"the shard cache in {folder}", folder, max(0, wanted - held))
+        yield SpaceNeed(f"the shard cache in {folder}", folder, max(0, wanted - held))
 
 
-def rooms(wanted: Sequence[Room]) -> Iterator[Finding]:
+def rooms(wanted: Sequence[SpaceNeed]) -> Iterator[Finding]:
     """Whether each disk has room for all that is to lie on it."""
-    disks: dict[int, list[Room]] = {}
+    disks: dict[int, list[SpaceNeed]] = {}
     for room in wanted:
         disks.setdefault(os.stat(existing(room.folder)).st_dev, []).append(room)
     for those in disks.values():

@@ -13,10 +13,10 @@ import torch
 
 from mirl_dist.cli.doctor import disks, machine, services
 from mirl_dist.cli.doctor.machine import Finding
-from mirl_dist.cli.doctor.plan import Plan, lines, make, tree
+from mirl_dist.cli.doctor.plan import LaunchPlan, lines, make, tree
 from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import shard_cache_folder
-from mirl_dist.data.sampler import Order, ranks_in_words, share_batch
+from mirl_dist.data.sampler import GlobalSampler, ranks_in_words, split_batch
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch import launcher
@@ -96,14 +96,14 @@ def print_plan(config: Config) -> None:
     folder = config.data.cache.folder
     if folder is not None:
         say(f"{'data.cache':16} {folder}, {_room(Path(folder).expanduser())} free")
-    prepared = preflight.prepare(config, 1, "auto", open_ticket)
+    prepared = preflight.preflight(config, 1, "auto", open_ticket)
     for world in (2**i for i in range(7)):
         try:
-            shares = share_batch(config.batch.global_, config.batch.forward, world)
+            shares = split_batch(config.batch.global_, config.batch.forward, world)
         except UserError as fault:
             say(f"{ranks_in_words(world)}: {fault}")
             continue
-        say(preflight.describe(config, prepared._replace(shares=shares), world))
+        say(preflight.describe(config, prepared._replace(batch_split=shares), world))
 
 
 def print_launch(config: Config, launch: str, gpu: str | None, rate: float | None, as_json: bool) -> int:
@@ -124,10 +124,10 @@ def print_launch(config: Config, launch: str, gpu: str | None, rate: float | Non
     return faults
 
 
-def examine(config: Config, said: LaunchFile, gpu: str | None, rate: float | None) -> tuple[list[Finding], Plan]:
+def examine(config: Config, said: LaunchFile, gpu: str | None, rate: float | None) -> tuple[list[Finding], LaunchPlan]:
     """The findings, in the order in which a launch would meet their subjects, and the plan."""
-    there: list[tuple[Shards, Order]] = []
-    shards = list(services.shards(config, there))
+    there: list[tuple[Shards, GlobalSampler]] = []
+    shards = list(services.check_shards(config, there))
     found = there[0] if there else None
     plan = make(config, said, found, gpu, rate)
     needed = plan.needed()
@@ -150,14 +150,14 @@ def examine(config: Config, said: LaunchFile, gpu: str | None, rate: float | Non
         *shards,
         *disks.cache(folder, mounts.read_text() if mounts.exists() else ""),
         *place,
-        *(services.the_run(config, digest) if readable else ()),
+        *(services.check_run(config, digest) if readable else ()),
         *disks.rooms(rooms),
-        *services.telling(config),
-        *services.clocks(config),
+        *services.check_mlflow(config),
+        *services.check_clocks(config),
     ]
     if not any(finding.kind == "FAULT" for finding in findings):
         try:
-            preflight.prepare(config, said.ranks, "auto", open_ticket)
+            preflight.preflight(config, said.ranks, "auto", open_ticket)
         except UserError as fault:
             findings.append(Finding("FAULT", "config", str(fault)))
     if gpu is not None and plan.gpu is not None and needed is not None and needed > plan.gpu.bytes:

@@ -15,7 +15,7 @@ import torch
 
 from mirl_dist.cli.doctor.memory import GIB
 from mirl_dist.config.config import Config
-from mirl_dist.data.sampler import ranks_in_words, share_batch
+from mirl_dist.data.sampler import ranks_in_words, split_batch
 from mirl_dist.distributed import hardware
 from mirl_dist.distributed.engines import requirements
 from mirl_dist.distributed.launch.launch_file import LaunchFile
@@ -45,9 +45,9 @@ def sized(size: int) -> str:
 def world(config: Config, said: LaunchFile, env: Mapping[str, str]) -> Iterator[Finding]:
     """Whether the ranks can share the global batch, and whether the environment speaks of another launch."""
     try:
-        shares = share_batch(config.batch.global_, config.batch.forward, said.ranks)
-        passes = "pass" if shares.accumulation == 1 else "passes"
-        text = f"{ranks_in_words(said.ranks)} x {shares.accumulation} {passes} x {shares.forward} samples"
+        shares = split_batch(config.batch.global_, config.batch.forward, said.ranks)
+        passes = "pass" if shares.passes == 1 else "passes"
+        text = f"{ranks_in_words(said.ranks)} x {shares.passes} {passes} x {shares.forward} samples"
         yield Finding("ok", "world", f"{text} = batch.global {config.batch.global_}")
     except UserError as fault:
         yield Finding("FAULT", "world", str(fault))

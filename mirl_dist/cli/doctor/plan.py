@@ -10,7 +10,7 @@ from mirl_dist.cli.doctor import memory
 from mirl_dist.cli.doctor.disks import store_of
 from mirl_dist.cli.doctor.memory import GIB, OVERHEAD, Budget, Gpu, Passes, Size
 from mirl_dist.config.config import Config
-from mirl_dist.data.sampler import Order, Shares, ranks_in_words, share_batch
+from mirl_dist.data.sampler import BatchSplit, GlobalSampler, ranks_in_words, split_batch
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch.launch_file import LaunchFile
@@ -20,15 +20,15 @@ from mirl_dist.training.checkpoint import Checkpoints
 _UNKNOWN = "unknown: no measured rate; run a round, or give --rate"
 
 
-class Plan(NamedTuple):
+class LaunchPlan(NamedTuple):
     """shares: None where the batch cannot be shared; order: None without shards; kept: of the run's states, on a rank;
     passes: of forward and backward; scoring: (bytes, height, width) of the largest image to score; rate: samples a
     second over all ranks, and where it was measured."""
 
     config: Config
     said: LaunchFile
-    shares: Shares | None
-    order: Order | None
+    shares: BatchSplit | None
+    order: GlobalSampler | None
     size: Size
     states: Budget
     passes: Passes
@@ -49,13 +49,13 @@ class Plan(NamedTuple):
 
 
 def make(
-    config: Config, said: LaunchFile, found: tuple[Shards, Order] | None, gpu: str | None, rate: float | None
-) -> Plan:
+    config: Config, said: LaunchFile, found: tuple[Shards, GlobalSampler] | None, gpu: str | None, rate: float | None
+) -> LaunchPlan:
     """gpu: a name of budget.GPUS; None: the one found here, if any. rate: samples a second over all ranks; None: as the
     run's own folder knows. Raises Fault for an unknown GPU."""
     name, sizes = config.model.name, config.model.sizes()
     try:
-        shares = share_batch(config.batch.global_, config.batch.forward, said.ranks)
+        shares = split_batch(config.batch.global_, config.batch.forward, said.ranks)
     except UserError:
         shares = None
     size = memory.size_of(name, sizes, config.prune.scope)
@@ -65,7 +65,7 @@ def make(
     scoring = (memory.scoring(name, sizes, *largest), *largest) if largest else None
     order = found[1] if found else None
     told = (rate, "--rate") if rate else _measured(config, said)
-    return Plan(config, said, shares, order, size, states, passes, scoring, _gpu(config, gpu), told)
+    return LaunchPlan(config, said, shares, order, size, states, passes, scoring, _gpu(config, gpu), told)
 
 
 def _gpu(config: Config, name: str | None) -> Gpu | None:
@@ -92,7 +92,7 @@ def _measured(config: Config, said: LaunchFile) -> tuple[float, str] | None:
     checkpoints = Checkpoints(store_of(config, config.run.folder))
     try:
         tickets = checkpoints.tickets()
-        _, stands = checkpoints.stands(checkpoints.commits())
+        _, stands = checkpoints.latest_progress(checkpoints.commits())
     except UserError:  # told where the folder is tried
         return None
     if not stands.seconds or not stands.samples:
@@ -107,15 +107,15 @@ def _measured(config: Config, said: LaunchFile) -> tuple[float, str] | None:
 # -- told ---------------------------------------------------------------------------------------------------------
 
 
-def lines(plan: Plan) -> list[str]:
+def lines(plan: LaunchPlan) -> list[str]:
     """For people, in 100 columns."""
     config, said, shares = plan.config, plan.said, plan.shares
     nodes = "node" if said.nodes == 1 else "nodes"
     offload = ", offloaded to the host" if said.offload else ""
     told = [_line("engine", f"{said.engine}{offload}: {said.nodes} {nodes} x {ranks_in_words(said.ranks_per_node)}")]
     if shares is not None:
-        passes = "forward pass" if shares.accumulation == 1 else "forward passes"
-        share = f"{ranks_in_words(said.ranks)} x {shares.accumulation} {passes} x {shares.forward} samples"
+        passes = "forward pass" if shares.passes == 1 else "forward passes"
+        share = f"{ranks_in_words(said.ranks)} x {shares.passes} {passes} x {shares.forward} samples"
         told.append(_line("batch", f"{config.batch.global_} = {share}"))
     told += _steps(plan)
     told += ["", f"{'memory of a rank':36}{'MiB':>10}"]
@@ -134,7 +134,7 @@ def _row(what: str, bytes_: int) -> str:
     return f"  {what:34}{bytes_ / 2**20:10,.1f}"
 
 
-def _memory(plan: Plan) -> dict[str, int]:
+def _memory(plan: LaunchPlan) -> dict[str, int]:
     found = dict(plan.states.gpu)
     if plan.shares is not None:
         kept, working = plan.passes.of(plan.shares.forward)
@@ -146,7 +146,7 @@ def _memory(plan: Plan) -> dict[str, int]:
     return found | {"in all": sum(found.values())}
 
 
-def _steps(plan: Plan) -> list[str]:
+def _steps(plan: LaunchPlan) -> list[str]:
     if plan.order is None:
         return [_line("epoch", "unknown: the shards were not read")]
     steps, config = plan.order.steps_per_epoch, plan.config
@@ -159,7 +159,7 @@ def _steps(plan: Plan) -> list[str]:
     return told
 
 
-def _time(plan: Plan, steps: int) -> str:
+def _time(plan: LaunchPlan, steps: int) -> str:
     if plan.rate is None:
         return f"time {_UNKNOWN}"
     rate, where = plan.rate
@@ -171,7 +171,7 @@ def _time(plan: Plan, steps: int) -> str:
     return f"{time} at {rate:.4g} samples/s ({where})"
 
 
-def _verdict(plan: Plan) -> list[str]:
+def _verdict(plan: LaunchPlan) -> list[str]:
     if plan.gpu is None:
         return [_line("GPU", f"none here; --gpu {'|'.join(memory.GPUS)} judges for one")]
     told, where = [], f"{plan.gpu.name}, {plan.gpu.bytes / GIB:.1f} GiB"
@@ -193,7 +193,7 @@ def _fits(needed: int, gpu: Gpu) -> str:
     return "fits" if needed <= gpu.bytes else "DOES NOT FIT"
 
 
-def tree(plan: Plan) -> dict[str, Any]:
+def tree(plan: LaunchPlan) -> dict[str, Any]:
     """For programs: bytes, steps, samples, seconds."""
     said, shares, order = plan.said, plan.shares, plan.order
     most = None
@@ -208,7 +208,7 @@ def tree(plan: Plan) -> dict[str, Any]:
         "ranks": said.ranks,
         "ranks_per_node": said.ranks_per_node,
         "per_rank": shares and shares.per_rank,
-        "passes": shares and shares.accumulation,
+        "passes": shares and shares.passes,
         "forward": shares and shares.forward,
         "steps_per_epoch": order and order.steps_per_epoch,
         "steps_per_round": steps,

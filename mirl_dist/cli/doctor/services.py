@@ -21,12 +21,12 @@ from urllib.parse import urlsplit
 from mirl_dist.cli.doctor.disks import beside, store_of
 from mirl_dist.cli.doctor.machine import Finding, sized
 from mirl_dist.config.config import Config
-from mirl_dist.data.sampler import Order
+from mirl_dist.data.sampler import GlobalSampler
 from mirl_dist.data.shards import Shards
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import reader, tracker
 from mirl_dist.observability.mlflow.client import database
-from mirl_dist.observability.mlflow.records import refuse_unclear, shown, usual_uri
+from mirl_dist.observability.mlflow.records import check_uri, default_uri, redact_uri
 from mirl_dist.storage import Folder, NotFound, Store
 from mirl_dist.storage.http import HttpStore
 from mirl_dist.storage.s3 import S3Store
@@ -57,7 +57,7 @@ def run_place(config: Config) -> Iterator[Finding]:
         yield from _rights(store, store.where())
 
 
-class _Trial:
+class PermissionProbe:
     """Tries one thing after another in a store. over: what failed is no missing right, so more tries are no use."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class _Trial:
 def _rights(store: Store, where: str) -> Iterator[Finding]:
     """Removing is tried first, on nothing: where it is refused, a probe would stay for ever."""
     name, data = f"doctor-{secrets.token_hex(6)}/probe", secrets.token_bytes(16)
-    trial, won = _Trial(), list[bool]()
+    trial, won = PermissionProbe(), list[bool]()
     trial.try_("list", lambda: store.list(name.partition("/")[0]))
     trial.try_("get", lambda: store.get(name))
     if trial.try_("delete", lambda: store.remove(name)):
@@ -112,12 +112,12 @@ def _read_back(store: Store, name: str, data: bytes) -> None:
         raise UserError(f"{store.where(name)} gives back other bytes than were put there. Check the server.")
 
 
-def the_run(config: Config, digest: str | None) -> Iterator[Finding]:
+def check_run(config: Config, digest: str | None) -> Iterator[Finding]:
     """What lies in the run's folder already. digest: of the shards' manifest."""
     checkpoints = Checkpoints(store_of(config, config.run.folder))
     try:
         if digest is not None:
-            preflight.refuse_another_run_in(checkpoints, config, digest, "auto", open_ticket)
+            preflight.check_run_folder(checkpoints, config, digest, "auto", open_ticket)
         if checkpoints.identity() is not None:
             commits = checkpoints.commits()
             newest = f"newest commit {commits[0].folder}" if commits else "no commit yet"
@@ -140,14 +140,14 @@ def _is_over(config: Config, checkpoints: Checkpoints) -> bool:
 # -- shards -------------------------------------------------------------------------------------------------------
 
 
-def shards(config: Config, found: list[tuple[Shards, Order]]) -> Iterator[Finding]:
+def check_shards(config: Config, found: list[tuple[Shards, GlobalSampler]]) -> Iterator[Finding]:
     """Whether the shards can be read and feed the mix; `found` gets them when they can."""
     try:
         there = Shards(store_of(config, config.data.shards))
         roles = ("train", "evaluate") if config.data.damage == "refuse" else ("evaluate",)
-        there.refuse_missing(*roles)
-        there.refuse_larger_patches(config.data.patch_pixels)
-        order = preflight.order_of(config, there)
+        there.check_present(*roles)
+        there.check_patch_size(config.data.patch_pixels)
+        order = preflight.sampler_of(config, there)
         first = there.train[0]
         there.index(first)
         next(iter(there.store.read(first.name)), b"")
@@ -163,19 +163,19 @@ def shards(config: Config, found: list[tuple[Shards, Order]]) -> Iterator[Findin
 # -- MLflow -------------------------------------------------------------------------------------------------------
 
 
-def telling(config: Config) -> Iterator[Finding]:
+def check_mlflow(config: Config) -> Iterator[Finding]:
     """Whether what the run tells MLflow would arrive; a run goes on without it, so what is away is a FAULT now only."""
     if not config.tracking.enabled:
         yield Finding("ok", "MLflow", "off (tracking.enabled)")
         return
-    address = usual_uri(config.tracking.uri)
-    kind, clean = address.partition(":")[0].lower(), shown(address)
+    address = default_uri(config.tracking.uri)
+    kind, clean = address.partition(":")[0].lower(), redact_uri(address)
     if importlib.util.find_spec("mlflow") is None:
         text = "no package mlflow, and tracking is on; pip install mlflow, or set tracking.enabled=false."
         yield Finding("FAULT", "MLflow", text)
         return
     try:
-        refuse_unclear(address)
+        check_uri(address)
         if kind.startswith("sqlite"):
             _sqlite(database(address))
         elif kind in ("http", "https"):
@@ -184,7 +184,7 @@ def telling(config: Config) -> Iterator[Finding]:
         elif urlsplit(address).hostname:
             _connects(address)
         else:
-            tracker.refuse(address)
+            tracker.check_reachable(address)
     except (UserError, OSError, sqlite3.Error) as error:
         advice = "" if isinstance(error, UserError) else "; correct tracking.uri or MLFLOW_TRACKING_URI, or the rights."
         yield Finding("FAULT", "MLflow", f"{clean}: {error}{advice}")
@@ -212,14 +212,14 @@ def _connects(address: str) -> None:
 # -- clocks -------------------------------------------------------------------------------------------------------
 
 
-def clocks(config: Config) -> Iterator[Finding]:
+def check_clocks(config: Config) -> Iterator[Finding]:
     """This machine's clock against those of the servers that tell theirs."""
     asked: dict[str, Callable[[], datetime | None]] = {}
     for address in dict.fromkeys((config.run.folder, config.data.shards)):
         store = store_of(config, address)
         if isinstance(store, (S3Store, HttpStore)):
             asked[store.where()] = store.now
-    address = shown(usual_uri(config.tracking.uri))
+    address = redact_uri(default_uri(config.tracking.uri))
     if config.tracking.enabled and address.startswith(("http://", "https://")):
         asked[address] = lambda: HttpStore(address, seconds=_SECONDS).now("health")
     for where, now in asked.items():

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from mirl_dist.cli.sweep.spec import Plan, Planned, arguments
-from mirl_dist.cli.sweep.status import Board
+from mirl_dist.cli.sweep.spec import SweepPlan, SweepRun, arguments
+from mirl_dist.cli.sweep.status import StatusTable
 from mirl_dist.distributed.signals import RESUMABLE
 from mirl_dist.errors import UserError
 from mirl_dist.observability.console import warn
@@ -24,23 +24,23 @@ _LOOK_SECONDS = 0.2
 _GRACE_SECONDS = 20.0  # `train --launch` needs some to end its ranks
 
 
-class Started(NamedTuple):
+class StartedRun(NamedTuple):
     """A run that this process has started."""
 
-    run: Planned
+    run: SweepRun
     process: subprocess.Popen[bytes]
 
 
-class Queue:
+class Scheduler:
     """Works off the runs of a plan that have not finished. environments: of each slot.
 
     A run that another launch trains is left to it, and is started here when it ends unfinished.
     """
 
-    def __init__(self, plan: Plan, board: Board, environments: list[dict[str, str]]) -> None:
+    def __init__(self, plan: SweepPlan, board: StatusTable, environments: list[dict[str, str]]) -> None:
         self._plan, self._board, self._environments = plan, board, environments
         self._waiting = [run for run in plan.runs if board.stands[run.name].state != "finished"]
-        self._slots: dict[int, Started] = {}
+        self._slots: dict[int, StartedRun] = {}
         self._heard: dict[str, tuple[bytes, float]] = {}
 
     def work(self, lost: Callable[[], bool]) -> int | None:
@@ -89,7 +89,7 @@ class Queue:
                     env=os.environ | self._environments[slot],
                     start_new_session=True,  # a terminal's Ctrl-C comes here, and is passed on once
                 )
-            self._slots[slot] = Started(run, process)
+            self._slots[slot] = StartedRun(run, process)
             self._board.put(run, "running", f"pid {process.pid}, log {log}")
 
     def _opened(self, log: Path) -> BinaryIO:
@@ -101,7 +101,7 @@ class Queue:
                 f"folder: {log} cannot be written: {error.strerror}. Put {folder} right, or choose another place."
             ) from None
 
-    def _is_elsewhere(self, run: Planned) -> bool:
+    def _is_elsewhere(self, run: SweepRun) -> bool:
         """Whether another launch trains a run: its signs of life change while we watch."""
         stand, now = self._board.stands[run.name], time.monotonic()
         if stand.state != "running":

@@ -102,7 +102,7 @@ class Sweep(Node):
         return Path("sweep-logs", name) if "://" in self.folder else Path(self.folder).expanduser()
 
 
-class Planned(NamedTuple):
+class SweepRun(NamedTuple):
     """One run of a sweep. name: '<method>-seed<seed>'; sets: its --set assignments; config: what they make."""
 
     name: str
@@ -113,25 +113,25 @@ class Planned(NamedTuple):
     config: Config
 
 
-class Plan(NamedTuple):
+class SweepPlan(NamedTuple):
     """A sweep and its runs: all methods of the first seed first. name: that of its file; local: `Sweep.local`."""
 
     name: str
     sweep: Sweep
-    runs: tuple[Planned, ...]
+    runs: tuple[SweepRun, ...]
     local: Path
 
-    def log(self, run: Planned) -> Path:
+    def log(self, run: SweepRun) -> Path:
         return self.local / f"{run.name}.log"
 
 
-def read(path: Path, sets: Sequence[str] = ()) -> Plan:
+def read(path: Path, sets: Sequence[str] = ()) -> SweepPlan:
     """A sweep and all its runs. Raises Fault with every complaint about the sweep, or about any of its runs."""
     sweep = yaml_loader.read(Sweep, path, sets, "configs/sweeps/demo.yaml", "a sweep")
-    return Plan(path.stem, sweep, expand(sweep, path.stem, str(path)), sweep.local(path.stem))
+    return SweepPlan(path.stem, sweep, expand(sweep, path.stem, str(path)), sweep.local(path.stem))
 
 
-def expand(sweep: Sweep, name: str, where: str) -> tuple[Planned, ...]:
+def expand(sweep: Sweep, name: str, where: str) -> tuple[SweepRun, ...]:
     """The runs of a sweep. Raises Fault naming what is wrong in which method, and methods that are the same."""
     base, runs = yaml_loader.load_file(Path(sweep.config)), []
     complaints: dict[str, list[str]] = {}
@@ -146,7 +146,7 @@ def expand(sweep: Sweep, name: str, where: str) -> tuple[Planned, ...]:
             try:
                 for one in sets:
                     yaml_loader.apply_set(tree, one)
-                runs.append(Planned(run, method, seed, folder, sets, yaml_loader.build(Config, tree, where)))
+                runs.append(SweepRun(run, method, seed, folder, sets, yaml_loader.build(Config, tree, where)))
             except UserError as fault:
                 for line in str(fault).split("\n  ")[1:] or [str(fault)]:
                     known = complaints.setdefault(line, [])
@@ -154,11 +154,11 @@ def expand(sweep: Sweep, name: str, where: str) -> tuple[Planned, ...]:
     every = list(sweep.methods)
     lines = [f"{'all methods' if m == every else ', '.join(m)}: {line}" for line, m in complaints.items()]
     lines += _twins([run for run in runs if run.seed == sweep.seeds[0]])
-    refuse(lines, where)
+    raise_complaints(lines, where)
     return tuple(runs)
 
 
-def refuse(complaints: Sequence[str], where: str) -> None:
+def raise_complaints(complaints: Sequence[str], where: str) -> None:
     """Raise Fault where there are complaints about runs."""
     if complaints:
         count = f"{len(complaints)} faults" if len(complaints) > 1 else "a fault"
@@ -167,7 +167,7 @@ def refuse(complaints: Sequence[str], where: str) -> None:
         )
 
 
-def _twins(runs: Sequence[Planned]) -> list[str]:
+def _twins(runs: Sequence[SweepRun]) -> list[str]:
     """Methods that mean the very same run, each with the one before it."""
     seen: dict[str, str] = {}
     found = []
@@ -222,13 +222,13 @@ def assignment(key: str, value: Any) -> str:
     return f"{key}={one_line}"
 
 
-def arguments(plan: Plan, run: Planned) -> list[str]:
+def arguments(plan: SweepPlan, run: SweepRun) -> list[str]:
     """What comes after `mirl-dist`."""
     launch = [] if plan.sweep.launch is None else ["--launch", plan.sweep.launch]
     return ["train", plan.sweep.config, *launch, *(text for one in run.sets for text in ("--set", one))]
 
 
-def line(plan: Plan, run: Planned) -> str:
+def line(plan: SweepPlan, run: SweepRun) -> str:
     """The command of a run, to be pasted into a shell."""
     return shlex.join(["mirl-dist", *arguments(plan, run)])
 
@@ -244,7 +244,7 @@ def shared(devices: Sequence[str], slots: int) -> list[tuple[str, ...]]:
 # -- where a run stands -----------------------------------------------------------------------------------------------
 
 
-class Stand(NamedTuple):
+class RunStatus(NamedTuple):
     """Where a run stands. round, of rounds: in which it is, or that of its last ticket; step, of steps: of a round that
     is trained now. sparsity over all parameters and psnr, in dB, mean over tasks: of the last ticket. who: the launch
     that holds it; sign: other bytes are a sign of its life."""
@@ -270,7 +270,7 @@ class Stand(NamedTuple):
             "" if self.psnr is None else f"{self.psnr:.2f}",
         ]
 
-    def row(self, run: Planned) -> dict[str, object]:
+    def row(self, run: SweepRun) -> dict[str, object]:
         """The same for programs."""
         said = self._asdict()
         del said["sign"]

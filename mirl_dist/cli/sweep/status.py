@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mirl_dist.cli.sweep.spec import Plan, Planned, Stand, State, state_of
+from mirl_dist.cli.sweep.spec import RunStatus, State, SweepPlan, SweepRun, state_of
 from mirl_dist.errors import UserError
 from mirl_dist.observability.progress import say
 from mirl_dist.storage import lease, open_store
@@ -24,7 +24,7 @@ _LOOK_SECONDS = 2.0
 _PATIENCE_SECONDS = 5.0  # the queue waits meanwhile
 
 
-def look(run: Planned) -> Stand:
+def look(run: SweepRun) -> RunStatus:
     """Where a run stands, as its store says. Raises Fault where that cannot be told."""
     options = options_of(run.config.store)
     patience = min(options.patience_seconds, _PATIENCE_SECONDS)
@@ -39,7 +39,7 @@ def look(run: Planned) -> Stand:
         gone=found is not None and found.has_exited(),
         complete=ticket is not None and _complete(run, ticket),
     )
-    return Stand(
+    return RunStatus(
         state,
         run.config.prune.rounds,
         max([news.get("round", 0), *rounds]) if rounds or "round" in news else None,
@@ -52,13 +52,13 @@ def look(run: Planned) -> Stand:
     )
 
 
-def _complete(run: Planned, ticket: Ticket) -> bool:
+def _complete(run: SweepRun, ticket: Ticket) -> bool:
     """Whether no round follows this ticket's."""
     target = run.config.prune.target_sparsity
     return ticket.round >= run.config.prune.rounds or (target is not None and ticket.total_sparsity >= target)
 
 
-def table(plan: Plan, stands: dict[str, Stand]) -> Table:
+def table(plan: SweepPlan, stands: dict[str, RunStatus]) -> Table:
     """One row per run; round, step, sparsity and PSNR (mean over tasks, in dB) of the last ticket."""
     made = Table(title=Text(f"sweep {plan.name}", style="table.title"))  # Text: names are no markup
     for column in ("method", "seed", "state", "round", "step", "sparsity", "PSNR"):
@@ -68,10 +68,10 @@ def table(plan: Plan, stands: dict[str, Stand]) -> Table:
     return made
 
 
-class Board:
+class StatusTable:
     """What a person sees of a sweep that runs. stands: of each run by name."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: SweepPlan) -> None:
         self.plan = plan
         self.stands = {run.name: look(run) for run in plan.runs}
         self._runs = {run.name: run for run in plan.runs}
@@ -83,7 +83,7 @@ class Board:
             else None
         )
 
-    def put(self, run: Planned, state: State, why: str = "") -> None:
+    def put(self, run: SweepRun, state: State, why: str = "") -> None:
         """A run's state has changed; why: said beside it."""
         self.stands[run.name] = self.stands[run.name]._replace(state=state, step=None, steps=None)
         if self._live is None or state == "failed":
@@ -99,14 +99,14 @@ class Board:
                 self.stands[name] = found._replace(state="running") if name in mine else found
         self._looked = time.monotonic()
 
-    def look(self, run: Planned) -> Stand:
+    def look(self, run: SweepRun) -> RunStatus:
         """Where a run stands, or stood when that was last told."""
         try:
             return look(run)
         except UserError:  # away, or a commit that went while it was read
             return self.stands[run.name]
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> StatusTable:
         if self._live is not None:
             self._live.start()
         return self

@@ -17,9 +17,9 @@ from rich.console import Console
 from mirl_dist.cli import compare as comparing
 from mirl_dist.cli import judge
 from mirl_dist.cli.sweep import spec as plans
-from mirl_dist.cli.sweep.scheduler import INTERRUPTED, Queue
-from mirl_dist.cli.sweep.spec import Plan, Planned, State
-from mirl_dist.cli.sweep.status import Board, look, table
+from mirl_dist.cli.sweep.scheduler import INTERRUPTED, Scheduler
+from mirl_dist.cli.sweep.spec import State, SweepPlan, SweepRun
+from mirl_dist.cli.sweep.status import StatusTable, look, table
 from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch import launch_file
 from mirl_dist.distributed.launch.launch_file import LaunchFile
@@ -29,7 +29,7 @@ from mirl_dist.observability.console import warn
 from mirl_dist.storage import Folder, StorageError, output_paths
 from mirl_dist.storage.configured import open_configured, options_of
 from mirl_dist.storage.lease import Lease
-from mirl_dist.tickets.open import find, open_ticket
+from mirl_dist.tickets.open import open_run_ticket, open_ticket
 from mirl_dist.training import preflight
 
 BATCH = Path("launch/slurm/array.sbatch")
@@ -37,7 +37,7 @@ _GPUS = "CUDA_VISIBLE_DEVICES"
 _ORDER: tuple[State, ...] = ("finished", "running", "stopped", "failed", "waiting")
 
 
-def run(plan: Plan, where: str, prepared: Callable[[], None]) -> int:
+def run(plan: SweepPlan, where: str, prepared: Callable[[], None]) -> int:
     """Train what has not finished, then compare; the exit code. Raises Fault before any run is started.
 
     prepared: called when signals are about to be heard here.
@@ -45,9 +45,9 @@ def run(plan: Plan, where: str, prepared: Callable[[], None]) -> int:
     said = _launch_file(plan)
     environments = _environments(plan, said)
     if said is not None:
-        _refuse_here(plan, said, environments)
-    refuse(plan, where, said)
-    board, asked = Board(plan), None
+        _check_here(plan, said, environments)
+    check_sweep(plan, where, said)
+    board, asked = StatusTable(plan), None
     if any(stand.state != "finished" for stand in board.stands.values()):
         asked = _train(plan, where, board, environments, prepared)
     states = {name: stand.state for name, stand in board.stands.items()}
@@ -65,7 +65,7 @@ def run(plan: Plan, where: str, prepared: Callable[[], None]) -> int:
 
 
 def _train(
-    plan: Plan, where: str, board: Board, environments: list[dict[str, str]], prepared: Callable[[], None]
+    plan: SweepPlan, where: str, board: StatusTable, environments: list[dict[str, str]], prepared: Callable[[], None]
 ) -> int | None:
     """Work off the queue as the only sweep of its folder: as `Queue.work`. Raises Fault where another one works."""
     try:
@@ -85,14 +85,14 @@ def _train(
     try:
         prepared()
         with board:
-            asked = Queue(plan, board, environments).work(lease.lost)
+            asked = Scheduler(plan, board, environments).work(lease.lost)
         why = "finished" if asked is None else "stopped"
     finally:
         lease.release(why)
     return asked
 
 
-def refuse(plan: Plan, where: str, said: LaunchFile | None) -> None:
+def check_sweep(plan: SweepPlan, where: str, said: LaunchFile | None) -> None:
     """Raise Fault with all that can be refused before any run is started, of all runs. Nothing is written.
 
     said: the launch file of the runs.
@@ -104,17 +104,17 @@ def refuse(plan: Plan, where: str, said: LaunchFile | None) -> None:
     complaints = dict[str, list[str]]()
     for one in plan.runs:
         try:
-            preflight.prepare(one.config, 1 if said is None else said.ranks, "auto", open_ticket)
+            preflight.preflight(one.config, 1 if said is None else said.ranks, "auto", open_ticket)
         except UserError as fault:
             if fault.resumable:
                 raise
             complaints.setdefault(str(fault), []).append(one.name)
     every = len(plan.runs)
     lines = [f"{'all' if len(n) == every else ', '.join(n)}: {text}" for text, n in complaints.items()]
-    plans.refuse(lines, where)
+    plans.raise_complaints(lines, where)
 
 
-def _launch_file(plan: Plan) -> LaunchFile | None:
+def _launch_file(plan: SweepPlan) -> LaunchFile | None:
     """The launch file of the runs; None without one. Of several nodes it is read as if on the first one."""
     if plan.sweep.launch in (None, "auto"):
         return None
@@ -122,7 +122,7 @@ def _launch_file(plan: Plan) -> LaunchFile | None:
     return launch_file.read(Path(str(plan.sweep.launch)), here | os.environ)
 
 
-def _refuse_here(plan: Plan, said: LaunchFile, slots: list[dict[str, str]]) -> None:
+def _check_here(plan: SweepPlan, said: LaunchFile, slots: list[dict[str, str]]) -> None:
     """Raise Fault for a launch file that does not fit into a slot of this machine. slots: their environments."""
     if said.nodes > 1:
         raise UserError(f"launch: {said.path} asks for {said.nodes} nodes, a sweep here has one. Use --submit slurm.")
@@ -138,7 +138,7 @@ def _refuse_here(plan: Plan, said: LaunchFile, slots: list[dict[str, str]]) -> N
         )
 
 
-def _environments(plan: Plan, said: LaunchFile | None) -> list[dict[str, str]]:
+def _environments(plan: SweepPlan, said: LaunchFile | None) -> list[dict[str, str]]:
     """What differs in the environment of each slot: its GPUs, and its share of the processors."""
     found, named = hardware.gpus(), os.environ.get(_GPUS)
     devices = [str(n) for n in range(found)] if named is None else named.split(",")[:found]
@@ -170,12 +170,12 @@ def _last_line(log: Path) -> str:
 # -- comparison -------------------------------------------------------------------------------------------------------
 
 
-def out_of(plan: Plan) -> Path:
+def out_of(plan: SweepPlan) -> Path:
     """The folder of the comparison's files."""
     return plan.local / "report" if plan.sweep.compare.out is None else Path(plan.sweep.compare.out)
 
 
-def compare(plan: Plan, where: str, states: Mapping[str, State]) -> None:
+def compare(plan: SweepPlan, where: str, states: Mapping[str, State]) -> None:
     """Compare the runs that have finished, with the controls that `tickets judge --train` has trained of them."""
     finished = [one for one in plan.runs if states[one.name] == "finished"]
     if not finished:
@@ -195,12 +195,12 @@ def compare(plan: Plan, where: str, states: Mapping[str, State]) -> None:
     )
 
 
-def _controls(one: Planned) -> list[str]:
-    found = find(one.folder, options_of(one.config.store))
+def _controls(one: SweepRun) -> list[str]:
+    found = open_run_ticket(one.folder, options_of(one.config.store))
     return [control.folder for control in judge.controls_of(one.folder, found) if control.finished()]
 
 
-def compare_now(plan: Plan, where: str) -> None:
+def compare_now(plan: SweepPlan, where: str) -> None:
     """`sweep --compare`: what has finished so far."""
     output_paths.check_folder(out_of(plan), "compare.out")
     compare(plan, where, {one.name: look(one).state for one in plan.runs})
@@ -209,7 +209,7 @@ def compare_now(plan: Plan, where: str) -> None:
 # -- status, SLURM ----------------------------------------------------------------------------------------------------
 
 
-def print_status(plan: Plan, as_json: bool) -> None:
+def print_status(plan: SweepPlan, as_json: bool) -> None:
     """A line per run: state, round, step, sparsity and PSNR of its last ticket."""
     stands = {one.name: look(one) for one in plan.runs}
     if as_json:
@@ -218,9 +218,9 @@ def print_status(plan: Plan, as_json: bool) -> None:
         Console().print(table(plan, stands))
 
 
-def submit(plan: Plan, where: str) -> None:
+def submit(plan: SweepPlan, where: str) -> None:
     """Hand the runs that have not finished to SLURM, as one array of `slots` at a time. Raises Fault."""
-    refuse(plan, where, _launch_file(plan))
+    check_sweep(plan, where, _launch_file(plan))
     states = {one.name: look(one).state for one in plan.runs}
     todo = [one for one in plan.runs if states[one.name] not in ("finished", "running")]
     for one in plan.runs:

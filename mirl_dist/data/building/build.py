@@ -18,18 +18,18 @@ from pathlib import Path
 
 from mirl_dist.data.building import contact_sheet, resume
 from mirl_dist.data.building.encode import members
-from mirl_dist.data.building.inspection import survey
-from mirl_dist.data.building.layout import Item, ShardPlan, shards
+from mirl_dist.data.building.inspection import inspect_images
+from mirl_dist.data.building.layout import LayoutItem, ShardPlan, shards
 from mirl_dist.data.building.recipe import Recipe
-from mirl_dist.data.manifest import MANIFEST, Entry, Index, Manifest, Part, Shard
-from mirl_dist.data.parallel import ALONE, Crew, Report, shared
+from mirl_dist.data.manifest import MANIFEST, Index, Manifest, Part, SampleEntry, Shard
+from mirl_dist.data.parallel import SINGLE_PROCESS, ProgressCallback, WorkerGroup, distributed_map
 from mirl_dist.errors import UserError
 from mirl_dist.storage import NotFound, Store
 from mirl_dist.storage.hashing import digest_of_file
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardJob:
     """What a worker needs beside its shard. recorded: shards that an earlier try may have written."""
 
     store: Store
@@ -38,7 +38,9 @@ class Job:
     recorded: frozenset[str]
 
 
-def build(recipe: Recipe, store: Store, workers: int, report: Report, crew: Crew = ALONE) -> Manifest:
+def build(
+    recipe: Recipe, store: Store, workers: int, report: ProgressCallback, crew: WorkerGroup = SINGLE_PROCESS
+) -> Manifest:
     """Write the shards of a recipe into a store; the manifest comes last and vouches for the rest.
 
     workers: processes of each rank, 1 or more; the bytes depend neither on it nor on the number of ranks. Shards of
@@ -48,33 +50,35 @@ def build(recipe: Recipe, store: Store, workers: int, report: Report, crew: Crew
     """
     with ExitStack() as stack:
         crew.on_main(lambda: stack.enter_context(resume.locked(store)))
-        _prove(store, recipe.name, crew, report)
-        found = survey(recipe, workers, report, crew)
+        _check_writable(store, recipe.name, crew, report)
+        found = inspect_images(recipe, workers, report, crew)
         whose = recipe.name, found.fingerprint
         existing = crew.on_main(lambda: resume.standing(store, *whose))
         if existing is not None:
             compare = partial(resume.is_sound, store)
-            sound = shared(crew, compare, existing.shards, workers, report, "comparing shards already built")
+            sound = distributed_map(crew, compare, existing.shards, workers, report, "comparing shards already built")
             if all(sound):
                 crew.on_main(lambda: resume.clear(store))
                 report(len(sound), len(sound), "already built")
                 return existing
             crew.on_main(lambda: resume.reopen(store, existing, sound))
         recorded = crew.on_main(lambda: resume.begin(store, *whose))
-        plans = shards(recipe, found.pictures, found.seen)
-        write = partial(write_shard, Job(store, *whose, recorded))
-        written = shared(crew, write, plans, workers, report, "writing shards")
+        plans = shards(recipe, found.images, found.seen)
+        write = partial(write_shard, ShardJob(store, *whose, recorded))
+        written = distributed_map(crew, write, plans, workers, report, "writing shards")
         manifest = Manifest(name=recipe.name, recipe=found.fingerprint, skipped=found.skipped, shards=tuple(written))
         crew.on_main(lambda: _finish(store, manifest))
         return manifest
 
 
-def _prove(store: Store, name: str, crew: Crew, report: Report) -> None:
+def _check_writable(store: Store, name: str, crew: WorkerGroup, report: ProgressCallback) -> None:
     """Every rank can write and remove there, all see one place, and nothing lies there that a build would refuse."""
     probe = crew.on_main(lambda: resume.put_probe(store))
     try:
-        shared(crew, partial(resume.prove, store, probe), range(crew.world), 1, report, "trying the place")
-        crew.on_main(lambda: resume.look(store, name))
+        distributed_map(
+            crew, partial(resume.check_same_store, store, probe), range(crew.world), 1, report, "trying the place"
+        )
+        crew.on_main(lambda: resume.check_resumable(store, name))
     finally:
         if crew.rank == 0:
             with suppress(UserError):  # that probes can be removed is proven, or what cannot be is being told
@@ -98,7 +102,7 @@ def _finish(store: Store, manifest: Manifest) -> None:
     resume.clear(store)
 
 
-def write_shard(job: Job, plan: ShardPlan) -> Shard:
+def write_shard(job: ShardJob, plan: ShardPlan) -> Shard:
     """Encode one shard's samples and store its tar, its index and its record; kept where an earlier try did that.
 
     Raises Fault for an image that changed since it was checked, and for a full disk.
@@ -168,7 +172,7 @@ def _encode(plan: ShardPlan, path: Path) -> tuple[Index, int, str]:
         raise _no_room(error) from None
 
 
-def index_of(tar: Path, items: tuple[Item, ...]) -> Index:
+def index_of(tar: Path, items: tuple[LayoutItem, ...]) -> Index:
     """Where every member of these samples lies in a tar."""
     parts: dict[str, dict[str, Part]] = {item.key: {} for item in items}
     with tar.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
@@ -178,7 +182,7 @@ def index_of(tar: Path, items: tuple[Item, ...]) -> Index:
             digest = hashlib.sha256(stream.read(member.size)).hexdigest()
             parts[key][name] = Part(offset=member.offset_data, size=member.size, sha256=digest)
     entries = [
-        Entry.model_validate({"key": i.key, "height": i.box.height, "width": i.box.width, "parts": parts[i.key]})
+        SampleEntry.model_validate({"key": i.key, "height": i.box.height, "width": i.box.width, "parts": parts[i.key]})
         for i in items
     ]
     return Index(entries=tuple(entries))

@@ -12,28 +12,28 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from mirl_dist.data.image_files import Refused, decode
+from mirl_dist.data.image_files import ImageRefused, decode
 from mirl_dist.data.manifest import (
     MANIFEST,
     MEMBERS,
     NOTES,
     SAFE_KEY,
-    Entry,
     Manifest,
     Part,
+    SampleEntry,
     Shard,
     ppm_header,
     read_index,
     read_manifest,
 )
-from mirl_dist.data.parallel import Report, each
+from mirl_dist.data.parallel import ProgressCallback, parallel_map
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder, NotFound, Rejected, Store
 from mirl_dist.storage.hashing import digest_of_file
 from mirl_dist.storage.retry import DEFAULT_PATIENCE, download, to_stderr
 
 
-def check(store: Store, workers: int, report: Report) -> list[str]:
+def check(store: Store, workers: int, report: ProgressCallback) -> list[str]:
     """Every fault of built shards, by name; empty means that they are whole. workers: processes.
 
     Raises Fault for a place without a manifest that can be read, of which nothing can be said.
@@ -47,7 +47,7 @@ def check(store: Store, workers: int, report: Report) -> list[str]:
         ) from None
     faults: list[str] = []
     seen: dict[str, str] = {}
-    every = each(partial(_shard, store), manifest.shards, workers, report, "checking shards")
+    every = parallel_map(partial(_shard, store), manifest.shards, workers, report, "checking shards")
     for shard, (found, keys) in zip(manifest.shards, every, strict=True):
         faults += found
         faults += [f"{shard.name}: the key {key} stands in {seen[key]} too" for key in keys if key in seen]
@@ -157,7 +157,7 @@ def _unsafe(member: tarfile.TarInfo) -> str | None:
     return None
 
 
-def _sample(stream: BinaryIO, shard: Shard, entry: Entry) -> Iterator[str]:
+def _sample(stream: BinaryIO, shard: Shard, entry: SampleEntry) -> Iterator[str]:
     """Digests, images and notes of one sample."""
     for name, part in entry.parts.items():
         label = f"{shard.name}: {entry.key}.{name}"
@@ -182,13 +182,13 @@ def _notes(data: bytes, label: str, shard: Shard) -> Iterator[str]:
         yield f"{label} says it is of {found[0]}, {found[1]}"
 
 
-def _image(data: bytes, label: str, name: str, entry: Entry) -> Iterator[str]:
+def _image(data: bytes, label: str, name: str, entry: SampleEntry) -> Iterator[str]:
     if name.endswith("ppm") and not data.startswith(ppm_header(entry.height, entry.width)):
         yield f"{label} does not begin as a PPM file of {entry.width}x{entry.height} pixels does"
         return
     try:
         found = decode(data).shape[:2]
-    except Refused as refused:
+    except ImageRefused as refused:
         yield f"{label} {refused}"
         return
     if found != (entry.height, entry.width):

@@ -11,7 +11,7 @@ import numpy as np
 from mirl_dist.data import image_strip
 from mirl_dist.data.degradations.degrade import Pixels
 from mirl_dist.data.image_files import decode
-from mirl_dist.data.manifest import CLEAN, DEGRADED, Entry, Index, Manifest, Part, Shard, read_index
+from mirl_dist.data.manifest import CLEAN, DEGRADED, Index, Manifest, Part, SampleEntry, Shard, read_index
 from mirl_dist.storage import Store
 from mirl_dist.storage.retry import DEFAULT_PATIENCE, to_stderr, with_retries
 
@@ -19,7 +19,7 @@ NAME = "contact_sheet.png"
 SIDE, ACROSS = 160, 8  # pixels of one crop, crops in a row
 
 
-class SetRow(NamedTuple):
+class SetSummary(NamedTuple):
     """One set: its images (or pairs), the smallest and the largest one's height and width, bytes, shards."""
 
     role: str
@@ -47,16 +47,16 @@ def _index(store: Store, shard: Shard) -> Index:
     return read_index(store.get(shard.index_name), shard, store.where(shard.index_name))
 
 
-def table(store: Store, manifest: Manifest) -> list[SetRow]:
+def table(store: Store, manifest: Manifest) -> list[SetSummary]:
     """What every set of a manifest holds, in its order. Raises Fault for an index that does not fit."""
     return [_row(store, held) for held in _sets(manifest)]
 
 
-def _row(store: Store, held: list[Shard]) -> SetRow:
+def _row(store: Store, held: list[Shard]) -> SetSummary:
     sizes = {(e.height, e.width) for shard in held for e in _index(store, shard).entries}
     ordered = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     samples, bytes_ = sum(s.samples for s in held), sum(s.bytes for s in held)
-    return SetRow(held[0].role, held[0].set, held[0].kind, samples, ordered[0], ordered[-1], bytes_, len(held))
+    return SetSummary(held[0].role, held[0].set, held[0].kind, samples, ordered[0], ordered[-1], bytes_, len(held))
 
 
 def lines(store: Store, manifest: Manifest) -> list[str]:
@@ -97,7 +97,7 @@ def draw(store: Store, manifest: Manifest) -> bytes:
     return image_strip.strip(rows)
 
 
-def _samples(store: Store, held: list[Shard]) -> Iterator[tuple[Shard, Entry]]:
+def _samples(store: Store, held: list[Shard]) -> Iterator[tuple[Shard, SampleEntry]]:
     for shard in held:
         for entry in _index(store, shard).entries:
             yield shard, entry

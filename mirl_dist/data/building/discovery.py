@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from mirl_dist.data.building.demo_photos import locate
-from mirl_dist.data.building.recipe import Folder, ImageSet, Recipe, Role, expand
+from mirl_dist.data.building.recipe import ImageFolder, ImageSet, Recipe, Role, expand
 from mirl_dist.data.manifest import Kind
 from mirl_dist.errors import UserError
 
@@ -21,7 +21,7 @@ SHOWN, EXAMPLES = 20, 3
 
 
 @dataclass(frozen=True)
-class Picture:
+class SourceImage:
     """One image or pair of one set. `name` is the degraded (else the clean) file's path below its folder."""
 
     role: Role
@@ -44,17 +44,17 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Complaint:
+class ImageProblem:
     """Why something cannot be used. `where` and `sought` name this machine's folders, the rest does not."""
 
     label: str
     name: str
     where: str
     problem: str
-    sought: str = ""
+    expected: str = ""
 
     def full(self) -> str:
-        return f"{self.where}: {self.problem}" + (f" in {self.sought}" if self.sought else "")
+        return f"{self.where}: {self.problem}" + (f" in {self.expected}" if self.expected else "")
 
     def portable(self) -> str:
         return f"{self.label}: {self.name}: {self.problem}"
@@ -85,7 +85,7 @@ def _filled(names: str, identity: str) -> str:
     return names
 
 
-def files(folder: Folder) -> tuple[Path, dict[str, Path]]:
+def files(folder: ImageFolder) -> tuple[Path, dict[str, Path]]:
     """The folder's path, and its images by their path below it, in order. Raises Fault where none is."""
     root = expand(folder.folder)
     if not root.is_dir():
@@ -110,7 +110,7 @@ def files(folder: Folder) -> tuple[Path, dict[str, Path]]:
     return root, dict(sorted(found.items()))
 
 
-def _identify(folder: Folder, label: str) -> tuple[dict[str, list[tuple[str, Path]]], list[Complaint]]:
+def _identify(folder: ImageFolder, label: str) -> tuple[dict[str, list[tuple[str, Path]]], list[ImageProblem]]:
     """The folder's files by the {id} in their names, and complaints about names without any."""
     pattern, whole = template(folder.names), "/" in folder.names
     by_id: dict[str, list[tuple[str, Path]]] = {}
@@ -119,20 +119,22 @@ def _identify(folder: Folder, label: str) -> tuple[dict[str, list[tuple[str, Pat
         match = pattern.fullmatch(name.removesuffix(path.suffix) if whole else path.stem)
         if match is None:
             problem = f"its name does not fit '{folder.names}'"
-            complaints.append(Complaint(label, printable(name), printable(path), problem))
+            complaints.append(ImageProblem(label, printable(name), printable(path), problem))
         else:
             by_id.setdefault("/".join(match.groups()), []).append((name, path))
     return by_id, complaints
 
 
-def _pairs(role: Role, one: ImageSet, degraded: Folder, clean: Folder) -> tuple[list[Picture], list[Complaint]]:
+def _pairs(
+    role: Role, one: ImageSet, degraded: ImageFolder, clean: ImageFolder
+) -> tuple[list[SourceImage], list[ImageProblem]]:
     label = f"{role} {one.set}"
     partners, complaints = _identify(clean, label)
     seekers, more = _identify(degraded, label)
     complaints += more
 
     def complain(name: str, path: Path, problem: str, sought: str) -> None:
-        complaints.append(Complaint(label, printable(name), printable(path), problem, sought))
+        complaints.append(ImageProblem(label, printable(name), printable(path), problem, sought))
 
     pictures = []
     for identity, held in seekers.items():
@@ -140,7 +142,7 @@ def _pairs(role: Role, one: ImageSet, degraded: Folder, clean: Folder) -> tuple[
         for name, path in held:
             wanted = _filled(clean.names, printable(identity))
             if len(found) == 1:
-                pictures.append(Picture(role, one.set, one.kind, name, found[0][1], path))
+                pictures.append(SourceImage(role, one.set, one.kind, name, found[0][1], path))
             elif not found:
                 complain(name, path, f"no clean partner '{wanted}'", clean.folder)
             else:
@@ -153,13 +155,13 @@ def _pairs(role: Role, one: ImageSet, degraded: Folder, clean: Folder) -> tuple[
     return sorted(pictures, key=lambda p: p.name), complaints
 
 
-def _pictures(role: Role, one: ImageSet) -> tuple[list[Picture], list[Complaint]]:
+def _pictures(role: Role, one: ImageSet) -> tuple[list[SourceImage], list[ImageProblem]]:
     """All images or pairs of one set, in the order of their names."""
     if one.photographs:
         made = []
         for photograph in one.photographs:
             path, disparity = locate(photograph)
-            picture = Picture(role, one.set, one.kind, path.name, path, None, one.make, one.versions, disparity)
+            picture = SourceImage(role, one.set, one.kind, path.name, path, None, one.make, one.versions, disparity)
             made.append(picture)
         return made, []
     assert one.clean is not None
@@ -167,7 +169,7 @@ def _pictures(role: Role, one: ImageSet) -> tuple[list[Picture], list[Complaint]
         return _pairs(role, one, one.degraded, one.clean)
     by_id, complaints = _identify(one.clean, f"{role} {one.set}")
     named = sorted((name, path) for held in by_id.values() for name, path in held)
-    return [Picture(role, one.set, one.kind, n, p, None, one.make, one.versions) for n, p in named], complaints
+    return [SourceImage(role, one.set, one.kind, n, p, None, one.make, one.versions) for n, p in named], complaints
 
 
 def share(fraction: float, count: int) -> int:
@@ -176,21 +178,21 @@ def share(fraction: float, count: int) -> int:
     return max(1, int(exact + Fraction(1, 2)))
 
 
-def _some(pictures: list[Picture], one: ImageSet, seed: int) -> list[Picture]:
+def _some(pictures: list[SourceImage], one: ImageSet, seed: int) -> list[SourceImage]:
     """The share that `limit` or `fraction` keeps, whatever order the files came in, in the order of names."""
     keep = one.limit if one.limit is not None else len(pictures)
     if one.fraction is not None:
         keep = share(one.fraction, len(pictures))
     drawn_by = seed if one.draw_seed is None else one.draw_seed
 
-    def lot(picture: Picture) -> bytes:
+    def lot(picture: SourceImage) -> bytes:
         return hashlib.sha256(f"{drawn_by}/{one.set}/{printable(picture.name)}".encode()).digest()
 
     chosen = set(sorted(pictures, key=lot)[:keep])
     return [p for p in pictures if p in chosen]
 
 
-def _miscount(one: ImageSet, found: int, against: Sequence[Complaint]) -> str:
+def _miscount(one: ImageSet, found: int, against: Sequence[ImageProblem]) -> str:
     """What is said about a set of another size than its official one."""
     places = [f"{expand(f.folder)} ({', '.join(f.include)})" for f in (one.degraded, one.clean) if f is not None]
     what = "images" if one.degraded is None else "pairs"
@@ -202,14 +204,14 @@ def _miscount(one: ImageSet, found: int, against: Sequence[Complaint]) -> str:
     return f"{text} Complete the set, or correct 'expect' in the recipe."
 
 
-def find(recipe: Recipe) -> tuple[list[Picture], list[Complaint]]:
+def find_images(recipe: Recipe) -> tuple[list[SourceImage], list[ImageProblem]]:
     """Every image or pair that a recipe means, set by set, and everything that does not fit.
 
     Raises Fault that names all folders which are missing or hold no image, all unset variables, and all sets which
     hold another number than expected, each with the recipe's words on where the set can be had.
     """
-    pictures: list[Picture] = []
-    complaints: list[Complaint] = []
+    pictures: list[SourceImage] = []
+    complaints: list[ImageProblem] = []
     incomplete: list[str] = []
     for role, one in recipe.sets():
         try:

@@ -14,9 +14,9 @@ from PIL import Image
 from mirl_dist.config.seeding import generator
 from mirl_dist.data.building import demo_photos
 from mirl_dist.data.building.discovery import printable
-from mirl_dist.data.building.layout import Item
+from mirl_dist.data.building.layout import LayoutItem
 from mirl_dist.data.degradations.degrade import Pixels, haze, rain, snow
-from mirl_dist.data.image_files import Refused, decode
+from mirl_dist.data.image_files import ImageRefused, decode
 from mirl_dist.data.manifest import CLEAN, DEGRADED, NOTES, ImageFormat, ppm_header
 from mirl_dist.errors import UserError
 
@@ -44,26 +44,26 @@ def _unchanged(path: Path, digest: str) -> Pixels:
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() == digest:
             return decode(data)
-    except (OSError, Refused):
+    except (OSError, ImageRefused):
         pass
     raise UserError(f"{printable(path)} changed while the shards were built. Build again when the images are at rest.")
 
 
-def _made(item: Item, clean: Pixels, seed: int) -> Pixels:
+def _made(item: LayoutItem, clean: Pixels, seed: int) -> Pixels:
     """The degraded image that the recipe makes of a whole clean one."""
     picture = item.picture
     assert picture.make is not None
-    rng = generator(seed, picture.make, item.key)
+    draw = generator(seed, picture.make, item.key)
     if picture.make == "rain":
-        return rain(clean, rng)
+        return rain(clean, draw)
     if picture.make == "snow":
-        return snow(clean, rng)
+        return snow(clean, draw)
     height, width = clean.shape[:2]
     far = demo_photos.depth(height, width, picture.disparity)
-    return haze(clean, far, airlight=rng.uniform(0.8, 1.0), beta=rng.uniform(0.5, 2.5))
+    return haze(clean, far, airlight=draw.uniform(0.8, 1.0), beta=draw.uniform(0.5, 2.5))
 
 
-def members(item: Item, seed: int) -> dict[str, bytes]:
+def members(item: LayoutItem, seed: int) -> dict[str, bytes]:
     """The members of one sample by their names without the key. Raises Fault for a file that changed.
 
     A made degradation depends on nothing but the seed, the sample's key and the whole image's pixels.

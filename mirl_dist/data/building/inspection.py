@@ -8,38 +8,38 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mirl_dist.data.building.discovery import Complaint, Picture, find, listing, printable
+from mirl_dist.data.building.discovery import ImageProblem, SourceImage, find_images, listing, printable
 from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.image_files import Examined, examine
-from mirl_dist.data.parallel import Crew, Report, shared
+from mirl_dist.data.parallel import ProgressCallback, WorkerGroup, distributed_map
 from mirl_dist.errors import UserError
 
 
 @dataclass(frozen=True)
-class Survey:
+class Inspection:
     """What may be built: pictures, what was seen of their files, what is left out, the fingerprint."""
 
-    pictures: tuple[Picture, ...]
+    images: tuple[SourceImage, ...]
     seen: Mapping[Path, Examined]
     skipped: tuple[str, ...]
     fingerprint: str
 
 
-def survey(recipe: Recipe, workers: int, report: Report, crew: Crew) -> Survey:
+def inspect_images(recipe: Recipe, workers: int, report: ProgressCallback, crew: WorkerGroup) -> Inspection:
     """Find, pair, read and decode every image of a recipe: names by rank 0, files shared by all ranks.
 
     Raises Fault, on every rank, that lists what cannot be used (recipe.broken: stop), sets without any usable image,
     and images that serve both training and evaluation.
     """
-    pictures, complaints = crew.on_main(lambda: find(recipe))
+    pictures, complaints = crew.on_main(lambda: find_images(recipe))
     paths = sorted({file for picture in pictures for file in picture.files})
-    seen = dict(zip(paths, shared(crew, examine, paths, workers, report, "checking images", 8), strict=True))
+    seen = dict(zip(paths, distributed_map(crew, examine, paths, workers, report, "checking images", 8), strict=True))
     return crew.on_main(lambda: _judged(recipe, pictures, complaints, seen))
 
 
 def _judged(
-    recipe: Recipe, pictures: Iterable[Picture], complaints: list[Complaint], seen: Mapping[Path, Examined]
-) -> Survey:
+    recipe: Recipe, pictures: Iterable[SourceImage], complaints: list[ImageProblem], seen: Mapping[Path, Examined]
+) -> Inspection:
     usable = []
     for picture in pictures:
         against = _against(picture, seen, recipe.least_pixels)
@@ -54,21 +54,21 @@ def _judged(
                 "Put them right, or write broken: skip into the recipe to leave them out.",
             )
         )
-    _refuse_empty_sets(recipe, usable, complaints)
+    _check_empty_sets(recipe, usable, complaints)
     if not recipe.allow_overlap:
-        _refuse_overlap(usable, seen)
+        _check_overlap(usable, seen)
     skipped = tuple(c.portable() for c in complaints)
-    return Survey(tuple(usable), seen, skipped, fingerprint(recipe, usable, seen, skipped))
+    return Inspection(tuple(usable), seen, skipped, fingerprint(recipe, usable, seen, skipped))
 
 
-def _against(picture: Picture, seen: Mapping[Path, Examined], least: int) -> list[Complaint]:
+def _against(picture: SourceImage, seen: Mapping[Path, Examined], least: int) -> list[ImageProblem]:
     """What speaks against using a picture."""
 
-    def complaint(file: Path, problem: str) -> Complaint:
+    def complaint(file: Path, problem: str) -> ImageProblem:
         name = printable(picture.name)
         if file != picture.files[-1]:
             name += f" (its clean partner {printable(file.name)})"
-        return Complaint(picture.label, name, printable(file), problem)
+        return ImageProblem(picture.label, name, printable(file), problem)
 
     found = [complaint(f, problem) for f in picture.files if (problem := seen[f].problem) is not None]
     if found:
@@ -85,7 +85,7 @@ def _against(picture: Picture, seen: Mapping[Path, Examined], least: int) -> lis
     return found
 
 
-def _refuse_empty_sets(recipe: Recipe, pictures: Iterable[Picture], complaints: list[Complaint]) -> None:
+def _check_empty_sets(recipe: Recipe, pictures: Iterable[SourceImage], complaints: list[ImageProblem]) -> None:
     filled = {picture.label for picture in pictures}
     empty = [f"{role} {one.set}" for role, one in recipe.sets() if f"{role} {one.set}" not in filled]
     if empty:
@@ -98,7 +98,7 @@ def _refuse_empty_sets(recipe: Recipe, pictures: Iterable[Picture], complaints: 
         )
 
 
-def _refuse_overlap(pictures: Iterable[Picture], seen: Mapping[Path, Examined]) -> None:
+def _check_overlap(pictures: Iterable[SourceImage], seen: Mapping[Path, Examined]) -> None:
     """An image that is trained on and scored on makes the score worthless, whatever its format."""
     trained: dict[str, Path] = {}
     scored: dict[str, Path] = {}
@@ -121,7 +121,7 @@ def _refuse_overlap(pictures: Iterable[Picture], seen: Mapping[Path, Examined]) 
 
 
 def fingerprint(
-    recipe: Recipe, pictures: Iterable[Picture], seen: Mapping[Path, Examined], skipped: tuple[str, ...]
+    recipe: Recipe, pictures: Iterable[SourceImage], seen: Mapping[Path, Examined], skipped: tuple[str, ...]
 ) -> str:
     """Hex SHA-256 of the recipe without its places, what it skips, and every file's name and SHA-256."""
     sources = []

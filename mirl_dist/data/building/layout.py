@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
 
-from mirl_dist.data.building.discovery import Picture, printable
+from mirl_dist.data.building.discovery import SourceImage, printable
 from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.image_files import Examined
 from mirl_dist.data.manifest import ImageFormat, ppm_header
@@ -20,7 +20,7 @@ BLOCK = 512  # of a tar: every member takes a header and its data, each filled u
 
 
 @dataclass(frozen=True)
-class Box:
+class CentreBox:
     """A part of an image, in pixels: top and left corner, height and width."""
 
     y: int
@@ -30,15 +30,15 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Item:
+class LayoutItem:
     """One sample to store: its key, its picture, which version of a made degradation, the digests the files had when
     checked, the part to keep, and how."""
 
     key: str
-    picture: Picture
+    picture: SourceImage
     version: int
     digests: tuple[str, ...]
-    box: Box
+    box: CentreBox
     form: ImageFormat
 
 
@@ -48,21 +48,21 @@ class ShardPlan:
 
     name: str
     seed: int
-    items: tuple[Item, ...]
+    items: tuple[LayoutItem, ...]
 
 
-def centre(height: int, width: int, side: int | None) -> Box:
+def centre(height: int, width: int, side: int | None) -> CentreBox:
     """The centre of an image, at most `side` pixels high and wide; the whole image for None."""
     h, w = (height, width) if side is None else (min(height, side), min(width, side))
-    return Box((height - h) // 2, (width - w) // 2, h, w)
+    return CentreBox((height - h) // 2, (width - w) // 2, h, w)
 
 
-def _named(picture: Picture, version: int) -> str:
+def _named(picture: SourceImage, version: int) -> str:
     """What tells a sample from others of its set; further versions of a made degradation are further samples."""
     return printable(picture.name) + (f"/{version}" if version else "")
 
 
-def key(picture: Picture, version: int = 0) -> str:
+def key(picture: SourceImage, version: int = 0) -> str:
     """A sample's name: readable, without dots and slashes, the same for the same file wherever it lies.
 
     At most 69 characters, so that `key.degraded.ppm` fits the 100 of a plain tar header.
@@ -72,10 +72,10 @@ def key(picture: Picture, version: int = 0) -> str:
     return f"{picture.role}-{picture.set}-{stem}-{digest}"
 
 
-def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:
+def _shuffled(items: Sequence[LayoutItem], seed: int) -> list[LayoutItem]:
     """Training samples in an order drawn from seed and names, so that every shard is a sample of its set."""
 
-    def lot(item: Item) -> bytes:
+    def lot(item: LayoutItem) -> bytes:
         name = _named(item.picture, item.version)
         return hashlib.sha256(f"{seed}/order/{item.picture.set}/{name}".encode()).digest()
 
@@ -90,7 +90,7 @@ def _share_out(weights: Sequence[float], limit: float) -> list[list[int]]:
     return [list(group) for _, group in groupby(range(len(weights)), key=lambda i: int(middles[i] / total * count))]
 
 
-def _bytes(item: Item) -> float:
+def _bytes(item: LayoutItem) -> float:
     """About what a sample takes of a tar; for PPM to the block."""
     raw = len(ppm_header(item.box.height, item.box.width)) + 3 * item.box.height * item.box.width
     image = raw if item.form == "ppm" else int(PNG_SHARE * raw)
@@ -98,7 +98,7 @@ def _bytes(item: Item) -> float:
     return images * (BLOCK + math.ceil(image / BLOCK) * BLOCK) + 2 * BLOCK
 
 
-def shards(recipe: Recipe, pictures: Sequence[Picture], seen: Mapping[Path, Examined]) -> list[ShardPlan]:
+def shards(recipe: Recipe, pictures: Sequence[SourceImage], seen: Mapping[Path, Examined]) -> list[ShardPlan]:
     """The tars of a recipe. pictures: those to use, grouped by set; seen: what checking their files found."""
     centres = {e.set: e.centre_pixels for e in recipe.evaluate}
     plans = []
@@ -109,7 +109,7 @@ def shards(recipe: Recipe, pictures: Sequence[Picture], seen: Mapping[Path, Exam
         for picture in group:
             size = seen[picture.clean]
             digests, box = tuple(seen[f].sha256 for f in picture.files), centre(size.height, size.width, side)
-            items += [Item(key(picture, v), picture, v, digests, box, form) for v in range(picture.versions)]
+            items += [LayoutItem(key(picture, v), picture, v, digests, box, form) for v in range(picture.versions)]
         if role == "train":
             items = _shuffled(items, recipe.seed)
         for number, part in enumerate(_share_out([_bytes(i) for i in items], recipe.shard_megabytes * 2**20)):

@@ -23,7 +23,7 @@ Make = Literal["rain", "haze", "snow"]
 MAKES: dict[Make, Kind] = {"rain": "derain", "haze": "dehaze", "snow": "desnow"}
 
 
-class Folder(Node):
+class ImageFolder(Node):
     """Images of one folder. `folder` may hold `${NAME}`: the value of that environment variable."""
 
     folder: str = Field(min_length=1)
@@ -43,8 +43,8 @@ class ImageSet(Node):
 
     set: SetName
     kind: Kind
-    clean: Folder | None = None
-    degraded: Folder | None = None
+    clean: ImageFolder | None = None
+    degraded: ImageFolder | None = None
     photographs: tuple[str, ...] = ()
     """Instead of `clean`: photographs that lie inside scikit-image, by name."""
     make: Make | None = None

@@ -33,7 +33,7 @@ OURS = re.compile(r"(train|evaluate)-[A-Za-z0-9_-]+-\d{5,}\.(tar|index\.json)")
 ELSEWHERE = "Choose another --out, or remove what lies there."
 
 
-class _Mark(BaseModel):
+class _BuildMark(BaseModel):
     """Whose build it is: the recipe's name and fingerprint, and in a shard's record what was written."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,10 +46,10 @@ class _Mark(BaseModel):
         return (self.model_dump_json(exclude_none=True) + "\n").encode()
 
 
-def _read(store: Store, name: str) -> _Mark | None:
+def _read(store: Store, name: str) -> _BuildMark | None:
     """A mark, or None where none is or it is not one."""
     try:
-        return _Mark.model_validate_json(store.get(name))
+        return _BuildMark.model_validate_json(store.get(name))
     except (NotFound, ValidationError):
         return None
 
@@ -107,7 +107,7 @@ def put_probe(store: Store) -> str:
     return name
 
 
-def prove(store: Store, probe: str, rank: int) -> None:
+def check_same_store(store: Store, probe: str, rank: int) -> None:
     """Write and remove there, and see what rank 0 has put under `probe`. Raises Fault where that is not so."""
     mine = put_probe(store)
     seen = store.exists(probe)
@@ -119,12 +119,12 @@ def prove(store: Store, probe: str, rank: int) -> None:
         )
 
 
-def look(store: Store, name: str) -> Manifest | _Mark | None:
+def check_resumable(store: Store, name: str) -> Manifest | _BuildMark | None:
     """What lies there: a finished build, the mark of one that died, or nothing.
 
     Raises Fault for what no build of the recipe `name` could use, whatever its images.
     """
-    found: Manifest | _Mark | None
+    found: Manifest | _BuildMark | None
     try:
         found = read_manifest(store.get(MANIFEST), store.where(MANIFEST))
     except NotFound:
@@ -142,7 +142,7 @@ def look(store: Store, name: str) -> Manifest | _Mark | None:
     return found
 
 
-def _of_another(store: Store, found: Manifest | _Mark, this: str) -> UserError:
+def _of_another(store: Store, found: Manifest | _BuildMark, this: str) -> UserError:
     what = "shards" if isinstance(found, Manifest) else "an unfinished build"
     return UserError(
         f"{store.where()} holds {what} of another recipe or other images ('{found.name}', {found.recipe[:12]}; this "
@@ -155,7 +155,7 @@ def standing(store: Store, name: str, fingerprint: str) -> Manifest | None:
 
     Raises Fault where the place holds other shards, or what is left of another build.
     """
-    found = look(store, name)
+    found = check_resumable(store, name)
     if found is not None and found.recipe != fingerprint:
         raise _of_another(store, found, f"'{name}', {fingerprint[:12]}")
     return found if isinstance(found, Manifest) else None
@@ -167,7 +167,7 @@ def begin(store: Store, name: str, fingerprint: str) -> frozenset[str]:
     Raises Fault where another build was faster.
     """
     store.sweep()
-    if not store.put_if_absent(MARKER, _Mark(name=name, recipe=fingerprint).dump()):
+    if not store.put_if_absent(MARKER, _BuildMark(name=name, recipe=fingerprint).dump()):
         standing(store, name, fingerprint)
     stems = {Path(n).stem for n in store.list(AREA) if n not in (MARKER, LOCK)}
     return frozenset(f"{stem}.tar" for stem in stems)
@@ -175,7 +175,7 @@ def begin(store: Store, name: str, fingerprint: str) -> frozenset[str]:
 
 def record(store: Store, name: str, fingerprint: str, shard: Shard) -> None:
     """Say that a shard and its index are in the store."""
-    store.put(_record(shard.name), _Mark(name=name, recipe=fingerprint, shard=shard).dump())
+    store.put(_record(shard.name), _BuildMark(name=name, recipe=fingerprint, shard=shard).dump())
 
 
 def recorded(store: Store, shard: str, fingerprint: str) -> Shard | None:
@@ -191,7 +191,7 @@ def reopen(store: Store, manifest: Manifest, sound: Sequence[bool]) -> None:
     for shard, good in zip(manifest.shards, sound, strict=True):
         if good:
             record(store, manifest.name, manifest.recipe, shard)
-    store.put(MARKER, _Mark(name=manifest.name, recipe=manifest.recipe).dump())
+    store.put(MARKER, _BuildMark(name=manifest.name, recipe=manifest.recipe).dump())
     store.remove(MANIFEST)
 
 

@@ -256,7 +256,7 @@ _FAMILIES: dict[str, Callable[[str, Pixels, np.random.Generator], Pixels]] = {
 }
 
 
-def on_reading(task: Task, image: Pixels, rng: np.random.Generator) -> Pixels:
+def degrade_for_training(task: Task, image: Pixels, rng: np.random.Generator) -> Pixels:
     """A clean image degraded as the task says, for training: task.kind is 'clean'; docs/degradations.md has the ranges.
 
     The strength is drawn first, so it does not depend on the image's size.
@@ -264,14 +264,14 @@ def on_reading(task: Task, image: Pixels, rng: np.random.Generator) -> Pixels:
     return _FAMILIES[task.family](task.level, image, rng)
 
 
-def for_test(task: Task, image: Pixels, rng: np.random.Generator) -> Pixels:
+def degrade_for_test(task: Task, image: Pixels, rng: np.random.Generator) -> Pixels:
     """`on_reading` for evaluation: the same, but noise is `gaussian_noise`, not limited to 4.33 sigma."""
     if task.family == "denoise":
         return gaussian_noise(image, sigma_of(task.level, rng), rng)
-    return on_reading(task, image, rng)
+    return degrade_for_training(task, image, rng)
 
 
-def margin(task: Task) -> int:
+def context_pixels(task: Task) -> int:
     """Pixels around a crop that the task needs: degrading with them and cutting equals degrading the whole and cutting.
 
     0 for what changes each pixel alone, and for JPEG and lost resolution, whose grids begin at the crop's corner.

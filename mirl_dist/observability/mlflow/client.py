@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mirl_dist.errors import UserError
-from mirl_dist.observability.mlflow.records import BY_ROUND, IMAGES, Item, legal_name, masked, round_name, shown
+from mirl_dist.observability.mlflow.records import BY_ROUND, IMAGES, Record, legal_name, redact, redact_uri, round_name
 
 _SETTINGS = {  # MLflow reads them at each call; what the user has set stands
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds; without retries a dead server costs 30 s a try, not 246 s
@@ -32,7 +32,7 @@ _log = logging.getLogger("mirl_dist.tracking")
 
 
 @dataclass
-class Reached:
+class RemoteRun:
     """What the store holds of a run: noted when it was opened, and after each delivery."""
 
     id: str
@@ -40,7 +40,7 @@ class Reached:
     steps: dict[str, int]  # latest step of each curve
 
 
-class Store:
+class MlflowClientStore:
     """MLflow at one address: resolves our names to its ids, and bears the same item twice.
 
     ids: what `remember` was given in earlier lives. key: by which runs are found whose ids got lost, unless ids has
@@ -58,49 +58,49 @@ class Store:
         remember: Callable[[dict[str, str]], None],
         life: str,
     ) -> None:
-        self.name = shown(uri)
+        self.name = redact_uri(uri)
         self.experiment_id = ""
-        self.reached: dict[str, Reached] = {}
+        self.remote_runs: dict[str, RemoteRun] = {}
         self._uri, self._experiment, self._run_name = uri, experiment, run_name
-        self._ids, self._key, self._remember, self._life = ids, key, remember, life
-        self._opened, self._params = dict[str, Item](), dict[str, Item]()  # to make runs anew
+        self._ids, self._key, self._remember, self._session_id = ids, key, remember, life
+        self._opened, self._params = dict[str, Record](), dict[str, Record]()  # to make runs anew
         self._created = Counter[str]()  # how often that was asked for
         self._client: Any = None
 
-    def deliver(self, item: Item) -> None:
+    def deliver(self, item: Record) -> None:
         """Deliver an item; a server that was emptied or restored meanwhile gets the runs anew."""
         from mlflow.exceptions import MlflowException
 
-        if item.do == "open":
-            self._opened[item.where] = item
-        elif item.do == "params":
+        if item.kind == "open":
+            self._opened[item.run_key] = item
+        elif item.kind == "params":
             self._params[item.id] = item
         try:
             self._deliver(item)
         except MlflowException as trouble:
             if trouble.error_code != _LOST:
                 raise
-            self._client, self.reached = None, {}
+            self._client, self.remote_runs = None, {}
             self._deliver(item)
 
-    def _deliver(self, item: Item) -> None:
+    def _deliver(self, item: Record) -> None:
         from mlflow.entities import Param, RunTag
 
         client = self._connected()
-        if item.do == "open":
+        if item.kind == "open":
             return self._open(client, item)
         run = self._reach(client, item)
-        if item.do == "end":
+        if item.kind == "end":
             if not self._out_of_date(item, client.get_run(run.id)):
                 client.set_terminated(run.id, item.name, item.at_ms)
-            self._delete_doubles(client, item.where)
-        elif item.do == "params":
+            self._delete_doubles(client, item.run_key)
+        elif item.kind == "params":
             new = [Param(name, text) for name, text in item.texts.items() if name not in run.params]
             changed = [n for n, text in item.texts.items() if run.params.get(n, text) != text]
             tags = [RunTag(f"changed.{n}", item.texts[n]) for n in changed]
             client.log_batch(run.id, params=new, tags=tags)
             run.params |= {param.key: param.value for param in new}
-        elif item.do == "file":
+        elif item.kind == "file":
             path = PurePosixPath(item.name)
             with tempfile.TemporaryDirectory() as folder:
                 Path(folder, path.name).write_bytes(item.data)
@@ -113,19 +113,19 @@ class Store:
     def answers(self) -> bool:
         """Whether the store itself is there, whatever became of its place for files."""
         try:
-            self._connected().get_run(self.reached["run"].id)
-        except self.troubles():
+            self._connected().get_run(self.remote_runs["run"].id)
+        except self.transient_errors():
             return False
         return True
 
-    def final(self, trouble: BaseException) -> bool:
+    def is_final(self, trouble: BaseException) -> bool:
         return getattr(trouble, "error_code", "") in _FINAL
 
-    def told(self, trouble: BaseException) -> str:
-        return told(trouble, self._uri)
+    def describe(self, trouble: BaseException) -> str:
+        return describe(trouble, self._uri)
 
-    def troubles(self) -> tuple[type[BaseException], ...]:
-        return troubles()
+    def transient_errors(self) -> tuple[type[BaseException], ...]:
+        return transient_errors()
 
     def _connected(self) -> Any:
         """MLflow's client, once the store has answered and knows the experiment."""
@@ -137,31 +137,31 @@ class Store:
             self._client = client
         return self._client
 
-    def _reach(self, client: Any, item: Item) -> Reached:
+    def _reach(self, client: Any, item: Record) -> RemoteRun:
         """The run of an item; one that an earlier life opened is found, one that the store lost is made as it was."""
-        if item.where not in self.reached:
-            round_ = item.where.rpartition("/")[2]
-            name = self._run_name if item.where == "run" else round_name(self._run_name, int(round_))
-            self._open(client, self._opened.get(item.where) or Item("open", item.where, name, at_ms=item.at_ms))
+        if item.run_key not in self.remote_runs:
+            round_ = item.run_key.rpartition("/")[2]
+            name = self._run_name if item.run_key == "run" else round_name(self._run_name, int(round_))
+            self._open(client, self._opened.get(item.run_key) or Record("open", item.run_key, name, at_ms=item.at_ms))
             for params in self._params.values():
-                if params.where == item.where:
+                if params.run_key == item.run_key:
                     self._deliver(params)
-        return self.reached[item.where]
+        return self.remote_runs[item.run_key]
 
-    def _open(self, client: Any, item: Item) -> None:
+    def _open(self, client: Any, item: Record) -> None:
         """Find the run by id or tag, or create it, and note what it holds already."""
         from mlflow.entities import RunTag
 
         if "key" not in self._ids:
-            self._know("key", self._key)
-        tags = item.texts | {"mirl_dist.key": f"{self._ids['key']}/{item.where}"}
-        if item.where != "run":
-            parent = self._reach(client, Item("open", "run", at_ms=item.at_ms)).id
+            self._remember_id("key", self._key)
+        tags = item.texts | {"mirl_dist.key": f"{self._ids['key']}/{item.run_key}"}
+        if item.run_key != "run":
+            parent = self._reach(client, Record("open", "run", at_ms=item.at_ms)).id
             client.get_run(parent)  # raises where it is lost: a child is not hung on nothing
             tags["mlflow.parentRunId"] = parent
-        run = self._find(client, item.where, tags["mirl_dist.key"])
+        run = self._find(client, item.run_key, tags["mirl_dist.key"])
         if run is None:
-            self._created[item.where] += 1
+            self._created[item.run_key] += 1
             run = client.create_run(self.experiment_id, item.at_ms, tags, item.name)
         else:
             if run.info.status != "RUNNING" and not self._out_of_date(item, run):
@@ -170,15 +170,15 @@ class Store:
             if new:
                 client.log_batch(run.info.run_id, tags=new)
         steps = {metric.key: metric.step for metric in run.to_proto().data.metrics}
-        self.reached[item.where] = Reached(run.info.run_id, dict(run.data.params), steps)
-        if self._ids.get(item.where) != run.info.run_id:
-            self._know(item.where, run.info.run_id)
+        self.remote_runs[item.run_key] = RemoteRun(run.info.run_id, dict(run.data.params), steps)
+        if self._ids.get(item.run_key) != run.info.run_id:
+            self._remember_id(item.run_key, run.info.run_id)
 
-    def _out_of_date(self, item: Item, run: Any) -> bool:
+    def _out_of_date(self, item: Record, run: Any) -> bool:
         """Whether another life has ended the run since: by the clock, which this life's own words need not heed."""
-        return not item.id.startswith(self._life) and (run.info.end_time or 0) > item.at_ms
+        return not item.id.startswith(self._session_id) and (run.info.end_time or 0) > item.at_ms
 
-    def _know(self, name: str, id_: str) -> None:
+    def _remember_id(self, name: str, id_: str) -> None:
         self._remember({name: id_})
         self._ids[name] = id_
 
@@ -206,11 +206,11 @@ class Store:
         """Delete the empty twins of a run: made by requests that a slow server took up after we asked again."""
         if self._created[where] > 1:
             for run in self._known_by(client, f"{self._ids['key']}/{where}"):
-                if run.info.run_id != self.reached[where].id and not run.data.metrics:
+                if run.info.run_id != self.remote_runs[where].id and not run.data.metrics:
                     client.delete_run(run.info.run_id)
 
 
-def _send_points(client: Any, item: Item, run: Reached) -> None:
+def _send_points(client: Any, item: Record, run: RemoteRun) -> None:
     """Send the points that the run does not hold: the steps of each curve only grow, so the latest one tells.
 
     Of a ticket, a score 'x' at step = alive weights goes in one batch with 'round/x', whose steps are rounds and grow;
@@ -219,7 +219,7 @@ def _send_points(client: Any, item: Item, run: Reached) -> None:
     from mlflow.entities import Metric
 
     steps, points = dict(run.steps), list[tuple[str, float, int, int]]()
-    rounds = {name: step for name, _, _, step in item.points if item.do == "ticket" and name.startswith(BY_ROUND)}
+    rounds = {name: step for name, _, _, step in item.points if item.kind == "ticket" and name.startswith(BY_ROUND)}
     for name, value, at_ms, step in item.points:
         twin = BY_ROUND + name
         if rounds[twin] > run.steps.get(twin, -1) if twin in rounds else step > steps.get(name, -1):
@@ -246,14 +246,14 @@ def database(uri: str) -> Path:
     return Path(uri.partition(":///")[2].partition("?")[0]).resolve()
 
 
-def told(trouble: BaseException, uri: str) -> str:
+def describe(trouble: BaseException, uri: str) -> str:
     """What went wrong at a tracking URI, for people: short, and without secrets."""
-    text = " ".join(masked(str(trouble), uri).split())
+    text = " ".join(redact(str(trouble), uri).split())
     short = text if len(text) <= 300 else f"{text[:120]} ... {text[-170:]}"  # the cause stands last
     return f"{type(trouble).__name__}: {short}"
 
 
-def troubles() -> tuple[type[BaseException], ...]:
+def transient_errors() -> tuple[type[BaseException], ...]:
     """What comes of a store that is away, refuses, lacks its driver, or whose answers make no sense; and Fault."""
     from mlflow.exceptions import MlflowException
 
@@ -277,7 +277,7 @@ def import_quietly(uri: str) -> None:
     scheme = uri.partition("://")[0]
     if scheme == "file" or scheme == uri != "databricks":
         raise UserError(
-            f"found the tracking URI {masked(uri, uri)!r} in tracking.uri or MLFLOW_TRACKING_URI: MLflow 3 "
+            f"found the tracking URI {redact(uri, uri)!r} in tracking.uri or MLFLOW_TRACKING_URI: MLflow 3 "
             "keeps no runs in plain folders. Use sqlite:///mlflow.db, http://host:port or postgresql://user@host/db."
         )
     if importlib.util.find_spec("mlflow") is None:

@@ -27,15 +27,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mirl_dist.errors import UserError
-from mirl_dist.observability.mlflow.records import Item
-from mirl_dist.observability.mlflow.segments import Entry, Segment, lines_of, segments_of, write
+from mirl_dist.observability.mlflow.records import Record
+from mirl_dist.observability.mlflow.segments import PendingRecord, Segment, lines_of, segments_of, write
 
 SEGMENT_BYTES = 2**20
 
 _log = logging.getLogger("mirl_dist.tracking")
 
 
-class Waiting(NamedTuple):
+class Pending(NamedTuple):
     """What waits. since: wall-clock seconds of the oldest."""
 
     points: int
@@ -54,19 +54,19 @@ class Journal:
         self._naming = threading.Lock()  # a segment of this life is never seen without being known as such
         self._lock, self._locked = -1, False
 
-    def append(self, item: Item) -> Entry:
+    def append(self, item: Record) -> PendingRecord:
         """Keep an item; from then on no death of this process loses it. Raises OSError, and nothing is half kept."""
         if not self._mine or self._mine[-1].end >= SEGMENT_BYTES:
             with self._naming:
                 self._mine.append(Segment.new(self.folder))
         return self._mine[-1].append(item)
 
-    def sent(self, entries: Collection[Entry]) -> None:
+    def sent(self, entries: Collection[PendingRecord]) -> None:
         """Note what was delivered; segments that are through, and not in use, go. Raises OSError."""
         for segment, some in itertools.groupby(entries, lambda entry: entry.segment):
             if segment is not None:
                 segment.note_sent(list(some))
-                if segment.waiting == 0 and segment not in self._mine[-1:]:
+                if segment.pending == 0 and segment not in self._mine[-1:]:
                     segment.remove()
 
     def key(self) -> str:
@@ -85,7 +85,7 @@ class Journal:
     def close(self) -> None:
         """Let others deliver; a segment that is through goes. Twice is once."""
         for segment in self._mine:
-            if segment.waiting == 0:
+            if segment.pending == 0:
                 with contextlib.suppress(OSError):
                     segment.remove()
             segment.close()
@@ -107,7 +107,7 @@ class Journal:
             self._locked = True
         return self._locked
 
-    def older(self) -> list[Entry]:
+    def older(self) -> list[PendingRecord]:
         """What earlier lives left, in order; who holds the lock may deliver it, and clears up. Raises OSError."""
         with self._naming:
             first = self._mine[0].number if self._mine else math.inf
@@ -140,9 +140,9 @@ class Journal:
         return known & set(ids)
 
 
-def waiting(folder: Path) -> Waiting:
+def pending_records(folder: Path) -> Pending:
     """What waits in a journal, whether its run lives or not; nothing is touched. Raises Fault."""
-    entries = list[Entry]()
+    entries = list[PendingRecord]()
     try:
         for segment in segments_of(folder):
             with contextlib.suppress(FileNotFoundError):
@@ -154,6 +154,6 @@ def waiting(folder: Path) -> Waiting:
     return count(entries)
 
 
-def count(entries: Collection[Entry]) -> Waiting:
+def count(entries: Collection[PendingRecord]) -> Pending:
     since = min((entry.at_ms / 1000 for entry in entries), default=None)
-    return Waiting(sum(entry.points for entry in entries), sum(not entry.points for entry in entries), since)
+    return Pending(sum(entry.points for entry in entries), sum(not entry.points for entry in entries), since)

@@ -14,12 +14,19 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from mirl_dist.observability.mlflow.journal import Journal, Waiting, count
-from mirl_dist.observability.mlflow.records import POINTS_PER_CALL, Damaged, Item, legal_name, line_of, parse_all
-from mirl_dist.observability.mlflow.segments import Entry, entry_of
+from mirl_dist.observability.mlflow.journal import Journal, Pending, count
+from mirl_dist.observability.mlflow.records import (
+    POINTS_PER_CALL,
+    DamagedRecord,
+    Record,
+    legal_name,
+    line_of,
+    parse_all,
+)
+from mirl_dist.observability.mlflow.segments import PendingRecord, entry_of
 
 MEMORY_BYTES, POINT_BYTES = 64 * 2**20, 200  # what may wait in memory; one point there, roughly
-BACKLOG_BYTES = 16 * 2**20
+MAX_PENDING_BYTES = 16 * 2**20
 
 _log = logging.getLogger("mirl_dist.tracking")
 
@@ -37,13 +44,13 @@ class Outbox:
         self.mine = journal is None
         self.sent = self.forgotten = 0
         self._store_name, self._journal = store_name, journal
-        self._queue: OrderedDict[str, Entry] = OrderedDict()
+        self._queue: OrderedDict[str, PendingRecord] = OrderedDict()
         self._files = self._memory = 0  # how many are files; bytes in memory alone
-        self._life, self._count, self._last_ms = life, 0, 0
-        self._disk_told = False
+        self._session_id, self._count, self._last_ms = life, 0, 0
+        self._disk_warned = False
         self._order = self._inherit(inherited)
 
-    def put(self, item: Item) -> None:
+    def put(self, item: Record) -> None:
         """Keep an item for sending; it gets its id and its time here. The clock of a life never runs backwards."""
         with self.changed:
             item.at_ms = self._tick()
@@ -58,9 +65,9 @@ class Outbox:
             now = self._tick()
             points = [(legal_name(n), float(v), now, step) for n, v, step in values if math.isfinite(v)]
             for start in range(0, len(points), POINTS_PER_CALL):
-                self._keep(Item(do, where, points=points[start : start + POINTS_PER_CALL], at_ms=now))
+                self._keep(Record(do, where, points=points[start : start + POINTS_PER_CALL], at_ms=now))
 
-    def take_over(self) -> bool:
+    def claim_older(self) -> bool:
         """Whether this process delivers from now on: it holds the journal's lock and knows what earlier lives left."""
         if not self.mine:
             assert self._journal is not None
@@ -69,31 +76,33 @@ class Outbox:
             older = self._older()
             with self.changed:
                 self._queue = self._merged(older)
-                self._files = sum(entry.do == "file" for entry in self._queue.values())
+                self._files = sum(entry.kind == "file" for entry in self._queue.values())
                 self.mine = True
         return True
 
-    def waits(self) -> tuple[int, int]:
+    def has_pending(self) -> tuple[int, int]:
         """How many items wait that are files, and that are none."""
         return self._files, len(self._queue) - self._files
 
-    def count(self) -> Waiting:
+    def count(self) -> Pending:
         with self.changed:
             return count(self._queue.values())
 
-    def in_memory(self) -> Waiting:
+    def in_memory(self) -> Pending:
         """What of it no disk has."""
         with self.changed:
             return count([entry for entry in self._queue.values() if entry.item is not None])
 
-    def next(self, *, files: bool, others: bool) -> list[Entry]:
+    def next(self, *, files: bool, others: bool) -> list[PendingRecord]:
         """What goes in the next delivery: points of one run, up to the limit, or one item; files or others or both."""
-        batch, points = list[Entry](), 0
+        batch, points = list[PendingRecord](), 0
         with self.changed:
             for entry in self._queue.values():
-                if not (files if entry.do == "file" else others):
+                if not (files if entry.kind == "file" else others):
                     continue
-                joins = entry.do == "points" and (not batch or (batch[0].do, batch[0].where) == ("points", entry.where))
+                joins = entry.kind == "points" and (
+                    not batch or (batch[0].kind, batch[0].run_key) == ("points", entry.run_key)
+                )
                 points += entry.points
                 if batch and not (joins and points <= POINTS_PER_CALL):
                     break
@@ -102,7 +111,7 @@ class Outbox:
                     break
         return batch
 
-    def done(self, batch: list[Entry]) -> None:
+    def done(self, batch: list[PendingRecord]) -> None:
         """These need not be sent any more."""
         with self.changed:
             for entry in batch:
@@ -113,20 +122,20 @@ class Outbox:
                     self._journal.sent(batch)
             self.changed.notify_all()
 
-    def backlog(self) -> bytes:
+    def pending_lines(self) -> bytes:
         """All that waits now as lines, for a life on another machine; the largest files are left out above 16 MiB."""
         with self.changed:
             entries = list((self._queue if self.mine else self._merged(self._older())).values())
             size = sum((entry.end - entry.start or _weight(entry)) + entry.size * 4 // 3 for entry in entries)
             for entry in sorted(entries, key=lambda entry: -entry.size):
-                if size <= BACKLOG_BYTES or not entry.size:
+                if size <= MAX_PENDING_BYTES or not entry.size:
                     break
                 size -= entry.size * 4 // 3
                 entries.remove(entry)
             lines = []
             for entry in entries:
-                with contextlib.suppress(OSError, Damaged):
-                    lines.append(line_of(entry.read()) if entry.do == "file" else entry.raw())
+                with contextlib.suppress(OSError, DamagedRecord):
+                    lines.append(line_of(entry.read()) if entry.kind == "file" else entry.raw())
             return b"".join(lines)
 
     def close(self) -> None:
@@ -150,7 +159,7 @@ class Outbox:
                 self._keep(item)
         return order
 
-    def _older(self) -> list[Entry]:
+    def _older(self) -> list[PendingRecord]:
         assert self._journal is not None
         try:
             return self._journal.older()
@@ -158,7 +167,7 @@ class Outbox:
             _log.warning("what waits for %s in %s cannot be read (%s)", self._store_name, self._journal.folder, error)
             return []
 
-    def _merged(self, older: list[Entry]) -> OrderedDict[str, Entry]:
+    def _merged(self, older: list[PendingRecord]) -> OrderedDict[str, PendingRecord]:
         everything = [*older, *self._queue.values()]
         first = [entry for entry in everything if entry.id in self._order]
         first.sort(key=lambda entry: self._order[entry.id])
@@ -169,28 +178,28 @@ class Outbox:
         self._last_ms = max(self._last_ms, time.time_ns() // 1_000_000)
         return self._last_ms
 
-    def _keep(self, item: Item) -> None:
+    def _keep(self, item: Record) -> None:
         if not item.id:
-            item.id = f"{self._life}-{self._count}"
+            item.id = f"{self._session_id}-{self._count}"
             self._count += 1
         entry = None
         if self._journal is not None:
             try:
                 entry = self._journal.append(item)
             except OSError as error:
-                if not self._disk_told:
+                if not self._disk_warned:
                     _log.warning(
                         "the journal %s takes no more (%s): what %s is to hear waits in memory only. Make room, or "
                         "correct the rights.",
                         *(self._journal.folder, error.strerror or error, self._store_name),
                     )
-                self._disk_told = True
+                self._disk_warned = True
         if entry is None:
             entry = entry_of(item)
             entry.item = item
             self._memory += _weight(entry)
         self._queue[entry.id] = entry
-        self._files += entry.do == "file"
+        self._files += entry.kind == "file"
         self._forget_oldest()
 
     def _forget_oldest(self) -> None:
@@ -204,12 +213,12 @@ class Outbox:
             self.forgotten += oldest.points or 1
             self._drop(oldest)
 
-    def _drop(self, entry: Entry) -> None:
+    def _drop(self, entry: PendingRecord) -> None:
         if self._queue.pop(entry.id, None) is not None:
-            self._files -= entry.do == "file"
+            self._files -= entry.kind == "file"
             if entry.item is not None:
                 self._memory -= _weight(entry)
 
 
-def _weight(entry: Entry) -> int:
+def _weight(entry: PendingRecord) -> int:
     return POINT_BYTES * entry.points + entry.size

@@ -16,15 +16,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from mirl_dist.errors import UserError
-from mirl_dist.observability.mlflow.client import database, experiment_id, import_quietly, told, troubles
+from mirl_dist.observability.mlflow.client import database, describe, experiment_id, import_quietly, transient_errors
 from mirl_dist.observability.mlflow.records import (
     LONGEST_TAG,
+    check_uri,
+    default_uri,
     legal_name,
-    masked,
     page,
-    refuse_unclear,
-    shown,
-    usual_uri,
+    redact,
+    redact_uri,
 )
 
 EXPERIMENT = "experiment:"
@@ -35,7 +35,7 @@ _LARGEST = {RUN: _MIB, TICKET: 16 * _MIB, MASK: 256 * _MIB, PICTURES: 64 * _MIB}
 _KEY, _PARENT = "mirl_dist.key", "mlflow.parentRunId"
 
 
-class Kept(NamedTuple):
+class RemoteTicket(NamedTuple):
     """What a round left: ticket.json, mask.safetensors and pictures.png as they were written; None for what is none."""
 
     round: int
@@ -44,39 +44,41 @@ class Kept(NamedTuple):
     pictures: bytes | None
 
 
-class Found(NamedTuple):
+class RemoteTickets(NamedTuple):
     """A run with its tickets, by round. config: what its run.json says, None where it has none."""
 
     run_name: str
     run_id: str
     config: dict[str, Any] | None
-    tickets: list[Kept]
+    tickets: list[RemoteTicket]
 
 
-def read(reference: str, uri: str | None) -> list[Found]:
+def read(reference: str, uri: str | None) -> list[RemoteTickets]:
     """The run of an id, or with 'experiment:NAME' all runs of an experiment that have tickets, oldest first.
 
     uri: tracking URI; None as for `Mlflow`. Raises Fault for an id that no run of ours has or that a round has, for
     runs without tickets, for files that are missing or too large to be ours, and (resumable) for a store that is away.
     """
-    address = usual_uri(uri)
+    address = default_uri(uri)
     with _asking(address) as client:
         if not reference.startswith(EXPERIMENT):
-            run = _run(client, reference, shown(address))
-            found = _found(client, run, shown(address))
+            run = _run(client, reference, redact_uri(address))
+            found = _found(client, run, redact_uri(address))
             if not found.tickets:
-                raise UserError(f"found no ticket yet in {_named(run)} at {shown(address)}. Wait for its first round.")
+                raise UserError(
+                    f"found no ticket yet in {_named(run)} at {redact_uri(address)}. Wait for its first round."
+                )
             return [found]
         name = reference.removeprefix(EXPERIMENT)
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             known = sorted(e.name for e in client.search_experiments(max_results=20))
-            raise UserError(f"found no experiment {name!r} at {shown(address)}. There are: {', '.join(known)}.")
+            raise UserError(f"found no experiment {name!r} at {redact_uri(address)}. There are: {', '.join(known)}.")
         runs = _search(client, experiment.experiment_id, f"tags.`{_KEY}` LIKE '%/run'")
-        everything = [_found(client, run, shown(address)) for run in runs]
+        everything = [_found(client, run, redact_uri(address)) for run in runs]
         if not any(found.tickets for found in everything):
             raise UserError(
-                f"found no run with tickets in the experiment {name!r} at {shown(address)}. Name another one."
+                f"found no run with tickets in the experiment {name!r} at {redact_uri(address)}. Name another one."
             )
         return [found for found in everything if found.tickets]
 
@@ -111,12 +113,12 @@ def log_report(
     for a store that is away, and leaves no run half filled there if it can.
     """
     assert files and not any(PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts for path in files)
-    address = usual_uri(uri)
+    address = default_uri(uri)
     with _asking(address, makes=True) as client:
         from mlflow.entities import Metric
 
         place = experiment_id(client, address, experiment)
-        texts = {legal_name(n): masked(text, address)[:LONGEST_TAG] for n, text in tags.items()}
+        texts = {legal_name(n): redact(text, address)[:LONGEST_TAG] for n, text in tags.items()}
         run = client.create_run(place, tags=texts | {"mirl_dist.report": name}, run_name=name).info
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +131,7 @@ def log_report(
             )
             client.set_terminated(run.run_id)
         except BaseException:
-            with contextlib.suppress(*troubles()):
+            with contextlib.suppress(*transient_errors()):
                 client.delete_run(run.run_id)
             raise
     return page(address, place, run.run_id)
@@ -138,11 +140,11 @@ def log_report(
 @contextlib.contextmanager
 def _asking(address: str, *, makes: bool = False) -> Iterator[Any]:
     """A client; troubles with the store become Faults. makes: whether a SQLite store may be new."""
-    refuse_unclear(address)
+    check_uri(address)
     import_quietly(address)
     if address.startswith("sqlite") and not makes and not database(address).exists():
         raise UserError(
-            f"found no file {database(address)} for the tracking URI {shown(address)}. "
+            f"found no file {database(address)} for the tracking URI {redact_uri(address)}. "
             "Give the address that the runs were tracked at."
         )
     from mlflow import MlflowClient
@@ -151,9 +153,9 @@ def _asking(address: str, *, makes: bool = False) -> Iterator[Any]:
         yield MlflowClient(tracking_uri=address)
     except UserError:
         raise
-    except troubles() as trouble:
+    except transient_errors() as trouble:
         raise UserError(
-            f"found {shown(address)} away or refusing ({told(trouble, address)}). "
+            f"found {redact_uri(address)} away or refusing ({describe(trouble, address)}). "
             "Check the server, and the address in tracking.uri or MLFLOW_TRACKING_URI.",
             resumable=True,
         ) from None
@@ -180,7 +182,7 @@ def _run(client: Any, id_: str, store: str) -> Any:
     return run
 
 
-def _found(client: Any, run: Any, store: str) -> Found:
+def _found(client: Any, run: Any, store: str) -> RemoteTickets:
     nested = _search(client, run.info.experiment_id, f"tags.`{_PARENT}` = '{run.info.run_id}'")
     with ThreadPoolExecutor(4) as pool:  # one file costs MLflow several requests
         kept = list(filter(None, pool.map(lambda each: _kept(client, each, store), nested)))
@@ -192,10 +194,10 @@ def _found(client: Any, run: Any, store: str) -> Found:
             config = None
         if not isinstance(config, dict):
             raise UserError(f"found {RUN} of {_named(run)} at {store} damaged. Compare the run's folder in its place.")
-    return Found(run.info.run_name, run.info.run_id, config, sorted(kept))
+    return RemoteTickets(run.info.run_name, run.info.run_id, config, sorted(kept))
 
 
-def _kept(client: Any, run: Any, store: str) -> Kept | None:
+def _kept(client: Any, run: Any, store: str) -> RemoteTicket | None:
     """The ticket of a nested run with what belongs to it; None while the round has none."""
     number = run.data.tags.get(_KEY, "").rpartition("/round/")[2]
     if not (number.isdecimal() and number.isascii()):
@@ -203,7 +205,7 @@ def _kept(client: Any, run: Any, store: str) -> Kept | None:
     folder = f"tickets/{number}/"
     files = _files(client, run, folder, (TICKET, MASK, PICTURES), store)
     if TICKET in files:
-        return Kept(int(number), files[TICKET], files.get(MASK), files.get(PICTURES))
+        return RemoteTicket(int(number), files[TICKET], files.get(MASK), files.get(PICTURES))
     if "alive_weights" not in run.data.metrics:
         return None
     raise UserError(

@@ -33,11 +33,11 @@ _DATA = re.compile(r"\d{8}-\d{1,15}\.data")
 
 
 @dataclass(eq=False)
-class Item:
+class Record:
     """One thing to deliver."""
 
-    do: str  # open, params, points, ticket, file or end
-    where: str  # "run" or "round/03"
+    kind: str  # open, params, points, ticket, file or end
+    run_key: str  # "run" or "round/03"
     name: str = ""  # of a run or a file; the status for "end"
     texts: dict[str, str] = field(default_factory=dict)  # tags or params
     points: list[tuple[str, float, int, int]] = field(default_factory=list)  # name, value, time in ms, step
@@ -46,35 +46,35 @@ class Item:
     id: str = ""  # unique over all lives of a run: 32 hex digits of the life, '-', and a number
 
 
-class Lies(NamedTuple):
+class BlobRef(NamedTuple):
     """Where the content of a file lies beside a journal's line, and how many bytes it has."""
 
     file: str
     size: int
 
 
-class Damaged(ValueError):
+class DamagedRecord(ValueError):
     """A line, or the file that it names, is not what was written."""
 
 
-def line_of(item: Item, lies: Lies | None = None) -> bytes:
+def line_of(item: Record, lies: BlobRef | None = None) -> bytes:
     """The line of an item; a file's content is in it unless it lies elsewhere."""
-    said: dict[str, object] = {"id": item.id, "do": item.do, "where": item.where, "at_ms": item.at_ms}
+    said: dict[str, object] = {"id": item.id, "do": item.kind, "where": item.run_key, "at_ms": item.at_ms}
     for key in ("name", "texts", "points"):
         if value := getattr(item, key):
             said[key] = value
     if lies is not None:
         said |= lies._asdict()
-    elif item.do == "file":
+    elif item.kind == "file":
         said["data"] = base64.b64encode(item.data).decode()
     return json.dumps(said, separators=(",", ":")).encode() + b"\n"
 
 
-def parse(line: bytes) -> tuple[Item, Lies | None]:
+def parse(line: bytes) -> tuple[Record, BlobRef | None]:
     """The item of a line, and where its content lies if not in the line. Raises Damaged."""
     try:
         said = json.loads(line)
-        item = Item(
+        item = Record(
             said["do"],
             said["where"],
             said.get("name", ""),
@@ -84,38 +84,38 @@ def parse(line: bytes) -> tuple[Item, Lies | None]:
             int(said["at_ms"]),
             said["id"],
         )
-        lies = Lies(str(said["file"]), int(said["size"])) if "file" in said else None
+        lies = BlobRef(str(said["file"]), int(said["size"])) if "file" in said else None
         sound = _sound(item, lies)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise Damaged(str(error)) from None
+        raise DamagedRecord(str(error)) from None
     if not sound:
-        raise Damaged("it says what no run has said")
+        raise DamagedRecord("it says what no run has said")
     return item, lies
 
 
-def parse_all(lines: bytes) -> tuple[list[Item], int]:
+def parse_all(lines: bytes) -> tuple[list[Record], int]:
     """The items of a commit's lines, and how many lines are damaged."""
     found, damaged = [], 0
     for line in lines.splitlines():
         try:
             item, lies = parse(line)
             if lies is not None:
-                raise Damaged("its content is elsewhere")
+                raise DamagedRecord("its content is elsewhere")
             found.append(item)
-        except Damaged:
+        except DamagedRecord:
             damaged += 1
     return found, damaged
 
 
-def _sound(item: Item, lies: Lies | None) -> bool:
+def _sound(item: Record, lies: BlobRef | None) -> bool:
     """Whether a run could have said this; no path leads out of its folder."""
     path = PurePosixPath(item.name)
     return (
-        item.do in _DOES
-        and _WHERE.fullmatch(item.where) is not None
+        item.kind in _DOES
+        and _WHERE.fullmatch(item.run_key) is not None
         and _ID.fullmatch(item.id) is not None
         and all(math.isfinite(value) for _, value, _, _ in item.points)
-        and (item.do != "file" or (bool(path.name) and not path.is_absolute() and ".." not in path.parts))
+        and (item.kind != "file" or (bool(path.name) and not path.is_absolute() and ".." not in path.parts))
         and (lies is None or _DATA.fullmatch(lies.file) is not None)
     )
 
@@ -163,7 +163,7 @@ def image_files(key: str, png: bytes, step: int) -> dict[str, bytes]:
     return {f"{path}.png": png, f"{path}+compressed.webp": data.getvalue()}
 
 
-def shown(uri: str) -> str:
+def redact_uri(uri: str) -> str:
     """A tracking URI without password, token and query (for web addresses without user name as well).
 
     A password may hold a '/' that nobody escaped: all up to the last '@' may belong to it."""
@@ -182,7 +182,7 @@ def shown(uri: str) -> str:
     return f"{kind}://{name}{'@' if name else ''}{host}"
 
 
-def refuse_unclear(uri: str) -> None:
+def check_uri(uri: str) -> None:
     """Raise Fault, without a password in it, for a tracking URI whose '@' stands behind the host, and for one whose
     port is none."""
     kind, found, rest = uri.partition("://")
@@ -210,14 +210,14 @@ def _is_web(kind: str) -> bool:
     return kind.lower() in ("http", "https")
 
 
-def usual_uri(configured: str | None) -> str:
+def default_uri(configured: str | None) -> str:
     """The tracking URI that is meant: what is configured, else what the environment says, else a file here."""
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
 def page(uri: str, experiment_id: str, run_id: str) -> str:
     """Where people find a run ('' while it is unknown): its page, or the command that opens the store; no password."""
-    clean = shown(uri)
+    clean = redact_uri(uri)
     if not clean.startswith("http"):
         return f"{clean} (to see it: {_mlflow_here()} ui --backend-store-uri {clean})"
     return f"{clean.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}" if run_id else clean
@@ -232,7 +232,7 @@ def _mlflow_here() -> str:
         return "mlflow"
 
 
-def masked(text: str, uri: str) -> str:
+def redact(text: str, uri: str) -> str:
     """A text without the secrets of the tracking URI, of MLflow's environment, and of any address in it."""
     kind, _, rest = uri.partition("://")
     secrets = [os.environ.get(f"MLFLOW_TRACKING_{word}", "") for word in ("PASSWORD", "TOKEN")]
@@ -240,7 +240,7 @@ def masked(text: str, uri: str) -> str:
         user, _, password = place.rpartition("@")[0].partition(":")
         secrets += [password, unquote(password), user if not password and _is_web(kind) else ""]
     secrets.append(rest.partition("?")[2].partition("#")[0])
-    text = re.sub(r"(\w://)(?!/)\S+@", r"\1***@", text.replace(uri, shown(uri)))
+    text = re.sub(r"(\w://)(?!/)\S+@", r"\1***@", text.replace(uri, redact_uri(uri)))
     for secret in sorted(secrets, key=len, reverse=True):
         if len(secret) > 3:  # shorter ones would garble every word
             text = text.replace(secret, "***")

@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mirl_dist.observability.mlflow.records import Damaged, Item, Lies, line_of, parse
+from mirl_dist.observability.mlflow.records import BlobRef, DamagedRecord, Record, line_of, parse
 
 _OURS = re.compile(r"(\d{8})(\.jsonl|\.sent|-\d+\.data)")
 
 
 @dataclass(eq=False)
-class Entry:
+class PendingRecord:
     """An item that waits: what must be known of it, and where its line stands (or the item, where no disk has it)."""
 
     id: str
-    do: str
-    where: str
+    kind: str
+    run_key: str
     at_ms: int
     points: int
     size: int  # of a file's content, in bytes
@@ -31,7 +31,7 @@ class Entry:
     start: int = 0
     end: int = 0
     file: str = ""
-    item: Item | None = None
+    item: Record | None = None
 
     def raw(self) -> bytes:
         """Its line, or that of the item in memory. Raises OSError."""
@@ -40,7 +40,7 @@ class Entry:
             return line_of(self.item)
         return self.segment.raw(self.start, self.end)
 
-    def read(self) -> Item:
+    def read(self) -> Record:
         """The whole item. Raises Damaged, OSError."""
         if self.item is not None:
             return self.item
@@ -48,12 +48,12 @@ class Entry:
         if lies is not None and self.segment is not None:
             item.data = (self.segment.folder / lies.file).read_bytes()
             if len(item.data) != lies.size:
-                raise Damaged(f"{lies.file} has {len(item.data)} bytes instead of {lies.size}")
+                raise DamagedRecord(f"{lies.file} has {len(item.data)} bytes instead of {lies.size}")
         return item
 
 
-def entry_of(item: Item) -> Entry:
-    return Entry(item.id, item.do, item.where, item.at_ms, len(item.points), len(item.data))
+def entry_of(item: Record) -> PendingRecord:
+    return PendingRecord(item.id, item.kind, item.run_key, item.at_ms, len(item.points), len(item.data))
 
 
 class Segment:
@@ -62,7 +62,7 @@ class Segment:
     def __init__(self, folder: Path, number: int) -> None:
         self.folder, self.number, self._handle = folder, number, -1
         self.path, self._sent_path = (folder / f"{number:08d}.{ending}" for ending in ("jsonl", "sent"))
-        self.end = self.waiting = self.damaged = 0
+        self.end = self.pending = self.damaged = 0
 
     @classmethod
     def new(cls, folder: Path) -> Segment:
@@ -74,12 +74,12 @@ class Segment:
                 break
         return made
 
-    def append(self, item: Item) -> Entry:
+    def append(self, item: Record) -> PendingRecord:
         """Write the item's line, after a file's content. Raises OSError, and is then as before."""
         entry, lies = entry_of(item), None
-        if item.do == "file":
+        if item.kind == "file":
             entry.file = f"{self.number:08d}-{self.end}.data"
-            lies = Lies(entry.file, entry.size)
+            lies = BlobRef(entry.file, entry.size)
             write(self.folder / entry.file, item.data)
         line = line_of(item, lies)
         done = 0
@@ -87,7 +87,7 @@ class Segment:
             done += os.pwrite(self._handle, line[done:], self.end + done)
         entry.segment, entry.start, entry.end = self, self.end, self.end + len(line)
         self.end += len(line)
-        self.waiting += 1
+        self.pending += 1
         return entry
 
     def raw(self, start: int, end: int) -> bytes:
@@ -99,10 +99,10 @@ class Segment:
             if handle != self._handle:
                 os.close(handle)
 
-    def everything(self) -> list[Entry]:
+    def everything(self) -> list[PendingRecord]:
         """Every whole line, delivered or not. Raises OSError."""
         text = self.path.read_bytes()
-        found, start = list[Entry](), 0
+        found, start = list[PendingRecord](), 0
         self.damaged = 0
         while end := text.find(b"\n", start) + 1:
             try:
@@ -111,12 +111,12 @@ class Segment:
                 entry.segment, entry.start, entry.end = self, start, end
                 entry.file, entry.size = lies or ("", 0)
                 found.append(entry)
-            except Damaged:
+            except DamagedRecord:
                 self.damaged += 1
             start = end
         return found
 
-    def left(self) -> list[Entry]:
+    def left(self) -> list[PendingRecord]:
         """What is not delivered yet. Raises OSError."""
         found = self.everything()  # first, so that what is delivered meanwhile does not count
         sent, at = sorted(self._sent()), 0
@@ -126,12 +126,12 @@ class Segment:
                 at += 1
             if at == len(sent) or entry.start < sent[at][0]:
                 left.append(entry)
-        self.waiting = len(left)
+        self.pending = len(left)
         return left
 
-    def note_sent(self, entries: Collection[Entry]) -> None:
+    def note_sent(self, entries: Collection[PendingRecord]) -> None:
         """Note that these are delivered, and drop their contents. Raises OSError when it is not noted."""
-        self.waiting -= len(entries)
+        self.pending -= len(entries)
         regions: list[list[int]] = []
         for entry in entries:
             if regions and regions[-1][1] == entry.start:

@@ -15,8 +15,8 @@ from typing import Protocol
 
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow.outbox import Outbox
-from mirl_dist.observability.mlflow.records import Damaged, Item
-from mirl_dist.observability.mlflow.segments import Entry
+from mirl_dist.observability.mlflow.records import DamagedRecord, Record
+from mirl_dist.observability.mlflow.segments import PendingRecord
 
 STEPS_PER_DELIVERY, SECONDS_PER_DELIVERY = 50, 5.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, HURRIED_PAUSE_SECONDS = 5.0, 300.0, 1.0
@@ -25,7 +25,7 @@ LOCK_PAUSE_SECONDS = 1.0
 _log = logging.getLogger("mirl_dist.tracking")
 
 
-class Store(Protocol):
+class RecordStore(Protocol):
     """Where items go.
 
     deliver: must bear the same item twice, and one of a run that an earlier life opened. troubles: what it may raise
@@ -34,10 +34,10 @@ class Store(Protocol):
 
     name: str  # for people, without secrets
 
-    def deliver(self, item: Item) -> None: ...
-    def troubles(self) -> tuple[type[BaseException], ...]: ...
-    def told(self, trouble: BaseException) -> str: ...
-    def final(self, trouble: BaseException) -> bool: ...
+    def deliver(self, item: Record) -> None: ...
+    def transient_errors(self) -> tuple[type[BaseException], ...]: ...
+    def describe(self, trouble: BaseException) -> str: ...
+    def is_final(self, trouble: BaseException) -> bool: ...
     def answers(self) -> bool: ...
 
 
@@ -60,14 +60,14 @@ class _Outage:
 class Sender:
     """Sends what an outbox holds to a store, in a daemon thread after `start`, or in the caller's by `send_all`."""
 
-    def __init__(self, store: Store, outbox: Outbox) -> None:
+    def __init__(self, store: RecordStore, outbox: Outbox) -> None:
         self._store, self._outbox, self._changed = store, outbox, outbox.changed
         self._due, self._steps, self._lock_at = math.inf, 0, 0.0
         self._longest_pause, self._closed = math.inf, False
         self._away, self._no_files = _Outage(), _Outage()
         self._refused = set[tuple[str, str]]()
-        self._trouble = "nothing got through"
-        self._tell: Callable[..., None] = _log.warning  # of outages
+        self._error = "nothing got through"
+        self._announce: Callable[..., None] = _log.warning  # of outages
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
 
     def start(self) -> None:
@@ -112,7 +112,7 @@ class Sender:
     def send_all(self, idle_seconds: float, advance: Callable[[int], None]) -> str:
         """Send all that waits, in this thread; what hindered it for `idle_seconds`, else ''. advance: items so far."""
         self._due, self._longest_pause = -math.inf, HURRIED_PAUSE_SECONDS
-        self._tell = _nobody
+        self._announce = _nobody
         last, sent = time.monotonic(), 0
         while self._unfinished():
             self._send_one()
@@ -120,7 +120,7 @@ class Sender:
                 last, sent = time.monotonic(), self._outbox.sent
                 advance(sent)
             elif time.monotonic() - last > idle_seconds:
-                return self._trouble
+                return self._error
             else:
                 time.sleep(max(0.0, min(self._pause(), HURRIED_PAUSE_SECONDS)))
         return ""
@@ -132,14 +132,14 @@ class Sender:
                 self._changed.notify_all()
 
     def _unfinished(self) -> bool:
-        return not self._outbox.mine or sum(self._outbox.waits()) > 0
+        return not self._outbox.mine or sum(self._outbox.has_pending()) > 0
 
     def _work(self) -> None:
         try:
             while self._awaited():
                 if self._outbox.mine:
                     self._send_one()
-                elif self._outbox.take_over():
+                elif self._outbox.claim_older():
                     self._gather_anew()
                 else:
                     self._lock_at = time.monotonic() + LOCK_PAUSE_SECONDS
@@ -160,7 +160,7 @@ class Sender:
         """Seconds until something may be tried."""
         at = self._lock_at
         if self._outbox.mine:
-            files, others = self._outbox.waits()
+            files, others = self._outbox.has_pending()
             at = min(
                 max(self._away.not_before, self._due) if others else math.inf,
                 max(self._away.not_before, self._no_files.not_before) if files else math.inf,
@@ -170,7 +170,7 @@ class Sender:
     def _gather_anew(self) -> None:
         """When all steps are sent, the next ones are gathered again."""
         with self._changed:
-            if not self._outbox.waits()[1]:
+            if not self._outbox.has_pending()[1]:
                 self._due, self._steps = math.inf, 0
 
     def _send_one(self) -> None:
@@ -184,46 +184,46 @@ class Sender:
             return
         try:
             self._store.deliver(item)
-        except self._store.troubles() as trouble:
+        except self._store.transient_errors() as trouble:
             if not self._refuses(item, trouble):
                 self._must_wait(item, trouble)
                 return
         else:
-            self._refused.discard((item.do, item.where))
+            self._refused.discard((item.kind, item.run_key))
             self._away.over()
-            if item.do == "file":
+            if item.kind == "file":
                 self._no_files.over()
         with self._changed:
             self._outbox.done(batch)
             self._gather_anew()
-        self._tell_of_return()
+        self._report_recovery()
 
-    def _whole(self, batch: list[Entry]) -> Item | None:
+    def _whole(self, batch: list[PendingRecord]) -> Record | None:
         """The one item that a batch makes, of all that can still be read."""
         items = []
         for entry in batch:
             try:
                 items.append(entry.read())
-            except (Damaged, OSError) as error:
+            except (DamagedRecord, OSError) as error:
                 text = "%s of %s, which %s was to hear, cannot be read any more (%s) and is left out"
-                _log.warning(text, entry.do, entry.where, self._store.name, error)
+                _log.warning(text, entry.kind, entry.run_key, self._store.name, error)
         if not items:
             return None
         return dataclasses.replace(items[0], points=[point for item in items for point in item.points])
 
-    def _refuses(self, item: Item, trouble: BaseException) -> bool:
+    def _refuses(self, item: Record, trouble: BaseException) -> bool:
         """Whether the store will never take it; the first refusal of a kind is told."""
-        if item.do == "open" or isinstance(trouble, UserError) or not self._store.final(trouble):
+        if item.kind == "open" or isinstance(trouble, UserError) or not self._store.is_final(trouble):
             return False
-        if (item.do, item.where) not in self._refused:
+        if (item.kind, item.run_key) not in self._refused:
             text = "%s did not take %s '%s' of %s (%s). Training goes on without it there."
-            _log.warning(text, self._store.name, item.do, item.name, item.where, self._store.told(trouble))
-        self._refused.add((item.do, item.where))
+            _log.warning(text, self._store.name, item.kind, item.name, item.run_key, self._store.describe(trouble))
+        self._refused.add((item.kind, item.run_key))
         return True
 
-    def _must_wait(self, item: Item, trouble: BaseException) -> None:
+    def _must_wait(self, item: Record, trouble: BaseException) -> None:
         """Pause; the first failure of an outage is told. The place for files may be away alone: points pass then."""
-        cause = str(trouble) if isinstance(trouble, UserError) else self._store.told(trouble)
+        cause = str(trouble) if isinstance(trouble, UserError) else self._store.describe(trouble)
         outage, text = (
             self._away,
             (
@@ -233,24 +233,24 @@ class Sender:
         )
         if isinstance(trouble, UserError):
             text = "what %s is to hear waits, because the ids of its runs could not be kept (%s). Training goes on."
-        elif item.do == "file" and self._store.answers():
+        elif item.kind == "file" and self._store.answers():
             outage, text = self._no_files, "%s takes points but no file (%s). Training goes on; files are kept."
-        self._trouble = cause
+        self._error = cause
         with self._changed:
             outage.lengthen(self._longest_pause)
         if not outage.told:
             outage.told = True
-            self._tell(text, self._store.name, cause)
+            self._announce(text, self._store.name, cause)
 
-    def _tell_of_return(self) -> None:
+    def _report_recovery(self) -> None:
         """An outage is over, and told to be, when all that waited is sent."""
-        files, others = self._outbox.waits()
+        files, others = self._outbox.has_pending()
         if self._away.told and not others and (not files or self._no_files.told):
             self._away.told = False
-            self._tell("%s is back: all that waited is sent", self._store.name)
+            self._announce("%s is back: all that waited is sent", self._store.name)
         if self._no_files.told and not files:
             self._no_files.told = False
-            self._tell("%s takes files again: all that waited are sent", self._store.name)
+            self._announce("%s takes files again: all that waited are sent", self._store.name)
 
 
 def _nobody(*_: object) -> None:

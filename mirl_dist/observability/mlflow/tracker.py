@@ -19,22 +19,22 @@ from typing import Protocol
 from mirl_dist.errors import UserError
 from mirl_dist.observability import progress
 from mirl_dist.observability.mlflow import records
-from mirl_dist.observability.mlflow.client import Store, import_quietly
-from mirl_dist.observability.mlflow.journal import Journal, Waiting, waiting
+from mirl_dist.observability.mlflow.client import MlflowClientStore, import_quietly
+from mirl_dist.observability.mlflow.journal import Journal, Pending, pending_records
 from mirl_dist.observability.mlflow.outbox import Outbox
 from mirl_dist.observability.mlflow.records import (
-    Item,
+    Record,
+    default_uri,
     flat,
     image_files,
     is_score,
     legal_name,
-    masked,
-    shown,
-    usual_uri,
+    redact,
+    redact_uri,
 )
 from mirl_dist.observability.mlflow.sender import Sender
 
-__all__ = ["Mlflow", "Silent", "Tracker", "Waiting", "resend", "waiting"]
+__all__ = ["MlflowTracker", "NoTracker", "Tracker", "Pending", "resend", "pending_records"]
 
 FAREWELL_SECONDS = 10.0
 """How long the end of a run waits for MLflow while nothing gets through."""
@@ -53,13 +53,13 @@ class Tracker(Protocol):
     def log_file(self, name: str, data: bytes, where: str) -> None: ...
     def log_image(self, key: str, png: bytes, step: int) -> None: ...
     def flush(self) -> None: ...
-    def backlog(self) -> bytes: ...
+    def pending(self) -> bytes: ...
     def end_round(self, status: str = "FINISHED") -> None: ...
     def end_run(self, status: str = "FINISHED", seconds: float = math.inf) -> None: ...
     def address(self) -> str: ...
 
 
-class Silent:
+class NoTracker:
     """The twin that does nothing: for ranks other than 0, and for tracking switched off."""
 
     def begin_run(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None: ...
@@ -72,14 +72,14 @@ class Silent:
     def end_round(self, status: str = "FINISHED") -> None: ...
     def end_run(self, status: str = "FINISHED", seconds: float = math.inf) -> None: ...
 
-    def backlog(self) -> bytes:
+    def pending(self) -> bytes:
         return b""
 
     def address(self) -> str:
         return ""
 
 
-class Mlflow:
+class MlflowTracker:
     """A run as MLflow shows it, reopened by id after a restart and without any point twice.
 
     uri: tracking URI; None means MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the working directory.
@@ -103,12 +103,12 @@ class Mlflow:
         journal: Path,
         inherited: bytes = b"",
     ) -> None:
-        self._uri = usual_uri(uri)
+        self._uri = default_uri(uri)
         import_quietly(self._uri)
         self._run_name = run_name
-        self._journal, key = _opened(journal, shown(self._uri))
+        self._journal, key = _opened(journal, redact_uri(self._uri))
         life = uuid.uuid4().hex
-        self._store = Store(self._uri, experiment, run_name, dict(remembered), key, remember, life)
+        self._store = MlflowClientStore(self._uri, experiment, run_name, dict(remembered), key, remember, life)
         self._outbox = Outbox(self._store.name, life, self._journal, inherited)
         self._sender = Sender(self._store, self._outbox)
         self._round, self._begun = "", set[str]()
@@ -161,7 +161,7 @@ class Mlflow:
         """Keep a file ('folder/name', a relative path) with the current 'round' or with the whole 'run'."""
         path = PurePosixPath(name)
         assert where in ("round", "run") and path.name and not path.is_absolute() and ".." not in path.parts
-        self._outbox.put(Item("file", self._round if where == "round" else "run", str(path), data=data))
+        self._outbox.put(Record("file", self._round if where == "round" else "run", str(path), data=data))
         self.flush()
 
     def log_image(self, key: str, png: bytes, step: int) -> None:
@@ -176,17 +176,17 @@ class Mlflow:
         """Have sent what waits, unless the store failed a moment ago; returns at once."""
         self._sender.soon()
 
-    def backlog(self) -> bytes:
+    def pending(self) -> bytes:
         """All that waits now, for a commit: a life that goes on from it elsewhere gets it as `inherited`.
 
         b"" when nothing waits. Above 16 MiB the largest files are left out, never points.
         """
-        return self._outbox.backlog()
+        return self._outbox.pending_lines()
 
     def end_round(self, status: str = "FINISHED") -> None:
         """Close the nested run of the current round, if one is open, as FINISHED, FAILED or KILLED."""
         if self._round:
-            self._outbox.put(Item("end", self._round, status))
+            self._outbox.put(Record("end", self._round, status))
             self._round = ""
             self.flush()
 
@@ -195,11 +195,11 @@ class Mlflow:
 
         At most `FAREWELL_SECONDS` without progress, and at most `seconds` in all. What is left then is told.
         """
-        self._outbox.put(Item("end", "run", status))
+        self._outbox.put(Record("end", "run", status))
         if self._sender.finish(FAREWELL_SECONDS, seconds):
             return
         with contextlib.suppress(UserError):
-            left = waiting(self._journal.folder) if self._journal else Waiting(0, 0, None)
+            left = pending_records(self._journal.folder) if self._journal else Pending(0, 0, None)
             if left.since is not None:
                 _log.warning(
                     "the run ends while %d points and %d other records wait for %s in %s. "
@@ -213,25 +213,25 @@ class Mlflow:
 
     def address(self) -> str:
         """Where people find the run: its page, or the command that opens the store; never a password."""
-        run = self._store.reached.get("run")
+        run = self._store.remote_runs.get("run")
         return records.page(self._uri, self._store.experiment_id, run.id if run else "")
 
     def _begin(self, where: str, name: str, tags: Mapping[str, str], params: Mapping[str, object]) -> None:
-        texts = {legal_name(t): masked(text, self._uri)[: records.LONGEST_TAG] for t, text in tags.items()}
-        self._outbox.put(Item("open", where, name, texts))
+        texts = {legal_name(t): redact(text, self._uri)[: records.LONGEST_TAG] for t, text in tags.items()}
+        self._outbox.put(Record("open", where, name, texts))
         self._begun.add(where)
         long = records.LONGEST_PARAM
-        pairs = [(legal_name(n), masked(text, self._uri)[:long]) for n, text in flat(params).items()]
+        pairs = [(legal_name(n), redact(text, self._uri)[:long]) for n, text in flat(params).items()]
         for start in range(0, len(pairs), records.PARAMS_PER_CALL):
-            self._outbox.put(Item("params", where, texts=dict(pairs[start : start + records.PARAMS_PER_CALL])))
+            self._outbox.put(Record("params", where, texts=dict(pairs[start : start + records.PARAMS_PER_CALL])))
         self.flush()
 
 
-def refuse(uri: str | None) -> None:
+def check_reachable(uri: str | None) -> None:
     """Raise Fault for an address that is unclear or that MLflow refuses, and when MLflow is not installed; no server is
     asked."""
-    address = usual_uri(uri)
-    records.refuse_unclear(address)
+    address = default_uri(uri)
+    records.check_uri(address)
     import_quietly(address)
 
 
@@ -244,16 +244,16 @@ def resend(
     journal: Path,
     inherited: bytes,
     say: Callable[[str], None],
-) -> Waiting:
+) -> Pending:
     """Send all that waits for the store, and say so; returns what was sent. Arguments as of `Mlflow`.
 
     Raises Fault while the run lives, and a resumable one when nothing got through for 30 seconds.
     """
-    address = usual_uri(uri)
-    refuse(address)
+    address = default_uri(uri)
+    check_reachable(address)
     if not inherited and not journal.exists():
-        say(f"nothing waits for {shown(address)}")
-        return Waiting(0, 0, None)
+        say(f"nothing waits for {redact_uri(address)}")
+        return Pending(0, 0, None)
     try:
         kept = Journal(journal)
         key = kept.key()
@@ -266,14 +266,14 @@ def resend(
                 "Wait until it has ended."
             )
         life = uuid.uuid4().hex
-        store = Store(address, experiment, run_name, dict(remembered), key, remember, life)
+        store = MlflowClientStore(address, experiment, run_name, dict(remembered), key, remember, life)
         outbox = Outbox(store.name, life, kept, inherited)
-        outbox.take_over()
+        outbox.claim_older()
         before = outbox.count()
         if before.since is None:
             say(f"nothing waits for {store.name} in {journal}")
             return before
-        with progress.bar(f"sending to {store.name}", sum(outbox.waits())) as advance:
+        with progress.bar(f"sending to {store.name}", sum(outbox.has_pending())) as advance:
             hindered = Sender(store, outbox).send_all(RESEND_SECONDS, lambda done: advance(done, ""))
         left = outbox.count()
     finally:

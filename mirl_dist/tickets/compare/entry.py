@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from mirl_dist.training.ticket import DENSE, Ticket
 
-__all__ = ["DENSE", "Shown"]
+__all__ = ["DENSE", "Entry"]
 
 
-class Shown(NamedTuple):
+class Entry(NamedTuple):
     """A ticket with what it is compared by.
 
     run: a short name of its run, unique in a comparison. method: DENSE for a whole network, else the run's method

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mirl_dist.tickets.compare.entry import DENSE, Shown
+from mirl_dist.tickets.compare.entry import DENSE, Entry
 
 CONTROL = "control "
 """How the method of a control begins."""
 
 
-class Place(NamedTuple):
+class GroupKey(NamedTuple):
     """Where a ticket stands. word: its method's; label: the same, numbered where another experiment has it already."""
 
     word: str
@@ -19,14 +19,14 @@ class Place(NamedTuple):
     round_: int
 
 
-def places(shown: Sequence[Shown]) -> list[Place]:
+def places(shown: Sequence[Entry]) -> list[GroupKey]:
     """The line of each ticket.
 
     Seeds of one experiment share a line, dense tickets those of one training; the next experiment of a method is
     'MIR-L-G (2)'. A control stands at the round of the ticket that it controls, and its word names that ticket's label.
     """
     numbers: dict[str, list[str]] = {}
-    found: dict[int, Place] = {}
+    found: dict[int, GroupKey] = {}
 
     def put(at: int, word: str, round_: int) -> None:
         kind = shown[at].training if shown[at].method == DENSE else shown[at].experiment
@@ -34,7 +34,7 @@ def places(shown: Sequence[Shown]) -> list[Place]:
         if kind not in seen:
             seen.append(kind)
         number = seen.index(kind) + 1
-        found[at] = Place(word, word if number == 1 else f"{word} ({number})", round_)
+        found[at] = GroupKey(word, word if number == 1 else f"{word} ({number})", round_)
 
     controls = [at for at, s in enumerate(shown) if s.method.startswith(CONTROL)]
     for at in sorted(set(range(len(shown))) - set(controls)):
@@ -50,7 +50,7 @@ def places(shown: Sequence[Shown]) -> list[Place]:
     return [found[at] for at in range(len(shown))]
 
 
-def apart(shown: Sequence[Shown]) -> list[str]:
+def apart(shown: Sequence[Entry]) -> list[str]:
     """A sentence for each label that had to be numbered: its runs, and what they are not."""
     runs: dict[tuple[str, str], dict[str, None]] = {}
     for s, place in zip(shown, places(shown), strict=True):

@@ -17,11 +17,11 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from mirl_dist.tickets.compare import statistics
-from mirl_dist.tickets.compare.entry import DENSE, Shown
+from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.tickets.compare.grouping import CONTROL
-from mirl_dist.tickets.compare.statistics import Line, Spread
+from mirl_dist.tickets.compare.statistics import Group, Statistic
 from mirl_dist.tickets.report import text_tables
-from mirl_dist.tickets.report.text_tables import Grid, Row
+from mirl_dist.tickets.report.text_tables import Grid, TableRow
 
 YES, WITHIN, NO, UNKNOWN = "yes", "within the spread", "no", "unknown"
 YES_ONE, NO_ONE = "yes (one seed)", "no (one seed)"
@@ -46,9 +46,9 @@ class Answer(NamedTuple):
     or UNKNOWN. later: optimiser steps to the best validation score, ticket minus dense; steps: the same words.
     """
 
-    gain: Spread | None
+    gain: Statistic | None
     score: str
-    later: Spread | None
+    later: Statistic | None
     steps: str
 
 
@@ -60,9 +60,9 @@ class Control(NamedTuple):
     """
 
     kind: str
-    gains: dict[str, Spread]
+    gains: dict[str, Statistic]
     verdicts: dict[str, str]
-    mean: Spread | None
+    mean: Statistic | None
     verdict: str
 
 
@@ -80,7 +80,7 @@ class Judgement(NamedTuple):
     remarks: tuple[str, ...]
 
 
-def judge(shown: Sequence[Shown], tolerance_db: float = 0.0, *, chosen: bool = False) -> list[Judgement]:
+def judge(shown: Sequence[Entry], tolerance_db: float = 0.0, *, chosen: bool = False) -> list[Judgement]:
     """A judgement of every method and round that is neither dense nor a control.
 
     tolerance_db: how much less than the dense network still counts as its score, in dB. chosen: the rounds were chosen
@@ -91,7 +91,7 @@ def judge(shown: Sequence[Shown], tolerance_db: float = 0.0, *, chosen: bool = F
     return [_also(j, [*_rounds_apart(j, found), *([CHOSEN] if chosen else [])]) for j in found]
 
 
-def _judge(line: Line, shown: Sequence[Shown], tolerance_db: float) -> Judgement:
+def _judge(line: Group, shown: Sequence[Entry], tolerance_db: float) -> Judgement:
     dense = [s for s in shown if s.method == DENSE]
     gains, laters = (statistics.spreads(statistics.paired(line.shown, dense, value)) for value in (_psnr, _steps))
     answers = {}
@@ -128,16 +128,16 @@ def _rounds_apart(one: Judgement, judgements: Sequence[Judgement]) -> list[str]:
     return [f"{said}: judge one round with --round"]
 
 
-def _psnr(s: Shown) -> dict[str, float]:
+def _psnr(s: Entry) -> dict[str, float]:
     return {name: score.psnr for name, score in statistics.scores_of(s.ticket).items()}
 
 
-def _steps(s: Shown) -> Mapping[str, float]:
+def _steps(s: Entry) -> Mapping[str, float]:
     curves = {} if s.ticket.curve is None else s.ticket.curve.psnr
     return {name: step for name, step in s.ticket.best_steps().items() if all(map(math.isfinite, curves[name]))}
 
 
-def _at_least(difference: Spread | None, tolerance: float) -> str:
+def _at_least(difference: Statistic | None, tolerance: float) -> str:
     """Whether what is paired is not below, by the spread of the pairs; equal in every pair is not below."""
     if difference is None:
         return UNKNOWN
@@ -149,7 +149,7 @@ def _at_least(difference: Spread | None, tolerance: float) -> str:
     return WITHIN if abs(margin) <= difference.sd else NO
 
 
-def _overall(line: Line, answers: Mapping[str, Answer]) -> str:
+def _overall(line: Group, answers: Mapping[str, Answer]) -> str:
     """Definition 1 over all tasks. Without curves it is judged by scores alone, which a remark says."""
     scores = {a.score for a in answers.values()}
     words = scores | {a.steps for a in answers.values()}
@@ -164,7 +164,7 @@ def _overall(line: Line, answers: Mapping[str, Answer]) -> str:
     return ALL_ONE if YES_ONE in words else WINNING
 
 
-def _remarks(line: Line, answers: Mapping[str, Answer], controls: Sequence[Control], overall: str) -> list[str]:
+def _remarks(line: Group, answers: Mapping[str, Answer], controls: Sequence[Control], overall: str) -> list[str]:
     found = [*_counted(line, answers)]
     broken = [n for n in answers if any(n in s.ticket.scores and n not in _psnr(s) for s in line.shown)]
     if broken:
@@ -182,7 +182,7 @@ def _remarks(line: Line, answers: Mapping[str, Answer], controls: Sequence[Contr
     return found + [f"control {c.kind} does as well (one seed)" for c in controls if c.verdict == LOSES_ONE]
 
 
-def _counted(line: Line, answers: Mapping[str, Answer]) -> list[str]:
+def _counted(line: Group, answers: Mapping[str, Answer]) -> list[str]:
     """How many pairs there are, where they are few."""
     pairs = {name: min(x.count for x in (a.gain, a.later) if x) for name, a in answers.items() if a.gain}
     found = []
@@ -196,22 +196,22 @@ def _counted(line: Line, answers: Mapping[str, Answer]) -> list[str]:
     return found
 
 
-def _control(kind: str, line: Line, shown: Sequence[Shown]) -> Control:
+def _control(kind: str, line: Group, shown: Sequence[Entry]) -> Control:
     """Differences of one kind of control, paired by the digest of the ticket, then a value per seed of the ticket."""
-    theirs: dict[str, list[Shown]] = {}
+    theirs: dict[str, list[Entry]] = {}
     for s in shown:
         if s.method == f"{CONTROL}{kind}" and s.ticket.parent is not None:
             theirs.setdefault(s.ticket.parent, []).append(s)
 
-    def against(s: Shown) -> list[Shown]:
+    def against(s: Entry) -> list[Entry]:
         return [c for c in theirs.get(s.ticket.digest(), []) if statistics.same_ground(c, s)]
 
-    def difference(s: Shown) -> dict[str, float]:
+    def difference(s: Entry) -> dict[str, float]:
         values = [_psnr(c) for c in against(s)]
         known = {name: [v[name] for v in values if name in v] for name in _psnr(s)}
         return {name: value - fmean(known[name]) for name, value in _psnr(s).items() if known[name]}
 
-    def mean(s: Shown) -> dict[str, float]:
+    def mean(s: Entry) -> dict[str, float]:
         found = difference(s)
         return {"": fmean(found.values())} if found else {}
 
@@ -224,7 +224,7 @@ def _control(kind: str, line: Line, shown: Sequence[Shown]) -> Control:
     return Control(kind, gains, verdicts, over if sound else None, verdict)
 
 
-def _word(gain: Spread) -> str:
+def _word(gain: Statistic) -> str:
     if gain.sd is None:
         return BEATS_ONE if gain.mean > 0 else LOSES_ONE
     if abs(gain.mean) <= gain.sd:
@@ -237,13 +237,13 @@ def tables(judgements: Sequence[Judgement]) -> list[Grid]:
     names = list(dict.fromkeys(name for j in judgements for name in j.answers))
     heads = ("method", "round", "density", "winning?")
     fixed = [(j.method, str(j.round_), f"{j.density:.1%}", j.overall) for j in judgements]
-    rows = [Row(f, _cells(j)) for f, j in zip(fixed, judgements, strict=True)]
+    rows = [TableRow(f, _cells(j)) for f, j in zip(fixed, judgements, strict=True)]
     found = [Grid("PSNR against the dense network, dB: at least as good?", heads, rows, names)]
-    rows = [Row(f, _step_cells(j)) for f, j in zip(fixed, judgements, strict=True)]
+    rows = [TableRow(f, _step_cells(j)) for f, j in zip(fixed, judgements, strict=True)]
     if any(row.cells for row in rows):
         found.append(Grid("steps to the best score against the dense network's: no more?", heads, rows, names))
     tried = [
-        Row((j.method, str(j.round_), c.kind, c.verdict), _control_cells(c))
+        TableRow((j.method, str(j.round_), c.kind, c.verdict), _control_cells(c))
         for j in judgements
         if any(c.verdict != NOT_RUN for c in j.controls)
         for c in j.controls
@@ -270,7 +270,7 @@ def _control_cells(c: Control) -> dict[str, str]:
     return {n: _cell(gain, 2, c.verdicts[n]) for n, gain in c.gains.items()}
 
 
-def _cell(spread: Spread | None, digits: int, word: str) -> str:
+def _cell(spread: Statistic | None, digits: int, word: str) -> str:
     numbers = [] if spread is None else text_tables.told(spread, digits, "+")
     return "\n".join([*numbers, word.replace(" the ", "\n").replace(" (", "\n(")])
 

@@ -7,13 +7,13 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mirl_dist.tickets.compare.entry import Shown
+from mirl_dist.tickets.compare.entry import Entry
 
 Square = NDArray[np.float64]
 _WORDS_AT_A_TIME = 1 << 15  # of 8 bytes, per ticket: what is unpacked or copied stays small
 
 
-def iou(shown: Sequence[Shown]) -> Square:
+def iou(shown: Sequence[Entry]) -> Square:
     """|A and B| / |A or B| over the alive prunable weights of every two tickets, float64 (n, n), in [0, 1].
 
     nan where a mask is unknown, where the networks' prunable tensors differ, and for two masks without a weight.
@@ -26,7 +26,7 @@ def iou(shown: Sequence[Shown]) -> Square:
     return result
 
 
-def expected(shown: Sequence[Shown]) -> Square:
+def expected(shown: Sequence[Entry]) -> Square:
     """The overlap of two independent random masks that have, tensor by tensor, the densities of these tickets.
 
     float64 (n, n), a ratio of expectations; the diagonal is that of two such masks of one ticket's densities. Needs
@@ -44,7 +44,7 @@ def expected(shown: Sequence[Shown]) -> Square:
     return result
 
 
-def _told(s: Shown) -> bool:
+def _told(s: Entry) -> bool:
     """Whether every part has a density, in [0, 1]."""
     return all(0 <= s.ticket.layer_density.get(name, -1) <= 1 for name in s.parts)
 
@@ -55,7 +55,7 @@ def _ratio(above: Square, below: Square) -> Square:
     return result
 
 
-def _shape(s: Shown) -> Hashable:
+def _shape(s: Entry) -> Hashable:
     """What two tickets must share to be compared weight by weight; None without a fitting mask."""
     if s.mask is None or s.mask.keys() != s.parts.keys():
         return None
@@ -73,7 +73,7 @@ def _alike(keys: Sequence[Hashable]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _intersections(shown: Sequence[Shown]) -> Square:
+def _intersections(shown: Sequence[Entry]) -> Square:
     """Weights alive in both, for every two tickets of one shape; the diagonal counts each one's own."""
     counts = np.zeros((len(shown), len(shown)), dtype=np.int64)
     masks = [s.mask for s in shown if s.mask is not None]

@@ -13,7 +13,7 @@ from importlib.resources import files
 from typing import NamedTuple
 
 from mirl_dist.tickets.compare.entry import DENSE
-from mirl_dist.tickets.compare.statistics import Line
+from mirl_dist.tickets.compare.statistics import Group
 
 TITLE = "published (full size, other training)"
 ALL_IN_ONE, SINGLE = "all-in-one (5)", "single-task"
@@ -53,7 +53,7 @@ class Published(NamedTuple):
 class Beside(NamedTuple):
     """A method of the paper's beside one of our lines: figures by our 'task/set'."""
 
-    line: Line
+    line: Group
     figures: dict[str, Published]
 
     @property
@@ -121,7 +121,7 @@ def match(method: str, name: str, setting: str) -> Published | None:
 _KINDS = {"BSD68": ("denoise",), "Urban100": ("denoise",), "Rain100L": ("derain",), "SOTS": ("dehaze",)}
 
 
-def beside(lines: Sequence[Line], names: Sequence[str]) -> list[Beside]:
+def beside(lines: Sequence[Group], names: Sequence[str]) -> list[Beside]:
     """For each method that the paper has, its figures beside our line of the nearest density."""
     setting, found = setting_of(names), []
     for method in dict.fromkeys(line.method for line in lines):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
 from mirl_dist.tickets.compare import grouping
-from mirl_dist.tickets.compare.entry import DENSE, Shown
+from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.tickets.compare.grouping import CONTROL
 from mirl_dist.training.ticket import Ticket
 
@@ -19,7 +19,7 @@ MOST_DB, _MOST_SSIM = 1000.0, 1.001
 _USUAL = {"", "fp32", "no", "none", "false", "off", "whole image"}
 
 
-class Spread(NamedTuple):
+class Statistic(NamedTuple):
     """Mean, sample standard deviation (None of one value) and number of values, one per seed."""
 
     mean: float
@@ -27,13 +27,13 @@ class Spread(NamedTuple):
     count: int  # type: ignore[assignment]  # hides tuple.count
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
+    def of(cls, values: Iterable[float]) -> Statistic:
         """Raises statistics.StatisticsError for no values."""
         told = list(values)
         return cls(fmean(told), stdev(told) if len(told) > 1 else None, len(told))
 
 
-class Line(NamedTuple):
+class Group(NamedTuple):
     """One line of a comparison: a method's tickets of one round, seeds together.
 
     method, round_: as `grouping.places` labels them. alive: mean over seeds of the weights that are not pruned, of
@@ -47,10 +47,10 @@ class Line(NamedTuple):
     alive: float
     total: int
     sparsity: float
-    psnr: dict[str, Spread]
-    ssim: dict[str, Spread]
-    against_dense: dict[str, Spread]
-    shown: tuple[Shown, ...]
+    psnr: dict[str, Statistic]
+    ssim: dict[str, Statistic]
+    against_dense: dict[str, Statistic]
+    shown: tuple[Entry, ...]
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -87,22 +87,22 @@ def _sound(score: Score) -> bool:
     return all(abs(x) <= MOST_DB for x in psnr) and all(abs(x) <= _MOST_SSIM for x in ssim)
 
 
-def names(shown: Iterable[Shown]) -> list[str]:
+def names(shown: Iterable[Entry]) -> list[str]:
     """Every 'task/set', in the order of first appearance."""
     return list(dict.fromkeys(name for s in shown for name in s.ticket.scores))
 
 
-def lines(shown: Sequence[Shown], protocol: str | None = None) -> list[Line]:
+def lines(shown: Sequence[Entry], protocol: str | None = None) -> list[Group]:
     """A line per label and round: dense first, methods in the order of first appearance, rounds ascending.
 
     protocol: another than the headline. Raises Fault for tickets that cannot stand in one table (refuse_mixed), and
     for a protocol by which none was scored.
     """
-    refuse_mixed(shown)
+    check_comparable(shown)
     if protocol is not None and not any(_said(s.ticket, protocol) for s in shown):
         known = dict.fromkeys(name for s in shown for name in (headline(s.ticket), *s.ticket.also))
         raise UserError(f"no ticket here was scored by {protocol}; there are {', '.join(known)}. Name one of these.")
-    together: dict[tuple[str, int], list[Shown]] = {}
+    together: dict[tuple[str, int], list[Entry]] = {}
     for s, place in zip(shown, grouping.places(shown), strict=True):
         together.setdefault((place.label, place.round_), []).append(s)
     order = list(dict.fromkeys(method for method, _ in together))
@@ -111,14 +111,14 @@ def lines(shown: Sequence[Shown], protocol: str | None = None) -> list[Line]:
     return [_line(key, together[key], dense, protocol) for key in placed]
 
 
-def _line(key: tuple[str, int], mine: Sequence[Shown], dense: Sequence[Shown], protocol: str | None) -> Line:
-    def of(what: str) -> Callable[[Shown], Mapping[str, float]]:
+def _line(key: tuple[str, int], mine: Sequence[Entry], dense: Sequence[Entry], protocol: str | None) -> Group:
+    def of(what: str) -> Callable[[Entry], Mapping[str, float]]:
         return lambda s: {name: getattr(score, what) for name, score in scores_of(s.ticket, protocol).items()}
 
-    alive = Spread.of(by_seed(mine, lambda s: {"": s.ticket.alive_total})[""].values()).mean
+    alive = Statistic.of(by_seed(mine, lambda s: {"": s.ticket.alive_total})[""].values()).mean
     total = mine[0].ticket.total
     against = {} if mine[0].method == DENSE else paired(mine, dense, of("psnr"))
-    return Line(
+    return Group(
         method=key[0],
         round_=key[1],
         alive=alive,
@@ -131,12 +131,12 @@ def _line(key: tuple[str, int], mine: Sequence[Shown], dense: Sequence[Shown], p
     )
 
 
-def spreads(values: Mapping[str, Mapping[int, float]]) -> dict[str, Spread]:
+def spreads(values: Mapping[str, Mapping[int, float]]) -> dict[str, Statistic]:
     """Name -> Spread, of name -> seed -> value."""
-    return {name: Spread.of(found.values()) for name, found in values.items() if found}
+    return {name: Statistic.of(found.values()) for name, found in values.items() if found}
 
 
-def by_seed(mine: Iterable[Shown], value: Callable[[Shown], Mapping[str, float]]) -> dict[str, dict[int, float]]:
+def by_seed(mine: Iterable[Entry], value: Callable[[Entry], Mapping[str, float]]) -> dict[str, dict[int, float]]:
     """Name -> seed -> value: the mean of a seed's tickets, so that a run seen twice is no second seed."""
     found: dict[str, dict[int, list[float]]] = {}
     for s in mine:
@@ -146,11 +146,11 @@ def by_seed(mine: Iterable[Shown], value: Callable[[Shown], Mapping[str, float]]
 
 
 def paired(
-    mine: Iterable[Shown], dense: Sequence[Shown], value: Callable[[Shown], Mapping[str, float]]
+    mine: Iterable[Entry], dense: Sequence[Entry], value: Callable[[Entry], Mapping[str, float]]
 ) -> dict[str, dict[int, float]]:
     """Name -> seed -> value minus that of the dense ticket (`dense_of`); what has no pair is left out."""
 
-    def difference(s: Shown) -> dict[str, float]:
+    def difference(s: Entry) -> dict[str, float]:
         theirs = [value(d) for d in dense_of(s, dense)]
         known = {name: [t[name] for t in theirs if name in t] for name in value(s)}
         return {name: number - fmean(known[name]) for name, number in value(s).items() if known[name]}
@@ -158,7 +158,7 @@ def paired(
     return by_seed(mine, difference)
 
 
-def dense_of(one: Shown, dense: Sequence[Shown]) -> list[Shown]:
+def dense_of(one: Entry, dense: Sequence[Entry]) -> list[Entry]:
     """The dense tickets of the same run, seed, data and network; without one, those of other runs that also trained
     alike, for as many steps."""
     fits = [d for d in dense if d.seed == one.seed and same_ground(d, one)]
@@ -166,16 +166,16 @@ def dense_of(one: Shown, dense: Sequence[Shown]) -> list[Shown]:
     return [d for d in fits if d.run == one.run] or alike
 
 
-def same_ground(one: Shown, other: Shown) -> bool:
+def same_ground(one: Entry, other: Entry) -> bool:
     """Whether two tickets are of one network's size and saw the same data."""
     a, b = one.ticket, other.ticket
     return (a.manifest_digest, a.total, a.prunable) == (b.manifest_digest, b.total, b.prunable)
 
 
-def refuse_mixed(shown: Sequence[Shown]) -> None:
+def check_comparable(shown: Sequence[Entry]) -> None:
     """Raise Fault, naming both, for tickets whose scores were measured differently: by other protocols or images."""
-    protocols: dict[str, tuple[Shown, str]] = {}
-    images: dict[str, tuple[Shown, int]] = {}
+    protocols: dict[str, tuple[Entry, str]] = {}
+    images: dict[str, tuple[Entry, int]] = {}
     for s in shown:
         first, ticket = shown[0], s.ticket
         if ticket.protocol != first.ticket.protocol:
@@ -200,14 +200,14 @@ def refuse_mixed(shown: Sequence[Shown]) -> None:
                     )
 
 
-def notes(shown: Sequence[Shown]) -> list[str]:
+def notes(shown: Sequence[Entry]) -> list[str]:
     """What a reader of a table must know beside its numbers, a sentence each. Raises Fault as `lines`."""
     table = lines(shown)
     lines_ = [*grouping.apart(shown), *_seeds(table), *_pairs(table, shown), *_differences(table, shown)]
     return [*lines_, *_unknown(shown), *_measured(shown), *_training(shown)]
 
 
-def _seeds(table: Sequence[Line]) -> list[str]:
+def _seeds(table: Sequence[Group]) -> list[str]:
     words = {1: "one seed only ({}): no spread is known", 2: "two seeds only ({}): the spread itself is uncertain"}
     found = []
     for count, text in words.items():
@@ -222,7 +222,7 @@ def _seeds(table: Sequence[Line]) -> list[str]:
     return found + ([f"different tickets of one seed count once, by their mean: {'; '.join(twice)}"] if twice else [])
 
 
-def _pairs(table: Sequence[Line], shown: Sequence[Shown]) -> list[str]:
+def _pairs(table: Sequence[Group], shown: Sequence[Entry]) -> list[str]:
     dense = [s for s in shown if s.method == DENSE]
     lone = [s.name for line in table if not line.dense for s in line.shown if not dense_of(s, dense)]
     if not lone:
@@ -233,7 +233,7 @@ def _pairs(table: Sequence[Line], shown: Sequence[Shown]) -> list[str]:
 _Count = Callable[[Ticket], int]
 
 
-def _differences(table: Sequence[Line], shown: Sequence[Shown]) -> list[str]:
+def _differences(table: Sequence[Group], shown: Sequence[Entry]) -> list[str]:
     found = []
     for what, said in (
         ("shards", {s.ticket.manifest_digest[:8]: s.run for s in reversed(shown)}),
@@ -249,7 +249,7 @@ def _differences(table: Sequence[Line], shown: Sequence[Shown]) -> list[str]:
     return found
 
 
-def _unknown(shown: Sequence[Shown]) -> list[str]:
+def _unknown(shown: Sequence[Entry]) -> list[str]:
     found = []
     for s in shown:
         for scores in (s.ticket.scores, *s.ticket.also.values()):
@@ -258,7 +258,7 @@ def _unknown(shown: Sequence[Shown]) -> list[str]:
     return [f"{text}: {_some(dict.fromkeys(found))}"] if found else []
 
 
-def _measured(shown: Sequence[Shown]) -> list[str]:
+def _measured(shown: Sequence[Entry]) -> list[str]:
     ways: dict[str, list[str]] = {}
     for s in shown:
         unusual = [f"{key} {value}" for key, value in s.ticket.measured.items() if value.lower() not in _USUAL]
@@ -270,7 +270,7 @@ def _measured(shown: Sequence[Shown]) -> list[str]:
     return found
 
 
-def _training(shown: Sequence[Shown]) -> list[str]:
+def _training(shown: Sequence[Entry]) -> list[str]:
     found = []
     counted: dict[str, _Count] = {
         "damaged samples were replaced in training": lambda t: t.skipped,

@@ -50,7 +50,7 @@ _SETTINGS: Any = {
 }
 
 
-class Look(NamedTuple):
+class Style(NamedTuple):
     """How one method is drawn. line: 'none' for a control, which is a single ticket."""
 
     colour: str
@@ -58,20 +58,20 @@ class Look(NamedTuple):
     line: str
 
 
-def looks(methods: Iterable[str]) -> dict[str, Look]:
+def looks(methods: Iterable[str]) -> dict[str, Style]:
     """Method -> its look, in the order of the methods: the whole network in the colour of text, controls as crosses."""
-    found: dict[str, Look] = {}
+    found: dict[str, Style] = {}
     named = [m for m in dict.fromkeys(methods) if m != DENSE]
     crosses = 0
     for at, method in enumerate(named):
         colour = _COLOURS[at % len(_COLOURS)]
         if method.startswith(CONTROL):
-            found[method] = Look(colour, _CROSSES[crosses % len(_CROSSES)], "none")
+            found[method] = Style(colour, _CROSSES[crosses % len(_CROSSES)], "none")
             crosses += 1
         else:
             styles = ("-", "--", ":", "-.")
-            found[method] = Look(colour, _MARKERS[at % len(_MARKERS)], styles[at // len(_COLOURS) % len(styles)])
-    return {DENSE: Look(INK, "none", "--"), **found}
+            found[method] = Style(colour, _MARKERS[at % len(_MARKERS)], styles[at // len(_COLOURS) % len(styles)])
+    return {DENSE: Style(INK, "none", "--"), **found}
 
 
 @contextmanager
@@ -98,7 +98,7 @@ def svg(figure: Figure, name: str) -> bytes:
 
 
 @lru_cache(maxsize=64)
-def swatch(method: str, look: Look) -> bytes:
+def swatch(method: str, look: Style) -> bytes:
     """The line and marker of a method as a small SVG, for legends."""
     with drawing():
         figure = Figure(figsize=(0.42, 0.17))
@@ -111,7 +111,7 @@ def swatch(method: str, look: Look) -> bytes:
         return svg(figure, f"swatch {method}")
 
 
-def marker(look: Look, size: float = 6.5) -> Mapping[str, Any]:
+def marker(look: Style, size: float = 6.5) -> Mapping[str, Any]:
     """Keywords of `Axes.plot` for the marker of a look."""
     cross = look.marker in _CROSSES
     return {

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from mirl_dist.tickets.compare.entry import DENSE, Shown
-from mirl_dist.tickets.compare.statistics import MOST_DB, Line, Spread, scores_of
-from mirl_dist.tickets.report.chart_style import INK, Look, drawing, marker, svg
+from mirl_dist.tickets.compare.entry import DENSE, Entry
+from mirl_dist.tickets.compare.statistics import MOST_DB, Group, Statistic, scores_of
+from mirl_dist.tickets.report.chart_style import INK, Style, drawing, marker, svg
 
 WORDS = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
 
@@ -26,7 +26,7 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def score(lines: Sequence[Line], looks: Mapping[str, Look], name: str, measure: str = "psnr") -> bytes:
+def score(lines: Sequence[Group], looks: Mapping[str, Style], name: str, measure: str = "psnr") -> bytes:
     """PSNR (dB) or SSIM of one 'task/set' against alive weights, log axis: means, spread, single seeds, dense band."""
     with drawing():
         figure = Figure(figsize=(4.05, 3.0), layout="constrained")
@@ -44,11 +44,11 @@ def score(lines: Sequence[Line], looks: Mapping[str, Look], name: str, measure: 
         return svg(figure, f"score {name} {measure}")
 
 
-def _scores(line: Line, measure: str) -> Mapping[str, Spread]:
+def _scores(line: Group, measure: str) -> Mapping[str, Statistic]:
     return line.psnr if measure == "psnr" else line.ssim
 
 
-def _band(axes: Axes, spreads: Sequence[Spread]) -> None:
+def _band(axes: Axes, spreads: Sequence[Statistic]) -> None:
     for spread in spreads:
         if math.isfinite(spread.mean):
             axes.axhline(spread.mean, color=INK, linestyle="--", linewidth=1.2, alpha=0.8, zorder=1)
@@ -56,7 +56,7 @@ def _band(axes: Axes, spreads: Sequence[Spread]) -> None:
             axes.axhspan(spread.mean - sd, spread.mean + sd, color=INK, alpha=0.12, linewidth=0, zorder=0)
 
 
-def _path(axes: Axes, rows: Sequence[Line], look: Look, name: str, measure: str) -> None:
+def _path(axes: Axes, rows: Sequence[Group], look: Style, name: str, measure: str) -> None:
     if not rows:
         return
     spreads = [_scores(r, measure)[name] for r in rows]
@@ -76,7 +76,7 @@ def _path(axes: Axes, rows: Sequence[Line], look: Look, name: str, measure: str)
     axes.plot(x, mean, linestyle="none", **marker(look, 5 if len(rows) > 1 else 6.5), zorder=4)
 
 
-def _with(line: Line, name: str) -> list[Shown]:
+def _with(line: Group, name: str) -> list[Entry]:
     return [s for s in line.shown if name in scores_of(s.ticket)]
 
 
@@ -91,7 +91,7 @@ def alive_axis(axes: Axes, weights: Sequence[float]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def distance(lines: Sequence[Line], looks: Mapping[str, Look], name: str) -> bytes:
+def distance(lines: Sequence[Group], looks: Mapping[str, Style], name: str) -> bytes:
     """PSNR (dB) of one 'task/set' minus that of the whole network: a row per line, mean, spread, zero in the middle."""
     with drawing():
         rows = [r for r in lines if r.method != DENSE and name in r.against_dense]
@@ -113,12 +113,12 @@ def distance(lines: Sequence[Line], looks: Mapping[str, Look], name: str) -> byt
         return svg(figure, f"distance {name}")
 
 
-def _label(line: Line) -> str:
+def _label(line: Group) -> str:
     name = line.method if len(line.method) <= 24 else line.method[:23] + "…"
     return f"{name}, {short(line.alive)}"
 
 
-def curves(tickets: Sequence[Shown], look: Look, name: str) -> bytes:
+def curves(tickets: Sequence[Entry], look: Style, name: str) -> bytes:
     """PSNR (dB) of one 'task/set' within rounds: a line per ticket, later rounds stronger, the best step as a dot.
 
     tickets: of one method and seed, and the dense one, dashed; steps count from where the round began.
@@ -145,9 +145,9 @@ def curves(tickets: Sequence[Shown], look: Look, name: str) -> bytes:
         return svg(figure, f"curves {name} {tickets[0].name if tickets else ''}")
 
 
-def last_rounds(lines: Sequence[Line]) -> list[Line]:
+def last_rounds(lines: Sequence[Group]) -> list[Group]:
     """The line of the last round of each method, methods in their order; controls are last by themselves."""
-    found: dict[str, Line] = {}
+    found: dict[str, Group] = {}
     for line in lines:
         if line.method not in found or line.round_ >= found[line.method].round_:
             found[line.method] = line

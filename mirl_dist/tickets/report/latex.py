@@ -8,9 +8,9 @@ from typing import TypeAlias
 
 from mirl_dist.errors import UserError
 from mirl_dist.tickets.compare import published, statistics
-from mirl_dist.tickets.compare.entry import Shown
+from mirl_dist.tickets.compare.entry import Entry
 from mirl_dist.tickets.compare.published import Published
-from mirl_dist.tickets.compare.statistics import Line, Spread
+from mirl_dist.tickets.compare.statistics import Group, Statistic
 
 _HEAD = "% Needs \\usepackage{booktabs} and \\usepackage{xcolor}.\n"
 _SPECIAL = {
@@ -34,7 +34,7 @@ def escape(text: str) -> str:
     return "".join(_SPECIAL.get(c, c) for c in plain)
 
 
-def tables(shown: Sequence[Shown]) -> str:
+def tables(shown: Sequence[Entry]) -> str:
     """A floating table for every data set and kind of task: a row per method and round, PSNR and SSIM per level.
 
     Best value bold and second underlined, as printed, among tickets: dense networks and controls have no part in it.
@@ -56,7 +56,7 @@ def tables(shown: Sequence[Shown]) -> str:
     return _HEAD + "\n".join(_table(key, group, lines, figures, notes) for key, group in groups.items())
 
 
-def _table(key: tuple[str, str], names: list[str], lines: Sequence[Line], figures: Figures, notes: list[str]) -> str:
+def _table(key: tuple[str, str], names: list[str], lines: Sequence[Group], figures: Figures, notes: list[str]) -> str:
     kind, set_ = key
     theirs = any(name in found for found in figures.values() for name in names)
     paper = "" if not theirs else _multi(2 * len(names), _grey(published.TITLE))
@@ -107,7 +107,7 @@ def _level(name: str) -> str:
     return rf"$\sigma={level}$" if kind == "denoise" and level.isdigit() else escape(level)
 
 
-def _row(line: Line, names: list[str], lines: Sequence[Line], figures: Figures | None) -> str:
+def _row(line: Group, names: list[str], lines: Sequence[Group], figures: Figures | None) -> str:
     method = escape(line.method) + (f", round {line.round_}" if line.round_ else "")
     if method.startswith(("[", "*")):  # the line before ends in \\, whose argument or star it would be
         method = "{}" + method
@@ -124,18 +124,18 @@ def _row(line: Line, names: list[str], lines: Sequence[Line], figures: Figures |
     return " & ".join(cells) + r" \\"
 
 
-def _ranked(line: Line) -> bool:
+def _ranked(line: Group) -> bool:
     return not (line.dense or line.control)
 
 
-def _ranks(lines: Sequence[Line], what: str, name: str, digits: int) -> list[str]:
+def _ranks(lines: Sequence[Group], what: str, name: str, digits: int) -> list[str]:
     """The best and the second best value of a column, as printed; none of a column with one value."""
     mine = [getattr(line, what)[name] for line in lines if _ranked(line) and name in getattr(line, what)]
     found = {round(spread.mean, digits) for spread in mine}
     return [f"{value:.{digits}f}" for value in sorted(found, reverse=True)[:2]] if len(found) > 1 else []
 
 
-def _cell(spread: Spread | None, ranks: Sequence[str], digits: int) -> str:
+def _cell(spread: Statistic | None, ranks: Sequence[str], digits: int) -> str:
     if spread is None:
         return "--"
     printed = f"{spread.mean:.{digits}f}"
@@ -148,7 +148,7 @@ def _grey(words: str) -> str:
     return rf"\textcolor{{gray}}{{\textit{{{words}}}}}"
 
 
-def _caption(kind: str, data: str, names: list[str], lines: Sequence[Line], figures: Figures) -> str:
+def _caption(kind: str, data: str, names: list[str], lines: Sequence[Group], figures: Figures) -> str:
     most = max(len(line.seeds) for line in lines)
     said = f"PSNR (dB) and SSIM of {escape(kind)} on {data}. Params: weights that are not pruned. "
     said += "Best ticket bold, second underlined; dense networks and controls have no part in it. "

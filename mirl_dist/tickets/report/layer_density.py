@@ -12,7 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from mirl_dist.tickets.compare.entry import Shown
+from mirl_dist.tickets.compare.entry import Entry
 from mirl_dist.tickets.report.chart_style import drawing, svg
 
 Grid = NDArray[np.float64]
@@ -25,14 +25,14 @@ _ALONE = {"": "conv", "proj": "conv", "body.0": "conv", "conv3x3": "conv", "line
 LEAST = 0.01  # densities below have one colour
 
 
-class Place(NamedTuple):
+class LayerPlace(NamedTuple):
     """Where a tensor stands: its block ('encoder_level1.0', 'down1_2') and its kind inside ('attn.qkv', 'conv')."""
 
     block: str
     kind: str
 
 
-def place(name: str) -> Place:
+def place(name: str) -> LayerPlace:
     """The place of a tensor by its name: blocks are transformer blocks, or single layers between them."""
     stem, _, last = name.rpartition(".")
     if last not in ("weight", "bias"):
@@ -43,7 +43,7 @@ def place(name: str) -> Place:
     else:
         block, _, rest = stem.partition(".")
         kind = _ALONE.get(rest, rest)
-    return Place(block, kind + " bias" * (last == "bias"))
+    return LayerPlace(block, kind + " bias" * (last == "bias"))
 
 
 class Density(NamedTuple):
@@ -58,14 +58,14 @@ class Density(NamedTuple):
     collapsed: NDArray[np.bool_]
 
 
-def by_kind(shown: Shown) -> Density:
+def by_kind(shown: Entry) -> Density:
     """The densities of one ticket, by block and kind of tensor."""
     places = {name: place(name) for name in shown.parts if name in shown.ticket.layer_density}
     kinds = sorted({p.kind for p in places.values()}, key=_column)
     return _density([shown] * len(kinds), places, tuple(kinds), lambda p, at: p.kind == kinds[at])
 
 
-def by_round(tickets: Sequence[Shown]) -> Density:
+def by_round(tickets: Sequence[Entry]) -> Density:
     """The densities of tickets of one run, by block and round."""
     tickets = sorted(tickets, key=lambda s: s.ticket.round)
     known = {name for s in tickets for name in s.ticket.layer_density}
@@ -78,11 +78,13 @@ def _column(kind: str) -> tuple[int, int, str]:
     return (_ORDER.index(base) if base in _ORDER else len(_ORDER), kind != base, kind)
 
 
-Takes = Callable[[Place, int], bool]
+Takes = Callable[[LayerPlace, int], bool]
 """Whether a tensor belongs to a column."""
 
 
-def _density(tickets: Sequence[Shown], places: Mapping[str, Place], columns: tuple[str, ...], takes: Takes) -> Density:
+def _density(
+    tickets: Sequence[Entry], places: Mapping[str, LayerPlace], columns: tuple[str, ...], takes: Takes
+) -> Density:
     rows = tuple(dict.fromkeys(p.block for p in places.values()))
     alive, size = np.zeros((len(rows), len(columns))), np.zeros((len(rows), len(columns)))
     collapsed = np.zeros(alive.shape, dtype=bool)

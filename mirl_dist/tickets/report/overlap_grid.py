@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from mirl_dist.tickets.compare import mask_overlap
-from mirl_dist.tickets.compare.entry import Shown
-from mirl_dist.tickets.compare.statistics import Line
-from mirl_dist.tickets.report.chart_style import Look, drawing, marker, svg
+from mirl_dist.tickets.compare.entry import Entry
+from mirl_dist.tickets.compare.statistics import Group
+from mirl_dist.tickets.report.chart_style import Style, drawing, marker, svg
 from mirl_dist.tickets.report.charts import alive_axis
 
 Grid = NDArray[np.float64]
@@ -22,16 +22,16 @@ MOST = 24
 """Most tickets that a grid shows."""
 
 
-class Named(NamedTuple):
+class NamedEntry(NamedTuple):
     """A ticket of a grid, with what it is called there."""
 
     name: str
-    shown: Shown
+    shown: Entry
 
 
-def chosen(lines: Sequence[Line]) -> list[Named]:
+def chosen(lines: Sequence[Group]) -> list[NamedEntry]:
     """At most MOST pruned tickets with a mask, in the order of lines: last rounds first, then some between."""
-    methods: dict[str, list[Line]] = {}
+    methods: dict[str, list[Group]] = {}
     for line in lines:
         if not line.dense and any(s.mask is not None for s in line.shown):
             methods.setdefault(line.method, []).append(line)
@@ -42,7 +42,7 @@ def chosen(lines: Sequence[Line]) -> list[Named]:
     for line in sorted(picked, key=lines.index):
         short = line.method if len(line.method) <= 24 else line.method[:23] + "…"
         masked = sorted((s for s in line.shown if s.mask is not None), key=lambda s: s.seed)
-        found += [Named(f"{short} r{line.round_} s{s.seed}", s) for s in masked]
+        found += [NamedEntry(f"{short} r{line.round_} s{s.seed}", s) for s in masked]
     return found[:MOST]
 
 
@@ -51,7 +51,7 @@ def _spaced(count: int, most: int) -> list[int]:
     return sorted({round(i * (count - 1) / max(1, most - 1)) for i in range(most)}) if count > most else [*range(count)]
 
 
-def grid(named: Sequence[Named], beyond: bool = False) -> bytes:
+def grid(named: Sequence[NamedEntry], beyond: bool = False) -> bytes:
     """IoU of masks two by two as SVG; beyond: what it is more or less than independent random masks would have."""
     shown = [x.shown for x in named]
     values = mask_overlap.iou(shown)
@@ -85,7 +85,7 @@ def _numbers(axes: Axes, values: Grid, beyond: bool) -> None:
             axes.text(column, row, text, ha="center", va="center", fontsize=6, color="white" if dark else "#111111")
 
 
-def seeds(lines: Sequence[Line], looks: Mapping[str, Look]) -> bytes | None:
+def seeds(lines: Sequence[Group], looks: Mapping[str, Style]) -> bytes | None:
     """IoU between seeds of one method and round against alive weights as SVG, dotted: chance; None without pairs."""
     pairs = _pairs(lines)
     if not pairs:
@@ -105,7 +105,7 @@ def seeds(lines: Sequence[Line], looks: Mapping[str, Look]) -> bytes | None:
         return svg(figure, "overlap of seeds")
 
 
-def _pairs(lines: Sequence[Line]) -> dict[str, list[tuple[float, float, float]]]:
+def _pairs(lines: Sequence[Group]) -> dict[str, list[tuple[float, float, float]]]:
     """Method -> (alive weights, mean IoU, mean IoU by chance) of its rounds that two seeds or more have."""
     found: dict[str, list[tuple[float, float, float]]] = {}
     for line in lines:

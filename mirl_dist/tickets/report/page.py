@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from mirl_dist.errors import UserError
 from mirl_dist.tickets.compare import judge, statistics
-from mirl_dist.tickets.compare.entry import DENSE, Shown
+from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.tickets.compare.judge import Judgement
-from mirl_dist.tickets.compare.statistics import Line
+from mirl_dist.tickets.compare.statistics import Group
 from mirl_dist.tickets.report import latex, page_figures, page_tables, text_tables
-from mirl_dist.tickets.report.chart_style import Look, looks
+from mirl_dist.tickets.report.chart_style import Style, looks
 from mirl_dist.tickets.report.html import Html, data_uri, escape, join, section, tag
 from mirl_dist.tickets.report.page_figures import missing
 from mirl_dist.tickets.report.page_gallery import gallery
@@ -34,7 +34,7 @@ SECTIONS = {
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def html(shown: Sequence[Shown], title: str, made: str, judgements: Sequence[Judgement] | None = None) -> str:
+def html(shown: Sequence[Entry], title: str, made: str, judgements: Sequence[Judgement] | None = None) -> str:
     """The page as text. made: when, for its footer; judgements: of `judge.judge`, which is asked where they are None.
 
     Raises Fault for no tickets, and as `summary.lines` for tickets that cannot stand in one table.
@@ -93,7 +93,7 @@ def _notes(notes: Sequence[str]) -> Html:
     return tag("ul", *(tag("li", note[:1].upper() + note[1:]) for note in notes), class_="notes")
 
 
-def _scores(shown: Sequence[Shown], lines: Sequence[Line], names: Sequence[str], styles: Mapping[str, Look]) -> Html:
+def _scores(shown: Sequence[Entry], lines: Sequence[Group], names: Sequence[str], styles: Mapping[str, Style]) -> Html:
     if not names:
         return missing("No ticket has scores.")
     known = page_tables.scores(lines, names, styles)
@@ -116,13 +116,13 @@ def _toggle() -> Html:
     return tag("label", tag("input", type_="checkbox", class_="only"), "last round of each method only", class_="only")
 
 
-def _judged(judgements: Sequence[Judgement], styles: Mapping[str, Look]) -> Html:
+def _judged(judgements: Sequence[Judgement], styles: Mapping[str, Style]) -> Html:
     if not judgements:
         return missing("There is no pruned ticket to judge.")
     return join([_toggle(), verdicts(judgements, styles)])
 
 
-def _downloads(shown: Sequence[Shown]) -> Html:
+def _downloads(shown: Sequence[Entry]) -> Html:
     files = {"tickets.csv": ("All numbers (CSV)", text_tables.csv(shown), "text/csv;charset=utf-8")}
     if statistics.names(shown):
         tables = latex.tables(shown).encode()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mirl_dist.tickets.compare.entry import Shown
-from mirl_dist.tickets.compare.statistics import Line
+from mirl_dist.tickets.compare.entry import Entry
+from mirl_dist.tickets.compare.statistics import Group
 from mirl_dist.tickets.report import charts, layer_density, overlap_grid
-from mirl_dist.tickets.report.chart_style import Look, swatch
+from mirl_dist.tickets.report.chart_style import Style, swatch
 from mirl_dist.tickets.report.html import Html, figure, join, picture, tag
 
-Looks = Mapping[str, Look]
+Looks = Mapping[str, Style]
 MOST_CURVES = 6
 """Most 'task/set' with curves."""
 
@@ -32,7 +32,7 @@ def _titled(method: str, more: str, looks: Looks, chart: Html) -> Html:
     return tag("div", tag("p", _swatch(method, looks), f"{method}{more}"), chart)
 
 
-def scores(lines: Sequence[Line], names: Sequence[str], looks: Looks) -> Html:
+def scores(lines: Sequence[Group], names: Sequence[str], looks: Looks) -> Html:
     """PSNR and SSIM against alive weights."""
     if not names:
         return missing("No ticket has scores.")
@@ -50,7 +50,7 @@ def scores(lines: Sequence[Line], names: Sequence[str], looks: Looks) -> Html:
     return join(parts)
 
 
-def distance(lines: Sequence[Line], names: Sequence[str], looks: Looks) -> Html:
+def distance(lines: Sequence[Group], names: Sequence[str], looks: Looks) -> Html:
     """What the last ticket of each method gains or loses."""
     last = charts.last_rounds(lines)
     known = [n for n in names if any(n in line.against_dense for line in last)]
@@ -64,7 +64,7 @@ def distance(lines: Sequence[Line], names: Sequence[str], looks: Looks) -> Html:
     )
 
 
-def curves(lines: Sequence[Line], names: Sequence[str], looks: Looks, dense: Sequence[Shown]) -> Html:
+def curves(lines: Sequence[Group], names: Sequence[str], looks: Looks, dense: Sequence[Entry]) -> Html:
     """How fast tickets learn: a row of charts per method, of one seed."""
     rows = []
     for method in dict.fromkeys(line.method for line in lines if not line.dense):
@@ -88,7 +88,7 @@ def curves(lines: Sequence[Line], names: Sequence[str], looks: Looks, dense: Seq
     )
 
 
-def density(lines: Sequence[Line], looks: Looks) -> Html:
+def density(lines: Sequence[Group], looks: Looks) -> Html:
     """Densities by block: inside the last ticket of each method, and round by round."""
     last = [line for line in charts.last_rounds(lines) if not line.dense]
     known = [(line, _first(line)) for line in last if _first(line).ticket.layer_density]
@@ -119,16 +119,16 @@ def density(lines: Sequence[Line], looks: Looks) -> Html:
     return join(parts)
 
 
-def _first(line: Line) -> Shown:
+def _first(line: Group) -> Entry:
     return min(line.shown, key=lambda s: s.seed)
 
 
-def _by_kind(line: Line, shown: Shown) -> Html:
+def _by_kind(line: Group, shown: Entry) -> Html:
     grid = layer_density.heat(layer_density.by_kind(shown), f"kinds {line.method}")
     return picture(grid, f"density by block and kind of tensor, {line.method}")
 
 
-def overlap(lines: Sequence[Line], looks: Looks) -> Html:
+def overlap(lines: Sequence[Group], looks: Looks) -> Html:
     """How far masks agree."""
     named = overlap_grid.chosen(lines)
     if len(named) < 2:

@@ -13,8 +13,8 @@ from PIL import Image
 from mirl_dist.data import image_strip
 from mirl_dist.errors import UserError
 from mirl_dist.evaluation.metrics import PSNR_CEILING_DB
-from mirl_dist.tickets.compare.entry import DENSE, Shown
-from mirl_dist.tickets.compare.statistics import Line
+from mirl_dist.tickets.compare.entry import DENSE, Entry
+from mirl_dist.tickets.compare.statistics import Group
 from mirl_dist.tickets.report.charts import last_rounds
 from mirl_dist.tickets.report.html import Html, data_uri, join, row, table, tag
 
@@ -25,12 +25,12 @@ MOST_ROWS, MOST_BYTES = 12, 2_500_000
 class Column(NamedTuple):
     """The ticket of a line and its images by title: (degraded, restored, clean)."""
 
-    line: Line
-    shown: Shown
+    line: Group
+    shown: Entry
     images: Mapping[str, tuple[image_strip.Pixels, ...]]
 
 
-def gallery(lines: Sequence[Line]) -> Html:
+def gallery(lines: Sequence[Group]) -> Html:
     """A row per image: degraded, restored by each ticket with its PSNR, dense, clean; and what was left out."""
     columns, said = _columns(lines)
     titles = _spread_over_tasks(list(dict.fromkeys(t for c in columns for t in c.images)))
@@ -59,7 +59,7 @@ def _said(said: Sequence[str]) -> list[Html]:
     return [tag("p", text, class_="soft") for text in said]
 
 
-def _columns(lines: Sequence[Line]) -> tuple[list[Column], list[str]]:
+def _columns(lines: Sequence[Group]) -> tuple[list[Column], list[str]]:
     """One ticket per method, of the lowest seed whose pictures can be read; what could not be, in words."""
     found, said = [], []
     for line in last_rounds(lines):

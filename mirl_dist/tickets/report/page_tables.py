@@ -6,17 +6,17 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 
 from mirl_dist.tickets.compare import published, statistics
-from mirl_dist.tickets.compare.entry import DENSE, Shown
-from mirl_dist.tickets.compare.statistics import Line, Spread
-from mirl_dist.tickets.report.chart_style import Look, swatch
+from mirl_dist.tickets.compare.entry import DENSE, Entry
+from mirl_dist.tickets.compare.statistics import Group, Statistic
+from mirl_dist.tickets.report.chart_style import Style, swatch
 from mirl_dist.tickets.report.html import Html, broken, join, picture, row, table, tag
 
 DASH = "–"
 
 
-def compared(shown: Sequence[Shown]) -> Html:
+def compared(shown: Sequence[Entry]) -> Html:
     """Runs with their methods, seeds, configs, shards and versions; protocols in full words."""
-    runs: dict[str, list[Shown]] = {}
+    runs: dict[str, list[Entry]] = {}
     for s in shown:
         runs.setdefault(s.run, []).append(s)
     head = ("run", "method", "seed", "rounds", "weights", "prunable", "steps a round", "config", "shards", "versions")
@@ -29,7 +29,7 @@ def compared(shown: Sequence[Shown]) -> Html:
     )
 
 
-def _inventory(shown: Sequence[Shown], runs: int) -> str:
+def _inventory(shown: Sequence[Entry], runs: int) -> str:
     methods = list(dict.fromkeys(s.method for s in shown if s.method != DENSE))
     seeds = sorted({s.seed for s in shown})
     dense = any(s.method == DENSE for s in shown)
@@ -46,7 +46,7 @@ def _count(number: int, word: str) -> str:
     return f"{number} {word}" + "s" * (number != 1)
 
 
-def _run(name: str, held: Sequence[Shown]) -> Html:
+def _run(name: str, held: Sequence[Entry]) -> Html:
     tickets = sorted((s.ticket for s in held), key=lambda t: t.round)
     methods = dict.fromkeys(s.method for s in held if s.method != DENSE) or {DENSE: None}
     first = tickets[0]
@@ -76,7 +76,7 @@ def _rounds(rounds: Sequence[int]) -> str:
     return f"{known[0]}–{known[-1]}" if whole and len(known) > 2 else ", ".join(map(str, known))
 
 
-def _protocols(shown: Sequence[Shown]) -> list[Html]:
+def _protocols(shown: Sequence[Entry]) -> list[Html]:
     texts: dict[str, str] = {}
     for s in shown:
         texts |= {statistics.headline(s.ticket): s.ticket.protocol} | s.ticket.protocols
@@ -88,7 +88,7 @@ def _protocols(shown: Sequence[Shown]) -> list[Html]:
     return found
 
 
-def scores(lines: Sequence[Line], names: Sequence[str], looks: Mapping[str, Look], theirs: bool = True) -> Html:
+def scores(lines: Sequence[Group], names: Sequence[str], looks: Mapping[str, Style], theirs: bool = True) -> Html:
     """Methods and rounds with PSNR over SSIM; the paper's figures, where it has any, in columns of their own."""
     beside = published.beside(lines, names) if theirs else []
     figures = {(b.line.method, b.line.round_): b for b in beside}
@@ -130,7 +130,7 @@ def _head(names: Sequence[str], cited: Mapping[str, str]) -> list[list[Html]]:
 
 
 def _ours(
-    line: Line, names: Sequence[str], looks: Mapping[str, Look], best: Mapping[tuple[str, str], float | None]
+    line: Group, names: Sequence[str], looks: Mapping[str, Style], best: Mapping[tuple[str, str], float | None]
 ) -> list[Html]:
     look = picture(swatch(line.method, looks[line.method]), "")
     cells = [
@@ -169,13 +169,13 @@ def _theirs(beside: published.Beside | None, cited: Collection[str]) -> list[Htm
     return [tag("td", class_="gap"), *cells]
 
 
-def _best(lines: Sequence[Line], measure: str, name: str) -> float | None:
+def _best(lines: Sequence[Group], measure: str, name: str) -> float | None:
     """The highest mean of a column, dense networks and controls not counted."""
     found = [getattr(line, measure).get(name) for line in lines if not (line.dense or line.control)]
     return max((s.mean for s in found if s is not None and math.isfinite(s.mean)), default=None)
 
 
-def _spread(spread: Spread | None, digits: int, best: bool) -> Html:
+def _spread(spread: Statistic | None, digits: int, best: bool) -> Html:
     if spread is None or not math.isfinite(spread.mean):
         return Html(DASH)
     mean = tag("b", f"{spread.mean:.{digits}f}", class_="best") if best else Html(f"{spread.mean:.{digits}f}")

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from mirl_dist.tickets.compare import judge
 from mirl_dist.tickets.compare.judge import Answer, Control, Judgement
-from mirl_dist.tickets.compare.statistics import Spread
-from mirl_dist.tickets.report.chart_style import Look, swatch
+from mirl_dist.tickets.compare.statistics import Statistic
+from mirl_dist.tickets.report.chart_style import Style, swatch
 from mirl_dist.tickets.report.html import Html, broken, join, picture, row, table, tag
 
 _GOOD, _BAD = (judge.YES, judge.WINNING, judge.BEATS), (judge.NO, judge.LOSES)
@@ -23,7 +23,7 @@ MEANING = (
 )
 
 
-def verdicts(judgements: Sequence[Judgement], looks: Mapping[str, Look]) -> Html:
+def verdicts(judgements: Sequence[Judgement], looks: Mapping[str, Style]) -> Html:
     """A row per method and round: overall, each task, each kind of control that was run, remarks."""
     names = list(dict.fromkeys(name for j in judgements for name in j.answers))
     kinds = [
@@ -44,7 +44,7 @@ def verdicts(judgements: Sequence[Judgement], looks: Mapping[str, Look]) -> Html
     return join([table([head], body), tag("p", f"{MEANING} {said}", class_="soft")])
 
 
-def _cells(j: Judgement, names: Sequence[str], kinds: Sequence[str], looks: Mapping[str, Look]) -> list[Html | str]:
+def _cells(j: Judgement, names: Sequence[str], kinds: Sequence[str], looks: Mapping[str, Style]) -> list[Html | str]:
     look = picture(swatch(j.method, looks[j.method]), "") if j.method in looks else ""
     controls = {c.kind: c for c in j.controls}
     return [
@@ -72,7 +72,7 @@ def _control(control: Control | None) -> Html:
     return tag("td", _told(control.mean, "+.2f"), " ", _word(control.verdict), class_="number")
 
 
-def _told(spread: Spread | None, form: str) -> Html:
+def _told(spread: Statistic | None, form: str) -> Html:
     if spread is None:
         return Html("–")
     mean = f"{spread.mean:{form}}".replace("-", "−")

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mirl_dist.tickets.compare import published, statistics
-from mirl_dist.tickets.compare.entry import Shown
-from mirl_dist.tickets.compare.statistics import Line, Spread
+from mirl_dist.tickets.compare.entry import Entry
+from mirl_dist.tickets.compare.statistics import Group, Statistic
 
 WIDTH = 100
 _WIDEST_LABEL, _WIDEST_TASK = 18, 12
@@ -25,7 +25,7 @@ COLUMNS = (
 )
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """What stands in the fixed columns, and a cell for each 'task/set' that has one."""
 
     fixed: tuple[str, ...]
@@ -43,7 +43,7 @@ class Grid:
 
     title: str
     heads: Sequence[str]
-    rows: Sequence[Row]
+    rows: Sequence[TableRow]
     names: Sequence[str]
     remarks: Sequence[str] = ()
 
@@ -79,7 +79,7 @@ class Grid:
         return [*said, "", *self.remarks]
 
 
-def tables(shown: Sequence[Shown]) -> list[Grid]:
+def tables(shown: Sequence[Entry]) -> list[Grid]:
     """Alive weights, PSNR over SSIM per method and round; then the paper's figures, in tables of their own.
 
     Over several seeds: means, each above its sample standard deviation. `summary.notes` says what else to know.
@@ -94,26 +94,26 @@ def tables(shown: Sequence[Shown]) -> list[Grid]:
     return [ours, *_published(lines, names)]
 
 
-def _row(line: Line, many: bool) -> Row:
+def _row(line: Group, many: bool) -> TableRow:
     fixed = (line.method, str(line.round_), f"{line.alive:,.0f}", f"{line.sparsity:.1%}")
     cells = {name: "\n".join((*told(psnr, 2), *told(line.ssim[name], 4))) for name, psnr in line.psnr.items()}
-    return Row(fixed + ((str(len(line.seeds)),) if many else ()), cells)
+    return TableRow(fixed + ((str(len(line.seeds)),) if many else ()), cells)
 
 
-def told(spread: Spread, digits: int, sign: str = "") -> list[str]:
+def told(spread: Statistic, digits: int, sign: str = "") -> list[str]:
     """The mean, and where it is known the standard deviation, as lines of a cell. sign: '+' to show it always."""
     said = [f"{spread.mean:{sign},.{digits}f}"]
     return said if spread.sd is None else [*said, f"±{spread.sd:,.{digits}f}"]
 
 
-def _input(shown: Sequence[Shown], fixed: int) -> list[Row]:
+def _input(shown: Sequence[Entry], fixed: int) -> list[TableRow]:
     """The scores of the degraded images themselves."""
     given = {n: s for one in reversed(shown) for n, s in statistics.scores_of(one.ticket).items()}
     cells = {n: f"{s.degraded_psnr:.2f}\n{s.degraded_ssim:.4f}" for n, s in given.items()}
-    return [Row(("input",) + ("",) * (fixed - 1), cells)] if cells else []
+    return [TableRow(("input",) + ("",) * (fixed - 1), cells)] if cells else []
 
 
-def _published(lines: Sequence[Line], names: Sequence[str]) -> list[Grid]:
+def _published(lines: Sequence[Group], names: Sequence[str]) -> list[Grid]:
     """The paper's figures, in a table of their own; nothing where it has none."""
     rows, where = [], dict[str, None]()
     for beside in published.beside(lines, names):
@@ -123,7 +123,7 @@ def _published(lines: Sequence[Line], names: Sequence[str]) -> list[Grid]:
         paper = f"{one.method} {one.params}" + ("" if round_ is None else f"\n(round {round_})")
         where |= dict.fromkeys(figure.table for figure in figures.values())
         cells = {name: f"{figure.psnr:.2f}\n{figure.ssim:.4f}" for name, figure in figures.items()}
-        rows.append(Row((f"{line.method}, round {line.round_}", paper), cells))
+        rows.append(TableRow((f"{line.method}, round {line.round_}", paper), cells))
     if not rows:
         return []
     used = [name for name in names if any(name in row.cells for row in rows)]
@@ -132,7 +132,7 @@ def _published(lines: Sequence[Line], names: Sequence[str]) -> list[Grid]:
     return [Grid(published.TITLE, ("beside", "MIR-L's"), rows, used, [said])]
 
 
-def _block(title: str, fixed: Sequence[tuple[str, int]], rows: Sequence[Row], tasks: Mapping[str, int]) -> Table:
+def _block(title: str, fixed: Sequence[tuple[str, int]], rows: Sequence[TableRow], tasks: Mapping[str, int]) -> Table:
     made = Table(title=Text(title), show_lines=any("\n" in cell for row in rows for cell in row.cells.values()))
     for place, (head, width) in enumerate(fixed):
         made.add_column(Text(head), width=width, justify="right" if place else "left", overflow="fold")
@@ -155,7 +155,7 @@ def _longest(cells: Iterable[str]) -> int:
     return max((len(line) for cell in cells for line in cell.split("\n")), default=0)
 
 
-def csv(shown: Sequence[Shown]) -> bytes:
+def csv(shown: Sequence[Entry]) -> bytes:
     """A line per ticket, protocol and 'task/set', all digits, columns COLUMNS, UTF-8; published figures are not in it.
 
     run: its name here. method: 'dense' or the papers' word. alive: weights that are not pruned, unprunable ones

@@ -401,10 +401,10 @@ def test_a_run_of_another_config_in_the_folder_is_a_fault(lab: Any, here: Path, 
     found, plan = judged(lab, here, TWO, f"run.folder={reference}")
     assert found == [] and plan["seconds_per_round"] > 0, "the rate that the run itself measured"
     config = configs.read(lab.config(here), [*QUIET, f"run.folder={reference}"])
-    (over,) = services.the_run(config, None)
+    (over,) = services.check_run(config, None)
     assert over.text.startswith("finished: newest commit ")
     more = config.model_copy(update={"prune": config.prune.model_copy(update={"rounds": 9})})
-    assert [found.text.partition(":")[0] for found in services.the_run(more, None)] == ["goes on"]
+    assert [found.text.partition(":")[0] for found in services.check_run(more, None)] == ["goes on"]
     (line,) = judged(lab, here, TWO, f"run.folder={reference}", "optimiser.lr=0.5")[0]
     assert line.startswith(f"FAULT    run          {reference} belongs to another config")
     assert everything(reference).keys() == before.keys()

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mirl_dist.cli.sweep import spec as plans
-from mirl_dist.cli.sweep.spec import Plan, Planned, Stand
+from mirl_dist.cli.sweep.spec import RunStatus, SweepPlan, SweepRun
 from mirl_dist.config import config as configs
 from mirl_dist.config import yaml_loader
 from mirl_dist.errors import UserError
@@ -28,7 +28,7 @@ def swept(tmp_path: Path) -> Any:
     """Reads a sweep of METHODS and two seeds, with some of its keys changed."""
     (tmp_path / "base.yaml").write_text(json.dumps(BASE))
 
-    def read(sets: tuple[str, ...] = (), **more: Any) -> Plan:
+    def read(sets: tuple[str, ...] = (), **more: Any) -> SweepPlan:
         tree = {"config": str(tmp_path / "base.yaml"), "folder": "runs/s", "methods": METHODS, "seeds": [0, 3]}
         (tmp_path / "trial.yaml").write_text(json.dumps({k: v for k, v in (tree | more).items() if v is not None}))
         return plans.read(tmp_path / "trial.yaml", sets)
@@ -228,10 +228,10 @@ def test_a_sweep_that_was_asked_to_stop_can_be_queued_again_whatever_failed(
 
 
 def test_where_a_run_stands_is_told_in_words_and_to_programs(swept: Any) -> None:
-    run: Planned = swept().runs[1]
-    stand = Stand("running", 3, 1, 5, 36, 0.2, 17.256, "host, pid 4", b"beat")
+    run: SweepRun = swept().runs[1]
+    stand = RunStatus("running", 3, 1, 5, 36, 0.2, 17.256, "host, pid 4", b"beat")
     assert stand.cells() == ["running", "1/3", "5/36", "20.0%", "17.26"]
-    assert Stand().cells() == ["waiting", "", "", "", ""]
+    assert RunStatus().cells() == ["waiting", "", "", "", ""]
     row = json.loads(json.dumps(stand.row(run)))
     assert row["method"] == "mirl" and row["seed"] == 0 and row["state"] == "running" and row["psnr"] == 17.256
     assert row["who"] == "host, pid 4" and "sign" not in row

@@ -38,7 +38,7 @@ def pairs(root: Path, degraded: str = "{id}", clean: str = "{id}", **more: Any) 
 
 
 def matched(found: Recipe) -> dict[str, str]:
-    pictures, complaints = discovery.find(found)
+    pictures, complaints = discovery.find_images(found)
     assert not complaints, complaints
     return {p.name: p.clean.name for p in pictures}
 
@@ -76,7 +76,7 @@ def test_hidden_files_and_other_endings_are_no_images(tmp_path: Path) -> None:
 def test_every_missing_or_ambiguous_partner_is_named_at_once(tmp_path: Path) -> None:
     touch(tmp_path, "input/1.png", "input/2.png", "input/3.png", "target/1.png", "target/3.png", "target/3.jpg")
     touch(tmp_path, "target/9.png")
-    pictures, complaints = discovery.find(recipe(pairs(tmp_path)))
+    pictures, complaints = discovery.find_images(recipe(pairs(tmp_path)))
     assert [p.name for p in pictures] == ["1.png"]
     assert [c.full() for c in complaints] == [
         f"{tmp_path}/input/2.png: no clean partner '2' in {tmp_path}/target",
@@ -84,13 +84,13 @@ def test_every_missing_or_ambiguous_partner_is_named_at_once(tmp_path: Path) -> 
         f"{tmp_path}/target/9.png: no degraded partner of id '9' in {tmp_path}/input",
     ]
     assert not any(str(tmp_path) in c.portable() for c in complaints)
-    _, fewer = discovery.find(recipe(pairs(tmp_path, unused_clean=True)))
+    _, fewer = discovery.find_images(recipe(pairs(tmp_path, unused_clean=True)))
     assert len(fewer) == 2
 
 
 def test_a_name_that_does_not_fit_is_named(tmp_path: Path) -> None:
     touch(tmp_path, "input/rain-1.png", "input/odd.png", "target/norain-1.png")
-    _, complaints = discovery.find(recipe(pairs(tmp_path, "rain-{id}", "norain-{id}")))
+    _, complaints = discovery.find_images(recipe(pairs(tmp_path, "rain-{id}", "norain-{id}")))
     assert [c.full() for c in complaints] == [f"{tmp_path}/input/odd.png: its name does not fit 'rain-{{id}}'"]
 
 
@@ -101,7 +101,7 @@ def test_another_count_than_expected_stops_and_says_what_was_not_counted_and_whe
     one = pairs(tmp_path, expect=1000, get="https://example.org/rain; research")
     two = {"set": "two", "kind": "clean", "clean": {"folder": str(tmp_path / "nowhere")}, "get": "from Ada"}
     with pytest.raises(UserError) as fault:
-        discovery.find(recipe(one, two, broken="skip"))
+        discovery.find_images(recipe(one, two, broken="skip"))
     first, got, second, two_got = str(fault.value).splitlines()
     found = f"found 1 pairs, expected 1,000, in {tmp_path}/input (*) and {tmp_path}/target (*)."
     assert first.startswith(f"the set 'pairs' (train): {found} Not counted: 2.png: no clean partner '2'; 3.png:")
@@ -116,7 +116,7 @@ def test_all_missing_and_empty_folders_are_named_at_once(tmp_path: Path) -> None
     one = {"set": "one", "kind": "clean", "clean": {"folder": str(tmp_path / "no/where")}}
     two = {"set": "two", "kind": "clean", "clean": {"folder": str(tmp_path / "empty")}}
     with pytest.raises(UserError) as fault:
-        discovery.find(recipe(one, two))
+        discovery.find_images(recipe(one, two))
     assert f"no folder at {tmp_path}/no/where (the nearest that exists is {tmp_path})" in str(fault.value)
     assert f"no image in {tmp_path}/empty fits *" in str(fault.value)
 
@@ -124,19 +124,19 @@ def test_all_missing_and_empty_folders_are_named_at_once(tmp_path: Path) -> None
 def test_an_unset_variable_is_named_with_the_way_to_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MIRL_SETS", raising=False)
     with pytest.raises(UserError, match=r"MIRL_SETS is not set.*export MIRL_SETS=/path/to/the/images"):
-        discovery.find(read(RECIPES / "wed.yaml"))
+        discovery.find_images(read(RECIPES / "wed.yaml"))
 
 
 def test_a_share_does_not_depend_on_the_other_names(tmp_path: Path) -> None:
     """Whoever is chosen among many stays chosen among fewer."""
     touch(tmp_path, *(f"input/{n}.png" for n in range(40)))
     one = {"set": "s", "kind": "clean", "clean": {"folder": str(tmp_path / "input")}}
-    few = [p.name for p in discovery.find(recipe({**one, "limit": 5}))[0]]
-    half = [p.name for p in discovery.find(recipe({**one, "fraction": 0.5}))[0]]
-    other = [p.name for p in discovery.find(recipe({**one, "limit": 5}, seed=1))[0]]
+    few = [p.name for p in discovery.find_images(recipe({**one, "limit": 5}))[0]]
+    half = [p.name for p in discovery.find_images(recipe({**one, "fraction": 0.5}))[0]]
+    other = [p.name for p in discovery.find_images(recipe({**one, "limit": 5}, seed=1))[0]]
     assert len(few) == 5 and len(half) == 20
     assert set(few) < set(half) and few != other and few == sorted(few)
-    own = [p.name for p in discovery.find(recipe({**one, "limit": 5, "draw_seed": 1}, seed=7))[0]]
+    own = [p.name for p in discovery.find_images(recipe({**one, "limit": 5, "draw_seed": 1}, seed=7))[0]]
     assert own == other, "a draw's own seed stands for the recipe's"
 
 
@@ -198,11 +198,11 @@ def test_official_layouts_are_understood(name: str, tmp_path: Path, monkeypatch:
         one.pop("expect")
         one.pop("fraction", None)
         one.pop("draw_seed", None)
-    pictures, complaints = discovery.find(yaml_loader.build(Recipe, tree, name))
+    pictures, complaints = discovery.find_images(yaml_loader.build(Recipe, tree, name))
     assert not complaints
     assert [p.name for p in pictures] == names
     with pytest.raises(UserError) as fault:
-        discovery.find(official)
+        discovery.find_images(official)
     missed = [line for line in str(fault.value).splitlines() if ", expected " in line]
     assert len(missed) == len(list(official.sets())), "every official count is missed here"
 
@@ -252,7 +252,7 @@ def test_an_unknown_key_or_photograph_is_answered_with_the_known_ones() -> None:
     with pytest.raises(UserError, match="nearest key is 'photographs'"):
         recipe({"set": "a", "kind": "clean", "photograph": ["coffee"]})
     with pytest.raises(UserError, match="no photograph is named 'tea'. Known are: astronaut, chelsea"):
-        discovery.find(recipe({"set": "a", "kind": "clean", "photographs": ["tea"]}))
+        discovery.find_images(recipe({"set": "a", "kind": "clean", "photographs": ["tea"]}))
 
 
 def test_folders_are_no_part_of_a_recipes_content() -> None:
@@ -274,7 +274,7 @@ def test_keys_are_short_plain_and_differ_where_names_differ() -> None:
     ]
     keys = set()
     for name in names:
-        picture = discovery.Picture("evaluate", "s" * 24, "derain", name, Path(name))
+        picture = discovery.SourceImage("evaluate", "s" * 24, "derain", name, Path(name))
         keys.add(layout.key(picture))
     assert len(keys) == len(names)
     assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,69}", key) for key in keys)

@@ -22,10 +22,10 @@ from PIL import Image
 
 from mirl_dist.data.building import demo_photos, discovery
 from mirl_dist.data.building.build import build
-from mirl_dist.data.building.inspection import survey
+from mirl_dist.data.building.inspection import inspect_images
 from mirl_dist.data.building.recipe import ImageSet, Recipe, read
 from mirl_dist.data.manifest import CLEAN, DEGRADED, Part, read_index
-from mirl_dist.data.parallel import Alone
+from mirl_dist.data.parallel import SingleProcess
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder
 
@@ -278,7 +278,7 @@ def sizes(layout: Mapping[str, Pairs]) -> dict[str, int]:
     return {label: len(held) for label, held in layout.items() if label}
 
 
-def found_in(root: Path, pictures: Sequence[discovery.Picture]) -> dict[str, Pairs]:
+def found_in(root: Path, pictures: Sequence[discovery.SourceImage]) -> dict[str, Pairs]:
     """What pairing found, as a layout."""
     held: dict[str, dict[str, str | None]] = defaultdict(dict)
     for one in pictures:
@@ -324,17 +324,17 @@ def test_official_layouts_are_paired_rightly(name: str, sets: Path) -> None:
     layout = LAYOUTS[name]
     lay_out(sets, layout)
     recipe = expecting(shipped(name), sizes(layout))
-    pictures, complaints = discovery.find(recipe)
+    pictures, complaints = discovery.find_images(recipe)
     assert not complaints
     assert found_in(sets, pictures) == {label: held for label, held in layout.items() if label}
-    surveyed = survey(recipe, 1, quiet, Alone())
-    assert surveyed.pictures == tuple(pictures) and not surveyed.skipped, "and their pixels can be used"
+    surveyed = inspect_images(recipe, 1, quiet, SingleProcess())
+    assert surveyed.images == tuple(pictures) and not surveyed.skipped, "and their pixels can be used"
 
 
 def told(recipe: Recipe) -> Iterator[tuple[str, str, ImageSet]]:
     """What is said of every set that cannot be found as expected: its role, the sentence, and the set itself."""
     with pytest.raises(UserError) as fault:
-        discovery.find(recipe)
+        discovery.find_images(recipe)
     said = str(fault.value).splitlines()
     for (role, one), sentence, source in zip(recipe.sets(), said[::2], said[1::2], strict=True):
         assert source == f"  where it can be had: {one.get}"
@@ -375,10 +375,10 @@ def test_a_missing_partner_is_told_by_name_count_and_source(name: str, sets: Pat
 def test_frames_of_one_name_in_two_sequences_are_two_pairs(sets: Path) -> None:
     lay_out(sets, LAYOUTS["gopro"])
     recipe = changed(shipped("gopro"), lambda label, _: {"expect": None} if label == "train gopro" else None)
-    pictures, _ = discovery.find(recipe)
+    pictures, _ = discovery.find_images(recipe)
     assert [p.name for p in pictures] == ["GOPR0372_07_00/blur/000047.png", "GOPR0372_07_01/blur/000047.png"]
     (sets / "GOPRO_Large/train/GOPR0372_07_01/sharp/000047.png").unlink()
-    _, complaints = discovery.find(recipe)
+    _, complaints = discovery.find_images(recipe)
     assert [c.portable() for c in complaints] == [
         "train gopro: GOPR0372_07_01/blur/000047.png: no clean partner 'GOPR0372_07_01/sharp/000047'"
     ]
@@ -398,7 +398,7 @@ def test_a_path_template_takes_an_id_between_slashes_and_both_sides_the_same_num
 def test_a_scene_with_a_clean_frame_for_every_rainy_one_is_told(sets: Path) -> None:
     layout = {"train gt_rain": scenes("train", "Gurutto_1-2-Webcam-R-000", "Gurutto_1-2-Webcam-R-001")}
     lay_out(sets, layout | {"": clean("GT-RAIN_train/Gurutto_1-2/Gurutto_1-2-Webcam-C-001.png")})
-    _, complaints = discovery.find(expecting(shipped("gt_rain"), {"train gt_rain": 2}))
+    _, complaints = discovery.find_images(expecting(shipped("gt_rain"), {"train gt_rain": 2}))
     assert [c.portable() for c in complaints] == [
         "train gt_rain: Gurutto_1-2/Gurutto_1-2-Webcam-C-001.png: its name does not fit '{id}-C-000'"
     ]
@@ -438,7 +438,7 @@ def test_mirls_shares_have_their_exact_counts_and_depend_on_seed_and_names_alone
             return {"expect": HAZY if label == "train ots" else one.expect} | more
 
         recipe = changed(shipped("mirl"), here, seed=random.randrange(100))
-        pictures, complaints = discovery.find(recipe)
+        pictures, complaints = discovery.find_images(recipe)
         assert not complaints
         held: dict[str, list[str]] = defaultdict(list)
         for one in pictures:
@@ -573,7 +573,7 @@ def test_real_images_in_the_official_layout_find_their_partners(
     name: str, real: Real, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MIRL_SETS", str(real.root))
-    pictures, complaints = discovery.find(expecting(shipped(name), REAL[name]))
+    pictures, complaints = discovery.find_images(expecting(shipped(name), REAL[name]))
     assert not complaints
     for one in pictures:
         link = (one.degraded or one.clean).relative_to(real.root).as_posix()
@@ -632,7 +632,7 @@ def test_published_tests_of_rain_show_images_of_bsd400(real: Real, monkeypatch: 
     recipe = expecting(shipped("three_tasks"), counts)
     assert recipe.allow_overlap
     with pytest.raises(UserError, match="67 images serve both training and evaluation"):
-        survey(recipe.model_copy(update={"allow_overlap": False}), 1, quiet, Alone())
+        inspect_images(recipe.model_copy(update={"allow_overlap": False}), 1, quiet, SingleProcess())
     for part in ("train", "test"):
         for path in (real.data / part / "derain/Rain100H/target").iterdir():
             heavy, light = pixels(path), pixels(real.data / part / f"derain/Rain100L/target/{path.stem}.jpg")
@@ -646,7 +646,7 @@ def test_local_data_holds_all_it_can_and_shares_nothing_between_training_and_eva
     scored = {"cbsd68": 11, "set5": 5, "rain100l": 6, "rain100h": 4, "sots_indoor": 7}
     assert {one.set: one.expect for one in recipe.train} == wanted
     assert {one.set: one.expect for one in recipe.evaluate} == scored
-    found = survey(recipe, 1, quiet, Alone())
-    assert len(found.pictures) == sum(wanted.values()) + sum(scored.values()) and not found.skipped
-    webcams = [p for p in found.pictures if p.set == "gt_rain"]
+    found = inspect_images(recipe, 1, quiet, SingleProcess())
+    assert len(found.images) == sum(wanted.values()) + sum(scored.values()) and not found.skipped
+    webcams = [p for p in found.images if p.set == "gt_rain"]
     assert len({p.clean for p in webcams}) == 5

@@ -19,14 +19,14 @@ from mirl_dist.data.degradations.degrade import (
     Pixels,
     add_noise,
     blur,
-    for_test,
+    context_pixels,
+    degrade_for_test,
+    degrade_for_training,
     gaussian_noise,
     haze,
     jpeg,
     lost_resolution,
     low_light,
-    margin,
-    on_reading,
     quick_noise,
     rain,
     snow,
@@ -252,7 +252,7 @@ def test_a_degradation_is_determined_by_its_arguments_and_leaves_its_input_alone
     task, clean = Task.of(word), scene(40, 52)
     before = clean.copy()
     clean.setflags(write=False)
-    for make in (on_reading, for_test):
+    for make in (degrade_for_training, degrade_for_test):
         first = make(task, clean, generator(word))
         assert first.dtype == np.uint8 and first.shape == clean.shape and first.flags.c_contiguous
         assert not np.array_equal(first, clean)
@@ -264,7 +264,7 @@ def test_a_degradation_is_determined_by_its_arguments_and_leaves_its_input_alone
 @pytest.mark.parametrize("word", MADE)
 @pytest.mark.parametrize("shape", [(1, 1, 3), (3, 90, 3)])
 def test_images_of_any_size_are_degraded(word: str, shape: tuple[int, int, int]) -> None:
-    assert on_reading(Task.of(word), np.full(shape, 77, np.uint8), generator("any")).shape == shape
+    assert degrade_for_training(Task.of(word), np.full(shape, 77, np.uint8), generator("any")).shape == shape
 
 
 @pytest.mark.parametrize("word", [w for w in MADE if Task.of(w).family in ("deblur", "enlighten")])
@@ -272,16 +272,18 @@ def test_images_of_any_size_are_degraded(word: str, shape: tuple[int, int, int])
 def test_with_its_margin_a_degraded_crop_is_a_crop_of_the_degraded_image(word: str, top: int, left: int) -> None:
     """Even at the image's border, where the larger crop ends with the image."""
     task, whole, pixels = Task.of(word), scene(128, 158), 32
-    rim = margin(task)
+    rim = context_pixels(task)
     y, x = max(0, top - rim), max(0, left - rim)
     wide = whole[y : top + pixels + rim, x : left + pixels + rim]
-    cut = on_reading(task, wide, generator("m", word))[top - y : top - y + pixels, left - x : left - x + pixels]
-    wanted = on_reading(task, whole, generator("m", word))[top : top + pixels, left : left + pixels]
+    cut = degrade_for_training(task, wide, generator("m", word))[
+        top - y : top - y + pixels, left - x : left - x + pixels
+    ]
+    wanted = degrade_for_training(task, whole, generator("m", word))[top : top + pixels, left : left + pixels]
     assert np.array_equal(cut, wanted)
 
 
 def test_only_blur_looks_beyond_the_crop() -> None:
-    margins = {word: margin(Task.of(word)) for word in (*MADE, "deblur_k3s1")}
+    margins = {word: context_pixels(Task.of(word)) for word in (*MADE, "deblur_k3s1")}
     assert {word: rim for word, rim in margins.items() if rim} == {
         "deblur_easy": 7,
         "deblur_mild": 10,
@@ -325,7 +327,7 @@ def test_strengths_fill_the_ranges_of_the_papers(
 
     monkeypatch.setattr(degrade, function, heard)
     for i in range(600):
-        on_reading(Task.of(word), waves(), generator(word, i))
+        degrade_for_training(Task.of(word), waves(), generator(word, i))
     for (low, high), found in zip(ranges, zip(*drawn, strict=True), strict=True):
         assert low <= min(found) <= low + 0.02 * (high - low) and high - 0.02 * (high - low) <= max(found) <= high
         assert np.mean(found) == pytest.approx((low + high) / 2, abs=4 * (high - low) / math.sqrt(6 * 600) + 1e-9)
@@ -339,15 +341,15 @@ def test_for_evaluation_noise_is_numpys_and_the_rest_as_in_training() -> None:
     clean = scene(40, 52)
     for word in MADE:
         task = Task.of(word)
-        trained, tested = (make(task, clean, generator("t")) for make in (on_reading, for_test))
+        trained, tested = (make(task, clean, generator("t")) for make in (degrade_for_training, degrade_for_test))
         assert np.array_equal(trained, tested) == (task.family != "denoise"), word
     wanted = gaussian_noise(clean, 25, generator("t"))
-    assert np.array_equal(for_test(Task.of("denoise_25"), clean, generator("t")), wanted)
+    assert np.array_equal(degrade_for_test(Task.of("denoise_25"), clean, generator("t")), wanted)
 
 
 @pytest.mark.parametrize(("word", "digest"), GOLDEN.items())
 def test_training_samples_are_the_same_on_every_machine_and_release(word: str, digest: str) -> None:
-    made = on_reading(Task.of(word), waves(), generator("golden"))
+    made = degrade_for_training(Task.of(word), waves(), generator("golden"))
     assert hashlib.sha256(made.tobytes()).hexdigest()[:16] == digest
 
 

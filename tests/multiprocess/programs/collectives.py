@@ -20,7 +20,7 @@ from mirl_dist.errors import Stopped, UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import PruneConfig, PruneResult, prune
 from mirl_dist.training import guards, loop, lottery
-from mirl_dist.training.state import Progress, State
+from mirl_dist.training.state import Progress, TrainState
 from mirl_dist.training.ticket import Ticket
 
 RULES = {
@@ -99,17 +99,17 @@ def told(ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def small_state(seed: int) -> State:
+def small_state(seed: int) -> TrainState:
     generator = torch.Generator().manual_seed(seed)
     weights = {
         n: torch.nn.Parameter(torch.randn(s, generator=generator))
         for n, s in (("a.weight", (4, 3)), ("b.weight", (5,)))
     }
     engine = DdpEngine(weights, lambda p: torch.optim.AdamW(p.values(), lr=0.1))
-    return State(engine, masking.dense_masks(weights, weights))
+    return TrainState(engine, masking.dense_masks(weights, weights))
 
 
-def a_ticket(state: State) -> Ticket:
+def a_ticket(state: TrainState) -> Ticket:
     progress = state.progress
     return Ticket(
         round=progress.round,
@@ -142,10 +142,10 @@ def nudge(tensor: torch.Tensor) -> None:
 def guarded(ranks: Ranks) -> dict[str, Any]:
     """Laws that one rank breaks, by the smallest step that a float can take."""
     last = ranks.rank == ranks.world - 1
-    game = lottery.Lottery(2, None, "initial", "all", 0, 1)
+    game = lottery.LotteryConfig(2, None, "initial", "all", 0, 1)
     opened: list[str] = []
 
-    def play(state: State, initial: dict[str, torch.Tensor]) -> None:
+    def play(state: TrainState, initial: dict[str, torch.Tensor]) -> None:
         lottery.play(
             game,
             state,
@@ -159,7 +159,7 @@ def guarded(ranks: Ranks) -> dict[str, Any]:
             stop_if_asked=lambda before: opened.append(before),
         )
 
-    def first(state: State) -> dict[str, torch.Tensor]:
+    def first(state: TrainState) -> dict[str, torch.Tensor]:
         return {n: p.detach().clone() for n, p in state.weights.items()}
 
     drifted, other_start, unproven, risen = (small_state(3) for _ in range(4))
@@ -194,7 +194,7 @@ def guarded(ranks: Ranks) -> dict[str, Any]:
         "drifted masks": masking.count_surviving(drifted.masks),
         "other start": refused(lambda: play(other_start, starts[1])),
         "rewind": refused(rewind_that_fails),
-        "risen": refused(lambda: lottery.prove_dead_weights(risen, ranks)),
+        "risen": refused(lambda: lottery.check_pruned_weights(risen, ranks)),
     }
     return found | {"opened": opened, "loss": refused(lambda: lossy(ranks, last)), "stop": stops(ranks, last)}
 
@@ -203,10 +203,10 @@ def lossy(ranks: Ranks, last: bool) -> tuple[bool, int]:
     losses = torch.tensor([0.1, float("inf") if last else 0.2])
     none = torch.zeros(2)
     batch = Batch(none, none, none, (f"derain:one-{ranks.rank}", f"derain:two-{ranks.rank}"))
-    seen = guards.Seen([(losses, batch)])
+    seen = guards.StepLosses([(losses, batch)])
     progress = Progress(round=1, epoch=2, step=3)
-    if loop.meet(losses, batch, ranks, Around(), StragglerDetector()).bad:
-        guards.refuse_bad_loss(seen, progress, 0, ranks)
+    if loop.sync_status(losses, batch, ranks, Around(), StragglerDetector()).bad:
+        guards.check_loss(seen, progress, 0, ranks)
     return (False, 0)
 
 
@@ -214,8 +214,8 @@ def stops(ranks: Ranks, last: bool) -> tuple[bool, int]:
     """Asked of one rank alone, heard by all; so is what every rank's batch replaced."""
     losses = torch.tensor([0.1, 0.2])
     batch = Batch(losses, losses, losses, ("a", "b"), skipped=2 if ranks.rank else 1)
-    word = loop.meet(losses, batch, ranks, Around(stop=last), StragglerDetector())
-    assert abs(word.loss - ranks.world * 0.3) < 1e-6 and not (word.bad or word.busy or word.failed)
+    word = loop.sync_status(losses, batch, ranks, Around(stop=last), StragglerDetector())
+    assert abs(word.loss - ranks.world * 0.3) < 1e-6 and not (word.bad or word.commit_busy or word.commit_failed)
     return (word.stop, word.skipped)
 
 

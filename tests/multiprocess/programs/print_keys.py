@@ -17,7 +17,7 @@ from mirl_dist.training import loop
 
 
 def watch() -> None:
-    meet, kill = loop.meet, json.loads(os.environ.get("MIRL_KILL", "null"))
+    meet, kill = loop.sync_status, json.loads(os.environ.get("MIRL_KILL", "null"))
     lines = Path(os.environ["MIRL_KEYS"]) / f"{os.environ.get('RANK', '0')}.jsonl"
 
     def watching(losses: Any, batch: Any, ranks: Any, around: Any, pace: Any) -> Any:
@@ -31,7 +31,7 @@ def watch() -> None:
             file.write(json.dumps(said) + "\n")
         return meet(losses, batch, ranks, around, pace)
 
-    loop.meet = watching
+    loop.sync_status = watching
     # A commit that is due is made at its step, not later because the one before is still being written.
     AsyncWriter.busy = property(lambda self: bool(self.settle(60)))  # type: ignore[assignment, method-assign]
 

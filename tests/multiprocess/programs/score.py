@@ -13,7 +13,7 @@ import torch
 
 from mirl_dist import models
 from mirl_dist.config.tasks import Task
-from mirl_dist.data.shard_pool import Supply
+from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.evaluation import evaluate
@@ -33,13 +33,13 @@ def main() -> None:
     ranks = Ranks(device="cpu")
     shards = Shards(open_store(sys.argv[1]))
     tasks = [Task.of(word) for word in ("denoise_25", "denoise_50", "derain", "dehaze")]
-    jobs = evaluate.plan(shards, tasks, None)
+    jobs = evaluate.plan_jobs(shards, tasks, None)
     torch.manual_seed(3)
     network = models.create("promptir", **SIZES)
-    how = evaluate.Settings((PROTOCOLS["promptir"], PROTOCOLS["restormer"]), seed=0, tile_pixels=40, tile_overlap=8)
-    found = evaluate.evaluate(network, Supply(shards, None, "refuse", print), jobs, ranks, how)
+    how = evaluate.EvalSettings((PROTOCOLS["promptir"], PROTOCOLS["restormer"]), seed=0, tile_pixels=40, tile_overlap=8)
+    found = evaluate.evaluate(network, ShardPool(shards, None, "refuse", print), jobs, ranks, how)
     told = {
-        "mine": evaluate.deal(jobs, ranks.rank, ranks.world),
+        "mine": evaluate.assign_jobs(jobs, ranks.rank, ranks.world),
         "scores": {p: {n: s.model_dump() for n, s in scores.items()} for p, scores in found.scores.items()},
         "images": len(found.images),
         "table": found.table().decode(),

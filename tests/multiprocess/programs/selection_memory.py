@@ -17,7 +17,7 @@ from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import PruneConfig
 from mirl_dist.training import lottery, selection
-from mirl_dist.training.state import State
+from mirl_dist.training.state import TrainState
 from mirl_dist.training.ticket import Ticket
 
 CONSTANT = 48_000_000
@@ -59,8 +59,8 @@ def main(folder: Path) -> None:
     initial = local_part(engine.layout, first)
     found = {"network": sum(t.nbytes for t in first.values()), "held": sum(t.nbytes for t in engine.weights.values())}
     first.clear()
-    state = State(engine, masking.dense_masks(initial, initial), None, ranks.gather_here)
-    game = lottery.Lottery(2, None, "initial", "all", 0, 1)
+    state = TrainState(engine, masking.dense_masks(initial, initial), None, ranks.gather_here)
+    game = lottery.LotteryConfig(2, None, "initial", "all", 0, 1)
     ticket = Ticket.model_construct(round=0, protocols={})
 
     def whole() -> contextlib.AbstractContextManager[torch.nn.Module]:
@@ -68,11 +68,11 @@ def main(folder: Path) -> None:
 
     with measured(found, "extra"):
         pruned = selection.select(PruneConfig(0.2), state, initial, whole, lambda: [], ranks, lambda: False)
-        ranks.check_agreement("the new masks", masking.digest_of_masks(state.whole(pruned.masks)))
+        ranks.check_agreement("the new masks", masking.digest_of_masks(state.gather_full(pruned.masks)))
         lottery.begin_round(game, state, initial, ranks, pruned, ticket)
     assert state.progress.round == 1 and pruned.removed == round(0.2 * (found["network"] // 4 - 1) + 0.5)
     with measured(found, "whole_extra"):
-        gathered = dict(state.whole(state.weights))
+        gathered = dict(state.gather_full(state.weights))
     found |= {"constant": CONSTANT, "gathered": len(gathered)}
     (folder / f"{ranks.rank}.json").write_text(json.dumps(found))
     ranks.barrier()

@@ -80,14 +80,14 @@ def while_counting() -> None:
 def while_starting() -> None:
     from mirl_dist.training import resume
 
-    newest = resume.newest
+    newest = resume.load_latest
 
     def looking(*args: Any) -> Any:
         strike()
         time.sleep(0.2)
         return newest(*args)
 
-    resume.newest = looking
+    resume.load_latest = looking
 
 
 def while_building() -> None:

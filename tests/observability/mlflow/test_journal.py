@@ -25,11 +25,11 @@ from mirl_dist.config.local_paths import journal_folder
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import outbox, records, sender
 from mirl_dist.observability.mlflow import tracker as tracking
-from mirl_dist.observability.mlflow.journal import Journal, waiting
+from mirl_dist.observability.mlflow.journal import Journal, pending_records
 from mirl_dist.observability.mlflow.outbox import Outbox
-from mirl_dist.observability.mlflow.records import Damaged, Item
-from mirl_dist.observability.mlflow.segments import Entry, Segment
-from mirl_dist.observability.mlflow.tracker import Mlflow, resend
+from mirl_dist.observability.mlflow.records import DamagedRecord, Record
+from mirl_dist.observability.mlflow.segments import PendingRecord, Segment
+from mirl_dist.observability.mlflow.tracker import MlflowTracker, resend
 from mirl_dist.storage.base import Unavailable
 from tests.services import mlflow_client_program
 from tests.services.faulty_proxy import FORBIDDEN, FaultyProxy, answer
@@ -39,16 +39,16 @@ from tests.services.mlflow_server import MlflowServer, client, curve, runs_of
 LIFE = "0123456789abcdef" * 2
 
 
-def item(number: int, do: str = "points", **more: Any) -> Item:
+def item(number: int, do: str = "points", **more: Any) -> Record:
     usual = {"points": [("loss", 1 / (number + 1), 5 * number, number)]} if do == "points" else {}
-    return Item(do, "run", at_ms=1000 * number, id=f"{LIFE}-{number}", **(usual | more))
+    return Record(do, "run", at_ms=1000 * number, id=f"{LIFE}-{number}", **(usual | more))
 
 
-def read(entries: list[Entry]) -> list[Item]:
+def read(entries: list[PendingRecord]) -> list[Record]:
     return [entry.read() for entry in entries]
 
 
-def numbers(entries: list[Entry]) -> list[int]:
+def numbers(entries: list[PendingRecord]) -> list[int]:
     return [int(entry.id.rpartition("-")[2]) for entry in entries]
 
 
@@ -101,7 +101,7 @@ def test_a_damaged_line_is_left_out_and_told_once(tmp_path: Path, caplog: pytest
     path.write_bytes(text)
     journal.close()
     later = Journal(tmp_path)
-    assert waiting(tmp_path).points == 3 and caplog.text == "", "who only looks tells nothing"
+    assert pending_records(tmp_path).points == 3 and caplog.text == "", "who only looks tells nothing"
     assert later.lock() and numbers(later.older()) == [0, 2, 3]
     assert [record.message for record in caplog.records] == [f"{path}: 1 damaged lines are left out"]
 
@@ -116,9 +116,9 @@ def test_no_line_however_damaged_is_more_than_damaged(data: st.DataObject) -> No
         line = line or bytearray(b"0")
     try:
         found, _ = records.parse(bytes(line))
-    except Damaged:
+    except DamagedRecord:
         return
-    assert found.do in ("open", "params", "points", "ticket", "file", "end")
+    assert found.kind in ("open", "params", "points", "ticket", "file", "end")
     assert ".." not in Path(found.name).parts and not Path(found.name).is_absolute()
 
 
@@ -138,7 +138,7 @@ def test_no_line_however_damaged_is_more_than_damaged(data: st.DataObject) -> No
 )
 def test_a_line_that_no_run_has_said_is_damaged(said: Any) -> None:
     usual = {"do": "points", "where": "run", "id": f"{LIFE}-0", "at_ms": 0}
-    with pytest.raises(Damaged):
+    with pytest.raises(DamagedRecord):
         records.parse(json.dumps(usual | said if isinstance(said, dict) else said).encode())
     records.parse(json.dumps(usual).encode())
 
@@ -195,7 +195,7 @@ def test_a_long_life_writes_several_segments_and_leaves_none_that_is_through(
 def test_a_life_that_begins_its_segment_does_not_take_it_for_an_older_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    journal, found, real = Journal(tmp_path), list[Entry](), Segment.new
+    journal, found, real = Journal(tmp_path), list[PendingRecord](), Segment.new
     assert journal.lock()
     sends = threading.Thread(target=lambda: found.extend(journal.older()))
 
@@ -236,7 +236,7 @@ def test_a_full_disk_costs_one_warning_and_nothing_half_written(
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "00000001.jsonl").stat().st_size + 50, hard))
     try:
         box.put_points("points", "run", [("loss", 1.0, 2)])
-        box.put(Item("file", "run", "a", data=bytes(4000)))
+        box.put(Record("file", "run", "a", data=bytes(4000)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (full, hard))
     assert caplog.text.count(f"the journal {tmp_path} takes no more (File too large)") == 1
@@ -244,8 +244,8 @@ def test_a_full_disk_costs_one_warning_and_nothing_half_written(
     assert box.in_memory()[:2] == (1, 1)
     box.put_points("points", "run", [("loss", 1.0, 3)])
     assert [one.points[0][3] for one in read(Journal(tmp_path).older())] == [1, 3], "room again, journal again"
-    lines, damaged = records.parse_all(box.backlog())
-    assert [one.do for one in lines] == ["points", "points", "file", "points"] and damaged == 0
+    lines, damaged = records.parse_all(box.pending_lines())
+    assert [one.kind for one in lines] == ["points", "points", "file", "points"] and damaged == 0
     assert not list(tmp_path.glob("*.data"))
 
 
@@ -264,13 +264,13 @@ def test_the_clock_of_a_life_never_runs_backwards(tmp_path: Path, monkeypatch: p
 
 def test_a_backlog_brings_all_that_waits_to_another_machine(tmp_path: Path) -> None:
     here = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path / "a"))
-    assert here.backlog() == b""
-    here.put(Item("open", "round/00", "round 00"))
+    assert here.pending_lines() == b""
+    here.put(Record("open", "round/00", "round 00"))
     here.put_points("points", "round/00", [("loss", 0.5, 7)])
-    here.put(Item("file", "round/00", "ticket.json", data=b"{}"))
-    there = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path / "b"), here.backlog())
-    assert records.parse_all(there.backlog())[0][2].data == b"{}"
-    assert there.backlog() == here.backlog()
+    here.put(Record("file", "round/00", "ticket.json", data=b"{}"))
+    there = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path / "b"), here.pending_lines())
+    assert records.parse_all(there.pending_lines())[0][2].data == b"{}"
+    assert there.pending_lines() == here.pending_lines()
     assert numbers(Journal(tmp_path / "b").older()) == [0, 1, 2], "and it is in the journal there"
 
 
@@ -279,16 +279,16 @@ def test_a_backlog_leaves_out_the_largest_files_first_and_never_points(
 ) -> None:
     box = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path))
     for size in (2000, 9000, 4000, 10):
-        box.put(Item("file", "run", f"f{size}", data=bytes(size)))
+        box.put(Record("file", "run", f"f{size}", data=bytes(size)))
         box.put_points("points", "run", [(f"v{i}", 0.5, size) for i in range(20)])
 
     def kept() -> list[str]:
-        return [one.name or "points" for one in records.parse_all(box.backlog())[0]]
+        return [one.name or "points" for one in records.parse_all(box.pending_lines())[0]]
 
     assert kept() == ["f2000", "points", "f9000", "points", "f4000", "points", "f10", "points"]
     monkeypatch.setattr(outbox, "BACKLOG_BYTES", 14_000)
     assert kept() == ["f2000", "points", "points", "f4000", "points", "f10", "points"]
-    assert len(box.backlog()) <= 14_000
+    assert len(box.pending_lines()) <= 14_000
     monkeypatch.setattr(outbox, "BACKLOG_BYTES", 0)
     assert kept() == ["points"] * 4
 
@@ -300,7 +300,7 @@ def test_what_a_folder_knows_is_not_inherited_again_and_the_order_is_that_of_the
     here = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path / "here"))
     for step in range(6):
         here.put_points("points", "run", [("loss", 1.0, step)])
-    everything = here.backlog().splitlines(True)
+    everything = here.pending_lines().splitlines(True)
     here.done(here.next(files=False, others=True)[:2])  # 0 and 1 are delivered
     committed = b"".join(everything[2:4])  # 4 and 5 came after the commit
     away = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path / "away"), committed)
@@ -308,15 +308,17 @@ def test_what_a_folder_knows_is_not_inherited_again_and_the_order_is_that_of_the
         away.put_points("points", "run", [("loss", 2.0, step)])
     here.close()
 
-    back = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path / "here"), b"".join(everything[:1]) + away.backlog())
+    back = Outbox(
+        "the store", uuid.uuid4().hex, Journal(tmp_path / "here"), b"".join(everything[:1]) + away.pending_lines()
+    )
     back.put_points("points", "run", [("loss", 3.0, 7)])
-    before = back.backlog()
-    assert back.take_over() and back.backlog() == before
+    before = back.pending_lines()
+    assert back.claim_older() and back.pending_lines() == before
     assert steps(before) == [2, 3, 4, 5, 6, 4, 5, 7], "those that were trained again after 2 and 3, as there"
-    assert waiting(tmp_path / "here").points == 8, "nothing is kept twice"
+    assert pending_records(tmp_path / "here").points == 8, "nothing is kept twice"
     back.close()
     turned = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path / "here"), b"".join(before.splitlines(True)[::-1]))
-    assert turned.take_over() and steps(turned.backlog()) == [7, 5, 4, 6, 5, 4, 3, 2]
+    assert turned.claim_older() and steps(turned.pending_lines()) == [7, 5, 4, 6, 5, 4, 3, 2]
 
 
 def test_damage_in_a_commit_is_told_and_the_rest_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -352,21 +354,21 @@ def test_the_usual_journal_lies_in_the_run_or_in_the_users_cache(
 
 
 def test_anybody_may_look_what_waits_while_the_run_lives_and_when_it_is_dead(tmp_path: Path) -> None:
-    assert waiting(tmp_path / "none") == (0, 0, None)
+    assert pending_records(tmp_path / "none") == (0, 0, None)
     journal = Journal(tmp_path)
     assert journal.lock()
     journal.append(item(3))
     journal.append(item(4, "end", name="FINISHED"))
     before = sorted(path.name for path in tmp_path.iterdir())
-    assert waiting(tmp_path) == (1, 1, 3.0)
+    assert pending_records(tmp_path) == (1, 1, 3.0)
     journal.close()
-    assert waiting(tmp_path) == (1, 1, 3.0)
+    assert pending_records(tmp_path) == (1, 1, 3.0)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     (tmp_path / "file").write_text("")
     with pytest.raises(
         UserError, match="found the journal .*file, which cannot be read: Not a directory. Ask its owner"
     ):
-        waiting(tmp_path / "file")
+        pending_records(tmp_path / "file")
 
 
 # -- with a server ----------------------------------------------------------------------------------------------------
@@ -392,7 +394,7 @@ class Run:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder, self.ids = name, folder, dict[str, str]()
-        self.trackers: list[Mlflow] = []
+        self.trackers: list[MlflowTracker] = []
 
     def tracker(
         self,
@@ -400,8 +402,8 @@ class Run:
         journal: str = "outbox",
         inherited: bytes = b"",
         remember: Callable[[dict[str, str]], None] | None = None,
-    ) -> Mlflow:
-        tracker = Mlflow(
+    ) -> MlflowTracker:
+        tracker = MlflowTracker(
             uri=uri,
             experiment=self.name,
             run_name="demo",
@@ -413,13 +415,13 @@ class Run:
         self.trackers.append(tracker)
         return tracker
 
-    def begin(self, *arguments: Any, **more: Any) -> Mlflow:
+    def begin(self, *arguments: Any, **more: Any) -> MlflowTracker:
         tracker = self.tracker(*arguments, **more)
         tracker.begin_run({"seed": 0}, {})
         return tracker
 
     def waits(self, journal: str = "outbox") -> tuple[int, int]:
-        return waiting(self.folder / journal)[:2]
+        return pending_records(self.folder / journal)[:2]
 
     def resend(self, uri: str, journal: str = "outbox", inherited: bytes = b"") -> tuple[str, list[str]]:
         said: list[str] = []
@@ -440,7 +442,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
         tracker.end_run(seconds=0.0)
 
 
-def log(tracker: Mlflow, steps: range, value: float = 1.0) -> None:
+def log(tracker: MlflowTracker, steps: range, value: float = 1.0) -> None:
     for step in steps:
         tracker.log_step(step, {"loss": value / step})
 
@@ -597,7 +599,7 @@ def test_a_life_waits_for_a_dying_one_to_let_the_journal_go(run: Run, server: Ml
 
 def test_a_new_life_sends_what_was_left_before_it_says_anything_itself(run: Run, server: MlflowServer) -> None:
     left = Outbox("the store", uuid.uuid4().hex, Journal(run.folder / "outbox"))
-    left.put(Item("open", "run", "demo"))
+    left.put(Record("open", "run", "demo"))
     left.put_points("points", "run", [("loss", 1.0, 1)])
     left.close()
     run.tracker(server.url)
@@ -628,7 +630,7 @@ def test_a_backlog_goes_on_elsewhere_and_the_old_journal_does_no_harm(
     first.begin_round(0, {})
     first.log_file("config.yaml", b"seed: 0", "run")
     log(first, range(1, 21))
-    commit = first.backlog()
+    commit = first.pending()
     log(first, range(21, 31))
     first.end_run("KILLED", seconds=0.0)
     second = run.begin(server.url, "machine-b", commit)
@@ -732,7 +734,7 @@ def test_a_job_killed_again_and_again_tells_every_step_once(
     ids = get(folder / "tracking.json", {})
     expect_whole(server.url, ids)
     if machines == 1:
-        assert waiting(tmp_path / "outbox-0") == (0, 0, None)
+        assert pending_records(tmp_path / "outbox-0") == (0, 0, None)
         assert not list((tmp_path / "outbox-0").glob("0*")), "nothing is left of it"
 
 
@@ -742,7 +744,7 @@ def test_what_a_dead_job_left_can_be_sent_but_not_while_it_lives(
     proxy.refuse()
     folder, journal = tmp_path / "left", tmp_path / "outbox"
     pid = lives.begin(proxy.url, folder, journal, die_at=20, hold=True)
-    until(lambda: waiting(journal).points == 60)
+    until(lambda: pending_records(journal).points == 60)
     monkeypatch.setattr(tracking, "RESEND_SECONDS", 0.2)
     monkeypatch.setattr(sender, "FIRST_PAUSE_SECONDS", 0.02)
     ids, said = dict[str, str](), list[str]()
@@ -758,7 +760,7 @@ def test_what_a_dead_job_left_can_be_sent_but_not_while_it_lives(
         UserError, match="away or refusing .*refused.*: 60 points and 5 other records still wait"
     ) as away:
         send(proxy.url)
-    assert away.value.resumable and waiting(journal)[:2] == (60, 5)
+    assert away.value.resumable and pending_records(journal)[:2] == (60, 5)
 
     assert send(server.url)[:2] == (60, 5)
     assert said.pop() == f"sent 60 points and 5 other records to {server.url}"
@@ -768,6 +770,6 @@ def test_what_a_dead_job_left_can_be_sent_but_not_while_it_lives(
 
     pid = lives.begin(proxy.url, folder, journal, farewell=0.0)
     assert lives.end(pid) == 0
-    assert waiting(journal).points > 0
+    assert pending_records(journal).points > 0
     send(server.url)
     expect_whole(server.url, ids)

@@ -12,8 +12,8 @@ import pytest
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import reader
 from mirl_dist.observability.mlflow import tracker as tracking
-from mirl_dist.observability.mlflow.reader import Kept, log_report, read
-from mirl_dist.observability.mlflow.tracker import Mlflow
+from mirl_dist.observability.mlflow.reader import RemoteTicket, log_report, read
+from mirl_dist.observability.mlflow.tracker import MlflowTracker
 from tests.services.faulty_proxy import FaultyProxy
 from tests.services.mlflow_server import MlflowServer, client
 
@@ -31,7 +31,7 @@ def ticket(round_: int) -> bytes:
 def tell(uri: str, folder: Path, name: str, *, rounds: int, experiment: str = EXPERIMENT) -> dict[str, str]:
     """A run as ours are told, of so many rounds; pictures with round 1 alone. Returns its ids."""
     ids: dict[str, str] = {}
-    tracker = Mlflow(
+    tracker = MlflowTracker(
         uri=uri,
         experiment=experiment,
         run_name=name,
@@ -89,7 +89,7 @@ def test_tickets_come_back_as_they_were_told(store: str, request: pytest.Fixture
         f"told-{store}",
         ids["run"],
         CONFIG,
-        [Kept(0, ticket(0), b"mask 0", None), Kept(1, ticket(1), b"mask 1", b"png")],
+        [RemoteTicket(0, ticket(0), b"mask 0", None), RemoteTicket(1, ticket(1), b"mask 1", b"png")],
     )
     assert read(ids["run"], uri) == read("experiment:told", uri) == [expected]
 
@@ -127,7 +127,7 @@ def test_files_that_are_missing_damaged_or_no_tickets_of_ours_are_told(
     ids = tell(sqlite, folder, "torn", rounds=1, experiment="torn")
     mask = next(folder.glob(f"mlartifacts/torn/{ids['round/00']}/**/mask.safetensors"))
     mask.unlink()
-    assert read(ids["run"], sqlite)[0].tickets == [Kept(0, ticket(0), None, None)]
+    assert read(ids["run"], sqlite)[0].tickets == [RemoteTicket(0, ticket(0), None, None)]
 
     monkeypatch.setitem(reader._LARGEST, "ticket.json", 5)
     with pytest.raises(

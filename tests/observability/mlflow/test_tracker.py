@@ -17,7 +17,7 @@ import pytest
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import outbox, records, sender
 from mirl_dist.observability.mlflow import tracker as tracking
-from mirl_dist.observability.mlflow.tracker import Mlflow, Silent, Tracker, waiting
+from mirl_dist.observability.mlflow.tracker import MlflowTracker, NoTracker, Tracker, pending_records
 from tests.services.faulty_proxy import FaultyProxy
 from tests.services.mlflow_client_program import picture
 from tests.services.mlflow_server import MlflowServer, client, curve, runs_of
@@ -51,12 +51,12 @@ class Begin:
 
     def __init__(self, experiment: str, folder: Path) -> None:
         self._experiment, self._folder = experiment, folder
-        self.journals: dict[Mlflow, Path] = {}
+        self.journals: dict[MlflowTracker, Path] = {}
 
-    def __call__(self, uri: str, ids: dict[str, str] | None = None, **params: object) -> Mlflow:
+    def __call__(self, uri: str, ids: dict[str, str] | None = None, **params: object) -> MlflowTracker:
         kept = {} if ids is None else ids
         journal = self._folder / f"journal{len(self.journals)}"
-        tracker = Mlflow(
+        tracker = MlflowTracker(
             uri=uri,
             experiment=self._experiment,
             run_name="demo",
@@ -68,10 +68,10 @@ class Begin:
         tracker.begin_run(params, {"fingerprint": "9f3c"})
         return tracker
 
-    def settle(self, tracker: Mlflow) -> None:
+    def settle(self, tracker: MlflowTracker) -> None:
         """Until the store has all that waited."""
         tracker.flush()
-        until(lambda: waiting(self.journals[tracker]).since is None)
+        until(lambda: pending_records(self.journals[tracker]).since is None)
 
 
 def until(holds: Callable[[], object]) -> None:
@@ -147,9 +147,9 @@ def test_every_step_arrives_once_in_few_deliveries(uri: str, begin: Begin, monke
     monkeypatch.setattr(MlflowClient, "log_batch", counted)
     for step in range(1, 50):
         tracker.log_step(step, {"loss": 1 / step, "rate": 2e-4})
-    assert calls == [] and waiting(begin.journals[tracker]).points == 98, "49 steps are gathered"
+    assert calls == [] and pending_records(begin.journals[tracker]).points == 98, "49 steps are gathered"
     tracker.log_step(50, {"loss": 1 / 50, "rate": 2e-4})
-    until(lambda: waiting(begin.journals[tracker]).since is None)
+    until(lambda: pending_records(begin.journals[tracker]).since is None)
     assert calls == [100], "fifty steps of two values each"
     for step in range(51, 1001):
         tracker.log_step(step, {"loss": 1 / step, "rate": 2e-4})
@@ -504,7 +504,7 @@ def test_without_a_journal_what_waits_is_bounded_and_the_oldest_points_go_first(
         for step in range(50):
             tracker.log_step(step, {f"v{i}": 1.0 for i in range(100)})
         assert caplog.text.count("the oldest is being forgotten") == 1
-        assert tracker.backlog().count(b"\n") == 30 + 3, "runs and params are never forgotten"
+        assert tracker.pending().count(b"\n") == 30 + 3, "runs and params are never forgotten"
         proxy.accept()
         tracker.end_run()
     assert [step for step, _ in curve(server, ids["round/00"], "v0")] == list(range(20, 50))
@@ -539,7 +539,7 @@ def test_a_file_that_finds_no_place_waits_and_points_pass(
     for step in (1, 2):
         tracker.log_step(step, {"loss": 0.5})
     tracker.flush()
-    until(lambda: waiting(begin.journals[tracker])[:2] == (0, 1))
+    until(lambda: pending_records(begin.journals[tracker])[:2] == (0, 1))
     assert curve(uri, ids["round/00"], "loss") == [(1, 0.5), (2, 0.5)]
     assert len(caplog.records) == 1 and f"{uri} takes points but no file (" in caplog.text
     place.unlink()
@@ -592,7 +592,7 @@ def test_no_secret_reaches_a_run_a_reader_or_the_journal(
         farewell(0.2)
         away.end_run()
         assert away.address().startswith(clean)
-        kept = b"".join(path.read_bytes() for path in begin.journals[away].iterdir()) + away.backlog()
+        kept = b"".join(path.read_bytes() for path in begin.journals[away].iterdir()) + away.pending()
         assert b'"see ' in kept and b"tags see " in kept
         told = caplog.text + away.address() + kept.decode()
         assert clean in told
@@ -605,7 +605,7 @@ def test_a_folder_as_store_is_refused_with_the_way_out(tmp_path: Path) -> None:
         with pytest.raises(
             UserError, match="found the tracking URI .*mlruns.*keeps no runs in plain folders. Use sqlite"
         ):
-            Mlflow(
+            MlflowTracker(
                 uri=uri, experiment="e", run_name="r", remembered={}, remember=lambda ids: None, journal=tmp_path / "j"
             )
 
@@ -619,7 +619,7 @@ def test_without_an_address_the_environment_decides_then_a_file_here(
         ("", "sqlite:///mlflow.db (to see it"),
     ):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", setting)
-        tracker = Mlflow(
+        tracker = MlflowTracker(
             uri=None,
             experiment="e",
             run_name="r",
@@ -632,7 +632,7 @@ def test_without_an_address_the_environment_decides_then_a_file_here(
 
 
 def test_the_silent_twin_answers_to_the_same_words() -> None:
-    twin: Tracker = Silent()
+    twin: Tracker = NoTracker()
     twin.begin_run({"seed": 0}, {})
     twin.begin_round(0, {}, {"seed": 0})
     twin.log_step(1, {"loss": 1.0})
@@ -645,7 +645,7 @@ def test_the_silent_twin_answers_to_the_same_words() -> None:
     twin.end_run("FAILED", seconds=1.0)
     assert twin.address() == ""
     words = [name for name in vars(Tracker) if not name.startswith("_")]
-    assert all(callable(getattr(Mlflow, word)) for word in words) and len(words) == 11
+    assert all(callable(getattr(MlflowTracker, word)) for word in words) and len(words) == 11
 
 
 def test_mlflow_is_imported_late_and_keeps_quiet(tmp_path: Path) -> None:
@@ -708,12 +708,12 @@ def test_a_password_with_a_slash_is_refused_and_never_shown(
     address: str, clean: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    assert records.shown(address) == clean
-    assert records.masked(f"{address} is away", address) == f"{clean.replace('bob@', '***@')} is away"
-    other = records.masked(f"see {address}", "sqlite:///mlflow.db")
+    assert records.redact_uri(address) == clean
+    assert records.redact(f"{address} is away", address) == f"{clean.replace('bob@', '***@')} is away"
+    other = records.redact(f"see {address}", "sqlite:///mlflow.db")
     assert "hunt" not in other.partition("?key")[0] and "er2" not in other
     with pytest.raises(UserError, match="Write a / in a password as %2F") as fault:
-        tracking.refuse(None)
+        tracking.check_reachable(None)
     assert not re.search("bob|hunt|er2", str(fault.value))
 
 
@@ -725,12 +725,12 @@ def test_addresses_whose_parts_are_clear_stay_as_they_are() -> None:
         "databricks",
         "http://[::1]:5000",
     ):
-        records.refuse_unclear(address)
-        assert records.shown(address) == address
-    records.refuse_unclear("http://bob:hunt%2Fer2@host")
-    records.refuse_unclear("mssql://host/db?user=me@server")
+        records.check_uri(address)
+        assert records.redact_uri(address) == address
+    records.check_uri("http://bob:hunt%2Fer2@host")
+    records.check_uri("mssql://host/db?user=me@server")
     for address in ("http://host:99999", "postgresql://bob@host:65536/db"):
         with pytest.raises(UserError, match=r"found the port \d+, which is out of range"):
-            records.refuse_unclear(address)
+            records.check_uri(address)
     with pytest.raises(UserError, match="found no host and port in the tracking URI"):
-        records.refuse_unclear("http://[::1:5000")
+        records.check_uri("http://[::1:5000")

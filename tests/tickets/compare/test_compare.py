@@ -21,8 +21,8 @@ from mirl_dist import storage
 from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
 from mirl_dist.tickets.compare import judge, mask_overlap, published, statistics
-from mirl_dist.tickets.compare.entry import DENSE, Shown
-from mirl_dist.tickets.compare.statistics import Spread
+from mirl_dist.tickets.compare.entry import DENSE, Entry
+from mirl_dist.tickets.compare.statistics import Statistic
 from mirl_dist.tickets.report import latex
 from mirl_dist.tickets.report import text_tables as text
 from mirl_dist.training.checkpoint import Checkpoints
@@ -55,7 +55,7 @@ def one(
     training: str = "training",
     experiment: str | None = None,
     **more: Any,
-) -> Shown:
+) -> Entry:
     """A ticket of a network of 200 weights. best: the step of 100, 200, 300 at which every curve is highest."""
     prunable = sum(parts.values())
     curve = (
@@ -94,16 +94,16 @@ def one(
     ticket = Ticket.model_validate(fields | more)
     packed = None if mask is None else {n: np.packbits(m) for n, m in mask.items()}
     likeness = training, f"experiment of {method}" if experiment is None else experiment
-    return Shown(run or f"{method} s{seed}", method, seed, *likeness, ticket, parts, packed, None)
+    return Entry(run or f"{method} s{seed}", method, seed, *likeness, ticket, parts, packed, None)
 
 
-def spoilt(s: Shown, **numbers: float) -> Shown:
+def spoilt(s: Entry, **numbers: float) -> Entry:
     """The same with numbers in its scores that `Score` itself would refuse."""
     told = {name: score.model_copy(update=numbers) for name, score in s.ticket.scores.items()}
     return s._replace(ticket=s.ticket.model_copy(update={"scores": told}))
 
 
-def at(shown: list[Shown], method: str, round_: int = 1, protocol: str | None = None) -> statistics.Line:
+def at(shown: list[Entry], method: str, round_: int = 1, protocol: str | None = None) -> statistics.Group:
     [line] = [x for x in statistics.lines(shown, protocol) if (x.method, x.round_) == (method, round_)]
     return line
 
@@ -116,7 +116,7 @@ def printed(tables: list[Any], width: int = 100) -> str:
     return out.getvalue()
 
 
-def said(shown: list[Shown]) -> str:
+def said(shown: list[Entry]) -> str:
     return "\n".join(statistics.notes(shown))
 
 
@@ -124,8 +124,8 @@ def said(shown: list[Shown]) -> str:
 
 
 def test_one_seed_has_no_spread_and_two_have_the_sample_deviation() -> None:
-    assert Spread.of([30.0]) == (30.0, None, 1)
-    mean, sd, count = Spread.of([30.0, 31.0])
+    assert Statistic.of([30.0]) == (30.0, None, 1)
+    mean, sd, count = Statistic.of([30.0, 31.0])
     assert (mean, count) == (30.5, 2)
     assert sd == pytest.approx(math.sqrt(0.5))
 
@@ -142,7 +142,7 @@ def test_seeds_of_a_method_and_round_are_one_line() -> None:
 
 def test_a_network_seen_in_two_runs_of_one_seed_is_one_value() -> None:
     shown = [one(DENSE, 0, psnr={RAIN: 30}, run=run) for run in ("A", "B")] + [one(DENSE, 1, psnr={RAIN: 32})]
-    assert at(shown, DENSE, 0).psnr[RAIN] == Spread.of([30.0, 32.0])
+    assert at(shown, DENSE, 0).psnr[RAIN] == Statistic.of([30.0, 32.0])
     assert "count once" not in said(shown)
     assert "count once, by their mean: dense, round 0, seed 0 (2 tickets)" in said(
         [*shown[:1], one(DENSE, 0, psnr={RAIN: 31}, run="B")]
@@ -308,7 +308,7 @@ def test_scores_that_were_measured_differently_are_refused(
 ) -> None:
     shown = [one("A", 0, 1, **a), one("B", 0, 1, **b)]
     for compare in (
-        statistics.refuse_mixed,
+        statistics.check_comparable,
         statistics.lines,
         statistics.notes,
         text.tables,
@@ -517,7 +517,7 @@ def test_the_papers_figure_stands_beside_the_nearest_density() -> None:
 # Tables and CSV.
 
 
-def five_tasks(seeds: int) -> list[Shown]:
+def five_tasks(seeds: int) -> list[Entry]:
     psnr = {name: 30.0 + i for i, name in enumerate(FIVE)}
     methods = ("MIR-L-G", "PIR-OSM 70%", "magnitude global iterative rewound to 20000 floor 0.05")
     shown = [one(DENSE, seed, psnr=psnr) for seed in range(seeds)]
@@ -610,7 +610,7 @@ def test_published_figures_have_a_csv_of_their_own() -> None:
 def test_a_real_run_is_compared_and_judged(reference: Path) -> None:
     tickets = Checkpoints(storage.open_store(str(reference))).tickets()
     shown = [
-        Shown("run", "MIR-L-G" if t.round else DENSE, 0, "training", "experiment", t, {}, None, None) for t in tickets
+        Entry("run", "MIR-L-G" if t.round else DENSE, 0, "training", "experiment", t, {}, None, None) for t in tickets
     ]
     lines = statistics.lines(shown)
     assert [line.round_ for line in lines] == [0, 1, 2]

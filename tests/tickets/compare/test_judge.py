@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirl_dist.tickets.compare import judge
-from mirl_dist.tickets.compare.entry import DENSE, Shown
+from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.tickets.compare.judge import Judgement
-from mirl_dist.tickets.compare.statistics import Spread
+from mirl_dist.tickets.compare.statistics import Statistic
 from tests.tickets.compare.test_compare import NOISE, RAIN, one, printed, spoilt
 
 
-def pairs(differences: list[float], dense: list[float] | None = None, **more: Any) -> list[Shown]:
+def pairs(differences: list[float], dense: list[float] | None = None, **more: Any) -> list[Entry]:
     """A dense network and a ticket of round 1 for each seed. dense: PSNR of the dense ones, 30 by default."""
     values = dense or [30.0] * len(differences)
     shown = [one(DENSE, seed, psnr={RAIN: p}, best=200) for seed, p in enumerate(values)]
@@ -26,7 +26,7 @@ def pairs(differences: list[float], dense: list[float] | None = None, **more: An
     return shown
 
 
-def only(shown: list[Shown], tolerance_db: float = 0.0) -> Judgement:
+def only(shown: list[Entry], tolerance_db: float = 0.0) -> Judgement:
     [found] = judge.judge(shown, tolerance_db)
     return found
 
@@ -63,7 +63,7 @@ def test_only_the_spread_of_pairs_tells_a_difference_from_none_either_way(
 
 @given(st.integers(-16, 16), st.integers(0, 8), st.integers(0, 8))
 def test_yes_and_no_are_each_others_mirror(mean: int, sd: int, tolerance: int) -> None:
-    spread, slack = Spread(mean / 8, sd / 8, 3), tolerance / 8  # exact
+    spread, slack = Statistic(mean / 8, sd / 8, 3), tolerance / 8  # exact
     word = judge._at_least(spread, slack)
     turned = judge._at_least(spread._replace(mean=-spread.mean - 2 * slack), slack)
     equal = mean + tolerance == sd == 0
@@ -227,11 +227,11 @@ def test_dense_networks_and_controls_are_not_judged() -> None:
 # Controls.
 
 
-def control(kind: str, of: Shown, psnr: float, **more: Any) -> Shown:
+def control(kind: str, of: Entry, psnr: float, **more: Any) -> Entry:
     return one(f"control {kind}", of.seed, 0, {RAIN: psnr}, run=f"{kind} {psnr}", parent=of.ticket.digest(), **more)
 
 
-def verdicts(shown: list[Shown]) -> dict[str, str]:
+def verdicts(shown: list[Entry]) -> dict[str, str]:
     return {c.kind: c.verdict for c in only(shown).controls}
 
 

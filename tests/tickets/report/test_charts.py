@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from mirl_dist.tickets.compare import mask_overlap, statistics
-from mirl_dist.tickets.compare.entry import DENSE, Shown
+from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.tickets.report import charts, layer_density, overlap_grid, page_style
 from mirl_dist.tickets.report.chart_style import INK, looks, swatch
 from tests.factories import PARTS, comparison, shown
@@ -22,7 +22,7 @@ RAIN = "derain/rain"
 
 
 @pytest.fixture(scope="module")
-def tickets() -> list[Shown]:
+def tickets() -> list[Entry]:
     return comparison(("MIR-L-G", "MIR-L-LW", "control reinit"), seeds=(0, 1), rounds=3)
 
 
@@ -35,7 +35,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
     yield figures
 
 
-def psnr(tickets: list[Shown], method: str, round_: int) -> list[float]:
+def psnr(tickets: list[Entry], method: str, round_: int) -> list[float]:
     return [s.ticket.scores[RAIN].psnr for s in tickets if (s.method, s.ticket.round) == (method, round_)]
 
 
@@ -44,7 +44,7 @@ def luminance(colour: str) -> float:
     return float(np.dot((0.2126, 0.7152, 0.0722), linear))
 
 
-def test_the_same_tickets_give_the_same_bytes_whatever_the_users_settings(tickets: list[Shown]) -> None:
+def test_the_same_tickets_give_the_same_bytes_whatever_the_users_settings(tickets: list[Entry]) -> None:
     lines = statistics.lines(tickets)
     styles = looks(line.method for line in lines)
 
@@ -69,7 +69,7 @@ def test_the_same_tickets_give_the_same_bytes_whatever_the_users_settings(ticket
         assert dict(mpl.rcParams) == kept, "and leave those settings as they were"
 
 
-def test_text_and_lines_take_the_colour_of_the_page_and_text_stays_text(tickets: list[Shown]) -> None:
+def test_text_and_lines_take_the_colour_of_the_page_and_text_stays_text(tickets: list[Entry]) -> None:
     lines = statistics.lines(tickets)
     chart = charts.score(lines, looks(line.method for line in lines), RAIN).decode()
     assert "currentColor" in chart and INK not in chart
@@ -91,7 +91,7 @@ def test_every_method_has_its_own_look_that_is_legible_on_light_and_dark() -> No
 
 
 def test_a_score_chart_shows_means_spread_single_seeds_and_the_dense_band(
-    tickets: list[Shown], drawn: list[Figure]
+    tickets: list[Entry], drawn: list[Figure]
 ) -> None:
     lines = statistics.lines(tickets)
     styles = looks(line.method for line in lines)
@@ -124,7 +124,7 @@ def test_one_seed_has_no_spread(drawn: list[Figure]) -> None:
     assert list(drawn[1].axes[0].collections) == [], "no whiskers"
 
 
-def test_a_distance_is_that_to_the_dense_network_of_the_same_seed(tickets: list[Shown], drawn: list[Figure]) -> None:
+def test_a_distance_is_that_to_the_dense_network_of_the_same_seed(tickets: list[Entry], drawn: list[Figure]) -> None:
     last = charts.last_rounds(statistics.lines(tickets))
     charts.distance(last, looks(line.method for line in last), RAIN)
     axes = drawn[0].axes[0]
@@ -180,7 +180,7 @@ def test_densities_stand_in_the_networks_order_with_collapsed_tensors_marked() -
     assert (grid.collapsed == (grid.share == 0)).all()
 
 
-def test_densities_by_round_weigh_tensors_by_their_size(tickets: list[Shown]) -> None:
+def test_densities_by_round_weigh_tensors_by_their_size(tickets: list[Entry]) -> None:
     run = [s for s in tickets if s.run == "mir-l-g_s0"]
     grid = layer_density.by_round(list(reversed(run)))
     assert grid.columns == ("0", "1", "2", "3")
@@ -204,7 +204,7 @@ def test_a_grid_of_overlaps_shows_last_rounds_first_and_never_too_many(monkeypat
     assert {x.shown.ticket.round for x in overlap_grid.chosen(lines)} == {1, 4}
 
 
-def test_overlap_between_seeds_stands_beside_what_chance_gives(tickets: list[Shown], drawn: list[Figure]) -> None:
+def test_overlap_between_seeds_stands_beside_what_chance_gives(tickets: list[Entry], drawn: list[Figure]) -> None:
     lines = statistics.lines(tickets)
     styles = looks(line.method for line in lines)
     overlap_grid.seeds(lines, styles)
@@ -226,7 +226,7 @@ def test_names_that_look_like_formulas_or_tags_are_drawn_as_they_are() -> None:
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_scores_that_are_no_numbers_leave_a_gap(number: float) -> None:
     lines = statistics.lines(comparison(("MIR-L-G",), seeds=(0,), rounds=2))
-    broken = lines[1]._replace(psnr={RAIN: statistics.Spread(number, None, 1)})
+    broken = lines[1]._replace(psnr={RAIN: statistics.Statistic(number, None, 1)})
     styles = looks(line.method for line in lines)
     assert b"<svg" in charts.score([lines[0], broken, lines[2]], styles, RAIN)
     assert b"<svg" in charts.score([lines[0]._replace(psnr=broken.psnr), broken], styles, RAIN)

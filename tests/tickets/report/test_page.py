@@ -13,7 +13,7 @@ import pytest
 from mirl_dist.data import image_strip
 from mirl_dist.errors import UserError
 from mirl_dist.tickets.compare import judge, statistics
-from mirl_dist.tickets.compare.entry import DENSE, Shown
+from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.tickets.report import latex, page, page_gallery, text_tables
 from mirl_dist.tickets.report.page_style import SCRIPT
 from tests.factories import comparison, shown
@@ -71,17 +71,17 @@ class Read(HTMLParser):
         return [found for name, found in self.elements if name == tag]
 
 
-def read(tickets: Sequence[Shown], **more: Sequence[judge.Judgement]) -> Read:
+def read(tickets: Sequence[Entry], **more: Sequence[judge.Judgement]) -> Read:
     return Read(page.html(tickets, "A comparison", MADE, **more))
 
 
 @pytest.fixture(scope="module")
-def tickets() -> list[Shown]:
+def tickets() -> list[Entry]:
     return comparison(("MIR-L-G", "MIR-L-LW", "control reinit"), rounds=2, tasks=ONE, side=24)
 
 
 @pytest.fixture(scope="module")
-def html(tickets: list[Shown]) -> str:
+def html(tickets: list[Entry]) -> str:
     return page.html(tickets, "A comparison", MADE)
 
 
@@ -109,7 +109,7 @@ def test_nothing_is_fetched_from_anywhere(whole: Read, html: str) -> None:
     assert policy.startswith("default-src 'none'"), "and the browser is told to hold to it"
 
 
-def test_what_is_compared_is_told_in_full_words(whole: Read, tickets: list[Shown]) -> None:
+def test_what_is_compared_is_told_in_full_words(whole: Read, tickets: list[Entry]) -> None:
     told = whole.text["compared"]
     for s in tickets:
         assert s.run in told and s.ticket.manifest_digest[:12] in told and s.ticket.fingerprint[:12] in told
@@ -119,7 +119,7 @@ def test_what_is_compared_is_told_in_full_words(whole: Read, tickets: list[Shown
     assert all(note.lower() in caveats for note in statistics.notes(tickets))
 
 
-def test_the_best_ticket_of_a_column_is_bold_and_the_dense_network_never(whole: Read, tickets: list[Shown]) -> None:
+def test_the_best_ticket_of_a_column_is_bold_and_the_dense_network_never(whole: Read, tickets: list[Entry]) -> None:
     pruned = [line for line in statistics.lines(tickets) if line.method != DENSE]
     best = max(line.psnr["derain/Rain100L"].mean for line in pruned)
     bold = [found for name, found in whole.elements if name == "b"]
@@ -128,7 +128,7 @@ def test_the_best_ticket_of_a_column_is_bold_and_the_dense_network_never(whole: 
     assert row[0][1] != DENSE
 
 
-def test_the_papers_figures_stand_in_columns_of_their_own(whole: Read, tickets: list[Shown]) -> None:
+def test_the_papers_figures_stand_in_columns_of_their_own(whole: Read, tickets: list[Entry]) -> None:
     rows = [r for r in whole.cells if any("theirs" in kind for kind, _ in r)]
     mir_l_g = [r for r in rows if r[0][1] == "MIR-L-G"]
     theirs = [[said for kind, said in r if "theirs" in kind] for r in mir_l_g]
@@ -140,7 +140,7 @@ def test_the_papers_figures_stand_in_columns_of_their_own(whole: Read, tickets: 
     assert not any("theirs" in kind for r in without.cells for kind, _ in r), "no figure fits: no columns"
 
 
-def test_definition_1_is_judged_with_its_controls(whole: Read, tickets: list[Shown]) -> None:
+def test_definition_1_is_judged_with_its_controls(whole: Read, tickets: list[Entry]) -> None:
     found = next(j for j in judge.judge(tickets) if (j.method, j.round_) == ("MIR-L-G", 2))
     gain, control = found.answers["derain/Rain100L"].gain, found.controls[0]
     assert gain is not None and control.mean is not None
@@ -154,13 +154,13 @@ def test_definition_1_is_judged_with_its_controls(whole: Read, tickets: list[Sho
     assert "random_layer, random_global" in whole.text["judgements"].split("not run:")[1]
 
 
-def test_given_judgements_are_shown_as_they_are(tickets: list[Shown]) -> None:
+def test_given_judgements_are_shown_as_they_are(tickets: list[Entry]) -> None:
     mine = judge.judge(tickets, tolerance_db=50.0)[:1]
     told = read(tickets[:6], judgements=[mine[0]._replace(overall="as I was told")])
     assert "as I was told" in told.text["judgements"]
 
 
-def test_pictures_stand_side_by_side_with_the_psnr_of_what_is_shown(whole: Read, tickets: list[Shown]) -> None:
+def test_pictures_stand_side_by_side_with_the_psnr_of_what_is_shown(whole: Read, tickets: list[Entry]) -> None:
     last = next(s for s in tickets if (s.method, s.seed, s.ticket.round) == ("MIR-L-G", 0, 2))
     assert last.strip is not None
     degraded, restored, clean = (i.astype(float) for i in image_strip.rows(last.strip)[0].images)
@@ -173,7 +173,7 @@ def test_pictures_stand_side_by_side_with_the_psnr_of_what_is_shown(whole: Read,
 
 
 def test_pictures_are_limited_in_number_and_size_and_the_page_says_so(
-    tickets: list[Shown], monkeypatch: pytest.MonkeyPatch
+    tickets: list[Entry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = statistics.lines(tickets)
     monkeypatch.setattr(page_gallery, "MOST_ROWS", 1)
@@ -186,12 +186,12 @@ def test_pictures_are_limited_in_number_and_size_and_the_page_says_so(
     assert "More images would make the page too large" in small
 
 
-def test_tables_can_be_downloaded(whole: Read, tickets: list[Shown]) -> None:
+def test_tables_can_be_downloaded(whole: Read, tickets: list[Entry]) -> None:
     files = {a["download"]: base64.b64decode(a["href"].partition(",")[2]) for a in whole.named("a") if "download" in a}
     assert files == {"tickets.csv": text_tables.csv(tickets), "tables.tex": latex.tables(tickets).encode()}
 
 
-def test_the_same_tickets_make_the_same_page(html: str, tickets: list[Shown]) -> None:
+def test_the_same_tickets_make_the_same_page(html: str, tickets: list[Entry]) -> None:
     assert page.html(tickets, "A comparison", MADE) == html
 
 
@@ -214,11 +214,11 @@ def test_names_of_users_are_shown_and_do_nothing() -> None:
     html.encode()  # nothing that no file can hold
 
 
-def _without(**changes: object) -> Callable[[list[Shown]], list[Shown]]:
+def _without(**changes: object) -> Callable[[list[Entry]], list[Entry]]:
     return lambda tickets: [s._replace(**changes) for s in tickets]
 
 
-def _told(**changes: object) -> Callable[[list[Shown]], list[Shown]]:
+def _told(**changes: object) -> Callable[[list[Entry]], list[Entry]]:
     return lambda tickets: [s._replace(ticket=s.ticket.model_copy(update=changes)) for s in tickets]
 
 
@@ -255,7 +255,7 @@ def _told(**changes: object) -> Callable[[list[Shown]], list[Shown]]:
     ],
     ids=["bare tickets", "no dense network", "only a dense network", "no scores"],
 )
-def test_what_is_missing_is_said(spoil: Callable[[list[Shown]], list[Shown]], said: dict[str, str]) -> None:
+def test_what_is_missing_is_said(spoil: Callable[[list[Entry]], list[Entry]], said: dict[str, str]) -> None:
     found = read(spoil(comparison(("MIR-L-G",), (0,), 2, tasks=ONE)))
     assert found.wrong == []
     assert [s["id"] for s in found.named("section")] == list(page.SECTIONS)
