@@ -2,7 +2,7 @@
 
     python benchmarks/fuzz_tickets.py [--files 100000] [--seed 0]
 
-Only a Fault may come out, or a content that packs to a file again; memory may not grow beyond the stated bound. Half of
+Only a UserError may come out, or a content that packs to a file again; memory may not grow beyond the stated bound. Half of
 the files have their checksums made anew, so that the layers below these are reached. Prints a table in Markdown.
 """
 
@@ -235,13 +235,13 @@ MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
 
 
 def outcome(data: bytes) -> str:
-    """What reading made of a file. Lets anything but a Fault through."""
+    """What reading made of a file. Lets anything but a UserError through."""
     try:
         content = file.read(data, "the file")
     except UserError as fault:
         text = str(fault)
         assert text.isprintable(), text
-        return "Fault"
+        return "UserError"
     checks = file.verify(content)
     file.pack(*content)
     return "read, and all checks hold" if all(check.holds for check in checks) else "read, and a check fails"
@@ -280,7 +280,9 @@ def main() -> None:
     code = hashlib.sha256(Path(file.__file__).read_bytes()).hexdigest()[:12]
     bound = file.ROOM + file.FACTOR * size
     print(f"\n{given.files:,} files of about {size:,} bytes, seed {given.seed}, {seconds:.0f} s.")
-    print(f"Nothing but a Fault came out; peak memory grew by {grown / 2**20:.1f} MiB (bound {bound / 2**20:.0f} MiB).")
+    print(
+        f"Nothing but a UserError came out; peak memory grew by {grown / 2**20:.1f} MiB (bound {bound / 2**20:.0f} MiB)."
+    )
     print(
         f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, {platform.machine()},"
     )

@@ -19,7 +19,7 @@ from mirl_dist.cli.tickets import Json, TicketArgument, Tile
 from mirl_dist.distributed.launch.control import ControlChannel
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.distributed.signals import RESUMABLE, StopSignal
-from mirl_dist.errors import Stopped, UserError
+from mirl_dist.errors import MirlError, Stopped, UserError
 from mirl_dist.observability.console import rank_here, say, warn
 
 app = typer.Typer(
@@ -39,7 +39,7 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Processes of each rank
 
 
 def main() -> None:
-    """Run a command; a Fault becomes one line on standard error."""
+    """Run a command; a UserError becomes one line on standard error."""
     rank = os.environ.get("RANK", "0")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost rank costs a page of C++ frames
     if "RANK" in os.environ:
@@ -50,7 +50,7 @@ def main() -> None:
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         _leave(code, final=code == 2)
-    except UserError as fault:
+    except MirlError as fault:
         if rank == "0" or not fault.everywhere:
             who = "mirl-dist" if fault.everywhere or "RANK" not in os.environ else f"mirl-dist, {rank_here()}"
             more = " Go on with --resume auto." if fault.resumable and "train" in sys.argv[1:2] else ""
@@ -167,7 +167,7 @@ def train(
 
 
 def _check_launch(file: LaunchFile) -> None:
-    """Raise Fault where this machine lacks what a launch file asks for."""
+    """Raise UserError where this machine lacks what a launch file asks for."""
     from mirl_dist.cli.doctor import machine
     from mirl_dist.distributed.engines import requirements
 

@@ -30,7 +30,7 @@ from mirl_dist.storage import Folder, output_paths
 from mirl_dist.storage.configured import open_configured
 from mirl_dist.tickets.open import FileTicket, network, open_ticket
 from mirl_dist.training import dataloaders, run
-from mirl_dist.training.round import versions
+from mirl_dist.training.round import library_versions
 
 
 class EvalOptions(NamedTuple):
@@ -60,7 +60,7 @@ def _settings(config: Config, how: EvalOptions) -> evaluate.EvalSettings:
 
 
 def check_tiles(tile_pixels: int, overlap: int) -> None:
-    """Raise Fault for tiles that are too small."""
+    """Raise UserError for tiles that are too small."""
     if tile_pixels < 64 or tile_pixels <= overlap:
         raise UserError(
             f"--tile: found {tile_pixels}. Give 64 or more pixels, and more than the {overlap} that tiles share."
@@ -127,12 +127,12 @@ def _told(
         "also": {name: of for name, of in dumped.items() if name != headline.name},
         "measured": settings.as_recorded(),
         "manifest_digest": shards.manifest.digest(),
-        "versions": versions(),
+        "versions": library_versions(),
     }
 
 
 def restore_files(images: list[Path], reference: str, out: Path, tile_pixels: int | None) -> None:
-    """Restore image files into PNG files of the same stem. Raises Fault, before any work, for files that are none."""
+    """Restore image files into PNG files of the same stem. Raises UserError, before any work, for files that are none."""
     output_paths.check_folder(out)
     opened = open_ticket(reference)
     config, ticket = opened.config, opened.ticket()
@@ -161,7 +161,7 @@ def restore_files(images: list[Path], reference: str, out: Path, tile_pixels: in
 
 
 def _picture(path: Path) -> Pixels:
-    """The pixels of an image file. Raises Fault for one whose 8-bit RGB would be a guess."""
+    """The pixels of an image file. Raises UserError for one whose 8-bit RGB would be a guess."""
     try:
         return decode(path.read_bytes())
     except ImageRefused as reason:

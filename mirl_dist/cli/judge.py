@@ -37,7 +37,7 @@ class ControlRun(NamedTuple):
     tree: dict[str, Any]
 
     def finished(self) -> bool:
-        """Whether it was trained. Raises Fault for a folder that holds a control of another ticket."""
+        """Whether it was trained. Raises UserError for a folder that holds a control of another ticket."""
         checkpoints = Checkpoints(open_store(self.folder))
         if checkpoints.identity() is None:
             return False
@@ -109,7 +109,7 @@ def controls_of(home: str, found: RunTicket) -> list[ControlRun]:
 
 
 def _train(control: ControlRun, launch: str, *, quiet: bool) -> None:
-    """Train a control to its end. Raises Fault when it ends otherwise."""
+    """Train a control to its end. Raises UserError when it ends otherwise."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / f"{control.kind}.yaml"
         config.write_text(yaml.safe_dump(control.tree, sort_keys=False))

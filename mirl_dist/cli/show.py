@@ -14,7 +14,7 @@ from rich.text import Text
 
 from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import journal_folder
-from mirl_dist.config.schema import Tracking
+from mirl_dist.config.schema import TrackingSection
 from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
 from mirl_dist.observability import progress
@@ -158,14 +158,14 @@ def _writer(checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
     return who | news
 
 
-def _tracking(checkpoints: Checkpoints, config: Config) -> Tracking:
+def _tracking(checkpoints: Checkpoints, config: Config) -> TrackingSection:
     """The tracking section of the last launch; that of run.json is the first one's."""
     found = lease.holder(checkpoints.store)
     said = found.launch.get("tracking") if found is not None else None
-    return config.tracking if said is None else Tracking.model_validate(said)
+    return config.tracking if said is None else TrackingSection.model_validate(said)
 
 
-def _journal(run: str, checkpoints: Checkpoints, said: Tracking) -> Path:
+def _journal(run: str, checkpoints: Checkpoints, said: TrackingSection) -> Path:
     found = checkpoints.identity() or {}
     return journal_folder(run, said.journal, str(found.get("id", "")))
 
@@ -183,7 +183,7 @@ def _mlflow(run: str, checkpoints: Checkpoints, config: Config) -> dict[str, Any
 
 
 def _check_not_alive(run: str, checkpoints: Checkpoints) -> None:
-    """Raise Fault when the launch that holds a run gives a sign of life; on another machine that is watched for."""
+    """Raise UserError when the launch that holds a run gives a sign of life; on another machine that is watched for."""
     first, last = lease.holder(checkpoints.store), time.monotonic() + _WATCH_SECONDS
     if first is None or first.ended is not None or first.has_exited():
         return

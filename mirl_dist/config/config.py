@@ -13,48 +13,48 @@ from typing import Any
 
 from mirl_dist.config import yaml_loader
 from mirl_dist.config.schema import (
-    Batch,
-    Checkpoint,
-    Data,
-    Evaluate,
-    Guard,
-    Keep,
+    BatchSection,
+    CheckpointSection,
+    DataSection,
+    EvaluateSection,
+    GuardSection,
+    KeepSection,
     Local,
-    Model,
-    Optimiser,
-    Preempt,
-    Prune,
-    Ranks,
-    Rewind,
-    Run,
-    Schedule,
-    Start,
-    Store,
-    Tracking,
-    Train,
+    ModelSection,
+    OptimiserSection,
+    PreemptSection,
+    PruneSection,
+    RanksSection,
+    RewindSection,
+    RunSection,
+    ScheduleSection,
+    StartSection,
+    StoreSection,
+    TrackingSection,
+    TrainSection,
 )
 from mirl_dist.config.yaml_loader import Node
 
 
 class Config(Node):
-    run: Run = Run()
-    store: Store = Store()
-    model: Model = Model()
-    data: Data = Data()
-    batch: Batch = Batch()
-    optimiser: Optimiser = Optimiser()
-    schedule: Schedule = Schedule()
-    train: Train = Train()
-    start: Start = Start()
-    prune: Prune = Prune()
-    rewind: Rewind = Rewind()
-    evaluate: Evaluate = Evaluate()
-    keep: Keep = Keep()
-    checkpoint: Checkpoint = Checkpoint()
-    ranks: Ranks = Ranks()
-    preempt: Preempt = Preempt()
-    guard: Guard = Guard()
-    tracking: Tracking = Tracking()
+    run: RunSection = RunSection()
+    store: StoreSection = StoreSection()
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    batch: BatchSection = BatchSection()
+    optimiser: OptimiserSection = OptimiserSection()
+    schedule: ScheduleSection = ScheduleSection()
+    train: TrainSection = TrainSection()
+    start: StartSection = StartSection()
+    prune: PruneSection = PruneSection()
+    rewind: RewindSection = RewindSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    keep: KeepSection = KeepSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    ranks: RanksSection = RanksSection()
+    preempt: PreemptSection = PreemptSection()
+    guard: GuardSection = GuardSection()
+    tracking: TrackingSection = TrackingSection()
 
     def inconsistencies(self) -> list[str]:
         found = self.data.inconsistencies()
@@ -234,12 +234,12 @@ def _changed_keys(node: Node, default: Node) -> dict[str, Any]:
 
 
 def read(path: Path, sets: Sequence[str] = ()) -> Config:
-    """The config of one run: defaults, the file, the `--set` assignments. Raises Fault with every complaint."""
+    """The config of one run: defaults, the file, the `--set` assignments. Raises UserError with every complaint."""
     return yaml_loader.read(Config, path, sets, "configs/demo.yaml", "the config of a run")
 
 
 def from_dump(tree: dict[str, Any], where: str) -> Config:
-    """The config that `dump` wrote. Raises Fault when this version does not understand it."""
+    """The config that `dump` wrote. Raises UserError when this version does not understand it."""
     return yaml_loader.build(Config, tree, where)
 
 

@@ -60,7 +60,7 @@ def shard_cache_folder() -> Path:
 def process_folder() -> Path:
     """This user's folder for what outlives a process but not the machine: launch messages and crash markers. Made here.
 
-    Raises Fault where it cannot be made, or is another user's.
+    Raises UserError where it cannot be made, or is another user's.
     """
     try:
         folder = _shared_folder()

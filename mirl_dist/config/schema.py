@@ -28,13 +28,13 @@ Four = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
 Three = tuple[PositiveInt, PositiveInt, PositiveInt]
 
 
-class Run(Node):
+class RunSection(Node):
     folder: Annotated[str, Local] = Field("runs/run", min_length=1)
     """Where everything of this run is kept: a folder, or s3://bucket/prefix."""
     seed: Seed = 0
 
 
-class Store(Node):
+class StoreSection(Node):
     """How stores are talked to: of the run, and of its shards."""
 
     endpoint: Annotated[str | None, Local] = None
@@ -50,7 +50,7 @@ class Store(Node):
     """A launch without a sign of life for so long is dead, and another may go on with its run."""
 
 
-class Ranks(Node):
+class RanksSection(Node):
     timeout_seconds: Annotated[PositiveFloat, Local] = 1800
     """How long ranks wait for one another. After that those who did not come are named, and the ranks end."""
     restarts: Annotated[Count, Local] = 3
@@ -62,12 +62,12 @@ class Ranks(Node):
     s3:// a folder named after the run below XDG_STATE_HOME or ~/.local/state/mirl-dist."""
 
 
-class Preempt(Node):
+class PreemptSection(Node):
     deadline_seconds: Annotated[PositiveFloat, Local] = 120
     """From SIGTERM, SIGINT or SIGUSR1 to the end of the process, at the latest."""
 
 
-class Guard(Node):
+class GuardSection(Node):
     skip_bad_batches: Annotated[Count, Local] = 0
     """How many global batches of a round may have a loss or gradient that is not finite: they are left out, told and
     counted in the ticket. 0: the first one stops the run."""
@@ -77,7 +77,7 @@ class Guard(Node):
     """Launches on one machine that may die in one and the same step before the next one refuses to try it again."""
 
 
-class Model(Node):
+class ModelSection(Node):
     name: Literal["promptir"] = "promptir"
     dim: PositiveInt = 48
     blocks: Four = (4, 6, 6, 8)
@@ -106,7 +106,7 @@ _PUBLISHED_MIX: dict[str, float | dict[str, float]] = {
 }
 
 
-class Cache(Node):
+class CacheSection(Node):
     folder: Annotated[str | None, Local] = None
     """Where shards are kept on each node, on a disk of its own; all its ranks share it. Null: below SLURM_TMPDIR,
     TMPDIR or /tmp for s3:// and https://, and none for a folder, whose shards are read in place."""
@@ -114,7 +114,7 @@ class Cache(Node):
     """Most that the cache may take on the disk, in 10^9 bytes."""
 
 
-class Data(Node):
+class DataSection(Node):
     shards: Annotated[str, Local] = Field("shards/built", min_length=1)
     """Where `mirl-dist shards build` wrote: a folder, s3://bucket/prefix or https://host/path. The digest of its
     manifest is part of the run's identity."""
@@ -130,7 +130,7 @@ class Data(Node):
     """Null: the whole mix once, the last incomplete global batch left out."""
     damage: Annotated[Literal["refuse", "skip"], Local] = "refuse"
     """What a damaged or missing training sample does: stop the run, or be replaced, told and counted in the ticket."""
-    cache: Cache = Cache()
+    cache: CacheSection = CacheSection()
     workers: Annotated[Count, Local] = 2
     """Loader processes of each rank; 0 reads in the training process."""
 
@@ -157,14 +157,14 @@ class Data(Node):
         return found
 
 
-class Batch(Node):
+class BatchSection(Node):
     global_: PositiveInt = Field(8, alias="global")
     """Samples per optimiser step over all ranks. The world size never changes it."""
     forward: Annotated[PositiveInt | None, Local] = None
     """Samples per forward pass on a rank; less than the rank's share means accumulation. Null: the whole share."""
 
 
-class Optimiser(Node):
+class OptimiserSection(Node):
     name: Literal["adam", "adamw"] = "adamw"
     lr: PositiveFloat = 2e-4
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -174,7 +174,7 @@ class Optimiser(Node):
     clip_norm: PositiveFloat | None = None
 
 
-class Schedule(Node):
+class ScheduleSection(Node):
     by: Literal["epoch", "step"] = "epoch"
     """epoch: as published (the whole first epoch runs at rate 0 when warm-up is on); step: smooth."""
     warmup_epochs: NotNegative = 15
@@ -182,14 +182,14 @@ class Schedule(Node):
     """Where the cosine reaches 0. Null: train.epochs."""
 
 
-class Train(Node):
+class TrainSection(Node):
     epochs: PositiveInt = 120
     """Epochs of every round."""
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Annotated[Literal["auto", "cpu"], Local] = "auto"
 
 
-class Start(Node):
+class StartSection(Node):
     """Begin from a finished ticket in place of a dense network; with prune.rounds 0 that is a control."""
 
     ticket: Annotated[str, Field(min_length=1)] | None = None
@@ -199,7 +199,7 @@ class Start(Node):
     random_layer, random_global: its first values, and a random mask of the same density per tensor, or over all."""
 
 
-class Prune(Node):
+class PruneSection(Node):
     style: Literal["iterative", "one_shot"] = "iterative"
     """iterative: MIR-L, `rounds` times prune and rewind; one_shot: prune once, then as rewind.to says (PIR-OSM and
     PIR-OSR fine-tune)."""
@@ -230,7 +230,7 @@ class Prune(Node):
     """rewind.to finetune: peak rate of the fine-tuning, cosine by step without warm-up. Null: optimiser.lr."""
 
 
-class Rewind(Node):
+class RewindSection(Node):
     to: Literal["initial", "step", "rate", "finetune"] | None = None
     """Where survivors train from after a cut: their first values; their values at `step` of round 0, with the schedule
     from there; their trained values with the whole schedule (learning-rate rewinding); or their trained values with
@@ -242,7 +242,7 @@ class Rewind(Node):
     never, biases before round 1 only)."""
 
 
-class Evaluate(Node):
+class EvaluateSection(Node):
     sets: tuple[str, ...] | None = None
     """Evaluation sets of the shards. Null: all."""
     seed: Seed = 0
@@ -264,20 +264,20 @@ class Evaluate(Node):
     """How many images of each task and set a ticket's strip of pictures shows."""
 
 
-class Keep(Node):
+class KeepSection(Node):
     rounds: Annotated[Literal["all", "best"], Local] = "all"
     """best: at the end the run names the round with the best validation score and drops other rounds' weights."""
     by: Annotated[tuple[str, ...], Local] = ()
     """Globs of score names, `psnr/<task>/<set>`; their mean decides. Needed for rounds: best."""
 
 
-class Checkpoint(Node):
+class CheckpointSection(Node):
     every_steps: Annotated[PositiveInt | None, Local] = 1000
     """Null: only when a round's training has ended, and at the end of the round."""
     keep_last: Annotated[int, Field(ge=2), Local] = 2
 
 
-class Tracking(Node):
+class TrackingSection(Node):
     enabled: Annotated[bool, Local] = True
     uri: Annotated[str | None, Local] = None
     """Null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db. Passwords belong into the environment."""

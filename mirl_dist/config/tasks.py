@@ -44,7 +44,7 @@ class Task(NamedTuple):
 
     @classmethod
     def of(cls, name: str) -> Task:
-        """The task of a word, such as 'denoise_25', 'deblur_easy', 'derain'. Raises Fault for an unknown word."""
+        """The task of a word, such as 'denoise_25', 'deblur_easy', 'derain'. Raises UserError for an unknown word."""
         if name in KINDS:
             return cls(name, name, PAIRS, "")
         family, _, level = name.partition("_")

@@ -58,7 +58,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 def load_file(path: Path, example: str = "configs/demo.yaml") -> dict[str, Any]:
-    """The mapping a YAML file holds. Raises Fault for a missing, unreadable or malformed file.
+    """The mapping a YAML file holds. Raises UserError for a missing, unreadable or malformed file.
 
     example: a file that people may start from."""
     try:
@@ -84,7 +84,7 @@ def _near(folder: Path) -> str:
 
 
 def check_kind(tree: Mapping[str, Any], meant: str, where: str) -> None:
-    """Raise Fault for a file of another kind. meant: a key of _KINDS."""
+    """Raise UserError for a file of another kind. meant: a key of _KINDS."""
     if any(key in tree for key in _KINDS[meant].keys):
         return
     for name, kind in _KINDS.items():
@@ -227,7 +227,7 @@ def _speaks_of(contradiction: str, key: str) -> bool:
 
 
 def build(cls: type[Tree], tree: dict[str, Any], where: str) -> Tree:
-    """Validate a raw tree; Fault lists every unknown key, wrong value and contradiction at once."""
+    """Validate a raw tree; UserError lists every unknown key, wrong value and contradiction at once."""
     complaints: list[str] = []
     failed: list[str] = []
     checked: Tree | None = None

@@ -85,7 +85,7 @@ class ShardCache:
     """A folder of at most `limit` bytes. Any number of processes may use one; all should say the same limit."""
 
     def __init__(self, folder: Path, limit: int, patience: float = 600.0) -> None:
-        """patience: seconds to wait for room that others hold. Raises Fault for a folder that cannot be written."""
+        """patience: seconds to wait for room that others hold. Raises UserError for a folder that cannot be written."""
         self.folder, self.limit, self._patience = folder, limit, patience
         with self._named_errors():
             folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ class ShardCache:
         """The file with that SHA-256, brought by `fetch` unless it is there; of many who ask at once one brings it.
 
         damaged: whatever `fetch` brings in its place, unverified. Raises WrongBytes when what was brought is something
-        else (it is removed), TryAgain when there was no room for long, Fault when there can never be or `stop` says
+        else (it is removed), Unavailable when there was no room for long, UserError when there can never be or `stop` says
         that nobody wants the file any more.
         """
         if size > self.limit:

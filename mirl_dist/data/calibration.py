@@ -23,7 +23,7 @@ class CalibrationPatches:
 
     def of(self, slots: Sequence[Slot], supply: ShardPool, stop_asked: Callable[[], bool]) -> Iterator[NumpyBatch]:
         """A stack of one patch per slot, in the order of slots; each shard is brought once, one at a time, before the
-        first is handed out. A damaged sample's place is taken by the next whole one. Raises Fault, and Stopped when
+        first is handed out. A damaged sample's place is taken by the next whole one. Raises UserError, and Stopped when
         asked to stop."""
         found: list[Patch | None] = [None] * len(slots)
         by_shard = sorted(range(len(slots)), key=lambda number: slots[number].shard)

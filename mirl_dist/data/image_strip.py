@@ -87,7 +87,7 @@ def strip(rows: Sequence[Row], columns: Sequence[str] = ()) -> bytes:
 def rows(png: bytes, where: str = "the strip of pictures") -> list[Row]:
     """The rows of a strip that `strip` wrote. where: its name in messages.
 
-    Raises Fault for any other bytes, and for an image above MOST_PIXELS before a pixel of it is decoded.
+    Raises UserError for any other bytes, and for an image above MOST_PIXELS before a pixel of it is decoded.
     """
     size = _size(png)
     if size is None:
@@ -118,7 +118,7 @@ def rows(png: bytes, where: str = "the strip of pictures") -> list[Row]:
 
 
 def _check_inside(lines: Sequence[_Line], size: tuple[int, int], where: str) -> None:
-    """Raise Fault for rows without images, of several heights, or with boxes outside the image or over one another."""
+    """Raise UserError for rows without images, of several heights, or with boxes outside the image or over one another."""
     area = 0
     for line in lines:
         if not line.boxes or len({box[3] for box in line.boxes}) > 1:

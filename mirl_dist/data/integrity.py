@@ -53,7 +53,7 @@ def _sound(tar: BinaryIO, part: Part) -> bool:
 
 
 def read_image(path: Path, place: SamplePlace, which: str) -> Pixels:
-    """One member of a shard, uint8 (H, W, 3), its own digest checked once more. Raises Fault for anything else."""
+    """One member of a shard, uint8 (H, W, 3), its own digest checked once more. Raises UserError for anything else."""
     found = place.entry.image(which)
     where = f"{place.shard.name}, sample '{place.entry.key}', {which}"
     if found is None:

@@ -104,23 +104,23 @@ class TrainLoader:
         pin: bool,
     ) -> None:
         """ahead: how many shards to bring before they are used (`window.shards_ahead`); pin: batches for a GPU."""
-        self._train, self._supply, self._order = supply.shards.train, supply, order
+        self._train, self._pool, self._sampler = supply.shards.train, supply, order
         self._patches = _PatchDataset(order.tasks, seed, patch_pixels, augment)
-        self._rank, self._shares, self._workers, self._ahead, self._pin = rank, shares, workers, ahead, pin
+        self._rank, self._split, self._workers, self._ahead, self._pin = rank, shares, workers, ahead, pin
         self.damaged: dict[str, str] = {}
         """What this rank met and skipped in the round: 'shard' or 'shard key' -> what was wrong with it."""
 
     def batches(self, round_: int, start: Position, epochs: int) -> Generator[Batch, None, None]:
         """One Batch per forward pass, from `start` to the round's end; closing it ends its workers.
 
-        The images are uint8 until `Batch.to`. Raises Fault for damaged samples where they are refused.
+        The images are uint8 until `Batch.to`. Raises UserError for damaged samples where they are refused.
         """
         self.damaged.clear()
         self._stopped: Stopped | None = None
         window = self._window = PrefetchWindow(
-            self._order.passes(round_, start, epochs, self._rank, self._shares),
-            lambda shard: self._supply.acquire(self._train[shard]),
-            lambda shard: self._supply.release(self._train[shard]),
+            self._sampler.passes(round_, start, epochs, self._rank, self._split),
+            lambda shard: self._pool.acquire(self._train[shard]),
+            lambda shard: self._pool.release(self._train[shard]),
             behind=passes_behind(self._workers),
             extra=self._ahead,
         )
@@ -160,13 +160,13 @@ class TrainLoader:
         """The read of a slot; of the next whole sample where its own is known to be damaged."""
         number = self._whole_sample(slot.shard, slot.sample)
         if number is not None:
-            local = self._supply.get(self._train[slot.shard])
+            local = self._pool.get(self._train[slot.shard])
             return _ReadRequest(location_of(local, local.entries[number], slot), slot, stands_in=number != slot.sample)
         return self._request_elsewhere(slot)
 
     def _whole_sample(self, shard: int, sample: int) -> int | None:
         """The number of a sample, or of the next one in its shard that is not damaged; None where all are."""
-        local, count = self._supply.get(self._train[shard]), self._train[shard].samples
+        local, count = self._pool.get(self._train[shard]), self._train[shard].samples
         for step in range(count):
             number = (sample + step) % count
             if number not in local.bad:
@@ -177,14 +177,14 @@ class TrainLoader:
 
     def _request_elsewhere(self, slot: Slot) -> _ReadRequest:
         """The read of a slot whose shard has no whole sample: from the next shard of the same sets that has one."""
-        source = next(s for s in self._order.sources if slot.task in s.task_cycle and slot.shard in s.shards)
+        source = next(s for s in self._sampler.sources if slot.task in s.task_cycle and slot.shard in s.shards)
         at = source.shards.index(slot.shard)
         for other in (*source.shards[at + 1 :], *source.shards[:at]):
             shard = self._train[other]
             self._window.acquire_extra(other)
             number = self._whole_sample(other, slot.sample % shard.samples)
             if number is not None:
-                local = self._supply.get(shard)
+                local = self._pool.get(shard)
                 return _ReadRequest(location_of(local, local.entries[number], slot), slot, stands_in=True)
         raise UserError(
             f"data.damage: no shard of {source.name} has a whole sample left. Build or copy the shards again."
@@ -194,7 +194,7 @@ class TrainLoader:
         """A stack in which some reads met damage that no digest had told: noted, and replaced one by one.
 
         What the system was at fault for is tried once more, and is no damage: other ranks would not see it. Raises
-        Fault when it stays.
+        UserError when it stays.
         """
         patches, skipped = [], 0
         for item in items:
@@ -206,7 +206,7 @@ class TrainLoader:
                     raise UserError(f"{item.problem}. Check the disk, then start again.")
                 else:
                     tries += 1
-                    self._supply.refetch(self._shard_of(item))
+                    self._pool.refetch(self._shard_of(item))
                 item = self._patches[self._request(item.request.slot)]
             asked, patch = item
             patches.append(patch)
@@ -217,12 +217,12 @@ class TrainLoader:
         return next(s for s in self._train if s.name == failed.request.location.shard)
 
     def _note(self, failed: _FailedRead) -> None:
-        """Tell the supply which sample failed. Raises Fault where damage is refused."""
+        """Tell the supply which sample failed. Raises UserError where damage is refused."""
         read, shard = failed.request.location, self._shard_of(failed)
-        with self._supply.holding([shard]):
-            local = self._supply.get(shard)
+        with self._pool.holding([shard]):
+            local = self._pool.get(shard)
             number = next(i for i, entry in enumerate(local.entries) if entry.key == read.key)
-            self._supply.note(local, number, failed.problem)
+            self._pool.note(local, number, failed.problem)
 
 
 def location_of(local: LocalShard, entry: SampleEntry, slot: Slot) -> SampleLocation:

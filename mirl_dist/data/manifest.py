@@ -46,11 +46,11 @@ def ppm_header(height: int, width: int) -> bytes:
     return b"P6\n%d %d\n255\n" % (width, height)
 
 
-class _Record(BaseModel):
+class _ManifestPart(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Part(_Record):
+class Part(_ManifestPart):
     """One tar member: `offset` of its first data byte in the tar, `size` in bytes, hex SHA-256 of its bytes."""
 
     offset: _Count
@@ -58,7 +58,7 @@ class Part(_Record):
     sha256: _Digest
 
 
-class SampleEntry(_Record):
+class SampleEntry(_ManifestPart):
     """One sample: its key (unique in the whole manifest), image height and width in pixels, and its parts.
 
     parts: by member name without the key: 'clean.ppm', 'degraded.ppm' (pairs only), 'json'.
@@ -78,13 +78,13 @@ class SampleEntry(_Record):
         return None
 
 
-class Index(_Record):
+class Index(_ManifestPart):
     """The samples of one shard in the order in which they lie in the tar."""
 
     entries: tuple[SampleEntry, ...]
 
 
-class Shard(_Record):
+class Shard(_ManifestPart):
     """One tar: `kind` says what its samples are for, `samples` how many, digests are hex SHA-256 of whole files.
 
     least_pixels: the shortest side of any of its images.
@@ -105,7 +105,7 @@ class Shard(_Record):
         return self.name.removesuffix(".tar") + ".index.json"
 
 
-class Manifest(_Record):
+class Manifest(_ManifestPart):
     """All shards of one build. `recipe` is the fingerprint of the recipe and of every source file it read."""
 
     format: Literal["mirl-dist-shards-2"] = "mirl-dist-shards-2"
@@ -132,11 +132,11 @@ class Manifest(_Record):
         return hashlib.sha256(self.dump()).hexdigest()
 
 
-_Read = TypeVar("_Read", bound=_Record)
+_Read = TypeVar("_Read", bound=_ManifestPart)
 
 
 def parse(cls: type[_Read], data: bytes, where: str, what: str) -> _Read:
-    """A record of one of the classes above from JSON. Raises Fault that names the first place that is wrong."""
+    """A record of one of the classes above from JSON. Raises UserError that names the first place that is wrong."""
     try:
         return cls.model_validate_json(data)
     except ValidationError as error:
@@ -147,7 +147,7 @@ def parse(cls: type[_Read], data: bytes, where: str, what: str) -> _Read:
 
 
 def read_manifest(data: bytes, where: str) -> Manifest:
-    """Parse a manifest. Raises Fault for another format, a file that is no manifest, and names given twice."""
+    """Parse a manifest. Raises UserError for another format, a file that is no manifest, and names given twice."""
     try:
         raw = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -163,7 +163,7 @@ def read_manifest(data: bytes, where: str) -> Manifest:
 
 
 def read_index(data: bytes, shard: Shard, where: str) -> Index:
-    """Parse one shard's index and hold it against the manifest. Raises Fault where they do not fit."""
+    """Parse one shard's index and hold it against the manifest. Raises UserError where they do not fit."""
     found = hashlib.sha256(data).hexdigest()
     if found != shard.index_sha256:
         raise UserError(

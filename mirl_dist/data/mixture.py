@@ -48,7 +48,7 @@ def sources(mix: Amounts, mix_by: str, shards: Sequence[Shard], batch: int, step
     shards: the training shards. mix_by: 'repeats': every sample so many times an epoch (as published); 'weights':
     shares of an epoch; 'balanced': weights that are all the same. steps: of `batch` samples, an epoch for the latter
     two; None: as many whole ones as reading every sample once for each of its tasks would fill.
-    Raises Fault for tasks and sets without samples, and for weights too small to be read.
+    Raises UserError for tasks and sets without samples, and for weights too small to be read.
     """
     entries = _entries(mix, shards)
     if mix_by == "repeats":

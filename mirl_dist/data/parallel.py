@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Generic, Protocol, TypeVar
 
-from mirl_dist.errors import UserError
+from mirl_dist.errors import MirlError, UserError
 from mirl_dist.observability.console import rank_here
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ def parallel_map(
 ) -> Iterator[Result]:
     """function(item) of every item, in order. function and items must be picklable; one worker works here.
 
-    Raises what function raises, and Fault where a process was killed from outside.
+    Raises what function raises, and UserError where a process was killed from outside.
     """
     report(0, len(items), what)
     if workers <= 1 or len(items) <= chunk:
@@ -81,7 +81,7 @@ class WorkerGroup(Protocol):
     """What a job needs to know of the processes that share it; all of them call the same methods in the same order.
 
     gather_objects: a picklable thing of every rank, in rank order, on every rank. from_main: the result of a work that
-    rank 0 alone does, and its Fault, on every rank.
+    rank 0 alone does, and its UserError, on every rank.
     """
 
     rank: int
@@ -123,10 +123,10 @@ class _RankWork(Generic[Result]):
                 return
 
     def state(self) -> tuple[int, bool, str | None]:
-        """Things done, whether that is all, and the text of a Fault. Raises whatever else went wrong."""
+        """Things done, whether that is all, and the text of a UserError. Raises whatever else went wrong."""
         ended = self._future.done()
         error = self._future.exception() if ended else None
-        if error is not None and not isinstance(error, UserError):
+        if error is not None and not isinstance(error, MirlError):
             raise error
         return len(self.results), ended, None if error is None else str(error)
 
@@ -152,7 +152,7 @@ def distributed_map(
     """function(item) of every item, in order, on every rank; each rank works on its share with so many processes.
 
     The ranks meet every half second, however long one item takes: no collective waits for a slow rank, all see how far
-    all are, and a rank that is lost or meets a Fault ends the others soon. Raises the Fault of any rank on every rank.
+    all are, and a rank that is lost or meets a UserError ends the others soon. Raises the UserError of any rank on every rank.
     """
     if crew.world == 1:
         return list(parallel_map(function, items, workers, report, what, chunk))

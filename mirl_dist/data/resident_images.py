@@ -26,7 +26,7 @@ class ResidentImages:
         self._images: dict[tuple[str, str, str], Pixels] = {}
 
     def read(self, supply: ShardPool, places: Sequence[SamplePlace]) -> None:
-        """Read the images of some samples. Raises Fault for damage."""
+        """Read the images of some samples. Raises UserError for damage."""
         for place in sorted(places, key=lambda place: place.shard.name):
             for which in (CLEAN, DEGRADED):
                 if place.entry.image(which) is not None:

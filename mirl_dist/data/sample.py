@@ -105,7 +105,7 @@ class Batch(NamedTuple):
 
 
 def decode(data: bytes, where: str, remedy: str = "Build the shards again.") -> Pixels:
-    """PPM, PNG, JPEG or BMP bytes to uint8 (H, W, 3) RGB. Raises Fault naming `where` for bytes that are no image."""
+    """PPM, PNG, JPEG or BMP bytes to uint8 (H, W, 3) RGB. Raises UserError naming `where` for bytes that are no image."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.array(image.convert("RGB"))
@@ -146,7 +146,7 @@ class CropBox(NamedTuple):
 def crop(read: SampleLocation, member: Member, box: CropBox) -> Pixels:
     """A part of one member, uint8 (height, width, 3). Of a PPM only the rows of the box are read from the disk.
 
-    Raises OSError where the file cannot be read, Fault where it holds no such image.
+    Raises OSError where the file cannot be read, UserError where it holds no such image.
     """
     where = f"{read.shard}, sample '{read.key}'"
     handle = os.open(read.path, os.O_RDONLY | os.O_CLOEXEC)

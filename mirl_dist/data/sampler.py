@@ -58,7 +58,7 @@ def ranks_in_words(count: int) -> str:
 
 
 def split_batch(global_batch: int, forward: int | None, world: int) -> BatchSplit:
-    """The share of each rank. Raises Fault, with the numbers that work, when the batch cannot be shared evenly."""
+    """The share of each rank. Raises UserError, with the numbers that work, when the batch cannot be shared evenly."""
     if global_batch % world:
         fits = [str(n) for n in range(1, global_batch + 1) if global_batch % n == 0]
         below, above = global_batch // world * world, (global_batch // world + 1) * world
@@ -112,7 +112,7 @@ class GlobalSampler:
     ) -> None:
         """mix: task -> number, or task -> set -> number; shards: the training shards of the manifest.
 
-        Raises Fault for tasks without samples, for an epoch shorter than one global batch, and for more steps per
+        Raises UserError for tasks without samples, for an epoch shorter than one global batch, and for more steps per
         epoch than the repeats give.
         """
         self.tasks = tasks_of(mix)

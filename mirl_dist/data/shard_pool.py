@@ -86,7 +86,7 @@ class ShardPool:
     def get(self, shard: Shard) -> LocalShard:
         """A shard that is wanted, once it is here.
 
-        Raises Fault where damage is refused, or nothing of it is left; Stopped when the run was asked to stop while it
+        Raises UserError where damage is refused, or nothing of it is left; Stopped when the run was asked to stop while it
         waited. A store that was away when nobody waited for the shard is asked once more.
         """
         with self._guard:
@@ -135,17 +135,17 @@ class ShardPool:
             yield
 
     def image(self, place: SamplePlace, which: str) -> Pixels:
-        """One decoded image of an evaluation sample, uint8 (H, W, 3). Raises Fault for damage, whatever the policy."""
+        """One decoded image of an evaluation sample, uint8 (H, W, 3). Raises UserError for damage, whatever the policy."""
         with self.holding([place.shard]):
             return integrity.read_image(self.get(place.shard).path, place, which)
 
     def verify(self, shard: Shard) -> None:
-        """Bring and verify a shard, and let it go. Raises Fault for damage where that is refused."""
+        """Bring and verify a shard, and let it go. Raises UserError for damage where that is refused."""
         with self.holding([shard]):
             self.get(shard)
 
     def note(self, local: LocalShard, sample: int, problem: str) -> None:
-        """A sample turned out to be damaged. Raises Fault where that is refused."""
+        """A sample turned out to be damaged. Raises UserError where that is refused."""
         key = local.entries[sample].key
         if not self._skips(local.shard):
             raise UserError(f"{local.shard.name}, sample '{key}': {problem}. {_REMEDY}")

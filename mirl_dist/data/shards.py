@@ -18,7 +18,7 @@ class SamplePlace(NamedTuple):
 
 
 class Shards:
-    """The shards at an address. Raises Fault for a missing manifest or one of another format."""
+    """The shards at an address. Raises UserError for a missing manifest or one of another format."""
 
     def __init__(self, store: Store, manifest: bytes | None = None) -> None:
         """manifest: its bytes, where another process has read them already."""
@@ -35,7 +35,7 @@ class Shards:
         self.train = self.manifest.role("train")
 
     def index(self, shard: Shard) -> Index:
-        """The index of one shard. Raises Fault where it is missing or does not fit the manifest."""
+        """The index of one shard. Raises UserError where it is missing or does not fit the manifest."""
         where = self.store.where(shard.index_name)
         try:
             return read_index(self.store.get(shard.index_name), shard, where)
@@ -50,7 +50,7 @@ class Shards:
         return found
 
     def check_present(self, *roles: str) -> None:
-        """Raise Fault that names shards and indices of the roles which are not there, as far as a listing tells.
+        """Raise UserError that names shards and indices of the roles which are not there, as far as a listing tells.
 
         On a folder also shards of another size.
         """
@@ -75,7 +75,7 @@ class Shards:
             )
 
     def check_patch_size(self, patch_pixels: int) -> None:
-        """Raise Fault for patches that do not fit into every training image."""
+        """Raise UserError for patches that do not fit into every training image."""
         least = min((s.least_pixels for s in self.train), default=patch_pixels)
         if least < patch_pixels:
             name = next(s.name for s in self.train if s.least_pixels == least)

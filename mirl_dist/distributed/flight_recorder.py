@@ -98,7 +98,8 @@ def _about(other: RankState, silent: bool) -> str:
     if silent:
         gone = "its process does not answer any more: it is stopped, swapped out, or its node is gone"
         return f"{gone} (last heard of in {other.phase}, {met})"
-    return f"it {'waits' if other.waiting else 'is'} in {other.phase}, {met}, at {other.location}, for {other.seconds:.0f} s"
+    waits = "waits" if other.waiting else "is"
+    return f"it {waits} in {other.phase}, {met}, at {other.location}, for {other.seconds:.0f} s"
 
 
 def waited(mine: RankState) -> str:

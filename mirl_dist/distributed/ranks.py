@@ -26,7 +26,7 @@ from mirl_dist.distributed.hardware import gpus
 from mirl_dist.distributed.process_group import connect_store, join_process_group, store_is_the_launchers
 from mirl_dist.distributed.rendezvous import check_launch_environment, check_own_gpu
 from mirl_dist.distributed.watchdog import LiveStore, Watchdog
-from mirl_dist.errors import Stopped, UserError
+from mirl_dist.errors import InvariantError, MirlError, Stopped, UserError
 from mirl_dist.pruning.partition import ReplicatedPartition
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ class Ranks:
         """device: 'auto' (a GPU per rank where there are any) or 'cpu'; precision: 'fp32' or 'bf16'.
 
         timeout_seconds: how long ranks wait for one another. After that those who have not come are named on standard
-        error, and who waited ends with code 1. Raises Fault when the processes that were launched are not the
+        error, and who waited ends with code 1. Raises UserError when the processes that were launched are not the
         processes that found each other.
         """
         check_launch_environment(os.environ)
@@ -180,7 +180,7 @@ class Ranks:
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model on this rank's device, its gradients averaged over ranks. Weights become those of rank 0.
 
-        Raises Fault when several ranks would train a model that is not wrapped.
+        Raises UserError when several ranks would train a model that is not wrapped.
         """
         # Depthwise kernels (C, 1, 3, 3) have two equal layouts, and autograd picks the other one: harmless.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -287,39 +287,39 @@ class Ranks:
         return found
 
     def check_agreement(self, what: str, digest: str) -> None:
-        """Raise Fault on every rank, naming who differs, unless all ranks hold the same digest."""
+        """Raise InvariantError on every rank, naming who differs, unless all ranks hold the same digest."""
         all_digests = self.gather_objects(digest, what=f"agreement on {what}")
         if len(set(all_digests)) > 1:
             usual = max(all_digests, key=all_digests.count)
             odd = [r for r, d in enumerate(all_digests) if d != usual]
             table = ", ".join(f"rank {r} {d[:12]}" for r, d in enumerate(all_digests))
             named = ", ".join(f"{r} ({self.hosts[r]})" for r in odd)
-            raise UserError(
+            raise InvariantError(
                 f"ranks disagree on {what}: {table}. Rank {named} has drifted: check that "
                 "machine's memory and GPU, then start again with --resume auto from the last commit.",
                 everywhere=True,
             )
 
     def on_main(self, work: Callable[[], T], *, what: str = "work") -> T:
-        """The result of `work`, done by rank 0 alone. A Fault or Stopped that rank 0 meets is raised on every rank."""
+        """The result of `work`, done by rank 0 alone. A MirlError or Stopped that it raises is raised on every rank."""
         if self.world == 1:
             return work()
-        result: list[Any] = [None, None, False, None]
+        outcome: list[Any] = [None, None]  # the result, or the error
         if self.is_main:
             try:
-                result[0] = work()
-            except UserError as fault:
-                result[1:3] = str(fault), fault.resumable
+                outcome[0] = work()
+            except MirlError as error:
+                kind = InvariantError if isinstance(error, InvariantError) else UserError
+                outcome[1] = kind, str(error), error.resumable
             except Stopped as stopped:
-                result[3] = str(stopped)
+                outcome[1] = Stopped, str(stopped), False
         with self._recorder.collective(f"{what} by rank 0"):
-            torch.distributed.broadcast_object_list(result, src=0)
-        if result[3] is not None:
-            raise Stopped(result[3])
-        if result[1] is not None:
-            raise UserError(result[1], everywhere=True, resumable=result[2])
-        found: T = result[0]
-        return found
+            torch.distributed.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            kind, text, resumable = outcome[1]
+            raise Stopped(text) if kind is Stopped else kind(text, everywhere=True, resumable=resumable)
+        result: T = outcome[0]
+        return result
 
     def broadcast_tensors(
         self, tensors: Mapping[str, Tensor] | None, *, what: str = "tensors", layout: ShardLayout | None = None

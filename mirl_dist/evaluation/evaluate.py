@@ -111,7 +111,7 @@ def plan_jobs(
     """Every (task, image) to score: a set of clean images is scored for every trained task that degrades on reading.
 
     sets: names, or None for all. pictures: the first so many images of each score are pictured; by: how they will be
-    scored. Raises Fault for a set that the shards do not have, and for images that a protocol could not score.
+    scored. Raises UserError for a set that the shards do not have, and for images that a protocol could not score.
     """
     least = max(protocol.least_pixels for protocol in by)
     places = shards.places("evaluate")
@@ -155,8 +155,8 @@ def degraded_and_clean(
     clean = protocols.cropped(protocol, supply.image(job.place, CLEAN))
     if job.place.entry.image(DEGRADED) is not None:
         return protocols.cropped(protocol, supply.image(job.place, DEGRADED)), clean
-    rng = generator("test", seed, job.set, job.place.entry.key, job.task.name)
-    return protocols.degraded(protocol, job.task, clean, rng), clean
+    noise = generator("test", seed, job.set, job.place.entry.key, job.task.name)
+    return protocols.degraded(protocol, job.task, clean, noise), clean
 
 
 def restore(
@@ -249,7 +249,7 @@ def evaluate(
 
     model: the bare network (not the wrapped one: ranks score different numbers of images), set to eval here.
     look_ahead: the cache has room for two shards of every rank. stop_asked: looked at before every image.
-    Raises Stopped on every rank, with nothing scored, when any of them was asked to stop; Fault for an image that
+    Raises Stopped on every rank, with nothing scored, when any of them was asked to stop; UserError for an image that
     cannot be scored, and where compiling fails.
     """
     model.eval()

@@ -34,7 +34,7 @@ def psnr(restored: Image, clean: Image) -> float:
 
     restored, clean: float32 (H, W, 3) RGB, H and W at least 7; clean in [0, 1], restored clipped here.
     Returns decibels for a peak of 1, at most PSNR_CEILING_DB (reached by equal images).
-    Raises Fault for another type, shape or range.
+    Raises UserError for another type, shape or range.
     Source: MIR-L, tables II and III; differs only for errors below 1e-5: the published code has no ceiling.
     """
     from skimage.metrics import peak_signal_noise_ratio
@@ -51,7 +51,7 @@ def ssim(restored: Image, clean: Image) -> float:
 
     restored, clean: float32 (H, W, 3) RGB, H and W at least 7; clean in [0, 1], restored clipped here.
     Returns a value in [-1, 1]; window 7x7 uniform, sample covariance, data range 1, no border padding.
-    Raises Fault for another type, shape or range.   Source: MIR-L, tables II and III.
+    Raises UserError for another type, shape or range.   Source: MIR-L, tables II and III.
     """
     from skimage.metrics import structural_similarity
 
@@ -77,7 +77,7 @@ def ssim_8bit(restored: Levels, clean: Levels) -> float:
     """Structural similarity of levels, in [-1, 1]: Gaussian window 11 x 11 of sigma 1.5, only where it fits whole.
 
     restored, clean: both uint8 (H, W, 3) or both float64 (H, W), of one shape, H and W at least 11; population
-    covariance, data range 255, mean over positions and channels. Raises Fault for smaller images.   Source: BasicSR.
+    covariance, data range 255, mean over positions and channels. Raises UserError for smaller images.   Source: BasicSR.
     """
     from skimage.metrics import structural_similarity
 
@@ -109,7 +109,7 @@ def crop_to_multiple(image: NDArray[Any], multiple: int = 16) -> NDArray[Any]:
     """The centre of an image whose sides are the largest multiples of `multiple` pixels (a view).
 
     image: (H, W) or (H, W, C), any type; of an odd rest the bottom or right side loses one pixel more.
-    Raises Fault when a side is shorter than `multiple`.   Source: evaluation of AirNet, PromptIR and MIR-L.
+    Raises UserError when a side is shorter than `multiple`.   Source: evaluation of AirNet, PromptIR and MIR-L.
     """
     if image.ndim not in (2, 3):
         raise UserError(
@@ -127,7 +127,7 @@ def crop_to_multiple(image: NDArray[Any], multiple: int = 16) -> NDArray[Any]:
 
 
 def check_same_shape(restored: Image, clean: NDArray[Any]) -> None:
-    """Raise Fault for images that no measure takes: another type, shape or size, or values that are not finite.
+    """Raise UserError for images that no measure takes: another type, shape or size, or values that are not finite.
 
     restored: float32; clean: float32 or uint8; both (H, W, 3), at least 7 x 7.
     """

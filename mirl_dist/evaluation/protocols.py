@@ -142,7 +142,7 @@ def score(protocol: ScoringProtocol, restored: Image, clean: Pixels) -> Quality:
     """Compare a restored image with the clean one.
 
     restored: float32 (H, W, 3) RGB in any range, clipped to [0, 1] here. clean: uint8 (H, W, 3) RGB of the same size.
-    Raises Fault for another type, shape or size, and for NaN.
+    Raises UserError for another type, shape or size, and for NaN.
     """
     if protocol.output == "float":
         truth = _unit(clean)

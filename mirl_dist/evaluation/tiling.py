@@ -21,7 +21,7 @@ def starts(size: int, tile: int, overlap: int) -> list[int]:
     """Where tiles begin on an axis of `size` pixels; the last ends with the image, so it may overlap more.
 
     An axis not longer than a tile has one tile. Neighbours share at least `overlap` pixels.
-    Raises Fault unless 0 <= overlap < tile.
+    Raises UserError unless 0 <= overlap < tile.
     """
     if not 0 <= overlap < tile:
         raise UserError(

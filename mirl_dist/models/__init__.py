@@ -28,7 +28,7 @@ def create(name: str, **sizes: Any) -> nn.Module:
     """A fresh network: float (B, 3, H, W) in [0, 1] in and out, any H, W >= 1.
 
     sizes: the constructor's keywords; what is not given has its published value. Weights are drawn from
-    torch's global generator, so seed it first. Raises Fault for an unknown name or keyword (listing the
+    torch's global generator, so seed it first. Raises UserError for an unknown name or keyword (listing the
     known ones) and for sizes that do not fit.
     """
     _check_known(name, sizes)
@@ -40,7 +40,7 @@ def from_official(name: str, state_dict: Mapping[str, Any], **sizes: Any) -> Con
 
     state_dict: names to tensors, with or without Lightning's prefix `net.`, or the whole Lightning
     checkpoint. Tensors that the official class owns and never uses are dropped and reported; nothing is
-    copied or cast. Raises Fault as `create` does, and for missing, unknown or misshapen tensors, all listed
+    copied or cast. Raises UserError as `create` does, and for missing, unknown or misshapen tensors, all listed
     at once.
     """
     _check_known(name, sizes)
@@ -52,7 +52,7 @@ def to_official(name: str, weights: Mapping[str, Tensor], **sizes: Any) -> dict[
     """The inverse of `from_official`: the official class's whole state dict, without prefix.
 
     The tensors that the class owns and never uses are zeros; nothing else is copied or cast. The official class exists
-    at the published sizes; at others, shapes of the unused tensors follow the same rule. Raises Fault as `create` does,
+    at the published sizes; at others, shapes of the unused tensors follow the same rule. Raises UserError as `create` does,
     and for missing, unknown or misshapen weights, all listed at once.
     """
     _check_known(name, sizes)

@@ -34,7 +34,7 @@ class Compiled(nn.Module):
     """A network, compiled at its first image and not again for other sizes, unless they are very small.
 
     Images: (B, C, H, W), grown to multiples of 8 as `pad_to_multiple` says, and cropped again. Weights may change
-    between images. Outputs differ from the network's own by rounding. Raises Fault where compiling fails.
+    between images. Outputs differ from the network's own by rounding. Raises UserError where compiling fails.
     """
 
     def __init__(self, network: nn.Module) -> None:

@@ -34,7 +34,7 @@ def convert(
     such a mapping under `state_dict`.  expected: our names and shapes, in our order.  unused: names, without
     prefix, that the official class owns and never uses; each one present is left out and reported, whatever
     its shape.
-    Raises Fault that lists all complaints at once.
+    Raises UserError that lists all complaints at once.
     """
     named = _without_prefix(network, _tensors_of(network, found))
     dropped = tuple(f"{name} {tuple(named.pop(name).shape)}" for name in sorted(unused) if name in named)
@@ -56,7 +56,7 @@ def revert(
     """The inverse of `convert`: all tensors of the official class, those that it never uses as zeros.
 
     weights: our names to tensors; expected: our names and shapes; unused: names and shapes to add. Nothing is copied
-    or cast. Raises Fault that lists all complaints at once.
+    or cast. Raises UserError that lists all complaints at once.
     """
     complaints = _complaints(weights, expected)
     if complaints:

@@ -68,7 +68,7 @@ class PromptIR(nn.Module):
     ffn_expansion: hidden over visible channels.  prompt_length: components per prompt.
     prompt_dims, prompt_sizes: channels and side of prompts 1, 2, 3, which follow features of 2 dim, 4 dim,
     8 dim channels.  prompt_heads: heads of the blocks that read the prompts.
-    Raises Fault, naming every number at fault, for sizes that do not fit, and for an input of another shape.
+    Raises UserError, naming every number at fault, for sizes that do not fit, and for an input of another shape.
     Source: section 3 and the official class; see the head of this file for the differences.
     """
 
@@ -180,7 +180,7 @@ class PromptIR(nn.Module):
 def _check_sizes(
     scalars: dict[str, int], rows: dict[str, Sequence[int]], refinement_blocks: int, ffn_expansion: float
 ) -> None:
-    """Raise one Fault that lists every complaint about PromptIR's sizes."""
+    """Raise one UserError that lists every complaint about PromptIR's sizes."""
     wanted = {"blocks": 4, "heads": 4, "prompt_dims": 3, "prompt_sizes": 3}
     bad = [f"{key} = {value} (must be >= 1)" for key, value in scalars.items() if value < 1]
     for key, row in rows.items():

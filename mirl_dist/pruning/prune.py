@@ -59,7 +59,7 @@ class PruneGroup(NamedTuple):
 def in_scope(names: Iterable[str], scope: str | tuple[str, ...]) -> tuple[str, ...]:
     """The prunable names, sorted. scope: 'published' (names that contain 'weight'), 'all', or globs.
 
-    Raises Fault for a glob that matches nothing.
+    Raises UserError for a glob that matches nothing.
     """
     names = sorted(names)
     if scope == "published":
@@ -83,7 +83,7 @@ def count_to_remove(alive: int, fraction: float, factor: float = 1.0) -> int:
 def groups(found: Counts, rule: PruneConfig) -> list[PruneGroup]:
     """Who competes and how many go: all tensors together, or each by itself with `output_factor` for `output_layers`.
 
-    Raises Fault when the floor leaves too few weights to remove, ValueError for a floor with per='layer'.
+    Raises UserError when the floor leaves too few weights to remove, ValueError for a floor with per='layer'.
     """
     if rule.floor and rule.per != "global":
         raise ValueError("a floor belongs to per='global'")
@@ -243,7 +243,7 @@ def prune(
     weights: float tensors, replicated on all ranks, or with `Own` the parts of them that this rank holds; masks: the
     alive weights among them. Weights are counted once: each rank counts its `share`. per='layer' applies the count to
     every tensor by itself, with fraction x output_factor for `output_layers`. scores: name -> float32 of the weights'
-    shape, of any sign, held as the weights are; None: of the weights, by the criterion. Raises Fault for NaN or inf,
+    shape, of any sign, held as the weights are; None: of the weights, by the criterion. Raises UserError for NaN or inf,
     and for a floor that leaves too few weights to remove. Extra memory: the new masks, a byte for each weight that the
     rank holds, and a few times quantile.CHUNK weights.
     """
@@ -264,7 +264,7 @@ def prune(
 def _check_scores(
     scores: Callable[[str], Tensor], masks: Mapping[str, Tensor], criterion: str, share: Partition
 ) -> None:
-    """Raise ValueError for scores of another shape, and Fault for NaN or inf; on every rank alike. Those of parts that
+    """Raise ValueError for scores of another shape, and UserError for NaN or inf; on every rank alike. Those of parts that
     one rank alone holds are looked at when they are counted."""
     odd = []
     for name in sorted(masks):

@@ -94,7 +94,7 @@ def _chunks(part: Tensor, alive: Tensor | None) -> Iterator[Tensor]:
 
 
 def check_finite(parts: Mapping[str, Tensor], gather: Gather = single_rank) -> None:
-    """Raise Fault on every rank when any rank holds a NaN or an infinity; a rank that holds one names it."""
+    """Raise UserError on every rank when any rank holds a NaN or an infinity; a rank that holds one names it."""
     odd = [n for n in sorted(parts) if not all(bool(torch.isfinite(c).all()) for c in _chunks(parts[n], None))]
     per_rank = gather(torch.tensor([len(odd)], dtype=torch.int64)).reshape(-1).tolist()
     if any(per_rank):
@@ -115,7 +115,7 @@ def kth_smallest(
     k: 1-based, 1 <= k <= number of magnitudes on all ranks. gather: see `Gather`. alive: bool masks of the parts'
     sizes, without which all count.
     Returns Cut with below + ties == k. Raises TypeError for another dtype (on the rank that holds it),
-    ValueError for k out of range and Fault for NaN or inf (on every rank).
+    ValueError for k out of range and UserError for NaN or inf (on every rank).
     Cost: a few reads of the parts, 2048 int64 per rank and pass on the wire, memory for a few times CHUNK weights.
     """
     for name, part in parts.items():

@@ -50,7 +50,7 @@ def iterate(
     network: its weights are neither read nor changed; weights: all its parameters by name, of which the absolute values
     count; masks, rule: as for `prune`; image_shape: (1, 3, H, W); before_step: heard before each, may raise.
     `threshold` is that of the last step.
-    The same bits whenever called on the same machine. Raises Fault as `prune` does.
+    The same bits whenever called on the same machine. Raises UserError as `prune` does.
     """
     goal = groups(count_weights(masks, ReplicatedPartition(), single_rank), rule)
     living = [sum(int(masks[n].sum()) for n in group.names) for group in goal]
@@ -84,7 +84,7 @@ def scores(
 ) -> dict[str, Tensor]:
     """|w| dR/d|w| of every masked tensor: float32 of its shape, at most R, which is about 3 H W.
 
-    A weight that lies on no path of alive weights has 0, and every dead one. Raises Fault for NaN or inf.
+    A weight that lies on no path of alive weights has 0, and every dead one. Raises UserError for NaN or inf.
     """
     values = {n: w.detach().double().abs() for n, w in weights.items()}
     values |= {n: values[n].masked_fill(~mask.to(values[n].device), 0.0) for n, mask in masks.items()}

@@ -16,7 +16,7 @@ __all__ = ["Folder", "Rejected", "NotFound", "Options", "StorageError", "Store",
 def open_store(url: str, options: Options = DEFAULT_OPTIONS) -> Store:
     """The store that an address means: a folder's path, file://, s3://, http:// or https:// (read only).
 
-    A folder tries everything once, whatever the options say. Nothing is asked of a server yet. Raises NotAllowed for
+    A folder tries everything once, whatever the options say. Nothing is asked of a server yet. Raises Rejected for
     other kinds, for 's3:/' where 's3://' must be meant, and for addresses that hold a key or a query.
     """
     kind, found, _ = url.partition("://")
@@ -40,7 +40,7 @@ def open_store(url: str, options: Options = DEFAULT_OPTIONS) -> Store:
 
 
 def _check_scheme(url: str) -> None:
-    """Raise NotAllowed for a path that begins as an address does: nobody means a folder named 's3:'."""
+    """Raise Rejected for a path that begins as an address does: nobody means a folder named 's3:'."""
     one = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", url)
     if one is None:
         return

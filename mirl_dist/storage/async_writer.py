@@ -32,7 +32,7 @@ class AsyncWriter:
         return self._future is not None and self._future.done() and self._future.exception() is not None
 
     def begin(self, work: Callable[[], None], what: str) -> None:
-        """Start a commit, after the one before has ended. `work` may be called several times. Raises its Fault."""
+        """Start a commit, after the one before has ended. `work` may be called several times. Raises its UserError."""
         self.wait()
         self._future = Future()
         threading.Thread(target=self._work, args=(work, what, self._future), name="keeper", daemon=True).start()
@@ -44,7 +44,7 @@ class AsyncWriter:
             future.set_exception(error)
 
     def raise_failure(self) -> None:
-        """Raise the Fault of the last commit, if it failed; training must not go on as if it were kept."""
+        """Raise the UserError of the last commit, if it failed; training must not go on as if it were kept."""
         if self.failed:
             self.wait()
 
@@ -54,7 +54,7 @@ class AsyncWriter:
             wait([self._future], seconds)
 
     def wait(self) -> None:
-        """Until the commit is written. Raises its Fault."""
+        """Until the commit is written. Raises its UserError."""
         if self._future is None:
             return
         try:

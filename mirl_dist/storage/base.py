@@ -1,6 +1,6 @@
 """What every store can do, and the three errors that it may raise.
 
-Names are relative, with '/' between parts. A name exists complete or not at all. Three errors only; of these, NotThere
+Names are relative, with '/' between parts. A name exists complete or not at all. Three errors only; of these, NotFound
 alone may mean 'begin afresh'.
 """
 
@@ -56,7 +56,7 @@ class Store(Protocol):
     of several writers exactly one wins. list: complete names below a prefix (a folder's name, or '' for all), sorted.
     remove: no error where nothing is. sweep: what dead writers left goes; in buckets, what began more than
     `older_than_seconds` ago (0: all, for a caller who knows that nobody else writes here). where: the place, for people
-    and messages. size: bytes. read: the bytes from `offset` to the end in blocks; TryAgain may come after some of them,
+    and messages. size: bytes. read: the bytes from `offset` to the end in blocks; Unavailable may come after some of them,
     and a second call from where it broke goes on.
     """
 

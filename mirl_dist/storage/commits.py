@@ -21,7 +21,7 @@ PartInfo = dict[str, Any]
 
 
 class Writer(Protocol):
-    """Who may write: `check` raises Fault as soon as a newer generation exists."""
+    """Who may write: `check` raises UserError as soon as a newer generation exists."""
 
     generation: int
 
@@ -102,7 +102,7 @@ class Commits:
     def commit(self, folder: str, parts: Mapping[str, bytes]) -> None:
         """Write a commit, complete or not at all; the folder's name ends in the writer's generation. Twice is once.
 
-        Raises Fault when another launch has taken the run over: the commit then does not count.
+        Raises UserError when another launch has taken the run over: the commit then does not count.
         """
         self.writer.check()
         said = add_digest({"parts": {name: part_info(data) for name, data in parts.items()}})
@@ -116,7 +116,7 @@ class Commits:
         self.writer.check()  # nobody newer even now: whoever takes over later finds this commit
 
     def read_complete(self, folder: str) -> dict[str, PartInfo]:
-        """What COMPLETE.json says of each part. Raises Fault for one that is damaged."""
+        """What COMPLETE.json says of each part. Raises UserError for one that is damaged."""
         name = f"{folder}/{COMPLETE}"
         data = self.store.get(name)
         found = unsigned(data, {"parts"}) or check_digest(data)
@@ -126,7 +126,7 @@ class Commits:
         return parts
 
     def parts(self, folder: str) -> dict[str, bytes]:
-        """All parts of a commit, verified. Raises Fault naming a part that is missing or damaged."""
+        """All parts of a commit, verified. Raises UserError naming a part that is missing or damaged."""
         return {name: self._verified(folder, name, expected) for name, expected in self.read_complete(folder).items()}
 
     def part(self, folder: str, name: str) -> bytes:

@@ -6,11 +6,11 @@ from mirl_dist.config import schema
 from mirl_dist.storage import Options, Store, open_store
 
 
-def options_of(section: schema.Store) -> Options:
+def options_of(section: schema.StoreSection) -> Options:
     """How a run talks to its stores."""
     return Options(section.endpoint, section.encryption, section.kms_key, section.patience_seconds)
 
 
-def open_configured(section: schema.Store, address: str) -> Store:
+def open_configured(section: schema.StoreSection, address: str) -> Store:
     """The store at an address, with the options of a config's `store` section. Raises as `open_store`."""
     return open_store(address, options_of(section))

@@ -81,7 +81,7 @@ class HttpStore:
             return None
 
     def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
-        """The bytes from `offset` to the end, in blocks. Raises TryAgain wherever the transfer breaks, at once."""
+        """The bytes from `offset` to the end, in blocks. Raises Unavailable wherever the transfer breaks, at once."""
         with self._answer(name, "GET", offset) as answer:
             if answer.status == 416:  # begins where it ends, or after
                 return
@@ -212,7 +212,7 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _address(url: str) -> str:
-    """The address without a '/' at its end. Raises NotAllowed, without repeating it, where it holds keys or a query."""
+    """The address without a '/' at its end. Raises Rejected, without repeating it, where it holds keys or a query."""
     try:
         parts = urlsplit(url)
         plain = parts.hostname and parts.username is None and not parts.query and not parts.fragment

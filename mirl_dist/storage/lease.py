@@ -63,7 +63,7 @@ class Lease:
     def claim(self, stop_asked: Callable[[], bool] = lambda: False) -> int:
         """Take the lease; its generation. At once where nobody holds it, else when its holder is found dead.
 
-        Raises Fault naming a holder that lives, Stopped when that is asked meanwhile, StorageError.
+        Raises UserError naming a holder that lives, Stopped when that is asked meanwhile, StorageError.
         """
         assert self.generation == 0, "a lease is claimed once"
         watch = _HolderWatch(self._store, self._seconds, self._say)
@@ -194,7 +194,7 @@ class _HolderWatch:
         self._last = self._silent = 0.0
 
     def look(self) -> Holder | None:
-        """The newest holder, `ended` when that is known; None where there is none. Raises Fault for one that lives."""
+        """The newest holder, `ended` when that is known; None where there is none. Raises UserError for one that lives."""
         found = holder(self._store)
         now = time.monotonic()
         gap, self._last = now - self._last, now

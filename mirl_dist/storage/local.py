@@ -63,7 +63,7 @@ class Folder:
             return (self._root / name).read_bytes()
 
     def size(self, name: str) -> int:
-        """Bytes. Raises NotThere for what is no file."""
+        """Bytes. Raises NotFound for what is no file."""
         with self._named_errors(name):
             path = self._root / name
             if not path.is_file():

@@ -57,7 +57,7 @@ class RetryState:
         self._since = time.monotonic()
 
     def failed(self, error: Unavailable) -> None:
-        """Pause before the next try. Raises TryAgain when patience ends: the last error, how long, how often."""
+        """Pause before the next try. Raises Unavailable when patience ends: the last error, how long, how often."""
         self._tries += 1
         self._failed += 1
         now = time.monotonic()
@@ -76,7 +76,7 @@ class RetryState:
 
 
 def with_retries(work: Callable[[], T], what: str, patience: Patience, say: Say) -> T:
-    """What `work` returns; it is called again while it raises TryAgain and patience lasts.
+    """What `work` returns; it is called again while it raises Unavailable and patience lasts.
 
     `what`: the work in a few words, for the message at the end of patience. Any other error passes at once.
     """
@@ -92,8 +92,8 @@ def download(store: Store, name: str, path: Path, size: int, *, patience: Patien
     """Append to `path` what it lacks of `name`, until `size` bytes lie there; a transfer that broke goes on.
 
     Patience begins afresh whenever bytes arrive. Nothing is flushed, renamed or digested: that is the caller's. Raises
-    NotAllowed where the file is longer than `size`, or where the store's object has another size (the bytes that lie
-    there are then removed); TryAgain at the end of patience; OSError where `path` cannot be written.
+    Rejected where the file is longer than `size`, or where the store's object has another size (the bytes that lie
+    there are then removed); Unavailable at the end of patience; OSError where `path` cannot be written.
     """
     held = path.stat().st_size if path.exists() else 0
     if held > size:
@@ -114,7 +114,7 @@ def download(store: Store, name: str, path: Path, size: int, *, patience: Patien
 
 
 def _check_size(store: Store, name: str, path: Path, size: int) -> NoReturn:
-    """Raises NotAllowed, always, and removes what was brought: it belongs to another object."""
+    """Raises Rejected, always, and removes what was brought: it belongs to another object."""
     found = store.size(name)
     path.unlink(missing_ok=True)
     if found == size:

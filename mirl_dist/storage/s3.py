@@ -110,7 +110,7 @@ class S3Store:
         return self._length(name, self._requests.head(name))
 
     def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
-        """The bytes from `offset` to the end, in blocks. Raises TryAgain wherever the transfer breaks, at once."""
+        """The bytes from `offset` to the end, in blocks. Raises Unavailable wherever the transfer breaks, at once."""
         yield from self._open(name, offset)[1]
 
     def exists(self, name: str) -> bool:
@@ -220,7 +220,7 @@ class S3Store:
 def _connected(at: str | None, connect_seconds: float, read_seconds: float) -> Any:
     """A client of the server `at`, or of the one that the environment names; it tries once: more is patience's.
 
-    Raises NotAllowed for an endpoint that is none.
+    Raises Rejected for an endpoint that is none.
     """
     import boto3.session
     from botocore.config import Config

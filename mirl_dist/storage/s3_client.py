@@ -111,7 +111,7 @@ class S3Client:
     def _explain_not_found(self, name: str) -> None:
         """After a 404 that may mean anything: that this is an S3 server, and has the bucket.
 
-        Raises NotAllowed where it has not, and TryAgain where something else answers.
+        Raises Rejected where it has not, and Unavailable where something else answers.
         """
         try:
             with named_errors(self.where(name), wire.LIST):

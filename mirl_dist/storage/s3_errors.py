@@ -100,7 +100,7 @@ _REMEDIES = {
 
 
 def address(url: str) -> tuple[str, str]:
-    """Bucket and prefix of an `s3://` address. Raises NotAllowed for any other text, which is not repeated."""
+    """Bucket and prefix of an `s3://` address. Raises Rejected for any other text, which is not repeated."""
     found = re.fullmatch(r"s3://([A-Za-z0-9._-]{3,255})(/[^?#]*)?", url)
     if found is None:
         raise Rejected(

@@ -54,7 +54,7 @@ def gather(references: Sequence[str], uri: str | None = None) -> list[Entry]:
     """All tickets that references name, run after run, in their order.
 
     A reference: `RUN` (all rounds), `RUN/rounds/NN`, a ticket file, `mlflow:RUN_ID` (a parent run) or
-    `mlflow:experiment:NAME`. uri: MLflow's address, where it is not MLFLOW_TRACKING_URI. Raises Fault for what holds no
+    `mlflow:experiment:NAME`. uri: MLflow's address, where it is not MLFLOW_TRACKING_URI. Raises UserError for what holds no
     ticket, for masks that are not their tickets', and for one ticket named twice.
     """
     found: dict[str, _CollectedRun] = {}
@@ -83,7 +83,7 @@ def _gather(reference: str, uri: str | None) -> list[_CollectedRun]:
 
 
 def _is_file(reference: str) -> bool:
-    """Whether a reference can be a ticket file alone. Raises Fault for one that is not there."""
+    """Whether a reference can be a ticket file alone. Raises UserError for one that is not there."""
     if "://" in reference:
         return False
     if reference.endswith(".ticket") and not os.path.exists(reference):
@@ -153,7 +153,7 @@ def _unpacked(data: bytes, where: str) -> dict[str, Tensor]:
 
 
 def _proved(packed: Mapping[str, Tensor], ticket: Ticket, shapes: _Shapes, where: str) -> Packed:
-    """A packed mask that is the ticket's, of its network. Raises Fault for any other."""
+    """A packed mask that is the ticket's, of its network. Raises UserError for any other."""
     wanted = {name: shapes[name] for name in ticket.layer_density if name in shapes}
     odd = sorted((wanted.keys() ^ packed.keys()) | (ticket.layer_density.keys() - wanted.keys()))
     for name in [] if odd else sorted(packed):
@@ -167,7 +167,7 @@ def _proved(packed: Mapping[str, Tensor], ticket: Ticket, shapes: _Shapes, where
 
 
 def _shapes(config: Config, ticket: Ticket, where: str) -> dict[str, tuple[int, ...]]:
-    """The tensors of a network by name, in its own order. Raises Fault where the ticket counts other weights."""
+    """The tensors of a network by name, in its own order. Raises UserError where the ticket counts other weights."""
     verify.check_size(config, ticket.total, where)
     with torch.device("meta"):
         model = models.create(config.model.name, **config.model.sizes())

@@ -80,7 +80,7 @@ def compress(text: bytes) -> bytes:
 
 
 def decompress(part: memoryview, where: str) -> Any:
-    """What the part `about` says. Raises Fault for anything but one stream of at most MOST_BYTES of sound JSON."""
+    """What the part `about` says. Raises UserError for anything but one stream of at most MOST_BYTES of sound JSON."""
     stream = zlib.decompressobj()
     try:
         text = stream.decompress(part, strict_json.MOST_BYTES + 1)

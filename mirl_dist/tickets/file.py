@@ -97,7 +97,7 @@ def pack(
 ) -> bytes:
     """A ticket as one file; the same content gives the same bytes.
 
-    initial: the run's first values, whose dead weights are left out; trained: with dead weights +0.0. Raises Fault for
+    initial: the run's first values, whose dead weights are left out; trained: with dead weights +0.0. Raises UserError for
     values that no file holds: other dtypes than float32, values that are not finite, dead weights that are not zero,
     names and texts that `read` refuses.
     """
@@ -174,7 +174,7 @@ def _survivors(names: list[str], masks: Mapping[str, Tensor], of: Mapping[str, T
 def read(data: bytes, where: str) -> TicketContent:
     """The content of a ticket file, every byte of it accounted for; `where` names the file.
 
-    Raises Fault for whatever is no whole ticket file, and nothing else. Allocates at most FACTOR x len(data) + ROOM.
+    Raises UserError for whatever is no whole ticket file, and nothing else. Allocates at most FACTOR x len(data) + ROOM.
     """
     opened = _open(data, where)
     masks: Masks = {}
@@ -201,13 +201,13 @@ def read(data: bytes, where: str) -> TicketContent:
 
 
 def peek(data: bytes, where: str) -> tuple[Ticket, dict[str, Any]]:
-    """Ticket and config of a ticket file, checked like `read`, without unpacking any weights. Raises Fault."""
+    """Ticket and config of a ticket file, checked like `read`, without unpacking any weights. Raises UserError."""
     opened = _open(data, where)
     return opened.ticket, opened.config
 
 
 def _open(data: bytes, where: str) -> _OpenedFile:
-    """Everything that can be proven before any weight is unpacked. Raises Fault."""
+    """Everything that can be proven before any weight is unpacked. Raises UserError."""
     parts = unpack(data, where)
     about = decompress(parts["about"], where)
     if not isinstance(about, dict) or about.keys() != {"tensors", "ticket", "config", "begins"}:
@@ -243,7 +243,7 @@ def _masks(entries: list[_TensorEntry], mask: memoryview) -> Iterator[tuple[_Ten
 
 
 def _entries(index: Any, where: str) -> list[_TensorEntry]:
-    """The tensors of a file. Raises Fault for names and shapes that no network has."""
+    """The tensors of a file. Raises UserError for names and shapes that no network has."""
     entries: list[_TensorEntry] = []
     for said in index if isinstance(index, list) else []:
         if not (isinstance(said, list) and [type(v) for v in said] == [str, list, bool]):
@@ -264,7 +264,7 @@ def _entries(index: Any, where: str) -> list[_TensorEntry]:
 
 
 def _ticket(record: Any, densities: dict[str, float], where: str) -> Ticket:
-    """The ticket of a file. Raises Fault for one that could not have been written."""
+    """The ticket of a file. Raises UserError for one that could not have been written."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: its record is none. {AGAIN}")
     record = {"layer_density": densities} | record

@@ -34,7 +34,7 @@ class RunTicket(NamedTuple):
         return self.checkpoints.ticket(self.round_)
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """The weights that the round trained. Raises Fault where the run did not keep them."""
+        """The weights that the round trained. Raises UserError where the run did not keep them."""
         return self.checkpoints.round_weights(self.round_)
 
     def initial_weights(self) -> dict[str, Tensor] | None:
@@ -45,7 +45,7 @@ class RunTicket(NamedTuple):
         return _verified_initial(self.checkpoints)
 
     def starting_point(self) -> StartingPoint:
-        """What the round began with; its trained weights are not read. Raises Fault where a part is damaged."""
+        """What the round began with; its trained weights are not read. Raises UserError where a part is damaged."""
         initial, packed = _verified_initial(self.checkpoints), self.checkpoints.round_masks(self.round_)
         ticket, folder = self.ticket(), self.checkpoints.store.where(f"rounds/{self.round_:02d}")
         shapes = {name: tuple(w.shape) for name, w in initial.items() if name in ticket.layer_density}
@@ -54,7 +54,7 @@ class RunTicket(NamedTuple):
         return StartingPoint(ticket, masks, initial)
 
     def content(self) -> TicketContent:
-        """Everything that the ticket is. Raises Fault where a part is damaged, or the run did not keep it."""
+        """Everything that the ticket is. Raises UserError where a part is damaged, or the run did not keep it."""
         ticket, masks, initial = self.starting_point()
         return TicketContent(ticket, self.config.dump(), masks, initial, self.trained_weights())
 
@@ -87,7 +87,7 @@ _USUAL = Options()
 
 
 def open_run(folder: str, options: Options = _USUAL) -> tuple[Checkpoints, Config]:
-    """A run, opened for reading; options: where its store is not as the environment says. Raises Fault without one."""
+    """A run, opened for reading; options: where its store is not as the environment says. Raises UserError without one."""
     _check_is_run(folder)
     checkpoints = Checkpoints(open_store(folder, options))
     identity = checkpoints.identity()
@@ -97,7 +97,7 @@ def open_run(folder: str, options: Options = _USUAL) -> tuple[Checkpoints, Confi
 
 
 def _check_is_run(folder: str) -> None:
-    """Raise Fault for what names something else than a run."""
+    """Raise UserError for what names something else than a run."""
     if folder.startswith("mlflow:"):
         raise UserError(
             f"found {folder}, but only `tickets compare` reads MLflow. Name the run's folder, or a ticket file."
@@ -128,7 +128,7 @@ def open_run_ticket(reference: str, options: Options = _USUAL) -> RunTicket:
 
 
 def open_ticket(reference: str, options: Options = _USUAL) -> RunTicket | FileTicket:
-    """What `find` finds, or the ticket in a file. Raises Fault for a file that is none."""
+    """What `find` finds, or the ticket in a file. Raises UserError for a file that is none."""
     path = Path(reference)
     if "://" in reference or not path.is_file():
         return open_run_ticket(reference, options)
@@ -141,7 +141,7 @@ def open_ticket(reference: str, options: Options = _USUAL) -> RunTicket | FileTi
 
 
 def network(config: Config, weights: dict[str, Tensor]) -> nn.Module:
-    """The network of a config with these weights, for restoring. Raises Fault where they are not its weights."""
+    """The network of a config with these weights, for restoring. Raises UserError where they are not its weights."""
     verify.check_size(config, sum(t.numel() for t in weights.values()), "the ticket")
     with torch.device("meta"):
         model = models.create(config.model.name, **config.model.sizes())

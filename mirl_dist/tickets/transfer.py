@@ -23,7 +23,7 @@ from mirl_dist.training.run import rule_of
 
 
 def pack(reference: str, out: Path) -> None:
-    """One round of a run into one file, without the places that its config names. Raises Fault where its own proof
+    """One round of a run into one file, without the places that its config names. Raises UserError where its own proof
     fails."""
     output_paths.check_file(out)
     opened = opening.open_ticket(reference)
@@ -48,7 +48,7 @@ _SAID = {True: "holds  ", False: "BROKEN ", None: "unknown"}
 def verify(reference: str, run: str | None, as_json: bool) -> None:
     """Prove a ticket from itself, and with its run that the mask follows from the parent's weights.
 
-    run: where the run of a ticket file is. Raises Fault for another run, and, after printing all checks, when one does
+    run: where the run of a ticket file is. Raises UserError for another run, and, after printing all checks, when one does
     not hold.
     """
     opened = opening.open_ticket(reference)
@@ -73,7 +73,7 @@ def verify(reference: str, run: str | None, as_json: bool) -> None:
 
 
 def _home(content: TicketContent, reference: str, run: str) -> RunTicket:
-    """The run that --run names. Raises Fault when the ticket says that it is of another one."""
+    """The run that --run names. Raises UserError when the ticket says that it is of another one."""
     checkpoints, config = opening.open_run(run)
     said = checkpoints.identity() or {}
     for what in ("fingerprint", "manifest_digest", "initial_digest"):
@@ -143,7 +143,7 @@ _NO_CHECKPOINT = (RuntimeError, OSError, EOFError, LookupError, ValueError, Type
 
 
 def _load_tensors(file: Path) -> dict[str, Any]:
-    """What a checkpoint file holds, read without running code from it. Raises Fault for any other file."""
+    """What a checkpoint file holds, read without running code from it. Raises UserError for any other file."""
     import pickle
 
     import safetensors.torch

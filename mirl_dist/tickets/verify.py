@@ -34,7 +34,7 @@ MOST_BLOCKS = 256
 
 
 def check_size(config: configs.Config, weights: int, where: str) -> None:
-    """Raise Fault for a model section whose network has more than so many weights, before it is built.
+    """Raise UserError for a model section whose network has more than so many weights, before it is built.
 
     Each size is held against the smallest tensors that it makes: that bounds the time and the numbers, no more.
     """

@@ -94,7 +94,7 @@ class Checkpoints:
                 self.store.remove(name)
 
     def identity(self) -> dict[str, Any] | None:
-        """What run.json says, or None where there is no run. Raises Fault for a run.json that cannot be read."""
+        """What run.json says, or None where there is no run. Raises UserError for a run.json that cannot be read."""
         try:
             data = self.store.get(RUN)
         except NotFound:
@@ -108,7 +108,7 @@ class Checkpoints:
         return found
 
     def begin(self, identity: dict[str, Any]) -> None:
-        """Write run.json, which states the digest of the first weights. Raises Fault when another start was faster."""
+        """Write run.json, which states the digest of the first weights. Raises UserError when another start was faster."""
         if not self.store.put_if_absent(RUN, add_digest(identity)):
             raise UserError(
                 f"{self.store.where()} was begun by another launch a moment ago. Choose another run.folder."
@@ -193,7 +193,7 @@ class Checkpoints:
         return self._commits.writer.lost()
 
     def check(self) -> None:
-        """Raise Fault when another launch has taken the run over."""
+        """Raise UserError when another launch has taken the run over."""
         self._commits.writer.check()
 
     def finish(self) -> None:
@@ -209,7 +209,7 @@ class Checkpoints:
         self._commits.drop(self._ended(round_), WEIGHTS)
 
     def _ended(self, round_: int) -> str:
-        """The folder of a finished round's ticket. Raises Fault where the round is not finished."""
+        """The folder of a finished round's ticket. Raises UserError where the round is not finished."""
         for commit in self.commits():
             if (commit.round_, commit.step) == (round_, None):
                 return commit.folder
@@ -221,7 +221,7 @@ class Checkpoints:
     def latest(self) -> tuple[Commit, dict[str, bytes], list[str]] | None:
         """The newest commit that verifies, its parts, and what was found damaged on the way; None without any.
 
-        Raises Fault when there are commits but none of them verifies.
+        Raises UserError when there are commits but none of them verifies.
         """
         damaged: list[str] = []
         commits = self.commits()
@@ -282,7 +282,7 @@ class Checkpoints:
             return None
 
     def round_weights(self, round_: int) -> dict[str, Tensor]:
-        """The weights that a round trained, verified. Raises Fault where they are damaged or were not kept."""
+        """The weights that a round trained, verified. Raises UserError where they are damaged or were not kept."""
         folder = self._ended(round_)
         parts = self._commits.parts(folder)
         if WEIGHTS not in parts:
@@ -297,7 +297,7 @@ class Checkpoints:
         self.store.put(BEST, add_digest({"round": round_, "score": score, "by": list(by)}))
 
     def best(self) -> int | None:
-        """The round that the run chose by validation, if it did. Raises Fault for a damaged file."""
+        """The round that the run chose by validation, if it did. Raises UserError for a damaged file."""
         try:
             data = self.store.get(BEST)
         except NotFound:
@@ -309,7 +309,7 @@ class Checkpoints:
 
 
 def unpack_masks(data: bytes, shapes: Mapping[str, tuple[int, ...]], where: str) -> masking.Masks:
-    """A commit's masks, by name. Raises Fault for those of another model or scope."""
+    """A commit's masks, by name. Raises UserError for those of another model or scope."""
     try:
         return masking.unpack(safetensors.torch.load(data), shapes)
     except (ValueError, safetensors.SafetensorError) as error:

@@ -5,7 +5,7 @@
 A mapped file: writing costs microseconds and outlives SIGKILL, though not the machine. It holds two records, written
 in turn, each with a number and a checksum, so that a write cut short leaves the one before. A record says where the
 run is, and in which step how many launches have died in a row. A launch dies in a step when it ends there without a
-word; starting, resting, a Fault and a stop that was asked for are none.
+word; starting, resting, a UserError and a stop that was asked for are none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from mirl_dist.config.local_paths import process_folder
-from mirl_dist.errors import Stopped, UserError
+from mirl_dist.errors import MirlError, Stopped, UserError
 
 _BODY = struct.Struct("<QBQQQQQ")
 _CHECK = struct.Struct("<I")
@@ -113,7 +113,7 @@ class CrashLoopGuard:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Closes, unless what ended the launch is an error that nobody foresaw."""
-        if kind is None or issubclass(kind, (UserError, Stopped, SystemExit)):
+        if kind is None or issubclass(kind, (MirlError, Stopped, SystemExit)):
             self.close()
 
     def describe(self, keys: Sequence[str]) -> str:

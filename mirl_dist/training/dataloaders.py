@@ -46,7 +46,7 @@ def shard_pool_of(config: Config, shards: Shards, who: str, stop_asked: Callable
 
 
 def check_damage(supply: ShardPool, jobs: Sequence[evaluate.EvalJob], ranks: Ranks, damage: str) -> None:
-    """Raise Fault, on every rank, for damage in the shards that scores will come from, before any work is lost; in a
+    """Raise UserError, on every rank, for damage in the shards that scores will come from, before any work is lost; in a
     folder also for indices of training shards that are not theirs. The ranks share the work."""
     shards = supply.shards
     if damage == "refuse" and isinstance(shards.store, Folder):
@@ -58,7 +58,7 @@ def check_damage(supply: ShardPool, jobs: Sequence[evaluate.EvalJob], ranks: Ran
 
 
 def evaluation_looks_ahead(supply: ShardPool, jobs: Sequence[evaluate.EvalJob], ranks: Ranks) -> bool:
-    """Whether the node's cache has room for two evaluation shards of every rank. Raises Fault if not for one."""
+    """Whether the node's cache has room for two evaluation shards of every rank. Raises UserError if not for one."""
     if supply.cache is None or not jobs:
         return True
     limit, node_ranks = supply.cache.limit, _node_ranks(ranks)
@@ -74,7 +74,7 @@ def evaluation_looks_ahead(supply: ShardPool, jobs: Sequence[evaluate.EvalJob], 
 
 
 def _node_ranks(ranks: Ranks) -> int:
-    """The most ranks on any node: the same number on every rank, so that all raise a Fault, or none."""
+    """The most ranks on any node: the same number on every rank, so that all raise a UserError, or none."""
     return max(Counter(ranks.gather_objects(platform.node())).values())
 
 
@@ -89,7 +89,7 @@ def _silent(done: int, total: int, what: str) -> None:
 def resident_images_of(
     config: Config, supply: ShardPool, jobs: Sequence[evaluate.EvalJob], ranks: Ranks
 ) -> ResidentImages:
-    """This rank's part of the images that are scored within rounds; none where that is not asked for. Raises Fault or
+    """This rank's part of the images that are scored within rounds; none where that is not asked for. Raises UserError or
     Stopped, on every rank, where an image does not come to one of them."""
     few = evaluate.first_images(jobs, config.evaluate.curve_images) if config.evaluate.every_epochs is not None else []
     mine = [few[number].place for number in evaluate.assign_jobs(few, ranks.rank, ranks.world)]
@@ -128,7 +128,7 @@ def calibration_of(
 def train_loader_of(
     config: Config, supply: ShardPool, order: GlobalSampler, shares: BatchSplit, ranks: Ranks
 ) -> TrainLoader:
-    """The training batches of this rank. Raises Fault, on every rank, for a cache that is too small."""
+    """The training batches of this rank. Raises UserError, on every rank, for a cache that is too small."""
     lanes = shares.per_rank * len(order.sources)
     limit = None if supply.cache is None else supply.cache.limit
     behind = passes_behind(config.data.workers)

@@ -49,7 +49,7 @@ def position(progress: Progress) -> str:
 
 
 def check_loss(seen: StepLosses, progress: Progress, skip: int, ranks: Ranks) -> None:
-    """A sample of some rank has a loss that is not finite: raise Fault on every rank naming it, or say that the step is
+    """A sample of some rank has a loss that is not finite: raise UserError on every rank naming it, or say that the step is
     left out, while the round has left out fewer than `skip`."""
     named = [f"{ranks.names[r]}: {', '.join(n)}" for r, n in enumerate(ranks.gather_objects(seen.not_finite())) if n]
     found = f"the loss is not finite at {position(progress)}, samples as task:key: {'; '.join(named)}"

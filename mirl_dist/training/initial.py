@@ -54,7 +54,7 @@ _REINIT_SEED_OFFSET = 1_000_003
 """Added to run.seed for first values that are drawn anew: the data's order, which the seed also gives, stays."""
 
 
-def network(config: Config, more: int = 0) -> nn.Module:
+def create_network(config: Config, more: int = 0) -> nn.Module:
     """The network of a config with fresh weights, the same for the same seed. more: added to the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed + more)
@@ -67,9 +67,9 @@ def network(config: Config, more: int = 0) -> nn.Module:
 def create_initial(config: Config, open_ticket: OpenTicket) -> InitialState:
     """What a run begins with; open_ticket opens `start.ticket`.
 
-    Raises Fault for a file or a ticket that does not fit the config.
+    Raises UserError for a file or a ticket that does not fit the config.
     """
-    drawn = {name: parameter.detach() for name, parameter in network(config).named_parameters()}
+    drawn = {name: parameter.detach() for name, parameter in create_network(config).named_parameters()}
     if config.model.weights is not None:
         return InitialState(_imported(Path(config.model.weights), drawn), None, None)
     if config.start.ticket is None:
@@ -95,7 +95,7 @@ def _imported(file: Path, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_start_exists(config: Config, open_ticket: OpenTicket) -> None:
-    """Raise Fault, before anything is begun, where what a run is to begin with is not there."""
+    """Raise UserError, before anything is begun, where what a run is to begin with is not there."""
     if config.model.weights is not None and not Path(config.model.weights).is_file():
         raise UserError(
             f"model.weights: found {config.model.weights}, which is no file. Write it with `mirl-dist import`."
@@ -118,7 +118,7 @@ def _of_ticket(config: Config, open_ticket: OpenTicket, drawn: dict[str, Tensor]
         )
     weights = {name: weights[name] for name in drawn}
     if kind == "reinit":
-        weights = {name: p.detach() for name, p in network(config, _REINIT_SEED_OFFSET).named_parameters()}
+        weights = {name: p.detach() for name, p in create_network(config, _REINIT_SEED_OFFSET).named_parameters()}
     elif kind != "ticket":
         masks = random_masks(masks, config.run.seed, kind.removeprefix("random_"))
         weights = _all_initial_weights(opened, config, ticket.initial_digest, where, drawn)
@@ -133,7 +133,7 @@ def _all_initial_weights(
     if found is None:
         seed = opened.config.run.seed
         run = config.run.model_copy(update={"seed": seed})
-        again = network(config.model_copy(update={"run": run}))
+        again = create_network(config.model_copy(update={"run": run}))
         found = {name: parameter.detach() for name, parameter in again.named_parameters()}
         if masking.digest_tensors(found) != digest:
             raise UserError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.errors import UserError
+from mirl_dist.errors import InvariantError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import PruneResult
 from mirl_dist.pruning.rewind import find_unrewound, rewind, rewound_names
@@ -58,7 +58,7 @@ def play(
     record: Callable[[Ticket], None],
     select: Callable[[], PruneResult],
     rewind_point: Callable[[], dict[str, Tensor]],
-    stop_if_asked: Callable[[str], None],
+    stop_if_requested: Callable[[str], None],
 ) -> None:
     """Play all rounds that are still to do.
 
@@ -66,7 +66,7 @@ def play(
     train_and_score: trains the round from its position and makes its ticket; record: keeps a ticket, twice is once;
     select: the masks of the next round; rewind_point: the values that survivors return to; stop_if_asked: raises
     Stopped on all ranks when any was asked, naming what comes next: until the next round trains, its parent's ticket is
-    all that a restart needs. Raises Fault naming rank and tensor when a law is broken.
+    all that a restart needs. Raises InvariantError naming rank and tensor when a law is broken.
     """
     while True:
         if newest is None:
@@ -75,16 +75,16 @@ def play(
         record(newest)
         if lottery.finished(newest):
             return
-        stop_if_asked("selecting")
+        stop_if_requested("selecting")
         with ranks.in_phase("selecting"):
             check_replicas(state, ranks)
             pruned = select()
-        stop_if_asked("pruning")
+        stop_if_requested("pruning")
         with ranks.in_phase("pruning"):
             ranks.check_agreement("the new masks", masking.digest_of_masks(state.gather_full(pruned.masks)))
         with ranks.in_phase("rewinding"):
             begin_round(lottery, state, rewind_point(), ranks, pruned, newest)
-        stop_if_asked("the next round")
+        stop_if_requested("the next round")
         newest = None
 
 
@@ -137,11 +137,11 @@ def check_pruned_weights(state: TrainState, ranks: Ranks) -> None:
 
 
 def check_on_ranks(broken: str, tensor: str | None, ranks: Ranks) -> None:
-    """Raise Fault on every rank when any rank names a tensor."""
+    """Raise InvariantError on every rank when any rank names a tensor."""
     found = ranks.gather_objects(tensor)
     odd = [f"{ranks.names[rank]}, tensor '{name}'" for rank, name in enumerate(found) if name is not None]
     if odd:
-        raise UserError(
+        raise InvariantError(
             f"{broken}: {'; '.join(odd)}. The round cannot be trusted and was not recorded; start again with "
             "--resume auto, and report this with the run's config.",
             everywhere=True,

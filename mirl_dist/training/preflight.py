@@ -45,7 +45,7 @@ class _SharedPlan(NamedTuple):
 def preflight(config: Config, world: int, resume: str, open_ticket: OpenTicket) -> RunPlan:
     """Everything that can be refused before work begins, refused; nothing is written.
 
-    resume: 'auto', 'never' or 'must'; open_ticket: opens `start.ticket`. Raises Fault.
+    resume: 'auto', 'never' or 'must'; open_ticket: opens `start.ticket`. Raises UserError.
     """
     shards = Shards(open_configured(config.store, config.data.shards))
     order, shares = sampler_of(config, shards), split_batch(config.batch.global_, config.batch.forward, world)
@@ -89,7 +89,7 @@ def preflight_on_ranks(config: Config, resume: str, ranks: Ranks, open_ticket: O
 
 
 def sampler_of(config: Config, shards: Shards) -> GlobalSampler:
-    """The order of a config's samples. Raises Fault for a mix that the shards cannot feed."""
+    """The order of a config's samples. Raises UserError for a mix that the shards cannot feed."""
     return GlobalSampler(
         config.data.mix,
         shards.train,
@@ -101,7 +101,7 @@ def sampler_of(config: Config, shards: Shards) -> GlobalSampler:
 
 
 def _check_score_globs(globs: tuple[str, ...], names: list[str]) -> None:
-    """Raise Fault for a glob of keep.by that no score will answer to."""
+    """Raise UserError for a glob of keep.by that no score will answer to."""
     scores = [f"{kind}/{name}" for name in names for kind in ("psnr", "ssim")]
     for glob in globs:
         if not any(fnmatchcase(score, glob) for score in scores):
@@ -111,7 +111,7 @@ def _check_score_globs(globs: tuple[str, ...], names: list[str]) -> None:
 
 
 def _check_step_numbers(config: Config, steps_per_epoch: int) -> None:
-    """Raise Fault for a rewind point that round 0 does not pass, and for more batches to score by than a round has."""
+    """Raise UserError for a rewind point that round 0 does not pass, and for more batches to score by than a round has."""
     steps, at, batches = steps_per_epoch * config.train.epochs, config.rewind.step, config.prune.criterion_batches
     if at is not None and at >= steps:
         raise UserError(f"rewind.step: found {at}, but a round has {steps} steps. Give an earlier one.")
@@ -122,7 +122,7 @@ def _check_step_numbers(config: Config, steps_per_epoch: int) -> None:
 def check_run_folder(
     checkpoints: Checkpoints, config: Config, manifest_digest: str, resume: str, open_ticket: OpenTicket
 ) -> None:
-    """Raise Fault when the folder holds another run than this one, or resume says otherwise."""
+    """Raise UserError when the folder holds another run than this one, or resume says otherwise."""
     where = checkpoints.store.where()
     found = checkpoints.identity()
     if found is None:

@@ -17,7 +17,7 @@ from mirl_dist.data.sampler import GlobalSampler, Position
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
-from mirl_dist.errors import Stopped, UserError
+from mirl_dist.errors import InvariantError, Stopped, UserError
 from mirl_dist.observability.progress import say
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
@@ -52,7 +52,7 @@ def hold_lease(
 ) -> Iterator[Checkpoints]:
     """The run's checkpoints, which rank 0 alone may write, as long as it holds the run's lease.
 
-    news: what the lease's signs of life tell, changed by the caller. Raises Fault, on every rank, where another launch
+    news: what the lease's signs of life tell, changed by the caller. Raises UserError, on every rank, where another launch
     is alive; Stopped when asked to stop while finding that out.
     """
     lease: Lease | None = None
@@ -97,7 +97,7 @@ def commit_writer(config: Config, store: Store) -> AsyncWriter:
 
 
 def crash_loop_guard(run_id: str, config: Config, order: GlobalSampler, shards: Shards, ranks: Ranks) -> CrashLoopGuard:
-    """Where rank 0 leaves word of the step that it is in. Raises Fault, on every rank, when launch after launch died in
+    """Where rank 0 leaves word of the step that it is in. Raises UserError, on every rank, when launch after launch died in
     one and the same step."""
     opened: list[CrashLoopGuard] = []
 
@@ -135,7 +135,7 @@ def load_or_create_initial(
     """The one set of first values and masks: made and written by rank 0 once, sent to every rank, verified by digest.
 
     identity: what run.json says, given the digest of the values, that of the masks ('' for all alive), and the parent.
-    A file that is damaged or missing is made anew where `make` still gives the very same; else Fault.
+    A file that is damaged or missing is made anew where `make` still gives the very same; else UserError.
     """
     kept: list[InitialState] = []
 
@@ -161,7 +161,7 @@ def load_or_create_initial(
         ("first masks", masking.digest(masks) if masks else "", told["start_digest"] or ""),
     ):
         if mine != said:
-            raise UserError(
+            raise InvariantError(
                 f"{ranks.names[ranks.rank]} received {what} {mine[:12]} where run.json says {said[:12]}. Check that "
                 "machine's memory and network, then start again."
             )

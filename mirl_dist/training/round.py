@@ -36,7 +36,7 @@ from mirl_dist.training.state import Progress, Snapshot, TrainState
 from mirl_dist.training.ticket import Curve, Ticket, validation_score
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Of the libraries that scores depend on."""
     return {name: metadata.version(name) for name in ("numpy", "scikit-image")}
 
@@ -67,7 +67,7 @@ class RoundRunner:
     keeper: AsyncWriter
     footprint: CrashLoopGuard
     tracker: Tracker
-    stop_asked: Callable[[], bool]
+    stop_requested: Callable[[], bool]
     news: dict[str, Any]
     committed: tuple[int, int] | None = None
     point: dict[str, Tensor] | None = None
@@ -79,7 +79,7 @@ class RoundRunner:
         with self.ranks.in_phase("evaluating"):
             with self._whole_network() as network:
                 scored = evaluate.evaluate(
-                    network, self.supply, self.jobs, self.ranks, self.how, self.look_ahead, self.stop_asked
+                    network, self.supply, self.jobs, self.ranks, self.how, self.look_ahead, self.stop_requested
                 )
             if self.config.evaluate.every_epochs is not None:
                 self._add_to_curve(scored)
@@ -173,7 +173,7 @@ class RoundRunner:
         few = evaluate.first_images(self.jobs, self.config.evaluate.curve_images)
         how = self.how._replace(protocols=self.how.protocols[:1])
         with self.ranks.in_phase("evaluating"), self._whole_network() as network:
-            scored = evaluate.evaluate(network, self.held, few, self.ranks, how, False, self.stop_asked)
+            scored = evaluate.evaluate(network, self.held, few, self.ranks, how, False, self.stop_requested)
         self._add_to_curve(scored)
 
     def _add_to_curve(self, scored: evaluate.EvalResult) -> None:
@@ -218,7 +218,7 @@ class RoundRunner:
             self._whole_network,
             lambda: self.probe(next_round),
             self.ranks,
-            self.stop_asked,
+            self.stop_requested,
         )
         if pruned.collapsed and self.ranks.is_main:
             shown = ", ".join(pruned.collapsed[:5]) + (", ..." if len(pruned.collapsed) > 5 else "")
@@ -250,10 +250,10 @@ class RoundRunner:
         self.point = None if held.is_replicated else point
         return point
 
-    def busy(self) -> bool:
+    def commit_busy(self) -> bool:
         return self.keeper.busy
 
-    def failed(self) -> bool:
+    def commit_failed(self) -> bool:
         return self.keeper.failed or self.checkpoints.lost()
 
     def raise_commit_failure(self) -> None:
@@ -301,7 +301,7 @@ class RoundRunner:
 
     def stop_if_asked(self, before: str) -> None:
         """Raise Stopped on every rank when any was asked to stop."""
-        if self.ranks.any(self.stop_asked(), what="whether to stop"):
+        if self.ranks.any(self.stop_requested(), what="whether to stop"):
             raise Stopped(f"stopped as asked before {before}; all rounds that were trained are committed")
 
     def _ticket(self, scored: evaluate.EvalResult) -> Ticket:
@@ -339,7 +339,7 @@ class RoundRunner:
             seconds=progress.seconds,
             world=self.ranks.world,
             engine=self.ranks.engine_spec.name,
-            versions={"mirl_dist": __version__, "torch": torch.__version__, **versions()},
+            versions={"mirl_dist": __version__, "torch": torch.__version__, **library_versions()},
         )
 
     def _write(self, work: Callable[[], None], what: str) -> None:

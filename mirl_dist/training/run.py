@@ -153,7 +153,7 @@ def _identity(
 def run(config: Config, resume: str, stop_asked: StopSignal, open_ticket: OpenTicket) -> str:
     """The whole run on this rank; what to type to see it in MLflow.
 
-    open_ticket: opens `start.ticket`. Raises Fault and Stopped.
+    open_ticket: opens `start.ticket`. Raises UserError and Stopped.
     """
     ranks = Ranks(
         device=config.train.device,
@@ -188,7 +188,7 @@ def run(config: Config, resume: str, stop_asked: StopSignal, open_ticket: OpenTi
         )
         tracker = _tracker(config, checkpoints, newest, begun.id, ranks)
         footprint = resuming.crash_loop_guard(begun.id, config, prepared.sampler, prepared.shards, ranks)
-        model = starting.network(config)
+        model = starting.create_network(config)
         model.load_state_dict(begun.initial)
         model.to(ranks.device)
         pixels = config.data.patch_pixels
@@ -207,7 +207,7 @@ def run(config: Config, resume: str, stop_asked: StopSignal, open_ticket: OpenTi
             state=state,
             model=network,
             bare=None if ranks.is_sharded else model,
-            make_network=lambda: starting.network(config),
+            make_network=lambda: starting.create_network(config),
             initial=initial,
             shards=prepared.shards,
             supply=supply,
@@ -223,7 +223,7 @@ def run(config: Config, resume: str, stop_asked: StopSignal, open_ticket: OpenTi
             keeper=resuming.commit_writer(config, prepared.store),
             footprint=footprint,
             tracker=tracker,
-            stop_asked=stop_asked,
+            stop_requested=stop_asked,
             news=news,
         )
         stop_asked.busy = lambda: rounds.keeper.busy
@@ -253,7 +253,7 @@ def _play(config: Config, rounds: RoundRunner, newest: Ticket | None) -> None:
         record=rounds.record,
         select=rounds.select,
         rewind_point=rounds.rewind_point,
-        stop_if_asked=rounds.stop_if_asked,
+        stop_if_requested=rounds.stop_if_asked,
     )
     rounds.close()
 

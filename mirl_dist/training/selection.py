@@ -40,7 +40,7 @@ def select(
 
     Where weights are dealt out, each rank counts magnitudes and chance on its own part, and no rank holds the network;
     criteria that need its gradients gather it. batches: called on rank 0 alone, by criteria that need gradients. Raises
-    Fault, on every rank, for weights or scores that are not finite; Stopped, on every rank, when rank 0 is asked to
+    UserError, on every rank, for weights or scores that are not finite; Stopped, on every rank, when rank 0 is asked to
     stop while it makes scores.
     """
     criterion = CRITERIA[rule.criterion]

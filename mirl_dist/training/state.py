@@ -129,7 +129,7 @@ class TrainState:
         return masking.digest_of(self.gather_full(self.weights))
 
     def check_same_network(self, whole: Mapping[str, Tensor]) -> None:
-        """Raise Fault for names or shapes that are not the network's."""
+        """Raise UserError for names or shapes that are not the network's."""
         mine, theirs = self.engine.layout.shapes, {name: tuple(t.shape) for name, t in whole.items()}
         if mine != theirs:
             odd = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))

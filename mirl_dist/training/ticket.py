@@ -153,7 +153,7 @@ _LATER = ("bad", "method", "seed", "began", "collapsed", "protocols", "also", "m
 
 
 def parse(data: bytes, where: str) -> Ticket:
-    """The ticket that `dump` wrote, wherever it comes from. Raises Fault for a file that is none, for what no run could
+    """The ticket that `dump` wrote, wherever it comes from. Raises UserError for a file that is none, for what no run could
     have written (numbers outside their ranges, text that would upset a terminal), and where the digest does not fit."""
     try:
         raw = json.loads(data, parse_constant=_reject_constant)
@@ -234,7 +234,7 @@ def metrics(ticket: Ticket) -> dict[str, float]:
 
 
 def validation_score(ticket: Ticket, globs: tuple[str, ...]) -> float:
-    """The mean of the scores that the globs name. Raises Fault when they name none."""
+    """The mean of the scores that the globs name. Raises UserError when they name none."""
     from fnmatch import fnmatchcase
 
     found = metrics(ticket)

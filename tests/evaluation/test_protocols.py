@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mirl_dist.config.config import Evaluate
+from mirl_dist.config.config import EvaluateSection
 from mirl_dist.config.seeding import generator
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.degradations import degrade
@@ -56,7 +56,7 @@ def test_the_reference_values_tell_the_protocols_apart() -> None:
 
 
 def test_the_config_offers_these_protocols_and_no_others() -> None:
-    (words, _ellipsis) = typing.get_args(Evaluate.model_fields["protocols"].annotation)
+    (words, _ellipsis) = typing.get_args(EvaluateSection.model_fields["protocols"].annotation)
     assert typing.get_args(words) == tuple(PROTOCOLS)
     assert all(name == protocol.name for name, protocol in PROTOCOLS.items())
 

@@ -67,14 +67,14 @@ SPOILED = """
 import os, sys
 import mirl_dist.data.build as building
 from mirl_dist.cli import main
-from mirl_dist.faults import Fault
+from mirl_dist.faults import UserError
 
 encode = building._encode
 
 def spoiled(plan, path):
     if os.environ["RANK"] == "1":
         if os.environ["HOW"] == "fault":
-            raise Fault("found a spoiled image, here, do that.")
+            raise UserError("found a spoiled image, here, do that.")
         if os.environ["HOW"] == "error":
             raise ZeroDivisionError("unforeseen")
         open(os.environ["READY"], "w").close()

@@ -200,4 +200,4 @@ class Sleeper:
         """Until its end. Twice is once."""
         self._woken.set()
         self._thread.join(60)
-        assert self.finished, "it met something that is no Fault"
+        assert self.finished, "it met something that is no UserError"

@@ -602,7 +602,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from snapshots import snapshot
 from mirl_dist.checkpoint import Checkpoints
-from mirl_dist.faults import Fault
+from mirl_dist.faults import UserError
 from mirl_dist.lease import Lease
 from mirl_dist.storage import Folder
 
@@ -615,7 +615,7 @@ try:
     for step in itertools.count(1):
         kept.commit_step(snapshot(0, step, step), 2)
         print(step, flush=True)
-except Fault:  # Lost, or that its unfinished file was swept away
+except UserError:  # Lost, or that its unfinished file was swept away
     print("lost", flush=True)
 """
 

@@ -36,7 +36,7 @@ ELSEWHERE = Machine("another boot", 1)
 LAUNCH = """
 import json, sys
 from mirl_dist import lease_files
-from mirl_dist.faults import Fault
+from mirl_dist.faults import UserError
 from mirl_dist.lease import Lease
 from mirl_dist.storage import open_store
 
@@ -53,7 +53,7 @@ for asked in sys.stdin:
     try:
         name, *rest = json.loads(asked)
         told = ["done", getattr(lease, name)(*rest)]
-    except Fault as fault:
+    except UserError as fault:
         told = [type(fault).__name__, str(fault)]
     print(json.dumps([*told, lines]), flush=True)
     lines.clear()
@@ -69,7 +69,7 @@ def until(true: Callable[[], object]) -> None:
 
 @dataclass
 class Told:
-    """How a request to a launch went: 'done' or the name of its Fault, the answer or the text, and the lines said."""
+    """How a request to a launch went: 'done' or the name of its UserError, the answer or the text, and the lines said."""
 
     how: str
     what: Any
@@ -211,7 +211,7 @@ class TestRealProcesses:
         for racer in racers:
             racer.begin("claim")
         told = [racer.told() for racer in racers]
-        assert sorted(t.how for t in told) == ["Fault", "Fault", "Fault", "done"]
+        assert sorted(t.how for t in told) == ["UserError", "UserError", "UserError", "done"]
         winner = next(racer for racer, t in zip(racers, told, strict=True) if t.how == "done")
         for t in told:
             assert t.what == 1 if t.how == "done" else f"held by another launch ({winner.name}" in t.what
@@ -223,8 +223,8 @@ class TestRealProcesses:
         for watcher in watchers:
             watcher.begin("claim")
         told = [watcher.told() for watcher in watchers]
-        assert sorted(t.how for t in told) == ["Fault", "done"]
-        winner, loser = sorted(zip(told, watchers, strict=True), key=lambda pair: pair[0].how == "Fault")
+        assert sorted(t.how for t in told) == ["UserError", "done"]
+        winner, loser = sorted(zip(told, watchers, strict=True), key=lambda pair: pair[0].how == "UserError")
         assert winner[0].what == 2
         assert f"({winner[1].name}" in loser[0].what
         assert winner[1].ask("check").how == "done"

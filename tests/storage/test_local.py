@@ -1,4 +1,4 @@
-"""Laws of a store: a name is whole or not there, and only NotThere means that it is not."""
+"""Laws of a store: a name is whole or not there, and only NotFound means that it is not."""
 
 from __future__ import annotations
 
@@ -408,7 +408,7 @@ def test_what_may_not_be_read_is_not_allowed_and_never_not_there(tmp_path: Path)
     code = """
 import os, sys
 from pathlib import Path
-from mirl_dist.storage import Folder, NotAllowed
+from mirl_dist.storage import Folder, Rejected
 if os.getuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 store = Folder(Path(sys.argv[1]))
@@ -416,11 +416,11 @@ for act in (store.list, store.get, store.exists, lambda n: store.put(n, b"")):
     name = "run.json" if act == store.get else "rounds" if act == store.list else "rounds/00/COMPLETE.json"
     try:
         print(act(name))
-    except NotAllowed:
+    except Rejected:
         print("not allowed")
 try:
     print(store.list(""))
-except NotAllowed:
+except Rejected:
     print("not allowed")
 """
     changed = []

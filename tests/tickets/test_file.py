@@ -366,8 +366,8 @@ def test_a_mask_that_does_not_fit_the_values_is_refused(data: bytes) -> None:
 def test_random_forgeries_bring_out_faults_alone() -> None:
     counted = fuzz_tickets.play(1_500, seed=7)
     assert sum(sum(counts.values()) for counts in counted.values()) == 1_500
-    assert counted["bytes of the file"].keys() <= {"Fault", "unchanged"}
-    assert counted["header"].keys() <= {"Fault", "unchanged"}
+    assert counted["bytes of the file"].keys() <= {"UserError", "unchanged"}
+    assert counted["header"].keys() <= {"UserError", "unchanged"}
     assert counted["values of the text, checksums and digest fit"]["read, and a check fails"] > 30
 
 

@@ -98,19 +98,19 @@ class Run:
     def rate(self, progress: Progress) -> float:
         return 0.1 / (1 + progress.updates)
 
-    def begins_step(self, progress: Progress) -> None:
+    def before_step(self, progress: Progress) -> None:
         self.now = progress.updates
 
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         return self.stop_in(self.now)
 
-    def busy(self) -> bool:
+    def commit_busy(self) -> bool:
         return self.busy_in(self.now)
 
-    def failed(self) -> bool:
+    def commit_failed(self) -> bool:
         return self.fail_in(self.now)
 
-    def refuse_failed(self) -> None:
+    def raise_commit_failure(self) -> None:
         raise UserError("a commit failed")
 
     def commit(self, *, wait: bool) -> None:

@@ -109,7 +109,7 @@ def print_plan(config: Config) -> None:
 def print_launch(config: Config, launch: str, gpu: str | None, rate: float | None, as_json: bool) -> int:
     """All that can be checked of a launch before a rank starts, then its plan; returns how many faults there are.
 
-    launch: a launch file, or 'auto'; gpu, rate: as for `launch_plan.make`. Nothing is left behind. Raises Fault for a
+    launch: a launch file, or 'auto'; gpu, rate: as for `launch_plan.make`. Nothing is left behind. Raises UserError for a
     launch file that cannot be read.
     """
     said, _ = launcher.choose(config, launch)

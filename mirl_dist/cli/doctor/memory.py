@@ -128,7 +128,7 @@ class Gpu(NamedTuple):
 
 
 def gpu_of(name: str) -> Gpu:
-    """The GPU of GPUS that a name means, in capitals or not. Raises Fault for another."""
+    """The GPU of GPUS that a name means, in capitals or not. Raises UserError for another."""
     for known, gib in GPUS.items():
         if known.casefold() == name.casefold():
             return Gpu(known, int(gib * GIB))

@@ -52,7 +52,7 @@ def make(
     config: Config, said: LaunchFile, found: tuple[Shards, GlobalSampler] | None, gpu: str | None, rate: float | None
 ) -> LaunchPlan:
     """gpu: a name of budget.GPUS; None: the one found here, if any. rate: samples a second over all ranks; None: as the
-    run's own folder knows. Raises Fault for an unknown GPU."""
+    run's own folder knows. Raises UserError for an unknown GPU."""
     name, sizes = config.model.name, config.model.sizes()
     try:
         shares = split_batch(config.batch.global_, config.batch.forward, said.ranks)

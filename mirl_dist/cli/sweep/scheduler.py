@@ -46,7 +46,7 @@ class Scheduler:
     def work(self, lost: Callable[[], bool]) -> int | None:
         """Until all runs have ended. None, or the code of a sweep that was asked to stop: 75, or 130 where a second
         Ctrl-C ended its runs at once. lost: whether another sweep has taken this one's place, which ends it alike.
-        Raises Fault, once the runs that it has started have ended, where the folder of the logs cannot be written."""
+        Raises UserError, once the runs that it has started have ended, where the folder of the logs cannot be written."""
         asked, fault = False, None
         with hearing() as signals:
             while self._waiting or self._slots:

@@ -126,13 +126,13 @@ class SweepPlan(NamedTuple):
 
 
 def read(path: Path, sets: Sequence[str] = ()) -> SweepPlan:
-    """A sweep and all its runs. Raises Fault with every complaint about the sweep, or about any of its runs."""
+    """A sweep and all its runs. Raises UserError with every complaint about the sweep, or about any of its runs."""
     sweep = yaml_loader.read(Sweep, path, sets, "configs/sweeps/demo.yaml", "a sweep")
     return SweepPlan(path.stem, sweep, expand(sweep, path.stem, str(path)), sweep.local(path.stem))
 
 
 def expand(sweep: Sweep, name: str, where: str) -> tuple[SweepRun, ...]:
-    """The runs of a sweep. Raises Fault naming what is wrong in which method, and methods that are the same."""
+    """The runs of a sweep. Raises UserError naming what is wrong in which method, and methods that are the same."""
     base, runs = yaml_loader.load_file(Path(sweep.config)), []
     complaints: dict[str, list[str]] = {}
     for seed in sweep.seeds:
@@ -159,7 +159,7 @@ def expand(sweep: Sweep, name: str, where: str) -> tuple[SweepRun, ...]:
 
 
 def raise_complaints(complaints: Sequence[str], where: str) -> None:
-    """Raise Fault where there are complaints about runs."""
+    """Raise UserError where there are complaints about runs."""
     if complaints:
         count = f"{len(complaints)} faults" if len(complaints) > 1 else "a fault"
         raise UserError(

@@ -25,7 +25,7 @@ _PATIENCE_SECONDS = 5.0  # the queue waits meanwhile
 
 
 def look(run: SweepRun) -> RunStatus:
-    """Where a run stands, as its store says. Raises Fault where that cannot be told."""
+    """Where a run stands, as its store says. Raises UserError where that cannot be told."""
     options = options_of(run.config.store)
     patience = min(options.patience_seconds, _PATIENCE_SECONDS)
     store = open_store(run.folder, type(options)(options.endpoint, options.encryption, options.kms_key, patience))

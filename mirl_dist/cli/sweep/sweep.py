@@ -38,7 +38,7 @@ _ORDER: tuple[State, ...] = ("finished", "running", "stopped", "failed", "waitin
 
 
 def run(plan: SweepPlan, where: str, prepared: Callable[[], None]) -> int:
-    """Train what has not finished, then compare; the exit code. Raises Fault before any run is started.
+    """Train what has not finished, then compare; the exit code. Raises UserError before any run is started.
 
     prepared: called when signals are about to be heard here.
     """
@@ -67,7 +67,7 @@ def run(plan: SweepPlan, where: str, prepared: Callable[[], None]) -> int:
 def _train(
     plan: SweepPlan, where: str, board: StatusTable, environments: list[dict[str, str]], prepared: Callable[[], None]
 ) -> int | None:
-    """Work off the queue as the only sweep of its folder: as `Queue.work`. Raises Fault where another one works."""
+    """Work off the queue as the only sweep of its folder: as `Queue.work`. Raises UserError where another one works."""
     try:
         plan.local.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -93,7 +93,7 @@ def _train(
 
 
 def check_sweep(plan: SweepPlan, where: str, said: LaunchFile | None) -> None:
-    """Raise Fault with all that can be refused before any run is started, of all runs. Nothing is written.
+    """Raise UserError with all that can be refused before any run is started, of all runs. Nothing is written.
 
     said: the launch file of the runs.
     """
@@ -123,7 +123,7 @@ def _launch_file(plan: SweepPlan) -> LaunchFile | None:
 
 
 def _check_here(plan: SweepPlan, said: LaunchFile, slots: list[dict[str, str]]) -> None:
-    """Raise Fault for a launch file that does not fit into a slot of this machine. slots: their environments."""
+    """Raise UserError for a launch file that does not fit into a slot of this machine. slots: their environments."""
     if said.nodes > 1:
         raise UserError(f"launch: {said.path} asks for {said.nodes} nodes, a sweep here has one. Use --submit slurm.")
     if len(slots) > 1 and said.ranks > 1 and said.port:
@@ -219,7 +219,7 @@ def print_status(plan: SweepPlan, as_json: bool) -> None:
 
 
 def submit(plan: SweepPlan, where: str) -> None:
-    """Hand the runs that have not finished to SLURM, as one array of `slots` at a time. Raises Fault."""
+    """Hand the runs that have not finished to SLURM, as one array of `slots` at a time. Raises UserError."""
     check_sweep(plan, where, _launch_file(plan))
     states = {one.name: look(one).state for one in plan.runs}
     todo = [one for one in plan.runs if states[one.name] not in ("finished", "running")]

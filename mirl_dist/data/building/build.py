@@ -45,7 +45,7 @@ def build(
 
     workers: processes of each rank, 1 or more; the bytes depend neither on it nor on the number of ranks. Shards of
     the same recipe that lie there whole are kept, also those of a build that was killed.
-    Raises Fault, on every rank: before any image is read, for a place that holds something else, that another build is
+    Raises UserError, on every rank: before any image is read, for a place that holds something else, that another build is
     writing into, or that some rank cannot write; then for images that cannot be used (all listed at once).
     """
     with ExitStack() as stack:
@@ -105,7 +105,7 @@ def _finish(store: Store, manifest: Manifest) -> None:
 def write_shard(job: ShardJob, plan: ShardPlan) -> Shard:
     """Encode one shard's samples and store its tar, its index and its record; kept where an earlier try did that.
 
-    Raises Fault for an image that changed since it was checked, and for a full disk.
+    Raises UserError for an image that changed since it was checked, and for a full disk.
     """
     if plan.name in job.recorded:
         kept = resume.recorded(job.store, plan.name, job.fingerprint)

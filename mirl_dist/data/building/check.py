@@ -36,7 +36,7 @@ from mirl_dist.storage.retry import DEFAULT_PATIENCE, download, to_stderr
 def check(store: Store, workers: int, report: ProgressCallback) -> list[str]:
     """Every fault of built shards, by name; empty means that they are whole. workers: processes.
 
-    Raises Fault for a place without a manifest that can be read, of which nothing can be said.
+    Raises UserError for a place without a manifest that can be read, of which nothing can be said.
     """
     try:
         manifest = read_manifest(store.get(MANIFEST), store.where(MANIFEST))

@@ -48,7 +48,7 @@ def _index(store: Store, shard: Shard) -> Index:
 
 
 def table(store: Store, manifest: Manifest) -> list[SetSummary]:
-    """What every set of a manifest holds, in its order. Raises Fault for an index that does not fit."""
+    """What every set of a manifest holds, in its order. Raises UserError for an index that does not fit."""
     return [_row(store, held) for held in _sets(manifest)]
 
 

@@ -36,7 +36,7 @@ DISPARITY_OFFSET = 31.086  # pixels between the principal points: calibration of
 
 
 def locate(name: str) -> tuple[Path, Path | None]:
-    """The paths of a photograph and of its disparity. Raises Fault for an unknown name or a missing file."""
+    """The paths of a photograph and of its disparity. Raises UserError for an unknown name or a missing file."""
     if name not in PHOTOGRAPHS:
         raise UserError(f"no photograph is named '{name}'. Known are: {', '.join(PHOTOGRAPHS)}.")
     package = importlib.util.find_spec("skimage")

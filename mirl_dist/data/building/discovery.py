@@ -66,7 +66,7 @@ def printable(path: str | Path) -> str:
 
 
 def listing(complaints: Sequence[str], heading: str, advice: str) -> str:
-    """The text of a Fault about many files: at most SHOWN of them, and how many more."""
+    """The text of a UserError about many files: at most SHOWN of them, and how many more."""
     more = [f"and {len(complaints) - SHOWN} more"] if len(complaints) > SHOWN else []
     return "\n".join([heading, *(f"  {c}" for c in [*complaints[:SHOWN], *more]), advice])
 
@@ -86,7 +86,7 @@ def _filled(names: str, identity: str) -> str:
 
 
 def files(folder: ImageFolder) -> tuple[Path, dict[str, Path]]:
-    """The folder's path, and its images by their path below it, in order. Raises Fault where none is."""
+    """The folder's path, and its images by their path below it, in order. Raises UserError where none is."""
     root = expand(folder.folder)
     if not root.is_dir():
         near = next((p for p in root.parents if p.is_dir()), Path("."))
@@ -207,7 +207,7 @@ def _miscount(one: ImageSet, found: int, against: Sequence[ImageProblem]) -> str
 def find_images(recipe: Recipe) -> tuple[list[SourceImage], list[ImageProblem]]:
     """Every image or pair that a recipe means, set by set, and everything that does not fit.
 
-    Raises Fault that names all folders which are missing or hold no image, all unset variables, and all sets which
+    Raises UserError that names all folders which are missing or hold no image, all unset variables, and all sets which
     hold another number than expected, each with the recipe's words on where the set can be had.
     """
     pictures: list[SourceImage] = []

@@ -64,7 +64,7 @@ def _made(item: LayoutItem, clean: Pixels, seed: int) -> Pixels:
 
 
 def members(item: LayoutItem, seed: int) -> dict[str, bytes]:
-    """The members of one sample by their names without the key. Raises Fault for a file that changed.
+    """The members of one sample by their names without the key. Raises UserError for a file that changed.
 
     A made degradation depends on nothing but the seed, the sample's key and the whole image's pixels.
     """

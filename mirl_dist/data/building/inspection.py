@@ -28,7 +28,7 @@ class Inspection:
 def inspect_images(recipe: Recipe, workers: int, report: ProgressCallback, crew: WorkerGroup) -> Inspection:
     """Find, pair, read and decode every image of a recipe: names by rank 0, files shared by all ranks.
 
-    Raises Fault, on every rank, that lists what cannot be used (recipe.broken: stop), sets without any usable image,
+    Raises UserError, on every rank, that lists what cannot be used (recipe.broken: stop), sets without any usable image,
     and images that serve both training and evaluation.
     """
     pictures, complaints = crew.on_main(lambda: find_images(recipe))

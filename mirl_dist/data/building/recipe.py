@@ -149,12 +149,12 @@ class Recipe(Node):
 
 
 def read(path: Path, sets: Sequence[str] = ()) -> Recipe:
-    """Read a recipe. Raises Fault that lists every unknown key, wrong value and contradiction."""
+    """Read a recipe. Raises UserError that lists every unknown key, wrong value and contradiction."""
     return yaml_loader.read(Recipe, path, sets, "shards/demo.yaml")
 
 
 def expand(folder: str) -> Path:
-    """The path a recipe's `folder` means: `${NAME}` replaced, `~` opened. Raises Fault for one not set."""
+    """The path a recipe's `folder` means: `${NAME}` replaced, `~` opened. Raises UserError for one not set."""
 
     def value(match: re.Match[str]) -> str:
         name = match.group(1)

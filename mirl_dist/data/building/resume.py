@@ -60,7 +60,7 @@ def _record(shard: str) -> str:
 
 @contextlib.contextmanager
 def locked(store: Store) -> Iterator[None]:
-    """A folder for this build alone; on other stores the marker has to do. Raises Fault where another build writes."""
+    """A folder for this build alone; on other stores the marker has to do. Raises UserError where another build writes."""
     if not isinstance(store, Folder):
         yield
         return
@@ -101,14 +101,14 @@ def _lock(path: Path, out: str) -> BinaryIO:
 
 
 def put_probe(store: Store) -> str:
-    """The name of something small that was written just now. Raises Fault where nothing can be written."""
+    """The name of something small that was written just now. Raises UserError where nothing can be written."""
     name = f"{AREA}/probe-{uuid.uuid4().hex}"
     store.put_if_absent(name, b"mirl-dist tries whether it may write here\n")
     return name
 
 
 def check_same_store(store: Store, probe: str, rank: int) -> None:
-    """Write and remove there, and see what rank 0 has put under `probe`. Raises Fault where that is not so."""
+    """Write and remove there, and see what rank 0 has put under `probe`. Raises UserError where that is not so."""
     mine = put_probe(store)
     seen = store.exists(probe)
     store.remove(mine)
@@ -122,7 +122,7 @@ def check_same_store(store: Store, probe: str, rank: int) -> None:
 def check_resumable(store: Store, name: str) -> Manifest | _BuildMark | None:
     """What lies there: a finished build, the mark of one that died, or nothing.
 
-    Raises Fault for what no build of the recipe `name` could use, whatever its images.
+    Raises UserError for what no build of the recipe `name` could use, whatever its images.
     """
     found: Manifest | _BuildMark | None
     try:
@@ -153,7 +153,7 @@ def _of_another(store: Store, found: Manifest | _BuildMark, this: str) -> UserEr
 def standing(store: Store, name: str, fingerprint: str) -> Manifest | None:
     """The manifest of an earlier build of the same recipe and images, if it came to that.
 
-    Raises Fault where the place holds other shards, or what is left of another build.
+    Raises UserError where the place holds other shards, or what is left of another build.
     """
     found = check_resumable(store, name)
     if found is not None and found.recipe != fingerprint:
@@ -164,7 +164,7 @@ def standing(store: Store, name: str, fingerprint: str) -> Manifest | None:
 def begin(store: Store, name: str, fingerprint: str) -> frozenset[str]:
     """Mark the place as this build's. The names of shards that an earlier try recorded as done.
 
-    Raises Fault where another build was faster.
+    Raises UserError where another build was faster.
     """
     store.sweep()
     if not store.put_if_absent(MARKER, _BuildMark(name=name, recipe=fingerprint).dump()):

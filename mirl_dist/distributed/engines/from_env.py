@@ -16,7 +16,7 @@ _HOSTS = {"": False, "none": False, "cpu": True}
 
 
 def engine_from_env(env: Mapping[str, str]) -> EngineSpec:
-    """DDP where nothing else is asked for. Raises Fault for a kind that is not built here."""
+    """DDP where nothing else is asked for. Raises UserError for a kind that is not built here."""
     if _said(env, "ACCELERATE_USE_DEEPSPEED"):
         return _zero(env)
     if not _said(env, "ACCELERATE_USE_FSDP"):

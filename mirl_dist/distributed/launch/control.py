@@ -42,7 +42,7 @@ class ControlChannel:
     def of_launcher(cls) -> ControlChannel:
         """That of the process which is about to start workers. Removes what dead launchers left.
 
-        Raises Fault where the folder cannot be made, or is another user's.
+        Raises UserError where the folder cannot be made, or is another user's.
         """
         folder = process_folder() / _name(os.getpid())
         try:

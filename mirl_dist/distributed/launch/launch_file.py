@@ -205,7 +205,7 @@ class _Tree(Node):
 def read(path: Path, env: Mapping[str, str] = os.environ) -> LaunchFile:
     """Read a launch file for this node.
 
-    Raises Fault with every complaint: keys that are unknown, do not fit together, would train ranks alone or would
+    Raises UserError with every complaint: keys that are unknown, do not fit together, would train ranks alone or would
     change the numbers of a run; several nodes without an address or without this node's number.
     """
     said = load_file(path, "launch/cpu_two.yaml")

@@ -40,7 +40,7 @@ def choose(config: Config, how: str) -> tuple[LaunchFile, list[str]]:
     """How many ranks, and accelerate's options to start this node's; none for one rank, which is the calling process.
 
     how: a launch file for accelerate, or 'auto': one rank per GPU (as many as divide the global batch), or two on
-    the CPU where two divide it. Raises Fault as launch_file.read does.
+    the CPU where two divide it. Raises UserError as launch_file.read does.
     """
     if how == "auto":
         return _auto(config)
@@ -205,7 +205,7 @@ def _meeting(config: Config, file: LaunchFile) -> list[str]:
 def _place(file: LaunchFile) -> str:
     """This node's address on its way to node 0. Gloo, which would ask for the host name's address (often 127.0.1.1),
     is told the interface that has it. A name may come to have an address while we wait, as those of pods do. Raises
-    Fault for an address that cannot be reached from here."""
+    UserError for an address that cannot be reached from here."""
     since, told = time.monotonic(), False
     while True:
         try:

@@ -44,7 +44,7 @@ class MlflowClientStore:
     """MLflow at one address: resolves our names to its ids, and bears the same item twice.
 
     ids: what `remember` was given in earlier lives. key: by which runs are found whose ids got lost, unless ids has
-    one. remember: gets new ids before anything depends on them; may raise Fault, and is then called again later.
+    one. remember: gets new ids before anything depends on them; may raise UserError, and is then called again later.
     life: the word with which the ids of items of this life begin.
     """
 
@@ -254,7 +254,7 @@ def describe(trouble: BaseException, uri: str) -> str:
 
 
 def transient_errors() -> tuple[type[BaseException], ...]:
-    """What comes of a store that is away, refuses, lacks its driver, or whose answers make no sense; and Fault."""
+    """What comes of a store that is away, refuses, lacks its driver, or whose answers make no sense; and UserError."""
     from mlflow.exceptions import MlflowException
 
     # requests' errors are OSErrors; a client that reads nonsense raises what the reading of it raised.

@@ -141,7 +141,7 @@ class Journal:
 
 
 def pending_records(folder: Path) -> Pending:
-    """What waits in a journal, whether its run lives or not; nothing is touched. Raises Fault."""
+    """What waits in a journal, whether its run lives or not; nothing is touched. Raises UserError."""
     entries = list[PendingRecord]()
     try:
         for segment in segments_of(folder):

@@ -56,7 +56,7 @@ class RemoteTickets(NamedTuple):
 def read(reference: str, uri: str | None) -> list[RemoteTickets]:
     """The run of an id, or with 'experiment:NAME' all runs of an experiment that have tickets, oldest first.
 
-    uri: tracking URI; None as for `Mlflow`. Raises Fault for an id that no run of ours has or that a round has, for
+    uri: tracking URI; None as for `Mlflow`. Raises UserError for an id that no run of ours has or that a round has, for
     runs without tickets, for files that are missing or too large to be ours, and (resumable) for a store that is away.
     """
     address = default_uri(uri)
@@ -84,7 +84,7 @@ def read(reference: str, uri: str | None) -> list[RemoteTickets]:
 
 
 def reach(address: str, experiment: str, seconds: float) -> None:
-    """Ask a server once whether it knows an experiment; nothing is made. Raises Fault where it is away or refuses.
+    """Ask a server once whether it knows an experiment; nothing is made. Raises UserError where it is away or refuses.
 
     seconds: of waiting, where MLFLOW_HTTP_REQUEST_TIMEOUT does not say.
     """
@@ -109,7 +109,7 @@ def log_report(
 ) -> str:
     """Keep files as a run of their own in an experiment, which is made where there is none; returns where it is seen.
 
-    name: the run's. files: 'name' or 'folder/name' -> content; MLflow shows HTML as a page. Raises Fault (resumable)
+    name: the run's. files: 'name' or 'folder/name' -> content; MLflow shows HTML as a page. Raises UserError (resumable)
     for a store that is away, and leaves no run half filled there if it can.
     """
     assert files and not any(PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts for path in files)
@@ -215,7 +215,7 @@ def _kept(client: Any, run: Any, store: str) -> RemoteTicket | None:
 
 
 def _files(client: Any, run: Any, folder: str, names: Sequence[str], store: str) -> dict[str, bytes]:
-    """Those of the named files that a folder has. Raises Fault for one that is larger than ours are."""
+    """Those of the named files that a folder has. Raises UserError for one that is larger than ours are."""
     id_, found = run.info.run_id, dict[str, bytes]()
     sizes = {file.path: file.file_size for file in client.list_artifacts(id_, folder.rstrip("/")) if not file.is_dir}
     with tempfile.TemporaryDirectory() as here:

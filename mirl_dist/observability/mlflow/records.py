@@ -183,7 +183,7 @@ def redact_uri(uri: str) -> str:
 
 
 def check_uri(uri: str) -> None:
-    """Raise Fault, without a password in it, for a tracking URI whose '@' stands behind the host, and for one whose
+    """Raise UserError, without a password in it, for a tracking URI whose '@' stands behind the host, and for one whose
     port is none."""
     kind, found, rest = uri.partition("://")
     place, *query = re.split("[?#]", rest, maxsplit=1)

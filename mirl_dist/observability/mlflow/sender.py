@@ -29,7 +29,7 @@ class RecordStore(Protocol):
     """Where items go.
 
     deliver: must bear the same item twice, and one of a run that an earlier life opened. troubles: what it may raise
-    when it should be tried again; Fault among them, for ids that could not be kept.
+    when it should be tried again; UserError among them, for ids that could not be kept.
     """
 
     name: str  # for people, without secrets

@@ -85,11 +85,11 @@ class MlflowTracker:
     uri: tracking URI; None means MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the working directory.
     remembered, remember: ids that the caller keeps over restarts ("run", "round/03", and "key", by which a
     run is found whose id got lost); `remember` gets new ones as soon as they exist, in the thread that sends, and is
-    called again later when it raises a Fault (as storage does).
+    called again later when it raises a UserError (as storage does).
     journal: a folder of this machine for this run alone. inherited: the `backlog` in the commit that the run goes on
     from. A store that is away or refuses raises nothing and is not waited for: one warning per outage, logger
     "mirl_dist.tracking"; the same for a journal that can't be written, whose part then waits in memory.
-    Raises Fault for a URI that MLflow refuses, and when MLflow is not installed.
+    Raises UserError for a URI that MLflow refuses, and when MLflow is not installed.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class MlflowTracker:
 
 
 def check_reachable(uri: str | None) -> None:
-    """Raise Fault for an address that is unclear or that MLflow refuses, and when MLflow is not installed; no server is
+    """Raise UserError for an address that is unclear or that MLflow refuses, and when MLflow is not installed; no server is
     asked."""
     address = default_uri(uri)
     records.check_uri(address)
@@ -247,7 +247,7 @@ def resend(
 ) -> Pending:
     """Send all that waits for the store, and say so; returns what was sent. Arguments as of `Mlflow`.
 
-    Raises Fault while the run lives, and a resumable one when nothing got through for 30 seconds.
+    Raises UserError while the run lives, and a resumable one when nothing got through for 30 seconds.
     """
     address = default_uri(uri)
     check_reachable(address)

@@ -84,7 +84,7 @@ def judge(shown: Sequence[Entry], tolerance_db: float = 0.0, *, chosen: bool = F
     """A judgement of every method and round that is neither dense nor a control.
 
     tolerance_db: how much less than the dense network still counts as its score, in dB. chosen: the rounds were chosen
-    by their scores, which a remark then says. Raises Fault as `summary.lines`.
+    by their scores, which a remark then says. Raises UserError as `summary.lines`.
     """
     lines = [line for line in statistics.lines(shown) if not (line.dense or line.control)]
     found = [_judge(line, shown, tolerance_db) for line in lines]

@@ -95,7 +95,7 @@ def names(shown: Iterable[Entry]) -> list[str]:
 def lines(shown: Sequence[Entry], protocol: str | None = None) -> list[Group]:
     """A line per label and round: dense first, methods in the order of first appearance, rounds ascending.
 
-    protocol: another than the headline. Raises Fault for tickets that cannot stand in one table (refuse_mixed), and
+    protocol: another than the headline. Raises UserError for tickets that cannot stand in one table (refuse_mixed), and
     for a protocol by which none was scored.
     """
     check_comparable(shown)
@@ -173,7 +173,7 @@ def same_ground(one: Entry, other: Entry) -> bool:
 
 
 def check_comparable(shown: Sequence[Entry]) -> None:
-    """Raise Fault, naming both, for tickets whose scores were measured differently: by other protocols or images."""
+    """Raise UserError, naming both, for tickets whose scores were measured differently: by other protocols or images."""
     protocols: dict[str, tuple[Entry, str]] = {}
     images: dict[str, tuple[Entry, int]] = {}
     for s in shown:
@@ -201,7 +201,7 @@ def check_comparable(shown: Sequence[Entry]) -> None:
 
 
 def notes(shown: Sequence[Entry]) -> list[str]:
-    """What a reader of a table must know beside its numbers, a sentence each. Raises Fault as `lines`."""
+    """What a reader of a table must know beside its numbers, a sentence each. Raises UserError as `lines`."""
     table = lines(shown)
     lines_ = [*grouping.apart(shown), *_seeds(table), *_pairs(table, shown), *_differences(table, shown)]
     return [*lines_, *_unknown(shown), *_measured(shown), *_training(shown)]

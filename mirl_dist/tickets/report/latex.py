@@ -39,7 +39,7 @@ def tables(shown: Sequence[Entry]) -> str:
 
     Best value bold and second underlined, as printed, among tickets: dense networks and controls have no part in it.
     The paper's figures, where it has any, stand grey and slanted in columns of their own, beside our line of the
-    nearest density. Raises Fault as `summary.lines`, and where nothing was scored.
+    nearest density. Raises UserError as `summary.lines`, and where nothing was scored.
     """
     lines, names = statistics.lines(shown), statistics.names(shown)
     if not names:

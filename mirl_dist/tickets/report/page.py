@@ -37,7 +37,7 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 def html(shown: Sequence[Entry], title: str, made: str, judgements: Sequence[Judgement] | None = None) -> str:
     """The page as text. made: when, for its footer; judgements: of `judge.judge`, which is asked where they are None.
 
-    Raises Fault for no tickets, and as `summary.lines` for tickets that cannot stand in one table.
+    Raises UserError for no tickets, and as `summary.lines` for tickets that cannot stand in one table.
     """
     if not shown:
         raise UserError("found no ticket to compare, where a page is made. Name runs that have finished a round.")

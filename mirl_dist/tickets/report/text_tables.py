@@ -83,7 +83,7 @@ def tables(shown: Sequence[Entry]) -> list[Grid]:
     """Alive weights, PSNR over SSIM per method and round; then the paper's figures, in tables of their own.
 
     Over several seeds: means, each above its sample standard deviation. `summary.notes` says what else to know.
-    Raises Fault as `summary.lines`.
+    Raises UserError as `summary.lines`.
     """
     lines, names = statistics.lines(shown), statistics.names(shown)
     many = any(len(line.seeds) > 1 for line in lines)

@@ -32,7 +32,7 @@ RULES = {
 
 
 def refused(work: Callable[[], object]) -> dict[str, Any] | None:
-    """The Fault that some work meets, or None."""
+    """The UserError that some work meets, or None."""
     try:
         work()
     except UserError as fault:
@@ -156,7 +156,7 @@ def guarded(ranks: Ranks) -> dict[str, Any]:
             record=lambda ticket: None,
             select=lambda: prune(state.weights, state.masks, PruneConfig(0.2), ranks.partition, ranks.gather),
             rewind_point=lambda: initial,
-            stop_if_asked=lambda before: opened.append(before),
+            stop_if_requested=lambda before: opened.append(before),
         )
 
     def first(state: TrainState) -> dict[str, torch.Tensor]:
@@ -225,7 +225,7 @@ class Around:
     def __init__(self, stop: bool = False) -> None:
         self._stop = stop
 
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         return self._stop
 
     def busy(self) -> bool:

@@ -7,7 +7,7 @@
     of its passes; without "pass": in all
 {"rank": 1, "step": [ROUND, UPDATES], "do": "inf_gradient"}    its losses are finite, their gradient is not
 {"rank": 1, "step": [ROUND, UPDATES], "do": "drift"}  one weight of that rank moves by one part in a million
-{"rank": 1, "step": [ROUND, UPDATES], "do": "fault"}  that rank raises a Fault of its own
+{"rank": 1, "step": [ROUND, UPDATES], "do": "fault"}  that rank raises a UserError of its own
 {"rank": 0, "do": "keep"}                             no mishap: commits inside rounds are kept for a look at them
 """
 
