@@ -11,7 +11,7 @@ import pytest
 
 PROGRAM = """
 import os, signal, sys, time
-from mirl_dist.stopping import StopFlag
+from mirl_dist.distributed.signals import StopFlag
 
 flag = StopFlag().listen()
 flag.polite = "polite" in sys.argv

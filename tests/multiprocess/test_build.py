@@ -67,7 +67,7 @@ SPOILED = """
 import os, sys
 import mirl_dist.data.build as building
 from mirl_dist.cli import main
-from mirl_dist.faults import UserError
+from mirl_dist.errors import UserError
 
 encode = building._encode
 

@@ -12,7 +12,7 @@ from typing import Any
 
 SIGNALLED = """
 import os, signal, time
-from mirl_dist.stopping import StopFlag
+from mirl_dist.distributed.signals import StopFlag
 
 flag = StopFlag()
 flag.deadline_seconds, flag.polite = 0.3, True
@@ -48,7 +48,7 @@ def test_a_signal_in_the_first_moments_of_a_command_ends_it_with_75(lab: Any, tm
 
 EARLY = f"""
 import os, sys
-from mirl_dist import cli
+from mirl_dist.cli import app as cli
 
 class Importing:
     def find_spec(self, name, path=None, target=None):

@@ -19,7 +19,7 @@ from mirl_dist.errors import UserError
 
 DRIVER = """
 import sys, tempfile
-from mirl_dist import launching
+from mirl_dist.distributed.launch import launcher as launching
 tempfile.tempdir = None  # that of the process that this one was forked from
 restarts, deadline, launching._GRACE_SECONDS, script, deed = sys.argv[1:]
 launching._GRACE_SECONDS = float(launching._GRACE_SECONDS)
@@ -31,7 +31,7 @@ sys.exit(launching.attend(options, int(restarts), float(deadline)))
 
 WORKER = """
 import os, signal, sys, time
-from mirl_dist.slip import Slip
+from mirl_dist.distributed.launch.control import Slip
 slip = Slip.of_worker()
 code = slip.final()
 if code is not None:

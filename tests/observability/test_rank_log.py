@@ -165,7 +165,7 @@ def test_logs_lie_beside_the_run_or_on_this_machine_and_where_one_says() -> None
 
 SCRIPT = """
 import sys, threading
-from mirl_dist import rank_log
+from mirl_dist.observability import rank_log
 from mirl_dist.config import Config
 rank_log.begin(Config.model_validate({"run": {"folder": sys.argv[1]}}), lambda: "training")
 def fail():

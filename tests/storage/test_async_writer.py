@@ -162,7 +162,7 @@ def test_who_leaves_anyway_gives_a_commit_some_time_and_does_not_ask_how_it_ende
 
 HANGING = """
 import sys, threading
-from mirl_dist.keeper import Keeper
+from mirl_dist.storage.async_writer import Keeper
 
 keeper, begun = Keeper(900.0), threading.Event()
 

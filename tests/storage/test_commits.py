@@ -601,9 +601,9 @@ from pathlib import Path
 
 sys.path.insert(0, sys.argv[2])
 from snapshots import snapshot
-from mirl_dist.checkpoint import Checkpoints
-from mirl_dist.faults import UserError
-from mirl_dist.lease import Lease
+from mirl_dist.training.checkpoint import Checkpoints
+from mirl_dist.errors import UserError
+from mirl_dist.storage.lease import Lease
 from mirl_dist.storage import Folder
 
 store = Folder(Path(sys.argv[1]))

@@ -35,9 +35,9 @@ ELSEWHERE = Machine("another boot", 1)
 # A launch of its own: it does what its standard input says, line by line, and tells how that went.
 LAUNCH = """
 import json, sys
-from mirl_dist import lease_files
-from mirl_dist.faults import UserError
-from mirl_dist.lease import Lease
+from mirl_dist.storage import lease_files
+from mirl_dist.errors import UserError
+from mirl_dist.storage.lease import Lease
 from mirl_dist.storage import open_store
 
 url, seconds, machine = json.loads(sys.argv[1])

@@ -334,7 +334,7 @@ import time
 from pathlib import Path
 
 import mirl_dist.data.build as building
-from mirl_dist.data.recipe import read
+from mirl_dist.data.building.recipe import read
 from mirl_dist.storage import open_store
 
 encode = building._encode

@@ -181,7 +181,7 @@ def test_a_worker_whose_launcher_ended_before_it_could_look_has_none(
 
 ORPHAN = """
 import os, sys, time
-from mirl_dist.slip import Slip
+from mirl_dist.distributed.launch.control import Slip
 slip = Slip.of_worker()
 print(os.getpid(), flush=True)
 while not slip.parent_gone():

@@ -651,8 +651,8 @@ def test_the_silent_twin_answers_to_the_same_words() -> None:
 def test_mlflow_is_imported_late_and_keeps_quiet(tmp_path: Path) -> None:
     story = """
 import sys
-from mirl_dist import tracking
-from mirl_dist.tracking import Mlflow
+from mirl_dist.observability.mlflow import tracker as tracking
+from mirl_dist.observability.mlflow.tracker import Mlflow
 tracking.FAREWELL_SECONDS = 60.0
 assert "mlflow" not in sys.modules
 from pathlib import Path
