@@ -29,8 +29,9 @@ from mirl_dist.observability import progress
 from mirl_dist.storage import Folder, output_paths
 from mirl_dist.storage.configured import open_configured
 from mirl_dist.tickets.open import FileTicket, network, open_ticket
-from mirl_dist.training import dataloaders, run
-from mirl_dist.training.round import library_versions
+from mirl_dist.training import dataloaders
+from mirl_dist.training.builders import eval_settings_of
+from mirl_dist.evaluation.score import library_versions
 
 
 class EvalOptions(NamedTuple):
@@ -48,7 +49,7 @@ def _settings(config: Config, how: EvalOptions) -> evaluate.EvalSettings:
         raise UserError(f"--protocol: found '{unknown[0]}'. Use {', '.join(PROTOCOLS)}.")
     if how.precision not in (None, "fp32", "bf16"):
         raise UserError(f"--precision: found '{how.precision}'. Use fp32 or bf16.")
-    settings = run.scoring_of(config)
+    settings = eval_settings_of(config.evaluate)
     if how.protocols:
         settings = settings._replace(protocols=tuple(PROTOCOLS[name] for name in dict.fromkeys(how.protocols)))
     if how.tile_pixels is not None:
@@ -93,7 +94,7 @@ def print_scores(
         raise UserError(f"{shards.store.where()} holds no evaluation images for {', '.join(t.name for t in tasks)}.")
     model = network(config, opened.trained_weights())
     ranks = Ranks(device=config.train.device)
-    supply = dataloaders.shard_pool_of(config, shards, "evaluate", stop_asked=lambda: False)
+    supply = dataloaders.shard_pool_of(config, shards, "evaluate", stop_requested=lambda: False)
     with redirect_stdout(sys.stderr if as_json else sys.stdout):  # progress is no JSON
         scored = evaluate.evaluate(model.to(ranks.device), supply, jobs, ranks, settings)
     supply.close()

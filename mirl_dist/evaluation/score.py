@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
@@ -21,3 +22,8 @@ class Score(BaseModel):
     degraded_psnr: _Decibel
     degraded_ssim: _Likeness
     images: PositiveInt
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that scores depend on."""
+    return {name: metadata.version(name) for name in ("numpy", "scikit-image")}

@@ -17,8 +17,9 @@ from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import Options, open_store
 from mirl_dist.tickets import file, verify
 from mirl_dist.tickets.file import TicketContent
-from mirl_dist.training.checkpoint import INITIAL, Checkpoints, unpack_masks
+from mirl_dist.training.checkpoint import INITIAL, Checkpoints
 from mirl_dist.training.initial import StartingPoint
+from mirl_dist.training.state import unpack_masks
 from mirl_dist.training.ticket import Ticket
 
 

@@ -18,8 +18,8 @@ from mirl_dist.tickets import open as opening
 from mirl_dist.tickets.file import Check, TicketContent
 from mirl_dist.tickets.open import FileTicket, RunTicket
 from mirl_dist.tickets.verify import FOLLOWS, check_size
-from mirl_dist.training.checkpoint import pack_tensors
-from mirl_dist.training.run import rule_of
+from mirl_dist.training.builders import prune_config_of
+from mirl_dist.training.state import pack_tensors
 
 
 def pack(reference: str, out: Path) -> None:
@@ -101,7 +101,7 @@ def _with_run(content: TicketContent, home: RunTicket) -> list[Check]:
     trained = before.trained_weights() if home.checkpoints.has_weights(before.round_) else {}
     elder = before.starting_point()
     parent = TicketContent(elder.ticket, home.config.dump(), elder.masks, elder.initial, trained)
-    return found + ticket_file.verify_descent(content, parent, rule_of(home.config))
+    return found + ticket_file.verify_descent(content, parent, prune_config_of(home.config.prune, home.config.run.seed))
 
 
 def export(reference: str, out: Path, compact: bool) -> None:

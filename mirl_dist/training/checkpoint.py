@@ -32,7 +32,7 @@ from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import NotFound, Rejected, Store, Unavailable
 from mirl_dist.storage.commits import Commits, Reader, Writer, add_digest, check_digest, to_json, unsigned
 from mirl_dist.training import ticket as tickets
-from mirl_dist.training.state import Progress, Snapshot
+from mirl_dist.training.state import Progress, Snapshot, pack_tensors
 from mirl_dist.training.ticket import Ticket
 
 RUN, INITIAL, TRACKING, BEST = "run.json", "initial.safetensors", "tracking.json", "best.json"
@@ -68,12 +68,6 @@ def _parsed(folder: str) -> tuple[Commit, int] | None:
 _FOLDER = re.compile(r"rounds/(\d+)(?:/steps/(\d+)-(\d+)|/ticket-(\d+))?")  # a bare round: of versions before the lease
 
 
-def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """Named tensors to safetensors bytes; the same tensors give the same bytes."""
-    plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    return safetensors.torch.save(plain)
-
-
 class Checkpoints:
     """The run in one store. `writer`: who may write; only rank 0 of a launch may, and only after `take_over`."""
 
@@ -87,10 +81,10 @@ class Checkpoints:
     def fence_older_writers(self) -> None:
         """Begin to write, after the lease was claimed: what dead writers left goes, and they cannot commit any more."""
         self._commits.fence_older_writers()
-        whole, mine = {c.folder for c in self.commits()}, self._commits.writer.generation
+        whole, generation = {c.folder for c in self.commits()}, self._commits.writer.generation
         for name in self.store.list("rounds"):
-            found = _parsed(name.rpartition("/")[0])
-            if found is not None and 0 < found[1] < mine and found[0].folder not in whole:
+            parsed = _parsed(name.rpartition("/")[0])
+            if parsed is not None and 0 < parsed[1] < generation and parsed[0].folder not in whole:
                 self.store.remove(name)
 
     def identity(self) -> dict[str, Any] | None:
@@ -99,16 +93,16 @@ class Checkpoints:
             data = self.store.get(RUN)
         except NotFound:
             return None
-        found = check_digest(data) or unsigned(data, _IDENTITY | {"versions"})
-        if found is None or not found.keys() >= _IDENTITY:
+        identity = check_digest(data) or unsigned(data, _IDENTITY | {"versions"})
+        if identity is None or not identity.keys() >= _IDENTITY:
             raise UserError(
                 f"{self.store.where(RUN)} does not describe a run, or is damaged. Restore a copy of it, or choose "
                 "another run.folder."
             )
-        return found
+        return identity
 
     def begin(self, identity: dict[str, Any]) -> None:
-        """Write run.json, which states the digest of the first weights. Raises UserError when another start was faster."""
+        """Write run.json, with the digest of the initial weights. Raises UserError when another start was faster."""
         if not self.store.put_if_absent(RUN, add_digest(identity)):
             raise UserError(
                 f"{self.store.where()} was begun by another launch a moment ago. Choose another run.folder."
@@ -137,11 +131,10 @@ class Checkpoints:
     def mlflow_ids(self) -> dict[str, str]:
         """MLflow ids by name; none for a file that is damaged: the runs are then found by their tags."""
         try:
-            found = json.loads(self.store.get(TRACKING))
+            ids = json.loads(self.store.get(TRACKING))
         except (NotFound, json.JSONDecodeError, UnicodeDecodeError):
             return {}
-        well = isinstance(found, dict) and all(isinstance(id_, str) for id_ in found.values())
-        return found if well else {}
+        return ids if isinstance(ids, dict) and all(isinstance(id_, str) for id_ in ids.values()) else {}
 
     def save_mlflow_ids(self, ids: dict[str, str]) -> None:
         """Keep further MLflow ids."""
@@ -151,9 +144,9 @@ class Checkpoints:
 
     def commits(self) -> list[Commit]:
         """All complete commits, the newest first."""
-        found = [parsed for folder in self._commits.complete("rounds") if (parsed := _parsed(folder))]
-        found.sort(key=lambda c: (c[0].round_, c[0].step is None, c[0].step or 0, c[1]), reverse=True)
-        return [commit for commit, _ in found]
+        commits = [parsed for folder in self._commits.complete("rounds") if (parsed := _parsed(folder))]
+        commits.sort(key=lambda c: (c[0].round_, c[0].step is None, c[0].step or 0, c[1]), reverse=True)
+        return [commit for commit, _ in commits]
 
     def commit_step(self, snapshot: Snapshot, keep_last: int, outbox: bytes = b"") -> None:
         """Commit the middle of a round, then remove what is no longer needed. outbox: what MLflow has not heard yet."""
@@ -213,8 +206,9 @@ class Checkpoints:
         for commit in self.commits():
             if (commit.round_, commit.step) == (round_, None):
                 return commit.folder
-        where = self.store.where(f"rounds/{round_:02d}")
-        raise UserError(f"{where} holds no finished round. `mirl-dist tickets list` shows them.")
+        raise UserError(
+            f"{self.store.where(f'rounds/{round_:02d}')} holds no finished round. `mirl-dist tickets list` shows them."
+        )
 
     # -- reading back -------------------------------------------------------------------------------------------
 
@@ -302,15 +296,7 @@ class Checkpoints:
             data = self.store.get(BEST)
         except NotFound:
             return None
-        found = check_digest(data) or unsigned(data, {"round", "score", "by"})
-        if found is None:
+        best = check_digest(data) or unsigned(data, {"round", "score", "by"})
+        if best is None:
             raise UserError(f"{self.store.where(BEST)} is damaged. Remove it: the last round then stands for the run.")
-        return int(found["round"])
-
-
-def unpack_masks(data: bytes, shapes: Mapping[str, tuple[int, ...]], where: str) -> masking.Masks:
-    """A commit's masks, by name. Raises UserError for those of another model or scope."""
-    try:
-        return masking.unpack(safetensors.torch.load(data), shapes)
-    except (ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"{where}/{MASK}: {error}. The prune.scope or the model differs.") from None
+        return int(best["round"])

@@ -119,12 +119,12 @@ class CrashLoopGuard:
     def describe(self, keys: Sequence[str]) -> str:
         """What to say of `repeated`. keys: the samples of that step."""
         round_, updates = self.repeated or (0, 0)
-        said = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
+        named = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
         return (
             f"{self._record.deaths} launches in a row died in step {updates + 1} of round {round_} on this machine, so "
-            f"probably of that step. Its samples as task:key: {said}. Look at what the last launch said, at the memory "
-            "it had (the system's log names what was killed), and at those samples. The next start tries the step "
-            f"again; to have it tried more often, raise guard.same_step_failures, or remove {self._path}."
+            f"probably of that step. Its samples as task:key: {named}. Look at what the last launch said, at the "
+            "memory it had (the system's log names what was killed), and at those samples. The next start tries the "
+            f"step again; to have it tried more often, raise guard.same_step_failures, or remove {self._path}."
         )
 
     def _write(self, record: _StepRecord) -> None:
@@ -136,13 +136,13 @@ class CrashLoopGuard:
 
 def _newest(data: bytes) -> _StepRecord:
     """The newest whole record; a first one where there is none."""
-    found = [_StepRecord()]
+    records = [_StepRecord()]
     for begin in (0, _BYTES):
         part = data[begin : begin + _BYTES]
         record = _StepRecord(*_BODY.unpack_from(part))
         if record.packed() == part:
-            found.append(record)
-    return max(found)
+            records.append(record)
+    return max(records)
 
 
 def _count_deaths(last: _StepRecord) -> _StepRecord:

@@ -1,13 +1,13 @@
-"""A config's shards to live batches: store, cache, supply, stream."""
+"""A config's shards to live batches and evaluation images: store, cache, shard pool, loader."""
 
 from __future__ import annotations
 
-import platform
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import shard_cache_folder
@@ -23,45 +23,106 @@ from mirl_dist.data.sampler import BatchSplit, GlobalSampler, Position
 from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
+from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import Stopped, UserError
-from mirl_dist.evaluation import evaluate
-from mirl_dist.observability import progress
-from mirl_dist.observability.console import warn
+from mirl_dist.evaluation.evaluate import EvalJob, assign_jobs, first_images
+from mirl_dist.observability.console import rank_here, warn
+from mirl_dist.observability.progress import Bars
 from mirl_dist.storage import Folder
 from mirl_dist.storage.retry import Patience
+from mirl_dist.training.builders import eval_settings_of
+from mirl_dist.training.preflight import RunPlan
+from mirl_dist.training.round import TrainData
+from mirl_dist.training.scoring import Evaluation
+from mirl_dist.training.selection import Calibration
 
 
-def shard_pool_of(config: Config, shards: Shards, who: str, stop_asked: Callable[[], bool]) -> ShardPool:
-    """The shards of a config, through the node's cache where they are not read in place. who: for messages."""
-    cache = None
-    if config.data.cache.folder is not None or not isinstance(shards.store, Folder):
-        folder = Path(config.data.cache.folder).expanduser() if config.data.cache.folder else shard_cache_folder()
-        cache = ShardCache(folder, round(config.data.cache.gigabytes * 1e9))
+class RunInputs(NamedTuple):
+    """Everything that a run reads, on one rank."""
 
-    def say(line: str) -> None:
-        warn(f"mirl-dist, {who}: {line}")
+    pool: ShardPool
+    data: TrainData
+    evaluation: Evaluation
+    calibration: Calibration
+
+
+def open_inputs(config: Config, plan: RunPlan, ranks: Ranks, stop: StopSignal) -> RunInputs:
+    """Open what a run reads and check it. Raises UserError, on every rank, for damage and for a cache too small;
+    Stopped, on every rank, when any was asked to stop meanwhile."""
+    pool = shard_pool_of(config, plan.shards, rank_here(ranks.rank), stop)
+    loader = train_loader_of(config, pool, plan.sampler, plan.batch_split, ranks)
+    look_ahead = evaluation_looks_ahead(pool, plan.jobs, ranks)
+    check_damage(pool, plan.jobs, ranks, config.data.damage)
+    curve_images = config.evaluate.curve_images if config.evaluate.every_epochs is not None else 0
+    evaluation = Evaluation(
+        ranks,
+        pool,
+        plan.jobs,
+        eval_settings_of(config.evaluate),
+        resident_images_of(first_images(plan.jobs, curve_images), pool, ranks),
+        config.evaluate.curve_images,
+        look_ahead,
+        stop,
+    )
+    calibration = calibration_of(config, pool, plan.sampler, ranks, stop)
+    return RunInputs(pool, TrainData(plan.sampler, plan.batch_split, loader), evaluation, calibration)
+
+
+def shard_pool_of(config: Config, shards: Shards, rank_name: str, stop_requested: Callable[[], bool]) -> ShardPool:
+    """The shards of a config, through the node's cache where they are not read in place. rank_name: for messages."""
+    section, cache = config.data.cache, None
+    if section.folder is not None or not isinstance(shards.store, Folder):
+        folder = Path(section.folder).expanduser() if section.folder else shard_cache_folder()
+        cache = ShardCache(folder, round(section.gigabytes * 1e9))
+
+    def report(line: str) -> None:
+        warn(f"mirl-dist, {rank_name}: {line}")
 
     patience = Patience(config.store.patience_seconds)
-    return ShardPool(shards, cache, config.data.damage, say, stop_asked=stop_asked, patience=patience)
+    return ShardPool(shards, cache, config.data.damage, report, stop_asked=stop_requested, patience=patience)
 
 
-def check_damage(supply: ShardPool, jobs: Sequence[evaluate.EvalJob], ranks: Ranks, damage: str) -> None:
-    """Raise UserError, on every rank, for damage in the shards that scores will come from, before any work is lost; in a
-    folder also for indices of training shards that are not theirs. The ranks share the work."""
-    shards = supply.shards
+def train_loader_of(
+    config: Config, pool: ShardPool, sampler: GlobalSampler, batch_split: BatchSplit, ranks: Ranks
+) -> TrainLoader:
+    """The training batches of this rank. Raises UserError, on every rank, for a cache that is too small."""
+    lanes = batch_split.per_rank * len(sampler.sources)
+    limit = None if pool.cache is None else pool.cache.limit
+    behind = passes_behind(config.data.workers)
+    shards, most_ranks = sampler.shards(), _most_ranks_on_a_node(ranks)
+    return TrainLoader(
+        pool,
+        sampler,
+        seed=config.run.seed,
+        patch_pixels=config.data.patch_pixels,
+        augment=config.data.augment,
+        workers=config.data.workers,
+        rank=ranks.rank,
+        shares=batch_split,
+        ahead=shards_ahead(lanes, behind, sampler.steps_per_epoch, shards, limit, most_ranks),
+        pin=ranks.device.type == "cuda",
+    )
+
+
+def check_damage(pool: ShardPool, jobs: Sequence[EvalJob], ranks: Ranks, damage: str) -> None:
+    """Verify the evaluation shards before any work is lost; in a folder also the indices of training shards.
+
+    The ranks share the work. Raises UserError, on every rank, for damage.
+    """
+    shards = pool.shards
     if damage == "refuse" and isinstance(shards.store, Folder):
-        distributed_map(ranks, partial(_read_index, shards), shards.train, 1, _silent, "reading indices")
-    scored = {job.place.shard.name: job.place.shard for job in jobs}
-    with progress.Bars() as bars:
-        told = bars if ranks.is_main and supply.cache is not None else _silent
-        distributed_map(ranks, supply.verify, list(scored.values()), 1, told, "checking evaluation shards")
+        distributed_map(ranks, partial(_read_index, shards), shards.train, 1, _no_progress, "reading indices")
+    evaluation_shards = list({job.place.shard.name: job.place.shard for job in jobs}.values())
+    with Bars() as bars:
+        progress = bars if ranks.is_main and pool.cache is not None else _no_progress
+        distributed_map(ranks, pool.verify, evaluation_shards, 1, progress, "checking evaluation shards")
 
 
-def evaluation_looks_ahead(supply: ShardPool, jobs: Sequence[evaluate.EvalJob], ranks: Ranks) -> bool:
+def evaluation_looks_ahead(pool: ShardPool, jobs: Sequence[EvalJob], ranks: Ranks) -> bool:
     """Whether the node's cache has room for two evaluation shards of every rank. Raises UserError if not for one."""
-    if supply.cache is None or not jobs:
+    if pool.cache is None or not jobs:
         return True
-    limit, node_ranks = supply.cache.limit, _node_ranks(ranks)
+    limit, node_ranks = pool.cache.limit, _most_ranks_on_a_node(ranks)
     shards = {job.place.shard.name: job.place.shard.bytes for job in jobs}
     largest = max(shards.values())
     if sum(shards.values()) > limit and node_ranks * largest > limit:
@@ -73,74 +134,55 @@ def evaluation_looks_ahead(supply: ShardPool, jobs: Sequence[evaluate.EvalJob], 
     return sum(shards.values()) <= limit or 2 * node_ranks * largest <= limit
 
 
-def _node_ranks(ranks: Ranks) -> int:
+def resident_images_of(jobs: Sequence[EvalJob], pool: ShardPool, ranks: Ranks) -> ResidentImages:
+    """This rank's part of the images that are scored within rounds, in memory.
+
+    Raises UserError or Stopped, on every rank, where an image does not come to one of them.
+    """
+    own_places = [jobs[number].place for number in assign_jobs(jobs, ranks.rank, ranks.world)]
+    images, error_text, stopped = ResidentImages(), "", False
+    try:
+        images.read(pool, own_places)
+    except UserError as error:
+        error_text = str(error)
+    except Stopped:
+        stopped = True
+    outcomes = ranks.gather_objects((error_text, stopped), what="gather of images to look at")
+    if any(stopped for _, stopped in outcomes):
+        raise Stopped("stopped as asked before any step was trained")
+    for text, _ in outcomes:
+        if text:
+            raise UserError(text, everywhere=True)
+    return images
+
+
+def calibration_of(
+    config: Config, pool: ShardPool, sampler: GlobalSampler, ranks: Ranks, stop_requested: Callable[[], bool]
+) -> Calibration:
+    """The samples of a round's first global batches, for criteria that need gradients.
+
+    Round -> batches of one sample on this rank's device. The same for any number of ranks and any memory: one sample,
+    one shard at a time.
+    """
+    patches = CalibrationPatches(sampler.tasks, config.run.seed, config.data.patch_pixels, config.data.augment)
+
+    def batches(round_: int) -> Iterator[Batch]:
+        positions = islice(sampler.positions(Position(0, 0), config.train.epochs), config.prune.criterion_batches)
+        slots = [slot for position in positions for slot in sampler.slots(round_, position)]
+        for batch in patches.of(slots, pool, stop_requested):
+            yield Batch.of(batch, pin=False).to(ranks.device)
+
+    return batches
+
+
+def _most_ranks_on_a_node(ranks: Ranks) -> int:
     """The most ranks on any node: the same number on every rank, so that all raise a UserError, or none."""
-    return max(Counter(ranks.gather_objects(platform.node())).values())
+    return max(Counter(ranks.hosts).values())
 
 
 def _read_index(shards: Shards, shard: Shard) -> None:
     shards.index(shard)
 
 
-def _silent(done: int, total: int, what: str) -> None:
+def _no_progress(done: int, total: int, what: str) -> None:
     pass
-
-
-def resident_images_of(
-    config: Config, supply: ShardPool, jobs: Sequence[evaluate.EvalJob], ranks: Ranks
-) -> ResidentImages:
-    """This rank's part of the images that are scored within rounds; none where that is not asked for. Raises UserError or
-    Stopped, on every rank, where an image does not come to one of them."""
-    few = evaluate.first_images(jobs, config.evaluate.curve_images) if config.evaluate.every_epochs is not None else []
-    mine = [few[number].place for number in evaluate.assign_jobs(few, ranks.rank, ranks.world)]
-    held, why, stopped = ResidentImages(), "", False
-    try:
-        held.read(supply, mine)
-    except UserError as fault:
-        why = str(fault)
-    except Stopped:
-        stopped = True
-    told = ranks.gather_objects((why, stopped), what="gather of images to look at")
-    if any(stopped for _, stopped in told):
-        raise Stopped("stopped as asked before any step was trained")
-    for text, _ in told:
-        if text:
-            raise UserError(text, everywhere=True)
-    return held
-
-
-def calibration_of(
-    config: Config, supply: ShardPool, order: GlobalSampler, ranks: Ranks, stop_asked: Callable[[], bool]
-) -> Callable[[int], Iterator[Batch]]:
-    """The samples of a round's first global batches, for criteria that need gradients: round -> batches of one sample
-    on this rank's device. The same for any number of ranks and any memory: one sample, one shard at a time."""
-    patches = CalibrationPatches(order.tasks, config.run.seed, config.data.patch_pixels, config.data.augment)
-
-    def batches(round_: int) -> Iterator[Batch]:
-        places = islice(order.positions(Position(0, 0), config.train.epochs), config.prune.criterion_batches)
-        slots = [slot for at in places for slot in order.slots(round_, at)]
-        for stack in patches.of(slots, supply, stop_asked):
-            yield Batch.of(stack, pin=False).to(ranks.device)
-
-    return batches
-
-
-def train_loader_of(
-    config: Config, supply: ShardPool, order: GlobalSampler, shares: BatchSplit, ranks: Ranks
-) -> TrainLoader:
-    """The training batches of this rank. Raises UserError, on every rank, for a cache that is too small."""
-    lanes = shares.per_rank * len(order.sources)
-    limit = None if supply.cache is None else supply.cache.limit
-    behind = passes_behind(config.data.workers)
-    return TrainLoader(
-        supply,
-        order,
-        seed=config.run.seed,
-        patch_pixels=config.data.patch_pixels,
-        augment=config.data.augment,
-        workers=config.data.workers,
-        rank=ranks.rank,
-        shares=shares,
-        ahead=shards_ahead(lanes, behind, order.steps_per_epoch, order.shards(), limit, _node_ranks(ranks)),
-        pin=ranks.device.type == "cuda",
-    )

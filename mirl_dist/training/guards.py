@@ -20,7 +20,7 @@ _REMEMBERED, _NAMED = 50, 3
 
 @dataclass
 class StepLosses:
-    """The losses of a step's samples on this rank, pass by pass; left_out: its update is not made."""
+    """The losses of a step's samples on this rank, pass by pass; skipped: the step makes no update."""
 
     passes: list[tuple[Tensor, Batch]] = field(default_factory=list)
     skipped: bool = False
@@ -34,8 +34,8 @@ class StepLosses:
 
     def not_finite(self) -> list[str]:
         """Those whose loss is not finite."""
-        found = [~torch.isfinite(losses) for losses, _ in self.passes]
-        wrong = torch.cat(found).tolist()
+        masks = [~torch.isfinite(losses) for losses, _ in self.passes]
+        wrong = torch.cat(masks).tolist()
         return [key for key, bad in zip(self.keys(), wrong, strict=True) if bad]
 
     def worst(self) -> list[tuple[float, str]]:
@@ -48,54 +48,62 @@ def position(progress: Progress) -> str:
     return f"round {progress.round}, epoch {progress.epoch}, step {progress.step}"
 
 
-def check_loss(seen: StepLosses, progress: Progress, skip: int, ranks: Ranks) -> None:
-    """A sample of some rank has a loss that is not finite: raise UserError on every rank naming it, or say that the step is
-    left out, while the round has left out fewer than `skip`."""
-    named = [f"{ranks.names[r]}: {', '.join(n)}" for r, n in enumerate(ranks.gather_objects(seen.not_finite())) if n]
-    found = f"the loss is not finite at {position(progress)}, samples as task:key: {'; '.join(named)}"
-    _skip_step(found, "Check those samples, or lower optimiser.lr or optimiser.clip_norm", progress, skip, ranks)
+def check_loss(losses: StepLosses, progress: Progress, skip: int, ranks: Ranks) -> None:
+    """Warn that the step is skipped because a sample of some rank has a loss that is not finite.
+
+    Raises UserError on every rank, naming the samples, where the round has skipped `skip` steps already.
+    """
+    bad_samples = ranks.gather_objects(losses.not_finite())
+    named = [f"{ranks.names[rank]}: {', '.join(keys)}" for rank, keys in enumerate(bad_samples) if keys]
+    problem = f"the loss is not finite at {position(progress)}, samples as task:key: {'; '.join(named)}"
+    _skip_step(problem, "Check those samples, or lower optimiser.lr or optimiser.clip_norm", progress, skip, ranks)
 
 
-def check_gradient(norm: Tensor, seen: StepLosses, progress: Progress, skip: int, ranks: Ranks) -> bool:
-    """Whether the averaged gradient, the same on every rank, is not finite; as `refuse_bad_loss`."""
+def check_gradient(norm: Tensor, losses: StepLosses, progress: Progress, skip: int, ranks: Ranks) -> bool:
+    """Whether the step is skipped because the averaged gradient, the same on every rank, is not finite.
+
+    Warns then, or raises UserError, as `check_loss`.
+    """
     if bool(torch.isfinite(norm)):
         return False
-    held = "; ".join(f"{ranks.names[r]}: {', '.join(keys)}" for r, keys in enumerate(ranks.gather_objects(seen.keys())))
-    found = f"the gradient is not finite at {position(progress)} though every loss was; samples: {held}"
-    _skip_step(found, "Lower optimiser.lr, or train in fp32,", progress, skip, ranks)
+    samples = ranks.gather_objects(losses.keys())
+    named = "; ".join(f"{ranks.names[rank]}: {', '.join(keys)}" for rank, keys in enumerate(samples))
+    problem = f"the gradient is not finite at {position(progress)} though every loss was; samples: {named}"
+    _skip_step(problem, "Lower optimiser.lr, or train in fp32,", progress, skip, ranks)
     return True
 
 
-def _skip_step(found: str, advice: str, progress: Progress, skip: int, ranks: Ranks) -> None:
+def _skip_step(problem: str, advice: str, progress: Progress, skip: int, ranks: Ranks) -> None:
     if progress.bad >= skip:
         before = f" {progress.bad} such batches were left out before (guard.skip_bad_batches)." if progress.bad else ""
         raise UserError(
-            f"{found}. Nothing of this step was applied.{before} {advice} in a new run.folder, or allow some with "
+            f"{problem}. Nothing of this step was applied.{before} {advice} in a new run.folder, or allow some with "
             f"guard.skip_bad_batches={max(2 * skip, 10)} and go on from the last commit.",
             everywhere=True,
         )
     if ranks.is_main:
-        say(f"warning: {found}. The step is left out, as the {progress.bad + 1}. of {skip} allowed in a round.")
+        say(f"warning: {problem}. The step is left out, as the {progress.bad + 1}. of {skip} allowed in a round.")
 
 
 class SpikeDetector:
-    """Tells of steps whose loss is many times what it was. All ranks see the same losses, and call in step."""
+    """Warns of steps whose loss is many times what it was. All ranks see the same losses, and call it in step."""
 
     def __init__(self, factor: float | None) -> None:
         self._factor, self._before = factor, deque[float](maxlen=_REMEMBERED)
 
-    def check(self, loss: float, seen: StepLosses, progress: Progress, ranks: Ranks) -> None:
-        """loss: the mean over the global batch."""
+    def check(self, loss: float, step_losses: StepLosses, progress: Progress, ranks: Ranks) -> None:
+        """Warn, naming the worst samples, where `loss`, the mean over the global batch, is a spike."""
         usual = median(self._before) if len(self._before) == _REMEMBERED else None
         if self._factor is not None and usual is not None and loss > self._factor * usual:
-            of_ranks = ranks.gather_objects(seen.worst(), what="gather of the worst samples")
-            every = sorted(((loss, key, r) for r, of in enumerate(of_ranks) for loss, key in of), reverse=True)
-            named = ", ".join(f"{key} ({value:.3g}, {ranks.names[r]})" for value, key, r in every[:_NAMED])
+            per_rank = ranks.gather_objects(step_losses.worst(), what="gather of the worst samples")
+            worst = sorted(
+                ((value, key, rank) for rank, pairs in enumerate(per_rank) for value, key in pairs), reverse=True
+            )
+            named = ", ".join(f"{key} ({value:.3g}, {ranks.names[rank]})" for value, key, rank in worst[:_NAMED])
             if ranks.is_main:
                 times = loss / usual if usual else float("inf")
-                at = position(progress)
                 say(
-                    f"warning: the loss at {at} is {loss:.3g}, {times:.0f} times the median {usual:.3g} of the "
-                    f"{_REMEMBERED} steps before. Highest: {named}."
+                    f"warning: the loss at {position(progress)} is {loss:.3g}, {times:.0f} times the median "
+                    f"{usual:.3g} of the {_REMEMBERED} steps before. Highest: {named}."
                 )
         self._before.append(loss)

@@ -71,27 +71,28 @@ def create_initial(config: Config, open_ticket: OpenTicket) -> InitialState:
     """
     drawn = {name: parameter.detach() for name, parameter in create_network(config).named_parameters()}
     if config.model.weights is not None:
-        return InitialState(_imported(Path(config.model.weights), drawn), None, None)
+        return InitialState(load_weights(Path(config.model.weights), drawn), None, None)
     if config.start.ticket is None:
         return InitialState(drawn, None, None)
-    return _of_ticket(config, open_ticket, drawn)
+    return _from_ticket(config, open_ticket, drawn)
 
 
-def _imported(file: Path, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+def load_weights(file: Path, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
     try:
-        found = safetensors.torch.load_file(file)
+        weights = safetensors.torch.load_file(file)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(
             f"model.weights: found {file}, which cannot be read as safetensors ({str(error)[:100]}). "
             "Write it with `mirl-dist import`."
         ) from None
-    _check_same_network(f"model.weights: {file}", {n: t.shape for n, t in found.items()}, drawn)
-    odd = sorted(n for n, t in found.items() if t.dtype != torch.float32 or not bool(torch.isfinite(t).all()))
-    if odd:
+    _check_same_network(f"model.weights: {file}", {n: t.shape for n, t in weights.items()}, drawn)
+    unusable = sorted(n for n, t in weights.items() if t.dtype != torch.float32 or not bool(torch.isfinite(t).all()))
+    if unusable:
         raise UserError(
-            f"model.weights: {file}: '{odd[0]}' ({len(odd)} such) is not float32, or not finite. Import again."
+            f"model.weights: {file}: '{unusable[0]}' ({len(unusable)} such) is not float32, or not finite. "
+            "Import again."
         )
-    return {name: found[name] for name in drawn}
+    return {name: weights[name] for name in drawn}
 
 
 def check_start_exists(config: Config, open_ticket: OpenTicket) -> None:
@@ -104,52 +105,52 @@ def check_start_exists(config: Config, open_ticket: OpenTicket) -> None:
         open_ticket(config.start.ticket, options_of(config.store))
 
 
-def _of_ticket(config: Config, open_ticket: OpenTicket, drawn: dict[str, Tensor]) -> InitialState:
+def _from_ticket(config: Config, open_ticket: OpenTicket, drawn: dict[str, Tensor]) -> InitialState:
     reference, kind = str(config.start.ticket), config.start.kind
     opened = open_ticket(reference, options_of(config.store))
     ticket, masks, weights = opened.starting_point()
-    where = f"start.ticket: {reference}"
-    _check_same_network(where, {n: t.shape for n, t in weights.items()}, drawn)
-    odd = sorted(masks.keys() ^ set(in_scope(drawn, config.prune.scope)))
-    if odd:
+    source = f"start.ticket: {reference}"
+    _check_same_network(source, {n: t.shape for n, t in weights.items()}, drawn)
+    mismatched = sorted(masks.keys() ^ set(in_scope(drawn, config.prune.scope)))
+    if mismatched:
         raise UserError(
-            f"{where} was pruned in another scope: {len(odd)} tensors are in one of the two only, first '{odd[0]}'. "
-            "Set prune.scope to the ticket's."
+            f"{source} was pruned in another scope: {len(mismatched)} tensors are in one of the two only, first "
+            f"'{mismatched[0]}'. Set prune.scope to the ticket's."
         )
     weights = {name: weights[name] for name in drawn}
     if kind == "reinit":
         weights = {name: p.detach() for name, p in create_network(config, _REINIT_SEED_OFFSET).named_parameters()}
     elif kind != "ticket":
         masks = random_masks(masks, config.run.seed, kind.removeprefix("random_"))
-        weights = _all_initial_weights(opened, config, ticket.initial_digest, where, drawn)
+        weights = _all_initial_weights(opened, config, ticket.initial_digest, source, drawn)
     return InitialState(weights, masks, ticket.digest())
 
 
 def _all_initial_weights(
-    opened: OpenedTicket, config: Config, digest: str, where: str, drawn: dict[str, Tensor]
+    opened: OpenedTicket, config: Config, digest: str, source: str, drawn: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Those of the dead weights too: of the run, or drawn again from the seed of a ticket file."""
-    found = opened.initial_weights()
-    if found is None:
+    weights = opened.initial_weights()
+    if weights is None:
         seed = opened.config.run.seed
         run = config.run.model_copy(update={"seed": seed})
         again = create_network(config.model_copy(update={"run": run}))
-        found = {name: parameter.detach() for name, parameter in again.named_parameters()}
-        if masking.digest_tensors(found) != digest:
+        weights = {name: parameter.detach() for name, parameter in again.named_parameters()}
+        if masking.digest_tensors(weights) != digest:
             raise UserError(
-                f"{where} tells the first values of its survivors only, and seed {seed} gives others here. Name a "
+                f"{source} tells the first values of its survivors only, and seed {seed} gives others here. Name a "
                 "round of the run whose tickets began from all weights, as RUN/rounds/NN."
             )
-    return {name: found[name] for name in drawn}
+    return {name: weights[name] for name in drawn}
 
 
-def _check_same_network(where: str, found: dict[str, torch.Size], mine: dict[str, Tensor]) -> None:
-    wanted = {name: t.shape for name, t in mine.items()}
-    odd = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
-    if odd:
-        there, here = found.get(odd[0]), wanted.get(odd[0])
+def _check_same_network(source: str, shapes: dict[str, torch.Size], drawn: dict[str, Tensor]) -> None:
+    expected = {name: t.shape for name, t in drawn.items()}
+    mismatched = sorted(n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n))
+    if mismatched:
+        there, here = shapes.get(mismatched[0]), expected.get(mismatched[0])
         raise UserError(
-            f"{where} is of another network: {len(odd)} tensors differ, first '{odd[0]}' (there "
+            f"{source} is of another network: {len(mismatched)} tensors differ, first '{mismatched[0]}' (there "
             f"{'absent' if there is None else tuple(there)}, here {'absent' if here is None else tuple(here)}). "
             "Make the model section that of the file."
         )

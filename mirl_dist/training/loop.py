@@ -1,12 +1,11 @@
-"""One round's training, on one screen."""
+"""One round's training, on one screen: `train_round`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +17,15 @@ from mirl_dist.distributed.stragglers import StragglerDetector
 from mirl_dist.errors import Stopped
 from mirl_dist.observability.console import note
 from mirl_dist.observability.progress import Advance, say
-from mirl_dist.training import guards
-from mirl_dist.training.losses import by_task, combine, per_sample_l1
+from mirl_dist.training import guards, losses
+from mirl_dist.training.guards import StepLosses
 from mirl_dist.training.state import Progress, TrainState
 
 
 @dataclass(frozen=True)
 class RoundConfig:
     """The numbers of one round. batch: samples per step over all ranks; passes: forward passes per step and rank;
-    skip_bad: steps of the round that may be left out; slow_factor, spike_factor: as in the config."""
+    skip_bad: steps of the round that may be skipped; slow_factor, spike_factor: as in the config."""
 
     tasks: tuple[Task, ...]
     epochs: int
@@ -43,12 +42,11 @@ class RoundConfig:
 
 
 class LoopHooks(Protocol):
-    """The run around a round's loop.
+    """What the loop asks of the run around it.
 
-    rate: the learning rate at a position; begins_step: heard before each step, may raise Stopped on all ranks; commit:
-    keep the state, in the background unless `wait`; busy, failed: whether a commit is being written, or could not be
-    (on the rank that writes); refuse_failed: raise that failure, on every rank; log: values of a step, on the rank
-    that tells.
+    rate: the learning rate at a position; before_step may raise Stopped on all ranks; commit: keeps the state, in the
+    background unless `wait`; commit_busy, commit_failed: whether a commit is being written, or could not be (on the
+    rank that writes); raise_commit_failure: raises that failure on every rank; log: takes the values of a step.
     """
 
     def rate(self, progress: Progress) -> float: ...
@@ -62,16 +60,18 @@ class LoopHooks(Protocol):
 
 
 class StepStatus(NamedTuple):
-    """What all ranks know after their meeting in a pass, before the backward pass: whether any of them met a loss that
-    is not finite, was asked to stop, has no batch (and was asked to stop), is writing a commit, could not write one;
-    reads in which a sample stood in for a damaged one; the sum of the losses over the samples."""
+    """What all ranks know after their collective in a pass, before the backward pass.
+
+    The flags hold on any rank (no_batch: a stop was requested while waiting for a shard). replaced: reads in which a
+    sample stood in for a damaged one; loss: sum over samples.
+    """
 
     bad: bool
     stop: bool
     no_batch: bool
     commit_busy: bool
     commit_failed: bool
-    skipped: int
+    replaced: int
     loss: float
 
 
@@ -79,190 +79,225 @@ def train_round(
     state: TrainState,
     model: nn.Module,
     batches: Iterator[Batch],
-    plan: RoundConfig,
+    config: RoundConfig,
     ranks: Ranks,
-    around: LoopHooks,
+    hooks: LoopHooks,
     advance: Advance,
 ) -> None:
     """Train the masked network from `state.progress` to the end of its round, in place; commit its end.
 
     model: the network to train, whose weights are `state.weights`; batches: this rank's, from that position on.
-    Raises UserError on every rank, before the step, for a loss or gradient that is not finite, and for a commit that could
-    not be written; Stopped after a commit when any rank was asked to stop.
+    Raises UserError on every rank, before the step, for a loss or gradient that is not finite, and for a commit that
+    could not be written; Stopped after a commit when any rank was asked to stop.
     """
-    engine, progress = state.engine, state.progress
-    meter, pace, spikes = (
-        Meter(plan, progress, ranks.device),
-        StragglerDetector(ranks.hosts),
-        guards.SpikeDetector(plan.spike_factor),
-    )
-    due = False
-    while progress.epoch < plan.epochs:
-        lr, seen, loss, norm = around.rate(progress), guards.StepLosses(), 0.0, torch.tensor(float("nan"))
-        try:
-            with meter.paused():
-                around.before_step(progress)
-        except Stopped:
-            progress.unreported = meter.unreported(ranks)
-            around.commit(wait=True)
-            raise
-        skipped = 0
-        for i in range(plan.passes):
-            pace.begin()
-            batch = next_batch(batches, ranks.device)
-            pace.batch_ready()
-            with ranks.accumulate(model, more=i + 1 < plan.passes):
-                losses = forward(model, batch, plan, seen, ranks)
-                word = sync_status(losses, batch, ranks, around, pace)
-                if word.no_batch:
-                    progress.unreported = meter.unreported(ranks)
-                    around.commit(wait=True)
-                    raise Stopped(
-                        f"stopped as asked in round {progress.round} after {progress.updates} steps; committed"
-                    )
-                if word.bad and not seen.skipped:
-                    guards.check_loss(seen, progress, plan.skip_bad, ranks)
-                    seen.skipped = True
-                if not seen.skipped:
-                    ranks.backward(combine(losses) / plan.passes)
-            loss += word.loss / plan.batch
-            skipped += word.skipped
-        if not seen.skipped:
-            engine.mask_gradients(state.masks)
-            norm = engine.clip(plan.clip_norm)
-            seen.skipped = guards.check_gradient(norm, seen, progress, plan.skip_bad, ranks)
-        if seen.skipped:
-            engine.drop_gradients()
-        else:
-            engine.step(lr)
-            meter.add(seen)
-            spikes.check(loss, seen, progress, ranks)
-        progress.skipped += skipped
-        advance_progress(progress, plan, left_out=seen.skipped)
-        ended = progress.epoch == plan.epochs
-        if progress.updates % plan.report_every == 0 or ended:
-            report_step(progress, meter, pace, plan, ranks, {"lr": lr, "gradient_norm": float(norm)}, around, advance)
-        if word.commit_failed:
-            around.raise_commit_failure()
-        due = due or (plan.commit_every is not None and progress.updates % plan.commit_every == 0)
-        if word.stop or ended or (due and not word.commit_busy):
-            progress.unreported = meter.unreported(ranks)
-            around.commit(wait=word.stop)
-            due = False
-        if word.stop:
-            raise Stopped(f"stopped as asked in round {progress.round} after {progress.updates} steps; committed")
+    progress, commit_due = state.progress, False
+    meter, spikes = Meter(config, progress, ranks), guards.SpikeDetector(config.spike_factor)
+    while progress.epoch < config.epochs:
+        lr = hooks.rate(progress)
+        call_before_step(hooks, meter)
+        step_losses = StepLosses()
+        status = forward_backward(model, batches, step_losses, config=config, ranks=ranks, hooks=hooks, meter=meter)
+        if status.no_batch:
+            commit_and_stop(hooks, meter)
+        norm = update_weights(state, lr, step_losses, config, ranks)
+        if not step_losses.skipped:
+            meter.add(step_losses)
+            spikes.check(status.loss, step_losses, progress, ranks)
+        advance_progress(progress, config, replaced=status.replaced, skipped=step_losses.skipped)
+        ended = progress.epoch == config.epochs
+        if progress.updates % config.report_every == 0 or ended:
+            report_step(meter, {"lr": lr, "gradient_norm": float(norm)}, hooks, advance)
+        if status.commit_failed:
+            hooks.raise_commit_failure()
+        commit_due = commit_due or (config.commit_every is not None and progress.updates % config.commit_every == 0)
+        if status.stop:
+            commit_and_stop(hooks, meter)
+        if ended or (commit_due and not status.commit_busy):
+            commit(hooks, meter, wait=False)
+            commit_due = False
+
+
+def call_before_step(hooks: LoopHooks, meter: Meter) -> None:
+    """Call the hook, whose time is no training; commit where it raises Stopped."""
+    began = time.monotonic()
+    try:
+        hooks.before_step(meter.progress)
+    except Stopped:
+        commit(hooks, meter, wait=True)
+        raise
+    finally:
+        meter.since += time.monotonic() - began
+
+
+def commit(hooks: LoopHooks, meter: Meter, *, wait: bool) -> None:
+    """Commit the state, with the losses that have not been reported yet."""
+    meter.progress.unreported = meter.unreported()
+    hooks.commit(wait=wait)
+
+
+def commit_and_stop(hooks: LoopHooks, meter: Meter) -> NoReturn:
+    """Commit the state and raise Stopped."""
+    commit(hooks, meter, wait=True)
+    progress = meter.progress
+    raise Stopped(f"stopped as asked in round {progress.round} after {progress.updates} steps; committed")
+
+
+def forward_backward(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    step_losses: StepLosses,
+    *,
+    config: RoundConfig,
+    ranks: Ranks,
+    hooks: LoopHooks,
+    meter: Meter,
+) -> StepStatus:
+    """All passes of a step; the status of the last one, with the mean loss and the replaced reads of all.
+
+    Ends early where a rank has no batch. After a pass with a loss that is not finite on any rank the step is skipped:
+    the passes that follow are read, but add no gradient. Raises UserError when no step may be skipped any more.
+    """
+    loss, replaced = 0.0, 0
+    for number in range(config.passes):
+        meter.stragglers.begin()
+        batch = next_batch(batches, ranks.device)
+        meter.stragglers.batch_ready()
+        with ranks.accumulate(model, more=number + 1 < config.passes):
+            sample_losses = forward(model, batch, config, step_losses, ranks)
+            status = sync_status(sample_losses, batch, ranks, hooks, meter.stragglers)
+            if status.no_batch:
+                return status
+            if status.bad and not step_losses.skipped:
+                guards.check_loss(step_losses, meter.progress, config.skip_bad, ranks)
+                step_losses.skipped = True
+            if not step_losses.skipped:
+                ranks.backward(losses.combine(sample_losses) / config.passes)
+        loss += status.loss / config.batch
+        replaced += status.replaced
+    return status._replace(loss=loss, replaced=replaced)
 
 
 def next_batch(batches: Iterator[Batch], device: torch.device) -> Batch | None:
-    """The next batch; None when this rank was asked to stop while a shard did not come."""
+    """The next batch; None if a stop was requested while waiting for a shard."""
     try:
         return next(batches).to(device)
     except Stopped:
         return None
 
 
-def forward(model: nn.Module, batch: Batch | None, plan: RoundConfig, seen: guards.StepLosses, ranks: Ranks) -> Tensor:
-    """The loss of each sample; of none without a batch, for which a rank goes along where the others need it to."""
+def forward(
+    model: nn.Module, batch: Batch | None, config: RoundConfig, step_losses: StepLosses, ranks: Ranks
+) -> Tensor:
+    """Per-sample losses; empty without a batch (a sharded engine still runs a dummy forward pass)."""
     if batch is None:
         if ranks.is_sharded:
-            ranks.forward(model, torch.zeros(1, 3, plan.patch_pixels, plan.patch_pixels, device=ranks.device))
+            ranks.forward(model, torch.zeros(1, 3, config.patch_pixels, config.patch_pixels, device=ranks.device))
         return torch.zeros(0)
     restored = ranks.forward(model, batch.degraded)
-    losses = per_sample_l1(restored, batch.clean)
-    seen.add(losses.detach(), batch)
-    return losses
+    sample_losses = losses.per_sample_l1(restored, batch.clean)
+    step_losses.add(sample_losses.detach(), batch)
+    return sample_losses
 
 
 def sync_status(
-    losses: Tensor, batch: Batch | None, ranks: Ranks, around: LoopHooks, pace: StragglerDetector
+    sample_losses: Tensor, batch: Batch | None, ranks: Ranks, hooks: LoopHooks, stragglers: StragglerDetector
 ) -> StepStatus:
-    """The one meeting of ranks in a pass: who met a loss that is not finite, who was asked to stop, and so on."""
-    bad = not bool(torch.isfinite(losses.detach()).all())
-    skipped = 0 if batch is None else batch.skipped
-    flags = [bad, around.stop_requested(), batch is None, around.commit_busy(), around.commit_failed(), skipped]
-    mine = torch.tensor([*map(float, flags), float(losses.detach().sum())], dtype=torch.float64)
-    pace.reached_collective()
-    *told, replaced, loss = ranks.sum(mine, what="sum of losses and flags").tolist()
-    bad, stop, starved, busy, failed = (count > 0 for count in told)
-    return StepStatus(bad, stop, starved, busy, failed, int(replaced), loss)
+    """The one collective of a pass for losses and flags: who met a bad loss, who was asked to stop, and so on."""
+    bad = not bool(torch.isfinite(sample_losses.detach()).all())
+    replaced = 0 if batch is None else batch.skipped
+    flags = [bad, hooks.stop_requested(), batch is None, hooks.commit_busy(), hooks.commit_failed()]
+    values = [*map(float, flags), float(replaced), float(sample_losses.detach().sum())]
+    stragglers.reached_collective()
+    *flags_set, replaced, loss = ranks.sum(
+        torch.tensor(values, dtype=torch.float64), what="sum of losses and flags"
+    ).tolist()
+    bad, stop, no_batch, commit_busy, commit_failed = (count > 0 for count in flags_set)
+    return StepStatus(bad, stop, no_batch, commit_busy, commit_failed, int(replaced), loss)
 
 
-def advance_progress(progress: Progress, plan: RoundConfig, *, left_out: bool) -> None:
+def update_weights(state: TrainState, lr: float, step_losses: StepLosses, config: RoundConfig, ranks: Ranks) -> Tensor:
+    """Mask and clip the gradients and make one optimiser step, or drop them where the step is skipped.
+
+    Returns the norm of the averaged gradient, NaN for a step that was skipped for its loss. Marks a step as skipped
+    whose gradient is not finite, or raises UserError when no step may be skipped any more.
+    """
+    norm = torch.tensor(float("nan"))
+    if not step_losses.skipped:
+        state.engine.mask_gradients(state.masks)
+        norm = state.engine.clip(config.clip_norm)
+        step_losses.skipped = guards.check_gradient(norm, step_losses, state.progress, config.skip_bad, ranks)
+    if step_losses.skipped:
+        state.engine.drop_gradients()
+    else:
+        state.engine.step(lr)
+    return norm
+
+
+def advance_progress(progress: Progress, config: RoundConfig, *, replaced: int = 0, skipped: bool = False) -> None:
     """Move the position one optimiser step on."""
+    progress.skipped += replaced
     progress.updates += 1
-    progress.bad += left_out
-    progress.samples += plan.batch
-    progress.epoch, progress.step = divmod(progress.updates, plan.steps_per_epoch)
+    progress.bad += skipped
+    progress.samples += config.batch
+    progress.epoch, progress.step = divmod(progress.updates, config.steps_per_epoch)
 
 
 class Meter:
-    """Losses, samples and time since the last report; what a commit carried over is counted in."""
+    """Losses, samples and time since the last report, over all ranks; what the last commit carried over is included."""
 
-    def __init__(self, plan: RoundConfig, progress: Progress, device: torch.device) -> None:
-        self.tasks = len(plan.tasks)
-        self.sums = torch.zeros(2, self.tasks, dtype=torch.float64, device=device)
-        self.carried = torch.tensor(progress.unreported or [[0.0] * self.tasks] * 2, dtype=torch.float64)
-        self.began = time.monotonic()
+    def __init__(self, config: RoundConfig, progress: Progress, ranks: Ranks) -> None:
+        self.config, self.progress, self.ranks = config, progress, ranks
+        self.stragglers = StragglerDetector(ranks.hosts)
+        tasks = len(config.tasks)
+        self.sums = torch.zeros(2, tasks, dtype=torch.float64, device=ranks.device)
+        self.carried = torch.tensor(progress.unreported or [[0.0] * tasks] * 2, dtype=torch.float64)
+        self.since = time.monotonic()
 
-    def add(self, seen: guards.StepLosses) -> None:
-        for losses, batch in seen.passes:
-            self.sums += by_task(losses, batch.task, self.tasks)
+    def add(self, step_losses: StepLosses) -> None:
+        for sample_losses, batch in step_losses.passes:
+            self.sums += losses.by_task(sample_losses, batch.task, len(self.config.tasks))
 
-    def unreported(self, ranks: Ranks) -> list[list[float]]:
-        """What has not been reported: losses and samples per task, summed over ranks."""
-        found: list[list[float]] = (ranks.sum(self.sums) + self.carried).tolist()
-        return found
+    def unreported(self) -> list[list[float]]:
+        """Losses and samples per task that have not been reported, summed over ranks."""
+        totals: list[list[float]] = (self.ranks.sum(self.sums) + self.carried).tolist()
+        return totals
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What may take long here is no training: scoring within a round."""
-        since = time.monotonic()
-        yield
-        self.began += time.monotonic() - since
-
-    def reset(self) -> None:
+    def take(self) -> tuple[Tensor, Tensor, float]:
+        """Losses and samples per task to report, and samples per second since the last report; then begin anew."""
+        recent = self.ranks.sum(self.sums)
+        losses_per_task, counts = recent + self.carried
+        elapsed = max(time.monotonic() - self.since, 1e-9)
+        self.progress.seconds += elapsed
+        self.progress.unreported = []
         self.sums.zero_()
         self.carried.zero_()
-        self.began = time.monotonic()
+        self.since = time.monotonic()
+        return losses_per_task, counts, float(recent[1].sum()) / elapsed
 
 
-def report_step(
-    progress: Progress,
-    meter: Meter,
-    pace: StragglerDetector,
-    plan: RoundConfig,
-    ranks: Ranks,
-    values: dict[str, float],
-    around: LoopHooks,
-    advance: Advance,
-) -> None:
-    """Sum the losses since the last report over the ranks, log them per task, name slow ranks, and count afresh."""
-    now = ranks.sum(meter.sums)
-    losses, counts = now + meter.carried
-    elapsed = max(time.monotonic() - meter.began, 1e-9)
-    progress.seconds += elapsed
-    speed = float(now[1].sum()) / elapsed
-    # The loss comes first: MLflow opens its comparison of rounds with the first metric that it heard of.
-    mean = {"loss/mean": float(losses.sum() / counts.sum())} if counts.sum() else {}  # else every step was left out
-    values = (
-        mean
-        | {
-            f"loss/{task.name}": float(s / n)
-            for task, s, n in zip(plan.tasks, losses.tolist(), counts.tolist(), strict=True)
-            if n
-        }
-        | values
-    )
-    around.log(progress.updates, values | {"samples_per_second": speed})
+def report_step(meter: Meter, values: dict[str, float], hooks: LoopHooks, advance: Advance) -> None:
+    """Log the mean losses since the last report, in all and per task; warn of slow ranks."""
+    progress = meter.progress
+    losses_per_task, counts, speed = meter.take()
+    # The loss comes first: MLflow opens its comparison of rounds with the first metric that it receives.
+    mean = {"loss/mean": float(losses_per_task.sum() / counts.sum())} if counts.sum() else {}  # none: all were skipped
+    per_task = zip(meter.config.tasks, losses_per_task.tolist(), counts.tolist(), strict=True)
+    values = mean | {f"loss/{task.name}": total / count for task, total, count in per_task if count} | values
+    hooks.log(progress.updates, values | {"samples_per_second": speed})
     advance(progress.updates, f"loss {values.get('loss/mean', float('nan')):.4f}  {speed:.0f} samples/s")
-    batch_seconds, rest_seconds = pace.mean_seconds()
-    told = {"batch_seconds": batch_seconds, "rest_seconds": rest_seconds} | values
-    note(f"round {progress.round}", "note", round=progress.round, step=progress.updates, **told)
-    if ranks.world > 1:
-        mine = torch.tensor([batch_seconds, rest_seconds], dtype=torch.float64)
-        paces = ranks.gather(mine, what="gather of paces")
-        lines = pace.find_slow([(float(a), float(b)) for a, b in paces.tolist()], plan.slow_factor)
-        for line in lines if ranks.is_main else ():
+    warn_of_stragglers(meter, values)
+
+
+def warn_of_stragglers(meter: Meter, values: dict[str, float]) -> None:
+    """Note where this rank spent its time; warn of ranks that are slower than the others."""
+    ranks, progress = meter.ranks, meter.progress
+    batch_seconds, rest_seconds = meter.stragglers.mean_seconds()
+    timings = {"batch_seconds": batch_seconds, "rest_seconds": rest_seconds}
+    note(f"round {progress.round}", "note", round=progress.round, step=progress.updates, **timings, **values)
+    if ranks.world == 1:
+        return
+    own = torch.tensor([batch_seconds, rest_seconds], dtype=torch.float64)
+    per_rank = [(float(batch), float(rest)) for batch, rest in ranks.gather(own, what="gather of paces").tolist()]
+    for line in meter.stragglers.find_slow(per_rank, meter.config.slow_factor):
+        if ranks.is_main:
             say(f"warning: {line}")
-    meter.reset()
-    progress.unreported = []

@@ -18,7 +18,7 @@ def combine(losses: Tensor) -> Tensor:
 
 def by_task(losses: Tensor, task: Tensor, tasks: int) -> Tensor:
     """float64 (2, tasks): sum of losses and number of samples per task, ready to be summed over ranks."""
-    found = torch.zeros(2, tasks, dtype=torch.float64, device=losses.device)
-    found[0].index_add_(0, task, losses.detach().double())
-    found[1].index_add_(0, task, torch.ones_like(losses, dtype=torch.float64))
-    return found
+    sums = torch.zeros(2, tasks, dtype=torch.float64, device=losses.device)
+    sums[0].index_add_(0, task, losses.detach().double())
+    sums[1].index_add_(0, task, torch.ones_like(losses, dtype=torch.float64))
+    return sums

@@ -1,4 +1,4 @@
-"""MIR-L's story: train, evaluate, prune the weakest, rewind the survivors, again.
+"""MIR-L's Algorithm 1: train, evaluate, prune the weakest, rewind the survivors, again.
 
 Beside Algorithm 1 of the paper: line 1 theta_0 is `initial`; lines 3 to 5 are `train_and_score`; line 6 the quantile
 and line 7 the mask are `select`; line 8 the rewind is `begin_round`. One-shot baselines (PIR-OSM, PIR-OSR) are one cut
@@ -63,10 +63,10 @@ def play(
     """Play all rounds that are still to do.
 
     newest: the ticket of `state.progress.round` when that round is finished already (its weights are in `state`).
-    train_and_score: trains the round from its position and makes its ticket; record: keeps a ticket, twice is once;
-    select: the masks of the next round; rewind_point: the values that survivors return to; stop_if_asked: raises
-    Stopped on all ranks when any was asked, naming what comes next: until the next round trains, its parent's ticket is
-    all that a restart needs. Raises InvariantError naming rank and tensor when a law is broken.
+    train_and_score: trains the round from its position and makes its ticket; record: shows a ticket, idempotent;
+    select: the masks of the next round; rewind_point: the values that survivors return to; stop_if_requested: raises
+    Stopped on all ranks when any was asked, naming what comes next. Until the next round trains, its parent's ticket
+    is all that a restart needs. Raises InvariantError naming rank and tensor when a promise does not hold.
     """
     while True:
         if newest is None:
@@ -96,7 +96,7 @@ def begin_round(
     pruned: PruneResult,
     parent: Ticket,
 ) -> None:
-    """Rewind the survivors to `point` under the new masks, and prove it on every rank."""
+    """Rewind the survivors to `point` under the new masks, and check it on every rank."""
     round_ = parent.round + 1
     names = lottery.rewound_names(state, round_)
     rewind(state.weights, point, pruned.masks, names)
@@ -117,18 +117,18 @@ def begin_round(
 
 
 def check_initial_weights(state: TrainState, initial: dict[str, Tensor], ranks: Ranks) -> None:
-    """Every rank holds the same initial weights, by digest."""
+    """Check that every rank holds the same initial weights, by digest."""
     ranks.check_agreement("the initial weights", masking.digest_of(state.gather_full(initial)))
 
 
 def check_replicas(state: TrainState, ranks: Ranks) -> None:
-    """Every rank that holds the trained weights holds the same; parts that one rank alone holds cannot drift apart."""
+    """Check that replicas of the trained weights are the same; a shard that one rank alone holds cannot drift apart."""
     if state.engine.layout.is_replicated:
         ranks.check_agreement("the trained weights", masking.digest_tensors(state.weights))
 
 
 def check_pruned_weights(state: TrainState, ranks: Ranks) -> None:
-    """Dead weights are exactly zero on every rank after training."""
+    """Check that pruned weights are exactly zero on every rank after training."""
     check_on_ranks(
         f"pruned weights moved in round {state.progress.round}",
         masking.find_nonzero_pruned(state.weights, state.masks),
@@ -138,11 +138,11 @@ def check_pruned_weights(state: TrainState, ranks: Ranks) -> None:
 
 def check_on_ranks(broken: str, tensor: str | None, ranks: Ranks) -> None:
     """Raise InvariantError on every rank when any rank names a tensor."""
-    found = ranks.gather_objects(tensor)
-    odd = [f"{ranks.names[rank]}, tensor '{name}'" for rank, name in enumerate(found) if name is not None]
-    if odd:
+    names = ranks.gather_objects(tensor)
+    violations = [f"{ranks.names[rank]}, tensor '{name}'" for rank, name in enumerate(names) if name is not None]
+    if violations:
         raise InvariantError(
-            f"{broken}: {'; '.join(odd)}. The round cannot be trusted and was not recorded; start again with "
+            f"{broken}: {'; '.join(violations)}. The round cannot be trusted and was not recorded; start again with "
             "--resume auto, and report this with the run's config.",
             everywhere=True,
         )

@@ -1,7 +1,8 @@
-"""What is known of a run before any rank starts, and all that can be refused then."""
+"""Checks a run before any rank starts, and plans it: data, batches, images to score, store."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -9,83 +10,81 @@ import torch
 
 from mirl_dist import models
 from mirl_dist.config.config import Config, differences, from_dump
+from mirl_dist.config.schema import EvaluateSection
+from mirl_dist.config.tasks import Task
 from mirl_dist.data.sampler import BatchSplit, GlobalSampler, ranks_in_words, split_batch
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import UserError
-from mirl_dist.evaluation import evaluate
+from mirl_dist.evaluation.evaluate import EvalJob, plan_jobs
 from mirl_dist.evaluation.protocols import PROTOCOLS
-from mirl_dist.observability.mlflow import tracker
+from mirl_dist.observability.mlflow.tracker import check_reachable
 from mirl_dist.pruning.criteria import CRITERIA
 from mirl_dist.pruning.prune import in_scope
 from mirl_dist.storage import Store
 from mirl_dist.storage.configured import open_configured
-from mirl_dist.training import initial
 from mirl_dist.training.checkpoint import Checkpoints
-from mirl_dist.training.initial import OpenTicket
+from mirl_dist.training.initial import OpenTicket, check_start_exists
 
 
 class RunPlan(NamedTuple):
-    """What is known of a run before any rank starts: its data, its order, its shares, its place."""
+    """What is known of a run before any rank starts: its data, who reads what, what is scored, where it is kept."""
 
     shards: Shards
     sampler: GlobalSampler
     batch_split: BatchSplit
-    jobs: list[evaluate.EvalJob]
+    jobs: list[EvalJob]
     store: Store
+
+    def manifest_digest(self) -> str:
+        """The digest of the shards' manifest."""
+        return self.shards.manifest.digest()
 
 
 class _SharedPlan(NamedTuple):
-    """What rank 0 has read and tells the others: so that a store is not asked by every rank."""
+    """What rank 0 reads and sends to the others, so that a store is not asked by every rank."""
 
     manifest: bytes
-    jobs: list[evaluate.EvalJob]
+    jobs: list[EvalJob]
 
 
 def preflight(config: Config, world: int, resume: str, open_ticket: OpenTicket) -> RunPlan:
-    """Everything that can be refused before work begins, refused; nothing is written.
+    """Check everything that can be checked before work begins; nothing is written.
 
-    resume: 'auto', 'never' or 'must'; open_ticket: opens `start.ticket`. Raises UserError.
+    world: the number of ranks; resume: 'auto', 'never' or 'must'; open_ticket: opens `start.ticket`. Raises UserError.
     """
     shards = Shards(open_configured(config.store, config.data.shards))
-    order, shares = sampler_of(config, shards), split_batch(config.batch.global_, config.batch.forward, world)
+    sampler = sampler_of(config, shards)
+    batch_split = split_batch(config.batch.global_, config.batch.forward, world)
     shards.check_patch_size(config.data.patch_pixels)
-    if config.data.damage == "refuse":
-        shards.check_present("train", "evaluate")
-    else:
-        shards.check_present("evaluate")
-    said = config.evaluate
-    jobs = evaluate.plan_jobs(
-        shards, order.tasks, said.sets, said.pictures, [PROTOCOLS[name] for name in said.protocols]
-    )
+    shards.check_present(*(("train", "evaluate") if config.data.damage == "refuse" else ("evaluate",)))
+    jobs = _jobs_of(config.evaluate, shards, sampler.tasks)
     _check_score_globs(config.keep.by, sorted({job.name for job in jobs}))
-    _check_step_numbers(config, order.steps_per_epoch)
-    store = open_configured(config.store, config.run.folder)
-    check_run_folder(Checkpoints(store), config, shards.manifest.digest(), resume, open_ticket)
+    _check_step_numbers(config, sampler.steps_per_epoch)
+    store = open_run_store(config, shards.manifest.digest(), resume, open_ticket)
     with torch.device("meta"):
         names = [n for n, _ in models.create(config.model.name, **config.model.sizes()).named_parameters()]
     in_scope(names, config.prune.scope)
-    return RunPlan(shards, order, shares, jobs, store)
+    return RunPlan(shards, sampler, batch_split, jobs, store)
 
 
 def preflight_on_ranks(config: Config, resume: str, ranks: Ranks, open_ticket: OpenTicket) -> RunPlan:
-    """`prepare` on every rank, with all reading and judging done by rank 0 alone."""
-    mine: list[RunPlan] = []
+    """`preflight` for every rank: rank 0 reads and checks, the others get the result."""
+    plans: list[RunPlan] = []
 
     def on_main() -> _SharedPlan:
-        mine.append(preflight(config, ranks.world, resume, open_ticket))
+        plans.append(preflight(config, ranks.world, resume, open_ticket))
         if config.tracking.enabled:
-            tracker.check_reachable(config.tracking.uri)
-        return _SharedPlan(mine[0].shards.manifest.dump(), mine[0].jobs)
+            check_reachable(config.tracking.uri)
+        return _SharedPlan(plans[0].shards.manifest.dump(), plans[0].jobs)
 
-    told = ranks.on_main(on_main, what="manifest")
-    if mine:
-        return mine[0]
-    shards = Shards(open_configured(config.store, config.data.shards), told.manifest)
-    shares = split_batch(config.batch.global_, config.batch.forward, ranks.world)
-    return RunPlan(
-        shards, sampler_of(config, shards), shares, told.jobs, open_configured(config.store, config.run.folder)
-    )
+    shared = ranks.on_main(on_main, what="manifest")
+    if plans:
+        return plans[0]
+    shards = Shards(open_configured(config.store, config.data.shards), shared.manifest)
+    batch_split = split_batch(config.batch.global_, config.batch.forward, ranks.world)
+    store = open_configured(config.store, config.run.folder)
+    return RunPlan(shards, sampler_of(config, shards), batch_split, shared.jobs, store)
 
 
 def sampler_of(config: Config, shards: Shards) -> GlobalSampler:
@@ -100,6 +99,21 @@ def sampler_of(config: Config, shards: Shards) -> GlobalSampler:
     )
 
 
+def _jobs_of(section: EvaluateSection, shards: Shards, tasks: Sequence[Task]) -> list[EvalJob]:
+    scoring = [PROTOCOLS[name] for name in section.protocols]
+    return plan_jobs(shards, tasks, section.sets, section.pictures, scoring)
+
+
+def open_run_store(config: Config, manifest_digest: str, resume: str, open_ticket: OpenTicket) -> Store:
+    """Open the store of run.folder and check what it holds, as `check_run_folder` does.
+
+    Called before a launch, and again under the run's lease, since another launch may have begun the run in between.
+    """
+    store = open_configured(config.store, config.run.folder)
+    check_run_folder(Checkpoints(store), config, manifest_digest, resume, open_ticket)
+    return store
+
+
 def _check_score_globs(globs: tuple[str, ...], names: list[str]) -> None:
     """Raise UserError for a glob of keep.by that no score will answer to."""
     scores = [f"{kind}/{name}" for name in names for kind in ("psnr", "ssim")]
@@ -111,7 +125,7 @@ def _check_score_globs(globs: tuple[str, ...], names: list[str]) -> None:
 
 
 def _check_step_numbers(config: Config, steps_per_epoch: int) -> None:
-    """Raise UserError for a rewind point that round 0 does not pass, and for more batches to score by than a round has."""
+    """Raise UserError for a rewind point that round 0 does not reach, or more calibration batches than a round has."""
     steps, at, batches = steps_per_epoch * config.train.epochs, config.rewind.step, config.prune.criterion_batches
     if at is not None and at >= steps:
         raise UserError(f"rewind.step: found {at}, but a round has {steps} steps. Give an earlier one.")
@@ -123,40 +137,40 @@ def check_run_folder(
     checkpoints: Checkpoints, config: Config, manifest_digest: str, resume: str, open_ticket: OpenTicket
 ) -> None:
     """Raise UserError when the folder holds another run than this one, or resume says otherwise."""
-    where = checkpoints.store.where()
-    found = checkpoints.identity()
-    if found is None:
+    folder = checkpoints.store.where()
+    identity = checkpoints.identity()
+    if identity is None:
         if resume == "must":
-            raise UserError(f"--resume must, but {where} holds no run. Correct run.folder, or use --resume auto.")
+            raise UserError(f"--resume must, but {folder} holds no run. Correct run.folder, or use --resume auto.")
         if checkpoints.commits():
-            raise UserError(f"{where} holds commits but no run.json. Restore it, or choose another run.folder.")
-        initial.check_start_exists(config, open_ticket)
+            raise UserError(f"{folder} holds commits but no run.json. Restore it, or choose another run.folder.")
+        check_start_exists(config, open_ticket)
         return
     if resume == "never":
-        raise UserError(f"--resume never, but {where} holds a run. Choose another run.folder, or use --resume auto.")
-    if found["fingerprint"] != config.fingerprint():
-        other = from_dump(found["config"], f"{where}/run.json")
-        said = "; ".join(differences(config, other)[:6]) or "another version wrote it"
+        raise UserError(f"--resume never, but {folder} holds a run. Choose another run.folder, or use --resume auto.")
+    if identity["fingerprint"] != config.fingerprint():
+        other = from_dump(identity["config"], f"{folder}/run.json")
+        changes = "; ".join(differences(config, other)[:6]) or "another version wrote it"
         raise UserError(
-            f"{where} belongs to another config (fingerprint {found['fingerprint']}, this one is "
-            f"{config.fingerprint()}): {said}. Choose another run.folder, or restore those values."
+            f"{folder} belongs to another config (fingerprint {identity['fingerprint']}, this one is "
+            f"{config.fingerprint()}): {changes}. Choose another run.folder, or restore those values."
         )
-    if found["manifest_digest"] != manifest_digest:
+    if identity["manifest_digest"] != manifest_digest:
         raise UserError(
-            f"{where} was trained on shards with digest {found['manifest_digest'][:12]}, {config.data.shards} has "
+            f"{folder} was trained on shards with digest {identity['manifest_digest'][:12]}, {config.data.shards} has "
             f"{manifest_digest[:12]}: other data. Point data.shards to the first ones, or choose another run.folder."
         )
 
 
-def describe(config: Config, prepared: RunPlan, world: int) -> str:
+def describe(config: Config, plan: RunPlan, world: int) -> str:
     """The recipe in numbers, so that nobody's drifts silently with the number of ranks."""
-    shares, steps = prepared.batch_split, prepared.sampler.steps_per_epoch
-    passes = "pass" if shares.passes == 1 else "passes"
+    split, steps = plan.batch_split, plan.sampler.steps_per_epoch
+    passes = "pass" if split.passes == 1 else "passes"
     samples = steps * config.batch.global_ * config.train.epochs
-    o = config.optimiser
+    optimiser = config.optimiser
     return (
-        f"{ranks_in_words(world)} x {shares.passes} {passes} x {shares.forward} samples = global batch "
+        f"{ranks_in_words(world)} x {split.passes} {passes} x {split.forward} samples = global batch "
         f"{config.batch.global_}; {steps} steps per epoch, {config.train.epochs} epochs, "
-        f"{samples:,} samples per round; {o.name}, learning rate {o.lr:g}, "
+        f"{samples:,} samples per round; {optimiser.name}, learning rate {optimiser.lr:g}, "
         f"warm-up {config.schedule.warmup_epochs:g} epochs, {config.train.precision}"
     )

@@ -1,312 +1,143 @@
-"""What one round of a run does with the outside: train, score, make the ticket, keep it, show it."""
+"""One round of a run: train it, score it, make its ticket, commit it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from importlib import metadata
-from statistics import fmean
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mirl_dist import __version__
 from mirl_dist.config.config import Config
 from mirl_dist.data.loader import TrainLoader
-from mirl_dist.data.resident_images import ResidentImages
-from mirl_dist.data.sample import Batch
 from mirl_dist.data.sampler import BatchSplit, GlobalSampler, Position
-from mirl_dist.data.shard_pool import ShardPool
-from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.errors import Stopped, UserError
-from mirl_dist.evaluation import evaluate
-from mirl_dist.observability.mlflow.tracker import Tracker
-from mirl_dist.observability.progress import bar, say
-from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.prune import PruneConfig, PruneResult
-from mirl_dist.storage.async_writer import AsyncWriter
-from mirl_dist.training import loop, round_report, schedule, selection
-from mirl_dist.training.checkpoint import Checkpoints, rewind_name
-from mirl_dist.training.crash_loop import CrashLoopGuard
+from mirl_dist.distributed.signals import StopSignal
+from mirl_dist.errors import Stopped
+from mirl_dist.evaluation.evaluate import EvalResult
+from mirl_dist.evaluation.score import library_versions
+from mirl_dist.observability.progress import bar
+from mirl_dist.training import loop, schedule
+from mirl_dist.training.committer import Committer
 from mirl_dist.training.lottery import check_pruned_weights
-from mirl_dist.training.state import Progress, Snapshot, TrainState
-from mirl_dist.training.ticket import Curve, Ticket, validation_score
+from mirl_dist.training.round_report import RoundReporter, method_of
+from mirl_dist.training.scoring import Evaluation
+from mirl_dist.training.state import Progress, TrainState
+from mirl_dist.training.ticket import Curve, Ticket
 
 
-def library_versions() -> dict[str, str]:
-    """Of the libraries that scores depend on."""
-    return {name: metadata.version(name) for name in ("numpy", "scikit-image")}
+class TrainData(NamedTuple):
+    """What a round reads: the order of samples, this rank's part of each batch, and its loader."""
+
+    sampler: GlobalSampler
+    batch_split: BatchSplit
+    loader: TrainLoader
+
+
+class RunDigests(NamedTuple):
+    """What every ticket of a run records of it."""
+
+    manifest: str
+    initial: str
 
 
 @dataclass
-class RoundRunner:
-    """The live parts of a run on one rank, and the verbs that `lottery.play` calls."""
+class TrainNetwork:
+    """The network in training: `wrapped` for training steps, `unwrapped` for scoring where every rank has all of it.
 
-    config: Config
-    rule: PruneConfig
-    ranks: Ranks
+    create: makes a network of the same shape.
+    """
+
+    wrapped: nn.Module
+    unwrapped: nn.Module | None
+    create: Callable[[], nn.Module]
     state: TrainState
-    model: nn.Module
-    bare: nn.Module | None
-    make_network: Callable[[], nn.Module]
-    initial: dict[str, Tensor]
-    shards: Shards
-    supply: ShardPool
-    order: GlobalSampler
-    shares: BatchSplit
-    stream: TrainLoader
-    jobs: list[evaluate.EvalJob]
-    how: evaluate.EvalSettings
-    held: ResidentImages
-    probe: Callable[[int], Iterator[Batch]]
-    look_ahead: bool
-    checkpoints: Checkpoints
-    keeper: AsyncWriter
-    footprint: CrashLoopGuard
-    tracker: Tracker
-    stop_requested: Callable[[], bool]
-    news: dict[str, Any]
-    committed: tuple[int, int] | None = None
-    point: dict[str, Tensor] | None = None
-
-    def train_and_score(self) -> Ticket:
-        """Train the round from where it stands, score it, and commit its ticket."""
-        with self.ranks.in_phase("training"):
-            self._train()
-        with self.ranks.in_phase("evaluating"):
-            with self._whole_network() as network:
-                scored = evaluate.evaluate(
-                    network, self.supply, self.jobs, self.ranks, self.how, self.look_ahead, self.stop_requested
-                )
-            if self.config.evaluate.every_epochs is not None:
-                self._add_to_curve(scored)
-        check_pruned_weights(self.state, self.ranks)
-        self._gather_damage()
-        ticket = self._ticket(scored)
-        self.ranks.check_agreement("the ticket", ticket.digest())
-        with self.ranks.in_phase("committing"):
-            self._begin_commit(
-                lambda snapshot, last, waits: self.checkpoints.commit_round(
-                    ticket, snapshot, scored.table(), scored.pictures, last, waits
-                )
-            )
-            self.ranks.on_main(self.keeper.wait, what="commit of the round")
-        return ticket
+    device: torch.device
 
     @contextmanager
-    def _whole_network(self) -> Iterator[nn.Module]:
-        """The network that is trained, to be called by each rank for itself, for ranks score different numbers of
-        images. Where it, or what updates it, is dealt out, that is a copy: as well under ZeRO-1 and 2, whose parameters
-        lie in one flat tensor, which is enough for the CPU's kernels to round otherwise."""
-        if self.bare is not None:
-            yield self.bare
+    def gathered(self) -> Iterator[nn.Module]:
+        """The trained network, to be called by each rank by itself, since ranks score different numbers of images.
+
+        With a sharded network or optimizer this is a gathered copy; under ZeRO-1 and 2 too, whose parameters lie in
+        one flat tensor, which is enough for the CPU's kernels to round otherwise.
+        """
+        if self.unwrapped is not None:
+            yield self.unwrapped
             return
-        network = self.make_network().to(self.ranks.device)
+        network = self.create().to(self.device)
         parameters = dict(network.named_parameters())
         for name, weight in self.state.gather_full(self.state.weights):
             parameters[name].data.copy_(weight)
         yield network
 
+
+@dataclass
+class RoundRunner:
+    """Trains and scores rounds on one rank; the hooks of the training loop (loop.LoopHooks)."""
+
+    config: Config
+    ranks: Ranks
+    state: TrainState
+    network: TrainNetwork
+    data: TrainData
+    evaluation: Evaluation
+    committer: Committer
+    report: RoundReporter
+    stop: StopSignal
+
+    def train_and_score(self, digests: RunDigests) -> Ticket:
+        """Train the round from where it stands, score it, and commit its ticket."""
+        with self.ranks.in_phase("training"):
+            self._train()
+        with self.ranks.in_phase("evaluating"):
+            with self.network.gathered() as network:
+                result = self.evaluation.score_all(network)
+            if self.config.evaluate.every_epochs is not None:
+                self._add_to_curve(result)
+        check_pruned_weights(self.state, self.ranks)
+        self.committer.gather_damage()
+        ticket = self._make_ticket(result, digests)
+        self.ranks.check_agreement("the ticket", ticket.digest())
+        self.committer.commit_round(ticket, result)
+        return ticket
+
     def _train(self) -> None:
-        progress, config = self.state.progress, self.config
-        epochs = config.round_epochs(progress.round)
-        plan = loop.RoundConfig(
-            tasks=self.order.tasks,
-            epochs=epochs,
-            steps_per_epoch=self.order.steps_per_epoch,
-            batch=config.batch.global_,
-            passes=self.shares.passes,
-            clip_norm=config.optimiser.clip_norm,
-            commit_every=config.checkpoint.every_steps,
-            report_every=config.tracking.every_steps,
-            skip_bad=config.guard.skip_bad_batches,
-            spike_factor=config.guard.spike_factor,
-            slow_factor=config.ranks.slow_factor,
-            patch_pixels=config.data.patch_pixels,
-        )
-        round_report.open_round(
-            self.tracker, config, progress.round, self.state.counts, self.state.total(), progress.mask_digest
-        )
-        total = epochs * plan.steps_per_epoch
-        what = f"round {progress.round}"
-        self.news.update(round=progress.round, step=progress.updates, steps=total)
-        stream = self.stream.batches(progress.round, Position(progress.epoch, progress.step), epochs)
+        progress, epochs = self.state.progress, self.config.round_epochs(self.state.progress.round)
+        config = round_config(self.config, self.data, epochs)
+        total = epochs * config.steps_per_epoch
+        self.report.open_round(self.state, total)
+        stream = self.data.loader.batches(progress.round, Position(progress.epoch, progress.step), epochs)
         with (
             closing(stream) as batches,  # its workers end with the round, also with one that fails
-            bar(what, total, start=progress.updates, shown=self.ranks.is_main) as advance,
+            bar(f"round {progress.round}", total, start=progress.updates, shown=self.ranks.is_main) as advance,
         ):
-            loop.train_round(self.state, self.model, batches, plan, self.ranks, self, advance)
-        self.footprint.end_step()
-
-    # -- what the loop asks for (train.Around) ------------------------------------------------------------------
-
-    def rate(self, progress: Progress) -> float:
-        """The learning rate at a position; a one-shot's fine-tuning has a cosine of its own."""
-        config, epochs = self.config, self.config.round_epochs(progress.round)
-        tuning = config.is_finetuning(progress.round)
-        return schedule.rate(
-            (config.prune.finetune_lr if tuning else None) or config.optimiser.lr,
-            by="step" if tuning else config.schedule.by,
-            epoch=progress.epoch,
-            step=progress.step,
-            steps_per_epoch=self.order.steps_per_epoch,
-            warmup_epochs=0 if tuning else config.schedule.warmup_epochs,
-            horizon_epochs=epochs if tuning else config.schedule.horizon_epochs or epochs,
-        )
-
-    def before_step(self, progress: Progress) -> None:
-        self.news.update(round=progress.round, step=progress.updates)
-        if progress.round == 0 and progress.updates == self.config.rewind.step:
-            self._keep_rewind_point(progress)
-        every = self.config.evaluate.every_epochs
-        due = every is not None and progress.step == 0 and progress.epoch > 0 and progress.epoch % every == 0
-        if due and progress.updates not in progress.curve.steps and progress.updates > progress.began:
-            self.evaluate_mid_round()
-        self.footprint.begin_step(progress.round, progress.updates)
+            loop.train_round(self.state, self.network.wrapped, batches, config, self.ranks, self, advance)
+        self.report.end_step()
 
     def evaluate_mid_round(self) -> None:
-        """Score a few images in the midst of a round. Raises Stopped on every rank when asked to stop."""
-        self.footprint.end_step()
-        few = evaluate.first_images(self.jobs, self.config.evaluate.curve_images)
-        how = self.how._replace(protocols=self.how.protocols[:1])
-        with self.ranks.in_phase("evaluating"), self._whole_network() as network:
-            scored = evaluate.evaluate(network, self.held, few, self.ranks, how, False, self.stop_requested)
-        self._add_to_curve(scored)
+        """Score the first images of each score within a round. Raises Stopped on every rank when any was asked to."""
+        self.report.end_step()
+        with self.ranks.in_phase("evaluating"), self.network.gathered() as network:
+            result = self.evaluation.score_first(network)
+        self._add_to_curve(result)
 
-    def _add_to_curve(self, scored: evaluate.EvalResult) -> None:
-        """One more point of the round's curve: the mean of the first images of each score, by the headline protocol."""
-        progress = self.state.progress
-        few = {
-            (job.name, job.place.entry.key)
-            for job in evaluate.first_images(self.jobs, self.config.evaluate.curve_images)
-        }
-        found: dict[str, list[float]] = {}
-        for image in scored.images:
-            if image.protocol == self.how.protocols[0].name and (image.name, image.image) in few:
-                found.setdefault(image.name, []).append(image.psnr)
-        if progress.updates in progress.curve.steps or not found:
+    def _add_to_curve(self, result: EvalResult) -> None:
+        """Add a point to the round's curve, once for each number of updates."""
+        progress, means = self.state.progress, self.evaluation.curve_point(result)
+        if progress.updates in progress.curve.steps or not means:
             return
-        means = {name: fmean(values) for name, values in found.items()}
         progress.curve = Curve(
             steps=(*progress.curve.steps, progress.updates),
             psnr={name: (*progress.curve.psnr.get(name, ()), mean) for name, mean in means.items()},
         )
-        self.tracker.log_step(progress.updates, {f"valid/psnr/{name}": mean for name, mean in means.items()})
+        self.report.log_curve(progress.updates, means)
 
-    def _keep_rewind_point(self, progress: Progress) -> None:
-        """What later rounds return to, kept before any commit that is made after it. Twice is once."""
-        progress.rewind_digest = self.state.digest()
-        self.ranks.check_agreement("the rewind point", progress.rewind_digest)
-        name = rewind_name(progress.rewind_digest)
-        if not self.state.engine.layout.is_replicated:
-            self.point = {name: weight.to("cpu", copy=True) for name, weight in self.state.weights.items()}
-        weights = {n: w.cpu() for n, w in self.state.gather_full(self.state.weights) if self.ranks.is_main}
-        self._write(lambda: self.checkpoints.save_tensors(name, weights), "the rewind point")
-
-    # -- what the story asks for (lottery.play) -----------------------------------------------------------------
-
-    def select(self) -> PruneResult:
-        """The masks of the next round. A tensor that they leave nothing of is told."""
-        next_round = self.state.progress.round + 1
-        pruned = selection.select(
-            self.rule,
-            self.state,
-            self.initial,
-            self._whole_network,
-            lambda: self.probe(next_round),
-            self.ranks,
-            self.stop_requested,
-        )
-        if pruned.collapsed and self.ranks.is_main:
-            shown = ", ".join(pruned.collapsed[:5]) + (", ..." if len(pruned.collapsed) > 5 else "")
-            say(f"warning: round {next_round} leaves nothing of {len(pruned.collapsed)} tensors ({shown})")
-        return pruned
-
-    def rewind_point(self) -> dict[str, Tensor]:
-        """The values that survivors return to: the first ones, or those of a step of round 0.
-
-        A rank that holds a part of the network keeps its part of them: after a restart the file is read once.
-        """
-        if self.config.rewinds_to() != "step":
-            return self.initial
-        if self.point is not None:
-            return self.point
-        kept: list[dict[str, Tensor] | None] = []
-        name = rewind_name(self.state.progress.rewind_digest)
-        self.ranks.on_main(lambda: kept.append(self.checkpoints.tensors(name)), what="rewind point")
-        held = self.state.engine.layout
-        if kept and kept[0] is not None and kept[0].keys() != held.shapes.keys():
-            kept[0] = None
-        point = self.ranks.broadcast_tensors((kept[0] or {}) if kept else None, what="rewind point", layout=held)
-        if not point or masking.digest_of(self.state.gather_full(point)) != self.state.progress.rewind_digest:
-            raise UserError(
-                f"{self.checkpoints.store.where(name)} is damaged or missing, and nothing else holds the weights of "
-                f"step {self.config.rewind.step}. Restore a copy of it, or train in a new run.folder.",
-                everywhere=True,
-            )
-        self.point = None if held.is_replicated else point
-        return point
-
-    def commit_busy(self) -> bool:
-        return self.keeper.busy
-
-    def commit_failed(self) -> bool:
-        return self.keeper.failed or self.checkpoints.lost()
-
-    def raise_commit_failure(self) -> None:
-        def on_main() -> None:
-            self.keeper.raise_failure()
-            self.checkpoints.check()
-
-        self.ranks.on_main(on_main, what="failure of the last commit")
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self.tracker.log_step(step, values)
-        self.news["samples_per_second"] = values["samples_per_second"]
-
-    def commit(self, *, wait: bool) -> None:
-        """Commit the middle of a round: a snapshot now, the rest in the background unless `wait`."""
-        if wait:
-            self.footprint.end_step()  # whoever dies from here on has not died of a step
-        self._gather_damage()
-        with self.ranks.in_phase("committing"):
-            at = self.state.progress.round, self.state.progress.updates
-            if at != self.committed:
-                self._begin_commit(self.checkpoints.commit_step)
-                self.committed = at
-            if wait:
-                self.ranks.on_main(self.keeper.wait, what="commit of the step")
-
-    def _begin_commit(self, write: Callable[[Snapshot, int, bytes], None]) -> None:
-        """Begin to write a snapshot, on rank 0, once the commit before is written. Steps that are committed are not
-        trained, and so not told to MLflow, again: what it has not heard is committed with them."""
-
-        self.tracker.flush()
-        self.ranks.on_main(self.keeper.wait, what="commit before this one")
-        snapshot, keep_last = self.state.snapshot(keep=self.ranks.is_main), self.config.checkpoint.keep_last
-
-        def on_main() -> None:
-            assert snapshot is not None
-            self.keeper.begin(lambda: write(snapshot, keep_last, self.tracker.pending()), "a commit")
-
-        self.ranks.on_main(on_main, what="snapshot")
-
-    def _gather_damage(self) -> None:
-        """What any rank found damaged in this round, into every rank's progress."""
-        for found in self.ranks.gather_objects(self.stream.damaged):
-            self.state.progress.damaged |= found
-
-    def stop_if_asked(self, before: str) -> None:
-        """Raise Stopped on every rank when any was asked to stop."""
-        if self.ranks.any(self.stop_requested(), what="whether to stop"):
-            raise Stopped(f"stopped as asked before {before}; all rounds that were trained are committed")
-
-    def _ticket(self, scored: evaluate.EvalResult) -> Ticket:
-        progress, counts = self.state.progress, self.state.counts
-        headline, *others = self.how.protocols
+    def _make_ticket(self, result: EvalResult, digests: RunDigests) -> Ticket:
+        progress, counts, settings = self.state.progress, self.state.counts, self.evaluation.settings
+        headline, *others = settings.protocols
         densities = {name: counts.alive[name] / size for name, size in counts.all.items()}
         return Ticket(
             round=progress.round,
@@ -316,18 +147,18 @@ class RoundRunner:
             threshold=progress.threshold,
             layer_density=densities,
             mask_digest=progress.mask_digest,
-            initial_digest=masking.digest_of(self.state.gather_full(self.initial)),
+            initial_digest=digests.initial,
             weights_digest=self.state.digest(),
             parent=progress.parent,
             fingerprint=self.config.fingerprint(),
-            manifest_digest=self.shards.manifest.digest(),
+            manifest_digest=digests.manifest,
             protocol=headline.text,
-            scores=scored.scores[headline.name],
-            protocols={protocol.name: protocol.text for protocol in self.how.protocols},
-            also={protocol.name: scored.scores[protocol.name] for protocol in others},
-            measured=self.how.as_recorded(),
+            scores=result.scores[headline.name],
+            protocols={protocol.name: protocol.text for protocol in settings.protocols},
+            also={protocol.name: result.scores[protocol.name] for protocol in others},
+            measured=settings.as_recorded(),
             curve=progress.curve if progress.curve.steps else None,
-            method=round_report.method(self.config, progress.round),
+            method=method_of(self.config, progress.round),
             seed=self.config.run.seed,
             began=progress.began,
             collapsed=tuple(name for name, density in densities.items() if density == 0),
@@ -342,39 +173,81 @@ class RoundRunner:
             versions={"mirl_dist": __version__, "torch": torch.__version__, **library_versions()},
         )
 
-    def _write(self, work: Callable[[], None], what: str) -> None:
-        """Small things, at once, with the keeper's patience."""
-
-        def on_main() -> None:
-            self.keeper.begin(work, what)
-            self.keeper.wait()
-
-        self.ranks.on_main(on_main, what=what)
-
     def record(self, ticket: Ticket) -> None:
-        """Show a committed ticket: one line, and MLflow. Twice is once."""
-        state = self.state
-        masks = {name: mask.cpu() for name, mask in state.gather_full(state.masks) if self.ranks.is_main}
-        self.ranks.on_main(
-            lambda: round_report.ticket(self.tracker, self.config, self.checkpoints, ticket, state.counts, masks),
-            what="record of the round",
-        )
+        """Show a committed ticket on the terminal and in MLflow. Idempotent."""
+        masks = {name: mask.cpu() for name, mask in self.state.gather_full(self.state.masks) if self.ranks.is_main}
+        self.ranks.on_main(lambda: self.report.show_ticket(ticket, masks), what="record of the round")
 
-    def close(self) -> None:
-        """After the last round: keep rounds only; name the best and drop other weights, if the config says so."""
-        with self.ranks.in_phase("committing"):
-            self._write(self._close, "the end of the run")
+    def stop_if_requested(self, before: str) -> None:
+        """Raise Stopped on every rank when any was asked to stop."""
+        if self.ranks.any(self.stop(), what="whether to stop"):
+            raise Stopped(f"stopped as asked before {before}; all rounds that were trained are committed")
 
-    def _close(self) -> None:
-        self.checkpoints.finish()
-        by = self.config.keep.by
-        if not by:
-            return
-        tickets = [t for t in self.checkpoints.tickets() if self.checkpoints.has_weights(t.round)]
-        scores = {t.round: validation_score(t, by) for t in tickets}
-        best = max(scores, key=lambda r: (scores[r], r))
-        self.checkpoints.mark_best(best, scores[best], by)
-        if self.config.keep.rounds == "best":
-            for ticket in self.checkpoints.tickets():
-                if ticket.round not in (best, tickets[-1].round):
-                    self.checkpoints.drop_weights(ticket.round)
+    # -- hooks of the training loop (loop.LoopHooks) --------------------------------------------------------------
+
+    def rate(self, progress: Progress) -> float:
+        """The learning rate at a position."""
+        return learning_rate(self.config, progress, self.data.sampler.steps_per_epoch)
+
+    def before_step(self, progress: Progress) -> None:
+        """Save the rewind point and score within the round where they are due. Raises Stopped on every rank."""
+        self.report.set_position(progress)
+        if progress.round == 0 and progress.updates == self.config.rewind.step:
+            self.committer.save_rewind_point(progress)
+        every = self.config.evaluate.every_epochs
+        due = every is not None and progress.step == 0 and progress.epoch > 0 and progress.epoch % every == 0
+        if due and progress.updates not in progress.curve.steps and progress.updates > progress.began:
+            self.evaluate_mid_round()
+        self.report.begin_step(progress)
+
+    def stop_requested(self) -> bool:
+        return self.stop()
+
+    def commit_busy(self) -> bool:
+        return self.committer.busy()
+
+    def commit_failed(self) -> bool:
+        return self.committer.failed()
+
+    def raise_commit_failure(self) -> None:
+        self.committer.raise_failure()
+
+    def commit(self, *, wait: bool) -> None:
+        if wait:
+            self.report.end_step()  # a process that dies from here on has not died in a step
+        self.committer.commit_step(wait=wait)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.report.log_step(step, values)
+
+
+def round_config(config: Config, data: TrainData, epochs: int) -> loop.RoundConfig:
+    """The numbers of a round of so many epochs."""
+    return loop.RoundConfig(
+        tasks=data.sampler.tasks,
+        epochs=epochs,
+        steps_per_epoch=data.sampler.steps_per_epoch,
+        batch=config.batch.global_,
+        passes=data.batch_split.passes,
+        clip_norm=config.optimiser.clip_norm,
+        commit_every=config.checkpoint.every_steps,
+        report_every=config.tracking.every_steps,
+        skip_bad=config.guard.skip_bad_batches,
+        spike_factor=config.guard.spike_factor,
+        slow_factor=config.ranks.slow_factor,
+        patch_pixels=config.data.patch_pixels,
+    )
+
+
+def learning_rate(config: Config, progress: Progress, steps_per_epoch: int) -> float:
+    """The learning rate at a position; a one-shot's fine-tuning has a cosine of its own."""
+    epochs, finetuning = config.round_epochs(progress.round), config.is_finetuning(progress.round)
+    return schedule.rate(
+        (config.prune.finetune_lr if finetuning else None) or config.optimiser.lr,
+        by="step" if finetuning else config.schedule.by,
+        epoch=progress.epoch,
+        step=progress.step,
+        steps_per_epoch=steps_per_epoch,
+        warmup_epochs=0 if finetuning else config.schedule.warmup_epochs,
+        horizon_epochs=epochs if finetuning else config.schedule.horizon_epochs or epochs,
+    )

@@ -1,33 +1,108 @@
-"""What a round shows of itself: a line on the terminal, and a nested run in MLflow."""
+"""Reports a run: its tickets and losses (terminal, MLflow), and its position (lease, crash marker)."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from mirl_dist.config.config import Config
 from mirl_dist.data.image_strip import rows, strip
 from mirl_dist.errors import UserError
-from mirl_dist.observability import progress
 from mirl_dist.observability.mlflow.records import flat
 from mirl_dist.observability.mlflow.tracker import Tracker
+from mirl_dist.observability.progress import say
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.partition import Counts
-from mirl_dist.training.checkpoint import MASK, PICTURES, SCORES, TICKET, Checkpoints, pack_tensors
+from mirl_dist.training.checkpoint import MASK, PICTURES, SCORES, TICKET, Checkpoints
+from mirl_dist.training.crash_loop import CrashLoopGuard
+from mirl_dist.training.state import Progress, TrainState, pack_tensors
 from mirl_dist.training.ticket import DENSE, Ticket, metrics
 
 
-def method(config: Config, round_: int) -> str:
-    """The word for a round: the run's; for round 0 DENSE, or what control of a ticket it is."""
+@dataclass
+class RoundReporter:
+    """Reports rounds. status: what the lease's heartbeats say; changed here, read by the lease's thread."""
+
+    config: Config
+    checkpoints: Checkpoints
+    tracker: Tracker
+    crash_guard: CrashLoopGuard
+    status: dict[str, Any]
+
+    def open_round(self, state: TrainState, total_steps: int) -> None:
+        """The round of `state` begins, or goes on."""
+        progress, counts = state.progress, state.counts
+        weights = state.total()
+        surviving = weights - sum(counts.all.values()) + sum(counts.alive.values())
+        self._open_mlflow_round(progress.round, surviving, weights, progress.mask_digest)
+        self.status.update(round=progress.round, step=progress.updates, steps=total_steps)
+
+    def set_position(self, progress: Progress) -> None:
+        """Put the position into the lease's heartbeats."""
+        self.status.update(round=progress.round, step=progress.updates)
+
+    def begin_step(self, progress: Progress) -> None:
+        """A process that dies from here on has died in this step."""
+        self.crash_guard.begin_step(progress.round, progress.updates)
+
+    def end_step(self) -> None:
+        """No step is in progress."""
+        self.crash_guard.end_step()
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        """Log losses, rate and speed of a step."""
+        self.tracker.log_step(step, values)
+        self.status["samples_per_second"] = values["samples_per_second"]
+
+    def log_curve(self, step: int, psnr: Mapping[str, float]) -> None:
+        """Log mean PSNR in dB by 'task/set' after so many steps."""
+        self.tracker.log_step(step, {f"valid/psnr/{name}": mean for name, mean in psnr.items()})
+
+    def show_ticket(self, ticket: Ticket, masks: Mapping[str, Tensor]) -> None:
+        """Show a committed ticket on the terminal, and log it with its files to MLflow. Idempotent."""
+        scores = ", ".join(f"{n} {s.psnr:.2f} dB" for n, s in ticket.scores.items())
+        say(
+            f"ticket {ticket.round}: {ticket.alive_total:,} of {ticket.total:,} weights "
+            f"({ticket.total_sparsity:.1%} sparse); {scores or 'no evaluation sets'}"
+        )
+        self._open_mlflow_round(ticket.round, ticket.alive_total, ticket.total, ticket.mask_digest)
+        self.tracker.log_ticket(ticket.round, metrics(ticket))
+        folder = f"tickets/{ticket.round:02d}"
+        self.tracker.log_file(f"{folder}/{TICKET}", ticket.dump(), "round")
+        self.tracker.log_file(f"{folder}/{MASK}", pack_tensors(masking.pack(masks)), "round")
+        table, pictures = self.checkpoints.scores(ticket.round), self.checkpoints.pictures(ticket.round)
+        if table is not None:
+            self.tracker.log_file(f"{folder}/{SCORES}", table, "round")
+        if pictures is not None:
+            self.tracker.log_file(f"{folder}/{PICTURES}", pictures, "round")
+            with contextlib.suppress(UserError):  # of a strip of older versions, which does not name its images
+                for row in rows(pictures):
+                    self.tracker.log_image(row.title, strip([row]), ticket.round)
+        self.tracker.end_round()
+
+    def _open_mlflow_round(self, round_: int, surviving: int, weights: int, mask_digest: str) -> None:
+        """Open a round's nested run, with tags and params to compare it by. surviving, weights: counts over all."""
+        keys = comparison_keys(self.config) | {
+            "round": str(round_),
+            "method": method_of(self.config, round_),
+            "alive_weights": str(surviving),
+            "total_sparsity": f"{1 - surviving / weights:.4f}",
+        }
+        self.tracker.begin_round(round_, keys | {"mask": mask_digest}, keys)
+
+
+def method_of(config: Config, round_: int) -> str:
+    """The word for a round: the run's; for round 0 DENSE, or which control of a ticket it is."""
     if round_:
         return config.method()
     return DENSE if config.start.ticket is None else f"control {config.start.kind}"
 
 
-def said_of(config: Config) -> dict[str, str]:
-    """What runs and rounds are found and compared by."""
+def comparison_keys(config: Config) -> dict[str, str]:
+    """What runs and rounds are searched and compared by."""
     return {
         "criterion": config.prune.criterion,
         "per": config.prune.per,
@@ -39,7 +114,7 @@ def said_of(config: Config) -> dict[str, str]:
 
 
 def params_of(config: Config) -> dict[str, object]:
-    """The params of a run: few, for MLflow writes all of them above each picture, and would hide it."""
+    """The params of a run: few, since MLflow writes all of them above each picture and would hide it."""
     return {
         "method": config.method(),
         "seed": config.run.seed,
@@ -52,51 +127,8 @@ def params_of(config: Config) -> dict[str, object]:
 
 
 def tags_of(config: Config) -> dict[str, str]:
-    """The tags of a run: what it is found and compared by, and as `config.<key>` all that changes the numbers and is
-    not as published. The whole config is run.json, among the run's files."""
-    told = {f"config.{key}": text for key, text in flat(config.experiment_keys()).items()}
-    own = told | said_of(config) | {"method": config.method(), "fingerprint": config.fingerprint()}
+    """The tags of a run: what it is searched and compared by, and as `config.<key>` all that changes the numbers and
+    is not as published. The whole config is run.json, among the run's files."""
+    changed = {f"config.{key}": text for key, text in flat(config.experiment_keys()).items()}
+    own = changed | comparison_keys(config) | {"method": config.method(), "fingerprint": config.fingerprint()}
     return config.tracking.tags | own
-
-
-def open_round(tracker: Tracker, config: Config, round_: int, counts: Counts, weights: int, mask: str) -> None:
-    """Tell MLflow of a round, with tags and params to compare it by. weights: of the whole network; mask: the digest
-    of the round's."""
-    alive = weights - sum(counts.all.values()) + sum(counts.alive.values())
-    said = said_of(config) | {
-        "round": str(round_),
-        "method": method(config, round_),
-        "alive_weights": str(alive),
-        "total_sparsity": f"{1 - alive / weights:.4f}",
-    }
-    tracker.begin_round(round_, said | {"mask": mask}, said)
-
-
-def ticket(
-    tracker: Tracker,
-    config: Config,
-    checkpoints: Checkpoints,
-    ticket: Ticket,
-    counts: Counts,
-    masks: Mapping[str, Tensor],
-) -> None:
-    """Show a committed ticket. Twice is once."""
-    scores = ", ".join(f"{n} {s.psnr:.2f} dB" for n, s in ticket.scores.items())
-    progress.say(
-        f"ticket {ticket.round}: {ticket.alive_total:,} of {ticket.total:,} weights "
-        f"({ticket.total_sparsity:.1%} sparse); {scores or 'no evaluation sets'}"
-    )
-    open_round(tracker, config, ticket.round, counts, ticket.total, ticket.mask_digest)
-    tracker.log_ticket(ticket.round, metrics(ticket))
-    folder = f"tickets/{ticket.round:02d}"
-    tracker.log_file(f"{folder}/{TICKET}", ticket.dump(), "round")
-    tracker.log_file(f"{folder}/{MASK}", pack_tensors(masking.pack(masks)), "round")
-    table, pictures = checkpoints.scores(ticket.round), checkpoints.pictures(ticket.round)
-    if table is not None:
-        tracker.log_file(f"{folder}/{SCORES}", table, "round")
-    if pictures is not None:
-        tracker.log_file(f"{folder}/{PICTURES}", pictures, "round")
-        with contextlib.suppress(UserError):  # of a strip of older versions, which tells of no images
-            for row in rows(pictures):
-                tracker.log_image(row.title, strip([row]), ticket.round)
-    tracker.end_round()

@@ -1,13 +1,14 @@
-"""The masks of the next round: what each criterion needs is brought to it, and every rank cuts the same weights.
+"""The masks of the next round: each criterion gets what it needs, and every rank cuts the same weights.
 
-Scores that need the network or its gradients are made by rank 0 alone, on the same passes whatever the number of ranks,
-and sent to the others: so a mask is the same bits on any number of ranks.
+Scores that need the network or its gradients are computed by rank 0 alone, on the same passes whatever the number of
+ranks, and sent to the others: so a mask is the same bits on any number of ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,100 +16,181 @@ from torch import Tensor, nn
 from mirl_dist.data.sample import Batch
 from mirl_dist.distributed.engines.sharding import ShardLayout
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.errors import Stopped
+from mirl_dist.distributed.signals import StopSignal
+from mirl_dist.errors import Stopped, UserError
+from mirl_dist.observability.progress import say
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning import saliency, synflow
 from mirl_dist.pruning.criteria import CRITERIA, scores_of_weights
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.prune import PruneConfig, PruneResult, prune
 from mirl_dist.training import losses
+from mirl_dist.training.checkpoint import Checkpoints, rewind_name
+from mirl_dist.training.round import TrainNetwork
 from mirl_dist.training.state import TrainState
 
-Batches = Callable[[], Iterable[Batch]]
+Calibration = Callable[[int], Iterable[Batch]]
+
+
+@dataclass
+class Pruner:
+    """What happens between two rounds on one rank: new masks, and the values that survivors return to.
+
+    initial: this rank's part of the initial weights; rewind_step: the step of round 0 to return to, None for the
+    initial weights; calibration: the samples of a round's first global batches.
+    """
+
+    config: PruneConfig
+    rewind_step: int | None
+    state: TrainState
+    initial: dict[str, Tensor]
+    network: TrainNetwork
+    calibration: Calibration
+    checkpoints: Checkpoints
+    ranks: Ranks
+    stop: StopSignal
+
+    def select(self) -> PruneResult:
+        """The masks of the next round; warns of tensors that they leave nothing of."""
+        next_round = self.state.progress.round + 1
+        result = select(
+            self.config,
+            self.state,
+            self.initial,
+            self.network.gathered,
+            lambda: self.calibration(next_round),
+            self.ranks,
+            self.stop,
+        )
+        if result.collapsed and self.ranks.is_main:
+            names = ", ".join(result.collapsed[:5]) + (", ..." if len(result.collapsed) > 5 else "")
+            say(f"warning: round {next_round} leaves nothing of {len(result.collapsed)} tensors ({names})")
+        return result
+
+    def rewind_point(self) -> dict[str, Tensor]:
+        """This rank's part of the values that survivors return to.
+
+        Raises UserError, on every rank, where the run's file of them is damaged or missing.
+        """
+        if self.rewind_step is None:
+            return self.initial
+        name, layout = rewind_name(self.state.progress.rewind_digest), self.state.engine.layout
+        weights: list[dict[str, Tensor] | None] = []
+        self.ranks.on_main(lambda: weights.append(self.checkpoints.tensors(name)), what="rewind point")
+        if weights and weights[0] is not None and weights[0].keys() != layout.shapes.keys():
+            weights[0] = None
+        own = (weights[0] or {}) if weights else None
+        point = self.ranks.broadcast_tensors(own, what="rewind point", layout=layout)
+        if not point or masking.digest_of(self.state.gather_full(point)) != self.state.progress.rewind_digest:
+            raise UserError(
+                f"{self.checkpoints.store.where(name)} is damaged or missing, and nothing else holds the weights of "
+                f"step {self.rewind_step}. Restore a copy of it, or train in a new run.folder.",
+                everywhere=True,
+            )
+        return point
 
 
 def select(
-    rule: PruneConfig,
+    config: PruneConfig,
     state: TrainState,
     initial: dict[str, Tensor],
-    whole_network: Callable[[], AbstractContextManager[nn.Module]],
-    batches: Batches,
+    gathered_network: Callable[[], AbstractContextManager[nn.Module]],
+    calibration: Callable[[], Iterable[Batch]],
     ranks: Ranks,
-    stop_asked: Callable[[], bool],
+    stop_requested: Callable[[], bool],
 ) -> PruneResult:
-    """New masks by a rule, of what each rank holds. whole_network: with the trained weights, left as it is.
+    """New masks by a criterion, of what each rank holds. gathered_network: with the trained weights, left as it is.
 
-    Where weights are dealt out, each rank counts magnitudes and chance on its own part, and no rank holds the network;
-    criteria that need its gradients gather it. batches: called on rank 0 alone, by criteria that need gradients. Raises
-    UserError, on every rank, for weights or scores that are not finite; Stopped, on every rank, when rank 0 is asked to
-    stop while it makes scores.
+    With sharded weights, each rank scores magnitudes and random numbers on its own part, and no rank holds the network;
+    criteria that need its gradients gather it. calibration: called on rank 0 alone, by criteria that need gradients.
+    Raises UserError, on every rank, for weights or scores that are not finite; Stopped, on every rank, when rank 0 is
+    asked to stop while it computes scores.
     """
-    criterion = CRITERIA[rule.criterion]
-    values: dict[str, Tensor] = {n: p.detach() for n, p in state.weights.items()}
-    if criterion.of == "initial":
-        values = {n: initial[n].to(p.device, copy=True) for n, p in state.weights.items()}
-        masking.apply_masks(values, state.masks)
-    share, held = state.engine.partition, state.engine.layout
+    criterion, partition, layout = CRITERIA[config.criterion], state.engine.partition, state.engine.layout
+    values = _values(criterion.of, state, initial)
     if criterion.needs == "nothing":
-        drawn = None if held.is_replicated or rule.criterion != "random" else _chance(rule, held)
-        return prune(values, state.masks, rule, share, ranks.gather, drawn)
+        local_scores = config.criterion == "random" and not layout.is_replicated
+        scores_of_part = _random_part_scores(config, layout) if local_scores else None
+        return prune(values, state.masks, config, partition, ranks.gather, scores_of_part)
     values = {n: v for n, v in state.gather_full(values) if ranks.is_main}  # the others only help to gather them
     masks = {n: m for n, m in state.gather_full(state.masks) if ranks.is_main}
 
-    def go_on() -> None:
-        if stop_asked():
+    def check_stop() -> None:
+        if stop_requested():
             raise Stopped("stopped as asked while selecting; all rounds that were trained are committed")
 
-    if criterion.needs == "network":
-        with whole_network() as network:
-            return _by_flow(rule, state, values, masks, network, ranks, go_on)
-    scored: list[dict[str, Tensor]] = []
+    with gathered_network() as network:
+        if criterion.needs == "network":
+            return _select_by_synflow(config, state, values, masks, network, ranks, check_stop)
+        scores = _gradient_scores(values, masks, network, calibration, ranks, check_stop)
+    own = ranks.broadcast_tensors(scores, what="scores", layout=layout)
+    own = {n: own[n].to(state.masks[n].device) for n in state.masks}
+    return prune(state.weights, state.masks, config, partition, ranks.gather, own)
+
+
+def _values(of: str, state: TrainState, initial: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's part of the weights to score: the trained ones, or copies of the initial ones, zero where pruned."""
+    if of != "initial":
+        return {name: weight.detach() for name, weight in state.weights.items()}
+    values = {name: initial[name].to(weight.device, copy=True) for name, weight in state.weights.items()}
+    masking.apply_masks(values, state.masks)
+    return values
+
+
+def _random_part_scores(config: PruneConfig, layout: ShardLayout) -> Callable[[str], Tensor]:
+    """This rank's part of the scores that whole tensors would have."""
+
+    def scores_of(name: str) -> Tensor:
+        whole = torch.empty(layout.shapes[name])
+        return layout.part_of(name, scores_of_weights(config.criterion, name, whole, config.seed))
+
+    return scores_of
+
+
+def _gradient_scores(
+    values: dict[str, Tensor],
+    masks: Masks,
+    network: nn.Module,
+    calibration: Callable[[], Iterable[Batch]],
+    ranks: Ranks,
+    check_stop: Callable[[], None],
+) -> dict[str, Tensor] | None:
+    """Scores of the prunable weights by their gradients on calibration batches, on rank 0; None on the others."""
+    scores: list[dict[str, Tensor]] = []
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in batches():
-            go_on()
+        for batch in calibration():
+            check_stop()
             yield batch.degraded, batch.clean
 
-    def sense() -> None:
-        found = saliency.gradients(network, pairs(), _loss, at=values)
-        scored.append({n: s for n, s in saliency.scores(values, found).items() if n in masks})
+    def compute() -> None:
+        gradients = saliency.gradients(network, pairs(), _loss, at=values)
+        scores.append({n: s for n, s in saliency.scores(values, gradients).items() if n in masks})
 
-    with whole_network() as network:
-        ranks.on_main(sense, what="gradients")
-    scores = ranks.broadcast_tensors(scored[0] if scored else None, what="scores", layout=held)
-    here = {n: scores[n].to(state.masks[n].device) for n in state.masks}
-    return prune(state.weights, state.masks, rule, share, ranks.gather, here)
+    ranks.on_main(compute, what="gradients")
+    return scores[0] if scores else None
 
 
-def _chance(rule: PruneConfig, held: ShardLayout) -> Callable[[str], Tensor]:
-    """The parts of a rank of the scores that whole tensors would have."""
-
-    def of(name: str) -> Tensor:
-        whole = torch.empty(held.shapes[name])
-        return held.part_of(name, scores_of_weights(rule.criterion, name, whole, rule.seed))
-
-    return of
-
-
-def _by_flow(
-    rule: PruneConfig,
+def _select_by_synflow(
+    config: PruneConfig,
     state: TrainState,
     values: dict[str, Tensor],
     masks: Masks,
     network: nn.Module,
     ranks: Ranks,
-    go_on: Callable[[], None],
+    check_stop: Callable[[], None],
 ) -> PruneResult:
-    made: list[PruneResult] = []
+    """Masks by SynFlow, iterated on rank 0 and sent to the others."""
+    results: list[PruneResult] = []
 
-    def flow() -> tuple[float, int, tuple[str, ...]]:
-        made.append(synflow.iterate(network, values, masks, rule, before_step=go_on))
-        return made[0].threshold, made[0].removed, made[0].collapsed
+    def iterate() -> tuple[float, int, tuple[str, ...]]:
+        results.append(synflow.iterate(network, values, masks, config, before_step=check_stop))
+        return results[0].threshold, results[0].removed, results[0].collapsed
 
-    told = ranks.on_main(flow, what="SynFlow")
-    held = state.engine.layout
-    new = ranks.broadcast_tensors(made[0].masks if made else None, what="masks", layout=held)
-    return PruneResult({n: new[n].to(state.masks[n].device) for n in state.masks}, *told)
+    threshold, removed, collapsed = ranks.on_main(iterate, what="SynFlow")
+    whole = results[0].masks if results else None
+    own = ranks.broadcast_tensors(whole, what="masks", layout=state.engine.layout)
+    return PruneResult({n: own[n].to(state.masks[n].device) for n in state.masks}, threshold, removed, collapsed)
 
 
 def _loss(restored: Tensor, clean: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import safetensors
+import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -119,10 +121,12 @@ class TrainState:
         """Parameters of the whole network."""
         return sum(torch.Size(shape).numel() for shape in self.engine.layout.shapes.values())
 
-    def gather_full(self, parts: Mapping[str, Tensor], held: ShardLayout | None = None) -> Iterator[tuple[str, Tensor]]:
+    def gather_full(
+        self, parts: Mapping[str, Tensor], layout: ShardLayout | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors, one by one in the order of names, of parts that lie as the weights do, or as `held` says. A
         meeting of all ranks for each where they hold parts."""
-        return gather_full(parts, held or self.engine.layout, self.gather)
+        return gather_full(parts, layout or self.engine.layout, self.gather)
 
     def digest(self) -> str:
         """Of the whole network's weights; a meeting as `whole`."""
@@ -130,12 +134,13 @@ class TrainState:
 
     def check_same_network(self, whole: Mapping[str, Tensor]) -> None:
         """Raise UserError for names or shapes that are not the network's."""
-        mine, theirs = self.engine.layout.shapes, {name: tuple(t.shape) for name, t in whole.items()}
-        if mine != theirs:
-            odd = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
+        expected, saved = self.engine.layout.shapes, {name: tuple(t.shape) for name, t in whole.items()}
+        if expected != saved:
+            mismatched = sorted(n for n in expected.keys() | saved.keys() if expected.get(n) != saved.get(n))
             raise UserError(
-                f"saved weights and the network differ in {len(odd)} tensors, first '{odd[0]}': saved "
-                f"{theirs.get(odd[0], 'absent')}, network {mine.get(odd[0], 'absent')}. The model section differs.",
+                f"saved weights and the network differ in {len(mismatched)} tensors, first '{mismatched[0]}': saved "
+                f"{saved.get(mismatched[0], 'absent')}, network {expected.get(mismatched[0], 'absent')}. The model "
+                "section differs.",
                 everywhere=True,
             )
 
@@ -168,11 +173,11 @@ class TrainState:
             torch.cuda.synchronize()  # the copies are on their way only
         return Snapshot(self.progress.model_copy(deep=True), masks, weights, moments)
 
-    def _each(self, parts: Mapping[str, Tensor], held: ShardLayout, keep: bool) -> Iterator[tuple[str, Tensor]]:
+    def _each(self, parts: Mapping[str, Tensor], layout: ShardLayout, keep: bool) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors for the rank that keeps them; the others only help to make them."""
-        if held.is_replicated and not keep:
+        if layout.is_replicated and not keep:
             return
-        for name, tensor in self.gather_full(parts, held):
+        for name, tensor in self.gather_full(parts, layout):
             if keep:
                 yield name, tensor
 
@@ -182,3 +187,17 @@ class TrainState:
                 pinned = tensor.device.type == "cuda"  # page-locked memory: the copy runs at the bus's speed
                 self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
             yield name, self._copies[name].copy_(tensor, non_blocking=True)
+
+
+def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Named tensors to safetensors bytes; the same tensors give the same bytes."""
+    plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    return safetensors.torch.save(plain)
+
+
+def unpack_masks(data: bytes, shapes: Mapping[str, tuple[int, ...]], source: str) -> Masks:
+    """A commit's masks, by name. Raises UserError for those of another model or scope."""
+    try:
+        return masking.unpack(safetensors.torch.load(data), shapes)
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f"{source}/mask.safetensors: {error}. The prune.scope or the model differs.") from None

@@ -101,8 +101,8 @@ class Ticket(BaseModel):
     def digest(self) -> str:
         """Hex SHA-256 over all that the experiment determines: not time, ranks, engine or versions."""
         absent = {name for name in _LATER if getattr(self, name) == type(self).model_fields[name].default}
-        told = self.model_dump(mode="json", exclude={"seconds", "world", "engine", "versions"} | absent)
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        tree = self.model_dump(mode="json", exclude={"seconds", "world", "engine", "versions"} | absent)
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     def dump(self) -> bytes:
         return (
@@ -152,9 +152,12 @@ class Ticket(BaseModel):
 _LATER = ("bad", "method", "seed", "began", "collapsed", "protocols", "also", "measured", "curve")
 
 
-def parse(data: bytes, where: str) -> Ticket:
-    """The ticket that `dump` wrote, wherever it comes from. Raises UserError for a file that is none, for what no run could
-    have written (numbers outside their ranges, text that would upset a terminal), and where the digest does not fit."""
+def parse(data: bytes, source: str) -> Ticket:
+    """The ticket that `dump` wrote. source: where it comes from, for messages.
+
+    Raises UserError for data that is no ticket, for values that no run could have written (numbers outside their
+    ranges, text that would upset a terminal), and where the digest does not fit.
+    """
     try:
         raw = json.loads(data, parse_constant=_reject_constant)
         claimed = raw.pop("digest", None) if isinstance(raw, dict) else None
@@ -162,16 +165,18 @@ def parse(data: bytes, where: str) -> Ticket:
         strict_json.parse(json.dumps(_texts(ticket)).encode())
     except ValidationError as error:
         first = error.errors()[0]
-        said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".encode("unicode_escape").decode()[:160]
-        raise UserError(f"{where} is not a ticket ({said}). Take it from a run folder.") from None
+        record = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".encode("unicode_escape").decode()[:160]
+        raise UserError(f"{source} is not a ticket ({record}). Take it from a run folder.") from None
     except (ValueError, RecursionError) as error:
-        said = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{where} is not a ticket ({said}). Take it from a run folder.") from None
-    odd = _impossible_values(ticket)
-    if odd:
-        raise UserError(f"{where}: its record counts what cannot be: {odd}. Take it from the run folder again.")
+        record = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{source} is not a ticket ({record}). Take it from a run folder.") from None
+    unprintable = _impossible_values(ticket)
+    if unprintable:
+        raise UserError(
+            f"{source}: its record counts what cannot be: {unprintable}. Take it from the run folder again."
+        )
     if claimed != ticket.digest():
-        raise UserError(f"{where}: its content does not have the digest it states. Take it from the run folder again.")
+        raise UserError(f"{source}: its content does not have the digest it states. Take it from the run folder again.")
     return ticket
 
 
@@ -181,13 +186,13 @@ def _reject_constant(word: str) -> float:
 
 def _texts(ticket: Ticket) -> list[str]:
     """What tables, charts and messages show of a ticket."""
-    found = [ticket.format, ticket.method, ticket.engine, ticket.protocol, ticket.parent or "", ticket.fingerprint]
-    found += [ticket.mask_digest, ticket.initial_digest, ticket.weights_digest, ticket.manifest_digest]
-    found += [*ticket.layer_density, *ticket.collapsed, *ticket.scores]
-    found += [name for scores in ticket.also.values() for name in scores]
-    found += [] if ticket.curve is None else ticket.curve.psnr
+    texts = [ticket.format, ticket.method, ticket.engine, ticket.protocol, ticket.parent or "", ticket.fingerprint]
+    texts += [ticket.mask_digest, ticket.initial_digest, ticket.weights_digest, ticket.manifest_digest]
+    texts += [*ticket.layer_density, *ticket.collapsed, *ticket.scores]
+    texts += [name for scores in ticket.also.values() for name in scores]
+    texts += [] if ticket.curve is None else ticket.curve.psnr
     trees: tuple[Mapping[str, str], ...] = (ticket.protocols, ticket.measured, ticket.versions)
-    return found + [*ticket.also] + [text for tree in trees for pair in tree.items() for text in pair]
+    return texts + [*ticket.also] + [text for tree in trees for pair in tree.items() for text in pair]
 
 
 def _impossible_values(ticket: Ticket) -> str:
@@ -213,7 +218,7 @@ def _impossible_values(ticket: Ticket) -> str:
 def metrics(ticket: Ticket) -> dict[str, float]:
     """Flat named numbers for comparison: psnr/<task>/<set> by the headline protocol, psnr.<protocol>/<task>/<set> by
     others, the same for ssim, alive weights, densities."""
-    found: dict[str, float] = {
+    values: dict[str, float] = {
         "alive_weights": ticket.alive_total,
         "alive_prunable": ticket.alive,
         "sparsity": ticket.sparsity,
@@ -223,23 +228,23 @@ def metrics(ticket: Ticket) -> dict[str, float]:
         "bad_batches": ticket.bad,
     }
     for name, score in ticket.scores.items():
-        found[f"psnr/{name}"], found[f"ssim/{name}"] = score.psnr, score.ssim
+        values[f"psnr/{name}"], values[f"ssim/{name}"] = score.psnr, score.ssim
     for protocol, scores in ticket.also.items():
         for name, score in scores.items():
-            found[f"psnr.{protocol}/{name}"], found[f"ssim.{protocol}/{name}"] = score.psnr, score.ssim
-    found |= {f"best_step/{name}": step for name, step in ticket.best_steps().items()}
+            values[f"psnr.{protocol}/{name}"], values[f"ssim.{protocol}/{name}"] = score.psnr, score.ssim
+    values |= {f"best_step/{name}": step for name, step in ticket.best_steps().items()}
     if ticket.scores:
-        found["psnr/mean"] = fmean(s.psnr for s in ticket.scores.values())
-    return found | {f"weights/density/{name}": value for name, value in ticket.layer_density.items()}
+        values["psnr/mean"] = fmean(s.psnr for s in ticket.scores.values())
+    return values | {f"weights/density/{name}": value for name, value in ticket.layer_density.items()}
 
 
 def validation_score(ticket: Ticket, globs: tuple[str, ...]) -> float:
     """The mean of the scores that the globs name. Raises UserError when they name none."""
     from fnmatch import fnmatchcase
 
-    found = metrics(ticket)
-    found.pop("psnr/mean", None)
-    named: Mapping[str, float] = {n: v for n, v in found.items() if n.startswith(("psnr/", "ssim/"))}
+    scores = metrics(ticket)
+    scores.pop("psnr/mean", None)
+    named: Mapping[str, float] = {n: v for n, v in scores.items() if n.startswith(("psnr/", "ssim/"))}
     chosen = [v for n, v in named.items() if any(fnmatchcase(n, g) for g in globs)]
     if not chosen:
         raise UserError(

@@ -13,9 +13,9 @@ from mirl_dist.config.config import from_dump
 from mirl_dist.distributed.engines.ddp import DdpEngine
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import Folder
-from mirl_dist.training.checkpoint import Checkpoints, pack_tensors, rewind_name
+from mirl_dist.training.checkpoint import Checkpoints, rewind_name
 from mirl_dist.training.lottery import LotteryConfig
-from mirl_dist.training.state import TrainState
+from mirl_dist.training.state import TrainState, pack_tensors
 
 TO_STEP = {"rewind.to": "step", "rewind.step": 2, "prune.rounds": 1, "evaluate.every_epochs": 1}
 

@@ -30,8 +30,8 @@ from mirl_dist.training.checkpoint import (
     TICKET,
     WEIGHTS,
     Checkpoints,
-    pack_tensors,
 )
+from mirl_dist.training.state import pack_tensors
 from tests.services.s3_server import S3Server
 from tests.storage.snapshots import (
     Calls,

@@ -26,10 +26,8 @@ from mirl_dist.training.checkpoint import (
     TRACKING,
     WEIGHTS,
     Checkpoints,
-    pack_tensors,
-    unpack_masks,
 )
-from mirl_dist.training.state import Progress
+from mirl_dist.training.state import Progress, pack_tensors, unpack_masks
 from mirl_dist.training.ticket import metrics, parse, validation_score
 from tests.storage.snapshots import SHAPES, commit_round, commit_steps, masks, progress, snapshot, ticket, weights
 
