@@ -31,9 +31,8 @@ from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import NotFound, Rejected, Store, Unavailable
 from mirl_dist.storage.commits import Commits, Reader, Writer, add_digest, check_digest, to_json, unsigned
-from mirl_dist.training import ticket as tickets
 from mirl_dist.training.state import Progress, Snapshot, pack_tensors
-from mirl_dist.training.ticket import Ticket
+from mirl_dist.training.ticket import Ticket, parse
 
 RUN, INITIAL, TRACKING, BEST = "run.json", "initial.safetensors", "tracking.json", "best.json"
 START = "start.safetensors"
@@ -254,8 +253,7 @@ class Checkpoints:
         return self._ticket(self._ended(round_))
 
     def _ticket(self, folder: str) -> Ticket:
-        name = f"{folder}/{TICKET}"
-        return tickets.parse(self.store.get(name), self.store.where(name))
+        return parse(self.store.get(f"{folder}/{TICKET}"), self.store.where(f"{folder}/{TICKET}"))
 
     def pictures(self, round_: int) -> bytes | None:
         """The PNG of degraded, restored and clean that a round drew, if it had images to score."""

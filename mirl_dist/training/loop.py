@@ -138,8 +138,8 @@ def commit(hooks: LoopHooks, meter: Meter, *, wait: bool) -> None:
 def commit_and_stop(hooks: LoopHooks, meter: Meter) -> NoReturn:
     """Commit the state and raise Stopped."""
     commit(hooks, meter, wait=True)
-    progress = meter.progress
-    raise Stopped(f"stopped as asked in round {progress.round} after {progress.updates} steps; committed")
+    position = f"round {meter.progress.round} after {meter.progress.updates} steps"
+    raise Stopped(f"stopped as asked in {position}; committed")
 
 
 def forward_backward(
@@ -154,8 +154,7 @@ def forward_backward(
 ) -> StepStatus:
     """All passes of a step; the status of the last one, with the mean loss and the replaced reads of all.
 
-    Ends early where a rank has no batch. After a pass with a loss that is not finite on any rank the step is skipped:
-    the passes that follow are read, but add no gradient. Raises UserError when no step may be skipped any more.
+    Ends early where a rank has no batch. After a loss that is not finite on any rank the step is skipped.
     """
     loss, replaced = 0.0, 0
     for number in range(config.passes):
@@ -218,8 +217,7 @@ def sync_status(
 def update_weights(state: TrainState, lr: float, step_losses: StepLosses, config: RoundConfig, ranks: Ranks) -> Tensor:
     """Mask and clip the gradients and make one optimiser step, or drop them where the step is skipped.
 
-    Returns the norm of the averaged gradient, NaN for a step that was skipped for its loss. Marks a step as skipped
-    whose gradient is not finite, or raises UserError when no step may be skipped any more.
+    Returns the norm of the averaged gradient (NaN where a loss was not finite); marks a step as skipped where it is not.
     """
     norm = torch.tensor(float("nan"))
     if not step_losses.skipped:

@@ -41,8 +41,8 @@ def file_of(place: Path) -> Path:
 
 def test_a_process_that_is_killed_in_a_step_leaves_that_step() -> None:
     code = (
-        "import os\nfrom mirl_dist.training.crash_loop import Footprint\n"
-        f"f = Footprint.open({RUN!r}, 1)\nf.step(2, 135)\nf.step(2, 136)\nos.kill(os.getpid(), 9)"
+        "import os\nfrom mirl_dist.training.crash_loop import CrashLoopGuard\n"
+        f"f = CrashLoopGuard.open({RUN!r}, 1)\nf.begin_step(2, 135)\nf.begin_step(2, 136)\nos.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -9
     assert CrashLoopGuard.open(RUN, 1).repeated == (2, 136)
@@ -100,7 +100,7 @@ def test_a_clean_end_before_that_step_forgets_nothing() -> None:
     assert CrashLoopGuard.open(RUN, 3).repeated == (2, 136)
 
 
-@pytest.mark.parametrize("then", ["rest", "close"])
+@pytest.mark.parametrize("then", ["end_step", "close"])
 def test_who_dies_outside_a_step_or_leaves_with_a_word_has_not_died_of_it(then: str) -> None:
     for _ in range(5):
         assert launch_that_dies((0, 3), then=then).repeated is None

@@ -25,7 +25,7 @@ from mirl_dist.cli import app
 from mirl_dist.distributed.engines import sharded_gradients
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks
-from mirl_dist.storage import async_writer, commits
+from mirl_dist.storage import async_writer, commits, local
 from mirl_dist.training import loop
 from mirl_dist.training import losses as objective
 
@@ -78,8 +78,8 @@ def at_put(plan: Plan) -> None:
 
     storage.Folder.put = putting  # type: ignore[method-assign]
     storage.Folder.put_if_absent = putting_if_absent  # type: ignore[method-assign]
-    storage.folder.os.replace = replacing  # type: ignore[assignment]
-    storage.folder.os.link = linking  # type: ignore[assignment]
+    local.os.replace = replacing  # type: ignore[assignment]
+    local.os.link = linking  # type: ignore[assignment]
 
 
 def at_step(plan: Plan) -> None:
@@ -91,13 +91,13 @@ def at_step(plan: Plan) -> None:
     def now() -> bool:
         return bool(where) and [where[0].progress.round, where[0].progress.updates] == plan["step"]
 
-    def training(state: Any, model: Any, batches: Any, numbers: Any, ranks: Any, around: Any, advance: Any) -> None:
-        where[:] = [state, around]
-        train_round(state, model, batches, numbers, ranks, around, advance)
+    def training(state: Any, model: Any, batches: Any, config: Any, ranks: Any, hooks: Any, advance: Any) -> None:
+        where[:] = [state, hooks]
+        train_round(state, model, batches, config, ranks, hooks, advance)
 
     def before_closing() -> None:
         if now() and "do" not in plan:
-            where[1].keeper.settle(60)  # a commit that is under way is the matter of other mishaps
+            where[1].committer.writer.wait_at_most(60)  # a commit that is under way is the matter of other mishaps
             die(plan)
         if now() and plan.get("do") == "fault":
             raise UserError("found a planned fault, in this rank alone, so that a test can see it.")
