@@ -1,0 +1,1 @@
+"""The typed tree of a run, and how YAML becomes one."""

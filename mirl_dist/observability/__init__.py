@@ -1,0 +1,1 @@
+"""What a run shows: console, progress bars, logs, MLflow."""

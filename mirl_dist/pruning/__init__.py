@@ -1,0 +1,1 @@
+"""Masks, the exact quantile, criteria, rewinding: pure functions over named tensors."""

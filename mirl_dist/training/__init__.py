@@ -1,0 +1,1 @@
+"""A run: rounds of train, score, prune and rewind."""

@@ -217,7 +217,7 @@ def sync_status(
 def update_weights(state: TrainState, lr: float, step_losses: StepLosses, config: RoundConfig, ranks: Ranks) -> Tensor:
     """Mask and clip the gradients and make one optimiser step, or drop them where the step is skipped.
 
-    Returns the norm of the averaged gradient (NaN where a loss was not finite); marks a step as skipped where it is not.
+    Returns the norm of the averaged gradient, NaN for a skipped loss. Marks a step whose norm is not finite as skipped.
     """
     norm = torch.tensor(float("nan"))
     if not step_losses.skipped:
@@ -241,7 +241,7 @@ def advance_progress(progress: Progress, config: RoundConfig, *, replaced: int =
 
 
 class Meter:
-    """Losses, samples and time since the last report, over all ranks; what the last commit carried over is included."""
+    """Losses, samples and time since the last report; what the last commit carried over is included."""
 
     def __init__(self, config: RoundConfig, progress: Progress, ranks: Ranks) -> None:
         self.config, self.progress, self.ranks = config, progress, ranks

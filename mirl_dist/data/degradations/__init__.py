@@ -1,0 +1,1 @@
+"""Noise, blur, rain, haze, snow and lost resolution, made on images."""

@@ -1,0 +1,1 @@
+"""The launcher: starts ranks, stops them, starts them again."""

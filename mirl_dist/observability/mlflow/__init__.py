@@ -1,0 +1,1 @@
+"""MLflow: records kept until they are delivered, and reading back."""
