@@ -13,18 +13,19 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import nn
 
 from mirl_dist.config.seeding import generator
 from mirl_dist.config.tasks import Task
-from mirl_dist.data import image_strip as pictures
+from mirl_dist.data import image_strip
 from mirl_dist.data.manifest import CLEAN, DEGRADED, Shard
 from mirl_dist.data.resident_images import ImageSource
 from mirl_dist.data.sample import Pixels, to_tensor
 from mirl_dist.data.shards import SamplePlace, Shards
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.errors import Stopped, UserError
+from mirl_dist.errors import InvariantError, Stopped, UserError
 from mirl_dist.evaluation import metrics, protocols, tiling
 from mirl_dist.evaluation.protocols import PROTOCOLS, ScoringProtocol
 from mirl_dist.evaluation.score import Score
@@ -81,7 +82,7 @@ class ImageScore(NamedTuple):
 class _ImageResult(NamedTuple):
     number: int
     scores: tuple[ImageScore, ...]
-    row: pictures.Row | None
+    row: image_strip.Row | None
 
 
 class EvalResult(NamedTuple):
@@ -144,17 +145,17 @@ def plan_jobs(
 def first_images(jobs: Sequence[EvalJob], images: int) -> list[EvalJob]:
     """The first `images` jobs of each 'task/set', none of them pictured."""
     by_name = groupby(jobs, key=lambda job: job.name)
-    return [job._replace(pictured=False) for _, of in by_name for job in islice(of, images)]
+    return [job._replace(pictured=False) for _, group in by_name for job in islice(group, images)]
 
 
 def degraded_and_clean(
-    supply: ImageSource, job: EvalJob, protocol: ScoringProtocol, seed: int
+    source: ImageSource, job: EvalJob, protocol: ScoringProtocol, seed: int
 ) -> tuple[Pixels | Image, Pixels]:
     """The test pair of a job by a protocol: what the network is given (uint8, or float32 where the protocol does not
     quantise noise) and the clean uint8 image, cropped alike; its chance depends on seed, set, name and task."""
-    clean = protocols.cropped(protocol, supply.image(job.place, CLEAN))
+    clean = protocols.cropped(protocol, source.image(job.place, CLEAN))
     if job.place.entry.image(DEGRADED) is not None:
-        return protocols.cropped(protocol, supply.image(job.place, DEGRADED)), clean
+        return protocols.cropped(protocol, source.image(job.place, DEGRADED)), clean
     noise = generator("test", seed, job.set, job.place.entry.key, job.task.name)
     return protocols.degraded(protocol, job.task, clean, noise), clean
 
@@ -172,36 +173,37 @@ def restore(
     image: (H, W, 3), uint8, or float32 in the network's range. precision: fp32 or bf16 (torch's autocast).
     """
 
-    def work(part: NDArray[Any]) -> Image:
-        eight_bit = part.dtype == np.uint8
-        given = to_tensor([part]) if eight_bit else torch.from_numpy(part[None].transpose(0, 3, 1, 2).copy())
+    def restore_part(part: NDArray[Any]) -> Image:
+        is_8bit = part.dtype == np.uint8
+        batch = to_tensor([part]) if is_8bit else torch.from_numpy(rearrange(part, "h w c -> 1 c h w").copy())
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            restored = model(given.to(device))
-        out: Image = restored[0].float().permute(1, 2, 0).contiguous().cpu().numpy()
-        return out
+            output = model(batch.to(device)).float()
+        restored: Image = rearrange(output, "1 c h w -> h w c").contiguous().cpu().numpy()
+        return restored
 
-    restored = work(image) if tile_pixels is None else tiling.tiled(work, image, tile_pixels, tile_overlap)
-    return np.clip(restored, 0, 1)
+    if tile_pixels is None:
+        return np.clip(restore_part(image), 0, 1)
+    return np.clip(tiling.restore_tiled(restore_part, image, tile_pixels, tile_overlap), 0, 1)
 
 
 def _score(
-    model: nn.Module, supply: ImageSource, number: int, job: EvalJob, settings: EvalSettings, device: torch.device
+    model: nn.Module, source: ImageSource, number: int, job: EvalJob, settings: EvalSettings, device: torch.device
 ) -> _ImageResult:
     """One image by every protocol, restored once for each of the inputs that they differ in."""
-    made: dict[tuple[int, str], tuple[Image, Image, Pixels]] = {}
+    triples: dict[tuple[int, str], tuple[Image, Image, Pixels]] = {}  # degraded, restored and clean by kind of input
     scores, row, key = [], None, job.place.entry.key
     for protocol in settings.protocols:
-        same = protocol.input(job.task)
-        if same not in made:
-            given, clean = degraded_and_clean(supply, job, protocol, settings.seed)
-            restored = restore(model, given, device, settings.tile_pixels, settings.tile_overlap, settings.precision)
-            made[same] = (protocols.as_restored(given), restored, clean)
-        degraded, restored, clean = made[same]
-        quality, before = (protocols.score(protocol, image, clean) for image in (restored, degraded))
+        kind = protocol.input(job.task)
+        if kind not in triples:
+            image, clean = degraded_and_clean(source, job, protocol, settings.seed)
+            restored = restore(model, image, device, settings.tile_pixels, settings.tile_overlap, settings.precision)
+            triples[kind] = (protocols.as_restored(image), restored, clean)
+        degraded, restored, clean = triples[kind]
+        quality, before = (protocols.score(protocol, each, clean) for each in (restored, degraded))
         scores.append(ImageScore(protocol.name, job.name, key, *quality, *before))
         if job.pictured and row is None:
-            shown = (metrics.to_8bit(degraded), metrics.to_8bit(restored), clean)
-            row = pictures.Row(f"{job.name} {key}", tuple(pictures.centre(i, _STRIP_PIXELS) for i in shown))
+            images = (metrics.to_8bit(degraded), metrics.to_8bit(restored), clean)
+            row = image_strip.Row(f"{job.name} {key}", tuple(image_strip.centre(i, _STRIP_PIXELS) for i in images))
     return _ImageResult(number, tuple(scores), row)
 
 
@@ -212,24 +214,24 @@ def assign_jobs(jobs: Sequence[EvalJob], rank: int, world: int) -> list[int]:
 
 
 @contextmanager
-def _acquired_shards(supply: ImageSource, shards: Sequence[Shard], ahead: bool) -> Iterator[Iterator[Shard]]:
-    """Shards one after the other, each held until the next is asked for; ahead: the one after it comes meanwhile."""
-    wanted: deque[Shard] = deque()
+def _acquire_in_turn(source: ImageSource, shards: Sequence[Shard], look_ahead: bool) -> Iterator[Iterator[Shard]]:
+    """Give shards one after the other, each kept until the next is asked for; look_ahead: the next one comes meanwhile."""
+    acquired: deque[Shard] = deque()
 
     def one_by_one() -> Iterator[Shard]:
-        coming = iter(shards)
+        upcoming = iter(shards)
         for shard in shards:
-            while len(wanted) < 1 + ahead and (more := next(coming, None)) is not None:
-                supply.acquire(more)
-                wanted.append(more)
+            while len(acquired) < 1 + look_ahead and (following := next(upcoming, None)) is not None:
+                source.acquire(following)
+                acquired.append(following)
             yield shard
-            supply.release(wanted.popleft())
+            source.release(acquired.popleft())
 
     try:
         yield one_by_one()
     finally:
-        for shard in wanted:
-            supply.release(shard)
+        for shard in acquired:
+            source.release(shard)
 
 
 def _never() -> bool:
@@ -238,7 +240,7 @@ def _never() -> bool:
 
 def evaluate(
     model: nn.Module,
-    supply: ImageSource,
+    source: ImageSource,
     jobs: Sequence[EvalJob],
     ranks: Ranks,
     settings: EvalSettings,
@@ -253,41 +255,44 @@ def evaluate(
     cannot be scored, and where compiling fails.
     """
     model.eval()
-    mine, stopped = assign_jobs(jobs, ranks.rank, ranks.world), False
+    own_jobs, stopped = assign_jobs(jobs, ranks.rank, ranks.world), False
     network = Compiled(model) if settings.compile else model
     results: list[_ImageResult] = []
-    with bar("evaluating", len(mine), shown=ranks.is_main and bool(jobs)) as advance:
-        runs = [list(group) for _, group in groupby(mine, key=lambda n: jobs[n].place.shard.name)]
-        with _acquired_shards(supply, [jobs[numbers[0]].place.shard for numbers in runs], look_ahead) as held:
-            for number in (n for _, numbers in zip(held, runs, strict=True) for n in numbers):
+    with bar("evaluating", len(own_jobs), shown=ranks.is_main and bool(jobs)) as advance:
+        runs = [list(group) for _, group in groupby(own_jobs, key=lambda n: jobs[n].place.shard.name)]
+        with _acquire_in_turn(source, [jobs[numbers[0]].place.shard for numbers in runs], look_ahead) as shards:
+            for number in (n for _, numbers in zip(shards, runs, strict=True) for n in numbers):
                 if stopped := stop_asked():
                     break
                 job = jobs[number]
                 try:
-                    results.append(_score(network, supply, number, job, settings, ranks.device))
+                    results.append(_score(network, source, number, job, settings, ranks.device))
                 except Stopped:  # while a shard did not come
                     stopped = True
                     break
-                except UserError as fault:
-                    raise UserError(f"{job.name}, image '{job.place.entry.key}': {fault}") from None
+                except UserError as error:
+                    raise UserError(f"{job.name}, image '{job.place.entry.key}': {error}") from None
                 advance(len(results), job.name)
     model.train()
     if ranks.any(stopped, what="whether to stop evaluating"):
         raise Stopped("stopped as asked while evaluating; the round's training is committed")
-    everyone = sorted((r for part in ranks.gather_objects(results) for r in part), key=lambda r: r.number)
-    assert [r.number for r in everyone] == list(range(len(jobs))), "an image was scored twice or not at all"
-    return _summed(everyone, settings)
+    all_results = sorted((r for part in ranks.gather_objects(results) for r in part), key=lambda r: r.number)
+    if [r.number for r in all_results] != list(range(len(jobs))):
+        raise InvariantError("an image was scored twice or not at all", everywhere=True)
+    return _average(all_results, settings)
 
 
-def _summed(everyone: Sequence[_ImageResult], settings: EvalSettings) -> EvalResult:
+def _average(results: Sequence[_ImageResult], settings: EvalSettings) -> EvalResult:
     """Exact means over images, in an order that no world size changes."""
-    images = tuple(r.scores[at] for at in range(len(settings.protocols)) for r in everyone)
+    images = tuple(r.scores[at] for at in range(len(settings.protocols)) for r in results)
     scores: dict[str, dict[str, Score]] = {protocol.name: {} for protocol in settings.protocols}
     for protocol, name in dict.fromkeys((i.protocol, i.name) for i in images):
-        of = [i for i in images if (i.protocol, i.name) == (protocol, name)]
-        psnr, ssim, before_psnr, before_ssim = (fsum(each) / len(of) for each in zip(*(i[3:] for i in of), strict=True))
-        scores[protocol][name] = Score(
-            psnr=psnr, ssim=ssim, degraded_psnr=before_psnr, degraded_ssim=before_ssim, images=len(of)
+        group = [i for i in images if (i.protocol, i.name) == (protocol, name)]
+        psnr, ssim, before_psnr, before_ssim = (
+            fsum(each) / len(group) for each in zip(*(i[3:] for i in group), strict=True)
         )
-    rows = [r.row for r in everyone if r.row is not None]
-    return EvalResult(scores, images, pictures.strip(rows, _COLUMNS) if rows else None)
+        scores[protocol][name] = Score(
+            psnr=psnr, ssim=ssim, degraded_psnr=before_psnr, degraded_ssim=before_ssim, images=len(group)
+        )
+    rows = [r.row for r in results if r.row is not None]
+    return EvalResult(scores, images, image_strip.strip(rows, _COLUMNS) if rows else None)

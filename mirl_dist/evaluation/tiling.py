@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from numpy.typing import NDArray
 
 from mirl_dist.errors import UserError
@@ -17,7 +18,7 @@ from mirl_dist.errors import UserError
 Image = NDArray[np.float32]
 
 
-def starts(size: int, tile: int, overlap: int) -> list[int]:
+def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
     """Where tiles begin on an axis of `size` pixels; the last ends with the image, so it may overlap more.
 
     An axis not longer than a tile has one tile. Neighbours share at least `overlap` pixels.
@@ -32,7 +33,7 @@ def starts(size: int, tile: int, overlap: int) -> list[int]:
     return [*range(0, last, tile - overlap), last]
 
 
-def tiled(work: Callable[[NDArray[Any]], Image], image: NDArray[Any], tile: int, overlap: int) -> Image:
+def restore_tiled(work: Callable[[NDArray[Any]], Image], image: NDArray[Any], tile: int, overlap: int) -> Image:
     """`work` on each tile of an image, put together: float32 (H, W, C).
 
     image: (H, W, C), any type. work: takes (h, w, C) with h, w <= tile, returns float32 of the same height and width.
@@ -41,24 +42,27 @@ def tiled(work: Callable[[NDArray[Any]], Image], image: NDArray[Any], tile: int,
     """
     height, width = image.shape[:2]
     rows = []
-    for top in (tops := starts(height, tile, overlap)):
-        lefts = starts(width, tile, overlap)
+    for top in (tops := tile_starts(height, tile, overlap)):
+        lefts = tile_starts(width, tile, overlap)
         parts = [work(image[top : top + tile, left : left + tile]) for left in lefts]
-        rows.append(_joined(parts, lefts, axis=1))
-    return _joined(rows, tops, axis=0)
+        columns = [rearrange(part, "h w c -> w h c") for part in parts]
+        rows.append(rearrange(_blend(columns, lefts), "w h c -> h w c"))
+    return _blend(rows, tops)
 
 
-def _joined(parts: list[Image], at: list[int], axis: int) -> Image:
-    """Parts along one axis, each beginning at its place of `at`, blended where they overlap."""
-    parts = [np.moveaxis(part, axis, 0) for part in parts]
-    whole = np.empty((at[-1] + len(parts[-1]), *parts[0].shape[1:]), np.float32)
+def _blend(parts: list[Image], begins: list[int]) -> Image:
+    """Join parts along their first axis, blended where they overlap: float32 (length, A, C).
+
+    parts: (n, A, C) with n of their own; begins: where each lies in the whole.
+    """
+    whole = np.empty((begins[-1] + len(parts[-1]), *parts[0].shape[1:]), np.float32)
     filled = 0
-    for part, start in zip(parts, at, strict=True):
+    for part, start in zip(parts, begins, strict=True):
         shared = filled - start
         if shared > 0:
             ramp = (np.arange(shared, dtype=np.float32) + np.float32(0.5)) / np.float32(shared)
             before = whole[start:filled]
-            before += (part[:shared] - before) * ramp.reshape(-1, *[1] * (part.ndim - 1))
+            before += (part[:shared] - before) * rearrange(ramp, "n -> n 1 1")
         whole[max(filled, start) : start + len(part)] = part[max(shared, 0) :]
         filled = start + len(part)
-    return np.ascontiguousarray(np.moveaxis(whole, 0, axis))
+    return whole

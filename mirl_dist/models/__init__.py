@@ -31,7 +31,7 @@ def create(name: str, **sizes: Any) -> nn.Module:
     torch's global generator, so seed it first. Raises UserError for an unknown name or keyword (listing the
     known ones) and for sizes that do not fit.
     """
-    _check_known(name, sizes)
+    _check_name_and_sizes(name, sizes)
     return _NETWORKS[name](**sizes)
 
 
@@ -43,9 +43,9 @@ def from_official(name: str, state_dict: Mapping[str, Any], **sizes: Any) -> Con
     copied or cast. Raises UserError as `create` does, and for missing, unknown or misshapen tensors, all listed
     at once.
     """
-    _check_known(name, sizes)
-    made, expected = _shapes(name, sizes)
-    return convert(name, state_dict, expected, made.official_only)
+    _check_name_and_sizes(name, sizes)
+    network, expected = _network_and_shapes(name, sizes)
+    return convert(name, state_dict, expected, network.official_only)
 
 
 def to_official(name: str, weights: Mapping[str, Tensor], **sizes: Any) -> dict[str, Tensor]:
@@ -55,27 +55,27 @@ def to_official(name: str, weights: Mapping[str, Tensor], **sizes: Any) -> dict[
     at the published sizes; at others, shapes of the unused tensors follow the same rule. Raises UserError as `create` does,
     and for missing, unknown or misshapen weights, all listed at once.
     """
-    _check_known(name, sizes)
-    made, expected = _shapes(name, sizes)
-    return revert(name, weights, expected, made.official_only_shapes())
+    _check_name_and_sizes(name, sizes)
+    network, expected = _network_and_shapes(name, sizes)
+    return revert(name, weights, expected, network.official_only_shapes())
 
 
-def _shapes(name: str, sizes: Mapping[str, Any]) -> tuple[PromptIR, dict[str, tuple[int, ...]]]:
+def _network_and_shapes(name: str, sizes: Mapping[str, Any]) -> tuple[PromptIR, dict[str, tuple[int, ...]]]:
     """A network without values, and its names and shapes."""
     with torch.device("meta"):
-        made = _NETWORKS[name](**sizes)
-    return made, {key: tuple(tensor.shape) for key, tensor in made.state_dict().items()}
+        network = _NETWORKS[name](**sizes)
+    return network, {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
 
 
-def _check_known(name: str, sizes: Mapping[str, Any]) -> None:
+def _check_name_and_sizes(name: str, sizes: Mapping[str, Any]) -> None:
     if name not in _NETWORKS:
         raise UserError(
             f"found the network name {name!r}, where a network is built. Use one of: {', '.join(_NETWORKS)}."
         )
     known = tuple(inspect.signature(_NETWORKS[name]).parameters)
-    strange = [key for key in sizes if key not in known]
-    if strange:
+    unknown = [key for key in sizes if key not in known]
+    if unknown:
         raise UserError(
-            f"found unknown sizes {', '.join(map(repr, strange))}, where the network {name!r} is built. "
+            f"found unknown sizes {', '.join(map(repr, unknown))}, where the network {name!r} is built. "
             f"It knows: {', '.join(known)}."
         )

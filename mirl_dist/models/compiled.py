@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from mirl_dist.errors import UserError
 from mirl_dist.models.restormer import pad_to_multiple
 
-_EIGHT = 8
+_CELL_PIXELS = 8
 
 
-class _OfEighths(nn.Module):
-    """The network on (B, 64 C, h, w), each cell an 8 x 8 square: what is traced sees sides that divide by 8.
+class _OnCells(nn.Module):
+    """The network on (B, 64 C, h, w), each cell 8 x 8 pixels: what is traced sees sides that divide by 8.
 
     Otherwise the network's own padding leaves remainders in the traced sizes, which torch 2.13 cannot compile
     (pytorch/pytorch issue 197716).
@@ -25,8 +25,8 @@ class _OfEighths(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, squares: Tensor) -> Tensor:
-        restored: Tensor = self.network(F.pixel_shuffle(squares, _EIGHT))
+    def forward(self, cells: Tensor) -> Tensor:
+        restored: Tensor = self.network(F.pixel_shuffle(cells, _CELL_PIXELS))
         return restored
 
 
@@ -40,27 +40,27 @@ class Compiled(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         try:
-            self._network: Any = torch.compile(_OfEighths(network), dynamic=True)
+            self._network: Any = torch.compile(_OnCells(network), dynamic=True)
         except RuntimeError as error:  # this Python or this system is not supported
-            raise _fault(error) from None
+            raise _compile_error(error) from None
 
     def forward(self, image: Tensor) -> Tensor:
         from torch._dynamo.decorators import maybe_mark_dynamic
         from torch._dynamo.exc import TorchDynamoException
 
         height, width = image.shape[-2:]
-        squares = F.pixel_unshuffle(pad_to_multiple(image, _EIGHT), _EIGHT)
-        maybe_mark_dynamic(squares, (2, 3))  # else a square first image is taken for a law: height equals width
+        cells = F.pixel_unshuffle(pad_to_multiple(image, _CELL_PIXELS), _CELL_PIXELS)
+        maybe_mark_dynamic(cells, (2, 3))  # else a square first image is taken for a law: height equals width
         try:
-            restored: Tensor = self._network(squares)
+            restored: Tensor = self._network(cells)
         except TorchDynamoException as error:
-            raise _fault(error) from None
+            raise _compile_error(error) from None
         return restored[..., :height, :width]
 
 
-def _fault(error: Exception) -> UserError:
-    why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _compile_error(error: Exception) -> UserError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UserError(
-        f"found that torch.compile fails ({why}), where the network is compiled for scoring. "
+        f"found that torch.compile fails ({reason}), where the network is compiled for scoring. "
         "Install a C++ compiler (g++), or set evaluate.compile=false."
     )

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from mirl_dist.errors import UserError
 
-_SHOWN = 8  # names listed per kind of complaint; the count is always given in full
+_NAMES_LISTED = 8  # names listed per kind of complaint; the count is always given in full
 
 
 class Converted(NamedTuple):
     """What `convert` returns.
 
-    weights: our names to tensors, detached, as found.  dropped: 'name (shape)' of each left out.
+    weights: our names to tensors, detached, as they were.  dropped: 'name (shape)' of each left out.
     """
 
     weights: dict[str, Tensor]
@@ -26,22 +26,22 @@ class Converted(NamedTuple):
 
 
 def convert(
-    network: str, found: Mapping[str, object], expected: Mapping[str, Sequence[int]], unused: Iterable[str]
+    network: str, checkpoint: Mapping[str, object], expected: Mapping[str, Sequence[int]], unused: Iterable[str]
 ) -> Converted:
     """The tensors of an official checkpoint under our names, with nothing missing, unknown or misshapen.
 
-    found: names to tensors, all or none of them prefixed `net.`, or a Lightning checkpoint, which holds
+    checkpoint: names to tensors, all or none of them prefixed `net.`, or a Lightning checkpoint, which holds
     such a mapping under `state_dict`.  expected: our names and shapes, in our order.  unused: names, without
     prefix, that the official class owns and never uses; each one present is left out and reported, whatever
     its shape.
     Raises UserError that lists all complaints at once.
     """
-    named = _without_prefix(network, _tensors_of(network, found))
+    named = _without_prefix(network, _tensors_of(network, checkpoint))
     dropped = tuple(f"{name} {tuple(named.pop(name).shape)}" for name in sorted(unused) if name in named)
-    complaints = _complaints(named, expected)
-    if complaints:
+    mismatches = _mismatches(named, expected)
+    if mismatches:
         raise UserError(
-            f"found {'; '.join(complaints)}, where an official checkpoint of {network!r} was read. "
+            f"found {'; '.join(mismatches)}, where an official checkpoint of {network!r} was read. "
             "Use a checkpoint of this very network, and give the sizes that it was trained with."
         )
     return Converted({name: named[name] for name in expected}, dropped)
@@ -58,10 +58,10 @@ def revert(
     weights: our names to tensors; expected: our names and shapes; unused: names and shapes to add. Nothing is copied
     or cast. Raises UserError that lists all complaints at once.
     """
-    complaints = _complaints(weights, expected)
-    if complaints:
+    mismatches = _mismatches(weights, expected)
+    if mismatches:
         raise UserError(
-            f"found {'; '.join(complaints)}, where weights of {network!r} were exported. Give the weights of this very "
+            f"found {'; '.join(mismatches)}, where weights of {network!r} were exported. Give the weights of this very "
             "network, and its sizes."
         )
     ours = {name: weights[name].detach() for name in expected}
@@ -75,30 +75,30 @@ def write(weights: Mapping[str, Tensor], *, compact: bool, lightning: bool = Tru
     bare state dict. compact: the file's records are deflated, so that zeros cost little; such a file cannot be read
     with `mmap=True`.
     """
-    plain = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}  # of no larger storage
-    tree: dict[str, object] = dict(plain)
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}  # of no larger storage
+    tree: dict[str, object] = dict(tensors)
     if lightning:
-        tree = {"state_dict": {f"net.{name}": tensor for name, tensor in plain.items()}} | _LIGHTNING
+        tree = {"state_dict": {f"net.{name}": tensor for name, tensor in tensors.items()}} | _LIGHTNING
     stored = io.BytesIO()
     torch.save(tree, stored)
-    return _deflated(stored) if compact else stored.getvalue()
+    return _deflate(stored) if compact else stored.getvalue()
 
 
 # Lightning upgrades checkpoints of versions before 2.0; later ones it takes as they are.
 _LIGHTNING = {"pytorch-lightning_version": "2.0.1", "epoch": 0, "global_step": 0}
 
 
-def _deflated(stored: io.BytesIO) -> bytes:
+def _deflate(stored: io.BytesIO) -> bytes:
     """The same zip archive with its records compressed."""
-    made = io.BytesIO()
-    with zipfile.ZipFile(stored) as source, zipfile.ZipFile(made, "w") as target:
+    compressed = io.BytesIO()
+    with zipfile.ZipFile(stored) as source, zipfile.ZipFile(compressed, "w") as target:
         for entry in source.infolist():
             record = zipfile.ZipInfo(entry.filename)
             target.writestr(record, source.read(entry), zipfile.ZIP_DEFLATED, compresslevel=6)
-    return made.getvalue()
+    return compressed.getvalue()
 
 
-def _complaints(named: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> list[str]:
+def _mismatches(named: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> list[str]:
     """What keeps tensors from being those of a network."""
     missing = [repr(name) for name in expected if name not in named]
     unknown = [f"{name!r} {tuple(tensor.shape)}" for name, tensor in named.items() if name not in expected]
@@ -107,22 +107,24 @@ def _complaints(named: Mapping[str, Tensor], expected: Mapping[str, Sequence[int
         for name, shape in expected.items()
         if name in named and tuple(named[name].shape) != tuple(shape)
     ]
-    no_floats = [f"{name!r} is {tensor.dtype}" for name, tensor in named.items() if not tensor.dtype.is_floating_point]
+    not_floating = [
+        f"{name!r} is {tensor.dtype}" for name, tensor in named.items() if not tensor.dtype.is_floating_point
+    ]
     return [
-        _listed(kind, names)
+        _list_names(kind, names)
         for kind, names in (
             ("missing", missing),
             ("unknown", unknown),
             ("misshapen", misshapen),
-            ("not floating-point", no_floats),
+            ("not floating-point", not_floating),
         )
         if names
     ]
 
 
-def _tensors_of(network: str, found: Mapping[str, object]) -> dict[str, Tensor]:
-    """The flat mapping of names to tensors inside `found`."""
-    inner = found.get("state_dict", found)
+def _tensors_of(network: str, checkpoint: Mapping[str, object]) -> dict[str, Tensor]:
+    """The flat mapping of names to tensors inside `checkpoint`."""
+    inner = checkpoint.get("state_dict", checkpoint)
     if not isinstance(inner, Mapping):
         raise UserError(
             f"found {type(inner).__name__} under 'state_dict', where an official checkpoint of {network!r} "
@@ -136,7 +138,7 @@ def _tensors_of(network: str, found: Mapping[str, object]) -> dict[str, Tensor]:
     ]
     if others:
         raise UserError(
-            f"found {_listed('entries that are no tensors', others)}, where an official checkpoint of "
+            f"found {_list_names('entries that are no tensors', others)}, where an official checkpoint of "
             f"{network!r} was read. Give names with their tensors, or a Lightning checkpoint that holds them "
             "under 'state_dict'."
         )
@@ -151,13 +153,13 @@ def _without_prefix(network: str, tensors: dict[str, Tensor]) -> dict[str, Tenso
     bare = [repr(name) for name in tensors if not name.startswith("net.")]
     if bare:
         raise UserError(
-            f"found {len(prefixed)} names with the prefix 'net.' and {_listed('without it', bare)}, where an "
+            f"found {len(prefixed)} names with the prefix 'net.' and {_list_names('without it', bare)}, where an "
             f"official checkpoint of {network!r} was read. Keep the tensors of one network only."
         )
     return {name.removeprefix("net."): tensor for name, tensor in tensors.items()}
 
 
-def _listed(kind: str, names: Sequence[str]) -> str:
+def _list_names(kind: str, names: Sequence[str]) -> str:
     """'3 missing (a, b, c)', cut after the first few names."""
-    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{more})"
+    more = f", and {len(names) - _NAMES_LISTED} more" if len(names) > _NAMES_LISTED else ""
+    return f"{len(names)} {kind} ({', '.join(names[:_NAMES_LISTED])}{more})"

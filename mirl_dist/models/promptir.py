@@ -14,8 +14,7 @@ Differences from the published code:
   defaults.
 - The published `decoder=False` does not run (widths do not fit) and is not offered. Norms are always
   "WithBias".
-- Attention and gating use plain reshapes in place of einops; the mixture of prompt components is one matrix
-  product.
+- The mixture of prompt components is one matrix product.
 
 Shape letters: B batch, C channels, H W pixels, L prompt components, S prompt side.
 """
@@ -23,9 +22,10 @@ Shape letters: B batch, C channels, H W pixels, L prompt components, S prompt si
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,11 +49,35 @@ class PromptBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         shares = self.linear_layer(features.mean(dim=(-2, -1))).softmax(dim=1)  # (B, L)
-        components = self.prompt_param.squeeze(0)  # (L, channels, S, S)
-        mixture = (shares @ components.flatten(1)).unflatten(1, components.shape[1:])
+        components = rearrange(self.prompt_param, "1 l c h w -> l (c h w)")
+        side = self.prompt_param.shape[-1]
+        mixture = rearrange(shares @ components, "b (c h w) -> b c h w", h=side, w=side)
         resized = F.interpolate(mixture, features.shape[-2:], mode="bilinear", align_corners=False)
         prompt: Tensor = self.conv3x3(resized)
         return prompt
+
+
+class _PromptSizes(NamedTuple):
+    """Of a prompt: components, channels and side; of the block that reads it: heads, hidden over visible channels."""
+
+    length: int
+    channels: int
+    side: int
+    heads: int
+    ffn_expansion: float
+
+
+def _prompt_stage(
+    channels: int, out_channels: int, prompt: _PromptSizes
+) -> tuple[PromptBlock, TransformerBlock, nn.Conv2d]:
+    """Build, in this order, a prompt, the block that reads features and prompt together, and the 1x1 convolution after.
+
+    channels: of the features; out_channels: of the convolution.
+    """
+    block = PromptBlock(channels, prompt.channels, prompt.length, prompt.side)
+    joined = channels + prompt.channels
+    reader = TransformerBlock(joined, prompt.heads, prompt.ffn_expansion)
+    return block, reader, nn.Conv2d(joined, out_channels, 1, bias=False)
 
 
 class PromptIR(nn.Module):
@@ -98,14 +122,13 @@ class PromptIR(nn.Module):
         _check_sizes(scalars, rows, refinement_blocks, ffn_expansion)
         super().__init__()
         c1, c2, c3, c4 = dim, 2 * dim, 4 * dim, 8 * dim
-        p1, p2, p3 = prompt_dims
-        s1, s2, s3 = prompt_sizes
+        prompts = [
+            _PromptSizes(prompt_length, channels, side, prompt_heads, ffn_expansion)
+            for channels, side in zip(prompt_dims, prompt_sizes, strict=True)
+        ]
 
         def row(channels: int, at: int, count: int) -> nn.Sequential:
             return level(channels, heads[at], ffn_expansion, count)
-
-        def reader(channels: int) -> TransformerBlock:
-            return TransformerBlock(channels, prompt_heads, ffn_expansion)
 
         self.patch_embed = PatchEmbed(c1)
         self.encoder_level1, self.down1_2 = row(c1, 0, blocks[0]), Downsample(c1)
@@ -113,20 +136,15 @@ class PromptIR(nn.Module):
         self.encoder_level3, self.down3_4 = row(c3, 2, blocks[2]), Downsample(c3)
         self.latent = row(c4, 3, blocks[3])
 
-        self.prompt3, self.noise_level3 = PromptBlock(c4, p3, prompt_length, s3), reader(c4 + p3)
-        self.reduce_noise_level3 = nn.Conv2d(c4 + p3, c3, 1, bias=False)
-        self.up4_3 = Upsample(c3)
-        self.reduce_chan_level3 = nn.Conv2d(c2 + c3, c3, 1, bias=False)
+        self.prompt3, self.noise_level3, self.reduce_noise_level3 = _prompt_stage(c4, c3, prompts[2])
+        self.up4_3, self.reduce_chan_level3 = Upsample(c3), nn.Conv2d(c2 + c3, c3, 1, bias=False)
         self.decoder_level3 = row(c3, 2, blocks[2])
 
-        self.prompt2, self.noise_level2 = PromptBlock(c3, p2, prompt_length, s2), reader(c3 + p2)
-        self.reduce_noise_level2 = nn.Conv2d(c3 + p2, c3, 1, bias=False)
-        self.up3_2 = Upsample(c3)
-        self.reduce_chan_level2 = nn.Conv2d(c2 + c2, c2, 1, bias=False)
+        self.prompt2, self.noise_level2, self.reduce_noise_level2 = _prompt_stage(c3, c3, prompts[1])
+        self.up3_2, self.reduce_chan_level2 = Upsample(c3), nn.Conv2d(c2 + c2, c2, 1, bias=False)
         self.decoder_level2 = row(c2, 1, blocks[1])
 
-        self.prompt1, self.noise_level1 = PromptBlock(c2, p1, prompt_length, s1), reader(c2 + p1)
-        self.reduce_noise_level1 = nn.Conv2d(c2 + p1, c2, 1, bias=False)
+        self.prompt1, self.noise_level1, self.reduce_noise_level1 = _prompt_stage(c2, c2, prompts[0])
         self.up2_1 = Upsample(c2)
         self.decoder_level1 = row(c1 + c1, 0, blocks[0])
         self.refinement = row(c1 + c1, 0, refinement_blocks)

@@ -9,6 +9,7 @@ Shape letters: B batch, C channels, H W pixels, N heads, D channels per head (C 
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,8 +40,8 @@ class PixelNorm(nn.Module):
         self.body = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed: Tensor = self.body(x.permute(0, 2, 3, 1))
-        return normed.permute(0, 3, 1, 2)
+        normed: Tensor = self.body(rearrange(x, "b c h w -> b h w c"))
+        return rearrange(normed, "b h w c -> b c h w")
 
 
 class ChannelAttention(nn.Module):
@@ -60,13 +61,13 @@ class ChannelAttention(nn.Module):
         self.project_out = nn.Conv2d(channels, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
+        height, width = x.shape[-2:]
         qkv: Tensor = self.qkv_dwconv(self.qkv(x))
-        # (B, 3C, H, W) to three times (B, N, D, H * W)
-        q, k, v = qkv.reshape(batch, 3, self.heads, channels // self.heads, height * width).unbind(1)
+        # unbind(1): with `three` in front, the gradient of a batch would be copied once more
+        q, k, v = rearrange(qkv, "b (three n d) h w -> b three n d (h w)", three=3, n=self.heads).unbind(1)
         scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
         mixed = scores.softmax(dim=-1) @ v
-        out: Tensor = self.project_out(mixed.reshape(batch, channels, height, width))
+        out: Tensor = self.project_out(rearrange(mixed, "b n d (h w) -> b (n d) h w", h=height, w=width))
         return out
 
 

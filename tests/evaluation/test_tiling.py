@@ -15,7 +15,7 @@ from torch import nn
 
 from mirl_dist.errors import UserError
 from mirl_dist.evaluation import evaluate
-from mirl_dist.evaluation.tiling import starts, tiled
+from mirl_dist.evaluation.tiling import restore_tiled, tile_starts
 
 Image = NDArray[np.float32]
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def test_a_network_that_changes_nothing_gives_the_image_back_to_the_last_bit(
         seen.append(part.shape)
         return part.copy()
 
-    assert np.array_equal(tiled(same, image, tile, int(share * tile)), image)
+    assert np.array_equal(restore_tiled(same, image, tile, int(share * tile)), image)
     assert set(seen) == {(min(tile, height), min(tile, width), 3)}, "square tiles, as large as the image lets them be"
 
 
@@ -52,7 +52,7 @@ def test_a_constant_stays_constant_and_8_bit_images_reach_the_network_as_they_ar
         assert part.dtype == np.uint8
         return np.full(part.shape, 1 / 3, np.float32)
 
-    out = tiled(third, image, 32, 10)
+    out = restore_tiled(third, image, 32, 10)
     assert out.dtype == np.float32
     assert (out == np.float32(1 / 3)).all()
 
@@ -63,15 +63,15 @@ def test_where_tiles_overlap_each_gives_way_to_the_next_on_a_straight_line() -> 
     def numbered(part: Image) -> Image:
         return np.full(part.shape, next(numbers), np.float32)
 
-    row = tiled(numbered, picture(8, 26), 10, 2)[3, :, 0]
-    assert starts(26, 10, 2) == [0, 8, 16]
+    row = restore_tiled(numbered, picture(8, 26), 10, 2)[3, :, 0]
+    assert tile_starts(26, 10, 2) == [0, 8, 16]
     expected = [0] * 8 + [0.25, 0.75] + [1] * 6 + [0.75, 0.25] + [0] * 8
     assert row == pytest.approx(np.array(expected), abs=1e-7)
 
 
 def test_ramps_of_rows_and_columns_add_up_to_one_at_every_pixel() -> None:
     """Each tile answers with a picture of its own: what all of them have in common comes through unchanged."""
-    tiles = len(starts(61, 16, 6)) * len(starts(45, 16, 6))
+    tiles = len(tile_starts(61, 16, 6)) * len(tile_starts(45, 16, 6))
     shares = []
     for chosen in range(tiles):
         numbers = iter(range(tiles))
@@ -79,7 +79,7 @@ def test_ramps_of_rows_and_columns_add_up_to_one_at_every_pixel() -> None:
         def one_alone(part: Image, chosen: int = chosen, numbers: Any = numbers) -> Image:
             return np.full(part.shape, float(next(numbers) == chosen), np.float32)
 
-        shares.append(tiled(one_alone, picture(61, 45), 16, 6))
+        shares.append(restore_tiled(one_alone, picture(61, 45), 16, 6))
     assert min(share.min() for share in shares) >= 0
     assert np.abs(np.sum(shares, axis=0, dtype=np.float64) - 1).max() < 1e-6
 
@@ -88,7 +88,7 @@ def test_ramps_of_rows_and_columns_add_up_to_one_at_every_pixel() -> None:
 @given(size=sizes, tile=st.integers(1, 40), share=st.floats(0, 0.99))
 def test_tiles_cover_an_axis_and_share_what_was_asked(size: int, tile: int, share: float) -> None:
     overlap = int(share * tile)
-    at = starts(size, tile, overlap)
+    at = tile_starts(size, tile, overlap)
     assert at[0] == 0 and at[-1] == max(0, size - tile)
     assert all(0 < b - a <= tile - overlap for a, b in zip(at, at[1:], strict=False))
 
@@ -96,7 +96,7 @@ def test_tiles_cover_an_axis_and_share_what_was_asked(size: int, tile: int, shar
 @pytest.mark.parametrize("overlap", [-1, 32, 40])
 def test_tiles_that_share_all_of_themselves_are_refused(overlap: int) -> None:
     with pytest.raises(UserError, match=re.escape(f"found tiles of 32 pixels that share {overlap}")):
-        starts(100, 32, overlap)
+        tile_starts(100, 32, overlap)
 
 
 class SeesTheWholeImage(nn.Module):
