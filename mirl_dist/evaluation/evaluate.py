@@ -215,7 +215,7 @@ def assign_jobs(jobs: Sequence[EvalJob], rank: int, world: int) -> list[int]:
 
 @contextmanager
 def _acquire_in_turn(source: ImageSource, shards: Sequence[Shard], look_ahead: bool) -> Iterator[Iterator[Shard]]:
-    """Give shards one after the other, each kept until the next is asked for; look_ahead: the next one comes meanwhile."""
+    """Give shards one after the other, each kept until the next is asked for; look_ahead: fetch that one meanwhile."""
     acquired: deque[Shard] = deque()
 
     def one_by_one() -> Iterator[Shard]:
@@ -287,12 +287,10 @@ def _average(results: Sequence[_ImageResult], settings: EvalSettings) -> EvalRes
     images = tuple(r.scores[at] for at in range(len(settings.protocols)) for r in results)
     scores: dict[str, dict[str, Score]] = {protocol.name: {} for protocol in settings.protocols}
     for protocol, name in dict.fromkeys((i.protocol, i.name) for i in images):
-        group = [i for i in images if (i.protocol, i.name) == (protocol, name)]
-        psnr, ssim, before_psnr, before_ssim = (
-            fsum(each) / len(group) for each in zip(*(i[3:] for i in group), strict=True)
-        )
+        values = [i[3:] for i in images if (i.protocol, i.name) == (protocol, name)]
+        psnr, ssim, before_psnr, before_ssim = (fsum(each) / len(values) for each in zip(*values, strict=True))
         scores[protocol][name] = Score(
-            psnr=psnr, ssim=ssim, degraded_psnr=before_psnr, degraded_ssim=before_ssim, images=len(group)
+            psnr=psnr, ssim=ssim, degraded_psnr=before_psnr, degraded_ssim=before_ssim, images=len(values)
         )
     rows = [r.row for r in results if r.row is not None]
     return EvalResult(scores, images, image_strip.strip(rows, _COLUMNS) if rows else None)

@@ -77,7 +77,8 @@ def ssim_8bit(restored: Levels, clean: Levels) -> float:
     """Structural similarity of levels, in [-1, 1]: Gaussian window 11 x 11 of sigma 1.5, only where it fits whole.
 
     restored, clean: both uint8 (H, W, 3) or both float64 (H, W), of one shape, H and W at least 11; population
-    covariance, data range 255, mean over positions and channels. Raises UserError for smaller images.   Source: BasicSR.
+    covariance, data range 255, mean over positions and channels. Raises UserError for smaller images.
+    Source: BasicSR.
     """
     from skimage.metrics import structural_similarity
 

@@ -52,8 +52,8 @@ def to_official(name: str, weights: Mapping[str, Tensor], **sizes: Any) -> dict[
     """The inverse of `from_official`: the official class's whole state dict, without prefix.
 
     The tensors that the class owns and never uses are zeros; nothing else is copied or cast. The official class exists
-    at the published sizes; at others, shapes of the unused tensors follow the same rule. Raises UserError as `create` does,
-    and for missing, unknown or misshapen weights, all listed at once.
+    at the published sizes; at others, shapes of the unused tensors follow the same rule. Raises UserError as `create`
+    does, and for missing, unknown or misshapen weights, all listed at once.
     """
     _check_name_and_sizes(name, sizes)
     network, expected = _network_and_shapes(name, sizes)
