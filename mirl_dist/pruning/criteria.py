@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 class Criterion(NamedTuple):
-    """of: the values that are scored, after training or the first ones; needs: what besides them; text: for people."""
+    """weights_from: which weights are scored; needs: what the scores need besides them; description: for people."""
 
-    of: Literal["trained", "initial"]
+    weights_from: Literal["trained", "initial"]
     needs: Literal["nothing", "network", "gradients"]
-    text: str
+    description: str
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -34,20 +34,20 @@ def scores_of_weights(criterion: str, name: str, weights: Tensor, seed: int) -> 
 
     Raises ValueError for one that needs more: its scores are the caller's to bring.
     """
-    if criterion not in _OF_WEIGHTS:
+    if criterion not in _BY_WEIGHTS_ALONE:
         raise ValueError(f"the criterion '{criterion}' needs {CRITERIA[criterion].needs}: pass its scores")
-    return _OF_WEIGHTS[criterion](name, weights, seed)
+    return _BY_WEIGHTS_ALONE[criterion](name, weights, seed)
 
 
-def _random(name: str, like: Tensor, seed: int) -> Tensor:
+def _random(name: str, weights: Tensor, seed: int) -> Tensor:
     """Uniform in [0, 1); depends on nothing but the seed and the name."""
     key = hashlib.sha256(f"random-mask|{seed}|{name}".encode()).digest()[:16]
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-    return torch.from_numpy(generator.random(like.numel(), dtype=np.float32)).to(like.device)
+    return torch.from_numpy(generator.random(weights.numel(), dtype=np.float32)).to(weights.device)
 
 
-def _magnitude(name: str, like: Tensor, seed: int) -> Tensor:
-    return like.detach().float().reshape(-1)
+def _magnitude(name: str, weights: Tensor, seed: int) -> Tensor:
+    return weights.detach().float().reshape(-1)
 
 
-_OF_WEIGHTS: dict[str, Callable[[str, Tensor, int], Tensor]] = {"magnitude": _magnitude, "random": _random}
+_BY_WEIGHTS_ALONE: dict[str, Callable[[str, Tensor, int], Tensor]] = {"magnitude": _magnitude, "random": _random}

@@ -1,4 +1,4 @@
-"""Named boolean masks: count, apply, pack to bits, digest. Alive means that the mask is true, never 'not zero'."""
+"""Named boolean masks: count, apply, pack to bits, digest. Where a mask is true the weight survives, zero or not."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ Masks: TypeAlias = dict[str, Tensor]
 
 
 def dense_masks(weights: Mapping[str, Tensor], prunable: Iterable[str]) -> Masks:
-    """The dense masks of round 0: every weight of every prunable tensor alive."""
+    """The dense masks of round 0: every weight of every prunable tensor survives."""
     return {name: torch.ones_like(weights[name], dtype=torch.bool) for name in sorted(prunable)}
 
 
 def count_surviving(masks: Mapping[str, Tensor]) -> int:
-    """Alive weights over all prunable tensors."""
+    """Surviving weights over all prunable tensors."""
     return sum(int(mask.sum()) for mask in masks.values())
 
 
 def size(masks: Mapping[str, Tensor]) -> int:
-    """All prunable weights, alive or not."""
+    """All prunable weights, surviving or pruned."""
     return sum(mask.numel() for mask in masks.values())
 
 
 def densities(masks: Mapping[str, Tensor]) -> dict[str, float]:
-    """Alive share of each prunable tensor, in [0, 1]."""
+    """Surviving share of each prunable tensor, in [0, 1]."""
     return {name: int(mask.sum()) / mask.numel() for name, mask in masks.items()}
 
 
 @torch.no_grad()
 def apply_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-    """Set dead weights to +0.0, in place."""
+    """Set pruned weights to +0.0, in place."""
     for name, mask in masks.items():
         weights[name].masked_fill_(~mask, 0.0)
 
 
 @torch.no_grad()
 def mask_gradients(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-    """Set the gradients of dead weights to zero, in place.
+    """Set the gradients of pruned weights to zero, in place.
 
     With zero weights, zero gradients and a fresh optimiser, moments and weights stay exactly zero under any
     optimiser whose update is zero for a zero weight and zero moments, decoupled weight decay included.
@@ -55,7 +55,7 @@ def mask_gradients(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]
 
 
 def find_nonzero_pruned(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> str | None:
-    """The first tensor (by name) with a dead weight that is not zero, or None when the masks hold."""
+    """The first tensor (by name) with a pruned weight that is not zero, or None when the masks hold."""
     for name in sorted(masks):
         if bool(weights[name].detach().masked_fill(masks[name], 0.0).any()):
             return name
@@ -70,8 +70,8 @@ def pack(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def unpack(packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Masks:
     """The inverse of `pack`. Raises ValueError when names or lengths do not fit the shapes."""
     if packed.keys() != shapes.keys():
-        odd = sorted(packed.keys() ^ shapes.keys())
-        raise ValueError(f"masks and prunable tensors differ: {', '.join(odd[:5])}")
+        mismatched = sorted(packed.keys() ^ shapes.keys())
+        raise ValueError(f"masks and prunable tensors differ: {', '.join(mismatched[:5])}")
     masks: Masks = {}
     for name in sorted(packed):
         count = int(np.prod(shapes[name], dtype=np.int64))

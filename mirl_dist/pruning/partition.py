@@ -1,4 +1,4 @@
-"""Who counts what: of replicas each rank a slice, of a network dealt out over the ranks each rank its own part."""
+"""Which weights a rank counts: of replicated tensors a slice of each, of sharded tensors all that it holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mirl_dist.pruning.quantile import Gather
 
 
 class ReplicatedPartition(NamedTuple):
-    """This rank's share of replicated tensors: the `rank`-th of `ranks` contiguous pieces of each."""
+    """Of replicated tensors a rank counts the `rank`-th of `ranks` contiguous slices of each."""
 
     rank: int = 0
     ranks: int = 1
@@ -21,15 +21,15 @@ class ReplicatedPartition(NamedTuple):
     def is_replicated(self) -> bool:
         return True
 
-    def of(self, flat: Tensor) -> Tensor:
+    def own_part(self, flat: Tensor) -> Tensor:
         n = flat.numel()
         return flat[n * self.rank // self.ranks : n * (self.rank + 1) // self.ranks]
 
 
 class ShardedPartition(NamedTuple):
-    """The share of a rank that alone holds its part of each tensor: all of that part.
+    """Of sharded tensors a rank counts its shard: all that it holds.
 
-    Parts are contiguous flat slices, which follow one another in the order of ranks, and may be empty.
+    Shards are contiguous flat slices, which follow one another in the order of ranks, and may be empty.
     """
 
     rank: int
@@ -38,32 +38,36 @@ class ShardedPartition(NamedTuple):
     def is_replicated(self) -> bool:
         return False
 
-    def of(self, flat: Tensor) -> Tensor:
+    def own_part(self, flat: Tensor) -> Tensor:
         return flat
 
 
 class Partition(Protocol):
-    """What a rank counts. whole: every rank holds every tensor, and makes the masks of all; else each its own part."""
+    """Which weights a rank counts.
+
+    is_replicated: every rank holds all tensors, and makes the masks of all; else each holds, and masks, its shards.
+    own_part: of a flat tensor as this rank holds it, the weights that it counts.
+    """
 
     @property
     def is_replicated(self) -> bool: ...
     @property
     def rank(self) -> int: ...
-    def of(self, flat: Tensor) -> Tensor: ...
+    def own_part(self, flat: Tensor) -> Tensor: ...
 
 
 class Counts(NamedTuple):
-    """Of each prunable tensor, over all ranks: its alive weights, and all of them."""
+    """Of each prunable tensor, over all ranks: its surviving weights, and all of them."""
 
-    alive: dict[str, int]
-    all: dict[str, int]
+    surviving: dict[str, int]
+    total: dict[str, int]
 
 
-def count_weights(masks: Mapping[str, Tensor], share: Partition, gather: Gather) -> Counts:
-    """Counted over all ranks: a meeting of them where each holds a part."""
+def count_weights(masks: Mapping[str, Tensor], partition: Partition, gather: Gather) -> Counts:
+    """Count over all ranks; a collective where tensors are sharded."""
     names = sorted(masks)
-    held = torch.tensor([[int(masks[n].sum()), masks[n].numel()] for n in names], dtype=torch.int64).reshape(-1, 2)
-    if not share.is_replicated:
-        held = gather(held).sum(dim=0)
-    alive, every = held.t().tolist() if names else ([], [])
-    return Counts(dict(zip(names, alive, strict=True)), dict(zip(names, every, strict=True)))
+    counts = torch.tensor([[int(masks[n].sum()), masks[n].numel()] for n in names], dtype=torch.int64).reshape(-1, 2)
+    if not partition.is_replicated:
+        counts = gather(counts).sum(dim=0)
+    surviving, total = counts.t().tolist() if names else ([], [])
+    return Counts(dict(zip(names, surviving, strict=True)), dict(zip(names, total, strict=True)))

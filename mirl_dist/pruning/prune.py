@@ -24,9 +24,9 @@ from mirl_dist.pruning.quantile import CHUNK, Gather, Threshold, kth_smallest, s
 
 
 class PruneConfig(NamedTuple):
-    """How a round prunes. fraction: of the alive weights, in (0, 1); output_*: the layer-wise exception of MIR-L.
+    """How a round prunes. fraction: of the surviving weights, in (0, 1); output_*: the layer-wise exception of MIR-L.
 
-    floor: with per='global', the share of each tensor, in [0, 1), that stays alive in any case; iterations: SynFlow's.
+    floor: with per='global', the share of each tensor, in [0, 1), that survives in any case; iterations: SynFlow's.
     """
 
     fraction: float
@@ -41,7 +41,7 @@ class PruneConfig(NamedTuple):
 
 class PruneResult(NamedTuple):
     """New masks; `threshold`: the largest removed score (per layer: the largest of all layers); `removed`: how many;
-    `collapsed`: the tensors without any alive weight."""
+    `collapsed`: the tensors without any surviving weight."""
 
     masks: Masks
     threshold: float
@@ -75,61 +75,64 @@ def in_scope(names: Iterable[str], scope: str | tuple[str, ...]) -> tuple[str, .
     return tuple(n for n in names if any(fnmatchcase(n, glob) for glob in scope))
 
 
-def count_to_remove(alive: int, fraction: float, factor: float = 1.0) -> int:
-    """ceil(fraction x factor (alive - 1)) in exact decimal arithmetic: the published count for distinct magnitudes."""
-    return math.ceil(Fraction(str(fraction)) * Fraction(str(factor)) * (alive - 1)) if alive > 0 else 0
+def count_to_remove(surviving: int, fraction: float, factor: float = 1.0) -> int:
+    """ceil(fraction x factor (surviving - 1)) in exact decimal arithmetic: as published for distinct magnitudes."""
+    return math.ceil(Fraction(str(fraction)) * Fraction(str(factor)) * (surviving - 1)) if surviving > 0 else 0
 
 
-def groups(found: Counts, rule: PruneConfig) -> list[PruneGroup]:
-    """Who competes and how many go: all tensors together, or each by itself with `output_factor` for `output_layers`.
+def form_groups(counts: Counts, config: PruneConfig) -> list[PruneGroup]:
+    """Say which tensors compete, and how many of their weights go.
 
-    Raises UserError when the floor leaves too few weights to remove, ValueError for a floor with per='layer'.
+    All tensors together, or each by itself, with `output_factor` for `output_layers`. Raises UserError when the floor
+    leaves too few weights to remove, ValueError for a floor with per='layer'.
     """
-    if rule.floor and rule.per != "global":
+    if config.floor and config.per != "global":
         raise ValueError("a floor belongs to per='global'")
-    made = []
-    for names in [tuple(sorted(found.all))] if rule.per == "global" else [(name,) for name in sorted(found.all)]:
-        halved = rule.per == "layer" and any(fnmatchcase(names[0], glob) for glob in rule.output_layers)
-        living = sum(found.alive[n] for n in names)
-        k = count_to_remove(living, rule.fraction, rule.output_factor if halved else 1.0)
-        spare = sum(_spare(found, n, rule.floor) for n in names)
+    tensors = sorted(counts.total)
+    groups = []
+    for names in [tuple(tensors)] if config.per == "global" else [(name,) for name in tensors]:
+        is_output = config.per == "layer" and any(fnmatchcase(names[0], glob) for glob in config.output_layers)
+        surviving = sum(counts.surviving[n] for n in names)
+        k = count_to_remove(surviving, config.fraction, config.output_factor if is_output else 1.0)
+        spare = sum(_spare(counts, n, config.floor) for n in names)
         if k > spare:
             raise UserError(
-                f"prune.floor: found {rule.floor:g}, which lets only {spare:,} of {living:,} alive weights go, with "
-                f"prune.fraction {rule.fraction:g}, which asks for {k:,}. Lower one of them, or prune.rounds.",
+                f"prune.floor: found {config.floor:g}, which lets only {spare:,} of {surviving:,} alive weights go, "
+                f"with prune.fraction {config.fraction:g}, which asks for {k:,}. Lower one of them, or prune.rounds.",
                 everywhere=True,
             )
-        made.append(PruneGroup(names, k))
-    return made
+        groups.append(PruneGroup(names, k))
+    return groups
 
 
-def _spare(found: Counts, name: str, floor: float) -> int:
-    """How many alive weights of a tensor may go: all but ceil(floor x size), in exact decimal arithmetic."""
-    return max(0, found.alive[name] - math.ceil(Fraction(str(floor)) * found.all[name]))
+def _spare(counts: Counts, name: str, floor: float) -> int:
+    """How many surviving weights of a tensor may go: all but ceil(floor x size), in exact decimal arithmetic."""
+    return max(0, counts.surviving[name] - math.ceil(Fraction(str(floor)) * counts.total[name]))
 
 
 def select(
     scores: Callable[[str], Tensor],
     masks: Mapping[str, Tensor],
-    among: Iterable[PruneGroup],
+    groups: Iterable[PruneGroup],
     floor: float = 0.0,
-    share: Partition = ReplicatedPartition(),  # noqa: B008 - an immutable tuple
+    partition: Partition = ReplicatedPartition(),  # noqa: B008 - an immutable tuple
     gather: Gather = single_rank,
 ) -> PruneResult:
-    """New masks in which of every group the k alive weights of the smallest |score| are gone, ties by name and index.
+    """New masks in which of every group the k surviving weights of smallest |score| are gone, ties by name and index.
 
     scores: name -> float32 of the mask's number of weights, on its device, the same on every rank that holds them.
     """
     new: Masks = {}
     threshold, removed = 0.0, 0
-    for names, k in among:
+    for names, k in groups:
         if k == 0:
             new |= {n: masks[n].clone() for n in names}
             continue
-        cut_masks, cut = _cut_above_floor(names, scores, masks, k, floor, share, gather)  # a meeting of all ranks
+        # a collective of all ranks
+        cut_masks, cut = _cut_above_floor(names, scores, masks, k, floor, partition, gather)
         new |= cut_masks
         threshold, removed = max(threshold, cut.value), removed + k
-    left = count_weights(new, share, gather).alive
+    left = count_weights(new, partition, gather).surviving
     return PruneResult(new, threshold, removed, tuple(n for n in sorted(new) if not left[n]))
 
 
@@ -139,12 +142,12 @@ def _cut_above_floor(
     masks: Mapping[str, Tensor],
     k: int,
     floor: float,
-    share: Partition,
+    partition: Partition,
     gather: Gather,
 ) -> tuple[Masks, Threshold]:
     """New masks after the k weakest of the spare weights went: of each tensor all but the strongest `floor`.
 
-    All alive weights stand in one order: |score|, name, index. Call a tensor's weights spare but for its strongest
+    All surviving weights stand in one order: |score|, name, index. Call a tensor's weights spare but for its strongest
     ones, as many as the floor holds. Wanted are the k first of all spare weights. Where a cut that ignores the floor
     takes more of a tensor than is spare, it takes all that is spare of it, since those are the tensor's first; and the
     wanted cut ends no earlier in the order than that one, since it counts fewer candidates up to the same k. So all
@@ -152,24 +155,24 @@ def _cut_above_floor(
     Where a cut takes no more than is spare of any tensor, it is the wanted one. No later cut ends before an earlier
     one, so the last is the threshold.
     """
-    before = count_weights({n: masks[n] for n in group}, share, gather)
+    before = count_weights({n: masks[n] for n in group}, partition, gather)
     spare = {n: _spare(before, n, floor) for n in group}
-    assert k <= sum(spare.values()), "groups() refuses a floor that leaves too few"
+    assert k <= sum(spare.values()), "form_groups() refuses a floor that leaves too few"
     free, low = list(group), list[str]()
     while True:
-        new, cut = _cut_group(free, scores, masks, k, share, gather)
+        new, cut = _cut_group(free, scores, masks, k, partition, gather)
         if not floor:
             return new, cut
-        after = count_weights(new, share, gather)
-        found = [n for n in free if before.alive[n] - after.alive[n] > spare[n]]
-        if not found:
+        after = count_weights(new, partition, gather)
+        overdrawn = [n for n in free if before.surviving[n] - after.surviving[n] > spare[n]]
+        if not overdrawn:
             break
-        k -= sum(spare[n] for n in found)
-        low += found
-        free = [n for n in free if n not in found]
+        k -= sum(spare[n] for n in overdrawn)
+        low += overdrawn
+        free = [n for n in free if n not in overdrawn]
     for name in low:
         if spare[name]:
-            new |= _cut_group([name], scores, masks, spare[name], share, gather)[0]
+            new |= _cut_group([name], scores, masks, spare[name], partition, gather)[0]
         else:
             new[name] = masks[name].clone()
     return new, cut
@@ -180,26 +183,26 @@ def _cut_group(
     scores: Callable[[str], Tensor],
     masks: Mapping[str, Tensor],
     k: int,
-    share: Partition,
+    partition: Partition,
     gather: Gather,
 ) -> tuple[Masks, Threshold]:
-    """New masks of a group of tensors after its k smallest alive scores went."""
-    mine = {n: share.of(scores(n)) for n in group}
-    cut = kth_smallest(mine, k, gather, {n: share.of(masks[n].reshape(-1)) for n in group})
-    del mine  # scores that are made when they are asked for need not lie about twice
+    """New masks of a group of tensors after its k smallest surviving scores went."""
+    own = {n: partition.own_part(scores(n)) for n in group}
+    cut = kth_smallest(own, k, gather, {n: partition.own_part(masks[n].reshape(-1)) for n in group})
+    del own  # scores that are made when they are asked for need not lie about twice
     new, equal = {}, []
     for name in group:
         keep = masks[name].reshape(-1).clone()
         equal.append(_keep_not_below(keep, scores(name), cut.bits))
         new[name] = keep
-    held = torch.tensor(equal, dtype=torch.int64)
-    before, everywhere = torch.zeros_like(held), held
-    if not share.is_replicated:
-        of_ranks = gather(held)
-        before, everywhere = of_ranks[: share.rank].sum(dim=0), of_ranks.sum(dim=0)
+    own_ties = torch.tensor(equal, dtype=torch.int64)
+    before, everywhere = torch.zeros_like(own_ties), own_ties
+    if not partition.is_replicated:
+        of_ranks = gather(own_ties)
+        before, everywhere = of_ranks[: partition.rank].sum(dim=0), of_ranks.sum(dim=0)
     ties = cut.ties
-    for name, mine_equal, earlier, all_equal in zip(group, equal, before.tolist(), everywhere.tolist(), strict=True):
-        _drop_ties(new[name], scores(name), cut.bits, min(max(ties - earlier, 0), mine_equal))
+    for name, own_equal, earlier, all_equal in zip(group, equal, before.tolist(), everywhere.tolist(), strict=True):
+        _drop_ties(new[name], scores(name), cut.bits, min(max(ties - earlier, 0), own_equal))
         ties -= min(ties, all_equal)
     assert ties == 0, "the ranks counted ties that nobody holds"
     return {n: keep.reshape(masks[n].shape) for n, keep in new.items()}, cut
@@ -208,20 +211,20 @@ def _cut_group(
 def _keep_not_below(keep: Tensor, scores: Tensor, bits: int) -> int:
     """Drop what is smaller than a cut, in place; how many of those left are equal to it."""
     equal = 0
-    for living, chunk in zip(torch.split(keep, CHUNK), torch.split(scores, CHUNK), strict=True):
+    for kept, chunk in zip(torch.split(keep, CHUNK), torch.split(scores, CHUNK), strict=True):
         magnitude = _absolute(chunk)
-        living &= magnitude >= bits
-        equal += int((living & (magnitude == bits)).sum())
+        kept &= magnitude >= bits
+        equal += int((kept & (magnitude == bits)).sum())
     return equal
 
 
 def _drop_ties(keep: Tensor, scores: Tensor, bits: int, count: int) -> None:
     """Drop the first `count` that are equal to a cut, in place."""
-    for living, chunk in zip(torch.split(keep, CHUNK), torch.split(scores, CHUNK), strict=True):
+    for kept, chunk in zip(torch.split(keep, CHUNK), torch.split(scores, CHUNK), strict=True):
         if not count:
             return
-        first = torch.nonzero(living & (_absolute(chunk) == bits)).reshape(-1)[:count]
-        living[first] = False
+        first = torch.nonzero(kept & (_absolute(chunk) == bits)).reshape(-1)[:count]
+        kept[first] = False
         count -= first.numel()
 
 
@@ -234,18 +237,18 @@ def prune(
     weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
     config: PruneConfig,
-    share: Partition = ReplicatedPartition(),  # noqa: B008 - an immutable tuple
+    partition: Partition = ReplicatedPartition(),  # noqa: B008 - an immutable tuple
     gather: Gather = single_rank,
     scores: Callable[[str], Tensor] | Mapping[str, Tensor] | None = None,
 ) -> PruneResult:
-    """New masks with ceil(fraction (alive - 1)) fewer alive weights, the same on every rank, or each rank's part.
+    """New masks with ceil(fraction (surviving - 1)) fewer weights, the same on every rank, or each rank's part.
 
-    weights: float tensors, replicated on all ranks, or with `Own` the parts of them that this rank holds; masks: the
-    alive weights among them. Weights are counted once: each rank counts its `share`. per='layer' applies the count to
-    every tensor by itself, with fraction x output_factor for `output_layers`. scores: name -> float32 of the weights'
-    shape, of any sign, held as the weights are; None: of the weights, by the criterion. Raises UserError for NaN or inf,
-    and for a floor that leaves too few weights to remove. Extra memory: the new masks, a byte for each weight that the
-    rank holds, and a few times quantile.CHUNK weights.
+    weights: float tensors, replicated on all ranks, or with `ShardedPartition` the shards that this rank holds; masks:
+    the surviving weights among them. Weights are counted once: each rank counts its `partition`. per='layer' applies
+    the count to every tensor by itself, with fraction x output_factor for `output_layers`. scores: name -> float32 of
+    the weights' shape, of any sign, held as the weights are; None: of the weights, by the criterion. Raises UserError
+    for NaN or inf, and for a floor that leaves too few weights to remove. Extra memory: the new masks, a byte for each
+    weight that the rank holds, and a few times quantile.CHUNK weights.
     """
     if scores is None:
 
@@ -253,29 +256,32 @@ def prune(
             return scores_of_weights(config.criterion, name, weights[name], config.seed)
     else:
         given = scores if callable(scores) else scores.__getitem__
-        _check_scores(given, masks, config.criterion, share)
+        _check_scores(given, masks, config.criterion, partition)
 
         def flat(name: str) -> Tensor:
             return given(name).detach().reshape(-1).to(masks[name].device)
 
-    return select(flat, masks, groups(count_weights(masks, share, gather), config), config.floor, share, gather)
+    groups = form_groups(count_weights(masks, partition, gather), config)
+    return select(flat, masks, groups, config.floor, partition, gather)
 
 
 def _check_scores(
-    scores: Callable[[str], Tensor], masks: Mapping[str, Tensor], criterion: str, share: Partition
+    scores: Callable[[str], Tensor], masks: Mapping[str, Tensor], criterion: str, partition: Partition
 ) -> None:
-    """Raise ValueError for scores of another shape, and UserError for NaN or inf; on every rank alike. Those of parts that
-    one rank alone holds are looked at when they are counted."""
-    odd = []
+    """Raise ValueError for scores of another shape, and UserError for NaN or inf, on every rank alike.
+
+    Scores of sharded tensors are checked for NaN and inf when they are counted.
+    """
+    not_finite = []
     for name in sorted(masks):
-        found = scores(name)
-        if found.shape != masks[name].shape:
-            raise ValueError(f"scores of '{name}' are {tuple(found.shape)}, its weights {tuple(masks[name].shape)}")
-        if share.is_replicated and not bool(torch.isfinite(found).all()):
-            odd.append(name)
-    if odd:
+        tensor = scores(name)
+        if tensor.shape != masks[name].shape:
+            raise ValueError(f"scores of '{name}' are {tuple(tensor.shape)}, its weights {tuple(masks[name].shape)}")
+        if partition.is_replicated and not bool(torch.isfinite(tensor).all()):
+            not_finite.append(name)
+    if not_finite:
         raise UserError(
-            f"found NaN or infinite scores by prune.criterion {criterion} (tensors: {', '.join(odd[:5])}); nothing was "
-            "pruned. Take another criterion, or look at the weights it scores.",
+            f"found NaN or infinite scores by prune.criterion {criterion} (tensors: {', '.join(not_finite[:5])}); "
+            "nothing was pruned. Take another criterion, or look at the weights it scores.",
             everywhere=True,
         )

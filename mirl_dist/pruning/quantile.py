@@ -19,8 +19,8 @@ from mirl_dist.errors import UserError
 Gather: TypeAlias = Callable[[Tensor], Tensor]
 """int64 (n,) of this rank -> int64 (ranks, n) of all ranks."""
 
-_PASSES = (11, 10, 10)
-_KNOWN = (0, 11, 21)
+_BITS_PER_PASS = (11, 10, 10)
+_BITS_BEFORE = (0, 11, 21)
 CHUNK = 1 << 20
 """Weights counted at once: bounds the extra memory of a selection, whatever the size of the tensors."""
 
@@ -64,7 +64,7 @@ class BitSearch(NamedTuple):
     @property
     def width(self) -> int:
         """The bits that the next pass finds; 0 when all are known."""
-        return next((width for at, width in zip(_KNOWN, _PASSES, strict=True) if at == self.known), 0)
+        return next((width for at, width in zip(_BITS_BEFORE, _BITS_PER_PASS, strict=True) if at == self.known), 0)
 
     def counts(self, magnitudes: Tensor) -> Tensor:
         """int64 (2**width,): how many of some float32 begin as the one searched for, by their next bits."""
@@ -83,23 +83,23 @@ class BitSearch(NamedTuple):
         return BitSearch(self.remaining - before, prefix, self.known + self.width, self.below + before)
 
 
-def _chunks(part: Tensor, alive: Tensor | None) -> Iterator[Tensor]:
-    """A part's magnitudes, a few at a time; alive: which of them count."""
+def _chunks(part: Tensor, surviving: Tensor | None) -> Iterator[Tensor]:
+    """A part's magnitudes, a few at a time; surviving: which of them count."""
     flat = part.detach().reshape(-1)
-    if alive is None:
+    if surviving is None:
         yield from torch.split(flat, CHUNK)
         return
-    for chunk, living in zip(torch.split(flat, CHUNK), torch.split(alive.reshape(-1), CHUNK), strict=True):
-        yield chunk[living]
+    for chunk, kept in zip(torch.split(flat, CHUNK), torch.split(surviving.reshape(-1), CHUNK), strict=True):
+        yield chunk[kept]
 
 
 def check_finite(parts: Mapping[str, Tensor], gather: Gather = single_rank) -> None:
     """Raise UserError on every rank when any rank holds a NaN or an infinity; a rank that holds one names it."""
-    odd = [n for n in sorted(parts) if not all(bool(torch.isfinite(c).all()) for c in _chunks(parts[n], None))]
-    per_rank = gather(torch.tensor([len(odd)], dtype=torch.int64)).reshape(-1).tolist()
+    not_finite = [n for n in sorted(parts) if not all(bool(torch.isfinite(c).all()) for c in _chunks(parts[n], None))]
+    per_rank = gather(torch.tensor([len(not_finite)], dtype=torch.int64)).reshape(-1).tolist()
     if any(per_rank):
         ranks = ", ".join(str(r) for r, n in enumerate(per_rank) if n)
-        here = f"tensors: {', '.join(odd[:5])}" if odd else "none in this rank's share"
+        here = f"tensors: {', '.join(not_finite[:5])}" if not_finite else "none in this rank's share"
         raise UserError(
             f"found NaN or infinite weights on rank {ranks} ({here}); nothing was pruned. "
             "Lower optimiser.lr, or set optimiser.clip_norm, in a new run.folder."
@@ -107,14 +107,14 @@ def check_finite(parts: Mapping[str, Tensor], gather: Gather = single_rank) -> N
 
 
 def kth_smallest(
-    parts: Mapping[str, Tensor], k: int, gather: Gather = single_rank, alive: Mapping[str, Tensor] | None = None
+    parts: Mapping[str, Tensor], k: int, gather: Gather = single_rank, surviving: Mapping[str, Tensor] | None = None
 ) -> Threshold:
     """The k-th smallest magnitude among all parts on all ranks, exactly.
 
-    parts: named float32 tensors of this rank's share, any shape; shares of different ranks must not overlap.
-    k: 1-based, 1 <= k <= number of magnitudes on all ranks. gather: see `Gather`. alive: bool masks of the parts'
+    parts: named float32 tensors that this rank counts, any shape; those of different ranks must not overlap.
+    k: 1-based, 1 <= k <= number of magnitudes on all ranks. gather: see `Gather`. surviving: bool masks of the parts'
     sizes, without which all count.
-    Returns Cut with below + ties == k. Raises TypeError for another dtype (on the rank that holds it),
+    Returns a Threshold with below + ties == k. Raises TypeError for another dtype (on the rank that holds it),
     ValueError for k out of range and UserError for NaN or inf (on every rank).
     Cost: a few reads of the parts, 2048 int64 per rank and pass on the wire, memory for a few times CHUNK weights.
     """
@@ -126,7 +126,7 @@ def kth_smallest(
     while search.width:
         bins = torch.zeros(1 << search.width, dtype=torch.int64)
         for name, part in parts.items():
-            for chunk in _chunks(part, None if alive is None else alive[name]):
+            for chunk in _chunks(part, None if surviving is None else surviving[name]):
                 bins += search.counts(chunk)
         counts = gather(bins).sum(dim=0)
         if search.known == 0 and not 1 <= k <= int(counts.sum()):

@@ -1,4 +1,4 @@
-"""Survivors return to their first values, and a proof that they did.
+"""Surviving weights return to their first values, and a proof that they did.
 
 MIR-L, Algorithm 1: theta <- m * theta_0. The released code resets tensors named 'weight' in every round, those
 named 'bias' before round 1 only (the stored copy is overwritten by training), prompts and temperatures never, and
@@ -30,7 +30,7 @@ def rewind(
     masks: Mapping[str, Tensor],
     names: frozenset[str],
 ) -> None:
-    """weights <- mask x initial for `names`, in place; other tensors keep their values, dead weights become zero."""
+    """weights <- mask x initial for `names`, in place; other tensors keep their values, pruned weights become zero."""
     for name in names:
         weights[name].copy_(initial[name])
     apply_masks(weights, masks)

@@ -22,28 +22,28 @@ def gradients(
     """The sum over batches of the gradient of the mean loss, by parameter: float64, added in the order of batches.
 
     batches: (degraded, clean), float (B, 3, H, W) each, on the network's device; loss: (restored, clean) to any shape,
-    of which the mean counts; at: values in place of the network's own, all of them, dead ones zero. Zeros for a
+    of which the mean counts; at: values in place of the network's own, all of them, pruned ones zero. Zeros for a
     parameter that the loss does not depend on. The network is in evaluation mode meanwhile; its weights, their `.grad`
     and its mode stay as they are.
     """
     values = {n: w.detach().requires_grad_() for n, w in (at or dict(network.named_parameters())).items()}
     names = sorted(values)
-    total = {n: torch.zeros_like(values[n], dtype=torch.float64) for n in names}
+    sums = {n: torch.zeros_like(values[n], dtype=torch.float64) for n in names}
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
         for degraded, clean in batches:
             with torch.enable_grad():
                 mean = loss(torch.func.functional_call(network, values, (degraded,)), clean).mean()
-            for name, slope in zip(
+            for name, gradient in zip(
                 names, torch.autograd.grad(mean, [values[n] for n in names], allow_unused=True), strict=True
             ):
-                if slope is not None:
-                    total[name] += slope
+                if gradient is not None:
+                    sums[name] += gradient
     finally:
         for module, training in modes.items():
             module.training = training
-    return total
+    return sums
 
 
 def scores(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

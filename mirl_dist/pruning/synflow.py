@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from mirl_dist.errors import UserError
 from mirl_dist.pruning.partition import ReplicatedPartition, count_weights
-from mirl_dist.pruning.prune import PruneConfig, PruneGroup, PruneResult, groups, select
+from mirl_dist.pruning.prune import PruneConfig, PruneGroup, PruneResult, form_groups, select
 from mirl_dist.pruning.quantile import single_rank
 
 
@@ -40,40 +40,40 @@ def iterate(
     network: nn.Module,
     weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
-    rule: PruneConfig,
+    config: PruneConfig,
     image_shape: Sequence[int] = (1, 3, 64, 64),
     before_step: Callable[[], None] = lambda: None,
 ) -> PruneResult:
-    """New masks after `rule.iterations` steps, each of which scores what is left and cuts the weakest.
+    """New masks after `config.iterations` steps, each of which scores what is left and cuts the weakest.
 
-    The alive share falls exponentially from 1 to what `prune` would leave; the counts at the end are exactly those.
+    The surviving share falls exponentially from 1 to what `prune` would leave; the counts at the end are exactly those.
     network: its weights are neither read nor changed; weights: all its parameters by name, of which the absolute values
-    count; masks, rule: as for `prune`; image_shape: (1, 3, H, W); before_step: heard before each, may raise.
+    count; masks, config: as for `prune`; image_shape: (1, 3, H, W); before_step: called before each, may raise.
     `threshold` is that of the last step.
     The same bits whenever called on the same machine. Raises UserError as `prune` does.
     """
-    goal = groups(count_weights(masks, ReplicatedPartition(), single_rank), rule)
-    living = [sum(int(masks[n].sum()) for n in group.names) for group in goal]
-    gone = [0] * len(goal)
-    pruned = select(masks.__getitem__, masks, [PruneGroup(group.names, 0) for group in goal])
-    for step in range(1, rule.iterations + 1):
-        due = [_gone_after(step, rule.iterations, n, group.k) for n, group in zip(living, goal, strict=True)]
-        if due == gone:
+    groups = form_groups(count_weights(masks, ReplicatedPartition(), single_rank), config)
+    surviving = [sum(int(masks[n].sum()) for n in group.names) for group in groups]
+    removed = [0] * len(groups)
+    pruned = select(masks.__getitem__, masks, [PruneGroup(group.names, 0) for group in groups])
+    for step in range(1, config.iterations + 1):
+        due = [_removed_after(step, config.iterations, n, group.k) for n, group in zip(surviving, groups, strict=True)]
+        if due == removed:
             continue
-        step_groups = [PruneGroup(g.names, d - before) for g, d, before in zip(goal, due, gone, strict=True)]
+        step_groups = [PruneGroup(g.names, d - before) for g, d, before in zip(groups, due, removed, strict=True)]
         before_step()
-        found = scores(network, weights, pruned.masks, image_shape)
-        flat = {n: s.reshape(-1) for n, s in found.items()}
-        pruned, gone = select(flat.__getitem__, pruned.masks, step_groups, rule.floor), due
-    return pruned._replace(removed=sum(gone))
+        step_scores = scores(network, weights, pruned.masks, image_shape)
+        flat = {n: s.reshape(-1) for n, s in step_scores.items()}
+        pruned, removed = select(flat.__getitem__, pruned.masks, step_groups, config.floor), due
+    return pruned._replace(removed=sum(removed))
 
 
-def _gone_after(step: int, steps: int, living: int, k: int) -> int:
-    """How many of `living` weights are gone after a step, when k go in all and the alive share falls exponentially."""
+def _removed_after(step: int, steps: int, surviving: int, k: int) -> int:
+    """How many of `surviving` weights are gone after a step, when k go in all and the rest falls exponentially."""
     if step == steps or k == 0:
         return k
-    kept = living * math.pow((living - k) / living, step / steps)
-    return min(k, living - math.ceil(kept))
+    kept = surviving * math.pow((surviving - k) / surviving, step / steps)
+    return min(k, surviving - math.ceil(kept))
 
 
 def scores(
@@ -84,7 +84,7 @@ def scores(
 ) -> dict[str, Tensor]:
     """|w| dR/d|w| of every masked tensor: float32 of its shape, at most R, which is about 3 H W.
 
-    A weight that lies on no path of alive weights has 0, and every dead one. Raises UserError for NaN or inf.
+    A weight that lies on no path of surviving weights has 0, and every pruned one. Raises UserError for NaN or inf.
     """
     values = {n: w.detach().double().abs() for n, w in weights.items()}
     values |= {n: values[n].masked_fill(~mask.to(values[n].device), 0.0) for n, mask in masks.items()}
@@ -98,8 +98,8 @@ def scores(
         raise UserError("found NaN or infinite first values, where SynFlow scored them. Give others in model.weights.")
     names = sorted(masks)
     slopes = torch.autograd.grad(total, [values[n] for n in names], allow_unused=True)
-    found = {n: _flow(values[n].detach(), slope) for n, slope in zip(names, slopes, strict=True)}
-    return {n: flow.float().to(masks[n].device) for n, flow in found.items()}
+    flows = {n: _flow(values[n].detach(), slope) for n, slope in zip(names, slopes, strict=True)}
+    return {n: flow.float().to(masks[n].device) for n, flow in flows.items()}
 
 
 def _flow(value: Tensor, slope: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.criteria import CRITERIA
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.partition import ReplicatedPartition, count_weights
-from mirl_dist.pruning.prune import PruneConfig, groups, prune
+from mirl_dist.pruning.prune import PruneConfig, form_groups, prune
 from mirl_dist.pruning.quantile import single_rank
 from mirl_dist.training.ticket import DENSE, Ticket
 
@@ -153,13 +153,14 @@ def _of_descent(content: TicketRound, parent: TicketRound, rule: PruneConfig) ->
 
 def _of_cut(content: TicketRound, parent: TicketRound, rule: PruneConfig) -> Iterator[Check]:
     criterion = CRITERIA[rule.criterion]
-    wanted = sum(group.k for group in groups(count_weights(parent.masks, ReplicatedPartition(), single_rank), rule))
+    groups = form_groups(count_weights(parent.masks, ReplicatedPartition(), single_rank), rule)
+    wanted = sum(group.k for group in groups)
     gone = masking.count_surviving(parent.masks) - masking.count_surviving(content.masks)
     yield _same("weights removed by the rule", wanted, gone)
     if criterion.needs != "nothing":
         yield Check(FOLLOWS, None, f"not provable: {rule.criterion} looks at the {criterion.needs} too")
         return
-    values = parent.initial if criterion.of == "initial" or rule.criterion == "random" else parent.trained
+    values = parent.initial if criterion.weights_from == "initial" or rule.criterion == "random" else parent.trained
     if not values:
         yield Check(FOLLOWS, None, "not provable: the run did not keep the parent's weights")
         return

@@ -138,11 +138,11 @@ class RoundRunner:
     def _make_ticket(self, result: EvalResult, digests: RunDigests) -> Ticket:
         progress, counts, settings = self.state.progress, self.state.counts, self.evaluation.settings
         headline, *others = settings.protocols
-        densities = {name: counts.alive[name] / size for name, size in counts.all.items()}
+        densities = {name: counts.surviving[name] / size for name, size in counts.total.items()}
         return Ticket(
             round=progress.round,
-            alive=sum(counts.alive.values()),
-            prunable=sum(counts.all.values()),
+            alive=sum(counts.surviving.values()),
+            prunable=sum(counts.total.values()),
             total=self.state.total(),
             threshold=progress.threshold,
             layer_density=densities,

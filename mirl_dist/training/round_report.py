@@ -36,7 +36,7 @@ class RoundReporter:
         """The round of `state` begins, or goes on."""
         progress, counts = state.progress, state.counts
         weights = state.total()
-        surviving = weights - sum(counts.all.values()) + sum(counts.alive.values())
+        surviving = weights - sum(counts.total.values()) + sum(counts.surviving.values())
         self._open_mlflow_round(progress.round, surviving, weights, progress.mask_digest)
         self.status.update(round=progress.round, step=progress.updates, steps=total_steps)
 

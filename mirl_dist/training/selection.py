@@ -107,7 +107,7 @@ def select(
     asked to stop while it computes scores.
     """
     criterion, partition, layout = CRITERIA[config.criterion], state.engine.partition, state.engine.layout
-    values = _values(criterion.of, state, initial)
+    values = _values(criterion.weights_from, state, initial)
     if criterion.needs == "nothing":
         local_scores = config.criterion == "random" and not layout.is_replicated
         scores_of_part = _random_part_scores(config, layout) if local_scores else None

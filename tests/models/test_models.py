@@ -219,6 +219,17 @@ def test_every_parameter_learns() -> None:
         assert tensor.grad is not None and bool(tensor.grad.any()), name
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 16, 24), (1, 3, 13, 21)])
+def test_the_network_exports_and_the_exported_program_gives_the_same_bits(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    network = models.create("promptir", **SMALL).eval()
+    image = torch.rand(shape)
+    exported = torch.export.export(network, (image,))
+    again = torch.rand(shape)
+    with torch.no_grad():
+        assert torch.equal(exported.module()(again), network(again))
+
+
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 16, 16), (1, 3, 0, 16)])
 def test_an_input_that_is_no_batch_of_colour_images_is_refused(shape: tuple[int, ...]) -> None:
     network = models.create("promptir", **SMALL)

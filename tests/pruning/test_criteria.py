@@ -155,7 +155,7 @@ def test_scoring_leaves_the_network_and_the_weights_as_they_are() -> None:
     assert torch.equal(network(image), restored), "after an error too"
 
 
-def test_what_no_path_of_alive_weights_reaches_scores_zero() -> None:
+def test_what_no_path_of_surviving_weights_reaches_scores_zero() -> None:
     network, weights = small()
     masks = published(weights)
     masks[f"{BLOCK}.ffn.project_out.weight"][:] = False
@@ -202,7 +202,7 @@ def test_many_steps_end_at_the_count_of_one(rule: PruneConfig) -> None:
     assert one.threshold == prune(weights, masks, rule, scores=scores).threshold
 
 
-def test_the_alive_share_falls_by_the_same_factor_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_surviving_share_falls_by_the_same_factor_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     network, weights = small()
     masks, seen, scored = published(weights), [], synflow.scores
 
@@ -220,7 +220,7 @@ def test_the_alive_share_falls_by_the_same_factor_in_every_step(monkeypatch: pyt
         assert after / before == pytest.approx(0.1**0.25, rel=1e-4)
 
 
-def test_one_cut_empties_tensors_that_many_small_ones_keep_alive() -> None:
+def test_one_cut_empties_tensors_that_survive_many_small_ones() -> None:
     network, weights = small()
     rule = PruneConfig(0.9, "synflow")
     emptied = [
@@ -363,18 +363,18 @@ def scored() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return weights | {"weak.weight": weights["weak.weight"] / 99}, scores | {"weak.weight": scores["weak.weight"] / 99}
 
 
-def cut(rule: PruneConfig, **where: Any) -> PruneResult:
+def cut(rule: PruneConfig, **ranks: Any) -> PruneResult:
     weights, scores = scored()
     given = None if rule.criterion == "magnitude" else scores
-    return prune(weights, dense_masks(weights, weights), rule, scores=given, **where)
+    return prune(weights, dense_masks(weights, weights), rule, scores=given, **ranks)
 
 
-def told(pruned: PruneResult) -> list[Any]:
+def summary(pruned: PruneResult) -> list[Any]:
     return [masking.digest(pruned.masks), pruned.threshold.hex(), pruned.removed, list(pruned.collapsed)]
 
 
 def test_real_ranks_cut_given_scores_as_one_process_does(lab: Any, tmp_path: Path) -> None:
-    alone = {name: told(cut(rule)) for name, rule in RULES.items()}
+    alone = {name: summary(cut(rule)) for name, rule in RULES.items()}
     assert len({digest for digest, *_ in alone.values()}) == len(RULES)
     for world in (2, 3):
         ended = lab.start(str(tmp_path), cwd=tmp_path, world=world, script=__file__).wait()
@@ -386,7 +386,7 @@ def test_real_ranks_cut_given_scores_as_one_process_does(lab: Any, tmp_path: Pat
 def on_this_rank(folder: Path) -> None:
     """What `lab` runs on every rank."""
     ranks = Ranks(device="cpu")
-    found = {name: told(cut(rule, share=ranks.partition, gather=ranks.gather)) for name, rule in RULES.items()}
+    found = {name: summary(cut(rule, partition=ranks.partition, gather=ranks.gather)) for name, rule in RULES.items()}
     (folder / f"{ranks.world}-{ranks.rank}.json").write_text(json.dumps(found))
     ranks.barrier()
     ranks.close()

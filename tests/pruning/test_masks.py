@@ -1,4 +1,4 @@
-"""Laws of masks and rewinding: the dead stay at zero, the survivors return to their first values."""
+"""Laws of masks and rewinding: pruned weights stay at zero, surviving ones return to their first values."""
 
 from __future__ import annotations
 
@@ -119,14 +119,14 @@ def test_counts_are_those_of_the_masks_and_not_of_zeros() -> None:
     assert masking.count_surviving(masking.dense_masks(weights, ["b", "a"])) == 4
 
 
-def test_closing_sets_the_dead_to_zero_and_leaves_the_living() -> None:
+def test_applying_masks_zeroes_the_pruned_and_leaves_the_surviving() -> None:
     weights = {"a": torch.tensor([-1.0, 2.0, float("nan")]), "b": torch.tensor([5.0])}
     masking.apply_masks(weights, {"a": torch.tensor([False, True, False])})
     assert weights["a"].tolist() == [0.0, 2.0, 0.0]
     assert weights["b"].tolist() == [5.0]
 
 
-def test_a_dead_weight_that_is_not_zero_is_named() -> None:
+def test_a_pruned_weight_that_is_not_zero_is_named() -> None:
     masks = {"a": torch.tensor([True, False]), "b": torch.tensor([False, True])}
     zero = torch.tensor([0.0, 3.0])
     assert masking.find_nonzero_pruned({"a": torch.tensor([1.0, 0.0]), "b": zero}, masks) is None
@@ -138,7 +138,7 @@ def test_a_dead_weight_that_is_not_zero_is_named() -> None:
 
 
 @pytest.mark.parametrize("odd", [float("inf"), float("nan")])
-def test_a_living_weight_is_never_taken_for_a_dead_one(odd: float) -> None:
+def test_a_surviving_weight_is_never_taken_for_a_pruned_one(odd: float) -> None:
     assert masking.find_nonzero_pruned({"a": torch.tensor([odd, 0.0])}, {"a": torch.tensor([True, False])}) is None
 
 
@@ -167,7 +167,7 @@ def steps(model: nn.Module, optimiser: torch.optim.Optimizer, masks: Masks, coun
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_dead_weights_and_their_moments_stay_exactly_zero_under(name: str) -> None:
+def test_pruned_weights_and_their_moments_stay_exactly_zero_under(name: str) -> None:
     model = tiny()
     masks = pruned(first_values(model))
     parameters = dict(model.named_parameters())
@@ -176,18 +176,18 @@ def test_dead_weights_and_their_moments_stay_exactly_zero_under(name: str) -> No
     optimiser = OPTIMISERS[name](list(model.parameters()))
     steps(model, optimiser, masks, 4)
     for tensor, mask in masks.items():
-        dead = parameters[tensor].detach()[~mask]
-        assert torch.equal(dead, torch.zeros_like(dead)), tensor
-        for kind, held in optimiser.state[parameters[tensor]].items():
-            if isinstance(held, Tensor) and held.shape == mask.shape:
-                assert not held[~mask].any(), f"{tensor}, {kind}"
-        living = mask & (before[tensor] != 0)
-        if living.any():
-            assert not torch.equal(parameters[tensor].detach()[living], before[tensor][living]), f"{tensor} moves"
+        pruned_values = parameters[tensor].detach()[~mask]
+        assert torch.equal(pruned_values, torch.zeros_like(pruned_values)), tensor
+        for kind, moment in optimiser.state[parameters[tensor]].items():
+            if isinstance(moment, Tensor) and moment.shape == mask.shape:
+                assert not moment[~mask].any(), f"{tensor}, {kind}"
+        surviving = mask & (before[tensor] != 0)
+        if surviving.any():
+            assert not torch.equal(parameters[tensor].detach()[surviving], before[tensor][surviving]), f"{tensor} moves"
     assert masking.find_nonzero_pruned(parameters, masks) is None
 
 
-def test_without_masked_gradients_the_dead_do_move() -> None:
+def test_without_masked_gradients_pruned_weights_do_move() -> None:
     model = tiny()
     masks = pruned(first_values(model))
     parameters = dict(model.named_parameters())
@@ -229,7 +229,7 @@ def test_published_rewinds_weights_always_biases_once_and_prompts_and_temperatur
 
 
 @pytest.mark.parametrize("what", ["all", "published"])
-def test_survivors_return_to_their_first_values_and_the_dead_to_zero(what: str) -> None:
+def test_surviving_weights_return_to_their_first_values_and_pruned_ones_to_zero(what: str) -> None:
     model = tiny()
     initial = first_values(model)
     steps(model, OPTIMISERS["adamw"](list(model.parameters())), {}, 2)
@@ -249,7 +249,7 @@ def test_survivors_return_to_their_first_values_and_the_dead_to_zero(what: str) 
     assert all(torch.equal(v, first_values(tiny())[n]) for n, v in initial.items()), "the first values stay"
 
 
-def test_rewinding_nothing_only_silences_the_dead() -> None:
+def test_rewinding_nothing_only_zeroes_the_pruned() -> None:
     weights = {"a.weight": torch.tensor([1.0, 2.0]), "b.bias": torch.tensor([3.0])}
     initial = {name: torch.zeros_like(w) for name, w in weights.items()}
     rewind(weights, initial, {"a.weight": torch.tensor([False, True])}, frozenset())

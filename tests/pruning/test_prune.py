@@ -434,4 +434,7 @@ def test_weights_that_are_not_finite_are_refused_on_every_rank(odd: float) -> No
 def test_slices_of_all_ranks_hold_every_weight_once() -> None:
     flat = torch.arange(11)
     for ranks in (1, 2, 3, 4, 13):
-        assert torch.cat([ReplicatedPartition(rank, ranks).of(flat) for rank in range(ranks)]).tolist() == flat.tolist()
+        assert (
+            torch.cat([ReplicatedPartition(rank, ranks).own_part(flat) for rank in range(ranks)]).tolist()
+            == flat.tolist()
+        )
