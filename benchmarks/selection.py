@@ -26,9 +26,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--weights", type=int, default=33_000_000)
     parser.add_argument("--runs", type=int, default=5)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.manual_seed(0)
-    parts = {f"tensor{i}": torch.randn(given.weights // 400) * 0.02 for i in range(400)}
+    parts = {f"tensor{i}": torch.randn(args.weights // 400) * 0.02 for i in range(400)}
     k = count_to_remove(sum(p.numel() for p in parts.values()), 0.2)
 
     def sort() -> float:
@@ -37,27 +37,27 @@ def main() -> None:
     def percentile() -> float:
         return float(np.percentile(np.concatenate([np.abs(p.numpy()) for p in parts.values()]), 20))
 
-    ways: dict[str, Callable[[], float]] = {
+    methods: dict[str, Callable[[], float]] = {
         "counting": lambda: kth_smallest(parts, k).value,
         "torch.sort": sort,
         "numpy.percentile": percentile,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    found: dict[str, float] = {}
-    for _ in range(given.runs):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            found[name] = way()
-            seconds[name].append(time.perf_counter() - began)
-    assert found["counting"] == found["torch.sort"], "the exact selection and the sort disagree"
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    thresholds: dict[str, float] = {}
+    for _ in range(args.runs):
+        for name, select in methods.items():
+            start = time.perf_counter()
+            thresholds[name] = select()
+            seconds[name].append(time.perf_counter() - start)
+    assert thresholds["counting"] == thresholds["torch.sort"], "the exact selection and the sort disagree"
     base = statistics.median(seconds["counting"])
-    print(f"{given.weights:,} float32 weights in 400 tensors, {given.runs} interleaved runs each")
+    print(f"{args.weights:,} float32 weights in 400 tensors, {args.runs} interleaved runs each")
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {os.cpu_count()} cores, {platform.machine()}"
     )
     for name, times in seconds.items():
-        middle = statistics.median(times)
-        print(f"{name:18} median {middle:6.2f} s  (min {min(times):.2f}, max {max(times):.2f})  {middle / base:5.2f} x")
+        median = statistics.median(times)
+        print(f"{name:18} median {median:6.2f} s  (min {min(times):.2f}, max {max(times):.2f})  {median / base:5.2f} x")
 
 
 if __name__ == "__main__":

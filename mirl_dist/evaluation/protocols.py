@@ -154,9 +154,9 @@ def score(protocol: ScoringProtocol, restored: Image, clean: Pixels) -> Quality:
     return Quality(metrics.psnr_8bit(*levels), metrics.ssim_8bit(*levels))
 
 
-def as_restored(given: Pixels | Image) -> Image:
+def as_restored(image: Pixels | Image) -> Image:
     """A network's input as if it were its output: float32 (H, W, 3), 8-bit levels divided by 255."""
-    return _unit(given) if given.dtype == np.uint8 else given.astype(np.float32, copy=False)
+    return _unit(image) if image.dtype == np.uint8 else image.astype(np.float32, copy=False)
 
 
 def _unit(image: NDArray[np.uint8] | Image) -> Image:

@@ -61,9 +61,9 @@ class SomeRanks:
     def gather_objects(self, item: Any, *, what: str = "") -> list[Any]:
         self._board[self.rank] = item
         self._meet.wait(60)
-        everyone = list(self._board)
+        gathered = list(self._board)
         self._meet.wait(60)
-        return everyone
+        return gathered
 
     def any(self, flag: bool, *, what: str) -> bool:
         return any(self.gather_objects(flag, what=what))
@@ -78,7 +78,7 @@ def scores_on(
     supply: ShardPool,
     jobs: list[evaluate.EvalJob],
     asked: Callable[[int], bool] = lambda rank: False,
-    how: evaluate.EvalSettings = PUBLISHED,
+    settings: evaluate.EvalSettings = PUBLISHED,
     model: nn.Module | None = None,
 ) -> list[Any]:
     """What every rank scored, or the exception that it met; asked: whether a rank is asked to stop, at each image."""
@@ -90,7 +90,7 @@ def scores_on(
         ranks: Any = SomeRanks(rank, world, board, meet)
         try:
             found[rank] = evaluate.evaluate(
-                model or Darker(), supply, jobs, ranks, how, stop_asked=lambda: asked(rank), look_ahead=True
+                model or Darker(), supply, jobs, ranks, settings, stop_asked=lambda: asked(rank), look_ahead=True
             )
         except (UserError, Stopped) as error:
             found[rank] = error
@@ -140,7 +140,7 @@ def test_a_denoising_set_is_scored_at_every_sigma_that_is_trained(supply: ShardP
         evaluate.plan_jobs(supply.shards, TASKS, ("set5",))
 
 
-def test_a_clean_set_is_scored_for_every_trained_task_that_degrades_on_reading_and_for_no_other(
+def test_a_clean_set_is_scored_for_exactly_the_tasks_that_degrade_on_reading(
     supply: ShardPool,
 ) -> None:
     words = (
@@ -205,12 +205,12 @@ def test_test_noise_belongs_to_the_image_and_the_sigma_alone(supply: ShardPool) 
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_scores_and_pictures_are_the_same_to_the_last_bit_on_any_number_of_ranks(supply: ShardPool, world: int) -> None:
+def test_scores_and_pictures_are_the_same_bits_on_any_number_of_ranks(supply: ShardPool, world: int) -> None:
     jobs = evaluate.plan_jobs(supply.shards, TASKS, None)
-    how = PUBLISHED._replace(protocols=ALL)
-    [alone] = scores_on(1, supply, jobs, how=how)
+    settings = PUBLISHED._replace(protocols=ALL)
+    [alone] = scores_on(1, supply, jobs, settings=settings)
     assert alone.pictures is not None
-    for found in scores_on(world, supply, jobs, how=how):
+    for found in scores_on(world, supply, jobs, settings=settings):
         assert found.scores == alone.scores
         assert found.images == alone.images
         assert found.table() == alone.table()
@@ -218,7 +218,7 @@ def test_scores_and_pictures_are_the_same_to_the_last_bit_on_any_number_of_ranks
 
 
 @pytest.mark.parametrize("images_before", [0, 1])
-def test_all_ranks_stop_when_one_of_them_is_asked_to_and_the_next_evaluation_is_whole(
+def test_all_ranks_stop_when_one_is_asked_to_and_the_next_evaluation_is_whole(
     supply: ShardPool, images_before: int
 ) -> None:
     jobs = evaluate.plan_jobs(supply.shards, TASKS, None)
@@ -284,11 +284,11 @@ class Counting(Darker):
 def test_an_image_is_restored_once_for_all_protocols_that_give_the_network_the_same(supply: ShardPool) -> None:
     jobs = evaluate.plan_jobs(supply.shards, TASKS[1:], None)
     counting = Counting()
-    [together] = scores_on(1, supply, jobs, how=PUBLISHED._replace(protocols=ALL), model=counting)
+    [together] = scores_on(1, supply, jobs, settings=PUBLISHED._replace(protocols=ALL), model=counting)
     assert counting.passes == 3 * 3 + 3 * 2, "noise: three inputs of each image; stored pairs: cropped, and whole"
     assert list(together.scores) == list(PROTOCOLS), "the headline first"
     for protocol in ALL:
-        [alone] = scores_on(1, supply, jobs, how=PUBLISHED._replace(protocols=(protocol,)))
+        [alone] = scores_on(1, supply, jobs, settings=PUBLISHED._replace(protocols=(protocol,)))
         assert together.scores[protocol.name] == alone.scores[protocol.name]
         assert tuple(i for i in together.images if i.protocol == protocol.name) == alone.images
     assert len({scores["denoise_50/photos"].psnr for scores in together.scores.values()}) == 5
@@ -296,7 +296,7 @@ def test_an_image_is_restored_once_for_all_protocols_that_give_the_network_the_s
 
 def test_every_image_is_told_with_all_its_digits_and_means_are_exact(supply: ShardPool) -> None:
     jobs = evaluate.plan_jobs(supply.shards, TASKS, None)
-    [found] = scores_on(1, supply, jobs, how=PUBLISHED._replace(protocols=ALL[:2]))
+    [found] = scores_on(1, supply, jobs, settings=PUBLISHED._replace(protocols=ALL[:2]))
     lines = list(csv.DictReader(io.StringIO(found.table().decode())))
     assert list(lines[0]) == ["protocol", "name", "image", "psnr", "ssim", "degraded_psnr", "degraded_ssim"]
     assert [(line["protocol"], line["name"], line["image"]) for line in lines] == [
@@ -327,7 +327,7 @@ def test_inputs_follow_the_protocol(supply: ShardPool) -> None:
 
 def test_the_degraded_score_is_that_of_a_network_that_does_nothing(supply: ShardPool) -> None:
     jobs = evaluate.plan_jobs(supply.shards, TASKS, None)
-    [found] = scores_on(1, supply, jobs, how=PUBLISHED._replace(protocols=ALL), model=nn.Identity())
+    [found] = scores_on(1, supply, jobs, settings=PUBLISHED._replace(protocols=ALL), model=nn.Identity())
     assert found.images
     for image in found.images:
         assert (image.psnr, image.ssim) == (image.degraded_psnr, image.degraded_ssim)
@@ -347,7 +347,7 @@ def test_few_are_the_first_images_of_each_score_without_pictures(supply: ShardPo
 @pytest.mark.parametrize("name", ["promptir", "restormer"])
 def test_a_strip_shows_the_first_images_of_each_score_and_says_which(supply: ShardPool, name: str) -> None:
     jobs = evaluate.plan_jobs(supply.shards, TASKS[1:], None, pictures=2)
-    [found] = scores_on(2, supply, jobs, how=PUBLISHED._replace(protocols=(PROTOCOLS[name], *ONE)))[:1]
+    [found] = scores_on(2, supply, jobs, settings=PUBLISHED._replace(protocols=(PROTOCOLS[name], *ONE)))[:1]
     shown, pictured = rows(found.pictures), [job for job in jobs if job.pictured]
     assert [row.title for row in shown] == [f"{job.name} {job.place.entry.key}" for job in pictured]
     for row, job in zip(shown, pictured, strict=True):
@@ -385,8 +385,8 @@ def test_tiles_and_bf16_reach_the_network(supply: ShardPool) -> None:
         "bf16": PUBLISHED._replace(precision="bf16"),
     }
     psnr = {}
-    for word, how in ways.items():
-        [found] = scores_on(1, supply, jobs, how=how, model=Wide())
+    for word, settings in ways.items():
+        [found] = scores_on(1, supply, jobs, settings=settings, model=Wide())
         psnr[word] = found.scores["promptir"]["denoise_25/photos"].psnr
     assert abs(psnr["tiles"] - psnr["plain"]) > 1e-3
     assert 1e-6 < abs(psnr["bf16"] - psnr["plain"]) < 0.2
@@ -406,10 +406,10 @@ def test_a_compiled_network_scores_the_same_for_every_size_from_one_tracing(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=traces_only))
     oblong, square, tall = evaluate.plan_jobs(supply.shards, TASKS[:1], None)
     jobs = [square, oblong, tall]  # nothing is to be concluded from a square that comes first
-    how = PUBLISHED._replace(protocols=ALL)
+    settings = PUBLISHED._replace(protocols=ALL)
     model = Darker()
-    [compiled] = scores_on(1, supply, jobs, how=how._replace(compile=True), model=model)
-    [plain] = scores_on(1, supply, jobs, how=how, model=model)
+    [compiled] = scores_on(1, supply, jobs, settings=settings._replace(compile=True), model=model)
+    [plain] = scores_on(1, supply, jobs, settings=settings, model=model)
     assert compiled == plain
     assert len(traced) == 1, "photographs have three sizes, cropped and whole"
 
@@ -420,7 +420,7 @@ def test_where_compiling_fails_the_fault_says_what_to_do(supply: ShardPool, monk
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=no_compiler))
     jobs = evaluate.plan_jobs(supply.shards, TASKS[:1], None)
-    [found] = scores_on(1, supply, jobs, how=PUBLISHED._replace(compile=True))
+    [found] = scores_on(1, supply, jobs, settings=PUBLISHED._replace(compile=True))
     assert isinstance(found, UserError)
     assert re.search(r"torch.compile fails \(.*\), where the network is compiled for scoring", str(found))
     assert "Install a C++ compiler (g++), or set evaluate.compile=false." in str(found)
@@ -428,16 +428,16 @@ def test_where_compiling_fails_the_fault_says_what_to_do(supply: ShardPool, monk
 
 def test_a_score_is_the_same_on_1_2_and_3_real_ranks_to_the_last_bit(lab: Any, tmp_path: Path) -> None:
     script = str(PROGRAMS / "score.py")
-    told = {}
+    reports = {}
     for world in (1, 2, 3):
         ended = lab.start(str(lab.shards), cwd=tmp_path, world=world, script=script).wait()
         assert ended.rc == 0, ended.said()
-        told[world] = [json.loads((tmp_path / f"{world}-{rank}.json").read_text()) for rank in range(world)]
-    [alone] = told[1]
+        reports[world] = [json.loads((tmp_path / f"{world}-{rank}.json").read_text()) for rank in range(world)]
+    [alone] = reports[1]
     assert alone["images"] == 2 * 4 and set(alone["scores"]) == {"promptir", "restormer"}
-    assert sum(len(rank["mine"]) for rank in told[3]) == 4 and all(rank["mine"] for rank in told[3])
+    assert sum(len(rank["own_jobs"]) for rank in reports[3]) == 4 and all(rank["own_jobs"] for rank in reports[3])
     for world in (2, 3):
-        for rank in told[world]:
-            assert {key: rank[key] for key in rank if key != "mine"} == {
-                key: alone[key] for key in alone if key != "mine"
+        for rank in reports[world]:
+            assert {key: rank[key] for key in rank if key != "own_jobs"} == {
+                key: alone[key] for key in alone if key != "own_jobs"
             }

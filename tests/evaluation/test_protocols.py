@@ -81,7 +81,7 @@ def test_a_protocols_sentence_says_every_convention(name: str, words: list[str])
     assert "\n" not in protocol.text
 
 
-def test_the_published_truncated_noise_and_the_unquantised_one_have_their_reference_values() -> None:
+def test_truncated_and_unquantised_noise_have_their_reference_values() -> None:
     _, clean = vectors()
     noise = np.random.RandomState(0).randn(48, 64, 3)
     truncated = degrade.add_noise(clean, noise, 25)
@@ -97,7 +97,7 @@ def test_the_published_truncated_noise_and_the_unquantised_one_have_their_refere
     assert 10 * np.log10(1 / square) == pytest.approx(20.281080414664938, abs=1e-4)
 
 
-def test_restormers_noise_is_seed_0_for_each_image_whatever_its_name_and_the_seed_of_the_run() -> None:
+def test_restormers_noise_is_that_of_seed_0_for_every_image_of_every_run() -> None:
     one, other = np.zeros((20, 24, 3), np.uint8), np.full((20, 24, 3), 100, np.uint8)
     restormer = PROTOCOLS["restormer"]
     a = degraded(restormer, NOISE_25, one, generator("one"))

@@ -106,7 +106,7 @@ class SeesTheWholeImage(nn.Module):
         return image - image.mean(dim=(-2, -1), keepdim=True) + 0.5
 
 
-def test_restoring_in_tiles_is_restoring_whole_for_a_local_network_and_not_for_one_that_sees_all() -> None:
+def test_tiles_equal_the_whole_for_a_local_network_and_not_for_one_that_sees_all() -> None:
     image = (picture(80, 60) * np.linspace(60, 250, 60, dtype=np.float32)[:, None]).astype(np.uint8)
     local = nn.Conv2d(3, 3, 1)
     whole = evaluate.restore(local, image, CPU)

@@ -220,7 +220,7 @@ def test_all_rewinds_every_tensor_in_every_round() -> None:
         assert rewound_names(names, "all", round_) == frozenset(names)
 
 
-def test_published_rewinds_weights_always_biases_once_and_prompts_and_temperatures_never() -> None:
+def test_published_rewinds_weights_always_biases_once_prompts_temperatures_never() -> None:
     names = list(first_values(tiny()))
     assert {kind(n) for n in names} == {"weight", "bias", "temperature", "prompt_param"}
     assert rewound_names(names, "published", 1) == {n for n in names if kind(n) in ("weight", "bias")}

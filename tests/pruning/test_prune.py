@@ -199,7 +199,7 @@ def joined(masks: Masks) -> NDArray[np.bool_]:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("per", ["global", "layer"])
 @pytest.mark.parametrize("criterion", ["magnitude", "random"])
-def test_exactly_the_stated_number_goes_on_every_rank_alike_when_all_weights_are_equal(
+def test_of_equal_weights_exactly_the_stated_number_goes_on_every_rank_alike(
     ranks: int, per: Literal["global", "layer"], criterion: Literal["magnitude", "random"]
 ) -> None:
     weights = {name: torch.full_like(w, -0.5) for name, w in small().items()}
@@ -326,7 +326,7 @@ def test_a_floor_spares_each_tensors_strongest_and_the_weakest_others_go(
         assert pruned.collapsed == tuple(n for n, a, b in spans if not expected[a:b].any())
 
 
-def test_a_floor_of_nothing_changes_nothing_and_one_of_half_holds_the_weakest_tensor() -> None:
+def test_a_floor_of_0_changes_nothing_and_one_of_half_holds_the_weakest_tensor() -> None:
     weights = {"a.weight": torch.arange(1.0, 11.0), "b.weight": torch.arange(101.0, 131.0)}
     masks = dense_masks(weights, weights)
     bare = prune(weights, masks, PruneConfig(0.3))

@@ -36,16 +36,18 @@ def main() -> None:
     jobs = evaluate.plan_jobs(shards, tasks, None)
     torch.manual_seed(3)
     network = models.create("promptir", **SIZES)
-    how = evaluate.EvalSettings((PROTOCOLS["promptir"], PROTOCOLS["restormer"]), seed=0, tile_pixels=40, tile_overlap=8)
-    found = evaluate.evaluate(network, ShardPool(shards, None, "refuse", print), jobs, ranks, how)
-    told = {
-        "mine": evaluate.assign_jobs(jobs, ranks.rank, ranks.world),
+    settings = evaluate.EvalSettings(
+        (PROTOCOLS["promptir"], PROTOCOLS["restormer"]), seed=0, tile_pixels=40, tile_overlap=8
+    )
+    found = evaluate.evaluate(network, ShardPool(shards, None, "refuse", print), jobs, ranks, settings)
+    report = {
+        "own_jobs": evaluate.assign_jobs(jobs, ranks.rank, ranks.world),
         "scores": {p: {n: s.model_dump() for n, s in scores.items()} for p, scores in found.scores.items()},
         "images": len(found.images),
         "table": found.table().decode(),
         "pictures": hashlib.sha256(found.pictures or b"").hexdigest(),
     }
-    Path(f"{ranks.world}-{ranks.rank}.json").write_text(json.dumps(told))
+    Path(f"{ranks.world}-{ranks.rank}.json").write_text(json.dumps(report))
     ranks.barrier()
     ranks.close()
 
