@@ -155,7 +155,7 @@ def ours(supply: ShardPool, mix: dict[str, int], workers: int) -> Iterator[Any]:
     shards, shares = supply.shards, split_batch(BATCH, None, 1)
     order = GlobalSampler(mix, shards.train, BATCH, seed=0)
     cut: dict[str, Any] = {"patch_pixels": PATCH, "augment": "published", "pin": False}
-    stream = TrainLoader(supply, order, seed=0, workers=workers, rank=0, shares=shares, ahead=BATCH, **cut)
+    stream = TrainLoader(supply, order, seed=0, workers=workers, rank=0, split=shares, ahead=BATCH, **cut)
     with closing(stream.batches(0, Position(0, 0), epochs=1000)) as batches:
         for batch in batches:
             yield batch.to(torch.device("cpu"))

@@ -123,7 +123,7 @@ def stream(
         augment=augment,
         workers=workers,
         rank=rank,
-        shares=shares,
+        split=shares,
         ahead=shards_ahead(lanes, passes_behind(workers), order.steps_per_epoch, order.shards(), limit, world),
         pin=False,
     )
