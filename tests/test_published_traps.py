@@ -113,7 +113,7 @@ def test_a_damaged_header_hides_samples_from_a_plain_reader_and_none_from_ours(
     supply = supply_of(folder, damage="skip", said=said)
     shard = places[0].shard
     supply.acquire(shard)
-    lost = {supply.get(shard).entries[number].key for number in supply.get(shard).bad}
+    lost = {supply.get(shard).entries[number].key for number in supply.get(shard).damaged}
     for place in places:
         if place.entry.key not in lost:
             image = supply.image(place, CLEAN)

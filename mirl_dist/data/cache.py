@@ -5,9 +5,9 @@
     <folder>/<sha256>.<bytes>.tar.partial  a download in progress, or of a process that died: the next one goes on
     <folder>/room.lock                     held while a file is added, removed or renamed
 
-Everything rests on locks that the kernel takes back from a process that dies: a process that downloads a file holds its
-partial alone, one that uses a file shares a lock on it, and only what nobody holds is removed, the longest unused first.
-The folder lies on a disk of the node: network file systems may not keep such locks.
+Everything rests on locks that the kernel takes back from a process that dies: a process that downloads a file holds
+its partial alone, one that uses a file shares a lock on it, and only what nobody holds is removed, the longest unused
+first. The folder lies on a disk of the node: network file systems may not keep such locks.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ class ShardCache:
     ) -> CachedShard:
         """Give the file with that SHA-256, downloaded by `fetch` unless it is there, by one of many that ask at once.
 
-        damaged: whatever `fetch` gives in its place, unverified. Raises WrongBytes when what was downloaded is something
-        else (it is removed), Unavailable when there was no room for long, UserError when there can never be or `stop` says
-        that nobody wants the file any more.
+        damaged: whatever `fetch` gives in its place, unverified. Raises WrongBytes when other bytes were downloaded
+        (they are removed), Unavailable when there was no room for long, UserError when there can never be or `stop`
+        says that the file is not needed any more.
         """
         if size > self.limit:
             raise UserError(
@@ -132,7 +132,7 @@ class ShardCache:
             shard.release()
 
     def _claim_partial(self, whole: Path, partial: Path, size: int) -> int | None:
-        """Open the partial file, locked for this caller alone, with room for it made; None when that is not possible now."""
+        """Open the partial file, locked for this caller alone, and make room for it; None when that fails now."""
         with self._room_lock():
             if not partial.exists():
                 if whole.exists() or not self._make_room(size):

@@ -27,7 +27,7 @@ class DownloadThreads:
     def submit(self, shard: Shard) -> Future[LocalShard]:
         """Queue a shard; the future holds it, or the error that fetching it raised."""
         if len(self._threads) < _THREADS:
-            self._threads.append(threading.Thread(target=self._work, name="bringer", daemon=True))
+            self._threads.append(threading.Thread(target=self._work, name="shard-download", daemon=True))
             self._threads[-1].start()
         future: Future[LocalShard] = Future()
         self._requests.put((future, shard))

@@ -120,7 +120,7 @@ def rows(png: bytes, source: str = "the strip of pictures") -> list[Row]:
 
 
 def _check_inside(lines: Sequence[_RowLayout], size: tuple[int, int], source: str) -> None:
-    """Raise UserError for rows without images, of several heights, or with boxes outside the image or over one another."""
+    """Raise UserError for rows without images or of several heights, and for boxes outside the image or overlapping."""
     area = 0
     for line in lines:
         if not line.boxes or len({box[3] for box in line.boxes}) > 1:

@@ -56,7 +56,7 @@ def _is_intact(tar: BinaryIO, part: Part) -> bool:
 
 
 def read_image(path: Path, place: SamplePlace, which: str) -> Pixels:
-    """Read one member of a shard, uint8 (H, W, 3), its own digest checked once more. Raises UserError for anything else."""
+    """Read one member of a shard, uint8 (H, W, 3), its digest checked once more. Raises UserError for other bytes."""
     member = place.entry.image(which)
     source = f"{place.shard.name}, sample '{place.entry.key}', {which}"
     if member is None:

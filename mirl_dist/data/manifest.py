@@ -136,7 +136,7 @@ _Read = TypeVar("_Read", bound=_ManifestPart)
 
 
 def parse(cls: type[_Read], data: bytes, source: str, what: str) -> _Read:
-    """Parse a record of one of the classes above from JSON. Raises UserError that names the first place that is wrong."""
+    """Parse a record of one of the classes above from JSON. Raises UserError that names the first wrong place."""
     try:
         return cls.model_validate_json(data)
     except ValidationError as error:

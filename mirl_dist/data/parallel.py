@@ -78,10 +78,10 @@ def parallel_map(
 
 
 class WorkerGroup(Protocol):
-    """The processes that share a job, as far as the job knows them; all of them call the same methods in the same order.
+    """The processes that share a job; all of them call the same methods in the same order.
 
-    gather_objects: a picklable object of every rank, in rank order, on every rank. on_main: the result of a function that
-    rank 0 alone calls, or its UserError, on every rank.
+    gather_objects: a picklable object of every rank, in rank order, on every rank. on_main: the result of a function
+    that rank 0 alone calls, or its UserError, on every rank.
     """
 
     rank: int
@@ -152,8 +152,8 @@ def distributed_map(
     """function(item) of every item, in order, on every rank; each rank works on its share with so many processes.
 
     The ranks exchange their states every half second, however long one item takes: no collective waits for a slow rank,
-    all see how far all are, and a rank that is lost or meets a UserError ends the others soon. Raises the UserError of any
-    rank on every rank.
+    all see how far all are, and a rank that is lost or meets a UserError ends the others soon. Raises the UserError of
+    any rank on every rank.
     """
     if group.world == 1:
         return list(parallel_map(function, items, workers, progress, what, chunk))

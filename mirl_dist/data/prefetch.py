@@ -19,8 +19,8 @@ def shards_ahead(
     """How many shards a rank may acquire beyond those in use: one for each lane, as far as the cache allows.
 
     lanes: places of walks that the rank reads at once; behind: passes for which shards are kept after their use; limit:
-    bytes of the node's cache, None without one. Raises UserError for a cache in which the ranks of a node could wait for
-    each other's room for ever.
+    bytes of the node's cache, None without one. Raises UserError for a cache in which the ranks of a node could wait
+    for each other's room for ever.
     """
     target = min(len(shards), max(2, lanes))
     if limit is None or sum(s.bytes for s in shards) <= limit:

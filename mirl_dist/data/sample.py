@@ -69,7 +69,7 @@ class Patch(NamedTuple):
 class NumpyBatch(NamedTuple):
     """Patches for one forward pass, as arrays: tensors cost a socket each on their way between processes.
 
-    uint8 (B, 3, P, P) degraded and clean, int64 (B,) task indices, B keys, and how many of them replace damaged samples.
+    uint8 (B, 3, P, P) degraded and clean, int64 (B,) task indices, B keys, and how many replace damaged samples.
     """
 
     degraded: Pixels
@@ -107,10 +107,7 @@ class Batch(NamedTuple):
 
 
 def decode(data: bytes, source: str, remedy: str = "Build the shards again.") -> Pixels:
-    (
-        """Decode PPM, PNG, JPEG or BMP bytes to uint8 (H, W, 3) RGB. Raises UserError naming `source` for other bytes."""
-        ""
-    )
+    """Decode PPM, PNG, JPEG or BMP bytes to uint8 (H, W, 3) RGB. Raises UserError naming `source` for other bytes."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.array(image.convert("RGB"))

@@ -52,7 +52,7 @@ def ranks_in_words(count: int) -> str:
 
 
 def split_batch(global_batch: int, forward: int | None, world: int) -> BatchSplit:
-    """Split a global batch over ranks and forward passes. Raises UserError, with the numbers that work, when it cannot be shared evenly."""
+    """Split a global batch over ranks and passes. Raises UserError, with the numbers that work, for an uneven split."""
     if global_batch % world:
         fits = [str(n) for n in range(1, global_batch + 1) if global_batch % n == 0]
         below, above = global_batch // world * world, (global_batch // world + 1) * world

@@ -71,8 +71,8 @@ class ShardPool:
     def get(self, shard: Shard) -> LocalShard:
         """Wait for an acquired shard.
 
-        Raises UserError where damage is refused, or nothing of it is left; Stopped when the run was asked to stop while it
-        waited. A store that was unavailable when nobody waited for the shard is asked once more.
+        Raises UserError where damage is refused, or nothing of it is left; Stopped when the run was asked to stop while
+        it waited. A store that was unavailable when nobody waited for the shard is asked once more.
         """
         with self._lock:
             acquired = self._acquired[shard.name]
@@ -120,7 +120,7 @@ class ShardPool:
             yield
 
     def image(self, place: SamplePlace, which: str) -> Pixels:
-        """Decode one image of an evaluation sample, uint8 (H, W, 3). Raises UserError for damage, whatever the policy."""
+        """Read one image of an evaluation sample, uint8 (H, W, 3). Raises UserError for damage, whatever the policy."""
         with self.holding([place.shard]):
             return integrity.read_image(self.get(place.shard).path, place, which)
 

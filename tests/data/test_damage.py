@@ -347,7 +347,7 @@ def test_a_system_that_fails_is_no_damage(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("mirl_dist.data.shard_pool.download", full)
+    monkeypatch.setattr("mirl_dist.data.shard_fetcher.download", full)
     shard = supply.shards.train[0]
     with pytest.raises(UserError, match=r"the cache .*: No space left on device\. Make room"):
         supply.verify(shard)
@@ -417,7 +417,7 @@ def test_batches_that_are_ready_are_trained_on_when_a_stop_meets_a_store_that_is
             store.away = asked[0] = True
         want(shard)
 
-    monkeypatch.setattr(supply, "want", wanting)
+    monkeypatch.setattr(supply, "acquire", wanting)
     running = stream(copy, supply=supply, mix={"denoise_25": 4, "derain": 4}, global_batch=2).batches(
         0, Position(0, 0), 9
     )

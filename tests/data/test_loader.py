@@ -352,11 +352,11 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_patches_larger_than_the_smallest_image_are_refused(built: Path) -> None:
     shards: Any = Shards(Folder(built))
-    shards.refuse_larger_patches(WIDTH)
+    shards.check_patch_size(WIDTH)
     with pytest.raises(
         UserError, match=rf"^data\.patch_pixels: found 49, but an image in train-.* has a side of {WIDTH} "
     ):
-        shards.refuse_larger_patches(WIDTH + 1)
+        shards.check_patch_size(WIDTH + 1)
 
 
 def test_a_folder_for_temporary_files_with_too_long_a_path_is_a_fault_that_names_it(lab: Any, tmp_path: Path) -> None:

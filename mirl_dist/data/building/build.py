@@ -45,8 +45,8 @@ def build(
 
     workers: processes of each rank, 1 or more; the bytes depend neither on it nor on the number of ranks. Shards of
     the same recipe that lie there whole are kept, also those of a build that was killed.
-    Raises UserError, on every rank: before any image is read, for a place that holds something else, that another build is
-    writing into, or that some rank cannot write; then for images that cannot be used (all listed at once).
+    Raises UserError, on every rank: before any image is read, for a store that holds something else, that another build
+    is writing into, or that some rank cannot write; then for images that cannot be used (all listed at once).
     """
     with ExitStack() as stack:
         group.on_main(lambda: stack.enter_context(resume.lock_folder(store)))

@@ -86,7 +86,7 @@ def _fill_template(names: str, identity: str) -> str:
 
 
 def list_files(folder: ImageFolder) -> tuple[Path, dict[str, Path]]:
-    """List the images of a folder by their path below it, in order, after the folder's own path. Raises UserError where none is."""
+    """List the images of a folder by their path below it, in order, after its own path. Raises UserError for none."""
     root = expand_folder(folder.folder)
     if not root.is_dir():
         near = next((p for p in root.parents if p.is_dir()), Path("."))
@@ -147,7 +147,7 @@ def _pair_images(
                 complain(name, path, f"no clean partner '{wanted}'", clean.folder)
             else:
                 several = ", ".join(printable(n) for n, _ in partners)
-                complain(name, path, f"several clean clean_by_id, {several},", clean.folder)
+                complain(name, path, f"several clean partners, {several},", clean.folder)
     if not image_set.unused_clean:
         for identity in clean_by_id.keys() - degraded_by_id.keys():
             for name, path in clean_by_id[identity]:

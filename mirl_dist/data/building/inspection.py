@@ -28,8 +28,8 @@ class Inspection:
 def inspect_images(recipe: Recipe, workers: int, progress: ProgressCallback, group: WorkerGroup) -> Inspection:
     """Find, pair, read and decode every image of a recipe: names by rank 0, files shared by all ranks.
 
-    Raises UserError, on every rank, that lists what cannot be used (recipe.broken: stop), sets without any usable image,
-    and images that serve both training and evaluation.
+    Raises UserError, on every rank, that lists what cannot be used (recipe.broken: stop), sets without any usable
+    image, and images that serve both training and evaluation.
     """
     pictures, complaints = group.on_main(lambda: find_images(recipe))
     paths = sorted({file for picture in pictures for file in picture.files})

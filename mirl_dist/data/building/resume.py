@@ -60,7 +60,7 @@ def _record_name(shard: str) -> str:
 
 @contextlib.contextmanager
 def lock_folder(store: Store) -> Iterator[None]:
-    """Keep a folder for this build alone; on other stores the marker has to do. Raises UserError where another build writes."""
+    """Keep a folder for this build alone; other stores have a marker. Raises UserError where another build writes."""
     if not isinstance(store, Folder):
         yield
         return
@@ -145,8 +145,8 @@ def check_resumable(store: Store, name: str) -> Manifest | _BuildMark | None:
 def _foreign_build_error(store: Store, existing: Manifest | _BuildMark, this: str) -> UserError:
     what = "shards" if isinstance(existing, Manifest) else "an unfinished build"
     return UserError(
-        f"{store.where()} holds {what} of another recipe or other images ('{existing.name}', {existing.recipe[:12]}; this "
-        f"is {this}). {_ADVICE}"
+        f"{store.where()} holds {what} of another recipe or other images ('{existing.name}', {existing.recipe[:12]}; "
+        f"this is {this}). {_ADVICE}"
     )
 
 
