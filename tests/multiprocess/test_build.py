@@ -93,9 +93,7 @@ def spoil(lab: Any, tmp_path: Path, how: str) -> Any:
     return lab.start(*arguments, cwd=tmp_path, world=2, script=str(tmp_path / "spoiled.py"), env=env)
 
 
-def test_a_fault_of_one_rank_while_writing_ends_all_with_its_text_and_the_build_goes_on_later(
-    lab: Any, tmp_path: Path
-) -> None:
+def test_a_fault_of_one_rank_while_writing_ends_all_and_the_build_goes_on_later(lab: Any, tmp_path: Path) -> None:
     ended = spoil(lab, tmp_path, "fault").wait()
     assert ended.codes == (2, 2), ended.said()
     assert ended.err == f"mirl-dist: {rank_here(1)}: found a spoiled image, here, do that.\n"

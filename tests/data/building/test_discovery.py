@@ -94,7 +94,7 @@ def test_a_name_that_does_not_fit_is_named(tmp_path: Path) -> None:
     assert [c.full() for c in complaints] == [f"{tmp_path}/input/odd.png: its name does not fit 'rain-{{id}}'"]
 
 
-def test_another_count_than_expected_stops_and_says_what_was_not_counted_and_where_to_get_the_set(
+def test_another_count_than_expected_names_what_was_not_counted_and_the_origin(
     tmp_path: Path,
 ) -> None:
     touch(tmp_path, "input/1.png", *(f"input/{n}.png" for n in range(2, 7)), "target/1.png", "target/9.png")

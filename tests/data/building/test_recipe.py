@@ -639,7 +639,7 @@ def test_published_tests_of_rain_show_images_of_bsd400(real: Real, monkeypatch: 
             assert np.array_equal(light[: heavy.shape[0], : heavy.shape[1]], heavy), "the upper left of the same image"
 
 
-def test_local_data_holds_all_it_can_and_shares_nothing_between_training_and_evaluation(real: Real) -> None:
+def test_local_data_holds_all_it_can_and_training_shares_nothing_with_evaluation(real: Real) -> None:
     recipe = shipped("local_data")
     assert not recipe.allow_overlap
     wanted = {"bsd400": 400, "rain100l": 75, "rain100h": 15, "gt_rain": 10, "sots_indoor": 48}
