@@ -150,13 +150,13 @@ def plain_webdataset(folder: Path, mix: dict[str, int]) -> Iterator[Any]:
         yield default_collate([next(next(turns)) for _ in range(BATCH)])
 
 
-def ours(supply: ShardPool, mix: dict[str, int], workers: int) -> Iterator[Any]:
-    """Batches of the package's stream, as a network on the CPU gets them."""
-    shards, shares = supply.shards, split_batch(BATCH, None, 1)
-    order = GlobalSampler(mix, shards.train, BATCH, seed=0)
+def ours(pool: ShardPool, mix: dict[str, int], workers: int) -> Iterator[Any]:
+    """Batches of the package's loader, as a network on the CPU gets them."""
+    shards, split = pool.shards, split_batch(BATCH, None, 1)
+    sampler = GlobalSampler(mix, shards.train, BATCH, seed=0)
     cut: dict[str, Any] = {"patch_pixels": PATCH, "augment": "published", "pin": False}
-    stream = TrainLoader(supply, order, seed=0, workers=workers, rank=0, shares=shares, ahead=BATCH, **cut)
-    with closing(stream.batches(0, Position(0, 0), epochs=1000)) as batches:
+    loader = TrainLoader(pool, sampler, seed=0, workers=workers, rank=0, split=split, ahead=BATCH, **cut)
+    with closing(loader.batches(0, Position(0, 0), epochs=1000)) as batches:
         for batch in batches:
             yield batch.to(torch.device("cpu"))
 
@@ -195,18 +195,18 @@ def compare(recipe: Recipe, data: str, folder: Path, rounds: int, seconds: float
     for picture in inspect_images(recipe, 1, silent, SINGLE_PROCESS).images:
         task = next(task for task, kind in KINDS.items() if kind == picture.kind)
         files[task].append(Pair(picture.degraded, picture.clean))
-    supply = ShardPool(Shards(Folder(folder)), None, "refuse", print)
-    for shard in supply.shards.train:  # each is hashed once per process: not part of a sample's cost
-        supply.acquire(shard)
-        supply.get(shard)
-        supply.release(shard)
+    pool = ShardPool(Shards(Folder(folder)), None, "refuse", print)
+    for shard in pool.shards.train:  # each is hashed once per process: not part of a sample's cost
+        pool.acquire(shard)
+        pool.get(shard)
+        pool.release(shard)
     found = []
     for work, mix in WORKLOADS.items():
         ways: dict[str, Iterator[Any]] = {
             PUBLISHED: published(files, mix),
             PLAIN: plain_webdataset(folder, mix),
-            OURS: ours(supply, mix, 0),
-            PROCESS: ours(supply, mix, 1),
+            OURS: ours(pool, mix, 0),
+            PROCESS: ours(pool, mix, 1),
         }
         for batches in ways.values():
             for _ in range(WARM):
@@ -218,7 +218,7 @@ def compare(recipe: Recipe, data: str, folder: Path, rounds: int, seconds: float
         assert str(folder) not in mapped and data not in mapped, "rchar does not count what is mapped"
         for batches in ways.values():
             batches.close()  # type: ignore[attr-defined]
-    supply.close()
+    pool.close()
     return found
 
 

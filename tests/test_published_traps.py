@@ -16,7 +16,7 @@ from mirl_dist.data.manifest import CLEAN
 from mirl_dist.data.sampler import Position
 from mirl_dist.data.shards import Shards
 from mirl_dist.storage import Folder
-from tests.data.loaders import stream, supply_of
+from tests.data.loaders import loader_of, pool_of
 
 ONE_STEP = {"prune.rounds": 0, "data.steps_per_epoch": 1, "evaluate.sets": [], "checkpoint.every_steps": None}
 
@@ -64,7 +64,9 @@ def test_two_ranks_read_every_sample_of_an_epoch_exactly_once(lab: Any, workers:
     mix = dict.fromkeys(("denoise_25", "derain", "dehaze"), 1)
     seen: Counter[str] = Counter()
     for rank in range(2):
-        reader = stream(lab.shards, rank=rank, world=2, workers=workers, seed=1, mix=mix, augment="all", global_batch=6)
+        reader = loader_of(
+            lab.shards, rank=rank, world=2, workers=workers, seed=1, mix=mix, augment="all", global_batch=6
+        )
         for batch in reader.batches(0, Position(0, 0), 1):
             seen.update(batch.keys)
     assert len(everything) == 18
@@ -110,15 +112,15 @@ def test_a_damaged_header_hides_samples_from_a_plain_reader_and_none_from_ours(
     places = [p for p in shards.places("train")["clean"] if p.shard.name == tar.name]
     assert {p.entry.key for p in places} == whole
     said: list[str] = []
-    supply = supply_of(folder, damage="skip", said=said)
+    pool = pool_of(folder, damage="skip", said=said)
     shard = places[0].shard
-    supply.acquire(shard)
-    lost = {supply.get(shard).entries[number].key for number in supply.get(shard).bad}
+    pool.acquire(shard)
+    lost = {pool.get(shard).entries[number].key for number in pool.get(shard).damaged}
     for place in places:
         if place.entry.key not in lost:
-            image = supply.image(place, CLEAN)
+            image = pool.image(place, CLEAN)
             assert image.shape == (place.entry.height, place.entry.width, 3)
-    supply.release(shard)
+    pool.release(shard)
     assert len(lost) <= 1, "damage of one place costs at most the sample that lies there"
     assert len(said) == 1 and tar.name in said[0], "it is told even where no image is lost"
     assert all(key in said[0] for key in lost)

@@ -1,13 +1,13 @@
-"""Whole, verified files on this node, shared by all its processes, within a limit in bytes.
+"""Keeps whole, verified files on this node, shared by all its processes, within a limit in bytes.
 
     <folder>/<sha256>.tar                  a file whose bytes have that digest
     <folder>/<sha256>.<bytes>.damaged      what the store has instead, where it has something else
-    <folder>/<sha256>.<bytes>.tar.partial  one that is being brought, or whose bringer died: the next one goes on
-    <folder>/room.lock                     held while a file comes, goes, or gets its name
+    <folder>/<sha256>.<bytes>.tar.partial  a download in progress, or of a process that died: the next one goes on
+    <folder>/room.lock                     held while a file is added, removed or renamed
 
-Everything rests on locks that the kernel takes back from a process that dies: who brings a file holds its partial
-alone, who uses a file shares a lock on it, and only what nobody holds is removed, the longest unused first. The folder
-lies on a disk of the node: network file systems may not keep such locks.
+Everything rests on locks that the kernel takes back from a process that dies: a process that downloads a file holds
+its partial alone, one that uses a file shares a lock on it, and only what nobody holds is removed, the longest unused
+first. The folder lies on a disk of the node: network file systems may not keep such locks.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from mirl_dist.errors import UserError
 from mirl_dist.storage import Unavailable
 from mirl_dist.storage.hashing import digest_of_file
 
-_OURS = re.compile(r"[0-9a-f]{64}(\.tar|\.\d+\.damaged|\.(?P<bytes>\d+)\.(tar|damaged)\.partial)")
+_FILE_NAME = re.compile(r"[0-9a-f]{64}(\.tar|\.\d+\.damaged|\.(?P<bytes>\d+)\.(tar|damaged)\.partial)")
 _PAUSE_SECONDS = 0.05
 Fetch = Callable[[Path], None]
 """Completes a file from its present length on."""
 
 
 class WrongBytes(Exception):
-    """A file was brought whole, and is not what its digest says."""
+    """A file was downloaded whole, and does not have the digest that was asked for."""
 
 
 class CachedShard:
-    """A file in the cache that stays there until `release`. fresh: this call brought it, and knows its bytes."""
+    """A file in the cache that stays there until `release`. fresh: this call downloaded it, and knows its bytes."""
 
     def __init__(self, path: Path, handle: int, fresh: bool) -> None:
         self.path, self._handle, self.fresh = path, handle, fresh
 
     @property
     def state(self) -> tuple[int, int]:
-        """Inode and size: another file has another, and nobody changes this one once it has its name."""
+        """Inode and size, which tell it from other files; nobody changes a file once it has its name."""
         stat = os.fstat(self._handle)
         return stat.st_ino, stat.st_size
 
@@ -53,7 +53,7 @@ class CachedShard:
             stream.seek(0)
             return digest_of_file(stream)
 
-    def holds(self, digest: str) -> bool:
+    def matches(self, digest: str) -> bool:
         """Whether its bytes can be read and have that SHA-256."""
         try:
             return self.digest() == digest
@@ -63,13 +63,13 @@ class CachedShard:
     def is_in_place(self) -> bool:
         """Whether it is still the file at its path."""
         try:
-            mine, there = os.fstat(self._handle), os.stat(self.path)
+            own, at_path = os.fstat(self._handle), os.stat(self.path)
         except FileNotFoundError:
             return False
-        return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+        return (own.st_dev, own.st_ino) == (at_path.st_dev, at_path.st_ino)
 
     def release(self) -> None:
-        """Let it go; twice is once."""
+        """Give the file back to the cache; a second call does nothing."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
@@ -82,23 +82,23 @@ class _CacheFile(NamedTuple):
 
 
 class ShardCache:
-    """A folder of at most `limit` bytes. Any number of processes may use one; all should say the same limit."""
+    """A folder of at most `limit` bytes. Any number of processes may use one; all should set the same limit."""
 
     def __init__(self, folder: Path, limit: int, patience: float = 600.0) -> None:
         """patience: seconds to wait for room that others hold. Raises UserError for a folder that cannot be written."""
         self.folder, self.limit, self._patience = folder, limit, patience
-        with self._named_errors():
+        with self._user_errors():
             folder.mkdir(parents=True, exist_ok=True)
             os.close(os.open(folder / "room.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
 
     def acquire(
         self, digest: str, size: int, fetch: Fetch, stop: Callable[[], bool] = lambda: False, *, damaged: bool = False
     ) -> CachedShard:
-        """The file with that SHA-256, brought by `fetch` unless it is there; of many who ask at once one brings it.
+        """Give the file with that SHA-256, downloaded by `fetch` unless it is there, by one of many that ask at once.
 
-        damaged: whatever `fetch` brings in its place, unverified. Raises WrongBytes when what was brought is something
-        else (it is removed), Unavailable when there was no room for long, UserError when there can never be or `stop` says
-        that nobody wants the file any more.
+        damaged: whatever `fetch` gives in its place, unverified. Raises WrongBytes when other bytes were downloaded
+        (they are removed), Unavailable when there was no room for long, UserError when there can never be or `stop`
+        says that the file is not needed any more.
         """
         if size > self.limit:
             raise UserError(
@@ -108,88 +108,88 @@ class ShardCache:
         whole = self.folder / (f"{digest}.{size}.damaged" if damaged else f"{digest}.tar")
         partial = self.folder / f"{digest}.{size}.{ending}.partial"
         last = time.monotonic() + self._patience
-        with self._named_errors():
+        with self._user_errors():
             while not stop():
-                handle = _lock(whole, fcntl.LOCK_SH)
+                handle = _lock_file(whole, fcntl.LOCK_SH)
                 if handle is not None:
                     os.utime(handle)
                     return CachedShard(whole, handle, fresh=False)
-                handle = self._claim(whole, partial, size)
+                handle = self._claim_partial(whole, partial, size)
                 if handle is not None:
                     return self._download(whole, partial, handle, None if damaged else digest, fetch)
                 if time.monotonic() > last and not partial.exists():
-                    raise Unavailable(self._no_room(size))
+                    raise Unavailable(self._no_room_text(size))
                 time.sleep(_PAUSE_SECONDS)
         raise UserError(f"{whole}: the work that wanted this file has ended.")
 
-    def discard(self, held: CachedShard) -> None:
-        """Let go of a file that is not what it should be, and remove it, but not another that has taken its place."""
+    def discard(self, shard: CachedShard) -> None:
+        """Release and remove a file with wrong bytes, but not another that has taken its place."""
         try:
-            with self._named_errors(), self._room():
-                if held.is_in_place():
-                    held.path.unlink()
+            with self._user_errors(), self._room_lock():
+                if shard.is_in_place():
+                    shard.path.unlink()
         finally:
-            held.release()
+            shard.release()
 
-    def _claim(self, whole: Path, partial: Path, size: int) -> int | None:
-        """The partial file, locked for this caller alone, its room granted; None when that is not possible now."""
-        with self._room():
+    def _claim_partial(self, whole: Path, partial: Path, size: int) -> int | None:
+        """Open the partial file, locked for this caller alone, and make room for it; None when that fails now."""
+        with self._room_lock():
             if not partial.exists():
                 if whole.exists() or not self._make_room(size):
                     return None
                 partial.touch()
-            return _lock(partial, fcntl.LOCK_EX)
+            return _lock_file(partial, fcntl.LOCK_EX)
 
     def _download(self, whole: Path, partial: Path, handle: int, digest: str | None, fetch: Fetch) -> CachedShard:
-        held = CachedShard(whole, handle, fresh=True)
+        shard = CachedShard(whole, handle, fresh=True)
         try:
             fetch(partial)
-            if digest is not None and held.digest() != digest:
+            if digest is not None and shard.digest() != digest:
                 partial.unlink(missing_ok=True)
                 raise WrongBytes(str(partial))
             os.fsync(handle)
-            with self._room():  # between one lock and the other nobody may remove it, and nobody see neither name
+            with self._room_lock():  # between one lock and the other nobody may remove it, and nobody see neither name
                 os.rename(partial, whole)
                 fcntl.flock(handle, fcntl.LOCK_SH)
         except BaseException:
-            held.release()
+            shard.release()
             raise
-        return held
+        return shard
 
     def _make_room(self, size: int) -> bool:
         """Remove what nobody holds, longest unused first, until `size` more bytes fit."""
-        kept = sorted(self._files(), key=lambda k: k.used)
-        total = sum(k.bytes for k in kept)
-        for one in kept:
+        files = sorted(self._list_files(), key=lambda file: file.used)
+        total = sum(file.bytes for file in files)
+        for file in files:
             if total + size <= self.limit:
                 break
-            handle = _lock(one.path, fcntl.LOCK_EX)
+            handle = _lock_file(file.path, fcntl.LOCK_EX)
             if handle is not None:
-                one.path.unlink(missing_ok=True)
+                file.path.unlink(missing_ok=True)
                 os.close(handle)
-                total -= one.bytes
+                total -= file.bytes
         return total + size <= self.limit
 
-    def _files(self) -> Iterator[_CacheFile]:
-        """Files of the cache; one that is being brought counts whole."""
+    def _list_files(self) -> Iterator[_CacheFile]:
+        """Files of the cache; a download in progress counts whole."""
         for entry in os.scandir(self.folder):
-            match = _OURS.fullmatch(entry.name)
+            match = _FILE_NAME.fullmatch(entry.name)
             if match is not None:
                 try:
-                    found = entry.stat()
+                    stat = entry.stat()
                 except FileNotFoundError:
                     continue
-                yield _CacheFile(Path(entry.path), int(match.group("bytes") or found.st_size), found.st_mtime)
+                yield _CacheFile(Path(entry.path), int(match.group("bytes") or stat.st_size), stat.st_mtime)
 
-    def _no_room(self, size: int) -> str:
-        held = sum(k.bytes for k in self._files())
+    def _no_room_text(self, size: int) -> str:
+        used = sum(file.bytes for file in self._list_files())
         return (
             f"the cache {self.folder} has no room for {size / 1e9:.3g} GB: of its {self.limit / 1e9:g} GB "
-            f"{held / 1e9:.3g} GB are in use. Raise data.cache.gigabytes, or choose a folder of its own for each run."
+            f"{used / 1e9:.3g} GB are in use. Raise data.cache.gigabytes, or choose a folder of its own for each run."
         )
 
     @contextmanager
-    def _room(self) -> Iterator[None]:
+    def _room_lock(self) -> Iterator[None]:
         handle = os.open(self.folder / "room.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -198,7 +198,7 @@ class ShardCache:
             os.close(handle)
 
     @contextmanager
-    def _named_errors(self) -> Iterator[None]:
+    def _user_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -208,16 +208,16 @@ class ShardCache:
             ) from None
 
 
-def _lock(path: Path, kind: int) -> int | None:
-    """A handle of the file that lies at `path` now, locked; None where there is none or another holds it."""
+def _lock_file(path: Path, kind: int) -> int | None:
+    """Open and lock the file that lies at `path` now; None where there is none or another holds it."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
-        mine, there = os.fstat(handle), os.stat(path)
-        if (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino):
+        own, at_path = os.fstat(handle), os.stat(path)
+        if (own.st_dev, own.st_ino) == (at_path.st_dev, at_path.st_ino):
             return handle
     except (BlockingIOError, FileNotFoundError):
         pass

@@ -23,8 +23,8 @@ class ImageRefused(Exception):
     """The text says why the bytes are no image that can be used."""
 
 
-class Examined(NamedTuple):
-    """What one look at a file found: hex SHA-256 of its bytes and its pixels, size, or why it is no use."""
+class ImageInfo(NamedTuple):
+    """One image file, examined: hex SHA-256 of its bytes and its pixels, size, or why it is no use."""
 
     sha256: str
     pixels_sha256: str
@@ -34,7 +34,7 @@ class Examined(NamedTuple):
 
 
 def decode(data: bytes) -> Pixels:
-    """uint8 (H, W, 3) RGB of a whole image file. Raises Refused with the reason.
+    """Decode a whole image file to uint8 (H, W, 3) RGB. Raises ImageRefused with the reason.
 
     Grey, palette and fully opaque images with alpha become RGB. Refused are 16 bits and more, CMYK and
     transparency, whose 8-bit RGB would be a guess. EXIF orientation is ignored: pixels stay as stored.
@@ -60,15 +60,15 @@ def decode(data: bytes) -> Pixels:
         raise ImageRefused(f"is damaged ({str(error) or type(error).__name__})") from None
 
 
-def examine(path: Path) -> Examined:
+def examine(path: Path) -> ImageInfo:
     """Read and decode a whole file once; problems are returned, not raised."""
     try:
         data = path.read_bytes()
     except OSError as error:
-        return Examined("", "", 0, 0, f"cannot be read ({error.strerror})")
+        return ImageInfo("", "", 0, 0, f"cannot be read ({error.strerror})")
     try:
         image = decode(data)
     except ImageRefused as refused:
-        return Examined("", "", 0, 0, str(refused))
+        return ImageInfo("", "", 0, 0, str(refused))
     pixels = hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
-    return Examined(hashlib.sha256(data).hexdigest(), pixels, *image.shape[:2])
+    return ImageInfo(hashlib.sha256(data).hexdigest(), pixels, *image.shape[:2])

@@ -31,7 +31,7 @@ class Row(NamedTuple):
     images: tuple[Pixels, ...]
 
 
-class _Line(BaseModel):
+class _RowLayout(BaseModel):
     """Where a row lies. boxes: left, top, width and height of its images in pixels."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -40,10 +40,10 @@ class _Line(BaseModel):
     boxes: list[tuple[NonNegativeInt, NonNegativeInt, PositiveInt, PositiveInt]]
 
 
-class _Layout(BaseModel):
+class _StripLayout(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    rows: list[_Line]
+    rows: list[_RowLayout]
 
 
 def centre(image: Pixels, pixels: int) -> Pixels:
@@ -55,7 +55,7 @@ def centre(image: Pixels, pixels: int) -> Pixels:
 
 
 def strip(rows: Sequence[Row], columns: Sequence[str] = ()) -> bytes:
-    """Rows below one another, each under its title, as PNG bytes; `rows` of this module cuts them up again.
+    """Draw rows below one another, each under its title, as PNG bytes; `rows` of this module cuts them up again.
 
     columns: words above the images of the first row, drawn once. Raises ValueError for no rows.
     """
@@ -68,75 +68,79 @@ def strip(rows: Sequence[Row], columns: Sequence[str] = ()) -> bytes:
     pen = ImageDraw.Draw(sheet)
     lines = []
     for row in rows:
-        pen.text((_GAP, top + 3), _drawable(row.title), fill="black")
+        pen.text((_GAP, top + 3), _to_ascii(row.title), fill="black")
         left, boxes = _GAP, []
         for image in row.images:
             sheet.paste(Image.fromarray(image), (left, top + _TITLE))
             boxes.append((left, top + _TITLE, image.shape[1], image.shape[0]))
             left += image.shape[1] + _GAP
-        lines.append(_Line(title=row.title, boxes=boxes))
+        lines.append(_RowLayout(title=row.title, boxes=boxes))
         top += row.images[0].shape[0] + _TITLE + _GAP
     for word, box in zip(columns, lines[0].boxes, strict=False):
-        pen.text((box[0], _GAP), _drawable(word), fill="black")
-    told, data = PngInfo(), io.BytesIO()
-    told.add_text(_CHUNK, json.dumps(_Layout(rows=lines).model_dump()))
-    sheet.save(data, "PNG", pnginfo=told)
+        pen.text((box[0], _GAP), _to_ascii(word), fill="black")
+    info, data = PngInfo(), io.BytesIO()
+    info.add_text(_CHUNK, json.dumps(_StripLayout(rows=lines).model_dump()))
+    sheet.save(data, "PNG", pnginfo=info)
     return data.getvalue()
 
 
-def rows(png: bytes, where: str = "the strip of pictures") -> list[Row]:
-    """The rows of a strip that `strip` wrote. where: its name in messages.
+def rows(png: bytes, source: str = "the strip of pictures") -> list[Row]:
+    """Cut the rows out of a strip that `strip` wrote. source: its name in messages.
 
     Raises UserError for any other bytes, and for an image above MOST_PIXELS before a pixel of it is decoded.
     """
-    size = _size(png)
+    size = _read_size(png)
     if size is None:
-        raise UserError(f"{where} is no PNG file. Take pictures.png from a run folder.")
+        raise UserError(f"{source} is no PNG file. Take pictures.png from a run folder.")
     if size[0] * size[1] > MOST_PIXELS:
-        raise UserError(f"{where} has {size[0]} x {size[1]} pixels, more than {MOST_PIXELS:,}. Compare fewer pictures.")
+        raise UserError(
+            f"{source} has {size[0]} x {size[1]} pixels, more than {MOST_PIXELS:,}. Compare fewer pictures."
+        )
     try:
         with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
-            told = image.info.get(_CHUNK)
-            if image.size != size or image.mode != "RGB" or not isinstance(told, str):
+            layout = image.info.get(_CHUNK)
+            if image.size != size or image.mode != "RGB" or not isinstance(layout, str):
                 raise UserError(
-                    f"{where} is a PNG file, but no strip of pictures. Take pictures.png from a run folder."
+                    f"{source} is a PNG file, but no strip of pictures. Take pictures.png from a run folder."
                 )
-            lines = _Layout.model_validate_json(told).rows
+            lines = _StripLayout.model_validate_json(layout).rows
             pixels = np.array(image)
     except ValidationError as error:
         raise UserError(
-            f"{where} tells its rows wrongly ({error.errors()[0]['msg']}). Take it from the run again."
+            f"{source} tells its rows wrongly ({error.errors()[0]['msg']}). Take it from the run again."
         ) from None
     except UserError:
         raise
     except DAMAGE as error:
         raise UserError(
-            f"{where} is damaged ({str(error) or type(error).__name__}). Take it from the run again."
+            f"{source} is damaged ({str(error) or type(error).__name__}). Take it from the run again."
         ) from None
-    _check_inside(lines, size, where)
+    _check_inside(lines, size, source)
     return [Row(line.title, tuple(pixels[t : t + h, x : x + w] for x, t, w, h in line.boxes)) for line in lines]
 
 
-def _check_inside(lines: Sequence[_Line], size: tuple[int, int], where: str) -> None:
-    """Raise UserError for rows without images, of several heights, or with boxes outside the image or over one another."""
+def _check_inside(lines: Sequence[_RowLayout], size: tuple[int, int], source: str) -> None:
+    """Raise UserError for rows without images or of several heights, and for boxes outside the image or overlapping."""
     area = 0
     for line in lines:
         if not line.boxes or len({box[3] for box in line.boxes}) > 1:
-            raise UserError(f"{where}: its row '{line.title}' has no images of one height. Take it from the run again.")
+            raise UserError(
+                f"{source}: its row '{line.title}' has no images of one height. Take it from the run again."
+            )
         for left, top, width, height in line.boxes:
             area += width * height
             if left + width > size[0] or top + height > size[1] or area > size[0] * size[1]:
-                raise UserError(f"{where}: its row '{line.title}' lies outside the image. Take it from the run again.")
+                raise UserError(f"{source}: its row '{line.title}' lies outside the image. Take it from the run again.")
 
 
-def _size(png: bytes) -> tuple[int, int] | None:
-    """Width and height that a PNG file states in its first bytes, or None for another file."""
+def _read_size(png: bytes) -> tuple[int, int] | None:
+    """Read width and height that a PNG file states in its first bytes, or None for another file."""
     if len(png) < 33 or png[:16] != b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR":
         return None
     width, height = struct.unpack(">II", png[16:24])
     return width, height
 
 
-def _drawable(text: str) -> str:
-    """What every font has letters for."""
+def _to_ascii(text: str) -> str:
+    """Replace characters that a font may lack."""
     return text.encode("ascii", "replace").decode()

@@ -1,4 +1,4 @@
-"""What a folder of shards says of itself: `manifest.json`, and one index beside every tar.
+"""The manifest of a folder of shards, `manifest.json`, and one index for every tar.
 
     <shards>/manifest.json                 written last: shards without it do not exist
     <shards>/train-<set>-00000.tar         samples as `key.clean.ppm`, `key.degraded.ppm`, `key.json`
@@ -42,7 +42,7 @@ MEMBERS: tuple[str, ...] = get_args(_Member)
 
 
 def ppm_header(height: int, width: int) -> bytes:
-    """What comes before the raw RGB pixels of a binary PPM file of that size."""
+    """Make what comes before the raw RGB pixels of a binary PPM file of that size."""
     return b"P6\n%d %d\n255\n" % (width, height)
 
 
@@ -118,7 +118,7 @@ class Manifest(_ManifestPart):
         return tuple(s for s in self.shards if s.role == role)
 
     def samples(self, role: str) -> dict[str, int]:
-        """Samples per kind in one role."""
+        """Count the samples per kind in one role."""
         counts: Counter[str] = Counter()
         for shard in self.role(role):
             counts[shard.kind] += shard.samples
@@ -135,54 +135,54 @@ class Manifest(_ManifestPart):
 _Read = TypeVar("_Read", bound=_ManifestPart)
 
 
-def parse(cls: type[_Read], data: bytes, where: str, what: str) -> _Read:
-    """A record of one of the classes above from JSON. Raises UserError that names the first place that is wrong."""
+def parse(cls: type[_Read], data: bytes, source: str, what: str) -> _Read:
+    """Parse a record of one of the classes above from JSON. Raises UserError that names the first wrong place."""
     try:
         return cls.model_validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
-        said = f"{place}: {first['msg']}" if place else first["msg"]
-        raise UserError(f"{where} is not {what} ({said}). {REBUILD}") from None
+        message = f"{place}: {first['msg']}" if place else first["msg"]
+        raise UserError(f"{source} is not {what} ({message}). {REBUILD}") from None
 
 
-def read_manifest(data: bytes, where: str) -> Manifest:
+def read_manifest(data: bytes, source: str) -> Manifest:
     """Parse a manifest. Raises UserError for another format, a file that is no manifest, and names given twice."""
     try:
         raw = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not a manifest of shards ({str(error)[:120]}). {REBUILD}") from None
-    found = raw.get("format") if isinstance(raw, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{where} says format {found!r:.40}; this version reads '{FORMAT}'. Build the shards again.")
-    manifest = parse(Manifest, data, where, "a manifest of shards")
+        raise UserError(f"{source} is not a manifest of shards ({str(error)[:120]}). {REBUILD}") from None
+    version = raw.get("format") if isinstance(raw, dict) else None
+    if version != FORMAT:
+        raise UserError(f"{source} says format {version!r:.40}; this version reads '{FORMAT}'. Build the shards again.")
+    manifest = parse(Manifest, data, source, "a manifest of shards")
     twice = [name for name, n in Counter(s.name for s in manifest.shards).items() if n > 1]
     if twice:
-        raise UserError(f"{where} names the shard {twice[0]} twice. {REBUILD}")
+        raise UserError(f"{source} names the shard {twice[0]} twice. {REBUILD}")
     return manifest
 
 
-def read_index(data: bytes, shard: Shard, where: str) -> Index:
+def read_index(data: bytes, shard: Shard, source: str) -> Index:
     """Parse one shard's index and hold it against the manifest. Raises UserError where they do not fit."""
-    found = hashlib.sha256(data).hexdigest()
-    if found != shard.index_sha256:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != shard.index_sha256:
         raise UserError(
-            f"{where} has SHA-256 {found[:12]}, the manifest says {shard.index_sha256[:12]}: "
+            f"{source} has SHA-256 {digest[:12]}, the manifest says {shard.index_sha256[:12]}: "
             f"the index belongs to another build or is damaged. {REBUILD}"
         )
-    index = parse(Index, data, where, "an index of a shard")
-    for problem in _unfit(index, shard):
-        raise UserError(f"{where}: {problem}. {REBUILD}")
+    index = parse(Index, data, source, "an index of a shard")
+    for problem in _find_mismatches(index, shard):
+        raise UserError(f"{source}: {problem}. {REBUILD}")
     return index
 
 
-def _unfit(index: Index, shard: Shard) -> Iterator[str]:
-    """What in an index cannot be true of its shard."""
+def _find_mismatches(index: Index, shard: Shard) -> Iterator[str]:
+    """Find what in an index cannot be true of its shard."""
     if len(index.entries) != shard.samples:
         yield f"lists {len(index.entries)} samples, the manifest {shard.samples}"
     wanted = {CLEAN} if shard.kind == "clean" else {CLEAN, DEGRADED}
     keys: set[str] = set()
-    held: list[tuple[int, int, str]] = []
+    extents: list[tuple[int, int, str]] = []
     for entry in index.entries:
         if entry.key in keys:
             yield f"the key {entry.key} stands there twice"
@@ -192,14 +192,14 @@ def _unfit(index: Index, shard: Shard) -> Iterator[str]:
             yield f"{entry.key} holds {', '.join(sorted(entry.parts)) or 'nothing'}; not what {shard.kind} samples hold"
         raw = len(ppm_header(entry.height, entry.width)) + 3 * entry.height * entry.width
         for name, part in entry.parts.items():
-            held.append((part.offset, part.offset + part.size, f"{entry.key}.{name}"))
+            extents.append((part.offset, part.offset + part.size, f"{entry.key}.{name}"))
             if name.endswith("ppm") and part.size != raw:
                 yield f"{entry.key}.{name} has {part.size} bytes, but {entry.width}x{entry.height} pixels take {raw}"
         if min(entry.height, entry.width) < shard.least_pixels:
             size = f"{entry.width}x{entry.height}"
             yield f"{entry.key} is {size}, but the manifest says that no side is below {shard.least_pixels} pixels"
     before, last = 0, "the beginning"
-    for start, end, member in sorted(held):
+    for start, end, member in sorted(extents):
         if end > shard.bytes:
             yield f"{member} ends at byte {end}, but the shard has {shard.bytes}"
         if start < before:

@@ -1,4 +1,4 @@
-"""A mix to sources: which shards are read for which tasks, and how often in an epoch. Arithmetic on the manifest."""
+"""Turns a mix into sources: which shards are read for which tasks, and how often in an epoch; no file is read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Amounts = Mapping[str, float | Mapping[str, float]]
 class Source(NamedTuple):
     """A walk over the samples of some shards, pass after pass.
 
-    deck: indices of the tasks that one sample is read for, one after the other, over as many passes.
+    task_cycle: indices of the tasks that one sample is read for, one after the other, over as many passes.
     shards: positions among the training shards of the manifest; samples: in all of them; per_epoch: reads an epoch.
     """
 
@@ -43,32 +43,32 @@ def tasks_of(mix: Amounts) -> tuple[Task, ...]:
 
 
 def sources(mix: Amounts, mix_by: str, shards: Sequence[Shard], batch: int, steps: int | None) -> list[Source]:
-    """The sources of a mix, in an order that does not depend on how the config lists its tasks.
+    """List the sources of a mix, in an order that does not depend on how the config lists its tasks.
 
     shards: the training shards. mix_by: 'repeats': every sample so many times an epoch (as published); 'weights':
     shares of an epoch; 'balanced': weights that are all the same. steps: of `batch` samples, an epoch for the latter
     two; None: as many whole ones as reading every sample once for each of its tasks would fill.
     Raises UserError for tasks and sets without samples, and for weights too small to be read.
     """
-    entries = _entries(mix, shards)
+    entries = _read_entries(mix, shards)
     if mix_by == "repeats":
         return _by_repeats(entries, shards, tasks_of(mix))
-    held = [_samples(e.shards, shards) for e in entries]
-    wanted = batch * (steps or max(1, sum(held) // batch))
+    samples = [_count_samples(e.shards, shards) for e in entries]
+    total = batch * (steps or max(1, sum(samples) // batch))
     weights = [1.0 if mix_by == "balanced" else e.amount for e in entries]
-    counts = apportion(wanted, weights)
+    counts = apportion(total, weights)
     for entry, count in zip(entries, counts, strict=True):
         if count == 0:
             raise UserError(
-                f"data.mix: {entry.label} gets none of the {wanted} samples of an epoch. Raise its weight, or "
+                f"data.mix: {entry.label} gets none of the {total} samples of an epoch. Raise its weight, or "
                 "data.steps_per_epoch.",
                 everywhere=True,
             )
-    return [Source(e.label, (e.task,), e.shards, m, n) for e, m, n in zip(entries, held, counts, strict=True)]
+    return [Source(e.label, (e.task,), e.shards, m, n) for e, m, n in zip(entries, samples, counts, strict=True)]
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` in whole parts as near to the weights as can be (largest remainders; ties to the first)."""
+    """Split `total` into whole parts as near to the weights as can be (largest remainders; ties to the first)."""
     exact = [total * w / math.fsum(weights) for w in weights]
     parts = [math.floor(x) for x in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (parts[i] - exact[i], i))
@@ -77,45 +77,45 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
     return parts
 
 
-def _samples(held: Sequence[int], shards: Sequence[Shard]) -> int:
-    return sum(shards[i].samples for i in held)
+def _count_samples(numbers: Sequence[int], shards: Sequence[Shard]) -> int:
+    return sum(shards[i].samples for i in numbers)
 
 
-def _entries(mix: Amounts, shards: Sequence[Shard]) -> list[MixEntry]:
-    """The numbers of a mix by name, with their shards."""
-    found: list[MixEntry] = []
-    lacking: list[str] = []
+def _read_entries(mix: Amounts, shards: Sequence[Shard]) -> list[MixEntry]:
+    """List the numbers of a mix by name, with their shards."""
+    result: list[MixEntry] = []
+    missing: list[str] = []
     tasks = tasks_of(mix)
     for index in sorted(range(len(tasks)), key=lambda i: tasks[i].name):
         task, amount = tasks[index], mix[tasks[index].name]
         of_kind = [i for i, s in enumerate(shards) if s.kind == task.kind]
         per_set = {"": amount} if isinstance(amount, int | float) else dict(sorted(amount.items()))
         for name, number in per_set.items():
-            held = tuple(i for i in of_kind if name in ("", shards[i].set))
+            numbers = tuple(i for i in of_kind if name in ("", shards[i].set))
             label = task.name + (f"@{name}" if name else "")
-            if held:
-                found.append(MixEntry(index, label, held, number))
+            if numbers:
+                result.append(MixEntry(index, label, numbers, number))
             else:
-                lacking.append(label)
-    if lacking:
+                missing.append(label)
+    if missing:
         have = sorted({f"{s.set} ({s.kind})" for s in shards})
         raise UserError(
-            f"data.mix: the shards hold no training samples for {', '.join(lacking)}; they hold the sets "
+            f"data.mix: the shards hold no training samples for {', '.join(missing)}; they hold the sets "
             f"{', '.join(have) or 'none'}. Correct data.mix, or build shards that have them.",
             everywhere=True,
         )
-    return found
+    return result
 
 
 def _by_repeats(entries: Sequence[MixEntry], shards: Sequence[Shard], tasks: Sequence[Task]) -> list[Source]:
-    """Entries that read the same shards share one walk, so that these shards are brought once for all of them."""
-    decks: dict[tuple[int, ...], list[MixEntry]] = {}
+    """Entries that read the same shards share one walk, so that these shards are fetched once for all of them."""
+    entries_of: dict[tuple[int, ...], list[MixEntry]] = {}
     for entry in entries:
-        decks.setdefault(entry.shards, []).append(entry)
-    made = []
-    for held, together in decks.items():
-        deck = tuple(e.task for e in together for _ in range(int(e.amount)))
+        entries_of.setdefault(entry.shards, []).append(entry)
+    result = []
+    for numbers, together in entries_of.items():
+        cycle = tuple(e.task for e in together for _ in range(int(e.amount)))
         name = "+".join(e.label for e in together)
-        samples = _samples(held, shards)
-        made.append(Source(name, deck, held, samples, samples * len(deck)))
-    return made
+        samples = _count_samples(numbers, shards)
+        result.append(Source(name, cycle, numbers, samples, samples * len(cycle)))
+    return result

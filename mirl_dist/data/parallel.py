@@ -1,4 +1,4 @@
-"""The processes that work on one job together: one alone, or the ranks of a launch, which meet while they work."""
+"""Maps a function over items in several processes: of this machine, or of all ranks of a launch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SYNC_SECONDS = 0.5
 
 
 class ProgressCallback(Protocol):
-    """Hears how far the work is: `done` of `total` things named by `what`."""
+    """Takes how far the work is: `done` of `total` things named by `what`."""
 
     def __call__(self, done: int, total: int, what: str) -> None: ...
 
@@ -49,7 +49,7 @@ def parallel_map(
     function: Callable[[Item], Result],
     items: Sequence[Item],
     workers: int,
-    report: ProgressCallback,
+    progress: ProgressCallback,
     what: str,
     chunk: int = 1,
 ) -> Iterator[Result]:
@@ -57,11 +57,11 @@ def parallel_map(
 
     Raises what function raises, and UserError where a process was killed from outside.
     """
-    report(0, len(items), what)
+    progress(0, len(items), what)
     if workers <= 1 or len(items) <= chunk:
         for done, item in enumerate(items, 1):
             yield function(item)
-            report(done, len(items), what)
+            progress(done, len(items), what)
         return
     # Spawned, not forked: the caller may hold threads (MLflow, CUDA), which a fork would copy half.
     context = multiprocessing.get_context("spawn")
@@ -69,7 +69,7 @@ def parallel_map(
         with ProcessPoolExecutor(min(workers, len(items)), context, end_with_parent) as pool:
             for done, result in enumerate(pool.map(function, items, chunksize=chunk), 1):
                 yield result
-                report(done, len(items), what)
+                progress(done, len(items), what)
     except BrokenProcessPool:
         raise UserError(
             f"a worker process died while {what}, killed from outside: most often for want of memory. "
@@ -78,10 +78,10 @@ def parallel_map(
 
 
 class WorkerGroup(Protocol):
-    """What a job needs to know of the processes that share it; all of them call the same methods in the same order.
+    """The processes that share a job; all of them call the same methods in the same order.
 
-    gather_objects: a picklable thing of every rank, in rank order, on every rank. from_main: the result of a work that
-    rank 0 alone does, and its UserError, on every rank.
+    gather_objects: a picklable object of every rank, in rank order, on every rank. on_main: the result of a function
+    that rank 0 alone calls, or its UserError, on every rank.
     """
 
     rank: int
@@ -92,7 +92,7 @@ class WorkerGroup(Protocol):
 
 
 class SingleProcess:
-    """A crew of one process."""
+    """A worker group of one process."""
 
     rank = 0
     world = 1
@@ -108,22 +108,22 @@ SINGLE_PROCESS = SingleProcess()
 
 
 class _RankWork(Generic[Result]):
-    """One rank's part of a work, done beside the thread that meets the other ranks."""
+    """Runs one rank's share of the items in a thread, while the main thread reports to the other ranks."""
 
     def __init__(self, work: Callable[[], Iterable[Result]]) -> None:
         self.results: list[Result] = []
-        self._asked_to_stop = threading.Event()
+        self._stop_requested = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="share")
         self._future = self._thread.submit(self._run, work)
 
     def _run(self, work: Callable[[], Iterable[Result]]) -> None:
         for result in work():
             self.results.append(result)
-            if self._asked_to_stop.is_set():
+            if self._stop_requested.is_set():
                 return
 
     def state(self) -> tuple[int, bool, str | None]:
-        """Things done, whether that is all, and the text of a UserError. Raises whatever else went wrong."""
+        """Count of results, whether that is all, and the text of a UserError. Raises any other error of the work."""
         ended = self._future.done()
         error = self._future.exception() if ended else None
         if error is not None and not isinstance(error, MirlError):
@@ -131,50 +131,51 @@ class _RankWork(Generic[Result]):
         return len(self.results), ended, None if error is None else str(error)
 
     def wait(self, seconds: float) -> None:
-        """Until the work ends, or for some seconds."""
+        """Wait until the work ends, at most for some seconds."""
         wait([self._future], seconds)
 
     def stop(self) -> None:
-        """Begin nothing more."""
-        self._asked_to_stop.set()
+        """Begin no further item."""
+        self._stop_requested.set()
         self._thread.shutdown(wait=False)  # a message must not wait for a transfer that is tried again
 
 
 def distributed_map(
-    crew: WorkerGroup,
+    group: WorkerGroup,
     function: Callable[[Item], Result],
     items: Sequence[Item],
     workers: int,
-    report: ProgressCallback,
+    progress: ProgressCallback,
     what: str,
     chunk: int = 1,
 ) -> list[Result]:
     """function(item) of every item, in order, on every rank; each rank works on its share with so many processes.
 
-    The ranks meet every half second, however long one item takes: no collective waits for a slow rank, all see how far
-    all are, and a rank that is lost or meets a UserError ends the others soon. Raises the UserError of any rank on every rank.
+    The ranks exchange their states every half second, however long one item takes: no collective waits for a slow rank,
+    all see how far all are, and a rank that is lost or meets a UserError ends the others soon. Raises the UserError of
+    any rank on every rank.
     """
-    if crew.world == 1:
-        return list(parallel_map(function, items, workers, report, what, chunk))
-    mine = items[crew.rank :: crew.world]
-    share = _RankWork(lambda: parallel_map(function, mine, workers, lambda done, total, what: None, what, chunk))
-    report(0, len(items), what)
-    seen = 0
+    if group.world == 1:
+        return list(parallel_map(function, items, workers, progress, what, chunk))
+    share = items[group.rank :: group.world]
+    work = _RankWork(lambda: parallel_map(function, share, workers, lambda done, total, what: None, what, chunk))
+    progress(0, len(items), what)
+    reported = 0
     try:
         while True:
-            told = crew.gather_objects((share.state(), rank_here(crew.rank)))
-            states = [state for state, _ in told]
-            faults = {text: who for (_, _, text), who in reversed(told) if text is not None}
+            statuses = group.gather_objects((work.state(), rank_here(group.rank)))
+            states = [state for state, _ in statuses]
+            faults = {text: who for (_, _, text), who in reversed(statuses) if text is not None}
             if faults:
                 raise UserError("\n".join(f"{who}: {text}" for text, who in faults.items()), everywhere=True)
             done = sum(count for count, _, _ in states)
-            if done != seen:
-                report(done, len(items), what)
-            seen = done
+            if done != reported:
+                progress(done, len(items), what)
+            reported = done
             if all(ended for _, ended, _ in states):
                 break
-            share.wait(SYNC_SECONDS)
+            work.wait(SYNC_SECONDS)
     finally:
-        share.stop()
-    found = crew.gather_objects(share.results)
-    return [found[number % crew.world][number // crew.world] for number in range(len(items))]
+        work.stop()
+    results = group.gather_objects(work.results)
+    return [results[number % group.world][number // group.world] for number in range(len(items))]

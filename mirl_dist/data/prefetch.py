@@ -1,4 +1,4 @@
-"""What a reader will need soon: shards are wanted ahead of their first use, and released after their last."""
+"""Acquires the shards that a reader will need soon, ahead of their first use, and releases them after their last."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from mirl_dist.data.manifest import Shard
 from mirl_dist.data.sampler import Slot
 from mirl_dist.errors import UserError
 
-_SLOTS = 16384  # that are looked ahead at, at most: a few megabytes
+_SLOTS = 16384  # most slots of a window: a few megabytes
 
 
 def shards_ahead(
     lanes: int, behind: int, steps_per_epoch: int, shards: Sequence[Shard], limit: int | None, node_ranks: int
 ) -> int:
-    """How many shards a rank may want beyond those in use: one for each lane, as far as the cache allows.
+    """How many shards a rank may acquire beyond those in use: one for each lane, as far as the cache allows.
 
     lanes: places of walks that the rank reads at once; behind: passes for which shards are kept after their use; limit:
-    bytes of the node's cache, None without one. Raises UserError for a cache in which the ranks of a node could wait for
-    each other's room for ever.
+    bytes of the node's cache, None without one. Raises UserError for a cache in which the ranks of a node could wait
+    for each other's room for ever.
     """
-    wanted = min(len(shards), max(2, lanes))
+    target = min(len(shards), max(2, lanes))
     if limit is None or sum(s.bytes for s in shards) <= limit:
-        return wanted
+        return target
     largest, shortest = max(s.bytes for s in shards), min(s.samples for s in shards)
     # In `behind` passes a lane leaves shards that it has read, and begins elsewhere when an epoch begins.
     used = min(len(shards), lanes * (1 + math.ceil(behind / shortest) + math.ceil(behind / steps_per_epoch)))
@@ -37,15 +37,15 @@ def shards_ahead(
             "(shard_megabytes in the recipe).",
             everywhere=True,
         )
-    return min(wanted, fits - used)
+    return min(target, fits - used)
 
 
 class PrefetchWindow:
-    """A view over the coming forward passes of one rank, moved on by `__next__`.
+    """Iterates over the forward passes of one rank, and acquires the shards of the passes that follow.
 
-    A pass is handed out when its turn comes; the shards of the passes after it are wanted as soon as they are seen, as
-    long as no more than `extra` shards are wanted beyond those in use; a pass's own shards are released when `behind`
-    more passes have been handed out, since loader processes read later than passes are handed out.
+    Shards are acquired as soon as their pass is seen, as long as no more than `extra` of them are held beyond those in
+    use; the shards of a pass are released when `behind` more passes have been handed out, since loader processes read
+    later than passes are handed out.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class PrefetchWindow:
         behind: int,
         extra: int,
     ) -> None:
-        """want, release: take the number of a training shard."""
+        """acquire, release: take the number of a training shard."""
         self._passes, self._acquire, self._release = passes, acquire, release
         self._behind, self._extra = behind, extra
         self._upcoming: deque[list[Slot]] = deque()
         self._handed_out: deque[set[int]] = deque()
-        self._next: list[Slot] | None = None  # seen, and not wanted yet
+        self._next: list[Slot] | None = None  # seen, its shards not acquired yet
         self._uses: Counter[int] = Counter()
 
     def __iter__(self) -> PrefetchWindow:
@@ -70,30 +70,30 @@ class PrefetchWindow:
 
     def __next__(self) -> list[Slot]:
         while len(self._handed_out) > self._behind:
-            self._forget(self._handed_out.popleft())
-        self._look_ahead(at_least=1)
+            self._drop_uses(self._handed_out.popleft())
+        self._fill(at_least=1)
         if not self._upcoming:
             raise StopIteration
-        now = self._upcoming.popleft()
-        self._handed_out.append({slot.shard for slot in now})
-        self._look_ahead(at_least=0)
-        return now
+        slots = self._upcoming.popleft()
+        self._handed_out.append({slot.shard for slot in slots})
+        self._fill(at_least=0)
+        return slots
 
     def acquire_extra(self, shard: int) -> None:
-        """Want one more shard for the pass that was handed out last, and release it with that pass."""
+        """Acquire one more shard for the pass that was handed out last, and release it with that pass."""
         if shard not in self._handed_out[-1]:
             self._handed_out[-1].add(shard)
-            self._use(shard)
+            self._add_use(shard)
 
     def close(self) -> None:
         """Release everything."""
         for shards in (*self._handed_out, *({slot.shard for slot in slots} for slots in self._upcoming)):
-            self._forget(shards)
+            self._drop_uses(shards)
         self._handed_out.clear()
         self._upcoming.clear()
 
-    def _look_ahead(self, at_least: int) -> None:
-        """Want the shards of coming passes, of so many in any case."""
+    def _fill(self, at_least: int) -> None:
+        """Acquire the shards of coming passes; of `at_least` passes even beyond `extra`."""
         used = set().union(*self._handed_out)
         while len(self._upcoming) < at_least or sum(map(len, self._upcoming)) < _SLOTS:
             if self._next is None:
@@ -106,14 +106,14 @@ class PrefetchWindow:
             self._upcoming.append(self._next)
             self._next = None
             for shard in shards:
-                self._use(shard)
+                self._add_use(shard)
 
-    def _use(self, shard: int) -> None:
+    def _add_use(self, shard: int) -> None:
         self._uses[shard] += 1
         if self._uses[shard] == 1:
             self._acquire(shard)
 
-    def _forget(self, shards: set[int]) -> None:
+    def _drop_uses(self, shards: set[int]) -> None:
         for shard in shards:
             self._uses[shard] -= 1
             if self._uses[shard] == 0:

@@ -1,4 +1,4 @@
-"""What one training sample is: read a crop, degrade, turn or flip; and the `Batch` that the network sees."""
+"""Makes one training sample: read a crop, degrade, turn or flip; and the `Batch` that the network sees."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -39,9 +40,9 @@ class Member(NamedTuple):
 
 
 class SampleLocation(NamedTuple):
-    """All that a reader needs to make one patch: where the sample lies on this node, and what keys its chance.
+    """All that a reader needs to make one patch: where the sample lies on this node, and what seeds its draws.
 
-    task: index among the run's tasks; visit: number of the pass over the sample's source in the round.
+    task: index among the run's tasks; pass_index: number of the pass over the sample's source in the round.
     """
 
     path: str
@@ -66,8 +67,9 @@ class Patch(NamedTuple):
 
 
 class NumpyBatch(NamedTuple):
-    """Patches for one forward pass: uint8 (B, 3, P, P) degraded and clean, int64 (B,) task indices, B keys, and how
-    many of them stand in for damaged samples. Arrays, since tensors cost a socket each on their way between processes.
+    """Patches for one forward pass, as arrays: tensors cost a socket each on their way between processes.
+
+    uint8 (B, 3, P, P) degraded and clean, int64 (B,) task indices, B keys, and how many replace damaged samples.
     """
 
     degraded: Pixels
@@ -78,7 +80,7 @@ class NumpyBatch(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A `Stack` as tensors: its images are uint8 as they come from a reader, and float32 in [0, 1] after `to`."""
+    """A `NumpyBatch` as tensors: its images are uint8 as they come from a reader, and float32 in [0, 1] after `to`."""
 
     degraded: Tensor
     clean: Tensor
@@ -87,15 +89,15 @@ class Batch(NamedTuple):
     skipped: int = 0
 
     @classmethod
-    def of(cls, stack: NumpyBatch, pin: bool) -> Batch:
-        """The same memory as tensors; pin: copied to where a GPU can fetch it by itself."""
-        degraded, clean, task = (torch.from_numpy(array) for array in stack[:3])
+    def of(cls, batch: NumpyBatch, pin: bool) -> Batch:
+        """Wrap the same memory as tensors; pin: copied to page-locked memory, which a GPU can read by itself."""
+        degraded, clean, task = (torch.from_numpy(array) for array in batch[:3])
         if pin:
             degraded, clean, task = degraded.pin_memory(), clean.pin_memory(), task.pin_memory()
-        return cls(degraded, clean, task, stack.keys, stack.skipped)
+        return cls(degraded, clean, task, batch.keys, batch.skipped)
 
     def to(self, device: torch.device) -> Batch:
-        """On a device, as the network wants it. A quarter of the bytes travels, and the device divides."""
+        """Move to a device, as float32 in [0, 1]. A quarter of the bytes travels, and the device divides."""
 
         def move(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=True)
@@ -104,21 +106,22 @@ class Batch(NamedTuple):
         return Batch(degraded, clean, move(self.task), self.keys, self.skipped)
 
 
-def decode(data: bytes, where: str, remedy: str = "Build the shards again.") -> Pixels:
-    """PPM, PNG, JPEG or BMP bytes to uint8 (H, W, 3) RGB. Raises UserError naming `where` for bytes that are no image."""
+def decode(data: bytes, source: str, remedy: str = "Build the shards again.") -> Pixels:
+    """Decode PPM, PNG, JPEG or BMP bytes to uint8 (H, W, 3) RGB. Raises UserError naming `source` for other bytes."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.array(image.convert("RGB"))
     except (UnidentifiedImageError, Image.DecompressionBombError, *DAMAGE) as error:
-        raise UserError(f"{where} does not decode as an image ({error}). {remedy}") from None
+        raise UserError(f"{source} does not decode as an image ({error}). {remedy}") from None
 
 
 def turned_planes(image: Pixels, index: int) -> Pixels:
-    """One of the eight turns and flips of a crop, uint8 (H, W, 3), as colour planes (3, H, W).
+    """Turn or flip a crop, uint8 (H, W, 3), in one of eight ways, as colour planes (3, H, W).
 
     0 identity, 2 up-down, 4 left-right, 6 half turn; 1, 3, 5, 7 the same after a quarter turn. Planes turn twice as
     fast as pixels, and networks want them.
     """
+    # Plain numpy in the functions of one patch: einops costs several microseconds a call.
     planes = np.ascontiguousarray(image.transpose(2, 0, 1))
     if index & 1:
         planes = planes.transpose(0, 2, 1)[:, ::-1]
@@ -130,8 +133,8 @@ def turned_planes(image: Pixels, index: int) -> Pixels:
 
 
 def to_tensor(images: list[Pixels]) -> Tensor:
-    """uint8 (H, W, 3) images of one size to float32 (B, 3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float().div_(255.0)
+    """Stack uint8 (H, W, 3) images of one size to float32 (B, 3, H, W) in [0, 1]."""
+    return rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w").contiguous().float().div_(255.0)
 
 
 class CropBox(NamedTuple):
@@ -143,63 +146,68 @@ class CropBox(NamedTuple):
     width: int
 
 
-def crop(read: SampleLocation, member: Member, box: CropBox) -> Pixels:
-    """A part of one member, uint8 (height, width, 3). Of a PPM only the rows of the box are read from the disk.
+def crop(location: SampleLocation, member: Member, box: CropBox) -> Pixels:
+    """Read a part of one member, uint8 (height, width, 3). Of a PPM only the rows of the box are read from the disk.
 
     Raises OSError where the file cannot be read, UserError where it holds no such image.
     """
-    where = f"{read.shard}, sample '{read.key}'"
-    handle = os.open(read.path, os.O_RDONLY | os.O_CLOEXEC)
+    source = f"{location.shard}, sample '{location.key}'"
+    handle = os.open(location.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         if member.format == "ppm":
-            stride = 3 * read.width
-            header = member.size - read.height * stride
+            stride = 3 * location.width
+            header = member.size - location.height * stride
             band = os.pread(handle, box.height * stride, member.offset + header + box.top * stride)
             if header <= 0 or len(band) != box.height * stride:
-                raise UserError(f"{where}: the shard ends inside its pixels. Copy the shard again.")
-            image = np.frombuffer(band, np.uint8).reshape(box.height, read.width, 3)
+                raise UserError(f"{source}: the shard ends inside its pixels. Copy the shard again.")
+            image = np.frombuffer(band, np.uint8).reshape(box.height, location.width, 3)
             return image[:, box.left : box.left + box.width]
         data = os.pread(handle, member.size, member.offset)
     finally:
         os.close(handle)
-    image = decode(data, where)
-    if image.shape[:2] != (read.height, read.width):
+    image = decode(data, source)
+    if image.shape[:2] != (location.height, location.width):
         raise UserError(
-            f"{where} has {image.shape[:2]} pixels, the index says {read.height, read.width}. Build it again."
+            f"{source} has {image.shape[:2]} pixels, the index says {location.height, location.width}. Build it again."
         )
     return image[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def make_patch(read: SampleLocation, task: Task, seed: int, patch_pixels: int, augment: str) -> Patch:
-    """One seeded random crop of a sample, degraded where its task does that on reading, turned or flipped.
+def make_patch(location: SampleLocation, task: Task, seed: int, patch_pixels: int, augment: str) -> Patch:
+    """Make one seeded random crop of a sample, degraded where its task does that on reading, turned or flipped.
 
     The crop is uniform over the image, whose sides are at least `patch_pixels`. MIR-L section IV-A and the released
     code: crop, one of TURNS[augment], and noise that is clipped and truncated. What a degradation needs around the crop
     is read with it and cut off afterwards. Raises what `crop` raises.
     """
-    rng = shared_rng("patch", seed, read.round_, read.pass_index, task.name, read.key)
-    dice = rng.bit_generator.random_raw(3).tolist()
+    rng = shared_rng("patch", seed, location.round_, location.pass_index, task.name, location.key)
+    draws = rng.bit_generator.random_raw(3).tolist()
 
-    def below(count: int, die: int) -> int:
-        return int(die) * count >> 64
+    def below(count: int, draw: int) -> int:
+        return int(draw) * count >> 64
 
-    top, left = below(read.height - patch_pixels + 1, dice[0]), below(read.width - patch_pixels + 1, dice[1])
-    index = TURNS[augment][below(len(TURNS[augment]), dice[2])]
-    if read.degraded is not None:
+    top, left = below(location.height - patch_pixels + 1, draws[0]), below(location.width - patch_pixels + 1, draws[1])
+    index = TURNS[augment][below(len(TURNS[augment]), draws[2])]
+    if location.degraded is not None:
         box = CropBox(top, left, patch_pixels, patch_pixels)
-        degraded, clean = crop(read, read.degraded, box), crop(read, read.clean, box)
+        degraded, clean = crop(location, location.degraded, box), crop(location, location.clean, box)
     else:
-        rim = context_pixels(task)
-        y, x = max(0, top - rim), max(0, left - rim)
-        end_y, end_x = min(read.height, top + patch_pixels + rim), min(read.width, left + patch_pixels + rim)
-        wide = crop(read, read.clean, CropBox(y, x, end_y - y, end_x - x))
+        context = context_pixels(task)
+        y, x = max(0, top - context), max(0, left - context)
+        end_y, end_x = (
+            min(location.height, top + patch_pixels + context),
+            min(location.width, left + patch_pixels + context),
+        )
+        wide = crop(location, location.clean, CropBox(y, x, end_y - y, end_x - x))
         inner = (slice(top - y, top - y + patch_pixels), slice(left - x, left - x + patch_pixels))
         degraded, clean = degrade_for_training(task, wide, rng)[inner], wide[inner]
-    return Patch(turned_planes(degraded, index), turned_planes(clean, index), read.task, f"{task.name}:{read.key}")
+    return Patch(
+        turned_planes(degraded, index), turned_planes(clean, index), location.task, f"{task.name}:{location.key}"
+    )
 
 
 def collate(patches: list[Patch], skipped: int = 0) -> NumpyBatch:
-    """Patches of one size to a Stack, in their order. Turned patches are views: this is their only copy."""
+    """Collate patches of one size to a batch, in their order. Turned patches are views: this is their only copy."""
     shape = (len(patches), *patches[0].clean.shape)
     degraded, clean = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
     for number, patch in enumerate(patches):

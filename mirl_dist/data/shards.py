@@ -1,4 +1,4 @@
-"""Built shards at an address: the manifest, the indices, and which files should lie beside them."""
+"""Built shards at an address: the manifest, the indices, and which files should be there with them."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ class Shards:
         self.train = self.manifest.role("train")
 
     def index(self, shard: Shard) -> Index:
-        """The index of one shard. Raises UserError where it is missing or does not fit the manifest."""
-        where = self.store.where(shard.index_name)
+        """Read the index of one shard. Raises UserError where it is missing or does not fit the manifest."""
+        source = self.store.where(shard.index_name)
         try:
-            return read_index(self.store.get(shard.index_name), shard, where)
+            return read_index(self.store.get(shard.index_name), shard, source)
         except NotFound:
-            raise UserError(f"{where} is missing beside {shard.name}. Build the shards again.") from None
+            raise UserError(f"{source} is missing beside {shard.name}. Build the shards again.") from None
 
     def places(self, role: str) -> dict[str, list[SamplePlace]]:
-        """The samples of one role by set, in shard order."""
-        found: dict[str, list[SamplePlace]] = {}
+        """List the samples of one role by set, in shard order."""
+        places: dict[str, list[SamplePlace]] = {}
         for shard in self.manifest.role(role):
-            found.setdefault(shard.set, []).extend(SamplePlace(shard, entry) for entry in self.index(shard).entries)
-        return found
+            places.setdefault(shard.set, []).extend(SamplePlace(shard, entry) for entry in self.index(shard).entries)
+        return places
 
     def check_present(self, *roles: str) -> None:
         """Raise UserError that names shards and indices of the roles which are not there, as far as a listing tells.
@@ -58,14 +58,14 @@ class Shards:
         if not expected:
             return
         try:
-            there = set(self.store.list(""))
+            present = set(self.store.list(""))
         except Rejected:
             return  # the web has no listing, and a bucket may allow reading alone: a reader will tell
-        wanted = itertools.chain.from_iterable((s.name, s.index_name) for s in expected)
-        wrong = [f"{name} is missing" for name in wanted if name not in there]
+        names = itertools.chain.from_iterable((s.name, s.index_name) for s in expected)
+        wrong = [f"{name} is missing" for name in names if name not in present]
         if isinstance(self.store, Folder):
             for shard in expected:
-                if shard.name in there and (size := self.store.size(shard.name)) != shard.bytes:
+                if shard.name in present and (size := self.store.size(shard.name)) != shard.bytes:
                     wrong.append(f"{shard.name} has {size} bytes, the manifest says {shard.bytes} bytes")
         if wrong:
             more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""

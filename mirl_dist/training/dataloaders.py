@@ -98,7 +98,7 @@ def train_loader_of(
         augment=config.data.augment,
         workers=config.data.workers,
         rank=ranks.rank,
-        shares=batch_split,
+        split=batch_split,
         ahead=shards_ahead(lanes, behind, sampler.steps_per_epoch, shards, limit, most_ranks),
         pin=ranks.device.type == "cuda",
     )

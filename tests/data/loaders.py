@@ -1,4 +1,4 @@
-"""Tiny shards of real pixels, and streams over them, as several test modules need them."""
+"""Tiny shards of real pixels, and loaders over them, as several test modules need them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def built_at(folder: Path, at: int = 0, form: str = "ppm", counts: tuple[int, in
     return folder / "shards"
 
 
-def supply_of(
+def pool_of(
     address: str | Path,
     *,
     damage: str = "refuse",
@@ -84,18 +84,18 @@ def supply_of(
     said: list[str] | None = None,
     limit: int = 10**9,
 ) -> ShardPool:
-    """A supply of the shards at an address; what it tells people goes to `said`."""
+    """A pool of the shards at an address; the lines it says go to `said`."""
 
     def say(line: str) -> None:
         print(line, file=sys.stderr)
         if said is not None:
             said.append(line)
 
-    held = None if cache is None else ShardCache(cache, limit, patience=10)
-    return ShardPool(Shards(open_store(str(address))), held, damage, say, patience=HASTY)
+    shard_cache = None if cache is None else ShardCache(cache, limit, patience=10)
+    return ShardPool(Shards(open_store(str(address))), shard_cache, damage, say, patience=HASTY)
 
 
-def stream(
+def loader_of(
     address: str | Path,
     *,
     rank: int = 0,
@@ -106,25 +106,25 @@ def stream(
     mix: Any = MIX,
     augment: str = "published",
     global_batch: int = GLOBAL,
-    supply: ShardPool | None = None,
+    pool: ShardPool | None = None,
     **more: Any,
 ) -> TrainLoader:
-    """The stream of one rank; more: `supply_of`'s."""
-    supply = supply or supply_of(address, **more)
-    shards, shares = supply.shards, split_batch(global_batch, forward, world)
-    order = GlobalSampler(mix, shards.train, global_batch, seed)
-    lanes = shares.per_rank * len(order.sources)
-    limit = None if supply.cache is None else supply.cache.limit
+    """The loader of one rank; more: `pool_of`'s."""
+    pool = pool or pool_of(address, **more)
+    shards, split = pool.shards, split_batch(global_batch, forward, world)
+    sampler = GlobalSampler(mix, shards.train, global_batch, seed)
+    lanes = split.per_rank * len(sampler.sources)
+    limit = None if pool.cache is None else pool.cache.limit
     return TrainLoader(
-        supply,
-        order,
+        pool,
+        sampler,
         seed=seed,
         patch_pixels=PATCH,
         augment=augment,
         workers=workers,
         rank=rank,
-        shares=shares,
-        ahead=shards_ahead(lanes, passes_behind(workers), order.steps_per_epoch, order.shards(), limit, world),
+        split=split,
+        ahead=shards_ahead(lanes, passes_behind(workers), sampler.steps_per_epoch, sampler.shards(), limit, world),
         pin=False,
     )
 

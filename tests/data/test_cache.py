@@ -234,10 +234,10 @@ READER = """
 import os, random, sys, time
 from hashlib import sha256
 from pathlib import Path
-from mirl_dist.data.cache import Cache
+from mirl_dist.data.cache import ShardCache
 
 folder, log, limit, size, seed, mode = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:6]), sys.argv[6]
-chance, cache = random.Random(seed), Cache(folder, limit)
+chance, cache = random.Random(seed), ShardCache(folder, limit)
 
 
 def fetch_of(number):
@@ -257,7 +257,7 @@ def fetch_of(number):
 for _ in range(1 if mode != "many" else 25):
     number = chance.randrange(6) if mode == "many" else 1
     digest = sha256(bytes([number]) * size).hexdigest()
-    held = cache.hold(digest, size, fetch_of(number))
+    held = cache.acquire(digest, size, fetch_of(number))
     assert held.path.read_bytes() == bytes([number]) * size, "not the file that was asked for"
     time.sleep(0.002)
     assert held.path.read_bytes() == bytes([number]) * size, "it went while it was held"

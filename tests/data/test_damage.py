@@ -22,7 +22,7 @@ from mirl_dist.data.shards import SamplePlace, Shards
 from mirl_dist.errors import Stopped, UserError
 from mirl_dist.storage import Folder, Unavailable
 from mirl_dist.storage.retry import Patience
-from tests.data.loaders import GLOBAL, batches, built_at, same, stream, supply_of
+from tests.data.loaders import GLOBAL, batches, built_at, loader_of, pool_of, same
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_damage_is_refused_with_shard_and_key(
     damage(copy, place)
     wanted = text.format(shard=place.shard.name, key=place.entry.key, index=place.shard.index_name)
     with pytest.raises(UserError, match=wanted):
-        batches(stream(copy))
+        batches(loader_of(copy))
 
 
 def test_damage_is_refused_the_same_with_loader_processes(copy: Path) -> None:
@@ -127,17 +127,17 @@ def test_damage_is_refused_the_same_with_loader_processes(copy: Path) -> None:
     with pytest.raises(
         UserError, match=f"{place.shard.name}: its bytes are not the manifest's: sample '{place.entry.key}'"
     ):
-        batches(stream(copy, workers=1))
+        batches(loader_of(copy, workers=1))
 
 
 @pytest.mark.parametrize("damage", [flip, cut, remove, mix_up], ids=["flipped", "truncated", "missing", "other build"])
-def test_skipped_damage_is_replaced_by_the_same_samples_on_any_number_of_ranks_and_told(
+def test_skipped_damage_is_reported_and_replaced_alike_on_any_number_of_ranks(
     copy: Path, damage: Callable[[Path, SamplePlace], None]
 ) -> None:
     place = victim(copy)
     damage(copy, place)
     said: list[str] = []
-    one = stream(copy, damage="skip", said=said)
+    one = loader_of(copy, damage="skip", said=said)
     alone = batches(one)
     assert sum(batch.skipped for batch in alone) > 0
     assert one.damaged
@@ -146,7 +146,7 @@ def test_skipped_damage_is_replaced_by_the_same_samples_on_any_number_of_ranks_a
     read = {key.partition(":")[2] for batch in alone for key in batch.keys}
     assert not lost & read, "a damaged sample was used"
     assert len([line for line in said if place.shard.name in line]) == 1, said
-    ranks = [stream(copy, damage="skip", rank=rank, world=4) for rank in range(4)]
+    ranks = [loader_of(copy, damage="skip", rank=rank, world=4) for rank in range(4)]
     parts = [batches(rank) for rank in ranks]
     for step, whole in enumerate(alone):
         assert tuple(key for part in parts for key in part[step].keys) == whole.keys
@@ -159,7 +159,7 @@ def test_skipped_damage_is_replaced_by_the_same_samples_on_any_number_of_ranks_a
 def test_only_what_is_damaged_is_replaced(copy: Path, built: Path) -> None:
     place = victim(copy)
     flip(copy, place, DEGRADED)
-    whole, skipping = batches(stream(built)), stream(copy, damage="skip")
+    whole, skipping = batches(loader_of(built)), loader_of(copy, damage="skip")
     replaced = 0
     for before, after in zip(whole, batches(skipping), strict=True):
         for old, new in zip(before.keys, after.keys, strict=True):
@@ -181,14 +181,14 @@ def test_a_member_that_does_not_decode_is_found_when_it_is_read(tmp_path: Path, 
     with pytest.raises(
         UserError, match=rf"^{place.shard.name}, sample '{place.entry.key}': .* does not decode as an image"
     ):
-        batches(stream(folder, workers=workers))
+        batches(loader_of(folder, workers=workers))
     said: list[str] = []
-    skipping = stream(folder, damage="skip", workers=workers, said=said)
+    skipping = loader_of(folder, damage="skip", workers=workers, said=said)
     found = batches(skipping)
     assert sum(batch.skipped for batch in found) == 2
     assert list(skipping.damaged) == [f"{place.shard.name} {place.entry.key}"]
     assert len(said) == 1
-    assert same(found, batches(stream(folder, damage="skip")))
+    assert same(found, batches(loader_of(folder, damage="skip")))
 
 
 def test_damage_between_the_members_loses_nothing(copy: Path, built: Path) -> None:
@@ -199,10 +199,10 @@ def test_damage_between_the_members_loses_nothing(copy: Path, built: Path) -> No
     data[begin - 512 : begin] = bytes(512)
     tar.write_bytes(data)
     with pytest.raises(UserError, match="no image is damaged, only what lies between them"):
-        batches(stream(copy))
+        batches(loader_of(copy))
     said: list[str] = []
-    skipping = stream(copy, damage="skip", said=said)
-    assert same(batches(skipping), batches(stream(built)))
+    skipping = loader_of(copy, damage="skip", said=said)
+    assert same(batches(skipping), batches(loader_of(built)))
     assert skipping.damaged == {}
     assert len(said) == 1
 
@@ -212,7 +212,7 @@ def test_a_set_without_a_whole_sample_is_refused_whatever_the_policy(copy: Path)
         if shard.kind == "derain":
             (copy / shard.name).unlink()
     with pytest.raises(UserError, match=r"^data\.damage: no shard of derain has a whole sample left\."):
-        batches(stream(copy, damage="skip"))
+        batches(loader_of(copy, damage="skip"))
 
 
 def test_scores_never_skip(copy: Path) -> None:
@@ -222,7 +222,7 @@ def test_scores_never_skip(copy: Path) -> None:
     with pytest.raises(
         UserError, match=rf"{place.shard.name}: its bytes are not the manifest's: sample '{place.entry.key}'"
     ):
-        supply_of(copy, damage="skip").image(place, CLEAN)
+        pool_of(copy, damage="skip").image(place, CLEAN)
 
 
 def test_what_is_missing_is_told_before_any_work(copy: Path) -> None:
@@ -239,39 +239,39 @@ def test_what_is_missing_is_told_before_any_work(copy: Path) -> None:
 
 
 def test_a_file_that_changes_while_it_is_in_use_is_looked_at_again(copy: Path) -> None:
-    supply = supply_of(copy)
-    list(stream(copy, supply=supply).batches(0, Position(0, 0), 1))
+    pool = pool_of(copy)
+    list(loader_of(copy, pool=pool).batches(0, Position(0, 0), 1))
     place = victim(copy)
     flip(copy, place)
     with pytest.raises(UserError, match=place.entry.key):
-        list(stream(copy, supply=supply).batches(0, Position(0, 0), 1))
+        list(loader_of(copy, pool=pool).batches(0, Position(0, 0), 1))
 
 
 def test_a_cached_copy_that_went_bad_is_brought_again(copy: Path, tmp_path: Path, built: Path) -> None:
-    first = batches(stream(copy, cache=tmp_path / "cache"))
+    first = batches(loader_of(copy, cache=tmp_path / "cache"))
     for tar in (tmp_path / "cache").glob("*.tar"):
         data = bytearray(tar.read_bytes())
         data[len(data) // 2] ^= 1
         tar.write_bytes(data)
-    assert same(batches(stream(copy, cache=tmp_path / "cache")), first)
-    assert same(first, batches(stream(built)))
+    assert same(batches(loader_of(copy, cache=tmp_path / "cache")), first)
+    assert same(first, batches(loader_of(built)))
 
 
 def test_damage_in_the_store_is_found_through_the_cache_too(copy: Path, tmp_path: Path) -> None:
     place = victim(copy)
     cut(copy, place)
-    skipping = batches(stream(copy, damage="skip", cache=tmp_path / "cache"))
-    assert same(skipping, batches(stream(copy, damage="skip")))
+    skipping = batches(loader_of(copy, damage="skip", cache=tmp_path / "cache"))
+    assert same(skipping, batches(loader_of(copy, damage="skip")))
     assert list((tmp_path / "cache").glob("damaged-*")) == []
     with pytest.raises(UserError, match=place.shard.name):
-        batches(stream(copy, cache=tmp_path / "other"))
+        batches(loader_of(copy, cache=tmp_path / "other"))
     assert list((tmp_path / "other").glob("damaged-*")) == []
 
 
 def test_a_batch_counts_what_stands_in_for_damage(copy: Path) -> None:
     place = victim(copy)
     remove(copy, place)
-    found: list[Batch] = batches(stream(copy, damage="skip", mix={"derain": 4}), epochs=1)
+    found: list[Batch] = batches(loader_of(copy, damage="skip", mix={"derain": 4}), epochs=1)
     assert len(found) == 3
     assert sum(batch.skipped for batch in found) == 4 * place.shard.samples
     assert all(len(batch.keys) == GLOBAL for batch in found)
@@ -287,14 +287,16 @@ def test_lost_shards_do_not_fill_the_cache_with_those_that_stand_in(tmp_path: Pa
         (folder / shard.name).unlink()
     limit = 9 * max(s.bytes for s in rainy)
     assert sum(s.bytes for s in rainy[1::2]) > limit
-    small = batches(stream(folder, mix={"derain": 1}, global_batch=2, damage="skip", cache=tmp_path / "c", limit=limit))
-    assert same(small, batches(stream(folder, mix={"derain": 1}, global_batch=2, damage="skip")))
+    small = batches(
+        loader_of(folder, mix={"derain": 1}, global_batch=2, damage="skip", cache=tmp_path / "c", limit=limit)
+    )
+    assert same(small, batches(loader_of(folder, mix={"derain": 1}, global_batch=2, damage="skip")))
 
 
 def test_what_a_store_has_instead_of_a_shard_comes_once_and_counts_in_the_cache(copy: Path, tmp_path: Path) -> None:
     place = victim(copy)
     cut(copy, place)
-    made = stream(copy, damage="skip", cache=tmp_path / "cache")
+    made = loader_of(copy, damage="skip", cache=tmp_path / "cache")
     batches(made)
     (kept,) = (tmp_path / "cache").glob("*.damaged")
     assert kept.name == f"{place.shard.sha256}.{(copy / place.shard.name).stat().st_size}.damaged"
@@ -314,27 +316,27 @@ class Away(Folder):
         yield from super().read(name, offset)
 
 
-def supply_over(store: Folder, cache: Path, damage: str = "refuse") -> ShardPool:
+def pool_over(store: Folder, cache: Path, damage: str = "refuse") -> ShardPool:
     patience = Patience(seconds=0.2, first=0.01, most=0.02)
     return ShardPool(Shards(store), ShardCache(cache, 10**9, patience=1), damage, lambda line: None, patience=patience)
 
 
 def test_a_store_that_was_away_while_nobody_waited_stops_no_one(copy: Path, tmp_path: Path) -> None:
     store = Away(copy)
-    supply = supply_over(store, tmp_path / "cache")
-    shard = supply.shards.train[0]
+    pool = pool_over(store, tmp_path / "cache")
+    shard = pool.shards.train[0]
     store.away = True
-    supply.acquire(shard)
-    while not supply._acquired[shard.name].future.done():
+    pool.acquire(shard)
+    while not pool._acquired[shard.name].future.done():
         pass
     store.away = False
-    assert supply.get(shard).path.stat().st_size == shard.bytes
-    supply.release(shard)
+    assert pool.get(shard).path.stat().st_size == shard.bytes
+    pool.release(shard)
     store.away = True
-    other = supply.shards.train[1]
-    supply.acquire(other)
+    other = pool.shards.train[1]
+    pool.acquire(other)
     with pytest.raises(Unavailable, match="away"):
-        supply.get(other)  # this one was waited for until patience ended
+        pool.get(other)  # this one was waited for until patience ended
 
 
 @pytest.mark.parametrize("damage", ["refuse", "skip"])
@@ -342,22 +344,22 @@ def test_a_system_that_fails_is_no_damage(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     """A full disk, too many open files: no sample is skipped for that, since other ranks would not skip it."""
-    supply = supply_over(Folder(copy), tmp_path / "cache", damage)
+    pool = pool_over(Folder(copy), tmp_path / "cache", damage)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("mirl_dist.data.shard_pool.download", full)
-    shard = supply.shards.train[0]
+    monkeypatch.setattr("mirl_dist.data.shard_fetcher.download", full)
+    shard = pool.shards.train[0]
     with pytest.raises(UserError, match=r"the cache .*: No space left on device\. Make room"):
-        supply.verify(shard)
+        pool.verify(shard)
     monkeypatch.undo()
-    supply.verify(shard)
+    pool.verify(shard)
 
     def many(*_: object) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    running = stream(copy, damage=damage).batches(0, Position(0, 0), 1)
+    running = loader_of(copy, damage=damage).batches(0, Position(0, 0), 1)
     next(running)
     monkeypatch.setattr("mirl_dist.data.sample.os.open", many)
     with pytest.raises(UserError, match=r"cannot be read: .*Too many open files.*Check the disk, then start again"):
@@ -365,7 +367,7 @@ def test_a_system_that_fails_is_no_damage(
 
 
 def test_a_passing_fault_of_the_system_is_tried_once_more(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = batches(stream(copy))
+    whole = batches(loader_of(copy))
     opened, calls = os.open, [0]
 
     def sometimes(path: str, flags: int) -> int:
@@ -375,7 +377,7 @@ def test_a_passing_fault_of_the_system_is_tried_once_more(copy: Path, monkeypatc
         return opened(path, flags)
 
     monkeypatch.setattr("mirl_dist.data.sample.os.open", sometimes)
-    skipping = stream(copy, damage="skip")
+    skipping = loader_of(copy, damage="skip")
     found = batches(skipping)
     assert calls[0] > 50
     monkeypatch.undo()
@@ -390,13 +392,13 @@ def test_who_is_asked_to_stop_does_not_wait_long_for_a_store(
     store = Away(copy)
     patience = Patience(seconds=60, first=0.05, most=0.1)
     cache = ShardCache(tmp_path / "cache", 10**9)
-    supply = ShardPool(Shards(store), cache, "refuse", lambda line: None, stop_asked=lambda: True, patience=patience)
+    pool = ShardPool(Shards(store), cache, "refuse", lambda line: None, stop_asked=lambda: True, patience=patience)
     store.away = True
     with pytest.raises(Stopped, match=r"stopped as asked while waiting for train-.*; the last commit stands"):
-        supply.verify(supply.shards.train[0])
+        pool.verify(pool.shards.train[0])
 
 
-def test_batches_that_are_ready_are_trained_on_when_a_stop_meets_a_store_that_is_away(
+def test_ready_batches_are_trained_on_when_a_stop_meets_an_unavailable_store(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that the ranks may yet meet and commit; then the stop is told."""
@@ -404,21 +406,19 @@ def test_batches_that_are_ready_are_trained_on_when_a_stop_meets_a_store_that_is
     store, asked = Away(copy), [False]
     patience = Patience(seconds=60, first=0.05, most=0.1)
     cache = ShardCache(tmp_path / "cache", 10**9)
-    supply = ShardPool(
-        Shards(store), cache, "refuse", lambda line: None, stop_asked=lambda: asked[0], patience=patience
-    )
-    want, wanted = supply.acquire, [0]
+    pool = ShardPool(Shards(store), cache, "refuse", lambda line: None, stop_asked=lambda: asked[0], patience=patience)
+    want, wanted = pool.acquire, [0]
 
     def wanting(shard: Shard) -> None:
         wanted[0] += 1
         if wanted[0] == 7:  # the shards of some passes are here
-            for other in supply._acquired.values():
+            for other in pool._acquired.values():
                 other.future.result()
             store.away = asked[0] = True
         want(shard)
 
-    monkeypatch.setattr(supply, "want", wanting)
-    running = stream(copy, supply=supply, mix={"denoise_25": 4, "derain": 4}, global_batch=2).batches(
+    monkeypatch.setattr(pool, "acquire", wanting)
+    running = loader_of(copy, pool=pool, mix={"denoise_25": 4, "derain": 4}, global_batch=2).batches(
         0, Position(0, 0), 9
     )
     made = 0
@@ -430,8 +430,8 @@ def test_batches_that_are_ready_are_trained_on_when_a_stop_meets_a_store_that_is
 
 def test_a_file_that_goes_from_the_cache_is_brought_again(copy: Path, tmp_path: Path) -> None:
     """As when another process of the node finds it bad and brings another."""
-    whole = batches(stream(copy))
-    running = stream(copy, cache=tmp_path / "cache").batches(0, Position(0, 0), 2)
+    whole = batches(loader_of(copy))
+    running = loader_of(copy, cache=tmp_path / "cache").batches(0, Position(0, 0), 2)
     found = [next(running).to(torch.device("cpu"))]
     for tar in (tmp_path / "cache").glob("*.tar"):
         tar.unlink()

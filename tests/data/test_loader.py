@@ -1,4 +1,4 @@
-"""Laws of the stream: the same batches whoever reads them, from any position, cut as published from what was built."""
+"""Laws of the loader: the same batches whoever reads them, from any position, cut as published from what was built."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from mirl_dist.data.sampler import Position
 from mirl_dist.data.shards import Shards
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder
-from tests.data.loaders import GLOBAL, HEIGHT, MIX, PATCH, WIDTH, batches, built_at, same, stream, supply_of, turn
+from tests.data.loaders import GLOBAL, HEIGHT, MIX, PATCH, WIDTH, batches, built_at, loader_of, pool_of, same, turn
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return built_at(tmp_path_factory.mktemp("stream"))
+    return built_at(tmp_path_factory.mktemp("loader"))
 
 
 def by_sample(found: list[Batch]) -> dict[str, list[tuple[bytes, bytes]]]:
@@ -55,7 +55,7 @@ def by_sample(found: list[Batch]) -> dict[str, list[tuple[bytes, bytes]]]:
 
 
 def test_batches_are_floats_from_zero_to_one_with_their_tasks_and_keys(built: Path) -> None:
-    found = batches(stream(built))
+    found = batches(loader_of(built))
     assert len(found) == 2 * (26 // GLOBAL)
     for batch in found:
         assert batch.degraded.shape == batch.clean.shape == (GLOBAL, 3, PATCH, PATCH)
@@ -70,20 +70,20 @@ def test_batches_are_floats_from_zero_to_one_with_their_tasks_and_keys(built: Pa
 @pytest.mark.parametrize("form", ["ppm", "png"])
 def test_every_patch_is_cut_from_its_image_and_the_pair_is_cut_alike(tmp_path: Path, form: str) -> None:
     folder = built_at(tmp_path, form=form, counts=(3, 6))
-    supply = supply_of(folder)
-    places = {p.entry.key: p for group in supply.shards.places("train").values() for p in group}
-    found = batches(stream(folder, mix={"denoise_25": 1, "derain": 2}, global_batch=5), epochs=2)
+    pool = pool_of(folder)
+    places = {p.entry.key: p for group in pool.shards.places("train").values() for p in group}
+    found = batches(loader_of(folder, mix={"denoise_25": 1, "derain": 2}, global_batch=5), epochs=2)
     assert {key.partition(":")[0] for batch in found for key in batch.keys} == {"denoise_25", "derain"}
     for batch in found:
         for i, key in enumerate(batch.keys):
             task, _, name = key.partition(":")
             place = places[name]
-            clean, patch = supply.image(place, CLEAN), pixels(batch.clean[i])
+            clean, patch = pool.image(place, CLEAN), pixels(batch.clean[i])
             assert clean.shape == (HEIGHT, WIDTH, 3)
             spots = list(where(patch, clean))
             assert spots, f"{key} lies inside its image"
             if task == "derain":
-                rainy, given = supply.image(place, DEGRADED), pixels(batch.degraded[i])
+                rainy, given = pool.image(place, DEGRADED), pixels(batch.degraded[i])
                 assert any(np.array_equal(turn(rainy[y : y + PATCH, x : x + PATCH], t), given) for y, x, t in spots), (
                     "the same place, turned the same way"
                 )
@@ -107,7 +107,7 @@ def where(patch: Pixels, image: Pixels) -> Iterator[tuple[int, int, int]]:
 def test_raw_and_compressed_members_give_the_same_batches(tmp_path: Path) -> None:
     """Shards of another size hold other samples, so one shard of each kind."""
     ppm, png = (built_at(tmp_path / form, form=form, mb=10) for form in ("ppm", "png"))
-    assert same(batches(stream(ppm)), batches(stream(png)))
+    assert same(batches(loader_of(ppm)), batches(loader_of(png)))
 
 
 def test_the_bytes_that_a_crop_reads_are_its_rows_and_no_more(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +121,7 @@ def test_the_bytes_that_a_crop_reads_are_its_rows_and_no_more(built: Path, monke
         return pread(handle, size, offset)
 
     monkeypatch.setattr("mirl_dist.data.sample.os.pread", counting)
-    batches(stream(built, mix={"derain": 8}), epochs=1)
+    batches(loader_of(built, mix={"derain": 8}), epochs=1)
     assert len(asked) == 2 * 48
     assert set(asked) == {PATCH * WIDTH * 3}
 
@@ -174,7 +174,7 @@ def test_published_turns_never_leave_a_patch_as_it_is() -> None:
 @pytest.mark.parametrize("sigma", [25, 50])
 def test_the_noise_of_a_patch_has_the_strength_of_its_task(built: Path, sigma: int) -> None:
     differences = []
-    for batch in batches(stream(built), epochs=8):
+    for batch in batches(loader_of(built), epochs=8):
         for i, key in enumerate(batch.keys):
             if key.startswith(f"denoise_{sigma}:"):
                 clean = batch.clean[i] * 255
@@ -187,10 +187,14 @@ def test_the_noise_of_a_patch_has_the_strength_of_its_task(built: Path, sigma: i
 
 
 def test_chance_differs_by_epoch_round_and_seed_and_nothing_else(built: Path) -> None:
-    first = by_sample(batches(stream(built), epochs=1))
-    assert by_sample(batches(stream(built), epochs=1)) == first
-    second = by_sample(batches(stream(built), epochs=2, start=Position(1, 0)))
-    others = [second, by_sample(batches(stream(built), 1, round_=1)), by_sample(batches(stream(built, seed=1), 1))]
+    first = by_sample(batches(loader_of(built), epochs=1))
+    assert by_sample(batches(loader_of(built), epochs=1)) == first
+    second = by_sample(batches(loader_of(built), epochs=2, start=Position(1, 0)))
+    others = [
+        second,
+        by_sample(batches(loader_of(built), 1, round_=1)),
+        by_sample(batches(loader_of(built, seed=1), 1)),
+    ]
     for other in others:
         both = first.keys() & other.keys()
         assert len(both) > 10
@@ -198,7 +202,7 @@ def test_chance_differs_by_epoch_round_and_seed_and_nothing_else(built: Path) ->
 
 
 def test_the_same_image_has_its_own_noise_for_each_task(built: Path) -> None:
-    found = by_sample(batches(stream(built), epochs=3))
+    found = by_sample(batches(loader_of(built), epochs=3))
     images = {key.partition(":")[2] for key in found if key.startswith("denoise_25")}
     pairs = [(found[f"denoise_25:{t}"], found[f"denoise_50:{t}"]) for t in images if f"denoise_50:{t}" in found]
     assert pairs
@@ -206,14 +210,14 @@ def test_the_same_image_has_its_own_noise_for_each_task(built: Path) -> None:
 
 
 def test_copies_of_a_sample_in_one_epoch_are_cut_differently(built: Path) -> None:
-    for copies in by_sample(batches(stream(built, mix={"derain": 8}, augment="none"), epochs=1)).values():
+    for copies in by_sample(batches(loader_of(built, mix={"derain": 8}, augment="none"), epochs=1)).values():
         assert len(copies) == 8
         assert len(set(copies)) >= 6
 
 
 @pytest.mark.parametrize("word", ["denoise_25", "deblur_hard", "superres_easy", "dejpeg_hard", "enlighten_mild"])
 def test_every_family_of_tasks_that_degrade_on_reading_can_be_trained(built: Path, word: str) -> None:
-    (batch, *_) = batches(stream(built, mix={word: 1}), epochs=1)
+    (batch, *_) = batches(loader_of(built, mix={word: 1}), epochs=1)
     assert batch.degraded.shape == batch.clean.shape == (GLOBAL, 3, PATCH, PATCH)
     differs = [not torch.equal(d, c) for d, c in zip(batch.degraded, batch.clean, strict=True)]
     assert sum(differs) >= GLOBAL - 2
@@ -223,14 +227,14 @@ def test_every_family_of_tasks_that_degrade_on_reading_can_be_trained(built: Pat
 
 
 def test_workers_change_nothing(built: Path) -> None:
-    assert same(batches(stream(built, workers=2)), batches(stream(built, workers=0)))
+    assert same(batches(loader_of(built, workers=2)), batches(loader_of(built, workers=0)))
 
 
 @pytest.mark.parametrize("start", [Position(0, 1), Position(1, 0), Position(1, 2)])
 def test_a_stream_from_a_position_is_the_tail_of_the_whole_one(built: Path, start: Position) -> None:
-    whole = batches(stream(built))
+    whole = batches(loader_of(built))
     done = start.epoch * 3 + start.step
-    assert same(batches(stream(built), start=start), whole[done:])
+    assert same(batches(loader_of(built), start=start), whole[done:])
 
 
 @pytest.mark.parametrize("mb", [0.03, 10], ids=["many shards", "one shard"])
@@ -240,8 +244,8 @@ def test_every_rank_is_fed_its_part_of_the_same_global_batch(tmp_path: Path, mb:
     folder = built_at(tmp_path, mb=mb)
     kinds = [s.kind for s in Shards(Folder(folder)).train]
     assert kinds.count("derain") == (1 if mb == 10 else 5)
-    alone = batches(stream(folder))
-    ranks = [batches(stream(folder, rank=rank, world=world)) for rank in range(world)]
+    alone = batches(loader_of(folder))
+    ranks = [batches(loader_of(folder, rank=rank, world=world)) for rank in range(world)]
     for step, whole in enumerate(alone):
         parts = [rank[step] for rank in ranks]
         assert all(len(part.keys) == GLOBAL // world for part in parts)
@@ -251,7 +255,7 @@ def test_every_rank_is_fed_its_part_of_the_same_global_batch(tmp_path: Path, mb:
 
 
 def test_passes_of_one_step_are_parts_of_its_batch(built: Path) -> None:
-    alone, parts = batches(stream(built)), batches(stream(built, forward=2, workers=1))
+    alone, parts = batches(loader_of(built)), batches(loader_of(built, forward=2, workers=1))
     assert len(parts) == 4 * len(alone)
     for step, whole in enumerate(alone):
         assert torch.equal(torch.cat([part.clean for part in parts[4 * step : 4 * step + 4]]), whole.clean)
@@ -265,7 +269,7 @@ def test_a_stream_over_http_through_a_cache_is_the_one_from_the_folder(built: Pa
         serving.start()
         try:
             address = f"http://127.0.0.1:{server.server_address[1]}"
-            assert same(batches(stream(address, cache=tmp_path / "cache")), batches(stream(built)))
+            assert same(batches(loader_of(address, cache=tmp_path / "cache")), batches(loader_of(built)))
         finally:
             server.shutdown()
             serving.join()
@@ -274,18 +278,16 @@ def test_a_stream_over_http_through_a_cache_is_the_one_from_the_folder(built: Pa
 
 
 @pytest.mark.parametrize("start", [Position(0, 0), Position(1, 2)])
-def test_before_its_first_batch_a_reader_opens_at_most_one_shard_for_each_of_its_lanes(
-    built: Path, start: Position
-) -> None:
+def test_before_its_first_batch_a_reader_opens_at_most_one_shard_per_lane(built: Path, start: Position) -> None:
     """What is brought beyond that is ahead of need, and no more than told."""
     for world in (1, 4):
-        supply = supply_of(built)
+        pool = pool_of(built)
         wanted: list[str] = []
         asked: list[str] = []
-        want, get = supply.acquire, supply.get
-        supply.acquire = lambda shard, w=wanted, f=want: (w.append(shard.name), f(shard))[1]  # type: ignore[method-assign]
-        supply.get = lambda shard, a=asked, f=get: (a.append(shard.name), f(shard))[1]  # type: ignore[method-assign]
-        made = stream(built, world=world, supply=supply)
+        want, get = pool.acquire, pool.get
+        pool.acquire = lambda shard, w=wanted, f=want: (w.append(shard.name), f(shard))[1]  # type: ignore[method-assign]
+        pool.get = lambda shard, a=asked, f=get: (a.append(shard.name), f(shard))[1]  # type: ignore[method-assign]
+        made = loader_of(built, world=world, pool=pool)
         running = made.batches(0, start, 2)
         next(running)
         lanes = GLOBAL // world
@@ -296,14 +298,14 @@ def test_before_its_first_batch_a_reader_opens_at_most_one_shard_for_each_of_its
 
 
 def test_shards_are_let_go_when_they_are_not_needed_any_more(built: Path) -> None:
-    supply = supply_of(built)
-    running = stream(built, supply=supply, workers=1).batches(0, Position(0, 0), 2)
+    pool = pool_of(built)
+    running = loader_of(built, pool=pool, workers=1).batches(0, Position(0, 0), 2)
     next(running)
-    assert supply._acquired
+    assert pool._acquired
     running.close()
-    assert not supply._acquired
-    list(stream(built, supply=supply).batches(0, Position(0, 0), 2))
-    assert not supply._acquired
+    assert not pool._acquired
+    list(loader_of(built, pool=pool).batches(0, Position(0, 0), 2))
+    assert not pool._acquired
 
 
 # -- what cannot be read ------------------------------------------------------------------------------------------
@@ -352,11 +354,11 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_patches_larger_than_the_smallest_image_are_refused(built: Path) -> None:
     shards: Any = Shards(Folder(built))
-    shards.refuse_larger_patches(WIDTH)
+    shards.check_patch_size(WIDTH)
     with pytest.raises(
         UserError, match=rf"^data\.patch_pixels: found 49, but an image in train-.* has a side of {WIDTH} "
     ):
-        shards.refuse_larger_patches(WIDTH + 1)
+        shards.check_patch_size(WIDTH + 1)
 
 
 def test_a_folder_for_temporary_files_with_too_long_a_path_is_a_fault_that_names_it(lab: Any, tmp_path: Path) -> None:

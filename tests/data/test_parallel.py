@@ -1,4 +1,4 @@
-"""Laws of a crew: work is shared, ranks meet while they work, and one rank's trouble is everyone's at once."""
+"""Laws of a worker group: work is shared, ranks meet while they work, and one rank's trouble is everyone's at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from mirl_dist.data import parallel as crews
+from mirl_dist.data import parallel
 from mirl_dist.data.parallel import SINGLE_PROCESS, distributed_map
 from mirl_dist.distributed.hardware import processes
 from mirl_dist.errors import UserError
@@ -75,7 +75,7 @@ def test_every_rank_holds_all_results_in_the_order_of_the_items(count: int, worl
 def test_ranks_meet_while_one_of_them_is_slow_so_that_no_collective_waits_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(crews, "MEET_SECONDS", 0.01)
+    monkeypatch.setattr(parallel, "SYNC_SECONDS", 0.01)
     enough = threading.Event()
     met: list[int] = []
 
@@ -96,7 +96,7 @@ def test_ranks_meet_while_one_of_them_is_slow_so_that_no_collective_waits_for_it
 
 
 def test_a_fault_of_one_rank_is_raised_on_all_and_ends_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crews, "MEET_SECONDS", 0.01)
+    monkeypatch.setattr(parallel, "SYNC_SECONDS", 0.01)
     done: list[int] = []
 
     def work(rank: Threads) -> list[int]:

@@ -31,7 +31,7 @@ class Ledger:
 
     def acquire(self, shard: int) -> None:
         self.held[shard] += 1
-        self.events.append(("want", shard))
+        self.events.append(("acquire", shard))
 
     def release(self, shard: int) -> None:
         assert self.held[shard] > 0
@@ -63,14 +63,14 @@ def test_a_pass_and_those_before_it_are_held_and_little_more(
     assert len(list(window)) == 0
     window.close()
     assert ledger.now() == set()
-    assert [kind for kind, _ in ledger.events].count("want") == [kind for kind, _ in ledger.events].count("release")
+    assert [kind for kind, _ in ledger.events].count("acquire") == [kind for kind, _ in ledger.events].count("release")
 
 
 def test_shards_are_wanted_in_the_order_of_their_first_use() -> None:
     ledger = Ledger()
     window = PrefetchWindow(passes((3, 1), (1, 2), (0, 3), (4,)), ledger.acquire, ledger.release, behind=9, extra=9)
     next(window)
-    assert ledger.events == [("want", shard) for shard in (3, 1, 2, 0, 4)]
+    assert ledger.events == [("acquire", shard) for shard in (3, 1, 2, 0, 4)]
 
 
 def test_closing_in_the_middle_releases_what_was_looked_ahead_at() -> None:

@@ -1,4 +1,4 @@
-"""Laws of the order: one global batch is one set of samples, on any number of ranks and from any position."""
+"""Laws of the sampler: one global batch is one set of samples, on any number of ranks and from any position."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ HELD = shards(
 EPOCHS = 3
 
 
-def order(global_batch: int = 8, seed: int = 0, mix: Any = MIX, held: list[Shard] = HELD, **more: Any) -> GlobalSampler:
+def sampler(
+    global_batch: int = 8, seed: int = 0, mix: Any = MIX, held: list[Shard] = HELD, **more: Any
+) -> GlobalSampler:
     return GlobalSampler(mix, held, global_batch, seed, **more)
 
 
@@ -66,8 +68,8 @@ def read(made: GlobalSampler, slots: list[Slot]) -> Counter[tuple[str, int, int]
     return Counter((made.tasks[s.task].name, s.shard, s.sample) for s in slots)
 
 
-def walked(made: GlobalSampler, rank: int, shares: BatchSplit, start: Position = Position(0, 0)) -> list[list[Slot]]:  # noqa: B008
-    return list(made.passes(0, start, EPOCHS, rank, shares))
+def walked(made: GlobalSampler, rank: int, split: BatchSplit, start: Position = Position(0, 0)) -> list[list[Slot]]:  # noqa: B008
+    return list(made.passes(0, start, EPOCHS, rank, split))
 
 
 # -- one batch on any number of ranks -----------------------------------------------------------------------------
@@ -78,27 +80,27 @@ def walked(made: GlobalSampler, rank: int, shares: BatchSplit, start: Position =
     [(w, f) for w in (1, 2, 3, 4, 6, 12) for f in (None, 1, 2, 3, 4, 6, 12) if f is None or 12 // w % f == 0],
 )
 @pytest.mark.parametrize("sizes", [(100,), (1, 99), (7,) * 14, (1,) * 100], ids=["one", "two", "fourteen", "hundred"])
-def test_a_global_batch_of_12_is_one_set_of_samples_on_any_number_of_ranks_and_passes(
+def test_a_global_batch_of_12_has_the_same_samples_on_any_ranks_and_passes(
     world: int, forward: int | None, sizes: tuple[int, ...]
 ) -> None:
     """From one shard, fewer than any readers, to a hundred."""
-    made = order(12, mix={"derain": 2}, held=shards({("rain", "derain"): sizes}))
-    shares = split_batch(12, forward, world)
-    per_rank = [walked(made, rank, shares) for rank in range(world)]
+    made = sampler(12, mix={"derain": 2}, held=shards({("rain", "derain"): sizes}))
+    split = split_batch(12, forward, world)
+    per_rank = [walked(made, rank, split) for rank in range(world)]
     steps = list(made.positions(Position(0, 0), EPOCHS))
-    assert all(len(passes) == len(steps) * shares.passes for passes in per_rank), "every rank ends at one step"
+    assert all(len(passes) == len(steps) * split.passes for passes in per_rank), "every rank ends at one step"
     for number, at in enumerate(steps):
-        begin = number * shares.passes
-        dealt = [s for passes in per_rank for one in passes[begin : begin + shares.passes] for s in one]
-        assert dealt == made.slots(0, at), "the ranks' shares, one after the other, are the global batch"
+        begin = number * split.passes
+        dealt = [s for passes in per_rank for one in passes[begin : begin + split.passes] for s in one]
+        assert dealt == made.slots(0, at), "the ranks' split, one after the other, are the global batch"
         assert len(dealt) == 12
-    assert all(len(one) == shares.forward for passes in per_rank for one in passes)
+    assert all(len(one) == split.forward for passes in per_rank for one in passes)
 
 
 @pytest.mark.parametrize("global_batch", [1, 4, 8, 27, 53, 54])
-def test_an_epoch_reads_every_sample_for_every_task_exactly_as_often_as_the_mix_says(global_batch: int) -> None:
+def test_an_epoch_reads_every_sample_for_every_task_as_often_as_the_mix_says(global_batch: int) -> None:
     """What does not fill the last batch is left out, and nothing else."""
-    made = order(global_batch)
+    made = sampler(global_batch)
     assert made.length == 54
     assert made.steps_per_epoch == 54 // global_batch
     wanted = Counter(
@@ -122,25 +124,25 @@ def test_an_epoch_reads_every_sample_for_every_task_exactly_as_often_as_the_mix_
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_any_position_is_reached_without_replay(world: int) -> None:
-    shares = split_batch(8, 2, world)
+    split = split_batch(8, 2, world)
     for rank in range(world):
-        whole = walked(order(), rank, shares)
+        whole = walked(sampler(), rank, split)
         for epoch in range(EPOCHS):
-            for step in range(order().steps_per_epoch):
-                before = (epoch * order().steps_per_epoch + step) * shares.passes
-                assert walked(order(), rank, shares, Position(epoch, step)) == whole[before:]
-    assert walked(order(), 0, shares, Position(EPOCHS, 0)) == []
+            for step in range(sampler().steps_per_epoch):
+                before = (epoch * sampler().steps_per_epoch + step) * split.passes
+                assert walked(sampler(), rank, split, Position(epoch, step)) == whole[before:]
+    assert walked(sampler(), 0, split, Position(EPOCHS, 0)) == []
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3), (4, 12), (12, 1)])
 def test_a_change_of_world_size_in_the_middle_of_an_epoch_changes_no_global_batch(before: int, after: int) -> None:
-    made = order(12, mix={"derain": 4, "denoise_25": 3})
+    made = sampler(12, mix={"derain": 4, "denoise_25": 3})
     stopped = Position(1, 1)
 
     def global_batches(world: int, start: Position) -> list[list[Slot]]:
-        shares = split_batch(12, 1, world)
-        ranks = [list(made.passes(5, start, EPOCHS, rank, shares)) for rank in range(world)]
-        steps = zip(*(list(zip(*[iter(p)] * shares.passes, strict=True)) for p in ranks), strict=True)
+        split = split_batch(12, 1, world)
+        ranks = [list(made.passes(5, start, EPOCHS, rank, split)) for rank in range(world)]
+        steps = zip(*(list(zip(*[iter(p)] * split.passes, strict=True)) for p in ranks), strict=True)
         return [[s for rank in step for one in rank for s in one] for step in steps]
 
     uninterrupted = global_batches(before, Position(0, 0))
@@ -149,14 +151,14 @@ def test_a_change_of_world_size_in_the_middle_of_an_epoch_changes_no_global_batc
 
 def test_the_order_is_pure_and_differs_by_seed_round_and_epoch() -> None:
     def told(seed: int, round_: int, epoch: int) -> tuple[Any, ...]:
-        steps = epoch_of(order(seed=seed), epoch, round_)
+        steps = epoch_of(sampler(seed=seed), epoch, round_)
         return tuple((s.task, s.shard, s.sample) for step in steps for s in step)
 
     keys = [(seed, round_, epoch) for seed in (0, 1) for round_ in (0, 1) for epoch in (0, 1)]
     found = [told(*key) for key in keys]
     assert len(set(found)) == len(keys)
     assert found == [told(*key) for key in keys]
-    made = order()
+    made = sampler()
     first = made.slots(0, Position(0, 0))
     for other in range(8):
         made.slots(1, Position(other, 2))
@@ -164,14 +166,14 @@ def test_the_order_is_pure_and_differs_by_seed_round_and_epoch() -> None:
 
 
 def test_the_order_of_tasks_in_a_config_does_not_change_the_samples() -> None:
-    other = order(mix=dict(reversed(MIX.items())))
-    assert other.tasks == tuple(reversed(order().tasks))
+    other = sampler(mix=dict(reversed(MIX.items())))
+    assert other.tasks == tuple(reversed(sampler().tasks))
 
     def named(made: GlobalSampler, at: Position) -> list[tuple[Any, ...]]:
         return [(made.tasks[s.task].name, s.shard, s.sample, s.pass_index) for s in made.slots(0, at)]
 
-    for at in order().positions(Position(0, 0), 2):
-        assert named(other, at) == named(order(), at)
+    for at in sampler().positions(Position(0, 0), 2):
+        assert named(other, at) == named(sampler(), at)
 
 
 @settings(max_examples=60, deadline=None)
@@ -186,8 +188,8 @@ def test_every_mix_is_read_evenly(mix: dict[str, int], counts: list[int], world:
     length = sum(copies * sum(counts) for copies in mix.values())
     if length < world:
         return
-    made, shares = order(world, seed, mix, held), split_batch(world, None, world)
-    ranks = [list(made.passes(1, Position(0, 0), 1, rank, shares)) for rank in range(world)]
+    made, split = sampler(world, seed, mix, held), split_batch(world, None, world)
+    ranks = [list(made.passes(1, Position(0, 0), 1, rank, split)) for rank in range(world)]
     slots = [s for passes in ranks for one in passes for s in one]
     assert len(slots) == length // world * world
     for (name, _, _), times in read(made, slots).items():
@@ -201,7 +203,7 @@ def test_every_mix_is_read_evenly(mix: dict[str, int], counts: list[int], world:
 
 
 def test_numbers_per_set_are_repeats_of_that_set_alone() -> None:
-    made = order(1, mix={"denoise_25": {"bsd": 1, "wed": 3}, "derain": 2})
+    made = sampler(1, mix={"denoise_25": {"bsd": 1, "wed": 3}, "derain": 2})
     found = read(made, [s for step in epoch_of(made, 0) for s in step])
     times = {(name, HELD[number].set): n for (name, number, _), n in found.items()}
     assert times == {("denoise_25", "bsd"): 1, ("denoise_25", "wed"): 3, ("derain", "rain"): 2}
@@ -209,7 +211,7 @@ def test_numbers_per_set_are_repeats_of_that_set_alone() -> None:
 
 
 def test_weights_share_an_epoch_and_walks_go_on_from_epoch_to_epoch() -> None:
-    made = order(4, mix={"denoise_25": 3, "derain": 1}, mix_by="weights", steps_per_epoch=5)
+    made = sampler(4, mix={"denoise_25": 3, "derain": 1}, mix_by="weights", steps_per_epoch=5)
     assert made.length == 20
     seen: Counter[tuple[str, int, int]] = Counter()
     for epoch in range(9):
@@ -222,8 +224,8 @@ def test_weights_share_an_epoch_and_walks_go_on_from_epoch_to_epoch() -> None:
     assert {n for (task, _, _), n in seen.items() if task == "denoise_25"} == {15}
 
 
-def test_balanced_gives_every_task_an_equal_part_of_as_many_steps_as_all_samples_fill() -> None:
-    made = order(4, mix={"denoise_25": 1, "derain": 1, "dehaze": 1}, mix_by="balanced")
+def test_balanced_gives_every_task_an_equal_part_of_the_steps_all_samples_fill() -> None:
+    made = sampler(4, mix={"denoise_25": 1, "derain": 1, "dehaze": 1}, mix_by="balanced")
     assert made.steps_per_epoch == (9 + 5 + 12) // 4
     slots = [s for step in epoch_of(made, 0) for s in step]
     assert Counter(made.tasks[s.task].name for s in slots) == {"denoise_25": 8, "derain": 8, "dehaze": 8}
@@ -239,7 +241,7 @@ def test_a_weight_too_small_to_be_read_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"^data\.mix: derain gets none of the 8 samples of an epoch\. Raise its weight"
     ):
-        order(8, mix={"denoise_25": 1, "derain": 0.001}, mix_by="weights", steps_per_epoch=1)
+        sampler(8, mix={"denoise_25": 1, "derain": 0.001}, mix_by="weights", steps_per_epoch=1)
 
 
 # -- shards are read one after the other --------------------------------------------------------------------------
@@ -253,7 +255,7 @@ def lanes_of(made: GlobalSampler, epoch: int) -> list[list[Slot]]:
 
 def test_every_lane_reads_whole_shards_in_sequence() -> None:
     """Of each source a lane comes back to no shard in a pass, and leaves none unfinished but at its own two ends."""
-    made = order(4, mix={"denoise_25": 4, "denoise_50": 4, "derain": 10}, held=MANY)
+    made = sampler(4, mix={"denoise_25": 4, "denoise_50": 4, "derain": 10}, held=MANY)
     for lane in lanes_of(made, 1):
         for kind in ("clean", "derain"):
             mine = [s for s in lane if MANY[s.shard].kind == kind]
@@ -266,17 +268,17 @@ def test_every_lane_reads_whole_shards_in_sequence() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_at_any_position_a_rank_needs_at_most_one_shard_of_each_source_for_each_of_its_lanes(world: int) -> None:
-    made, shares = order(4, mix={"denoise_25": 4, "derain": 10}, held=MANY), split_batch(4, None, world)
+def test_a_rank_needs_at_most_one_shard_of_each_source_per_lane_at_any_position(world: int) -> None:
+    made, split = sampler(4, mix={"denoise_25": 4, "derain": 10}, held=MANY), split_batch(4, None, world)
     for rank in range(world):
         for at in itertools.islice(made.positions(Position(0, 0), 2), 0, None, 17):
-            first = next(made.passes(0, at, 2, rank, shares))
-            assert len({s.shard for s in first}) <= shares.per_rank
+            first = next(made.passes(0, at, 2, rank, split))
+            assert len({s.shard for s in first}) <= split.per_rank
 
 
 def test_reads_of_one_image_lie_about_as_far_apart_as_in_a_full_shuffle() -> None:
     """Distances in steps between one image's reads, against a permutation of all slots: the median and the tenth."""
-    made = order(8, mix={"denoise_15": 3, "denoise_25": 3, "denoise_50": 3}, held=MANY)
+    made = sampler(8, mix={"denoise_15": 3, "denoise_25": 3, "denoise_50": 3}, held=MANY)
 
     def distances(steps: list[list[Any]]) -> list[int]:
         last: dict[Any, int] = {}
@@ -303,7 +305,7 @@ def test_reads_of_one_image_lie_about_as_far_apart_as_in_a_full_shuffle() -> Non
 
 
 @pytest.mark.parametrize(
-    ("global_batch", "forward", "world", "shares"),
+    ("global_batch", "forward", "world", "split"),
     [
         (8, None, 1, BatchSplit(8, 1, 8)),
         (8, 2, 1, BatchSplit(8, 4, 2)),
@@ -314,10 +316,10 @@ def test_reads_of_one_image_lie_about_as_far_apart_as_in_a_full_shuffle() -> Non
     ],
 )
 def test_a_batch_is_shared_into_ranks_and_passes(
-    global_batch: int, forward: int | None, world: int, shares: BatchSplit
+    global_batch: int, forward: int | None, world: int, split: BatchSplit
 ) -> None:
-    assert split_batch(global_batch, forward, world) == shares
-    assert shares.passes * shares.forward * world == global_batch
+    assert split_batch(global_batch, forward, world) == split
+    assert split.passes * split.forward * world == global_batch
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_with_numbers_that_can() -> None:
@@ -346,19 +348,19 @@ def test_passes_that_do_not_divide_the_share_are_refused_with_those_that_do() ->
 
 def test_an_epoch_shorter_than_a_global_batch_is_refused() -> None:
     with pytest.raises(UserError, match=r"^an epoch has 54 samples, fewer than one global batch of 55\. Lower batch"):
-        order(55)
+        sampler(55)
 
 
 def test_more_steps_than_the_mix_gives_are_refused() -> None:
-    assert order(steps_per_epoch=6).steps_per_epoch == 6
+    assert sampler(steps_per_epoch=6).steps_per_epoch == 6
     with pytest.raises(
         UserError, match=r"^data\.steps_per_epoch: found 7, but the mix fills only 6 steps of 8\. Lower"
     ):
-        order(steps_per_epoch=7)
+        sampler(steps_per_epoch=7)
 
 
 def test_fewer_steps_than_the_mix_gives_read_no_sample_more_often_than_it_says() -> None:
-    made = order(steps_per_epoch=3)
+    made = sampler(steps_per_epoch=3)
     for epoch in range(2):
         for (name, _, _), times in read(made, [s for step in epoch_of(made, epoch) for s in step]).items():
             assert times <= MIX[name]
@@ -367,10 +369,10 @@ def test_fewer_steps_than_the_mix_gives_read_no_sample_more_often_than_it_says()
 def test_tasks_and_sets_without_samples_are_named_beside_what_there_is() -> None:
     held = shards({("rain", "derain"): (4,)})
     with pytest.raises(UserError) as caught:
-        order(1, mix={"denoise_15": 1, "derain": {"rain": 1, "rian": 2}, "dehaze": 1}, held=held)
+        sampler(1, mix={"denoise_15": 1, "derain": {"rain": 1, "rian": 2}, "dehaze": 1}, held=held)
     assert str(caught.value).startswith(
         "data.mix: the shards hold no training samples for dehaze, denoise_15, derain@rian; they hold the sets "
         "rain (derain). Correct data.mix"
     )
     with pytest.raises(UserError, match="they hold the sets none"):
-        order(1, mix={"derain": 1}, held=[])
+        sampler(1, mix={"derain": 1}, held=[])

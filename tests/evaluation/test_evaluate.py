@@ -33,7 +33,7 @@ from mirl_dist.evaluation import evaluate
 from mirl_dist.evaluation.metrics import to_8bit
 from mirl_dist.evaluation.protocols import PROTOCOLS
 from mirl_dist.storage import Folder
-from tests.data.loaders import quiet, supply_of
+from tests.data.loaders import pool_of, quiet
 from tests.services.lab import PROGRAMS
 
 TASKS = (Task.of("denoise_25"), Task.of("denoise_50"), Task.of("derain"))
@@ -129,7 +129,7 @@ def supply(tmp_path_factory: pytest.TempPathFactory) -> ShardPool:
         "allow_overlap": True,
     }
     build(yaml_loader.build(Recipe, tree, "the test"), Folder(folder / "built"), 1, quiet)
-    return supply_of(folder / "built")
+    return pool_of(folder / "built")
 
 
 def test_a_denoising_set_is_scored_at_every_sigma_that_is_trained(supply: ShardPool) -> None:

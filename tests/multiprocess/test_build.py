@@ -65,11 +65,11 @@ def test_an_image_that_is_damaged_ends_all_ranks_with_one_text(lab: Any, tmp_pat
 
 SPOILED = """
 import os, sys
-import mirl_dist.data.build as building
-from mirl_dist.cli import main
+import mirl_dist.data.building.build as building
+from mirl_dist.cli.app import main
 from mirl_dist.errors import UserError
 
-encode = building._encode
+encode = building._write_tar
 
 def spoiled(plan, path):
     if os.environ["RANK"] == "1":
@@ -81,7 +81,7 @@ def spoiled(plan, path):
         while True: pass
     return encode(plan, path)
 
-building._encode = spoiled
+building._write_tar = spoiled
 main()
 """
 
@@ -93,9 +93,7 @@ def spoil(lab: Any, tmp_path: Path, how: str) -> Any:
     return lab.start(*arguments, cwd=tmp_path, world=2, script=str(tmp_path / "spoiled.py"), env=env)
 
 
-def test_a_fault_of_one_rank_while_writing_ends_all_with_its_text_and_the_build_goes_on_later(
-    lab: Any, tmp_path: Path
-) -> None:
+def test_a_fault_of_one_rank_while_writing_ends_all_and_the_build_goes_on_later(lab: Any, tmp_path: Path) -> None:
     ended = spoil(lab, tmp_path, "fault").wait()
     assert ended.codes == (2, 2), ended.said()
     assert ended.err == f"mirl-dist: {rank_here(1)}: found a spoiled image, here, do that.\n"
@@ -126,7 +124,7 @@ def test_a_rank_that_is_killed_ends_the_others(lab: Any, tmp_path: Path) -> None
 
 APART = """
 import os
-from mirl_dist.cli import main
+from mirl_dist.cli.app import main
 
 if os.environ["RANK"] == "1":
     os.chdir(os.environ["ELSEWHERE"])

@@ -91,7 +91,7 @@ def test_mlflow_has_the_replaced_reads_of_each_round(skipping: Path) -> None:
     assert sorted((m.step, m.value) for m in history) == [(0, 6), (1, 6)]
 
 
-def test_skipping_runs_that_are_killed_and_resumed_or_run_alone_have_the_same_tickets(
+def test_skipping_runs_killed_and_resumed_or_run_alone_have_the_same_tickets(
     lab: Any, damaged: Damaged, skipping: Path, tmp_path: Path
 ) -> None:
     sets = ALL | {"data.shards": str(damaged.shards)}
@@ -185,9 +185,7 @@ def test_a_cache_gives_the_tickets_of_reading_in_place(lab: Any, reference: Path
 
 
 @pytest.mark.parametrize("policy", ["refuse", "skip"])
-def test_a_cache_that_is_too_small_is_no_damage_and_is_refused_before_anything_is_begun(
-    lab: Any, tmp_path: Path, policy: str
-) -> None:
+def test_a_cache_that_is_too_small_is_no_damage_and_is_refused_first(lab: Any, tmp_path: Path, policy: str) -> None:
     sets = {"data.cache.folder": "cache", "data.cache.gigabytes": 3e-5, "data.damage": policy}
     ended = lab.play(tmp_path, sets)
     assert ended.codes == (2, 2), ended.said()

@@ -1,4 +1,4 @@
-"""Folders of images to WebDataset shards and a manifest: the same recipe and images give the same bytes.
+"""Builds WebDataset shards and a manifest from folders of images: the same recipe and images give the same bytes.
 
 Any number of ranks and of processes work on one build, into a folder or any other store. A shard is encoded into a
 file of this machine's folder for temporary files and then put into the store, so that it is there whole or not at all.
@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 
 from mirl_dist.data.building import contact_sheet, resume
-from mirl_dist.data.building.encode import members
+from mirl_dist.data.building.encode import encode_members
 from mirl_dist.data.building.inspection import inspect_images
-from mirl_dist.data.building.layout import LayoutItem, ShardPlan, shards
+from mirl_dist.data.building.layout import LayoutItem, ShardPlan, plan_shards
 from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.manifest import MANIFEST, Index, Manifest, Part, SampleEntry, Shard
 from mirl_dist.data.parallel import SINGLE_PROCESS, ProgressCallback, WorkerGroup, distributed_map
@@ -30,7 +30,7 @@ from mirl_dist.storage.hashing import digest_of_file
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What a worker needs beside its shard. recorded: shards that an earlier try may have written."""
+    """What a worker needs besides the plan of its shard. recorded: shards that an earlier try may have written."""
 
     store: Store
     name: str
@@ -39,54 +39,58 @@ class ShardJob:
 
 
 def build(
-    recipe: Recipe, store: Store, workers: int, report: ProgressCallback, crew: WorkerGroup = SINGLE_PROCESS
+    recipe: Recipe, store: Store, workers: int, progress: ProgressCallback, group: WorkerGroup = SINGLE_PROCESS
 ) -> Manifest:
     """Write the shards of a recipe into a store; the manifest comes last and vouches for the rest.
 
     workers: processes of each rank, 1 or more; the bytes depend neither on it nor on the number of ranks. Shards of
     the same recipe that lie there whole are kept, also those of a build that was killed.
-    Raises UserError, on every rank: before any image is read, for a place that holds something else, that another build is
-    writing into, or that some rank cannot write; then for images that cannot be used (all listed at once).
+    Raises UserError, on every rank: before any image is read, for a store that holds something else, that another build
+    is writing into, or that some rank cannot write; then for images that cannot be used (all listed at once).
     """
     with ExitStack() as stack:
-        crew.on_main(lambda: stack.enter_context(resume.locked(store)))
-        _check_writable(store, recipe.name, crew, report)
-        found = inspect_images(recipe, workers, report, crew)
-        whose = recipe.name, found.fingerprint
-        existing = crew.on_main(lambda: resume.standing(store, *whose))
+        group.on_main(lambda: stack.enter_context(resume.lock_folder(store)))
+        _check_writable(store, recipe.name, group, progress)
+        inspection = inspect_images(recipe, workers, progress, group)
+        identity = recipe.name, inspection.fingerprint
+        existing = group.on_main(lambda: resume.read_finished_build(store, *identity))
         if existing is not None:
-            compare = partial(resume.is_sound, store)
-            sound = distributed_map(crew, compare, existing.shards, workers, report, "comparing shards already built")
-            if all(sound):
-                crew.on_main(lambda: resume.clear(store))
-                report(len(sound), len(sound), "already built")
+            compare = partial(resume.is_intact, store)
+            intact = distributed_map(
+                group, compare, existing.shards, workers, progress, "comparing shards already built"
+            )
+            if all(intact):
+                group.on_main(lambda: resume.remove_marks(store))
+                progress(len(intact), len(intact), "already built")
                 return existing
-            crew.on_main(lambda: resume.reopen(store, existing, sound))
-        recorded = crew.on_main(lambda: resume.begin(store, *whose))
-        plans = shards(recipe, found.images, found.seen)
-        write = partial(write_shard, ShardJob(store, *whose, recorded))
-        written = distributed_map(crew, write, plans, workers, report, "writing shards")
-        manifest = Manifest(name=recipe.name, recipe=found.fingerprint, skipped=found.skipped, shards=tuple(written))
-        crew.on_main(lambda: _finish(store, manifest))
+            group.on_main(lambda: resume.reopen_build(store, existing, intact))
+        recorded = group.on_main(lambda: resume.mark_started(store, *identity))
+        plans = plan_shards(recipe, inspection.images, inspection.file_info)
+        write = partial(write_shard, ShardJob(store, *identity, recorded))
+        written = distributed_map(group, write, plans, workers, progress, "writing shards")
+        manifest = Manifest(
+            name=recipe.name, recipe=inspection.fingerprint, skipped=inspection.skipped, shards=tuple(written)
+        )
+        group.on_main(lambda: _store_manifest(store, manifest))
         return manifest
 
 
-def _check_writable(store: Store, name: str, crew: WorkerGroup, report: ProgressCallback) -> None:
-    """Every rank can write and remove there, all see one place, and nothing lies there that a build would refuse."""
-    probe = crew.on_main(lambda: resume.put_probe(store))
+def _check_writable(store: Store, name: str, group: WorkerGroup, progress: ProgressCallback) -> None:
+    """Check that every rank can write and remove, that all see one store, and that a build may use what it holds."""
+    probe = group.on_main(lambda: resume.put_probe(store))
     try:
         distributed_map(
-            crew, partial(resume.check_same_store, store, probe), range(crew.world), 1, report, "trying the place"
+            group, partial(resume.check_same_store, store, probe), range(group.world), 1, progress, "trying the place"
         )
-        crew.on_main(lambda: resume.check_resumable(store, name))
+        group.on_main(lambda: resume.check_resumable(store, name))
     finally:
-        if crew.rank == 0:
+        if group.rank == 0:
             with suppress(UserError):  # that probes can be removed is proven, or what cannot be is being told
                 store.remove(probe)
 
 
-def _finish(store: Store, manifest: Manifest) -> None:
-    """The last steps: is all there, then the sheet for people, then the manifest."""
+def _store_manifest(store: Store, manifest: Manifest) -> None:
+    """Check that all shards are there, then store the contact sheet and, last, the manifest."""
     for shard in manifest.shards:
         try:
             size = store.size(shard.name)
@@ -97,9 +101,9 @@ def _finish(store: Store, manifest: Manifest) -> None:
                 f"{store.where(shard.name)} has {size} bytes after {shard.bytes} were written there. Do all ranks see "
                 "the same folder? Choose an --out that all nodes share, and build again."
             )
-    store.put(contact_sheet.NAME, contact_sheet.draw(store, manifest))
+    store.put(contact_sheet.NAME, contact_sheet.draw_sheet(store, manifest))
     store.put(MANIFEST, manifest.dump())
-    resume.clear(store)
+    resume.remove_marks(store)
 
 
 def write_shard(job: ShardJob, plan: ShardPlan) -> Shard:
@@ -108,11 +112,11 @@ def write_shard(job: ShardJob, plan: ShardPlan) -> Shard:
     Raises UserError for an image that changed since it was checked, and for a full disk.
     """
     if plan.name in job.recorded:
-        kept = resume.recorded(job.store, plan.name, job.fingerprint)
+        kept = resume.read_recorded_shard(job.store, plan.name, job.fingerprint)
         if kept is not None:
             return kept
-    with _temporary() as path:
-        index, size, digest = _encode(plan, path)
+    with _temporary_file() as path:
+        index, size, digest = _write_tar(plan, path)
         first = plan.items[0].picture
         data = (json.dumps(index.model_dump(), sort_keys=True, separators=(",", ":")) + "\n").encode()
         shard = Shard(
@@ -128,13 +132,13 @@ def write_shard(job: ShardJob, plan: ShardPlan) -> Shard:
         )
         job.store.put_file(shard.name, path)
         job.store.put(shard.index_name, data)
-        resume.record(job.store, job.name, job.fingerprint, shard)
+        resume.record_shard(job.store, job.name, job.fingerprint, shard)
         return shard
 
 
 @contextmanager
-def _temporary() -> Iterator[Path]:
-    """A new file of this machine that is gone when the work on it ends; on Linux also when its process is killed."""
+def _temporary_file() -> Iterator[Path]:
+    """Make a file on this machine that is removed after use; on Linux also when its process is killed."""
     with ExitStack() as stack:
         try:
             if Path("/proc/self/fd").is_dir():
@@ -143,19 +147,19 @@ def _temporary() -> Iterator[Path]:
             else:
                 path = Path(stack.enter_context(tempfile.NamedTemporaryFile(prefix="mirl-dist-")).name)
         except OSError as error:
-            raise _no_room(error) from None
+            raise _no_room_error(error) from None
         yield path
 
 
-def _no_room(error: OSError) -> UserError:
+def _no_room_error(error: OSError) -> UserError:
     return UserError(
         f"cannot write {tempfile.gettempdir()}: {error.strerror or error}. Every worker keeps a shard there until it "
         "is stored: make room, set TMPDIR to a folder on a larger disk, use fewer --workers, or lower shard_megabytes."
     )
 
 
-def _encode(plan: ShardPlan, path: Path) -> tuple[Index, int, str]:
-    """Write one tar; its index, its size in bytes, and its SHA-256."""
+def _write_tar(plan: ShardPlan, path: Path) -> tuple[Index, int, str]:
+    """Write one tar; return its index, its size in bytes, and its SHA-256."""
     import webdataset  # here, because it brings torch along
 
     try:
@@ -164,16 +168,16 @@ def _encode(plan: ShardPlan, path: Path) -> tuple[Index, int, str]:
             webdataset.TarWriter(stream, user="mirl", group="mirl", mode=0o644, mtime=0, encoder=False) as writer,
         ):
             for item in plan.items:
-                writer.write({"__key__": item.key, **members(item, plan.seed)})
+                writer.write({"__key__": item.key, **encode_members(item, plan.seed)})
         with path.open("rb") as tar:
             digest = digest_of_file(tar)
-        return index_of(path, plan.items), path.stat().st_size, digest
+        return build_index(path, plan.items), path.stat().st_size, digest
     except OSError as error:
-        raise _no_room(error) from None
+        raise _no_room_error(error) from None
 
 
-def index_of(tar: Path, items: tuple[LayoutItem, ...]) -> Index:
-    """Where every member of these samples lies in a tar."""
+def build_index(tar: Path, items: tuple[LayoutItem, ...]) -> Index:
+    """Find where every member of the samples lies in a tar."""
     parts: dict[str, dict[str, Part]] = {item.key: {} for item in items}
     with tar.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
         for member in opened.getmembers():

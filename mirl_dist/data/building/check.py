@@ -1,4 +1,4 @@
-"""Are shards what their manifest says? Every byte is read, every image decoded."""
+"""Compares built shards with their manifest: every byte is read, every image decoded."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from mirl_dist.storage.hashing import digest_of_file
 from mirl_dist.storage.retry import DEFAULT_PATIENCE, download, to_stderr
 
 
-def check(store: Store, workers: int, report: ProgressCallback) -> list[str]:
-    """Every fault of built shards, by name; empty means that they are whole. workers: processes.
+def check(store: Store, workers: int, progress: ProgressCallback) -> list[str]:
+    """List every fault of built shards, by name; an empty list means that they are whole. workers: processes.
 
     Raises UserError for a place without a manifest that can be read, of which nothing can be said.
     """
@@ -46,30 +46,30 @@ def check(store: Store, workers: int, report: ProgressCallback) -> list[str]:
             "Give the place that 'shards build' wrote, or build the shards again."
         ) from None
     faults: list[str] = []
-    seen: dict[str, str] = {}
-    every = parallel_map(partial(_shard, store), manifest.shards, workers, report, "checking shards")
-    for shard, (found, keys) in zip(manifest.shards, every, strict=True):
-        faults += found
-        faults += [f"{shard.name}: the key {key} stands in {seen[key]} too" for key in keys if key in seen]
-        seen |= dict.fromkeys(keys, shard.name)
-    return [*faults, *_strangers(store, manifest)]
+    shard_of: dict[str, str] = {}
+    results = parallel_map(partial(_check_shard, store), manifest.shards, workers, progress, "checking shards")
+    for shard, (shard_faults, keys) in zip(manifest.shards, results, strict=True):
+        faults += shard_faults
+        faults += [f"{shard.name}: the key {key} stands in {shard_of[key]} too" for key in keys if key in shard_of]
+        shard_of |= dict.fromkeys(keys, shard.name)
+    return [*faults, *_find_unlisted_files(store, manifest)]
 
 
-def _strangers(store: Store, manifest: Manifest) -> Iterator[str]:
-    """Shards that lie there and that the manifest does not name. The web has no listing: nothing is said there."""
+def _find_unlisted_files(store: Store, manifest: Manifest) -> Iterator[str]:
+    """Find shards in the store that the manifest does not name. The web has no listing: nothing is said there."""
     named = {name for shard in manifest.shards for name in (shard.name, shard.index_name)}
     try:
-        there = store.list("")
+        names = store.list("")
     except Rejected:
         return
-    for name in there:
+    for name in names:
         if "/" not in name and name.endswith((".tar", ".index.json")) and name not in named:
             yield f"{name}: lies there, but the manifest does not name it"
 
 
 @contextmanager
-def _brought(store: Store, shard: Shard) -> Iterator[Path]:
-    """A shard as a file of this machine: the one in a folder itself, else a copy for as long as it is needed."""
+def _local_copy(store: Store, shard: Shard) -> Iterator[Path]:
+    """Give a shard as a file of this machine: the one in a folder itself, else a copy for the `with` block."""
     size = store.size(shard.name)
     if isinstance(store, Folder):
         yield Path(store.where(shard.name))
@@ -85,23 +85,23 @@ def _brought(store: Store, shard: Shard) -> Iterator[Path]:
         yield Path(copy.name)
 
 
-def _shard(store: Store, shard: Shard) -> tuple[list[str], list[str]]:
-    """The faults of one shard, and its keys."""
+def _check_shard(store: Store, shard: Shard) -> tuple[list[str], list[str]]:
+    """Find the faults of one shard; return them and its keys."""
     faults: list[str] = []
     keys: list[str] = []
     try:
-        with _brought(store, shard) as tar:
-            faults += _bytes(tar, shard)
+        with _local_copy(store, shard) as tar:
+            faults += _check_digest(tar, shard)
             try:
                 index = read_index(store.get(shard.index_name), shard, shard.index_name)
             except UserError as fault:
-                return [*faults, *_headers(tar, shard, {}), str(fault)], keys
+                return [*faults, *_check_tar(tar, shard, {}), str(fault)], keys
             keys = [entry.key for entry in index.entries]
             parts = {f"{e.key}.{name}": part for e in index.entries for name, part in e.parts.items()}
-            faults += _headers(tar, shard, parts)
+            faults += _check_tar(tar, shard, parts)
             with tar.open("rb") as stream:
                 for entry in index.entries:
-                    faults += _sample(stream, shard, entry)
+                    faults += _check_sample(stream, shard, entry)
     except UserError as fault:
         faults.append(str(fault))
     except OSError as error:
@@ -109,7 +109,7 @@ def _shard(store: Store, shard: Shard) -> tuple[list[str], list[str]]:
     return faults, keys
 
 
-def _bytes(tar: Path, shard: Shard) -> Iterator[str]:
+def _check_digest(tar: Path, shard: Shard) -> Iterator[str]:
     size = tar.stat().st_size
     if size != shard.bytes:
         yield f"{shard.name}: has {size} bytes, the manifest says {shard.bytes}"
@@ -119,36 +119,36 @@ def _bytes(tar: Path, shard: Shard) -> Iterator[str]:
             yield f"{shard.name}: its SHA-256 is not the manifest's, although its size is"
 
 
-def _headers(tar: Path, shard: Shard, parts: dict[str, Part]) -> Iterator[str]:
-    """Does the tar, read as a tar, hold what the index says, where it says, and plain files under safe names alone?
+def _check_tar(tar: Path, shard: Shard, parts: dict[str, Part]) -> Iterator[str]:
+    """Check that a tar holds what the index says, where it says, and plain files under safe names alone.
 
     parts: the members that the index names; none for an index that cannot be read.
     """
-    found: dict[str, tuple[int, int]] = {}
+    members: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(tar, mode="r:") as opened:
             for member in opened:
-                problem = _unsafe(member)
+                problem = _explain_unsafe(member)
                 if problem is not None:
                     yield f"{shard.name}: the tar holds {member.name!r}, {problem}"
-                elif member.name in found:
+                elif member.name in members:
                     yield f"{shard.name}: the tar holds {member.name} twice"
-                found[member.name] = (member.offset_data, member.size)
+                members[member.name] = (member.offset_data, member.size)
     except (tarfile.TarError, ValueError, EOFError) as error:
         yield f"{shard.name}: cannot be read as a tar ({error})"
         return
-    wanted = {name: (part.offset, part.size) for name, part in parts.items()}
-    for name in sorted(wanted.keys() | found.keys()) if wanted else ():
-        if name not in found:
+    listed = {name: (part.offset, part.size) for name, part in parts.items()}
+    for name in sorted(listed.keys() | members.keys()) if listed else ():
+        if name not in members:
             yield f"{shard.name}: the index names {name}, the tar does not hold it"
-        elif name not in wanted:
+        elif name not in listed:
             yield f"{shard.name}: the tar holds {name!r}, the index does not name it"
-        elif found[name] != wanted[name]:
-            yield f"{shard.name}: {name} lies at {found[name]}, the index says {wanted[name]} (offset, bytes)"
+        elif members[name] != listed[name]:
+            yield f"{shard.name}: {name} lies at {members[name]}, the index says {listed[name]} (offset, bytes)"
 
 
-def _unsafe(member: tarfile.TarInfo) -> str | None:
-    """Why a member must not be unpacked, or None."""
+def _explain_unsafe(member: tarfile.TarInfo) -> str | None:
+    """Say why a member must not be unpacked; None where it may."""
     if not member.isreg():
         return "which is a link, a folder or a device: only plain files belong there"
     key, _, name = member.name.partition(".")
@@ -157,8 +157,8 @@ def _unsafe(member: tarfile.TarInfo) -> str | None:
     return None
 
 
-def _sample(stream: BinaryIO, shard: Shard, entry: SampleEntry) -> Iterator[str]:
-    """Digests, images and notes of one sample."""
+def _check_sample(stream: BinaryIO, shard: Shard, entry: SampleEntry) -> Iterator[str]:
+    """Check digests, images and notes of one sample."""
     for name, part in entry.parts.items():
         label = f"{shard.name}: {entry.key}.{name}"
         stream.seek(part.offset)
@@ -166,30 +166,30 @@ def _sample(stream: BinaryIO, shard: Shard, entry: SampleEntry) -> Iterator[str]
         if hashlib.sha256(data).hexdigest() != part.sha256:
             yield f"{label} is damaged (its SHA-256 is not the index's)"
         elif name == NOTES:
-            yield from _notes(data, label, shard)
+            yield from _check_notes(data, label, shard)
         else:
-            yield from _image(data, label, name, entry)
+            yield from _check_image(data, label, name, entry)
 
 
-def _notes(data: bytes, label: str, shard: Shard) -> Iterator[str]:
+def _check_notes(data: bytes, label: str, shard: Shard) -> Iterator[str]:
     try:
         notes = json.loads(data)
-        found = (notes["set"], notes["kind"])
+        labels = (notes["set"], notes["kind"])
     except (ValueError, RecursionError, TypeError, KeyError):
         yield f"{label} is not what 'shards build' writes"
         return
-    if found != (shard.set, shard.kind):
-        yield f"{label} says it is of {found[0]}, {found[1]}"
+    if labels != (shard.set, shard.kind):
+        yield f"{label} says it is of {labels[0]}, {labels[1]}"
 
 
-def _image(data: bytes, label: str, name: str, entry: SampleEntry) -> Iterator[str]:
+def _check_image(data: bytes, label: str, name: str, entry: SampleEntry) -> Iterator[str]:
     if name.endswith("ppm") and not data.startswith(ppm_header(entry.height, entry.width)):
         yield f"{label} does not begin as a PPM file of {entry.width}x{entry.height} pixels does"
         return
     try:
-        found = decode(data).shape[:2]
+        size = decode(data).shape[:2]
     except ImageRefused as refused:
         yield f"{label} {refused}"
         return
-    if found != (entry.height, entry.width):
-        yield f"{label} is {found[1]}x{found[0]}, the index says {entry.width}x{entry.height}"
+    if size != (entry.height, entry.width):
+        yield f"{label} is {size[1]}x{size[0]}, the index says {entry.width}x{entry.height}"

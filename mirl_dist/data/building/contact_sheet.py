@@ -1,4 +1,4 @@
-"""What was built, for people: a table of the sets, and a sheet with samples of each."""
+"""Shows people what was built: a table of the sets, and a sheet with samples of each."""
 
 from __future__ import annotations
 
@@ -37,33 +37,35 @@ class SetSummary(NamedTuple):
         return f"{self.role} {self.set}: {self.kind}, {self.samples:,} {what}"
 
 
-def _sets(manifest: Manifest) -> Iterator[list[Shard]]:
-    """The shards of each set."""
-    for _, held in groupby(manifest.shards, key=lambda s: (s.role, s.set)):
-        yield list(held)
+def _group_by_set(manifest: Manifest) -> Iterator[list[Shard]]:
+    """Group the shards of a manifest by set."""
+    for _, shards in groupby(manifest.shards, key=lambda s: (s.role, s.set)):
+        yield list(shards)
 
 
-def _index(store: Store, shard: Shard) -> Index:
+def _read_index(store: Store, shard: Shard) -> Index:
     return read_index(store.get(shard.index_name), shard, store.where(shard.index_name))
 
 
-def table(store: Store, manifest: Manifest) -> list[SetSummary]:
-    """What every set of a manifest holds, in its order. Raises UserError for an index that does not fit."""
-    return [_row(store, held) for held in _sets(manifest)]
+def summarize_sets(store: Store, manifest: Manifest) -> list[SetSummary]:
+    """Summarize every set of a manifest, in its order. Raises UserError for an index that does not fit."""
+    return [_summarize_set(store, shards) for shards in _group_by_set(manifest)]
 
 
-def _row(store: Store, held: list[Shard]) -> SetSummary:
-    sizes = {(e.height, e.width) for shard in held for e in _index(store, shard).entries}
+def _summarize_set(store: Store, shards: list[Shard]) -> SetSummary:
+    sizes = {(e.height, e.width) for shard in shards for e in _read_index(store, shard).entries}
     ordered = sorted(sizes, key=lambda size: (size[0] * size[1], size))
-    samples, bytes_ = sum(s.samples for s in held), sum(s.bytes for s in held)
-    return SetSummary(held[0].role, held[0].set, held[0].kind, samples, ordered[0], ordered[-1], bytes_, len(held))
+    samples, bytes_ = sum(s.samples for s in shards), sum(s.bytes for s in shards)
+    return SetSummary(
+        shards[0].role, shards[0].set, shards[0].kind, samples, ordered[0], ordered[-1], bytes_, len(shards)
+    )
 
 
 def lines(store: Store, manifest: Manifest) -> list[str]:
-    """A table of the sets, and where all of it lies, as lines of text."""
+    """Format a table of the sets, and the address of the shards, as lines of text."""
     head = ("role", "set", "kind", "samples", "pixels (width x height)", "MB", "shards")
     cells = [head]
-    for row in table(store, manifest):
+    for row in summarize_sets(store, manifest):
         small, large = (f"{width}x{height}" for height, width in (row.smallest, row.largest))
         pixels = small if small == large else f"{small} to {large}"
         cells.append(
@@ -84,28 +86,28 @@ def lines(store: Store, manifest: Manifest) -> list[str]:
     ]
 
 
-def draw(store: Store, manifest: Manifest) -> bytes:
-    """A PNG file with a row for every set: centres of its first samples, as they lie in the shards."""
+def draw_sheet(store: Store, manifest: Manifest) -> bytes:
+    """Draw a PNG file with a row for every set: centres of its first samples, in the order of the shards."""
     rows = []
-    for held in _sets(manifest):
+    for shards in _group_by_set(manifest):
         crops: list[Pixels] = []
-        for shard, entry in _samples(store, held):
-            crops += [_crop(store, shard, found[1]) for found in map(entry.image, (DEGRADED, CLEAN)) if found]
+        for shard, entry in _iterate_samples(store, shards):
+            crops += [_crop_centre(store, shard, member[1]) for member in map(entry.image, (DEGRADED, CLEAN)) if member]
             if len(crops) >= ACROSS:
                 break
-        rows.append(image_strip.Row(_row(store, held).title, tuple(crops)))
+        rows.append(image_strip.Row(_summarize_set(store, shards).title, tuple(crops)))
     return image_strip.strip(rows)
 
 
-def _samples(store: Store, held: list[Shard]) -> Iterator[tuple[Shard, SampleEntry]]:
-    for shard in held:
-        for entry in _index(store, shard).entries:
+def _iterate_samples(store: Store, shards: list[Shard]) -> Iterator[tuple[Shard, SampleEntry]]:
+    for shard in shards:
+        for entry in _read_index(store, shard).entries:
             yield shard, entry
 
 
-def _crop(store: Store, shard: Shard, part: Part) -> Pixels:
-    """The centre of an image in a shard, on white where the image is smaller."""
-    centre = image_strip.centre(decode(_member(store, shard, part)), SIDE)
+def _crop_centre(store: Store, shard: Shard, part: Part) -> Pixels:
+    """Read the centre of an image in a shard, on white where the image is smaller."""
+    centre = image_strip.centre(decode(_read_member(store, shard, part)), SIDE)
     height, width = centre.shape[:2]
     filled = np.full((SIDE, SIDE, 3), 255, np.uint8)
     top, left = (SIDE - height) // 2, (SIDE - width) // 2
@@ -113,15 +115,15 @@ def _crop(store: Store, shard: Shard, part: Part) -> Pixels:
     return filled
 
 
-def _member(store: Store, shard: Shard, part: Part) -> bytes:
-    """The bytes of one member, without the rest of its shard."""
+def _read_member(store: Store, shard: Shard, part: Part) -> bytes:
+    """Read the bytes of one member, without the rest of its shard."""
 
     def read() -> bytes:
-        held = bytearray()
+        data = bytearray()
         for block in store.read(shard.name, part.offset):
-            held += block
-            if len(held) >= part.size:
+            data += block
+            if len(data) >= part.size:
                 break
-        return bytes(held[: part.size])
+        return bytes(data[: part.size])
 
     return with_retries(read, f"reading {store.where(shard.name)}", DEFAULT_PATIENCE, to_stderr)

@@ -1,4 +1,4 @@
-"""Real photographs that lie inside scikit-image's wheel: enough for a demo without any download.
+"""Real photographs inside scikit-image's wheel: enough for a demo without any download.
 
 Two views of one scene would leak from training into evaluation, so only one of each scene is known here.
 """
@@ -78,5 +78,5 @@ def depth(height: int, width: int, disparity: Path | None) -> Plane:
     """
     if disparity is None:
         return np.repeat(np.linspace(1.0, 0.1, height)[:, None], width, axis=1)
-    with np.load(disparity, allow_pickle=False) as held:
-        return depth_from_disparity(held[held.files[0]].astype(np.float64))
+    with np.load(disparity, allow_pickle=False) as file:
+        return depth_from_disparity(file[file.files[0]].astype(np.float64))

@@ -1,4 +1,4 @@
-"""Which files a recipe means, and which clean image belongs to which degraded one: names only, no pixels."""
+"""Finds the files of a recipe, and the clean image of each degraded one: by names alone, without reading pixels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from mirl_dist.data.building.demo_photos import locate
-from mirl_dist.data.building.recipe import ImageFolder, ImageSet, Recipe, Role, expand
+from mirl_dist.data.building.recipe import ImageFolder, ImageSet, Recipe, Role, expand_folder
 from mirl_dist.data.manifest import Kind
 from mirl_dist.errors import UserError
 
@@ -45,16 +45,16 @@ class SourceImage:
 
 @dataclass(frozen=True)
 class ImageProblem:
-    """Why something cannot be used. `where` and `sought` name this machine's folders, the rest does not."""
+    """Why something cannot be used. `path` and `expected` name this machine's folders, the rest does not."""
 
     label: str
     name: str
-    where: str
+    path: str
     problem: str
     expected: str = ""
 
     def full(self) -> str:
-        return f"{self.where}: {self.problem}" + (f" in {self.expected}" if self.expected else "")
+        return f"{self.path}: {self.problem}" + (f" in {self.expected}" if self.expected else "")
 
     def portable(self) -> str:
         return f"{self.label}: {self.name}: {self.problem}"
@@ -65,57 +65,57 @@ def printable(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def listing(complaints: Sequence[str], heading: str, advice: str) -> str:
-    """The text of a UserError about many files: at most SHOWN of them, and how many more."""
+def format_complaints(complaints: Sequence[str], heading: str, advice: str) -> str:
+    """Format the text of a UserError about many files: at most SHOWN of them, and how many more."""
     more = [f"and {len(complaints) - SHOWN} more"] if len(complaints) > SHOWN else []
     return "\n".join([heading, *(f"  {c}" for c in [*complaints[:SHOWN], *more]), advice])
 
 
-def template(names: str) -> re.Pattern[str]:
-    """The pattern of a name template. {id} takes as much as it can, {any} at least one character, neither a /."""
+def compile_template(names: str) -> re.Pattern[str]:
+    """Compile a name template to a pattern. {id} takes as much as it can, {any} at least one character, neither a /."""
     parts = re.split(r"(\{first\}|\{id\}|\{any\})", names.replace("{id}", "{first}", 1))
     known = {"{first}": "(?P<id>[^/]+)", "{id}": "([^/]+)", "{any}": "[^/]+?"}
     return re.compile("".join(known.get(part, re.escape(part)) for part in parts))
 
 
-def _filled(names: str, identity: str) -> str:
-    """The name that a template makes of an identity."""
+def _fill_template(names: str, identity: str) -> str:
+    """Fill an identity into a name template."""
     for part in identity.split("/"):
         names = names.replace("{id}", part, 1)
     return names
 
 
-def files(folder: ImageFolder) -> tuple[Path, dict[str, Path]]:
-    """The folder's path, and its images by their path below it, in order. Raises UserError where none is."""
-    root = expand(folder.folder)
+def list_files(folder: ImageFolder) -> tuple[Path, dict[str, Path]]:
+    """List the images of a folder by their path below it, in order, after its own path. Raises UserError for none."""
+    root = expand_folder(folder.folder)
     if not root.is_dir():
         near = next((p for p in root.parents if p.is_dir()), Path("."))
         raise UserError(
             f"no folder at {printable(root)} (the nearest that exists is {printable(near)}). "
             f"Put the images there, or correct '{folder.folder}' in the recipe."
         )
-    found: dict[str, Path] = {}
+    images: dict[str, Path] = {}
     for glob in folder.include:
         for path in root.glob(glob):
             name = path.relative_to(root).as_posix()
-            hidden = any(part.startswith(".") for part in Path(name).parts)
-            left_out = any(fnmatchcase(name, pattern) for pattern in folder.exclude)
-            if path.suffix.lower() in ENDINGS and not hidden and not left_out and not path.is_dir():
-                found[name] = path
-    if not found:
+            is_hidden = any(part.startswith(".") for part in Path(name).parts)
+            is_excluded = any(fnmatchcase(name, pattern) for pattern in folder.exclude)
+            if path.suffix.lower() in ENDINGS and not is_hidden and not is_excluded and not path.is_dir():
+                images[name] = path
+    if not images:
         raise UserError(
             f"no image in {printable(root)} fits {', '.join(folder.include)}. Put images there "
             f"({', '.join(ENDINGS)}), or correct 'include' ('**/*' looks at all depths) in the recipe."
         )
-    return root, dict(sorted(found.items()))
+    return root, dict(sorted(images.items()))
 
 
-def _identify(folder: ImageFolder, label: str) -> tuple[dict[str, list[tuple[str, Path]]], list[ImageProblem]]:
-    """The folder's files by the {id} in their names, and complaints about names without any."""
-    pattern, whole = template(folder.names), "/" in folder.names
+def _group_by_id(folder: ImageFolder, label: str) -> tuple[dict[str, list[tuple[str, Path]]], list[ImageProblem]]:
+    """Group the folder's files by the {id} in their names, with complaints about names without any."""
+    pattern, whole = compile_template(folder.names), "/" in folder.names
     by_id: dict[str, list[tuple[str, Path]]] = {}
     complaints = []
-    for name, path in files(folder)[1].items():
+    for name, path in list_files(folder)[1].items():
         match = pattern.fullmatch(name.removesuffix(path.suffix) if whole else path.stem)
         if match is None:
             problem = f"its name does not fit '{folder.names}'"
@@ -125,87 +125,104 @@ def _identify(folder: ImageFolder, label: str) -> tuple[dict[str, list[tuple[str
     return by_id, complaints
 
 
-def _pairs(
-    role: Role, one: ImageSet, degraded: ImageFolder, clean: ImageFolder
+def _pair_images(
+    role: Role, image_set: ImageSet, degraded: ImageFolder, clean: ImageFolder
 ) -> tuple[list[SourceImage], list[ImageProblem]]:
-    label = f"{role} {one.set}"
-    partners, complaints = _identify(clean, label)
-    seekers, more = _identify(degraded, label)
+    label = f"{role} {image_set.set}"
+    clean_by_id, complaints = _group_by_id(clean, label)
+    degraded_by_id, more = _group_by_id(degraded, label)
     complaints += more
 
-    def complain(name: str, path: Path, problem: str, sought: str) -> None:
-        complaints.append(ImageProblem(label, printable(name), printable(path), problem, sought))
+    def complain(name: str, path: Path, problem: str, expected: str) -> None:
+        complaints.append(ImageProblem(label, printable(name), printable(path), problem, expected))
 
     pictures = []
-    for identity, held in seekers.items():
-        found = partners.get(identity, [])
-        for name, path in held:
-            wanted = _filled(clean.names, printable(identity))
-            if len(found) == 1:
-                pictures.append(SourceImage(role, one.set, one.kind, name, found[0][1], path))
-            elif not found:
+    for identity, named in degraded_by_id.items():
+        partners = clean_by_id.get(identity, [])
+        for name, path in named:
+            wanted = _fill_template(clean.names, printable(identity))
+            if len(partners) == 1:
+                pictures.append(SourceImage(role, image_set.set, image_set.kind, name, partners[0][1], path))
+            elif not partners:
                 complain(name, path, f"no clean partner '{wanted}'", clean.folder)
             else:
-                several = ", ".join(printable(n) for n, _ in found)
+                several = ", ".join(printable(n) for n, _ in partners)
                 complain(name, path, f"several clean partners, {several},", clean.folder)
-    if not one.unused_clean:
-        for identity in partners.keys() - seekers.keys():
-            for name, path in partners[identity]:
+    if not image_set.unused_clean:
+        for identity in clean_by_id.keys() - degraded_by_id.keys():
+            for name, path in clean_by_id[identity]:
                 complain(name, path, f"no degraded partner of id '{printable(identity)}'", degraded.folder)
     return sorted(pictures, key=lambda p: p.name), complaints
 
 
-def _pictures(role: Role, one: ImageSet) -> tuple[list[SourceImage], list[ImageProblem]]:
-    """All images or pairs of one set, in the order of their names."""
-    if one.photographs:
-        made = []
-        for photograph in one.photographs:
+def _find_set_images(role: Role, image_set: ImageSet) -> tuple[list[SourceImage], list[ImageProblem]]:
+    """Find all images or pairs of one set, in the order of their names."""
+    if image_set.photographs:
+        photos = []
+        for photograph in image_set.photographs:
             path, disparity = locate(photograph)
-            picture = SourceImage(role, one.set, one.kind, path.name, path, None, one.make, one.versions, disparity)
-            made.append(picture)
-        return made, []
-    assert one.clean is not None
-    if one.degraded is not None:
-        return _pairs(role, one, one.degraded, one.clean)
-    by_id, complaints = _identify(one.clean, f"{role} {one.set}")
-    named = sorted((name, path) for held in by_id.values() for name, path in held)
-    return [SourceImage(role, one.set, one.kind, n, p, None, one.make, one.versions) for n, p in named], complaints
+            picture = SourceImage(
+                role,
+                image_set.set,
+                image_set.kind,
+                path.name,
+                path,
+                None,
+                image_set.make,
+                image_set.versions,
+                disparity,
+            )
+            photos.append(picture)
+        return photos, []
+    assert image_set.clean is not None
+    if image_set.degraded is not None:
+        return _pair_images(role, image_set, image_set.degraded, image_set.clean)
+    by_id, complaints = _group_by_id(image_set.clean, f"{role} {image_set.set}")
+    named = sorted((name, path) for files in by_id.values() for name, path in files)
+    return [
+        SourceImage(role, image_set.set, image_set.kind, n, p, None, image_set.make, image_set.versions)
+        for n, p in named
+    ], complaints
 
 
-def share(fraction: float, count: int) -> int:
+def count_kept(fraction: float, count: int) -> int:
     """How many of `count` a fraction keeps: the nearest whole number, halves up, at least one."""
-    exact = Fraction(str(fraction)) * count  # 0.05 means one twentieth here, not the float beside it
+    exact = Fraction(str(fraction)) * count  # 0.05 means image_set twentieth here, not the float beside it
     return max(1, int(exact + Fraction(1, 2)))
 
 
-def _some(pictures: list[SourceImage], one: ImageSet, seed: int) -> list[SourceImage]:
-    """The share that `limit` or `fraction` keeps, whatever order the files came in, in the order of names."""
-    keep = one.limit if one.limit is not None else len(pictures)
-    if one.fraction is not None:
-        keep = share(one.fraction, len(pictures))
-    drawn_by = seed if one.draw_seed is None else one.draw_seed
+def _draw_sample(pictures: list[SourceImage], image_set: ImageSet, seed: int) -> list[SourceImage]:
+    """Draw what `limit` or `fraction` keeps, whatever order the files came in, in the order of names."""
+    keep = image_set.limit if image_set.limit is not None else len(pictures)
+    if image_set.fraction is not None:
+        keep = count_kept(image_set.fraction, len(pictures))
+    draw_seed = seed if image_set.draw_seed is None else image_set.draw_seed
 
-    def lot(picture: SourceImage) -> bytes:
-        return hashlib.sha256(f"{drawn_by}/{one.set}/{printable(picture.name)}".encode()).digest()
+    def sort_key(picture: SourceImage) -> bytes:
+        return hashlib.sha256(f"{draw_seed}/{image_set.set}/{printable(picture.name)}".encode()).digest()
 
-    chosen = set(sorted(pictures, key=lot)[:keep])
+    chosen = set(sorted(pictures, key=sort_key)[:keep])
     return [p for p in pictures if p in chosen]
 
 
-def _miscount(one: ImageSet, found: int, against: Sequence[ImageProblem]) -> str:
-    """What is said about a set of another size than its official one."""
-    places = [f"{expand(f.folder)} ({', '.join(f.include)})" for f in (one.degraded, one.clean) if f is not None]
-    what = "images" if one.degraded is None else "pairs"
-    where = " and ".join(map(printable, places)) or "scikit-image"
-    text = f"found {found:,} {what}, expected {one.expect:,}, in {where}."
-    if against:
-        more = f"; and {len(against) - EXAMPLES:,} more" if len(against) > EXAMPLES else ""
-        text += f" Not counted: {'; '.join(f'{c.name}: {c.problem}' for c in against[:EXAMPLES])}{more}."
+def _describe_miscount(image_set: ImageSet, count: int, uncounted: Sequence[ImageProblem]) -> str:
+    """Describe a set of another size than its official one."""
+    places = [
+        f"{expand_folder(f.folder)} ({', '.join(f.include)})"
+        for f in (image_set.degraded, image_set.clean)
+        if f is not None
+    ]
+    what = "images" if image_set.degraded is None else "pairs"
+    sources = " and ".join(map(printable, places)) or "scikit-image"
+    text = f"found {count:,} {what}, expected {image_set.expect:,}, in {sources}."
+    if uncounted:
+        more = f"; and {len(uncounted) - EXAMPLES:,} more" if len(uncounted) > EXAMPLES else ""
+        text += f" Not counted: {'; '.join(f'{c.name}: {c.problem}' for c in uncounted[:EXAMPLES])}{more}."
     return f"{text} Complete the set, or correct 'expect' in the recipe."
 
 
 def find_images(recipe: Recipe) -> tuple[list[SourceImage], list[ImageProblem]]:
-    """Every image or pair that a recipe means, set by set, and everything that does not fit.
+    """Find every image or pair that a recipe means, set by set, and everything that does not fit.
 
     Raises UserError that names all folders which are missing or hold no image, all unset variables, and all sets which
     hold another number than expected, each with the recipe's words on where the set can be had.
@@ -213,17 +230,17 @@ def find_images(recipe: Recipe) -> tuple[list[SourceImage], list[ImageProblem]]:
     pictures: list[SourceImage] = []
     complaints: list[ImageProblem] = []
     incomplete: list[str] = []
-    for role, one in recipe.sets():
+    for role, image_set in recipe.sets():
         try:
-            found, against = _pictures(role, one)
-            if one.expect is not None and len(found) != one.expect:
-                raise UserError(_miscount(one, len(found), against))
+            images, uncounted = _find_set_images(role, image_set)
+            if image_set.expect is not None and len(images) != image_set.expect:
+                raise UserError(_describe_miscount(image_set, len(images), uncounted))
         except UserError as fault:
-            where = f"\n  where it can be had: {one.get}" if one.get else ""
-            incomplete.append(f"the set '{one.set}' ({role}): {fault}{where}")
+            origin = f"\n  where it can be had: {image_set.get}" if image_set.get else ""
+            incomplete.append(f"the set '{image_set.set}' ({role}): {fault}{origin}")
             continue
-        pictures += _some(found, one, recipe.seed)
-        complaints += against
+        pictures += _draw_sample(images, image_set, recipe.seed)
+        complaints += uncounted
     if incomplete:
         raise UserError("\n".join(incomplete))
     return pictures, sorted(complaints, key=lambda c: (c.label, c.name))

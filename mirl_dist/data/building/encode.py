@@ -1,4 +1,4 @@
-"""One picture to the members of its sample: degraded where the recipe makes it, as PPM or PNG."""
+"""Encodes an image or pair as the members of its sample, in PPM or PNG; degraded where the recipe says so."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from mirl_dist.errors import UserError
 PNG_LEVEL = 4  # measured on photographs: 0.7 % larger than level 9 in half of its time
 
 
-def png(pixels: Pixels) -> bytes:
-    """The bytes of a PNG file, the same for the same pixels and version of Pillow."""
-    held = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(held, "PNG", compress_level=PNG_LEVEL)
-    return held.getvalue()
+def encode_png(pixels: Pixels) -> bytes:
+    """Encode as the bytes of a PNG file, the same for the same pixels and version of Pillow."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=PNG_LEVEL)
+    return buffer.getvalue()
 
 
-def ppm(pixels: Pixels) -> bytes:
-    """The bytes of a binary PPM file: a header that the size alone decides, then the pixels as they are."""
+def encode_ppm(pixels: Pixels) -> bytes:
+    """Encode as the bytes of a binary PPM file: a header that the size alone decides, then the pixels as they are."""
     return ppm_header(*pixels.shape[:2]) + pixels.tobytes()
 
 
-ENCODE: dict[ImageFormat, Callable[[Pixels], bytes]] = {"ppm": ppm, "png": png}
+ENCODE: dict[ImageFormat, Callable[[Pixels], bytes]] = {"ppm": encode_ppm, "png": encode_png}
 
 
-def _unchanged(path: Path, digest: str) -> Pixels:
-    """The pixels of a file that has not changed since it was checked."""
+def _read_unchanged(path: Path, digest: str) -> Pixels:
+    """Read the pixels of a file. Raises UserError where it has changed since it was checked."""
     try:
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() == digest:
@@ -49,32 +49,32 @@ def _unchanged(path: Path, digest: str) -> Pixels:
     raise UserError(f"{printable(path)} changed while the shards were built. Build again when the images are at rest.")
 
 
-def _made(item: LayoutItem, clean: Pixels, seed: int) -> Pixels:
-    """The degraded image that the recipe makes of a whole clean one."""
+def _make_degraded(item: LayoutItem, clean: Pixels, seed: int) -> Pixels:
+    """Make the degraded image of a whole clean one, as the recipe says."""
     picture = item.picture
     assert picture.make is not None
-    draw = generator(seed, picture.make, item.key)
+    rng = generator(seed, picture.make, item.key)
     if picture.make == "rain":
-        return rain(clean, draw)
+        return rain(clean, rng)
     if picture.make == "snow":
-        return snow(clean, draw)
+        return snow(clean, rng)
     height, width = clean.shape[:2]
-    far = demo_photos.depth(height, width, picture.disparity)
-    return haze(clean, far, airlight=draw.uniform(0.8, 1.0), beta=draw.uniform(0.5, 2.5))
+    depth = demo_photos.depth(height, width, picture.disparity)
+    return haze(clean, depth, airlight=rng.uniform(0.8, 1.0), beta=rng.uniform(0.5, 2.5))
 
 
-def members(item: LayoutItem, seed: int) -> dict[str, bytes]:
-    """The members of one sample by their names without the key. Raises UserError for a file that changed.
+def encode_members(item: LayoutItem, seed: int) -> dict[str, bytes]:
+    """Encode the members of one sample by their names without the key. Raises UserError for a file that changed.
 
     A made degradation depends on nothing but the seed, the sample's key and the whole image's pixels.
     """
     picture, box = item.picture, item.box
-    images = [_unchanged(file, digest) for file, digest in zip(picture.files, item.digests, strict=True)]
+    images = [_read_unchanged(file, digest) for file, digest in zip(picture.files, item.digests, strict=True)]
     if picture.make is not None:
-        images.append(_made(item, images[0], seed))
-    window = (slice(box.y, box.y + box.height), slice(box.x, box.x + box.width))
+        images.append(_make_degraded(item, images[0], seed))
+    kept = (slice(box.y, box.y + box.height), slice(box.x, box.x + box.width))
     notes = {"set": picture.set, "kind": picture.kind, "source": printable(picture.name), "y": box.y, "x": box.x}
-    held = {NOTES: json.dumps(notes, sort_keys=True).encode()}
+    members = {NOTES: json.dumps(notes, sort_keys=True).encode()}
     for which, image in zip((CLEAN, DEGRADED), images, strict=False):
-        held[f"{which}.{item.form}"] = ENCODE[item.form](image[window])
-    return held
+        members[f"{which}.{item.form}"] = ENCODE[item.form](image[kept])
+    return members

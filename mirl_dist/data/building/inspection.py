@@ -1,4 +1,4 @@
-"""All that a recipe's images have to say before any work: which can be used, and what is wrong."""
+"""Inspects all images of a recipe before any work: which can be used, and what is wrong with the others."""
 
 from __future__ import annotations
 
@@ -8,47 +8,49 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mirl_dist.data.building.discovery import ImageProblem, SourceImage, find_images, listing, printable
+from mirl_dist.data.building.discovery import ImageProblem, SourceImage, find_images, format_complaints, printable
 from mirl_dist.data.building.recipe import Recipe
-from mirl_dist.data.image_files import Examined, examine
+from mirl_dist.data.image_files import ImageInfo, examine
 from mirl_dist.data.parallel import ProgressCallback, WorkerGroup, distributed_map
 from mirl_dist.errors import UserError
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What may be built: pictures, what was seen of their files, what is left out, the fingerprint."""
+    """What can be built: images, what is known of their files, what is skipped and why, and the fingerprint."""
 
     images: tuple[SourceImage, ...]
-    seen: Mapping[Path, Examined]
+    file_info: Mapping[Path, ImageInfo]
     skipped: tuple[str, ...]
     fingerprint: str
 
 
-def inspect_images(recipe: Recipe, workers: int, report: ProgressCallback, crew: WorkerGroup) -> Inspection:
+def inspect_images(recipe: Recipe, workers: int, progress: ProgressCallback, group: WorkerGroup) -> Inspection:
     """Find, pair, read and decode every image of a recipe: names by rank 0, files shared by all ranks.
 
-    Raises UserError, on every rank, that lists what cannot be used (recipe.broken: stop), sets without any usable image,
-    and images that serve both training and evaluation.
+    Raises UserError, on every rank, that lists what cannot be used (recipe.broken: stop), sets without any usable
+    image, and images that serve both training and evaluation.
     """
-    pictures, complaints = crew.on_main(lambda: find_images(recipe))
+    pictures, complaints = group.on_main(lambda: find_images(recipe))
     paths = sorted({file for picture in pictures for file in picture.files})
-    seen = dict(zip(paths, distributed_map(crew, examine, paths, workers, report, "checking images", 8), strict=True))
-    return crew.on_main(lambda: _judged(recipe, pictures, complaints, seen))
+    file_info = dict(
+        zip(paths, distributed_map(group, examine, paths, workers, progress, "checking images", 8), strict=True)
+    )
+    return group.on_main(lambda: _select_usable(recipe, pictures, complaints, file_info))
 
 
-def _judged(
-    recipe: Recipe, pictures: Iterable[SourceImage], complaints: list[ImageProblem], seen: Mapping[Path, Examined]
+def _select_usable(
+    recipe: Recipe, pictures: Iterable[SourceImage], complaints: list[ImageProblem], file_info: Mapping[Path, ImageInfo]
 ) -> Inspection:
     usable = []
     for picture in pictures:
-        against = _against(picture, seen, recipe.least_pixels)
-        complaints += against
-        if not against:
+        problems = _find_problems(picture, file_info, recipe.least_pixels)
+        complaints += problems
+        if not problems:
             usable.append(picture)
     if complaints and recipe.broken == "stop":
         raise UserError(
-            listing(
+            format_complaints(
                 [c.full() for c in complaints],
                 f"{len(complaints)} things in the images of recipe '{recipe.name}' are wrong:",
                 "Put them right, or write broken: skip into the recipe to leave them out.",
@@ -56,13 +58,13 @@ def _judged(
         )
     _check_empty_sets(recipe, usable, complaints)
     if not recipe.allow_overlap:
-        _check_overlap(usable, seen)
+        _check_overlap(usable, file_info)
     skipped = tuple(c.portable() for c in complaints)
-    return Inspection(tuple(usable), seen, skipped, fingerprint(recipe, usable, seen, skipped))
+    return Inspection(tuple(usable), file_info, skipped, fingerprint(recipe, usable, file_info, skipped))
 
 
-def _against(picture: SourceImage, seen: Mapping[Path, Examined], least: int) -> list[ImageProblem]:
-    """What speaks against using a picture."""
+def _find_problems(picture: SourceImage, file_info: Mapping[Path, ImageInfo], least: int) -> list[ImageProblem]:
+    """Find why an image or pair cannot be used."""
 
     def complaint(file: Path, problem: str) -> ImageProblem:
         name = printable(picture.name)
@@ -70,19 +72,19 @@ def _against(picture: SourceImage, seen: Mapping[Path, Examined], least: int) ->
             name += f" (its clean partner {printable(file.name)})"
         return ImageProblem(picture.label, name, printable(file), problem)
 
-    found = [complaint(f, problem) for f in picture.files if (problem := seen[f].problem) is not None]
-    if found:
-        return found
-    clean = seen[picture.clean]
+    problems = [complaint(f, problem) for f in picture.files if (problem := file_info[f].problem) is not None]
+    if problems:
+        return problems
+    clean = file_info[picture.clean]
     size = f"{clean.width}x{clean.height}"
     if picture.degraded is not None:
-        other = seen[picture.degraded]
+        other = file_info[picture.degraded]
         if (clean.height, clean.width) != (other.height, other.width):
             problem = f"is {other.width}x{other.height}, its clean partner {printable(picture.clean.name)} {size}"
-            found.append(complaint(picture.degraded, problem))
+            problems.append(complaint(picture.degraded, problem))
     if picture.role == "train" and min(clean.height, clean.width) < least:
-        found.append(complaint(picture.files[-1], f"is {size}, its shorter side below least_pixels, {least}"))
-    return found
+        problems.append(complaint(picture.files[-1], f"is {size}, its shorter side below least_pixels, {least}"))
+    return problems
 
 
 def _check_empty_sets(recipe: Recipe, pictures: Iterable[SourceImage], complaints: list[ImageProblem]) -> None:
@@ -90,7 +92,7 @@ def _check_empty_sets(recipe: Recipe, pictures: Iterable[SourceImage], complaint
     empty = [f"{role} {one.set}" for role, one in recipe.sets() if f"{role} {one.set}" not in filled]
     if empty:
         raise UserError(
-            listing(
+            format_complaints(
                 [c.full() for c in complaints if c.label in empty],
                 f"no usable image is left in: {', '.join(empty)}.",
                 "Put these right, or take the set out of the recipe.",
@@ -98,21 +100,21 @@ def _check_empty_sets(recipe: Recipe, pictures: Iterable[SourceImage], complaint
         )
 
 
-def _check_overlap(pictures: Iterable[SourceImage], seen: Mapping[Path, Examined]) -> None:
-    """An image that is trained on and scored on makes the score worthless, whatever its format."""
+def _check_overlap(pictures: Iterable[SourceImage], file_info: Mapping[Path, ImageInfo]) -> None:
+    """Check that no image is both trained on and scored on, in whatever format: its score would be worthless."""
     trained: dict[str, Path] = {}
     scored: dict[str, Path] = {}
     for picture in pictures:
         side = trained if picture.role == "train" else scored
         for file in picture.files:
-            side.setdefault(seen[file].pixels_sha256, file)
+            side.setdefault(file_info[file].pixels_sha256, file)
     both = [
         f"{printable(trained[d])} = {printable(scored[d])}"
         for d in sorted(trained.keys() & scored.keys(), key=lambda d: trained[d])
     ]
     if both:
         raise UserError(
-            listing(
+            format_complaints(
                 both,
                 f"{len(both)} images serve both training and evaluation:",
                 "Leave them out on one side (exclude), or write allow_overlap: true if it is meant.",
@@ -121,13 +123,13 @@ def _check_overlap(pictures: Iterable[SourceImage], seen: Mapping[Path, Examined
 
 
 def fingerprint(
-    recipe: Recipe, pictures: Iterable[SourceImage], seen: Mapping[Path, Examined], skipped: tuple[str, ...]
+    recipe: Recipe, pictures: Iterable[SourceImage], file_info: Mapping[Path, ImageInfo], skipped: tuple[str, ...]
 ) -> str:
-    """Hex SHA-256 of the recipe without its places, what it skips, and every file's name and SHA-256."""
+    """Compute the hex SHA-256 of the recipe without its places, what it skips, and every file's name and SHA-256."""
     sources = []
     for picture in pictures:
         row = [picture.label, printable(picture.name)]
-        row += [f"{printable(f.name)} {seen[f].sha256}" for f in picture.files]
+        row += [f"{printable(f.name)} {file_info[f].sha256}" for f in picture.files]
         if picture.disparity is not None:
             row.append(hashlib.sha256(picture.disparity.read_bytes()).hexdigest())
         sources.append(row)

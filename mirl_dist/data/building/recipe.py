@@ -64,35 +64,37 @@ class ImageSet(Node):
     """The seed of that draw alone. Null: the recipe's."""
 
     def inconsistencies(self) -> list[str]:
-        found = []
+        problems = []
         if (self.clean is None) == (not self.photographs):
-            found.append("has 'clean' and 'photographs' both or neither; keep one of them as the source")
+            problems.append("has 'clean' and 'photographs' both or neither; keep one of them as the source")
         if self.kind == "clean" and (self.degraded or self.make):
-            found.append("is of kind clean, which the reader degrades; remove 'degraded' and 'make'")
+            problems.append("is of kind clean, which the reader degrades; remove 'degraded' and 'make'")
         if self.kind != "clean" and (self.degraded is None) == (self.make is None):
-            found.append(f"is of kind {self.kind} and has 'degraded' and 'make' both or neither; keep one")
+            problems.append(f"is of kind {self.kind} and has 'degraded' and 'make' both or neither; keep one")
         if self.degraded is not None and self.photographs:
-            found.append("pairs 'photographs' with a folder 'degraded'; write make: rain, haze or snow instead")
+            problems.append("pairs 'photographs' with a folder 'degraded'; write make: rain, haze or snow instead")
         if self.versions > 1 and self.make is None:
-            found.append(f"has versions: {self.versions} without 'make', which alone makes versions; remove one")
+            problems.append(f"has versions: {self.versions} without 'make', which alone makes versions; remove one")
         if self.make is not None and MAKES[self.make] != self.kind:
-            found.append(f"makes {self.make}, which is of kind {MAKES[self.make]}, not {self.kind}; change one")
+            problems.append(f"makes {self.make}, which is of kind {MAKES[self.make]}, not {self.kind}; change one")
         if self.limit is not None and self.fraction is not None:
-            found.append("has 'limit' and 'fraction'; keep one of them")
+            problems.append("has 'limit' and 'fraction'; keep one of them")
         if self.draw_seed is not None and self.limit is None and self.fraction is None:
-            found.append("has 'draw_seed', but keeps all it finds; add 'limit' or 'fraction', or remove it")
+            problems.append("has 'draw_seed', but keeps all it finds; add 'limit' or 'fraction', or remove it")
         for key, folder in (("clean", self.clean), ("degraded", self.degraded)):
             if folder is not None and not 1 <= folder.names.count("{id}") <= folder.names.count("/") + 1:
-                found.append(f"has {key}.names '{folder.names}'; it must hold {{id}} exactly once, or once between /")
+                problems.append(
+                    f"has {key}.names '{folder.names}'; it must hold {{id}} exactly once, or once between /"
+                )
             if folder is not None and re.search(r"[{}]", re.sub(r"\{(id|any)\}", "", folder.names)):
-                found.append(f"has {key}.names '{folder.names}'; known in braces are only {{id}} and {{any}}")
+                problems.append(f"has {key}.names '{folder.names}'; known in braces are only {{id}} and {{any}}")
             if folder is not None and any(not g or g.startswith("/") or ".." in g for g in folder.include):
-                found.append(f"has {key}.include {list(folder.include)}; globs lie below the folder")
+                problems.append(f"has {key}.include {list(folder.include)}; globs lie below the folder")
         if self.clean and self.degraded and self.clean.names.count("{id}") != self.degraded.names.count("{id}"):
-            found.append(f"pairs '{self.degraded.names}' with '{self.clean.names}'; write {{id}} as often in both")
+            problems.append(f"pairs '{self.degraded.names}' with '{self.clean.names}'; write {{id}} as often in both")
         if self.clean is not None and "{any}" in self.clean.names:
-            found.append(f"has clean.names '{self.clean.names}'; {{any}} may stand in degraded.names only")
-        return found
+            problems.append(f"has clean.names '{self.clean.names}'; {{any}} may stand in degraded.names only")
+        return problems
 
 
 class EvaluateSet(ImageSet):
@@ -128,17 +130,17 @@ class Recipe(Node):
             yield "evaluate", other
 
     def inconsistencies(self) -> list[str]:
-        found = []
+        problems = []
         seen: set[str] = set()
         if not self.train and not self.evaluate:
-            found.append("train, evaluate: found no set in either; describe at least one")
+            problems.append("train, evaluate: found no set in either; describe at least one")
         for role, one in self.sets():
-            found += [f"{role}: the set '{one.set}' {complaint}" for complaint in one.inconsistencies()]
+            problems += [f"{role}: the set '{one.set}' {complaint}" for complaint in one.inconsistencies()]
             name = f"{role}-{one.set}".lower()
             if name in seen:
-                found.append(f"{role}: found two sets named '{one.set}'; give each its own name")
+                problems.append(f"{role}: found two sets named '{one.set}'; give each its own name")
             seen.add(name)
-        return found
+        return problems
 
     def content(self) -> dict[str, Any]:
         """The recipe without the places and the words about its sets: what its fingerprint counts."""
@@ -153,17 +155,17 @@ def read(path: Path, sets: Sequence[str] = ()) -> Recipe:
     return yaml_loader.read(Recipe, path, sets, "shards/demo.yaml")
 
 
-def expand(folder: str) -> Path:
-    """The path a recipe's `folder` means: `${NAME}` replaced, `~` opened. Raises UserError for one not set."""
+def expand_folder(folder: str) -> Path:
+    """Expand a recipe's `folder` to a path: `${NAME}` replaced, `~` opened. Raises UserError for one not set."""
 
     def value(match: re.Match[str]) -> str:
         name = match.group(1)
-        found = os.environ.get(name, "")
-        if not found:
+        folder_path = os.environ.get(name, "")
+        if not folder_path:
             raise UserError(
                 f"the environment variable {name} is not set, and the folder '{folder}' needs it. "
                 f"Say where the images are: export {name}=/path/to/the/images"
             )
-        return found
+        return folder_path
 
     return Path(re.sub(r"\$\{(\w+)\}", value, folder)).expanduser()

@@ -1,4 +1,4 @@
-"""What a build leaves in a store until its manifest is there, so that a killed one goes on and no other mixes in.
+"""Marks and records of an unfinished build, so that a killed one is resumed and no other build mixes in.
 
     <shards>/.building/build.json       the fingerprint of the build that writes here
     <shards>/.building/train-x-00000.json   written after a shard and its index: that shard is done
@@ -29,8 +29,8 @@ from mirl_dist.storage.hashing import digest_of_blocks
 
 AREA = ".building"
 MARKER, LOCK = f"{AREA}/build.json", f"{AREA}/lock"
-OURS = re.compile(r"(train|evaluate)-[A-Za-z0-9_-]+-\d{5,}\.(tar|index\.json)")
-ELSEWHERE = "Choose another --out, or remove what lies there."
+_SHARD_FILE = re.compile(r"(train|evaluate)-[A-Za-z0-9_-]+-\d{5,}\.(tar|index\.json)")
+_ADVICE = "Choose another --out, or remove what lies there."
 
 
 class _BuildMark(BaseModel):
@@ -46,39 +46,39 @@ class _BuildMark(BaseModel):
         return (self.model_dump_json(exclude_none=True) + "\n").encode()
 
 
-def _read(store: Store, name: str) -> _BuildMark | None:
-    """A mark, or None where none is or it is not one."""
+def _read_mark(store: Store, name: str) -> _BuildMark | None:
+    """Read a mark; None where there is none that is valid."""
     try:
         return _BuildMark.model_validate_json(store.get(name))
     except (NotFound, ValidationError):
         return None
 
 
-def _record(shard: str) -> str:
+def _record_name(shard: str) -> str:
     return f"{AREA}/{shard.removesuffix('.tar')}.json"
 
 
 @contextlib.contextmanager
-def locked(store: Store) -> Iterator[None]:
-    """A folder for this build alone; on other stores the marker has to do. Raises UserError where another build writes."""
+def lock_folder(store: Store) -> Iterator[None]:
+    """Keep a folder for this build alone; other stores have a marker. Raises UserError where another build writes."""
     if not isinstance(store, Folder):
         yield
         return
     path, out = Path(store.where(LOCK)), Path(store.where())
-    ours = not os.path.exists(out)
-    with _lock(path, store.where()):
+    created = not os.path.exists(out)
+    with _open_lock(path, store.where()):
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # what a build that died needs lies there still
                 path.parent.rmdir()
-                if ours:
+                if created:
                     out.rmdir()
 
 
-def _lock(path: Path, out: str) -> BinaryIO:
-    """The lock file, open and held."""
+def _open_lock(path: Path, out: str) -> BinaryIO:
+    """Open the lock file and lock it."""
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,8 +86,8 @@ def _lock(path: Path, out: str) -> BinaryIO:
         except FileNotFoundError:
             continue  # the build that ended just now took the folder away
         except OSError as error:
-            said = error.strerror or error
-            raise UserError(f"cannot write {out}: {said}. Make room or allow it, or choose another --out.") from None
+            reason = error.strerror or error
+            raise UserError(f"cannot write {out}: {reason}. Make room or allow it, or choose another --out.") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -101,18 +101,18 @@ def _lock(path: Path, out: str) -> BinaryIO:
 
 
 def put_probe(store: Store) -> str:
-    """The name of something small that was written just now. Raises UserError where nothing can be written."""
+    """Write a small file and return its name. Raises UserError where nothing can be written."""
     name = f"{AREA}/probe-{uuid.uuid4().hex}"
     store.put_if_absent(name, b"mirl-dist tries whether it may write here\n")
     return name
 
 
 def check_same_store(store: Store, probe: str, rank: int) -> None:
-    """Write and remove there, and see what rank 0 has put under `probe`. Raises UserError where that is not so."""
-    mine = put_probe(store)
-    seen = store.exists(probe)
-    store.remove(mine)
-    if not seen:
+    """Write and remove a probe, and look for the one of rank 0. Raises UserError where any of that fails."""
+    own_probe = put_probe(store)
+    shared = store.exists(probe)
+    store.remove(own_probe)
+    if not shared:
         raise UserError(
             f"{store.where()} is another place for rank {rank} than for rank 0. Do all ranks see the same folder? "
             "Choose an --out that all nodes share."
@@ -120,89 +120,89 @@ def check_same_store(store: Store, probe: str, rank: int) -> None:
 
 
 def check_resumable(store: Store, name: str) -> Manifest | _BuildMark | None:
-    """What lies there: a finished build, the mark of one that died, or nothing.
+    """Read what a store holds: a finished build, the mark of one that died, or nothing.
 
     Raises UserError for what no build of the recipe `name` could use, whatever its images.
     """
-    found: Manifest | _BuildMark | None
+    existing: Manifest | _BuildMark | None
     try:
-        found = read_manifest(store.get(MANIFEST), store.where(MANIFEST))
+        existing = read_manifest(store.get(MANIFEST), store.where(MANIFEST))
     except NotFound:
-        found = _read(store, MARKER)
-        foreign = [n for n in store.list("") if OURS.fullmatch(n)] if found is None else []
+        existing = _read_mark(store, MARKER)
+        foreign = [n for n in store.list("") if _SHARD_FILE.fullmatch(n)] if existing is None else []
         if foreign:
             raise UserError(
                 f"{store.where()} holds shards ({foreign[0]}) without a manifest or the mark of a build that died. "
-                f"{ELSEWHERE}"
+                f"{_ADVICE}"
             ) from None
     except UserError as fault:
         raise UserError(f"{fault} Or choose another --out.") from None
-    if found is not None and found.name != name:
-        raise _of_another(store, found, f"'{name}'")
-    return found
+    if existing is not None and existing.name != name:
+        raise _foreign_build_error(store, existing, f"'{name}'")
+    return existing
 
 
-def _of_another(store: Store, found: Manifest | _BuildMark, this: str) -> UserError:
-    what = "shards" if isinstance(found, Manifest) else "an unfinished build"
+def _foreign_build_error(store: Store, existing: Manifest | _BuildMark, this: str) -> UserError:
+    what = "shards" if isinstance(existing, Manifest) else "an unfinished build"
     return UserError(
-        f"{store.where()} holds {what} of another recipe or other images ('{found.name}', {found.recipe[:12]}; this "
-        f"is {this}). {ELSEWHERE}"
+        f"{store.where()} holds {what} of another recipe or other images ('{existing.name}', {existing.recipe[:12]}; "
+        f"this is {this}). {_ADVICE}"
     )
 
 
-def standing(store: Store, name: str, fingerprint: str) -> Manifest | None:
-    """The manifest of an earlier build of the same recipe and images, if it came to that.
+def read_finished_build(store: Store, name: str, fingerprint: str) -> Manifest | None:
+    """Read the manifest of an earlier build of the same recipe and images; None where none was finished.
 
-    Raises UserError where the place holds other shards, or what is left of another build.
+    Raises UserError where the store holds other shards, or an unfinished build of another recipe.
     """
-    found = check_resumable(store, name)
-    if found is not None and found.recipe != fingerprint:
-        raise _of_another(store, found, f"'{name}', {fingerprint[:12]}")
-    return found if isinstance(found, Manifest) else None
+    existing = check_resumable(store, name)
+    if existing is not None and existing.recipe != fingerprint:
+        raise _foreign_build_error(store, existing, f"'{name}', {fingerprint[:12]}")
+    return existing if isinstance(existing, Manifest) else None
 
 
-def begin(store: Store, name: str, fingerprint: str) -> frozenset[str]:
-    """Mark the place as this build's. The names of shards that an earlier try recorded as done.
+def mark_started(store: Store, name: str, fingerprint: str) -> frozenset[str]:
+    """Mark a store as this build's; return the names of shards that an earlier try recorded as done.
 
     Raises UserError where another build was faster.
     """
     store.sweep()
     if not store.put_if_absent(MARKER, _BuildMark(name=name, recipe=fingerprint).dump()):
-        standing(store, name, fingerprint)
+        read_finished_build(store, name, fingerprint)
     stems = {Path(n).stem for n in store.list(AREA) if n not in (MARKER, LOCK)}
     return frozenset(f"{stem}.tar" for stem in stems)
 
 
-def record(store: Store, name: str, fingerprint: str, shard: Shard) -> None:
-    """Say that a shard and its index are in the store."""
-    store.put(_record(shard.name), _BuildMark(name=name, recipe=fingerprint, shard=shard).dump())
+def record_shard(store: Store, name: str, fingerprint: str, shard: Shard) -> None:
+    """Record that a shard and its index are in the store."""
+    store.put(_record_name(shard.name), _BuildMark(name=name, recipe=fingerprint, shard=shard).dump())
 
 
-def recorded(store: Store, shard: str, fingerprint: str) -> Shard | None:
-    """A shard that this build has written before and that lies there still."""
-    mark = _read(store, _record(shard))
+def read_recorded_shard(store: Store, shard: str, fingerprint: str) -> Shard | None:
+    """Read the record of a shard that this build has written before; None where the shard is not there any more."""
+    mark = _read_mark(store, _record_name(shard))
     if mark is None or mark.shard is None or (mark.recipe, mark.shard.name) != (fingerprint, shard):
         return None
-    return mark.shard if is_sound(store, mark.shard) else None
+    return mark.shard if is_intact(store, mark.shard) else None
 
 
-def reopen(store: Store, manifest: Manifest, sound: Sequence[bool]) -> None:
-    """Make an unfinished build of a finished one of which shards were damaged or lost: the others stay."""
-    for shard, good in zip(manifest.shards, sound, strict=True):
-        if good:
-            record(store, manifest.name, manifest.recipe, shard)
+def reopen_build(store: Store, manifest: Manifest, intact: Sequence[bool]) -> None:
+    """Turn a finished build of which shards were damaged or lost into an unfinished one: the others stay."""
+    for shard, is_good in zip(manifest.shards, intact, strict=True):
+        if is_good:
+            record_shard(store, manifest.name, manifest.recipe, shard)
     store.put(MARKER, _BuildMark(name=manifest.name, recipe=manifest.recipe).dump())
     store.remove(MANIFEST)
 
 
-def clear(store: Store) -> None:
+def remove_marks(store: Store) -> None:
     """Remove marks and records, the marker last."""
     for name in sorted(store.list(AREA), key=MARKER.__eq__):
         if name != LOCK:
             store.remove(name)
 
 
-def is_sound(store: Store, shard: Shard) -> bool:
+def is_intact(store: Store, shard: Shard) -> bool:
     """Whether a shard and its index are what their record says: in folders by every byte, elsewhere by size."""
     try:
         if store.size(shard.name) != shard.bytes:

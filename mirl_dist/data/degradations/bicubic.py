@@ -63,14 +63,14 @@ def bands(before: int, after: int, antialias: bool) -> tuple[Band, ...]:
     weights = exact(weights / weights.sum(axis=1, keepdims=True), _MATLAB_BITS if antialias else _TORCH_BITS)
     inside = np.clip(reached, 0, before - 1).astype(np.intp)
     step = min(64, max(8, 64 * after // before))  # few large products, without many zeros in them
-    found = []
+    result = []
     for start in range(0, after, step):
         part = slice(start, min(start + step, after))
         first, last = int(inside[part].min()), int(inside[part].max()) + 1
         block = np.zeros((part.stop - start, last - first))
         np.add.at(block, (np.arange(len(block))[:, None], inside[part] - first), weights[part])
-        found.append(Band(start, part.stop, first, last, block))
-    return tuple(found)
+        result.append(Band(start, part.stop, first, last, block))
+    return tuple(result)
 
 
 def weigh(plane: Plane, weights: Sequence[Band], axis: int) -> Plane:

@@ -70,9 +70,9 @@ def quick_noise(image: Pixels, sigma: float, rng: np.random.Generator) -> Pixels
 
 def jpeg(image: Pixels, quality: int) -> Pixels:
     """Through JPEG and back by Pillow's libjpeg: quality 1 to 100, colour at half resolution (4:2:0)."""
-    held = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(held, "JPEG", quality=quality, subsampling="4:2:0")
-    with Image.open(held) as back:
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+    with Image.open(buffer) as back:
         return np.array(back)
 
 
@@ -180,19 +180,19 @@ def snow(image: Pixels, rng: np.random.Generator) -> Pixels:
     flakes of one grey, 225 to 255. Sizes are in pixels whatever the image's size. No veil of far snow is drawn.
     """
     height, width = image.shape[:2]
-    rim = 32  # flakes also fall outside the frame and reach into it
+    margin = 32  # flakes also fall outside the frame and reach into it
     wind, grey = rng.uniform(-50, 50), rng.uniform(225, 255)
-    seen = np.ones((height + 2 * rim, width + 2 * rim))
+    clear = np.ones((height + 2 * margin, width + 2 * margin))
     for kind in _SNOW:
-        count = rng.poisson(rng.uniform(*kind.density) * seen.size / 1e4)
+        count = rng.poisson(rng.uniform(*kind.density) * clear.size / 1e4)
         for _ in range(count):
             tilt = math.radians(wind + rng.uniform(-10, 10))
             radius, fall, opacity = rng.uniform(*kind.radius), rng.uniform(*kind.fall), rng.uniform(*kind.opacity)
             flake = _flake(radius, fall, tilt, opacity, rng.uniform(-0.5, 0.5, 2), rng.uniform(0, 2 * math.pi))
             size = len(flake)
-            top, left = rng.integers(seen.shape[0] - size + 1), rng.integers(seen.shape[1] - size + 1)
-            seen[top : top + size, left : left + size] *= 1 - flake
-    part = seen[rim : rim + height, rim : rim + width, None]
+            top, left = rng.integers(clear.shape[0] - size + 1), rng.integers(clear.shape[1] - size + 1)
+            clear[top : top + size, left : left + size] *= 1 - flake
+    part = clear[margin : margin + height, margin : margin + width, None]
     snowy: Pixels = np.rint(image * part + grey * (1 - part)).astype(np.uint8)
     return snowy
 
@@ -257,7 +257,7 @@ _FAMILIES: dict[str, Callable[[str, Pixels, np.random.Generator], Pixels]] = {
 
 
 def degrade_for_training(task: Task, image: Pixels, rng: np.random.Generator) -> Pixels:
-    """A clean image degraded as the task says, for training: task.kind is 'clean'; docs/degradations.md has the ranges.
+    """Degrade a clean image as the task says, for training: task.kind is 'clean'; docs/degradations.md has the ranges.
 
     The strength is drawn first, so it does not depend on the image's size.
     """
@@ -265,7 +265,7 @@ def degrade_for_training(task: Task, image: Pixels, rng: np.random.Generator) ->
 
 
 def degrade_for_test(task: Task, image: Pixels, rng: np.random.Generator) -> Pixels:
-    """`on_reading` for evaluation: the same, but noise is `gaussian_noise`, not limited to 4.33 sigma."""
+    """`degrade_for_training` for evaluation: the same, but noise is `gaussian_noise`, not limited to 4.33 sigma."""
     if task.family == "denoise":
         return gaussian_noise(image, sigma_of(task.level, rng), rng)
     return degrade_for_training(task, image, rng)

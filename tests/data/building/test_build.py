@@ -193,7 +193,7 @@ def test_the_contact_sheet_has_a_row_for_every_set_and_is_always_the_same(built:
     out, manifest = built
     with Image.open(out / contact_sheet.NAME) as sheet:
         pixels = np.array(sheet)
-    rows = contact_sheet.table(Folder(out), manifest)
+    rows = contact_sheet.summarize_sets(Folder(out), manifest)
     assert [row.title for row in rows] == [
         "train clean: clean, 2 images",
         "train rain: derain, 2 pairs, degraded | clean",
@@ -206,7 +206,7 @@ def test_the_contact_sheet_has_a_row_for_every_set_and_is_always_the_same(built:
     for image in photos:
         middle = image_strip.centre(image, contact_sheet.SIDE)
         assert text.count(middle[80].tobytes()) >= 1, "crops of what lies in the shards"
-    assert contact_sheet.draw(Folder(out), manifest) == (out / contact_sheet.NAME).read_bytes()
+    assert contact_sheet.draw_sheet(Folder(out), manifest) == (out / contact_sheet.NAME).read_bytes()
 
 
 def test_the_table_says_what_every_set_holds(built: tuple[Path, Manifest]) -> None:
@@ -333,11 +333,11 @@ import sys
 import time
 from pathlib import Path
 
-import mirl_dist.data.build as building
+import mirl_dist.data.building.build as building
 from mirl_dist.data.building.recipe import read
 from mirl_dist.storage import open_store
 
-encode = building._encode
+encode = building._write_tar
 
 def slowly(plan, path):
     if plan.name.startswith("train-c"):
@@ -348,7 +348,7 @@ def report(done, total, what):
     if (done, what) == (2, "writing shards"):
         os.kill(os.getpid(), signal.SIGKILL)
 
-building._encode = slowly  # in the workers too, which import this file
+building._write_tar = slowly  # in the workers too, which import this file
 if __name__ == "__main__":
     building.build(read(Path(sys.argv[1])), open_store(sys.argv[2]), 2, report)
 """
@@ -624,7 +624,7 @@ def test_real_benchmark_images_become_shards(name: str, tmp_path: Path) -> None:
         one["limit"] = 2
     out = Folder(tmp_path / "out")
     manifest = build(recipe(tree), out, 1, quiet)
-    rows = contact_sheet.table(out, manifest)
+    rows = contact_sheet.summarize_sets(out, manifest)
     assert [(r.role, r.set, r.kind, r.samples) for r in rows] == [
         (role, one["set"], one["kind"], 2) for role in ("train", "evaluate") for one in tree[role]
     ]

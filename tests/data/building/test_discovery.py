@@ -58,7 +58,7 @@ def matched(found: Recipe) -> dict[str, str]:
     ],
 )
 def test_a_template_finds_the_longest_id_or_none(names: str, stem: str, identity: str | None) -> None:
-    match = discovery.template(names).fullmatch(stem)
+    match = discovery.compile_template(names).fullmatch(stem)
     assert (match and match.group("id")) == identity
 
 
@@ -94,7 +94,7 @@ def test_a_name_that_does_not_fit_is_named(tmp_path: Path) -> None:
     assert [c.full() for c in complaints] == [f"{tmp_path}/input/odd.png: its name does not fit 'rain-{{id}}'"]
 
 
-def test_another_count_than_expected_stops_and_says_what_was_not_counted_and_where_to_get_the_set(
+def test_another_count_than_expected_names_what_was_not_counted_and_the_origin(
     tmp_path: Path,
 ) -> None:
     touch(tmp_path, "input/1.png", *(f"input/{n}.png" for n in range(2, 7)), "target/1.png", "target/9.png")
@@ -147,7 +147,7 @@ def test_a_share_does_not_depend_on_the_other_names(tmp_path: Path) -> None:
 )
 def test_a_fraction_keeps_the_nearest_number_as_the_paper_counts_it(fraction: float, count: int, kept: int) -> None:
     """The first five are MIR-L's: 237 + 20 of WED and BSD400, 20 of Rain100L, 2,164 of OTS. Halves go up."""
-    assert discovery.share(fraction, count) == kept
+    assert discovery.count_kept(fraction, count) == kept
 
 
 LAYOUTS = {
@@ -275,6 +275,6 @@ def test_keys_are_short_plain_and_differ_where_names_differ() -> None:
     keys = set()
     for name in names:
         picture = discovery.SourceImage("evaluate", "s" * 24, "derain", name, Path(name))
-        keys.add(layout.key(picture))
+        keys.add(layout.sample_key(picture))
     assert len(keys) == len(names)
     assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,69}", key) for key in keys)

@@ -392,7 +392,7 @@ def test_a_path_template_takes_an_id_between_slashes_and_both_sides_the_same_num
             assert any(f"has clean.names '{wrong}'; it must hold {{id}} exactly once" in text for text in found)
     (text,) = ImageSet.model_validate(one).inconsistencies()
     assert text == "pairs '{id}/blur/{id}' with '{id}/sharp'; write {id} as often in both"
-    assert discovery.template("{id}/blur/{id}").fullmatch("a/b/blur/c") is None, "an id never spans folders"
+    assert discovery.compile_template("{id}/blur/{id}").fullmatch("a/b/blur/c") is None, "an id never spans folders"
 
 
 def test_a_scene_with_a_clean_frame_for_every_rainy_one_is_told(sets: Path) -> None:
@@ -425,7 +425,7 @@ def test_mirls_shares_have_their_exact_counts_and_depend_on_seed_and_names_alone
         (sets / "data/Train" / name).touch()
     wanted = {"train wed": 237, "train bsd400": 20, "train rain100l": 20, "train ots": 2164}
     shipped_shares = {
-        f"{role} {one.set}": discovery.share(one.fraction, one.expect)
+        f"{role} {one.set}": discovery.count_kept(one.fraction, one.expect)
         for role, one in shipped("mirl").sets()
         if one.fraction and one.expect
     }
@@ -447,7 +447,7 @@ def test_mirls_shares_have_their_exact_counts_and_depend_on_seed_and_names_alone
 
     drawn = shares()
     counts = {label: len(names) for label, names in drawn.items()}
-    assert counts == wanted | {"train ots": discovery.share(0.03, HAZY)}
+    assert counts == wanted | {"train ots": discovery.count_kept(0.03, HAZY)}
 
     glob = Path.glob
 
@@ -639,7 +639,7 @@ def test_published_tests_of_rain_show_images_of_bsd400(real: Real, monkeypatch: 
             assert np.array_equal(light[: heavy.shape[0], : heavy.shape[1]], heavy), "the upper left of the same image"
 
 
-def test_local_data_holds_all_it_can_and_shares_nothing_between_training_and_evaluation(real: Real) -> None:
+def test_local_data_holds_all_it_can_and_training_shares_nothing_with_evaluation(real: Real) -> None:
     recipe = shipped("local_data")
     assert not recipe.allow_overlap
     wanted = {"bsd400": 400, "rain100l": 75, "rain100h": 15, "gt_rain": 10, "sots_indoor": 48}

@@ -1,0 +1,98 @@
+"""The slots of an epoch as one table: seeded permutations, and for each source a walk over its shards."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mirl_dist.config.seeding import generator
+from mirl_dist.data.manifest import Shard
+from mirl_dist.data.mixture import Source
+
+_EPOCHS_KEPT = 3  # the one being read, the next one being prefetched, and one to spare
+
+
+class EpochTable(NamedTuple):
+    """One epoch: task, training shard, sample in it, and pass index of every slot, lane after lane. 13 bytes a slot."""
+
+    task: NDArray[np.uint8]
+    shard: NDArray[np.int32]
+    sample: NDArray[np.int32]
+    pass_index: NDArray[np.int32]
+
+
+class EpochTables:
+    """Builds the table of an epoch once, whichever thread asks first, and keeps the last three."""
+
+    def __init__(self, sources: Sequence[Source], shards: Sequence[Shard], seed: int, slots: int) -> None:
+        """shards: the training shards of the manifest; slots: in the whole steps of an epoch."""
+        self._sources, self._seed, self._slots = sources, seed, slots
+        self._counts = np.array([shard.samples for shard in shards], dtype=np.int64)
+        self._tables: OrderedDict[tuple[int, int], EpochTable] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, round_: int, epoch: int) -> EpochTable:
+        """The slots of one epoch of a round."""
+        with self._lock:
+            table = self._tables.get((round_, epoch))
+            if table is None:
+                table = self._build(round_, epoch)
+                self._tables[round_, epoch] = table
+                while len(self._tables) > _EPOCHS_KEPT:
+                    self._tables.popitem(last=False)
+            return table
+
+    def _build(self, round_: int, epoch: int) -> EpochTable:
+        counts = [source.per_epoch for source in self._sources]
+        labels = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
+        generator("order", self._seed, round_, epoch).shuffle(labels)
+        labels = labels[: self._slots]
+        table = EpochTable(
+            np.empty(len(labels), np.uint8),
+            *(np.empty(len(labels), np.int32) for _ in range(3)),
+        )
+        for number, source in enumerate(self._sources):
+            rows = np.flatnonzero(labels == number)
+            if len(rows):
+                self._fill_source(table, rows, round_, source, epoch * source.per_epoch)
+        return table
+
+    def _fill_source(self, table: EpochTable, rows: NDArray[np.int64], round_: int, source: Source, begin: int) -> None:
+        """Fill the rows of one source with its walk from item `begin` of the round on."""
+        shards = np.array(source.shards)
+        ends = np.cumsum(self._counts[shards])
+        first, last = begin // source.samples, (begin + len(rows) - 1) // source.samples
+        for pass_index in range(first, last + 1):
+            start = pass_index * source.samples
+            low, high = max(begin, start), min(begin + len(rows), start + source.samples)
+            here = rows[low - begin : high - begin]
+            samples = self._sample_order(round_, source, pass_index)[low - start : high - start]
+            at = np.searchsorted(ends, samples, side="right")
+            table.pass_index[here] = pass_index
+            table.shard[here] = shards[at]
+            table.sample[here] = samples - (ends - self._counts[shards])[at]
+            table.task[here] = self._task_order(round_, source, pass_index)[samples]
+
+    def _sample_order(self, round_: int, source: Source, pass_index: int) -> NDArray[np.int64]:
+        """All samples of a source (numbered along its shards) in the order of one pass: shard after shard."""
+        rng = generator("pass", self._seed, round_, source.name, pass_index)
+        counts = self._counts[list(source.shards)]
+        begins = np.cumsum(counts) - counts
+        parts = [begins[i] + rng.permutation(int(counts[i])) for i in rng.permutation(len(counts)).tolist()]
+        return np.concatenate(parts)
+
+    def _task_order(self, round_: int, source: Source, pass_index: int) -> NDArray[np.uint8]:
+        """The task that each sample is read for in a pass: in as many passes as the cycle is long, each task once."""
+        cycle = np.array(source.task_cycle, dtype=np.uint8)
+        if len(cycle) == 1:
+            return np.repeat(cycle, source.samples)
+        block, number = divmod(pass_index, len(cycle))
+        rng = generator("deck", self._seed, round_, source.name, block)
+        shuffled, shifts = rng.permutation(cycle), rng.integers(len(cycle), size=source.samples)
+        tasks: NDArray[np.uint8] = shuffled[(number + shifts) % len(cycle)]
+        return tasks
