@@ -16,7 +16,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from mirl_dist.distributed.watchdog import LiveStore
+from mirl_dist.distributed.live_store import LiveStore
 
 _PERIOD_SECONDS = 0.5
 _HEARD_SECONDS = 3.0

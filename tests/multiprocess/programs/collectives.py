@@ -16,7 +16,7 @@ from mirl_dist.data.sample import Batch
 from mirl_dist.distributed.engines.ddp import DdpEngine
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.stragglers import StragglerDetector
-from mirl_dist.errors import Stopped, UserError
+from mirl_dist.errors import MirlError, Stopped, UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import PruneConfig, PruneResult, prune
 from mirl_dist.training import guards, loop, lottery
@@ -32,10 +32,10 @@ RULES = {
 
 
 def refused(work: Callable[[], object]) -> dict[str, Any] | None:
-    """The UserError that some work meets, or None."""
+    """The MirlError that some work meets, or None."""
     try:
         work()
-    except UserError as fault:
+    except MirlError as fault:
         return {"text": str(fault), "everywhere": fault.everywhere, "resumable": fault.resumable}
     return None
 
@@ -238,9 +238,9 @@ def averaged(ranks: Ranks) -> dict[str, Any]:
     """Replicas that start apart, and one backward pass of each on its own number."""
     torch.manual_seed(ranks.rank)
     bare = torch.nn.Linear(2, 1, bias=False)
-    wrapped = ranks.wrap(bare)
+    wrapped = ranks.parallel_network.wrap(bare)
     ranks.backward(wrapped(torch.full((1, 2), float(ranks.rank))).sum())
-    weights = dict(ranks.unwrap(wrapped).named_parameters())
+    weights = dict(ranks.parallel_network.unwrap(wrapped).named_parameters())
     gradient = weights["weight"].grad
     assert gradient is not None
     return {"weights": masking.digest_tensors(weights), "gradient": gradient.tolist(), "type": type(wrapped).__name__}
