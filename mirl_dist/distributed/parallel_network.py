@@ -34,8 +34,8 @@ class ParallelNetwork:
     def engine(self, model: nn.Module, make_optimiser: MakeOptimiser, example: Tensor) -> tuple[Engine, nn.Module]:
         """Build the engine around a model that lies on this rank's device.
 
-        Returns it and the module to call in training. Weights become those of rank 0 under DDP; else they must be the same on every rank. example: (B, 3, H, W), of
-        any values.
+        Returns it and the module to call in training. Weights become those of rank 0 under DDP; else they must be the
+        same on every rank. example: (B, 3, H, W), of any values.
         """
         rank, world = self._membership.rank, self._membership.world
         if self.spec.name == "ddp":

@@ -40,9 +40,9 @@ class StopSignal:
 
     sources: others that may have been asked, polled twice a second; listeners: called once, when this process was asked
     (both in a thread of their own, and must not raise); on_user_signal: called for SIGINT and SIGUSR1, which no
-    launcher sends of its own. is_cleanup: whether a SIGTERM only clears this process away because another has failed; it then
-    exits with code 1 as soon as it is not `busy` any more, or after ten seconds. phase: what the process is doing, for
-    the message at the deadline, which is `deadline_seconds` after the first request.
+    launcher sends of its own. is_cleanup: whether a SIGTERM only clears this process away because another has failed;
+    it then exits with code 1 as soon as it is not `busy` any more, or after ten seconds. phase: what the process is
+    doing, for the message at the deadline, which is `deadline_seconds` after the first request.
     """
 
     def __init__(self) -> None:

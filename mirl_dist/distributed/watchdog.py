@@ -1,7 +1,8 @@
 """Detects ranks that hang: ranks publish once a second where they are, so that one that others wait for is named.
 
 A rank that waits too long in a collective reports who has not reached it, and exits; its launcher starts all ranks
-again from the last commit. The main thread only records where it is (flight_recorder.py); the rest is the work of threads.
+again from the last commit. The main thread only records where it is (flight_recorder.py); the rest is the work of
+threads.
 """
 
 from __future__ import annotations

@@ -138,7 +138,9 @@ class Run:
             self.state.load_moments(resumed.weights[begin][1])
         ranks = Ranks(device="cpu")
         stream = batches(numbers.passes, begin)
-        train.train_round(self.state, ranks.parallel_network.wrap(model), stream, numbers, ranks, self, lambda step, text: None)
+        train.train_round(
+            self.state, ranks.parallel_network.wrap(model), stream, numbers, ranks, self, lambda step, text: None
+        )
         return self
 
 
