@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from mirl_dist.distributed import watchdog
 from mirl_dist.distributed.flight_recorder import FlightRecorder, RankState, diagnose
+from mirl_dist.distributed.peers import READS
 from mirl_dist.distributed.process_group import is_peer_loss
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.rendezvous import rendezvous
@@ -144,7 +144,7 @@ def test_meetings_are_numbered_and_tell_the_place_in_this_package() -> None:
         assert meetings.state()[:3] == (1, "gather of x", True)
         raise ZeroDivisionError
     assert meetings.state()[:3] == (1, "gather of x", False)
-    assert meetings.state().location.startswith("meetings.py:")
+    assert meetings.state().location.startswith("flight_recorder.py:")
 
 
 def test_a_meeting_that_a_gpu_is_still_in_lasts_when_the_main_thread_goes_on() -> None:
@@ -297,18 +297,18 @@ def test_a_rank_that_comes_while_it_is_looked_at_is_not_named(
     """As when all processes were suspended for longer than ranks wait: all clocks have jumped, and nobody hangs."""
     ranks = group(2)
     ranks.meetings[0].begin("barrier")
-    ranks.wall.on_look = lambda count: ranks.meetings[0].end() if count == watchdog._LOOKS - 1 else None
+    ranks.wall.on_look = lambda count: ranks.meetings[0].end() if count == READS - 1 else None
     ranks.start(0.0, 0.0)
-    wait_for(lambda: ranks.wall.looked >= watchdog._LOOKS - 1)
-    before = ranks.watches[0]._beat
-    wait_for(lambda: ranks.watches[0]._beat > before + 2 * watchdog._LOOKS)
+    wait_for(lambda: ranks.wall.looked >= READS - 1)
+    before = ranks.watches[0]._exchange.beat
+    wait_for(lambda: ranks.watches[0]._exchange.beat > before + 2 * READS)
     assert (ranks.left, capsys.readouterr().err) == ({}, "")
 
 
 def test_a_rank_that_is_busy_does_not_judge(group: Callable[[int], Group], capsys: pytest.CaptureFixture[str]) -> None:
     ranks = group(2)
     ranks.start(0.0, 0.0)
-    wait_for(lambda: ranks.watches[0]._beat > 4 * watchdog._LOOKS)
+    wait_for(lambda: ranks.watches[0]._exchange.beat > 4 * READS)
     assert (ranks.left, ranks.wall.looked, capsys.readouterr().err) == ({}, 0, "")
 
 

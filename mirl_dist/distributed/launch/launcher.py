@@ -41,8 +41,8 @@ _AGAIN = "start the same command again on every node: the run goes on from its l
 def choose(config: Config, launch_option: str) -> tuple[LaunchFile, list[str]]:
     """Return how many ranks to start, and accelerate's options for this node; none for one rank in this process.
 
-    launch_option: a launch file for accelerate, or 'auto': one rank per GPU (as many as divide the global batch), or two on
-    the CPU where two divide it. Raises UserError as launch_file.read does.
+    launch_option: a launch file for accelerate, or 'auto': one rank per GPU (as many as divide the global batch), or
+    two on the CPU where two divide it. Raises UserError as launch_file.read does.
     """
     if launch_option == "auto":
         return _choose_for_machine(config.batch, gpus=0 if config.train.device == "cpu" else hardware.gpus())
