@@ -116,7 +116,7 @@ def test_ranks_of_which_one_died_are_started_again_and_it_is_said_who_and_how_of
 def test_the_rank_that_died_is_named_and_not_the_one_that_only_missed_it(play: Play, tmp_path: Path) -> None:
     died = str(tmp_path / "died")
     one = f"if rank:\n open({died!r}, 'w').close()\n os.kill(os.getpid(), 9)"
-    two = f"while not os.path.exists({died!r}):\n time.sleep(0.001)\ncontrol.wait_before_exit()\nsys.exit(1)"
+    two = f"while not os.path.exists({died!r}):\n time.sleep(0.001)\nchannel.wait_before_exit()\nsys.exit(1)"
     ended = play(f"{one}\n{two}", restarts=0).wait()
     assert ended.err == "mirl-dist: rank 1 was killed by signal 9.\n", ended.said()
 
