@@ -241,9 +241,7 @@ def test_a_run_survives_killed_ranks_a_stop_and_a_killed_launcher(lab: Any, refe
     assert lab.digests(run) == lab.digests(reference)
 
 
-def test_a_step_that_always_kills_its_ranks_is_given_up_and_can_be_tried_again(
-    lab: Any, tmp_path: Path
-) -> None:
+def test_a_step_that_always_kills_its_ranks_is_given_up_and_can_be_tried_again(lab: Any, tmp_path: Path) -> None:
     sets = {"guard.same_step_failures": 2, "prune.rounds": 0, "store.lease_seconds": 5}
     for _ in range(2):
         ended = lab.play(tmp_path, sets, fatal={"rank": 1, "step": [0, 3]})
