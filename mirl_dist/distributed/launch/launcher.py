@@ -227,8 +227,8 @@ def _find_own_address(file: LaunchFile) -> str:
             address = elastic.own_address(str(file.address), int(file.port or 0))
             break
         except OSError as error:
-            passing = isinstance(error, socket.gaierror) and time.monotonic() - since < _NAME_SECONDS
-            if not passing:
+            temporary = isinstance(error, socket.gaierror) and time.monotonic() - since < _NAME_SECONDS
+            if not temporary:
                 raise UserError(
                     f"{file.path}: node 0 is said to be at {file.address}, to which this node finds no way "
                     f"({error.strerror or error}). Correct main_process_ip or {launch_file.ADDRESS}, or the network."
