@@ -1,4 +1,4 @@
-"""Where the ranks stand: meetings are numbered, and who has not come to one is named."""
+"""Records where a rank is: collectives are numbered, so that ranks that have not reached one can be named."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_NAMED = 4
+_MOST_NAMED = 4
 
 
 class RankState(NamedTuple):
-    """Where a rank is. number: of the meeting that it is in, or was in last; seconds: in it, or since it left it."""
+    """Where a rank is. sequence: the number of the collective that it is in, or was in last; name: that of the
+    collective; seconds: in it, or since it left it; location: in this package's code; beat: grows while it runs."""
 
     sequence: int
     name: str
@@ -26,16 +27,16 @@ class RankState(NamedTuple):
 
 
 class FlightRecorder:
-    """Where the main thread is. It replaces a few words; another thread may read them at any time."""
+    """Records where the main thread is, by replacing whole values: another thread may read them at any time."""
 
     def __init__(self) -> None:
         self.phase = "starting"
         self._thread = threading.get_ident()
-        self._now: tuple[int, str, float, Callable[[], bool] | None] = (0, "", time.monotonic(), lambda: True)
+        self._current: tuple[int, str, float, Callable[[], bool] | None] = (0, "", time.monotonic(), lambda: True)
 
     @contextmanager
     def in_phase(self, name: str) -> Iterator[None]:
-        """What messages call the work inside; the phase around it returns afterwards."""
+        """Name the work inside for messages; the phase around it returns afterwards."""
         before, self.phase = self.phase, name
         try:
             yield
@@ -44,7 +45,7 @@ class FlightRecorder:
 
     @contextmanager
     def collective(self, what: str) -> Iterator[None]:
-        """Around a wait for all ranks."""
+        """Record a collective that runs inside."""
         self.begin(what)
         try:
             yield
@@ -52,57 +53,63 @@ class FlightRecorder:
             self.end()
 
     def begin(self, what: str) -> None:
-        self._now = (self._now[0] + 1, what, time.monotonic(), None)
+        """Record that the main thread enters the collective `what`."""
+        self._current = (self._current[0] + 1, what, time.monotonic(), None)
 
-    def end(self, over: Callable[[], bool] = lambda: True) -> None:
-        """over: for a meeting that a GPU may still be in when the main thread goes on; called by other threads."""
-        number, what, since, _ = self._now
-        self._now = (number, what, time.monotonic() if over() else since, over)
+    def end(self, is_done: Callable[[], bool] = lambda: True) -> None:
+        """Record that the main thread leaves it. is_done: whether a GPU has left it too; called by other threads."""
+        sequence, what, since, _ = self._current
+        self._current = (sequence, what, time.monotonic() if is_done() else since, is_done)
 
     def state(self, beat: int = 0) -> RankState:
-        number, what, since, over = self._now
-        waiting = over is None or not over()
-        return RankState(number, what, waiting, self.phase, time.monotonic() - since, self._where(), beat)
+        """Read where the main thread is now. beat: a number for readers on other ranks."""
+        sequence, what, since, is_done = self._current
+        waiting = is_done is None or not is_done()
+        return RankState(sequence, what, waiting, self.phase, time.monotonic() - since, self._location(), beat)
 
-    def _where(self) -> str:
-        """The main thread's place in this package, and inside what that called: 'train.py:9 run, in conv.py:1 f'."""
+    def _location(self) -> str:
+        """The main thread's line in this package, and in what that called: 'loop.py:9 run, in conv.py:1 f'."""
         frame: Any = sys._current_frames().get(self._thread)
         innermost = frame
         while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] != "mirl_dist":
             frame = frame.f_back
-        places = [_place(f) for f in (frame, innermost) if f is not None]
-        return ", in ".join(dict.fromkeys(places))
+        locations = [_frame_location(f) for f in (frame, innermost) if f is not None]
+        return ", in ".join(dict.fromkeys(locations))
 
 
-def _place(frame: Any) -> str:
+def _frame_location(frame: Any) -> str:
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
 
 
-def diagnose(mine: RankState, others: Mapping[int, RankState], silent: Collection[int], names: Sequence[str]) -> str:
-    """Who has not come to the meeting that this rank waits in. silent: ranks whose process gives no sign of life."""
-    behind = {r: o for r, o in others.items() if r in silent or o.sequence < mine.sequence}
+def diagnose(own: RankState, others: Mapping[int, RankState], silent: Collection[int], names: Sequence[str]) -> str:
+    """Name the ranks that have not reached the collective in which this rank waits.
+
+    others: states by rank; silent: ranks whose process shows no sign of life; names: of all ranks.
+    """
+    behind = {r: o for r, o in others.items() if r in silent or o.sequence < own.sequence}
     if any(r in silent or not o.waiting for r, o in behind.items()):
-        # Who waits in an earlier meeting waits for the same ones.
+        # A rank that waits in an earlier collective waits for the same ones.
         behind = {r: o for r, o in behind.items() if r in silent or not o.waiting}
-    said = [f"{names[r]} has not come: {_about(o, r in silent)}" for r, o in behind.items()]
+    causes = [f"{names[r]} has not come: {_describe_state(o, r in silent)}" for r, o in behind.items()]
     for rank, other in others.items():
-        if other.sequence == mine.sequence and other.name != mine.name:
-            said.append(f"{names[rank]} calls this meeting {other.name}: a fault of this program, please report it")
-    if len(said) > _NAMED:
-        said[_NAMED:] = [f"and {len(said) - _NAMED} more ranks have not come"]
-    return f"{waited(mine)}; {'; '.join(said) or 'all have come to it: the network between them, or a GPU, is stuck'}"
+        if other.sequence == own.sequence and other.name != own.name:
+            causes.append(f"{names[rank]} calls this meeting {other.name}: a fault of this program, please report it")
+    if len(causes) > _MOST_NAMED:
+        causes[_MOST_NAMED:] = [f"and {len(causes) - _MOST_NAMED} more ranks have not come"]
+    stuck = "all have come to it: the network between them, or a GPU, is stuck"
+    return f"{describe_wait(own)}; {'; '.join(causes) or stuck}"
 
 
-def _about(other: RankState, silent: bool) -> str:
-    met = f"{'in' if other.waiting else 'after'} meeting {other.sequence}"
+def _describe_state(other: RankState, silent: bool) -> str:
+    last = f"{'in' if other.waiting else 'after'} meeting {other.sequence}"
     if silent:
         gone = "its process does not answer any more: it is stopped, swapped out, or its node is gone"
-        return f"{gone} (last heard of in {other.phase}, {met})"
+        return f"{gone} (last heard of in {other.phase}, {last})"
     waits = "waits" if other.waiting else "is"
-    return f"it {waits} in {other.phase}, {met}, at {other.location}, for {other.seconds:.0f} s"
+    return f"it {waits} in {other.phase}, {last}, at {other.location}, for {other.seconds:.0f} s"
 
 
-def waited(mine: RankState) -> str:
-    """The beginning of what a rank says that waits for too long."""
-    what = mine.name.removeprefix("the ").removeprefix("a ")
-    return f"waited {mine.seconds:.0f} s in {mine.phase} for the {what} (meeting {mine.sequence})"
+def describe_wait(own: RankState) -> str:
+    """The first part of the message of a rank that waits for too long."""
+    what = own.name.removeprefix("the ").removeprefix("a ")
+    return f"waited {own.seconds:.0f} s in {own.phase} for the {what} (meeting {own.sequence})"

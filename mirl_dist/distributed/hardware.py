@@ -1,4 +1,4 @@
-"""What this machine offers to training: processors, GPUs and collective libraries."""
+"""Counts what this machine offers to training: processors, GPUs and collective libraries."""
 
 from __future__ import annotations
 

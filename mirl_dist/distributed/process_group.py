@@ -1,40 +1,109 @@
-"""Joins and leaves torch's process group."""
+"""Joins and leaves torch's process group, and connects to the store where the ranks of a launch find each other."""
 
 from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from mirl_dist.distributed.live_store import LiveStore
 from mirl_dist.distributed.rendezvous import rendezvous
 
 _DISTRIBUTED: Any = torch.distributed  # what it calls private, or does not describe
 
+# Groups that were left. Were a wrapped model the last to hold one, freeing it would wait, with Python's lock held, for
+# a thread of gloo that may need that lock to free a tensor (torch 2.13): a finished rank that never ends.
+_LEFT_GROUPS: list[Any] = []
 
-def join_process_group(backend: str, patience: timedelta) -> str:
-    """Join the process group under a word of this start, which is returned.
+
+class Membership(NamedTuple):
+    """What a process is in its group. launch_id: shared by all ranks of this start, '' for one process alone.
+
+    accelerator: Accelerate's object, which wraps the network and runs its backward passes under DDP; None under other
+    engines.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    launch_id: str
+    accelerator: Any
+
+
+def join_process_group(*, cpu: bool, use_accelerate: bool, timeout: timedelta) -> Membership:
+    """Join the group that the launcher announced in the environment. timeout: after which torch gives up a collective.
+
+    use_accelerate: under DDP. Accelerate would wrap the networks of other engines in its own loop, or, on a CPU, not at
+    all and without a word.
+    """
+    backend = "gloo" if cpu else "nccl"
+    launch_id = _join_under_launch_id(backend, timeout) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    if use_accelerate:
+        return _join_with_accelerate(cpu, timeout, launch_id)
+    if not _DISTRIBUTED.is_initialized():  # one process
+        store = _DISTRIBUTED.HashStore()
+        _DISTRIBUTED.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    device = torch.device("cpu")
+    if not cpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    return Membership(_DISTRIBUTED.get_rank(), _DISTRIBUTED.get_world_size(), device, launch_id, None)
+
+
+def _join_with_accelerate(cpu: bool, timeout: timedelta, launch_id: str) -> Membership:
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    settings = InitProcessGroupKwargs(timeout=timeout)
+    accelerator: Any = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[settings])
+    rank, world = accelerator.process_index, accelerator.num_processes
+    return Membership(rank, world, accelerator.device, launch_id, accelerator)
+
+
+def _join_under_launch_id(backend: str, timeout: timedelta) -> str:
+    """Join the process group under the launch id, which is returned.
 
     For torch's launcher keeps its store when it starts ranks again (torch 2.4 to 2.13), and torch alone would read in
     it where the dead ones listened.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = connect_store(patience, master=rank == 0 and not store_is_the_launchers())
-    word = rendezvous(_DISTRIBUTED.PrefixStore("mirl_dist", store), rank, world, patience.total_seconds())
-    own = _DISTRIBUTED.PrefixStore(word, store)
-    _DISTRIBUTED.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=patience)
-    return word
+    store = connect_store(timeout, master=rank == 0 and not store_is_the_launchers())
+    launch_id = rendezvous(_DISTRIBUTED.PrefixStore("mirl_dist", store), rank, world, timeout.total_seconds())
+    prefixed = _DISTRIBUTED.PrefixStore(launch_id, store)
+    _DISTRIBUTED.init_process_group(backend, store=prefixed, rank=rank, world_size=world, timeout=timeout)
+    return launch_id
 
 
-def connect_store(patience: timedelta, *, master: bool) -> Any:
-    """A connection to where the ranks of this launch meet; the master keeps that place."""
+def leave_process_group(membership: Membership) -> None:
+    """Leave it, all ranks together."""
+    if _is_joined():
+        _LEFT_GROUPS.append(_DISTRIBUTED.group.WORLD)
+    if membership.accelerator is not None:
+        membership.accelerator.end_training()
+    if _is_joined():
+        _DISTRIBUTED.destroy_process_group()
+
+
+def _is_joined() -> bool:
+    return bool(_DISTRIBUTED.is_available() and _DISTRIBUTED.is_initialized())
+
+
+def connect_store(timeout: timedelta, *, master: bool) -> Any:
+    """Connect to the store of this launch; the master's process serves it."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     options = {"is_master": master, "wait_for_workers": False, "multi_tenant": True}
-    return _DISTRIBUTED.TCPStore(host, port, timeout=patience, **options)
+    return _DISTRIBUTED.TCPStore(host, port, timeout=timeout, **options)
+
+
+def connect_live_store(launch_id: str) -> LiveStore:
+    """Connect once more, for the watchdog: a call may block for as long as it likes, which the watchdog notices."""
+    store = connect_store(timedelta(days=1000), master=False)
+    return LiveStore(_DISTRIBUTED.PrefixStore(f"{launch_id}/watch", store), store.host, store.port)
 
 
 def store_is_the_launchers() -> bool:
+    """Whether the launcher's process serves the store, not that of rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 

@@ -1,14 +1,13 @@
-"""The door to other processes: who am I, wrap, backward, gather, sum, agree, broadcast.
+"""The ranks of a launch and their collectives: gather, sum, agree, broadcast; the passes of the network they train.
 
-Alone imports accelerate and torch.distributed. Every collective of the project is a method here, so that a reader sees
-in the loop where ranks meet. Each is a numbered meeting, `what` its name in messages; see watch.py.
+Every collective of the project is a method here or in the engine, so that a reader sees in the loop where ranks wait
+for each other. Each has a number and a name, `what`, for messages; see flight_recorder.py and watchdog.py.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -17,24 +16,24 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mirl_dist.distributed.engines.base import Engine, MakeOptimiser, ShardedEngine
-from mirl_dist.distributed.engines.ddp import DdpEngine
+from mirl_dist.distributed.engines.base import Engine, EngineSpec, MakeOptimiser
 from mirl_dist.distributed.engines.from_env import engine_from_env
 from mirl_dist.distributed.engines.sharding import ShardLayout
 from mirl_dist.distributed.flight_recorder import FlightRecorder
 from mirl_dist.distributed.hardware import gpus
-from mirl_dist.distributed.process_group import connect_store, join_process_group, store_is_the_launchers
+from mirl_dist.distributed.parallel_network import ParallelNetwork
+from mirl_dist.distributed.process_group import (
+    connect_live_store,
+    join_process_group,
+    leave_process_group,
+    store_is_the_launchers,
+)
 from mirl_dist.distributed.rendezvous import check_launch_environment, check_own_gpu
-from mirl_dist.distributed.watchdog import LiveStore, Watchdog
+from mirl_dist.distributed.watchdog import Watchdog
 from mirl_dist.errors import InvariantError, MirlError, Stopped, UserError
 from mirl_dist.pruning.partition import ReplicatedPartition
 
 T = TypeVar("T")
-
-# Groups that were left. Were a wrapped model the last to hold one, freeing it would wait, with Python's lock held, for
-# a thread of gloo that may need that lock to free a tensor (torch 2.13): a finished rank that never ends.
-_LEFT: list[Any] = []
-_DISTRIBUTED: Any = torch.distributed  # what it calls private, or does not describe
 
 
 class Ranks:
@@ -45,78 +44,61 @@ class Ranks:
     ) -> None:
         """device: 'auto' (a GPU per rank where there are any) or 'cpu'; precision: 'fp32' or 'bf16'.
 
-        timeout_seconds: how long ranks wait for one another. After that those who have not come are named on standard
-        error, and who waited ends with code 1. Raises UserError when the processes that were launched are not the
-        processes that found each other.
+        timeout_seconds: how long ranks wait for one another. After that those that have not come are named on standard
+        error, and the ranks that waited exit with code 1. Raises UserError for an environment in which no launch works,
+        InvariantError when the processes that were launched are not the processes that found each other.
         """
         check_launch_environment(os.environ)
-        self.engine_spec = engine_from_env(os.environ)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it matmul varies
-        cpu = device == "cpu" or not torch.cuda.is_available()
-        if cpu:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed it says else that it guesses
-        else:
-            check_own_gpu(os.environ, gpus())
-            torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: TF32 would change every convolution
-        self._half = precision == "bf16"
-        patience = timedelta(seconds=timeout_seconds + 60)  # torch gives up later than the watch, which can tell why
-        backend = "gloo" if cpu else "nccl"
-        word = join_process_group(backend, patience) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        self.rank: int
-        self.world: int
-        self.device: torch.device
-        if self.engine_spec.name == "ddp":
-            self._joined_by_accelerate(cpu, patience)
-        else:
-            self._joined_alone(backend, patience)
-        self._sharded: ShardedEngine | None = None
-        self._recorder, self._all_reduces, self._stop_requested = FlightRecorder(), True, False
+        spec = engine_from_env(os.environ)
+        cpu = _prepare_device(device)
+        timeout = timedelta(seconds=timeout_seconds + 60)  # torch gives up after the watchdog, which can tell why
+        self._membership = join_process_group(cpu=cpu, use_accelerate=spec.name == "ddp", timeout=timeout)
+        self.parallel_network = ParallelNetwork(spec, self._membership, self, half=precision == "bf16")
+        self._recorder, self._stop_requested = FlightRecorder(), False
         self.hosts: list[str] = self.gather_objects(platform.node(), what="gather of hosts")
         self.names = [f"rank {rank} ({host})" for rank, host in enumerate(self.hosts)]
-        self._watchdog = self._start_watch(word, timeout_seconds) if word and self.world > 1 else None
-        self._prove_that_all_are_here()
+        watched = self._membership.launch_id and self.world > 1
+        self._watchdog = self._start_watchdog(timeout_seconds) if watched else None
+        self._check_world()
         torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True)
 
-    def _joined_by_accelerate(self, cpu: bool, patience: timedelta) -> None:
-        from accelerate import Accelerator, InitProcessGroupKwargs
-
-        self._accelerator: Any = Accelerator(
-            cpu=cpu, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)]
-        )
-        self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
-        self.device = self._accelerator.device
-
-    def _joined_alone(self, backend: str, patience: timedelta) -> None:
-        """For engines that Accelerate would wrap in its own loop, or, on a CPU, not at all and without a word."""
-        self._accelerator = None
-        if not _DISTRIBUTED.is_initialized():  # one process
-            store = _DISTRIBUTED.HashStore()
-            _DISTRIBUTED.init_process_group(backend, store=store, rank=0, world_size=1, timeout=patience)
-        self.rank, self.world = _DISTRIBUTED.get_rank(), _DISTRIBUTED.get_world_size()
-        self.device = torch.device("cpu")
-        if backend == "nccl":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(self.device)
-
-    def _start_watch(self, word: str, timeout_seconds: float) -> Watchdog:
-        """On a connection of its own, which may block for as long as it likes: the watch minds that."""
+    def _start_watchdog(self, timeout_seconds: float) -> Watchdog:
         pids = self.gather_objects(os.getpid(), what="gather of process ids")
         names = [f"rank {rank} ({self.hosts[rank]}, pid {pid})" for rank, pid in enumerate(pids)]
-        store = connect_store(timedelta(days=1000), master=False)
-        home = f"the launcher's process at {store.host}:{store.port}" if store_is_the_launchers() else names[0]
-        board = LiveStore(_DISTRIBUTED.PrefixStore(f"{word}/watch", store), store.host, store.port)
-        return Watchdog(self._recorder, board, self.rank, names, home, timeout_seconds).start()
+        store = connect_live_store(self._membership.launch_id)
+        store_host = f"the launcher's process at {store.address}" if store_is_the_launchers() else names[0]
+        return Watchdog(self._recorder, store, self.rank, names, store_host, timeout_seconds).start()
 
-    def _prove_that_all_are_here(self) -> None:
+    def _check_world(self) -> None:
+        """Raise InvariantError unless as many processes answer as the launcher announced."""
         announced = int(os.environ.get("WORLD_SIZE", "1"))
         counted = int(self.sum(torch.ones(1, dtype=torch.int64), what="roll call").item())
         if not announced == self.world == counted:
-            raise UserError(
+            raise InvariantError(
                 f"the launcher announced {announced} processes, {self.world} were joined, and {counted} answered: "
                 "each would train alone. Launch with `accelerate launch --config_file launch/cpu_two.yaml`, or with "
                 "torchrun."
             )
+
+    @property
+    def rank(self) -> int:
+        return self._membership.rank
+
+    @property
+    def world(self) -> int:
+        """The number of ranks."""
+        return self._membership.world
+
+    @property
+    def device(self) -> torch.device:
+        """The device that this rank computes on."""
+        return self._membership.device
+
+    @property
+    def engine_spec(self) -> EngineSpec:
+        """The engine that the launch asked for."""
+        return self.parallel_network.spec
 
     @property
     def is_main(self) -> bool:
@@ -128,17 +110,17 @@ class Ranks:
         return self._recorder.phase
 
     def in_phase(self, name: str) -> AbstractContextManager[None]:
-        """Around a part of the work, named as in 'training'; afterwards the phase around it returns."""
+        """Name the work inside, as in 'training'; afterwards the phase around it returns."""
         return self._recorder.in_phase(name)
 
     def request_stop(self) -> None:
-        """Ask all ranks to stop: `stop_told` becomes true on each within about two seconds. Returns at once."""
+        """Ask all ranks to stop: `stop_requested` becomes true on each within about two seconds. Returns at once."""
         self._stop_requested = True
         if self._watchdog is not None:
             self._watchdog.request_stop()
 
     def stop_requested(self) -> bool:
-        """Whether any rank was asked to stop; costs nothing, and ranks may hear it a second apart."""
+        """Whether any rank was asked to stop; costs nothing, and ranks may learn it a second apart."""
         return self._stop_requested or (self._watchdog is not None and self._watchdog.stop_requested)
 
     @property
@@ -146,131 +128,56 @@ class Ranks:
         """This rank's slice of replicated tensors, for counting every weight once."""
         return ReplicatedPartition(self.rank, self.world)
 
-    def engine(self, model: nn.Module, make_optimiser: MakeOptimiser, example: Tensor) -> tuple[Engine, nn.Module]:
-        """The engine that the launch asked for, around a model that lies on this rank's device; what to call in
-        training. Weights become those of rank 0 under DDP; else they must be the same on every rank.
-
-        example: (B, 3, H, W), of any values.
-        """
-        if self.engine_spec.name == "ddp":
-            wrapped = self.wrap(model)
-            self.warm_up(wrapped, example)
-            return DdpEngine(dict(self.unwrap(wrapped).named_parameters()), make_optimiser, self.partition), wrapped
-        if self.engine_spec.name == "fsdp":
-            from mirl_dist.distributed.engines.fsdp import FsdpEngine
-
-            example = example.to(self.device)
-            dealt: ShardedEngine = FsdpEngine(model, make_optimiser, self.engine_spec, self.rank, self, example)
-        else:
-            from mirl_dist.distributed.engines.deepspeed import ZeroEngine
-
-            dealt = ZeroEngine(model, make_optimiser, self.engine_spec, self.rank, self.world, self, self._half)
-        self._sharded = dealt
-        return dealt, dealt.network
-
-    def collective(self, what: str) -> AbstractContextManager[None]:
-        """Around a wait for all ranks that somebody else holds."""
-        return self._gpu_collective(what)
-
     @property
     def is_sharded(self) -> bool:
         """Whether a forward pass needs all ranks: weights are gathered in it."""
-        return self._sharded is not None
+        return self.parallel_network.is_sharded
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model on this rank's device, its gradients averaged over ranks. Weights become those of rank 0.
-
-        Raises UserError when several ranks would train a model that is not wrapped.
-        """
-        # Depthwise kernels (C, 1, 3, 3) have two equal layouts, and autograd picks the other one: harmless.
-        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        with self._recorder.collective("wrapping of the network"):
-            wrapped: nn.Module = self._accelerator.prepare(model)
-        parallel = isinstance(wrapped, nn.parallel.DistributedDataParallel)
-        if self.world > 1 and not parallel:
-            raise UserError(
-                f"{self.world} ranks, but the model is a {type(wrapped).__name__}: gradients would not be shared. "
-                "Launch with a file from launch/.",
-                everywhere=True,
-            )
-        return wrapped
-
-    def warm_up(self, model: nn.Module, example: Tensor) -> None:
-        """One throwaway pass through a wrapped model, so that every step that counts adds gradients in one order.
-
-        DDP sorts its buckets anew after its first backward pass; with three ranks or more, a process's first step
-        would otherwise add in another order than the same step of a run that was not interrupted.
-        """
-        self.backward(model(example.to(self.device)).sum() * 0)
-        model.zero_grad()
-
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        """The bare network below `wrap`: names and weights as created."""
-        bare: nn.Module = self._accelerator.unwrap_model(model)
-        return bare
+    def engine(self, model: nn.Module, make_optimiser: MakeOptimiser, example: Tensor) -> tuple[Engine, nn.Module]:
+        """Build the engine around a model on this rank's device; see ParallelNetwork.engine."""
+        return self.parallel_network.engine(model, make_optimiser, example)
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
-        """The model's output in the precision that was asked for. Weights, gradients and losses stay float32. A meeting
-        where weights are gathered for it."""
-        meeting = self._gpu_collective("gather of weights") if self._sharded is not None else nullcontext()
-        with meeting, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._half):
-            restored: Tensor = model(images)
-        return restored
+        """Run the model in the run's precision; see ParallelNetwork.forward."""
+        return self.parallel_network.forward(model, images)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients, averaged over ranks: a meeting, unless more passes follow in this step."""
-        if self._sharded is not None:
-            with self._gpu_collective("gradient reduction"):
-                self._sharded.backward(loss)
-        elif self.world == 1 or not self._all_reduces:
-            self._accelerator.backward(loss)
-        else:
-            with self._gpu_collective("gradient all-reduce"):
-                self._accelerator.backward(loss)
+        """Add to the gradients, averaged over ranks; see ParallelNetwork.backward."""
+        self.parallel_network.backward(loss)
+
+    def accumulate(self, model: nn.Module, more: bool) -> AbstractContextManager[None]:
+        """Surround a forward and backward pass after which `more` follow in this step."""
+        return self.parallel_network.accumulate(model, more)
 
     @contextmanager
-    def _gpu_collective(self, what: str) -> Iterator[None]:
-        """A meeting that the GPU may still be in when the main thread goes on."""
+    def collective(self, what: str) -> Iterator[None]:
+        """Record a collective that somebody else runs inside, and that the GPU may still be in afterwards."""
         self._recorder.begin(what)
         try:
             yield
         finally:
-            self._recorder.end(*([_when_gpu_is_done()] if self.device.type == "cuda" else []))
-
-    @contextmanager
-    def accumulate(self, model: nn.Module, more: bool) -> Iterator[None]:
-        """Around a forward and backward pass; `more` passes follow in this step, so ranks need not meet yet."""
-        if self._sharded is not None:
-            self._sharded.accumulate(more)
-            yield
-            return
-        self._all_reduces = not more
-        try:
-            with self._accelerator.no_sync(model) if more else nullcontext():
-                yield
-        finally:
-            self._all_reduces = True
+            self._recorder.end(*([_track_gpu_work()] if self.device.type == "cuda" else []))
 
     def gather(self, values: Tensor, *, what: str = "gather of numbers") -> Tensor:
-        """A tensor of every rank, of one shape and dtype, as (world, *shape) on the CPU, in rank order."""
+        """Gather a tensor of every rank, of one shape and dtype, as (world, *shape) on the CPU, in rank order."""
         with self._recorder.collective(what) if self.world > 1 else nullcontext():
-            return self._gathered(values).cpu()
+            return self._all_gather(values).cpu()
 
     def gather_here(self, values: Tensor, *, what: str = "gather of numbers") -> Tensor:
-        """As `gather`, on this rank's device: for large ones."""
-        with self._gpu_collective(what) if self.world > 1 else nullcontext():
-            return self._gathered(values)
+        """Gather as `gather` does, on this rank's device: for large tensors."""
+        with self.collective(what) if self.world > 1 else nullcontext():
+            return self._all_gather(values)
 
-    def _gathered(self, values: Tensor) -> Tensor:
-        mine = values.detach().to(self.device).contiguous()
+    def _all_gather(self, values: Tensor) -> Tensor:
+        local = values.detach().to(self.device).contiguous()
         if self.world == 1:
-            return mine.unsqueeze(0)
-        everyone = [torch.empty_like(mine) for _ in range(self.world)]
-        torch.distributed.all_gather(everyone, mine)
-        return torch.stack(everyone)
+            return local.unsqueeze(0)
+        per_rank = [torch.empty_like(local) for _ in range(self.world)]
+        torch.distributed.all_gather(per_rank, local)
+        return torch.stack(per_rank)
 
     def sum(self, values: Tensor, *, what: str = "sum of numbers") -> Tensor:
-        """The sum over ranks, on the CPU; added in rank order, so the same bits on every rank."""
+        """Add values over ranks, on the CPU, in rank order: so the same bits on every rank."""
         return self.gather(values, what=what).sum(dim=0)
 
     def any(self, flag: bool, *, what: str) -> bool:
@@ -278,22 +185,22 @@ class Ranks:
         return bool(self.gather(torch.tensor(flag), what=f"question {what}").any())
 
     def gather_objects(self, item: T, *, what: str = "gather of objects") -> list[T]:
-        """A small picklable object of every rank, in rank order, on every rank."""
+        """Gather a small picklable object of every rank, in rank order, on every rank."""
         if self.world == 1:
             return [item]
-        found: list[Any] = [None] * self.world
+        items: list[Any] = [None] * self.world
         with self._recorder.collective(what):
-            torch.distributed.all_gather_object(found, item)
-        return found
+            torch.distributed.all_gather_object(items, item)
+        return items
 
     def check_agreement(self, what: str, digest: str) -> None:
         """Raise InvariantError on every rank, naming who differs, unless all ranks hold the same digest."""
         all_digests = self.gather_objects(digest, what=f"agreement on {what}")
         if len(set(all_digests)) > 1:
             usual = max(all_digests, key=all_digests.count)
-            odd = [r for r, d in enumerate(all_digests) if d != usual]
+            drifted = [r for r, d in enumerate(all_digests) if d != usual]
             table = ", ".join(f"rank {r} {d[:12]}" for r, d in enumerate(all_digests))
-            named = ", ".join(f"{r} ({self.hosts[r]})" for r in odd)
+            named = ", ".join(f"{r} ({self.hosts[r]})" for r in drifted)
             raise InvariantError(
                 f"ranks disagree on {what}: {table}. Rank {named} has drifted: check that "
                 "machine's memory and GPU, then start again with --resume auto from the last commit.",
@@ -301,7 +208,7 @@ class Ranks:
             )
 
     def on_main(self, work: Callable[[], T], *, what: str = "work") -> T:
-        """The result of `work`, done by rank 0 alone. A MirlError or Stopped that it raises is raised on every rank."""
+        """Run `work` on rank 0 alone; return its result, or raise its MirlError or Stopped, on every rank."""
         if self.world == 1:
             return work()
         outcome: list[Any] = [None, None]  # the result, or the error
@@ -324,7 +231,7 @@ class Ranks:
     def broadcast_tensors(
         self, tensors: Mapping[str, Tensor] | None, *, what: str = "tensors", layout: ShardLayout | None = None
     ) -> dict[str, Tensor]:
-        """Rank 0's named tensors on the CPU of every rank; other ranks pass None. held: of each, keep this part."""
+        """Send rank 0's named tensors to the CPU of every rank; other ranks pass None. layout: what to keep of each."""
         if self.world == 1:
             assert tensors is not None
             return {
@@ -345,6 +252,7 @@ class Ranks:
         return received
 
     def barrier(self, *, what: str = "barrier") -> None:
+        """Wait for all ranks."""
         if self.world > 1:
             with self._recorder.collective(what):
                 torch.distributed.barrier()
@@ -353,17 +261,23 @@ class Ranks:
         """Leave the process group, all ranks together; without this, torch warns about leaked resources."""
         if self._watchdog is not None:
             self._watchdog.stop()
-            self.barrier(what="end")  # rank 0 may keep what the others' watches read
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            _LEFT.append(torch.distributed.group.WORLD)
-        if self._accelerator is not None:
-            self._accelerator.end_training()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+            self.barrier(what="end")  # rank 0 may serve the store that the others' watchdogs read
+        leave_process_group(self._membership)
 
 
-def _when_gpu_is_done() -> Callable[[], bool]:
-    """Whether all that this thread has asked of its GPU so far is done; may be called by any thread."""
+def _prepare_device(device: str) -> bool:
+    """Set what CUDA and DeepSpeed read before they start. Returns whether this rank computes on the CPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it matmul varies
+    if device == "cpu" or not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed it says else that it guesses
+        return True
+    check_own_gpu(os.environ, gpus())
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: TF32 would change every convolution
+    return False
+
+
+def _track_gpu_work() -> Callable[[], bool]:
+    """Return a function that says whether all that this thread has asked of its GPU so far is done, to any thread."""
     cuda: Any = torch.cuda
     event = cuda.Event()
     event.record()

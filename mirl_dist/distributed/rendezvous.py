@@ -1,4 +1,4 @@
-"""How the processes of a launch find each other: launches that lost some are refused, those that came are counted."""
+"""Lets the processes of a launch find each other, and rejects environments in which some would train alone."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Protocol
 
 from mirl_dist.errors import UserError
 
-_WORD = "word"
+_LAUNCH_ID = "launch_id"
 _LONGEST_PAUSE_SECONDS = 0.25
 
 
 class KeyValueStore(Protocol):
-    """Where the processes of a launch meet. check: whether all of some keys are set; get: what one holds."""
+    """A store that all processes of a launch reach. check: whether all of some keys are set; get: the value of one."""
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
@@ -22,36 +22,40 @@ class KeyValueStore(Protocol):
 
 
 def rendezvous(store: KeyValueStore, rank: int, world: int, seconds: float) -> str:
-    """A word that all ranks of this start know, and none of an earlier one, whose words the store may still hold.
+    """Return the launch id: shared by all ranks of this start, and by none of an earlier start in the same store.
 
-    Rank 0 makes it and calls the others; each answers with a word of its own, and is let in by that one: so nobody
-    takes an old call for this one. Raises RuntimeError after `seconds`, on rank 0 with the ranks that have not come.
+    Rank 0 draws the launch id and publishes it; each other rank answers under it with a token of its own, and is
+    admitted by that token: so no rank takes an old launch id for this one. Raises RuntimeError after `seconds`, on rank
+    0 with the ranks that have not come.
     """
-    last, pause = time.monotonic() + seconds, 0.005
-    mine, called = secrets.token_hex(8), ""
+    deadline, pause = time.monotonic() + seconds, 0.005
+    token, answered = secrets.token_hex(8), ""
     others = range(1, world)
     if rank == 0:
-        store.set(_WORD, mine)
-    while time.monotonic() < last:
-        if rank == 0 and store.check([f"{mine}/{other}" for other in others]):
+        store.set(_LAUNCH_ID, token)
+    while time.monotonic() < deadline:
+        if rank == 0 and store.check([f"{token}/{other}" for other in others]):
             for other in others:
-                store.set(f"{mine}/{store.get(f'{mine}/{other}').decode()}", "come in")
-            return mine
-        if rank != 0 and store.check([_WORD]):
-            found = store.get(_WORD).decode()
-            if found != called:
-                called = found
-                store.set(f"{called}/{rank}", mine)
-            if store.check([f"{called}/{mine}"]):
-                return called
+                store.set(f"{token}/{store.get(f'{token}/{other}').decode()}", "admitted")
+            return token
+        if rank != 0 and store.check([_LAUNCH_ID]):
+            launch_id = store.get(_LAUNCH_ID).decode()
+            if launch_id != answered:
+                answered = launch_id
+                store.set(f"{launch_id}/{rank}", token)
+            if store.check([f"{launch_id}/{token}"]):
+                return launch_id
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-    missing = [other for other in others if not store.check([f"{mine}/{other}"])] if rank == 0 else [0]
+    missing = [other for other in others if not store.check([f"{token}/{other}"])] if rank == 0 else [0]
     raise RuntimeError(f"waited {seconds:.0f} s at the start for rank {', '.join(map(str, missing))}")
 
 
 def check_launch_environment(env: Mapping[str, str]) -> None:
-    """`accelerate launch --cpu --num_processes 2` announces a meeting point but starts one process, silently."""
+    """Raise UserError where processes were announced that nobody starts, or started without a launcher.
+
+    `accelerate launch --cpu --num_processes 2` sets a master address but starts one process, silently.
+    """
     if int(env.get("WORLD_SIZE", "1")) > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
         raise UserError(
             f"found WORLD_SIZE={env['WORLD_SIZE']} in the environment, but not RANK, MASTER_ADDR and MASTER_PORT: this "
@@ -70,7 +74,7 @@ def check_launch_environment(env: Mapping[str, str]) -> None:
 
 
 def check_own_gpu(env: Mapping[str, str], gpus: int) -> None:
-    """Several ranks on one GPU cannot talk to each other: NCCL refuses them without naming the cause."""
+    """Raise UserError when this rank has no GPU of its own: NCCL refuses two ranks on one without naming the cause."""
     local = int(env.get("LOCAL_RANK", "0"))
     if local >= gpus:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Which ranks all others wait for: names those that reach the all-reduce much later than the rest."""
+"""Names the ranks that reach the all-reduce much later than the others, which all wait for them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-_TOLD_AFTER = 3
-_TOLD_AGAIN_AFTER = 100
+_REPORT_AFTER = 3
+_REPORT_AGAIN_AFTER = 100
 _LEAST_SECONDS = 0.005
 
 
 class StragglerDetector:
-    """How long a rank takes from a pass's beginning to its first meeting; which ranks all others wait for.
+    """Measures how long a rank takes from the start of a pass to its first collective, and compares ranks.
 
     Only durations are compared, for clocks of two machines differ; waiting for other ranks is not counted.
     """
@@ -21,35 +21,37 @@ class StragglerDetector:
         """hosts: of all ranks, for messages."""
         self._hosts, self._clock = hosts, clock
         self._slow: dict[int, int] = {}
-        self._began = self._came = 0.0
+        self._began_at = self._batch_ready_at = 0.0
         self._reset()
 
     def _reset(self) -> None:
-        self._passes, self._batches, self._rest = 0, 0.0, 0.0
+        self._passes, self._batch_seconds, self._other_seconds = 0, 0.0, 0.0
 
     def begin(self) -> None:
-        self._began = self._came = self._clock()
+        """Record that a pass starts."""
+        self._began_at = self._batch_ready_at = self._clock()
 
     def batch_ready(self) -> None:
-        self._came = self._clock()
+        """Record that its batch has arrived."""
+        self._batch_ready_at = self._clock()
 
     def reached_collective(self) -> None:
-        """At the first meeting since `begin`, before it waits."""
+        """Record the first collective since `begin`; to be called before it waits."""
         self._passes += 1
-        self._batches += self._came - self._began
-        self._rest += self._clock() - self._came
+        self._batch_seconds += self._batch_ready_at - self._began_at
+        self._other_seconds += self._clock() - self._batch_ready_at
 
     def mean_seconds(self) -> tuple[float, float]:
-        """The mean seconds of a pass since the last call: waiting for its batch, and the rest."""
+        """Return the mean seconds of a pass since the last call: waiting for its batch, and the rest."""
         passes = max(self._passes, 1)
-        means = self._batches / passes, self._rest / passes
+        means = self._batch_seconds / passes, self._other_seconds / passes
         self._reset()
         return means
 
     def find_slow(self, seconds_per_rank: Sequence[tuple[float, float]], factor: float) -> list[str]:
-        """Lines that name ranks slower than the median of the others by `factor`, three reports in a row.
+        """Return lines that name ranks slower than the median of the others by `factor`, three reports in a row.
 
-        seconds_per_rank: what `take` gave on every rank. A rank is named again when it has recovered in between, or
+        seconds_per_rank: `mean_seconds` of every rank. A rank is named again when it has recovered in between, or
         after 100 reports.
         """
         totals = [sum(seconds) for seconds in seconds_per_rank]
@@ -58,7 +60,7 @@ class StragglerDetector:
             others = statistics.median(totals[:rank] + totals[rank + 1 :]) if len(totals) > 1 else total
             slow = total > factor * others and total - others >= _LEAST_SECONDS
             self._slow[rank] = self._slow.get(rank, 0) + 1 if slow else 0
-            if slow and self._slow[rank] % _TOLD_AGAIN_AFTER == _TOLD_AFTER:
+            if slow and self._slow[rank] % _REPORT_AGAIN_AFTER == _REPORT_AFTER:
                 lines.append(self._line(rank, total, others, seconds_per_rank[rank][0] / total))
         return lines
 

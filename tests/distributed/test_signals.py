@@ -1,4 +1,4 @@
-"""Laws of signals: polite while there is something to commit, at once before that, and never half."""
+"""Laws of signals: graceful while there is something to commit, at once before that, and never half."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import pytest
 
 PROGRAM = """
 import os, signal, sys, time
-from mirl_dist.distributed.signals import StopFlag
+from mirl_dist.distributed.signals import StopSignal
 
-flag = StopFlag().listen()
-flag.polite = "polite" in sys.argv
+stop = StopSignal().listen()
+stop.graceful = "graceful" in sys.argv
 try:
     for number in map(int, sys.argv[1].split(",")):
         try:
             os.kill(os.getpid(), number)
         except Exception:
             print("taken for an error")  # as libraries do, which then try again
-    print("goes on", flag())
+    print("goes on", stop())
 finally:
     if "twice" in sys.argv:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -46,9 +46,9 @@ def test_a_second_signal_does_not_break_the_clearing_up_of_the_first() -> None:
 
 
 def test_while_training_a_signal_is_noted() -> None:
-    assert ended("15", "polite") == (0, "goes on True; cleared up; ")
-    assert ended("2,15", "polite") == (0, "goes on True; cleared up; ")
+    assert ended("15", "graceful") == (0, "goes on True; cleared up; ")
+    assert ended("2,15", "graceful") == (0, "goes on True; cleared up; ")
 
 
 def test_a_second_ctrl_c_ends_the_process_at_once() -> None:
-    assert ended("2,2", "polite") == (130, "")
+    assert ended("2,2", "graceful") == (130, "")

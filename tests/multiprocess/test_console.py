@@ -12,11 +12,11 @@ from typing import Any
 
 SIGNALLED = """
 import os, signal, time
-from mirl_dist.distributed.signals import StopFlag
+from mirl_dist.distributed.signals import StopSignal
 
-flag = StopFlag()
-flag.deadline_seconds, flag.polite = 0.3, True
-flag.listen()
+stop = StopSignal()
+stop.deadline_seconds, stop.graceful = 0.3, True
+stop.listen()
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(60)
 """

@@ -1,1 +1,1 @@
-"""What holds a rank's weights and updates them: replicas (DDP), or a network dealt out over the ranks (ZeRO, FSDP2)."""
+"""Engines hold a rank's weights and update them: replicas (DDP), or a network sharded over the ranks (ZeRO, FSDP2)."""

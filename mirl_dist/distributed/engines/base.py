@@ -1,4 +1,4 @@
-"""What every engine can do."""
+"""Defines what every engine can do."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class EngineSpec(NamedTuple):
 
 
 class Collectives(Protocol):
-    """Meetings of all ranks. gather: a tensor of every rank, of one shape and dtype, as (ranks, *shape) on its device;
-    meeting: around one that somebody else holds."""
+    """What engines use of the ranks. gather: a tensor of every rank, of one shape and dtype, as (ranks, *shape);
+    collective: records one that the engine's library runs inside."""
 
     def gather(self, values: Tensor, *, what: str) -> Tensor: ...
     def collective(self, what: str) -> AbstractContextManager[None]: ...
@@ -36,9 +36,9 @@ class Collectives(Protocol):
 class Engine(Protocol):
     """The live weights of one rank, and what updates them.
 
-    weights: what this rank holds of each parameter, detached and live: whole tensors, or flat parts of them; held:
-    which. owned: of what it keeps moments and the averaged gradient. share: what it counts. Names and their order are
-    the bare network's.
+    weights: what this rank holds of each parameter, detached and live: whole tensors, or flat parts of them, as layout
+    says. owned_layout: of what it keeps moments and the averaged gradient. partition: what it counts. Names and their
+    order are the bare network's.
     """
 
     weights: dict[str, Tensor]
@@ -47,69 +47,70 @@ class Engine(Protocol):
     partition: Partition
 
     def mask_gradients(self, masks: Mapping[str, Tensor]) -> None:
-        """Set the averaged gradients of dead weights to zero. masks: held as `weights` are."""
+        """Set the averaged gradients of pruned weights to zero. masks: laid out as `weights` are."""
         ...
 
-    def clip(self, most: float | None) -> Tensor:
-        """The norm of the averaged gradient over all ranks, the same on each; scales it down to `most`."""
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Return the norm of the averaged gradient over all ranks, the same on each; scale it down to `max_norm`."""
         ...
 
     def step(self, lr: float) -> None:
-        """One update, after which there is no gradient."""
+        """Update the weights once; there is no gradient afterwards."""
         ...
 
     def drop_gradients(self) -> None:
-        """Drop the gradients: the step is left out."""
+        """Drop the gradients: the step is skipped."""
         ...
 
     def reset_optimizer(self) -> None:
-        """A fresh optimiser: no moments, no steps counted."""
+        """Start with a fresh optimiser: no moments, no steps counted."""
         ...
 
     def weights_changed(self) -> None:
-        """`weights` were changed in place: whatever copies of them there are follow."""
+        """Bring all copies of `weights` up to date after they were changed in place."""
         ...
 
     def moments(self) -> dict[str, Tensor]:
-        """Live first and second moments of what is owned, as '<weight>.exp_avg' and '<weight>.exp_avg_sq', float32."""
+        """Return the live moments of what is owned, as '<weight>.exp_avg' and '<weight>.exp_avg_sq', float32."""
         ...
 
     def load_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
-        """The inverse of `moments`, after `steps` updates."""
+        """Set what `moments` returns, after `steps` updates."""
         ...
 
 
 class ShardedEngine(Engine, Protocol):
-    """An engine that shares the network, or what updates it, out over the ranks.
+    """An engine that shards the network, or what updates it, over the ranks.
 
-    network: to be called in training, by all ranks together: they may meet in it.
+    network: to be called in training, by all ranks together: collectives may run in it.
     """
 
     network: nn.Module
 
     def accumulate(self, more: bool) -> None:
-        """Said before each pass: whether `more` follow in this step."""
+        """Announce, before each pass, whether `more` follow in this step."""
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add to the gradients, which are averaged over ranks when no more passes follow: a meeting."""
+        """Add to the gradients, which are averaged over ranks when no more passes follow: a collective."""
         ...
 
 
 def gather_full(
-    parts: Mapping[str, Tensor], held: ShardLayout, gather: Callable[..., Tensor]
+    parts: Mapping[str, Tensor], layout: ShardLayout, gather: Callable[..., Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors from what ranks hold of them, one after the other in the order of names; never two at once.
+    """Yield whole tensors from the parts of all ranks, one after the other in the order of names; never two at once.
 
-    A meeting of all ranks for each, which all must go through, where they hold parts. parts: 'name' or 'name.kind'.
+    A collective for each where tensors are sharded: all ranks must exhaust it. parts: by 'name' or 'name.kind', laid
+    out as layout says.
     """
     for key in sorted(parts):
         part = parts[key].detach()
-        if held.is_replicated:
+        if layout.is_replicated:
             yield key, part
             continue
-        name = held.name(key)
+        name = layout.name(key)
         wire = torch.uint8 if part.dtype is torch.bool else part.dtype
-        padded = torch.zeros(held.longest(name), dtype=wire, device=part.device)
+        padded = torch.zeros(layout.longest(name), dtype=wire, device=part.device)
         padded[: part.numel()] = part.reshape(-1)
-        yield key, held.join(name, gather(padded, what=f"gather of {key}")).to(part.dtype)
+        yield key, layout.join(name, gather(padded, what=f"gather of {key}")).to(part.dtype)

@@ -1,4 +1,4 @@
-"""Every rank holds the whole network: one process, or DDP."""
+"""Trains replicas: every rank holds the whole network, alone or under DDP."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mirl_dist.pruning.partition import Partition, ReplicatedPartition
 
 
 class DdpEngine:
-    """Engine. parameters: of the bare network, whose gradients somebody else averages."""
+    """Engine of one replica."""
 
     optimiser: torch.optim.Optimizer
 
@@ -22,19 +22,20 @@ class DdpEngine:
         self,
         parameters: Mapping[str, nn.Parameter],
         make_optimiser: MakeOptimiser,
-        share: Partition = ReplicatedPartition(),  # noqa: B008 - an immutable tuple
+        partition: Partition = ReplicatedPartition(),  # noqa: B008 - an immutable tuple
     ) -> None:
-        self.parameters, self._make = dict(parameters), make_optimiser
+        """parameters: of the bare network, whose gradients DDP averages."""
+        self.parameters, self._make_optimiser = dict(parameters), make_optimiser
         self.weights: dict[str, Tensor] = {name: p.detach() for name, p in parameters.items()}
         self.layout = self.owned_layout = ShardLayout({name: tuple(p.shape) for name, p in parameters.items()})
-        self.partition = share
+        self.partition = partition
         self.reset_optimizer()
 
     def mask_gradients(self, masks: Mapping[str, Tensor]) -> None:
         masking.mask_gradients(self.parameters, masks)
 
-    def clip(self, most: float | None) -> Tensor:
-        return nn.utils.clip_grad_norm_(self.parameters.values(), most or float("inf"))
+    def clip(self, max_norm: float | None) -> Tensor:
+        return nn.utils.clip_grad_norm_(self.parameters.values(), max_norm or float("inf"))
 
     def step(self, lr: float) -> None:
         for group in self.optimiser.param_groups:
@@ -46,18 +47,18 @@ class DdpEngine:
         self.optimiser.zero_grad()
 
     def reset_optimizer(self) -> None:
-        self.optimiser = self._make(self.parameters)
+        self.optimiser = self._make_optimiser(self.parameters)
 
     def weights_changed(self) -> None:
         pass
 
     def moments(self) -> dict[str, Tensor]:
-        found = {}
+        moments = {}
         for name, parameter in self.parameters.items():
             for kind in MOMENTS:
                 if kind in self.optimiser.state[parameter]:
-                    found[f"{name}.{kind}"] = self.optimiser.state[parameter][kind]
-        return found
+                    moments[f"{name}.{kind}"] = self.optimiser.state[parameter][kind]
+        return moments
 
     def load_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
         for name, parameter in self.parameters.items():

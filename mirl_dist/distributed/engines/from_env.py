@@ -1,4 +1,4 @@
-"""Which engine a launch asks for, told by the environment that `accelerate launch` makes of its launch file."""
+"""Reads which engine a launch asks for from the environment that `accelerate launch` makes of its launch file."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from collections.abc import Mapping
 from mirl_dist.distributed.engines.base import EngineSpec
 from mirl_dist.errors import UserError
 
-_NOT_ITS_OWN = (
+_DECIDED_BY_CONFIG = (
     ("ACCELERATE_GRADIENT_CLIPPING", "none", "optimiser.clip_norm"),
     ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", "batch.forward"),
     ("ACCELERATE_MIXED_PRECISION", "no", "train.precision"),
 )
-_HOSTS = {"": False, "none": False, "cpu": True}
+_IS_OFFLOADED = {"": False, "none": False, "cpu": True}
 
 
 def engine_from_env(env: Mapping[str, str]) -> EngineSpec:
-    """DDP where nothing else is asked for. Raises UserError for a kind that is not built here."""
-    if _said(env, "ACCELERATE_USE_DEEPSPEED"):
-        return _zero(env)
-    if not _said(env, "ACCELERATE_USE_FSDP"):
+    """Return DDP where nothing else is asked for. Raises UserError for an engine that is not supported."""
+    if _is_true(env, "ACCELERATE_USE_DEEPSPEED"):
+        return _zero_spec(env)
+    if not _is_true(env, "ACCELERATE_USE_FSDP"):
         return EngineSpec()
     version = env.get("FSDP_VERSION", "1")
     if version != "2":
         raise UserError(
             f"found FSDP_VERSION={version}; only FSDP2 is known here. Set fsdp_version: 2 in the launch file."
         )
-    offload = _said(env, "FSDP_OFFLOAD_PARAMS")
+    offload = _is_true(env, "FSDP_OFFLOAD_PARAMS")
     return EngineSpec("fsdp", offload, offload)
 
 
-def _said(env: Mapping[str, str], key: str) -> bool:
+def _is_true(env: Mapping[str, str], key: str) -> bool:
     return env.get(key, "").lower() in ("true", "1")
 
 
-def _zero(env: Mapping[str, str]) -> EngineSpec:
+def _zero_spec(env: Mapping[str, str]) -> EngineSpec:
     stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
     if env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
         raise UserError(
@@ -43,16 +43,17 @@ def _zero(env: Mapping[str, str]) -> EngineSpec:
         )
     if stage not in ("1", "2", "3"):
         raise UserError(f"found zero_stage {stage or 'none'} in the launch file. Use 1, 2 or 3, or a file for DDP.")
-    for key, usual, instead in _NOT_ITS_OWN:
+    for key, usual, instead in _DECIDED_BY_CONFIG:
         if env.get(key, usual) not in (usual, "none"):
             raise UserError(f"found {key}={env[key]} from the launch file; the run's config decides ({instead}).")
-    kept: list[bool] = []
+    offloads: list[bool] = []
     for what in ("OPTIMIZER", "PARAM"):
         device = env.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none").lower()
-        if device not in _HOSTS:
+        if device not in _IS_OFFLOADED:
             raise UserError(f"found offload_{what.lower()}_device {device} in the launch file. Use none or cpu.")
-        kept.append(_HOSTS[device])
-    if kept[1] and stage != "3":
+        offloads.append(_IS_OFFLOADED[device])
+    optimizer, parameters = offloads
+    if parameters and stage != "3":
         raise UserError(f"found offload_param_device cpu with zero_stage {stage}; parameters stay with ZeRO-3 alone.")
     names = {"1": "zero1", "2": "zero2", "3": "zero3"}
-    return EngineSpec(names[stage], kept[0] or kept[1], kept[1])  # type: ignore[arg-type]
+    return EngineSpec(names[stage], optimizer or parameters, parameters)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""FSDP2: parameters, gradients and moments are dealt out over the ranks by rows; each layer's are gathered for use.
+"""FSDP2: parameters, gradients and moments are sharded over the ranks by rows; each layer's are gathered for use.
 
 torch's fully_shard directly: Accelerate's own FSDP leaves the model unwrapped on a CPU, without a word. The optimiser
 works on this rank's rows as plain tensors that share the memory of torch's DTensors.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,19 @@ from torch import Tensor, nn
 from mirl_dist.distributed.engines import requirements, sharded_gradients
 from mirl_dist.distributed.engines.base import MOMENTS, Collectives, EngineSpec, MakeOptimiser
 from mirl_dist.distributed.engines.sharding import shard_layout
-from mirl_dist.errors import UserError
+from mirl_dist.errors import InvariantError, UserError
 from mirl_dist.pruning.partition import Partition, ShardedPartition
 
 
+class _ShardedParameter(NamedTuple):
+    """A parameter as torch sees it, and this rank's rows of it: a flat parameter in the same memory."""
+
+    dtensor: Any
+    local: nn.Parameter
+
+
 class FsdpEngine:
-    """Engine, Dealt. network: with the same weights on every rank, on the ranks' device; it is taken over."""
+    """ShardedEngine of FSDP2."""
 
     optimiser: torch.optim.Optimizer
 
@@ -29,30 +36,36 @@ class FsdpEngine:
         self,
         network: nn.Module,
         make_optimiser: MakeOptimiser,
-        asked: EngineSpec,
+        spec: EngineSpec,
         rank: int,
-        meet: Collectives,
+        collectives: Collectives,
         example: Tensor,
     ) -> None:
+        """network: with the same weights on every rank, on the ranks' device; it is taken over. example: (B, 3, H, W).
+
+        Raises InvariantError when torch leaves a parameter whole.
+        """
         shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
-        with meet.collective("sharding of the network"):
-            self.network: Any = _sharded(network, next(network.parameters()).device, asked)
-        self._dealt: dict[str, Any] = dict(self.network.named_parameters())
-        whole = [name for name, p in self._dealt.items() if not hasattr(p, "to_local")]
+        with collectives.collective("sharding of the network"):
+            self.network: Any = _shard(network, next(network.parameters()).device, spec)
+        dtensors: dict[str, Any] = dict(self.network.named_parameters())
+        whole = [name for name, p in dtensors.items() if not hasattr(p, "to_local")]
         if whole:
-            raise UserError(
+            raise InvariantError(
                 f"FSDP2 was asked for, but '{whole[0]}' ({len(whole)} such) is still whole on rank {rank}: nothing "
                 "would be saved. This torch does not shard here; launch with a file for DDP.",
                 everywhere=True,
             )
-        with meet.collective("first pass"), torch.no_grad():
+        with collectives.collective("first pass"), torch.no_grad():
             self.network(example)  # FSDP2 puts parameters in their last place when they are first used
         self.network.reshard()
-        self._make, self._meet = make_optimiser, meet
-        self._own = {name: nn.Parameter(p.detach().to_local().reshape(-1)) for name, p in self._dealt.items()}
-        self.weights: dict[str, Tensor] = {name: p.detach() for name, p in self._own.items()}
-        mine = torch.tensor([p.numel() for p in self._own.values()], dtype=torch.int64)
-        lengths = meet.gather(mine, what="gather of shard sizes").tolist()
+        self._make_optimiser, self._collectives = make_optimiser, collectives
+        self._parameters = {
+            name: _ShardedParameter(p, nn.Parameter(p.detach().to_local().reshape(-1))) for name, p in dtensors.items()
+        }
+        self.weights: dict[str, Tensor] = {name: p.local.detach() for name, p in self._parameters.items()}
+        own_lengths = torch.tensor([p.numel() for p in self.weights.values()], dtype=torch.int64)
+        lengths = collectives.gather(own_lengths, what="gather of shard sizes").tolist()
         self.layout = self.owned_layout = shard_layout(
             shapes, rank, [dict(zip(shapes, row, strict=True)) for row in lengths]
         )
@@ -60,28 +73,31 @@ class FsdpEngine:
         self.reset_optimizer()
 
     def accumulate(self, more: bool) -> None:
-        """Every pass reduces and scatters its gradients: no rank keeps whole ones between passes."""
+        """Do nothing: every pass reduces and scatters its gradients, no rank keeps whole ones between passes."""
 
     def backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss)
 
     def _gradients(self) -> dict[str, Tensor]:
-        return {n: p.grad.to_local().reshape(-1) for n, p in self._dealt.items() if p.grad is not None}
+        """Return the averaged gradients of this rank's rows, flat and live."""
+        gradients = {name: p.dtensor.grad for name, p in self._parameters.items()}
+        return {name: g.to_local().reshape(-1) for name, g in gradients.items() if g is not None}
 
     def mask_gradients(self, masks: Mapping[str, Tensor]) -> None:
-        found = self._gradients()
-        sharded_gradients.mask(found, {n: m for n, m in masks.items() if n in found}, self.layout, self.owned_layout)
+        gradients = self._gradients()
+        present = {name: mask for name, mask in masks.items() if name in gradients}
+        sharded_gradients.mask(gradients, present, self.layout, self.owned_layout)
 
-    def clip(self, most: float | None) -> Tensor:
-        return sharded_gradients.clip(self._gradients(), most, self._meet)
+    def clip(self, max_norm: float | None) -> Tensor:
+        return sharded_gradients.clip(self._gradients(), max_norm, self._collectives)
 
     def step(self, lr: float) -> None:
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         for name, gradient in self._gradients().items():
-            self._own[name].grad = gradient
-        live = {name: p.to_local().data_ptr() for name, p in self._dealt.items()}
-        assert all(own.data_ptr() == live[name] for name, own in self._own.items()), "FSDP2 has moved its parameters"
+            self._parameters[name].local.grad = gradient
+        in_place = all(p.local.data_ptr() == p.dtensor.to_local().data_ptr() for p in self._parameters.values())
+        assert in_place, "FSDP2 has moved its parameters"
         self.optimiser.step()
         self.drop_gradients()
 
@@ -91,23 +107,24 @@ class FsdpEngine:
         self.network.reshard()  # after a forward pass that no backward pass followed
 
     def reset_optimizer(self) -> None:
-        self.optimiser = self._make(self._own)
+        self.optimiser = self._make_optimiser({name: p.local for name, p in self._parameters.items()})
 
     def weights_changed(self) -> None:
         pass  # the parameters are views of the same memory
 
     def moments(self) -> dict[str, Tensor]:
-        state = self.optimiser.state
-        return {f"{n}.{k}": state[p][k] for n, p in self._own.items() for k in MOMENTS if k in state[p]}
+        state = {name: self.optimiser.state[p.local] for name, p in self._parameters.items()}
+        return {f"{name}.{kind}": of_one[kind] for name, of_one in state.items() for kind in MOMENTS if kind in of_one}
 
     def load_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
-        for name, parameter in self._own.items():
+        for name, parameter in self._parameters.items():
             if f"{name}.{MOMENTS[0]}" in moments:
-                kept = {kind: moments[f"{name}.{kind}"].clone().to(parameter.device) for kind in MOMENTS}
-                self.optimiser.state[parameter] = {"step": torch.tensor(float(steps)), **kept}
+                device = parameter.local.device
+                loaded = {kind: moments[f"{name}.{kind}"].clone().to(device) for kind in MOMENTS}
+                self.optimiser.state[parameter.local] = {"step": torch.tensor(float(steps)), **loaded}
 
 
-def _sharded(network: nn.Module, device: torch.device, asked: EngineSpec) -> Any:
+def _shard(network: nn.Module, device: torch.device, spec: EngineSpec) -> Any:
     try:
         requirements.require("fsdp")
     except LookupError as error:
@@ -120,7 +137,7 @@ def _sharded(network: nn.Module, device: torch.device, asked: EngineSpec) -> Any
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
-    if asked.offload_parameters and device.type == "cuda":
+    if spec.offload_parameters and device.type == "cuda":
         options["offload_policy"] = CPUOffloadPolicy()
     for unit in _units(network):
         fully_shard(unit, **options)
@@ -129,9 +146,9 @@ def _sharded(network: nn.Module, device: torch.device, asked: EngineSpec) -> Any
 
 
 def _units(network: nn.Module) -> Iterator[nn.Module]:
-    """What is gathered and freed as one: each block that stands in a row of blocks; the root takes the rest."""
-    for holder in network.modules():
-        if isinstance(holder, nn.Sequential | nn.ModuleList):
-            for block in holder.children():
+    """Yield what is gathered and freed as one: each block in a sequence of blocks; the root takes the rest."""
+    for container in network.modules():
+        if isinstance(container, nn.Sequential | nn.ModuleList):
+            for block in container.children():
                 if next(block.children(), None) is not None and next(block.parameters(), None) is not None:
                     yield block

@@ -1,4 +1,4 @@
-"""What an engine needs of this environment, asked before any rank is started."""
+"""Checks what an engine needs of this environment, before any rank is started."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from mirl_dist.distributed.engines.base import Name
 
 _TORCH, _DEEPSPEED = (2, 6), (0, 19)
 """FSDP2 stands in torch.distributed.fsdp from 2.6 on. DeepSpeed 0.16 left the gradients of all passes but the last out
-when moments were offloaded, and knows no way to leave a step out."""
+when moments were offloaded, and has no way to skip a step."""
 
 
 def require(name: Name) -> str:
-    """The engine's library with its version. Raises LookupError that says what to install."""
+    """Return the engine's library with its version. Raises LookupError that says what to install."""
     library = "deepspeed" if name.startswith("zero") else "torch"
     try:
         version = importlib.metadata.version(library)

@@ -1,4 +1,4 @@
-"""What a rank does to the averaged gradients that it owns: flat parts, of which every number lies on one rank."""
+"""Masks and clips the averaged gradients that a rank owns: flat parts, of which every number lies on one rank."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds as much to the norm
 
 
 @torch.no_grad()
-def mask(gradients: Mapping[str, Tensor], masks: Mapping[str, Tensor], held: ShardLayout, owned: ShardLayout) -> None:
-    """Set those of dead weights to zero, in place. masks: held as `held` says."""
+def mask(gradients: Mapping[str, Tensor], masks: Mapping[str, Tensor], layout: ShardLayout, owned: ShardLayout) -> None:
+    """Set the gradients of pruned weights to zero, in place. masks: laid out as `layout`; gradients: as `owned`."""
     for name, mask in masks.items():
-        gradients[name].mul_(owned.part_of(name, mask).reshape(-1) if held.is_replicated else mask)
+        gradients[name].mul_(owned.part_of(name, mask).reshape(-1) if layout.is_replicated else mask)
 
 
 @torch.no_grad()
-def clip(gradients: Mapping[str, Tensor], most: float | None, meet: Collectives) -> Tensor:
-    """The norm over all ranks, the same bits on each, float32 (); scales down to `most`, in place."""
+def clip(gradients: Mapping[str, Tensor], max_norm: float | None, collectives: Collectives) -> Tensor:
+    """Return the norm over all ranks, the same bits on each, float32 (); scale down to `max_norm`, in place."""
     squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in gradients.values()]
-    mine = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
-    norm = meet.gather(mine, what="gather of gradient norms").sum().sqrt()
-    if most is not None and bool(torch.isfinite(norm)):
-        scale = torch.clamp(most / (norm + _EPSILON), max=1.0)
+    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+    norm = collectives.gather(total, what="gather of gradient norms").sum().sqrt()
+    if max_norm is not None and bool(torch.isfinite(norm)):
+        scale = torch.clamp(max_norm / (norm + _EPSILON), max=1.0)
         for gradient in gradients.values():
             gradient.mul_(scale.to(gradient.device, gradient.dtype))
     return norm.float()

@@ -1,4 +1,4 @@
-"""Which part of each named tensor each rank holds. Parts are flat slices, which follow one another in rank order."""
+"""Says which part of each named tensor each rank holds: flat slices, which follow one another in rank order."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class ShardLayout(NamedTuple):
         return not self.lengths
 
     def name(self, key: str) -> str:
-        """The tensor that a key is about: 'name', or 'name.kind' for what has its shape, as a moment has."""
+        """Return the tensor that a key is about: 'name', or 'name.kind' for what has its shape, as a moment has."""
         return key if key in self.shapes else key.rpartition(".")[0]
 
     def part_of(self, key: str, tensor: Tensor) -> Tensor:
-        """This rank's part of a whole tensor: a flat view of it; the tensor itself where all are held whole."""
+        """Return this rank's part of a whole tensor: a flat view of it; the tensor itself where all are replicated."""
         if self.is_replicated:
             return tensor
         name = self.name(key)
@@ -37,27 +37,27 @@ class ShardLayout(NamedTuple):
         return tensor.reshape(-1)[begin : begin + self.lengths[self.rank][name]]
 
     def longest(self, name: str) -> int:
-        """The length of the longest part."""
+        """Return the length of the longest part."""
         return max(of_rank[name] for of_rank in self.lengths)
 
     def join(self, name: str, padded: Tensor) -> Tensor:
-        """A whole tensor from the parts of all ranks, (ranks, longest or more)."""
+        """Join a whole tensor from the parts of all ranks, (ranks, longest or more)."""
         parts = [row[: of_rank[name]] for row, of_rank in zip(padded, self.lengths, strict=True)]
         return torch.cat(parts).reshape(self.shapes[name])
 
 
-def local_part(held: ShardLayout, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of whole tensors what this rank holds, in memory of its own where that is a part."""
-    return {name: t if held.is_replicated else held.part_of(name, t).clone() for name, t in whole.items()}
+def local_part(layout: ShardLayout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what this rank holds of whole tensors, in memory of its own where that is a part."""
+    return {name: t if layout.is_replicated else layout.part_of(name, t).clone() for name, t in tensors.items()}
 
 
 def shard_layout(shapes: Mapping[str, tuple[int, ...]], rank: int, lengths: Sequence[Mapping[str, int]]) -> ShardLayout:
-    """Of parts that cover every tensor once. `lengths` may count the padding after a tensor's end, which is dropped."""
-    cut: list[dict[str, int]] = [{} for _ in lengths]
+    """Lay out parts that cover every tensor once. lengths: may count padding after a tensor's end, which is dropped."""
+    exact: list[dict[str, int]] = [{} for _ in lengths]
     for name, shape in shapes.items():
         size = int(torch.Size(shape).numel())
         ends = [min(end, size) for end in accumulate(of_rank[name] for of_rank in lengths)]
         assert ends[-1] == size, f"the ranks hold {ends[-1]} of {size} numbers of '{name}'"
-        for of_rank, begin, end in zip(cut, [0, *ends], ends, strict=False):
+        for of_rank, begin, end in zip(exact, [0, *ends], ends, strict=False):
             of_rank[name] = end - begin
-    return ShardLayout(shapes, rank, tuple(cut))
+    return ShardLayout(shapes, rank, tuple(exact))

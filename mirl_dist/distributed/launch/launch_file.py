@@ -1,7 +1,7 @@
-"""A launch file: an accelerate config, read with care. How many ranks, on which nodes, on which engine.
+"""Reads launch files, which are accelerate configs: how many ranks, on which nodes, on which engine.
 
 Accelerate starts processes that train alone, or changes the numbers, for some of what such a file may say; all of that
-is refused here. One file serves every node: what differs from node to node, or from job to job, may come from the
+is an error here. One file serves every node: what differs from node to node, or from job to job, may come from the
 environment (`NODE_RANK`, `ADDRESS`, ... below), which goes before the file.
 """
 
@@ -19,18 +19,18 @@ from mirl_dist.errors import UserError
 
 Engine = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
 NODE_RANK = ("MIRL_NODE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
-"""Which node this is, from 0: the first of these that is set. SLURM's and Kubernetes' own words count."""
+"""Which node this is, from 0: the first of these that is set. SLURM's and Kubernetes' own variables count."""
 NODES, RANKS_PER_NODE = "MIRL_NODES", "MIRL_RANKS_PER_NODE"
 ADDRESS, PORT = "MIRL_MASTER_ADDR", "MIRL_MASTER_PORT"
-"""Where node 0 is reached by all others."""
-_USUAL_PORT = 29500  # accelerate's
+"""At which node 0 is reached by all others."""
+_DEFAULT_PORT = 29500  # accelerate's
 
 
 class LaunchFile(NamedTuple):
     """What a launch file says, the environment's part included.
 
-    ranks: in all; node_rank: of this node; rendezvous: how launchers of several nodes meet, at `address`:`port` on node
-    0; 'none' on one node. offload: whether weights or moments lie in the processors' memory.
+    ranks: in all; node_rank: of this node; rendezvous: how launchers of several nodes find each other, at
+    `address`:`port` on node 0; 'none' on one node. offload: whether weights or moments lie in the host's memory.
     """
 
     path: Path
@@ -45,19 +45,19 @@ class LaunchFile(NamedTuple):
     port: int | None
 
     def options(self) -> list[str]:
-        """Accelerate's options to start this node's ranks; those that a file leaves out are given too."""
-        said = ["--config_file", str(self.path), "--num_processes", str(self.ranks), "--num_machines", str(self.nodes)]
-        said += ["--machine_rank", str(self.node_rank), "--mixed_precision", "no", "--dynamo_backend", "no"]
+        """Return accelerate's options to start this node's ranks; those that a file leaves out are given too."""
+        options = ["--config_file", str(self.path), "--num_processes", str(self.ranks)]
+        options += ["--num_machines", str(self.nodes)]
+        options += ["--machine_rank", str(self.node_rank), "--mixed_precision", "no", "--dynamo_backend", "no"]
         if self.nodes == 1:
-            return [*said, "--rdzv_backend", "static", "--main_process_port", str(self.port or 0)]
-        said += ["--main_process_ip", str(self.address), "--main_process_port", str(self.port)]
+            return [*options, "--rdzv_backend", "static", "--main_process_port", str(self.port or 0)]
+        options += ["--main_process_ip", str(self.address), "--main_process_port", str(self.port)]
         if self.engine.startswith("zero"):
-            said += ["--deepspeed_multinode_launcher", "standard"]
-        return [*said, "--rdzv_backend", self.rendezvous]
+            options += ["--deepspeed_multinode_launcher", "standard"]
+        return [*options, "--rdzv_backend", self.rendezvous]
 
 
 _Device = Literal["none", "cpu"]
-_Nothing = Literal["none"] | None
 
 
 class _DeepSpeed(Node):
@@ -72,33 +72,33 @@ class _DeepSpeed(Node):
     deepspeed_config_file: str | None = None
 
     def complaints(self) -> list[str]:
-        found, here = [], "deepspeed_config"
+        complaints, section = [], "deepspeed_config"
         if self.deepspeed_config_file not in (None, "none"):
-            found.append(
-                f"{here}.deepspeed_config_file: found {self.deepspeed_config_file}; it would hide what it sets from "
+            complaints.append(
+                f"{section}.deepspeed_config_file: found {self.deepspeed_config_file}; it would hide what it sets from "
                 "this project: write zero_stage and offload_* here, and remove it"
             )
         if self.gradient_accumulation_steps not in (None, 1, "1"):
-            found.append(
-                f"{here}.gradient_accumulation_steps: found {self.gradient_accumulation_steps}; the run's config "
+            complaints.append(
+                f"{section}.gradient_accumulation_steps: found {self.gradient_accumulation_steps}; the run's config "
                 "decides (batch.forward): remove it"
             )
         if self.gradient_clipping not in (None, "none"):
-            found.append(
-                f"{here}.gradient_clipping: found {self.gradient_clipping}; the run's config decides "
+            complaints.append(
+                f"{section}.gradient_clipping: found {self.gradient_clipping}; the run's config decides "
                 "(optimiser.clip_norm): remove it"
             )
         if self.offload_param_device == "cpu" and self.zero_stage != 3:
-            found.append(
-                f"{here}.offload_param_device: found cpu with zero_stage {self.zero_stage}; parameters stay with the "
-                "host under ZeRO-3 alone: write none"
+            complaints.append(
+                f"{section}.offload_param_device: found cpu with zero_stage {self.zero_stage}; parameters stay with "
+                "the host under ZeRO-3 alone: write none"
             )
         if self.deepspeed_multinode_launcher != "standard":
-            found.append(
-                f"{here}.deepspeed_multinode_launcher: found {self.deepspeed_multinode_launcher}, which starts ranks "
-                "over ssh and without a word to this project: write standard"
+            complaints.append(
+                f"{section}.deepspeed_multinode_launcher: found {self.deepspeed_multinode_launcher}, which starts "
+                "ranks over ssh and without a word to this project: write standard"
             )
-        return found
+        return complaints
 
 
 class _Fsdp(Node):
@@ -114,7 +114,7 @@ class _Fsdp(Node):
         return [f"fsdp_config.fsdp_version: found {self.fsdp_version} (1 where it is left out); write 2"]
 
 
-class _Tree(Node):
+class _AccelerateConfig(Node):
     """The keys of accelerate's file that make sense here, as `accelerate config` writes them."""
 
     num_processes: PositiveInt
@@ -141,65 +141,69 @@ class _Tree(Node):
     tpu_env: tuple[()] = ()
 
     def inconsistencies(self) -> list[str]:
-        found = [
+        complaints = [
             f"{key}: found the bare word no, which YAML takes for false; put it in quotes"
             for key in ("distributed_type", "mixed_precision", "dynamo_backend")
             if getattr(self, key) is False
         ]
         if str(self.mixed_precision).lower() not in ("no", "false"):
-            found.append(
+            complaints.append(
                 f"mixed_precision: found {self.mixed_precision}; the run's config decides (train.precision): write "
                 '"no" in quotes'
             )
         if str(self.dynamo_backend).lower() not in ("no", "false"):
-            found.append(f'dynamo_backend: found {self.dynamo_backend}; networks are trained as they are: write "no"')
+            complaints.append(
+                f'dynamo_backend: found {self.dynamo_backend}; networks are trained as they are: write "no"'
+            )
         if self.debug:
-            found.append("debug: found true, with which accelerate hides that ranks failed; remove it")
+            complaints.append("debug: found true, with which accelerate hides that ranks failed; remove it")
         if self.use_cpu:
-            found.append(
+            complaints.append(
                 "use_cpu: found true, with which accelerate starts ranks that each train alone; remove it, and add "
                 "--set train.device=cpu to the command where GPUs are present"
             )
-        return found + self._of_engines() + self._of_nodes()
+        return complaints + self._engine_complaints() + self._node_complaints()
 
-    def _of_engines(self) -> list[str]:
-        kind, found = self.distributed_type, []
+    def _engine_complaints(self) -> list[str]:
+        kind, complaints = self.distributed_type, []
         if kind == "MULTI_CPU":
-            found.append("distributed_type: found MULTI_CPU, with which accelerate starts one process; write MULTI_GPU")
+            complaints.append(
+                "distributed_type: found MULTI_CPU, with which accelerate starts one process; write MULTI_GPU"
+            )
         if kind == "NO" and self.num_processes > 1:
-            found.append(
+            complaints.append(
                 f"distributed_type: found NO (also where it is left out) with num_processes {self.num_processes}, of "
                 "which accelerate starts one; write MULTI_GPU, DEEPSPEED or FSDP"
             )
         if kind == "DEEPSPEED" and self.deepspeed_config is None:
-            found.append("deepspeed_config: missing with distributed_type DEEPSPEED; write zero_stage below it")
+            complaints.append("deepspeed_config: missing with distributed_type DEEPSPEED; write zero_stage below it")
         if kind == "FSDP" and self.fsdp_config is None:
-            found.append("fsdp_config: missing with distributed_type FSDP; write fsdp_version: 2 below it")
+            complaints.append("fsdp_config: missing with distributed_type FSDP; write fsdp_version: 2 below it")
         if kind != "DEEPSPEED" and self.deepspeed_config is not None:
-            found.append(f"deepspeed_config: found with distributed_type {kind}; write DEEPSPEED, or remove it")
+            complaints.append(f"deepspeed_config: found with distributed_type {kind}; write DEEPSPEED, or remove it")
         if kind != "FSDP" and self.fsdp_config is not None:
-            found.append(f"fsdp_config: found with distributed_type {kind}; write FSDP, or remove it")
-        for part in (self.deepspeed_config, self.fsdp_config):
-            found += part.complaints() if part is not None else []
-        return found
+            complaints.append(f"fsdp_config: found with distributed_type {kind}; write FSDP, or remove it")
+        for section in (self.deepspeed_config, self.fsdp_config):
+            complaints += section.complaints() if section is not None else []
+        return complaints
 
-    def _of_nodes(self) -> list[str]:
-        found = []
+    def _node_complaints(self) -> list[str]:
+        complaints = []
         if self.num_processes % self.num_machines:
-            found.append(
+            complaints.append(
                 f"num_processes: found {self.num_processes} on num_machines {self.num_machines}; give all nodes "
                 "together a multiple of that: equally many ranks on each node"
             )
         if self.machine_rank is not None and self.machine_rank >= self.num_machines:
-            found.append(
+            complaints.append(
                 f"machine_rank: found {self.machine_rank} of num_machines {self.num_machines}; it counts from 0"
             )
         if self.rdzv_backend == "c10d" and self.same_network:
-            found.append(
+            complaints.append(
                 "same_network: found true with rdzv_backend c10d, with which each node would meet itself alone; write "
                 "false"
             )
-        return found
+        return complaints
 
 
 def read(path: Path, env: Mapping[str, str] = os.environ) -> LaunchFile:
@@ -208,66 +212,66 @@ def read(path: Path, env: Mapping[str, str] = os.environ) -> LaunchFile:
     Raises UserError with every complaint: keys that are unknown, do not fit together, would train ranks alone or would
     change the numbers of a run; several nodes without an address or without this node's number.
     """
-    said = load_file(path, "launch/cpu_two.yaml")
-    check_kind(said, "a launch file", str(path))
-    tree = build(_Tree, said, str(path))
-    nodes = _whole(env, NODES, 1) or tree.num_machines
-    each = _whole(env, RANKS_PER_NODE, 1) or tree.num_processes // tree.num_machines
-    ranks, engine = nodes * each, _engine(tree)
+    raw = load_file(path, "launch/cpu_two.yaml")
+    check_kind(raw, "a launch file", str(path))
+    tree = build(_AccelerateConfig, raw, str(path))
+    nodes = _int_from_env(env, NODES, 1) or tree.num_machines
+    per_node = _int_from_env(env, RANKS_PER_NODE, 1) or tree.num_processes // tree.num_machines
+    ranks, engine = nodes * per_node, _engine(tree)
     if tree.distributed_type == "NO" and ranks > 1:
-        asked = f"{NODES} and {RANKS_PER_NODE} ask for {ranks} ranks"
+        request = f"{NODES} and {RANKS_PER_NODE} ask for {ranks} ranks"
         raise UserError(
-            f"{path}: distributed_type: found NO, of which accelerate starts one rank, but {asked}. Change it."
+            f"{path}: distributed_type: found NO, of which accelerate starts one rank, but {request}. Change it."
         )
     offload = _offload(tree)
     if nodes == 1:
-        return LaunchFile(path, ranks, 1, 0, each, engine, offload, "none", None, tree.main_process_port)
-    node, said_by = _node_rank(tree, env)
+        return LaunchFile(path, ranks, 1, 0, per_node, engine, offload, "none", None, tree.main_process_port)
+    node, source = _node_rank(tree, env)
     if node is None:
         raise UserError(
             f"{path}: {nodes} nodes, and nothing says which of them this is. Set {NODE_RANK[0]} on each, from 0 to "
             f"{nodes - 1} ({' and '.join(NODE_RANK[1:])} count too), or write machine_rank."
         )
     if node >= nodes:
-        raise UserError(f"{said_by}: found {node} of {nodes} nodes; it counts from 0 to {nodes - 1}. Correct it.")
+        raise UserError(f"{source}: found {node} of {nodes} nodes; it counts from 0 to {nodes - 1}. Correct it.")
     address = env.get(ADDRESS) or tree.main_process_ip
     if not address:
         raise UserError(
             f"{path}: {nodes} nodes, and main_process_ip is missing, where node 0 is reached by the others. Write it, "
             f"or set {ADDRESS}."
         )
-    port = _whole(env, PORT, 1) or (_USUAL_PORT if tree.main_process_port is None else tree.main_process_port)
+    port = _int_from_env(env, PORT, 1) or (_DEFAULT_PORT if tree.main_process_port is None else tree.main_process_port)
     if port == 0:
         raise UserError(
             f"{path}: main_process_port: found 0 with {nodes} nodes, each of which would choose another. Write a port "
             f"that is free on node 0, or set {PORT}."
         )
-    return LaunchFile(path, ranks, nodes, node, each, engine, offload, tree.rdzv_backend, address, port)
+    return LaunchFile(path, ranks, nodes, node, per_node, engine, offload, tree.rdzv_backend, address, port)
 
 
-def _engine(tree: _Tree) -> Engine:
+def _engine(tree: _AccelerateConfig) -> Engine:
     engines: dict[int, Engine] = {1: "zero1", 2: "zero2", 3: "zero3"}
     if tree.deepspeed_config is not None:
         return engines[tree.deepspeed_config.zero_stage]
     return "fsdp" if tree.fsdp_config is not None else "ddp"
 
 
-def _offload(tree: _Tree) -> bool:
-    deep, fsdp = tree.deepspeed_config, tree.fsdp_config
-    zero = deep is not None and "cpu" in (deep.offload_optimizer_device, deep.offload_param_device)
-    return zero or (fsdp is not None and fsdp.fsdp_offload_params)
+def _offload(tree: _AccelerateConfig) -> bool:
+    zero, fsdp = tree.deepspeed_config, tree.fsdp_config
+    offloads_zero = zero is not None and "cpu" in (zero.offload_optimizer_device, zero.offload_param_device)
+    return offloads_zero or (fsdp is not None and fsdp.fsdp_offload_params)
 
 
-def _node_rank(tree: _Tree, env: Mapping[str, str]) -> tuple[int | None, str]:
-    """Which node this is, and who says so."""
+def _node_rank(tree: _AccelerateConfig, env: Mapping[str, str]) -> tuple[int | None, str]:
+    """Return which node this is, and the variable or key that says so."""
     for name in NODE_RANK:
         if env.get(name):
-            return _whole(env, name, 0), name
+            return _int_from_env(env, name, 0), name
     return tree.machine_rank, "machine_rank"
 
 
-def _whole(env: Mapping[str, str], name: str, least: int) -> int | None:
-    """A whole number of the environment; None where it is not set."""
+def _int_from_env(env: Mapping[str, str], name: str, least: int) -> int | None:
+    """Read a whole number from the environment; None where it is not set."""
     text = env.get(name)
     if not text:
         return None

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mirl_dist.distributed.launch import control as slips
+from mirl_dist.distributed.launch import control
 from mirl_dist.distributed.launch.control import ControlChannel
 from mirl_dist.errors import UserError
 
@@ -26,9 +26,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / f"mirl-dist-{os.getuid()}"
 
 
+OPEN = """
+import os
+from mirl_dist.distributed.launch.control import ControlChannel
+channel = ControlChannel.of_worker()
+"""
+
+
 def worker(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     """A child of this process, as an elastic launcher starts it."""
-    whole = f"import os\nfrom mirl_dist.distributed.launch.control import Slip\nslip = Slip.of_worker()\n{code}"
+    whole = f"{OPEN}\n{code}"
     return subprocess.run(
         [sys.executable, "-c", whole],
         env=os.environ | {"TORCHELASTIC_RUN_ID": "none"} | env,
@@ -39,57 +46,57 @@ def worker(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_launcher_and_worker_hear_each_other_without_being_told_where(place: Path) -> None:
-    slip = ControlChannel.of_launcher()
-    assert worker("print(slip.stop_asked(), slip.final())").stdout == "False None\n"
-    slip.request_stop()
-    assert worker("print(slip.stop_asked(), slip.final())").stdout == "True 75\n"
-    assert worker("slip.last_word(2)").returncode == 0
-    assert slip.exit_code() == 2
+    channel = ControlChannel.of_launcher()
+    assert worker("print(channel.stop_requested(), channel.exit_code())").stdout == "False None\n"
+    channel.request_stop()
+    assert worker("print(channel.stop_requested(), channel.exit_code())").stdout == "True 75\n"
+    assert worker("channel.report_exit(2)").returncode == 0
+    assert channel.exit_code() == 2
     assert place.stat().st_mode & 0o777 == 0o700
-    slip.remove()
-    assert list(place.iterdir()) == [] and slip.exit_code() is None and not slip.stop_requested()
+    channel.remove()
+    assert list(place.iterdir()) == [] and channel.exit_code() is None and not channel.stop_requested()
 
 
-def test_workers_of_a_launcher_that_knows_no_slip_hear_each_other() -> None:
-    assert worker("slip.last_word(75); print(slip.final())").stdout == "75\n"
-    assert worker("print(slip.final(), slip.another_failed())").stdout == "75 False\n"
-    assert worker("slip.ask_to_stop()").returncode == 0
-    assert worker("print(slip.stop_asked())").stdout == "True\n"
+def test_workers_of_a_launcher_that_opens_no_channel_hear_each_other() -> None:
+    assert worker("channel.report_exit(75); print(channel.exit_code())").stdout == "75\n"
+    assert worker("print(channel.exit_code(), channel.another_failed())").stdout == "75 False\n"
+    assert worker("channel.request_stop()").returncode == 0
+    assert worker("print(channel.stop_requested())").stdout == "True\n"
 
 
 def test_a_users_mistake_is_the_last_word_whoever_spoke_first() -> None:
-    slip = ControlChannel.of_launcher()
+    channel = ControlChannel.of_launcher()
     for code in (75, 2, 75):
-        slip.report_exit(code)
-    assert slip.exit_code() == 2
+        channel.report_exit(code)
+    assert channel.exit_code() == 2
 
 
 def test_a_process_that_nobody_launched_says_and_hears_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    slip = ControlChannel.of_worker()
-    slip.report_exit(2)
-    slip.request_stop()
-    slip.remove()
-    assert (slip.exit_code(), slip.stop_requested(), slip.parent_gone(), slip.restart_notice()) == (
+    channel = ControlChannel.of_worker()
+    channel.report_exit(2)
+    channel.request_stop()
+    channel.remove()
+    assert (channel.exit_code(), channel.stop_requested(), channel.parent_gone(), channel.restart_notice()) == (
         None,
         False,
         False,
         None,
     )
-    assert not slip.leave_if_orphaned(lambda: False) and not slip.another_failed()
+    assert not channel.leave_if_orphaned(lambda: False) and not channel.another_failed()
     assert not place.exists()
 
 
 def test_what_dead_launchers_left_is_removed_and_what_living_ones_say_is_kept(place: Path) -> None:
-    code = "from mirl_dist.distributed.launch.control import Slip\n"
-    code += "Slip.of_launcher().last_word(2)\nprint(flush=True)\ninput()"
+    code = "from mirl_dist.distributed.launch.control import ControlChannel\n"
+    code += "ControlChannel.of_launcher().report_exit(2)\nprint(flush=True)\ninput()"
     living = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     dead = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     for process in (living, dead):
         assert process.stdout and process.stdout.readline() == b"\n"
     dead.kill()
     dead.communicate()
-    earlier = place / (slips._name(os.getpid()) + "0")  # this process's number, another's start
+    earlier = place / (control._folder_name(os.getpid()) + "0")  # this process's number, another's start
     earlier.mkdir()
     assert len(list(place.iterdir())) == 3
     ControlChannel.of_launcher()
@@ -99,7 +106,7 @@ def test_what_dead_launchers_left_is_removed_and_what_living_ones_say_is_kept(pl
     living.communicate(b"\n")
 
 
-def test_a_launcher_begins_with_an_empty_slip() -> None:
+def test_a_launcher_begins_with_an_empty_channel() -> None:
     ControlChannel.of_launcher().report_exit(2)
     assert ControlChannel.of_launcher().exit_code() is None
 
@@ -120,30 +127,30 @@ def test_a_folder_that_others_could_write_is_closed_or_refused(place: Path, monk
     with pytest.raises(UserError, match="not a folder of this user"):
         ControlChannel.of_launcher()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    slip = ControlChannel.of_worker()
-    slip.report_exit(2)
-    assert slip.exit_code() is None, "a worker neither believes nor says anything there, and trains"
+    channel = ControlChannel.of_worker()
+    channel.report_exit(2)
+    assert channel.exit_code() is None, "a worker neither believes nor says anything there, and trains"
 
 
 def test_a_message_that_cannot_be_written_ends_nobody(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    slip = ControlChannel.of_worker()
+    channel = ControlChannel.of_worker()
     place.rmdir()
     place.write_text("a file where the folder was")
-    slip.report_exit(2)
-    assert slip.exit_code() is None
+    channel.report_exit(2)
+    assert channel.exit_code() is None
     with pytest.raises(UserError, match=r"mirl-dist-\d+: cannot be used \(File exists\)\. Set TMPDIR"):
         ControlChannel.of_launcher()
 
 
-def test_a_sigterm_means_a_request_unless_the_launcher_asks_by_slip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slips, "_DOUBT_SECONDS", 0.1)
-    slip = ControlChannel.of_launcher()
-    assert slip.another_failed(), "it would have asked by the slip"
-    slip.request_stop()
-    assert not slip.another_failed()
-    slip.remove()
-    assert not slip.another_failed(), "torchrun passes on the SIGTERM that it got itself"
+def test_a_sigterm_means_a_request_unless_the_launcher_asks_by_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "_STOP_MESSAGE_SECONDS", 0.1)
+    channel = ControlChannel.of_launcher()
+    assert channel.another_failed(), "it would have asked through the channel"
+    channel.request_stop()
+    assert not channel.another_failed()
+    channel.remove()
+    assert not channel.another_failed(), "torchrun passes on the SIGTERM that it got itself"
 
 
 @pytest.mark.parametrize(("ours", "said"), [(True, "None"), (False, "started again by the launcher (1 of 3)")])
@@ -151,8 +158,8 @@ def test_a_restart_is_said_once_by_the_worker_or_by_a_launcher_of_ours(ours: boo
     if ours:
         ControlChannel.of_launcher()
     counts = {"TORCHELASTIC_MAX_RESTARTS": "3"}
-    assert worker("print(slip.restarted())", TORCHELASTIC_RESTART_COUNT="1", **counts).stdout == f"{said}\n"
-    assert worker("print(slip.restarted())", TORCHELASTIC_RESTART_COUNT="0", **counts).stdout == "None\n"
+    assert worker("print(channel.restart_notice())", TORCHELASTIC_RESTART_COUNT="1", **counts).stdout == f"{said}\n"
+    assert worker("print(channel.restart_notice())", TORCHELASTIC_RESTART_COUNT="0", **counts).stdout == "None\n"
 
 
 HAS_TORCH = """
@@ -169,7 +176,7 @@ def test_a_worker_whose_launcher_ended_before_it_could_look_has_none(
     tmp_path: Path, launcher: str, session: bool, gone: bool
 ) -> None:
     # Torch's launchers, which have torch in their memory, start each worker in a session of its own.
-    worker = "from mirl_dist.distributed.launch.control import Slip\nprint(Slip.of_worker().parent_gone())"
+    worker = f"{OPEN}\nprint(channel.parent_gone())"
     code = f"import os, subprocess, sys{launcher}\n"
     code += f"subprocess.run([sys.executable, '-c', {worker!r}], start_new_session={session})"
     env = os.environ | {"TORCHELASTIC_RUN_ID": "none"}
@@ -181,15 +188,15 @@ def test_a_worker_whose_launcher_ended_before_it_could_look_has_none(
 
 ORPHAN = """
 import os, sys, time
-from mirl_dist.distributed.launch.control import Slip
-slip = Slip.of_worker()
+from mirl_dist.distributed.launch.control import ControlChannel
+channel = ControlChannel.of_worker()
 print(os.getpid(), flush=True)
-while not slip.parent_gone():
+while not channel.parent_gone():
     time.sleep(0.01)
-slip.leave_if_orphaned(lambda: False)
+channel.leave_if_orphaned(lambda: False)
 print("looked once", flush=True)
 for _ in range(5):
-    slip.leave_if_orphaned(lambda: sys.argv[1] == "asked")
+    channel.leave_if_orphaned(lambda: sys.argv[1] == "asked")
 print("committed", flush=True)
 """
 
@@ -232,8 +239,8 @@ def wait_for(found: Callable[[], Any]) -> None:
 
 def test_children_are_those_that_live(place: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert process.pid in slips.child_processes(os.getpid())
+    assert process.pid in control.child_processes(os.getpid())
     process.kill()
     wait_for(lambda: ended(process.pid))
-    assert process.pid not in slips.child_processes(os.getpid())
+    assert process.pid not in control.child_processes(os.getpid())
     process.communicate()

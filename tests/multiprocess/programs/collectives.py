@@ -16,7 +16,7 @@ from mirl_dist.data.sample import Batch
 from mirl_dist.distributed.engines.ddp import DdpEngine
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.stragglers import StragglerDetector
-from mirl_dist.errors import Stopped, UserError
+from mirl_dist.errors import MirlError, Stopped, UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import PruneConfig, PruneResult, prune
 from mirl_dist.training import guards, loop, lottery
@@ -32,10 +32,10 @@ RULES = {
 
 
 def refused(work: Callable[[], object]) -> dict[str, Any] | None:
-    """The UserError that some work meets, or None."""
+    """The MirlError that some work meets, or None."""
     try:
         work()
-    except UserError as fault:
+    except MirlError as fault:
         return {"text": str(fault), "everywhere": fault.everywhere, "resumable": fault.resumable}
     return None
 
@@ -205,7 +205,7 @@ def lossy(ranks: Ranks, last: bool) -> tuple[bool, int]:
     batch = Batch(none, none, none, (f"derain:one-{ranks.rank}", f"derain:two-{ranks.rank}"))
     seen = guards.StepLosses([(losses, batch)])
     progress = Progress(round=1, epoch=2, step=3)
-    if loop.sync_status(losses, batch, ranks, Around(), StragglerDetector()).bad:
+    if loop.sync_status(losses, batch, ranks, Hooks(), StragglerDetector()).bad:
         guards.check_loss(seen, progress, 0, ranks)
     return (False, 0)
 
@@ -214,12 +214,12 @@ def stops(ranks: Ranks, last: bool) -> tuple[bool, int]:
     """Asked of one rank alone, heard by all; so is what every rank's batch replaced."""
     losses = torch.tensor([0.1, 0.2])
     batch = Batch(losses, losses, losses, ("a", "b"), skipped=2 if ranks.rank else 1)
-    word = loop.sync_status(losses, batch, ranks, Around(stop=last), StragglerDetector())
+    word = loop.sync_status(losses, batch, ranks, Hooks(stop=last), StragglerDetector())
     assert abs(word.loss - ranks.world * 0.3) < 1e-6 and not (word.bad or word.commit_busy or word.commit_failed)
     return (word.stop, word.skipped)
 
 
-class Around:
+class Hooks:
     """The run around a loop that only looks whether to stop."""
 
     def __init__(self, stop: bool = False) -> None:
@@ -228,19 +228,19 @@ class Around:
     def stop_requested(self) -> bool:
         return self._stop
 
-    def busy(self) -> bool:
+    def commit_busy(self) -> bool:
         return False
 
-    failed = busy
+    commit_failed = commit_busy
 
 
 def averaged(ranks: Ranks) -> dict[str, Any]:
     """Replicas that start apart, and one backward pass of each on its own number."""
     torch.manual_seed(ranks.rank)
     bare = torch.nn.Linear(2, 1, bias=False)
-    wrapped = ranks.wrap(bare)
+    wrapped = ranks.parallel_network.wrap(bare)
     ranks.backward(wrapped(torch.full((1, 2), float(ranks.rank))).sum())
-    weights = dict(ranks.unwrap(wrapped).named_parameters())
+    weights = dict(ranks.parallel_network.unwrap(wrapped).named_parameters())
     gradient = weights["weight"].grad
     assert gradient is not None
     return {"weights": masking.digest_tensors(weights), "gradient": gradient.tolist(), "type": type(wrapped).__name__}

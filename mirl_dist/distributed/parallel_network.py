@@ -1,0 +1,123 @@
+"""Runs the forward and backward passes of a network under the engine that the launch asked for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from mirl_dist.distributed.engines.base import Collectives, Engine, EngineSpec, MakeOptimiser, ShardedEngine
+from mirl_dist.distributed.engines.ddp import DdpEngine
+from mirl_dist.distributed.process_group import Membership
+from mirl_dist.errors import InvariantError
+from mirl_dist.pruning.partition import ReplicatedPartition
+
+
+class ParallelNetwork:
+    """The network that all ranks train: replicas under DDP, or one that an engine shards over the ranks."""
+
+    def __init__(self, spec: EngineSpec, membership: Membership, collectives: Collectives, *, half: bool) -> None:
+        """half: passes in bfloat16, under autocast."""
+        self.spec = spec
+        self._membership, self._collectives, self._half = membership, collectives, half
+        self._sharded: ShardedEngine | None = None
+        self._all_reduces = True
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a forward pass needs all ranks: weights are gathered in it."""
+        return self._sharded is not None
+
+    def engine(self, model: nn.Module, make_optimiser: MakeOptimiser, example: Tensor) -> tuple[Engine, nn.Module]:
+        """Build the engine around a model that lies on this rank's device.
+
+        Returns it and the module to call in training. Weights become those of rank 0 under DDP; else they must be the
+        same on every rank. example: (B, 3, H, W), of any values.
+        """
+        rank, world = self._membership.rank, self._membership.world
+        if self.spec.name == "ddp":
+            wrapped = self.wrap(model)
+            self.warm_up(wrapped, example)
+            parameters = dict(self.unwrap(wrapped).named_parameters())
+            return DdpEngine(parameters, make_optimiser, ReplicatedPartition(rank, world)), wrapped
+        if self.spec.name == "fsdp":
+            from mirl_dist.distributed.engines.fsdp import FsdpEngine
+
+            example = example.to(self._membership.device)
+            sharded: ShardedEngine = FsdpEngine(model, make_optimiser, self.spec, rank, self._collectives, example)
+        else:
+            from mirl_dist.distributed.engines.deepspeed import ZeroEngine
+
+            sharded = ZeroEngine(model, make_optimiser, self.spec, rank, world, self._collectives, self._half)
+        self._sharded = sharded
+        return sharded, sharded.network
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Put the model on this rank's device and let DDP average its gradients. Weights become those of rank 0.
+
+        Raises InvariantError when several ranks would train a model that is not wrapped.
+        """
+        # Depthwise kernels (C, 1, 3, 3) have two equal layouts, and autograd picks the other one: harmless.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        with self._collectives.collective("wrapping of the network"):
+            wrapped: nn.Module = self._membership.accelerator.prepare(model)
+        if self._membership.world > 1 and not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            raise InvariantError(
+                f"{self._membership.world} ranks, but the model is a {type(wrapped).__name__}: gradients would not be "
+                "shared. Launch with a file from launch/.",
+                everywhere=True,
+            )
+        return wrapped
+
+    def warm_up(self, wrapped: nn.Module, example: Tensor) -> None:
+        """Run one throwaway pass, so that every step that counts adds gradients in one order.
+
+        DDP sorts its buckets anew after its first backward pass; with three ranks or more, a process's first step
+        would otherwise add in another order than the same step of a run that was not interrupted.
+        """
+        self.backward(wrapped(example.to(self._membership.device)).sum() * 0)
+        wrapped.zero_grad()
+
+    def unwrap(self, wrapped: nn.Module) -> nn.Module:
+        """Return the bare network below `wrap`: names and weights as created."""
+        bare: nn.Module = self._membership.accelerator.unwrap_model(wrapped)
+        return bare
+
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Run the model in the precision that was asked for. Weights, gradients and losses stay float32.
+
+        A collective where weights are gathered for it.
+        """
+        collective = self._collectives.collective("gather of weights") if self.is_sharded else nullcontext()
+        device = self._membership.device.type
+        with collective, torch.autocast(device, dtype=torch.bfloat16, enabled=self._half):
+            restored: Tensor = model(images)
+        return restored
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradients, averaged over ranks: a collective, unless more passes follow in this step."""
+        if self._sharded is not None:
+            with self._collectives.collective("gradient reduction"):
+                self._sharded.backward(loss)
+        elif self._membership.world == 1 or not self._all_reduces:
+            self._membership.accelerator.backward(loss)
+        else:
+            with self._collectives.collective("gradient all-reduce"):
+                self._membership.accelerator.backward(loss)
+
+    @contextmanager
+    def accumulate(self, model: nn.Module, more: bool) -> Iterator[None]:
+        """Surround a forward and backward pass. more: passes follow in this step, so no all-reduce is due yet."""
+        if self._sharded is not None:
+            self._sharded.accumulate(more)
+            yield
+            return
+        self._all_reduces = not more
+        try:
+            with self._membership.accelerator.no_sync(model) if more else nullcontext():
+                yield
+        finally:
+            self._all_reduces = True
