@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.services.slurm_cluster import MISSING, Job, SlurmCluster, free_ports
+from tests.services.ports import free_port
+from tests.services.slurm_cluster import MISSING, Job, SlurmCluster
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "launch" / "slurm").glob("*.sbatch"))
@@ -82,7 +83,7 @@ def test_a_job_whose_script_is_asked_to_stop_is_requeued_and_ends_in_the_same_ti
 def test_a_job_on_two_nodes_makes_way_for_a_more_urgent_one_and_ends_in_the_same_tickets(
     lab: Any, slurm: SlurmCluster, undisturbed: list[str], tmp_path: Path
 ) -> None:
-    meeting = {"MIRL_MASTER_ADDR": "127.0.0.1", "MIRL_MASTER_PORT": str(free_ports(1)[0]), "MIRL_RANKS_PER_NODE": "1"}
+    meeting = {"MIRL_MASTER_ADDR": "127.0.0.1", "MIRL_MASTER_PORT": str(free_port()), "MIRL_RANKS_PER_NODE": "1"}
     meeting["MIRL_REQUEUES"] = "0"  # which is for stops that nobody asks for
     files = (str(ROOT / "launch/slurm/nodes.sbatch"), str(lab.config(tmp_path)), str(ROOT / "launch/nodes_static.yaml"))
     job = slurm.submit(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.services.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ROOT / "tests" / "multiprocess" / "programs"
@@ -44,12 +45,6 @@ TINY: dict[str, Any] = {
     "tracking": {"enabled": False, "every_steps": 1},
 }
 """About 0.26 million weights, 6 steps a round, 3 rounds; differs from test to test by `--set`."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)

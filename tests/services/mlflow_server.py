@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.services.lab import free_port
+from tests.services.ports import free_port
 
 
 class MlflowServer:
