@@ -1,6 +1,7 @@
 # make demo   the whole mission, small: shards, two ranks, four tickets, a picture
-# make test   all checks and tests
-# make check  ruff, format, types
+# make test   the checks, and all tests but the long ones: some minutes
+# make test-all the long tests too: chaos, networks, SLURM, Ceph, engines at length (test-long: these alone)
+# make check  ruff, format, types, who imports whom
 # make report five methods side by side on real images (needs MIRL_DATA; over an hour on two cores)
 # make bench  measurements (see benchmarks/)
 PYTHON ?= python3

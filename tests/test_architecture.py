@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import re
 import shutil
@@ -79,6 +80,14 @@ def test_every_import_contract_is_broken_by_an_import_that_it_forbids(tmp_path: 
         "models and pruning know no config, rank or file",
         "storage, config and observability need no torch",
     }
+
+
+def test_no_modules_import_each_other_in_a_ring() -> None:
+    grimp = pytest.importorskip("grimp", reason="import-linter is not installed: pip install -e '.[dev]'")
+    graph = grimp.build_graph("mirl_dist", cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert "mirl_dist.storage.commits" in imports["mirl_dist.training.checkpoint"]
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the ring
 
 
 def banned_imports(root: Path, *options: str) -> list[str]:
