@@ -10,6 +10,18 @@ import pytest
 
 from tests.services.lab import Lab, recipe_of, write_photographs
 
+SERVERS = {"ceph", "slurm", "nodes"}
+"""Fixtures that need programs from Debian: all tests that use them are long."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark long tests by what they use; run files that start ranks first, so that none of them is left for the end."""
+    for item in items:
+        if SERVERS.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.long)
+    items.sort(key=lambda item: "multiprocess" not in item.path.parts)
+
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:

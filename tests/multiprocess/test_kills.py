@@ -79,6 +79,7 @@ def test_a_run_that_is_killed_at_every_bad_moment_ends_with_the_tickets_of_one_t
     assert [t["round"] for t in listed] == [0, 1, 2]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 def test_sigterm_to_the_front_process_commits_and_exits_75_and_mlflow_has_each_point_once(
     lab: Any, reference: Path, tmp_path: Path
@@ -146,6 +147,7 @@ def assert_each_point_once(store: str, tickets: list[dict[str, Any]]) -> None:
             assert found == sorted((step(t), pytest.approx(t["scores"][name]["psnr"])) for t in tickets), curve
 
 
+@pytest.mark.long
 def test_one_dead_rank_ends_all_ranks_under_a_launcher_and_a_fault_of_one_rank_is_shown(
     lab: Any, tmp_path: Path
 ) -> None:
@@ -194,6 +196,7 @@ def test_a_store_lists_nothing_that_a_dead_writer_left(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "rounds/00").iterdir()] == ["whole"]
 
 
+@pytest.mark.long
 def test_three_ranks_that_resume_add_gradients_in_the_order_of_those_that_were_not_stopped(
     lab: Any, tmp_path: Path
 ) -> None:

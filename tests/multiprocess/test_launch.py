@@ -213,6 +213,7 @@ def test_a_launch_file_with_which_accelerate_hides_failures_is_refused(tmp_path:
 # -- the whole program ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_run_survives_killed_ranks_a_stop_and_a_killed_launcher(lab: Any, reference: Path, tmp_path: Path) -> None:
     run, sets = tmp_path / "run", {"store.lease_seconds": 5}
     first = lab.cold("python", "-m", "mirl_dist", *lab.train(tmp_path, sets, "--launch", "auto"), cwd=tmp_path)
@@ -241,6 +242,7 @@ def test_a_run_survives_killed_ranks_a_stop_and_a_killed_launcher(lab: Any, refe
     assert lab.digests(run) == lab.digests(reference)
 
 
+@pytest.mark.long
 def test_a_step_that_kills_its_ranks_each_time_is_not_tried_for_ever_and_can_be_tried_again(
     lab: Any, tmp_path: Path
 ) -> None:
@@ -256,6 +258,7 @@ def test_a_step_that_kills_its_ranks_each_time_is_not_tried_for_ever_and_can_be_
     assert ended.rc == 0, ended.said()
 
 
+@pytest.mark.long
 def test_a_fault_of_a_rank_is_said_once_though_a_restart_is_left(lab: Any, tmp_path: Path) -> None:
     fatal = {"MIRL_FATAL": json.dumps({"rank": 1, "step": [0, 1], "do": "fault"})}
     arguments = ["--nproc-per-node", "2", "--max-restarts", "1", lab.fatal, *lab.train(tmp_path)]

@@ -76,7 +76,10 @@ def whole(play: Any) -> dict[At, list[tuple[str, str]]]:
     return dict(found)
 
 
-@pytest.mark.parametrize(("before", "after", "workers"), [(2, 1, 0), (1, 3, 1), (2, 2, 0)])
+@pytest.mark.parametrize(
+    ("before", "after", "workers"),
+    [pytest.param(2, 1, 0, marks=pytest.mark.long), (1, 3, 1), pytest.param(2, 2, 0, marks=pytest.mark.long)],
+)
 def test_after_a_kill_inside_an_epoch_the_remaining_batches_are_the_same(
     play: Any, whole: dict[At, list[tuple[str, str]]], before: int, after: int, workers: int
 ) -> None:
@@ -94,6 +97,7 @@ GROWING = EPOCHS | {"batch.global": 4, "train.epochs": 1, "prune.rounds": 1, "ch
 """13 steps a round."""
 
 
+@pytest.mark.long
 def test_a_run_on_one_two_four_and_one_ranks_reads_and_loses_the_same(play: Any) -> None:
     _, undisturbed = play("fixed", GROWING, world=2)
     assert len(undisturbed) == 26

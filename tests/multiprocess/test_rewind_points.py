@@ -25,6 +25,7 @@ def tensors(run: Path, pattern: str) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(found)
 
 
+@pytest.mark.long
 def test_rounds_return_to_a_step_of_round_0_and_go_on_from_there_also_after_kills(lab: Any, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
@@ -77,7 +78,7 @@ def test_learning_rate_rewinding_runs_the_whole_schedule_and_fine_tuning_a_part(
     assert found == {"initial": 20, "rate": 20, "finetune": 5}
 
 
-@pytest.mark.parametrize("criterion", ["snip", "synflow"])
+@pytest.mark.parametrize("criterion", [pytest.param("snip", marks=pytest.mark.long), "synflow"])
 def test_criteria_of_the_first_values_cut_the_same_weights_on_one_and_on_two_ranks(
     lab: Any, tmp_path: Path, criterion: str
 ) -> None:

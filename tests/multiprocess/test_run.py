@@ -193,7 +193,7 @@ def test_the_published_rewind_carries_prompts_and_temperatures_over_and_stops_at
     assert "kept its ticket but not its weights" in refused.err
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+@pytest.mark.parametrize("criterion", ["magnitude", pytest.param("random", marks=pytest.mark.long)])
 def test_a_one_shot_prunes_once_and_fine_tunes_what_it_trained(lab: Any, tmp_path: Path, criterion: str) -> None:
     sets = {
         "prune.style": "one_shot",

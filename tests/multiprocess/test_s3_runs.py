@@ -101,6 +101,7 @@ def test_a_refusal_stops_the_run_with_bucket_key_and_right_and_nothing_is_begun_
     assert {name: bucket.get(name) for name in bucket.names()} == before
 
 
+@pytest.mark.long
 def test_a_right_that_is_taken_away_while_training_stops_at_a_step_with_the_cause(
     server: S3Server, proxy: FaultyProxy, start: Start
 ) -> None:
@@ -117,6 +118,7 @@ def test_a_right_that_is_taken_away_while_training_stops_at_a_step_with_the_caus
     assert again.rc == 0 and "resuming: round 0, after step " in again.out, again.said()
 
 
+@pytest.mark.long
 def test_training_goes_on_while_the_store_is_away_and_stops_resumably_when_it_stays_away(
     server: S3Server, proxy: FaultyProxy, start: Start
 ) -> None:
@@ -146,6 +148,7 @@ def test_a_store_that_comes_back_in_time_is_not_noticed_by_the_run(
     assert bucket.digests() == lab.digests(reference)
 
 
+@pytest.mark.long
 def test_of_two_launches_at_once_one_runs_and_when_it_is_killed_the_other_takes_over(
     lab: Any, server: S3Server, start: Start
 ) -> None:
@@ -170,7 +173,12 @@ def test_of_two_launches_at_once_one_runs_and_when_it_is_killed_the_other_takes_
 
 
 @pytest.mark.parametrize(
-    "part", ["weights.safetensors", "moments.safetensors", "state.json", "COMPLETE.json", "mask.safetensors"]
+    "part",
+    [
+        "weights.safetensors",
+        *(pytest.param(part, marks=pytest.mark.long) for part in ("moments.safetensors", "mask.safetensors")),
+        *(pytest.param(part, marks=pytest.mark.long) for part in ("state.json", "COMPLETE.json")),
+    ],
 )
 def test_a_spoiled_commit_is_noticed_and_the_one_before_it_taken(
     lab: Any, reference: Path, server: S3Server, start: Start, part: str
