@@ -169,9 +169,7 @@ def test_train_launch_starts_the_engine_of_its_file(lab: Lab, reference: Path, t
 
 @pytest.mark.long
 @DEEPSPEED
-def test_scores_that_need_the_network_are_those_of_one_process_where_weights_are_dealt_out(
-    lab: Lab, tmp_path: Path
-) -> None:
+def test_scores_of_a_sharded_network_are_those_of_one_process(lab: Lab, tmp_path: Path) -> None:
     flow = {"prune.criterion": "synflow", "prune.synflow_steps": 2, "prune.rounds": 1, "train.epochs": 2}
     masks = []
     for engine, world in (("zero3", 2), ("ddp", 1)):

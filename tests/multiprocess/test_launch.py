@@ -243,9 +243,7 @@ def test_a_run_survives_killed_ranks_a_stop_and_a_killed_launcher(lab: Any, refe
 
 
 @pytest.mark.long
-def test_a_step_that_kills_its_ranks_each_time_is_not_tried_for_ever_and_can_be_tried_again(
-    lab: Any, tmp_path: Path
-) -> None:
+def test_a_step_that_kills_its_ranks_is_not_tried_for_ever_but_can_be_again(lab: Any, tmp_path: Path) -> None:
     sets = {"guard.same_step_failures": 2, "prune.rounds": 0, "store.lease_seconds": 5}
     for _ in range(2):
         ended = lab.play(tmp_path, sets, fatal={"rank": 1, "step": [0, 3]})

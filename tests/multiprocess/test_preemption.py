@@ -63,7 +63,7 @@ def test_a_run_that_is_asked_before_it_trains_leaves_and_begins_again(
 
 
 @pytest.mark.long
-def test_a_run_that_cannot_stop_in_time_says_what_it_is_doing_and_leaves_at_the_deadline(
+def test_a_run_that_cannot_stop_in_time_says_why_and_leaves_at_the_deadline(
     lab: Any, reference: Path, tmp_path: Path
 ) -> None:
     ended = asked(lab, tmp_path, {"rank": 0, "phase": "uploading"}, signal.SIGTERM, **{"preempt.deadline_seconds": 0.3})

@@ -169,5 +169,5 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_named_on_all(seen: Seen, world
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])
-def test_a_wish_to_stop_on_one_rank_is_heard_by_all_and_replaced_samples_are_added_up(seen: Seen, world: int) -> None:
+def test_a_stop_of_one_rank_is_heard_by_all_and_replaced_samples_add_up(seen: Seen, world: int) -> None:
     assert [rank["guarded"]["stop"] for rank in seen[world]] == [[True, 2 * world - 1]] * world

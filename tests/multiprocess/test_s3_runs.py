@@ -87,7 +87,7 @@ def test_a_run_on_s3_that_is_killed_goes_on_to_the_tickets_of_one_in_a_folder(
     assert status["rounds_finished"] == 3 and status["writer"]["ended"] == "finished"
 
 
-def test_a_refusal_stops_the_run_with_bucket_key_and_right_and_nothing_is_begun_afresh(
+def test_a_refusal_names_bucket_key_and_right_and_nothing_is_begun_afresh(
     server: S3Server, proxy: FaultyProxy, start: Start
 ) -> None:
     bucket = Bucket(server, "refused")
@@ -119,7 +119,7 @@ def test_a_right_that_is_taken_away_while_training_stops_at_a_step_with_the_caus
 
 
 @pytest.mark.long
-def test_training_goes_on_while_the_store_is_away_and_stops_resumably_when_it_stays_away(
+def test_training_outlives_an_absent_store_and_stops_resumably_when_it_stays_away(
     server: S3Server, proxy: FaultyProxy, start: Start
 ) -> None:
     bucket = Bucket(server, "away")
@@ -149,7 +149,7 @@ def test_a_store_that_comes_back_in_time_is_not_noticed_by_the_run(
 
 
 @pytest.mark.long
-def test_of_two_launches_at_once_one_runs_and_when_it_is_killed_the_other_takes_over(
+def test_of_two_launches_one_runs_and_when_it_falls_silent_the_other_takes_over(
     lab: Any, server: S3Server, start: Start
 ) -> None:
     bucket = Bucket(server, "twice")

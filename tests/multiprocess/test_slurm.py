@@ -68,7 +68,7 @@ def finished_after_a_requeue(job: Job) -> str:
     return job.said()
 
 
-def test_a_job_whose_script_is_asked_to_stop_is_requeued_and_ends_in_the_same_tickets(
+def test_a_job_that_is_asked_to_stop_is_requeued_to_the_same_tickets(
     lab: Any, slurm: SlurmCluster, undisturbed: list[str], tmp_path: Path
 ) -> None:
     files = (str(ROOT / "launch/slurm/one_node.sbatch"), str(lab.config(tmp_path)), str(ROOT / "launch/cpu_two.yaml"))
@@ -80,7 +80,7 @@ def test_a_job_whose_script_is_asked_to_stop_is_requeued_and_ends_in_the_same_ti
     assert lab.digests(tmp_path / "run") == undisturbed
 
 
-def test_a_job_on_two_nodes_makes_way_for_a_more_urgent_one_and_ends_in_the_same_tickets(
+def test_a_job_on_two_nodes_makes_way_for_an_urgent_one_and_has_the_same_tickets(
     lab: Any, slurm: SlurmCluster, undisturbed: list[str], tmp_path: Path
 ) -> None:
     meeting = {"MIRL_MASTER_ADDR": "127.0.0.1", "MIRL_MASTER_PORT": str(free_port()), "MIRL_RANKS_PER_NODE": "1"}
@@ -114,7 +114,7 @@ def test_a_users_mistake_ends_a_job_for_good_and_its_last_words_say_what_it_was(
     assert "train.epoch" in lines[-1] and "Traceback" not in job.said(), job.said()
 
 
-def test_an_array_runs_the_lines_of_a_file_and_requeues_those_that_stopped_early_but_none_that_was_cancelled(
+def test_an_array_runs_lines_of_a_file_and_requeues_the_stopped_not_the_cancelled(
     lab: Any, slurm: SlurmCluster, tmp_path: Path
 ) -> None:
     (tmp_path / "stops.sh").write_text("trap 'exit 75' TERM\ntouch waits\nwhile true; do sleep 0.05; done\n")

@@ -140,7 +140,7 @@ def test_runs_that_have_finished_are_not_touched(story: Story) -> None:
 
 
 @pytest.mark.long
-def test_a_run_that_another_launch_trains_is_waited_for_and_taken_when_that_leaves_it(story: Story) -> None:
+def test_a_run_that_another_launch_trains_is_waited_for_and_then_taken(story: Story) -> None:
     assert story.last.err.count("mirl-seed1 is trained by another launch") == 1, story.last.said()
     assert "mirl-seed1: finished" in story.last.out
 

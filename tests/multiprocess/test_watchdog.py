@@ -63,7 +63,7 @@ def ended(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found | {f"{how} folder": f for how, f in (folders | {"restarted": folder}).items()}
 
 
-def test_a_rank_whose_process_is_stopped_is_named_with_the_meeting_that_waits_for_it(ended: dict[str, Any]) -> None:
+def test_a_stopped_process_is_named_with_the_meeting_that_waits_for_it(ended: dict[str, Any]) -> None:
     run = ended["stopped"]
     assert run.codes == (1, 1), run.said()
     assert f"mirl-dist, rank 0 ({HERE}): waited " in run.err
@@ -84,7 +84,7 @@ def test_a_stopped_rank_that_keeps_the_store_is_named_although_the_store_is_sile
     assert "), through which ranks tell where they are, does not answer any more: it has ended or is stop" in run.err
 
 
-def test_a_rank_that_hangs_in_its_own_work_is_named_with_phase_and_place_by_one_of_those_who_wait(
+def test_a_rank_that_hangs_is_named_with_phase_and_place_by_one_that_waits(
     ended: dict[str, Any],
 ) -> None:
     run = ended["asleep"]
@@ -109,7 +109,7 @@ def test_a_stop_that_one_rank_was_asked_reaches_a_rank_that_waits_in_a_collectiv
     assert len(list(ended["stop folder"].glob("heard-*"))) == 2
 
 
-def test_ranks_that_a_launcher_starts_again_meet_and_hear_no_stop_of_the_start_before(ended: dict[str, Any]) -> None:
+def test_restarted_ranks_meet_and_hear_no_stop_of_the_start_before(ended: dict[str, Any]) -> None:
     run, folder = ended["restarted"], ended["restarted folder"]
     assert run.rc == 0, run.said()
     assert {f"first-{r}" for r in (0, 1)} < {p.name for p in folder.iterdir()}, "the first start was asked and died"
@@ -180,7 +180,7 @@ def test_a_meeting_that_all_have_come_to_accuses_the_network_and_no_rank() -> No
     assert said.endswith("; all have come to it: the network between them, or a GPU, is stuck")
 
 
-def test_ranks_that_call_one_meeting_by_two_names_are_told_as_a_fault_of_this_program() -> None:
+def test_a_meeting_that_ranks_call_by_two_names_is_a_fault_of_this_program() -> None:
     said = diagnose(at(5, waiting=True), {1: at(5, waiting=True, what="barrier")}, (), NAMES)
     assert said.endswith(
         "; rank 1 (node1, pid 1) calls this meeting barrier: a fault of this program, please report it"
@@ -341,7 +341,7 @@ def test_a_stop_reaches_every_watch_and_does_not_wait_for_the_board(group: Calla
 # -- how ranks find each other --------------------------------------------------------------------------------------
 
 
-def test_ranks_of_one_start_agree_on_a_word_although_the_store_is_full_of_an_earlier_start() -> None:
+def test_ranks_of_one_start_agree_on_an_id_in_a_store_full_of_an_earlier_start() -> None:
     store = torch.distributed.HashStore()
 
     def start() -> set[str]:
@@ -421,7 +421,7 @@ def paced(batch: float, work: float, waits: float, passes: int = 4) -> tuple[flo
     return pace.mean_seconds()
 
 
-def test_pace_counts_what_comes_before_the_meeting_and_begins_anew_after_each_report() -> None:
+def test_pace_counts_what_precedes_the_meeting_and_begins_anew_after_reports() -> None:
     assert paced(0.5, 0.25, waits=9) == pytest.approx((0.5, 0.25))
     clock = Clock()
     pace = StragglerDetector(clock=clock)

@@ -119,9 +119,7 @@ def newest_commits(run: Path) -> list[str]:
     return sorted(path.parent.name for path in run.glob("rounds/00/steps/*/COMPLETE.json"))
 
 
-def test_a_loss_that_is_not_finite_stops_every_rank_before_the_step_and_says_what_to_do(
-    lab: Any, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step_with_advice(lab: Any, tmp_path: Path) -> None:
     ended = lab.play(tmp_path, SETS, fatal=nan(3))
     assert ended.codes == (2, 2), ended.said()
     assert ended.err.count("\n") == 1, "all ranks know, one says it"
@@ -136,9 +134,7 @@ def test_a_loss_that_is_not_finite_stops_every_rank_before_the_step_and_says_wha
     assert newest_commits(tmp_path / "run") == ["00000002-0001"]
 
 
-def test_a_gradient_that_is_not_finite_stops_every_rank_before_the_step_though_the_losses_were(
-    lab: Any, tmp_path: Path
-) -> None:
+def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_step(lab: Any, tmp_path: Path) -> None:
     ended = lab.play(tmp_path, SETS, fatal=inf_gradient(3))
     assert ended.codes == (2, 2), ended.said()
     assert ended.err.count("\n") == 1
