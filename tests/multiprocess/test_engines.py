@@ -47,7 +47,7 @@ def train(
 ) -> Ended:
     told = {"MIRL_FATAL": json.dumps(fatal)} if fatal is not None else {}
     script = lab.fatal if fatal is not None else None
-    arguments = lab.train(folder, {"ranks.slow_factor": 1000} | dict(sets))
+    arguments = lab.train(folder, sets)
     return lab.start(*arguments, cwd=folder, world=world, script=script, env=ENGINES[engine] | told | dict(env)).wait()
 
 
@@ -160,7 +160,7 @@ def test_accelerate_asks_for_the_engine_that_the_launch_file_names(file: Path) -
 
 @pytest.mark.long
 def test_train_launch_starts_the_engine_of_its_file(lab: Lab, reference: Path, tmp_path: Path) -> None:
-    command = [*lab.train(tmp_path, {"ranks.slow_factor": 1000}), "--launch", str(ROOT / "launch" / "fsdp.yaml")]
+    command = [*lab.train(tmp_path), "--launch", str(ROOT / "launch" / "fsdp.yaml")]
     ended = lab.cold("python", "-m", "mirl_dist", *command, cwd=tmp_path, env={"MIRL_SEEN": "1"}).wait()
     assert ended.rc == 0, ended.said()
     assert told(lab, tmp_path / "run") == told(lab, reference)

@@ -23,7 +23,7 @@ ALL = ("mirl-seed0", "random-seed0", "mirl-seed1", "random-seed1")
 
 def write(lab: Any, folder: Path, **more: Any) -> Path:
     """A sweep of the tiny config: two methods, two seeds, two rounds each."""
-    shared = {"prune.rounds": 1, "train.epochs": 4, "store.lease_seconds": 3}
+    shared = {"prune.rounds": 1, "train.epochs": 4, "store.lease_seconds": 15}
     tree = {"config": str(lab.config(folder)), "folder": "runs", "methods": METHODS, "seeds": [0, 1], "set": shared}
     (folder / "trial.yaml").write_text(json.dumps(tree | more))
     return folder / "trial.yaml"
@@ -86,7 +86,7 @@ def story(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Story:
     killed = again.wait()
 
     before = files(folder / "runs")
-    held = Lease(Folder(folder / "runs/mirl-seed1"), seconds=3, status=dict)
+    held = Lease(Folder(folder / "runs/mirl-seed1"), seconds=15, status=dict)
     held.claim()
     last = sweep(lab, folder)
     last.until(lambda: "mirl-seed1 is trained by another launch" in last.text("err"))

@@ -33,7 +33,7 @@ class S3Server:
         self._client: Any = None
         self.start()
 
-    def start(self, seconds: float = 60) -> None:
+    def start(self, seconds: float = 120) -> None:
         self._process = subprocess.Popen(
             [sys.executable, str(PROGRAM), str(self.port)],
             env=os.environ | {"MOTO_S3_DEFAULT_MAX_KEYS": "100"},  # lists come in pages of 100 names

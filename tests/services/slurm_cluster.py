@@ -69,7 +69,7 @@ class Job:
         words = self._cluster.run("scontrol", "show", "job", "--oneliner", self.number).split()
         return next(word.removeprefix(f"{name}=") for word in words if word.startswith(f"{name}="))
 
-    def until(self, reached: Callable[[], object], seconds: float = 90) -> None:
+    def until(self, reached: Callable[[], object], seconds: float = 300) -> None:
         last = time.monotonic() + seconds
         while not reached():
             if time.monotonic() > last:
@@ -185,7 +185,7 @@ class SlurmCluster:
                 start_new_session=True,
             )
 
-    def _until(self, name: str, is_there: Callable[[], bool], seconds: float = 60) -> None:
+    def _until(self, name: str, is_there: Callable[[], bool], seconds: float = 120) -> None:
         last = time.monotonic() + seconds
         while not is_there():
             if time.monotonic() > last or any(daemon.poll() is not None for daemon in self._daemons.values()):
