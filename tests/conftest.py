@@ -6,9 +6,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.services.lab import Lab, recipe_of, write_photographs
+
+# On a busy machine an example may take any time.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 SERVERS = {"ceph", "slurm", "nodes"}
 """Fixtures that need programs from Debian: all tests that use them are long."""
