@@ -240,7 +240,7 @@ def test_files_have_at_most_300_lines_and_functions_at_most_45() -> None:
         too_long += [f"{name}: {lines} lines"] if lines > 300 else []
         lengths = [(one.name, (one.end_lineno or 0) - one.lineno + 1) for one in functions(tree)]
         too_long += [f"{name}: {function}: {length} lines" for function, length in lengths if length > 45]
-    assert too_long == []
+    assert not too_long, "\n".join(too_long)
 
 
 def test_no_two_classes_bear_one_name() -> None:
@@ -259,10 +259,10 @@ def test_a_local_bears_the_noun_of_what_it_holds() -> None:
             names = [node.id for node in ast.walk(function) if isinstance(node, ast.Name)]
             names += [node.arg for node in ast.walk(function) if isinstance(node, ast.arg)]
             vague |= {f"{name}: {function.name}: {local}" for local in VAGUE.intersection(names)}
-    assert sorted(vague) == []
+    assert not vague, "\n".join(sorted(vague))
 
 
 def test_names_of_tests_stay_below_80_characters() -> None:
     names = [f"{file}: {one.name}" for file, tree in trees(PACKAGE.parent / "tests").items() for one in functions(tree)]
     too_long = [name for name in names if len(name.rpartition(": ")[2]) >= 80]
-    assert too_long == []
+    assert not too_long, "\n".join(too_long)
