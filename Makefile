@@ -1,6 +1,7 @@
 # make demo   the whole mission, small: shards, two ranks, four tickets, a picture
-# make test   all checks and tests
-# make check  ruff, format, types
+# make test   the checks, and all tests that take no minutes and no server from Debian
+# make test-all  that and the long tests: chaos, networks, SLURM, Ceph, engines at length (make test-long: these alone)
+# make check  ruff, format, types, who imports whom
 # make report five methods side by side on real images (needs MIRL_DATA; over an hour on two cores)
 # make bench  measurements (see benchmarks/)
 PYTHON ?= python3
@@ -10,7 +11,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # One thread per rank and per test process: two ranks on two cores would fight for them otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check report bench install clean
+.PHONY: demo test test-long test-all check report bench install clean
 .DEFAULT_GOAL := demo
 
 install: $(VENV)/installed
@@ -32,11 +33,18 @@ check: install
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports --no-logo
 
-# Tests with ranks of their own start many processes: a file of them at a time in each of two.
+# A file of tests at a time in each of two processes: servers and runs that the tests of a file share are made once.
+PYTEST := pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: check
-	pytest --numprocesses 2 tests --ignore tests/multiprocess
-	pytest --numprocesses 2 --dist loadfile tests/multiprocess
+	$(PYTEST) -m "not long"
+
+test-long: install
+	$(PYTEST) -m long
+
+test-all: test test-long
 
 report: install
 	python benchmarks/five_methods.py
@@ -45,4 +53,4 @@ bench: install
 	python benchmarks/selection.py
 
 clean:
-	rm -rf demo .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf demo .mypy_cache .ruff_cache .import_linter_cache .pytest_cache build *.egg-info

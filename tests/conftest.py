@@ -6,9 +6,26 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.services.lab import Lab, recipe_of, write_photographs
+
+# On a busy machine an example may take any time.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
+
+SERVERS = {"ceph", "slurm", "nodes"}
+"""Fixtures that need programs from Debian: all tests that use them are long."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark long tests by what they use; run files that start ranks first, so that none of them is left for the end."""
+    for item in items:
+        if SERVERS.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.long)
+    items.sort(key=lambda item: "multiprocess" not in item.path.parts)
 
 
 @pytest.fixture(scope="session")

@@ -230,7 +230,7 @@ def test_pods_run_without_rights_on_a_file_system_they_cannot_change() -> None:
 @pytest.fixture
 def node_script(tmp_path: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
     """The script of the PyTorchJob's pods with a `mirl-dist` that ends as CODE says, and the operator's environment."""
-    stand_in = '#!/bin/sh\nenv >>"$SEEN"\ntrap "exit 75" TERM\n[ -z "$LONG" ] || { sleep 60 & wait; }\nexit $CODE\n'
+    stand_in = '#!/bin/sh\ntrap "exit 75" TERM\nenv >>"$SEEN"\n[ -z "$LONG" ] || { sleep 60 & wait; }\nexit $CODE\n'
     for name, text in (("mirl-dist", stand_in), ("getent", '#!/bin/sh\n[ "$2" = mirl-master-0 ]\n')):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -269,9 +269,8 @@ def test_the_operators_pods_pass_on_a_request_to_stop(node_script: tuple[list[st
         try:
             while not Path(env["SEEN"]).exists():
                 time.sleep(0.02)
-            time.sleep(0.1)
             pod.send_signal(signal.SIGTERM)
-            assert pod.wait(20) == 128 | RESUMABLE
+            assert pod.wait(60) == 128 | RESUMABLE
         finally:
             os.killpg(pod.pid, signal.SIGKILL)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ HERE = platform.node()
 NAMES = [f"rank {rank} (node{rank}, pid {rank})" for rank in range(4)]
 
 
-def wait_for(found: Callable[[], Any], seconds: float = 30) -> None:
+def wait_for(found: Callable[[], Any], seconds: float = 120) -> None:
     last = time.monotonic() + seconds
     while not found():
         assert time.monotonic() < last, "what was waited for never came"
@@ -100,8 +101,9 @@ def test_the_lowest_waiting_rank_names_who_has_not_come_and_all_that_wait_exit(
     wait_for(lambda: len(ranks.left) == 3)
     assert ranks.left == {1: 1, 2: 1, 3: 1}
     lines = sorted(capsys.readouterr().err.splitlines())
-    assert lines[0].startswith(
-        f"mirl-dist, rank 1 ({HERE}): waited 0 s in starting for the sum of losses (meeting 1); rank 0 ("
+    waited = re.sub(r"waited \d+ s", "waited S s", lines[0])
+    assert waited.startswith(
+        f"mirl-dist, rank 1 ({HERE}): waited S s in starting for the sum of losses (meeting 1); rank 0 ("
     )
     assert "rank 0 (node0, pid 0) has not come: it is in evaluating, after meeting 0, at " in lines[0]
     assert lines[1:] == [f"mirl-dist, rank {r} ({HERE}): waited too; rank 1 has said for whom" for r in (2, 3)]
@@ -115,10 +117,8 @@ def test_when_the_lowest_rank_has_not_waited_long_enough_another_one_says_it(
         ranks.recorders[rank].begin("barrier")
     ranks.start(1000, 0.1, 0.1)
     wait_for(lambda: 1 in ranks.left)
-    assert (
-        f"mirl-dist, rank 1 ({HERE}): waited 0 s in starting for the barrier (meeting 1); rank 2 ("
-        in capsys.readouterr().err
-    )
+    waited = re.sub(r"waited \d+ s", "waited S s", capsys.readouterr().err)
+    assert f"mirl-dist, rank 1 ({HERE}): waited S s in starting for the barrier (meeting 1); rank 2 (" in waited
 
 
 def test_a_rank_that_comes_while_its_state_is_read_is_not_named(

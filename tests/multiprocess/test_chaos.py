@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import chaos
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_a_run_survives_the_death_of_any_of_its_parts_and_ends_as_if_undisturbed() -> None:
     # In a folder with a short name: sockets that loader processes are started through lie in it.

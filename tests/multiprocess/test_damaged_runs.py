@@ -91,6 +91,7 @@ def test_mlflow_has_the_replaced_reads_of_each_round(skipping: Path) -> None:
     assert sorted((m.step, m.value) for m in history) == [(0, 6), (1, 6)]
 
 
+@pytest.mark.long
 def test_skipping_runs_killed_and_resumed_or_run_alone_have_the_same_tickets(
     lab: Any, damaged: Damaged, skipping: Path, tmp_path: Path
 ) -> None:
@@ -109,6 +110,7 @@ def test_skipping_runs_killed_and_resumed_or_run_alone_have_the_same_tickets(
     assert lab.digests(tmp_path / "alone/run") == lab.digests(skipping / "run")
 
 
+@pytest.mark.long
 def test_a_whole_shard_that_is_lost_gives_the_same_ticket_wherever_the_shards_lie(
     lab: Any, damaged: Damaged, tmp_path: Path
 ) -> None:
@@ -147,6 +149,7 @@ def test_refused_damage_ends_two_ranks_with_one_line_that_names_shard_and_key(
     assert [t["damaged"] for t in lab.tickets(tmp_path / "run")] == [{}, {}]
 
 
+@pytest.mark.long
 def test_a_run_that_damage_stopped_goes_on_by_skipping_it(lab: Any, damaged: Damaged, tmp_path: Path) -> None:
     sets = ALL | {"data.shards": str(damaged.shards)}
     assert lab.play(tmp_path, sets | {"data.damage": "refuse"}).rc == 2
@@ -157,7 +160,7 @@ def test_a_run_that_damage_stopped_goes_on_by_skipping_it(lab: Any, damaged: Dam
     assert all(t["skipped"] > 0 and list(t["damaged"]) == [key] for t in lab.tickets(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("policy", ["refuse", "skip"])
+@pytest.mark.parametrize("policy", [pytest.param("refuse", marks=pytest.mark.long), "skip"])
 def test_damaged_evaluation_shards_are_refused_before_training_whatever_the_policy(
     lab: Any, tmp_path: Path, policy: str
 ) -> None:
@@ -184,7 +187,7 @@ def test_a_cache_gives_the_tickets_of_reading_in_place(lab: Any, reference: Path
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
-@pytest.mark.parametrize("policy", ["refuse", "skip"])
+@pytest.mark.parametrize("policy", [pytest.param("refuse", marks=pytest.mark.long), "skip"])
 def test_a_cache_that_is_too_small_is_no_damage_and_is_refused_first(lab: Any, tmp_path: Path, policy: str) -> None:
     sets = {"data.cache.folder": "cache", "data.cache.gigabytes": 3e-5, "data.damage": policy}
     ended = lab.play(tmp_path, sets)

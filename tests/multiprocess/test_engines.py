@@ -27,7 +27,11 @@ ENGINES: dict[str, dict[str, str]] = {
 }
 """What `accelerate launch` makes of a launch file; a test of the launch files sees that it does."""
 OFFLOAD = ENGINES["zero2"] | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
-DEALT = [*(pytest.param(name, marks=DEEPSPEED) for name in ("zero1", "zero2", "zero3")), "fsdp"]
+DEALT = [
+    *(pytest.param(name, marks=[DEEPSPEED, pytest.mark.long]) for name in ("zero1", "zero2")),
+    pytest.param("zero3", marks=DEEPSPEED),
+    "fsdp",
+]
 PASSES = {"batch.forward": 1, "guard.skip_bad_batches": 2, "prune.rounds": 1}
 
 
@@ -43,7 +47,7 @@ def train(
 ) -> Ended:
     told = {"MIRL_FATAL": json.dumps(fatal)} if fatal is not None else {}
     script = lab.fatal if fatal is not None else None
-    arguments = lab.train(folder, {"ranks.slow_factor": 1000} | dict(sets))
+    arguments = lab.train(folder, sets)
     return lab.start(*arguments, cwd=folder, world=world, script=script, env=ENGINES[engine] | told | dict(env)).wait()
 
 
@@ -87,6 +91,7 @@ def test_every_engine_ends_in_the_bits_of_ddp(engine: str, lab: Lab, reference: 
 OFFLOADED = pytest.param("zero2 offload", marks=DEEPSPEED)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", [*DEALT, OFFLOADED])
 def test_passes_are_added_and_bad_steps_left_out_on_every_engine(
     engine: str, lab: Lab, with_mishaps: Path, tmp_path: Path
@@ -101,6 +106,7 @@ def test_passes_are_added_and_bad_steps_left_out_on_every_engine(
     assert [ticket["bad"] for ticket in lab.tickets(tmp_path / "run")] == [2, 0]
 
 
+@pytest.mark.long
 @DEEPSPEED
 def test_a_run_moves_between_engines_and_numbers_of_ranks_in_mid_round(lab: Lab, tmp_path: Path) -> None:
     paths = {
@@ -117,6 +123,7 @@ def test_a_run_moves_between_engines_and_numbers_of_ranks_in_mid_round(lab: Lab,
     assert told(lab, tmp_path / "moved" / "run") == told(lab, tmp_path / "stayed" / "run")
 
 
+@pytest.mark.long
 @DEEPSPEED
 def test_the_masks_of_one_checkpoint_do_not_depend_on_engine_or_ranks(
     lab: Lab, reference: Path, tmp_path: Path
@@ -151,18 +158,18 @@ def test_accelerate_asks_for_the_engine_that_the_launch_file_names(file: Path) -
     assert file.stem.partition("_")[0] in (said.engine, "cpu", "gpus", "nodes", "one")
 
 
+@pytest.mark.long
 def test_train_launch_starts_the_engine_of_its_file(lab: Lab, reference: Path, tmp_path: Path) -> None:
-    command = [*lab.train(tmp_path, {"ranks.slow_factor": 1000}), "--launch", str(ROOT / "launch" / "fsdp.yaml")]
+    command = [*lab.train(tmp_path), "--launch", str(ROOT / "launch" / "fsdp.yaml")]
     ended = lab.cold("python", "-m", "mirl_dist", *command, cwd=tmp_path, env={"MIRL_SEEN": "1"}).wait()
     assert ended.rc == 0, ended.said()
     assert told(lab, tmp_path / "run") == told(lab, reference)
     assert {ticket["engine"] for ticket in lab.tickets(tmp_path / "run")} == {"fsdp"}
 
 
+@pytest.mark.long
 @DEEPSPEED
-def test_scores_that_need_the_network_are_those_of_one_process_where_weights_are_dealt_out(
-    lab: Lab, tmp_path: Path
-) -> None:
+def test_scores_of_a_sharded_network_are_those_of_one_process(lab: Lab, tmp_path: Path) -> None:
     flow = {"prune.criterion": "synflow", "prune.synflow_steps": 2, "prune.rounds": 1, "train.epochs": 2}
     masks = []
     for engine, world in (("zero3", 2), ("ddp", 1)):
@@ -173,6 +180,7 @@ def test_scores_that_need_the_network_are_those_of_one_process_where_weights_are
     assert masks[0] == masks[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", [pytest.param("zero3", marks=DEEPSPEED), "fsdp"])
 def test_selection_and_rewinding_need_no_more_memory_than_the_part_of_a_rank(
     engine: str, lab: Lab, tmp_path: Path

@@ -57,7 +57,7 @@ STAGES: list[tuple[str, dict[str, Any], tuple[int, int | None] | None]] = [
 ]
 
 
-def test_a_run_that_is_killed_at_every_bad_moment_ends_with_the_tickets_of_one_that_was_not(
+def test_a_run_killed_at_every_bad_moment_has_the_tickets_of_one_that_was_not(
     lab: Any, reference: Path, tmp_path: Path
 ) -> None:
     for what, fatal, expected in STAGES:
@@ -79,10 +79,9 @@ def test_a_run_that_is_killed_at_every_bad_moment_ends_with_the_tickets_of_one_t
     assert [t["round"] for t in listed] == [0, 1, 2]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
-def test_sigterm_to_the_front_process_commits_and_exits_75_and_mlflow_has_each_point_once(
-    lab: Any, reference: Path, tmp_path: Path
-) -> None:
+def test_sigterm_commits_and_exits_75_and_mlflow_has_each_point_once(lab: Any, reference: Path, tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/mlflow.db"
     sets = {"tracking.enabled": True, "tracking.uri": store, "tracking.run_name": "disturbed"}
     front = lab.cold("python", "-m", "mirl_dist", *lab.train(tmp_path, sets, "--launch", str(LAUNCH)), cwd=tmp_path)
@@ -146,16 +145,15 @@ def assert_each_point_once(store: str, tickets: list[dict[str, Any]]) -> None:
             assert found == sorted((step(t), pytest.approx(t["scores"][name]["psnr"])) for t in tickets), curve
 
 
-def test_one_dead_rank_ends_all_ranks_under_a_launcher_and_a_fault_of_one_rank_is_shown(
-    lab: Any, tmp_path: Path
-) -> None:
+@pytest.mark.long
+def test_one_dead_rank_ends_all_under_a_launcher_and_the_fault_of_one_is_shown(lab: Any, tmp_path: Path) -> None:
     for fatal, code in (
         ({"rank": 1, "step": [0, 3], "signal": 9}, 1),
         ({"rank": 1, "step": [0, 3], "do": "fault"}, 2),
     ):
         arguments = ["--nproc-per-node", "2", lab.fatal, *lab.train(tmp_path, {"checkpoint.every_steps": 3})]
         launch = lab.cold("torchrun", *arguments, cwd=tmp_path, env={"MIRL_FATAL": json.dumps(fatal)})
-        ended = launch.wait(60)
+        ended = launch.wait()
         assert ended.rc == 1, ended.said()  # torchrun's own code
         if code == 2:
             assert f"mirl-dist, rank 1 ({platform.node()}): found a planned fault, in this rank alone" in ended.err
@@ -172,9 +170,7 @@ def test_a_replica_that_drifts_in_training_stops_the_run_before_its_ticket(lab: 
     assert not lab.ended(tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_before_the_step_and_names_the_samples(
-    lab: Any, tmp_path: Path
-) -> None:
+def test_a_loss_not_finite_on_one_rank_stops_before_the_step_and_names_samples(lab: Any, tmp_path: Path) -> None:
     ended = lab.play(tmp_path, fatal={"rank": 1, "step": [0, 3], "do": "nan"})
     assert ended.codes == (2, 2), ended.said()
     assert ended.err.count("\n") == 1
@@ -194,9 +190,8 @@ def test_a_store_lists_nothing_that_a_dead_writer_left(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "rounds/00").iterdir()] == ["whole"]
 
 
-def test_three_ranks_that_resume_add_gradients_in_the_order_of_those_that_were_not_stopped(
-    lab: Any, tmp_path: Path
-) -> None:
+@pytest.mark.long
+def test_three_ranks_that_resume_add_gradients_in_the_order_of_the_unstopped(lab: Any, tmp_path: Path) -> None:
     # Three is where it shows: DDP's first step in a process would add in another order than its later ones.
     sets = {"batch.global": 6, "prune.rounds": 0}
     (tmp_path / "whole").mkdir()

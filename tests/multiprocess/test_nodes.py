@@ -132,7 +132,7 @@ class Launch:
         """Of the launcher: each command on the way to it has become the next one."""
         return self._started[number].pid
 
-    def until(self, reached: Callable[[], Any], seconds: float = 120) -> None:
+    def until(self, reached: Callable[[], Any], seconds: float = 300) -> None:
         last = time.monotonic() + seconds
         while not reached():
             over = time.monotonic() > last or any(process.poll() is not None for process in self._started)
@@ -141,7 +141,7 @@ class Launch:
                 pytest.fail(f"what was waited for never came\n{self.said()}")
             time.sleep(0.05)
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self, seconds: float = 300) -> list[int]:
         try:
             return [process.wait(seconds) for process in self._started]
         except subprocess.TimeoutExpired:
@@ -178,7 +178,7 @@ def cut(lab: Any, nodes: list[Node], tmp_path_factory: pytest.TempPathFactory) -
         nodes[1].drop(True)
         try:
             for launch in launches.values():
-                launch.until(partial(lost, launch), 60)
+                launch.until(partial(lost, launch))
         finally:
             nodes[1].drop(False)
         for launch in launches.values():
@@ -248,7 +248,7 @@ def test_a_stop_that_is_asked_of_one_node_ends_all_of_them_resumably(
     try:
         launch.until(partial(committed, launch))
         os.kill(launch.pid(1), signal.SIGTERM)
-        assert launch.wait(60) == [75, 75], launch.said()
+        assert launch.wait() == [75, 75], launch.said()
     finally:
         launch.kill()
     assert "mirl-dist, node 1 (node-1): SIGTERM: the ranks were asked to stop" in launch.text(1)

@@ -33,7 +33,10 @@ def asked(lab: Any, folder: Path, plan: dict[str, Any], number: int, **sets: Any
     return lab.start(*lab.train(folder, sets), cwd=folder, world=2, script=ASKED, env=env).wait()
 
 
-@pytest.mark.parametrize("phase", PHASES)
+QUICK = ("training", "pruning")
+
+
+@pytest.mark.parametrize("phase", [pytest.param(p, marks=[] if p in QUICK else pytest.mark.long) for p in PHASES])
 def test_a_run_that_is_asked_to_stop_commits_and_goes_on_to_the_same_tickets(
     lab: Any, reference: Path, tmp_path: Path, phase: str
 ) -> None:
@@ -49,6 +52,7 @@ def test_a_run_that_is_asked_to_stop_commits_and_goes_on_to_the_same_tickets(
     assert lab.digests(tmp_path / "run") == lab.digests(reference)
 
 
+@pytest.mark.long
 def test_a_run_that_is_asked_before_it_trains_leaves_and_begins_again(
     lab: Any, reference: Path, tmp_path: Path
 ) -> None:
@@ -58,7 +62,8 @@ def test_a_run_that_is_asked_before_it_trains_leaves_and_begins_again(
     assert lab.digests(tmp_path / "run") == lab.digests(reference)
 
 
-def test_a_run_that_cannot_stop_in_time_says_what_it_is_doing_and_leaves_at_the_deadline(
+@pytest.mark.long
+def test_a_run_that_cannot_stop_in_time_says_why_and_leaves_at_the_deadline(
     lab: Any, reference: Path, tmp_path: Path
 ) -> None:
     ended = asked(lab, tmp_path, {"rank": 0, "phase": "uploading"}, signal.SIGTERM, **{"preempt.deadline_seconds": 0.3})

@@ -99,7 +99,7 @@ def test_a_finished_run_resumes_to_nothing_and_says_so(lab: Any, reference: Path
     assert {p.parent.name for p in more} == set(told)
 
 
-def test_accumulation_takes_the_same_steps_and_more_rounds_continue_the_run_on_other_ranks(
+def test_accumulation_takes_the_same_steps_and_other_ranks_continue_the_run(
     lab: Any, reference: Path, tmp_path: Path
 ) -> None:
     ended = lab.play(tmp_path, {"batch.forward": 1, "prune.rounds": 0})
@@ -142,9 +142,7 @@ def test_every_round_starts_from_the_first_values_of_its_survivors(lab: Any, tmp
     assert_laws(run, lab.tickets(run))
 
 
-def test_the_published_rewind_carries_prompts_and_temperatures_over_and_stops_at_the_target_by_layer(
-    lab: Any, tmp_path: Path
-) -> None:
+def test_the_published_rewind_carries_prompts_over_and_stops_at_the_target_by_layer(lab: Any, tmp_path: Path) -> None:
     sets = {
         "prune.per": "layer",
         "prune.rounds": 5,
@@ -193,7 +191,7 @@ def test_the_published_rewind_carries_prompts_and_temperatures_over_and_stops_at
     assert "kept its ticket but not its weights" in refused.err
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+@pytest.mark.parametrize("criterion", ["magnitude", pytest.param("random", marks=pytest.mark.long)])
 def test_a_one_shot_prunes_once_and_fine_tunes_what_it_trained(lab: Any, tmp_path: Path, criterion: str) -> None:
     sets = {
         "prune.style": "one_shot",

@@ -1,7 +1,7 @@
 """A real S3 server that keeps its data (Ceph): monitor, object store and radosgw as plain processes of this machine.
 
 All lies in a folder of its own and goes with it. Nobody but this machine reaches it. `CephServer` is used as `S3Server`
-is (tests/s3_server.py), but what it holds outlives `kill` and `kill_all`.
+is (tests/services/s3_server.py), but what it holds outlives `kill` and `kill_all`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.services.s3_server import S3Server, free_port
+from tests.services.ports import free_port
+from tests.services.s3_server import S3Server
 
 NEEDED = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "ceph-authtool", "monmaptool")
 MISSING = "radosgw is not installed: apt-get install radosgw ceph-mon ceph-osd"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,8 +15,12 @@ from typing import Any
 
 import pytest
 
+from tests.services.ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ROOT / "tests" / "multiprocess" / "programs"
+PATIENCE = 300.0
+"""Seconds after which what a test waits for counts as never to come: many, for a machine may be busy."""
 TINY: dict[str, Any] = {
     "run": {"folder": "run"},
     "model": {
@@ -42,14 +45,9 @@ TINY: dict[str, Any] = {
     "prune": {"rounds": 2, "fraction": 0.2},
     "checkpoint": {"every_steps": 2},
     "tracking": {"enabled": False, "every_steps": 1},
+    "ranks": {"slow_factor": 1000},  # on a busy machine ranks are unequally fast, and that would be said
 }
 """About 0.26 million weights, 6 steps a round, 3 rounds; differs from test to test by `--set`."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class Started:
         files = sorted(self._streams.parent.glob(f"{self._streams.name}.*.{kind}"))
         return "".join(f.read_text(errors="replace") for f in files)
 
-    def until(self, reached: Callable[[], Any], seconds: float = 90) -> None:
+    def until(self, reached: Callable[[], Any], seconds: float = PATIENCE) -> None:
         """Wait for what the processes bring about; when they end before, they are killed and the test fails."""
         last = time.monotonic() + seconds
         while not reached():
@@ -115,7 +113,7 @@ class Started:
                 pytest.fail(f"what was waited for never came\n{self.text('out')}\n{self.text('err')}")
             time.sleep(0.01)
 
-    def wait(self, seconds: float = 120) -> Ended:
+    def wait(self, seconds: float = PATIENCE) -> Ended:
         """How it ended; a launch that takes longer than `seconds` is killed and fails the test."""
         last = time.monotonic() + seconds
         while any(code is None for code in self._codes()):
@@ -220,7 +218,7 @@ class Lab:
         *,
         world: int = 2,
         fatal: Mapping[str, Any] | None = None,
-        seconds: float = 120,
+        seconds: float = PATIENCE,
     ) -> Ended:
         """Train the tiny config in `folder` on `world` ranks; fatal: a mishap as in programs/crash_at.py."""
         script, env = (None, {}) if fatal is None else (self.fatal, {"MIRL_FATAL": json.dumps(fatal)})

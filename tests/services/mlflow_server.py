@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.services.lab import free_port
+from tests.services.ports import free_port
 
 
 class MlflowServer:
@@ -26,7 +26,7 @@ class MlflowServer:
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
-    def start(self, seconds: float = 60) -> None:
+    def start(self, seconds: float = 120) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
         command += ["--port", str(self._port), "--backend-store-uri", f"sqlite:///{self.database}"]
         command += ["--artifacts-destination", str(self._folder / "files")]

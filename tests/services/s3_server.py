@@ -1,7 +1,7 @@
 """A real S3 server (moto) as a process of its own. It keeps objects in memory: a killed server has lost them.
 
 `restart` therefore takes what fills it again. Clients that must not see the server between start and refill talk to it
-through a FaultyProxy that refuses meanwhile (tests/faulty_proxy.py).
+through a FaultyProxy that refuses meanwhile (tests/services/faulty_proxy.py).
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tests.services.ports import free_port
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+PROGRAM = Path(__file__).with_name("moto_program.py")
 
 
 class S3Server:
@@ -35,9 +33,9 @@ class S3Server:
         self._client: Any = None
         self.start()
 
-    def start(self, seconds: float = 60) -> None:
+    def start(self, seconds: float = 120) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
+            [sys.executable, str(PROGRAM), str(self.port)],
             env=os.environ | {"MOTO_S3_DEFAULT_MAX_KEYS": "100"},  # lists come in pages of 100 names
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

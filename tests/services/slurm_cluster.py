@@ -22,6 +22,8 @@ from types import TracebackType
 
 import psutil
 
+from tests.services.ports import free_port
+
 NEEDED = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 MISSING = "SLURM is not installed, or this is not root: apt-get install slurm-wlm munge, as root"
 GRACE_SECONDS = 60
@@ -67,7 +69,7 @@ class Job:
         words = self._cluster.run("scontrol", "show", "job", "--oneliner", self.number).split()
         return next(word.removeprefix(f"{name}=") for word in words if word.startswith(f"{name}="))
 
-    def until(self, reached: Callable[[], object], seconds: float = 90) -> None:
+    def until(self, reached: Callable[[], object], seconds: float = 300) -> None:
         last = time.monotonic() + seconds
         while not reached():
             if time.monotonic() > last:
@@ -161,7 +163,7 @@ class SlurmCluster:
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
-        ports = dict(zip(("controller", "n1", "n2"), free_ports(3), strict=True))
+        ports = {name: free_port() for name in ("controller", "n1", "n2")}
         host = socket.gethostname().partition(".")[0]
         text = _CONF.format(folder=self.folder, host=host, user=getpass.getuser(), grace=GRACE_SECONDS, **ports)
         (self.folder / "slurm.conf").write_text(text)
@@ -183,7 +185,7 @@ class SlurmCluster:
                 start_new_session=True,
             )
 
-    def _until(self, name: str, is_there: Callable[[], bool], seconds: float = 60) -> None:
+    def _until(self, name: str, is_there: Callable[[], bool], seconds: float = 120) -> None:
         last = time.monotonic() + seconds
         while not is_there():
             if time.monotonic() > last or any(daemon.poll() is not None for daemon in self._daemons.values()):
@@ -215,12 +217,3 @@ class SlurmCluster:
 def _path() -> str:
     """Debian keeps the daemons where only root's PATH leads."""
     return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-
-
-def free_ports(count: int) -> list[int]:
-    """All different: they are held together before any is given away."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]

@@ -819,11 +819,11 @@ def test_patience_tries_again_what_may_pass_and_nothing_else() -> None:
 def test_patience_begins_afresh_when_bytes_arrive(tmp_path: Path) -> None:
     class Drip(Folder):
         def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
-            time.sleep(0.05)
+            time.sleep(0.2)
             yield b"x"
             raise Unavailable("broken.")
 
-    download(Drip(tmp_path), "a", tmp_path / "a", 12, patience=Patience(0.3, 0.01, 0.02), say=lambda line: None)
+    download(Drip(tmp_path), "a", tmp_path / "a", 12, patience=Patience(2, 0.01, 0.02), say=lambda line: None)
     assert (tmp_path / "a").read_bytes() == b"x" * 12, "in all it took longer than patience"
 
 

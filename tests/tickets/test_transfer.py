@@ -37,6 +37,7 @@ def run(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.long
 def test_an_official_checkpoint_is_imported_pruned_and_exported_to_its_own_layout(
     lab: Any, run: Path, tmp_path: Path
 ) -> None:

@@ -44,11 +44,11 @@ def test_a_process_that_is_killed_in_a_step_leaves_that_step() -> None:
         "import os\nfrom mirl_dist.training.crash_loop import CrashLoopGuard\n"
         f"f = CrashLoopGuard.open({RUN!r}, 1)\nf.begin_step(2, 135)\nf.begin_step(2, 136)\nos.kill(os.getpid(), 9)"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -9
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == -9
     assert CrashLoopGuard.open(RUN, 1).repeated == (2, 136)
 
 
-def test_as_many_deaths_in_one_step_as_allowed_are_followed_by_a_refusal_that_tells_where() -> None:
+def test_as_many_deaths_in_a_step_as_allowed_lead_to_a_refusal_that_says_where() -> None:
     for _ in range(3):
         assert launch_that_dies((2, 130), (2, 136)).repeated is None
     refused = CrashLoopGuard.open(RUN, 3)

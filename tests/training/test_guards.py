@@ -119,9 +119,7 @@ def newest_commits(run: Path) -> list[str]:
     return sorted(path.parent.name for path in run.glob("rounds/00/steps/*/COMPLETE.json"))
 
 
-def test_a_loss_that_is_not_finite_stops_every_rank_before_the_step_and_says_what_to_do(
-    lab: Any, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step_with_advice(lab: Any, tmp_path: Path) -> None:
     ended = lab.play(tmp_path, SETS, fatal=nan(3))
     assert ended.codes == (2, 2), ended.said()
     assert ended.err.count("\n") == 1, "all ranks know, one says it"
@@ -136,9 +134,7 @@ def test_a_loss_that_is_not_finite_stops_every_rank_before_the_step_and_says_wha
     assert newest_commits(tmp_path / "run") == ["00000002-0001"]
 
 
-def test_a_gradient_that_is_not_finite_stops_every_rank_before_the_step_though_the_losses_were(
-    lab: Any, tmp_path: Path
-) -> None:
+def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_step(lab: Any, tmp_path: Path) -> None:
     ended = lab.play(tmp_path, SETS, fatal=inf_gradient(3))
     assert ended.codes == (2, 2), ended.said()
     assert ended.err.count("\n") == 1
@@ -171,6 +167,7 @@ def test_a_bad_step_that_is_allowed_is_left_out_on_every_rank_and_said_and_count
     assert all(score["psnr"] > 0 for score in ticket["scores"].values()), "no weight became nan"
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_after_a_step_was_left_out_ends_in_the_same_ticket(
     lab: Any, left_out: Any, tmp_path: Path
 ) -> None:
@@ -183,6 +180,7 @@ def test_a_run_that_is_killed_after_a_step_was_left_out_ends_in_the_same_ticket(
     assert lab.digests(tmp_path / "run") == lab.digests(left_out[0])
 
 
+@pytest.mark.long
 def test_a_step_is_left_out_alike_whether_a_loss_or_the_gradient_was_not_finite(
     lab: Any, left_out: Any, tmp_path: Path
 ) -> None:
@@ -207,6 +205,7 @@ def test_no_more_bad_steps_are_left_out_than_are_allowed(lab: Any, tmp_path: Pat
     assert lab.tickets(tmp_path / "run")[0]["bad"] == 2
 
 
+@pytest.mark.long
 def test_a_step_of_several_passes_is_left_out_whole_whichever_of_them_was_bad(lab: Any, tmp_path: Path) -> None:
     sets = SETS | {"guard.skip_bad_batches": 1, "batch.forward": 1}
     digests = []

@@ -72,7 +72,9 @@ def test_a_ticket_trains_again_from_its_own_first_values_under_its_own_mask(
     assert same(mine, theirs), "the survivors' first values, and zero where dead"
 
 
-@pytest.mark.parametrize("kind", ["reinit", "random_layer", "random_global"])
+@pytest.mark.parametrize(
+    "kind", ["reinit", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("random_layer", "random_global"))]
+)
 def test_a_control_differs_from_its_ticket_in_one_thing_only(
     lab: Any, reference: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -85,6 +87,7 @@ def test_a_control_differs_from_its_ticket_in_one_thing_only(
     assert same(first_values(tmp_path / "run"), first_values(reference)) == (kind != "reinit")
 
 
+@pytest.mark.long
 def test_a_control_that_is_killed_and_lost_its_first_masks_ends_in_the_same_ticket(
     lab: Any, reference: Path, tmp_path: Path
 ) -> None:

@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(("precision", "inside"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
-def test_a_precision_that_was_asked_for_is_that_of_the_layers_inside_the_wrapped_network(
+def test_a_precision_asked_for_is_that_of_the_layers_in_the_wrapped_network(
     precision: str, inside: torch.dtype
 ) -> None:
     ranks = Ranks(device="cpu", precision=precision)
@@ -154,9 +154,7 @@ def test_commits_are_made_when_they_are_due_and_at_the_end_of_the_round() -> Non
     assert Run().train(plan(commit_every=3)).commits == [(3, False), (6, False), (9, False), (12, False)]
 
 
-def test_a_commit_that_is_due_while_one_is_being_written_is_made_when_that_has_ended_and_at_the_end_in_any_case() -> (
-    None
-):
+def test_a_commit_due_while_one_is_written_is_made_after_it_and_at_the_end_anyway() -> None:
     late = Run(busy_in=lambda step: step in range(2, 7))
     assert late.train(plan()).commits == [(8, False), (9, False), (12, False)]
     assert Run(busy_in=lambda step: True).train(plan()).commits == [(12, False)]
@@ -178,7 +176,7 @@ def test_a_run_that_is_asked_to_stop_in_its_last_step_has_committed_the_whole_ro
     assert (run.kept[STEPS].epoch, run.kept[STEPS].step) == (3, 0)
 
 
-def test_a_commit_that_could_not_be_written_stops_the_training_and_none_is_begun_after_it() -> None:
+def test_a_commit_that_cannot_be_written_stops_training_and_none_follows_it() -> None:
     run = Run(fail_in=lambda step: step == 5)
     with pytest.raises(UserError, match="^a commit failed$"):
         run.train(plan())
@@ -231,7 +229,7 @@ def test_a_step_that_is_left_out_moves_no_weight_and_no_moment_and_is_in_no_mean
     assert all(torch.isfinite(torch.tensor(list(values.values()))).all() for values in run.told.values())
 
 
-def test_a_run_that_goes_on_after_a_step_was_left_out_moves_as_one_that_did_not_stop(
+def test_a_run_resumed_after_a_skipped_step_moves_as_one_that_did_not_stop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ends = []

@@ -1,4 +1,4 @@
-"""A rank whose last one behaves as `hang.py HOW FOLDER` says; all meet under a watch of two seconds.
+"""A rank whose last one behaves as `hang.py HOW FOLDER` says; all meet under a watch of five seconds.
 
 stopped, frozen-main: that rank (or rank 0) is stopped by SIGSTOP in its own work. asleep: it sleeps there. slow: it is
 late for every meeting. stop: it is asked to stop, and comes to the meeting when all have heard of it. restarted: it is
@@ -33,11 +33,11 @@ def work(ranks: Ranks, how: str, folder: Path) -> None:
             (folder / "stopped").touch()
             os.kill(os.getpid(), signal.SIGSTOP)
         if how == "asleep" and last:
-            time.sleep(60)
+            time.sleep(600)
     with ranks.in_phase("training"):
         for _ in range(4):
             if how == "slow" and last:
-                time.sleep(1.2)
+                time.sleep(1.5)
             ranks.gather(torch.tensor(ranks.rank), what="gather of loss flags")
     if how == "restarted":
         again = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
@@ -59,7 +59,7 @@ def hear(ranks: Ranks, folder: Path) -> None:
     (folder / f"heard-{ranks.rank}").touch()
 
 
-def wait_for(found: object, seconds: float = 20) -> None:
+def wait_for(found: object, seconds: float = 120) -> None:
     assert callable(found)
     last = time.monotonic() + seconds
     while not found():
@@ -72,7 +72,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "restarted" and os.environ["RANK"] == "0":
         time.sleep(0.5)
     try:
-        work(Ranks(device="cpu", timeout_seconds=2), sys.argv[1], Path(sys.argv[2]))
+        work(Ranks(device="cpu", timeout_seconds=5), sys.argv[1], Path(sys.argv[2]))
     except RuntimeError as error:
         if not is_peer_loss(error):
             raise
