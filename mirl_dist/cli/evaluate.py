@@ -25,13 +25,13 @@ from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import UserError
 from mirl_dist.evaluation import evaluate
 from mirl_dist.evaluation.protocols import PROTOCOLS
+from mirl_dist.evaluation.score import library_versions
 from mirl_dist.observability import progress
 from mirl_dist.storage import Folder, output_paths
 from mirl_dist.storage.configured import open_configured
 from mirl_dist.tickets.open import FileTicket, network, open_ticket
 from mirl_dist.training import dataloaders
 from mirl_dist.training.builders import eval_settings_of
-from mirl_dist.evaluation.score import library_versions
 
 
 class EvalOptions(NamedTuple):

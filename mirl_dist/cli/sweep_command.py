@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mirl_dist.cli.tickets import Json
+from mirl_dist.cli.options import Json
 from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import UserError
 
