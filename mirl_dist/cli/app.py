@@ -1,4 +1,4 @@
-"""The commands. Each checks what it was given, calls one story, and prints what came out.
+"""The program `mirl-dist`: its commands, its exit codes, and what an error prints.
 
 Exit codes: 0 done, 1 failed, 2 the user's mistake (one clear line), 75 stopped early and resumable.
 """
@@ -80,14 +80,14 @@ def _leave(code: int, *, final: bool = False) -> None:
 
 
 def _leave_if_reported() -> None:
-    """An elastic launcher starts its ranks again whatever ended them: those that have had their last word leave."""
+    """Exit at once if this rank has reported an exit code: an elastic launcher restarts ranks whatever ended them."""
     code = ControlChannel.of_worker().exit_code()
     if code is not None:
         os._exit(code)
 
 
 def _leave_with_traceback(*error: Any) -> None:
-    """What an unforeseen error of a rank does: its traceback, then code 1."""
+    """Print the traceback of an unforeseen error of a rank, and exit with code 1."""
     sys.__excepthook__(*error)
     _leave(1)
 

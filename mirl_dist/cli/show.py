@@ -16,10 +16,10 @@ from mirl_dist.observability import progress
 from mirl_dist.storage import Folder, Options, output_paths
 from mirl_dist.tickets.open import FileTicket, open_run, open_ticket
 
-_USUAL = Options()
+_DEFAULT_OPTIONS = Options()
 
 
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     table = Table(title=Text(title, style="table.title"))  # Text: names are no markup
     for number, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if number == 0 else "right")
@@ -28,8 +28,8 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     Console().print(table)
 
 
-def print_tickets(run: str, as_json: bool, options: Options = _USUAL) -> None:
-    """One line per round: alive weights, sparsity, PSNR and SSIM per task and set."""
+def print_tickets(run: str, as_json: bool, options: Options = _DEFAULT_OPTIONS) -> None:
+    """Print a line per round: alive weights, sparsity, PSNR and SSIM per task and set."""
     checkpoints, _ = open_run(run, options)
     tickets, best = checkpoints.tickets(), checkpoints.best()
     if as_json:
@@ -45,15 +45,17 @@ def print_tickets(run: str, as_json: bool, options: Options = _USUAL) -> None:
         mark = "*" if t.round == best else ""
         cells = [f"{t.scores[n].psnr:.2f}\n{t.scores[n].ssim:.4f}" for n in names]
         rows.append([f"{t.round}{mark}", f"{t.alive_total:,}", f"{t.total_sparsity:.1%}", *cells])
-    given = tickets[0].scores
-    rows.append(["input", "", "", *(f"{given[n].degraded_psnr:.2f}\n{given[n].degraded_ssim:.4f}" for n in names)])
-    _table(f"tickets of {run} (PSNR in dB over SSIM)", columns, rows)
+    first_scores = tickets[0].scores
+    rows.append(
+        ["input", "", "", *(f"{first_scores[n].degraded_psnr:.2f}\n{first_scores[n].degraded_ssim:.4f}" for n in names)]
+    )
+    _print_table(f"tickets of {run} (PSNR in dB over SSIM)", columns, rows)
     if best is not None:
         progress.say("* best by validation")
 
 
 def print_ticket(reference: str, as_json: bool) -> None:
-    """Counts, digests, scores and density per layer of one ticket."""
+    """Print counts, digests, scores and density per layer of one ticket."""
     opened = open_ticket(reference)
     ticket = opened.ticket()
     if as_json:
@@ -66,25 +68,26 @@ def print_ticket(reference: str, as_json: bool) -> None:
     for protocol, scores in ticket.also.items():
         print_score_table(f"{reference}, {protocol}", scores)
     rows = [[name, f"{value:.4f}"] for name, value in ticket.layer_density.items()]
-    _table("density per layer", ["tensor", "alive share"], rows)
+    _print_table("density per layer", ["tensor", "alive share"], rows)
 
 
 def write_pictures(reference: str, out: Path) -> None:
-    """The strip of images that a ticket restored, as a PNG file."""
+    """Write the strip of images that a ticket restored as a PNG file."""
     output_paths.check_file(out)
-    found = open_ticket(reference)
-    if isinstance(found, FileTicket):
+    opened = open_ticket(reference)
+    if isinstance(opened, FileTicket):
         raise UserError(f"found {reference}, a ticket file, which holds no pictures. Name its run, as RUN/rounds/NN.")
-    strip = found.checkpoints.pictures(found.round_)
+    strip = opened.checkpoints.pictures(opened.round_)
     if strip is None:
         raise UserError(
             f"{reference} drew no pictures: its shards have no evaluation sets. Build shards that have some."
         )
     Folder(out.parent).put(out.name, strip)
-    progress.say(f"degraded, restored and clean images of round {found.round_}: {out}")
+    progress.say(f"degraded, restored and clean images of round {opened.round_}: {out}")
 
 
 def print_score_table(title: str, scores: dict[str, Score]) -> None:
+    """Print a line of scores per task and set."""
     rows = [
         [
             name,
@@ -96,7 +99,7 @@ def print_score_table(title: str, scores: dict[str, Score]) -> None:
         ]
         for name, s in scores.items()
     ]
-    _table(title, ["task/set", "images", "PSNR", "SSIM", "input PSNR", "input SSIM"], rows)
+    _print_table(title, ["task/set", "images", "PSNR", "SSIM", "input PSNR", "input SSIM"], rows)
 
 
 def in_words(value: Any) -> str:
@@ -105,6 +108,6 @@ def in_words(value: Any) -> str:
         return ", ".join(
             f"{in_words(key)} {in_words(inner)}" for key, inner in value.items() if inner not in ("", None)
         )
-    if isinstance(value, str):  # what a damaged sample said, too: nothing that would upset a terminal
+    if isinstance(value, str):  # a damaged sample's message, too: nothing that would upset a terminal
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -23,97 +23,97 @@ _WATCH_SECONDS = 15.0  # three beats of a lease
 
 
 def print_status(run: str, as_json: bool) -> None:
-    """Round and step of the newest commit, and the samples, time and speed up to there."""
+    """Print round and step of the newest commit, samples, time and speed up to there, the writer, and pending records."""
     checkpoints, config = open_run(run)
     commits, tickets = checkpoints.commits(), checkpoints.tickets()
-    newest, stands = checkpoints.latest_progress(commits)
-    said: dict[str, Any] = {
+    newest, totals = checkpoints.latest_progress(commits)
+    status: dict[str, Any] = {
         "run": run,
         "rounds_finished": len(tickets),
         "rounds_planned_at_first": config.prune.rounds + 1,
         "newest_commit": None
         if newest is None
         else {"round": newest.round_, "step": newest.step, "folder": newest.folder},
-        "samples": stands.samples,
-        "seconds_training": stands.seconds,
-        "samples_per_second": stands.samples / stands.seconds if stands.seconds else None,
+        "samples": totals.samples,
+        "seconds_training": totals.seconds,
+        "samples_per_second": totals.samples / totals.seconds if totals.seconds else None,
         "writer": _writer(checkpoints, config),
-        "mlflow": _mlflow(run, checkpoints, config),
+        "mlflow": _pending_records(run, checkpoints, config),
     }
     if as_json:
-        print(json.dumps(said, indent=1))
+        print(json.dumps(status, indent=1))
         return
-    for name, value in said.items():
+    for name, value in status.items():
         progress.say(f"{name:24} {in_words(value)}")
 
 
 def _writer(checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
-    """Who holds, or last held, the run's lease; while it lives, what its last sign of life said."""
-    found = lease.holder(checkpoints.store)
-    if found is None:
+    """The launch that holds, or last held, the run's lease; while it lives, with its last reported status."""
+    holder = lease.holder(checkpoints.store)
+    if holder is None:
         return None
-    who = {"host": found.host, "pid": found.pid, "since": found.started_at, "beat": found.beat_at}
-    if found.ended is not None or found.has_exited():
-        return who | {"ended": found.ended or "dead"}
-    news = dict(found.status)
-    left, speed = news.get("steps", 0) - news.get("step", 0), news.get("samples_per_second")
+    writer = {"host": holder.host, "pid": holder.pid, "since": holder.started_at, "beat": holder.beat_at}
+    if holder.ended is not None or holder.has_exited():
+        return writer | {"ended": holder.ended or "dead"}
+    last_status = dict(holder.status)
+    left, speed = last_status.get("steps", 0) - last_status.get("step", 0), last_status.get("samples_per_second")
     if speed:
-        news["seconds_left_in_round"] = round(left * config.batch.global_ / speed)
-    return who | news
+        last_status["seconds_left_in_round"] = round(left * config.batch.global_ / speed)
+    return writer | last_status
 
 
-def _tracking(checkpoints: Checkpoints, config: Config) -> TrackingSection:
+def _latest_tracking_section(checkpoints: Checkpoints, config: Config) -> TrackingSection:
     """The tracking section of the last launch; that of run.json is the first one's."""
-    found = lease.holder(checkpoints.store)
-    said = found.launch.get("tracking") if found is not None else None
-    return config.tracking if said is None else TrackingSection.model_validate(said)
+    holder = lease.holder(checkpoints.store)
+    section = holder.launch.get("tracking") if holder is not None else None
+    return config.tracking if section is None else TrackingSection.model_validate(section)
 
 
-def _journal(run: str, checkpoints: Checkpoints, said: TrackingSection) -> Path:
-    found = checkpoints.identity() or {}
-    return journal_folder(run, said.journal, str(found.get("id", "")))
+def _journal(run: str, checkpoints: Checkpoints, section: TrackingSection) -> Path:
+    identity = checkpoints.identity() or {}
+    return journal_folder(run, section.journal, str(identity.get("id", "")))
 
 
-def _mlflow(run: str, checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
-    """What waits on this machine to be told to MLflow."""
-    said = _tracking(checkpoints, config)
-    if not said.enabled:
+def _pending_records(run: str, checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
+    """Count the records on this machine that MLflow has not received; None without tracking."""
+    section = _latest_tracking_section(checkpoints, config)
+    if not section.enabled:
         return None
-    waits = tracker.pending_records(_journal(run, checkpoints, said))
+    pending = tracker.pending_records(_journal(run, checkpoints, section))
     since = None
-    if waits.since is not None:
-        since = datetime.fromtimestamp(waits.since, timezone.utc).isoformat(timespec="seconds")
-    return {"points_waiting": waits.points, "records_waiting": waits.records, "since": since}
+    if pending.since is not None:
+        since = datetime.fromtimestamp(pending.since, timezone.utc).isoformat(timespec="seconds")
+    return {"points_waiting": pending.points, "records_waiting": pending.records, "since": since}
 
 
-def _check_not_alive(run: str, checkpoints: Checkpoints) -> None:
-    """Raise UserError when the launch that holds a run gives a sign of life; on another machine that is watched for."""
-    first, last = lease.holder(checkpoints.store), time.monotonic() + _WATCH_SECONDS
-    if first is None or first.ended is not None or first.has_exited():
+def _check_no_live_launch(run: str, checkpoints: Checkpoints) -> None:
+    """Raise UserError when the launch that holds a run is alive; one on another machine is watched for its heartbeat."""
+    holder, deadline = lease.holder(checkpoints.store), time.monotonic() + _WATCH_SECONDS
+    if holder is None or holder.ended is not None or holder.has_exited():
         return
-    progress.say(f"{run} was last held by the launch on {first}; watching for {_WATCH_SECONDS:g} s whether it lives")
-    while time.monotonic() < last:
+    progress.say(f"{run} was last held by the launch on {holder}; watching for {_WATCH_SECONDS:g} s whether it lives")
+    while time.monotonic() < deadline:
         time.sleep(0.5)
         now = lease.holder(checkpoints.store)
-        if now is not None and (now.sign != first.sign or now.generation != first.generation):
+        if now is not None and (now.sign != holder.sign or now.generation != holder.generation):
             raise UserError(f"{run} is held by a launch ({now}) that lives, and sends by itself. Wait for its end.")
 
 
 def resend(run: str) -> None:
-    """Tell MLflow what a run that has ended could not tell it: what waits on this machine, and in its last commit."""
+    """Send MLflow the pending records of a run that has ended: those on this machine, and those in its last commit."""
     checkpoints, config = open_run(run)
-    said = _tracking(checkpoints, config)
-    if not said.enabled:
+    section = _latest_tracking_section(checkpoints, config)
+    if not section.enabled:
         raise UserError(f"{run} was trained with tracking.enabled=false: there is nothing to send.")
-    _check_not_alive(run, checkpoints)
-    found = checkpoints.latest()
+    _check_no_live_launch(run, checkpoints)
+    latest = checkpoints.latest()
     tracker.resend(
-        uri=said.uri,
-        experiment=said.experiment,
-        run_name=said.run_name or Path(run).name,
+        uri=section.uri,
+        experiment=section.experiment,
+        run_name=section.run_name or Path(run).name,
         remembered=checkpoints.mlflow_ids(),
         remember=checkpoints.save_mlflow_ids,
-        journal=_journal(run, checkpoints, said),
-        inherited=b"" if found is None else found[1].get(OUTBOX, b""),
+        journal=_journal(run, checkpoints, section),
+        inherited=b"" if latest is None else latest[1].get(OUTBOX, b""),
         say=progress.say,
     )

@@ -106,6 +106,6 @@ def _check_launch(file: LaunchFile) -> None:
     except LookupError as error:
         raise UserError(f"{file.path}: {error}") from None
     if file.nodes == 1:
-        for finding in machine.port(file):
+        for finding in machine.check_port(file):
             if finding.kind == "FAULT":
                 raise UserError(f"{file.path}: main_process_port: {finding.text}")

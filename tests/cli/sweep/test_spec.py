@@ -152,11 +152,11 @@ def test_a_printed_command_pasted_into_a_shell_is_that_run(swept: Any) -> None:
     said = {"tracking.experiment": "it's; $HOME & co", "evaluate.sets": ["a b", "c"], "optimiser.lr": 1e-5}
     plan = swept(set=said, folder="runs/a b", launch="launch/my file.yaml")
     for run in plan.runs:
-        program, command, config, *rest = shlex.split(plans.line(plan, run))
+        program, command, config, *rest = shlex.split(plans.command_line(plan, run))
         assert (program, command, rest[:2]) == ("mirl-dist", "train", ["--launch", "launch/my file.yaml"])
         sets = [text for flag, text in zip(rest[2::2], rest[3::2], strict=True) if flag == "--set"]
         assert configs.read(Path(config), sets) == run.config
-        assert "\n" not in plans.line(plan, run)
+        assert "\n" not in plans.command_line(plan, run)
 
 
 def test_a_bucket_s_logs_lie_on_this_machine(swept: Any) -> None:
@@ -178,13 +178,13 @@ def test_a_bucket_s_logs_lie_on_this_machine(swept: Any) -> None:
     ],
 )
 def test_slots_share_gpus_evenly(gpus: str, slots: int, shares: list[str]) -> None:
-    assert ["".join(share) for share in plans.shared(list(gpus), slots)] == shares
+    assert ["".join(share) for share in plans.share_devices(list(gpus), slots)] == shares
 
 
 @given(st.integers(1, 70), st.integers(1, 20))
 def test_every_slot_has_as_many_gpus_and_none_is_used_twice_where_there_are_enough(gpus: int, slots: int) -> None:
     devices = [str(n) for n in range(gpus)]
-    shares = plans.shared(devices, slots)
+    shares = plans.share_devices(devices, slots)
     assert len(shares) == slots and {len(share) for share in shares} == {max(1, gpus // slots)}
     used = [name for share in shares for name in share]
     assert len(set(used)) == min(gpus, len(used)) if gpus < slots else len(set(used)) == len(used)
@@ -208,7 +208,7 @@ def test_every_slot_has_as_many_gpus_and_none_is_used_twice_where_there_are_enou
 def test_a_run_has_finished_only_where_its_launch_said_so_and_its_last_round_has_a_ticket(
     held: bool, ended: str | None, gone: bool, complete: bool, state: str
 ) -> None:
-    assert plans.state_of(held=held, ended=ended, gone=gone, complete=complete) == state
+    assert plans.state_of(launched=held, ended=ended, exited=gone, complete=complete) == state
 
 
 @pytest.mark.parametrize(
