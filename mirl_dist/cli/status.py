@@ -23,7 +23,7 @@ _WATCH_SECONDS = 15.0  # three beats of a lease
 
 
 def print_status(run: str, as_json: bool) -> None:
-    """Print round and step of the newest commit, samples, time and speed up to there, the writer, and pending records."""
+    """Print the newest commit, the samples, time and speed up to there, the writer, and pending records."""
     checkpoints, config = open_run(run)
     commits, tickets = checkpoints.commits(), checkpoints.tickets()
     newest, totals = checkpoints.latest_progress(commits)
@@ -87,7 +87,7 @@ def _pending_records(run: str, checkpoints: Checkpoints, config: Config) -> dict
 
 
 def _check_no_live_launch(run: str, checkpoints: Checkpoints) -> None:
-    """Raise UserError when the launch that holds a run is alive; one on another machine is watched for its heartbeat."""
+    """Raise UserError when the launch that holds a run lives; one on another machine is watched for its heartbeat."""
     holder, deadline = lease.holder(checkpoints.store), time.monotonic() + _WATCH_SECONDS
     if holder is None or holder.ended is not None or holder.has_exited():
         return

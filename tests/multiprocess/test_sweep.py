@@ -134,7 +134,7 @@ def test_runs_that_have_finished_are_not_touched(story: Story) -> None:
         assert re.findall(rf"(\S+): {state}", story.last.out) == ["mirl-seed1"], story.last.said()
 
 
-def test_a_run_that_another_launch_trains_is_waited_for_and_taken_when_that_leaves_it(story: Story) -> None:
+def test_a_run_of_another_launch_is_waited_for_and_taken_when_that_leaves(story: Story) -> None:
     assert story.last.err.count("mirl-seed1 is trained by another launch") == 1, story.last.said()
     assert "mirl-seed1: finished" in story.last.out
 

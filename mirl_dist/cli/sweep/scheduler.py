@@ -44,8 +44,8 @@ class Scheduler:
         self._last_signs: dict[str, tuple[bytes, float]] = {}
 
     def work(self, lost: Callable[[], bool]) -> int | None:
-        """Train until all runs have ended. None, or the code of a sweep that was asked to stop: 75, or 130 where a second
-        Ctrl-C ended its runs at once. lost: whether another sweep has taken this one's place, which ends it alike.
+        """Train until all runs have ended. None, or the code of a sweep that was asked to stop: 75, or 130 where a
+        second Ctrl-C ended its runs at once. lost: whether another sweep has taken this one over, which ends it too.
         Raises UserError where no log can be written, once the runs that it has started have ended."""
         stopping, fault = False, None
         with record_signals() as signals:

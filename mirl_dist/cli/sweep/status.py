@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mirl_dist.cli.sweep.spec import RunStatus, State, SweepPlan, SweepRun, state_of
+from mirl_dist.cli.sweep.spec import SweepPlan, SweepRun
+from mirl_dist.cli.sweep.states import RunStatus, State, state_of
 from mirl_dist.errors import UserError
 from mirl_dist.observability.progress import say
 from mirl_dist.storage import lease, open_store

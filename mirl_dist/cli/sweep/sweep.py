@@ -18,7 +18,8 @@ from mirl_dist.cli import judge
 from mirl_dist.cli.compare import compare
 from mirl_dist.cli.sweep import spec
 from mirl_dist.cli.sweep.scheduler import INTERRUPTED, Scheduler
-from mirl_dist.cli.sweep.spec import State, SweepPlan, SweepRun
+from mirl_dist.cli.sweep.spec import SweepPlan, SweepRun
+from mirl_dist.cli.sweep.states import State, exit_code
 from mirl_dist.cli.sweep.status import StatusTable, make_table, read_status
 from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch.launch_file import ADDRESS, NODE_RANK, LaunchFile
@@ -61,7 +62,7 @@ def run(plan: SweepPlan, source: str, before_signals: Callable[[], None]) -> int
         for one in plan.runs:
             if states[one.name] == "failed":
                 warn(f"mirl-dist: {one.name} failed; its log is {plan.log(one)}{_last_line(plan.log(one))}")
-    return INTERRUPTED if stop_code == INTERRUPTED else spec.exit_code(list(states.values()), stop_code is not None)
+    return INTERRUPTED if stop_code == INTERRUPTED else exit_code(list(states.values()), stop_code is not None)
 
 
 def _train_runs(

@@ -21,12 +21,11 @@ import torch
 from mirl_dist.cli.doctor import disks, doctor, machine, memory, services
 from mirl_dist.cli.doctor.plan import plan_as_dict
 from mirl_dist.config import config as configs
-from mirl_dist.distributed import ranks
+from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch import launcher
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.errors import UserError
-from mirl_dist.storage import Options, Store, open_store
-from mirl_dist.tickets import open as opening
+from mirl_dist.storage import Options, Store, configured, open_store
 from tests.services.ceph_server import MISSING, CephServer
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -94,7 +93,7 @@ def test_a_plan_for_many_worlds_reads_the_shards_once(
         opened.append(address)
         return open_store(address, options)
 
-    monkeypatch.setattr(opening, "open_store", counted)
+    monkeypatch.setattr(configured, "open_store", counted)
     monkeypatch.chdir(tmp_path)
     config = configs.read(lab.config(tmp_path), ["batch.global=12", "batch.forward=4", "data.cache.folder=cache"])
     doctor.print_plan(config)
@@ -215,11 +214,11 @@ def test_a_launch_on_a_port_that_is_in_use_is_refused_as_the_doctor_says(lab: An
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        file, options = launcher.choose(config, str(launch_of(here, main_process_port=port)))
-        with pytest.raises(
-            UserError, match=f"main_process_port: {port} is in use on this machine; give another .*0: any"
-        ):
-            launcher.launch(config, file, options, ["train"], [], "auto", lambda: pytest.fail("it goes on"))
+        file = launch_of(here, main_process_port=port)
+        ended = lab.mirl("train", str(lab.config(here)), "--launch", str(file), cwd=here)
+    refusal = rf"mirl-dist: {re.escape(str(file))}: main_process_port: {port} is in use on this machine; "
+    assert ended.rc == 2 and re.fullmatch(refusal + "give another .*0: any.\n", ended.err), ended.said()
+    assert not (here / "run").exists()
     for name in ("", " "):
         with pytest.raises(UserError, match="--launch: found an empty name. Give a file from launch/, or auto"):
             launcher.choose(config, name)
@@ -248,11 +247,11 @@ def test_an_address_that_has_no_host_is_a_fault(lab: Any, here: Path) -> None:
 def test_more_ranks_than_gpus_and_gpus_without_room_are_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     config = configs.Config()
     said = LaunchFile(Path("x"), 2, 1, 0, 2, "ddp", False, "none", None, 0)
-    monkeypatch.setattr(ranks, "backends", lambda: {"gloo": True, "nccl": True})
-    monkeypatch.setattr(ranks, "gpus", lambda: 1)
+    monkeypatch.setattr(hardware, "backends", lambda: {"gloo": True, "nccl": True})
+    monkeypatch.setattr(hardware, "gpus", lambda: 1)
     (one,) = machine.check_devices(config, said, None)
     assert one.kind == "FAULT" and one.text.startswith("2 ranks per node, but 1 GPUs here; lower num_processes")
-    monkeypatch.setattr(ranks, "gpus", lambda: 2)
+    monkeypatch.setattr(hardware, "gpus", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda n: ((40 - 30 * n) * 2**30, 48 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda n: "A40")
     (full,) = machine.check_devices(config, said, 20 * 2**30)

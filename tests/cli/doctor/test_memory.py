@@ -52,7 +52,7 @@ def test_activations_grow_with_samples_and_with_pixels() -> None:
     assert more.saved == pytest.approx(8 * one.saved, rel=0.05), "twice the samples of four times the pixels"
 
 
-def test_each_engine_takes_no_more_than_the_one_before_it_and_offload_moves_moments_to_the_host() -> None:
+def test_each_engine_takes_no_more_than_the_last_and_offload_moves_moments() -> None:
     size = Size(weights=1_000, prunable=800, unit=100)
     alone = memory.state_bytes(size, "ddp", 1)
     assert alone.gpu == {"weights": 4_000, "gradients": 4_000, "moments": 8_000, "masks": 800}
@@ -68,7 +68,7 @@ def test_each_engine_takes_no_more_than_the_one_before_it_and_offload_moves_mome
     assert memory.state_bytes(size, "fsdp", 8, offload=True).host == 500 + 500 + 1_000
 
 
-def test_the_published_network_has_its_published_weights_and_its_largest_unit_is_a_part_of_it() -> None:
+def test_the_published_network_has_its_weights_and_a_largest_unit_within_it() -> None:
     size = memory.size_of("promptir", {}, "published")
     assert size.weights == 35_376_967 and size.unit < size.prunable < size.weights
     assert memory.size_of("promptir", {}, "all").prunable == size.weights
