@@ -36,27 +36,27 @@ def compare(
     as_json: one list of tickets on standard output, notes on standard error.
     """
     output_paths.check_folder(out)
-    shown = collect.gather(references, uri)
-    statistics.check_comparable(shown)
+    entries = collect.gather(references, uri)
+    statistics.check_comparable(entries)
     if not pictures:
-        shown = [one._replace(strip=None) for one in shown]
-    say = warn if as_json else progress.say  # what is said beside JSON is no JSON
+        entries = [one._replace(strip=None) for one in entries]
+    say = warn if as_json else progress.say  # notes are no JSON
     if as_json:
-        print(json.dumps(_told(shown), indent=1))
+        print(json.dumps(_entries_as_rows(entries), indent=1))
     else:
         console = Console()
-        for table in text_tables.tables(shown):
+        for table in text_tables.tables(entries):
             console.print(table)
-    for note in statistics.notes(shown):
+    for note in statistics.notes(entries):
         say(f"note: {note}")
     if out is None and to_mlflow is None:
         return
-    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    made_at = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     files = {
-        CSV: text_tables.csv(shown),
+        CSV: text_tables.csv(entries),
         PUBLISHED: text_tables.published_csv(),
-        LATEX: latex.tables(shown).encode(),
-        PAGE: page.html(shown, title, made, judge.judge(shown)).encode(),
+        LATEX: latex.tables(entries).encode(),
+        PAGE: page.html(entries, title, made_at, judge.judge(entries)).encode(),
     }
     if out is not None:
         for name, data in files.items():
@@ -67,8 +67,8 @@ def compare(
         say(f"MLflow: {address}")
 
 
-def _told(shown: Sequence[Entry]) -> list[dict[str, object]]:
+def _entries_as_rows(entries: Sequence[Entry]) -> list[dict[str, object]]:
     return [
         {"run": one.run, "method": one.method, "seed": one.seed} | one.ticket.row() | {"method": one.method}
-        for one in shown
+        for one in entries
     ]

@@ -1,4 +1,4 @@
-"""A ticket at work: scored again by any protocol on any shards, and put to images."""
+"""Uses of a ticket's network: scoring it again by any protocol on any shards, and restoring images."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import UserError
 from mirl_dist.evaluation import evaluate
 from mirl_dist.evaluation.protocols import PROTOCOLS
+from mirl_dist.evaluation.score import library_versions
 from mirl_dist.observability import progress
 from mirl_dist.storage import Folder, output_paths
 from mirl_dist.storage.configured import open_configured
 from mirl_dist.tickets.open import FileTicket, network, open_ticket
 from mirl_dist.training import dataloaders
 from mirl_dist.training.builders import eval_settings_of
-from mirl_dist.evaluation.score import library_versions
 
 
 class EvalOptions(NamedTuple):
@@ -43,21 +43,21 @@ class EvalOptions(NamedTuple):
     compile: bool | None = None
 
 
-def _settings(config: Config, how: EvalOptions) -> evaluate.EvalSettings:
-    unknown = [name for name in how.protocols or () if name not in PROTOCOLS]
+def _settings(config: Config, options: EvalOptions) -> evaluate.EvalSettings:
+    unknown = [name for name in options.protocols or () if name not in PROTOCOLS]
     if unknown:
         raise UserError(f"--protocol: found '{unknown[0]}'. Use {', '.join(PROTOCOLS)}.")
-    if how.precision not in (None, "fp32", "bf16"):
-        raise UserError(f"--precision: found '{how.precision}'. Use fp32 or bf16.")
+    if options.precision not in (None, "fp32", "bf16"):
+        raise UserError(f"--precision: found '{options.precision}'. Use fp32 or bf16.")
     settings = eval_settings_of(config.evaluate)
-    if how.protocols:
-        settings = settings._replace(protocols=tuple(PROTOCOLS[name] for name in dict.fromkeys(how.protocols)))
-    if how.tile_pixels is not None:
-        settings = settings._replace(tile_pixels=how.tile_pixels)
-        check_tiles(how.tile_pixels, settings.tile_overlap)
-    if how.precision is not None:
-        settings = settings._replace(precision="bf16" if how.precision == "bf16" else "fp32")
-    return settings if how.compile is None else settings._replace(compile=how.compile)
+    if options.protocols:
+        settings = settings._replace(protocols=tuple(PROTOCOLS[name] for name in dict.fromkeys(options.protocols)))
+    if options.tile_pixels is not None:
+        settings = settings._replace(tile_pixels=options.tile_pixels)
+        check_tiles(options.tile_pixels, settings.tile_overlap)
+    if options.precision is not None:
+        settings = settings._replace(precision="bf16" if options.precision == "bf16" else "fp32")
+    return settings if options.compile is None else settings._replace(compile=options.compile)
 
 
 def check_tiles(tile_pixels: int, overlap: int) -> None:
@@ -69,11 +69,11 @@ def check_tiles(tile_pixels: int, overlap: int) -> None:
 
 
 def print_scores(
-    reference: str, shards_address: str | None, how: EvalOptions, table: Path | None, as_json: bool
+    reference: str, shards_address: str | None, options: EvalOptions, table: Path | None, as_json: bool
 ) -> None:
-    """Score a ticket again, on the run's shards or on others, shared out over the ranks that were launched.
+    """Score a ticket again, on the run's shards or on others, divided over the ranks that were launched.
 
-    A ticket file names no places, and what it names in spite of that is not heard: its user's own hold.
+    A ticket file names no local paths; any that it names all the same are ignored in favour of this user's own.
     """
     output_paths.check_file(table, "--table")
     opened = open_ticket(reference)
@@ -84,7 +84,7 @@ def print_scores(
                 f"found {reference}, a ticket file, which does not say where shards are. Name the shards with --shards."
             )
         config = portable(config)
-    settings = _settings(config, how)
+    settings = _settings(config, options)
     shards = Shards(open_configured(config.store, shards_address or config.data.shards))
     tasks = tuple(Task.of(name) for name in config.data.mix)
     jobs = evaluate.plan_jobs(
@@ -94,15 +94,15 @@ def print_scores(
         raise UserError(f"{shards.store.where()} holds no evaluation images for {', '.join(t.name for t in tasks)}.")
     model = network(config, opened.trained_weights())
     ranks = Ranks(device=config.train.device)
-    supply = dataloaders.shard_pool_of(config, shards, "evaluate", stop_requested=lambda: False)
+    pool = dataloaders.shard_pool_of(config, shards, "evaluate", stop_requested=lambda: False)
     with redirect_stdout(sys.stderr if as_json else sys.stdout):  # progress is no JSON
-        scored = evaluate.evaluate(model.to(ranks.device), supply, jobs, ranks, settings)
-    supply.close()
+        scored = evaluate.evaluate(model.to(ranks.device), pool, jobs, ranks, settings)
+    pool.close()
     if ranks.is_main:
         if table is not None:
             Folder(table.parent).put(table.name, scored.table())
         if as_json:
-            print(json.dumps(_told(ticket.round, settings, shards, scored), indent=1))
+            print(json.dumps(_scores_as_dict(ticket.round, settings, shards, scored), indent=1))
         else:
             for protocol in settings.protocols:
                 title = f"{reference}, round {ticket.round}, {protocol.name}"
@@ -115,7 +115,7 @@ def print_scores(
     ranks.close()
 
 
-def _told(
+def _scores_as_dict(
     round_: int, settings: evaluate.EvalSettings, shards: Shards, scored: evaluate.EvalResult
 ) -> dict[str, object]:
     headline = settings.protocols[0]
@@ -133,27 +133,27 @@ def _told(
 
 
 def restore_files(images: list[Path], reference: str, out: Path, tile_pixels: int | None) -> None:
-    """Restore image files into PNG files of the same stem. Raises UserError, before any work, for files that are none."""
+    """Restore image files into PNG files of the same stem. Raises UserError, before any work, for other files."""
     output_paths.check_folder(out)
     opened = open_ticket(reference)
     config, ticket = opened.config, opened.ticket()
     stems = [path.stem for path in images]
-    twice = sorted({s for s in stems if stems.count(s) > 1})
-    if twice:
+    repeated = sorted({s for s in stems if stems.count(s) > 1})
+    if repeated:
         raise UserError(
-            f"two images are named '{twice[0]}': both would be written to {out / twice[0]}.png. Rename one."
+            f"two images are named '{repeated[0]}': both would be written to {out / repeated[0]}.png. Rename one."
         )
     missing = [str(path) for path in images if not path.is_file()]
     if missing:
         raise UserError(f"no image at {', '.join(missing[:5])}. Give paths of image files.")
     if tile_pixels is not None:
         check_tiles(tile_pixels, config.evaluate.tile_overlap)
-    pictures = [_picture(path) for path in images]
+    decoded = [_read_image(path) for path in images]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, folder = network(config, opened.trained_weights()).to(device), Folder(out)
     with progress.bar("restoring", len(images)) as advance:
-        for number, (path, picture) in enumerate(zip(images, pictures, strict=True)):
-            restored = evaluate.restore(model, picture, device, tile_pixels, config.evaluate.tile_overlap)
+        for number, (path, pixels) in enumerate(zip(images, decoded, strict=True)):
+            restored = evaluate.restore(model, pixels, device, tile_pixels, config.evaluate.tile_overlap)
             data = io.BytesIO()
             Image.fromarray(np.round(restored * 255).astype(np.uint8)).save(data, "PNG")
             folder.put(f"{path.stem}.png", data.getvalue())
@@ -161,7 +161,7 @@ def restore_files(images: list[Path], reference: str, out: Path, tile_pixels: in
     progress.say(f"{len(images)} restored by round {ticket.round} into {out}")
 
 
-def _picture(path: Path) -> Pixels:
+def _read_image(path: Path) -> Pixels:
     """The pixels of an image file. Raises UserError for one whose 8-bit RGB would be a guess."""
     try:
         return decode(path.read_bytes())

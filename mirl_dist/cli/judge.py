@@ -26,7 +26,7 @@ KINDS = ("reinit", "random_layer", "random_global")
 
 
 class ControlRun(NamedTuple):
-    """One more training that a ticket is held against: its mask with other first values, or a random mask.
+    """A further run that a ticket is compared with: its mask with other initial weights, or a random mask.
 
     parent: the ticket's digest; tree: the control's config.
     """
@@ -36,7 +36,7 @@ class ControlRun(NamedTuple):
     parent: str
     tree: dict[str, Any]
 
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether it was trained. Raises UserError for a folder that holds a control of another ticket."""
         checkpoints = Checkpoints(open_store(self.folder))
         if checkpoints.identity() is None:
@@ -53,33 +53,33 @@ class ControlRun(NamedTuple):
 def judge_runs(runs: Sequence[str], round_: int | None, train: str | None, tolerance_db: float, as_json: bool) -> None:
     """Print the judgement of each run's round (its last, or the best that it chose); train: a launch file or 'auto',
     with which controls that are missing are trained first."""
-    say = warn if as_json else progress.say  # what is said beside JSON is no JSON
-    homes = [run_of(run) for run in runs]
-    twice = next((home for home in homes if homes.count(home) > 1), None)
-    if twice is not None:
-        raise UserError(f"found {twice} twice. Judge one round of each run; call again for another round.")
-    named = runs if round_ is None else [f"{home}/rounds/{round_:02d}" for home in homes]
-    judged = dict(zip(homes, map(open_run_ticket, named), strict=True))
-    controls = [control for home, found in judged.items() for control in controls_of(home, found)]
+    say = warn if as_json else progress.say  # notes are no JSON
+    run_folders = [run_of(run) for run in runs]
+    repeated = next((run_folder for run_folder in run_folders if run_folders.count(run_folder) > 1), None)
+    if repeated is not None:
+        raise UserError(f"found {repeated} twice. Judge one round of each run; call again for another round.")
+    references = runs if round_ is None else [f"{run_folder}/rounds/{round_:02d}" for run_folder in run_folders]
+    opened_runs = dict(zip(run_folders, map(open_run_ticket, references), strict=True))
+    controls = [control for run_folder, opened in opened_runs.items() for control in controls_of(run_folder, opened)]
     for control in controls:
-        if train is not None and not control.finished():
+        if train is not None and not control.is_finished():
             say(f"training the control {control.folder}")
-            _train(control, train, quiet=as_json)
-    finished = [control for control in controls if control.finished()]
-    wanted = [f"{home}/rounds/{found.round_:02d}" for home, found in judged.items()]
-    dense = [f"{home}/rounds/00" for home, found in judged.items() if found.round_ != 0]
+            _train_control(control, train, quiet=as_json)
+    finished = [control for control in controls if control.is_finished()]
+    wanted = [f"{run_folder}/rounds/{opened.round_:02d}" for run_folder, opened in opened_runs.items()]
+    dense = [f"{run_folder}/rounds/00" for run_folder, opened in opened_runs.items() if opened.round_ != 0]
     names = list(dict.fromkeys([*dense, *wanted, *(control.folder for control in finished)]))
-    shown = collect.gather(names)
-    statistics.check_comparable(shown)
-    chosen = named is runs and any(f.checkpoints.best() is not None for f in judged.values())
-    judgements = judge.judge(shown, tolerance_db, chosen=chosen)
-    notes = statistics.notes(shown)
-    if any(found.config.rewinds_to() != "initial" for found in judged.values()) and finished:
+    entries = collect.gather(names)
+    statistics.check_comparable(entries)
+    chosen = references is runs and any(f.checkpoints.best() is not None for f in opened_runs.values())
+    judgements = judge.judge(entries, tolerance_db, chosen=chosen)
+    notes = statistics.notes(entries)
+    if any(opened.config.rewinds_to() != "initial" for opened in opened_runs.values()) and finished:
         notes.append("controls begin from first values and train a whole round; these tickets did not begin there")
     missing = [control.folder for control in controls if control not in finished]
     if as_json:
-        told = {"judgements": judge.to_json(judgements), "notes": notes, "controls_missing": missing}
-        print(json.dumps(told, indent=1))
+        result = {"judgements": judge.to_json(judgements), "notes": notes, "controls_missing": missing}
+        print(json.dumps(result, indent=1))
         return
     console = Console()
     for table in judge.tables(judgements):
@@ -90,25 +90,25 @@ def judge_runs(runs: Sequence[str], round_: int | None, train: str | None, toler
         say(f"{len(missing)} controls were not trained ({missing[0]}, ...): --train auto, or a launch file, does that")
 
 
-def controls_of(home: str, found: RunTicket) -> list[ControlRun]:
+def controls_of(run_folder: str, opened: RunTicket) -> list[ControlRun]:
     """The controls of a round, inside its run's folder: the same data and training, one round, and another start."""
-    if found.round_ == 0 or found.config.start.ticket is not None:
+    if opened.round_ == 0 or opened.config.start.ticket is not None:
         return []
-    made, parent = [], found.ticket().digest()
+    controls, parent = [], opened.ticket().digest()
     for kind in KINDS:
-        tree = found.config.dump()
-        folder = f"{home}/controls/{found.round_:02d}-{kind}"
+        tree = opened.config.dump()
+        folder = f"{run_folder}/controls/{opened.round_:02d}-{kind}"
         tree["run"]["folder"] = folder
-        tree["start"] = {"ticket": f"{home}/rounds/{found.round_:02d}", "kind": kind}
+        tree["start"] = {"ticket": f"{run_folder}/rounds/{opened.round_:02d}", "kind": kind}
         tree["model"]["weights"] = None
         tree["prune"] |= {"style": "iterative", "rounds": 0, "target_sparsity": None, "finetune_lr": None}
         tree["rewind"] = {}
-        tree["tracking"]["run_name"] = f"{home.rpartition('/')[2]}, {found.round_:02d}-{kind}"
-        made.append(ControlRun(kind, folder, parent, tree))
-    return made
+        tree["tracking"]["run_name"] = f"{run_folder.rpartition('/')[2]}, {opened.round_:02d}-{kind}"
+        controls.append(ControlRun(kind, folder, parent, tree))
+    return controls
 
 
-def _train(control: ControlRun, launch: str, *, quiet: bool) -> None:
+def _train_control(control: ControlRun, launch: str, *, quiet: bool) -> None:
     """Train a control to its end. Raises UserError when it ends otherwise."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / f"{control.kind}.yaml"

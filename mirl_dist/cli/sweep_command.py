@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mirl_dist.cli.tickets import Json
+from mirl_dist.cli.options import Json
 from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import UserError
 
@@ -44,16 +44,16 @@ def sweep(
     plan = spec.read(file, sets or [])
     if show:
         for run in plan.runs:
-            print(spec.line(plan, run))
+            print(spec.command_line(plan, run))
         return
 
-    from mirl_dist.cli.sweep import sweep as sweeping
+    from mirl_dist.cli.sweep import sweep as sweeps
 
     if status:
-        sweeping.print_status(plan, as_json)
+        sweeps.print_status(plan, as_json)
     elif compare:
-        sweeping.compare_now(plan, str(file))
+        sweeps.compare_finished(plan, str(file))
     elif submit is not None:
-        sweeping.submit(plan, str(file))
+        sweeps.submit(plan, str(file))
     else:
-        raise typer.Exit(sweeping.run(plan, str(file), stop.close))
+        raise typer.Exit(sweeps.run(plan, str(file), stop.close))

@@ -7,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="List, show, prove, ship, compare and judge tickets.")
+from mirl_dist.cli.options import Json, TicketArgument
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-TicketArgument = Annotated[str, typer.Argument(help="Run folder, run folder/rounds/NN, or a ticket file.")]
-Tile = Annotated[int | None, typer.Option(help="Pixels of square tiles, for images too large for memory.")]
+app = typer.Typer(no_args_is_help=True, help="List, show, prove, ship, compare and judge tickets.")
 
 
 @app.command("list")

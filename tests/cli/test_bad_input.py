@@ -239,7 +239,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_full_disk_leaves_the_last_commit_whole_and_the_run_goes_on_when_there_is_room(
+def test_a_full_disk_keeps_the_last_commit_and_the_run_goes_on_with_room(
     lab: Any, reference: Path, tmp_path: Path, small_disk: Path
 ) -> None:
     # Initial weights 1 MB, a commit 3 MB: the second commit does not fit beside the first.

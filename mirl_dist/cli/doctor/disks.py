@@ -1,4 +1,4 @@
-"""What a run is to take on this machine's disks, and on what kind of disk its shards' cache would lie.
+"""The space that a run needs on this machine's disks, and the kind of disk that would hold its shard cache.
 
 Probes are gone afterwards; nothing else is written.
 """
@@ -14,14 +14,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from mirl_dist.cli.doctor.machine import Finding, sized
+from mirl_dist.cli.doctor.machine import Finding, format_bytes
 from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import shard_cache_folder
+from mirl_dist.config.schema import DataSection, StoreSection
 from mirl_dist.data.shards import Shards
 from mirl_dist.storage import Folder, Store, open_store
 from mirl_dist.storage.configured import options_of
 
-_NETWORKED = ("nfs", "lustre", "gpfs", "beegfs", "cifs", "smb", "ceph", "gluster", "9p", "fuse.sshfs", "fuse.ceph")
+_NETWORK_FILE_SYSTEMS = (
+    "nfs",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "cifs",
+    "smb",
+    "ceph",
+    "gluster",
+    "9p",
+    "fuse.sshfs",
+    "fuse.ceph",
+)
 
 
 class SpaceNeed(NamedTuple):
@@ -32,59 +45,59 @@ class SpaceNeed(NamedTuple):
     bytes: int
 
 
-def store_of(config: Config, address: str) -> Store:
-    """The store that a config names, asked once: a doctor does not wait."""
-    return open_store(address, replace(options_of(config.store), patience_seconds=0.0))
+def store_of(section: StoreSection, address: str) -> Store:
+    """Open a store that is asked once: a doctor does not wait."""
+    return open_store(address, replace(options_of(section), patience_seconds=0.0))
 
 
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    here = folder.expanduser().absolute()
-    return next(path for path in (here, *here.parents) if os.path.lexists(path))
+def nearest_existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    absolute = folder.expanduser().absolute()
+    return next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))
 
 
 @contextmanager
-def beside(folder: Path) -> Iterator[Path]:
-    """An empty folder for a moment, in the folder or in the nearest one above it that is there."""
-    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=existing(folder)) as here:
-        yield Path(here)
+def probe_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder that is removed at the end, in the folder or in the nearest one above it that exists."""
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=nearest_existing(folder)) as probe:
+        yield Path(probe)
 
 
-def cache_folder(config: Config, shards: str) -> Path | None:
-    """Where this node would keep the shards of an address; None where they are read in place."""
-    if config.data.cache.folder is not None:
-        return Path(config.data.cache.folder).expanduser()
-    return shard_cache_folder() if shards.startswith(("s3://", "http://", "https://")) else None
+def cache_folder(section: DataSection) -> Path | None:
+    """The folder in which this node would cache the shards; None where they are read in place."""
+    if section.cache.folder is not None:
+        return Path(section.cache.folder).expanduser()
+    return shard_cache_folder() if section.shards.startswith(("s3://", "http://", "https://")) else None
 
 
-def cache(folder: Path | None, mounts: str) -> Iterator[Finding]:
-    """Whether the shards' cache can lie where it is to. mounts: as /proc/mounts says them."""
+def check_cache(folder: Path | None, mounts: str) -> Iterator[Finding]:
+    """Check that the shard cache can be written, on a disk of this node. mounts: the text of /proc/mounts."""
     if folder is None:
         yield Finding("ok", "shard cache", "none: shards are read in place")
         return
     try:
-        with beside(folder) as here:
-            (here / "probe").write_bytes(b"probe")
+        with probe_folder(folder) as probe:
+            (probe / "probe").write_bytes(b"probe")
     except OSError as error:
         text = f"{folder}: {error.strerror}; correct the rights, make room, or set data.cache.folder."
         yield Finding("FAULT", "shard cache", text)
         return
-    kind = kind_of_disk(existing(folder), mounts)
-    if kind.startswith(_NETWORKED):
+    kind = file_system_type(nearest_existing(folder), mounts)
+    if kind.startswith(_NETWORK_FILE_SYSTEMS):
         text = f"{folder} lies on {kind}, which may not keep locks; set data.cache.folder to a disk of the node."
         yield Finding("warning", "shard cache", text)
     else:
         yield Finding("ok", "shard cache", f"{folder}, on {kind or 'a disk of this node'}")
 
 
-def kind_of_disk(folder: Path, mounts: str) -> str:
-    """The kind of file system that a folder lies on; '' where the mounts do not say."""
-    best, kind = "", ""
+def file_system_type(folder: Path, mounts: str) -> str:
+    """The type of the file system that holds a folder; '' where the mounts do not say."""
+    longest, kind = "", ""
     for line in mounts.splitlines():
-        _, place, name, *_ = [*line.split(), "", "", ""]
-        place = place.replace("\\040", " ")
-        if folder.is_relative_to(place or "/nowhere") and len(place) >= len(best):
-            best, kind = place, name
+        _, mount_point, name, *_ = [*line.split(), "", "", ""]
+        mount_point = mount_point.replace("\\040", " ")
+        if folder.is_relative_to(mount_point or "/nowhere") and len(mount_point) >= len(longest):
+            longest, kind = mount_point, name
     return kind
 
 
@@ -92,37 +105,41 @@ def run_bytes(config: Config, weights: int, prunable: int) -> int:
     """What a whole run takes in its folder at most: float32 weights, two moments in commits, a bit a mask."""
     mask, rounds = -(-prunable // 8), config.prune.rounds + 1
     commits = (config.checkpoint.keep_last + 1) * (12 * weights + mask)
-    first = 4 * weights * (2 if config.rewinds_to() == "step" else 1)
-    return commits + rounds * (4 * weights + mask) + first
+    initial = 4 * weights * (2 if config.rewinds_to() == "step" else 1)
+    return commits + rounds * (4 * weights + mask) + initial
 
 
-def run_room(config: Config, weights: int, prunable: int) -> Iterator[SpaceNeed]:
+def run_space(config: Config, weights: int, prunable: int) -> Iterator[SpaceNeed]:
     """What the run is yet to take, where its folder is one of this machine."""
-    store = store_of(config, config.run.folder)
+    store = store_of(config.store, config.run.folder)
     if isinstance(store, Folder):
         folder = Path(store.where()).expanduser()
-        held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        yield SpaceNeed(f"the run in {folder}", folder, max(0, run_bytes(config, weights, prunable) - held))
+        used_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        yield SpaceNeed(f"the run in {folder}", folder, max(0, run_bytes(config, weights, prunable) - used_bytes))
 
 
-def cache_room(config: Config, folder: Path | None, there: Shards | None) -> Iterator[SpaceNeed]:
-    if folder is not None and there is not None:
-        wanted = min(sum(shard.bytes for shard in there.manifest.shards), int(config.data.cache.gigabytes * 1e9))
-        held = sum(path.stat().st_size for path in folder.glob("*.tar"))
-        yield SpaceNeed(f"the shard cache in {folder}", folder, max(0, wanted - held))
+def cache_space(section: DataSection, shards: Shards | None) -> Iterator[SpaceNeed]:
+    """What the shard cache is yet to take. shards: None where they cannot be read."""
+    folder = cache_folder(section)
+    if folder is not None and shards is not None:
+        all_bytes = sum(shard.bytes for shard in shards.manifest.shards)
+        needed_bytes = min(all_bytes, int(section.cache.gigabytes * 1e9))
+        used_bytes = sum(path.stat().st_size for path in folder.glob("*.tar"))
+        yield SpaceNeed(f"the shard cache in {folder}", folder, max(0, needed_bytes - used_bytes))
 
 
-def rooms(wanted: Sequence[SpaceNeed]) -> Iterator[Finding]:
-    """Whether each disk has room for all that is to lie on it."""
+def check_space(needs: Sequence[SpaceNeed]) -> Iterator[Finding]:
+    """Check that each disk has room for all that is to be written on it."""
     disks: dict[int, list[SpaceNeed]] = {}
-    for room in wanted:
-        disks.setdefault(os.stat(existing(room.folder)).st_dev, []).append(room)
-    for those in disks.values():
-        free = shutil.disk_usage(existing(those[0].folder)).free
-        needed = sum(room.bytes for room in those)
-        text = " and ".join(f"{room.what} needs {sized(room.bytes)}" for room in those) + f", free are {sized(free)}"
+    for need in needs:
+        disks.setdefault(os.stat(nearest_existing(need.folder)).st_dev, []).append(need)
+    for on_disk in disks.values():
+        free = shutil.disk_usage(nearest_existing(on_disk[0].folder)).free
+        needed = sum(need.bytes for need in on_disk)
+        text = " and ".join(f"{need.what} needs {format_bytes(need.bytes)}" for need in on_disk)
+        text += f", free are {format_bytes(free)}"
         if free < needed:
-            text = f"{text}: make room for {sized(needed - free)}, or choose another disk."
+            text = f"{text}: make room for {format_bytes(needed - free)}, or choose another disk."
             yield Finding("FAULT", "disk", text)
         else:
             yield Finding("ok", "disk", text)

@@ -21,13 +21,13 @@ from mirl_dist.distributed.engines import requirements
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.errors import UserError
 
-_LAUNCHED = ("RANK", "LOCAL_RANK")
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK")
 _MASTER_SECONDS = 3.0
-_FILES = 1024
+_OPEN_FILES = 1024
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at. kind: 'FAULT' when the run would fail of it; text: what was found, what to do."""
+    """The result of one check. kind: 'FAULT' when the run would fail of it; text: what was found, what to do."""
 
     kind: Literal["ok", "warning", "FAULT"]
     about: str
@@ -37,65 +37,71 @@ class Finding(NamedTuple):
         return f"{self.kind:8} {self.about:12} {self.text}"
 
 
-def sized(size: int) -> str:
+def format_bytes(size: int) -> str:
     """Bytes for people, in powers of ten as disks are sold."""
     return f"{size / 1e9:.3g} GB" if size >= 10**8 else f"{size / 1e6:.3g} MB"
 
 
-def world(config: Config, said: LaunchFile, env: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether the ranks can share the global batch, and whether the environment speaks of another launch."""
+def check_world(config: Config, launch_file: LaunchFile, env: Mapping[str, str]) -> Iterator[Finding]:
+    """Check that the ranks can share the global batch, and that the environment is not one of another launch."""
     try:
-        shares = split_batch(config.batch.global_, config.batch.forward, said.ranks)
-        passes = "pass" if shares.passes == 1 else "passes"
-        text = f"{ranks_in_words(said.ranks)} x {shares.passes} {passes} x {shares.forward} samples"
+        split = split_batch(config.batch.global_, config.batch.forward, launch_file.ranks)
+        passes = "pass" if split.passes == 1 else "passes"
+        text = f"{ranks_in_words(launch_file.ranks)} x {split.passes} {passes} x {split.forward} samples"
         yield Finding("ok", "world", f"{text} = batch.global {config.batch.global_}")
     except UserError as fault:
         yield Finding("FAULT", "world", str(fault))
-    told = env.get("WORLD_SIZE")
-    if told is not None and told != str(said.ranks):
-        text = f"WORLD_SIZE={told} is set, {said.path} has {ranks_in_words(said.ranks)}; unset it, or correct the file."
+    world_size = env.get("WORLD_SIZE")
+    if world_size is not None and world_size != str(launch_file.ranks):
+        text = f"WORLD_SIZE={world_size} is set, {launch_file.path} has {ranks_in_words(launch_file.ranks)}"
+        text += "; unset it, or correct the file."
         yield Finding("FAULT", "environment", text)
-    elif left := [name for name in _LAUNCHED if name in env]:
-        text = f"{' and '.join(left)} set, as inside a launched rank; unset, or call this outside a launch."
+    elif rank_variables := [name for name in _RANK_VARIABLES if name in env]:
+        text = f"{' and '.join(rank_variables)} set, as inside a launched rank; unset, or call this outside a launch."
         yield Finding("warning", "environment", text)
 
 
-def port(said: LaunchFile) -> Iterator[Finding]:
-    """Whether the ranks can meet: the port free on node 0, which the others reach."""
-    here = said.node_rank == 0
-    if said.address is not None:
+def check_port(launch_file: LaunchFile) -> Iterator[Finding]:
+    """Check the rendezvous: the port is free on node 0, and the other nodes reach it."""
+    is_node_0 = launch_file.node_rank == 0
+    if launch_file.address is not None:
         try:
-            found = socket.getaddrinfo(said.address, said.port, type=socket.SOCK_STREAM)
+            addresses = socket.getaddrinfo(launch_file.address, launch_file.port, type=socket.SOCK_STREAM)
         except OSError as error:
-            text = f"{said.address} has no address ({error.strerror}); correct main_process_ip, or the name service."
+            text = f"{launch_file.address} has no address ({error.strerror})"
+            text += "; correct main_process_ip, or the name service."
             yield Finding("FAULT", "address", text)
             return
-        if not here:
-            yield _answers(said)
+        if not is_node_0:
+            yield _connect_to_node_0(launch_file)
             return
-        if not any(_is_mine(family, at[0]) for family, _, _, _, at in found):
-            text = f"{said.address} is no address of this machine, which is node 0; is machine_rank right?"
+        if not any(_is_own_address(family, address[0]) for family, _, _, _, address in addresses):
+            text = f"{launch_file.address} is no address of this machine, which is node 0; is machine_rank right?"
             yield Finding("warning", "address", text)
-    if not said.port:
+    if not launch_file.port:
         yield Finding("ok", "port", "chosen when ranks start")
-    elif _is_free(said.port):
-        yield Finding("ok", "port", f"{said.port} is free here")
+    elif _is_free_port(launch_file.port):
+        yield Finding("ok", "port", f"{launch_file.port} is free here")
     else:
-        text = f"{said.port} is in use on this machine; give another main_process_port"
-        yield Finding("FAULT", "port", f"{text}{', or 0: any' if said.nodes == 1 else ''}.")
+        text = f"{launch_file.port} is in use on this machine; give another main_process_port"
+        yield Finding("FAULT", "port", f"{text}{', or 0: any' if launch_file.nodes == 1 else ''}.")
 
 
-def _answers(said: LaunchFile) -> Finding:
-    where = f"{said.address}:{said.port}"
+def _connect_to_node_0(launch_file: LaunchFile) -> Finding:
+    """Check from another node that node 0 answers at its port."""
+    address = f"{launch_file.address}:{launch_file.port}"
     try:
-        socket.create_connection((str(said.address), int(said.port or 0)), timeout=_MASTER_SECONDS).close()
+        node_0 = str(launch_file.address), int(launch_file.port or 0)
+        socket.create_connection(node_0, timeout=_MASTER_SECONDS).close()
     except OSError as error:
-        text = f"{where} does not answer ({error.strerror or 'no time'}); start node 0, or open the port between nodes."
+        text = f"{address} does not answer ({error.strerror or 'no time'})"
+        text += "; start node 0, or open the port between nodes."
         return Finding("warning", "port", text)
-    return Finding("ok", "port", f"{where} answers")
+    return Finding("ok", "port", f"{address} answers")
 
 
-def _is_mine(family: int, host: object) -> bool:
+def _is_own_address(family: int, host: object) -> bool:
+    """Whether a socket of this machine can bind to an address."""
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
             probe.bind((host, 0))
@@ -104,8 +110,8 @@ def _is_mine(family: int, host: object) -> bool:
     return True
 
 
-def _is_free(number: int) -> bool:
-    """Whether nobody listens there; connections that are closing do not count, as for torch's store."""
+def _is_free_port(number: int) -> bool:
+    """Whether nobody listens at a port; connections that are closing do not count, as for torch's store."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -115,28 +121,28 @@ def _is_free(number: int) -> bool:
     return True
 
 
-def devices(config: Config, said: LaunchFile, needed: int | None) -> Iterator[Finding]:
-    """A GPU for each rank of this node, with room for `needed` bytes (None: unknown), and what connects the ranks."""
-    cpu, count = config.train.device == "cpu", said.ranks_per_node
+def check_devices(config: Config, launch_file: LaunchFile, needed: int | None) -> Iterator[Finding]:
+    """Check for a GPU per rank of this node with `needed` free bytes (None: unknown), and for the ranks' backend."""
+    cpu, count = config.train.device == "cpu", launch_file.ranks_per_node
     gpus = 0 if cpu else hardware.gpus()
     if cpu or not gpus:
-        where = f"{ranks_in_words(count)} on {hardware.processes()} processors"
+        placement = f"{ranks_in_words(count)} on {hardware.processes()} processors"
         if cpu:
-            yield Finding("ok", "devices", f"train.device cpu: {where}")
+            yield Finding("ok", "devices", f"train.device cpu: {placement}")
         else:
-            yield Finding("warning", "devices", f"no GPU here: {where}; call this on the node that is to train.")
+            yield Finding("warning", "devices", f"no GPU here: {placement}; call this on the node that is to train.")
     elif gpus < count:
         text = f"{ranks_in_words(count)} per node, but {gpus} GPUs here; lower num_processes, or show more GPUs to"
         text += " this process."
         yield Finding("FAULT", "devices", text)
     else:
-        yield from _room_on_gpus(count, needed)
-    wanted = "nccl" if gpus else "gloo"
-    if said.ranks > 1 and not hardware.backends().get(wanted):
-        yield Finding("FAULT", "backend", f"this torch has no {wanted}; install a torch that is built with it.")
+        yield from _check_gpu_memory(count, needed)
+    backend = "nccl" if gpus else "gloo"
+    if launch_file.ranks > 1 and not hardware.backends().get(backend):
+        yield Finding("FAULT", "backend", f"this torch has no {backend}; install a torch that is built with it.")
 
 
-def _room_on_gpus(count: int, needed: int | None) -> Iterator[Finding]:
+def _check_gpu_memory(count: int, needed: int | None) -> Iterator[Finding]:
     free = [torch.cuda.mem_get_info(number)[0] for number in range(count)]
     least = min(free)
     if needed is None or least >= needed:
@@ -148,63 +154,64 @@ def _room_on_gpus(count: int, needed: int | None) -> Iterator[Finding]:
     yield Finding("FAULT", "devices", text)
 
 
-def engine(said: LaunchFile) -> Iterator[Finding]:
-    """What the engine of a launch file needs of this environment."""
+def check_engine(launch_file: LaunchFile) -> Iterator[Finding]:
+    """Check that this environment has what the engine of a launch file needs."""
     try:
-        yield Finding("ok", "engine", requirements.require(said.engine))
+        yield Finding("ok", "engine", requirements.require(launch_file.engine))
     except LookupError as error:
         yield Finding("FAULT", "engine", str(error))
 
 
-def limits(config: Config, said: LaunchFile, shm: Path = Path("/dev/shm")) -> Iterator[Finding]:
-    """Shared memory for what loader processes hand over, and open files."""
-    per_rank, workers = -(-config.batch.global_ // said.ranks), config.data.workers
-    needed = said.ranks_per_node * workers * 3 * per_rank * 6 * 4 * config.data.patch_pixels**2
+def check_limits(config: Config, launch_file: LaunchFile, shm: Path = Path("/dev/shm")) -> Iterator[Finding]:
+    """Check shared memory for the batches of loader processes, and the limit of open files."""
+    per_rank, workers = -(-config.batch.global_ // launch_file.ranks), config.data.workers
+    needed = launch_file.ranks_per_node * workers * 3 * per_rank * 6 * 4 * config.data.patch_pixels**2
     if workers and shm.is_dir():
         free = shutil.disk_usage(shm).free
-        text = f"{sized(free)} of {shm} free, loader processes pass on about {sized(needed)}"
+        text = f"{format_bytes(free)} of {shm} free, loader processes pass on about {format_bytes(needed)}"
         if free < needed:
             yield Finding("FAULT", "memory", f"{text}; enlarge it (docker: --shm-size), or lower data.workers.")
         else:
             yield Finding("ok", "memory", text)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < _FILES:
+    if soft < _OPEN_FILES:
         most = "any number" if hard == resource.RLIM_INFINITY else hard
-        text = f"{soft} open files per process are few; ulimit -n {_FILES} or more ({most} allowed)."
+        text = f"{soft} open files per process are few; ulimit -n {_OPEN_FILES} or more ({most} allowed)."
         yield Finding("warning", "open files", text)
 
 
-def host(needed: int, said: LaunchFile) -> Iterator[Finding]:
-    """The machine's memory for what an engine keeps there. needed: bytes per rank."""
+def check_host_memory(needed: int, launch_file: LaunchFile) -> Iterator[Finding]:
+    """Check the machine's memory for what an engine offloads to it. needed: bytes per rank."""
     if needed:
-        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        whole = min([whole, *memory_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
-        wanted = needed * said.ranks_per_node
-        text = f"{sized(wanted)} offloaded by {ranks_in_words(said.ranks_per_node)}, of {sized(whole)} here"
-        if wanted < whole:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        total = min([total, *memory_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+        offloaded = needed * launch_file.ranks_per_node
+        ranks = ranks_in_words(launch_file.ranks_per_node)
+        text = f"{format_bytes(offloaded)} offloaded by {ranks}, of {format_bytes(total)} here"
+        if offloaded < total:
             yield Finding("ok", "host memory", text)
         else:
             yield Finding("FAULT", "host memory", f"{text}; leave out the offload, or start fewer ranks per node.")
 
 
 def memory_limits(groups: Path, root: Path) -> list[int]:
-    """Bytes that the control groups of a process, and those around them, leave to it: memory.max, or
+    """Memory limits in bytes of a process's control groups and of those around them: memory.max, or
     memory.limit_in_bytes in version 1. groups: as /proc/self/cgroup; root: as /sys/fs/cgroup."""
-    found = []
+    limits = []
     try:
         lines = groups.read_text().splitlines()
     except OSError:  # no Linux
         return []
     for line in lines:
-        _, kinds, place = line.split(":", 2)
-        if kinds and "memory" not in kinds.split(","):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
             continue
-        top, name = (root / "memory", "memory.limit_in_bytes") if kinds else (root, "memory.max")
-        here = PurePosixPath("/", *(part for part in place.split("/") if part != ".."))
-        for group in (here, *here.parents):
+        top, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        own_group = PurePosixPath("/", *(part for part in path.split("/") if part != ".."))
+        for group in (own_group, *own_group.parents):
             try:
-                said = (top / str(group).lstrip("/") / name).read_text().strip()
+                limit = (top / str(group).lstrip("/") / name).read_text().strip()
             except OSError:  # not of this container's view, or without a limit
                 continue
-            found += [int(said)] if said.isdecimal() else []
-    return found
+            limits += [int(limit)] if limit.isdecimal() else []
+    return limits

@@ -31,12 +31,12 @@ GPUS: dict[str, float] = {"A40": 44.3, "A100-40": 39.4, "A100-80": 79.1, "H100":
 OVERHEAD = 3 * GIB // 2
 """Bytes: CUDA's context, NCCL's buffers and cuDNN's workspaces. Assumed: nothing here can count them."""
 
-_HALF = ("conv2d", "linear", "matmul", "__matmul__")
-_FULL = {"cuda": ("layer_norm", "softmax", "normalize"), "cpu": ()}  # of what our networks call; torch's own lists
+_BF16_OPS = ("conv2d", "linear", "matmul", "__matmul__")
+_FP32_OPS = {"cuda": ("layer_norm", "softmax", "normalize"), "cpu": ()}  # of what our networks call; torch's own lists
 
 
 class Size(NamedTuple):
-    """A network's weights, those that pruning may close, and those that FSDP has whole at once: the largest block of
+    """A network's weights, those that pruning may remove, and those that FSDP has whole at once: the largest block of
     a row of blocks, and all that lies in none."""
 
     weights: int
@@ -45,20 +45,20 @@ class Size(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """Bytes of one forward and backward pass: kept for backward, and the most that lives beyond that at a moment."""
+    """Bytes of one forward and backward pass: saved for backward, and the most that lives beyond that at a moment."""
 
-    kept: int
+    saved: int
     working: int
 
 
 class Passes(NamedTuple):
-    """Bytes of a pass of n samples: `fixed` whatever n is, and `each` for every sample."""
+    """Bytes of a pass of n samples: `fixed` whatever n is, and `per_sample` for each."""
 
     fixed: Pass
-    each: Pass
+    per_sample: Pass
 
     def of(self, samples: int) -> Pass:
-        return Pass(*(f + e * samples for f, e in zip(self.fixed, self.each, strict=True)))
+        return Pass(*(f + e * samples for f, e in zip(self.fixed, self.per_sample, strict=True)))
 
 
 class Budget(NamedTuple):
@@ -76,15 +76,15 @@ def size_of(name: str, sizes: Mapping[str, Any], scope: str | tuple[str, ...]) -
     """A network's weights, without making them. name, sizes: as for `models.create`; scope: as for `in_scope`."""
     with torch.device("meta"):
         model = models.create(name, **sizes)
-    numbers = {n: p.numel() for n, p in model.named_parameters()}
+    counts = {n: p.numel() for n, p in model.named_parameters()}
     rows = [row for row in model.modules() if isinstance(row, nn.Sequential | nn.ModuleList)]
     blocks = [sum(p.numel() for p in block.parameters()) for row in rows for block in row if any(block.children())]
-    unit = sum(numbers.values()) - sum(blocks) + max(blocks, default=0)
-    return Size(sum(numbers.values()), sum(numbers[n] for n in in_scope(numbers, scope)), unit)
+    unit = sum(counts.values()) - sum(blocks) + max(blocks, default=0)
+    return Size(sum(counts.values()), sum(counts[n] for n in in_scope(counts, scope)), unit)
 
 
-def share(size: Size, engine: Engine, world: int, *, offload: bool = False) -> Budget:
-    """What weights, gradients, moments and masks take on one of `world` ranks, at most.
+def state_bytes(size: Size, engine: Engine, world: int, *, offload: bool = False) -> Budget:
+    """Count the bytes of weights, gradients, moments and masks on one of `world` ranks, at most.
 
     ddp: all of it on every rank, and buckets as large as the gradients. zero1, zero2, zero3: moments, then gradients,
     then weights are 1/world each, beside DeepSpeed's own copy of the weights that a rank updates, and its bucket. fsdp:
@@ -108,12 +108,12 @@ def share(size: Size, engine: Engine, world: int, *, offload: bool = False) -> B
         gpu["gathered for use"] = 8 * size.unit + (whole // DEEPSPEED_LIVE if engine == "zero3" else 0)
     host = 0
     if offload:
-        away = ("weights", "gradients", "moments") if engine == "fsdp" else ("moments", "DeepSpeed's copy of weights")
-        host = sum(gpu.pop(name, 0) for name in away)
+        names = ("weights", "gradients", "moments") if engine == "fsdp" else ("moments", "DeepSpeed's copy of weights")
+        host = sum(gpu.pop(name, 0) for name in names)
     return Budget(gpu, host)
 
 
-def fitting(passes: Passes, taken: int, room: int, per_rank: int) -> int:
+def largest_forward(passes: Passes, taken: int, room: int, per_rank: int) -> int:
     """The largest batch.forward that fits: a divisor of `per_rank`, 0 for none. taken, room: bytes, without and with
     the pass."""
     divisors = (n for n in range(per_rank, 0, -1) if per_rank % n == 0)
@@ -139,109 +139,109 @@ def gpu_of(name: str) -> Gpu:
 
 
 def passes_of(name: str, sizes: Mapping[str, Any], side: int, precision: str, kind: str = "cuda") -> Passes:
-    """What passes over patches of side x side pixels take.
+    """Count the bytes of passes over patches of side x side pixels.
 
-    Told by a pass of two samples and one of three: a lone sample is laid out in another way.
+    Derived from a pass of two samples and one of three: a lone sample is laid out in another way.
 
     precision: 'fp32' or 'bf16', by the rules of autocast on `kind`, 'cuda' or 'cpu'.
     """
     with torch.device("meta"):
         model = models.create(name, **sizes)
-        two = measured(model, torch.rand(2, 3, side, side), precision, kind)
-        three = kept(_loss(model, torch.rand(3, 3, side, side), precision, kind), model)
-    each = Pass(three - two.kept, -(-two.working // 2))
-    return Passes(Pass(max(0, two.kept - 2 * each.kept), 0), each)
+        two = measure_pass(model, torch.rand(2, 3, side, side), precision, kind)
+        three = saved_bytes(_loss(model, torch.rand(3, 3, side, side), precision, kind), model)
+    each = Pass(three - two.saved, -(-two.working // 2))
+    return Passes(Pass(max(0, two.saved - 2 * each.saved), 0), each)
 
 
-def measured(model: nn.Module, images: Tensor, precision: str, kind: str | None = None) -> Pass:
+def measure_pass(model: nn.Module, images: Tensor, precision: str, kind: str | None = None) -> Pass:
     """Bytes of one forward and backward pass over images (B, 3, H, W), whose device the model has.
 
     kind: whose autocast is imitated ('cuda', 'cpu'); None: the images' own, really used. The gradients of the weights
-    are left out of `kept`, not of `working`.
+    are left out of `saved`, not of `working`.
     """
     loss = _loss(model, images, precision, kind)
-    held = kept(loss, model)
-    live = _Live({_id(p) for p in model.parameters()})
+    saved = saved_bytes(loss, model)
+    live = _LiveBytes({_storage_id(p) for p in model.parameters()})
     with live:
         loss().backward()  # type: ignore[no-untyped-call]
     model.zero_grad()
-    return Pass(held, max(0, live.peak - held))
+    return Pass(saved, max(0, live.peak - saved))
 
 
-def kept(loss: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes that autograd keeps of a forward pass for its backward pass, parameters left out."""
-    own = {_id(p) for p in model.parameters()}
+def saved_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
+    """Count the bytes that autograd saves in a forward pass for its backward pass, parameters left out."""
+    own = {_storage_id(p) for p in model.parameters()}
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if _id(tensor) not in own:
-            saved[_id(tensor)] = tensor
+        if _storage_id(tensor) not in own:
+            saved[_storage_id(tensor)] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        end = loss()
-    found = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    del end
-    return found
+        output = loss()
+    total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    del output
+    return total
 
 
 def _loss(model: nn.Module, images: Tensor, precision: str, kind: str | None) -> Callable[[], Tensor]:
     """A forward pass to its loss, as training makes it."""
 
-    def around() -> AbstractContextManager[Any]:
+    def autocast() -> AbstractContextManager[Any]:
         if precision == "fp32":
             return nullcontext()
         return _Autocast(kind) if kind else torch.autocast(images.device.type, torch.bfloat16)
 
     def loss() -> Tensor:
-        with around():
+        with autocast():
             restored = model(images)
         return losses.combine(losses.per_sample_l1(restored, images))
 
     return loss
 
 
-def scoring(name: str, sizes: Mapping[str, Any], height: int, width: int) -> int:
-    """Bytes that restoring one image of height x width takes at its peak, in float32, weights and image included."""
+def scoring_bytes(name: str, sizes: Mapping[str, Any], height: int, width: int) -> int:
+    """Count the peak bytes of restoring one image of height x width in float32, weights and image included."""
     with torch.device("meta"):
         model = models.create(name, **sizes)
         image = torch.rand(1, 3, height, width)
-    live = _Live({_id(p) for p in model.parameters()})
+    live = _LiveBytes({_storage_id(p) for p in model.parameters()})
     with torch.no_grad(), live:
         model(image)
-    held: int = sum(t.untyped_storage().nbytes() for t in (*model.parameters(), image))
-    return live.peak + held
+    weights_and_image: int = sum(t.untyped_storage().nbytes() for t in (*model.parameters(), image))
+    return live.peak + weights_and_image
 
 
-def _id(tensor: Tensor) -> int:
+def _storage_id(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that come and go inside, except `own`; `peak`: the most at a moment."""
 
     def __init__(self, own: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak: int = 0
         self._now: int = 0
-        self._known: dict[int, int] = dict.fromkeys(own, 0)
+        self._sizes: dict[int, int] = dict.fromkeys(own, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = [a for a in args if isinstance(a, Tensor)]
         for tensor in inputs:  # what was there before
-            self._known.setdefault(_id(tensor), 0)
+            self._sizes.setdefault(_storage_id(tensor), 0)
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor) and _id(tensor) not in self._known:
+            if isinstance(tensor, Tensor) and _storage_id(tensor) not in self._sizes:
                 storage = tensor.untyped_storage()
-                self._known[_id(tensor)] = storage.nbytes()
+                self._sizes[_storage_id(tensor)] = storage.nbytes()
                 self._now += storage.nbytes()
-                weakref.finalize(storage, self._gone, _id(tensor))
+                weakref.finalize(storage, self._on_freed, _storage_id(tensor))
         self.peak = max(self.peak, self._now)
         return out
 
-    def _gone(self, key: int) -> None:
-        self._now -= self._known.pop(key, 0)
+    def _on_freed(self, key: int) -> None:
+        self._now -= self._sizes.pop(key, 0)
 
 
 class _Autocast(TorchFunctionMode):
@@ -249,13 +249,13 @@ class _Autocast(TorchFunctionMode):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self._full = _FULL[kind]
+        self._fp32_ops = _FP32_OPS[kind]
         self._copies: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _HALF or name in self._full:
-            to = torch.bfloat16 if name in _HALF else torch.float32
+        if name in _BF16_OPS or name in self._fp32_ops:
+            to = torch.bfloat16 if name in _BF16_OPS else torch.float32
             args = [self._cast(a, to) for a in args]
             kwargs = {key: self._cast(value, to) for key, value in (kwargs or {}).items()}
         return func(*args, **(kwargs or {}))

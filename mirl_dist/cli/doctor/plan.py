@@ -10,6 +10,7 @@ from mirl_dist.cli.doctor import memory
 from mirl_dist.cli.doctor.disks import store_of
 from mirl_dist.cli.doctor.memory import GIB, OVERHEAD, Budget, Gpu, Passes, Size
 from mirl_dist.config.config import Config
+from mirl_dist.config.schema import EvaluateSection
 from mirl_dist.data.sampler import BatchSplit, GlobalSampler, ranks_in_words, split_batch
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed import hardware
@@ -17,18 +18,21 @@ from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.errors import UserError
 from mirl_dist.training.checkpoint import Checkpoints
 
-_UNKNOWN = "unknown: no measured rate; run a round, or give --rate"
+_UNKNOWN_RATE = "unknown: no measured rate; run a round, or give --rate"
 
 
 class LaunchPlan(NamedTuple):
-    """shares: None where the batch cannot be shared; order: None without shards; kept: of the run's states, on a rank;
-    passes: of forward and backward; scoring: (bytes, height, width) of the largest image to score; rate: samples a
-    second over all ranks, and where it was measured."""
+    """What a config means under a launch file.
+
+    split: None where the batch cannot be shared; sampler: None without shards; states: weights, gradients, moments and
+    masks on a rank; passes: of forward and backward; scoring: (bytes, height, width) of the largest image to score;
+    rate: samples a second over all ranks, and where it was measured.
+    """
 
     config: Config
-    said: LaunchFile
-    shares: BatchSplit | None
-    order: GlobalSampler | None
+    launch_file: LaunchFile
+    split: BatchSplit | None
+    sampler: GlobalSampler | None
     size: Size
     states: Budget
     passes: Passes
@@ -36,94 +40,105 @@ class LaunchPlan(NamedTuple):
     gpu: Gpu | None
     rate: tuple[float, str] | None
 
-    def taken(self) -> int:
+    def bytes_without_pass(self) -> int:
         """Bytes on a rank's GPU without a pass."""
         return self.states.total + OVERHEAD
 
-    def needed(self) -> int | None:
+    def needed_bytes(self) -> int | None:
         """Bytes on a rank's GPU, with its pass or while it scores."""
-        if self.shares is None:
+        if self.split is None:
             return None
         scoring = self.scoring[0] if self.scoring else 0  # the network is whole then, whatever the engine
-        return self.taken() + max(sum(self.passes.of(self.shares.forward)), scoring)
+        return self.bytes_without_pass() + max(sum(self.passes.of(self.split.forward)), scoring)
 
 
-def make(
-    config: Config, said: LaunchFile, found: tuple[Shards, GlobalSampler] | None, gpu: str | None, rate: float | None
+def make_plan(
+    config: Config,
+    launch_file: LaunchFile,
+    shards_and_sampler: tuple[Shards, GlobalSampler] | None,
+    gpu: str | None,
+    rate: float | None,
 ) -> LaunchPlan:
-    """gpu: a name of budget.GPUS; None: the one found here, if any. rate: samples a second over all ranks; None: as the
-    run's own folder knows. Raises UserError for an unknown GPU."""
+    """Compute the plan of a launch. Raises UserError for an unknown GPU.
+
+    shards_and_sampler: None where the shards cannot be read; gpu: a name of memory.GPUS; None: this machine's, if any;
+    rate: samples a second over all ranks; None: as measured in the run's folder.
+    """
     name, sizes = config.model.name, config.model.sizes()
     try:
-        shares = split_batch(config.batch.global_, config.batch.forward, said.ranks)
+        split = split_batch(config.batch.global_, config.batch.forward, launch_file.ranks)
     except UserError:
-        shares = None
+        split = None
     size = memory.size_of(name, sizes, config.prune.scope)
-    states = memory.share(size, said.engine, said.ranks, offload=said.offload)
+    states = memory.state_bytes(size, launch_file.engine, launch_file.ranks, offload=launch_file.offload)
     passes = memory.passes_of(name, sizes, config.data.patch_pixels, config.train.precision)
-    largest = _largest(config, found[0]) if found else None
-    scoring = (memory.scoring(name, sizes, *largest), *largest) if largest else None
-    order = found[1] if found else None
-    told = (rate, "--rate") if rate else _measured(config, said)
-    return LaunchPlan(config, said, shares, order, size, states, passes, scoring, _gpu(config, gpu), told)
+    shards, sampler = shards_and_sampler or (None, None)
+    largest = _largest_image(config.evaluate, shards) if shards else None
+    scoring = (memory.scoring_bytes(name, sizes, *largest), *largest) if largest else None
+    measured = (rate, "--rate") if rate else _measured_rate(config, launch_file)
+    return LaunchPlan(
+        config, launch_file, split, sampler, size, states, passes, scoring, _gpu_of(config.train.device, gpu), measured
+    )
 
 
-def _gpu(config: Config, name: str | None) -> Gpu | None:
+def _gpu_of(device: str, name: str | None) -> Gpu | None:
+    """The GPU of a name, else the first of this machine; None where the run trains on the CPU."""
     if name is not None:
         return memory.gpu_of(name)
-    if config.train.device == "cpu" or not hardware.gpus():
+    if device == "cpu" or not hardware.gpus():
         return None
     return Gpu(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)
 
 
-def _largest(config: Config, shards: Shards) -> tuple[int, int] | None:
+def _largest_image(section: EvaluateSection, shards: Shards) -> tuple[int, int] | None:
     """Height and width of the largest image that is scored at once."""
-    tile, sets = config.evaluate.tile_pixels, config.evaluate.sets
+    tile, sets = section.tile_pixels, section.sets
     try:
-        found = [p.entry for name, ps in shards.places("evaluate").items() if not sets or name in sets for p in ps]
-    except UserError:  # told where the shards are tried
+        entries = [p.entry for name, ps in shards.places("evaluate").items() if not sets or name in sets for p in ps]
+    except UserError:  # reported by check_shards
         return None
-    sides = [(min(e.height, tile or e.height), min(e.width, tile or e.width)) for e in found]
+    sides = [(min(e.height, tile or e.height), min(e.width, tile or e.width)) for e in entries]
     return max(sides, key=lambda s: s[0] * s[1], default=None)
 
 
-def _measured(config: Config, said: LaunchFile) -> tuple[float, str] | None:
-    """The rate of the run in this config's folder."""
-    checkpoints = Checkpoints(store_of(config, config.run.folder))
+def _measured_rate(config: Config, launch_file: LaunchFile) -> tuple[float, str] | None:
+    """Samples a second of the run in this config's folder, and where that was measured."""
+    checkpoints = Checkpoints(store_of(config.store, config.run.folder))
     try:
         tickets = checkpoints.tickets()
-        _, stands = checkpoints.latest_progress(checkpoints.commits())
-    except UserError:  # told where the folder is tried
+        _, totals = checkpoints.latest_progress(checkpoints.commits())
+    except UserError:  # reported by check_permissions
         return None
-    if not stands.seconds or not stands.samples:
+    if not totals.seconds or not totals.samples:
         return None
     world = tickets[-1].world if tickets else None
-    where = "measured in this run"
-    if world is not None and world != said.ranks:
-        where += f" on {ranks_in_words(world)}"
-    return stands.samples / stands.seconds, where
+    source = "measured in this run"
+    if world is not None and world != launch_file.ranks:
+        source += f" on {ranks_in_words(world)}"
+    return totals.samples / totals.seconds, source
 
 
-# -- told ---------------------------------------------------------------------------------------------------------
+# -- output -------------------------------------------------------------------------------------------------------
 
 
-def lines(plan: LaunchPlan) -> list[str]:
-    """For people, in 100 columns."""
-    config, said, shares = plan.config, plan.said, plan.shares
-    nodes = "node" if said.nodes == 1 else "nodes"
-    offload = ", offloaded to the host" if said.offload else ""
-    told = [_line("engine", f"{said.engine}{offload}: {said.nodes} {nodes} x {ranks_in_words(said.ranks_per_node)}")]
-    if shares is not None:
-        passes = "forward pass" if shares.passes == 1 else "forward passes"
-        share = f"{ranks_in_words(said.ranks)} x {shares.passes} {passes} x {shares.forward} samples"
-        told.append(_line("batch", f"{config.batch.global_} = {share}"))
-    told += _steps(plan)
-    told += ["", f"{'memory of a rank':36}{'MiB':>10}"]
-    told += [_row(name, bytes_) for name, bytes_ in _memory(plan).items()]
+def plan_lines(plan: LaunchPlan) -> list[str]:
+    """The plan as lines for people, in 100 columns."""
+    config, launch_file, split = plan.config, plan.launch_file, plan.split
+    nodes = "node" if launch_file.nodes == 1 else "nodes"
+    offload = ", offloaded to the host" if launch_file.offload else ""
+    ranks = f"{launch_file.nodes} {nodes} x {ranks_in_words(launch_file.ranks_per_node)}"
+    lines = [_line("engine", f"{launch_file.engine}{offload}: {ranks}")]
+    if split is not None:
+        passes = "forward pass" if split.passes == 1 else "forward passes"
+        share = f"{ranks_in_words(launch_file.ranks)} x {split.passes} {passes} x {split.forward} samples"
+        lines.append(_line("batch", f"{config.batch.global_} = {share}"))
+    lines += _step_lines(plan)
+    lines += ["", f"{'memory of a rank':36}{'MiB':>10}"]
+    lines += [_row(name, bytes_) for name, bytes_ in _memory_rows(plan).items()]
     if plan.states.host:
-        told.append(_row("on the host", plan.states.host))
-    told += ["", *_verdict(plan)]
-    return told
+        lines.append(_row("on the host", plan.states.host))
+    lines += ["", *_gpu_lines(plan)]
+    return lines
 
 
 def _line(what: str, text: str) -> str:
@@ -134,91 +149,91 @@ def _row(what: str, bytes_: int) -> str:
     return f"  {what:34}{bytes_ / 2**20:10,.1f}"
 
 
-def _memory(plan: LaunchPlan) -> dict[str, int]:
-    found = dict(plan.states.gpu)
-    if plan.shares is not None:
-        kept, working = plan.passes.of(plan.shares.forward)
-        found[f"activations of {plan.shares.forward} samples, {plan.config.train.precision}"] = kept
-        found["at work in a pass"] = working
+def _memory_rows(plan: LaunchPlan) -> dict[str, int]:
+    rows = dict(plan.states.gpu)
+    if plan.split is not None:
+        saved, working = plan.passes.of(plan.split.forward)
+        rows[f"activations of {plan.split.forward} samples, {plan.config.train.precision}"] = saved
+        rows["at work in a pass"] = working
     else:
-        found[f"activations of one sample, {plan.config.train.precision}"] = plan.passes.of(1).kept
-    found["CUDA, NCCL, workspaces (assumed)"] = OVERHEAD
-    return found | {"in all": sum(found.values())}
+        rows[f"activations of one sample, {plan.config.train.precision}"] = plan.passes.of(1).saved
+    rows["CUDA, NCCL, workspaces (assumed)"] = OVERHEAD
+    return rows | {"in all": sum(rows.values())}
 
 
-def _steps(plan: LaunchPlan) -> list[str]:
-    if plan.order is None:
+def _step_lines(plan: LaunchPlan) -> list[str]:
+    if plan.sampler is None:
         return [_line("epoch", "unknown: the shards were not read")]
-    steps, config = plan.order.steps_per_epoch, plan.config
+    steps, config = plan.sampler.steps_per_epoch, plan.config
     text = f"{steps:,} steps, {steps * config.batch.global_:,} samples"
-    told = [_line("epoch", text)]
+    lines = [_line("epoch", text)]
     for round_ in (0, 1)[: 1 + config.is_finetuning(1)]:
         epochs = config.round_epochs(round_)
         name = "a round" if not config.is_finetuning(1) else ("round 0" if not round_ else "fine-tuning")
-        told.append(_line(name, f"{epochs} epochs, {epochs * steps:,} steps; {_time(plan, epochs * steps)}"))
-    return told
+        lines.append(_line(name, f"{epochs} epochs, {epochs * steps:,} steps; {_duration(plan, epochs * steps)}"))
+    return lines
 
 
-def _time(plan: LaunchPlan, steps: int) -> str:
+def _duration(plan: LaunchPlan, steps: int) -> str:
     if plan.rate is None:
-        return f"time {_UNKNOWN}"
-    rate, where = plan.rate
+        return f"time {_UNKNOWN_RATE}"
+    rate, source = plan.rate
     seconds = steps * plan.config.batch.global_ / rate
     if seconds < 60:
         time = f"{seconds:.0f} s" if seconds >= 1 else "less than 1 s"
     else:
         time = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
-    return f"{time} at {rate:.4g} samples/s ({where})"
+    return f"{time} at {rate:.4g} samples/s ({source})"
 
 
-def _verdict(plan: LaunchPlan) -> list[str]:
+def _gpu_lines(plan: LaunchPlan) -> list[str]:
     if plan.gpu is None:
         return [_line("GPU", f"none here; --gpu {'|'.join(memory.GPUS)} judges for one")]
-    told, where = [], f"{plan.gpu.name}, {plan.gpu.bytes / GIB:.1f} GiB"
-    if plan.shares is None:
-        told.append(_line("GPU", f"{where}: unknown, for the ranks cannot share the batch"))
+    lines, gpu = [], f"{plan.gpu.name}, {plan.gpu.bytes / GIB:.1f} GiB"
+    if plan.split is None:
+        lines.append(_line("GPU", f"{gpu}: unknown, for the ranks cannot share the batch"))
     else:
-        needs = plan.taken() + sum(plan.passes.of(plan.shares.forward))
-        most = memory.fitting(plan.passes, plan.taken(), plan.gpu.bytes, plan.shares.per_rank)
-        least = "no batch.forward fits" if not most else f"largest batch.forward that fits: {most}"
-        told.append(_line("GPU", f"{where}: {_fits(needs, plan.gpu)}; {least}"))
+        needed = plan.bytes_without_pass() + sum(plan.passes.of(plan.split.forward))
+        largest = memory.largest_forward(plan.passes, plan.bytes_without_pass(), plan.gpu.bytes, plan.split.per_rank)
+        advice = "no batch.forward fits" if not largest else f"largest batch.forward that fits: {largest}"
+        lines.append(_line("GPU", f"{gpu}: {_fits(needed, plan.gpu)}; {advice}"))
     if plan.scoring is not None:
         bytes_, height, width = plan.scoring
         text = f"{bytes_ / 2**20:,.0f} MiB more for an image of {height} x {width}"
-        told.append(_line("scoring", f"{text}: {_fits(plan.taken() + bytes_, plan.gpu)}"))
-    return told
+        lines.append(_line("scoring", f"{text}: {_fits(plan.bytes_without_pass() + bytes_, plan.gpu)}"))
+    return lines
 
 
 def _fits(needed: int, gpu: Gpu) -> str:
     return "fits" if needed <= gpu.bytes else "DOES NOT FIT"
 
 
-def tree(plan: LaunchPlan) -> dict[str, Any]:
-    """For programs: bytes, steps, samples, seconds."""
-    said, shares, order = plan.said, plan.shares, plan.order
-    most = None
-    if plan.gpu is not None and shares is not None:
-        most = memory.fitting(plan.passes, plan.taken(), plan.gpu.bytes, shares.per_rank)
-    steps = None if order is None else order.steps_per_epoch * plan.config.round_epochs(0)
-    needed = plan.needed()
+def plan_as_dict(plan: LaunchPlan) -> dict[str, Any]:
+    """The plan for programs: bytes, steps, samples, seconds."""
+    launch_file, split, sampler = plan.launch_file, plan.split, plan.sampler
+    largest = None
+    if plan.gpu is not None and split is not None:
+        largest = memory.largest_forward(plan.passes, plan.bytes_without_pass(), plan.gpu.bytes, split.per_rank)
+    steps = None if sampler is None else sampler.steps_per_epoch * plan.config.round_epochs(0)
+    needed = plan.needed_bytes()
     return {
-        "engine": said.engine,
-        "offload": said.offload,
-        "nodes": said.nodes,
-        "ranks": said.ranks,
-        "ranks_per_node": said.ranks_per_node,
-        "per_rank": shares and shares.per_rank,
-        "passes": shares and shares.passes,
-        "forward": shares and shares.forward,
-        "steps_per_epoch": order and order.steps_per_epoch,
+        "engine": launch_file.engine,
+        "offload": launch_file.offload,
+        "nodes": launch_file.nodes,
+        "ranks": launch_file.ranks,
+        "ranks_per_node": launch_file.ranks_per_node,
+        "per_rank": split and split.per_rank,
+        "passes": split and split.passes,
+        "forward": split and split.forward,
+        "steps_per_epoch": sampler and sampler.steps_per_epoch,
         "steps_per_round": steps,
-        "samples_per_epoch": order and order.steps_per_epoch * plan.config.batch.global_,
+        "samples_per_epoch": sampler and sampler.steps_per_epoch * plan.config.batch.global_,
         "seconds_per_round": plan.rate and steps and steps * plan.config.batch.global_ / plan.rate[0],
-        "bytes": _memory(plan),
+        "bytes": _memory_rows(plan),
         "host_bytes": plan.states.host,
         "scoring_bytes": plan.scoring and plan.scoring[0],
         "gpu": plan.gpu and plan.gpu.name,
         "gpu_bytes": plan.gpu and plan.gpu.bytes,
         "fits": None if plan.gpu is None or needed is None else needed <= plan.gpu.bytes,
-        "largest_forward": most,
+        "largest_forward": largest,
     }

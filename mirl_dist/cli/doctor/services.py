@@ -1,4 +1,4 @@
-"""What a run needs of the places it names: its folder or bucket, shards, MLflow, clocks.
+"""Checks of the services that a run names: its folder or bucket, shards, MLflow, clocks.
 
 Stores are tried with real objects, which are gone afterwards; nothing else is written.
 """
@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from mirl_dist.cli.doctor.disks import beside, store_of
-from mirl_dist.cli.doctor.machine import Finding, sized
+from mirl_dist.cli.doctor.disks import probe_folder, store_of
+from mirl_dist.cli.doctor.machine import Finding, format_bytes
 from mirl_dist.config.config import Config
 from mirl_dist.data.sampler import GlobalSampler
 from mirl_dist.data.shards import Shards
@@ -37,74 +37,79 @@ from mirl_dist.training.checkpoint import Checkpoints
 
 _SECONDS = 5.0
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-_WARN_SKEW, _MOST_SKEW = 60.0, 900.0
+_WARN_SKEW, _MAX_SKEW = 60.0, 900.0
 
 
-# -- the run's place ----------------------------------------------------------------------------------------------
+# -- the run's folder ---------------------------------------------------------------------------------------------
 
 
-def run_place(config: Config) -> Iterator[Finding]:
-    """Every right that a run needs in its folder, each proved by use."""
-    store = store_of(config, config.run.folder)
+def check_permissions(config: Config) -> Iterator[Finding]:
+    """Check every permission that a run needs in its folder, each by use."""
+    store = store_of(config.store, config.run.folder)
     if isinstance(store, Folder):
         try:
-            with beside(Path(store.where())) as here:
-                yield from _rights(Folder(here), store.where())
+            with probe_folder(Path(store.where())) as folder:
+                yield from _probe_store(Folder(folder), store.where())
         except OSError as error:
             text = f"{store.where()}: {error.strerror}; correct the rights or make room, or choose another run.folder."
             yield Finding("FAULT", "run.folder", text)
     else:
-        yield from _rights(store, store.where())
+        yield from _probe_store(store, store.where())
 
 
 class PermissionProbe:
-    """Tries one thing after another in a store. over: what failed is no missing right, so more tries are no use."""
+    """Tries operations on a store. passed: names of those that worked; aborted: one failed for another reason than a
+    missing permission, so more attempts are no use."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
-        self.found: list[Finding] = []
-        self.over = False
+        self.passed: list[str] = []
+        self.findings: list[Finding] = []
+        self.aborted = False
 
-    def try_(self, what: str, work: Callable[[], object]) -> bool:
-        """Whether it worked; what is not there was allowed to be asked for."""
-        if self.over:
+    def attempt(self, what: str, work: Callable[[], object]) -> bool:
+        """Try an operation and say whether it is allowed; NotFound counts as allowed."""
+        if self.aborted:
             return False
         try:
             work()
         except NotFound:
             pass
         except UserError as fault:
-            self.over = not isinstance(fault, AccessDenied)
-            self.found.append(Finding("FAULT", "run.folder", f"{what}: {fault}"))
+            self.aborted = not isinstance(fault, AccessDenied)
+            self.findings.append(Finding("FAULT", "run.folder", f"{what}: {fault}"))
             return False
-        self.said.append(what)
+        self.passed.append(what)
         return True
 
 
-def _rights(store: Store, where: str) -> Iterator[Finding]:
-    """Removing is tried first, on nothing: where it is refused, a probe would stay for ever."""
+def _probe_store(store: Store, location: str) -> Iterator[Finding]:
+    """Try all operations; deleting first, an absent object: where that is refused, a probe could not be removed."""
     name, data = f"doctor-{secrets.token_hex(6)}/probe", secrets.token_bytes(16)
-    trial, won = PermissionProbe(), list[bool]()
-    trial.try_("list", lambda: store.list(name.partition("/")[0]))
-    trial.try_("get", lambda: store.get(name))
-    if trial.try_("delete", lambda: store.remove(name)):
+    probe, created = PermissionProbe(), list[bool]()
+    probe.attempt("list", lambda: store.list(name.partition("/")[0]))
+    probe.attempt("get", lambda: store.get(name))
+    if probe.attempt("delete", lambda: store.remove(name)):
         try:
-            if trial.try_("put", lambda: store.put(name, data)):
-                trial.try_("read back", lambda: _read_back(store, name, data))
-            trial.try_("conditional put", lambda: won.extend(store.put_if_absent(f"{name}-2", data) for _ in "ab"))
+            if probe.attempt("put", lambda: store.put(name, data)):
+                probe.attempt("read back", lambda: _read_back(store, name, data))
+            probe.attempt(
+                "conditional put", lambda: created.extend(store.put_if_absent(f"{name}-2", data) for _ in "ab")
+            )
         finally:
-            trial.over = False
-            for probe in (name, f"{name}-2"):
-                trial.try_("delete", partial(store.remove, probe))
-    elif not trial.over:
-        text = f"put: not tried in {where}, for a probe would stay there."
-        trial.found.append(Finding("warning", "run.folder", text))
-    if won == [True, True]:
-        text = f"conditional put: {where} lets two writers win, so two launches could write one run; use a server that"
-        trial.found.append(Finding("FAULT", "run.folder", f"{text} knows If-None-Match."))
-    yield from trial.found
-    if not trial.found:
-        yield Finding("ok", "run.folder", f"{where}: {', '.join(dict.fromkeys(trial.said))}")
+            probe.aborted = False
+            for object_name in (name, f"{name}-2"):
+                probe.attempt("delete", partial(store.remove, object_name))
+    elif not probe.aborted:
+        text = f"put: not tried in {location}, for a probe would stay there."
+        probe.findings.append(Finding("warning", "run.folder", text))
+    if created == [True, True]:
+        text = (
+            f"conditional put: {location} lets two writers win, so two launches could write one run; use a server that"
+        )
+        probe.findings.append(Finding("FAULT", "run.folder", f"{text} knows If-None-Match."))
+    yield from probe.findings
+    if not probe.findings:
+        yield Finding("ok", "run.folder", f"{location}: {', '.join(dict.fromkeys(probe.passed))}")
 
 
 def _read_back(store: Store, name: str, data: bytes) -> None:
@@ -113,63 +118,61 @@ def _read_back(store: Store, name: str, data: bytes) -> None:
 
 
 def check_run(config: Config, digest: str | None) -> Iterator[Finding]:
-    """What lies in the run's folder already. digest: of the shards' manifest."""
-    checkpoints = Checkpoints(store_of(config, config.run.folder))
+    """Check the run that the folder holds already. digest: of the shards' manifest."""
+    checkpoints = Checkpoints(store_of(config.store, config.run.folder))
     try:
         if digest is not None:
             preflight.check_run_folder(checkpoints, config, digest, "auto", open_ticket)
         if checkpoints.identity() is not None:
             commits = checkpoints.commits()
             newest = f"newest commit {commits[0].folder}" if commits else "no commit yet"
-            yield Finding("ok", "run", f"{'finished' if _is_over(config, checkpoints) else 'goes on'}: {newest}")
+            yield Finding("ok", "run", f"{'finished' if _is_finished(config, checkpoints) else 'goes on'}: {newest}")
         else:
             yield Finding("ok", "run", "new")
     except UserError as fault:
         yield Finding("FAULT", "run", str(fault))
 
 
-def _is_over(config: Config, checkpoints: Checkpoints) -> bool:
+def _is_finished(config: Config, checkpoints: Checkpoints) -> bool:
     """Whether the last round that the config asks for has its ticket."""
-    ended = [commit.round_ for commit in checkpoints.commits() if commit.step is None]
-    if not ended:
+    finished_rounds = [commit.round_ for commit in checkpoints.commits() if commit.step is None]
+    if not finished_rounds:
         return False
-    target, ticket = config.prune.target_sparsity, checkpoints.ticket(max(ended))
+    target, ticket = config.prune.target_sparsity, checkpoints.ticket(max(finished_rounds))
     return ticket.round >= config.prune.rounds or (target is not None and ticket.total_sparsity >= target)
 
 
 # -- shards -------------------------------------------------------------------------------------------------------
 
 
-def check_shards(config: Config, found: list[tuple[Shards, GlobalSampler]]) -> Iterator[Finding]:
-    """Whether the shards can be read and feed the mix; `found` gets them when they can."""
+def check_shards(config: Config) -> tuple[Finding, tuple[Shards, GlobalSampler] | None]:
+    """Check that the shards can be read and feed the mix; with the shards and the sampler where they can."""
     try:
-        there = Shards(store_of(config, config.data.shards))
+        shards = Shards(store_of(config.store, config.data.shards))
         roles = ("train", "evaluate") if config.data.damage == "refuse" else ("evaluate",)
-        there.check_present(*roles)
-        there.check_patch_size(config.data.patch_pixels)
-        order = preflight.sampler_of(config, there)
-        first = there.train[0]
-        there.index(first)
-        next(iter(there.store.read(first.name)), b"")
+        shards.check_present(*roles)
+        shards.check_patch_size(config.data.patch_pixels)
+        sampler = preflight.sampler_of(config, shards)
+        first = shards.train[0]
+        shards.index(first)
+        next(iter(shards.store.read(first.name)), b"")
     except UserError as fault:
-        yield Finding("FAULT", "shards", str(fault))
-        return
-    found.append((there, order))
-    size = sized(sum(shard.bytes for shard in there.manifest.shards))
-    count = len(there.manifest.shards)
-    yield Finding("ok", "shards", f"{there.store.where()}: {count} shards, {size}")
+        return Finding("FAULT", "shards", str(fault)), None
+    size = format_bytes(sum(shard.bytes for shard in shards.manifest.shards))
+    count = len(shards.manifest.shards)
+    return Finding("ok", "shards", f"{shards.store.where()}: {count} shards, {size}"), (shards, sampler)
 
 
 # -- MLflow -------------------------------------------------------------------------------------------------------
 
 
 def check_mlflow(config: Config) -> Iterator[Finding]:
-    """Whether what the run tells MLflow would arrive; a run goes on without it, so what is away is a FAULT now only."""
+    """Check that MLflow would receive records; a run goes on without it, so what is away is a FAULT now only."""
     if not config.tracking.enabled:
         yield Finding("ok", "MLflow", "off (tracking.enabled)")
         return
     address = default_uri(config.tracking.uri)
-    kind, clean = address.partition(":")[0].lower(), redact_uri(address)
+    kind, shown_address = address.partition(":")[0].lower(), redact_uri(address)
     if importlib.util.find_spec("mlflow") is None:
         text = "no package mlflow, and tracking is on; pip install mlflow, or set tracking.enabled=false."
         yield Finding("FAULT", "MLflow", text)
@@ -177,33 +180,34 @@ def check_mlflow(config: Config) -> Iterator[Finding]:
     try:
         check_uri(address)
         if kind.startswith("sqlite"):
-            _sqlite(database(address))
+            _read_sqlite(database(address))
         elif kind in ("http", "https"):
-            HttpStore(clean, seconds=_SECONDS).now("health")  # quick, where nobody answers
+            HttpStore(shown_address, seconds=_SECONDS).now("health")  # quick, where nobody answers
             reader.reach(address, config.tracking.experiment, _SECONDS)
         elif urlsplit(address).hostname:
-            _connects(address)
+            _connect_to_database(address)
         else:
             tracker.check_reachable(address)
     except (UserError, OSError, sqlite3.Error) as error:
         advice = "" if isinstance(error, UserError) else "; correct tracking.uri or MLFLOW_TRACKING_URI, or the rights."
-        yield Finding("FAULT", "MLflow", f"{clean}: {error}{advice}")
+        yield Finding("FAULT", "MLflow", f"{shown_address}: {error}{advice}")
         return
-    yield Finding("ok", "MLflow", f"{clean}: {'writable' if kind.startswith('sqlite') else 'answers'}")
+    yield Finding("ok", "MLflow", f"{shown_address}: {'writable' if kind.startswith('sqlite') else 'answers'}")
 
 
-def _sqlite(file: Path) -> None:
+def _read_sqlite(file: Path) -> None:
+    """Read an SQLite file; where there is none, prove its folder writable. Raises OSError or sqlite3.Error."""
     if not file.exists():
-        with beside(file.parent):
+        with probe_folder(file.parent):
             return
     if not os.access(file, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
-    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=_SECONDS)) as found:
-        found.execute("PRAGMA schema_version").fetchone()
+    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=_SECONDS)) as connection:
+        connection.execute("PRAGMA schema_version").fetchone()
 
 
-def _connects(address: str) -> None:
-    """A database's server; what it holds is not asked."""
+def _connect_to_database(address: str) -> None:
+    """Connect to a database's server; its content is not read."""
     parts = urlsplit(address)
     port = parts.port or _PORTS.get(parts.scheme.partition("+")[0], 0)
     socket.create_connection((str(parts.hostname), port), timeout=_SECONDS).close()
@@ -213,28 +217,28 @@ def _connects(address: str) -> None:
 
 
 def check_clocks(config: Config) -> Iterator[Finding]:
-    """This machine's clock against those of the servers that tell theirs."""
-    asked: dict[str, Callable[[], datetime | None]] = {}
+    """Compare this machine's clock with those of the servers that report theirs."""
+    clocks: dict[str, Callable[[], datetime | None]] = {}
     for address in dict.fromkeys((config.run.folder, config.data.shards)):
-        store = store_of(config, address)
+        store = store_of(config.store, address)
         if isinstance(store, (S3Store, HttpStore)):
-            asked[store.where()] = store.now
+            clocks[store.where()] = store.now
     address = redact_uri(default_uri(config.tracking.uri))
     if config.tracking.enabled and address.startswith(("http://", "https://")):
-        asked[address] = lambda: HttpStore(address, seconds=_SECONDS).now("health")
-    for where, now in asked.items():
+        clocks[address] = lambda: HttpStore(address, seconds=_SECONDS).now("health")
+    for server, now in clocks.items():
         try:
-            theirs = now()
+            server_time = now()
         except UserError:
-            continue  # told where that place is tried
-        if theirs is not None:
-            yield _skew(where, (datetime.now(timezone.utc) - theirs).total_seconds())
+            continue  # reported by the check of that service
+        if server_time is not None:
+            yield _judge_skew(server, (datetime.now(timezone.utc) - server_time).total_seconds())
 
 
-def _skew(where: str, seconds: float) -> Finding:
-    away = f"this clock is {abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} that of {where}"
-    if abs(seconds) >= _MOST_SKEW:
-        return Finding("FAULT", "clock", f"{away}; S3 refuses from {_MOST_SKEW:.0f} s: set it (chrony, NTP).")
+def _judge_skew(server: str, seconds: float) -> Finding:
+    text = f"this clock is {abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} that of {server}"
+    if abs(seconds) >= _MAX_SKEW:
+        return Finding("FAULT", "clock", f"{text}; S3 refuses from {_MAX_SKEW:.0f} s: set it (chrony, NTP).")
     if abs(seconds) > _WARN_SKEW:
-        return Finding("warning", "clock", f"{away}; S3 refuses from {_MOST_SKEW:.0f} s: set it (chrony, NTP).")
-    return Finding("ok", "clock", f"within {max(1.0, abs(seconds)):.0f} s of {where}")
+        return Finding("warning", "clock", f"{text}; S3 refuses from {_MAX_SKEW:.0f} s: set it (chrony, NTP).")
+    return Finding("ok", "clock", f"within {max(1.0, abs(seconds)):.0f} s of {server}")

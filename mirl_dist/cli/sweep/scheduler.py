@@ -19,8 +19,8 @@ from mirl_dist.errors import UserError
 from mirl_dist.observability.console import warn
 
 INTERRUPTED = 130
-_ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-_LOOK_SECONDS = 0.2
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+_POLL_SECONDS = 0.2
 _GRACE_SECONDS = 20.0  # `train --launch` needs some to end its ranks
 
 
@@ -32,55 +32,55 @@ class StartedRun(NamedTuple):
 
 
 class Scheduler:
-    """Works off the runs of a plan that have not finished. environments: of each slot.
+    """Starts the runs of a plan that have not finished, one in each free slot. environments: of each slot.
 
     A run that another launch trains is left to it, and is started here when it ends unfinished.
     """
 
-    def __init__(self, plan: SweepPlan, board: StatusTable, environments: list[dict[str, str]]) -> None:
-        self._plan, self._board, self._environments = plan, board, environments
-        self._waiting = [run for run in plan.runs if board.stands[run.name].state != "finished"]
+    def __init__(self, plan: SweepPlan, table: StatusTable, environments: list[dict[str, str]]) -> None:
+        self._plan, self._table, self._environments = plan, table, environments
+        self._waiting = [run for run in plan.runs if table.statuses[run.name].state != "finished"]
         self._slots: dict[int, StartedRun] = {}
-        self._heard: dict[str, tuple[bytes, float]] = {}
+        self._last_signs: dict[str, tuple[bytes, float]] = {}
 
     def work(self, lost: Callable[[], bool]) -> int | None:
-        """Until all runs have ended. None, or the code of a sweep that was asked to stop: 75, or 130 where a second
-        Ctrl-C ended its runs at once. lost: whether another sweep has taken this one's place, which ends it alike.
-        Raises UserError, once the runs that it has started have ended, where the folder of the logs cannot be written."""
-        asked, fault = False, None
-        with hearing() as signals:
+        """Train until all runs have ended. None, or the code of a sweep that was asked to stop: 75, or 130 where a
+        second Ctrl-C ended its runs at once. lost: whether another sweep has taken this one over, which ends it too.
+        Raises UserError where no log can be written, once the runs that it has started have ended."""
+        stopping, fault = False, None
+        with record_signals() as signals:
             while self._waiting or self._slots:
-                self._gather(asked)
+                self._collect_ended(stopping)
                 if signals.count(signal.SIGINT) > 1:
                     self._kill()
                     return INTERRUPTED
-                if not asked and (signals or lost()):
-                    asked = True
-                    self._ask(signal.Signals(signals[0]).name if signals else "another sweep works here")
-                if not asked:
+                if not stopping and (signals or lost()):
+                    stopping = True
+                    self._ask_to_stop(signal.Signals(signals[0]).name if signals else "another sweep works here")
+                if not stopping:
                     try:
-                        self._start()
-                    except UserError as found:
-                        asked, fault = True, found
-                        self._ask("a log cannot be written")
-                self._board.refresh({started.run.name for started in self._slots.values()})
-                time.sleep(_LOOK_SECONDS)
+                        self._start_runs()
+                    except UserError as error:
+                        stopping, fault = True, error
+                        self._ask_to_stop("a log cannot be written")
+                self._table.refresh({started.run.name for started in self._slots.values()})
+                time.sleep(_POLL_SECONDS)
         if fault is not None:
             raise fault
-        return RESUMABLE if asked else None
+        return RESUMABLE if stopping else None
 
-    def _start(self) -> None:
-        """A run for each free slot."""
-        for done in [run for run in self._waiting if self._board.stands[run.name].state == "finished"]:
+    def _start_runs(self) -> None:
+        """Start a run in each free slot."""
+        for done in [run for run in self._waiting if self._table.statuses[run.name].state == "finished"]:
             self._waiting.remove(done)
-            self._board.put(done, "finished", "by another launch")
+            self._table.set_state(done, "finished", "by another launch")
         for slot in sorted(set(range(self._plan.sweep.slots)) - self._slots.keys()):
-            run = next((run for run in self._waiting if not self._is_elsewhere(run)), None)
+            run = next((run for run in self._waiting if not self._is_trained_elsewhere(run)), None)
             if run is None:
                 return
             self._waiting.remove(run)
             log = self._plan.log(run)
-            with self._opened(log) as file:
+            with self._open_log(log) as file:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "mirl_dist", *arguments(self._plan, run)],
                     stdin=subprocess.DEVNULL,
@@ -90,82 +90,83 @@ class Scheduler:
                     start_new_session=True,  # a terminal's Ctrl-C comes here, and is passed on once
                 )
             self._slots[slot] = StartedRun(run, process)
-            self._board.put(run, "running", f"pid {process.pid}, log {log}")
+            self._table.set_state(run, "running", f"pid {process.pid}, log {log}")
 
-    def _opened(self, log: Path) -> BinaryIO:
+    def _open_log(self, log: Path) -> BinaryIO:
         try:
             return open(log, "ab")
         except OSError as error:
-            folder = self._plan.local
+            folder = self._plan.local_folder
             raise UserError(
                 f"folder: {log} cannot be written: {error.strerror}. Put {folder} right, or choose another place."
             ) from None
 
-    def _is_elsewhere(self, run: SweepRun) -> bool:
-        """Whether another launch trains a run: its signs of life change while we watch."""
-        stand, now = self._board.stands[run.name], time.monotonic()
-        if stand.state != "running":
+    def _is_trained_elsewhere(self, run: SweepRun) -> bool:
+        """Whether another launch trains a run: its lease is renewed while we watch."""
+        status, now = self._table.statuses[run.name], time.monotonic()
+        if status.state != "running":
             return False
-        if run.name not in self._heard:
-            warn(f"mirl-dist: {run.name} is trained by another launch ({stand.who}); waiting for its end")
-        sign, since = self._heard.get(run.name, (None, now))
-        if sign != stand.sign:
+        if run.name not in self._last_signs:
+            warn(f"mirl-dist: {run.name} is trained by another launch ({status.who}); waiting for its end")
+        sign, since = self._last_signs.get(run.name, (None, now))
+        if sign != status.sign:
             since = now
-        self._heard[run.name] = stand.sign, since
+        self._last_signs[run.name] = status.sign, since
         return now - since <= run.config.store.lease_seconds  # silent: our own launch will watch, and take it over
 
-    def _gather(self, asked: bool) -> None:
-        """The runs that have ended."""
+    def _collect_ended(self, stopping: bool) -> None:
+        """Free the slots of runs that have ended, and record how they ended."""
         for slot, (run, process) in list(self._slots.items()):
             code = process.poll()
             if code is None:
                 continue
             del self._slots[slot]
-            found = self._board.look(run)
-            self._board.stands[run.name] = found
+            status = self._table.read(run)
+            self._table.statuses[run.name] = status
             if code == 0:
-                self._board.put(run, "finished", "" if found.psnr is None else f"{found.psnr:.2f} dB")
-            elif code == RESUMABLE or (asked and code in (-signal.SIGTERM, -signal.SIGINT)):
-                self._board.put(run, "stopped", "goes on with the next start of the sweep")
-            elif code == 2 and found.state == "running" and not asked:
+                self._table.set_state(run, "finished", "" if status.psnr is None else f"{status.psnr:.2f} dB")
+            elif code == RESUMABLE or (stopping and code in (-signal.SIGTERM, -signal.SIGINT)):
+                self._table.set_state(run, "stopped", "goes on with the next start of the sweep")
+            elif code == 2 and status.state == "running" and not stopping:
                 self._waiting.append(run)  # another launch was faster, and trains it
             else:
-                how = f"killed by signal {-code}" if code < 0 else f"code {code}"
-                self._board.put(run, "failed", f"{how}, log {self._plan.log(run)}")
+                ending = f"killed by signal {-code}" if code < 0 else f"code {code}"
+                self._table.set_state(run, "failed", f"{ending}, log {self._plan.log(run)}")
 
-    def _ask(self, why: str) -> None:
+    def _ask_to_stop(self, why: str) -> None:
         names = ", ".join(started.run.name for started in self._slots.values()) or "no run"
         warn(f"mirl-dist: {why}: {names} asked to stop; Ctrl-C, twice in all, ends them at once.")
         self._waiting.clear()
-        self._signal(signal.SIGTERM)
+        self._send_signal(signal.SIGTERM)
 
     def _kill(self) -> None:
         """End the runs: as their own second Ctrl-C does, with all that they have started; else by SIGKILL."""
-        last = time.monotonic() + _GRACE_SECONDS
+        deadline = time.monotonic() + _GRACE_SECONDS
         for _ in range(3):
-            self._signal(signal.SIGINT)
-            time.sleep(2 * _LOOK_SECONDS)
+            self._send_signal(signal.SIGINT)
+            time.sleep(2 * _POLL_SECONDS)
         while any(started.process.poll() is None for started in self._slots.values()):
-            if time.monotonic() > last:
+            if time.monotonic() > deadline:
                 for started in self._slots.values():
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(started.process.pid, signal.SIGKILL)
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
         for started in self._slots.values():
-            self._board.put(started.run, "stopped", "ended at once")
+            self._table.set_state(started.run, "stopped", "ended at once")
 
-    def _signal(self, number: int) -> None:
+    def _send_signal(self, number: int) -> None:
         for started in self._slots.values():
             if started.process.poll() is None:
                 started.process.send_signal(number)
 
 
 @contextlib.contextmanager
-def hearing() -> Iterator[list[int]]:
-    """The signals that ask this process to stop, as they come. Only the main thread may ask for that."""
+def record_signals() -> Iterator[list[int]]:
+    """Collect the signals that ask this process to stop, in order. Only the main thread can set signal handlers."""
     signals: list[int] = []
-    mine = [n for n in _ASKING if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # nohup means it
-    before = [(number, signal.signal(number, lambda got, frame: signals.append(got))) for number in mine]
+    ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup means it
+    numbers = [number for number in _STOP_SIGNALS if number != signal.SIGHUP or not ignores_hangup]
+    before = [(number, signal.signal(number, lambda got, frame: signals.append(got))) for number in numbers]
     try:
         yield signals
     finally:

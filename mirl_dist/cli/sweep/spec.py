@@ -1,4 +1,4 @@
-"""The typed tree of a sweep, methods x seeds; the runs that it means, their commands, and where a run of it stands.
+"""The typed tree of a sweep, methods x seeds; its runs, and their commands.
 
 Nothing here asks a store or starts a process.
 """
@@ -12,7 +12,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import Field, PositiveInt
@@ -21,12 +21,10 @@ from mirl_dist.config import yaml_loader
 from mirl_dist.config.config import Config
 from mirl_dist.config.schema import Seed
 from mirl_dist.config.yaml_loader import Node
-from mirl_dist.distributed.signals import RESUMABLE
 from mirl_dist.errors import UserError
 
-State: TypeAlias = Literal["waiting", "running", "stopped", "failed", "finished"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_OWN = {
+_SET_BY_SWEEP = {
     "run.folder": "each run gets a folder below the sweep's",
     "run.seed": "write seeds",
     "tracking.run_name": "each run is named after sweep, method and seed",
@@ -66,38 +64,45 @@ class Sweep(Node):
     compare: Compare = Compare()
 
     def inconsistencies(self) -> list[str]:
-        found = []
+        problems = []
         for name in self.methods:
             if not _NAME.fullmatch(name):
-                found.append(
+                problems.append(
                     f"methods: found the name '{name}', which becomes part of a folder's: use letters, digits, . _ -"
                 )
         lower = [name.lower() for name in self.methods]
-        found += [
+        problems += [
             f"methods: found '{name}' and another that differs in capitals alone; not every disk tells them apart"
             for name in self.methods
             if lower.count(name.lower()) > 1
         ]
         if len(set(self.seeds)) < len(self.seeds):
-            found.append(f"seeds: found {list(self.seeds)}; name each once")
-        found += [
+            problems.append(f"seeds: found {list(self.seeds)}; name each once")
+        problems += [
             f"sbatch: found '{option}'; write --option=value, each by itself"
             for option in self.sbatch
             if not option.startswith("--")
         ]
         kind, address, _ = self.folder.partition("://")
-        one = re.match(r"s3:/+(?=[^/])", self.folder)
-        if one and one[0] != "s3://" and not re.search("[@?#]", self.folder):
-            found.append(f"folder: found {self.folder}; write s3://{self.folder[one.end() :]}")
+        bucket = re.match(r"s3:/+(?=[^/])", self.folder)
+        if bucket and bucket[0] != "s3://" and not re.search("[@?#]", self.folder):
+            problems.append(f"folder: found {self.folder}; write s3://{self.folder[bucket.end() :]}")
         elif address and kind != "s3":
-            found.append(f"folder: found {kind}://; runs are kept in folders and under s3://bucket/prefix")
-        for place, said in [("set", self.set_), *((f"methods.{name}", said) for name, said in self.methods.items())]:
-            keys = [key for key, _ in _flat(said)]
-            found += [f"{place}: found {key} twice; write it once" for key in sorted(set(keys)) if keys.count(key) > 1]
-            found += [f"{place}: found {key}; leave it out: {why}" for key, why in _OWN.items() if key in keys]
-        return found
+            problems.append(f"folder: found {kind}://; runs are kept in folders and under s3://bucket/prefix")
+        for place, changes in [
+            ("set", self.set_),
+            *((f"methods.{name}", changes) for name, changes in self.methods.items()),
+        ]:
+            keys = [key for key, _ in _flatten(changes)]
+            problems += [
+                f"{place}: found {key} twice; write it once" for key in sorted(set(keys)) if keys.count(key) > 1
+            ]
+            problems += [
+                f"{place}: found {key}; leave it out: {why}" for key, why in _SET_BY_SWEEP.items() if key in keys
+            ]
+        return problems
 
-    def local(self, name: str) -> Path:
+    def local_folder(self, name: str) -> Path:
         """Where logs, lists of commands and the report are written: the folder, or sweep-logs/NAME for a bucket."""
         return Path("sweep-logs", name) if "://" in self.folder else Path(self.folder).expanduser()
 
@@ -119,76 +124,78 @@ class SweepPlan(NamedTuple):
     name: str
     sweep: Sweep
     runs: tuple[SweepRun, ...]
-    local: Path
+    local_folder: Path
 
     def log(self, run: SweepRun) -> Path:
-        return self.local / f"{run.name}.log"
+        return self.local_folder / f"{run.name}.log"
 
 
 def read(path: Path, sets: Sequence[str] = ()) -> SweepPlan:
     """A sweep and all its runs. Raises UserError with every complaint about the sweep, or about any of its runs."""
     sweep = yaml_loader.read(Sweep, path, sets, "configs/sweeps/demo.yaml", "a sweep")
-    return SweepPlan(path.stem, sweep, expand(sweep, path.stem, str(path)), sweep.local(path.stem))
+    return SweepPlan(path.stem, sweep, expand(sweep, path.stem, str(path)), sweep.local_folder(path.stem))
 
 
-def expand(sweep: Sweep, name: str, where: str) -> tuple[SweepRun, ...]:
+def expand(sweep: Sweep, name: str, source: str) -> tuple[SweepRun, ...]:
     """The runs of a sweep. Raises UserError naming what is wrong in which method, and methods that are the same."""
     base, runs = yaml_loader.load_file(Path(sweep.config)), []
     complaints: dict[str, list[str]] = {}
     for seed in sweep.seeds:
-        for method, said in sweep.methods.items():
+        for method, changes in sweep.methods.items():
             run = f"{method}-seed{seed}"
             folder = f"{sweep.folder.rstrip('/') or '/'}/{run}"
             own = {"run.seed": seed, "run.folder": folder, "tracking.run_name": f"{name}/{run}"}
             own["tracking.tags"] = {"sweep": name}
-            sets = tuple(assignment(key, value) for part in (sweep.set_, said, own) for key, value in _flat(part))
+            sets = tuple(assignment(key, value) for part in (sweep.set_, changes, own) for key, value in _flatten(part))
             tree = copy.deepcopy(base)
             try:
-                for one in sets:
-                    yaml_loader.apply_set(tree, one)
-                runs.append(SweepRun(run, method, seed, folder, sets, yaml_loader.build(Config, tree, where)))
+                for assigned in sets:
+                    yaml_loader.apply_set(tree, assigned)
+                runs.append(SweepRun(run, method, seed, folder, sets, yaml_loader.build(Config, tree, source)))
             except UserError as fault:
-                for line in str(fault).split("\n  ")[1:] or [str(fault)]:
-                    known = complaints.setdefault(line, [])
-                    known += [] if method in known else [method]
+                for complaint in str(fault).split("\n  ")[1:] or [str(fault)]:
+                    methods = complaints.setdefault(complaint, [])
+                    methods += [] if method in methods else [method]
     every = list(sweep.methods)
-    lines = [f"{'all methods' if m == every else ', '.join(m)}: {line}" for line, m in complaints.items()]
-    lines += _twins([run for run in runs if run.seed == sweep.seeds[0]])
-    raise_complaints(lines, where)
+    lines = [f"{'all methods' if m == every else ', '.join(m)}: {text}" for text, m in complaints.items()]
+    lines += _duplicate_methods([run for run in runs if run.seed == sweep.seeds[0]])
+    raise_complaints(lines, source)
     return tuple(runs)
 
 
-def raise_complaints(complaints: Sequence[str], where: str) -> None:
+def raise_complaints(complaints: Sequence[str], source: str) -> None:
     """Raise UserError where there are complaints about runs."""
     if complaints:
         count = f"{len(complaints)} faults" if len(complaints) > 1 else "a fault"
         raise UserError(
-            f"{count} in the runs of {where}; nothing was started:\n" + "\n".join(f"  {c}" for c in complaints)
+            f"{count} in the runs of {source}; nothing was started:\n" + "\n".join(f"  {c}" for c in complaints)
         )
 
 
-def _twins(runs: Sequence[SweepRun]) -> list[str]:
-    """Methods that mean the very same run, each with the one before it."""
+def _duplicate_methods(runs: Sequence[SweepRun]) -> list[str]:
+    """Find methods that mean the very same run, each with the one before it."""
     seen: dict[str, str] = {}
-    found = []
+    problems = []
     for run in runs:
         tree = run.config.dump()
-        for section, key in (own.split(".") for own in _OWN):
+        for section, key in (own.split(".") for own in _SET_BY_SWEEP):
             del tree[section][key]
         first = seen.setdefault(json.dumps(tree, sort_keys=True), run.method)
         if first != run.method:
-            found.append(f"{first}, {run.method}: these are the same config; remove one, or set what tells them apart")
-    return found
+            problems.append(
+                f"{first}, {run.method}: these are the same config; remove one, or set what tells them apart"
+            )
+    return problems
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
-def _flat(said: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(changes: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Keys and values as --set takes them: a section written as a mapping changes the keys in it, and no others."""
-    for key, value in said.items():
+    for key, value in changes.items():
         if isinstance(value, dict) and _is_section(f"{above}{key}"):
-            yield from _flat(value, f"{above}{key}.")
+            yield from _flatten(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value
 
@@ -207,7 +214,7 @@ def assignment(key: str, value: Any) -> str:
     """`key=value` in one line that --set reads as the same value."""
 
     def text(style: str | None) -> str:
-        said = yaml.safe_dump(
+        dumped = yaml.safe_dump(
             value,
             default_flow_style=True,
             default_style=style,
@@ -215,7 +222,7 @@ def assignment(key: str, value: Any) -> str:
             allow_unicode=True,
             sort_keys=False,
         )
-        return str(said).removesuffix("\n").removesuffix("\n...")
+        return str(dumped).removesuffix("\n").removesuffix("\n...")
 
     plain = text(None)
     one_line = plain if len(plain.splitlines()) < 2 else text('"')  # quoted, lines break by escapes alone
@@ -228,69 +235,14 @@ def arguments(plan: SweepPlan, run: SweepRun) -> list[str]:
     return ["train", plan.sweep.config, *launch, *(text for one in run.sets for text in ("--set", one))]
 
 
-def line(plan: SweepPlan, run: SweepRun) -> str:
+def command_line(plan: SweepPlan, run: SweepRun) -> str:
     """The command of a run, to be pasted into a shell."""
     return shlex.join(["mirl-dist", *arguments(plan, run)])
 
 
-def shared(devices: Sequence[str], slots: int) -> list[tuple[str, ...]]:
+def share_devices(devices: Sequence[str], slots: int) -> list[tuple[str, ...]]:
     """The GPUs of each slot: as many for each, none in two; where there are fewer than slots, one for each by turns."""
     each = len(devices) // slots
     if not devices or each:
         return [tuple(devices[each * slot : each * (slot + 1)]) for slot in range(slots)]
     return [(devices[slot % len(devices)],) for slot in range(slots)]
-
-
-# -- where a run stands -----------------------------------------------------------------------------------------------
-
-
-class RunStatus(NamedTuple):
-    """Where a run stands. round, of rounds: in which it is, or that of its last ticket; step, of steps: of a round that
-    is trained now. sparsity over all parameters and psnr, in dB, mean over tasks: of the last ticket. who: the launch
-    that holds it; sign: other bytes are a sign of its life."""
-
-    state: State = "waiting"
-    rounds: int = 0
-    round: int | None = None
-    step: int | None = None
-    steps: int | None = None
-    sparsity: float | None = None
-    psnr: float | None = None
-    who: str = ""
-    sign: bytes = b""
-
-    def cells(self) -> list[str]:
-        """State, round, step, sparsity and PSNR in words."""
-        step = "" if self.step is None else f"{self.step}/{self.steps or '?'}"
-        return [
-            self.state,
-            "" if self.round is None else f"{self.round}/{self.rounds}",
-            step,
-            "" if self.sparsity is None else f"{self.sparsity:.1%}",
-            "" if self.psnr is None else f"{self.psnr:.2f}",
-        ]
-
-    def row(self, run: SweepRun) -> dict[str, object]:
-        """The same for programs."""
-        said = self._asdict()
-        del said["sign"]
-        return {"run": run.folder, "method": run.method, "seed": run.seed, **said, "who": self.who or None}
-
-
-def state_of(*, held: bool, ended: str | None, gone: bool, complete: bool) -> State:
-    """The state of a run. held: any launch ever held it; ended: how the last one said that it did; gone: its process is
-    known to be dead; complete: the last round that the config asks for has a ticket."""
-    if not held:
-        return "finished" if complete else "waiting"
-    if ended is None:
-        return "failed" if gone else "running"
-    if ended == "finished":
-        return "finished" if complete else "stopped"  # more rounds are asked for now
-    return "failed" if ended in ("failed", "dead") else "stopped"
-
-
-def exit_code(states: Sequence[State], asked: bool) -> int:
-    """How a sweep ends: 75 when it was asked to stop and has not finished, 1 when a run failed, 75 when one stopped."""
-    if all(state == "finished" for state in states):
-        return 0
-    return RESUMABLE if asked or "failed" not in states else 1

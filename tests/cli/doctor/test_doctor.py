@@ -19,14 +19,13 @@ import pytest
 import torch
 
 from mirl_dist.cli.doctor import disks, doctor, machine, memory, services
-from mirl_dist.cli.doctor.plan import tree
+from mirl_dist.cli.doctor.plan import plan_as_dict
 from mirl_dist.config import config as configs
-from mirl_dist.distributed import ranks
+from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch import launcher
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.errors import UserError
-from mirl_dist.storage import Options, Store, open_store
-from mirl_dist.tickets import open as opening
+from mirl_dist.storage import Options, Store, configured, open_store
 from tests.services.ceph_server import MISSING, CephServer
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -94,7 +93,7 @@ def test_a_plan_for_many_worlds_reads_the_shards_once(
         opened.append(address)
         return open_store(address, options)
 
-    monkeypatch.setattr(opening, "open_store", counted)
+    monkeypatch.setattr(configured, "open_store", counted)
     monkeypatch.chdir(tmp_path)
     config = configs.read(lab.config(tmp_path), ["batch.global=12", "batch.forward=4", "data.cache.folder=cache"])
     doctor.print_plan(config)
@@ -137,7 +136,7 @@ def judged(lab: Any, here: Path, launch: str | Path, *sets: str, **more: Any) ->
     said, _ = launcher.choose(config, str(launch))
     findings, plan = doctor.examine(config, said, more.get("gpu"), more.get("rate"))
     assert all("\n" not in finding.text for finding in findings)
-    return [finding.line() for finding in findings if finding.kind != "ok"], tree(plan)
+    return [finding.line() for finding in findings if finding.kind != "ok"], plan_as_dict(plan)
 
 
 def launch_of(folder: Path, **keys: Any) -> Path:
@@ -215,11 +214,11 @@ def test_a_launch_on_a_port_that_is_in_use_is_refused_as_the_doctor_says(lab: An
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        file, options = launcher.choose(config, str(launch_of(here, main_process_port=port)))
-        with pytest.raises(
-            UserError, match=f"main_process_port: {port} is in use on this machine; give another .*0: any"
-        ):
-            launcher.launch(config, file, options, ["train"], [], "auto", lambda: pytest.fail("it goes on"))
+        file = launch_of(here, main_process_port=port)
+        ended = lab.mirl("train", str(lab.config(here)), "--launch", str(file), cwd=here)
+    refusal = rf"mirl-dist: {re.escape(str(file))}: main_process_port: {port} is in use on this machine; "
+    assert ended.rc == 2 and re.fullmatch(refusal + "give another .*0: any.\n", ended.err), ended.said()
+    assert not (here / "run").exists()
     for name in ("", " "):
         with pytest.raises(UserError, match="--launch: found an empty name. Give a file from launch/, or auto"):
             launcher.choose(config, name)
@@ -248,17 +247,17 @@ def test_an_address_that_has_no_host_is_a_fault(lab: Any, here: Path) -> None:
 def test_more_ranks_than_gpus_and_gpus_without_room_are_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     config = configs.Config()
     said = LaunchFile(Path("x"), 2, 1, 0, 2, "ddp", False, "none", None, 0)
-    monkeypatch.setattr(ranks, "backends", lambda: {"gloo": True, "nccl": True})
-    monkeypatch.setattr(ranks, "gpus", lambda: 1)
-    (one,) = machine.devices(config, said, None)
+    monkeypatch.setattr(hardware, "backends", lambda: {"gloo": True, "nccl": True})
+    monkeypatch.setattr(hardware, "gpus", lambda: 1)
+    (one,) = machine.check_devices(config, said, None)
     assert one.kind == "FAULT" and one.text.startswith("2 ranks per node, but 1 GPUs here; lower num_processes")
-    monkeypatch.setattr(ranks, "gpus", lambda: 2)
+    monkeypatch.setattr(hardware, "gpus", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda n: ((40 - 30 * n) * 2**30, 48 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda n: "A40")
-    (full,) = machine.devices(config, said, 20 * 2**30)
+    (full,) = machine.check_devices(config, said, 20 * 2**30)
     assert full.kind == "FAULT"
     assert full.text.startswith("a rank needs about 20.0 GiB, free are GPU 1 (10.0 GiB); lower batch.forward")
-    assert [f.kind for f in machine.devices(config, said, 2**30)] == ["ok"]
+    assert [f.kind for f in machine.check_devices(config, said, 2**30)] == ["ok"]
 
 
 def test_a_gpu_that_is_too_small_is_a_fault_with_what_fits(lab: Any, here: Path) -> None:
@@ -295,10 +294,10 @@ def test_a_full_disk_is_a_fault_with_how_much_is_needed_where(lab: Any, here: Pa
 
 def test_a_cache_on_a_network_disk_is_warned_of() -> None:
     mounts = "disk / ext4 rw 0 0\nserver:/home /home nfs4 rw 0 0\ndisk /home/local\\040disk xfs rw 0 0\n"
-    assert disks.kind_of_disk(Path("/home/me"), mounts) == "nfs4"
-    assert disks.kind_of_disk(Path("/home/local disk/x"), mounts) == "xfs"
-    assert disks.kind_of_disk(Path("/homely"), mounts) == "ext4"
-    (far,) = disks.cache(Path("/tmp/none"), "server:/ / nfs rw 0 0\n")
+    assert disks.file_system_type(Path("/home/me"), mounts) == "nfs4"
+    assert disks.file_system_type(Path("/home/local disk/x"), mounts) == "xfs"
+    assert disks.file_system_type(Path("/homely"), mounts) == "ext4"
+    (far,) = disks.check_cache(Path("/tmp/none"), "server:/ / nfs rw 0 0\n")
     assert far.kind == "warning" and far.text.endswith("set data.cache.folder to a disk of the node.")
 
 
@@ -306,7 +305,7 @@ def test_a_shared_memory_that_is_too_small_for_the_loaders_is_a_fault(tmp_path: 
     said = LaunchFile(Path("x"), 1, 1, 0, 1, "ddp", False, "none", None, 0)
     config = configs.Config()
     huge = config.model_copy(update={"data": config.data.model_copy(update={"patch_pixels": 10**6})})
-    (line,) = [f for f in machine.limits(huge, said, tmp_path) if f.about == "memory"]
+    (line,) = [f for f in machine.check_limits(huge, said, tmp_path) if f.about == "memory"]
     assert line.kind == "FAULT" and "enlarge it (docker: --shm-size), or lower data.workers." in line.text
 
 

@@ -24,9 +24,9 @@ ENGINES: tuple[Engine, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_counted_on_meta_are_those_that_a_real_pass_keeps(precision: str) -> None:
     model, images = models.create("promptir", **SMALL), torch.rand(3, 3, 32, 32)
-    real = memory.measured(model, images, precision)
+    real = memory.measure_pass(model, images, precision)
     told = memory.passes_of("promptir", SMALL, 32, precision, "cpu")
-    assert told.of(3).kept == real.kept > 10**7
+    assert told.of(3).saved == real.saved > 10**7
     assert told.of(3).working == pytest.approx(real.working, rel=0.05) and real.working > 10**5
     assert all(p.grad is None for p in model.parameters())
 
@@ -35,40 +35,40 @@ def test_what_a_pass_keeps_is_the_sum_of_the_tensors_that_autograd_saves() -> No
     layer, images = torch.nn.Conv2d(3, 3, 1), torch.rand(2, 3, 8, 8)
     images.requires_grad_()
     image = 2 * 3 * 8 * 8 * 4
-    assert memory.kept(lambda: layer(images).exp().sum(), layer) == 2 * image, "the input, and exp's own output"
+    assert memory.saved_bytes(lambda: layer(images).exp().sum(), layer) == 2 * image, "the input, and exp's own output"
 
 
 def test_bfloat16_keeps_less_and_on_a_gpu_norms_keep_float32() -> None:
     with torch.device("meta"):
         model, images = models.create("promptir", **SMALL), torch.rand(2, 3, 32, 32)
-    full, half = (memory.measured(model, images, p, "cuda").kept for p in ("fp32", "bf16"))
-    assert memory.measured(model, images, "bf16", "cpu").kept < half < 0.7 * full
+    full, half = (memory.measure_pass(model, images, p, "cuda").saved for p in ("fp32", "bf16"))
+    assert memory.measure_pass(model, images, "bf16", "cpu").saved < half < 0.7 * full
 
 
 def test_activations_grow_with_samples_and_with_pixels() -> None:
     with torch.device("meta"):
         model = models.create("promptir", **SMALL)
-        one, more = (memory.measured(model, torch.rand(n, 3, n * 16, n * 16), "fp32") for n in (2, 4))
-    assert more.kept == pytest.approx(8 * one.kept, rel=0.05), "twice the samples of four times the pixels"
+        one, more = (memory.measure_pass(model, torch.rand(n, 3, n * 16, n * 16), "fp32") for n in (2, 4))
+    assert more.saved == pytest.approx(8 * one.saved, rel=0.05), "twice the samples of four times the pixels"
 
 
-def test_each_engine_takes_no_more_than_the_one_before_it_and_offload_moves_moments_to_the_host() -> None:
+def test_each_engine_takes_no_more_than_the_last_and_offload_moves_moments() -> None:
     size = Size(weights=1_000, prunable=800, unit=100)
-    alone = memory.share(size, "ddp", 1)
+    alone = memory.state_bytes(size, "ddp", 1)
     assert alone.gpu == {"weights": 4_000, "gradients": 4_000, "moments": 8_000, "masks": 800}
-    assert memory.share(size, "ddp", 8).total == alone.total + 4_000, "DDP's buckets"
-    found = {engine: memory.share(size, engine, 8).gpu for engine in ENGINES}
+    assert memory.state_bytes(size, "ddp", 8).total == alone.total + 4_000, "DDP's buckets"
+    found = {engine: memory.state_bytes(size, engine, 8).gpu for engine in ENGINES}
     assert [found[e]["moments"] for e in ENGINES] == [8_000] + 4 * [1_000]
     assert [found[e]["gradients"] for e in ENGINES] == [4_000, 4_000, 500, 500, 500]
     assert [found[e]["weights"] for e in ENGINES] == [4_000, 4_000, 4_000, 500, 500]
     assert found["fsdp"]["gathered for use"] == 2 * 4 * 100 and found["fsdp"]["masks"] == 100
     assert [found[e].get("DeepSpeed's bucket", 0) for e in ENGINES] == [0, 4_000, 4_000, 4_000, 0]
-    away = memory.share(size, "zero2", 8, offload=True)
+    away = memory.state_bytes(size, "zero2", 8, offload=True)
     assert away.host == 1_000 + 500 and "moments" not in away.gpu
-    assert memory.share(size, "fsdp", 8, offload=True).host == 500 + 500 + 1_000
+    assert memory.state_bytes(size, "fsdp", 8, offload=True).host == 500 + 500 + 1_000
 
 
-def test_the_published_network_has_its_published_weights_and_its_largest_unit_is_a_part_of_it() -> None:
+def test_the_published_network_has_its_weights_and_a_largest_unit_within_it() -> None:
     size = memory.size_of("promptir", {}, "published")
     assert size.weights == 35_376_967 and size.unit < size.prunable < size.weights
     assert memory.size_of("promptir", {}, "all").prunable == size.weights
@@ -76,11 +76,11 @@ def test_the_published_network_has_its_published_weights_and_its_largest_unit_is
 
 def test_the_largest_batch_that_fits_divides_the_share_of_a_rank() -> None:
     passes = Passes(Pass(5, 0), Pass(9, 1))
-    assert [memory.fitting(passes, 100, room, 12) for room in (105, 115, 154, 164, 1_000)] == [0, 1, 4, 4, 12]
+    assert [memory.largest_forward(passes, 100, room, 12) for room in (105, 115, 154, 164, 1_000)] == [0, 1, 4, 4, 12]
 
 
 def test_scoring_takes_the_weights_and_more_the_larger_the_image() -> None:
-    small, large = (memory.scoring("promptir", SMALL, side, 2 * side) for side in (64, 128))
+    small, large = (memory.scoring_bytes("promptir", SMALL, side, 2 * side) for side in (64, 128))
     weights = 4 * memory.size_of("promptir", SMALL, "all").weights
     assert large - weights == pytest.approx(4 * (small - weights), rel=0.05)
 

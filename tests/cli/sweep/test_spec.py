@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mirl_dist.cli.sweep import spec as plans
-from mirl_dist.cli.sweep.spec import RunStatus, SweepPlan, SweepRun
+from mirl_dist.cli.sweep import spec
+from mirl_dist.cli.sweep.spec import SweepPlan
 from mirl_dist.config import config as configs
 from mirl_dist.config import yaml_loader
 from mirl_dist.errors import UserError
@@ -31,7 +31,7 @@ def swept(tmp_path: Path) -> Any:
     def read(sets: tuple[str, ...] = (), **more: Any) -> SweepPlan:
         tree = {"config": str(tmp_path / "base.yaml"), "folder": "runs/s", "methods": METHODS, "seeds": [0, 3]}
         (tmp_path / "trial.yaml").write_text(json.dumps({k: v for k, v in (tree | more).items() if v is not None}))
-        return plans.read(tmp_path / "trial.yaml", sets)
+        return spec.read(tmp_path / "trial.yaml", sets)
 
     return read
 
@@ -124,9 +124,9 @@ def test_names_that_a_disk_may_take_for_one_are_refused(swept: Any) -> None:
 @given(st.sets(st.from_regex(r"[a-z0-9](-seed|[a-z0-9._-]){0,8}", fullmatch=True), min_size=1, max_size=4))
 def test_no_two_runs_ever_share_a_folder(names: set[str]) -> None:
     methods = {name: {"optimiser.lr": number + 1} for number, name in enumerate(sorted(names))}
-    sweep = plans.Sweep(config=str(DEMO), folder="f", methods=methods, seeds=(0, 1, 11))
+    sweep = spec.Sweep(config=str(DEMO), folder="f", methods=methods, seeds=(0, 1, 11))
     assert not sweep.inconsistencies()
-    assert len({run.config.run.folder for run in plans.expand(sweep, "s", "s.yaml")}) == 3 * len(names)
+    assert len({run.config.run.folder for run in spec.expand(sweep, "s", "s.yaml")}) == 3 * len(names)
 
 
 def test_a_sweep_without_its_config_says_so(swept: Any, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) |
 @given(PLAIN | st.lists(PLAIN, max_size=3) | st.dictionaries(st.text(max_size=3), PLAIN, max_size=2))
 @example(["\n", "\U00010000", 3, None, "3", "\x85\u2028\ufeff\x00"])
 def test_any_value_survives_the_command_line_in_one_line(value: Any) -> None:
-    said = plans.assignment("a.b", value)
+    said = spec.assignment("a.b", value)
     assert len(said.splitlines()) <= 1 or said == "a.b="
     tree: dict[str, Any] = {}
     yaml_loader.apply_set(tree, said)
@@ -152,11 +152,11 @@ def test_a_printed_command_pasted_into_a_shell_is_that_run(swept: Any) -> None:
     said = {"tracking.experiment": "it's; $HOME & co", "evaluate.sets": ["a b", "c"], "optimiser.lr": 1e-5}
     plan = swept(set=said, folder="runs/a b", launch="launch/my file.yaml")
     for run in plan.runs:
-        program, command, config, *rest = shlex.split(plans.line(plan, run))
+        program, command, config, *rest = shlex.split(spec.command_line(plan, run))
         assert (program, command, rest[:2]) == ("mirl-dist", "train", ["--launch", "launch/my file.yaml"])
         sets = [text for flag, text in zip(rest[2::2], rest[3::2], strict=True) if flag == "--set"]
         assert configs.read(Path(config), sets) == run.config
-        assert "\n" not in plans.line(plan, run)
+        assert "\n" not in spec.command_line(plan, run)
 
 
 def test_a_bucket_s_logs_lie_on_this_machine(swept: Any) -> None:
@@ -178,69 +178,23 @@ def test_a_bucket_s_logs_lie_on_this_machine(swept: Any) -> None:
     ],
 )
 def test_slots_share_gpus_evenly(gpus: str, slots: int, shares: list[str]) -> None:
-    assert ["".join(share) for share in plans.shared(list(gpus), slots)] == shares
+    assert ["".join(share) for share in spec.share_devices(list(gpus), slots)] == shares
 
 
 @given(st.integers(1, 70), st.integers(1, 20))
-def test_every_slot_has_as_many_gpus_and_none_is_used_twice_where_there_are_enough(gpus: int, slots: int) -> None:
+def test_slots_have_equal_gpus_and_share_none_where_there_are_enough(gpus: int, slots: int) -> None:
     devices = [str(n) for n in range(gpus)]
-    shares = plans.shared(devices, slots)
+    shares = spec.share_devices(devices, slots)
     assert len(shares) == slots and {len(share) for share in shares} == {max(1, gpus // slots)}
     used = [name for share in shares for name in share]
     assert len(set(used)) == min(gpus, len(used)) if gpus < slots else len(set(used)) == len(used)
     assert set(used) <= set(devices)
 
 
-@pytest.mark.parametrize(
-    ("held", "ended", "gone", "complete", "state"),
-    [
-        (False, None, False, False, "waiting"),
-        (False, None, False, True, "finished"),
-        (True, None, False, False, "running"),
-        (True, None, True, False, "failed"),
-        (True, "finished", False, True, "finished"),
-        (True, "finished", False, False, "stopped"),
-        (True, "stopped", False, True, "stopped"),
-        (True, "failed", False, False, "failed"),
-        (True, None, True, True, "failed"),
-    ],
-)
-def test_a_run_has_finished_only_where_its_launch_said_so_and_its_last_round_has_a_ticket(
-    held: bool, ended: str | None, gone: bool, complete: bool, state: str
-) -> None:
-    assert plans.state_of(held=held, ended=ended, gone=gone, complete=complete) == state
-
-
-@pytest.mark.parametrize(
-    ("states", "asked", "code"),
-    [
-        (["finished", "finished"], False, 0),
-        (["finished", "finished"], True, 0),
-        (["finished", "failed", "stopped"], False, 1),
-        (["finished", "stopped"], False, 75),
-        (["failed", "waiting"], True, 75),
-    ],
-)
-def test_a_sweep_that_was_asked_to_stop_can_be_queued_again_whatever_failed(
-    states: list[plans.State], asked: bool, code: int
-) -> None:
-    assert plans.exit_code(states, asked) == code
-
-
-def test_where_a_run_stands_is_told_in_words_and_to_programs(swept: Any) -> None:
-    run: SweepRun = swept().runs[1]
-    stand = RunStatus("running", 3, 1, 5, 36, 0.2, 17.256, "host, pid 4", b"beat")
-    assert stand.cells() == ["running", "1/3", "5/36", "20.0%", "17.26"]
-    assert RunStatus().cells() == ["waiting", "", "", "", ""]
-    row = json.loads(json.dumps(stand.row(run)))
-    assert row["method"] == "mirl" and row["seed"] == 0 and row["state"] == "running" and row["psnr"] == 17.256
-    assert row["who"] == "host, pid 4" and "sign" not in row
-
-
 @pytest.mark.parametrize("file", sorted(ROOT.glob("configs/sweeps/*.yaml")), ids=lambda p: p.stem)
 def test_every_committed_sweep_can_be_expanded(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    plan = plans.read(file)
+    plan = spec.read(file)
     assert plan.runs and file.read_text().startswith("# ")
 
 
@@ -263,5 +217,5 @@ def test_what_is_no_list_or_no_mapping_is_told_once_and_how_to_write_it(swept: A
 def test_a_file_of_another_kind_is_no_sweep(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UserError) as caught:
-        plans.read(tmp_path / "a.yaml")
+        spec.read(tmp_path / "a.yaml")
     assert str(caught.value) == f"{tmp_path}/a.yaml{said}"

@@ -1,0 +1,71 @@
+"""The commands `mirl-dist shards ...`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mirl_dist.cli.options import Sets, Workers
+from mirl_dist.distributed.signals import StopSignal
+from mirl_dist.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, help="Build and check WebDataset shards.")
+
+
+@app.command("build")
+def shards_build(
+    recipe: Annotated[Path, typer.Argument(help="YAML file, for example shards/demo.yaml.")],
+    out: Annotated[str, typer.Option(help="Where the shards go: a folder, or s3://bucket/prefix.")],
+    workers: Workers = None,
+    sets: Sets = None,
+) -> None:
+    """Turn folders of images into WebDataset shards of whole images and pairs, with a manifest.
+
+    Under `accelerate launch` or torchrun all ranks share the work.
+    """
+    from mirl_dist.data.building import contact_sheet
+    from mirl_dist.data.building.build import build
+    from mirl_dist.data.building.recipe import read
+    from mirl_dist.data.parallel import SINGLE_PROCESS, WorkerGroup
+    from mirl_dist.distributed.hardware import processes
+    from mirl_dist.observability import progress
+    from mirl_dist.storage import open_store
+
+    StopSignal().listen()  # what is built stays; the next build goes on from there
+    ranks = None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from mirl_dist.distributed.ranks import Ranks
+
+        ranks = Ranks(device="cpu")
+    group: WorkerGroup = ranks or SINGLE_PROCESS
+    # Rank 0 alone reads what the user gave: files and settings may differ from node to node.
+    recipe_tree, store = group.on_main(lambda: (read(recipe, sets or []), open_store(out)))
+    with progress.Bars() as bars:
+        report = bars if group.rank == 0 else lambda done, total, what: None
+        manifest = build(recipe_tree, store, workers or processes(), report, group)
+    skipped = [f"skipped: {text}" for text in manifest.skipped]
+    group.on_main(lambda: progress.say("\n".join([*skipped, *contact_sheet.lines(store, manifest)])))
+    if ranks is not None:
+        ranks.close()
+
+
+@app.command("check")
+def shards_check(
+    shards: Annotated[str, typer.Argument(help="Built shards: a folder, s3:// or https://.")],
+    workers: Workers = None,
+) -> None:
+    """Hold every shard against its manifest: sizes, digests, counts, and whether every image decodes."""
+    from mirl_dist.data.building.check import check
+    from mirl_dist.distributed.hardware import processes
+    from mirl_dist.observability import progress
+    from mirl_dist.storage import open_store
+
+    store = open_store(shards)
+    with progress.Bars() as bars:
+        faults = check(store, workers or processes(), bars)
+    if faults:
+        raise UserError(f"{len(faults)} faults in {store.where()}:\n" + "\n".join(f"  {fault}" for fault in faults))
+    progress.say(f"{store.where()}: whole")

@@ -1,0 +1,119 @@
+"""Where a run stands: its progress, its writer, and the records that MLflow has not received; sends them again."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from mirl_dist.cli.show import in_words
+from mirl_dist.config.config import Config
+from mirl_dist.config.local_paths import journal_folder
+from mirl_dist.config.schema import TrackingSection
+from mirl_dist.errors import UserError
+from mirl_dist.observability import progress
+from mirl_dist.observability.mlflow import tracker
+from mirl_dist.storage import lease
+from mirl_dist.tickets.open import open_run
+from mirl_dist.training.checkpoint import OUTBOX, Checkpoints
+
+_WATCH_SECONDS = 15.0  # three beats of a lease
+
+
+def print_status(run: str, as_json: bool) -> None:
+    """Print the newest commit, the samples, time and speed up to there, the writer, and pending records."""
+    checkpoints, config = open_run(run)
+    commits, tickets = checkpoints.commits(), checkpoints.tickets()
+    newest, totals = checkpoints.latest_progress(commits)
+    status: dict[str, Any] = {
+        "run": run,
+        "rounds_finished": len(tickets),
+        "rounds_planned_at_first": config.prune.rounds + 1,
+        "newest_commit": None
+        if newest is None
+        else {"round": newest.round_, "step": newest.step, "folder": newest.folder},
+        "samples": totals.samples,
+        "seconds_training": totals.seconds,
+        "samples_per_second": totals.samples / totals.seconds if totals.seconds else None,
+        "writer": _writer(checkpoints, config),
+        "mlflow": _pending_records(run, checkpoints, config),
+    }
+    if as_json:
+        print(json.dumps(status, indent=1))
+        return
+    for name, value in status.items():
+        progress.say(f"{name:24} {in_words(value)}")
+
+
+def _writer(checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
+    """The launch that holds, or last held, the run's lease; while it lives, with its last reported status."""
+    holder = lease.holder(checkpoints.store)
+    if holder is None:
+        return None
+    writer = {"host": holder.host, "pid": holder.pid, "since": holder.started_at, "beat": holder.beat_at}
+    if holder.ended is not None or holder.has_exited():
+        return writer | {"ended": holder.ended or "dead"}
+    last_status = dict(holder.status)
+    left, speed = last_status.get("steps", 0) - last_status.get("step", 0), last_status.get("samples_per_second")
+    if speed:
+        last_status["seconds_left_in_round"] = round(left * config.batch.global_ / speed)
+    return writer | last_status
+
+
+def _latest_tracking_section(checkpoints: Checkpoints, config: Config) -> TrackingSection:
+    """The tracking section of the last launch; that of run.json is the first one's."""
+    holder = lease.holder(checkpoints.store)
+    section = holder.launch.get("tracking") if holder is not None else None
+    return config.tracking if section is None else TrackingSection.model_validate(section)
+
+
+def _journal(run: str, checkpoints: Checkpoints, section: TrackingSection) -> Path:
+    identity = checkpoints.identity() or {}
+    return journal_folder(run, section.journal, str(identity.get("id", "")))
+
+
+def _pending_records(run: str, checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
+    """Count the records on this machine that MLflow has not received; None without tracking."""
+    section = _latest_tracking_section(checkpoints, config)
+    if not section.enabled:
+        return None
+    pending = tracker.pending_records(_journal(run, checkpoints, section))
+    since = None
+    if pending.since is not None:
+        since = datetime.fromtimestamp(pending.since, timezone.utc).isoformat(timespec="seconds")
+    return {"points_waiting": pending.points, "records_waiting": pending.records, "since": since}
+
+
+def _check_no_live_launch(run: str, checkpoints: Checkpoints) -> None:
+    """Raise UserError when the launch that holds a run lives; one on another machine is watched for its heartbeat."""
+    holder, deadline = lease.holder(checkpoints.store), time.monotonic() + _WATCH_SECONDS
+    if holder is None or holder.ended is not None or holder.has_exited():
+        return
+    progress.say(f"{run} was last held by the launch on {holder}; watching for {_WATCH_SECONDS:g} s whether it lives")
+    while time.monotonic() < deadline:
+        time.sleep(0.5)
+        now = lease.holder(checkpoints.store)
+        if now is not None and (now.sign != holder.sign or now.generation != holder.generation):
+            raise UserError(f"{run} is held by a launch ({now}) that lives, and sends by itself. Wait for its end.")
+
+
+def resend(run: str) -> None:
+    """Send MLflow the pending records of a run that has ended: those on this machine, and those in its last commit."""
+    checkpoints, config = open_run(run)
+    section = _latest_tracking_section(checkpoints, config)
+    if not section.enabled:
+        raise UserError(f"{run} was trained with tracking.enabled=false: there is nothing to send.")
+    _check_no_live_launch(run, checkpoints)
+    latest = checkpoints.latest()
+    tracker.resend(
+        uri=section.uri,
+        experiment=section.experiment,
+        run_name=section.run_name or Path(run).name,
+        remembered=checkpoints.mlflow_ids(),
+        remember=checkpoints.save_mlflow_ids,
+        journal=_journal(run, checkpoints, section),
+        inherited=b"" if latest is None else latest[1].get(OUTBOX, b""),
+        say=progress.say,
+    )

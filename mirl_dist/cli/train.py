@@ -1,0 +1,111 @@
+"""The command `mirl-dist train`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mirl_dist.cli.options import Sets
+from mirl_dist.distributed.launch.control import ControlChannel
+from mirl_dist.distributed.launch.launch_file import LaunchFile
+from mirl_dist.distributed.signals import StopSignal
+from mirl_dist.errors import UserError
+from mirl_dist.observability.console import say, warn
+
+if TYPE_CHECKING:
+    from mirl_dist.config.config import Config
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file, for example configs/demo.yaml.")],
+    sets: Sets = None,
+    resume: Annotated[str, typer.Option(help="auto, never or must.")] = "auto",
+    launch: Annotated[
+        str | None, typer.Option(help="A file from launch/, or 'auto': all GPUs, or two CPU processes.")
+    ] = None,
+) -> None:
+    """Train a run: rounds of train, evaluate, prune and rewind, each of which becomes a ticket.
+
+    Under `accelerate launch` this is one rank; with --launch it starts the ranks itself.
+    """
+    control = ControlChannel.of_worker()
+    stop = _listen(control)  # before what takes seconds to import
+
+    from mirl_dist.config import config as configs
+
+    if resume not in ("auto", "never", "must"):
+        raise UserError(f"--resume: found '{resume}'. Use auto, never or must.", everywhere=True)
+    try:
+        tree = configs.read(config, sets or [])
+    except UserError as fault:
+        raise UserError(str(fault), everywhere=True) from None
+    if launch is None or not _start_ranks(tree, launch, config, sets or [], resume, stop):
+        _train_rank(tree, resume, stop, control)
+
+
+def _listen(control: ControlChannel) -> StopSignal:
+    """Hear requests to stop from signals and from the launcher, and pass those of the user on to it."""
+    stop = StopSignal()
+    stop.sources += [control.stop_requested, lambda: control.leave_if_orphaned(stop)]
+    stop.on_user_signal, stop.is_cleanup = control.request_stop, control.another_failed
+    stop.listen()
+    return stop
+
+
+def _start_ranks(config: Config, launch: str, path: Path, sets: Sequence[str], resume: str, stop: StopSignal) -> bool:
+    """Start the ranks that --launch means and wait for their end; False where it means this process alone."""
+    from mirl_dist.distributed.launch import launcher
+    from mirl_dist.tickets.open import open_ticket
+    from mirl_dist.training import preflight
+
+    file, options = launcher.choose(config, launch)
+    if not options:
+        return False
+    _check_launch(file)
+    preflight.preflight(config, file.ranks, resume, open_ticket)
+    launcher.launch(config, file, options, ["train", str(path)], sets, resume, stop.close)
+    return True
+
+
+def _train_rank(config: Config, resume: str, stop: StopSignal, control: ControlChannel) -> None:
+    """Train as this rank of a run; rank 0 prints its tickets at the end."""
+    from mirl_dist.observability import rank_log
+    from mirl_dist.storage.configured import options_of
+    from mirl_dist.tickets.open import open_ticket
+    from mirl_dist.training.run import run
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    notice = control.restart_notice()
+    if notice is not None and is_main:
+        warn(f"mirl-dist: {notice}")
+    if resume == "never" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        resume = "auto"  # these ranks are started again, and find their own run
+    rank_log.begin(config, lambda: stop.phase())
+    address = run(config, resume, stop, open_ticket)
+    if is_main:
+        from mirl_dist.cli import show
+
+        with contextlib.suppress(OSError):  # of the terminal: the run itself has ended well
+            show.print_tickets(config.run.folder, as_json=False, options=options_of(config.store))
+        if address:
+            say(f"MLflow: {address}")
+
+
+def _check_launch(file: LaunchFile) -> None:
+    """Raise UserError where this machine lacks what a launch file asks for."""
+    from mirl_dist.cli.doctor import machine
+    from mirl_dist.distributed.engines import requirements
+
+    try:
+        requirements.require(file.engine)
+    except LookupError as error:
+        raise UserError(f"{file.path}: {error}") from None
+    if file.nodes == 1:
+        for finding in machine.check_port(file):
+            if finding.kind == "FAULT":
+                raise UserError(f"{file.path}: main_process_port: {finding.text}")
