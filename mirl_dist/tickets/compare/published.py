@@ -62,7 +62,7 @@ class Beside(NamedTuple):
 
 
 def _read(name: str) -> list[dict[str, str]]:
-    text = (files("mirl_dist.compare") / "published" / name).read_text(encoding="utf-8")
+    text = (files("mirl_dist.tickets.compare") / "published" / name).read_text(encoding="utf-8")
     return list(csv.DictReader(io.StringIO(text)))
 
 
