@@ -32,7 +32,7 @@ from mirl_dist.config import config as configs
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import PruneConfig, prune
-from mirl_dist.tickets import container, file
+from mirl_dist.tickets import container, file, verify
 from mirl_dist.tickets.file import TicketContent
 from mirl_dist.training.ticket import Curve, Score, Ticket
 
@@ -242,7 +242,7 @@ def outcome(data: bytes) -> str:
         text = str(fault)
         assert text.isprintable(), text
         return "UserError"
-    checks = file.verify(content)
+    checks = verify.verify(content)
     file.pack(*content)
     return "read, and all checks hold" if all(check.holds for check in checks) else "read, and a check fails"
 

@@ -21,24 +21,10 @@ from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
-from mirl_dist.tickets.container import AGAIN, FORMAT, compress, decompress, is_ticket_file, seal, unpack
-from mirl_dist.tickets.verify import Check, verify, verify_descent
+from mirl_dist.tickets import container
+from mirl_dist.tickets.container import AGAIN
 from mirl_dist.training import ticket as tickets
 from mirl_dist.training.ticket import Ticket
-
-__all__ = [
-    "FACTOR",
-    "FORMAT",
-    "ROOM",
-    "Check",
-    "TicketContent",
-    "is_ticket_file",
-    "pack",
-    "peek",
-    "read",
-    "verify",
-    "verify_descent",
-]
 
 FACTOR, ROOM = 80, 128 << 20
 """`read` allocates at most FACTOR x the file's bytes + ROOM. A byte of mask stands for 8 weights, which are 8 bytes of
@@ -113,7 +99,7 @@ def pack(
         "mask": b"".join(packed[n].numpy().tobytes() for n in names if n in masks),
     }
     parts["about"] = _about(ticket, config, masks, first, where)
-    data = seal(parts)
+    data = container.seal(parts)
     _open(data, where)  # what cannot be read is not written
     return data
 
@@ -131,7 +117,7 @@ def _about(ticket: Ticket, config: Mapping[str, Any], masks: Masks, initial: dic
         "begins": masking.digest_tensors(begins),
     }
     try:
-        return compress(json.dumps(about, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
+        return container.compress(json.dumps(about, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
     except ValueError:
         raise UserError(
             f"found a number that is not finite in the record of {where}. A ticket file holds none."
@@ -208,8 +194,8 @@ def peek(data: bytes, where: str) -> tuple[Ticket, dict[str, Any]]:
 
 def _open(data: bytes, where: str) -> _OpenedFile:
     """Everything that can be proven before any weight is unpacked. Raises UserError."""
-    parts = unpack(data, where)
-    about = decompress(parts["about"], where)
+    parts = container.unpack(data, where)
+    about = container.decompress(parts["about"], where)
     if not isinstance(about, dict) or about.keys() != {"tensors", "ticket", "config", "begins"}:
         raise UserError(f"{where}: its text is not that of a ticket file. {AGAIN}")
     if not isinstance(about["config"], dict) or not isinstance(about["begins"], str):

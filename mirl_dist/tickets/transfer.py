@@ -15,9 +15,10 @@ from mirl_dist.observability import progress
 from mirl_dist.storage import Folder, output_paths
 from mirl_dist.tickets import file as ticket_file
 from mirl_dist.tickets import open as opening
-from mirl_dist.tickets.file import Check, TicketContent
+from mirl_dist.tickets import verify as verifying
+from mirl_dist.tickets.file import TicketContent
 from mirl_dist.tickets.open import FileTicket, RunTicket
-from mirl_dist.tickets.verify import FOLLOWS, check_size
+from mirl_dist.tickets.verify import FOLLOWS, Check, check_size
 from mirl_dist.training.builders import prune_config_of
 from mirl_dist.training.state import pack_tensors
 
@@ -31,7 +32,7 @@ def pack(reference: str, out: Path) -> None:
         raise UserError(f"found {reference}, which is a ticket file already. Copy it, or name a round of a run.")
     content = opened.content()
     data = ticket_file.pack(*content._replace(config=portable(opened.config).dump()))
-    broken = [check for check in ticket_file.verify(ticket_file.read(data, str(out))) if check.holds is False]
+    broken = [check for check in verifying.verify(ticket_file.read(data, str(out))) if check.holds is False]
     if broken:
         raise UserError(f"{reference} does not prove itself: {broken[0].what} ({broken[0].detail}). Restore the run.")
     Folder(out.parent).put(out.name, data)
@@ -53,7 +54,7 @@ def verify(reference: str, run: str | None, as_json: bool) -> None:
     """
     opened = opening.open_ticket(reference)
     content = opened.content()
-    checks = ticket_file.verify(content)
+    checks = verifying.verify(content)
     home = opened if isinstance(opened, RunTicket) else None
     if run is not None:
         home = _home(content, reference, run)
@@ -101,7 +102,9 @@ def _with_run(content: TicketContent, home: RunTicket) -> list[Check]:
     trained = before.trained_weights() if home.checkpoints.has_weights(before.round_) else {}
     elder = before.starting_point()
     parent = TicketContent(elder.ticket, home.config.dump(), elder.masks, elder.initial, trained)
-    return found + ticket_file.verify_descent(content, parent, prune_config_of(home.config.prune, home.config.run.seed))
+from mirl_dist.tickets.verify import FOLLOWS, Check, check_size
+from mirl_dist.training.builders import prune_config_of
+from mirl_dist.training.state import pack_tensors
 
 
 def export(reference: str, out: Path, compact: bool) -> None:

@@ -24,8 +24,8 @@ from mirl_dist.pruning.prune import PruneConfig, in_scope, prune
 from mirl_dist.storage import Folder, output_paths
 from mirl_dist.tickets import collect, transfer
 from mirl_dist.tickets import open as opening
-from mirl_dist.tickets.file import TicketContent, pack, read, verify, verify_descent
-from mirl_dist.tickets.verify import FOLLOWS, check_size
+from mirl_dist.tickets.file import TicketContent, pack, read
+from mirl_dist.tickets.verify import FOLLOWS, check_size, verify, verify_descent
 from mirl_dist.training.checkpoint import Checkpoints
 from mirl_dist.training.state import Progress, Snapshot
 from mirl_dist.training.ticket import Ticket, parse

@@ -25,6 +25,7 @@ from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import PruneConfig, in_scope, prune
 from mirl_dist.tickets import container
 from mirl_dist.tickets import file as ticket_file
+from mirl_dist.tickets import verify as verifying
 from mirl_dist.tickets.file import FACTOR, ROOM, TicketContent
 from mirl_dist.training.ticket import Ticket
 
@@ -67,7 +68,7 @@ def same(one: TicketContent, other: TicketContent) -> bool:
 
 def broken(content: TicketContent) -> list[str]:
     """The names of the checks that do not hold."""
-    return [check.what for check in ticket_file.verify(content) if not check.holds]
+    return [check.what for check in verifying.verify(content) if not check.holds]
 
 
 def told(content: TicketContent, **changes: Any) -> TicketContent:
@@ -128,8 +129,8 @@ def test_what_is_packed_is_read_to_the_last_bit_and_holds(network: tuple[dict[st
 def test_the_same_content_gives_the_same_bytes_in_any_order_of_names(child: TicketContent, data: bytes) -> None:
     turned = [dict(reversed(list(tree.items()))) for tree in child[1:]]
     assert ticket_file.pack(child.ticket, *turned) == data
-    assert ticket_file.is_ticket_file(data[:64])
-    assert not ticket_file.is_ticket_file(safetensors.torch.save(child.trained)[:64])
+    assert container.is_ticket_file(data[:64])
+    assert not container.is_ticket_file(safetensors.torch.save(child.trained)[:64])
 
 
 def test_first_values_may_come_with_the_dead_ones(line: list[TicketContent], data: bytes) -> None:
@@ -432,7 +433,7 @@ def test_an_honest_ticket_holds_in_every_round(line: list[TicketContent]) -> Non
     for content in line:
         read = ticket_file.read(packed(content), "x")
         assert broken(read) == []
-        names = [check.what for check in ticket_file.verify(read)]
+        names = [check.what for check in verifying.verify(read)]
         assert ("digest of the first values" in names) == (content.ticket.round == 0)
 
 
@@ -464,7 +465,7 @@ def test_open_dead_weights_are_caught(child: TicketContent) -> None:
 
 
 def test_a_config_that_is_none_is_caught(child: TicketContent) -> None:
-    checks = ticket_file.verify(child._replace(config={"prune": {"rounds": "many"}}))
+    checks = verifying.verify(child._replace(config={"prune": {"rounds": "many"}}))
     assert [check.what for check in checks if not check.holds] == ["fingerprint of the config"]
     assert "prune.rounds" in next(check.detail for check in checks if not check.holds)
 
@@ -475,7 +476,7 @@ RULE = PruneConfig(0.2)
 
 
 def unproven(child: TicketContent, parent: TicketContent, rule: PruneConfig = RULE) -> list[str]:
-    return [check.what for check in ticket_file.verify_descent(child, parent, rule) if check.holds is False]
+    return [check.what for check in verifying.verify_descent(child, parent, rule) if check.holds is False]
 
 
 def test_every_round_descends_from_the_one_before_out_of_files_too(line: list[TicketContent]) -> None:
