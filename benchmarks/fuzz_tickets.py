@@ -105,21 +105,21 @@ def parts_of(data: bytes) -> Parts:
     return {name: bytes(part) for name, part in container.unpack(data, "the small ticket").items()}
 
 
-def resealed(data: bytes, change: Callable[[Parts], None]) -> bytes:
+def repacked(data: bytes, change: Callable[[Parts], None]) -> bytes:
     """The file with changed parts and checksums that fit them."""
     parts = parts_of(data)
     change(parts)
-    return container.seal(parts)
+    return container.pack(parts)
 
 
-def retold(data: bytes, change: Callable[[Any], Any]) -> bytes:
+def with_text(data: bytes, change: Callable[[Any], Any]) -> bytes:
     """The file with a changed text: `change` gets the tree and returns it, or another, or text as bytes."""
 
     def in_parts(parts: Parts) -> None:
         said = change(json.loads(zlib.decompress(parts["about"])))
         parts["about"] = zlib.compress(said if isinstance(said, bytes) else json.dumps(said).encode())
 
-    return resealed(data, in_parts)
+    return repacked(data, in_parts)
 
 
 def with_digest(tree: dict[str, Any], layer_density: dict[str, float]) -> dict[str, Any]:
@@ -137,21 +137,21 @@ ODD_VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def _places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def _paths(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     found = [path] if path else []
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in inner:
-        found += _places(value, (*path, key))
+        found += _paths(value, (*path, key))
     return found
 
 
-def odd_text(data: bytes, chance: random.Random) -> bytes:
+def forge_text(data: bytes, chance: random.Random) -> bytes:
     """One to three places of the text hold something else, are gone, stand twice, or have another key."""
     densities = file.peek(data, "the small ticket")[0].layer_density
 
     def change(tree: Any) -> Any:
         for _ in range(chance.randint(1, 3)):
-            path = chance.choice(_places(tree))
+            path = chance.choice(_paths(tree))
             inside = tree
             for key in path[:-1]:
                 inside = inside[key]
@@ -168,32 +168,32 @@ def odd_text(data: bytes, chance: random.Random) -> bytes:
                 inside[key] = deepcopy(chance.choice(ODD_VALUES))
         return with_digest(tree, densities) if isinstance(tree.get("ticket"), dict) else tree
 
-    return retold(data, change)
+    return with_text(data, change)
 
 
-def odd_bytes_of_text(data: bytes, chance: random.Random) -> bytes:
+def damage_text(data: bytes, chance: random.Random) -> bytes:
     def change(tree: Any) -> bytes:
-        return damaged(json.dumps(tree).encode(), chance)
+        return damage(json.dumps(tree).encode(), chance)
 
-    return retold(data, change)
+    return with_text(data, change)
 
 
-def odd_parts(data: bytes, chance: random.Random) -> bytes:
+def damage_parts(data: bytes, chance: random.Random) -> bytes:
     """Mask, values or the folded text are damaged under checksums that fit."""
 
     def change(parts: Parts) -> None:
         name = chance.choice(sorted(parts))
-        parts[name] = damaged(parts[name], chance)
+        parts[name] = damage(parts[name], chance)
 
-    return resealed(data, change)
+    return repacked(data, change)
 
 
-def odd_header(data: bytes, chance: random.Random) -> bytes:
+def damage_header(data: bytes, chance: random.Random) -> bytes:
     """The header's JSON is damaged or a number in it changed, its length made to fit or not."""
     end = 8 + int.from_bytes(data[:8], "little")
     text = bytearray(data[8:end])
     if chance.random() < 0.5:
-        text = bytearray(damaged(bytes(text), chance))
+        text = bytearray(damage(bytes(text), chance))
     else:
         digits = [i for i, byte in enumerate(text) if 48 <= byte <= 57]
         text[chance.choice(digits)] = chance.choice(b"0123456789-e")
@@ -201,7 +201,7 @@ def odd_header(data: bytes, chance: random.Random) -> bytes:
     return length.to_bytes(8, "little") + bytes(text) + data[end:]
 
 
-def damaged(data: bytes, chance: random.Random) -> bytes:
+def damage(data: bytes, chance: random.Random) -> bytes:
     """Bits flipped, bytes overwritten, cut short, a span doubled, dropped or moved, or something appended."""
     found = bytearray(data)
     kind, at = chance.randrange(7), chance.randrange(max(1, len(found)))
@@ -226,11 +226,11 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
 
 
 MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
-    "bytes of the file": damaged,
-    "header": odd_header,
-    "parts, checksums fit": odd_parts,
-    "values of the text, checksums and digest fit": odd_text,
-    "bytes of the text, checksums fit": odd_bytes_of_text,
+    "bytes of the file": damage,
+    "header": damage_header,
+    "parts, checksums fit": damage_parts,
+    "values of the text, checksums and digest fit": forge_text,
+    "bytes of the text, checksums fit": damage_text,
 }
 
 
@@ -278,7 +278,7 @@ def main() -> None:
     for way, counts in counted.items():
         print(f"| {way} | {counts.total():,} | " + " | ".join(f"{counts[name]:,}" for name in outcomes) + " |")
     code = hashlib.sha256(Path(file.__file__).read_bytes()).hexdigest()[:12]
-    bound = file.ROOM + file.FACTOR * size
+    bound = file.MEMORY_EXTRA + file.MEMORY_FACTOR * size
     print(f"\n{given.files:,} files of about {size:,} bytes, seed {given.seed}, {seconds:.0f} s.")
     print(
         f"Nothing but a UserError came out; peak memory grew by {grown / 2**20:.1f} MiB (bound {bound / 2**20:.0f} MiB)."

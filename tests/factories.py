@@ -125,7 +125,7 @@ def _strip(seed: int, psnr: Mapping[str, float], side: int) -> bytes:
     return image_strip.strip(rows)
 
 
-def shown(
+def entry(
     method: str = "MIR-L-G",
     seed: int = 0,
     round_: int = 1,
@@ -200,12 +200,12 @@ def comparison(
                 densities = [0.3]
             if method.startswith("control"):
                 parent = [s for s in found if s.seed == seed and s.method == methods[0]][-1].ticket.digest()
-                control = shown(method, seed, 0, densities[-1], run=run, parts=parts, tasks=tasks, side=side)
+                control = entry(method, seed, 0, densities[-1], run=run, parts=parts, tasks=tasks, side=side)
                 found.append(control._replace(ticket=control.ticket.model_copy(update={"parent": parent})))
                 continue
-            found.append(shown(DENSE, seed, 0, 1.0, run=run, parts=parts, tasks=tasks, side=side))
+            found.append(entry(DENSE, seed, 0, 1.0, run=run, parts=parts, tasks=tasks, side=side))
             found += [
-                shown(method, seed, r, d, run=run, parts=parts, tasks=tasks, side=side if d == densities[-1] else 0)
+                entry(method, seed, r, d, run=run, parts=parts, tasks=tasks, side=side if d == densities[-1] else 0)
                 for r, d in enumerate(densities, 1)
             ]
     return found

@@ -44,10 +44,10 @@ class _CollectedRun(NamedTuple):
     order: the weights of its network by name, in its own order."""
 
     key: str
-    said: str
+    label: str
     config: Config
-    order: Mapping[str, int]
-    each: list[_CollectedTicket]
+    tensor_sizes: Mapping[str, int]
+    tickets: list[_CollectedTicket]
 
 
 def gather(references: Sequence[str], uri: str | None = None) -> list[Entry]:
@@ -58,28 +58,28 @@ def gather(references: Sequence[str], uri: str | None = None) -> list[Entry]:
     ticket, for masks that are not their tickets', and for one ticket named twice.
     """
     found: dict[str, _CollectedRun] = {}
-    for one in (run for reference in references for run in _gather(reference, uri)):
-        before = found.get(one.key, one._replace(each=[]))
-        twice = {kept.ticket.round for kept in before.each} & {kept.ticket.round for kept in one.each}
+    for one in (run for reference in references for run in _collect(reference, uri)):
+        before = found.get(one.key, one._replace(tickets=[]))
+        twice = {kept.ticket.round for kept in before.tickets} & {kept.ticket.round for kept in one.tickets}
         if twice:
-            raise UserError(f"found round {min(twice)} of {before.said} twice. Name each ticket once.")
-        found[one.key] = one._replace(said=before.said, each=before.each + one.each)
+            raise UserError(f"found round {min(twice)} of {before.label} twice. Name each ticket once.")
+        found[one.key] = one._replace(label=before.label, tickets=before.tickets + one.tickets)
     shown = []
-    for run, name in zip(found.values(), _labels(list(found.values())), strict=True):
-        for ticket, mask, strip in run.each:
+    for run, name in zip(found.values(), _unique_labels(list(found.values())), strict=True):
+        for ticket, mask, strip in run.tickets:
             first = ticket.round == 0 and run.config.start.ticket is None
             method = ticket.method or (DENSE if first else run.config.method())
             seed = run.config.run.seed if ticket.seed is None else ticket.seed
-            parts = {part: size for part, size in run.order.items() if part in ticket.layer_density}
+            parts = {part: size for part, size in run.tensor_sizes.items() if part in ticket.layer_density}
             likeness = run.config.training_digest(), run.config.experiment_digest()
             shown.append(Entry(name, method, seed, *likeness, ticket, parts, mask, strip))
     return shown
 
 
-def _gather(reference: str, uri: str | None) -> list[_CollectedRun]:
+def _collect(reference: str, uri: str | None) -> list[_CollectedRun]:
     if reference.startswith(MLFLOW):
-        return _of_mlflow(reference.removeprefix(MLFLOW), uri)
-    return [_of_file(reference) if _is_file(reference) else _of_run(reference)]
+        return _collect_mlflow(reference.removeprefix(MLFLOW), uri)
+    return [_collect_file(reference) if _is_file(reference) else _collect_run(reference)]
 
 
 def _is_file(reference: str) -> bool:
@@ -91,16 +91,16 @@ def _is_file(reference: str) -> bool:
     return os.path.isfile(reference)
 
 
-def _of_file(reference: str) -> _CollectedRun:
+def _collect_file(reference: str) -> _CollectedRun:
     opened = open_ticket(reference)
     assert isinstance(opened, FileTicket)
     packed = masking.pack(opened.body.masks)
-    shapes = _shapes(opened.config, opened.ticket(), reference)
-    kept = _CollectedTicket(opened.ticket(), _proved(packed, opened.ticket(), shapes, reference), None)
-    return _CollectedRun(f"file:{Path(reference).resolve()}", reference, opened.config, _sizes(shapes), [kept])
+    shapes = _tensor_shapes(opened.config, opened.ticket(), reference)
+    kept = _CollectedTicket(opened.ticket(), _check_mask(packed, opened.ticket(), shapes, reference), None)
+    return _CollectedRun(f"file:{Path(reference).resolve()}", reference, opened.config, _tensor_sizes(shapes), [kept])
 
 
-def _of_run(reference: str) -> _CollectedRun:
+def _collect_run(reference: str) -> _CollectedRun:
     home = run_of(reference)
     if home != (reference.rstrip("/") or reference):
         found = open_run_ticket(reference)
@@ -112,15 +112,15 @@ def _of_run(reference: str) -> _CollectedRun:
         raise UserError(f"{reference} has no finished round yet. `mirl-dist status` shows where it stands.")
     where = checkpoints.store.where()
     key = where if "://" in where else f"folder:{Path(where).resolve()}"
-    shapes, each = _shapes(config, rounds[0], where), list[_CollectedTicket]()
+    shapes, each = _tensor_shapes(config, rounds[0], where), list[_CollectedTicket]()
     for ticket in rounds:
         place = f"{home}, round {ticket.round}"
-        mask = _proved(_unpacked(checkpoints.round_masks(ticket.round), place), ticket, shapes, place)
+        mask = _check_mask(_load_mask(checkpoints.round_masks(ticket.round), place), ticket, shapes, place)
         each.append(_CollectedTicket(ticket, mask, checkpoints.pictures(ticket.round)))
-    return _CollectedRun(key, home, config, _sizes(shapes), each)
+    return _CollectedRun(key, home, config, _tensor_sizes(shapes), each)
 
 
-def _of_mlflow(reference: str, uri: str | None) -> list[_CollectedRun]:
+def _collect_mlflow(reference: str, uri: str | None) -> list[_CollectedRun]:
     found = []
     for run in reader.read(reference, uri):
         where = f"MLflow run {run.run_id}"
@@ -138,21 +138,21 @@ def _of_mlflow(reference: str, uri: str | None) -> list[_CollectedRun]:
             ticket = tickets.parse(data, place)
             if ticket.round != round_:
                 raise UserError(f"{place}: its ticket is of round {ticket.round}. Compare it from its run folder.")
-            shapes = shapes or _shapes(config, ticket, where)
-            packed = None if mask is None else _proved(_unpacked(mask, place), ticket, shapes, place)
+            shapes = shapes or _tensor_shapes(config, ticket, where)
+            packed = None if mask is None else _check_mask(_load_mask(mask, place), ticket, shapes, place)
             each.append(_CollectedTicket(ticket, packed, strip))
-        found.append(_CollectedRun(f"{MLFLOW}{run.run_id}", run.run_name, config, _sizes(shapes), each))
+        found.append(_CollectedRun(f"{MLFLOW}{run.run_id}", run.run_name, config, _tensor_sizes(shapes), each))
     return found
 
 
-def _unpacked(data: bytes, where: str) -> dict[str, Tensor]:
+def _load_mask(data: bytes, where: str) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise UserError(f"{where}: its mask is damaged ({error}). Compare it from its run folder.") from None
 
 
-def _proved(packed: Mapping[str, Tensor], ticket: Ticket, shapes: _Shapes, where: str) -> Packed:
+def _check_mask(packed: Mapping[str, Tensor], ticket: Ticket, shapes: _Shapes, where: str) -> Packed:
     """A packed mask that is the ticket's, of its network. Raises UserError for any other."""
     wanted = {name: shapes[name] for name in ticket.layer_density if name in shapes}
     odd = sorted((wanted.keys() ^ packed.keys()) | (ticket.layer_density.keys() - wanted.keys()))
@@ -166,13 +166,13 @@ def _proved(packed: Mapping[str, Tensor], ticket: Ticket, shapes: _Shapes, where
     return {name: bits.numpy() for name, bits in packed.items()}
 
 
-def _shapes(config: Config, ticket: Ticket, where: str) -> dict[str, tuple[int, ...]]:
+def _tensor_shapes(config: Config, ticket: Ticket, where: str) -> dict[str, tuple[int, ...]]:
     """The tensors of a network by name, in its own order. Raises UserError where the ticket counts other weights."""
     verify.check_size(config, ticket.total, where)
     with torch.device("meta"):
         model = models.create(config.model.name, **config.model.sizes())
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    total = sum(_sizes(shapes).values())
+    total = sum(_tensor_sizes(shapes).values())
     if total != ticket.total:
         raise UserError(
             f"{where}: its model section makes {total:,} weights, its ticket counts {ticket.total:,}. Get it again."
@@ -180,14 +180,14 @@ def _shapes(config: Config, ticket: Ticket, where: str) -> dict[str, tuple[int, 
     return shapes
 
 
-def _sizes(shapes: _Shapes) -> dict[str, int]:
+def _tensor_sizes(shapes: _Shapes) -> dict[str, int]:
     return {name: math.prod(shape) for name, shape in shapes.items()}
 
 
-def _labels(runs: Sequence[_CollectedRun]) -> list[str]:
+def _unique_labels(runs: Sequence[_CollectedRun]) -> list[str]:
     """A short name for each run, no two alike: the shortest ends of paths that tell them apart; where the whole name
     does not, the beginning of MLflow's id or a number."""
-    names = _short_names([run.said for run in runs])
+    names = _short_names([run.label for run in runs])
     for at, run in enumerate(runs):
         if names.count(names[at]) > 1 and run.key.startswith(MLFLOW):
             names[at] = f"{names[at]}-{run.key.removeprefix(MLFLOW)[:6]}"

@@ -17,23 +17,23 @@ from mirl_dist.errors import UserError
 FORMAT = "mirl-dist-ticket-file-1"
 PARTS = {"initial": ("F32", 4), "trained": ("F32", 4), "about": ("U8", 1), "mask": ("U8", 1)}
 """The parts in the order of the file: dtype, and bytes of one value. Floats first, so that they are aligned."""
-AGAIN = "Get the file again from where it was packed."
-_OPENING = b'{"__metadata__":{"format":"mirl-dist-ticket-file-'
-_MOST_HEADER = 2_048
+GET_AGAIN = "Get the file again from where it was packed."
+_FIRST_BYTES = b'{"__metadata__":{"format":"mirl-dist-ticket-file-'
+_MAX_HEADER = 2_048
 
 
 def is_ticket_file(first: bytes) -> bool:
     """Whether a file that begins with these bytes (64 or more) is a ticket file, of whatever version."""
-    return first[8:].startswith(_OPENING)
+    return first[8:].startswith(_FIRST_BYTES)
 
 
-def seal(parts: Mapping[str, bytes]) -> bytes:
+def pack(parts: Mapping[str, bytes]) -> bytes:
     """A ticket file of these parts."""
     sums = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
-    return b"".join([_head({name: len(part) for name, part in parts.items()}, sums), *(parts[name] for name in PARTS)])
+    return b"".join([_header({name: len(part) for name, part in parts.items()}, sums), *(parts[name] for name in PARTS)])
 
 
-def _head(sizes: Mapping[str, int], sums: Mapping[str, str]) -> bytes:
+def _header(sizes: Mapping[str, int], sums: Mapping[str, str]) -> bytes:
     """The safetensors header, its length in front. sizes: bytes of each part; sums: SHA-256 of each."""
     told: dict[str, Any] = {"__metadata__": {"format": FORMAT} | {name: sums[name] for name in sorted(PARTS)}}
     begin = 0
@@ -51,26 +51,26 @@ def unpack(data: bytes, where: str) -> dict[str, memoryview]:
     if not is_ticket_file(data[:64]):
         raise UserError(f"{where} is no ticket file. `mirl-dist tickets pack` writes them.")
     begin = 8 + int.from_bytes(data[:8], "little")
-    if begin > min(len(data), 8 + _MOST_HEADER):
-        raise UserError(f"{where}: its header of {begin - 8:,} bytes is cut short, or too long. {AGAIN}")
-    found = _tree(data[8:begin], where)
+    if begin > min(len(data), 8 + _MAX_HEADER):
+        raise UserError(f"{where}: its header of {begin - 8:,} bytes is cut short, or too long. {GET_AGAIN}")
+    found = _parse_json(data[8:begin], where)
     if found["__metadata__"].get("format") != FORMAT:
         raise UserError(f"{where} is of another version than {FORMAT}. Read it with the mirl-dist that wrote it.")
     try:
         sizes = {name: int(found[name]["shape"][0]) * width for name, (_, width) in PARTS.items()}
         sums = {name: str(found["__metadata__"][name]) for name in PARTS}
     except (KeyError, IndexError, TypeError, ValueError):
-        raise UserError(f"{where}: its header does not name the parts of a ticket file. {AGAIN}") from None
-    if min(sizes.values()) < 0 or _head(sizes, sums) != data[:begin]:
-        raise UserError(f"{where}: its header is not the one of its parts. {AGAIN}")
+        raise UserError(f"{where}: its header does not name the parts of a ticket file. {GET_AGAIN}") from None
+    if min(sizes.values()) < 0 or _header(sizes, sums) != data[:begin]:
+        raise UserError(f"{where}: its header is not the one of its parts. {GET_AGAIN}")
     if begin + sum(sizes.values()) != len(data):
-        raise UserError(f"{where} has {len(data):,} bytes, its header wants {begin + sum(sizes.values()):,}. {AGAIN}")
+        raise UserError(f"{where} has {len(data):,} bytes, its header wants {begin + sum(sizes.values()):,}. {GET_AGAIN}")
     parts: dict[str, memoryview] = {}
     for name in PARTS:
         parts[name] = memoryview(data)[begin : begin + sizes[name]]
         begin += sizes[name]
         if hashlib.sha256(parts[name]).hexdigest() != sums[name]:
-            raise UserError(f"{where}: its part '{name}' is damaged: its SHA-256 is not the one stated. {AGAIN}")
+            raise UserError(f"{where}: its part '{name}' is damaged: its SHA-256 is not the one stated. {GET_AGAIN}")
     return parts
 
 
@@ -85,14 +85,14 @@ def decompress(part: memoryview, where: str) -> Any:
     try:
         text = stream.decompress(part, strict_json.MOST_BYTES + 1)
     except zlib.error as error:
-        raise UserError(f"{where}: its text cannot be unfolded ({error}). {AGAIN}") from None
+        raise UserError(f"{where}: its text cannot be unfolded ({error}). {GET_AGAIN}") from None
     if len(text) <= strict_json.MOST_BYTES and (not stream.eof or stream.unused_data):
-        raise UserError(f"{where}: its text ends too early or too late. {AGAIN}")
-    return _tree(text, where)
+        raise UserError(f"{where}: its text ends too early or too late. {GET_AGAIN}")
+    return _parse_json(text, where)
 
 
-def _tree(text: bytes, where: str) -> Any:
+def _parse_json(text: bytes, where: str) -> Any:
     try:
         return strict_json.parse(text)
     except ValueError as error:
-        raise UserError(f"{where}: its text cannot be read ({str(error)[:80]}). {AGAIN}") from None
+        raise UserError(f"{where}: its text cannot be read ({str(error)[:80]}). {GET_AGAIN}") from None

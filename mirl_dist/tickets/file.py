@@ -22,17 +22,17 @@ from mirl_dist.evaluation.score import Score
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.tickets import container
-from mirl_dist.tickets.container import AGAIN
+from mirl_dist.tickets.container import GET_AGAIN
 from mirl_dist.training import ticket as tickets
 from mirl_dist.training.ticket import Ticket
 
-FACTOR, ROOM = 80, 128 << 20
+MEMORY_FACTOR, MEMORY_EXTRA = 80, 128 << 20
 """`read` allocates at most FACTOR x the file's bytes + ROOM. A byte of mask stands for 8 weights, which are 8 bytes of
 mask and 2 x 32 of values: 72, the rest is spare. ROOM is for the text, which has an upper bound of its own."""
 
-_LONGEST_NAME = 200
+_MAX_NAME = 200
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-_ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
+_BIT_COUNTS = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
 
 
 class TicketContent(NamedTuple):
@@ -66,7 +66,7 @@ class _OpenedFile(NamedTuple):
 
     ticket: Ticket
     config: dict[str, Any]
-    begins: str
+    initial_digest: str
     entries: list[_TensorEntry]
     parts: dict[str, memoryview]
 
@@ -94,17 +94,17 @@ def pack(
     names = sorted(last)
     packed = masking.pack(masks)
     parts = {
-        "initial": _survivors(names, masks, first, where),
-        "trained": _survivors(names, masks, last, where),
+        "initial": _pack_survivors(names, masks, first, where),
+        "trained": _pack_survivors(names, masks, last, where),
         "mask": b"".join(packed[n].numpy().tobytes() for n in names if n in masks),
     }
-    parts["about"] = _about(ticket, config, masks, first, where)
-    data = container.seal(parts)
-    _open(data, where)  # what cannot be read is not written
+    parts["about"] = _pack_about(ticket, config, masks, first, where)
+    data = container.pack(parts)
+    _open_file(data, where)  # what cannot be read is not written
     return data
 
 
-def _about(ticket: Ticket, config: Mapping[str, Any], masks: Masks, initial: dict[str, Tensor], where: str) -> bytes:
+def _pack_about(ticket: Ticket, config: Mapping[str, Any], masks: Masks, initial: dict[str, Tensor], where: str) -> bytes:
     """The file's text: the index of tensors, the record, the config, and the digest of mask x first values."""
     record = json.loads(ticket.dump())
     if record["layer_density"] == masking.densities(masks):
@@ -143,7 +143,7 @@ def _check_consistent(
             raise UserError(f"found dead weights of '{name}' that are not +0.0 in {where}. Its run broke its mask.")
 
 
-def _survivors(names: list[str], masks: Mapping[str, Tensor], of: Mapping[str, Tensor], where: str) -> bytes:
+def _pack_survivors(names: list[str], masks: Mapping[str, Tensor], of: Mapping[str, Tensor], where: str) -> bytes:
     """The alive values of all tensors, little-endian, by name and flat index."""
     found = []
     for name in names:
@@ -162,15 +162,15 @@ def read(data: bytes, where: str) -> TicketContent:
 
     Raises UserError for whatever is no whole ticket file, and nothing else. Allocates at most FACTOR x len(data) + ROOM.
     """
-    opened = _open(data, where)
+    opened = _open_file(data, where)
     masks: Masks = {}
     values = {kind: np.frombuffer(opened.parts[kind], "<f4") for kind in ("initial", "trained")}
     for kind, flat in values.items():
         if not np.isfinite(flat).all():
-            raise UserError(f"{where}: found {kind} values that are not finite. {AGAIN}")
+            raise UserError(f"{where}: found {kind} values that are not finite. {GET_AGAIN}")
     dense: dict[str, dict[str, Tensor]] = {kind: {} for kind in values}
     at = 0
-    for entry, packed in _masks(opened.entries, opened.parts["mask"]):
+    for entry, packed in _iterate_masks(opened.entries, opened.parts["mask"]):
         if packed is None:
             keep, alive = None, entry.size
         else:
@@ -181,46 +181,46 @@ def read(data: bytes, where: str) -> TicketContent:
             whole[... if keep is None else keep] = flat[at : at + alive]
             dense[kind][entry.name] = torch.from_numpy(whole).reshape(entry.shape)
         at += alive
-    if masking.digest_tensors(dense["initial"]) != opened.begins:
-        raise UserError(f"{where}: its first values do not have the digest that it states. {AGAIN}")
+    if masking.digest_tensors(dense["initial"]) != opened.initial_digest:
+        raise UserError(f"{where}: its first values do not have the digest that it states. {GET_AGAIN}")
     return TicketContent(opened.ticket, opened.config, masks, dense["initial"], dense["trained"])
 
 
 def peek(data: bytes, where: str) -> tuple[Ticket, dict[str, Any]]:
     """Ticket and config of a ticket file, checked like `read`, without unpacking any weights. Raises UserError."""
-    opened = _open(data, where)
+    opened = _open_file(data, where)
     return opened.ticket, opened.config
 
 
-def _open(data: bytes, where: str) -> _OpenedFile:
+def _open_file(data: bytes, where: str) -> _OpenedFile:
     """Everything that can be proven before any weight is unpacked. Raises UserError."""
     parts = container.unpack(data, where)
     about = container.decompress(parts["about"], where)
     if not isinstance(about, dict) or about.keys() != {"tensors", "ticket", "config", "begins"}:
-        raise UserError(f"{where}: its text is not that of a ticket file. {AGAIN}")
+        raise UserError(f"{where}: its text is not that of a ticket file. {GET_AGAIN}")
     if not isinstance(about["config"], dict) or not isinstance(about["begins"], str):
-        raise UserError(f"{where}: its config or the digest of its first values is none. {AGAIN}")
-    entries = _entries(about["tensors"], where)
+        raise UserError(f"{where}: its config or the digest of its first values is none. {GET_AGAIN}")
+    entries = _parse_index(about["tensors"], where)
     wanted = sum(entry.mask_bytes for entry in entries)
     if wanted != len(parts["mask"]):
-        raise UserError(f"{where}: its mask has {len(parts['mask']):,} bytes, its index wants {wanted:,}. {AGAIN}")
+        raise UserError(f"{where}: its mask has {len(parts['mask']):,} bytes, its index wants {wanted:,}. {GET_AGAIN}")
     survivors, densities = 0, {}
-    for entry, packed in _masks(entries, parts["mask"]):
-        alive = entry.size if packed is None else int(_ONES[packed].sum(dtype=np.int64))
+    for entry, packed in _iterate_masks(entries, parts["mask"]):
+        alive = entry.size if packed is None else int(_BIT_COUNTS[packed].sum(dtype=np.int64))
         survivors += alive
         if packed is not None:
             densities[entry.name] = alive / entry.size
             if entry.size % 8 and packed[-1] & (0xFF >> entry.size % 8):
-                raise UserError(f"{where}: the mask of '{entry.name}' has bits behind its last weight. {AGAIN}")
+                raise UserError(f"{where}: the mask of '{entry.name}' has bits behind its last weight. {GET_AGAIN}")
     if survivors * 4 != len(parts["trained"]) or survivors * 4 != len(parts["initial"]):
         raise UserError(
             f"{where}: its masks leave {survivors:,} survivors, but it holds {len(parts['initial']) // 4:,} first and "
-            f"{len(parts['trained']) // 4:,} trained values. {AGAIN}"
+            f"{len(parts['trained']) // 4:,} trained values. {GET_AGAIN}"
         )
-    return _OpenedFile(_ticket(about["ticket"], densities, where), about["config"], about["begins"], entries, parts)
+    return _OpenedFile(_parse_ticket(about["ticket"], densities, where), about["config"], about["begins"], entries, parts)
 
 
-def _masks(entries: list[_TensorEntry], mask: memoryview) -> Iterator[tuple[_TensorEntry, NDArray[np.uint8] | None]]:
+def _iterate_masks(entries: list[_TensorEntry], mask: memoryview) -> Iterator[tuple[_TensorEntry, NDArray[np.uint8] | None]]:
     """Each tensor with the bits of its mask, None where it has none."""
     at, bits = 0, np.frombuffer(mask, np.uint8)
     for entry in entries:
@@ -228,41 +228,41 @@ def _masks(entries: list[_TensorEntry], mask: memoryview) -> Iterator[tuple[_Ten
         at += entry.mask_bytes
 
 
-def _entries(index: Any, where: str) -> list[_TensorEntry]:
+def _parse_index(index: Any, where: str) -> list[_TensorEntry]:
     """The tensors of a file. Raises UserError for names and shapes that no network has."""
     entries: list[_TensorEntry] = []
     for said in index if isinstance(index, list) else []:
         if not (isinstance(said, list) and [type(v) for v in said] == [str, list, bool]):
-            raise UserError(f"{where}: its index of tensors is damaged. {AGAIN}")
+            raise UserError(f"{where}: its index of tensors is damaged. {GET_AGAIN}")
         name, shape, prunable = said
-        if len(name) > _LONGEST_NAME or not _NAME.fullmatch(name):
-            raise UserError(f"{where}: found the tensor name {name[:80]!a}: letters, digits and '_' with dots. {AGAIN}")
+        if len(name) > _MAX_NAME or not _NAME.fullmatch(name):
+            raise UserError(f"{where}: found the tensor name {name[:80]!a}: letters, digits and '_' with dots. {GET_AGAIN}")
         if len(shape) > 8 or any(type(side) is not int or side < 1 for side in shape):
-            raise UserError(f"{where}: found a shape of '{name}' that is no shape. {AGAIN}")
+            raise UserError(f"{where}: found a shape of '{name}' that is no shape. {GET_AGAIN}")
         size = math.prod(shape)
         if size > tickets.MOST_WEIGHTS:
-            raise UserError(f"{where}: found {size:,} weights in '{name}'. {AGAIN}")
+            raise UserError(f"{where}: found {size:,} weights in '{name}'. {GET_AGAIN}")
         entries.append(_TensorEntry(name, tuple(shape), prunable, size))
     names = [entry.name for entry in entries]
     if not any(entry.prunable for entry in entries) or names != sorted(set(names)):
-        raise UserError(f"{where}: its tensors are not named once each, in order, some of them prunable. {AGAIN}")
+        raise UserError(f"{where}: its tensors are not named once each, in order, some of them prunable. {GET_AGAIN}")
     return entries
 
 
-def _ticket(record: Any, densities: dict[str, float], where: str) -> Ticket:
+def _parse_ticket(record: Any, densities: dict[str, float], where: str) -> Ticket:
     """The ticket of a file. Raises UserError for one that could not have been written."""
     if not isinstance(record, dict):
-        raise UserError(f"{where}: its record is none. {AGAIN}")
+        raise UserError(f"{where}: its record is none. {GET_AGAIN}")
     record = {"layer_density": densities} | record
-    for scores in [record.get("scores"), *_values(record.get("also"))]:
-        if any(not isinstance(s, dict) or s.keys() != Score.model_fields.keys() for s in _values(scores)):
-            raise UserError(f"{where}: its scores are none. {AGAIN}")
+    for scores in [record.get("scores"), *_dict_values(record.get("also"))]:
+        if any(not isinstance(s, dict) or s.keys() != Score.model_fields.keys() for s in _dict_values(scores)):
+            raise UserError(f"{where}: its scores are none. {GET_AGAIN}")
     ticket = tickets.parse(json.dumps(record).encode(), where)
     whole = json.loads(ticket.dump())
     if any(record[key] != whole[key] for key in record):
-        raise UserError(f"{where}: its record has values of other kinds than a ticket's. {AGAIN}")
+        raise UserError(f"{where}: its record has values of other kinds than a ticket's. {GET_AGAIN}")
     return ticket
 
 
-def _values(tree: Any) -> list[Any]:
+def _dict_values(tree: Any) -> list[Any]:
     return list(tree.values()) if isinstance(tree, dict) else []

@@ -84,10 +84,10 @@ class FileTicket(NamedTuple):
         return self.body
 
 
-_USUAL = Options()
+_DEFAULT_OPTIONS = Options()
 
 
-def open_run(folder: str, options: Options = _USUAL) -> tuple[Checkpoints, Config]:
+def open_run(folder: str, options: Options = _DEFAULT_OPTIONS) -> tuple[Checkpoints, Config]:
     """A run, opened for reading; options: where its store is not as the environment says. Raises UserError without one."""
     _check_is_run(folder)
     checkpoints = Checkpoints(open_store(folder, options))
@@ -114,7 +114,7 @@ def run_of(reference: str) -> str:
     return re.sub(r"/rounds/\d+/?$", "", reference).rstrip("/") or reference
 
 
-def open_run_ticket(reference: str, options: Options = _USUAL) -> RunTicket:
+def open_run_ticket(reference: str, options: Options = _DEFAULT_OPTIONS) -> RunTicket:
     """`RUN` (its best round where the run chose one, else its last) or `RUN/rounds/NN`."""
     match = re.fullmatch(r"(.*?)/rounds/(\d+)/?", reference)
     checkpoints, config = open_run(match.group(1) if match else reference, options)
@@ -128,7 +128,7 @@ def open_run_ticket(reference: str, options: Options = _USUAL) -> RunTicket:
     return RunTicket(checkpoints, config, round_)
 
 
-def open_ticket(reference: str, options: Options = _USUAL) -> RunTicket | FileTicket:
+def open_ticket(reference: str, options: Options = _DEFAULT_OPTIONS) -> RunTicket | FileTicket:
     """What `find` finds, or the ticket in a file. Raises UserError for a file that is none."""
     path = Path(reference)
     if "://" in reference or not path.is_file():

@@ -18,7 +18,7 @@ from mirl_dist.tickets import open as opening
 from mirl_dist.tickets import verify as verifying
 from mirl_dist.tickets.file import TicketContent
 from mirl_dist.tickets.open import FileTicket, RunTicket
-from mirl_dist.tickets.verify import FOLLOWS, Check, check_size
+from mirl_dist.tickets.verify import MASK_FOLLOWS, Check, check_size
 from mirl_dist.training.builders import prune_config_of
 from mirl_dist.training.state import pack_tensors
 
@@ -43,7 +43,7 @@ def pack(reference: str, out: Path) -> None:
     )
 
 
-_SAID = {True: "holds  ", False: "BROKEN ", None: "unknown"}
+_STATUS_WORDS = {True: "holds  ", False: "BROKEN ", None: "unknown"}
 
 
 def verify(reference: str, run: str | None, as_json: bool) -> None:
@@ -57,15 +57,15 @@ def verify(reference: str, run: str | None, as_json: bool) -> None:
     checks = verifying.verify(content)
     home = opened if isinstance(opened, RunTicket) else None
     if run is not None:
-        home = _home(content, reference, run)
+        home = _open_named_run(content, reference, run)
     if home is not None:
-        checks += _with_run(content, home)
+        checks += _verify_with_run(content, home)
     if as_json:
         print(json.dumps([check._asdict() for check in checks], indent=1))
     else:
         for check in checks:
             detail = f": {check.detail}" if check.detail else ""
-            progress.say(f"{_SAID[check.holds]}  {check.what}{detail}")
+            progress.say(f"{_STATUS_WORDS[check.holds]}  {check.what}{detail}")
         if home is None:
             progress.say("not asked: whether the mask follows from the parent's weights; name the run with --run RUN")
     broken = [check.what for check in checks if check.holds is False]
@@ -73,7 +73,7 @@ def verify(reference: str, run: str | None, as_json: bool) -> None:
         raise UserError(f"{reference} does not hold: {'; '.join(broken)}. Do not use it; get it from its run again.")
 
 
-def _home(content: TicketContent, reference: str, run: str) -> RunTicket:
+def _open_named_run(content: TicketContent, reference: str, run: str) -> RunTicket:
     """The run that --run names. Raises UserError when the ticket says that it is of another one."""
     checkpoints, config = opening.open_run(run)
     said = checkpoints.identity() or {}
@@ -87,7 +87,7 @@ def _home(content: TicketContent, reference: str, run: str) -> RunTicket:
     return RunTicket(checkpoints, config, content.ticket.round)
 
 
-def _with_run(content: TicketContent, home: RunTicket) -> list[Check]:
+def _verify_with_run(content: TicketContent, home: RunTicket) -> list[Check]:
     """What only the run can prove."""
     where, ticket = home.checkpoints.store.where(), content.ticket
     kept = {t.round: t for t in home.checkpoints.tickets()}
@@ -97,7 +97,7 @@ def _with_run(content: TicketContent, home: RunTicket) -> list[Check]:
     if ticket.round == 0:
         return found
     if ticket.round - 1 not in kept:
-        return [*found, Check(FOLLOWS, None, f"not provable: {where} lacks round {ticket.round - 1}")]
+        return [*found, Check(MASK_FOLLOWS, None, f"not provable: {where} lacks round {ticket.round - 1}")]
     before = RunTicket(home.checkpoints, home.config, ticket.round - 1)
     trained = before.trained_weights() if home.checkpoints.has_weights(before.round_) else {}
     elder = before.starting_point()
@@ -142,7 +142,7 @@ def import_official(file: Path, model: str, out: Path) -> None:
 
 
 # What torch's restricted unpickler raises for bytes that are no checkpoint: it trips over whatever comes first.
-_NO_CHECKPOINT = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
+_CHECKPOINT_ERRORS = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
 
 
 def _load_tensors(file: Path) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _load_tensors(file: Path) -> dict[str, Any]:
             f"{file} holds more than tensors and plain values, which only code from the file could read; none was run. "
             "Save its state dict alone, where you trust the file."
         ) from None
-    except (*_NO_CHECKPOINT, safetensors.SafetensorError) as error:
+    except (*_CHECKPOINT_ERRORS, safetensors.SafetensorError) as error:
         reason = (str(error).splitlines() or [""])[0][:120]
         raise UserError(
             f"{file} is not a checkpoint that can be read ({type(error).__name__}: {reason}). Get the file again."

@@ -18,7 +18,7 @@ from mirl_dist.pruning.prune import PruneConfig, form_groups, prune
 from mirl_dist.pruning.quantile import single_rank
 from mirl_dist.training.ticket import DENSE, Ticket
 
-FOLLOWS = "the mask follows from the parent's weights"
+MASK_FOLLOWS = "the mask follows from the parent's weights"
 
 
 class Check(NamedTuple):
@@ -29,7 +29,7 @@ class Check(NamedTuple):
     detail: str
 
 
-MOST_BLOCKS = 256
+MAX_BLOCKS = 256
 """Deeper networks are not built for a ticket: a stranger's config could ask for any number."""
 
 
@@ -49,7 +49,7 @@ def check_size(config: configs.Config, weights: int, where: str) -> None:
         "blocks": (sum(m.blocks) + m.refinement_blocks) * m.dim**2,
     }
     odd = [key for key, count in least.items() if count > weights]
-    if sum(m.blocks) + m.refinement_blocks > MOST_BLOCKS:
+    if sum(m.blocks) + m.refinement_blocks > MAX_BLOCKS:
         odd.append("blocks")
     if odd:
         raise UserError(
@@ -74,45 +74,45 @@ class TicketRound(Protocol):
 
 def verify(content: TicketRound) -> list[Check]:
     """What a ticket says about itself, judged by its own masks and values."""
-    return list(_of_file(content))
+    return list(_verify_content(content))
 
 
-def _of_file(content: TicketRound) -> Iterator[Check]:
+def _verify_content(content: TicketRound) -> Iterator[Check]:
     ticket, masks = content.ticket, content.masks
-    yield _same("mask digest", ticket.mask_digest, masking.digest(masks))
-    yield _same("digest of the trained weights", ticket.weights_digest, masking.digest_tensors(content.trained))
+    yield _compare("mask digest", ticket.mask_digest, masking.digest(masks))
+    yield _compare("digest of the trained weights", ticket.weights_digest, masking.digest_tensors(content.trained))
     if masking.count_surviving(masks) == masking.size(masks):  # else the dead ones among them are not here
-        yield _same("digest of the first values", ticket.initial_digest, masking.digest_tensors(content.initial))
-    yield _same("prunable weights", ticket.prunable, masking.size(masks))
-    yield _same("alive weights", ticket.alive, masking.count_surviving(masks))
-    yield _same("weights in all", ticket.total, sum(t.numel() for t in content.trained.values()))
+        yield _compare("digest of the first values", ticket.initial_digest, masking.digest_tensors(content.initial))
+    yield _compare("prunable weights", ticket.prunable, masking.size(masks))
+    yield _compare("alive weights", ticket.alive, masking.count_surviving(masks))
+    yield _compare("weights in all", ticket.total, sum(t.numel() for t in content.trained.values()))
     densities = masking.densities(masks)
     odd = [n for n in sorted(densities.keys() | ticket.layer_density.keys())]
     odd = [n for n in odd if densities.get(n) != ticket.layer_density.get(n)]
-    yield Check("density of each tensor", not odd, _named(odd) or f"{len(densities)} tensors")
+    yield Check("density of each tensor", not odd, _list_names(odd) or f"{len(densities)} tensors")
     if ticket.collapsed or ticket.method:  # tickets of older versions tell neither
         bare = [n for n in sorted(densities) if densities[n] == 0]
-        yield _same("tensors without any alive weight", ", ".join(sorted(ticket.collapsed)), ", ".join(bare))
+        yield _compare("tensors without any alive weight", ", ".join(sorted(ticket.collapsed)), ", ".join(bare))
     for what, weights in (("first", content.initial), ("trained", content.trained)):
         name = masking.find_nonzero_pruned(weights, masks)
         yield Check(f"dead weights are zero in the {what} values", name is None, f"not in '{name}'" if name else "all")
-    yield from _of_config(ticket, content.config)
+    yield from _verify_config(ticket, content.config)
     if ticket.protocols:
         stated = ticket.protocol in ticket.protocols.values() and ticket.also.keys() <= ticket.protocols.keys()
         yield Check("every score's protocol is stated", stated, ", ".join(ticket.protocols))
 
 
-def _of_config(ticket: Ticket, tree: dict[str, Any]) -> Iterator[Check]:
+def _verify_config(ticket: Ticket, tree: dict[str, Any]) -> Iterator[Check]:
     try:
         config = configs.from_dump(tree, "the ticket file's config")
     except UserError as fault:
         yield Check("fingerprint of the config", False, str(fault))
         return
-    yield _same("fingerprint of the config", ticket.fingerprint, config.fingerprint())
+    yield _compare("fingerprint of the config", ticket.fingerprint, config.fingerprint())
     if ticket.method and config.start.ticket is None:  # a control's word may change with the aside prune.rounds
-        yield _same("method", ticket.method, config.method() if ticket.round else DENSE)
+        yield _compare("method", ticket.method, config.method() if ticket.round else DENSE)
     if ticket.seed is not None:
-        yield _same("seed", ticket.seed, config.run.seed)
+        yield _compare("seed", ticket.seed, config.run.seed)
 
 
 def verify_descent(content: TicketRound, parent: TicketRound, rule: PruneConfig) -> list[Check]:
@@ -122,25 +122,25 @@ def verify_descent(content: TicketRound, parent: TicketRound, rule: PruneConfig)
     did not keep them. What only they could prove, or a network or gradients that the criterion looks at, neither holds
     nor is broken: the cut's size and direction alone are judged then.
     """
-    return list(_of_descent(content, parent, rule))
+    return list(_verify_parent(content, parent, rule))
 
 
-def _of_descent(content: TicketRound, parent: TicketRound, rule: PruneConfig) -> Iterator[Check]:
+def _verify_parent(content: TicketRound, parent: TicketRound, rule: PruneConfig) -> Iterator[Check]:
     child, elder = content.ticket, parent.ticket
-    yield _same("digest of the parent's ticket", child.parent, elder.digest())
-    yield _same("round", child.round, elder.round + 1)
+    yield _compare("digest of the parent's ticket", child.parent, elder.digest())
+    yield _compare("round", child.round, elder.round + 1)
     for what in ("fingerprint", "manifest_digest", "initial_digest"):
-        yield _same(f"{what.replace('_', ' ')} of the run", getattr(child, what), getattr(elder, what))
-    yield _same("parent's mask digest", elder.mask_digest, masking.digest(parent.masks))
+        yield _compare(f"{what.replace('_', ' ')} of the run", getattr(child, what), getattr(elder, what))
+    yield _compare("parent's mask digest", elder.mask_digest, masking.digest(parent.masks))
     if parent.trained:
-        yield _same("parent's weights digest", elder.weights_digest, masking.digest_tensors(parent.trained))
-    names = _unlike(content.masks, parent.masks) or _unlike(content.initial, parent.initial)
-    yield Check("the same tensors", not names, _named(names) or f"{len(content.initial)} tensors")
+        yield _compare("parent's weights digest", elder.weights_digest, masking.digest_tensors(parent.trained))
+    names = _mismatched_names(content.masks, parent.masks) or _mismatched_names(content.initial, parent.initial)
+    yield Check("the same tensors", not names, _list_names(names) or f"{len(content.initial)} tensors")
     if names:
         return
     back = [n for n in sorted(content.masks) if bool((content.masks[n] & ~parent.masks[n]).any())]
-    yield Check("no pruned weight returned", not back, _named(back) or "all masks lie inside the parent's")
-    yield from _of_cut(content, parent, rule)
+    yield Check("no pruned weight returned", not back, _list_names(back) or "all masks lie inside the parent's")
+    yield from _verify_cut(content, parent, rule)
     moved = []
     for name, values in sorted(content.initial.items()):
         first = parent.initial[name]
@@ -148,34 +148,34 @@ def _of_descent(content: TicketRound, parent: TicketRound, rule: PruneConfig) ->
             first = first.masked_fill(~content.masks[name], 0.0)
         if not torch.equal(values.view(torch.int32), first.view(torch.int32)):
             moved.append(name)
-    yield Check("survivors have the run's first values", not moved, _named(moved) or "all, to the last bit")
+    yield Check("survivors have the run's first values", not moved, _list_names(moved) or "all, to the last bit")
 
 
-def _of_cut(content: TicketRound, parent: TicketRound, rule: PruneConfig) -> Iterator[Check]:
+def _verify_cut(content: TicketRound, parent: TicketRound, rule: PruneConfig) -> Iterator[Check]:
     criterion = CRITERIA[rule.criterion]
     groups = form_groups(count_weights(parent.masks, ReplicatedPartition(), single_rank), rule)
     wanted = sum(group.k for group in groups)
     gone = masking.count_surviving(parent.masks) - masking.count_surviving(content.masks)
-    yield _same("weights removed by the rule", wanted, gone)
+    yield _compare("weights removed by the rule", wanted, gone)
     if criterion.needs != "nothing":
-        yield Check(FOLLOWS, None, f"not provable: {rule.criterion} looks at the {criterion.needs} too")
+        yield Check(MASK_FOLLOWS, None, f"not provable: {rule.criterion} looks at the {criterion.needs} too")
         return
     values = parent.initial if criterion.weights_from == "initial" or rule.criterion == "random" else parent.trained
     if not values:
-        yield Check(FOLLOWS, None, "not provable: the run did not keep the parent's weights")
+        yield Check(MASK_FOLLOWS, None, "not provable: the run did not keep the parent's weights")
         return
     cut = prune(values, parent.masks, rule)
     odd = [n for n in sorted(cut.masks) if not torch.equal(cut.masks[n], content.masks[n])]
-    yield Check(FOLLOWS, not odd, _named(odd) or f"by {rule.criterion}, {rule.per}")
-    yield _same("threshold", content.ticket.threshold, cut.threshold)
+    yield Check(MASK_FOLLOWS, not odd, _list_names(odd) or f"by {rule.criterion}, {rule.per}")
+    yield _compare("threshold", content.ticket.threshold, cut.threshold)
 
 
-def _same(what: str, said: object, found: object) -> Check:
+def _compare(what: str, said: object, found: object) -> Check:
     """A claim beside what was found."""
     return Check(what, said == found, f"{found}" if said == found else f"the ticket says {said}, found {found}")
 
 
-def _unlike(mine: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+def _mismatched_names(mine: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
     """Names that one side lacks, or holds in another shape."""
     return [
         n
@@ -184,7 +184,7 @@ def _unlike(mine: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str
     ]
 
 
-def _named(names: list[str]) -> str:
+def _list_names(names: list[str]) -> str:
     """'not in a, b and 3 more', or nothing."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"not in {', '.join(names[:3])}{more}" if names else ""

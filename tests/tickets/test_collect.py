@@ -25,7 +25,7 @@ from mirl_dist.storage import Folder, output_paths
 from mirl_dist.tickets import collect, transfer
 from mirl_dist.tickets import open as opening
 from mirl_dist.tickets.file import TicketContent, pack, read
-from mirl_dist.tickets.verify import FOLLOWS, check_size, verify, verify_descent
+from mirl_dist.tickets.verify import MASK_FOLLOWS, check_size, verify, verify_descent
 from mirl_dist.training.checkpoint import Checkpoints
 from mirl_dist.training.state import Progress, Snapshot
 from mirl_dist.training.ticket import Ticket, parse
@@ -338,7 +338,7 @@ def test_what_cannot_be_proved_is_not_called_broken(
     assert "unknown  the mask follows from the parent's weights: not provable: the run did not keep" in told
     assert "holds    survivors have the run's first values" in told and "BROKEN" not in told
     transfer.verify(f"{folder}/rounds/01", None, True)
-    assert [c["what"] for c in json.loads(capsys.readouterr().out) if c["holds"] is None] == [FOLLOWS]
+    assert [c["what"] for c in json.loads(capsys.readouterr().out) if c["holds"] is None] == [MASK_FOLLOWS]
     later = tmp_path / "later.ticket"
     later.write_bytes(pack(*contents[1]))
     early = written(contents, tmp_path / "early", rounds=1)
@@ -351,9 +351,9 @@ def test_a_mask_that_does_not_follow_is_still_broken(contents: list[TicketConten
     moved = {**child.masks, "output.weight": child.masks["output.weight"].roll(1)}
     bare = {n: torch.ones_like(t) for n, t in child.trained.items()}
     checks = verify_descent(child._replace(masks=moved), contents[0]._replace(trained={}), PruneConfig(0.2))
-    assert [c.what for c in checks if c.holds is None] == [FOLLOWS]
+    assert [c.what for c in checks if c.holds is None] == [MASK_FOLLOWS]
     checks = verify_descent(child, contents[0]._replace(trained=bare), PruneConfig(0.2))
-    assert FOLLOWS in [c.what for c in checks if c.holds is False]
+    assert MASK_FOLLOWS in [c.what for c in checks if c.holds is False]
     checks = verify_descent(child, contents[0]._replace(trained={}), PruneConfig(0.3))
     assert "weights removed by the rule" in [c.what for c in checks if c.holds is False]
 

@@ -26,7 +26,7 @@ from mirl_dist.pruning.prune import PruneConfig, in_scope, prune
 from mirl_dist.tickets import container
 from mirl_dist.tickets import file as ticket_file
 from mirl_dist.tickets import verify as verifying
-from mirl_dist.tickets.file import FACTOR, ROOM, TicketContent
+from mirl_dist.tickets.file import MEMORY_FACTOR, MEMORY_EXTRA, TicketContent
 from mirl_dist.training.ticket import Ticket
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -394,14 +394,14 @@ def test_reading_allocates_no_more_than_stated(child: TicketContent, data: bytes
     masks["a.weight"][0, 0] = True
     file = packed(made(sparse, masks, child))
     assert len(file) < 200_000
-    assert 70 * len(file) < peak_of_reading(file) < FACTOR * len(file)
+    assert 70 * len(file) < peak_of_reading(file) < MEMORY_FACTOR * len(file)
     texts: list[Callable[[Any], Any]] = [
         lambda t: b"[" + b"{}," * 690_000 + b"{}]",
         record(curve={"steps": [""] * (strict_json.MOST_VALUES - 1_000), "psnr": {}}),
         first(1, [2**40]),
     ]
     for change in texts:
-        assert peak_of_reading(retold(data, change)) < ROOM
+        assert peak_of_reading(retold(data, change)) < MEMORY_EXTRA
 
 
 # -- lies -------------------------------------------------------------------------------------------------------

@@ -7,19 +7,19 @@ from typing import NamedTuple
 
 from mirl_dist.tickets.compare.entry import DENSE, Entry
 
-CONTROL = "control "
+CONTROL_PREFIX = "control "
 """How the method of a control begins."""
 
 
 class GroupKey(NamedTuple):
     """Where a ticket stands. word: its method's; label: the same, numbered where another experiment has it already."""
 
-    word: str
+    method: str
     label: str
     round_: int
 
 
-def places(shown: Sequence[Entry]) -> list[GroupKey]:
+def group_keys(shown: Sequence[Entry]) -> list[GroupKey]:
     """The line of each ticket.
 
     Seeds of one experiment share a line, dense tickets those of one training; the next experiment of a method is
@@ -36,7 +36,7 @@ def places(shown: Sequence[Entry]) -> list[GroupKey]:
         number = seen.index(kind) + 1
         found[at] = GroupKey(word, word if number == 1 else f"{word} ({number})", round_)
 
-    controls = [at for at, s in enumerate(shown) if s.method.startswith(CONTROL)]
+    controls = [at for at, s in enumerate(shown) if s.method.startswith(CONTROL_PREFIX)]
     for at in sorted(set(range(len(shown))) - set(controls)):
         put(at, shown[at].method, shown[at].ticket.round)
     parents = {shown[at].ticket.digest(): place for at, place in found.items()} if controls else {}
@@ -50,12 +50,12 @@ def places(shown: Sequence[Entry]) -> list[GroupKey]:
     return [found[at] for at in range(len(shown))]
 
 
-def apart(shown: Sequence[Entry]) -> list[str]:
+def describe_other_experiments(shown: Sequence[Entry]) -> list[str]:
     """A sentence for each label that had to be numbered: its runs, and what they are not."""
     runs: dict[tuple[str, str], dict[str, None]] = {}
-    for s, place in zip(shown, places(shown), strict=True):
-        if place.label != place.word:
-            runs.setdefault((place.label, place.word), {})[s.run] = None
+    for s, place in zip(shown, group_keys(shown), strict=True):
+        if place.label != place.method:
+            runs.setdefault((place.label, place.method), {})[s.run] = None
     return [
         f"{label} is another experiment than {word}: the configs differ, so these runs are no seeds of it: "
         + "; ".join(held)

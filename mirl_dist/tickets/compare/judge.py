@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 from mirl_dist.tickets.compare import statistics
 from mirl_dist.tickets.compare.entry import DENSE, Entry
-from mirl_dist.tickets.compare.grouping import CONTROL
+from mirl_dist.tickets.compare.grouping import CONTROL_PREFIX
 from mirl_dist.tickets.compare.statistics import Group, Statistic
 from mirl_dist.tickets.report import text_tables
-from mirl_dist.tickets.report.text_tables import Grid, TableRow
+from mirl_dist.tickets.report.text_tables import TextTable, TableRow
 
 YES, WITHIN, NO, UNKNOWN = "yes", "within the spread", "no", "unknown"
 YES_ONE, NO_ONE = "yes (one seed)", "no (one seed)"
@@ -36,7 +36,7 @@ CANNOT_TELL = (
     "within the spread: these seeds cannot tell it from dense; 'at least' is not shown, and holds at most on average"
 )
 CHOSEN = "the round was chosen by scores, by which it is judged here: that favours the ticket"
-_KEPT_VALUES = re.compile(r"PIR-|.*\b(finetune|rate)\b")
+_KEEPS_TRAINED_VALUES = re.compile(r"PIR-|.*\b(finetune|rate)\b")
 
 
 class Answer(NamedTuple):
@@ -86,22 +86,22 @@ def judge(shown: Sequence[Entry], tolerance_db: float = 0.0, *, chosen: bool = F
     tolerance_db: how much less than the dense network still counts as its score, in dB. chosen: the rounds were chosen
     by their scores, which a remark then says. Raises UserError as `summary.lines`.
     """
-    lines = [line for line in statistics.lines(shown) if not (line.dense or line.control)]
-    found = [_judge(line, shown, tolerance_db) for line in lines]
-    return [_also(j, [*_rounds_apart(j, found), *([CHOSEN] if chosen else [])]) for j in found]
+    lines = [line for line in statistics.group_entries(shown) if not (line.dense or line.control)]
+    found = [_judge_group(line, shown, tolerance_db) for line in lines]
+    return [_add_remarks(j, [*_remark_on_rounds(j, found), *([CHOSEN] if chosen else [])]) for j in found]
 
 
-def _judge(line: Group, shown: Sequence[Entry], tolerance_db: float) -> Judgement:
+def _judge_group(line: Group, shown: Sequence[Entry], tolerance_db: float) -> Judgement:
     dense = [s for s in shown if s.method == DENSE]
-    gains, laters = (statistics.spreads(statistics.paired(line.shown, dense, value)) for value in (_psnr, _steps))
+    gains, laters = (statistics.summarize(statistics.subtract_dense(line.entries, dense, value)) for value in (_psnr_by_task, _best_steps))
     answers = {}
-    for name in statistics.names(line.shown):
+    for name in statistics.task_names(line.entries):
         gain, later = gains.get(name), laters.get(name)
         fewer = None if later is None else later._replace(mean=-later.mean)
-        known = all(name in _psnr(s) for s in line.shown if name in s.ticket.scores)
-        answers[name] = Answer(gain, _at_least(gain, tolerance_db) if known else UNKNOWN, later, _at_least(fewer, 0.0))
-    controls = tuple(_control(kind, line, shown) for kind in CONTROLS)
-    overall = _overall(line, answers)
+        known = all(name in _psnr_by_task(s) for s in line.entries if name in s.ticket.scores)
+        answers[name] = Answer(gain, _judge_difference(gain, tolerance_db) if known else UNKNOWN, later, _judge_difference(fewer, 0.0))
+    controls = tuple(_judge_control(kind, line, shown) for kind in CONTROLS)
+    overall = _judge_overall(line, answers)
     return Judgement(
         method=line.method,
         round_=line.round_,
@@ -110,15 +110,15 @@ def _judge(line: Group, shown: Sequence[Entry], tolerance_db: float) -> Judgemen
         answers=answers,
         controls=controls,
         overall=overall,
-        remarks=tuple(_remarks(line, answers, controls, overall)),
+        remarks=tuple(_collect_remarks(line, answers, controls, overall)),
     )
 
 
-def _also(j: Judgement, remarks: Sequence[str]) -> Judgement:
+def _add_remarks(j: Judgement, remarks: Sequence[str]) -> Judgement:
     return j._replace(remarks=(*j.remarks, *remarks))
 
 
-def _rounds_apart(one: Judgement, judgements: Sequence[Judgement]) -> list[str]:
+def _remark_on_rounds(one: Judgement, judgements: Sequence[Judgement]) -> list[str]:
     """What to do where each seed of a method stands here by another round, so that none has a spread."""
     mine = [j for j in judgements if j.method == one.method]
     seeds = [(seed, j.round_) for j in mine for seed in j.seeds]
@@ -128,16 +128,16 @@ def _rounds_apart(one: Judgement, judgements: Sequence[Judgement]) -> list[str]:
     return [f"{said}: judge one round with --round"]
 
 
-def _psnr(s: Entry) -> dict[str, float]:
+def _psnr_by_task(s: Entry) -> dict[str, float]:
     return {name: score.psnr for name, score in statistics.scores_of(s.ticket).items()}
 
 
-def _steps(s: Entry) -> Mapping[str, float]:
+def _best_steps(s: Entry) -> Mapping[str, float]:
     curves = {} if s.ticket.curve is None else s.ticket.curve.psnr
     return {name: step for name, step in s.ticket.best_steps().items() if all(map(math.isfinite, curves[name]))}
 
 
-def _at_least(difference: Statistic | None, tolerance: float) -> str:
+def _judge_difference(difference: Statistic | None, tolerance: float) -> str:
     """Whether what is paired is not below, by the spread of the pairs; equal in every pair is not below."""
     if difference is None:
         return UNKNOWN
@@ -149,11 +149,11 @@ def _at_least(difference: Statistic | None, tolerance: float) -> str:
     return WITHIN if abs(margin) <= difference.sd else NO
 
 
-def _overall(line: Group, answers: Mapping[str, Answer]) -> str:
+def _judge_overall(line: Group, answers: Mapping[str, Answer]) -> str:
     """Definition 1 over all tasks. Without curves it is judged by scores alone, which a remark says."""
     scores = {a.score for a in answers.values()}
     words = scores | {a.steps for a in answers.values()}
-    if NO in words or _KEPT_VALUES.match(line.method):
+    if NO in words or _KEEPS_TRAINED_VALUES.match(line.method):
         return NO
     if NO_ONE in words:
         return NOT_ALL_ONE
@@ -164,9 +164,9 @@ def _overall(line: Group, answers: Mapping[str, Answer]) -> str:
     return ALL_ONE if YES_ONE in words else WINNING
 
 
-def _remarks(line: Group, answers: Mapping[str, Answer], controls: Sequence[Control], overall: str) -> list[str]:
-    found = [*_counted(line, answers)]
-    broken = [n for n in answers if any(n in s.ticket.scores and n not in _psnr(s) for s in line.shown)]
+def _collect_remarks(line: Group, answers: Mapping[str, Answer], controls: Sequence[Control], overall: str) -> list[str]:
+    found = [*_remark_on_pairs(line, answers)]
+    broken = [n for n in answers if any(n in s.ticket.scores and n not in _psnr_by_task(s) for s in line.entries)]
     if broken:
         found.append(f"a score that is no number: {', '.join(broken)}")
     missing = [name for name, a in answers.items() if a.gain is None and name not in broken]
@@ -174,7 +174,7 @@ def _remarks(line: Group, answers: Mapping[str, Answer], controls: Sequence[Cont
         found.append(f"no dense score of the same seed, training, data and network: {', '.join(missing)}")
     if any(a.steps == UNKNOWN for a in answers.values()):
         found.append("steps to the best score unknown (no curves): by scores alone")
-    if _KEPT_VALUES.match(line.method):
+    if _KEEPS_TRAINED_VALUES.match(line.method):
         found.append("kept its trained values: no ticket in the definition's sense, whatever it scores")
     if overall == WITHIN_SEEDS:
         found.append(CANNOT_TELL)
@@ -182,7 +182,7 @@ def _remarks(line: Group, answers: Mapping[str, Answer], controls: Sequence[Cont
     return found + [f"control {c.kind} does as well (one seed)" for c in controls if c.verdict == LOSES_ONE]
 
 
-def _counted(line: Group, answers: Mapping[str, Answer]) -> list[str]:
+def _remark_on_pairs(line: Group, answers: Mapping[str, Answer]) -> list[str]:
     """How many pairs there are, where they are few."""
     pairs = {name: min(x.count for x in (a.gain, a.later) if x) for name, a in answers.items() if a.gain}
     found = []
@@ -196,35 +196,35 @@ def _counted(line: Group, answers: Mapping[str, Answer]) -> list[str]:
     return found
 
 
-def _control(kind: str, line: Group, shown: Sequence[Entry]) -> Control:
+def _judge_control(kind: str, line: Group, shown: Sequence[Entry]) -> Control:
     """Differences of one kind of control, paired by the digest of the ticket, then a value per seed of the ticket."""
     theirs: dict[str, list[Entry]] = {}
     for s in shown:
-        if s.method == f"{CONTROL}{kind}" and s.ticket.parent is not None:
+        if s.method == f"{CONTROL_PREFIX}{kind}" and s.ticket.parent is not None:
             theirs.setdefault(s.ticket.parent, []).append(s)
 
     def against(s: Entry) -> list[Entry]:
-        return [c for c in theirs.get(s.ticket.digest(), []) if statistics.same_ground(c, s)]
+        return [c for c in theirs.get(s.ticket.digest(), []) if statistics.same_network_and_data(c, s)]
 
     def difference(s: Entry) -> dict[str, float]:
-        values = [_psnr(c) for c in against(s)]
-        known = {name: [v[name] for v in values if name in v] for name in _psnr(s)}
-        return {name: value - fmean(known[name]) for name, value in _psnr(s).items() if known[name]}
+        values = [_psnr_by_task(c) for c in against(s)]
+        known = {name: [v[name] for v in values if name in v] for name in _psnr_by_task(s)}
+        return {name: value - fmean(known[name]) for name, value in _psnr_by_task(s).items() if known[name]}
 
     def mean(s: Entry) -> dict[str, float]:
         found = difference(s)
         return {"": fmean(found.values())} if found else {}
 
-    gains = statistics.spreads(statistics.by_seed(line.shown, difference))
-    over = statistics.spreads(statistics.by_seed(line.shown, mean)).get("")
-    verdicts = {name: _word(gain) for name, gain in gains.items()}
-    pairs = [(s, c) for s in line.shown for c in against(s)]
-    sound = all(len(_psnr(x)) == len(x.ticket.scores) for pair in pairs for x in pair)
-    verdict = (NOT_RUN if over is None else _word(over)) if sound else UNKNOWN
+    gains = statistics.summarize(statistics.average_by_seed(line.entries, difference))
+    over = statistics.summarize(statistics.average_by_seed(line.entries, mean)).get("")
+    verdicts = {name: _control_verdict(gain) for name, gain in gains.items()}
+    pairs = [(s, c) for s in line.entries for c in against(s)]
+    sound = all(len(_psnr_by_task(x)) == len(x.ticket.scores) for pair in pairs for x in pair)
+    verdict = (NOT_RUN if over is None else _control_verdict(over)) if sound else UNKNOWN
     return Control(kind, gains, verdicts, over if sound else None, verdict)
 
 
-def _word(gain: Statistic) -> str:
+def _control_verdict(gain: Statistic) -> str:
     if gain.sd is None:
         return BEATS_ONE if gain.mean > 0 else LOSES_ONE
     if abs(gain.mean) <= gain.sd:
@@ -232,16 +232,16 @@ def _word(gain: Statistic) -> str:
     return BEATS if gain.mean > 0 else LOSES
 
 
-def tables(judgements: Sequence[Judgement]) -> list[Grid]:
+def tables(judgements: Sequence[Judgement]) -> list[TextTable]:
     """For a terminal: (1) and, where curves tell, (2) of the definition per task; then controls; remarks below."""
     names = list(dict.fromkeys(name for j in judgements for name in j.answers))
     heads = ("method", "round", "density", "winning?")
     fixed = [(j.method, str(j.round_), f"{j.density:.1%}", j.overall) for j in judgements]
     rows = [TableRow(f, _cells(j)) for f, j in zip(fixed, judgements, strict=True)]
-    found = [Grid("PSNR against the dense network, dB: at least as good?", heads, rows, names)]
+    found = [TextTable("PSNR against the dense network, dB: at least as good?", heads, rows, names)]
     rows = [TableRow(f, _step_cells(j)) for f, j in zip(fixed, judgements, strict=True)]
     if any(row.cells for row in rows):
-        found.append(Grid("steps to the best score against the dense network's: no more?", heads, rows, names))
+        found.append(TextTable("steps to the best score against the dense network's: no more?", heads, rows, names))
     tried = [
         TableRow((j.method, str(j.round_), c.kind, c.verdict), _control_cells(c))
         for j in judgements
@@ -250,7 +250,7 @@ def tables(judgements: Sequence[Judgement]) -> list[Grid]:
     ]
     if tried:
         heads = ("method", "round", "control", "verdict")
-        found.append(Grid("PSNR against controls, dB (ticket minus control)", heads, tried, names))
+        found.append(TextTable("PSNR against controls, dB (ticket minus control)", heads, tried, names))
     said = [f"{j.method}, round {j.round_}: {'; '.join(j.remarks)}" for j in judgements if j.remarks]
     said += [] if tried else ["no control was run"]
     said.append("within the spread: a difference, with any tolerance, no larger than its ±: neither a win nor a loss")
@@ -271,20 +271,20 @@ def _control_cells(c: Control) -> dict[str, str]:
 
 
 def _cell(spread: Statistic | None, digits: int, word: str) -> str:
-    numbers = [] if spread is None else text_tables.told(spread, digits, "+")
+    numbers = [] if spread is None else text_tables.format_statistic(spread, digits, "+")
     return "\n".join([*numbers, word.replace(" the ", "\n").replace(" (", "\n(")])
 
 
 def to_json(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
     """All of it as plain values for JSON; numbers that are not finite are None."""
-    return [_plain(j) for j in judgements]
+    return [_to_plain(j) for j in judgements]
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if hasattr(value, "_asdict"):
-        return {name.rstrip("_"): _plain(inner) for name, inner in value._asdict().items()}
+        return {name.rstrip("_"): _to_plain(inner) for name, inner in value._asdict().items()}
     if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
+        return {name: _to_plain(inner) for name, inner in value.items()}
     if isinstance(value, tuple):
-        return [_plain(inner) for inner in value]
+        return [_to_plain(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,22 +19,22 @@ def iou(shown: Sequence[Entry]) -> Square:
     nan where a mask is unknown, where the networks' prunable tensors differ, and for two masks without a weight.
     """
     result = np.full((len(shown), len(shown)), np.nan)
-    for places in _alike([_shape(s) for s in shown]):
+    for places in _positions_of_equal([_mask_layout(s) for s in shown]):
         both = _intersections([shown[i] for i in places])
         alive = np.diag(both)
         result[np.ix_(places, places)] = _ratio(both, alive[:, None] + alive[None, :] - both)
     return result
 
 
-def expected(shown: Sequence[Entry]) -> Square:
+def expected_iou(shown: Sequence[Entry]) -> Square:
     """The overlap of two independent random masks that have, tensor by tensor, the densities of these tickets.
 
     float64 (n, n), a ratio of expectations; the diagonal is that of two such masks of one ticket's densities. Needs
     no mask. nan where prunable tensors differ or a density is unknown.
     """
     result = np.full((len(shown), len(shown)), np.nan)
-    known = [tuple(s.parts.items()) if _told(s) else None for s in shown]
-    for places in _alike(known):
+    known = [tuple(s.parts.items()) if _has_densities(s) else None for s in shown]
+    for places in _positions_of_equal(known):
         parts = shown[places[0]].parts
         sizes = np.array(list(parts.values()), dtype=np.float64)
         density = np.array([[shown[i].ticket.layer_density[name] for name in parts] for i in places])
@@ -44,7 +44,7 @@ def expected(shown: Sequence[Entry]) -> Square:
     return result
 
 
-def _told(s: Entry) -> bool:
+def _has_densities(s: Entry) -> bool:
     """Whether every part has a density, in [0, 1]."""
     return all(0 <= s.ticket.layer_density.get(name, -1) <= 1 for name in s.parts)
 
@@ -55,7 +55,7 @@ def _ratio(above: Square, below: Square) -> Square:
     return result
 
 
-def _shape(s: Entry) -> Hashable:
+def _mask_layout(s: Entry) -> Hashable:
     """What two tickets must share to be compared weight by weight; None without a fitting mask."""
     if s.mask is None or s.mask.keys() != s.parts.keys():
         return None
@@ -64,7 +64,7 @@ def _shape(s: Entry) -> Hashable:
     return tuple(sorted(s.parts.items()))
 
 
-def _alike(keys: Sequence[Hashable]) -> list[list[int]]:
+def _positions_of_equal(keys: Sequence[Hashable]) -> list[list[int]]:
     """Places of equal keys; None is equal to nothing."""
     groups: dict[Hashable, list[int]] = {}
     for place, key in enumerate(keys):

@@ -50,47 +50,47 @@ class Published(NamedTuple):
         return float(self.params[:-1]) * _UNITS[self.params[-1]]
 
 
-class Beside(NamedTuple):
+class PublishedMatch(NamedTuple):
     """A method of the paper's beside one of our lines: figures by our 'task/set'."""
 
-    line: Group
+    group: Group
     figures: dict[str, Published]
 
     @property
-    def one(self) -> Published:
+    def network(self) -> Published:
         return next(iter(self.figures.values()))
 
 
-def _read(name: str) -> list[dict[str, str]]:
+def _read_csv(name: str) -> list[dict[str, str]]:
     text = (files("mirl_dist.tickets.compare") / "published" / name).read_text(encoding="utf-8")
     return list(csv.DictReader(io.StringIO(text)))
 
 
 @cache
-def _rows() -> tuple[Published, ...]:
-    found = [row for table in _TABLES for row in _read(f"mirl_table{table}.csv")]
+def _load_figures() -> tuple[Published, ...]:
+    found = [row for table in _TABLES for row in _read_csv(f"mirl_table{table}.csv")]
     return tuple(
         Published(r["table"], r["method"], r["dataset"], r["setting"], float(r["psnr"]), float(r["ssim"]), r["params"])
         for r in found
     )
 
 
-def rows() -> list[Published]:
+def all_figures() -> list[Published]:
     """Every figure, in the order of the paper's tables."""
-    return list(_rows())
+    return list(_load_figures())
 
 
 @cache
-def counts() -> dict[int, int]:
+def round_counts() -> dict[int, int]:
     """Round -> weights of the paper's network that are not pruned, globally at 20 % a round."""
-    return {int(row["round"]): int(row["total_global"]) for row in _read("mirl_round_counts.csv")}
+    return {int(row["round"]): int(row["total_global"]) for row in _read_csv("mirl_round_counts.csv")}
 
 
 def round_of(figure: Published) -> int | None:
     """The round of iterative pruning that leaves so many weights as printed; None for what is not pruned so."""
     if not figure.method.startswith("MIR-L"):
         return None
-    return min(counts(), key=lambda r: abs(counts()[r] - figure.weights))
+    return min(round_counts(), key=lambda r: abs(round_counts()[r] - figure.weights))
 
 
 def dataset_of(set_: str) -> str | None:
@@ -107,28 +107,28 @@ def setting_of(names: Iterable[str]) -> str:
     return SINGLE if len(kinds) == 1 else ALL_IN_ONE
 
 
-def match(method: str, name: str, setting: str) -> Published | None:
+def find_figure(method: str, name: str, setting: str) -> Published | None:
     """The paper's figure for our method and 'task/set', under setting ALL_IN_ONE or SINGLE; None where it has none."""
     task, _, set_ = name.partition("/")
     kind, _, level = task.partition("_")
     wanted = f"{setting} {kind}" if setting == SINGLE else setting
     wanted += f" sigma={level}" if kind == "denoise" else ""
     theirs, dataset = _METHODS.get(method), dataset_of(set_)
-    fits = (r for r in _rows() if (r.method, r.dataset, r.setting) == (theirs, dataset, wanted))
+    fits = (r for r in _load_figures() if (r.method, r.dataset, r.setting) == (theirs, dataset, wanted))
     return next((r for r in fits if kind in _KINDS[r.dataset]), None)
 
 
 _KINDS = {"BSD68": ("denoise",), "Urban100": ("denoise",), "Rain100L": ("derain",), "SOTS": ("dehaze",)}
 
 
-def beside(lines: Sequence[Group], names: Sequence[str]) -> list[Beside]:
+def match_groups(lines: Sequence[Group], names: Sequence[str]) -> list[PublishedMatch]:
     """For each method that the paper has, its figures beside our line of the nearest density."""
     setting, found = setting_of(names), []
     for method in dict.fromkeys(line.method for line in lines):
         mine = [line for line in lines if line.method == method]
-        matched = {name: match(mine[0].shown[0].method, name, setting) for name in names}
+        matched = {name: find_figure(mine[0].entries[0].method, name, setting) for name in names}
         figures = {name: figure for name, figure in matched.items() if figure is not None}
         if figures:
             density = next(iter(figures.values())).weights / DENSE_WEIGHTS
-            found.append(Beside(min(mine, key=lambda x: abs(x.alive / x.total - density)), figures))
+            found.append(PublishedMatch(min(mine, key=lambda x: abs(x.alive / x.total - density)), figures))
     return found

@@ -10,13 +10,13 @@ from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
 from mirl_dist.tickets.compare import grouping
 from mirl_dist.tickets.compare.entry import DENSE, Entry
-from mirl_dist.tickets.compare.grouping import CONTROL
+from mirl_dist.tickets.compare.grouping import CONTROL_PREFIX
 from mirl_dist.training.ticket import Ticket
 
 _FEW_IMAGES = 20
-MOST_DB, _MOST_SSIM = 1000.0, 1.001
+MAX_DB, _MAX_SSIM = 1000.0, 1.001
 """Beyond it, a PSNR is no number that was measured."""
-_USUAL = {"", "fp32", "no", "none", "false", "off", "whole image"}
+_DEFAULT_VALUES = {"", "fp32", "no", "none", "false", "off", "whole image"}
 
 
 class Statistic(NamedTuple):
@@ -50,22 +50,22 @@ class Group(NamedTuple):
     psnr: dict[str, Statistic]
     ssim: dict[str, Statistic]
     against_dense: dict[str, Statistic]
-    shown: tuple[Entry, ...]
+    entries: tuple[Entry, ...]
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        return tuple(sorted({s.seed for s in self.shown}))
+        return tuple(sorted({s.seed for s in self.entries}))
 
     @property
     def dense(self) -> bool:
-        return self.shown[0].method == DENSE
+        return self.entries[0].method == DENSE
 
     @property
     def control(self) -> bool:
-        return self.shown[0].method.startswith(CONTROL)
+        return self.entries[0].method.startswith(CONTROL_PREFIX)
 
 
-def headline(ticket: Ticket) -> str:
+def headline_protocol(ticket: Ticket) -> str:
     """The name of the protocol of `ticket.scores`; its whole text for a ticket that knows no names."""
     return next((name for name, text in ticket.protocols.items() if text == ticket.protocol), ticket.protocol)
 
@@ -73,70 +73,70 @@ def headline(ticket: Ticket) -> str:
 def scores_of(ticket: Ticket, protocol: str | None = None) -> Mapping[str, Score]:
     """'task/set' -> Score by a protocol, None for the headline; empty where it was not scored so. Without what is no
     number or out of every range."""
-    return {name: score for name, score in _said(ticket, protocol).items() if _sound(score)}
+    return {name: score for name, score in _stated_scores(ticket, protocol).items() if _is_plausible(score)}
 
 
-def _said(ticket: Ticket, protocol: str | None) -> Mapping[str, Score]:
-    if protocol is None or protocol == headline(ticket):
+def _stated_scores(ticket: Ticket, protocol: str | None) -> Mapping[str, Score]:
+    if protocol is None or protocol == headline_protocol(ticket):
         return ticket.scores
     return ticket.also.get(protocol, {})
 
 
-def _sound(score: Score) -> bool:
+def _is_plausible(score: Score) -> bool:
     psnr, ssim = (score.psnr, score.degraded_psnr), (score.ssim, score.degraded_ssim)
-    return all(abs(x) <= MOST_DB for x in psnr) and all(abs(x) <= _MOST_SSIM for x in ssim)
+    return all(abs(x) <= MAX_DB for x in psnr) and all(abs(x) <= _MAX_SSIM for x in ssim)
 
 
-def names(shown: Iterable[Entry]) -> list[str]:
+def task_names(shown: Iterable[Entry]) -> list[str]:
     """Every 'task/set', in the order of first appearance."""
     return list(dict.fromkeys(name for s in shown for name in s.ticket.scores))
 
 
-def lines(shown: Sequence[Entry], protocol: str | None = None) -> list[Group]:
+def group_entries(shown: Sequence[Entry], protocol: str | None = None) -> list[Group]:
     """A line per label and round: dense first, methods in the order of first appearance, rounds ascending.
 
     protocol: another than the headline. Raises UserError for tickets that cannot stand in one table (refuse_mixed), and
     for a protocol by which none was scored.
     """
     check_comparable(shown)
-    if protocol is not None and not any(_said(s.ticket, protocol) for s in shown):
-        known = dict.fromkeys(name for s in shown for name in (headline(s.ticket), *s.ticket.also))
+    if protocol is not None and not any(_stated_scores(s.ticket, protocol) for s in shown):
+        known = dict.fromkeys(name for s in shown for name in (headline_protocol(s.ticket), *s.ticket.also))
         raise UserError(f"no ticket here was scored by {protocol}; there are {', '.join(known)}. Name one of these.")
     together: dict[tuple[str, int], list[Entry]] = {}
-    for s, place in zip(shown, grouping.places(shown), strict=True):
+    for s, place in zip(shown, grouping.group_keys(shown), strict=True):
         together.setdefault((place.label, place.round_), []).append(s)
     order = list(dict.fromkeys(method for method, _ in together))
     placed = sorted(together, key=lambda k: (together[k][0].method != DENSE, order.index(k[0]), k[1]))
     dense = [s for s in shown if s.method == DENSE]
-    return [_line(key, together[key], dense, protocol) for key in placed]
+    return [_make_group(key, together[key], dense, protocol) for key in placed]
 
 
-def _line(key: tuple[str, int], mine: Sequence[Entry], dense: Sequence[Entry], protocol: str | None) -> Group:
+def _make_group(key: tuple[str, int], mine: Sequence[Entry], dense: Sequence[Entry], protocol: str | None) -> Group:
     def of(what: str) -> Callable[[Entry], Mapping[str, float]]:
         return lambda s: {name: getattr(score, what) for name, score in scores_of(s.ticket, protocol).items()}
 
-    alive = Statistic.of(by_seed(mine, lambda s: {"": s.ticket.alive_total})[""].values()).mean
+    alive = Statistic.of(average_by_seed(mine, lambda s: {"": s.ticket.alive_total})[""].values()).mean
     total = mine[0].ticket.total
-    against = {} if mine[0].method == DENSE else paired(mine, dense, of("psnr"))
+    against = {} if mine[0].method == DENSE else subtract_dense(mine, dense, of("psnr"))
     return Group(
         method=key[0],
         round_=key[1],
         alive=alive,
         total=total,
         sparsity=fmean(s.ticket.total_sparsity for s in mine),
-        psnr=spreads(by_seed(mine, of("psnr"))),
-        ssim=spreads(by_seed(mine, of("ssim"))),
-        against_dense=spreads(against),
-        shown=tuple(mine),
+        psnr=summarize(average_by_seed(mine, of("psnr"))),
+        ssim=summarize(average_by_seed(mine, of("ssim"))),
+        against_dense=summarize(against),
+        entries=tuple(mine),
     )
 
 
-def spreads(values: Mapping[str, Mapping[int, float]]) -> dict[str, Statistic]:
+def summarize(values: Mapping[str, Mapping[int, float]]) -> dict[str, Statistic]:
     """Name -> Spread, of name -> seed -> value."""
     return {name: Statistic.of(found.values()) for name, found in values.items() if found}
 
 
-def by_seed(mine: Iterable[Entry], value: Callable[[Entry], Mapping[str, float]]) -> dict[str, dict[int, float]]:
+def average_by_seed(mine: Iterable[Entry], value: Callable[[Entry], Mapping[str, float]]) -> dict[str, dict[int, float]]:
     """Name -> seed -> value: the mean of a seed's tickets, so that a run seen twice is no second seed."""
     found: dict[str, dict[int, list[float]]] = {}
     for s in mine:
@@ -145,28 +145,28 @@ def by_seed(mine: Iterable[Entry], value: Callable[[Entry], Mapping[str, float]]
     return {name: {seed: fmean(told) for seed, told in seeds.items()} for name, seeds in found.items()}
 
 
-def paired(
+def subtract_dense(
     mine: Iterable[Entry], dense: Sequence[Entry], value: Callable[[Entry], Mapping[str, float]]
 ) -> dict[str, dict[int, float]]:
     """Name -> seed -> value minus that of the dense ticket (`dense_of`); what has no pair is left out."""
 
     def difference(s: Entry) -> dict[str, float]:
-        theirs = [value(d) for d in dense_of(s, dense)]
+        theirs = [value(d) for d in find_dense(s, dense)]
         known = {name: [t[name] for t in theirs if name in t] for name in value(s)}
         return {name: number - fmean(known[name]) for name, number in value(s).items() if known[name]}
 
-    return by_seed(mine, difference)
+    return average_by_seed(mine, difference)
 
 
-def dense_of(one: Entry, dense: Sequence[Entry]) -> list[Entry]:
+def find_dense(one: Entry, dense: Sequence[Entry]) -> list[Entry]:
     """The dense tickets of the same run, seed, data and network; without one, those of other runs that also trained
     alike, for as many steps."""
-    fits = [d for d in dense if d.seed == one.seed and same_ground(d, one)]
+    fits = [d for d in dense if d.seed == one.seed and same_network_and_data(d, one)]
     alike = [d for d in fits if d.training == one.training and d.ticket.updates == one.ticket.updates]
     return [d for d in fits if d.run == one.run] or alike
 
 
-def same_ground(one: Entry, other: Entry) -> bool:
+def same_network_and_data(one: Entry, other: Entry) -> bool:
     """Whether two tickets are of one network's size and saw the same data."""
     a, b = one.ticket, other.ticket
     return (a.manifest_digest, a.total, a.prunable) == (b.manifest_digest, b.total, b.prunable)
@@ -202,12 +202,12 @@ def check_comparable(shown: Sequence[Entry]) -> None:
 
 def notes(shown: Sequence[Entry]) -> list[str]:
     """What a reader of a table must know beside its numbers, a sentence each. Raises UserError as `lines`."""
-    table = lines(shown)
-    lines_ = [*grouping.apart(shown), *_seeds(table), *_pairs(table, shown), *_differences(table, shown)]
-    return [*lines_, *_unknown(shown), *_measured(shown), *_training(shown)]
+    table = group_entries(shown)
+    lines_ = [*grouping.describe_other_experiments(shown), *_note_seeds(table), *_note_missing_pairs(table, shown), *_note_differences(table, shown)]
+    return [*lines_, *_note_implausible_scores(shown), *_note_evaluation(shown), *_note_training(shown)]
 
 
-def _seeds(table: Sequence[Group]) -> list[str]:
+def _note_seeds(table: Sequence[Group]) -> list[str]:
     words = {1: "one seed only ({}): no spread is known", 2: "two seeds only ({}): the spread itself is uncertain"}
     found = []
     for count, text in words.items():
@@ -216,24 +216,24 @@ def _seeds(table: Sequence[Group]) -> list[str]:
     twice = []
     for line in table:
         for seed in line.seeds:
-            weights = [s.ticket.weights_digest for s in line.shown if s.seed == seed]
+            weights = [s.ticket.weights_digest for s in line.entries if s.seed == seed]
             if len(set(weights)) > 1:
                 twice.append(f"{line.method}, round {line.round_}, seed {seed} ({len(weights)} tickets)")
     return found + ([f"different tickets of one seed count once, by their mean: {'; '.join(twice)}"] if twice else [])
 
 
-def _pairs(table: Sequence[Group], shown: Sequence[Entry]) -> list[str]:
+def _note_missing_pairs(table: Sequence[Group], shown: Sequence[Entry]) -> list[str]:
     dense = [s for s in shown if s.method == DENSE]
-    lone = [s.name for line in table if not line.dense for s in line.shown if not dense_of(s, dense)]
+    lone = [s.name for line in table if not line.dense for s in line.entries if not find_dense(s, dense)]
     if not lone:
         return []
-    return [f"no dense ticket of the same seed, training, data and network, so no difference to it: {_some(lone)}"]
+    return [f"no dense ticket of the same seed, training, data and network, so no difference to it: {_join_first(lone)}"]
 
 
-_Count = Callable[[Ticket], int]
+_Counter = Callable[[Ticket], int]
 
 
-def _differences(table: Sequence[Group], shown: Sequence[Entry]) -> list[str]:
+def _note_differences(table: Sequence[Group], shown: Sequence[Entry]) -> list[str]:
     found = []
     for what, said in (
         ("shards", {s.ticket.manifest_digest[:8]: s.run for s in reversed(shown)}),
@@ -241,38 +241,38 @@ def _differences(table: Sequence[Group], shown: Sequence[Entry]) -> list[str]:
     ):
         if len(said) > 1:
             found.append(f"different {what}: {'; '.join(f'{k} ({run})' for k, run in reversed(said.items()))}")
-    counted: dict[str, _Count] = {"steps": lambda t: t.updates, "alive weights": lambda t: t.alive}
+    counted: dict[str, _Counter] = {"steps": lambda t: t.updates, "alive weights": lambda t: t.alive}
     for what, count in counted.items():
-        odd = [f"{x.method}, round {x.round_}" for x in table if len({count(s.ticket) for s in x.shown}) > 1]
+        odd = [f"{x.method}, round {x.round_}" for x in table if len({count(s.ticket) for s in x.entries}) > 1]
         if odd:
             found.append(f"different numbers of {what} within a line, though its configs are equal: {'; '.join(odd)}")
     return found
 
 
-def _unknown(shown: Sequence[Entry]) -> list[str]:
+def _note_implausible_scores(shown: Sequence[Entry]) -> list[str]:
     found = []
     for s in shown:
         for scores in (s.ticket.scores, *s.ticket.also.values()):
-            found += [f"{s.name}, {name}" for name, score in scores.items() if not _sound(score)]
+            found += [f"{s.name}, {name}" for name, score in scores.items() if not _is_plausible(score)]
     text = "scores that are no numbers, or out of range, count as unknown and are in no mean"
-    return [f"{text}: {_some(dict.fromkeys(found))}"] if found else []
+    return [f"{text}: {_join_first(dict.fromkeys(found))}"] if found else []
 
 
-def _measured(shown: Sequence[Entry]) -> list[str]:
+def _note_evaluation(shown: Sequence[Entry]) -> list[str]:
     ways: dict[str, list[str]] = {}
     for s in shown:
-        unusual = [f"{key} {value}" for key, value in s.ticket.measured.items() if value.lower() not in _USUAL]
+        unusual = [f"{key} {value}" for key, value in s.ticket.measured.items() if value.lower() not in _DEFAULT_VALUES]
         ways.setdefault(", ".join(unusual), []).append(s.run)
-    found = [f"scored with {way}: {_some(dict.fromkeys(runs))}" for way, runs in ways.items() if way]
+    found = [f"scored with {way}: {_join_first(dict.fromkeys(runs))}" for way, runs in ways.items() if way]
     few = {n: score.images for s in shown for n, score in s.ticket.scores.items() if score.images < _FEW_IMAGES}
     if few:
         found.append(f"few images: {', '.join(f'{name} {count}' for name, count in few.items())}")
     return found
 
 
-def _training(shown: Sequence[Entry]) -> list[str]:
+def _note_training(shown: Sequence[Entry]) -> list[str]:
     found = []
-    counted: dict[str, _Count] = {
+    counted: dict[str, _Counter] = {
         "damaged samples were replaced in training": lambda t: t.skipped,
         "batches were left out of training (loss or gradient not finite)": lambda t: t.bad,
         "tensors have no alive weight": lambda t: len(t.collapsed),
@@ -280,11 +280,11 @@ def _training(shown: Sequence[Entry]) -> list[str]:
     for text, count in counted.items():
         hit = [f"{s.name}: {count(s.ticket):,}" for s in shown if count(s.ticket)]
         if hit:
-            found.append(f"{text} ({_some(hit)})")
+            found.append(f"{text} ({_join_first(hit)})")
     return found
 
 
-def _some(words: Iterable[str]) -> str:
+def _join_first(words: Iterable[str]) -> str:
     """The first five, and how many more."""
     told = list(words)
     return "; ".join(told[:5]) + (f" and {len(told) - 5} more" if len(told) > 5 else "")

@@ -14,7 +14,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from mirl_dist.tickets.compare.entry import DENSE
-from mirl_dist.tickets.compare.grouping import CONTROL
+from mirl_dist.tickets.compare.grouping import CONTROL_PREFIX
 
 INK = "#0d1b2b"
 """Drawn with this, text and lines take the colour of the page's text (currentColor), on light and dark."""
@@ -58,14 +58,14 @@ class Style(NamedTuple):
     line: str
 
 
-def looks(methods: Iterable[str]) -> dict[str, Style]:
+def assign_styles(methods: Iterable[str]) -> dict[str, Style]:
     """Method -> its look, in the order of the methods: the whole network in the colour of text, controls as crosses."""
     found: dict[str, Style] = {}
     named = [m for m in dict.fromkeys(methods) if m != DENSE]
     crosses = 0
     for at, method in enumerate(named):
         colour = _COLOURS[at % len(_COLOURS)]
-        if method.startswith(CONTROL):
+        if method.startswith(CONTROL_PREFIX):
             found[method] = Style(colour, _CROSSES[crosses % len(_CROSSES)], "none")
             crosses += 1
         else:
@@ -107,11 +107,11 @@ def swatch(method: str, look: Style) -> bytes:
         axes.set_xlim(0, 1), axes.set_ylim(-1, 1)
         line = "none" if look.line == "none" else look.line
         axes.plot([0.08, 0.92], [0, 0], linestyle=line, color=look.colour)
-        axes.plot([0.5], [0], linestyle="none", **marker(look))
+        axes.plot([0.5], [0], linestyle="none", **marker_keywords(look))
         return svg(figure, f"swatch {method}")
 
 
-def marker(look: Style, size: float = 6.5) -> Mapping[str, Any]:
+def marker_keywords(look: Style, size: float = 6.5) -> Mapping[str, Any]:
     """Keywords of `Axes.plot` for the marker of a look."""
     cross = look.marker in _CROSSES
     return {

@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mirl_dist.tickets.compare.entry import DENSE, Entry
-from mirl_dist.tickets.compare.statistics import MOST_DB, Group, Statistic, scores_of
-from mirl_dist.tickets.report.chart_style import INK, Style, drawing, marker, svg
+from mirl_dist.tickets.compare.statistics import MAX_DB, Group, Statistic, scores_of
+from mirl_dist.tickets.report.chart_style import INK, Style, drawing, marker_keywords, svg
 
-WORDS = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
+AXIS_LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
 
 
-def short(number: float) -> str:
+def short_count(number: float) -> str:
     """'35.4M', '280k', '912': a count for an axis."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
@@ -30,25 +30,25 @@ def score(lines: Sequence[Group], looks: Mapping[str, Style], name: str, measure
     """PSNR (dB) or SSIM of one 'task/set' against alive weights, log axis: means, spread, single seeds, dense band."""
     with drawing():
         figure = Figure(figsize=(4.05, 3.0), layout="constrained")
-        axes = figure.add_subplot(title=name, xlabel="alive weights", ylabel=WORDS[measure])
+        axes = figure.add_subplot(title=name, xlabel="alive weights", ylabel=AXIS_LABELS[measure])
         axes.grid(True)
         for method, look in looks.items():
             rows = sorted(
-                (r for r in lines if r.method == method and name in _scores(r, measure)), key=lambda r: r.alive
+                (r for r in lines if r.method == method and name in _statistics_of(r, measure)), key=lambda r: r.alive
             )
             if method == DENSE:
-                _band(axes, [_scores(r, measure)[name] for r in rows])
+                _draw_dense(axes, [_statistics_of(r, measure)[name] for r in rows])
             else:
-                _path(axes, rows, look, name, measure)
-        alive_axis(axes, [r.alive for r in lines])
+                _draw_method(axes, rows, look, name, measure)
+        set_weight_axis(axes, [r.alive for r in lines])
         return svg(figure, f"score {name} {measure}")
 
 
-def _scores(line: Group, measure: str) -> Mapping[str, Statistic]:
+def _statistics_of(line: Group, measure: str) -> Mapping[str, Statistic]:
     return line.psnr if measure == "psnr" else line.ssim
 
 
-def _band(axes: Axes, spreads: Sequence[Statistic]) -> None:
+def _draw_dense(axes: Axes, spreads: Sequence[Statistic]) -> None:
     for spread in spreads:
         if math.isfinite(spread.mean):
             axes.axhline(spread.mean, color=INK, linestyle="--", linewidth=1.2, alpha=0.8, zorder=1)
@@ -56,13 +56,13 @@ def _band(axes: Axes, spreads: Sequence[Statistic]) -> None:
             axes.axhspan(spread.mean - sd, spread.mean + sd, color=INK, alpha=0.12, linewidth=0, zorder=0)
 
 
-def _path(axes: Axes, rows: Sequence[Group], look: Style, name: str, measure: str) -> None:
+def _draw_method(axes: Axes, rows: Sequence[Group], look: Style, name: str, measure: str) -> None:
     if not rows:
         return
-    spreads = [_scores(r, measure)[name] for r in rows]
+    spreads = [_statistics_of(r, measure)[name] for r in rows]
     x, mean = np.array([r.alive for r in rows]), np.array([s.mean for s in spreads], dtype=float)
     sd = np.array([s.sd or 0.0 for s in spreads], dtype=float)
-    dots = [(s.ticket.alive_total, getattr(scores_of(s.ticket)[name], measure)) for r in rows for s in _with(r, name)]
+    dots = [(s.ticket.alive_total, getattr(scores_of(s.ticket)[name], measure)) for r in rows for s in _scored_entries(r, name)]
     several = any(s.count > 1 for s in spreads)
     if several:
         axes.plot(*zip(*dots, strict=True), ".", color=look.colour, alpha=0.4, markersize=5, zorder=2)
@@ -73,21 +73,21 @@ def _path(axes: Axes, rows: Sequence[Group], look: Style, name: str, measure: st
         if several:
             axes.fill_between(x, mean - sd, mean + sd, color=look.colour, alpha=0.18, linewidth=0, zorder=2)
         axes.plot(x, mean, linestyle=look.line, color=look.colour, zorder=3)
-    axes.plot(x, mean, linestyle="none", **marker(look, 5 if len(rows) > 1 else 6.5), zorder=4)
+    axes.plot(x, mean, linestyle="none", **marker_keywords(look, 5 if len(rows) > 1 else 6.5), zorder=4)
 
 
-def _with(line: Group, name: str) -> list[Entry]:
-    return [s for s in line.shown if name in scores_of(s.ticket)]
+def _scored_entries(line: Group, name: str) -> list[Entry]:
+    return [s for s in line.entries if name in scores_of(s.ticket)]
 
 
-def alive_axis(axes: Axes, weights: Sequence[float]) -> None:
+def set_weight_axis(axes: Axes, weights: Sequence[float]) -> None:
     """Make the x axis one of numbers of weights, logarithmic."""
     axes.set_xscale("log")
     low, high = max(1.0, min(weights, default=1.0)), max(1.0, max(weights, default=10.0))
     axes.set_xlim(low / 1.15, high * 1.15)
     wide = high / low > 30
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -104,7 +104,7 @@ def distance(lines: Sequence[Group], looks: Mapping[str, Style], name: str) -> b
             axes.plot([0, spread.mean], [at, at], color=look.colour, linewidth=2.2, alpha=0.35)
             if spread.sd is not None:
                 axes.errorbar(spread.mean, at, xerr=spread.sd, fmt="none", ecolor=look.colour, capsize=2.5)
-            axes.plot(spread.mean, at, linestyle="none", **marker(look))
+            axes.plot(spread.mean, at, linestyle="none", **marker_keywords(look))
         axes.set_yticks(range(len(rows)), [_label(r) for r in rows])
         axes.set_ylim(max(len(rows), 2) - 0.5, -0.5)
         axes.spines["left"].set_visible(False)
@@ -115,7 +115,7 @@ def distance(lines: Sequence[Group], looks: Mapping[str, Style], name: str) -> b
 
 def _label(line: Group) -> str:
     name = line.method if len(line.method) <= 24 else line.method[:23] + "…"
-    return f"{name}, {short(line.alive)}"
+    return f"{name}, {short_count(line.alive)}"
 
 
 def curves(tickets: Sequence[Entry], look: Style, name: str) -> bytes:
@@ -136,12 +136,12 @@ def curves(tickets: Sequence[Entry], look: Style, name: str) -> bytes:
             dense = s.method == DENSE
             strength = 1.0 if dense or not last else 0.25 + 0.75 * s.ticket.round / last
             how: dict[str, Any] = {"color": INK if dense else look.colour, "alpha": strength}
-            told = [v if abs(v) <= MOST_DB else math.nan for v in curve.psnr[name]]
+            told = [v if abs(v) <= MAX_DB else math.nan for v in curve.psnr[name]]
             axes.plot(steps, told, linestyle="--" if dense else "-", linewidth=1.3, **how)
             best = s.ticket.best_steps()[name]
             axes.plot(best, told[steps.index(best)], "o", markersize=5, **how)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
         return svg(figure, f"curves {name} {tickets[0].name if tickets else ''}")
 
 

@@ -41,14 +41,14 @@ def tables(shown: Sequence[Entry]) -> str:
     The paper's figures, where it has any, stand grey and slanted in columns of their own, beside our line of the
     nearest density. Raises UserError as `summary.lines`, and where nothing was scored.
     """
-    lines, names = statistics.lines(shown), statistics.names(shown)
+    lines, names = statistics.group_entries(shown), statistics.task_names(shown)
     if not names:
         raise UserError(
             "no ticket here has a score, so there is nothing for a table. Compare tickets that were scored."
         )
     notes = [*statistics.notes(shown), f"protocol: {shown[0].ticket.protocol}"]
-    beside = published.beside(lines, names)
-    figures = {(b.line.method, b.line.round_): b.figures for b in beside}
+    beside = published.match_groups(lines, names)
+    figures = {(b.group.method, b.group.round_): b.figures for b in beside}
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:
         task, _, set_ = name.partition("/")
@@ -59,7 +59,7 @@ def tables(shown: Sequence[Entry]) -> str:
 def _table(key: tuple[str, str], names: list[str], lines: Sequence[Group], figures: Figures, notes: list[str]) -> str:
     kind, set_ = key
     theirs = any(name in found for found in figures.values() for name in names)
-    paper = "" if not theirs else _multi(2 * len(names), _grey(published.TITLE))
+    paper = "" if not theirs else _multicolumn(2 * len(names), _grey(published.TITLE))
     columns = 2 * len(names) * (2 if theirs else 1)
     data = escape(published.dataset_of(set_) or set_)
     rows = [_row(line, names, lines, figures if theirs else None) for line in lines if line.psnr.keys() & set(names)]
@@ -73,7 +73,7 @@ def _table(key: tuple[str, str], names: list[str], lines: Sequence[Group], figur
             rf"\label{{tab:{label}}}",
             rf"\begin{{tabular}}{{ll{'r' * columns}}}",
             r"\toprule",
-            *_heads(names, data, paper),
+            *_head_lines(names, data, paper),
             r"\midrule",
             *rows,
             r"\bottomrule",
@@ -85,20 +85,20 @@ def _table(key: tuple[str, str], names: list[str], lines: Sequence[Group], figur
     )
 
 
-def _heads(names: list[str], data: str, paper: str) -> list[str]:
+def _head_lines(names: list[str], data: str, paper: str) -> list[str]:
     """Ours and the paper's over the levels over PSNR and SSIM."""
     sides = 2 if paper else 1
-    top = f" & & {_multi(2 * len(names), data)}" + (f" & {paper}" if paper else "") + r" \\"
+    top = f" & & {_multicolumn(2 * len(names), data)}" + (f" & {paper}" if paper else "") + r" \\"
     levels = [_level(name) for name in names] * sides
     spans = [rf"\cmidrule(lr){{{3 + 2 * i}-{4 + 2 * i}}}" for i in range(len(levels))]
     found = [top]
     if any(levels):
-        found.append(" & & " + " & ".join(_multi(2, level) for level in levels) + r" \\")
+        found.append(" & & " + " & ".join(_multicolumn(2, level) for level in levels) + r" \\")
     found.append("".join(spans))
     return [*found, "Method & Params (M) & " + " & ".join(["PSNR & SSIM"] * len(levels)) + r" \\"]
 
 
-def _multi(columns: int, words: str) -> str:
+def _multicolumn(columns: int, words: str) -> str:
     return rf"\multicolumn{{{columns}}}{{c}}{{{words}}}"
 
 
@@ -114,7 +114,7 @@ def _row(line: Group, names: list[str], lines: Sequence[Group], figures: Figures
     cells = [method, f"{line.alive / 1e6:.2f}"]
     for name in names:
         for what, digits in _MEASURES:
-            ranks = _ranks(lines, what, name, digits) if _ranked(line) else []
+            ranks = _best_values(lines, what, name, digits) if _is_ranked(line) else []
             cells.append(_cell(getattr(line, what).get(name), ranks, digits))
     if figures is not None:
         beside = figures.get((line.method, line.round_), {})
@@ -124,13 +124,13 @@ def _row(line: Group, names: list[str], lines: Sequence[Group], figures: Figures
     return " & ".join(cells) + r" \\"
 
 
-def _ranked(line: Group) -> bool:
+def _is_ranked(line: Group) -> bool:
     return not (line.dense or line.control)
 
 
-def _ranks(lines: Sequence[Group], what: str, name: str, digits: int) -> list[str]:
+def _best_values(lines: Sequence[Group], what: str, name: str, digits: int) -> list[str]:
     """The best and the second best value of a column, as printed; none of a column with one value."""
-    mine = [getattr(line, what)[name] for line in lines if _ranked(line) and name in getattr(line, what)]
+    mine = [getattr(line, what)[name] for line in lines if _is_ranked(line) and name in getattr(line, what)]
     found = {round(spread.mean, digits) for spread in mine}
     return [f"{value:.{digits}f}" for value in sorted(found, reverse=True)[:2]] if len(found) > 1 else []
 

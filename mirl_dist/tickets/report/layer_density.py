@@ -25,14 +25,14 @@ _ALONE = {"": "conv", "proj": "conv", "body.0": "conv", "conv3x3": "conv", "line
 LEAST = 0.01  # densities below have one colour
 
 
-class LayerPlace(NamedTuple):
+class LayerLocation(NamedTuple):
     """Where a tensor stands: its block ('encoder_level1.0', 'down1_2') and its kind inside ('attn.qkv', 'conv')."""
 
     block: str
     kind: str
 
 
-def place(name: str) -> LayerPlace:
+def locate_layer(name: str) -> LayerLocation:
     """The place of a tensor by its name: blocks are transformer blocks, or single layers between them."""
     stem, _, last = name.rpartition(".")
     if last not in ("weight", "bias"):
@@ -43,7 +43,7 @@ def place(name: str) -> LayerPlace:
     else:
         block, _, rest = stem.partition(".")
         kind = _ALONE.get(rest, rest)
-    return LayerPlace(block, kind + " bias" * (last == "bias"))
+    return LayerLocation(block, kind + " bias" * (last == "bias"))
 
 
 class Density(NamedTuple):
@@ -60,30 +60,30 @@ class Density(NamedTuple):
 
 def by_kind(shown: Entry) -> Density:
     """The densities of one ticket, by block and kind of tensor."""
-    places = {name: place(name) for name in shown.parts if name in shown.ticket.layer_density}
-    kinds = sorted({p.kind for p in places.values()}, key=_column)
-    return _density([shown] * len(kinds), places, tuple(kinds), lambda p, at: p.kind == kinds[at])
+    places = {name: locate_layer(name) for name in shown.parts if name in shown.ticket.layer_density}
+    kinds = sorted({p.kind for p in places.values()}, key=_column_order)
+    return _sum_densities([shown] * len(kinds), places, tuple(kinds), lambda p, at: p.kind == kinds[at])
 
 
 def by_round(tickets: Sequence[Entry]) -> Density:
     """The densities of tickets of one run, by block and round."""
     tickets = sorted(tickets, key=lambda s: s.ticket.round)
     known = {name for s in tickets for name in s.ticket.layer_density}
-    places = {name: place(name) for name in tickets[0].parts if name in known}
-    return _density(tickets, places, tuple(str(s.ticket.round) for s in tickets), lambda p, at: True)
+    places = {name: locate_layer(name) for name in tickets[0].parts if name in known}
+    return _sum_densities(tickets, places, tuple(str(s.ticket.round) for s in tickets), lambda p, at: True)
 
 
-def _column(kind: str) -> tuple[int, int, str]:
+def _column_order(kind: str) -> tuple[int, int, str]:
     base = kind.removesuffix(" bias")
     return (_ORDER.index(base) if base in _ORDER else len(_ORDER), kind != base, kind)
 
 
-Takes = Callable[[LayerPlace, int], bool]
+BelongsTo = Callable[[LayerLocation, int], bool]
 """Whether a tensor belongs to a column."""
 
 
-def _density(
-    tickets: Sequence[Entry], places: Mapping[str, LayerPlace], columns: tuple[str, ...], takes: Takes
+def _sum_densities(
+    tickets: Sequence[Entry], places: Mapping[str, LayerLocation], columns: tuple[str, ...], takes: BelongsTo
 ) -> Density:
     rows = tuple(dict.fromkeys(p.block for p in places.values()))
     alive, size = np.zeros((len(rows), len(columns))), np.zeros((len(rows), len(columns)))
@@ -116,11 +116,11 @@ def heat(density: Density, name: str, below: str = "") -> bytes:
         for row, column in zip(*np.nonzero(density.collapsed), strict=True):
             axes.plot(column, row, "x", color="white", markersize=7, markeredgewidth=3.4)
             axes.plot(column, row, "x", color="#d7191c", markersize=5.5, markeredgewidth=1.8)
-        _frame(axes, density, below)
+        _label_axes(axes, density, below)
         return svg(figure, f"heat {name}")
 
 
-def _frame(axes: Axes, density: Density, below: str) -> None:
+def _label_axes(axes: Axes, density: Density, below: str) -> None:
     height, width = density.share.shape
     axes.set_yticks(range(height), density.rows, fontsize=8)
     if below:

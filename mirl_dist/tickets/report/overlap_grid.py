@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from mirl_dist.tickets.compare import mask_overlap
 from mirl_dist.tickets.compare.entry import Entry
 from mirl_dist.tickets.compare.statistics import Group
-from mirl_dist.tickets.report.chart_style import Style, drawing, marker, svg
-from mirl_dist.tickets.report.charts import alive_axis
+from mirl_dist.tickets.report.chart_style import Style, drawing, marker_keywords, svg
+from mirl_dist.tickets.report.charts import set_weight_axis
 
 Grid = NDArray[np.float64]
-MOST = 24
+MAX_ENTRIES = 24
 """Most tickets that a grid shows."""
 
 
@@ -26,37 +26,37 @@ class NamedEntry(NamedTuple):
     """A ticket of a grid, with what it is called there."""
 
     name: str
-    shown: Entry
+    entry: Entry
 
 
-def chosen(lines: Sequence[Group]) -> list[NamedEntry]:
+def choose_entries(lines: Sequence[Group]) -> list[NamedEntry]:
     """At most MOST pruned tickets with a mask, in the order of lines: last rounds first, then some between."""
     methods: dict[str, list[Group]] = {}
     for line in lines:
-        if not line.dense and any(s.mask is not None for s in line.shown):
+        if not line.dense and any(s.mask is not None for s in line.entries):
             methods.setdefault(line.method, []).append(line)
-    seeds = max((len(line.shown) for held in methods.values() for line in held), default=1)
-    each = max(1, MOST // max(1, seeds * len(methods)))
-    picked = [held[-1 - i] for held in methods.values() for i in _spaced(len(held), each)]
+    seeds = max((len(line.entries) for held in methods.values() for line in held), default=1)
+    each = max(1, MAX_ENTRIES // max(1, seeds * len(methods)))
+    picked = [held[-1 - i] for held in methods.values() for i in _evenly_spaced(len(held), each)]
     found = []
     for line in sorted(picked, key=lines.index):
         short = line.method if len(line.method) <= 24 else line.method[:23] + "…"
-        masked = sorted((s for s in line.shown if s.mask is not None), key=lambda s: s.seed)
+        masked = sorted((s for s in line.entries if s.mask is not None), key=lambda s: s.seed)
         found += [NamedEntry(f"{short} r{line.round_} s{s.seed}", s) for s in masked]
-    return found[:MOST]
+    return found[:MAX_ENTRIES]
 
 
-def _spaced(count: int, most: int) -> list[int]:
+def _evenly_spaced(count: int, most: int) -> list[int]:
     """At most `most` of `count` positions, the first one always, evenly spaced."""
     return sorted({round(i * (count - 1) / max(1, most - 1)) for i in range(most)}) if count > most else [*range(count)]
 
 
 def grid(named: Sequence[NamedEntry], beyond: bool = False) -> bytes:
     """IoU of masks two by two as SVG; beyond: what it is more or less than independent random masks would have."""
-    shown = [x.shown for x in named]
+    shown = [x.entry for x in named]
     values = mask_overlap.iou(shown)
     if beyond:
-        values -= mask_overlap.expected(shown)
+        values -= mask_overlap.expected_iou(shown)
         np.fill_diagonal(values, np.nan)
     with drawing():
         side, margin = max(0.2 * len(shown), 1.5), 2.2
@@ -65,7 +65,7 @@ def grid(named: Sequence[NamedEntry], beyond: bool = False) -> bytes:
         axes = figure.add_axes((margin / size[0], margin / size[1], side / size[0], side / size[1]))
         norm = TwoSlopeNorm(0, -0.5, 0.5) if beyond else Normalize(0, 1)
         axes.imshow(values, cmap="RdBu" if beyond else "cividis", norm=norm, aspect="auto", interpolation="none")
-        _numbers(axes, values, beyond)
+        _write_percents(axes, values, beyond)
         axes.set_yticks(range(len(shown)), [x.name for x in named], fontsize=8)
         axes.set_xticks(range(len(shown)), [x.name for x in named], fontsize=8, rotation=90)
         axes.tick_params(length=0)
@@ -76,7 +76,7 @@ def grid(named: Sequence[NamedEntry], beyond: bool = False) -> bytes:
         return svg(figure, f"overlap {beyond}")
 
 
-def _numbers(axes: Axes, values: Grid, beyond: bool) -> None:
+def _write_percents(axes: Axes, values: Grid, beyond: bool) -> None:
     """Percent in each cell, where they fit and are known."""
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
@@ -85,9 +85,9 @@ def _numbers(axes: Axes, values: Grid, beyond: bool) -> None:
             axes.text(column, row, text, ha="center", va="center", fontsize=6, color="white" if dark else "#111111")
 
 
-def seeds(lines: Sequence[Group], looks: Mapping[str, Style]) -> bytes | None:
+def overlap_of_seeds(lines: Sequence[Group], looks: Mapping[str, Style]) -> bytes | None:
     """IoU between seeds of one method and round against alive weights as SVG, dotted: chance; None without pairs."""
-    pairs = _pairs(lines)
+    pairs = _seed_overlaps(lines)
     if not pairs:
         return None
     with drawing():
@@ -99,21 +99,21 @@ def seeds(lines: Sequence[Group], looks: Mapping[str, Style]) -> bytes | None:
             look, single = looks[method], len(found) == 1
             axes.plot(x, chance, marker="_" if single else "none", markersize=11, linestyle=":", color=look.colour)
             axes.plot(x, measured, linestyle=look.line, color=look.colour)
-            axes.plot(x, measured, linestyle="none", **marker(look, 5))
+            axes.plot(x, measured, linestyle="none", **marker_keywords(look, 5))
         axes.set_ylim(0, 1.02)
-        alive_axis(axes, [x for found in pairs.values() for x, _, _ in found])
+        set_weight_axis(axes, [x for found in pairs.values() for x, _, _ in found])
         return svg(figure, "overlap of seeds")
 
 
-def _pairs(lines: Sequence[Group]) -> dict[str, list[tuple[float, float, float]]]:
+def _seed_overlaps(lines: Sequence[Group]) -> dict[str, list[tuple[float, float, float]]]:
     """Method -> (alive weights, mean IoU, mean IoU by chance) of its rounds that two seeds or more have."""
     found: dict[str, list[tuple[float, float, float]]] = {}
     for line in lines:
-        one = list({s.seed: s for s in line.shown if s.mask is not None}.values())
+        one = list({s.seed: s for s in line.entries if s.mask is not None}.values())
         if line.dense or len(one) < 2:
             continue
         upper = np.triu_indices(len(one), 1)
-        measured, chance = mask_overlap.iou(one)[upper], mask_overlap.expected(one)[upper]
+        measured, chance = mask_overlap.iou(one)[upper], mask_overlap.expected_iou(one)[upper]
         if np.isfinite(measured).all() and np.isfinite(chance).all():
             found.setdefault(line.method, []).append((line.alive, float(measured.mean()), float(chance.mean())))
     return found

@@ -10,7 +10,7 @@ from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.tickets.compare.judge import Judgement
 from mirl_dist.tickets.compare.statistics import Group
 from mirl_dist.tickets.report import latex, page_figures, page_tables, text_tables
-from mirl_dist.tickets.report.chart_style import Style, looks
+from mirl_dist.tickets.report.chart_style import Style, assign_styles
 from mirl_dist.tickets.report.html import Html, data_uri, escape, join, section, tag
 from mirl_dist.tickets.report.page_figures import missing
 from mirl_dist.tickets.report.page_gallery import gallery
@@ -42,15 +42,15 @@ def html(shown: Sequence[Entry], title: str, made: str, judgements: Sequence[Jud
     if not shown:
         raise UserError("found no ticket to compare, where a page is made. Name runs that have finished a round.")
     shown = [s._replace(run=_printable(s.run), method=_printable(s.method)) for s in shown]
-    lines, names = statistics.lines(shown), statistics.names(shown)
-    styles = looks(line.method for line in lines)
+    lines, names = statistics.group_entries(shown), statistics.task_names(shown)
+    styles = assign_styles(line.method for line in lines)
     told = judge.judge(shown) if judgements is None else judgements
     dense = [s for s in shown if s.method == DENSE]
     inside = {
         "compared": page_tables.compared(shown),
         "caveats": _notes(statistics.notes(shown)),
         "scores": _scores(shown, lines, names, styles),
-        "judgements": _judged(told, styles),
+        "judgements": _judgements(told, styles),
         "weights": page_figures.scores(lines, names, styles),
         "distance": page_figures.distance(lines, names, styles),
         "pictures": gallery(lines),
@@ -105,26 +105,26 @@ def _scores(shown: Sequence[Entry], lines: Sequence[Group], names: Sequence[str]
         " Tinted, apart: what the paper prints for a method, beside our line of the nearest density; its networks, "
         "data and training differ from these, so it is no yardstick for small runs."
     )
-    parts = [_toggle(), known, tag("p", said + (theirs if "theirs" in known else ""), class_="soft")]
+    parts = [_last_round_checkbox(), known, tag("p", said + (theirs if "theirs" in known else ""), class_="soft")]
     for protocol in dict.fromkeys(p for s in shown for p in s.ticket.also):
-        other = page_tables.scores(statistics.lines(shown, protocol), names, styles, theirs=False)
+        other = page_tables.scores(statistics.group_entries(shown, protocol), names, styles, theirs=False)
         parts.append(tag("details", tag("summary", f"The same by the protocol {protocol}"), other))
     return join(parts)
 
 
-def _toggle() -> Html:
+def _last_round_checkbox() -> Html:
     return tag("label", tag("input", type_="checkbox", class_="only"), "last round of each method only", class_="only")
 
 
-def _judged(judgements: Sequence[Judgement], styles: Mapping[str, Style]) -> Html:
+def _judgements(judgements: Sequence[Judgement], styles: Mapping[str, Style]) -> Html:
     if not judgements:
         return missing("There is no pruned ticket to judge.")
-    return join([_toggle(), verdicts(judgements, styles)])
+    return join([_last_round_checkbox(), verdicts(judgements, styles)])
 
 
 def _downloads(shown: Sequence[Entry]) -> Html:
     files = {"tickets.csv": ("All numbers (CSV)", text_tables.csv(shown), "text/csv;charset=utf-8")}
-    if statistics.names(shown):
+    if statistics.task_names(shown):
         tables = latex.tables(shown).encode()
         files["tables.tex"] = ("Tables II and III (LaTeX)", tables, "text/plain;charset=utf-8")
     return tag(

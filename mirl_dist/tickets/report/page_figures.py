@@ -10,8 +10,8 @@ from mirl_dist.tickets.report import charts, layer_density, overlap_grid
 from mirl_dist.tickets.report.chart_style import Style, swatch
 from mirl_dist.tickets.report.html import Html, figure, join, picture, tag
 
-Looks = Mapping[str, Style]
-MOST_CURVES = 6
+Styles = Mapping[str, Style]
+MAX_CURVES = 6
 """Most 'task/set' with curves."""
 
 
@@ -20,19 +20,19 @@ def missing(text: str) -> Html:
     return tag("p", text, class_="soft")
 
 
-def legend(looks: Looks) -> Html:
+def legend(looks: Styles) -> Html:
     return tag("div", *(tag("span", _swatch(m, looks), m) for m in looks), class_="legend")
 
 
-def _swatch(method: str, looks: Looks) -> Html:
+def _swatch(method: str, looks: Styles) -> Html:
     return picture(swatch(method, looks[method]), "")
 
 
-def _titled(method: str, more: str, looks: Looks, chart: Html) -> Html:
+def _titled_chart(method: str, more: str, looks: Styles, chart: Html) -> Html:
     return tag("div", tag("p", _swatch(method, looks), f"{method}{more}"), chart)
 
 
-def scores(lines: Sequence[Group], names: Sequence[str], looks: Looks) -> Html:
+def scores(lines: Sequence[Group], names: Sequence[str], looks: Styles) -> Html:
     """PSNR and SSIM against alive weights."""
     if not names:
         return missing("No ticket has scores.")
@@ -50,7 +50,7 @@ def scores(lines: Sequence[Group], names: Sequence[str], looks: Looks) -> Html:
     return join(parts)
 
 
-def distance(lines: Sequence[Group], names: Sequence[str], looks: Looks) -> Html:
+def distance(lines: Sequence[Group], names: Sequence[str], looks: Styles) -> Html:
     """What the last ticket of each method gains or loses."""
     last = charts.last_rounds(lines)
     known = [n for n in names if any(n in line.against_dense for line in last)]
@@ -64,22 +64,22 @@ def distance(lines: Sequence[Group], names: Sequence[str], looks: Looks) -> Html
     )
 
 
-def curves(lines: Sequence[Group], names: Sequence[str], looks: Looks, dense: Sequence[Entry]) -> Html:
+def curves(lines: Sequence[Group], names: Sequence[str], looks: Styles, dense: Sequence[Entry]) -> Html:
     """How fast tickets learn: a row of charts per method, of one seed."""
     rows = []
     for method in dict.fromkeys(line.method for line in lines if not line.dense):
-        held = [s for line in lines if line.method == method for s in line.shown if s.ticket.curve is not None]
+        held = [s for line in lines if line.method == method for s in line.entries if s.ticket.curve is not None]
         seed = min((s.seed for s in held), default=None)
         mine = [s for s in held if s.seed == seed]
         mine += [d for d in dense if mine and d.run == mine[0].run and d.ticket.curve is not None]
-        told = [n for n in names if any(s.ticket.curve and s.ticket.curve.psnr.get(n) for s in mine)][:MOST_CURVES]
+        told = [n for n in names if any(s.ticket.curve and s.ticket.curve.psnr.get(n) for s in mine)][:MAX_CURVES]
         if told:
             look = looks[method]
             drawn = (picture(charts.curves(mine, look, n), f"{method}: PSNR of {n} within rounds") for n in told)
             rows += [tag("h3", _swatch(method, looks), f"{method}, seed {seed}"), tag("div", *drawn, class_="charts")]
     if not rows:
         return missing("No ticket has scores within its round (evaluate.every_epochs).")
-    few = f" At most {MOST_CURVES} sets are shown." if len(names) > MOST_CURVES else ""
+    few = f" At most {MAX_CURVES} sets are shown." if len(names) > MAX_CURVES else ""
     return figure(
         "PSNR on a few images while a round trains, against the steps of that round. The later the round, the stronger "
         f"its line; dashed: the dense round 0. Dot: the best step, which Definition 1 counts. One seed each.{few}",
@@ -88,14 +88,14 @@ def curves(lines: Sequence[Group], names: Sequence[str], looks: Looks, dense: Se
     )
 
 
-def density(lines: Sequence[Group], looks: Looks) -> Html:
+def density(lines: Sequence[Group], looks: Styles) -> Html:
     """Densities by block: inside the last ticket of each method, and round by round."""
     last = [line for line in charts.last_rounds(lines) if not line.dense]
-    known = [(line, _first(line)) for line in last if _first(line).ticket.layer_density]
+    known = [(line, _first_seed(line)) for line in last if _first_seed(line).ticket.layer_density]
     if not known:
         return missing("No ticket tells the densities of its layers." if last else "No ticket here is pruned.")
     first = [
-        _titled(line.method, f", round {line.round_}, {line.alive / line.total:.1%}", looks, _by_kind(line, s))
+        _titled_chart(line.method, f", round {line.round_}, {line.alive / line.total:.1%}", looks, _density_by_kind(line, s))
         for line, s in known
     ]
     scale = picture(layer_density.scale(), "colours from 1% to 100% of weights alive")
@@ -107,10 +107,10 @@ def density(lines: Sequence[Group], looks: Looks) -> Html:
     parts = [scale, figure(said, *first)]
     second = []
     for line, s in known:
-        rounds = [x for other in lines for x in other.shown if x.run == s.run]
+        rounds = [x for other in lines for x in other.entries if x.run == s.run]
         if len({x.ticket.round for x in rounds}) > 1 and not line.control:
             grid = layer_density.heat(layer_density.by_round(rounds), f"rounds {line.method}", "round")
-            second.append(_titled(line.method, "", looks, picture(grid, f"density by block and round, {line.method}")))
+            second.append(_titled_chart(line.method, "", looks, picture(grid, f"density by block and round, {line.method}")))
     if second:
         told = (
             "The same by round: a block's prunable weights together. A red cross: a tensor of the block is collapsed."
@@ -119,21 +119,21 @@ def density(lines: Sequence[Group], looks: Looks) -> Html:
     return join(parts)
 
 
-def _first(line: Group) -> Entry:
-    return min(line.shown, key=lambda s: s.seed)
+def _first_seed(line: Group) -> Entry:
+    return min(line.entries, key=lambda s: s.seed)
 
 
-def _by_kind(line: Group, shown: Entry) -> Html:
+def _density_by_kind(line: Group, shown: Entry) -> Html:
     grid = layer_density.heat(layer_density.by_kind(shown), f"kinds {line.method}")
     return picture(grid, f"density by block and kind of tensor, {line.method}")
 
 
-def overlap(lines: Sequence[Group], looks: Looks) -> Html:
+def overlap(lines: Sequence[Group], looks: Styles) -> Html:
     """How far masks agree."""
-    named = overlap_grid.chosen(lines)
+    named = overlap_grid.choose_entries(lines)
     if len(named) < 2:
         return missing("Fewer than two pruned tickets have a known mask, so there is no overlap to show.")
-    total = sum(s.mask is not None for line in lines if not line.dense for s in line.shown)
+    total = sum(s.mask is not None for line in lines if not line.dense for s in line.entries)
     said = (
         "Overlap of alive prunable weights, intersection over union (IoU). r: round, s: seed. Left: as it is. Right: "
         "minus what independent random masks of the same density, tensor by tensor, would have: blue is more than "
@@ -145,7 +145,7 @@ def overlap(lines: Sequence[Group], looks: Looks) -> Html:
         picture(overlap_grid.grid(named, beyond=True), "overlap of masks beyond chance"),
     ]
     parts: list[str] = [figure(said, *drawn)]
-    between = overlap_grid.seeds(lines, looks)
+    between = overlap_grid.overlap_of_seeds(lines, looks)
     if between is not None:
         told = (
             "Mean overlap between the seeds of one method and round. Dotted: expected by chance from the densities of "

@@ -18,32 +18,32 @@ from mirl_dist.tickets.compare.statistics import Group
 from mirl_dist.tickets.report.charts import last_rounds
 from mirl_dist.tickets.report.html import Html, data_uri, join, row, table, tag
 
-MOST_ROWS, MOST_BYTES = 12, 2_500_000
+MAX_ROWS, MAX_BYTES = 12, 2_500_000
 """Images shown, and bytes that all of them may take on the page."""
 
 
 class Column(NamedTuple):
     """The ticket of a line and its images by title: (degraded, restored, clean)."""
 
-    line: Group
-    shown: Entry
+    group: Group
+    entry: Entry
     images: Mapping[str, tuple[image_strip.Pixels, ...]]
 
 
 def gallery(lines: Sequence[Group]) -> Html:
     """A row per image: degraded, restored by each ticket with its PSNR, dense, clean; and what was left out."""
-    columns, said = _columns(lines)
+    columns, said = _choose_columns(lines)
     titles = _spread_over_tasks(list(dict.fromkeys(t for c in columns for t in c.images)))
     if not titles:
-        return join([tag("p", "No ticket came with pictures (evaluate.pictures)."), *_said(said)])
-    kept = titles[:MOST_ROWS]
-    body, lossy = _encoded(columns, kept)
+        return join([tag("p", "No ticket came with pictures (evaluate.pictures)."), *_paragraphs(said)])
+    kept = titles[:MAX_ROWS]
+    body, lossy = _encode_rows(columns, kept)
     if len(kept) < len(titles):
         said.append(f"{len(kept)} of {len(titles)} images are shown.")
     said.append("JPEG (quality 90), to keep the page small." if lossy else "Pixels are exact (PNG).")
-    heads = [_head(c) for c in columns]
-    last = [h for c, h in zip(columns, heads, strict=True) if c.shown.method == DENSE]
-    first = [h for c, h in zip(columns, heads, strict=True) if c.shown.method != DENSE]
+    heads = [_column_head(c) for c in columns]
+    last = [h for c, h in zip(columns, heads, strict=True) if c.entry.method == DENSE]
+    first = [h for c, h in zip(columns, heads, strict=True) if c.entry.method != DENSE]
     caption = (
         "Centres of test images: the input, what each method's last ticket makes of it (one seed), the dense network's "
         "work, and the clean image. In dB: PSNR of the 8-bit centre that is shown, not the score of the whole image. "
@@ -55,15 +55,15 @@ def gallery(lines: Sequence[Group]) -> Html:
     return tag("figure", shown, tag("figcaption", caption))
 
 
-def _said(said: Sequence[str]) -> list[Html]:
+def _paragraphs(said: Sequence[str]) -> list[Html]:
     return [tag("p", text, class_="soft") for text in said]
 
 
-def _columns(lines: Sequence[Group]) -> tuple[list[Column], list[str]]:
+def _choose_columns(lines: Sequence[Group]) -> tuple[list[Column], list[str]]:
     """One ticket per method, of the lowest seed whose pictures can be read; what could not be, in words."""
     found, said = [], []
     for line in last_rounds(lines):
-        for shown in sorted((s for s in line.shown if s.strip is not None), key=lambda s: s.seed):
+        for shown in sorted((s for s in line.entries if s.strip is not None), key=lambda s: s.seed):
             assert shown.strip is not None, "chosen by having one"
             try:
                 rows = image_strip.rows(shown.strip, f"pictures of {shown.name}")
@@ -83,23 +83,23 @@ def _spread_over_tasks(titles: Sequence[str]) -> list[str]:
     return [t for turn in zip_longest(*tasks.values()) for t in turn if t is not None]
 
 
-def _head(column: Column) -> Html:
-    line, ticket = column.line, column.shown.ticket
-    said = f"round {line.round_}, {1 - ticket.total_sparsity:.1%}, seed {column.shown.seed}"
+def _column_head(column: Column) -> Html:
+    line, ticket = column.group, column.entry.ticket
+    said = f"round {line.round_}, {1 - ticket.total_sparsity:.1%}, seed {column.entry.seed}"
     return tag("th", line.method, tag("br"), tag("small", said, class_="soft"))
 
 
-def _encoded(columns: Sequence[Column], titles: Sequence[str]) -> tuple[list[Html], bool]:
+def _encode_rows(columns: Sequence[Column], titles: Sequence[str]) -> tuple[list[Html], bool]:
     """Rows of the table, and whether the pictures had to be made smaller by loss."""
-    body = [_row(columns, title, False) for title in titles]
-    if sum(len(line) for rows in body for line in rows) <= MOST_BYTES:
+    body = [_image_rows(columns, title, False) for title in titles]
+    if sum(len(line) for rows in body for line in rows) <= MAX_BYTES:
         return [line for rows in body for line in rows], False
     kept: list[Html] = []
     size = 0
     for title in titles:
-        rows = _row(columns, title, True)
+        rows = _image_rows(columns, title, True)
         size += sum(map(len, rows))
-        if size > MOST_BYTES and kept:
+        if size > MAX_BYTES and kept:
             kept.append(
                 row(
                     [
@@ -117,28 +117,28 @@ def _encoded(columns: Sequence[Column], titles: Sequence[str]) -> tuple[list[Htm
     return kept, True
 
 
-def _row(columns: Sequence[Column], title: str, lossy: bool) -> list[Html]:
+def _image_rows(columns: Sequence[Column], title: str, lossy: bool) -> list[Html]:
     held = [(c, c.images[title]) for c in columns if title in c.images]
     degraded, _, clean = held[0][1]
-    cells = {c.line.method: _cell(images[1], clean, lossy, _other(images, degraded, clean)) for c, images in held}
-    ordered = [c for c in columns if c.shown.method != DENSE] + [c for c in columns if c.shown.method == DENSE]
-    middle = [cells.get(c.line.method, tag("td", "–")) for c in ordered]
+    cells = {c.group.method: _image_cell(images[1], clean, lossy, _note_other_input(images, degraded, clean)) for c, images in held}
+    ordered = [c for c in columns if c.entry.method != DENSE] + [c for c in columns if c.entry.method == DENSE]
+    middle = [cells.get(c.group.method, tag("td", "–")) for c in ordered]
     width = str(len(middle) + 2)
     return [
         row([tag("td", title, colspan=width, class_="row")]),
-        row([_cell(degraded, clean, lossy), *middle, tag("td", _image(clean, lossy, "clean"), "clean")]),
+        row([_image_cell(degraded, clean, lossy), *middle, tag("td", _image_tag(clean, lossy, "clean"), "clean")]),
     ]
 
 
-def _other(images: Sequence[image_strip.Pixels], degraded: image_strip.Pixels, clean: image_strip.Pixels) -> str:
+def _note_other_input(images: Sequence[image_strip.Pixels], degraded: image_strip.Pixels, clean: image_strip.Pixels) -> str:
     same = np.array_equal(images[0], degraded) and np.array_equal(images[2], clean)
     return "" if same else " (another input)"
 
 
-def _cell(image: image_strip.Pixels, clean: image_strip.Pixels, lossy: bool, more: str = "") -> Html:
+def _image_cell(image: image_strip.Pixels, clean: image_strip.Pixels, lossy: bool, more: str = "") -> Html:
     score = _psnr(image, clean)
     text = f"{score:.2f} dB{more}" if score is not None else f"another size{more}"
-    return tag("td", _image(image, lossy, text), text)
+    return tag("td", _image_tag(image, lossy, text), text)
 
 
 def _psnr(image: image_strip.Pixels, clean: image_strip.Pixels) -> float | None:
@@ -148,7 +148,7 @@ def _psnr(image: image_strip.Pixels, clean: image_strip.Pixels) -> float | None:
     return min(10 * float(np.log10(255**2 / error)), PSNR_CEILING_DB) if error else PSNR_CEILING_DB
 
 
-def _image(image: image_strip.Pixels, lossy: bool, said: str) -> Html:
+def _image_tag(image: image_strip.Pixels, lossy: bool, said: str) -> Html:
     data = io.BytesIO()
     if lossy:
         Image.fromarray(image).save(data, "JPEG", quality=90, subsampling=0)

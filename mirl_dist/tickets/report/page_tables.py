@@ -23,7 +23,7 @@ def compared(shown: Sequence[Entry]) -> Html:
     return join(
         [
             tag("p", _inventory(shown, len(runs))),
-            table([head], [_run(name, held) for name, held in runs.items()]),
+            table([head], [_run_row(name, held) for name, held in runs.items()]),
             tag("dl", *_protocols(shown)),
         ]
     )
@@ -34,19 +34,19 @@ def _inventory(shown: Sequence[Entry], runs: int) -> str:
     seeds = sorted({s.seed for s in shown})
     dense = any(s.method == DENSE for s in shown)
     return (
-        f"{_count(len(shown), 'ticket')} of {_count(runs, 'run')}: {_count(len(methods), 'method')}"
+        f"{_count_of(len(shown), 'ticket')} of {_count_of(runs, 'run')}: {_count_of(len(methods), 'method')}"
         f"{f' ({chr(44).join([chr(32) + m for m in methods]).strip()})' if methods else ''}, "
-        f"{_count(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), scored on "
-        f"{', '.join(statistics.names(shown)) or 'nothing'}. "
+        f"{_count_of(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), scored on "
+        f"{', '.join(statistics.task_names(shown)) or 'nothing'}. "
         + ("The dense network is round 0 of a run." if dense else "There is no dense network to compare with.")
     )
 
 
-def _count(number: int, word: str) -> str:
+def _count_of(number: int, word: str) -> str:
     return f"{number} {word}" + "s" * (number != 1)
 
 
-def _run(name: str, held: Sequence[Entry]) -> Html:
+def _run_row(name: str, held: Sequence[Entry]) -> Html:
     tickets = sorted((s.ticket for s in held), key=lambda t: t.round)
     methods = dict.fromkeys(s.method for s in held if s.method != DENSE) or {DENSE: None}
     first = tickets[0]
@@ -60,8 +60,8 @@ def _run(name: str, held: Sequence[Entry]) -> Html:
             ", ".join(methods),
             all_of([str(s.seed) for s in held]),
             _rounds([t.round for t in tickets]),
-            _number(f"{first.total:,}", first.total),
-            _number(f"{first.prunable:,}", first.prunable),
+            _number_cell(f"{first.total:,}", first.total),
+            _number_cell(f"{first.prunable:,}", first.prunable),
             all_of([f"{t.updates:,}" for t in tickets]),
             tag("td", tag("code", all_of([t.fingerprint[:12] for t in tickets]))),
             tag("td", tag("code", all_of([t.manifest_digest[:12] for t in tickets]))),
@@ -79,8 +79,8 @@ def _rounds(rounds: Sequence[int]) -> str:
 def _protocols(shown: Sequence[Entry]) -> list[Html]:
     texts: dict[str, str] = {}
     for s in shown:
-        texts |= {statistics.headline(s.ticket): s.ticket.protocol} | s.ticket.protocols
-    first = statistics.headline(shown[0].ticket)
+        texts |= {statistics.headline_protocol(s.ticket): s.ticket.protocol} | s.ticket.protocols
+    first = statistics.headline_protocol(shown[0].ticket)
     found = []
     for name, text in texts.items():
         title = "protocol" if name == text else name
@@ -90,8 +90,8 @@ def _protocols(shown: Sequence[Entry]) -> list[Html]:
 
 def scores(lines: Sequence[Group], names: Sequence[str], looks: Mapping[str, Style], theirs: bool = True) -> Html:
     """Methods and rounds with PSNR over SSIM; the paper's figures, where it has any, in columns of their own."""
-    beside = published.beside(lines, names) if theirs else []
-    figures = {(b.line.method, b.line.round_): b for b in beside}
+    beside = published.match_groups(lines, names) if theirs else []
+    figures = {(b.group.method, b.group.round_): b for b in beside}
     cited = {
         name: f"{b.figures[name].dataset}, {b.figures[name].table}"
         for b in beside
@@ -99,18 +99,18 @@ def scores(lines: Sequence[Group], names: Sequence[str], looks: Mapping[str, Sty
         if name in b.figures
     }
     last = {line.method: line.round_ for line in lines}
-    best = {(m, n): _best(lines, m, n) for m in ("psnr", "ssim") for n in names}
+    best = {(m, n): _best_mean(lines, m, n) for m in ("psnr", "ssim") for n in names}
     body, before = [], ""
     for line in lines:
-        cells = [*_ours(line, names, looks, best), *_theirs(figures.get((line.method, line.round_)), cited)]
+        cells = [*_measured_cells(line, names, looks, best), *_published_cells(figures.get((line.method, line.round_)), cited)]
         early = line.round_ != last[line.method] and (line.method, line.round_) not in figures
         words = ["first"] * (line.method != before) + ["early"] * early
         body.append(row(cells, class_=" ".join(words) if words else False))
         before = line.method
-    return table(_head(names, cited), body)
+    return table(_head_rows(names, cited), body)
 
 
-def _head(names: Sequence[str], cited: Mapping[str, str]) -> list[list[Html]]:
+def _head_rows(names: Sequence[str], cited: Mapping[str, str]) -> list[list[Html]]:
     plain = ("method", "round", "alive weights", "sparsity", "seeds", *names)
     ours = [
         tag("th", broken(text), data_sorts=str(at), scope="col", class_="number" if at > 0 else False)
@@ -129,25 +129,25 @@ def _head(names: Sequence[str], cited: Mapping[str, str]) -> list[list[Html]]:
     return [group, [*ours, tag("th", class_="gap"), *theirs]]
 
 
-def _ours(
+def _measured_cells(
     line: Group, names: Sequence[str], looks: Mapping[str, Style], best: Mapping[tuple[str, str], float | None]
 ) -> list[Html]:
     look = picture(swatch(line.method, looks[line.method]), "")
     cells = [
         tag("td", look, line.method, class_="method", data_value=line.method),
-        _number(str(line.round_), line.round_),
-        _number(f"{line.alive:,.0f}", line.alive),
-        _number(f"{line.sparsity:.1%}", line.sparsity),
-        _number(str(len(line.seeds)), len(line.seeds)),
+        _number_cell(str(line.round_), line.round_),
+        _number_cell(f"{line.alive:,.0f}", line.alive),
+        _number_cell(f"{line.sparsity:.1%}", line.sparsity),
+        _number_cell(str(len(line.seeds)), len(line.seeds)),
     ]
     for name in names:
         psnr, ssim = line.psnr.get(name), line.ssim.get(name)
         top = not (line.dense or line.control)
         inside = join(
             [
-                _spread(psnr, 2, top and psnr is not None and psnr.mean == best["psnr", name]),
+                _format_statistic(psnr, 2, top and psnr is not None and psnr.mean == best["psnr", name]),
                 tag("br"),
-                tag("small", _spread(ssim, 4, top and ssim is not None and ssim.mean == best["ssim", name])),
+                tag("small", _format_statistic(ssim, 4, top and ssim is not None and ssim.mean == best["ssim", name])),
             ],
             "",
         )
@@ -156,12 +156,12 @@ def _ours(
     return cells
 
 
-def _theirs(beside: published.Beside | None, cited: Collection[str]) -> list[Html]:
+def _published_cells(beside: published.PublishedMatch | None, cited: Collection[str]) -> list[Html]:
     if not cited:
         return []
     if beside is None:
         return [tag("td", class_="gap"), *(tag("td", class_="theirs") for _ in range(len(cited) + 1))]
-    cells = [tag("td", f"{beside.one.method}", tag("br"), tag("small", beside.one.params), class_="number theirs")]
+    cells = [tag("td", f"{beside.network.method}", tag("br"), tag("small", beside.network.params), class_="number theirs")]
     for name in cited:
         figure = beside.figures.get(name)
         said = (f"{figure.psnr:.2f}", tag("br"), tag("small", f"{figure.ssim:.4f}")) if figure else (DASH,)
@@ -169,18 +169,18 @@ def _theirs(beside: published.Beside | None, cited: Collection[str]) -> list[Htm
     return [tag("td", class_="gap"), *cells]
 
 
-def _best(lines: Sequence[Group], measure: str, name: str) -> float | None:
+def _best_mean(lines: Sequence[Group], measure: str, name: str) -> float | None:
     """The highest mean of a column, dense networks and controls not counted."""
     found = [getattr(line, measure).get(name) for line in lines if not (line.dense or line.control)]
     return max((s.mean for s in found if s is not None and math.isfinite(s.mean)), default=None)
 
 
-def _spread(spread: Statistic | None, digits: int, best: bool) -> Html:
+def _format_statistic(spread: Statistic | None, digits: int, best: bool) -> Html:
     if spread is None or not math.isfinite(spread.mean):
         return Html(DASH)
     mean = tag("b", f"{spread.mean:.{digits}f}", class_="best") if best else Html(f"{spread.mean:.{digits}f}")
     return mean if spread.sd is None else join([mean, tag("small", f" ± {spread.sd:.{digits}f}")], "")
 
 
-def _number(text: str, value: float) -> Html:
+def _number_cell(text: str, value: float) -> Html:
     return tag("td", text, class_="number", data_value=f"{value:.6f}")

@@ -51,28 +51,28 @@ def _cells(j: Judgement, names: Sequence[str], kinds: Sequence[str], looks: Mapp
         tag("td", look, j.method, class_="method"),
         tag("td", str(j.round_), class_="number"),
         tag("td", f"{j.density:.1%}", class_="number"),
-        tag("td", _word(j.overall), class_="overall"),
-        *(_answer(j.answers.get(name)) for name in names),
-        *(_control(controls.get(kind)) for kind in kinds),
+        tag("td", _verdict_tag(j.overall), class_="overall"),
+        *(_answer_cell(j.answers.get(name)) for name in names),
+        *(_control_cell(controls.get(kind)) for kind in kinds),
         tag("td", tag("small", "; ".join(j.remarks)), class_="run"),
     ]
 
 
-def _answer(answer: Answer | None) -> Html:
+def _answer_cell(answer: Answer | None) -> Html:
     if answer is None:
         return tag("td", "–", class_="number")
-    gain = [_told(answer.gain, "+.2f"), " ", _word(answer.score)]
-    later = [_told(answer.later, "+,.0f"), " steps ", _word(answer.steps)] if answer.later else []
+    gain = [_format_statistic(answer.gain, "+.2f"), " ", _verdict_tag(answer.score)]
+    later = [_format_statistic(answer.later, "+,.0f"), " steps ", _verdict_tag(answer.steps)] if answer.later else []
     return tag("td", *gain, *([tag("br"), tag("small", *later)] if later else []), class_="number")
 
 
-def _control(control: Control | None) -> Html:
+def _control_cell(control: Control | None) -> Html:
     if control is None or control.mean is None:
         return tag("td", "–", class_="number")
-    return tag("td", _told(control.mean, "+.2f"), " ", _word(control.verdict), class_="number")
+    return tag("td", _format_statistic(control.mean, "+.2f"), " ", _verdict_tag(control.verdict), class_="number")
 
 
-def _told(spread: Statistic | None, form: str) -> Html:
+def _format_statistic(spread: Statistic | None, form: str) -> Html:
     if spread is None:
         return Html("–")
     mean = f"{spread.mean:{form}}".replace("-", "−")
@@ -82,6 +82,6 @@ def _told(spread: Statistic | None, form: str) -> Html:
     return join([mean, tag("small", f" ± {spread.sd:{form[1:]}}")], "")
 
 
-def _word(word: str) -> Html:
+def _verdict_tag(word: str) -> Html:
     kind = "yes" if word in _GOOD else "no" if word in _BAD else "unsure"
     return tag("span", word.removesuffix(" the spread"), class_=kind)

@@ -33,7 +33,7 @@ class TableRow(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Grid:
+class TextTable:
     """Rows below the fixed columns and a column per 'task/set', in as many tables as the terminal's width asks for.
 
     At most WIDTH columns are used; where the fixed columns leave no room for a task, rows are told as lines instead,
@@ -49,13 +49,13 @@ class Grid:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = min(WIDTH, options.max_width)
-        fixed = [max(_longest([head, *(row.fixed[i] for row in self.rows)]), 1) for i, head in enumerate(self.heads)]
+        fixed = [max(_widest_line([head, *(row.fixed[i] for row in self.rows)]), 1) for i, head in enumerate(self.heads)]
         fixed = [min(one, _WIDEST_LABEL) for one in fixed]
-        wide = {n: _longest([_head(n), *(row.cells.get(n, "") for row in self.rows)]) for n in self.names}
+        wide = {n: _widest_line([_head(n), *(row.cells.get(n, "") for row in self.rows)]) for n in self.names}
         cut = {n: min(one, _WIDEST_TASK) for n, one in wide.items()}
         room = width - 1 - sum(one + 3 for one in fixed)
         if room < max((one + 3 for one in cut.values()), default=0):
-            yield Text("\n".join(self._lines()))
+            yield Text("\n".join(self._as_lines()))
             return
         groups: list[list[str]] = [[]]
         for name in self.names:
@@ -64,61 +64,61 @@ class Grid:
             groups[-1].append(name)
         columns = list(zip(self.heads, fixed, strict=True))
         found = [
-            _block(self.title + " (continued)" * (part > 0), columns, self.rows, {n: cut[n] for n in group})
+            _rich_table(self.title + " (continued)" * (part > 0), columns, self.rows, {n: cut[n] for n in group})
             for part, group in enumerate(groups)
         ]
         if self.remarks:
             found[-1].caption = Text("\n".join(self.remarks), justify="left")
         yield from found
 
-    def _lines(self) -> list[str]:
+    def _as_lines(self) -> list[str]:
         said = [self.title]
         for row in self.rows:
-            said += ["", *(f"{head}: {_flat(word)}" for head, word in zip(self.heads, row.fixed, strict=True) if word)]
-            said += [f"  {name}: {_flat(row.cells[name])}" for name in self.names if name in row.cells]
+            said += ["", *(f"{head}: {_on_one_line(word)}" for head, word in zip(self.heads, row.fixed, strict=True) if word)]
+            said += [f"  {name}: {_on_one_line(row.cells[name])}" for name in self.names if name in row.cells]
         return [*said, "", *self.remarks]
 
 
-def tables(shown: Sequence[Entry]) -> list[Grid]:
+def tables(shown: Sequence[Entry]) -> list[TextTable]:
     """Alive weights, PSNR over SSIM per method and round; then the paper's figures, in tables of their own.
 
     Over several seeds: means, each above its sample standard deviation. `summary.notes` says what else to know.
     Raises UserError as `summary.lines`.
     """
-    lines, names = statistics.lines(shown), statistics.names(shown)
+    lines, names = statistics.group_entries(shown), statistics.task_names(shown)
     many = any(len(line.seeds) > 1 for line in lines)
     heads = ("method", "round", "alive", "sparsity") + (("seeds",) if many else ())
-    rows = [_row(line, many) for line in lines] + _input(shown, len(heads))
+    rows = [_group_row(line, many) for line in lines] + _degraded_rows(shown, len(heads))
     title = "PSNR in dB over SSIM" + (", means over seeds, ± sample standard deviation" if many else "")
-    ours = Grid(title, heads, rows, names, [f"protocol: {s.ticket.protocol}" for s in shown[:1]])
-    return [ours, *_published(lines, names)]
+    ours = TextTable(title, heads, rows, names, [f"protocol: {s.ticket.protocol}" for s in shown[:1]])
+    return [ours, *_published_tables(lines, names)]
 
 
-def _row(line: Group, many: bool) -> TableRow:
+def _group_row(line: Group, many: bool) -> TableRow:
     fixed = (line.method, str(line.round_), f"{line.alive:,.0f}", f"{line.sparsity:.1%}")
-    cells = {name: "\n".join((*told(psnr, 2), *told(line.ssim[name], 4))) for name, psnr in line.psnr.items()}
+    cells = {name: "\n".join((*format_statistic(psnr, 2), *format_statistic(line.ssim[name], 4))) for name, psnr in line.psnr.items()}
     return TableRow(fixed + ((str(len(line.seeds)),) if many else ()), cells)
 
 
-def told(spread: Statistic, digits: int, sign: str = "") -> list[str]:
+def format_statistic(spread: Statistic, digits: int, sign: str = "") -> list[str]:
     """The mean, and where it is known the standard deviation, as lines of a cell. sign: '+' to show it always."""
     said = [f"{spread.mean:{sign},.{digits}f}"]
     return said if spread.sd is None else [*said, f"±{spread.sd:,.{digits}f}"]
 
 
-def _input(shown: Sequence[Entry], fixed: int) -> list[TableRow]:
+def _degraded_rows(shown: Sequence[Entry], fixed: int) -> list[TableRow]:
     """The scores of the degraded images themselves."""
     given = {n: s for one in reversed(shown) for n, s in statistics.scores_of(one.ticket).items()}
     cells = {n: f"{s.degraded_psnr:.2f}\n{s.degraded_ssim:.4f}" for n, s in given.items()}
     return [TableRow(("input",) + ("",) * (fixed - 1), cells)] if cells else []
 
 
-def _published(lines: Sequence[Group], names: Sequence[str]) -> list[Grid]:
+def _published_tables(lines: Sequence[Group], names: Sequence[str]) -> list[TextTable]:
     """The paper's figures, in a table of their own; nothing where it has none."""
     rows, where = [], dict[str, None]()
-    for beside in published.beside(lines, names):
-        line, figures = beside.line, beside.figures
-        one = beside.one
+    for beside in published.match_groups(lines, names):
+        line, figures = beside.group, beside.figures
+        one = beside.network
         round_ = published.round_of(one)
         paper = f"{one.method} {one.params}" + ("" if round_ is None else f"\n(round {round_})")
         where |= dict.fromkeys(figure.table for figure in figures.values())
@@ -129,10 +129,10 @@ def _published(lines: Sequence[Group], names: Sequence[str]) -> list[Grid]:
     used = [name for name in names if any(name in row.cells for row in rows)]
     setting = published.setting_of(names)
     said = f"the figures of MIR-L, Table {', '.join(where)} ({setting}), as printed: no yardstick for other training"
-    return [Grid(published.TITLE, ("beside", "MIR-L's"), rows, used, [said])]
+    return [TextTable(published.TITLE, ("beside", "MIR-L's"), rows, used, [said])]
 
 
-def _block(title: str, fixed: Sequence[tuple[str, int]], rows: Sequence[TableRow], tasks: Mapping[str, int]) -> Table:
+def _rich_table(title: str, fixed: Sequence[tuple[str, int]], rows: Sequence[TableRow], tasks: Mapping[str, int]) -> Table:
     made = Table(title=Text(title), show_lines=any("\n" in cell for row in rows for cell in row.cells.values()))
     for place, (head, width) in enumerate(fixed):
         made.add_column(Text(head), width=width, justify="right" if place else "left", overflow="fold")
@@ -147,11 +147,11 @@ def _head(name: str) -> str:
     return name.replace("/", "\n").replace("_", "\n")
 
 
-def _flat(cell: str) -> str:
+def _on_one_line(cell: str) -> str:
     return cell.replace("\n", " ")
 
 
-def _longest(cells: Iterable[str]) -> int:
+def _widest_line(cells: Iterable[str]) -> int:
     return max((len(line) for cell in cells for line in cell.split("\n")), default=0)
 
 
@@ -168,7 +168,7 @@ def csv(shown: Sequence[Entry]) -> bytes:
     writer = csv_files.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
     for s in shown:
-        t, head = s.ticket, statistics.headline(s.ticket)
+        t, head = s.ticket, statistics.headline_protocol(s.ticket)
         steps, digest = t.best_steps(), t.digest()
         for protocol, scores in {head: t.scores, **t.also}.items():
             for name, score in scores.items():
@@ -189,5 +189,5 @@ def published_csv() -> bytes:
     out = io.StringIO()
     writer = csv_files.writer(out, lineterminator="\n")
     writer.writerow(("paper", *published.Published._fields))
-    writer.writerows(("MIR-L", *row) for row in published.rows())
+    writer.writerows(("MIR-L", *row) for row in published.all_figures())
     return out.getvalue().encode()

@@ -104,7 +104,7 @@ def spoilt(s: Entry, **numbers: float) -> Entry:
 
 
 def at(shown: list[Entry], method: str, round_: int = 1, protocol: str | None = None) -> statistics.Group:
-    [line] = [x for x in statistics.lines(shown, protocol) if (x.method, x.round_) == (method, round_)]
+    [line] = [x for x in statistics.group_entries(shown, protocol) if (x.method, x.round_) == (method, round_)]
     return line
 
 
@@ -137,7 +137,7 @@ def test_seeds_of_a_method_and_round_are_one_line() -> None:
     assert line.ssim[RAIN].mean == pytest.approx(0.31)
     assert (line.alive, line.total, line.seeds) == (101 + 37, 200, (0, 1, 2))
     assert line.sparsity == pytest.approx(1 - 138 / 200)
-    assert line.shown == tuple(shown)
+    assert line.entries == tuple(shown)
 
 
 def test_a_network_seen_in_two_runs_of_one_seed_is_one_value() -> None:
@@ -151,15 +151,15 @@ def test_a_network_seen_in_two_runs_of_one_seed_is_one_value() -> None:
 
 def test_lines_are_dense_first_then_methods_as_they_came_with_rounds_ascending() -> None:
     shown = [one("B", 0, 2), one("B", 0, 1), one("A", 0, 1), one(DENSE, 0, 0)]
-    assert [(x.method, x.round_) for x in statistics.lines(shown)] == [(DENSE, 0), ("B", 1), ("B", 2), ("A", 1)]
-    assert statistics.lines([]) == []
+    assert [(x.method, x.round_) for x in statistics.group_entries(shown)] == [(DENSE, 0), ("B", 1), ("B", 2), ("A", 1)]
+    assert statistics.group_entries([]) == []
 
 
 def test_a_task_that_some_seeds_lack_counts_the_others_alone() -> None:
     shown = [one("A", 0, 1, {RAIN: 30, NOISE: 25}), one("A", 1, 1, {RAIN: 32})]
     line = at(shown, "A")
     assert (line.psnr[RAIN].count, line.psnr[NOISE]) == (2, (25.0, None, 1))
-    assert statistics.names(shown) == [RAIN, NOISE]
+    assert statistics.task_names(shown) == [RAIN, NOISE]
 
 
 # Differences to the dense network.
@@ -209,7 +209,7 @@ def test_the_dense_ticket_of_the_same_run_may_have_taken_more_steps() -> None:
 
 def test_only_seeds_of_one_experiment_share_a_line() -> None:
     shown = [one("A", seed, 1, {RAIN: 30 + 5 * (seed > 1)}, experiment=f"e{seed > 1}") for seed in range(4)]
-    found = {(x.method, x.round_): (x.psnr[RAIN], x.seeds) for x in statistics.lines(shown)}
+    found = {(x.method, x.round_): (x.psnr[RAIN], x.seeds) for x in statistics.group_entries(shown)}
     assert found == {("A", 1): ((30, 0, 2), (0, 1)), ("A (2)", 1): ((35, 0, 2), (2, 3))}
     assert "A (2) is another experiment than A: the configs differ, so these runs are no seeds of it: A s2; A s3" in (
         statistics.notes(shown)
@@ -219,9 +219,9 @@ def test_only_seeds_of_one_experiment_share_a_line() -> None:
 
 def test_dense_networks_of_one_training_share_a_line_whatever_is_done_to_them_later() -> None:
     shown = [one(DENSE, seed, experiment=f"e{seed}") for seed in range(2)]
-    assert [(x.method, x.seeds) for x in statistics.lines(shown)] == [(DENSE, (0, 1))]
+    assert [(x.method, x.seeds) for x in statistics.group_entries(shown)] == [(DENSE, (0, 1))]
     other = [*shown, one(DENSE, 2, psnr={RAIN: 20}, training="another"), one("A", 2, 1)]
-    lines = statistics.lines(other)
+    lines = statistics.group_entries(other)
     assert [(x.method, x.seeds) for x in lines] == [(DENSE, (0, 1)), ("dense (2)", (2,)), ("A", (2,))]
     assert [x.dense for x in lines] == [True, True, False] and lines[1].against_dense == {}
     assert [j.method for j in judge.judge(other)] == ["A"]
@@ -232,7 +232,7 @@ def test_controls_stand_by_the_experiment_of_their_ticket() -> None:
     controls = [
         one("control reinit", t.seed, 0, run=f"c{t.seed}", experiment="c", parent=t.ticket.digest()) for t in tickets
     ]
-    assert [x.method for x in statistics.lines([*tickets, *controls])] == [
+    assert [x.method for x in statistics.group_entries([*tickets, *controls])] == [
         "A",
         "A (2)",
         "control reinit of A",
@@ -249,7 +249,7 @@ def test_a_control_stands_beside_the_ticket_that_it_controls() -> None:
         one("control reinit", 0, 0, run=f"c{i}", alive=t.ticket.alive, parent=t.ticket.digest())
         for i, t in enumerate(tickets)
     ]
-    found = {(x.method, x.round_): len(x.shown) for x in statistics.lines([*tickets, *controls])}
+    found = {(x.method, x.round_): len(x.entries) for x in statistics.group_entries([*tickets, *controls])}
     assert found == {
         ("A", 1): 1,
         ("A", 2): 1,
@@ -261,7 +261,7 @@ def test_a_control_stands_beside_the_ticket_that_it_controls() -> None:
 
 
 def test_controls_of_tickets_that_are_not_shown_are_told_apart_by_density() -> None:
-    lines = statistics.lines([one("control reinit", seed, 0, alive=60 + 20 * (seed > 1)) for seed in range(4)])
+    lines = statistics.group_entries([one("control reinit", seed, 0, alive=60 + 20 * (seed > 1)) for seed in range(4)])
     assert [(x.method, x.seeds) for x in lines] == [
         ("control reinit (97 alive)", (0, 1)),
         ("control reinit (117 alive)", (2, 3)),
@@ -285,13 +285,13 @@ def test_another_protocol_gives_its_own_scores_and_differences() -> None:
     assert at(shown, "A", protocol="first") == at(shown, "A")
     assert at(shown, "B", protocol="second").psnr == {}
     with pytest.raises(UserError, match=r"no ticket here was scored by third; there are first, second\."):
-        statistics.lines(shown, "third")
+        statistics.group_entries(shown, "third")
 
 
 def test_the_headline_is_known_by_its_text_whatever_the_order() -> None:
     ticket = one("A", protocols={"a": "another", "first": "the first protocol"}).ticket
-    assert statistics.headline(ticket) == "first"
-    assert statistics.headline(ticket.model_copy(update={"protocols": {}})) == "the first protocol"
+    assert statistics.headline_protocol(ticket) == "first"
+    assert statistics.headline_protocol(ticket.model_copy(update={"protocols": {}})) == "the first protocol"
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_scores_that_were_measured_differently_are_refused(
     shown = [one("A", 0, 1, **a), one("B", 0, 1, **b)]
     for compare in (
         statistics.check_comparable,
-        statistics.lines,
+        statistics.group_entries,
         statistics.notes,
         text.tables,
         latex.tables,
@@ -432,15 +432,15 @@ def test_the_expected_overlap_is_what_random_masks_have() -> None:
     for m, seed in zip(drawn, (5, 6), strict=True):
         m["b.weight"] = np.random.default_rng(seed).random(20_000) < 0.9
     shown = [one("A", i, 1, mask=m, parts=parts) for i, m in enumerate(drawn)]
-    assert mask_overlap.expected(shown)[0, 1] == pytest.approx(mask_overlap.iou(shown)[0, 1], rel=0.02)
+    assert mask_overlap.expected_iou(shown)[0, 1] == pytest.approx(mask_overlap.iou(shown)[0, 1], rel=0.02)
     # By hand: both 0.04 x 100,000 + 0.81 x 20,000; either 0.36 x 100,000 + 0.99 x 20,000.
-    assert mask_overlap.expected(shown)[0, 1] == pytest.approx(20_200 / 55_800, rel=0.01)
+    assert mask_overlap.expected_iou(shown)[0, 1] == pytest.approx(20_200 / 55_800, rel=0.01)
 
 
 def test_the_expected_overlap_needs_densities_of_one_network_and_no_mask() -> None:
     shown = [one("A", 0, 1, alive=0), one("A", 1, 1), one("A", 2, 1, parts={"z.weight": 9}, alive=9)]
     nan = math.nan
-    np.testing.assert_array_equal(mask_overlap.expected(shown), [[nan, 0, nan], [0, 1, nan], [nan, nan, 1]])
+    np.testing.assert_array_equal(mask_overlap.expected_iou(shown), [[nan, 0, nan], [0, 1, nan], [nan, nan, 1]])
 
 
 @pytest.mark.parametrize("density", [math.nan, math.inf, -0.5, 1.5])
@@ -448,7 +448,7 @@ def test_a_density_that_is_none_makes_the_expected_overlap_unknown(density: floa
     first, other = one("A", 0, 1), one("A", 1, 1)
     odd = other.ticket.model_copy(update={"layer_density": other.ticket.layer_density | {"a.weight": density}})
     np.testing.assert_array_equal(
-        mask_overlap.expected([first, other._replace(ticket=odd)]), [[1, math.nan], [math.nan, math.nan]]
+        mask_overlap.expected_iou([first, other._replace(ticket=odd)]), [[1, math.nan], [math.nan, math.nan]]
     )
 
 
@@ -456,7 +456,7 @@ def test_a_density_that_is_none_makes_the_expected_overlap_unknown(density: floa
 
 
 def test_the_papers_tables_are_there_whole() -> None:
-    rows = published.rows()
+    rows = published.all_figures()
     counts = {table: sum(row.table == table for row in rows) for table in dict.fromkeys(r.table for r in rows)}
     assert counts == {"IIa": 10, "IIb": 10, "IIc": 60, "IIIa": 10, "IIIb": 10, "IIIc": 30}
     assert all(10 < row.psnr < 50 and 0 < row.ssim < 1 and row.weights > 1e5 for row in rows)
@@ -484,16 +484,16 @@ def test_the_papers_tables_are_there_whole() -> None:
     ],
 )
 def test_our_words_find_the_papers_figure_or_none(method: str, name: str, setting: str, psnr: float | None) -> None:
-    found = published.match(method, name, setting)
+    found = published.find_figure(method, name, setting)
     assert (None if found is None else found.psnr) == psnr
 
 
 def test_the_papers_pruned_networks_are_those_of_round_12() -> None:
-    found = published.match("MIR-L-G", RAIN, published.ALL_IN_ONE)
+    found = published.find_figure("MIR-L-G", RAIN, published.ALL_IN_ONE)
     assert found is not None and published.round_of(found) == 12
-    dense = published.match(DENSE, RAIN, published.ALL_IN_ONE)
+    dense = published.find_figure(DENSE, RAIN, published.ALL_IN_ONE)
     assert dense is not None and published.round_of(dense) is None
-    assert published.counts()[0] == published.DENSE_WEIGHTS
+    assert published.round_counts()[0] == published.DENSE_WEIGHTS
 
 
 def test_one_kind_of_task_is_set_beside_the_single_task_tables() -> None:
@@ -503,11 +503,11 @@ def test_one_kind_of_task_is_set_beside_the_single_task_tables() -> None:
 
 def test_the_papers_figure_stands_beside_the_nearest_density() -> None:
     shown = [one(DENSE)] + [one("MIR-L-G", 0, r, alive=alive) for r, alive in enumerate((100, 25, 0), 1)]
-    lines = statistics.lines(shown)
+    lines = statistics.group_entries(shown)
     assert [round(x.alive / x.total, 2) for x in lines] == [1, 0.69, 0.31, 0.18]  # the paper's: 0.13
-    assert [(b.line.method, b.line.round_) for b in published.beside(lines, [RAIN])] == [(DENSE, 0), ("MIR-L-G", 3)]
+    assert [(b.group.method, b.group.round_) for b in published.match_groups(lines, [RAIN])] == [(DENSE, 0), ("MIR-L-G", 3)]
     other = [*shown, one("MIR-L-G", 0, 1, alive=0, experiment="another")]
-    assert [b.line.method for b in published.beside(statistics.lines(other), [RAIN])] == [
+    assert [b.group.method for b in published.match_groups(statistics.group_entries(other), [RAIN])] == [
         DENSE,
         "MIR-L-G",
         "MIR-L-G (2)",
@@ -603,7 +603,7 @@ def test_csv_has_a_line_per_ticket_protocol_and_score_with_all_digits() -> None:
 
 def test_published_figures_have_a_csv_of_their_own() -> None:
     rows = list(csv.DictReader(io.StringIO(text.published_csv().decode())))
-    assert len(rows) == len(published.rows()) and {row["paper"] for row in rows} == {"MIR-L"}
+    assert len(rows) == len(published.all_figures()) and {row["paper"] for row in rows} == {"MIR-L"}
     assert b"PromptIR" not in text.csv(five_tasks(1))
 
 
@@ -612,10 +612,10 @@ def test_a_real_run_is_compared_and_judged(reference: Path) -> None:
     shown = [
         Entry("run", "MIR-L-G" if t.round else DENSE, 0, "training", "experiment", t, {}, None, None) for t in tickets
     ]
-    lines = statistics.lines(shown)
+    lines = statistics.group_entries(shown)
     assert [line.round_ for line in lines] == [0, 1, 2]
     assert lines[0].alive > lines[1].alive > lines[2].alive
-    assert set(lines[2].against_dense) == set(statistics.names(shown))
-    assert str(f"{lines[2].psnr[statistics.names(shown)[0]].mean:.2f}") in printed(text.tables(shown))
+    assert set(lines[2].against_dense) == set(statistics.task_names(shown))
+    assert str(f"{lines[2].psnr[statistics.task_names(shown)[0]].mean:.2f}") in printed(text.tables(shown))
     assert [j.round_ for j in judge.judge(shown)] == [1, 2]
     assert all(judge.ONE_SEED in j.remarks for j in judge.judge(shown))

@@ -64,8 +64,8 @@ def test_only_the_spread_of_pairs_tells_a_difference_from_none_either_way(
 @given(st.integers(-16, 16), st.integers(0, 8), st.integers(0, 8))
 def test_yes_and_no_are_each_others_mirror(mean: int, sd: int, tolerance: int) -> None:
     spread, slack = Statistic(mean / 8, sd / 8, 3), tolerance / 8  # exact
-    word = judge._at_least(spread, slack)
-    turned = judge._at_least(spread._replace(mean=-spread.mean - 2 * slack), slack)
+    word = judge._judge_difference(spread, slack)
+    turned = judge._judge_difference(spread._replace(mean=-spread.mean - 2 * slack), slack)
     equal = mean + tolerance == sd == 0
     known = (["yes", "yes"],) if equal else (["no", "yes"], ["within the spread", "within the spread"])
     assert sorted((word, turned)) in known

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from mirl_dist.tickets.compare import mask_overlap, statistics
 from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.tickets.report import charts, layer_density, overlap_grid, page_style
-from mirl_dist.tickets.report.chart_style import INK, looks, swatch
-from tests.factories import PARTS, comparison, shown
+from mirl_dist.tickets.report.chart_style import INK, assign_styles, swatch
+from tests.factories import PARTS, comparison, entry
 
 RAIN = "derain/rain"
 
@@ -45,12 +45,12 @@ def luminance(colour: str) -> float:
 
 
 def test_the_same_tickets_give_the_same_bytes_whatever_the_users_settings(tickets: list[Entry]) -> None:
-    lines = statistics.lines(tickets)
-    styles = looks(line.method for line in lines)
+    lines = statistics.group_entries(tickets)
+    styles = assign_styles(line.method for line in lines)
 
     def everything() -> list[bytes | None]:
         swatch.cache_clear()
-        named = overlap_grid.chosen(lines)
+        named = overlap_grid.choose_entries(lines)
         return [
             charts.score(lines, styles, RAIN),
             charts.distance(lines, styles, RAIN),
@@ -58,7 +58,7 @@ def test_the_same_tickets_give_the_same_bytes_whatever_the_users_settings(ticket
             layer_density.heat(layer_density.by_kind(tickets[1]), "one"),
             layer_density.scale(),
             overlap_grid.grid(named, beyond=True),
-            overlap_grid.seeds(lines, styles),
+            overlap_grid.overlap_of_seeds(lines, styles),
             swatch(DENSE, styles[DENSE]),
         ]
 
@@ -70,8 +70,8 @@ def test_the_same_tickets_give_the_same_bytes_whatever_the_users_settings(ticket
 
 
 def test_text_and_lines_take_the_colour_of_the_page_and_text_stays_text(tickets: list[Entry]) -> None:
-    lines = statistics.lines(tickets)
-    chart = charts.score(lines, looks(line.method for line in lines), RAIN).decode()
+    lines = statistics.group_entries(tickets)
+    chart = charts.score(lines, assign_styles(line.method for line in lines), RAIN).decode()
     assert "currentColor" in chart and INK not in chart
     assert f">{RAIN}</text>" in chart
     assert "<metadata" not in chart and chart.startswith("<svg")
@@ -79,7 +79,7 @@ def test_text_and_lines_take_the_colour_of_the_page_and_text_stays_text(tickets:
 
 def test_every_method_has_its_own_look_that_is_legible_on_light_and_dark() -> None:
     methods = [f"method {i}" for i in range(8)] + [f"control {i}" for i in range(4)]
-    found = looks([DENSE, *methods])
+    found = assign_styles([DENSE, *methods])
     assert list(found)[0] == DENSE and found[DENSE].colour == INK
     assert len({(look.colour, look.marker, look.line) for look in found.values()}) == 13
     assert len({found[m].colour for m in methods[:8]}) == 8
@@ -93,8 +93,8 @@ def test_every_method_has_its_own_look_that_is_legible_on_light_and_dark() -> No
 def test_a_score_chart_shows_means_spread_single_seeds_and_the_dense_band(
     tickets: list[Entry], drawn: list[Figure]
 ) -> None:
-    lines = statistics.lines(tickets)
-    styles = looks(line.method for line in lines)
+    lines = statistics.group_entries(tickets)
+    styles = assign_styles(line.method for line in lines)
     charts.score(lines, styles, RAIN)
     axes = drawn[0].axes[0]
     assert axes.get_xscale() == "log"
@@ -115,8 +115,8 @@ def test_a_score_chart_shows_means_spread_single_seeds_and_the_dense_band(
 
 
 def test_one_seed_has_no_spread(drawn: list[Figure]) -> None:
-    lines = statistics.lines(comparison(("MIR-L-G",), seeds=(0,)))
-    styles = looks(line.method for line in lines)
+    lines = statistics.group_entries(comparison(("MIR-L-G",), seeds=(0,)))
+    styles = assign_styles(line.method for line in lines)
     charts.score(lines, styles, RAIN)
     charts.distance(lines, styles, RAIN)
     assert list(drawn[0].axes[0].collections) == [], "no shade"
@@ -125,8 +125,8 @@ def test_one_seed_has_no_spread(drawn: list[Figure]) -> None:
 
 
 def test_a_distance_is_that_to_the_dense_network_of_the_same_seed(tickets: list[Entry], drawn: list[Figure]) -> None:
-    last = charts.last_rounds(statistics.lines(tickets))
-    charts.distance(last, looks(line.method for line in last), RAIN)
+    last = charts.last_rounds(statistics.group_entries(tickets))
+    charts.distance(last, assign_styles(line.method for line in last), RAIN)
     axes = drawn[0].axes[0]
     names = [t.get_text() for t in axes.get_yticklabels()]
     assert [n.split(",")[0] for n in names] == ["MIR-L-G", "MIR-L-LW", "control reinit of MIR-L…"]
@@ -137,9 +137,9 @@ def test_a_distance_is_that_to_the_dense_network_of_the_same_seed(tickets: list[
 
 
 def test_curves_count_steps_from_the_rounds_beginning_and_mark_the_best(drawn: list[Figure]) -> None:
-    late = shown("magnitude rewound to step", round_=2)
+    late = entry("magnitude rewound to step", round_=2)
     assert late.ticket.began == 2000 and late.ticket.curve is not None
-    charts.curves([late], looks([late.method])[late.method], RAIN)
+    charts.curves([late], assign_styles([late.method])[late.method], RAIN)
     line, dot = drawn[0].axes[0].lines
     assert list(line.get_xdata()) == [s - 2000 for s in late.ticket.curve.steps]
     assert list(dot.get_ydata()) == [max(late.ticket.curve.psnr[RAIN])]
@@ -163,11 +163,11 @@ def test_curves_count_steps_from_the_rounds_beginning_and_mark_the_best(drawn: l
     ],
 )
 def test_a_tensors_name_tells_its_block_and_its_kind(name: str, block: str, kind: str) -> None:
-    assert layer_density.place(name) == (block, kind)
+    assert layer_density.locate_layer(name) == (block, kind)
 
 
 def test_densities_stand_in_the_networks_order_with_collapsed_tensors_marked() -> None:
-    one = shown(density=0.5)
+    one = entry(density=0.5)
     layers = one.ticket.layer_density | {"down1_2.body.0.weight": 0.0}
     told = one.ticket.model_copy(update={"layer_density": layers, "collapsed": ("down1_2.body.0.weight",)})
     grid = layer_density.by_kind(one._replace(ticket=told))
@@ -191,43 +191,43 @@ def test_densities_by_round_weigh_tensors_by_their_size(tickets: list[Entry]) ->
 
 
 def test_a_grid_of_overlaps_shows_last_rounds_first_and_never_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = statistics.lines(comparison(("MIR-L-G", "MIR-L-LW"), seeds=(0, 1), rounds=4))
-    assert len(overlap_grid.chosen(lines)) == 16, "all, where they fit; the dense ones never"
+    lines = statistics.group_entries(comparison(("MIR-L-G", "MIR-L-LW"), seeds=(0, 1), rounds=4))
+    assert len(overlap_grid.choose_entries(lines)) == 16, "all, where they fit; the dense ones never"
     monkeypatch.setattr(overlap_grid, "MOST", 4)
-    assert [x.name for x in overlap_grid.chosen(lines)] == [
+    assert [x.name for x in overlap_grid.choose_entries(lines)] == [
         "MIR-L-G r4 s0",
         "MIR-L-G r4 s1",
         "MIR-L-LW r4 s0",
         "MIR-L-LW r4 s1",
     ]
     monkeypatch.setattr(overlap_grid, "MOST", 8)
-    assert {x.shown.ticket.round for x in overlap_grid.chosen(lines)} == {1, 4}
+    assert {x.entry.ticket.round for x in overlap_grid.choose_entries(lines)} == {1, 4}
 
 
 def test_overlap_between_seeds_stands_beside_what_chance_gives(tickets: list[Entry], drawn: list[Figure]) -> None:
-    lines = statistics.lines(tickets)
-    styles = looks(line.method for line in lines)
-    overlap_grid.seeds(lines, styles)
-    last = next(line for line in lines if (line.method, line.round_) == ("MIR-L-G", 3)).shown
+    lines = statistics.group_entries(tickets)
+    styles = assign_styles(line.method for line in lines)
+    overlap_grid.overlap_of_seeds(lines, styles)
+    last = next(line for line in lines if (line.method, line.round_) == ("MIR-L-G", 3)).entries
     mine = [x for x in drawn[0].axes[0].lines if to_hex(x.get_color()) == styles["MIR-L-G"].colour]
     found = {x.get_linestyle(): x.get_ydata()[0] for x in mine}  # the fewest weights stand first
     assert found["-"] == pytest.approx(mask_overlap.iou(last)[0, 1])
-    assert found[":"] == pytest.approx(mask_overlap.expected(last)[0, 1])
-    assert overlap_grid.seeds(statistics.lines(tickets[:4]), styles) is None, "one seed has no pair"
+    assert found[":"] == pytest.approx(mask_overlap.expected_iou(last)[0, 1])
+    assert overlap_grid.overlap_of_seeds(statistics.group_entries(tickets[:4]), styles) is None, "one seed has no pair"
 
 
 def test_names_that_look_like_formulas_or_tags_are_drawn_as_they_are() -> None:
     name = r"$\frac{1}{0}$ <b>&amp; 票 🎟"
-    lines = statistics.lines(comparison((name,), seeds=(0,), rounds=1))
-    chart = charts.distance(lines, looks([name]), RAIN).decode()
+    lines = statistics.group_entries(comparison((name,), seeds=(0,), rounds=1))
+    chart = charts.distance(lines, assign_styles([name]), RAIN).decode()
     assert r">$\frac{1}{0}$ &lt;b&gt;&amp;amp;" in chart
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_scores_that_are_no_numbers_leave_a_gap(number: float) -> None:
-    lines = statistics.lines(comparison(("MIR-L-G",), seeds=(0,), rounds=2))
+    lines = statistics.group_entries(comparison(("MIR-L-G",), seeds=(0,), rounds=2))
     broken = lines[1]._replace(psnr={RAIN: statistics.Statistic(number, None, 1)})
-    styles = looks(line.method for line in lines)
+    styles = assign_styles(line.method for line in lines)
     assert b"<svg" in charts.score([lines[0], broken, lines[2]], styles, RAIN)
     assert b"<svg" in charts.score([lines[0]._replace(psnr=broken.psnr), broken], styles, RAIN)
     assert b"<svg" in charts.distance([broken._replace(against_dense=broken.psnr)], styles, RAIN)

@@ -16,7 +16,7 @@ from mirl_dist.tickets.compare import judge, statistics
 from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.tickets.report import latex, page, page_gallery, text_tables
 from mirl_dist.tickets.report.page_style import SCRIPT
-from tests.factories import comparison, shown
+from tests.factories import comparison, entry
 
 MADE = "2030-01-02 03:04 UTC"
 ONE = {"derain/Rain100L": 29.0}
@@ -120,7 +120,7 @@ def test_what_is_compared_is_told_in_full_words(whole: Read, tickets: list[Entry
 
 
 def test_the_best_ticket_of_a_column_is_bold_and_the_dense_network_never(whole: Read, tickets: list[Entry]) -> None:
-    pruned = [line for line in statistics.lines(tickets) if line.method != DENSE]
+    pruned = [line for line in statistics.group_entries(tickets) if line.method != DENSE]
     best = max(line.psnr["derain/Rain100L"].mean for line in pruned)
     bold = [found for name, found in whole.elements if name == "b"]
     assert len(bold) == 2, "one PSNR and one SSIM"
@@ -175,7 +175,7 @@ def test_pictures_stand_side_by_side_with_the_psnr_of_what_is_shown(whole: Read,
 def test_pictures_are_limited_in_number_and_size_and_the_page_says_so(
     tickets: list[Entry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = statistics.lines(tickets)
+    lines = statistics.group_entries(tickets)
     monkeypatch.setattr(page_gallery, "MOST_ROWS", 1)
     few = Read(page_gallery.gallery(lines))
     assert "1 of 2 images are shown" in few.all_text and "cat" not in few.all_text
@@ -311,4 +311,4 @@ def test_a_page_of_nothing_is_refused() -> None:
 
 
 def test_one_ticket_is_enough_for_a_page() -> None:
-    assert read([shown("control reinit", round_=0, tasks=ONE)]).wrong == []
+    assert read([entry("control reinit", round_=0, tasks=ONE)]).wrong == []
