@@ -2,8 +2,9 @@
 
     python benchmarks/fuzz_tickets.py [--files 100000] [--seed 0]
 
-Only a UserError may come out, or a content that packs to a file again; memory may not grow beyond the stated bound. Half of
-the files have their checksums made anew, so that the layers below these are reached. Prints a table in Markdown.
+Only a UserError may come out, or a content that packs to a file again; memory may not grow beyond the stated bound.
+Half of the files have their checksums made anew, so that the layers below these are reached. Prints a table in
+Markdown.
 """
 
 from __future__ import annotations
@@ -281,7 +282,8 @@ def main() -> None:
     bound = file.MEMORY_EXTRA + file.MEMORY_FACTOR * size
     print(f"\n{given.files:,} files of about {size:,} bytes, seed {given.seed}, {seconds:.0f} s.")
     print(
-        f"Nothing but a UserError came out; peak memory grew by {grown / 2**20:.1f} MiB (bound {bound / 2**20:.0f} MiB)."
+        f"Nothing but a UserError came out; peak memory grew by {grown / 2**20:.1f} MiB "
+        f"(bound {bound / 2**20:.0f} MiB)."
     )
     print(
         f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, {platform.machine()},"

@@ -14,7 +14,7 @@ from mirl_dist.observability.console import warn
 from mirl_dist.observability.mlflow import reader
 from mirl_dist.storage import Folder, output_paths
 from mirl_dist.tickets import collect
-from mirl_dist.tickets.compare import judge, statistics
+from mirl_dist.tickets.compare import caveats, judge, statistics
 from mirl_dist.tickets.compare.entry import Entry
 from mirl_dist.tickets.report import latex, page, text_tables
 
@@ -47,7 +47,7 @@ def compare(
         console = Console()
         for table in text_tables.tables(entries):
             console.print(table)
-    for note in statistics.notes(entries):
+    for note in caveats.list_caveats(entries):
         say(f"note: {note}")
     if out is None and to_mlflow is None:
         return

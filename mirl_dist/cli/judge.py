@@ -18,8 +18,9 @@ from mirl_dist.observability import progress
 from mirl_dist.observability.console import warn
 from mirl_dist.storage import open_store
 from mirl_dist.tickets import collect
-from mirl_dist.tickets.compare import judge, statistics
+from mirl_dist.tickets.compare import caveats, judge, statistics
 from mirl_dist.tickets.open import RunTicket, open_run_ticket, run_of
+from mirl_dist.tickets.report import text_tables
 from mirl_dist.training.checkpoint import Checkpoints
 
 KINDS = ("reinit", "random_layer", "random_global")
@@ -73,7 +74,7 @@ def judge_runs(runs: Sequence[str], round_: int | None, train: str | None, toler
     statistics.check_comparable(entries)
     chosen = references is runs and any(f.checkpoints.best() is not None for f in opened_runs.values())
     judgements = judge.judge(entries, tolerance_db, chosen=chosen)
-    notes = statistics.notes(entries)
+    notes = caveats.list_caveats(entries)
     if any(opened.config.rewinds_to() != "initial" for opened in opened_runs.values()) and finished:
         notes.append("controls begin from first values and train a whole round; these tickets did not begin there")
     missing = [control.folder for control in controls if control not in finished]
@@ -82,7 +83,7 @@ def judge_runs(runs: Sequence[str], round_: int | None, train: str | None, toler
         print(json.dumps(result, indent=1))
         return
     console = Console()
-    for table in judge.tables(judgements):
+    for table in text_tables.judgement_tables(judgements):
         console.print(table)
     for note in notes:
         say(f"note: {note}")

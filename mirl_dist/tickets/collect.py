@@ -54,26 +54,26 @@ def gather(references: Sequence[str], uri: str | None = None) -> list[Entry]:
     """All tickets that references name, run after run, in their order.
 
     A reference: `RUN` (all rounds), `RUN/rounds/NN`, a ticket file, `mlflow:RUN_ID` (a parent run) or
-    `mlflow:experiment:NAME`. uri: MLflow's address, where it is not MLFLOW_TRACKING_URI. Raises UserError for what holds no
-    ticket, for masks that are not their tickets', and for one ticket named twice.
+    `mlflow:experiment:NAME`. uri: MLflow's address, where it is not MLFLOW_TRACKING_URI. Raises UserError for what
+    holds no ticket, for masks that are not their tickets', and for one ticket named twice.
     """
-    found: dict[str, _CollectedRun] = {}
-    for one in (run for reference in references for run in _collect(reference, uri)):
-        before = found.get(one.key, one._replace(tickets=[]))
-        twice = {kept.ticket.round for kept in before.tickets} & {kept.ticket.round for kept in one.tickets}
+    runs: dict[str, _CollectedRun] = {}
+    for collected in (run for reference in references for run in _collect(reference, uri)):
+        before = runs.get(collected.key, collected._replace(tickets=[]))
+        twice = {kept.ticket.round for kept in before.tickets} & {kept.ticket.round for kept in collected.tickets}
         if twice:
             raise UserError(f"found round {min(twice)} of {before.label} twice. Name each ticket once.")
-        found[one.key] = one._replace(label=before.label, tickets=before.tickets + one.tickets)
-    shown = []
-    for run, name in zip(found.values(), _unique_labels(list(found.values())), strict=True):
+        runs[collected.key] = collected._replace(label=before.label, tickets=before.tickets + collected.tickets)
+    entries = []
+    for run, name in zip(runs.values(), _unique_labels(list(runs.values())), strict=True):
         for ticket, mask, strip in run.tickets:
             first = ticket.round == 0 and run.config.start.ticket is None
             method = ticket.method or (DENSE if first else run.config.method())
             seed = run.config.run.seed if ticket.seed is None else ticket.seed
             parts = {part: size for part, size in run.tensor_sizes.items() if part in ticket.layer_density}
             likeness = run.config.training_digest(), run.config.experiment_digest()
-            shown.append(Entry(name, method, seed, *likeness, ticket, parts, mask, strip))
-    return shown
+            entries.append(Entry(name, method, seed, *likeness, ticket, parts, mask, strip))
+    return entries
 
 
 def _collect(reference: str, uri: str | None) -> list[_CollectedRun]:
@@ -101,81 +101,83 @@ def _collect_file(reference: str) -> _CollectedRun:
 
 
 def _collect_run(reference: str) -> _CollectedRun:
-    home = run_of(reference)
-    if home != (reference.rstrip("/") or reference):
-        found = open_run_ticket(reference)
-        checkpoints, config, rounds = found.checkpoints, found.config, [found.ticket()]
+    run = run_of(reference)
+    if run != (reference.rstrip("/") or reference):
+        run_ticket = open_run_ticket(reference)
+        checkpoints, config, rounds = run_ticket.checkpoints, run_ticket.config, [run_ticket.ticket()]
     else:
         checkpoints, config = open_run(reference)
         rounds = checkpoints.tickets()
     if not rounds:
         raise UserError(f"{reference} has no finished round yet. `mirl-dist status` shows where it stands.")
-    where = checkpoints.store.where()
-    key = where if "://" in where else f"folder:{Path(where).resolve()}"
-    shapes, each = _tensor_shapes(config, rounds[0], where), list[_CollectedTicket]()
+    location = checkpoints.store.where()
+    key = location if "://" in location else f"folder:{Path(location).resolve()}"
+    shapes, collected = _tensor_shapes(config, rounds[0], location), list[_CollectedTicket]()
     for ticket in rounds:
-        place = f"{home}, round {ticket.round}"
-        mask = _check_mask(_load_mask(checkpoints.round_masks(ticket.round), place), ticket, shapes, place)
-        each.append(_CollectedTicket(ticket, mask, checkpoints.pictures(ticket.round)))
-    return _CollectedRun(key, home, config, _tensor_sizes(shapes), each)
+        source = f"{run}, round {ticket.round}"
+        mask = _check_mask(_load_mask(checkpoints.round_masks(ticket.round), source), ticket, shapes, source)
+        collected.append(_CollectedTicket(ticket, mask, checkpoints.pictures(ticket.round)))
+    return _CollectedRun(key, run, config, _tensor_sizes(shapes), collected)
 
 
 def _collect_mlflow(reference: str, uri: str | None) -> list[_CollectedRun]:
-    found = []
+    runs = []
     for run in reader.read(reference, uri):
-        where = f"MLflow run {run.run_id}"
+        run_source = f"MLflow run {run.run_id}"
         if run.config is None:
             raise UserError(
-                f"{where} holds no run.json, so it says neither method nor seed. Compare it from its run folder."
+                f"{run_source} holds no run.json, so it says neither method nor seed. Compare it from its run folder."
             )
-        config, each, shapes = (
-            from_dump(run.config, f"{where}, run.json"),
+        config, collected, shapes = (
+            from_dump(run.config, f"{run_source}, run.json"),
             list[_CollectedTicket](),
             dict[str, tuple[int, ...]](),
         )
         for round_, data, mask, strip in run.tickets:
-            place = f"{where}, round {round_}"
-            ticket = tickets.parse(data, place)
+            source = f"{run_source}, round {round_}"
+            ticket = tickets.parse(data, source)
             if ticket.round != round_:
-                raise UserError(f"{place}: its ticket is of round {ticket.round}. Compare it from its run folder.")
-            shapes = shapes or _tensor_shapes(config, ticket, where)
-            packed = None if mask is None else _check_mask(_load_mask(mask, place), ticket, shapes, place)
-            each.append(_CollectedTicket(ticket, packed, strip))
-        found.append(_CollectedRun(f"{MLFLOW}{run.run_id}", run.run_name, config, _tensor_sizes(shapes), each))
-    return found
+                raise UserError(f"{source}: its ticket is of round {ticket.round}. Compare it from its run folder.")
+            shapes = shapes or _tensor_shapes(config, ticket, run_source)
+            packed = None if mask is None else _check_mask(_load_mask(mask, source), ticket, shapes, source)
+            collected.append(_CollectedTicket(ticket, packed, strip))
+        runs.append(_CollectedRun(f"{MLFLOW}{run.run_id}", run.run_name, config, _tensor_sizes(shapes), collected))
+    return runs
 
 
-def _load_mask(data: bytes, where: str) -> dict[str, Tensor]:
+def _load_mask(data: bytes, source: str) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
-        raise UserError(f"{where}: its mask is damaged ({error}). Compare it from its run folder.") from None
+        raise UserError(f"{source}: its mask is damaged ({error}). Compare it from its run folder.") from None
 
 
-def _check_mask(packed: Mapping[str, Tensor], ticket: Ticket, shapes: _Shapes, where: str) -> Packed:
+def _check_mask(packed: Mapping[str, Tensor], ticket: Ticket, shapes: _Shapes, source: str) -> Packed:
     """A packed mask that is the ticket's, of its network. Raises UserError for any other."""
     wanted = {name: shapes[name] for name in ticket.layer_density if name in shapes}
-    odd = sorted((wanted.keys() ^ packed.keys()) | (ticket.layer_density.keys() - wanted.keys()))
-    for name in [] if odd else sorted(packed):
+    mismatched = sorted((wanted.keys() ^ packed.keys()) | (ticket.layer_density.keys() - wanted.keys()))
+    for name in [] if mismatched else sorted(packed):
         if packed[name].dtype != torch.uint8 or tuple(packed[name].shape) != ((math.prod(wanted[name]) + 7) // 8,):
-            odd.append(name)
-    if odd:
-        raise UserError(f"{where}: its mask does not fit its network, first in '{odd[0]}'. Take it from the run again.")
+            mismatched.append(name)
+    if mismatched:
+        raise UserError(
+            f"{source}: its mask does not fit its network, first in '{mismatched[0]}'. Take it from the run again."
+        )
     if masking.digest_tensors(packed, wanted) != ticket.mask_digest:
-        raise UserError(f"{where}: its mask is not the one that its ticket names. Take it from the run again.")
+        raise UserError(f"{source}: its mask is not the one that its ticket names. Take it from the run again.")
     return {name: bits.numpy() for name, bits in packed.items()}
 
 
-def _tensor_shapes(config: Config, ticket: Ticket, where: str) -> dict[str, tuple[int, ...]]:
+def _tensor_shapes(config: Config, ticket: Ticket, source: str) -> dict[str, tuple[int, ...]]:
     """The tensors of a network by name, in its own order. Raises UserError where the ticket counts other weights."""
-    verify.check_size(config, ticket.total, where)
+    verify.check_size(config, ticket.total, source)
     with torch.device("meta"):
         model = models.create(config.model.name, **config.model.sizes())
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     total = sum(_tensor_sizes(shapes).values())
     if total != ticket.total:
         raise UserError(
-            f"{where}: its model section makes {total:,} weights, its ticket counts {ticket.total:,}. Get it again."
+            f"{source}: its model section makes {total:,} weights, its ticket counts {ticket.total:,}. Get it again."
         )
     return shapes
 
@@ -198,11 +200,11 @@ def _unique_labels(runs: Sequence[_CollectedRun]) -> list[str]:
     return names
 
 
-def _short_names(said: Sequence[str]) -> list[str]:
+def _short_names(labels: Sequence[str]) -> list[str]:
     """The shortest ends of paths that tell runs apart, or as many as differ."""
-    parts = [[p for p in text.rstrip("/").split("/") if p not in ("", ".")] or [text] for text in said]
+    parts = [[p for p in text.rstrip("/").split("/") if p not in ("", ".")] or [text] for text in labels]
     for length in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(p[-length:]) for p in parts]
-        if len(set(names)) == len(set(said)):
+        if len(set(names)) == len(set(labels)):
             return names
-    return list(said)
+    return list(labels)

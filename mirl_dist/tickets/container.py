@@ -30,47 +30,51 @@ def is_ticket_file(first: bytes) -> bool:
 def pack(parts: Mapping[str, bytes]) -> bytes:
     """A ticket file of these parts."""
     sums = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
-    return b"".join([_header({name: len(part) for name, part in parts.items()}, sums), *(parts[name] for name in PARTS)])
+    return b"".join(
+        [_header({name: len(part) for name, part in parts.items()}, sums), *(parts[name] for name in PARTS)]
+    )
 
 
 def _header(sizes: Mapping[str, int], sums: Mapping[str, str]) -> bytes:
     """The safetensors header, its length in front. sizes: bytes of each part; sums: SHA-256 of each."""
-    told: dict[str, Any] = {"__metadata__": {"format": FORMAT} | {name: sums[name] for name in sorted(PARTS)}}
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT} | {name: sums[name] for name in sorted(PARTS)}}
     begin = 0
     for name, (dtype, width) in PARTS.items():
         end = begin + sizes[name]
-        told[name] = {"dtype": dtype, "shape": [sizes[name] // width], "data_offsets": [begin, end]}
+        header[name] = {"dtype": dtype, "shape": [sizes[name] // width], "data_offsets": [begin, end]}
         begin = end
-    text = json.dumps(told, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def unpack(data: bytes, where: str) -> dict[str, memoryview]:
+def unpack(data: bytes, source: str) -> dict[str, memoryview]:
     """The parts of a file, by name, their checksums compared."""
     if not is_ticket_file(data[:64]):
-        raise UserError(f"{where} is no ticket file. `mirl-dist tickets pack` writes them.")
+        raise UserError(f"{source} is no ticket file. `mirl-dist tickets pack` writes them.")
     begin = 8 + int.from_bytes(data[:8], "little")
     if begin > min(len(data), 8 + _MAX_HEADER):
-        raise UserError(f"{where}: its header of {begin - 8:,} bytes is cut short, or too long. {GET_AGAIN}")
-    found = _parse_json(data[8:begin], where)
-    if found["__metadata__"].get("format") != FORMAT:
-        raise UserError(f"{where} is of another version than {FORMAT}. Read it with the mirl-dist that wrote it.")
+        raise UserError(f"{source}: its header of {begin - 8:,} bytes is cut short, or too long. {GET_AGAIN}")
+    header = _parse_json(data[8:begin], source)
+    if header["__metadata__"].get("format") != FORMAT:
+        raise UserError(f"{source} is of another version than {FORMAT}. Read it with the mirl-dist that wrote it.")
     try:
-        sizes = {name: int(found[name]["shape"][0]) * width for name, (_, width) in PARTS.items()}
-        sums = {name: str(found["__metadata__"][name]) for name in PARTS}
+        sizes = {name: int(header[name]["shape"][0]) * width for name, (_, width) in PARTS.items()}
+        sums = {name: str(header["__metadata__"][name]) for name in PARTS}
     except (KeyError, IndexError, TypeError, ValueError):
-        raise UserError(f"{where}: its header does not name the parts of a ticket file. {GET_AGAIN}") from None
+        raise UserError(f"{source}: its header does not name the parts of a ticket file. {GET_AGAIN}") from None
     if min(sizes.values()) < 0 or _header(sizes, sums) != data[:begin]:
-        raise UserError(f"{where}: its header is not the one of its parts. {GET_AGAIN}")
+        raise UserError(f"{source}: its header is not the one of its parts. {GET_AGAIN}")
     if begin + sum(sizes.values()) != len(data):
-        raise UserError(f"{where} has {len(data):,} bytes, its header wants {begin + sum(sizes.values()):,}. {GET_AGAIN}")
+        raise UserError(
+            f"{source} has {len(data):,} bytes, its header wants {begin + sum(sizes.values()):,}. {GET_AGAIN}"
+        )
     parts: dict[str, memoryview] = {}
     for name in PARTS:
         parts[name] = memoryview(data)[begin : begin + sizes[name]]
         begin += sizes[name]
         if hashlib.sha256(parts[name]).hexdigest() != sums[name]:
-            raise UserError(f"{where}: its part '{name}' is damaged: its SHA-256 is not the one stated. {GET_AGAIN}")
+            raise UserError(f"{source}: its part '{name}' is damaged: its SHA-256 is not the one stated. {GET_AGAIN}")
     return parts
 
 
@@ -79,20 +83,20 @@ def compress(text: bytes) -> bytes:
     return zlib.compress(text, 9)
 
 
-def decompress(part: memoryview, where: str) -> Any:
+def decompress(part: memoryview, source: str) -> Any:
     """What the part `about` says. Raises UserError for anything but one stream of at most MOST_BYTES of sound JSON."""
     stream = zlib.decompressobj()
     try:
         text = stream.decompress(part, strict_json.MOST_BYTES + 1)
     except zlib.error as error:
-        raise UserError(f"{where}: its text cannot be unfolded ({error}). {GET_AGAIN}") from None
+        raise UserError(f"{source}: its text cannot be unfolded ({error}). {GET_AGAIN}") from None
     if len(text) <= strict_json.MOST_BYTES and (not stream.eof or stream.unused_data):
-        raise UserError(f"{where}: its text ends too early or too late. {GET_AGAIN}")
-    return _parse_json(text, where)
+        raise UserError(f"{source}: its text ends too early or too late. {GET_AGAIN}")
+    return _parse_json(text, source)
 
 
-def _parse_json(text: bytes, where: str) -> Any:
+def _parse_json(text: bytes, source: str) -> Any:
     try:
         return strict_json.parse(text)
     except ValueError as error:
-        raise UserError(f"{where}: its text cannot be read ({str(error)[:80]}). {GET_AGAIN}") from None
+        raise UserError(f"{source}: its text cannot be read ({str(error)[:80]}). {GET_AGAIN}") from None

@@ -1,7 +1,7 @@
 """A ticket as one file: the record, the config, the mask in bits, and the survivors' first and trained values.
 
 docs/ticket.md has the format byte by byte. The file is a safetensors file of four flat tensors, so that a network of
-many small tensors costs no header for each of them. What the numbers mean is verdict.py's to judge.
+many small tensors costs no header for each of them. What the numbers mean is verify.py's to judge.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from mirl_dist.training import ticket as tickets
 from mirl_dist.training.ticket import Ticket
 
 MEMORY_FACTOR, MEMORY_EXTRA = 80, 128 << 20
-"""`read` allocates at most FACTOR x the file's bytes + ROOM. A byte of mask stands for 8 weights, which are 8 bytes of
-mask and 2 x 32 of values: 72, the rest is spare. ROOM is for the text, which has an upper bound of its own."""
+"""`read` allocates at most MEMORY_FACTOR x the file's bytes + MEMORY_EXTRA. A byte of mask stands for 8 weights, which
+are 8 bytes of mask and 2 x 32 of values: 72, the rest is spare. MEMORY_EXTRA is for the text, which has an
+upper bound of its own."""
 
 _MAX_NAME = 200
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
@@ -83,91 +84,94 @@ def pack(
 ) -> bytes:
     """A ticket as one file; the same content gives the same bytes.
 
-    initial: the run's first values, whose dead weights are left out; trained: with dead weights +0.0. Raises UserError for
-    values that no file holds: other dtypes than float32, values that are not finite, dead weights that are not zero,
-    names and texts that `read` refuses.
+    initial: the run's first values, whose dead weights are left out; trained: with dead weights +0.0. Raises UserError
+    for values that no file holds: other dtypes than float32, values that are not finite, dead weights that are not
+    zero, names and texts that `read` refuses.
     """
-    where = f"the ticket of round {ticket.round}"
+    source = f"the ticket of round {ticket.round}"
     masks = {n: m.cpu() for n, m in masks.items()}
     first, last = ({n: t.detach().cpu().contiguous() for n, t in of.items()} for of in (initial, trained))
-    _check_consistent(masks, first, last, where)
+    _check_consistent(masks, first, last, source)
     names = sorted(last)
     packed = masking.pack(masks)
     parts = {
-        "initial": _pack_survivors(names, masks, first, where),
-        "trained": _pack_survivors(names, masks, last, where),
+        "initial": _pack_survivors(names, masks, first, source),
+        "trained": _pack_survivors(names, masks, last, source),
         "mask": b"".join(packed[n].numpy().tobytes() for n in names if n in masks),
     }
-    parts["about"] = _pack_about(ticket, config, masks, first, where)
+    parts["about"] = _pack_about(ticket, config, masks, first, source)
     data = container.pack(parts)
-    _open_file(data, where)  # what cannot be read is not written
+    _open_file(data, source)  # what cannot be read is not written
     return data
 
 
-def _pack_about(ticket: Ticket, config: Mapping[str, Any], masks: Masks, initial: dict[str, Tensor], where: str) -> bytes:
+def _pack_about(
+    ticket: Ticket, config: Mapping[str, Any], masks: Masks, initial: dict[str, Tensor], source: str
+) -> bytes:
     """The file's text: the index of tensors, the record, the config, and the digest of mask x first values."""
     record = json.loads(ticket.dump())
     if record["layer_density"] == masking.densities(masks):
         del record["layer_density"]  # the masks say it: a third of the text
-    begins = {n: t.masked_fill(~masks[n], 0.0) if n in masks else t for n, t in initial.items()}
+    initial_survivors = {n: t.masked_fill(~masks[n], 0.0) if n in masks else t for n, t in initial.items()}
     about = {
         "tensors": [[n, list(t.shape), n in masks] for n, t in sorted(initial.items())],
         "ticket": record,
         "config": dict(config),
-        "begins": masking.digest_tensors(begins),
+        "begins": masking.digest_tensors(initial_survivors),
     }
     try:
         return container.compress(json.dumps(about, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
     except ValueError:
         raise UserError(
-            f"found a number that is not finite in the record of {where}. A ticket file holds none."
+            f"found a number that is not finite in the record of {source}. A ticket file holds none."
         ) from None
 
 
 def _check_consistent(
-    masks: Mapping[str, Tensor], initial: Mapping[str, Tensor], trained: Mapping[str, Tensor], where: str
+    masks: Mapping[str, Tensor], initial: Mapping[str, Tensor], trained: Mapping[str, Tensor], source: str
 ) -> None:
-    odd = sorted((initial.keys() ^ trained.keys()) | (masks.keys() - trained.keys()))
-    for name in [] if odd else sorted(trained):
-        of_one = [initial[name].shape, trained[name].shape] + ([masks[name].shape] if name in masks else [])
-        if len(set(of_one)) > 1 or {initial[name].dtype, trained[name].dtype} != {torch.float32}:
-            odd.append(name)
-    if odd:
+    mismatched = sorted((initial.keys() ^ trained.keys()) | (masks.keys() - trained.keys()))
+    for name in [] if mismatched else sorted(trained):
+        shapes = [initial[name].shape, trained[name].shape] + ([masks[name].shape] if name in masks else [])
+        if len(set(shapes)) > 1 or {initial[name].dtype, trained[name].dtype} != {torch.float32}:
+            mismatched.append(name)
+    if mismatched:
         raise UserError(
-            f"found masks, first and trained values of {where} that do not fit each other in names, shapes or float32: "
-            f"{', '.join(odd[:5])}. Pack the parts of one round of one run."
+            f"found masks, first and trained values of {source} that do not fit each other in names, shapes or "
+            f"float32: {', '.join(mismatched[:5])}. Pack the parts of one round of one run."
         )
     for name, mask in masks.items():
         dead = trained[name].view(torch.int32).masked_fill(mask, 0)  # -0.0 is another weight by its digest
         if bool(dead.any()):
-            raise UserError(f"found dead weights of '{name}' that are not +0.0 in {where}. Its run broke its mask.")
+            raise UserError(f"found dead weights of '{name}' that are not +0.0 in {source}. Its run broke its mask.")
 
 
-def _pack_survivors(names: list[str], masks: Mapping[str, Tensor], of: Mapping[str, Tensor], where: str) -> bytes:
+def _pack_survivors(names: list[str], masks: Mapping[str, Tensor], of: Mapping[str, Tensor], source: str) -> bytes:
     """The alive values of all tensors, little-endian, by name and flat index."""
-    found = []
+    parts = []
     for name in names:
         alive = of[name][masks[name]] if name in masks else of[name].reshape(-1)
         if not bool(torch.isfinite(alive).all()):
-            raise UserError(f"found values of '{name}' in {where} that are not finite. A ticket file holds none.")
-        found.append(alive.numpy().astype("<f4").tobytes())
-    return b"".join(found)
+            raise UserError(f"found values of '{name}' in {source} that are not finite. A ticket file holds none.")
+        parts.append(alive.numpy().astype("<f4").tobytes())
+    return b"".join(parts)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------
 
 
-def read(data: bytes, where: str) -> TicketContent:
+def read(data: bytes, source: str) -> TicketContent:
     """The content of a ticket file, every byte of it accounted for; `where` names the file.
 
-    Raises UserError for whatever is no whole ticket file, and nothing else. Allocates at most FACTOR x len(data) + ROOM.
+    Raises UserError for whatever is no whole ticket file, and nothing else. Allocates at most
+    MEMORY_FACTOR x len(data) + MEMORY_EXTRA.
     """
-    opened = _open_file(data, where)
+    opened = _open_file(data, source)
     masks: Masks = {}
     values = {kind: np.frombuffer(opened.parts[kind], "<f4") for kind in ("initial", "trained")}
     for kind, flat in values.items():
         if not np.isfinite(flat).all():
-            raise UserError(f"{where}: found {kind} values that are not finite. {GET_AGAIN}")
+            raise UserError(f"{source}: found {kind} values that are not finite. {GET_AGAIN}")
     dense: dict[str, dict[str, Tensor]] = {kind: {} for kind in values}
     at = 0
     for entry, packed in _iterate_masks(opened.entries, opened.parts["mask"]):
@@ -182,28 +186,28 @@ def read(data: bytes, where: str) -> TicketContent:
             dense[kind][entry.name] = torch.from_numpy(whole).reshape(entry.shape)
         at += alive
     if masking.digest_tensors(dense["initial"]) != opened.initial_digest:
-        raise UserError(f"{where}: its first values do not have the digest that it states. {GET_AGAIN}")
+        raise UserError(f"{source}: its first values do not have the digest that it states. {GET_AGAIN}")
     return TicketContent(opened.ticket, opened.config, masks, dense["initial"], dense["trained"])
 
 
-def peek(data: bytes, where: str) -> tuple[Ticket, dict[str, Any]]:
+def peek(data: bytes, source: str) -> tuple[Ticket, dict[str, Any]]:
     """Ticket and config of a ticket file, checked like `read`, without unpacking any weights. Raises UserError."""
-    opened = _open_file(data, where)
+    opened = _open_file(data, source)
     return opened.ticket, opened.config
 
 
-def _open_file(data: bytes, where: str) -> _OpenedFile:
+def _open_file(data: bytes, source: str) -> _OpenedFile:
     """Everything that can be proven before any weight is unpacked. Raises UserError."""
-    parts = container.unpack(data, where)
-    about = container.decompress(parts["about"], where)
+    parts = container.unpack(data, source)
+    about = container.decompress(parts["about"], source)
     if not isinstance(about, dict) or about.keys() != {"tensors", "ticket", "config", "begins"}:
-        raise UserError(f"{where}: its text is not that of a ticket file. {GET_AGAIN}")
+        raise UserError(f"{source}: its text is not that of a ticket file. {GET_AGAIN}")
     if not isinstance(about["config"], dict) or not isinstance(about["begins"], str):
-        raise UserError(f"{where}: its config or the digest of its first values is none. {GET_AGAIN}")
-    entries = _parse_index(about["tensors"], where)
+        raise UserError(f"{source}: its config or the digest of its first values is none. {GET_AGAIN}")
+    entries = _parse_index(about["tensors"], source)
     wanted = sum(entry.mask_bytes for entry in entries)
     if wanted != len(parts["mask"]):
-        raise UserError(f"{where}: its mask has {len(parts['mask']):,} bytes, its index wants {wanted:,}. {GET_AGAIN}")
+        raise UserError(f"{source}: its mask has {len(parts['mask']):,} bytes, its index wants {wanted:,}. {GET_AGAIN}")
     survivors, densities = 0, {}
     for entry, packed in _iterate_masks(entries, parts["mask"]):
         alive = entry.size if packed is None else int(_BIT_COUNTS[packed].sum(dtype=np.int64))
@@ -211,16 +215,20 @@ def _open_file(data: bytes, where: str) -> _OpenedFile:
         if packed is not None:
             densities[entry.name] = alive / entry.size
             if entry.size % 8 and packed[-1] & (0xFF >> entry.size % 8):
-                raise UserError(f"{where}: the mask of '{entry.name}' has bits behind its last weight. {GET_AGAIN}")
+                raise UserError(f"{source}: the mask of '{entry.name}' has bits behind its last weight. {GET_AGAIN}")
     if survivors * 4 != len(parts["trained"]) or survivors * 4 != len(parts["initial"]):
         raise UserError(
-            f"{where}: its masks leave {survivors:,} survivors, but it holds {len(parts['initial']) // 4:,} first and "
+            f"{source}: its masks leave {survivors:,} survivors, but it holds {len(parts['initial']) // 4:,} first and "
             f"{len(parts['trained']) // 4:,} trained values. {GET_AGAIN}"
         )
-    return _OpenedFile(_parse_ticket(about["ticket"], densities, where), about["config"], about["begins"], entries, parts)
+    return _OpenedFile(
+        _parse_ticket(about["ticket"], densities, source), about["config"], about["begins"], entries, parts
+    )
 
 
-def _iterate_masks(entries: list[_TensorEntry], mask: memoryview) -> Iterator[tuple[_TensorEntry, NDArray[np.uint8] | None]]:
+def _iterate_masks(
+    entries: list[_TensorEntry], mask: memoryview
+) -> Iterator[tuple[_TensorEntry, NDArray[np.uint8] | None]]:
     """Each tensor with the bits of its mask, None where it has none."""
     at, bits = 0, np.frombuffer(mask, np.uint8)
     for entry in entries:
@@ -228,39 +236,41 @@ def _iterate_masks(entries: list[_TensorEntry], mask: memoryview) -> Iterator[tu
         at += entry.mask_bytes
 
 
-def _parse_index(index: Any, where: str) -> list[_TensorEntry]:
+def _parse_index(index: Any, source: str) -> list[_TensorEntry]:
     """The tensors of a file. Raises UserError for names and shapes that no network has."""
     entries: list[_TensorEntry] = []
-    for said in index if isinstance(index, list) else []:
-        if not (isinstance(said, list) and [type(v) for v in said] == [str, list, bool]):
-            raise UserError(f"{where}: its index of tensors is damaged. {GET_AGAIN}")
-        name, shape, prunable = said
+    for item in index if isinstance(index, list) else []:
+        if not (isinstance(item, list) and [type(v) for v in item] == [str, list, bool]):
+            raise UserError(f"{source}: its index of tensors is damaged. {GET_AGAIN}")
+        name, shape, prunable = item
         if len(name) > _MAX_NAME or not _NAME.fullmatch(name):
-            raise UserError(f"{where}: found the tensor name {name[:80]!a}: letters, digits and '_' with dots. {GET_AGAIN}")
+            raise UserError(
+                f"{source}: found the tensor name {name[:80]!a}: letters, digits and '_' with dots. {GET_AGAIN}"
+            )
         if len(shape) > 8 or any(type(side) is not int or side < 1 for side in shape):
-            raise UserError(f"{where}: found a shape of '{name}' that is no shape. {GET_AGAIN}")
+            raise UserError(f"{source}: found a shape of '{name}' that is no shape. {GET_AGAIN}")
         size = math.prod(shape)
         if size > tickets.MOST_WEIGHTS:
-            raise UserError(f"{where}: found {size:,} weights in '{name}'. {GET_AGAIN}")
+            raise UserError(f"{source}: found {size:,} weights in '{name}'. {GET_AGAIN}")
         entries.append(_TensorEntry(name, tuple(shape), prunable, size))
     names = [entry.name for entry in entries]
     if not any(entry.prunable for entry in entries) or names != sorted(set(names)):
-        raise UserError(f"{where}: its tensors are not named once each, in order, some of them prunable. {GET_AGAIN}")
+        raise UserError(f"{source}: its tensors are not named once each, in order, some of them prunable. {GET_AGAIN}")
     return entries
 
 
-def _parse_ticket(record: Any, densities: dict[str, float], where: str) -> Ticket:
+def _parse_ticket(record: Any, densities: dict[str, float], source: str) -> Ticket:
     """The ticket of a file. Raises UserError for one that could not have been written."""
     if not isinstance(record, dict):
-        raise UserError(f"{where}: its record is none. {GET_AGAIN}")
+        raise UserError(f"{source}: its record is none. {GET_AGAIN}")
     record = {"layer_density": densities} | record
     for scores in [record.get("scores"), *_dict_values(record.get("also"))]:
         if any(not isinstance(s, dict) or s.keys() != Score.model_fields.keys() for s in _dict_values(scores)):
-            raise UserError(f"{where}: its scores are none. {GET_AGAIN}")
-    ticket = tickets.parse(json.dumps(record).encode(), where)
+            raise UserError(f"{source}: its scores are none. {GET_AGAIN}")
+    ticket = tickets.parse(json.dumps(record).encode(), source)
     whole = json.loads(ticket.dump())
     if any(record[key] != whole[key] for key in record):
-        raise UserError(f"{where}: its record has values of other kinds than a ticket's. {GET_AGAIN}")
+        raise UserError(f"{source}: its record has values of other kinds than a ticket's. {GET_AGAIN}")
     return ticket
 
 

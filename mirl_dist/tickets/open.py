@@ -88,7 +88,7 @@ _DEFAULT_OPTIONS = Options()
 
 
 def open_run(folder: str, options: Options = _DEFAULT_OPTIONS) -> tuple[Checkpoints, Config]:
-    """A run, opened for reading; options: where its store is not as the environment says. Raises UserError without one."""
+    """Open a run for reading; options: where its store is not as the environment says. Raises UserError without one."""
     _check_is_run(folder)
     checkpoints = Checkpoints(open_store(folder, options))
     identity = checkpoints.identity()
@@ -129,7 +129,7 @@ def open_run_ticket(reference: str, options: Options = _DEFAULT_OPTIONS) -> RunT
 
 
 def open_ticket(reference: str, options: Options = _DEFAULT_OPTIONS) -> RunTicket | FileTicket:
-    """What `find` finds, or the ticket in a file. Raises UserError for a file that is none."""
+    """The round that `open_run_ticket` opens, or the ticket in a file. Raises UserError for a file that is none."""
     path = Path(reference)
     if "://" in reference or not path.is_file():
         return open_run_ticket(reference, options)
@@ -147,22 +147,23 @@ def network(config: Config, weights: dict[str, Tensor]) -> nn.Module:
     with torch.device("meta"):
         model = models.create(config.model.name, **config.model.sizes())
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in weights.items()}
-    if expected != found:
-        odd = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+    shapes = {name: tuple(t.shape) for name, t in weights.items()}
+    if expected != shapes:
+        names = sorted(n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n))
         raise UserError(
-            f"the ticket's weights and its model section differ in {len(odd)} tensors, first '{odd[0]}': found "
-            f"{found.get(odd[0], 'nothing')}, the network has {expected.get(odd[0], 'nothing')}. Get the ticket again."
+            f"the ticket's weights and its model section differ in {len(names)} tensors, first '{names[0]}': found "
+            f"{shapes.get(names[0], 'nothing')}, the network has {expected.get(names[0], 'nothing')}. Get the ticket "
+            "again."
         )
     model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
 def _verified_initial(checkpoints: Checkpoints) -> dict[str, Tensor]:
-    found, identity = checkpoints.initial(), checkpoints.identity() or {}
-    if found is None or masking.digest_tensors(found) != identity.get("initial_digest"):
+    initial, identity = checkpoints.initial(), checkpoints.identity() or {}
+    if initial is None or masking.digest_tensors(initial) != identity.get("initial_digest"):
         raise UserError(
             f"{checkpoints.store.where(INITIAL)} is damaged or missing. Start the run again once: it makes the file "
             "anew where its seed still gives the same values."
         )
-    return found
+    return initial

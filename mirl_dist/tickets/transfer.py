@@ -49,24 +49,24 @@ _STATUS_WORDS = {True: "holds  ", False: "BROKEN ", None: "unknown"}
 def verify(reference: str, run: str | None, as_json: bool) -> None:
     """Prove a ticket from itself, and with its run that the mask follows from the parent's weights.
 
-    run: where the run of a ticket file is. Raises UserError for another run, and, after printing all checks, when one does
-    not hold.
+    run: where the run of a ticket file is. Raises UserError for another run, and, after printing all checks, when
+    one does not hold.
     """
     opened = opening.open_ticket(reference)
     content = opened.content()
     checks = verifying.verify(content)
-    home = opened if isinstance(opened, RunTicket) else None
+    run_ticket = opened if isinstance(opened, RunTicket) else None
     if run is not None:
-        home = _open_named_run(content, reference, run)
-    if home is not None:
-        checks += _verify_with_run(content, home)
+        run_ticket = _open_named_run(content, reference, run)
+    if run_ticket is not None:
+        checks += _verify_with_run(content, run_ticket)
     if as_json:
         print(json.dumps([check._asdict() for check in checks], indent=1))
     else:
         for check in checks:
             detail = f": {check.detail}" if check.detail else ""
             progress.say(f"{_STATUS_WORDS[check.holds]}  {check.what}{detail}")
-        if home is None:
+        if run_ticket is None:
             progress.say("not asked: whether the mask follows from the parent's weights; name the run with --run RUN")
     broken = [check.what for check in checks if check.holds is False]
     if broken:
@@ -76,35 +76,41 @@ def verify(reference: str, run: str | None, as_json: bool) -> None:
 def _open_named_run(content: TicketContent, reference: str, run: str) -> RunTicket:
     """The run that --run names. Raises UserError when the ticket says that it is of another one."""
     checkpoints, config = opening.open_run(run)
-    said = checkpoints.identity() or {}
+    identity = checkpoints.identity() or {}
     for what in ("fingerprint", "manifest_digest", "initial_digest"):
-        mine = getattr(content.ticket, what)
-        if said.get(what) != mine:
+        stated = getattr(content.ticket, what)
+        if identity.get(what) != stated:
             raise UserError(
                 f"--run: {run} is another run than the ticket's: its {what.replace('_', ' ')} is "
-                f"{str(said.get(what))[:16]}, that of {reference} {mine[:16]}. Name the run that the ticket is of."
+                f"{str(identity.get(what))[:16]}, that of {reference} {stated[:16]}. "
+                "Name the run that the ticket is of."
             )
     return RunTicket(checkpoints, config, content.ticket.round)
 
 
-def _verify_with_run(content: TicketContent, home: RunTicket) -> list[Check]:
+def _verify_with_run(content: TicketContent, run_ticket: RunTicket) -> list[Check]:
     """What only the run can prove."""
-    where, ticket = home.checkpoints.store.where(), content.ticket
-    kept = {t.round: t for t in home.checkpoints.tickets()}
-    mine = kept.get(ticket.round)
-    same = None if mine is None else mine.digest() == ticket.digest()
-    found = [Check("the run holds this very ticket", same, where if mine else f"not provable: {where} lacks its round")]
+    location, ticket = run_ticket.checkpoints.store.where(), content.ticket
+    kept = {t.round: t for t in run_ticket.checkpoints.tickets()}
+    own_ticket = kept.get(ticket.round)
+    same = None if own_ticket is None else own_ticket.digest() == ticket.digest()
+    checks = [
+        Check(
+            "the run holds this very ticket",
+            same,
+            location if own_ticket else f"not provable: {location} lacks its round",
+        )
+    ]
     if ticket.round == 0:
-        return found
+        return checks
     if ticket.round - 1 not in kept:
-        return [*found, Check(MASK_FOLLOWS, None, f"not provable: {where} lacks round {ticket.round - 1}")]
-    before = RunTicket(home.checkpoints, home.config, ticket.round - 1)
-    trained = before.trained_weights() if home.checkpoints.has_weights(before.round_) else {}
-    elder = before.starting_point()
-    parent = TicketContent(elder.ticket, home.config.dump(), elder.masks, elder.initial, trained)
-from mirl_dist.tickets.verify import FOLLOWS, Check, check_size
-from mirl_dist.training.builders import prune_config_of
-from mirl_dist.training.state import pack_tensors
+        return [*checks, Check(MASK_FOLLOWS, None, f"not provable: {location} lacks round {ticket.round - 1}")]
+    before = RunTicket(run_ticket.checkpoints, run_ticket.config, ticket.round - 1)
+    trained = before.trained_weights() if run_ticket.checkpoints.has_weights(before.round_) else {}
+    start = before.starting_point()
+    parent = TicketContent(start.ticket, run_ticket.config.dump(), start.masks, start.initial, trained)
+    rule = prune_config_of(run_ticket.config.prune, run_ticket.config.run.seed)
+    return checks + verifying.verify_descent(content, parent, rule)
 
 
 def export(reference: str, out: Path, compact: bool) -> None:
@@ -142,7 +148,16 @@ def import_official(file: Path, model: str, out: Path) -> None:
 
 
 # What torch's restricted unpickler raises for bytes that are no checkpoint: it trips over whatever comes first.
-_CHECKPOINT_ERRORS = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
+_CHECKPOINT_ERRORS = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+)
 
 
 def _load_tensors(file: Path) -> dict[str, Any]:
@@ -154,8 +169,8 @@ def _load_tensors(file: Path) -> dict[str, Any]:
     try:
         if file.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(file))
-        found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        return found
+        tensors: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return tensors
     except FileNotFoundError:
         raise UserError(f"no file at {file}. Give the path of an official checkpoint.") from None
     except pickle.UnpicklingError:  # torch's own text would advise to run the code

@@ -33,7 +33,7 @@ MAX_BLOCKS = 256
 """Deeper networks are not built for a ticket: a stranger's config could ask for any number."""
 
 
-def check_size(config: configs.Config, weights: int, where: str) -> None:
+def check_size(config: configs.Config, weights: int, source: str) -> None:
     """Raise UserError for a model section whose network has more than so many weights, before it is built.
 
     Each size is held against the smallest tensors that it makes: that bounds the time and the numbers, no more.
@@ -48,17 +48,17 @@ def check_size(config: configs.Config, weights: int, where: str) -> None:
         "prompt_sizes": m.prompt_length * max(d * s**2 for d, s in zip(m.prompt_dims, m.prompt_sizes, strict=True)),
         "blocks": (sum(m.blocks) + m.refinement_blocks) * m.dim**2,
     }
-    odd = [key for key, count in least.items() if count > weights]
+    too_large = [key for key, count in least.items() if count > weights]
     if sum(m.blocks) + m.refinement_blocks > MAX_BLOCKS:
-        odd.append("blocks")
-    if odd:
+        too_large.append("blocks")
+    if too_large:
         raise UserError(
-            f"{where}: its model.{odd[0]} makes a larger network than its {weights:,} weights. Get it again."
+            f"{source}: its model.{too_large[0]} makes a larger network than its {weights:,} weights. Get it again."
         )
 
 
 class TicketRound(Protocol):
-    """A round's parts, out of a ticket file (ticket_file.Content) or a run folder."""
+    """A round's parts, out of a ticket file (file.TicketContent) or a run folder."""
 
     @property
     def ticket(self) -> Ticket: ...
@@ -87,12 +87,12 @@ def _verify_content(content: TicketRound) -> Iterator[Check]:
     yield _compare("alive weights", ticket.alive, masking.count_surviving(masks))
     yield _compare("weights in all", ticket.total, sum(t.numel() for t in content.trained.values()))
     densities = masking.densities(masks)
-    odd = [n for n in sorted(densities.keys() | ticket.layer_density.keys())]
-    odd = [n for n in odd if densities.get(n) != ticket.layer_density.get(n)]
-    yield Check("density of each tensor", not odd, _list_names(odd) or f"{len(densities)} tensors")
+    mismatched = [n for n in sorted(densities.keys() | ticket.layer_density.keys())]
+    mismatched = [n for n in mismatched if densities.get(n) != ticket.layer_density.get(n)]
+    yield Check("density of each tensor", not mismatched, _list_names(mismatched) or f"{len(densities)} tensors")
     if ticket.collapsed or ticket.method:  # tickets of older versions tell neither
-        bare = [n for n in sorted(densities) if densities[n] == 0]
-        yield _compare("tensors without any alive weight", ", ".join(sorted(ticket.collapsed)), ", ".join(bare))
+        collapsed = [n for n in sorted(densities) if densities[n] == 0]
+        yield _compare("tensors without any alive weight", ", ".join(sorted(ticket.collapsed)), ", ".join(collapsed))
     for what, weights in (("first", content.initial), ("trained", content.trained)):
         name = masking.find_nonzero_pruned(weights, masks)
         yield Check(f"dead weights are zero in the {what} values", name is None, f"not in '{name}'" if name else "all")
@@ -138,8 +138,8 @@ def _verify_parent(content: TicketRound, parent: TicketRound, rule: PruneConfig)
     yield Check("the same tensors", not names, _list_names(names) or f"{len(content.initial)} tensors")
     if names:
         return
-    back = [n for n in sorted(content.masks) if bool((content.masks[n] & ~parent.masks[n]).any())]
-    yield Check("no pruned weight returned", not back, _list_names(back) or "all masks lie inside the parent's")
+    returned = [n for n in sorted(content.masks) if bool((content.masks[n] & ~parent.masks[n]).any())]
+    yield Check("no pruned weight returned", not returned, _list_names(returned) or "all masks lie inside the parent's")
     yield from _verify_cut(content, parent, rule)
     moved = []
     for name, values in sorted(content.initial.items()):
@@ -155,8 +155,8 @@ def _verify_cut(content: TicketRound, parent: TicketRound, rule: PruneConfig) ->
     criterion = CRITERIA[rule.criterion]
     groups = form_groups(count_weights(parent.masks, ReplicatedPartition(), single_rank), rule)
     wanted = sum(group.k for group in groups)
-    gone = masking.count_surviving(parent.masks) - masking.count_surviving(content.masks)
-    yield _compare("weights removed by the rule", wanted, gone)
+    removed = masking.count_surviving(parent.masks) - masking.count_surviving(content.masks)
+    yield _compare("weights removed by the rule", wanted, removed)
     if criterion.needs != "nothing":
         yield Check(MASK_FOLLOWS, None, f"not provable: {rule.criterion} looks at the {criterion.needs} too")
         return
@@ -165,22 +165,22 @@ def _verify_cut(content: TicketRound, parent: TicketRound, rule: PruneConfig) ->
         yield Check(MASK_FOLLOWS, None, "not provable: the run did not keep the parent's weights")
         return
     cut = prune(values, parent.masks, rule)
-    odd = [n for n in sorted(cut.masks) if not torch.equal(cut.masks[n], content.masks[n])]
-    yield Check(MASK_FOLLOWS, not odd, _list_names(odd) or f"by {rule.criterion}, {rule.per}")
+    mismatched = [n for n in sorted(cut.masks) if not torch.equal(cut.masks[n], content.masks[n])]
+    yield Check(MASK_FOLLOWS, not mismatched, _list_names(mismatched) or f"by {rule.criterion}, {rule.per}")
     yield _compare("threshold", content.ticket.threshold, cut.threshold)
 
 
-def _compare(what: str, said: object, found: object) -> Check:
+def _compare(what: str, stated: object, actual: object) -> Check:
     """A claim beside what was found."""
-    return Check(what, said == found, f"{found}" if said == found else f"the ticket says {said}, found {found}")
+    return Check(
+        what, stated == actual, f"{actual}" if stated == actual else f"the ticket says {stated}, found {actual}"
+    )
 
 
-def _mismatched_names(mine: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+def _mismatched_names(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
     """Names that one side lacks, or holds in another shape."""
     return [
-        n
-        for n in sorted(mine.keys() | other.keys())
-        if n not in mine or n not in other or mine[n].shape != other[n].shape
+        n for n in sorted(one.keys() | other.keys()) if n not in one or n not in other or one[n].shape != other[n].shape
     ]
 
 

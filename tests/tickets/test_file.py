@@ -26,7 +26,7 @@ from mirl_dist.pruning.prune import PruneConfig, in_scope, prune
 from mirl_dist.tickets import container
 from mirl_dist.tickets import file as ticket_file
 from mirl_dist.tickets import verify as verifying
-from mirl_dist.tickets.file import MEMORY_FACTOR, MEMORY_EXTRA, TicketContent
+from mirl_dist.tickets.file import MEMORY_EXTRA, MEMORY_FACTOR, TicketContent
 from mirl_dist.training.ticket import Ticket
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))

@@ -1,1 +1,1 @@
-"""Tickets side by side: what there is to compare, statistics over seeds, tables, charts, one page."""
+"""Compares tickets in numbers: statistics over seeds, judgements, overlap of masks, the paper's figures."""

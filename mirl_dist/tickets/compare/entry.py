@@ -21,7 +21,7 @@ class Entry(NamedTuple):
     have the same dense network (config.training); experiment: equal for the seeds of one experiment
     (config.experiment). parts: its prunable tensors in the network's order, name -> number of weights.
     mask: name -> alive bits, uint8, first weight in the highest bit (pruning.masks.pack); None where it is unknown.
-    strip: its pictures as PNG bytes (pictures.strip), None without.
+    strip: its pictures as PNG bytes (image_strip.strip), None without.
     """
 
     run: str

@@ -19,45 +19,45 @@ class GroupKey(NamedTuple):
     round_: int
 
 
-def group_keys(shown: Sequence[Entry]) -> list[GroupKey]:
+def group_keys(entries: Sequence[Entry]) -> list[GroupKey]:
     """The line of each ticket.
 
     Seeds of one experiment share a line, dense tickets those of one training; the next experiment of a method is
     'MIR-L-G (2)'. A control stands at the round of the ticket that it controls, and its word names that ticket's label.
     """
     numbers: dict[str, list[str]] = {}
-    found: dict[int, GroupKey] = {}
+    keys: dict[int, GroupKey] = {}
 
-    def put(at: int, word: str, round_: int) -> None:
-        kind = shown[at].training if shown[at].method == DENSE else shown[at].experiment
-        seen = numbers.setdefault(word, [])
-        if kind not in seen:
-            seen.append(kind)
-        number = seen.index(kind) + 1
-        found[at] = GroupKey(word, word if number == 1 else f"{word} ({number})", round_)
+    def assign(at: int, method: str, round_: int) -> None:
+        kind = entries[at].training if entries[at].method == DENSE else entries[at].experiment
+        known = numbers.setdefault(method, [])
+        if kind not in known:
+            known.append(kind)
+        number = known.index(kind) + 1
+        keys[at] = GroupKey(method, method if number == 1 else f"{method} ({number})", round_)
 
-    controls = [at for at, s in enumerate(shown) if s.method.startswith(CONTROL_PREFIX)]
-    for at in sorted(set(range(len(shown))) - set(controls)):
-        put(at, shown[at].method, shown[at].ticket.round)
-    parents = {shown[at].ticket.digest(): place for at, place in found.items()} if controls else {}
+    controls = [at for at, s in enumerate(entries) if s.method.startswith(CONTROL_PREFIX)]
+    for at in sorted(set(range(len(entries))) - set(controls)):
+        assign(at, entries[at].method, entries[at].ticket.round)
+    parents = {entries[at].ticket.digest(): key for at, key in keys.items()} if controls else {}
     for at in controls:
-        s = shown[at]
+        s = entries[at]
         parent = parents.get(s.ticket.parent or "")
         if parent is None:  # the density tells which tickets it may control
-            put(at, f"{s.method} ({s.ticket.alive_total:,} alive)", s.ticket.round)
+            assign(at, f"{s.method} ({s.ticket.alive_total:,} alive)", s.ticket.round)
         else:
-            put(at, f"{s.method} of {parent.label}", parent.round_)
-    return [found[at] for at in range(len(shown))]
+            assign(at, f"{s.method} of {parent.label}", parent.round_)
+    return [keys[at] for at in range(len(entries))]
 
 
-def describe_other_experiments(shown: Sequence[Entry]) -> list[str]:
+def describe_other_experiments(entries: Sequence[Entry]) -> list[str]:
     """A sentence for each label that had to be numbered: its runs, and what they are not."""
     runs: dict[tuple[str, str], dict[str, None]] = {}
-    for s, place in zip(shown, group_keys(shown), strict=True):
-        if place.label != place.method:
-            runs.setdefault((place.label, place.method), {})[s.run] = None
+    for s, key in zip(entries, group_keys(entries), strict=True):
+        if key.label != key.method:
+            runs.setdefault((key.label, key.method), {})[s.run] = None
     return [
-        f"{label} is another experiment than {word}: the configs differ, so these runs are no seeds of it: "
-        + "; ".join(held)
-        for (label, word), held in runs.items()
+        f"{label} is another experiment than {method}: the configs differ, so these runs are no seeds of it: "
+        + "; ".join(names)
+        for (label, method), names in runs.items()
     ]

@@ -2,9 +2,9 @@
 
 A winning ticket, trained by itself, (1) scores at least what the dense network scores, (2) after no more steps to its
 best validation score, (3) with fewer weights. All is paired: a ticket with the dense network of the same seed, data
-and network (summary.paired), a control with the very ticket whose digest its own names as parent. A mean difference
-that is no larger than the standard deviation of the paired differences is called within the spread, and is neither a
-win nor a loss; one pair has no spread, and is never more than one seed's word.
+and network (statistics.subtract_dense), a control with the very ticket whose digest its own names as parent. A mean
+difference that is no larger than the standard deviation of the paired differences is called within the spread, and is
+neither a win nor a loss; one pair has no spread, and is never more than one seed's word.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -20,8 +19,6 @@ from mirl_dist.tickets.compare import statistics
 from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.tickets.compare.grouping import CONTROL_PREFIX
 from mirl_dist.tickets.compare.statistics import Group, Statistic
-from mirl_dist.tickets.report import text_tables
-from mirl_dist.tickets.report.text_tables import TextTable, TableRow
 
 YES, WITHIN, NO, UNKNOWN = "yes", "within the spread", "no", "unknown"
 YES_ONE, NO_ONE = "yes (one seed)", "no (one seed)"
@@ -80,37 +77,42 @@ class Judgement(NamedTuple):
     remarks: tuple[str, ...]
 
 
-def judge(shown: Sequence[Entry], tolerance_db: float = 0.0, *, chosen: bool = False) -> list[Judgement]:
+def judge(entries: Sequence[Entry], tolerance_db: float = 0.0, *, chosen: bool = False) -> list[Judgement]:
     """A judgement of every method and round that is neither dense nor a control.
 
     tolerance_db: how much less than the dense network still counts as its score, in dB. chosen: the rounds were chosen
-    by their scores, which a remark then says. Raises UserError as `summary.lines`.
+    by their scores, which a remark then says. Raises UserError as `statistics.group_entries`.
     """
-    lines = [line for line in statistics.group_entries(shown) if not (line.dense or line.control)]
-    found = [_judge_group(line, shown, tolerance_db) for line in lines]
-    return [_add_remarks(j, [*_remark_on_rounds(j, found), *([CHOSEN] if chosen else [])]) for j in found]
+    groups = [group for group in statistics.group_entries(entries) if not (group.dense or group.control)]
+    judgements = [_judge_group(group, entries, tolerance_db) for group in groups]
+    return [_add_remarks(j, [*_remark_on_rounds(j, judgements), *([CHOSEN] if chosen else [])]) for j in judgements]
 
 
-def _judge_group(line: Group, shown: Sequence[Entry], tolerance_db: float) -> Judgement:
-    dense = [s for s in shown if s.method == DENSE]
-    gains, laters = (statistics.summarize(statistics.subtract_dense(line.entries, dense, value)) for value in (_psnr_by_task, _best_steps))
+def _judge_group(group: Group, entries: Sequence[Entry], tolerance_db: float) -> Judgement:
+    dense = [s for s in entries if s.method == DENSE]
+    gains, laters = (
+        statistics.summarize(statistics.subtract_dense(group.entries, dense, value))
+        for value in (_psnr_by_task, _best_steps)
+    )
     answers = {}
-    for name in statistics.task_names(line.entries):
+    for name in statistics.task_names(group.entries):
         gain, later = gains.get(name), laters.get(name)
         fewer = None if later is None else later._replace(mean=-later.mean)
-        known = all(name in _psnr_by_task(s) for s in line.entries if name in s.ticket.scores)
-        answers[name] = Answer(gain, _judge_difference(gain, tolerance_db) if known else UNKNOWN, later, _judge_difference(fewer, 0.0))
-    controls = tuple(_judge_control(kind, line, shown) for kind in CONTROLS)
-    overall = _judge_overall(line, answers)
+        known = all(name in _psnr_by_task(s) for s in group.entries if name in s.ticket.scores)
+        answers[name] = Answer(
+            gain, _judge_difference(gain, tolerance_db) if known else UNKNOWN, later, _judge_difference(fewer, 0.0)
+        )
+    controls = tuple(_judge_control(kind, group, entries) for kind in CONTROLS)
+    overall = _judge_overall(group, answers)
     return Judgement(
-        method=line.method,
-        round_=line.round_,
-        seeds=line.seeds,
-        density=line.alive / line.total,
+        method=group.method,
+        round_=group.round_,
+        seeds=group.seeds,
+        density=group.alive / group.total,
         answers=answers,
         controls=controls,
         overall=overall,
-        remarks=tuple(_collect_remarks(line, answers, controls, overall)),
+        remarks=tuple(_collect_remarks(group, answers, controls, overall)),
     )
 
 
@@ -118,14 +120,14 @@ def _add_remarks(j: Judgement, remarks: Sequence[str]) -> Judgement:
     return j._replace(remarks=(*j.remarks, *remarks))
 
 
-def _remark_on_rounds(one: Judgement, judgements: Sequence[Judgement]) -> list[str]:
+def _remark_on_rounds(judgement: Judgement, judgements: Sequence[Judgement]) -> list[str]:
     """What to do where each seed of a method stands here by another round, so that none has a spread."""
-    mine = [j for j in judgements if j.method == one.method]
-    seeds = [(seed, j.round_) for j in mine for seed in j.seeds]
-    if len(mine) < 2 or len(dict(seeds)) < len(seeds):
+    same_method = [j for j in judgements if j.method == judgement.method]
+    seeds = [(seed, j.round_) for j in same_method for seed in j.seeds]
+    if len(same_method) < 2 or len(dict(seeds)) < len(seeds):
         return []
-    said = ", ".join(f"round {round_} for seed {seed}" for seed, round_ in sorted(seeds))
-    return [f"{said}: judge one round with --round"]
+    rounds_of_seeds = ", ".join(f"round {round_} for seed {seed}" for seed, round_ in sorted(seeds))
+    return [f"{rounds_of_seeds}: judge one round with --round"]
 
 
 def _psnr_by_task(s: Entry) -> dict[str, float]:
@@ -149,62 +151,64 @@ def _judge_difference(difference: Statistic | None, tolerance: float) -> str:
     return WITHIN if abs(margin) <= difference.sd else NO
 
 
-def _judge_overall(line: Group, answers: Mapping[str, Answer]) -> str:
+def _judge_overall(group: Group, answers: Mapping[str, Answer]) -> str:
     """Definition 1 over all tasks. Without curves it is judged by scores alone, which a remark says."""
     scores = {a.score for a in answers.values()}
-    words = scores | {a.steps for a in answers.values()}
-    if NO in words or _KEEPS_TRAINED_VALUES.match(line.method):
+    verdicts = scores | {a.steps for a in answers.values()}
+    if NO in verdicts or _KEEPS_TRAINED_VALUES.match(group.method):
         return NO
-    if NO_ONE in words:
+    if NO_ONE in verdicts:
         return NOT_ALL_ONE
     if UNKNOWN in scores or not scores:
         return UNKNOWN
-    if WITHIN in words:
+    if WITHIN in verdicts:
         return WITHIN_SEEDS
-    return ALL_ONE if YES_ONE in words else WINNING
+    return ALL_ONE if YES_ONE in verdicts else WINNING
 
 
-def _collect_remarks(line: Group, answers: Mapping[str, Answer], controls: Sequence[Control], overall: str) -> list[str]:
-    found = [*_remark_on_pairs(line, answers)]
-    broken = [n for n in answers if any(n in s.ticket.scores and n not in _psnr_by_task(s) for s in line.entries)]
+def _collect_remarks(
+    group: Group, answers: Mapping[str, Answer], controls: Sequence[Control], overall: str
+) -> list[str]:
+    remarks = [*_remark_on_pairs(group, answers)]
+    broken = [n for n in answers if any(n in s.ticket.scores and n not in _psnr_by_task(s) for s in group.entries)]
     if broken:
-        found.append(f"a score that is no number: {', '.join(broken)}")
+        remarks.append(f"a score that is no number: {', '.join(broken)}")
     missing = [name for name, a in answers.items() if a.gain is None and name not in broken]
     if missing:
-        found.append(f"no dense score of the same seed, training, data and network: {', '.join(missing)}")
+        remarks.append(f"no dense score of the same seed, training, data and network: {', '.join(missing)}")
     if any(a.steps == UNKNOWN for a in answers.values()):
-        found.append("steps to the best score unknown (no curves): by scores alone")
-    if _KEEPS_TRAINED_VALUES.match(line.method):
-        found.append("kept its trained values: no ticket in the definition's sense, whatever it scores")
+        remarks.append("steps to the best score unknown (no curves): by scores alone")
+    if _KEEPS_TRAINED_VALUES.match(group.method):
+        remarks.append("kept its trained values: no ticket in the definition's sense, whatever it scores")
     if overall == WITHIN_SEEDS:
-        found.append(CANNOT_TELL)
-    found += [f"control {c.kind} does as well" for c in controls if c.verdict in (WITHIN, LOSES)]
-    return found + [f"control {c.kind} does as well (one seed)" for c in controls if c.verdict == LOSES_ONE]
+        remarks.append(CANNOT_TELL)
+    remarks += [f"control {c.kind} does as well" for c in controls if c.verdict in (WITHIN, LOSES)]
+    return remarks + [f"control {c.kind} does as well (one seed)" for c in controls if c.verdict == LOSES_ONE]
 
 
-def _remark_on_pairs(line: Group, answers: Mapping[str, Answer]) -> list[str]:
+def _remark_on_pairs(group: Group, answers: Mapping[str, Answer]) -> list[str]:
     """How many pairs there are, where they are few."""
     pairs = {name: min(x.count for x in (a.gain, a.later) if x) for name, a in answers.items() if a.gain}
-    found = []
+    remarks = []
     for count, words in ((1, ONE_SEED), (2, TWO_SEEDS)):
         few = [name for name, number in pairs.items() if number == count]
         if few:
-            found.append(words if len(few) == len(pairs) else f"{words} ({', '.join(few)})")
+            remarks.append(words if len(few) == len(pairs) else f"{words} ({', '.join(few)})")
     fewest = min((a.gain.count for a in answers.values() if a.gain), default=0)
-    if 0 < fewest < len(line.seeds):
-        found.append(f"a dense pair for {fewest} of {len(line.seeds)} seeds")
-    return found
+    if 0 < fewest < len(group.seeds):
+        remarks.append(f"a dense pair for {fewest} of {len(group.seeds)} seeds")
+    return remarks
 
 
-def _judge_control(kind: str, line: Group, shown: Sequence[Entry]) -> Control:
+def _judge_control(kind: str, group: Group, entries: Sequence[Entry]) -> Control:
     """Differences of one kind of control, paired by the digest of the ticket, then a value per seed of the ticket."""
-    theirs: dict[str, list[Entry]] = {}
-    for s in shown:
+    controls_of: dict[str, list[Entry]] = {}
+    for s in entries:
         if s.method == f"{CONTROL_PREFIX}{kind}" and s.ticket.parent is not None:
-            theirs.setdefault(s.ticket.parent, []).append(s)
+            controls_of.setdefault(s.ticket.parent, []).append(s)
 
     def against(s: Entry) -> list[Entry]:
-        return [c for c in theirs.get(s.ticket.digest(), []) if statistics.same_network_and_data(c, s)]
+        return [c for c in controls_of.get(s.ticket.digest(), []) if statistics.same_network_and_data(c, s)]
 
     def difference(s: Entry) -> dict[str, float]:
         values = [_psnr_by_task(c) for c in against(s)]
@@ -212,16 +216,16 @@ def _judge_control(kind: str, line: Group, shown: Sequence[Entry]) -> Control:
         return {name: value - fmean(known[name]) for name, value in _psnr_by_task(s).items() if known[name]}
 
     def mean(s: Entry) -> dict[str, float]:
-        found = difference(s)
-        return {"": fmean(found.values())} if found else {}
+        differences = difference(s)
+        return {"": fmean(differences.values())} if differences else {}
 
-    gains = statistics.summarize(statistics.average_by_seed(line.entries, difference))
-    over = statistics.summarize(statistics.average_by_seed(line.entries, mean)).get("")
+    gains = statistics.summarize(statistics.average_by_seed(group.entries, difference))
+    mean_gain = statistics.summarize(statistics.average_by_seed(group.entries, mean)).get("")
     verdicts = {name: _control_verdict(gain) for name, gain in gains.items()}
-    pairs = [(s, c) for s in line.entries for c in against(s)]
+    pairs = [(s, c) for s in group.entries for c in against(s)]
     sound = all(len(_psnr_by_task(x)) == len(x.ticket.scores) for pair in pairs for x in pair)
-    verdict = (NOT_RUN if over is None else _control_verdict(over)) if sound else UNKNOWN
-    return Control(kind, gains, verdicts, over if sound else None, verdict)
+    verdict = (NOT_RUN if mean_gain is None else _control_verdict(mean_gain)) if sound else UNKNOWN
+    return Control(kind, gains, verdicts, mean_gain if sound else None, verdict)
 
 
 def _control_verdict(gain: Statistic) -> str:
@@ -230,49 +234,6 @@ def _control_verdict(gain: Statistic) -> str:
     if abs(gain.mean) <= gain.sd:
         return WITHIN
     return BEATS if gain.mean > 0 else LOSES
-
-
-def tables(judgements: Sequence[Judgement]) -> list[TextTable]:
-    """For a terminal: (1) and, where curves tell, (2) of the definition per task; then controls; remarks below."""
-    names = list(dict.fromkeys(name for j in judgements for name in j.answers))
-    heads = ("method", "round", "density", "winning?")
-    fixed = [(j.method, str(j.round_), f"{j.density:.1%}", j.overall) for j in judgements]
-    rows = [TableRow(f, _cells(j)) for f, j in zip(fixed, judgements, strict=True)]
-    found = [TextTable("PSNR against the dense network, dB: at least as good?", heads, rows, names)]
-    rows = [TableRow(f, _step_cells(j)) for f, j in zip(fixed, judgements, strict=True)]
-    if any(row.cells for row in rows):
-        found.append(TextTable("steps to the best score against the dense network's: no more?", heads, rows, names))
-    tried = [
-        TableRow((j.method, str(j.round_), c.kind, c.verdict), _control_cells(c))
-        for j in judgements
-        if any(c.verdict != NOT_RUN for c in j.controls)
-        for c in j.controls
-    ]
-    if tried:
-        heads = ("method", "round", "control", "verdict")
-        found.append(TextTable("PSNR against controls, dB (ticket minus control)", heads, tried, names))
-    said = [f"{j.method}, round {j.round_}: {'; '.join(j.remarks)}" for j in judgements if j.remarks]
-    said += [] if tried else ["no control was run"]
-    said.append("within the spread: a difference, with any tolerance, no larger than its ±: neither a win nor a loss")
-    found[-1] = replace(found[-1], remarks=said)
-    return found
-
-
-def _cells(j: Judgement) -> dict[str, str]:
-    return {n: _cell(a.gain, 2, a.score) for n, a in j.answers.items()}
-
-
-def _step_cells(j: Judgement) -> dict[str, str]:
-    return {n: _cell(a.later, 0, a.steps) for n, a in j.answers.items() if a.later is not None}
-
-
-def _control_cells(c: Control) -> dict[str, str]:
-    return {n: _cell(gain, 2, c.verdicts[n]) for n, gain in c.gains.items()}
-
-
-def _cell(spread: Statistic | None, digits: int, word: str) -> str:
-    numbers = [] if spread is None else text_tables.format_statistic(spread, digits, "+")
-    return "\n".join([*numbers, word.replace(" the ", "\n").replace(" (", "\n(")])
 
 
 def to_json(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:

@@ -13,34 +13,34 @@ Square = NDArray[np.float64]
 _WORDS_AT_A_TIME = 1 << 15  # of 8 bytes, per ticket: what is unpacked or copied stays small
 
 
-def iou(shown: Sequence[Entry]) -> Square:
+def iou(entries: Sequence[Entry]) -> Square:
     """|A and B| / |A or B| over the alive prunable weights of every two tickets, float64 (n, n), in [0, 1].
 
     nan where a mask is unknown, where the networks' prunable tensors differ, and for two masks without a weight.
     """
-    result = np.full((len(shown), len(shown)), np.nan)
-    for places in _positions_of_equal([_mask_layout(s) for s in shown]):
-        both = _intersections([shown[i] for i in places])
+    result = np.full((len(entries), len(entries)), np.nan)
+    for positions in _positions_of_equal([_mask_layout(s) for s in entries]):
+        both = _intersections([entries[i] for i in positions])
         alive = np.diag(both)
-        result[np.ix_(places, places)] = _ratio(both, alive[:, None] + alive[None, :] - both)
+        result[np.ix_(positions, positions)] = _ratio(both, alive[:, None] + alive[None, :] - both)
     return result
 
 
-def expected_iou(shown: Sequence[Entry]) -> Square:
+def expected_iou(entries: Sequence[Entry]) -> Square:
     """The overlap of two independent random masks that have, tensor by tensor, the densities of these tickets.
 
     float64 (n, n), a ratio of expectations; the diagonal is that of two such masks of one ticket's densities. Needs
     no mask. nan where prunable tensors differ or a density is unknown.
     """
-    result = np.full((len(shown), len(shown)), np.nan)
-    known = [tuple(s.parts.items()) if _has_densities(s) else None for s in shown]
-    for places in _positions_of_equal(known):
-        parts = shown[places[0]].parts
+    result = np.full((len(entries), len(entries)), np.nan)
+    known = [tuple(s.parts.items()) if _has_densities(s) else None for s in entries]
+    for positions in _positions_of_equal(known):
+        parts = entries[positions[0]].parts
         sizes = np.array(list(parts.values()), dtype=np.float64)
-        density = np.array([[shown[i].ticket.layer_density[name] for name in parts] for i in places])
+        density = np.array([[entries[i].ticket.layer_density[name] for name in parts] for i in positions])
         both = (density * sizes) @ density.T
         alive = density @ sizes
-        result[np.ix_(places, places)] = _ratio(both, alive[:, None] + alive[None, :] - both)
+        result[np.ix_(positions, positions)] = _ratio(both, alive[:, None] + alive[None, :] - both)
     return result
 
 
@@ -67,16 +67,16 @@ def _mask_layout(s: Entry) -> Hashable:
 def _positions_of_equal(keys: Sequence[Hashable]) -> list[list[int]]:
     """Places of equal keys; None is equal to nothing."""
     groups: dict[Hashable, list[int]] = {}
-    for place, key in enumerate(keys):
+    for position, key in enumerate(keys):
         if key is not None:
-            groups.setdefault(key, []).append(place)
+            groups.setdefault(key, []).append(position)
     return list(groups.values())
 
 
-def _intersections(shown: Sequence[Entry]) -> Square:
+def _intersections(entries: Sequence[Entry]) -> Square:
     """Weights alive in both, for every two tickets of one shape; the diagonal counts each one's own."""
-    counts = np.zeros((len(shown), len(shown)), dtype=np.int64)
-    masks = [s.mask for s in shown if s.mask is not None]
+    counts = np.zeros((len(entries), len(entries)), dtype=np.int64)
+    masks = [s.mask for s in entries if s.mask is not None]
     bytes_at_a_time = 8 * _WORDS_AT_A_TIME
     for name in masks[0]:
         for start in range(0, masks[0][name].size, bytes_at_a_time):

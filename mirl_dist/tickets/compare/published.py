@@ -68,10 +68,10 @@ def _read_csv(name: str) -> list[dict[str, str]]:
 
 @cache
 def _load_figures() -> tuple[Published, ...]:
-    found = [row for table in _TABLES for row in _read_csv(f"mirl_table{table}.csv")]
+    rows = [row for table in _TABLES for row in _read_csv(f"mirl_table{table}.csv")]
     return tuple(
         Published(r["table"], r["method"], r["dataset"], r["setting"], float(r["psnr"]), float(r["ssim"]), r["params"])
-        for r in found
+        for r in rows
     )
 
 
@@ -113,22 +113,22 @@ def find_figure(method: str, name: str, setting: str) -> Published | None:
     kind, _, level = task.partition("_")
     wanted = f"{setting} {kind}" if setting == SINGLE else setting
     wanted += f" sigma={level}" if kind == "denoise" else ""
-    theirs, dataset = _METHODS.get(method), dataset_of(set_)
-    fits = (r for r in _load_figures() if (r.method, r.dataset, r.setting) == (theirs, dataset, wanted))
+    paper_method, dataset = _METHODS.get(method), dataset_of(set_)
+    fits = (r for r in _load_figures() if (r.method, r.dataset, r.setting) == (paper_method, dataset, wanted))
     return next((r for r in fits if kind in _KINDS[r.dataset]), None)
 
 
 _KINDS = {"BSD68": ("denoise",), "Urban100": ("denoise",), "Rain100L": ("derain",), "SOTS": ("dehaze",)}
 
 
-def match_groups(lines: Sequence[Group], names: Sequence[str]) -> list[PublishedMatch]:
+def match_groups(groups: Sequence[Group], names: Sequence[str]) -> list[PublishedMatch]:
     """For each method that the paper has, its figures beside our line of the nearest density."""
-    setting, found = setting_of(names), []
-    for method in dict.fromkeys(line.method for line in lines):
-        mine = [line for line in lines if line.method == method]
-        matched = {name: find_figure(mine[0].entries[0].method, name, setting) for name in names}
+    setting, matches = setting_of(names), []
+    for method in dict.fromkeys(group.method for group in groups):
+        same_method = [group for group in groups if group.method == method]
+        matched = {name: find_figure(same_method[0].entries[0].method, name, setting) for name in names}
         figures = {name: figure for name, figure in matched.items() if figure is not None}
         if figures:
             density = next(iter(figures.values())).weights / DENSE_WEIGHTS
-            found.append(PublishedMatch(min(mine, key=lambda x: abs(x.alive / x.total - density)), figures))
-    return found
+            matches.append(PublishedMatch(min(same_method, key=lambda x: abs(x.alive / x.total - density)), figures))
+    return matches

@@ -60,18 +60,18 @@ class Style(NamedTuple):
 
 def assign_styles(methods: Iterable[str]) -> dict[str, Style]:
     """Method -> its look, in the order of the methods: the whole network in the colour of text, controls as crosses."""
-    found: dict[str, Style] = {}
+    styles: dict[str, Style] = {}
     named = [m for m in dict.fromkeys(methods) if m != DENSE]
     crosses = 0
     for at, method in enumerate(named):
         colour = _COLOURS[at % len(_COLOURS)]
         if method.startswith(CONTROL_PREFIX):
-            found[method] = Style(colour, _CROSSES[crosses % len(_CROSSES)], "none")
+            styles[method] = Style(colour, _CROSSES[crosses % len(_CROSSES)], "none")
             crosses += 1
         else:
-            styles = ("-", "--", ":", "-.")
-            found[method] = Style(colour, _MARKERS[at % len(_MARKERS)], styles[at // len(_COLOURS) % len(styles)])
-    return {DENSE: Style(INK, "none", "--"), **found}
+            dashes = ("-", "--", ":", "-.")
+            styles[method] = Style(colour, _MARKERS[at % len(_MARKERS)], dashes[at // len(_COLOURS) % len(dashes)])
+    return {DENSE: Style(INK, "none", "--"), **styles}
 
 
 @contextmanager
@@ -98,25 +98,25 @@ def svg(figure: Figure, name: str) -> bytes:
 
 
 @lru_cache(maxsize=64)
-def swatch(method: str, look: Style) -> bytes:
+def swatch(method: str, style: Style) -> bytes:
     """The line and marker of a method as a small SVG, for legends."""
     with drawing():
         figure = Figure(figsize=(0.42, 0.17))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
         axes.set_xlim(0, 1), axes.set_ylim(-1, 1)
-        line = "none" if look.line == "none" else look.line
-        axes.plot([0.08, 0.92], [0, 0], linestyle=line, color=look.colour)
-        axes.plot([0.5], [0], linestyle="none", **marker_keywords(look))
+        line = "none" if style.line == "none" else style.line
+        axes.plot([0.08, 0.92], [0, 0], linestyle=line, color=style.colour)
+        axes.plot([0.5], [0], linestyle="none", **marker_keywords(style))
         return svg(figure, f"swatch {method}")
 
 
-def marker_keywords(look: Style, size: float = 6.5) -> Mapping[str, Any]:
+def marker_keywords(style: Style, size: float = 6.5) -> Mapping[str, Any]:
     """Keywords of `Axes.plot` for the marker of a look."""
-    cross = look.marker in _CROSSES
+    cross = style.marker in _CROSSES
     return {
-        "marker": look.marker,
-        "color": look.colour,
+        "marker": style.marker,
+        "color": style.colour,
         "markersize": size + 1.5 * cross,
         "markeredgewidth": 2.0 if cross else 0.8,
     }

@@ -26,58 +26,62 @@ def short_count(number: float) -> str:
     return f"{number:.3g}"
 
 
-def score(lines: Sequence[Group], looks: Mapping[str, Style], name: str, measure: str = "psnr") -> bytes:
+def score(groups: Sequence[Group], styles: Mapping[str, Style], name: str, measure: str = "psnr") -> bytes:
     """PSNR (dB) or SSIM of one 'task/set' against alive weights, log axis: means, spread, single seeds, dense band."""
     with drawing():
         figure = Figure(figsize=(4.05, 3.0), layout="constrained")
         axes = figure.add_subplot(title=name, xlabel="alive weights", ylabel=AXIS_LABELS[measure])
         axes.grid(True)
-        for method, look in looks.items():
+        for method, style in styles.items():
             rows = sorted(
-                (r for r in lines if r.method == method and name in _statistics_of(r, measure)), key=lambda r: r.alive
+                (r for r in groups if r.method == method and name in _statistics_of(r, measure)), key=lambda r: r.alive
             )
             if method == DENSE:
                 _draw_dense(axes, [_statistics_of(r, measure)[name] for r in rows])
             else:
-                _draw_method(axes, rows, look, name, measure)
-        set_weight_axis(axes, [r.alive for r in lines])
+                _draw_method(axes, rows, style, name, measure)
+        set_weight_axis(axes, [r.alive for r in groups])
         return svg(figure, f"score {name} {measure}")
 
 
-def _statistics_of(line: Group, measure: str) -> Mapping[str, Statistic]:
-    return line.psnr if measure == "psnr" else line.ssim
+def _statistics_of(group: Group, measure: str) -> Mapping[str, Statistic]:
+    return group.psnr if measure == "psnr" else group.ssim
 
 
-def _draw_dense(axes: Axes, spreads: Sequence[Statistic]) -> None:
-    for spread in spreads:
-        if math.isfinite(spread.mean):
-            axes.axhline(spread.mean, color=INK, linestyle="--", linewidth=1.2, alpha=0.8, zorder=1)
-            sd = spread.sd or 0.0
-            axes.axhspan(spread.mean - sd, spread.mean + sd, color=INK, alpha=0.12, linewidth=0, zorder=0)
+def _draw_dense(axes: Axes, statistics: Sequence[Statistic]) -> None:
+    for statistic in statistics:
+        if math.isfinite(statistic.mean):
+            axes.axhline(statistic.mean, color=INK, linestyle="--", linewidth=1.2, alpha=0.8, zorder=1)
+            sd = statistic.sd or 0.0
+            axes.axhspan(statistic.mean - sd, statistic.mean + sd, color=INK, alpha=0.12, linewidth=0, zorder=0)
 
 
-def _draw_method(axes: Axes, rows: Sequence[Group], look: Style, name: str, measure: str) -> None:
+def _draw_method(axes: Axes, rows: Sequence[Group], style: Style, name: str, measure: str) -> None:
     if not rows:
         return
-    spreads = [_statistics_of(r, measure)[name] for r in rows]
-    x, mean = np.array([r.alive for r in rows]), np.array([s.mean for s in spreads], dtype=float)
-    sd = np.array([s.sd or 0.0 for s in spreads], dtype=float)
-    dots = [(s.ticket.alive_total, getattr(scores_of(s.ticket)[name], measure)) for r in rows for s in _scored_entries(r, name)]
-    several = any(s.count > 1 for s in spreads)
+    statistics = [_statistics_of(r, measure)[name] for r in rows]
+    x, mean = np.array([r.alive for r in rows]), np.array([s.mean for s in statistics], dtype=float)
+    sd = np.array([s.sd or 0.0 for s in statistics], dtype=float)
+    dots = [
+        (s.ticket.alive_total, getattr(scores_of(s.ticket)[name], measure))
+        for r in rows
+        for s in _scored_entries(r, name)
+    ]
+    several = any(s.count > 1 for s in statistics)
     if several:
-        axes.plot(*zip(*dots, strict=True), ".", color=look.colour, alpha=0.4, markersize=5, zorder=2)
-    if look.line == "none" or len(rows) == 1:
+        axes.plot(*zip(*dots, strict=True), ".", color=style.colour, alpha=0.4, markersize=5, zorder=2)
+    if style.line == "none" or len(rows) == 1:
         if several:
-            axes.errorbar(x, mean, sd, fmt="none", ecolor=look.colour, elinewidth=1, capsize=2, alpha=0.7, zorder=3)
+            axes.errorbar(x, mean, sd, fmt="none", ecolor=style.colour, elinewidth=1, capsize=2, alpha=0.7, zorder=3)
     else:
         if several:
-            axes.fill_between(x, mean - sd, mean + sd, color=look.colour, alpha=0.18, linewidth=0, zorder=2)
-        axes.plot(x, mean, linestyle=look.line, color=look.colour, zorder=3)
-    axes.plot(x, mean, linestyle="none", **marker_keywords(look, 5 if len(rows) > 1 else 6.5), zorder=4)
+            axes.fill_between(x, mean - sd, mean + sd, color=style.colour, alpha=0.18, linewidth=0, zorder=2)
+        axes.plot(x, mean, linestyle=style.line, color=style.colour, zorder=3)
+    axes.plot(x, mean, linestyle="none", **marker_keywords(style, 5 if len(rows) > 1 else 6.5), zorder=4)
 
 
-def _scored_entries(line: Group, name: str) -> list[Entry]:
-    return [s for s in line.entries if name in scores_of(s.ticket)]
+def _scored_entries(group: Group, name: str) -> list[Entry]:
+    return [s for s in group.entries if name in scores_of(s.ticket)]
 
 
 def set_weight_axis(axes: Axes, weights: Sequence[float]) -> None:
@@ -91,20 +95,20 @@ def set_weight_axis(axes: Axes, weights: Sequence[float]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def distance(lines: Sequence[Group], looks: Mapping[str, Style], name: str) -> bytes:
+def distance(groups: Sequence[Group], styles: Mapping[str, Style], name: str) -> bytes:
     """PSNR (dB) of one 'task/set' minus that of the whole network: a row per line, mean, spread, zero in the middle."""
     with drawing():
-        rows = [r for r in lines if r.method != DENSE and name in r.against_dense]
+        rows = [r for r in groups if r.method != DENSE and name in r.against_dense]
         figure = Figure(figsize=(4.05, 0.85 + 0.27 * max(len(rows), 2)), layout="constrained")
         axes = figure.add_subplot(title=name, xlabel="dB from the dense network")
         axes.axvline(0, color=INK, linestyle="--", linewidth=1.2, alpha=0.8)
         axes.grid(True, axis="x")
         for at, row in enumerate(rows):
-            look, spread = looks[row.method], row.against_dense[name]
-            axes.plot([0, spread.mean], [at, at], color=look.colour, linewidth=2.2, alpha=0.35)
-            if spread.sd is not None:
-                axes.errorbar(spread.mean, at, xerr=spread.sd, fmt="none", ecolor=look.colour, capsize=2.5)
-            axes.plot(spread.mean, at, linestyle="none", **marker_keywords(look))
+            style, statistic = styles[row.method], row.against_dense[name]
+            axes.plot([0, statistic.mean], [at, at], color=style.colour, linewidth=2.2, alpha=0.35)
+            if statistic.sd is not None:
+                axes.errorbar(statistic.mean, at, xerr=statistic.sd, fmt="none", ecolor=style.colour, capsize=2.5)
+            axes.plot(statistic.mean, at, linestyle="none", **marker_keywords(style))
         axes.set_yticks(range(len(rows)), [_label(r) for r in rows])
         axes.set_ylim(max(len(rows), 2) - 0.5, -0.5)
         axes.spines["left"].set_visible(False)
@@ -113,12 +117,12 @@ def distance(lines: Sequence[Group], looks: Mapping[str, Style], name: str) -> b
         return svg(figure, f"distance {name}")
 
 
-def _label(line: Group) -> str:
-    name = line.method if len(line.method) <= 24 else line.method[:23] + "…"
-    return f"{name}, {short_count(line.alive)}"
+def _label(group: Group) -> str:
+    name = group.method if len(group.method) <= 24 else group.method[:23] + "…"
+    return f"{name}, {short_count(group.alive)}"
 
 
-def curves(tickets: Sequence[Entry], look: Style, name: str) -> bytes:
+def curves(tickets: Sequence[Entry], style: Style, name: str) -> bytes:
     """PSNR (dB) of one 'task/set' within rounds: a line per ticket, later rounds stronger, the best step as a dot.
 
     tickets: of one method and seed, and the dense one, dashed; steps count from where the round began.
@@ -135,20 +139,20 @@ def curves(tickets: Sequence[Entry], look: Style, name: str) -> bytes:
             steps = [at - s.ticket.began for at in curve.steps]
             dense = s.method == DENSE
             strength = 1.0 if dense or not last else 0.25 + 0.75 * s.ticket.round / last
-            how: dict[str, Any] = {"color": INK if dense else look.colour, "alpha": strength}
-            told = [v if abs(v) <= MAX_DB else math.nan for v in curve.psnr[name]]
-            axes.plot(steps, told, linestyle="--" if dense else "-", linewidth=1.3, **how)
+            line_style: dict[str, Any] = {"color": INK if dense else style.colour, "alpha": strength}
+            values = [v if abs(v) <= MAX_DB else math.nan for v in curve.psnr[name]]
+            axes.plot(steps, values, linestyle="--" if dense else "-", linewidth=1.3, **line_style)
             best = s.ticket.best_steps()[name]
-            axes.plot(best, told[steps.index(best)], "o", markersize=5, **how)
+            axes.plot(best, values[steps.index(best)], "o", markersize=5, **line_style)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
         return svg(figure, f"curves {name} {tickets[0].name if tickets else ''}")
 
 
-def last_rounds(lines: Sequence[Group]) -> list[Group]:
+def last_rounds(groups: Sequence[Group]) -> list[Group]:
     """The line of the last round of each method, methods in their order; controls are last by themselves."""
-    found: dict[str, Group] = {}
-    for line in lines:
-        if line.method not in found or line.round_ >= found[line.method].round_:
-            found[line.method] = line
-    return sorted(found.values(), key=lambda r: r.control)
+    last: dict[str, Group] = {}
+    for group in groups:
+        if group.method not in last or group.round_ >= last[group.method].round_:
+            last[group.method] = group
+    return sorted(last.values(), key=lambda r: r.control)

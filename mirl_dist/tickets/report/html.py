@@ -21,14 +21,14 @@ def escape(text: str) -> Html:
 
 def tag(name: str, *inside: str, **attributes: str | bool) -> Html:
     """An element. Attributes: `class_` is class, `data_x` is data-x; True stands alone, False is left out."""
-    said = "".join(
+    text = "".join(
         f" {key.strip('_').replace('_', '-')}" + ("" if value is True else f'="{html.escape(value)}"')
         for key, value in attributes.items()
         if value is not False
     )
     if name in _EMPTY:
-        return Html(f"<{name}{said}>")
-    return Html(f"<{name}{said}>{''.join(map(escape, inside))}</{name}>")
+        return Html(f"<{name}{text}>")
+    return Html(f"<{name}{text}>{''.join(map(escape, inside))}</{name}>")
 
 
 def join(parts: Iterable[str], between: str = "\n") -> Html:
@@ -40,9 +40,9 @@ def data_uri(data: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def picture(svg: bytes, said: str) -> Html:
+def picture(svg: bytes, label: str) -> Html:
     """A chart inside the page, so that it takes the page's colours. said: what it shows, for who cannot see it."""
-    return Html(svg.decode().replace("<svg ", f'<svg role="img" aria-label="{html.escape(said)}" ', 1))
+    return Html(svg.decode().replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1))
 
 
 def row(cells: Sequence[str], name: str = "td", **attributes: str | bool) -> Html:

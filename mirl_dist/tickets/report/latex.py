@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from mirl_dist.errors import UserError
-from mirl_dist.tickets.compare import published, statistics
+from mirl_dist.tickets.compare import caveats, published, statistics
 from mirl_dist.tickets.compare.entry import Entry
 from mirl_dist.tickets.compare.published import Published
 from mirl_dist.tickets.compare.statistics import Group, Statistic
@@ -34,42 +34,44 @@ def escape(text: str) -> str:
     return "".join(_SPECIAL.get(c, c) for c in plain)
 
 
-def tables(shown: Sequence[Entry]) -> str:
+def tables(entries: Sequence[Entry]) -> str:
     """A floating table for every data set and kind of task: a row per method and round, PSNR and SSIM per level.
 
     Best value bold and second underlined, as printed, among tickets: dense networks and controls have no part in it.
     The paper's figures, where it has any, stand grey and slanted in columns of their own, beside our line of the
-    nearest density. Raises UserError as `summary.lines`, and where nothing was scored.
+    nearest density. Raises UserError as `statistics.group_entries`, and where nothing was scored.
     """
-    lines, names = statistics.group_entries(shown), statistics.task_names(shown)
+    groups, names = statistics.group_entries(entries), statistics.task_names(entries)
     if not names:
         raise UserError(
             "no ticket here has a score, so there is nothing for a table. Compare tickets that were scored."
         )
-    notes = [*statistics.notes(shown), f"protocol: {shown[0].ticket.protocol}"]
-    beside = published.match_groups(lines, names)
-    figures = {(b.group.method, b.group.round_): b.figures for b in beside}
-    groups: dict[tuple[str, str], list[str]] = {}
+    notes = [*caveats.list_caveats(entries), f"protocol: {entries[0].ticket.protocol}"]
+    matches = published.match_groups(groups, names)
+    figures = {(b.group.method, b.group.round_): b.figures for b in matches}
+    tables_of_sets: dict[tuple[str, str], list[str]] = {}
     for name in names:
         task, _, set_ = name.partition("/")
-        groups.setdefault((task.partition("_")[0], set_), []).append(name)
-    return _HEAD + "\n".join(_table(key, group, lines, figures, notes) for key, group in groups.items())
+        tables_of_sets.setdefault((task.partition("_")[0], set_), []).append(name)
+    return _HEAD + "\n".join(_table(key, members, groups, figures, notes) for key, members in tables_of_sets.items())
 
 
-def _table(key: tuple[str, str], names: list[str], lines: Sequence[Group], figures: Figures, notes: list[str]) -> str:
+def _table(key: tuple[str, str], names: list[str], groups: Sequence[Group], figures: Figures, notes: list[str]) -> str:
     kind, set_ = key
-    theirs = any(name in found for found in figures.values() for name in names)
+    theirs = any(name in by_name for by_name in figures.values() for name in names)
     paper = "" if not theirs else _multicolumn(2 * len(names), _grey(published.TITLE))
     columns = 2 * len(names) * (2 if theirs else 1)
     data = escape(published.dataset_of(set_) or set_)
-    rows = [_row(line, names, lines, figures if theirs else None) for line in lines if line.psnr.keys() & set(names)]
+    rows = [
+        _row(group, names, groups, figures if theirs else None) for group in groups if group.psnr.keys() & set(names)
+    ]
     label = re.sub(r"[^a-z0-9]+", "-", f"{kind}-{set_}".lower())
     return "\n".join(
         [
             r"\begin{table*}[t]",
             r"\centering\footnotesize",
             r"\setlength{\tabcolsep}{4pt}",
-            rf"\caption{{{_caption(kind, data, names, lines, figures if theirs else {})}}}",
+            rf"\caption{{{_caption(kind, data, names, groups, figures if theirs else {})}}}",
             rf"\label{{tab:{label}}}",
             rf"\begin{{tabular}}{{ll{'r' * columns}}}",
             r"\toprule",
@@ -91,11 +93,11 @@ def _head_lines(names: list[str], data: str, paper: str) -> list[str]:
     top = f" & & {_multicolumn(2 * len(names), data)}" + (f" & {paper}" if paper else "") + r" \\"
     levels = [_level(name) for name in names] * sides
     spans = [rf"\cmidrule(lr){{{3 + 2 * i}-{4 + 2 * i}}}" for i in range(len(levels))]
-    found = [top]
+    rows = [top]
     if any(levels):
-        found.append(" & & " + " & ".join(_multicolumn(2, level) for level in levels) + r" \\")
-    found.append("".join(spans))
-    return [*found, "Method & Params (M) & " + " & ".join(["PSNR & SSIM"] * len(levels)) + r" \\"]
+        rows.append(" & & " + " & ".join(_multicolumn(2, level) for level in levels) + r" \\")
+    rows.append("".join(spans))
+    return [*rows, "Method & Params (M) & " + " & ".join(["PSNR & SSIM"] * len(levels)) + r" \\"]
 
 
 def _multicolumn(columns: int, words: str) -> str:
@@ -107,59 +109,59 @@ def _level(name: str) -> str:
     return rf"$\sigma={level}$" if kind == "denoise" and level.isdigit() else escape(level)
 
 
-def _row(line: Group, names: list[str], lines: Sequence[Group], figures: Figures | None) -> str:
-    method = escape(line.method) + (f", round {line.round_}" if line.round_ else "")
+def _row(group: Group, names: list[str], groups: Sequence[Group], figures: Figures | None) -> str:
+    method = escape(group.method) + (f", round {group.round_}" if group.round_ else "")
     if method.startswith(("[", "*")):  # the line before ends in \\, whose argument or star it would be
         method = "{}" + method
-    cells = [method, f"{line.alive / 1e6:.2f}"]
+    cells = [method, f"{group.alive / 1e6:.2f}"]
     for name in names:
         for what, digits in _MEASURES:
-            ranks = _best_values(lines, what, name, digits) if _is_ranked(line) else []
-            cells.append(_cell(getattr(line, what).get(name), ranks, digits))
+            ranks = _best_values(groups, what, name, digits) if _is_ranked(group) else []
+            cells.append(_cell(getattr(group, what).get(name), ranks, digits))
     if figures is not None:
-        beside = figures.get((line.method, line.round_), {})
+        beside = figures.get((group.method, group.round_), {})
         for name in names:
             figure = beside.get(name)
             cells += ["", ""] if figure is None else [_grey(f"{figure.psnr:.2f}"), _grey(f"{figure.ssim:.4f}")]
     return " & ".join(cells) + r" \\"
 
 
-def _is_ranked(line: Group) -> bool:
-    return not (line.dense or line.control)
+def _is_ranked(group: Group) -> bool:
+    return not (group.dense or group.control)
 
 
-def _best_values(lines: Sequence[Group], what: str, name: str, digits: int) -> list[str]:
+def _best_values(groups: Sequence[Group], what: str, name: str, digits: int) -> list[str]:
     """The best and the second best value of a column, as printed; none of a column with one value."""
-    mine = [getattr(line, what)[name] for line in lines if _is_ranked(line) and name in getattr(line, what)]
-    found = {round(spread.mean, digits) for spread in mine}
-    return [f"{value:.{digits}f}" for value in sorted(found, reverse=True)[:2]] if len(found) > 1 else []
+    column = [getattr(group, what)[name] for group in groups if _is_ranked(group) and name in getattr(group, what)]
+    means = {round(statistic.mean, digits) for statistic in column}
+    return [f"{value:.{digits}f}" for value in sorted(means, reverse=True)[:2]] if len(means) > 1 else []
 
 
-def _cell(spread: Statistic | None, ranks: Sequence[str], digits: int) -> str:
-    if spread is None:
+def _cell(statistic: Statistic | None, ranks: Sequence[str], digits: int) -> str:
+    if statistic is None:
         return "--"
-    printed = f"{spread.mean:.{digits}f}"
+    printed = f"{statistic.mean:.{digits}f}"
     style = dict(zip(ranks, (r"\textbf", r"\underline"), strict=False)).get(printed)
-    said = f"{style}{{{printed}}}" if style else printed
-    return said if spread.sd is None else rf"{said} {{\scriptsize $\pm${spread.sd:.{digits}f}}}"
+    text = f"{style}{{{printed}}}" if style else printed
+    return text if statistic.sd is None else rf"{text} {{\scriptsize $\pm${statistic.sd:.{digits}f}}}"
 
 
 def _grey(words: str) -> str:
     return rf"\textcolor{{gray}}{{\textit{{{words}}}}}"
 
 
-def _caption(kind: str, data: str, names: list[str], lines: Sequence[Group], figures: Figures) -> str:
-    most = max(len(line.seeds) for line in lines)
-    said = f"PSNR (dB) and SSIM of {escape(kind)} on {data}. Params: weights that are not pruned. "
-    said += "Best ticket bold, second underlined; dense networks and controls have no part in it. "
+def _caption(kind: str, data: str, names: list[str], groups: Sequence[Group], figures: Figures) -> str:
+    most = max(len(group.seeds) for group in groups)
+    text = f"PSNR (dB) and SSIM of {escape(kind)} on {data}. Params: weights that are not pruned. "
+    text += "Best ticket bold, second underlined; dense networks and controls have no part in it. "
     if most > 1:
-        said += rf"Means over at most {most} seeds, $\pm$ sample standard deviation. "
-    found = [figure for theirs in figures.values() for name, figure in theirs.items() if name in names]
-    if found:
-        tables = ", ".join(dict.fromkeys(figure.table for figure in found))
-        sizes = ", ".join(dict.fromkeys(f"{f.method} {f.params}" for f in found))
-        said += (
+        text += rf"Means over at most {most} seeds, $\pm$ sample standard deviation. "
+    cited = [figure for theirs in figures.values() for name, figure in theirs.items() if name in names]
+    if cited:
+        tables = ", ".join(dict.fromkeys(figure.table for figure in cited))
+        sizes = ", ".join(dict.fromkeys(f"{f.method} {f.params}" for f in cited))
+        text += (
             f"Grey and slanted: the paper's own figures (MIR-L, Table {tables}; {sizes}), measured under other "
             "conditions: networks of full size, other training. They take no part in bold and underlined."
         )
-    return said.strip()
+    return text.strip()

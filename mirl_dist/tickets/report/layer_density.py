@@ -58,19 +58,19 @@ class Density(NamedTuple):
     collapsed: NDArray[np.bool_]
 
 
-def by_kind(shown: Entry) -> Density:
+def by_kind(entry: Entry) -> Density:
     """The densities of one ticket, by block and kind of tensor."""
-    places = {name: locate_layer(name) for name in shown.parts if name in shown.ticket.layer_density}
-    kinds = sorted({p.kind for p in places.values()}, key=_column_order)
-    return _sum_densities([shown] * len(kinds), places, tuple(kinds), lambda p, at: p.kind == kinds[at])
+    locations = {name: locate_layer(name) for name in entry.parts if name in entry.ticket.layer_density}
+    kinds = sorted({p.kind for p in locations.values()}, key=_column_order)
+    return _sum_densities([entry] * len(kinds), locations, tuple(kinds), lambda p, at: p.kind == kinds[at])
 
 
 def by_round(tickets: Sequence[Entry]) -> Density:
     """The densities of tickets of one run, by block and round."""
     tickets = sorted(tickets, key=lambda s: s.ticket.round)
     known = {name for s in tickets for name in s.ticket.layer_density}
-    places = {name: locate_layer(name) for name in tickets[0].parts if name in known}
-    return _sum_densities(tickets, places, tuple(str(s.ticket.round) for s in tickets), lambda p, at: True)
+    locations = {name: locate_layer(name) for name in tickets[0].parts if name in known}
+    return _sum_densities(tickets, locations, tuple(str(s.ticket.round) for s in tickets), lambda p, at: True)
 
 
 def _column_order(kind: str) -> tuple[int, int, str]:
@@ -83,19 +83,19 @@ BelongsTo = Callable[[LayerLocation, int], bool]
 
 
 def _sum_densities(
-    tickets: Sequence[Entry], places: Mapping[str, LayerLocation], columns: tuple[str, ...], takes: BelongsTo
+    tickets: Sequence[Entry], locations: Mapping[str, LayerLocation], columns: tuple[str, ...], belongs: BelongsTo
 ) -> Density:
-    rows = tuple(dict.fromkeys(p.block for p in places.values()))
+    rows = tuple(dict.fromkeys(p.block for p in locations.values()))
     alive, size = np.zeros((len(rows), len(columns))), np.zeros((len(rows), len(columns)))
     collapsed = np.zeros(alive.shape, dtype=bool)
-    for at, shown in enumerate(tickets):
-        for name, where in places.items():
-            if not takes(where, at) or name not in shown.ticket.layer_density or name not in shown.parts:
+    for at, entry in enumerate(tickets):
+        for name, location in locations.items():
+            if not belongs(location, at) or name not in entry.ticket.layer_density or name not in entry.parts:
                 continue
-            row, share = rows.index(where.block), shown.ticket.layer_density[name]
-            alive[row, at] += share * shown.parts[name]
-            size[row, at] += shown.parts[name]
-            collapsed[row, at] |= name in shown.ticket.collapsed or share == 0
+            row, share = rows.index(location.block), entry.ticket.layer_density[name]
+            alive[row, at] += share * entry.parts[name]
+            size[row, at] += entry.parts[name]
+            collapsed[row, at] |= name in entry.ticket.collapsed or share == 0
     share = np.divide(alive, size, out=np.full(alive.shape, np.nan), where=size > 0)
     return Density(rows, columns, share, collapsed)
 

@@ -29,21 +29,21 @@ class NamedEntry(NamedTuple):
     entry: Entry
 
 
-def choose_entries(lines: Sequence[Group]) -> list[NamedEntry]:
+def choose_entries(groups: Sequence[Group]) -> list[NamedEntry]:
     """At most MOST pruned tickets with a mask, in the order of lines: last rounds first, then some between."""
     methods: dict[str, list[Group]] = {}
-    for line in lines:
-        if not line.dense and any(s.mask is not None for s in line.entries):
-            methods.setdefault(line.method, []).append(line)
-    seeds = max((len(line.entries) for held in methods.values() for line in held), default=1)
+    for group in groups:
+        if not group.dense and any(s.mask is not None for s in group.entries):
+            methods.setdefault(group.method, []).append(group)
+    seeds = max((len(group.entries) for rounds in methods.values() for group in rounds), default=1)
     each = max(1, MAX_ENTRIES // max(1, seeds * len(methods)))
-    picked = [held[-1 - i] for held in methods.values() for i in _evenly_spaced(len(held), each)]
-    found = []
-    for line in sorted(picked, key=lines.index):
-        short = line.method if len(line.method) <= 24 else line.method[:23] + "…"
-        masked = sorted((s for s in line.entries if s.mask is not None), key=lambda s: s.seed)
-        found += [NamedEntry(f"{short} r{line.round_} s{s.seed}", s) for s in masked]
-    return found[:MAX_ENTRIES]
+    picked = [rounds[-1 - i] for rounds in methods.values() for i in _evenly_spaced(len(rounds), each)]
+    named = []
+    for group in sorted(picked, key=groups.index):
+        short = group.method if len(group.method) <= 24 else group.method[:23] + "…"
+        masked = sorted((s for s in group.entries if s.mask is not None), key=lambda s: s.seed)
+        named += [NamedEntry(f"{short} r{group.round_} s{s.seed}", s) for s in masked]
+    return named[:MAX_ENTRIES]
 
 
 def _evenly_spaced(count: int, most: int) -> list[int]:
@@ -53,21 +53,21 @@ def _evenly_spaced(count: int, most: int) -> list[int]:
 
 def grid(named: Sequence[NamedEntry], beyond: bool = False) -> bytes:
     """IoU of masks two by two as SVG; beyond: what it is more or less than independent random masks would have."""
-    shown = [x.entry for x in named]
-    values = mask_overlap.iou(shown)
+    entries = [x.entry for x in named]
+    values = mask_overlap.iou(entries)
     if beyond:
-        values -= mask_overlap.expected_iou(shown)
+        values -= mask_overlap.expected_iou(entries)
         np.fill_diagonal(values, np.nan)
     with drawing():
-        side, margin = max(0.2 * len(shown), 1.5), 2.2
+        side, margin = max(0.2 * len(entries), 1.5), 2.2
         size = (side + margin + 0.1, side + margin + 0.35)
         figure = Figure(figsize=size)
         axes = figure.add_axes((margin / size[0], margin / size[1], side / size[0], side / size[1]))
         norm = TwoSlopeNorm(0, -0.5, 0.5) if beyond else Normalize(0, 1)
         axes.imshow(values, cmap="RdBu" if beyond else "cividis", norm=norm, aspect="auto", interpolation="none")
         _write_percents(axes, values, beyond)
-        axes.set_yticks(range(len(shown)), [x.name for x in named], fontsize=8)
-        axes.set_xticks(range(len(shown)), [x.name for x in named], fontsize=8, rotation=90)
+        axes.set_yticks(range(len(entries)), [x.name for x in named], fontsize=8)
+        axes.set_xticks(range(len(entries)), [x.name for x in named], fontsize=8, rotation=90)
         axes.tick_params(length=0)
         for edge in axes.spines.values():
             edge.set_visible(False)
@@ -85,35 +85,35 @@ def _write_percents(axes: Axes, values: Grid, beyond: bool) -> None:
             axes.text(column, row, text, ha="center", va="center", fontsize=6, color="white" if dark else "#111111")
 
 
-def overlap_of_seeds(lines: Sequence[Group], looks: Mapping[str, Style]) -> bytes | None:
+def overlap_of_seeds(groups: Sequence[Group], styles: Mapping[str, Style]) -> bytes | None:
     """IoU between seeds of one method and round against alive weights as SVG, dotted: chance; None without pairs."""
-    pairs = _seed_overlaps(lines)
+    pairs = _seed_overlaps(groups)
     if not pairs:
         return None
     with drawing():
         figure = Figure(figsize=(4.05, 3.0), layout="constrained")
         axes = figure.add_subplot(title="overlap between seeds", xlabel="alive weights", ylabel="IoU")
         axes.grid(True)
-        for method, found in pairs.items():
-            x, measured, chance = np.array(sorted(found)).T
-            look, single = looks[method], len(found) == 1
-            axes.plot(x, chance, marker="_" if single else "none", markersize=11, linestyle=":", color=look.colour)
-            axes.plot(x, measured, linestyle=look.line, color=look.colour)
-            axes.plot(x, measured, linestyle="none", **marker_keywords(look, 5))
+        for method, points in pairs.items():
+            x, measured, chance = np.array(sorted(points)).T
+            style, single = styles[method], len(points) == 1
+            axes.plot(x, chance, marker="_" if single else "none", markersize=11, linestyle=":", color=style.colour)
+            axes.plot(x, measured, linestyle=style.line, color=style.colour)
+            axes.plot(x, measured, linestyle="none", **marker_keywords(style, 5))
         axes.set_ylim(0, 1.02)
-        set_weight_axis(axes, [x for found in pairs.values() for x, _, _ in found])
+        set_weight_axis(axes, [x for points in pairs.values() for x, _, _ in points])
         return svg(figure, "overlap of seeds")
 
 
-def _seed_overlaps(lines: Sequence[Group]) -> dict[str, list[tuple[float, float, float]]]:
+def _seed_overlaps(groups: Sequence[Group]) -> dict[str, list[tuple[float, float, float]]]:
     """Method -> (alive weights, mean IoU, mean IoU by chance) of its rounds that two seeds or more have."""
-    found: dict[str, list[tuple[float, float, float]]] = {}
-    for line in lines:
-        one = list({s.seed: s for s in line.entries if s.mask is not None}.values())
-        if line.dense or len(one) < 2:
+    points: dict[str, list[tuple[float, float, float]]] = {}
+    for group in groups:
+        entries = list({s.seed: s for s in group.entries if s.mask is not None}.values())
+        if group.dense or len(entries) < 2:
             continue
-        upper = np.triu_indices(len(one), 1)
-        measured, chance = mask_overlap.iou(one)[upper], mask_overlap.expected_iou(one)[upper]
+        upper = np.triu_indices(len(entries), 1)
+        measured, chance = mask_overlap.iou(entries)[upper], mask_overlap.expected_iou(entries)[upper]
         if np.isfinite(measured).all() and np.isfinite(chance).all():
-            found.setdefault(line.method, []).append((line.alive, float(measured.mean()), float(chance.mean())))
-    return found
+            points.setdefault(group.method, []).append((group.alive, float(measured.mean()), float(chance.mean())))
+    return points

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mirl_dist.errors import UserError
-from mirl_dist.tickets.compare import judge, statistics
+from mirl_dist.tickets.compare import caveats, judge, statistics
 from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.tickets.compare.judge import Judgement
 from mirl_dist.tickets.compare.statistics import Group
@@ -34,30 +34,31 @@ SECTIONS = {
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def html(shown: Sequence[Entry], title: str, made: str, judgements: Sequence[Judgement] | None = None) -> str:
+def html(entries: Sequence[Entry], title: str, made: str, judgements: Sequence[Judgement] | None = None) -> str:
     """The page as text. made: when, for its footer; judgements: of `judge.judge`, which is asked where they are None.
 
-    Raises UserError for no tickets, and as `summary.lines` for tickets that cannot stand in one table.
+    Raises UserError for no tickets, and as `statistics.group_entries` for tickets that cannot stand in one table.
     """
-    if not shown:
+    if not entries:
         raise UserError("found no ticket to compare, where a page is made. Name runs that have finished a round.")
-    shown = [s._replace(run=_printable(s.run), method=_printable(s.method)) for s in shown]
-    lines, names = statistics.group_entries(shown), statistics.task_names(shown)
-    styles = assign_styles(line.method for line in lines)
-    told = judge.judge(shown) if judgements is None else judgements
-    dense = [s for s in shown if s.method == DENSE]
+    entries = [s._replace(run=_printable(s.run), method=_printable(s.method)) for s in entries]
+    groups, names = statistics.group_entries(entries), statistics.task_names(entries)
+    styles = assign_styles(group.method for group in groups)
+    if judgements is None:
+        judgements = judge.judge(entries)
+    dense = [s for s in entries if s.method == DENSE]
     inside = {
-        "compared": page_tables.compared(shown),
-        "caveats": _notes(statistics.notes(shown)),
-        "scores": _scores(shown, lines, names, styles),
-        "judgements": _judgements(told, styles),
-        "weights": page_figures.scores(lines, names, styles),
-        "distance": page_figures.distance(lines, names, styles),
-        "pictures": gallery(lines),
-        "density": page_figures.density(lines, styles),
-        "overlap": page_figures.overlap(lines, styles),
-        "curves": page_figures.curves(lines, names, styles, dense),
-        "downloads": _downloads(shown),
+        "compared": page_tables.compared(entries),
+        "caveats": _notes(caveats.list_caveats(entries)),
+        "scores": _scores(entries, groups, names, styles),
+        "judgements": _judgements(judgements, styles),
+        "weights": page_figures.scores(groups, names, styles),
+        "distance": page_figures.distance(groups, names, styles),
+        "pictures": gallery(groups),
+        "density": page_figures.density(groups, styles),
+        "overlap": page_figures.overlap(groups, styles),
+        "curves": page_figures.curves(groups, names, styles, dense),
+        "downloads": _downloads(entries),
     }
     assert inside.keys() == SECTIONS.keys(), "every section has its content"
     body = [
@@ -93,21 +94,23 @@ def _notes(notes: Sequence[str]) -> Html:
     return tag("ul", *(tag("li", note[:1].upper() + note[1:]) for note in notes), class_="notes")
 
 
-def _scores(shown: Sequence[Entry], lines: Sequence[Group], names: Sequence[str], styles: Mapping[str, Style]) -> Html:
+def _scores(
+    entries: Sequence[Entry], groups: Sequence[Group], names: Sequence[str], styles: Mapping[str, Style]
+) -> Html:
     if not names:
         return missing("No ticket has scores.")
-    known = page_tables.scores(lines, names, styles)
-    said = (
+    known = page_tables.scores(groups, names, styles)
+    text = (
         "PSNR in dB over SSIM: mean ± standard deviation over seeds. Bold: the best ticket of a column, dense networks "
         "and controls not counted. Alive weights and sparsity are over all parameters. Click a head to sort."
     )
-    theirs = (
+    paper_text = (
         " Tinted, apart: what the paper prints for a method, beside our line of the nearest density; its networks, "
         "data and training differ from these, so it is no yardstick for small runs."
     )
-    parts = [_last_round_checkbox(), known, tag("p", said + (theirs if "theirs" in known else ""), class_="soft")]
-    for protocol in dict.fromkeys(p for s in shown for p in s.ticket.also):
-        other = page_tables.scores(statistics.group_entries(shown, protocol), names, styles, theirs=False)
+    parts = [_last_round_checkbox(), known, tag("p", text + (paper_text if "theirs" in known else ""), class_="soft")]
+    for protocol in dict.fromkeys(p for s in entries for p in s.ticket.also):
+        other = page_tables.scores(statistics.group_entries(entries, protocol), names, styles, with_published=False)
         parts.append(tag("details", tag("summary", f"The same by the protocol {protocol}"), other))
     return join(parts)
 
@@ -122,10 +125,10 @@ def _judgements(judgements: Sequence[Judgement], styles: Mapping[str, Style]) ->
     return join([_last_round_checkbox(), verdicts(judgements, styles)])
 
 
-def _downloads(shown: Sequence[Entry]) -> Html:
-    files = {"tickets.csv": ("All numbers (CSV)", text_tables.csv(shown), "text/csv;charset=utf-8")}
-    if statistics.task_names(shown):
-        tables = latex.tables(shown).encode()
+def _downloads(entries: Sequence[Entry]) -> Html:
+    files = {"tickets.csv": ("All numbers (CSV)", text_tables.csv(entries), "text/csv;charset=utf-8")}
+    if statistics.task_names(entries):
+        tables = latex.tables(entries).encode()
         files["tables.tex"] = ("Tables II and III (LaTeX)", tables, "text/plain;charset=utf-8")
     return tag(
         "div",

@@ -30,49 +30,49 @@ class Column(NamedTuple):
     images: Mapping[str, tuple[image_strip.Pixels, ...]]
 
 
-def gallery(lines: Sequence[Group]) -> Html:
+def gallery(groups: Sequence[Group]) -> Html:
     """A row per image: degraded, restored by each ticket with its PSNR, dense, clean; and what was left out."""
-    columns, said = _choose_columns(lines)
+    columns, remarks = _choose_columns(groups)
     titles = _spread_over_tasks(list(dict.fromkeys(t for c in columns for t in c.images)))
     if not titles:
-        return join([tag("p", "No ticket came with pictures (evaluate.pictures)."), *_paragraphs(said)])
+        return join([tag("p", "No ticket came with pictures (evaluate.pictures)."), *_paragraphs(remarks)])
     kept = titles[:MAX_ROWS]
     body, lossy = _encode_rows(columns, kept)
     if len(kept) < len(titles):
-        said.append(f"{len(kept)} of {len(titles)} images are shown.")
-    said.append("JPEG (quality 90), to keep the page small." if lossy else "Pixels are exact (PNG).")
+        remarks.append(f"{len(kept)} of {len(titles)} images are shown.")
+    remarks.append("JPEG (quality 90), to keep the page small." if lossy else "Pixels are exact (PNG).")
     heads = [_column_head(c) for c in columns]
     last = [h for c, h in zip(columns, heads, strict=True) if c.entry.method == DENSE]
     first = [h for c, h in zip(columns, heads, strict=True) if c.entry.method != DENSE]
     caption = (
         "Centres of test images: the input, what each method's last ticket makes of it (one seed), the dense network's "
         "work, and the clean image. In dB: PSNR of the 8-bit centre that is shown, not the score of the whole image. "
-        + " ".join(said)
+        + " ".join(remarks)
     )
-    shown = table(
+    pictures = table(
         [["degraded", *first, *last, "clean"]], body, class_="pictures", style=f"min-width:{112 * (len(columns) + 2)}px"
     )
-    return tag("figure", shown, tag("figcaption", caption))
+    return tag("figure", pictures, tag("figcaption", caption))
 
 
-def _paragraphs(said: Sequence[str]) -> list[Html]:
-    return [tag("p", text, class_="soft") for text in said]
+def _paragraphs(texts: Sequence[str]) -> list[Html]:
+    return [tag("p", text, class_="soft") for text in texts]
 
 
-def _choose_columns(lines: Sequence[Group]) -> tuple[list[Column], list[str]]:
+def _choose_columns(groups: Sequence[Group]) -> tuple[list[Column], list[str]]:
     """One ticket per method, of the lowest seed whose pictures can be read; what could not be, in words."""
-    found, said = [], []
-    for line in last_rounds(lines):
-        for shown in sorted((s for s in line.entries if s.strip is not None), key=lambda s: s.seed):
-            assert shown.strip is not None, "chosen by having one"
+    columns, remarks = [], []
+    for group in last_rounds(groups):
+        for entry in sorted((s for s in group.entries if s.strip is not None), key=lambda s: s.seed):
+            assert entry.strip is not None, "chosen by having one"
             try:
-                rows = image_strip.rows(shown.strip, f"pictures of {shown.name}")
+                rows = image_strip.rows(entry.strip, f"pictures of {entry.name}")
             except UserError as fault:
-                said.append(str(fault))
+                remarks.append(str(fault))
                 continue
-            found.append(Column(line, shown, {r.title: r.images for r in rows if len(r.images) == 3}))
+            columns.append(Column(group, entry, {r.title: r.images for r in rows if len(r.images) == 3}))
             break
-    return found, said
+    return columns, remarks
 
 
 def _spread_over_tasks(titles: Sequence[str]) -> list[str]:
@@ -84,16 +84,16 @@ def _spread_over_tasks(titles: Sequence[str]) -> list[str]:
 
 
 def _column_head(column: Column) -> Html:
-    line, ticket = column.group, column.entry.ticket
-    said = f"round {line.round_}, {1 - ticket.total_sparsity:.1%}, seed {column.entry.seed}"
-    return tag("th", line.method, tag("br"), tag("small", said, class_="soft"))
+    group, ticket = column.group, column.entry.ticket
+    text = f"round {group.round_}, {1 - ticket.total_sparsity:.1%}, seed {column.entry.seed}"
+    return tag("th", group.method, tag("br"), tag("small", text, class_="soft"))
 
 
 def _encode_rows(columns: Sequence[Column], titles: Sequence[str]) -> tuple[list[Html], bool]:
     """Rows of the table, and whether the pictures had to be made smaller by loss."""
     body = [_image_rows(columns, title, False) for title in titles]
-    if sum(len(line) for rows in body for line in rows) <= MAX_BYTES:
-        return [line for rows in body for line in rows], False
+    if sum(len(html) for rows in body for html in rows) <= MAX_BYTES:
+        return [html for rows in body for html in rows], False
     kept: list[Html] = []
     size = 0
     for title in titles:
@@ -118,9 +118,12 @@ def _encode_rows(columns: Sequence[Column], titles: Sequence[str]) -> tuple[list
 
 
 def _image_rows(columns: Sequence[Column], title: str, lossy: bool) -> list[Html]:
-    held = [(c, c.images[title]) for c in columns if title in c.images]
-    degraded, _, clean = held[0][1]
-    cells = {c.group.method: _image_cell(images[1], clean, lossy, _note_other_input(images, degraded, clean)) for c, images in held}
+    with_image = [(c, c.images[title]) for c in columns if title in c.images]
+    degraded, _, clean = with_image[0][1]
+    cells = {
+        c.group.method: _image_cell(images[1], clean, lossy, _note_other_input(images, degraded, clean))
+        for c, images in with_image
+    }
     ordered = [c for c in columns if c.entry.method != DENSE] + [c for c in columns if c.entry.method == DENSE]
     middle = [cells.get(c.group.method, tag("td", "–")) for c in ordered]
     width = str(len(middle) + 2)
@@ -130,7 +133,9 @@ def _image_rows(columns: Sequence[Column], title: str, lossy: bool) -> list[Html
     ]
 
 
-def _note_other_input(images: Sequence[image_strip.Pixels], degraded: image_strip.Pixels, clean: image_strip.Pixels) -> str:
+def _note_other_input(
+    images: Sequence[image_strip.Pixels], degraded: image_strip.Pixels, clean: image_strip.Pixels
+) -> str:
     same = np.array_equal(images[0], degraded) and np.array_equal(images[2], clean)
     return "" if same else " (another input)"
 
@@ -148,7 +153,7 @@ def _psnr(image: image_strip.Pixels, clean: image_strip.Pixels) -> float | None:
     return min(10 * float(np.log10(255**2 / error)), PSNR_CEILING_DB) if error else PSNR_CEILING_DB
 
 
-def _image_tag(image: image_strip.Pixels, lossy: bool, said: str) -> Html:
+def _image_tag(image: image_strip.Pixels, lossy: bool, alt: str) -> Html:
     data = io.BytesIO()
     if lossy:
         Image.fromarray(image).save(data, "JPEG", quality=90, subsampling=0)
@@ -156,4 +161,4 @@ def _image_tag(image: image_strip.Pixels, lossy: bool, said: str) -> Html:
         Image.fromarray(image).save(data, "PNG", optimize=True)
     height, width = image.shape[:2]
     kind = "image/jpeg" if lossy else "image/png"
-    return tag("img", src=data_uri(data.getvalue(), kind), alt=said, width=str(width), height=str(height))
+    return tag("img", src=data_uri(data.getvalue(), kind), alt=alt, width=str(width), height=str(height))

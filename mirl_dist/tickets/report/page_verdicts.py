@@ -23,7 +23,7 @@ MEANING = (
 )
 
 
-def verdicts(judgements: Sequence[Judgement], looks: Mapping[str, Style]) -> Html:
+def verdicts(judgements: Sequence[Judgement], styles: Mapping[str, Style]) -> Html:
     """A row per method and round: overall, each task, each kind of control that was run, remarks."""
     names = list(dict.fromkeys(name for j in judgements for name in j.answers))
     kinds = [
@@ -37,18 +37,18 @@ def verdicts(judgements: Sequence[Judgement], looks: Mapping[str, Style]) -> Htm
     body, before = [], ""
     for j in judgements:
         words = ["first"] * (j.method != before) + ["early"] * (j.round_ != last[j.method])
-        body.append(row(_cells(j, names, kinds, looks), class_=" ".join(words) if words else False))
+        body.append(row(_cells(j, names, kinds, styles), class_=" ".join(words) if words else False))
         before = j.method
     lacking = [kind for kind in judge.CONTROLS if kind not in kinds]
-    said = f"Controls that were not run: {', '.join(lacking)} (start.kind)." if lacking else ""
-    return join([table([head], body), tag("p", f"{MEANING} {said}", class_="soft")])
+    not_run = f"Controls that were not run: {', '.join(lacking)} (start.kind)." if lacking else ""
+    return join([table([head], body), tag("p", f"{MEANING} {not_run}", class_="soft")])
 
 
-def _cells(j: Judgement, names: Sequence[str], kinds: Sequence[str], looks: Mapping[str, Style]) -> list[Html | str]:
-    look = picture(swatch(j.method, looks[j.method]), "") if j.method in looks else ""
+def _cells(j: Judgement, names: Sequence[str], kinds: Sequence[str], styles: Mapping[str, Style]) -> list[Html | str]:
+    legend = picture(swatch(j.method, styles[j.method]), "") if j.method in styles else ""
     controls = {c.kind: c for c in j.controls}
     return [
-        tag("td", look, j.method, class_="method"),
+        tag("td", legend, j.method, class_="method"),
         tag("td", str(j.round_), class_="number"),
         tag("td", f"{j.density:.1%}", class_="number"),
         tag("td", _verdict_tag(j.overall), class_="overall"),
@@ -72,14 +72,14 @@ def _control_cell(control: Control | None) -> Html:
     return tag("td", _format_statistic(control.mean, "+.2f"), " ", _verdict_tag(control.verdict), class_="number")
 
 
-def _format_statistic(spread: Statistic | None, form: str) -> Html:
-    if spread is None:
+def _format_statistic(statistic: Statistic | None, form: str) -> Html:
+    if statistic is None:
         return Html("–")
-    mean = f"{spread.mean:{form}}".replace("-", "−")
+    mean = f"{statistic.mean:{form}}".replace("-", "−")
     mean = "0" if mean in ("+0", "−0") else mean
-    if spread.sd is None:
+    if statistic.sd is None:
         return Html(mean)
-    return join([mean, tag("small", f" ± {spread.sd:{form[1:]}}")], "")
+    return join([mean, tag("small", f" ± {statistic.sd:{form[1:]}}")], "")
 
 
 def _verdict_tag(word: str) -> Html:

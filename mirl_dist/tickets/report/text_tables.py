@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv as csv_files
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from mirl_dist.tickets.compare import published, statistics
 from mirl_dist.tickets.compare.entry import Entry
+from mirl_dist.tickets.compare.judge import NOT_RUN, Control, Judgement
 from mirl_dist.tickets.compare.statistics import Group, Statistic
 
 WIDTH = 100
@@ -49,7 +50,9 @@ class TextTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = min(WIDTH, options.max_width)
-        fixed = [max(_widest_line([head, *(row.fixed[i] for row in self.rows)]), 1) for i, head in enumerate(self.heads)]
+        fixed = [
+            max(_widest_line([head, *(row.fixed[i] for row in self.rows)]), 1) for i, head in enumerate(self.heads)
+        ]
         fixed = [min(one, _WIDEST_LABEL) for one in fixed]
         wide = {n: _widest_line([_head(n), *(row.cells.get(n, "") for row in self.rows)]) for n in self.names}
         cut = {n: min(one, _WIDEST_TASK) for n, one in wide.items()}
@@ -57,90 +60,144 @@ class TextTable:
         if room < max((one + 3 for one in cut.values()), default=0):
             yield Text("\n".join(self._as_lines()))
             return
-        groups: list[list[str]] = [[]]
+        task_groups: list[list[str]] = [[]]
         for name in self.names:
-            if groups[-1] and sum(cut[n] + 3 for n in [*groups[-1], name]) > room:
-                groups.append([])
-            groups[-1].append(name)
+            if task_groups[-1] and sum(cut[n] + 3 for n in [*task_groups[-1], name]) > room:
+                task_groups.append([])
+            task_groups[-1].append(name)
         columns = list(zip(self.heads, fixed, strict=True))
-        found = [
-            _rich_table(self.title + " (continued)" * (part > 0), columns, self.rows, {n: cut[n] for n in group})
-            for part, group in enumerate(groups)
+        tables = [
+            _rich_table(self.title + " (continued)" * (part > 0), columns, self.rows, {n: cut[n] for n in names})
+            for part, names in enumerate(task_groups)
         ]
         if self.remarks:
-            found[-1].caption = Text("\n".join(self.remarks), justify="left")
-        yield from found
+            tables[-1].caption = Text("\n".join(self.remarks), justify="left")
+        yield from tables
 
     def _as_lines(self) -> list[str]:
-        said = [self.title]
+        lines = [self.title]
         for row in self.rows:
-            said += ["", *(f"{head}: {_on_one_line(word)}" for head, word in zip(self.heads, row.fixed, strict=True) if word)]
-            said += [f"  {name}: {_on_one_line(row.cells[name])}" for name in self.names if name in row.cells]
-        return [*said, "", *self.remarks]
+            lines += [
+                "",
+                *(f"{head}: {_on_one_line(word)}" for head, word in zip(self.heads, row.fixed, strict=True) if word),
+            ]
+            lines += [f"  {name}: {_on_one_line(row.cells[name])}" for name in self.names if name in row.cells]
+        return [*lines, "", *self.remarks]
 
 
-def tables(shown: Sequence[Entry]) -> list[TextTable]:
+def tables(entries: Sequence[Entry]) -> list[TextTable]:
     """Alive weights, PSNR over SSIM per method and round; then the paper's figures, in tables of their own.
 
-    Over several seeds: means, each above its sample standard deviation. `summary.notes` says what else to know.
-    Raises UserError as `summary.lines`.
+    Over several seeds: means, each above its sample standard deviation. `caveats.list_caveats` says what else to know.
+    Raises UserError as `statistics.group_entries`.
     """
-    lines, names = statistics.group_entries(shown), statistics.task_names(shown)
-    many = any(len(line.seeds) > 1 for line in lines)
+    groups, names = statistics.group_entries(entries), statistics.task_names(entries)
+    many = any(len(group.seeds) > 1 for group in groups)
     heads = ("method", "round", "alive", "sparsity") + (("seeds",) if many else ())
-    rows = [_group_row(line, many) for line in lines] + _degraded_rows(shown, len(heads))
+    rows = [_group_row(group, many) for group in groups] + _degraded_rows(entries, len(heads))
     title = "PSNR in dB over SSIM" + (", means over seeds, ± sample standard deviation" if many else "")
-    ours = TextTable(title, heads, rows, names, [f"protocol: {s.ticket.protocol}" for s in shown[:1]])
-    return [ours, *_published_tables(lines, names)]
+    ours = TextTable(title, heads, rows, names, [f"protocol: {s.ticket.protocol}" for s in entries[:1]])
+    return [ours, *_published_tables(groups, names)]
 
 
-def _group_row(line: Group, many: bool) -> TableRow:
-    fixed = (line.method, str(line.round_), f"{line.alive:,.0f}", f"{line.sparsity:.1%}")
-    cells = {name: "\n".join((*format_statistic(psnr, 2), *format_statistic(line.ssim[name], 4))) for name, psnr in line.psnr.items()}
-    return TableRow(fixed + ((str(len(line.seeds)),) if many else ()), cells)
+def _group_row(group: Group, many: bool) -> TableRow:
+    fixed = (group.method, str(group.round_), f"{group.alive:,.0f}", f"{group.sparsity:.1%}")
+    cells = {
+        name: "\n".join((*format_statistic(psnr, 2), *format_statistic(group.ssim[name], 4)))
+        for name, psnr in group.psnr.items()
+    }
+    return TableRow(fixed + ((str(len(group.seeds)),) if many else ()), cells)
 
 
-def format_statistic(spread: Statistic, digits: int, sign: str = "") -> list[str]:
+def format_statistic(statistic: Statistic, digits: int, sign: str = "") -> list[str]:
     """The mean, and where it is known the standard deviation, as lines of a cell. sign: '+' to show it always."""
-    said = [f"{spread.mean:{sign},.{digits}f}"]
-    return said if spread.sd is None else [*said, f"±{spread.sd:,.{digits}f}"]
+    lines = [f"{statistic.mean:{sign},.{digits}f}"]
+    return lines if statistic.sd is None else [*lines, f"±{statistic.sd:,.{digits}f}"]
 
 
-def _degraded_rows(shown: Sequence[Entry], fixed: int) -> list[TableRow]:
+def _degraded_rows(entries: Sequence[Entry], fixed: int) -> list[TableRow]:
     """The scores of the degraded images themselves."""
-    given = {n: s for one in reversed(shown) for n, s in statistics.scores_of(one.ticket).items()}
+    given = {n: s for one in reversed(entries) for n, s in statistics.scores_of(one.ticket).items()}
     cells = {n: f"{s.degraded_psnr:.2f}\n{s.degraded_ssim:.4f}" for n, s in given.items()}
     return [TableRow(("input",) + ("",) * (fixed - 1), cells)] if cells else []
 
 
-def _published_tables(lines: Sequence[Group], names: Sequence[str]) -> list[TextTable]:
+def _published_tables(groups: Sequence[Group], names: Sequence[str]) -> list[TextTable]:
     """The paper's figures, in a table of their own; nothing where it has none."""
-    rows, where = [], dict[str, None]()
-    for beside in published.match_groups(lines, names):
-        line, figures = beside.group, beside.figures
-        one = beside.network
+    rows, paper_tables = [], dict[str, None]()
+    for match in published.match_groups(groups, names):
+        group, figures = match.group, match.figures
+        one = match.network
         round_ = published.round_of(one)
         paper = f"{one.method} {one.params}" + ("" if round_ is None else f"\n(round {round_})")
-        where |= dict.fromkeys(figure.table for figure in figures.values())
+        paper_tables |= dict.fromkeys(figure.table for figure in figures.values())
         cells = {name: f"{figure.psnr:.2f}\n{figure.ssim:.4f}" for name, figure in figures.items()}
-        rows.append(TableRow((f"{line.method}, round {line.round_}", paper), cells))
+        rows.append(TableRow((f"{group.method}, round {group.round_}", paper), cells))
     if not rows:
         return []
     used = [name for name in names if any(name in row.cells for row in rows)]
     setting = published.setting_of(names)
-    said = f"the figures of MIR-L, Table {', '.join(where)} ({setting}), as printed: no yardstick for other training"
-    return [TextTable(published.TITLE, ("beside", "MIR-L's"), rows, used, [said])]
+    remark = f"the figures of MIR-L, Table {', '.join(paper_tables)} ({setting}), as printed: "
+    remark += "no yardstick for other training"
+    return [TextTable(published.TITLE, ("beside", "MIR-L's"), rows, used, [remark])]
 
 
-def _rich_table(title: str, fixed: Sequence[tuple[str, int]], rows: Sequence[TableRow], tasks: Mapping[str, int]) -> Table:
-    made = Table(title=Text(title), show_lines=any("\n" in cell for row in rows for cell in row.cells.values()))
-    for place, (head, width) in enumerate(fixed):
-        made.add_column(Text(head), width=width, justify="right" if place else "left", overflow="fold")
+def judgement_tables(judgements: Sequence[Judgement]) -> list[TextTable]:
+    """Tables of (1) and, where curves tell, (2) of the definition per task; then of controls; remarks below."""
+    names = list(dict.fromkeys(name for j in judgements for name in j.answers))
+    heads = ("method", "round", "density", "winning?")
+    fixed = [(j.method, str(j.round_), f"{j.density:.1%}", j.overall) for j in judgements]
+    rows = [TableRow(f, _score_cells(j)) for f, j in zip(fixed, judgements, strict=True)]
+    tables = [TextTable("PSNR against the dense network, dB: at least as good?", heads, rows, names)]
+    rows = [TableRow(f, _step_cells(j)) for f, j in zip(fixed, judgements, strict=True)]
+    if any(row.cells for row in rows):
+        tables.append(TextTable("steps to the best score against the dense network's: no more?", heads, rows, names))
+    control_rows = [
+        TableRow((j.method, str(j.round_), c.kind, c.verdict), _control_cells(c))
+        for j in judgements
+        if any(c.verdict != NOT_RUN for c in j.controls)
+        for c in j.controls
+    ]
+    if control_rows:
+        heads = ("method", "round", "control", "verdict")
+        tables.append(TextTable("PSNR against controls, dB (ticket minus control)", heads, control_rows, names))
+    remarks = [f"{j.method}, round {j.round_}: {'; '.join(j.remarks)}" for j in judgements if j.remarks]
+    remarks += [] if control_rows else ["no control was run"]
+    remarks.append(
+        "within the spread: a difference, with any tolerance, no larger than its ±: neither a win nor a loss"
+    )
+    tables[-1] = replace(tables[-1], remarks=remarks)
+    return tables
+
+
+def _score_cells(j: Judgement) -> dict[str, str]:
+    return {n: _verdict_cell(a.gain, 2, a.score) for n, a in j.answers.items()}
+
+
+def _step_cells(j: Judgement) -> dict[str, str]:
+    return {n: _verdict_cell(a.later, 0, a.steps) for n, a in j.answers.items() if a.later is not None}
+
+
+def _control_cells(c: Control) -> dict[str, str]:
+    return {n: _verdict_cell(gain, 2, c.verdicts[n]) for n, gain in c.gains.items()}
+
+
+def _verdict_cell(statistic: Statistic | None, digits: int, verdict: str) -> str:
+    numbers = [] if statistic is None else format_statistic(statistic, digits, "+")
+    return "\n".join([*numbers, verdict.replace(" the ", "\n").replace(" (", "\n(")])
+
+
+def _rich_table(
+    title: str, fixed: Sequence[tuple[str, int]], rows: Sequence[TableRow], tasks: Mapping[str, int]
+) -> Table:
+    table = Table(title=Text(title), show_lines=any("\n" in cell for row in rows for cell in row.cells.values()))
+    for position, (head, width) in enumerate(fixed):
+        table.add_column(Text(head), width=width, justify="right" if position else "left", overflow="fold")
     for name, width in tasks.items():
-        made.add_column(Text(_head(name)), width=width, justify="right", overflow="fold")
+        table.add_column(Text(_head(name)), width=width, justify="right", overflow="fold")
     for row in rows:
-        made.add_row(*(Text(word) for word in row.fixed), *(Text(row.cells.get(name, "-")) for name in tasks))
-    return made
+        table.add_row(*(Text(word) for word in row.fixed), *(Text(row.cells.get(name, "-")) for name in tasks))
+    return table
 
 
 def _head(name: str) -> str:
@@ -155,7 +212,7 @@ def _widest_line(cells: Iterable[str]) -> int:
     return max((len(line) for cell in cells for line in cell.split("\n")), default=0)
 
 
-def csv(shown: Sequence[Entry]) -> bytes:
+def csv(entries: Sequence[Entry]) -> bytes:
     """A line per ticket, protocol and 'task/set', all digits, columns COLUMNS, UTF-8; published figures are not in it.
 
     run: its name here. method: 'dense' or the papers' word. alive: weights that are not pruned, unprunable ones
@@ -167,7 +224,7 @@ def csv(shown: Sequence[Entry]) -> bytes:
     out = io.StringIO()
     writer = csv_files.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for s in shown:
+    for s in entries:
         t, head = s.ticket, statistics.headline_protocol(s.ticket)
         steps, digest = t.best_steps(), t.digest()
         for protocol, scores in {head: t.scores, **t.also}.items():

@@ -20,7 +20,7 @@ from rich.console import Console
 from mirl_dist import storage
 from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
-from mirl_dist.tickets.compare import judge, mask_overlap, published, statistics
+from mirl_dist.tickets.compare import caveats, judge, mask_overlap, published, statistics
 from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.tickets.compare.statistics import Statistic
 from mirl_dist.tickets.report import latex
@@ -117,7 +117,7 @@ def printed(tables: list[Any], width: int = 100) -> str:
 
 
 def said(shown: list[Entry]) -> str:
-    return "\n".join(statistics.notes(shown))
+    return "\n".join(caveats.list_caveats(shown))
 
 
 # Seeds.
@@ -212,7 +212,7 @@ def test_only_seeds_of_one_experiment_share_a_line() -> None:
     found = {(x.method, x.round_): (x.psnr[RAIN], x.seeds) for x in statistics.group_entries(shown)}
     assert found == {("A", 1): ((30, 0, 2), (0, 1)), ("A (2)", 1): ((35, 0, 2), (2, 3))}
     assert "A (2) is another experiment than A: the configs differ, so these runs are no seeds of it: A s2; A s3" in (
-        statistics.notes(shown)
+        caveats.list_caveats(shown)
     )
     assert "another experiment" not in said(shown[:2])
 
@@ -310,7 +310,7 @@ def test_scores_that_were_measured_differently_are_refused(
     for compare in (
         statistics.check_comparable,
         statistics.group_entries,
-        statistics.notes,
+        caveats.list_caveats,
         text.tables,
         latex.tables,
         judge.judge,
@@ -325,7 +325,9 @@ def test_scores_that_were_measured_differently_are_refused(
 def test_there_is_nothing_to_note_of_three_plain_seeds() -> None:
     shown = [one(DENSE, seed) for seed in range(3)] + [one("A", seed, 1) for seed in range(3)]
     usual = {"precision": "fp32", "compile": "no", "tile": "whole image"}
-    assert statistics.notes([s._replace(ticket=s.ticket.model_copy(update={"measured": usual})) for s in shown]) == []
+    assert (
+        caveats.list_caveats([s._replace(ticket=s.ticket.model_copy(update={"measured": usual})) for s in shown]) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -505,7 +507,10 @@ def test_the_papers_figure_stands_beside_the_nearest_density() -> None:
     shown = [one(DENSE)] + [one("MIR-L-G", 0, r, alive=alive) for r, alive in enumerate((100, 25, 0), 1)]
     lines = statistics.group_entries(shown)
     assert [round(x.alive / x.total, 2) for x in lines] == [1, 0.69, 0.31, 0.18]  # the paper's: 0.13
-    assert [(b.group.method, b.group.round_) for b in published.match_groups(lines, [RAIN])] == [(DENSE, 0), ("MIR-L-G", 3)]
+    assert [(b.group.method, b.group.round_) for b in published.match_groups(lines, [RAIN])] == [
+        (DENSE, 0),
+        ("MIR-L-G", 3),
+    ]
     other = [*shown, one("MIR-L-G", 0, 1, alive=0, experiment="another")]
     assert [b.group.method for b in published.match_groups(statistics.group_entries(other), [RAIN])] == [
         DENSE,
@@ -548,7 +553,7 @@ def test_every_table_fits_100_columns_and_shows_every_task(seeds: int) -> None:
     assert shown_text == printed(text.tables(shown), 100)  # nothing had to give way
     for word in ("23.45", "24.50", "25.25", "[bold]a", "input"):
         assert word in shown_text
-    judged = printed(judge.tables(judge.judge(shown)), 200)
+    judged = printed(text.judgement_tables(judge.judge(shown)), 200)
     assert max(map(len, judged.splitlines())) <= 100
 
 

@@ -14,6 +14,7 @@ from mirl_dist.tickets.compare import judge
 from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.tickets.compare.judge import Judgement
 from mirl_dist.tickets.compare.statistics import Statistic
+from mirl_dist.tickets.report.text_tables import judgement_tables
 from tests.tickets.compare.test_compare import NOISE, RAIN, one, printed, spoilt
 
 
@@ -160,7 +161,7 @@ def test_a_score_that_is_no_number_is_unknown_and_flatters_nobody(number: float,
         assert f"a score that is no number: {RAIN}" in found.remarks
     assert "a dense pair for 2 of 3 seeds" in found.remarks
     json.dumps(judge.to_json([found]), allow_nan=False)
-    assert "nan" not in printed(judge.tables([found]))
+    assert "nan" not in printed(judgement_tables([found]))
 
 
 def test_more_steps_to_the_best_score_are_a_loss_and_fewer_are_none() -> None:
@@ -290,19 +291,19 @@ def test_a_control_of_other_data_is_none() -> None:
 
 def test_tables_say_differences_words_controls_and_remarks() -> None:
     shown = pairs([-0.5, 0.25])
-    said = printed(judge.tables(judge.judge(shown)))
+    said = printed(judgement_tables(judge.judge(shown)))
     for word in ("-0.12", "±0.53", "within the", "steps to the best score", "50.0%", "no control was run"):
         assert word in said
     shown += [control("reinit", t, 29.0) for t in shown if t.method == "MIR-L-G"]
-    said = printed(judge.tables(judge.judge(shown)))
+    said = printed(judgement_tables(judge.judge(shown)))
     assert "ticket minus control" in said and "not run" in said and "no control was run" not in said
-    assert "one seed: no spread known" in printed(judge.tables(judge.judge(pairs([1.0]))))
-    assert judge.tables([]) is not None
+    assert "one seed: no spread known" in printed(judgement_tables(judge.judge(pairs([1.0]))))
+    assert judgement_tables([]) is not None
 
 
 def test_a_narrow_terminal_breaks_no_number_of_a_judgement() -> None:
     shown = pairs([-0.5, 0.25])
-    said = " ".join(printed(judge.tables(judge.judge(shown)), 40).split())
+    said = " ".join(printed(judgement_tables(judge.judge(shown)), 40).split())
     for word in ("MIR-L-G", "round: 1", "50.0%", "-0.12 ±0.53 within spread", "winning?: within the spread of seeds"):
         assert word in said
 

@@ -193,14 +193,14 @@ def test_densities_by_round_weigh_tensors_by_their_size(tickets: list[Entry]) ->
 def test_a_grid_of_overlaps_shows_last_rounds_first_and_never_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = statistics.group_entries(comparison(("MIR-L-G", "MIR-L-LW"), seeds=(0, 1), rounds=4))
     assert len(overlap_grid.choose_entries(lines)) == 16, "all, where they fit; the dense ones never"
-    monkeypatch.setattr(overlap_grid, "MOST", 4)
+    monkeypatch.setattr(overlap_grid, "MAX_ENTRIES", 4)
     assert [x.name for x in overlap_grid.choose_entries(lines)] == [
         "MIR-L-G r4 s0",
         "MIR-L-G r4 s1",
         "MIR-L-LW r4 s0",
         "MIR-L-LW r4 s1",
     ]
-    monkeypatch.setattr(overlap_grid, "MOST", 8)
+    monkeypatch.setattr(overlap_grid, "MAX_ENTRIES", 8)
     assert {x.entry.ticket.round for x in overlap_grid.choose_entries(lines)} == {1, 4}
 
 

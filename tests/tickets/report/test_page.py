@@ -116,7 +116,7 @@ def test_what_is_compared_is_told_in_full_words(whole: Read, tickets: list[Entry
     assert tickets[0].ticket.protocol in told
     assert "torch 2.13.0" in told and "2 seeds (0, 1)" in told
     caveats = whole.text["caveats"].lower()
-    assert all(note.lower() in caveats for note in statistics.notes(tickets))
+    assert all(note.lower() in caveats for note in caveats.list_caveats(tickets))
 
 
 def test_the_best_ticket_of_a_column_is_bold_and_the_dense_network_never(whole: Read, tickets: list[Entry]) -> None:
@@ -176,11 +176,11 @@ def test_pictures_are_limited_in_number_and_size_and_the_page_says_so(
     tickets: list[Entry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = statistics.group_entries(tickets)
-    monkeypatch.setattr(page_gallery, "MOST_ROWS", 1)
+    monkeypatch.setattr(page_gallery, "MAX_ROWS", 1)
     few = Read(page_gallery.gallery(lines))
     assert "1 of 2 images are shown" in few.all_text and "cat" not in few.all_text
-    monkeypatch.setattr(page_gallery, "MOST_ROWS", 12)
-    monkeypatch.setattr(page_gallery, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(page_gallery, "MAX_ROWS", 12)
+    monkeypatch.setattr(page_gallery, "MAX_BYTES", 10_000)
     small = page_gallery.gallery(lines)
     assert "JPEG" in small and "image/png" not in small
     assert "More images would make the page too large" in small

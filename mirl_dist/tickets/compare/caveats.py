@@ -1,0 +1,123 @@
+"""What a reader of a comparison must know beside its numbers: seeds, pairs, shards, settings, damage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from mirl_dist.tickets.compare import grouping, statistics
+from mirl_dist.tickets.compare.entry import DENSE, Entry
+from mirl_dist.tickets.compare.statistics import Group
+from mirl_dist.training.ticket import Ticket
+
+_FEW_IMAGES = 20
+_DEFAULT_VALUES = {"", "fp32", "no", "none", "false", "off", "whole image"}
+
+
+def list_caveats(entries: Sequence[Entry]) -> list[str]:
+    """What a reader of a table must know beside its numbers, a sentence each.
+
+    Raises UserError as `statistics.group_entries`.
+    """
+    table = statistics.group_entries(entries)
+    sentences = [
+        *grouping.describe_other_experiments(entries),
+        *_note_seeds(table),
+        *_note_missing_pairs(table, entries),
+        *_note_differences(table, entries),
+    ]
+    return [*sentences, *_note_implausible_scores(entries), *_note_evaluation(entries), *_note_training(entries)]
+
+
+def _note_seeds(table: Sequence[Group]) -> list[str]:
+    words = {1: "one seed only ({}): no spread is known", 2: "two seeds only ({}): the spread itself is uncertain"}
+    sentences = []
+    for count, text in words.items():
+        methods = dict.fromkeys(group.method for group in table if len(group.seeds) == count)
+        sentences += [text.format(", ".join(methods))] if methods else []
+    repeated = []
+    for group in table:
+        for seed in group.seeds:
+            weights = [s.ticket.weights_digest for s in group.entries if s.seed == seed]
+            if len(set(weights)) > 1:
+                repeated.append(f"{group.method}, round {group.round_}, seed {seed} ({len(weights)} tickets)")
+    return sentences + (
+        [f"different tickets of one seed count once, by their mean: {'; '.join(repeated)}"] if repeated else []
+    )
+
+
+def _note_missing_pairs(table: Sequence[Group], entries: Sequence[Entry]) -> list[str]:
+    dense = [s for s in entries if s.method == DENSE]
+    lone = [s.name for group in table if not group.dense for s in group.entries if not statistics.find_dense(s, dense)]
+    if not lone:
+        return []
+    return [
+        f"no dense ticket of the same seed, training, data and network, so no difference to it: {_join_first(lone)}"
+    ]
+
+
+_Counter = Callable[[Ticket], int]
+
+
+def _note_differences(table: Sequence[Group], entries: Sequence[Entry]) -> list[str]:
+    sentences = []
+    for what, first_runs in (
+        ("shards", {s.ticket.manifest_digest[:8]: s.run for s in reversed(entries)}),
+        ("networks", {f"{s.ticket.total:,} weights, {s.ticket.prunable:,} prunable": s.run for s in reversed(entries)}),
+    ):
+        if len(first_runs) > 1:
+            sentences.append(
+                f"different {what}: {'; '.join(f'{k} ({run})' for k, run in reversed(first_runs.items()))}"
+            )
+    counted: dict[str, _Counter] = {"steps": lambda t: t.updates, "alive weights": lambda t: t.alive}
+    for what, count in counted.items():
+        mixed = [f"{x.method}, round {x.round_}" for x in table if len({count(s.ticket) for s in x.entries}) > 1]
+        if mixed:
+            sentences.append(
+                f"different numbers of {what} within a line, though its configs are equal: {'; '.join(mixed)}"
+            )
+    return sentences
+
+
+def _note_implausible_scores(entries: Sequence[Entry]) -> list[str]:
+    implausible = []
+    for s in entries:
+        for scores in (s.ticket.scores, *s.ticket.also.values()):
+            implausible += [f"{s.name}, {name}" for name, score in scores.items() if not statistics.is_plausible(score)]
+    text = "scores that are no numbers, or out of range, count as unknown and are in no mean"
+    return [f"{text}: {_join_first(dict.fromkeys(implausible))}"] if implausible else []
+
+
+def _note_evaluation(entries: Sequence[Entry]) -> list[str]:
+    runs_by_settings: dict[str, list[str]] = {}
+    for s in entries:
+        unusual = [f"{key} {value}" for key, value in s.ticket.measured.items() if value.lower() not in _DEFAULT_VALUES]
+        runs_by_settings.setdefault(", ".join(unusual), []).append(s.run)
+    sentences = [
+        f"scored with {settings}: {_join_first(dict.fromkeys(runs))}"
+        for settings, runs in runs_by_settings.items()
+        if settings
+    ]
+    few = {n: score.images for s in entries for n, score in s.ticket.scores.items() if score.images < _FEW_IMAGES}
+    if few:
+        sentences.append(f"few images: {', '.join(f'{name} {count}' for name, count in few.items())}")
+    return sentences
+
+
+def _note_training(entries: Sequence[Entry]) -> list[str]:
+    sentences = []
+    counted: dict[str, _Counter] = {
+        "damaged samples were replaced in training": lambda t: t.skipped,
+        "batches were left out of training (loss or gradient not finite)": lambda t: t.bad,
+        "tensors have no alive weight": lambda t: len(t.collapsed),
+    }
+    for text, count in counted.items():
+        counts = [f"{s.name}: {count(s.ticket):,}" for s in entries if count(s.ticket)]
+        if counts:
+            sentences.append(f"{text} ({_join_first(counts)})")
+    return sentences
+
+
+def _join_first(texts: Iterable[str]) -> str:
+    """The first five, and how many more."""
+    items = list(texts)
+    return "; ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
