@@ -16,6 +16,7 @@ from mirl_dist import models
 from mirl_dist.cli import compare, evaluate, show
 from mirl_dist.config import config as configs
 from mirl_dist.config.portable import portable
+from mirl_dist.config.schema import StoreSection
 from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
 from mirl_dist.observability.mlflow import reader
@@ -313,12 +314,13 @@ def test_a_strangers_file_says_neither_where_shards_are_nor_how_stores_are_reach
     class Asked(Exception):
         pass
 
-    def store_of(config: configs.Config, address: str) -> None:
-        assert address == "s3://mine/shards" and "secret" not in json.dumps(config.dump())
-        assert config.store == configs.Config().store and config.train.device == "auto"
+    def open_configured(section: StoreSection, address: str) -> None:
+        assert (address, section) == ("s3://mine/shards", configs.Config().store)
         raise Asked
 
-    monkeypatch.setattr(opening, "store_of", store_of)
+    monkeypatch.setattr(evaluate, "open_configured", open_configured)
+    opened = opening.open_ticket(str(file)).config
+    assert opened.train.device == "auto" and "secret" not in json.dumps(opened.dump())
     with pytest.raises(UserError, match="Name the shards with --shards"):
         evaluate.print_scores(str(file), None, evaluate.EvalOptions(), None, True)
     with pytest.raises(Asked):

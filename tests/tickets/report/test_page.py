@@ -115,8 +115,8 @@ def test_what_is_compared_is_told_in_full_words(whole: Read, tickets: list[Entry
         assert s.run in told and s.ticket.manifest_digest[:12] in told and s.ticket.fingerprint[:12] in told
     assert tickets[0].ticket.protocol in told
     assert "torch 2.13.0" in told and "2 seeds (0, 1)" in told
-    caveats = whole.text["caveats"].lower()
-    assert all(note.lower() in caveats for note in caveats.list_caveats(tickets))
+    section = whole.text["caveats"].lower()
+    assert all(note.lower() in section for note in caveats.list_caveats(tickets))
 
 
 def test_the_best_ticket_of_a_column_is_bold_and_the_dense_network_never(whole: Read, tickets: list[Entry]) -> None:
