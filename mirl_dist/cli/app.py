@@ -20,7 +20,7 @@ from mirl_dist.distributed.launch.control import ControlChannel
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.distributed.signals import RESUMABLE, StopSignal
 from mirl_dist.errors import MirlError, Stopped, UserError
-from mirl_dist.observability.console import rank_here, say, warn
+from mirl_dist.observability.console import rank_label, say, warn
 
 app = typer.Typer(
     add_completion=False,
@@ -52,7 +52,7 @@ def main() -> None:
         _leave(code, final=code == 2)
     except MirlError as fault:
         if rank == "0" or not fault.everywhere:
-            who = "mirl-dist" if fault.everywhere or "RANK" not in os.environ else f"mirl-dist, {rank_here()}"
+            who = "mirl-dist" if fault.everywhere or "RANK" not in os.environ else f"mirl-dist, {rank_label()}"
             more = " Go on with --resume auto." if fault.resumable and "train" in sys.argv[1:2] else ""
             warn(f"{who}: {fault}{more}", "fault")
         _leave(RESUMABLE if fault.resumable else 2, final=True)
@@ -65,7 +65,7 @@ def main() -> None:
 
         if not is_peer_loss(error):
             raise
-        warn(f"mirl-dist, {rank_here()}: another rank has gone ({str(error).splitlines()[0][:120]})")
+        warn(f"mirl-dist, {rank_label()}: another rank has gone ({str(error).splitlines()[0][:120]})")
         ControlChannel.of_worker().wait_before_exit()
         _leave(1)
 

@@ -145,7 +145,7 @@ def _in_words(value: Any) -> str:
 
 def _writer(checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
     """Who holds, or last held, the run's lease; while it lives, what its last sign of life said."""
-    found = lease.holder(checkpoints.store)
+    found = lease.read_holder(checkpoints.store)
     if found is None:
         return None
     who = {"host": found.host, "pid": found.pid, "since": found.started_at, "beat": found.beat_at}
@@ -160,7 +160,7 @@ def _writer(checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
 
 def _tracking(checkpoints: Checkpoints, config: Config) -> TrackingSection:
     """The tracking section of the last launch; that of run.json is the first one's."""
-    found = lease.holder(checkpoints.store)
+    found = lease.read_holder(checkpoints.store)
     said = found.launch.get("tracking") if found is not None else None
     return config.tracking if said is None else TrackingSection.model_validate(said)
 
@@ -184,14 +184,14 @@ def _mlflow(run: str, checkpoints: Checkpoints, config: Config) -> dict[str, Any
 
 def _check_not_alive(run: str, checkpoints: Checkpoints) -> None:
     """Raise UserError when the launch that holds a run gives a sign of life; on another machine that is watched for."""
-    first, last = lease.holder(checkpoints.store), time.monotonic() + _WATCH_SECONDS
+    first, last = lease.read_holder(checkpoints.store), time.monotonic() + _WATCH_SECONDS
     if first is None or first.ended is not None or first.has_exited():
         return
     progress.say(f"{run} was last held by the launch on {first}; watching for {_WATCH_SECONDS:g} s whether it lives")
     while time.monotonic() < last:
         time.sleep(0.5)
-        now = lease.holder(checkpoints.store)
-        if now is not None and (now.sign != first.sign or now.generation != first.generation):
+        now = lease.read_holder(checkpoints.store)
+        if now is not None and (now.beat != first.beat or now.generation != first.generation):
             raise UserError(f"{run} is held by a launch ({now}) that lives, and sends by itself. Wait for its end.")
 
 

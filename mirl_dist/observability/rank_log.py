@@ -24,7 +24,7 @@ from typing import Any
 
 from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import local_folder, log_folder
-from mirl_dist.observability.console import listen, note, rank_here, warn
+from mirl_dist.observability.console import listen, note, rank_label, warn
 
 _WAITING = 200
 """Lines that are kept until the run has a folder."""
@@ -109,7 +109,7 @@ class RankLog:
             if not self._failed:
                 self._failed = True
                 warn(
-                    f"mirl-dist, {rank_here(str(self._who['rank']))}: {self.path}: this rank's log cannot be written "
+                    f"mirl-dist, {rank_label(str(self._who['rank']))}: {self.path}: this rank's log cannot be written "
                     f"({error.strerror}); the run goes on without it. Make room there, or set ranks.logs."
                 )
 
@@ -118,7 +118,7 @@ def _secrets(env: Mapping[str, str]) -> list[str]:
     return [v for name, v in env.items() if _SECRET_NAMES.search(name) and len(v) >= _LEAST_SECRET]
 
 
-_open: list[Callable[[], None]] = []
+_restorers: list[Callable[[], None]] = []
 
 
 def begin(config: Config, phase: Callable[[], str]) -> Path:
@@ -147,12 +147,12 @@ def begin(config: Config, phase: Callable[[], str]) -> Path:
         sys.excepthook, threading.excepthook = in_main, in_thread
 
     sys.excepthook, threading.excepthook = main_failed, thread_failed
-    _open.extend([log.close, restore, listen(log.write)])
+    _restorers.extend([log.close, restore, listen(log.write)])
     note(f"started ({os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} times again)", "info")
     return log.path
 
 
 def end() -> None:
     """What is said from now on is in no log."""
-    while _open:
-        _open.pop()()
+    while _restorers:
+        _restorers.pop()()

@@ -96,8 +96,8 @@ class Commits:
     def complete(self, below: str) -> list[str]:
         """The folders of all commits that count, below a folder, sorted."""
         found = [name.removesuffix(f"/{COMPLETE}") for name in self.store.list(below) if name.endswith(f"/{COMPLETE}")]
-        accepted = self._accepted()  # afterwards: what a take-over accepts is older than what comes too late
-        return [f for f in found if f in accepted.folders or _generation(f) >= accepted.generation]
+        accepted = self._read_accepted()  # afterwards: what a take-over accepts is older than what comes too late
+        return [f for f in found if f in accepted.folders or _generation_of(f) >= accepted.generation]
 
     def commit(self, folder: str, parts: Mapping[str, bytes]) -> None:
         """Write a commit, complete or not at all; the folder's name ends in the writer's generation. Twice is once.
@@ -119,7 +119,7 @@ class Commits:
         """What COMPLETE.json says of each part. Raises UserError for one that is damaged."""
         name = f"{folder}/{COMPLETE}"
         data = self.store.get(name)
-        found = unsigned(data, {"parts"}) or check_digest(data)
+        found = parse_without_digest(data, {"parts"}) or check_digest(data)
         if found is None or not isinstance(found.get("parts"), dict):
             raise UserError(f"{self.store.where(name)} is damaged: its bytes are not those that were committed")
         parts: dict[str, PartInfo] = found["parts"]
@@ -127,16 +127,18 @@ class Commits:
 
     def parts(self, folder: str) -> dict[str, bytes]:
         """All parts of a commit, verified. Raises UserError naming a part that is missing or damaged."""
-        return {name: self._verified(folder, name, expected) for name, expected in self.read_complete(folder).items()}
+        return {
+            name: self._read_verified(folder, name, expected) for name, expected in self.read_complete(folder).items()
+        }
 
     def part(self, folder: str, name: str) -> bytes:
         """One part of a commit, verified; as `parts`."""
         said = self.read_complete(folder)
         if name not in said:
             raise UserError(f"{self.store.where(folder)} has no {name}")
-        return self._verified(folder, name, said[name])
+        return self._read_verified(folder, name, said[name])
 
-    def _verified(self, folder: str, name: str, expected: PartInfo) -> bytes:
+    def _read_verified(self, folder: str, name: str, expected: PartInfo) -> bytes:
         where = self.store.where(f"{folder}/{name}")
         try:
             data = self.store.get(f"{folder}/{name}")
@@ -160,7 +162,7 @@ class Commits:
         for name in self.store.list(folder):
             self.store.remove(name)
 
-    def _accepted(self) -> _Accepted:
+    def _read_accepted(self) -> _Accepted:
         """What the newest take-over found; a damaged list accepts all, which only a launch that slept could abuse."""
         if self._known is not None and self.writer.generation:
             return self._known  # nobody but this writer may change it now
@@ -169,7 +171,7 @@ class Commits:
             try:
                 found = check_digest(self.store.get(newest))
             except NotFound:  # a take-over is under way, and replaces it
-                return self._accepted()
+                return self._read_accepted()
             if found is not None:
                 generation = int(newest[len(ACCEPTED) + 1 :].partition(".")[0])
                 known = _Accepted(generation, frozenset(found["commits"]))
@@ -177,7 +179,7 @@ class Commits:
         return known
 
 
-def _generation(folder: str) -> int:
+def _generation_of(folder: str) -> int:
     """Which generation wrote a commit; 0 before there was a lease."""
     match = re.search(r"-(\d+)$", folder)
     return int(match.group(1)) if match else 0
@@ -187,7 +189,7 @@ def _accepted_name(generation: int) -> str:
     return f"{ACCEPTED}/{generation:08d}.json"
 
 
-def unsigned(data: bytes, keys: Set[str]) -> dict[str, Any] | None:
+def parse_without_digest(data: bytes, keys: Set[str]) -> dict[str, Any] | None:
     """What versions before the lease wrote without a digest: a JSON object with exactly these keys."""
     try:
         found = json.loads(data)

@@ -21,10 +21,10 @@ from typing import Any
 from mirl_dist.errors import Stopped, UserError
 from mirl_dist.storage import NotFound, StorageError, Store
 from mirl_dist.storage import lease_files as files
-from mirl_dist.storage.lease_files import Holder, holder
+from mirl_dist.storage.lease_files import Holder, read_holder
 from mirl_dist.storage.retry import Say, to_stderr
 
-__all__ = ["Holder", "Lease", "LeaseLost", "holder"]
+__all__ = ["Holder", "Lease", "LeaseLost", "read_holder"]
 
 
 class LeaseLost(UserError):
@@ -56,7 +56,7 @@ class Lease:
         self._since = self._renewed = time.monotonic()
         self._lost, self._end = threading.Event(), threading.Event()
         self._why, self._released, self._trouble = "", False, "the store does not answer"
-        self._thread = threading.Thread(target=self._beating, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._beat_until_end, name="lease", daemon=True)
 
     # -- taking -----------------------------------------------------------------------------------------------------
 
@@ -70,14 +70,14 @@ class Lease:
         while True:
             if stop_asked():
                 raise Stopped(f"asked to stop before {self._store.where()} was this launch's")
-            found = watch.look()
+            found = watch.poll()
             if found is not None and found.ended is None:
                 time.sleep(watch.pause)
-            elif self._take(found.generation + 1 if found else 1):
-                self._begin(found)
+            elif self._try_claim(found.generation + 1 if found else 1):
+                self._start(found)
                 return self.generation
 
-    def _take(self, generation: int) -> bool:
+    def _try_claim(self, generation: int) -> bool:
         """Whether this launch holds that generation now. One that others passed meanwhile is worth nothing."""
         name = files.claim_name(generation)
         try:
@@ -91,9 +91,9 @@ class Lease:
         where the folder is removed by hand numbers begin again."""
         if files.newest_generation(self._store) != generation:
             return False
-        return files.content(self._store, files.claim_name(generation)) == self._claim
+        return files.read_or_empty(self._store, files.claim_name(generation)) == self._claim
 
-    def _begin(self, previous: Holder | None) -> None:
+    def _start(self, previous: Holder | None) -> None:
         self.generation = previous.generation + 1 if previous else 1
         self.previous = previous
         self._renewed = time.monotonic()
@@ -119,7 +119,7 @@ class Lease:
         """Whether `check`, or the thread after a beat, found that another launch holds the run. Asks nothing."""
         return self._lost.is_set()
 
-    def quiet_seconds(self) -> float:
+    def seconds_since_beat(self) -> float:
         """Since the last beat that got through to the store."""
         return time.monotonic() - self._renewed
 
@@ -140,14 +140,14 @@ class Lease:
     def _report_lost(self) -> str:
         taken, then = "its lease was removed", "Start it again"
         with suppress(StorageError):
-            other = holder(self._store)
+            other = read_holder(self._store)
             if other is not None and other.generation >= self.generation:
                 taken = f"{other}, took it over at {other.started_at or 'an unknown time'}"
                 then = "Leave the run to that launch, or stop it and start this one again"
         me = f"{socket.gethostname()}, pid {os.getpid()}"
         return f"this launch ({me}) no longer holds {self._store.where()}: {taken}; nothing more is written. {then}."
 
-    def _beating(self) -> None:
+    def _beat_until_end(self) -> None:
         """Until the end, or until another launch holds the run. A store that fails is no reason to die."""
         pause = max(0.2, min(5.0, self._seconds / 6))
         number = 0
@@ -170,7 +170,7 @@ class Lease:
     def _beat_bytes(self, **more: Any) -> bytes:
         """How this launch stands."""
         running = round(time.monotonic() - self._since, 1)
-        return files.to_json({"at": files.now(), "running_seconds": running, "news": self._status(), **more})
+        return files.to_json({"at": files.utc_now(), "running_seconds": running, "news": self._status(), **more})
 
     @contextmanager
     def _transient_errors(self) -> Iterator[None]:
@@ -193,9 +193,9 @@ class _HolderWatch:
         self._first: Holder | None = None
         self._last = self._silent = 0.0
 
-    def look(self) -> Holder | None:
+    def poll(self) -> Holder | None:
         """The newest holder, `ended` when that is known; None where there is none. Raises UserError for one that lives."""
-        found = holder(self._store)
+        found = read_holder(self._store)
         now = time.monotonic()
         gap, self._last = now - self._last, now
         if self._known is None:
@@ -205,27 +205,31 @@ class _HolderWatch:
         if found.has_exited():
             return replace(found, ended="dead")
         if found.generation > self._known:
-            raise UserError(self._refused(found, "it took the run a moment ago"))
+            raise UserError(self._describe_alive(found, "it took the run a moment ago"))
         if self._first is None:
             self._first = found
             text = f"{self._store.where()} is held by the launch on {found}"
             self._say(f"{text}; watching for a sign of life, {self._seconds:g} s at most")
             return found
-        if found.sign != self._first.sign:
+        if found.beat != self._first.beat:
             if gap < self._seconds:
-                raise UserError(self._refused(found, f"its last beat came less than {max(gap, 0.1):.1f} s ago"))
+                raise UserError(self._describe_alive(found, f"its last beat came less than {max(gap, 0.1):.1f} s ago"))
             self._first, self._silent = found, 0.0  # it came while the store was away, and says nothing of now
         # While the store does not answer nobody can beat: such a time counts little.
         self._silent += min(gap, max(2 * self.pause, self._seconds / 4))
         return replace(found, ended="silent") if self._silent >= self._seconds else found
 
-    def _refused(self, found: Holder, life: str) -> str:
-        ran = "" if found.running_seconds is None else f"it has been running for {_age(found.running_seconds)}, and "
+    def _describe_alive(self, found: Holder, life: str) -> str:
+        ran = (
+            ""
+            if found.running_seconds is None
+            else f"it has been running for {_format_seconds(found.running_seconds)}, and "
+        )
         text = f"{self._store.where()} is held by another launch ({found}), which is alive: {ran}{life}."
         return f"{text} Wait for it, stop it, or choose another run.folder."
 
 
-def _age(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -46,20 +46,20 @@ class RetryState:
 
     def __init__(self, what: str, patience: Patience, say: Say) -> None:
         self._what, self._patience, self._say = what, patience, say
-        self._chance = random.Random()  # of its own: the global state belongs to experiments
-        self._said = -_SAY_EVERY_SECONDS
+        self._jitter = random.Random()  # of its own: the global state belongs to experiments
+        self._last_report = -_SAY_EVERY_SECONDS
         self._tries = 0
         self.progressed()
 
     def progressed(self) -> None:
         """Something arrived: patience begins afresh."""
-        self._failed = 0
+        self._failures = 0
         self._since = time.monotonic()
 
-    def failed(self, error: Unavailable) -> None:
+    def pause_or_give_up(self, error: Unavailable) -> None:
         """Pause before the next try. Raises Unavailable when patience ends: the last error, how long, how often."""
         self._tries += 1
-        self._failed += 1
+        self._failures += 1
         now = time.monotonic()
         left = self._since + self._patience.seconds - now
         if left <= 0:
@@ -68,11 +68,11 @@ class RetryState:
             times = f"{self._tries} tries" if self._tries > 1 else "one try"
             ended = f"{error} Given up on {self._what} after {times} and {now - self._since:.0f} s without progress."
             raise Unavailable(ended) from error
-        if now - self._said >= _SAY_EVERY_SECONDS:
-            self._said = now
+        if now - self._last_report >= _SAY_EVERY_SECONDS:
+            self._last_report = now
             self._say(f"{error} Trying again for {left:.0f} s.")
-        pause = min(self._patience.most, self._patience.first * 2.0 ** min(self._failed - 1, 30))
-        time.sleep(min(left, pause * self._chance.uniform(0.5, 1.0)))
+        pause = min(self._patience.most, self._patience.first * 2.0 ** min(self._failures - 1, 30))
+        time.sleep(min(left, pause * self._jitter.uniform(0.5, 1.0)))
 
 
 def with_retries(work: Callable[[], T], what: str, patience: Patience, say: Say) -> T:
@@ -85,7 +85,7 @@ def with_retries(work: Callable[[], T], what: str, patience: Patience, say: Say)
         try:
             return work()
         except Unavailable as error:
-            tries.failed(error)
+            tries.pause_or_give_up(error)
 
 
 def download(store: Store, name: str, path: Path, size: int, *, patience: Patience, say: Say) -> None:
@@ -110,7 +110,7 @@ def download(store: Store, name: str, path: Path, size: int, *, patience: Patien
                 if held < size:
                     _check_size(store, name, path, size)
             except Unavailable as error:
-                tries.failed(error)
+                tries.pause_or_give_up(error)
 
 
 def _check_size(store: Store, name: str, path: Path, size: int) -> NoReturn:

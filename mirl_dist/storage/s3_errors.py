@@ -99,7 +99,7 @@ _REMEDIES = {
 }
 
 
-def address(url: str) -> tuple[str, str]:
+def parse_address(url: str) -> tuple[str, str]:
     """Bucket and prefix of an `s3://` address. Raises Rejected for any other text, which is not repeated."""
     found = re.fullmatch(r"s3://([A-Za-z0-9._-]{3,255})(/[^?#]*)?", url)
     if found is None:
@@ -135,7 +135,7 @@ class _MemoryFile:
         return found
 
 
-def body(data: bytes | memoryview) -> dict[str, Any]:
+def body_arguments(data: bytes | memoryview) -> dict[str, Any]:
     """With the digest that all S3 servers know, for them to refuse what was damaged on its way."""
     digest = hashlib.md5(data, usedforsecurity=False).digest()
     sent = _MemoryFile(data) if isinstance(data, memoryview) else data
@@ -168,7 +168,7 @@ def damaged_error(where: str) -> Unavailable:
 
 
 @contextmanager
-def named_errors(where: str, needs: RequiredRights) -> Iterator[None]:
+def map_errors(where: str, needs: RequiredRights) -> Iterator[None]:
     """Whatever boto3 raises inside, as one of the three errors of a store. `needs`: the rights, for a refusal."""
     from botocore import exceptions as known
     from botocore.parsers import ResponseParserError
@@ -193,7 +193,7 @@ def named_errors(where: str, needs: RequiredRights) -> Iterator[None]:
         raise Rejected(f"{where}: the server redirects without saying where to. {_REGION}") from error
     except known.SSLError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            text = f"{where}: {_host(error)} shows a certificate that is not trusted."
+            text = f"{where}: {_host_of_error(error)} shows a certificate that is not trusted."
             raise Rejected(f"{text} Set AWS_CA_BUNDLE to its authority's.") from error
         raise Unavailable(_connection_error(where, error)) from error
     except passing as error:
@@ -234,7 +234,7 @@ def _error_of_response(where: str, needs: RequiredRights, answer: dict[str, Any]
     return Rejected(f"{said}. {_REMEDIES.get(code, 'Check the endpoint, the bucket and the credentials.')}")
 
 
-_IN_WORDS = {
+_CONNECTION_FAILURES = {
     "ConnectTimeoutError": "does not answer",
     "EndpointConnectionError": "cannot be reached",
     "ReadTimeoutError": "fell silent",
@@ -243,10 +243,10 @@ _IN_WORDS = {
 
 def _connection_error(where: str, error: Exception) -> str:
     kind = type(error).__name__
-    return f"{where}: {_host(error)} {_IN_WORDS.get(kind, f'broke the transfer ({kind})')}. {CHECK_SERVER}"
+    return f"{where}: {_host_of_error(error)} {_CONNECTION_FAILURES.get(kind, f'broke the transfer ({kind})')}. {CHECK_SERVER}"
 
 
-def _host(error: Exception) -> str:
+def _host_of_error(error: Exception) -> str:
     """The machine that an error speaks of, without path and credentials."""
     url = getattr(error, "kwargs", {}).get("endpoint_url")
     if not url:

@@ -49,7 +49,7 @@ def put_parts(
         try:
             requests.call(name, needs, lambda s3, at: s3.complete_multipart_upload(**at, **told))
         except NoSuchUpload:  # completed by an earlier try whose answer got lost, or aborted
-            if written_by(requests, name, marked) is None:
+            if find_own_write(requests, name, marked) is None:
                 raise Unavailable(
                     f"{requests.where(name)}: the upload was aborted by another. Send it again."
                 ) from None
@@ -59,7 +59,7 @@ def put_parts(
             abort(requests, requests.key(name), upload)
 
 
-def written_by(requests: S3Client, name: str, mark: Mapping[str, Any]) -> dict[str, Any] | None:
+def find_own_write(requests: S3Client, name: str, mark: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the server says of `name`, if the write of this `mark` made it: its answer may have got lost."""
     try:
         found: dict[str, Any] = requests.head(name)

@@ -180,7 +180,7 @@ def check_mlflow(config: Config) -> Iterator[Finding]:
             _sqlite(database(address))
         elif kind in ("http", "https"):
             HttpStore(clean, seconds=_SECONDS).now("health")  # quick, where nobody answers
-            reader.reach(address, config.tracking.experiment, _SECONDS)
+            reader.check_server(address, config.tracking.experiment, _SECONDS)
         elif urlsplit(address).hostname:
             _connects(address)
         else:

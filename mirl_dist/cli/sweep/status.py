@@ -29,7 +29,7 @@ def look(run: SweepRun) -> RunStatus:
     options = options_of(run.config.store)
     patience = min(options.patience_seconds, _PATIENCE_SECONDS)
     store = open_store(run.folder, type(options)(options.endpoint, options.encryption, options.kms_key, patience))
-    checkpoints, found = Checkpoints(store), lease.holder(store)
+    checkpoints, found = Checkpoints(store), lease.read_holder(store)
     rounds = [commit.round_ for commit in checkpoints.commits() if commit.step is None]
     ticket = checkpoints.ticket(max(rounds)) if rounds else None
     news: dict[str, Any] = {} if found is None else {k: v for k, v in found.status.items() if isinstance(v, int)}
@@ -48,7 +48,7 @@ def look(run: SweepRun) -> RunStatus:
         None if ticket is None else ticket.total_sparsity,
         None if ticket is None else metrics(ticket).get("psnr/mean"),
         str(found) if found is not None and state == "running" else "",
-        b"" if found is None else found.sign,
+        b"" if found is None else found.beat,
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow.records import BY_ROUND, IMAGES, Record, legal_name, redact, redact_uri, round_name
 
-_SETTINGS = {  # MLflow reads them at each call; what the user has set stands
+_ENVIRONMENT = {  # MLflow reads them at each call; what the user has set stands
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds; without retries a dead server costs 30 s a try, not 246 s
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -26,8 +26,8 @@ _SETTINGS = {  # MLflow reads them at each call; what the user has set stands
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-_LOST = "RESOURCE_DOES_NOT_EXIST"
-_FINAL = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", _LOST)  # asking again is no use
+_NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
+_FINAL = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", _NOT_FOUND)  # asking again is no use
 _log = logging.getLogger("mirl_dist.tracking")
 
 
@@ -78,7 +78,7 @@ class MlflowClientStore:
         try:
             self._deliver(item)
         except MlflowException as trouble:
-            if trouble.error_code != _LOST:
+            if trouble.error_code != _NOT_FOUND:
                 raise
             self._client, self.remote_runs = None, {}
             self._deliver(item)
@@ -89,11 +89,11 @@ class MlflowClientStore:
         client = self._connected()
         if item.kind == "open":
             return self._open(client, item)
-        run = self._reach(client, item)
+        run = self._open_or_find(client, item)
         if item.kind == "end":
-            if not self._out_of_date(item, client.get_run(run.id)):
+            if not self._is_out_of_date(item, client.get_run(run.id)):
                 client.set_terminated(run.id, item.name, item.at_ms)
-            self._delete_doubles(client, item.run_key)
+            self._delete_duplicates(client, item.run_key)
         elif item.kind == "params":
             new = [Param(name, text) for name, text in item.texts.items() if name not in run.params]
             changed = [n for n, text in item.texts.items() if run.params.get(n, text) != text]
@@ -137,7 +137,7 @@ class MlflowClientStore:
             self._client = client
         return self._client
 
-    def _reach(self, client: Any, item: Record) -> RemoteRun:
+    def _open_or_find(self, client: Any, item: Record) -> RemoteRun:
         """The run of an item; one that an earlier life opened is found, one that the store lost is made as it was."""
         if item.run_key not in self.remote_runs:
             round_ = item.run_key.rpartition("/")[2]
@@ -156,7 +156,7 @@ class MlflowClientStore:
             self._remember_id("key", self._key)
         tags = item.texts | {"mirl_dist.key": f"{self._ids['key']}/{item.run_key}"}
         if item.run_key != "run":
-            parent = self._reach(client, Record("open", "run", at_ms=item.at_ms)).id
+            parent = self._open_or_find(client, Record("open", "run", at_ms=item.at_ms)).id
             client.get_run(parent)  # raises where it is lost: a child is not hung on nothing
             tags["mlflow.parentRunId"] = parent
         run = self._find(client, item.run_key, tags["mirl_dist.key"])
@@ -164,7 +164,7 @@ class MlflowClientStore:
             self._created[item.run_key] += 1
             run = client.create_run(self.experiment_id, item.at_ms, tags, item.name)
         else:
-            if run.info.status != "RUNNING" and not self._out_of_date(item, run):
+            if run.info.status != "RUNNING" and not self._is_out_of_date(item, run):
                 client.update_run(run.info.run_id, status="RUNNING")
             new = [RunTag(name, text) for name, text in tags.items() if run.data.tags.get(name) != text]
             if new:
@@ -174,7 +174,7 @@ class MlflowClientStore:
         if self._ids.get(item.run_key) != run.info.run_id:
             self._remember_id(item.run_key, run.info.run_id)
 
-    def _out_of_date(self, item: Record, run: Any) -> bool:
+    def _is_out_of_date(self, item: Record, run: Any) -> bool:
         """Whether another life has ended the run since: by the clock, which this life's own words need not heed."""
         return not item.id.startswith(self._session_id) and (run.info.end_time or 0) > item.at_ms
 
@@ -190,22 +190,22 @@ class MlflowClientStore:
             try:
                 run = client.get_run(id_)
             except MlflowException as trouble:
-                if trouble.error_code != _LOST:
+                if trouble.error_code != _NOT_FOUND:
                     raise
             else:
                 if run.info.lifecycle_stage == "active":
                     return run
             _log.warning("%s has no run %s any more (remembered as %s); it gets a new one", self.name, id_, where)
             del self._ids[where]
-        return next(iter(self._known_by(client, key)), None)
+        return next(iter(self._runs_with_key(client, key)), None)
 
-    def _known_by(self, client: Any, key: str) -> list[Any]:
+    def _runs_with_key(self, client: Any, key: str) -> list[Any]:
         return list(client.search_runs([self.experiment_id], f"tags.`mirl_dist.key` = '{key}'", max_results=10))
 
-    def _delete_doubles(self, client: Any, where: str) -> None:
+    def _delete_duplicates(self, client: Any, where: str) -> None:
         """Delete the empty twins of a run: made by requests that a slow server took up after we asked again."""
         if self._created[where] > 1:
-            for run in self._known_by(client, f"{self._ids['key']}/{where}"):
+            for run in self._runs_with_key(client, f"{self._ids['key']}/{where}"):
                 if run.info.run_id != self.remote_runs[where].id and not run.data.metrics:
                     client.delete_run(run.info.run_id)
 
@@ -285,7 +285,7 @@ def import_quietly(uri: str) -> None:
             "found no package mlflow where tracking is switched on. "
             "Run pip install mlflow, or set tracking.enabled=false."
         )
-    for name, value in _SETTINGS.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow.records import Record
-from mirl_dist.observability.mlflow.segments import PendingRecord, Segment, lines_of, segments_of, write
+from mirl_dist.observability.mlflow.segments import PendingRecord, Segment, json_lines, segments_of, write_file
 
 SEGMENT_BYTES = 2**20
 
@@ -73,7 +73,7 @@ class Journal:
         """The word of this folder, 32 hex digits, the same in all lives of the run. Raises OSError."""
         path, fresh = self.folder / "key", self.folder / f"{uuid.uuid4().hex}.key"
         try:
-            write(fresh, uuid.uuid4().hex.encode())
+            write_file(fresh, uuid.uuid4().hex.encode())
             with contextlib.suppress(FileExistsError):
                 os.link(fresh, path)
             if not re.fullmatch(r"[0-9a-f]{32}", path.read_text(errors="replace")):
@@ -115,7 +115,7 @@ class Journal:
         found = []
         for segment in segments:
             try:
-                left = segment.left()
+                left = segment.read_pending()
             except FileNotFoundError:  # its life has just removed it, or was killed when it had begun to
                 left = []
             if self._locked and segment.damaged:
@@ -130,9 +130,9 @@ class Journal:
         known = set[str]()
         for segment in segments_of(self.folder):
             with contextlib.suppress(FileNotFoundError):
-                known |= {entry.id for entry in segment.everything()}
+                known |= {entry.id for entry in segment.read_all()}
         gone: dict[str, list[range]] = {}
-        for lives in lines_of(self.folder / "gone.jsonl"):  # last: segments may go while this looks
+        for lives in json_lines(self.folder / "gone.jsonl"):  # last: segments may go while this looks
             with contextlib.suppress(ValueError, TypeError, AttributeError):
                 for life, ranges in lives.items():
                     gone.setdefault(life, []).extend(range(int(a), int(b) + 1) for a, b in ranges)
@@ -146,7 +146,7 @@ def pending_records(folder: Path) -> Pending:
     try:
         for segment in segments_of(folder):
             with contextlib.suppress(FileNotFoundError):
-                entries += segment.left()
+                entries += segment.read_pending()
     except OSError as error:
         raise UserError(
             f"found the journal {folder}, which cannot be read: {error.strerror}. Ask its owner, or correct the rights."

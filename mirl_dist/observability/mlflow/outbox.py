@@ -20,10 +20,10 @@ from mirl_dist.observability.mlflow.records import (
     DamagedRecord,
     Record,
     legal_name,
-    line_of,
+    to_line,
     parse_all,
 )
-from mirl_dist.observability.mlflow.segments import PendingRecord, entry_of
+from mirl_dist.observability.mlflow.segments import PendingRecord, pending_record
 
 MEMORY_BYTES, POINT_BYTES = 64 * 2**20, 200  # what may wait in memory; one point there, roughly
 MAX_PENDING_BYTES = 16 * 2**20
@@ -91,7 +91,7 @@ class Outbox:
     def in_memory(self) -> Pending:
         """What of it no disk has."""
         with self.changed:
-            return count([entry for entry in self._queue.values() if entry.item is not None])
+            return count([entry for entry in self._queue.values() if entry.record is not None])
 
     def next(self, *, files: bool, others: bool) -> list[PendingRecord]:
         """What goes in the next delivery: points of one run, up to the limit, or one item; files or others or both."""
@@ -135,7 +135,7 @@ class Outbox:
             lines = []
             for entry in entries:
                 with contextlib.suppress(OSError, DamagedRecord):
-                    lines.append(line_of(entry.read()) if entry.kind == "file" else entry.raw())
+                    lines.append(to_line(entry.read()) if entry.kind == "file" else entry.raw())
             return b"".join(lines)
 
     def close(self) -> None:
@@ -195,8 +195,8 @@ class Outbox:
                     )
                 self._disk_warned = True
         if entry is None:
-            entry = entry_of(item)
-            entry.item = item
+            entry = pending_record(item)
+            entry.record = item
             self._memory += _weight(entry)
         self._queue[entry.id] = entry
         self._files += entry.kind == "file"
@@ -205,7 +205,7 @@ class Outbox:
     def _forget_oldest(self) -> None:
         """Keep memory bounded; runs, params and what is on disk are never forgotten."""
         while self._memory > MEMORY_BYTES:
-            oldest = next((e for e in self._queue.values() if e.item is not None and _weight(e)), None)
+            oldest = next((e for e in self._queue.values() if e.record is not None and _weight(e)), None)
             if oldest is None:
                 break
             if not self.forgotten:
@@ -216,7 +216,7 @@ class Outbox:
     def _drop(self, entry: PendingRecord) -> None:
         if self._queue.pop(entry.id, None) is not None:
             self._files -= entry.kind == "file"
-            if entry.item is not None:
+            if entry.record is not None:
                 self._memory -= _weight(entry)
 
 

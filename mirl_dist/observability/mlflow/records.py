@@ -27,8 +27,8 @@ POINTS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits, as are the next
 LONGEST_NAME, LONGEST_PARAM, LONGEST_TAG = 250, 6000, 8000
 BY_ROUND = "round/"  # before names whose step is the round, where the plain name goes by alive weights
 IMAGES, SMALL_PIXELS = "images/", 640  # where pictures lie for the grid, and the longer side of the small ones
-_DOES = ("open", "params", "points", "ticket", "file", "end")
-_ID, _WHERE = re.compile(r"[0-9a-f]{32}-\d{1,15}"), re.compile(r"run|round/\d{2,6}")
+_KINDS = ("open", "params", "points", "ticket", "file", "end")
+_ID, _RUN_KEY = re.compile(r"[0-9a-f]{32}-\d{1,15}"), re.compile(r"run|round/\d{2,6}")
 _DATA = re.compile(r"\d{8}-\d{1,15}\.data")
 
 
@@ -57,7 +57,7 @@ class DamagedRecord(ValueError):
     """A line, or the file that it names, is not what was written."""
 
 
-def line_of(item: Record, lies: BlobRef | None = None) -> bytes:
+def to_line(item: Record, lies: BlobRef | None = None) -> bytes:
     """The line of an item; a file's content is in it unless it lies elsewhere."""
     said: dict[str, object] = {"id": item.id, "do": item.kind, "where": item.run_key, "at_ms": item.at_ms}
     for key in ("name", "texts", "points"):
@@ -85,7 +85,7 @@ def parse(line: bytes) -> tuple[Record, BlobRef | None]:
             said["id"],
         )
         lies = BlobRef(str(said["file"]), int(said["size"])) if "file" in said else None
-        sound = _sound(item, lies)
+        sound = _is_valid(item, lies)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DamagedRecord(str(error)) from None
     if not sound:
@@ -107,12 +107,12 @@ def parse_all(lines: bytes) -> tuple[list[Record], int]:
     return found, damaged
 
 
-def _sound(item: Record, lies: BlobRef | None) -> bool:
+def _is_valid(item: Record, lies: BlobRef | None) -> bool:
     """Whether a run could have said this; no path leads out of its folder."""
     path = PurePosixPath(item.name)
     return (
-        item.kind in _DOES
-        and _WHERE.fullmatch(item.run_key) is not None
+        item.kind in _KINDS
+        and _RUN_KEY.fullmatch(item.run_key) is not None
         and _ID.fullmatch(item.id) is not None
         and all(math.isfinite(value) for _, value, _, _ in item.points)
         and (item.kind != "file" or (bool(path.name) and not path.is_absolute() and ".." not in path.parts))
@@ -120,12 +120,12 @@ def _sound(item: Record, lies: BlobRef | None) -> bool:
     )
 
 
-def flat(params: Mapping[str, object], prefix: str = "") -> dict[str, str]:
+def flatten(params: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     """Nested params as {'a.b': text}; numbers, lists, true, false and null as JSON writes them."""
     texts: dict[str, str] = {}
     for name, value in params.items():
         if isinstance(value, Mapping) and value:
-            texts |= flat(value, f"{prefix}{name}.")
+            texts |= flatten(value, f"{prefix}{name}.")
         else:
             texts[f"{prefix}{name}"] = value if isinstance(value, str) else json.dumps(value, default=str)
     return texts
@@ -215,15 +215,15 @@ def default_uri(configured: str | None) -> str:
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
-def page(uri: str, experiment_id: str, run_id: str) -> str:
+def page_address(uri: str, experiment_id: str, run_id: str) -> str:
     """Where people find a run ('' while it is unknown): its page, or the command that opens the store; no password."""
     clean = redact_uri(uri)
     if not clean.startswith("http"):
-        return f"{clean} (to see it: {_mlflow_here()} ui --backend-store-uri {clean})"
+        return f"{clean} (to see it: {_mlflow_command()} ui --backend-store-uri {clean})"
     return f"{clean.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}" if run_id else clean
 
 
-def _mlflow_here() -> str:
+def _mlflow_command() -> str:
     """How to call this environment's mlflow: by its path below the working directory, where it lies there."""
     beside = Path(sys.executable).parent / "mlflow"
     try:

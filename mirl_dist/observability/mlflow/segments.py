@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mirl_dist.observability.mlflow.records import BlobRef, DamagedRecord, Record, line_of, parse
+from mirl_dist.observability.mlflow.records import BlobRef, DamagedRecord, Record, to_line, parse
 
 _OURS = re.compile(r"(\d{8})(\.jsonl|\.sent|-\d+\.data)")
 
@@ -31,19 +31,19 @@ class PendingRecord:
     start: int = 0
     end: int = 0
     file: str = ""
-    item: Record | None = None
+    record: Record | None = None
 
     def raw(self) -> bytes:
         """Its line, or that of the item in memory. Raises OSError."""
         if self.segment is None:
-            assert self.item is not None
-            return line_of(self.item)
+            assert self.record is not None
+            return to_line(self.record)
         return self.segment.raw(self.start, self.end)
 
     def read(self) -> Record:
         """The whole item. Raises Damaged, OSError."""
-        if self.item is not None:
-            return self.item
+        if self.record is not None:
+            return self.record
         item, lies = parse(self.raw())
         if lies is not None and self.segment is not None:
             item.data = (self.segment.folder / lies.file).read_bytes()
@@ -52,7 +52,7 @@ class PendingRecord:
         return item
 
 
-def entry_of(item: Record) -> PendingRecord:
+def pending_record(item: Record) -> PendingRecord:
     return PendingRecord(item.id, item.kind, item.run_key, item.at_ms, len(item.points), len(item.data))
 
 
@@ -76,12 +76,12 @@ class Segment:
 
     def append(self, item: Record) -> PendingRecord:
         """Write the item's line, after a file's content. Raises OSError, and is then as before."""
-        entry, lies = entry_of(item), None
+        entry, lies = pending_record(item), None
         if item.kind == "file":
             entry.file = f"{self.number:08d}-{self.end}.data"
             lies = BlobRef(entry.file, entry.size)
-            write(self.folder / entry.file, item.data)
-        line = line_of(item, lies)
+            write_file(self.folder / entry.file, item.data)
+        line = to_line(item, lies)
         done = 0
         while done < len(line):  # not at the file's end but after the last whole line: a torn one is written over
             done += os.pwrite(self._handle, line[done:], self.end + done)
@@ -99,7 +99,7 @@ class Segment:
             if handle != self._handle:
                 os.close(handle)
 
-    def everything(self) -> list[PendingRecord]:
+    def read_all(self) -> list[PendingRecord]:
         """Every whole line, delivered or not. Raises OSError."""
         text = self.path.read_bytes()
         found, start = list[PendingRecord](), 0
@@ -107,7 +107,7 @@ class Segment:
         while end := text.find(b"\n", start) + 1:
             try:
                 item, lies = parse(text[start:end])
-                entry = entry_of(item)
+                entry = pending_record(item)
                 entry.segment, entry.start, entry.end = self, start, end
                 entry.file, entry.size = lies or ("", 0)
                 found.append(entry)
@@ -116,9 +116,9 @@ class Segment:
             start = end
         return found
 
-    def left(self) -> list[PendingRecord]:
+    def read_pending(self) -> list[PendingRecord]:
         """What is not delivered yet. Raises OSError."""
-        found = self.everything()  # first, so that what is delivered meanwhile does not count
+        found = self.read_all()  # first, so that what is delivered meanwhile does not count
         sent, at = sorted(self._sent()), 0
         left = []
         for entry in found:
@@ -138,7 +138,7 @@ class Segment:
                 regions[-1][1] = entry.end
             else:
                 regions.append([entry.start, entry.end])
-        append(self._sent_path, [json.dumps(region) for region in regions])
+        append_lines(self._sent_path, [json.dumps(region) for region in regions])
         for entry in entries:
             if entry.file:
                 (self.folder / entry.file).unlink(missing_ok=True)
@@ -147,7 +147,7 @@ class Segment:
         """Remove a segment that is delivered; its ids stay known. Raises OSError."""
         lives: dict[str, list[list[int]]] = {}
         with contextlib.suppress(FileNotFoundError):
-            for entry in self.everything():
+            for entry in self.read_all():
                 life, _, number = entry.id.rpartition("-")
                 ranges = lives.setdefault(life, [])
                 if ranges and ranges[-1][1] == int(number) - 1:
@@ -156,7 +156,7 @@ class Segment:
                     ranges.append([int(number), int(number)])
         if lives:
             with contextlib.suppress(OSError):  # a full disk gets room by what follows; twice delivered is no harm
-                append(self.folder / "gone.jsonl", [json.dumps(lives)])
+                append_lines(self.folder / "gone.jsonl", [json.dumps(lives)])
         self.path.unlink(missing_ok=True)
         for path in (*self.folder.glob(f"{self.number:08d}-*.data"), self._sent_path):
             path.unlink(missing_ok=True)
@@ -168,13 +168,13 @@ class Segment:
             self._handle = -1
 
     def _sent(self) -> Iterator[tuple[int, int]]:
-        for said in lines_of(self._sent_path):
+        for said in json_lines(self._sent_path):
             with contextlib.suppress(ValueError, TypeError):
                 start, end = said
                 yield int(start), int(end)
 
 
-def lines_of(path: Path) -> Iterator[Any]:
+def json_lines(path: Path) -> Iterator[Any]:
     """What the whole lines of a small file say; torn and missing ones say nothing."""
     with contextlib.suppress(FileNotFoundError):
         for line in path.read_bytes().split(b"\n"):
@@ -182,14 +182,14 @@ def lines_of(path: Path) -> Iterator[Any]:
                 yield json.loads(line)
 
 
-def append(path: Path, lines: Iterable[str]) -> None:
+def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Add lines to a small file, after ending what a killed process may have left of one."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     with open(handle, "wb") as stream:
         stream.write(b"".join(b"\n" + line.encode() + b"\n" for line in lines))
 
 
-def write(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
     """Write a file, or raise OSError and leave none."""
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

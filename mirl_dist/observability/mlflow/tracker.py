@@ -25,7 +25,7 @@ from mirl_dist.observability.mlflow.outbox import Outbox
 from mirl_dist.observability.mlflow.records import (
     Record,
     default_uri,
-    flat,
+    flatten,
     image_files,
     is_score,
     legal_name,
@@ -50,7 +50,7 @@ class Tracker(Protocol):
     def begin_round(self, round_: int, tags: Mapping[str, str], params: Mapping[str, object] = {}) -> None: ...
     def log_step(self, step: int, values: Mapping[str, float]) -> None: ...
     def log_ticket(self, round_: int, values: Mapping[str, float]) -> None: ...
-    def log_file(self, name: str, data: bytes, where: str) -> None: ...
+    def log_file(self, name: str, data: bytes, scope: str) -> None: ...
     def log_image(self, key: str, png: bytes, step: int) -> None: ...
     def flush(self) -> None: ...
     def pending(self) -> bytes: ...
@@ -66,7 +66,7 @@ class NoTracker:
     def begin_round(self, round_: int, tags: Mapping[str, str], params: Mapping[str, object] = {}) -> None: ...
     def log_step(self, step: int, values: Mapping[str, float]) -> None: ...
     def log_ticket(self, round_: int, values: Mapping[str, float]) -> None: ...
-    def log_file(self, name: str, data: bytes, where: str) -> None: ...
+    def log_file(self, name: str, data: bytes, scope: str) -> None: ...
     def log_image(self, key: str, png: bytes, step: int) -> None: ...
     def flush(self) -> None: ...
     def end_round(self, status: str = "FINISHED") -> None: ...
@@ -106,7 +106,7 @@ class MlflowTracker:
         self._uri = default_uri(uri)
         import_quietly(self._uri)
         self._run_name = run_name
-        self._journal, key = _opened(journal, redact_uri(self._uri))
+        self._journal, key = _open_journal(journal, redact_uri(self._uri))
         life = uuid.uuid4().hex
         self._store = MlflowClientStore(self._uri, experiment, run_name, dict(remembered), key, remember, life)
         self._outbox = Outbox(self._store.name, life, self._journal, inherited)
@@ -157,11 +157,11 @@ class MlflowTracker:
         self._outbox.put_points("ticket", "run", points)
         self.flush()
 
-    def log_file(self, name: str, data: bytes, where: str) -> None:
+    def log_file(self, name: str, data: bytes, scope: str) -> None:
         """Keep a file ('folder/name', a relative path) with the current 'round' or with the whole 'run'."""
         path = PurePosixPath(name)
-        assert where in ("round", "run") and path.name and not path.is_absolute() and ".." not in path.parts
-        self._outbox.put(Record("file", self._round if where == "round" else "run", str(path), data=data))
+        assert scope in ("round", "run") and path.name and not path.is_absolute() and ".." not in path.parts
+        self._outbox.put(Record("file", self._round if scope == "round" else "run", str(path), data=data))
         self.flush()
 
     def log_image(self, key: str, png: bytes, step: int) -> None:
@@ -214,14 +214,14 @@ class MlflowTracker:
     def address(self) -> str:
         """Where people find the run: its page, or the command that opens the store; never a password."""
         run = self._store.remote_runs.get("run")
-        return records.page(self._uri, self._store.experiment_id, run.id if run else "")
+        return records.page_address(self._uri, self._store.experiment_id, run.id if run else "")
 
     def _begin(self, where: str, name: str, tags: Mapping[str, str], params: Mapping[str, object]) -> None:
         texts = {legal_name(t): redact(text, self._uri)[: records.LONGEST_TAG] for t, text in tags.items()}
         self._outbox.put(Record("open", where, name, texts))
         self._begun.add(where)
         long = records.LONGEST_PARAM
-        pairs = [(legal_name(n), redact(text, self._uri)[:long]) for n, text in flat(params).items()]
+        pairs = [(legal_name(n), redact(text, self._uri)[:long]) for n, text in flatten(params).items()]
         for start in range(0, len(pairs), records.PARAMS_PER_CALL):
             self._outbox.put(Record("params", where, texts=dict(pairs[start : start + records.PARAMS_PER_CALL])))
         self.flush()
@@ -288,7 +288,7 @@ def resend(
     return before
 
 
-def _opened(folder: Path, store_name: str) -> tuple[Journal | None, str]:
+def _open_journal(folder: Path, store_name: str) -> tuple[Journal | None, str]:
     """The journal, if there can be one, and the key of its run."""
     try:
         journal = Journal(folder)

@@ -21,7 +21,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirl_dist.config.local_paths import journal_folder
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import outbox, records, sender
 from mirl_dist.observability.mlflow import tracker as tracking
@@ -109,7 +108,7 @@ def test_a_damaged_line_is_left_out_and_told_once(tmp_path: Path, caplog: pytest
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_no_line_however_damaged_is_more_than_damaged(data: st.DataObject) -> None:
-    line = bytearray(records.line_of(item(3, "file", name="a/b", data=b"content")))
+    line = bytearray(records.to_line(item(3, "file", name="a/b", data=b"content")))
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(line) - 1))
         line[at : at + data.draw(st.integers(0, 20))] = data.draw(st.binary(max_size=20))
@@ -322,35 +321,13 @@ def test_what_a_folder_knows_is_not_inherited_again_and_the_order_is_that_of_the
 
 
 def test_damage_in_a_commit_is_told_and_the_rest_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    lines = records.line_of(item(0)) + b'{"torn\n' + records.line_of(item(1))
+    lines = records.to_line(item(0)) + b'{"torn\n' + records.to_line(item(1))
     box = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path), lines)
     assert box.count()[:2] == (2, 0)
     assert "1 damaged lines that a commit kept for the store are left out" in caplog.text
 
 
 # -- where it lies, and what it says ----------------------------------------------------------------------------------
-
-
-def test_the_usual_journal_lies_in_the_run_or_in_the_users_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    run = tmp_path / "runs" / "a"
-    assert journal_folder("runs/a", None) == journal_folder(f"file://{run}", None) == run / "outbox"
-    inside = journal_folder("s3://bucket/runs/a", None)
-    assert inside.parent == tmp_path / "home/.cache/mirl_dist/outbox" and len(inside.name) == 16
-    assert journal_folder("s3://bucket/runs/a/", None) == inside != journal_folder("s3://bucket/runs/b", None)
-    assert journal_folder("s3://bucket/runs/a", None, "another run there") != inside
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert journal_folder("s3://bucket/runs/a", None) == tmp_path / "cache/mirl_dist/outbox" / inside.name
-    assert journal_folder("s3://bucket/runs/a", "~/kept") == tmp_path / "home/kept" / inside.name
-    assert journal_folder("runs/a", str(tmp_path)).parent == tmp_path
-    (tmp_path / "cache").write_text("no folder")
-    aside = journal_folder("s3://bucket/runs/a", None)
-    assert aside.name == inside.name and aside.parent.parent.name == f"mirl-dist-{os.getuid()}"
-    assert not run.exists(), "asking makes nothing"
 
 
 def test_anybody_may_look_what_waits_while_the_run_lives_and_when_it_is_dead(tmp_path: Path) -> None:
