@@ -125,7 +125,7 @@ class HttpStore:
 
     @contextmanager
     def _request(self, name: str, method: str, offset: int = 0) -> Iterator[http.client.HTTPResponse]:
-        """The open answer of the server; also one that says that `offset` is the end."""
+        """The open response of the server; also one that says that `offset` is the end."""
         asked = urllib.request.Request(self._root + "/" + quote(name), method=method)
         asked.add_header("Accept-Encoding", "identity")  # a compressed body has other offsets
         if offset:
@@ -154,12 +154,12 @@ class HttpStore:
         if wanted:
             raise Unavailable(f"{self.where(name)}: the body ended {wanted} bytes early. {_CHECK_SERVER}")
 
-    def _parse_length(self, name: str, said: str | None) -> int:
-        if said is None or not said.isascii() or not said.isdigit():
+    def _parse_length(self, name: str, header: str | None) -> int:
+        if header is None or not header.isascii() or not header.isdigit():
             raise Unavailable(
                 f"{self.where(name)}: the server does not say how long it is, or was cut off. {_CHECK_SERVER}"
             )
-        return int(said)
+        return int(header)
 
     @contextmanager
     def _map_errors(self, name: str) -> Iterator[None]:
@@ -175,20 +175,20 @@ class HttpStore:
             if isinstance(cause, ssl.SSLCertVerificationError):
                 text = f"{self.where(name)}: the server's certificate is not trusted. Set SSL_CERT_FILE, or correct it."
                 raise Rejected(text) from None
-            said = cause.strerror if isinstance(cause, OSError) and cause.strerror else type(cause).__name__
-            raise Unavailable(f"{self.where(name)}: the transfer broke ({said}). {_CHECK_SERVER}") from None
+            reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else type(cause).__name__
+            raise Unavailable(f"{self.where(name)}: the transfer broke ({reason}). {_CHECK_SERVER}") from None
 
 
-def _error_of_status(where: str, status: int) -> StorageError:
+def _error_of_status(location: str, status: int) -> StorageError:
     """The error that an HTTP status means."""
     if status in (404, 410):
-        return NotFound(f"{where} does not exist")
-    said = f"{where}: the server answered HTTP {status}."
+        return NotFound(f"{location} does not exist")
+    text = f"{location}: the server answered HTTP {status}."
     if status in _TRANSIENT_STATUSES:
-        return Unavailable(f"{said} {_CHECK_SERVER}")
+        return Unavailable(f"{text} {_CHECK_SERVER}")
     if status in (401, 403, 407):
-        return Rejected(f"{said} It must be readable for everyone; else use s3:// or a folder.")
-    return Rejected(f"{said} Correct the address, or use s3:// or a folder.")
+        return Rejected(f"{text} It must be readable for everyone; else use s3:// or a folder.")
+    return Rejected(f"{text} Correct the address, or use s3:// or a folder.")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

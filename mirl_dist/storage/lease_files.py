@@ -89,8 +89,8 @@ def _has_exited(pid: int, started: int) -> bool:
         return True
     except (OSError, OverflowError):
         pass  # another user's; or no number of a process
-    found = _process_state(pid)  # None also where /proc hides what belongs to others
-    return found is not None and (found[0] in "ZX" or found[1] != started)
+    state = _process_state(pid)  # None also where /proc hides what belongs to others
+    return state is not None and (state[0] in "ZX" or state[1] != started)
 
 
 # -- what the files say -----------------------------------------------------------------------------------------------
@@ -100,9 +100,9 @@ def _has_exited(pid: int, started: int) -> bool:
 class Holder:
     """A launch that holds a run, or held it, as its lease says; empty or None where that is damaged or not there.
 
-    started_at, beat_at: ISO 8601, by that machine's clock, for people. beat_at, news, running_seconds (since it
+    started_at, beat_at: ISO 8601, by that machine's clock, for people. beat_at, status, running_seconds (since it
     started): of its last beat, or of its release. ended: 'finished', 'stopped' or 'failed' as it said itself; 'dead' or
-    'silent' as its follower found it; None: it may live. sign: its last beat; other bytes later are a sign of life.
+    'silent' as its follower found it; None: it may live. beat: the bytes of its last beat; others are a sign of life.
     """
 
     generation: int

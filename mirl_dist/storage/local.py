@@ -84,10 +84,10 @@ class Folder:
     def list(self, prefix: str) -> list[str]:
         """Complete names below `prefix` (a folder name, or '' for all), sorted."""
         with self._map_errors(prefix):
-            found = []
+            paths = []
             for folder, _, files in os.walk(self._root / prefix, onerror=_raise_unless_missing):
-                found += [Path(folder, f).relative_to(self._root) for f in files if not f.startswith(_TEMPORARY)]
-            return sorted(path.as_posix() for path in found)
+                paths += [Path(folder, f).relative_to(self._root) for f in files if not f.startswith(_TEMPORARY)]
+            return sorted(path.as_posix() for path in paths)
 
     def remove(self, name: str) -> None:
         """Remove `name` if it is there, and folders that this leaves empty."""
@@ -124,10 +124,10 @@ class Folder:
         except FileNotFoundError as error:
             raise NotFound(f"{self.where(name)} does not exist") from error
         except OSError as error:
-            said = f"{self.where(name)}: {error.strerror or error}. Nothing is half-written; what was there before is"
+            text = f"{self.where(name)}: {error.strerror or error}. Nothing is half-written; what was there before is"
             if error.errno in _TRANSIENT_ERRNOS:
-                raise Unavailable(f"{said} intact. Make room or repair the disk, then start again.") from error
-            raise Rejected(f"{said} intact. Correct the rights, or choose another folder.") from error
+                raise Unavailable(f"{text} intact. Make room or repair the disk, then start again.") from error
+            raise Rejected(f"{text} intact. Correct the rights, or choose another folder.") from error
 
 
 _TRANSIENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE)

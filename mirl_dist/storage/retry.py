@@ -95,19 +95,19 @@ def download(store: Store, name: str, path: Path, size: int, *, patience: Patien
     Rejected where the file is longer than `size`, or where the store's object has another size (the bytes that lie
     there are then removed); Unavailable at the end of patience; OSError where `path` cannot be written.
     """
-    held = path.stat().st_size if path.exists() else 0
-    if held > size:
-        raise Rejected(f"{path} has {held} bytes, but {store.where(name)} should have {size}. Remove {path}.")
+    size_so_far = path.stat().st_size if path.exists() else 0
+    if size_so_far > size:
+        raise Rejected(f"{path} has {size_so_far} bytes, but {store.where(name)} should have {size}. Remove {path}.")
     tries = RetryState(f"bringing {store.where(name)}", patience, say)
     with path.open("ab") as file:
-        while held < size:
+        while size_so_far < size:
             try:
-                for block in store.read(name, held):
-                    if held + len(block) > size:
+                for block in store.read(name, size_so_far):
+                    if size_so_far + len(block) > size:
                         _check_size(store, name, path, size)
-                    held += file.write(block)
+                    size_so_far += file.write(block)
                     tries.progressed()
-                if held < size:
+                if size_so_far < size:
                     _check_size(store, name, path, size)
             except Unavailable as error:
                 tries.pause_or_give_up(error)
@@ -115,11 +115,11 @@ def download(store: Store, name: str, path: Path, size: int, *, patience: Patien
 
 def _check_size(store: Store, name: str, path: Path, size: int) -> NoReturn:
     """Raises Rejected, always, and removes what was brought: it belongs to another object."""
-    found = store.size(name)
+    actual = store.size(name)
     path.unlink(missing_ok=True)
-    if found == size:
+    if actual == size:
         raise Rejected(f"{store.where(name)} changed while it was read. Start again.")
     raise Rejected(
-        f"{store.where(name)} has {found} bytes where its manifest or commit says {size}. It was replaced, or its "
+        f"{store.where(name)} has {actual} bytes where its manifest or commit says {size}. It was replaced, or its "
         "upload was damaged: build or copy it again."
     )

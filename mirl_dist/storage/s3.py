@@ -76,34 +76,34 @@ class S3Store:
 
         In one part, whatever its length: Ceph ignores the condition on others.
         """
-        mine = {**self._encryption, **wire.writer_metadata()}
+        marked = {**self._encryption, **wire.writer_metadata()}
         try:
-            self._client.send("put_object", name, self._write_rights, data, {**mine, "IfNoneMatch": "*"})
+            self._client.send("put_object", name, self._write_rights, data, {**marked, "IfNoneMatch": "*"})
         except AlreadyExists:
-            found = s3_multipart.find_own_write(self._client, name, mine)
-            if found is None:
+            written = s3_multipart.find_own_write(self._client, name, marked)
+            if written is None:
                 return False
             if not wire.is_same_content(
-                found, wire.body_arguments(data)
+                written, wire.body_arguments(data)
             ):  # it was damaged on its way, and is this call's
-                self._client.send("put_object", name, self._write_rights, data, mine)
+                self._client.send("put_object", name, self._write_rights, data, marked)
         return True
 
     def get(self, name: str) -> bytes:
         """The whole of `name`; a transfer that broke goes on, unless another version lies there by then."""
         tries = RetryState(f"reading {self.where(name)}", self._client.patience, self._client.say)
-        held, version = bytearray(), ""
+        content, version = bytearray(), ""
         while True:
             try:
-                found, blocks = self._open_body(name, len(held))
-                if found != version:
-                    if held:
-                        found, blocks = self._open_body(name, 0)
-                    held, version = bytearray(), found
+                tag, blocks = self._open_body(name, len(content))
+                if tag != version:
+                    if content:
+                        tag, blocks = self._open_body(name, 0)
+                    content, version = bytearray(), tag
                 for block in blocks:
-                    held += block
+                    content += block
                     tries.progressed()
-                return bytes(held)
+                return bytes(content)
             except Unavailable as error:
                 tries.pause_or_give_up(error)
 
@@ -129,7 +129,7 @@ class S3Store:
         cut = len(self._client.key(""))
         following = {"ContinuationToken": "NextContinuationToken"}
         pages = self._client.pages(prefix, wire.LIST, "list_objects_v2", below, following)
-        keys = [found["Key"] for page in pages for found in page.get("Contents", ())]
+        keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
         return sorted(key[cut:] for key in keys if not key.endswith("/"))  # consoles make 'folders' of such names
 
     def now(self) -> datetime | None:
@@ -227,7 +227,7 @@ def _connect(at: str | None, connect_seconds: float, read_seconds: float) -> Any
     import boto3.session
     from botocore.config import Config
 
-    def made(**more: Any) -> Any:
+    def create_client(**more: Any) -> Any:
         config = Config(
             connect_timeout=connect_seconds,
             read_timeout=read_seconds,
@@ -240,7 +240,7 @@ def _connect(at: str | None, connect_seconds: float, read_seconds: float) -> Any
 
     session = boto3.session.Session()
     try:
-        client = made()
+        client = create_client()
         endpoint = urlsplit(client.meta.endpoint_url)
         if endpoint.username is not None:
             raise ValueError
@@ -254,4 +254,4 @@ def _connect(at: str | None, connect_seconds: float, read_seconds: float) -> Any
         return client
     # Other servers: few give each bucket a host name, and older ones store the newer checksums' framing as data.
     only = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
-    return made(s3={"addressing_style": "path"}, **only)
+    return create_client(s3={"addressing_style": "path"}, **only)

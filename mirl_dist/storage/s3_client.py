@@ -37,11 +37,11 @@ class S3Client:
 
     def client(self) -> Any:
         """This process's client; a fork must not share sockets with its parent."""
-        mine = os.getpid()
-        with self._locks.setdefault(mine, threading.Lock()):
-            if mine not in self._clients:
-                self._clients[mine] = self._connect()
-        return self._clients[mine]
+        pid = os.getpid()
+        with self._locks.setdefault(pid, threading.Lock()):
+            if pid not in self._clients:
+                self._clients[pid] = self._connect()
+        return self._clients[pid]
 
     def call(
         self,
@@ -99,10 +99,10 @@ class S3Client:
             yield page
             if not page["IsTruncated"]:
                 return
-            goes_on = {ask: page[said] for ask, said in following.items() if page.get(said)}
-            if goes_on.items() <= asked.items():
+            next_page = {ask: page[key] for ask, key in following.items() if page.get(key)}
+            if next_page.items() <= asked.items():
                 raise Unavailable(f"{self.where(name)}: the server's listing does not go on. {CHECK_SERVER}")
-            asked.update(goes_on)
+            asked.update(next_page)
 
     def head(self, name: str) -> Any:
         """What the server says of `name`."""

@@ -44,7 +44,7 @@ url, seconds, machine = json.loads(sys.argv[1])
 if machine:
     lease_files.this_machine = lambda: lease_files.Machine(*machine)
 store, lines, done = open_store(url), [], 0
-lease = Lease(store, seconds=seconds, news=lambda: {"step": done}, launch={"name": "first"}, say=lines.append)
+lease = Lease(store, seconds=seconds, status=lambda: {"step": done}, launch={"name": "first"}, say=lines.append)
 if url.startswith("s3"):
     store.exists("warm")
 print(json.dumps("ready"), flush=True)
@@ -183,7 +183,7 @@ def make(lines: list[str]) -> Iterator[Make]:
     made: list[Lease] = []
 
     def one(store: Store, seconds: float = LONG, **more: Any) -> Lease:
-        given: dict[str, Any] = {"news": dict, "say": lines.append} | more
+        given: dict[str, Any] = {"status": dict, "say": lines.append} | more
         made.append(Lease(store, seconds=seconds, **given))
         return made[-1]
 
@@ -346,7 +346,7 @@ class TestTaking:
     def test_an_empty_run_is_taken_at_once_and_shows_its_holder(self, folder: Folder, make: Make) -> None:
         assert read_holder(folder) is None
         step = 7
-        lease = make(folder, launch={"attempt": 3}, news=lambda: {"step": step})
+        lease = make(folder, launch={"attempt": 3}, status=lambda: {"step": step})
         assert lease.claim() == lease.generation == 1
         assert lease.previous is None
         until(lambda: folder.exists(beat_name(1)))
@@ -511,7 +511,7 @@ class TestWhoIsDead:
 
     def test_a_process_that_is_hidden_is_not_dead(self, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
         self.claimed(folder, os.getpid())
-        monkeypatch.setattr(lease_files, "_process", lambda pid: None)
+        monkeypatch.setattr(lease_files, "_process_state", lambda pid: None)
         assert not self.gone(folder)
 
     def test_a_proc_of_other_numbers_tells_no_machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
