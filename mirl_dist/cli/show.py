@@ -18,6 +18,7 @@ from mirl_dist.config.schema import TrackingSection
 from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
 from mirl_dist.observability import progress
+from mirl_dist.observability.mlflow import resend as sending
 from mirl_dist.observability.mlflow import tracker
 from mirl_dist.storage import Folder, Options, lease, output_paths
 from mirl_dist.tickets.open import FileTicket, open_run, open_ticket
@@ -203,7 +204,7 @@ def resend(run: str) -> None:
         raise UserError(f"{run} was trained with tracking.enabled=false: there is nothing to send.")
     _check_not_alive(run, checkpoints)
     found = checkpoints.latest()
-    tracker.resend(
+    sending.resend(
         uri=said.uri,
         experiment=said.experiment,
         run_name=said.run_name or Path(run).name,

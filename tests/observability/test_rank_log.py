@@ -154,7 +154,7 @@ def test_a_full_disk_costs_lines_and_nothing_else(
 SCRIPT = """
 import sys, threading
 from mirl_dist.observability import rank_log
-from mirl_dist.config import Config
+from mirl_dist.config.config import Config
 rank_log.begin(Config.model_validate({"run": {"folder": sys.argv[1]}}), lambda: "training")
 def fail():
     raise ZeroDivisionError("in a thread")

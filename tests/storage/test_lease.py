@@ -294,7 +294,7 @@ class TestRealProcesses:
         first.send(signal.SIGCONT)
         until(lambda: first.ask("lost").what)  # its own thread finds it, unasked
         told = first.ask("check")
-        assert told.how == "Lost"
+        assert told.how == "LeaseLost"
         here = socket.gethostname()
         wanted = rf"this launch \({here}, pid {first.pid}\) no longer holds {re.escape(store.where())}: {here}, pid "
         wanted += (

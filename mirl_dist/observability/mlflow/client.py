@@ -1,4 +1,4 @@
-"""MLflow at one address: resolves our names to its ids, and bears every item twice. Imports mlflow."""
+"""MLflow at one address: resolves our names to its ids, and bears every record twice. Imports mlflow."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class RemoteRun:
 
 
 class MlflowClientStore:
-    """MLflow at one address: resolves our names to its ids, and bears the same item twice.
+    """MLflow at one address: resolves our names to its ids, and bears the same record twice.
 
     ids: what `remember` was given in earlier lives. key: by which runs are found whose ids got lost, unless ids has
     one. remember: gets new ids before anything depends on them; may raise UserError, and is then called again later.
-    life: the word with which the ids of items of this life begin.
+    session_id: with which the ids of this process's records begin.
     """
 
     def __init__(
@@ -56,59 +56,59 @@ class MlflowClientStore:
         ids: dict[str, str],
         key: str,
         remember: Callable[[dict[str, str]], None],
-        life: str,
+        session_id: str,
     ) -> None:
         self.name = redact_uri(uri)
         self.experiment_id = ""
         self.remote_runs: dict[str, RemoteRun] = {}
         self._uri, self._experiment, self._run_name = uri, experiment, run_name
-        self._ids, self._key, self._remember, self._session_id = ids, key, remember, life
+        self._ids, self._key, self._remember, self._session_id = ids, key, remember, session_id
         self._opened, self._params = dict[str, Record](), dict[str, Record]()  # to make runs anew
         self._created = Counter[str]()  # how often that was asked for
         self._client: Any = None
 
-    def deliver(self, item: Record) -> None:
-        """Deliver an item; a server that was emptied or restored meanwhile gets the runs anew."""
+    def deliver(self, record: Record) -> None:
+        """Deliver a record; a server that was emptied or restored meanwhile gets the runs anew."""
         from mlflow.exceptions import MlflowException
 
-        if item.kind == "open":
-            self._opened[item.run_key] = item
-        elif item.kind == "params":
-            self._params[item.id] = item
+        if record.kind == "open":
+            self._opened[record.run_key] = record
+        elif record.kind == "params":
+            self._params[record.id] = record
         try:
-            self._deliver(item)
+            self._deliver(record)
         except MlflowException as trouble:
             if trouble.error_code != _NOT_FOUND:
                 raise
             self._client, self.remote_runs = None, {}
-            self._deliver(item)
+            self._deliver(record)
 
-    def _deliver(self, item: Record) -> None:
+    def _deliver(self, record: Record) -> None:
         from mlflow.entities import Param, RunTag
 
         client = self._connected()
-        if item.kind == "open":
-            return self._open(client, item)
-        run = self._open_or_find(client, item)
-        if item.kind == "end":
-            if not self._is_out_of_date(item, client.get_run(run.id)):
-                client.set_terminated(run.id, item.name, item.at_ms)
-            self._delete_duplicates(client, item.run_key)
-        elif item.kind == "params":
-            new = [Param(name, text) for name, text in item.texts.items() if name not in run.params]
-            changed = [n for n, text in item.texts.items() if run.params.get(n, text) != text]
-            tags = [RunTag(f"changed.{n}", item.texts[n]) for n in changed]
+        if record.kind == "open":
+            return self._open(client, record)
+        run = self._open_or_find(client, record)
+        if record.kind == "end":
+            if not self._is_out_of_date(record, client.get_run(run.id)):
+                client.set_terminated(run.id, record.name, record.at_ms)
+            self._delete_duplicates(client, record.run_key)
+        elif record.kind == "params":
+            new = [Param(name, text) for name, text in record.texts.items() if name not in run.params]
+            changed = [n for n, text in record.texts.items() if run.params.get(n, text) != text]
+            tags = [RunTag(f"changed.{n}", record.texts[n]) for n in changed]
             client.log_batch(run.id, params=new, tags=tags)
             run.params |= {param.key: param.value for param in new}
-        elif item.kind == "file":
-            path = PurePosixPath(item.name)
+        elif record.kind == "file":
+            path = PurePosixPath(record.name)
             with tempfile.TemporaryDirectory() as folder:
-                Path(folder, path.name).write_bytes(item.data)
+                Path(folder, path.name).write_bytes(record.data)
                 client.log_artifact(run.id, f"{folder}/{path.name}", str(path.parent) if path.parent.name else None)
-            if item.name.startswith(IMAGES):
+            if record.name.startswith(IMAGES):
                 client.set_tag(run.id, "mlflow.loggedImages", "true")  # else the grid does not look for any
         else:
-            _send_points(client, item, run)
+            _send_points(client, record, run)
 
     def answers(self) -> bool:
         """Whether the store itself is there, whatever became of its place for files."""
@@ -137,56 +137,58 @@ class MlflowClientStore:
             self._client = client
         return self._client
 
-    def _open_or_find(self, client: Any, item: Record) -> RemoteRun:
-        """The run of an item; one that an earlier life opened is found, one that the store lost is made as it was."""
-        if item.run_key not in self.remote_runs:
-            round_ = item.run_key.rpartition("/")[2]
-            name = self._run_name if item.run_key == "run" else round_name(self._run_name, int(round_))
-            self._open(client, self._opened.get(item.run_key) or Record("open", item.run_key, name, at_ms=item.at_ms))
+    def _open_or_find(self, client: Any, record: Record) -> RemoteRun:
+        """The run of a record; one that an earlier life opened is found, one that the store lost is made as it was."""
+        if record.run_key not in self.remote_runs:
+            round_ = record.run_key.rpartition("/")[2]
+            name = self._run_name if record.run_key == "run" else round_name(self._run_name, int(round_))
+            self._open(
+                client, self._opened.get(record.run_key) or Record("open", record.run_key, name, at_ms=record.at_ms)
+            )
             for params in self._params.values():
-                if params.run_key == item.run_key:
+                if params.run_key == record.run_key:
                     self._deliver(params)
-        return self.remote_runs[item.run_key]
+        return self.remote_runs[record.run_key]
 
-    def _open(self, client: Any, item: Record) -> None:
+    def _open(self, client: Any, record: Record) -> None:
         """Find the run by id or tag, or create it, and note what it holds already."""
         from mlflow.entities import RunTag
 
         if "key" not in self._ids:
             self._remember_id("key", self._key)
-        tags = item.texts | {"mirl_dist.key": f"{self._ids['key']}/{item.run_key}"}
-        if item.run_key != "run":
-            parent = self._open_or_find(client, Record("open", "run", at_ms=item.at_ms)).id
+        tags = record.texts | {"mirl_dist.key": f"{self._ids['key']}/{record.run_key}"}
+        if record.run_key != "run":
+            parent = self._open_or_find(client, Record("open", "run", at_ms=record.at_ms)).id
             client.get_run(parent)  # raises where it is lost: a child is not hung on nothing
             tags["mlflow.parentRunId"] = parent
-        run = self._find(client, item.run_key, tags["mirl_dist.key"])
+        run = self._find(client, record.run_key, tags["mirl_dist.key"])
         if run is None:
-            self._created[item.run_key] += 1
-            run = client.create_run(self.experiment_id, item.at_ms, tags, item.name)
+            self._created[record.run_key] += 1
+            run = client.create_run(self.experiment_id, record.at_ms, tags, record.name)
         else:
-            if run.info.status != "RUNNING" and not self._is_out_of_date(item, run):
+            if run.info.status != "RUNNING" and not self._is_out_of_date(record, run):
                 client.update_run(run.info.run_id, status="RUNNING")
             new = [RunTag(name, text) for name, text in tags.items() if run.data.tags.get(name) != text]
             if new:
                 client.log_batch(run.info.run_id, tags=new)
         steps = {metric.key: metric.step for metric in run.to_proto().data.metrics}
-        self.remote_runs[item.run_key] = RemoteRun(run.info.run_id, dict(run.data.params), steps)
-        if self._ids.get(item.run_key) != run.info.run_id:
-            self._remember_id(item.run_key, run.info.run_id)
+        self.remote_runs[record.run_key] = RemoteRun(run.info.run_id, dict(run.data.params), steps)
+        if self._ids.get(record.run_key) != run.info.run_id:
+            self._remember_id(record.run_key, run.info.run_id)
 
-    def _is_out_of_date(self, item: Record, run: Any) -> bool:
+    def _is_out_of_date(self, record: Record, run: Any) -> bool:
         """Whether another life has ended the run since: by the clock, which this life's own words need not heed."""
-        return not item.id.startswith(self._session_id) and (run.info.end_time or 0) > item.at_ms
+        return not record.id.startswith(self._session_id) and (run.info.end_time or 0) > record.at_ms
 
     def _remember_id(self, name: str, id_: str) -> None:
         self._remember({name: id_})
         self._ids[name] = id_
 
-    def _find(self, client: Any, where: str, key: str) -> Any:
-        """The run that was opened as `where` before, if the store still has it."""
+    def _find(self, client: Any, run_key: str, key: str) -> Any:
+        """The run that was opened as `run_key` before, if the store still has it."""
         from mlflow.exceptions import MlflowException
 
-        if id_ := self._ids.get(where):
+        if id_ := self._ids.get(run_key):
             try:
                 run = client.get_run(id_)
             except MlflowException as trouble:
@@ -195,22 +197,22 @@ class MlflowClientStore:
             else:
                 if run.info.lifecycle_stage == "active":
                     return run
-            _log.warning("%s has no run %s any more (remembered as %s); it gets a new one", self.name, id_, where)
-            del self._ids[where]
+            _log.warning("%s has no run %s any more (remembered as %s); it gets a new one", self.name, id_, run_key)
+            del self._ids[run_key]
         return next(iter(self._runs_with_key(client, key)), None)
 
     def _runs_with_key(self, client: Any, key: str) -> list[Any]:
         return list(client.search_runs([self.experiment_id], f"tags.`mirl_dist.key` = '{key}'", max_results=10))
 
-    def _delete_duplicates(self, client: Any, where: str) -> None:
+    def _delete_duplicates(self, client: Any, run_key: str) -> None:
         """Delete the empty twins of a run: made by requests that a slow server took up after we asked again."""
-        if self._created[where] > 1:
-            for run in self._runs_with_key(client, f"{self._ids['key']}/{where}"):
-                if run.info.run_id != self.remote_runs[where].id and not run.data.metrics:
+        if self._created[run_key] > 1:
+            for run in self._runs_with_key(client, f"{self._ids['key']}/{run_key}"):
+                if run.info.run_id != self.remote_runs[run_key].id and not run.data.metrics:
                     client.delete_run(run.info.run_id)
 
 
-def _send_points(client: Any, item: Record, run: RemoteRun) -> None:
+def _send_points(client: Any, record: Record, run: RemoteRun) -> None:
     """Send the points that the run does not hold: the steps of each curve only grow, so the latest one tells.
 
     Of a ticket, a score 'x' at step = alive weights goes in one batch with 'round/x', whose steps are rounds and grow;
@@ -219,8 +221,8 @@ def _send_points(client: Any, item: Record, run: RemoteRun) -> None:
     from mlflow.entities import Metric
 
     steps, points = dict(run.steps), list[tuple[str, float, int, int]]()
-    rounds = {name: step for name, _, _, step in item.points if item.kind == "ticket" and name.startswith(BY_ROUND)}
-    for name, value, at_ms, step in item.points:
+    rounds = {name: step for name, _, _, step in record.points if record.kind == "ticket" and name.startswith(BY_ROUND)}
+    for name, value, at_ms, step in record.points:
         twin = BY_ROUND + name
         if rounds[twin] > run.steps.get(twin, -1) if twin in rounds else step > steps.get(name, -1):
             points.append((name, value, at_ms, step))
@@ -232,8 +234,8 @@ def _send_points(client: Any, item: Record, run: RemoteRun) -> None:
 
 def experiment_id(client: Any, uri: str, name: str) -> str:
     """The experiment of a name, created where there is none."""
-    if found := client.get_experiment_by_name(name):
-        return str(found.experiment_id)
+    if experiment := client.get_experiment_by_name(name):
+        return str(experiment.experiment_id)
     location = None
     if uri.startswith("sqlite"):  # files beside the database, whatever the working directory
         location = (database(uri).parent / "mlartifacts" / legal_name(name)).as_uri()

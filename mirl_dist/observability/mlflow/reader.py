@@ -63,12 +63,12 @@ def read(reference: str, uri: str | None) -> list[RemoteTickets]:
     with _client(address) as client:
         if not reference.startswith(EXPERIMENT):
             run = _find_run(client, reference, redact_uri(address))
-            found = _read_tickets(client, run, redact_uri(address))
-            if not found.tickets:
+            remote = _read_tickets(client, run, redact_uri(address))
+            if not remote.tickets:
                 raise UserError(
                     f"found no ticket yet in {_describe_run(run)} at {redact_uri(address)}. Wait for its first round."
                 )
-            return [found]
+            return [remote]
         name = reference.removeprefix(EXPERIMENT)
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
@@ -76,11 +76,11 @@ def read(reference: str, uri: str | None) -> list[RemoteTickets]:
             raise UserError(f"found no experiment {name!r} at {redact_uri(address)}. There are: {', '.join(known)}.")
         runs = _search_runs(client, experiment.experiment_id, f"tags.`{_KEY}` LIKE '%/run'")
         everything = [_read_tickets(client, run, redact_uri(address)) for run in runs]
-        if not any(found.tickets for found in everything):
+        if not any(remote.tickets for remote in everything):
             raise UserError(
                 f"found no run with tickets in the experiment {name!r} at {redact_uri(address)}. Name another one."
             )
-        return [found for found in everything if found.tickets]
+        return [remote for remote in everything if remote.tickets]
 
 
 def check_server(address: str, experiment: str, seconds: float) -> None:
@@ -89,13 +89,13 @@ def check_server(address: str, experiment: str, seconds: float) -> None:
     seconds: of waiting, where MLFLOW_HTTP_REQUEST_TIMEOUT does not say.
     """
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-    said = os.environ.get(name)
+    before = os.environ.get(name)
     os.environ.setdefault(name, f"{seconds:.0f}")
     try:
         with _client(address) as client:
             client.get_experiment_by_name(experiment)
     finally:
-        if said is None:
+        if before is None:
             del os.environ[name]
 
 
@@ -109,8 +109,8 @@ def log_report(
 ) -> str:
     """Keep files as a run of their own in an experiment, which is made where there is none; returns where it is seen.
 
-    name: the run's. files: 'name' or 'folder/name' -> content; MLflow shows HTML as a page. Raises UserError (resumable)
-    for a store that is away, and leaves no run half filled there if it can.
+    name: the run's. files: 'name' or 'folder/name' -> content; MLflow shows HTML as a page. Raises UserError
+    (resumable) for a store that is away, and leaves no run half filled there if it can.
     """
     assert files and not any(PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts for path in files)
     address = default_uri(uri)
@@ -187,9 +187,9 @@ def _read_tickets(client: Any, run: Any, store: str) -> RemoteTickets:
     with ThreadPoolExecutor(4) as pool:  # one file costs MLflow several requests
         kept = list(filter(None, pool.map(lambda each: _read_ticket(client, each, store), nested)))
     config = None
-    if RUN in (said := _files(client, run, "", (RUN,), store)):
+    if RUN in (files := _files(client, run, "", (RUN,), store)):
         try:
-            config = json.loads(said[RUN])
+            config = json.loads(files[RUN])
         except (ValueError, RecursionError):
             config = None
         if not isinstance(config, dict):
@@ -218,7 +218,7 @@ def _read_ticket(client: Any, run: Any, store: str) -> RemoteTicket | None:
 
 def _files(client: Any, run: Any, folder: str, names: Sequence[str], store: str) -> dict[str, bytes]:
     """Those of the named files that a folder has. Raises UserError for one that is larger than ours are."""
-    id_, found = run.info.run_id, dict[str, bytes]()
+    id_, contents = run.info.run_id, dict[str, bytes]()
     sizes = {file.path: file.file_size for file in client.list_artifacts(id_, folder.rstrip("/")) if not file.is_dir}
     with tempfile.TemporaryDirectory() as here:
         for name in names:
@@ -233,19 +233,19 @@ def _files(client: Any, run: Any, folder: str, names: Sequence[str], store: str)
                     f"found {path} of {_describe_run(run)} at {store} with {size / _MIB:.1f} MiB, where ours have "
                     f"{most / _MIB:.0f} at most. Compare the run's folder in its place."
                 )
-            found[name] = file.read_bytes()
-    return found
+            contents[name] = file.read_bytes()
+    return contents
 
 
 def _search_runs(client: Any, experiment: str, condition: str) -> list[Any]:
     """All active runs that fulfil a condition, oldest first."""
     runs, token = list[Any](), None
     while True:
-        found = client.search_runs(
+        page = client.search_runs(
             [experiment], condition, max_results=1000, order_by=["attributes.start_time ASC"], page_token=token
         )
-        runs += found
-        token = found.token
+        runs += page
+        token = page.token
         if not token:
             return runs
 
