@@ -8,14 +8,12 @@ import os
 import sys
 import tempfile
 import warnings
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow.records import BY_ROUND, IMAGES, Record, legal_name, redact, redact_uri, round_name
+from mirl_dist.observability.mlflow.remote_runs import RemoteRun, RunHistory, RunIds
 
 _ENVIRONMENT = {  # MLflow reads them at each call; what the user has set stands
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds; without retries a dead server costs 30 s a try, not 246 s
@@ -31,20 +29,33 @@ _FINAL = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", _NOT_FOUND)  # asking 
 _log = logging.getLogger("mirl_dist.tracking")
 
 
-@dataclass
-class RemoteRun:
-    """What the store holds of a run: noted when it was opened, and after each delivery."""
+class _Connection:
+    """MLflow's client for one address, and the experiment there. experiment_id: '' until the store has answered."""
 
-    id: str
-    params: dict[str, str]
-    steps: dict[str, int]  # latest step of each curve
+    def __init__(self, uri: str, experiment: str) -> None:
+        self.experiment_id = ""
+        self._uri, self._experiment = uri, experiment
+        self._client: Any = None
+
+    def client(self) -> Any:
+        """MLflow's client, once the store has answered and knows the experiment."""
+        if self._client is None:
+            from mlflow import MlflowClient
+
+            client = MlflowClient(tracking_uri=self._uri)
+            self.experiment_id = experiment_id(client, self._uri, self._experiment)
+            self._client = client
+        return self._client
+
+    def reset(self) -> None:
+        """Have the experiment looked up again."""
+        self._client = None
 
 
 class MlflowClientStore:
     """MLflow at one address: resolves our names to its ids, and bears the same record twice.
 
-    ids: what `remember` was given in earlier lives. key: by which runs are found whose ids got lost, unless ids has
-    one. remember: gets new ids before anything depends on them; may raise UserError, and is then called again later.
+    ids: those that runs have there already, by which they are found again. experiment_id: '' until the store answered.
     session_id: with which the ids of this process's records begin.
     """
 
@@ -53,40 +64,37 @@ class MlflowClientStore:
         uri: str,
         experiment: str,
         run_name: str,
-        ids: dict[str, str],
-        key: str,
-        remember: Callable[[dict[str, str]], None],
+        ids: RunIds,
         session_id: str,
     ) -> None:
         self.name = redact_uri(uri)
-        self.experiment_id = ""
         self.remote_runs: dict[str, RemoteRun] = {}
-        self._uri, self._experiment, self._run_name = uri, experiment, run_name
-        self._ids, self._key, self._remember, self._session_id = ids, key, remember, session_id
-        self._opened, self._params = dict[str, Record](), dict[str, Record]()  # to make runs anew
-        self._created = Counter[str]()  # how often that was asked for
-        self._client: Any = None
+        self._uri, self._run_name, self._session_id = uri, run_name, session_id
+        self._ids, self._history = ids, RunHistory()
+        self._connection = _Connection(uri, experiment)
+
+    @property
+    def experiment_id(self) -> str:
+        return self._connection.experiment_id
 
     def deliver(self, record: Record) -> None:
         """Deliver a record; a server that was emptied or restored meanwhile gets the runs anew."""
         from mlflow.exceptions import MlflowException
 
-        if record.kind == "open":
-            self._opened[record.run_key] = record
-        elif record.kind == "params":
-            self._params[record.id] = record
+        self._history.note(record)
         try:
             self._deliver(record)
         except MlflowException as trouble:
             if trouble.error_code != _NOT_FOUND:
                 raise
-            self._client, self.remote_runs = None, {}
+            self._connection.reset()
+            self.remote_runs = {}
             self._deliver(record)
 
     def _deliver(self, record: Record) -> None:
         from mlflow.entities import Param, RunTag
 
-        client = self._connected()
+        client = self._connection.client()
         if record.kind == "open":
             return self._open(client, record)
         run = self._open_or_find(client, record)
@@ -113,7 +121,7 @@ class MlflowClientStore:
     def answers(self) -> bool:
         """Whether the store itself is there, whatever became of its place for files."""
         try:
-            self._connected().get_run(self.remote_runs["run"].id)
+            self._connection.client().get_run(self.remote_runs["run"].id)
         except self.transient_errors():
             return False
         return True
@@ -127,44 +135,30 @@ class MlflowClientStore:
     def transient_errors(self) -> tuple[type[BaseException], ...]:
         return transient_errors()
 
-    def _connected(self) -> Any:
-        """MLflow's client, once the store has answered and knows the experiment."""
-        if self._client is None:
-            from mlflow import MlflowClient
-
-            client = MlflowClient(tracking_uri=self._uri)
-            self.experiment_id = experiment_id(client, self._uri, self._experiment)
-            self._client = client
-        return self._client
-
     def _open_or_find(self, client: Any, record: Record) -> RemoteRun:
         """The run of a record; one that an earlier life opened is found, one that the store lost is made as it was."""
         if record.run_key not in self.remote_runs:
             round_ = record.run_key.rpartition("/")[2]
             name = self._run_name if record.run_key == "run" else round_name(self._run_name, int(round_))
-            self._open(
-                client, self._opened.get(record.run_key) or Record("open", record.run_key, name, at_ms=record.at_ms)
-            )
-            for params in self._params.values():
-                if params.run_key == record.run_key:
-                    self._deliver(params)
+            opening = Record("open", record.run_key, name, at_ms=record.at_ms)
+            self._open(client, self._history.opened.get(record.run_key) or opening)
+            for params in self._history.params_of(record.run_key):
+                self._deliver(params)
         return self.remote_runs[record.run_key]
 
     def _open(self, client: Any, record: Record) -> None:
         """Find the run by id or tag, or create it, and note what it holds already."""
         from mlflow.entities import RunTag
 
-        if "key" not in self._ids:
-            self._remember_id("key", self._key)
-        tags = record.texts | {"mirl_dist.key": f"{self._ids['key']}/{record.run_key}"}
+        tags = record.texts | {"mirl_dist.key": self._ids.key_of(record.run_key)}
         if record.run_key != "run":
             parent = self._open_or_find(client, Record("open", "run", at_ms=record.at_ms)).id
             client.get_run(parent)  # raises where it is lost: a child is not hung on nothing
             tags["mlflow.parentRunId"] = parent
         run = self._find(client, record.run_key, tags["mirl_dist.key"])
         if run is None:
-            self._created[record.run_key] += 1
-            run = client.create_run(self.experiment_id, record.at_ms, tags, record.name)
+            self._history.created[record.run_key] += 1
+            run = client.create_run(self._connection.experiment_id, record.at_ms, tags, record.name)
         else:
             if run.info.status != "RUNNING" and not self._is_out_of_date(record, run):
                 client.update_run(run.info.run_id, status="RUNNING")
@@ -173,16 +167,11 @@ class MlflowClientStore:
                 client.log_batch(run.info.run_id, tags=new)
         steps = {metric.key: metric.step for metric in run.to_proto().data.metrics}
         self.remote_runs[record.run_key] = RemoteRun(run.info.run_id, dict(run.data.params), steps)
-        if self._ids.get(record.run_key) != run.info.run_id:
-            self._remember_id(record.run_key, run.info.run_id)
+        self._ids.keep(record.run_key, run.info.run_id)
 
     def _is_out_of_date(self, record: Record, run: Any) -> bool:
         """Whether another life has ended the run since: by the clock, which this life's own words need not heed."""
         return not record.id.startswith(self._session_id) and (run.info.end_time or 0) > record.at_ms
-
-    def _remember_id(self, name: str, id_: str) -> None:
-        self._remember({name: id_})
-        self._ids[name] = id_
 
     def _find(self, client: Any, run_key: str, key: str) -> Any:
         """The run that was opened as `run_key` before, if the store still has it."""
@@ -198,7 +187,7 @@ class MlflowClientStore:
                 if run.info.lifecycle_stage == "active":
                     return run
             _log.warning("%s has no run %s any more (remembered as %s); it gets a new one", self.name, id_, run_key)
-            del self._ids[run_key]
+            self._ids.forget(run_key)
         return next(iter(self._runs_with_key(client, key)), None)
 
     def _runs_with_key(self, client: Any, key: str) -> list[Any]:
@@ -206,8 +195,8 @@ class MlflowClientStore:
 
     def _delete_duplicates(self, client: Any, run_key: str) -> None:
         """Delete the empty twins of a run: made by requests that a slow server took up after we asked again."""
-        if self._created[run_key] > 1:
-            for run in self._runs_with_key(client, f"{self._ids['key']}/{run_key}"):
+        if self._history.created[run_key] > 1:
+            for run in self._runs_with_key(client, self._ids.key_of(run_key)):
                 if run.info.run_id != self.remote_runs[run_key].id and not run.data.metrics:
                     client.delete_run(run.info.run_id)
 

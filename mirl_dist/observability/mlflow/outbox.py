@@ -48,11 +48,12 @@ class _Stamps:
 
 class _Queue:
     """Pending records by id, in the order in which they are to go. files: how many are files; memory: bytes of those
-    that no disk has."""
+    that no disk has; order: places of inherited ones, by id."""
 
     def __init__(self) -> None:
         self.entries: OrderedDict[str, PendingRecord] = OrderedDict()
         self.files = self.memory = 0
+        self.order: dict[str, int] = {}
 
     def add(self, entry: PendingRecord) -> None:
         self.entries[entry.id] = entry
@@ -86,7 +87,7 @@ class Outbox:
         self._store_name, self._journal = store_name, journal
         self._queue, self._stamps = _Queue(), _Stamps(session_id)
         self._disk_warned = False
-        self._order = self._inherit(inherited)
+        self._queue.order = self._inherit(inherited)
 
     def put(self, record: Record) -> None:
         """Keep a record for sending; it gets its id and its time here."""
@@ -206,9 +207,9 @@ class Outbox:
 
     def _merge(self, older: list[PendingRecord]) -> OrderedDict[str, PendingRecord]:
         everything = [*older, *self._queue.entries.values()]
-        first = [entry for entry in everything if entry.id in self._order]
-        first.sort(key=lambda entry: self._order[entry.id])
-        rest = [entry for entry in everything if entry.id not in self._order]
+        first = [entry for entry in everything if entry.id in self._queue.order]
+        first.sort(key=lambda entry: self._queue.order[entry.id])
+        rest = [entry for entry in everything if entry.id not in self._queue.order]
         return OrderedDict((entry.id, entry) for entry in first + rest)
 
     def _keep(self, record: Record) -> None:

@@ -17,7 +17,7 @@ from mirl_dist.observability.mlflow.records import BlobRef, DamagedRecord, Recor
 _FILE_NAME = re.compile(r"(\d{8})(\.jsonl|\.sent|-\d+\.data)")
 
 
-class Line(NamedTuple):
+class RecordLine(NamedTuple):
     """Where the line of a record lies: bytes `start` to `end` of a segment. file: with its content, or ''."""
 
     segment: Segment
@@ -36,7 +36,7 @@ class PendingRecord:
     at_ms: int
     points: int
     size: int  # of a file's content, in bytes
-    line: Line | None = None
+    line: RecordLine | None = None
     record: Record | None = None
 
     def raw(self) -> bytes:
@@ -95,7 +95,7 @@ class Segment:
         done = 0
         while done < len(line):  # not at the file's end but after the last whole line: a torn one is written over
             done += os.pwrite(self._handle, line[done:], self.end + done)
-        entry.line = Line(self, self.end, self.end + len(line), blob.file if blob else "")
+        entry.line = RecordLine(self, self.end, self.end + len(line), blob.file if blob else "")
         self.end += len(line)
         self.pending += 1
         return entry
@@ -119,7 +119,7 @@ class Segment:
                 record, blob = parse(text[start:end])
                 entry = pending_record(record)
                 file, entry.size = blob or ("", 0)
-                entry.line = Line(self, start, end, file)
+                entry.line = RecordLine(self, start, end, file)
                 entries.append(entry)
             except DamagedRecord:
                 self.damaged += 1
@@ -140,7 +140,7 @@ class Segment:
         self.pending = len(pending)
         return pending
 
-    def note_sent(self, lines: Collection[Line]) -> None:
+    def note_sent(self, lines: Collection[RecordLine]) -> None:
         """Note that these are delivered, and drop their contents. Raises OSError when it is not noted."""
         self.pending -= len(lines)
         regions: list[list[int]] = []

@@ -69,7 +69,7 @@ class _Schedule:
 
 
 @dataclasses.dataclass
-class _Failures:
+class _FailureReport:
     """What people hear of failures. announce: takes a text with its values; last: the last cause; refused: kind and run
     of records that the store has refused for good."""
 
@@ -85,7 +85,7 @@ class Sender:
         self._store, self._outbox, self._changed = store, outbox, outbox.changed
         self._schedule, self._closed = _Schedule(), False
         self._away, self._no_files = _Outage(), _Outage()
-        self._failures = _Failures(_log.warning)
+        self._failures = _FailureReport(_log.warning)
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
 
     def start(self) -> None:

@@ -31,6 +31,7 @@ from mirl_dist.observability.mlflow.records import (
     redact,
     redact_uri,
 )
+from mirl_dist.observability.mlflow.remote_runs import RunIds
 from mirl_dist.observability.mlflow.sender import Sender
 
 __all__ = ["MlflowTracker", "NoTracker", "Tracker", "Pending", "pending_records"]
@@ -106,7 +107,7 @@ class MlflowTracker:
         self._run_name = run_name
         self._journal, key = _open_journal(journal, redact_uri(self._uri))
         session_id = uuid.uuid4().hex
-        self._store = MlflowClientStore(self._uri, experiment, run_name, dict(remembered), key, remember, session_id)
+        self._store = MlflowClientStore(self._uri, experiment, run_name, RunIds(remembered, key, remember), session_id)
         self._outbox = Outbox(self._store.name, session_id, self._journal, inherited)
         self._sender = Sender(self._store, self._outbox)
         self._round, self._begun = "", set[str]()
