@@ -69,7 +69,7 @@ def until(true: Callable[[], object]) -> None:
 
 @dataclass
 class Told:
-    """How a request to a launch went: 'done' or the name of its UserError, the answer or the text, and the lines said."""
+    """A launch's reply: 'done' or the name of its UserError, the answer or the text, and the lines said."""
 
     how: str
     what: Any
