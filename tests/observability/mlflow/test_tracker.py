@@ -656,7 +656,8 @@ from mirl_dist.observability.mlflow.tracker import MlflowTracker
 tracking.FAREWELL_SECONDS = 60.0
 assert "mlflow" not in sys.modules
 from pathlib import Path
-tracker = MlflowTracker(uri=None, experiment="e", run_name="r", remembered={}, remember=lambda ids: None, journal=Path("j"))
+names = {"experiment": "e", "run_name": "r"}
+tracker = MlflowTracker(uri=None, **names, remembered={}, remember=lambda ids: None, journal=Path("j"))
 tracker.begin_run({}, {})
 tracker.begin_round(0, {})
 tracker.log_step(1, {"loss": 1.0})
