@@ -19,7 +19,7 @@ from mirl_dist.cli.options import Json, TicketArgument, Tile
 from mirl_dist.distributed.launch.control import ControlChannel
 from mirl_dist.distributed.signals import RESUMABLE
 from mirl_dist.errors import MirlError, Stopped
-from mirl_dist.observability.console import rank_here, warn
+from mirl_dist.observability.console import rank_label, warn
 
 app = typer.Typer(
     add_completion=False,
@@ -47,7 +47,7 @@ def main() -> None:
         _leave(code, final=code == 2)
     except MirlError as fault:
         if rank == "0" or not fault.everywhere:
-            who = "mirl-dist" if fault.everywhere or "RANK" not in os.environ else f"mirl-dist, {rank_here()}"
+            who = "mirl-dist" if fault.everywhere or "RANK" not in os.environ else f"mirl-dist, {rank_label()}"
             more = " Go on with --resume auto." if fault.resumable and "train" in sys.argv[1:2] else ""
             warn(f"{who}: {fault}{more}", "fault")
         _leave(RESUMABLE if fault.resumable else 2, final=True)
@@ -60,7 +60,7 @@ def main() -> None:
 
         if not is_peer_loss(error):
             raise
-        warn(f"mirl-dist, {rank_here()}: another rank has gone ({str(error).splitlines()[0][:120]})")
+        warn(f"mirl-dist, {rank_label()}: another rank has gone ({str(error).splitlines()[0][:120]})")
         ControlChannel.of_worker().wait_before_exit()
         _leave(1)
 

@@ -14,6 +14,7 @@ from mirl_dist.config.local_paths import journal_folder
 from mirl_dist.config.schema import TrackingSection
 from mirl_dist.errors import UserError
 from mirl_dist.observability import progress
+from mirl_dist.observability.mlflow import resend as mlflow_resend
 from mirl_dist.observability.mlflow import tracker
 from mirl_dist.storage import lease
 from mirl_dist.tickets.open import open_run
@@ -49,7 +50,7 @@ def print_status(run: str, as_json: bool) -> None:
 
 def _writer(checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
     """The launch that holds, or last held, the run's lease; while it lives, with its last reported status."""
-    holder = lease.holder(checkpoints.store)
+    holder = lease.read_holder(checkpoints.store)
     if holder is None:
         return None
     writer = {"host": holder.host, "pid": holder.pid, "since": holder.started_at, "beat": holder.beat_at}
@@ -64,7 +65,7 @@ def _writer(checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
 
 def _latest_tracking_section(checkpoints: Checkpoints, config: Config) -> TrackingSection:
     """The tracking section of the last launch; that of run.json is the first one's."""
-    holder = lease.holder(checkpoints.store)
+    holder = lease.read_holder(checkpoints.store)
     section = holder.launch.get("tracking") if holder is not None else None
     return config.tracking if section is None else TrackingSection.model_validate(section)
 
@@ -88,14 +89,14 @@ def _pending_records(run: str, checkpoints: Checkpoints, config: Config) -> dict
 
 def _check_no_live_launch(run: str, checkpoints: Checkpoints) -> None:
     """Raise UserError when the launch that holds a run lives; one on another machine is watched for its heartbeat."""
-    holder, deadline = lease.holder(checkpoints.store), time.monotonic() + _WATCH_SECONDS
+    holder, deadline = lease.read_holder(checkpoints.store), time.monotonic() + _WATCH_SECONDS
     if holder is None or holder.ended is not None or holder.has_exited():
         return
     progress.say(f"{run} was last held by the launch on {holder}; watching for {_WATCH_SECONDS:g} s whether it lives")
     while time.monotonic() < deadline:
         time.sleep(0.5)
-        now = lease.holder(checkpoints.store)
-        if now is not None and (now.sign != holder.sign or now.generation != holder.generation):
+        now = lease.read_holder(checkpoints.store)
+        if now is not None and (now.beat != holder.beat or now.generation != holder.generation):
             raise UserError(f"{run} is held by a launch ({now}) that lives, and sends by itself. Wait for its end.")
 
 
@@ -107,7 +108,7 @@ def resend(run: str) -> None:
         raise UserError(f"{run} was trained with tracking.enabled=false: there is nothing to send.")
     _check_no_live_launch(run, checkpoints)
     latest = checkpoints.latest()
-    tracker.resend(
+    mlflow_resend.resend(
         uri=section.uri,
         experiment=section.experiment,
         run_name=section.run_name or Path(run).name,

@@ -1,4 +1,4 @@
-"""Seeded chance: generators keyed by words, the same numbers whoever draws them and whenever."""
+"""Seeded random numbers: a generator for each key of words, with the same numbers in any process, at any time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 import numpy as np
 
 
-def generator(*words: int | str) -> np.random.Generator:
+def rng(*words: int | str) -> np.random.Generator:
     """A counter-based generator (Philox) keyed by the SHA-256 of the words.
 
     The encoding is unambiguous: ("ab", "c"), ("a", "bc"), (1,) and ("1",) are four different keys.
@@ -18,7 +18,7 @@ def generator(*words: int | str) -> np.random.Generator:
 
 
 def shared_rng(*words: int | str) -> np.random.Generator:
-    """`generator`, with the same numbers, until the next call in this thread: one object is keyed anew each time.
+    """`rng`, with the same numbers, until the next call in this thread: one object is keyed anew each time.
 
     Making a Philox asks the system for entropy which the key replaces; keying one that exists is six times faster.
     """
@@ -38,7 +38,7 @@ _SHARED = _SharedRng()
 
 
 def _digest(words: tuple[int | str, ...]) -> bytes:
-    said = []
+    parts = []
     for word in words:
         if type(word) is int:
             text, kind = str(word).encode(), b"i"
@@ -46,5 +46,5 @@ def _digest(words: tuple[int | str, ...]) -> bytes:
             text, kind = word.encode("utf-8", "surrogateescape"), b"s"
         else:
             raise TypeError(f"a generator is keyed by int and str, not by {type(word).__name__} ({word!r})")
-        said += [kind, str(len(text)).encode(), b":", text]
-    return hashlib.sha256(b"".join(said)).digest()
+        parts += [kind, str(len(text)).encode(), b":", text]
+    return hashlib.sha256(b"".join(parts)).digest()

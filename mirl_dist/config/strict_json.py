@@ -1,4 +1,4 @@
-"""JSON from a stranger: no key twice, no NaN, bounded in depth and size, nothing that would upset a terminal."""
+"""Reads JSON that anybody may have written: no key twice, no NaN, bounded in depth and size, printable texts only."""
 
 from __future__ import annotations
 
@@ -17,36 +17,40 @@ def parse(text: bytes) -> Any:
         raise ValueError(f"{len(text):,} bytes of text")
     try:
         tree = json.loads(
-            text.decode(), object_pairs_hook=_once, parse_int=_integer, parse_float=_real, parse_constant=_real
+            text.decode(),
+            object_pairs_hook=_unique_keys,
+            parse_int=_parse_integer,
+            parse_float=_parse_finite,
+            parse_constant=_parse_finite,
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    _bound(tree)
+    _check_bounds(tree)
     return tree
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
         raise ValueError("a key stands there twice")
-    return found
+    return tree
 
 
-def _integer(digits: str) -> int:
+def _parse_integer(digits: str) -> int:
     if len(digits.lstrip("-")) > 18:
         raise ValueError(f"a number of {len(digits):,} digits")
     return int(digits)
 
 
-def _real(digits: str) -> float:
+def _parse_finite(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
         raise ValueError("a number that is not finite")
     return value
 
 
-def _bound(tree: Any) -> None:
-    """Level by level, since a tree may be deeper than Python's stack."""
+def _check_bounds(tree: Any) -> None:
+    """Check depth, number of values and texts level by level, since a tree may be deeper than Python's stack."""
     level, count = [tree], 0
     for _ in range(DEEPEST):
         count += len(level)
@@ -69,6 +73,6 @@ def _bound(tree: Any) -> None:
 
 def _check_printable(texts: dict[str, Any] | list[str]) -> None:
     for text in texts:
-        found = _UNPRINTABLE.search(text)
-        if found:
-            raise ValueError(f"a text with the character U+{ord(found.group()):04X}")
+        match = _UNPRINTABLE.search(text)
+        if match:
+            raise ValueError(f"a text with the character U+{ord(match.group()):04X}")

@@ -58,8 +58,8 @@ class Task(NamedTuple):
 
 def blur_of(level: str) -> tuple[int, int] | None:
     """Kernel width and sigma, in pixels, of a level such as 'k19s4'; None for another text."""
-    said = re.fullmatch(f"k({_WHOLE})s({_WHOLE})", level)
-    return (int(said[1]), int(said[2])) if said else None
+    match = re.fullmatch(f"k({_WHOLE})s({_WHOLE})", level)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def allowed() -> tuple[str, ...]:
@@ -88,5 +88,5 @@ def _is_number(family: str, level: str) -> bool:
 
 
 def _is_blur(family: str, level: str) -> bool:
-    said = blur_of(level) if family == "deblur" else None
-    return said is not None and said[0] in BLUR_KERNELS and said[1] in BLUR_SIGMAS
+    blur = blur_of(level) if family == "deblur" else None
+    return blur is not None and blur[0] in BLUR_KERNELS and blur[1] in BLUR_SIGMAS

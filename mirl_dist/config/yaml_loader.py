@@ -45,16 +45,16 @@ class _OneValuePerKey(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_OneValuePerKey)  # a SafeLoader: builds plain values only
     except ValueError as error:  # a date or number that is none
-        raise UserError(f"{where} is not valid YAML: {error}. Put that value in quotes, or correct it.") from None
+        raise UserError(f"{source} is not valid YAML: {error}. Put that value in quotes, or correct it.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"{where} is not valid YAML{place}: {problem}. Correct that place.") from None
+        raise UserError(f"{source} is not valid YAML{place}: {problem}. Correct that place.") from None
 
 
 def load_file(path: Path, example: str = "configs/demo.yaml") -> dict[str, Any]:
@@ -64,9 +64,9 @@ def load_file(path: Path, example: str = "configs/demo.yaml") -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"no file at {path}. {_near(path.parent)}") from None
+        raise UserError(f"no file at {path}. {_list_yaml_files(path.parent)}") from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder, where a file is needed. {_near(path)}") from None
+        raise UserError(f"{path} is a folder, where a file is needed. {_list_yaml_files(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}. Give a readable YAML file.") from None
     tree = _parse(text, str(path))
@@ -78,18 +78,18 @@ def load_file(path: Path, example: str = "configs/demo.yaml") -> dict[str, Any]:
     return tree
 
 
-def _near(folder: Path) -> str:
-    found = sorted(str(p) for p in folder.glob("*.yaml"))[:6] if folder.is_dir() else []
-    return f"There are: {', '.join(found)}." if found else "Give the path of a YAML file."
+def _list_yaml_files(folder: Path) -> str:
+    names = sorted(str(p) for p in folder.glob("*.yaml"))[:6] if folder.is_dir() else []
+    return f"There are: {', '.join(names)}." if names else "Give the path of a YAML file."
 
 
-def check_kind(tree: Mapping[str, Any], meant: str, where: str) -> None:
+def check_kind(tree: Mapping[str, Any], meant: str, source: str) -> None:
     """Raise UserError for a file of another kind. meant: a key of _KINDS."""
     if any(key in tree for key in _KINDS[meant].keys):
         return
     for name, kind in _KINDS.items():
         if any(key in tree for key in kind.keys):
-            raise UserError(f"{where} is {name}, not {meant}; {_KINDS[meant].folder} has those.")
+            raise UserError(f"{source} is {name}, not {meant}; {_KINDS[meant].folder} has those.")
 
 
 class _Kind(NamedTuple):
@@ -124,9 +124,9 @@ def _node_type(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for inner in typing.get_args(annotation):
-        found = _node_type(inner)
-        if found is not None:
-            return found
+        node = _node_type(inner)
+        if node is not None:
+            return node
     return None
 
 
@@ -141,67 +141,67 @@ def _keys_at(cls: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
     return sorted((f.alias or name) for name, f in here.model_fields.items()) if here else []
 
 
-_Loc = tuple[str | int, ...]
+_Location = tuple[str | int, ...]
 
 
-def _described(cls: type[BaseModel], errors: Sequence[tuple[_Loc, Any]]) -> list[str]:
+def _describe_errors(cls: type[BaseModel], errors: Sequence[tuple[_Location, Any]]) -> list[str]:
     """One complaint for each place. What branches of a union say of the same value is joined; a branch that would not
     have taken a value at all is silent where another took it and found something inside."""
-    said: dict[_Loc, str] = {}
+    complaints: dict[_Location, str] = {}
     for loc, error in errors:
         inside = any(len(other) > len(loc) and other[: len(loc)] == loc for other, _ in errors)
         if inside and (error["type"].endswith("_type") or error["type"] == "too_short"):
             continue  # too short: without what is wrong in it
-        beside = any(other == loc and e["type"] == "literal_error" for other, e in errors)
-        if beside and error["type"].startswith("bool") and isinstance(error["input"], str):
+        word_allowed = any(other == loc and e["type"] == "literal_error" for other, e in errors)
+        if word_allowed and error["type"].startswith("bool") and isinstance(error["input"], str):
             continue  # a word was meant
-        text = _describe(cls, loc, error["type"], error["msg"], error["input"])
-        first, other = said.get(loc, text), text.rpartition("; ")[2]
-        said[loc] = first if other in first else f"{first}, or {other}"
-    return list(said.values())
+        text = _describe_error(cls, loc, error["type"], error["msg"], error["input"])
+        first, other = complaints.get(loc, text), text.rpartition("; ")[2]
+        complaints[loc] = first if other in first else f"{first}, or {other}"
+    return list(complaints.values())
 
 
-def _describe(cls: type[BaseModel], loc: _Loc, kind: str, message: str, found: Any) -> str:
+def _describe_error(cls: type[BaseModel], loc: _Location, kind: str, message: str, value: Any) -> str:
     key = ".".join(str(part) for part in loc)
-    found = _CREDENTIALS.sub("***", found) if isinstance(found, str) else found
+    value = _CREDENTIALS.sub("***", value) if isinstance(value, str) else value
     if kind == "extra_forbidden":
         known = _keys_at(cls, loc[:-1])
         near = difflib.get_close_matches(str(loc[-1]), known, n=1)
         offer = f"the nearest key is '{near[0]}'" if near else f"known here: {', '.join(known)}"
-        return f"{key}: found an unknown key (value {found!r}); {offer}"
+        return f"{key}: found an unknown key (value {value!r}); {offer}"
     if kind == "missing":
         return f"{key}: missing; give it a value"
     if kind == "tuple_type":
-        return f"{key}: found {found!r}; write a list, as [0, 1]"
-    if kind in ("dict_type", "model_type") and found is None:
+        return f"{key}: found {value!r}; write a list, as [0, 1]"
+    if kind in ("dict_type", "model_type") and value is None:
         return f"{key}: found nothing; write {{}} for none"
-    return f"{key}: found {found!r}; {message[0].lower()}{message[1:]}{_nearest(kind, message, found)}"
+    return f"{key}: found {value!r}; {message[0].lower()}{message[1:]}{_suggest_word(kind, message, value)}"
 
 
-def _nearest(kind: str, message: str, found: Any) -> str:
+def _suggest_word(kind: str, message: str, value: Any) -> str:
     """Which of the known words was meant, if it can be guessed."""
-    if kind != "literal_error" or not isinstance(found, str):
+    if kind != "literal_error" or not isinstance(value, str):
         return ""
     words = {word.lower(): word for word in re.findall(r"'([^']+)'", message)}
-    near = difflib.get_close_matches(found.lower(), words, n=1)
+    near = difflib.get_close_matches(value.lower(), words, n=1)
     return f" (the nearest is {words[near[0]]!r})" if near else ""
 
 
-def _inside(part: Any, here: Any) -> bool:
+def _contains(part: Any, here: Any) -> bool:
     return part in here if isinstance(here, Mapping) else isinstance(here, list) and part in range(len(here))
 
 
-def _place(tree: Any, loc: Sequence[str | int], kind: str) -> _Loc:
+def _existing_part(tree: Any, loc: Sequence[str | int], kind: str) -> _Location:
     """The keys of a complaint that the tree has (pydantic also names the branches of a union)."""
-    here, found = tree, []
+    here, keys = tree, []
     for part in loc:
-        if _inside(part, here):
+        if _contains(part, here):
             here = here[part]
-            found.append(part)
-    return (*found, loc[-1]) if kind == "missing" else tuple(found)
+            keys.append(part)
+    return (*keys, loc[-1]) if kind == "missing" else tuple(keys)
 
 
-def _without(tree: Any, loc: Sequence[Any]) -> None:
+def _remove(tree: Any, loc: Sequence[Any]) -> None:
     """Remove the value at loc; a faulty list of plain values goes as a whole, and so does a mapping left empty."""
     here, holder, key = tree, {}, None
     above: list[tuple[dict[Any, Any], Any]] = []
@@ -209,7 +209,7 @@ def _without(tree: Any, loc: Sequence[Any]) -> None:
         if isinstance(here, dict):
             holder, key = here, part
             above.append((holder, key))
-        if not _inside(part, here):
+        if not _contains(part, here):
             break
         here = here[part]
     value = holder.get(key)
@@ -220,14 +220,14 @@ def _without(tree: Any, loc: Sequence[Any]) -> None:
             outer.pop(name, None)
 
 
-def _speaks_of(contradiction: str, key: str) -> bool:
-    """Whether a contradiction names a key, or is of a section above it."""
-    section = contradiction.partition(":")[0]
-    return re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", contradiction) is not None or key.startswith(f"{section}.")
+def _mentions(inconsistency: str, key: str) -> bool:
+    """Whether an inconsistency names a key, or is of a section above it."""
+    section = inconsistency.partition(":")[0]
+    return re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", inconsistency) is not None or key.startswith(f"{section}.")
 
 
-def build(cls: type[Tree], tree: dict[str, Any], where: str) -> Tree:
-    """Validate a raw tree; UserError lists every unknown key, wrong value and contradiction at once."""
+def build(cls: type[Tree], tree: dict[str, Any], source: str) -> Tree:
+    """Validate a raw tree; UserError lists every unknown key, wrong value and inconsistency at once."""
     complaints: list[str] = []
     failed: list[str] = []
     checked: Tree | None = None
@@ -235,27 +235,27 @@ def build(cls: type[Tree], tree: dict[str, Any], where: str) -> Tree:
         checked = cls.model_validate(tree)
     except ValidationError as error:
         rest = yaml.safe_load(yaml.safe_dump(tree))
-        errors = [(_place(tree, e["loc"], e["type"]), e) for e in error.errors(include_url=False)]
-        complaints = _described(cls, errors)
+        errors = [(_existing_part(tree, e["loc"], e["type"]), e) for e in error.errors(include_url=False)]
+        complaints = _describe_errors(cls, errors)
         failed = [".".join(part for part in loc if isinstance(part, str)) for loc, _ in errors]
         for loc, _ in errors:
-            _without(rest, loc)
+            _remove(rest, loc)
         try:  # the faulty keys at their defaults: do the others fit together?
             checked = cls.model_validate(rest)
         except ValidationError:
             checked = None
     if checked is not None:
-        complaints += [text for text in checked.inconsistencies() if not any(_speaks_of(text, key) for key in failed)]
+        complaints += [text for text in checked.inconsistencies() if not any(_mentions(text, key) for key in failed)]
     if complaints or checked is None:
         count = f"{len(complaints)} faults" if len(complaints) > 1 else "a fault"
-        raise UserError(f"{count} in {where}:\n" + "\n".join(f"  {c}" for c in complaints))
+        raise UserError(f"{count} in {source}:\n" + "\n".join(f"  {c}" for c in complaints))
     return checked
 
 
 def read(cls: type[Tree], path: Path, sets: Sequence[str], example: str, kind: str | None = None) -> Tree:
     """Defaults, then the file, then the `--set` assignments in order: the only three merges.
 
-    example, kind: as for `load_file` and `refuse_other`; None is a kind that no other is taken for."""
+    example, kind: as for `load_file` and `check_kind`; None is a kind that no other is taken for."""
     tree = load_file(path, example)
     if kind is not None:
         check_kind(tree, kind, str(path))

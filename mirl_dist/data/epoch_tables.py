@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mirl_dist.config.seeding import generator
+from mirl_dist.config.seeding import rng
 from mirl_dist.data.manifest import Shard
 from mirl_dist.data.mixture import Source
 
@@ -50,7 +50,7 @@ class EpochTables:
     def _build(self, round_: int, epoch: int) -> EpochTable:
         counts = [source.per_epoch for source in self._sources]
         labels = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
-        generator("order", self._seed, round_, epoch).shuffle(labels)
+        rng("order", self._seed, round_, epoch).shuffle(labels)
         labels = labels[: self._slots]
         table = EpochTable(
             np.empty(len(labels), np.uint8),
@@ -80,10 +80,10 @@ class EpochTables:
 
     def _sample_order(self, round_: int, source: Source, pass_index: int) -> NDArray[np.int64]:
         """All samples of a source (numbered along its shards) in the order of one pass: shard after shard."""
-        rng = generator("pass", self._seed, round_, source.name, pass_index)
+        pass_rng = rng("pass", self._seed, round_, source.name, pass_index)
         counts = self._counts[list(source.shards)]
         begins = np.cumsum(counts) - counts
-        parts = [begins[i] + rng.permutation(int(counts[i])) for i in rng.permutation(len(counts)).tolist()]
+        parts = [begins[i] + pass_rng.permutation(int(counts[i])) for i in pass_rng.permutation(len(counts)).tolist()]
         return np.concatenate(parts)
 
     def _task_order(self, round_: int, source: Source, pass_index: int) -> NDArray[np.uint8]:
@@ -92,7 +92,7 @@ class EpochTables:
         if len(cycle) == 1:
             return np.repeat(cycle, source.samples)
         block, number = divmod(pass_index, len(cycle))
-        rng = generator("deck", self._seed, round_, source.name, block)
-        shuffled, shifts = rng.permutation(cycle), rng.integers(len(cycle), size=source.samples)
+        pass_rng = rng("deck", self._seed, round_, source.name, block)
+        shuffled, shifts = pass_rng.permutation(cycle), pass_rng.integers(len(cycle), size=source.samples)
         tasks: NDArray[np.uint8] = shuffled[(number + shifts) % len(cycle)]
         return tasks

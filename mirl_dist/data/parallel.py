@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Generic, Protocol, TypeVar
 
 from mirl_dist.errors import MirlError, UserError
-from mirl_dist.observability.console import rank_here
+from mirl_dist.observability.console import rank_label
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -165,7 +165,7 @@ def distributed_map(
     reported = 0
     try:
         while True:
-            statuses = group.gather_objects((work.state(), rank_here(group.rank)))
+            statuses = group.gather_objects((work.state(), rank_label(group.rank)))
             states = [state for state, _ in statuses]
             faults = {text: who for (_, _, text), who in reversed(statuses) if text is not None}
             if faults:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mirl_dist.observability.console import rank_here, warn
+from mirl_dist.observability.console import rank_label, warn
 
 RESUMABLE = 75
 _INTERRUPTED = 130
@@ -138,7 +138,7 @@ class StopSignal:
     def _exit_at_deadline(self) -> None:
         text = f"asked to stop {self.deadline_seconds:g} s ago (preempt.deadline_seconds), and still in "
         text += f"{self.phase()}: leaving now. The run goes on from its last commit with --resume auto."
-        warn(f"mirl-dist, {rank_here()}: {text}")
+        warn(f"mirl-dist, {rank_label()}: {text}")
         self.on_user_signal()
         os._exit(RESUMABLE)
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from mirl_dist.distributed.flight_recorder import FlightRecorder, describe_wait
 from mirl_dist.distributed.live_store import StatusStore
 from mirl_dist.distributed.peers import READS, PeerMonitor
-from mirl_dist.observability.console import rank_here, warn
+from mirl_dist.observability.console import rank_label, warn
 
 _PERIOD_SECONDS = 1.0
 _PERIODS_BEFORE_EXIT = 2
@@ -42,7 +42,7 @@ class _Terminator:
 
     def terminate(self, text: str) -> None:
         """Warn and exit, unless the watchdog is stopped before; this process may serve the store for the others."""
-        warn(f"mirl-dist, {rank_here(self._rank)}: {text}")
+        warn(f"mirl-dist, {rank_label(self._rank)}: {text}")
         if not self.closed.wait(self._delay_seconds):
             self._leave(1)
             self.closed.set()

@@ -17,7 +17,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import nn
 
-from mirl_dist.config.seeding import generator
+from mirl_dist.config.seeding import rng
 from mirl_dist.config.tasks import Task
 from mirl_dist.data import image_strip
 from mirl_dist.data.manifest import CLEAN, DEGRADED, Shard
@@ -156,7 +156,7 @@ def degraded_and_clean(
     clean = protocols.cropped(protocol, source.image(job.place, CLEAN))
     if job.place.entry.image(DEGRADED) is not None:
         return protocols.cropped(protocol, source.image(job.place, DEGRADED)), clean
-    noise = generator("test", seed, job.set, job.place.entry.key, job.task.name)
+    noise = rng("test", seed, job.set, job.place.entry.key, job.task.name)
     return protocols.degraded(protocol, job.task, clean, noise), clean
 
 

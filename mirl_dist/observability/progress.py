@@ -25,9 +25,9 @@ _LINE_EVERY_SECONDS = 10.0
 def bar(what: str, total: int, *, start: int = 0, shown: bool = True) -> Iterator[Advance]:
     """A progress bar of `total` units, or a line every ten seconds where standard error is no terminal. Shown or not,
     this rank's log gets those lines."""
-    noted = _every_ten_seconds(what, total, note)
+    advance_log = _every_ten_seconds(what, total, note)
     if not shown:
-        yield noted
+        yield advance_log
     elif sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -39,9 +39,9 @@ def bar(what: str, total: int, *, start: int = 0, shown: bool = True) -> Iterato
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task(what, total=total, completed=start, note="")
 
-            def advance(done: int, said: str) -> None:
-                progress.update(task, completed=done, note=said)
-                noted(done, said)
+            def advance(done: int, text: str) -> None:
+                progress.update(task, completed=done, note=text)
+                advance_log(done, text)
 
             yield advance
     else:
@@ -76,10 +76,10 @@ class Bars:
 def _every_ten_seconds(what: str, total: int, take: Callable[[str], None]) -> Advance:
     last = [time.monotonic()]
 
-    def advance(done: int, said: str) -> None:
+    def advance(done: int, text: str) -> None:
         now = time.monotonic()
         if done >= total or now - last[0] >= _LINE_EVERY_SECONDS:
             last[0] = now
-            take(f"{what}: {done}/{total} {said}".rstrip())
+            take(f"{what}: {done}/{total} {text}".rstrip())
 
     return advance

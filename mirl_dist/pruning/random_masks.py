@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirl_dist.config.seeding import generator
+from mirl_dist.config.seeding import rng
 from mirl_dist.pruning.masks import Masks
 
 
@@ -18,7 +18,7 @@ def random_masks(masks: Mapping[str, Tensor], seed: int, per: str) -> Masks:
     per: 'layer' keeps each tensor's number of surviving weights, 'global' their number over all tensors.
     """
     names = sorted(masks)
-    draws = {n: generator("random mask", seed, n).random(masks[n].numel(), dtype=np.float32) for n in names}
+    draws = {n: rng("random mask", seed, n).random(masks[n].numel(), dtype=np.float32) for n in names}
     groups = [[name] for name in names] if per == "layer" else [names]
     random: Masks = {}
     for group in groups:

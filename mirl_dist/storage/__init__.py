@@ -1,4 +1,4 @@
-"""The door to storage: one law for folders, S3 and the web. `open_store` reads the address."""
+"""Storage: folders, S3 and web servers behind one interface. `open_store` picks the store that an address means."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def open_store(url: str, options: Options = DEFAULT_OPTIONS) -> Store:
     A folder tries everything once, whatever the options say. Nothing is asked of a server yet. Raises Rejected for
     other kinds, for 's3:/' where 's3://' must be meant, and for addresses that hold a key or a query.
     """
-    kind, found, _ = url.partition("://")
-    if not found:
+    kind, is_url, _ = url.partition("://")
+    if not is_url:
         _check_scheme(url)
         return Folder(Path(url).expanduser())
     if kind == "file":

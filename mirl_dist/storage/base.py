@@ -1,7 +1,7 @@
-"""What every store can do, and the three errors that it may raise.
+"""The interface of every store, and the three errors that it may raise.
 
-Names are relative, with '/' between parts. A name exists complete or not at all. Three errors only; of these, NotFound
-alone may mean 'begin afresh'.
+Names are relative, with '/' between parts. A name exists complete or not at all. Three kinds of error only; of these,
+NotFound alone may mean 'begin afresh'.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ class NotFound(StorageError):
 
 
 class Rejected(StorageError):
-    """The store refused: rights, or a place that is not what it should be. Never read as 'not there'."""
+    """The store will not do this, however often it is asked: missing rights (in S3: AccessDenied), a wrong address, a
+    changed or damaged object. Never read as 'not there'."""
 
 
 class Unavailable(StorageError):
-    """Nothing is wrong with the request; the store could not take it now (full, away, or a fault of the device)."""
+    """Nothing is wrong with the request; the store cannot take it now (full, unreachable, or a faulty device)."""
 
     resumable = True
 
@@ -54,10 +55,10 @@ class Store(Protocol):
 
     put, put_file: durably, complete or not at all, replacing what was there. put_if_absent: whether this call wrote it;
     of several writers exactly one wins. list: complete names below a prefix (a folder's name, or '' for all), sorted.
-    remove: no error where nothing is. sweep: what dead writers left goes; in buckets, what began more than
+    remove: no error where nothing is. sweep: removes what dead writers left; in buckets, what began more than
     `older_than_seconds` ago (0: all, for a caller who knows that nobody else writes here). where: the place, for people
-    and messages. size: bytes. read: the bytes from `offset` to the end in blocks; Unavailable may come after some of them,
-    and a second call from where it broke goes on.
+    and messages. size: bytes. read: the bytes from `offset` to the end in blocks; Unavailable may come after some of
+    them, and a second call from where it broke goes on.
     """
 
     def put(self, name: str, data: bytes) -> None: ...

@@ -60,14 +60,14 @@ def add_digest(value: Mapping[str, Any]) -> bytes:
 
 
 def check_digest(data: bytes) -> dict[str, Any] | None:
-    """What `sealed` was given; None for anything else, down to a single flipped bit."""
+    """What `add_digest` was given; None for anything else, down to a single flipped bit."""
     try:
-        found = json.loads(data)
+        tree = json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError):
         return None
-    if not isinstance(found, dict):
+    if not isinstance(tree, dict):
         return None
-    value = {key: found[key] for key in found if key != "digest"}
+    value = {key: tree[key] for key in tree if key != "digest"}
     return value if add_digest(value) == data else None
 
 
@@ -83,21 +83,22 @@ class Commits:
         self._known = None
         folders = self.complete("")
         self.writer.check()
-        mine = _accepted_name(self.writer.generation)
-        self.store.put_if_absent(mine, add_digest({"commits": folders}))
+        own_list = _accepted_name(self.writer.generation)
+        self.store.put_if_absent(own_list, add_digest({"commits": folders}))
         self._known = None
         lists = self.store.list(ACCEPTED)
         self.writer.check()
         for name in lists:  # higher ones too: where the lease was removed by hand, generations begin anew
-            if name != mine:
+            if name != own_list:
                 self.store.remove(name)
         self.store.sweep(0)
 
     def complete(self, below: str) -> list[str]:
         """The folders of all commits that count, below a folder, sorted."""
-        found = [name.removesuffix(f"/{COMPLETE}") for name in self.store.list(below) if name.endswith(f"/{COMPLETE}")]
-        accepted = self._accepted()  # afterwards: what a take-over accepts is older than what comes too late
-        return [f for f in found if f in accepted.folders or _generation(f) >= accepted.generation]
+        ending = f"/{COMPLETE}"
+        folders = [name.removesuffix(ending) for name in self.store.list(below) if name.endswith(ending)]
+        accepted = self._read_accepted()  # afterwards: what a take-over accepts is older than what comes too late
+        return [f for f in folders if f in accepted.folders or _generation_of(f) >= accepted.generation]
 
     def commit(self, folder: str, parts: Mapping[str, bytes]) -> None:
         """Write a commit, complete or not at all; the folder's name ends in the writer's generation. Twice is once.
@@ -105,11 +106,11 @@ class Commits:
         Raises UserError when another launch has taken the run over: the commit then does not count.
         """
         self.writer.check()
-        said = add_digest({"parts": {name: part_info(data) for name, data in parts.items()}})
+        complete = add_digest({"parts": {name: part_info(data) for name, data in parts.items()}})
         try:
             for name, data in parts.items():
                 self.store.put(f"{folder}/{name}", data)
-            self.store.put(f"{folder}/{COMPLETE}", said)
+            self.store.put(f"{folder}/{COMPLETE}", complete)
         except NotFound as error:  # a launch that slept has swept a file away that was being written
             self.writer.check()
             raise Unavailable(str(error)) from error
@@ -119,39 +120,41 @@ class Commits:
         """What COMPLETE.json says of each part. Raises UserError for one that is damaged."""
         name = f"{folder}/{COMPLETE}"
         data = self.store.get(name)
-        found = unsigned(data, {"parts"}) or check_digest(data)
-        if found is None or not isinstance(found.get("parts"), dict):
+        content = parse_without_digest(data, {"parts"}) or check_digest(data)
+        if content is None or not isinstance(content.get("parts"), dict):
             raise UserError(f"{self.store.where(name)} is damaged: its bytes are not those that were committed")
-        parts: dict[str, PartInfo] = found["parts"]
+        parts: dict[str, PartInfo] = content["parts"]
         return parts
 
     def parts(self, folder: str) -> dict[str, bytes]:
         """All parts of a commit, verified. Raises UserError naming a part that is missing or damaged."""
-        return {name: self._verified(folder, name, expected) for name, expected in self.read_complete(folder).items()}
+        return {
+            name: self._read_verified(folder, name, expected) for name, expected in self.read_complete(folder).items()
+        }
 
     def part(self, folder: str, name: str) -> bytes:
         """One part of a commit, verified; as `parts`."""
-        said = self.read_complete(folder)
-        if name not in said:
+        parts = self.read_complete(folder)
+        if name not in parts:
             raise UserError(f"{self.store.where(folder)} has no {name}")
-        return self._verified(folder, name, said[name])
+        return self._read_verified(folder, name, parts[name])
 
-    def _verified(self, folder: str, name: str, expected: PartInfo) -> bytes:
-        where = self.store.where(f"{folder}/{name}")
+    def _read_verified(self, folder: str, name: str, expected: PartInfo) -> bytes:
+        location = self.store.where(f"{folder}/{name}")
         try:
             data = self.store.get(f"{folder}/{name}")
         except NotFound:
-            raise UserError(f"{where} is missing from its commit") from None
+            raise UserError(f"{location} is missing from its commit") from None
         if expected != part_info(data):
-            raise UserError(f"{where} is damaged: its bytes are not those that were committed")
+            raise UserError(f"{location} is damaged: its bytes are not those that were committed")
         return data
 
     def drop(self, folder: str, part: str) -> None:
         """Take one part out of a commit. Twice is once."""
-        said = self.read_complete(folder)
+        parts = self.read_complete(folder)
         self.writer.check()
-        if said.pop(part, None) is not None:
-            self.store.put(f"{folder}/{COMPLETE}", add_digest({"parts": said}))
+        if parts.pop(part, None) is not None:
+            self.store.put(f"{folder}/{COMPLETE}", add_digest({"parts": parts}))
         self.store.remove(f"{folder}/{part}")
 
     def remove(self, folder: str) -> None:
@@ -160,24 +163,24 @@ class Commits:
         for name in self.store.list(folder):
             self.store.remove(name)
 
-    def _accepted(self) -> _Accepted:
+    def _read_accepted(self) -> _Accepted:
         """What the newest take-over found; a damaged list accepts all, which only a launch that slept could abuse."""
         if self._known is not None and self.writer.generation:
             return self._known  # nobody but this writer may change it now
         known = _Accepted(0, frozenset())
         if newest := max(self.store.list(ACCEPTED), default=None):
             try:
-                found = check_digest(self.store.get(newest))
+                content = check_digest(self.store.get(newest))
             except NotFound:  # a take-over is under way, and replaces it
-                return self._accepted()
-            if found is not None:
+                return self._read_accepted()
+            if content is not None:
                 generation = int(newest[len(ACCEPTED) + 1 :].partition(".")[0])
-                known = _Accepted(generation, frozenset(found["commits"]))
+                known = _Accepted(generation, frozenset(content["commits"]))
         self._known = known
         return known
 
 
-def _generation(folder: str) -> int:
+def _generation_of(folder: str) -> int:
     """Which generation wrote a commit; 0 before there was a lease."""
     match = re.search(r"-(\d+)$", folder)
     return int(match.group(1)) if match else 0
@@ -187,10 +190,10 @@ def _accepted_name(generation: int) -> str:
     return f"{ACCEPTED}/{generation:08d}.json"
 
 
-def unsigned(data: bytes, keys: Set[str]) -> dict[str, Any] | None:
+def parse_without_digest(data: bytes, keys: Set[str]) -> dict[str, Any] | None:
     """What versions before the lease wrote without a digest: a JSON object with exactly these keys."""
     try:
-        found = json.loads(data)
+        tree = json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError):
         return None
-    return found if isinstance(found, dict) and found.keys() == keys else None
+    return tree if isinstance(tree, dict) and tree.keys() == keys else None

@@ -22,8 +22,8 @@ from mirl_dist.storage.retry import DEFAULT_PATIENCE, Patience, Say, to_stderr, 
 T = TypeVar("T")
 
 _BLOCK = 1 << 16  # what a broken connection loses at most
-_PASSING = "Check the server and the network."
-_LATER = (408, 425, 429, 500, 502, 503, 504)
+_CHECK_SERVER = "Check the server and the network."
+_TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 
 
 class HttpStore:
@@ -36,7 +36,7 @@ class HttpStore:
     def __init__(
         self, url: str, *, patience: Patience = DEFAULT_PATIENCE, say: Say = to_stderr, seconds: float = 30.0
     ) -> None:
-        self._root = _address(url)
+        self._root = _normalized_url(url)
         self._patience, self._say, self._seconds = patience, say, seconds
 
     def where(self, name: str = "") -> str:
@@ -44,31 +44,31 @@ class HttpStore:
         return f"{self._root}/{name}" if name else self._root
 
     def get(self, name: str) -> bytes:
-        return self._ask(name, lambda: b"".join(self.read(name)))
+        return self._retry(name, lambda: b"".join(self.read(name)))
 
     def size(self, name: str) -> int:
         """Bytes."""
 
         def ask() -> int:
-            with self._answer(name, "HEAD") as answer:
-                return self._length(name, answer.headers.get("Content-Length"))
+            with self._request(name, "HEAD") as answer:
+                return self._parse_length(name, answer.headers.get("Content-Length"))
 
-        return self._ask(name, ask)
+        return self._retry(name, ask)
 
     def exists(self, name: str) -> bool:
         def ask() -> bool:
-            with self._answer(name, "HEAD"):
+            with self._request(name, "HEAD"):
                 return True
 
         try:
-            return self._ask(name, ask)
+            return self._retry(name, ask)
         except NotFound:
             return False
 
     def now(self, name: str = "") -> datetime | None:
         """What the server's clock says, whatever it answers of `name`; None where it does not tell. One try."""
         asked = urllib.request.Request(self.where(quote(name)), method="HEAD")
-        with self._named_errors(name):
+        with self._map_errors(name):
             try:
                 answer = _opener().open(asked, timeout=self._seconds)
             except HTTPError as error:
@@ -82,15 +82,17 @@ class HttpStore:
 
     def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
         """The bytes from `offset` to the end, in blocks. Raises Unavailable wherever the transfer breaks, at once."""
-        with self._answer(name, "GET", offset) as answer:
+        with self._request(name, "GET", offset) as answer:
             if answer.status == 416:  # begins where it ends, or after
                 return
             skip = offset
             if answer.status == 206:
                 if not re.match(rf"bytes {offset}-", answer.headers.get("Content-Range", "")):
-                    raise Unavailable(f"{self.where(name)}: the server sends another range, or was cut off. {_PASSING}")
+                    raise Unavailable(
+                        f"{self.where(name)}: the server sends another range, or was cut off. {_CHECK_SERVER}"
+                    )
                 skip = 0
-            for block in self._whole(name, answer):
+            for block in self._read_body(name, answer):
                 if skip < len(block):
                     yield block[skip:]
                 skip = max(0, skip - len(block))
@@ -118,17 +120,17 @@ class HttpStore:
     def _reject_write(self) -> NoReturn:
         raise Rejected(f"{self.where()}: a web address can only be read. Give a folder or s3:// to write or to list.")
 
-    def _ask(self, name: str, work: Callable[[], T]) -> T:
+    def _retry(self, name: str, work: Callable[[], T]) -> T:
         return with_retries(work, self.where(name), self._patience, self._say)
 
     @contextmanager
-    def _answer(self, name: str, method: str, offset: int = 0) -> Iterator[http.client.HTTPResponse]:
-        """The open answer of the server; also one that says that `offset` is the end."""
+    def _request(self, name: str, method: str, offset: int = 0) -> Iterator[http.client.HTTPResponse]:
+        """The open response of the server; also one that says that `offset` is the end."""
         asked = urllib.request.Request(self._root + "/" + quote(name), method=method)
         asked.add_header("Accept-Encoding", "identity")  # a compressed body has other offsets
         if offset:
             asked.add_header("Range", f"bytes={offset}-")
-        with self._named_errors(name):
+        with self._map_errors(name):
             try:
                 opened = _opener().open(asked, timeout=self._seconds)
             except HTTPError as error:
@@ -139,52 +141,54 @@ class HttpStore:
             with opened:
                 yield opened
 
-    def _whole(self, name: str, answer: http.client.HTTPResponse) -> Iterator[bytes]:
+    def _read_body(self, name: str, answer: http.client.HTTPResponse) -> Iterator[bytes]:
         """A body that ends early is never taken for the whole."""
         if "chunked" in answer.headers.get("Transfer-Encoding", "").lower():
             while block := answer.read(_BLOCK):  # http.client misses no chunk
                 yield block
             return
-        wanted = self._length(name, answer.headers.get("Content-Length"))
+        wanted = self._parse_length(name, answer.headers.get("Content-Length"))
         while block := answer.read(_BLOCK):
             wanted -= len(block)
             yield block
         if wanted:
-            raise Unavailable(f"{self.where(name)}: the body ended {wanted} bytes early. {_PASSING}")
+            raise Unavailable(f"{self.where(name)}: the body ended {wanted} bytes early. {_CHECK_SERVER}")
 
-    def _length(self, name: str, said: str | None) -> int:
-        if said is None or not said.isascii() or not said.isdigit():
-            raise Unavailable(f"{self.where(name)}: the server does not say how long it is, or was cut off. {_PASSING}")
-        return int(said)
+    def _parse_length(self, name: str, header: str | None) -> int:
+        if header is None or not header.isascii() or not header.isdigit():
+            raise Unavailable(
+                f"{self.where(name)}: the server does not say how long it is, or was cut off. {_CHECK_SERVER}"
+            )
+        return int(header)
 
     @contextmanager
-    def _named_errors(self, name: str) -> Iterator[None]:
+    def _map_errors(self, name: str) -> Iterator[None]:
         """In this package's errors. Addresses that a server redirects to may hold keys and are not repeated."""
         try:
             yield
         except StorageError:
             raise
         except HTTPError as error:
-            raise _of_status(self.where(name), error.code) from None
+            raise _error_of_status(self.where(name), error.code) from None
         except (URLError, OSError, http.client.HTTPException) as error:
             cause = error.reason if isinstance(error, URLError) else error
             if isinstance(cause, ssl.SSLCertVerificationError):
                 text = f"{self.where(name)}: the server's certificate is not trusted. Set SSL_CERT_FILE, or correct it."
                 raise Rejected(text) from None
-            said = cause.strerror if isinstance(cause, OSError) and cause.strerror else type(cause).__name__
-            raise Unavailable(f"{self.where(name)}: the transfer broke ({said}). {_PASSING}") from None
+            reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else type(cause).__name__
+            raise Unavailable(f"{self.where(name)}: the transfer broke ({reason}). {_CHECK_SERVER}") from None
 
 
-def _of_status(where: str, status: int) -> StorageError:
+def _error_of_status(location: str, status: int) -> StorageError:
     """The error that an HTTP status means."""
     if status in (404, 410):
-        return NotFound(f"{where} does not exist")
-    said = f"{where}: the server answered HTTP {status}."
-    if status in _LATER:
-        return Unavailable(f"{said} {_PASSING}")
+        return NotFound(f"{location} does not exist")
+    text = f"{location}: the server answered HTTP {status}."
+    if status in _TRANSIENT_STATUSES:
+        return Unavailable(f"{text} {_CHECK_SERVER}")
     if status in (401, 403, 407):
-        return Rejected(f"{said} It must be readable for everyone; else use s3:// or a folder.")
-    return Rejected(f"{said} Correct the address, or use s3:// or a folder.")
+        return Rejected(f"{text} It must be readable for everyone; else use s3:// or a folder.")
+    return Rejected(f"{text} Correct the address, or use s3:// or a folder.")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -211,7 +215,7 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-def _address(url: str) -> str:
+def _normalized_url(url: str) -> str:
     """The address without a '/' at its end. Raises Rejected, without repeating it, where it holds keys or a query."""
     try:
         parts = urlsplit(url)

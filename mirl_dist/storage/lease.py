@@ -15,28 +15,129 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mirl_dist.errors import Stopped, UserError
 from mirl_dist.storage import NotFound, StorageError, Store
 from mirl_dist.storage import lease_files as files
-from mirl_dist.storage.lease_files import Holder, holder
+from mirl_dist.storage.lease_files import Holder, read_holder
 from mirl_dist.storage.retry import Say, to_stderr
 
-__all__ = ["Holder", "Lease", "LeaseLost", "holder"]
+__all__ = ["Holder", "Lease", "LeaseLost", "read_holder"]
 
 
 class LeaseLost(UserError):
     """This launch no longer holds the run: another took it over, or the lease was removed."""
 
 
+class _Claim:
+    """What this launch writes to claim a generation, and whether that claim is still the newest one."""
+
+    def __init__(self, store: Store, launch: Mapping[str, Any]) -> None:
+        self.store, self.generation = store, 0
+        self.token = uuid.uuid4().hex
+        self._data = files.claim_bytes(self.token, launch)
+        self._lost = threading.Event()
+
+    def take(self, generation: int) -> bool:
+        """Whether this launch holds that generation now. One that others passed meanwhile is worth nothing."""
+        name = files.claim_name(generation)
+        try:
+            self.store.put_if_absent(name, self._data)
+        except NotFound:  # another start swept the temporary file away
+            self.store.put_if_absent(name, self._data)
+        if self._is_newest(generation):
+            self.generation = generation
+        return self.generation == generation
+
+    def is_lost(self) -> bool:
+        """Whether `check` has found that this claim holds no longer. Asks nothing."""
+        return self._lost.is_set()
+
+    def check(self) -> bool:
+        """Ask the store whether this claim still holds; once lost it is always lost. Raises StorageError."""
+        if not self._lost.is_set() and not self._is_newest(self.generation):
+            self._lost.set()
+        return not self._lost.is_set()
+
+    def _is_newest(self, generation: int) -> bool:
+        """Whether it is the newest, with this very launch's claim: the answer to a put may get lost on its way, and
+        where the folder is removed by hand numbers begin again."""
+        if files.newest_generation(self.store) != generation:
+            return False
+        return files.read_or_empty(self.store, files.claim_name(generation)) == self._data
+
+
+@dataclass
+class _Release:
+    """The end of a lease. reason: 'finished', 'stopped' or 'failed'; written: whether the store has it."""
+
+    requested: threading.Event
+    reason: str = ""
+    written: bool = False
+
+
+class _Heartbeat:
+    """Writes, in a thread of its own, that this launch lives, and once `release` is requested how it ended.
+
+    A store that fails is no reason to die: last_error says what it answered. last_beat: monotonic seconds.
+    """
+
+    def __init__(self, claim: _Claim, seconds: float, status: Callable[[], dict[str, Any]]) -> None:
+        self._claim, self._status = claim, status
+        self._pause = max(0.2, min(5.0, seconds / 6))
+        self._started = self.last_beat = time.monotonic()
+        self.last_error = "the store does not answer"
+        self.release = _Release(threading.Event())
+        self._thread = threading.Thread(target=self._beat_until_end, name="lease", daemon=True)
+
+    def start(self) -> None:
+        self.last_beat = time.monotonic()
+        self._thread.start()
+
+    def stop(self, reason: str, seconds: float) -> None:
+        """Have the release written, for so long at most."""
+        self.release.reason = reason
+        self.release.requested.set()
+        self._thread.join(seconds)
+
+    def _beat_until_end(self) -> None:
+        """Until the release is requested, or until another launch holds the run."""
+        store, generation, number = self._claim.store, self._claim.generation, 0
+        while not self._claim.is_lost():
+            number += 1
+            with self._transient_errors():
+                store.put(files.beat_name(generation), self._describe(beat=number))
+                self.last_beat = time.monotonic()
+                self._claim.check()
+            if self.release.requested.wait(self._pause):
+                break
+        if not self._claim.is_lost():
+            ending = self._describe(why=self.release.reason, token=self._claim.token)
+            with self._transient_errors():
+                store.put(files.released_name(generation), ending)
+                self.release.written = True
+
+    def _describe(self, **more: Any) -> bytes:
+        """How this launch stands."""
+        running = round(time.monotonic() - self._started, 1)
+        return files.to_json({"at": files.utc_now(), "running_seconds": running, "news": self._status(), **more})
+
+    @contextmanager
+    def _transient_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except StorageError as error:
+            self.last_error = str(error)
+
+
 class Lease:
     """The right of this launch to write into a run. Its beats come from a thread of their own.
 
-    seconds: a launch without a beat for so long is dead for others. news: what a beat tells, of JSON's types; called by
-    that thread, must be quick and must not raise. launch: what readers and the next launch should know of this one.
-    After `claim`: `generation`, from 1, and `previous`, whom this launch followed and how that one ended.
+    seconds: a launch without a beat for so long is dead for others. status: what a beat says of this launch, of JSON's
+    types; called by that thread, must be quick and must not raise. launch: what readers and the next launch should know
+    of this one. After `claim`: `generation`, from 1, and `previous`, whom this launch followed and how that one ended.
     """
 
     def __init__(
@@ -48,15 +149,11 @@ class Lease:
         launch: Mapping[str, Any] | None = None,
         say: Say = to_stderr,
     ) -> None:
-        self._store, self._seconds, self._status, self._say = store, seconds, status, say
+        self._store, self._seconds, self._say = store, seconds, say
         self.generation = 0
         self.previous: Holder | None = None
-        self._token = uuid.uuid4().hex
-        self._claim = files.claim_bytes(self._token, launch or {})
-        self._since = self._renewed = time.monotonic()
-        self._lost, self._end = threading.Event(), threading.Event()
-        self._why, self._released, self._trouble = "", False, "the store does not answer"
-        self._thread = threading.Thread(target=self._beating, name="lease", daemon=True)
+        self._claim = _Claim(store, launch or {})
+        self._heartbeat = _Heartbeat(self._claim, seconds, status)
 
     # -- taking -----------------------------------------------------------------------------------------------------
 
@@ -70,34 +167,16 @@ class Lease:
         while True:
             if stop_asked():
                 raise Stopped(f"asked to stop before {self._store.where()} was this launch's")
-            found = watch.look()
-            if found is not None and found.ended is None:
+            holder = watch.poll()
+            if holder is not None and holder.ended is None:
                 time.sleep(watch.pause)
-            elif self._take(found.generation + 1 if found else 1):
-                self._begin(found)
+            elif self._claim.take(holder.generation + 1 if holder else 1):
+                self._start(holder)
                 return self.generation
 
-    def _take(self, generation: int) -> bool:
-        """Whether this launch holds that generation now. One that others passed meanwhile is worth nothing."""
-        name = files.claim_name(generation)
-        try:
-            self._store.put_if_absent(name, self._claim)
-        except NotFound:  # another start swept the temporary file away
-            self._store.put_if_absent(name, self._claim)
-        return self._holds(generation)
-
-    def _holds(self, generation: int) -> bool:
-        """Whether it is the newest, with this very launch's claim: the answer to a put may get lost on its way, and
-        where the folder is removed by hand numbers begin again."""
-        if files.newest_generation(self._store) != generation:
-            return False
-        return files.content(self._store, files.claim_name(generation)) == self._claim
-
-    def _begin(self, previous: Holder | None) -> None:
-        self.generation = previous.generation + 1 if previous else 1
-        self.previous = previous
-        self._renewed = time.monotonic()
-        self._thread.start()
+    def _start(self, previous: Holder | None) -> None:
+        self.generation, self.previous = self._claim.generation, previous
+        self._heartbeat.start()
         if previous is not None and previous.ended == "dead":
             self._say(f"the launch on {previous}, is dead; going on in its place")
         elif previous is not None and previous.ended == "silent":
@@ -108,124 +187,91 @@ class Lease:
     # -- holding ----------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Ask the store whether this launch still holds the run. Raises Lost, and from then on always; StorageError."""
+        """Ask the store whether this launch still holds the run. Raises StorageError and LeaseLost (then always)."""
         assert self.generation, "only what was claimed can be checked"
-        if not self._lost.is_set() and not self._holds(self.generation):
-            self._lost.set()
-        if self._lost.is_set():
+        if not self._claim.check():
             raise LeaseLost(self._report_lost())
 
     def lost(self) -> bool:
         """Whether `check`, or the thread after a beat, found that another launch holds the run. Asks nothing."""
-        return self._lost.is_set()
+        return self._claim.is_lost()
 
-    def quiet_seconds(self) -> float:
+    def seconds_since_beat(self) -> float:
         """Since the last beat that got through to the store."""
-        return time.monotonic() - self._renewed
+        return time.monotonic() - self._heartbeat.last_beat
 
     def release(self, why: str) -> None:
         """End the lease: 'finished', 'stopped' or 'failed'. Never raises StorageError; returns within `seconds`.
 
         To try for longer has no use: after so long without a beat the next launch takes over unasked.
         """
-        if not self.generation or self._end.is_set():
+        release = self._heartbeat.release
+        if not self.generation or release.requested.is_set():
             return
-        self._why = why
-        self._end.set()
-        self._thread.join(self._seconds)
-        if not self._released and not self.lost():
-            text = f"the lease of {self._store.where()} could not be released ({self._trouble})."
+        self._heartbeat.stop(why, self._seconds)
+        if not release.written and not self.lost():
+            text = f"the lease of {self._store.where()} could not be released ({self._heartbeat.last_error})."
             self._say(f"{text} A next launch on another machine waits {self._seconds:g} s.")
 
     def _report_lost(self) -> str:
         taken, then = "its lease was removed", "Start it again"
         with suppress(StorageError):
-            other = holder(self._store)
+            other = read_holder(self._store)
             if other is not None and other.generation >= self.generation:
                 taken = f"{other}, took it over at {other.started_at or 'an unknown time'}"
                 then = "Leave the run to that launch, or stop it and start this one again"
         me = f"{socket.gethostname()}, pid {os.getpid()}"
         return f"this launch ({me}) no longer holds {self._store.where()}: {taken}; nothing more is written. {then}."
 
-    def _beating(self) -> None:
-        """Until the end, or until another launch holds the run. A store that fails is no reason to die."""
-        pause = max(0.2, min(5.0, self._seconds / 6))
-        number = 0
-        while not self.lost():
-            number += 1
-            with self._transient_errors():
-                self._store.put(files.beat_name(self.generation), self._beat_bytes(beat=number))
-                self._renewed = time.monotonic()
-                if not self._holds(self.generation):
-                    self._lost.set()
-            if self._end.wait(pause):
-                break
-        if not self.lost():
-            with self._transient_errors():
-                self._store.put(
-                    files.released_name(self.generation), self._beat_bytes(why=self._why, token=self._token)
-                )
-                self._released = True
-
-    def _beat_bytes(self, **more: Any) -> bytes:
-        """How this launch stands."""
-        running = round(time.monotonic() - self._since, 1)
-        return files.to_json({"at": files.now(), "running_seconds": running, "news": self._status(), **more})
-
-    @contextmanager
-    def _transient_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except StorageError as error:
-            self._trouble = str(error)
-
 
 class _HolderWatch:
-    """Looks at a run's lease, from the first look on, and judges by its own clock whether the holder lives.
+    """Polls a run's lease and decides, by its own clock alone, whether the holder lives.
 
-    pause: seconds between two looks.
+    pause: seconds between two polls.
     """
 
     def __init__(self, store: Store, seconds: float, say: Say) -> None:
         self._store, self._seconds, self._say = store, seconds, say
         self.pause = max(0.2, min(1.0, seconds / 20))
-        self._known: int | None = None  # the newest generation at the first look
+        self._known: int | None = None  # the newest generation at the first poll
         self._first: Holder | None = None
         self._last = self._silent = 0.0
 
-    def look(self) -> Holder | None:
-        """The newest holder, `ended` when that is known; None where there is none. Raises UserError for one that lives."""
-        found = holder(self._store)
+    def poll(self) -> Holder | None:
+        """The newest holder, `ended` when that is known; None where there is none. Raises UserError if it lives."""
+        holder = read_holder(self._store)
         now = time.monotonic()
         gap, self._last = now - self._last, now
         if self._known is None:
-            self._known = found.generation if found else 0
-        if found is None or found.ended is not None:
-            return found
-        if found.has_exited():
-            return replace(found, ended="dead")
-        if found.generation > self._known:
-            raise UserError(self._refused(found, "it took the run a moment ago"))
+            self._known = holder.generation if holder else 0
+        if holder is None or holder.ended is not None:
+            return holder
+        if holder.has_exited():
+            return replace(holder, ended="dead")
+        if holder.generation > self._known:
+            raise UserError(self._describe_alive(holder, "it took the run a moment ago"))
         if self._first is None:
-            self._first = found
-            text = f"{self._store.where()} is held by the launch on {found}"
+            self._first = holder
+            text = f"{self._store.where()} is held by the launch on {holder}"
             self._say(f"{text}; watching for a sign of life, {self._seconds:g} s at most")
-            return found
-        if found.sign != self._first.sign:
+            return holder
+        if holder.beat != self._first.beat:
             if gap < self._seconds:
-                raise UserError(self._refused(found, f"its last beat came less than {max(gap, 0.1):.1f} s ago"))
-            self._first, self._silent = found, 0.0  # it came while the store was away, and says nothing of now
+                raise UserError(self._describe_alive(holder, f"its last beat came less than {max(gap, 0.1):.1f} s ago"))
+            self._first, self._silent = holder, 0.0  # it came while the store was away, and says nothing of now
         # While the store does not answer nobody can beat: such a time counts little.
         self._silent += min(gap, max(2 * self.pause, self._seconds / 4))
-        return replace(found, ended="silent") if self._silent >= self._seconds else found
+        return replace(holder, ended="silent") if self._silent >= self._seconds else holder
 
-    def _refused(self, found: Holder, life: str) -> str:
-        ran = "" if found.running_seconds is None else f"it has been running for {_age(found.running_seconds)}, and "
-        text = f"{self._store.where()} is held by another launch ({found}), which is alive: {ran}{life}."
+    def _describe_alive(self, holder: Holder, sign_of_life: str) -> str:
+        seconds, ran = holder.running_seconds, ""
+        if seconds is not None:
+            ran = f"it has been running for {_format_seconds(seconds)}, and "
+        text = f"{self._store.where()} is held by another launch ({holder}), which is alive: {ran}{sign_of_life}."
         return f"{text} Wait for it, stop it, or choose another run.folder."
 
 
-def _age(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -58,7 +58,7 @@ class Machine(NamedTuple):
     """What tells whether a process number means something here: the kernel's start, and the space of numbers."""
 
     boot: str
-    pids: int
+    pid_namespace: int
 
 
 def this_machine() -> Machine | None:
@@ -72,7 +72,7 @@ def this_machine() -> Machine | None:
         return None
 
 
-def _process(pid: int) -> tuple[str, int] | None:
+def _process_state(pid: int) -> tuple[str, int] | None:
     """The state letter of a process, and when it started in ticks since the boot; None where that is not told."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
@@ -89,8 +89,8 @@ def _has_exited(pid: int, started: int) -> bool:
         return True
     except (OSError, OverflowError):
         pass  # another user's; or no number of a process
-    found = _process(pid)  # None also where /proc hides what belongs to others
-    return found is not None and (found[0] in "ZX" or found[1] != started)
+    state = _process_state(pid)  # None also where /proc hides what belongs to others
+    return state is not None and (state[0] in "ZX" or state[1] != started)
 
 
 # -- what the files say -----------------------------------------------------------------------------------------------
@@ -100,9 +100,9 @@ def _has_exited(pid: int, started: int) -> bool:
 class Holder:
     """A launch that holds a run, or held it, as its lease says; empty or None where that is damaged or not there.
 
-    started_at, beat_at: ISO 8601, by that machine's clock, for people. beat_at, news, running_seconds (since it
+    started_at, beat_at: ISO 8601, by that machine's clock, for people. beat_at, status, running_seconds (since it
     started): of its last beat, or of its release. ended: 'finished', 'stopped' or 'failed' as it said itself; 'dead' or
-    'silent' as its follower found it; None: it may live. sign: its last beat; other bytes later are a sign of life.
+    'silent' as its follower found it; None: it may live. beat: the bytes of its last beat; others are a sign of life.
     """
 
     generation: int
@@ -116,7 +116,7 @@ class Holder:
     beat_at: str
     status: Mapping[str, Any]
     ended: str | None
-    sign: bytes
+    beat: bytes
 
     def __str__(self) -> str:
         return f"{self.host or 'an unknown host'}, pid {self.pid or 'unknown'}"
@@ -128,7 +128,7 @@ class Holder:
         return self.machine == this_machine() and _has_exited(self.pid, self.process_started)
 
 
-def holder(store: Store) -> Holder | None:
+def read_holder(store: Store) -> Holder | None:
     """Who claimed a run last, whether it lives or not; None where nobody ever did. Only reads.
 
     Raises StorageError where the store does not answer: that is never 'nobody'.
@@ -136,30 +136,30 @@ def holder(store: Store) -> Holder | None:
     generation = newest_generation(store)
     if generation == 0:
         return None
-    beat = content(store, beat_name(generation))
-    claimed = _parsed(content(store, claim_name(generation)))
-    released = _parsed(content(store, released_name(generation)))
-    ended = _text(released.get("why")) or None if released.get("token") == claimed.get("token") else None
-    last = released if ended else _parsed(beat)
-    boot, pids = _text(claimed.get("boot")), _whole(claimed.get("pids"))
+    beat = read_or_empty(store, beat_name(generation))
+    claimed = _parse_object(read_or_empty(store, claim_name(generation)))
+    released = _parse_object(read_or_empty(store, released_name(generation)))
+    ended = _printable(released.get("why")) or None if released.get("token") == claimed.get("token") else None
+    last = released if ended else _parse_object(beat)
+    boot, pids = _printable(claimed.get("boot")), _positive_int(claimed.get("pids"))
     running = last.get("running_seconds")
     return Holder(
         generation,
-        host=_text(claimed.get("host")),
-        pid=_whole(claimed.get("pid")),
-        process_started=_whole(claimed.get("process_started")),
+        host=_printable(claimed.get("host")),
+        pid=_positive_int(claimed.get("pid")),
+        process_started=_positive_int(claimed.get("process_started")),
         machine=Machine(boot, pids) if boot and pids else None,
-        started_at=_text(claimed.get("started_at")),
-        launch=_fields(claimed.get("launch")),
+        started_at=_printable(claimed.get("started_at")),
+        launch=_mapping(claimed.get("launch")),
         running_seconds=float(running) if isinstance(running, int | float) and 0 <= running < 1e10 else None,
-        beat_at=_text(last.get("at")),
-        status=_fields(last.get("news")),
+        beat_at=_printable(last.get("at")),
+        status=_mapping(last.get("news")),
         ended=ended,
-        sign=beat,
+        beat=beat,
     )
 
 
-def content(store: Store, name: str) -> bytes:
+def read_or_empty(store: Store, name: str) -> bytes:
     """The bytes of `name`; none where it does not exist."""
     try:
         return store.get(name)
@@ -169,16 +169,16 @@ def content(store: Store, name: str) -> bytes:
 
 def claim_bytes(token: str, launch: Mapping[str, Any]) -> bytes:
     """What this process writes to claim a generation. token: unlike that of any other launch."""
-    machine, process = this_machine(), _process(os.getpid())
+    machine, process = this_machine(), _process_state(os.getpid())
     return to_json(
         {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "process_started": process[1] if process else None,
             "boot": machine.boot if machine else None,
-            "pids": machine.pids if machine else None,
+            "pids": machine.pid_namespace if machine else None,
             "token": token,
-            "started_at": now(),
+            "started_at": utc_now(),
             "launch": dict(launch),
         }
     )
@@ -188,26 +188,26 @@ def to_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, default=str) + "\n").encode()
 
 
-def now() -> str:
+def utc_now() -> str:
     """For people: the time of this machine's clock, in UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _parsed(data: bytes) -> dict[str, Any]:
+def _parse_object(data: bytes) -> dict[str, Any]:
     try:
-        return _fields(json.loads(data))
+        return _mapping(json.loads(data))
     except (ValueError, RecursionError):
         return {}
 
 
-def _fields(value: Any) -> dict[str, Any]:
+def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _text(value: Any) -> str:
+def _printable(value: Any) -> str:
     """A short text that can be shown; '' for all else."""
     return value if isinstance(value, str) and value.isprintable() and len(value) <= 255 else ""
 
 
-def _whole(value: Any) -> int | None:
+def _positive_int(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

@@ -31,7 +31,7 @@ class Folder:
     def put(self, name: str, data: bytes) -> None:
         """Write `name` durably, complete or not at all; replaces what was there."""
         path = self._root / name
-        with self._named_errors(name), self._written(path, lambda file: file.write(data)) as temporary:
+        with self._map_errors(name), self._temporary_file(path, lambda file: file.write(data)) as temporary:
             os.replace(temporary, path)
             _flush_folder(path.parent)
 
@@ -43,14 +43,14 @@ class Folder:
                 shutil.copyfileobj(source, file, _BLOCK)
 
         target = self._root / name
-        with self._named_errors(name), self._written(target, copy) as temporary:
+        with self._map_errors(name), self._temporary_file(target, copy) as temporary:
             os.replace(temporary, target)
             _flush_folder(target.parent)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """Write `name` unless it exists; whether this call wrote it. Of several writers exactly one wins."""
         path = self._root / name
-        with self._named_errors(name), self._written(path, lambda file: file.write(data)) as temporary:
+        with self._map_errors(name), self._temporary_file(path, lambda file: file.write(data)) as temporary:
             try:
                 os.link(temporary, path)
             except FileExistsError:
@@ -59,12 +59,12 @@ class Folder:
             return True
 
     def get(self, name: str) -> bytes:
-        with self._named_errors(name):
+        with self._map_errors(name):
             return (self._root / name).read_bytes()
 
     def size(self, name: str) -> int:
         """Bytes. Raises NotFound for what is no file."""
-        with self._named_errors(name):
+        with self._map_errors(name):
             path = self._root / name
             if not path.is_file():
                 raise FileNotFoundError(str(path))
@@ -72,44 +72,44 @@ class Folder:
 
     def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
         """The bytes from `offset` to the end, in blocks."""
-        with self._named_errors(name), (self._root / name).open("rb") as file:
+        with self._map_errors(name), (self._root / name).open("rb") as file:
             file.seek(offset)
             while block := file.read(_BLOCK):
                 yield block
 
     def exists(self, name: str) -> bool:
-        with self._named_errors(name):
+        with self._map_errors(name):
             return (self._root / name).is_file()
 
     def list(self, prefix: str) -> list[str]:
         """Complete names below `prefix` (a folder name, or '' for all), sorted."""
-        with self._named_errors(prefix):
-            found = []
+        with self._map_errors(prefix):
+            paths = []
             for folder, _, files in os.walk(self._root / prefix, onerror=_raise_unless_missing):
-                found += [Path(folder, f).relative_to(self._root) for f in files if not f.startswith(_TEMPORARY)]
-            return sorted(path.as_posix() for path in found)
+                paths += [Path(folder, f).relative_to(self._root) for f in files if not f.startswith(_TEMPORARY)]
+            return sorted(path.as_posix() for path in paths)
 
     def remove(self, name: str) -> None:
         """Remove `name` if it is there, and folders that this leaves empty."""
-        with self._named_errors(name):
+        with self._map_errors(name):
             path = self._root / name
             path.unlink(missing_ok=True)
             for parent in path.parents:
-                if parent == self._root or not _removed_if_empty(parent):
+                if parent == self._root or not _remove_if_empty(parent):
                     return
 
     def sweep(self, older_than_seconds: float = DAY) -> None:
         """Remove what dead writers left under temporary names, whatever its age: nobody else may write meanwhile."""
-        with self._named_errors(""):
+        with self._map_errors(""):
             for leftover in self._root.rglob(f"{_TEMPORARY}*"):
                 leftover.unlink(missing_ok=True)
 
     @contextmanager
-    def _written(self, path: Path, write: Callable[[BinaryIO], object]) -> Iterator[str]:
+    def _temporary_file(self, path: Path, write: Callable[[BinaryIO], object]) -> Iterator[str]:
         """A flushed temporary file beside `path`, gone afterwards."""
         temporary = str(path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}")
         try:
-            with _opened(temporary, path.parent) as file:
+            with _open_new(temporary, path.parent) as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -118,19 +118,19 @@ class Folder:
             Path(temporary).unlink(missing_ok=True)
 
     @contextmanager
-    def _named_errors(self, name: str) -> Iterator[None]:
+    def _map_errors(self, name: str) -> Iterator[None]:
         try:
             yield
         except FileNotFoundError as error:
             raise NotFound(f"{self.where(name)} does not exist") from error
         except OSError as error:
-            said = f"{self.where(name)}: {error.strerror or error}. Nothing is half-written; what was there before is"
-            if error.errno in _PASSING:
-                raise Unavailable(f"{said} intact. Make room or repair the disk, then start again.") from error
-            raise Rejected(f"{said} intact. Correct the rights, or choose another folder.") from error
+            text = f"{self.where(name)}: {error.strerror or error}. Nothing is half-written; what was there before is"
+            if error.errno in _TRANSIENT_ERRNOS:
+                raise Unavailable(f"{text} intact. Make room or repair the disk, then start again.") from error
+            raise Rejected(f"{text} intact. Correct the rights, or choose another folder.") from error
 
 
-_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE)
+_TRANSIENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE)
 
 
 def _raise_unless_missing(error: OSError) -> None:
@@ -139,26 +139,26 @@ def _raise_unless_missing(error: OSError) -> None:
         raise error
 
 
-def _opened(path: str, folder: Path) -> BinaryIO:
+def _open_new(path: str, folder: Path) -> BinaryIO:
     """A new file, with the rights that the umask gives: others may have to read it."""
     for _ in range(_ATTEMPTS):
-        _make(folder)
+        _make_folder(folder)
         with suppress(FileNotFoundError):  # a removal beside this found the folder empty
             return open(path, "xb")
     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
 
-def _make(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     """With its parents, each of which survives a power cut."""
     if folder.is_dir():
         return
-    _make(folder.parent)
+    _make_folder(folder.parent)
     with suppress(FileExistsError, FileNotFoundError):  # made, or its parent removed, by another: `_opened` will see
         folder.mkdir()
         _flush_folder(folder.parent)
 
 
-def _removed_if_empty(folder: Path) -> bool:
+def _remove_if_empty(folder: Path) -> bool:
     try:
         folder.rmdir()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Where a command is to write on this machine: refused before its work, not after."""
+"""Checks of the places that a command is to write to on this machine: before its work, not after."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def check_folder(out: Path | None, option: str = "--out") -> None:
 
 def _check_path(out: Path, option: str) -> None:
     """Raise UserError for an address (a Path has one slash where that had two), and for a name that no disk takes."""
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(out))
-    if found:
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(out))
+    if scheme:
         raise UserError(
-            f"{option}: found an address of {found[1]}://, but this is written on this machine. Name a path, and copy "
+            f"{option}: found an address of {scheme[1]}://, but this is written on this machine. Name a path, and copy "
             "what is written there."
         )
     try:

@@ -46,20 +46,20 @@ class RetryState:
 
     def __init__(self, what: str, patience: Patience, say: Say) -> None:
         self._what, self._patience, self._say = what, patience, say
-        self._chance = random.Random()  # of its own: the global state belongs to experiments
-        self._said = -_SAY_EVERY_SECONDS
+        self._jitter = random.Random()  # of its own: the global state belongs to experiments
+        self._last_report = -_SAY_EVERY_SECONDS
         self._tries = 0
         self.progressed()
 
     def progressed(self) -> None:
         """Something arrived: patience begins afresh."""
-        self._failed = 0
+        self._failures = 0
         self._since = time.monotonic()
 
-    def failed(self, error: Unavailable) -> None:
+    def pause_or_give_up(self, error: Unavailable) -> None:
         """Pause before the next try. Raises Unavailable when patience ends: the last error, how long, how often."""
         self._tries += 1
-        self._failed += 1
+        self._failures += 1
         now = time.monotonic()
         left = self._since + self._patience.seconds - now
         if left <= 0:
@@ -68,11 +68,11 @@ class RetryState:
             times = f"{self._tries} tries" if self._tries > 1 else "one try"
             ended = f"{error} Given up on {self._what} after {times} and {now - self._since:.0f} s without progress."
             raise Unavailable(ended) from error
-        if now - self._said >= _SAY_EVERY_SECONDS:
-            self._said = now
+        if now - self._last_report >= _SAY_EVERY_SECONDS:
+            self._last_report = now
             self._say(f"{error} Trying again for {left:.0f} s.")
-        pause = min(self._patience.most, self._patience.first * 2.0 ** min(self._failed - 1, 30))
-        time.sleep(min(left, pause * self._chance.uniform(0.5, 1.0)))
+        pause = min(self._patience.most, self._patience.first * 2.0 ** min(self._failures - 1, 30))
+        time.sleep(min(left, pause * self._jitter.uniform(0.5, 1.0)))
 
 
 def with_retries(work: Callable[[], T], what: str, patience: Patience, say: Say) -> T:
@@ -85,7 +85,7 @@ def with_retries(work: Callable[[], T], what: str, patience: Patience, say: Say)
         try:
             return work()
         except Unavailable as error:
-            tries.failed(error)
+            tries.pause_or_give_up(error)
 
 
 def download(store: Store, name: str, path: Path, size: int, *, patience: Patience, say: Say) -> None:
@@ -95,31 +95,31 @@ def download(store: Store, name: str, path: Path, size: int, *, patience: Patien
     Rejected where the file is longer than `size`, or where the store's object has another size (the bytes that lie
     there are then removed); Unavailable at the end of patience; OSError where `path` cannot be written.
     """
-    held = path.stat().st_size if path.exists() else 0
-    if held > size:
-        raise Rejected(f"{path} has {held} bytes, but {store.where(name)} should have {size}. Remove {path}.")
+    size_so_far = path.stat().st_size if path.exists() else 0
+    if size_so_far > size:
+        raise Rejected(f"{path} has {size_so_far} bytes, but {store.where(name)} should have {size}. Remove {path}.")
     tries = RetryState(f"bringing {store.where(name)}", patience, say)
     with path.open("ab") as file:
-        while held < size:
+        while size_so_far < size:
             try:
-                for block in store.read(name, held):
-                    if held + len(block) > size:
+                for block in store.read(name, size_so_far):
+                    if size_so_far + len(block) > size:
                         _check_size(store, name, path, size)
-                    held += file.write(block)
+                    size_so_far += file.write(block)
                     tries.progressed()
-                if held < size:
+                if size_so_far < size:
                     _check_size(store, name, path, size)
             except Unavailable as error:
-                tries.failed(error)
+                tries.pause_or_give_up(error)
 
 
 def _check_size(store: Store, name: str, path: Path, size: int) -> NoReturn:
     """Raises Rejected, always, and removes what was brought: it belongs to another object."""
-    found = store.size(name)
+    actual = store.size(name)
     path.unlink(missing_ok=True)
-    if found == size:
+    if actual == size:
         raise Rejected(f"{store.where(name)} changed while it was read. Start again.")
     raise Rejected(
-        f"{store.where(name)} has {found} bytes where its manifest or commit says {size}. It was replaced, or its "
+        f"{store.where(name)} has {actual} bytes where its manifest or commit says {size}. It was replaced, or its "
         "upload was damaged: build or copy it again."
     )

@@ -21,7 +21,7 @@ from mirl_dist.storage import s3_errors as wire
 from mirl_dist.storage.base import NotFound, Options, Rejected, StorageError, Unavailable
 from mirl_dist.storage.retry import Patience, RetryState, Say, to_stderr
 from mirl_dist.storage.s3_client import S3Client
-from mirl_dist.storage.s3_errors import CHECK_SERVER, AccessDenied, AlreadyExists, RangePastEnd, named_errors
+from mirl_dist.storage.s3_errors import CHECK_SERVER, AccessDenied, AlreadyExists, RangePastEnd, map_errors
 
 _BLOCK = 1 << 16  # what a broken connection loses at most
 
@@ -43,18 +43,18 @@ class S3Store:
         connect_seconds: float = 10.0,
         read_seconds: float = 30.0,
     ) -> None:
-        connect = partial(_connected, options.endpoint, connect_seconds, read_seconds)
-        self._requests = S3Client(*wire.address(url), connect, patience or Patience(options.patience_seconds), say)
-        self._write, self._warned = wire.encryption_arguments(options)
+        connect = partial(_connect, options.endpoint, connect_seconds, read_seconds)
+        self._client = S3Client(*wire.parse_address(url), connect, patience or Patience(options.patience_seconds), say)
+        self._write_rights, self._encryption = wire.encryption_arguments(options)
 
     def where(self, name: str = "") -> str:
         """The place for people and messages."""
-        return self._requests.where(name)
+        return self._client.where(name)
 
     def put(self, name: str, data: bytes) -> None:
         """Write `name`, in parts where it is long, complete or not at all; replaces what was there."""
         if len(data) <= s3_multipart.PART_BYTES:
-            self._requests.send("put_object", name, self._write, data, self._warned)
+            self._client.send("put_object", name, self._write_rights, data, self._encryption)
         else:
             whole = memoryview(data)
             self._put_parts(name, len(data), lambda begin, end: whole[begin:end])
@@ -66,7 +66,7 @@ class S3Store:
             if size <= s3_multipart.PART_BYTES:
                 self.put(name, path.read_bytes())
             else:
-                self._put_parts(name, size, partial(self._piece, name, path, size))
+                self._put_parts(name, size, partial(self._read_slice, name, path, size))
         except OSError as error:
             text = f"{path}: {error.strerror or error}. Nothing was written to {self.where(name)}; send it again."
             raise Rejected(text) from error
@@ -76,64 +76,66 @@ class S3Store:
 
         In one part, whatever its length: Ceph ignores the condition on others.
         """
-        mine = {**self._warned, **wire.writer_metadata()}
+        marked = {**self._encryption, **wire.writer_metadata()}
         try:
-            self._requests.send("put_object", name, self._write, data, {**mine, "IfNoneMatch": "*"})
+            self._client.send("put_object", name, self._write_rights, data, {**marked, "IfNoneMatch": "*"})
         except AlreadyExists:
-            found = s3_multipart.written_by(self._requests, name, mine)
-            if found is None:
+            written = s3_multipart.find_own_write(self._client, name, marked)
+            if written is None:
                 return False
-            if not wire.is_same_content(found, wire.body(data)):  # it was damaged on its way, and is this call's
-                self._requests.send("put_object", name, self._write, data, mine)
+            if not wire.is_same_content(
+                written, wire.body_arguments(data)
+            ):  # it was damaged on its way, and is this call's
+                self._client.send("put_object", name, self._write_rights, data, marked)
         return True
 
     def get(self, name: str) -> bytes:
         """The whole of `name`; a transfer that broke goes on, unless another version lies there by then."""
-        tries = RetryState(f"reading {self.where(name)}", self._requests.patience, self._requests.say)
-        held, version = bytearray(), ""
+        tries = RetryState(f"reading {self.where(name)}", self._client.patience, self._client.say)
+        content, version = bytearray(), ""
         while True:
             try:
-                found, blocks = self._open(name, len(held))
-                if found != version:
-                    if held:
-                        found, blocks = self._open(name, 0)
-                    held, version = bytearray(), found
+                tag, blocks = self._open_body(name, len(content))
+                if tag != version:
+                    if content:
+                        tag, blocks = self._open_body(name, 0)
+                    content, version = bytearray(), tag
                 for block in blocks:
-                    held += block
+                    content += block
                     tries.progressed()
-                return bytes(held)
+                return bytes(content)
             except Unavailable as error:
-                tries.failed(error)
+                tries.pause_or_give_up(error)
 
     def size(self, name: str) -> int:
         """Bytes."""
-        return self._length(name, self._requests.head(name))
+        return self._content_length(name, self._client.head(name))
 
     def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
         """The bytes from `offset` to the end, in blocks. Raises Unavailable wherever the transfer breaks, at once."""
-        yield from self._open(name, offset)[1]
+        yield from self._open_body(name, offset)[1]
 
     def exists(self, name: str) -> bool:
         try:
-            self._requests.head(name)
+            self._client.head(name)
         except NotFound:
             return False
         return True
 
     def list(self, prefix: str) -> list[str]:
         """Complete names below `prefix` (a folder name, or '' for all), sorted."""
-        below = self._requests.key(prefix).rstrip("/")
+        below = self._client.key(prefix).rstrip("/")
         below = f"{below}/" if below else ""
-        cut = len(self._requests.key(""))
+        cut = len(self._client.key(""))
         following = {"ContinuationToken": "NextContinuationToken"}
-        pages = self._requests.pages(prefix, wire.LIST, "list_objects_v2", below, following)
-        keys = [found["Key"] for page in pages for found in page.get("Contents", ())]
+        pages = self._client.pages(prefix, wire.LIST, "list_objects_v2", below, following)
+        keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
         return sorted(key[cut:] for key in keys if not key.endswith("/"))  # consoles make 'folders' of such names
 
     def now(self) -> datetime | None:
         """What the server's clock says; None where it does not tell. Asks for a list of at most one name."""
-        below = {"Prefix": self._requests.key(""), "MaxKeys": 1}
-        ask = self._requests.call
+        below = {"Prefix": self._client.key(""), "MaxKeys": 1}
+        ask = self._client.call
         answer = ask("", wire.LIST, lambda s3, at: s3.list_objects_v2(Bucket=at["Bucket"], **below))
         date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
         return parsedate_to_datetime(date) if date else None
@@ -141,7 +143,7 @@ class S3Store:
     def remove(self, name: str) -> None:
         """Remove `name` if it is there."""
         with suppress(NotFound):
-            self._requests.call(name, wire.REMOVE, lambda s3, at: s3.delete_object(**at))
+            self._client.call(name, wire.REMOVE, lambda s3, at: s3.delete_object(**at))
 
     def sweep(self, older_than_seconds: float = base.DAY) -> None:
         """Abort uploads in parts below the prefix that began longer ago than that, by the server's clock; 0: all.
@@ -150,20 +152,20 @@ class S3Store:
         """
         refused: StorageError | None = None
         try:
-            for key, upload in self._stale(timedelta(seconds=older_than_seconds)):
-                refused = s3_multipart.abort(self._requests, key, upload) or refused
+            for key, upload in self._stale_uploads(timedelta(seconds=older_than_seconds)):
+                refused = s3_multipart.abort(self._client, key, upload) or refused
         except AccessDenied as error:
             refused = error
         if isinstance(refused, AccessDenied):
-            self._requests.say(f"warning: {refused} Until then uploads that died stay there, and take room.")
+            self._client.say(f"warning: {refused} Until then uploads that died stay there, and take room.")
 
     # -- requests -----------------------------------------------------------------------------------------------
 
-    def _stale(self, age: timedelta) -> Iterator[tuple[str, str]]:
+    def _stale_uploads(self, age: timedelta) -> Iterator[tuple[str, str]]:
         """Key and id of each upload in parts that began longer ago."""
-        below = self._requests.key("")
+        below = self._client.key("")
         following = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
-        for page in self._requests.pages("", wire.LIST_UPLOADS, "list_multipart_uploads", below, following):
+        for page in self._client.pages("", wire.LIST_UPLOADS, "list_multipart_uploads", below, following):
             date = page["ResponseMetadata"]["HTTPHeaders"].get("date")
             now = parsedate_to_datetime(date) if date else datetime.now(timezone.utc)
             for upload in page.get("Uploads", ()):
@@ -171,31 +173,31 @@ class S3Store:
                 if upload["Key"].startswith(below) and (not age or now - began > age):
                     yield upload["Key"], upload["UploadId"]
 
-    def _open(self, name: str, offset: int) -> tuple[str, Iterator[bytes]]:
+    def _open_body(self, name: str, offset: int) -> tuple[str, Iterator[bytes]]:
         """The version that lies there, and its bytes from `offset`; none where it ends before."""
         span = {"Range": f"bytes={offset}-"} if offset else {}
         once = Patience(0)
         try:
-            answer = self._requests.call(name, wire.READ, lambda s3, at: s3.get_object(**at, **span), patience=once)
+            answer = self._client.call(name, wire.READ, lambda s3, at: s3.get_object(**at, **span), patience=once)
         except RangePastEnd:
             return "", iter(())
-        return str(answer.get("ETag", "")), self._blocks(name, offset, answer)
+        return str(answer.get("ETag", "")), self._read_body(name, offset, answer)
 
-    def _length(self, name: str, answer: Mapping[str, Any]) -> int:
+    def _content_length(self, name: str, answer: Mapping[str, Any]) -> int:
         if "ContentLength" not in answer:
             raise Unavailable(
                 f"{self.where(name)}: the server does not say how long it is, or was cut off. {CHECK_SERVER}"
             )
         return int(answer["ContentLength"])
 
-    def _blocks(self, name: str, offset: int, answer: Any) -> Iterator[bytes]:
+    def _read_body(self, name: str, offset: int, answer: Any) -> Iterator[bytes]:
         """A body that ends early, or begins elsewhere, is never taken for the whole."""
-        wanted = self._length(name, answer)
+        wanted = self._content_length(name, answer)
         if offset and not str(answer.get("ContentRange", "")).startswith(f"bytes {offset}-"):
             raise Unavailable(f"{self.where(name)}: the server sends another range, or was cut off. {CHECK_SERVER}")
         body = answer["Body"]
         try:
-            with named_errors(self.where(name), wire.READ):
+            with map_errors(self.where(name), wire.READ):
                 while block := body.read(_BLOCK):
                     wanted -= len(block)
                     yield block
@@ -205,9 +207,9 @@ class S3Store:
             body.close()
 
     def _put_parts(self, name: str, size: int, piece: Callable[[int, int], memoryview]) -> None:
-        s3_multipart.put_parts(self._requests, name, size, piece, self._write, self._warned)
+        s3_multipart.put_parts(self._client, name, size, piece, self._write_rights, self._encryption)
 
-    def _piece(self, name: str, path: Path, size: int, begin: int, end: int) -> memoryview:
+    def _read_slice(self, name: str, path: Path, size: int, begin: int, end: int) -> memoryview:
         """Some bytes of a file that must not change meanwhile."""
         with path.open("rb") as file:
             file.seek(begin)
@@ -217,7 +219,7 @@ class S3Store:
         return memoryview(data)
 
 
-def _connected(at: str | None, connect_seconds: float, read_seconds: float) -> Any:
+def _connect(at: str | None, connect_seconds: float, read_seconds: float) -> Any:
     """A client of the server `at`, or of the one that the environment names; it tries once: more is patience's.
 
     Raises Rejected for an endpoint that is none.
@@ -225,7 +227,7 @@ def _connected(at: str | None, connect_seconds: float, read_seconds: float) -> A
     import boto3.session
     from botocore.config import Config
 
-    def made(**more: Any) -> Any:
+    def create_client(**more: Any) -> Any:
         config = Config(
             connect_timeout=connect_seconds,
             read_timeout=read_seconds,
@@ -238,7 +240,7 @@ def _connected(at: str | None, connect_seconds: float, read_seconds: float) -> A
 
     session = boto3.session.Session()
     try:
-        client = made()
+        client = create_client()
         endpoint = urlsplit(client.meta.endpoint_url)
         if endpoint.username is not None:
             raise ValueError
@@ -252,4 +254,4 @@ def _connected(at: str | None, connect_seconds: float, read_seconds: float) -> A
         return client
     # Other servers: few give each bucket a host name, and older ones store the newer checksums' framing as data.
     only = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
-    return made(s3={"addressing_style": "path"}, **only)
+    return create_client(s3={"addressing_style": "path"}, **only)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from mirl_dist.storage import s3_errors as wire
 from mirl_dist.storage.base import NotFound, Unavailable
 from mirl_dist.storage.retry import Patience, Say, with_retries
-from mirl_dist.storage.s3_errors import CHECK_SERVER, BareNotFound, RequiredRights, named_errors
+from mirl_dist.storage.s3_errors import CHECK_SERVER, BareNotFound, RequiredRights, map_errors
 
 T = TypeVar("T")
 
@@ -37,11 +37,11 @@ class S3Client:
 
     def client(self) -> Any:
         """This process's client; a fork must not share sockets with its parent."""
-        mine = os.getpid()
-        with self._locks.setdefault(mine, threading.Lock()):
-            if mine not in self._clients:
-                self._clients[mine] = self._connect()
-        return self._clients[mine]
+        pid = os.getpid()
+        with self._locks.setdefault(pid, threading.Lock()):
+            if pid not in self._clients:
+                self._clients[pid] = self._connect()
+        return self._clients[pid]
 
     def call(
         self,
@@ -56,7 +56,7 @@ class S3Client:
 
         def once() -> T:
             try:
-                with named_errors(self.where(name), needs):
+                with map_errors(self.where(name), needs):
                     return work(self.client(), at)
             except BareNotFound as error:
                 self._explain_not_found(name)
@@ -74,7 +74,7 @@ class S3Client:
         """Send a body; the ETag of what the server holds, which is sent again where it is not what was sent."""
 
         def once(s3: Any, at: dict[str, str]) -> str:
-            body = wire.body(data)
+            body = wire.body_arguments(data)
             answer = getattr(s3, operation)(**at, **given, **body)
             if not wire.is_same_content(answer, body):
                 raise wire.damaged_error(self.where(name))
@@ -99,10 +99,10 @@ class S3Client:
             yield page
             if not page["IsTruncated"]:
                 return
-            goes_on = {ask: page[said] for ask, said in following.items() if page.get(said)}
-            if goes_on.items() <= asked.items():
+            next_page = {ask: page[key] for ask, key in following.items() if page.get(key)}
+            if next_page.items() <= asked.items():
                 raise Unavailable(f"{self.where(name)}: the server's listing does not go on. {CHECK_SERVER}")
-            asked.update(goes_on)
+            asked.update(next_page)
 
     def head(self, name: str) -> Any:
         """What the server says of `name`."""
@@ -114,7 +114,7 @@ class S3Client:
         Raises Rejected where it has not, and Unavailable where something else answers.
         """
         try:
-            with named_errors(self.where(name), wire.LIST):
+            with map_errors(self.where(name), wire.LIST):
                 self.client().list_objects_v2(Bucket=self.bucket, Prefix=self.key(""), MaxKeys=1)
         except BareNotFound:
             text = f"{self.where(name)}: what answers is no S3 server (HTTP 404 for the bucket, without a reason)."

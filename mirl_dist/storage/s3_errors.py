@@ -1,4 +1,4 @@
-"""What goes over the wire to S3 and what comes back: addresses, bodies, and what boto3's errors mean.
+"""Requests to S3 and their errors: addresses, arguments, and what each of boto3's errors means for a store.
 
 No text of a server or of botocore is repeated, since it may hold a key: only codes, kinds and hosts.
 """
@@ -99,15 +99,15 @@ _REMEDIES = {
 }
 
 
-def address(url: str) -> tuple[str, str]:
+def parse_address(url: str) -> tuple[str, str]:
     """Bucket and prefix of an `s3://` address. Raises Rejected for any other text, which is not repeated."""
-    found = re.fullmatch(r"s3://([A-Za-z0-9._-]{3,255})(/[^?#]*)?", url)
-    if found is None:
+    match = re.fullmatch(r"s3://([A-Za-z0-9._-]{3,255})(/[^?#]*)?", url)
+    if match is None:
         raise Rejected(
             "An address of S3 is s3://bucket/prefix, without '?', '#' or keys; this one is not. Credentials belong in "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile, the server in AWS_ENDPOINT_URL_S3."
         )
-    return found[1], (found[2] or "").strip("/")
+    return match[1], (match[2] or "").strip("/")
 
 
 def writer_metadata() -> dict[str, Any]:
@@ -130,12 +130,12 @@ class _MemoryFile:
         return self._at
 
     def read(self, size: int = -1) -> memoryview:
-        found = self._data[self._at : None if size < 0 else self._at + size]
-        self._at += len(found)
-        return found
+        piece = self._data[self._at : None if size < 0 else self._at + size]
+        self._at += len(piece)
+        return piece
 
 
-def body(data: bytes | memoryview) -> dict[str, Any]:
+def body_arguments(data: bytes | memoryview) -> dict[str, Any]:
     """With the digest that all S3 servers know, for them to refuse what was damaged on its way."""
     digest = hashlib.md5(data, usedforsecurity=False).digest()
     sent = _MemoryFile(data) if isinstance(data, memoryview) else data
@@ -152,23 +152,23 @@ def is_same_content(answer: Mapping[str, Any], sent: Mapping[str, Any]) -> bool:
 
 def encryption_arguments(options: Options) -> tuple[RequiredRights, dict[str, str]]:
     """The rights that a write needs, and what it is to say of encryption."""
-    told = {"ServerSideEncryption": options.encryption, "SSEKMSKeyId": options.kms_key}
+    arguments = {"ServerSideEncryption": options.encryption, "SSEKMSKeyId": options.kms_key}
     needs = WRITE_WITH_KEY if options.encryption == "aws:kms" else WRITE
-    return needs, {name: value for name, value in told.items() if value is not None}
+    return needs, {name: value for name, value in arguments.items() if value is not None}
 
 
-def missing_bucket_error(where: str) -> str:
-    return f"{where}: the bucket does not exist. Create it, or correct its name and the endpoint."
+def missing_bucket_error(location: str) -> str:
+    return f"{location}: the bucket does not exist. Create it, or correct its name and the endpoint."
 
 
-def damaged_error(where: str) -> Unavailable:
+def damaged_error(location: str) -> Unavailable:
     return Unavailable(
-        f"{where}: what the server holds is not what was sent: it was damaged on its way. {CHECK_SERVER}"
+        f"{location}: what the server holds is not what was sent: it was damaged on its way. {CHECK_SERVER}"
     )
 
 
 @contextmanager
-def named_errors(where: str, needs: RequiredRights) -> Iterator[None]:
+def map_errors(location: str, needs: RequiredRights) -> Iterator[None]:
     """Whatever boto3 raises inside, as one of the three errors of a store. `needs`: the rights, for a refusal."""
     from botocore import exceptions as known
     from botocore.parsers import ResponseParserError
@@ -188,65 +188,66 @@ def named_errors(where: str, needs: RequiredRights) -> Iterator[None]:
     try:
         yield
     except known.ClientError as error:
-        raise _error_of_response(where, needs, error.response) from error
+        raise _error_of_response(location, needs, error.response) from error
     except RecursionError as error:  # botocore asks a server that only redirects for its region, without end
-        raise Rejected(f"{where}: the server redirects without saying where to. {_REGION}") from error
+        raise Rejected(f"{location}: the server redirects without saying where to. {_REGION}") from error
     except known.SSLError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            text = f"{where}: {_host(error)} shows a certificate that is not trusted."
+            text = f"{location}: {_host_of_error(error)} shows a certificate that is not trusted."
             raise Rejected(f"{text} Set AWS_CA_BUNDLE to its authority's.") from error
-        raise Unavailable(_connection_error(where, error)) from error
+        raise Unavailable(_connection_error(location, error)) from error
     except passing as error:
-        raise Unavailable(_connection_error(where, error)) from error
+        raise Unavailable(_connection_error(location, error)) from error
     except no_keys as error:
-        text = f"{where}: no usable credentials were found."
+        text = f"{location}: no usable credentials were found."
         raise Rejected(f"{text} Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.") from error
     except known.BotoCoreError as error:
-        text = f"{where}: {type(error).__name__}. Correct the address, or the AWS settings of this machine."
+        text = f"{location}: {type(error).__name__}. Correct the address, or the AWS settings of this machine."
         raise Rejected(text) from error
 
 
-def _error_of_response(where: str, needs: RequiredRights, answer: dict[str, Any]) -> StorageError:
+def _error_of_response(location: str, needs: RequiredRights, answer: dict[str, Any]) -> StorageError:
     """The error that an answer of a server means, from its code and its HTTP status alone."""
     status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
     code = str(answer.get("Error", {}).get("Code", ""))
     code = code if re.fullmatch(r"[\w.]{1,60}", code) else "no code"
-    said = f"{where}: the server answered {code}" + (f" (HTTP {status})" if str(status) != code else "")
+    text = f"{location}: the server answered {code}" + (f" (HTTP {status})" if str(status) != code else "")
     if code.removeprefix("KMS.") in _TRANSIENT_CODES or status == 429 or (status >= 500 and status != 501):
-        return Unavailable(f"{said}. {_REMEDIES.get(code, CHECK_SERVER)}")
+        return Unavailable(f"{text}. {_REMEDIES.get(code, CHECK_SERVER)}")
     if code.startswith("KMS."):
-        return Rejected(f"{said}. Check the encryption's key (store.kms_key) and the right to use it.")
+        return Rejected(f"{text}. Check the encryption's key (store.kms_key) and the right to use it.")
     if status in (401, 403) and code not in _REMEDIES:
         rights = f"This needs the right {needs.rights} on {needs.on}."
-        return AccessDenied(f"{said}. {rights} Grant it to these credentials, or use others.")
+        return AccessDenied(f"{text}. {rights} Grant it to these credentials, or use others.")
     if code in _ERROR_TYPES:
-        return _ERROR_TYPES[code](f"{where}: {code}")
+        return _ERROR_TYPES[code](f"{location}: {code}")
     if code == "NoSuchBucket":
-        return Rejected(missing_bucket_error(where))
+        return Rejected(missing_bucket_error(location))
     if code == "NoSuchKey":
-        return NotFound(f"{where} does not exist")
+        return NotFound(f"{location} does not exist")
     if status == 404 and code in ("404", "no code"):
-        return BareNotFound(f"{where} does not exist")
+        return BareNotFound(f"{location} does not exist")
     if 300 <= status < 400:
-        return Rejected(f"{said}. {_REGION}")
+        return Rejected(f"{text}. {_REGION}")
     if status in (405, 501):
-        return AccessDenied(f"{said}. It cannot do this: use another, or leave out store.encryption if it is set.")
-    return Rejected(f"{said}. {_REMEDIES.get(code, 'Check the endpoint, the bucket and the credentials.')}")
+        return AccessDenied(f"{text}. It cannot do this: use another, or leave out store.encryption if it is set.")
+    return Rejected(f"{text}. {_REMEDIES.get(code, 'Check the endpoint, the bucket and the credentials.')}")
 
 
-_IN_WORDS = {
+_CONNECTION_FAILURES = {
     "ConnectTimeoutError": "does not answer",
     "EndpointConnectionError": "cannot be reached",
     "ReadTimeoutError": "fell silent",
 }
 
 
-def _connection_error(where: str, error: Exception) -> str:
+def _connection_error(location: str, error: Exception) -> str:
     kind = type(error).__name__
-    return f"{where}: {_host(error)} {_IN_WORDS.get(kind, f'broke the transfer ({kind})')}. {CHECK_SERVER}"
+    failure = _CONNECTION_FAILURES.get(kind, f"broke the transfer ({kind})")
+    return f"{location}: {_host_of_error(error)} {failure}. {CHECK_SERVER}"
 
 
-def _host(error: Exception) -> str:
+def _host_of_error(error: Exception) -> str:
     """The machine that an error speaks of, without path and credentials."""
     url = getattr(error, "kwargs", {}).get("endpoint_url")
     if not url:

@@ -45,11 +45,11 @@ def put_parts(
     try:
         with ThreadPoolExecutor(_CONCURRENT_PARTS) as pool:
             parts = list(pool.map(send, range(1, math.ceil(size / step) + 1)))
-        told = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
+        completion = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
         try:
-            requests.call(name, needs, lambda s3, at: s3.complete_multipart_upload(**at, **told))
+            requests.call(name, needs, lambda s3, at: s3.complete_multipart_upload(**at, **completion))
         except NoSuchUpload:  # completed by an earlier try whose answer got lost, or aborted
-            if written_by(requests, name, marked) is None:
+            if find_own_write(requests, name, marked) is None:
                 raise Unavailable(
                     f"{requests.where(name)}: the upload was aborted by another. Send it again."
                 ) from None
@@ -59,13 +59,13 @@ def put_parts(
             abort(requests, requests.key(name), upload)
 
 
-def written_by(requests: S3Client, name: str, mark: Mapping[str, Any]) -> dict[str, Any] | None:
+def find_own_write(requests: S3Client, name: str, mark: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the server says of `name`, if the write of this `mark` made it: its answer may have got lost."""
     try:
-        found: dict[str, Any] = requests.head(name)
+        head: dict[str, Any] = requests.head(name)
     except NotFound:
         return None
-    return found if found.get("Metadata") == mark["Metadata"] else None
+    return head if head.get("Metadata") == mark["Metadata"] else None
 
 
 def abort(requests: S3Client, key: str, upload: str) -> StorageError | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mirl_dist import __version__
-from mirl_dist.config import schema
+from mirl_dist.config import schema_training
 from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import journal_folder
 from mirl_dist.distributed.engines.base import MakeOptimiser
@@ -51,7 +51,7 @@ def join_ranks(config: Config, stop: StopSignal) -> Ranks:
     return ranks
 
 
-def optimiser_of(section: schema.OptimiserSection) -> MakeOptimiser:
+def optimiser_of(section: schema_training.OptimiserSection) -> MakeOptimiser:
     """A maker of fresh optimisers over named parameters."""
 
     def make(parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -67,7 +67,7 @@ def optimiser_of(section: schema.OptimiserSection) -> MakeOptimiser:
     return make
 
 
-def prune_config_of(section: schema.PruneSection, seed: int) -> PruneConfig:
+def prune_config_of(section: schema_training.PruneSection, seed: int) -> PruneConfig:
     """How rounds are pruned."""
     return PruneConfig(
         section.fraction,
@@ -89,7 +89,7 @@ def lottery_of(config: Config, steps_per_epoch: int) -> LotteryConfig:
     )
 
 
-def eval_settings_of(section: schema.EvaluateSection) -> EvalSettings:
+def eval_settings_of(section: schema_training.EvaluateSection) -> EvalSettings:
     """How images are restored and scored."""
     return EvalSettings(
         tuple(PROTOCOLS[name] for name in section.protocols),

@@ -26,7 +26,7 @@ from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import Stopped, UserError
 from mirl_dist.evaluation.evaluate import EvalJob, assign_jobs, first_images
-from mirl_dist.observability.console import rank_here, warn
+from mirl_dist.observability.console import rank_label, warn
 from mirl_dist.observability.progress import Bars
 from mirl_dist.storage import Folder
 from mirl_dist.storage.retry import Patience
@@ -49,7 +49,7 @@ class RunInputs(NamedTuple):
 def open_inputs(config: Config, plan: RunPlan, ranks: Ranks, stop: StopSignal) -> RunInputs:
     """Open what a run reads and check it. Raises UserError, on every rank, for damage and for a cache too small;
     Stopped, on every rank, when any was asked to stop meanwhile."""
-    pool = shard_pool_of(config, plan.shards, rank_here(ranks.rank), stop)
+    pool = shard_pool_of(config, plan.shards, rank_label(ranks.rank), stop)
     loader = train_loader_of(config, pool, plan.sampler, plan.batch_split, ranks)
     look_ahead = evaluation_looks_ahead(pool, plan.jobs, ranks)
     check_damage(pool, plan.jobs, ranks, config.data.damage)

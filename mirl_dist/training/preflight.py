@@ -10,7 +10,7 @@ import torch
 
 from mirl_dist import models
 from mirl_dist.config.config import Config, differences, from_dump
-from mirl_dist.config.schema import EvaluateSection
+from mirl_dist.config.schema_training import EvaluateSection
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.sampler import BatchSplit, GlobalSampler, ranks_in_words, split_batch
 from mirl_dist.data.shards import Shards

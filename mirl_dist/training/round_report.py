@@ -12,7 +12,7 @@ from torch import Tensor
 from mirl_dist.config.config import Config
 from mirl_dist.data.image_strip import rows, strip
 from mirl_dist.errors import UserError
-from mirl_dist.observability.mlflow.records import flat
+from mirl_dist.observability.mlflow.records import flatten
 from mirl_dist.observability.mlflow.tracker import Tracker
 from mirl_dist.observability.progress import say
 from mirl_dist.pruning import masks as masking
@@ -129,6 +129,6 @@ def params_of(config: Config) -> dict[str, object]:
 def tags_of(config: Config) -> dict[str, str]:
     """The tags of a run: what it is searched and compared by, and as `config.<key>` all that changes the numbers and
     is not as published. The whole config is run.json, among the run's files."""
-    changed = {f"config.{key}": text for key, text in flat(config.experiment_keys()).items()}
+    changed = {f"config.{key}": text for key, text in flatten(config.experiment_keys()).items()}
     own = changed | comparison_keys(config) | {"method": config.method(), "fingerprint": config.fingerprint()}
     return config.tracking.tags | own

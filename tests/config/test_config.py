@@ -178,6 +178,50 @@ def test_unknown_keys_wrong_values_and_contradictions_come_in_one_message() -> N
         assert any(complaint.startswith(start) for complaint in found), start
 
 
+def test_all_inconsistencies_come_at_once_in_a_fixed_order() -> None:
+    complaints = said(
+        {
+            "run": {"folder": "https://host/run"},
+            "store": {"endpoint": "host:9000", "kms_key": "k"},
+            "ranks": {"timeout_seconds": 900},
+            "tracking": {"uri": "https://me:secret@host"},
+            "keep": {"rounds": "best"},
+            "batch": {"forward": 3},
+            "model": {"heads": [5, 2, 4, 8], "weights": "b"},
+            "start": {"ticket": "a"},
+            "schedule": {"horizon_epochs": 6},
+            "train": {"epochs": 10},
+            "evaluate": {"every_epochs": 10, "protocols": [], "tile_pixels": 64, "tile_overlap": 64},
+            "rewind": {"to": "step"},
+            "prune": {"style": "one_shot", "floor": 0.9, "per": "layer", "finetune_lr": 1e-4},
+            "data": {"mix": {}},
+        }
+    )
+    assert [line.split(" found ")[0] for line in complaints] == [
+        "data.mix:",
+        "prune.rounds:",
+        "prune.finetune_lr:",
+        "rewind.step:",
+        "rewind.to:",
+        "prune.floor:",
+        "evaluate.every_epochs:",
+        "prune.floor:",
+        "evaluate.tile_overlap:",
+        "evaluate.protocols:",
+        "model.weights:",
+        "schedule.warmup_epochs:",
+        "schedule.horizon_epochs:",
+        "model.heads[0]:",
+        "batch.forward:",
+        "keep.by:",
+        "tracking.uri:",
+        "run.folder:",
+        "store.endpoint:",
+        "ranks.timeout_seconds:",
+        "store.kms_key:",
+    ]
+
+
 def test_all_faults_of_a_mix_come_at_once() -> None:
     found = said({"data": {"mix": {"desmog": 1, "derain": {"heavy": 0.5}, "dehaze": {}}}})
     assert [line.split(";")[0] for line in found] == [
@@ -211,7 +255,7 @@ def test_shards_may_lie_at_any_address_that_is_no_nul() -> None:
     assert said({"data": {"shards": "a\0b"}})[0].startswith("run.folder, data.shards: found a NUL character")
 
 
-def test_a_password_in_the_tracking_address_is_refused_and_an_address_without_one_is_not() -> None:
+def test_a_tracking_address_with_a_password_is_refused_and_one_without_is_not() -> None:
     found = said({"tracking": {"uri": "https://me:secret@mlflow.example.org/x"}})
     assert found == ["tracking.uri: found '@' or '?', which may hold credentials; use MLFLOW_TRACKING_URI instead"]
     assert "secret" not in "".join(found)
@@ -310,7 +354,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 # -- fingerprint ------------------------------------------------------------------------------------------------
 
 # A value other than the default for every key, with the keys that it needs beside it.
-ASIDE: dict[str, Any] = {
+LOCAL: dict[str, Any] = {
     "store.endpoint": "http://127.0.0.1:9000",
     "store.encryption": "AES256",
     "store.kms_key": "alias/mine",
@@ -434,9 +478,9 @@ def keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
     return found
 
 
-def test_every_key_of_the_config_is_either_telling_or_aside() -> None:
-    assert sorted(keys(Config)) == sorted([*ASIDE, *TELLING, "model.name"]), "place a new key in one of the tables"
-    assert not ASIDE.keys() & TELLING.keys()
+def test_every_key_of_the_config_is_either_telling_or_local() -> None:
+    assert sorted(keys(Config)) == sorted([*LOCAL, *TELLING, "model.name"]), "place a new key in one of the tables"
+    assert not LOCAL.keys() & TELLING.keys()
 
 
 @pytest.mark.parametrize("key", TELLING)
@@ -450,9 +494,9 @@ def test_a_key_that_changes_the_numbers_changes_the_fingerprint(key: str) -> Non
     assert any(text.startswith(f"{key}: ") or text.startswith(f"{key}.") for text in differences(changed, without))
 
 
-@pytest.mark.parametrize("key", ASIDE)
-def test_a_key_that_is_aside_leaves_the_fingerprint(key: str) -> None:
-    changed = with_value(key, ASIDE[key])
+@pytest.mark.parametrize("key", LOCAL)
+def test_a_local_key_leaves_the_fingerprint(key: str) -> None:
+    changed = with_value(key, LOCAL[key])
     assert changed != Config()
     assert changed.fingerprint() == Config().fingerprint()
     assert differences(changed, Config()) == []
@@ -493,7 +537,7 @@ def test_differences_tell_both_values() -> None:
     assert found == ["prune.fraction: 0.3 here, 0.2 there", "run.seed: 0 here, 4 there"]
 
 
-def test_an_aside_mark_stands_only_where_the_table_says() -> None:
+def test_a_local_mark_stands_only_where_the_table_says() -> None:
     def marked(cls: type[BaseModel], prefix: str = "") -> list[str]:
         found = []
         for name, field in cls.model_fields.items():
@@ -504,7 +548,7 @@ def test_an_aside_mark_stands_only_where_the_table_says() -> None:
                 found.append(prefix + (field.alias or name))
         return found
 
-    assert sorted(marked(Config)) == sorted(ASIDE)
+    assert sorted(marked(Config)) == sorted(LOCAL)
 
 
 # -- what is kept -----------------------------------------------------------------------------------------------
@@ -518,9 +562,9 @@ def test_every_config_of_the_repository_loads_and_comes_back_from_its_dump(path:
     assert again.fingerprint() == found.fingerprint()
 
 
-@pytest.mark.parametrize("key", [*TELLING, *ASIDE])
+@pytest.mark.parametrize("key", [*TELLING, *LOCAL])
 def test_a_config_comes_back_from_its_dump(key: str) -> None:
-    found = with_value(key, (TELLING | ASIDE)[key])
+    found = with_value(key, (TELLING | LOCAL)[key])
     again = from_dump(found.dump(), "a dump")
     assert again == found
     assert again.fingerprint() == found.fingerprint()

@@ -15,7 +15,7 @@ from mirl_dist.data import parallel
 from mirl_dist.data.parallel import SINGLE_PROCESS, distributed_map
 from mirl_dist.distributed.hardware import processes
 from mirl_dist.errors import UserError
-from mirl_dist.observability.console import rank_here
+from mirl_dist.observability.console import rank_label
 
 T = TypeVar("T")
 
@@ -111,7 +111,7 @@ def test_a_fault_of_one_rank_is_raised_on_all_and_ends_their_work(monkeypatch: p
 
     ended, _ = together(2, work)
     assert [(str(error), error.everywhere) for error in ended if isinstance(error, UserError)] == [
-        (f"{rank_here(1)}: found this, here, do that.", True)
+        (f"{rank_label(1)}: found this, here, do that.", True)
     ] * 2
     assert len(done) < 500, "the other rank stopped soon"
 

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mirl_dist.config.config import EvaluateSection
-from mirl_dist.config.seeding import generator
+from mirl_dist.config.seeding import rng
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.degradations import degrade
 from mirl_dist.errors import UserError
@@ -90,7 +90,7 @@ def test_truncated_and_unquantised_noise_have_their_reference_values() -> None:
     assert int(truncated.sum()) == 1271014
     assert truncated.mean() - clean.mean() == pytest.approx(-1.1142578125, abs=1e-9)
     assert psnr(as_restored(truncated), as_restored(clean)) == pytest.approx(20.45593947301317, abs=1e-4)
-    free = degraded(PROTOCOLS["restormer"], NOISE_25, clean, generator("any"))
+    free = degraded(PROTOCOLS["restormer"], NOISE_25, clean, rng("any"))
     assert free.dtype == np.float32
     assert free.min() < 0 and free.max() > 1, "not clipped"
     square = np.mean((free.astype(np.float64) - clean / 255) ** 2)
@@ -100,19 +100,19 @@ def test_truncated_and_unquantised_noise_have_their_reference_values() -> None:
 def test_restormers_noise_is_that_of_seed_0_for_every_image_of_every_run() -> None:
     one, other = np.zeros((20, 24, 3), np.uint8), np.full((20, 24, 3), 100, np.uint8)
     restormer = PROTOCOLS["restormer"]
-    a = degraded(restormer, NOISE_25, one, generator("one"))
-    b = degraded(restormer, NOISE_25, other, generator("other"))
+    a = degraded(restormer, NOISE_25, one, rng("one"))
+    b = degraded(restormer, NOISE_25, other, rng("other"))
     assert np.abs(b - a - 100 / 255).max() < 1e-6
     np.random.seed(0)  # as the published script does it
     assert np.abs(a - np.random.normal(0, 25 / 255, one.shape)).max() < 1e-7
-    drawn = [degraded(restormer, Task.of("denoise_hard"), one, generator(word)).std() * 255 for word in "ab"]
+    drawn = [degraded(restormer, Task.of("denoise_hard"), one, rng(word)).std() * 255 for word in "ab"]
     assert drawn[0] != drawn[1] and all(47 < sigma < 73 for sigma in drawn), "the strength is drawn for each image"
 
 
 def test_mioirs_noise_is_the_published_draw_rounded() -> None:
     _, clean = vectors()
-    rounded = degraded(PROTOCOLS["mioir"], NOISE_25, clean, generator("a"))
-    cut = degraded(PROTOCOLS["promptir"], NOISE_25, clean, generator("a"))
+    rounded = degraded(PROTOCOLS["mioir"], NOISE_25, clean, rng("a"))
+    cut = degraded(PROTOCOLS["promptir"], NOISE_25, clean, rng("a"))
     assert rounded.dtype == cut.dtype == np.uint8
     step = rounded.astype(int) - cut
     assert set(np.unique(step)) == {0, 1}
@@ -124,8 +124,8 @@ def test_a_task_without_noise_is_degraded_alike_by_all_protocols(name: str) -> N
     _, clean = vectors()
     for word in ("deblur_easy", "superres_4", "enlighten_mild"):
         task = Task.of(word)
-        expected = degrade.degrade_for_test(task, clean, generator("a"))
-        assert np.array_equal(degraded(PROTOCOLS[name], task, clean, generator("a")), expected)
+        expected = degrade.degrade_for_test(task, clean, rng("a"))
+        assert np.array_equal(degraded(PROTOCOLS[name], task, clean, rng("a")), expected)
 
 
 def test_protocols_share_a_pass_where_crop_and_noise_are_the_same() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mirl_dist.observability.console import rank_here
+from mirl_dist.observability.console import rank_label
 
 
 def contents(out: Path) -> dict[str, str]:
@@ -96,7 +96,7 @@ def spoil(lab: Any, tmp_path: Path, how: str) -> Any:
 def test_a_fault_of_one_rank_while_writing_ends_all_and_the_build_goes_on_later(lab: Any, tmp_path: Path) -> None:
     ended = spoil(lab, tmp_path, "fault").wait()
     assert ended.codes == (2, 2), ended.said()
-    assert ended.err == f"mirl-dist: {rank_here(1)}: found a spoiled image, here, do that.\n"
+    assert ended.err == f"mirl-dist: {rank_label(1)}: found a spoiled image, here, do that.\n"
     assert not (tmp_path / "out/manifest.json").exists()
     arguments = ("shards", "build", str(lab.folder / "recipe.yaml"), "--workers", "1", "--out", str(tmp_path / "out"))
     again = lab.mirl(*arguments)
@@ -106,7 +106,7 @@ def test_a_fault_of_one_rank_while_writing_ends_all_and_the_build_goes_on_later(
 def test_an_unforeseen_error_of_one_rank_ends_the_others_too(lab: Any, tmp_path: Path) -> None:
     ended = spoil(lab, tmp_path, "error").wait()
     assert ended.codes == (1, 1), ended.said()
-    assert "ZeroDivisionError: unforeseen" in ended.err and f"{rank_here(0)}: another rank has gone" in ended.err
+    assert "ZeroDivisionError: unforeseen" in ended.err and f"{rank_label(0)}: another rank has gone" in ended.err
 
 
 def test_a_rank_that_is_killed_ends_the_others(lab: Any, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_rank_that_is_killed_ends_the_others(lab: Any, tmp_path: Path) -> None
     os.kill(started.pids[1], signal.SIGKILL)
     ended = started.wait()
     assert ended.codes == (1, -9), ended.said()
-    assert f"{rank_here(0)}: another rank has gone" in ended.err
+    assert f"{rank_label(0)}: another rank has gone" in ended.err
 
 
 APART = """
@@ -169,7 +169,7 @@ def test_an_address_that_cannot_be_written_ends_all_ranks_with_one_text(out: str
 def test_ranks_that_see_different_folders_are_told_so_before_any_image_is_read(lab: Any, tmp_path: Path) -> None:
     ended = apart(lab, tmp_path, recipe(lab, tmp_path), "--out", "out")
     assert ended.codes == (2, 2), ended.said()
-    assert ended.err.startswith(f"mirl-dist: {rank_here(1)}: out is another place for rank 1 than for rank 0.")
+    assert ended.err.startswith(f"mirl-dist: {rank_label(1)}: out is another place for rank 1 than for rank 0.")
     assert ended.err.count("\n") == 1 and "checking images" not in ended.out
     assert not (tmp_path / "out").exists()
 
@@ -179,5 +179,5 @@ def test_a_place_that_only_one_rank_cannot_write_is_told_before_any_image_is_rea
     (tmp_path / "elsewhere/out").write_text("a file")
     ended = apart(lab, tmp_path, recipe(lab, tmp_path), "--out", "out")
     assert ended.codes == (2, 2), ended.said()
-    assert ended.err.startswith(f"mirl-dist: {rank_here(1)}: out/.building/probe-") and ended.err.count("\n") == 1
+    assert ended.err.startswith(f"mirl-dist: {rank_label(1)}: out/.building/probe-") and ended.err.count("\n") == 1
     assert "checking images" not in ended.out and not (tmp_path / "out").exists()

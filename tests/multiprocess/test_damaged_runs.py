@@ -11,7 +11,7 @@ import pytest
 
 from mirl_dist.data.manifest import CLEAN
 from mirl_dist.data.shards import SamplePlace, Shards
-from mirl_dist.observability.console import rank_here
+from mirl_dist.observability.console import rank_label
 from mirl_dist.storage import Folder
 
 ALL = {
@@ -54,7 +54,7 @@ def skipping(lab: Any, damaged: Damaged, tmp_path_factory: pytest.TempPathFactor
     ended = lab.play(folder, ALL | store | {"data.shards": str(damaged.shards)})
     assert ended.codes == (0, 0), ended.said()
     told = [line for line in ended.err.splitlines() if "skipped of" in line]
-    assert {line.partition(": ")[0] for line in told} <= {f"mirl-dist, {rank_here(rank)}" for rank in range(2)}
+    assert {line.partition(": ")[0] for line in told} <= {f"mirl-dist, {rank_label(rank)}" for rank in range(2)}
     assert len(told) == len(set(told)) > 0, "each rank that meets it tells it once"
     for line in told:
         assert damaged.place.shard.name in line and f"'{damaged.place.entry.key}' is damaged" in line

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from mirl_dist.config.config import Config
-from mirl_dist.config.local_paths import log_folder
 from mirl_dist.observability import progress, rank_log
 from mirl_dist.observability.console import listen, note, say, warn
 from mirl_dist.observability.rank_log import RankLog
@@ -152,21 +151,10 @@ def test_a_full_disk_costs_lines_and_nothing_else(
     assert said.err.count("(No space left on device); the run goes on without it") == 1
 
 
-def test_logs_lie_beside_the_run_or_on_this_machine_and_where_one_says() -> None:
-    env = {"XDG_STATE_HOME": "/state"}
-    assert log_folder("/runs/a", None, env) == Path("/runs/a/logs")
-    assert log_folder("file:///runs/a", None, env) == Path("/runs/a/logs")
-    one, other = (log_folder(f"s3://{bucket}/runs/a", None, env) for bucket in ("one", "other"))
-    assert one.parent == Path("/state/mirl-dist") and one.name.startswith("a-") and one != other
-    home = log_folder("s3://one/runs/a", None, {})
-    assert home.parent == Path("~/.local/state/mirl-dist").expanduser()
-    assert log_folder("s3://one/a", "/logs", env) == Path("/logs")
-
-
 SCRIPT = """
 import sys, threading
 from mirl_dist.observability import rank_log
-from mirl_dist.config import Config
+from mirl_dist.config.config import Config
 rank_log.begin(Config.model_validate({"run": {"folder": sys.argv[1]}}), lambda: "training")
 def fail():
     raise ZeroDivisionError("in a thread")

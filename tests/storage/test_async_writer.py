@@ -162,9 +162,9 @@ def test_who_leaves_anyway_gives_a_commit_some_time_and_does_not_ask_how_it_ende
 
 HANGING = """
 import sys, threading
-from mirl_dist.storage.async_writer import Keeper
+from mirl_dist.storage.async_writer import AsyncWriter
 
-keeper, begun = Keeper(900.0), threading.Event()
+keeper, begun = AsyncWriter(900.0), threading.Event()
 
 def work():
     begun.set()

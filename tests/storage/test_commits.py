@@ -600,17 +600,17 @@ import itertools, json, os, sys
 from pathlib import Path
 
 sys.path.insert(0, sys.argv[2])
-from snapshots import snapshot
+from tests.storage.snapshots import snapshot
 from mirl_dist.training.checkpoint import Checkpoints
 from mirl_dist.errors import UserError
 from mirl_dist.storage.lease import Lease
 from mirl_dist.storage import Folder
 
 store = Folder(Path(sys.argv[1]))
-lease = Lease(store, seconds=1.0, news=dict)
+lease = Lease(store, seconds=1.0, status=dict)
 lease.claim()
 kept = Checkpoints(store, lease)
-kept.take_over()
+kept.fence_older_writers()
 try:
     for step in itertools.count(1):
         kept.commit_step(snapshot(0, step, step), 2)

@@ -21,7 +21,7 @@ import pytest
 
 from mirl_dist.errors import Stopped, UserError
 from mirl_dist.storage import Folder, NotFound, Rejected, Store, Unavailable, lease_files, open_store
-from mirl_dist.storage.lease import Lease, LeaseLost, holder
+from mirl_dist.storage.lease import Lease, LeaseLost, read_holder
 from mirl_dist.storage.lease_files import Machine, beat_name, claim_name, released_name
 from mirl_dist.storage.retry import Patience
 from mirl_dist.storage.s3 import S3Store
@@ -44,7 +44,7 @@ url, seconds, machine = json.loads(sys.argv[1])
 if machine:
     lease_files.this_machine = lambda: lease_files.Machine(*machine)
 store, lines, done = open_store(url), [], 0
-lease = Lease(store, seconds=seconds, news=lambda: {"step": done}, launch={"name": "first"}, say=lines.append)
+lease = Lease(store, seconds=seconds, status=lambda: {"step": done}, launch={"name": "first"}, say=lines.append)
 if url.startswith("s3"):
     store.exists("warm")
 print(json.dumps("ready"), flush=True)
@@ -69,7 +69,7 @@ def until(true: Callable[[], object]) -> None:
 
 @dataclass
 class Told:
-    """How a request to a launch went: 'done' or the name of its UserError, the answer or the text, and the lines said."""
+    """A launch's reply: 'done' or the name of its UserError, the answer or the text, and the lines said."""
 
     how: str
     what: Any
@@ -183,7 +183,7 @@ def make(lines: list[str]) -> Iterator[Make]:
     made: list[Lease] = []
 
     def one(store: Store, seconds: float = LONG, **more: Any) -> Lease:
-        given: dict[str, Any] = {"news": dict, "say": lines.append} | more
+        given: dict[str, Any] = {"status": dict, "say": lines.append} | more
         made.append(Lease(store, seconds=seconds, **given))
         return made[-1]
 
@@ -294,7 +294,7 @@ class TestRealProcesses:
         first.send(signal.SIGCONT)
         until(lambda: first.ask("lost").what)  # its own thread finds it, unasked
         told = first.ask("check")
-        assert told.how == "Lost"
+        assert told.how == "LeaseLost"
         here = socket.gethostname()
         wanted = rf"this launch \({here}, pid {first.pid}\) no longer holds {re.escape(store.where())}: {here}, pid "
         wanted += (
@@ -304,7 +304,7 @@ class TestRealProcesses:
         assert first.ask("release", "stopped") == Told("done", None, []), "nothing was left to release"
         next_.check()
         assert not next_.lost()
-        newest = holder(store)
+        newest = read_holder(store)
         assert newest is not None and (newest.generation, newest.pid, newest.ended) == (2, os.getpid(), None)
         assert released_name(1) not in lease_names(store)
         until(lambda: store.exists(beat_name(2)))
@@ -344,13 +344,13 @@ class TestRealProcesses:
 
 class TestTaking:
     def test_an_empty_run_is_taken_at_once_and_shows_its_holder(self, folder: Folder, make: Make) -> None:
-        assert holder(folder) is None
+        assert read_holder(folder) is None
         step = 7
-        lease = make(folder, launch={"attempt": 3}, news=lambda: {"step": step})
+        lease = make(folder, launch={"attempt": 3}, status=lambda: {"step": step})
         assert lease.claim() == lease.generation == 1
         assert lease.previous is None
         until(lambda: folder.exists(beat_name(1)))
-        found = holder(folder)
+        found = read_holder(folder)
         assert found is not None
         assert (found.host, found.pid, found.ended) == (socket.gethostname(), os.getpid(), None)
         assert (found.launch, found.status) == ({"attempt": 3}, {"step": 7})
@@ -359,7 +359,7 @@ class TestTaking:
         assert not lease.lost()
         step = 8
         lease.release("finished")
-        found = holder(folder)
+        found = read_holder(folder)
         assert found is not None and (found.ended, found.status) == ("finished", {"step": 8})
 
     def test_a_release_ends_the_watch(self, folder: Folder, make: Make) -> None:
@@ -380,7 +380,7 @@ class TestTaking:
     def test_a_release_of_another_claim_of_that_number_counts_for_nothing(self, folder: Folder, make: Make) -> None:
         stranger(folder)
         folder.put(released_name(1), json.dumps({"why": "finished", "token": "of an older launch"}).encode())
-        found = holder(folder)
+        found = read_holder(folder)
         assert found is not None and found.ended is None
 
     def test_a_stop_ends_the_watch_and_claims_nothing(self, folder: Folder, make: Make) -> None:
@@ -392,7 +392,7 @@ class TestTaking:
 
     def test_one_that_was_passed_while_it_took_a_number_holds_nothing(self, folder: Folder, make: Make) -> None:
         make(folder).claim()
-        old = holder(folder)
+        old = read_holder(folder)
         assert old is not None
 
         class Slow(Folder):
@@ -482,12 +482,12 @@ class TestWhoIsDead:
 
     def claimed(self, store: Store, pid: int) -> dict[str, Any]:
         """A claim as process `pid` of this machine writes it."""
-        machine, process = lease_files.this_machine(), lease_files._process(pid)
+        machine, process = lease_files.this_machine(), lease_files._process_state(pid)
         assert machine and process
-        return stranger(store, pid=pid, process_started=process[1], boot=machine.boot, pids=machine.pids)
+        return stranger(store, pid=pid, process_started=process[1], boot=machine.boot, pids=machine.pid_namespace)
 
     def gone(self, store: Store) -> bool:
-        found = holder(store)
+        found = read_holder(store)
         assert found is not None
         return found.has_exited()
 
@@ -511,7 +511,7 @@ class TestWhoIsDead:
 
     def test_a_process_that_is_hidden_is_not_dead(self, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
         self.claimed(folder, os.getpid())
-        monkeypatch.setattr(lease_files, "_process", lambda pid: None)
+        monkeypatch.setattr(lease_files, "_process_state", lambda pid: None)
         assert not self.gone(folder)
 
     def test_a_proc_of_other_numbers_tells_no_machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -536,7 +536,7 @@ class TestDamage:
     def test_damaged_files_name_nobody_and_break_nothing(self, folder: Folder, data: bytes) -> None:
         for name in (claim_name, beat_name, released_name):
             folder.put(name(12), data)
-        found = holder(folder)
+        found = read_holder(folder)
         assert found is not None and str(found) == "an unknown host, pid unknown"
         assert (found.generation, found.ended, found.launch, found.status) == (12, None, {}, {})
         assert found.running_seconds is None and found.machine is None and not found.has_exited()
@@ -544,8 +544,8 @@ class TestDamage:
     def test_a_number_of_no_process_is_not_judged(self, folder: Folder) -> None:
         machine = lease_files.this_machine()
         assert machine
-        stranger(folder, pid=1 << 70, boot=machine.boot, pids=machine.pids)
-        found = holder(folder)
+        stranger(folder, pid=1 << 70, boot=machine.boot, pids=machine.pid_namespace)
+        found = read_holder(folder)
         assert found is not None and not found.has_exited()
 
     def test_a_holder_that_cannot_be_named_is_watched(self, folder: Folder, make: Make) -> None:
@@ -674,21 +674,21 @@ class TestAServerThatIsAway:
                 proxy.refuse()
             else:
                 proxy.always = fault
-            until(lambda: lease.quiet_seconds() > 0.5)
+            until(lambda: lease.seconds_since_beat() > 0.5)
             with pytest.raises(error):
                 make(once).claim()
             with pytest.raises(error):
-                holder(once)
+                read_holder(once)
             with pytest.raises(error):
                 lease.check()
             proxy.calm()
             proxy.accept()
-            until(lambda: lease.quiet_seconds() < 0.3)
+            until(lambda: lease.seconds_since_beat() < 0.3)
             assert once.get(beat_name(1)) != before
             lease.check()
         assert claim_name(2) not in lease_names(once)
         proxy.refuse()
-        until(lambda: lease.quiet_seconds() > 0.5)
+        until(lambda: lease.seconds_since_beat() > 0.5)
         lease.release("finished")
         assert len(lines) == 1 and lines[0].startswith(
             f"the lease of {url} could not be released ({url}/lease/00000001."

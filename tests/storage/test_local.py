@@ -307,7 +307,7 @@ def test_what_a_dead_writer_left_is_not_listed_and_can_be_swept(tmp_path: Path) 
     store = Folder(tmp_path)
     store.put("a/b", b"whole")
     code = (
-        "import os, sys; from pathlib import Path; from mirl_dist.storage import folder as storage\n"
+        "import os, sys; from pathlib import Path; from mirl_dist.storage import local as storage\n"
         "storage.os.replace = storage.os.fsync = lambda *a: os._exit(9)\n"
         "storage.Folder(Path(sys.argv[1])).put('a/b', b'half' * 1000)"
     )

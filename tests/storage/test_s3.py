@@ -258,7 +258,7 @@ def test_what_was_damaged_on_its_way_is_sent_again(
 
 
 def test_only_an_etag_that_is_an_md5_is_compared() -> None:
-    sent = wire.body(b"data")
+    sent = wire.body_arguments(b"data")
     right, wrong = hashlib.md5(b"data").hexdigest(), hashlib.md5(b"dada").hexdigest()
     for tag in (f'"{right}"', right, right.upper(), f'"{wrong}-2"', '"x"', ""):
         assert wire.is_same_content({"ETag": tag}, sent)
@@ -591,7 +591,7 @@ def test_a_get_never_mixes_two_versions(server: S3Server, proxy: FaultyProxy, st
         bucket, _, prefix = store.where("a").removeprefix("s3://").partition("/")
         server.client().put_object(Bucket=bucket, Key=prefix, Body=new)
 
-    store._requests.say = replace  # called between the break and the next try
+    store._client.say = replace  # called between the break and the next try
     assert store.get("a") == new
     assert proxy.cuts == 1
 
@@ -727,7 +727,7 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(proxy: FaultyProxy, sto
 def test_patience_ends_with_what_was_tried_and_how_long(proxy: FaultyProxy, store: S3Store, lines: list[str]) -> None:
     proxy.refuse()
     short = S3Store(store.where(), patience=Patience(0.3, 0.01, 0.05), say=lines.append)
-    short._requests.client()  # takes its time on a busy machine
+    short._client.client()  # takes its time on a busy machine
     with pytest.raises(
         Unavailable, match=r"cannot be reached\..* Given up on reading s3://.*/a after \d+ tries and \d+ s"
     ) as caught:
@@ -842,6 +842,6 @@ def test_pauses_leave_the_global_chance_alone() -> None:
 
 def test_a_client_belongs_to_one_process(proxy: FaultyProxy, store: S3Store) -> None:
     store.put("a", b"1")
-    assert list(store._requests._clients) == [os.getpid()]
+    assert list(store._client._clients) == [os.getpid()]
     assert pickle.loads(pickle.dumps(store))._requests._clients == {}
     assert SECRET.encode() not in pickle.dumps(store)

@@ -17,7 +17,8 @@ from typing import NamedTuple
 from mirl_dist.cli.doctor.machine import Finding, format_bytes
 from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import shard_cache_folder
-from mirl_dist.config.schema import DataSection, StoreSection
+from mirl_dist.config.schema import StoreSection
+from mirl_dist.config.schema_training import DataSection
 from mirl_dist.data.shards import Shards
 from mirl_dist.storage import Folder, Store, open_store
 from mirl_dist.storage.configured import options_of

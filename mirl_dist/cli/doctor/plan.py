@@ -10,7 +10,7 @@ from mirl_dist.cli.doctor import memory
 from mirl_dist.cli.doctor.disks import store_of
 from mirl_dist.cli.doctor.memory import GIB, OVERHEAD, Budget, Gpu, Passes, Size
 from mirl_dist.config.config import Config
-from mirl_dist.config.schema import EvaluateSection
+from mirl_dist.config.schema_training import EvaluateSection
 from mirl_dist.data.sampler import BatchSplit, GlobalSampler, ranks_in_words, split_batch
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed import hardware

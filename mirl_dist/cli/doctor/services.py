@@ -183,7 +183,7 @@ def check_mlflow(config: Config) -> Iterator[Finding]:
             _read_sqlite(database(address))
         elif kind in ("http", "https"):
             HttpStore(shown_address, seconds=_SECONDS).now("health")  # quick, where nobody answers
-            reader.reach(address, config.tracking.experiment, _SECONDS)
+            reader.check_server(address, config.tracking.experiment, _SECONDS)
         elif urlsplit(address).hostname:
             _connect_to_database(address)
         else:

@@ -30,7 +30,7 @@ def read_status(run: SweepRun) -> RunStatus:
     options = options_of(run.config.store)
     patience = min(options.patience_seconds, _PATIENCE_SECONDS)
     store = open_store(run.folder, type(options)(options.endpoint, options.encryption, options.kms_key, patience))
-    checkpoints, holder = Checkpoints(store), lease.holder(store)
+    checkpoints, holder = Checkpoints(store), lease.read_holder(store)
     rounds = [commit.round_ for commit in checkpoints.commits() if commit.step is None]
     ticket = checkpoints.ticket(max(rounds)) if rounds else None
     last_status: dict[str, Any] = (
@@ -51,7 +51,7 @@ def read_status(run: SweepRun) -> RunStatus:
         None if ticket is None else ticket.total_sparsity,
         None if ticket is None else metrics(ticket).get("psnr/mean"),
         str(holder) if holder is not None and state == "running" else "",
-        b"" if holder is None else holder.sign,
+        b"" if holder is None else holder.beat,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mirl_dist.config.seeding import generator
+from mirl_dist.config.seeding import rng
 from mirl_dist.data.building import demo_photos
 from mirl_dist.data.building.discovery import printable
 from mirl_dist.data.building.layout import LayoutItem
@@ -53,14 +53,14 @@ def _make_degraded(item: LayoutItem, clean: Pixels, seed: int) -> Pixels:
     """Make the degraded image of a whole clean one, as the recipe says."""
     picture = item.picture
     assert picture.make is not None
-    rng = generator(seed, picture.make, item.key)
+    image_rng = rng(seed, picture.make, item.key)
     if picture.make == "rain":
-        return rain(clean, rng)
+        return rain(clean, image_rng)
     if picture.make == "snow":
-        return snow(clean, rng)
+        return snow(clean, image_rng)
     height, width = clean.shape[:2]
     depth = demo_photos.depth(height, width, picture.disparity)
-    return haze(clean, depth, airlight=rng.uniform(0.8, 1.0), beta=rng.uniform(0.5, 2.5))
+    return haze(clean, depth, airlight=image_rng.uniform(0.8, 1.0), beta=image_rng.uniform(0.5, 2.5))
 
 
 def encode_members(item: LayoutItem, seed: int) -> dict[str, bytes]:

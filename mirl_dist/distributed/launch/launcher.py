@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mirl_dist.config.config import Config
-from mirl_dist.config.schema import BatchSection
+from mirl_dist.config.schema_training import BatchSection
 from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch import elastic, launch_file
 from mirl_dist.distributed.launch.control import ControlChannel, child_processes

@@ -1,4 +1,4 @@
-"""MLflow at one address: resolves our names to its ids, and bears every item twice. Imports mlflow."""
+"""MLflow at one address: resolves our names to its ids, and bears every record twice. Imports mlflow."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ import os
 import sys
 import tempfile
 import warnings
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow.records import BY_ROUND, IMAGES, Record, legal_name, redact, redact_uri, round_name
+from mirl_dist.observability.mlflow.remote_runs import RemoteRun, RunHistory, RunIds
 
-_SETTINGS = {  # MLflow reads them at each call; what the user has set stands
+_ENVIRONMENT = {  # MLflow reads them at each call; what the user has set stands
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds; without retries a dead server costs 30 s a try, not 246 s
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -26,26 +24,39 @@ _SETTINGS = {  # MLflow reads them at each call; what the user has set stands
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-_LOST = "RESOURCE_DOES_NOT_EXIST"
-_FINAL = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", _LOST)  # asking again is no use
+_NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
+_FINAL = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", _NOT_FOUND)  # asking again is no use
 _log = logging.getLogger("mirl_dist.tracking")
 
 
-@dataclass
-class RemoteRun:
-    """What the store holds of a run: noted when it was opened, and after each delivery."""
+class _Connection:
+    """MLflow's client for one address, and the experiment there. experiment_id: '' until the store has answered."""
 
-    id: str
-    params: dict[str, str]
-    steps: dict[str, int]  # latest step of each curve
+    def __init__(self, uri: str, experiment: str) -> None:
+        self.experiment_id = ""
+        self._uri, self._experiment = uri, experiment
+        self._client: Any = None
+
+    def client(self) -> Any:
+        """MLflow's client, once the store has answered and knows the experiment."""
+        if self._client is None:
+            from mlflow import MlflowClient
+
+            client = MlflowClient(tracking_uri=self._uri)
+            self.experiment_id = experiment_id(client, self._uri, self._experiment)
+            self._client = client
+        return self._client
+
+    def reset(self) -> None:
+        """Have the experiment looked up again."""
+        self._client = None
 
 
 class MlflowClientStore:
-    """MLflow at one address: resolves our names to its ids, and bears the same item twice.
+    """MLflow at one address: resolves our names to its ids, and bears the same record twice.
 
-    ids: what `remember` was given in earlier lives. key: by which runs are found whose ids got lost, unless ids has
-    one. remember: gets new ids before anything depends on them; may raise UserError, and is then called again later.
-    life: the word with which the ids of items of this life begin.
+    ids: those that runs have there already, by which they are found again. experiment_id: '' until the store answered.
+    session_id: with which the ids of this process's records begin.
     """
 
     def __init__(
@@ -53,67 +64,64 @@ class MlflowClientStore:
         uri: str,
         experiment: str,
         run_name: str,
-        ids: dict[str, str],
-        key: str,
-        remember: Callable[[dict[str, str]], None],
-        life: str,
+        ids: RunIds,
+        session_id: str,
     ) -> None:
         self.name = redact_uri(uri)
-        self.experiment_id = ""
         self.remote_runs: dict[str, RemoteRun] = {}
-        self._uri, self._experiment, self._run_name = uri, experiment, run_name
-        self._ids, self._key, self._remember, self._session_id = ids, key, remember, life
-        self._opened, self._params = dict[str, Record](), dict[str, Record]()  # to make runs anew
-        self._created = Counter[str]()  # how often that was asked for
-        self._client: Any = None
+        self._uri, self._run_name, self._session_id = uri, run_name, session_id
+        self._ids, self._history = ids, RunHistory()
+        self._connection = _Connection(uri, experiment)
 
-    def deliver(self, item: Record) -> None:
-        """Deliver an item; a server that was emptied or restored meanwhile gets the runs anew."""
+    @property
+    def experiment_id(self) -> str:
+        return self._connection.experiment_id
+
+    def deliver(self, record: Record) -> None:
+        """Deliver a record; a server that was emptied or restored meanwhile gets the runs anew."""
         from mlflow.exceptions import MlflowException
 
-        if item.kind == "open":
-            self._opened[item.run_key] = item
-        elif item.kind == "params":
-            self._params[item.id] = item
+        self._history.note(record)
         try:
-            self._deliver(item)
+            self._deliver(record)
         except MlflowException as trouble:
-            if trouble.error_code != _LOST:
+            if trouble.error_code != _NOT_FOUND:
                 raise
-            self._client, self.remote_runs = None, {}
-            self._deliver(item)
+            self._connection.reset()
+            self.remote_runs = {}
+            self._deliver(record)
 
-    def _deliver(self, item: Record) -> None:
+    def _deliver(self, record: Record) -> None:
         from mlflow.entities import Param, RunTag
 
-        client = self._connected()
-        if item.kind == "open":
-            return self._open(client, item)
-        run = self._reach(client, item)
-        if item.kind == "end":
-            if not self._out_of_date(item, client.get_run(run.id)):
-                client.set_terminated(run.id, item.name, item.at_ms)
-            self._delete_doubles(client, item.run_key)
-        elif item.kind == "params":
-            new = [Param(name, text) for name, text in item.texts.items() if name not in run.params]
-            changed = [n for n, text in item.texts.items() if run.params.get(n, text) != text]
-            tags = [RunTag(f"changed.{n}", item.texts[n]) for n in changed]
+        client = self._connection.client()
+        if record.kind == "open":
+            return self._open(client, record)
+        run = self._open_or_find(client, record)
+        if record.kind == "end":
+            if not self._is_out_of_date(record, client.get_run(run.id)):
+                client.set_terminated(run.id, record.name, record.at_ms)
+            self._delete_duplicates(client, record.run_key)
+        elif record.kind == "params":
+            new = [Param(name, text) for name, text in record.texts.items() if name not in run.params]
+            changed = [n for n, text in record.texts.items() if run.params.get(n, text) != text]
+            tags = [RunTag(f"changed.{n}", record.texts[n]) for n in changed]
             client.log_batch(run.id, params=new, tags=tags)
             run.params |= {param.key: param.value for param in new}
-        elif item.kind == "file":
-            path = PurePosixPath(item.name)
+        elif record.kind == "file":
+            path = PurePosixPath(record.name)
             with tempfile.TemporaryDirectory() as folder:
-                Path(folder, path.name).write_bytes(item.data)
+                Path(folder, path.name).write_bytes(record.data)
                 client.log_artifact(run.id, f"{folder}/{path.name}", str(path.parent) if path.parent.name else None)
-            if item.name.startswith(IMAGES):
+            if record.name.startswith(IMAGES):
                 client.set_tag(run.id, "mlflow.loggedImages", "true")  # else the grid does not look for any
         else:
-            _send_points(client, item, run)
+            _send_points(client, record, run)
 
     def answers(self) -> bool:
         """Whether the store itself is there, whatever became of its place for files."""
         try:
-            self._connected().get_run(self.remote_runs["run"].id)
+            self._connection.client().get_run(self.remote_runs["run"].id)
         except self.transient_errors():
             return False
         return True
@@ -127,90 +135,73 @@ class MlflowClientStore:
     def transient_errors(self) -> tuple[type[BaseException], ...]:
         return transient_errors()
 
-    def _connected(self) -> Any:
-        """MLflow's client, once the store has answered and knows the experiment."""
-        if self._client is None:
-            from mlflow import MlflowClient
+    def _open_or_find(self, client: Any, record: Record) -> RemoteRun:
+        """The run of a record; one that an earlier life opened is found, one that the store lost is made as it was."""
+        if record.run_key not in self.remote_runs:
+            round_ = record.run_key.rpartition("/")[2]
+            name = self._run_name if record.run_key == "run" else round_name(self._run_name, int(round_))
+            opening = Record("open", record.run_key, name, at_ms=record.at_ms)
+            self._open(client, self._history.opened.get(record.run_key) or opening)
+            for params in self._history.params_of(record.run_key):
+                self._deliver(params)
+        return self.remote_runs[record.run_key]
 
-            client = MlflowClient(tracking_uri=self._uri)
-            self.experiment_id = experiment_id(client, self._uri, self._experiment)
-            self._client = client
-        return self._client
-
-    def _reach(self, client: Any, item: Record) -> RemoteRun:
-        """The run of an item; one that an earlier life opened is found, one that the store lost is made as it was."""
-        if item.run_key not in self.remote_runs:
-            round_ = item.run_key.rpartition("/")[2]
-            name = self._run_name if item.run_key == "run" else round_name(self._run_name, int(round_))
-            self._open(client, self._opened.get(item.run_key) or Record("open", item.run_key, name, at_ms=item.at_ms))
-            for params in self._params.values():
-                if params.run_key == item.run_key:
-                    self._deliver(params)
-        return self.remote_runs[item.run_key]
-
-    def _open(self, client: Any, item: Record) -> None:
+    def _open(self, client: Any, record: Record) -> None:
         """Find the run by id or tag, or create it, and note what it holds already."""
         from mlflow.entities import RunTag
 
-        if "key" not in self._ids:
-            self._remember_id("key", self._key)
-        tags = item.texts | {"mirl_dist.key": f"{self._ids['key']}/{item.run_key}"}
-        if item.run_key != "run":
-            parent = self._reach(client, Record("open", "run", at_ms=item.at_ms)).id
+        tags = record.texts | {"mirl_dist.key": self._ids.key_of(record.run_key)}
+        if record.run_key != "run":
+            parent = self._open_or_find(client, Record("open", "run", at_ms=record.at_ms)).id
             client.get_run(parent)  # raises where it is lost: a child is not hung on nothing
             tags["mlflow.parentRunId"] = parent
-        run = self._find(client, item.run_key, tags["mirl_dist.key"])
+        run = self._find(client, record.run_key, tags["mirl_dist.key"])
         if run is None:
-            self._created[item.run_key] += 1
-            run = client.create_run(self.experiment_id, item.at_ms, tags, item.name)
+            self._history.created[record.run_key] += 1
+            run = client.create_run(self._connection.experiment_id, record.at_ms, tags, record.name)
         else:
-            if run.info.status != "RUNNING" and not self._out_of_date(item, run):
+            if run.info.status != "RUNNING" and not self._is_out_of_date(record, run):
                 client.update_run(run.info.run_id, status="RUNNING")
             new = [RunTag(name, text) for name, text in tags.items() if run.data.tags.get(name) != text]
             if new:
                 client.log_batch(run.info.run_id, tags=new)
         steps = {metric.key: metric.step for metric in run.to_proto().data.metrics}
-        self.remote_runs[item.run_key] = RemoteRun(run.info.run_id, dict(run.data.params), steps)
-        if self._ids.get(item.run_key) != run.info.run_id:
-            self._remember_id(item.run_key, run.info.run_id)
+        self.remote_runs[record.run_key] = RemoteRun(run.info.run_id, dict(run.data.params), steps)
+        self._ids.keep(record.run_key, run.info.run_id)
 
-    def _out_of_date(self, item: Record, run: Any) -> bool:
+    def _is_out_of_date(self, record: Record, run: Any) -> bool:
         """Whether another life has ended the run since: by the clock, which this life's own words need not heed."""
-        return not item.id.startswith(self._session_id) and (run.info.end_time or 0) > item.at_ms
+        return not record.id.startswith(self._session_id) and (run.info.end_time or 0) > record.at_ms
 
-    def _remember_id(self, name: str, id_: str) -> None:
-        self._remember({name: id_})
-        self._ids[name] = id_
-
-    def _find(self, client: Any, where: str, key: str) -> Any:
-        """The run that was opened as `where` before, if the store still has it."""
+    def _find(self, client: Any, run_key: str, key: str) -> Any:
+        """The run that was opened as `run_key` before, if the store still has it."""
         from mlflow.exceptions import MlflowException
 
-        if id_ := self._ids.get(where):
+        if id_ := self._ids.get(run_key):
             try:
                 run = client.get_run(id_)
             except MlflowException as trouble:
-                if trouble.error_code != _LOST:
+                if trouble.error_code != _NOT_FOUND:
                     raise
             else:
                 if run.info.lifecycle_stage == "active":
                     return run
-            _log.warning("%s has no run %s any more (remembered as %s); it gets a new one", self.name, id_, where)
-            del self._ids[where]
-        return next(iter(self._known_by(client, key)), None)
+            _log.warning("%s has no run %s any more (remembered as %s); it gets a new one", self.name, id_, run_key)
+            self._ids.forget(run_key)
+        return next(iter(self._runs_with_key(client, key)), None)
 
-    def _known_by(self, client: Any, key: str) -> list[Any]:
+    def _runs_with_key(self, client: Any, key: str) -> list[Any]:
         return list(client.search_runs([self.experiment_id], f"tags.`mirl_dist.key` = '{key}'", max_results=10))
 
-    def _delete_doubles(self, client: Any, where: str) -> None:
+    def _delete_duplicates(self, client: Any, run_key: str) -> None:
         """Delete the empty twins of a run: made by requests that a slow server took up after we asked again."""
-        if self._created[where] > 1:
-            for run in self._known_by(client, f"{self._ids['key']}/{where}"):
-                if run.info.run_id != self.remote_runs[where].id and not run.data.metrics:
+        if self._history.created[run_key] > 1:
+            for run in self._runs_with_key(client, self._ids.key_of(run_key)):
+                if run.info.run_id != self.remote_runs[run_key].id and not run.data.metrics:
                     client.delete_run(run.info.run_id)
 
 
-def _send_points(client: Any, item: Record, run: RemoteRun) -> None:
+def _send_points(client: Any, record: Record, run: RemoteRun) -> None:
     """Send the points that the run does not hold: the steps of each curve only grow, so the latest one tells.
 
     Of a ticket, a score 'x' at step = alive weights goes in one batch with 'round/x', whose steps are rounds and grow;
@@ -219,8 +210,8 @@ def _send_points(client: Any, item: Record, run: RemoteRun) -> None:
     from mlflow.entities import Metric
 
     steps, points = dict(run.steps), list[tuple[str, float, int, int]]()
-    rounds = {name: step for name, _, _, step in item.points if item.kind == "ticket" and name.startswith(BY_ROUND)}
-    for name, value, at_ms, step in item.points:
+    rounds = {name: step for name, _, _, step in record.points if record.kind == "ticket" and name.startswith(BY_ROUND)}
+    for name, value, at_ms, step in record.points:
         twin = BY_ROUND + name
         if rounds[twin] > run.steps.get(twin, -1) if twin in rounds else step > steps.get(name, -1):
             points.append((name, value, at_ms, step))
@@ -232,8 +223,8 @@ def _send_points(client: Any, item: Record, run: RemoteRun) -> None:
 
 def experiment_id(client: Any, uri: str, name: str) -> str:
     """The experiment of a name, created where there is none."""
-    if found := client.get_experiment_by_name(name):
-        return str(found.experiment_id)
+    if experiment := client.get_experiment_by_name(name):
+        return str(experiment.experiment_id)
     location = None
     if uri.startswith("sqlite"):  # files beside the database, whatever the working directory
         location = (database(uri).parent / "mlartifacts" / legal_name(name)).as_uri()
@@ -285,7 +276,7 @@ def import_quietly(uri: str) -> None:
             "found no package mlflow where tracking is switched on. "
             "Run pip install mlflow, or set tracking.enabled=false."
         )
-    for name, value in _SETTINGS.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

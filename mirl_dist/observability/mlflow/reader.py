@@ -22,7 +22,7 @@ from mirl_dist.observability.mlflow.records import (
     check_uri,
     default_uri,
     legal_name,
-    page,
+    page_address,
     redact,
     redact_uri,
 )
@@ -60,42 +60,42 @@ def read(reference: str, uri: str | None) -> list[RemoteTickets]:
     runs without tickets, for files that are missing or too large to be ours, and (resumable) for a store that is away.
     """
     address = default_uri(uri)
-    with _asking(address) as client:
+    with _client(address) as client:
         if not reference.startswith(EXPERIMENT):
-            run = _run(client, reference, redact_uri(address))
-            found = _found(client, run, redact_uri(address))
-            if not found.tickets:
+            run = _find_run(client, reference, redact_uri(address))
+            remote = _read_tickets(client, run, redact_uri(address))
+            if not remote.tickets:
                 raise UserError(
-                    f"found no ticket yet in {_named(run)} at {redact_uri(address)}. Wait for its first round."
+                    f"found no ticket yet in {_describe_run(run)} at {redact_uri(address)}. Wait for its first round."
                 )
-            return [found]
+            return [remote]
         name = reference.removeprefix(EXPERIMENT)
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             known = sorted(e.name for e in client.search_experiments(max_results=20))
             raise UserError(f"found no experiment {name!r} at {redact_uri(address)}. There are: {', '.join(known)}.")
-        runs = _search(client, experiment.experiment_id, f"tags.`{_KEY}` LIKE '%/run'")
-        everything = [_found(client, run, redact_uri(address)) for run in runs]
-        if not any(found.tickets for found in everything):
+        runs = _search_runs(client, experiment.experiment_id, f"tags.`{_KEY}` LIKE '%/run'")
+        everything = [_read_tickets(client, run, redact_uri(address)) for run in runs]
+        if not any(remote.tickets for remote in everything):
             raise UserError(
                 f"found no run with tickets in the experiment {name!r} at {redact_uri(address)}. Name another one."
             )
-        return [found for found in everything if found.tickets]
+        return [remote for remote in everything if remote.tickets]
 
 
-def reach(address: str, experiment: str, seconds: float) -> None:
+def check_server(address: str, experiment: str, seconds: float) -> None:
     """Ask a server once whether it knows an experiment; nothing is made. Raises UserError where it is away or refuses.
 
     seconds: of waiting, where MLFLOW_HTTP_REQUEST_TIMEOUT does not say.
     """
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-    said = os.environ.get(name)
+    before = os.environ.get(name)
     os.environ.setdefault(name, f"{seconds:.0f}")
     try:
-        with _asking(address) as client:
+        with _client(address) as client:
             client.get_experiment_by_name(experiment)
     finally:
-        if said is None:
+        if before is None:
             del os.environ[name]
 
 
@@ -109,12 +109,12 @@ def log_report(
 ) -> str:
     """Keep files as a run of their own in an experiment, which is made where there is none; returns where it is seen.
 
-    name: the run's. files: 'name' or 'folder/name' -> content; MLflow shows HTML as a page. Raises UserError (resumable)
-    for a store that is away, and leaves no run half filled there if it can.
+    name: the run's. files: 'name' or 'folder/name' -> content; MLflow shows HTML as a page. Raises UserError
+    (resumable) for a store that is away, and leaves no run half filled there if it can.
     """
     assert files and not any(PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts for path in files)
     address = default_uri(uri)
-    with _asking(address, makes=True) as client:
+    with _client(address, makes=True) as client:
         from mlflow.entities import Metric
 
         place = experiment_id(client, address, experiment)
@@ -134,11 +134,11 @@ def log_report(
             with contextlib.suppress(*transient_errors()):
                 client.delete_run(run.run_id)
             raise
-    return page(address, place, run.run_id)
+    return page_address(address, place, run.run_id)
 
 
 @contextlib.contextmanager
-def _asking(address: str, *, makes: bool = False) -> Iterator[Any]:
+def _client(address: str, *, makes: bool = False) -> Iterator[Any]:
     """A client; troubles with the store become Faults. makes: whether a SQLite store may be new."""
     check_uri(address)
     import_quietly(address)
@@ -161,7 +161,7 @@ def _asking(address: str, *, makes: bool = False) -> Iterator[Any]:
         ) from None
 
 
-def _run(client: Any, id_: str, store: str) -> Any:
+def _find_run(client: Any, id_: str, store: str) -> Any:
     """The parent run of an id."""
     from mlflow.exceptions import MlflowException
 
@@ -174,30 +174,32 @@ def _run(client: Any, id_: str, store: str) -> Any:
             f"found no run {id_!r} at {store}. Give a run's id as its page shows it, or {EXPERIMENT}NAME."
         ) from None
     if run.info.lifecycle_stage != "active":
-        raise UserError(f"found {_named(run)} deleted at {store}. Restore it there, or name another one.")
+        raise UserError(f"found {_describe_run(run)} deleted at {store}. Restore it there, or name another one.")
     if parent := run.data.tags.get(_PARENT):
-        raise UserError(f"found {_named(run)} at {store}, which is one round of the run {parent}. Give that id.")
+        raise UserError(f"found {_describe_run(run)} at {store}, which is one round of the run {parent}. Give that id.")
     if not run.data.tags.get(_KEY, "").endswith("/run"):
-        raise UserError(f"found {_named(run)} at {store}, which mirl-dist has not tracked. Name another one.")
+        raise UserError(f"found {_describe_run(run)} at {store}, which mirl-dist has not tracked. Name another one.")
     return run
 
 
-def _found(client: Any, run: Any, store: str) -> RemoteTickets:
-    nested = _search(client, run.info.experiment_id, f"tags.`{_PARENT}` = '{run.info.run_id}'")
+def _read_tickets(client: Any, run: Any, store: str) -> RemoteTickets:
+    nested = _search_runs(client, run.info.experiment_id, f"tags.`{_PARENT}` = '{run.info.run_id}'")
     with ThreadPoolExecutor(4) as pool:  # one file costs MLflow several requests
-        kept = list(filter(None, pool.map(lambda each: _kept(client, each, store), nested)))
+        kept = list(filter(None, pool.map(lambda each: _read_ticket(client, each, store), nested)))
     config = None
-    if RUN in (said := _files(client, run, "", (RUN,), store)):
+    if RUN in (files := _files(client, run, "", (RUN,), store)):
         try:
-            config = json.loads(said[RUN])
+            config = json.loads(files[RUN])
         except (ValueError, RecursionError):
             config = None
         if not isinstance(config, dict):
-            raise UserError(f"found {RUN} of {_named(run)} at {store} damaged. Compare the run's folder in its place.")
+            raise UserError(
+                f"found {RUN} of {_describe_run(run)} at {store} damaged. Compare the run's folder in its place."
+            )
     return RemoteTickets(run.info.run_name, run.info.run_id, config, sorted(kept))
 
 
-def _kept(client: Any, run: Any, store: str) -> RemoteTicket | None:
+def _read_ticket(client: Any, run: Any, store: str) -> RemoteTicket | None:
     """The ticket of a nested run with what belongs to it; None while the round has none."""
     number = run.data.tags.get(_KEY, "").rpartition("/round/")[2]
     if not (number.isdecimal() and number.isascii()):
@@ -209,14 +211,14 @@ def _kept(client: Any, run: Any, store: str) -> RemoteTicket | None:
     if "alive_weights" not in run.data.metrics:
         return None
     raise UserError(
-        f"found no {folder}{TICKET} with {_named(run)} at {store}, which has a ticket's scores. "
+        f"found no {folder}{TICKET} with {_describe_run(run)} at {store}, which has a ticket's scores. "
         "Send what still waits with `mirl-dist track resend RUN`, or compare the run's folder in its place."
     )
 
 
 def _files(client: Any, run: Any, folder: str, names: Sequence[str], store: str) -> dict[str, bytes]:
     """Those of the named files that a folder has. Raises UserError for one that is larger than ours are."""
-    id_, found = run.info.run_id, dict[str, bytes]()
+    id_, contents = run.info.run_id, dict[str, bytes]()
     sizes = {file.path: file.file_size for file in client.list_artifacts(id_, folder.rstrip("/")) if not file.is_dir}
     with tempfile.TemporaryDirectory() as here:
         for name in names:
@@ -228,25 +230,25 @@ def _files(client: Any, run: Any, folder: str, names: Sequence[str], store: str)
                 size = file.stat().st_size
             if size > most:
                 raise UserError(
-                    f"found {path} of {_named(run)} at {store} with {size / _MIB:.1f} MiB, where ours have "
+                    f"found {path} of {_describe_run(run)} at {store} with {size / _MIB:.1f} MiB, where ours have "
                     f"{most / _MIB:.0f} at most. Compare the run's folder in its place."
                 )
-            found[name] = file.read_bytes()
-    return found
+            contents[name] = file.read_bytes()
+    return contents
 
 
-def _search(client: Any, experiment: str, condition: str) -> list[Any]:
+def _search_runs(client: Any, experiment: str, condition: str) -> list[Any]:
     """All active runs that fulfil a condition, oldest first."""
     runs, token = list[Any](), None
     while True:
-        found = client.search_runs(
+        page = client.search_runs(
             [experiment], condition, max_results=1000, order_by=["attributes.start_time ASC"], page_token=token
         )
-        runs += found
-        token = found.token
+        runs += page
+        token = page.token
         if not token:
             return runs
 
 
-def _named(run: Any) -> str:
+def _describe_run(run: Any) -> str:
     return f"the run {run.info.run_name!r} ({run.info.run_id})"

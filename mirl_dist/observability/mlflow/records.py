@@ -1,6 +1,6 @@
 """One thing that a tracking store is to hear, the line that a journal or a commit keeps of it, and texts fit for it.
 
-Runs go by our own names ("run", "round/03") and an item holds plain values only: no store is known here. A line may
+Runs go by our own names ("run", "round/03") and a record holds plain values only: no store is known here. A line may
 have been damaged, or come from another machine: `parse` takes nothing on trust. Texts are made fit for MLflow 3, with
 no password in them.
 """
@@ -27,8 +27,8 @@ POINTS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits, as are the next
 LONGEST_NAME, LONGEST_PARAM, LONGEST_TAG = 250, 6000, 8000
 BY_ROUND = "round/"  # before names whose step is the round, where the plain name goes by alive weights
 IMAGES, SMALL_PIXELS = "images/", 640  # where pictures lie for the grid, and the longer side of the small ones
-_DOES = ("open", "params", "points", "ticket", "file", "end")
-_ID, _WHERE = re.compile(r"[0-9a-f]{32}-\d{1,15}"), re.compile(r"run|round/\d{2,6}")
+_KINDS = ("open", "params", "points", "ticket", "file", "end")
+_ID, _RUN_KEY = re.compile(r"[0-9a-f]{32}-\d{1,15}"), re.compile(r"run|round/\d{2,6}")
 _DATA = re.compile(r"\d{8}-\d{1,15}\.data")
 
 
@@ -57,75 +57,75 @@ class DamagedRecord(ValueError):
     """A line, or the file that it names, is not what was written."""
 
 
-def line_of(item: Record, lies: BlobRef | None = None) -> bytes:
-    """The line of an item; a file's content is in it unless it lies elsewhere."""
-    said: dict[str, object] = {"id": item.id, "do": item.kind, "where": item.run_key, "at_ms": item.at_ms}
+def to_line(record: Record, blob: BlobRef | None = None) -> bytes:
+    """The line of a record; a file's content is in it unless it lies elsewhere."""
+    fields: dict[str, object] = {"id": record.id, "do": record.kind, "where": record.run_key, "at_ms": record.at_ms}
     for key in ("name", "texts", "points"):
-        if value := getattr(item, key):
-            said[key] = value
-    if lies is not None:
-        said |= lies._asdict()
-    elif item.kind == "file":
-        said["data"] = base64.b64encode(item.data).decode()
-    return json.dumps(said, separators=(",", ":")).encode() + b"\n"
+        if value := getattr(record, key):
+            fields[key] = value
+    if blob is not None:
+        fields |= blob._asdict()
+    elif record.kind == "file":
+        fields["data"] = base64.b64encode(record.data).decode()
+    return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
 
 
 def parse(line: bytes) -> tuple[Record, BlobRef | None]:
-    """The item of a line, and where its content lies if not in the line. Raises Damaged."""
+    """The record of a line, and where its content lies if not in the line. Raises Damaged."""
     try:
-        said = json.loads(line)
-        item = Record(
-            said["do"],
-            said["where"],
-            said.get("name", ""),
-            {str(name): str(text) for name, text in said.get("texts", {}).items()},
-            [(str(name), float(value), int(ms), int(step)) for name, value, ms, step in said.get("points", [])],
-            base64.b64decode(said.get("data", ""), validate=True),
-            int(said["at_ms"]),
-            said["id"],
+        fields = json.loads(line)
+        record = Record(
+            fields["do"],
+            fields["where"],
+            fields.get("name", ""),
+            {str(name): str(text) for name, text in fields.get("texts", {}).items()},
+            [(str(name), float(value), int(ms), int(step)) for name, value, ms, step in fields.get("points", [])],
+            base64.b64decode(fields.get("data", ""), validate=True),
+            int(fields["at_ms"]),
+            fields["id"],
         )
-        lies = BlobRef(str(said["file"]), int(said["size"])) if "file" in said else None
-        sound = _sound(item, lies)
+        blob = BlobRef(str(fields["file"]), int(fields["size"])) if "file" in fields else None
+        sound = _is_valid(record, blob)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DamagedRecord(str(error)) from None
     if not sound:
         raise DamagedRecord("it says what no run has said")
-    return item, lies
+    return record, blob
 
 
 def parse_all(lines: bytes) -> tuple[list[Record], int]:
-    """The items of a commit's lines, and how many lines are damaged."""
-    found, damaged = [], 0
+    """The records of a commit's lines, and how many lines are damaged."""
+    records, damaged = [], 0
     for line in lines.splitlines():
         try:
-            item, lies = parse(line)
-            if lies is not None:
+            record, blob = parse(line)
+            if blob is not None:
                 raise DamagedRecord("its content is elsewhere")
-            found.append(item)
+            records.append(record)
         except DamagedRecord:
             damaged += 1
-    return found, damaged
+    return records, damaged
 
 
-def _sound(item: Record, lies: BlobRef | None) -> bool:
+def _is_valid(record: Record, blob: BlobRef | None) -> bool:
     """Whether a run could have said this; no path leads out of its folder."""
-    path = PurePosixPath(item.name)
+    path = PurePosixPath(record.name)
     return (
-        item.kind in _DOES
-        and _WHERE.fullmatch(item.run_key) is not None
-        and _ID.fullmatch(item.id) is not None
-        and all(math.isfinite(value) for _, value, _, _ in item.points)
-        and (item.kind != "file" or (bool(path.name) and not path.is_absolute() and ".." not in path.parts))
-        and (lies is None or _DATA.fullmatch(lies.file) is not None)
+        record.kind in _KINDS
+        and _RUN_KEY.fullmatch(record.run_key) is not None
+        and _ID.fullmatch(record.id) is not None
+        and all(math.isfinite(value) for _, value, _, _ in record.points)
+        and (record.kind != "file" or (bool(path.name) and not path.is_absolute() and ".." not in path.parts))
+        and (blob is None or _DATA.fullmatch(blob.file) is not None)
     )
 
 
-def flat(params: Mapping[str, object], prefix: str = "") -> dict[str, str]:
+def flatten(params: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     """Nested params as {'a.b': text}; numbers, lists, true, false and null as JSON writes them."""
     texts: dict[str, str] = {}
     for name, value in params.items():
         if isinstance(value, Mapping) and value:
-            texts |= flat(value, f"{prefix}{name}.")
+            texts |= flatten(value, f"{prefix}{name}.")
         else:
             texts[f"{prefix}{name}"] = value if isinstance(value, str) else json.dumps(value, default=str)
     return texts
@@ -167,14 +167,14 @@ def redact_uri(uri: str) -> str:
     """A tracking URI without password, token and query (for web addresses without user name as well).
 
     A password may hold a '/' that nobody escaped: all up to the last '@' may belong to it."""
-    kind, found, rest = uri.partition("://")
-    place, *query = re.split("[?#]", rest if found else uri, maxsplit=1)
-    if found and place.startswith("/") and not _is_web(kind):  # a file's path
+    kind, is_url, rest = uri.partition("://")
+    place, *query = re.split("[?#]", rest if is_url else uri, maxsplit=1)
+    if is_url and place.startswith("/") and not _is_web(kind):  # a file's path
         return f"{kind}://{place}"
     if query and "@" in query[0]:  # where the host begins nobody knows
-        return f"{kind}://***" if found else "***"
+        return f"{kind}://***" if is_url else "***"
     user, at, host = place.rpartition("@")
-    if not found:
+    if not is_url:
         return f"***@{host}" if at else uri
     name = user.partition(":")[0]
     if _is_web(kind) or "/" in name:
@@ -185,9 +185,9 @@ def redact_uri(uri: str) -> str:
 def check_uri(uri: str) -> None:
     """Raise UserError, without a password in it, for a tracking URI whose '@' stands behind the host, and for one whose
     port is none."""
-    kind, found, rest = uri.partition("://")
+    kind, is_url, rest = uri.partition("://")
     place, *query = re.split("[?#]", rest, maxsplit=1)
-    if not found or (place.startswith("/") and not _is_web(kind)):
+    if not is_url or (place.startswith("/") and not _is_web(kind)):
         return
     host, _, path = place.partition("/")
     try:
@@ -201,8 +201,8 @@ def check_uri(uri: str) -> None:
         )
     if not sound:
         port = host.rpartition("@")[2].rpartition(":")[2]
-        odd = port.isdecimal() and not 0 < int(port) < 65536
-        what = f"the port {port}, which is out of range," if odd else "no host and port"
+        out_of_range = port.isdecimal() and not 0 < int(port) < 65536
+        what = f"the port {port}, which is out of range," if out_of_range else "no host and port"
         raise UserError(f"found {what} in {said_by}. Write http://host:port with a port from 1 to 65535.")
 
 
@@ -215,15 +215,15 @@ def default_uri(configured: str | None) -> str:
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
-def page(uri: str, experiment_id: str, run_id: str) -> str:
+def page_address(uri: str, experiment_id: str, run_id: str) -> str:
     """Where people find a run ('' while it is unknown): its page, or the command that opens the store; no password."""
     clean = redact_uri(uri)
     if not clean.startswith("http"):
-        return f"{clean} (to see it: {_mlflow_here()} ui --backend-store-uri {clean})"
+        return f"{clean} (to see it: {_mlflow_command()} ui --backend-store-uri {clean})"
     return f"{clean.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}" if run_id else clean
 
 
-def _mlflow_here() -> str:
+def _mlflow_command() -> str:
     """How to call this environment's mlflow: by its path below the working directory, where it lies there."""
     beside = Path(sys.executable).parent / "mlflow"
     try:

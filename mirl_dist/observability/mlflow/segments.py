@@ -10,16 +10,25 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mirl_dist.observability.mlflow.records import BlobRef, DamagedRecord, Record, line_of, parse
+from mirl_dist.observability.mlflow.records import BlobRef, DamagedRecord, Record, parse, to_line
 
-_OURS = re.compile(r"(\d{8})(\.jsonl|\.sent|-\d+\.data)")
+_FILE_NAME = re.compile(r"(\d{8})(\.jsonl|\.sent|-\d+\.data)")
+
+
+class RecordLine(NamedTuple):
+    """Where the line of a record lies: bytes `start` to `end` of a segment. file: with its content, or ''."""
+
+    segment: Segment
+    start: int
+    end: int
+    file: str = ""
 
 
 @dataclass(eq=False)
 class PendingRecord:
-    """An item that waits: what must be known of it, and where its line stands (or the item, where no disk has it)."""
+    """A record that waits: what must be known of it, and where its line lies (or the record, where no disk has it)."""
 
     id: str
     kind: str
@@ -27,33 +36,35 @@ class PendingRecord:
     at_ms: int
     points: int
     size: int  # of a file's content, in bytes
-    segment: Segment | None = None
-    start: int = 0
-    end: int = 0
-    file: str = ""
-    item: Record | None = None
+    line: RecordLine | None = None
+    record: Record | None = None
 
     def raw(self) -> bytes:
-        """Its line, or that of the item in memory. Raises OSError."""
-        if self.segment is None:
-            assert self.item is not None
-            return line_of(self.item)
-        return self.segment.raw(self.start, self.end)
+        """Its line, or that of the record in memory. Raises OSError."""
+        if self.line is None:
+            assert self.record is not None
+            return to_line(self.record)
+        return self.line.segment.raw(self.line.start, self.line.end)
+
+    def line_bytes(self) -> int:
+        """The length of its line on disk; 0 where no disk has it."""
+        return self.line.end - self.line.start if self.line else 0
 
     def read(self) -> Record:
-        """The whole item. Raises Damaged, OSError."""
-        if self.item is not None:
-            return self.item
-        item, lies = parse(self.raw())
-        if lies is not None and self.segment is not None:
-            item.data = (self.segment.folder / lies.file).read_bytes()
-            if len(item.data) != lies.size:
-                raise DamagedRecord(f"{lies.file} has {len(item.data)} bytes instead of {lies.size}")
-        return item
+        """The whole record. Raises DamagedRecord, OSError."""
+        if self.record is not None:
+            return self.record
+        record, blob = parse(self.raw())
+        if blob is not None and self.line is not None:
+            record.data = (self.line.segment.folder / blob.file).read_bytes()
+            if len(record.data) != blob.size:
+                raise DamagedRecord(f"{blob.file} has {len(record.data)} bytes instead of {blob.size}")
+        return record
 
 
-def entry_of(item: Record) -> PendingRecord:
-    return PendingRecord(item.id, item.kind, item.run_key, item.at_ms, len(item.points), len(item.data))
+def pending_record(record: Record) -> PendingRecord:
+    """What must be known of a record that waits."""
+    return PendingRecord(record.id, record.kind, record.run_key, record.at_ms, len(record.points), len(record.data))
 
 
 class Segment:
@@ -74,18 +85,17 @@ class Segment:
                 break
         return made
 
-    def append(self, item: Record) -> PendingRecord:
-        """Write the item's line, after a file's content. Raises OSError, and is then as before."""
-        entry, lies = entry_of(item), None
-        if item.kind == "file":
-            entry.file = f"{self.number:08d}-{self.end}.data"
-            lies = BlobRef(entry.file, entry.size)
-            write(self.folder / entry.file, item.data)
-        line = line_of(item, lies)
+    def append(self, record: Record) -> PendingRecord:
+        """Write the record's line, after a file's content. Raises OSError, and is then as before."""
+        entry, blob = pending_record(record), None
+        if record.kind == "file":
+            blob = BlobRef(f"{self.number:08d}-{self.end}.data", entry.size)
+            write_file(self.folder / blob.file, record.data)
+        line = to_line(record, blob)
         done = 0
         while done < len(line):  # not at the file's end but after the last whole line: a torn one is written over
             done += os.pwrite(self._handle, line[done:], self.end + done)
-        entry.segment, entry.start, entry.end = self, self.end, self.end + len(line)
+        entry.line = RecordLine(self, self.end, self.end + len(line), blob.file if blob else "")
         self.end += len(line)
         self.pending += 1
         return entry
@@ -99,55 +109,56 @@ class Segment:
             if handle != self._handle:
                 os.close(handle)
 
-    def everything(self) -> list[PendingRecord]:
+    def read_all(self) -> list[PendingRecord]:
         """Every whole line, delivered or not. Raises OSError."""
         text = self.path.read_bytes()
-        found, start = list[PendingRecord](), 0
+        entries, start = list[PendingRecord](), 0
         self.damaged = 0
         while end := text.find(b"\n", start) + 1:
             try:
-                item, lies = parse(text[start:end])
-                entry = entry_of(item)
-                entry.segment, entry.start, entry.end = self, start, end
-                entry.file, entry.size = lies or ("", 0)
-                found.append(entry)
+                record, blob = parse(text[start:end])
+                entry = pending_record(record)
+                file, entry.size = blob or ("", 0)
+                entry.line = RecordLine(self, start, end, file)
+                entries.append(entry)
             except DamagedRecord:
                 self.damaged += 1
             start = end
-        return found
+        return entries
 
-    def left(self) -> list[PendingRecord]:
+    def read_pending(self) -> list[PendingRecord]:
         """What is not delivered yet. Raises OSError."""
-        found = self.everything()  # first, so that what is delivered meanwhile does not count
+        entries = self.read_all()  # first, so that what is delivered meanwhile does not count
         sent, at = sorted(self._sent()), 0
-        left = []
-        for entry in found:
-            while at < len(sent) and sent[at][1] <= entry.start:
+        pending = []
+        for entry in entries:
+            assert entry.line is not None
+            while at < len(sent) and sent[at][1] <= entry.line.start:
                 at += 1
-            if at == len(sent) or entry.start < sent[at][0]:
-                left.append(entry)
-        self.pending = len(left)
-        return left
+            if at == len(sent) or entry.line.start < sent[at][0]:
+                pending.append(entry)
+        self.pending = len(pending)
+        return pending
 
-    def note_sent(self, entries: Collection[PendingRecord]) -> None:
+    def note_sent(self, lines: Collection[RecordLine]) -> None:
         """Note that these are delivered, and drop their contents. Raises OSError when it is not noted."""
-        self.pending -= len(entries)
+        self.pending -= len(lines)
         regions: list[list[int]] = []
-        for entry in entries:
-            if regions and regions[-1][1] == entry.start:
-                regions[-1][1] = entry.end
+        for line in lines:
+            if regions and regions[-1][1] == line.start:
+                regions[-1][1] = line.end
             else:
-                regions.append([entry.start, entry.end])
-        append(self._sent_path, [json.dumps(region) for region in regions])
-        for entry in entries:
-            if entry.file:
-                (self.folder / entry.file).unlink(missing_ok=True)
+                regions.append([line.start, line.end])
+        append_lines(self._sent_path, [json.dumps(region) for region in regions])
+        for line in lines:
+            if line.file:
+                (self.folder / line.file).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove a segment that is delivered; its ids stay known. Raises OSError."""
         lives: dict[str, list[list[int]]] = {}
         with contextlib.suppress(FileNotFoundError):
-            for entry in self.everything():
+            for entry in self.read_all():
                 life, _, number = entry.id.rpartition("-")
                 ranges = lives.setdefault(life, [])
                 if ranges and ranges[-1][1] == int(number) - 1:
@@ -156,7 +167,7 @@ class Segment:
                     ranges.append([int(number), int(number)])
         if lives:
             with contextlib.suppress(OSError):  # a full disk gets room by what follows; twice delivered is no harm
-                append(self.folder / "gone.jsonl", [json.dumps(lives)])
+                append_lines(self.folder / "gone.jsonl", [json.dumps(lives)])
         self.path.unlink(missing_ok=True)
         for path in (*self.folder.glob(f"{self.number:08d}-*.data"), self._sent_path):
             path.unlink(missing_ok=True)
@@ -168,13 +179,13 @@ class Segment:
             self._handle = -1
 
     def _sent(self) -> Iterator[tuple[int, int]]:
-        for said in lines_of(self._sent_path):
+        for region in json_lines(self._sent_path):
             with contextlib.suppress(ValueError, TypeError):
-                start, end = said
+                start, end = region
                 yield int(start), int(end)
 
 
-def lines_of(path: Path) -> Iterator[Any]:
+def json_lines(path: Path) -> Iterator[Any]:
     """What the whole lines of a small file say; torn and missing ones say nothing."""
     with contextlib.suppress(FileNotFoundError):
         for line in path.read_bytes().split(b"\n"):
@@ -182,14 +193,14 @@ def lines_of(path: Path) -> Iterator[Any]:
                 yield json.loads(line)
 
 
-def append(path: Path, lines: Iterable[str]) -> None:
+def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Add lines to a small file, after ending what a killed process may have left of one."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     with open(handle, "wb") as stream:
         stream.write(b"".join(b"\n" + line.encode() + b"\n" for line in lines))
 
 
-def write(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
     """Write a file, or raise OSError and leave none."""
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -213,5 +224,5 @@ def segments_of(folder: Path) -> list[Segment]:
 
 def _numbers(folder: Path) -> Iterator[int]:
     for name in os.listdir(folder):
-        if match := _OURS.fullmatch(name):
+        if match := _FILE_NAME.fullmatch(name):
             yield int(match[1])

@@ -26,15 +26,15 @@ _log = logging.getLogger("mirl_dist.tracking")
 
 
 class RecordStore(Protocol):
-    """Where items go.
+    """Where records go.
 
-    deliver: must bear the same item twice, and one of a run that an earlier life opened. troubles: what it may raise
+    deliver: must bear the same record twice, and one of a run that an earlier life opened. troubles: what it may raise
     when it should be tried again; UserError among them, for ids that could not be kept.
     """
 
     name: str  # for people, without secrets
 
-    def deliver(self, item: Record) -> None: ...
+    def deliver(self, record: Record) -> None: ...
     def transient_errors(self) -> tuple[type[BaseException], ...]: ...
     def describe(self, trouble: BaseException) -> str: ...
     def is_final(self, trouble: BaseException) -> bool: ...
@@ -43,9 +43,9 @@ class RecordStore(Protocol):
 
 @dataclasses.dataclass
 class _Outage:
-    """Of a store, or of its place for files alone. told: whether people know; not_before: monotonic time to try at."""
+    """Of a store, or of its place for files alone. announced: whether people know; not_before: monotonic time."""
 
-    told: bool = False
+    announced: bool = False
     pause: float = 0.0
     not_before: float = 0.0
 
@@ -53,8 +53,29 @@ class _Outage:
         self.pause = min(max(2 * self.pause, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS, longest)
         self.not_before = time.monotonic() + self.pause
 
-    def over(self) -> None:
+    def end(self) -> None:
         self.pause = self.not_before = 0.0
+
+
+@dataclasses.dataclass
+class _Schedule:
+    """When something is to be sent. due: monotonic time from which all but files may go; lock_at: when the journal's
+    lock is tried next; steps: gathered since the last delivery; longest_pause: seconds after a failure."""
+
+    due: float = math.inf
+    lock_at: float = 0.0
+    steps: int = 0
+    longest_pause: float = math.inf
+
+
+@dataclasses.dataclass
+class _FailureReport:
+    """What people hear of failures. announce: takes a text with its values; last: the last cause; refused: kind and run
+    of records that the store has refused for good."""
+
+    announce: Callable[..., None]
+    last: str = "nothing got through"
+    refused: set[tuple[str, str]] = dataclasses.field(default_factory=set)
 
 
 class Sender:
@@ -62,38 +83,35 @@ class Sender:
 
     def __init__(self, store: RecordStore, outbox: Outbox) -> None:
         self._store, self._outbox, self._changed = store, outbox, outbox.changed
-        self._due, self._steps, self._lock_at = math.inf, 0, 0.0
-        self._longest_pause, self._closed = math.inf, False
+        self._schedule, self._closed = _Schedule(), False
         self._away, self._no_files = _Outage(), _Outage()
-        self._refused = set[tuple[str, str]]()
-        self._error = "nothing got through"
-        self._announce: Callable[..., None] = _log.warning  # of outages
+        self._failures = _FailureReport(_log.warning)
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
 
     def start(self) -> None:
-        self.soon()
+        self.request_send()
         self._thread.start()
 
-    def soon(self) -> None:
+    def request_send(self) -> None:
         """Send what waits, now or when the pause after a failure is over."""
         self._send_at(time.monotonic())
 
-    def step(self) -> None:
+    def count_step(self) -> None:
         """A step was put: send when 50 have gathered, or after 5 seconds."""
         with self._changed:
-            self._steps += 1
-            full = self._steps >= STEPS_PER_DELIVERY
+            self._schedule.steps += 1
+            full = self._schedule.steps >= STEPS_PER_DELIVERY
             self._send_at(time.monotonic() + (0.0 if full else SECONDS_PER_DELIVERY))
 
     def finish(self, idle_seconds: float, seconds: float) -> bool:
         """Try all that waits once more, without long pauses; whether it is sent. The thread ends.
 
-        Waits while items keep getting through: at most `idle_seconds` without one, and `seconds` in all.
+        Waits while records keep getting through: at most `idle_seconds` without one, and `seconds` in all.
         """
         with self._changed:
-            self._longest_pause = HURRIED_PAUSE_SECONDS
-            self._away.not_before = self._no_files.not_before = self._lock_at = 0.0
-            self._due = -math.inf
+            self._schedule.longest_pause = HURRIED_PAUSE_SECONDS
+            self._away.not_before = self._no_files.not_before = self._schedule.lock_at = 0.0
+            self._schedule.due = -math.inf
             self._changed.notify_all()
             last = now = time.monotonic()
             end, sent = now + seconds, self._outbox.sent
@@ -110,9 +128,9 @@ class Sender:
         return not unfinished
 
     def send_all(self, idle_seconds: float, advance: Callable[[int], None]) -> str:
-        """Send all that waits, in this thread; what hindered it for `idle_seconds`, else ''. advance: items so far."""
-        self._due, self._longest_pause = -math.inf, HURRIED_PAUSE_SECONDS
-        self._announce = _nobody
+        """Send all that waits in this thread; what prevented it for `idle_seconds`, or ''. advance: given a count."""
+        self._schedule.due, self._schedule.longest_pause = -math.inf, HURRIED_PAUSE_SECONDS
+        self._failures.announce = _announce_nothing
         last, sent = time.monotonic(), 0
         while self._unfinished():
             self._send_one()
@@ -120,108 +138,112 @@ class Sender:
                 last, sent = time.monotonic(), self._outbox.sent
                 advance(sent)
             elif time.monotonic() - last > idle_seconds:
-                return self._error
+                return self._failures.last
             else:
-                time.sleep(max(0.0, min(self._pause(), HURRIED_PAUSE_SECONDS)))
+                time.sleep(max(0.0, min(self._seconds_to_wait(), HURRIED_PAUSE_SECONDS)))
         return ""
 
     def _send_at(self, when: float) -> None:
         with self._changed:
-            if when < self._due and self._unfinished():
-                self._due = when
+            if when < self._schedule.due and self._unfinished():
+                self._schedule.due = when
                 self._changed.notify_all()
 
     def _unfinished(self) -> bool:
-        return not self._outbox.mine or sum(self._outbox.has_pending()) > 0
+        return not self._outbox.owns_delivery or sum(self._outbox.count_files_and_others()) > 0
 
     def _work(self) -> None:
         try:
-            while self._awaited():
-                if self._outbox.mine:
+            while self._wait_for_work():
+                if self._outbox.owns_delivery:
                     self._send_one()
                 elif self._outbox.claim_older():
-                    self._gather_anew()
+                    self._gather_again()
                 else:
-                    self._lock_at = time.monotonic() + LOCK_PAUSE_SECONDS
+                    self._schedule.lock_at = time.monotonic() + LOCK_PAUSE_SECONDS
         finally:
             self._outbox.close()
 
-    def _awaited(self) -> bool:
+    def _wait_for_work(self) -> bool:
         """Wait until there is something to do; False at the end."""
         with self._changed:
             while not self._closed:
-                seconds = self._pause()
+                seconds = self._seconds_to_wait()
                 if seconds <= 0:
                     return True
                 self._changed.wait(None if seconds == math.inf else seconds)
         return False
 
-    def _pause(self) -> float:
+    def _seconds_to_wait(self) -> float:
         """Seconds until something may be tried."""
-        at = self._lock_at
-        if self._outbox.mine:
-            files, others = self._outbox.has_pending()
+        at = self._schedule.lock_at
+        if self._outbox.owns_delivery:
+            files, others = self._outbox.count_files_and_others()
             at = min(
-                max(self._away.not_before, self._due) if others else math.inf,
+                max(self._away.not_before, self._schedule.due) if others else math.inf,
                 max(self._away.not_before, self._no_files.not_before) if files else math.inf,
             )
         return at - time.monotonic()
 
-    def _gather_anew(self) -> None:
+    def _gather_again(self) -> None:
         """When all steps are sent, the next ones are gathered again."""
         with self._changed:
-            if not self._outbox.has_pending()[1]:
-                self._due, self._steps = math.inf, 0
+            if not self._outbox.count_files_and_others()[1]:
+                self._schedule.due, self._schedule.steps = math.inf, 0
 
     def _send_one(self) -> None:
         """One delivery of what may be tried now, and what comes of it."""
         now = time.monotonic()
         back = self._away.not_before <= now
-        batch = self._outbox.next(files=back and self._no_files.not_before <= now, others=back and self._due <= now)
-        item = self._whole(batch)
-        if item is None:
-            self._outbox.done(batch)
+        batch = self._outbox.next_batch(
+            files=back and self._no_files.not_before <= now, others=back and self._schedule.due <= now
+        )
+        record = self._merge_batch(batch)
+        if record is None:
+            self._outbox.mark_sent(batch)
             return
         try:
-            self._store.deliver(item)
+            self._store.deliver(record)
         except self._store.transient_errors() as trouble:
-            if not self._refuses(item, trouble):
-                self._must_wait(item, trouble)
+            if not self._is_refused(record, trouble):
+                self._back_off(record, trouble)
                 return
         else:
-            self._refused.discard((item.kind, item.run_key))
-            self._away.over()
-            if item.kind == "file":
-                self._no_files.over()
+            self._failures.refused.discard((record.kind, record.run_key))
+            self._away.end()
+            if record.kind == "file":
+                self._no_files.end()
         with self._changed:
-            self._outbox.done(batch)
-            self._gather_anew()
+            self._outbox.mark_sent(batch)
+            self._gather_again()
         self._report_recovery()
 
-    def _whole(self, batch: list[PendingRecord]) -> Record | None:
-        """The one item that a batch makes, of all that can still be read."""
-        items = []
+    def _merge_batch(self, batch: list[PendingRecord]) -> Record | None:
+        """The one record that a batch makes, of all that can still be read."""
+        records = []
         for entry in batch:
             try:
-                items.append(entry.read())
+                records.append(entry.read())
             except (DamagedRecord, OSError) as error:
                 text = "%s of %s, which %s was to hear, cannot be read any more (%s) and is left out"
                 _log.warning(text, entry.kind, entry.run_key, self._store.name, error)
-        if not items:
+        if not records:
             return None
-        return dataclasses.replace(items[0], points=[point for item in items for point in item.points])
+        return dataclasses.replace(records[0], points=[point for record in records for point in record.points])
 
-    def _refuses(self, item: Record, trouble: BaseException) -> bool:
+    def _is_refused(self, record: Record, trouble: BaseException) -> bool:
         """Whether the store will never take it; the first refusal of a kind is told."""
-        if item.kind == "open" or isinstance(trouble, UserError) or not self._store.is_final(trouble):
+        if record.kind == "open" or isinstance(trouble, UserError) or not self._store.is_final(trouble):
             return False
-        if (item.kind, item.run_key) not in self._refused:
+        if (record.kind, record.run_key) not in self._failures.refused:
             text = "%s did not take %s '%s' of %s (%s). Training goes on without it there."
-            _log.warning(text, self._store.name, item.kind, item.name, item.run_key, self._store.describe(trouble))
-        self._refused.add((item.kind, item.run_key))
+            _log.warning(
+                text, self._store.name, record.kind, record.name, record.run_key, self._store.describe(trouble)
+            )
+        self._failures.refused.add((record.kind, record.run_key))
         return True
 
-    def _must_wait(self, item: Record, trouble: BaseException) -> None:
+    def _back_off(self, record: Record, trouble: BaseException) -> None:
         """Pause; the first failure of an outage is told. The place for files may be away alone: points pass then."""
         cause = str(trouble) if isinstance(trouble, UserError) else self._store.describe(trouble)
         outage, text = (
@@ -233,25 +255,25 @@ class Sender:
         )
         if isinstance(trouble, UserError):
             text = "what %s is to hear waits, because the ids of its runs could not be kept (%s). Training goes on."
-        elif item.kind == "file" and self._store.answers():
+        elif record.kind == "file" and self._store.answers():
             outage, text = self._no_files, "%s takes points but no file (%s). Training goes on; files are kept."
-        self._error = cause
+        self._failures.last = cause
         with self._changed:
-            outage.lengthen(self._longest_pause)
-        if not outage.told:
-            outage.told = True
-            self._announce(text, self._store.name, cause)
+            outage.lengthen(self._schedule.longest_pause)
+        if not outage.announced:
+            outage.announced = True
+            self._failures.announce(text, self._store.name, cause)
 
     def _report_recovery(self) -> None:
         """An outage is over, and told to be, when all that waited is sent."""
-        files, others = self._outbox.has_pending()
-        if self._away.told and not others and (not files or self._no_files.told):
-            self._away.told = False
-            self._announce("%s is back: all that waited is sent", self._store.name)
-        if self._no_files.told and not files:
-            self._no_files.told = False
-            self._announce("%s takes files again: all that waited are sent", self._store.name)
+        files, others = self._outbox.count_files_and_others()
+        if self._away.announced and not others and (not files or self._no_files.announced):
+            self._away.announced = False
+            self._failures.announce("%s is back: all that waited is sent", self._store.name)
+        if self._no_files.announced and not files:
+            self._no_files.announced = False
+            self._failures.announce("%s takes files again: all that waited are sent", self._store.name)
 
 
-def _nobody(*_: object) -> None:
+def _announce_nothing(*_: object) -> None:
     """Tell nobody."""

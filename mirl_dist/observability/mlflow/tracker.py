@@ -17,7 +17,6 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from mirl_dist.errors import UserError
-from mirl_dist.observability import progress
 from mirl_dist.observability.mlflow import records
 from mirl_dist.observability.mlflow.client import MlflowClientStore, import_quietly
 from mirl_dist.observability.mlflow.journal import Journal, Pending, pending_records
@@ -25,32 +24,32 @@ from mirl_dist.observability.mlflow.outbox import Outbox
 from mirl_dist.observability.mlflow.records import (
     Record,
     default_uri,
-    flat,
+    flatten,
     image_files,
     is_score,
     legal_name,
     redact,
     redact_uri,
 )
+from mirl_dist.observability.mlflow.remote_runs import RunIds
 from mirl_dist.observability.mlflow.sender import Sender
 
-__all__ = ["MlflowTracker", "NoTracker", "Tracker", "Pending", "resend", "pending_records"]
+__all__ = ["MlflowTracker", "NoTracker", "Tracker", "Pending", "pending_records"]
 
 FAREWELL_SECONDS = 10.0
 """How long the end of a run waits for MLflow while nothing gets through."""
-RESEND_SECONDS = 30.0
 
 _log = logging.getLogger("mirl_dist.tracking")
 
 
 class Tracker(Protocol):
-    """What a story tells of its run: `Mlflow` on rank 0, `Silent` on the others; methods as in `Mlflow`."""
+    """What a story tells of its run: `MlflowTracker` on rank 0, `NoTracker` on the others, with the same methods."""
 
     def begin_run(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None: ...
     def begin_round(self, round_: int, tags: Mapping[str, str], params: Mapping[str, object] = {}) -> None: ...
     def log_step(self, step: int, values: Mapping[str, float]) -> None: ...
     def log_ticket(self, round_: int, values: Mapping[str, float]) -> None: ...
-    def log_file(self, name: str, data: bytes, where: str) -> None: ...
+    def log_file(self, name: str, data: bytes, scope: str) -> None: ...
     def log_image(self, key: str, png: bytes, step: int) -> None: ...
     def flush(self) -> None: ...
     def pending(self) -> bytes: ...
@@ -66,7 +65,7 @@ class NoTracker:
     def begin_round(self, round_: int, tags: Mapping[str, str], params: Mapping[str, object] = {}) -> None: ...
     def log_step(self, step: int, values: Mapping[str, float]) -> None: ...
     def log_ticket(self, round_: int, values: Mapping[str, float]) -> None: ...
-    def log_file(self, name: str, data: bytes, where: str) -> None: ...
+    def log_file(self, name: str, data: bytes, scope: str) -> None: ...
     def log_image(self, key: str, png: bytes, step: int) -> None: ...
     def flush(self) -> None: ...
     def end_round(self, status: str = "FINISHED") -> None: ...
@@ -86,8 +85,8 @@ class MlflowTracker:
     remembered, remember: ids that the caller keeps over restarts ("run", "round/03", and "key", by which a
     run is found whose id got lost); `remember` gets new ones as soon as they exist, in the thread that sends, and is
     called again later when it raises a UserError (as storage does).
-    journal: a folder of this machine for this run alone. inherited: the `backlog` in the commit that the run goes on
-    from. A store that is away or refuses raises nothing and is not waited for: one warning per outage, logger
+    journal: a folder of this machine for this run alone. inherited: what `pending` gave to the commit that the run goes
+    on from. A store that is away or refuses raises nothing and is not waited for: one warning per outage, logger
     "mirl_dist.tracking"; the same for a journal that can't be written, whose part then waits in memory.
     Raises UserError for a URI that MLflow refuses, and when MLflow is not installed.
     """
@@ -106,10 +105,10 @@ class MlflowTracker:
         self._uri = default_uri(uri)
         import_quietly(self._uri)
         self._run_name = run_name
-        self._journal, key = _opened(journal, redact_uri(self._uri))
-        life = uuid.uuid4().hex
-        self._store = MlflowClientStore(self._uri, experiment, run_name, dict(remembered), key, remember, life)
-        self._outbox = Outbox(self._store.name, life, self._journal, inherited)
+        self._journal, key = _open_journal(journal, redact_uri(self._uri))
+        session_id = uuid.uuid4().hex
+        self._store = MlflowClientStore(self._uri, experiment, run_name, RunIds(remembered, key, remember), session_id)
+        self._outbox = Outbox(self._store.name, session_id, self._journal, inherited)
         self._sender = Sender(self._store, self._outbox)
         self._round, self._begun = "", set[str]()
         self._sender.start()
@@ -136,7 +135,7 @@ class MlflowTracker:
         """
         assert self._round, "begin_round comes first"
         self._outbox.put_points("points", self._round, [(n, value, step) for n, value in values.items()])
-        self._sender.step()
+        self._sender.count_step()
 
     def log_ticket(self, round_: int, values: Mapping[str, float]) -> None:
         """Write down what a begun round came to: twice is once. Names must differ from those of log_step.
@@ -145,9 +144,9 @@ class MlflowTracker:
         'round/<name>'. The parent also has its scores ('psnr/...', 'ssim.<protocol>/...') under their plain names, at
         step = values['alive_weights'].
         """
-        where = f"round/{round_:02d}"
-        assert where in self._begun, "begin_round comes first"
-        self._outbox.put_points("ticket", where, [(name, value, round_) for name, value in values.items()])
+        run_key = f"round/{round_:02d}"
+        assert run_key in self._begun, "begin_round comes first"
+        self._outbox.put_points("ticket", run_key, [(name, value, round_) for name, value in values.items()])
         alive, points = values.get("alive_weights", math.nan), list[tuple[str, float, int]]()
         for name in sorted(values, key=lambda name: (not is_score(name), name.count("/"))):  # as pages list them
             if not name.startswith("weights/density/"):
@@ -157,11 +156,11 @@ class MlflowTracker:
         self._outbox.put_points("ticket", "run", points)
         self.flush()
 
-    def log_file(self, name: str, data: bytes, where: str) -> None:
+    def log_file(self, name: str, data: bytes, scope: str) -> None:
         """Keep a file ('folder/name', a relative path) with the current 'round' or with the whole 'run'."""
         path = PurePosixPath(name)
-        assert where in ("round", "run") and path.name and not path.is_absolute() and ".." not in path.parts
-        self._outbox.put(Record("file", self._round if where == "round" else "run", str(path), data=data))
+        assert scope in ("round", "run") and path.name and not path.is_absolute() and ".." not in path.parts
+        self._outbox.put(Record("file", self._round if scope == "round" else "run", str(path), data=data))
         self.flush()
 
     def log_image(self, key: str, png: bytes, step: int) -> None:
@@ -174,7 +173,7 @@ class MlflowTracker:
 
     def flush(self) -> None:
         """Have sent what waits, unless the store failed a moment ago; returns at once."""
-        self._sender.soon()
+        self._sender.request_send()
 
     def pending(self) -> bytes:
         """All that waits now, for a commit: a life that goes on from it elsewhere gets it as `inherited`.
@@ -206,7 +205,7 @@ class MlflowTracker:
                     "Send them with `mirl-dist track resend RUN`.",
                     *(left.points, left.records, self._store.name, self._journal and self._journal.folder),
                 )
-        lost = self._outbox.in_memory()
+        lost = self._outbox.count_in_memory()
         if lost.since is not None:
             text = "the run ends while %d points and %d other records wait for %s in memory only: they are lost to it"
             _log.warning(text, lost.points, lost.records, self._store.name)
@@ -214,81 +213,29 @@ class MlflowTracker:
     def address(self) -> str:
         """Where people find the run: its page, or the command that opens the store; never a password."""
         run = self._store.remote_runs.get("run")
-        return records.page(self._uri, self._store.experiment_id, run.id if run else "")
+        return records.page_address(self._uri, self._store.experiment_id, run.id if run else "")
 
-    def _begin(self, where: str, name: str, tags: Mapping[str, str], params: Mapping[str, object]) -> None:
+    def _begin(self, run_key: str, name: str, tags: Mapping[str, str], params: Mapping[str, object]) -> None:
         texts = {legal_name(t): redact(text, self._uri)[: records.LONGEST_TAG] for t, text in tags.items()}
-        self._outbox.put(Record("open", where, name, texts))
-        self._begun.add(where)
+        self._outbox.put(Record("open", run_key, name, texts))
+        self._begun.add(run_key)
         long = records.LONGEST_PARAM
-        pairs = [(legal_name(n), redact(text, self._uri)[:long]) for n, text in flat(params).items()]
+        pairs = [(legal_name(n), redact(text, self._uri)[:long]) for n, text in flatten(params).items()]
         for start in range(0, len(pairs), records.PARAMS_PER_CALL):
-            self._outbox.put(Record("params", where, texts=dict(pairs[start : start + records.PARAMS_PER_CALL])))
+            self._outbox.put(Record("params", run_key, texts=dict(pairs[start : start + records.PARAMS_PER_CALL])))
         self.flush()
 
 
 def check_reachable(uri: str | None) -> None:
-    """Raise UserError for an address that is unclear or that MLflow refuses, and when MLflow is not installed; no server is
-    asked."""
+    """Raise UserError for an address that is unclear or that MLflow refuses, and when MLflow is not installed.
+
+    No server is asked."""
     address = default_uri(uri)
     records.check_uri(address)
     import_quietly(address)
 
 
-def resend(
-    uri: str | None,
-    experiment: str,
-    run_name: str,
-    remembered: Mapping[str, str],
-    remember: Callable[[dict[str, str]], None],
-    journal: Path,
-    inherited: bytes,
-    say: Callable[[str], None],
-) -> Pending:
-    """Send all that waits for the store, and say so; returns what was sent. Arguments as of `Mlflow`.
-
-    Raises UserError while the run lives, and a resumable one when nothing got through for 30 seconds.
-    """
-    address = default_uri(uri)
-    check_reachable(address)
-    if not inherited and not journal.exists():
-        say(f"nothing waits for {redact_uri(address)}")
-        return Pending(0, 0, None)
-    try:
-        kept = Journal(journal)
-        key = kept.key()
-    except OSError as error:
-        raise UserError(f"found the journal {journal}, which cannot be used: {error}. Correct the rights.") from None
-    try:
-        if not kept.lock():
-            raise UserError(
-                f"found the journal {journal} in use: the run lives and sends by itself, or another command does. "
-                "Wait until it has ended."
-            )
-        life = uuid.uuid4().hex
-        store = MlflowClientStore(address, experiment, run_name, dict(remembered), key, remember, life)
-        outbox = Outbox(store.name, life, kept, inherited)
-        outbox.claim_older()
-        before = outbox.count()
-        if before.since is None:
-            say(f"nothing waits for {store.name} in {journal}")
-            return before
-        with progress.bar(f"sending to {store.name}", sum(outbox.has_pending())) as advance:
-            hindered = Sender(store, outbox).send_all(RESEND_SECONDS, lambda done: advance(done, ""))
-        left = outbox.count()
-    finally:
-        kept.close()
-    if hindered:
-        raise UserError(
-            f"found {store.name} away or refusing ({hindered}): {left.points} points and {left.records} other records "
-            f"still wait in {journal}. Check the server, and call this again.",
-            resumable=True,
-        )
-    say(f"sent {before.points} points and {before.records} other records to {store.name}")
-    return before
-
-
-def _opened(folder: Path, store_name: str) -> tuple[Journal | None, str]:
+def _open_journal(folder: Path, store_name: str) -> tuple[Journal | None, str]:
     """The journal, if there can be one, and the key of its run."""
     try:
         journal = Journal(folder)
@@ -300,6 +247,6 @@ def _opened(folder: Path, store_name: str) -> tuple[Journal | None, str]:
         )
         return None, uuid.uuid4().hex
     try:
-        return journal, journal.key()
+        return journal, journal.read_key()
     except OSError:
         return journal, uuid.uuid4().hex

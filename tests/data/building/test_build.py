@@ -26,7 +26,7 @@ import webdataset
 from PIL import Image
 
 from mirl_dist.config import yaml_loader
-from mirl_dist.config.seeding import generator
+from mirl_dist.config.seeding import rng
 from mirl_dist.data import image_strip
 from mirl_dist.data.building import contact_sheet, demo_photos
 from mirl_dist.data.building.build import build
@@ -231,7 +231,7 @@ def test_a_made_degradation_does_not_depend_on_the_other_images(built: tuple[Pat
 
     assert rainy(tmp_path / "alone", manifest) == rainy(*built)
     ((key, digest),) = rainy(*built).items()
-    whole = rain(photo("coffee"), generator(0, "rain", key))
+    whole = rain(photo("coffee"), rng(0, "rain", key))
     assert hashlib.sha256(ppm_header(400, 600) + whole.tobytes()).hexdigest() == digest, "made over the whole image"
 
 

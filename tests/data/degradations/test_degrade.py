@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mirl_dist.config.seeding import generator, shared_rng
+from mirl_dist.config.seeding import rng, shared_rng
 from mirl_dist.config.tasks import Task, allowed
 from mirl_dist.data.building import demo_photos
 from mirl_dist.data.degradations import degrade
@@ -46,7 +46,7 @@ PUBLISHED = {
 }
 
 
-# SHA-256, first 16 digits, of `waves` degraded on reading by generator("golden").
+# SHA-256, first 16 digits, of `waves` degraded on reading by rng("golden").
 GOLDEN = {
     "denoise_25": "4f8b46e3ea641aec",
     "denoise_mild": "3c2219ea5de287bd",
@@ -79,7 +79,7 @@ def test_noise_equals_the_published_vector() -> None:
 
 def test_a_lent_generator_draws_the_same_numbers_whatever_was_drawn_before() -> None:
     for number in range(50):
-        own, lent = generator("x", number), shared_rng("x", number)
+        own, lent = rng("x", number), shared_rng("x", number)
         assert own.bit_generator.random_raw(3).tolist() == lent.bit_generator.random_raw(3).tolist()
         assert own.integers(7) == lent.integers(7)
         assert own.standard_normal(number).tolist() == lent.standard_normal(number).tolist()
@@ -98,37 +98,37 @@ def test_same_words_give_the_same_numbers_and_other_words_others() -> None:
         (-1,),
         (),
     ]
-    firsts = [generator(*key).integers(0, 2**63) for key in keys]
-    assert firsts == [generator(*key).integers(0, 2**63) for key in keys]
+    firsts = [rng(*key).integers(0, 2**63) for key in keys]
+    assert firsts == [rng(*key).integers(0, 2**63) for key in keys]
     assert len(set(firsts)) == len(keys)
 
 
 def test_the_generator_is_the_same_in_every_process_and_release() -> None:
-    raw = generator("seed", 7, "train-bsd400-x").bit_generator.random_raw(2)
+    raw = rng("seed", 7, "train-bsd400-x").bit_generator.random_raw(2)
     assert raw.tolist() == [11661506568343849284, 12551089469004967232]
 
 
 @pytest.mark.parametrize("word", [1.0, True, None, b"x"])
 def test_a_generator_refuses_words_that_are_neither_int_nor_str(word: object) -> None:
     with pytest.raises(TypeError, match="keyed by int and str"):
-        generator("a", word)  # type: ignore[arg-type]
+        rng("a", word)  # type: ignore[arg-type]
 
 
 def test_noise_depends_on_the_words_alone() -> None:
     clean = waves()
-    first = gaussian_noise(clean, 50, generator("n", 1))
-    gaussian_noise(clean, 15, generator("n", 2))
-    assert np.array_equal(first, gaussian_noise(clean, 50, generator("n", 1)))
-    assert not np.array_equal(first, gaussian_noise(clean, 50, generator("n", 2)))
+    first = gaussian_noise(clean, 50, rng("n", 1))
+    gaussian_noise(clean, 15, rng("n", 2))
+    assert np.array_equal(first, gaussian_noise(clean, 50, rng("n", 1)))
+    assert not np.array_equal(first, gaussian_noise(clean, 50, rng("n", 2)))
 
 
 def test_rain_only_brightens_and_is_seeded() -> None:
     clean = waves()
-    rainy = rain(clean, generator("r", 1))
+    rainy = rain(clean, rng("r", 1))
     assert rainy.dtype == np.uint8 and rainy.shape == clean.shape
     assert (rainy >= clean).all() and (rainy > clean).any()
-    assert np.array_equal(rainy, rain(clean, generator("r", 1)))
-    assert not np.array_equal(rainy, rain(clean, generator("r", 2)))
+    assert np.array_equal(rainy, rain(clean, rng("r", 1)))
+    assert not np.array_equal(rainy, rain(clean, rng("r", 2)))
     grey = rainy.astype(int) - clean
     unclipped = (rainy < 255).all(axis=2)
     assert (grey[unclipped] == grey[unclipped][:, :1]).all(), "streaks are colourless"
@@ -136,7 +136,7 @@ def test_rain_only_brightens_and_is_seeded() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (8, 200, 3)])
 def test_rain_falls_on_images_of_any_size(shape: tuple[int, int, int]) -> None:
-    assert rain(np.zeros(shape, np.uint8), generator("r")).shape == shape
+    assert rain(np.zeros(shape, np.uint8), rng("r")).shape == shape
 
 
 def test_haze_without_density_changes_nothing_and_dense_haze_is_airlight() -> None:
@@ -188,10 +188,10 @@ def test_quick_noise_is_add_noise_with_the_tables_normals(sigma: int) -> None:
     """Every pixel value meets every part of the table, so nothing wraps around."""
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     image[:8], image[8:16] = 0, 255
-    raw = generator("q").bit_generator.random_raw(image.size // 4)
+    raw = rng("q").bit_generator.random_raw(image.size // 4)
     chosen = [(int(word) >> shift) & 0xFFFF for word in raw for shift in (0, 16, 32, 48)]
     normals = degrade._quantiles()[chosen].reshape(image.shape)
-    assert np.array_equal(quick_noise(image, sigma, generator("q")), add_noise(image, normals, sigma))
+    assert np.array_equal(quick_noise(image, sigma, rng("q")), add_noise(image, normals, sigma))
 
 
 def test_the_tables_normals_follow_the_normal_law() -> None:
@@ -206,7 +206,7 @@ def test_the_tables_normals_follow_the_normal_law() -> None:
 
 def test_quick_noise_has_the_moments_and_the_distribution_of_gaussian_noise() -> None:
     sigma, grey = 15, np.full((400, 500, 3), 128, np.uint8)
-    quick, exact = quick_noise(grey, sigma, generator("k")), gaussian_noise(grey, sigma, generator("e"))
+    quick, exact = quick_noise(grey, sigma, rng("k")), gaussian_noise(grey, sigma, rng("e"))
     n = quick.size
     error = quick.astype(float) - 128
     assert error.mean() == pytest.approx(-0.5, abs=4 * sigma / math.sqrt(n))
@@ -226,7 +226,7 @@ def test_quick_noise_has_the_moments_and_the_distribution_of_gaussian_noise() ->
 
 
 def test_neighbours_of_quick_noise_know_nothing_of_each_other() -> None:
-    noise = quick_noise(np.full((400, 500, 3), 128, np.uint8), 15, generator("i")).ravel().astype(float)
+    noise = quick_noise(np.full((400, 500, 3), 128, np.uint8), 15, rng("i")).ravel().astype(float)
     noise = (noise - noise.mean()) / noise.std()
     for lag in (1, 2, 3, 4, 5, 8, 1500, 1503):
         for part in (lambda x: x, np.abs):
@@ -237,11 +237,11 @@ def test_neighbours_of_quick_noise_know_nothing_of_each_other() -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 3), (5, 7, 3), (3, 5, 1)])
 def test_quick_noise_is_seeded_for_images_of_any_size(shape: tuple[int, int, int]) -> None:
     image = np.full(shape, 100, np.uint8)
-    first = quick_noise(image, 50, generator("s", 1))
+    first = quick_noise(image, 50, rng("s", 1))
     assert first.shape == shape and first.dtype == np.uint8
-    assert np.array_equal(first, quick_noise(image, 50, generator("s", 1)))
-    assert not np.array_equal(first, quick_noise(image, 50, generator("s", 2)))
-    assert np.array_equal(quick_noise(image, 0, generator("s")), image)
+    assert np.array_equal(first, quick_noise(image, 50, rng("s", 1)))
+    assert not np.array_equal(first, quick_noise(image, 50, rng("s", 2)))
+    assert np.array_equal(quick_noise(image, 0, rng("s")), image)
 
 
 # --- what happens on reading
@@ -253,18 +253,18 @@ def test_a_degradation_is_determined_by_its_arguments_and_leaves_its_input_alone
     before = clean.copy()
     clean.setflags(write=False)
     for make in (degrade_for_training, degrade_for_test):
-        first = make(task, clean, generator(word))
+        first = make(task, clean, rng(word))
         assert first.dtype == np.uint8 and first.shape == clean.shape and first.flags.c_contiguous
         assert not np.array_equal(first, clean)
-        assert np.array_equal(first, make(task, clean, generator(word)))
-        assert np.array_equal(first, make(task, np.asfortranarray(clean), generator(word)))
+        assert np.array_equal(first, make(task, clean, rng(word)))
+        assert np.array_equal(first, make(task, np.asfortranarray(clean), rng(word)))
     assert np.array_equal(clean, before)
 
 
 @pytest.mark.parametrize("word", MADE)
 @pytest.mark.parametrize("shape", [(1, 1, 3), (3, 90, 3)])
 def test_images_of_any_size_are_degraded(word: str, shape: tuple[int, int, int]) -> None:
-    assert degrade_for_training(Task.of(word), np.full(shape, 77, np.uint8), generator("any")).shape == shape
+    assert degrade_for_training(Task.of(word), np.full(shape, 77, np.uint8), rng("any")).shape == shape
 
 
 @pytest.mark.parametrize("word", [w for w in MADE if Task.of(w).family in ("deblur", "enlighten")])
@@ -275,10 +275,8 @@ def test_with_its_margin_a_degraded_crop_is_a_crop_of_the_degraded_image(word: s
     rim = context_pixels(task)
     y, x = max(0, top - rim), max(0, left - rim)
     wide = whole[y : top + pixels + rim, x : left + pixels + rim]
-    cut = degrade_for_training(task, wide, generator("m", word))[
-        top - y : top - y + pixels, left - x : left - x + pixels
-    ]
-    wanted = degrade_for_training(task, whole, generator("m", word))[top : top + pixels, left : left + pixels]
+    cut = degrade_for_training(task, wide, rng("m", word))[top - y : top - y + pixels, left - x : left - x + pixels]
+    wanted = degrade_for_training(task, whole, rng("m", word))[top : top + pixels, left : left + pixels]
     assert np.array_equal(cut, wanted)
 
 
@@ -327,7 +325,7 @@ def test_strengths_fill_the_ranges_of_the_papers(
 
     monkeypatch.setattr(degrade, function, heard)
     for i in range(600):
-        degrade_for_training(Task.of(word), waves(), generator(word, i))
+        degrade_for_training(Task.of(word), waves(), rng(word, i))
     for (low, high), found in zip(ranges, zip(*drawn, strict=True), strict=True):
         assert low <= min(found) <= low + 0.02 * (high - low) and high - 0.02 * (high - low) <= max(found) <= high
         assert np.mean(found) == pytest.approx((low + high) / 2, abs=4 * (high - low) / math.sqrt(6 * 600) + 1e-9)
@@ -341,15 +339,15 @@ def test_for_evaluation_noise_is_numpys_and_the_rest_as_in_training() -> None:
     clean = scene(40, 52)
     for word in MADE:
         task = Task.of(word)
-        trained, tested = (make(task, clean, generator("t")) for make in (degrade_for_training, degrade_for_test))
+        trained, tested = (make(task, clean, rng("t")) for make in (degrade_for_training, degrade_for_test))
         assert np.array_equal(trained, tested) == (task.family != "denoise"), word
-    wanted = gaussian_noise(clean, 25, generator("t"))
-    assert np.array_equal(degrade_for_test(Task.of("denoise_25"), clean, generator("t")), wanted)
+    wanted = gaussian_noise(clean, 25, rng("t"))
+    assert np.array_equal(degrade_for_test(Task.of("denoise_25"), clean, rng("t")), wanted)
 
 
 @pytest.mark.parametrize(("word", "digest"), GOLDEN.items())
 def test_training_samples_are_the_same_on_every_machine_and_release(word: str, digest: str) -> None:
-    made = degrade_for_training(Task.of(word), waves(), generator("golden"))
+    made = degrade_for_training(Task.of(word), waves(), rng("golden"))
     assert hashlib.sha256(made.tobytes()).hexdigest()[:16] == digest
 
 
@@ -406,16 +404,16 @@ def test_lost_resolution_keeps_the_size_and_loses_more_with_larger_factors() -> 
 
 def test_snow_is_seeded_colourless_and_lies_between_the_image_and_white() -> None:
     clean = scene(150, 200)
-    snowy = snow(clean, generator("s", 1))
+    snowy = snow(clean, rng("s", 1))
     assert snowy.dtype == np.uint8 and snowy.shape == clean.shape
     assert (snowy >= np.minimum(clean, 225)).all() and (snowy != clean).any()
-    assert np.array_equal(snowy, snow(clean, generator("s", 1)))
-    assert not np.array_equal(snowy, snow(clean, generator("s", 2)))
-    black = snow(np.zeros((150, 200, 3), np.uint8), generator("s", 1))
+    assert np.array_equal(snowy, snow(clean, rng("s", 1)))
+    assert not np.array_equal(snowy, snow(clean, rng("s", 2)))
+    black = snow(np.zeros((150, 200, 3), np.uint8), rng("s", 1))
     assert (black == black[..., :1]).all()
     assert 0.02 < (black > 40).mean() < 0.5, "flakes cover a part of the image"
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (8, 200, 3)])
 def test_snow_falls_on_images_of_any_size(shape: tuple[int, int, int]) -> None:
-    assert snow(np.zeros(shape, np.uint8), generator("s")).shape == shape
+    assert snow(np.zeros(shape, np.uint8), rng("s")).shape == shape

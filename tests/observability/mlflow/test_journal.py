@@ -21,15 +21,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirl_dist.config.local_paths import journal_folder
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import outbox, records, sender
 from mirl_dist.observability.mlflow import tracker as tracking
 from mirl_dist.observability.mlflow.journal import Journal, pending_records
 from mirl_dist.observability.mlflow.outbox import Outbox
 from mirl_dist.observability.mlflow.records import DamagedRecord, Record
+from mirl_dist.observability.mlflow.resend import resend
 from mirl_dist.observability.mlflow.segments import PendingRecord, Segment
-from mirl_dist.observability.mlflow.tracker import MlflowTracker, resend
+from mirl_dist.observability.mlflow.tracker import MlflowTracker
 from mirl_dist.storage.base import Unavailable
 from tests.services import mlflow_client_program
 from tests.services.faulty_proxy import FORBIDDEN, FaultyProxy, answer
@@ -75,7 +75,7 @@ def test_a_later_life_reads_exactly_what_was_kept(tmp_path: Path) -> None:
         journal.append(one)
     later = Journal(tmp_path / "outbox")
     later.append(item(5))
-    found = read(later.older())
+    found = read(later.read_older())
     assert [vars(one) for one in found] == [vars(one) for one in kept]
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "outbox").iterdir()}
     assert modes == {0o600} and (tmp_path / "outbox").stat().st_mode & 0o777 == 0o700
@@ -83,13 +83,13 @@ def test_a_later_life_reads_exactly_what_was_kept(tmp_path: Path) -> None:
 
 def test_a_segment_cut_anywhere_holds_all_that_was_whole(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    ends = [journal.append(item(number)).end for number in range(2)]
+    ends = [line.end for number in range(2) if (line := journal.append(item(number)).line)]
     path = tmp_path / "00000001.jsonl"
     whole = path.read_bytes()
     assert len(whole) == ends[-1]
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
-        assert numbers(Journal(tmp_path).older()) == [n for n, end in enumerate(ends) if end <= cut]
+        assert numbers(Journal(tmp_path).read_older()) == [n for n, end in enumerate(ends) if end <= cut]
 
 
 def test_a_damaged_line_is_left_out_and_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -97,19 +97,21 @@ def test_a_damaged_line_is_left_out_and_told_once(tmp_path: Path, caplog: pytest
     entries = [journal.append(item(number)) for number in range(4)]
     path = tmp_path / "00000001.jsonl"
     text = bytearray(path.read_bytes())
-    text[entries[1].start + 5 : entries[1].start + 40] = bytes(35)
+    assert entries[1].line is not None
+    start = entries[1].line.start
+    text[start + 5 : start + 40] = bytes(35)
     path.write_bytes(text)
     journal.close()
     later = Journal(tmp_path)
     assert pending_records(tmp_path).points == 3 and caplog.text == "", "who only looks tells nothing"
-    assert later.lock() and numbers(later.older()) == [0, 2, 3]
+    assert later.lock() and numbers(later.read_older()) == [0, 2, 3]
     assert [record.message for record in caplog.records] == [f"{path}: 1 damaged lines are left out"]
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_no_line_however_damaged_is_more_than_damaged(data: st.DataObject) -> None:
-    line = bytearray(records.line_of(item(3, "file", name="a/b", data=b"content")))
+    line = bytearray(records.to_line(item(3, "file", name="a/b", data=b"content")))
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(line) - 1))
         line[at : at + data.draw(st.integers(0, 20))] = data.draw(st.binary(max_size=20))
@@ -146,35 +148,35 @@ def test_a_line_that_no_run_has_said_is_damaged(said: Any) -> None:
 def test_what_was_delivered_is_not_read_again_and_segments_that_are_through_go(tmp_path: Path) -> None:
     first = Journal(tmp_path)
     entries = [first.append(item(n)) for n in range(5)] + [first.append(item(5, "file", name="a", data=b"a"))]
-    first.sent(entries[:2])
-    first.sent([entries[3], entries[5]])
+    first.note_sent(entries[:2])
+    first.note_sent([entries[3], entries[5]])
     assert not list(tmp_path.glob("*.data")), "contents go with their delivery"
     sent = tmp_path / "00000001.sent"
     whole = sent.read_bytes()
     for cut in range(len(whole)):
         sent.write_bytes(whole[:cut])
-        left = numbers(Journal(tmp_path).older())
+        left = numbers(Journal(tmp_path).read_older())
         assert set(left) >= {2, 4}, "a torn note delivers again, and never forgets"
     with sent.open("ab") as stream:
         stream.write(b"\n[0, 1")  # killed while it noted
     second = Journal(tmp_path)
     second.append(item(9))
-    left = second.older()
+    left = second.read_older()
     assert numbers(left) == [2, 4]
     first.close()
     assert second.lock()
-    second.sent(left[:1])
-    assert numbers(Journal(tmp_path).older()) == [4, 9]
-    second.sent(left[1:])
+    second.note_sent(left[:1])
+    assert numbers(Journal(tmp_path).read_older()) == [4, 9]
+    second.note_sent(left[1:])
     assert [path.name for path in sorted(tmp_path.glob("0*"))] == ["00000002.jsonl"]
-    assert second.knows([f"{LIFE}-{n}" for n in range(12)]) == {f"{LIFE}-{n}" for n in (0, 1, 2, 3, 4, 5, 9)}
+    assert second.known_ids([f"{LIFE}-{n}" for n in range(12)]) == {f"{LIFE}-{n}" for n in (0, 1, 2, 3, 4, 5, 9)}
 
 
 def test_what_a_kill_left_of_a_removed_segment_is_cleared_up(tmp_path: Path) -> None:
     for name in ("00000003.sent", "00000003-12.data"):
         (tmp_path / name).write_text("[0, 10]")
     journal = Journal(tmp_path)
-    assert journal.lock() and journal.older() == []
+    assert journal.lock() and journal.read_older() == []
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
@@ -186,10 +188,10 @@ def test_a_long_life_writes_several_segments_and_leaves_none_that_is_through(
     entries = [journal.append(item(number)) for number in range(10)]
     count = len(list(tmp_path.glob("*.jsonl")))
     assert count > 2
-    assert numbers(Journal(tmp_path).older()) == list(range(10))
-    journal.sent(entries[:9])
+    assert numbers(Journal(tmp_path).read_older()) == list(range(10))
+    journal.note_sent(entries[:9])
     assert len(list(tmp_path.glob("0*.jsonl"))) == 1
-    assert numbers(Journal(tmp_path).older()) == [9]
+    assert numbers(Journal(tmp_path).read_older()) == [9]
 
 
 def test_a_life_that_begins_its_segment_does_not_take_it_for_an_older_one(
@@ -197,7 +199,7 @@ def test_a_life_that_begins_its_segment_does_not_take_it_for_an_older_one(
 ) -> None:
     journal, found, real = Journal(tmp_path), list[PendingRecord](), Segment.new
     assert journal.lock()
-    sends = threading.Thread(target=lambda: found.extend(journal.older()))
+    sends = threading.Thread(target=lambda: found.extend(journal.read_older()))
 
     def slowly(folder: Path) -> Segment:
         made = real(folder)
@@ -208,7 +210,7 @@ def test_a_life_that_begins_its_segment_does_not_take_it_for_an_older_one(
     monkeypatch.setattr(Segment, "new", slowly)
     journal.append(item(0))
     sends.join()
-    assert found == [] and numbers(Journal(tmp_path).older()) == [0]
+    assert found == [] and numbers(Journal(tmp_path).read_older()) == [0]
 
 
 def test_one_delivers_and_the_next_one_may_when_it_has_gone(tmp_path: Path) -> None:
@@ -219,11 +221,11 @@ def test_one_delivers_and_the_next_one_may_when_it_has_gone(tmp_path: Path) -> N
 
 
 def test_all_lives_of_a_folder_know_one_key(tmp_path: Path) -> None:
-    key = Journal(tmp_path).key()
-    assert Journal(tmp_path).key() == key and Journal(tmp_path / "other").key() != key
+    key = Journal(tmp_path).read_key()
+    assert Journal(tmp_path).read_key() == key and Journal(tmp_path / "other").read_key() != key
     (tmp_path / "key").write_bytes(b"")  # a power cut
-    again = Journal(tmp_path).key()
-    assert len(again) == 32 and Journal(tmp_path).key() == again
+    again = Journal(tmp_path).read_key()
+    assert len(again) == 32 and Journal(tmp_path).read_key() == again
     assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "other"]
 
 
@@ -241,9 +243,9 @@ def test_a_full_disk_costs_one_warning_and_nothing_half_written(
         resource.setrlimit(resource.RLIMIT_FSIZE, (full, hard))
     assert caplog.text.count(f"the journal {tmp_path} takes no more (File too large)") == 1
     assert "what the store is to hear waits in memory only. Make room" in caplog.text
-    assert box.in_memory()[:2] == (1, 1)
+    assert box.count_in_memory()[:2] == (1, 1)
     box.put_points("points", "run", [("loss", 1.0, 3)])
-    assert [one.points[0][3] for one in read(Journal(tmp_path).older())] == [1, 3], "room again, journal again"
+    assert [one.points[0][3] for one in read(Journal(tmp_path).read_older())] == [1, 3], "room again, journal again"
     lines, damaged = records.parse_all(box.pending_lines())
     assert [one.kind for one in lines] == ["points", "points", "file", "points"] and damaged == 0
     assert not list(tmp_path.glob("*.data"))
@@ -255,7 +257,7 @@ def test_the_clock_of_a_life_never_runs_backwards(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(time, "time_ns", lambda: next(clock) * 1_000_000)
     for step in range(5):
         box.put_points("points", "run", [("loss", 1.0, step)])
-    times = [one.points[0][2] for one in read(Journal(tmp_path).older())]
+    times = [one.points[0][2] for one in read(Journal(tmp_path).read_older())]
     assert times == [5_000, 9_000, 9_000, 9_000, 9_500]
 
 
@@ -271,7 +273,7 @@ def test_a_backlog_brings_all_that_waits_to_another_machine(tmp_path: Path) -> N
     there = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path / "b"), here.pending_lines())
     assert records.parse_all(there.pending_lines())[0][2].data == b"{}"
     assert there.pending_lines() == here.pending_lines()
-    assert numbers(Journal(tmp_path / "b").older()) == [0, 1, 2], "and it is in the journal there"
+    assert numbers(Journal(tmp_path / "b").read_older()) == [0, 1, 2], "and it is in the journal there"
 
 
 def test_a_backlog_leaves_out_the_largest_files_first_and_never_points(
@@ -286,10 +288,10 @@ def test_a_backlog_leaves_out_the_largest_files_first_and_never_points(
         return [one.name or "points" for one in records.parse_all(box.pending_lines())[0]]
 
     assert kept() == ["f2000", "points", "f9000", "points", "f4000", "points", "f10", "points"]
-    monkeypatch.setattr(outbox, "BACKLOG_BYTES", 14_000)
+    monkeypatch.setattr(outbox, "MAX_PENDING_BYTES", 14_000)
     assert kept() == ["f2000", "points", "points", "f4000", "points", "f10", "points"]
     assert len(box.pending_lines()) <= 14_000
-    monkeypatch.setattr(outbox, "BACKLOG_BYTES", 0)
+    monkeypatch.setattr(outbox, "MAX_PENDING_BYTES", 0)
     assert kept() == ["points"] * 4
 
 
@@ -301,7 +303,7 @@ def test_what_a_folder_knows_is_not_inherited_again_and_the_order_is_that_of_the
     for step in range(6):
         here.put_points("points", "run", [("loss", 1.0, step)])
     everything = here.pending_lines().splitlines(True)
-    here.done(here.next(files=False, others=True)[:2])  # 0 and 1 are delivered
+    here.mark_sent(here.next_batch(files=False, others=True)[:2])  # 0 and 1 are delivered
     committed = b"".join(everything[2:4])  # 4 and 5 came after the commit
     away = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path / "away"), committed)
     for step in (4, 5, 6):
@@ -322,35 +324,13 @@ def test_what_a_folder_knows_is_not_inherited_again_and_the_order_is_that_of_the
 
 
 def test_damage_in_a_commit_is_told_and_the_rest_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    lines = records.line_of(item(0)) + b'{"torn\n' + records.line_of(item(1))
+    lines = records.to_line(item(0)) + b'{"torn\n' + records.to_line(item(1))
     box = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path), lines)
     assert box.count()[:2] == (2, 0)
     assert "1 damaged lines that a commit kept for the store are left out" in caplog.text
 
 
 # -- where it lies, and what it says ----------------------------------------------------------------------------------
-
-
-def test_the_usual_journal_lies_in_the_run_or_in_the_users_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    run = tmp_path / "runs" / "a"
-    assert journal_folder("runs/a", None) == journal_folder(f"file://{run}", None) == run / "outbox"
-    inside = journal_folder("s3://bucket/runs/a", None)
-    assert inside.parent == tmp_path / "home/.cache/mirl_dist/outbox" and len(inside.name) == 16
-    assert journal_folder("s3://bucket/runs/a/", None) == inside != journal_folder("s3://bucket/runs/b", None)
-    assert journal_folder("s3://bucket/runs/a", None, "another run there") != inside
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert journal_folder("s3://bucket/runs/a", None) == tmp_path / "cache/mirl_dist/outbox" / inside.name
-    assert journal_folder("s3://bucket/runs/a", "~/kept") == tmp_path / "home/kept" / inside.name
-    assert journal_folder("runs/a", str(tmp_path)).parent == tmp_path
-    (tmp_path / "cache").write_text("no folder")
-    aside = journal_folder("s3://bucket/runs/a", None)
-    assert aside.name == inside.name and aside.parent.parent.name == f"mirl-dist-{os.getuid()}"
-    assert not run.exists(), "asking makes nothing"
 
 
 def test_anybody_may_look_what_waits_while_the_run_lives_and_when_it_is_dead(tmp_path: Path) -> None:
@@ -745,7 +725,7 @@ def test_what_a_dead_job_left_can_be_sent_but_not_while_it_lives(
     folder, journal = tmp_path / "left", tmp_path / "outbox"
     pid = lives.begin(proxy.url, folder, journal, die_at=20, hold=True)
     until(lambda: pending_records(journal).points == 60)
-    monkeypatch.setattr(tracking, "RESEND_SECONDS", 0.2)
+    monkeypatch.setattr("mirl_dist.observability.mlflow.resend.RESEND_SECONDS", 0.2)
     monkeypatch.setattr(sender, "FIRST_PAUSE_SECONDS", 0.02)
     ids, said = dict[str, str](), list[str]()
 

@@ -640,7 +640,7 @@ def test_the_silent_twin_answers_to_the_same_words() -> None:
     twin.log_file("a", b"", "run")
     twin.log_image("a/b c", b"", 0)
     twin.flush()
-    assert twin.backlog() == b""
+    assert twin.pending() == b""
     twin.end_round()
     twin.end_run("FAILED", seconds=1.0)
     assert twin.address() == ""
@@ -652,11 +652,12 @@ def test_mlflow_is_imported_late_and_keeps_quiet(tmp_path: Path) -> None:
     story = """
 import sys
 from mirl_dist.observability.mlflow import tracker as tracking
-from mirl_dist.observability.mlflow.tracker import Mlflow
+from mirl_dist.observability.mlflow.tracker import MlflowTracker
 tracking.FAREWELL_SECONDS = 60.0
 assert "mlflow" not in sys.modules
 from pathlib import Path
-tracker = Mlflow(uri=None, experiment="e", run_name="r", remembered={}, remember=lambda ids: None, journal=Path("j"))
+names = {"experiment": "e", "run_name": "r"}
+tracker = MlflowTracker(uri=None, **names, remembered={}, remember=lambda ids: None, journal=Path("j"))
 tracker.begin_run({}, {})
 tracker.begin_round(0, {})
 tracker.log_step(1, {"loss": 1.0})

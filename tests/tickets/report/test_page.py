@@ -12,7 +12,7 @@ import pytest
 
 from mirl_dist.data import image_strip
 from mirl_dist.errors import UserError
-from mirl_dist.tickets.compare import judge, statistics
+from mirl_dist.tickets.compare import caveats, judge, statistics
 from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.tickets.report import latex, page, page_gallery, text_tables
 from mirl_dist.tickets.report.page_style import SCRIPT
