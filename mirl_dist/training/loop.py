@@ -207,9 +207,8 @@ def sync_status(
     flags = [bad, hooks.stop_requested(), batch is None, hooks.commit_busy(), hooks.commit_failed()]
     values = [*map(float, flags), float(replaced), float(sample_losses.detach().sum())]
     stragglers.reached_collective()
-    *flags_set, replaced, loss = ranks.sum(
-        torch.tensor(values, dtype=torch.float64), what="sum of losses and flags"
-    ).tolist()
+    total = ranks.sum(torch.tensor(values, dtype=torch.float64), what="sum of losses and flags")
+    *flags_set, replaced, loss = total.tolist()
     bad, stop, no_batch, commit_busy, commit_failed = (count > 0 for count in flags_set)
     return StepStatus(bad, stop, no_batch, commit_busy, commit_failed, int(replaced), loss)
 
@@ -217,7 +216,7 @@ def sync_status(
 def update_weights(state: TrainState, lr: float, step_losses: StepLosses, config: RoundConfig, ranks: Ranks) -> Tensor:
     """Mask and clip the gradients and make one optimiser step, or drop them where the step is skipped.
 
-    Returns the norm of the averaged gradient, NaN for a skipped loss. Marks a step whose norm is not finite as skipped.
+    Returns the norm of the averaged gradient, NaN for a bad loss. Marks a step whose norm is not finite as skipped.
     """
     norm = torch.tensor(float("nan"))
     if not step_losses.skipped:
