@@ -30,6 +30,7 @@ _REQUIRED_PACKAGES = (
     "accelerate",
     "webdataset",
     "boto3",
+    "einops",
     "mlflow",
     "safetensors",
     "numpy",
