@@ -223,9 +223,7 @@ def assert_all_is_whole_after_a_death(site: Site, story: str, call: int, ended: 
 
 
 @pytest.mark.parametrize("story", STORIES)
-def test_a_writer_that_dies_before_any_call_leaves_the_newest_commit_or_the_one_before_whole(
-    site: Site, story: str
-) -> None:
+def test_a_writer_that_dies_at_any_call_leaves_this_commit_or_the_last_complete(site: Site, story: str) -> None:
     done = site.run()
     count = calls_of(done, writer, lambda kept: STORIES[story](kept, OLD))
     ended = newest(Checkpoints(done))
@@ -242,9 +240,7 @@ def test_a_writer_that_dies_leaves_a_whole_commit_in_a_real_store_too(real: Site
 
 
 @pytest.mark.parametrize("story", ["step_9", "round_1"])
-def test_a_commit_that_is_tried_again_after_a_failure_at_any_call_never_leaves_the_run_without_a_sound_one(
-    site: Site, story: str
-) -> None:
+def test_a_commit_retried_after_a_failure_at_any_call_never_loses_the_last_one(site: Site, story: str) -> None:
     fewest: list[int] = []
 
     class Watched(Calls):
@@ -268,7 +264,7 @@ def test_a_commit_that_is_tried_again_after_a_failure_at_any_call_never_leaves_t
     assert min(fewest) >= 2
 
 
-def test_a_takeover_that_dies_before_any_call_and_is_followed_by_one_that_dies_too_loses_nothing(site: Site) -> None:
+def test_two_takeovers_in_a_row_that_die_at_any_call_lose_nothing(site: Site) -> None:
     def begun() -> Memory:
         """Taken over once; something has come too late, and something was never whole."""
         store: Memory = site.run()
@@ -343,7 +339,7 @@ def sleep_through(site: Site, story: str, call: int, until: Place) -> UserError 
 
 @pytest.mark.parametrize("until", DEEDS)
 @pytest.mark.parametrize("story", STORIES)
-def test_a_writer_that_wakes_up_after_its_succession_disturbs_nothing_whichever_call_it_slept_before(
+def test_a_writer_that_wakes_after_its_succession_at_any_call_disturbs_nothing(
     site: Site, story: str, until: Place
 ) -> None:
     count = calls_of(site.run(), writer, lambda kept: STORIES[story](kept, OLD))
@@ -357,15 +353,13 @@ def test_a_writer_that_wakes_up_after_its_succession_disturbs_nothing_whichever_
     assert isinstance(ends[0], UserError), "it was told nothing"
 
 
-def test_a_writer_that_wakes_up_after_its_succession_disturbs_nothing_in_a_real_store_either(real: Site) -> None:
+def test_a_writer_that_wakes_after_its_succession_disturbs_no_real_store_either(real: Site) -> None:
     sleep_through(real, "round_1", 5, (1, None))
     sleep_through(real, "step_9", 7, (1, 9))
 
 
 @pytest.mark.parametrize(("story", "mine"), [("step_9", (1, 9)), ("round_1", (1, None))])
-def test_a_commit_that_is_completed_during_a_takeover_counts_for_all_or_for_nobody_and_one_that_was_told_counts(
-    site: Site, story: str, mine: Place
-) -> None:
+def test_a_commit_completed_during_a_takeover_counts_for_all_or_for_nobody(site: Site, story: str, mine: Place) -> None:
     count = calls_of(site.run(), writer, lambda kept: STORIES[story](kept, OLD))
     taking = calls_of(site.run(), follower, Checkpoints.fence_older_writers)
     outcomes = set()
@@ -455,7 +449,7 @@ def test_who_has_lost_the_run_removes_nothing(site: Site, deed: Callable[[Checkp
     assert store.files == files
 
 
-def test_a_takeover_removes_what_older_generations_left_unfinished_and_nothing_of_others(site: Site) -> None:
+def test_a_takeover_removes_unfinished_work_of_older_generations_and_no_other(site: Site) -> None:
     left = [f"rounds/01/steps/00000010-{generation:04d}/0" for generation in (1, 2, 3, 7)]
     left += [f"rounds/01/ticket-{generation:04d}/0" for generation in (1, 2, 3, 7)]
     left += ["rounds/01/mask.safetensors", "rounds/01/steps/00000010/0", "rounds/01/steps/00000010-0001/0/0"]
@@ -563,7 +557,7 @@ def leased(store: Any) -> tuple[Lease, Checkpoints]:
     return lease, kept
 
 
-def test_who_has_lost_a_real_lease_while_it_was_frozen_is_told_and_its_commit_does_not_count(real: Site) -> None:
+def test_a_frozen_holder_that_lost_a_real_lease_learns_it_and_cannot_commit(real: Site) -> None:
     store = real.run()
     for name in store.list("lease"):
         store.remove(name)
@@ -620,9 +614,7 @@ except UserError:  # Lost, or that its unfinished file was swept away
 """
 
 
-def test_a_process_that_is_stopped_anywhere_in_a_commit_and_continues_after_its_succession_disturbs_nothing(
-    lab: Any, tmp_path: Path
-) -> None:
+def test_a_process_stopped_in_a_commit_and_continued_later_disturbs_nothing(lab: Any, tmp_path: Path) -> None:
     script, here = tmp_path / "committing.py", str(Path(__file__).parents[2])
     script.write_text(COMMITTING)
     folder = tmp_path / "run"
@@ -666,7 +658,7 @@ FILES = [
 
 
 @pytest.mark.parametrize(("place", "part"), FILES)
-def test_a_flipped_bit_in_any_kind_of_byte_of_a_commit_is_found_and_the_commit_before_is_taken(
+def test_a_flipped_bit_anywhere_in_a_commit_is_noticed_and_the_last_one_taken(
     site: Site, place: Place, part: str
 ) -> None:
     store = site.run()
@@ -738,7 +730,7 @@ def as_before_the_lease(files: dict[str, bytes]) -> dict[str, bytes]:
     return old
 
 
-def test_a_run_of_a_version_before_the_lease_is_read_and_goes_on_from_its_last_round(
+def test_a_run_of_a_version_before_the_lease_goes_on_from_its_last_round(
     run_so_far: dict[str, bytes],
 ) -> None:
     store = Memory(as_before_the_lease(run_so_far))
@@ -760,7 +752,7 @@ def test_a_run_of_a_version_before_the_lease_is_read_and_goes_on_from_its_last_r
         kept.round_weights(0)
 
 
-def test_what_a_process_of_a_version_before_the_lease_commits_after_its_succession_does_not_count(
+def test_a_late_commit_of_a_version_before_the_lease_does_not_count(
     run_so_far: dict[str, bytes],
 ) -> None:
     store = Memory(as_before_the_lease(run_so_far))

@@ -264,7 +264,7 @@ class TestRealProcesses:
         assert (next_.previous.generation, next_.previous.pid, next_.previous.ended) == (1, first.pid, "dead")
         next_.check()
 
-    def test_a_killed_holder_on_another_machine_is_followed_after_the_lease_and_not_before(
+    def test_a_killed_holder_on_another_machine_is_followed_only_after_the_lease(
         self, store: Store, launches: Any, make: Make, lines: list[str]
     ) -> None:
         (first,) = launches(store, 1, 1.0, ELSEWHERE)

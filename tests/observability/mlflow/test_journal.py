@@ -295,7 +295,7 @@ def test_a_backlog_leaves_out_the_largest_files_first_and_never_points(
     assert kept() == ["points"] * 4
 
 
-def test_what_a_folder_knows_is_not_inherited_again_and_the_order_is_that_of_the_commit(tmp_path: Path) -> None:
+def test_records_that_a_folder_knows_are_not_inherited_again_in_commit_order(tmp_path: Path) -> None:
     def steps(lines: bytes) -> list[int]:
         return [one.points[0][3] for one in records.parse_all(lines)[0]]
 

@@ -96,7 +96,7 @@ def test_a_lone_value_is_not_called_best() -> None:
     assert "textbf" not in latex.tables([one("A", 0, 1)])
 
 
-def test_the_papers_figures_are_grey_in_columns_of_their_own_and_the_caption_says_so() -> None:
+def test_the_papers_figures_are_grey_in_own_columns_as_the_caption_says() -> None:
     source = latex.tables(five_tasks(1))
     noise, rain, _ = tabulars(source)
     grey = re.compile(r"\\textcolor\{gray\}\{\\textit\{(.*)\}\}")

@@ -285,7 +285,7 @@ def test_a_page_of_impossible_numbers_is_a_page(number: float) -> None:
     assert "count as unknown" in found.text["caveats"] and "no number" in found.text["judgements"]
 
 
-def test_experiments_have_lines_of_their_own_on_the_page_and_dense_ones_are_never_bold() -> None:
+def test_experiments_have_own_lines_on_the_page_and_dense_ones_are_never_bold() -> None:
     mine = comparison(("MIR-L-G",), (0, 1), 1, tasks=ONE)
     mine = [s._replace(training=f"t{s.seed}", experiment=f"e{s.seed}") for s in mine]
     found = read(mine)
