@@ -214,9 +214,10 @@ def stops(ranks: Ranks, last: bool) -> tuple[bool, int]:
     """Asked of one rank alone, heard by all; so is what every rank's batch replaced."""
     losses = torch.tensor([0.1, 0.2])
     batch = Batch(losses, losses, losses, ("a", "b"), skipped=2 if ranks.rank else 1)
-    word = loop.sync_status(losses, batch, ranks, Hooks(stop=last), StragglerDetector())
-    assert abs(word.loss - ranks.world * 0.3) < 1e-6 and not (word.bad or word.commit_busy or word.commit_failed)
-    return (word.stop, word.skipped)
+    status = loop.sync_status(losses, batch, ranks, Hooks(stop=last), StragglerDetector())
+    assert abs(status.loss - ranks.world * 0.3) < 1e-6
+    assert not (status.bad or status.commit_busy or status.commit_failed)
+    return (status.stop, status.replaced)
 
 
 class Hooks:
