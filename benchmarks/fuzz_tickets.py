@@ -180,7 +180,7 @@ def damage_text(data: bytes, chance: random.Random) -> bytes:
 
 
 def damage_parts(data: bytes, chance: random.Random) -> bytes:
-    """Mask, values or the folded text are damaged under checksums that fit."""
+    """Mask, values or the compressed text are damaged under checksums that fit."""
 
     def change(parts: Parts) -> None:
         name = chance.choice(sorted(parts))

@@ -32,7 +32,7 @@ from mirl_dist.training.ticket import Ticket
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import fuzz_tickets
-from fuzz_tickets import resealed, retold, with_digest
+from fuzz_tickets import repacked, with_digest, with_text
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "ticket.md"
 
@@ -293,7 +293,7 @@ HOSTILE: list[tuple[str, Callable[[Any], Any], str]] = [
 @pytest.mark.parametrize(("change", "said"), [h[1:] for h in HOSTILE], ids=[h[0] for h in HOSTILE])
 def test_a_hostile_text_is_refused(data: bytes, change: Callable[[Any], Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        ticket_file.read(retold(data, change), "x")
+        ticket_file.read(with_text(data, change), "x")
 
 
 @pytest.mark.parametrize(
@@ -318,14 +318,14 @@ def test_a_record_that_no_run_could_have_made_is_refused_even_with_its_digest(
         return with_digest(tree, child.ticket.layer_density)
 
     with pytest.raises(UserError, match=said):
-        ticket_file.read(retold(data, change), "x")
+        ticket_file.read(with_text(data, change), "x")
 
 
 def test_folded_text_must_be_one_whole_stream(data: bytes) -> None:
     whole = bytes(container.unpack(data, "x")["about"])
     for odd in ({"about": about} for about in (whole[:-1], whole + b"x", b"", b"x" + whole)):
         with pytest.raises(UserError, match="its text (ends too early or too late|cannot be unfolded)"):
-            ticket_file.read(resealed(data, odd_parts(odd)), "x")
+            ticket_file.read(repacked(data, odd_parts(odd)), "x")
 
 
 def odd_parts(changes: fuzz_tickets.Parts) -> Callable[[fuzz_tickets.Parts], None]:
@@ -344,7 +344,7 @@ def test_a_collapse_that_is_not_told_is_caught(child: TicketContent) -> None:
 def test_values_that_are_not_finite_are_refused(data: bytes, part: str, value: float) -> None:
     odd = np.array([value], dtype="<f4").tobytes()
     with pytest.raises(UserError, match=f"found {part} values that are not finite"):
-        ticket_file.read(resealed(data, lambda parts: parts.update({part: parts[part][:-4] + odd})), "x")
+        ticket_file.read(repacked(data, lambda parts: parts.update({part: parts[part][:-4] + odd})), "x")
 
 
 def test_a_mask_that_does_not_fit_the_values_is_refused(data: bytes) -> None:
@@ -352,7 +352,7 @@ def test_a_mask_that_does_not_fit_the_values_is_refused(data: bytes) -> None:
         parts["mask"] = bytes(len(parts["mask"]))
 
     with pytest.raises(UserError, match="its masks leave 7 survivors, but it holds"):
-        ticket_file.read(resealed(data, one_more), "x")
+        ticket_file.read(repacked(data, one_more), "x")
 
     def behind(parts: fuzz_tickets.Parts) -> None:  # the mask of output.weight, 108 weights, ends in byte 20
         mask = bytearray(parts["mask"])
@@ -361,7 +361,7 @@ def test_a_mask_that_does_not_fit_the_values_is_refused(data: bytes) -> None:
         parts["mask"] = bytes(mask)
 
     with pytest.raises(UserError, match="the mask of 'output.weight' has bits behind its last weight"):
-        ticket_file.read(resealed(data, behind), "x")
+        ticket_file.read(repacked(data, behind), "x")
 
 
 def test_random_forgeries_bring_out_faults_alone() -> None:
@@ -401,7 +401,7 @@ def test_reading_allocates_no_more_than_stated(child: TicketContent, data: bytes
         first(1, [2**40]),
     ]
     for change in texts:
-        assert peak_of_reading(retold(data, change)) < MEMORY_EXTRA
+        assert peak_of_reading(with_text(data, change)) < MEMORY_EXTRA
 
 
 # -- lies -------------------------------------------------------------------------------------------------------
