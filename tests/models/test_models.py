@@ -219,15 +219,13 @@ def test_every_parameter_learns() -> None:
         assert tensor.grad is not None and bool(tensor.grad.any()), name
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 16, 24), (1, 3, 13, 21)])
-def test_the_network_exports_and_the_exported_program_gives_the_same_bits(shape: tuple[int, ...]) -> None:
+def test_the_network_exports_and_the_exported_program_gives_the_same_bits() -> None:
     torch.manual_seed(0)
     network = models.create("promptir", **SMALL).eval()
-    image = torch.rand(shape)
-    exported = torch.export.export(network, (image,))
-    again = torch.rand(shape)
+    exported = torch.export.export(network, (torch.rand(2, 3, 13, 21),))
+    image = torch.rand(2, 3, 13, 21)
     with torch.no_grad():
-        assert torch.equal(exported.module()(again), network(again))
+        assert torch.equal(exported.module()(image), network(image))
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 16, 16), (1, 3, 0, 16)])
