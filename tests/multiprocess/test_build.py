@@ -126,6 +126,8 @@ APART = """
 import os
 from mirl_dist.cli.app import main
 
+pytestmark = pytest.mark.long
+
 if os.environ["RANK"] == "1":
     os.chdir(os.environ["ELSEWHERE"])
 main()

@@ -50,6 +50,8 @@ EARLY = f"""
 import os, sys
 from mirl_dist.cli import app as cli
 
+pytestmark = pytest.mark.long
+
 class Importing:
     def find_spec(self, name, path=None, target=None):
         if name == "mirl_dist.training.run":

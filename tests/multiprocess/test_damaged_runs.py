@@ -14,6 +14,8 @@ from mirl_dist.data.shards import SamplePlace, Shards
 from mirl_dist.observability.console import rank_label
 from mirl_dist.storage import Folder
 
+pytestmark = pytest.mark.long
+
 ALL = {
     "data.mix": {"derain": 3, "dehaze": 1},
     "data.steps_per_epoch": None,
@@ -91,7 +93,6 @@ def test_mlflow_has_the_replaced_reads_of_each_round(skipping: Path) -> None:
     assert sorted((m.step, m.value) for m in history) == [(0, 6), (1, 6)]
 
 
-@pytest.mark.long
 def test_skipping_runs_killed_and_resumed_or_run_alone_have_the_same_tickets(
     lab: Any, damaged: Damaged, skipping: Path, tmp_path: Path
 ) -> None:
@@ -110,7 +111,6 @@ def test_skipping_runs_killed_and_resumed_or_run_alone_have_the_same_tickets(
     assert lab.digests(tmp_path / "alone/run") == lab.digests(skipping / "run")
 
 
-@pytest.mark.long
 def test_a_whole_shard_that_is_lost_gives_the_same_ticket_wherever_the_shards_lie(
     lab: Any, damaged: Damaged, tmp_path: Path
 ) -> None:
@@ -149,7 +149,6 @@ def test_refused_damage_ends_two_ranks_with_one_line_that_names_shard_and_key(
     assert [t["damaged"] for t in lab.tickets(tmp_path / "run")] == [{}, {}]
 
 
-@pytest.mark.long
 def test_a_run_that_damage_stopped_goes_on_by_skipping_it(lab: Any, damaged: Damaged, tmp_path: Path) -> None:
     sets = ALL | {"data.shards": str(damaged.shards)}
     assert lab.play(tmp_path, sets | {"data.damage": "refuse"}).rc == 2

@@ -13,6 +13,8 @@ import pytest
 
 from mirl_dist.storage import Folder
 
+pytestmark = pytest.mark.long
+
 LAUNCH = Path(__file__).resolve().parents[2] / "launch" / "cpu_two.yaml"
 
 
@@ -79,7 +81,6 @@ def test_a_run_killed_at_every_bad_moment_has_the_tickets_of_one_that_was_not(
     assert [t["round"] for t in listed] == [0, 1, 2]
 
 
-@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 def test_sigterm_commits_and_exits_75_and_mlflow_has_each_point_once(lab: Any, reference: Path, tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/mlflow.db"
@@ -145,7 +146,6 @@ def assert_each_point_once(store: str, tickets: list[dict[str, Any]]) -> None:
             assert found == sorted((step(t), pytest.approx(t["scores"][name]["psnr"])) for t in tickets), curve
 
 
-@pytest.mark.long
 def test_one_dead_rank_ends_all_under_a_launcher_and_the_fault_of_one_is_shown(lab: Any, tmp_path: Path) -> None:
     for fatal, code in (
         ({"rank": 1, "step": [0, 3], "signal": 9}, 1),
@@ -190,7 +190,6 @@ def test_a_store_lists_nothing_that_a_dead_writer_left(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "rounds/00").iterdir()] == ["whole"]
 
 
-@pytest.mark.long
 def test_three_ranks_that_resume_add_gradients_in_the_order_of_the_unstopped(lab: Any, tmp_path: Path) -> None:
     # Three is where it shows: DDP's first step in a process would add in another order than its later ones.
     sets = {"batch.global": 6, "prune.rounds": 0}

@@ -32,6 +32,8 @@ sys.exit(launcher.attend(options, int(restarts), float(deadline)))
 WORKER = """
 import os, signal, sys, time
 from mirl_dist.distributed.launch.control import ControlChannel
+
+pytestmark = pytest.mark.long
 channel = ControlChannel.of_worker()
 code = channel.exit_code()
 if code is not None:
@@ -213,7 +215,6 @@ def test_a_launch_file_with_which_accelerate_hides_failures_is_refused(tmp_path:
 # -- the whole program ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
 def test_a_run_survives_killed_ranks_a_stop_and_a_killed_launcher(lab: Any, reference: Path, tmp_path: Path) -> None:
     run, sets = tmp_path / "run", {"store.lease_seconds": 5}
     first = lab.cold("python", "-m", "mirl_dist", *lab.train(tmp_path, sets, "--launch", "auto"), cwd=tmp_path)
@@ -242,7 +243,6 @@ def test_a_run_survives_killed_ranks_a_stop_and_a_killed_launcher(lab: Any, refe
     assert lab.digests(run) == lab.digests(reference)
 
 
-@pytest.mark.long
 def test_a_step_that_always_kills_its_ranks_is_given_up_and_can_be_tried_again(lab: Any, tmp_path: Path) -> None:
     sets = {"guard.same_step_failures": 2, "prune.rounds": 0, "store.lease_seconds": 5}
     for _ in range(2):
@@ -256,7 +256,6 @@ def test_a_step_that_always_kills_its_ranks_is_given_up_and_can_be_tried_again(l
     assert ended.rc == 0, ended.said()
 
 
-@pytest.mark.long
 def test_a_fault_of_a_rank_is_said_once_though_a_restart_is_left(lab: Any, tmp_path: Path) -> None:
     fatal = {"MIRL_FATAL": json.dumps({"rank": 1, "step": [0, 1], "do": "fault"})}
     arguments = ["--nproc-per-node", "2", "--max-restarts", "1", lab.fatal, *lab.train(tmp_path)]

@@ -33,7 +33,7 @@ def asked(lab: Any, folder: Path, plan: dict[str, Any], number: int, **sets: Any
     return lab.start(*lab.train(folder, sets), cwd=folder, world=2, script=ASKED, env=env).wait()
 
 
-QUICK = ("training", "pruning")
+QUICK = ("training",)
 
 
 @pytest.mark.parametrize("phase", [pytest.param(p, marks=[] if p in QUICK else pytest.mark.long) for p in PHASES])

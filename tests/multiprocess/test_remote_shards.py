@@ -16,6 +16,8 @@ from tests.services.faulty_proxy import FaultyProxy
 from tests.services.lab import PROGRAMS
 from tests.services.s3_server import S3Server
 
+pytestmark = pytest.mark.long
+
 KEYS = str(PROGRAMS / "print_keys.py")
 At = tuple[int, int, int]
 
@@ -97,7 +99,6 @@ GROWING = EPOCHS | {"batch.global": 4, "train.epochs": 1, "prune.rounds": 1, "ch
 """13 steps a round."""
 
 
-@pytest.mark.long
 def test_a_run_on_one_two_four_and_one_ranks_reads_and_loses_the_same(play: Any) -> None:
     _, undisturbed = play("fixed", GROWING, world=2)
     assert len(undisturbed) == 26

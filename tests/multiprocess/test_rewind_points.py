@@ -17,6 +17,8 @@ from mirl_dist.training.checkpoint import Checkpoints, rewind_name
 from mirl_dist.training.lottery import LotteryConfig
 from mirl_dist.training.state import TrainState, pack_tensors
 
+pytestmark = pytest.mark.long
+
 TO_STEP = {"rewind.to": "step", "rewind.step": 2, "prune.rounds": 1, "evaluate.every_epochs": 1}
 
 
@@ -25,7 +27,6 @@ def tensors(run: Path, pattern: str) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(found)
 
 
-@pytest.mark.long
 def test_rounds_return_to_a_step_of_round_0_and_go_on_from_there_also_after_kills(lab: Any, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):

@@ -87,6 +87,7 @@ def test_a_run_on_s3_that_is_killed_goes_on_to_the_tickets_of_one_in_a_folder(
     assert status["rounds_finished"] == 3 and status["writer"]["ended"] == "finished"
 
 
+@pytest.mark.long
 def test_a_refusal_names_bucket_key_and_right_and_nothing_is_begun_afresh(
     server: S3Server, proxy: FaultyProxy, start: Start
 ) -> None:
@@ -134,6 +135,7 @@ def test_training_outlives_an_absent_store_and_stops_resumably_when_it_stays_awa
     assert bucket.commits(), "what was committed is there"
 
 
+@pytest.mark.long
 def test_a_store_that_comes_back_in_time_is_not_noticed_by_the_run(
     lab: Any, reference: Path, server: S3Server, proxy: FaultyProxy, start: Start
 ) -> None:
@@ -173,12 +175,15 @@ def test_of_two_launches_one_runs_and_when_it_falls_silent_the_other_takes_over(
     assert len(bucket.digests()) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "part",
     [
         "weights.safetensors",
-        *(pytest.param(part, marks=pytest.mark.long) for part in ("moments.safetensors", "mask.safetensors")),
-        *(pytest.param(part, marks=pytest.mark.long) for part in ("state.json", "COMPLETE.json")),
+        "moments.safetensors",
+        "mask.safetensors",
+        "state.json",
+        "COMPLETE.json",
     ],
 )
 def test_a_spoiled_commit_is_noticed_and_the_one_before_it_taken(

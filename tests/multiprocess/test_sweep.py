@@ -17,6 +17,8 @@ import pytest
 from mirl_dist.storage import Folder
 from mirl_dist.storage.lease import Lease
 
+pytestmark = pytest.mark.long
+
 METHODS: dict[str, Any] = {"mirl": {}, "random": {"prune.criterion": "random"}}
 ALL = ("mirl-seed0", "random-seed0", "mirl-seed1", "random-seed1")
 
@@ -94,7 +96,6 @@ def story(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Story:
     return Story(folder, asked, killed, second, last.wait(), before)
 
 
-@pytest.mark.long
 def test_a_sweep_that_is_asked_to_stop_has_its_runs_commit_and_ends_with_75(story: Story) -> None:
     ended = story.killed_then_asked
     assert ended.codes == (75,), ended.said()
@@ -104,7 +105,6 @@ def test_a_sweep_that_is_asked_to_stop_has_its_runs_commit_and_ends_with_75(stor
     assert "compar" not in ended.out and "Traceback" not in ended.err, ended.said()
 
 
-@pytest.mark.long
 def test_a_run_that_fails_stops_no_other_and_is_named_with_its_log(story: Story) -> None:
     assert "mirl-seed0: failed (killed by signal 9" in story.killed_then_asked.out, story.killed_then_asked.said()
     ended = story.killed
@@ -116,21 +116,18 @@ def test_a_run_that_fails_stops_no_other_and_is_named_with_its_log(story: Story)
     assert len(named) == 1 and named[0].rstrip() in last, ended.said()
 
 
-@pytest.mark.long
 def test_the_same_command_goes_on_where_a_run_stood(story: Story) -> None:
     assert "resuming: round " in (story.folder / "runs/random-seed0.log").read_text()
     order = re.findall(r"(\S+): running", story.killed.out)
     assert order == list(ALL), "in their order, those that failed or stopped too"
 
 
-@pytest.mark.long
 def test_a_second_sweep_of_one_file_is_refused_while_the_first_works(story: Story) -> None:
     assert story.second.codes == (2,), story.second.said()
     assert "another sweep works here, and this one has started nothing" in story.second.err, story.second.said()
     assert ": running" not in story.second.out
 
 
-@pytest.mark.long
 def test_runs_that_have_finished_are_not_touched(story: Story) -> None:
     after = files(story.folder / "runs")
     mine = [name for name in story.before_last if name.startswith(tuple(n for n in ALL if n != "mirl-seed1"))]
@@ -139,13 +136,11 @@ def test_runs_that_have_finished_are_not_touched(story: Story) -> None:
         assert re.findall(rf"(\S+): {state}", story.last.out) == ["mirl-seed1"], story.last.said()
 
 
-@pytest.mark.long
 def test_a_run_that_another_launch_trains_is_waited_for_and_then_taken(story: Story) -> None:
     assert story.last.err.count("mirl-seed1 is trained by another launch") == 1, story.last.said()
     assert "mirl-seed1: finished" in story.last.out
 
 
-@pytest.mark.long
 def test_a_sweep_ends_in_one_comparison_of_all_its_runs(lab: Any, story: Story) -> None:
     assert story.last.codes == (0,), story.last.said()
     assert compared(story.folder) == set(ALL)
@@ -156,7 +151,6 @@ def test_a_sweep_ends_in_one_comparison_of_all_its_runs(lab: Any, story: Story) 
     assert all(row["psnr"] > 5 and 0.15 < row["sparsity"] < 0.2 for row in rows)
 
 
-@pytest.mark.long
 def test_more_rounds_asked_for_later_are_seen_before_they_are_trained(lab: Any, story: Story) -> None:
     more = lab.mirl("sweep", "trial.yaml", "--status", "--json", "--set", "set={prune.rounds: 2}", cwd=story.folder)
     assert {row["state"] for row in json.loads(more.out)} == {"stopped"}, more.said()
@@ -194,7 +188,6 @@ def test_a_folder_that_cannot_be_made_is_named_and_nothing_is_started(lab: Any, 
     assert re.search("folder: (found )?/proc", ended.err) and ": running" not in ended.out, ended.said()
 
 
-@pytest.mark.long
 def test_a_log_that_cannot_be_written_is_named_once_the_other_runs_have_stopped(lab: Any, tmp_path: Path) -> None:
     write(lab, tmp_path, seeds=[0], slots=2)
     (tmp_path / "runs/random-seed0.log").mkdir(parents=True)
@@ -225,7 +218,6 @@ def test_a_second_interrupt_ends_the_runs_at_once(lab: Any, tmp_path: Path) -> N
     assert re.findall(r"(\S+): running", ended.out) == ["mirl-seed0"], "no other is started any more"
 
 
-@pytest.mark.long
 def test_slurm_gets_an_array_of_what_has_not_finished(lab: Any, story: Story, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     sbatch = tmp_path / "bin/sbatch"

@@ -13,6 +13,8 @@ import pytest
 
 from tests.services.lab import PROGRAMS
 
+pytestmark = pytest.mark.long
+
 HERE = platform.node()
 SCRIPT = str(PROGRAMS / "hang.py")
 
