@@ -28,8 +28,7 @@ ENGINES: dict[str, dict[str, str]] = {
 """What `accelerate launch` makes of a launch file; a test of the launch files sees that it does."""
 OFFLOAD = ENGINES["zero2"] | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
 DEALT = [
-    *(pytest.param(name, marks=[DEEPSPEED, pytest.mark.long]) for name in ("zero1", "zero2")),
-    pytest.param("zero3", marks=[DEEPSPEED, pytest.mark.long]),
+    *(pytest.param(name, marks=[DEEPSPEED, pytest.mark.long]) for name in ("zero1", "zero2", "zero3")),
     "fsdp",
 ]
 PASSES = {"batch.forward": 1, "guard.skip_bad_batches": 2, "prune.rounds": 1}
