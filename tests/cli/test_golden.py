@@ -121,7 +121,7 @@ def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def test_keys_of_yaml_files_and_fingerprints_of_configs_are_those_of_the_record() -> None:
-    trees = {"config": Config, "launch file": launch_file._Tree, "recipe": Recipe, "sweep": Sweep}
+    trees = {"config": Config, "launch file": launch_file._AccelerateConfig, "recipe": Recipe, "sweep": Sweep}
     files = {file.name: yaml.safe_load(file.read_text()) for file in sorted((ROOT / "configs").glob("*.yaml"))}
     fingerprints = {name: Config.model_validate(tree).fingerprint() for name, tree in files.items()}
     compare("config", {name: dict(keys(tree)) for name, tree in trees.items()} | {"fingerprints": fingerprints})
