@@ -843,5 +843,5 @@ def test_pauses_leave_the_global_chance_alone() -> None:
 def test_a_client_belongs_to_one_process(proxy: FaultyProxy, store: S3Store) -> None:
     store.put("a", b"1")
     assert list(store._client._clients) == [os.getpid()]
-    assert pickle.loads(pickle.dumps(store))._requests._clients == {}
+    assert pickle.loads(pickle.dumps(store))._client._clients == {}
     assert SECRET.encode() not in pickle.dumps(store)
