@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
 import pytest
+from filelock import FileLock
 
 from tests.services.lab import Lab, recipe_of, write_photographs
 
@@ -29,24 +33,48 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    folder = tmp_path_factory.mktemp("lab")
-    made = Lab(folder)
-    try:
-        write_photographs(folder / "images")
-        (folder / "recipe.yaml").write_text(json.dumps(recipe_of(folder / "images")))
-        ended = made.mirl("shards", "build", "recipe.yaml", "--out", "shards", "--workers", "1")
-        assert ended.rc == 0, ended.said()
-        yield made
-    finally:
-        made.close()
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all test processes of a session, for what is made once and only read."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@contextmanager
+def made_once(folder: Path) -> Iterator[bool]:
+    """Whether the caller is to make what lies in `folder`; others wait until it is made, and make it if that failed."""
+    done = folder.with_suffix(".done")
+    with FileLock(folder.with_suffix(".lock")):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        yield not done.exists()
+        done.touch()
 
 
 @pytest.fixture(scope="session")
-def reference(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lab(tmp_path_factory: pytest.TempPathFactory, shared_folder: Path) -> Iterator[Lab]:
+    folder = shared_folder / "lab"
+    lab = Lab(folder, tmp_path_factory.mktemp("streams"))
+    try:
+        with made_once(folder) as missing:
+            if missing:
+                write_photographs(folder / "images")
+                (folder / "recipe.yaml").write_text(json.dumps(recipe_of(folder / "images")))
+                ended = lab.mirl("shards", "build", "recipe.yaml", "--out", "shards", "--workers", "1", cwd=folder)
+                assert ended.rc == 0, ended.said()
+        yield lab
+    finally:
+        lab.close()
+
+
+@pytest.fixture(scope="session")
+def reference(lab: Lab, shared_folder: Path) -> Path:
     """The run folder of the tiny config, trained by two ranks under torchrun without any mishap. Only to be read."""
-    folder = tmp_path_factory.mktemp("reference")
-    ended = lab.cold("torchrun", "--nproc-per-node", "2", "-m", "mirl_dist", *lab.train(folder), cwd=folder).wait()
-    assert ended.rc == 0, ended.said()
-    assert ended.err == "", ended.said()
+    folder = shared_folder / "reference"
+    with made_once(folder) as missing:
+        if missing:
+            folder.mkdir()
+            command = ("torchrun", "--nproc-per-node", "2", "-m", "mirl_dist", *lab.train(folder))
+            ended = lab.cold(*command, cwd=folder).wait()
+            assert ended.rc == 0, ended.said()
+            assert ended.err == "", ended.said()
     return folder / "run"

@@ -21,6 +21,7 @@ from tests.data.loaders import loader_of, pool_of
 ONE_STEP = {"prune.rounds": 0, "data.steps_per_epoch": 1, "evaluate.sets": [], "checkpoint.every_steps": None}
 
 
+@pytest.mark.long
 def test_accelerates_cpu_launcher_which_starts_one_process_is_refused(lab: Any, tmp_path: Path) -> None:
     arguments = ["launch", "--cpu", "--num_processes", "2", "-m", "mirl_dist", *lab.train(tmp_path, ONE_STEP)]
     ended = lab.cold("accelerate", *arguments, cwd=tmp_path).wait()
@@ -30,6 +31,7 @@ def test_accelerates_cpu_launcher_which_starts_one_process_is_refused(lab: Any, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_accelerates_gpu_launcher_on_a_machine_without_gpus_trains_together(lab: Any, tmp_path: Path) -> None:
     # By itself accelerate gives two processes here that each train alone. Every rank proves at the end of a round
     # that it holds the weights of the others, so a run that finishes on different data has trained together.

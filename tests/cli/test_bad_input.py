@@ -190,6 +190,7 @@ def test_the_folder_of_another_run_is_refused_with_the_keys_that_differ(
     assert files(tmp_path) - {str(p.relative_to(tmp_path)) for p in shards.rglob("*")} == {"tiny.yaml"}
 
 
+@pytest.mark.long
 def test_damaged_parts_of_a_run_are_named(lab: Any, reference: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(reference, tmp_path / "run"))
     ticket = run / "rounds/02/ticket-0001/ticket.json"
@@ -217,6 +218,7 @@ def test_folders_without_a_run_are_refused_by_every_command(lab: Any, tmp_path: 
     assert files(tmp_path) == set()
 
 
+@pytest.mark.long
 def test_a_learning_rate_that_blows_up_stops_with_the_place_and_the_samples(lab: Any, tmp_path: Path) -> None:
     ended = lab.play(tmp_path, {"optimiser.lr": 1e30, "schedule.warmup_epochs": 0})
     assert_refused(
@@ -239,6 +241,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.long
 def test_a_full_disk_keeps_the_last_commit_and_the_run_goes_on_with_room(
     lab: Any, reference: Path, tmp_path: Path, small_disk: Path
 ) -> None:

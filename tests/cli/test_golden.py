@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import pytest
 import typer
 import yaml
 from pydantic import BaseModel
@@ -168,6 +169,7 @@ def test_a_run_leaves_the_files_and_keys_of_the_record(reference: Path) -> None:
 # -- exit codes -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_commands_end_with_the_exit_codes_of_the_record(lab: Lab, reference: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     (work / "empty").mkdir(parents=True)

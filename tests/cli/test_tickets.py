@@ -105,6 +105,7 @@ def test_an_exported_ticket_loads_by_official_names_and_gives_the_same_output(
         assert torch.equal(mine(image), theirs(image))
 
 
+@pytest.mark.long
 def test_a_comparison_of_runs_files_and_mlflow_holds_the_same_scores(
     lab: Any, reference: Path, packed: Path, tmp_path: Path
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_comparison_of_runs_files_and_mlflow_holds_the_same_scores(
     assert [t["round"] for t in one] == [2, 0]
 
 
+@pytest.mark.long
 def test_a_judgement_trains_the_controls_that_are_missing_once(lab: Any, reference: Path, tmp_path: Path) -> None:
     shutil.copytree(reference, tmp_path / "run")
     (tmp_path / "one.yaml").write_text("num_processes: 1\nnum_machines: 1\n")

@@ -92,6 +92,7 @@ def record_stages(network: nn.Module) -> dict[str, Tensor]:
     return stages
 
 
+@pytest.mark.long
 def test_promptir_equals_the_published_network_in_every_stage_output_and_gradient() -> None:
     published = golden("official")
     tensors: dict[str, tuple[list[int], float | None]] = published["tensors"]

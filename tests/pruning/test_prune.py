@@ -109,6 +109,7 @@ def test_one_shot_counts_are_the_published_ones() -> None:
     assert everything - count_to_remove(everything, 0.7) + UNPRUNABLE == 12_352_918
 
 
+@pytest.mark.long
 def test_pruning_the_full_size_network_leaves_the_published_counts() -> None:
     torch.manual_seed(0)
     weights = {name: p.detach() for name, p in models.create("promptir").named_parameters()}

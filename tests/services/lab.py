@@ -126,10 +126,11 @@ class Started:
 
 
 class Lab:
-    """Starts commands and ranks. `shards`: built tiny shards; `count`: launches so far."""
+    """Starts commands and ranks. `folder`: images, recipe and shards, only to be read; `shards`: tiny ones, built."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._count = folder, 0
+    def __init__(self, folder: Path, streams: Path) -> None:
+        """streams: a folder for the standard streams of what is started."""
+        self._folder, self._count = streams, 0
         self.folder = folder
         self.shards = folder / "shards"
         self.fatal = str(PROGRAMS / "crash_at.py")

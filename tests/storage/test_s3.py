@@ -635,6 +635,7 @@ def test_slow_down_is_obeyed_by_trying_later(
         impatient(store.where()).get("b")
 
 
+@pytest.mark.long
 def test_a_server_that_says_nothing_does_not_hang_for_ever(proxy: FaultyProxy, store: S3Store) -> None:
     store.put("a", b"1")
     proxy.drop()
@@ -664,6 +665,7 @@ def test_a_put_whose_answer_is_lost_is_still_the_winners(proxy: FaultyProxy, sto
     assert store.put_if_absent("lease", b"mine") is False, "the same bytes of another writer are not mine"
 
 
+@pytest.mark.long
 def test_an_upload_in_parts_survives_resets_and_lost_answers(
     server: S3Server, proxy: FaultyProxy, store: S3Store, tmp_path: Path
 ) -> None:
@@ -736,6 +738,7 @@ def test_patience_ends_with_what_was_tried_and_how_long(proxy: FaultyProxy, stor
     assert len(lines) == 1
 
 
+@pytest.mark.long
 def test_a_server_that_is_killed_and_filled_again_is_no_reason_to_start_over(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lines: list[str]
 ) -> None:

@@ -364,6 +364,7 @@ def test_a_mask_that_does_not_fit_the_values_is_refused(data: bytes) -> None:
         ticket_file.read(repacked(data, behind), "x")
 
 
+@pytest.mark.long
 def test_random_forgeries_bring_out_faults_alone() -> None:
     counted = fuzz_tickets.play(1_500, seed=7)
     assert sum(sum(counts.values()) for counts in counted.values()) == 1_500
@@ -388,6 +389,7 @@ def peak_of_reading(data: bytes) -> int:
     return peak
 
 
+@pytest.mark.long
 def test_reading_allocates_no_more_than_stated(child: TicketContent, data: bytes) -> None:
     sparse = {"a.weight": torch.zeros(1_500, 1_000)}
     masks = {"a.weight": torch.zeros(1_500, 1_000, dtype=torch.bool)}

@@ -134,6 +134,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step_with_advice(l
     assert newest_commits(tmp_path / "run") == ["00000002-0001"]
 
 
+@pytest.mark.long
 def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_step(lab: Any, tmp_path: Path) -> None:
     ended = lab.play(tmp_path, SETS, fatal=inf_gradient(3))
     assert ended.codes == (2, 2), ended.said()
@@ -191,6 +192,7 @@ def test_a_step_is_left_out_alike_whether_a_loss_or_the_gradient_was_not_finite(
     assert lab.digests(tmp_path / "run") == lab.digests(left_out[0])
 
 
+@pytest.mark.long
 def test_no_more_bad_steps_are_left_out_than_are_allowed(lab: Any, tmp_path: Path) -> None:
     ended = lab.play(tmp_path, SETS | {"guard.skip_bad_batches": 1}, fatal=[nan(1), inf_gradient(3)])
     assert ended.codes == (2, 2), ended.said()

@@ -188,6 +188,7 @@ def test_options_of_a_launch_without_one_are_refused(lab: Any, here: Path) -> No
         assert ended.rc == 2 and said in ended.err, ended.said()
 
 
+@pytest.mark.long
 def test_auto_is_checked_as_train_would_start_it(lab: Any, here: Path) -> None:
     found, plan = judged(lab, here, "auto")
     assert found == [] and plan["ranks"] == 2 and plan["engine"] == "ddp"
@@ -260,6 +261,7 @@ def test_more_ranks_than_gpus_and_gpus_without_room_are_faults(monkeypatch: pyte
     assert [f.kind for f in machine.check_devices(config, said, 2**30)] == ["ok"]
 
 
+@pytest.mark.long
 def test_a_gpu_that_is_too_small_is_a_fault_with_what_fits(lab: Any, here: Path) -> None:
     sets = ("model={dim: 48}", "batch.global=512", "data.patch_pixels=32", "data.mix={denoise_25: 300}")
     (line,), plan = judged(lab, here, TWO, *sets, gpu="A40")

@@ -22,6 +22,7 @@ ENGINES: tuple[Engine, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.long
 def test_activations_counted_on_meta_are_those_that_a_real_pass_keeps(precision: str) -> None:
     model, images = models.create("promptir", **SMALL), torch.rand(3, 3, 32, 32)
     real = memory.measure_pass(model, images, precision)
@@ -38,6 +39,7 @@ def test_what_a_pass_keeps_is_the_sum_of_the_tensors_that_autograd_saves() -> No
     assert memory.saved_bytes(lambda: layer(images).exp().sum(), layer) == 2 * image, "the input, and exp's own output"
 
 
+@pytest.mark.long
 def test_bfloat16_keeps_less_and_on_a_gpu_norms_keep_float32() -> None:
     with torch.device("meta"):
         model, images = models.create("promptir", **SMALL), torch.rand(2, 3, 32, 32)

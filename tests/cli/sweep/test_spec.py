@@ -122,6 +122,7 @@ def test_names_that_a_disk_may_take_for_one_are_refused(swept: Any) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.sets(st.from_regex(r"[a-z0-9](-seed|[a-z0-9._-]){0,8}", fullmatch=True), min_size=1, max_size=4))
+@pytest.mark.long
 def test_no_two_runs_ever_share_a_folder(names: set[str]) -> None:
     methods = {name: {"optimiser.lr": number + 1} for number, name in enumerate(sorted(names))}
     sweep = spec.Sweep(config=str(DEMO), folder="f", methods=methods, seeds=(0, 1, 11))

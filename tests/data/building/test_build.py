@@ -216,6 +216,7 @@ def test_the_table_says_what_every_set_holds(built: tuple[Path, Manifest]) -> No
     assert lines[-1].startswith(f"6 shards, {sum(s.bytes for s in built[1].shards) / 1e6:.1f} MB, in {built[0]}")
 
 
+@pytest.mark.long
 def test_the_number_of_workers_does_not_change_a_byte(built: tuple[Path, Manifest], tmp_path: Path) -> None:
     build(recipe(SMALL), Folder(tmp_path / "two"), 2, quiet)
     assert contents(tmp_path / "two") == contents(built[0])
@@ -392,6 +393,7 @@ def test_a_build_killed_in_the_middle_goes_on_and_ends_with_the_same_bytes(tmp_p
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
+@pytest.mark.long
 def test_a_shard_of_a_killed_build_that_was_damaged_since_is_written_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
     path = killed_build(tmp_path, str(out))

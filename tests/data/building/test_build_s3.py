@@ -51,6 +51,7 @@ def test_a_bucket_gets_the_same_bytes_as_a_folder(bucket: str, tmp_path: Path) -
         build(recipe(SMALL, seed=1), store, 1, quiet)
 
 
+@pytest.mark.long
 def test_a_build_into_a_bucket_that_was_killed_goes_on(bucket: str, server: S3Server, tmp_path: Path) -> None:
     path = killed_build(tmp_path, bucket, server.env())
     store = open_store(bucket)
@@ -82,6 +83,7 @@ def test_the_marker_keeps_another_build_out_of_a_bucket(bucket: str) -> None:
     assert store.list("") == [MARKER]
 
 
+@pytest.mark.long
 def test_a_shard_that_is_missing_in_a_finished_bucket_is_written_again(bucket: str) -> None:
     store = open_store(bucket)
     manifest = build(recipe(SMALL), store, 1, quiet)

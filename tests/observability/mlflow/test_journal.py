@@ -690,6 +690,7 @@ def expect_whole(uri: str, ids: Mapping[str, str]) -> None:
 
 
 @pytest.mark.parametrize("machines", [1, 2])
+@pytest.mark.long
 def test_a_job_killed_again_and_again_tells_every_step_once(
     machines: int, lives: Lives, tmp_path: Path, server: MlflowServer, proxy: FaultyProxy
 ) -> None:
