@@ -43,7 +43,7 @@ class Steps:
             with contextlib.suppress(FileNotFoundError):  # a life that ends well removes it
                 records += [crash_loop._newest(data)] if (data := path.read_bytes()) else []
         newest = max(records, default=None)
-        inside = newest is not None and newest.where == crash_loop._INSIDE
+        inside = newest is not None and newest.state == crash_loop._INSIDE
         return At(newest.round_, newest.updates) if newest is not None and inside else None
 
 
