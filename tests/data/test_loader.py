@@ -361,6 +361,7 @@ def test_patches_larger_than_the_smallest_image_are_refused(built: Path) -> None
         shards.check_patch_size(WIDTH + 1)
 
 
+@pytest.mark.long
 def test_a_folder_for_temporary_files_with_too_long_a_path_is_a_fault_that_names_it(lab: Any, tmp_path: Path) -> None:
     long = tmp_path / ("x" * 100)
     long.mkdir()

@@ -118,6 +118,7 @@ def test_promptir_equals_the_published_network_in_every_stage_output_and_gradien
         assert_statistics(network(hashed_image(case["input_shape"])), case["outputs"][0], "B")
 
 
+@pytest.mark.long
 def test_promptir_equals_the_published_variant_without_unused_tensors() -> None:
     published = golden("without_dead")
     with torch.device("meta"):

@@ -99,6 +99,7 @@ def test_a_finished_run_resumes_to_nothing_and_says_so(lab: Any, reference: Path
     assert {p.parent.name for p in more} == set(told)
 
 
+@pytest.mark.long
 def test_accumulation_takes_the_same_steps_and_other_ranks_continue_the_run(
     lab: Any, reference: Path, tmp_path: Path
 ) -> None:
@@ -142,6 +143,7 @@ def test_every_round_starts_from_the_first_values_of_its_survivors(lab: Any, tmp
     assert_laws(run, lab.tickets(run))
 
 
+@pytest.mark.long
 def test_the_published_rewind_carries_prompts_over_and_stops_at_the_target_by_layer(lab: Any, tmp_path: Path) -> None:
     sets = {
         "prune.per": "layer",
@@ -192,6 +194,7 @@ def test_the_published_rewind_carries_prompts_over_and_stops_at_the_target_by_la
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", pytest.param("random", marks=pytest.mark.long)])
+@pytest.mark.long
 def test_a_one_shot_prunes_once_and_fine_tunes_what_it_trained(lab: Any, tmp_path: Path, criterion: str) -> None:
     sets = {
         "prune.style": "one_shot",

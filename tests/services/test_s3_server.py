@@ -8,11 +8,13 @@ import threading
 from urllib.parse import urlsplit
 
 import boto3.session
+import pytest
 from botocore.config import Config
 
 from tests.services.s3_server import S3Server
 
 
+@pytest.mark.long
 def test_concurrent_puts_and_gets_of_one_key_are_all_answered_with_whole_objects() -> None:
     with S3Server() as server:
         server.bucket("bucket")

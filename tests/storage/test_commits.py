@@ -353,6 +353,7 @@ def test_a_writer_that_wakes_after_its_succession_at_any_call_disturbs_nothing(
     assert isinstance(ends[0], UserError), "it was told nothing"
 
 
+@pytest.mark.long
 def test_a_writer_that_wakes_after_its_succession_disturbs_no_real_store_either(real: Site) -> None:
     sleep_through(real, "round_1", 5, (1, None))
     sleep_through(real, "step_9", 7, (1, 9))
@@ -557,6 +558,7 @@ def leased(store: Any) -> tuple[Lease, Checkpoints]:
     return lease, kept
 
 
+@pytest.mark.long
 def test_a_frozen_holder_that_lost_a_real_lease_learns_it_and_cannot_commit(real: Site) -> None:
     store = real.run()
     for name in store.list("lease"):

@@ -57,6 +57,7 @@ def test_random_masks_of_other_seeds_and_scopes_differ_and_spread_over_all_weigh
     assert 150 < int(layer["a"][:2000].sum()) < 250, "a tenth of every stretch"
 
 
+@pytest.mark.long
 def test_a_ticket_trains_again_from_its_own_first_values_under_its_own_mask(
     lab: Any, reference: Path, tmp_path: Path
 ) -> None:
@@ -75,6 +76,7 @@ def test_a_ticket_trains_again_from_its_own_first_values_under_its_own_mask(
 @pytest.mark.parametrize(
     "kind", ["reinit", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("random_layer", "random_global"))]
 )
+@pytest.mark.long
 def test_a_control_differs_from_its_ticket_in_one_thing_only(
     lab: Any, reference: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -143,6 +145,7 @@ def test_a_start_that_does_not_fit_is_refused_in_one_line_before_a_run_begins(
     assert not list((tmp_path / "run").glob("rounds/*"))
 
 
+@pytest.mark.long
 def test_a_random_mask_over_a_run_that_began_from_survivors_alone_is_refused(
     lab: Any, reference: Path, tmp_path: Path
 ) -> None:

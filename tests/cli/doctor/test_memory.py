@@ -47,6 +47,7 @@ def test_bfloat16_keeps_less_and_on_a_gpu_norms_keep_float32() -> None:
     assert memory.measure_pass(model, images, "bf16", "cpu").saved < half < 0.7 * full
 
 
+@pytest.mark.long
 def test_activations_grow_with_samples_and_with_pixels() -> None:
     with torch.device("meta"):
         model = models.create("promptir", **SMALL)

@@ -406,6 +406,7 @@ def test_a_shard_of_a_killed_build_that_was_damaged_since_is_written_again(tmp_p
     assert check(Folder(out), 1, quiet) == []
 
 
+@pytest.mark.long
 def test_nothing_is_left_in_the_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tmp").mkdir()
     killed_build(tmp_path, str(tmp_path / "out"), {"TMPDIR": str(tmp_path / "tmp")})

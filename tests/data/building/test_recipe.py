@@ -417,6 +417,7 @@ def training_names() -> Iterator[str]:
     yield from (f"Dehaze/synthetic/part{n % 4 + 1}/{n // 2:04d}_0.{8 + n % 2}_0.04.jpg" for n in range(HAZY))
 
 
+@pytest.mark.long
 def test_mirls_shares_have_their_exact_counts_and_depend_on_seed_and_names_alone(
     sets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -639,6 +640,7 @@ def test_published_tests_of_rain_show_images_of_bsd400(real: Real, monkeypatch: 
             assert np.array_equal(light[: heavy.shape[0], : heavy.shape[1]], heavy), "the upper left of the same image"
 
 
+@pytest.mark.long
 def test_local_data_holds_all_it_can_and_training_shares_nothing_with_evaluation(real: Real) -> None:
     recipe = shipped("local_data")
     assert not recipe.allow_overlap

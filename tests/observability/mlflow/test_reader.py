@@ -81,7 +81,7 @@ def run(sqlite: str, folder: Path) -> dict[str, str]:
     return ids
 
 
-@pytest.mark.parametrize("store", ["sqlite", "server"])
+@pytest.mark.parametrize("store", ["sqlite", pytest.param("server", marks=pytest.mark.long)])
 def test_tickets_come_back_as_they_were_told(store: str, request: pytest.FixtureRequest, folder: Path) -> None:
     uri = request.getfixturevalue(store)
     ids = tell(uri, folder, f"told-{store}", rounds=2, experiment="told")
@@ -174,7 +174,7 @@ def test_a_silent_server_is_not_waited_for_longer_than_the_environment_says(
             read("f" * 32, proxy.url)
 
 
-@pytest.mark.parametrize("store", ["sqlite", "server"])
+@pytest.mark.parametrize("store", ["sqlite", pytest.param("server", marks=pytest.mark.long)])
 def test_a_report_is_a_run_of_its_own(store: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     uri = request.getfixturevalue(store)
     files = {"comparison.html": b"<h1>Tickets</h1>", "tables/psnr.csv": b"a,b\n"}

@@ -37,7 +37,7 @@ def sqlite(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/m.db"
 
 
-@pytest.fixture(params=["sqlite", "server"])
+@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.long)])
 def uri(request: pytest.FixtureRequest) -> str:
     """Both kinds of store keep the same laws."""
     return str(request.getfixturevalue(request.param))
@@ -648,6 +648,7 @@ def test_the_silent_twin_answers_to_the_same_words() -> None:
     assert all(callable(getattr(MlflowTracker, word)) for word in words) and len(words) == 11
 
 
+@pytest.mark.long
 def test_mlflow_is_imported_late_and_keeps_quiet(tmp_path: Path) -> None:
     story = """
 import sys
