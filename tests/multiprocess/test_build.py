@@ -12,6 +12,8 @@ import pytest
 
 from mirl_dist.observability.console import rank_label
 
+pytestmark = pytest.mark.long
+
 
 def contents(out: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir())}
@@ -125,8 +127,6 @@ def test_a_rank_that_is_killed_ends_the_others(lab: Any, tmp_path: Path) -> None
 APART = """
 import os
 from mirl_dist.cli.app import main
-
-pytestmark = pytest.mark.long
 
 if os.environ["RANK"] == "1":
     os.chdir(os.environ["ELSEWHERE"])

@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytestmark = pytest.mark.long
+
 SIGNALLED = """
 import os, signal, time
 from mirl_dist.distributed.signals import StopSignal
@@ -49,8 +53,6 @@ def test_a_signal_in_the_first_moments_of_a_command_ends_it_with_75(lab: Any, tm
 EARLY = f"""
 import os, sys
 from mirl_dist.cli import app as cli
-
-pytestmark = pytest.mark.long
 
 class Importing:
     def find_spec(self, name, path=None, target=None):

@@ -17,6 +17,8 @@ from mirl_dist.config.config import Config
 from mirl_dist.distributed.launch import launcher
 from mirl_dist.errors import UserError
 
+pytestmark = pytest.mark.long
+
 DRIVER = """
 import sys, tempfile
 from mirl_dist.distributed.launch import launcher
@@ -32,8 +34,6 @@ sys.exit(launcher.attend(options, int(restarts), float(deadline)))
 WORKER = """
 import os, signal, sys, time
 from mirl_dist.distributed.launch.control import ControlChannel
-
-pytestmark = pytest.mark.long
 channel = ControlChannel.of_worker()
 code = channel.exit_code()
 if code is not None:
