@@ -11,7 +11,7 @@
     rounds/03/ticket-0004/                        {weights, mask}.safetensors, state.json, ticket.json, pictures.png,
                                                   COMPLETE.json
     best.json                                     the round chosen by validation
-    controls/08-reinit/                           a run of its own: a control of round 8 (judging.py)
+    controls/08-reinit/                           a run of its own: a control of round 8 (cli/judge.py)
 
 A commit is its COMPLETE.json, written last (commits.py). Its folder carries the number of the launch that wrote it: one
 that has lost the run cannot spoil what its successor writes. outbox.jsonl in a commit is what MLflow had not heard.
@@ -68,7 +68,7 @@ _FOLDER = re.compile(r"rounds/(\d+)(?:/steps/(\d+)-(\d+)|/ticket-(\d+))?")  # a 
 
 
 class Checkpoints:
-    """The run in one store. `writer`: who may write; only rank 0 of a launch may, and only after `take_over`."""
+    """The run in one store. `writer`: who may write; rank 0 of a launch alone, and after `fence_older_writers`."""
 
     def __init__(self, store: Store, writer: Writer | None = None) -> None:
         self.store = store
