@@ -19,6 +19,8 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 SYNC_SECONDS = 0.5
+_FINISH_SECONDS = 5.0
+"""How long an item that is being worked on may take to end, once a fault has ended the work."""
 
 
 class ProgressCallback(Protocol):
@@ -137,9 +139,13 @@ class _RankWork(Generic[Result]):
         wait([self._future], seconds)
 
     def stop(self) -> None:
-        """Begin no further item."""
+        """Begin no further item, and let the present one end, so that it removes what is its own.
+
+        The wait is short: a fault is reported before a transfer that is retried for minutes has ended.
+        """
         self._stop_requested.set()
-        self._thread.shutdown(wait=False)  # a message must not wait for a transfer that is tried again
+        self.wait(_FINISH_SECONDS)
+        self._thread.shutdown(wait=False)
 
 
 def distributed_map(
