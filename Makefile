@@ -41,8 +41,9 @@ PYTEST := pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: check
 	$(PYTEST) -m "not long"
 
+# These wait a good deal, for servers, leases and processes that start: three at a time keep two cores busy.
 test-long: install
-	$(PYTEST) -m long
+	$(PYTEST) --numprocesses 3 -m long
 
 test-all: test test-long
 

@@ -82,9 +82,11 @@ class ParallelNetwork:
         wrapped.zero_grad()
 
     def unwrap(self, wrapped: nn.Module) -> nn.Module:
-        """Return the bare network below `wrap`: names and weights as created."""
-        bare: nn.Module = self._membership.accelerator.unwrap_model(wrapped)
-        return bare
+        """Return the bare network below `wrap`: names and weights as created.
+
+        Accelerate's own `unwrap_model` imports DeepSpeed, where it is installed, and that MLflow: seconds of each start.
+        """
+        return wrapped.module if isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         """Run the model in the precision that was asked for. Weights, gradients and losses stay float32.

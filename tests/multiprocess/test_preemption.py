@@ -12,18 +12,19 @@ import pytest
 from tests.services.lab import PROGRAMS
 
 ASKED = str(PROGRAMS / "stop_in_phase.py")
+# In the order in which a run comes through them.
 PHASES: dict[str, tuple[dict[str, Any], str]] = {
     "training": ({"rank": 1, "phase": "training"}, "stopped as asked in round 0 after 1 steps; committed"),
-    "training-later": (
-        {"rank": 0, "phase": "training", "times": 2},
-        "stopped as asked in round 1 after 1 steps; committed",
-    ),
     "evaluating": ({"rank": 1, "phase": "evaluating"}, "stopped as asked while evaluating; the round's training is"),
-    "committing": ({"rank": 0, "phase": "committing", "times": 2}, "stopped as asked"),
     "selecting": ({"rank": 1, "phase": "selecting"}, "stopped as asked before pruning; all rounds that"),
     "counting": ({"rank": 0, "phase": "counting"}, "stopped as asked before pruning; all rounds that"),
     "pruning": ({"rank": 0, "phase": "pruning"}, "stopped as asked before the next round; all rounds that"),
     "rewinding": ({"rank": 1, "phase": "rewinding"}, "stopped as asked before the next round; all rounds that"),
+    "training-later": (
+        {"rank": 0, "phase": "training"},
+        "stopped as asked in round 1 after 1 steps; committed",
+    ),
+    "committing": ({"rank": 0, "phase": "committing"}, "stopped as asked"),
     "uploading": ({"rank": 0, "phase": "uploading"}, "stopped as asked"),
 }
 
@@ -33,23 +34,36 @@ def asked(lab: Any, folder: Path, plan: dict[str, Any], number: int, **sets: Any
     return lab.start(*lab.train(folder, sets), cwd=folder, world=2, script=ASKED, env=env).wait()
 
 
-QUICK = ("training",)
-
-
-@pytest.mark.parametrize("phase", [pytest.param(p, marks=[] if p in QUICK else pytest.mark.long) for p in PHASES])
-def test_a_run_that_is_asked_to_stop_commits_and_goes_on_to_the_same_tickets(
-    lab: Any, reference: Path, tmp_path: Path, phase: str
-) -> None:
-    plan, said = PHASES[phase]
+def assert_stopped(lab: Any, folder: Path, phase: str, reference: Path) -> None:
+    plan, words = PHASES[phase]
     number = signal.SIGUSR1 if phase in ("evaluating", "pruning") else signal.SIGTERM
-    ended = asked(lab, tmp_path, plan, number)
-    assert ended.codes == (75, 75), ended.said()
-    assert ended.err.startswith(f"mirl-dist: {said}"), ended.said()
+    ended = asked(lab, folder, plan, number)
+    assert ended.codes == (75, 75), f"{phase}: {ended.said()}"
+    assert ended.err.startswith(f"mirl-dist: {words}"), f"{phase}: {ended.said()}"
     assert ended.err.endswith("Go on with --resume auto.\n") and ended.err.count("\n") == 1, "one rank says it, once"
-    assert lab.digests(tmp_path / "run") == lab.digests(reference)[: len(lab.digests(tmp_path / "run"))]
-    again = lab.play(tmp_path)
+    assert lab.digests(folder / "run") == lab.digests(reference)[: len(lab.digests(folder / "run"))], phase
+
+
+def assert_goes_on(lab: Any, folder: Path, reference: Path) -> None:
+    again = lab.play(folder)
     assert again.rc == 0 and "resuming: round " in again.out, again.said()
-    assert lab.digests(tmp_path / "run") == lab.digests(reference)
+    assert lab.digests(folder / "run") == lab.digests(reference)
+
+
+def test_a_run_that_is_asked_to_stop_commits_and_goes_on_to_the_same_tickets(
+    lab: Any, reference: Path, tmp_path: Path
+) -> None:
+    assert_stopped(lab, tmp_path, "training", reference)
+    assert_goes_on(lab, tmp_path, reference)
+
+
+@pytest.mark.long
+def test_a_run_that_is_asked_to_stop_in_every_phase_has_the_same_tickets(
+    lab: Any, reference: Path, tmp_path: Path
+) -> None:
+    for phase in PHASES:
+        assert_stopped(lab, tmp_path, phase, reference)
+    assert_goes_on(lab, tmp_path, reference)
 
 
 @pytest.mark.long

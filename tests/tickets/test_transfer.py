@@ -14,6 +14,7 @@ from tests.models.test_official import official_shapes
 
 ONE_STEP = {
     "model": {},
+    "data.mix": {"derain": 1},
     "data.steps_per_epoch": 1,
     "train.epochs": 1,
     "schedule.warmup_epochs": 0,
