@@ -84,7 +84,8 @@ class ParallelNetwork:
     def unwrap(self, wrapped: nn.Module) -> nn.Module:
         """Return the bare network below `wrap`: names and weights as created.
 
-        Accelerate's own `unwrap_model` imports DeepSpeed, where it is installed, and that MLflow: seconds of each start.
+        Accelerate's `unwrap_model` would import DeepSpeed, where it is installed, and through it MLflow, which costs
+        seconds of each start.
         """
         return wrapped.module if isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped
 

@@ -186,7 +186,7 @@ def test_of_two_launches_one_runs_and_when_it_falls_silent_the_other_takes_over(
 def test_a_spoiled_commit_is_noticed_and_the_one_before_it_taken(
     lab: Any, reference: Path, server: S3Server, start: Start
 ) -> None:
-    bucket = Bucket(server, "spoiled")
+    bucket, often = Bucket(server, "spoiled"), {"guard.same_step_failures": 9}
     assert start(bucket, {"rank": "all", "step": [1, 5]}).wait().codes == (-9, -9)
     step, whole = "rounds/01/steps/00000004-0001", {name: bucket.get(name) for name in bucket.names()}
     for part in ("weights.safetensors", "moments.safetensors", "mask.safetensors", "state.json", "COMPLETE.json"):
@@ -195,10 +195,10 @@ def test_a_spoiled_commit_is_noticed_and_the_one_before_it_taken(
         data = bytearray(whole[name])
         data[len(data) // 2] ^= 4
         bucket.put(name, bytes(data))
-        ended = start(bucket, {"rank": "all", "step": [1, 3]}, **{"guard.same_step_failures": 9}).wait()
+        ended = start(bucket, {"rank": "all", "step": [1, 3]}, **often).wait()
         assert ended.codes == (-9, -9), f"{part}: {ended.said()}"
         assert f"warning: {bucket.url}/{name} is damaged" in ended.out, ended.said()
         assert "falling back to rounds/01/steps/00000002-0001\n" in ended.out, ended.said()
-    ended = start(bucket).wait()
+    ended = start(bucket, **often).wait()
     assert ended.rc == 0, ended.said()
     assert bucket.digests() == lab.digests(reference)
