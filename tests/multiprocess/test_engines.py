@@ -91,7 +91,7 @@ OFFLOADED = pytest.param("zero2 offload", marks=DEEPSPEED)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("engine", [pytest.param("zero3", marks=DEEPSPEED), "fsdp", OFFLOADED])
+@pytest.mark.parametrize("engine", ["fsdp", OFFLOADED])
 def test_passes_are_added_and_bad_steps_left_out_on_every_engine(
     engine: str, lab: Lab, with_mishaps: Path, tmp_path: Path
 ) -> None:

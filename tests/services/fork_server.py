@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import runpy
+import signal
 import sys
 import warnings
 from typing import Any
@@ -28,6 +29,7 @@ def become(ask: dict[str, Any], rank: int) -> None:
         os.dup2(handle, descriptor)
         os.close(handle)
     warnings.resetwarnings()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup, around a suite, has ignored
     sys.argv = [ask["script"] or "mirl_dist", *ask["arguments"]]
     if ask["script"]:
         runpy.run_path(ask["script"], run_name="__main__")
