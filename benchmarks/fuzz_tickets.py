@@ -243,7 +243,7 @@ def outcome(data: bytes) -> str:
         text = str(fault)
         assert text.isprintable(), text
         return "UserError"
-    checks = verify.verify(content)
+    checks = list(verify.verify(content))
     file.pack(*content)
     return "read, and all checks hold" if all(check.holds for check in checks) else "read, and a check fails"
 

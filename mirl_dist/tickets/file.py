@@ -33,7 +33,6 @@ upper bound of its own."""
 
 _MAX_NAME = 200
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-_BIT_COUNTS = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
 
 
 class TicketContent(NamedTuple):
@@ -210,7 +209,7 @@ def _open_file(data: bytes, source: str) -> _OpenedFile:
         raise UserError(f"{source}: its mask has {len(parts['mask']):,} bytes, its index wants {wanted:,}. {GET_AGAIN}")
     survivors, densities = 0, {}
     for entry, packed in _iterate_masks(entries, parts["mask"]):
-        alive = entry.size if packed is None else int(_BIT_COUNTS[packed].sum(dtype=np.int64))
+        alive = entry.size if packed is None else int(np.bitwise_count(packed).sum(dtype=np.int64))
         survivors += alive
         if packed is not None:
             densities[entry.name] = alive / entry.size

@@ -54,7 +54,7 @@ def verify(reference: str, run: str | None, as_json: bool) -> None:
     """
     opened = opening.open_ticket(reference)
     content = opened.content()
-    checks = verifying.verify(content)
+    checks = list(verifying.verify(content))
     run_ticket = opened if isinstance(opened, RunTicket) else None
     if run is not None:
         run_ticket = _open_named_run(content, reference, run)
@@ -110,7 +110,7 @@ def _verify_with_run(content: TicketContent, run_ticket: RunTicket) -> list[Chec
     start = before.starting_point()
     parent = TicketContent(start.ticket, run_ticket.config.dump(), start.masks, start.initial, trained)
     rule = prune_config_of(run_ticket.config.prune, run_ticket.config.run.seed)
-    return checks + verifying.verify_descent(content, parent, rule)
+    return [*checks, *verifying.verify_descent(content, parent, rule)]
 
 
 def export(reference: str, out: Path, compact: bool) -> None:

@@ -352,11 +352,11 @@ def test_a_mask_that_does_not_follow_is_still_broken(contents: list[TicketConten
     child = contents[1]
     moved = {**child.masks, "output.weight": child.masks["output.weight"].roll(1)}
     bare = {n: torch.ones_like(t) for n, t in child.trained.items()}
-    checks = verify_descent(child._replace(masks=moved), contents[0]._replace(trained={}), PruneConfig(0.2))
+    checks = list(verify_descent(child._replace(masks=moved), contents[0]._replace(trained={}), PruneConfig(0.2)))
     assert [c.what for c in checks if c.holds is None] == [MASK_FOLLOWS]
-    checks = verify_descent(child, contents[0]._replace(trained=bare), PruneConfig(0.2))
+    checks = list(verify_descent(child, contents[0]._replace(trained=bare), PruneConfig(0.2)))
     assert MASK_FOLLOWS in [c.what for c in checks if c.holds is False]
-    checks = verify_descent(child, contents[0]._replace(trained={}), PruneConfig(0.3))
+    checks = list(verify_descent(child, contents[0]._replace(trained={}), PruneConfig(0.3)))
     assert "weights removed by the rule" in [c.what for c in checks if c.holds is False]
 
 

@@ -467,7 +467,7 @@ def test_open_dead_weights_are_caught(child: TicketContent) -> None:
 
 
 def test_a_config_that_is_none_is_caught(child: TicketContent) -> None:
-    checks = verifying.verify(child._replace(config={"prune": {"rounds": "many"}}))
+    checks = list(verifying.verify(child._replace(config={"prune": {"rounds": "many"}})))
     assert [check.what for check in checks if not check.holds] == ["fingerprint of the config"]
     assert "prune.rounds" in next(check.detail for check in checks if not check.holds)
 

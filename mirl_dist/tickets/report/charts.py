@@ -9,21 +9,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.tickets.compare.statistics import MAX_DB, Group, Statistic, scores_of
 from mirl_dist.tickets.report.chart_style import INK, Style, drawing, marker_keywords, svg
 
 AXIS_LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
-
-
-def short_count(number: float) -> str:
-    """'35.4M', '280k', '912': a count for an axis."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.3g}"
 
 
 def score(groups: Sequence[Group], styles: Mapping[str, Style], name: str, measure: str = "psnr") -> bytes:
@@ -91,7 +83,7 @@ def set_weight_axis(axes: Axes, weights: Sequence[float]) -> None:
     axes.set_xlim(low / 1.15, high * 1.15)
     wide = high / low > 30
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -119,7 +111,7 @@ def distance(groups: Sequence[Group], styles: Mapping[str, Style], name: str) ->
 
 def _label(group: Group) -> str:
     name = group.method if len(group.method) <= 24 else group.method[:23] + "…"
-    return f"{name}, {short_count(group.alive)}"
+    return f"{name}, {EngFormatter(sep='')(float(f'{group.alive:.3g}'))}"
 
 
 def curves(tickets: Sequence[Entry], style: Style, name: str) -> bytes:
@@ -145,7 +137,7 @@ def curves(tickets: Sequence[Entry], style: Style, name: str) -> bytes:
             best = s.ticket.best_steps()[name]
             axes.plot(best, values[steps.index(best)], "o", markersize=5, **line_style)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         return svg(figure, f"curves {name} {tickets[0].name if tickets else ''}")
 
 

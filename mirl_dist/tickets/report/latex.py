@@ -101,7 +101,7 @@ def _level(name: str) -> str:
 
 
 def _best_values(groups: Sequence[Group], measure: str, name: str, digits: int) -> dict[str, str]:
-    """The best and the second best value of a column, as printed, with their commands; none of a column of one value."""
+    """The best and the second best value of a column, as printed, with their commands; empty for a single value."""
     ranked = [getattr(group, measure) for group in groups if not (group.dense or group.control)]
     means = {round(column[name].mean, digits) for column in ranked if name in column}
     values = [f"{value:.{digits}f}" for value in sorted(means, reverse=True)] if len(means) > 1 else []

@@ -395,17 +395,10 @@ def test_overlap_is_that_of_the_weights_one_by_one(seed: int, density: float) ->
     np.testing.assert_allclose(found, [[brute(a, b) for b in drawn] for a in drawn], rtol=1e-15)
 
 
-def test_overlap_needs_no_new_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = [one("A", i, 1, mask=m) for i, m in enumerate(masks(1, 2, 3))]
-    new = mask_overlap.iou(shown)
-    monkeypatch.delattr(np, "bitwise_count", raising=False)
-    np.testing.assert_array_equal(mask_overlap.iou(shown), new)
-
-
 def test_large_masks_are_counted_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [one("A", i, 1, mask=m) for i, m in enumerate(masks(1, 2))]
     whole = mask_overlap.iou(shown)
-    monkeypatch.setattr(mask_overlap, "_WORDS_AT_A_TIME", 1)
+    monkeypatch.setattr(mask_overlap, "_BYTES_AT_A_TIME", 1)
     np.testing.assert_array_equal(mask_overlap.iou(shown), whole)
 
 
