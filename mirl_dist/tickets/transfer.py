@@ -31,7 +31,7 @@ def pack(reference: str, out: Path) -> None:
     if isinstance(opened, FileTicket):
         raise UserError(f"found {reference}, which is a ticket file already. Copy it, or name a round of a run.")
     content = opened.content()
-    data = ticket_file.pack(*content._replace(config=portable(opened.config).dump()))
+    data = ticket_file.pack(content._replace(config=portable(opened.config).dump()))
     broken = [check for check in verifying.verify(ticket_file.read(data, str(out))) if check.holds is False]
     if broken:
         raise UserError(f"{reference} does not prove itself: {broken[0].what} ({broken[0].detail}). Restore the run.")

@@ -38,7 +38,7 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "ticket.md"
 
 
 def packed(content: TicketContent) -> bytes:
-    return ticket_file.pack(*content)
+    return ticket_file.pack(content)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_what_is_packed_is_read_to_the_last_bit_and_holds(network: tuple[dict[st
 
 def test_the_same_content_gives_the_same_bytes_in_any_order_of_names(child: TicketContent, data: bytes) -> None:
     turned = [dict(reversed(list(tree.items()))) for tree in child[1:]]
-    assert ticket_file.pack(child.ticket, *turned) == data
+    assert ticket_file.pack(TicketContent(child.ticket, *turned)) == data
     assert container.is_ticket_file(data[:64])
     assert not container.is_ticket_file(safetensors.torch.save(child.trained)[:64])
 

@@ -85,7 +85,8 @@ def judge(entries: Sequence[Entry], tolerance_db: float = 0.0, *, chosen: bool =
     """
     groups = [group for group in statistics.group_entries(entries) if not (group.dense or group.control)]
     judgements = [_judge_group(group, entries, tolerance_db) for group in groups]
-    return [_add_remarks(j, [*_remark_on_rounds(j, judgements), *([CHOSEN] if chosen else [])]) for j in judgements]
+    late = [(*_remark_on_rounds(j, judgements), *([CHOSEN] if chosen else [])) for j in judgements]
+    return [j._replace(remarks=j.remarks + remarks) for j, remarks in zip(judgements, late, strict=True)]
 
 
 def _judge_group(group: Group, entries: Sequence[Entry], tolerance_db: float) -> Judgement:
@@ -114,10 +115,6 @@ def _judge_group(group: Group, entries: Sequence[Entry], tolerance_db: float) ->
         overall=overall,
         remarks=tuple(_collect_remarks(group, answers, controls, overall)),
     )
-
-
-def _add_remarks(j: Judgement, remarks: Sequence[str]) -> Judgement:
-    return j._replace(remarks=(*j.remarks, *remarks))
 
 
 def _remark_on_rounds(judgement: Judgement, judgements: Sequence[Judgement]) -> list[str]:
@@ -211,9 +208,7 @@ def _judge_control(kind: str, group: Group, entries: Sequence[Entry]) -> Control
         return [c for c in controls_of.get(s.ticket.digest(), []) if statistics.same_network_and_data(c, s)]
 
     def difference(s: Entry) -> dict[str, float]:
-        values = [_psnr_by_task(c) for c in against(s)]
-        known = {name: [v[name] for v in values if name in v] for name in _psnr_by_task(s)}
-        return {name: value - fmean(known[name]) for name, value in _psnr_by_task(s).items() if known[name]}
+        return statistics.subtract_mean(_psnr_by_task(s), [_psnr_by_task(c) for c in against(s)])
 
     def mean(s: Entry) -> dict[str, float]:
         differences = difference(s)

@@ -42,8 +42,8 @@ class Download(NamedTuple):
     source: str
 
 
-def html(entries: Sequence[Entry], title: str, made: str, judgements: Sequence[Judgement] | None = None) -> str:
-    """The page as text. made: when, for its footer; judgements: None to judge the entries here.
+def html(entries: Sequence[Entry], title: str, made: str) -> str:
+    """The page as text. made: when, for its footer.
 
     Raises UserError for no tickets, and as `statistics.group_entries` for tickets that cannot stand in one table.
     """
@@ -72,7 +72,7 @@ def html(entries: Sequence[Entry], title: str, made: str, judgements: Sequence[J
         "downloads": _downloads(entries, bool(names)),
         "swatch": lambda method: embed(swatch(method, styles[method]), "") if method in styles else "",
     }
-    values |= _judged(judge.judge(entries) if judgements is None else judgements)
+    values |= _judged(judge.judge(entries))
     return _environment().get_template("tickets.html.j2").render(values)
 
 
