@@ -91,16 +91,10 @@ def _open_named_run(content: TicketContent, reference: str, run: str) -> RunTick
 def _verify_with_run(content: TicketContent, run_ticket: RunTicket) -> list[Check]:
     """What only the run can prove."""
     location, ticket = run_ticket.checkpoints.store.where(), content.ticket
-    kept = {t.round: t for t in run_ticket.checkpoints.tickets()}
-    own_ticket = kept.get(ticket.round)
-    same = None if own_ticket is None else own_ticket.digest() == ticket.digest()
-    checks = [
-        Check(
-            "the run holds this very ticket",
-            same,
-            location if own_ticket else f"not provable: {location} lacks its round",
-        )
-    ]
+    kept = {t.round: t.digest() for t in run_ticket.checkpoints.tickets()}
+    same = kept[ticket.round] == ticket.digest() if ticket.round in kept else None
+    detail = f"not provable: {location} lacks its round" if same is None else location
+    checks = [Check("the run holds this very ticket", same, detail)]
     if ticket.round == 0:
         return checks
     if ticket.round - 1 not in kept:

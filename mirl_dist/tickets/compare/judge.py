@@ -105,16 +105,9 @@ def _judge_group(group: Group, entries: Sequence[Entry], tolerance_db: float) ->
         )
     controls = tuple(_judge_control(kind, group, entries) for kind in CONTROLS)
     overall = _judge_overall(group, answers)
-    return Judgement(
-        method=group.method,
-        round_=group.round_,
-        seeds=group.seeds,
-        density=group.alive / group.total,
-        answers=answers,
-        controls=controls,
-        overall=overall,
-        remarks=tuple(_collect_remarks(group, answers, controls, overall)),
-    )
+    remarks = tuple(_collect_remarks(group, answers, controls, overall))
+    density = group.alive / group.total
+    return Judgement(group.method, group.round_, group.seeds, density, answers, controls, overall, remarks)
 
 
 def _remark_on_rounds(judgement: Judgement, judgements: Sequence[Judgement]) -> list[str]:
@@ -231,16 +224,12 @@ def _control_verdict(gain: Statistic) -> str:
     return BEATS if gain.mean > 0 else LOSES
 
 
-def to_json(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
-    """All of it as plain values for JSON; numbers that are not finite are None."""
-    return [_to_plain(j) for j in judgements]
-
-
-def _to_plain(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """Judgements as plain values for JSON; numbers that are not finite are None."""
     if hasattr(value, "_asdict"):
-        return {name.rstrip("_"): _to_plain(inner) for name, inner in value._asdict().items()}
+        return {name.rstrip("_"): to_json(inner) for name, inner in value._asdict().items()}
     if isinstance(value, dict):
-        return {name: _to_plain(inner) for name, inner in value.items()}
-    if isinstance(value, tuple):
-        return [_to_plain(inner) for inner in value]
+        return {name: to_json(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -25,19 +25,13 @@ def score(groups: Sequence[Group], styles: Mapping[str, Style], name: str, measu
         axes = figure.add_subplot(title=name, xlabel="alive weights", ylabel=AXIS_LABELS[measure])
         axes.grid(True)
         for method, style in styles.items():
-            rows = sorted(
-                (r for r in groups if r.method == method and name in _statistics_of(r, measure)), key=lambda r: r.alive
-            )
+            rows = [r for r in groups if r.method == method and name in getattr(r, measure)]
             if method == DENSE:
-                _draw_dense(axes, [_statistics_of(r, measure)[name] for r in rows])
-            else:
-                _draw_method(axes, rows, style, name, measure)
+                _draw_dense(axes, [getattr(r, measure)[name] for r in rows])
+            elif rows:
+                _draw_method(axes, sorted(rows, key=lambda r: r.alive), style, name, measure)
         set_weight_axis(axes, [r.alive for r in groups])
         return svg(figure, f"score {name} {measure}")
-
-
-def _statistics_of(group: Group, measure: str) -> Mapping[str, Statistic]:
-    return group.psnr if measure == "psnr" else group.ssim
 
 
 def _draw_dense(axes: Axes, statistics: Sequence[Statistic]) -> None:
@@ -49,18 +43,13 @@ def _draw_dense(axes: Axes, statistics: Sequence[Statistic]) -> None:
 
 
 def _draw_method(axes: Axes, rows: Sequence[Group], style: Style, name: str, measure: str) -> None:
-    if not rows:
-        return
-    statistics = [_statistics_of(r, measure)[name] for r in rows]
+    statistics = [getattr(r, measure)[name] for r in rows]
     x, mean = np.array([r.alive for r in rows]), np.array([s.mean for s in statistics], dtype=float)
     sd = np.array([s.sd or 0.0 for s in statistics], dtype=float)
-    dots = [
-        (s.ticket.alive_total, getattr(scores_of(s.ticket)[name], measure))
-        for r in rows
-        for s in _scored_entries(r, name)
-    ]
     several = any(s.count > 1 for s in statistics)
     if several:
+        scored = [s.ticket for r in rows for s in r.entries if name in scores_of(s.ticket)]
+        dots = [(t.alive_total, getattr(scores_of(t)[name], measure)) for t in scored]
         axes.plot(*zip(*dots, strict=True), ".", color=style.colour, alpha=0.4, markersize=5, zorder=2)
     if style.line == "none" or len(rows) == 1:
         if several:
@@ -70,10 +59,6 @@ def _draw_method(axes: Axes, rows: Sequence[Group], style: Style, name: str, mea
             axes.fill_between(x, mean - sd, mean + sd, color=style.colour, alpha=0.18, linewidth=0, zorder=2)
         axes.plot(x, mean, linestyle=style.line, color=style.colour, zorder=3)
     axes.plot(x, mean, linestyle="none", **marker_keywords(style, 5 if len(rows) > 1 else 6.5), zorder=4)
-
-
-def _scored_entries(group: Group, name: str) -> list[Entry]:
-    return [s for s in group.entries if name in scores_of(s.ticket)]
 
 
 def set_weight_axis(axes: Axes, weights: Sequence[float]) -> None:

@@ -76,8 +76,8 @@ class Read(HTMLParser):
         return [found for name, found in self.elements if name == tag]
 
 
-def read(tickets: Sequence[Entry], **more: Sequence[judge.Judgement]) -> Read:
-    return Read(page.html(tickets, "A comparison", MADE, **more))
+def read(tickets: Sequence[Entry]) -> Read:
+    return Read(page.html(tickets, "A comparison", MADE))
 
 
 @pytest.fixture(scope="module")
@@ -157,12 +157,6 @@ def test_definition_1_is_judged_with_its_controls(whole: Read, tickets: list[Ent
         and control.verdict in row[5][1] + " the spread"
     )
     assert "random_layer, random_global" in whole.text["judgements"].split("not run:")[1]
-
-
-def test_given_judgements_are_shown_as_they_are(tickets: list[Entry]) -> None:
-    mine = judge.judge(tickets, tolerance_db=50.0)[:1]
-    told = read(tickets[:6], judgements=[mine[0]._replace(overall="as I was told")])
-    assert "as I was told" in told.text["judgements"]
 
 
 def test_pictures_stand_side_by_side_with_the_psnr_of_what_is_shown(whole: Read, tickets: list[Entry]) -> None:
@@ -268,18 +262,10 @@ def test_what_is_missing_is_said(spoil: Callable[[list[Entry]], list[Entry]], sa
         assert text_ in found.text[section]
 
 
-def test_a_score_that_is_no_number_is_a_dash() -> None:
-    mine = comparison(("MIR-L-G",), (0,), 1, tasks=ONE)
-    score = mine[1].ticket.scores["derain/Rain100L"].model_copy(update={"psnr": float("nan")})
-    mine[1] = mine[1]._replace(ticket=mine[1].ticket.model_copy(update={"scores": {"derain/Rain100L": score}}))
-    found = read(mine)
-    row = next(r for r in found.cells if len(r) > 5 and r[0][1] == "MIR-L-G" and r[1][1] == "1")
-    assert row[5][1].startswith("–") and "nan" not in found.text["scores"]
-
-
-@pytest.mark.parametrize("number", [float("inf"), -1e308])
-def test_a_page_of_impossible_numbers_is_a_page(number: float) -> None:
-    mine = comparison(("MIR-L-G",), (0, 1), 2, tasks=ONE)
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1e308])
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_a_score_that_is_no_number_is_a_dash_on_a_whole_page(number: float, seeds: tuple[int, ...]) -> None:
+    mine = comparison(("MIR-L-G",), seeds, 2, tasks=ONE)
     score = mine[1].ticket.scores["derain/Rain100L"].model_copy(update={"psnr": number})
     assert mine[1].ticket.curve is not None
     curve = mine[1].ticket.curve.model_copy(update={"psnr": {"derain/Rain100L": (number,) * 8}})
@@ -288,6 +274,8 @@ def test_a_page_of_impossible_numbers_is_a_page(number: float) -> None:
     found = read(mine)
     assert found.wrong == []
     assert "count as unknown" in found.text["caveats"] and "no number" in found.text["judgements"]
+    row = next(r for r in found.cells if len(r) > 5 and r[0][1] == "MIR-L-G" and r[1][1] == "1")
+    assert row[5][1].startswith("–") == (seeds == (0,)) and "nan" not in found.text["scores"]
 
 
 def test_experiments_have_own_lines_on_the_page_and_dense_ones_are_never_bold() -> None:
@@ -310,10 +298,7 @@ def test_other_protocols_have_tables_of_their_own() -> None:
     assert "luma of the 8-bit image" in found.text["compared"] and "promptir (headline)" in found.text["compared"]
 
 
-def test_a_page_of_nothing_is_refused() -> None:
+def test_one_ticket_is_enough_for_a_page_and_none_is_refused() -> None:
+    assert read([entry("control reinit", round_=0, tasks=ONE)]).wrong == []
     with pytest.raises(UserError, match="found no ticket to compare"):
         page.html([], "nothing", MADE)
-
-
-def test_one_ticket_is_enough_for_a_page() -> None:
-    assert read([entry("control reinit", round_=0, tasks=ONE)]).wrong == []
