@@ -243,14 +243,14 @@ def outcome(data: bytes) -> str:
         text = str(fault)
         assert text.isprintable(), text
         return "UserError"
-    checks = verify.verify(content)
-    file.pack(*content)
+    checks = list(verify.verify(content))
+    file.pack(content)
     return "read, and all checks hold" if all(check.holds for check in checks) else "read, and a check fails"
 
 
 def play(files: int, seed: int) -> dict[str, Counter[str]]:
     """The outcomes by mutation."""
-    whole = [file.pack(*content) for content in rounds(4)]
+    whole = [file.pack(content) for content in rounds(4)]
     chance, ways = random.Random(seed), list(MUTATIONS)
     counted: dict[str, Counter[str]] = {way: Counter() for way in ways}
     for number in range(files):
@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     play(50, given.seed + 1)  # what Python and torch allocate at first use
-    size, before, began = len(file.pack(*rounds(1)[0])), _peak(), time.perf_counter()
+    size, before, began = len(file.pack(rounds(1)[0])), _peak(), time.perf_counter()
     counted = play(given.files, given.seed)
     grown, seconds = _peak() - before, time.perf_counter() - began
     outcomes = sorted({name for counts in counted.values() for name in counts})

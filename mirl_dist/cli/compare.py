@@ -14,7 +14,7 @@ from mirl_dist.observability.console import warn
 from mirl_dist.observability.mlflow import reader
 from mirl_dist.storage import Folder, output_paths
 from mirl_dist.tickets import collect
-from mirl_dist.tickets.compare import caveats, judge, statistics
+from mirl_dist.tickets.compare import caveats, statistics
 from mirl_dist.tickets.compare.entry import Entry
 from mirl_dist.tickets.report import latex, page, text_tables
 
@@ -56,7 +56,7 @@ def compare(
         CSV: text_tables.csv(entries),
         PUBLISHED: text_tables.published_csv(),
         LATEX: latex.tables(entries).encode(),
-        PAGE: page.html(entries, title, made_at, judge.judge(entries)).encode(),
+        PAGE: page.html(entries, title, made_at).encode(),
     }
     if out is not None:
         for name, data in files.items():

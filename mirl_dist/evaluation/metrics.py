@@ -37,13 +37,7 @@ def psnr(restored: Image, clean: Image) -> float:
     Raises UserError for another type, shape or range.
     Source: MIR-L, tables II and III; differs only for errors below 1e-5: the published code has no ceiling.
     """
-    from skimage.metrics import peak_signal_noise_ratio
-
-    restored, clean = _pair(restored, clean)
-    if np.array_equal(restored, clean):
-        return PSNR_CEILING_DB
-    measure: Any = peak_signal_noise_ratio
-    return min(float(measure(clean, restored, data_range=1)), PSNR_CEILING_DB)
+    return _psnr(*_pair(restored, clean), peak=1)
 
 
 def ssim(restored: Image, clean: Image) -> float:
@@ -65,12 +59,16 @@ def psnr_8bit(restored: Levels, clean: Levels) -> float:
 
     restored, clean: both uint8 (H, W, 3) or both float64 (H, W), of one shape.   Source: BasicSR.
     """
+    return _psnr(restored, clean, peak=255)
+
+
+def _psnr(restored: NDArray[Any], clean: NDArray[Any], peak: int) -> float:
     from skimage.metrics import peak_signal_noise_ratio
 
     if np.array_equal(restored, clean):
         return PSNR_CEILING_DB
     measure: Any = peak_signal_noise_ratio
-    return min(float(measure(clean, restored, data_range=255)), PSNR_CEILING_DB)
+    return min(float(measure(clean, restored, data_range=peak)), PSNR_CEILING_DB)
 
 
 def ssim_8bit(restored: Levels, clean: Levels) -> float:

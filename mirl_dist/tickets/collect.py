@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,14 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mirl_dist import models
 from mirl_dist.config.config import Config, from_dump
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import reader
 from mirl_dist.pruning import masks as masking
-from mirl_dist.tickets import verify
 from mirl_dist.tickets.compare.entry import DENSE, Entry
-from mirl_dist.tickets.open import FileTicket, open_run, open_run_ticket, open_ticket, run_of
+from mirl_dist.tickets.open import FileTicket, build_on_meta, is_file, open_run, open_run_ticket, open_ticket, run_of
 from mirl_dist.training import ticket as tickets
 from mirl_dist.training.ticket import Ticket
 
@@ -40,13 +37,13 @@ class _CollectedTicket(NamedTuple):
 
 
 class _CollectedRun(NamedTuple):
-    """The tickets of one run as they were found. key: equal for one and the same run; said: what people call it;
-    order: the weights of its network by name, in its own order."""
+    """The tickets of one run as they were found. key: equal for one and the same run; label: what people call it;
+    shapes: of its network's tensors by name, in the network's order."""
 
     key: str
     label: str
     config: Config
-    tensor_sizes: Mapping[str, int]
+    shapes: _Shapes
     tickets: list[_CollectedTicket]
 
 
@@ -70,7 +67,7 @@ def gather(references: Sequence[str], uri: str | None = None) -> list[Entry]:
             first = ticket.round == 0 and run.config.start.ticket is None
             method = ticket.method or (DENSE if first else run.config.method())
             seed = run.config.run.seed if ticket.seed is None else ticket.seed
-            parts = {part: size for part, size in run.tensor_sizes.items() if part in ticket.layer_density}
+            parts = {part: math.prod(shape) for part, shape in run.shapes.items() if part in ticket.layer_density}
             likeness = run.config.training_digest(), run.config.experiment_digest()
             entries.append(Entry(name, method, seed, *likeness, ticket, parts, mask, strip))
     return entries
@@ -79,16 +76,7 @@ def gather(references: Sequence[str], uri: str | None = None) -> list[Entry]:
 def _collect(reference: str, uri: str | None) -> list[_CollectedRun]:
     if reference.startswith(MLFLOW):
         return _collect_mlflow(reference.removeprefix(MLFLOW), uri)
-    return [_collect_file(reference) if _is_file(reference) else _collect_run(reference)]
-
-
-def _is_file(reference: str) -> bool:
-    """Whether a reference can be a ticket file alone. Raises UserError for one that is not there."""
-    if "://" in reference:
-        return False
-    if reference.endswith(".ticket") and not os.path.exists(reference):
-        raise UserError(f"no file at {reference}. Give the path of a ticket file, or a run.")
-    return os.path.isfile(reference)
+    return [_collect_file(reference) if is_file(reference) else _collect_run(reference)]
 
 
 def _collect_file(reference: str) -> _CollectedRun:
@@ -97,7 +85,7 @@ def _collect_file(reference: str) -> _CollectedRun:
     packed = masking.pack(opened.body.masks)
     shapes = _tensor_shapes(opened.config, opened.ticket(), reference)
     kept = _CollectedTicket(opened.ticket(), _check_mask(packed, opened.ticket(), shapes, reference), None)
-    return _CollectedRun(f"file:{Path(reference).resolve()}", reference, opened.config, _tensor_sizes(shapes), [kept])
+    return _CollectedRun(f"file:{Path(reference).resolve()}", reference, opened.config, shapes, [kept])
 
 
 def _collect_run(reference: str) -> _CollectedRun:
@@ -112,12 +100,12 @@ def _collect_run(reference: str) -> _CollectedRun:
         raise UserError(f"{reference} has no finished round yet. `mirl-dist status` shows where it stands.")
     location = checkpoints.store.where()
     key = location if "://" in location else f"folder:{Path(location).resolve()}"
-    shapes, collected = _tensor_shapes(config, rounds[0], location), list[_CollectedTicket]()
+    shapes, collected = _tensor_shapes(config, rounds[0], location), []
     for ticket in rounds:
         source = f"{run}, round {ticket.round}"
-        mask = _check_mask(_load_mask(checkpoints.round_masks(ticket.round), source), ticket, shapes, source)
+        mask = _load_mask(checkpoints.round_masks(ticket.round), ticket, shapes, source)
         collected.append(_CollectedTicket(ticket, mask, checkpoints.pictures(ticket.round)))
-    return _CollectedRun(key, run, config, _tensor_sizes(shapes), collected)
+    return _CollectedRun(key, run, config, shapes, collected)
 
 
 def _collect_mlflow(reference: str, uri: str | None) -> list[_CollectedRun]:
@@ -128,28 +116,26 @@ def _collect_mlflow(reference: str, uri: str | None) -> list[_CollectedRun]:
             raise UserError(
                 f"{run_source} holds no run.json, so it says neither method nor seed. Compare it from its run folder."
             )
-        config, collected, shapes = (
-            from_dump(run.config, f"{run_source}, run.json"),
-            list[_CollectedTicket](),
-            dict[str, tuple[int, ...]](),
-        )
+        config, shapes = from_dump(run.config, f"{run_source}, run.json"), dict[str, tuple[int, ...]]()
+        collected = []
         for round_, data, mask, strip in run.tickets:
             source = f"{run_source}, round {round_}"
             ticket = tickets.parse(data, source)
             if ticket.round != round_:
                 raise UserError(f"{source}: its ticket is of round {ticket.round}. Compare it from its run folder.")
             shapes = shapes or _tensor_shapes(config, ticket, run_source)
-            packed = None if mask is None else _check_mask(_load_mask(mask, source), ticket, shapes, source)
+            packed = None if mask is None else _load_mask(mask, ticket, shapes, source)
             collected.append(_CollectedTicket(ticket, packed, strip))
-        runs.append(_CollectedRun(f"{MLFLOW}{run.run_id}", run.run_name, config, _tensor_sizes(shapes), collected))
+        runs.append(_CollectedRun(f"{MLFLOW}{run.run_id}", run.run_name, config, shapes, collected))
     return runs
 
 
-def _load_mask(data: bytes, source: str) -> dict[str, Tensor]:
+def _load_mask(data: bytes, ticket: Ticket, shapes: _Shapes, source: str) -> Packed:
     try:
-        return safetensors.torch.load(data)
+        packed = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise UserError(f"{source}: its mask is damaged ({error}). Compare it from its run folder.") from None
+    return _check_mask(packed, ticket, shapes, source)
 
 
 def _check_mask(packed: Mapping[str, Tensor], ticket: Ticket, shapes: _Shapes, source: str) -> Packed:
@@ -170,20 +156,14 @@ def _check_mask(packed: Mapping[str, Tensor], ticket: Ticket, shapes: _Shapes, s
 
 def _tensor_shapes(config: Config, ticket: Ticket, source: str) -> dict[str, tuple[int, ...]]:
     """The tensors of a network by name, in its own order. Raises UserError where the ticket counts other weights."""
-    verify.check_size(config, ticket.total, source)
-    with torch.device("meta"):
-        model = models.create(config.model.name, **config.model.sizes())
+    model = build_on_meta(config, ticket.total, source)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    total = sum(_tensor_sizes(shapes).values())
+    total = sum(map(math.prod, shapes.values()))
     if total != ticket.total:
         raise UserError(
             f"{source}: its model section makes {total:,} weights, its ticket counts {ticket.total:,}. Get it again."
         )
     return shapes
-
-
-def _tensor_sizes(shapes: _Shapes) -> dict[str, int]:
-    return {name: math.prod(shape) for name, shape in shapes.items()}
 
 
 def _unique_labels(runs: Sequence[_CollectedRun]) -> list[str]:

@@ -33,7 +33,6 @@ upper bound of its own."""
 
 _MAX_NAME = 200
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-_BIT_COUNTS = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
 
 
 class TicketContent(NamedTuple):
@@ -75,48 +74,41 @@ class _OpenedFile(NamedTuple):
 # -- writing ----------------------------------------------------------------------------------------------------
 
 
-def pack(
-    ticket: Ticket,
-    config: Mapping[str, Any],
-    masks: Mapping[str, Tensor],
-    initial: Mapping[str, Tensor],
-    trained: Mapping[str, Tensor],
-) -> bytes:
+def pack(content: TicketContent) -> bytes:
     """A ticket as one file; the same content gives the same bytes.
 
-    initial: the run's first values, whose dead weights are left out; trained: with dead weights +0.0. Raises UserError
-    for values that no file holds: other dtypes than float32, values that are not finite, dead weights that are not
-    zero, names and texts that `read` refuses.
+    content.initial may have the run's dead first values, which are left out. Raises UserError for values that no file
+    holds: other dtypes than float32, values that are not finite, dead trained weights that are not +0.0, names and
+    texts that `read` refuses.
     """
-    source = f"the ticket of round {ticket.round}"
-    masks = {n: m.cpu() for n, m in masks.items()}
-    first, last = ({n: t.detach().cpu().contiguous() for n, t in of.items()} for of in (initial, trained))
-    _check_consistent(masks, first, last, source)
-    names = sorted(last)
+    source = f"the ticket of round {content.ticket.round}"
+    of_cpu = ({n: t.detach().cpu().contiguous() for n, t in tensors.items()} for tensors in content[2:])
+    content = TicketContent(content.ticket, content.config, *of_cpu)
+    masks, initial, trained = content[2:]
+    _check_consistent(masks, initial, trained, source)
+    names = sorted(trained)
     packed = masking.pack(masks)
     parts = {
-        "initial": _pack_survivors(names, masks, first, source),
-        "trained": _pack_survivors(names, masks, last, source),
+        "initial": _pack_survivors(names, masks, initial, source),
+        "trained": _pack_survivors(names, masks, trained, source),
         "mask": b"".join(packed[n].numpy().tobytes() for n in names if n in masks),
     }
-    parts["about"] = _pack_about(ticket, config, masks, first, source)
+    parts["about"] = _pack_about(content, source)
     data = container.pack(parts)
     _open_file(data, source)  # what cannot be read is not written
     return data
 
 
-def _pack_about(
-    ticket: Ticket, config: Mapping[str, Any], masks: Masks, initial: dict[str, Tensor], source: str
-) -> bytes:
+def _pack_about(content: TicketContent, source: str) -> bytes:
     """The file's text: the index of tensors, the record, the config, and the digest of mask x first values."""
-    record = json.loads(ticket.dump())
+    masks, record = content.masks, json.loads(content.ticket.dump())
     if record["layer_density"] == masking.densities(masks):
         del record["layer_density"]  # the masks say it: a third of the text
-    initial_survivors = {n: t.masked_fill(~masks[n], 0.0) if n in masks else t for n, t in initial.items()}
+    initial_survivors = {n: t.masked_fill(~masks[n], 0.0) if n in masks else t for n, t in content.initial.items()}
     about = {
-        "tensors": [[n, list(t.shape), n in masks] for n, t in sorted(initial.items())],
+        "tensors": [[n, list(t.shape), n in masks] for n, t in sorted(content.initial.items())],
         "ticket": record,
-        "config": dict(config),
+        "config": content.config,
         "begins": masking.digest_tensors(initial_survivors),
     }
     try:
@@ -161,7 +153,7 @@ def _pack_survivors(names: list[str], masks: Mapping[str, Tensor], of: Mapping[s
 
 
 def read(data: bytes, source: str) -> TicketContent:
-    """The content of a ticket file, every byte of it accounted for; `where` names the file.
+    """The content of a ticket file, every byte of it accounted for; `source` names the file.
 
     Raises UserError for whatever is no whole ticket file, and nothing else. Allocates at most
     MEMORY_FACTOR x len(data) + MEMORY_EXTRA.
@@ -210,7 +202,7 @@ def _open_file(data: bytes, source: str) -> _OpenedFile:
         raise UserError(f"{source}: its mask has {len(parts['mask']):,} bytes, its index wants {wanted:,}. {GET_AGAIN}")
     survivors, densities = 0, {}
     for entry, packed in _iterate_masks(entries, parts["mask"]):
-        alive = entry.size if packed is None else int(_BIT_COUNTS[packed].sum(dtype=np.int64))
+        alive = entry.size if packed is None else int(np.bitwise_count(packed).sum(dtype=np.int64))
         survivors += alive
         if packed is not None:
             densities[entry.name] = alive / entry.size

@@ -63,7 +63,6 @@ class RunTicket(NamedTuple):
 class FileTicket(NamedTuple):
     """A ticket in a file of its own; the same methods as a run's ticket."""
 
-    path: Path
     config: Config
     body: TicketContent
 
@@ -103,10 +102,15 @@ def _check_is_run(folder: str) -> None:
         raise UserError(
             f"found {folder}, but only `tickets compare` reads MLflow. Name the run's folder, or a ticket file."
         )
-    if "://" not in folder and Path(folder).is_file():
+    if is_file(folder):
         raise UserError(f"found {folder}, which is a file, where a run is needed. Name the folder of a run.")
     if folder.endswith(".ticket") and not Path(folder).exists():
         raise UserError(f"no file at {folder}. Give the path of a ticket file, or a run.")
+
+
+def is_file(reference: str) -> bool:
+    """Whether a reference is a ticket file alone, or what else is a file."""
+    return "://" not in reference and Path(reference).is_file()
 
 
 def run_of(reference: str) -> str:
@@ -130,22 +134,28 @@ def open_run_ticket(reference: str, options: Options = _DEFAULT_OPTIONS) -> RunT
 
 def open_ticket(reference: str, options: Options = _DEFAULT_OPTIONS) -> RunTicket | FileTicket:
     """The round that `open_run_ticket` opens, or the ticket in a file. Raises UserError for a file that is none."""
-    path = Path(reference)
-    if "://" in reference or not path.is_file():
+    if not is_file(reference):
         return open_run_ticket(reference, options)
     try:
-        data = path.read_bytes()
+        data = Path(reference).read_bytes()
     except OSError as error:
-        raise UserError(f"found {path}, which cannot be read: {error.strerror or error}. Correct the rights.") from None
+        raise UserError(
+            f"found {reference}, which cannot be read: {error.strerror or error}. Correct the rights."
+        ) from None
     content = file.read(data, reference)
-    return FileTicket(path, portable(from_dump(content.config, reference)), content)
+    return FileTicket(portable(from_dump(content.config, reference)), content)
+
+
+def build_on_meta(config: Config, weights: int, source: str) -> nn.Module:
+    """The network of a config without values. Raises UserError, before it is built, for more than so many weights."""
+    verify.check_size(config, weights, source)
+    with torch.device("meta"):
+        return models.create(config.model.name, **config.model.sizes())
 
 
 def network(config: Config, weights: dict[str, Tensor]) -> nn.Module:
     """The network of a config with these weights, for restoring. Raises UserError where they are not its weights."""
-    verify.check_size(config, sum(t.numel() for t in weights.values()), "the ticket")
-    with torch.device("meta"):
-        model = models.create(config.model.name, **config.model.sizes())
+    model = build_on_meta(config, sum(t.numel() for t in weights.values()), "the ticket")
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     shapes = {name: tuple(t.shape) for name, t in weights.items()}
     if expected != shapes:

@@ -31,7 +31,7 @@ def pack(reference: str, out: Path) -> None:
     if isinstance(opened, FileTicket):
         raise UserError(f"found {reference}, which is a ticket file already. Copy it, or name a round of a run.")
     content = opened.content()
-    data = ticket_file.pack(*content._replace(config=portable(opened.config).dump()))
+    data = ticket_file.pack(content._replace(config=portable(opened.config).dump()))
     broken = [check for check in verifying.verify(ticket_file.read(data, str(out))) if check.holds is False]
     if broken:
         raise UserError(f"{reference} does not prove itself: {broken[0].what} ({broken[0].detail}). Restore the run.")
@@ -54,7 +54,7 @@ def verify(reference: str, run: str | None, as_json: bool) -> None:
     """
     opened = opening.open_ticket(reference)
     content = opened.content()
-    checks = verifying.verify(content)
+    checks = list(verifying.verify(content))
     run_ticket = opened if isinstance(opened, RunTicket) else None
     if run is not None:
         run_ticket = _open_named_run(content, reference, run)
@@ -91,16 +91,10 @@ def _open_named_run(content: TicketContent, reference: str, run: str) -> RunTick
 def _verify_with_run(content: TicketContent, run_ticket: RunTicket) -> list[Check]:
     """What only the run can prove."""
     location, ticket = run_ticket.checkpoints.store.where(), content.ticket
-    kept = {t.round: t for t in run_ticket.checkpoints.tickets()}
-    own_ticket = kept.get(ticket.round)
-    same = None if own_ticket is None else own_ticket.digest() == ticket.digest()
-    checks = [
-        Check(
-            "the run holds this very ticket",
-            same,
-            location if own_ticket else f"not provable: {location} lacks its round",
-        )
-    ]
+    kept = {t.round: t.digest() for t in run_ticket.checkpoints.tickets()}
+    same = kept[ticket.round] == ticket.digest() if ticket.round in kept else None
+    detail = f"not provable: {location} lacks its round" if same is None else location
+    checks = [Check("the run holds this very ticket", same, detail)]
     if ticket.round == 0:
         return checks
     if ticket.round - 1 not in kept:
@@ -110,7 +104,7 @@ def _verify_with_run(content: TicketContent, run_ticket: RunTicket) -> list[Chec
     start = before.starting_point()
     parent = TicketContent(start.ticket, run_ticket.config.dump(), start.masks, start.initial, trained)
     rule = prune_config_of(run_ticket.config.prune, run_ticket.config.run.seed)
-    return checks + verifying.verify_descent(content, parent, rule)
+    return [*checks, *verifying.verify_descent(content, parent, rule)]
 
 
 def export(reference: str, out: Path, compact: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from mirl_dist.config import config as configs
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.criteria import CRITERIA
-from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.partition import ReplicatedPartition, count_weights
 from mirl_dist.pruning.prune import PruneConfig, form_groups, prune
 from mirl_dist.pruning.quantile import single_rank
+from mirl_dist.tickets.file import TicketContent
 from mirl_dist.training.ticket import DENSE, Ticket
 
 MASK_FOLLOWS = "the mask follows from the parent's weights"
@@ -57,27 +57,8 @@ def check_size(config: configs.Config, weights: int, source: str) -> None:
         )
 
 
-class TicketRound(Protocol):
-    """A round's parts, out of a ticket file (file.TicketContent) or a run folder."""
-
-    @property
-    def ticket(self) -> Ticket: ...
-    @property
-    def config(self) -> dict[str, Any]: ...
-    @property
-    def masks(self) -> Masks: ...
-    @property
-    def initial(self) -> dict[str, Tensor]: ...
-    @property
-    def trained(self) -> dict[str, Tensor]: ...
-
-
-def verify(content: TicketRound) -> list[Check]:
+def verify(content: TicketContent) -> Iterator[Check]:
     """What a ticket says about itself, judged by its own masks and values."""
-    return list(_verify_content(content))
-
-
-def _verify_content(content: TicketRound) -> Iterator[Check]:
     ticket, masks = content.ticket, content.masks
     yield _compare("mask digest", ticket.mask_digest, masking.digest(masks))
     yield _compare("digest of the trained weights", ticket.weights_digest, masking.digest_tensors(content.trained))
@@ -87,8 +68,8 @@ def _verify_content(content: TicketRound) -> Iterator[Check]:
     yield _compare("alive weights", ticket.alive, masking.count_surviving(masks))
     yield _compare("weights in all", ticket.total, sum(t.numel() for t in content.trained.values()))
     densities = masking.densities(masks)
-    mismatched = [n for n in sorted(densities.keys() | ticket.layer_density.keys())]
-    mismatched = [n for n in mismatched if densities.get(n) != ticket.layer_density.get(n)]
+    names = sorted(densities.keys() | ticket.layer_density.keys())
+    mismatched = [n for n in names if densities.get(n) != ticket.layer_density.get(n)]
     yield Check("density of each tensor", not mismatched, _list_names(mismatched) or f"{len(densities)} tensors")
     if ticket.collapsed or ticket.method:  # tickets of older versions tell neither
         collapsed = [n for n in sorted(densities) if densities[n] == 0]
@@ -115,17 +96,13 @@ def _verify_config(ticket: Ticket, tree: dict[str, Any]) -> Iterator[Check]:
         yield _compare("seed", ticket.seed, config.run.seed)
 
 
-def verify_descent(content: TicketRound, parent: TicketRound, rule: PruneConfig) -> list[Check]:
+def verify_descent(content: TicketContent, parent: TicketContent, rule: PruneConfig) -> Iterator[Check]:
     """Whether a ticket is the child of `parent`, the round before it in its run, whose masks `rule` cut.
 
     parent.initial may be the run's first values with or without the dead ones; parent.trained is empty where the run
     did not keep them. What only they could prove, or a network or gradients that the criterion looks at, neither holds
     nor is broken: the cut's size and direction alone are judged then.
     """
-    return list(_verify_parent(content, parent, rule))
-
-
-def _verify_parent(content: TicketRound, parent: TicketRound, rule: PruneConfig) -> Iterator[Check]:
     child, elder = content.ticket, parent.ticket
     yield _compare("digest of the parent's ticket", child.parent, elder.digest())
     yield _compare("round", child.round, elder.round + 1)
@@ -151,7 +128,7 @@ def _verify_parent(content: TicketRound, parent: TicketRound, rule: PruneConfig)
     yield Check("survivors have the run's first values", not moved, _list_names(moved) or "all, to the last bit")
 
 
-def _verify_cut(content: TicketRound, parent: TicketRound, rule: PruneConfig) -> Iterator[Check]:
+def _verify_cut(content: TicketContent, parent: TicketContent, rule: PruneConfig) -> Iterator[Check]:
     criterion = CRITERIA[rule.criterion]
     groups = form_groups(count_weights(parent.masks, ReplicatedPartition(), single_rank), rule)
     wanted = sum(group.k for group in groups)

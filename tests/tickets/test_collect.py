@@ -147,7 +147,7 @@ def test_a_run_without_a_finished_round_is_told_and_not_dropped(contents: list[T
 def test_a_ticket_file_of_any_name_is_compared_and_a_missing_one_told(
     contents: list[TicketContent], tmp_path: Path
 ) -> None:
-    (tmp_path / "mine.tkt").write_bytes(pack(*contents[1]))
+    (tmp_path / "mine.tkt").write_bytes(pack(contents[1]))
     (shown,) = collect.gather([str(tmp_path / "mine.tkt")])
     assert (shown.run, shown.ticket) == ("mine.tkt", contents[1].ticket)
     with pytest.raises(UserError, match=r"^no file at other.ticket\."):
@@ -223,7 +223,7 @@ def test_a_file_cannot_make_export_build_a_larger_network(
     contents: list[TicketContent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = contents[1].config["model"] | {"blocks": [100_000, 1, 1, 1]}
-    (tmp_path / "x.ticket").write_bytes(pack(*contents[1]._replace(config=contents[1].config | {"model": model})))
+    (tmp_path / "x.ticket").write_bytes(pack(contents[1]._replace(config=contents[1].config | {"model": model})))
     monkeypatch.setattr(models, "to_official", lambda *_, **__: pytest.fail("it was built"))
     with pytest.raises(UserError, match=r"x\.ticket: its model.blocks makes a larger network"):
         transfer.export(str(tmp_path / "x.ticket"), tmp_path / "x.ckpt", False)
@@ -308,7 +308,7 @@ def test_a_strangers_file_says_neither_where_shards_are_nor_how_stores_are_reach
     contents: list[TicketContent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "stranger.ticket"
-    file.write_bytes(pack(*contents[1]))
+    file.write_bytes(pack(contents[1]))
     assert "secret.example" in json.dumps(read(file.read_bytes(), "x").config)
 
     class Asked(Exception):
@@ -342,7 +342,7 @@ def test_what_cannot_be_proved_is_not_called_broken(
     transfer.verify(f"{folder}/rounds/01", None, True)
     assert [c["what"] for c in json.loads(capsys.readouterr().out) if c["holds"] is None] == [MASK_FOLLOWS]
     later = tmp_path / "later.ticket"
-    later.write_bytes(pack(*contents[1]))
+    later.write_bytes(pack(contents[1]))
     early = written(contents, tmp_path / "early", rounds=1)
     transfer.verify(str(later), str(early), False)
     assert "unknown  the run holds this very ticket" in capsys.readouterr().out
@@ -352,17 +352,17 @@ def test_a_mask_that_does_not_follow_is_still_broken(contents: list[TicketConten
     child = contents[1]
     moved = {**child.masks, "output.weight": child.masks["output.weight"].roll(1)}
     bare = {n: torch.ones_like(t) for n, t in child.trained.items()}
-    checks = verify_descent(child._replace(masks=moved), contents[0]._replace(trained={}), PruneConfig(0.2))
+    checks = list(verify_descent(child._replace(masks=moved), contents[0]._replace(trained={}), PruneConfig(0.2)))
     assert [c.what for c in checks if c.holds is None] == [MASK_FOLLOWS]
-    checks = verify_descent(child, contents[0]._replace(trained=bare), PruneConfig(0.2))
+    checks = list(verify_descent(child, contents[0]._replace(trained=bare), PruneConfig(0.2)))
     assert MASK_FOLLOWS in [c.what for c in checks if c.holds is False]
-    checks = verify_descent(child, contents[0]._replace(trained={}), PruneConfig(0.3))
+    checks = list(verify_descent(child, contents[0]._replace(trained={}), PruneConfig(0.3)))
     assert "weights removed by the rule" in [c.what for c in checks if c.holds is False]
 
 
 def test_the_run_of_another_ticket_is_named_as_such(contents: list[TicketContent], tmp_path: Path) -> None:
     file = tmp_path / "x.ticket"
-    file.write_bytes(pack(*contents[1]))
+    file.write_bytes(pack(contents[1]))
     tickets = [c._replace(ticket=c.ticket.model_copy(update={"manifest_digest": "1" * 64})) for c in contents]
     other = written(tickets, tmp_path / "other")
     with pytest.raises(UserError, match="other is another run than the ticket's: its manifest digest") as caught:

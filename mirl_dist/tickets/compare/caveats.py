@@ -19,13 +19,15 @@ def list_caveats(entries: Sequence[Entry]) -> list[str]:
     Raises UserError as `statistics.group_entries`.
     """
     table = statistics.group_entries(entries)
-    sentences = [
+    return [
         *grouping.describe_other_experiments(entries),
         *_note_seeds(table),
         *_note_missing_pairs(table, entries),
         *_note_differences(table, entries),
+        *_note_implausible_scores(entries),
+        *_note_evaluation(entries),
+        *_note_training(entries),
     ]
-    return [*sentences, *_note_implausible_scores(entries), *_note_evaluation(entries), *_note_training(entries)]
 
 
 def _note_seeds(table: Sequence[Group]) -> list[str]:
@@ -40,19 +42,15 @@ def _note_seeds(table: Sequence[Group]) -> list[str]:
             weights = [s.ticket.weights_digest for s in group.entries if s.seed == seed]
             if len(set(weights)) > 1:
                 repeated.append(f"{group.method}, round {group.round_}, seed {seed} ({len(weights)} tickets)")
-    return sentences + (
-        [f"different tickets of one seed count once, by their mean: {'; '.join(repeated)}"] if repeated else []
-    )
+    text = "different tickets of one seed count once, by their mean"
+    return sentences + ([f"{text}: {'; '.join(repeated)}"] if repeated else [])
 
 
 def _note_missing_pairs(table: Sequence[Group], entries: Sequence[Entry]) -> list[str]:
     dense = [s for s in entries if s.method == DENSE]
     lone = [s.name for group in table if not group.dense for s in group.entries if not statistics.find_dense(s, dense)]
-    if not lone:
-        return []
-    return [
-        f"no dense ticket of the same seed, training, data and network, so no difference to it: {_join_first(lone)}"
-    ]
+    text = "no dense ticket of the same seed, training, data and network, so no difference to it"
+    return [f"{text}: {_join_first(lone)}"] if lone else []
 
 
 _Counter = Callable[[Ticket], int]
@@ -65,16 +63,13 @@ def _note_differences(table: Sequence[Group], entries: Sequence[Entry]) -> list[
         ("networks", {f"{s.ticket.total:,} weights, {s.ticket.prunable:,} prunable": s.run for s in reversed(entries)}),
     ):
         if len(first_runs) > 1:
-            sentences.append(
-                f"different {what}: {'; '.join(f'{k} ({run})' for k, run in reversed(first_runs.items()))}"
-            )
+            named = "; ".join(f"{key} ({run})" for key, run in reversed(first_runs.items()))
+            sentences.append(f"different {what}: {named}")
     counted: dict[str, _Counter] = {"steps": lambda t: t.updates, "alive weights": lambda t: t.alive}
     for what, count in counted.items():
         mixed = [f"{x.method}, round {x.round_}" for x in table if len({count(s.ticket) for s in x.entries}) > 1]
-        if mixed:
-            sentences.append(
-                f"different numbers of {what} within a line, though its configs are equal: {'; '.join(mixed)}"
-            )
+        text = f"different numbers of {what} within a line, though its configs are equal"
+        sentences += [f"{text}: {'; '.join(mixed)}"] if mixed else []
     return sentences
 
 

@@ -85,7 +85,8 @@ def judge(entries: Sequence[Entry], tolerance_db: float = 0.0, *, chosen: bool =
     """
     groups = [group for group in statistics.group_entries(entries) if not (group.dense or group.control)]
     judgements = [_judge_group(group, entries, tolerance_db) for group in groups]
-    return [_add_remarks(j, [*_remark_on_rounds(j, judgements), *([CHOSEN] if chosen else [])]) for j in judgements]
+    late = [(*_remark_on_rounds(j, judgements), *([CHOSEN] if chosen else [])) for j in judgements]
+    return [j._replace(remarks=j.remarks + remarks) for j, remarks in zip(judgements, late, strict=True)]
 
 
 def _judge_group(group: Group, entries: Sequence[Entry], tolerance_db: float) -> Judgement:
@@ -104,20 +105,9 @@ def _judge_group(group: Group, entries: Sequence[Entry], tolerance_db: float) ->
         )
     controls = tuple(_judge_control(kind, group, entries) for kind in CONTROLS)
     overall = _judge_overall(group, answers)
-    return Judgement(
-        method=group.method,
-        round_=group.round_,
-        seeds=group.seeds,
-        density=group.alive / group.total,
-        answers=answers,
-        controls=controls,
-        overall=overall,
-        remarks=tuple(_collect_remarks(group, answers, controls, overall)),
-    )
-
-
-def _add_remarks(j: Judgement, remarks: Sequence[str]) -> Judgement:
-    return j._replace(remarks=(*j.remarks, *remarks))
+    remarks = tuple(_collect_remarks(group, answers, controls, overall))
+    density = group.alive / group.total
+    return Judgement(group.method, group.round_, group.seeds, density, answers, controls, overall, remarks)
 
 
 def _remark_on_rounds(judgement: Judgement, judgements: Sequence[Judgement]) -> list[str]:
@@ -211,9 +201,7 @@ def _judge_control(kind: str, group: Group, entries: Sequence[Entry]) -> Control
         return [c for c in controls_of.get(s.ticket.digest(), []) if statistics.same_network_and_data(c, s)]
 
     def difference(s: Entry) -> dict[str, float]:
-        values = [_psnr_by_task(c) for c in against(s)]
-        known = {name: [v[name] for v in values if name in v] for name in _psnr_by_task(s)}
-        return {name: value - fmean(known[name]) for name, value in _psnr_by_task(s).items() if known[name]}
+        return statistics.subtract_mean(_psnr_by_task(s), [_psnr_by_task(c) for c in against(s)])
 
     def mean(s: Entry) -> dict[str, float]:
         differences = difference(s)
@@ -236,16 +224,12 @@ def _control_verdict(gain: Statistic) -> str:
     return BEATS if gain.mean > 0 else LOSES
 
 
-def to_json(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
-    """All of it as plain values for JSON; numbers that are not finite are None."""
-    return [_to_plain(j) for j in judgements]
-
-
-def _to_plain(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """Judgements as plain values for JSON; numbers that are not finite are None."""
     if hasattr(value, "_asdict"):
-        return {name.rstrip("_"): _to_plain(inner) for name, inner in value._asdict().items()}
+        return {name.rstrip("_"): to_json(inner) for name, inner in value._asdict().items()}
     if isinstance(value, dict):
-        return {name: _to_plain(inner) for name, inner in value.items()}
-    if isinstance(value, tuple):
-        return [_to_plain(inner) for inner in value]
+        return {name: to_json(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mirl_dist.tickets.compare.entry import Entry
 
 Square = NDArray[np.float64]
-_WORDS_AT_A_TIME = 1 << 15  # of 8 bytes, per ticket: what is unpacked or copied stays small
+_BYTES_AT_A_TIME = 1 << 15  # of each ticket's mask, so that temporary arrays stay small
 
 
 def iou(entries: Sequence[Entry]) -> Square:
@@ -77,24 +77,9 @@ def _intersections(entries: Sequence[Entry]) -> Square:
     """Weights alive in both, for every two tickets of one shape; the diagonal counts each one's own."""
     counts = np.zeros((len(entries), len(entries)), dtype=np.int64)
     masks = [s.mask for s in entries if s.mask is not None]
-    bytes_at_a_time = 8 * _WORDS_AT_A_TIME
     for name in masks[0]:
-        for start in range(0, masks[0][name].size, bytes_at_a_time):
-            pieces = [mask[name].reshape(-1)[start : start + bytes_at_a_time] for mask in masks]
-            words = np.zeros((len(pieces), -(-pieces[0].size // 8)), dtype=np.uint64)
-            words.view(np.uint8)[:, : pieces[0].size] = pieces
-            for row in range(len(pieces)):
-                counts[row, row:] += _popcount(words[row] & words[row:])
+        for start in range(0, masks[0][name].size, _BYTES_AT_A_TIME):
+            pieces = np.stack([mask[name].reshape(-1)[start : start + _BYTES_AT_A_TIME] for mask in masks])
+            for row, piece in enumerate(pieces):
+                counts[row, row:] += np.bitwise_count(piece & pieces[row:]).sum(axis=1, dtype=np.int64)
     return (counts + np.triu(counts, 1).T).astype(np.float64)
-
-
-_BITS_OF_A_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
-
-
-def _popcount(words: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Set bits of each row."""
-    if hasattr(np, "bitwise_count"):
-        bits: NDArray[np.uint8] = np.bitwise_count(words)
-    else:  # numpy < 2
-        bits = _BITS_OF_A_BYTE[words.view(np.uint8)]
-    return np.asarray(bits.sum(axis=1, dtype=np.int64))

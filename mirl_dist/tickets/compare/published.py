@@ -6,7 +6,6 @@ They are the paper's: networks of full size, other training, its own subsets of 
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources import files
@@ -30,6 +29,7 @@ _METHODS = {
     "PIR-OSR 70%": "PIR-OSR II",
 }
 _DATASETS = {"bsd68": "BSD68", "cbsd68": "BSD68", "urban100": "Urban100", "rain100l": "Rain100L"}
+_KINDS = {"BSD68": "denoise", "Urban100": "denoise", "Rain100L": "derain", "SOTS": "dehaze"}
 _UNITS = {"M": 1e6, "K": 1e3}
 
 
@@ -63,21 +63,17 @@ class PublishedMatch(NamedTuple):
 
 def _read_csv(name: str) -> list[dict[str, str]]:
     text = (files("mirl_dist.tickets.compare") / "published" / name).read_text(encoding="utf-8")
-    return list(csv.DictReader(io.StringIO(text)))
+    return list(csv.DictReader(text.splitlines()))
 
 
 @cache
-def _load_figures() -> tuple[Published, ...]:
+def all_figures() -> tuple[Published, ...]:
+    """Every figure, in the order of the paper's tables."""
     rows = [row for table in _TABLES for row in _read_csv(f"mirl_table{table}.csv")]
     return tuple(
         Published(r["table"], r["method"], r["dataset"], r["setting"], float(r["psnr"]), float(r["ssim"]), r["params"])
         for r in rows
     )
-
-
-def all_figures() -> list[Published]:
-    """Every figure, in the order of the paper's tables."""
-    return list(_load_figures())
 
 
 @cache
@@ -113,12 +109,11 @@ def find_figure(method: str, name: str, setting: str) -> Published | None:
     kind, _, level = task.partition("_")
     wanted = f"{setting} {kind}" if setting == SINGLE else setting
     wanted += f" sigma={level}" if kind == "denoise" else ""
-    paper_method, dataset = _METHODS.get(method), dataset_of(set_)
-    fits = (r for r in _load_figures() if (r.method, r.dataset, r.setting) == (paper_method, dataset, wanted))
-    return next((r for r in fits if kind in _KINDS[r.dataset]), None)
-
-
-_KINDS = {"BSD68": ("denoise",), "Urban100": ("denoise",), "Rain100L": ("derain",), "SOTS": ("dehaze",)}
+    dataset = dataset_of(set_)
+    if dataset is None or _KINDS[dataset] != kind:
+        return None
+    sought = _METHODS.get(method), dataset, wanted
+    return next((r for r in all_figures() if (r.method, r.dataset, r.setting) == sought), None)
 
 
 def match_groups(groups: Sequence[Group], names: Sequence[str]) -> list[PublishedMatch]:

@@ -150,12 +150,13 @@ def subtract_dense(
 ) -> dict[str, dict[int, float]]:
     """Name -> seed -> value minus that of the dense ticket (`find_dense`); what has no pair is left out."""
 
-    def difference(s: Entry) -> dict[str, float]:
-        theirs = [value(d) for d in find_dense(s, dense)]
-        known = {name: [t[name] for t in theirs if name in t] for name in value(s)}
-        return {name: number - fmean(known[name]) for name, number in value(s).items() if known[name]}
+    return average_by_seed(entries, lambda s: subtract_mean(value(s), [value(d) for d in find_dense(s, dense)]))
 
-    return average_by_seed(entries, difference)
+
+def subtract_mean(values: Mapping[str, float], others: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Name -> value minus the mean of the others' values; what none of the others has is left out."""
+    known = {name: [o[name] for o in others if name in o] for name in values}
+    return {name: number - fmean(known[name]) for name, number in values.items() if known[name]}
 
 
 def find_dense(one: Entry, dense: Sequence[Entry]) -> list[Entry]:

@@ -9,21 +9,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.tickets.compare.statistics import MAX_DB, Group, Statistic, scores_of
 from mirl_dist.tickets.report.chart_style import INK, Style, drawing, marker_keywords, svg
 
 AXIS_LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
-
-
-def short_count(number: float) -> str:
-    """'35.4M', '280k', '912': a count for an axis."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.3g}"
 
 
 def score(groups: Sequence[Group], styles: Mapping[str, Style], name: str, measure: str = "psnr") -> bytes:
@@ -33,19 +25,13 @@ def score(groups: Sequence[Group], styles: Mapping[str, Style], name: str, measu
         axes = figure.add_subplot(title=name, xlabel="alive weights", ylabel=AXIS_LABELS[measure])
         axes.grid(True)
         for method, style in styles.items():
-            rows = sorted(
-                (r for r in groups if r.method == method and name in _statistics_of(r, measure)), key=lambda r: r.alive
-            )
+            rows = [r for r in groups if r.method == method and name in getattr(r, measure)]
             if method == DENSE:
-                _draw_dense(axes, [_statistics_of(r, measure)[name] for r in rows])
-            else:
-                _draw_method(axes, rows, style, name, measure)
+                _draw_dense(axes, [getattr(r, measure)[name] for r in rows])
+            elif rows:
+                _draw_method(axes, sorted(rows, key=lambda r: r.alive), style, name, measure)
         set_weight_axis(axes, [r.alive for r in groups])
         return svg(figure, f"score {name} {measure}")
-
-
-def _statistics_of(group: Group, measure: str) -> Mapping[str, Statistic]:
-    return group.psnr if measure == "psnr" else group.ssim
 
 
 def _draw_dense(axes: Axes, statistics: Sequence[Statistic]) -> None:
@@ -57,18 +43,13 @@ def _draw_dense(axes: Axes, statistics: Sequence[Statistic]) -> None:
 
 
 def _draw_method(axes: Axes, rows: Sequence[Group], style: Style, name: str, measure: str) -> None:
-    if not rows:
-        return
-    statistics = [_statistics_of(r, measure)[name] for r in rows]
+    statistics = [getattr(r, measure)[name] for r in rows]
     x, mean = np.array([r.alive for r in rows]), np.array([s.mean for s in statistics], dtype=float)
     sd = np.array([s.sd or 0.0 for s in statistics], dtype=float)
-    dots = [
-        (s.ticket.alive_total, getattr(scores_of(s.ticket)[name], measure))
-        for r in rows
-        for s in _scored_entries(r, name)
-    ]
     several = any(s.count > 1 for s in statistics)
     if several:
+        scored = [s.ticket for r in rows for s in r.entries if name in scores_of(s.ticket)]
+        dots = [(t.alive_total, getattr(scores_of(t)[name], measure)) for t in scored]
         axes.plot(*zip(*dots, strict=True), ".", color=style.colour, alpha=0.4, markersize=5, zorder=2)
     if style.line == "none" or len(rows) == 1:
         if several:
@@ -80,10 +61,6 @@ def _draw_method(axes: Axes, rows: Sequence[Group], style: Style, name: str, mea
     axes.plot(x, mean, linestyle="none", **marker_keywords(style, 5 if len(rows) > 1 else 6.5), zorder=4)
 
 
-def _scored_entries(group: Group, name: str) -> list[Entry]:
-    return [s for s in group.entries if name in scores_of(s.ticket)]
-
-
 def set_weight_axis(axes: Axes, weights: Sequence[float]) -> None:
     """Make the x axis one of numbers of weights, logarithmic."""
     axes.set_xscale("log")
@@ -91,7 +68,7 @@ def set_weight_axis(axes: Axes, weights: Sequence[float]) -> None:
     axes.set_xlim(low / 1.15, high * 1.15)
     wide = high / low > 30
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -119,7 +96,7 @@ def distance(groups: Sequence[Group], styles: Mapping[str, Style], name: str) ->
 
 def _label(group: Group) -> str:
     name = group.method if len(group.method) <= 24 else group.method[:23] + "…"
-    return f"{name}, {short_count(group.alive)}"
+    return f"{name}, {EngFormatter(sep='')(float(f'{group.alive:.3g}'))}"
 
 
 def curves(tickets: Sequence[Entry], style: Style, name: str) -> bytes:
@@ -145,7 +122,7 @@ def curves(tickets: Sequence[Entry], style: Style, name: str) -> bytes:
             best = s.ticket.best_steps()[name]
             axes.plot(best, values[steps.index(best)], "o", markersize=5, **line_style)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_count(v)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         return svg(figure, f"curves {name} {tickets[0].name if tickets else ''}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,17 +60,16 @@ class Density(NamedTuple):
 
 def by_kind(entry: Entry) -> Density:
     """The densities of one ticket, by block and kind of tensor."""
-    locations = {name: locate_layer(name) for name in entry.parts if name in entry.ticket.layer_density}
-    kinds = sorted({p.kind for p in locations.values()}, key=_column_order)
-    return _sum_densities([entry] * len(kinds), locations, tuple(kinds), lambda p, at: p.kind == kinds[at])
+    names = [name for name in entry.parts if name in entry.ticket.layer_density]
+    kinds = sorted({locate_layer(name).kind for name in names}, key=_column_order)
+    return _sum_densities(tuple(kinds), [(name, locate_layer(name).kind, entry) for name in names])
 
 
 def by_round(tickets: Sequence[Entry]) -> Density:
     """The densities of tickets of one run, by block and round."""
     tickets = sorted(tickets, key=lambda s: s.ticket.round)
-    known = {name for s in tickets for name in s.ticket.layer_density}
-    locations = {name: locate_layer(name) for name in tickets[0].parts if name in known}
-    return _sum_densities(tickets, locations, tuple(str(s.ticket.round) for s in tickets), lambda p, at: True)
+    cells = [(n, str(s.ticket.round), s) for s in tickets for n in s.parts if n in s.ticket.layer_density]
+    return _sum_densities(tuple(str(s.ticket.round) for s in tickets), cells)
 
 
 def _column_order(kind: str) -> tuple[int, int, str]:
@@ -78,26 +77,18 @@ def _column_order(kind: str) -> tuple[int, int, str]:
     return (_ORDER.index(base) if base in _ORDER else len(_ORDER), kind != base, kind)
 
 
-BelongsTo = Callable[[LayerLocation, int], bool]
-"""Whether a tensor belongs to a column."""
-
-
-def _sum_densities(
-    tickets: Sequence[Entry], locations: Mapping[str, LayerLocation], columns: tuple[str, ...], belongs: BelongsTo
-) -> Density:
-    rows = tuple(dict.fromkeys(p.block for p in locations.values()))
+def _sum_densities(columns: tuple[str, ...], tensors: Sequence[tuple[str, str, Entry]]) -> Density:
+    """tensors: each by its name, with its column and the ticket that knows its density."""
+    rows = tuple(dict.fromkeys(locate_layer(name).block for name, _, _ in tensors))
     alive, size = np.zeros((len(rows), len(columns))), np.zeros((len(rows), len(columns)))
     collapsed = np.zeros(alive.shape, dtype=bool)
-    for at, entry in enumerate(tickets):
-        for name, location in locations.items():
-            if not belongs(location, at) or name not in entry.ticket.layer_density or name not in entry.parts:
-                continue
-            row, share = rows.index(location.block), entry.ticket.layer_density[name]
-            alive[row, at] += share * entry.parts[name]
-            size[row, at] += entry.parts[name]
-            collapsed[row, at] |= name in entry.ticket.collapsed or share == 0
-    share = np.divide(alive, size, out=np.full(alive.shape, np.nan), where=size > 0)
-    return Density(rows, columns, share, collapsed)
+    for name, column, entry in tensors:
+        at, share = (rows.index(locate_layer(name).block), columns.index(column)), entry.ticket.layer_density[name]
+        alive[at] += share * entry.parts[name]
+        size[at] += entry.parts[name]
+        collapsed[at] |= name in entry.ticket.collapsed or share == 0
+    shares = np.divide(alive, size, out=np.full(alive.shape, np.nan), where=size > 0)
+    return Density(rows, columns, shares, collapsed)
 
 
 def heat(density: Density, name: str, below: str = "") -> bytes:

@@ -1,41 +1,49 @@
-"""One HTML file that compares tickets: tables, charts and pictures inside, nothing fetched from anywhere."""
+"""One HTML file that compares tickets: tables, charts and pictures inside, nothing fetched from anywhere.
+
+Markup and captions are in templates/tickets.html.j2, which escapes every value; this module computes the values.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mirl_dist.errors import UserError
-from mirl_dist.tickets.compare import caveats, judge, statistics
+from mirl_dist.tickets.compare import caveats, judge, published, statistics
 from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.tickets.compare.judge import Judgement
+from mirl_dist.tickets.compare.published import PublishedMatch
 from mirl_dist.tickets.compare.statistics import Group
-from mirl_dist.tickets.report import latex, page_figures, page_tables, text_tables
-from mirl_dist.tickets.report.chart_style import Style, assign_styles
-from mirl_dist.tickets.report.html import Html, data_uri, escape, join, section, tag
-from mirl_dist.tickets.report.page_figures import missing
-from mirl_dist.tickets.report.page_gallery import gallery
-from mirl_dist.tickets.report.page_style import CSS, SCRIPT
-from mirl_dist.tickets.report.page_verdicts import verdicts
-
-SECTIONS = {
-    "compared": "What is compared",
-    "caveats": "Caveats",
-    "scores": "Scores",
-    "judgements": "Winning tickets?",
-    "weights": "Score against weights",
-    "distance": "Distance to dense",
-    "pictures": "Restored images",
-    "density": "Where weights stay",
-    "overlap": "Overlap of masks",
-    "curves": "Within rounds",
-    "downloads": "Downloads",
-}
-"""The page's sections in their order: id -> title."""
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+from mirl_dist.tickets.report import latex, page_figures, page_gallery, text_tables
+from mirl_dist.tickets.report.chart_style import assign_styles, swatch
+from mirl_dist.tickets.report.page_figures import data_uri, embed
 
 
-def html(entries: Sequence[Entry], title: str, made: str, judgements: Sequence[Judgement] | None = None) -> str:
-    """The page as text. made: when, for its footer; judgements: of `judge.judge`, which is asked where they are None.
+class ScoreTable(NamedTuple):
+    """The groups of a table. matches: published figures by method and round; cited: 'task/set' -> their source; last:
+    method -> its last round; best: (measure, 'task/set') -> the highest mean of a ticket."""
+
+    groups: Sequence[Group]
+    matches: Mapping[tuple[str, int], PublishedMatch]
+    cited: Mapping[str, str]
+    last: Mapping[str, int]
+    best: Mapping[tuple[str, str], float | None]
+
+
+class Download(NamedTuple):
+    """A file inside the page. source: its content as a data URI."""
+
+    name: str
+    title: str
+    source: str
+
+
+def html(entries: Sequence[Entry], title: str, made: str) -> str:
+    """The page as text. made: when, for its footer.
 
     Raises UserError for no tickets, and as `statistics.group_entries` for tickets that cannot stand in one table.
     """
@@ -44,31 +52,67 @@ def html(entries: Sequence[Entry], title: str, made: str, judgements: Sequence[J
     entries = [s._replace(run=_printable(s.run), method=_printable(s.method)) for s in entries]
     groups, names = statistics.group_entries(entries), statistics.task_names(entries)
     styles = assign_styles(group.method for group in groups)
-    if judgements is None:
-        judgements = judge.judge(entries)
-    dense = [s for s in entries if s.method == DENSE]
-    inside = {
-        "compared": page_tables.compared(entries),
-        "caveats": _notes(caveats.list_caveats(entries)),
-        "scores": _scores(entries, groups, names, styles),
-        "judgements": _judgements(judgements, styles),
-        "weights": page_figures.scores(groups, names, styles),
-        "distance": page_figures.distance(groups, names, styles),
-        "pictures": gallery(groups),
-        "density": page_figures.density(groups, styles),
-        "overlap": page_figures.overlap(groups, styles),
-        "curves": page_figures.curves(groups, names, styles, dense),
-        "downloads": _downloads(entries),
+    protocols = dict.fromkeys(protocol for s in entries for protocol in s.ticket.also)
+    values = {
+        "title": _printable(title),
+        "made": made,
+        "entries": entries,
+        "names": names,
+        "runs": _tickets_by_run(entries),
+        "methods": list(dict.fromkeys(s.method for s in entries if s.method != DENSE)),
+        "seeds": sorted({s.seed for s in entries}),
+        "dense": any(s.method == DENSE for s in entries),
+        "masked": sum(s.mask is not None for s in entries if s.method != DENSE),
+        "protocols": _protocol_texts(entries),
+        "caveats": caveats.list_caveats(entries),
+        "scores": _score_table(groups, names, published.match_groups(groups, names)),
+        "other_scores": {p: _score_table(statistics.group_entries(entries, p), names, []) for p in protocols},
+        "figures": page_figures.draw(groups, names, styles),
+        "gallery": page_gallery.gallery(groups),
+        "downloads": _downloads(entries, bool(names)),
+        "swatch": lambda method: embed(swatch(method, styles[method]), "") if method in styles else "",
     }
-    assert inside.keys() == SECTIONS.keys(), "every section has its content"
-    body = [
-        tag("header", tag("h1", _printable(title)), tag("p", f"Tickets side by side, {made}.", class_="soft")),
-        tag("nav", *(tag("a", SECTIONS[name], href=f"#{name}") for name in inside)),
-        tag("main", join(section(name, SECTIONS[name], content) for name, content in inside.items())),
-        tag("footer", f"Made by mirl-dist, {made}. This file needs nothing else."),
-        tag("script", Html(SCRIPT)),
-    ]
-    return str(_document(title, body))
+    values |= _judged(judge.judge(entries))
+    return _environment().get_template("tickets.html.j2").render(values)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("mirl_dist.tickets.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "thousands": "{:,.0f}".format,
+        "percent": "{:.1%}".format,
+        "signed": _signed,
+        "short": lambda digest: digest[:12],
+        "ranges": _range_of_rounds,
+        "versions": lambda versions: ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
+    }
+    environment.globals |= {
+        "isfinite": math.isfinite,
+        "good": (judge.YES, judge.WINNING, judge.BEATS),
+        "bad": (judge.NO, judge.LOSES),
+        "published_title": published.TITLE,
+        "max_curves": page_figures.MAX_CURVES,
+    }
+    return environment
+
+
+def _signed(value: float, form: str) -> str:
+    """A number with its sign and a true minus; a plain 0 where it rounds to an integer zero."""
+    text = f"{value:+{form}}".replace("-", "−")
+    return "0" if text in ("+0", "−0") else text
+
+
+def _range_of_rounds(rounds: Sequence[int]) -> str:
+    known = sorted(set(rounds))
+    whole = known == list(range(known[0], known[-1] + 1))
+    return f"{known[0]}–{known[-1]}" if whole and len(known) > 2 else ", ".join(map(str, known))
 
 
 def _printable(name: str) -> str:
@@ -76,65 +120,53 @@ def _printable(name: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in name)
 
 
-def _document(title: str, body: Sequence[Html]) -> Html:
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        Html(f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">'),
-        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", _printable(title)),
-        tag("style", Html(CSS)),
+def _tickets_by_run(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    runs: dict[str, list[Entry]] = {}
+    for s in entries:
+        runs.setdefault(s.run, []).append(s)
+    return {run: sorted(tickets, key=lambda s: s.ticket.round) for run, tickets in runs.items()}
+
+
+def _protocol_texts(entries: Sequence[Entry]) -> dict[str, str]:
+    """Name -> text, the headline protocol first."""
+    texts: dict[str, str] = {}
+    for s in entries:
+        texts |= {statistics.headline_protocol(s.ticket): s.ticket.protocol} | s.ticket.protocols
+    return texts
+
+
+def _score_table(groups: Sequence[Group], names: Sequence[str], matches: Sequence[PublishedMatch]) -> ScoreTable:
+    figures = {name: m.figures[name] for m in matches for name in names if name in m.figures}
+    return ScoreTable(
+        groups,
+        {(m.group.method, m.group.round_): m for m in matches},
+        {name: f"{figure.dataset}, {figure.table}" for name, figure in figures.items()},
+        {group.method: group.round_ for group in groups},
+        {(measure, name): _best_mean(groups, measure, name) for measure in ("psnr", "ssim") for name in names},
     )
-    return join([Html("<!DOCTYPE html>"), tag("html", head, tag("body", join(body)), lang="en")])
 
 
-def _notes(notes: Sequence[str]) -> Html:
-    if not notes:
-        return missing("None was found: seeds, shards, protocols and steps fit together.")
-    return tag("ul", *(tag("li", note[:1].upper() + note[1:]) for note in notes), class_="notes")
+def _best_mean(groups: Sequence[Group], measure: str, name: str) -> float | None:
+    """The highest mean of a column, dense networks and controls not counted."""
+    column = [getattr(group, measure).get(name) for group in groups if not (group.dense or group.control)]
+    return max((s.mean for s in column if s is not None and math.isfinite(s.mean)), default=None)
 
 
-def _scores(
-    entries: Sequence[Entry], groups: Sequence[Group], names: Sequence[str], styles: Mapping[str, Style]
-) -> Html:
-    if not names:
-        return missing("No ticket has scores.")
-    known = page_tables.scores(groups, names, styles)
-    text = (
-        "PSNR in dB over SSIM: mean ± standard deviation over seeds. Bold: the best ticket of a column, dense networks "
-        "and controls not counted. Alive weights and sparsity are over all parameters. Click a head to sort."
-    )
-    paper_text = (
-        " Tinted, apart: what the paper prints for a method, beside our line of the nearest density; its networks, "
-        "data and training differ from these, so it is no yardstick for small runs."
-    )
-    parts = [_last_round_checkbox(), known, tag("p", text + (paper_text if "theirs" in known else ""), class_="soft")]
-    for protocol in dict.fromkeys(p for s in entries for p in s.ticket.also):
-        other = page_tables.scores(statistics.group_entries(entries, protocol), names, styles, with_published=False)
-        parts.append(tag("details", tag("summary", f"The same by the protocol {protocol}"), other))
-    return join(parts)
+def _judged(judgements: Sequence[Judgement]) -> dict[str, Any]:
+    run = {c.kind for j in judgements for c in j.controls if c.verdict != judge.NOT_RUN}
+    return {
+        "judgements": judgements,
+        "judged_names": list(dict.fromkeys(name for j in judgements for name in j.answers)),
+        "last_judged": {j.method: j.round_ for j in judgements},
+        "kinds": [kind for kind in judge.CONTROLS if kind in run],
+        "not_run": [kind for kind in judge.CONTROLS if kind not in run],
+    }
 
 
-def _last_round_checkbox() -> Html:
-    return tag("label", tag("input", type_="checkbox", class_="only"), "last round of each method only", class_="only")
-
-
-def _judgements(judgements: Sequence[Judgement], styles: Mapping[str, Style]) -> Html:
-    if not judgements:
-        return missing("There is no pruned ticket to judge.")
-    return join([_last_round_checkbox(), verdicts(judgements, styles)])
-
-
-def _downloads(entries: Sequence[Entry]) -> Html:
-    files = {"tickets.csv": ("All numbers (CSV)", text_tables.csv(entries), "text/csv;charset=utf-8")}
-    if statistics.task_names(entries):
-        tables = latex.tables(entries).encode()
-        files["tables.tex"] = ("Tables II and III (LaTeX)", tables, "text/plain;charset=utf-8")
-    return tag(
-        "div",
-        *(
-            tag("a", title, href=data_uri(content, kind), download=name)
-            for name, (title, content, kind) in files.items()
-        ),
-        class_="downloads",
-    )
+def _downloads(entries: Sequence[Entry], scored: bool) -> list[Download]:
+    table = data_uri(text_tables.csv(entries), "text/csv;charset=utf-8")
+    files = [Download("tickets.csv", "All numbers (CSV)", table)]
+    if scored:
+        tex = data_uri(latex.tables(entries).encode(), "text/plain;charset=utf-8")
+        files.append(Download("tables.tex", "Tables II and III (LaTeX)", tex))
+    return files

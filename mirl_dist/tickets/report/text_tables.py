@@ -14,7 +14,7 @@ from rich.text import Text
 
 from mirl_dist.tickets.compare import published, statistics
 from mirl_dist.tickets.compare.entry import Entry
-from mirl_dist.tickets.compare.judge import NOT_RUN, Control, Judgement
+from mirl_dist.tickets.compare.judge import NOT_RUN, Judgement
 from mirl_dist.tickets.compare.statistics import Group, Statistic
 
 WIDTH = 100
@@ -50,38 +50,41 @@ class TextTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = min(WIDTH, options.max_width)
-        fixed = [
-            max(_widest_line([head, *(row.fixed[i] for row in self.rows)]), 1) for i, head in enumerate(self.heads)
-        ]
-        fixed = [min(one, _WIDEST_LABEL) for one in fixed]
-        wide = {n: _widest_line([_head(n), *(row.cells.get(n, "") for row in self.rows)]) for n in self.names}
-        cut = {n: min(one, _WIDEST_TASK) for n, one in wide.items()}
+        columns = [[head, *(row.fixed[at] for row in self.rows)] for at, head in enumerate(self.heads)]
+        fixed = [min(_widest_line(column), _WIDEST_LABEL) for column in columns]
+        tasks = {n: [_head(n), *(row.cells.get(n, "") for row in self.rows)] for n in self.names}
+        widths = {n: min(_widest_line(column), _WIDEST_TASK) for n, column in tasks.items()}
         room = width - 1 - sum(one + 3 for one in fixed)
-        if room < max((one + 3 for one in cut.values()), default=0):
+        if room < max((one + 3 for one in widths.values()), default=0):
             yield Text("\n".join(self._as_lines()))
             return
-        task_groups: list[list[str]] = [[]]
-        for name in self.names:
-            if task_groups[-1] and sum(cut[n] + 3 for n in [*task_groups[-1], name]) > room:
-                task_groups.append([])
-            task_groups[-1].append(name)
-        columns = list(zip(self.heads, fixed, strict=True))
-        tables = [
-            _rich_table(self.title + " (continued)" * (part > 0), columns, self.rows, {n: cut[n] for n in names})
-            for part, names in enumerate(task_groups)
-        ]
+        parts: list[dict[str, int]] = [{}]
+        for name, one in widths.items():
+            if parts[-1] and sum(other + 3 for other in parts[-1].values()) + one + 3 > room:
+                parts.append({})
+            parts[-1][name] = one
+        tables = [self._as_table(self.title + " (continued)" * (at > 0), fixed, part) for at, part in enumerate(parts)]
         if self.remarks:
             tables[-1].caption = Text("\n".join(self.remarks), justify="left")
         yield from tables
 
+    def _as_table(self, title: str, fixed: Sequence[int], tasks: Mapping[str, int]) -> Table:
+        lines = any("\n" in cell for row in self.rows for cell in row.cells.values())
+        table = Table(title=Text(title), show_lines=lines)
+        for at, (head, width) in enumerate(zip(self.heads, fixed, strict=True)):
+            table.add_column(Text(head), width=width, justify="right" if at else "left", overflow="fold")
+        for name, width in tasks.items():
+            table.add_column(Text(_head(name)), width=width, justify="right", overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(Text, row.fixed), *(Text(row.cells.get(name, "-")) for name in tasks))
+        return table
+
     def _as_lines(self) -> list[str]:
         lines = [self.title]
         for row in self.rows:
-            lines += [
-                "",
-                *(f"{head}: {_on_one_line(word)}" for head, word in zip(self.heads, row.fixed, strict=True) if word),
-            ]
-            lines += [f"  {name}: {_on_one_line(row.cells[name])}" for name in self.names if name in row.cells]
+            fixed = [f"{head}: {text}" for head, text in zip(self.heads, row.fixed, strict=True) if text]
+            tasks = [f"  {name}: {row.cells[name]}" for name in self.names if name in row.cells]
+            lines += ["", *(line.replace("\n", " ") for line in fixed + tasks)]
         return [*lines, "", *self.remarks]
 
 
@@ -124,20 +127,17 @@ def _degraded_rows(entries: Sequence[Entry], fixed: int) -> list[TableRow]:
 
 def _published_tables(groups: Sequence[Group], names: Sequence[str]) -> list[TextTable]:
     """The paper's figures, in a table of their own; nothing where it has none."""
-    rows, paper_tables = [], dict[str, None]()
-    for match in published.match_groups(groups, names):
-        group, figures = match.group, match.figures
-        one = match.network
-        round_ = published.round_of(one)
-        paper = f"{one.method} {one.params}" + ("" if round_ is None else f"\n(round {round_})")
-        paper_tables |= dict.fromkeys(figure.table for figure in figures.values())
-        cells = {name: f"{figure.psnr:.2f}\n{figure.ssim:.4f}" for name, figure in figures.items()}
-        rows.append(TableRow((f"{group.method}, round {group.round_}", paper), cells))
+    rows, matches = [], published.match_groups(groups, names)
+    for match in matches:
+        round_ = published.round_of(match.network)
+        paper = f"{match.network.method} {match.network.params}" + ("" if round_ is None else f"\n(round {round_})")
+        cells = {name: f"{figure.psnr:.2f}\n{figure.ssim:.4f}" for name, figure in match.figures.items()}
+        rows.append(TableRow((f"{match.group.method}, round {match.group.round_}", paper), cells))
     if not rows:
         return []
     used = [name for name in names if any(name in row.cells for row in rows)]
-    setting = published.setting_of(names)
-    remark = f"the figures of MIR-L, Table {', '.join(paper_tables)} ({setting}), as printed: "
+    cited = ", ".join(dict.fromkeys(figure.table for match in matches for figure in match.figures.values()))
+    remark = f"the figures of MIR-L, Table {cited} ({published.setting_of(names)}), as printed: "
     remark += "no yardstick for other training"
     return [TextTable(published.TITLE, ("beside", "MIR-L's"), rows, used, [remark])]
 
@@ -147,13 +147,17 @@ def judgement_tables(judgements: Sequence[Judgement]) -> list[TextTable]:
     names = list(dict.fromkeys(name for j in judgements for name in j.answers))
     heads = ("method", "round", "density", "winning?")
     fixed = [(j.method, str(j.round_), f"{j.density:.1%}", j.overall) for j in judgements]
-    rows = [TableRow(f, _score_cells(j)) for f, j in zip(fixed, judgements, strict=True)]
-    tables = [TextTable("PSNR against the dense network, dB: at least as good?", heads, rows, names)]
-    rows = [TableRow(f, _step_cells(j)) for f, j in zip(fixed, judgements, strict=True)]
-    if any(row.cells for row in rows):
+    gains = [{n: _verdict_cell(a.gain, 2, a.score) for n, a in j.answers.items()} for j in judgements]
+    tables = [TextTable("PSNR against the dense network, dB: at least as good?", heads, _zip_rows(fixed, gains), names)]
+    steps = [{n: _verdict_cell(a.later, 0, a.steps) for n, a in j.answers.items() if a.later} for j in judgements]
+    if any(steps):
+        rows = _zip_rows(fixed, steps)
         tables.append(TextTable("steps to the best score against the dense network's: no more?", heads, rows, names))
     control_rows = [
-        TableRow((j.method, str(j.round_), c.kind, c.verdict), _control_cells(c))
+        TableRow(
+            (j.method, str(j.round_), c.kind, c.verdict),
+            {n: _verdict_cell(gain, 2, c.verdicts[n]) for n, gain in c.gains.items()},
+        )
         for j in judgements
         if any(c.verdict != NOT_RUN for c in j.controls)
         for c in j.controls
@@ -170,16 +174,8 @@ def judgement_tables(judgements: Sequence[Judgement]) -> list[TextTable]:
     return tables
 
 
-def _score_cells(j: Judgement) -> dict[str, str]:
-    return {n: _verdict_cell(a.gain, 2, a.score) for n, a in j.answers.items()}
-
-
-def _step_cells(j: Judgement) -> dict[str, str]:
-    return {n: _verdict_cell(a.later, 0, a.steps) for n, a in j.answers.items() if a.later is not None}
-
-
-def _control_cells(c: Control) -> dict[str, str]:
-    return {n: _verdict_cell(gain, 2, c.verdicts[n]) for n, gain in c.gains.items()}
+def _zip_rows(fixed: Sequence[tuple[str, ...]], cells: Sequence[Mapping[str, str]]) -> list[TableRow]:
+    return [TableRow(*row) for row in zip(fixed, cells, strict=True)]
 
 
 def _verdict_cell(statistic: Statistic | None, digits: int, verdict: str) -> str:
@@ -187,25 +183,8 @@ def _verdict_cell(statistic: Statistic | None, digits: int, verdict: str) -> str
     return "\n".join([*numbers, verdict.replace(" the ", "\n").replace(" (", "\n(")])
 
 
-def _rich_table(
-    title: str, fixed: Sequence[tuple[str, int]], rows: Sequence[TableRow], tasks: Mapping[str, int]
-) -> Table:
-    table = Table(title=Text(title), show_lines=any("\n" in cell for row in rows for cell in row.cells.values()))
-    for position, (head, width) in enumerate(fixed):
-        table.add_column(Text(head), width=width, justify="right" if position else "left", overflow="fold")
-    for name, width in tasks.items():
-        table.add_column(Text(_head(name)), width=width, justify="right", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(word) for word in row.fixed), *(Text(row.cells.get(name, "-")) for name in tasks))
-    return table
-
-
 def _head(name: str) -> str:
     return name.replace("/", "\n").replace("_", "\n")
-
-
-def _on_one_line(cell: str) -> str:
-    return cell.replace("\n", " ")
 
 
 def _widest_line(cells: Iterable[str]) -> int:
@@ -221,9 +200,7 @@ def csv(entries: Sequence[Entry]) -> bytes:
     of this round's training up to the best score on its curve; empty without one, and for other protocols than the
     headline, by which curves are drawn. Digests are hex SHA-256.
     """
-    out = io.StringIO()
-    writer = csv_files.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    lines: list[Sequence[object]] = [COLUMNS]
     for s in entries:
         t, head = s.ticket, statistics.headline_protocol(s.ticket)
         steps, digest = t.best_steps(), t.digest()
@@ -231,20 +208,23 @@ def csv(entries: Sequence[Entry]) -> bytes:
             for name, score in scores.items():
                 task, _, set_ = name.partition("/")
                 step = steps.get(name, "") if protocol == head else ""
-                writer.writerow(
+                lines.append(
                     [
                         *(s.run, s.method, s.seed, t.round, t.alive_total, t.total, t.total_sparsity, task, set_),
                         *(protocol, score.psnr, score.ssim, score.degraded_psnr, score.degraded_ssim, score.images),
                         *(step, t.mask_digest, digest),
                     ]
                 )
-    return out.getvalue().encode()
+    return _write_csv(lines)
 
 
 def published_csv() -> bytes:
     """The figures of MIR-L's Tables II and III, a line each."""
+    head = ("paper", *published.Published._fields)
+    return _write_csv([head, *(("MIR-L", *figure) for figure in published.all_figures())])
+
+
+def _write_csv(lines: Iterable[Sequence[object]]) -> bytes:
     out = io.StringIO()
-    writer = csv_files.writer(out, lineterminator="\n")
-    writer.writerow(("paper", *published.Published._fields))
-    writer.writerows(("MIR-L", *row) for row in published.all_figures())
+    csv_files.writer(out, lineterminator="\n").writerows(lines)
     return out.getvalue().encode()

@@ -215,6 +215,7 @@ def test_only_seeds_of_one_experiment_share_a_line() -> None:
         caveats.list_caveats(shown)
     )
     assert "another experiment" not in said(shown[:2])
+    assert [(j.method, j.seeds) for j in judge.judge(shown)] == [("A", (0, 1)), ("A (2)", (2, 3))]
 
 
 def test_dense_networks_of_one_training_share_a_line_whatever_is_done_to_them_later() -> None:
@@ -395,17 +396,10 @@ def test_overlap_is_that_of_the_weights_one_by_one(seed: int, density: float) ->
     np.testing.assert_allclose(found, [[brute(a, b) for b in drawn] for a in drawn], rtol=1e-15)
 
 
-def test_overlap_needs_no_new_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = [one("A", i, 1, mask=m) for i, m in enumerate(masks(1, 2, 3))]
-    new = mask_overlap.iou(shown)
-    monkeypatch.delattr(np, "bitwise_count", raising=False)
-    np.testing.assert_array_equal(mask_overlap.iou(shown), new)
-
-
 def test_large_masks_are_counted_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [one("A", i, 1, mask=m) for i, m in enumerate(masks(1, 2))]
     whole = mask_overlap.iou(shown)
-    monkeypatch.setattr(mask_overlap, "_WORDS_AT_A_TIME", 1)
+    monkeypatch.setattr(mask_overlap, "_BYTES_AT_A_TIME", 1)
     np.testing.assert_array_equal(mask_overlap.iou(shown), whole)
 
 
@@ -567,6 +561,9 @@ def test_a_narrow_terminal_breaks_no_number_and_drops_none(seeds: int, width: in
     words = set(re.findall(r"[\d.,±%]*\d", narrow))
     assert words >= {word for word in ours if "." in word or "," in word}
     assert ("round: 1" in narrow) == (width < 60 or (width, seeds) == (60, 3))
+    judged = [printed(text.judgement_tables(judge.judge(shown)), w) for w in (width, 100)]
+    numbers = [{word for word in re.findall(r"[+-][\d.,]*\d", lines)} for lines in judged]
+    assert numbers[0] >= numbers[1] and max(map(len, judged[0].splitlines())) <= max(width, 100)
 
 
 def test_a_table_shows_spreads_only_of_several_seeds() -> None:

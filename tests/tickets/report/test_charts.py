@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.resources import files
 from statistics import fmean, stdev
 
 import matplotlib as mpl
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 
 from mirl_dist.tickets.compare import mask_overlap, statistics
 from mirl_dist.tickets.compare.entry import DENSE, Entry
-from mirl_dist.tickets.report import charts, layer_density, overlap_grid, page_style
+from mirl_dist.tickets.report import charts, layer_density, overlap_grid
 from mirl_dist.tickets.report.chart_style import INK, assign_styles, swatch
 from tests.factories import PARTS, comparison, entry
 
@@ -84,7 +85,8 @@ def test_every_method_has_its_own_look_that_is_legible_on_light_and_dark() -> No
     assert len({(look.colour, look.marker, look.line) for look in found.values()}) == 13
     assert len({found[m].colour for m in methods[:8]}) == 8
     assert {found[m].line for m in methods[8:]} == {"none"}, "a control is a single ticket: no line"
-    dark = luminance(page_style.CSS.split("(prefers-color-scheme: dark)")[1].split("--page: ")[1][:7])
+    css = (files("mirl_dist.tickets.report") / "templates/tickets.css").read_text()
+    dark = luminance(css.split("(prefers-color-scheme: dark)")[1].split("--page: ")[1][:7])
     for method in methods:
         own = luminance(found[method].colour)
         assert min(1.05 / (own + 0.05), (own + 0.05) / (dark + 0.05)) >= 3

@@ -6,6 +6,7 @@ import base64
 import re
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -15,12 +16,16 @@ from mirl_dist.errors import UserError
 from mirl_dist.tickets.compare import caveats, judge, statistics
 from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.tickets.report import latex, page, page_gallery, text_tables
-from mirl_dist.tickets.report.page_style import SCRIPT
 from tests.factories import comparison, entry
 
 MADE = "2030-01-02 03:04 UTC"
 ONE = {"derain/Rain100L": 29.0}
+SECTIONS = [
+    *("compared", "caveats", "scores", "judgements", "weights", "distance", "pictures", "density", "overlap"),
+    *("curves", "downloads"),
+]
 EMPTY = ("br", "img", "input", "meta")
+SCRIPT = (files("mirl_dist.tickets.report") / "templates/tickets.js").read_text().rstrip()
 
 
 class Read(HTMLParser):
@@ -71,8 +76,8 @@ class Read(HTMLParser):
         return [found for name, found in self.elements if name == tag]
 
 
-def read(tickets: Sequence[Entry], **more: Sequence[judge.Judgement]) -> Read:
-    return Read(page.html(tickets, "A comparison", MADE, **more))
+def read(tickets: Sequence[Entry]) -> Read:
+    return Read(page.html(tickets, "A comparison", MADE))
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +97,9 @@ def whole(html: str) -> Read:
 
 def test_every_section_is_there_and_every_element_closes(whole: Read) -> None:
     assert whole.wrong == []
-    assert [s["id"] for s in whole.named("section")] == list(page.SECTIONS)
-    assert [a["href"] for a in whole.named("a")][: len(page.SECTIONS)] == [f"#{name}" for name in page.SECTIONS]
-    assert all(title in whole.text[name] for name, title in page.SECTIONS.items())
+    sections = [s["id"] for s in whole.named("section")]
+    assert sections == SECTIONS
+    assert [a["href"] for a in whole.named("a") if "download" not in a] == [f"#{name}" for name in sections]
     assert MADE in whole.all_text
     assert len(whole.named("figcaption")) == len(whole.named("figure")) >= 8, "every figure says how to read it"
 
@@ -154,12 +159,6 @@ def test_definition_1_is_judged_with_its_controls(whole: Read, tickets: list[Ent
     assert "random_layer, random_global" in whole.text["judgements"].split("not run:")[1]
 
 
-def test_given_judgements_are_shown_as_they_are(tickets: list[Entry]) -> None:
-    mine = judge.judge(tickets, tolerance_db=50.0)[:1]
-    told = read(tickets[:6], judgements=[mine[0]._replace(overall="as I was told")])
-    assert "as I was told" in told.text["judgements"]
-
-
 def test_pictures_stand_side_by_side_with_the_psnr_of_what_is_shown(whole: Read, tickets: list[Entry]) -> None:
     last = next(s for s in tickets if (s.method, s.seed, s.ticket.round) == ("MIR-L-G", 0, 2))
     assert last.strip is not None
@@ -175,15 +174,15 @@ def test_pictures_stand_side_by_side_with_the_psnr_of_what_is_shown(whole: Read,
 def test_pictures_are_limited_in_number_and_size_and_the_page_says_so(
     tickets: list[Entry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = statistics.group_entries(tickets)
     monkeypatch.setattr(page_gallery, "MAX_ROWS", 1)
-    few = Read(page_gallery.gallery(lines))
-    assert "1 of 2 images are shown" in few.all_text and "cat" not in few.all_text
+    few = read(tickets).text["pictures"]
+    assert "1 of 2 images are shown" in few and "cat" not in few
     monkeypatch.setattr(page_gallery, "MAX_ROWS", 12)
     monkeypatch.setattr(page_gallery, "MAX_BYTES", 10_000)
-    small = page_gallery.gallery(lines)
-    assert "JPEG" in small and "image/png" not in small
-    assert "More images would make the page too large" in small
+    small = read(tickets)
+    assert "JPEG" in small.text["pictures"]
+    assert {i["src"].partition(";")[0] for i in small.named("img")} == {"data:image/jpeg"}
+    assert "More images would make the page too large" in small.text["pictures"]
 
 
 def test_tables_can_be_downloaded(whole: Read, tickets: list[Entry]) -> None:
@@ -258,23 +257,15 @@ def _told(**changes: object) -> Callable[[list[Entry]], list[Entry]]:
 def test_what_is_missing_is_said(spoil: Callable[[list[Entry]], list[Entry]], said: dict[str, str]) -> None:
     found = read(spoil(comparison(("MIR-L-G",), (0,), 2, tasks=ONE)))
     assert found.wrong == []
-    assert [s["id"] for s in found.named("section")] == list(page.SECTIONS)
+    assert [s["id"] for s in found.named("section")] == SECTIONS
     for section, text_ in said.items():
         assert text_ in found.text[section]
 
 
-def test_a_score_that_is_no_number_is_a_dash() -> None:
-    mine = comparison(("MIR-L-G",), (0,), 1, tasks=ONE)
-    score = mine[1].ticket.scores["derain/Rain100L"].model_copy(update={"psnr": float("nan")})
-    mine[1] = mine[1]._replace(ticket=mine[1].ticket.model_copy(update={"scores": {"derain/Rain100L": score}}))
-    found = read(mine)
-    row = next(r for r in found.cells if len(r) > 5 and r[0][1] == "MIR-L-G" and r[1][1] == "1")
-    assert row[5][1].startswith("–") and "nan" not in found.text["scores"]
-
-
-@pytest.mark.parametrize("number", [float("inf"), -1e308])
-def test_a_page_of_impossible_numbers_is_a_page(number: float) -> None:
-    mine = comparison(("MIR-L-G",), (0, 1), 2, tasks=ONE)
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1e308])
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_a_score_that_is_no_number_is_a_dash_on_a_whole_page(number: float, seeds: tuple[int, ...]) -> None:
+    mine = comparison(("MIR-L-G",), seeds, 2, tasks=ONE)
     score = mine[1].ticket.scores["derain/Rain100L"].model_copy(update={"psnr": number})
     assert mine[1].ticket.curve is not None
     curve = mine[1].ticket.curve.model_copy(update={"psnr": {"derain/Rain100L": (number,) * 8}})
@@ -283,6 +274,8 @@ def test_a_page_of_impossible_numbers_is_a_page(number: float) -> None:
     found = read(mine)
     assert found.wrong == []
     assert "count as unknown" in found.text["caveats"] and "no number" in found.text["judgements"]
+    row = next(r for r in found.cells if len(r) > 5 and r[0][1] == "MIR-L-G" and r[1][1] == "1")
+    assert row[5][1].startswith("–") == (seeds == (0,)) and "nan" not in found.text["scores"]
 
 
 def test_experiments_have_own_lines_on_the_page_and_dense_ones_are_never_bold() -> None:
@@ -305,10 +298,7 @@ def test_other_protocols_have_tables_of_their_own() -> None:
     assert "luma of the 8-bit image" in found.text["compared"] and "promptir (headline)" in found.text["compared"]
 
 
-def test_a_page_of_nothing_is_refused() -> None:
+def test_one_ticket_is_enough_for_a_page_and_none_is_refused() -> None:
+    assert read([entry("control reinit", round_=0, tasks=ONE)]).wrong == []
     with pytest.raises(UserError, match="found no ticket to compare"):
         page.html([], "nothing", MADE)
-
-
-def test_one_ticket_is_enough_for_a_page() -> None:
-    assert read([entry("control reinit", round_=0, tasks=ONE)]).wrong == []
