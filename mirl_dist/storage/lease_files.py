@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from mirl_dist.storage import NotFound, Store
 
@@ -128,6 +130,44 @@ class Holder:
         return self.machine == this_machine() and _has_exited(self.pid, self.process_started)
 
 
+def _check_printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("not printable")
+    return text
+
+
+_Text = Annotated[str, Field(max_length=255), AfterValidator(_check_printable)]
+
+
+class _LeaseFile(BaseModel):
+    """What is read of a file of the lease."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    token: _Text = ""
+
+
+class _ClaimFile(_LeaseFile):
+    host: _Text = ""
+    pid: PositiveInt | None = None
+    process_started: PositiveInt | None = None
+    boot: _Text | None = None
+    pids: PositiveInt | None = None
+    started_at: _Text = ""
+    launch: dict[str, Any] = {}
+
+
+class _StatusFile(_LeaseFile):
+    """A beat, or a release, which says `why` the launch ended."""
+
+    at: _Text = ""
+    running_seconds: Annotated[float, Field(ge=0, lt=1e10)] | None = None
+    news: dict[str, Any] = {}
+    why: _Text = ""
+
+
+_File = TypeVar("_File", bound=_LeaseFile)
+
+
 def read_holder(store: Store) -> Holder | None:
     """Who claimed a run last, whether it lives or not; None where nobody ever did. Only reads.
 
@@ -137,26 +177,31 @@ def read_holder(store: Store) -> Holder | None:
     if generation == 0:
         return None
     beat = read_or_empty(store, beat_name(generation))
-    claimed = _parse_object(read_or_empty(store, claim_name(generation)))
-    released = _parse_object(read_or_empty(store, released_name(generation)))
-    ended = _printable(released.get("why")) or None if released.get("token") == claimed.get("token") else None
-    last = released if ended else _parse_object(beat)
-    boot, pids = _printable(claimed.get("boot")), _positive_int(claimed.get("pids"))
-    running = last.get("running_seconds")
+    claim = _parse(_ClaimFile, read_or_empty(store, claim_name(generation)))
+    released = _parse(_StatusFile, read_or_empty(store, released_name(generation)))
+    ended = released.why or None if released.token == claim.token else None
+    last = released if ended else _parse(_StatusFile, beat)
     return Holder(
         generation,
-        host=_printable(claimed.get("host")),
-        pid=_positive_int(claimed.get("pid")),
-        process_started=_positive_int(claimed.get("process_started")),
-        machine=Machine(boot, pids) if boot and pids else None,
-        started_at=_printable(claimed.get("started_at")),
-        launch=_mapping(claimed.get("launch")),
-        running_seconds=float(running) if isinstance(running, int | float) and 0 <= running < 1e10 else None,
-        beat_at=_printable(last.get("at")),
-        status=_mapping(last.get("news")),
+        host=claim.host,
+        pid=claim.pid,
+        process_started=claim.process_started,
+        machine=Machine(claim.boot, claim.pids) if claim.boot and claim.pids else None,
+        started_at=claim.started_at,
+        launch=claim.launch,
+        running_seconds=last.running_seconds,
+        beat_at=last.at,
+        status=last.news,
         ended=ended,
         beat=beat,
     )
+
+
+def _parse(cls: type[_File], data: bytes) -> _File:
+    try:
+        return cls.model_validate_json(data)
+    except ValidationError:
+        return cls()
 
 
 def read_or_empty(store: Store, name: str) -> bytes:
@@ -191,23 +236,3 @@ def to_json(value: Mapping[str, Any]) -> bytes:
 def utc_now() -> str:
     """For people: the time of this machine's clock, in UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _parse_object(data: bytes) -> dict[str, Any]:
-    try:
-        return _mapping(json.loads(data))
-    except (ValueError, RecursionError):
-        return {}
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _printable(value: Any) -> str:
-    """A short text that can be shown; '' for all else."""
-    return value if isinstance(value, str) and value.isprintable() and len(value) <= 255 else ""
-
-
-def _positive_int(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

@@ -30,7 +30,7 @@ from torch import Tensor
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import NotFound, Rejected, Store, Unavailable
-from mirl_dist.storage.commits import Commits, Reader, Writer, add_digest, check_digest, parse_without_digest, to_json
+from mirl_dist.storage.commits import Commits, Reader, Writer, add_digest, check_digest, to_json
 from mirl_dist.training.state import Progress, Snapshot, pack_tensors
 from mirl_dist.training.ticket import Ticket, parse
 
@@ -92,7 +92,7 @@ class Checkpoints:
             data = self.store.get(RUN)
         except NotFound:
             return None
-        identity = check_digest(data) or parse_without_digest(data, _IDENTITY | {"versions"})
+        identity = check_digest(data)
         if identity is None or not identity.keys() >= _IDENTITY:
             raise UserError(
                 f"{self.store.where(RUN)} does not describe a run, or is damaged. Restore a copy of it, or choose "
@@ -294,7 +294,7 @@ class Checkpoints:
             data = self.store.get(BEST)
         except NotFound:
             return None
-        best = check_digest(data) or parse_without_digest(data, {"round", "score", "by"})
+        best = check_digest(data)
         if best is None:
             raise UserError(f"{self.store.where(BEST)} is damaged. Remove it: the last round then stands for the run.")
         return int(best["round"])
