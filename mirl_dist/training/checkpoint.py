@@ -56,15 +56,15 @@ class Commit(NamedTuple):
 
 
 def _parsed(folder: str) -> tuple[Commit, int] | None:
-    """The commit that a folder may hold, and the generation that wrote it (0 before there was a lease)."""
+    """The commit that a folder may hold, and the generation that wrote it."""
     match = _FOLDER.fullmatch(folder)
     if match is None:
         return None
-    round_, step, *generations = (None if text is None else int(text) for text in match.groups())
-    return Commit(folder, round_ or 0, step), max(g or 0 for g in generations)
+    round_, step, generation = match.groups()
+    return Commit(folder, int(round_), None if step is None else int(step)), int(generation)
 
 
-_FOLDER = re.compile(r"rounds/(\d+)(?:/steps/(\d+)-(\d+)|/ticket-(\d+))?")  # a bare round: of versions before the lease
+_FOLDER = re.compile(r"rounds/(\d+)/(?:steps/(\d+)|ticket)-(\d+)")
 
 
 class Checkpoints:
