@@ -15,7 +15,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
 from mirl_dist.errors import Stopped, UserError
@@ -72,15 +71,15 @@ class _Claim:
 class _Heartbeat(threading.Thread):
     """Writes that this launch lives, and after `stop` how it ended.
 
-    A store that fails is no reason to die: last_error says what it answered. last_beat: monotonic seconds; released:
-    whether the store has the release.
+    A store that fails is no reason to die: last_error says what it answered. released: whether the store has the
+    release.
     """
 
     def __init__(self, claim: _Claim, seconds: float, status: Callable[[], dict[str, Any]]) -> None:
         super().__init__(name="lease", daemon=True)
         self._claim, self._status = claim, status
         self._pause = max(0.2, min(5.0, seconds / 6))
-        self._begun = self.last_beat = time.monotonic()
+        self._begun = time.monotonic()
         self.last_error = "the store does not answer"
         self._reason, self.stopped, self.released = "", threading.Event(), False
 
@@ -93,12 +92,10 @@ class _Heartbeat(threading.Thread):
     def run(self) -> None:
         """Beat until `stop`, or until another launch holds the run."""
         store, generation, number = self._claim.store, self._claim.generation, 0
-        self.last_beat = time.monotonic()
         while not self._claim.is_lost():
             number += 1
             with self._keep_error():
                 store.put(files.beat_name(generation), self._describe(beat=number))
-                self.last_beat = time.monotonic()
                 self._claim.check()
             if self.stopped.wait(self._pause):
                 break
@@ -183,10 +180,6 @@ class Lease:
         """Whether `check`, or the thread after a beat, found that another launch holds the run. Asks nothing."""
         return self._claim.is_lost()
 
-    def seconds_since_beat(self) -> float:
-        """Since the last beat that got through to the store."""
-        return time.monotonic() - self._heartbeat.last_beat
-
     def release(self, why: str) -> None:
         """End the lease: 'finished', 'stopped' or 'failed'. Never raises StorageError; returns within `seconds`.
 
@@ -233,7 +226,7 @@ class _HolderWatch:
         if holder is None or holder.ended is not None:
             return holder
         if holder.has_exited():
-            return replace(holder, ended="dead")
+            return holder.but(ended="dead")
         if holder.generation > self._known:
             raise UserError(self._describe_alive(holder, "it took the run a moment ago"))
         if self._first is None:
@@ -247,7 +240,7 @@ class _HolderWatch:
             self._first, self._silent = holder, 0.0  # it came while the store was away, and says nothing of now
         # While the store does not answer nobody can beat: such a time counts little.
         self._silent += min(gap, max(2 * self.pause, self._seconds / 4))
-        return replace(holder, ended="silent") if self._silent >= self._seconds else holder
+        return holder.but(ended="silent") if self._silent >= self._seconds else holder
 
     def _describe_alive(self, holder: Holder, sign_of_life: str) -> str:
         seconds, ran = holder.running_seconds, ""

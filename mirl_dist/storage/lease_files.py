@@ -14,7 +14,6 @@ import os
 import re
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -98,38 +97,6 @@ def _has_exited(pid: int, started: int) -> bool:
 # -- what the files say -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Holder:
-    """A launch that holds a run, or held it, as its lease says; empty or None where that is damaged or not there.
-
-    started_at, beat_at: ISO 8601, by that machine's clock, for people. beat_at, status, running_seconds (since it
-    started): of its last beat, or of its release. ended: 'finished', 'stopped' or 'failed' as it said itself; 'dead' or
-    'silent' as its follower found it; None: it may live. beat: the bytes of its last beat; others are a sign of life.
-    """
-
-    generation: int
-    host: str
-    pid: int | None
-    process_started: int | None
-    machine: Machine | None
-    started_at: str
-    launch: Mapping[str, Any]
-    running_seconds: float | None
-    beat_at: str
-    status: Mapping[str, Any]
-    ended: str | None
-    beat: bytes
-
-    def __str__(self) -> str:
-        return f"{self.host or 'an unknown host'}, pid {self.pid or 'unknown'}"
-
-    def has_exited(self) -> bool:
-        """Whether its process is known to be dead: it ran on this very machine."""
-        if self.machine is None or self.pid is None or self.process_started is None:
-            return False
-        return self.machine == this_machine() and _has_exited(self.pid, self.process_started)
-
-
 def _check_printable(text: str) -> str:
     if not text.isprintable():
         raise ValueError("not printable")
@@ -139,33 +106,67 @@ def _check_printable(text: str) -> str:
 _Text = Annotated[str, Field(max_length=255), AfterValidator(_check_printable)]
 
 
-class _LeaseFile(BaseModel):
-    """What is read of a file of the lease."""
+class _Status(BaseModel):
+    """A beat, or a release, which says `why` the launch ended."""
+
+    model_config = ConfigDict(strict=True)
+    at: _Text = ""
+    running_seconds: Annotated[float, Field(ge=0, lt=1e10)] | None = None
+    news: dict[str, Any] = {}
+    token: _Text = ""
+    why: _Text = ""
+
+
+class Holder(BaseModel):
+    """A launch that holds a run, or held it, as its lease says; empty or None where that is damaged or not there.
+
+    started_at, beat_at: ISO 8601, by that machine's clock, for people. beat_at, status, running_seconds (since it
+    started): of its last beat, or of its release. ended: 'finished', 'stopped' or 'failed' as it said itself; 'dead' or
+    'silent' as its follower found it; None: it may live. beat: the bytes of its last beat; others are a sign of life.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True)
-    token: _Text = ""
-
-
-class _ClaimFile(_LeaseFile):
     host: _Text = ""
     pid: PositiveInt | None = None
     process_started: PositiveInt | None = None
     boot: _Text | None = None
     pids: PositiveInt | None = None
+    token: _Text = ""
     started_at: _Text = ""
     launch: dict[str, Any] = {}
+    # Not of the claim, but of `read_holder`:
+    generation: int = 0
+    running_seconds: float | None = None
+    beat_at: str = ""
+    status: dict[str, Any] = {}
+    ended: str | None = None
+    beat: bytes = b""
+
+    def __str__(self) -> str:
+        return f"{self.host or 'an unknown host'}, pid {self.pid or 'unknown'}"
+
+    def but(self, **changes: Any) -> Holder:
+        return self.model_copy(update=changes)
+
+    @property
+    def machine(self) -> Machine | None:
+        return Machine(self.boot, self.pids) if self.boot and self.pids else None
+
+    def has_exited(self) -> bool:
+        """Whether its process is known to be dead: it ran on this very machine."""
+        if self.machine is None or self.pid is None or self.process_started is None:
+            return False
+        return self.machine == this_machine() and _has_exited(self.pid, self.process_started)
 
 
-class _StatusFile(_LeaseFile):
-    """A beat, or a release, which says `why` the launch ended."""
-
-    at: _Text = ""
-    running_seconds: Annotated[float, Field(ge=0, lt=1e10)] | None = None
-    news: dict[str, Any] = {}
-    why: _Text = ""
+_File = TypeVar("_File", _Status, Holder)
 
 
-_File = TypeVar("_File", bound=_LeaseFile)
+def _parse(cls: type[_File], data: bytes) -> _File:
+    try:
+        return cls.model_validate_json(data)
+    except ValidationError:
+        return cls()
 
 
 def read_holder(store: Store) -> Holder | None:
@@ -177,31 +178,12 @@ def read_holder(store: Store) -> Holder | None:
     if generation == 0:
         return None
     beat = read_or_empty(store, beat_name(generation))
-    claim = _parse(_ClaimFile, read_or_empty(store, claim_name(generation)))
-    released = _parse(_StatusFile, read_or_empty(store, released_name(generation)))
+    claim = _parse(Holder, read_or_empty(store, claim_name(generation)))
+    released = _parse(_Status, read_or_empty(store, released_name(generation)))
     ended = released.why or None if released.token == claim.token else None
-    last = released if ended else _parse(_StatusFile, beat)
-    return Holder(
-        generation,
-        host=claim.host,
-        pid=claim.pid,
-        process_started=claim.process_started,
-        machine=Machine(claim.boot, claim.pids) if claim.boot and claim.pids else None,
-        started_at=claim.started_at,
-        launch=claim.launch,
-        running_seconds=last.running_seconds,
-        beat_at=last.at,
-        status=last.news,
-        ended=ended,
-        beat=beat,
-    )
-
-
-def _parse(cls: type[_File], data: bytes) -> _File:
-    try:
-        return cls.model_validate_json(data)
-    except ValidationError:
-        return cls()
+    last = released if ended else _parse(_Status, beat)
+    known = {"running_seconds": last.running_seconds, "beat_at": last.at, "status": last.news}
+    return claim.but(generation=generation, ended=ended, beat=beat, **known)
 
 
 def read_or_empty(store: Store, name: str) -> bytes:
