@@ -63,10 +63,9 @@ class CachedShard:
     def is_in_place(self) -> bool:
         """Whether it is still the file at its path."""
         try:
-            own, at_path = os.fstat(self._handle), os.stat(self.path)
+            return os.path.samestat(os.fstat(self._handle), os.stat(self.path))
         except FileNotFoundError:
             return False
-        return (own.st_dev, own.st_ino) == (at_path.st_dev, at_path.st_ino)
 
     def release(self) -> None:
         """Give the file back to the cache; a second call does nothing."""
@@ -89,7 +88,7 @@ class ShardCache:
         self.folder, self.limit, self._patience = folder, limit, patience
         with self._user_errors():
             folder.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(folder / "room.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+            (folder / "room.lock").touch()
 
     def acquire(
         self, digest: str, size: int, fetch: Fetch, stop: Callable[[], bool] = lambda: False, *, damaged: bool = False
@@ -190,12 +189,9 @@ class ShardCache:
 
     @contextmanager
     def _room_lock(self) -> Iterator[None]:
-        handle = os.open(self.folder / "room.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with (self.folder / "room.lock").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             yield
-        finally:
-            os.close(handle)
 
     @contextmanager
     def _user_errors(self) -> Iterator[None]:
@@ -216,8 +212,7 @@ def _lock_file(path: Path, kind: int) -> int | None:
         return None
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
-        own, at_path = os.fstat(handle), os.stat(path)
-        if (own.st_dev, own.st_ino) == (at_path.st_dev, at_path.st_ino):
+        if os.path.samestat(os.fstat(handle), os.stat(path)):
             return handle
     except (BlockingIOError, FileNotFoundError):
         pass

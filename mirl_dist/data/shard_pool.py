@@ -6,6 +6,7 @@ shard where none is left: the same ones on any number of ranks.
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 from mirl_dist.data import integrity
 from mirl_dist.data.cache import ShardCache
 from mirl_dist.data.damage import DamagePolicy
-from mirl_dist.data.download_threads import DownloadThreads
 from mirl_dist.data.integrity import LocalShard
 from mirl_dist.data.manifest import Shard
 from mirl_dist.data.sample import Pixels
@@ -27,8 +27,44 @@ from mirl_dist.storage import Unavailable
 from mirl_dist.storage.retry import Patience
 
 _PATIENCE = Patience()
+_DOWNLOAD_THREADS = 4
 _GRACE_SECONDS = 10.0  # for a shard to come after the run was asked to stop: others may be waiting for this rank
 _POLL_SECONDS = 0.5  # between two checks whether the run was asked to stop, while a shard is awaited
+
+
+class _Downloads:
+    """Runs `fetch` on shards in daemon threads, in the order of the requests.
+
+    A ThreadPoolExecutor would keep a process that is ending alive for as long as a server is unavailable.
+    """
+
+    def __init__(self, fetch: Callable[[Shard], LocalShard]) -> None:
+        self._fetch, self._requests = fetch, queue.SimpleQueue[tuple[Future[LocalShard], Shard] | None]()
+        self._threads: list[threading.Thread] = []
+
+    def submit(self, shard: Shard) -> Future[LocalShard]:
+        """Queue a shard; the future holds it, or the error that fetching it raised."""
+        if len(self._threads) < _DOWNLOAD_THREADS:
+            self._threads.append(threading.Thread(target=self._work, name="shard-download", daemon=True))
+            self._threads[-1].start()
+        future: Future[LocalShard] = Future()
+        self._requests.put((future, shard))
+        return future
+
+    def close(self) -> None:
+        """End the threads after the requests made until now."""
+        for _ in self._threads:
+            self._requests.put(None)
+
+    def _work(self) -> None:
+        while (request := self._requests.get()) is not None:
+            future, shard = request
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(self._fetch(shard))
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the shard raises it
+                future.set_exception(error)
 
 
 @dataclass
@@ -54,7 +90,7 @@ class ShardPool:
         self.shards, self.cache = shards, cache
         self._damage = DamagePolicy(damage, say)
         self._fetcher = ShardFetcher(shards, cache, self._damage, patience, say)
-        self._downloads = DownloadThreads(self._fetcher.fetch)
+        self._downloads = _Downloads(self._fetcher.fetch)
         self._stop_asked = stop_asked
         self._lock = threading.Lock()
         self._acquired: dict[str, _Acquired] = {}

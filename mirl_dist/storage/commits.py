@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from mirl_dist.errors import UserError
@@ -119,8 +119,7 @@ class Commits:
     def read_complete(self, folder: str) -> dict[str, PartInfo]:
         """What COMPLETE.json says of each part. Raises UserError for one that is damaged."""
         name = f"{folder}/{COMPLETE}"
-        data = self.store.get(name)
-        content = parse_without_digest(data, {"parts"}) or check_digest(data)
+        content = check_digest(self.store.get(name))
         if content is None or not isinstance(content.get("parts"), dict):
             raise UserError(f"{self.store.where(name)} is damaged: its bytes are not those that were committed")
         parts: dict[str, PartInfo] = content["parts"]
@@ -181,19 +180,10 @@ class Commits:
 
 
 def _generation_of(folder: str) -> int:
-    """Which generation wrote a commit; 0 before there was a lease."""
+    """Which generation wrote a commit; 0 for a folder that no writer of a lease named."""
     match = re.search(r"-(\d+)$", folder)
     return int(match.group(1)) if match else 0
 
 
 def _accepted_name(generation: int) -> str:
     return f"{ACCEPTED}/{generation:08d}.json"
-
-
-def parse_without_digest(data: bytes, keys: Set[str]) -> dict[str, Any] | None:
-    """What versions before the lease wrote without a digest: a JSON object with exactly these keys."""
-    try:
-        tree = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    return tree if isinstance(tree, dict) and tree.keys() == keys else None

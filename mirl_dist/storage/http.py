@@ -10,13 +10,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from email.message import Message
 from email.utils import parsedate_to_datetime
-from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit
 
-from mirl_dist.storage.base import DAY, NotFound, Rejected, StorageError, Unavailable
+from mirl_dist.storage.base import NotFound, Rejected, StorageError, Unavailable
 from mirl_dist.storage.retry import DEFAULT_PATIENCE, Patience, Say, to_stderr, with_retries
 
 T = TypeVar("T")
@@ -48,22 +48,14 @@ class HttpStore:
 
     def size(self, name: str) -> int:
         """Bytes."""
-
-        def ask() -> int:
-            with self._request(name, "HEAD") as answer:
-                return self._parse_length(name, answer.headers.get("Content-Length"))
-
-        return self._retry(name, ask)
+        return self._retry(name, lambda: self._parse_length(name, self._head(name)))
 
     def exists(self, name: str) -> bool:
-        def ask() -> bool:
-            with self._request(name, "HEAD"):
-                return True
-
         try:
-            return self._retry(name, ask)
+            self._retry(name, lambda: self._head(name))
         except NotFound:
             return False
+        return True
 
     def now(self, name: str = "") -> datetime | None:
         """What the server's clock says, whatever it answers of `name`; None where it does not tell. One try."""
@@ -97,31 +89,19 @@ class HttpStore:
                     yield block[skip:]
                 skip = max(0, skip - len(block))
 
-    def put(self, name: str, data: bytes) -> None:
-        self._reject_write()
+    def _reject(self, *_: Any, **__: Any) -> NoReturn:
+        raise Rejected(f"{self.where()}: a web address can only be read. Give a folder or s3:// to write or to list.")
 
-    def put_file(self, name: str, path: Path) -> None:
-        self._reject_write()
-
-    def put_if_absent(self, name: str, data: bytes) -> bool:
-        self._reject_write()
-
-    def list(self, prefix: str) -> list[str]:
-        self._reject_write()
-
-    def remove(self, name: str) -> None:
-        self._reject_write()
-
-    def sweep(self, older_than_seconds: float = DAY) -> None:
-        self._reject_write()
+    put = put_file = put_if_absent = list = remove = sweep = _reject
 
     # -- requests -----------------------------------------------------------------------------------------------
 
-    def _reject_write(self) -> NoReturn:
-        raise Rejected(f"{self.where()}: a web address can only be read. Give a folder or s3:// to write or to list.")
-
     def _retry(self, name: str, work: Callable[[], T]) -> T:
         return with_retries(work, self.where(name), self._patience, self._say)
+
+    def _head(self, name: str) -> Message:
+        with self._request(name, "HEAD") as answer:
+            return answer.headers
 
     @contextmanager
     def _request(self, name: str, method: str, offset: int = 0) -> Iterator[http.client.HTTPResponse]:
@@ -147,14 +127,15 @@ class HttpStore:
             while block := answer.read(_BLOCK):  # http.client misses no chunk
                 yield block
             return
-        wanted = self._parse_length(name, answer.headers.get("Content-Length"))
+        wanted = self._parse_length(name, answer.headers)
         while block := answer.read(_BLOCK):
             wanted -= len(block)
             yield block
         if wanted:
             raise Unavailable(f"{self.where(name)}: the body ended {wanted} bytes early. {_CHECK_SERVER}")
 
-    def _parse_length(self, name: str, header: str | None) -> int:
+    def _parse_length(self, name: str, headers: Message) -> int:
+        header = headers.get("Content-Length")
         if header is None or not header.isascii() or not header.isdigit():
             raise Unavailable(
                 f"{self.where(name)}: the server does not say how long it is, or was cut off. {_CHECK_SERVER}"

@@ -15,7 +15,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from typing import Any
 
 from mirl_dist.errors import Stopped, UserError
@@ -69,63 +68,49 @@ class _Claim:
         return files.read_or_empty(self.store, files.claim_name(generation)) == self._data
 
 
-@dataclass
-class _Release:
-    """The end of a lease. reason: 'finished', 'stopped' or 'failed'; written: whether the store has it."""
+class _Heartbeat(threading.Thread):
+    """Writes that this launch lives, and after `stop` how it ended.
 
-    requested: threading.Event
-    reason: str = ""
-    written: bool = False
-
-
-class _Heartbeat:
-    """Writes, in a thread of its own, that this launch lives, and once `release` is requested how it ended.
-
-    A store that fails is no reason to die: last_error says what it answered. last_beat: monotonic seconds.
+    A store that fails is no reason to die: last_error says what it answered. released: whether the store has the
+    release.
     """
 
     def __init__(self, claim: _Claim, seconds: float, status: Callable[[], dict[str, Any]]) -> None:
+        super().__init__(name="lease", daemon=True)
         self._claim, self._status = claim, status
         self._pause = max(0.2, min(5.0, seconds / 6))
-        self._started = self.last_beat = time.monotonic()
+        self._begun = time.monotonic()
         self.last_error = "the store does not answer"
-        self.release = _Release(threading.Event())
-        self._thread = threading.Thread(target=self._beat_until_end, name="lease", daemon=True)
-
-    def start(self) -> None:
-        self.last_beat = time.monotonic()
-        self._thread.start()
+        self._reason, self.stopped, self.released = "", threading.Event(), False
 
     def stop(self, reason: str, seconds: float) -> None:
-        """Have the release written, for so long at most."""
-        self.release.reason = reason
-        self.release.requested.set()
-        self._thread.join(seconds)
+        """Have the release written, for so long at most. reason: 'finished', 'stopped' or 'failed'."""
+        self._reason = reason
+        self.stopped.set()
+        self.join(seconds)
 
-    def _beat_until_end(self) -> None:
-        """Until the release is requested, or until another launch holds the run."""
+    def run(self) -> None:
+        """Beat until `stop`, or until another launch holds the run."""
         store, generation, number = self._claim.store, self._claim.generation, 0
         while not self._claim.is_lost():
             number += 1
-            with self._transient_errors():
+            with self._keep_error():
                 store.put(files.beat_name(generation), self._describe(beat=number))
-                self.last_beat = time.monotonic()
                 self._claim.check()
-            if self.release.requested.wait(self._pause):
+            if self.stopped.wait(self._pause):
                 break
         if not self._claim.is_lost():
-            ending = self._describe(why=self.release.reason, token=self._claim.token)
-            with self._transient_errors():
+            with self._keep_error():
+                ending = self._describe(why=self._reason, token=self._claim.token)
                 store.put(files.released_name(generation), ending)
-                self.release.written = True
+                self.released = True
 
     def _describe(self, **more: Any) -> bytes:
-        """How this launch stands."""
-        running = round(time.monotonic() - self._started, 1)
+        running = round(time.monotonic() - self._begun, 1)
         return files.to_json({"at": files.utc_now(), "running_seconds": running, "news": self._status(), **more})
 
     @contextmanager
-    def _transient_errors(self) -> Iterator[None]:
+    def _keep_error(self) -> Iterator[None]:
         try:
             yield
         except StorageError as error:
@@ -177,10 +162,9 @@ class Lease:
     def _start(self, previous: Holder | None) -> None:
         self.generation, self.previous = self._claim.generation, previous
         self._heartbeat.start()
-        if previous is not None and previous.ended == "dead":
-            self._say(f"the launch on {previous}, is dead; going on in its place")
-        elif previous is not None and previous.ended == "silent":
-            self._say(f"the launch on {previous}, gave no sign of life for {self._seconds:g} s; going on in its place")
+        endings = {"dead": "is dead", "silent": f"gave no sign of life for {self._seconds:g} s"}
+        if previous is not None and previous.ended in endings:
+            self._say(f"the launch on {previous}, {endings[previous.ended]}; going on in its place")
         with suppress(StorageError):  # the next claim removes what stays now
             files.remove_before(self._store, self.generation - 1)
 
@@ -196,20 +180,15 @@ class Lease:
         """Whether `check`, or the thread after a beat, found that another launch holds the run. Asks nothing."""
         return self._claim.is_lost()
 
-    def seconds_since_beat(self) -> float:
-        """Since the last beat that got through to the store."""
-        return time.monotonic() - self._heartbeat.last_beat
-
     def release(self, why: str) -> None:
         """End the lease: 'finished', 'stopped' or 'failed'. Never raises StorageError; returns within `seconds`.
 
         To try for longer has no use: after so long without a beat the next launch takes over unasked.
         """
-        release = self._heartbeat.release
-        if not self.generation or release.requested.is_set():
+        if not self.generation or self._heartbeat.stopped.is_set():
             return
         self._heartbeat.stop(why, self._seconds)
-        if not release.written and not self.lost():
+        if not self._heartbeat.released and not self.lost():
             text = f"the lease of {self._store.where()} could not be released ({self._heartbeat.last_error})."
             self._say(f"{text} A next launch on another machine waits {self._seconds:g} s.")
 
@@ -247,7 +226,7 @@ class _HolderWatch:
         if holder is None or holder.ended is not None:
             return holder
         if holder.has_exited():
-            return replace(holder, ended="dead")
+            return holder.but(ended="dead")
         if holder.generation > self._known:
             raise UserError(self._describe_alive(holder, "it took the run a moment ago"))
         if self._first is None:
@@ -261,7 +240,7 @@ class _HolderWatch:
             self._first, self._silent = holder, 0.0  # it came while the store was away, and says nothing of now
         # While the store does not answer nobody can beat: such a time counts little.
         self._silent += min(gap, max(2 * self.pause, self._seconds / 4))
-        return replace(holder, ended="silent") if self._silent >= self._seconds else holder
+        return holder.but(ended="silent") if self._silent >= self._seconds else holder
 
     def _describe_alive(self, holder: Holder, sign_of_life: str) -> str:
         seconds, ran = holder.running_seconds, ""

@@ -14,10 +14,11 @@ import os
 import re
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from mirl_dist.storage import NotFound, Store
 
@@ -96,8 +97,27 @@ def _has_exited(pid: int, started: int) -> bool:
 # -- what the files say -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Holder:
+def _check_printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("not printable")
+    return text
+
+
+_Text = Annotated[str, Field(max_length=255), AfterValidator(_check_printable)]
+
+
+class _Status(BaseModel):
+    """A beat, or a release, which says `why` the launch ended."""
+
+    model_config = ConfigDict(strict=True)
+    at: _Text = ""
+    running_seconds: Annotated[float, Field(ge=0, lt=1e10)] | None = None
+    news: dict[str, Any] = {}
+    token: _Text = ""
+    why: _Text = ""
+
+
+class Holder(BaseModel):
     """A launch that holds a run, or held it, as its lease says; empty or None where that is damaged or not there.
 
     started_at, beat_at: ISO 8601, by that machine's clock, for people. beat_at, status, running_seconds (since it
@@ -105,27 +125,48 @@ class Holder:
     'silent' as its follower found it; None: it may live. beat: the bytes of its last beat; others are a sign of life.
     """
 
-    generation: int
-    host: str
-    pid: int | None
-    process_started: int | None
-    machine: Machine | None
-    started_at: str
-    launch: Mapping[str, Any]
-    running_seconds: float | None
-    beat_at: str
-    status: Mapping[str, Any]
-    ended: str | None
-    beat: bytes
+    model_config = ConfigDict(strict=True, frozen=True)
+    host: _Text = ""
+    pid: PositiveInt | None = None
+    process_started: PositiveInt | None = None
+    boot: _Text | None = None
+    pids: PositiveInt | None = None
+    token: _Text = ""
+    started_at: _Text = ""
+    launch: dict[str, Any] = {}
+    # Not of the claim, but of `read_holder`:
+    generation: int = 0
+    running_seconds: float | None = None
+    beat_at: str = ""
+    status: dict[str, Any] = {}
+    ended: str | None = None
+    beat: bytes = b""
 
     def __str__(self) -> str:
         return f"{self.host or 'an unknown host'}, pid {self.pid or 'unknown'}"
+
+    def but(self, **changes: Any) -> Holder:
+        return self.model_copy(update=changes)
+
+    @property
+    def machine(self) -> Machine | None:
+        return Machine(self.boot, self.pids) if self.boot and self.pids else None
 
     def has_exited(self) -> bool:
         """Whether its process is known to be dead: it ran on this very machine."""
         if self.machine is None or self.pid is None or self.process_started is None:
             return False
         return self.machine == this_machine() and _has_exited(self.pid, self.process_started)
+
+
+_File = TypeVar("_File", _Status, Holder)
+
+
+def _parse(cls: type[_File], data: bytes) -> _File:
+    try:
+        return cls.model_validate_json(data)
+    except ValidationError:
+        return cls()
 
 
 def read_holder(store: Store) -> Holder | None:
@@ -137,26 +178,12 @@ def read_holder(store: Store) -> Holder | None:
     if generation == 0:
         return None
     beat = read_or_empty(store, beat_name(generation))
-    claimed = _parse_object(read_or_empty(store, claim_name(generation)))
-    released = _parse_object(read_or_empty(store, released_name(generation)))
-    ended = _printable(released.get("why")) or None if released.get("token") == claimed.get("token") else None
-    last = released if ended else _parse_object(beat)
-    boot, pids = _printable(claimed.get("boot")), _positive_int(claimed.get("pids"))
-    running = last.get("running_seconds")
-    return Holder(
-        generation,
-        host=_printable(claimed.get("host")),
-        pid=_positive_int(claimed.get("pid")),
-        process_started=_positive_int(claimed.get("process_started")),
-        machine=Machine(boot, pids) if boot and pids else None,
-        started_at=_printable(claimed.get("started_at")),
-        launch=_mapping(claimed.get("launch")),
-        running_seconds=float(running) if isinstance(running, int | float) and 0 <= running < 1e10 else None,
-        beat_at=_printable(last.get("at")),
-        status=_mapping(last.get("news")),
-        ended=ended,
-        beat=beat,
-    )
+    claim = _parse(Holder, read_or_empty(store, claim_name(generation)))
+    released = _parse(_Status, read_or_empty(store, released_name(generation)))
+    ended = released.why or None if released.token == claim.token else None
+    last = released if ended else _parse(_Status, beat)
+    known = {"running_seconds": last.running_seconds, "beat_at": last.at, "status": last.news}
+    return claim.but(generation=generation, ended=ended, beat=beat, **known)
 
 
 def read_or_empty(store: Store, name: str) -> bytes:
@@ -191,23 +218,3 @@ def to_json(value: Mapping[str, Any]) -> bytes:
 def utc_now() -> str:
     """For people: the time of this machine's clock, in UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _parse_object(data: bytes) -> dict[str, Any]:
-    try:
-        return _mapping(json.loads(data))
-    except (ValueError, RecursionError):
-        return {}
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _printable(value: Any) -> str:
-    """A short text that can be shown; '' for all else."""
-    return value if isinstance(value, str) and value.isprintable() and len(value) <= 255 else ""
-
-
-def _positive_int(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

@@ -30,10 +30,7 @@ class Folder:
 
     def put(self, name: str, data: bytes) -> None:
         """Write `name` durably, complete or not at all; replaces what was there."""
-        path = self._root / name
-        with self._map_errors(name), self._temporary_file(path, lambda file: file.write(data)) as temporary:
-            os.replace(temporary, path)
-            _flush_folder(path.parent)
+        self._replace(name, lambda file: file.write(data))
 
     def put_file(self, name: str, path: Path) -> None:
         """Copy a file to `name`, durably, complete or not at all; replaces what was there."""
@@ -42,10 +39,7 @@ class Folder:
             with path.open("rb") as source:
                 shutil.copyfileobj(source, file, _BLOCK)
 
-        target = self._root / name
-        with self._map_errors(name), self._temporary_file(target, copy) as temporary:
-            os.replace(temporary, target)
-            _flush_folder(target.parent)
+        self._replace(name, copy)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """Write `name` unless it exists; whether this call wrote it. Of several writers exactly one wins."""
@@ -103,6 +97,12 @@ class Folder:
         with self._map_errors(""):
             for leftover in self._root.rglob(f"{_TEMPORARY}*"):
                 leftover.unlink(missing_ok=True)
+
+    def _replace(self, name: str, write: Callable[[BinaryIO], object]) -> None:
+        path = self._root / name
+        with self._map_errors(name), self._temporary_file(path, write) as temporary:
+            os.replace(temporary, path)
+            _flush_folder(path.parent)
 
     @contextmanager
     def _temporary_file(self, path: Path, write: Callable[[BinaryIO], object]) -> Iterator[str]:

@@ -6,24 +6,23 @@ options name none (AWS_ENDPOINT_URL_S3).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+import io
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from mirl_dist.storage import base, s3_multipart
+from mirl_dist.storage import base
 from mirl_dist.storage import s3_errors as wire
 from mirl_dist.storage.base import NotFound, Options, Rejected, StorageError, Unavailable
 from mirl_dist.storage.retry import Patience, RetryState, Say, to_stderr
-from mirl_dist.storage.s3_client import S3Client
-from mirl_dist.storage.s3_errors import CHECK_SERVER, AccessDenied, AlreadyExists, RangePastEnd, map_errors
+from mirl_dist.storage.s3_client import PART_BYTES, S3Client
+from mirl_dist.storage.s3_errors import CHECK_SERVER, AccessDenied, AlreadyExists, NoSuchUpload, RangePastEnd
 
 _BLOCK = 1 << 16  # what a broken connection loses at most
+_ONCE = Patience(0)
 
 
 class S3Store:
@@ -43,8 +42,8 @@ class S3Store:
         connect_seconds: float = 10.0,
         read_seconds: float = 30.0,
     ) -> None:
-        connect = partial(_connect, options.endpoint, connect_seconds, read_seconds)
-        self._client = S3Client(*wire.parse_address(url), connect, patience or Patience(options.patience_seconds), say)
+        patience = patience or Patience(options.patience_seconds)
+        self._client = S3Client(url, options.endpoint, (connect_seconds, read_seconds), patience, say)
         self._write_rights, self._encryption = wire.encryption_arguments(options)
 
     def where(self, name: str = "") -> str:
@@ -53,20 +52,18 @@ class S3Store:
 
     def put(self, name: str, data: bytes) -> None:
         """Write `name`, in parts where it is long, complete or not at all; replaces what was there."""
-        if len(data) <= s3_multipart.PART_BYTES:
-            self._client.send("put_object", name, self._write_rights, data, self._encryption)
+        if len(data) <= PART_BYTES:
+            self._put_object(name, data, self._encryption)
         else:
-            whole = memoryview(data)
-            self._put_parts(name, len(data), lambda begin, end: whole[begin:end])
+            self._upload(name, lambda: io.BytesIO(data))
 
     def put_file(self, name: str, path: Path) -> None:
         """Copy a file to `name`, in parts where it is long, complete or not at all; replaces what was there."""
         try:
-            size = path.stat().st_size
-            if size <= s3_multipart.PART_BYTES:
+            if path.stat().st_size <= PART_BYTES:
                 self.put(name, path.read_bytes())
             else:
-                self._put_parts(name, size, partial(self._read_slice, name, path, size))
+                self._upload(name, lambda: str(path))
         except OSError as error:
             text = f"{path}: {error.strerror or error}. Nothing was written to {self.where(name)}; send it again."
             raise Rejected(text) from error
@@ -78,15 +75,9 @@ class S3Store:
         """
         marked = {**self._encryption, **wire.writer_metadata()}
         try:
-            self._client.send("put_object", name, self._write_rights, data, {**marked, "IfNoneMatch": "*"})
+            self._put_object(name, data, {**marked, "IfNoneMatch": "*"})
         except AlreadyExists:
-            written = s3_multipart.find_own_write(self._client, name, marked)
-            if written is None:
-                return False
-            if not wire.is_same_content(
-                written, wire.body_arguments(data)
-            ):  # it was damaged on its way, and is this call's
-                self._client.send("put_object", name, self._write_rights, data, marked)
+            return self._is_own_write(name, marked)
         return True
 
     def get(self, name: str) -> bytes:
@@ -125,20 +116,15 @@ class S3Store:
     def list(self, prefix: str) -> list[str]:
         """Complete names below `prefix` (a folder name, or '' for all), sorted."""
         below = self._client.key(prefix).rstrip("/")
-        below = f"{below}/" if below else ""
-        cut = len(self._client.key(""))
-        following = {"ContinuationToken": "NextContinuationToken"}
-        pages = self._client.pages(prefix, wire.LIST, "list_objects_v2", below, following)
+        pages = self._client.pages(prefix, wire.LIST, "list_objects_v2", f"{below}/" if below else "")
         keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+        cut = len(self._client.key(""))
         return sorted(key[cut:] for key in keys if not key.endswith("/"))  # consoles make 'folders' of such names
 
     def now(self) -> datetime | None:
-        """What the server's clock says; None where it does not tell. Asks for a list of at most one name."""
-        below = {"Prefix": self._client.key(""), "MaxKeys": 1}
-        ask = self._client.call
-        answer = ask("", wire.LIST, lambda s3, at: s3.list_objects_v2(Bucket=at["Bucket"], **below))
-        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-        return parsedate_to_datetime(date) if date else None
+        """The time of the server's clock; None where it does not tell. Asks for a list of at most one name."""
+        below = {"Bucket": self._client.bucket, "Prefix": self._client.key(""), "MaxKeys": 1}
+        return _server_time(self._client.call("", wire.LIST, lambda s3, at: s3.list_objects_v2(**below)))
 
     def remove(self, name: str) -> None:
         """Remove `name` if it is there."""
@@ -148,12 +134,12 @@ class S3Store:
     def sweep(self, older_than_seconds: float = base.DAY) -> None:
         """Abort uploads in parts below the prefix that began longer ago than that, by the server's clock; 0: all.
 
-        Where these credentials may not do it, that is said, and the uploads stay.
+        Where these credentials may not do it, a warning says so, and the uploads stay.
         """
         refused: StorageError | None = None
         try:
-            for key, upload in self._stale_uploads(timedelta(seconds=older_than_seconds)):
-                refused = s3_multipart.abort(self._client, key, upload) or refused
+            for upload in self._stale_uploads(timedelta(seconds=older_than_seconds)):
+                refused = self._abort(upload) or refused
         except AccessDenied as error:
             refused = error
         if isinstance(refused, AccessDenied):
@@ -161,97 +147,67 @@ class S3Store:
 
     # -- requests -----------------------------------------------------------------------------------------------
 
-    def _stale_uploads(self, age: timedelta) -> Iterator[tuple[str, str]]:
-        """Key and id of each upload in parts that began longer ago."""
+    def _put_object(self, name: str, data: bytes, arguments: dict[str, Any]) -> None:
+        self._client.call(name, self._write_rights, lambda s3, at: s3.put_object(**at, **arguments, Body=data))
+
+    def _upload(self, name: str, source: Callable[[], Any]) -> None:
+        marked = {**self._encryption, **wire.writer_metadata()}
+        try:
+            self._client.upload(name, self._write_rights, source, marked)
+        except NoSuchUpload:  # completed by an earlier try whose answer got lost, or aborted
+            if not self._is_own_write(name, marked):
+                text = f"{self.where(name)}: the upload was aborted by another. Send it again."
+                raise Unavailable(text) from None
+
+    def _is_own_write(self, name: str, marked: dict[str, Any]) -> bool:
+        """Whether the write with this metadata made `name`: its answer may have got lost."""
+        try:
+            return bool(self._client.head(name).get("Metadata") == marked["Metadata"])
+        except NotFound:
+            return False
+
+    def _stale_uploads(self, age: timedelta) -> Iterator[dict[str, str]]:
+        """Bucket, key and id of each upload in parts that began longer ago."""
         below = self._client.key("")
-        following = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
-        for page in self._client.pages("", wire.LIST_UPLOADS, "list_multipart_uploads", below, following):
-            date = page["ResponseMetadata"]["HTTPHeaders"].get("date")
-            now = parsedate_to_datetime(date) if date else datetime.now(timezone.utc)
+        for page in self._client.pages("", wire.LIST_UPLOADS, "list_multipart_uploads", below):
+            now = _server_time(page) or datetime.now(timezone.utc)
             for upload in page.get("Uploads", ()):
-                began: datetime = upload["Initiated"]
-                if upload["Key"].startswith(below) and (not age or now - began > age):
-                    yield upload["Key"], upload["UploadId"]
+                if upload["Key"].startswith(below) and (not age or now - upload["Initiated"] > age):
+                    yield {"Bucket": self._client.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+
+    def _abort(self, upload: dict[str, str]) -> StorageError | None:
+        """Try once to abort an upload; the error, if it failed: the next sweep tries again."""
+        try:
+            self._client.call("", wire.ABORT, lambda s3, at: s3.abort_multipart_upload(**upload), patience=_ONCE)
+        except StorageError as error:
+            return error
+        return None
 
     def _open_body(self, name: str, offset: int) -> tuple[str, Iterator[bytes]]:
         """The version that lies there, and its bytes from `offset`; none where it ends before."""
         span = {"Range": f"bytes={offset}-"} if offset else {}
-        once = Patience(0)
         try:
-            answer = self._client.call(name, wire.READ, lambda s3, at: s3.get_object(**at, **span), patience=once)
+            answer = self._client.call(name, wire.READ, lambda s3, at: s3.get_object(**at, **span), patience=_ONCE)
         except RangePastEnd:
             return "", iter(())
-        return str(answer.get("ETag", "")), self._read_body(name, offset, answer)
+        self._content_length(name, answer)
+        if offset and not str(answer.get("ContentRange", "")).startswith(f"bytes {offset}-"):
+            raise Unavailable(f"{self.where(name)}: the server sends another range, or was cut off. {CHECK_SERVER}")
+        return str(answer.get("ETag", "")), self._read_body(name, answer["Body"])
 
-    def _content_length(self, name: str, answer: Mapping[str, Any]) -> int:
+    def _read_body(self, name: str, body: Any) -> Iterator[bytes]:
+        """The blocks of a body; botocore raises where it ends before the length that was announced."""
+        with closing(body), wire.map_errors(self.where(name), wire.READ):
+            yield from body.iter_chunks(_BLOCK)
+
+    def _content_length(self, name: str, answer: dict[str, Any]) -> int:
         if "ContentLength" not in answer:
             raise Unavailable(
                 f"{self.where(name)}: the server does not say how long it is, or was cut off. {CHECK_SERVER}"
             )
         return int(answer["ContentLength"])
 
-    def _read_body(self, name: str, offset: int, answer: Any) -> Iterator[bytes]:
-        """A body that ends early, or begins elsewhere, is never taken for the whole."""
-        wanted = self._content_length(name, answer)
-        if offset and not str(answer.get("ContentRange", "")).startswith(f"bytes {offset}-"):
-            raise Unavailable(f"{self.where(name)}: the server sends another range, or was cut off. {CHECK_SERVER}")
-        body = answer["Body"]
-        try:
-            with map_errors(self.where(name), wire.READ):
-                while block := body.read(_BLOCK):
-                    wanted -= len(block)
-                    yield block
-            if wanted:
-                raise Unavailable(f"{self.where(name)}: the body ended {wanted} bytes early. {CHECK_SERVER}")
-        finally:
-            body.close()
 
-    def _put_parts(self, name: str, size: int, piece: Callable[[int, int], memoryview]) -> None:
-        s3_multipart.put_parts(self._client, name, size, piece, self._write_rights, self._encryption)
-
-    def _read_slice(self, name: str, path: Path, size: int, begin: int, end: int) -> memoryview:
-        """Some bytes of a file that must not change meanwhile."""
-        with path.open("rb") as file:
-            file.seek(begin)
-            data = file.read(end - begin)
-        if len(data) < end - begin or path.stat().st_size != size:
-            raise Rejected(f"{path} changed while it was sent to {self.where(name)}. Send it again.")
-        return memoryview(data)
-
-
-def _connect(at: str | None, connect_seconds: float, read_seconds: float) -> Any:
-    """A client of the server `at`, or of the one that the environment names; it tries once: more is patience's.
-
-    Raises Rejected for an endpoint that is none.
-    """
-    import boto3.session
-    from botocore.config import Config
-
-    def create_client(**more: Any) -> Any:
-        config = Config(
-            connect_timeout=connect_seconds,
-            read_timeout=read_seconds,
-            retries={"total_max_attempts": 1, "mode": "standard"},
-            max_pool_connections=32,
-            tcp_keepalive=True,
-            **more,
-        )
-        return session.client("s3", endpoint_url=at, config=config)
-
-    session = boto3.session.Session()
-    try:
-        client = create_client()
-        endpoint = urlsplit(client.meta.endpoint_url)
-        if endpoint.username is not None:
-            raise ValueError
-    except ValueError:
-        text = (
-            "The endpoint of S3 is no plain address. Set store.endpoint or AWS_ENDPOINT_URL_S3 to http(s)://host:port,"
-        )
-        text += " without keys."
-        raise Rejected(text) from None
-    if re.search(r"\.amazonaws\.com(\.cn)?$", endpoint.hostname or ""):
-        return client
-    # Other servers: few give each bucket a host name, and older ones store the newer checksums' framing as data.
-    only = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
-    return create_client(s3={"addressing_style": "path"}, **only)
+def _server_time(answer: dict[str, Any]) -> datetime | None:
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    return parsedate_to_datetime(date) if date else None

@@ -1,28 +1,41 @@
-"""Requests about one bucket, tried again while patience lasts, with what they mean for the names below a prefix."""
+"""Requests about one bucket through boto3: tried again while patience lasts, in this package's errors."""
 
 from __future__ import annotations
 
 import os
+import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from mirl_dist.storage import s3_errors as wire
-from mirl_dist.storage.base import NotFound, Unavailable
+from mirl_dist.storage.base import NotFound, Rejected, Unavailable
 from mirl_dist.storage.retry import Patience, Say, with_retries
 from mirl_dist.storage.s3_errors import CHECK_SERVER, BareNotFound, RequiredRights, map_errors
 
 T = TypeVar("T")
 
+PART_BYTES = 1 << 24
+"""Bytes: longer objects are uploaded in parts."""
+
+_CONCURRENT_PARTS = 4
+_PART_ATTEMPTS = 6  # by boto3 itself, within about 30 s; after that patience repeats the whole upload
+
 
 class S3Client:
-    """For several threads; each process makes its own connections, by `connect`."""
+    """Shared by several threads; each process makes its own connections.
 
-    def __init__(self, bucket: str, prefix: str, connect: Callable[[], Any], patience: Patience, say: Say) -> None:
-        self.bucket, self.prefix = bucket, prefix
+    endpoint: None for the one that the environment names. timeouts: seconds to connect, and between two packets.
+    """
+
+    def __init__(
+        self, url: str, endpoint: str | None, timeouts: tuple[float, float], patience: Patience, say: Say
+    ) -> None:
+        self.bucket, self.prefix = wire.parse_address(url)
         self.patience, self.say = patience, say
-        self._connect = connect
-        self._clients: dict[int, Any] = {}
+        self._endpoint, self._timeouts = endpoint, timeouts
+        self._clients: dict[tuple[int, int], Any] = {}
         self._locks: dict[int, threading.Lock] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -35,13 +48,13 @@ class S3Client:
     def key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
 
-    def client(self) -> Any:
-        """This process's client; a fork must not share sockets with its parent."""
+    def client(self, attempts: int = 1) -> Any:
+        """This process's boto3 client that tries so often; a fork must not share sockets with its parent."""
         pid = os.getpid()
         with self._locks.setdefault(pid, threading.Lock()):
-            if pid not in self._clients:
-                self._clients[pid] = self._connect()
-        return self._clients[pid]
+            if (pid, attempts) not in self._clients:
+                self._clients[pid, attempts] = _connect(self._endpoint, self._timeouts, attempts)
+        return self._clients[pid, attempts]
 
     def call(
         self,
@@ -50,6 +63,7 @@ class S3Client:
         work: Callable[[Any, dict[str, str]], T],
         *,
         patience: Patience | None = None,
+        attempts: int = 1,
     ) -> T:
         """`work(client, bucket and key)`, tried again while patience lasts; in this package's errors."""
         at = {"Bucket": self.bucket, "Key": self.key(name)}
@@ -57,7 +71,7 @@ class S3Client:
         def once() -> T:
             try:
                 with map_errors(self.where(name), needs):
-                    return work(self.client(), at)
+                    return work(self.client(attempts), at)
             except BareNotFound as error:
                 self._explain_not_found(name)
                 if needs in (wire.READ, wire.REMOVE):
@@ -68,50 +82,46 @@ class S3Client:
 
         return with_retries(once, self.where(name), patience or self.patience, self.say)
 
-    def send(
-        self, operation: str, name: str, needs: RequiredRights, data: bytes | memoryview, given: Mapping[str, Any]
-    ) -> str:
-        """Send a body; the ETag of what the server holds, which is sent again where it is not what was sent."""
+    def upload(self, name: str, needs: RequiredRights, source: Callable[[], Any], arguments: Mapping[str, Any]) -> None:
+        """Upload in parts by boto3's transfer manager, which aborts the upload where a part fails.
 
-        def once(s3: Any, at: dict[str, str]) -> str:
-            body = wire.body_arguments(data)
-            answer = getattr(s3, operation)(**at, **given, **body)
-            if not wire.is_same_content(answer, body):
-                raise wire.damaged_error(self.where(name))
-            return str(answer["ETag"])
+        source: gives a file's path, or a stream from its beginning.
+        """
+        from boto3.s3.transfer import TransferConfig, create_transfer_manager
 
-        return self.call(name, needs, once)
+        config = TransferConfig(
+            multipart_chunksize=PART_BYTES, max_concurrency=_CONCURRENT_PARTS, preferred_transfer_client="classic"
+        )
+        config.max_in_memory_upload_chunks = _CONCURRENT_PARTS  # of a stream; a file's parts are read as they are sent
 
-    def pages(
-        self, name: str, needs: RequiredRights, operation: str, below: str, following: Mapping[str, str]
-    ) -> Iterator[dict[str, Any]]:
-        """All pages of a listing; `following`: what to ask of the next page -> where this one says it."""
-        asked = {"Bucket": self.bucket, "Prefix": below}
+        def work(s3: Any, at: dict[str, str]) -> None:
+            with create_transfer_manager(s3, config) as manager:
+                manager.upload(source(), at["Bucket"], at["Key"], dict(arguments)).result()
 
-        def once(s3: Any, at: dict[str, str]) -> dict[str, Any]:
-            page: dict[str, Any] = getattr(s3, operation)(**asked)
-            if "IsTruncated" not in page:
+        self.call(name, needs, work, attempts=_PART_ATTEMPTS if self.patience.seconds > 0 else 1)
+
+    def pages(self, name: str, needs: RequiredRights, operation: str, below: str) -> list[dict[str, Any]]:
+        """All pages of a listing of the keys that begin with `below`."""
+
+        def work(s3: Any, at: dict[str, str]) -> list[dict[str, Any]]:
+            pages = list(s3.get_paginator(operation).paginate(Bucket=self.bucket, Prefix=below))
+            if any("IsTruncated" not in page for page in pages):
                 raise Unavailable(f"{self.where(name)}: the server's answer is no listing. {CHECK_SERVER}")
-            return page
-
-        while True:
-            page = self.call(name, needs, once)
-            yield page
-            if not page["IsTruncated"]:
-                return
-            next_page = {ask: page[key] for ask, key in following.items() if page.get(key)}
-            if next_page.items() <= asked.items():
+            if pages[-1]["IsTruncated"]:
                 raise Unavailable(f"{self.where(name)}: the server's listing does not go on. {CHECK_SERVER}")
-            asked.update(next_page)
+            return pages
 
-    def head(self, name: str) -> Any:
-        """What the server says of `name`."""
-        return self.call(name, wire.READ, lambda s3, at: s3.head_object(**at))
+        return self.call(name, needs, work)
+
+    def head(self, name: str) -> dict[str, Any]:
+        """The size and the metadata of `name`."""
+        answer: dict[str, Any] = self.call(name, wire.READ, lambda s3, at: s3.head_object(**at))
+        return answer
 
     def _explain_not_found(self, name: str) -> None:
-        """After a 404 that may mean anything: that this is an S3 server, and has the bucket.
+        """After a 404 that may mean anything: check that this is an S3 server, and has the bucket.
 
-        Raises Rejected where it has not, and Unavailable where something else answers.
+        Raises Rejected for a missing bucket, and Unavailable where something else answers.
         """
         try:
             with map_errors(self.where(name), wire.LIST):
@@ -119,3 +129,35 @@ class S3Client:
         except BareNotFound:
             text = f"{self.where(name)}: what answers is no S3 server (HTTP 404 for the bucket, without a reason)."
             raise Unavailable(f"{text} Check the endpoint.") from None
+
+
+def _connect(endpoint: str | None, timeouts: tuple[float, float], attempts: int) -> Any:
+    """Make a boto3 client. Raises Rejected for an endpoint that is none."""
+    import boto3.session
+    from botocore.config import Config
+
+    config = Config(
+        connect_timeout=timeouts[0],
+        read_timeout=timeouts[1],
+        retries={"total_max_attempts": attempts, "mode": "standard"},
+        max_pool_connections=32,
+        tcp_keepalive=True,
+    )
+    session = boto3.session.Session()
+    try:
+        client = session.client("s3", endpoint_url=endpoint, config=config)
+        address = urlsplit(client.meta.endpoint_url)
+        if address.username is not None:
+            raise ValueError
+    except ValueError:
+        raise Rejected(
+            "The endpoint of S3 is no plain address. Set store.endpoint or AWS_ENDPOINT_URL_S3 to http(s)://host:port, "
+            "without keys."
+        ) from None
+    if re.search(r"\.amazonaws\.com(\.cn)?$", address.hostname or ""):
+        return client
+    # Other servers: few give each bucket a host name, and older ones store the newer checksums' framing as data. They
+    # verify the SHA-256 of each body, which is part of the signature.
+    signed = {"addressing_style": "path", "payload_signing_enabled": True}
+    only = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+    return session.client("s3", endpoint_url=endpoint, config=config.merge(Config(s3=signed, **only)))

@@ -1,16 +1,13 @@
-"""Requests to S3 and their errors: addresses, arguments, and what each of boto3's errors means for a store.
+"""S3 addresses, the rights that each request needs, and boto3's errors as a store's three errors.
 
 No text of a server or of botocore is repeated, since it may hold a key: only codes, kinds and hosts.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -37,7 +34,7 @@ class AccessDenied(Rejected):
 
 
 class BareNotFound(NotFound):
-    """A 404 that does not say of what: to be asked about, since it may mean the bucket, or no S3 server at all."""
+    """A 404 without a reason: it may mean the object, the bucket, or that this is no S3 server."""
 
 
 class RequiredRights(NamedTuple):
@@ -64,20 +61,10 @@ _ERROR_TYPES = {
 }
 
 # Codes below 500 that mean 'later': load, two writers at once, a body that was damaged on its way.
-_TRANSIENT_CODES = {
-    "BadDigest",
-    "ConditionalRequestConflict",
-    "IncompleteBody",
-    "OperationAborted",
-    "RequestLimitExceeded",
-    "RequestTimeTooSkewed",
-    "RequestTimeout",
-    "SlowDown",
-    "Throttling",
-    "ThrottlingException",
-    "TooManyRequests",
-    "XAmzContentSHA256Mismatch",
-}
+_TRANSIENT_CODE = re.compile(
+    "BadDigest|ConditionalRequestConflict|IncompleteBody|OperationAborted|RequestLimitExceeded|RequestTimeTooSkewed|"
+    "RequestTimeout|SlowDown|Throttling|ThrottlingException|TooManyRequests|XAmzContentSHA256Mismatch"
+)
 
 _KEYS = "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile."
 _RENEW = "Renew the credentials: they have expired."
@@ -111,65 +98,20 @@ def parse_address(url: str) -> tuple[str, str]:
 
 
 def writer_metadata() -> dict[str, Any]:
-    """Metadata that tells this write from all others: an answer may get lost after the server did the work."""
+    """Metadata that identifies this write: an answer may get lost after the server did the work."""
     return {"Metadata": {"writer": uuid.uuid4().hex}}
 
 
-class _MemoryFile:
-    """A piece of memory as a file that botocore reads, without a copy."""
-
-    def __init__(self, data: memoryview) -> None:
-        self._data, self._at = data, 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self._data)}[whence]
-        self._at = start + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1) -> memoryview:
-        piece = self._data[self._at : None if size < 0 else self._at + size]
-        self._at += len(piece)
-        return piece
-
-
-def body_arguments(data: bytes | memoryview) -> dict[str, Any]:
-    """With the digest that all S3 servers know, for them to refuse what was damaged on its way."""
-    digest = hashlib.md5(data, usedforsecurity=False).digest()
-    sent = _MemoryFile(data) if isinstance(data, memoryview) else data
-    return {"Body": sent, "ContentMD5": base64.b64encode(digest).decode()}
-
-
-def is_same_content(answer: Mapping[str, Any], sent: Mapping[str, Any]) -> bool:
-    """Whether a server holds the bytes of `body`, as far as its ETag tells: not every one is an MD5."""
-    tag = str(answer.get("ETag", "")).strip('"').lower()
-    if re.fullmatch(r"[0-9a-f]{32}", tag) is None or str(answer.get("ServerSideEncryption", "")).startswith("aws:kms"):
-        return True
-    return bytes.fromhex(tag) == base64.b64decode(sent["ContentMD5"])
-
-
 def encryption_arguments(options: Options) -> tuple[RequiredRights, dict[str, str]]:
-    """The rights that a write needs, and what it is to say of encryption."""
+    """The rights that a write needs, and its arguments for encryption."""
     arguments = {"ServerSideEncryption": options.encryption, "SSEKMSKeyId": options.kms_key}
     needs = WRITE_WITH_KEY if options.encryption == "aws:kms" else WRITE
     return needs, {name: value for name, value in arguments.items() if value is not None}
 
 
-def missing_bucket_error(location: str) -> str:
-    return f"{location}: the bucket does not exist. Create it, or correct its name and the endpoint."
-
-
-def damaged_error(location: str) -> Unavailable:
-    return Unavailable(
-        f"{location}: what the server holds is not what was sent: it was damaged on its way. {CHECK_SERVER}"
-    )
-
-
 @contextmanager
 def map_errors(location: str, needs: RequiredRights) -> Iterator[None]:
-    """Whatever boto3 raises inside, as one of the three errors of a store. `needs`: the rights, for a refusal."""
+    """Raise what boto3 raises inside as one of a store's three errors. needs: the rights that a refusal names."""
     from botocore import exceptions as known
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
@@ -181,6 +123,7 @@ def map_errors(location: str, needs: RequiredRights) -> Iterator[None]:
         known.ChecksumError,
         known.FlexibleChecksumError,
         known.MetadataRetrievalError,
+        known.PaginationError,
         ResponseParserError,
         HTTPError,  # of the body's stream, where botocore lets it pass
     )
@@ -212,7 +155,7 @@ def _error_of_response(location: str, needs: RequiredRights, answer: dict[str, A
     code = str(answer.get("Error", {}).get("Code", ""))
     code = code if re.fullmatch(r"[\w.]{1,60}", code) else "no code"
     text = f"{location}: the server answered {code}" + (f" (HTTP {status})" if str(status) != code else "")
-    if code.removeprefix("KMS.") in _TRANSIENT_CODES or status == 429 or (status >= 500 and status != 501):
+    if _TRANSIENT_CODE.fullmatch(code.removeprefix("KMS.")) or status == 429 or (status >= 500 and status != 501):
         return Unavailable(f"{text}. {_REMEDIES.get(code, CHECK_SERVER)}")
     if code.startswith("KMS."):
         return Rejected(f"{text}. Check the encryption's key (store.kms_key) and the right to use it.")
@@ -222,7 +165,7 @@ def _error_of_response(location: str, needs: RequiredRights, answer: dict[str, A
     if code in _ERROR_TYPES:
         return _ERROR_TYPES[code](f"{location}: {code}")
     if code == "NoSuchBucket":
-        return Rejected(missing_bucket_error(location))
+        return Rejected(f"{location}: the bucket does not exist. Create it, or correct its name and the endpoint.")
     if code == "NoSuchKey":
         return NotFound(f"{location} does not exist")
     if status == 404 and code in ("404", "no code"):

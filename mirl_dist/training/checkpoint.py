@@ -30,7 +30,7 @@ from torch import Tensor
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import NotFound, Rejected, Store, Unavailable
-from mirl_dist.storage.commits import Commits, Reader, Writer, add_digest, check_digest, parse_without_digest, to_json
+from mirl_dist.storage.commits import Commits, Reader, Writer, add_digest, check_digest, to_json
 from mirl_dist.training.state import Progress, Snapshot, pack_tensors
 from mirl_dist.training.ticket import Ticket, parse
 
@@ -56,15 +56,15 @@ class Commit(NamedTuple):
 
 
 def _parsed(folder: str) -> tuple[Commit, int] | None:
-    """The commit that a folder may hold, and the generation that wrote it (0 before there was a lease)."""
+    """The commit that a folder may hold, and the generation that wrote it."""
     match = _FOLDER.fullmatch(folder)
     if match is None:
         return None
-    round_, step, *generations = (None if text is None else int(text) for text in match.groups())
-    return Commit(folder, round_ or 0, step), max(g or 0 for g in generations)
+    round_, step, generation = match.groups()
+    return Commit(folder, int(round_), None if step is None else int(step)), int(generation)
 
 
-_FOLDER = re.compile(r"rounds/(\d+)(?:/steps/(\d+)-(\d+)|/ticket-(\d+))?")  # a bare round: of versions before the lease
+_FOLDER = re.compile(r"rounds/(\d+)/(?:steps/(\d+)|ticket)-(\d+)")
 
 
 class Checkpoints:
@@ -92,7 +92,7 @@ class Checkpoints:
             data = self.store.get(RUN)
         except NotFound:
             return None
-        identity = check_digest(data) or parse_without_digest(data, _IDENTITY | {"versions"})
+        identity = check_digest(data)
         if identity is None or not identity.keys() >= _IDENTITY:
             raise UserError(
                 f"{self.store.where(RUN)} does not describe a run, or is damaged. Restore a copy of it, or choose "
@@ -294,7 +294,7 @@ class Checkpoints:
             data = self.store.get(BEST)
         except NotFound:
             return None
-        best = check_digest(data) or parse_without_digest(data, {"round", "score", "by"})
+        best = check_digest(data)
         if best is None:
             raise UserError(f"{self.store.where(BEST)} is damaged. Remove it: the last round then stands for the run.")
         return int(best["round"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import threading
@@ -707,88 +706,6 @@ def test_a_flipped_byte_of_the_list_of_accepted_commits_loses_none_of_them(site:
         for kept in (Checkpoints(store), launch(Memory(store.files))):
             assert newest(kept)[0] in ((1, 6), (1, 9))
         assert whole(store).keys() - {"rounds/01/steps/00000009-0001"} == expected.keys()
-
-
-# -- older versions ---------------------------------------------------------------------------------------------
-
-
-def as_before_the_lease(files: dict[str, bytes]) -> dict[str, bytes]:
-    """A run as versions wrote it that knew no lease: no generations, no seals, masks only in the folders of rounds."""
-    old: dict[str, bytes] = {}
-    for name, data in files.items():
-        if name.startswith(("lease/", f"{ACCEPTED}/")):
-            continue
-        step = "/steps/" in name
-        name = name.replace("/ticket-0001/", "/").replace("-0001/", "/")
-        if step and name.endswith(f"/{MASK}"):
-            name = f"{name.partition('/steps/')[0]}/{MASK}"
-        if name.endswith(COMPLETE):
-            said = check_digest(data)
-            assert said is not None
-            data = to_json(
-                {"parts": {part: said["parts"][part] for part in said["parts"] if not (step and part == MASK)}}
-            )
-        old[name] = to_json(IDENTITY) if name == RUN else data
-    return old
-
-
-def test_a_run_of_a_version_before_the_lease_goes_on_from_its_last_round(
-    run_so_far: dict[str, bytes],
-) -> None:
-    store = Memory(as_before_the_lease(run_so_far))
-    assert f"rounds/01/steps/00000006/{COMPLETE}" in store.files
-    for kept in (Checkpoints(store), launch(store), launch(store)):
-        assert kept.identity() == IDENTITY
-        assert newest(kept) == ((0, None), pack_tensors(weights(0)))
-        assert [(c.folder, c.step) for c in kept.commits()] == [("rounds/00", None)], "steps lack their mask"
-        assert kept.tickets() == [ticket(0)]
-        assert kept.pictures(0) == b"png"
-        assert kept.has_weights(0) and kept.round_weights(0)
-    step_9(kept, NEW)
-    assert [c.step for c in kept.commits()] == [9, None]
-    kept.drop_weights(0)
-    round_1(kept, NEW)
-    assert newest(launch(store)) == ((1, None), pack_tensors(weights(200)))
-    assert [t.round for t in Checkpoints(store).tickets()] == [0, 1]
-    with pytest.raises(UserError, match="rounds/00 kept its ticket but not its weights"):
-        kept.round_weights(0)
-
-
-def test_a_late_commit_of_a_version_before_the_lease_does_not_count(
-    run_so_far: dict[str, bytes],
-) -> None:
-    store = Memory(as_before_the_lease(run_so_far))
-    kept = launch(store)
-    for name, data in list(store.files.items()):
-        store.put(name.replace("rounds/00/", "rounds/01/"), data)
-    assert store.exists(f"rounds/01/{COMPLETE}")
-    assert newest(Checkpoints(store))[0] == newest(kept)[0] == newest(launch(store))[0] == (0, None)
-    third = launch(store)
-    round_1(third, NEW)
-    assert newest(Checkpoints(store)) == newest(launch(store)) == ((1, None), pack_tensors(weights(200)))
-    assert Checkpoints(store).ticket(1) == ticket(1, seconds=NEW)
-
-
-@pytest.mark.parametrize("part", [WEIGHTS, STATE, TICKET, MASK, COMPLETE])
-def test_a_flipped_byte_in_a_commit_of_a_version_before_the_lease_is_found(site: Site, part: str) -> None:
-    new = site.run()
-    round_1(writer(new), OLD)
-    store = Memory(as_before_the_lease(new.files))
-    assert newest(Checkpoints(store))[0] == newest(launch(Memory(store.files)))[0] == (1, None)
-    name = f"rounds/01/{part}"
-    data = store.get(name)
-    for at in places_of(data):
-        store.put(name, flipped(data, at))
-        found = Checkpoints(store).latest()
-        assert found is not None
-        if part == COMPLETE and (found[0].round_, found[2]) == (1, []):
-            assert json.loads(store.get(name)) == json.loads(data), "white space"
-            continue
-        assert (found[0].round_, len(found[2])) == (0, 1)
-        if part == COMPLETE:  # without a seal: it may name another part, or say other things of one
-            assert found[2][0].startswith("memory/rounds/01/")
-        else:
-            assert found[2] == [f"memory/{name} is damaged: its bytes are not those that were committed"]
 
 
 # -- seals ------------------------------------------------------------------------------------------------------

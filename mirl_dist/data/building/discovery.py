@@ -155,39 +155,24 @@ def _pair_images(
     return sorted(pictures, key=lambda p: p.name), complaints
 
 
-def _find_set_images(role: Role, image_set: ImageSet) -> tuple[list[SourceImage], list[ImageProblem]]:
+def _find_set_images(role: Role, one: ImageSet) -> tuple[list[SourceImage], list[ImageProblem]]:
     """Find all images or pairs of one set, in the order of their names."""
-    if image_set.photographs:
-        photos = []
-        for photograph in image_set.photographs:
-            path, disparity = locate(photograph)
-            picture = SourceImage(
-                role,
-                image_set.set,
-                image_set.kind,
-                path.name,
-                path,
-                None,
-                image_set.make,
-                image_set.versions,
-                disparity,
-            )
-            photos.append(picture)
-        return photos, []
-    assert image_set.clean is not None
-    if image_set.degraded is not None:
-        return _pair_images(role, image_set, image_set.degraded, image_set.clean)
-    by_id, complaints = _group_by_id(image_set.clean, f"{role} {image_set.set}")
+    if one.photographs:
+        return [
+            SourceImage(role, one.set, one.kind, path.name, path, None, one.make, one.versions, disparity)
+            for path, disparity in map(locate, one.photographs)
+        ], []
+    assert one.clean is not None
+    if one.degraded is not None:
+        return _pair_images(role, one, one.degraded, one.clean)
+    by_id, complaints = _group_by_id(one.clean, f"{role} {one.set}")
     named = sorted((name, path) for files in by_id.values() for name, path in files)
-    return [
-        SourceImage(role, image_set.set, image_set.kind, n, p, None, image_set.make, image_set.versions)
-        for n, p in named
-    ], complaints
+    return [SourceImage(role, one.set, one.kind, n, p, None, one.make, one.versions) for n, p in named], complaints
 
 
 def count_kept(fraction: float, count: int) -> int:
     """How many of `count` a fraction keeps: the nearest whole number, halves up, at least one."""
-    exact = Fraction(str(fraction)) * count  # 0.05 means image_set twentieth here, not the float beside it
+    exact = Fraction(str(fraction)) * count  # 0.05 means one twentieth here, not the float beside it
     return max(1, int(exact + Fraction(1, 2)))
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from mirl_dist.config import yaml_loader
 from mirl_dist.data.building import discovery, layout
@@ -148,70 +147,6 @@ def test_a_share_does_not_depend_on_the_other_names(tmp_path: Path) -> None:
 def test_a_fraction_keeps_the_nearest_number_as_the_paper_counts_it(fraction: float, count: int, kept: int) -> None:
     """The first five are MIR-L's: 237 + 20 of WED and BSD400, 20 of Rain100L, 2,164 of OTS. Halves go up."""
     assert discovery.count_kept(fraction, count) == kept
-
-
-LAYOUTS = {
-    "bsd400": (
-        ["BSDS500/data/images/train/1.jpg", "BSDS500/data/images/test/2.jpg", "CBSD68/3.png"],
-        ["BSDS500/data/images/val/9.jpg", "BSDS500/data/images/train/Thumbs.db"],
-        ["test/2.jpg", "train/1.jpg", "3.png"],
-    ),
-    "wed": (["WED/pristine_images/00001.bmp"], ["WED/readme.txt"], ["00001.bmp"]),
-    "rain100l": (
-        [
-            "RainTrainL/rain-1.png",
-            "RainTrainL/norain-1.png",
-            "Rain100L/rain-001.png",
-            "Rain100L/norain-001.png",
-        ],
-        ["RainTrainL/rainstreak-1.png"],
-        ["rain-1.png", "rain-001.png"],
-    ),
-    "ots_sots": (
-        ["OTS/part1/0025_0.8_0.04.jpg", "OTS/part4/0025_1_0.2.jpg", "OTS/clear/0025.jpg"]
-        + ["SOTS/outdoor/hazy/0001_0.8_0.2.jpg", "SOTS/outdoor/gt/0001.png"],
-        ["OTS/clear/7777.jpg"],
-        ["part1/0025_0.8_0.04.jpg", "part4/0025_1_0.2.jpg", "0001_0.8_0.2.jpg"],
-    ),
-    "mirl": (
-        ["data/Train/Denoise/1.jpg", "data/Train/Denoise/00001.bmp"]
-        + ["data/Train/Derain/rainy/rain-1.png", "data/Train/Derain/gt/norain-1.png"]
-        + ["data/Train/Dehaze/synthetic/part1/0025_0.8_0.04.jpg", "data/Train/Dehaze/original/0025.jpg"]
-        + ["data/test/denoise/bsd68/3.jpg", "data/test/denoise/urban100/img_001.png"]
-        + ["data/test/derain/Rain100L/input/1.png", "data/test/derain/Rain100L/target/1.png"]
-        + ["data/test/dehaze/input/0001_0.8_0.2.jpg", "data/test/dehaze/target/0001.png"],
-        [],
-        ["00001.bmp", "1.jpg", "rain-1.png", "part1/0025_0.8_0.04.jpg", "3.jpg", "img_001.png", "1.png"]
-        + ["0001_0.8_0.2.jpg"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_official_layouts_are_understood(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MIRL_SETS", str(tmp_path))
-    wanted, others, names = LAYOUTS[name]
-    touch(tmp_path, *wanted, *others)
-    official = read(RECIPES / f"{name}.yaml")
-    tree = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
-    for one in [*tree["train"], *tree.get("evaluate", [])]:
-        one.pop("expect")
-        one.pop("fraction", None)
-        one.pop("draw_seed", None)
-    pictures, complaints = discovery.find_images(yaml_loader.build(Recipe, tree, name))
-    assert not complaints
-    assert [p.name for p in pictures] == names
-    with pytest.raises(UserError) as fault:
-        discovery.find_images(official)
-    missed = [line for line in str(fault.value).splitlines() if ", expected " in line]
-    assert len(missed) == len(list(official.sets())), "every official count is missed here"
-
-
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_recipe_reads_and_says_how_to_run_it(path: Path) -> None:
-    assert read(path).name == path.stem
-    assert f"# Run: {'' if path.stem == 'demo' else 'export '}" in path.read_text()
-    assert f"mirl-dist shards build shards/{path.name} --out shards/{path.stem}" in path.read_text()
 
 
 def test_all_contradictions_of_a_recipe_are_told_at_once() -> None:
