@@ -34,6 +34,7 @@ from mirl_dist.data.building.check import check
 from mirl_dist.data.building.recipe import Recipe, read
 from mirl_dist.data.building.resume import LOCK, MARKER
 from mirl_dist.data.degradations.degrade import Pixels, rain
+from mirl_dist.data.image_files import examine
 from mirl_dist.data.manifest import Index, Manifest, ppm_header, read_index, read_manifest
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder, Rejected, Store
@@ -611,3 +612,12 @@ def test_an_image_that_changes_during_the_build_is_named(tmp_path: Path) -> None
     with pytest.raises(UserError, match="1.png changed while the shards were built"):
         build(recipe({"name": "s", "least_pixels": 32, "train": [one]}), Folder(tmp_path / "out"), 1, spoil)
     assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_no_real_image_is_refused() -> None:
+    if not os.environ.get("MIRL_DATA"):
+        pytest.skip("MIRL_DATA does not name a folder of real benchmark images")
+    files = sorted(Path(os.environ["MIRL_DATA"]).glob("test/**/*.*"))
+    images = [f for f in files if f.suffix != ".md"]
+    assert len(images) > 50
+    assert [f for f in images if examine(f).problem is not None] == []
