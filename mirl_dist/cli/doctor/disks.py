@@ -66,9 +66,8 @@ def probe_folder(folder: Path) -> Iterator[Path]:
 
 def cache_folder(section: DataSection) -> Path | None:
     """The folder in which this node would cache the shards; None where they are read in place."""
-    if section.cache.folder is not None:
-        return Path(section.cache.folder).expanduser()
-    return shard_cache_folder() if section.shards.startswith(("s3://", "http://", "https://")) else None
+    is_remote = section.shards.startswith(("s3://", "http://", "https://"))
+    return shard_cache_folder(section.cache.folder) if is_remote or section.cache.folder else None
 
 
 def check_cache(folder: Path | None, mounts: str) -> Iterator[Finding]:

@@ -35,6 +35,7 @@ _REQUIRED_PACKAGES = (
     "safetensors",
     "numpy",
     "pillow",
+    "platformdirs",
     "psutil",
     "scikit-image",
     "matplotlib",
