@@ -12,95 +12,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mirl_dist.config import yaml_loader
-from mirl_dist.config.schema import (
-    CheckpointSection,
-    GuardSection,
-    KeepSection,
-    Local,
-    PreemptSection,
-    RanksSection,
-    RunSection,
-    StoreSection,
-    TrackingSection,
-)
-from mirl_dist.config.schema_training import (
-    BatchSection,
-    DataSection,
-    EvaluateSection,
-    ModelSection,
-    OptimiserSection,
-    PruneSection,
-    RewindSection,
-    ScheduleSection,
-    StartSection,
-    TrainSection,
-)
+from mirl_dist.config import schema, schema_training, yaml_loader
+from mirl_dist.config.schema import Local
 from mirl_dist.config.yaml_loader import Node
-
-_ORDER = (
-    "data.mix",
-    "prune.rounds:",
-    "prune.finetune_lr:",
-    "rewind.what:",
-    "rewind.step:",
-    "rewind.to:",
-    "prune.floor:",
-    "evaluate.every_epochs:",
-    "prune.floor: found with prune.per",
-    "evaluate.tile_overlap:",
-    "evaluate.protocols:",
-    "start.kind:",
-    "model.weights:",
-    "schedule.warmup_epochs:",
-    "schedule.horizon_epochs:",
-    "model.",
-    "batch.forward:",
-    "keep.by:",
-    "tracking.uri:",
-    "run.folder, data.shards:",
-    "run.folder:",
-    "store.endpoint:",
-    "ranks.timeout_seconds:",
-    "store.kms_key:",
-)
-"""How sentences about keys that cannot stand together begin, in the order in which a user reads them."""
-
-
-def _position(text: str) -> int:
-    """The place of a sentence in _ORDER, by the longest beginning that fits; the end for one that has no place."""
-    beginnings = [beginning for beginning in _ORDER if text.startswith(beginning)]
-    return _ORDER.index(max(beginnings, key=len)) if beginnings else len(_ORDER)
 
 
 class Config(Node):
-    run: RunSection = RunSection()
-    store: StoreSection = StoreSection()
-    model: ModelSection = ModelSection()
-    data: DataSection = DataSection()
-    batch: BatchSection = BatchSection()
-    optimiser: OptimiserSection = OptimiserSection()
-    schedule: ScheduleSection = ScheduleSection()
-    train: TrainSection = TrainSection()
-    start: StartSection = StartSection()
-    prune: PruneSection = PruneSection()
-    rewind: RewindSection = RewindSection()
-    evaluate: EvaluateSection = EvaluateSection()
-    keep: KeepSection = KeepSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    ranks: RanksSection = RanksSection()
-    preempt: PreemptSection = PreemptSection()
-    guard: GuardSection = GuardSection()
-    tracking: TrackingSection = TrackingSection()
+    run: schema.RunSection = schema.RunSection()
+    store: schema.StoreSection = schema.StoreSection()
+    model: schema_training.ModelSection = schema_training.ModelSection()
+    data: schema_training.DataSection = schema_training.DataSection()
+    batch: schema_training.BatchSection = schema_training.BatchSection()
+    optimiser: schema_training.OptimiserSection = schema_training.OptimiserSection()
+    schedule: schema_training.ScheduleSection = schema_training.ScheduleSection()
+    train: schema_training.TrainSection = schema_training.TrainSection()
+    start: schema_training.StartSection = schema_training.StartSection()
+    prune: schema_training.PruneSection = schema_training.PruneSection()
+    rewind: schema_training.RewindSection = schema_training.RewindSection()
+    evaluate: schema_training.EvaluateSection = schema_training.EvaluateSection()
+    keep: schema.KeepSection = schema.KeepSection()
+    checkpoint: schema.CheckpointSection = schema.CheckpointSection()
+    ranks: schema.RanksSection = schema.RanksSection()
+    preempt: schema.PreemptSection = schema.PreemptSection()
+    guard: schema.GuardSection = schema.GuardSection()
+    tracking: schema.TrackingSection = schema.TrackingSection()
 
     def inconsistencies(self) -> list[str]:
-        """Sentences about keys that cannot stand together: those of each section and those between sections.
-
-        Always in the order of `_ORDER`, however many there are."""
+        """Sentences about keys that cannot stand together: those within each section, then those between sections."""
         sections = [getattr(self, name) for name in type(self).model_fields]
         texts = [text for section in sections for text in section.inconsistencies()]
-        texts += self._pruning_inconsistencies() + self._epoch_inconsistencies() + self._place_inconsistencies()
-        return sorted(texts, key=_position)
+        return texts + self._pruning_inconsistencies() + self._epoch_inconsistencies() + self._place_inconsistencies()
 
     def _pruning_inconsistencies(self) -> list[str]:
         texts, to = [], self.rewinds_to()
@@ -255,10 +196,10 @@ def differences(config: Config, other: Config) -> list[str]:
     """`key: A here, B there` for each key that changes the numbers."""
 
     def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        out: dict[str, Any] = {}
+        pairs: dict[str, Any] = {}
         for key, value in tree.items():
-            out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return out
+            pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return pairs
 
     a, b = flat(config.experiment_keys()), flat(other.experiment_keys())
     defaults = flat(Config().dump())

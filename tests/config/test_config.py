@@ -198,28 +198,28 @@ def test_all_inconsistencies_come_at_once_in_a_fixed_order() -> None:
         }
     )
     assert [line.split(" found ")[0] for line in complaints] == [
+        "run.folder:",
+        "store.endpoint:",
+        "store.kms_key:",
+        "model.heads[0]:",
         "data.mix:",
+        "batch.forward:",
         "prune.rounds:",
-        "prune.finetune_lr:",
-        "rewind.step:",
-        "rewind.to:",
-        "prune.floor:",
-        "evaluate.every_epochs:",
         "prune.floor:",
         "evaluate.tile_overlap:",
         "evaluate.protocols:",
-        "model.weights:",
-        "schedule.warmup_epochs:",
-        "schedule.horizon_epochs:",
-        "model.heads[0]:",
-        "batch.forward:",
         "keep.by:",
         "tracking.uri:",
-        "run.folder:",
-        "store.endpoint:",
+        "prune.finetune_lr:",
+        "rewind.step:",
+        "rewind.to:",
+        "model.weights:",
+        "prune.floor:",
+        "evaluate.every_epochs:",
+        "schedule.warmup_epochs:",
+        "schedule.horizon_epochs:",
         "ranks.timeout_seconds:",
-        "store.kms_key:",
-    ]
+    ], "those within sections, then those between them"
 
 
 def test_all_faults_of_a_mix_come_at_once() -> None:
