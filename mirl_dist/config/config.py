@@ -6,13 +6,12 @@ schema_training.py.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mirl_dist.config import schema, schema_training, yaml_loader
+from mirl_dist.config.canonical_json import digest_of_json
 from mirl_dist.config.schema import Local
 from mirl_dist.config.yaml_loader import Node
 
@@ -133,7 +132,7 @@ class Config(Node):
 
     def fingerprint(self) -> str:
         """16 hex digits over the non-default keys that change the numbers; equal for equal experiments."""
-        return _digest(self.experiment_keys())
+        return digest_of_json(self.experiment_keys())[:16]
 
     def training_digest(self) -> str:
         """The same over how networks are trained and scored alone, whatever the seed: not how they are pruned. Runs of
@@ -143,7 +142,7 @@ class Config(Node):
             for key, value in self.experiment_keys().items()
             if key not in ("prune", "rewind", "start", "run")
         }
-        return _digest(keys)
+        return digest_of_json(keys)[:16]
 
     def experiment_digest(self) -> str:
         """The same over all but the seed and the ticket that was begun from: runs of one experiment are its seeds."""
@@ -151,7 +150,7 @@ class Config(Node):
         keys.pop("run", None)
         if "start" in keys:
             keys["start"] = {"kind": self.start.kind}
-        return _digest(keys)
+        return digest_of_json(keys)[:16]
 
     def experiment_keys(self) -> dict[str, Any]:
         """The keys that change the numbers and differ from the published recipe, as a tree."""
@@ -162,10 +161,6 @@ class Config(Node):
             if not keys["rewind"]:
                 del keys["rewind"]
         return keys
-
-
-def _digest(keys: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _changed_keys(node: Node, default: Node) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mirl_dist.config.canonical_json import to_json
 from mirl_dist.errors import Stopped, UserError
 from mirl_dist.storage import NotFound, StorageError, Store
 from mirl_dist.storage import lease_files as files
@@ -122,7 +123,8 @@ class _Heartbeat:
     def _describe(self, **more: Any) -> bytes:
         """How this launch stands."""
         running = round(time.monotonic() - self._started, 1)
-        return files.to_json({"at": files.utc_now(), "running_seconds": running, "news": self._status(), **more})
+        beat = {"at": files.utc_now(), "running_seconds": running, "news": self._status(), **more}
+        return to_json(beat, default=str)
 
     @contextmanager
     def _transient_errors(self) -> Iterator[None]:

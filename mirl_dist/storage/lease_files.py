@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+from mirl_dist.config.canonical_json import to_json
 from mirl_dist.config.process_identity import Machine, has_exited, process_state, this_machine
 from mirl_dist.storage import NotFound, Store
 
@@ -138,12 +139,9 @@ def claim_bytes(token: str, launch: Mapping[str, Any]) -> bytes:
             "token": token,
             "started_at": utc_now(),
             "launch": dict(launch),
-        }
+        },
+        default=str,
     )
-
-
-def to_json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True, default=str) + "\n").encode()
 
 
 def utc_now() -> str:

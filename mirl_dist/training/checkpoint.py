@@ -27,10 +27,11 @@ from typing import Any, NamedTuple
 import safetensors.torch
 from torch import Tensor
 
+from mirl_dist.config.canonical_json import to_json
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import NotFound, Rejected, Store, Unavailable
-from mirl_dist.storage.commits import Commits, Reader, Writer, add_digest, check_digest, parse_without_digest, to_json
+from mirl_dist.storage.commits import Commits, Reader, Writer, add_digest, check_digest, parse_without_digest
 from mirl_dist.training.state import Progress, Snapshot, pack_tensors
 from mirl_dist.training.ticket import Ticket, parse
 

@@ -9,10 +9,11 @@ import pytest
 import safetensors.torch
 import torch
 
+from mirl_dist.config.canonical_json import to_json
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import Folder, Rejected, Unavailable
-from mirl_dist.storage.commits import COMPLETE, Commits, Reader, check_digest, part_info, to_json
+from mirl_dist.storage.commits import COMPLETE, Commits, Reader, check_digest, part_info
 from mirl_dist.training.checkpoint import (
     BEST,
     INITIAL,
