@@ -26,7 +26,7 @@ class Node(BaseModel):
 
 
 Tree = TypeVar("Tree", bound=Node)
-_CREDENTIALS = re.compile(r"(?<=://)\S*@|(?<=\w)\?\S*=\S*")  # in addresses: not for messages
+CREDENTIALS = re.compile(r"(?<=://)\S*@|(?<=\w)\?\S*=\S*")  # in addresses: not for messages
 
 
 class _OneValuePerKey(yaml.SafeLoader):
@@ -163,7 +163,7 @@ def _describe_errors(cls: type[BaseModel], errors: Sequence[tuple[_Location, Any
 
 def _describe_error(cls: type[BaseModel], loc: _Location, kind: str, message: str, value: Any) -> str:
     key = ".".join(str(part) for part in loc)
-    value = _CREDENTIALS.sub("***", value) if isinstance(value, str) else value
+    value = CREDENTIALS.sub("***", value) if isinstance(value, str) else value
     if kind == "extra_forbidden":
         known = _keys_at(cls, loc[:-1])
         near = difflib.get_close_matches(str(loc[-1]), known, n=1)

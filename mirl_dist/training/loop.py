@@ -15,7 +15,7 @@ from mirl_dist.data.sample import Batch
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.stragglers import StragglerDetector
 from mirl_dist.errors import Stopped
-from mirl_dist.observability.console import note
+from mirl_dist.observability.console import NOTE, note
 from mirl_dist.observability.progress import Advance, say
 from mirl_dist.training import guards, losses
 from mirl_dist.training.guards import StepLosses
@@ -290,7 +290,7 @@ def warn_of_stragglers(meter: Meter, values: dict[str, float]) -> None:
     ranks, progress = meter.ranks, meter.progress
     batch_seconds, rest_seconds = meter.stragglers.mean_seconds()
     timings = {"batch_seconds": batch_seconds, "rest_seconds": rest_seconds}
-    note(f"round {progress.round}", "note", round=progress.round, step=progress.updates, **timings, **values)
+    note(f"round {progress.round}", NOTE, round=progress.round, step=progress.updates, **timings, **values)
     if ranks.world == 1:
         return
     own = torch.tensor([batch_seconds, rest_seconds], dtype=torch.float64)
