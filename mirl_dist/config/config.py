@@ -203,6 +203,3 @@ def differences(config: Config, other: Config) -> list[str]:
         for k in sorted(a.keys() | b.keys())
         if a.get(k) != b.get(k)
     ]
-
-
-__all__ = ["Local", "Config", "differences", "from_dump", "read"]
