@@ -161,7 +161,7 @@ def forward_backward(
         meter.stragglers.begin()
         batch = next_batch(batches, ranks.device)
         meter.stragglers.batch_ready()
-        with ranks.accumulate(model, more=number + 1 < config.passes):
+        with ranks.network.accumulate(model, more=number + 1 < config.passes):
             sample_losses = forward(model, batch, config, step_losses, ranks)
             status = sync_status(sample_losses, batch, ranks, hooks, meter.stragglers)
             if status.no_batch:
@@ -170,7 +170,7 @@ def forward_backward(
                 guards.check_loss(step_losses, meter.progress, config.skip_bad, ranks)
                 step_losses.skipped = True
             if not step_losses.skipped:
-                ranks.backward(losses.combine(sample_losses) / config.passes)
+                ranks.network.backward(losses.combine(sample_losses) / config.passes)
         loss += status.loss / config.batch
         replaced += status.replaced
     return status._replace(loss=loss, replaced=replaced)
@@ -189,10 +189,10 @@ def forward(
 ) -> Tensor:
     """Per-sample losses; empty without a batch (a sharded engine still runs a dummy forward pass)."""
     if batch is None:
-        if ranks.is_sharded:
-            ranks.forward(model, torch.zeros(1, 3, config.patch_pixels, config.patch_pixels, device=ranks.device))
+        if ranks.network.is_sharded:
+            ranks.network.forward(model, torch.zeros((1, 3, *2 * [config.patch_pixels]), device=ranks.device))
         return torch.zeros(0)
-    restored = ranks.forward(model, batch.degraded)
+    restored = ranks.network.forward(model, batch.degraded)
     sample_losses = losses.per_sample_l1(restored, batch.clean)
     step_losses.add(sample_losses.detach(), batch)
     return sample_losses

@@ -112,7 +112,7 @@ def launch_tags(plan: RunPlan, ranks: Ranks) -> dict[str, str]:
         "shards": manifest.name,
         "manifest": manifest.digest(),
         "ranks": str(ranks.world),
-        "engine": ranks.engine_spec.name,
+        "engine": ranks.network.spec.name,
     }
 
 
