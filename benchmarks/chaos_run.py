@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 
 class Steps:
-    """Where the run's main rank is: read from what it leaves for its successors (footprint.py), many times a second."""
+    """Where the run's main rank is, read many times a second from the record of its steps (crash_loop.py)."""
 
     def __init__(self, temporary: Path) -> None:
         """temporary: TMPDIR of this run alone."""
@@ -41,10 +41,9 @@ class Steps:
         records = []
         for path in self._folder.glob("*"):
             with contextlib.suppress(FileNotFoundError):  # a life that ends well removes it
-                records += [crash_loop._newest(data)] if (data := path.read_bytes()) else []
-        newest = max(records, default=None)
-        inside = newest is not None and newest.state == crash_loop._INSIDE
-        return At(newest.round_, newest.updates) if newest is not None and inside else None
+                records.append(crash_loop.read_record(path.read_bytes()))
+        newest = max(records, default=crash_loop.StepRecord())  # one that is inside a step comes last
+        return At(newest.round_, newest.updates) if newest.inside else None
 
 
 class Blow(NamedTuple):

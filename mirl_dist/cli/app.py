@@ -19,7 +19,7 @@ from mirl_dist.cli.options import Json, TicketArgument, Tile
 from mirl_dist.distributed.launch.control import ControlChannel
 from mirl_dist.distributed.signals import RESUMABLE
 from mirl_dist.errors import MirlError, Stopped
-from mirl_dist.observability.console import rank_label, warn
+from mirl_dist.observability.console import FAULT, rank_label, warn
 
 app = typer.Typer(
     add_completion=False,
@@ -49,7 +49,7 @@ def main() -> None:
         if rank == "0" or not fault.everywhere:
             who = "mirl-dist" if fault.everywhere or "RANK" not in os.environ else f"mirl-dist, {rank_label()}"
             more = " Go on with --resume auto." if fault.resumable and "train" in sys.argv[1:2] else ""
-            warn(f"{who}: {fault}{more}", "fault")
+            warn(f"{who}: {fault}{more}", FAULT)
         _leave(RESUMABLE if fault.resumable else 2, final=True)
     except Stopped as stopped:
         if rank == "0":

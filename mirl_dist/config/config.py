@@ -6,101 +6,41 @@ schema_training.py.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mirl_dist.config import yaml_loader
-from mirl_dist.config.schema import (
-    CheckpointSection,
-    GuardSection,
-    KeepSection,
-    Local,
-    PreemptSection,
-    RanksSection,
-    RunSection,
-    StoreSection,
-    TrackingSection,
-)
-from mirl_dist.config.schema_training import (
-    BatchSection,
-    DataSection,
-    EvaluateSection,
-    ModelSection,
-    OptimiserSection,
-    PruneSection,
-    RewindSection,
-    ScheduleSection,
-    StartSection,
-    TrainSection,
-)
+from mirl_dist.config import schema, schema_training, yaml_loader
+from mirl_dist.config.canonical_json import digest_of_json
+from mirl_dist.config.schema import Local
 from mirl_dist.config.yaml_loader import Node
-
-_ORDER = (
-    "data.mix",
-    "prune.rounds:",
-    "prune.finetune_lr:",
-    "rewind.what:",
-    "rewind.step:",
-    "rewind.to:",
-    "prune.floor:",
-    "evaluate.every_epochs:",
-    "prune.floor: found with prune.per",
-    "evaluate.tile_overlap:",
-    "evaluate.protocols:",
-    "start.kind:",
-    "model.weights:",
-    "schedule.warmup_epochs:",
-    "schedule.horizon_epochs:",
-    "model.",
-    "batch.forward:",
-    "keep.by:",
-    "tracking.uri:",
-    "run.folder, data.shards:",
-    "run.folder:",
-    "store.endpoint:",
-    "ranks.timeout_seconds:",
-    "store.kms_key:",
-)
-"""How sentences about keys that cannot stand together begin, in the order in which a user reads them."""
-
-
-def _position(text: str) -> int:
-    """The place of a sentence in _ORDER, by the longest beginning that fits; the end for one that has no place."""
-    beginnings = [beginning for beginning in _ORDER if text.startswith(beginning)]
-    return _ORDER.index(max(beginnings, key=len)) if beginnings else len(_ORDER)
 
 
 class Config(Node):
-    run: RunSection = RunSection()
-    store: StoreSection = StoreSection()
-    model: ModelSection = ModelSection()
-    data: DataSection = DataSection()
-    batch: BatchSection = BatchSection()
-    optimiser: OptimiserSection = OptimiserSection()
-    schedule: ScheduleSection = ScheduleSection()
-    train: TrainSection = TrainSection()
-    start: StartSection = StartSection()
-    prune: PruneSection = PruneSection()
-    rewind: RewindSection = RewindSection()
-    evaluate: EvaluateSection = EvaluateSection()
-    keep: KeepSection = KeepSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    ranks: RanksSection = RanksSection()
-    preempt: PreemptSection = PreemptSection()
-    guard: GuardSection = GuardSection()
-    tracking: TrackingSection = TrackingSection()
+    run: schema.RunSection = schema.RunSection()
+    store: schema.StoreSection = schema.StoreSection()
+    model: schema_training.ModelSection = schema_training.ModelSection()
+    data: schema_training.DataSection = schema_training.DataSection()
+    batch: schema_training.BatchSection = schema_training.BatchSection()
+    optimiser: schema_training.OptimiserSection = schema_training.OptimiserSection()
+    schedule: schema_training.ScheduleSection = schema_training.ScheduleSection()
+    train: schema_training.TrainSection = schema_training.TrainSection()
+    start: schema_training.StartSection = schema_training.StartSection()
+    prune: schema_training.PruneSection = schema_training.PruneSection()
+    rewind: schema_training.RewindSection = schema_training.RewindSection()
+    evaluate: schema_training.EvaluateSection = schema_training.EvaluateSection()
+    keep: schema.KeepSection = schema.KeepSection()
+    checkpoint: schema.CheckpointSection = schema.CheckpointSection()
+    ranks: schema.RanksSection = schema.RanksSection()
+    preempt: schema.PreemptSection = schema.PreemptSection()
+    guard: schema.GuardSection = schema.GuardSection()
+    tracking: schema.TrackingSection = schema.TrackingSection()
 
     def inconsistencies(self) -> list[str]:
-        """Sentences about keys that cannot stand together: those of each section and those between sections.
-
-        Always in the order of `_ORDER`, however many there are."""
+        """Sentences about keys that cannot stand together: those within each section, then those between sections."""
         sections = [getattr(self, name) for name in type(self).model_fields]
         texts = [text for section in sections for text in section.inconsistencies()]
-        texts += self._pruning_inconsistencies() + self._epoch_inconsistencies() + self._place_inconsistencies()
-        return sorted(texts, key=_position)
+        return texts + self._pruning_inconsistencies() + self._epoch_inconsistencies() + self._place_inconsistencies()
 
     def _pruning_inconsistencies(self) -> list[str]:
         texts, to = [], self.rewinds_to()
@@ -192,7 +132,7 @@ class Config(Node):
 
     def fingerprint(self) -> str:
         """16 hex digits over the non-default keys that change the numbers; equal for equal experiments."""
-        return _digest(self.experiment_keys())
+        return digest_of_json(self.experiment_keys())[:16]
 
     def training_digest(self) -> str:
         """The same over how networks are trained and scored alone, whatever the seed: not how they are pruned. Runs of
@@ -202,7 +142,7 @@ class Config(Node):
             for key, value in self.experiment_keys().items()
             if key not in ("prune", "rewind", "start", "run")
         }
-        return _digest(keys)
+        return digest_of_json(keys)[:16]
 
     def experiment_digest(self) -> str:
         """The same over all but the seed and the ticket that was begun from: runs of one experiment are its seeds."""
@@ -210,7 +150,7 @@ class Config(Node):
         keys.pop("run", None)
         if "start" in keys:
             keys["start"] = {"kind": self.start.kind}
-        return _digest(keys)
+        return digest_of_json(keys)[:16]
 
     def experiment_keys(self) -> dict[str, Any]:
         """The keys that change the numbers and differ from the published recipe, as a tree."""
@@ -221,10 +161,6 @@ class Config(Node):
             if not keys["rewind"]:
                 del keys["rewind"]
         return keys
-
-
-def _digest(keys: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _changed_keys(node: Node, default: Node) -> dict[str, Any]:
@@ -255,10 +191,10 @@ def differences(config: Config, other: Config) -> list[str]:
     """`key: A here, B there` for each key that changes the numbers."""
 
     def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        out: dict[str, Any] = {}
+        pairs: dict[str, Any] = {}
         for key, value in tree.items():
-            out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return out
+            pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return pairs
 
     a, b = flat(config.experiment_keys()), flat(other.experiment_keys())
     defaults = flat(Config().dump())
@@ -267,6 +203,3 @@ def differences(config: Config, other: Config) -> list[str]:
         for k in sorted(a.keys() | b.keys())
         if a.get(k) != b.get(k)
     ]
-
-
-__all__ = ["Local", "Config", "differences", "from_dump", "read"]

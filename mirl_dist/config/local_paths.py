@@ -1,4 +1,8 @@
-"""Where a run keeps on this machine what is no part of it: pending records, rank logs, crash markers, cached shards."""
+"""Where a run keeps on this machine what is no part of it: pending records, rank logs, crash markers, cached shards.
+
+Every folder outside a run is named `mirl-dist` below the user's XDG folders (pending records: cache, rank logs: state),
+or `mirl-dist-UID` below the folder for temporary files (shards, launch messages, crash markers).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,14 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import platformdirs
+
 from mirl_dist.errors import UserError
+
+_NAME = "mirl-dist"
 
 
 def local_folder(address: str) -> Path | None:
@@ -33,28 +40,28 @@ def journal_folder(run_folder: str, configured: str | None, run_id: str = "") ->
     name = hashlib.sha256(f"{address}#{run_id}".encode()).hexdigest()[:16]
     if configured is not None:
         return Path(os.path.expanduser(configured)) / name
-    cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
-    usual = local / "outbox" if local else cache / "mirl_dist" / "outbox" / name
-    if usual.is_absolute() and _is_writable(usual):
-        return usual
-    return _shared_folder() / "outbox" / name
+    usual = local / "outbox" if local else platformdirs.user_cache_path(_NAME) / "outbox" / name
+    return usual if usual.is_absolute() and _is_writable(usual) else _shared_folder() / "outbox" / name
 
 
-def log_folder(run_folder: str, configured: str | None, env: Mapping[str, str] = os.environ) -> Path:
+def log_folder(run_folder: str, configured: str | None) -> Path:
     """Where the ranks of a run keep their logs; nothing is made. configured: ranks.logs."""
     if configured is not None:
         return Path(configured).expanduser()
     folder = local_folder(run_folder)
     if folder is not None:
         return folder / "logs"
-    name = run_folder.rstrip("/").rpartition("/")[2]
-    state = Path(os.path.expanduser(env.get("XDG_STATE_HOME") or "~/.local/state"))
-    return state / "mirl-dist" / f"{name}-{hashlib.sha256(run_folder.rstrip('/').encode()).hexdigest()[:8]}"
+    address = run_folder.rstrip("/")
+    name = f"{address.rpartition('/')[2]}-{hashlib.sha256(address.encode()).hexdigest()[:8]}"
+    return platformdirs.user_state_path(_NAME) / name
 
 
-def shard_cache_folder() -> Path:
-    """Where shards are cached by default: on a disk of this node, where the environment names one; one per user."""
-    return _shared_folder(os.environ.get("SLURM_TMPDIR")) / "shards"
+def shard_cache_folder(configured: str | None = None) -> Path:
+    """Where shards are cached: by default on a disk of this node, where the environment names one; one per user.
+
+    configured: data.cache.folder.
+    """
+    return Path(configured).expanduser() if configured else _shared_folder(os.environ.get("SLURM_TMPDIR")) / "shards"
 
 
 def process_folder() -> Path:
@@ -81,7 +88,7 @@ def process_folder() -> Path:
 
 
 def _shared_folder(base: str | None = None) -> Path:
-    return Path(base or tempfile.gettempdir()) / f"mirl-dist-{os.getuid()}"
+    return Path(base or tempfile.gettempdir()) / f"{_NAME}-{os.getuid()}"
 
 
 def _is_writable(folder: Path) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from mirl_dist.config.config import Config, Local
+from mirl_dist.config.config import Config
+from mirl_dist.config.schema import Local
 from mirl_dist.config.yaml_loader import Node
 
 _Node = TypeVar("_Node", bound=Node)

@@ -116,7 +116,7 @@ class TrackingSection(Node):
     every_steps: Annotated[PositiveInt, Local] = 10
     journal: Annotated[str | None, Local] = None
     """The folder of this machine where all that MLflow is to hear waits until it has heard it. Null: inside a
-    run.folder that is a folder; for s3:// below XDG_CACHE_HOME or ~/.cache."""
+    run.folder that is a folder; for s3:// below XDG_CACHE_HOME or ~/.cache/mirl-dist."""
 
     def inconsistencies(self) -> list[str]:
         address = (self.uri or "").partition("://")[2]

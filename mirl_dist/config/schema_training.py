@@ -197,6 +197,10 @@ class PruneSection(Node):
     finetune_lr: PositiveFloat | None = None
     """rewind.to finetune: peak rate of the fine-tuning, cosine by step without warm-up. Null: optimiser.lr."""
 
+    def ends_after(self, round_: int, total_sparsity: float) -> bool:
+        """Whether no round follows a round that has this sparsity over all parameters."""
+        return round_ >= self.rounds or (self.target_sparsity is not None and total_sparsity >= self.target_sparsity)
+
     def inconsistencies(self) -> list[str]:
         texts = []
         if self.style == "one_shot" and self.rounds != 1:

@@ -14,7 +14,12 @@ def rng(*words: int | str) -> np.random.Generator:
     The encoding is unambiguous: ("ab", "c"), ("a", "bc"), (1,) and ("1",) are four different keys.
     Raises TypeError for words that are neither int nor str.
     """
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(_digest(words)[:16], "little")))
+    return rng_from_digest(_digest(words))
+
+
+def rng_from_digest(digest: bytes) -> np.random.Generator:
+    """The generator keyed by the first 16 bytes of a digest, for keys that were encoded in another way."""
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
 def shared_rng(*words: int | str) -> np.random.Generator:

@@ -26,7 +26,7 @@ class Node(BaseModel):
 
 
 Tree = TypeVar("Tree", bound=Node)
-_CREDENTIALS = re.compile(r"(?<=://)\S*@|(?<=\w)\?\S*=\S*")  # in addresses: not for messages
+CREDENTIALS = re.compile(r"(?<=://)\S*@|(?<=\w)\?\S*=\S*")  # in addresses: not for messages
 
 
 class _OneValuePerKey(yaml.SafeLoader):
@@ -163,7 +163,7 @@ def _describe_errors(cls: type[BaseModel], errors: Sequence[tuple[_Location, Any
 
 def _describe_error(cls: type[BaseModel], loc: _Location, kind: str, message: str, value: Any) -> str:
     key = ".".join(str(part) for part in loc)
-    value = _CREDENTIALS.sub("***", value) if isinstance(value, str) else value
+    value = CREDENTIALS.sub("***", value) if isinstance(value, str) else value
     if kind == "extra_forbidden":
         known = _keys_at(cls, loc[:-1])
         near = difflib.get_close_matches(str(loc[-1]), known, n=1)
@@ -201,23 +201,16 @@ def _existing_part(tree: Any, loc: Sequence[str | int], kind: str) -> _Location:
     return (*keys, loc[-1]) if kind == "missing" else tuple(keys)
 
 
-def _remove(tree: Any, loc: Sequence[Any]) -> None:
-    """Remove the value at loc; a faulty list of plain values goes as a whole, and so does a mapping left empty."""
+def _remove(tree: Any, loc: _Location) -> None:
+    """Remove the value at loc from the innermost mapping that loc leads through: a faulty list goes as a whole."""
     here, holder, key = tree, {}, None
-    above: list[tuple[dict[Any, Any], Any]] = []
     for part in loc:
         if isinstance(here, dict):
             holder, key = here, part
-            above.append((holder, key))
         if not _contains(part, here):
             break
         here = here[part]
-    value = holder.get(key)
-    if not (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
-        holder.pop(key, None)
-    for (outer, name), (inner, _) in zip(reversed(above[:-1]), reversed(above), strict=False):
-        if not inner:
-            outer.pop(name, None)
+    holder.pop(key, None)
 
 
 def _mentions(inconsistency: str, key: str) -> bool:

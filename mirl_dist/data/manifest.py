@@ -19,6 +19,7 @@ from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mirl_dist.config.canonical_json import to_json
 from mirl_dist.errors import UserError
 
 FORMAT = "mirl-dist-shards-2"
@@ -125,7 +126,7 @@ class Manifest(_ManifestPart):
         return dict(counts)
 
     def dump(self) -> bytes:
-        return (json.dumps(self.model_dump(), indent=1, sort_keys=True) + "\n").encode()
+        return to_json(self.model_dump())
 
     def digest(self) -> str:
         """Hex SHA-256 of the manifest: with the digests inside it, the identity of all the data."""

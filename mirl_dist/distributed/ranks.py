@@ -1,7 +1,7 @@
-"""The ranks of a launch and their collectives: gather, sum, agree, broadcast; the passes of the network they train.
+"""The ranks of a launch and their collectives: gather, sum, agree, broadcast.
 
-Every collective of the project is a method here or in the engine, so that a reader sees in the loop where ranks wait
-for each other. Each has a number and a name, `what`, for messages; see flight_recorder.py and watchdog.py.
+Every collective of the project is a method here, of `network` or of the engine, so that a reader sees in the loop where
+ranks wait for each other. Each has a number and a name, `what`, for messages; see flight_recorder.py and watchdog.py.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mirl_dist.distributed.engines.base import Engine, EngineSpec, MakeOptimiser
 from mirl_dist.distributed.engines.from_env import engine_from_env
 from mirl_dist.distributed.engines.sharding import ShardLayout
 from mirl_dist.distributed.flight_recorder import FlightRecorder
@@ -53,7 +52,7 @@ class Ranks:
         cpu = _prepare_device(device)
         timeout = timedelta(seconds=timeout_seconds + 60)  # torch gives up after the watchdog, which can tell why
         self._membership = join_process_group(cpu=cpu, use_accelerate=spec.name == "ddp", timeout=timeout)
-        self.parallel_network = ParallelNetwork(spec, self._membership, self, half=precision == "bf16")
+        self.network = ParallelNetwork(spec, self._membership, self, half=precision == "bf16")
         self._recorder, self._stop_requested = FlightRecorder(), False
         self.hosts: list[str] = self.gather_objects(platform.node(), what="gather of hosts")
         self.names = [f"rank {rank} ({host})" for rank, host in enumerate(self.hosts)]
@@ -96,11 +95,6 @@ class Ranks:
         return self._membership.device
 
     @property
-    def engine_spec(self) -> EngineSpec:
-        """The engine that the launch asked for."""
-        return self.parallel_network.spec
-
-    @property
     def is_main(self) -> bool:
         return self.rank == 0
 
@@ -127,27 +121,6 @@ class Ranks:
     def partition(self) -> ReplicatedPartition:
         """This rank's slice of replicated tensors, for counting every weight once."""
         return ReplicatedPartition(self.rank, self.world)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether a forward pass needs all ranks: weights are gathered in it."""
-        return self.parallel_network.is_sharded
-
-    def engine(self, model: nn.Module, make_optimiser: MakeOptimiser, example: Tensor) -> tuple[Engine, nn.Module]:
-        """Build the engine around a model on this rank's device; see ParallelNetwork.engine."""
-        return self.parallel_network.engine(model, make_optimiser, example)
-
-    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Run the model in the run's precision; see ParallelNetwork.forward."""
-        return self.parallel_network.forward(model, images)
-
-    def backward(self, loss: Tensor) -> None:
-        """Add to the gradients, averaged over ranks; see ParallelNetwork.backward."""
-        self.parallel_network.backward(loss)
-
-    def accumulate(self, model: nn.Module, more: bool) -> AbstractContextManager[None]:
-        """Surround a forward and backward pass after which `more` follow in this step."""
-        return self.parallel_network.accumulate(model, more)
 
     @contextmanager
     def collective(self, what: str) -> Iterator[None]:

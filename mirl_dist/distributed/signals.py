@@ -6,18 +6,19 @@ runs no handler. The same thread asks whether others were asked to stop, and end
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mirl_dist.observability.console import rank_label, warn
 
 RESUMABLE = 75
-_INTERRUPTED = 130
+INTERRUPTED = 130
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _POLL_SECONDS = 0.5
 _BUSY_SECONDS = 10.0
@@ -98,7 +99,7 @@ class StopSignal:
         self._state.handled = True
         self.request()
         if again and number == signal.SIGINT:
-            os._exit(_INTERRUPTED)
+            os._exit(INTERRUPTED)
         if not self.graceful and not handled:  # once: a second one must not break what the first has begun to clear up
             if os.environ.get("RANK", "0") == "0":
                 text = "stopped as asked; nothing was left half done. The same command goes on from here."
@@ -117,7 +118,7 @@ class StopSignal:
                 numbers = b""
             interrupts += numbers.count(signal.SIGINT)
             if interrupts > 1:
-                os._exit(_INTERRUPTED)
+                os._exit(INTERRUPTED)
             self._note(numbers)
             if self.requested and not notified:
                 notified = True
@@ -148,3 +149,26 @@ class StopSignal:
         while self.busy() and time.monotonic() < deadline:
             time.sleep(0.05)
         os._exit(1)
+
+
+@contextlib.contextmanager
+def record_signals(on_signal: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
+    """Collect the signals that ask this process to stop, in order, SIGHUP too; only the main thread may call this.
+
+    on_signal: called at each of them.
+    """
+    signals: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        signals.append(number)
+        on_signal()
+
+    # nohup has SIGHUP ignored, and means it.
+    handles_hangup = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    numbers = (*_SIGNALS, signal.SIGHUP) if handles_hangup else _SIGNALS
+    before = [(number, signal.signal(number, handle)) for number in numbers]
+    try:
+        yield signals
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)

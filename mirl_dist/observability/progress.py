@@ -11,7 +11,7 @@ from typing import TypeAlias
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mirl_dist.observability.console import note, say, show
+from mirl_dist.observability.console import NOTE, note, say
 
 __all__ = ["Advance", "Bars", "bar", "say"]
 
@@ -45,12 +45,7 @@ def bar(what: str, total: int, *, start: int = 0, shown: bool = True) -> Iterato
 
             yield advance
     else:
-
-        def lines(line: str) -> None:
-            show(line)
-            note(line)
-
-        yield _every_ten_seconds(what, total, lines)
+        yield _every_ten_seconds(what, total, lambda line: say(line, NOTE))
 
 
 class Bars:

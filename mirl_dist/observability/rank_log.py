@@ -9,6 +9,7 @@ A refused launch leaves no log. A log that cannot be written is told once and co
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import platform
@@ -24,12 +25,12 @@ from typing import Any
 
 from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import local_folder, log_folder
-from mirl_dist.observability.console import listen, note, rank_label, warn
+from mirl_dist.config.yaml_loader import CREDENTIALS
+from mirl_dist.observability.console import LOGGER, LockFreeHandler, note, rank_label, warn
 
 _MAX_EARLY_LINES = 200
 """Lines that are kept until the run has a folder."""
 _EVERY_SECONDS = 5.0
-_CREDENTIALS = re.compile(r"(?<=://)\S*@|(?<=\w)\?\S*=\S*")
 _SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|PRIVATE|CREDENTIAL|(ACCESS|API)_?KEY", re.IGNORECASE)
 _LEAST_SECRET = 6  # characters; shorter values are words
 
@@ -68,34 +69,49 @@ class _LogFile:
             self._handle = -1
 
 
-class RankLog:
-    """Appends to the log of the rank that this process is; never raises, and holds no lock."""
+class _JsonFormatter(logging.Formatter):
+    """A record as one line of JSON without secrets, with this process, its phase and its position in the run."""
+
+    def __init__(self, rank: int, phase: Callable[[], str]) -> None:
+        super().__init__()
+        self._process = {"rank": rank, "world": int(os.environ.get("WORLD_SIZE", "1")), "host": platform.node()}
+        self._phase, self._secrets = phase, _secrets(os.environ)
+        self.position: dict[str, float] = {}  # round and step
+
+    def format(self, record: logging.LogRecord) -> str:
+        now = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        fields = {"time": now.replace("+00:00", "Z"), **self._process, "pid": os.getpid(), "phase": self._phase()}
+        fields |= {**self.position, "level": record.levelname.lower(), "text": self._redact(record.getMessage())}
+        fields |= {key: value if math.isfinite(value) else str(value) for key, value in _numbers(record).items()}
+        return json.dumps(fields, ensure_ascii=False)
+
+    def _redact(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return CREDENTIALS.sub("***", text)
+
+
+class RankLog(LockFreeHandler):
+    """Appends to the log of the rank that this process is."""
 
     def __init__(self, folder: Path, phase: Callable[[], str], *, wait_for: Path | None = None) -> None:
         """wait_for: a folder that must be there before a log is made, unless the run has begun or something failed."""
-        env = os.environ
-        rank = int(env.get("RANK", "0"))
-        self._process = {"rank": rank, "world": int(env.get("WORLD_SIZE", "1")), "host": platform.node()}
-        self._file = _LogFile(folder / f"rank-{rank:04d}.jsonl", rank_label(str(rank)))
+        super().__init__()
+        rank = int(os.environ.get("RANK", "0"))
+        self.path = folder / f"rank-{rank:04d}.jsonl"
+        self._file, self._json = _LogFile(self.path, rank_label(str(rank))), _JsonFormatter(rank, phase)
         self._phase, self._wait_for = phase, wait_for
-        self._secrets = sorted(_secrets(env), key=len, reverse=True)
-        self._position: dict[str, float] = {}  # round and step
         self._early_lines: list[bytes] = []
         self._last_notes: dict[str, float] = {}  # monotonic time by what was noted
 
-    @property
-    def path(self) -> Path:
-        return self._file.path
-
-    def write(self, level: str, text: str, numbers: dict[str, float]) -> None:
-        """Write a line. round and step are remembered for the lines to come. Notes of numbers are taken at most every
-        five seconds."""
-        self._position.update({key: numbers[key] for key in ("round", "step") if key in numbers})
-        if numbers and not self._is_due(text.partition(":")[0]):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line; notes of numbers at most every five seconds."""
+        numbers = _numbers(record)
+        self._json.position |= {key: numbers[key] for key in ("round", "step") if key in numbers}
+        if numbers and not self._is_due(record.getMessage().partition(":")[0]):
             return
-        phase = self._phase()
-        self._early_lines.append(self._line(phase, level, text, numbers))
-        if not self._file.is_open() and self._is_early(level, phase):
+        self._early_lines.append(self._json.format(record).encode(errors="replace") + b"\n")
+        if not self._file.is_open() and self._is_early(record.levelno):
             del self._early_lines[:-_MAX_EARLY_LINES]
             return
         lines, self._early_lines = self._early_lines, []
@@ -103,6 +119,7 @@ class RankLog:
 
     def close(self) -> None:
         self._file.close()
+        super().close()
 
     def _is_due(self, what: str) -> bool:
         now = time.monotonic()
@@ -111,33 +128,27 @@ class RankLog:
         self._last_notes[what] = now
         return True
 
-    def _is_early(self, level: str, phase: str) -> bool:
+    def _is_early(self, level: int) -> bool:
         if self._wait_for is None or self._wait_for.is_dir():
             return False
-        return level not in ("warning", "error") and phase == "starting"
+        return level not in (logging.WARNING, logging.ERROR) and self._phase() == "starting"
 
-    def _line(self, phase: str, level: str, text: str, numbers: dict[str, float]) -> bytes:
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        fields = {"time": now, **self._process, "pid": os.getpid(), "phase": phase, **self._position, "level": level}
-        fields |= {"text": self._redact(text)}
-        fields |= {key: value if math.isfinite(value) else str(value) for key, value in numbers.items()}
-        return json.dumps(fields, ensure_ascii=False).encode(errors="replace") + b"\n"
 
-    def _redact(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return _CREDENTIALS.sub("***", text)
+def _numbers(record: logging.LogRecord) -> dict[str, float]:
+    return getattr(record, "numbers", {})
 
 
 def _secrets(env: Mapping[str, str]) -> list[str]:
-    return [v for name, v in env.items() if _SECRET_NAMES.search(name) and len(v) >= _LEAST_SECRET]
+    """Values of variables whose names mean a secret, longest first."""
+    values = [v for name, v in env.items() if _SECRET_NAMES.search(name) and len(v) >= _LEAST_SECRET]
+    return sorted(values, key=len, reverse=True)
 
 
 _restorers: list[Callable[[], None]] = []
 
 
 def begin(config: Config, phase: Callable[[], str]) -> Path:
-    """From now on, all that this process says is also in its rank's log, unforeseen errors included; the log's path.
+    """Write all that this process reports to its rank's log too, unforeseen errors included; returns the log's path.
 
     phase: what this rank is doing. A second call ends what the first began.
     """
@@ -150,24 +161,25 @@ def begin(config: Config, phase: Callable[[], str]) -> Path:
     in_main, in_thread = sys.excepthook, threading.excepthook
 
     def main_failed(*error: Any) -> None:
-        note("".join(traceback.format_exception(*error)), "error")
+        note("".join(traceback.format_exception(*error)), logging.ERROR)
         in_main(*error)
 
     def thread_failed(failure: threading.ExceptHookArgs) -> None:
         if failure.exc_value is not None:
-            note("".join(traceback.format_exception(failure.exc_value)), "error")
+            note("".join(traceback.format_exception(failure.exc_value)), logging.ERROR)
         in_thread(failure)
 
     def restore() -> None:
         sys.excepthook, threading.excepthook = in_main, in_thread
 
     sys.excepthook, threading.excepthook = main_failed, thread_failed
-    _restorers.extend([log.close, restore, listen(log.write)])
-    note(f"started ({os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} times again)", "info")
+    LOGGER.addHandler(log)
+    _restorers.extend([log.close, restore, lambda: LOGGER.removeHandler(log)])
+    note(f"started ({os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} times again)", logging.INFO)
     return log.path
 
 
 def end() -> None:
-    """What is said from now on is in no log."""
+    """Write no more to the log."""
     while _restorers:
         _restorers.pop()()

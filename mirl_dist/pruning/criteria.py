@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mirl_dist.config.seeding import rng_from_digest
+
 
 class Criterion(NamedTuple):
     """weights_from: which weights are scored; needs: what the scores need besides them; description: for people."""
@@ -41,8 +43,7 @@ def scores_of_weights(criterion: str, name: str, weights: Tensor, seed: int) -> 
 
 def _random(name: str, weights: Tensor, seed: int) -> Tensor:
     """Uniform in [0, 1); depends on nothing but the seed and the name."""
-    key = hashlib.sha256(f"random-mask|{seed}|{name}".encode()).digest()[:16]
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+    generator = rng_from_digest(hashlib.sha256(f"random-mask|{seed}|{name}".encode()).digest())
     return torch.from_numpy(generator.random(weights.numel(), dtype=np.float32)).to(weights.device)
 
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+from mirl_dist.config.canonical_json import to_json
 from mirl_dist.errors import UserError
 from mirl_dist.storage import NotFound, Store, Unavailable
 
@@ -47,11 +48,6 @@ class _Accepted(NamedTuple):
 def part_info(data: bytes) -> PartInfo:
     """What COMPLETE.json says of some bytes."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def to_json(value: Any) -> bytes:
-    """Plain values as the JSON that this project writes: the same values give the same bytes."""
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
 def add_digest(value: Mapping[str, Any]) -> bytes:

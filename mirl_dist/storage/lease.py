@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from mirl_dist.config.canonical_json import to_json
 from mirl_dist.errors import Stopped, UserError
 from mirl_dist.storage import NotFound, StorageError, Store
 from mirl_dist.storage import lease_files as files
@@ -107,7 +108,8 @@ class _Heartbeat(threading.Thread):
 
     def _describe(self, **more: Any) -> bytes:
         running = round(time.monotonic() - self._begun, 1)
-        return files.to_json({"at": files.utc_now(), "running_seconds": running, "news": self._status(), **more})
+        beat = {"at": files.utc_now(), "running_seconds": running, "news": self._status(), **more}
+        return to_json(beat, default=str)
 
     @contextmanager
     def _keep_error(self) -> Iterator[None]:

@@ -9,17 +9,17 @@ Files that are damaged or foreign say nothing; they break nothing.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
+from mirl_dist.config.canonical_json import to_json
+from mirl_dist.config.process_identity import Machine, has_exited, process_state, this_machine
 from mirl_dist.storage import NotFound, Store
 
 FOLDER = "lease"
@@ -50,48 +50,6 @@ def remove_before(store: Store, generation: int) -> None:
         match = _NAME.fullmatch(name)
         if match and int(match[1]) < generation:
             store.remove(name)
-
-
-# -- processes ------------------------------------------------------------------------------------------------------
-
-
-class Machine(NamedTuple):
-    """What tells whether a process number means something here: the kernel's start, and the space of numbers."""
-
-    boot: str
-    pid_namespace: int
-
-
-def this_machine() -> Machine | None:
-    """Where this process runs; None where /proc does not say it, or shows another space of numbers than ours."""
-    try:
-        if os.readlink("/proc/self") != str(os.getpid()):
-            return None
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return Machine(boot, os.stat("/proc/self/ns/pid").st_ino)
-    except OSError:
-        return None
-
-
-def _process_state(pid: int) -> tuple[str, int] | None:
-    """The state letter of a process, and when it started in ticks since the boot; None where that is not told."""
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        return after_name[0].decode(), int(after_name[19])
-    except (OSError, IndexError, ValueError):
-        return None
-
-
-def _has_exited(pid: int, started: int) -> bool:
-    """Whether the process of this machine that had this number and start is dead."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        pass  # another user's; or no number of a process
-    state = _process_state(pid)  # None also where /proc hides what belongs to others
-    return state is not None and (state[0] in "ZX" or state[1] != started)
 
 
 # -- what the files say -----------------------------------------------------------------------------------------------
@@ -156,7 +114,7 @@ class Holder(BaseModel):
         """Whether its process is known to be dead: it ran on this very machine."""
         if self.machine is None or self.pid is None or self.process_started is None:
             return False
-        return self.machine == this_machine() and _has_exited(self.pid, self.process_started)
+        return self.machine == this_machine() and has_exited(self.pid, self.process_started)
 
 
 _File = TypeVar("_File", _Status, Holder)
@@ -196,23 +154,20 @@ def read_or_empty(store: Store, name: str) -> bytes:
 
 def claim_bytes(token: str, launch: Mapping[str, Any]) -> bytes:
     """What this process writes to claim a generation. token: unlike that of any other launch."""
-    machine, process = this_machine(), _process_state(os.getpid())
+    machine, process = this_machine(), process_state(os.getpid())
     return to_json(
         {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "process_started": process[1] if process else None,
+            "process_started": process.started if process else None,
             "boot": machine.boot if machine else None,
             "pids": machine.pid_namespace if machine else None,
             "token": token,
             "started_at": utc_now(),
             "launch": dict(launch),
-        }
+        },
+        default=str,
     )
-
-
-def to_json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True, default=str) + "\n").encode()
 
 
 def utc_now() -> str:

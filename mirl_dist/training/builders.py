@@ -140,14 +140,14 @@ def network_of(config: Config, origin: RunOrigin, ranks: Ranks) -> BuiltNetwork:
     model.load_state_dict(origin.initial)
     model.to(ranks.device)
     pixels = config.data.patch_pixels
-    engine, wrapped = ranks.engine(model, optimiser_of(config.optimiser), torch.zeros(1, 3, pixels, pixels))
+    engine, wrapped = ranks.network.engine(model, optimiser_of(config.optimiser), torch.zeros(1, 3, pixels, pixels))
     initial, masks = local_part(engine.layout, origin.initial), local_part(engine.layout, origin.masks or {})
     origin.initial.clear()  # a rank that holds a part of the network keeps no more than that
     dense = masking.dense_masks(initial, in_scope(initial, config.prune.scope))
     state = TrainState(engine, masks or dense, origin.parent, ranks.gather_here)
     masking.apply_masks(state.weights, state.masks)
     engine.weights_changed()
-    unwrapped = None if ranks.is_sharded else model
+    unwrapped = None if ranks.network.is_sharded else model
     return BuiltNetwork(
         TrainNetwork(wrapped, unwrapped, partial(create_network, config), state, ranks.device), state, initial
     )

@@ -27,17 +27,17 @@ from typing import Any, NamedTuple
 import safetensors.torch
 from torch import Tensor
 
+from mirl_dist.config.canonical_json import to_json
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import NotFound, Rejected, Store, Unavailable
-from mirl_dist.storage.commits import Commits, Reader, Writer, add_digest, check_digest, to_json
+from mirl_dist.storage.commits import Commits, Reader, Writer, add_digest, check_digest
 from mirl_dist.training.state import Progress, Snapshot, pack_tensors
 from mirl_dist.training.ticket import Ticket, parse
 
-RUN, INITIAL, TRACKING, BEST = "run.json", "initial.safetensors", "tracking.json", "best.json"
-START = "start.safetensors"
-WEIGHTS, MOMENTS, STATE, MASK = "weights.safetensors", "moments.safetensors", "state.json", "mask.safetensors"
-TICKET, PICTURES, SCORES, OUTBOX = "ticket.json", "pictures.png", "scores.csv", "outbox.jsonl"
+RUN, INITIAL, START, STATE, SCORES = "run.json", "initial.safetensors", "start.safetensors", "state.json", "scores.csv"
+WEIGHTS, MOMENTS, MASK, BEST = "weights.safetensors", "moments.safetensors", "mask.safetensors", "best.json"
+TICKET, PICTURES, OUTBOX, TRACKING = "ticket.json", "pictures.png", "outbox.jsonl", "tracking.json"
 _IDENTITY = {"config", "fingerprint", "manifest_digest", "initial_digest"}
 
 

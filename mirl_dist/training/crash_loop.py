@@ -2,20 +2,18 @@
 
     <tmp>/mirl-dist-<uid>/footprints/<16 hex digits of the SHA-256 of the run's address>
 
-A mapped file: writing costs microseconds and outlives SIGKILL, though not the machine. It holds two records, written
-in turn, each with a number and a checksum, so that a write cut short leaves the one before. A record says where the
-run is, and in which step how many launches have died in a row. A launch dies in a step when it ends there without a
-word; starting, resting, a UserError and a stop that was asked for are none.
+One line of JSON, replaced in place by one write: that costs microseconds, and SIGKILL finds the line before or the line
+after. It outlives the process, not the machine. The line says where the run is, and in which step how many launches
+have died in a row. A launch dies in a step if its process ends there and reports no reason; starting, the time between
+steps, a UserError and a requested stop do not count.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import mmap
+import json
 import os
-import struct
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,84 +22,81 @@ from typing import NamedTuple
 from mirl_dist.config.local_paths import process_folder
 from mirl_dist.errors import MirlError, Stopped, UserError
 
-_BODY = struct.Struct("<QBQQQQQ")
-_CHECK = struct.Struct("<I")
-_BYTES = _BODY.size + _CHECK.size
-_OUTSIDE, _INSIDE = 0, 1
+_LINE_BYTES = 160  # in one page: a write of it is not interrupted
 
 
-class _StepRecord(NamedTuple):
-    """number: of this record; round_, updates: the newest step; died_*: the one that `deaths` launches died in."""
+class StepRecord(NamedTuple):
+    """inside: whether a step is in progress; round_, updates: the newest step; died_*: the step in which `deaths`
+    launches in a row have died."""
 
-    number: int = 0
-    state: int = _OUTSIDE
+    inside: int = 0
     round_: int = 0
     updates: int = 0
     died_round: int = 0
     died_updates: int = 0
     deaths: int = 0
 
-    def packed(self) -> bytes:
-        body = _BODY.pack(*self)
-        return body + _CHECK.pack(zlib.crc32(body))
+
+def read_record(data: bytes) -> StepRecord:
+    """The record that a file holds; an empty one where the file is new or damaged."""
+    try:
+        values = json.loads(data)
+        return StepRecord(*values) if all(type(value) is int for value in values) else StepRecord()
+    except (ValueError, TypeError):
+        return StepRecord()
 
 
 class CrashLoopGuard:
-    """Of one run, for the one process that tells its steps. repeated: the round, and the updates before the step, that
-    the last launches died in, when they were too many; the caller then refuses to train, with `text`."""
+    """Records the steps of one run, in the one process that reports them. repeated: the round, and the updates before
+    the step, in which too many launches in a row died; the caller then refuses to train, with `describe`."""
 
     repeated: tuple[int, int] | None = None
 
-    def __init__(self, file: mmap.mmap | None = None, path: Path = Path()) -> None:
-        self._file, self._path = file, path
-        self._record = _count_deaths(_newest(file[:])) if file is not None else _StepRecord()
+    def __init__(self, handle: int = -1, path: Path = Path()) -> None:
+        """handle: of the open file; -1 records nothing."""
+        self._handle, self._path = handle, path
+        self._record = StepRecord()
 
     @classmethod
     def open(cls, run_id: str, limit: int) -> CrashLoopGuard:
-        """The run's; to be called by a launch that alone may write the run.
+        """Open the record of a run; only the launch that holds the run's lease may call this.
 
-        run_id: unlike that of any other run; limit: deaths in one step, 1 or more.
-
-        The launch that follows the last of them is refused, and so each that follows one more; the one after a refusal
-        may try again.
+        run_id: unlike that of any other run; limit: deaths in one step, 1 or more. The launch after the last of them is
+        refused, and so is each launch after one more; the launch after a refusal may try again.
         """
-        digest = hashlib.sha256(run_id.encode()).hexdigest()
-        path = Path("footprints", digest[:16])
         try:
-            path = process_folder() / path
+            path = process_folder() / "footprints" / hashlib.sha256(run_id.encode()).hexdigest()[:16]
             path.parent.mkdir(exist_ok=True)
-            with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b") as stream:
-                stream.write(b"\0" * (2 * _BYTES - stream.seek(0, os.SEEK_END)))  # a full disk says so here
-                stream.flush()
-                file = mmap.mmap(stream.fileno(), 2 * _BYTES)
-        except (OSError, UserError):  # no room, or nobody's place: a run does not end for want of it
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            last = read_record(os.pread(handle, _LINE_BYTES, 0))
+        except (OSError, UserError):  # no room, or another user's folder: a run does not end for that
             return cls()
-        opened = cls(file, path)
-        last = _newest(file[:])
-        if last.state == _INSIDE and opened._record.deaths >= limit:
+        opened = cls(handle, path)
+        opened._record = _count_deaths(last)
+        if last.inside and opened._record.deaths >= limit:
             opened.repeated = last.round_, last.updates
         opened.end_step()
         return opened
 
     @classmethod
     def disabled(cls) -> CrashLoopGuard:
-        """The twin for processes that tell nothing."""
+        """A guard for processes that report no steps."""
         return cls()
 
     def begin_step(self, round_: int, updates: int) -> None:
         """The step after `updates` of them begins."""
-        self._write(self._record._replace(state=_INSIDE, round_=round_, updates=updates))
+        self._write(self._record._replace(inside=1, round_=round_, updates=updates))
 
     def end_step(self) -> None:
-        """No step is in progress: who dies now has not died of one."""
-        self._write(self._record._replace(state=_OUTSIDE))
+        """No step is in progress: a process that dies now has not died in one."""
+        self._write(self._record._replace(inside=0))
 
     def close(self) -> None:
-        """The launch ends with a word; without deaths to remember, the file goes. Twice is once."""
+        """The launch ends and its reason is known; the file is removed unless it counts deaths. May be called again."""
         self.end_step()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
             if not _count_deaths(self._record).deaths:
                 with contextlib.suppress(OSError):
                     self._path.unlink()
@@ -112,7 +107,7 @@ class CrashLoopGuard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Closes, unless what ended the launch is an error that nobody foresaw."""
+        """Close, unless the launch ends with an error that nobody foresaw."""
         if kind is None or issubclass(kind, (MirlError, Stopped, SystemExit)):
             self.close()
 
@@ -127,28 +122,17 @@ class CrashLoopGuard:
             f"step again; to have it tried more often, raise guard.same_step_failures, or remove {self._path}."
         )
 
-    def _write(self, record: _StepRecord) -> None:
-        self._record = record._replace(number=record.number + 1)
-        if self._file is not None:
-            begin = self._record.number % 2 * _BYTES
-            self._file[begin : begin + _BYTES] = self._record.packed()
+    def _write(self, record: StepRecord) -> None:
+        self._record = record
+        if self._handle >= 0:
+            with contextlib.suppress(OSError):  # a full disk: the first write takes all the room that is needed
+                os.pwrite(self._handle, json.dumps(record).ljust(_LINE_BYTES).encode(), 0)
 
 
-def _newest(data: bytes) -> _StepRecord:
-    """The newest whole record; a first one where there is none."""
-    records = [_StepRecord()]
-    for begin in (0, _BYTES):
-        part = data[begin : begin + _BYTES]
-        record = _StepRecord(*_BODY.unpack_from(part))
-        if record.packed() == part:
-            records.append(record)
-    return max(records)
-
-
-def _count_deaths(last: _StepRecord) -> _StepRecord:
-    """What a new launch begins with, after the one that was left at `last`."""
+def _count_deaths(last: StepRecord) -> StepRecord:
+    """The record that a launch begins with after one that ended at `last`."""
     here, died = (last.round_, last.updates), (last.died_round, last.died_updates)
     deaths = last.deaths if here <= died else 0  # the step is behind
-    if last.state == _INSIDE:
+    if last.inside:
         deaths, died = (deaths + 1 if here == died else 1), here
-    return _StepRecord(last.number, _OUTSIDE, *here, *died, deaths)
+    return StepRecord(0, *here, *died, deaths)

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 from mirl_dist.config.config import Config
@@ -72,7 +71,7 @@ def shard_pool_of(config: Config, shards: Shards, rank_name: str, stop_requested
     """The shards of a config, through the node's cache where they are not read in place. rank_name: for messages."""
     section, cache = config.data.cache, None
     if section.folder is not None or not isinstance(shards.store, Folder):
-        folder = Path(section.folder).expanduser() if section.folder else shard_cache_folder()
+        folder = shard_cache_folder(section.folder)
         cache = ShardCache(folder, round(section.gigabytes * 1e9))
 
     def report(line: str) -> None:

@@ -15,7 +15,7 @@ from mirl_dist.data.sample import Batch
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.stragglers import StragglerDetector
 from mirl_dist.errors import Stopped
-from mirl_dist.observability.console import note
+from mirl_dist.observability.console import NOTE, note
 from mirl_dist.observability.progress import Advance, say
 from mirl_dist.training import guards, losses
 from mirl_dist.training.guards import StepLosses
@@ -161,7 +161,7 @@ def forward_backward(
         meter.stragglers.begin()
         batch = next_batch(batches, ranks.device)
         meter.stragglers.batch_ready()
-        with ranks.accumulate(model, more=number + 1 < config.passes):
+        with ranks.network.accumulate(model, more=number + 1 < config.passes):
             sample_losses = forward(model, batch, config, step_losses, ranks)
             status = sync_status(sample_losses, batch, ranks, hooks, meter.stragglers)
             if status.no_batch:
@@ -170,7 +170,7 @@ def forward_backward(
                 guards.check_loss(step_losses, meter.progress, config.skip_bad, ranks)
                 step_losses.skipped = True
             if not step_losses.skipped:
-                ranks.backward(losses.combine(sample_losses) / config.passes)
+                ranks.network.backward(losses.combine(sample_losses) / config.passes)
         loss += status.loss / config.batch
         replaced += status.replaced
     return status._replace(loss=loss, replaced=replaced)
@@ -189,10 +189,10 @@ def forward(
 ) -> Tensor:
     """Per-sample losses; empty without a batch (a sharded engine still runs a dummy forward pass)."""
     if batch is None:
-        if ranks.is_sharded:
-            ranks.forward(model, torch.zeros(1, 3, config.patch_pixels, config.patch_pixels, device=ranks.device))
+        if ranks.network.is_sharded:
+            ranks.network.forward(model, torch.zeros((1, 3, *2 * [config.patch_pixels]), device=ranks.device))
         return torch.zeros(0)
-    restored = ranks.forward(model, batch.degraded)
+    restored = ranks.network.forward(model, batch.degraded)
     sample_losses = losses.per_sample_l1(restored, batch.clean)
     step_losses.add(sample_losses.detach(), batch)
     return sample_losses
@@ -290,7 +290,7 @@ def warn_of_stragglers(meter: Meter, values: dict[str, float]) -> None:
     ranks, progress = meter.ranks, meter.progress
     batch_seconds, rest_seconds = meter.stragglers.mean_seconds()
     timings = {"batch_seconds": batch_seconds, "rest_seconds": rest_seconds}
-    note(f"round {progress.round}", "note", round=progress.round, step=progress.updates, **timings, **values)
+    note(f"round {progress.round}", NOTE, round=progress.round, step=progress.updates, **timings, **values)
     if ranks.world == 1:
         return
     own = torch.tensor([batch_seconds, rest_seconds], dtype=torch.float64)

@@ -169,7 +169,7 @@ class RoundRunner:
             damaged=dict(sorted(progress.damaged.items())),
             seconds=progress.seconds,
             world=self.ranks.world,
-            engine=self.ranks.engine_spec.name,
+            engine=self.ranks.network.spec.name,
             versions={"mirl_dist": __version__, "torch": torch.__version__, **library_versions()},
         )
 

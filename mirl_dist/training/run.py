@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from mirl_dist.config.canonical_json import to_json
 from mirl_dist.config.config import Config
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import MirlError, Stopped
 from mirl_dist.observability.mlflow.tracker import FAREWELL_SECONDS, Tracker
 from mirl_dist.observability.progress import say
-from mirl_dist.storage.commits import to_json
 from mirl_dist.training import builders, dataloaders, lottery, resume
 from mirl_dist.training.checkpoint import RUN, Checkpoints
 from mirl_dist.training.committer import Committer
@@ -112,7 +112,7 @@ def launch_tags(plan: RunPlan, ranks: Ranks) -> dict[str, str]:
         "shards": manifest.name,
         "manifest": manifest.digest(),
         "ranks": str(ranks.world),
-        "engine": ranks.engine_spec.name,
+        "engine": ranks.network.spec.name,
     }
 
 

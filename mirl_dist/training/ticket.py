@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mirl_dist.config import strict_json
+from mirl_dist.config.canonical_json import digest_of_json, to_json
 from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
 
@@ -102,12 +102,10 @@ class Ticket(BaseModel):
         """Hex SHA-256 over all that the experiment determines: not time, ranks, engine or versions."""
         absent = {name for name in _LATER if getattr(self, name) == type(self).model_fields[name].default}
         tree = self.model_dump(mode="json", exclude={"seconds", "world", "engine", "versions"} | absent)
-        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+        return digest_of_json(tree)
 
     def dump(self) -> bytes:
-        return (
-            json.dumps(self.model_dump(mode="json") | {"digest": self.digest()}, indent=1, sort_keys=True) + "\n"
-        ).encode()
+        return to_json(self.model_dump(mode="json") | {"digest": self.digest()})
 
     def row(self) -> dict[str, Any]:
         """What `tickets list --json` prints of it."""

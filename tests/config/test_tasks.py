@@ -57,6 +57,7 @@ def test_what_is_made_on_reading_reads_clean_images(name: str, family: str, leve
         "denoise_+25",
         "denoise_2.5",
         "denoise_٣",
+        "denoise_²",
         "denoise_easy",
         "derain_1",
         "deblur_k4s1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 
 from mirl_dist.config.config import Config
 from mirl_dist.observability import progress, rank_log
-from mirl_dist.observability.console import listen, note, say, warn
+from mirl_dist.observability.console import FAULT, LOGGER, note, say, warn
 from mirl_dist.observability.rank_log import RankLog
 
 
@@ -29,26 +30,28 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def heard() -> Iterator[Callable[[RankLog], RankLog]]:
-    """Has logs hear what is said until the test ends."""
-    ends: list[Callable[[], None]] = []
+def attach() -> Iterator[Callable[[RankLog], RankLog]]:
+    """Adds logs to the package's logger until the test ends."""
+    logs: list[RankLog] = []
 
-    def hear(log: RankLog) -> RankLog:
-        ends.extend([listen(log.write), log.close])
+    def add(log: RankLog) -> RankLog:
+        LOGGER.addHandler(log)
+        logs.append(log)
         return log
 
-    yield hear
-    for end in ends:
-        end()
+    yield add
+    for log in logs:
+        LOGGER.removeHandler(log)
+        log.close()
 
 
 def test_all_that_a_rank_says_is_in_its_log_with_where_it_stood(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: Any, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attach: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     phases = iter(["training", "training", "evaluating", "uploading"])
-    log = heard(RankLog(tmp_path / "logs", lambda: next(phases)))
+    log = attach(RankLog(tmp_path / "logs", lambda: next(phases)))
     before = datetime.now(timezone.utc)
     note("round 2", round=2, step=40, loss=0.25, batch_seconds=0.5)
     warn("mirl-dist: a shard is late")
@@ -73,9 +76,9 @@ def test_all_that_a_rank_says_is_in_its_log_with_where_it_stood(
 
 
 def test_what_bars_tell_is_in_the_logs_of_ranks_that_show_none_too(
-    tmp_path: Path, heard: Any, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, attach: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log = heard(RankLog(tmp_path, lambda: "training"))
+    log = attach(RankLog(tmp_path, lambda: "training"))
     for shown in (True, False):
         with progress.bar("round 0", 6, shown=shown) as advance:
             advance(5, "loss 0.5")
@@ -84,8 +87,8 @@ def test_what_bars_tell_is_in_the_logs_of_ranks_that_show_none_too(
     assert capsys.readouterr().out == "round 0: 6/6 loss 0.4\n"
 
 
-def test_numbers_are_noted_every_few_seconds_and_not_at_every_step(tmp_path: Path, heard: Any) -> None:
-    log = heard(RankLog(tmp_path, lambda: "training"))
+def test_numbers_are_noted_every_few_seconds_and_not_at_every_step(tmp_path: Path, attach: Any) -> None:
+    log = attach(RankLog(tmp_path, lambda: "training"))
     for step in range(100):
         note("round 0", round=0, step=step, loss=float("nan"))
     note("round 1", round=1, step=0, loss=1.0)
@@ -94,40 +97,40 @@ def test_numbers_are_noted_every_few_seconds_and_not_at_every_step(tmp_path: Pat
     assert lines(log.path)[0]["loss"] == "nan", "JSON has no such number"
 
 
-def test_a_log_is_gone_on_with_after_a_restart_and_whole_after_a_torn_line(tmp_path: Path) -> None:
+def test_a_log_is_gone_on_with_after_a_restart(tmp_path: Path, attach: Any) -> None:
     for _ in range(2):
-        log = RankLog(tmp_path, lambda: "starting")
-        log.write("info", "started", {})
+        log = attach(RankLog(tmp_path, lambda: "starting"))
+        say("started")
+        LOGGER.removeHandler(log)
         log.close()
     assert [line["text"] for line in lines(log.path)] == ["started", "started"]
 
 
-def test_no_secret_reaches_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_secret_reaches_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attach: Any) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "tracked!")
-    log = RankLog(tmp_path, lambda: "starting")
-    log.write("error", "at https://me:pass@host/x?token=abc of wJalrXUtnFEMI with tracked!", {})
-    log.close()
-    (line,) = lines(log.path)
-    assert line["text"] == "at https://***host/x*** of *** with ***"
-    log.write("error", "http://bob:hunt/er2secret@127.0.0.1:9 is away", {})
-    assert lines(log.path)[-1]["text"] == "http://***127.0.0.1:9 is away"
+    log = attach(RankLog(tmp_path, lambda: "starting"))
+    note("at https://me:pass@host/x?token=abc of wJalrXUtnFEMI with tracked!", logging.ERROR)
+    logging.getLogger("mirl_dist.tracking").warning("%s is away", "http://bob:hunt/er2secret@127.0.0.1:9")
+    assert [line["text"] for line in lines(log.path)] == [
+        "at https://***host/x*** of *** with ***",
+        "http://***127.0.0.1:9 is away",
+    ]
 
 
-def test_a_refused_launch_leaves_no_log_and_a_failed_one_does(tmp_path: Path) -> None:
+def test_a_refused_launch_leaves_no_log_and_a_failed_one_does(tmp_path: Path, attach: Any) -> None:
     run = tmp_path / "run"
-    log = RankLog(run / "logs", lambda: "starting", wait_for=run)
-    log.write("info", "started", {})
-    log.write("fault", "mirl-dist: found another config", {})
+    log = attach(RankLog(run / "logs", lambda: "starting", wait_for=run))
+    say("started")
+    warn("mirl-dist: found another config", FAULT)
     assert not run.exists()
-    log.write("warning", "mirl-dist, rank 1: another rank has gone", {})
-    log.close()
+    warn("mirl-dist, rank 1: another rank has gone")
     assert [line["level"] for line in lines(log.path)] == ["info", "fault", "warning"]
 
 
 @pytest.mark.parametrize("place", ["/proc/nowhere", "/dev/null/logs"])
-def test_a_log_that_cannot_be_written_is_told_once(place: str, heard: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    heard(RankLog(Path(place), lambda: "training"))
+def test_a_log_that_cannot_be_written_is_told_once(place: str, attach: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    attach(RankLog(Path(place), lambda: "training"))
     for _ in range(3):
         say("a line")
     said = capsys.readouterr()
@@ -140,10 +143,10 @@ def test_a_log_that_cannot_be_written_is_told_once(place: str, heard: Any, capsy
 
 
 def test_a_full_disk_costs_lines_and_nothing_else(
-    tmp_path: Path, heard: Any, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, attach: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "rank-0000.jsonl").symlink_to("/dev/full")
-    heard(RankLog(tmp_path, lambda: "training"))
+    attach(RankLog(tmp_path, lambda: "training"))
     say("a line")
     say("a line")
     said = capsys.readouterr()

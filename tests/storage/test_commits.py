@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from mirl_dist.config.canonical_json import to_json
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder, Store, Unavailable, open_store
-from mirl_dist.storage.commits import ACCEPTED, COMPLETE, Reader, add_digest, check_digest, to_json
+from mirl_dist.storage.commits import ACCEPTED, COMPLETE, Reader, add_digest, check_digest
 from mirl_dist.storage.lease import Lease, LeaseLost
 from mirl_dist.storage.retry import Patience, with_retries
 from mirl_dist.training.checkpoint import (

@@ -19,10 +19,12 @@ from typing import Any
 
 import pytest
 
+from mirl_dist.config import process_identity
+from mirl_dist.config.process_identity import Machine
 from mirl_dist.errors import Stopped, UserError
-from mirl_dist.storage import Folder, NotFound, Options, Rejected, Store, Unavailable, lease_files, open_store
+from mirl_dist.storage import Folder, NotFound, Options, Rejected, Store, Unavailable, open_store
 from mirl_dist.storage.lease import Lease, LeaseLost, read_holder
-from mirl_dist.storage.lease_files import Machine, beat_name, claim_name, released_name
+from mirl_dist.storage.lease_files import beat_name, claim_name, released_name
 from mirl_dist.storage.retry import Patience
 from mirl_dist.storage.s3 import S3Store
 from tests.services.faulty_proxy import FORBIDDEN, FaultyProxy, answer
@@ -482,9 +484,9 @@ class TestWhoIsDead:
 
     def claimed(self, store: Store, pid: int) -> dict[str, Any]:
         """A claim as process `pid` of this machine writes it."""
-        machine, process = lease_files.this_machine(), lease_files._process_state(pid)
+        machine, process = process_identity.this_machine(), process_identity.process_state(pid)
         assert machine and process
-        return stranger(store, pid=pid, process_started=process[1], boot=machine.boot, pids=machine.pid_namespace)
+        return stranger(store, pid=pid, process_started=process.started, boot=machine.boot, pids=machine.pid_namespace)
 
     def gone(self, store: Store) -> bool:
         found = read_holder(store)
@@ -511,13 +513,13 @@ class TestWhoIsDead:
 
     def test_a_process_that_is_hidden_is_not_dead(self, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
         self.claimed(folder, os.getpid())
-        monkeypatch.setattr(lease_files, "_process_state", lambda pid: None)
+        monkeypatch.setattr(process_identity, "process_state", lambda pid: None)
         assert not self.gone(folder)
 
     def test_a_proc_of_other_numbers_tells_no_machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert lease_files.this_machine() is not None
+        assert process_identity.this_machine() is not None
         monkeypatch.setattr(os, "readlink", lambda path: "1")
-        assert lease_files.this_machine() is None
+        assert process_identity.this_machine() is None
 
 
 class TestDamage:
@@ -542,7 +544,7 @@ class TestDamage:
         assert found.running_seconds is None and found.machine is None and not found.has_exited()
 
     def test_a_number_of_no_process_is_not_judged(self, folder: Folder) -> None:
-        machine = lease_files.this_machine()
+        machine = process_identity.this_machine()
         assert machine
         stranger(folder, pid=1 << 70, boot=machine.boot, pids=machine.pid_namespace)
         found = read_holder(folder)

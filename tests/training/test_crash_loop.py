@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
 from mirl_dist.errors import Stopped, UserError
-from mirl_dist.training import crash_loop as footprints
-from mirl_dist.training.crash_loop import CrashLoopGuard
+from mirl_dist.training.crash_loop import CrashLoopGuard, read_record
 
 RUN = "s3://bucket/run"
 
@@ -133,17 +133,23 @@ def test_a_run_that_is_not_this_one_has_its_own_footprint(place: Path) -> None:
     assert len(names) == 2 and all(len(name) == 16 for name in names)
 
 
-def test_a_write_that_was_cut_short_leaves_the_step_before(place: Path) -> None:
-    launch_that_dies((0, 3), (0, 4))
-    data = bytearray(file_of(place).read_bytes())
-    half = footprints._BYTES
-    newest = max((0, half), key=lambda at: int.from_bytes(data[at : at + 8], "little"))
-    data[newest + 20] ^= 1
-    file_of(place).write_bytes(data)
-    assert CrashLoopGuard.open(RUN, 1).repeated == (0, 3)
+def test_a_kill_at_any_moment_leaves_a_whole_record_of_the_newest_step(place: Path) -> None:
+    code = (
+        "from mirl_dist.training.crash_loop import CrashLoopGuard\n"
+        f"f = CrashLoopGuard.open({RUN!r}, 1)\nf.begin_step(0, 1)\nprint(flush=True)\nstep = 1\n"
+        "while True:\n    step += 1\n    f.begin_step(0, step)"
+    )
+    for wait in (0.0, 0.003, 0.02, 0.1):
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+            assert process.stdout and process.stdout.readline() == b"\n"
+            time.sleep(wait)
+            process.kill()
+        record = read_record(file_of(place).read_bytes())
+        assert record.inside == 1 and record.updates >= 1 + bool(wait)
+        file_of(place).unlink()
 
 
-@pytest.mark.parametrize("damage", [b"", b"x", bytes(200), b"\xff" * 200, b"x" * 5000])
+@pytest.mark.parametrize("damage", [b"", b"x", b'[1, 2, "3"]', b"{}", bytes(200), b"\xff" * 200, b"x" * 5000])
 def test_a_damaged_footprint_is_made_anew(place: Path, damage: bytes) -> None:
     for _ in range(3):
         launch_that_dies((0, 3))

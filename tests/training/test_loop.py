@@ -37,13 +37,13 @@ def test_a_precision_asked_for_is_that_of_the_layers_in_the_wrapped_network(
 ) -> None:
     ranks = Ranks(device="cpu", precision=precision)
     model = models.create("promptir", **TINY)
-    wrapped = ranks.parallel_network.wrap(model)
-    bare = ranks.parallel_network.unwrap(wrapped)
+    wrapped = ranks.network.wrap(model)
+    bare = ranks.network.unwrap(wrapped)
     seen: list[torch.dtype] = []
     stem = bare.get_submodule("patch_embed.proj")
     assert isinstance(stem, nn.Conv2d)
     stem.register_forward_hook(lambda _module, _given, out: seen.append(out.dtype))
-    ranks.forward(wrapped, torch.rand(1, 3, 16, 16))
+    ranks.network.forward(wrapped, torch.rand(1, 3, 16, 16))
     assert seen == [inside]
     bare(torch.rand(1, 3, 16, 16))
     assert seen[1] == torch.float32, "scores are computed in full precision"
@@ -54,7 +54,7 @@ def test_the_throwaway_pass_leaves_no_gradient_and_no_changed_weight() -> None:
     ranks = Ranks(device="cpu")
     model = models.create("promptir", **TINY)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    ranks.parallel_network.warm_up(ranks.parallel_network.wrap(model), torch.zeros(1, 3, 16, 16))
+    ranks.network.warm_up(ranks.network.wrap(model), torch.zeros(1, 3, 16, 16))
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
@@ -138,9 +138,7 @@ class Run:
             self.state.load_moments(resumed.weights[begin][1])
         ranks = Ranks(device="cpu")
         stream = batches(numbers.passes, begin)
-        train.train_round(
-            self.state, ranks.parallel_network.wrap(model), stream, numbers, ranks, self, lambda step, text: None
-        )
+        train.train_round(self.state, ranks.network.wrap(model), stream, numbers, ranks, self, lambda step, text: None)
         return self
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mirl_dist.cli.doctor.machine import Finding, format_bytes
 from mirl_dist.config.config import Config
@@ -66,13 +66,12 @@ def probe_folder(folder: Path) -> Iterator[Path]:
 
 def cache_folder(section: DataSection) -> Path | None:
     """The folder in which this node would cache the shards; None where they are read in place."""
-    if section.cache.folder is not None:
-        return Path(section.cache.folder).expanduser()
-    return shard_cache_folder() if section.shards.startswith(("s3://", "http://", "https://")) else None
+    is_remote = section.shards.startswith(("s3://", "http://", "https://"))
+    return shard_cache_folder(section.cache.folder) if is_remote or section.cache.folder else None
 
 
-def check_cache(folder: Path | None, mounts: str) -> Iterator[Finding]:
-    """Check that the shard cache can be written, on a disk of this node. mounts: the text of /proc/mounts."""
+def check_cache(folder: Path | None, mounts: Sequence[Any]) -> Iterator[Finding]:
+    """Check that the shard cache can be written, on a disk of this node. mounts: psutil's list of all of them."""
     if folder is None:
         yield Finding("ok", "shard cache", "none: shards are read in place")
         return
@@ -91,15 +90,10 @@ def check_cache(folder: Path | None, mounts: str) -> Iterator[Finding]:
         yield Finding("ok", "shard cache", f"{folder}, on {kind or 'a disk of this node'}")
 
 
-def file_system_type(folder: Path, mounts: str) -> str:
+def file_system_type(folder: Path, mounts: Sequence[Any]) -> str:
     """The type of the file system that holds a folder; '' where the mounts do not say."""
-    longest, kind = "", ""
-    for line in mounts.splitlines():
-        _, mount_point, name, *_ = [*line.split(), "", "", ""]
-        mount_point = mount_point.replace("\\040", " ")
-        if folder.is_relative_to(mount_point or "/nowhere") and len(mount_point) >= len(longest):
-            longest, kind = mount_point, name
-    return kind
+    around = [mount for mount in reversed(mounts) if folder.is_relative_to(mount.mountpoint)]  # later ones lie on top
+    return str(max(around, key=lambda mount: len(mount.mountpoint)).fstype) if around else ""
 
 
 def run_bytes(config: Config, weights: int, prunable: int) -> int:

@@ -9,6 +9,7 @@ import platform
 import shutil
 from pathlib import Path
 
+import psutil
 import torch
 
 from mirl_dist.cli.doctor import disks, machine, services
@@ -35,6 +36,7 @@ _REQUIRED_PACKAGES = (
     "safetensors",
     "numpy",
     "pillow",
+    "platformdirs",
     "psutil",
     "scikit-image",
     "matplotlib",
@@ -79,8 +81,7 @@ def print_machine() -> int:
 
 def _free_space(folder: Path) -> str:
     """Free space in GB on the disk where a folder lies or would lie."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    return f"{shutil.disk_usage(nearest).free / 1e9:.1f} GB"
+    return f"{shutil.disk_usage(disks.nearest_existing(folder)).free / 1e9:.1f} GB"
 
 
 def _has_s3_credentials() -> bool:
@@ -95,7 +96,7 @@ def print_plan(config: Config) -> None:
     """Print what a config means on 1, 2, 4, ... ranks: share, passes, steps, samples, learning rate."""
     folder = config.data.cache.folder
     if folder is not None:
-        say(f"{'data.cache':16} {folder}, {_free_space(Path(folder).expanduser())} free")
+        say(f"{'data.cache':16} {folder}, {_free_space(Path(folder))} free")
     run_plan = preflight.preflight(config, 1, "auto", open_ticket)
     for world in (2**i for i in range(7)):
         try:
@@ -132,7 +133,6 @@ def examine(
     shards = opened[0] if opened else None
     plan = make_plan(config, launch_file, opened, gpu, rate)
     needed = plan.needed_bytes()
-    mounts = Path("/proc/mounts")
     needs = [
         *disks.run_space(config, plan.size.weights, plan.size.prunable),
         *disks.cache_space(config.data, shards),
@@ -148,7 +148,7 @@ def examine(
         *machine.check_limits(config, launch_file),
         *machine.check_host_memory(plan.states.host, launch_file),
         shards_finding,
-        *disks.check_cache(disks.cache_folder(config.data), mounts.read_text() if mounts.exists() else ""),
+        *disks.check_cache(disks.cache_folder(config.data), psutil.disk_partitions(all=True)),
         *permissions,
         *(services.check_run(config, digest) if readable else ()),
         *disks.check_space(needs),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import resource
 import shutil
 import socket
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
+import psutil
 import torch
 
 from mirl_dist.cli.doctor.memory import GIB
@@ -183,8 +183,8 @@ def check_limits(config: Config, launch_file: LaunchFile, shm: Path = Path("/dev
 def check_host_memory(needed: int, launch_file: LaunchFile) -> Iterator[Finding]:
     """Check the machine's memory for what an engine offloads to it. needed: bytes per rank."""
     if needed:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        total = min([total, *memory_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+        limits = memory_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+        total = min([psutil.virtual_memory().total, *limits])
         offloaded = needed * launch_file.ranks_per_node
         ranks = ranks_in_words(launch_file.ranks_per_node)
         text = f"{format_bytes(offloaded)} offloaded by {ranks}, of {format_bytes(total)} here"

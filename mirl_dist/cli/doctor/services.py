@@ -138,8 +138,8 @@ def _is_finished(config: Config, checkpoints: Checkpoints) -> bool:
     finished_rounds = [commit.round_ for commit in checkpoints.commits() if commit.step is None]
     if not finished_rounds:
         return False
-    target, ticket = config.prune.target_sparsity, checkpoints.ticket(max(finished_rounds))
-    return ticket.round >= config.prune.rounds or (target is not None and ticket.total_sparsity >= target)
+    ticket = checkpoints.ticket(max(finished_rounds))
+    return config.prune.ends_after(ticket.round, ticket.total_sparsity)
 
 
 # -- shards -------------------------------------------------------------------------------------------------------

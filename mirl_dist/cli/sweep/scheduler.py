@@ -8,18 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from mirl_dist.cli.sweep.spec import SweepPlan, SweepRun, arguments
 from mirl_dist.cli.sweep.status import StatusTable
-from mirl_dist.distributed.signals import RESUMABLE
+from mirl_dist.distributed.signals import INTERRUPTED, RESUMABLE, record_signals
 from mirl_dist.errors import UserError
 from mirl_dist.observability.console import warn
 
-INTERRUPTED = 130
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 20.0  # `train --launch` needs some to end its ranks
 
@@ -158,17 +156,3 @@ class Scheduler:
         for started in self._slots.values():
             if started.process.poll() is None:
                 started.process.send_signal(number)
-
-
-@contextlib.contextmanager
-def record_signals() -> Iterator[list[int]]:
-    """Collect the signals that ask this process to stop, in order. Only the main thread can set signal handlers."""
-    signals: list[int] = []
-    ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup means it
-    numbers = [number for number in _STOP_SIGNALS if number != signal.SIGHUP or not ignores_hangup]
-    before = [(number, signal.signal(number, lambda got, frame: signals.append(got))) for number in numbers]
-    try:
-        yield signals
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)

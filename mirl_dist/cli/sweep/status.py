@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +20,7 @@ from mirl_dist.observability.progress import say
 from mirl_dist.storage import lease, open_store
 from mirl_dist.storage.configured import options_of
 from mirl_dist.training.checkpoint import Checkpoints
-from mirl_dist.training.ticket import Ticket, metrics
+from mirl_dist.training.ticket import metrics
 
 _READ_SECONDS = 2.0
 _PATIENCE_SECONDS = 5.0  # the queue waits meanwhile
@@ -28,8 +29,8 @@ _PATIENCE_SECONDS = 5.0  # the queue waits meanwhile
 def read_status(run: SweepRun) -> RunStatus:
     """Read the status of a run from its store. Raises UserError where it cannot be read."""
     options = options_of(run.config.store)
-    patience = min(options.patience_seconds, _PATIENCE_SECONDS)
-    store = open_store(run.folder, type(options)(options.endpoint, options.encryption, options.kms_key, patience))
+    patience_seconds = min(options.patience_seconds, _PATIENCE_SECONDS)
+    store = open_store(run.folder, replace(options, patience_seconds=patience_seconds))
     checkpoints, holder = Checkpoints(store), lease.read_holder(store)
     rounds = [commit.round_ for commit in checkpoints.commits() if commit.step is None]
     ticket = checkpoints.ticket(max(rounds)) if rounds else None
@@ -40,7 +41,7 @@ def read_status(run: SweepRun) -> RunStatus:
         launched=holder is not None,
         ended=None if holder is None else holder.ended,
         exited=holder is not None and holder.has_exited(),
-        complete=ticket is not None and _is_complete(run, ticket),
+        complete=ticket is not None and run.config.prune.ends_after(ticket.round, ticket.total_sparsity),
     )
     return RunStatus(
         state,
@@ -53,12 +54,6 @@ def read_status(run: SweepRun) -> RunStatus:
         str(holder) if holder is not None and state == "running" else "",
         b"" if holder is None else holder.beat,
     )
-
-
-def _is_complete(run: SweepRun, ticket: Ticket) -> bool:
-    """Whether no round follows this ticket's."""
-    target = run.config.prune.target_sparsity
-    return ticket.round >= run.config.prune.rounds or (target is not None and ticket.total_sparsity >= target)
 
 
 def make_table(plan: SweepPlan, statuses: dict[str, RunStatus]) -> Table:

@@ -17,13 +17,14 @@ from rich.console import Console
 from mirl_dist.cli import judge
 from mirl_dist.cli.compare import compare
 from mirl_dist.cli.sweep import spec
-from mirl_dist.cli.sweep.scheduler import INTERRUPTED, Scheduler
+from mirl_dist.cli.sweep.scheduler import Scheduler
 from mirl_dist.cli.sweep.spec import SweepPlan, SweepRun
 from mirl_dist.cli.sweep.states import State, exit_code
 from mirl_dist.cli.sweep.status import StatusTable, make_table, read_status
 from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch.launch_file import ADDRESS, NODE_RANK, LaunchFile
 from mirl_dist.distributed.launch.launch_file import read as read_launch_file
+from mirl_dist.distributed.signals import INTERRUPTED
 from mirl_dist.errors import UserError
 from mirl_dist.observability import progress
 from mirl_dist.observability.console import warn

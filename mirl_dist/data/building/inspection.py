@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mirl_dist.config.canonical_json import digest_of_json
 from mirl_dist.data.building.discovery import ImageProblem, SourceImage, find_images, format_complaints, printable
 from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.image_files import ImageInfo, examine
@@ -133,5 +133,4 @@ def fingerprint(
         if picture.disparity is not None:
             row.append(hashlib.sha256(picture.disparity.read_bytes()).hexdigest())
         sources.append(row)
-    identity = json.dumps([recipe.content(), sources, skipped], sort_keys=True)
-    return hashlib.sha256(identity.encode()).hexdigest()
+    return digest_of_json([recipe.content(), sources, skipped])

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mirl_dist.config.local_paths import process_folder
+from mirl_dist.config.process_identity import process_state, this_machine
 from mirl_dist.distributed.signals import RESUMABLE
 from mirl_dist.errors import UserError
 from mirl_dist.observability.console import warn
@@ -152,34 +153,14 @@ class ControlChannel:
             (self._folder / name).touch()
 
 
-def child_processes(pid: int) -> list[int]:
-    """Return the processes that `pid` has started and that are alive; none where there is no /proc."""
-    processes = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
-    stats = {process: _process_stat(process) for process in processes}
-    return [process for process, stat in stats.items() if stat and stat[1] == str(pid) and stat[0] != "Z"]
-
-
 def _folder_name(pid: int) -> str:
-    stat = _process_stat(pid)
-    return f"launch-{_machine_id()}-{pid}-{stat[19] if stat else 0}"
+    state = process_state(pid)
+    return f"launch-{_machine_id()}-{pid}-{state.started if state else 0}"
 
 
 def _machine_id() -> str:
     """Identify where process ids mean the same: this boot of this machine, in this container. TMPDIR may be shared."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        boot = os.uname().nodename
-    return hashlib.sha256(boot.encode()).hexdigest()[:8]
-
-
-def _process_stat(pid: int) -> list[str] | None:
-    """Read /proc/PID/stat from its third field: [0] is the state, [1] the parent, [19] the start time."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return None
-    return text.rpartition(")")[2].split()
+    return hashlib.sha256(repr(this_machine() or os.uname().nodename).encode()).hexdigest()[:8]
 
 
 def _is_not_launcher(parent: int) -> bool:

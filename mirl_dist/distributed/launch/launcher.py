@@ -14,22 +14,22 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 from mirl_dist.config.config import Config
 from mirl_dist.config.schema_training import BatchSection
 from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch import elastic, launch_file
-from mirl_dist.distributed.launch.control import ControlChannel, child_processes
+from mirl_dist.distributed.launch.control import ControlChannel
 from mirl_dist.distributed.launch.launch_file import LaunchFile
-from mirl_dist.distributed.signals import RESUMABLE
+from mirl_dist.distributed.signals import INTERRUPTED, RESUMABLE, record_signals
 from mirl_dist.errors import UserError
 from mirl_dist.observability.console import warn
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-_INTERRUPTED = 130
 _POLL_SECONDS = 0.2
 _NAME_SECONDS = 60.0
 _GRACE_SECONDS = 15.0
@@ -90,13 +90,13 @@ def attend(arguments: list[str], restarts: int, deadline_seconds: float, file: L
     several = file if file is not None and file.nodes > 1 else None
     reporter = _LaunchReporter(control, restarts, several)
     address = _find_own_address(several) if several is not None else None
-    with _record_signals(control) as signals, concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with record_signals(control.request_stop) as signals, concurrent.futures.ThreadPoolExecutor(1) as pool:
         work = pool.submit(_run_accelerate, arguments, reporter.rank_exited, address)
         stop_since: float | None = None
         while not concurrent.futures.wait([work], _POLL_SECONDS).done:
             if signals.count(signal.SIGINT) > 1:
-                _kill(work, control, _INTERRUPTED)
-                return _INTERRUPTED
+                _kill(work, control, INTERRUPTED)
+                return INTERRUPTED
             if signals and stop_since is None:
                 stop_since = time.monotonic()
                 reporter.stop_requested(signals[0])
@@ -243,32 +243,13 @@ def _find_own_address(file: LaunchFile) -> str:
     return address
 
 
-@contextlib.contextmanager
-def _record_signals(control: ControlChannel) -> Iterator[list[int]]:
-    """Yield a list of the signals that this process gets; the first asks the ranks to stop."""
-    signals: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        signals.append(number)
-        control.request_stop()
-
-    # nohup has SIGHUP ignored, and means it.
-    handled = [n for n in _STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-    before = [(number, signal.signal(number, handle)) for number in handled]
-    try:
-        yield signals
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
-
-
 def _kill(work: concurrent.futures.Future[int], control: ControlChannel, code: int) -> None:
     """Kill the ranks, with all that they have started, until their launcher starts no more."""
     deadline = time.monotonic() + _GRACE_SECONDS
     while not concurrent.futures.wait([work], _POLL_SECONDS).done:
-        for pid in child_processes(os.getpid()):
+        for child in psutil.Process().children():
             with contextlib.suppress(ProcessLookupError):
-                (os.killpg if os.getpgid(pid) == pid else os.kill)(pid, signal.SIGKILL)
+                (os.killpg if os.getpgid(child.pid) == child.pid else os.kill)(child.pid, signal.SIGKILL)
         if time.monotonic() > deadline:  # a rank that not even SIGKILL ends: its thread here would wait for it
             os._exit(code)
     control.remove()

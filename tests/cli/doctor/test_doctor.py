@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -295,11 +296,12 @@ def test_a_full_disk_is_a_fault_with_how_much_is_needed_where(lab: Any, here: Pa
 
 
 def test_a_cache_on_a_network_disk_is_warned_of() -> None:
-    mounts = "disk / ext4 rw 0 0\nserver:/home /home nfs4 rw 0 0\ndisk /home/local\\040disk xfs rw 0 0\n"
+    places = {"/": "ext4", "/home": "nfs4", "/home/local disk": "xfs"}
+    mounts = [SimpleNamespace(mountpoint=place, fstype=kind) for place, kind in places.items()]
     assert disks.file_system_type(Path("/home/me"), mounts) == "nfs4"
     assert disks.file_system_type(Path("/home/local disk/x"), mounts) == "xfs"
     assert disks.file_system_type(Path("/homely"), mounts) == "ext4"
-    (far,) = disks.check_cache(Path("/tmp/none"), "server:/ / nfs rw 0 0\n")
+    (far,) = disks.check_cache(Path("/tmp/none"), [SimpleNamespace(mountpoint="/", fstype="nfs")])
     assert far.kind == "warning" and far.text.endswith("set data.cache.folder to a disk of the node.")
 
 

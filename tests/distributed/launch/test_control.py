@@ -235,12 +235,3 @@ def wait_for(found: Callable[[], Any]) -> None:
     while not found():
         assert time.monotonic() < last
         time.sleep(0.01)
-
-
-def test_children_are_those_that_live(place: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert process.pid in control.child_processes(os.getpid())
-    process.kill()
-    wait_for(lambda: ended(process.pid))
-    assert process.pid not in control.child_processes(os.getpid())
-    process.communicate()

@@ -239,9 +239,9 @@ def averaged(ranks: Ranks) -> dict[str, Any]:
     """Replicas that start apart, and one backward pass of each on its own number."""
     torch.manual_seed(ranks.rank)
     bare = torch.nn.Linear(2, 1, bias=False)
-    wrapped = ranks.parallel_network.wrap(bare)
-    ranks.backward(wrapped(torch.full((1, 2), float(ranks.rank))).sum())
-    weights = dict(ranks.parallel_network.unwrap(wrapped).named_parameters())
+    wrapped = ranks.network.wrap(bare)
+    ranks.network.backward(wrapped(torch.full((1, 2), float(ranks.rank))).sum())
+    weights = dict(ranks.network.unwrap(wrapped).named_parameters())
     gradient = weights["weight"].grad
     assert gradient is not None
     return {"weights": masking.digest_tensors(weights), "gradient": gradient.tolist(), "type": type(wrapped).__name__}

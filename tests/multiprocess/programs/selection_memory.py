@@ -55,7 +55,7 @@ def main(folder: Path) -> None:
     torch.manual_seed(0)
     model = Tower()
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
-    engine, _ = ranks.engine(model, lambda p: torch.optim.AdamW(p.values()), torch.zeros(1, COLUMNS))
+    engine, _ = ranks.network.engine(model, lambda p: torch.optim.AdamW(p.values()), torch.zeros(1, COLUMNS))
     initial = local_part(engine.layout, first)
     found = {"network": sum(t.nbytes for t in first.values()), "held": sum(t.nbytes for t in engine.weights.values())}
     first.clear()
