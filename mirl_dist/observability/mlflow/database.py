@@ -13,12 +13,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import sqlite3
-import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,28 +91,22 @@ class Database:
                 connection.execute("PRAGMA journal_mode = DELETE")  # refused while another process has it open
             self._connection = None
 
-    def _transact(self, begin: str, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do it in one transaction; a second time, in a new database, where the first one is damaged."""
+    def _transact(self, begin: str, work: Callable[[sqlite3.Connection], T], again: bool = True) -> T:
+        """Do it in one transaction, and once more in a new database where the first one is damaged."""
         if os.getpid() != self._pid:  # SQLite's connections must not be used after a fork
             raise OSError("another process has opened it")
         with self._guard:
             try:
-                return self._attempt(begin, work)
+                if self._connection is None:
+                    self._connection = self._open()
+                with self._connection as connection:  # commits, or rolls back after an error
+                    connection.execute(begin)
+                    return work(connection)
             except sqlite3.Error as error:
-                if self._path is None or not is_damage(error):
+                if self._path is None or not is_damage(error) or not again:
                     raise OSError(str(error)) from None
                 self._set_aside(self._path, error)
-            try:
-                return self._attempt(begin, work)
-            except sqlite3.Error as error:
-                raise OSError(str(error)) from None
-
-    def _attempt(self, begin: str, work: Callable[[sqlite3.Connection], T]) -> T:
-        if self._connection is None:
-            self._connection = self._open()
-        with self._connection as connection:  # commits, or rolls back after an error
-            connection.execute(begin)
-            return work(connection)
+            return self._transact(begin, work, again=False)
 
     def _open(self) -> sqlite3.Connection:
         if self._path is None:
@@ -160,38 +152,27 @@ def is_damage(error: Exception) -> bool:
     return type(error) is sqlite3.DatabaseError
 
 
-@contextlib.contextmanager
-def open_read_only(folder: Path) -> Iterator[sqlite3.Connection | None]:
-    """The database of a folder, which is not touched, or None where nothing has been kept yet. Raises sqlite3.Error and
-    OSError."""
+def open_read_only(folder: Path) -> sqlite3.Connection | None:
+    """The database of a folder, untouched; None where nothing has been kept yet. Raises sqlite3.Error and OSError."""
     path = folder / FILE
-    with contextlib.ExitStack() as stack:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return None
+    for mode in ("ro", "rw"):  # "rw" where a killed process has left half a transaction, which SQLite rolls back
+        connection = _connect(path, mode)
         try:
-            path.stat()
-            connection = stack.enter_context(contextlib.closing(_connect(path, "ro")))
-            begun = _has_tables(connection)
-        except FileNotFoundError:
-            yield None
-            return
+            begun = connection.execute("SELECT EXISTS (SELECT 1 FROM sqlite_master)").fetchone()[0]
+            return connection if begun else None
         except sqlite3.OperationalError:
-            # A killed process has left a transaction to roll back, or a log without shared memory, where nobody may
-            # write: SQLite can do its work on a copy.
-            copy = Path(stack.enter_context(tempfile.TemporaryDirectory()), FILE)
-            for ending in ("", *_SIDE_FILES):
-                with contextlib.suppress(FileNotFoundError):
-                    shutil.copyfile(f"{path}{ending}", f"{copy}{ending}")
-            connection = stack.enter_context(contextlib.closing(_connect(copy, "rw")))
-            begun = _has_tables(connection)
-        yield connection if begun else None
+            if mode == "rw":
+                raise
+    raise AssertionError("the last mode returns or raises")
 
 
 def _connect(path: Path | str, mode: str = "memory") -> sqlite3.Connection:
     uri = f"{path.absolute().as_uri()}?mode={mode}" if isinstance(path, Path) else path
     return sqlite3.connect(uri, BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True)
-
-
-def _has_tables(connection: sqlite3.Connection) -> bool:
-    return bool(connection.execute("SELECT EXISTS (SELECT 1 FROM sqlite_master)").fetchone()[0])
 
 
 def _with_tables(connection: sqlite3.Connection) -> sqlite3.Connection:

@@ -219,8 +219,10 @@ class Journal:
 def pending_records(folder: Path) -> Pending:
     """What waits in a journal, whether its run lives or not; nothing is touched. Raises UserError."""
     try:
-        with open_read_only(folder) as connection:
-            return Pending(0, 0, None) if connection is None else _count(connection, "records")
+        if (connection := open_read_only(folder)) is None:
+            return Pending(0, 0, None)
+        with contextlib.closing(connection):
+            return _count(connection, "records")
     except (OSError, sqlite3.Error) as error:
         if is_damage(error):
             remedy = "The next launch of the run sets it aside, and so does `mirl-dist track resend RUN`"

@@ -129,7 +129,7 @@ class Sender:
     def send_all(self, idle_seconds: float, advance: Callable[[int], None]) -> str:
         """Send all that waits in this thread; what prevented it for `idle_seconds`, or ''. advance: given a count."""
         self._schedule.due, self._schedule.longest_pause = -math.inf, HURRIED_PAUSE_SECONDS
-        self._failures.announce = _announce_nothing
+        self._failures.announce = lambda *_: None
         last, sent = time.monotonic(), 0
         while self._unfinished():
             self._send_one()
@@ -232,12 +232,10 @@ class Sender:
     def _back_off(self, record: Record, trouble: BaseException) -> None:
         """Pause; the first failure of an outage is told. The place for files may be away alone: points pass then."""
         cause = str(trouble) if isinstance(trouble, UserError) else self._store.describe(trouble)
-        outage, text = (
-            self._away,
-            (
-                "%s is away or refuses (%s). Training goes on; points are kept and sent when it is back. "
-                "Check the server, and the address in tracking.uri or MLFLOW_TRACKING_URI."
-            ),
+        outage = self._away
+        text = (
+            "%s is away or refuses (%s). Training goes on; points are kept and sent when it is back. "
+            "Check the server, and the address in tracking.uri or MLFLOW_TRACKING_URI."
         )
         if isinstance(trouble, UserError):
             text = "records for %s wait, because the ids of its runs could not be kept (%s). Training goes on."
@@ -259,7 +257,3 @@ class Sender:
         if self._no_files.announced and not files:
             self._no_files.announced = False
             self._failures.announce("%s takes files again: all that waited are sent", self._store.name)
-
-
-def _announce_nothing(*_: object) -> None:
-    """Tell nobody."""
