@@ -115,8 +115,8 @@ class TrackingSection(Node):
     """Of the run in MLflow, beside those that it has anyway."""
     every_steps: Annotated[PositiveInt, Local] = 10
     journal: Annotated[str | None, Local] = None
-    """The folder of this machine where all that MLflow is to hear waits until it has heard it. Null: inside a
-    run.folder that is a folder; for s3:// below XDG_CACHE_HOME or ~/.cache/mirl-dist."""
+    """The folder of this machine where records wait until MLflow has received them. Null: inside a run.folder that
+    is a folder; for s3:// in mirl-dist below XDG_CACHE_HOME or ~/.cache."""
 
     def inconsistencies(self) -> list[str]:
         address = (self.uri or "").partition("://")[2]

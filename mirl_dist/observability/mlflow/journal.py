@@ -1,36 +1,25 @@
-"""A journal on disk of what a tracking store is to hear: written before anything is sent, read by later lives.
+"""Pending records of a run, kept on disk before anything is sent and read by later processes of the run.
 
-    <folder>/00000007.jsonl     a segment, one line per record; each life of a run begins its own
-    <folder>/00000007-12.data   the content of a file, written whole before its line
-    <folder>/00000007.sent      which bytes of the segment are delivered: '[from, to]' on each line
-    <folder>/gone.jsonl         the ids of segments that were delivered and removed: numbers from, to by life
-    <folder>/key                the word by which a store finds this run again
-    <folder>/lock               held by the one process that delivers
+    <folder>/pending.db    an SQLite database: records, contents of files, ids of delivered records
+    <folder>/lock          locked by the one process that delivers
 
-Pure file work: no store is known here. A torn last line (its writer was killed) is left out, a damaged one too; a
-delivery that was not noted is made again.
+Beside the database lie SQLite's own files (-wal and -shm, or -journal) while a process has it open.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import logging
-import math
 import os
-import re
-import threading
-import uuid
-from collections.abc import Collection
+import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mirl_dist.errors import UserError
-from mirl_dist.observability.mlflow.records import Record
-from mirl_dist.observability.mlflow.segments import PendingRecord, Segment, json_lines, segments_of, write_file
-
-SEGMENT_BYTES = 2**20
+from mirl_dist.observability.mlflow.database import FILE, Database, is_damage, open_read_only
+from mirl_dist.observability.mlflow.records import POINTS_PER_CALL, DamagedRecord, Record, parse, to_line
 
 _log = logging.getLogger("mirl_dist.tracking")
 
@@ -44,116 +33,226 @@ class Pending(NamedTuple):
 
 
 class Journal:
-    """The journal of one run in one folder, for one life. One thread may call `read_older` while another appends."""
+    """The pending records of one run, for any thread of one process.
 
-    def __init__(self, folder: Path) -> None:
-        """Raises OSError for a folder that can't be made."""
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    Methods raise OSError, and then nothing is changed. A damaged database is set aside with a warning, for a new one.
+    """
+
+    def __init__(self, folder: Path | None, memory_bytes: int = 0) -> None:
+        """folder: made where there is none; None keeps the records in memory, at most `memory_bytes`."""
+        if folder is not None:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder = folder
-        self._own_segments: list[Segment] = []
-        self._naming = threading.Lock()  # a segment of this life is never seen without being known as such
-        self._lock, self._locked = -1, False
+        self._database = Database(folder, memory_bytes)
+        self._lock = -1
 
-    def append(self, record: Record) -> PendingRecord:
-        """Keep a record; from then on no death of this process loses it. Raises OSError, and nothing is half kept."""
-        if not self._own_segments or self._own_segments[-1].end >= SEGMENT_BYTES:
-            with self._naming:
-                self._own_segments.append(Segment.new(self.folder))
-        return self._own_segments[-1].append(record)
+    def append(self, records: Sequence[Record]) -> None:
+        """Keep records: from then on no death of this process loses them."""
 
-    def note_sent(self, entries: Collection[PendingRecord]) -> None:
-        """Note what was delivered; segments that are through, and not in use, go. Raises OSError."""
-        lines = [entry.line for entry in entries if entry.line is not None]
-        for segment, some in itertools.groupby(lines, lambda line: line.segment):
-            segment.note_sent(list(some))
-            if segment.pending == 0 and segment not in self._own_segments[-1:]:
-                segment.remove()
+        def insert(connection: sqlite3.Connection) -> None:
+            place = connection.execute("SELECT place FROM own").fetchone()
+            if place is None:
+                connection.execute("UPDATE run SET processes = processes + 1")
+                connection.execute("INSERT INTO own SELECT processes FROM run")
+                place = connection.execute("SELECT place FROM own").fetchone()
+            _insert(connection, [(record, *place) for record in records])
+
+        self._database.write(insert)
+
+    def inherit(self, records: Sequence[Record]) -> None:
+        """Keep those that this folder does not know, and have all of them that wait delivered first, in this order."""
+
+        def insert(connection: sqlite3.Connection) -> None:
+            known = "SELECT 1 FROM delivered WHERE session = ? AND ? BETWEEN first AND last"
+            pending = [
+                (record, place)
+                for place, record in enumerate(records, -len(records))
+                if connection.execute(known, _split(record.id)).fetchone() is None
+            ]
+            _insert(connection, pending)
+            connection.executemany(
+                "UPDATE records SET place = ? WHERE session = ? AND number = ?",
+                [(place, *_split(record.id)) for record, place in pending],
+            )
+
+        self._database.write(insert)
+
+    def next_batch(self, *, is_file: bool) -> list[Record]:
+        """The next delivery, of files or of other records: points of one run, up to the limit, or one record.
+
+        Damaged records are left out with a warning.
+        """
+
+        def select(connection: sqlite3.Connection) -> list[Any]:
+            rows, points = list[Any](), 0
+            query = "SELECT points, session, number, line, data FROM waiting WHERE is_file = ? ORDER BY place, n"
+            for row in connection.execute(query, (is_file,)):
+                points += row[0]
+                if rows and points > POINTS_PER_CALL:
+                    break
+                rows.append(row)
+                if row[0] == 0:
+                    break
+            return rows
+
+        batch, damaged = list[Record](), list[tuple[str, int]]()
+        for _, session, number, line, data in self._database.read(select):
+            try:
+                record = parse(line, data)
+                if record.id != f"{session}-{number}":
+                    raise DamagedRecord(f"its id there is {record.id}")
+            except DamagedRecord as error:
+                _log.warning("%s: record %s-%s is damaged (%s) and left out", self.folder, session, number, error)
+                damaged.append((session, number))
+                continue
+            if batch and (record.kind, record.run_key) != ("points", batch[0].run_key):
+                break
+            batch.append(record)
+            if record.kind != "points":
+                break
+        if damaged:
+            self._drop(damaged)
+        return batch
+
+    def mark_sent(self, records: Sequence[Record]) -> None:
+        """Note that these are delivered. This process knows it even if OSError says that the disk does not."""
+        self._drop([_split(record.id) for record in records])
+
+    def waits(self) -> tuple[bool, bool]:
+        """Whether files wait, and whether other records do."""
+        query = (
+            "SELECT EXISTS (SELECT 1 FROM waiting WHERE is_file = 1), EXISTS (SELECT 1 FROM waiting WHERE is_file = 0)"
+        )
+        files, others = self._database.select(query)[0]
+        return bool(files), bool(others)
+
+    def count(self) -> Pending:
+        return self._database.read(lambda connection: _count(connection, "waiting"))
+
+    def total(self) -> int:
+        """How many records wait, whatever they are."""
+        return int(self._database.select("SELECT count(*) FROM waiting")[0][0])
+
+    def lines(self, most: int) -> bytes:
+        """All that waits, files last; the largest files are left out above `most` bytes."""
+        lines, after = list[bytes](), (-(2**62), 0)
+        query = (
+            "SELECT place, n, line FROM waiting WHERE is_file = 0 AND (place, n) > (?, ?) ORDER BY place, n LIMIT 1000"
+        )
+        while page := self._database.select(query, *after):  # appends may come in between
+            lines += [line for _, _, line in page]
+            after = page[-1][:2]
+        query = "SELECT n, length(line) + length(data) * 4 / 3 FROM waiting WHERE is_file = 1 ORDER BY place, n"
+        sizes = dict[int, int](self._database.select(query))
+        total = sum(map(len, lines)) + sum(sizes.values())
+        for n in sorted(sizes, key=lambda n: -sizes[n]):
+            if total > most:
+                total -= sizes.pop(n)
+        for n in sizes:
+            for line, data in self._database.select("SELECT line, data FROM waiting WHERE n = ?", n):
+                with contextlib.suppress(DamagedRecord):
+                    lines.append(to_line(parse(line, data)))
+        return b"".join(lines)
+
+    def drop_oldest(self) -> int:
+        """Drop the oldest record that has points or a content: how many points, 1 for a content, 0 if there is none."""
+
+        def delete(connection: sqlite3.Connection) -> int:
+            query = "SELECT n, points FROM records WHERE points > 0 OR is_file = 1 ORDER BY n LIMIT 1"
+            n, points = connection.execute(query).fetchone() or (None, 0)
+            connection.execute("DELETE FROM records WHERE n = ?", (n,))
+            return 0 if n is None else points or 1
+
+        return self._database.write(delete)
 
     def read_key(self) -> str:
-        """The word of this folder, 32 hex digits, the same in all lives of the run. Raises OSError."""
-        path, fresh = self.folder / "key", self.folder / f"{uuid.uuid4().hex}.key"
-        try:
-            write_file(fresh, uuid.uuid4().hex.encode())
-            with contextlib.suppress(FileExistsError):
-                os.link(fresh, path)
-            if not re.fullmatch(r"[0-9a-f]{32}", path.read_text(errors="replace")):
-                os.replace(fresh, path)  # a power cut may have emptied it
-        finally:
-            fresh.unlink(missing_ok=True)
-        return path.read_text()
+        """32 hex digits by which a store finds the run of this folder, the same in all processes."""
+        return str(self._database.select("SELECT key FROM run")[0][0])
 
-    def close(self) -> None:
-        """Let others deliver; a segment that is through goes. Twice is once."""
-        for segment in self._own_segments:
-            if segment.pending == 0:
-                with contextlib.suppress(OSError):
-                    segment.remove()
-            segment.close()
-        self._own_segments = []
-        if self._lock >= 0:
-            os.close(self._lock)
-        self._lock, self._locked = -1, False
+    def checkpoint(self) -> None:
+        """Let the thread that sends wait for the disk, so that no append has to."""
+        self._database.checkpoint()
 
     def lock(self) -> bool:
         """Whether this process is now the one that delivers. The kernel takes the lock back when it dies."""
+        if self.folder is None:
+            return True
         try:
             if self._lock < 0:
                 self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._locked = True
         except BlockingIOError:
-            self._locked = False
+            return False
         except OSError:  # this file system knows no locks, and to deliver twice does no harm
-            self._locked = True
-        return self._locked
+            pass
+        return True
 
-    def read_older(self) -> list[PendingRecord]:
-        """What earlier lives left, in order; who holds the lock may deliver it, and clears up. Raises OSError."""
-        with self._naming:
-            first = self._own_segments[0].number if self._own_segments else math.inf
-            segments = [segment for segment in segments_of(self.folder) if segment.number < first]
-        entries = []
-        for segment in segments:
-            try:
-                left = segment.read_pending()
-            except FileNotFoundError:  # its life has just removed it, or was killed when it had begun to
-                left = []
-            if self._locked and segment.damaged:
-                _log.warning("%s: %d damaged lines are left out", segment.path, segment.damaged)
-            if self._locked and not left:
-                segment.remove()
-            entries += left
-        return entries
+    def close(self) -> None:
+        """Let other processes deliver. Twice is once."""
+        self._database.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
 
-    def known_ids(self, ids: Collection[str]) -> set[str]:
-        """Those of `ids` that wait here or were delivered from here. Raises OSError."""
-        known = set[str]()
-        for segment in segments_of(self.folder):
-            with contextlib.suppress(FileNotFoundError):
-                known |= {entry.id for entry in segment.read_all()}
-        gone: dict[str, list[range]] = {}
-        for lives in json_lines(self.folder / "gone.jsonl"):  # last: segments may go while this looks
-            with contextlib.suppress(ValueError, TypeError, AttributeError):
-                for life, ranges in lives.items():
-                    gone.setdefault(life, []).extend(range(int(a), int(b) + 1) for a, b in ranges)
-        known |= {i for i in ids if any(int(i[33:]) in numbers for numbers in gone.get(i[:32], ()))}
-        return known & set(ids)
+    def _drop(self, ids: Sequence[tuple[str, int]]) -> None:
+        """Delete records and note them as delivered, first for this process, then on disk."""
+        ranges: list[list[Any]] = []
+        for session, number in ids:
+            if ranges and ranges[-1][0] == session and ranges[-1][2] == number - 1:
+                ranges[-1][2] = number
+            else:
+                ranges.append([session, number, number])
+        self._database.read(lambda connection: connection.executemany("INSERT INTO sent VALUES (?, ?, ?)", ranges))
+
+        def delete(connection: sqlite3.Connection) -> None:
+            for session, first, last in connection.execute("SELECT * FROM sent").fetchall():
+                ids = "session = ? AND number BETWEEN ? AND ?"
+                connection.execute(f"DELETE FROM records WHERE {ids}", (session, first, last))
+                joined = "UPDATE delivered SET last = ? WHERE session = ? AND last = ? - 1"
+                if connection.execute(joined, (last, session, first)).rowcount == 0:
+                    connection.execute("INSERT OR IGNORE INTO delivered VALUES (?, ?, ?)", (session, first, last))
+            connection.execute("DELETE FROM sent")
+
+        self._database.write(delete)
 
 
 def pending_records(folder: Path) -> Pending:
     """What waits in a journal, whether its run lives or not; nothing is touched. Raises UserError."""
-    entries = list[PendingRecord]()
     try:
-        for segment in segments_of(folder):
-            with contextlib.suppress(FileNotFoundError):
-                entries += segment.read_pending()
-    except OSError as error:
+        if (connection := open_read_only(folder)) is None:
+            return Pending(0, 0, None)
+        with contextlib.closing(connection):
+            return _count(connection, "records")
+    except (OSError, sqlite3.Error) as error:
+        if is_damage(error):
+            remedy = "The next launch of the run sets it aside, and so does `mirl-dist track resend RUN`"
+            raise UserError(f"found the journal {folder / FILE} damaged ({error}). {remedy}.") from None
+        cause = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"found the journal {folder}, which cannot be read: {error.strerror}. Ask its owner, or correct the rights."
+            f"found the journal {folder}, which cannot be read: {cause}. Ask its owner, or correct the rights."
         ) from None
-    return count_pending(entries)
 
 
-def count_pending(entries: Collection[PendingRecord]) -> Pending:
-    since = min((entry.at_ms / 1000 for entry in entries), default=None)
-    return Pending(sum(entry.points for entry in entries), sum(not entry.points for entry in entries), since)
+def _insert(connection: sqlite3.Connection, placed: Sequence[tuple[Record, int]]) -> None:
+    """Insert records, each with its place, unless they are there."""
+    connection.executemany(
+        "INSERT OR IGNORE INTO records (session, number, place, is_file, points, at_ms, line, data) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (
+                *(*_split(record.id), place, record.kind == "file", len(record.points), record.at_ms),
+                *(to_line(record, with_data=False), record.data if record.kind == "file" else None),
+            )
+            for record, place in placed
+        ],
+    )
+
+
+def _split(id_: str) -> tuple[str, int]:
+    session, _, number = id_.rpartition("-")
+    return session, int(number)
+
+
+def _count(connection: sqlite3.Connection, table: str) -> Pending:
+    query = f"SELECT coalesce(sum(points), 0), coalesce(sum(points = 0), 0), min(at_ms) / 1000.0 FROM {table}"
+    return Pending(*connection.execute(query).fetchone())

@@ -1,7 +1,7 @@
 """Queue of records not yet delivered to MLflow: in order, each in the journal before anybody may send it.
 
-What the journal cannot keep (a full disk, a folder that may not be written) waits in memory, bounded. No store is known
-here.
+What the journal cannot keep (a full disk, a folder that may not be written) waits in memory, bounded, and moves to the
+journal when that is possible again. No store is known here.
 """
 
 from __future__ import annotations
@@ -11,24 +11,19 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeVar
 
-from mirl_dist.observability.mlflow.journal import Journal, Pending, count_pending
-from mirl_dist.observability.mlflow.records import (
-    POINTS_PER_CALL,
-    DamagedRecord,
-    Record,
-    legal_name,
-    parse_all,
-    to_line,
-)
-from mirl_dist.observability.mlflow.segments import PendingRecord, pending_record
+from mirl_dist.observability.mlflow.journal import Journal, Pending
+from mirl_dist.observability.mlflow.records import POINTS_PER_CALL, Record, legal_name, parse_all
 
-MEMORY_BYTES, POINT_BYTES = 64 * 2**20, 200  # what may wait in memory; one point there, roughly
+MEMORY_BYTES = 64 * 2**20  # what may wait in memory
 MAX_PENDING_BYTES = 16 * 2**20
+DISK_PAUSE_SECONDS = 5.0  # after a failure: a disk that is busy or full must not be tried in every step
 
 _log = logging.getLogger("mirl_dist.tracking")
+T = TypeVar("T")
 
 
 class _Stamps:
@@ -46,48 +41,22 @@ class _Stamps:
         return f"{self._session_id}-{self._count - 1}"
 
 
-class _Queue:
-    """Pending records by id, in the order in which they are to go. files: how many are files; memory: bytes of those
-    that no disk has; order: places of inherited ones, by id."""
-
-    def __init__(self) -> None:
-        self.entries: OrderedDict[str, PendingRecord] = OrderedDict()
-        self.files = self.memory = 0
-        self.order: dict[str, int] = {}
-
-    def add(self, entry: PendingRecord) -> None:
-        self.entries[entry.id] = entry
-        self.files += entry.kind == "file"
-        self.memory += _memory_size(entry) if entry.record is not None else 0
-
-    def drop(self, entry: PendingRecord) -> None:
-        """Remove an entry, if it is there."""
-        if self.entries.pop(entry.id, None) is not None:
-            self.files -= entry.kind == "file"
-            self.memory -= _memory_size(entry) if entry.record is not None else 0
-
-    def replace(self, entries: OrderedDict[str, PendingRecord]) -> None:
-        """Take these, among them all that are in memory."""
-        self.entries = entries
-        self.files = sum(entry.kind == "file" for entry in entries.values())
-
-
 class Outbox:
     """Records in the order of their making, for any thread; inherited ones, and what earlier processes left, first.
 
     store_name: for people. session_id: 32 hex digits, this process's own. journal: None for memory only. inherited: the
     pending lines of the process that this one goes on from. changed: notified when something was sent. owns_delivery:
-    whether this process delivers; what earlier ones left is known from then on. sent: records so far.
+    whether this process delivers. sent: records so far.
     """
 
     def __init__(self, store_name: str, session_id: str, journal: Journal | None, inherited: bytes = b"") -> None:
         self.changed = threading.Condition()
         self.owns_delivery = journal is None
-        self.sent = self.forgotten = 0
-        self._store_name, self._journal = store_name, journal
-        self._queue, self._stamps = _Queue(), _Stamps(session_id)
-        self._disk_warned = False
-        self._queue.order = self._inherit(inherited)
+        self.sent = 0
+        self._store_name, self._journal, self._memory = store_name, journal, Journal(None, MEMORY_BYTES)
+        self._stamps = _Stamps(session_id)
+        self._warned, self._disk_retry_at = set[str](), -math.inf
+        self._inherit(inherited)
 
     def put(self, record: Record) -> None:
         """Keep a record for sending; it gets its id and its time here."""
@@ -106,75 +75,64 @@ class Outbox:
             for start in range(0, len(points), POINTS_PER_CALL):
                 self._keep(Record(kind, run_key, points=points[start : start + POINTS_PER_CALL], at_ms=now))
 
-    def claim_older(self) -> bool:
-        """Whether this process delivers from now on: it holds the journal's lock and knows what earlier lives left."""
-        if not self.owns_delivery:
-            assert self._journal is not None
-            if not self._journal.lock():
-                return False
-            older = self._read_older()
-            with self.changed:
-                self._queue.replace(self._merge(older))
-                self.owns_delivery = True
-        return True
+    def claim(self) -> bool:
+        """Whether this process delivers from now on: it has the lock of the journal."""
+        self.owns_delivery = self.owns_delivery or self._journal is None or self._journal.lock()
+        return self.owns_delivery
 
-    def count_files_and_others(self) -> tuple[int, int]:
-        """How many records wait that are files, and that are none."""
-        return self._queue.files, len(self._queue.entries) - self._queue.files
+    def waits(self) -> tuple[bool, bool]:
+        """Whether files wait, and whether other records do."""
+        answers = [self._ask(journal.waits, (False, False)) for journal in self._journals()]
+        return any(files for files, _ in answers), any(others for _, others in answers)
 
     def count(self) -> Pending:
-        with self.changed:
-            return count_pending(self._queue.entries.values())
+        counts = [self._ask(journal.count, Pending(0, 0, None)) for journal in self._journals()]
+        since = min((count.since for count in counts if count.since is not None), default=None)
+        return Pending(sum(count.points for count in counts), sum(count.records for count in counts), since)
 
     def count_in_memory(self) -> Pending:
         """What of it no disk has."""
-        with self.changed:
-            return count_pending([entry for entry in self._queue.entries.values() if entry.record is not None])
+        return self._memory.count()
 
-    def next_batch(self, *, files: bool, others: bool) -> list[PendingRecord]:
-        """What goes in the next delivery: points of one run, up to the limit, or one record; files, others or both."""
-        batch, points = list[PendingRecord](), 0
-        with self.changed:
-            for entry in self._queue.entries.values():
-                if not (files if entry.kind == "file" else others):
-                    continue
-                joins = entry.kind == "points" and (
-                    not batch or (batch[0].kind, batch[0].run_key) == ("points", entry.run_key)
-                )
-                points += entry.points
-                if batch and not (joins and points <= POINTS_PER_CALL):
-                    break
-                batch.append(entry)
-                if not joins:
-                    break
-        return batch
+    def total(self) -> int:
+        """How many records wait, whatever they are."""
+        return sum(self._ask(journal.total, 0) for journal in self._journals())
 
-    def mark_sent(self, batch: list[PendingRecord]) -> None:
+    def next_batch(self, *, files: bool, others: bool) -> list[Record]:
+        """The next delivery: points of one run, up to the limit, or one record; files go when nothing else may."""
+        for is_file in [False] * others + [True] * files:
+            for journal in self._journals():
+                if batch := self._ask(partial(journal.next_batch, is_file=is_file), list[Record]()):
+                    return batch
+        return []
+
+    def mark_sent(self, batch: list[Record]) -> None:
         """These need not be sent any more."""
         with self.changed:
-            for entry in batch:
-                self._queue.drop(entry)
+            for journal in self._journals():
+                with contextlib.suppress(OSError):  # what is not noted is sent again by the next process: no harm
+                    journal.mark_sent(batch)
             self.sent += len(batch)
-            if self._journal is not None:
-                with contextlib.suppress(OSError):  # what is not noted is sent again, which does no harm
-                    self._journal.note_sent(batch)
             self.changed.notify_all()
 
     def pending_lines(self) -> bytes:
-        """All that waits now as lines, for a life on another machine; the largest files are left out above 16 MiB."""
+        """All that waits, as lines for a process on another machine; the largest files are left out above 16 MiB."""
+        # Memory first: what moves to the journal meanwhile is in both, and known by its id.
+        memory = self._memory.lines(MAX_PENDING_BYTES)
+        if self._journal is None:
+            return memory
+        return self._ask(partial(self._journal.lines, MAX_PENDING_BYTES - len(memory)), b"") + memory
+
+    def move_to_disk(self) -> None:
+        """Move what waits in memory to the journal, as far as it takes it."""
         with self.changed:
-            entries = list((self._queue.entries if self.owns_delivery else self._merge(self._read_older())).values())
-            size = sum((entry.line_bytes() or _memory_size(entry)) + entry.size * 4 // 3 for entry in entries)
-            for entry in sorted(entries, key=lambda entry: -entry.size):
-                if size <= MAX_PENDING_BYTES or not entry.size:
-                    break
-                size -= entry.size * 4 // 3
-                entries.remove(entry)
-            lines = []
-            for entry in entries:
-                with contextlib.suppress(OSError, DamagedRecord):
-                    lines.append(to_line(entry.read()) if entry.kind == "file" else entry.raw())
-            return b"".join(lines)
+            while self._journal is not None and self._memory.total() and self._move_batch(self._journal):
+                pass
+
+    def checkpoint(self) -> None:
+        """Wait for the disk here, not where records are put."""
+        if self._journal is not None:
+            self._journal.checkpoint()
 
     def close(self) -> None:
         """Let other processes deliver."""
@@ -182,68 +140,78 @@ class Outbox:
             if self._journal is not None:
                 self._journal.close()
 
-    def _inherit(self, lines: bytes) -> dict[str, int]:
-        """Take what no life of this folder knows; the order in which all of it is to go."""
+    def _journals(self) -> list[Journal]:
+        return [self._memory] if self._journal is None else [self._journal, self._memory]
+
+    def _ask(self, question: Callable[[], T], otherwise: T) -> T:
+        try:
+            return question()
+        except OSError as error:
+            self._warn_of_disk(error)
+            return otherwise
+
+    def _inherit(self, lines: bytes) -> None:
+        """Take what a commit had pending, unless this folder knows it."""
         records, damaged = parse_all(lines)
         if damaged:
             _log.warning("%d damaged lines that a commit kept for %s are left out", damaged, self._store_name)
-        order = {record.id: number for number, record in enumerate(records)}
-        known = set[str]()
         if self._journal is not None and records:
-            with contextlib.suppress(OSError):
-                known = self._journal.known_ids(order)
+            try:
+                return self._journal.inherit(records)
+            except OSError as error:
+                self._warn_of_disk(error)
         for record in records:
-            if record.id not in known:
-                self._keep(record)
-        return order
-
-    def _read_older(self) -> list[PendingRecord]:
-        assert self._journal is not None
-        try:
-            return self._journal.read_older()
-        except OSError as error:
-            _log.warning("what waits for %s in %s cannot be read (%s)", self._store_name, self._journal.folder, error)
-            return []
-
-    def _merge(self, older: list[PendingRecord]) -> OrderedDict[str, PendingRecord]:
-        everything = [*older, *self._queue.entries.values()]
-        first = [entry for entry in everything if entry.id in self._queue.order]
-        first.sort(key=lambda entry: self._queue.order[entry.id])
-        rest = [entry for entry in everything if entry.id not in self._queue.order]
-        return OrderedDict((entry.id, entry) for entry in first + rest)
+            self._keep_in_memory(record)
 
     def _keep(self, record: Record) -> None:
-        if not record.id:
-            record.id = self._stamps.next_id()
-        entry = None
-        if self._journal is not None:
+        record.id = self._stamps.next_id()
+        if self._journal is not None and time.monotonic() >= self._disk_retry_at:
+            if not self._memory.total():
+                return self._keep_on_disk(self._journal, record)
+            self._move_batch(self._journal)  # not all at once: this may be the thread that trains
+        self._keep_in_memory(record)
+
+    def _keep_on_disk(self, journal: Journal, record: Record) -> None:
+        try:
+            journal.append([record])
+        except OSError as error:
+            self._warn_of_disk(error)
+            self._keep_in_memory(record)
+
+    def _move_batch(self, journal: Journal) -> bool:
+        """Move the oldest records from memory to the journal; whether it took them."""
+        try:
+            for is_file in (False, True):
+                batch = self._memory.next_batch(is_file=is_file)
+                journal.append(batch)
+                self._memory.mark_sent(batch)
+        except OSError as error:
+            self._warn_of_disk(error)
+            return False
+        return True
+
+    def _keep_in_memory(self, record: Record) -> None:
+        """Keep a record, and drop the oldest where memory does not suffice, but neither runs nor params."""
+        while len(record.data) <= MEMORY_BYTES // 2:  # a larger file would drive out all the rest
             try:
-                entry = self._journal.append(record)
-            except OSError as error:
-                if not self._disk_warned:
-                    _log.warning(
-                        "the journal %s takes no more (%s): what %s is to hear waits in memory only. Make room, or "
-                        "correct the rights.",
-                        *(self._journal.folder, error.strerror or error, self._store_name),
-                    )
-                self._disk_warned = True
-        if entry is None:
-            entry = pending_record(record)
-            entry.record = record
-        self._queue.add(entry)
-        self._forget_oldest()
+                return self._memory.append([record])
+            except OSError:
+                if not self._memory.drop_oldest():
+                    break
+            self._warn_once("memory", "too much waits for %s: the oldest is being forgotten", self._store_name)
 
-    def _forget_oldest(self) -> None:
-        """Keep memory bounded; runs, params and what is on disk are never forgotten."""
-        while self._queue.memory > MEMORY_BYTES:
-            oldest = next((e for e in self._queue.entries.values() if e.record is not None and _memory_size(e)), None)
-            if oldest is None:
-                break
-            if not self.forgotten:
-                _log.warning("too much waits for %s: the oldest is being forgotten", self._store_name)
-            self.forgotten += oldest.points or 1
-            self._queue.drop(oldest)
+    def _warn_of_disk(self, error: OSError) -> None:
+        """Warn once of a journal that fails, and leave it alone for a while."""
+        self._disk_retry_at = time.monotonic() + DISK_PAUSE_SECONDS
+        if self._journal is not None:
+            self._warn_once(
+                "disk",
+                "the journal %s takes no more (%s): records for %s wait in memory only. "
+                "Make room, or correct the rights.",
+                *(self._journal.folder, error.strerror or error, self._store_name),
+            )
 
-
-def _memory_size(entry: PendingRecord) -> int:
-    return POINT_BYTES * entry.points + entry.size
+    def _warn_once(self, subject: str, text: str, *values: object) -> None:
+        if subject not in self._warned:
+            self._warned.add(subject)
+            _log.warning(text, *values)

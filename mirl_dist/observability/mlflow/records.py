@@ -1,8 +1,7 @@
-"""One thing that a tracking store is to hear, the line that a journal or a commit keeps of it, and texts fit for it.
+"""Records for a tracking store, the lines in which journals and commits keep them, and texts that MLflow 3 accepts.
 
-Runs go by our own names ("run", "round/03") and a record holds plain values only: no store is known here. A line may
-have been damaged, or come from another machine: `parse` takes nothing on trust. Texts are made fit for MLflow 3, with
-no password in them.
+Runs go by our own names ("run", "round/03") and a record holds plain values only: no store is known here. A line may be
+damaged or come from another machine: `parse` checks every field. No text that leaves here has a password in it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from mirl_dist.errors import UserError
@@ -29,7 +27,6 @@ BY_ROUND = "round/"  # before names whose step is the round, where the plain nam
 IMAGES, SMALL_PIXELS = "images/", 640  # where pictures lie for the grid, and the longer side of the small ones
 _KINDS = ("open", "params", "points", "ticket", "file", "end")
 _ID, _RUN_KEY = re.compile(r"[0-9a-f]{32}-\d{1,15}"), re.compile(r"run|round/\d{2,6}")
-_DATA = re.compile(r"\d{8}-\d{1,15}\.data")
 
 
 @dataclass(eq=False)
@@ -46,32 +43,23 @@ class Record:
     id: str = ""  # unique over all lives of a run: 32 hex digits of the life, '-', and a number
 
 
-class BlobRef(NamedTuple):
-    """Where the content of a file lies beside a journal's line, and how many bytes it has."""
-
-    file: str
-    size: int
-
-
 class DamagedRecord(ValueError):
-    """A line, or the file that it names, is not what was written."""
+    """A line is not what was written."""
 
 
-def to_line(record: Record, blob: BlobRef | None = None) -> bytes:
-    """The line of a record; a file's content is in it unless it lies elsewhere."""
+def to_line(record: Record, *, with_data: bool = True) -> bytes:
+    """The line of a record; a file's content is in it unless it is kept elsewhere."""
     fields: dict[str, object] = {"id": record.id, "do": record.kind, "where": record.run_key, "at_ms": record.at_ms}
     for key in ("name", "texts", "points"):
         if value := getattr(record, key):
             fields[key] = value
-    if blob is not None:
-        fields |= blob._asdict()
-    elif record.kind == "file":
+    if with_data and record.data:
         fields["data"] = base64.b64encode(record.data).decode()
     return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
 
 
-def parse(line: bytes) -> tuple[Record, BlobRef | None]:
-    """The record of a line, and where its content lies if not in the line. Raises Damaged."""
+def parse(line: bytes, data: bytes | None = None) -> Record:
+    """The record of a line. data: a file's content that is not in the line. Raises DamagedRecord."""
     try:
         fields = json.loads(line)
         record = Record(
@@ -80,44 +68,40 @@ def parse(line: bytes) -> tuple[Record, BlobRef | None]:
             fields.get("name", ""),
             {str(name): str(text) for name, text in fields.get("texts", {}).items()},
             [(str(name), float(value), int(ms), int(step)) for name, value, ms, step in fields.get("points", [])],
-            base64.b64decode(fields.get("data", ""), validate=True),
+            base64.b64decode(fields.get("data", ""), validate=True) if data is None else data,
             int(fields["at_ms"]),
             fields["id"],
         )
-        blob = BlobRef(str(fields["file"]), int(fields["size"])) if "file" in fields else None
-        sound = _is_valid(record, blob)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        valid = (
+            record.kind in _KINDS
+            and _RUN_KEY.fullmatch(record.run_key) is not None
+            and _ID.fullmatch(record.id) is not None
+            and 0 <= record.at_ms < 2**53
+            and all(math.isfinite(value) for _, value, _, _ in record.points)
+            and (record.kind != "file" or is_relative_file(record.name))
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DamagedRecord(str(error)) from None
-    if not sound:
-        raise DamagedRecord("it says what no run has said")
-    return record, blob
+    if not valid:
+        raise DamagedRecord("no run writes such a record")
+    return record
+
+
+def is_relative_file(name: str) -> bool:
+    """Whether a name is that of a file below a folder, and does not lead out of it."""
+    path = PurePosixPath(name)
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts
 
 
 def parse_all(lines: bytes) -> tuple[list[Record], int]:
     """The records of a commit's lines, and how many lines are damaged."""
-    records, damaged = [], 0
+    records, damaged = list[Record](), 0
     for line in lines.splitlines():
         try:
-            record, blob = parse(line)
-            if blob is not None:
-                raise DamagedRecord("its content is elsewhere")
-            records.append(record)
+            records.append(parse(line))
         except DamagedRecord:
             damaged += 1
     return records, damaged
-
-
-def _is_valid(record: Record, blob: BlobRef | None) -> bool:
-    """Whether a run could have said this; no path leads out of its folder."""
-    path = PurePosixPath(record.name)
-    return (
-        record.kind in _KINDS
-        and _RUN_KEY.fullmatch(record.run_key) is not None
-        and _ID.fullmatch(record.id) is not None
-        and all(math.isfinite(value) for _, value, _, _ in record.points)
-        and (record.kind != "file" or (bool(path.name) and not path.is_absolute() and ".." not in path.parts))
-        and (blob is None or _DATA.fullmatch(blob.file) is not None)
-    )
 
 
 def flatten(params: Mapping[str, object], prefix: str = "") -> dict[str, str]:

@@ -49,7 +49,7 @@ def resend(
         session_id = uuid.uuid4().hex
         store = MlflowClientStore(address, experiment, run_name, RunIds(remembered, key, remember), session_id)
         outbox = Outbox(store.name, session_id, opened, inherited)
-        outbox.claim_older()
+        outbox.claim()
         return _send(store, outbox, journal, say)
     finally:
         opened.close()
@@ -70,7 +70,7 @@ def _send(store: MlflowClientStore, outbox: Outbox, journal: Path, say: Callable
     if before.since is None:
         say(f"nothing waits for {store.name} in {journal}")
         return before
-    with progress.bar(f"sending to {store.name}", sum(outbox.count_files_and_others())) as advance:
+    with progress.bar(f"sending to {store.name}", outbox.total()) as advance:
         failure = Sender(store, outbox).send_all(RESEND_SECONDS, lambda done: advance(done, ""))
     if failure:
         left = outbox.count()

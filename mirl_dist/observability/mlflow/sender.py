@@ -1,4 +1,4 @@
-"""The thread that tells a tracking store what waits, in order, so that nobody else has to wait for it.
+"""The thread that sends pending records to a tracking store, in order, so that nobody else has to wait for it.
 
 After a failure it pauses and tries again; only what a store refuses for good is given up. No store is known here.
 """
@@ -15,8 +15,7 @@ from typing import Protocol
 
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow.outbox import Outbox
-from mirl_dist.observability.mlflow.records import DamagedRecord, Record
-from mirl_dist.observability.mlflow.segments import PendingRecord
+from mirl_dist.observability.mlflow.records import Record
 
 STEPS_PER_DELIVERY, SECONDS_PER_DELIVERY = 50, 5.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, HURRIED_PAUSE_SECONDS = 5.0, 300.0, 1.0
@@ -130,7 +129,7 @@ class Sender:
     def send_all(self, idle_seconds: float, advance: Callable[[int], None]) -> str:
         """Send all that waits in this thread; what prevented it for `idle_seconds`, or ''. advance: given a count."""
         self._schedule.due, self._schedule.longest_pause = -math.inf, HURRIED_PAUSE_SECONDS
-        self._failures.announce = _announce_nothing
+        self._failures.announce = lambda *_: None
         last, sent = time.monotonic(), 0
         while self._unfinished():
             self._send_one()
@@ -150,17 +149,18 @@ class Sender:
                 self._changed.notify_all()
 
     def _unfinished(self) -> bool:
-        return not self._outbox.owns_delivery or sum(self._outbox.count_files_and_others()) > 0
+        return not self._outbox.owns_delivery or any(self._outbox.waits())
 
     def _work(self) -> None:
         try:
             while self._wait_for_work():
                 if self._outbox.owns_delivery:
                     self._send_one()
-                elif self._outbox.claim_older():
+                elif self._outbox.claim():
                     self._gather_again()
                 else:
                     self._schedule.lock_at = time.monotonic() + LOCK_PAUSE_SECONDS
+                self._outbox.checkpoint()
         finally:
             self._outbox.close()
 
@@ -178,7 +178,7 @@ class Sender:
         """Seconds until something may be tried."""
         at = self._schedule.lock_at
         if self._outbox.owns_delivery:
-            files, others = self._outbox.count_files_and_others()
+            files, others = self._outbox.waits()
             at = min(
                 max(self._away.not_before, self._schedule.due) if others else math.inf,
                 max(self._away.not_before, self._no_files.not_before) if files else math.inf,
@@ -188,7 +188,7 @@ class Sender:
     def _gather_again(self) -> None:
         """When all steps are sent, the next ones are gathered again."""
         with self._changed:
-            if not self._outbox.count_files_and_others()[1]:
+            if not self._outbox.waits()[1]:
                 self._schedule.due, self._schedule.steps = math.inf, 0
 
     def _send_one(self) -> None:
@@ -198,10 +198,9 @@ class Sender:
         batch = self._outbox.next_batch(
             files=back and self._no_files.not_before <= now, others=back and self._schedule.due <= now
         )
-        record = self._merge_batch(batch)
-        if record is None:
-            self._outbox.mark_sent(batch)
+        if not batch:  # all of it was damaged
             return
+        record = dataclasses.replace(batch[0], points=[point for record in batch for point in record.points])
         try:
             self._store.deliver(record)
         except self._store.transient_errors() as trouble:
@@ -216,20 +215,7 @@ class Sender:
         with self._changed:
             self._outbox.mark_sent(batch)
             self._gather_again()
-        self._report_recovery()
-
-    def _merge_batch(self, batch: list[PendingRecord]) -> Record | None:
-        """The one record that a batch makes, of all that can still be read."""
-        records = []
-        for entry in batch:
-            try:
-                records.append(entry.read())
-            except (DamagedRecord, OSError) as error:
-                text = "%s of %s, which %s was to hear, cannot be read any more (%s) and is left out"
-                _log.warning(text, entry.kind, entry.run_key, self._store.name, error)
-        if not records:
-            return None
-        return dataclasses.replace(records[0], points=[point for record in records for point in record.points])
+            self._report_recovery()
 
     def _is_refused(self, record: Record, trouble: BaseException) -> bool:
         """Whether the store will never take it; the first refusal of a kind is told."""
@@ -246,15 +232,13 @@ class Sender:
     def _back_off(self, record: Record, trouble: BaseException) -> None:
         """Pause; the first failure of an outage is told. The place for files may be away alone: points pass then."""
         cause = str(trouble) if isinstance(trouble, UserError) else self._store.describe(trouble)
-        outage, text = (
-            self._away,
-            (
-                "%s is away or refuses (%s). Training goes on; points are kept and sent when it is back. "
-                "Check the server, and the address in tracking.uri or MLFLOW_TRACKING_URI."
-            ),
+        outage = self._away
+        text = (
+            "%s is away or refuses (%s). Training goes on; points are kept and sent when it is back. "
+            "Check the server, and the address in tracking.uri or MLFLOW_TRACKING_URI."
         )
         if isinstance(trouble, UserError):
-            text = "what %s is to hear waits, because the ids of its runs could not be kept (%s). Training goes on."
+            text = "records for %s wait, because the ids of its runs could not be kept (%s). Training goes on."
         elif record.kind == "file" and self._store.answers():
             outage, text = self._no_files, "%s takes points but no file (%s). Training goes on; files are kept."
         self._failures.last = cause
@@ -266,14 +250,10 @@ class Sender:
 
     def _report_recovery(self) -> None:
         """An outage is over, and told to be, when all that waited is sent."""
-        files, others = self._outbox.count_files_and_others()
+        files, others = self._outbox.waits()
         if self._away.announced and not others and (not files or self._no_files.announced):
             self._away.announced = False
             self._failures.announce("%s is back: all that waited is sent", self._store.name)
         if self._no_files.announced and not files:
             self._no_files.announced = False
             self._failures.announce("%s takes files again: all that waited are sent", self._store.name)
-
-
-def _announce_nothing(*_: object) -> None:
-    """Tell nobody."""

@@ -1,9 +1,9 @@
-"""The door to MLflow: one parent run per run, one nested run per round, and no mishap there stops training.
+"""Tracking of a run in MLflow: one parent run, one nested run per round; no failure of MLflow stops training.
 
-Everything goes into a journal on disk first; a thread sends it in order, and the caller never waits for the store.
-Sending twice changes nothing: points keep the time of their making (by which the store knows them) and a curve only
-grows, runs are found again by id or tag, files are overwritten. So neither a restart nor an answer lost on the way
-leaves a point twice; and what no life could send, the next one sends first.
+Every record goes into a journal on disk first. A thread sends the records in order, and the caller never waits for the
+store. Sending a record twice changes nothing: points keep the time at which they were made (the store knows them by it)
+and curves only grow, runs are found again by id or tag, files are overwritten. So neither a restart nor a lost answer
+leaves a point twice. A process first sends the records that earlier ones could not send.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _log = logging.getLogger("mirl_dist.tracking")
 
 
 class Tracker(Protocol):
-    """What a story tells of its run: `MlflowTracker` on rank 0, `NoTracker` on the others, with the same methods."""
+    """What training reports of its run: to `MlflowTracker` on rank 0, to `NoTracker` on the others."""
 
     def begin_run(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None: ...
     def begin_round(self, round_: int, tags: Mapping[str, str], params: Mapping[str, object] = {}) -> None: ...
@@ -59,7 +59,7 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    """The twin that does nothing: for ranks other than 0, and for tracking switched off."""
+    """Does nothing: for ranks other than 0, and for tracking switched off."""
 
     def begin_run(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None: ...
     def begin_round(self, round_: int, tags: Mapping[str, str], params: Mapping[str, object] = {}) -> None: ...
@@ -105,10 +105,11 @@ class MlflowTracker:
         self._uri = default_uri(uri)
         import_quietly(self._uri)
         self._run_name = run_name
-        self._journal, key = _open_journal(journal, redact_uri(self._uri))
+        opened, key = _open_journal(journal, redact_uri(self._uri))
+        self._journal = journal if opened is not None else None
         session_id = uuid.uuid4().hex
         self._store = MlflowClientStore(self._uri, experiment, run_name, RunIds(remembered, key, remember), session_id)
-        self._outbox = Outbox(self._store.name, session_id, self._journal, inherited)
+        self._outbox = Outbox(self._store.name, session_id, opened, inherited)
         self._sender = Sender(self._store, self._outbox)
         self._round, self._begun = "", set[str]()
         self._sender.start()
@@ -158,9 +159,9 @@ class MlflowTracker:
 
     def log_file(self, name: str, data: bytes, scope: str) -> None:
         """Keep a file ('folder/name', a relative path) with the current 'round' or with the whole 'run'."""
-        path = PurePosixPath(name)
-        assert scope in ("round", "run") and path.name and not path.is_absolute() and ".." not in path.parts
-        self._outbox.put(Record("file", self._round if scope == "round" else "run", str(path), data=data))
+        assert scope in ("round", "run") and records.is_relative_file(name)
+        name = str(PurePosixPath(name))
+        self._outbox.put(Record("file", self._round if scope == "round" else "run", name, data=data))
         self.flush()
 
     def log_image(self, key: str, png: bytes, step: int) -> None:
@@ -195,15 +196,16 @@ class MlflowTracker:
         At most `FAREWELL_SECONDS` without progress, and at most `seconds` in all. What is left then is told.
         """
         self._outbox.put(Record("end", "run", status))
+        self._outbox.move_to_disk()
         if self._sender.finish(FAREWELL_SECONDS, seconds):
             return
         with contextlib.suppress(UserError):
-            left = pending_records(self._journal.folder) if self._journal else Pending(0, 0, None)
+            left = pending_records(self._journal) if self._journal else Pending(0, 0, None)
             if left.since is not None:
                 _log.warning(
                     "the run ends while %d points and %d other records wait for %s in %s. "
                     "Send them with `mirl-dist track resend RUN`.",
-                    *(left.points, left.records, self._store.name, self._journal and self._journal.folder),
+                    *(left.points, left.records, self._store.name, self._journal),
                 )
         lost = self._outbox.count_in_memory()
         if lost.since is not None:
@@ -241,7 +243,7 @@ def _open_journal(folder: Path, store_name: str) -> tuple[Journal | None, str]:
         journal = Journal(folder)
     except OSError as error:
         _log.warning(
-            "the journal %s cannot be used (%s): what %s is to hear waits in memory only. "
+            "the journal %s cannot be used (%s): records for %s wait in memory only. "
             "Make room or correct the rights, or choose another tracking.journal.",
             *(folder, error.strerror or error, store_name),
         )

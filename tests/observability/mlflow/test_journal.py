@@ -6,11 +6,11 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -22,13 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mirl_dist.errors import UserError
-from mirl_dist.observability.mlflow import outbox, records, sender
+from mirl_dist.observability.mlflow import database, outbox, records, sender
 from mirl_dist.observability.mlflow import tracker as tracking
+from mirl_dist.observability.mlflow.database import FILE
 from mirl_dist.observability.mlflow.journal import Journal, pending_records
 from mirl_dist.observability.mlflow.outbox import Outbox
 from mirl_dist.observability.mlflow.records import DamagedRecord, Record
 from mirl_dist.observability.mlflow.resend import resend
-from mirl_dist.observability.mlflow.segments import PendingRecord, Segment
 from mirl_dist.observability.mlflow.tracker import MlflowTracker
 from mirl_dist.storage.base import Unavailable
 from tests.services import mlflow_client_program
@@ -36,20 +36,36 @@ from tests.services.faulty_proxy import FORBIDDEN, FaultyProxy, answer
 from tests.services.mlflow_client_program import ROUNDS, STEPS, get
 from tests.services.mlflow_server import MlflowServer, client, curve, runs_of
 
-LIFE = "0123456789abcdef" * 2
+SESSION = "0123456789abcdef" * 2
 
 
 def item(number: int, do: str = "points", **more: Any) -> Record:
     usual = {"points": [("loss", 1 / (number + 1), 5 * number, number)]} if do == "points" else {}
-    return Record(do, "run", at_ms=1000 * number, id=f"{LIFE}-{number}", **(usual | more))
+    return Record(do, "run", at_ms=1000 * number, id=f"{SESSION}-{number}", **(usual | more))
 
 
-def read(entries: list[PendingRecord]) -> list[Record]:
-    return [entry.read() for entry in entries]
+def new_outbox(folder: Path, inherited: bytes = b"") -> Outbox:
+    return Outbox("the store", uuid.uuid4().hex, Journal(folder), inherited)
 
 
-def numbers(entries: list[PendingRecord]) -> list[int]:
-    return [int(entry.id.rpartition("-")[2]) for entry in entries]
+def put_steps(box: Outbox, *steps: int, value: float = 1.0) -> None:
+    for step in steps:
+        box.put_points("points", "run", [("loss", value, step)])
+
+
+def steps_of(lines: bytes) -> list[int]:
+    return [record.points[0][3] for record in records.parse_all(lines)[0] if record.points]
+
+
+def read(journal: Journal) -> list[Record]:
+    """What waits."""
+    waiting, damaged = records.parse_all(journal.lines(2**30))
+    assert damaged == 0
+    return waiting
+
+
+def numbers(journal: Journal) -> list[int]:
+    return [int(record.id.rpartition("-")[2]) for record in read(journal)]
 
 
 def until(holds: Callable[[], object]) -> None:
@@ -59,53 +75,270 @@ def until(holds: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-# -- the files --------------------------------------------------------------------------------------------------------
+# -- the database -----------------------------------------------------------------------------------------------------
 
 
-def test_a_later_life_reads_exactly_what_was_kept(tmp_path: Path) -> None:
+@pytest.fixture(params=["local", "networked"])
+def disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the file system of the tests is taken for: it decides whether there is a write-ahead log."""
+    if request.param == "networked":
+        monkeypatch.setattr(database, "LOCAL_DISKS", set[str]())
+    return str(request.param)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 1 MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_later_process_reads_exactly_what_was_kept(tmp_path: Path, disk: str) -> None:
     kept = [
         item(0, "open", name="demo", texts={"tag σ": "line\nbreak \ud800"}),
         item(1, points=[("loss/σ", 0.1 + 0.2, 1795273217019, 7), ("tiny", 5e-324, 0, 2**53)]),
-        item(2, "file", name="tickets/00/ticket.json", data=bytes(range(256)) * 3),
-        item(3, "file", name="empty", data=b""),
-        item(4, "end", name="KILLED"),
+        item(2, "end", name="KILLED"),
+        item(3, "file", name="tickets/00/ticket.json", data=bytes(range(256)) * 3),
+        item(4, "file", name="empty", data=b""),
     ]
-    journal = Journal(tmp_path / "outbox")
-    for one in kept:
-        journal.append(one)
-    later = Journal(tmp_path / "outbox")
-    later.append(item(5))
-    found = read(later.read_older())
-    assert [vars(one) for one in found] == [vars(one) for one in kept]
-    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "outbox").iterdir()}
-    assert modes == {0o600} and (tmp_path / "outbox").stat().st_mode & 0o777 == 0o700
+    folder = tmp_path / "outbox"
+    journal = Journal(folder)
+    journal.append(kept[:2])
+    journal.append(kept[2:])
+    assert folder.joinpath(f"{FILE}-wal").exists() == (disk == "local")
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+    assert folder.stat().st_mode & 0o777 == 0o700
+    later = Journal(folder)
+    assert [vars(one) for one in read(later)] == [vars(one) for one in kept]
+    assert later.read_key() == journal.read_key() != Journal(tmp_path / "other").read_key()
 
 
-def test_a_segment_cut_anywhere_holds_all_that_was_whole(tmp_path: Path) -> None:
+def test_what_append_has_returned_for_survives_the_death_of_its_process(tmp_path: Path, disk: str) -> None:
+    program = """
+import sys
+from pathlib import Path
+from mirl_dist.observability.mlflow import database
+from mirl_dist.observability.mlflow.journal import Journal
+from mirl_dist.observability.mlflow.records import Record
+if sys.argv[2] == "networked":
+    database.LOCAL_DISKS.clear()
+journal = Journal(Path(sys.argv[1]))
+first = int(sys.argv[3])
+for number in range(first, first + 10**6):
+    points = [("loss", 1.0, 0, number)]
+    journal.append([Record("points", "run", points=points, id=f"{'0' * 32}-{number}")])
+    print(number, flush=True)
+"""
+    chance, returned = random.Random(disk), -1
+    for _ in range(5):
+        command = [sys.executable, "-c", program, str(tmp_path), disk, str(returned + 1)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            process.stdout.readline()
+            time.sleep(chance.uniform(0.0, 0.1))
+            process.kill()
+            rest = process.stdout.read()
+        returned = int(rest.split("\n")[-2]) if "\n" in rest else returned + 1
+        waiting = pending_records(tmp_path).points
+        assert waiting - (returned + 1) in (0, 1), "all that append returned for, and perhaps the one under way"
+        returned = waiting - 1
+    assert numbers(Journal(tmp_path)) == list(range(returned + 1))
+
+
+def test_what_was_delivered_is_not_delivered_again(tmp_path: Path, disk: str) -> None:
+    first = Journal(tmp_path)
+    everything = [item(n) for n in range(6)] + [item(6, "file", name="a", data=bytes(10**6))]
+    first.append(everything)
+    for sent in (everything[:2], [everything[3], everything[6]], [everything[2]]):
+        first.mark_sent(sent)
+    second = Journal(tmp_path)
+    assert numbers(first) == numbers(second) == [4, 5]
+    second.inherit([*everything, item(9)])
+    assert numbers(second) == [4, 5, 9], "nor what a commit had pending before"
+    second.mark_sent(second.next_batch(is_file=False))
+    first.close()
+    second.close()
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert tmp_path.joinpath(FILE).stat().st_size < 100_000, "and no room is taken for it"
+
+
+def test_processes_deliver_in_turn_and_leave_alone_what_later_ones_append(tmp_path: Path, disk: str) -> None:
+    first, second = Journal(tmp_path), Journal(tmp_path)
+    assert first.lock() and first.lock() and not second.lock()
+    first.append([item(0)])
+    second.append([item(10)])
+    first.append([item(1)])
+    assert numbers(first) == [0, 1] and numbers(second) == [0, 1, 10]
+    first.close()
+    assert second.lock()
+
+
+def test_a_forked_process_leaves_the_journal_alone(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    ends = [line.end for number in range(2) if (line := journal.append(item(number)).line)]
-    path = tmp_path / "00000001.jsonl"
-    whole = path.read_bytes()
-    assert len(whole) == ends[-1]
-    for cut in range(len(whole) + 1):
-        path.write_bytes(whole[:cut])
-        assert numbers(Journal(tmp_path).read_older()) == [n for n, end in enumerate(ends) if end <= cut]
+    journal.append([item(0)])
+    child = os.fork()
+    if child == 0:
+        try:
+            journal.append([item(1)])
+        except OSError:
+            os._exit(3)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    assert numbers(journal) == [0]
 
 
-def test_a_damaged_line_is_left_out_and_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    journal = Journal(tmp_path)
-    entries = [journal.append(item(number)) for number in range(4)]
-    path = tmp_path / "00000001.jsonl"
-    text = bytearray(path.read_bytes())
-    assert entries[1].line is not None
-    start = entries[1].line.start
-    text[start + 5 : start + 40] = bytes(35)
-    path.write_bytes(text)
+@pytest.mark.long
+def test_a_hundred_thousand_records_are_sent_in_little_memory(tmp_path: Path) -> None:
+    def memory() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    journal, count = Journal(tmp_path), 100_000
+    for start in range(0, count, 10_000):
+        journal.append([item(number) for number in range(start, start + 10_000)])
     journal.close()
-    later = Journal(tmp_path)
-    assert pending_records(tmp_path).points == 3 and caplog.text == "", "who only looks tells nothing"
-    assert later.lock() and numbers(later.read_older()) == [0, 2, 3]
-    assert [record.message for record in caplog.records] == [f"{path}: 1 damaged lines are left out"]
+    box, sent, before = new_outbox(tmp_path), 0, memory()
+    assert box.claim() and box.count().points == box.total() == count
+    while batch := box.next_batch(files=True, others=True):
+        assert [int(record.id[33:]) for record in batch] == list(range(sent, sent + 1000))
+        sent += len(batch)
+        box.mark_sent(batch)
+        assert memory() < before + 16 * 2**20
+    assert sent == count
+    box.close()
+
+
+def test_a_damaged_record_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(tmp_path)
+    journal.append([item(number) for number in range(4)])
+    with sqlite3.connect(tmp_path / FILE) as connection:
+        connection.execute("UPDATE records SET line = '{\"id' WHERE number = 1")
+    connection.close()
+    assert [record.id[33:] for record in journal.next_batch(is_file=False)] == ["0", "2", "3"]
+    assert caplog.text.count(f"{tmp_path}: record {SESSION}-1 is damaged") == len(caplog.records) == 1
+    assert journal.total() == 3
+
+
+@pytest.mark.parametrize("damage", ["another file", "cut short", "overwritten", "overwritten while open"])
+def test_a_damaged_database_is_set_aside_with_one_warning(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, path = Journal(tmp_path), tmp_path / FILE
+    before.append([item(number) for number in range(1000)])
+    box = new_outbox(tmp_path)
+    if damage == "overwritten while open":
+        put_steps(box, 0)
+        before.checkpoint()
+        before.append([item(1000)])  # the pages that `box` has read are out of date
+    else:
+        before.close()
+    whole = path.read_bytes()
+    path.write_bytes(
+        {"another file": b"no database" * 1000, "cut short": whole[: len(whole) // 2 // 4096 * 4096]}.get(
+            damage, whole[:4096] + random.Random(0).randbytes(100_000) + whole[104_096:]
+        )
+    )
+    if damage != "overwritten while open":
+        with pytest.raises(UserError, match=rf"found the journal {path} damaged .*The next launch .*`mirl-dist track"):
+            pending_records(tmp_path)
+    box.next_batch(files=True, others=True)
+    put_steps(box, 1, 2)
+    assert box.count_in_memory().points == 0 and steps_of(box.pending_lines()) == [1, 2]
+    [aside] = [path for path in tmp_path.glob(f"{FILE}.damaged-*") if path.name.count("-") == 1]
+    assert len(caplog.records) == 1, caplog.text
+    assert f"the journal {path} is damaged (" in caplog.text and f"set aside as {aside}. MLflow does" in caplog.text
+    assert f"Read what is left with `sqlite3 {aside} .recover`, or remove it." in caplog.text
+    before.close()
+    box.close()
+    assert pending_records(tmp_path).points == 2
+
+
+def test_a_full_disk_costs_one_warning_and_stops_no_delivery(
+    small: Path, disk: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "DISK_PAUSE_SECONDS", 0.0)
+    earlier = Journal(small / "outbox")
+    earlier.append([item(number) for number in range(1200)])
+    earlier.close()
+    box = new_outbox(small / "outbox")
+    assert box.claim() and box.total() == 1200
+    with small.joinpath("filler").open("wb", buffering=0) as filler, pytest.raises(OSError):
+        while filler.write(bytes(512)):
+            pass
+    put_steps(box, 1200)
+    box.put(Record("file", "run", "a", data=bytes(100_000)))
+    put_steps(box, 1201)
+    waits = box.count_in_memory()
+    assert waits.points >= 1 and waits.records == 1, caplog.text
+    assert caplog.text.count(f"the journal {small / 'outbox'} takes no more (") == len(caplog.records) == 1
+    assert "records for the store wait in memory only. Make room" in caplog.text
+    assert steps_of(box.pending_lines()) == list(range(1202))
+
+    box.mark_sent(box.next_batch(files=False, others=True))
+    assert steps_of(box.pending_lines()) == list(range(1000, 1202)), "delivered, whether the disk knows it or not"
+    small.joinpath("filler").unlink()
+    put_steps(box, 1202)
+    box.move_to_disk()
+    assert box.count_in_memory().since is None, "room again, journal again"
+    box.mark_sent(box.next_batch(files=True, others=False))
+    box.close()
+    assert steps_of(new_outbox(small / "outbox").pending_lines()) == list(range(1000, 1203))
+
+
+def test_a_database_that_another_process_blocks_holds_up_nobody(
+    tmp_path: Path, disk: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = new_outbox(tmp_path)
+    put_steps(box, 0)
+    blocker = sqlite3.connect(tmp_path / FILE, isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    start = time.monotonic()
+    put_steps(box, *range(1, 100))
+    assert time.monotonic() - start < 2.0, "one wait for all of them"
+    assert box.count_in_memory().points == 99 and "(database is locked)" in caplog.text
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + outbox.DISK_PAUSE_SECONDS)
+    put_steps(box, 100)
+    box.move_to_disk()
+    assert steps_of(Journal(tmp_path).lines(2**30)) == list(range(101)) and len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("ended", ["not yet", "by a kill", "well"])
+def test_anybody_may_look_what_waits_and_nothing_is_touched(ended: str, small: Path, disk: str) -> None:
+    def state() -> dict[str, bytes]:
+        return {path.name: b"" if path.name.endswith("-shm") else path.read_bytes() for path in folder.iterdir()}
+
+    folder = small / "outbox"
+    assert pending_records(folder) == (0, 0, None)
+    journal = Journal(small / "first")
+    journal.append([item(3), item(4, "end", name="FINISHED")])
+    if ended == "well":
+        journal.close()
+    if ended == "by a kill":  # as the kernel leaves the files; nobody has them open
+        shutil.copytree(small / "first", folder)
+    else:
+        folder = small / "first"
+    for folder_mode in ("rw", "ro"):
+        if folder_mode == "ro" and ended != "not yet":
+            journal.close()
+            subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+        before = {} if ended == "not yet" else state()  # to open a file here would drop SQLite's locks on it
+        assert pending_records(folder) == (1, 1, 3.0)
+        assert before == ({} if ended == "not yet" else state())
+
+
+def test_a_journal_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="journal .*file, which cannot be read: Not a directory. Ask its owner"):
+        pending_records(tmp_path / "file")
+
+
+# -- lines ------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
@@ -117,169 +350,50 @@ def test_no_line_however_damaged_is_more_than_damaged(data: st.DataObject) -> No
         line[at : at + data.draw(st.integers(0, 20))] = data.draw(st.binary(max_size=20))
         line = line or bytearray(b"0")
     try:
-        found, _ = records.parse(bytes(line))
+        record = records.parse(bytes(line))
     except DamagedRecord:
         return
-    assert found.kind in ("open", "params", "points", "ticket", "file", "end")
-    assert ".." not in Path(found.name).parts and not Path(found.name).is_absolute()
+    assert record.kind in ("open", "params", "points", "ticket", "file", "end")
+    assert ".." not in Path(record.name).parts and not Path(record.name).is_absolute()
 
 
 @pytest.mark.parametrize(
-    "said",
+    "changes",
     [
         {"do": "file", "name": "../../x", "data": ""},
         {"do": "file", "name": "/etc/x", "data": ""},
-        {"do": "file", "name": "x", "file": "../key", "size": 32},
         {"do": "run away"},
         {"where": "round/../x"},
         {"id": "7"},
+        {"at_ms": 2**64},
         {"points": [["loss", float("inf"), 0, 0]]},
         {"points": [["loss", 1.0]]},
         [],
     ],
 )
-def test_a_line_that_no_run_has_said_is_damaged(said: Any) -> None:
-    usual = {"do": "points", "where": "run", "id": f"{LIFE}-0", "at_ms": 0}
+def test_a_line_that_no_run_writes_is_damaged(changes: Any) -> None:
+    usual = {"do": "points", "where": "run", "id": f"{SESSION}-0", "at_ms": 0}
     with pytest.raises(DamagedRecord):
-        records.parse(json.dumps(usual | said if isinstance(said, dict) else said).encode())
+        records.parse(json.dumps(usual | changes if isinstance(changes, dict) else changes).encode())
     records.parse(json.dumps(usual).encode())
 
 
-def test_what_was_delivered_is_not_read_again_and_segments_that_are_through_go(tmp_path: Path) -> None:
-    first = Journal(tmp_path)
-    entries = [first.append(item(n)) for n in range(5)] + [first.append(item(5, "file", name="a", data=b"a"))]
-    first.note_sent(entries[:2])
-    first.note_sent([entries[3], entries[5]])
-    assert not list(tmp_path.glob("*.data")), "contents go with their delivery"
-    sent = tmp_path / "00000001.sent"
-    whole = sent.read_bytes()
-    for cut in range(len(whole)):
-        sent.write_bytes(whole[:cut])
-        left = numbers(Journal(tmp_path).read_older())
-        assert set(left) >= {2, 4}, "a torn note delivers again, and never forgets"
-    with sent.open("ab") as stream:
-        stream.write(b"\n[0, 1")  # killed while it noted
-    second = Journal(tmp_path)
-    second.append(item(9))
-    left = second.read_older()
-    assert numbers(left) == [2, 4]
-    first.close()
-    assert second.lock()
-    second.note_sent(left[:1])
-    assert numbers(Journal(tmp_path).read_older()) == [4, 9]
-    second.note_sent(left[1:])
-    assert [path.name for path in sorted(tmp_path.glob("0*"))] == ["00000002.jsonl"]
-    assert second.known_ids([f"{LIFE}-{n}" for n in range(12)]) == {f"{LIFE}-{n}" for n in (0, 1, 2, 3, 4, 5, 9)}
-
-
-def test_what_a_kill_left_of_a_removed_segment_is_cleared_up(tmp_path: Path) -> None:
-    for name in ("00000003.sent", "00000003-12.data"):
-        (tmp_path / name).write_text("[0, 10]")
-    journal = Journal(tmp_path)
-    assert journal.lock() and journal.read_older() == []
-    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
-
-
-def test_a_long_life_writes_several_segments_and_leaves_none_that_is_through(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mirl_dist.observability.mlflow.journal.SEGMENT_BYTES", 300)
-    journal = Journal(tmp_path)
-    entries = [journal.append(item(number)) for number in range(10)]
-    count = len(list(tmp_path.glob("*.jsonl")))
-    assert count > 2
-    assert numbers(Journal(tmp_path).read_older()) == list(range(10))
-    journal.note_sent(entries[:9])
-    assert len(list(tmp_path.glob("0*.jsonl"))) == 1
-    assert numbers(Journal(tmp_path).read_older()) == [9]
-
-
-def test_a_life_that_begins_its_segment_does_not_take_it_for_an_older_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    journal, found, real = Journal(tmp_path), list[PendingRecord](), Segment.new
-    assert journal.lock()
-    sends = threading.Thread(target=lambda: found.extend(journal.read_older()))
-
-    def slowly(folder: Path) -> Segment:
-        made = real(folder)
-        sends.start()
-        sends.join(0.1)
-        return made
-
-    monkeypatch.setattr(Segment, "new", slowly)
-    journal.append(item(0))
-    sends.join()
-    assert found == [] and numbers(Journal(tmp_path).read_older()) == [0]
-
-
-def test_one_delivers_and_the_next_one_may_when_it_has_gone(tmp_path: Path) -> None:
-    first, second = Journal(tmp_path), Journal(tmp_path)
-    assert first.lock() and first.lock() and not second.lock()
-    first.close()
-    assert second.lock()
-
-
-def test_all_lives_of_a_folder_know_one_key(tmp_path: Path) -> None:
-    key = Journal(tmp_path).read_key()
-    assert Journal(tmp_path).read_key() == key and Journal(tmp_path / "other").read_key() != key
-    (tmp_path / "key").write_bytes(b"")  # a power cut
-    again = Journal(tmp_path).read_key()
-    assert len(again) == 32 and Journal(tmp_path).read_key() == again
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "other"]
-
-
-def test_a_full_disk_costs_one_warning_and_nothing_half_written(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    box = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path))
-    box.put_points("points", "run", [("loss", 1.0, 1)])
-    full, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "00000001.jsonl").stat().st_size + 50, hard))
-    try:
-        box.put_points("points", "run", [("loss", 1.0, 2)])
-        box.put(Record("file", "run", "a", data=bytes(4000)))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (full, hard))
-    assert caplog.text.count(f"the journal {tmp_path} takes no more (File too large)") == 1
-    assert "what the store is to hear waits in memory only. Make room" in caplog.text
-    assert box.count_in_memory()[:2] == (1, 1)
-    box.put_points("points", "run", [("loss", 1.0, 3)])
-    assert [one.points[0][3] for one in read(Journal(tmp_path).read_older())] == [1, 3], "room again, journal again"
-    lines, damaged = records.parse_all(box.pending_lines())
-    assert [one.kind for one in lines] == ["points", "points", "file", "points"] and damaged == 0
-    assert not list(tmp_path.glob("*.data"))
-
-
-def test_the_clock_of_a_life_never_runs_backwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    box = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path))
-    clock = iter([5_000, 9_000, 3_000, 8_000, 9_500])
-    monkeypatch.setattr(time, "time_ns", lambda: next(clock) * 1_000_000)
-    for step in range(5):
-        box.put_points("points", "run", [("loss", 1.0, step)])
-    times = [one.points[0][2] for one in read(Journal(tmp_path).read_older())]
-    assert times == [5_000, 9_000, 9_000, 9_000, 9_500]
-
-
-# -- the backlog ------------------------------------------------------------------------------------------------------
-
-
 def test_a_backlog_brings_all_that_waits_to_another_machine(tmp_path: Path) -> None:
-    here = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path / "a"))
+    here = new_outbox(tmp_path / "a")
     assert here.pending_lines() == b""
-    here.put(Record("open", "round/00", "round 00"))
-    here.put_points("points", "round/00", [("loss", 0.5, 7)])
-    here.put(Record("file", "round/00", "ticket.json", data=b"{}"))
-    there = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path / "b"), here.pending_lines())
+    here.put(Record("open", "run", "demo"))
+    put_steps(here, 7)
+    here.put(Record("file", "run", "ticket.json", data=b"{}"))
+    there = new_outbox(tmp_path / "b", here.pending_lines())
     assert records.parse_all(there.pending_lines())[0][2].data == b"{}"
     assert there.pending_lines() == here.pending_lines()
-    assert numbers(Journal(tmp_path / "b").read_older()) == [0, 1, 2], "and it is in the journal there"
+    assert numbers(Journal(tmp_path / "b")) == [0, 1, 2], "and it is in the journal there"
 
 
 def test_a_backlog_leaves_out_the_largest_files_first_and_never_points(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    box = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path))
+    box = new_outbox(tmp_path)
     for size in (2000, 9000, 4000, 10):
         box.put(Record("file", "run", f"f{size}", data=bytes(size)))
         box.put_points("points", "run", [(f"v{i}", 0.5, size) for i in range(20)])
@@ -287,68 +401,48 @@ def test_a_backlog_leaves_out_the_largest_files_first_and_never_points(
     def kept() -> list[str]:
         return [one.name or "points" for one in records.parse_all(box.pending_lines())[0]]
 
-    assert kept() == ["f2000", "points", "f9000", "points", "f4000", "points", "f10", "points"]
+    assert kept() == ["points"] * 4 + ["f2000", "f9000", "f4000", "f10"]
     monkeypatch.setattr(outbox, "MAX_PENDING_BYTES", 14_000)
-    assert kept() == ["f2000", "points", "points", "f4000", "points", "f10", "points"]
+    assert kept() == ["points"] * 4 + ["f2000", "f4000", "f10"]
     assert len(box.pending_lines()) <= 14_000
     monkeypatch.setattr(outbox, "MAX_PENDING_BYTES", 0)
     assert kept() == ["points"] * 4
 
 
 def test_records_that_a_folder_knows_are_not_inherited_again_in_commit_order(tmp_path: Path) -> None:
-    def steps(lines: bytes) -> list[int]:
-        return [one.points[0][3] for one in records.parse_all(lines)[0]]
-
-    here = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path / "here"))
-    for step in range(6):
-        here.put_points("points", "run", [("loss", 1.0, step)])
+    here = new_outbox(tmp_path / "here")
+    put_steps(here, *range(6))
     everything = here.pending_lines().splitlines(True)
+    assert here.claim()
     here.mark_sent(here.next_batch(files=False, others=True)[:2])  # 0 and 1 are delivered
     committed = b"".join(everything[2:4])  # 4 and 5 came after the commit
-    away = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path / "away"), committed)
-    for step in (4, 5, 6):
-        away.put_points("points", "run", [("loss", 2.0, step)])
+    away = new_outbox(tmp_path / "away", committed)
+    put_steps(away, 4, 5, 6, value=2.0)
     here.close()
 
-    back = Outbox(
-        "the store", uuid.uuid4().hex, Journal(tmp_path / "here"), b"".join(everything[:1]) + away.pending_lines()
-    )
-    back.put_points("points", "run", [("loss", 3.0, 7)])
-    before = back.pending_lines()
-    assert back.claim_older() and back.pending_lines() == before
-    assert steps(before) == [2, 3, 4, 5, 6, 4, 5, 7], "those that were trained again after 2 and 3, as there"
+    back = new_outbox(tmp_path / "here", b"".join(everything[:1]) + away.pending_lines())
+    put_steps(back, 7, value=3.0)
+    lines = back.pending_lines()
+    assert steps_of(lines) == [2, 3, 4, 5, 6, 4, 5, 7], "those that were trained again after 2 and 3, as there"
     assert pending_records(tmp_path / "here").points == 8, "nothing is kept twice"
     back.close()
-    turned = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path / "here"), b"".join(before.splitlines(True)[::-1]))
-    assert turned.claim_older() and steps(turned.pending_lines()) == [7, 5, 4, 6, 5, 4, 3, 2]
+    turned = new_outbox(tmp_path / "here", b"".join(lines.splitlines(True)[::-1]))
+    assert steps_of(turned.pending_lines()) == [7, 5, 4, 6, 5, 4, 3, 2]
 
 
 def test_damage_in_a_commit_is_told_and_the_rest_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = records.to_line(item(0)) + b'{"torn\n' + records.to_line(item(1))
-    box = Outbox("the store", uuid.uuid4().hex, Journal(tmp_path), lines)
-    assert box.count()[:2] == (2, 0)
+    assert new_outbox(tmp_path, lines).count()[:2] == (2, 0)
     assert "1 damaged lines that a commit kept for the store are left out" in caplog.text
 
 
-# -- where it lies, and what it says ----------------------------------------------------------------------------------
-
-
-def test_anybody_may_look_what_waits_while_the_run_lives_and_when_it_is_dead(tmp_path: Path) -> None:
-    assert pending_records(tmp_path / "none") == (0, 0, None)
-    journal = Journal(tmp_path)
-    assert journal.lock()
-    journal.append(item(3))
-    journal.append(item(4, "end", name="FINISHED"))
-    before = sorted(path.name for path in tmp_path.iterdir())
-    assert pending_records(tmp_path) == (1, 1, 3.0)
-    journal.close()
-    assert pending_records(tmp_path) == (1, 1, 3.0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
-    (tmp_path / "file").write_text("")
-    with pytest.raises(
-        UserError, match="found the journal .*file, which cannot be read: Not a directory. Ask its owner"
-    ):
-        pending_records(tmp_path / "file")
+def test_the_clock_of_a_process_never_runs_backwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    box = new_outbox(tmp_path)
+    clock = iter([5_000, 9_000, 3_000, 8_000, 9_500])
+    monkeypatch.setattr(time, "time_ns", lambda: next(clock) * 1_000_000)
+    put_steps(box, *range(5))
+    times = [record.points[0][2] for record in read(Journal(tmp_path))]
+    assert times == [5_000, 9_000, 9_000, 9_000, 9_500]
 
 
 # -- with a server ----------------------------------------------------------------------------------------------------
@@ -460,17 +554,7 @@ def test_a_server_killed_in_the_middle_of_a_round_gets_every_step_once(run: Run,
     tracker.end_run()
     assert run.waits() == (0, 0) and whole(server.url, run.ids["round/00"], 120)
     assert [file.path for file in client(server.url).list_artifacts(run.ids["round/00"])] == ["ticket.json"]
-    assert sorted(path.name for path in run.folder.joinpath("outbox").iterdir()) == ["gone.jsonl", "key", "lock"]
-
-
-def test_a_slow_server_gets_everything(run: Run, server: MlflowServer, proxy: FaultyProxy) -> None:
-    proxy.latency = 0.05
-    tracker = run.begin(proxy.url)
-    tracker.begin_round(0, {})
-    log(tracker, range(1, 101))
-    assert run.waits()[0] > 0, "it is behind"
-    tracker.end_run()
-    assert run.waits() == (0, 0) and whole(server.url, run.ids["round/00"], 100)
+    assert sorted(path.name for path in run.folder.joinpath("outbox").iterdir()) == ["lock", FILE]
 
 
 def test_a_refusing_server_is_asked_again_and_gives_one_warning(
@@ -578,9 +662,9 @@ def test_a_life_waits_for_a_dying_one_to_let_the_journal_go(run: Run, server: Ml
 
 
 def test_a_new_life_sends_what_was_left_before_it_says_anything_itself(run: Run, server: MlflowServer) -> None:
-    left = Outbox("the store", uuid.uuid4().hex, Journal(run.folder / "outbox"))
+    left = new_outbox(run.folder / "outbox")
     left.put(Record("open", "run", "demo"))
-    left.put_points("points", "run", [("loss", 1.0, 1)])
+    put_steps(left, 1)
     left.close()
     run.tracker(server.url)
     until(lambda: run.waits() == (0, 0))
@@ -716,7 +800,7 @@ def test_a_job_killed_again_and_again_tells_every_step_once(
     expect_whole(server.url, ids)
     if machines == 1:
         assert pending_records(tmp_path / "outbox-0") == (0, 0, None)
-        assert not list((tmp_path / "outbox-0").glob("0*")), "nothing is left of it"
+        assert sorted(path.name for path in (tmp_path / "outbox-0").iterdir()) == ["lock", FILE]
 
 
 def test_what_a_dead_job_left_can_be_sent_but_not_while_it_lives(

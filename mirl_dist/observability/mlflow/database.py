@@ -1,0 +1,197 @@
+"""The SQLite database of a journal: how it is opened, closed, set aside when damaged, and read from outside.
+
+A transaction that has returned survives the death of its process, since the kernel has the data; the mode decides about
+power cuts. With a write-ahead log and synchronous=NORMAL the database stays whole and may lack its last transactions.
+The disk is synced in checkpoints only, which the thread that sends makes, so that no append waits for the disk. The log
+needs shared memory, which machines do not have on a networked disk: there, and wherever it is not known to work, SQLite
+keeps a rollback journal. That would sync in every append and therefore does not sync at all (synchronous=OFF): a power
+cut may damage the database, which is noticed and set aside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+FILE = "pending.db"
+BUSY_SECONDS = 0.25  # for the transaction of another process, which must not hold up training
+CHECKPOINT_PAGES = 10_000  # 40 MB of log, after which an append makes the checkpoint if no other thread has
+LOCAL_DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"}
+_SIDE_FILES = ("-wal", "-shm", "-journal")
+
+# run.processes: how many have appended. records.place: the number of the process that appended the record, negative for
+# one that was inherited; records go in the order of (place, n). delivered: ranges of ids.
+_TABLES = """
+CREATE TABLE IF NOT EXISTS run (key TEXT NOT NULL, processes INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS records (
+    n INTEGER PRIMARY KEY, session TEXT NOT NULL, number INTEGER NOT NULL, place INTEGER NOT NULL,
+    is_file INTEGER NOT NULL, points INTEGER NOT NULL, at_ms INTEGER NOT NULL, line BLOB NOT NULL, data BLOB,
+    UNIQUE (session, number));
+CREATE INDEX IF NOT EXISTS in_order ON records (is_file, place);
+CREATE TABLE IF NOT EXISTS delivered (
+    session TEXT, first INTEGER, last INTEGER, PRIMARY KEY (session, last)) WITHOUT ROWID;
+"""
+# Of one connection, in memory. own: the place of this process once it has appended; records of later ones are theirs to
+# deliver. sent: ranges of ids that are delivered and could not be deleted yet, as on a full disk.
+_VIEWS = """
+CREATE TEMP TABLE own (place INTEGER);
+CREATE TEMP TABLE sent (session TEXT, first INTEGER, last INTEGER);
+CREATE TEMP VIEW waiting AS SELECT * FROM records WHERE place <= coalesce((SELECT place FROM own), 1 << 62)
+    AND NOT EXISTS (SELECT 1 FROM sent WHERE sent.session = records.session AND number BETWEEN first AND last);
+"""
+
+_log = logging.getLogger("mirl_dist.tracking")
+T = TypeVar("T")
+
+
+class Database:
+    """A journal's database, for any thread of one process. It is opened at its first use, and again after `close`."""
+
+    def __init__(self, folder: Path | None, memory_bytes: int) -> None:
+        """folder: None keeps everything in memory, at most `memory_bytes`."""
+        self._path, self._memory_bytes = folder and folder / FILE, memory_bytes
+        self._guard = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._inode, self._pid = 0, os.getpid()
+
+    def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do all of a change and return its result. Raises OSError, and then nothing is changed."""
+        return self._transact("BEGIN IMMEDIATE", work)
+
+    def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do something that changes temporary tables only. Raises OSError."""
+        return self._transact("BEGIN", work)
+
+    def select(self, query: str, *values: object) -> list[Any]:
+        """The rows of a query. Raises OSError."""
+        return self.read(lambda connection: connection.execute(query, values).fetchall())
+
+    def checkpoint(self) -> None:
+        """Move the write-ahead log into the database. It waits for the disk, while other threads may append."""
+        if self._path is not None and self._connection is not None:
+            with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(self._path, "rw")) as connection:
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+    def close(self) -> None:
+        """Leave one file, and a small one if nothing waits. Twice is once."""
+        with self._guard:
+            if self._connection is None:
+                return
+            with contextlib.closing(self._connection) as connection, contextlib.suppress(sqlite3.Error):
+                connection.execute("PRAGMA busy_timeout = 0")
+                if not connection.execute("SELECT EXISTS (SELECT 1 FROM records)").fetchone()[0]:
+                    connection.execute("VACUUM")
+                connection.execute("PRAGMA journal_mode = DELETE")  # refused while another process has it open
+            self._connection = None
+
+    def _transact(self, begin: str, work: Callable[[sqlite3.Connection], T], again: bool = True) -> T:
+        """Do it in one transaction, and once more in a new database where the first one is damaged."""
+        if os.getpid() != self._pid:  # SQLite's connections must not be used after a fork
+            raise OSError("another process has opened it")
+        with self._guard:
+            try:
+                if self._connection is None:
+                    self._connection = self._open()
+                with self._connection as connection:  # commits, or rolls back after an error
+                    connection.execute(begin)
+                    return work(connection)
+            except sqlite3.Error as error:
+                if self._path is None or not is_damage(error) or not again:
+                    raise OSError(str(error)) from None
+                self._set_aside(self._path, error)
+            return self._transact(begin, work, again=False)
+
+    def _open(self) -> sqlite3.Connection:
+        if self._path is None:
+            connection = _connect(":memory:")
+            connection.execute(f"PRAGMA max_page_count = {self._memory_bytes // 4096}")
+            return _with_tables(connection)
+        with contextlib.suppress(FileExistsError):  # SQLite would make a file that all may read
+            os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        self._inode = self._path.stat().st_ino
+        connection = _connect(self._path, "rw")
+        try:
+            if (damage := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(" ".join(damage.split()))
+            wanted = "WAL" if _is_local(self._path.parent) else "TRUNCATE"
+            mode = connection.execute(f"PRAGMA journal_mode = {wanted}").fetchone()[0]
+            connection.execute(f"PRAGMA synchronous = {'NORMAL' if mode == 'wal' else 'OFF'}")
+            connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+            return _with_tables(connection)
+        except BaseException:
+            connection.close()
+            raise
+
+    def _set_aside(self, path: Path, error: sqlite3.Error) -> None:
+        """Rename a damaged database, unless another process has done so."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+        if path.stat().st_ino != self._inode:
+            return
+        aside = path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}")
+        for ending in (*_SIDE_FILES, ""):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(f"{path}{ending}", f"{aside}{ending}")
+        _log.warning(
+            "the journal %s is damaged (%s) and set aside as %s. MLflow does not get the records in it, unless the "
+            "last commit has them too. Read what is left with `sqlite3 %s .recover`, or remove it.",
+            *(path, error, aside, aside),
+        )
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether a file is damaged or no database. Subclasses of the error stand for full disks, locks and rights."""
+    return type(error) is sqlite3.DatabaseError
+
+
+def open_read_only(folder: Path) -> sqlite3.Connection | None:
+    """The database of a folder, untouched; None where nothing has been kept yet. Raises sqlite3.Error and OSError."""
+    path = folder / FILE
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return None
+    for mode in ("ro", "rw"):  # "rw" where a killed process has left half a transaction, which SQLite rolls back
+        connection = _connect(path, mode)
+        try:
+            begun = connection.execute("SELECT EXISTS (SELECT 1 FROM sqlite_master)").fetchone()[0]
+            return connection if begun else None
+        except sqlite3.OperationalError:
+            if mode == "rw":
+                raise
+    raise AssertionError("the last mode returns or raises")
+
+
+def _connect(path: Path | str, mode: str = "memory") -> sqlite3.Connection:
+    uri = f"{path.absolute().as_uri()}?mode={mode}" if isinstance(path, Path) else path
+    return sqlite3.connect(uri, BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True)
+
+
+def _with_tables(connection: sqlite3.Connection) -> sqlite3.Connection:
+    connection.execute("PRAGMA trusted_schema = OFF")
+    connection.execute("PRAGMA temp_store = MEMORY")
+    connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} COMMIT; {_VIEWS}")
+    connection.execute("INSERT INTO run SELECT ?, 0 WHERE NOT EXISTS (SELECT 1 FROM run)", (uuid.uuid4().hex,))
+    return connection
+
+
+def _is_local(folder: Path) -> bool:
+    """Whether a folder lies on a disk of this machine, as far as Linux says."""
+    device = folder.stat().st_dev
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(errors="replace")
+    except OSError:
+        return False
+    for line in mounts.splitlines():
+        place, _, file_system = line.partition(" - ")
+        if place.split()[2] == f"{os.major(device)}:{os.minor(device)}":
+            return file_system.split()[0] in LOCAL_DISKS
+    return False
