@@ -4,6 +4,7 @@
 # make check  ruff, format, types, who imports whom
 # make report five methods side by side on real images (needs MIRL_DATA; over an hour on two cores)
 # make bench  measurements (see benchmarks/)
+# make lock   pins the newest versions in constraints.txt
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -11,16 +12,25 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # One thread per rank and per test process: two ranks on two cores would fight for them otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-long test-all check report bench install clean
+.PHONY: demo test test-long test-all check report bench install lock clean
 .DEFAULT_GOAL := demo
+
+# constraints.txt pins every package, so that an installation next year is the one of today.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PIP) torch
+	$(PIP) -e ".[dev]"
 	touch $@
+
+# Pins the newest versions of everything that an installation uses, for all Pythons that pyproject.toml allows.
+lock: install
+	$(PIP) uv
+	uv pip compile --quiet --universal --python-version 3.10 --no-python-downloads --upgrade --no-annotate \
+		--custom-compile-command "make lock" --extra dev pyproject.toml --output-file constraints.txt
 
 demo: install
 	mirl-dist shards build shards/demo.yaml --out demo/shards
