@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find winning tickets in all-in-one image restoration networks, on any number of GPUs.",
 )
-track_app = typer.Typer(no_args_is_help=True, help="What MLflow is to hear of a run.")
+track_app = typer.Typer(no_args_is_help=True, help="Deliver a run's records to MLflow.")
 app.add_typer(shards.app, name="shards")
 app.add_typer(tickets.app, name="tickets")
 app.add_typer(track_app, name="track")
@@ -112,7 +112,7 @@ app.command("doctor")(doctor_command.doctor)
 
 @app.command()
 def status(run: Annotated[str, typer.Argument(help="Run folder.")], as_json: Json = False) -> None:
-    """Say where a run stands: its round, its step, its last commit, who writes it, what MLflow has not heard."""
+    """Show where a run stands: round, step, last commit, the launch that writes it, records pending for MLflow."""
     from mirl_dist.cli.status import print_status
 
     print_status(run, as_json)
@@ -167,7 +167,7 @@ def import_(
 
 @track_app.command("resend")
 def track_resend(run: Annotated[str, typer.Argument(help="Run folder, or s3://bucket/prefix.")]) -> None:
-    """Send MLflow what a run that has ended could not send."""
+    """Send MLflow the records that a run left pending when it ended."""
     from mirl_dist.cli.status import resend
 
     resend(run)

@@ -57,7 +57,7 @@ def shards_check(
     shards: Annotated[str, typer.Argument(help="Built shards: a folder, s3:// or https://.")],
     workers: Workers = None,
 ) -> None:
-    """Hold every shard against its manifest: sizes, digests, counts, and whether every image decodes."""
+    """Check every shard against its manifest: sizes, digests, counts, and that every image decodes."""
     from mirl_dist.data.building.check import check
     from mirl_dist.distributed.hardware import processes
     from mirl_dist.observability import progress

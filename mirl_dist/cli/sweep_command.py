@@ -25,7 +25,7 @@ def sweep(
     compare: Annotated[bool, typer.Option("--compare", help="Compare the runs that have finished.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train methods x seeds, a few runs at a time, and compare them; the same command again goes on.
+    """Train methods x seeds, a few runs at a time, and compare them. The same command resumes a sweep.
 
     Exit codes: 0 all finished, 1 a run failed, 2 a mistake to put right, 75 asked to stop, 130 ended at once.
     """

@@ -102,7 +102,7 @@ class StopSignal:
             os._exit(INTERRUPTED)
         if not self.graceful and not handled:  # once: a second one must not break what the first has begun to clear up
             if os.environ.get("RANK", "0") == "0":
-                text = "stopped as asked; nothing was left half done. The same command goes on from here."
+                text = "stopped as asked; nothing is left half-written. Start the same command again to continue."
                 warn(f"mirl-dist: {text}")
             raise SystemExit(RESUMABLE)
 

@@ -73,7 +73,7 @@ def verify(content: TicketContent) -> Iterator[Check]:
     yield Check("density of each tensor", not mismatched, _list_names(mismatched) or f"{len(densities)} tensors")
     if ticket.collapsed or ticket.method:  # tickets of older versions tell neither
         collapsed = [n for n in sorted(densities) if densities[n] == 0]
-        yield _compare("tensors without any alive weight", ", ".join(sorted(ticket.collapsed)), ", ".join(collapsed))
+        yield _compare("tensors without surviving weights", ", ".join(sorted(ticket.collapsed)), ", ".join(collapsed))
     for what, weights in (("first", content.initial), ("trained", content.trained)):
         name = masking.find_nonzero_pruned(weights, masks)
         yield Check(f"dead weights are zero in the {what} values", name is None, f"not in '{name}'" if name else "all")

@@ -327,7 +327,7 @@ def test_a_collapse_that_is_not_told_is_caught(child: TicketContent) -> None:
     bare = {**child.masks, "output.weight": torch.zeros(3, 4, 3, 3, dtype=torch.bool)}
     content = made(child.initial, bare, child)
     assert broken(content) == []
-    assert broken(told(content, collapsed=())) == ["tensors without any alive weight"]
+    assert broken(told(content, collapsed=())) == ["tensors without surviving weights"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -407,7 +407,7 @@ RECORD_LIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "prunable": ({"prunable": 200}, ["prunable weights"]),
     "total": ({"total": 10_000}, ["weights in all"]),
     "density": ({"layer_density": {"output.weight": 0.5}}, ["density of each tensor"]),
-    "collapse": ({"collapsed": ("output.weight",)}, ["tensors without any alive weight"]),
+    "collapse": ({"collapsed": ("output.weight",)}, ["tensors without surviving weights"]),
     "config": ({"fingerprint": "0" * 16}, ["fingerprint of the config"]),
     "method": ({"method": "MIR-L-LW"}, ["method"]),
     "seed": ({"seed": 4}, ["seed"]),

@@ -133,7 +133,8 @@ class Scheduler:
 
     def _ask_to_stop(self, why: str) -> None:
         names = ", ".join(started.run.name for started in self._slots.values()) or "no run"
-        warn(f"mirl-dist: {why}: {names} asked to stop; Ctrl-C, twice in all, ends them at once.")
+        more = "again" if why == "SIGINT" else "twice"
+        warn(f"mirl-dist: {why}: {names} asked to stop; press Ctrl-C {more} to kill them.")
         self._waiting.clear()
         self._send_signal(signal.SIGTERM)
 

@@ -101,7 +101,7 @@ class ControlChannel:
         orphaned = self.parent_gone()
         if orphaned and self._was_orphaned and not stop_requested():
             if os.environ.get("RANK", "0") == "0":
-                warn("mirl-dist: the launcher has gone; leaving.")
+                warn("mirl-dist: the launcher has exited; exiting too.")
             os._exit(1)
         self._was_orphaned = orphaned
         return False

@@ -147,7 +147,8 @@ class _LaunchReporter:
     def stop_requested(self, number: int) -> None:
         """Report the signal that asked the ranks to stop."""
         name = signal.Signals(number).name
-        self.say(f"{name}: the ranks were asked to stop; Ctrl-C, twice in all, ends them at once.")
+        more = "again" if number == signal.SIGINT else "twice"
+        self.say(f"{name}: the ranks were asked to stop; press Ctrl-C {more} to kill them.")
 
     def rank_exited(self, local: int, code: int) -> None:
         """Report a rank that failed, in the launcher's thread, when the others on this node have ended too.

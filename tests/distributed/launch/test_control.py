@@ -216,7 +216,9 @@ def test_a_worker_whose_launcher_has_gone_leaves_unless_it_was_asked_to_stop_bef
     os.kill(launcher.pid, signal.SIGKILL)
     launcher.wait()
     wait_for(lambda: ended(pid))
-    said = {"asked": ("committed\n", ""), "not asked": ("", "mirl-dist: the launcher has gone; leaving.\n")}[asked]
+    said = {"asked": ("committed\n", ""), "not asked": ("", "mirl-dist: the launcher has exited; exiting too.\n")}[
+        asked
+    ]
     assert (launcher.stdout.read(), launcher.stderr.read()) == ("looked once\n" + said[0], said[1])
     launcher.stdout.close()
     launcher.stderr.close()
