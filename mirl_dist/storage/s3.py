@@ -134,8 +134,8 @@ class S3Store:
     def sweep(self, older_than_seconds: float = base.DAY) -> None:
         """Abort multipart uploads below the prefix that started more than `older_than_seconds` ago; 0: all.
 
-        Ages are by the server's clock where it sends one. If the credentials lack the rights, warns and leaves
-        the uploads.
+        Ages are by the server's clock where it sends one. Warns, and leaves the uploads, if the credentials lack the
+        rights.
         """
         refused: StorageError | None = None
         try:
