@@ -147,7 +147,7 @@ class Lease:
         self._claim = _Claim(store, launch or {})
         self._heartbeat = _Heartbeat(self._claim, seconds, status)
 
-    # -- taking -----------------------------------------------------------------------------------------------------
+    # -- claiming ---------------------------------------------------------------------------------------------------
 
     def claim(self, stop_asked: Callable[[], bool] = lambda: False) -> int:
         """Claim the lease and return its generation: at once if it is free, else once its holder is found dead.

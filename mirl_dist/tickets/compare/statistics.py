@@ -149,7 +149,7 @@ def average_by_seed(
 def subtract_dense(
     entries: Iterable[Entry], dense: Sequence[Entry], value: Callable[[Entry], Mapping[str, float]]
 ) -> dict[str, dict[int, float]]:
-    """Return name -> seed -> value minus that of the dense ticket (`find_dense`); without a pair, left out."""
+    """Return name -> seed -> value minus the dense ticket's (`find_dense`); values without a pair are left out."""
 
     return average_by_seed(entries, lambda s: subtract_mean(value(s), [value(d) for d in find_dense(s, dense)]))
 

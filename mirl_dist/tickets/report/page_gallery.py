@@ -60,7 +60,7 @@ class Gallery(NamedTuple):
 
 
 def gallery(groups: Sequence[Group]) -> Gallery:
-    """Build a row per image: degraded, restored by each ticket, dense, clean, with PSNR. JPEG if PNG exceeds MAX_BYTES."""
+    """Build a row per image: degraded, restored by each ticket, dense, clean. Uses JPEG if PNG exceeds MAX_BYTES."""
     columns, remarks = _choose_columns(groups)
     titles = _spread_over_tasks(dict.fromkeys(t for c in columns for t in c.images))
     kept = titles[:MAX_ROWS]
