@@ -1,4 +1,4 @@
-"""Storage: folders, S3 and web servers behind one interface. `open_store` picks the store that an address means."""
+"""Storage behind one interface: local folders, S3 and web servers. `open_store` selects the store for an address."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["Folder", "Rejected", "NotFound", "Options", "StorageError", "Store",
 
 
 def open_store(url: str, options: Options = DEFAULT_OPTIONS) -> Store:
-    """The store that an address means: a folder's path, file://, s3://, http:// or https:// (read only).
+    """Return the store for an address: a folder's path, file://, s3://, or http:// and https:// (read only).
 
-    A folder tries everything once, whatever the options say. Nothing is asked of a server yet. Raises Rejected for
-    other kinds, for 's3:/' where 's3://' must be meant, and for addresses that hold a key or a query.
+    Sends no request yet. A folder ignores the options and never retries. Raises Rejected for an unknown scheme, for a
+    scheme with a single slash ('s3:/'), and for an address that contains credentials or a query.
     """
     kind, is_url, _ = url.partition("://")
     if not is_url:
@@ -40,7 +40,7 @@ def open_store(url: str, options: Options = DEFAULT_OPTIONS) -> Store:
 
 
 def _check_scheme(url: str) -> None:
-    """Raise Rejected for a path that begins as an address does: nobody means a folder named 's3:'."""
+    """Raise Rejected for a path that looks like a mistyped address, such as 's3:/bucket'."""
     one = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", url)
     if one is None:
         return

@@ -1,4 +1,4 @@
-"""Commits in the background: training takes a snapshot and goes on while a thread writes it."""
+"""Background commits: training takes a snapshot and continues while a thread writes it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mirl_dist.storage.retry import Patience, Say, to_stderr, with_retries
 
 
 class AsyncWriter:
-    """One commit at a time, by a daemon thread: a process that must end does not wait for a server that is away.
+    """Writer of one commit at a time, on a daemon thread, so that an unavailable server cannot block process exit.
 
-    A store that fails in passing is tried again for `patience_seconds`; what comes then is raised by `refuse`, `wait`
+    A transient store failure is retried for `patience_seconds`. The final error is raised by `raise_failure`, `wait`
     and the next `begin`.
     """
 
@@ -28,11 +28,11 @@ class AsyncWriter:
 
     @property
     def failed(self) -> bool:
-        """Whether the last commit could not be written."""
+        """Whether the last commit failed."""
         return self._future is not None and self._future.done() and self._future.exception() is not None
 
     def begin(self, work: Callable[[], None], what: str) -> None:
-        """Start a commit, after the one before has ended. `work` may be called several times. Raises its UserError."""
+        """Start a commit once the previous one has ended, whose UserError is raised here. `work` may be retried."""
         self.wait()
         self._future = Future()
         threading.Thread(target=self._work, args=(work, what, self._future), name="keeper", daemon=True).start()
@@ -40,21 +40,21 @@ class AsyncWriter:
     def _work(self, work: Callable[[], None], what: str, future: Future[None]) -> None:
         try:
             future.set_result(with_retries(work, what, self._patience, self._say))
-        except BaseException as error:  # noqa: BLE001 - whoever waits for the commit raises it
+        except BaseException as error:  # noqa: BLE001 - raised again by `wait`
             future.set_exception(error)
 
     def raise_failure(self) -> None:
-        """Raise the UserError of the last commit, if it failed; training must not go on as if it were kept."""
+        """Raise the UserError of the last commit if it failed, so that training does not continue without it."""
         if self.failed:
             self.wait()
 
     def wait_at_most(self, seconds: float) -> None:
-        """Give a commit that is being written some time to end, well or not; for a process that leaves anyway."""
+        """Wait up to `seconds` for the current commit to succeed or fail, without raising; for a process that exits."""
         if self._future is not None:
             wait([self._future], seconds)
 
     def wait(self) -> None:
-        """Until the commit is written. Raises its UserError."""
+        """Block until the commit is written. Raise its UserError if it failed."""
         if self._future is None:
             return
         try:

@@ -1,7 +1,7 @@
-"""The interface of every store, and the three errors that it may raise.
+"""The interface of every store, and the three errors that a store may raise.
 
-Names are relative, with '/' between parts. A name exists complete or not at all. Three kinds of error only; of these,
-NotFound alone may mean 'begin afresh'.
+Names are relative paths separated by '/'. Writes are atomic: an object is complete or does not exist. Only NotFound may
+be handled as 'start from scratch'; the other two errors never mean that the object is missing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mirl_dist.errors import UserError
 
 
 class StorageError(UserError):
-    """What a store may raise; the text names the place, the cause, and what to do."""
+    """Base of all store errors. The message states the location, the cause and the remedy."""
 
 
 class NotFound(StorageError):
@@ -23,20 +23,23 @@ class NotFound(StorageError):
 
 
 class Rejected(StorageError):
-    """The store will not do this, however often it is asked: missing rights (in S3: AccessDenied), a wrong address, a
-    changed or damaged object. Never read as 'not there'."""
+    """A permanent failure that no retry can fix: missing rights (in S3: AccessDenied), a wrong address, a changed or
+    damaged object. It never means that the object is missing."""
 
 
 class Unavailable(StorageError):
-    """Nothing is wrong with the request; the store cannot take it now (full, unreachable, or a faulty device)."""
+    """A transient failure: the request is valid, but the store is full, unreachable, or on a faulty device."""
 
     resumable = True
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a store is talked to; None: as its own settings say. endpoint: http(s)://host:port of an S3 server;
-    encryption: 'AES256' or 'aws:kms', with the key's id; patience_seconds: of trying again, 0 for one try."""
+    """Connection options of a store; None means the default of the store or its environment.
+
+    endpoint: http(s)://host:port of an S3 server. encryption: 'AES256', or 'aws:kms' with the key id in `kms_key`.
+    patience_seconds: how long to retry a failed request; 0 for a single attempt.
+    """
 
     endpoint: str | None = None
     encryption: str | None = None
@@ -47,18 +50,22 @@ class Options:
 DEFAULT_OPTIONS = Options()
 
 DAY = 86400.0
-"""Seconds: no upload that is alive takes so long."""
+"""Seconds in a day. An upload older than this is considered abandoned."""
 
 
 class Store(Protocol):
-    """What every store can do.
+    """Interface of all stores.
 
-    put, put_file: durably, complete or not at all, replacing what was there. put_if_absent: whether this call wrote it;
-    of several writers exactly one wins. list: complete names below a prefix (a folder's name, or '' for all), sorted.
-    remove: no error where nothing is. sweep: removes what dead writers left; in buckets, what began more than
-    `older_than_seconds` ago (0: all, for a caller who knows that nobody else writes here). where: the place, for people
-    and messages. size: bytes. read: the bytes from `offset` to the end in blocks; Unavailable may come after some of
-    them, and a second call from where it broke goes on.
+    put, put_file: write durably and atomically, replacing an existing object.
+    put_if_absent: write unless the name exists; True if this call wrote it. Exactly one of several writers succeeds.
+    list: full names of the objects below a prefix (a folder's name, or '' for all), sorted.
+    remove: delete; no error if the name does not exist.
+    sweep: delete what crashed writers left behind; in buckets, uploads started more than `older_than_seconds` ago
+    (0: all, for a caller that knows of no other writer).
+    where: the location as text for messages.
+    size: in bytes.
+    read: yield the bytes from `offset` to the end in blocks. May raise Unavailable midway; the caller then resumes with
+    a second call from the offset it has reached.
     """
 
     def put(self, name: str, data: bytes) -> None: ...
@@ -70,7 +77,7 @@ class Store(Protocol):
     def sweep(self, older_than_seconds: float = DAY) -> None: ...
     def where(self, name: str = "") -> str: ...
 
-    # Large things, which need not fit into memory.
+    # For objects that need not fit into memory.
     def put_file(self, name: str, path: Path) -> None: ...
     def size(self, name: str) -> int: ...
     def read(self, name: str, offset: int = 0) -> Iterator[bytes]: ...

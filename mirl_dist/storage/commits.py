@@ -1,8 +1,9 @@
-"""The protocol of commits: parts first, COMPLETE.json last; one writer at a time, and readers trust nothing else.
+"""The commit protocol: all parts are written first, COMPLETE.json last. Readers trust only complete commits.
 
-COMPLETE.json says names, sizes and SHA-256 of every part; the folder's name ends in the generation of the run's lease
-that wrote it. A launch that takes a run over writes down once which commits it found (accepted/GENERATION.json): one
-that an older generation completes after that does not count, however late it wakes up. No clock has a say in it.
+COMPLETE.json lists the name, size and SHA-256 of every part. The name of a commit's folder ends in the lease generation
+that wrote it. A launch that takes over a run records once which commits it found (accepted/GENERATION.json). Commits
+that an older generation completes afterwards are ignored, so a stalled writer cannot interfere, however late it wakes
+up. The protocol depends on no clock.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PartInfo = dict[str, Any]
 
 
 class Writer(Protocol):
-    """Who may write: `check` raises UserError as soon as a newer generation exists."""
+    """Interface of a lease holder. `check` raises UserError once a newer generation exists; `lost` asks no store."""
 
     generation: int
 
@@ -31,7 +32,7 @@ class Writer(Protocol):
 
 
 class Reader:
-    """Nobody: for commands that only read, and for stores that one process alone knows."""
+    """A `Writer` without a lease: for read-only commands, and for stores that only one process uses."""
 
     generation = 0
 
@@ -46,17 +47,17 @@ class _Accepted(NamedTuple):
 
 
 def part_info(data: bytes) -> PartInfo:
-    """What COMPLETE.json says of some bytes."""
+    """Return the size and SHA-256 of a part, as COMPLETE.json lists them."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def add_digest(value: Mapping[str, Any]) -> bytes:
-    """A JSON object with its own digest inside."""
+    """Serialize an object as canonical JSON that contains its own SHA-256 as `digest`."""
     return to_json({**value, "digest": hashlib.sha256(to_json(value)).hexdigest()})
 
 
 def check_digest(data: bytes) -> dict[str, Any] | None:
-    """What `add_digest` was given; None for anything else, down to a single flipped bit."""
+    """Return the object that `add_digest` serialized, or None if the bytes differ from its output in any way."""
     try:
         tree = json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError):
@@ -68,14 +69,14 @@ def check_digest(data: bytes) -> dict[str, Any] | None:
 
 
 class Commits:
-    """The commits of one run: folders with a COMPLETE.json."""
+    """The commits of one run: the folders that contain a COMPLETE.json."""
 
     def __init__(self, store: Store, writer: Writer) -> None:
         self.store, self.writer = store, writer
         self._known: _Accepted | None = None
 
     def fence_older_writers(self) -> None:
-        """Write down which commits count, and remove what dead writers left. The caller has just claimed the lease."""
+        """Record the accepted commits and delete what crashed writers left. Call right after claiming the lease."""
         self._known = None
         folders = self.complete("")
         self.writer.check()
@@ -84,22 +85,22 @@ class Commits:
         self._known = None
         lists = self.store.list(ACCEPTED)
         self.writer.check()
-        for name in lists:  # higher ones too: where the lease was removed by hand, generations begin anew
+        for name in lists:  # higher ones too: generations restart at 1 if the lease was deleted by hand
             if name != own_list:
                 self.store.remove(name)
         self.store.sweep(0)
 
     def complete(self, below: str) -> list[str]:
-        """The folders of all commits that count, below a folder, sorted."""
+        """Return the folders of all accepted commits below a folder, sorted."""
         ending = f"/{COMPLETE}"
         folders = [name.removesuffix(ending) for name in self.store.list(below) if name.endswith(ending)]
-        accepted = self._read_accepted()  # afterwards: what a take-over accepts is older than what comes too late
+        accepted = self._read_accepted()  # read last, so that a late commit in the listing is rejected
         return [f for f in folders if f in accepted.folders or _generation_of(f) >= accepted.generation]
 
     def commit(self, folder: str, parts: Mapping[str, bytes]) -> None:
-        """Write a commit, complete or not at all; the folder's name ends in the writer's generation. Twice is once.
+        """Write a commit atomically. The folder's name must end in the writer's generation. Idempotent.
 
-        Raises UserError when another launch has taken the run over: the commit then does not count.
+        Raises UserError if another launch has taken over the run; the commit is then ignored.
         """
         self.writer.check()
         complete = add_digest({"parts": {name: part_info(data) for name, data in parts.items()}})
@@ -107,13 +108,13 @@ class Commits:
             for name, data in parts.items():
                 self.store.put(f"{folder}/{name}", data)
             self.store.put(f"{folder}/{COMPLETE}", complete)
-        except NotFound as error:  # a launch that slept has swept a file away that was being written
+        except NotFound as error:  # a stalled launch swept a temporary file that was being written
             self.writer.check()
             raise Unavailable(str(error)) from error
-        self.writer.check()  # nobody newer even now: whoever takes over later finds this commit
+        self.writer.check()  # still the newest generation: a later takeover will find and accept this commit
 
     def read_complete(self, folder: str) -> dict[str, PartInfo]:
-        """What COMPLETE.json says of each part. Raises UserError for one that is damaged."""
+        """Return the size and SHA-256 of each part from COMPLETE.json. Raise UserError if that file is damaged."""
         name = f"{folder}/{COMPLETE}"
         content = check_digest(self.store.get(name))
         if content is None or not isinstance(content.get("parts"), dict):
@@ -122,13 +123,13 @@ class Commits:
         return parts
 
     def parts(self, folder: str) -> dict[str, bytes]:
-        """All parts of a commit, verified. Raises UserError naming a part that is missing or damaged."""
+        """Return all parts of a commit, verified. Raise UserError naming a part that is missing or damaged."""
         return {
             name: self._read_verified(folder, name, expected) for name, expected in self.read_complete(folder).items()
         }
 
     def part(self, folder: str, name: str) -> bytes:
-        """One part of a commit, verified; as `parts`."""
+        """Return one part of a commit, verified. Raise UserError if it is missing or damaged."""
         parts = self.read_complete(folder)
         if name not in parts:
             raise UserError(f"{self.store.where(folder)} has no {name}")
@@ -145,7 +146,7 @@ class Commits:
         return data
 
     def drop(self, folder: str, part: str) -> None:
-        """Take one part out of a commit. Twice is once."""
+        """Remove one part from a commit. Idempotent."""
         parts = self.read_complete(folder)
         self.writer.check()
         if parts.pop(part, None) is not None:
@@ -153,20 +154,20 @@ class Commits:
         self.store.remove(f"{folder}/{part}")
 
     def remove(self, folder: str) -> None:
-        """COMPLETE.json goes first: a half-removed commit is none."""
+        """Delete a commit, COMPLETE.json first, so that a partly deleted commit is not a commit."""
         self.store.remove(f"{folder}/{COMPLETE}")
         for name in self.store.list(folder):
             self.store.remove(name)
 
     def _read_accepted(self) -> _Accepted:
-        """What the newest take-over found; a damaged list accepts all, which only a launch that slept could abuse."""
+        """Return the newest accepted list. A damaged list accepts all commits, even late ones of a stalled writer."""
         if self._known is not None and self.writer.generation:
-            return self._known  # nobody but this writer may change it now
+            return self._known  # only this writer may change it while it holds the lease
         known = _Accepted(0, frozenset())
         if newest := max(self.store.list(ACCEPTED), default=None):
             try:
                 content = check_digest(self.store.get(newest))
-            except NotFound:  # a take-over is under way, and replaces it
+            except NotFound:  # a takeover is replacing it
                 return self._read_accepted()
             if content is not None:
                 generation = int(newest[len(ACCEPTED) + 1 :].partition(".")[0])
@@ -176,7 +177,7 @@ class Commits:
 
 
 def _generation_of(folder: str) -> int:
-    """Which generation wrote a commit; 0 for a folder that no writer of a lease named."""
+    """Return the lease generation that wrote a commit; 0 if the folder's name contains none."""
     match = re.search(r"-(\d+)$", folder)
     return int(match.group(1)) if match else 0
 

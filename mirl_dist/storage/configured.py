@@ -1,4 +1,4 @@
-"""Stores as a config names them."""
+"""Stores configured by a config's `store` section."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from mirl_dist.storage import Options, Store, open_store
 
 
 def options_of(section: schema.StoreSection) -> Options:
-    """How a run talks to its stores."""
+    """Return the options of a config's `store` section."""
     return Options(section.endpoint, section.encryption, section.kms_key, section.patience_seconds)
 
 
 def open_configured(section: schema.StoreSection, address: str) -> Store:
-    """The store at an address, with the options of a config's `store` section. Raises as `open_store`."""
+    """Open the store at an address with the options of a config's `store` section. Raises as `open_store`."""
     return open_store(address, options_of(section))

@@ -1,4 +1,4 @@
-"""SHA-256 of what need not fit into memory."""
+"""SHA-256 of data that need not fit into memory."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _BLOCK = 1 << 20
 
 
 def digest_of_file(stream: BinaryIO) -> str:
-    """Hex SHA-256 of a stream from where it stands to its end."""
+    """Return the hex SHA-256 of a stream from its current position to its end."""
     return digest_of_blocks(iter(partial(stream.read, _BLOCK), b""))
 
 
 def digest_of_blocks(blocks: Iterable[bytes]) -> str:
-    """Hex SHA-256 of bytes that come in blocks, as a store gives them."""
+    """Return the hex SHA-256 of the concatenated blocks, such as those of `Store.read`."""
     digest = sha256()
     for block in blocks:
         digest.update(block)

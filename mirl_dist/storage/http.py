@@ -1,4 +1,4 @@
-"""A folder on a web server, for reading: what `http://` and `https://` addresses mean."""
+"""A read-only store for `http://` and `https://` addresses: a folder on a web server."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from mirl_dist.storage.retry import DEFAULT_PATIENCE, Patience, Say, to_stderr, 
 
 T = TypeVar("T")
 
-_BLOCK = 1 << 16  # what a broken connection loses at most
+_BLOCK = 1 << 16  # upper bound of the bytes lost with a broken connection
 _CHECK_SERVER = "Check the server and the network."
 _TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 
 
 class HttpStore:
-    """A store under `http(s)://host/folder` that can only be read.
+    """A read-only store under `http(s)://host/folder`.
 
-    A small request that fails in passing is made again for as long as `patience` lasts; `read` alone leaves that to its
-    reader. `seconds`: to connect, and between two packets. Redirects are followed, but not from https to http.
+    Transient failures are retried within `patience`, except by `read`, whose caller must retry. seconds: timeout of
+    connecting, and between two packets. Redirects are followed, but not from https to http.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class HttpStore:
         self._patience, self._say, self._seconds = patience, say, seconds
 
     def where(self, name: str = "") -> str:
-        """The place for people and messages."""
+        """Return the location as text for messages."""
         return f"{self._root}/{name}" if name else self._root
 
     def get(self, name: str) -> bytes:
         return self._retry(name, lambda: b"".join(self.read(name)))
 
     def size(self, name: str) -> int:
-        """Bytes."""
+        """Return the size in bytes."""
         return self._retry(name, lambda: self._parse_length(name, self._head(name)))
 
     def exists(self, name: str) -> bool:
@@ -58,7 +58,7 @@ class HttpStore:
         return True
 
     def now(self, name: str = "") -> datetime | None:
-        """What the server's clock says, whatever it answers of `name`; None where it does not tell. One try."""
+        """Return the server's `Date` header, whatever the status of `name`; None without one. Does not retry."""
         asked = urllib.request.Request(self.where(quote(name)), method="HEAD")
         with self._map_errors(name):
             try:
@@ -73,9 +73,9 @@ class HttpStore:
             return None
 
     def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
-        """The bytes from `offset` to the end, in blocks. Raises Unavailable wherever the transfer breaks, at once."""
+        """Yield the bytes from `offset` to the end in blocks. Raise Unavailable at once if the transfer breaks."""
         with self._request(name, "GET", offset) as answer:
-            if answer.status == 416:  # begins where it ends, or after
+            if answer.status == 416:  # `offset` is at or past the end
                 return
             skip = offset
             if answer.status == 206:
@@ -105,9 +105,9 @@ class HttpStore:
 
     @contextmanager
     def _request(self, name: str, method: str, offset: int = 0) -> Iterator[http.client.HTTPResponse]:
-        """The open response of the server; also one that says that `offset` is the end."""
+        """Yield the open response, which may have status 416 (`offset` is at or past the end)."""
         asked = urllib.request.Request(self._root + "/" + quote(name), method=method)
-        asked.add_header("Accept-Encoding", "identity")  # a compressed body has other offsets
+        asked.add_header("Accept-Encoding", "identity")  # offsets in a compressed body would differ
         if offset:
             asked.add_header("Range", f"bytes={offset}-")
         with self._map_errors(name):
@@ -122,9 +122,9 @@ class HttpStore:
                 yield opened
 
     def _read_body(self, name: str, answer: http.client.HTTPResponse) -> Iterator[bytes]:
-        """A body that ends early is never taken for the whole."""
+        """Yield a body in blocks. Raise Unavailable if it ends before the announced length."""
         if "chunked" in answer.headers.get("Transfer-Encoding", "").lower():
-            while block := answer.read(_BLOCK):  # http.client misses no chunk
+            while block := answer.read(_BLOCK):  # http.client itself detects a missing chunk
                 yield block
             return
         wanted = self._parse_length(name, answer.headers)
@@ -144,7 +144,7 @@ class HttpStore:
 
     @contextmanager
     def _map_errors(self, name: str) -> Iterator[None]:
-        """In this package's errors. Addresses that a server redirects to may hold keys and are not repeated."""
+        """Convert errors to StorageError. Messages omit the target of a redirect, which may contain credentials."""
         try:
             yield
         except StorageError:
@@ -161,7 +161,7 @@ class HttpStore:
 
 
 def _error_of_status(location: str, status: int) -> StorageError:
-    """The error that an HTTP status means."""
+    """Return the StorageError for an HTTP status."""
     if status in (404, 410):
         return NotFound(f"{location} does not exist")
     text = f"{location}: the server answered HTTP {status}."
@@ -173,6 +173,8 @@ def _error_of_status(location: str, status: int) -> StorageError:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Handler that refuses redirects to schemes other than http(s), and from https to http."""
+
     def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
         kind = urlsplit(newurl).scheme
         if kind not in ("http", "https") or (req.type == "https" and kind == "http"):
@@ -182,7 +184,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 @functools.cache
 def _opener() -> urllib.request.OpenerDirector:
-    """HTTP and HTTPS alone: a redirect must not lead to this machine's files."""
+    """Return an opener for HTTP and HTTPS only, so that a redirect cannot read local files."""
     opener = urllib.request.OpenerDirector()
     for kind in (
         urllib.request.ProxyHandler,
@@ -197,11 +199,11 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _normalized_url(url: str) -> str:
-    """The address without a '/' at its end. Raises Rejected, without repeating it, where it holds keys or a query."""
+    """Strip trailing slashes and quote. Raise Rejected, not quoting the address, if it has credentials or a query."""
     try:
         parts = urlsplit(url)
         plain = parts.hostname and parts.username is None and not parts.query and not parts.fragment
-        parts.port  # noqa: B018 - raises ValueError for what is no port
+        parts.port  # noqa: B018 - raises ValueError for an invalid port
     except ValueError:
         plain = False
     if not plain or "?" in url or "#" in url or any(c.isspace() or not c.isprintable() for c in url):

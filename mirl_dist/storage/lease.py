@@ -1,9 +1,10 @@
-"""One writer per run: every launch that writes into a run holds a numbered generation of its lease.
+"""The lease that ensures one writer per run: each launch that writes into a run holds a numbered generation of it.
 
-Of several starters exactly one wins a generation, by `put_if_absent`; nothing else has to be exact. Clocks of two
-machines are never compared: whoever wants the lease watches, by its own clock, whether beats come. The newest
-generation holds. A holder that slept through its succession finds the newer claim when it asks (`Lease.check`); its
-beats go under its own number and disturb nobody. The newest claim is never removed, so numbers only grow.
+Launches compete for a generation with `put_if_absent`, which exactly one of them wins; no other step needs to be
+atomic. The newest generation holds the lease. Clocks of different machines are never compared: a waiting launch
+watches, by its own clock, for new heartbeats of the holder. A stalled holder that was replaced finds the newer claim in
+`Lease.check`; its heartbeats are written under its own generation and affect nobody. The newest claim is never deleted,
+so generations only increase.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ __all__ = ["Holder", "Lease", "LeaseLost", "read_holder"]
 
 
 class LeaseLost(UserError):
-    """This launch no longer holds the run: another took it over, or the lease was removed."""
+    """This launch no longer holds the run: another launch took it over, or the lease was deleted."""
 
 
 class _Claim:
-    """What this launch writes to claim a generation, and whether that claim is still the newest one."""
+    """This launch's claim of a generation, and whether it is still the newest claim."""
 
     def __init__(self, store: Store, launch: Mapping[str, Any]) -> None:
         self.store, self.generation = store, 0
@@ -41,39 +42,42 @@ class _Claim:
         self._lost = threading.Event()
 
     def take(self, generation: int) -> bool:
-        """Whether this launch holds that generation now. One that others passed meanwhile is worth nothing."""
+        """Try to claim a generation; True if this launch holds it and no newer one exists."""
         name = files.claim_name(generation)
         try:
             self.store.put_if_absent(name, self._data)
-        except NotFound:  # another start swept the temporary file away
+        except NotFound:  # another launch, starting too, swept the temporary file
             self.store.put_if_absent(name, self._data)
         if self._is_newest(generation):
             self.generation = generation
         return self.generation == generation
 
     def is_lost(self) -> bool:
-        """Whether `check` has found that this claim holds no longer. Asks nothing."""
+        """Whether `check` has found the claim lost. Sends no request."""
         return self._lost.is_set()
 
     def check(self) -> bool:
-        """Ask the store whether this claim still holds; once lost it is always lost. Raises StorageError."""
+        """Check with the store whether the claim still holds. A lost claim stays lost. Raises StorageError."""
         if not self._lost.is_set() and not self._is_newest(self.generation):
             self._lost.set()
         return not self._lost.is_set()
 
     def _is_newest(self, generation: int) -> bool:
-        """Whether it is the newest, with this very launch's claim: the answer to a put may get lost on its way, and
-        where the folder is removed by hand numbers begin again."""
+        """Whether `generation` is the newest and its claim has this launch's bytes.
+
+        Compares bytes because the response to a put may be lost, and because generations restart at 1 if the folder is
+        deleted by hand.
+        """
         if files.newest_generation(self.store) != generation:
             return False
         return files.read_or_empty(self.store, files.claim_name(generation)) == self._data
 
 
 class _Heartbeat(threading.Thread):
-    """Writes that this launch lives, and after `stop` how it ended.
+    """Thread that writes heartbeats, and after `stop` the release with the reason.
 
-    A store that fails is no reason to die: last_error says what it answered. released: whether the store has the
-    release.
+    Store errors do not end the thread; `last_error` keeps the text of the last one. released: whether the release has
+    been written.
     """
 
     def __init__(self, claim: _Claim, seconds: float, status: Callable[[], dict[str, Any]]) -> None:
@@ -85,13 +89,13 @@ class _Heartbeat(threading.Thread):
         self._reason, self.stopped, self.released = "", threading.Event(), False
 
     def stop(self, reason: str, seconds: float) -> None:
-        """Have the release written, for so long at most. reason: 'finished', 'stopped' or 'failed'."""
+        """Write the release, waiting at most `seconds`. reason: 'finished', 'stopped' or 'failed'."""
         self._reason = reason
         self.stopped.set()
         self.join(seconds)
 
     def run(self) -> None:
-        """Beat until `stop`, or until another launch holds the run."""
+        """Write heartbeats until `stop`, or until another launch holds the run."""
         store, generation, number = self._claim.store, self._claim.generation, 0
         while not self._claim.is_lost():
             number += 1
@@ -120,11 +124,12 @@ class _Heartbeat(threading.Thread):
 
 
 class Lease:
-    """The right of this launch to write into a run. Its beats come from a thread of their own.
+    """The exclusive right of this launch to write into a run, kept alive by a heartbeat thread.
 
-    seconds: a launch without a beat for so long is dead for others. status: what a beat says of this launch, of JSON's
-    types; called by that thread, must be quick and must not raise. launch: what readers and the next launch should know
-    of this one. After `claim`: `generation`, from 1, and `previous`, whom this launch followed and how that one ended.
+    seconds: a launch without a heartbeat for this long is considered dead. status: returns JSON-compatible values for
+    each heartbeat; the heartbeat thread calls it, so it must be fast and must not raise. launch: facts about this
+    launch for readers and for the next launch. `claim` sets `generation` (from 1) and `previous` (the preceding holder
+    and how it ended, or None).
     """
 
     def __init__(
@@ -142,12 +147,12 @@ class Lease:
         self._claim = _Claim(store, launch or {})
         self._heartbeat = _Heartbeat(self._claim, seconds, status)
 
-    # -- taking -----------------------------------------------------------------------------------------------------
+    # -- claiming ---------------------------------------------------------------------------------------------------
 
     def claim(self, stop_asked: Callable[[], bool] = lambda: False) -> int:
-        """Take the lease; its generation. At once where nobody holds it, else when its holder is found dead.
+        """Claim the lease and return its generation: at once if it is free, else once its holder is found dead.
 
-        Raises UserError naming a holder that lives, Stopped when that is asked meanwhile, StorageError.
+        Raises UserError naming a holder that is alive, Stopped if `stop_asked` returns True, and StorageError.
         """
         assert self.generation == 0, "a lease is claimed once"
         watch = _HolderWatch(self._store, self._seconds, self._say)
@@ -167,25 +172,25 @@ class Lease:
         endings = {"dead": "is dead", "silent": f"gave no sign of life for {self._seconds:g} s"}
         if previous is not None and previous.ended in endings:
             self._say(f"the launch on {previous}, {endings[previous.ended]}; going on in its place")
-        with suppress(StorageError):  # the next claim removes what stays now
+        with suppress(StorageError):  # best effort: the next claim deletes what remains
             files.remove_before(self._store, self.generation - 1)
 
     # -- holding ----------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Ask the store whether this launch still holds the run. Raises StorageError and LeaseLost (then always)."""
+        """Check with the store that this launch holds the run. Raises StorageError, and LeaseLost (permanently)."""
         assert self.generation, "only what was claimed can be checked"
         if not self._claim.check():
             raise LeaseLost(self._report_lost())
 
     def lost(self) -> bool:
-        """Whether `check`, or the thread after a beat, found that another launch holds the run. Asks nothing."""
+        """Whether `check` or the heartbeat thread has found the lease lost. Sends no request."""
         return self._claim.is_lost()
 
     def release(self, why: str) -> None:
-        """End the lease: 'finished', 'stopped' or 'failed'. Never raises StorageError; returns within `seconds`.
+        """Release the lease. why: 'finished', 'stopped' or 'failed'. Never raises StorageError.
 
-        To try for longer has no use: after so long without a beat the next launch takes over unasked.
+        Gives up after `seconds`: without a heartbeat for that long, the next launch takes over anyway.
         """
         if not self.generation or self._heartbeat.stopped.is_set():
             return
@@ -206,7 +211,7 @@ class Lease:
 
 
 class _HolderWatch:
-    """Polls a run's lease and decides, by its own clock alone, whether the holder lives.
+    """Poller of a run's lease that decides, by the local clock alone, whether the holder is alive.
 
     pause: seconds between two polls.
     """
@@ -214,12 +219,12 @@ class _HolderWatch:
     def __init__(self, store: Store, seconds: float, say: Say) -> None:
         self._store, self._seconds, self._say = store, seconds, say
         self.pause = max(0.2, min(1.0, seconds / 20))
-        self._known: int | None = None  # the newest generation at the first poll
+        self._known: int | None = None  # newest generation at the first poll; 0 for none
         self._first: Holder | None = None
         self._last = self._silent = 0.0
 
     def poll(self) -> Holder | None:
-        """The newest holder, `ended` when that is known; None where there is none. Raises UserError if it lives."""
+        """Return the newest holder or None, with `ended` set once known. Raise UserError if it is alive."""
         holder = read_holder(self._store)
         now = time.monotonic()
         gap, self._last = now - self._last, now
@@ -239,8 +244,8 @@ class _HolderWatch:
         if holder.beat != self._first.beat:
             if gap < self._seconds:
                 raise UserError(self._describe_alive(holder, f"its last beat came less than {max(gap, 0.1):.1f} s ago"))
-            self._first, self._silent = holder, 0.0  # it came while the store was away, and says nothing of now
-        # While the store does not answer nobody can beat: such a time counts little.
+            self._first, self._silent = holder, 0.0  # written at any time during a long gap: no proof of life now
+        # While the store is unavailable no holder can write a heartbeat, so a long gap counts only in part as silence.
         self._silent += min(gap, max(2 * self.pause, self._seconds / 4))
         return holder.but(ended="silent") if self._silent >= self._seconds else holder
 

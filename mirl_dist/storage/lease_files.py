@@ -1,10 +1,10 @@
-"""The files of a run's lease, what they say of a launch, and whether the process that they name is dead.
+"""The files of a run's lease: their names and content, and whether the process that they name has exited.
 
-    lease/00000004.json            generation 4 is claimed: who, where, since when
-    lease/00000004.beat.json       its holder lives: written again and again, each time with other bytes
-    lease/00000004.released.json   it has ended, and how
+    lease/00000004.json            the claim of generation 4: which process, on which host, since when
+    lease/00000004.beat.json       the holder's heartbeat: rewritten periodically, each time with different bytes
+    lease/00000004.released.json   the release: how the holder ended
 
-Files that are damaged or foreign say nothing; they break nothing.
+Files with foreign names are ignored; a damaged file is read as an empty one.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ def released_name(generation: int) -> str:
 
 
 def newest_generation(store: Store) -> int:
-    """The newest that is claimed, from 1; 0 where there is none."""
+    """Return the newest claimed generation, from 1; 0 if there is none."""
     matches = [_NAME.fullmatch(name) for name in store.list(FOLDER)]
     return max((int(match[1]) for match in matches if match and not match[2]), default=0)
 
 
 def remove_before(store: Store, generation: int) -> None:
-    """Remove the files of all generations below `generation`; what is not ours stays."""
+    """Delete the lease files of all generations below `generation`; keep files with other names."""
     for name in store.list(FOLDER):
         match = _NAME.fullmatch(name)
         if match and int(match[1]) < generation:
             store.remove(name)
 
 
-# -- what the files say -----------------------------------------------------------------------------------------------
+# -- content ----------------------------------------------------------------------------------------------------------
 
 
 def _check_printable(text: str) -> str:
@@ -65,7 +65,7 @@ _Text = Annotated[str, Field(max_length=255), AfterValidator(_check_printable)]
 
 
 class _Status(BaseModel):
-    """A beat, or a release, which says `why` the launch ended."""
+    """Content of a heartbeat, or of a release, where `why` states how the launch ended."""
 
     model_config = ConfigDict(strict=True)
     at: _Text = ""
@@ -76,11 +76,12 @@ class _Status(BaseModel):
 
 
 class Holder(BaseModel):
-    """A launch that holds a run, or held it, as its lease says; empty or None where that is damaged or not there.
+    """A launch that holds or held a run, as read from its lease files; a damaged or missing file leaves defaults.
 
-    started_at, beat_at: ISO 8601, by that machine's clock, for people. beat_at, status, running_seconds (since it
-    started): of its last beat, or of its release. ended: 'finished', 'stopped' or 'failed' as it said itself; 'dead' or
-    'silent' as its follower found it; None: it may live. beat: the bytes of its last beat; others are a sign of life.
+    started_at, beat_at: ISO 8601 by the holder's clock, for display only. beat_at, status, running_seconds (since its
+    start): from the last heartbeat, or from the release. ended: 'finished', 'stopped' or 'failed' as released; 'dead'
+    or 'silent' as found by the next launch; None if it may be alive. beat: bytes of the last heartbeat; a change shows
+    that the holder wrote again.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -92,7 +93,7 @@ class Holder(BaseModel):
     token: _Text = ""
     started_at: _Text = ""
     launch: dict[str, Any] = {}
-    # Not of the claim, but of `read_holder`:
+    # Not in the claim; set by `read_holder`:
     generation: int = 0
     running_seconds: float | None = None
     beat_at: str = ""
@@ -111,7 +112,7 @@ class Holder(BaseModel):
         return Machine(self.boot, self.pids) if self.boot and self.pids else None
 
     def has_exited(self) -> bool:
-        """Whether its process is known to be dead: it ran on this very machine."""
+        """Whether its process is known to have exited; False if it ran on another machine or is unknown."""
         if self.machine is None or self.pid is None or self.process_started is None:
             return False
         return self.machine == this_machine() and has_exited(self.pid, self.process_started)
@@ -128,9 +129,9 @@ def _parse(cls: type[_File], data: bytes) -> _File:
 
 
 def read_holder(store: Store) -> Holder | None:
-    """Who claimed a run last, whether it lives or not; None where nobody ever did. Only reads.
+    """Return the last launch that claimed the run, alive or not; None if the run was never claimed. Only reads.
 
-    Raises StorageError where the store does not answer: that is never 'nobody'.
+    Raises StorageError if the store is unavailable; that never counts as 'never claimed'.
     """
     generation = newest_generation(store)
     if generation == 0:
@@ -145,7 +146,7 @@ def read_holder(store: Store) -> Holder | None:
 
 
 def read_or_empty(store: Store, name: str) -> bytes:
-    """The bytes of `name`; none where it does not exist."""
+    """Return the bytes of `name`; empty if it does not exist."""
     try:
         return store.get(name)
     except NotFound:
@@ -153,7 +154,7 @@ def read_or_empty(store: Store, name: str) -> bytes:
 
 
 def claim_bytes(token: str, launch: Mapping[str, Any]) -> bytes:
-    """What this process writes to claim a generation. token: unlike that of any other launch."""
+    """Return the content of this process's claim. token: unique to the launch."""
     machine, process = this_machine(), process_state(os.getpid())
     return to_json(
         {
@@ -171,5 +172,5 @@ def claim_bytes(token: str, launch: Mapping[str, Any]) -> bytes:
 
 
 def utc_now() -> str:
-    """For people: the time of this machine's clock, in UTC."""
+    """Return this machine's time in UTC as ISO 8601, in seconds, for display."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

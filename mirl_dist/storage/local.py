@@ -1,4 +1,4 @@
-"""A store in a directory: data goes to a temporary name, is flushed to the disk, and is renamed."""
+"""A store in a directory: data is written to a temporary file, fsynced, and renamed."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _ATTEMPTS = 100
 
 
 class Folder:
-    """A store in a directory of this machine (or of a file system that all nodes share)."""
+    """A store in a local directory, or one on a file system shared by all nodes."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def where(self, name: str = "") -> str:
-        """The place for people and messages."""
+        """Return the location as text for messages."""
         return str(self._root / name) if name else str(self._root)
 
     def put(self, name: str, data: bytes) -> None:
-        """Write `name` durably, complete or not at all; replaces what was there."""
+        """Write `name` durably and atomically, replacing an existing file."""
         self._replace(name, lambda file: file.write(data))
 
     def put_file(self, name: str, path: Path) -> None:
-        """Copy a file to `name`, durably, complete or not at all; replaces what was there."""
+        """Copy a file to `name` durably and atomically, replacing an existing file."""
 
         def copy(file: BinaryIO) -> None:
             with path.open("rb") as source:
@@ -42,11 +42,11 @@ class Folder:
         self._replace(name, copy)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Write `name` unless it exists; whether this call wrote it. Of several writers exactly one wins."""
+        """Write `name` unless it exists; True if this call wrote it. Exactly one of several writers succeeds."""
         path = self._root / name
         with self._map_errors(name), self._temporary_file(path, lambda file: file.write(data)) as temporary:
             try:
-                os.link(temporary, path)
+                os.link(temporary, path)  # unlike a rename, fails if the name exists
             except FileExistsError:
                 return False
             _flush_folder(path.parent)
@@ -57,7 +57,7 @@ class Folder:
             return (self._root / name).read_bytes()
 
     def size(self, name: str) -> int:
-        """Bytes. Raises NotFound for what is no file."""
+        """Return the size in bytes. Raise NotFound for anything but a file."""
         with self._map_errors(name):
             path = self._root / name
             if not path.is_file():
@@ -65,7 +65,7 @@ class Folder:
             return path.stat().st_size
 
     def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
-        """The bytes from `offset` to the end, in blocks."""
+        """Yield the bytes from `offset` to the end in blocks."""
         with self._map_errors(name), (self._root / name).open("rb") as file:
             file.seek(offset)
             while block := file.read(_BLOCK):
@@ -76,7 +76,7 @@ class Folder:
             return (self._root / name).is_file()
 
     def list(self, prefix: str) -> list[str]:
-        """Complete names below `prefix` (a folder name, or '' for all), sorted."""
+        """Return the full names of all complete files below `prefix` (a folder's name, or '' for all), sorted."""
         with self._map_errors(prefix):
             paths = []
             for folder, _, files in os.walk(self._root / prefix, onerror=_raise_unless_missing):
@@ -84,7 +84,7 @@ class Folder:
             return sorted(path.as_posix() for path in paths)
 
     def remove(self, name: str) -> None:
-        """Remove `name` if it is there, and folders that this leaves empty."""
+        """Delete `name` if it exists, and the folders that this leaves empty."""
         with self._map_errors(name):
             path = self._root / name
             path.unlink(missing_ok=True)
@@ -93,7 +93,7 @@ class Folder:
                     return
 
     def sweep(self, older_than_seconds: float = DAY) -> None:
-        """Remove what dead writers left under temporary names, whatever its age: nobody else may write meanwhile."""
+        """Delete all temporary files of crashed writers, whatever their age. Nothing else may write meanwhile."""
         with self._map_errors(""):
             for leftover in self._root.rglob(f"{_TEMPORARY}*"):
                 leftover.unlink(missing_ok=True)
@@ -106,7 +106,7 @@ class Folder:
 
     @contextmanager
     def _temporary_file(self, path: Path, write: Callable[[BinaryIO], object]) -> Iterator[str]:
-        """A flushed temporary file beside `path`, gone afterwards."""
+        """Yield the path of an fsynced temporary file in the folder of `path`; delete the file afterwards."""
         temporary = str(path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}")
         try:
             with _open_new(temporary, path.parent) as file:
@@ -134,26 +134,26 @@ _TRANSIENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.
 
 
 def _raise_unless_missing(error: OSError) -> None:
-    """A folder that may not be read is not an empty one."""
+    """Raise all errors but FileNotFoundError, so that an unreadable folder is not listed as empty."""
     if not isinstance(error, FileNotFoundError):
         raise error
 
 
 def _open_new(path: str, folder: Path) -> BinaryIO:
-    """A new file, with the rights that the umask gives: others may have to read it."""
+    """Create a file with umask permissions (unlike `tempfile`'s), so that other users can read it."""
     for _ in range(_ATTEMPTS):
         _make_folder(folder)
-        with suppress(FileNotFoundError):  # a removal beside this found the folder empty
+        with suppress(FileNotFoundError):  # a concurrent `remove` deleted the empty folder
             return open(path, "xb")
     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
 
 def _make_folder(folder: Path) -> None:
-    """With its parents, each of which survives a power cut."""
+    """Create a folder and its parents durably: each one survives a power failure."""
     if folder.is_dir():
         return
     _make_folder(folder.parent)
-    with suppress(FileExistsError, FileNotFoundError):  # made, or its parent removed, by another: `_opened` will see
+    with suppress(FileExistsError, FileNotFoundError):  # concurrent mkdir, or parent deleted: `_open_new` retries
         folder.mkdir()
         _flush_folder(folder.parent)
 
@@ -171,11 +171,11 @@ def _remove_if_empty(folder: Path) -> bool:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make a change of names in `folder` survive a power cut."""
+    """Fsync a folder, so that changes of names in it survive a power failure."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
-        return  # another removed the name again, and its folder
+        return  # the name and its folder were deleted concurrently
     try:
         os.fsync(handle)
     finally:

@@ -1,4 +1,4 @@
-"""Checks of the places that a command is to write to on this machine: before its work, not after."""
+"""Checks of a command's local output paths, made before its work instead of after it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mirl_dist.errors import UserError
 
 
 def check_file(out: Path | None, option: str = "--out") -> None:
-    """Raise UserError for a file that cannot be written there; None is no file."""
+    """Raise UserError if a file cannot be written at `out`; do nothing for None."""
     if out is None:
         return
     _check_path(out, option)
@@ -21,14 +21,14 @@ def check_file(out: Path | None, option: str = "--out") -> None:
 
 
 def check_folder(out: Path | None, option: str = "--out") -> None:
-    """Raise UserError for a folder that cannot be written into; None is no folder."""
+    """Raise UserError if `out` cannot be used as an output folder; do nothing for None."""
     if out is not None:
         _check_path(out, option)
         _check_rights(out, option)
 
 
 def _check_path(out: Path, option: str) -> None:
-    """Raise UserError for an address (a Path has one slash where that had two), and for a name that no disk takes."""
+    """Raise UserError for an address (whose '//' Path has collapsed to '/'), and for a name that is too long."""
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(out))
     if scheme:
         raise UserError(
@@ -43,7 +43,7 @@ def _check_path(out: Path, option: str) -> None:
 
 
 def _check_rights(folder: Path, option: str) -> None:
-    """Raise UserError where a folder neither is one that may be written, nor can be made."""
+    """Raise UserError unless `folder` is writable or can be created."""
     here = folder.absolute()
     while not os.path.lexists(here):
         here = here.parent

@@ -1,4 +1,4 @@
-"""How long to try again: a store that is away for a while is waited for, and a transfer that broke goes on."""
+"""Retries with exponential backoff for an unavailable store, and downloads that resume where they broke."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mirl_dist.observability.console import warn
 from mirl_dist.storage.base import Rejected, Store, Unavailable
 
 Say: TypeAlias = Callable[[str], None]
-"""Takes one line for people."""
+"""A function that shows one line of text to the user."""
 
 T = TypeVar("T")
 
@@ -21,16 +21,16 @@ _SAY_EVERY_SECONDS = 60.0
 
 
 def to_stderr(line: str) -> None:
-    """One line on standard error, at once."""
+    """Write one line to standard error, unbuffered."""
     warn(f"mirl-dist: {line}")
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to try again, in seconds: in all since the last progress, the first pause, and the longest pause.
+    """A retry policy, in seconds: the limit since the last progress (0: one attempt), the first and longest pause.
 
-    Pauses double, and each is shortened by a random part of up to a half, so that ranks that lost a server together do
-    not return together. `seconds` of 0: one try.
+    Pauses double. Each is multiplied by a random factor in [0.5, 1], so that ranks that lost a server at the same time
+    do not reconnect at the same time.
     """
 
     seconds: float = 300.0
@@ -42,22 +42,22 @@ DEFAULT_PATIENCE = Patience()
 
 
 class RetryState:
-    """The clock of one piece of work that may have to be tried several times."""
+    """Attempts and elapsed time of one operation that may be retried."""
 
     def __init__(self, what: str, patience: Patience, say: Say) -> None:
         self._what, self._patience, self._say = what, patience, say
-        self._jitter = random.Random()  # of its own: the global state belongs to experiments
+        self._jitter = random.Random()  # own generator: the global random state must stay reproducible for training
         self._last_report = -_SAY_EVERY_SECONDS
         self._tries = 0
         self.progressed()
 
     def progressed(self) -> None:
-        """Something arrived: patience begins afresh."""
+        """Record progress: resets the time limit and the pauses."""
         self._failures = 0
         self._since = time.monotonic()
 
     def pause_or_give_up(self, error: Unavailable) -> None:
-        """Pause before the next try. Raises Unavailable when patience ends: the last error, how long, how often."""
+        """Sleep before the next attempt. Once patience has run out, raise Unavailable with duration and attempts."""
         self._tries += 1
         self._failures += 1
         now = time.monotonic()
@@ -76,9 +76,9 @@ class RetryState:
 
 
 def with_retries(work: Callable[[], T], what: str, patience: Patience, say: Say) -> T:
-    """What `work` returns; it is called again while it raises Unavailable and patience lasts.
+    """Return the result of `work`, retrying while it raises Unavailable and patience lasts.
 
-    `what`: the work in a few words, for the message at the end of patience. Any other error passes at once.
+    what: a short name of the work for the final error message. Any other error is raised at once.
     """
     tries = RetryState(what, patience, say)
     while True:
@@ -89,11 +89,11 @@ def with_retries(work: Callable[[], T], what: str, patience: Patience, say: Say)
 
 
 def download(store: Store, name: str, path: Path, size: int, *, patience: Patience, say: Say) -> None:
-    """Append to `path` what it lacks of `name`, until `size` bytes lie there; a transfer that broke goes on.
+    """Append the missing bytes of `name` to `path` until it has `size` bytes; resumes broken transfers.
 
-    Patience begins afresh whenever bytes arrive. Nothing is flushed, renamed or digested: that is the caller's. Raises
-    Rejected where the file is longer than `size`, or where the store's object has another size (the bytes that lie
-    there are then removed); Unavailable at the end of patience; OSError where `path` cannot be written.
+    Patience is reset whenever bytes arrive. The caller must fsync, rename and verify the digest. Raises Rejected if the
+    file is longer than `size`, or if the object's size differs (the local file is then deleted); Unavailable once
+    patience has run out; OSError if `path` cannot be written.
     """
     size_so_far = path.stat().st_size if path.exists() else 0
     if size_so_far > size:
@@ -114,7 +114,7 @@ def download(store: Store, name: str, path: Path, size: int, *, patience: Patien
 
 
 def _check_size(store: Store, name: str, path: Path, size: int) -> NoReturn:
-    """Raises Rejected, always, and removes what was brought: it belongs to another object."""
+    """Delete the local bytes, which belong to a different object, and raise Rejected."""
     actual = store.size(name)
     path.unlink(missing_ok=True)
     if actual == size:

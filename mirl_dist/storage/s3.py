@@ -1,7 +1,7 @@
-"""A store in a bucket, through boto3: AWS S3, and servers that speak its language (Ceph, MinIO).
+"""A store in an S3 bucket, through boto3: AWS S3 and compatible servers (Ceph, MinIO).
 
-Credentials come from boto3's own chain (AWS_ACCESS_KEY_ID, a profile, a role), and so does the endpoint where the
-options name none (AWS_ENDPOINT_URL_S3).
+Credentials come from boto3's default chain (AWS_ACCESS_KEY_ID, a profile, a role). Without an endpoint in the options,
+boto3's own is used (AWS_ENDPOINT_URL_S3).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from mirl_dist.storage.retry import Patience, RetryState, Say, to_stderr
 from mirl_dist.storage.s3_client import PART_BYTES, S3Client
 from mirl_dist.storage.s3_errors import CHECK_SERVER, AccessDenied, AlreadyExists, NoSuchUpload, RangePastEnd
 
-_BLOCK = 1 << 16  # what a broken connection loses at most
+_BLOCK = 1 << 16  # upper bound of the bytes lost with a broken connection
 _ONCE = Patience(0)
 
 
 class S3Store:
-    """A store under `s3://bucket/prefix`, for several threads; each process makes its own connections.
+    """A store under `s3://bucket/prefix`. Thread-safe; each process opens its own connections.
 
-    A request that fails in passing is made again for as long as patience lasts (`patience`: instead of the options');
-    `read` alone leaves that to its reader. Timeouts in seconds: to connect, and between two packets.
+    Transient failures are retried within patience, except by `read`, whose caller must retry. patience: overrides that
+    of the options. connect_seconds, read_seconds: timeouts of connecting, and between two packets.
     """
 
     def __init__(
@@ -47,18 +47,18 @@ class S3Store:
         self._write_rights, self._encryption = wire.encryption_arguments(options)
 
     def where(self, name: str = "") -> str:
-        """The place for people and messages."""
+        """Return the location as text for messages."""
         return self._client.where(name)
 
     def put(self, name: str, data: bytes) -> None:
-        """Write `name`, in parts where it is long, complete or not at all; replaces what was there."""
+        """Write `name` atomically, replacing an existing object; a multipart upload above PART_BYTES."""
         if len(data) <= PART_BYTES:
             self._put_object(name, data, self._encryption)
         else:
             self._upload(name, lambda: io.BytesIO(data))
 
     def put_file(self, name: str, path: Path) -> None:
-        """Copy a file to `name`, in parts where it is long, complete or not at all; replaces what was there."""
+        """Copy a file to `name` atomically, replacing an existing object; a multipart upload above PART_BYTES."""
         try:
             if path.stat().st_size <= PART_BYTES:
                 self.put(name, path.read_bytes())
@@ -69,9 +69,9 @@ class S3Store:
             raise Rejected(text) from error
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Write `name` unless it exists; whether this call wrote it. Of several writers exactly one wins.
+        """Write `name` unless it exists; True if this call wrote it. Exactly one of several writers succeeds.
 
-        In one part, whatever its length: Ceph ignores the condition on others.
+        Never uses a multipart upload, since Ceph ignores the condition on those.
         """
         marked = {**self._encryption, **wire.writer_metadata()}
         try:
@@ -81,7 +81,7 @@ class S3Store:
         return True
 
     def get(self, name: str) -> bytes:
-        """The whole of `name`; a transfer that broke goes on, unless another version lies there by then."""
+        """Return all bytes of `name`. Resumes a broken transfer; restarts it if the object has changed (ETag)."""
         tries = RetryState(f"reading {self.where(name)}", self._client.patience, self._client.say)
         content, version = bytearray(), ""
         while True:
@@ -99,11 +99,11 @@ class S3Store:
                 tries.pause_or_give_up(error)
 
     def size(self, name: str) -> int:
-        """Bytes."""
+        """Return the size in bytes."""
         return self._content_length(name, self._client.head(name))
 
     def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
-        """The bytes from `offset` to the end, in blocks. Raises Unavailable wherever the transfer breaks, at once."""
+        """Yield the bytes from `offset` to the end in blocks. Raise Unavailable at once if the transfer breaks."""
         yield from self._open_body(name, offset)[1]
 
     def exists(self, name: str) -> bool:
@@ -114,27 +114,28 @@ class S3Store:
         return True
 
     def list(self, prefix: str) -> list[str]:
-        """Complete names below `prefix` (a folder name, or '' for all), sorted."""
+        """Return the full names of all objects below `prefix` (a folder's name, or '' for all), sorted."""
         below = self._client.key(prefix).rstrip("/")
         pages = self._client.pages(prefix, wire.LIST, "list_objects_v2", f"{below}/" if below else "")
         keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
         cut = len(self._client.key(""))
-        return sorted(key[cut:] for key in keys if not key.endswith("/"))  # consoles make 'folders' of such names
+        return sorted(key[cut:] for key in keys if not key.endswith("/"))  # consoles create such keys as 'folders'
 
     def now(self) -> datetime | None:
-        """The time of the server's clock; None where it does not tell. Asks for a list of at most one name."""
+        """Return the server's `Date` header, from a listing of at most one key; None without one."""
         below = {"Bucket": self._client.bucket, "Prefix": self._client.key(""), "MaxKeys": 1}
         return _server_time(self._client.call("", wire.LIST, lambda s3, at: s3.list_objects_v2(**below)))
 
     def remove(self, name: str) -> None:
-        """Remove `name` if it is there."""
+        """Delete `name` if it exists."""
         with suppress(NotFound):
             self._client.call(name, wire.REMOVE, lambda s3, at: s3.delete_object(**at))
 
     def sweep(self, older_than_seconds: float = base.DAY) -> None:
-        """Abort uploads in parts below the prefix that began longer ago than that, by the server's clock; 0: all.
+        """Abort multipart uploads below the prefix that started more than `older_than_seconds` ago; 0: all.
 
-        Where these credentials may not do it, a warning says so, and the uploads stay.
+        Ages are by the server's clock where it sends one. Warns, and leaves the uploads, if the credentials lack the
+        rights.
         """
         refused: StorageError | None = None
         try:
@@ -154,20 +155,20 @@ class S3Store:
         marked = {**self._encryption, **wire.writer_metadata()}
         try:
             self._client.upload(name, self._write_rights, source, marked)
-        except NoSuchUpload:  # completed by an earlier try whose answer got lost, or aborted
+        except NoSuchUpload:  # completed by an earlier attempt whose response was lost, or aborted
             if not self._is_own_write(name, marked):
                 text = f"{self.where(name)}: the upload was aborted by another. Send it again."
                 raise Unavailable(text) from None
 
     def _is_own_write(self, name: str, marked: dict[str, Any]) -> bool:
-        """Whether the write with this metadata made `name`: its answer may have got lost."""
+        """Whether `name` was written with this metadata, so by an attempt of this call whose response was lost."""
         try:
             return bool(self._client.head(name).get("Metadata") == marked["Metadata"])
         except NotFound:
             return False
 
     def _stale_uploads(self, age: timedelta) -> Iterator[dict[str, str]]:
-        """Bucket, key and id of each upload in parts that began longer ago."""
+        """Yield the bucket, key and id of each multipart upload older than `age`."""
         below = self._client.key("")
         for page in self._client.pages("", wire.LIST_UPLOADS, "list_multipart_uploads", below):
             now = _server_time(page) or datetime.now(timezone.utc)
@@ -176,7 +177,7 @@ class S3Store:
                     yield {"Bucket": self._client.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
 
     def _abort(self, upload: dict[str, str]) -> StorageError | None:
-        """Try once to abort an upload; the error, if it failed: the next sweep tries again."""
+        """Try once to abort an upload. Return the error on failure; the next sweep retries."""
         try:
             self._client.call("", wire.ABORT, lambda s3, at: s3.abort_multipart_upload(**upload), patience=_ONCE)
         except StorageError as error:
@@ -184,7 +185,7 @@ class S3Store:
         return None
 
     def _open_body(self, name: str, offset: int) -> tuple[str, Iterator[bytes]]:
-        """The version that lies there, and its bytes from `offset`; none where it ends before."""
+        """Return the object's ETag and its bytes from `offset`; '' and no bytes if `offset` is at or past the end."""
         span = {"Range": f"bytes={offset}-"} if offset else {}
         try:
             answer = self._client.call(name, wire.READ, lambda s3, at: s3.get_object(**at, **span), patience=_ONCE)
@@ -196,7 +197,7 @@ class S3Store:
         return str(answer.get("ETag", "")), self._read_body(name, answer["Body"])
 
     def _read_body(self, name: str, body: Any) -> Iterator[bytes]:
-        """The blocks of a body; botocore raises where it ends before the length that was announced."""
+        """Yield a body in blocks. botocore raises an error if it ends before the announced length."""
         with closing(body), wire.map_errors(self.where(name), wire.READ):
             yield from body.iter_chunks(_BLOCK)
 

@@ -1,4 +1,4 @@
-"""Requests about one bucket through boto3: tried again while patience lasts, in this package's errors."""
+"""Requests to one bucket through boto3, retried within patience, with errors converted to StorageError."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mirl_dist.storage.s3_errors import CHECK_SERVER, BareNotFound, RequiredRigh
 T = TypeVar("T")
 
 PART_BYTES = 1 << 24
-"""Bytes: longer objects are uploaded in parts."""
+"""Size in bytes above which objects are uploaded in parts."""
 
 _CONCURRENT_PARTS = 4
-_PART_ATTEMPTS = 6  # by boto3 itself, within about 30 s; after that patience repeats the whole upload
+_PART_ATTEMPTS = 6  # by boto3 itself, within about 30 s; then the whole upload is retried within patience
 
 
 class S3Client:
-    """Shared by several threads; each process makes its own connections.
+    """A client of one bucket and prefix. Thread-safe and picklable; each process opens its own connections.
 
-    endpoint: None for the one that the environment names. timeouts: seconds to connect, and between two packets.
+    endpoint: None for the environment's. timeouts: seconds for connecting, and between two packets.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class S3Client:
         return {**self.__dict__, "_clients": {}, "_locks": {}}
 
     def where(self, name: str = "") -> str:
-        """The place for people and messages."""
+        """Return the location as text for messages."""
         return f"s3://{self.bucket}/{self.key(name)}".rstrip("/")
 
     def key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
 
     def client(self, attempts: int = 1) -> Any:
-        """This process's boto3 client that tries so often; a fork must not share sockets with its parent."""
+        """Return this process's boto3 client with that many attempts per request. A fork must not share its sockets."""
         pid = os.getpid()
         with self._locks.setdefault(pid, threading.Lock()):
             if (pid, attempts) not in self._clients:
@@ -65,7 +65,7 @@ class S3Client:
         patience: Patience | None = None,
         attempts: int = 1,
     ) -> T:
-        """`work(client, bucket and key)`, tried again while patience lasts; in this package's errors."""
+        """Return `work(client, {Bucket, Key})`, retried within patience. Raises StorageError only."""
         at = {"Bucket": self.bucket, "Key": self.key(name)}
 
         def once() -> T:
@@ -83,16 +83,16 @@ class S3Client:
         return with_retries(once, self.where(name), patience or self.patience, self.say)
 
     def upload(self, name: str, needs: RequiredRights, source: Callable[[], Any], arguments: Mapping[str, Any]) -> None:
-        """Upload in parts by boto3's transfer manager, which aborts the upload where a part fails.
+        """Upload in parts with boto3's transfer manager, which aborts the upload if a part fails.
 
-        source: gives a file's path, or a stream from its beginning.
+        source: called for each attempt; returns a file's path, or a new stream.
         """
         from boto3.s3.transfer import TransferConfig, create_transfer_manager
 
         config = TransferConfig(
             multipart_chunksize=PART_BYTES, max_concurrency=_CONCURRENT_PARTS, preferred_transfer_client="classic"
         )
-        config.max_in_memory_upload_chunks = _CONCURRENT_PARTS  # of a stream; a file's parts are read as they are sent
+        config.max_in_memory_upload_chunks = _CONCURRENT_PARTS  # bounds memory for streams; files are not buffered
 
         def work(s3: Any, at: dict[str, str]) -> None:
             with create_transfer_manager(s3, config) as manager:
@@ -101,7 +101,7 @@ class S3Client:
         self.call(name, needs, work, attempts=_PART_ATTEMPTS if self.patience.seconds > 0 else 1)
 
     def pages(self, name: str, needs: RequiredRights, operation: str, below: str) -> list[dict[str, Any]]:
-        """All pages of a listing of the keys that begin with `below`."""
+        """Return all pages of a listing of the keys that begin with `below`."""
 
         def work(s3: Any, at: dict[str, str]) -> list[dict[str, Any]]:
             pages = list(s3.get_paginator(operation).paginate(Bucket=self.bucket, Prefix=below))
@@ -114,14 +114,14 @@ class S3Client:
         return self.call(name, needs, work)
 
     def head(self, name: str) -> dict[str, Any]:
-        """The size and the metadata of `name`."""
+        """Return the HEAD response of `name`: size and metadata."""
         answer: dict[str, Any] = self.call(name, wire.READ, lambda s3, at: s3.head_object(**at))
         return answer
 
     def _explain_not_found(self, name: str) -> None:
-        """After a 404 that may mean anything: check that this is an S3 server, and has the bucket.
+        """After a 404 without a reason, check that the server is an S3 server and has the bucket.
 
-        Raises Rejected for a missing bucket, and Unavailable where something else answers.
+        Raises Rejected if the bucket is missing, and Unavailable if the server is not an S3 server.
         """
         try:
             with map_errors(self.where(name), wire.LIST):
@@ -132,7 +132,7 @@ class S3Client:
 
 
 def _connect(endpoint: str | None, timeouts: tuple[float, float], attempts: int) -> Any:
-    """Make a boto3 client. Raises Rejected for an endpoint that is none."""
+    """Create a boto3 client. Raise Rejected for an invalid endpoint, or one with credentials."""
     import boto3.session
     from botocore.config import Config
 
@@ -156,8 +156,8 @@ def _connect(endpoint: str | None, timeouts: tuple[float, float], attempts: int)
         ) from None
     if re.search(r"\.amazonaws\.com(\.cn)?$", address.hostname or ""):
         return client
-    # Other servers: few give each bucket a host name, and older ones store the newer checksums' framing as data. They
-    # verify the SHA-256 of each body, which is part of the signature.
+    # Other servers: few support virtual-hosted buckets, and older ones store the framing of boto3's newer checksums as
+    # data. The signature instead covers the SHA-256 of each body, which they verify.
     signed = {"addressing_style": "path", "payload_signing_enabled": True}
     only = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
     return session.client("s3", endpoint_url=endpoint, config=config.merge(Config(s3=signed, **only)))

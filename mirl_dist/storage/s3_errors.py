@@ -1,6 +1,6 @@
-"""S3 addresses, the rights that each request needs, and boto3's errors as a store's three errors.
+"""S3 addresses, the rights that each request needs, and the conversion of boto3's errors to StorageError.
 
-No text of a server or of botocore is repeated, since it may hold a key: only codes, kinds and hosts.
+Messages contain only error codes, exception types and hosts. Texts of a server or of botocore may contain credentials.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ CHECK_SERVER = "Check the server and the network; nothing is half-written."
 
 
 class AlreadyExists(Rejected):
-    """A conditional put found the name taken."""
+    """A conditional put failed because the name exists."""
 
 
 class RangePastEnd(Rejected):
-    """The range begins where the object ends, or after."""
+    """The range starts at or past the end of the object."""
 
 
 class NoSuchUpload(Rejected):
-    """The upload in parts does not exist: completed, aborted, or never begun."""
+    """The multipart upload does not exist: it was completed, aborted, or never started."""
 
 
 class AccessDenied(Rejected):
-    """These credentials may not do this, or the server cannot."""
+    """The credentials lack the rights, or the server does not support the request."""
 
 
 class BareNotFound(NotFound):
-    """A 404 without a reason: it may mean the object, the bucket, or that this is no S3 server."""
+    """A 404 without a reason: the object or the bucket is missing, or the server is not an S3 server."""
 
 
 class RequiredRights(NamedTuple):
-    """The rights that a request needs, and on what."""
+    """The IAM actions that a request needs, and on which resource."""
 
     rights: str
     on: str = "it"
@@ -60,7 +60,7 @@ _ERROR_TYPES = {
     "NoSuchUpload": NoSuchUpload,
 }
 
-# Codes below 500 that mean 'later': load, two writers at once, a body that was damaged on its way.
+# Transient codes with a status below 500: load, concurrent writers, a body damaged in transit.
 _TRANSIENT_CODE = re.compile(
     "BadDigest|ConditionalRequestConflict|IncompleteBody|OperationAborted|RequestLimitExceeded|RequestTimeTooSkewed|"
     "RequestTimeout|SlowDown|Throttling|ThrottlingException|TooManyRequests|XAmzContentSHA256Mismatch"
@@ -87,7 +87,7 @@ _REMEDIES = {
 
 
 def parse_address(url: str) -> tuple[str, str]:
-    """Bucket and prefix of an `s3://` address. Raises Rejected for any other text, which is not repeated."""
+    """Return bucket and prefix of an `s3://` address. Raise Rejected for any other text, without quoting it."""
     match = re.fullmatch(r"s3://([A-Za-z0-9._-]{3,255})(/[^?#]*)?", url)
     if match is None:
         raise Rejected(
@@ -98,12 +98,12 @@ def parse_address(url: str) -> tuple[str, str]:
 
 
 def writer_metadata() -> dict[str, Any]:
-    """Metadata that identifies this write: an answer may get lost after the server did the work."""
+    """Return metadata that identifies this write, to recognize it if the response is lost."""
     return {"Metadata": {"writer": uuid.uuid4().hex}}
 
 
 def encryption_arguments(options: Options) -> tuple[RequiredRights, dict[str, str]]:
-    """The rights that a write needs, and its arguments for encryption."""
+    """Return the rights that a write needs, and its encryption arguments for boto3."""
     arguments = {"ServerSideEncryption": options.encryption, "SSEKMSKeyId": options.kms_key}
     needs = WRITE_WITH_KEY if options.encryption == "aws:kms" else WRITE
     return needs, {name: value for name, value in arguments.items() if value is not None}
@@ -111,7 +111,7 @@ def encryption_arguments(options: Options) -> tuple[RequiredRights, dict[str, st
 
 @contextmanager
 def map_errors(location: str, needs: RequiredRights) -> Iterator[None]:
-    """Raise what boto3 raises inside as one of a store's three errors. needs: the rights that a refusal names."""
+    """Convert errors of boto3 in the block to StorageError. needs: the rights that a refusal's message names."""
     from botocore import exceptions as known
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
@@ -125,14 +125,14 @@ def map_errors(location: str, needs: RequiredRights) -> Iterator[None]:
         known.MetadataRetrievalError,
         known.PaginationError,
         ResponseParserError,
-        HTTPError,  # of the body's stream, where botocore lets it pass
+        HTTPError,  # from reading the body, where botocore does not wrap it
     )
     no_keys = (known.NoCredentialsError, known.PartialCredentialsError, known.CredentialRetrievalError)
     try:
         yield
     except known.ClientError as error:
         raise _error_of_response(location, needs, error.response) from error
-    except RecursionError as error:  # botocore asks a server that only redirects for its region, without end
+    except RecursionError as error:  # botocore looks up the region endlessly if a server only redirects
         raise Rejected(f"{location}: the server redirects without saying where to. {_REGION}") from error
     except known.SSLError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
@@ -150,7 +150,7 @@ def map_errors(location: str, needs: RequiredRights) -> Iterator[None]:
 
 
 def _error_of_response(location: str, needs: RequiredRights, answer: dict[str, Any]) -> StorageError:
-    """The error that an answer of a server means, from its code and its HTTP status alone."""
+    """Return the StorageError for an error response, from its code and HTTP status alone."""
     status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
     code = str(answer.get("Error", {}).get("Code", ""))
     code = code if re.fullmatch(r"[\w.]{1,60}", code) else "no code"
@@ -191,7 +191,7 @@ def _connection_error(location: str, error: Exception) -> str:
 
 
 def _host_of_error(error: Exception) -> str:
-    """The machine that an error speaks of, without path and credentials."""
+    """Return the host and port that an error names, without path and credentials."""
     url = getattr(error, "kwargs", {}).get("endpoint_url")
     if not url:
         return "the server"

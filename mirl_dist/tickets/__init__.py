@@ -1,1 +1,1 @@
-"""What is done with finished tickets: open, verify, pack, export, compare, report."""
+"""Operations on finished tickets: open, verify, pack, export, compare, report."""

@@ -1,4 +1,4 @@
-"""Tickets gathered for a comparison: from runs in stores, from MLflow, from ticket files."""
+"""Collects tickets for a comparison from runs in stores, from MLflow and from ticket files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _Shapes = Mapping[str, tuple[int, ...]]
 
 
 class _CollectedTicket(NamedTuple):
-    """A round as it was found: its ticket, its packed mask (None where it is unknown), its strip of pictures."""
+    """The ticket of a round, its packed mask (None if unknown), and its image strip as PNG bytes (None if missing)."""
 
     ticket: Ticket
     mask: Packed | None
@@ -37,8 +37,11 @@ class _CollectedTicket(NamedTuple):
 
 
 class _CollectedRun(NamedTuple):
-    """The tickets of one run as they were found. key: equal for one and the same run; label: what people call it;
-    shapes: of its network's tensors by name, in the network's order."""
+    """The collected tickets of one run.
+
+    key: identifies the run, however it was named. label: name for display. shapes: shapes of the network's tensors by
+    name, in the network's order.
+    """
 
     key: str
     label: str
@@ -48,11 +51,11 @@ class _CollectedRun(NamedTuple):
 
 
 def gather(references: Sequence[str], uri: str | None = None) -> list[Entry]:
-    """All tickets that references name, run after run, in their order.
+    """Return the tickets of all references, grouped by run, in the order of the references.
 
-    A reference: `RUN` (all rounds), `RUN/rounds/NN`, a ticket file, `mlflow:RUN_ID` (a parent run) or
-    `mlflow:experiment:NAME`. uri: MLflow's address, where it is not MLFLOW_TRACKING_URI. Raises UserError for what
-    holds no ticket, for masks that are not their tickets', and for one ticket named twice.
+    A reference is `RUN` (all rounds), `RUN/rounds/NN`, a ticket file, `mlflow:RUN_ID` (a parent run) or
+    `mlflow:experiment:NAME`. uri: MLflow's address; None for MLFLOW_TRACKING_URI. Raises UserError for a reference
+    without a ticket, for a mask that does not match its ticket, and for a ticket named twice.
     """
     runs: dict[str, _CollectedRun] = {}
     for collected in (run for reference in references for run in _collect(reference, uri)):
@@ -139,7 +142,7 @@ def _load_mask(data: bytes, ticket: Ticket, shapes: _Shapes, source: str) -> Pac
 
 
 def _check_mask(packed: Mapping[str, Tensor], ticket: Ticket, shapes: _Shapes, source: str) -> Packed:
-    """A packed mask that is the ticket's, of its network. Raises UserError for any other."""
+    """Return the mask as NumPy arrays. Raise UserError unless it fits the network and matches the ticket's digest."""
     wanted = {name: shapes[name] for name in ticket.layer_density if name in shapes}
     mismatched = sorted((wanted.keys() ^ packed.keys()) | (ticket.layer_density.keys() - wanted.keys()))
     for name in [] if mismatched else sorted(packed):
@@ -155,7 +158,8 @@ def _check_mask(packed: Mapping[str, Tensor], ticket: Ticket, shapes: _Shapes, s
 
 
 def _tensor_shapes(config: Config, ticket: Ticket, source: str) -> dict[str, tuple[int, ...]]:
-    """The tensors of a network by name, in its own order. Raises UserError where the ticket counts other weights."""
+    """Return the shapes of a network's tensors by name, in its order. Raise UserError if their sizes contradict the
+    ticket's count of weights."""
     model = build_on_meta(config, ticket.total, source)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     total = sum(map(math.prod, shapes.values()))
@@ -167,8 +171,10 @@ def _tensor_shapes(config: Config, ticket: Ticket, source: str) -> dict[str, tup
 
 
 def _unique_labels(runs: Sequence[_CollectedRun]) -> list[str]:
-    """A short name for each run, no two alike: the shortest ends of paths that tell them apart; where the whole name
-    does not, the beginning of MLflow's id or a number."""
+    """Return a short unique name for each run: the shortest path suffixes that distinguish the runs.
+
+    Runs with equal labels get the first six characters of MLflow's run id, or a number, appended.
+    """
     names = _short_names([run.label for run in runs])
     for at, run in enumerate(runs):
         if names.count(names[at]) > 1 and run.key.startswith(MLFLOW):
@@ -181,7 +187,7 @@ def _unique_labels(runs: Sequence[_CollectedRun]) -> list[str]:
 
 
 def _short_names(labels: Sequence[str]) -> list[str]:
-    """The shortest ends of paths that tell runs apart, or as many as differ."""
+    """Return path suffixes of the smallest length that keeps different labels different; else the labels."""
     parts = [[p for p in text.rstrip("/").split("/") if p not in ("", ".")] or [text] for text in labels]
     for length in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(p[-length:]) for p in parts]

@@ -1,6 +1,6 @@
-"""The outside of a ticket file: a safetensors file of four flat tensors, each with its SHA-256, in one exact form.
+"""The container of a ticket file: a safetensors file of four flat tensors, each with its SHA-256, in canonical form.
 
-Its text is deflated, since it would outweigh the values of a small network; how far it may unfold is bounded.
+The JSON text is deflated, since it would be larger than the values of a small network. Its inflated size is bounded.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from mirl_dist.errors import UserError
 
 FORMAT = "mirl-dist-ticket-file-1"
 PARTS = {"initial": ("F32", 4), "trained": ("F32", 4), "about": ("U8", 1), "mask": ("U8", 1)}
-"""The parts in the order of the file: dtype, and bytes of one value. Floats first, so that they are aligned."""
+"""The parts in file order: name -> (dtype, bytes per value). Floats come first, so that they are aligned."""
 GET_AGAIN = "Get the file again from where it was packed."
 _FIRST_BYTES = b'{"__metadata__":{"format":"mirl-dist-ticket-file-'
 _MAX_HEADER = 2_048
 
 
 def is_ticket_file(first: bytes) -> bool:
-    """Whether a file that begins with these bytes (64 or more) is a ticket file, of whatever version."""
+    """Whether a file that begins with these bytes (at least 64) is a ticket file of any version."""
     return first[8:].startswith(_FIRST_BYTES)
 
 
 def pack(parts: Mapping[str, bytes]) -> bytes:
-    """A ticket file of these parts."""
+    """Return a ticket file of these parts."""
     sums = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
     return b"".join(
         [_header({name: len(part) for name, part in parts.items()}, sums), *(parts[name] for name in PARTS)]
@@ -36,7 +36,7 @@ def pack(parts: Mapping[str, bytes]) -> bytes:
 
 
 def _header(sizes: Mapping[str, int], sums: Mapping[str, str]) -> bytes:
-    """The safetensors header, its length in front. sizes: bytes of each part; sums: SHA-256 of each."""
+    """Return the safetensors header, preceded by its length. sizes: bytes of each part; sums: SHA-256 of each."""
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT} | {name: sums[name] for name in sorted(PARTS)}}
     begin = 0
     for name, (dtype, width) in PARTS.items():
@@ -49,7 +49,7 @@ def _header(sizes: Mapping[str, int], sums: Mapping[str, str]) -> bytes:
 
 
 def unpack(data: bytes, source: str) -> dict[str, memoryview]:
-    """The parts of a file, by name, their checksums compared."""
+    """Return the parts of a file by name. Raise UserError unless it is a ticket file with correct checksums."""
     if not is_ticket_file(data[:64]):
         raise UserError(f"{source} is no ticket file. `mirl-dist tickets pack` writes them.")
     begin = 8 + int.from_bytes(data[:8], "little")
@@ -79,12 +79,12 @@ def unpack(data: bytes, source: str) -> dict[str, memoryview]:
 
 
 def compress(text: bytes) -> bytes:
-    """The part `about` of a text. zlib's builds differ in what they write, not in what they read."""
+    """Return the part `about` for a text. The bytes depend on the zlib build; every build can read them."""
     return zlib.compress(text, 9)
 
 
 def decompress(part: memoryview, source: str) -> Any:
-    """What the part `about` says. Raises UserError for anything but one stream of at most MOST_BYTES of sound JSON."""
+    """Parse the part `about`. Raise UserError for anything but one zlib stream of at most MOST_BYTES of strict JSON."""
     stream = zlib.decompressobj()
     try:
         text = stream.decompress(part, strict_json.MOST_BYTES + 1)

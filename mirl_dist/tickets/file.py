@@ -1,7 +1,7 @@
-"""A ticket as one file: the record, the config, the mask in bits, and the survivors' first and trained values.
+"""A ticket as one file: the record, the config, the packed mask, and the survivors' initial and trained values.
 
-docs/ticket.md has the format byte by byte. The file is a safetensors file of four flat tensors, so that a network of
-many small tensors costs no header for each of them. What the numbers mean is verify.py's to judge.
+docs/ticket.md specifies the format byte by byte. The file is a safetensors file of four flat tensors, so that a network
+of many small tensors needs no header entry for each. This module checks the file's form; verify.py checks its claims.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from mirl_dist.training import ticket as tickets
 from mirl_dist.training.ticket import Ticket
 
 MEMORY_FACTOR, MEMORY_EXTRA = 80, 128 << 20
-"""`read` allocates at most MEMORY_FACTOR x the file's bytes + MEMORY_EXTRA. A byte of mask stands for 8 weights, which
-are 8 bytes of mask and 2 x 32 of values: 72, the rest is spare. MEMORY_EXTRA is for the text, which has an
-upper bound of its own."""
+"""`read` allocates at most MEMORY_FACTOR * file size + MEMORY_EXTRA bytes. A byte of packed mask stands for 8 weights,
+which unpack to 8 bytes of mask and 2 * 32 bytes of values: 72 in total, plus a margin. MEMORY_EXTRA covers the text,
+whose size has its own bound."""
 
 _MAX_NAME = 200
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
 class TicketContent(NamedTuple):
-    """What a ticket file holds. Values are float32 by name, dead weights +0.0 in both; masks are bool.
+    """The content of a ticket file. Values are float32 tensors by name, +0.0 where pruned; masks are bool.
 
-    config: as run.json has it. initial: mask x the run's first values.
+    config: as in run.json. initial: mask * the run's initial values.
     """
 
     ticket: Ticket
@@ -49,7 +49,7 @@ class TicketContent(NamedTuple):
 
 
 class _TensorEntry(NamedTuple):
-    """A tensor of the index; mask_bytes: 0 where it has no mask."""
+    """A tensor in the file's index. size: number of weights; mask_bytes: 0 if it has no mask."""
 
     name: str
     shape: tuple[int, ...]
@@ -62,7 +62,7 @@ class _TensorEntry(NamedTuple):
 
 
 class _OpenedFile(NamedTuple):
-    """A file whose bytes are as they were written, before any value is unpacked."""
+    """A file whose structure and checksums are verified, before any values are unpacked."""
 
     ticket: Ticket
     config: dict[str, Any]
@@ -75,11 +75,11 @@ class _OpenedFile(NamedTuple):
 
 
 def pack(content: TicketContent) -> bytes:
-    """A ticket as one file; the same content gives the same bytes.
+    """Return a ticket as one file. Deterministic.
 
-    content.initial may have the run's dead first values, which are left out. Raises UserError for values that no file
-    holds: other dtypes than float32, values that are not finite, dead trained weights that are not +0.0, names and
-    texts that `read` refuses.
+    content.initial may include initial values of pruned weights; they are dropped. Raises UserError for content that a
+    file cannot hold: dtypes other than float32, values that are not finite, pruned trained weights other than +0.0, and
+    names or texts that `read` rejects.
     """
     source = f"the ticket of round {content.ticket.round}"
     of_cpu = ({n: t.detach().cpu().contiguous() for n, t in tensors.items()} for tensors in content[2:])
@@ -95,15 +95,15 @@ def pack(content: TicketContent) -> bytes:
     }
     parts["about"] = _pack_about(content, source)
     data = container.pack(parts)
-    _open_file(data, source)  # what cannot be read is not written
+    _open_file(data, source)  # raises UserError for a file that `read` would reject
     return data
 
 
 def _pack_about(content: TicketContent, source: str) -> bytes:
-    """The file's text: the index of tensors, the record, the config, and the digest of mask x first values."""
+    """Return the file's text: the tensor index, the record, the config, and the digest of mask * initial values."""
     masks, record = content.masks, json.loads(content.ticket.dump())
     if record["layer_density"] == masking.densities(masks):
-        del record["layer_density"]  # the masks say it: a third of the text
+        del record["layer_density"]  # derivable from the masks; a third of the text
     initial_survivors = {n: t.masked_fill(~masks[n], 0.0) if n in masks else t for n, t in content.initial.items()}
     about = {
         "tensors": [[n, list(t.shape), n in masks] for n, t in sorted(content.initial.items())],
@@ -133,13 +133,13 @@ def _check_consistent(
             f"float32: {', '.join(mismatched[:5])}. Pack the parts of one round of one run."
         )
     for name, mask in masks.items():
-        dead = trained[name].view(torch.int32).masked_fill(mask, 0)  # -0.0 is another weight by its digest
+        dead = trained[name].view(torch.int32).masked_fill(mask, 0)  # compares bits: -0.0 would change the digest
         if bool(dead.any()):
             raise UserError(f"found dead weights of '{name}' that are not +0.0 in {source}. Its run broke its mask.")
 
 
 def _pack_survivors(names: list[str], masks: Mapping[str, Tensor], of: Mapping[str, Tensor], source: str) -> bytes:
-    """The alive values of all tensors, little-endian, by name and flat index."""
+    """Concatenate the surviving values of all tensors as little-endian float32, ordered by name and flat index."""
     parts = []
     for name in names:
         alive = of[name][masks[name]] if name in masks else of[name].reshape(-1)
@@ -153,10 +153,10 @@ def _pack_survivors(names: list[str], masks: Mapping[str, Tensor], of: Mapping[s
 
 
 def read(data: bytes, source: str) -> TicketContent:
-    """The content of a ticket file, every byte of it accounted for; `source` names the file.
+    """Return the content of a ticket file, with every byte checked. source: the file's name for messages.
 
-    Raises UserError for whatever is no whole ticket file, and nothing else. Allocates at most
-    MEMORY_FACTOR x len(data) + MEMORY_EXTRA.
+    Raises only UserError, for anything but a complete ticket file. Allocates at most
+    MEMORY_FACTOR * len(data) + MEMORY_EXTRA bytes.
     """
     opened = _open_file(data, source)
     masks: Masks = {}
@@ -183,13 +183,13 @@ def read(data: bytes, source: str) -> TicketContent:
 
 
 def peek(data: bytes, source: str) -> tuple[Ticket, dict[str, Any]]:
-    """Ticket and config of a ticket file, checked like `read`, without unpacking any weights. Raises UserError."""
+    """Return ticket and config of a file, with all checks of `_open_file` but no unpacked weights. Raises UserError."""
     opened = _open_file(data, source)
     return opened.ticket, opened.config
 
 
 def _open_file(data: bytes, source: str) -> _OpenedFile:
-    """Everything that can be proven before any weight is unpacked. Raises UserError."""
+    """Run all checks that need no unpacked weights. Raise UserError if one fails."""
     parts = container.unpack(data, source)
     about = container.decompress(parts["about"], source)
     if not isinstance(about, dict) or about.keys() != {"tensors", "ticket", "config", "begins"}:
@@ -221,7 +221,7 @@ def _open_file(data: bytes, source: str) -> _OpenedFile:
 def _iterate_masks(
     entries: list[_TensorEntry], mask: memoryview
 ) -> Iterator[tuple[_TensorEntry, NDArray[np.uint8] | None]]:
-    """Each tensor with the bits of its mask, None where it has none."""
+    """Yield each tensor with its packed mask (uint8), or None if it has no mask."""
     at, bits = 0, np.frombuffer(mask, np.uint8)
     for entry in entries:
         yield entry, bits[at : at + entry.mask_bytes] if entry.prunable else None
@@ -229,7 +229,7 @@ def _iterate_masks(
 
 
 def _parse_index(index: Any, source: str) -> list[_TensorEntry]:
-    """The tensors of a file. Raises UserError for names and shapes that no network has."""
+    """Parse the tensor index. Raise UserError for names, shapes or sizes that no network has."""
     entries: list[_TensorEntry] = []
     for item in index if isinstance(index, list) else []:
         if not (isinstance(item, list) and [type(v) for v in item] == [str, list, bool]):
@@ -252,7 +252,7 @@ def _parse_index(index: Any, source: str) -> list[_TensorEntry]:
 
 
 def _parse_ticket(record: Any, densities: dict[str, float], source: str) -> Ticket:
-    """The ticket of a file. Raises UserError for one that could not have been written."""
+    """Parse the ticket's record. Raise UserError for a record that this program could not have written."""
     if not isinstance(record, dict):
         raise UserError(f"{source}: its record is none. {GET_AGAIN}")
     record = {"layer_density": densities} | record

@@ -1,4 +1,4 @@
-"""A ticket opened for reading, wherever it lies: a round of a run in a folder or under s3://, or one file."""
+"""Opens a ticket for reading: a round of a run in any store (folder, s3://), or a ticket file."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from mirl_dist.training.ticket import Ticket
 
 
 class RunTicket(NamedTuple):
-    """A run and one of its rounds."""
+    """A ticket in a run: one round of the run."""
 
     checkpoints: Checkpoints
     config: Config
     round_: int
 
     def ticket(self) -> Ticket:
-        """The round's record."""
+        """Return the round's record."""
         return self.checkpoints.ticket(self.round_)
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """The weights that the round trained. Raises UserError where the run did not keep them."""
+        """Return the round's trained weights. Raise UserError if the run did not keep them."""
         return self.checkpoints.round_weights(self.round_)
 
     def initial_weights(self) -> dict[str, Tensor] | None:
-        """The initial values of all weights, pruned ones too; None for a run that began from a ticket's survivors."""
+        """Return all initial values, also of pruned weights; None if the run started from a ticket's survivors."""
         start = self.config.start
         if start.ticket is not None and start.kind == "ticket":
             return None
         return _verified_initial(self.checkpoints)
 
     def starting_point(self) -> StartingPoint:
-        """What the round began with; its trained weights are not read. Raises UserError where a part is damaged."""
+        """Return the round's starting point, without reading trained weights. Raise UserError for a damaged part."""
         initial, packed = _verified_initial(self.checkpoints), self.checkpoints.round_masks(self.round_)
         ticket, folder = self.ticket(), self.checkpoints.store.where(f"rounds/{self.round_:02d}")
         shapes = {name: tuple(w.shape) for name, w in initial.items() if name in ticket.layer_density}
@@ -55,13 +55,13 @@ class RunTicket(NamedTuple):
         return StartingPoint(ticket, masks, initial)
 
     def content(self) -> TicketContent:
-        """Everything that the ticket is. Raises UserError where a part is damaged, or the run did not keep it."""
+        """Return the ticket's whole content. Raise UserError for a damaged part, or one that the run did not keep."""
         ticket, masks, initial = self.starting_point()
         return TicketContent(ticket, self.config.dump(), masks, initial, self.trained_weights())
 
 
 class FileTicket(NamedTuple):
-    """A ticket in a file of its own; the same methods as a run's ticket."""
+    """A ticket in a ticket file, with the same methods as RunTicket."""
 
     config: Config
     body: TicketContent
@@ -73,7 +73,7 @@ class FileTicket(NamedTuple):
         return self.body.trained
 
     def initial_weights(self) -> dict[str, Tensor] | None:
-        """None: a file holds the initial values of survivors only."""
+        """Return None: a file holds initial values of surviving weights only."""
         return None
 
     def starting_point(self) -> StartingPoint:
@@ -87,7 +87,7 @@ _DEFAULT_OPTIONS = Options()
 
 
 def open_run(folder: str, options: Options = _DEFAULT_OPTIONS) -> tuple[Checkpoints, Config]:
-    """Open a run for reading; options: where its store is not as the environment says. Raises UserError without one."""
+    """Open a run for reading. options: override the environment's for its store. Raise UserError without a run."""
     _check_is_run(folder)
     checkpoints = Checkpoints(open_store(folder, options))
     identity = checkpoints.identity()
@@ -97,7 +97,7 @@ def open_run(folder: str, options: Options = _DEFAULT_OPTIONS) -> tuple[Checkpoi
 
 
 def _check_is_run(folder: str) -> None:
-    """Raise UserError for what names something else than a run."""
+    """Raise UserError for a reference to something other than a run."""
     if folder.startswith("mlflow:"):
         raise UserError(
             f"found {folder}, but only `tickets compare` reads MLflow. Name the run's folder, or a ticket file."
@@ -109,17 +109,17 @@ def _check_is_run(folder: str) -> None:
 
 
 def is_file(reference: str) -> bool:
-    """Whether a reference is a ticket file alone, or what else is a file."""
+    """Whether a reference is a path of an existing file, which may or may not be a ticket file."""
     return "://" not in reference and Path(reference).is_file()
 
 
 def run_of(reference: str) -> str:
-    """The run that `RUN` or `RUN/rounds/NN` names."""
+    """Return the run of a reference `RUN` or `RUN/rounds/NN`."""
     return re.sub(r"/rounds/\d+/?$", "", reference).rstrip("/") or reference
 
 
 def open_run_ticket(reference: str, options: Options = _DEFAULT_OPTIONS) -> RunTicket:
-    """`RUN` (its best round where the run chose one, else its last) or `RUN/rounds/NN`."""
+    """Open `RUN/rounds/NN`, or the best round of `RUN` (its last if the run chose none). Raise UserError if missing."""
     match = re.fullmatch(r"(.*?)/rounds/(\d+)/?", reference)
     checkpoints, config = open_run(match.group(1) if match else reference, options)
     rounds = [t.round for t in checkpoints.tickets()]
@@ -133,7 +133,7 @@ def open_run_ticket(reference: str, options: Options = _DEFAULT_OPTIONS) -> RunT
 
 
 def open_ticket(reference: str, options: Options = _DEFAULT_OPTIONS) -> RunTicket | FileTicket:
-    """The round that `open_run_ticket` opens, or the ticket in a file. Raises UserError for a file that is none."""
+    """Open a ticket file, or a round as `open_run_ticket`. Raise UserError for an invalid or unreadable file."""
     if not is_file(reference):
         return open_run_ticket(reference, options)
     try:
@@ -147,14 +147,14 @@ def open_ticket(reference: str, options: Options = _DEFAULT_OPTIONS) -> RunTicke
 
 
 def build_on_meta(config: Config, weights: int, source: str) -> nn.Module:
-    """The network of a config without values. Raises UserError, before it is built, for more than so many weights."""
+    """Build a config's network on the meta device. Raise UserError beforehand if it is larger than `weights` allows."""
     verify.check_size(config, weights, source)
     with torch.device("meta"):
         return models.create(config.model.name, **config.model.sizes())
 
 
 def network(config: Config, weights: dict[str, Tensor]) -> nn.Module:
-    """The network of a config with these weights, for restoring. Raises UserError where they are not its weights."""
+    """Return a config's network with these weights, in eval mode. Raise UserError if names or shapes do not match."""
     model = build_on_meta(config, sum(t.numel() for t in weights.values()), "the ticket")
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     shapes = {name: tuple(t.shape) for name, t in weights.items()}

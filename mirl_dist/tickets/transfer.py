@@ -1,4 +1,4 @@
-"""Tickets on their way: into one file, proved, and to and from the official code's checkpoints."""
+"""Packs and verifies tickets; converts weights to and from checkpoints of the official code."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from mirl_dist.training.state import pack_tensors
 
 
 def pack(reference: str, out: Path) -> None:
-    """One round of a run into one file, without the places that its config names. Raises UserError where its own proof
-    fails."""
+    """Write one round of a run to a ticket file, without the paths in its config. Raise UserError if the packed ticket
+    fails its own verification."""
     output_paths.check_file(out)
     opened = opening.open_ticket(reference)
     if isinstance(opened, FileTicket):
@@ -47,10 +47,10 @@ _STATUS_WORDS = {True: "holds  ", False: "BROKEN ", None: "unknown"}
 
 
 def verify(reference: str, run: str | None, as_json: bool) -> None:
-    """Prove a ticket from itself, and with its run that the mask follows from the parent's weights.
+    """Verify a ticket by itself and, with its run, that the mask follows from the parent's weights; print all checks.
 
-    run: where the run of a ticket file is. Raises UserError for another run, and, after printing all checks, when
-    one does not hold.
+    run: location of the run that a ticket file belongs to. Raises UserError for a different run, and, after printing,
+    if a check fails.
     """
     opened = opening.open_ticket(reference)
     content = opened.content()
@@ -74,7 +74,7 @@ def verify(reference: str, run: str | None, as_json: bool) -> None:
 
 
 def _open_named_run(content: TicketContent, reference: str, run: str) -> RunTicket:
-    """The run that --run names. Raises UserError when the ticket says that it is of another one."""
+    """Open the run of --run at the ticket's round. Raise UserError if the ticket belongs to a different run."""
     checkpoints, config = opening.open_run(run)
     identity = checkpoints.identity() or {}
     for what in ("fingerprint", "manifest_digest", "initial_digest"):
@@ -89,7 +89,7 @@ def _open_named_run(content: TicketContent, reference: str, run: str) -> RunTick
 
 
 def _verify_with_run(content: TicketContent, run_ticket: RunTicket) -> list[Check]:
-    """What only the run can prove."""
+    """Return the checks that need the run: it holds this ticket, and the ticket follows from its parent."""
     location, ticket = run_ticket.checkpoints.store.where(), content.ticket
     kept = {t.round: t.digest() for t in run_ticket.checkpoints.tickets()}
     same = kept[ticket.round] == ticket.digest() if ticket.round in kept else None
@@ -108,7 +108,7 @@ def _verify_with_run(content: TicketContent, run_ticket: RunTicket) -> list[Chec
 
 
 def export(reference: str, out: Path, compact: bool) -> None:
-    """A ticket's trained weights as the official code loads them (.ckpt, .pth, .pt), or as safetensors."""
+    """Write a ticket's trained weights in the official code's layout (.ckpt, .pth, .pt), or as safetensors."""
     output_paths.check_file(out)
     if out.suffix not in (".ckpt", ".pth", ".pt", ".safetensors"):
         raise UserError(f"--out: found {out}, whose ending says no format. Use .ckpt, .pth, .pt or .safetensors.")
@@ -131,7 +131,7 @@ def export(reference: str, out: Path, compact: bool) -> None:
 
 
 def import_official(file: Path, model: str, out: Path) -> None:
-    """An official checkpoint to safetensors under our names; says what was dropped."""
+    """Convert an official checkpoint to safetensors under this project's names; print which tensors were dropped."""
     output_paths.check_file(out)
     converted = models.from_official(model, _load_tensors(file))
     Folder(out.parent).put(out.name, pack_tensors(converted.weights))
@@ -141,7 +141,7 @@ def import_official(file: Path, model: str, out: Path) -> None:
         progress.say(f"dropped (never used by the network): {text}")
 
 
-# What torch's restricted unpickler raises for bytes that are no checkpoint: it trips over whatever comes first.
+# torch's restricted unpickler raises any of these for bytes that are not a checkpoint, depending on the bytes.
 _CHECKPOINT_ERRORS = (
     RuntimeError,
     OSError,
@@ -155,7 +155,7 @@ _CHECKPOINT_ERRORS = (
 
 
 def _load_tensors(file: Path) -> dict[str, Any]:
-    """What a checkpoint file holds, read without running code from it. Raises UserError for any other file."""
+    """Load a checkpoint file without running code from it. Raise UserError for a missing or invalid file."""
     import pickle
 
     import safetensors.torch
@@ -167,7 +167,7 @@ def _load_tensors(file: Path) -> dict[str, Any]:
         return tensors
     except FileNotFoundError:
         raise UserError(f"no file at {file}. Give the path of an official checkpoint.") from None
-    except pickle.UnpicklingError:  # torch's own text would advise to run the code
+    except pickle.UnpicklingError:  # torch's own message suggests weights_only=False, which would run the file's code
         raise UserError(
             f"{file} holds more than tensors and plain values, which only code from the file could read; none was run. "
             "Save its state dict alone, where you trust the file."

@@ -1,4 +1,4 @@
-"""Whether a ticket is what it says: from its file alone, and against its parent. docs/ticket.md: what that proves."""
+"""Verifies a ticket's claims, by itself and against its parent. docs/ticket.md describes what this proves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MASK_FOLLOWS = "the mask follows from the parent's weights"
 
 
 class Check(NamedTuple):
-    """One claim of a ticket, whether it holds (None: what would prove it is not here), and by which numbers."""
+    """One claim of a ticket, whether it holds (None: cannot be verified here), and the numbers behind the result."""
 
     what: str
     holds: bool | None
@@ -30,13 +30,14 @@ class Check(NamedTuple):
 
 
 MAX_BLOCKS = 256
-"""Deeper networks are not built for a ticket: a stranger's config could ask for any number."""
+"""Limit of transformer blocks in a ticket's network, since an untrusted config could ask for any number."""
 
 
 def check_size(config: configs.Config, weights: int, source: str) -> None:
-    """Raise UserError for a model section whose network has more than so many weights, before it is built.
+    """Raise UserError, before building it, for a network that must have more than `weights` weights.
 
-    Each size is held against the smallest tensors that it makes: that bounds the time and the numbers, no more.
+    Compares `weights` with a lower bound per model size, from the smallest tensors that it implies. This only bounds
+    the cost of building an untrusted config; it does not count the weights exactly.
     """
     m = config.model
     least = {
@@ -58,11 +59,11 @@ def check_size(config: configs.Config, weights: int, source: str) -> None:
 
 
 def verify(content: TicketContent) -> Iterator[Check]:
-    """What a ticket says about itself, judged by its own masks and values."""
+    """Yield the checks of a ticket's claims against its own masks, values and config."""
     ticket, masks = content.ticket, content.masks
     yield _compare("mask digest", ticket.mask_digest, masking.digest(masks))
     yield _compare("digest of the trained weights", ticket.weights_digest, masking.digest_tensors(content.trained))
-    if masking.count_surviving(masks) == masking.size(masks):  # else the dead ones among them are not here
+    if masking.count_surviving(masks) == masking.size(masks):  # else pruned values are missing
         yield _compare("digest of the first values", ticket.initial_digest, masking.digest_tensors(content.initial))
     yield _compare("prunable weights", ticket.prunable, masking.size(masks))
     yield _compare("alive weights", ticket.alive, masking.count_surviving(masks))
@@ -71,7 +72,7 @@ def verify(content: TicketContent) -> Iterator[Check]:
     names = sorted(densities.keys() | ticket.layer_density.keys())
     mismatched = [n for n in names if densities.get(n) != ticket.layer_density.get(n)]
     yield Check("density of each tensor", not mismatched, _list_names(mismatched) or f"{len(densities)} tensors")
-    if ticket.collapsed or ticket.method:  # tickets of older versions tell neither
+    if ticket.collapsed or ticket.method:  # older tickets have neither field
         collapsed = [n for n in sorted(densities) if densities[n] == 0]
         yield _compare("tensors without surviving weights", ", ".join(sorted(ticket.collapsed)), ", ".join(collapsed))
     for what, weights in (("first", content.initial), ("trained", content.trained)):
@@ -90,18 +91,18 @@ def _verify_config(ticket: Ticket, tree: dict[str, Any]) -> Iterator[Check]:
         yield Check("fingerprint of the config", False, str(fault))
         return
     yield _compare("fingerprint of the config", ticket.fingerprint, config.fingerprint())
-    if ticket.method and config.start.ticket is None:  # a control's word may change with the aside prune.rounds
+    if ticket.method and config.start.ticket is None:  # a control's may depend on prune.rounds, not in the fingerprint
         yield _compare("method", ticket.method, config.method() if ticket.round else DENSE)
     if ticket.seed is not None:
         yield _compare("seed", ticket.seed, config.run.seed)
 
 
 def verify_descent(content: TicketContent, parent: TicketContent, rule: PruneConfig) -> Iterator[Check]:
-    """Whether a ticket is the child of `parent`, the round before it in its run, whose masks `rule` cut.
+    """Yield the checks that a ticket follows from `parent`, the previous round of its run, by pruning with `rule`.
 
-    parent.initial may be the run's first values with or without the dead ones; parent.trained is empty where the run
-    did not keep them. What only they could prove, or a network or gradients that the criterion looks at, neither holds
-    nor is broken: the cut's size and direction alone are judged then.
+    parent.initial: the run's initial values, with or without those of pruned weights. parent.trained: empty if the run
+    did not keep them. Without these, or if the criterion needs the network or gradients, the mask itself cannot be
+    verified; then only the number of pruned weights is checked, and that none of them was restored.
     """
     child, elder = content.ticket, parent.ticket
     yield _compare("digest of the parent's ticket", child.parent, elder.digest())
@@ -148,20 +149,20 @@ def _verify_cut(content: TicketContent, parent: TicketContent, rule: PruneConfig
 
 
 def _compare(what: str, stated: object, actual: object) -> Check:
-    """A claim beside what was found."""
+    """Return a check that the stated value equals the actual one."""
     return Check(
         what, stated == actual, f"{actual}" if stated == actual else f"the ticket says {stated}, found {actual}"
     )
 
 
 def _mismatched_names(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
-    """Names that one side lacks, or holds in another shape."""
+    """Return the names that one side lacks or has with a different shape, sorted."""
     return [
         n for n in sorted(one.keys() | other.keys()) if n not in one or n not in other or one[n].shape != other[n].shape
     ]
 
 
 def _list_names(names: list[str]) -> str:
-    """'not in a, b and 3 more', or nothing."""
+    """Return 'not in a, b, c and 3 more', or '' without names."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"not in {', '.join(names[:3])}{more}" if names else ""

@@ -1,1 +1,1 @@
-"""Compares tickets in numbers: statistics over seeds, judgements, overlap of masks, the paper's figures."""
+"""Numerical comparison of tickets: statistics over seeds, judgements, mask overlap, and published results."""

@@ -1,4 +1,4 @@
-"""What a reader of a comparison must know beside its numbers: seeds, pairs, shards, settings, damage."""
+"""Caveats of a comparison: few seeds, missing dense pairs, different data or settings, damaged scores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DEFAULT_VALUES = {"", "fp32", "no", "none", "false", "off", "whole image"}
 
 
 def list_caveats(entries: Sequence[Entry]) -> list[str]:
-    """What a reader of a table must know beside its numbers, a sentence each.
+    """Return the caveats that a reader of the table must know, one sentence each.
 
     Raises UserError as `statistics.group_entries`.
     """
@@ -113,6 +113,6 @@ def _note_training(entries: Sequence[Entry]) -> list[str]:
 
 
 def _join_first(texts: Iterable[str]) -> str:
-    """The first five, and how many more."""
+    """Join the first five texts and state how many more there are."""
     items = list(texts)
     return "; ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

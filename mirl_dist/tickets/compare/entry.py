@@ -1,4 +1,4 @@
-"""One ticket as comparisons see it, wherever it came from: a store, MLflow or a file."""
+"""A ticket as used in comparisons, whether it was read from a store, MLflow or a file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ __all__ = ["DENSE", "Entry"]
 
 
 class Entry(NamedTuple):
-    """A ticket with what it is compared by.
+    """A ticket with the values that comparisons need.
 
-    run: a short name of its run, unique in a comparison. method: DENSE for a whole network, else the run's method
-    (config.method). seed: the run's. training: equal for runs that train and score alike, so that those of one seed
-    have the same dense network (config.training); experiment: equal for the seeds of one experiment
-    (config.experiment). parts: its prunable tensors in the network's order, name -> number of weights.
-    mask: name -> alive bits, uint8, first weight in the highest bit (pruning.masks.pack); None where it is unknown.
-    strip: its pictures as PNG bytes (image_strip.strip), None without.
+    run: short name of its run, unique in a comparison. method: DENSE for a dense network, else the run's method
+    (Config.method). seed: of the run.
+    training: digest of the training and scoring settings (Config.training_digest); runs with equal digest and seed have
+    the same dense network. experiment: digest shared by all seeds of one experiment (Config.experiment_digest).
+    parts: the prunable tensors in the network's order, name -> number of weights.
+    mask: name -> packed mask, uint8, 1 for surviving, first weight in the highest bit (pruning.masks.pack); None if
+    unknown. strip: sample images as PNG bytes (image_strip.strip); None if missing.
     """
 
     run: str
@@ -36,5 +37,5 @@ class Entry(NamedTuple):
 
     @property
     def name(self) -> str:
-        """'run, round 3'."""
+        """Name for display: 'RUN, round 3'."""
         return f"{self.run}, round {self.ticket.round}"

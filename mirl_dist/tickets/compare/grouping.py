@@ -1,4 +1,4 @@
-"""Which tickets stand on one line of a comparison: a method's round, its seeds together, and nothing else with them."""
+"""Groups tickets into lines of a comparison: one line per method and round of an experiment, over all its seeds."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 from mirl_dist.tickets.compare.entry import DENSE, Entry
 
 CONTROL_PREFIX = "control "
-"""How the method of a control begins."""
+"""Prefix of a control's method."""
 
 
 class GroupKey(NamedTuple):
-    """Where a ticket stands. word: its method's; label: the same, numbered where another experiment has it already."""
+    """The line of a ticket. label: the method, numbered if an earlier experiment in the comparison has the same one."""
 
     method: str
     label: str
@@ -20,10 +20,11 @@ class GroupKey(NamedTuple):
 
 
 def group_keys(entries: Sequence[Entry]) -> list[GroupKey]:
-    """The line of each ticket.
+    """Return the line of each ticket, in the order of `entries`.
 
-    Seeds of one experiment share a line, dense tickets those of one training; the next experiment of a method is
-    'MIR-L-G (2)'. A control stands at the round of the ticket that it controls, and its word names that ticket's label.
+    Seeds of one experiment share a line; dense tickets share one if their training settings are equal. A second
+    experiment of a method is labelled 'MIR-L-G (2)'. A control is placed at the round of the ticket that it controls,
+    and its method includes that ticket's label.
     """
     numbers: dict[str, list[str]] = {}
     keys: dict[int, GroupKey] = {}
@@ -43,7 +44,7 @@ def group_keys(entries: Sequence[Entry]) -> list[GroupKey]:
     for at in controls:
         s = entries[at]
         parent = parents.get(s.ticket.parent or "")
-        if parent is None:  # the density tells which tickets it may control
+        if parent is None:  # parent not compared here: distinguish by density instead
             assign(at, f"{s.method} ({s.ticket.alive_total:,} alive)", s.ticket.round)
         else:
             assign(at, f"{s.method} of {parent.label}", parent.round_)
@@ -51,7 +52,7 @@ def group_keys(entries: Sequence[Entry]) -> list[GroupKey]:
 
 
 def describe_other_experiments(entries: Sequence[Entry]) -> list[str]:
-    """A sentence for each label that had to be numbered: its runs, and what they are not."""
+    """Return a sentence for each numbered label: its runs, and that they are a different experiment."""
     runs: dict[tuple[str, str], dict[str, None]] = {}
     for s, key in zip(entries, group_keys(entries), strict=True):
         if key.label != key.method:

@@ -1,10 +1,10 @@
-"""MIR-L's Definition 1: is a ticket a winning one? And is it better than its controls?
+"""Decides whether a ticket is a winning ticket (MIR-L, Definition 1), and whether it is better than its controls.
 
-A winning ticket, trained by itself, (1) scores at least what the dense network scores, (2) after no more steps to its
-best validation score, (3) with fewer weights. All is paired: a ticket with the dense network of the same seed, data
-and network (statistics.subtract_dense), a control with the very ticket whose digest its own names as parent. A mean
-difference that is no larger than the standard deviation of the paired differences is called within the spread, and is
-neither a win nor a loss; one pair has no spread, and is never more than one seed's word.
+A winning ticket, trained on its own, (1) scores at least as well as the dense network, (2) needs no more steps to its
+best validation score, and (3) has fewer weights. All comparisons are paired: a ticket with the dense network of the
+same seed, data and network size (statistics.subtract_dense), a control with the ticket whose digest it names as parent.
+A mean difference no larger than the standard deviation of the paired differences is 'within the spread': neither a win
+nor a loss. A single pair has no spread, and its verdict is marked as that of one seed.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ _KEEPS_TRAINED_VALUES = re.compile(r"PIR-|.*\b(finetune|rate)\b")
 
 
 class Answer(NamedTuple):
-    """One task of one ticket against the dense network, paired by seed; None where there is no pair.
+    """One task of a ticket against the dense network, paired by seed; gain and later are None without a pair.
 
-    gain: PSNR in dB, ticket minus dense; score: YES, WITHIN or NO by the paired spread, YES_ONE or NO_ONE of one pair,
-    or UNKNOWN. later: optimiser steps to the best validation score, ticket minus dense; steps: the same words.
+    gain: PSNR in dB, ticket minus dense. score: verdict on the gain: YES, WITHIN or NO by the paired spread, YES_ONE or
+    NO_ONE for a single pair, or UNKNOWN. later: optimizer steps to the best validation score, ticket minus dense.
+    steps: verdict on `later`, with the same values.
     """
 
     gain: Statistic | None
@@ -50,10 +51,11 @@ class Answer(NamedTuple):
 
 
 class Control(NamedTuple):
-    """A ticket against one kind of control: PSNR in dB, ticket minus control, by 'task/set', and a word for each.
+    """A ticket against one kind of control.
 
-    verdict: BEATS, WITHIN or LOSES by `mean`, the mean over tasks of the differences; BEATS_ONE or LOSES_ONE of one
-    pair; NOT_RUN without a control; UNKNOWN where a score is not a number.
+    gains: PSNR in dB, ticket minus control, by 'task/set'. verdicts: the verdict on each gain. mean: mean difference
+    over tasks. verdict: BEATS, WITHIN or LOSES by `mean`; BEATS_ONE or LOSES_ONE for a single pair; NOT_RUN without a
+    control; UNKNOWN if a score is not plausible (statistics.is_plausible).
     """
 
     kind: str
@@ -64,8 +66,11 @@ class Control(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """Of one method and round. density: alive / total weights. overall: WINNING (every task is YES), WITHIN_SEEDS (none
-    is NO), ALL_ONE or NOT_ALL_ONE (some have one pair), NO or UNKNOWN."""
+    """The judgement of one method and round.
+
+    density: surviving / total weights. answers: by 'task/set'. overall: WINNING (every task is YES), WITHIN_SEEDS (no
+    task is NO), ALL_ONE or NOT_ALL_ONE (some tasks have a single pair), NO or UNKNOWN.
+    """
 
     method: str
     round_: int
@@ -78,10 +83,10 @@ class Judgement(NamedTuple):
 
 
 def judge(entries: Sequence[Entry], tolerance_db: float = 0.0, *, chosen: bool = False) -> list[Judgement]:
-    """A judgement of every method and round that is neither dense nor a control.
+    """Judge every method and round, except dense networks and controls.
 
-    tolerance_db: how much less than the dense network still counts as its score, in dB. chosen: the rounds were chosen
-    by their scores, which a remark then says. Raises UserError as `statistics.group_entries`.
+    tolerance_db: PSNR loss against the dense network, in dB, that still counts as equal. chosen: the rounds were chosen
+    by their scores; adds a remark on this bias. Raises UserError as `statistics.group_entries`.
     """
     groups = [group for group in statistics.group_entries(entries) if not (group.dense or group.control)]
     judgements = [_judge_group(group, entries, tolerance_db) for group in groups]
@@ -111,7 +116,7 @@ def _judge_group(group: Group, entries: Sequence[Entry], tolerance_db: float) ->
 
 
 def _remark_on_rounds(judgement: Judgement, judgements: Sequence[Judgement]) -> list[str]:
-    """What to do where each seed of a method stands here by another round, so that none has a spread."""
+    """Return advice if each seed of a method is present with a different round, so that no line has a spread."""
     same_method = [j for j in judgements if j.method == judgement.method]
     seeds = [(seed, j.round_) for j in same_method for seed in j.seeds]
     if len(same_method) < 2 or len(dict(seeds)) < len(seeds):
@@ -130,7 +135,7 @@ def _best_steps(s: Entry) -> Mapping[str, float]:
 
 
 def _judge_difference(difference: Statistic | None, tolerance: float) -> str:
-    """Whether what is paired is not below, by the spread of the pairs; equal in every pair is not below."""
+    """Judge by the pairs' spread whether difference + tolerance is at least 0. All pairs equal to 0 counts as YES."""
     if difference is None:
         return UNKNOWN
     margin = difference.mean + tolerance
@@ -142,7 +147,7 @@ def _judge_difference(difference: Statistic | None, tolerance: float) -> str:
 
 
 def _judge_overall(group: Group, answers: Mapping[str, Answer]) -> str:
-    """Definition 1 over all tasks. Without curves it is judged by scores alone, which a remark says."""
+    """Apply Definition 1 over all tasks. Without curves only the scores count, and a remark states so."""
     scores = {a.score for a in answers.values()}
     verdicts = scores | {a.steps for a in answers.values()}
     if NO in verdicts or _KEEPS_TRAINED_VALUES.match(group.method):
@@ -177,7 +182,7 @@ def _collect_remarks(
 
 
 def _remark_on_pairs(group: Group, answers: Mapping[str, Answer]) -> list[str]:
-    """How many pairs there are, where they are few."""
+    """Return remarks on tasks with only one or two pairs, and on seeds without a dense pair."""
     pairs = {name: min(x.count for x in (a.gain, a.later) if x) for name, a in answers.items() if a.gain}
     remarks = []
     for count, words in ((1, ONE_SEED), (2, TWO_SEEDS)):
@@ -191,7 +196,7 @@ def _remark_on_pairs(group: Group, answers: Mapping[str, Answer]) -> list[str]:
 
 
 def _judge_control(kind: str, group: Group, entries: Sequence[Entry]) -> Control:
-    """Differences of one kind of control, paired by the digest of the ticket, then a value per seed of the ticket."""
+    """Judge a group against one kind of control, paired by the ticket's digest and averaged per seed."""
     controls_of: dict[str, list[Entry]] = {}
     for s in entries:
         if s.method == f"{CONTROL_PREFIX}{kind}" and s.ticket.parent is not None:
@@ -225,7 +230,7 @@ def _control_verdict(gain: Statistic) -> str:
 
 
 def to_json(value: Any) -> Any:
-    """Judgements as plain values for JSON; numbers that are not finite are None."""
+    """Convert judgements to plain values for JSON; numbers that are not finite become None."""
     if hasattr(value, "_asdict"):
         return {name.rstrip("_"): to_json(inner) for name, inner in value._asdict().items()}
     if isinstance(value, dict):

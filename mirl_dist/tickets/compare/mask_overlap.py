@@ -1,4 +1,4 @@
-"""How much the masks of tickets have in common: intersection over union, and what chance alone would give."""
+"""Overlap of tickets' masks: intersection over union (IoU), and its expectation for random masks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from mirl_dist.tickets.compare.entry import Entry
 
 Square = NDArray[np.float64]
-_BYTES_AT_A_TIME = 1 << 15  # of each ticket's mask, so that temporary arrays stay small
+_BYTES_AT_A_TIME = 1 << 15  # of each mask; bounds the temporary arrays
 
 
 def iou(entries: Sequence[Entry]) -> Square:
-    """|A and B| / |A or B| over the alive prunable weights of every two tickets, float64 (n, n), in [0, 1].
+    """Return the pairwise IoU |A and B| / |A or B| of the surviving prunable weights, float64 (n, n), in [0, 1].
 
-    nan where a mask is unknown, where the networks' prunable tensors differ, and for two masks without a weight.
+    NaN if a mask is unknown, if the prunable tensors differ, or if both masks are empty.
     """
     result = np.full((len(entries), len(entries)), np.nan)
     for positions in _positions_of_equal([_mask_layout(s) for s in entries]):
@@ -27,10 +27,10 @@ def iou(entries: Sequence[Entry]) -> Square:
 
 
 def expected_iou(entries: Sequence[Entry]) -> Square:
-    """The overlap of two independent random masks that have, tensor by tensor, the densities of these tickets.
+    """Return the pairwise IoU of independent random masks with the tickets' densities per tensor, float64 (n, n).
 
-    float64 (n, n), a ratio of expectations; the diagonal is that of two such masks of one ticket's densities. Needs
-    no mask. nan where prunable tensors differ or a density is unknown.
+    Approximated by the ratio of expectations, E|A and B| / E|A or B|. The diagonal is for two independent masks of one
+    ticket's densities. Needs no masks. NaN if the prunable tensors differ or a density is unknown.
     """
     result = np.full((len(entries), len(entries)), np.nan)
     known = [tuple(s.parts.items()) if _has_densities(s) else None for s in entries]
@@ -45,7 +45,7 @@ def expected_iou(entries: Sequence[Entry]) -> Square:
 
 
 def _has_densities(s: Entry) -> bool:
-    """Whether every part has a density, in [0, 1]."""
+    """Whether every prunable tensor has a density in [0, 1]."""
     return all(0 <= s.ticket.layer_density.get(name, -1) <= 1 for name in s.parts)
 
 
@@ -56,7 +56,7 @@ def _ratio(above: Square, below: Square) -> Square:
 
 
 def _mask_layout(s: Entry) -> Hashable:
-    """What two tickets must share to be compared weight by weight; None without a fitting mask."""
+    """Return a key that is equal for tickets with comparable masks; None without a valid mask."""
     if s.mask is None or s.mask.keys() != s.parts.keys():
         return None
     if any(s.mask[name].size != (count + 7) // 8 for name, count in s.parts.items()):
@@ -65,7 +65,7 @@ def _mask_layout(s: Entry) -> Hashable:
 
 
 def _positions_of_equal(keys: Sequence[Hashable]) -> list[list[int]]:
-    """Places of equal keys; None is equal to nothing."""
+    """Return the positions of each distinct key; None keys are left out."""
     groups: dict[Hashable, list[int]] = {}
     for position, key in enumerate(keys):
         if key is not None:
@@ -74,7 +74,7 @@ def _positions_of_equal(keys: Sequence[Hashable]) -> list[list[int]]:
 
 
 def _intersections(entries: Sequence[Entry]) -> Square:
-    """Weights alive in both, for every two tickets of one shape; the diagonal counts each one's own."""
+    """Return pairwise counts of weights that survive in both masks, float64 (n, n). All masks must have one layout."""
     counts = np.zeros((len(entries), len(entries)), dtype=np.int64)
     masks = [s.mask for s in entries if s.mask is not None]
     for name in masks[0]:

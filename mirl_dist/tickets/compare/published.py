@@ -1,6 +1,6 @@
-"""The figures of MIR-L's Tables II and III, and which of them stands beside which of our lines.
+"""The published results in MIR-L's Tables II and III, and their assignment to lines of a comparison.
 
-They are the paper's: networks of full size, other training, its own subsets of the data (published/README.md).
+They come from full-size networks, different training, and the paper's own subsets of the data (published/README.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mirl_dist.tickets.compare.statistics import Group
 TITLE = "published (full size, other training)"
 ALL_IN_ONE, SINGLE = "all-in-one (5)", "single-task"
 DENSE_WEIGHTS = 35_592_263
-"""Of the paper's dense network, PromptIR, with six tensors that it never uses."""
+"""Number of weights of the paper's dense network, PromptIR, including six tensors that it never uses."""
 _TABLES = ("2a", "2b", "2c", "3a", "3b", "3c")
 _METHODS = {
     DENSE: "PromptIR",
@@ -34,7 +34,7 @@ _UNITS = {"M": 1e6, "K": 1e3}
 
 
 class Published(NamedTuple):
-    """One figure of the paper. psnr in dB; params: weights as printed, '4.7M'; setting: as in the CSV files."""
+    """One result of the paper. psnr: in dB; params: weights as printed, '4.7M'; setting: as in the CSV files."""
 
     table: str
     method: str
@@ -46,12 +46,12 @@ class Published(NamedTuple):
 
     @property
     def weights(self) -> float:
-        """`params` as a number."""
+        """`params` as a number of weights."""
         return float(self.params[:-1]) * _UNITS[self.params[-1]]
 
 
 class PublishedMatch(NamedTuple):
-    """A method of the paper's beside one of our lines: figures by our 'task/set'."""
+    """Published results of a method, assigned to a line of the comparison. figures: by our 'task/set'."""
 
     group: Group
     figures: dict[str, Published]
@@ -68,7 +68,7 @@ def _read_csv(name: str) -> list[dict[str, str]]:
 
 @cache
 def all_figures() -> tuple[Published, ...]:
-    """Every figure, in the order of the paper's tables."""
+    """Return all published results, in the order of the paper's tables."""
     rows = [row for table in _TABLES for row in _read_csv(f"mirl_table{table}.csv")]
     return tuple(
         Published(r["table"], r["method"], r["dataset"], r["setting"], float(r["psnr"]), float(r["ssim"]), r["params"])
@@ -78,19 +78,19 @@ def all_figures() -> tuple[Published, ...]:
 
 @cache
 def round_counts() -> dict[int, int]:
-    """Round -> weights of the paper's network that are not pruned, globally at 20 % a round."""
+    """Return round -> surviving weights of the paper's network, with global pruning of 20 % per round."""
     return {int(row["round"]): int(row["total_global"]) for row in _read_csv("mirl_round_counts.csv")}
 
 
 def round_of(figure: Published) -> int | None:
-    """The round of iterative pruning that leaves so many weights as printed; None for what is not pruned so."""
+    """Return the round whose surviving weights are closest to those printed; None if not pruned iteratively (MIR-L)."""
     if not figure.method.startswith("MIR-L"):
         return None
     return min(round_counts(), key=lambda r: abs(round_counts()[r] - figure.weights))
 
 
 def dataset_of(set_: str) -> str | None:
-    """The paper's word for an evaluation set; None for one that it does not have (SOTS is its outdoor half there)."""
+    """Return the paper's name of an evaluation set; None if it has none. Its SOTS is the outdoor half only."""
     word = set_.lower()
     if word.startswith("sots"):
         return None if "indoor" in word else "SOTS"
@@ -98,13 +98,13 @@ def dataset_of(set_: str) -> str | None:
 
 
 def setting_of(names: Iterable[str]) -> str:
-    """Which of the paper's settings is nearest: SINGLE where only one kind of task was scored, else ALL_IN_ONE."""
+    """Return the closest of the paper's settings: SINGLE if only one kind of task was scored, else ALL_IN_ONE."""
     kinds = {name.partition("/")[0].partition("_")[0] for name in names}
     return SINGLE if len(kinds) == 1 else ALL_IN_ONE
 
 
 def find_figure(method: str, name: str, setting: str) -> Published | None:
-    """The paper's figure for our method and 'task/set', under setting ALL_IN_ONE or SINGLE; None where it has none."""
+    """Return the published result for a method and 'task/set' in setting ALL_IN_ONE or SINGLE; None without one."""
     task, _, set_ = name.partition("/")
     kind, _, level = task.partition("_")
     wanted = f"{setting} {kind}" if setting == SINGLE else setting
@@ -117,7 +117,7 @@ def find_figure(method: str, name: str, setting: str) -> Published | None:
 
 
 def match_groups(groups: Sequence[Group], names: Sequence[str]) -> list[PublishedMatch]:
-    """For each method that the paper has, its figures beside our line of the nearest density."""
+    """For each method in the paper, assign its results to our line with the closest density."""
     setting, matches = setting_of(names), []
     for method in dict.fromkeys(group.method for group in groups):
         same_method = [group for group in groups if group.method == method]

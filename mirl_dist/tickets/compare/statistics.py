@@ -1,4 +1,4 @@
-"""Tickets of one method and round taken together: means and spreads over seeds, differences to the dense network."""
+"""Statistics of a method and round: means and standard deviations over seeds, differences to the dense network."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mirl_dist.tickets.compare.grouping import CONTROL_PREFIX
 from mirl_dist.training.ticket import Ticket
 
 MAX_DB, _MAX_SSIM = 1000.0, 1.001
-"""Beyond it, a PSNR is no number that was measured."""
+"""Limits of the absolute PSNR (dB) and SSIM; scores beyond them are not plausible measurements."""
 
 
 class Statistic(NamedTuple):
-    """Mean, sample standard deviation (None of one value) and number of values, one per seed."""
+    """Mean, sample standard deviation (None for a single value) and number of values, one value per seed."""
 
     mean: float
     sd: float | None
@@ -26,18 +26,19 @@ class Statistic(NamedTuple):
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Statistic:
-        """Raises statistics.StatisticsError for no values."""
+        """Return the statistic of the values. Raise statistics.StatisticsError without any."""
         numbers = list(values)
         return cls(fmean(numbers), stdev(numbers) if len(numbers) > 1 else None, len(numbers))
 
 
 class Group(NamedTuple):
-    """One line of a comparison: a method's tickets of one round, seeds together.
+    """One line of a comparison: a method's tickets of one round, over all seeds.
 
-    method, round_: as `grouping.group_keys` labels them. alive: mean over seeds of the weights that are not pruned, of
-    `total`; sparsity: over all parameters. psnr in dB, ssim: by 'task/set'; against_dense: PSNR minus that of the
-    dense network (`find_dense`), in dB, paired; without an entry where there is no such pair. Several tickets of one
-    seed count as one value, their mean. Scores that are no numbers are left out, which a caveat says.
+    method, round_: label and round from `grouping.group_keys`. alive: surviving weights of `total`, mean over seeds.
+    sparsity: over all parameters. psnr (dB), ssim: by 'task/set'. against_dense: paired difference of PSNR in dB,
+    ticket minus dense network (`find_dense`), by 'task/set'; tasks without a pair are absent.
+    Several tickets of one seed count as one value, their mean. Scores that are not plausible are left out; a caveat
+    lists them.
     """
 
     method: str
@@ -64,13 +65,12 @@ class Group(NamedTuple):
 
 
 def headline_protocol(ticket: Ticket) -> str:
-    """The name of the protocol of `ticket.scores`; its whole text for a ticket that knows no names."""
+    """Return the name of the protocol of `ticket.scores`; its full text for a ticket without protocol names."""
     return next((name for name, text in ticket.protocols.items() if text == ticket.protocol), ticket.protocol)
 
 
 def scores_of(ticket: Ticket, protocol: str | None = None) -> Mapping[str, Score]:
-    """'task/set' -> Score by a protocol, None for the headline; empty where it was not scored so. Without what is no
-    number or out of every range."""
+    """Return 'task/set' -> Score under a protocol (None: the headline), plausible scores only; empty if not scored."""
     return {name: score for name, score in _stated_scores(ticket, protocol).items() if is_plausible(score)}
 
 
@@ -81,20 +81,21 @@ def _stated_scores(ticket: Ticket, protocol: str | None) -> Mapping[str, Score]:
 
 
 def is_plausible(score: Score) -> bool:
+    """Whether all values of a score are finite and within MAX_DB and _MAX_SSIM."""
     psnr, ssim = (score.psnr, score.degraded_psnr), (score.ssim, score.degraded_ssim)
     return all(abs(x) <= MAX_DB for x in psnr) and all(abs(x) <= _MAX_SSIM for x in ssim)
 
 
 def task_names(entries: Iterable[Entry]) -> list[str]:
-    """Every 'task/set', in the order of first appearance."""
+    """Return every 'task/set', in order of first appearance."""
     return list(dict.fromkeys(name for s in entries for name in s.ticket.scores))
 
 
 def group_entries(entries: Sequence[Entry], protocol: str | None = None) -> list[Group]:
-    """A line per label and round: dense first, methods in the order of first appearance, rounds ascending.
+    """Return a line per label and round: dense first, methods in order of first appearance, rounds ascending.
 
-    protocol: another than the headline. Raises UserError for tickets that cannot stand in one table (check_comparable),
-    and for a protocol by which none was scored.
+    protocol: name of the scoring protocol; None for the headline. Raises UserError for tickets that are not comparable
+    (`check_comparable`), and for a protocol under which no ticket was scored.
     """
     check_comparable(entries)
     if protocol is not None and not any(_stated_scores(s.ticket, protocol) for s in entries):
@@ -130,14 +131,14 @@ def _make_group(key: tuple[str, int], entries: Sequence[Entry], dense: Sequence[
 
 
 def summarize(values: Mapping[str, Mapping[int, float]]) -> dict[str, Statistic]:
-    """Name -> Statistic, of name -> seed -> value."""
+    """Convert name -> seed -> value to name -> Statistic over seeds."""
     return {name: Statistic.of(numbers.values()) for name, numbers in values.items() if numbers}
 
 
 def average_by_seed(
     entries: Iterable[Entry], value: Callable[[Entry], Mapping[str, float]]
 ) -> dict[str, dict[int, float]]:
-    """Name -> seed -> value: the mean of a seed's tickets, so that a run seen twice is no second seed."""
+    """Return name -> seed -> mean over that seed's tickets, so that repeated runs do not count as further seeds."""
     by_task: dict[str, dict[int, list[float]]] = {}
     for s in entries:
         for name, number in value(s).items():
@@ -148,33 +149,35 @@ def average_by_seed(
 def subtract_dense(
     entries: Iterable[Entry], dense: Sequence[Entry], value: Callable[[Entry], Mapping[str, float]]
 ) -> dict[str, dict[int, float]]:
-    """Name -> seed -> value minus that of the dense ticket (`find_dense`); what has no pair is left out."""
+    """Return name -> seed -> value minus the dense ticket's (`find_dense`); values without a pair are left out."""
 
     return average_by_seed(entries, lambda s: subtract_mean(value(s), [value(d) for d in find_dense(s, dense)]))
 
 
 def subtract_mean(values: Mapping[str, float], others: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Name -> value minus the mean of the others' values; what none of the others has is left out."""
+    """Return name -> value minus the mean of the others' values; names that no other has are left out."""
     known = {name: [o[name] for o in others if name in o] for name in values}
     return {name: number - fmean(known[name]) for name, number in values.items() if known[name]}
 
 
 def find_dense(one: Entry, dense: Sequence[Entry]) -> list[Entry]:
-    """The dense tickets of the same run, seed, data and network; without one, those of other runs that also trained
-    alike, for as many steps."""
+    """Return the dense tickets of the same run, seed, data and network size.
+
+    Without one, return those of other runs that also have the same training settings and number of steps.
+    """
     fits = [d for d in dense if d.seed == one.seed and same_network_and_data(d, one)]
     alike = [d for d in fits if d.training == one.training and d.ticket.updates == one.ticket.updates]
     return [d for d in fits if d.run == one.run] or alike
 
 
 def same_network_and_data(one: Entry, other: Entry) -> bool:
-    """Whether two tickets are of one network's size and saw the same data."""
+    """Whether two tickets have the same shards and numbers of total and prunable weights."""
     a, b = one.ticket, other.ticket
     return (a.manifest_digest, a.total, a.prunable) == (b.manifest_digest, b.total, b.prunable)
 
 
 def check_comparable(entries: Sequence[Entry]) -> None:
-    """Raise UserError, naming both, for tickets whose scores were measured differently: other protocols or images."""
+    """Raise UserError naming two tickets that were scored under different protocols or on different image counts."""
     protocols: dict[str, tuple[Entry, str]] = {}
     images: dict[str, tuple[Entry, int]] = {}
     for s in entries:

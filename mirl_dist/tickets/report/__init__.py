@@ -1,1 +1,1 @@
-"""Tables, charts and the page of a comparison."""
+"""Tables, charts and the HTML page of a comparison."""

@@ -1,4 +1,4 @@
-"""How charts look: one colour and marker per method, text in the page's colour, equal bytes for equal input."""
+"""Chart style: one colour and marker per method, text in the page's colour, deterministic SVG output."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from mirl_dist.tickets.compare.entry import DENSE
 from mirl_dist.tickets.compare.grouping import CONTROL_PREFIX
 
 INK = "#0d1b2b"
-"""Drawn with this, text and lines take the colour of the page's text (currentColor), on light and dark."""
+"""Placeholder colour, replaced by the page's text colour (currentColor) for light and dark themes."""
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5539c", "#a67c00", "#2f93bd", "#8a63d2", "#8c6a5a")
-# After Okabe and Ito, darkened or lightened to a contrast of 3 with white and with near-black.
+# After Okabe and Ito, adjusted to a contrast ratio of at least 3 against white and near-black.
 _MARKERS = ("o", "s", "^", "D", "v", "p", "<", ">")
 _CROSSES = ("x", "+", "1", "2", "3", "4")
 _SETTINGS: Any = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # names come from users, and may hold dollars
+    "text.parse_math": False,  # user-defined names may contain "$"
     "font.size": 10,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -51,7 +51,7 @@ _SETTINGS: Any = {
 
 
 class Style(NamedTuple):
-    """How one method is drawn. line: 'none' for a control, which is a single ticket."""
+    """Style of one method. line: 'none' for a control, which is a single ticket."""
 
     colour: str
     marker: str
@@ -59,7 +59,7 @@ class Style(NamedTuple):
 
 
 def assign_styles(methods: Iterable[str]) -> dict[str, Style]:
-    """Method -> its look, in the order of the methods: the whole network in the colour of text, controls as crosses."""
+    """Assign a style to each method, in order: the dense network in the text colour, controls as crosses."""
     styles: dict[str, Style] = {}
     named = [m for m in dict.fromkeys(methods) if m != DENSE]
     crosses = 0
@@ -76,16 +76,16 @@ def assign_styles(methods: Iterable[str]) -> dict[str, Style]:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Inside, charts are drawn in our style, whatever the user's own settings are."""
+    """Apply this style to charts drawn in the block, overriding the user's matplotlib settings."""
     with mpl.rc_context(), warnings.catch_warnings():
         mpl.rcdefaults()
         mpl.rcParams.update(_SETTINGS)
-        warnings.simplefilter("ignore", UserWarning)  # of letters that our font lacks: the page's fonts draw the text
+        warnings.simplefilter("ignore", UserWarning)  # about glyphs missing in our font; the browser renders the text
         yield
 
 
 def svg(figure: Figure, name: str) -> bytes:
-    """A figure as SVG with text as text, deterministic; `name` tells its ids from other figures' on one page."""
+    """Render a figure as deterministic SVG with text elements. name: makes its ids unique on the page."""
     mpl.rcParams["svg.hashsalt"] = f"mirl_dist {name}"
     data = io.BytesIO()
     figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -99,7 +99,7 @@ def svg(figure: Figure, name: str) -> bytes:
 
 @lru_cache(maxsize=64)
 def swatch(method: str, style: Style) -> bytes:
-    """The line and marker of a method as a small SVG, for legends."""
+    """Render the line and marker of a method as a small SVG for legends."""
     with drawing():
         figure = Figure(figsize=(0.42, 0.17))
         axes = figure.add_axes((0, 0, 1, 1))
@@ -112,7 +112,7 @@ def swatch(method: str, style: Style) -> bytes:
 
 
 def marker_keywords(style: Style, size: float = 6.5) -> Mapping[str, Any]:
-    """Keywords of `Axes.plot` for the marker of a look."""
+    """Return keyword arguments of `Axes.plot` for the marker of a style."""
     cross = style.marker in _CROSSES
     return {
         "marker": style.marker,

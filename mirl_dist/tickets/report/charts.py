@@ -1,4 +1,4 @@
-"""Charts of scores, as SVG: against alive weights, distance to the whole network, and within rounds."""
+"""Charts of scores as SVG: against surviving weights, difference to the dense network, and within rounds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AXIS_LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
 
 
 def score(groups: Sequence[Group], styles: Mapping[str, Style], name: str, measure: str = "psnr") -> bytes:
-    """PSNR (dB) or SSIM of one 'task/set' against alive weights, log axis: means, spread, single seeds, dense band."""
+    """Plot PSNR (dB) or SSIM of a 'task/set' over surviving weights (log): mean, SD and seeds; dense as a band."""
     with drawing():
         figure = Figure(figsize=(4.05, 3.0), layout="constrained")
         axes = figure.add_subplot(title=name, xlabel="alive weights", ylabel=AXIS_LABELS[measure])
@@ -62,7 +62,7 @@ def _draw_method(axes: Axes, rows: Sequence[Group], style: Style, name: str, mea
 
 
 def set_weight_axis(axes: Axes, weights: Sequence[float]) -> None:
-    """Make the x axis one of numbers of weights, logarithmic."""
+    """Make the x axis logarithmic, for numbers of weights."""
     axes.set_xscale("log")
     low, high = max(1.0, min(weights, default=1.0)), max(1.0, max(weights, default=10.0))
     axes.set_xlim(low / 1.15, high * 1.15)
@@ -73,7 +73,7 @@ def set_weight_axis(axes: Axes, weights: Sequence[float]) -> None:
 
 
 def distance(groups: Sequence[Group], styles: Mapping[str, Style], name: str) -> bytes:
-    """PSNR (dB) of one 'task/set' minus that of the whole network: a row per line, mean, spread, zero in the middle."""
+    """Plot PSNR (dB) of a 'task/set' minus the dense network's: one row per group, with mean and SD."""
     with drawing():
         rows = [r for r in groups if r.method != DENSE and name in r.against_dense]
         figure = Figure(figsize=(4.05, 0.85 + 0.27 * max(len(rows), 2)), layout="constrained")
@@ -100,9 +100,10 @@ def _label(group: Group) -> str:
 
 
 def curves(tickets: Sequence[Entry], style: Style, name: str) -> bytes:
-    """PSNR (dB) of one 'task/set' within rounds: a line per ticket, later rounds stronger, the best step as a dot.
+    """Plot PSNR (dB) of a 'task/set' over the steps of a round: one line per ticket, the best step as a dot.
 
-    tickets: of one method and seed, and the dense one, dashed; steps count from where the round began.
+    Later rounds are more opaque; the dense ticket is dashed. tickets: of one method and seed, and the dense one. Steps
+    count from the start of the round.
     """
     with drawing():
         figure = Figure(figsize=(3.0, 2.3), layout="constrained")
@@ -127,7 +128,7 @@ def curves(tickets: Sequence[Entry], style: Style, name: str) -> bytes:
 
 
 def last_rounds(groups: Sequence[Group]) -> list[Group]:
-    """The line of the last round of each method, methods in their order; controls are last by themselves."""
+    """Return the last round of each method, in the order of the methods, with controls at the end."""
     last: dict[str, Group] = {}
     for group in groups:
         if group.method not in last or group.round_ >= last[group.method].round_:

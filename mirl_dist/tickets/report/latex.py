@@ -1,6 +1,6 @@
-"""LaTeX in the shape of MIR-L's Tables II and III: a table per data set, ours and the paper's figures apart.
+"""LaTeX tables in the layout of MIR-L's Tables II and III: one per data set, published results in separate columns.
 
-The tables themselves are in templates/tables.tex.j2.
+The template is templates/tables.tex.j2.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _SPECIAL = {
 
 
 def escape(text: str) -> str:
-    """Words as LaTeX sets them; line ends and control characters become spaces."""
+    """Escape text for LaTeX; line breaks and control characters become spaces."""
     return "".join(_SPECIAL.get(c, c) if c.isprintable() else " " for c in text)
 
 
 def tables(entries: Sequence[Entry]) -> str:
-    """A floating table for every data set and kind of task: a row per method and round, PSNR and SSIM per level.
+    """Return a floating table per data set and kind of task: a row per method and round, PSNR and SSIM per level.
 
-    Best value bold and second underlined, as printed, among tickets: dense networks and controls have no part in it.
-    The paper's figures, where it has any, stand grey and slanted in columns of their own, beside our line of the
-    nearest density. Raises UserError as `statistics.group_entries`, and where nothing was scored.
+    Among tickets, the best value is bold and the second best underlined, compared as printed; dense networks and
+    controls are excluded. Published results are grey and slanted in separate columns, in our row of the closest
+    density. Raises UserError as `statistics.group_entries`, and if no ticket has a score.
     """
     groups, names = statistics.group_entries(entries), statistics.task_names(entries)
     if not names:
@@ -101,7 +101,7 @@ def _level(name: str) -> str:
 
 
 def _best_values(groups: Sequence[Group], measure: str, name: str, digits: int) -> dict[str, str]:
-    """The best and the second best value of a column, as printed, with their commands; empty for a single value."""
+    """Return the best two values of a column, as printed -> LaTeX command; empty if there is only one value."""
     ranked = [getattr(group, measure) for group in groups if not (group.dense or group.control)]
     means = {round(column[name].mean, digits) for column in ranked if name in column}
     values = [f"{value:.{digits}f}" for value in sorted(means, reverse=True)] if len(means) > 1 else []

@@ -1,4 +1,4 @@
-"""Where in the network weights stay: densities by block and kind of tensor, by block and round."""
+"""Where in the network weights survive: densities by block and kind of tensor, and by block and round."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _ORDER = (
     *("norm2", "ffn.project_in", "ffn.dwconv", "ffn.project_out"),
 )
 _ALONE = {"": "conv", "proj": "conv", "body.0": "conv", "conv3x3": "conv", "linear_layer": "linear"}
-LEAST = 0.01  # densities below have one colour
+LEAST = 0.01  # lower end of the colour scale; smaller densities have the same colour
 
 
 class LayerLocation(NamedTuple):
-    """Where a tensor stands: its block ('encoder_level1.0', 'down1_2') and its kind inside ('attn.qkv', 'conv')."""
+    """The location of a tensor: its block ('encoder_level1.0', 'down1_2') and its kind in it ('attn.qkv', 'conv')."""
 
     block: str
     kind: str
 
 
 def locate_layer(name: str) -> LayerLocation:
-    """The place of a tensor by its name: blocks are transformer blocks, or single layers between them."""
+    """Derive a tensor's location from its name. Blocks are transformer blocks, or single layers between them."""
     stem, _, last = name.rpartition(".")
     if last not in ("weight", "bias"):
         stem, last = name, ""
@@ -47,9 +47,10 @@ def locate_layer(name: str) -> LayerLocation:
 
 
 class Density(NamedTuple):
-    """Alive shares on a grid: rows (blocks, in the network's order), columns; NaN where no tensor is.
+    """Densities on a grid. rows: blocks, in the network's order.
 
-    collapsed: cells with a tensor that has no alive weight.
+    share: surviving / all weights of a cell, float64 (rows, columns), NaN for a cell without a tensor. collapsed: cells
+    with a tensor that has no surviving weight, bool (rows, columns).
     """
 
     rows: tuple[str, ...]
@@ -59,14 +60,14 @@ class Density(NamedTuple):
 
 
 def by_kind(entry: Entry) -> Density:
-    """The densities of one ticket, by block and kind of tensor."""
+    """Return the densities of one ticket by block and kind of tensor."""
     names = [name for name in entry.parts if name in entry.ticket.layer_density]
     kinds = sorted({locate_layer(name).kind for name in names}, key=_column_order)
     return _sum_densities(tuple(kinds), [(name, locate_layer(name).kind, entry) for name in names])
 
 
 def by_round(tickets: Sequence[Entry]) -> Density:
-    """The densities of tickets of one run, by block and round."""
+    """Return the densities of one run's tickets by block and round."""
     tickets = sorted(tickets, key=lambda s: s.ticket.round)
     cells = [(n, str(s.ticket.round), s) for s in tickets for n in s.parts if n in s.ticket.layer_density]
     return _sum_densities(tuple(str(s.ticket.round) for s in tickets), cells)
@@ -78,7 +79,7 @@ def _column_order(kind: str) -> tuple[int, int, str]:
 
 
 def _sum_densities(columns: tuple[str, ...], tensors: Sequence[tuple[str, str, Entry]]) -> Density:
-    """tensors: each by its name, with its column and the ticket that knows its density."""
+    """Aggregate densities over the tensors of each cell. tensors: (name, column, ticket with its density)."""
     rows = tuple(dict.fromkeys(locate_layer(name).block for name, _, _ in tensors))
     alive, size = np.zeros((len(rows), len(columns))), np.zeros((len(rows), len(columns)))
     collapsed = np.zeros(alive.shape, dtype=bool)
@@ -92,9 +93,9 @@ def _sum_densities(columns: tuple[str, ...], tensors: Sequence[tuple[str, str, E
 
 
 def heat(density: Density, name: str, below: str = "") -> bytes:
-    """A grid of densities as SVG, log colours from LEAST to 1; a red cross marks a collapsed tensor.
+    """Draw a grid of densities as SVG, with log colours from LEAST to 1; a red cross marks a collapsed tensor.
 
-    below: the label of the columns, which then stand below; above otherwise, upright.
+    below: axis label of the columns, whose names are then below the grid; if empty, they are above it, rotated.
     """
     with drawing():
         height, width = density.share.shape
@@ -126,7 +127,7 @@ def _label_axes(axes: Axes, density: Density, below: str) -> None:
 
 
 def scale() -> bytes:
-    """The colours of `heat` with their densities."""
+    """Draw the colour bar of `heat` as SVG."""
     with drawing():
         figure = Figure(figsize=(3.4, 0.42))
         axes = figure.add_axes((0.07, 0.62, 0.86, 0.34))

@@ -1,4 +1,4 @@
-"""How far masks agree: overlap of tickets two by two, and of seeds round by round, beside what chance would give."""
+"""Charts of mask overlap: pairwise between tickets, and between seeds per round, compared with random masks."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from mirl_dist.tickets.report.charts import set_weight_axis
 
 Grid = NDArray[np.float64]
 MAX_ENTRIES = 24
-"""Most tickets that a grid shows."""
+"""Maximum number of tickets in a grid."""
 
 
 class NamedEntry(NamedTuple):
-    """A ticket of a grid, with what it is called there."""
+    """A ticket in a grid, with its label."""
 
     name: str
     entry: Entry
 
 
 def choose_entries(groups: Sequence[Group]) -> list[NamedEntry]:
-    """At most MOST pruned tickets with a mask, in the order of lines: last rounds first, then some between."""
+    """Choose at most MAX_ENTRIES pruned tickets with masks: each method's last round, and some before it."""
     methods: dict[str, list[Group]] = {}
     for group in groups:
         if not group.dense and any(s.mask is not None for s in group.entries):
@@ -47,12 +47,12 @@ def choose_entries(groups: Sequence[Group]) -> list[NamedEntry]:
 
 
 def _evenly_spaced(count: int, most: int) -> list[int]:
-    """At most `most` of `count` positions, the first one always, evenly spaced."""
+    """Return at most `most` evenly spaced positions below `count`, always including 0."""
     return sorted({round(i * (count - 1) / max(1, most - 1)) for i in range(most)}) if count > most else [*range(count)]
 
 
 def grid(named: Sequence[NamedEntry], beyond: bool = False) -> bytes:
-    """IoU of masks two by two as SVG; beyond: what it is more or less than independent random masks would have."""
+    """Draw the pairwise IoU of masks as SVG. beyond: subtract the expected IoU of independent random masks."""
     entries = [x.entry for x in named]
     values = mask_overlap.iou(entries)
     if beyond:
@@ -77,7 +77,7 @@ def grid(named: Sequence[NamedEntry], beyond: bool = False) -> bytes:
 
 
 def _write_percents(axes: Axes, values: Grid, beyond: bool) -> None:
-    """Percent in each cell, where they fit and are known."""
+    """Write each known value in its cell, in percent."""
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             dark = abs(value) > 0.3 if beyond else value < 0.55
@@ -86,7 +86,7 @@ def _write_percents(axes: Axes, values: Grid, beyond: bool) -> None:
 
 
 def overlap_of_seeds(groups: Sequence[Group], styles: Mapping[str, Style]) -> bytes | None:
-    """IoU between seeds of one method and round against alive weights as SVG, dotted: chance; None without pairs."""
+    """Plot the IoU between seeds over surviving weights as SVG; dotted: random masks. None without pairs of seeds."""
     pairs = _seed_overlaps(groups)
     if not pairs:
         return None
@@ -106,7 +106,7 @@ def overlap_of_seeds(groups: Sequence[Group], styles: Mapping[str, Style]) -> by
 
 
 def _seed_overlaps(groups: Sequence[Group]) -> dict[str, list[tuple[float, float, float]]]:
-    """Method -> (alive weights, mean IoU, mean IoU by chance) of its rounds that two seeds or more have."""
+    """Return method -> (surviving weights, mean IoU, mean expected IoU) per round with at least two seeds."""
     points: dict[str, list[tuple[float, float, float]]] = {}
     for group in groups:
         entries = list({s.seed: s for s in group.entries if s.mask is not None}.values())

@@ -1,6 +1,6 @@
-"""One HTML file that compares tickets: tables, charts and pictures inside, nothing fetched from anywhere.
+"""A self-contained HTML page that compares tickets, with tables, charts and images embedded.
 
-Markup and captions are in templates/tickets.html.j2, which escapes every value; this module computes the values.
+Markup and captions are in templates/tickets.html.j2, which escapes every value. This module computes the values.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from mirl_dist.tickets.report.page_figures import data_uri, embed
 
 
 class ScoreTable(NamedTuple):
-    """The groups of a table. matches: published figures by method and round; cited: 'task/set' -> their source; last:
-    method -> its last round; best: (measure, 'task/set') -> the highest mean of a ticket."""
+    """Contents of a score table.
+
+    matches: published results by (method, round). cited: 'task/set' -> source of its published results. last: method ->
+    its last round. best: (measure, 'task/set') -> highest mean of a ticket.
+    """
 
     groups: Sequence[Group]
     matches: Mapping[tuple[str, int], PublishedMatch]
@@ -35,7 +38,7 @@ class ScoreTable(NamedTuple):
 
 
 class Download(NamedTuple):
-    """A file inside the page. source: its content as a data URI."""
+    """A file embedded in the page. source: its content as a data URI."""
 
     name: str
     title: str
@@ -43,9 +46,9 @@ class Download(NamedTuple):
 
 
 def html(entries: Sequence[Entry], title: str, made: str) -> str:
-    """The page as text. made: when, for its footer.
+    """Return the page as text. made: creation time, for the footer.
 
-    Raises UserError for no tickets, and as `statistics.group_entries` for tickets that cannot stand in one table.
+    Raises UserError without tickets, and as `statistics.group_entries` for tickets that are not comparable.
     """
     if not entries:
         raise UserError("found no ticket to compare, where a page is made. Name runs that have finished a round.")
@@ -104,7 +107,7 @@ def _environment() -> Environment:
 
 
 def _signed(value: float, form: str) -> str:
-    """A number with its sign and a true minus; a plain 0 where it rounds to an integer zero."""
+    """Format a number with its sign and a true minus sign (U+2212); '0' if it rounds to an integer zero."""
     text = f"{value:+{form}}".replace("-", "−")
     return "0" if text in ("+0", "−0") else text
 
@@ -116,7 +119,7 @@ def _range_of_rounds(rounds: Sequence[int]) -> str:
 
 
 def _printable(name: str) -> str:
-    """A user's name without what no page can show: control characters, halves of characters."""
+    """Replace unprintable characters (control characters, lone surrogates) in a user's name with U+FFFD."""
     return "".join(c if c.isprintable() else "\ufffd" for c in name)
 
 
@@ -128,7 +131,7 @@ def _tickets_by_run(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
 
 
 def _protocol_texts(entries: Sequence[Entry]) -> dict[str, str]:
-    """Name -> text, the headline protocol first."""
+    """Return protocol name -> text, the headline protocol first."""
     texts: dict[str, str] = {}
     for s in entries:
         texts |= {statistics.headline_protocol(s.ticket): s.ticket.protocol} | s.ticket.protocols
@@ -147,7 +150,7 @@ def _score_table(groups: Sequence[Group], names: Sequence[str], matches: Sequenc
 
 
 def _best_mean(groups: Sequence[Group], measure: str, name: str) -> float | None:
-    """The highest mean of a column, dense networks and controls not counted."""
+    """Return the highest mean of a column, excluding dense networks and controls; None without one."""
     column = [getattr(group, measure).get(name) for group in groups if not (group.dense or group.control)]
     return max((s.mean for s in column if s is not None and math.isfinite(s.mean)), default=None)
 

@@ -1,4 +1,4 @@
-"""Draws the page's charts, each as SVG to stand inside the page."""
+"""Draws the page's charts as inline SVG."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mirl_dist.tickets.report.chart_style import Style
 
 Styles = Mapping[str, Style]
 MAX_CURVES = 6
-"""Most 'task/set' with curves."""
+"""Maximum number of 'task/set' with curves, per method."""
 
 
 class Chart(NamedTuple):
-    """A chart; heading: its title beside the swatch of `method`, empty for a chart that has its title inside."""
+    """A chart. heading: title next to the swatch of `method`; empty if the SVG contains its title."""
 
     svg: Markup
     method: str = ""
@@ -27,9 +27,10 @@ class Chart(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """All charts of a page; empty where the tickets lack what a chart shows.
+    """All charts of a page. Lists are empty if the tickets lack the data.
 
-    scores: 'PSNR' and 'SSIM' -> charts; curves: a list of charts per method. overlapping: tickets in the grids.
+    scores: 'PSNR' or 'SSIM' -> charts. curves: a list of charts per method. overlapping: number of tickets in the
+    overlap grids.
     """
 
     scores: dict[str, list[Chart]]
@@ -48,7 +49,7 @@ def data_uri(data: bytes, media_type: str) -> str:
 
 
 def embed(svg: bytes, label: str) -> Markup:
-    """A chart as an element of the page, so that it takes the page's colours. label: its text for screen readers."""
+    """Return an SVG as an inline element, so that it inherits the page's colours. label: for screen readers."""
     return Markup(svg.decode().replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1))
 
 
@@ -83,7 +84,7 @@ def _score(groups: Sequence[Group], styles: Styles, name: str, word: str) -> Cha
 
 
 def _curves(groups: Sequence[Group], names: Sequence[str], styles: Styles) -> list[list[Chart]]:
-    """How fast tickets learn: a row of charts per method, of its lowest seed, beside the dense network of its run."""
+    """Draw training curves: a row of charts per method, for its lowest seed and the dense network of the same run."""
     rows = []
     curved = [(group, s) for group in groups for s in group.entries if s.ticket.curve is not None]
     for method in dict.fromkeys(group.method for group, _ in curved if not group.dense):
@@ -109,7 +110,7 @@ def _density_by_kind(group: Group, entry: Entry) -> Chart:
 
 
 def _density_by_round(groups: Sequence[Group], group: Group, entry: Entry) -> list[Chart]:
-    """Nothing for a control, and for a run with one round here."""
+    """Draw densities over rounds; an empty list for a control, or for a run with a single round here."""
     rounds = [s for other in groups for s in other.entries if s.run == entry.run]
     if group.control or len({s.ticket.round for s in rounds}) < 2:
         return []

@@ -1,4 +1,4 @@
-"""The page's pictures: the same images restored by each method's last ticket, side by side."""
+"""The page's image gallery: the same images restored by each method's last ticket, side by side."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mirl_dist.tickets.report.charts import last_rounds
 from mirl_dist.tickets.report.page_figures import data_uri
 
 MAX_ROWS, MAX_BYTES = 12, 2_500_000
-"""Images shown, and bytes that all of them may take on the page."""
+"""Maximum number of image rows, and of bytes of all rows on the page."""
 
 
 class Column(NamedTuple):
-    """The ticket of a column and its images by title: (degraded, restored, clean)."""
+    """A column of the gallery: a ticket and its images, title -> (degraded, restored, clean)."""
 
     group: Group
     entry: Entry
@@ -31,7 +31,7 @@ class Column(NamedTuple):
 
 
 class ImageCell(NamedTuple):
-    """One image of the gallery. source: its pixels as a data URI; text: its PSNR, or what it is."""
+    """One image of the gallery. source: pixels as a data URI. width, height: in pixels. text: PSNR, or a label."""
 
     source: str
     width: int
@@ -40,7 +40,7 @@ class ImageCell(NamedTuple):
 
 
 class ImageRow(NamedTuple):
-    """One test image: degraded, restored by each column's ticket (None where it has none), clean."""
+    """One test image: degraded, restored by each column's ticket (None if the ticket lacks it), clean."""
 
     title: str
     images: list[ImageCell | None]
@@ -51,7 +51,7 @@ class ImageRow(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """remarks: what was left out, and how pixels are stored; full: whether MAX_BYTES ended the rows."""
+    """The gallery. remarks: what was left out, and the image format. full: whether MAX_BYTES cut off rows."""
 
     columns: list[Column]
     rows: list[ImageRow]
@@ -60,7 +60,7 @@ class Gallery(NamedTuple):
 
 
 def gallery(groups: Sequence[Group]) -> Gallery:
-    """A row per image: degraded, restored by each ticket with its PSNR, dense, clean; and what was left out."""
+    """Build a row per image: degraded, restored by each ticket, dense, clean. Uses JPEG if PNG exceeds MAX_BYTES."""
     columns, remarks = _choose_columns(groups)
     titles = _spread_over_tasks(dict.fromkeys(t for c in columns for t in c.images))
     kept = titles[:MAX_ROWS]
@@ -82,7 +82,7 @@ def gallery(groups: Sequence[Group]) -> Gallery:
 
 
 def _choose_columns(groups: Sequence[Group]) -> tuple[list[Column], list[str]]:
-    """One ticket per method, of the lowest seed whose pictures can be read, dense ones last; complaints of the rest."""
+    """Choose one ticket per method, of the lowest seed with readable images, dense last; return errors as remarks."""
     columns, remarks = [], []
     for group in last_rounds(groups):
         for entry in sorted(group.entries, key=lambda s: s.seed):
@@ -99,7 +99,7 @@ def _choose_columns(groups: Sequence[Group]) -> tuple[list[Column], list[str]]:
 
 
 def _spread_over_tasks(titles: Iterable[str]) -> list[str]:
-    """The first image of each task and set, then the second ones."""
+    """Order titles round-robin over tasks and sets: first images, then second ones, and so on."""
     tasks: dict[str, list[str]] = {}
     for title in titles:
         tasks.setdefault(title.partition(" ")[0], []).append(title)

@@ -1,4 +1,4 @@
-"""Tables for a terminal, of at most 100 columns, and CSV with all digits."""
+"""Tables for a terminal, at most WIDTH characters wide, and CSV with all digits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COLUMNS = (
 
 
 class TableRow(NamedTuple):
-    """What stands in the fixed columns, and a cell for each 'task/set' that has one."""
+    """Texts of the fixed columns, and the cells by 'task/set'."""
 
     fixed: tuple[str, ...]
     cells: Mapping[str, str]
@@ -35,11 +35,11 @@ class TableRow(NamedTuple):
 
 @dataclass(frozen=True)
 class TextTable:
-    """Rows below the fixed columns and a column per 'task/set', in as many tables as the terminal's width asks for.
+    """A table with fixed columns and a column per 'task/set', split into several tables to fit the terminal.
 
-    At most WIDTH columns are used; where the fixed columns leave no room for a task, rows are told as lines instead,
-    so that no number is ever broken. The first fixed column is wrapped; every table repeats the fixed ones. remarks
-    stand below, a line each.
+    Each table is at most WIDTH characters wide and repeats the fixed columns; long texts wrap. If the fixed columns
+    leave no room for a task, rows are printed as lines instead, so that no number is broken. remarks: lines printed
+    below.
     """
 
     title: str
@@ -89,10 +89,10 @@ class TextTable:
 
 
 def tables(entries: Sequence[Entry]) -> list[TextTable]:
-    """Alive weights, PSNR over SSIM per method and round; then the paper's figures, in tables of their own.
+    """Return a table of surviving weights, PSNR and SSIM per method and round, then tables of published results.
 
-    Over several seeds: means, each above its sample standard deviation. `caveats.list_caveats` says what else to know.
-    Raises UserError as `statistics.group_entries`.
+    With several seeds, cells show the mean above its sample standard deviation. `caveats.list_caveats` returns the
+    caveats. Raises UserError as `statistics.group_entries`.
     """
     groups, names = statistics.group_entries(entries), statistics.task_names(entries)
     many = any(len(group.seeds) > 1 for group in groups)
@@ -113,20 +113,20 @@ def _group_row(group: Group, many: bool) -> TableRow:
 
 
 def format_statistic(statistic: Statistic, digits: int, sign: str = "") -> list[str]:
-    """The mean, and where it is known the standard deviation, as lines of a cell. sign: '+' to show it always."""
+    """Return the lines of a cell: the mean, and the standard deviation if known. sign: '+' always shows the sign."""
     lines = [f"{statistic.mean:{sign},.{digits}f}"]
     return lines if statistic.sd is None else [*lines, f"±{statistic.sd:,.{digits}f}"]
 
 
 def _degraded_rows(entries: Sequence[Entry], fixed: int) -> list[TableRow]:
-    """The scores of the degraded images themselves."""
+    """Return a row with the scores of the degraded images; none without scores."""
     given = {n: s for one in reversed(entries) for n, s in statistics.scores_of(one.ticket).items()}
     cells = {n: f"{s.degraded_psnr:.2f}\n{s.degraded_ssim:.4f}" for n, s in given.items()}
     return [TableRow(("input",) + ("",) * (fixed - 1), cells)] if cells else []
 
 
 def _published_tables(groups: Sequence[Group], names: Sequence[str]) -> list[TextTable]:
-    """The paper's figures, in a table of their own; nothing where it has none."""
+    """Return a table of published results; an empty list without any."""
     rows, matches = [], published.match_groups(groups, names)
     for match in matches:
         round_ = published.round_of(match.network)
@@ -143,7 +143,7 @@ def _published_tables(groups: Sequence[Group], names: Sequence[str]) -> list[Tex
 
 
 def judgement_tables(judgements: Sequence[Judgement]) -> list[TextTable]:
-    """Tables of (1) and, where curves tell, (2) of the definition per task; then of controls; remarks below."""
+    """Return tables of conditions (1) and, with curves, (2) of Definition 1 (see judge.py), then of controls."""
     names = list(dict.fromkeys(name for j in judgements for name in j.answers))
     heads = ("method", "round", "density", "winning?")
     fixed = [(j.method, str(j.round_), f"{j.density:.1%}", j.overall) for j in judgements]
@@ -192,13 +192,13 @@ def _widest_line(cells: Iterable[str]) -> int:
 
 
 def csv(entries: Sequence[Entry]) -> bytes:
-    """A line per ticket, protocol and 'task/set', all digits, columns COLUMNS, UTF-8; published figures are not in it.
+    """Return UTF-8 CSV with columns COLUMNS and all digits: a line per ticket, protocol and 'task/set'.
 
-    run: its name here. method: 'dense' or the papers' word. alive: weights that are not pruned, unprunable ones
-    included, of `total`; sparsity: 1 - alive / total. protocol: its name, its text for a ticket that knows no names.
-    psnr in dB and ssim of the restored images, degraded_* of the degraded ones, means over `images`. best_step: steps
-    of this round's training up to the best score on its curve; empty without one, and for other protocols than the
-    headline, by which curves are drawn. Digests are hex SHA-256.
+    run: short name in this comparison. method: 'dense' or the run's method. alive: surviving weights of `total`,
+    including unprunable ones. sparsity: 1 - alive / total. protocol: name, or the full text for a ticket without
+    protocol names. psnr (dB), ssim: of the restored images; degraded_*: of the degraded ones; means over `images`.
+    best_step: steps of this round up to the best score on its curve; empty without a curve, and for protocols other
+    than the headline, which curves use. Digests are hex SHA-256. Published results are not included.
     """
     lines: list[Sequence[object]] = [COLUMNS]
     for s in entries:
@@ -219,7 +219,7 @@ def csv(entries: Sequence[Entry]) -> bytes:
 
 
 def published_csv() -> bytes:
-    """The figures of MIR-L's Tables II and III, a line each."""
+    """Return the published results of MIR-L's Tables II and III as UTF-8 CSV, a line each."""
     head = ("paper", *published.Published._fields)
     return _write_csv([head, *(("MIR-L", *figure) for figure in published.all_figures())])
 
