@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mirl_dist.config.config import EvaluateSection
+from mirl_dist.config.schema_training import EvaluateSection
 from mirl_dist.config.seeding import rng
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.degradations import degrade

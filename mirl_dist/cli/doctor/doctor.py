@@ -32,6 +32,8 @@ _REQUIRED_PACKAGES = (
     "webdataset",
     "boto3",
     "einops",
+    "jinja2",
+    "markupsafe",
     "mlflow",
     "safetensors",
     "numpy",
