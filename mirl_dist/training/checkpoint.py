@@ -68,7 +68,7 @@ _FOLDER = re.compile(r"rounds/(\d+)/(?:steps/(\d+)|ticket)-(\d+)")
 
 
 class Checkpoints:
-    """The run in one store. writer: the lease of rank 0, which may write after `fence_older_writers`; None: read-only."""
+    """The run in one store. writer: rank 0's lease, to write after `fence_older_writers`; None: read only."""
 
     def __init__(self, store: Store, writer: Writer | None = None) -> None:
         self.store = store
@@ -128,7 +128,7 @@ class Checkpoints:
             return None
 
     def mlflow_ids(self) -> dict[str, str]:
-        """Return MLflow ids by name; empty if the file is damaged or missing: MLflow runs are then found by their tags."""
+        """Return MLflow ids by name; empty if the file is damaged or missing: runs are then found by tags."""
         try:
             ids = json.loads(self.store.get(TRACKING))
         except (NotFound, json.JSONDecodeError, UnicodeDecodeError):
@@ -234,7 +234,7 @@ class Checkpoints:
         return None
 
     def latest_progress(self, commits: list[Commit]) -> tuple[Commit | None, Progress]:
-        """Return the first of `commits` with a readable state, and its position; reads no other parts."""
+        """Return the first of `commits` with a readable state, if any, and its position. Reads no other part."""
         for commit in commits:
             try:
                 return commit, Progress.model_validate_json(self._commits.part(commit.folder, STATE))

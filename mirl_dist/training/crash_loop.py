@@ -98,7 +98,7 @@ class CrashLoopGuard:
         self._write(self._record._replace(inside=0))
 
     def close(self) -> None:
-        """Close the record when the launch ends for a known reason; remove the file if it counts no crash. Idempotent."""
+        """Close the record of a launch that ends for a known reason; remove it if it counts no crash. Idempotent."""
         self.end_step()
         if self._handle >= 0:
             os.close(self._handle)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def per_sample_l1(restored: Tensor, clean: Tensor) -> Tensor:
-    """Return the mean absolute error of each sample, float32 (B,), from two (B, 3, H, W). MIR-L section IV-A."""
+    """Return the mean absolute error of each sample: (B, 3, H, W) twice to float32 (B,). MIR-L, section IV-A."""
     return (restored.float() - clean.float()).abs().mean(dim=(1, 2, 3))
 
 
@@ -17,9 +17,9 @@ def combine(losses: Tensor) -> Tensor:
 
 
 def by_task(losses: Tensor, task: Tensor, tasks: int) -> Tensor:
-    """Return float64 (2, tasks), to be summed over ranks: sum of losses and number of samples per task.
+    """Return the sum of losses and the number of samples of each task, float64 (2, tasks), to be summed over ranks.
 
-    losses: (B,); task: int64 (B,), index of each sample's task; tasks: their number.
+    losses: (B,); task: int64 (B,), the task of each sample; tasks: number of tasks.
     """
     sums = torch.zeros(2, tasks, dtype=torch.float64, device=losses.device)
     sums[0].index_add_(0, task, losses.detach().double())
