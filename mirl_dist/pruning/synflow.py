@@ -45,7 +45,7 @@ def iterate(
     image_shape: Sequence[int] = (1, 3, 64, 64),
     before_step: Callable[[], None] = lambda: None,
 ) -> PruneResult:
-    """Return new masks after `config.iterations` steps, each of which scores the surviving weights and prunes the weakest.
+    """Return new masks after `config.iterations` steps, each of which scores the survivors and prunes the weakest.
 
     The surviving share falls exponentially to that of `prune`; the final counts are exactly those of `prune`.
     network: its weights are neither read nor changed; weights: all its parameters by name; masks, config: as for
@@ -161,7 +161,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _half(x: Tensor, other: Tensor) -> Tensor:
-    """Return x with half of its gradient if both factors are activations; unchanged if one is a parameter or constant."""
+    """Return x, with half of its gradient if both factors are activations (neither a parameter nor constant)."""
     both = all(t.requires_grad and not t.is_leaf for t in (x, other))
     return 0.5 * x + (0.5 * x).detach() if both else x
 

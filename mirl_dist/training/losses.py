@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def per_sample_l1(restored: Tensor, clean: Tensor) -> Tensor:
-    """Return the mean absolute error of each sample: (B, 3, H, W) twice to float32 (B,). MIR-L, section IV-A."""
+    """Return the mean absolute error of each sample, float32 (B,); inputs are (B, 3, H, W). MIR-L section IV-A."""
     return (restored.float() - clean.float()).abs().mean(dim=(1, 2, 3))
 
 

@@ -59,7 +59,7 @@ def train_under_lease(
     stop: StopSignal,
     open_ticket: OpenTicket,
 ) -> Tracker:
-    """Start or resume the run, train all its rounds, and return its tracker. status: content of the lease's heartbeats."""
+    """Start or resume the run and train all its rounds; return its tracker. status: the lease's heartbeats."""
     latest = resume.load_latest(checkpoints, ranks)
     identity_of = partial(builders.identity_of, config, plan.manifest_digest())
     create = partial(create_initial, config, open_ticket)
