@@ -78,7 +78,7 @@ def in_scope(names: Iterable[str], scope: str | tuple[str, ...]) -> tuple[str, .
 
 
 def count_to_remove(surviving: int, fraction: float, factor: float = 1.0) -> int:
-    """Return ceil(fraction * factor * (surviving - 1)) in exact arithmetic: the published count for distinct magnitudes."""
+    """Return ceil(fraction * factor * (surviving - 1)), computed exactly: as published for distinct magnitudes."""
     return math.ceil(Fraction(str(fraction)) * Fraction(str(factor)) * (surviving - 1)) if surviving > 0 else 0
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mirl_dist.errors import UserError
 
 Gather: TypeAlias = Callable[[Tensor], Tensor]
-"""All-gather: int64 (n,) of this rank -> int64 (ranks, n) of all ranks."""
+"""All-gather: int64 (n,) of this rank -> int64 (ranks, n)."""
 
 _BITS_PER_PASS = (11, 10, 10)
 _BITS_BEFORE = (0, 11, 21)

@@ -17,7 +17,7 @@ def combine(losses: Tensor) -> Tensor:
 
 
 def by_task(losses: Tensor, task: Tensor, tasks: int) -> Tensor:
-    """Return the sum of losses and the number of samples of each task, float64 (2, tasks), to be summed over ranks.
+    """Return the sum of losses and the number of samples of each task, float64 (2, tasks), for a sum over ranks.
 
     losses: (B,); task: int64 (B,), the task of each sample; tasks: number of tasks.
     """
