@@ -149,7 +149,7 @@ class PromptIR(nn.Module):
         self.output = nn.Conv2d(c1 + c1, 3, 3, padding=1, bias=False)
 
     def official_only_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of `official_only` for this network's sizes (256 channels are fixed in the published class)."""
+        """Return the shapes of `official_only` for this network's sizes (256 channels are fixed, as published)."""
         c = [self.patch_embed.proj.out_channels * 2**at for at in range(3)]
         p = [block.conv3x3.out_channels for block in (self.prompt1, self.prompt2, self.prompt3)]
         reduced = (

@@ -26,7 +26,7 @@ CHUNK = 1 << 20
 
 
 class Threshold(NamedTuple):
-    """The cut after the k smallest magnitudes: `below` are smaller than it, and the first `ties` equal to it complete k.
+    """The cut after the k smallest magnitudes: `below` are smaller than it, and the first `ties` equal to it make up k.
 
     bits: the cut as float32 bits; compare bits, which is exact even under flush-to-zero.
     """
@@ -67,7 +67,7 @@ class BitSearch(NamedTuple):
         return next((width for at, width in zip(_BITS_BEFORE, _BITS_PER_PASS, strict=True) if at == self.known), 0)
 
     def counts(self, magnitudes: Tensor) -> Tensor:
-        """Return the histogram of the next bits of the magnitudes with the known prefix: int64 (2**width,), on the CPU."""
+        """Return the histogram of the next bits of magnitudes with the known prefix: int64 (2**width,) on CPU."""
         width, last = self.width, 31 - self.known
         bits = _bits(magnitudes)
         if self.known:

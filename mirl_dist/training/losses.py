@@ -12,7 +12,7 @@ def per_sample_l1(restored: Tensor, clean: Tensor) -> Tensor:
 
 
 def combine(losses: Tensor) -> Tensor:
-    """Return the mean over samples, a scalar, from (B,): the published L1 loss, since all patches have the same size."""
+    """Return the mean over samples, (B,) to a scalar: the published L1 loss, since all patches have one size."""
     return losses.mean()
 
 
