@@ -74,7 +74,8 @@ def write(weights: Mapping[str, Tensor], *, compact: bool, lightning: bool = Tru
     requires; else write a bare state dict. compact: compress the records with deflate, so that zeros take little space;
     such a file cannot be loaded with `mmap=True`.
     """
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}  # drops unused storage
+    # clone(): torch.save would write the whole storage of a view.
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
     tree: dict[str, object] = dict(tensors)
     if lightning:
         tree = {"state_dict": {f"net.{name}": tensor for name, tensor in tensors.items()}} | _LIGHTNING

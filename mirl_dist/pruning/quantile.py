@@ -43,7 +43,7 @@ class Threshold(NamedTuple):
 
 
 def single_rank(counts: Tensor) -> Tensor:
-    """The `gather` of a single rank."""
+    """Return (n,) as (1, n): the all-gather of a single rank."""
     return counts.unsqueeze(0)
 
 

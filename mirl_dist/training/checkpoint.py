@@ -78,7 +78,7 @@ class Checkpoints:
     # -- the run ------------------------------------------------------------------------------------------------
 
     def fence_older_writers(self) -> None:
-        """After claiming the lease: prevent older launches from committing, and remove their incomplete commits."""
+        """Prevent older launches from committing, and remove their incomplete commits. Requires the claimed lease."""
         self._commits.fence_older_writers()
         whole, generation = {c.folder for c in self.commits()}, self._commits.writer.generation
         for name in self.store.list("rounds"):

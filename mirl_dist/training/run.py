@@ -125,7 +125,8 @@ def _ends_in_mlflow(tracker: Tracker, committer: Committer, stop: StopSignal) ->
     try:
         yield
     except Exception as end:
-        if isinstance(end, MirlError | Stopped):  # it is reported: no early exit on SIGTERM
+        if isinstance(end, MirlError | Stopped):
+            # This process reports the error: it must not exit early when the launcher sends SIGTERM.
             stop.is_cleanup = lambda: False
         if committer.checkpoints.lost():
             raise  # another launch has taken over the run and logs its end

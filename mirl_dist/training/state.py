@@ -62,7 +62,7 @@ class Snapshot(NamedTuple):
 
 
 def _single_rank(values: Tensor, *, what: str = "") -> Tensor:
-    """The `gather` of a single rank."""
+    """Return the values with a leading axis of one rank: the all-gather of a single rank."""
     return values.unsqueeze(0)
 
 
