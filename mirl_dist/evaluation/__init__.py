@@ -1,1 +1,1 @@
-"""PSNR and SSIM by named protocols."""
+"""Scores restored images: PSNR and SSIM by named protocols."""

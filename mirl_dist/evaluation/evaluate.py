@@ -1,4 +1,4 @@
-"""PSNR and SSIM per protocol, task and set: each image restored once by one rank, averaged exactly."""
+"""Computes PSNR and SSIM per protocol, task and set. Each image is scored by one rank; means are exact."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _COLUMNS = ("degraded", "restored", "clean")
 
 
 class EvalSettings(NamedTuple):
-    """How images are restored and scored.
+    """The settings for restoring and scoring images.
 
-    protocols: the first is the headline. seed: of the test noise. tile_pixels: None restores images whole, else in
-    tiles of so many pixels a side which share `tile_overlap`. compile: restore through torch.compile.
+    protocols: the first is the headline. seed: of the test noise. tile_pixels: side of tiles, which share
+    `tile_overlap` pixels; None restores whole images. compile: restore with torch.compile.
     """
 
     protocols: tuple[ScoringProtocol, ...]
@@ -52,13 +52,13 @@ class EvalSettings(NamedTuple):
     compile: bool = False
 
     def as_recorded(self) -> dict[str, str]:
-        """What of it changes scores although no protocol says it, in words for a ticket."""
+        """Return the settings that affect scores but are not part of a protocol, as text for a ticket."""
         tile = f"{self.tile_pixels} pixels, {self.tile_overlap} shared" if self.tile_pixels else "whole image"
         return {"precision": self.precision, "compile": "yes" if self.compile else "no", "tile": tile}
 
 
 class EvalJob(NamedTuple):
-    """One image to restore for one task. `name` is 'task/set', the name of the score it counts for."""
+    """One image to restore for one task. name: 'task/set'; pictured: include it in the strip of images."""
 
     name: str
     task: Task
@@ -68,7 +68,7 @@ class EvalJob(NamedTuple):
 
 
 class ImageScore(NamedTuple):
-    """One image by one protocol: name is 'task/set', image the sample's key; degraded_*: of the input itself."""
+    """The score of one image by one protocol. name: 'task/set'; image: sample key; degraded_*: of the input."""
 
     protocol: str
     name: str
@@ -86,15 +86,15 @@ class _ImageResult(NamedTuple):
 
 
 class EvalResult(NamedTuple):
-    """Means by protocol and 'task/set', protocols in the order of the settings; the scores of each image, by protocol
-    and in the order of the jobs; and a strip of the pictured images by the headline protocol (None without any)."""
+    """The result of an evaluation. scores: means by protocol (in the order of the settings) and 'task/set'; images: all
+    scores, by protocol and in the order of the jobs; pictures: PNG strip of pictured images, or None."""
 
     scores: dict[str, dict[str, Score]]
     images: tuple[ImageScore, ...]
     pictures: bytes | None
 
     def table(self) -> bytes:
-        """`images` as CSV with a head, every number with all its digits."""
+        """Return `images` as CSV with a header; numbers have full precision."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(ImageScore._fields)
@@ -109,10 +109,10 @@ def plan_jobs(
     pictures: int = 1,
     by: Sequence[ScoringProtocol] = (PROTOCOLS["promptir"],),
 ) -> list[EvalJob]:
-    """Every (task, image) to score: a set of clean images is scored for every trained task that degrades on reading.
+    """Return a job per task and image. Sets of clean images are scored for every trained task that degrades on reading.
 
-    sets: names, or None for all. pictures: the first so many images of each score are pictured; by: how they will be
-    scored. Raises UserError for a set that the shards do not have, and for images that a protocol could not score.
+    sets: names, or None for all. pictures: number of images to picture per 'task/set'; by: the protocols to score with.
+    Raises UserError for a set that the shards do not have, and for images too small for a protocol.
     """
     least = max(protocol.least_pixels for protocol in by)
     places = shards.places("evaluate")
@@ -143,7 +143,7 @@ def plan_jobs(
 
 
 def first_images(jobs: Sequence[EvalJob], images: int) -> list[EvalJob]:
-    """The first `images` jobs of each 'task/set', none of them pictured."""
+    """Return the first `images` jobs of each 'task/set', not pictured."""
     by_name = groupby(jobs, key=lambda job: job.name)
     return [job._replace(pictured=False) for _, group in by_name for job in islice(group, images)]
 
@@ -151,8 +151,8 @@ def first_images(jobs: Sequence[EvalJob], images: int) -> list[EvalJob]:
 def degraded_and_clean(
     source: ImageSource, job: EvalJob, protocol: ScoringProtocol, seed: int
 ) -> tuple[Pixels | Image, Pixels]:
-    """The test pair of a job by a protocol: what the network is given (uint8, or float32 where the protocol does not
-    quantise noise) and the clean uint8 image, cropped alike; its chance depends on seed, set, name and task."""
+    """Return network input and clean image of a job, both cropped, (H, W, 3). The clean image is uint8; the input is
+    uint8, or float32 if the protocol does not quantise noise. Noise is seeded by seed, set, sample key and task."""
     clean = protocols.cropped(protocol, source.image(job.place, CLEAN))
     if job.place.entry.image(DEGRADED) is not None:
         return protocols.cropped(protocol, source.image(job.place, DEGRADED)), clean
@@ -168,9 +168,9 @@ def restore(
     tile_overlap: int = 32,
     precision: str = "fp32",
 ) -> Image:
-    """One image through the network, whole or in tiles (tiling.py): float32 (H, W, 3), clipped to [0, 1].
+    """Restore one image, whole or in tiles (tiling.py): float32 (H, W, 3), clipped to [0, 1].
 
-    image: (H, W, 3), uint8, or float32 in the network's range. precision: fp32 or bf16 (torch's autocast).
+    image: (H, W, 3), uint8, or float32 in the network's range. precision: fp32 or bf16 (torch.autocast).
     """
 
     def restore_part(part: NDArray[Any]) -> Image:
@@ -189,8 +189,8 @@ def restore(
 def _score(
     model: nn.Module, source: ImageSource, number: int, job: EvalJob, settings: EvalSettings, device: torch.device
 ) -> _ImageResult:
-    """One image by every protocol, restored once for each of the inputs that they differ in."""
-    triples: dict[tuple[int, str], tuple[Image, Image, Pixels]] = {}  # degraded, restored and clean by kind of input
+    """Score one image by every protocol; restore it once per distinct protocol input."""
+    triples: dict[tuple[int, str], tuple[Image, Image, Pixels]] = {}  # degraded, restored, clean by protocol input
     scores, row, key = [], None, job.place.entry.key
     for protocol in settings.protocols:
         kind = protocol.input(job.task)
@@ -208,14 +208,14 @@ def _score(
 
 
 def assign_jobs(jobs: Sequence[EvalJob], rank: int, world: int) -> list[int]:
-    """The numbers of one rank's jobs: runs of shards, so that a rank brings few of them."""
+    """Return the indices of one rank's jobs, contiguous by shard, so that each rank fetches few shards."""
     by_shard = sorted(range(len(jobs)), key=lambda n: (jobs[n].place.shard.name, n))
     return by_shard[len(jobs) * rank // world : len(jobs) * (rank + 1) // world]
 
 
 @contextmanager
 def _acquire_in_turn(source: ImageSource, shards: Sequence[Shard], look_ahead: bool) -> Iterator[Iterator[Shard]]:
-    """Give shards one after the other, each kept until the next is asked for; look_ahead: fetch that one meanwhile."""
+    """Yield shards in order, each held until the next is requested. look_ahead: prefetch the next one meanwhile."""
     acquired: deque[Shard] = deque()
 
     def one_by_one() -> Iterator[Shard]:
@@ -247,12 +247,12 @@ def evaluate(
     look_ahead: bool = False,
     stop_asked: Callable[[], bool] = _never,
 ) -> EvalResult:
-    """Score every job once, shared out over the ranks; the same bits on every rank and for every world size.
+    """Score every job once, distributed over the ranks; results are bit-identical on all ranks and for any world size.
 
-    model: the bare network (not the wrapped one: ranks score different numbers of images), set to eval here.
-    look_ahead: the cache has room for two shards of every rank. stop_asked: looked at before every image.
-    Raises Stopped on every rank, with nothing scored, when any of them was asked to stop; UserError for an image that
-    cannot be scored, and where compiling fails.
+    model: the unwrapped network, as ranks score different numbers of images; in training mode afterwards.
+    look_ahead: the cache has room for two shards per rank. stop_asked: checked before each image.
+    Raises Stopped on every rank, without a result, if any was asked to stop; UserError for an image that cannot be
+    scored, and if compiling fails.
     """
     model.eval()
     own_jobs, stopped = assign_jobs(jobs, ranks.rank, ranks.world), False
@@ -267,7 +267,7 @@ def evaluate(
                 job = jobs[number]
                 try:
                     results.append(_score(network, source, number, job, settings, ranks.device))
-                except Stopped:  # while a shard did not come
+                except Stopped:  # raised while waiting for a shard
                     stopped = True
                     break
                 except UserError as error:
@@ -283,7 +283,7 @@ def evaluate(
 
 
 def _average(results: Sequence[_ImageResult], settings: EvalSettings) -> EvalResult:
-    """Exact means over images, in an order that no world size changes."""
+    """Average over images exactly (fsum), independently of the world size."""
     images = tuple(r.scores[at] for at in range(len(settings.protocols)) for r in results)
     scores: dict[str, dict[str, Score]] = {protocol.name: {} for protocol in settings.protocols}
     for protocol, name in dict.fromkeys((i.protocol, i.name) for i in images):

@@ -1,7 +1,7 @@
-"""PSNR and SSIM of one image, each in the two ways that papers use; protocols.py says which paper uses which.
+"""Computes PSNR and SSIM of one image, each in the two variants that papers use (see protocols.py).
 
-`psnr` and `ssim` as PromptIR and MIR-L: float32 (H, W, 3) RGB in [0, 1], the restored image clipped, not quantised.
-`psnr_8bit` and `ssim_8bit` as BasicSR: levels 0 to 255. scikit-image computes all four, and is imported at the first.
+`psnr` and `ssim` follow PromptIR and MIR-L: float32 (H, W, 3) RGB in [0, 1], the restored image clipped, not quantised.
+`psnr_8bit` and `ssim_8bit` follow BasicSR: levels 0 to 255. All four use scikit-image, imported at the first call.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PROTOCOL = (
     "(7x7 uniform window, sample covariance, data range 1), mean over images"
 )
 PSNR_CEILING_DB = 100.0
-"""What equal images score: infinity is no JSON number and would swallow every mean over images."""
+"""PSNR of equal images, in dB: infinity is not valid JSON and would make every mean over images infinite."""
 
 SSIM_WINDOW_PIXELS = 7
 GAUSSIAN_WINDOW_PIXELS = 11
@@ -30,22 +30,22 @@ Levels = NDArray[np.uint8] | NDArray[np.float64]
 
 
 def psnr(restored: Image, clean: Image) -> float:
-    """Peak signal-to-noise ratio of a restored image against the clean one, in dB.
+    """Return the peak signal-to-noise ratio of a restored image against the clean one, in dB.
 
     restored, clean: float32 (H, W, 3) RGB, H and W at least 7; clean in [0, 1], restored clipped here.
-    Returns decibels for a peak of 1, at most PSNR_CEILING_DB (reached by equal images).
+    The peak is 1; the result is at most PSNR_CEILING_DB (the value for equal images).
     Raises UserError for another type, shape or range.
-    Source: MIR-L, tables II and III; differs only for errors below 1e-5: the published code has no ceiling.
+    Source: MIR-L, tables II and III; differs only for errors below 1e-5, since the published code has no ceiling.
     """
     return _psnr(*_pair(restored, clean), peak=1)
 
 
 def ssim(restored: Image, clean: Image) -> float:
-    """Structural similarity of a restored image to the clean one, mean over positions and channels.
+    """Return the structural similarity of a restored image to the clean one, averaged over positions and channels.
 
     restored, clean: float32 (H, W, 3) RGB, H and W at least 7; clean in [0, 1], restored clipped here.
-    Returns a value in [-1, 1]; window 7x7 uniform, sample covariance, data range 1, no border padding.
-    Raises UserError for another type, shape or range.   Source: MIR-L, tables II and III.
+    The result is in [-1, 1]; uniform 7 x 7 window, sample covariance, data range 1, no border padding.
+    Raises UserError for another type, shape or range. Source: MIR-L, tables II and III.
     """
     from skimage.metrics import structural_similarity
 
@@ -55,14 +55,15 @@ def ssim(restored: Image, clean: Image) -> float:
 
 
 def psnr_8bit(restored: Levels, clean: Levels) -> float:
-    """Peak signal-to-noise ratio of levels in dB, at most PSNR_CEILING_DB: one mean over pixels and channels, peak 255.
+    """Return the PSNR of levels in dB, at most PSNR_CEILING_DB: peak 255, one mean error over pixels and channels.
 
-    restored, clean: both uint8 (H, W, 3) or both float64 (H, W), of one shape.   Source: BasicSR.
+    restored, clean: both uint8 (H, W, 3) or both float64 (H, W), of the same shape. Source: BasicSR.
     """
     return _psnr(restored, clean, peak=255)
 
 
 def _psnr(restored: NDArray[Any], clean: NDArray[Any], peak: int) -> float:
+    """Return the PSNR in dB, at most PSNR_CEILING_DB."""
     from skimage.metrics import peak_signal_noise_ratio
 
     if np.array_equal(restored, clean):
@@ -72,9 +73,9 @@ def _psnr(restored: NDArray[Any], clean: NDArray[Any], peak: int) -> float:
 
 
 def ssim_8bit(restored: Levels, clean: Levels) -> float:
-    """Structural similarity of levels, in [-1, 1]: Gaussian window 11 x 11 of sigma 1.5, only where it fits whole.
+    """Return the SSIM of levels, in [-1, 1]: Gaussian window of 11 x 11 pixels and sigma 1.5, no border padding.
 
-    restored, clean: both uint8 (H, W, 3) or both float64 (H, W), of one shape, H and W at least 11; population
+    restored, clean: both uint8 (H, W, 3) or both float64 (H, W), of the same shape, H and W at least 11. Population
     covariance, data range 255, mean over positions and channels. Raises UserError for smaller images.
     Source: BasicSR.
     """
@@ -88,13 +89,13 @@ def ssim_8bit(restored: Levels, clean: Levels) -> float:
 
 
 def to_8bit(image: Image) -> NDArray[np.uint8]:
-    """Clipped to [0, 1] and rounded to 8 bits, a half to the even level."""
+    """Clip to [0, 1] and round to uint8 levels, half to even."""
     levels: NDArray[np.uint8] = np.rint(np.clip(image, 0.0, 1.0) * np.float32(255)).astype(np.uint8)
     return levels
 
 
 def luma(image: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Y of BT.601 YCbCr in studio range, 16 to 235, not rounded: uint8 (H, W, 3) RGB to float64 (H, W).
+    """Return Y of BT.601 YCbCr in studio range, 16 to 235, not rounded: uint8 (H, W, 3) RGB to float64 (H, W).
 
     Source: MATLAB's rgb2ycbcr, BasicSR.
     """
@@ -105,10 +106,11 @@ def luma(image: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def crop_to_multiple(image: NDArray[Any], multiple: int = 16) -> NDArray[Any]:
-    """The centre of an image whose sides are the largest multiples of `multiple` pixels (a view).
+    """Return a view of the centre of an image, whose sides are the largest multiples of `multiple` pixels.
 
-    image: (H, W) or (H, W, C), any type; of an odd rest the bottom or right side loses one pixel more.
-    Raises UserError when a side is shorter than `multiple`.   Source: evaluation of AirNet, PromptIR and MIR-L.
+    image: (H, W) or (H, W, C), any dtype; an odd remainder removes one pixel more at the bottom or right.
+    Raises UserError for another shape, or if a side is shorter than `multiple`. Source: evaluation of AirNet, PromptIR
+    and MIR-L.
     """
     if image.ndim not in (2, 3):
         raise UserError(
@@ -126,9 +128,9 @@ def crop_to_multiple(image: NDArray[Any], multiple: int = 16) -> NDArray[Any]:
 
 
 def check_same_shape(restored: Image, clean: NDArray[Any]) -> None:
-    """Raise UserError for images that no measure takes: another type, shape or size, or values that are not finite.
+    """Raise UserError for images of another dtype, of different or unsupported shapes, or with non-finite values.
 
-    restored: float32; clean: float32 or uint8; both (H, W, 3), at least 7 x 7.
+    restored: float32; clean: float32 or uint8; both (H, W, 3), at least 7 x 7 pixels.
     """
     for name, image, wanted in (("restored", restored, ("float32",)), ("clean", clean, ("float32", "uint8"))):
         if image.dtype.name not in wanted:
@@ -155,6 +157,7 @@ def check_same_shape(restored: Image, clean: NDArray[Any]) -> None:
 
 
 def _check_size(image: NDArray[Any], window: int) -> None:
+    """Raise UserError if the SSIM window does not fit into the image."""
     if min(image.shape[:2]) < window:
         raise UserError(
             f"found an image of {image.shape[0]} x {image.shape[1]} pixels where the window is "
@@ -163,7 +166,7 @@ def _check_size(image: NDArray[Any], window: int) -> None:
 
 
 def _pair(restored: Image, clean: Image) -> tuple[Image, Image]:
-    """Both images checked, the restored one clipped to [0, 1]."""
+    """Check both images; return them with the restored one clipped to [0, 1]."""
     check_same_shape(restored, clean)
     if clean.dtype != np.float32:
         raise UserError(

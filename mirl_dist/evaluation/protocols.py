@@ -1,8 +1,8 @@
-"""Named evaluation protocols: what is cropped, how test noise is made, and how PSNR and SSIM are computed.
+"""Defines the named evaluation protocols: cropping, test noise, and how PSNR and SSIM are computed.
 
-A protocol has two halves. Its input (`multiple`, `noise`) is what the network is given; protocols with the same input
-share the pass through the network. Its measure (`output`, `colour`, `border`, `window`) compares the restored image
-with the clean one. docs/protocols.md has the table, with sources.
+A protocol has two parts. Its input (`multiple`, `noise`) is the image that the network restores; protocols with equal
+input share the forward pass. Its measure (`output`, `colour`, `border`, `window`) compares the restored image with the
+clean one. docs/protocols.md lists the protocols with their sources.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Image = NDArray[np.float32]
 
 
 class ScoringProtocol(NamedTuple):
-    """How images are scored.
+    """An evaluation protocol.
 
-    text: every convention in one sentence. multiple: both images are cropped around the centre to multiples of so many
-    pixels, 1 leaves them whole. noise: of denoising tasks; truncated and rounded are clipped 8-bit images, float is
-    neither clipped nor quantised. output: restored images are clipped, and scored as they are or rounded to 8 bits.
-    border: pixels that are cut off each side before measuring. window: of SSIM.
+    text: all conventions in one sentence. multiple: both images are centre-cropped to multiples of this many pixels; 1
+    keeps them whole. noise: for denoising tasks; 'truncated' and 'rounded' give clipped 8-bit images, 'float' is
+    neither clipped nor quantised. output: restored images are clipped, then scored in float or rounded to 8 bits.
+    colour: scored channels, RGB or luma. border: pixels removed at each side before scoring. window: of SSIM.
     """
 
     name: str
@@ -40,12 +40,12 @@ class ScoringProtocol(NamedTuple):
 
     @property
     def least_pixels(self) -> int:
-        """The shortest side that can be scored."""
+        """The shortest side, in pixels, that can be scored."""
         window = metrics.SSIM_WINDOW_PIXELS if self.output == "float" else metrics.GAUSSIAN_WINDOW_PIXELS
         return max(self.multiple, window + 2 * self.border)
 
     def input(self, task: Task) -> tuple[int, str]:
-        """Equal for protocols that give the network the same image of a task."""
+        """Return a key that is equal for protocols with the same network input for a task."""
         return self.multiple, self.noise if task.family == "denoise" else ""
 
 
@@ -61,6 +61,7 @@ _GAUSSIAN_SSIM = "ssim (11x11 gaussian window of sigma 1.5 where it fits whole, 
 
 
 def _basicsr(name: str, text: str, colour: Literal["rgb", "y"]) -> ScoringProtocol:
+    """Return a protocol with PromptIR's input and BasicSR's 8-bit measure."""
     return ScoringProtocol(
         name,
         f"{text}, centre crop to a multiple of 16, {_PUBLISHED_NOISE}, output clipped and rounded to uint8, no border "
@@ -114,19 +115,20 @@ _ALL = (
     ),
 )
 PROTOCOLS: dict[str, ScoringProtocol] = {protocol.name: protocol for protocol in _ALL}
-"""By name, as `evaluate.protocols` says them."""
+"""The protocols by their name in `evaluate.protocols`."""
 
 
 def cropped(protocol: ScoringProtocol, image: Pixels) -> Pixels:
-    """The part of an image that the protocol looks at: uint8 (H, W, 3), both of a pair alike."""
+    """Return the centre crop of an image that the protocol uses: uint8 (H, W, 3)."""
     return np.ascontiguousarray(metrics.crop_to_multiple(image, protocol.multiple))
 
 
 def degraded(protocol: ScoringProtocol, task: Task, clean: Pixels, rng: np.random.Generator) -> Pixels | Image:
-    """The input of a task that degrades on reading: uint8 (H, W, 3), or float32 nominally in [0, 1] for noise 'float'.
+    """Return the input of a task that degrades on reading: uint8 (H, W, 3), or float32, nominally in [0, 1].
 
-    clean: cropped, uint8 (H, W, 3). rng: keyed by seed, set, image and task. Noise 'float' takes from it only the
-    strength of a task that draws one: the noise itself is that of seed 0, the same for every image of one size.
+    float32 is returned only for denoising with noise 'float'. clean: cropped, uint8 (H, W, 3). rng: seeded by seed,
+    set, image and task. With noise 'float' it only draws the noise level, for tasks with a random level; the noise
+    itself always has seed 0, as published, so it is the same for all images of one size.
     """
     if task.family != "denoise" or protocol.noise == "truncated":
         return degrade.degrade_for_test(task, clean, rng)
@@ -155,10 +157,11 @@ def score(protocol: ScoringProtocol, restored: Image, clean: Pixels) -> Quality:
 
 
 def as_restored(image: Pixels | Image) -> Image:
-    """A network's input as if it were its output: float32 (H, W, 3), 8-bit levels divided by 255."""
+    """Convert a network input to the format of its output: float32 (H, W, 3), 8-bit levels divided by 255."""
     return _unit(image) if image.dtype == np.uint8 else image.astype(np.float32, copy=False)
 
 
 def _unit(image: NDArray[np.uint8] | Image) -> Image:
+    """Scale levels in [0, 255] to float32 in [0, 1]."""
     unit: Image = image.astype(np.float32) / np.float32(255)
     return unit

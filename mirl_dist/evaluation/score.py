@@ -1,4 +1,4 @@
-"""What an evaluation gives: the mean quality of one task on one set."""
+"""Defines the score of one task on one evaluation set."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 _Decibel = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
-_Likeness = Annotated[float, Field(ge=-1 - 1e-6, le=1 + 1e-6, allow_inf_nan=False)]  # a mean of rounded numbers
+_Likeness = Annotated[float, Field(ge=-1 - 1e-6, le=1 + 1e-6, allow_inf_nan=False)]  # tolerance: rounding of means
 
 
 class Score(BaseModel):
-    """Mean quality of one task on one set. psnr in dB, at most 100 (metrics.PSNR_CEILING_DB); ssim in [-1, 1];
-    degraded_*: of the input itself."""
+    """Mean PSNR and SSIM of one task on one set.
+
+    psnr: in dB, at most 100 (metrics.PSNR_CEILING_DB); ssim: in [-1, 1]; degraded_*: of the degraded input.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -25,5 +27,5 @@ class Score(BaseModel):
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that scores depend on."""
+    """Return the versions of the libraries that affect scores."""
     return {name: metadata.version(name) for name in ("numpy", "scikit-image")}

@@ -1,7 +1,7 @@
-"""Large images in square tiles that overlap, for networks whose memory grows with the image.
+"""Restores large images in overlapping square tiles, to bound the memory of the network.
 
-This changes results. PromptIR's and Restormer's channel attention is computed over all pixels that they are given, so a
-tile is restored otherwise than the same pixels inside the whole image, wherever the seams lie.
+Tiling changes results: the channel attention of PromptIR and Restormer depends on all input pixels, so a tile is
+restored differently from the same pixels of the whole image, and not only near the seams.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ Image = NDArray[np.float32]
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin on an axis of `size` pixels; the last ends with the image, so it may overlap more.
+    """Return the first pixel of each tile along an axis of `size` pixels.
 
-    An axis not longer than a tile has one tile. Neighbours share at least `overlap` pixels.
+    Neighbouring tiles share at least `overlap` pixels; the last tile ends with the image, so it may share more. An axis
+    of at most `tile` pixels has one tile.
     Raises UserError unless 0 <= overlap < tile.
     """
     if not 0 <= overlap < tile:
@@ -34,11 +35,11 @@ def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
 
 
 def restore_tiled(work: Callable[[NDArray[Any]], Image], image: NDArray[Any], tile: int, overlap: int) -> Image:
-    """`work` on each tile of an image, put together: float32 (H, W, C).
+    """Apply `work` to each tile of an image and blend the results: float32 (H, W, C).
 
-    image: (H, W, C), any type. work: takes (h, w, C) with h, w <= tile, returns float32 of the same height and width.
-    Where tiles overlap, the earlier a and the later b blend as a + (b - a) t with t rising linearly inside (0, 1), so
-    the shares sum to one, and where both agree the result is theirs to the last bit.
+    image: (H, W, C), any dtype. work: takes (h, w, C) with h, w <= tile, returns float32 of the same height and width.
+    In an overlap, an earlier tile a and a later tile b are blended as a + (b - a) * t, with t rising linearly inside
+    (0, 1). Weights sum to one, and where a and b are equal the result equals them exactly.
     """
     height, width = image.shape[:2]
     rows = []
@@ -51,9 +52,9 @@ def restore_tiled(work: Callable[[NDArray[Any]], Image], image: NDArray[Any], ti
 
 
 def _blend(parts: list[Image], begins: list[int]) -> Image:
-    """Join parts along their first axis, blended where they overlap: float32 (length, A, C).
+    """Join parts along the first axis and blend them where they overlap: float32 (length, A, C).
 
-    parts: (n, A, C) with n of their own; begins: where each lies in the whole.
+    parts: (n, A, C), n may differ; begins: start of each part along the first axis.
     """
     whole = np.empty((begins[-1] + len(parts[-1]), *parts[0].shape[1:]), np.float32)
     filled = 0

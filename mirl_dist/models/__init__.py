@@ -1,4 +1,4 @@
-"""The networks by name: plain modules, images in and images out; and the way from official checkpoints and back."""
+"""Creates networks by name, and converts their weights from and to official checkpoints."""
 
 from __future__ import annotations
 
@@ -20,28 +20,27 @@ _NETWORKS = {"promptir": PromptIR}
 
 
 def names() -> tuple[str, ...]:
-    """The names that `create` knows."""
+    """Return the names that `create` accepts."""
     return tuple(_NETWORKS)
 
 
 def create(name: str, **sizes: Any) -> nn.Module:
-    """A fresh network: float (B, 3, H, W) in [0, 1] in and out, any H, W >= 1.
+    """Create a network with random weights: float (B, 3, H, W) in [0, 1] in and out, any H, W >= 1.
 
-    sizes: the constructor's keywords; what is not given has its published value. Weights are drawn from
-    torch's global generator, so seed it first. Raises UserError for an unknown name or keyword (listing the
-    known ones) and for sizes that do not fit.
+    sizes: keywords of the constructor; defaults are the published values. Weights are drawn from torch's global
+    generator: seed it first. Raises UserError for an unknown name or keyword (listing the known ones) and for
+    inconsistent sizes.
     """
     _check_name_and_sizes(name, sizes)
     return _NETWORKS[name](**sizes)
 
 
 def from_official(name: str, state_dict: Mapping[str, Any], **sizes: Any) -> Converted:
-    """The tensors of an official checkpoint, ready for `create(name, **sizes).load_state_dict(weights)`.
+    """Convert an official checkpoint for `create(name, **sizes).load_state_dict(weights)`.
 
-    state_dict: names to tensors, with or without Lightning's prefix `net.`, or the whole Lightning
-    checkpoint. Tensors that the official class owns and never uses are dropped and reported; nothing is
-    copied or cast. Raises UserError as `create` does, and for missing, unknown or misshapen tensors, all listed
-    at once.
+    state_dict: names to tensors, with or without Lightning's prefix `net.`, or a whole Lightning checkpoint. Tensors
+    that the official class owns but never uses are dropped and reported; nothing is copied or cast. Raises UserError
+    like `create`, and one that lists all missing, unknown and misshapen tensors.
     """
     _check_name_and_sizes(name, sizes)
     network, expected = _network_and_shapes(name, sizes)
@@ -49,11 +48,11 @@ def from_official(name: str, state_dict: Mapping[str, Any], **sizes: Any) -> Con
 
 
 def to_official(name: str, weights: Mapping[str, Tensor], **sizes: Any) -> dict[str, Tensor]:
-    """The inverse of `from_official`: the official class's whole state dict, without prefix.
+    """Invert `from_official`: return the complete state dict of the official class, without prefix.
 
-    The tensors that the class owns and never uses are zeros; nothing else is copied or cast. The official class exists
-    at the published sizes; at others, shapes of the unused tensors follow the same rule. Raises UserError as `create`
-    does, and for missing, unknown or misshapen weights, all listed at once.
+    Tensors that the class owns but never uses are zeros; nothing else is copied or cast. The official class exists only
+    at the published sizes; at others, the shapes of the unused tensors follow the same rule. Raises UserError like
+    `create`, and one that lists all missing, unknown and misshapen weights.
     """
     _check_name_and_sizes(name, sizes)
     network, expected = _network_and_shapes(name, sizes)
@@ -61,13 +60,14 @@ def to_official(name: str, weights: Mapping[str, Tensor], **sizes: Any) -> dict[
 
 
 def _network_and_shapes(name: str, sizes: Mapping[str, Any]) -> tuple[PromptIR, dict[str, tuple[int, ...]]]:
-    """A network without values, and its names and shapes."""
+    """Return the network on the meta device, and the names and shapes of its tensors."""
     with torch.device("meta"):
         network = _NETWORKS[name](**sizes)
     return network, {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
 
 
 def _check_name_and_sizes(name: str, sizes: Mapping[str, Any]) -> None:
+    """Raise UserError for an unknown network name or keyword."""
     if name not in _NETWORKS:
         raise UserError(
             f"found the network name {name!r}, where a network is built. Use one of: {', '.join(_NETWORKS)}."

@@ -1,4 +1,4 @@
-"""A network through torch.compile, for images of any size."""
+"""Compiles a network with torch.compile for images of any size."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _CELL_PIXELS = 8
 
 
 class _OnCells(nn.Module):
-    """The network on (B, 64 C, h, w), each cell 8 x 8 pixels: what is traced sees sides that divide by 8.
+    """The network on cells of 8 x 8 pixels, (B, 64 C, h, w), so that the traced image sides are multiples of 8.
 
-    Otherwise the network's own padding leaves remainders in the traced sizes, which torch 2.13 cannot compile
+    Without this, the network's own padding puts remainders into the traced sizes, which torch 2.13 cannot compile
     (pytorch/pytorch issue 197716).
     """
 
@@ -31,17 +31,17 @@ class _OnCells(nn.Module):
 
 
 class Compiled(nn.Module):
-    """A network, compiled at its first image and not again for other sizes, unless they are very small.
+    """A network compiled at its first image, and recompiled for other sizes only if they are very small.
 
-    Images: (B, C, H, W), grown to multiples of 8 as `pad_to_multiple` says, and cropped again. Weights may change
-    between images. Outputs differ from the network's own by rounding. Raises UserError where compiling fails.
+    Images (B, C, H, W) are padded to multiples of 8 by `pad_to_multiple`, and outputs cropped again. Weights may change
+    between images. Outputs differ from the network's own by rounding. Raises UserError if compiling fails.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         try:
             self._network: Any = torch.compile(_OnCells(network), dynamic=True)
-        except RuntimeError as error:  # this Python or this system is not supported
+        except RuntimeError as error:  # this Python version or platform is not supported
             raise _compile_error(error) from None
 
     def forward(self, image: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Compiled(nn.Module):
 
         height, width = image.shape[-2:]
         cells = F.pixel_unshuffle(pad_to_multiple(image, _CELL_PIXELS), _CELL_PIXELS)
-        maybe_mark_dynamic(cells, (2, 3))  # else a square first image is taken for a law: height equals width
+        maybe_mark_dynamic(cells, (2, 3))  # else a square first image specialises on height == width
         try:
             restored: Tensor = self._network(cells)
         except TorchDynamoException as error:

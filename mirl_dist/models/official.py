@@ -1,4 +1,4 @@
-"""The tensors of official checkpoints and ours, both ways: names and shapes checked, unused tensors dropped or zero."""
+"""Converts weights from and to official checkpoints; checks names and shapes, and drops or zeros unused tensors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from mirl_dist.errors import UserError
 
-_NAMES_LISTED = 8  # names listed per kind of complaint; the count is always given in full
+_NAMES_LISTED = 8  # names listed per kind of problem; the message always states the full count
 
 
 class Converted(NamedTuple):
-    """What `convert` returns.
+    """A converted checkpoint.
 
-    weights: our names to tensors, detached, as they were.  dropped: 'name (shape)' of each left out.
+    weights: our names to tensors, detached, otherwise unchanged. dropped: 'name (shape)' of each dropped tensor.
     """
 
     weights: dict[str, Tensor]
@@ -28,13 +28,12 @@ class Converted(NamedTuple):
 def convert(
     network: str, checkpoint: Mapping[str, object], expected: Mapping[str, Sequence[int]], unused: Iterable[str]
 ) -> Converted:
-    """The tensors of an official checkpoint under our names, with nothing missing, unknown or misshapen.
+    """Convert an official checkpoint to our names, and check that no tensor is missing, unknown or misshapen.
 
-    checkpoint: names to tensors, all or none of them prefixed `net.`, or a Lightning checkpoint, which holds
-    such a mapping under `state_dict`.  expected: our names and shapes, in our order.  unused: names, without
-    prefix, that the official class owns and never uses; each one present is left out and reported, whatever
-    its shape.
-    Raises UserError that lists all complaints at once.
+    checkpoint: names to tensors, with the prefix `net.` on all or none, or a Lightning checkpoint with such a mapping
+    under `state_dict`. expected: our names and shapes, in our order. unused: names, without prefix, of tensors that the
+    official class owns but never uses; those present are dropped and reported, whatever their shape.
+    Raises a UserError that lists all problems.
     """
     named = _without_prefix(network, _tensors_of(network, checkpoint))
     dropped = tuple(f"{name} {tuple(named.pop(name).shape)}" for name in sorted(unused) if name in named)
@@ -53,10 +52,10 @@ def revert(
     expected: Mapping[str, Sequence[int]],
     unused: Mapping[str, Sequence[int]],
 ) -> dict[str, Tensor]:
-    """The inverse of `convert`: all tensors of the official class, those that it never uses as zeros.
+    """Invert `convert`: return all tensors of the official class, with zeros for those that it never uses.
 
     weights: our names to tensors; expected: our names and shapes; unused: names and shapes to add. Nothing is copied
-    or cast. Raises UserError that lists all complaints at once.
+    or cast. Raises a UserError that lists all problems.
     """
     mismatches = _mismatches(weights, expected)
     if mismatches:
@@ -69,13 +68,14 @@ def revert(
 
 
 def write(weights: Mapping[str, Tensor], *, compact: bool, lightning: bool = True) -> bytes:
-    """A checkpoint file that `torch.load(..., weights_only=True)` reads; the same weights give the same bytes.
+    """Serialise a checkpoint for `torch.load(..., weights_only=True)`; the same weights give the same bytes.
 
-    lightning: names prefixed `net.` under 'state_dict', beside what Lightning's `load_from_checkpoint` asks for; else a
-    bare state dict. compact: the file's records are deflated, so that zeros cost little; such a file cannot be read
-    with `mmap=True`.
+    lightning: put names with the prefix `net.` under 'state_dict', and add what Lightning's `load_from_checkpoint`
+    requires; else write a bare state dict. compact: compress the records with deflate, so that zeros take little space;
+    such a file cannot be loaded with `mmap=True`.
     """
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}  # of no larger storage
+    # clone(): torch.save would write the whole storage of a view.
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
     tree: dict[str, object] = dict(tensors)
     if lightning:
         tree = {"state_dict": {f"net.{name}": tensor for name, tensor in tensors.items()}} | _LIGHTNING
@@ -84,12 +84,12 @@ def write(weights: Mapping[str, Tensor], *, compact: bool, lightning: bool = Tru
     return _deflate(stored) if compact else stored.getvalue()
 
 
-# Lightning upgrades checkpoints of versions before 2.0; later ones it takes as they are.
+# Lightning migrates checkpoints of versions before 2.0 and loads later ones unchanged.
 _LIGHTNING = {"pytorch-lightning_version": "2.0.1", "epoch": 0, "global_step": 0}
 
 
 def _deflate(stored: io.BytesIO) -> bytes:
-    """The same zip archive with its records compressed."""
+    """Return the same zip archive with compressed records."""
     compressed = io.BytesIO()
     with zipfile.ZipFile(stored) as source, zipfile.ZipFile(compressed, "w") as target:
         for entry in source.infolist():
@@ -99,7 +99,7 @@ def _deflate(stored: io.BytesIO) -> bytes:
 
 
 def _mismatches(named: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> list[str]:
-    """What keeps tensors from being those of a network."""
+    """Describe all mismatches between tensors and the names and shapes of a network."""
     missing = [repr(name) for name in expected if name not in named]
     unknown = [f"{name!r} {tuple(tensor.shape)}" for name, tensor in named.items() if name not in expected]
     misshapen = [
@@ -123,7 +123,7 @@ def _mismatches(named: Mapping[str, Tensor], expected: Mapping[str, Sequence[int
 
 
 def _tensors_of(network: str, checkpoint: Mapping[str, object]) -> dict[str, Tensor]:
-    """The flat mapping of names to tensors inside `checkpoint`."""
+    """Return the flat mapping of names to tensors in `checkpoint`. Raises UserError if it has other entries."""
     inner = checkpoint.get("state_dict", checkpoint)
     if not isinstance(inner, Mapping):
         raise UserError(
@@ -146,7 +146,7 @@ def _tensors_of(network: str, checkpoint: Mapping[str, object]) -> dict[str, Ten
 
 
 def _without_prefix(network: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors without Lightning's `net.` in front, which all names carry or none."""
+    """Return the tensors without Lightning's prefix `net.`. Raises UserError if only some names have it."""
     prefixed = [name for name in tensors if name.startswith("net.")]
     if not prefixed:
         return tensors
@@ -160,6 +160,6 @@ def _without_prefix(network: str, tensors: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def _list_names(kind: str, names: Sequence[str]) -> str:
-    """'3 missing (a, b, c)', cut after the first few names."""
+    """Return e.g. '3 missing (a, b, c)', with at most _NAMES_LISTED names."""
     more = f", and {len(names) - _NAMES_LISTED} more" if len(names) > _NAMES_LISTED else ""
     return f"{len(names)} {kind} ({', '.join(names[:_NAMES_LISTED])}{more})"

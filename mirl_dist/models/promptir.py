@@ -1,19 +1,16 @@
 """PromptIR: Potlapalli et al., NeurIPS 2023 (arXiv 2306.13090), also the dense network that MIR-L prunes.
 
-Written from the paper and from facts measured on the official class (va1shn9v/PromptIR at 106159a, which
-carries a non-commercial licence and was not copied). Equal to that class up to rounding, gradients
-included; the parameters have the official names.
+Written from the paper and from measurements of the official class (va1shn9v/PromptIR at 106159a, whose code has a
+non-commercial licence and was not copied). Outputs and gradients equal those of that class up to rounding; parameters
+have the official names.
 
 Differences from the published code:
-- Six 1x1 convolutions that the published class owns but its forward never calls are absent:
-  `PromptIR.official_only`, 215,296 of 35,592,263 parameters at the default sizes. MIR-L's code leaves them
-  at their initial values, yet counts them among the prunable weights, so its global threshold and its
-  totals differ slightly.
-- Any image size >= 1x1 is accepted; the published network needs multiples of 8.
-- All widths follow `dim` and `prompt_dims`, and `prompt_heads` is a parameter; published values are the
-  defaults.
-- The published `decoder=False` does not run (widths do not fit) and is not offered. Norms are always
-  "WithBias".
+- Six 1x1 convolutions that the published class owns but never calls are absent: `PromptIR.official_only`, 215,296 of
+  35,592,263 parameters at the default sizes. MIR-L's code leaves them at their initial values but counts them as
+  prunable, so its global threshold and its totals differ slightly.
+- Any image size from 1x1 is accepted; the published network needs multiples of 8.
+- All widths follow `dim` and `prompt_dims`, and `prompt_heads` is a parameter; the defaults are the published values.
+- The published option `decoder=False` fails (widths do not match) and is omitted. Norms are always "WithBias".
 - The mixture of prompt components is one matrix product.
 
 Shape letters: B batch, C channels, H W pixels, L prompt components, S prompt side.
@@ -34,11 +31,11 @@ from mirl_dist.models.restormer import Downsample, PatchEmbed, TransformerBlock,
 
 
 class PromptBlock(nn.Module):
-    """Prompt generation: a mixture of learnt components, chosen by the image's features. Section 3.1.1.
+    """Prompt generation: a mixture of learnt components, weighted by the image's features. Section 3.1.1.
 
-    features (B, C, H, W) to prompt (B, channels, H, W): softmax weights from the pixel mean mix the
-    components (1, L, channels, S, S), initially uniform in [0, 1); the mixture is resized bilinearly to
-    (H, W) (pixel centres, no antialiasing) and passes a 3x3 convolution.
+    Features (B, C, H, W) to a prompt (B, channels, H, W). The mean over pixels gives softmax weights of the components
+    (1, L, channels, S, S), which are initially uniform in [0, 1). The mixture is resized bilinearly to (H, W)
+    (align_corners=False, no antialiasing) and passed through a 3x3 convolution.
     """
 
     def __init__(self, feature_channels: int, channels: int, length: int, side: int) -> None:
@@ -58,7 +55,7 @@ class PromptBlock(nn.Module):
 
 
 class _PromptSizes(NamedTuple):
-    """Of a prompt: components, channels and side; of the block that reads it: heads, hidden over visible channels."""
+    """Sizes of a prompt (components, channels, side) and of the block after it (heads, ratio of hidden channels)."""
 
     length: int
     channels: int
@@ -70,9 +67,10 @@ class _PromptSizes(NamedTuple):
 def _prompt_stage(
     channels: int, out_channels: int, prompt: _PromptSizes
 ) -> tuple[PromptBlock, TransformerBlock, nn.Conv2d]:
-    """Build, in this order, a prompt, the block that reads features and prompt together, and the 1x1 convolution after.
+    """Build a prompt block, the transformer block on features and prompt, and the 1x1 convolution after it.
 
-    channels: of the features; out_channels: of the convolution.
+    channels: of the features; out_channels: of the convolution. Built in this order, which determines the random
+    initial weights.
     """
     block = PromptBlock(channels, prompt.channels, prompt.length, prompt.side)
     joined = channels + prompt.channels
@@ -81,19 +79,19 @@ def _prompt_stage(
 
 
 class PromptIR(nn.Module):
-    """A degraded image to a restored one: a four-level Restormer whose decoder is steered by learnt prompts.
+    """Image restoration network: a four-level Restormer whose decoder is conditioned on learnt prompts.
 
-    Input and output: float (B, 3, H, W), nominally in [0, 1] (the output is not clipped), any H, W >= 1:
-    padded inside to multiples of 8 and cropped again. 35,376,967 parameters in 542 tensors at the defaults.
-    Initial values are PyTorch's own; temperatures 1, norm scales 1 and shifts 0, prompts uniform in [0, 1).
+    Input and output: float (B, 3, H, W), nominally in [0, 1] (the output is not clipped), any H, W >= 1; padded
+    internally to multiples of 8 and cropped again. 35,376,967 parameters in 542 tensors at the defaults.
+    Initial values are PyTorch's defaults; temperatures 1, norm scales 1 and shifts 0, prompts uniform in [0, 1).
 
-    dim: channels of level 1, even; levels have dim, 2 dim, 4 dim, 8 dim.  blocks, heads: per level, finest
-    first (the decoder repeats levels 3, 2, 1).  refinement_blocks: at full resolution after the decoder.
-    ffn_expansion: hidden over visible channels.  prompt_length: components per prompt.
-    prompt_dims, prompt_sizes: channels and side of prompts 1, 2, 3, which follow features of 2 dim, 4 dim,
-    8 dim channels.  prompt_heads: heads of the blocks that read the prompts.
-    Raises UserError, naming every number at fault, for sizes that do not fit, and for an input of another shape.
-    Source: section 3 and the official class; see the head of this file for the differences.
+    dim: channels of level 1, even; levels have dim, 2 dim, 4 dim, 8 dim. blocks, heads: per level, highest resolution
+    first (the decoder repeats levels 3, 2, 1). refinement_blocks: at full resolution after the decoder.
+    ffn_expansion: ratio of hidden to input channels. prompt_length: components per prompt.
+    prompt_dims, prompt_sizes: channels and side of prompts 1, 2, 3, which are computed from features with 2 dim, 4 dim,
+    8 dim channels. prompt_heads: heads of the transformer blocks on the prompts.
+    Raises UserError for inconsistent sizes, naming each wrong number, and for an input of another shape.
+    Source: section 3 and the official class; differences are listed in the module docstring.
     """
 
     official_only: ClassVar[tuple[str, ...]] = (
@@ -151,7 +149,7 @@ class PromptIR(nn.Module):
         self.output = nn.Conv2d(c1 + c1, 3, 3, padding=1, bias=False)
 
     def official_only_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of `official_only` beside this network's sizes (256 channels are fixed in the published class)."""
+        """Return the shapes of `official_only` for this network's sizes (256 channels are fixed, as published)."""
         c = [self.patch_embed.proj.out_channels * 2**at for at in range(3)]
         p = [block.conv3x3.out_channels for block in (self.prompt1, self.prompt2, self.prompt3)]
         reduced = (
@@ -175,7 +173,7 @@ class PromptIR(nn.Module):
         return (self._correction(padded) + padded)[..., :height, :width]
 
     def _correction(self, image: Tensor) -> Tensor:
-        """What is added to the image: (B, 3, H, W) to (B, 3, H, W), both sides multiples of 8."""
+        """Return the residual to add to the image: (B, 3, H, W) to (B, 3, H, W), H and W multiples of 8."""
         encoded1 = self.encoder_level1(self.patch_embed(image))  # (B, dim, H, W)
         encoded2 = self.encoder_level2(self.down1_2(encoded1))  # (B, 2 dim, H/2, W/2)
         encoded3 = self.encoder_level3(self.down2_3(encoded2))  # (B, 4 dim, H/4, W/4)
@@ -198,7 +196,7 @@ class PromptIR(nn.Module):
 def _check_sizes(
     scalars: dict[str, int], rows: dict[str, Sequence[int]], refinement_blocks: int, ffn_expansion: float
 ) -> None:
-    """Raise one UserError that lists every complaint about PromptIR's sizes."""
+    """Raise a UserError that lists all problems with PromptIR's sizes."""
     wanted = {"blocks": 4, "heads": 4, "prompt_dims": 3, "prompt_sizes": 3}
     bad = [f"{key} = {value} (must be >= 1)" for key, value in scalars.items() if value < 1]
     for key, row in rows.items():

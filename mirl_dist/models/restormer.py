@@ -1,7 +1,7 @@
 """Building blocks of the Restormer family: Zamir et al., CVPR 2022 (arXiv 2111.09881), sections 3.1 and 3.2.
 
-Written from the published description and from facts measured on the official classes; parameter names are
-the official ones, so published weights load with `strict=True`. No convolution has a bias.
+Written from the paper and from measurements of the official classes. Parameters have the official names, so published
+weights load with `strict=True`. No convolution has a bias.
 
 Shape letters: B batch, C channels, H W pixels, N heads, D channels per head (C = N * D).
 """
@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """The image, grown at the bottom and the right until both sides divide by `multiple`.
+    """Pad an image at the bottom and right until both sides are multiples of `multiple`.
 
-    image: (B, C, H, W), H and W >= 1. Reflects without repeating the border as far as the side reaches
-    (at most side - 1 pixels), then repeats the border. Returns the image itself when nothing is to be added.
+    image: (B, C, H, W), H and W >= 1. Pads by reflection without repeating the border, at most side - 1 pixels, and
+    beyond that by replication. Returns the image itself if it needs no padding.
     """
     height, width = image.shape[-2:]
     down, right = -height % multiple, -width % multiple
@@ -30,7 +30,7 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
 
 
 class PixelNorm(nn.Module):
-    """Layer norm over each pixel's channels: population variance, eps 1e-5, scale and shift ("WithBias").
+    """Layer norm over the channels of each pixel: population variance, eps 1e-5, scale and shift ("WithBias").
 
     (B, C, H, W) to (B, C, H, W). Section 3; parameters `body.weight` (ones) and `body.bias` (zeros).
     """
@@ -45,11 +45,11 @@ class PixelNorm(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """MDTA: attention between channels, so that its cost is linear in H * W. Section 3.1.
+    """MDTA: attention between channels, with a cost linear in H * W. Section 3.1.
 
-    (B, C, H, W) to (B, C, H, W); C must divide by `heads`, whose channels are contiguous. Queries and keys
-    have unit length over the pixels (eps 1e-12); `temperature` (N, 1, 1), initially one, multiplies the
-    scores.
+    (B, C, H, W) to (B, C, H, W); C must be a multiple of `heads`, and each head has contiguous channels. Queries and
+    keys are normalised to unit length over the pixels (eps 1e-12); `temperature` (N, 1, 1), initially one, multiplies
+    the scores.
     """
 
     def __init__(self, channels: int, heads: int) -> None:
@@ -63,7 +63,7 @@ class ChannelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         qkv: Tensor = self.qkv_dwconv(self.qkv(x))
-        # unbind(1): with `three` in front, the gradient of a batch would be copied once more
+        # unbind(1): with `three` as the first axis, backward would copy the gradient of the batch once more
         q, k, v = rearrange(qkv, "b (three n d) h w -> b three n d (h w)", three=3, n=self.heads).unbind(1)
         scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
         mixed = scores.softmax(dim=-1) @ v
@@ -72,9 +72,9 @@ class ChannelAttention(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """GDFN: two depthwise 3x3 branches, the first through the exact (erf) GELU, multiplied. Section 3.2.
+    """GDFN: the product of two depthwise 3x3 branches, the first with exact (erf) GELU. Section 3.2.
 
-    (B, C, H, W) to (B, C, H, W); each branch has int(expansion * C) channels, truncated as published.
+    (B, C, H, W) to (B, C, H, W); each branch has int(expansion * C) channels, rounded down as published.
     """
 
     def __init__(self, channels: int, expansion: float) -> None:
@@ -107,7 +107,7 @@ class TransformerBlock(nn.Module):
 
 
 def level(channels: int, heads: int, ffn_expansion: float, blocks: int) -> nn.Sequential:
-    """`blocks` transformer blocks of one width in a row, named 0, 1, ... as in the official files."""
+    """Build a sequence of transformer blocks of equal width, named 0, 1, ... as in official checkpoints."""
     return nn.Sequential(*(TransformerBlock(channels, heads, ffn_expansion) for _ in range(blocks)))
 
 
@@ -124,7 +124,7 @@ class PatchEmbed(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the resolution, twice the channels: (B, C, H, W) to (B, 2C, H/2, W/2); C, H and W even."""
+    """Halves the resolution and doubles the channels: (B, C, H, W) to (B, 2C, H/2, W/2); C, H and W even."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the resolution, half the channels: (B, C, H, W) to (B, C/2, 2H, 2W); C even."""
+    """Doubles the resolution and halves the channels: (B, C, H, W) to (B, C/2, 2H, 2W); C even."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

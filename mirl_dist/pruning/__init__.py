@@ -1,1 +1,1 @@
-"""Masks, the exact quantile, criteria, rewinding: pure functions over named tensors."""
+"""Masks, criteria, exact quantile and rewinding: pure functions over named tensors."""

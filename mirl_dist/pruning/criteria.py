@@ -1,4 +1,4 @@
-"""What makes a weight strong: the literal table of criteria, and the scores of those that need weights alone."""
+"""Defines the pruning criteria, and computes the scores of those that need only the weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from mirl_dist.config.seeding import rng_from_digest
 
 
 class Criterion(NamedTuple):
-    """weights_from: which weights are scored; needs: what the scores need besides them; description: for people."""
+    """A pruning criterion.
+
+    weights_from: which weights are scored; needs: what the scores need besides them; description: for the user.
+    """
 
     weights_from: Literal["trained", "initial"]
     needs: Literal["nothing", "network", "gradients"]
@@ -28,13 +31,13 @@ CRITERIA: dict[str, Criterion] = {
     "snip": Criterion("initial", "gradients", "|w dL/dw| at first values (SNIP, Lee et al. 2019)"),
     "gradient": Criterion("trained", "gradients", "|w dL/dw| after training (Blalock et al. 2020)"),
 }
-"""prune.criterion -> what it is. The weights with the smallest |score| go first."""
+"""prune.criterion -> its definition. The weights with the smallest |score| are pruned first."""
 
 
 def scores_of_weights(criterion: str, name: str, weights: Tensor, seed: int) -> Tensor:
-    """Flat float32 scores of a tensor by a criterion that needs nothing but weights.
+    """Return the flat float32 scores of a tensor by a criterion that needs only the weights.
 
-    Raises ValueError for one that needs more: its scores are the caller's to bring.
+    Raises ValueError for any other criterion: the caller must compute its scores.
     """
     if criterion not in _BY_WEIGHTS_ALONE:
         raise ValueError(f"the criterion '{criterion}' needs {CRITERIA[criterion].needs}: pass its scores")
@@ -42,7 +45,7 @@ def scores_of_weights(criterion: str, name: str, weights: Tensor, seed: int) -> 
 
 
 def _random(name: str, weights: Tensor, seed: int) -> Tensor:
-    """Uniform in [0, 1); depends on nothing but the seed and the name."""
+    """Return uniform scores in [0, 1), which depend only on the seed, the name and the number of weights."""
     generator = rng_from_digest(hashlib.sha256(f"random-mask|{seed}|{name}".encode()).digest())
     return torch.from_numpy(generator.random(weights.numel(), dtype=np.float32)).to(weights.device)
 

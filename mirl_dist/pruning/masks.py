@@ -1,4 +1,4 @@
-"""Named boolean masks: count, apply, pack to bits, digest. Where a mask is true the weight survives, zero or not."""
+"""Named boolean masks: count, apply, pack to bits, digest. True means that the weight survives, even if it is zero."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Masks: TypeAlias = dict[str, Tensor]
 
 
 def dense_masks(weights: Mapping[str, Tensor], prunable: Iterable[str]) -> Masks:
-    """The dense masks of round 0: every weight of every prunable tensor survives."""
+    """Return the dense masks of round 0, with which every weight of every prunable tensor survives."""
     return {name: torch.ones_like(weights[name], dtype=torch.bool) for name in sorted(prunable)}
 
 
 def count_surviving(masks: Mapping[str, Tensor]) -> int:
-    """Surviving weights over all prunable tensors."""
+    """Return the number of surviving weights over all prunable tensors."""
     return sum(int(mask.sum()) for mask in masks.values())
 
 
 def size(masks: Mapping[str, Tensor]) -> int:
-    """All prunable weights, surviving or pruned."""
+    """Return the number of prunable weights, surviving or pruned."""
     return sum(mask.numel() for mask in masks.values())
 
 
 def densities(masks: Mapping[str, Tensor]) -> dict[str, float]:
-    """Surviving share of each prunable tensor, in [0, 1]."""
+    """Return the surviving share of each prunable tensor, in [0, 1]."""
     return {name: int(mask.sum()) / mask.numel() for name, mask in masks.items()}
 
 
@@ -45,8 +45,8 @@ def apply_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> N
 def mask_gradients(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
     """Set the gradients of pruned weights to zero, in place.
 
-    With zero weights, zero gradients and a fresh optimiser, moments and weights stay exactly zero under any
-    optimiser whose update is zero for a zero weight and zero moments, decoupled weight decay included.
+    With zero weights, zero gradients and a fresh optimiser, weights and moments stay exactly zero under any optimiser
+    whose update is zero for a zero weight with zero moments; decoupled weight decay is such an update.
     """
     for name, mask in masks.items():
         gradient = parameters[name].grad
@@ -55,7 +55,7 @@ def mask_gradients(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]
 
 
 def find_nonzero_pruned(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> str | None:
-    """The first tensor (by name) with a pruned weight that is not zero, or None when the masks hold."""
+    """Return the first tensor, by name, with a pruned weight that is not zero, or None."""
     for name in sorted(masks):
         if bool(weights[name].detach().masked_fill(masks[name], 0.0).any()):
             return name
@@ -63,12 +63,12 @@ def find_nonzero_pruned(weights: Mapping[str, Tensor], masks: Mapping[str, Tenso
 
 
 def pack(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Bits, eight to a uint8, in the flat order of each tensor, first weight in the highest bit."""
+    """Pack each mask to uint8, eight weights per byte in flat order, the first weight in the highest bit."""
     return {n: torch.from_numpy(np.packbits(m.cpu().numpy().reshape(-1))) for n, m in masks.items()}
 
 
 def unpack(packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Masks:
-    """The inverse of `pack`. Raises ValueError when names or lengths do not fit the shapes."""
+    """Invert `pack`. Raises ValueError if names or lengths do not match the shapes."""
     if packed.keys() != shapes.keys():
         mismatched = sorted(packed.keys() ^ shapes.keys())
         raise ValueError(f"masks and prunable tensors differ: {', '.join(mismatched[:5])}")
@@ -83,17 +83,20 @@ def unpack(packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) 
 
 
 def digest(masks: Mapping[str, Tensor]) -> str:
-    """Hex SHA-256 over names, shapes and bits, in the order of names: equal only for equal masks."""
+    """Return the hex SHA-256 over names, shapes and bits, in the order of names."""
     return digest_of_masks((name, masks[name]) for name in sorted(masks))
 
 
 def digest_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None) -> str:
-    """Hex SHA-256 over names, dtypes, shapes and the exact bytes of named tensors, in the order of names."""
+    """Return the hex SHA-256 over names, dtypes, shapes and bytes of named tensors, in the order of names.
+
+    shapes: hashed in place of a tensor's own shape, for those named.
+    """
     return digest_of(((name, tensors[name]) for name in sorted(tensors)), shapes)
 
 
 def digest_of(named: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]] | None = None) -> str:
-    """`digest_tensors` of tensors that come one by one, in the order of names."""
+    """Compute `digest_tensors` from an iterable, which must be in the order of names."""
     total = hashlib.sha256()
     for name, tensor in named:
         flat = tensor.detach().cpu().contiguous()
@@ -104,7 +107,7 @@ def digest_of(named: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[in
 
 
 def digest_of_masks(named: Iterable[tuple[str, Tensor]]) -> str:
-    """`digest` of masks that come one by one, in the order of names."""
+    """Compute `digest` from an iterable of masks, which must be in the order of names."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def packed() -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Which weights a rank counts: of replicated tensors a slice of each, of sharded tensors all that it holds."""
+"""Partitions weights over ranks for counting: a slice of each replicated tensor, or the shards that a rank holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mirl_dist.pruning.quantile import Gather
 
 
 class ReplicatedPartition(NamedTuple):
-    """Of replicated tensors a rank counts the `rank`-th of `ranks` contiguous slices of each."""
+    """Partition of replicated tensors: a rank counts the `rank`-th of `ranks` contiguous slices of each."""
 
     rank: int = 0
     ranks: int = 1
@@ -27,9 +27,9 @@ class ReplicatedPartition(NamedTuple):
 
 
 class ShardedPartition(NamedTuple):
-    """Of sharded tensors a rank counts its shard: all that it holds.
+    """Partition of sharded tensors: a rank counts its whole shard.
 
-    Shards are contiguous flat slices, which follow one another in the order of ranks, and may be empty.
+    Shards are contiguous flat slices in the order of ranks, and may be empty.
     """
 
     rank: int
@@ -43,10 +43,10 @@ class ShardedPartition(NamedTuple):
 
 
 class Partition(Protocol):
-    """Which weights a rank counts.
+    """Defines which weights a rank counts, so that each weight is counted once.
 
-    is_replicated: every rank holds all tensors, and makes the masks of all; else each holds, and masks, its shards.
-    own_part: of a flat tensor as this rank holds it, the weights that it counts.
+    is_replicated: every rank holds all tensors and computes all masks; else each rank holds its shards and computes
+    their masks. own_part: returns the weights that this rank counts, of a flat tensor that it holds.
     """
 
     @property
@@ -57,14 +57,14 @@ class Partition(Protocol):
 
 
 class Counts(NamedTuple):
-    """Of each prunable tensor, over all ranks: its surviving weights, and all of them."""
+    """Surviving and total weights of each prunable tensor, over all ranks."""
 
     surviving: dict[str, int]
     total: dict[str, int]
 
 
 def count_weights(masks: Mapping[str, Tensor], partition: Partition, gather: Gather) -> Counts:
-    """Count over all ranks; a collective where tensors are sharded."""
+    """Count weights over all ranks; a collective if tensors are sharded."""
     names = sorted(masks)
     counts = torch.tensor([[int(masks[n].sum()), masks[n].numel()] for n in names], dtype=torch.int64).reshape(-1, 2)
     if not partition.is_replicated:

@@ -1,8 +1,8 @@
-"""Which weights go: criteria x scopes over named tensors. Nothing here changes a weight.
+"""Selects the weights to prune, globally or per layer, by their scores. Nothing here changes a weight.
 
 MIR-L, Algorithm 1 and eq. 3 to 5: the p-quantile of the surviving magnitudes, over the network or per layer. The
-released code removes, of n distinct survivors, exactly ceil(p (n - 1)); so does this, ties and all, by order of
-(tensor name, flat index).
+released code removes exactly ceil(p * (n - 1)) of n distinct magnitudes. This code removes as many in any case; it
+breaks ties by (tensor name, flat index).
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from mirl_dist.pruning.quantile import CHUNK, Gather, Threshold, kth_smallest, s
 
 
 class PruneConfig(NamedTuple):
-    """How a round prunes. fraction: of the surviving weights, in (0, 1); output_*: the layer-wise exception of MIR-L.
+    """The pruning settings of a round.
 
-    floor: with per='global', the share of each tensor, in [0, 1), that survives in any case; iterations: SynFlow's.
+    fraction: of the surviving weights to remove, in (0, 1); output_layers, output_factor: globs of layers and the
+    factor on their fraction with per='layer' (MIR-L); floor: with per='global', the share of each tensor, in [0, 1),
+    that always survives; iterations: steps of SynFlow.
     """
 
     fraction: float
@@ -40,8 +42,8 @@ class PruneConfig(NamedTuple):
 
 
 class PruneResult(NamedTuple):
-    """New masks; `threshold`: the largest removed score (per layer: the largest of all layers); `removed`: how many;
-    `collapsed`: the tensors without any surviving weight."""
+    """New masks. threshold: the largest removed |score| (per layer: over all layers); removed: number of removed
+    weights; collapsed: tensors without any surviving weight."""
 
     masks: Masks
     threshold: float
@@ -50,14 +52,14 @@ class PruneResult(NamedTuple):
 
 
 class PruneGroup(NamedTuple):
-    """Tensors whose weights compete with one another, and how many of them go."""
+    """Tensors whose weights are ranked together, and the number k of weights to remove from them."""
 
     names: tuple[str, ...]
     k: int
 
 
 def in_scope(names: Iterable[str], scope: str | tuple[str, ...]) -> tuple[str, ...]:
-    """The prunable names, sorted. scope: 'published' (names that contain 'weight'), 'all', or globs.
+    """Return the prunable names, sorted. scope: 'published' (names that contain 'weight'), 'all', or globs.
 
     Raises UserError for a glob that matches nothing.
     """
@@ -76,15 +78,15 @@ def in_scope(names: Iterable[str], scope: str | tuple[str, ...]) -> tuple[str, .
 
 
 def count_to_remove(surviving: int, fraction: float, factor: float = 1.0) -> int:
-    """ceil(fraction x factor (surviving - 1)) in exact decimal arithmetic: as published for distinct magnitudes."""
+    """Return ceil(fraction * factor * (surviving - 1)), computed exactly: as published for distinct magnitudes."""
     return math.ceil(Fraction(str(fraction)) * Fraction(str(factor)) * (surviving - 1)) if surviving > 0 else 0
 
 
 def form_groups(counts: Counts, config: PruneConfig) -> list[PruneGroup]:
-    """Say which tensors compete, and how many of their weights go.
+    """Group the tensors whose weights are ranked together, with the number of weights to remove per group.
 
-    All tensors together, or each by itself, with `output_factor` for `output_layers`. Raises UserError when the floor
-    leaves too few weights to remove, ValueError for a floor with per='layer'.
+    per='global' gives one group; per='layer' gives one per tensor, with `output_factor` for `output_layers`. Raises
+    UserError if the floor leaves too few weights to remove, ValueError for a floor with per='layer'.
     """
     if config.floor and config.per != "global":
         raise ValueError("a floor belongs to per='global'")
@@ -106,7 +108,7 @@ def form_groups(counts: Counts, config: PruneConfig) -> list[PruneGroup]:
 
 
 def _spare(counts: Counts, name: str, floor: float) -> int:
-    """How many surviving weights of a tensor may go: all but ceil(floor x size), in exact decimal arithmetic."""
+    """Return how many surviving weights of a tensor may be removed: all but ceil(floor * size), in exact arithmetic."""
     return max(0, counts.surviving[name] - math.ceil(Fraction(str(floor)) * counts.total[name]))
 
 
@@ -118,9 +120,10 @@ def select(
     partition: Partition = ReplicatedPartition(),  # noqa: B008 - an immutable tuple
     gather: Gather = single_rank,
 ) -> PruneResult:
-    """New masks in which of every group the k surviving weights of smallest |score| are gone, ties by name and index.
+    """Return new masks without the k surviving weights of smallest |score| of every group; ties by name and index.
 
-    scores: name -> float32 of the mask's number of weights, on its device, the same on every rank that holds them.
+    scores: name -> flat float32 scores, as many as the mask has elements, on its device; replicas must be equal on all
+    ranks. masks, partition: as for `prune`.
     """
     new: Masks = {}
     threshold, removed = 0.0, 0
@@ -145,15 +148,14 @@ def _cut_above_floor(
     partition: Partition,
     gather: Gather,
 ) -> tuple[Masks, Threshold]:
-    """New masks after the k weakest of the spare weights went: of each tensor all but the strongest `floor`.
+    """Return the masks of a group without the k weakest weights that the floor does not protect, and the threshold.
 
-    All surviving weights stand in one order: |score|, name, index. Call a tensor's weights spare but for its strongest
-    ones, as many as the floor holds. Wanted are the k first of all spare weights. Where a cut that ignores the floor
-    takes more of a tensor than is spare, it takes all that is spare of it, since those are the tensor's first; and the
-    wanted cut ends no earlier in the order than that one, since it counts fewer candidates up to the same k. So all
-    that is spare of such a tensor is wanted, and the rest of k is wanted of the other tensors: the same task, smaller.
-    Where a cut takes no more than is spare of any tensor, it is the wanted one. No later cut ends before an earlier
-    one, so the last is the threshold.
+    Order all surviving weights by (|score|, name, index). The floor protects the strongest weights of each tensor; the
+    other ones are spare. The k first spare weights have to be removed. Consider a cut that ignores the floor: if it
+    removes more of a tensor than is spare, it removes all its spare weights, since these come first. The correct cut
+    ends no earlier in the order, because it has fewer candidates for the same k. So all spare weights of such a tensor
+    have to be removed, and the rest of k from the other tensors: the same problem, smaller. A cut that removes no more
+    than is spare of any tensor is the correct one. Successive cuts never move down, so the last is the threshold.
     """
     before = count_weights({n: masks[n] for n in group}, partition, gather)
     spare = {n: _spare(before, n, floor) for n in group}
@@ -186,10 +188,10 @@ def _cut_group(
     partition: Partition,
     gather: Gather,
 ) -> tuple[Masks, Threshold]:
-    """New masks of a group of tensors after its k smallest surviving scores went."""
+    """Return the masks of a group without its k smallest surviving |score|, and the threshold; a collective."""
     own = {n: partition.own_part(scores(n)) for n in group}
     cut = kth_smallest(own, k, gather, {n: partition.own_part(masks[n].reshape(-1)) for n in group})
-    del own  # scores that are made when they are asked for need not lie about twice
+    del own  # `scores` may compute them on demand; free this copy before the next
     new, equal = {}, []
     for name in group:
         keep = masks[name].reshape(-1).clone()
@@ -209,7 +211,7 @@ def _cut_group(
 
 
 def _keep_not_below(keep: Tensor, scores: Tensor, bits: int) -> int:
-    """Drop what is smaller than a cut, in place; how many of those left are equal to it."""
+    """Clear in `keep` all |score| below the cut, in place; return how many of the rest equal it. bits: of the cut."""
     equal = 0
     for kept, chunk in zip(torch.split(keep, CHUNK), torch.split(scores, CHUNK), strict=True):
         magnitude = _absolute(chunk)
@@ -219,7 +221,7 @@ def _keep_not_below(keep: Tensor, scores: Tensor, bits: int) -> int:
 
 
 def _drop_ties(keep: Tensor, scores: Tensor, bits: int, count: int) -> None:
-    """Drop the first `count` that are equal to a cut, in place."""
+    """Clear in `keep` the first `count` weights whose |score| equals the cut, in place. bits: of the cut."""
     for kept, chunk in zip(torch.split(keep, CHUNK), torch.split(scores, CHUNK), strict=True):
         if not count:
             return
@@ -229,7 +231,7 @@ def _drop_ties(keep: Tensor, scores: Tensor, bits: int, count: int) -> None:
 
 
 def _absolute(scores: Tensor) -> Tensor:
-    """|score| as int32 bits, which compare like values and keep subnormals apart under flush-to-zero."""
+    """Return |score| as int32 bits, which order like the values and distinguish subnormals even under flush-to-zero."""
     return scores.contiguous().view(torch.int32) & 0x7FFFFFFF
 
 
@@ -241,14 +243,14 @@ def prune(
     gather: Gather = single_rank,
     scores: Callable[[str], Tensor] | Mapping[str, Tensor] | None = None,
 ) -> PruneResult:
-    """New masks with ceil(fraction (surviving - 1)) fewer weights, the same on every rank, or each rank's part.
+    """Return masks with ceil(fraction * (surviving - 1)) fewer weights; a collective of all ranks.
 
     weights: float tensors, replicated on all ranks, or with `ShardedPartition` the shards that this rank holds; masks:
-    the surviving weights among them. Weights are counted once: each rank counts its `partition`. per='layer' applies
-    the count to every tensor by itself, with fraction x output_factor for `output_layers`. scores: name -> float32 of
-    the weights' shape, of any sign, held as the weights are; None: of the weights, by the criterion. Raises UserError
-    for NaN or inf, and for a floor that leaves too few weights to remove. Extra memory: the new masks, a byte for each
-    weight that the rank holds, and a few times quantile.CHUNK weights.
+    bool, laid out alike, as are the new ones. partition: the weights that this rank counts, so that each is counted
+    once. per='layer' applies the count to each tensor separately, with fraction * output_factor for `output_layers`.
+    scores: name -> float32 of the weights' shape, of any sign, laid out alike; None: computed from the weights by the
+    criterion. Raises UserError for NaN or inf, and for a floor that leaves too few weights to remove. Extra memory: the
+    new masks (one byte per weight held), and a few times quantile.CHUNK weights.
     """
     if scores is None:
 
@@ -268,9 +270,9 @@ def prune(
 def _check_scores(
     scores: Callable[[str], Tensor], masks: Mapping[str, Tensor], criterion: str, partition: Partition
 ) -> None:
-    """Raise ValueError for scores of another shape, and UserError for NaN or inf, on every rank alike.
+    """Raise ValueError for scores of another shape, and UserError for NaN or inf, on every rank.
 
-    Scores of sharded tensors are checked for NaN and inf when they are counted.
+    Sharded scores may differ in this between ranks; `kth_smallest` checks them for NaN and inf with a collective.
     """
     not_finite = []
     for name in sorted(masks):

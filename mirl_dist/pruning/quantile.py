@@ -1,8 +1,8 @@
-"""The exact k-th smallest magnitude over the parts of all ranks, found by counting.
+"""Finds the exact k-th smallest magnitude over the parts of all ranks by a radix search.
 
-The bits of a non-negative float32, read as an integer, sort like its value. Three passes fix 11, 10 and 10 of the
-31 bits: each counts how many magnitudes fall into each bin below the prefix found so far, and one all-gather of
-those counts tells every rank the same next prefix. No sort, no interpolation, no weight leaves its rank.
+The bits of a non-negative float32, read as an integer, order like its value. Three passes determine 11, 10 and 10 of
+the 31 bits: each builds a histogram of the next bits of all magnitudes with the prefix found so far, and an all-gather
+of the histograms gives every rank the same next prefix. Nothing is sorted or interpolated, and only counts are sent.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor
 from mirl_dist.errors import UserError
 
 Gather: TypeAlias = Callable[[Tensor], Tensor]
-"""int64 (n,) of this rank -> int64 (ranks, n) of all ranks."""
+"""All-gather: int64 (n,) of this rank -> int64 (ranks, n)."""
 
 _BITS_PER_PASS = (11, 10, 10)
 _BITS_BEFORE = (0, 11, 21)
 CHUNK = 1 << 20
-"""Weights counted at once: bounds the extra memory of a selection, whatever the size of the tensors."""
+"""Weights processed at once: bounds the extra memory of a selection for tensors of any size."""
 
 
 class Threshold(NamedTuple):
-    """Where the k smallest magnitudes end: `below` are smaller than the cut, the first `ties` equal to it also go.
+    """The cut after the k smallest magnitudes: `below` are smaller than it, and the first `ties` equal to it make up k.
 
-    bits: the cut as the bits of a float32, by which to compare: exact under any flush-to-zero mode.
+    bits: the cut as float32 bits; compare bits, which is exact even under flush-to-zero.
     """
 
     bits: int
@@ -37,24 +37,24 @@ class Threshold(NamedTuple):
 
     @property
     def value(self) -> float:
-        """The cut as a number."""
+        """The cut as a float."""
         exponent, fraction = divmod(self.bits, 1 << 23)
         return math.ldexp(fraction + (1 << 23), exponent - 150) if exponent else math.ldexp(fraction, -149)
 
 
 def single_rank(counts: Tensor) -> Tensor:
-    """The `gather` of a single rank."""
+    """Return (n,) as (1, n): the all-gather of a single rank."""
     return counts.unsqueeze(0)
 
 
 def _bits(part: Tensor) -> Tensor:
-    """Flat int32 bits of |part|; sign removed by the bits, so that subnormals survive any flush-to-zero mode."""
+    """Return the flat int32 bits of |part|; a bit mask clears the sign, which keeps subnormals under flush-to-zero."""
     return part.detach().reshape(-1).contiguous().view(torch.int32) & 0x7FFFFFFF
 
 
 class BitSearch(NamedTuple):
-    """How far the search for the k-th smallest is: the top `known` of its 31 bits are `prefix`; `below` are smaller
-    than all that begin so, and it is the `remaining`-th of those that do."""
+    """State of the radix search: the top `known` of the 31 bits of the result are `prefix`; `below` magnitudes have a
+    smaller prefix, and the result is the `remaining`-th smallest (1-based) of those with this prefix."""
 
     remaining: int
     prefix: int = 0
@@ -63,11 +63,11 @@ class BitSearch(NamedTuple):
 
     @property
     def width(self) -> int:
-        """The bits that the next pass finds; 0 when all are known."""
+        """The number of bits that the next pass determines; 0 when all are known."""
         return next((width for at, width in zip(_BITS_BEFORE, _BITS_PER_PASS, strict=True) if at == self.known), 0)
 
     def counts(self, magnitudes: Tensor) -> Tensor:
-        """int64 (2**width,): how many of some float32 begin as the one searched for, by their next bits."""
+        """Return the histogram of the next bits of magnitudes with the known prefix: int64 (2**width,) on CPU."""
         width, last = self.width, 31 - self.known
         bits = _bits(magnitudes)
         if self.known:
@@ -75,7 +75,7 @@ class BitSearch(NamedTuple):
         return torch.bincount((bits >> (last - width)) & ((1 << width) - 1), minlength=1 << width).cpu()
 
     def narrowed(self, counts: Tensor) -> BitSearch:
-        """The search after a pass. counts: int64 (2**width,), summed over all magnitudes of all ranks."""
+        """Return the state after a pass. counts: int64 (2**width,), the histogram over all magnitudes of all ranks."""
         upto = counts.cumsum(0)
         chosen = int(torch.searchsorted(upto, self.remaining))
         before = int(upto[chosen] - counts[chosen])
@@ -84,7 +84,7 @@ class BitSearch(NamedTuple):
 
 
 def _chunks(part: Tensor, surviving: Tensor | None) -> Iterator[Tensor]:
-    """A part's magnitudes, a few at a time; surviving: which of them count."""
+    """Yield the values of a part, at most CHUNK at a time; only surviving ones if masks are given."""
     flat = part.detach().reshape(-1)
     if surviving is None:
         yield from torch.split(flat, CHUNK)
@@ -94,7 +94,7 @@ def _chunks(part: Tensor, surviving: Tensor | None) -> Iterator[Tensor]:
 
 
 def check_finite(parts: Mapping[str, Tensor], gather: Gather = single_rank) -> None:
-    """Raise UserError on every rank when any rank holds a NaN or an infinity; a rank that holds one names it."""
+    """Raise UserError on every rank if any rank holds NaN or inf; a rank that does names its tensors. A collective."""
     not_finite = [n for n in sorted(parts) if not all(bool(torch.isfinite(c).all()) for c in _chunks(parts[n], None))]
     per_rank = gather(torch.tensor([len(not_finite)], dtype=torch.int64)).reshape(-1).tolist()
     if any(per_rank):
@@ -109,14 +109,14 @@ def check_finite(parts: Mapping[str, Tensor], gather: Gather = single_rank) -> N
 def kth_smallest(
     parts: Mapping[str, Tensor], k: int, gather: Gather = single_rank, surviving: Mapping[str, Tensor] | None = None
 ) -> Threshold:
-    """The k-th smallest magnitude among all parts on all ranks, exactly.
+    """Return the exact k-th smallest magnitude among all parts of all ranks, as a Threshold with below + ties == k.
 
-    parts: named float32 tensors that this rank counts, any shape; those of different ranks must not overlap.
-    k: 1-based, 1 <= k <= number of magnitudes on all ranks. gather: see `Gather`. surviving: bool masks of the parts'
-    sizes, without which all count.
-    Returns a Threshold with below + ties == k. Raises TypeError for another dtype (on the rank that holds it),
-    ValueError for k out of range and UserError for NaN or inf (on every rank).
-    Cost: a few reads of the parts, 2048 int64 per rank and pass on the wire, memory for a few times CHUNK weights.
+    parts: named float32 tensors that this rank counts, any shape; parts of different ranks must not overlap.
+    k: 1-based, at most the number of magnitudes on all ranks. gather: see `Gather`. surviving: bool masks of the parts'
+    sizes; None counts all.
+    Raises TypeError for another dtype (on the rank that holds it), and on every rank ValueError for k out of range and
+    UserError for NaN or inf.
+    Cost: a few reads of the parts, at most 2048 int64 sent per rank and pass, memory for a few times CHUNK weights.
     """
     for name, part in parts.items():
         if part.dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""Random masks as controls: does this very mask matter, or only how many weights it keeps, and where?"""
+"""Random masks as controls: they show whether a ticket's exact mask matters, or only its density."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mirl_dist.pruning.masks import Masks
 
 
 def random_masks(masks: Mapping[str, Tensor], seed: int, per: str) -> Masks:
-    """Masks of the same shapes whose surviving weights are drawn at random, the same for the same seed everywhere.
+    """Return masks of the same shapes with random surviving weights, which depend only on `masks` and the seed.
 
-    per: 'layer' keeps each tensor's number of surviving weights, 'global' their number over all tensors.
+    per: 'layer' keeps the number of surviving weights of each tensor, 'global' only their number over all tensors.
     """
     names = sorted(masks)
     draws = {n: rng("random mask", seed, n).random(masks[n].numel(), dtype=np.float32) for n in names}

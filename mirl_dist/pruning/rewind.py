@@ -1,8 +1,8 @@
-"""Surviving weights return to their first values, and a proof that they did.
+"""Rewinds surviving weights to earlier values, and verifies the result.
 
-MIR-L, Algorithm 1: theta <- m * theta_0. The released code resets tensors named 'weight' in every round, those
-named 'bias' before round 1 only (the stored copy is overwritten by training), prompts and temperatures never, and
-with several processes possibly to another process's initialisation.
+MIR-L, Algorithm 1: theta <- m * theta_0. The released code resets tensors named 'weight' in every round, those named
+'bias' only before round 1 (training then overwrites the stored copy), and prompts and temperatures never; with several
+processes it may reset to the initialisation of another process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mirl_dist.pruning.masks import apply_masks
 
 
 def rewound_names(names: Iterable[str], what: str, round_: int) -> frozenset[str]:
-    """The tensors that start round `round_` (1, 2, ...) from their first values. what: 'all' or 'published'."""
+    """Return the tensors that are rewound at the start of round `round_` (1, 2, ...). what: 'all' or 'published'."""
     if what == "all":
         return frozenset(names)
     endings = ("weight", "bias") if round_ == 1 else ("weight",)
@@ -30,7 +30,7 @@ def rewind(
     masks: Mapping[str, Tensor],
     names: frozenset[str],
 ) -> None:
-    """weights <- mask x initial for `names`, in place; other tensors keep their values, pruned weights become zero."""
+    """Set weights <- mask * initial for `names`, in place; set pruned weights of all other tensors to zero."""
     for name in names:
         weights[name].copy_(initial[name])
     apply_masks(weights, masks)
@@ -42,7 +42,7 @@ def find_unrewound(
     masks: Mapping[str, Tensor],
     names: frozenset[str],
 ) -> str | None:
-    """The first tensor of `names` that is not mask x initial to the last bit, or None when all are."""
+    """Return the first tensor of `names`, by name, that does not equal mask * initial exactly, or None."""
     for name in sorted(names):
         expected = initial[name].to(weights[name].device)
         if name in masks:

@@ -1,8 +1,8 @@
-"""How much the loss changes, to first order, when a weight goes: |w dL/dw|.
+"""Computes |w dL/dw|, the first-order change of the loss when a weight is removed.
 
-At first values: SNIP's connection sensitivity (Lee et al. 2019, arXiv 1810.02340), but for its division by the sum over
-all weights, which changes no order. After training: the gradient-magnitude product of Blalock et al. 2020, arXiv
-2003.03033.
+At the initial weights this is the connection sensitivity of SNIP (Lee et al. 2019, arXiv 1810.02340), without its
+normalisation by the sum over all weights, which does not change the order. After training it is the gradient-magnitude
+product of Blalock et al. 2020, arXiv 2003.03033.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ def gradients(
     loss: Callable[[Tensor, Tensor], Tensor],
     at: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The sum over batches of the gradient of the mean loss, by parameter: float64, added in the order of batches.
+    """Return the gradient of the mean loss by parameter name, summed over batches in their order: float64.
 
-    batches: (degraded, clean), float (B, 3, H, W) each, on the network's device; loss: (restored, clean) to any shape,
-    of which the mean counts; at: values in place of the network's own, all of them, pruned ones zero. Zeros for a
-    parameter that the loss does not depend on. The network is in evaluation mode meanwhile; its weights, their `.grad`
-    and its mode stay as they are.
+    batches: (degraded, clean), float (B, 3, H, W) each, on the network's device; loss: (restored, clean) -> any shape,
+    averaged here; at: values of all parameters to use instead of the network's own, zero where pruned. The gradient is
+    zero for a parameter that the loss does not depend on. Runs the network in evaluation mode; restores its mode, and
+    does not change its weights or their `.grad`.
     """
     values = {n: w.detach().requires_grad_() for n, w in (at or dict(network.named_parameters())).items()}
     names = sorted(values)
@@ -47,5 +47,5 @@ def gradients(
 
 
 def scores(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """|w g| of every tensor with a gradient: float32 of its shape, rounded once."""
+    """Return |w g| of every tensor with a gradient: computed in float64, float32 of its shape."""
     return {n: (weights[n].detach().double() * g).abs().float() for n, g in gradients.items()}

@@ -1,22 +1,23 @@
-"""SynFlow: how much flows through each weight when nothing can cancel, without data. Tanaka et al. 2020, 2006.05467.
+"""SynFlow scores and pruning, without data: Tanaka et al. 2020, arXiv 2006.05467.
 
-R is the sum of the outputs for an image of ones with every parameter replaced by its absolute value; a weight's score
-is |w| dR/d|w|. In the paper's networks each layer passes on what it receives (theorems 1 and 2): a tensor of which few
-weights are left has all its flow in them. With many small cuts, each scored anew, none is emptied before it must be
-(theorem 3, algorithm 1).
+R is the sum of the outputs for an image of ones with every parameter replaced by its absolute value; the score of a
+weight is |w| dR/d|w|. In the paper's networks each layer conserves the total score (theorems 1 and 2), so the few
+surviving weights of a tensor carry its whole score. With many small pruning steps, each with new scores, no tensor
+loses all weights before it must (theorem 3, algorithm 1).
 
-A restoration transformer is no such network: R overflows (gates multiply), norms subtract, a normalised or gated signal
-counts never or twice. So while scoring, by value as the network has it, by derivative as a network of the paper:
-- a layer norm divides by the root mean square over channels, held constant, and subtracts no mean; unit vectors are
-  divided by their length, held constant (the paper's batch norms divide by constants too);
-- GELU and softmax multiply their input by output / input, held constant;
-- a product of two signals (gate x value, query x key, attention x value, shares x prompts) passes half to each;
-- every convolution and linear map is divided by its output's mean, held constant. This alters no order in a chain of
-  layers; beside a skip connection it keeps the absolute values of the trunk from drowning the blocks.
-The first two and the halves are rules of conservative relevance propagation in transformers: Ali et al. 2022,
-arXiv 2202.07304; Achtibat et al. 2024, arXiv 2402.05602. Then no score is negative, and what enters by the first
-convolution, prompts and biases is R, is what leaves by the last convolution. On convolutions and ReLU alone the scores
-are the paper's up to one factor.
+Restoration transformers do not conserve the score: R overflows (gates multiply), norms subtract, and a normalised or
+gated signal is counted zero times or twice. While scoring, these operations are therefore replaced:
+- layer norm divides by the root mean square over channels, a constant for autograd, and subtracts no mean; unit vectors
+  are divided by their length, a constant too (as the paper's batch norms divide by constants);
+- GELU and softmax multiply their input by the constant output / input;
+- a product of two signals (gate x value, query x key, attention x value, shares x prompts) passes half of the gradient
+  to each;
+- every convolution and linear map is divided by the mean of its output, a constant. In a chain of layers this changes
+  no order; next to a skip connection it keeps the large values of the trunk from dominating the blocks.
+The first two rules and the halves are those of conservative relevance propagation in transformers: Ali et al. 2022,
+arXiv 2202.07304; Achtibat et al. 2024, arXiv 2402.05602. With them no score is negative, and the total score of the
+first convolution, prompts and biases equals R, and so does that of the last convolution. For networks of convolutions
+and ReLU only, the scores equal the paper's up to a common factor.
 """
 
 from __future__ import annotations
@@ -44,13 +45,12 @@ def iterate(
     image_shape: Sequence[int] = (1, 3, 64, 64),
     before_step: Callable[[], None] = lambda: None,
 ) -> PruneResult:
-    """New masks after `config.iterations` steps, each of which scores what is left and cuts the weakest.
+    """Return new masks after `config.iterations` steps, each of which scores the survivors and prunes the weakest.
 
-    The surviving share falls exponentially from 1 to what `prune` would leave; the counts at the end are exactly those.
-    network: its weights are neither read nor changed; weights: all its parameters by name, of which the absolute values
-    count; masks, config: as for `prune`; image_shape: (1, 3, H, W); before_step: called before each, may raise.
-    `threshold` is that of the last step.
-    The same bits whenever called on the same machine. Raises UserError as `prune` does.
+    The surviving share falls exponentially to that of `prune`; the final counts are exactly those of `prune`.
+    network: its weights are neither read nor changed; weights: all its parameters by name; masks, config: as for
+    `prune`; image_shape: (1, 3, H, W); before_step: called before each step, may raise.
+    `threshold` of the result is that of the last step. Deterministic on one machine. Raises UserError like `prune`.
     """
     groups = form_groups(count_weights(masks, ReplicatedPartition(), single_rank), config)
     surviving = [sum(int(masks[n].sum()) for n in group.names) for group in groups]
@@ -69,7 +69,7 @@ def iterate(
 
 
 def _removed_after(step: int, steps: int, surviving: int, k: int) -> int:
-    """How many of `surviving` weights are gone after a step, when k go in all and the rest falls exponentially."""
+    """Return how many of `surviving` weights are removed after `step` of `steps`, k in total, for exponential decay."""
     if step == steps or k == 0:
         return k
     kept = surviving * math.pow((surviving - k) / surviving, step / steps)
@@ -82,9 +82,9 @@ def scores(
     masks: Mapping[str, Tensor],
     image_shape: Sequence[int] = (1, 3, 64, 64),
 ) -> dict[str, Tensor]:
-    """|w| dR/d|w| of every masked tensor: float32 of its shape, at most R, which is about 3 H W.
+    """Return |w| dR/d|w| of every masked tensor: float32 of its shape, in [0, R], where R is about 3 H W.
 
-    A weight that lies on no path of surviving weights has 0, and every pruned one. Raises UserError for NaN or inf.
+    Pruned weights, and weights on no path of surviving weights, score 0. Raises UserError for NaN or inf.
     """
     values = {n: w.detach().double().abs() for n, w in weights.items()}
     values |= {n: values[n].masked_fill(~mask.to(values[n].device), 0.0) for n, mask in masks.items()}
@@ -103,6 +103,7 @@ def scores(
 
 
 def _flow(value: Tensor, slope: Tensor | None) -> Tensor:
+    """Return value x slope, zeros if R does not depend on the value."""
     if slope is None:
         return torch.zeros_like(value)
     assert bool((slope >= 0).all()), "the network does something that falls with its input"
@@ -132,7 +133,7 @@ def _linear(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x over its mean; x itself where all is 0."""
+    """Return x divided by its mean (a constant); x itself if it is all zero."""
     mean = x.detach().mean()
     return x / torch.where(mean > 0, mean, 1.0)
 
@@ -146,7 +147,7 @@ def _gelu(x: Tensor) -> Tensor:
 
 
 def _in_proportion(x: Tensor, y: Tensor) -> Tensor:
-    """y as a multiple of x (>= 0); where x is 0, a constant."""
+    """Return y as x (>= 0) times a constant; where x is 0, y is a constant."""
     some = x > 0
     return torch.where(some, x * (y / x.where(some, 1.0)).detach(), y.detach())
 
@@ -160,7 +161,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _half(x: Tensor, other: Tensor) -> Tensor:
-    """x, through which half of what flows passes where the other factor is computed too, and no parameter."""
+    """Return x, with half of its gradient if both factors are activations (neither a parameter nor constant)."""
     both = all(t.requires_grad and not t.is_leaf for t in (x, other))
     return 0.5 * x + (0.5 * x).detach() if both else x
 
@@ -175,11 +176,11 @@ _CONSERVED: dict[Any, Callable[..., Tensor]] = {
     torch.Tensor.mul: _mul,
     torch.Tensor.matmul: _matmul,
 }
-"""What the networks call -> what takes its place."""
+"""Function that the networks call -> its replacement while scoring."""
 
 
 class _Conserving(TorchFunctionMode):
-    """While it is entered, on this thread, the functions of `_CONSERVED` are replaced."""
+    """Context that replaces the functions of `_CONSERVED` on the current thread."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _CONSERVED.get(func, func)(*args, **(kwargs or {}))

@@ -1,1 +1,1 @@
-"""A run: rounds of train, score, prune and rewind."""
+"""Runs rounds of training, scoring, pruning and rewinding."""

@@ -1,4 +1,4 @@
-"""Config to one object each: optimiser, pruning, lottery, evaluation, tracker, network."""
+"""Builds objects from the config: ranks, optimiser, pruning, lottery, evaluation, tracker, network."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _WEIGHT_DECAY = {"adam": 0.0, "adamw": 0.01}
 
 
 def join_ranks(config: Config, stop: StopSignal) -> Ranks:
-    """Join the ranks of this launch; a stop that any rank is asked for reaches all of them."""
+    """Join the ranks of this launch; a stop request to any rank reaches all of them."""
     ranks = Ranks(
         device=config.train.device,
         precision=config.train.precision,
@@ -52,7 +52,7 @@ def join_ranks(config: Config, stop: StopSignal) -> Ranks:
 
 
 def optimiser_of(section: schema_training.OptimiserSection) -> MakeOptimiser:
-    """A maker of fresh optimisers over named parameters."""
+    """Return a factory of fresh optimisers over named parameters."""
 
     def make(parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
         build: Callable[..., torch.optim.Optimizer] = OPTIMISERS[section.name]
@@ -68,7 +68,7 @@ def optimiser_of(section: schema_training.OptimiserSection) -> MakeOptimiser:
 
 
 def prune_config_of(section: schema_training.PruneSection, seed: int) -> PruneConfig:
-    """How rounds are pruned."""
+    """Return the settings for pruning."""
     return PruneConfig(
         section.fraction,
         section.criterion,
@@ -82,7 +82,7 @@ def prune_config_of(section: schema_training.PruneSection, seed: int) -> PruneCo
 
 
 def lottery_of(config: Config, steps_per_epoch: int) -> LotteryConfig:
-    """How rounds follow one another."""
+    """Return the schedule of rounds."""
     prune, rewind = config.prune, config.rewind
     return LotteryConfig(
         prune.rounds, prune.target_sparsity, config.rewinds_to(), rewind.what, rewind.step or 0, steps_per_epoch
@@ -90,7 +90,7 @@ def lottery_of(config: Config, steps_per_epoch: int) -> LotteryConfig:
 
 
 def eval_settings_of(section: schema_training.EvaluateSection) -> EvalSettings:
-    """How images are restored and scored."""
+    """Return the settings for restoring and scoring images."""
     return EvalSettings(
         tuple(PROTOCOLS[name] for name in section.protocols),
         section.seed,
@@ -104,7 +104,7 @@ def eval_settings_of(section: schema_training.EvaluateSection) -> EvalSettings:
 def tracker_of(
     config: Config, checkpoints: Checkpoints, latest: LatestCommit | None, run_id: str, ranks: Ranks
 ) -> Tracker:
-    """MLflow on rank 0, nothing elsewhere; an address that is refused is refused on every rank."""
+    """Return an MLflow tracker on rank 0, else NoTracker. Raises UserError on every rank for a rejected address."""
     if not config.tracking.enabled:
         return NoTracker()
     trackers: list[Tracker] = []
@@ -127,7 +127,7 @@ def tracker_of(
 
 
 class BuiltNetwork(NamedTuple):
-    """initial: this rank's part of the initial weights."""
+    """The network with its state. initial: this rank's part of the initial weights."""
 
     network: TrainNetwork
     state: TrainState
@@ -135,14 +135,14 @@ class BuiltNetwork(NamedTuple):
 
 
 def network_of(config: Config, origin: RunOrigin, ranks: Ranks) -> BuiltNetwork:
-    """The network with a run's initial weights and first masks, in the engine that the launch asks for."""
+    """Build the network with a run's initial weights and masks, in the launch's engine. Clears origin.initial."""
     model = create_network(config)
     model.load_state_dict(origin.initial)
     model.to(ranks.device)
     pixels = config.data.patch_pixels
     engine, wrapped = ranks.network.engine(model, optimiser_of(config.optimiser), torch.zeros(1, 3, pixels, pixels))
     initial, masks = local_part(engine.layout, origin.initial), local_part(engine.layout, origin.masks or {})
-    origin.initial.clear()  # a rank that holds a part of the network keeps no more than that
+    origin.initial.clear()  # frees the full tensors: a rank with a shard keeps only its part
     dense = masking.dense_masks(initial, in_scope(initial, config.prune.scope))
     state = TrainState(engine, masks or dense, origin.parent, ranks.gather_here)
     masking.apply_masks(state.weights, state.masks)
@@ -156,7 +156,7 @@ def network_of(config: Config, origin: RunOrigin, ranks: Ranks) -> BuiltNetwork:
 def identity_of(
     config: Config, manifest_digest: str, initial_digest: str, start_digest: str, parent: str | None
 ) -> dict[str, Any]:
-    """The content of run.json. start_digest: of the first masks, '' for all weights; parent: the ticket's."""
+    """Return the content of run.json. start_digest: of round 0's masks, '' if dense; parent: the ticket's digest."""
     start = {"start_digest": start_digest, "parent": parent} if start_digest else {}
     return {
         "config": config.dump(),

@@ -1,20 +1,20 @@
-"""Where a run is kept and when a commit is whole. All names inside a run folder live here.
+"""Reads and writes the checkpoints of a run. All names inside a run folder are defined here.
 
     run.json                                      config, fingerprint, versions; written once
-    initial.safetensors                           the first weights; written once
-    start.safetensors                             the first masks of a run that begins from a ticket; written once
-    rewind-0123456789abcdef.safetensors           the weights that later rounds return to, where those are of a step
+    initial.safetensors                           the initial weights; written once
+    start.safetensors                             the masks of round 0 of a run that starts from a ticket; written once
+    rewind-0123456789abcdef.safetensors           the weights of the rewind step, if there is one
     tracking.json                                 MLflow ids
-    lease/00000004.*                              who may write: the fourth launch (lease.py)
-    accepted/00000004.json                        the commits that it found (commits.py)
+    lease/00000004.*                              the lease of the fourth launch, which may write (lease.py)
+    accepted/00000004.json                        the commits that this launch found (commits.py)
     rounds/03/steps/00012000-0004/                {weights, moments, mask}.safetensors, state.json, COMPLETE.json
     rounds/03/ticket-0004/                        {weights, mask}.safetensors, state.json, ticket.json, pictures.png,
                                                   COMPLETE.json
     best.json                                     the round chosen by validation
-    controls/08-reinit/                           a run of its own: a control of round 8 (cli/judge.py)
+    controls/08-reinit/                           a separate run, a control of round 8 (cli/judge.py)
 
-A commit is its COMPLETE.json, written last (commits.py). Its folder carries the number of the launch that wrote it: one
-that has lost the run cannot spoil what its successor writes. outbox.jsonl in a commit is what MLflow had not heard.
+A commit is complete once COMPLETE.json, its last file, is written (commits.py). Its folder ends in the number of the
+launch, so that a launch without the lease cannot overwrite newer commits. outbox.jsonl holds pending MLflow records.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _IDENTITY = {"config", "fingerprint", "manifest_digest", "initial_digest"}
 
 
 def rewind_name(digest: str) -> str:
-    """Where the weights of a digest are kept, that later rounds return to: a launch that lost the run, and whose other
-    weights arrive late, cannot spoil those that the commits name."""
+    """Return the file name of a rewind point. It contains the digest, so that a late write by a launch that lost the
+    lease cannot overwrite the weights that commits refer to."""
     return f"rewind-{digest[:16]}.safetensors"
 
 
 class Commit(NamedTuple):
-    """A complete commit: its folder, its round, and its step inside the round; step None: the round's ticket."""
+    """A complete commit: its folder, its round, and the optimiser step within it, None for the round's ticket."""
 
     folder: str
     round_: int
@@ -56,7 +56,7 @@ class Commit(NamedTuple):
 
 
 def _parsed(folder: str) -> tuple[Commit, int] | None:
-    """The commit that a folder may hold, and the generation that wrote it."""
+    """Return the commit and the lease generation that a folder name denotes; None for any other name."""
     match = _FOLDER.fullmatch(folder)
     if match is None:
         return None
@@ -68,7 +68,7 @@ _FOLDER = re.compile(r"rounds/(\d+)/(?:steps/(\d+)|ticket)-(\d+)")
 
 
 class Checkpoints:
-    """The run in one store. `writer`: who may write; rank 0 of a launch alone, and after `fence_older_writers`."""
+    """The run in one store. writer: rank 0's lease, to write after `fence_older_writers`; None: read only."""
 
     def __init__(self, store: Store, writer: Writer | None = None) -> None:
         self.store = store
@@ -78,7 +78,7 @@ class Checkpoints:
     # -- the run ------------------------------------------------------------------------------------------------
 
     def fence_older_writers(self) -> None:
-        """Begin to write, after the lease was claimed: what dead writers left goes, and they cannot commit any more."""
+        """Prevent older launches from committing, and remove their incomplete commits. Requires the claimed lease."""
         self._commits.fence_older_writers()
         whole, generation = {c.folder for c in self.commits()}, self._commits.writer.generation
         for name in self.store.list("rounds"):
@@ -87,7 +87,7 @@ class Checkpoints:
                 self.store.remove(name)
 
     def identity(self) -> dict[str, Any] | None:
-        """What run.json says, or None where there is no run. Raises UserError for a run.json that cannot be read."""
+        """Return the content of run.json, or None without a run. Raises UserError for an unreadable run.json."""
         try:
             data = self.store.get(RUN)
         except NotFound:
@@ -101,34 +101,34 @@ class Checkpoints:
         return identity
 
     def begin(self, identity: dict[str, Any]) -> None:
-        """Write run.json, with the digest of the initial weights. Raises UserError when another start was faster."""
+        """Write run.json. Raises UserError if another launch created it first."""
         if not self.store.put_if_absent(RUN, add_digest(identity)):
             raise UserError(
                 f"{self.store.where()} was begun by another launch a moment ago. Choose another run.folder."
             )
 
     def save_initial(self, weights: Mapping[str, Tensor]) -> None:
-        """Write the first weights, over any that an older run left here; run.json already states their digest."""
+        """Write the initial weights, replacing any left by an older run; run.json already records their digest."""
         self.store.put(INITIAL, pack_tensors(weights))
 
     def initial(self) -> dict[str, Tensor] | None:
-        """The first weights; None where the file is damaged or missing. Their digest is the caller's to compare."""
+        """Read the initial weights; None if damaged or missing. The caller must compare their digest."""
         return self.tensors(INITIAL)
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write START or a rewind point, whose digest the caller keeps."""
+        """Write START or a rewind point. The caller must keep the digest."""
         self._commits.writer.check()
         self.store.put(name, pack_tensors(tensors))
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
-        """What `save_tensors` wrote; None where the file is damaged or missing. Their digest is the caller's."""
+        """Read what `save_tensors` wrote; None if damaged or missing. The caller must compare the digest."""
         try:
             return safetensors.torch.load(self.store.get(name))
         except (NotFound, safetensors.SafetensorError):
             return None
 
     def mlflow_ids(self) -> dict[str, str]:
-        """MLflow ids by name; none for a file that is damaged: the runs are then found by their tags."""
+        """Return MLflow ids by name; empty if the file is damaged or missing: runs are then found by tags."""
         try:
             ids = json.loads(self.store.get(TRACKING))
         except (NotFound, json.JSONDecodeError, UnicodeDecodeError):
@@ -136,19 +136,19 @@ class Checkpoints:
         return ids if isinstance(ids, dict) and all(isinstance(id_, str) for id_ in ids.values()) else {}
 
     def save_mlflow_ids(self, ids: dict[str, str]) -> None:
-        """Keep further MLflow ids."""
+        """Add MLflow ids to the file."""
         self.store.put(TRACKING, to_json(self.mlflow_ids() | ids))
 
     # -- commits ------------------------------------------------------------------------------------------------
 
     def commits(self) -> list[Commit]:
-        """All complete commits, the newest first."""
+        """Return all complete commits, newest first."""
         commits = [parsed for folder in self._commits.complete("rounds") if (parsed := _parsed(folder))]
         commits.sort(key=lambda c: (c[0].round_, c[0].step is None, c[0].step or 0, c[1]), reverse=True)
         return [commit for commit, _ in commits]
 
     def commit_step(self, snapshot: Snapshot, keep_last: int, outbox: bytes = b"") -> None:
-        """Commit the middle of a round, then remove what is no longer needed. outbox: what MLflow has not heard yet."""
+        """Commit a step of a round, then remove commits no longer needed. outbox: pending MLflow records."""
         parts = {MOMENTS: pack_tensors(snapshot.moments)}
         self._commit(f"steps/{snapshot.progress.updates:08d}", snapshot, parts, keep_last, outbox)
 
@@ -161,12 +161,12 @@ class Checkpoints:
         keep_last: int,
         outbox: bytes = b"",
     ) -> None:
-        """Commit a round with its ticket, then remove what is no longer needed. scores: of each image, CSV."""
+        """Commit a round with its ticket, then remove commits no longer needed. scores: CSV, one row per image."""
         parts = {TICKET: ticket.dump(), SCORES: scores} | ({} if pictures is None else {PICTURES: pictures})
         self._commit("ticket", snapshot, parts, keep_last, outbox)
 
     def _commit(self, what: str, snapshot: Snapshot, more: dict[str, bytes], keep_last: int, outbox: bytes) -> None:
-        """Then remove step commits, but none of the newest `keep_last` commits that are sound, and no round."""
+        """Write a commit, then remove all step commits but those among the newest `keep_last` undamaged commits."""
         parts = {
             WEIGHTS: pack_tensors(snapshot.weights),
             MASK: pack_tensors(masking.pack(snapshot.masks)),
@@ -181,15 +181,15 @@ class Checkpoints:
                 self._commits.remove(commit.folder)
 
     def lost(self) -> bool:
-        """Whether another launch is known to have taken the run over. Asks nothing."""
+        """Whether another launch is known to have taken over the run; does not query the store."""
         return self._commits.writer.lost()
 
     def check(self) -> None:
-        """Raise UserError when another launch has taken the run over."""
+        """Raise UserError if another launch has taken over the run."""
         self._commits.writer.check()
 
     def finish(self) -> None:
-        """The last round has ended: no step commit is needed any more."""
+        """Remove all step commits, after the last round."""
         commits = self.commits()
         self._commits.writer.check()
         for commit in commits:
@@ -197,11 +197,11 @@ class Checkpoints:
                 self._commits.remove(commit.folder)
 
     def drop_weights(self, round_: int) -> None:
-        """Keep a round's ticket and mask, drop the weights it trained. Twice is once."""
+        """Remove the trained weights of a round, keeping its ticket and mask. Idempotent."""
         self._commits.drop(self._ended(round_), WEIGHTS)
 
     def _ended(self, round_: int) -> str:
-        """The folder of a finished round's ticket. Raises UserError where the round is not finished."""
+        """Return the folder of a round's ticket. Raises UserError if the round is not finished."""
         for commit in self.commits():
             if (commit.round_, commit.step) == (round_, None):
                 return commit.folder
@@ -212,9 +212,9 @@ class Checkpoints:
     # -- reading back -------------------------------------------------------------------------------------------
 
     def latest(self) -> tuple[Commit, dict[str, bytes], list[str]] | None:
-        """The newest commit that verifies, its parts, and what was found damaged on the way; None without any.
+        """Return the newest intact commit, its parts, and a message per damaged newer commit; None without commits.
 
-        Raises UserError when there are commits but none of them verifies.
+        Raises UserError if there are commits but none is intact.
         """
         damaged: list[str] = []
         commits = self.commits()
@@ -234,18 +234,18 @@ class Checkpoints:
         return None
 
     def latest_progress(self, commits: list[Commit]) -> tuple[Commit | None, Progress]:
-        """The first of some commits whose state can be read, and where the run stood then; other parts are not read."""
+        """Return the first of `commits` with a readable state, if any, and its position. Reads no other part."""
         for commit in commits:
             try:
                 return commit, Progress.model_validate_json(self._commits.part(commit.folder, STATE))
             except (Rejected, Unavailable):
                 raise
-            except UserError:  # damaged, or removed meanwhile
+            except UserError:  # damaged, or removed in the meantime
                 continue
         return None, Progress()
 
     def tickets(self) -> list[Ticket]:
-        """The tickets of all complete rounds, in order."""
+        """Return the tickets of all finished rounds, in order."""
         newest = {c.round_: c.folder for c in reversed(self.commits()) if c.step is None}
         return [self._ticket(newest[round_]) for round_ in sorted(newest)]
 
@@ -256,15 +256,15 @@ class Checkpoints:
         return parse(self.store.get(f"{folder}/{TICKET}"), self.store.where(f"{folder}/{TICKET}"))
 
     def pictures(self, round_: int) -> bytes | None:
-        """The PNG of degraded, restored and clean that a round drew, if it had images to score."""
+        """Return the PNG of degraded, restored and clean images of a round, or None if no images were scored."""
         return self._beside(round_, PICTURES)
 
     def scores(self, round_: int) -> bytes | None:
-        """The score of each image of a round, CSV; None in runs of older versions."""
+        """Return the per-image scores of a round as CSV; None in runs of older versions."""
         return self._beside(round_, SCORES)
 
     def round_masks(self, round_: int) -> bytes:
-        """The bit-packed masks of a round, verified: safetensors."""
+        """Return the bit-packed masks of a round as safetensors bytes, verified."""
         return self._commits.part(self._ended(round_), MASK)
 
     def _beside(self, round_: int, name: str) -> bytes | None:
@@ -274,7 +274,7 @@ class Checkpoints:
             return None
 
     def round_weights(self, round_: int) -> dict[str, Tensor]:
-        """The weights that a round trained, verified. Raises UserError where they are damaged or were not kept."""
+        """Return the trained weights of a round, verified. Raises UserError if they are damaged or were not kept."""
         folder = self._ended(round_)
         parts = self._commits.parts(folder)
         if WEIGHTS not in parts:
@@ -289,7 +289,7 @@ class Checkpoints:
         self.store.put(BEST, add_digest({"round": round_, "score": score, "by": list(by)}))
 
     def best(self) -> int | None:
-        """The round that the run chose by validation, if it did. Raises UserError for a damaged file."""
+        """Return the best round by validation, or None if none was chosen. Raises UserError for a damaged file."""
         try:
             data = self.store.get(BEST)
         except NotFound:

@@ -1,4 +1,4 @@
-"""What a run keeps while it trains: commits of steps in the background, tickets of rounds, the rewind point."""
+"""Saves a run during training: step commits in the background, round commits with tickets, the rewind point."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mirl_dist.training.ticket import Ticket, validation_score
 
 @dataclass
 class Committer:
-    """Writes the state of all ranks; all call the same methods in the same order, and rank 0 alone touches the store.
+    """Writes the state of all ranks. All ranks call the same methods in the same order; only rank 0 accesses the store.
 
-    last_commit: round and updates of the newest commit of a step.
+    last_commit: round and number of updates of the newest step commit.
     """
 
     config: schema.CheckpointSection
@@ -37,11 +37,11 @@ class Committer:
         return self.writer.busy
 
     def failed(self) -> bool:
-        """Whether this rank could not write its last commit, or has lost the run's lease."""
+        """Whether this rank failed to write its last commit, or has lost the run's lease."""
         return self.writer.failed or self.checkpoints.lost()
 
     def raise_failure(self) -> None:
-        """Raise, on every rank, why the last commit could not be written."""
+        """Raise the error of the last commit on every rank."""
 
         def on_main() -> None:
             self.writer.raise_failure()
@@ -50,7 +50,7 @@ class Committer:
         self.ranks.on_main(on_main, what="failure of the last commit")
 
     def commit_step(self, *, wait: bool) -> None:
-        """Commit the middle of a round: a snapshot now, the rest in the background unless `wait`."""
+        """Commit a step of the round: take a snapshot now, and write it in the background unless `wait`."""
         self.gather_damage()
         with self.ranks.in_phase("committing"):
             position = self.state.progress.round, self.state.progress.updates
@@ -61,7 +61,7 @@ class Committer:
                 self.ranks.on_main(self.writer.wait, what="commit of the step")
 
     def commit_round(self, ticket: Ticket, result: EvalResult) -> None:
-        """Commit a round with its ticket; returns when it is written."""
+        """Commit a round with its ticket, and wait until the commit is complete."""
 
         def write(snapshot: Snapshot, keep_last: int, pending: bytes) -> None:
             self.checkpoints.commit_round(ticket, snapshot, result.table(), result.pictures, keep_last, pending)
@@ -71,10 +71,10 @@ class Committer:
             self.ranks.on_main(self.writer.wait, what="commit of the round")
 
     def _begin(self, write: Callable[[Snapshot, int, bytes], None]) -> None:
-        """Begin to write a snapshot, on rank 0, once the commit before is written.
+        """Start to write a snapshot on rank 0, after the previous commit is written.
 
-        Steps that are committed are not trained again, and so not logged to MLflow again: records that it has not
-        received are committed with them.
+        Committed steps are not trained again, so their MLflow records would be lost: pending ones are part of the
+        commit.
         """
         self.tracker.flush()
         self.ranks.on_main(self.writer.wait, what="commit before this one")
@@ -87,12 +87,12 @@ class Committer:
         self.ranks.on_main(on_main, what="snapshot")
 
     def gather_damage(self) -> None:
-        """Put what any rank found damaged in this round into every rank's progress."""
+        """Merge the damage that any rank found in this round into every rank's progress."""
         for damaged in self.ranks.gather_objects(self.loader.damaged):
             self.state.progress.damaged |= damaged
 
     def save_rewind_point(self, progress: Progress) -> None:
-        """Save the weights that later rounds return to, before any commit that is made after them. Idempotent."""
+        """Save the weights of the rewind step, before any commit that refers to them. Idempotent."""
         progress.rewind_digest = self.state.digest()
         self.ranks.check_agreement("the rewind point", progress.rewind_digest)
         name = rewind_name(progress.rewind_digest)
@@ -100,12 +100,12 @@ class Committer:
         self._write_now(lambda: self.checkpoints.save_tensors(name, weights), "the rewind point")
 
     def finish_run(self, keep: schema.KeepSection) -> None:
-        """After the last round: keep rounds only; name the best and drop other weights, if the config says so."""
+        """After the last round, remove step commits; mark the best round and drop other weights as configured."""
         with self.ranks.in_phase("committing"):
             self._write_now(lambda: keep_rounds(self.checkpoints, keep), "the end of the run")
 
     def _write_now(self, work: Callable[[], None], what: str) -> None:
-        """Write something small and wait for it, with the writer's retries."""
+        """Run a small write on rank 0 with the writer's retries, and wait for it."""
 
         def on_main() -> None:
             self.writer.begin(work, what)
@@ -115,7 +115,10 @@ class Committer:
 
 
 def keep_rounds(checkpoints: Checkpoints, keep: schema.KeepSection) -> None:
-    """Remove commits of steps; mark the best round by validation and drop other rounds' weights as `keep` says."""
+    """Remove step commits; mark the best round by validation and drop weights of other rounds as `keep` configures.
+
+    The weights of the last round that has them are always kept.
+    """
     checkpoints.finish()
     if not keep.by:
         return

@@ -1,11 +1,11 @@
-"""The step that a run is in, kept on this machine, so that launch after launch does not die in one and the same step.
+"""Detects a crash loop: records the current training step on this machine and counts crashes in the same step.
 
-    <tmp>/mirl-dist-<uid>/footprints/<16 hex digits of the SHA-256 of the run's address>
+    <tmp>/mirl-dist-<uid>/footprints/<16 hex digits of the SHA-256 of the run's id>
 
-One line of JSON, replaced in place by one write: that costs microseconds, and SIGKILL finds the line before or the line
-after. It outlives the process, not the machine. The line says where the run is, and in which step how many launches
-have died in a row. A launch dies in a step if its process ends there and reports no reason; starting, the time between
-steps, a UserError and a requested stop do not count.
+The file holds one line of JSON, overwritten in place by a single write. A write takes microseconds, and after a SIGKILL
+the file holds either the old or the new line. The file survives the process but is local to the machine. It records the
+position of the run, and how many consecutive launches crashed in which step. A crash counts only if the process dies
+inside a step without reporting an error; start-up, the time between steps, a UserError and a requested stop do not.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from typing import NamedTuple
 from mirl_dist.config.local_paths import process_folder
 from mirl_dist.errors import MirlError, Stopped, UserError
 
-_LINE_BYTES = 160  # in one page: a write of it is not interrupted
+_LINE_BYTES = 160  # fits in one page, so a write is never torn
 
 
 class StepRecord(NamedTuple):
-    """inside: whether a step is in progress; round_, updates: the newest step; died_*: the step in which `deaths`
-    launches in a row have died."""
+    """The content of the file.
+
+    inside: 1 while a step is in progress, else 0; round_, updates: the latest step; died_round, died_updates: the step
+    in which the last `deaths` consecutive launches crashed.
+    """
 
     inside: int = 0
     round_: int = 0
@@ -38,7 +41,7 @@ class StepRecord(NamedTuple):
 
 
 def read_record(data: bytes) -> StepRecord:
-    """The record that a file holds; an empty one where the file is new or damaged."""
+    """Parse the content of the file; return an empty record if the file is new or damaged."""
     try:
         values = json.loads(data)
         return StepRecord(*values) if all(type(value) is int for value in values) else StepRecord()
@@ -47,29 +50,32 @@ def read_record(data: bytes) -> StepRecord:
 
 
 class CrashLoopGuard:
-    """Records the steps of one run, in the one process that reports them. repeated: the round, and the updates before
-    the step, in which too many launches in a row died; the caller then refuses to train, with `describe`."""
+    """Records the steps of one run, on rank 0.
+
+    repeated: the round and number of updates before the step in which too many consecutive launches crashed, or None.
+    If it is set, the caller must refuse to train, with the message of `describe`.
+    """
 
     repeated: tuple[int, int] | None = None
 
     def __init__(self, handle: int = -1, path: Path = Path()) -> None:
-        """handle: of the open file; -1 records nothing."""
+        """handle: file descriptor of the open record, or -1 to record nothing; path: its path."""
         self._handle, self._path = handle, path
         self._record = StepRecord()
 
     @classmethod
     def open(cls, run_id: str, limit: int) -> CrashLoopGuard:
-        """Open the record of a run; only the launch that holds the run's lease may call this.
+        """Open the record of a run; the caller must hold the run's lease.
 
-        run_id: unlike that of any other run; limit: deaths in one step, 1 or more. The launch after the last of them is
-        refused, and so is each launch after one more; the launch after a refusal may try again.
+        run_id: unique to the run; limit: crashes in one step, at least 1, after which the next launch is refused. The
+        launch after a refusal may try the step again; if it crashes there too, the launch after it is refused.
         """
         try:
             path = process_folder() / "footprints" / hashlib.sha256(run_id.encode()).hexdigest()[:16]
             path.parent.mkdir(exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             last = read_record(os.pread(handle, _LINE_BYTES, 0))
-        except (OSError, UserError):  # no room, or another user's folder: a run does not end for that
+        except (OSError, UserError):  # disk full, or another user's folder: not worth failing the run
             return cls()
         opened = cls(handle, path)
         opened._record = _count_deaths(last)
@@ -80,19 +86,19 @@ class CrashLoopGuard:
 
     @classmethod
     def disabled(cls) -> CrashLoopGuard:
-        """A guard for processes that report no steps."""
+        """Return a guard that records nothing, for ranks other than 0."""
         return cls()
 
     def begin_step(self, round_: int, updates: int) -> None:
-        """The step after `updates` of them begins."""
+        """Record that the step after `updates` optimiser steps of the round is in progress."""
         self._write(self._record._replace(inside=1, round_=round_, updates=updates))
 
     def end_step(self) -> None:
-        """No step is in progress: a process that dies now has not died in one."""
+        """Record that no step is in progress: a crash from now on does not count."""
         self._write(self._record._replace(inside=0))
 
     def close(self) -> None:
-        """The launch ends and its reason is known; the file is removed unless it counts deaths. May be called again."""
+        """Close the record of a launch that ends for a known reason; remove it if it counts no crash. Idempotent."""
         self.end_step()
         if self._handle >= 0:
             os.close(self._handle)
@@ -107,12 +113,12 @@ class CrashLoopGuard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close, unless the launch ends with an error that nobody foresaw."""
+        """Close, unless an unexpected exception ends the launch: that counts as a crash."""
         if kind is None or issubclass(kind, (MirlError, Stopped, SystemExit)):
             self.close()
 
     def describe(self, keys: Sequence[str]) -> str:
-        """What to say of `repeated`. keys: the samples of that step."""
+        """Return the error message for `repeated`. keys: the samples of that step, as task:key."""
         round_, updates = self.repeated or (0, 0)
         named = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
         return (
@@ -125,14 +131,14 @@ class CrashLoopGuard:
     def _write(self, record: StepRecord) -> None:
         self._record = record
         if self._handle >= 0:
-            with contextlib.suppress(OSError):  # a full disk: the first write takes all the room that is needed
+            with contextlib.suppress(OSError):  # disk full; later writes reuse the space of the first
                 os.pwrite(self._handle, json.dumps(record).ljust(_LINE_BYTES).encode(), 0)
 
 
 def _count_deaths(last: StepRecord) -> StepRecord:
-    """The record that a launch begins with after one that ended at `last`."""
+    """Return the record that a launch starts with, after a launch that left the record `last`."""
     here, died = (last.round_, last.updates), (last.died_round, last.died_updates)
-    deaths = last.deaths if here <= died else 0  # the step is behind
+    deaths = last.deaths if here <= died else 0  # 0: the run has passed that step
     if last.inside:
         deaths, died = (deaths + 1 if here == died else 1), here
     return StepRecord(0, *here, *died, deaths)

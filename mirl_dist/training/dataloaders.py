@@ -1,4 +1,4 @@
-"""A config's shards to live batches and evaluation images: store, cache, shard pool, loader."""
+"""Builds the training loader, evaluation and calibration of a run from its config: store, cache, shard pool."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from mirl_dist.training.selection import Calibration
 
 
 class RunInputs(NamedTuple):
-    """Everything that a run reads, on one rank."""
+    """The data sources of a run on one rank."""
 
     pool: ShardPool
     data: TrainData
@@ -46,8 +46,11 @@ class RunInputs(NamedTuple):
 
 
 def open_inputs(config: Config, plan: RunPlan, ranks: Ranks, stop: StopSignal) -> RunInputs:
-    """Open what a run reads and check it. Raises UserError, on every rank, for damage and for a cache too small;
-    Stopped, on every rank, when any was asked to stop meanwhile."""
+    """Open and check the data sources of a run.
+
+    Raises UserError, on every rank, for damage and for a cache that is too small; Stopped, on every rank, if any was
+    asked to stop meanwhile.
+    """
     pool = shard_pool_of(config, plan.shards, rank_label(ranks.rank), stop)
     loader = train_loader_of(config, pool, plan.sampler, plan.batch_split, ranks)
     look_ahead = evaluation_looks_ahead(pool, plan.jobs, ranks)
@@ -68,7 +71,10 @@ def open_inputs(config: Config, plan: RunPlan, ranks: Ranks, stop: StopSignal) -
 
 
 def shard_pool_of(config: Config, shards: Shards, rank_name: str, stop_requested: Callable[[], bool]) -> ShardPool:
-    """The shards of a config, through the node's cache where they are not read in place. rank_name: for messages."""
+    """Return the shard pool. Remote shards, or all if data.cache.folder is set, go through the node's cache.
+
+    rank_name: for messages.
+    """
     section, cache = config.data.cache, None
     if section.folder is not None or not isinstance(shards.store, Folder):
         folder = shard_cache_folder(section.folder)
@@ -84,7 +90,7 @@ def shard_pool_of(config: Config, shards: Shards, rank_name: str, stop_requested
 def train_loader_of(
     config: Config, pool: ShardPool, sampler: GlobalSampler, batch_split: BatchSplit, ranks: Ranks
 ) -> TrainLoader:
-    """The training batches of this rank. Raises UserError, on every rank, for a cache that is too small."""
+    """Return the training loader of this rank. Raises UserError, on every rank, for a cache that is too small."""
     lanes = batch_split.per_rank * len(sampler.sources)
     limit = None if pool.cache is None else pool.cache.limit
     behind = passes_behind(config.data.workers)
@@ -104,9 +110,10 @@ def train_loader_of(
 
 
 def check_damage(pool: ShardPool, jobs: Sequence[EvalJob], ranks: Ranks, damage: str) -> None:
-    """Verify the evaluation shards before any work is lost; in a folder also the indices of training shards.
+    """Verify the evaluation shards before training, and the indices of training shards if they are in a local folder.
 
-    The ranks share the work. Raises UserError, on every rank, for damage.
+    The indices are checked only with damage='refuse'. The ranks share the work. Raises UserError, on every rank, for
+    damage.
     """
     shards = pool.shards
     if damage == "refuse" and isinstance(shards.store, Folder):
@@ -118,7 +125,7 @@ def check_damage(pool: ShardPool, jobs: Sequence[EvalJob], ranks: Ranks, damage:
 
 
 def evaluation_looks_ahead(pool: ShardPool, jobs: Sequence[EvalJob], ranks: Ranks) -> bool:
-    """Whether the node's cache has room for two evaluation shards of every rank. Raises UserError if not for one."""
+    """Return whether the node's cache has room for two evaluation shards per rank. Raises UserError if not for one."""
     if pool.cache is None or not jobs:
         return True
     limit, node_ranks = pool.cache.limit, _most_ranks_on_a_node(ranks)
@@ -134,9 +141,9 @@ def evaluation_looks_ahead(pool: ShardPool, jobs: Sequence[EvalJob], ranks: Rank
 
 
 def resident_images_of(jobs: Sequence[EvalJob], pool: ShardPool, ranks: Ranks) -> ResidentImages:
-    """This rank's part of the images that are scored within rounds, in memory.
+    """Load this rank's part of the images that are scored during rounds into memory.
 
-    Raises UserError or Stopped, on every rank, where an image does not come to one of them.
+    Raises UserError, on every rank, if any rank cannot read an image; Stopped, on every rank, if any was asked to stop.
     """
     own_places = [jobs[number].place for number in assign_jobs(jobs, ranks.rank, ranks.world)]
     images, error_text, stopped = ResidentImages(), "", False
@@ -158,10 +165,10 @@ def resident_images_of(jobs: Sequence[EvalJob], pool: ShardPool, ranks: Ranks) -
 def calibration_of(
     config: Config, pool: ShardPool, sampler: GlobalSampler, ranks: Ranks, stop_requested: Callable[[], bool]
 ) -> Calibration:
-    """The samples of a round's first global batches, for criteria that need gradients.
+    """Return the calibration of a run: the samples of a round's first global batches, for gradient criteria.
 
-    Round -> batches of one sample on this rank's device. The same for any number of ranks and any memory: one sample,
-    one shard at a time.
+    It maps a round to batches of one sample on this rank's device, the same for any number of ranks. Only one sample
+    and one shard are held at a time.
     """
     patches = CalibrationPatches(sampler.tasks, config.run.seed, config.data.patch_pixels, config.data.augment)
 
@@ -175,7 +182,7 @@ def calibration_of(
 
 
 def _most_ranks_on_a_node(ranks: Ranks) -> int:
-    """The most ranks on any node: the same number on every rank, so that all raise a UserError, or none."""
+    """Return the largest number of ranks on any node: equal on every rank, so that either all ranks raise or none."""
     return max(Counter(ranks.hosts).values())
 
 

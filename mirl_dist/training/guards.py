@@ -1,4 +1,4 @@
-"""What guards a step: losses and gradients that are not finite, and losses that jump."""
+"""Guards training steps: detects non-finite losses and gradients, and loss spikes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _REMEMBERED, _NAMED = 50, 3
 
 @dataclass
 class StepLosses:
-    """The losses of a step's samples on this rank, pass by pass; skipped: the step makes no update."""
+    """The per-sample losses of a step on this rank, pass by pass. skipped: the step makes no update."""
 
     passes: list[tuple[Tensor, Batch]] = field(default_factory=list)
     skipped: bool = False
@@ -29,29 +29,30 @@ class StepLosses:
         self.passes.append((losses, batch))
 
     def keys(self) -> list[str]:
-        """Samples as task:key."""
+        """Return the samples of the step as task:key."""
         return [key for _, batch in self.passes for key in batch.keys]
 
     def not_finite(self) -> list[str]:
-        """Those whose loss is not finite."""
+        """Return the samples whose loss is not finite, as task:key."""
         masks = [~torch.isfinite(losses) for losses, _ in self.passes]
         wrong = torch.cat(masks).tolist()
         return [key for key, bad in zip(self.keys(), wrong, strict=True) if bad]
 
     def worst(self) -> list[tuple[float, str]]:
-        """The samples with the highest losses."""
+        """Return the (loss, task:key) of the samples with the highest losses, highest first."""
         losses = torch.cat([losses for losses, _ in self.passes]).tolist()
         return sorted(zip(losses, self.keys(), strict=True), reverse=True)[:_NAMED]
 
 
 def position(progress: Progress) -> str:
+    """Return the position in words, for messages."""
     return f"round {progress.round}, epoch {progress.epoch}, step {progress.step}"
 
 
 def check_loss(losses: StepLosses, progress: Progress, skip: int, ranks: Ranks) -> None:
-    """Warn that the step is skipped because a sample of some rank has a loss that is not finite.
+    """Warn that the step is skipped because a sample on some rank has a non-finite loss. All ranks call this.
 
-    Raises UserError on every rank, naming the samples, where the round has skipped `skip` steps already.
+    Raises UserError on every rank, naming the samples, if the round has already skipped `skip` steps.
     """
     bad_samples = ranks.gather_objects(losses.not_finite())
     named = [f"{ranks.names[rank]}: {', '.join(keys)}" for rank, keys in enumerate(bad_samples) if keys]
@@ -60,9 +61,9 @@ def check_loss(losses: StepLosses, progress: Progress, skip: int, ranks: Ranks) 
 
 
 def check_gradient(norm: Tensor, losses: StepLosses, progress: Progress, skip: int, ranks: Ranks) -> bool:
-    """Whether the step is skipped because the averaged gradient, the same on every rank, is not finite.
+    """Return whether to skip the step because the averaged gradient is not finite; `norm` is the same on every rank.
 
-    Warns then, or raises UserError, as `check_loss`.
+    Warns or raises UserError like `check_loss`.
     """
     if bool(torch.isfinite(norm)):
         return False
@@ -86,13 +87,16 @@ def _skip_step(problem: str, advice: str, progress: Progress, skip: int, ranks: 
 
 
 class SpikeDetector:
-    """Warns of steps whose loss is many times what it was. All ranks see the same losses, and call it in step."""
+    """Warns of a step whose loss is more than `factor` times the median of the 50 steps before.
+
+    All ranks must call it at every step, with the same loss. factor: None disables it.
+    """
 
     def __init__(self, factor: float | None) -> None:
         self._factor, self._before = factor, deque[float](maxlen=_REMEMBERED)
 
     def check(self, loss: float, step_losses: StepLosses, progress: Progress, ranks: Ranks) -> None:
-        """Warn, naming the worst samples, where `loss`, the mean over the global batch, is a spike."""
+        """Warn, naming the samples with the highest losses, if `loss` (mean over the global batch) is a spike."""
         usual = median(self._before) if len(self._before) == _REMEMBERED else None
         if self._factor is not None and usual is not None and loss > self._factor * usual:
             per_rank = ranks.gather_objects(step_losses.worst(), what="gather of the worst samples")

@@ -1,4 +1,4 @@
-"""What a run begins with: values drawn from its seed, an imported network, or another run's ticket."""
+"""Creates the initial weights of a run: drawn from its seed, imported, or taken from another run's ticket."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mirl_dist.training.ticket import Ticket
 
 
 class InitialState(NamedTuple):
-    """First values; the masks of round 0 (None: all alive), and the digest of the ticket that they are of."""
+    """Initial weights, the masks of round 0 (None if dense), and the digest of the parent ticket (None without one)."""
 
     weights: dict[str, Tensor]
     masks: Masks | None
@@ -32,7 +32,7 @@ class InitialState(NamedTuple):
 
 
 class StartingPoint(NamedTuple):
-    """What a ticket's round began with: its record, its masks, and its initial values, zero where pruned."""
+    """A ticket with the masks and the initial weights of its round; pruned weights are zero."""
 
     ticket: Ticket
     masks: Masks
@@ -40,7 +40,10 @@ class StartingPoint(NamedTuple):
 
 
 class OpenedTicket(Protocol):
-    """The ticket that a run starts from. initial_weights: of pruned weights too, None where they are not kept."""
+    """The ticket that a run starts from.
+
+    initial_weights: the initial values of all weights, pruned ones included; None if they were not kept.
+    """
 
     @property
     def config(self) -> Config: ...
@@ -51,11 +54,12 @@ class OpenedTicket(Protocol):
 OpenTicket = Callable[[str, Options], OpenedTicket]
 
 _REINIT_SEED_OFFSET = 1_000_003
-"""Added to run.seed for first values that are drawn anew: the data's order, which the seed also gives, stays."""
+"""Added to run.seed when the initial weights of a `reinit` control are drawn; the order of the data, which also depends
+on run.seed, does not change."""
 
 
 def create_network(config: Config, more: int = 0) -> nn.Module:
-    """The network of a config with fresh weights, the same for the same seed. more: added to the seed."""
+    """Return the network of a config with weights drawn from run.seed + more; the global generator is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed + more)
         model = models.create(config.model.name, **config.model.sizes())
@@ -65,9 +69,9 @@ def create_network(config: Config, more: int = 0) -> nn.Module:
 
 
 def create_initial(config: Config, open_ticket: OpenTicket) -> InitialState:
-    """What a run begins with; open_ticket opens `start.ticket`.
+    """Return the initial weights and masks of a run. open_ticket: opens `start.ticket`.
 
-    Raises UserError for a file or a ticket that does not fit the config.
+    Raises UserError for a weights file or a ticket that does not match the config.
     """
     drawn = {name: parameter.detach() for name, parameter in create_network(config).named_parameters()}
     if config.model.weights is not None:
@@ -78,6 +82,10 @@ def create_initial(config: Config, open_ticket: OpenTicket) -> InitialState:
 
 
 def load_weights(file: Path, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Read imported weights from a safetensors file, in the order of `drawn`, whose names and shapes they must have.
+
+    Raises UserError for an unreadable file, another network, a dtype other than float32, or NaN or inf.
+    """
     try:
         weights = safetensors.torch.load_file(file)
     except (OSError, safetensors.SafetensorError) as error:
@@ -96,7 +104,7 @@ def load_weights(file: Path, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_start_exists(config: Config, open_ticket: OpenTicket) -> None:
-    """Raise UserError, before anything is begun, where what a run is to begin with is not there."""
+    """Raise UserError if the weights file or the ticket that the config names does not exist. Writes nothing."""
     if config.model.weights is not None and not Path(config.model.weights).is_file():
         raise UserError(
             f"model.weights: found {config.model.weights}, which is no file. Write it with `mirl-dist import`."
@@ -129,7 +137,11 @@ def _from_ticket(config: Config, open_ticket: OpenTicket, drawn: dict[str, Tenso
 def _all_initial_weights(
     opened: OpenedTicket, config: Config, digest: str, source: str, drawn: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Those of the dead weights too: of the run, or drawn again from the seed of a ticket file."""
+    """Return the initial values of all weights, pruned ones included.
+
+    They come from the ticket's run, or are drawn again from the seed in a ticket file. Raises UserError if the drawn
+    weights do not have the digest that the ticket records.
+    """
     weights = opened.initial_weights()
     if weights is None:
         seed = opened.config.run.seed
@@ -145,6 +157,7 @@ def _all_initial_weights(
 
 
 def _check_same_network(source: str, shapes: dict[str, torch.Size], drawn: dict[str, Tensor]) -> None:
+    """Raise UserError if names or shapes differ from those of the config's network. source: for the message."""
     expected = {name: t.shape for name, t in drawn.items()}
     mismatched = sorted(n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n))
     if mismatched:

@@ -1,4 +1,4 @@
-"""One round's training, on one screen: `train_round`."""
+"""Trains one round: `train_round` is the training loop."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from mirl_dist.training.state import Progress, TrainState
 
 @dataclass(frozen=True)
 class RoundConfig:
-    """The numbers of one round. batch: samples per step over all ranks; passes: forward passes per step and rank;
-    skip_bad: steps of the round that may be skipped; slow_factor, spike_factor: as in the config."""
+    """The settings of one round. batch: global batch size; passes: forward passes per step and rank; skip_bad: steps
+    of the round that may be skipped; slow_factor, spike_factor: as in the config."""
 
     tasks: tuple[Task, ...]
     epochs: int
@@ -42,11 +42,11 @@ class RoundConfig:
 
 
 class LoopHooks(Protocol):
-    """What the loop asks of the run around it.
+    """What the loop requires of the run.
 
-    rate: the learning rate at a position; before_step may raise Stopped on all ranks; commit: keeps the state, in the
-    background unless `wait`; commit_busy, commit_failed: whether a commit is being written, or could not be (on the
-    rank that writes); raise_commit_failure: raises that failure on every rank; log: takes the values of a step.
+    rate: returns the learning rate at a position; before_step: may raise Stopped on all ranks; commit: saves the state,
+    in the background unless `wait`; commit_busy, commit_failed: whether a commit is being written, or has failed (on
+    the rank that writes); raise_commit_failure: raises that failure on every rank; log: logs the values of a step.
     """
 
     def rate(self, progress: Progress) -> float: ...
@@ -60,10 +60,10 @@ class LoopHooks(Protocol):
 
 
 class StepStatus(NamedTuple):
-    """What all ranks know after their collective in a pass, before the backward pass.
+    """The result of the all-reduce of a pass, before the backward pass; the same on all ranks.
 
-    The flags hold on any rank (no_batch: a stop was requested while waiting for a shard). replaced: reads in which a
-    sample stood in for a damaged one; loss: sum over samples.
+    A flag is set if any rank sets it (no_batch: a stop was requested while waiting for a shard). replaced: reads in
+    which a damaged sample was replaced by another; loss: sum over samples.
     """
 
     bad: bool
@@ -84,11 +84,11 @@ def train_round(
     hooks: LoopHooks,
     advance: Advance,
 ) -> None:
-    """Train the masked network from `state.progress` to the end of its round, in place; commit its end.
+    """Train the masked network in place from `state.progress` to the end of its round, and commit the result.
 
     model: the network to train, whose weights are `state.weights`; batches: this rank's, from that position on.
-    Raises UserError on every rank, before the step, for a loss or gradient that is not finite, and for a commit that
-    could not be written; Stopped after a commit when any rank was asked to stop.
+    Raises UserError on every rank for a non-finite loss or gradient that may not be skipped (before the update), and
+    for a failed commit; Stopped, after a commit, if any rank was asked to stop.
     """
     progress, commit_due = state.progress, False
     meter, spikes = Meter(config, progress, ranks), guards.SpikeDetector(config.spike_factor)
@@ -118,7 +118,7 @@ def train_round(
 
 
 def call_before_step(hooks: LoopHooks, meter: Meter) -> None:
-    """Call the hook, whose time is no training; commit where it raises Stopped."""
+    """Call the hook, excluding its time from the measured speed; commit if it raises Stopped."""
     began = time.monotonic()
     try:
         hooks.before_step(meter.progress)
@@ -130,7 +130,7 @@ def call_before_step(hooks: LoopHooks, meter: Meter) -> None:
 
 
 def commit(hooks: LoopHooks, meter: Meter, *, wait: bool) -> None:
-    """Commit the state, with the losses that have not been reported yet."""
+    """Commit the state, with the losses not yet reported."""
     meter.progress.unreported = meter.unreported()
     hooks.commit(wait=wait)
 
@@ -152,9 +152,9 @@ def forward_backward(
     hooks: LoopHooks,
     meter: Meter,
 ) -> StepStatus:
-    """All passes of a step; the status of the last one, with the mean loss and the replaced reads of all.
+    """Run all forward and backward passes of a step; return the last status, with mean loss and replaced of all passes.
 
-    Ends early where a rank has no batch. After a loss that is not finite on any rank the step is skipped.
+    Returns early if any rank has no batch. A non-finite loss on any rank marks the step as skipped.
     """
     loss, replaced = 0.0, 0
     for number in range(config.passes):
@@ -177,7 +177,7 @@ def forward_backward(
 
 
 def next_batch(batches: Iterator[Batch], device: torch.device) -> Batch | None:
-    """The next batch; None if a stop was requested while waiting for a shard."""
+    """Return the next batch; None if a stop was requested while waiting for a shard."""
     try:
         return next(batches).to(device)
     except Stopped:
@@ -187,7 +187,7 @@ def next_batch(batches: Iterator[Batch], device: torch.device) -> Batch | None:
 def forward(
     model: nn.Module, batch: Batch | None, config: RoundConfig, step_losses: StepLosses, ranks: Ranks
 ) -> Tensor:
-    """Per-sample losses; empty without a batch (a sharded engine still runs a dummy forward pass)."""
+    """Return per-sample losses (B,); empty without a batch (a sharded engine still runs a dummy forward pass)."""
     if batch is None:
         if ranks.network.is_sharded:
             ranks.network.forward(model, torch.zeros((1, 3, *2 * [config.patch_pixels]), device=ranks.device))
@@ -201,7 +201,7 @@ def forward(
 def sync_status(
     sample_losses: Tensor, batch: Batch | None, ranks: Ranks, hooks: LoopHooks, stragglers: StragglerDetector
 ) -> StepStatus:
-    """The one collective of a pass for losses and flags: who met a bad loss, who was asked to stop, and so on."""
+    """Sum losses and flags over all ranks: one collective per pass."""
     bad = not bool(torch.isfinite(sample_losses.detach()).all())
     replaced = 0 if batch is None else batch.skipped
     flags = [bad, hooks.stop_requested(), batch is None, hooks.commit_busy(), hooks.commit_failed()]
@@ -214,9 +214,9 @@ def sync_status(
 
 
 def update_weights(state: TrainState, lr: float, step_losses: StepLosses, config: RoundConfig, ranks: Ranks) -> Tensor:
-    """Mask and clip the gradients and make one optimiser step, or drop them where the step is skipped.
+    """Mask and clip the gradients and make one optimiser step, or drop the gradients if the step is skipped.
 
-    Returns the norm of the averaged gradient, NaN for a bad loss. Marks a step whose norm is not finite as skipped.
+    Returns the norm of the averaged gradient, NaN after a non-finite loss. A non-finite norm marks the step as skipped.
     """
     norm = torch.tensor(float("nan"))
     if not step_losses.skipped:
@@ -231,7 +231,7 @@ def update_weights(state: TrainState, lr: float, step_losses: StepLosses, config
 
 
 def advance_progress(progress: Progress, config: RoundConfig, *, replaced: int = 0, skipped: bool = False) -> None:
-    """Move the position one optimiser step on."""
+    """Advance the position by one optimiser step."""
     progress.skipped += replaced
     progress.updates += 1
     progress.bad += skipped
@@ -240,7 +240,7 @@ def advance_progress(progress: Progress, config: RoundConfig, *, replaced: int =
 
 
 class Meter:
-    """Losses, samples and time since the last report; what the last commit carried over is included."""
+    """Losses, samples and time since the last report, including unreported losses restored from the last commit."""
 
     def __init__(self, config: RoundConfig, progress: Progress, ranks: Ranks) -> None:
         self.config, self.progress, self.ranks = config, progress, ranks
@@ -255,12 +255,12 @@ class Meter:
             self.sums += losses.by_task(sample_losses, batch.task, len(self.config.tasks))
 
     def unreported(self) -> list[list[float]]:
-        """Losses and samples per task that have not been reported, summed over ranks."""
+        """Return the unreported losses and samples per task, summed over ranks; a collective."""
         totals: list[list[float]] = (self.ranks.sum(self.sums) + self.carried).tolist()
         return totals
 
     def take(self) -> tuple[Tensor, Tensor, float]:
-        """Losses and samples per task to report, and samples per second since the last report; then begin anew."""
+        """Return losses and samples per task, and samples per second, since the last report; then reset."""
         recent = self.ranks.sum(self.sums)
         losses_per_task, counts = recent + self.carried
         elapsed = max(time.monotonic() - self.since, 1e-9)
@@ -273,10 +273,10 @@ class Meter:
 
 
 def report_step(meter: Meter, values: dict[str, float], hooks: LoopHooks, advance: Advance) -> None:
-    """Log the mean losses since the last report, in all and per task; warn of slow ranks."""
+    """Log the mean loss since the last report, overall and per task; warn of slow ranks."""
     progress = meter.progress
     losses_per_task, counts, speed = meter.take()
-    # The loss comes first: MLflow opens its comparison of rounds with the first metric that it receives.
+    # The loss comes first: MLflow's comparison of rounds shows the first metric received.
     mean = {"loss/mean": float(losses_per_task.sum() / counts.sum())} if counts.sum() else {}  # none: all were skipped
     per_task = zip(meter.config.tasks, losses_per_task.tolist(), counts.tolist(), strict=True)
     values = mean | {f"loss/{task.name}": total / count for task, total, count in per_task if count} | values
@@ -286,7 +286,7 @@ def report_step(meter: Meter, values: dict[str, float], hooks: LoopHooks, advanc
 
 
 def warn_of_stragglers(meter: Meter, values: dict[str, float]) -> None:
-    """Note where this rank spent its time; warn of ranks that are slower than the others."""
+    """Record how this rank spent its time; warn of ranks that are slower than the others."""
     ranks, progress = meter.ranks, meter.progress
     batch_seconds, rest_seconds = meter.stragglers.mean_seconds()
     timings = {"batch_seconds": batch_seconds, "rest_seconds": rest_seconds}

@@ -1,8 +1,9 @@
-"""MIR-L's Algorithm 1: train, evaluate, prune the weakest, rewind the survivors, again.
+"""Algorithm 1 of MIR-L: train, evaluate, prune the weakest weights, rewind the surviving ones, repeat.
 
-Beside Algorithm 1 of the paper: line 1 theta_0 is `initial`; lines 3 to 5 are `train_and_score`; line 6 the quantile
-and line 7 the mask are `select`; line 8 the rewind is `begin_round`. One-shot baselines (PIR-OSM, PIR-OSR) are one cut
-after round 0 and no rewind. Differs from the released code where that drops the first values (see pruning/rewind).
+Lines of the paper's Algorithm 1: theta_0 of line 1 is `initial`; lines 3 to 5 are `train_and_score`; the quantile of
+line 6 and the mask of line 7 are `select`; the rewind of line 8 is `begin_round`. The one-shot baselines (PIR-OSM,
+PIR-OSR) prune once after round 0 and do not rewind. The released code loses some initial values; this code does not
+(see pruning/rewind.py).
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from mirl_dist.training.ticket import Ticket
 
 @dataclass(frozen=True)
 class LotteryConfig:
-    """How rounds follow one another.
+    """The schedule of rounds.
 
-    rounds: pruned rounds after round 0. rewinds_to: 'initial', 'step', 'rate' or 'finetune', as in the config; what:
-    'all' or 'published' tensors. began: the optimiser step that rounds after round 0 begin at, of `steps_per_epoch`.
+    rounds: pruned rounds after round 0; target_sparsity: over all parameters, ends the run early when reached.
+    rewinds_to: 'initial', 'step', 'rate' or 'finetune', as in the config; what: which tensors are rewound, 'all' or
+    'published'. began: the optimiser step at which rounds after round 0 begin; steps_per_epoch: converts it to epochs.
     """
 
     rounds: int
@@ -37,11 +39,12 @@ class LotteryConfig:
     steps_per_epoch: int
 
     def finished(self, ticket: Ticket) -> bool:
+        """Whether a ticket is the last one: of the last round, or with the target sparsity reached."""
         reached = self.target_sparsity is not None and ticket.total_sparsity >= self.target_sparsity
         return ticket.round >= self.rounds or reached
 
     def rewound_names(self, state: TrainState, round_: int) -> frozenset[str]:
-        """The tensors that round `round_` begins with earlier values of."""
+        """Return the tensors that are rewound at the start of round `round_`; none for 'rate' and 'finetune'."""
         if self.rewinds_to in ("rate", "finetune"):
             return frozenset()
         return rewound_names(state.weights, self.what, round_)
@@ -60,13 +63,13 @@ def play(
     rewind_point: Callable[[], dict[str, Tensor]],
     stop_if_requested: Callable[[str], None],
 ) -> None:
-    """Play all rounds that are still to do.
+    """Run all remaining rounds.
 
-    newest: the ticket of `state.progress.round` when that round is finished already (its weights are in `state`).
-    train_and_score: trains the round from its position and makes its ticket; record: shows a ticket, idempotent;
-    select: the masks of the next round; rewind_point: the values that survivors return to; stop_if_requested: raises
-    Stopped on all ranks when any was asked, naming what comes next. Until the next round trains, its parent's ticket
-    is all that a restart needs. Raises InvariantError naming rank and tensor when a promise does not hold.
+    newest: the ticket of `state.progress.round` if that round is finished (its weights are in `state`), else None.
+    train_and_score: trains the round from its position and returns its ticket; record: shows a ticket, idempotent;
+    select: returns the masks of the next round; rewind_point: returns the values that surviving weights return to;
+    stop_if_requested: raises Stopped on all ranks when any was asked to stop. Until the next round trains, a restart
+    needs only the ticket of its parent. Raises InvariantError, naming rank and tensor, if a check on weights fails.
     """
     while True:
         if newest is None:
@@ -96,7 +99,7 @@ def begin_round(
     pruned: PruneResult,
     parent: Ticket,
 ) -> None:
-    """Rewind the survivors to `point` under the new masks, and check it on every rank."""
+    """Rewind the surviving weights to `point` under the new masks, and verify the result on every rank."""
     round_ = parent.round + 1
     names = lottery.rewound_names(state, round_)
     rewind(state.weights, point, pruned.masks, names)
@@ -117,12 +120,12 @@ def begin_round(
 
 
 def check_initial_weights(state: TrainState, initial: dict[str, Tensor], ranks: Ranks) -> None:
-    """Check that every rank holds the same initial weights, by digest."""
+    """Check by digest that every rank holds the same initial weights."""
     ranks.check_agreement("the initial weights", masking.digest_of(state.gather_full(initial)))
 
 
 def check_replicas(state: TrainState, ranks: Ranks) -> None:
-    """Check that replicas of the trained weights are the same; a shard that one rank alone holds cannot drift apart."""
+    """Check that replicas of the trained weights are equal. Sharded weights have a single copy: nothing to compare."""
     if state.engine.layout.is_replicated:
         ranks.check_agreement("the trained weights", masking.digest_tensors(state.weights))
 
@@ -137,7 +140,7 @@ def check_pruned_weights(state: TrainState, ranks: Ranks) -> None:
 
 
 def check_on_ranks(broken: str, tensor: str | None, ranks: Ranks) -> None:
-    """Raise InvariantError on every rank when any rank names a tensor."""
+    """Raise InvariantError on every rank if any rank passes the name of a tensor. broken: the invariant, in words."""
     names = ranks.gather_objects(tensor)
     violations = [f"{ranks.names[rank]}, tensor '{name}'" for rank, name in enumerate(names) if name is not None]
     if violations:

@@ -1,4 +1,4 @@
-"""Checks a run before any rank starts, and plans it: data, batches, images to score, store."""
+"""Checks and plans a run before any work begins: data, batches, images to score, store."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mirl_dist.training.initial import OpenTicket, check_start_exists
 
 
 class RunPlan(NamedTuple):
-    """What is known of a run before any rank starts: its data, who reads what, what is scored, where it is kept."""
+    """The plan of a run: its shards, the order of samples, the split of batches, the images to score, and its store."""
 
     shards: Shards
     sampler: GlobalSampler
@@ -37,19 +37,19 @@ class RunPlan(NamedTuple):
     store: Store
 
     def manifest_digest(self) -> str:
-        """The digest of the shards' manifest."""
+        """Return the digest of the shards' manifest."""
         return self.shards.manifest.digest()
 
 
 class _SharedPlan(NamedTuple):
-    """What rank 0 reads and sends to the others, so that a store is not asked by every rank."""
+    """The part of the plan that rank 0 reads and sends to the others, so that only one rank queries the store."""
 
     manifest: bytes
     jobs: list[EvalJob]
 
 
 def preflight(config: Config, world: int, resume: str, open_ticket: OpenTicket) -> RunPlan:
-    """Check everything that can be checked before work begins; nothing is written.
+    """Check everything that can be checked before work begins, and return the plan. Writes nothing.
 
     world: the number of ranks; resume: 'auto', 'never' or 'must'; open_ticket: opens `start.ticket`. Raises UserError.
     """
@@ -69,7 +69,7 @@ def preflight(config: Config, world: int, resume: str, open_ticket: OpenTicket) 
 
 
 def preflight_on_ranks(config: Config, resume: str, ranks: Ranks, open_ticket: OpenTicket) -> RunPlan:
-    """`preflight` for every rank: rank 0 reads and checks, the others get the result."""
+    """Run `preflight` on rank 0 and return the plan on every rank. Raises UserError on every rank."""
     plans: list[RunPlan] = []
 
     def on_main() -> _SharedPlan:
@@ -88,7 +88,7 @@ def preflight_on_ranks(config: Config, resume: str, ranks: Ranks, open_ticket: O
 
 
 def sampler_of(config: Config, shards: Shards) -> GlobalSampler:
-    """The order of a config's samples. Raises UserError for a mix that the shards cannot feed."""
+    """Return the sampler of a config. Raises UserError for a task mix that the shards cannot supply."""
     return GlobalSampler(
         config.data.mix,
         shards.train,
@@ -105,9 +105,9 @@ def _jobs_of(section: EvaluateSection, shards: Shards, tasks: Sequence[Task]) ->
 
 
 def open_run_store(config: Config, manifest_digest: str, resume: str, open_ticket: OpenTicket) -> Store:
-    """Open the store of run.folder and check what it holds, as `check_run_folder` does.
+    """Open the store of run.folder and check its content with `check_run_folder`.
 
-    Called before a launch, and again under the run's lease, since another launch may have begun the run in between.
+    Called before a launch, and again under the run's lease, because another launch may have created the run in between.
     """
     store = open_configured(config.store, config.run.folder)
     check_run_folder(Checkpoints(store), config, manifest_digest, resume, open_ticket)
@@ -115,7 +115,7 @@ def open_run_store(config: Config, manifest_digest: str, resume: str, open_ticke
 
 
 def _check_score_globs(globs: tuple[str, ...], names: list[str]) -> None:
-    """Raise UserError for a glob of keep.by that no score will answer to."""
+    """Raise UserError for a glob of keep.by that matches no score."""
     scores = [f"{kind}/{name}" for name in names for kind in ("psnr", "ssim")]
     for glob in globs:
         if not any(fnmatchcase(score, glob) for score in scores):
@@ -125,7 +125,7 @@ def _check_score_globs(globs: tuple[str, ...], names: list[str]) -> None:
 
 
 def _check_step_numbers(config: Config, steps_per_epoch: int) -> None:
-    """Raise UserError for a rewind point that round 0 does not reach, or more calibration batches than a round has."""
+    """Raise UserError if a round is too short for the rewind step or for the number of calibration batches."""
     steps, at, batches = steps_per_epoch * config.train.epochs, config.rewind.step, config.prune.criterion_batches
     if at is not None and at >= steps:
         raise UserError(f"rewind.step: found {at}, but a round has {steps} steps. Give an earlier one.")
@@ -136,7 +136,11 @@ def _check_step_numbers(config: Config, steps_per_epoch: int) -> None:
 def check_run_folder(
     checkpoints: Checkpoints, config: Config, manifest_digest: str, resume: str, open_ticket: OpenTicket
 ) -> None:
-    """Raise UserError when the folder holds another run than this one, or resume says otherwise."""
+    """Raise UserError if the folder holds a different run, or if `resume` does not allow its state.
+
+    A different run is one with another config fingerprint or other shards. resume: 'auto', 'never' (the folder must
+    hold no run) or 'must' (it must hold the run).
+    """
     folder = checkpoints.store.where()
     identity = checkpoints.identity()
     if identity is None:
@@ -163,7 +167,7 @@ def check_run_folder(
 
 
 def describe(config: Config, plan: RunPlan, world: int) -> str:
-    """The recipe in numbers, so that nobody's drifts silently with the number of ranks."""
+    """Return the training recipe in numbers, so that an unintended effect of the number of ranks is visible."""
     split, steps = plan.batch_split, plan.sampler.steps_per_epoch
     passes = "pass" if split.passes == 1 else "passes"
     samples = steps * config.batch.global_ * config.train.epochs

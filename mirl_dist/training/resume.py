@@ -41,10 +41,10 @@ def hold_lease(
     stop: StopSignal,
     check_again: Callable[[], object],
 ) -> Iterator[Checkpoints]:
-    """The run's checkpoints, which rank 0 alone may write, as long as it holds the run's lease.
+    """Hold the run's lease on rank 0 and yield the checkpoints, which only rank 0 may write.
 
-    status: what the lease's heartbeats say, changed by the caller; check_again: checks the run's folder under the
-    lease. Raises UserError, on every rank, where another launch is alive; Stopped when asked to stop meanwhile.
+    status: content of the lease's heartbeats, updated by the caller; check_again: checks the run's folder under the
+    lease. Raises, on every rank, UserError if another launch holds the lease, and Stopped if asked to stop meanwhile.
     """
     lease: Lease | None = None
     if ranks.is_main:
@@ -67,7 +67,7 @@ def hold_lease(
 
 
 def _claim(lease: Lease | None, checkpoints: Checkpoints, stop: StopSignal, check_again: Callable[[], object]) -> bool:
-    """Claim the lease and shut out older writers; False when asked to stop meanwhile."""
+    """Claim the lease and fence older writers; return False if asked to stop meanwhile."""
     assert lease is not None
     try:
         lease.claim(stop)
@@ -83,13 +83,16 @@ def _claim(lease: Lease | None, checkpoints: Checkpoints, stop: StopSignal, chec
 
 
 def commit_writer(section: schema.StoreSection, store: Store) -> AsyncWriter:
-    """The writer of commits. An S3 store retries by itself; a folder that is full is tried again by the writer."""
+    """Return the writer of commits. It retries writes to a folder (disk full); an S3 store retries by itself."""
     return AsyncWriter(section.patience_seconds if isinstance(store, Folder) else 0.0)
 
 
 def crash_loop_guard(run_id: str, section: schema.GuardSection, plan: RunPlan, ranks: Ranks) -> CrashLoopGuard:
-    """The record of the step that rank 0 is in. Raises UserError, on every rank, when launch after launch died in one
-    and the same step, naming its samples."""
+    """Return the crash-loop guard, which records on rank 0 only.
+
+    Raises UserError on every rank, naming the samples of the step, if too many consecutive launches crashed in the same
+    step.
+    """
     guards: list[CrashLoopGuard] = []
 
     def on_main() -> None:
@@ -102,7 +105,7 @@ def crash_loop_guard(run_id: str, section: schema.GuardSection, plan: RunPlan, r
 
 
 def _sample_keys(plan: RunPlan, round_: int, updates: int) -> list[str]:
-    """The samples of a step as task:key."""
+    """Return the samples of a step as task:key."""
     sampler, shards = plan.sampler, plan.shards
     position = Position(*divmod(updates, sampler.steps_per_epoch))
     return [
@@ -112,10 +115,10 @@ def _sample_keys(plan: RunPlan, round_: int, updates: int) -> list[str]:
 
 
 class RunOrigin(NamedTuple):
-    """What a run began with, the same on every rank.
+    """The initial weights and masks of a run, the same on every rank.
 
-    masks: of round 0, None where no weight is pruned; parent: the digest of the ticket that they are of;
-    initial_digest: of the initial weights; id: tells the run from any other that lies, or lay, at the same address.
+    masks: of round 0, None if dense; parent: the digest of the ticket that they come from; initial_digest: of the
+    initial weights; id: distinguishes the run from earlier or later runs at the same address.
     """
 
     initial: dict[str, Tensor]
@@ -131,10 +134,11 @@ def load_or_create_initial(
     identity_of: Callable[[str, str, str | None], dict[str, Any]],
     ranks: Ranks,
 ) -> RunOrigin:
-    """The one set of initial weights and masks: written by rank 0 once, sent to every rank, verified by digest.
+    """Load the initial weights and masks, or create and write them for a new run; broadcast and verify their digests.
 
-    identity_of: the content of run.json, given the digest of the weights, that of the masks ('' for dense ones), and
-    the parent. A file that is damaged or missing is made anew where `create` still gives the very same, else UserError.
+    identity_of: returns the content of run.json from the digest of the weights, that of the masks ('' if dense), and
+    the parent. A damaged or missing file is recreated if `create` still returns the same values. Raises UserError
+    otherwise, and InvariantError if a rank received other values than rank 0 sent.
     """
     states: list[InitialState] = []
 
@@ -181,7 +185,10 @@ def _begin_run(
 def _load_initial(
     checkpoints: Checkpoints, identity: dict[str, Any], create: Callable[[], InitialState]
 ) -> InitialState:
-    """What the run's files hold; made anew where they are damaged or missing."""
+    """Load the initial weights and masks from their files; recreate damaged or missing files.
+
+    Raises UserError if `create` returns other values than run.json records.
+    """
     expected, expected_masks = str(identity["initial_digest"]), str(identity.get("start_digest") or "")
     weights, masks = checkpoints.initial(), None
     is_intact = weights is not None and masking.digest_tensors(weights) == expected
@@ -206,7 +213,7 @@ def _load_initial(
 
 
 def _load_first_masks(checkpoints: Checkpoints, weights: Mapping[str, Tensor]) -> Masks | None:
-    """The masks of round 0 from their file; None where it is damaged or missing."""
+    """Load the masks of round 0 from their file; None if it is damaged or missing."""
     packed = checkpoints.tensors(START) or {}
     shapes = {name: tuple(weights[name].shape) for name in packed if name in weights}
     with contextlib.suppress(ValueError):
@@ -216,7 +223,7 @@ def _load_first_masks(checkpoints: Checkpoints, weights: Mapping[str, Tensor]) -
 
 @dataclass
 class LatestCommit:
-    """The newest complete commit. parts: its files, on rank 0 alone."""
+    """The newest intact commit. ticket: JSON text if the round is finished; parts: its files, on rank 0 only."""
 
     commit: Commit
     progress: dict[str, Any]
@@ -225,7 +232,7 @@ class LatestCommit:
 
 
 def load_latest(checkpoints: Checkpoints, ranks: Ranks) -> LatestCommit | None:
-    """The commit to go on from; None for a run without one. Rank 0 chooses, and warns of damaged ones on the way."""
+    """Return the newest intact commit, chosen by rank 0, or None without commits; warn of damaged newer ones."""
     parts: dict[str, bytes] = {}
 
     def on_main() -> LatestCommit | None:
@@ -246,7 +253,10 @@ def load_latest(checkpoints: Checkpoints, ranks: Ranks) -> LatestCommit | None:
 
 
 def restore(state: TrainState, latest: LatestCommit | None, ranks: Ranks) -> Ticket | None:
-    """Put a commit into the state; returns its ticket when its round had ended."""
+    """Load a commit into the state of every rank; return its ticket if its round is finished, else None.
+
+    Raises UserError, on every rank, if the commit does not match the network or its masks have another digest.
+    """
     if latest is None:
         return None
     tensors: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""One round of a run: train it, score it, make its ticket, commit it."""
+"""Runs one round: trains, scores, creates the ticket and commits it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mirl_dist.training.ticket import Curve, Ticket
 
 
 class TrainData(NamedTuple):
-    """What a round reads: the order of samples, this rank's part of each batch, and its loader."""
+    """Training data of a run: the sampler, this rank's part of each global batch, and its loader."""
 
     sampler: GlobalSampler
     batch_split: BatchSplit
@@ -38,7 +38,7 @@ class TrainData(NamedTuple):
 
 
 class RunDigests(NamedTuple):
-    """What every ticket of a run records of it."""
+    """Digests that every ticket of a run records: of the shards' manifest and of the initial weights."""
 
     manifest: str
     initial: str
@@ -46,9 +46,9 @@ class RunDigests(NamedTuple):
 
 @dataclass
 class TrainNetwork:
-    """The network in training: `wrapped` for training steps, `unwrapped` for scoring where every rank has all of it.
+    """The network in training: `wrapped` for training steps, `unwrapped` for scoring (None if it is sharded).
 
-    create: makes a network of the same shape.
+    create: returns a new network of the same shape.
     """
 
     wrapped: nn.Module
@@ -59,10 +59,10 @@ class TrainNetwork:
 
     @contextmanager
     def gathered(self) -> Iterator[nn.Module]:
-        """The trained network, to be called by each rank by itself, since ranks score different numbers of images.
+        """Yield the trained network for calls without collectives, since ranks score different numbers of images.
 
-        With a sharded network or optimizer this is a gathered copy; under ZeRO-1 and 2 too, whose parameters lie in
-        one flat tensor, which is enough for the CPU's kernels to round otherwise.
+        With a sharded network or optimiser this is a gathered copy. ZeRO-1 and ZeRO-2 need one too: their parameters
+        are views of one flat tensor, with which CPU kernels round differently.
         """
         if self.unwrapped is not None:
             yield self.unwrapped
@@ -89,7 +89,7 @@ class RoundRunner:
     stop: StopSignal
 
     def train_and_score(self, digests: RunDigests) -> Ticket:
-        """Train the round from where it stands, score it, and commit its ticket."""
+        """Train the round from its current position, score it, and commit its ticket."""
         with self.ranks.in_phase("training"):
             self._train()
         with self.ranks.in_phase("evaluating"):
@@ -105,27 +105,28 @@ class RoundRunner:
         return ticket
 
     def _train(self) -> None:
+        """Train the round from its current position to its end."""
         progress, epochs = self.state.progress, self.config.round_epochs(self.state.progress.round)
         config = round_config(self.config, self.data, epochs)
         total = epochs * config.steps_per_epoch
         self.report.open_round(self.state, total)
         stream = self.data.loader.batches(progress.round, Position(progress.epoch, progress.step), epochs)
         with (
-            closing(stream) as batches,  # its workers end with the round, also with one that fails
+            closing(stream) as batches,  # stops its workers at the end of the round, also after an error
             bar(f"round {progress.round}", total, start=progress.updates, shown=self.ranks.is_main) as advance,
         ):
             loop.train_round(self.state, self.network.wrapped, batches, config, self.ranks, self, advance)
         self.report.end_step()
 
     def evaluate_mid_round(self) -> None:
-        """Score the first images of each score within a round. Raises Stopped on every rank when any was asked to."""
+        """Score the first images of each 'task/set'. Raises Stopped on every rank if any was asked to stop."""
         self.report.end_step()
         with self.ranks.in_phase("evaluating"), self.network.gathered() as network:
             result = self.evaluation.score_first(network)
         self._add_to_curve(result)
 
     def _add_to_curve(self, result: EvalResult) -> None:
-        """Add a point to the round's curve, once for each number of updates."""
+        """Add a point to the round's curve, at most one per number of updates."""
         progress, means = self.state.progress, self.evaluation.curve_point(result)
         if progress.updates in progress.curve.steps or not means:
             return
@@ -174,23 +175,23 @@ class RoundRunner:
         )
 
     def record(self, ticket: Ticket) -> None:
-        """Show a committed ticket on the terminal and in MLflow. Idempotent."""
+        """Print a committed ticket and log it to MLflow. Idempotent."""
         masks = {name: mask.cpu() for name, mask in self.state.gather_full(self.state.masks) if self.ranks.is_main}
         self.ranks.on_main(lambda: self.report.show_ticket(ticket, masks), what="record of the round")
 
     def stop_if_requested(self, before: str) -> None:
-        """Raise Stopped on every rank when any was asked to stop."""
+        """Raise Stopped on every rank if any was asked to stop. before: the phase that comes next, for the message."""
         if self.ranks.any(self.stop(), what="whether to stop"):
             raise Stopped(f"stopped as asked before {before}; all rounds that were trained are committed")
 
     # -- hooks of the training loop (loop.LoopHooks) --------------------------------------------------------------
 
     def rate(self, progress: Progress) -> float:
-        """The learning rate at a position."""
+        """Return the learning rate at a position."""
         return learning_rate(self.config, progress, self.data.sampler.steps_per_epoch)
 
     def before_step(self, progress: Progress) -> None:
-        """Save the rewind point and score within the round where they are due. Raises Stopped on every rank."""
+        """Save the rewind point and run the validation during the round when due. May raise Stopped on every rank."""
         self.report.set_position(progress)
         if progress.round == 0 and progress.updates == self.config.rewind.step:
             self.committer.save_rewind_point(progress)
@@ -214,7 +215,7 @@ class RoundRunner:
 
     def commit(self, *, wait: bool) -> None:
         if wait:
-            self.report.end_step()  # a process that dies from here on has not died in a step
+            self.report.end_step()  # a crash from here on does not count as one in a step
         self.committer.commit_step(wait=wait)
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -222,7 +223,7 @@ class RoundRunner:
 
 
 def round_config(config: Config, data: TrainData, epochs: int) -> loop.RoundConfig:
-    """The numbers of a round of so many epochs."""
+    """Return the settings of a round of `epochs` epochs."""
     return loop.RoundConfig(
         tasks=data.sampler.tasks,
         epochs=epochs,
@@ -240,7 +241,7 @@ def round_config(config: Config, data: TrainData, epochs: int) -> loop.RoundConf
 
 
 def learning_rate(config: Config, progress: Progress, steps_per_epoch: int) -> float:
-    """The learning rate at a position; a one-shot's fine-tuning has a cosine of its own."""
+    """Return the learning rate at a position; one-shot fine-tuning has its own cosine schedule, without warm-up."""
     epochs, finetuning = config.round_epochs(progress.round), config.is_finetuning(progress.round)
     return schedule.rate(
         (config.prune.finetune_lr if finetuning else None) or config.optimiser.lr,

@@ -1,4 +1,4 @@
-"""Reports a run: its tickets and losses (terminal, MLflow), and its position (lease, crash marker)."""
+"""Reports tickets and losses to the terminal and MLflow, and the position of the run to the lease and crash guard."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mirl_dist.training.ticket import DENSE, Ticket, metrics
 
 @dataclass
 class RoundReporter:
-    """Reports rounds. status: what the lease's heartbeats say; changed here, read by the lease's thread."""
+    """Reports rounds. status: the content of the lease's heartbeats; written here, read by the lease's thread."""
 
     config: Config
     checkpoints: Checkpoints
@@ -33,7 +33,7 @@ class RoundReporter:
     status: dict[str, Any]
 
     def open_round(self, state: TrainState, total_steps: int) -> None:
-        """The round of `state` begins, or goes on."""
+        """Open the round of `state`, new or resumed, in MLflow and the heartbeats. total_steps: steps of the round."""
         progress, counts = state.progress, state.counts
         weights = state.total()
         surviving = weights - sum(counts.total.values()) + sum(counts.surviving.values())
@@ -41,28 +41,28 @@ class RoundReporter:
         self.status.update(round=progress.round, step=progress.updates, steps=total_steps)
 
     def set_position(self, progress: Progress) -> None:
-        """Put the position into the lease's heartbeats."""
+        """Set the position that the lease's heartbeats report."""
         self.status.update(round=progress.round, step=progress.updates)
 
     def begin_step(self, progress: Progress) -> None:
-        """A process that dies from here on has died in this step."""
+        """Tell the crash guard that a step is in progress."""
         self.crash_guard.begin_step(progress.round, progress.updates)
 
     def end_step(self) -> None:
-        """No step is in progress."""
+        """Tell the crash guard that no step is in progress."""
         self.crash_guard.end_step()
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
-        """Log losses, rate and speed of a step."""
+        """Log the losses, the learning rate and the speed at a step."""
         self.tracker.log_step(step, values)
         self.status["samples_per_second"] = values["samples_per_second"]
 
     def log_curve(self, step: int, psnr: Mapping[str, float]) -> None:
-        """Log mean PSNR in dB by 'task/set' after so many steps."""
+        """Log validation during a round. step: optimiser steps done in it; psnr: 'task/set' -> mean PSNR in dB."""
         self.tracker.log_step(step, {f"valid/psnr/{name}": mean for name, mean in psnr.items()})
 
     def show_ticket(self, ticket: Ticket, masks: Mapping[str, Tensor]) -> None:
-        """Show a committed ticket on the terminal, and log it with its files to MLflow. Idempotent."""
+        """Print a committed ticket, and log it with its files to MLflow. Idempotent."""
         scores = ", ".join(f"{n} {s.psnr:.2f} dB" for n, s in ticket.scores.items())
         say(
             f"ticket {ticket.round}: {ticket.alive_total:,} of {ticket.total:,} weights "
@@ -78,13 +78,16 @@ class RoundReporter:
             self.tracker.log_file(f"{folder}/{SCORES}", table, "round")
         if pictures is not None:
             self.tracker.log_file(f"{folder}/{PICTURES}", pictures, "round")
-            with contextlib.suppress(UserError):  # of a strip of older versions, which does not name its images
+            with contextlib.suppress(UserError):  # strips of older versions lack image titles
                 for row in rows(pictures):
                     self.tracker.log_image(row.title, strip([row]), ticket.round)
         self.tracker.end_round()
 
     def _open_mlflow_round(self, round_: int, surviving: int, weights: int, mask_digest: str) -> None:
-        """Open a round's nested run, with tags and params to compare it by. surviving, weights: counts over all."""
+        """Open a round's nested MLflow run, with tags and params for comparison.
+
+        surviving, weights: counts over the whole network, unprunable weights included.
+        """
         keys = comparison_keys(self.config) | {
             "round": str(round_),
             "method": method_of(self.config, round_),
@@ -95,14 +98,14 @@ class RoundReporter:
 
 
 def method_of(config: Config, round_: int) -> str:
-    """The word for a round: the run's; for round 0 DENSE, or which control of a ticket it is."""
+    """Return the method name of a round: the run's; for round 0, DENSE or the kind of control."""
     if round_:
         return config.method()
     return DENSE if config.start.ticket is None else f"control {config.start.kind}"
 
 
 def comparison_keys(config: Config) -> dict[str, str]:
-    """What runs and rounds are searched and compared by."""
+    """Return the config values by which runs and rounds are searched and compared in MLflow."""
     return {
         "criterion": config.prune.criterion,
         "per": config.prune.per,
@@ -114,7 +117,7 @@ def comparison_keys(config: Config) -> dict[str, str]:
 
 
 def params_of(config: Config) -> dict[str, object]:
-    """The params of a run: few, since MLflow writes all of them above each picture and would hide it."""
+    """Return the params of a run: few, since MLflow lists all of them above each image."""
     return {
         "method": config.method(),
         "seed": config.run.seed,
@@ -127,8 +130,8 @@ def params_of(config: Config) -> dict[str, object]:
 
 
 def tags_of(config: Config) -> dict[str, str]:
-    """The tags of a run: what it is searched and compared by, and as `config.<key>` all that changes the numbers and
-    is not as published. The whole config is run.json, among the run's files."""
+    """Return the tags of a run: its comparison keys, and as `config.<key>` each value that affects results and differs
+    from the published one. The full config is in run.json, logged with the run's files."""
     changed = {f"config.{key}": text for key, text in flatten(config.experiment_keys()).items()}
     own = changed | comparison_keys(config) | {"method": config.method(), "fingerprint": config.fingerprint()}
     return config.tracking.tags | own

@@ -1,4 +1,4 @@
-"""A run on one rank, from its config to its last ticket: everything is wired here."""
+"""Runs training on one rank, from the config to the last ticket: the composition root."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from mirl_dist.training.round_report import RoundReporter, params_of, tags_of
 from mirl_dist.training.selection import Pruner
 from mirl_dist.training.ticket import Ticket
 
-LEAVE_SECONDS = 2.0  # of the deadline, to close store and lease
-SETTLE_SECONDS = 10.0  # for a commit under way when a run fails
+LEAVE_SECONDS = 2.0  # of the stop deadline, reserved for closing store and lease
+SETTLE_SECONDS = 10.0  # granted to a commit in progress when a run fails
 
 
 def run(config: Config, resume_mode: str, stop: StopSignal, open_ticket: OpenTicket) -> str:
-    """Train all rounds of a run on this rank; returns what to type to see it in MLflow.
+    """Train all rounds of a run on this rank; return the command that shows the run in MLflow.
 
     resume_mode: 'auto', 'never' or 'must'; open_ticket: opens `start.ticket`. Raises MirlError and Stopped.
     """
@@ -59,7 +59,7 @@ def train_under_lease(
     stop: StopSignal,
     open_ticket: OpenTicket,
 ) -> Tracker:
-    """Resume the run, or begin it, and train all its rounds. status: what the lease's heartbeats say."""
+    """Start or resume the run and train all its rounds; return its tracker. status: the lease's heartbeats."""
     latest = resume.load_latest(checkpoints, ranks)
     identity_of = partial(builders.identity_of, config, plan.manifest_digest())
     create = partial(create_initial, config, open_ticket)
@@ -77,7 +77,7 @@ def train_under_lease(
     rewind_step = config.rewind.step if config.rewinds_to() == "step" else None
     pruner = Pruner(prune_config, rewind_step, state, initial, network, inputs.calibration, checkpoints, ranks, stop)
     stop.busy = committer.busy
-    stop.graceful = True  # from here on there is something to commit
+    stop.graceful = True  # from here on a stop request leads to a commit
     tracker.begin_run(params_of(config), tags_of(config) | launch_tags(plan, ranks))
     tracker.log_file(RUN, to_json(config.dump()), "run")
     with _ends_in_mlflow(tracker, committer, stop), crash_guard:
@@ -86,7 +86,7 @@ def train_under_lease(
 
 
 def play(config: Config, runner: RoundRunner, pruner: Pruner, digests: RunDigests, newest: Ticket | None) -> None:
-    """Play all rounds that are still to do, and finish the run. newest: the ticket of a round that has ended."""
+    """Run all remaining rounds and finish the run. newest: the ticket of the current round if it is finished."""
     rules = builders.lottery_of(config, runner.data.sampler.steps_per_epoch)
     if newest is not None and rules.finished(newest) and runner.ranks.is_main:
         say(f"all rounds are finished; nothing is left to train (prune.rounds: {config.prune.rounds})")
@@ -106,7 +106,7 @@ def play(config: Config, runner: RoundRunner, pruner: Pruner, digests: RunDigest
 
 
 def launch_tags(plan: RunPlan, ranks: Ranks) -> dict[str, str]:
-    """Tags of a run in MLflow that its config does not give."""
+    """Return the MLflow tags of a run that its config does not determine."""
     manifest = plan.shards.manifest
     return {
         "shards": manifest.name,
@@ -118,17 +118,18 @@ def launch_tags(plan: RunPlan, ranks: Ranks) -> dict[str, str]:
 
 @contextmanager
 def _ends_in_mlflow(tracker: Tracker, committer: Committer, stop: StopSignal) -> Iterator[None]:
-    """Log how the run ends: FINISHED, KILLED when it was asked to stop, FAILED by an error or a lost rank.
+    """Log the final status of the run to MLflow: FINISHED, KILLED after a stop request, FAILED after an error.
 
-    A run that was asked to stop ends when its last commit is written; one that fails gives it some seconds.
+    After a stop request, waits until the last commit is written; after an error, at most SETTLE_SECONDS.
     """
     try:
         yield
     except Exception as end:
-        if isinstance(end, MirlError | Stopped):  # it will be reported: this process is not cleared away
+        if isinstance(end, MirlError | Stopped):
+            # This process reports the error: it must not exit early when the launcher sends SIGTERM.
             stop.is_cleanup = lambda: False
         if committer.checkpoints.lost():
-            raise  # the run is another launch's, which logs how it ends
+            raise  # another launch has taken over the run and logs its end
         status = "KILLED" if isinstance(end, Stopped) else "FAILED"
         tracker.end_round(status)
         try:

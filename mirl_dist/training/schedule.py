@@ -1,4 +1,4 @@
-"""Learning rates as a pure function of the position: nothing to carry, nothing to restore."""
+"""Computes the learning rate as a pure function of the position, so that no scheduler state needs to be saved."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ def rate(
     warmup_epochs: float,
     horizon_epochs: float,
 ) -> float:
-    """The learning rate of one optimiser step.
+    """Return the learning rate of one optimiser step: linear warm-up, then cosine decay.
 
-    peak: rate after the warm-up. epoch, step: from 0. by='epoch', as published (MIR-L eq. 6 and the released code):
-    e peak / (warmup - 1) for e < warmup, so epoch 0 runs at rate 0, then peak (1 + cos(pi (e - warmup) /
-    (horizon - warmup))) / 2. by='step': the same shape over fractions of epochs, starting at peak / warm-up steps.
+    peak: rate after the warm-up. epoch, step: from 0; step within the epoch.
+    by='epoch', as published (MIR-L eq. 6 and the released code): for e < warmup, e * peak / (warmup - 1), so the rate
+    is 0 in epoch 0; then peak * (1 + cos(pi * (e - warmup) / (horizon - warmup))) / 2.
+    by='step': the same curve over fractional epochs, starting at peak / (warm-up steps).
     """
     if by == "epoch":
         now, ramp = float(epoch), max(warmup_epochs - 1, 1)

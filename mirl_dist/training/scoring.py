@@ -1,4 +1,4 @@
-"""Scores of the network in training: all images at the end of a round, a few within it."""
+"""Scores the network in training: on all images at the end of a round, on a few for validation during it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mirl_dist.evaluation.evaluate import EvalJob, EvalResult, EvalSettings, eva
 
 @dataclass
 class Evaluation:
-    """What is scored, how, and from where.
+    """The evaluation of a run on one rank: the images, their source, and the settings.
 
-    curve_images: how many images of each score are scored within rounds, from `resident`, which holds them in memory;
-    look_ahead: the node's cache has room for two shards of every rank.
+    curve_images: images of each 'task/set' that are scored during a round; resident: holds this rank's part of them in
+    memory. look_ahead: whether the node's cache has room for two shards per rank.
     """
 
     ranks: Ranks
@@ -32,16 +32,16 @@ class Evaluation:
     stop: StopSignal
 
     def score_all(self, network: nn.Module) -> EvalResult:
-        """Score every image. Raises Stopped on every rank when any was asked to stop."""
+        """Score every image. Raises Stopped on every rank if any was asked to stop."""
         return evaluate(network, self.pool, self.jobs, self.ranks, self.settings, self.look_ahead, self.stop)
 
     def score_first(self, network: nn.Module) -> EvalResult:
-        """Score the first images of each score by the headline protocol. Raises Stopped as `score_all`."""
+        """Score the first images of each 'task/set' by the headline protocol. Raises Stopped like `score_all`."""
         settings = self.settings._replace(protocols=self.settings.protocols[:1])
         return evaluate(network, self.resident, self._first_jobs(), self.ranks, settings, False, self.stop)
 
     def curve_point(self, result: EvalResult) -> dict[str, float]:
-        """The mean PSNR in dB of the first images of each score, by the headline protocol; 'task/set' -> mean."""
+        """Return 'task/set' -> mean PSNR in dB of its first images, by the headline protocol."""
         first = {(job.name, job.place.entry.key) for job in self._first_jobs()}
         values: dict[str, list[float]] = {}
         for image in result.images:

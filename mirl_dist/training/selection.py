@@ -1,7 +1,7 @@
-"""The masks of the next round: each criterion gets what it needs, and every rank cuts the same weights.
+"""Computes the masks of the next round by the configured criterion, identically on every rank.
 
-Scores that need the network or its gradients are computed by rank 0 alone, on the same passes whatever the number of
-ranks, and sent to the others: so a mask is the same bits on any number of ranks.
+Scores that need the network or its gradients are computed on rank 0 only, in passes that do not depend on the number of
+ranks, and broadcast. The masks are therefore bit-identical for any number of ranks.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from mirl_dist.training.round import TrainNetwork
 from mirl_dist.training.state import TrainState
 
 Calibration = Callable[[int], Iterable[Batch]]
+"""Round -> its calibration batches."""
 
 
 @dataclass
 class Pruner:
-    """What happens between two rounds on one rank: new masks, and the values that survivors return to.
+    """Computes new masks and the rewind point between two rounds, on one rank.
 
-    initial: this rank's part of the initial weights; rewind_step: the step of round 0 to return to, None for the
-    initial weights; calibration: the samples of a round's first global batches.
+    initial: this rank's part of the initial weights; rewind_step: the step of round 0 to rewind to, None for the
+    initial weights; calibration: returns the samples of a round's first global batches.
     """
 
     config: PruneConfig
@@ -51,7 +52,7 @@ class Pruner:
     stop: StopSignal
 
     def select(self) -> PruneResult:
-        """The masks of the next round; warns of tensors that they leave nothing of."""
+        """Return the masks of the next round; warn of tensors without any surviving weight."""
         next_round = self.state.progress.round + 1
         result = select(
             self.config,
@@ -68,9 +69,9 @@ class Pruner:
         return result
 
     def rewind_point(self) -> dict[str, Tensor]:
-        """This rank's part of the values that survivors return to.
+        """Return this rank's part of the values to which surviving weights are rewound.
 
-        Raises UserError, on every rank, where the run's file of them is damaged or missing.
+        Raises UserError, on every rank, if the file of the rewind point is damaged or missing.
         """
         if self.rewind_step is None:
             return self.initial
@@ -99,12 +100,12 @@ def select(
     ranks: Ranks,
     stop_requested: Callable[[], bool],
 ) -> PruneResult:
-    """New masks by a criterion, of what each rank holds. gathered_network: with the trained weights, left as it is.
+    """Return new masks by a criterion; each rank gets the masks of the weights that it holds.
 
-    With sharded weights, each rank scores magnitudes and random numbers on its own part, and no rank holds the network;
-    criteria that need its gradients gather it. calibration: called on rank 0 alone, by criteria that need gradients.
-    Raises UserError, on every rank, for weights or scores that are not finite; Stopped, on every rank, when rank 0 is
-    asked to stop while it computes scores.
+    With sharded weights, each rank computes magnitude and random scores of its own part, so that the full network is
+    never gathered; the other criteria gather it. gathered_network: yields it with the trained weights, which must not
+    be changed. calibration: called on rank 0 only, by criteria that need gradients. Raises UserError, on every rank,
+    for non-finite weights or scores; Stopped, on every rank, if a stop is requested while rank 0 computes scores.
     """
     criterion, partition, layout = CRITERIA[config.criterion], state.engine.partition, state.engine.layout
     values = _values(criterion.weights_from, state, initial)
@@ -112,7 +113,7 @@ def select(
         local_scores = config.criterion == "random" and not layout.is_replicated
         scores_of_part = _random_part_scores(config, layout) if local_scores else None
         return prune(values, state.masks, config, partition, ranks.gather, scores_of_part)
-    values = {n: v for n, v in state.gather_full(values) if ranks.is_main}  # the others only help to gather them
+    values = {n: v for n, v in state.gather_full(values) if ranks.is_main}  # the other ranks only join the collective
     masks = {n: m for n, m in state.gather_full(state.masks) if ranks.is_main}
 
     def check_stop() -> None:
@@ -129,7 +130,7 @@ def select(
 
 
 def _values(of: str, state: TrainState, initial: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's part of the weights to score: the trained ones, or copies of the initial ones, zero where pruned."""
+    """Return this rank's part of the weights to score: the trained ones, or masked copies of the initial ones."""
     if of != "initial":
         return {name: weight.detach() for name, weight in state.weights.items()}
     values = {name: initial[name].to(weight.device, copy=True) for name, weight in state.weights.items()}
@@ -138,7 +139,7 @@ def _values(of: str, state: TrainState, initial: dict[str, Tensor]) -> dict[str,
 
 
 def _random_part_scores(config: PruneConfig, layout: ShardLayout) -> Callable[[str], Tensor]:
-    """This rank's part of the scores that whole tensors would have."""
+    """Return a function from a name to this rank's part of the scores of the whole tensor."""
 
     def scores_of(name: str) -> Tensor:
         whole = torch.empty(layout.shapes[name])
@@ -155,7 +156,7 @@ def _gradient_scores(
     ranks: Ranks,
     check_stop: Callable[[], None],
 ) -> dict[str, Tensor] | None:
-    """Scores of the prunable weights by their gradients on calibration batches, on rank 0; None on the others."""
+    """Return gradient scores of the prunable weights from calibration batches, on rank 0; None on the others."""
     scores: list[dict[str, Tensor]] = []
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
@@ -180,7 +181,7 @@ def _select_by_synflow(
     ranks: Ranks,
     check_stop: Callable[[], None],
 ) -> PruneResult:
-    """Masks by SynFlow, iterated on rank 0 and sent to the others."""
+    """Run SynFlow on rank 0 and broadcast its masks."""
     results: list[PruneResult] = []
 
     def iterate() -> tuple[float, int, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""All that a restart needs, as one object: weights, moments, masks, and a few numbers."""
+"""Holds the state that a restart needs: weights, optimiser moments, masks, and the position."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from mirl_dist.training.ticket import Curve
 
 
 class Progress(BaseModel):
-    """Where a run stands. epoch, step: the next optimiser step of the round; updates: optimiser steps done in it.
+    """The position of a run. epoch, step: the next optimiser step of the round; updates: optimiser steps done in it.
 
-    bad: global batches of this round that were left out, their loss or gradient not being finite; unreported: losses
-    and samples per task since the last report, summed over ranks; samples: read by all ranks in all rounds; skipped:
-    reads of this round in which a sample stood in for a damaged one; damaged: what this round met that was damaged,
-    'shard' or 'shard key' -> why; seconds: spent training in all rounds; threshold, parent: of the round's mask and of
-    the ticket it was made from (None in a dense round 0). began: the optimiser step that the round began at; curve:
-    scores within it; rewind_digest: of the weights that later rounds return to, where those are of a step of round 0.
+    bad: global batches of this round that were skipped for a non-finite loss or gradient; unreported: losses and
+    samples per task since the last report, summed over ranks; samples: read by all ranks in all rounds; skipped: reads
+    of this round in which a damaged sample was replaced by another; damaged: damage found in this round, 'shard' or
+    'shard key' -> problem; seconds: spent training in all rounds; threshold: of the round's mask; parent: digest of the
+    ticket that the mask was made from (None in a dense round 0). began: the optimiser step at which the round began;
+    curve: validation scores during it; rewind_digest: of the weights of the rewind step, '' without one.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -53,7 +53,7 @@ class Progress(BaseModel):
 
 
 class Snapshot(NamedTuple):
-    """A run at one moment, on the CPU and out of training's way."""
+    """A copy of the state on the CPU, full tensors, which training does not change."""
 
     progress: Progress
     masks: Masks
@@ -62,15 +62,16 @@ class Snapshot(NamedTuple):
 
 
 def _single_rank(values: Tensor, *, what: str = "") -> Tensor:
+    """Return the values with a leading axis of one rank: the all-gather of a single rank."""
     return values.unsqueeze(0)
 
 
 @dataclass
 class TrainState:
-    """The live run of one rank: its engine's weights, the masks of what it holds of them, and the position.
+    """The live state of one rank: its engine's weights, the masks of the weights that it holds, and the position.
 
-    parent: the digest of the ticket that the run began from, if any; gather: a tensor of every rank, (ranks, *shape):
-    asked where ranks hold parts, and then by all of them. counts: of the masks, over all ranks.
+    parent: the digest of the ticket that the run starts from, if any; gather: all-gathers a tensor to (ranks, *shape),
+    called only with sharded weights, and then by all ranks. counts: of the masks, over all ranks.
     """
 
     engine: Engine
@@ -86,7 +87,7 @@ class TrainState:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """What this rank holds of each parameter, live."""
+        """The live weights that this rank holds: full tensors, or its shards."""
         return self.engine.weights
 
     def begin_round(
@@ -99,7 +100,10 @@ class TrainState:
         began: int = 0,
         steps_per_epoch: int = 1,
     ) -> None:
-        """A fresh optimiser and the position of optimiser step `began` of a round. Weights are the caller's."""
+        """Set masks, a fresh optimiser and the position of optimiser step `began` of a round. Weights stay as they are.
+
+        A collective with sharded weights.
+        """
         self.masks = {name: mask.to(self.weights[name].device) for name, mask in masks.items()}
         self.counts = count_weights(self.masks, self.engine.partition, self.gather)
         self.engine.reset_optimizer()
@@ -118,22 +122,23 @@ class TrainState:
         )
 
     def total(self) -> int:
-        """Parameters of the whole network."""
+        """Return the number of parameters of the whole network."""
         return sum(torch.Size(shape).numel() for shape in self.engine.layout.shapes.values())
 
     def gather_full(
         self, parts: Mapping[str, Tensor], layout: ShardLayout | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors, one by one in the order of names, of parts that lie as the weights do, or as `held` says. A
-        meeting of all ranks for each where they hold parts."""
+        """Yield full tensors in the order of names from parts laid out like the weights, or by `layout`.
+
+        A collective per tensor if parts are sharded: all ranks must consume the iterator."""
         return gather_full(parts, layout or self.engine.layout, self.gather)
 
     def digest(self) -> str:
-        """Of the whole network's weights; a meeting as `whole`."""
+        """Return the digest of the whole network's weights; a collective with sharded weights."""
         return masking.digest_of(self.gather_full(self.weights))
 
     def check_same_network(self, whole: Mapping[str, Tensor]) -> None:
-        """Raise UserError for names or shapes that are not the network's."""
+        """Raise UserError if names or shapes of full tensors differ from the network's."""
         expected, saved = self.engine.layout.shapes, {name: tuple(t.shape) for name, t in whole.items()}
         if expected != saved:
             mismatched = sorted(n for n in expected.keys() | saved.keys() if expected.get(n) != saved.get(n))
@@ -145,22 +150,23 @@ class TrainState:
             )
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy named tensors, held as the weights are, into the network."""
+        """Copy named tensors, laid out like the weights, into the network."""
         for name, weight in self.weights.items():
             weight.copy_(weights[name])
         self.engine.weights_changed()
 
     def moments(self) -> dict[str, Tensor]:
-        """What this rank owns of the optimiser's moments: '<weight>.exp_avg' and '<weight>.exp_avg_sq', float32."""
+        """Return the optimiser moments that this rank owns: '<weight>.exp_avg' and '<weight>.exp_avg_sq', float32."""
         return self.engine.moments()
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        """The inverse of `moments`, with the count of its updates that were not left out."""
+        """Restore what `moments` returned, and the optimiser's step count, which excludes skipped steps."""
         self.engine.load_moments(moments, self.progress.updates - self.progress.began - self.progress.bad)
 
     def snapshot(self, *, keep: bool = True) -> Snapshot | None:
-        """Whole copies of weights and moments as they are now, on the rank that is to `keep` them; else None. The next
-        snapshot is written into the same memory. A meeting of all ranks where they hold parts."""
+        """Return full CPU copies of weights and moments on the rank with `keep`, else None.
+
+        The next snapshot reuses the same memory. A collective if weights or moments are sharded."""
         engine = self.engine
         if not keep and engine.layout.is_replicated and engine.owned_layout.is_replicated:
             return None
@@ -170,11 +176,11 @@ class TrainState:
         if not keep:
             return None
         if any(copy.is_pinned() for copy in self._copies.values()):
-            torch.cuda.synchronize()  # the copies are on their way only
+            torch.cuda.synchronize()  # the copies are asynchronous
         return Snapshot(self.progress.model_copy(deep=True), masks, weights, moments)
 
     def _each(self, parts: Mapping[str, Tensor], layout: ShardLayout, keep: bool) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors for the rank that keeps them; the others only help to make them."""
+        """Yield full tensors on the rank that keeps them; the other ranks only join the collectives."""
         if layout.is_replicated and not keep:
             return
         for name, tensor in self.gather_full(parts, layout):
@@ -182,21 +188,22 @@ class TrainState:
                 yield name, tensor
 
     def _copied(self, tensors: Any) -> Iterator[tuple[str, Tensor]]:
+        """Copy tensors into the reused CPU buffers, without waiting for the copies."""
         for name, tensor in tensors:
             if name not in self._copies:
-                pinned = tensor.device.type == "cuda"  # page-locked memory: the copy runs at the bus's speed
+                pinned = tensor.device.type == "cuda"  # page-locked memory, so that copies are fast and asynchronous
                 self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
             yield name, self._copies[name].copy_(tensor, non_blocking=True)
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """Named tensors to safetensors bytes; the same tensors give the same bytes."""
+    """Serialise named tensors to safetensors; the same tensors give the same bytes."""
     plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     return safetensors.torch.save(plain)
 
 
 def unpack_masks(data: bytes, shapes: Mapping[str, tuple[int, ...]], source: str) -> Masks:
-    """A commit's masks, by name. Raises UserError for those of another model or scope."""
+    """Return the masks of a commit. Raises UserError if they belong to another model or scope. source: for messages."""
     try:
         return masking.unpack(safetensors.torch.load(data), shapes)
     except (ValueError, safetensors.SafetensorError) as error:

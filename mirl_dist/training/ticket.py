@@ -1,4 +1,4 @@
-"""The record of one round: what was alive, what it scored, and whose child it is."""
+"""Defines the ticket, the record of one round: surviving weights, scores, and the parent ticket."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
 
 DENSE = "dense"
-"""The method of a round 0 of all weights."""
+"""Method name of a round 0 that trains all weights."""
 MOST_WEIGHTS = 1 << 40
+"""Upper bound on the weights of a network that `parse` accepts."""
 
 
 class Curve(BaseModel):
-    """Scores within a round, on the first images of each task and set: steps, and PSNR in dB at each by 'task/set'."""
+    """Validation scores during a round, on the first images of each task and set.
+
+    steps: optimiser steps done; psnr: 'task/set' -> PSNR in dB at each of these steps.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,18 +34,19 @@ class Curve(BaseModel):
 
 
 class Ticket(BaseModel):
-    """Ticket r: initial weights, mask of round r, the weights that round r trained (by digest), scores, parent.
+    """The ticket of round r: its mask, initial and trained weights (by digest), scores, and parent ticket.
 
-    alive, prunable, total: weights, counted by masks. density = alive / prunable and total_density = (alive +
-    total - prunable) / total, in (0, 1]; sparsities are 1 minus these. threshold: the largest magnitude removed to
-    make this mask (0 in round 0). skipped: reads of the round in which another sample stood in for a damaged one;
-    damaged: 'shard' or 'shard key' -> what was wrong; bad: global batches that were left out since their loss or
-    gradient was not finite. scores: 'task/set' -> Score by the headline protocol, whose text `protocol` is; also:
-    protocol -> 'task/set' -> Score for every other one; protocols: name -> text of all. measured: how
-    images were restored for scoring ('precision', 'compile', 'tile'). method: the papers' word (config.method);
-    began: the optimiser step that the round's training began at (more than 0 where it was rewound to that step).
-    collapsed: prunable tensors without any alive weight. engine: 'ddp', 'zero1', 'zero2', 'zero3' or 'fsdp'. Digests
-    are hex SHA-256.
+    alive: surviving prunable weights; prunable, total: all prunable weights, all weights; counted by masks.
+    density = alive / prunable and total density = (alive + total - prunable) / total, in (0, 1]; a sparsity is 1 minus
+    a density. threshold: the largest score removed to make this mask (0 in round 0), a magnitude by default. skipped:
+    reads of the round in which a damaged sample was replaced by another; damaged: 'shard' or 'shard key' -> the
+    problem; bad: global batches skipped because their loss or gradient was not finite. scores: 'task/set' -> Score by
+    the headline protocol, described by `protocol`; also: protocol -> 'task/set' -> Score for the other protocols;
+    protocols: name -> description of all. measured: how images were restored for scoring ('precision', 'compile',
+    'tile'). method: the papers' term (config.method). began: the optimiser step at which the round's training began
+    (above 0 with rewinding to a step). collapsed: prunable tensors without a surviving weight. parent: digest of the
+    parent ticket. engine: 'ddp', 'zero1', 'zero2', 'zero3' or 'fsdp'. seconds: spent training in all rounds so far.
+    world: number of ranks. Digests are hex SHA-256.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,34 +86,36 @@ class Ticket(BaseModel):
 
     @property
     def density(self) -> float:
+        """Surviving share of the prunable weights."""
         return self.alive / self.prunable
 
     @property
     def sparsity(self) -> float:
-        """Over the prunable weights."""
+        """Pruned share of the prunable weights."""
         return 1 - self.density
 
     @property
     def alive_total(self) -> int:
-        """Weights of the network that are not pruned, unprunable ones included: the papers' parameter column."""
+        """Surviving weights of the network, unprunable ones included: the parameter column of the papers."""
         return self.total - self.prunable + self.alive
 
     @property
     def total_sparsity(self) -> float:
-        """Over all parameters."""
+        """Pruned share of all parameters."""
         return 1 - self.alive_total / self.total
 
     def digest(self) -> str:
-        """Hex SHA-256 over all that the experiment determines: not time, ranks, engine or versions."""
+        """Return the hex SHA-256 over all that the experiment determines: no time, world size, engine or versions."""
         absent = {name for name in _LATER if getattr(self, name) == type(self).model_fields[name].default}
         tree = self.model_dump(mode="json", exclude={"seconds", "world", "engine", "versions"} | absent)
         return digest_of_json(tree)
 
     def dump(self) -> bytes:
+        """Serialise to canonical JSON, with the digest."""
         return to_json(self.model_dump(mode="json") | {"digest": self.digest()})
 
     def row(self) -> dict[str, Any]:
-        """What `tickets list --json` prints of it."""
+        """Return the fields that `tickets list --json` prints."""
         return {
             "round": self.round,
             "alive": self.alive,
@@ -137,7 +144,7 @@ class Ticket(BaseModel):
         }
 
     def best_steps(self) -> dict[str, int]:
-        """'task/set' -> the optimiser steps of this round's training up to the best score on its curve."""
+        """Return 'task/set' -> optimiser steps of this round up to the best (first, if tied) score of the curve."""
         if self.curve is None:
             return {}
         at = self.curve.steps
@@ -146,15 +153,15 @@ class Ticket(BaseModel):
         }
 
 
-# Fields that older tickets lack: at their default they are no part of the digest.
+# Fields that older tickets lack: at their default value they are excluded from the digest, so that old digests hold.
 _LATER = ("bad", "method", "seed", "began", "collapsed", "protocols", "also", "measured", "curve")
 
 
 def parse(data: bytes, source: str) -> Ticket:
-    """The ticket that `dump` wrote. source: where it comes from, for messages.
+    """Parse and validate a ticket that `dump` wrote. source: where it comes from, for messages.
 
-    Raises UserError for data that is no ticket, for values that no run could have written (numbers outside their
-    ranges, text that would upset a terminal), and where the digest does not fit.
+    Raises UserError for data that is not a ticket, for impossible values (numbers out of range, text that could corrupt
+    a terminal), and for a digest that does not match.
     """
     try:
         raw = json.loads(data, parse_constant=_reject_constant)
@@ -179,11 +186,12 @@ def parse(data: bytes, source: str) -> Ticket:
 
 
 def _reject_constant(word: str) -> float:
+    """Reject NaN and infinity, which `json` accepts by default."""
     raise ValueError(f"{word}, a number that is not finite")
 
 
 def _texts(ticket: Ticket) -> list[str]:
-    """What tables, charts and messages show of a ticket."""
+    """Return the texts of a ticket that tables, charts and messages display."""
     texts = [ticket.format, ticket.method, ticket.engine, ticket.protocol, ticket.parent or "", ticket.fingerprint]
     texts += [ticket.mask_digest, ticket.initial_digest, ticket.weights_digest, ticket.manifest_digest]
     texts += [*ticket.layer_density, *ticket.collapsed, *ticket.scores]
@@ -194,7 +202,7 @@ def _texts(ticket: Ticket) -> list[str]:
 
 
 def _impossible_values(ticket: Ticket) -> str:
-    """What of a ticket's numbers no run could have found, or nothing."""
+    """Return the name of a field whose value no run could have produced, or ''."""
     if not (0 <= ticket.alive <= ticket.prunable <= ticket.total <= MOST_WEIGHTS and ticket.prunable):
         return "alive, prunable or total"
     for name in ("round", "updates", "samples", "skipped", "bad", "began", "world"):
@@ -214,8 +222,11 @@ def _impossible_values(ticket: Ticket) -> str:
 
 
 def metrics(ticket: Ticket) -> dict[str, float]:
-    """Flat named numbers for comparison: psnr/<task>/<set> by the headline protocol, psnr.<protocol>/<task>/<set> by
-    others, the same for ssim, alive weights, densities."""
+    """Return the numbers of a ticket as flat MLflow metrics.
+
+    psnr/<task>/<set> by the headline protocol, psnr.<protocol>/<task>/<set> by the others, the same for ssim, the
+    counts of surviving weights, sparsities and densities.
+    """
     values: dict[str, float] = {
         "alive_weights": ticket.alive_total,
         "alive_prunable": ticket.alive,
@@ -237,7 +248,7 @@ def metrics(ticket: Ticket) -> dict[str, float]:
 
 
 def validation_score(ticket: Ticket, globs: tuple[str, ...]) -> float:
-    """The mean of the scores that the globs name. Raises UserError when they name none."""
+    """Return the mean of the scores that match any of the globs. Raises UserError if none does."""
     from fnmatch import fnmatchcase
 
     scores = metrics(ticket)
