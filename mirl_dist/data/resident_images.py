@@ -12,7 +12,7 @@ from mirl_dist.data.shards import SamplePlace
 
 
 class ImageSource(Protocol):
-    """A source of evaluation images: ShardPool or ResidentImages."""
+    """A source of images of evaluation samples: ShardPool or ResidentImages."""
 
     def acquire(self, shard: Shard) -> None: ...
     def release(self, shard: Shard) -> None: ...

@@ -72,8 +72,7 @@ def format_complaints(complaints: Sequence[str], heading: str, advice: str) -> s
 
 
 def compile_template(names: str) -> re.Pattern[str]:
-    """Compile a name template to a pattern. {id} is greedy, {any} is not; both match one or more characters except '/'.
-    """
+    """Compile a name template to a pattern. {id} is greedy, {any} is not; both match one or more characters but '/'."""
     parts = re.split(r"(\{first\}|\{id\}|\{any\})", names.replace("{id}", "{first}", 1))
     known = {"{first}": "(?P<id>[^/]+)", "{id}": "([^/]+)", "{any}": "[^/]+?"}
     return re.compile("".join(known.get(part, re.escape(part)) for part in parts))
