@@ -1,6 +1,6 @@
-"""The program `mirl-dist`: its commands, its exit codes, and what an error prints.
+"""The program `mirl-dist`: its commands, exit codes and error output.
 
-Exit codes: 0 done, 1 failed, 2 the user's mistake (one clear line), 75 stopped early and resumable.
+Exit codes: 0 success, 1 failure, 2 user error (a short message), 75 stopped early and resumable.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ app.add_typer(track_app, name="track")
 def main() -> None:
     """Run a command; a UserError becomes one line on standard error."""
     rank = os.environ.get("RANK", "0")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost rank costs a page of C++ frames
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank would print a page of C++ frames
     if "RANK" in os.environ:
         sys.excepthook = _leave_with_traceback
         _leave_if_reported()
@@ -66,10 +66,10 @@ def main() -> None:
 
 
 def _leave(code: int, *, final: bool = False) -> None:
-    """Exit; final: a launcher that starts the ranks again would not mend it.
+    """Exit immediately with `code`. final: restarting the ranks would not help, so the launcher is notified.
 
-    A process goes at once: other ranks may be gone already, torch's process group (gloo, torch 2.13) can wait for
-    itself for ever while Python takes it apart, and so can a thread for a store that is away.
+    A regular interpreter shutdown could hang: other ranks may have exited, destroying torch's process group (gloo,
+    torch 2.13) can deadlock, and a thread may be waiting for an unavailable store.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -80,14 +80,14 @@ def _leave(code: int, *, final: bool = False) -> None:
 
 
 def _leave_if_reported() -> None:
-    """Exit at once if this rank has reported an exit code: an elastic launcher restarts ranks whatever ended them."""
+    """Exit if this rank has already reported an exit code, because elastic launchers restart ranks in any case."""
     code = ControlChannel.of_worker().exit_code()
     if code is not None:
         os._exit(code)
 
 
 def _leave_with_traceback(*error: Any) -> None:
-    """Print the traceback of an unforeseen error of a rank, and exit with code 1."""
+    """Print the traceback of an unexpected error of a rank, and exit with code 1."""
     sys.__excepthook__(*error)
     _leave(1)
 

@@ -1,4 +1,4 @@
-"""Tickets side by side for people: on the terminal, as CSV and LaTeX, as one page, in MLflow."""
+"""Compares tickets: on the terminal, as CSV and LaTeX, as an HTML page, and in MLflow."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def compare(
     uri: str | None,
     pictures: bool,
 ) -> None:
-    """Print a comparison; out: a folder for its files; to_mlflow: an experiment that gets them too; pictures: whether
-    the page shows restored images.
+    """Print a comparison of tickets, and write and log its files.
 
-    as_json: one list of tickets on standard output, notes on standard error.
+    out: folder for the files. to_mlflow: MLflow experiment to which they are also logged. pictures: show restored
+    images on the page. as_json: print a list of tickets on standard output, and notes on standard error.
     """
     output_paths.check_folder(out)
     entries = collect.gather(references, uri)
     statistics.check_comparable(entries)
     if not pictures:
         entries = [one._replace(strip=None) for one in entries]
-    say = warn if as_json else progress.say  # notes are no JSON
+    say = warn if as_json else progress.say  # standard output is reserved for JSON
     if as_json:
         print(json.dumps(_entries_as_rows(entries), indent=1))
     else:

@@ -1,4 +1,4 @@
-"""Uses of a ticket's network: scoring it again by any protocol on any shards, and restoring images."""
+"""Uses a ticket's network: scores it with any protocol on any shards, or restores images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from mirl_dist.training.builders import eval_settings_of
 
 
 class EvalOptions(NamedTuple):
-    """What differs from the ticket's own evaluation section; None: as there."""
+    """Overrides of the ticket's evaluation section; None: no override."""
 
     protocols: Sequence[str] | None = None
     tile_pixels: int | None = None
@@ -61,7 +61,7 @@ def _settings(config: Config, options: EvalOptions) -> evaluate.EvalSettings:
 
 
 def check_tiles(tile_pixels: int, overlap: int) -> None:
-    """Raise UserError for tiles that are too small."""
+    """Raise UserError if tiles are too small."""
     if tile_pixels < 64 or tile_pixels <= overlap:
         raise UserError(
             f"--tile: found {tile_pixels}. Give 64 or more pixels, and more than the {overlap} that tiles share."
@@ -71,9 +71,9 @@ def check_tiles(tile_pixels: int, overlap: int) -> None:
 def print_scores(
     reference: str, shards_address: str | None, options: EvalOptions, table: Path | None, as_json: bool
 ) -> None:
-    """Score a ticket again, on the run's shards or on others, divided over the ranks that were launched.
+    """Score a ticket on the run's shards or on others; the launched ranks share the images.
 
-    A ticket file names no local paths; any that it names all the same are ignored in favour of this user's own.
+    Local paths in a ticket file are ignored in favour of this user's own; packed tickets contain none.
     """
     output_paths.check_file(table, "--table")
     opened = open_ticket(reference)
@@ -95,7 +95,7 @@ def print_scores(
     model = network(config, opened.trained_weights())
     ranks = Ranks(device=config.train.device)
     pool = dataloaders.shard_pool_of(config, shards, "evaluate", stop_requested=lambda: False)
-    with redirect_stdout(sys.stderr if as_json else sys.stdout):  # progress is no JSON
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):  # standard output is reserved for JSON
         scored = evaluate.evaluate(model.to(ranks.device), pool, jobs, ranks, settings)
     pool.close()
     if ranks.is_main:
@@ -133,7 +133,7 @@ def _scores_as_dict(
 
 
 def restore_files(images: list[Path], reference: str, out: Path, tile_pixels: int | None) -> None:
-    """Restore image files into PNG files of the same stem. Raises UserError, before any work, for other files."""
+    """Restore image files to PNG files of the same stem. Raises UserError for unusable files before restoring any."""
     output_paths.check_folder(out)
     opened = open_ticket(reference)
     config, ticket = opened.config, opened.ticket()
@@ -162,7 +162,7 @@ def restore_files(images: list[Path], reference: str, out: Path, tile_pixels: in
 
 
 def _read_image(path: Path) -> Pixels:
-    """The pixels of an image file. Raises UserError for one whose 8-bit RGB would be a guess."""
+    """Read the pixels of an image file. Raises UserError if it has no unambiguous 8-bit RGB."""
     try:
         return decode(path.read_bytes())
     except ImageRefused as reason:

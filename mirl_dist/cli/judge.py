@@ -1,4 +1,4 @@
-"""Is it a winning ticket? Definition 1 of MIR-L on runs of several seeds, and the controls that a reviewer asks for."""
+"""Judges whether tickets are winning: MIR-L's Definition 1 over runs of several seeds, and comparison with controls."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ KINDS = ("reinit", "random_layer", "random_global")
 
 
 class ControlRun(NamedTuple):
-    """A further run that a ticket is compared with: its mask with other initial weights, or a random mask.
+    """A control run that a ticket is compared with: its mask with other initial weights, or a random mask.
 
-    parent: the ticket's digest; tree: the control's config.
+    parent: the ticket's digest. tree: the control's config.
     """
 
     kind: str
@@ -38,7 +38,7 @@ class ControlRun(NamedTuple):
     tree: dict[str, Any]
 
     def is_finished(self) -> bool:
-        """Whether it was trained. Raises UserError for a folder that holds a control of another ticket."""
+        """Return whether it was trained. Raises UserError if its folder contains a control of another ticket."""
         checkpoints = Checkpoints(open_store(self.folder))
         if checkpoints.identity() is None:
             return False
@@ -52,9 +52,11 @@ class ControlRun(NamedTuple):
 
 
 def judge_runs(runs: Sequence[str], round_: int | None, train: str | None, tolerance_db: float, as_json: bool) -> None:
-    """Print the judgement of each run's round (its last, or the best that it chose); train: a launch file or 'auto',
-    with which controls that are missing are trained first."""
-    say = warn if as_json else progress.say  # notes are no JSON
+    """Print the judgement of a round of each run (by default the best if the run chose one, else the last).
+
+    train: a launch file or 'auto', with which missing controls are trained first.
+    """
+    say = warn if as_json else progress.say  # standard output is reserved for JSON
     run_folders = [run_of(run) for run in runs]
     repeated = next((run_folder for run_folder in run_folders if run_folders.count(run_folder) > 1), None)
     if repeated is not None:
@@ -92,7 +94,7 @@ def judge_runs(runs: Sequence[str], round_: int | None, train: str | None, toler
 
 
 def controls_of(run_folder: str, opened: RunTicket) -> list[ControlRun]:
-    """The controls of a round, inside its run's folder: the same data and training, one round, and another start."""
+    """Return the controls of a round, in its run's folder: same data and training, one round, different start."""
     if opened.round_ == 0 or opened.config.start.ticket is not None:
         return []
     controls, parent = [], opened.ticket().digest()
@@ -110,7 +112,7 @@ def controls_of(run_folder: str, opened: RunTicket) -> list[ControlRun]:
 
 
 def _train_control(control: ControlRun, launch: str, *, quiet: bool) -> None:
-    """Train a control to its end. Raises UserError when it ends otherwise."""
+    """Train a control to completion. Raises UserError if it does not complete."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / f"{control.kind}.yaml"
         config.write_text(yaml.safe_dump(control.tree, sort_keys=False))

@@ -34,14 +34,14 @@ def shards_build(
     from mirl_dist.observability import progress
     from mirl_dist.storage import open_store
 
-    StopSignal().listen()  # what is built stays; the next build goes on from there
+    StopSignal().listen()  # finished shards are kept; the next build resumes from them
     ranks = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from mirl_dist.distributed.ranks import Ranks
 
         ranks = Ranks(device="cpu")
     group: WorkerGroup = ranks or SINGLE_PROCESS
-    # Rank 0 alone reads what the user gave: files and settings may differ from node to node.
+    # Only rank 0 reads the user's files and settings, because they may differ between nodes.
     recipe_tree, store = group.on_main(lambda: (read(recipe, sets or []), open_store(out)))
     with progress.Bars() as bars:
         report = bars if group.rank == 0 else lambda done, total, what: None

@@ -1,4 +1,4 @@
-"""Tickets for people: a run's tickets in a table, one ticket in detail, its strip of images as a file."""
+"""Shows tickets: the tickets of a run as a table, one ticket in detail, its image strip as a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DEFAULT_OPTIONS = Options()
 
 
 def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=Text(title, style="table.title"))  # Text: names are no markup
+    table = Table(title=Text(title, style="table.title"))  # Text: do not parse names as markup
     for number, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if number == 0 else "right")
     for row in rows:
@@ -29,7 +29,7 @@ def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def print_tickets(run: str, as_json: bool, options: Options = _DEFAULT_OPTIONS) -> None:
-    """Print a line per round: alive weights, sparsity, PSNR and SSIM per task and set."""
+    """Print one line per round: surviving weights, sparsity, PSNR and SSIM per task and set."""
     checkpoints, _ = open_run(run, options)
     tickets, best = checkpoints.tickets(), checkpoints.best()
     if as_json:
@@ -55,7 +55,7 @@ def print_tickets(run: str, as_json: bool, options: Options = _DEFAULT_OPTIONS) 
 
 
 def print_ticket(reference: str, as_json: bool) -> None:
-    """Print counts, digests, scores and density per layer of one ticket."""
+    """Print the counts, digests, scores and density per layer of one ticket."""
     opened = open_ticket(reference)
     ticket = opened.ticket()
     if as_json:
@@ -72,7 +72,7 @@ def print_ticket(reference: str, as_json: bool) -> None:
 
 
 def write_pictures(reference: str, out: Path) -> None:
-    """Write the strip of images that a ticket restored as a PNG file."""
+    """Write a ticket's strip of restored images as a PNG file."""
     output_paths.check_file(out)
     opened = open_ticket(reference)
     if isinstance(opened, FileTicket):
@@ -87,7 +87,7 @@ def write_pictures(reference: str, out: Path) -> None:
 
 
 def print_score_table(title: str, scores: dict[str, Score]) -> None:
-    """Print a line of scores per task and set."""
+    """Print one line of scores per task and set."""
     rows = [
         [
             name,
@@ -103,11 +103,11 @@ def print_score_table(title: str, scores: dict[str, Score]) -> None:
 
 
 def in_words(value: Any) -> str:
-    """One line for people: '-' for nothing, few digits."""
+    """Format a value as one line of text, with at most four digits; None is '-', and empty dict entries are omitted."""
     if isinstance(value, dict):
         return ", ".join(
             f"{in_words(key)} {in_words(inner)}" for key, inner in value.items() if inner not in ("", None)
         )
-    if isinstance(value, str):  # a damaged sample's message, too: nothing that would upset a terminal
+    if isinstance(value, str):  # it may come from damaged data: remove terminal control characters
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Where a run stands: its progress, its writer, and the records that MLflow has not received; sends them again."""
+"""Reports the progress of a run, its writer and its pending MLflow records, and resends these records."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from mirl_dist.storage import lease
 from mirl_dist.tickets.open import open_run
 from mirl_dist.training.checkpoint import OUTBOX, Checkpoints
 
-_WATCH_SECONDS = 15.0  # three beats of a lease
+_WATCH_SECONDS = 15.0  # three heartbeat intervals of a lease
 
 
 def print_status(run: str, as_json: bool) -> None:
-    """Print the newest commit, the samples, time and speed up to there, the writer, and pending records."""
+    """Print the newest commit, samples, time and speed so far, the writer, and pending records."""
     checkpoints, config = open_run(run)
     commits, tickets = checkpoints.commits(), checkpoints.tickets()
     newest, totals = checkpoints.latest_progress(commits)
@@ -49,7 +49,7 @@ def print_status(run: str, as_json: bool) -> None:
 
 
 def _writer(checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
-    """The launch that holds, or last held, the run's lease; while it lives, with its last reported status."""
+    """Return the launch that holds or last held the run's lease, with its last reported status while it is alive."""
     holder = lease.read_holder(checkpoints.store)
     if holder is None:
         return None
@@ -64,7 +64,7 @@ def _writer(checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
 
 
 def _latest_tracking_section(checkpoints: Checkpoints, config: Config) -> TrackingSection:
-    """The tracking section of the last launch; that of run.json is the first one's."""
+    """Return the tracking section of the last launch; run.json has that of the first launch."""
     holder = lease.read_holder(checkpoints.store)
     section = holder.launch.get("tracking") if holder is not None else None
     return config.tracking if section is None else TrackingSection.model_validate(section)
@@ -76,7 +76,7 @@ def _journal(run: str, checkpoints: Checkpoints, section: TrackingSection) -> Pa
 
 
 def _pending_records(run: str, checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
-    """Count the records on this machine that MLflow has not received; None without tracking."""
+    """Count the pending MLflow records on this machine; None without tracking."""
     section = _latest_tracking_section(checkpoints, config)
     if not section.enabled:
         return None
@@ -88,7 +88,7 @@ def _pending_records(run: str, checkpoints: Checkpoints, config: Config) -> dict
 
 
 def _check_no_live_launch(run: str, checkpoints: Checkpoints) -> None:
-    """Raise UserError when the launch that holds a run lives; one on another machine is watched for its heartbeat."""
+    """Raise UserError if the launch that holds a run is alive; on another machine, this is judged by its heartbeat."""
     holder, deadline = lease.read_holder(checkpoints.store), time.monotonic() + _WATCH_SECONDS
     if holder is None or holder.ended is not None or holder.has_exited():
         return
@@ -101,7 +101,7 @@ def _check_no_live_launch(run: str, checkpoints: Checkpoints) -> None:
 
 
 def resend(run: str) -> None:
-    """Send MLflow the pending records of a run that has ended: those on this machine, and those in its last commit."""
+    """Send the pending records of an ended run to MLflow: those on this machine, and those in its last commit."""
     checkpoints, config = open_run(run)
     section = _latest_tracking_section(checkpoints, config)
     if not section.enabled:

@@ -34,7 +34,7 @@ def train(
     Under `accelerate launch` this is one rank; with --launch it starts the ranks itself.
     """
     control = ControlChannel.of_worker()
-    stop = _listen(control)  # before what takes seconds to import
+    stop = _listen(control)  # first, because the imports below take seconds
 
     from mirl_dist.config import config as configs
 
@@ -49,7 +49,7 @@ def train(
 
 
 def _listen(control: ControlChannel) -> StopSignal:
-    """Hear requests to stop from signals and from the launcher, and pass those of the user on to it."""
+    """Listen for stop requests from signals and the launcher, and forward the user's requests to the launcher."""
     stop = StopSignal()
     stop.sources += [control.stop_requested, lambda: control.leave_if_orphaned(stop)]
     stop.on_user_signal, stop.is_cleanup = control.request_stop, control.another_failed
@@ -58,7 +58,7 @@ def _listen(control: ControlChannel) -> StopSignal:
 
 
 def _start_ranks(config: Config, launch: str, path: Path, sets: Sequence[str], resume: str, stop: StopSignal) -> bool:
-    """Start the ranks that --launch means and wait for their end; False where it means this process alone."""
+    """Start the ranks for --launch and wait until they end; return False if this process alone should train."""
     from mirl_dist.distributed.launch import launcher
     from mirl_dist.tickets.open import open_ticket
     from mirl_dist.training import preflight
@@ -73,7 +73,7 @@ def _start_ranks(config: Config, launch: str, path: Path, sets: Sequence[str], r
 
 
 def _train_rank(config: Config, resume: str, stop: StopSignal, control: ControlChannel) -> None:
-    """Train as this rank of a run; rank 0 prints its tickets at the end."""
+    """Train as one rank of a run; rank 0 prints its tickets at the end."""
     from mirl_dist.observability import rank_log
     from mirl_dist.storage.configured import options_of
     from mirl_dist.tickets.open import open_ticket
@@ -84,20 +84,20 @@ def _train_rank(config: Config, resume: str, stop: StopSignal, control: ControlC
     if notice is not None and is_main:
         warn(f"mirl-dist: {notice}")
     if resume == "never" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        resume = "auto"  # these ranks are started again, and find their own run
+        resume = "auto"  # an elastic restart must resume its own run
     rank_log.begin(config, lambda: stop.phase())
     address = run(config, resume, stop, open_ticket)
     if is_main:
         from mirl_dist.cli import show
 
-        with contextlib.suppress(OSError):  # of the terminal: the run itself has ended well
+        with contextlib.suppress(OSError):  # terminal errors do not fail a finished run
             show.print_tickets(config.run.folder, as_json=False, options=options_of(config.store))
         if address:
             say(f"MLflow: {address}")
 
 
 def _check_launch(file: LaunchFile) -> None:
-    """Raise UserError where this machine lacks what a launch file asks for."""
+    """Raise UserError if this machine lacks what a launch file requires."""
     from mirl_dist.cli.doctor import machine
     from mirl_dist.distributed.engines import requirements
 

@@ -1,1 +1,1 @@
-"""Shards to batches."""
+"""Training data: shards of images, and the batches made from them."""

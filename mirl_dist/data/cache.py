@@ -1,13 +1,13 @@
-"""Keeps whole, verified files on this node, shared by all its processes, within a limit in bytes.
+"""Caches complete, verified shards on a node, shared by all its processes, within a limit in bytes.
 
-    <folder>/<sha256>.tar                  a file whose bytes have that digest
-    <folder>/<sha256>.<bytes>.damaged      what the store has instead, where it has something else
-    <folder>/<sha256>.<bytes>.tar.partial  a download in progress, or of a process that died: the next one goes on
+    <folder>/<sha256>.tar                  a file with that digest
+    <folder>/<sha256>.<bytes>.damaged      the store's version of a shard that is damaged in the store
+    <folder>/<sha256>.<bytes>.tar.partial  a download in progress, or an interrupted one that the next process resumes
     <folder>/room.lock                     held while a file is added, removed or renamed
 
-Everything rests on locks that the kernel takes back from a process that dies: a process that downloads a file holds
-its partial alone, one that uses a file shares a lock on it, and only what nobody holds is removed, the longest unused
-first. The folder lies on a disk of the node: network file systems may not keep such locks.
+All coordination uses `flock`, which the kernel releases when a process dies. A download holds an exclusive lock on its
+partial file, and a reader a shared lock on the complete file. Only unlocked files are evicted, least recently used
+first. The folder must be on a local disk: network file systems may not support these locks.
 """
 
 from __future__ import annotations
@@ -28,47 +28,50 @@ from mirl_dist.storage.hashing import digest_of_file
 _FILE_NAME = re.compile(r"[0-9a-f]{64}(\.tar|\.\d+\.damaged|\.(?P<bytes>\d+)\.(tar|damaged)\.partial)")
 _PAUSE_SECONDS = 0.05
 Fetch = Callable[[Path], None]
-"""Completes a file from its present length on."""
+"""Downloads the rest of a file, starting at its current length."""
 
 
 class WrongBytes(Exception):
-    """A file was downloaded whole, and does not have the digest that was asked for."""
+    """A complete download does not have the requested digest."""
 
 
 class CachedShard:
-    """A file in the cache that stays there until `release`. fresh: this call downloaded it, and knows its bytes."""
+    """A cached file that cannot be evicted until `release`.
+
+    fresh: downloaded by this `acquire`, which has already verified its digest.
+    """
 
     def __init__(self, path: Path, handle: int, fresh: bool) -> None:
         self.path, self._handle, self.fresh = path, handle, fresh
 
     @property
     def state(self) -> tuple[int, int]:
-        """Inode and size, which tell it from other files; nobody changes a file once it has its name."""
+        """Inode and size in bytes. They identify the content, because complete files are never modified."""
         stat = os.fstat(self._handle)
         return stat.st_ino, stat.st_size
 
     def digest(self) -> str:
-        """Hex SHA-256 of this very file, whatever lies at its path now."""
+        """Return the hex SHA-256 of the open file, even if its path now names another file."""
         with open(os.dup(self._handle), "rb") as stream:
             stream.seek(0)
             return digest_of_file(stream)
 
     def matches(self, digest: str) -> bool:
-        """Whether its bytes can be read and have that SHA-256."""
+        """Return whether the file can be read and has that SHA-256."""
         try:
             return self.digest() == digest
         except OSError:
             return False
 
     def is_in_place(self) -> bool:
-        """Whether it is still the file at its path."""
+        """Return whether its path still names this file."""
         try:
             return os.path.samestat(os.fstat(self._handle), os.stat(self.path))
         except FileNotFoundError:
             return False
 
     def release(self) -> None:
-        """Give the file back to the cache; a second call does nothing."""
+        """Allow the cache to evict the file. Idempotent."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
@@ -81,10 +84,10 @@ class _CacheFile(NamedTuple):
 
 
 class ShardCache:
-    """A folder of at most `limit` bytes. Any number of processes may use one; all should set the same limit."""
+    """A cache folder of at most `limit` bytes. Processes that share a folder should use the same limit."""
 
     def __init__(self, folder: Path, limit: int, patience: float = 600.0) -> None:
-        """patience: seconds to wait for room that others hold. Raises UserError for a folder that cannot be written."""
+        """patience: seconds to wait until others release files. Raises UserError if the folder cannot be written."""
         self.folder, self.limit, self._patience = folder, limit, patience
         with self._user_errors():
             folder.mkdir(parents=True, exist_ok=True)
@@ -93,11 +96,11 @@ class ShardCache:
     def acquire(
         self, digest: str, size: int, fetch: Fetch, stop: Callable[[], bool] = lambda: False, *, damaged: bool = False
     ) -> CachedShard:
-        """Give the file with that SHA-256, downloaded by `fetch` unless it is there, by one of many that ask at once.
+        """Return the file with that SHA-256, downloading it with `fetch` if it is not cached.
 
-        damaged: whatever `fetch` gives in its place, unverified. Raises WrongBytes when other bytes were downloaded
-        (they are removed), Unavailable when there was no room for long, UserError when there can never be or `stop`
-        says that the file is not needed any more.
+        Of several concurrent callers, one downloads. damaged: accept whatever `fetch` writes, without verification.
+        Raises WrongBytes if the download has another digest (it is removed), Unavailable if no space became free in
+        time, and UserError if the file exceeds the limit or `stop` returned True.
         """
         if size > self.limit:
             raise UserError(
@@ -122,7 +125,7 @@ class ShardCache:
         raise UserError(f"{whole}: the work that wanted this file has ended.")
 
     def discard(self, shard: CachedShard) -> None:
-        """Release and remove a file with wrong bytes, but not another that has taken its place."""
+        """Release a corrupt file and remove it, unless its path already names another file."""
         try:
             with self._user_errors(), self._room_lock():
                 if shard.is_in_place():
@@ -131,7 +134,7 @@ class ShardCache:
             shard.release()
 
     def _claim_partial(self, whole: Path, partial: Path, size: int) -> int | None:
-        """Open the partial file, locked for this caller alone, and make room for it; None when that fails now."""
+        """Open the partial file with an exclusive lock, reserving space for it; None if that is not possible yet."""
         with self._room_lock():
             if not partial.exists():
                 if whole.exists() or not self._make_room(size):
@@ -147,7 +150,9 @@ class ShardCache:
                 partial.unlink(missing_ok=True)
                 raise WrongBytes(str(partial))
             os.fsync(handle)
-            with self._room_lock():  # between one lock and the other nobody may remove it, and nobody see neither name
+            # Converting a lock is not atomic: the room lock prevents eviction meanwhile, and a claim of `partial` that
+            # would see neither name.
+            with self._room_lock():
                 os.rename(partial, whole)
                 fcntl.flock(handle, fcntl.LOCK_SH)
         except BaseException:
@@ -156,7 +161,7 @@ class ShardCache:
         return shard
 
     def _make_room(self, size: int) -> bool:
-        """Remove what nobody holds, longest unused first, until `size` more bytes fit."""
+        """Evict unlocked files, least recently used first, until `size` more bytes fit; return whether they fit."""
         files = sorted(self._list_files(), key=lambda file: file.used)
         total = sum(file.bytes for file in files)
         for file in files:
@@ -170,7 +175,7 @@ class ShardCache:
         return total + size <= self.limit
 
     def _list_files(self) -> Iterator[_CacheFile]:
-        """Files of the cache; a download in progress counts whole."""
+        """Yield the files of the cache; a partial file counts with its final size."""
         for entry in os.scandir(self.folder):
             match = _FILE_NAME.fullmatch(entry.name)
             if match is not None:
@@ -205,14 +210,14 @@ class ShardCache:
 
 
 def _lock_file(path: Path, kind: int) -> int | None:
-    """Open and lock the file that lies at `path` now; None where there is none or another holds it."""
+    """Open and lock the file at `path`; None if it does not exist or a conflicting lock is held."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(handle), os.stat(path)):
+        if os.path.samestat(os.fstat(handle), os.stat(path)):  # it may have been renamed or removed before the lock
             return handle
     except (BlockingIOError, FileNotFoundError):
         pass

@@ -1,4 +1,4 @@
-"""Reads training samples one by one, beside the loader: for criteria that need gradients between rounds."""
+"""Reads training samples one by one, without the loader, for pruning criteria that need gradients between rounds."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from mirl_dist.errors import Stopped, UserError
 
 
 class CalibrationPatches:
-    """Turns slots of the sampler into patches, as training would see them."""
+    """Reads the patches of given sampler slots, identical to those of training."""
 
     def __init__(self, tasks: Sequence[Task], seed: int, patch_pixels: int, augment: str) -> None:
         self._tasks, self._seed, self._patch_pixels, self._augment = tuple(tasks), seed, patch_pixels, augment
 
     def of(self, slots: Sequence[Slot], pool: ShardPool, stop_asked: Callable[[], bool]) -> Iterator[NumpyBatch]:
-        """Batches of one patch per slot, in the order of slots.
+        """Yield a batch of one patch for each slot, in the order of `slots`.
 
-        Each shard is fetched once, one at a time, before the first batch is yielded. The next whole sample replaces a
-        damaged one. Raises UserError, and Stopped when asked to stop.
+        All patches are read before the first batch is yielded, so that each shard is fetched only once and one at a
+        time. A damaged sample is replaced by the next intact one of its shard. Raises UserError if a shard has no
+        intact sample or cannot be read, and Stopped if `stop_asked` returns True.
         """
         patches: list[Patch | None] = [None] * len(slots)
         by_shard = sorted(range(len(slots)), key=lambda number: slots[number].shard)

@@ -1,4 +1,4 @@
-"""What is done about damaged shards and samples: a UserError where damage is refused, else one line for each."""
+"""The policy for damaged shards and samples: raise a UserError (refuse), or report each once and continue (skip)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _SHOWN = 5
 
 
 class DamagePolicy:
-    """Raises or reports damage, as `data.damage` says; called from several threads at once."""
+    """Raises or reports damage according to `data.damage`. Thread-safe."""
 
     def __init__(self, policy: str, say: Callable[[str], None]) -> None:
-        """policy: 'refuse' or 'skip'. say: takes one line for people."""
+        """policy: 'refuse' or 'skip'. say: prints one line of text."""
         self._policy, self._say = policy, say
         self._lock = threading.Lock()
         self._reported: set[tuple[str, int]] = set()
 
     def skips(self, shard: Shard) -> bool:
-        """Tell whether damage of a shard is skipped: never where scores come from, whose means would be others."""
+        """Return whether damage in this shard is skipped: never in evaluation shards, where it would change scores."""
         return self._policy == "skip" and shard.role == "train"
 
     def report_shard(self, local: LocalShard, damaged: dict[int, str], address: str) -> None:
-        """Name the damaged samples of a shard by key. Raises UserError where damage is refused.
+        """Report the damaged samples of a shard by key. Raises UserError if damage is refused.
 
-        damaged: number of a sample -> what is wrong with it. address: of the shard in its store, for the message.
+        damaged: sample number -> problem. address: the shard's address in its store, for the message.
         """
         lines = [f"sample '{local.entries[i].key}' {problem}" for i, problem in list(damaged.items())[:_SHOWN]]
         if len(damaged) > _SHOWN:
@@ -41,7 +41,7 @@ class DamagePolicy:
         self.report_once(local.shard, WHOLE_SHARD, text)
 
     def mark_sample(self, local: LocalShard, sample: int, problem: str) -> None:
-        """Add a sample to the damaged ones of its shard. Raises UserError where damage is refused."""
+        """Mark a sample of a shard as damaged and report it. Raises UserError if damage is refused."""
         key = local.entries[sample].key
         if not self.skips(local.shard):
             raise UserError(f"{local.shard.name}, sample '{key}': {problem}. {REMEDY}")
@@ -50,7 +50,7 @@ class DamagePolicy:
         self.report_once(local.shard, sample, f"sample '{key}': {problem}")
 
     def report_once(self, shard: Shard, sample: int, text: str) -> None:
-        """Say that a sample, or WHOLE_SHARD, is skipped; the second time nothing."""
+        """Report that a sample (or WHOLE_SHARD) is skipped, unless that was reported before."""
         with self._lock:
             if (shard.name, sample) in self._reported:
                 return

@@ -1,4 +1,4 @@
-"""The slots of an epoch as one table: seeded permutations, and for each source a walk over its shards."""
+"""The slots of an epoch as one table, built from seeded permutations and one walk over the shards of each source."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from mirl_dist.config.seeding import rng
 from mirl_dist.data.manifest import Shard
 from mirl_dist.data.mixture import Source
 
-_EPOCHS_KEPT = 3  # the one being read, the next one being prefetched, and one to spare
+_EPOCHS_KEPT = 3  # the current epoch, the next one (prefetched), and a spare
 
 
 class EpochTable(NamedTuple):
-    """One epoch: task, training shard, sample in it, and pass index of every slot, lane after lane. 13 bytes a slot."""
+    """Task, training shard, sample in that shard and pass index of every slot of an epoch; 13 bytes per slot.
+
+    Slots are ordered by lane, then by step.
+    """
 
     task: NDArray[np.uint8]
     shard: NDArray[np.int32]
@@ -27,17 +30,17 @@ class EpochTable(NamedTuple):
 
 
 class EpochTables:
-    """Builds the table of an epoch once, whichever thread asks first, and keeps the last three."""
+    """Builds epoch tables on demand and caches the last three. Thread-safe."""
 
     def __init__(self, sources: Sequence[Source], shards: Sequence[Shard], seed: int, slots: int) -> None:
-        """shards: the training shards of the manifest; slots: in the whole steps of an epoch."""
+        """shards: the training shards of the manifest. slots: per epoch, steps times global batch."""
         self._sources, self._seed, self._slots = sources, seed, slots
         self._counts = np.array([shard.samples for shard in shards], dtype=np.int64)
         self._tables: OrderedDict[tuple[int, int], EpochTable] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, round_: int, epoch: int) -> EpochTable:
-        """The slots of one epoch of a round."""
+        """Return the table of one epoch of a round."""
         with self._lock:
             table = self._tables.get((round_, epoch))
             if table is None:
@@ -63,7 +66,7 @@ class EpochTables:
         return table
 
     def _fill_source(self, table: EpochTable, rows: NDArray[np.int64], round_: int, source: Source, begin: int) -> None:
-        """Fill the rows of one source with its walk from item `begin` of the round on."""
+        """Fill the rows of one source from its walk, starting at read number `begin` of the round."""
         shards = np.array(source.shards)
         ends = np.cumsum(self._counts[shards])
         first, last = begin // source.samples, (begin + len(rows) - 1) // source.samples
@@ -79,7 +82,10 @@ class EpochTables:
             table.task[here] = self._task_order(round_, source, pass_index)[samples]
 
     def _sample_order(self, round_: int, source: Source, pass_index: int) -> NDArray[np.int64]:
-        """All samples of a source (numbered along its shards) in the order of one pass: shard after shard."""
+        """Return the sample order of one pass: shards permuted, then samples within each shard.
+
+        Samples are numbered consecutively over the source's shards.
+        """
         pass_rng = rng("pass", self._seed, round_, source.name, pass_index)
         counts = self._counts[list(source.shards)]
         begins = np.cumsum(counts) - counts
@@ -87,7 +93,7 @@ class EpochTables:
         return np.concatenate(parts)
 
     def _task_order(self, round_: int, source: Source, pass_index: int) -> NDArray[np.uint8]:
-        """The task that each sample is read for in a pass: in as many passes as the cycle is long, each task once."""
+        """Return the task of each sample in a pass; in len(cycle) passes every sample is read once per cycle entry."""
         cycle = np.array(source.task_cycle, dtype=np.uint8)
         if len(cycle) == 1:
             return np.repeat(cycle, source.samples)

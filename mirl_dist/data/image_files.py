@@ -1,4 +1,4 @@
-"""A file of a data set as 8-bit RGB pixels, or why it cannot be: nothing is repaired or guessed."""
+"""Decodes image files to 8-bit RGB, or reports why they cannot be used; nothing is repaired or guessed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from PIL import Image, UnidentifiedImageError
 from mirl_dist.data.degradations.degrade import Pixels
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr")
-# What Pillow raises for damaged files, found by cutting and overwriting images of every known ending.
+# Exceptions that Pillow raises for damaged files; found by truncating and overwriting files of every supported format.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 
 
 class ImageRefused(Exception):
-    """The text says why the bytes are no image that can be used."""
+    """The bytes are not a usable image; the message says why."""
 
 
 class ImageInfo(NamedTuple):
-    """One image file, examined: hex SHA-256 of its bytes and its pixels, size, or why it is no use."""
+    """Result of examining an image file: hex SHA-256 of its bytes and of its pixels, height and width, or a problem."""
 
     sha256: str
     pixels_sha256: str
@@ -34,14 +34,14 @@ class ImageInfo(NamedTuple):
 
 
 def decode(data: bytes) -> Pixels:
-    """Decode a whole image file to uint8 (H, W, 3) RGB. Raises ImageRefused with the reason.
+    """Decode an image file to uint8 (H, W, 3) RGB. Raises ImageRefused with the reason.
 
-    Grey, palette and fully opaque images with alpha become RGB. Refused are 16 bits and more, CMYK and
-    transparency, whose 8-bit RGB would be a guess. EXIF orientation is ignored: pixels stay as stored.
+    Greyscale, palette and fully opaque alpha images are converted to RGB. Images with 16 bits or more per channel,
+    CMYK or transparency are refused, because their 8-bit RGB is ambiguous. EXIF orientation is ignored.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if any(";16" in repr(tile[3]) for tile in image.tile):  # Pillow drops the low bytes of 48-bit RGB
+            if any(";16" in repr(tile[3]) for tile in image.tile):  # Pillow silently drops the low bytes of 48-bit RGB
                 raise ImageRefused("has 16 bits per channel; save it with 8")
             if image.mode not in MODES:
                 raise ImageRefused(f"has Pillow's mode '{image.mode}'; save it as 8-bit RGB")
@@ -61,7 +61,7 @@ def decode(data: bytes) -> Pixels:
 
 
 def examine(path: Path) -> ImageInfo:
-    """Read and decode a whole file once; problems are returned, not raised."""
+    """Read and decode a file; problems are returned, not raised."""
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Pictures for people: rows of degraded, restored and clean in one PNG, which can be cut up into its rows again."""
+"""Image strips: rows of degraded, restored and clean images in one PNG file, from which the rows can be read back."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from mirl_dist.errors import UserError
 
 Pixels = NDArray[np.uint8]
 MOST_PIXELS = 2**26
-"""Most pixels of a strip that `rows` decodes: 200 MB."""
+"""Largest strip that `rows` decodes, in pixels (200 MB of RGB)."""
 _GAP, _TITLE = 4, 18
 _CHUNK = "mirl_dist"
 
 
 class Row(NamedTuple):
-    """One line of a strip: a title and images of one height, uint8 (H, W, 3)."""
+    """One row of a strip: a title and uint8 (H, W, 3) images of equal height."""
 
     title: str
     images: tuple[Pixels, ...]
 
 
 class _RowLayout(BaseModel):
-    """Where a row lies. boxes: left, top, width and height of its images in pixels."""
+    """Title of a row, and left, top, width and height of its images in pixels."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -47,7 +47,7 @@ class _StripLayout(BaseModel):
 
 
 def centre(image: Pixels, pixels: int) -> Pixels:
-    """The centre of an image, at most `pixels` on a side."""
+    """Crop the centre of an image, at most `pixels` x `pixels`."""
     height, width = image.shape[:2]
     h, w = min(height, pixels), min(width, pixels)
     top, left = (height - h) // 2, (width - w) // 2
@@ -55,9 +55,9 @@ def centre(image: Pixels, pixels: int) -> Pixels:
 
 
 def strip(rows: Sequence[Row], columns: Sequence[str] = ()) -> bytes:
-    """Draw rows below one another, each under its title, as PNG bytes; `rows` of this module cuts them up again.
+    """Draw rows below one another, each under its title, and return PNG bytes that `rows` can read back.
 
-    columns: words above the images of the first row, drawn once. Raises ValueError for no rows.
+    columns: headings above the images of the first row. Raises ValueError without rows.
     """
     if not rows:
         raise ValueError("a strip needs at least one row")
@@ -85,9 +85,9 @@ def strip(rows: Sequence[Row], columns: Sequence[str] = ()) -> bytes:
 
 
 def rows(png: bytes, source: str = "the strip of pictures") -> list[Row]:
-    """Cut the rows out of a strip that `strip` wrote. source: its name in messages.
+    """Read the rows back from a PNG file that `strip` wrote. source: its name in messages.
 
-    Raises UserError for any other bytes, and for an image above MOST_PIXELS before a pixel of it is decoded.
+    Raises UserError for any other bytes, and for an image above MOST_PIXELS before decoding it.
     """
     size = _read_size(png)
     if size is None:
@@ -120,7 +120,10 @@ def rows(png: bytes, source: str = "the strip of pictures") -> list[Row]:
 
 
 def _check_inside(lines: Sequence[_RowLayout], size: tuple[int, int], source: str) -> None:
-    """Raise UserError for rows without images or of several heights, and for boxes outside the image or overlapping."""
+    """Raise UserError for a row without images or with unequal heights, and for boxes that leave the image or overlap.
+
+    Overlap is detected only if the total area of the boxes exceeds that of the image.
+    """
     area = 0
     for line in lines:
         if not line.boxes or len({box[3] for box in line.boxes}) > 1:
@@ -134,7 +137,7 @@ def _check_inside(lines: Sequence[_RowLayout], size: tuple[int, int], source: st
 
 
 def _read_size(png: bytes) -> tuple[int, int] | None:
-    """Read width and height that a PNG file states in its first bytes, or None for another file."""
+    """Read width and height from a PNG header; None if the bytes are not a PNG file."""
     if len(png) < 33 or png[:16] != b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR":
         return None
     width, height = struct.unpack(">II", png[16:24])
@@ -142,5 +145,5 @@ def _read_size(png: bytes) -> tuple[int, int] | None:
 
 
 def _to_ascii(text: str) -> str:
-    """Replace characters that a font may lack."""
+    """Replace non-ASCII characters, which the default font may lack."""
     return text.encode("ascii", "replace").decode()

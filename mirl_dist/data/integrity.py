@@ -1,4 +1,4 @@
-"""Compares a shard on this node with its manifest, and finds the samples that are damaged."""
+"""Verifies a local shard against the manifest and its index, and finds damaged samples."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mirl_dist.storage.hashing import digest_of_file
 class LocalShard:
     """A shard on this node.
 
-    damaged: number of a sample -> what is wrong with it; release: frees its place in the cache; state: changes when the
-    file does, None where that is not known without looking.
+    damaged: sample number -> problem. release: allows the cache to evict the file. state: a value that changes when
+    the file changes; None if it must be read from the file system (`file_state`).
     """
 
     shard: Shard
@@ -32,13 +32,13 @@ class LocalShard:
 
 
 def file_state(path: Path) -> tuple[int, int, int]:
-    """A value that changes when a file does: inode, size in bytes, time of change in nanoseconds."""
+    """Return inode, size in bytes and modification time in nanoseconds, which change when the file does."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def find_damage(path: Path, shard: Shard, entries: Sequence[SampleEntry]) -> dict[int, str] | None:
-    """Find the damaged samples of a shard by number, and why in words for a ticket; None for a file that is whole."""
+    """Return the damaged samples of a shard as number -> problem (text for a ticket); None if the file is intact."""
     with path.open("rb") as tar:
         if digest_of_file(tar) == shard.sha256:
             return None
@@ -56,7 +56,10 @@ def _is_intact(tar: BinaryIO, part: Part) -> bool:
 
 
 def read_image(path: Path, place: SamplePlace, which: str) -> Pixels:
-    """Read one member of a shard, uint8 (H, W, 3), its digest checked once more. Raises UserError for other bytes."""
+    """Read one image of a sample, uint8 (H, W, 3), verifying its digest again.
+
+    Raises UserError if it is absent, unreadable or damaged.
+    """
     member = place.entry.image(which)
     source = f"{place.shard.name}, sample '{place.entry.key}', {which}"
     if member is None:

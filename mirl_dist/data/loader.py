@@ -1,7 +1,7 @@
 """Builds batches from shards at any position: the sampler picks samples, the shard pool locates them.
 
-A plain WebDataset reader stops at the first damaged header and says nothing; here samples are addressed by index inside
-shards that were verified, so no reader can run dry, read twice, or wait for another.
+A plain WebDataset reader silently stops at the first damaged tar header. Here, samples are addressed by index in
+verified shards, so no reader can run out of samples, read one twice, or wait for another.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from mirl_dist.data.sampler import BatchSplit, GlobalSampler, Position
 from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.errors import UserError
 
-_PREFETCH = 2  # batches that a loader process makes ahead
+_PREFETCH = 2  # batches that each loader process prepares in advance
 _ReadResult = tuple[ReadRequest, Patch] | FailedRead
 
 
 def passes_behind(workers: int) -> int:
-    """Forward passes that may have been handed out and are still being read by loader processes."""
+    """Return how many forward passes may have been requested but not yet read by loader processes."""
     return _PREFETCH * workers + 2
 
 
 class _PatchDataset(Dataset[Any]):
-    """Reads the patch of a request. A failure is returned, not raised: exceptions lose their type between processes."""
+    """Reads the patch of a request. Failures are returned, because exceptions lose their type between processes."""
 
     def __init__(self, tasks: Sequence[Task], seed: int, patch_pixels: int, augment: str) -> None:
         self._tasks, self._seed, self._patch_pixels, self._augment = tuple(tasks), seed, patch_pixels, augment
@@ -57,7 +57,7 @@ class _PatchDataset(Dataset[Any]):
 
 
 def _collate(results: list[_ReadResult]) -> NumpyBatch | list[_ReadResult]:
-    """Collate patches to a batch; with a failed read all results return as they are, for `_replace_failed`."""
+    """Collate patches into a batch; if any read failed, return all results unchanged for `_replace_failed`."""
     reads = [result for result in results if not isinstance(result, FailedRead)]
     if len(reads) < len(results):
         return results
@@ -65,11 +65,11 @@ def _collate(results: list[_ReadResult]) -> NumpyBatch | list[_ReadResult]:
 
 
 class TrainLoader:
-    """The training batches of one rank: `batches(round, start, epochs)` begins at any position without replay.
+    """The training batches of one rank; `batches` starts at any position without replay.
 
-    Memory per rank: three tables of the sampler (39 bytes for each slot of an epoch), the indices of the shards in use
-    (about 1 kB a sample), 16,384 slots of the prefetch window (about 4 MB), and 2 batches for each loader process.
-    Shards stay on the disk.
+    Memory per rank: three epoch tables (39 bytes per slot of an epoch), the indices of the shards in use (about 1 kB
+    per sample), 16,384 slots of the prefetch window (about 4 MB), and 2 batches per loader process. Shards remain on
+    disk.
     """
 
     def __init__(
@@ -86,17 +86,18 @@ class TrainLoader:
         ahead: int,
         pin: bool,
     ) -> None:
-        """ahead: how many shards to fetch before they are used (`prefetch.shards_ahead`); pin: batches for a GPU."""
+        """ahead: shards to fetch before their first use (`prefetch.shards_ahead`). pin: use page-locked memory."""
         self._pool, self._sampler = pool, sampler
         self._patches = _PatchDataset(sampler.tasks, seed, patch_pixels, augment)
         self._rank, self._split, self._workers, self._ahead, self._pin = rank, split, workers, ahead, pin
         self.damaged: dict[str, str] = {}
-        """What this rank met and skipped in the round: 'shard' or 'shard key' -> what was wrong with it."""
+        """Damage that this rank skipped in the round: 'shard' or 'shard key' -> problem."""
 
     def batches(self, round_: int, start: Position, epochs: int) -> Generator[Batch, None, None]:
-        """One Batch per forward pass, from `start` to the round's end; closing it ends its workers.
+        """Yield a Batch per forward pass, from `start` to the end of the round; closing the generator ends its workers.
 
-        The images are uint8 until `Batch.to`. Raises UserError for damaged samples where they are refused.
+        Images are uint8 until `Batch.to`. Raises UserError for damaged samples if damage is refused, and Stopped, after
+        the batches that are ready, if a stop was requested while waiting for a shard.
         """
         self.damaged.clear()
         context = _worker_context() if self._workers else None
@@ -109,7 +110,7 @@ class TrainLoader:
                 collate_fn=_collate,
                 prefetch_factor=_PREFETCH if self._workers else None,
                 multiprocessing_context=context,
-                generator=torch.Generator().manual_seed(0),  # seeds workers; nothing here draws from it
+                generator=torch.Generator().manual_seed(0),  # seeds the workers, which never draw from it
                 worker_init_fn=_initialize_worker if self._workers else None,
             )
             for item in loader:
@@ -129,10 +130,10 @@ class TrainLoader:
         )
 
     def _replace_failed(self, requests: RequestStream, results: list[_ReadResult]) -> NumpyBatch:
-        """Collate a batch in which some reads met damage that no digest had shown, each replaced by a whole sample.
+        """Collate a batch with failed reads, replacing samples whose damage no digest had shown by intact ones.
 
-        What the system was at fault for is tried once more, and is no damage: other ranks would not see it. Raises
-        UserError when it stays.
+        A transient failure (of the system) is retried once after fetching the shard again. It is not recorded as
+        damage, which other ranks would not see. Raises UserError if it persists.
         """
         patches, skipped = [], 0
         for result in results:
@@ -153,18 +154,18 @@ class TrainLoader:
 
 
 def _worker_context() -> BaseContext:
-    """A running fork server, whose workers are free of this process's threads (collectives, tracking)."""
+    """Start the fork server; its workers do not inherit this process's threads (collectives, tracking)."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # imported once, not by every worker of every round
-    with _signals_ignored():  # a stop signal goes to the whole group: the fork server must outlive it
+    context.set_forkserver_preload([__name__])  # import once, not in every worker of every round
+    with _signals_ignored():  # a stop signal reaches the whole process group; the fork server must survive it
         _start_fork_server()
     return context
 
 
 def _initialize_worker(_: int) -> None:
-    """Move a worker into a process group of its own.
+    """Move a worker into its own process group.
 
-    A launcher stops a rank's whole group, and the rank needs its batches up to the commit.
+    A launcher stops a rank's whole group, but the rank needs batches until its commit.
     """
     os.setpgrp()
     end_with_parent()
@@ -173,7 +174,7 @@ def _initialize_worker(_: int) -> None:
 def _start_fork_server() -> None:
     try:
         forkserver.ensure_running()
-    except OSError as error:  # its socket's path holds 107 bytes at most
+    except OSError as error:  # for example: the path of a Unix socket is limited to 107 bytes
         raise UserError(
             f"found {tempfile.gettempdir()} as the folder for temporary files, where loader processes cannot be "
             f"started ({error}). Set TMPDIR to a folder with a short path, or data.workers=0."
@@ -182,9 +183,9 @@ def _start_fork_server() -> None:
 
 @contextmanager
 def _signals_ignored() -> Iterator[None]:
-    """Make processes started inside ignore stop signals; this process's handlers come back afterwards."""
+    """Ignore stop signals, so that processes started inside inherit that; restore the handlers afterwards."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers, and only there does a run train
+        yield  # only the main thread may set handlers; runs always train there
         return
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = [signal.signal(number, signal.SIG_IGN) for number in numbers]

@@ -1,11 +1,11 @@
 """The manifest of a folder of shards, `manifest.json`, and one index for every tar.
 
-    <shards>/manifest.json                 written last: shards without it do not exist
+    <shards>/manifest.json                 written last; shards without a manifest are ignored
     <shards>/train-<set>-00000.tar         samples as `key.clean.ppm`, `key.degraded.ppm`, `key.json`
-    <shards>/train-<set>-00000.index.json  where every member of every sample lies, and its SHA-256
+    <shards>/train-<set>-00000.index.json  offset, size and SHA-256 of every member of every sample
 
-A sample is one whole image or pair. Its images are binary PPM (raw pixels: a crop is read without the rest) or PNG.
-Addressing by index means that a damaged tar header can never hide the rest of a shard.
+A sample is one whole image or pair. Its images are PNG, or binary PPM: raw pixels, of which a crop can be read alone.
+Because members are addressed by index, a damaged tar header cannot hide the rest of a shard.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from mirl_dist.errors import UserError
 FORMAT = "mirl-dist-shards-2"
 MANIFEST = "manifest.json"
 Kind = Literal["clean", "derain", "dehaze", "desnow", "deraindrop", "deblur", "enlighten"]
-"""What samples are for: clean images alone, which are degraded on reading, or pairs, by the task that undoes them."""
+"""Kind of samples: clean images, which are degraded on reading, or pairs, named after the task that restores them."""
 ImageFormat = Literal["ppm", "png"]
 CLEAN, DEGRADED, NOTES = "clean", "degraded", "json"
 REBUILD = "Copy it again, or build the shards again."
 
-# Names become file names in caches and in folders where tars are unpacked: nothing in them may lead elsewhere.
+# Names become file names in caches and wherever a tar is unpacked, so they must not allow path traversal.
 SAFE_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _Key = Annotated[str, Field(pattern=f"^{SAFE_KEY.pattern}$")]
 _ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*\.tar$")]
@@ -43,7 +43,7 @@ MEMBERS: tuple[str, ...] = get_args(_Member)
 
 
 def ppm_header(height: int, width: int) -> bytes:
-    """Make what comes before the raw RGB pixels of a binary PPM file of that size."""
+    """Return the header of a binary PPM file of that size, which raw RGB pixels follow."""
     return b"P6\n%d %d\n255\n" % (width, height)
 
 
@@ -52,7 +52,7 @@ class _ManifestPart(BaseModel):
 
 
 class Part(_ManifestPart):
-    """One tar member: `offset` of its first data byte in the tar, `size` in bytes, hex SHA-256 of its bytes."""
+    """One tar member: offset of its data in the tar, size in bytes, and hex SHA-256."""
 
     offset: _Count
     size: _Count
@@ -60,9 +60,9 @@ class Part(_ManifestPart):
 
 
 class SampleEntry(_ManifestPart):
-    """One sample: its key (unique in the whole manifest), image height and width in pixels, and its parts.
+    """One sample: its key (unique in the manifest), image height and width in pixels, and its parts.
 
-    parts: by member name without the key: 'clean.ppm', 'degraded.ppm' (pairs only), 'json'.
+    parts: keyed by member name without the key: 'clean.ppm', 'degraded.ppm' (pairs only), 'json'.
     """
 
     key: _Key
@@ -71,7 +71,7 @@ class SampleEntry(_ManifestPart):
     parts: dict[_Member, Part]
 
     def image(self, which: str) -> tuple[ImageFormat, Part] | None:
-        """Format and place of the image CLEAN or DEGRADED; None where the sample has none."""
+        """Return format and part of the CLEAN or DEGRADED image; None if the sample does not have it."""
         for name, part in self.parts.items():
             stem, _, form = name.partition(".")
             if stem == which and form:
@@ -80,15 +80,15 @@ class SampleEntry(_ManifestPart):
 
 
 class Index(_ManifestPart):
-    """The samples of one shard in the order in which they lie in the tar."""
+    """The samples of one shard, in tar order."""
 
     entries: tuple[SampleEntry, ...]
 
 
 class Shard(_ManifestPart):
-    """One tar: `kind` says what its samples are for, `samples` how many, digests are hex SHA-256 of whole files.
+    """One tar file. Digests are the hex SHA-256 of the tar and of its index file.
 
-    least_pixels: the shortest side of any of its images.
+    kind: of its samples. samples: their number. least_pixels: the shortest side of any of its images.
     """
 
     name: _ShardName
@@ -107,7 +107,7 @@ class Shard(_ManifestPart):
 
 
 class Manifest(_ManifestPart):
-    """All shards of one build. `recipe` is the fingerprint of the recipe and of every source file it read."""
+    """All shards of one build. recipe: fingerprint of the recipe and of every source file."""
 
     format: Literal["mirl-dist-shards-2"] = "mirl-dist-shards-2"
     name: str
@@ -119,7 +119,7 @@ class Manifest(_ManifestPart):
         return tuple(s for s in self.shards if s.role == role)
 
     def samples(self, role: str) -> dict[str, int]:
-        """Count the samples per kind in one role."""
+        """Return the number of samples of each kind in one role."""
         counts: Counter[str] = Counter()
         for shard in self.role(role):
             counts[shard.kind] += shard.samples
@@ -129,7 +129,7 @@ class Manifest(_ManifestPart):
         return to_json(self.model_dump())
 
     def digest(self) -> str:
-        """Hex SHA-256 of the manifest: with the digests inside it, the identity of all the data."""
+        """Return the hex SHA-256 of the manifest; it identifies all data through the digests in the manifest."""
         return hashlib.sha256(self.dump()).hexdigest()
 
 
@@ -137,7 +137,7 @@ _Read = TypeVar("_Read", bound=_ManifestPart)
 
 
 def parse(cls: type[_Read], data: bytes, source: str, what: str) -> _Read:
-    """Parse a record of one of the classes above from JSON. Raises UserError that names the first wrong place."""
+    """Parse JSON as one of the classes above. Raises UserError naming the first invalid field."""
     try:
         return cls.model_validate_json(data)
     except ValidationError as error:
@@ -148,7 +148,7 @@ def parse(cls: type[_Read], data: bytes, source: str, what: str) -> _Read:
 
 
 def read_manifest(data: bytes, source: str) -> Manifest:
-    """Parse a manifest. Raises UserError for another format, a file that is no manifest, and names given twice."""
+    """Parse a manifest. Raises UserError for another format, an invalid manifest and duplicate shard names."""
     try:
         raw = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -164,7 +164,7 @@ def read_manifest(data: bytes, source: str) -> Manifest:
 
 
 def read_index(data: bytes, shard: Shard, source: str) -> Index:
-    """Parse one shard's index and hold it against the manifest. Raises UserError where they do not fit."""
+    """Parse a shard's index and check it against the manifest. Raises UserError if they do not match."""
     digest = hashlib.sha256(data).hexdigest()
     if digest != shard.index_sha256:
         raise UserError(
@@ -178,7 +178,7 @@ def read_index(data: bytes, shard: Shard, source: str) -> Index:
 
 
 def _find_mismatches(index: Index, shard: Shard) -> Iterator[str]:
-    """Find what in an index cannot be true of its shard."""
+    """Yield the contradictions between an index and its shard."""
     if len(index.entries) != shard.samples:
         yield f"lists {len(index.entries)} samples, the manifest {shard.samples}"
     wanted = {CLEAN} if shard.kind == "clean" else {CLEAN, DEGRADED}

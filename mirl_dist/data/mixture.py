@@ -1,4 +1,4 @@
-"""Turns a mix into sources: which shards are read for which tasks, and how often in an epoch; no file is read."""
+"""Turns a mix into sources: which shards are read for which tasks, and how often per epoch. Reads no files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mirl_dist.data.manifest import Shard
 from mirl_dist.errors import UserError
 
 Amounts = Mapping[str, float | Mapping[str, float]]
-"""Task -> number, or task -> set -> number: repeats or weights."""
+"""Repeats or weights: task -> number, or task -> set -> number."""
 
 
 class Source(NamedTuple):
-    """A walk over the samples of some shards, pass after pass.
+    """A walk over the samples of some shards, in consecutive passes.
 
-    task_cycle: indices of the tasks that one sample is read for, one after the other, over as many passes.
-    shards: positions among the training shards of the manifest; samples: in all of them; per_epoch: reads an epoch.
+    task_cycle: indices of the tasks for which each sample is read, one task per pass. shards: positions among the
+    training shards of the manifest. samples: total in these shards. per_epoch: samples read per epoch.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Source(NamedTuple):
 
 
 class MixEntry(NamedTuple):
-    """One number of a mix: a task (by index), the shards it reads, and how often or with which weight."""
+    """One number of a mix: the index of its task, the shards it reads, and its repeats or weight."""
 
     task: int
     label: str
@@ -38,17 +38,17 @@ class MixEntry(NamedTuple):
 
 
 def tasks_of(mix: Amounts) -> tuple[Task, ...]:
-    """The tasks of a mix as the config lists them: their positions are the task indices of batches and losses."""
+    """Return the tasks of a mix in config order; their positions are the task indices of batches and losses."""
     return tuple(Task.of(name) for name in mix)
 
 
 def sources(mix: Amounts, mix_by: str, shards: Sequence[Shard], batch: int, steps: int | None) -> list[Source]:
-    """List the sources of a mix, in an order that does not depend on how the config lists its tasks.
+    """Return the sources of a mix, in an order independent of the order of tasks in the config.
 
-    shards: the training shards. mix_by: 'repeats': every sample so many times an epoch (as published); 'weights':
-    shares of an epoch; 'balanced': weights that are all the same. steps: of `batch` samples, an epoch for the latter
-    two; None: as many whole ones as reading every sample once for each of its tasks would fill.
-    Raises UserError for tasks and sets without samples, and for weights too small to be read.
+    shards: the training shards. mix_by: 'repeats' reads every sample that many times per epoch (as published);
+    'weights' gives each entry a share of an epoch; 'balanced' gives equal shares. steps: steps of `batch` samples per
+    epoch for the latter two; None: as many whole steps as reading every sample once for each of its tasks fills.
+    Raises UserError for tasks and sets without samples, and for weights so small that they get no samples.
     """
     entries = _read_entries(mix, shards)
     if mix_by == "repeats":
@@ -68,7 +68,7 @@ def sources(mix: Amounts, mix_by: str, shards: Sequence[Shard], batch: int, step
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """Split `total` into whole parts as near to the weights as can be (largest remainders; ties to the first)."""
+    """Split `total` into integers proportional to the weights (largest remainder method; ties go to the first)."""
     exact = [total * w / math.fsum(weights) for w in weights]
     parts = [math.floor(x) for x in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (parts[i] - exact[i], i))
@@ -82,7 +82,7 @@ def _count_samples(numbers: Sequence[int], shards: Sequence[Shard]) -> int:
 
 
 def _read_entries(mix: Amounts, shards: Sequence[Shard]) -> list[MixEntry]:
-    """List the numbers of a mix by name, with their shards."""
+    """Return the entries of a mix, sorted by task and set, with their shards."""
     result: list[MixEntry] = []
     missing: list[str] = []
     tasks = tasks_of(mix)
@@ -108,7 +108,7 @@ def _read_entries(mix: Amounts, shards: Sequence[Shard]) -> list[MixEntry]:
 
 
 def _by_repeats(entries: Sequence[MixEntry], shards: Sequence[Shard], tasks: Sequence[Task]) -> list[Source]:
-    """Entries that read the same shards share one walk, so that these shards are fetched once for all of them."""
+    """Merge entries that read the same shards into one source, so that these shards are fetched only once."""
     entries_of: dict[tuple[int, ...], list[MixEntry]] = {}
     for entry in entries:
         entries_of.setdefault(entry.shards, []).append(entry)

@@ -1,4 +1,4 @@
-"""Maps a function over items in several processes: of this machine, or of all ranks of a launch."""
+"""Maps a function over items in several processes, on this machine or on all ranks of a launch."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 SYNC_SECONDS = 0.5
 _FINISH_SECONDS = 5.0
-"""How long an item that is being worked on may take to end, once a fault has ended the work."""
+"""Seconds granted to the current item to finish after a fault."""
 
 
 class ProgressCallback(Protocol):
-    """Takes how far the work is: `done` of `total` things named by `what`."""
+    """Receives the progress: `done` of `total` items; `what` describes the work."""
 
     def __call__(self, done: int, total: int, what: str) -> None: ...
 
 
 def end_with_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, and leave at once when the parent dies.
+    """In a worker process: ignore SIGINT, which the parent handles, and exit as soon as the parent dies.
 
-    Otherwise a build that was killed would go on writing into a folder which its successor fills, and loaders of a
-    rank that was killed would stay for ever.
+    Otherwise workers of a killed build would write into a folder that its successor fills, and loader processes of a
+    killed rank would never exit.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -55,9 +55,9 @@ def parallel_map(
     what: str,
     chunk: int = 1,
 ) -> Iterator[Result]:
-    """function(item) of every item, in order. function and items must be picklable; one worker works here.
+    """Yield function(item) for every item, in order. With one worker, the calls run in this process.
 
-    Raises what function raises, and UserError where a process was killed from outside.
+    function and items must be picklable. Raises what `function` raises, and UserError if a worker process was killed.
     """
     progress(0, len(items), what)
     if workers <= 1 or len(items) <= chunk:
@@ -65,7 +65,7 @@ def parallel_map(
             yield function(item)
             progress(done, len(items), what)
         return
-    # Spawned, not forked: the caller may hold threads (MLflow, CUDA), which a fork would copy half.
+    # Spawn, because the caller may have threads (MLflow, CUDA), whose locks a fork would copy without the threads.
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(min(workers, len(items)), context, end_with_parent) as pool:
@@ -80,10 +80,10 @@ def parallel_map(
 
 
 class WorkerGroup(Protocol):
-    """The processes that share a job; all of them call the same methods in the same order.
+    """The processes that share a job. Its methods are collectives: all ranks call them in the same order.
 
-    gather_objects: a picklable object of every rank, in rank order, on every rank. on_main: the result of a function
-    that rank 0 alone calls, or its UserError, on every rank.
+    gather_objects: return the picklable objects of all ranks, in rank order, on every rank. on_main: call a function on
+    rank 0 only, and return its result, or raise its UserError, on every rank.
     """
 
     @property
@@ -112,7 +112,7 @@ SINGLE_PROCESS = SingleProcess()
 
 
 class _RankWork(Generic[Result]):
-    """Runs one rank's share of the items in a thread, while the main thread reports to the other ranks."""
+    """Processes a rank's share of the items in a thread, while the main thread exchanges states with other ranks."""
 
     def __init__(self, work: Callable[[], Iterable[Result]]) -> None:
         self.results: list[Result] = []
@@ -127,7 +127,10 @@ class _RankWork(Generic[Result]):
                 return
 
     def state(self) -> tuple[int, bool, str | None]:
-        """Count of results, whether that is all, and the text of a UserError. Raises any other error of the work."""
+        """Return the number of results, whether the work ended, and its error text, or None.
+
+        Raises errors of the work other than MirlError.
+        """
         ended = self._future.done()
         error = self._future.exception() if ended else None
         if error is not None and not isinstance(error, MirlError):
@@ -135,13 +138,13 @@ class _RankWork(Generic[Result]):
         return len(self.results), ended, None if error is None else str(error)
 
     def wait(self, seconds: float) -> None:
-        """Wait until the work ends, at most for some seconds."""
+        """Wait until the work ends, for at most `seconds`."""
         wait([self._future], seconds)
 
     def stop(self) -> None:
-        """Begin no further item, and let the present one end, so that it removes what is its own.
+        """Start no further item, and wait briefly for the current one, so that it can clean up.
 
-        The wait is short: a fault is reported before a transfer that is retried for minutes has ended.
+        The wait is short because a fault must be reported even while a transfer is being retried for minutes.
         """
         self._stop_requested.set()
         self.wait(_FINISH_SECONDS)
@@ -157,11 +160,11 @@ def distributed_map(
     what: str,
     chunk: int = 1,
 ) -> list[Result]:
-    """function(item) of every item, in order, on every rank; each rank works on its share with so many processes.
+    """Return function(item) for every item, in order, on every rank. Each rank maps its share with `workers` processes.
 
-    The ranks exchange their states every half second, however long one item takes: no collective waits for a slow rank,
-    all see how far all are, and a rank that is lost or meets a UserError ends the others soon. Raises the UserError of
-    any rank on every rank.
+    The ranks exchange their states every half second, however long an item takes. So no collective waits for a slow
+    rank, progress covers all ranks, and a lost or failed rank soon ends the others. Raises a UserError of any rank on
+    every rank.
     """
     if group.world == 1:
         return list(parallel_map(function, items, workers, progress, what, chunk))

@@ -1,4 +1,4 @@
-"""Acquires the shards that a reader will need soon, ahead of their first use, and releases them after their last."""
+"""Acquires the shards of a reader before their first use, and releases them after their last use."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from mirl_dist.data.manifest import Shard
 from mirl_dist.data.sampler import Slot
 from mirl_dist.errors import UserError
 
-_SLOTS = 16384  # most slots of a window: a few megabytes
+_SLOTS = 16384  # maximum window size in slots; takes a few megabytes
 
 
 def shards_ahead(
     lanes: int, behind: int, steps_per_epoch: int, shards: Sequence[Shard], limit: int | None, node_ranks: int
 ) -> int:
-    """How many shards a rank may acquire beyond those in use: one for each lane, as far as the cache allows.
+    """Return how many shards a rank may acquire beyond those in use: one per lane, if the cache has space for them.
 
-    lanes: places of walks that the rank reads at once; behind: passes for which shards are kept after their use; limit:
-    bytes of the node's cache, None without one. Raises UserError for a cache in which the ranks of a node could wait
-    for each other's room for ever.
+    lanes: shards that the rank reads concurrently. behind: passes for which shards are kept after their use. limit:
+    bytes of the node's cache; None without a cache. Raises UserError for a cache so small that the ranks of a node
+    could deadlock waiting for space.
     """
     target = min(len(shards), max(2, lanes))
     if limit is None or sum(s.bytes for s in shards) <= limit:
         return target
     largest, shortest = max(s.bytes for s in shards), min(s.samples for s in shards)
-    # In `behind` passes a lane leaves shards that it has read, and begins elsewhere when an epoch begins.
+    # Within `behind` passes, a lane moves to another shard at the end of a shard and at the start of an epoch.
     used = min(len(shards), lanes * (1 + math.ceil(behind / shortest) + math.ceil(behind / steps_per_epoch)))
     fits = limit // node_ranks // largest
     if fits <= used:
@@ -41,11 +41,10 @@ def shards_ahead(
 
 
 class PrefetchWindow:
-    """Iterates over the forward passes of one rank, and acquires the shards of the passes that follow.
+    """Iterates over the forward passes of one rank, acquiring the shards of upcoming passes.
 
-    Shards are acquired as soon as their pass is seen, as long as no more than `extra` of them are held beyond those in
-    use; the shards of a pass are released when `behind` more passes have been handed out, since loader processes read
-    later than passes are handed out.
+    At most `extra` shards are held beyond those in use. The shards of a pass are released `behind` passes after it was
+    returned, because loader processes read passes later than they are returned.
     """
 
     def __init__(
@@ -57,12 +56,12 @@ class PrefetchWindow:
         behind: int,
         extra: int,
     ) -> None:
-        """acquire, release: take the number of a training shard."""
+        """acquire, release: called with the number of a training shard."""
         self._passes, self._acquire, self._release = passes, acquire, release
         self._behind, self._extra = behind, extra
         self._upcoming: deque[list[Slot]] = deque()
         self._handed_out: deque[set[int]] = deque()
-        self._next: list[Slot] | None = None  # seen, its shards not acquired yet
+        self._next: list[Slot] | None = None  # read from `passes`, its shards not acquired yet
         self._uses: Counter[int] = Counter()
 
     def __iter__(self) -> PrefetchWindow:
@@ -80,20 +79,20 @@ class PrefetchWindow:
         return slots
 
     def acquire_extra(self, shard: int) -> None:
-        """Acquire one more shard for the pass that was handed out last, and release it with that pass."""
+        """Acquire one more shard for the pass returned last; it is released with that pass."""
         if shard not in self._handed_out[-1]:
             self._handed_out[-1].add(shard)
             self._add_use(shard)
 
     def close(self) -> None:
-        """Release everything."""
+        """Release all shards."""
         for shards in (*self._handed_out, *({slot.shard for slot in slots} for slots in self._upcoming)):
             self._drop_uses(shards)
         self._handed_out.clear()
         self._upcoming.clear()
 
     def _fill(self, at_least: int) -> None:
-        """Acquire the shards of coming passes; of `at_least` passes even beyond `extra`."""
+        """Acquire the shards of upcoming passes; those of the first `at_least` passes even if that exceeds `extra`."""
         used = set().union(*self._handed_out)
         while len(self._upcoming) < at_least or sum(map(len, self._upcoming)) < _SLOTS:
             if self._next is None:

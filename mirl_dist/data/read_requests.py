@@ -1,4 +1,4 @@
-"""Slots of the sampler to reads of shards on this node; what is damaged is replaced by the next whole sample."""
+"""Turns sampler slots into reads of local shards, replacing each damaged sample by the next intact one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mirl_dist.errors import Stopped, UserError
 
 
 class ReadRequest(NamedTuple):
-    """A sample to read, the slot that it is for, and whether it replaces a damaged sample."""
+    """A sample to read, the slot it fills, and whether it replaces a damaged sample."""
 
     location: SampleLocation
     slot: Slot
@@ -24,7 +24,7 @@ class ReadRequest(NamedTuple):
 
 
 class FailedRead(NamedTuple):
-    """A read that failed, and why. transient: the system was at fault, not the bytes."""
+    """A failed read and its problem. transient: a system error, not damaged data."""
 
     request: ReadRequest
     problem: str
@@ -32,16 +32,16 @@ class FailedRead(NamedTuple):
 
 
 class RequestStream:
-    """Turns the forward passes of a prefetch window into read requests, pass after pass.
+    """Iterates over the forward passes of a prefetch window, as lists of read requests.
 
-    A stop while a shard is awaited ends the stream and is kept in `stopped`: batches that are ready are trained on
-    first, and with them the ranks may yet commit together.
+    If a stop is requested while waiting for a shard, the stream ends and keeps the exception in `stopped`. Batches that
+    are ready are still trained on, so that all ranks may reach the step at which they commit.
     """
 
     def __init__(
         self, pool: ShardPool, window: PrefetchWindow, sources: Sequence[Source], damaged: dict[str, str]
     ) -> None:
-        """damaged: takes 'shard' or 'shard key' -> what is wrong with it, for everything that is skipped."""
+        """damaged: filled with 'shard' or 'shard key' -> problem, for everything that is skipped."""
         self._pool, self._window, self._sources, self._damaged = pool, window, sources, damaged
         self._train = pool.shards.train
         self.stopped: Stopped | None = None
@@ -54,14 +54,14 @@ class RequestStream:
             self.stopped = stopped
 
     def request(self, slot: Slot) -> ReadRequest:
-        """The read of a slot; of the next whole sample where its own is known to be damaged."""
+        """Return the read of a slot's sample, or of the next intact one if that sample is known to be damaged."""
         number = self._find_whole_sample(slot.shard, slot.sample)
         if number is not None:
             return self._request_sample(slot.shard, number, slot, is_replacement=number != slot.sample)
         return self._request_elsewhere(slot)
 
     def mark_damaged(self, failed: FailedRead) -> None:
-        """Record in the pool which sample failed. Raises UserError where damage is refused."""
+        """Record the sample of a failed read as damaged in the pool. Raises UserError if damage is refused."""
         shard = self._shard_of(failed)
         with self._pool.holding([shard]):
             local = self._pool.get(shard)
@@ -70,11 +70,11 @@ class RequestStream:
             self._pool.mark_damaged(local, number, failed.problem)
 
     def refetch(self, failed: FailedRead) -> None:
-        """Fetch the shard of a failed read anew."""
+        """Fetch the shard of a failed read again."""
         self._pool.refetch(self._shard_of(failed))
 
     def _find_whole_sample(self, shard: int, sample: int) -> int | None:
-        """The number of a sample, or of the next one in its shard that is not damaged; None where all are."""
+        """Return the number of the first intact sample of a shard from `sample` on, cyclically; None without any."""
         local, count = self._pool.get(self._train[shard]), self._train[shard].samples
         for step in range(count):
             number = (sample + step) % count
@@ -85,7 +85,7 @@ class RequestStream:
         return None
 
     def _request_elsewhere(self, slot: Slot) -> ReadRequest:
-        """The read of a slot whose shard has no whole sample: from the next shard of the same sets that has one."""
+        """Return the read of a slot whose shard has no intact sample, from the source's next shard that has one."""
         source = next(s for s in self._sources if slot.task in s.task_cycle and slot.shard in s.shards)
         at = source.shards.index(slot.shard)
         for other in (*source.shards[at + 1 :], *source.shards[:at]):
@@ -106,7 +106,7 @@ class RequestStream:
 
 
 def location_of(local: LocalShard, entry: SampleEntry, slot: Slot) -> SampleLocation:
-    """All that a reader needs to make the patch of a slot."""
+    """Return the location of a sample, with the task, round and pass of a slot."""
     clean, degraded = entry.image(CLEAN), entry.image(DEGRADED)
     assert clean is not None, "manifest.read_index lets no sample through without a clean image"
     return SampleLocation(

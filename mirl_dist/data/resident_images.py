@@ -1,4 +1,4 @@
-"""Keeps a few images in memory for validation during a round, while the cache is full of training shards."""
+"""Holds a few images in memory for validation during a round, while training shards occupy the cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mirl_dist.data.shards import SamplePlace
 
 
 class ImageSource(Protocol):
-    """Where images of evaluation samples come from: a ShardPool, or ResidentImages."""
+    """A source of images of evaluation samples: ShardPool or ResidentImages."""
 
     def acquire(self, shard: Shard) -> None: ...
     def release(self, shard: Shard) -> None: ...
@@ -20,13 +20,13 @@ class ImageSource(Protocol):
 
 
 class ResidentImages:
-    """Images of evaluation samples, read once from a shard pool, whose methods it then offers."""
+    """Evaluation images that were read once from a shard pool; an ImageSource."""
 
     def __init__(self) -> None:
         self._images: dict[tuple[str, str, str], Pixels] = {}
 
     def read(self, pool: ShardPool, places: Sequence[SamplePlace]) -> None:
-        """Read and keep the images of some samples. Raises UserError for damage."""
+        """Read the images of some samples into memory. Raises UserError for damage."""
         for place in sorted(places, key=lambda place: place.shard.name):
             for which in (CLEAN, DEGRADED):
                 if place.entry.image(which) is not None:
@@ -34,10 +34,10 @@ class ResidentImages:
                     self._images[key] = self._images[key] if key in self._images else pool.image(place, which)
 
     def acquire(self, shard: Shard) -> None:
-        """Do nothing: all images are here."""
+        """Do nothing; all images are in memory."""
 
     def release(self, shard: Shard) -> None:
-        """Do nothing: all images stay."""
+        """Do nothing; all images remain in memory."""
 
     def image(self, place: SamplePlace, which: str) -> Pixels:
         """Return one of the images, uint8 (H, W, 3)."""

@@ -1,4 +1,4 @@
-"""Makes one training sample: read a crop, degrade, turn or flip; and the `Batch` that the network sees."""
+"""Makes a training patch (read a crop, degrade, augment) and the `Batch` that the network receives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mirl_dist.errors import UserError
 
 Pixels = NDArray[np.uint8]
 
-# Indices into the eight turns and flips of a square; 0 leaves the image as it is.
+# Indices of the eight rotations and flips of a square (`turned_planes`); 0 is the identity.
 TURNS: dict[str, tuple[int, ...]] = {
     "published": (1, 2, 3, 4, 5, 6, 7),
     "all": (0, 1, 2, 3, 4, 5, 6, 7),
@@ -32,7 +32,7 @@ TURNS: dict[str, tuple[int, ...]] = {
 
 
 class Member(NamedTuple):
-    """An image inside a shard: its format, first byte and size in bytes."""
+    """An image inside a shard: format, byte offset and size in bytes."""
 
     format: ImageFormat
     offset: int
@@ -40,9 +40,9 @@ class Member(NamedTuple):
 
 
 class SampleLocation(NamedTuple):
-    """All that a reader needs to make one patch: where the sample lies on this node, and what seeds its draws.
+    """What a reader needs to make one patch: the sample's location on this node, and the values that seed its draws.
 
-    task: index among the run's tasks; pass_index: number of the pass over the sample's source in the round.
+    task: index among the run's tasks. pass_index: number of the pass over the sample's source in the round.
     """
 
     path: str
@@ -58,7 +58,7 @@ class SampleLocation(NamedTuple):
 
 
 class Patch(NamedTuple):
-    """One finished sample: uint8 (3, P, P) degraded and clean, the index of its task, and its key for messages."""
+    """One training pair: uint8 (3, P, P) degraded and clean, the task index, and the key for messages."""
 
     degraded: Pixels
     clean: Pixels
@@ -67,9 +67,9 @@ class Patch(NamedTuple):
 
 
 class NumpyBatch(NamedTuple):
-    """Patches for one forward pass, as arrays: tensors cost a socket each on their way between processes.
+    """Patches of one forward pass as NumPy arrays; between processes, each tensor would need a socket.
 
-    uint8 (B, 3, P, P) degraded and clean, int64 (B,) task indices, B keys, and how many replace damaged samples.
+    degraded, clean: uint8 (B, 3, P, P). task: int64 (B,) task indices. skipped: how many patches replace damaged ones.
     """
 
     degraded: Pixels
@@ -80,7 +80,7 @@ class NumpyBatch(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A `NumpyBatch` as tensors: its images are uint8 as they come from a reader, and float32 in [0, 1] after `to`."""
+    """A `NumpyBatch` as tensors. Images are uint8 from the reader, and float32 in [0, 1] after `to`."""
 
     degraded: Tensor
     clean: Tensor
@@ -90,14 +90,14 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, batch: NumpyBatch, pin: bool) -> Batch:
-        """Wrap the same memory as tensors; pin: copied to page-locked memory, which a GPU can read by itself."""
+        """Wrap the arrays as tensors without a copy; pin: copy to page-locked memory for asynchronous transfers."""
         degraded, clean, task = (torch.from_numpy(array) for array in batch[:3])
         if pin:
             degraded, clean, task = degraded.pin_memory(), clean.pin_memory(), task.pin_memory()
         return cls(degraded, clean, task, batch.keys, batch.skipped)
 
     def to(self, device: torch.device) -> Batch:
-        """Move to a device, as float32 in [0, 1]. A quarter of the bytes travels, and the device divides."""
+        """Move to a device, then convert images to float32 in [0, 1]; uint8 transfers a quarter of the bytes."""
 
         def move(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=True)
@@ -107,7 +107,7 @@ class Batch(NamedTuple):
 
 
 def decode(data: bytes, source: str, remedy: str = "Build the shards again.") -> Pixels:
-    """Decode PPM, PNG, JPEG or BMP bytes to uint8 (H, W, 3) RGB. Raises UserError naming `source` for other bytes."""
+    """Decode an image file to uint8 (H, W, 3) RGB. Raises UserError naming `source` if it cannot be decoded."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.array(image.convert("RGB"))
@@ -116,12 +116,12 @@ def decode(data: bytes, source: str, remedy: str = "Build the shards again.") ->
 
 
 def turned_planes(image: Pixels, index: int) -> Pixels:
-    """Turn or flip a crop, uint8 (H, W, 3), in one of eight ways, as colour planes (3, H, W).
+    """Apply one of the eight rotations and flips of a square to a uint8 (H, W, 3) crop; return planes (3, H, W).
 
-    0 identity, 2 up-down, 4 left-right, 6 half turn; 1, 3, 5, 7 the same after a quarter turn. Planes turn twice as
-    fast as pixels, and networks want them.
+    0 identity, 2 vertical flip, 4 horizontal flip, 6 half turn; 1, 3, 5, 7 the same after a quarter turn. Transforming
+    planes is twice as fast as transforming interleaved pixels.
     """
-    # Plain numpy in the functions of one patch: einops costs several microseconds a call.
+    # Plain numpy here and in the other per-patch functions: einops costs several microseconds per call.
     planes = np.ascontiguousarray(image.transpose(2, 0, 1))
     if index & 1:
         planes = planes.transpose(0, 2, 1)[:, ::-1]
@@ -133,12 +133,12 @@ def turned_planes(image: Pixels, index: int) -> Pixels:
 
 
 def to_tensor(images: list[Pixels]) -> Tensor:
-    """Stack uint8 (H, W, 3) images of one size to float32 (B, 3, H, W) in [0, 1]."""
+    """Stack uint8 (H, W, 3) images of equal size into a float32 (B, 3, H, W) tensor in [0, 1]."""
     return rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w").contiguous().float().div_(255.0)
 
 
 class CropBox(NamedTuple):
-    """A part of an image in pixels: top, left, height, width."""
+    """A rectangle of an image, in pixels."""
 
     top: int
     left: int
@@ -147,9 +147,9 @@ class CropBox(NamedTuple):
 
 
 def crop(location: SampleLocation, member: Member, box: CropBox) -> Pixels:
-    """Read a part of one member, uint8 (height, width, 3). Of a PPM only the rows of the box are read from the disk.
+    """Read a crop of one image, uint8 (height, width, 3). Of a PPM, only the rows of the box are read from disk.
 
-    Raises OSError where the file cannot be read, UserError where it holds no such image.
+    Raises OSError if the file cannot be read, and UserError if the data are not the expected image.
     """
     source = f"{location.shard}, sample '{location.key}'"
     handle = os.open(location.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -174,11 +174,11 @@ def crop(location: SampleLocation, member: Member, box: CropBox) -> Pixels:
 
 
 def make_patch(location: SampleLocation, task: Task, seed: int, patch_pixels: int, augment: str) -> Patch:
-    """Make one seeded random crop of a sample, degraded where its task does that on reading, turned or flipped.
+    """Make one seeded random patch of a sample: crop, degrade (if the sample is clean only), rotate or flip.
 
-    The crop is uniform over the image, whose sides are at least `patch_pixels`. MIR-L section IV-A and the released
-    code: crop, one of TURNS[augment], and noise that is clipped and truncated. What a degradation needs around the crop
-    is read with it and cut off afterwards. Raises what `crop` raises.
+    The crop position is uniform over the image, whose sides are at least `patch_pixels`. As in MIR-L section IV-A and
+    the released code: a crop, one of TURNS[augment], and noise that is clipped and truncated. The context that a
+    degradation needs around the crop is read with it and cut off afterwards. Raises what `crop` raises.
     """
     rng = shared_rng("patch", seed, location.round_, location.pass_index, task.name, location.key)
     draws = rng.bit_generator.random_raw(3).tolist()
@@ -207,7 +207,7 @@ def make_patch(location: SampleLocation, task: Task, seed: int, patch_pixels: in
 
 
 def collate(patches: list[Patch], skipped: int = 0) -> NumpyBatch:
-    """Collate patches of one size to a batch, in their order. Turned patches are views: this is their only copy."""
+    """Collate patches of equal size into a batch, in order. Augmented patches are views; this makes their only copy."""
     shape = (len(patches), *patches[0].clean.shape)
     degraded, clean = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
     for number, patch in enumerate(patches):

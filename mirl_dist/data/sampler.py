@@ -1,10 +1,10 @@
-"""Picks the sample of every slot of every step: pure arithmetic on the manifest, the same for any number of ranks.
+"""Picks the sample of every slot of every step, by arithmetic on the manifest, independent of the number of ranks.
 
-A global batch of G has G lanes, one per slot. An epoch's slots are laid out lane after lane; a seeded permutation
-gives each slot the source (the shards of some tasks) that it reads; within a source the slots follow one another along
-a walk over its shards: shards in a seeded order, the samples of each in a seeded order, pass after pass. So a lane uses
-one shard of a source after the other, and a global batch draws from G places of the walk at once, whichever rank reads
-the lanes. `epoch_tables` lays out an epoch.
+A global batch of G samples has G lanes, one per slot. The slots of an epoch are ordered by lane, then by step. A seeded
+permutation assigns each slot a source (the shards of some tasks). Within a source, consecutive slots follow a walk over
+its shards: shards in a seeded order, the samples of each in a seeded order, in consecutive passes. So each lane reads
+one shard of a source at a time, and a global batch reads at G positions of the walks, whichever ranks read the lanes.
+`epoch_tables` builds the slots of an epoch.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from mirl_dist.errors import UserError
 
 
 class Position(NamedTuple):
-    """The next optimiser step of a round: epoch, and step inside the epoch, both from 0."""
+    """The next optimiser step of a round: epoch, and step within the epoch, both from 0."""
 
     epoch: int
     step: int
 
 
 class Slot(NamedTuple):
-    """One place in a global batch: which sample of which training shard is read for which task.
+    """One position in a global batch: which sample of which training shard is read for which task.
 
-    pass_index: number of the pass over the sample's source in this round, so that no two reads of a sample are alike.
+    pass_index: number of the pass over the sample's source in this round; it makes every read of a sample different.
     """
 
     round_: int
@@ -39,7 +39,7 @@ class Slot(NamedTuple):
 
 
 class BatchSplit(NamedTuple):
-    """How a global batch is split: samples per rank and step, forward passes per step, samples per pass."""
+    """The split of a global batch: samples per rank and step, forward passes per step, and samples per pass."""
 
     per_rank: int
     passes: int
@@ -47,12 +47,12 @@ class BatchSplit(NamedTuple):
 
 
 def ranks_in_words(count: int) -> str:
-    """'1 rank', '2 ranks'."""
+    """Return '1 rank', '2 ranks', ..."""
     return f"{count} rank{'' if count == 1 else 's'}"
 
 
 def split_batch(global_batch: int, forward: int | None, world: int) -> BatchSplit:
-    """Split a global batch over ranks and passes. Raises UserError, with the numbers that work, for an uneven split."""
+    """Split a global batch over ranks and passes. Raises UserError, with the valid numbers, for an uneven split."""
     if global_batch % world:
         fits = [str(n) for n in range(1, global_batch + 1) if global_batch % n == 0]
         below, above = global_batch // world * world, (global_batch // world + 1) * world
@@ -76,13 +76,13 @@ def split_batch(global_batch: int, forward: int | None, world: int) -> BatchSpli
 
 
 class GlobalSampler:
-    """The seeded order of a round's samples.
+    """The seeded sample order of a round.
 
-    Under `mix_by: repeats` an epoch holds every sample of every task exactly as often as the mix says; what does not
-    fill a global batch is left out, as published. Otherwise the sources' walks go on from epoch to epoch, so that no
-    sample is read again before all others were. Step t takes the t-th slot of every lane; rank r of W takes the r-th of
-    W equal runs of lanes. Any position costs one table of its epoch (tables of three epochs are kept: 39 bytes for
-    every slot of an epoch).
+    With `mix_by: repeats`, an epoch contains every sample of every task exactly as often as the mix specifies; samples
+    that do not fill a global batch are dropped, as published. Otherwise the walk of each source continues from epoch to
+    epoch, so that no sample is read again before all others were. Step t takes the t-th slot of every lane; rank r of W
+    takes the r-th of W equal blocks of lanes. Accessing any position requires only the table of its epoch (three tables
+    are cached: 39 bytes per slot of an epoch).
     """
 
     def __init__(
@@ -95,10 +95,10 @@ class GlobalSampler:
         mix_by: str = "repeats",
         steps_per_epoch: int | None = None,
     ) -> None:
-        """mix: task -> number, or task -> set -> number; shards: the training shards of the manifest.
+        """mix: task -> number, or task -> set -> number. shards: the training shards of the manifest.
 
-        Raises UserError for tasks without samples, for an epoch shorter than one global batch, and for more steps per
-        epoch than the repeats give.
+        Raises UserError for tasks without samples, for an epoch shorter than one global batch, and for a
+        `steps_per_epoch` that the mix cannot fill.
         """
         self.tasks = tasks_of(mix)
         self.global_batch = global_batch
@@ -122,11 +122,11 @@ class GlobalSampler:
         self._tables = EpochTables(self.sources, self._shards, seed, self.steps_per_epoch * global_batch)
 
     def shards(self) -> list[Shard]:
-        """The training shards that the mix reads."""
+        """Return the training shards that the mix reads."""
         return [self._shards[i] for i in sorted({i for source in self.sources for i in source.shards})]
 
     def slots(self, round_: int, at: Position, first: int = 0, lanes: int | None = None) -> list[Slot]:
-        """The slots of one step, in lane order: of all lanes, or of `lanes` of them from `first` on."""
+        """Return the slots of one step in lane order, for all lanes or for `lanes` lanes starting at `first`."""
         table = self._tables.get(round_, at.epoch)
         steps = self.steps_per_epoch
         stop = self.global_batch if lanes is None else first + lanes
@@ -135,14 +135,14 @@ class GlobalSampler:
         return [Slot(round_, *row) for row in zip(*(c.tolist() for c in columns), strict=True)]
 
     def passes(self, round_: int, start: Position, epochs: int, rank: int, split: BatchSplit) -> Iterator[list[Slot]]:
-        """The slots of every forward pass of one rank from `start` to the end of the round."""
+        """Yield the slots of every forward pass of one rank, from `start` to the end of the round."""
         for at in self.positions(start, epochs):
             slots = self.slots(round_, at, rank * split.per_rank, split.per_rank)
             for i in range(split.passes):
                 yield slots[i * split.forward : (i + 1) * split.forward]
 
     def positions(self, start: Position, epochs: int) -> Iterator[Position]:
-        """Every step from `start` to the end of the round."""
+        """Yield the position of every step from `start` to the end of the round."""
         for epoch in range(start.epoch, epochs):
             for step in range(start.step if epoch == start.epoch else 0, self.steps_per_epoch):
                 yield Position(epoch, step)

@@ -1,7 +1,7 @@
-"""One shard to a local, verified file: read in place in a folder, or downloaded into the node's cache.
+"""Makes a shard available as a local, verified file: in place in a folder, or downloaded into the node's cache.
 
-Every shard is hashed once per process before its first use. One that is not what the manifest says is searched member
-by member, so that damage has a shard and a key. A full disk or an unavailable server damages no data, and is never
+Every shard is hashed once per process before its first use. If its digest differs from the manifest, every member is
+checked, so that damage is reported by shard and key. A full disk or an unavailable server is not damage and is never
 skipped.
 """
 
@@ -21,11 +21,11 @@ from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder, NotFound, Rejected, Unavailable
 from mirl_dist.storage.retry import Patience, download
 
-_FILE_ERRORS = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR)  # of these the file is the cause
+_FILE_ERRORS = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR)  # errors of the file, not the system
 
 
 class _ShardLost(UserError):
-    """Nothing of a shard can be read. reason: in a few words that are the same wherever it lies, for tickets."""
+    """No sample of a shard can be read. reason: a short text without local paths, for tickets."""
 
     def __init__(self, text: str, reason: str) -> None:
         super().__init__(text)
@@ -33,7 +33,7 @@ class _ShardLost(UserError):
 
 
 class ShardFetcher:
-    """Fetches the shards of an address, and remembers which files it has verified; called from several threads."""
+    """Fetches the shards of an address, and remembers which files it has verified. Thread-safe."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class ShardFetcher:
         self._closed = False
 
     def fetch(self, shard: Shard) -> LocalShard:
-        """Bring a shard to this node and verify it. Raises UserError where damage is refused, or for a full disk."""
+        """Fetch a shard to this node and verify it. Raises UserError for refused damage or a full disk."""
         try:
             local = self._locate(shard, self._read_entries(shard))
             try:
@@ -66,7 +66,7 @@ class ShardFetcher:
             return LocalShard(shard, Path(), (), dict.fromkeys(range(shard.samples), lost.reason))
 
     def close(self) -> None:
-        """Begin no further download; what is partly here stays in the cache for the next process."""
+        """Start no further download; partial files remain in the cache, where the next process resumes them."""
         self._closed = True
 
     def _read_entries(self, shard: Shard) -> tuple[SampleEntry, ...]:
@@ -78,7 +78,7 @@ class ShardFetcher:
             raise _ShardLost(str(fault), "its index is missing or damaged") from None
 
     def _find_damage(self, local: LocalShard) -> dict[int, str]:
-        """Find the damaged samples of a local shard, its bytes compared with the manifest's if they were not yet."""
+        """Return the damaged samples of a local shard, verifying the file if it is new or has changed."""
         name = local.shard.name
         try:
             state = local.state or integrity.file_state(local.path)
@@ -95,7 +95,7 @@ class ShardFetcher:
         return self._verified[name][1]
 
     def _locate(self, shard: Shard, entries: tuple[SampleEntry, ...]) -> LocalShard:
-        """Find a shard's file on this node; one from a store is whole, or what can be had of a damaged one."""
+        """Return the local file of a shard; from a store: the intact file, or else the store's damaged version."""
         store = self._shards.store
         if self._cache is None:
             assert isinstance(store, Folder)
@@ -111,7 +111,7 @@ class ShardFetcher:
             raise _ShardLost(f"{store.where(shard.name)} is missing. {REMEDY}", "is missing") from None
 
     def _fetch_whole(self, cache: ShardCache, shard: Shard, entries: tuple[SampleEntry, ...]) -> LocalShard:
-        """Fetch a shard through the cache. One damaged on this node's disk is fetched again: the store has another."""
+        """Fetch a shard through the cache. A copy that was damaged on this node's disk is replaced."""
 
         def fetch(path: Path) -> None:
             download(self._shards.store, shard.name, path, shard.bytes, patience=self._patience, say=self._say)
@@ -133,7 +133,7 @@ class ShardFetcher:
         return LocalShard(shard, cached.path, entries, release=cached.release, state=cached.state)
 
     def _fetch_damaged(self, cache: ShardCache, shard: Shard, entries: tuple[SampleEntry, ...]) -> LocalShard:
-        """Fetch what the store has in place of a shard that is damaged there, through the cache too."""
+        """Fetch the store's version of a shard that is damaged in the store, also through the cache."""
         self._wrong_in_store.add(shard.name)
         store = self._shards.store
         size = store.size(shard.name)

@@ -1,7 +1,7 @@
-"""Shards as local, verified files, fetched on request or ahead of need, shared by the readers of one process.
+"""A pool of local, verified shards, fetched on request or in advance, shared by the readers of one process.
 
-`refuse` raises damage; `skip` lists it, and readers take the next whole sample of the shard instead, or of the next
-shard where none is left: the same ones on any number of ranks.
+With `data.damage: refuse`, damage raises a UserError. With `skip` it is listed, and readers take the next intact sample
+of the shard, or of the next shard if none is left. The replacements do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from mirl_dist.storage.retry import Patience
 
 _PATIENCE = Patience()
 _DOWNLOAD_THREADS = 4
-_GRACE_SECONDS = 10.0  # for a shard to come after the run was asked to stop: others may be waiting for this rank
-_POLL_SECONDS = 0.5  # between two checks whether the run was asked to stop, while a shard is awaited
+_GRACE_SECONDS = 10.0  # to wait for a shard after a stop was requested, because other ranks may wait for this one
+_POLL_SECONDS = 0.5  # interval between checks for a requested stop while waiting for a shard
 
 
 class _Downloads:
-    """Runs `fetch` on shards in daemon threads, in the order of the requests.
+    """Runs `fetch` on shards in daemon threads, in request order.
 
-    A ThreadPoolExecutor would keep a process that is ending alive for as long as a server is unavailable.
+    A ThreadPoolExecutor would prevent the process from exiting while a server is unavailable.
     """
 
     def __init__(self, fetch: Callable[[Shard], LocalShard]) -> None:
@@ -43,7 +43,7 @@ class _Downloads:
         self._threads: list[threading.Thread] = []
 
     def submit(self, shard: Shard) -> Future[LocalShard]:
-        """Queue a shard; the future holds it, or the error that fetching it raised."""
+        """Queue a shard; return a future of the shard, or of the error that fetching it raises."""
         if len(self._threads) < _DOWNLOAD_THREADS:
             self._threads.append(threading.Thread(target=self._work, name="shard-download", daemon=True))
             self._threads[-1].start()
@@ -52,7 +52,7 @@ class _Downloads:
         return future
 
     def close(self) -> None:
-        """End the threads after the requests made until now."""
+        """End the threads once they have processed all queued requests."""
         for _ in self._threads:
             self._requests.put(None)
 
@@ -63,7 +63,7 @@ class _Downloads:
                 continue
             try:
                 future.set_result(self._fetch(shard))
-            except BaseException as error:  # noqa: BLE001 - whoever waits for the shard raises it
+            except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for the shard
                 future.set_exception(error)
 
 
@@ -74,7 +74,7 @@ class _Acquired:
 
 
 class ShardPool:
-    """Hands out the shards of an address to one process, from several threads at once."""
+    """Provides the shards of an address to one process, with reference counts. Thread-safe."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class ShardPool:
         stop_asked: Callable[[], bool] = lambda: False,
         patience: Patience = _PATIENCE,
     ) -> None:
-        """cache: None reads a folder in place. damage: 'refuse' or 'skip'. say: takes one line for people."""
+        """cache: None reads a folder in place. damage: 'refuse' or 'skip'. say: prints one line of text."""
         self.shards, self.cache = shards, cache
         self._damage = DamagePolicy(damage, say)
         self._fetcher = ShardFetcher(shards, cache, self._damage, patience, say)
@@ -96,7 +96,7 @@ class ShardPool:
         self._acquired: dict[str, _Acquired] = {}
 
     def acquire(self, shard: Shard) -> None:
-        """Fetch a shard in the background and keep it until `release`; calls are counted."""
+        """Fetch a shard in the background and keep it until each `acquire` has had its `release`."""
         with self._lock:
             acquired = self._acquired.get(shard.name)
             if acquired is None:
@@ -105,10 +105,10 @@ class ShardPool:
                 acquired.users += 1
 
     def get(self, shard: Shard) -> LocalShard:
-        """Wait for an acquired shard.
+        """Wait for an acquired shard and return it.
 
-        Raises UserError where damage is refused, or nothing of it is left; Stopped when the run was asked to stop while
-        it waited. A store that was unavailable when nobody waited for the shard is asked once more.
+        A fetch that has already failed because the store was unavailable is started again once. Raises UserError for
+        refused damage or an unreadable shard, and Stopped if a stop was requested while waiting.
         """
         with self._lock:
             acquired = self._acquired[shard.name]
@@ -129,14 +129,14 @@ class ShardPool:
                         raise Stopped(text) from None
 
     def refetch(self, shard: Shard) -> None:
-        """Fetch an acquired shard anew: its file has gone from where it lay."""
+        """Fetch an acquired shard again, after reading its file failed."""
         with self._lock:
             acquired = self._acquired[shard.name]
             old, acquired.future = acquired.future, self._downloads.submit(shard)
         old.add_done_callback(_release_result)
 
     def release(self, shard: Shard) -> None:
-        """Undo one `acquire`; after the last one the shard's place in the cache may be used for others."""
+        """Undo one `acquire`; after the last, the cache may evict the shard."""
         with self._lock:
             acquired = self._acquired[shard.name]
             acquired.users -= 1
@@ -148,7 +148,7 @@ class ShardPool:
 
     @contextmanager
     def holding(self, shards: Iterable[Shard]) -> Iterator[None]:
-        """Acquire shards inside a `with` block."""
+        """Hold shards for the duration of a `with` block."""
         with ExitStack() as stack:
             for shard in shards:
                 self.acquire(shard)
@@ -156,21 +156,21 @@ class ShardPool:
             yield
 
     def image(self, place: SamplePlace, which: str) -> Pixels:
-        """Read one image of an evaluation sample, uint8 (H, W, 3). Raises UserError for damage, whatever the policy."""
+        """Read one image of an evaluation sample, uint8 (H, W, 3). Raises UserError for damage under any policy."""
         with self.holding([place.shard]):
             return integrity.read_image(self.get(place.shard).path, place, which)
 
     def verify(self, shard: Shard) -> None:
-        """Fetch and verify a shard, and release it. Raises UserError for damage where that is refused."""
+        """Fetch and verify a shard, then release it. Raises UserError if damage is refused."""
         with self.holding([shard]):
             self.get(shard)
 
     def mark_damaged(self, local: LocalShard, sample: int, problem: str) -> None:
-        """Record that reading found a sample damaged. Raises UserError where that is refused."""
+        """Record a sample that turned out to be damaged on reading. Raises UserError if damage is refused."""
         self._damage.mark_sample(local, sample, problem)
 
     def close(self) -> None:
-        """Stop fetching shards; what is partly here stays in the cache for the next process."""
+        """Stop fetching shards; partial files remain in the cache, where the next process resumes them."""
         self._fetcher.close()
         self._downloads.close()
 

@@ -1,4 +1,4 @@
-"""Built shards at an address: the manifest, the indices, and which files should be there with them."""
+"""Built shards at an address: manifest, indices, and checks that the files are present and fit the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mirl_dist.storage import Folder, NotFound, Rejected, Store
 
 
 class SamplePlace(NamedTuple):
-    """Where one sample lies: its shard and its entry in that shard's index."""
+    """The location of one sample: its shard, and its entry in that shard's index."""
 
     shard: Shard
     entry: SampleEntry
@@ -21,7 +21,7 @@ class Shards:
     """The shards at an address. Raises UserError for a missing manifest or one of another format."""
 
     def __init__(self, store: Store, manifest: bytes | None = None) -> None:
-        """manifest: its bytes, where another process has read them already."""
+        """manifest: its bytes, if another process has already read them."""
         self.store = store
         try:
             data = store.get(MANIFEST) if manifest is None else manifest
@@ -35,7 +35,7 @@ class Shards:
         self.train = self.manifest.role("train")
 
     def index(self, shard: Shard) -> Index:
-        """Read the index of one shard. Raises UserError where it is missing or does not fit the manifest."""
+        """Read the index of one shard. Raises UserError if it is missing or does not match the manifest."""
         source = self.store.where(shard.index_name)
         try:
             return read_index(self.store.get(shard.index_name), shard, source)
@@ -43,16 +43,16 @@ class Shards:
             raise UserError(f"{source} is missing beside {shard.name}. Build the shards again.") from None
 
     def places(self, role: str) -> dict[str, list[SamplePlace]]:
-        """List the samples of one role by set, in shard order."""
+        """Return the samples of one role by set, in shard order."""
         places: dict[str, list[SamplePlace]] = {}
         for shard in self.manifest.role(role):
             places.setdefault(shard.set, []).extend(SamplePlace(shard, entry) for entry in self.index(shard).entries)
         return places
 
     def check_present(self, *roles: str) -> None:
-        """Raise UserError that names shards and indices of the roles which are not there, as far as a listing tells.
+        """Raise UserError naming the missing shards and indices of the roles; in a folder, also shards of another size.
 
-        On a folder also shards of another size.
+        A store that cannot be listed is not checked.
         """
         expected = [shard for role in roles for shard in self.manifest.role(role)]
         if not expected:
@@ -60,7 +60,7 @@ class Shards:
         try:
             present = set(self.store.list(""))
         except Rejected:
-            return  # the web has no listing, and a bucket may allow reading alone: a reader will tell
+            return  # HTTP has no listing, and a bucket may only allow reads; missing shards then fail on reading
         names = itertools.chain.from_iterable((s.name, s.index_name) for s in expected)
         wrong = [f"{name} is missing" for name in names if name not in present]
         if isinstance(self.store, Folder):
@@ -75,7 +75,7 @@ class Shards:
             )
 
     def check_patch_size(self, patch_pixels: int) -> None:
-        """Raise UserError for patches that do not fit into every training image."""
+        """Raise UserError if patches do not fit into every training image."""
         least = min((s.least_pixels for s in self.train), default=patch_pixels)
         if least < patch_pixels:
             name = next(s.name for s in self.train if s.least_pixels == least)

@@ -1,1 +1,1 @@
-"""What a machine offers, and what a launch would meet."""
+"""Checks of a machine, and of a launch before it starts."""

@@ -1,6 +1,6 @@
-"""The space that a run needs on this machine's disks, and the kind of disk that would hold its shard cache.
+"""Checks the disk space that a run needs on this machine, and the disk of its shard cache.
 
-Probes are gone afterwards; nothing else is written.
+Probes are removed afterwards; nothing else is written.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NETWORK_FILE_SYSTEMS = (
 
 
 class SpaceNeed(NamedTuple):
-    """Bytes that something is to take below a folder of this machine."""
+    """Bytes that will be written below a folder of this machine."""
 
     what: str
     folder: Path
@@ -47,31 +47,31 @@ class SpaceNeed(NamedTuple):
 
 
 def store_of(section: StoreSection, address: str) -> Store:
-    """Open a store that is asked once: a doctor does not wait."""
+    """Open a store without retries, so that checks do not wait for an unavailable server."""
     return open_store(address, replace(options_of(section), patience_seconds=0.0))
 
 
 def nearest_existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+    """Return the folder, or its nearest existing parent."""
     absolute = folder.expanduser().absolute()
     return next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))
 
 
 @contextmanager
 def probe_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder that is removed at the end, in the folder or in the nearest one above it that exists."""
+    """Yield a temporary empty folder inside the folder, or inside its nearest existing parent."""
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=nearest_existing(folder)) as probe:
         yield Path(probe)
 
 
 def cache_folder(section: DataSection) -> Path | None:
-    """The folder in which this node would cache the shards; None where they are read in place."""
+    """Return the folder of this node's shard cache; None if shards are read in place."""
     is_remote = section.shards.startswith(("s3://", "http://", "https://"))
     return shard_cache_folder(section.cache.folder) if is_remote or section.cache.folder else None
 
 
 def check_cache(folder: Path | None, mounts: Sequence[Any]) -> Iterator[Finding]:
-    """Check that the shard cache can be written, on a disk of this node. mounts: psutil's list of all of them."""
+    """Check that the shard cache is writable and on a local disk. mounts: all mounts, as listed by psutil."""
     if folder is None:
         yield Finding("ok", "shard cache", "none: shards are read in place")
         return
@@ -91,13 +91,17 @@ def check_cache(folder: Path | None, mounts: Sequence[Any]) -> Iterator[Finding]
 
 
 def file_system_type(folder: Path, mounts: Sequence[Any]) -> str:
-    """The type of the file system that holds a folder; '' where the mounts do not say."""
-    around = [mount for mount in reversed(mounts) if folder.is_relative_to(mount.mountpoint)]  # later ones lie on top
+    """Return the type of the file system that contains a folder; '' if no mount contains it."""
+    # Reversed, because a later mount hides an earlier one at the same mount point.
+    around = [mount for mount in reversed(mounts) if folder.is_relative_to(mount.mountpoint)]
     return str(max(around, key=lambda mount: len(mount.mountpoint)).fstype) if around else ""
 
 
 def run_bytes(config: Config, weights: int, prunable: int) -> int:
-    """What a whole run takes in its folder at most: float32 weights, two moments in commits, a bit a mask."""
+    """Return an upper bound of the bytes that a whole run writes to its folder.
+
+    Counts float32 weights, two float32 moments in each commit, and one bit per prunable weight in each mask.
+    """
     mask, rounds = -(-prunable // 8), config.prune.rounds + 1
     commits = (config.checkpoint.keep_last + 1) * (12 * weights + mask)
     initial = 4 * weights * (2 if config.rewinds_to() == "step" else 1)
@@ -105,7 +109,7 @@ def run_bytes(config: Config, weights: int, prunable: int) -> int:
 
 
 def run_space(config: Config, weights: int, prunable: int) -> Iterator[SpaceNeed]:
-    """What the run is yet to take, where its folder is one of this machine."""
+    """Yield the space that the run will still need, if its folder is on this machine."""
     store = store_of(config.store, config.run.folder)
     if isinstance(store, Folder):
         folder = Path(store.where()).expanduser()
@@ -114,7 +118,7 @@ def run_space(config: Config, weights: int, prunable: int) -> Iterator[SpaceNeed
 
 
 def cache_space(section: DataSection, shards: Shards | None) -> Iterator[SpaceNeed]:
-    """What the shard cache is yet to take. shards: None where they cannot be read."""
+    """Yield the space that the shard cache will still need. shards: None if they cannot be read."""
     folder = cache_folder(section)
     if folder is not None and shards is not None:
         all_bytes = sum(shard.bytes for shard in shards.manifest.shards)
@@ -124,7 +128,7 @@ def cache_space(section: DataSection, shards: Shards | None) -> Iterator[SpaceNe
 
 
 def check_space(needs: Sequence[SpaceNeed]) -> Iterator[Finding]:
-    """Check that each disk has room for all that is to be written on it."""
+    """Check that each disk has space for everything that will be written to it."""
     disks: dict[int, list[SpaceNeed]] = {}
     for need in needs:
         disks.setdefault(os.stat(nearest_existing(need.folder)).st_dev, []).append(need)

@@ -1,4 +1,4 @@
-"""What this machine offers a run, what a config means on it, and whether a launch of it would work."""
+"""Reports what this machine offers, what a config means on it, and whether a launch of the config would work."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _OTHER_CREDENTIALS = (
 
 
 def print_machine() -> int:
-    """Print versions, processors, GPUs, free disk space, environment; return how many things are missing."""
+    """Print versions, processors, GPUs, free disk space and environment; return how many things are missing."""
     missing = 0
     say(f"{'python':16} {platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in _REQUIRED_PACKAGES:
@@ -76,18 +76,18 @@ def print_machine() -> int:
     say(f"{'shard cache':16} {folder}, {_free_space(folder)} free (for shards from s3:// and the web)")
     say(f"{'S3 credentials':16} {'set' if _has_s3_credentials() else 'not set'} (for shards in s3://)")
     for name, use in (("MIRL_DATA", "real images for recipes and tests"), ("MLFLOW_TRACKING_URI", "where runs show")):
-        # The value may hold a password: only whether it is set is printed.
+        # The value may contain a password, so only whether it is set is printed.
         say(f"{name:16} {'set' if os.environ.get(name) else 'not set'} ({use})")
     return missing
 
 
 def _free_space(folder: Path) -> str:
-    """Free space in GB on the disk where a folder lies or would lie."""
+    """Return the free space, in GB, of the disk that contains or would contain a folder."""
     return f"{shutil.disk_usage(disks.nearest_existing(folder)).free / 1e9:.1f} GB"
 
 
 def _has_s3_credentials() -> bool:
-    """Whether this environment or home has any. No server is asked: a machine's own role is not seen."""
+    """Return whether the environment or the home folder has S3 credentials; instance roles are not detected."""
     env = os.environ
     keys = env.get("AWS_ACCESS_KEY_ID") and env.get("AWS_SECRET_ACCESS_KEY")
     file = Path(env.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
@@ -95,7 +95,7 @@ def _has_s3_credentials() -> bool:
 
 
 def print_plan(config: Config) -> None:
-    """Print what a config means on 1, 2, 4, ... ranks: share, passes, steps, samples, learning rate."""
+    """Print what a config means on 1, 2, 4, ... ranks: samples per rank, passes, steps, samples, learning rate."""
     folder = config.data.cache.folder
     if folder is not None:
         say(f"{'data.cache':16} {folder}, {_free_space(Path(folder))} free")
@@ -110,9 +110,9 @@ def print_plan(config: Config) -> None:
 
 
 def print_launch(config: Config, launch: str, gpu: str | None, rate: float | None, as_json: bool) -> int:
-    """Print all that can be checked of a launch before a rank starts, then its plan; return the number of faults.
+    """Print every check of a launch that is possible before ranks start, then its plan; return the number of faults.
 
-    launch: a launch file, or 'auto'; gpu, rate: as for `plan.make_plan`. Nothing is left behind. Raises UserError for a
+    launch: a launch file, or 'auto'. gpu, rate: as for `plan.make_plan`. All probes are removed. Raises UserError for a
     launch file that cannot be read.
     """
     launch_file, _ = launcher.choose(config, launch)
@@ -130,7 +130,7 @@ def print_launch(config: Config, launch: str, gpu: str | None, rate: float | Non
 def examine(
     config: Config, launch_file: LaunchFile, gpu: str | None, rate: float | None
 ) -> tuple[list[Finding], LaunchPlan]:
-    """The findings, in the order in which a launch would meet their subjects, and the plan."""
+    """Return the findings, in the order in which a launch would encounter them, and the plan."""
     shards_finding, opened = services.check_shards(config)
     shards = opened[0] if opened else None
     plan = make_plan(config, launch_file, opened, gpu, rate)

@@ -1,4 +1,4 @@
-"""What a launch needs of this machine: ranks that add up, a port, devices, engines, limits. Nothing is started."""
+"""Checks what a launch needs on this machine: number of ranks, port, devices, engine and limits; starts nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OPEN_FILES = 1024
 
 
 class Finding(NamedTuple):
-    """The result of one check. kind: 'FAULT' when the run would fail of it; text: what was found, what to do."""
+    """The result of one check. kind: 'FAULT' if the run would fail because of it. text: what was found, what to do."""
 
     kind: Literal["ok", "warning", "FAULT"]
     about: str
@@ -38,12 +38,12 @@ class Finding(NamedTuple):
 
 
 def format_bytes(size: int) -> str:
-    """Bytes for people, in powers of ten as disks are sold."""
+    """Format a number of bytes with decimal units, as disk sizes are given."""
     return f"{size / 1e9:.3g} GB" if size >= 10**8 else f"{size / 1e6:.3g} MB"
 
 
 def check_world(config: Config, launch_file: LaunchFile, env: Mapping[str, str]) -> Iterator[Finding]:
-    """Check that the ranks can share the global batch, and that the environment is not one of another launch."""
+    """Check that the ranks can split the global batch, and that the environment does not belong to another launch."""
     try:
         split = split_batch(config.batch.global_, config.batch.forward, launch_file.ranks)
         passes = "pass" if split.passes == 1 else "passes"
@@ -62,7 +62,7 @@ def check_world(config: Config, launch_file: LaunchFile, env: Mapping[str, str])
 
 
 def check_port(launch_file: LaunchFile) -> Iterator[Finding]:
-    """Check the rendezvous: the port is free on node 0, and the other nodes reach it."""
+    """Check the rendezvous: the port is free on node 0, and reachable from the other nodes."""
     is_node_0 = launch_file.node_rank == 0
     if launch_file.address is not None:
         try:
@@ -88,7 +88,7 @@ def check_port(launch_file: LaunchFile) -> Iterator[Finding]:
 
 
 def _connect_to_node_0(launch_file: LaunchFile) -> Finding:
-    """Check from another node that node 0 answers at its port."""
+    """Check from another node that node 0 accepts connections on its port."""
     address = f"{launch_file.address}:{launch_file.port}"
     try:
         node_0 = str(launch_file.address), int(launch_file.port or 0)
@@ -101,7 +101,7 @@ def _connect_to_node_0(launch_file: LaunchFile) -> Finding:
 
 
 def _is_own_address(family: int, host: object) -> bool:
-    """Whether a socket of this machine can bind to an address."""
+    """Return whether an address belongs to this machine: a socket can bind to it."""
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
             probe.bind((host, 0))
@@ -111,7 +111,7 @@ def _is_own_address(family: int, host: object) -> bool:
 
 
 def _is_free_port(number: int) -> bool:
-    """Whether nobody listens at a port; connections that are closing do not count, as for torch's store."""
+    """Return whether a port is free. Closing connections do not count, as for torch's TCPStore."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -122,7 +122,7 @@ def _is_free_port(number: int) -> bool:
 
 
 def check_devices(config: Config, launch_file: LaunchFile, needed: int | None) -> Iterator[Finding]:
-    """Check for a GPU per rank of this node with `needed` free bytes (None: unknown), and for the ranks' backend."""
+    """Check that each rank of this node has a GPU with `needed` free bytes (None: unknown), and the ranks' backend."""
     cpu, count = config.train.device == "cpu", launch_file.ranks_per_node
     gpus = 0 if cpu else hardware.gpus()
     if cpu or not gpus:
@@ -155,7 +155,7 @@ def _check_gpu_memory(count: int, needed: int | None) -> Iterator[Finding]:
 
 
 def check_engine(launch_file: LaunchFile) -> Iterator[Finding]:
-    """Check that this environment has what the engine of a launch file needs."""
+    """Check that the packages for the engine of a launch file are installed."""
     try:
         yield Finding("ok", "engine", requirements.require(launch_file.engine))
     except LookupError as error:
@@ -163,7 +163,7 @@ def check_engine(launch_file: LaunchFile) -> Iterator[Finding]:
 
 
 def check_limits(config: Config, launch_file: LaunchFile, shm: Path = Path("/dev/shm")) -> Iterator[Finding]:
-    """Check shared memory for the batches of loader processes, and the limit of open files."""
+    """Check the shared memory for batches of loader processes, and the limit on open files."""
     per_rank, workers = -(-config.batch.global_ // launch_file.ranks), config.data.workers
     needed = launch_file.ranks_per_node * workers * 3 * per_rank * 6 * 4 * config.data.patch_pixels**2
     if workers and shm.is_dir():
@@ -181,7 +181,7 @@ def check_limits(config: Config, launch_file: LaunchFile, shm: Path = Path("/dev
 
 
 def check_host_memory(needed: int, launch_file: LaunchFile) -> Iterator[Finding]:
-    """Check the machine's memory for what an engine offloads to it. needed: bytes per rank."""
+    """Check the host memory for what the engine offloads to it. needed: bytes per rank."""
     if needed:
         limits = memory_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
         total = min([psutil.virtual_memory().total, *limits])
@@ -195,12 +195,14 @@ def check_host_memory(needed: int, launch_file: LaunchFile) -> Iterator[Finding]
 
 
 def memory_limits(groups: Path, root: Path) -> list[int]:
-    """Memory limits in bytes of a process's control groups and of those around them: memory.max, or
-    memory.limit_in_bytes in version 1. groups: as /proc/self/cgroup; root: as /sys/fs/cgroup."""
+    """Return the memory limits, in bytes, of a process's control groups and their ancestors.
+
+    Reads memory.max, or memory.limit_in_bytes in cgroup v1. groups: as /proc/self/cgroup. root: as /sys/fs/cgroup.
+    """
     limits = []
     try:
         lines = groups.read_text().splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return []
     for line in lines:
         _, controllers, path = line.split(":", 2)
@@ -211,7 +213,7 @@ def memory_limits(groups: Path, root: Path) -> list[int]:
         for group in (own_group, *own_group.parents):
             try:
                 limit = (top / str(group).lstrip("/") / name).read_text().strip()
-            except OSError:  # not of this container's view, or without a limit
+            except OSError:  # not visible in this container, or without a limit
                 continue
             limits += [int(limit)] if limit.isdecimal() else []
     return limits

@@ -1,8 +1,8 @@
-"""What a run takes of a GPU's memory, counted before any GPU is asked.
+"""Estimates the GPU memory of a run without a GPU.
 
-Activations are counted on torch's `meta` device, which knows shapes and dtypes and holds no numbers: what autograd
-keeps of a real forward pass, and the most that lives at any moment of forward and backward. The rest is arithmetic:
-float32 weights, gradients and two moments are 4 + 4 + 8 bytes a weight, shared among W ranks as the engine does
+Activations are counted on torch's `meta` device, whose tensors have shapes and dtypes but no data: the bytes that
+autograd saves in a forward pass, and the peak of live bytes during forward and backward. The rest is arithmetic:
+float32 weights, gradients and two moments take 4 + 4 + 8 bytes per weight, sharded over W ranks according to the engine
 (ZeRO: Rajbhandari et al., SC 2020, figure 1).
 """
 
@@ -27,17 +27,19 @@ from mirl_dist.training import losses
 
 GIB = 2**30
 GPUS: dict[str, float] = {"A40": 44.3, "A100-40": 39.4, "A100-80": 79.1, "H100": 79.1, "H200": 139.8}
-"""GiB that CUDA gives to programs: less than the name says."""
+"""GiB that CUDA makes available to programs; less than the nominal size."""
 OVERHEAD = 3 * GIB // 2
-"""Bytes: CUDA's context, NCCL's buffers and cuDNN's workspaces. Assumed: nothing here can count them."""
+"""Bytes of CUDA's context, NCCL's buffers and cuDNN's workspaces; an assumption, since they cannot be counted here."""
 
 _BF16_OPS = ("conv2d", "linear", "matmul", "__matmul__")
-_FP32_OPS = {"cuda": ("layer_norm", "softmax", "normalize"), "cpu": ()}  # of what our networks call; torch's own lists
+_FP32_OPS = {"cuda": ("layer_norm", "softmax", "normalize"), "cpu": ()}  # torch's lists, limited to our networks' ops
 
 
 class Size(NamedTuple):
-    """A network's weights, those that pruning may remove, and those that FSDP has whole at once: the largest block of
-    a row of blocks, and all that lies in none."""
+    """Numbers of weights of a network: all, prunable, and gathered at once by FSDP.
+
+    unit: the largest block of any sequence of blocks, plus all weights outside such blocks.
+    """
 
     weights: int
     prunable: int
@@ -45,14 +47,14 @@ class Size(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """Bytes of one forward and backward pass: saved for backward, and the most that lives beyond that at a moment."""
+    """Bytes of one forward and backward pass: saved for backward, and the peak of live bytes beyond these."""
 
     saved: int
     working: int
 
 
 class Passes(NamedTuple):
-    """Bytes of a pass of n samples: `fixed` whatever n is, and `per_sample` for each."""
+    """Bytes of a pass over n samples: fixed + n * per_sample."""
 
     fixed: Pass
     per_sample: Pass
@@ -62,7 +64,7 @@ class Passes(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """Bytes on one rank's GPU by name, in order, and bytes on its host."""
+    """Bytes on one rank's GPU by name, in display order, and bytes on its host."""
 
     gpu: dict[str, int]
     host: int
@@ -73,7 +75,10 @@ class Budget(NamedTuple):
 
 
 def size_of(name: str, sizes: Mapping[str, Any], scope: str | tuple[str, ...]) -> Size:
-    """A network's weights, without making them. name, sizes: as for `models.create`; scope: as for `in_scope`."""
+    """Count a network's weights without allocating them.
+
+    name, sizes: as for `models.create`. scope: as for `in_scope`.
+    """
     with torch.device("meta"):
         model = models.create(name, **sizes)
     counts = {n: p.numel() for n, p in model.named_parameters()}
@@ -84,13 +89,13 @@ def size_of(name: str, sizes: Mapping[str, Any], scope: str | tuple[str, ...]) -
 
 
 def state_bytes(size: Size, engine: Engine, world: int, *, offload: bool = False) -> Budget:
-    """Count the bytes of weights, gradients, moments and masks on one of `world` ranks, at most.
+    """Return an upper bound of the bytes of weights, gradients, moments and masks on one of `world` ranks.
 
-    ddp: all of it on every rank, and buckets as large as the gradients. zero1, zero2, zero3: moments, then gradients,
-    then weights are 1/world each, beside DeepSpeed's own copy of the weights that a rank updates, and its bucket. fsdp:
-    all 1/world. Where weights are shared, those in use are whole: a unit's, with their gradients, and with zero3 one
-    part of DEEPSPEED_LIVE beside it. offload: moments and that copy go to the host;
-    with fsdp weights and gradients too.
+    ddp: everything is replicated, with buckets as large as the gradients. zero1, zero2, zero3: moments, then also
+    gradients, then also weights are sharded to 1/world; DeepSpeed adds its copy of the weights that the rank updates,
+    and a bucket. fsdp: everything is sharded. If weights are sharded, one unit is gathered with its gradients; zero3
+    keeps 1/DEEPSPEED_LIVE of the weights besides. offload: moments and DeepSpeed's copy are on the host; with fsdp also
+    weights and gradients.
     """
     whole, part = 4 * size.weights, -(-4 * size.weights // world)
     keeps_weights, keeps_gradients = engine in ("ddp", "zero1", "zero2"), engine in ("ddp", "zero1")
@@ -114,21 +119,23 @@ def state_bytes(size: Size, engine: Engine, world: int, *, offload: bool = False
 
 
 def largest_forward(passes: Passes, taken: int, room: int, per_rank: int) -> int:
-    """The largest batch.forward that fits: a divisor of `per_rank`, 0 for none. taken, room: bytes, without and with
-    the pass."""
+    """Return the largest batch.forward that fits, a divisor of `per_rank`; 0 if none fits.
+
+    taken: bytes in use without the pass. room: bytes available in total.
+    """
     divisors = (n for n in range(per_rank, 0, -1) if per_rank % n == 0)
     return next((n for n in divisors if taken + sum(passes.of(n)) <= room), 0)
 
 
 class Gpu(NamedTuple):
-    """A GPU by name, with its bytes for programs."""
+    """A GPU: its name, and the bytes available to programs."""
 
     name: str
     bytes: int
 
 
 def gpu_of(name: str) -> Gpu:
-    """The GPU of GPUS that a name means, in capitals or not. Raises UserError for another."""
+    """Return the entry of GPUS with that name, ignoring case. Raises UserError for an unknown name."""
     for known, gib in GPUS.items():
         if known.casefold() == name.casefold():
             return Gpu(known, int(gib * GIB))
@@ -141,9 +148,8 @@ def gpu_of(name: str) -> Gpu:
 def passes_of(name: str, sizes: Mapping[str, Any], side: int, precision: str, kind: str = "cuda") -> Passes:
     """Count the bytes of passes over patches of side x side pixels.
 
-    Derived from a pass of two samples and one of three: a lone sample is laid out in another way.
-
-    precision: 'fp32' or 'bf16', by the rules of autocast on `kind`, 'cuda' or 'cpu'.
+    Extrapolates from passes with two and three samples; with one sample, tensors have a different memory layout.
+    precision: 'fp32' or 'bf16', with the autocast rules of `kind`, 'cuda' or 'cpu'.
     """
     with torch.device("meta"):
         model = models.create(name, **sizes)
@@ -154,10 +160,10 @@ def passes_of(name: str, sizes: Mapping[str, Any], side: int, precision: str, ki
 
 
 def measure_pass(model: nn.Module, images: Tensor, precision: str, kind: str | None = None) -> Pass:
-    """Bytes of one forward and backward pass over images (B, 3, H, W), whose device the model has.
+    """Count the bytes of one forward and backward pass over images (B, 3, H, W) on the model's device.
 
-    kind: whose autocast is imitated ('cuda', 'cpu'); None: the images' own, really used. The gradients of the weights
-    are left out of `saved`, not of `working`.
+    kind: device type whose autocast is emulated ('cuda', 'cpu'); None: use the real autocast of the images' device.
+    `working` includes the gradients of the weights.
     """
     loss = _loss(model, images, precision, kind)
     saved = saved_bytes(loss, model)
@@ -169,7 +175,7 @@ def measure_pass(model: nn.Module, images: Tensor, precision: str, kind: str | N
 
 
 def saved_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
-    """Count the bytes that autograd saves in a forward pass for its backward pass, parameters left out."""
+    """Count the bytes that autograd saves in a forward pass for the backward pass, without the parameters."""
     own = {_storage_id(p) for p in model.parameters()}
     saved: dict[int, Tensor] = {}
 
@@ -186,7 +192,7 @@ def saved_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
 
 
 def _loss(model: nn.Module, images: Tensor, precision: str, kind: str | None) -> Callable[[], Tensor]:
-    """A forward pass to its loss, as training makes it."""
+    """Return a function that computes the training loss of one forward pass."""
 
     def autocast() -> AbstractContextManager[Any]:
         if precision == "fp32":
@@ -218,7 +224,7 @@ def _storage_id(tensor: Tensor) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages that come and go inside, except `own`; `peak`: the most at a moment."""
+    """Tracks the bytes of storages created inside, until they are freed; `own` is not counted. peak: the maximum."""
 
     def __init__(self, own: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -228,7 +234,7 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = [a for a in args if isinstance(a, Tensor)]
-        for tensor in inputs:  # what was there before
+        for tensor in inputs:  # storages from outside count as 0 bytes
             self._sizes.setdefault(_storage_id(tensor), 0)
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
@@ -245,7 +251,7 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Autocast(TorchFunctionMode):
-    """Autocast to bfloat16 where torch has none, on `meta`: the same casts, weights' copies made once."""
+    """Emulates autocast to bfloat16 on `meta`, which torch lacks: the same casts, with cached copies of weights."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

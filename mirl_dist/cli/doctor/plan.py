@@ -1,4 +1,4 @@
-"""What a config means under a launch file, in numbers: shares, steps, memory per rank, time per round."""
+"""The plan of a launch in numbers: batch split, steps, memory per rank, time per round."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _UNKNOWN_RATE = "unknown: no measured rate; run a round, or give --rate"
 class LaunchPlan(NamedTuple):
     """What a config means under a launch file.
 
-    split: None where the batch cannot be shared; sampler: None without shards; states: weights, gradients, moments and
-    masks on a rank; passes: of forward and backward; scoring: (bytes, height, width) of the largest image to score;
-    rate: samples a second over all ranks, and where it was measured.
+    split: None if the batch cannot be split. sampler: None without shards. states: bytes of weights, gradients, moments
+    and masks per rank. passes: bytes of forward and backward passes. scoring: (bytes, height, width) of the largest
+    image to score. rate: samples per second over all ranks, and where it was measured.
     """
 
     config: Config
@@ -41,14 +41,14 @@ class LaunchPlan(NamedTuple):
     rate: tuple[float, str] | None
 
     def bytes_without_pass(self) -> int:
-        """Bytes on a rank's GPU without a pass."""
+        """Return the bytes on a rank's GPU outside of passes."""
         return self.states.total + OVERHEAD
 
     def needed_bytes(self) -> int | None:
-        """Bytes on a rank's GPU, with its pass or while it scores."""
+        """Return the peak bytes on a rank's GPU, during a pass or while scoring; None if the batch cannot be split."""
         if self.split is None:
             return None
-        scoring = self.scoring[0] if self.scoring else 0  # the network is whole then, whatever the engine
+        scoring = self.scoring[0] if self.scoring else 0  # includes all weights: scoring gathers sharded ones
         return self.bytes_without_pass() + max(sum(self.passes.of(self.split.forward)), scoring)
 
 
@@ -61,8 +61,8 @@ def make_plan(
 ) -> LaunchPlan:
     """Compute the plan of a launch. Raises UserError for an unknown GPU.
 
-    shards_and_sampler: None where the shards cannot be read; gpu: a name of memory.GPUS; None: this machine's, if any;
-    rate: samples a second over all ranks; None: as measured in the run's folder.
+    shards_and_sampler: None if the shards cannot be read. gpu: a name in memory.GPUS; None: this machine's GPU, if any.
+    rate: samples per second over all ranks; None: as measured in the run's folder.
     """
     name, sizes = config.model.name, config.model.sizes()
     try:
@@ -82,7 +82,7 @@ def make_plan(
 
 
 def _gpu_of(device: str, name: str | None) -> Gpu | None:
-    """The GPU of a name, else the first of this machine; None where the run trains on the CPU."""
+    """Return the GPU with that name, or else this machine's first; None without GPUs or for a run on the CPU."""
     if name is not None:
         return memory.gpu_of(name)
     if device == "cpu" or not hardware.gpus():
@@ -91,7 +91,7 @@ def _gpu_of(device: str, name: str | None) -> Gpu | None:
 
 
 def _largest_image(section: EvaluateSection, shards: Shards) -> tuple[int, int] | None:
-    """Height and width of the largest image that is scored at once."""
+    """Return height and width of the largest image or tile to be scored; None if unknown."""
     tile, sets = section.tile_pixels, section.sets
     try:
         entries = [p.entry for name, ps in shards.places("evaluate").items() if not sets or name in sets for p in ps]
@@ -102,7 +102,7 @@ def _largest_image(section: EvaluateSection, shards: Shards) -> tuple[int, int] 
 
 
 def _measured_rate(config: Config, launch_file: LaunchFile) -> tuple[float, str] | None:
-    """Samples a second of the run in this config's folder, and where that was measured."""
+    """Return the samples per second of the run in the config's folder, and where measured; None if unknown."""
     checkpoints = Checkpoints(store_of(config.store, config.run.folder))
     try:
         tickets = checkpoints.tickets()
@@ -122,7 +122,7 @@ def _measured_rate(config: Config, launch_file: LaunchFile) -> tuple[float, str]
 
 
 def plan_lines(plan: LaunchPlan) -> list[str]:
-    """The plan as lines for people, in 100 columns."""
+    """Format the plan as lines of text, at most 100 columns wide."""
     config, launch_file, split = plan.config, plan.launch_file, plan.split
     nodes = "node" if launch_file.nodes == 1 else "nodes"
     offload = ", offloaded to the host" if launch_file.offload else ""
@@ -209,7 +209,7 @@ def _fits(needed: int, gpu: Gpu) -> str:
 
 
 def plan_as_dict(plan: LaunchPlan) -> dict[str, Any]:
-    """The plan for programs: bytes, steps, samples, seconds."""
+    """Return the plan for JSON output: bytes, steps, samples, seconds."""
     launch_file, split, sampler = plan.launch_file, plan.split, plan.sampler
     largest = None
     if plan.gpu is not None and split is not None:

@@ -1,6 +1,6 @@
-"""Checks of the services that a run names: its folder or bucket, shards, MLflow, clocks.
+"""Checks the services that a run uses: its folder or bucket, shards, MLflow, and clocks.
 
-Stores are tried with real objects, which are gone afterwards; nothing else is written.
+Stores are tested with real objects, which are removed afterwards; nothing else is written.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _WARN_SKEW, _MAX_SKEW = 60.0, 900.0
 
 
 def check_permissions(config: Config) -> Iterator[Finding]:
-    """Check every permission that a run needs in its folder, each by use."""
+    """Check every permission that a run needs in its folder by performing the operation."""
     store = store_of(config.store, config.run.folder)
     if isinstance(store, Folder):
         try:
@@ -58,8 +58,11 @@ def check_permissions(config: Config) -> Iterator[Finding]:
 
 
 class PermissionProbe:
-    """Tries operations on a store. passed: names of those that worked; aborted: one failed for another reason than a
-    missing permission, so more attempts are no use."""
+    """Tries operations on a store, and records the results.
+
+    passed: names of successful operations. aborted: an operation failed for another reason than a missing permission,
+    so that further attempts are pointless.
+    """
 
     def __init__(self) -> None:
         self.passed: list[str] = []
@@ -67,7 +70,7 @@ class PermissionProbe:
         self.aborted = False
 
     def attempt(self, what: str, work: Callable[[], object]) -> bool:
-        """Try an operation and say whether it is allowed; NotFound counts as allowed."""
+        """Try an operation and return whether it is allowed; NotFound counts as allowed."""
         if self.aborted:
             return False
         try:
@@ -83,7 +86,7 @@ class PermissionProbe:
 
 
 def _probe_store(store: Store, location: str) -> Iterator[Finding]:
-    """Try all operations; deleting first, an absent object: where that is refused, a probe could not be removed."""
+    """Try all operations. First delete an absent object: if that is refused, a probe could not be removed later."""
     name, data = f"doctor-{secrets.token_hex(6)}/probe", secrets.token_bytes(16)
     probe, created = PermissionProbe(), list[bool]()
     probe.attempt("list", lambda: store.list(name.partition("/")[0]))
@@ -118,7 +121,7 @@ def _read_back(store: Store, name: str, data: bytes) -> None:
 
 
 def check_run(config: Config, digest: str | None) -> Iterator[Finding]:
-    """Check the run that the folder holds already. digest: of the shards' manifest."""
+    """Check the run that the folder already contains. digest: of the shards' manifest."""
     checkpoints = Checkpoints(store_of(config.store, config.run.folder))
     try:
         if digest is not None:
@@ -134,7 +137,7 @@ def check_run(config: Config, digest: str | None) -> Iterator[Finding]:
 
 
 def _is_finished(config: Config, checkpoints: Checkpoints) -> bool:
-    """Whether the last round that the config asks for has its ticket."""
+    """Return whether the last round of the config has its ticket."""
     finished_rounds = [commit.round_ for commit in checkpoints.commits() if commit.step is None]
     if not finished_rounds:
         return False
@@ -146,7 +149,7 @@ def _is_finished(config: Config, checkpoints: Checkpoints) -> bool:
 
 
 def check_shards(config: Config) -> tuple[Finding, tuple[Shards, GlobalSampler] | None]:
-    """Check that the shards can be read and feed the mix; with the shards and the sampler where they can."""
+    """Check that the shards can be read and provide the mix; also return the shards and the sampler if so."""
     try:
         shards = Shards(store_of(config.store, config.data.shards))
         roles = ("train", "evaluate") if config.data.damage == "refuse" else ("evaluate",)
@@ -167,7 +170,7 @@ def check_shards(config: Config) -> tuple[Finding, tuple[Shards, GlobalSampler] 
 
 
 def check_mlflow(config: Config) -> Iterator[Finding]:
-    """Check that MLflow would receive records; a run goes on without it, so what is away is a FAULT now only."""
+    """Check that MLflow would accept records. Unavailability is a FAULT only here; a run continues without MLflow."""
     if not config.tracking.enabled:
         yield Finding("ok", "MLflow", "off (tracking.enabled)")
         return
@@ -182,7 +185,7 @@ def check_mlflow(config: Config) -> Iterator[Finding]:
         if kind.startswith("sqlite"):
             _read_sqlite(database(address))
         elif kind in ("http", "https"):
-            HttpStore(shown_address, seconds=_SECONDS).now("health")  # quick, where nobody answers
+            HttpStore(shown_address, seconds=_SECONDS).now("health")  # fails fast if the server is unavailable
             reader.check_server(address, config.tracking.experiment, _SECONDS)
         elif urlsplit(address).hostname:
             _connect_to_database(address)
@@ -196,7 +199,7 @@ def check_mlflow(config: Config) -> Iterator[Finding]:
 
 
 def _read_sqlite(file: Path) -> None:
-    """Read an SQLite file; where there is none, prove its folder writable. Raises OSError or sqlite3.Error."""
+    """Read an SQLite file; if it does not exist, check that its folder is writable. Raises OSError or sqlite3.Error."""
     if not file.exists():
         with probe_folder(file.parent):
             return
@@ -207,7 +210,7 @@ def _read_sqlite(file: Path) -> None:
 
 
 def _connect_to_database(address: str) -> None:
-    """Connect to a database's server; its content is not read."""
+    """Connect to a database server without reading data."""
     parts = urlsplit(address)
     port = parts.port or _PORTS.get(parts.scheme.partition("+")[0], 0)
     socket.create_connection((str(parts.hostname), port), timeout=_SECONDS).close()
@@ -217,7 +220,7 @@ def _connect_to_database(address: str) -> None:
 
 
 def check_clocks(config: Config) -> Iterator[Finding]:
-    """Compare this machine's clock with those of the servers that report theirs."""
+    """Compare this machine's clock with those of the servers that report their time."""
     clocks: dict[str, Callable[[], datetime | None]] = {}
     for address in dict.fromkeys((config.run.folder, config.data.shards)):
         store = store_of(config.store, address)

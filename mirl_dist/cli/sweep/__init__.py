@@ -1,1 +1,1 @@
-"""Many runs as one: methods x seeds."""
+"""Sweeps: many runs, methods x seeds, started by one command."""

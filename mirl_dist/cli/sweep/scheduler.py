@@ -1,4 +1,4 @@
-"""The runs of a sweep as processes of this machine, a few at a time, each with its share of GPUs and processors."""
+"""Runs a sweep's runs as processes on this machine, a few at a time, each with its share of GPUs and processors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mirl_dist.errors import UserError
 from mirl_dist.observability.console import warn
 
 _POLL_SECONDS = 0.2
-_GRACE_SECONDS = 20.0  # `train --launch` needs some to end its ranks
+_GRACE_SECONDS = 20.0  # `train --launch` needs time to end its ranks
 
 
 class StartedRun(NamedTuple):
@@ -30,9 +30,10 @@ class StartedRun(NamedTuple):
 
 
 class Scheduler:
-    """Starts the runs of a plan that have not finished, one in each free slot. environments: of each slot.
+    """Starts the unfinished runs of a plan, one in each free slot.
 
-    A run that another launch trains is left to it, and is started here when it ends unfinished.
+    A run that another launch is training is not started until that launch has ended without finishing it.
+    environments: environment variables of each slot.
     """
 
     def __init__(self, plan: SweepPlan, table: StatusTable, environments: list[dict[str, str]]) -> None:
@@ -42,9 +43,12 @@ class Scheduler:
         self._last_signs: dict[str, tuple[bytes, float]] = {}
 
     def work(self, lost: Callable[[], bool]) -> int | None:
-        """Train until all runs have ended. None, or the code of a sweep that was asked to stop: 75, or 130 where a
-        second Ctrl-C ended its runs at once. lost: whether another sweep has taken this one over, which ends it too.
-        Raises UserError where no log can be written, once the runs that it has started have ended."""
+        """Train until all runs have ended.
+
+        Returns None, 75 if a stop was requested, or 130 if a second Ctrl-C ended the runs immediately. lost: whether
+        another sweep has taken over this one, which then stops. Raises UserError if a log cannot be written, after the
+        started runs have ended.
+        """
         stopping, fault = False, None
         with record_signals() as signals:
             while self._waiting or self._slots:
@@ -85,7 +89,7 @@ class Scheduler:
                     stdout=file,
                     stderr=file,
                     env=os.environ | self._environments[slot],
-                    start_new_session=True,  # a terminal's Ctrl-C comes here, and is passed on once
+                    start_new_session=True,  # Ctrl-C reaches only this process, which forwards it
                 )
             self._slots[slot] = StartedRun(run, process)
             self._table.set_state(run, "running", f"pid {process.pid}, log {log}")
@@ -100,7 +104,7 @@ class Scheduler:
             ) from None
 
     def _is_trained_elsewhere(self, run: SweepRun) -> bool:
-        """Whether another launch trains a run: its lease is renewed while we watch."""
+        """Return whether another launch is training a run: its lease was renewed recently."""
         status, now = self._table.statuses[run.name], time.monotonic()
         if status.state != "running":
             return False
@@ -110,10 +114,10 @@ class Scheduler:
         if sign != status.sign:
             since = now
         self._last_signs[run.name] = status.sign, since
-        return now - since <= run.config.store.lease_seconds  # silent: our own launch will watch, and take it over
+        return now - since <= run.config.store.lease_seconds  # afterwards, our launch may take over
 
     def _collect_ended(self, stopping: bool) -> None:
-        """Free the slots of runs that have ended, and record how they ended."""
+        """Free the slots of ended runs, and record how they ended."""
         for slot, (run, process) in list(self._slots.items()):
             code = process.poll()
             if code is None:
@@ -126,7 +130,7 @@ class Scheduler:
             elif code == RESUMABLE or (stopping and code in (-signal.SIGTERM, -signal.SIGINT)):
                 self._table.set_state(run, "stopped", "goes on with the next start of the sweep")
             elif code == 2 and status.state == "running" and not stopping:
-                self._waiting.append(run)  # another launch was faster, and trains it
+                self._waiting.append(run)  # another launch acquired it first, and is training it
             else:
                 ending = f"killed by signal {-code}" if code < 0 else f"code {code}"
                 self._table.set_state(run, "failed", f"{ending}, log {self._plan.log(run)}")
@@ -139,7 +143,7 @@ class Scheduler:
         self._send_signal(signal.SIGTERM)
 
     def _kill(self) -> None:
-        """End the runs: as their own second Ctrl-C does, with all that they have started; else by SIGKILL."""
+        """End the runs immediately: repeat SIGINT, on which they end all their ranks; after a grace period, SIGKILL."""
         deadline = time.monotonic() + _GRACE_SECONDS
         for _ in range(3):
             self._send_signal(signal.SIGINT)

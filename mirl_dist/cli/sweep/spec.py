@@ -1,6 +1,6 @@
-"""The typed tree of a sweep, methods x seeds; its runs, and their commands.
+"""The typed config of a sweep (methods x seeds), its runs, and their commands.
 
-Nothing here asks a store or starts a process.
+This module accesses no store and starts no process.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _SET_BY_SWEEP = {
 
 
 class Compare(Node):
-    """The comparison at the end, as of `tickets compare`."""
+    """The comparison after the last run, as by `tickets compare`."""
 
     out: str | None = Field(None, min_length=1)
-    """A folder for table, LaTeX and page. Null: `report` beside the logs."""
+    """Folder for the table, LaTeX and page. Null: `report` next to the logs."""
     title: str | None = None
     """Null: the sweep's name."""
     experiment: str | None = None
@@ -47,20 +47,20 @@ class Compare(Node):
 
 class Sweep(Node):
     config: str = Field(min_length=1)
-    """The config that all runs begin with."""
+    """The base config of all runs."""
     folder: str = Field(min_length=1)
-    """The runs are <folder>/<method>-seed<seed>: a folder, or s3://bucket/prefix."""
+    """A folder, or s3://bucket/prefix; each run is in <folder>/<method>-seed<seed>."""
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
-    """Name -> what differs from the config, as for --set; {} for nothing."""
+    """Method name -> changes to the config, as for --set; {} for none."""
     seeds: tuple[Seed, ...] = Field(min_length=1)
     set_: dict[str, Any] = Field(default_factory=dict, alias="set")
-    """What differs from the config in all runs; a method may say otherwise."""
+    """Changes to the config in all runs; methods override them."""
     launch: str | None = None
-    """How each run is started: a file from launch/, or 'auto'. Null: one process, on a GPU where there is one."""
+    """Launch file of each run, or 'auto'. Null: one process, on a GPU if available."""
     slots: PositiveInt = 1
-    """Runs at once. On one machine they share its GPUs and processors evenly."""
+    """Number of concurrent runs. On one machine they share its GPUs and processors evenly."""
     sbatch: tuple[str, ...] = ()
-    """Further options of sbatch for --submit slurm, for example --gpus-per-node=1."""
+    """Additional sbatch options for --submit slurm, for example --gpus-per-node=1."""
     compare: Compare = Compare()
 
     def inconsistencies(self) -> list[str]:
@@ -103,12 +103,12 @@ class Sweep(Node):
         return problems
 
     def local_folder(self, name: str) -> Path:
-        """Where logs, lists of commands and the report are written: the folder, or sweep-logs/NAME for a bucket."""
+        """Return the folder for logs, command lists and the report: `folder`, or sweep-logs/NAME for a bucket."""
         return Path("sweep-logs", name) if "://" in self.folder else Path(self.folder).expanduser()
 
 
 class SweepRun(NamedTuple):
-    """One run of a sweep. name: '<method>-seed<seed>'; sets: its --set assignments; config: what they make."""
+    """One run of a sweep. name: '<method>-seed<seed>'. sets: its --set assignments. config: the resulting config."""
 
     name: str
     method: str
@@ -119,7 +119,7 @@ class SweepRun(NamedTuple):
 
 
 class SweepPlan(NamedTuple):
-    """A sweep and its runs: all methods of the first seed first. name: that of its file; local: `Sweep.local`."""
+    """A sweep and its runs, ordered by seed, then method. name: stem of its file."""
 
     name: str
     sweep: Sweep
@@ -131,13 +131,13 @@ class SweepPlan(NamedTuple):
 
 
 def read(path: Path, sets: Sequence[str] = ()) -> SweepPlan:
-    """A sweep and all its runs. Raises UserError with every complaint about the sweep, or about any of its runs."""
+    """Read a sweep and all its runs. Raises UserError with all complaints about the sweep or about its runs."""
     sweep = yaml_loader.read(Sweep, path, sets, "configs/sweeps/demo.yaml", "a sweep")
     return SweepPlan(path.stem, sweep, expand(sweep, path.stem, str(path)), sweep.local_folder(path.stem))
 
 
 def expand(sweep: Sweep, name: str, source: str) -> tuple[SweepRun, ...]:
-    """The runs of a sweep. Raises UserError naming what is wrong in which method, and methods that are the same."""
+    """Return the runs of a sweep. Raises UserError with the complaints about each method, and duplicate methods."""
     base, runs = yaml_loader.load_file(Path(sweep.config)), []
     complaints: dict[str, list[str]] = {}
     for seed in sweep.seeds:
@@ -164,7 +164,7 @@ def expand(sweep: Sweep, name: str, source: str) -> tuple[SweepRun, ...]:
 
 
 def raise_complaints(complaints: Sequence[str], source: str) -> None:
-    """Raise UserError where there are complaints about runs."""
+    """Raise UserError if there are complaints about runs."""
     if complaints:
         count = f"{len(complaints)} faults" if len(complaints) > 1 else "a fault"
         raise UserError(
@@ -173,7 +173,7 @@ def raise_complaints(complaints: Sequence[str], source: str) -> None:
 
 
 def _duplicate_methods(runs: Sequence[SweepRun]) -> list[str]:
-    """Find methods that mean the very same run, each with the one before it."""
+    """Return complaints about methods that yield identical runs, each with the earlier method."""
     seen: dict[str, str] = {}
     problems = []
     for run in runs:
@@ -192,7 +192,7 @@ def _duplicate_methods(runs: Sequence[SweepRun]) -> list[str]:
 
 
 def _flatten(changes: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys and values as --set takes them: a section written as a mapping changes the keys in it, and no others."""
+    """Yield keys and values as for --set; a section given as a mapping changes only the keys in it."""
     for key, value in changes.items():
         if isinstance(value, dict) and _is_section(f"{above}{key}"):
             yield from _flatten(value, f"{above}{key}.")
@@ -211,7 +211,7 @@ def _is_section(key: str) -> bool:
 
 
 def assignment(key: str, value: Any) -> str:
-    """`key=value` in one line that --set reads as the same value."""
+    """Return `key=value` on one line, which --set parses to the same value."""
 
     def text(style: str | None) -> str:
         dumped = yaml.safe_dump(
@@ -225,23 +225,23 @@ def assignment(key: str, value: Any) -> str:
         return str(dumped).removesuffix("\n").removesuffix("\n...")
 
     plain = text(None)
-    one_line = plain if len(plain.splitlines()) < 2 else text('"')  # quoted, lines break by escapes alone
+    one_line = plain if len(plain.splitlines()) < 2 else text('"')  # quoting escapes line breaks
     return f"{key}={one_line}"
 
 
 def arguments(plan: SweepPlan, run: SweepRun) -> list[str]:
-    """What comes after `mirl-dist`."""
+    """Return the arguments of `mirl-dist` for a run."""
     launch = [] if plan.sweep.launch is None else ["--launch", plan.sweep.launch]
     return ["train", plan.sweep.config, *launch, *(text for one in run.sets for text in ("--set", one))]
 
 
 def command_line(plan: SweepPlan, run: SweepRun) -> str:
-    """The command of a run, to be pasted into a shell."""
+    """Return the shell command of a run."""
     return shlex.join(["mirl-dist", *arguments(plan, run)])
 
 
 def share_devices(devices: Sequence[str], slots: int) -> list[tuple[str, ...]]:
-    """The GPUs of each slot: as many for each, none in two; where there are fewer than slots, one for each by turns."""
+    """Return the GPUs of each slot: equally many, disjoint; with fewer GPUs than slots, one per slot, round-robin."""
     each = len(devices) // slots
     if not devices or each:
         return [tuple(devices[each * slot : each * (slot + 1)]) for slot in range(slots)]

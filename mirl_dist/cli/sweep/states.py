@@ -1,4 +1,4 @@
-"""The states that the runs of a sweep pass through, and the exit code that they add up to."""
+"""The states of a sweep's runs, and the exit code that follows from them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ State: TypeAlias = Literal["waiting", "running", "stopped", "failed", "finished"
 
 
 class RunStatus(NamedTuple):
-    """The progress of a run. round, of rounds: in which it is, or that of its last ticket; step, of steps: of a round
-    that is trained now. sparsity over all parameters and psnr, in dB, mean over tasks: of the last ticket. who: the
-    launch that holds it; sign: changes as long as that launch lives."""
+    """The progress of a run.
+
+    round (of rounds): current, or that of the last ticket. step (of steps): in a round being trained. sparsity: over
+    all parameters, of the last ticket. psnr: in dB, mean over tasks, of the last ticket. who: the launch that holds the
+    run. sign: its heartbeat, which changes while it is alive.
+    """
 
     state: State = "waiting"
     rounds: int = 0
@@ -27,7 +30,7 @@ class RunStatus(NamedTuple):
     sign: bytes = b""
 
     def cells(self) -> list[str]:
-        """State, round, step, sparsity and PSNR in words."""
+        """Return state, round, step, sparsity and PSNR as table cells."""
         step = "" if self.step is None else f"{self.step}/{self.steps or '?'}"
         return [
             self.state,
@@ -38,26 +41,32 @@ class RunStatus(NamedTuple):
         ]
 
     def row(self, run: SweepRun) -> dict[str, object]:
-        """The same for programs."""
+        """Return the run and its progress for JSON output."""
         fields = self._asdict()
         del fields["sign"]
         return {"run": run.folder, "method": run.method, "seed": run.seed, **fields, "who": self.who or None}
 
 
 def state_of(*, launched: bool, ended: str | None, exited: bool, complete: bool) -> State:
-    """Derive the state of a run. launched: any launch ever held it; ended: how the last one said that it ended; exited:
-    its process is known to have exited; complete: the last round that the config asks for has a ticket."""
+    """Derive the state of a run.
+
+    launched: any launch ever held it. ended: outcome that the last launch reported, if any. exited: the last launch's
+    process is known to have exited. complete: the last round of the config has a ticket.
+    """
     if not launched:
         return "finished" if complete else "waiting"
     if ended is None:
         return "failed" if exited else "running"
     if ended == "finished":
-        return "finished" if complete else "stopped"  # more rounds are asked for now
+        return "finished" if complete else "stopped"  # the config now has more rounds
     return "failed" if ended in ("failed", "dead") else "stopped"
 
 
 def exit_code(states: Sequence[State], asked: bool) -> int:
-    """How a sweep ends: 75 when it was asked to stop and has not finished, 1 when a run failed, 75 when one stopped."""
+    """Return a sweep's exit code: 0 if all runs finished, else 75 if a stop was requested or no run failed, else 1.
+
+    asked: a stop was requested.
+    """
     if all(state == "finished" for state in states):
         return 0
     return RESUMABLE if asked or "failed" not in states else 1

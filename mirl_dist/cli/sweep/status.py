@@ -1,4 +1,4 @@
-"""The status of a sweep's runs, read from their stores: a live table on a terminal, lines without one."""
+"""The status of a sweep's runs, read from their stores: a live table on a terminal, lines of text elsewhere."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from mirl_dist.training.checkpoint import Checkpoints
 from mirl_dist.training.ticket import metrics
 
 _READ_SECONDS = 2.0
-_PATIENCE_SECONDS = 5.0  # the queue waits meanwhile
+_PATIENCE_SECONDS = 5.0  # short, because it blocks the scheduler
 
 
 def read_status(run: SweepRun) -> RunStatus:
-    """Read the status of a run from its store. Raises UserError where it cannot be read."""
+    """Read the status of a run from its store. Raises UserError if it cannot be read."""
     options = options_of(run.config.store)
     patience_seconds = min(options.patience_seconds, _PATIENCE_SECONDS)
     store = open_store(run.folder, replace(options, patience_seconds=patience_seconds))
@@ -57,8 +57,8 @@ def read_status(run: SweepRun) -> RunStatus:
 
 
 def make_table(plan: SweepPlan, statuses: dict[str, RunStatus]) -> Table:
-    """One row per run; round, step, sparsity and PSNR (mean over tasks, in dB) of the last ticket."""
-    table = Table(title=Text(f"sweep {plan.name}", style="table.title"))  # Text: names are no markup
+    """Return a table with a row per run: state, round, step, and sparsity and PSNR (mean over tasks, in dB)."""
+    table = Table(title=Text(f"sweep {plan.name}", style="table.title"))  # Text: do not parse names as markup
     for column in ("method", "seed", "state", "round", "step", "sparsity", "PSNR"):
         table.add_column(column, justify="left" if column in ("method", "state") else "right")
     for run in plan.runs:
@@ -67,7 +67,7 @@ def make_table(plan: SweepPlan, statuses: dict[str, RunStatus]) -> Table:
 
 
 class StatusTable:
-    """Shows the progress of a sweep. statuses: of each run by name."""
+    """Displays the progress of a sweep. statuses: run name -> status."""
 
     def __init__(self, plan: SweepPlan) -> None:
         self.plan = plan
@@ -82,13 +82,13 @@ class StatusTable:
         )
 
     def set_state(self, run: SweepRun, state: State, why: str = "") -> None:
-        """Record the new state of a run, and print it. why: printed beside it."""
+        """Record the new state of a run, and print it. why: a reason, printed with it."""
         self.statuses[run.name] = self.statuses[run.name]._replace(state=state, step=None, steps=None)
         if self._live is None or state == "failed":
             say(f"{run.name}: {state}{f' ({why})' if why else ''}")
 
     def refresh(self, own_runs: Collection[str]) -> None:
-        """Read, every few seconds, the runs that are trained. own_runs: those whose processes are known to run."""
+        """Update the status of running runs, at most every few seconds. own_runs: runs whose processes are alive."""
         if time.monotonic() - self._read_at < _READ_SECONDS:
             return
         for name, status in self.statuses.items():
@@ -98,10 +98,10 @@ class StatusTable:
         self._read_at = time.monotonic()
 
     def read(self, run: SweepRun) -> RunStatus:
-        """The status of a run, or the last one that could be read."""
+        """Return the status of a run, or the last known one if it cannot be read."""
         try:
             return read_status(run)
-        except UserError:  # away, or a commit that went while it was read
+        except UserError:  # the store is unavailable, or a commit was removed while being read
             return self.statuses[run.name]
 
     def __enter__(self) -> StatusTable:

@@ -1,4 +1,4 @@
-"""`mirl-dist sweep`: all runs of a sweep, here or by SLURM; where they stand; one comparison at the end."""
+"""`mirl-dist sweep`: trains all runs of a sweep here or with SLURM, shows their status, and compares them."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ _ORDER: tuple[State, ...] = ("finished", "running", "stopped", "failed", "waitin
 
 
 def run(plan: SweepPlan, source: str, before_signals: Callable[[], None]) -> int:
-    """Train what has not finished, then compare; the exit code. Raises UserError before any run is started.
+    """Train the unfinished runs, then compare; return the exit code. Raises UserError before starting any run.
 
-    before_signals: called before this process takes the signals over.
+    before_signals: called before this process installs its signal handlers.
     """
     launch_file = _launch_file_of(plan)
     environments = _slot_environments(plan, launch_file)
@@ -73,7 +73,7 @@ def _train_runs(
     environments: list[dict[str, str]],
     before_signals: Callable[[], None],
 ) -> int | None:
-    """Train the runs as the only sweep of its folder: as `Scheduler.work`. Raises UserError where another one works."""
+    """Run `Scheduler.work` as the only sweep of its folder. Raises UserError if another sweep uses the folder."""
     try:
         plan.local_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -101,9 +101,9 @@ def _train_runs(
 
 
 def check_sweep(plan: SweepPlan, source: str, launch_file: LaunchFile | None) -> None:
-    """Raise UserError with all that can be refused before any run is started, of all runs. Nothing is written.
+    """Raise UserError with all errors, of all runs, that can be detected before starting any. Writes nothing.
 
-    launch_file: of the runs; None without one.
+    launch_file: of the runs, if any.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a sweep is one process, which starts its runs itself: call it without a launcher.")
@@ -123,15 +123,15 @@ def check_sweep(plan: SweepPlan, source: str, launch_file: LaunchFile | None) ->
 
 
 def _launch_file_of(plan: SweepPlan) -> LaunchFile | None:
-    """The launch file of the runs; None without one. Of several nodes it is read as if on the first one."""
+    """Return the launch file of the runs, if any; one for several nodes is read as on the first node."""
     if plan.sweep.launch in (None, "auto"):
         return None
-    first_node = {NODE_RANK[0]: "0", ADDRESS: "node 0"}  # the job will know better
+    first_node = {NODE_RANK[0]: "0", ADDRESS: "node 0"}  # placeholders; the job sets the real values
     return read_launch_file(Path(str(plan.sweep.launch)), first_node | os.environ)
 
 
 def _check_fits_slots(plan: SweepPlan, launch_file: LaunchFile, slots: list[dict[str, str]]) -> None:
-    """Raise UserError for a launch file that does not fit into a slot of this machine. slots: their environments."""
+    """Raise UserError if the launch file does not fit into a slot of this machine. slots: environment of each slot."""
     if launch_file.nodes > 1:
         raise UserError(
             f"launch: {launch_file.path} asks for {launch_file.nodes} nodes, a sweep here has one. Use --submit slurm."
@@ -148,7 +148,7 @@ def _check_fits_slots(plan: SweepPlan, launch_file: LaunchFile, slots: list[dict
 
 
 def _slot_environments(plan: SweepPlan, launch_file: LaunchFile | None) -> list[dict[str, str]]:
-    """The environment variables of each slot: its GPUs, and its share of the processors."""
+    """Return the environment variables of each slot: its GPUs, and its share of the processors."""
     count, visible = hardware.gpus(), os.environ.get(_GPUS)
     devices = [str(n) for n in range(count)] if visible is None else visible.split(",")[:count]
     environments = []
@@ -183,12 +183,12 @@ def _last_line(log: Path) -> str:
 
 
 def report_folder(plan: SweepPlan) -> Path:
-    """The folder of the comparison's files."""
+    """Return the folder for the files of the comparison."""
     return plan.local_folder / "report" if plan.sweep.compare.out is None else Path(plan.sweep.compare.out)
 
 
 def compare_runs(plan: SweepPlan, source: str, states: Mapping[str, State]) -> None:
-    """Compare the runs that have finished, with the controls that `tickets judge --train` has trained of them."""
+    """Compare the finished runs, together with their controls trained by `tickets judge --train`."""
     finished = [one for one in plan.runs if states[one.name] == "finished"]
     if not finished:
         raise UserError(
@@ -199,7 +199,7 @@ def compare_runs(plan: SweepPlan, source: str, states: Mapping[str, State]) -> N
         progress.say(f"note: not in this comparison: {', '.join(missing)}")
     section, config = plan.sweep.compare, finished[0].config
     if config.store.endpoint is not None:
-        os.environ["AWS_ENDPOINT_URL_S3"] = config.store.endpoint  # those who read runs know no config
+        os.environ["AWS_ENDPOINT_URL_S3"] = config.store.endpoint  # readers of runs do not see the config
     names = [one.folder for one in finished]
     names += [folder for one in finished for folder in _finished_controls(one)]
     title, uri = section.title or plan.name, config.tracking.uri
@@ -212,7 +212,7 @@ def _finished_controls(run: SweepRun) -> list[str]:
 
 
 def compare_finished(plan: SweepPlan, source: str) -> None:
-    """`sweep --compare`: what has finished so far."""
+    """Compare the runs that have finished so far (`sweep --compare`)."""
     output_paths.check_folder(report_folder(plan), "compare.out")
     compare_runs(plan, source, {one.name: read_status(one).state for one in plan.runs})
 
@@ -221,7 +221,7 @@ def compare_finished(plan: SweepPlan, source: str) -> None:
 
 
 def print_status(plan: SweepPlan, as_json: bool) -> None:
-    """A line per run: state, round, step, sparsity and PSNR of its last ticket."""
+    """Print a line per run: state, round, step, and sparsity and PSNR of its last ticket."""
     statuses = {one.name: read_status(one) for one in plan.runs}
     if as_json:
         print(json.dumps([statuses[one.name].row(one) for one in plan.runs], indent=1))
@@ -230,7 +230,7 @@ def print_status(plan: SweepPlan, as_json: bool) -> None:
 
 
 def submit(plan: SweepPlan, source: str) -> None:
-    """Hand the runs that have not finished to SLURM, as one array of `slots` at a time. Raises UserError."""
+    """Submit the unfinished runs to SLURM as one job array, `slots` at a time. Raises UserError."""
     check_sweep(plan, source, _launch_file_of(plan))
     states = {one.name: read_status(one).state for one in plan.runs}
     unfinished = [one for one in plan.runs if states[one.name] not in ("finished", "running")]
@@ -245,7 +245,7 @@ def submit(plan: SweepPlan, source: str) -> None:
     if not BATCH.is_file():
         raise UserError(f"no file at {BATCH}. Call this where the repository's launch/ lies, as for train.")
     text = "".join(f"{spec.command_line(plan, one)}\n" for one in unfinished).encode()
-    # One name never changes its content: tasks that wait in SLURM's queue read their line later.
+    # The name depends on the content, because queued SLURM tasks read their line of this file later.
     commands = plan.local_folder / f"commands-{hashlib.sha256(text).hexdigest()[:8]}.txt"
     Folder(plan.local_folder).put(commands.name, text)
     array = f"--array=1-{len(unfinished)}%{plan.sweep.slots}"

@@ -1,1 +1,1 @@
-"""Folders of images to shards."""
+"""Building and checking shards from folders of images."""

@@ -1,7 +1,7 @@
-"""Builds WebDataset shards and a manifest from folders of images: the same recipe and images give the same bytes.
+"""Builds WebDataset shards and a manifest from folders of images; equal recipes and images give identical bytes.
 
-Any number of ranks and of processes work on one build, into a folder or any other store. A shard is encoded into a
-file of this machine's folder for temporary files and then put into the store, so that it is there whole or not at all.
+Any number of ranks and worker processes can share one build into a folder or any other store. Each shard is encoded
+into a local temporary file and then uploaded, so that the store never holds a partial shard.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mirl_dist.storage.hashing import digest_of_file
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What a worker needs besides the plan of its shard. recorded: shards that an earlier try may have written."""
+    """What a worker needs besides the plan of its shard. recorded: shards recorded as done by an interrupted build."""
 
     store: Store
     name: str
@@ -41,12 +41,12 @@ class ShardJob:
 def build(
     recipe: Recipe, store: Store, workers: int, progress: ProgressCallback, group: WorkerGroup = SINGLE_PROCESS
 ) -> Manifest:
-    """Write the shards of a recipe into a store; the manifest comes last and vouches for the rest.
+    """Write the shards of a recipe into a store, then the manifest that makes them valid, and return it.
 
-    workers: processes of each rank, 1 or more; the bytes depend neither on it nor on the number of ranks. Shards of
-    the same recipe that lie there whole are kept, also those of a build that was killed.
-    Raises UserError, on every rank: before any image is read, for a store that holds something else, that another build
-    is writing into, or that some rank cannot write; then for images that cannot be used (all listed at once).
+    workers: processes per rank, at least 1. The bytes depend neither on it nor on the number of ranks. Intact shards of
+    the same recipe are kept, including those of a killed build.
+    Raises UserError, on every rank: before any image is read, if the store holds something else, is in use by another
+    build, or cannot be written by every rank; then for unusable images (all listed at once).
     """
     with ExitStack() as stack:
         group.on_main(lambda: stack.enter_context(resume.lock_folder(store)))
@@ -76,7 +76,7 @@ def build(
 
 
 def _check_writable(store: Store, name: str, group: WorkerGroup, progress: ProgressCallback) -> None:
-    """Check that every rank can write and remove, that all see one store, and that a build may use what it holds."""
+    """Check that every rank can write to and remove from the same store, and that its content allows this build."""
     probe = group.on_main(lambda: resume.put_probe(store))
     try:
         distributed_map(
@@ -85,12 +85,12 @@ def _check_writable(store: Store, name: str, group: WorkerGroup, progress: Progr
         group.on_main(lambda: resume.check_resumable(store, name))
     finally:
         if group.rank == 0:
-            with suppress(UserError):  # that probes can be removed is proven, or what cannot be is being told
+            with suppress(UserError):  # each rank has removed a probe of its own, or its error is being raised
                 store.remove(probe)
 
 
 def _store_manifest(store: Store, manifest: Manifest) -> None:
-    """Check that all shards are there, then store the contact sheet and, last, the manifest."""
+    """Check that all shards are present, then store the contact sheet and, last, the manifest."""
     for shard in manifest.shards:
         try:
             size = store.size(shard.name)
@@ -107,9 +107,9 @@ def _store_manifest(store: Store, manifest: Manifest) -> None:
 
 
 def write_shard(job: ShardJob, plan: ShardPlan) -> Shard:
-    """Encode one shard's samples and store its tar, its index and its record; kept where an earlier try did that.
+    """Encode the samples of one shard, and store its tar, index and record, unless an interrupted build already did.
 
-    Raises UserError for an image that changed since it was checked, and for a full disk.
+    Raises UserError for an image that changed since the inspection, and for a full disk.
     """
     if plan.name in job.recorded:
         kept = resume.read_recorded_shard(job.store, plan.name, job.fingerprint)
@@ -138,7 +138,7 @@ def write_shard(job: ShardJob, plan: ShardPlan) -> Shard:
 
 @contextmanager
 def _temporary_file() -> Iterator[Path]:
-    """Make a file on this machine that is removed after use; on Linux also when its process is killed."""
+    """Yield the path of a temporary file that is removed after use; on Linux even if its process is killed."""
     with ExitStack() as stack:
         try:
             if Path("/proc/self/fd").is_dir():
@@ -159,8 +159,8 @@ def _no_room_error(error: OSError) -> UserError:
 
 
 def _write_tar(plan: ShardPlan, path: Path) -> tuple[Index, int, str]:
-    """Write one tar; return its index, its size in bytes, and its SHA-256."""
-    import webdataset  # here, because it brings torch along
+    """Write one tar; return its index, its size in bytes, and its hex SHA-256."""
+    import webdataset  # imported here because it imports torch
 
     try:
         with (
@@ -177,7 +177,7 @@ def _write_tar(plan: ShardPlan, path: Path) -> tuple[Index, int, str]:
 
 
 def build_index(tar: Path, items: tuple[LayoutItem, ...]) -> Index:
-    """Find where every member of the samples lies in a tar."""
+    """Return the index of a tar: offset, size and SHA-256 of every member of its samples."""
     parts: dict[str, dict[str, Part]] = {item.key: {} for item in items}
     with tar.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
         for member in opened.getmembers():

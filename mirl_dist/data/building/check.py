@@ -1,4 +1,4 @@
-"""Compares built shards with their manifest: every byte is read, every image decoded."""
+"""Checks built shards against their manifest by reading every byte and decoding every image."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from mirl_dist.storage.retry import DEFAULT_PATIENCE, download, to_stderr
 
 
 def check(store: Store, workers: int, progress: ProgressCallback) -> list[str]:
-    """List every fault of built shards, by name; an empty list means that they are whole. workers: processes.
+    """Return every fault of built shards, by name; an empty list means that they are intact. workers: processes.
 
-    Raises UserError for a place without a manifest that can be read, of which nothing can be said.
+    Raises UserError if the manifest is missing or invalid, in which case nothing can be checked.
     """
     try:
         manifest = read_manifest(store.get(MANIFEST), store.where(MANIFEST))
@@ -56,7 +56,7 @@ def check(store: Store, workers: int, progress: ProgressCallback) -> list[str]:
 
 
 def _find_unlisted_files(store: Store, manifest: Manifest) -> Iterator[str]:
-    """Find shards in the store that the manifest does not name. The web has no listing: nothing is said there."""
+    """Yield shard and index files in the store that the manifest does not list; none if the store cannot be listed."""
     named = {name for shard in manifest.shards for name in (shard.name, shard.index_name)}
     try:
         names = store.list("")
@@ -69,7 +69,7 @@ def _find_unlisted_files(store: Store, manifest: Manifest) -> Iterator[str]:
 
 @contextmanager
 def _local_copy(store: Store, shard: Shard) -> Iterator[Path]:
-    """Give a shard as a file of this machine: the one in a folder itself, else a copy for the `with` block."""
+    """Yield a local file of a shard: the original in a folder store, otherwise a temporary download."""
     size = store.size(shard.name)
     if isinstance(store, Folder):
         yield Path(store.where(shard.name))
@@ -86,7 +86,7 @@ def _local_copy(store: Store, shard: Shard) -> Iterator[Path]:
 
 
 def _check_shard(store: Store, shard: Shard) -> tuple[list[str], list[str]]:
-    """Find the faults of one shard; return them and its keys."""
+    """Return the faults and the sample keys of one shard."""
     faults: list[str] = []
     keys: list[str] = []
     try:
@@ -120,9 +120,9 @@ def _check_digest(tar: Path, shard: Shard) -> Iterator[str]:
 
 
 def _check_tar(tar: Path, shard: Shard, parts: dict[str, Part]) -> Iterator[str]:
-    """Check that a tar holds what the index says, where it says, and plain files under safe names alone.
+    """Check that a tar has exactly the members of the index at their offsets, all plain files with safe names.
 
-    parts: the members that the index names; none for an index that cannot be read.
+    parts: the members that the index lists; empty if the index cannot be read.
     """
     members: dict[str, tuple[int, int]] = {}
     try:
@@ -148,7 +148,7 @@ def _check_tar(tar: Path, shard: Shard, parts: dict[str, Part]) -> Iterator[str]
 
 
 def _explain_unsafe(member: tarfile.TarInfo) -> str | None:
-    """Say why a member must not be unpacked; None where it may."""
+    """Return why a member is unsafe to unpack; None if it is safe."""
     if not member.isreg():
         return "which is a link, a folder or a device: only plain files belong there"
     key, _, name = member.name.partition(".")
@@ -158,7 +158,7 @@ def _explain_unsafe(member: tarfile.TarInfo) -> str | None:
 
 
 def _check_sample(stream: BinaryIO, shard: Shard, entry: SampleEntry) -> Iterator[str]:
-    """Check digests, images and notes of one sample."""
+    """Check the digests, images and notes of one sample."""
     for name, part in entry.parts.items():
         label = f"{shard.name}: {entry.key}.{name}"
         stream.seek(part.offset)

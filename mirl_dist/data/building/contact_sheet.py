@@ -1,4 +1,4 @@
-"""Shows people what was built: a table of the sets, and a sheet with samples of each."""
+"""Summaries of built shards: a table of the sets, and a contact sheet with samples of each."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mirl_dist.storage import Store
 from mirl_dist.storage.retry import DEFAULT_PATIENCE, to_stderr, with_retries
 
 NAME = "contact_sheet.png"
-SIDE, ACROSS = 160, 8  # pixels of one crop, crops in a row
+SIDE, ACROSS = 160, 8  # pixels per side of a crop; crops per row
 
 
 class SetSummary(NamedTuple):
-    """One set: its images (or pairs), the smallest and the largest one's height and width, bytes, shards."""
+    """One set: number of images or pairs, height and width of the smallest and the largest, bytes, and shards."""
 
     role: str
     set: str
@@ -48,7 +48,7 @@ def _read_index(store: Store, shard: Shard) -> Index:
 
 
 def summarize_sets(store: Store, manifest: Manifest) -> list[SetSummary]:
-    """Summarize every set of a manifest, in its order. Raises UserError for an index that does not fit."""
+    """Summarize every set of a manifest, in its order. Raises UserError for an index that does not match."""
     return [_summarize_set(store, shards) for shards in _group_by_set(manifest)]
 
 
@@ -62,7 +62,7 @@ def _summarize_set(store: Store, shards: list[Shard]) -> SetSummary:
 
 
 def lines(store: Store, manifest: Manifest) -> list[str]:
-    """Format a table of the sets, and the address of the shards, as lines of text."""
+    """Format a table of the sets, and a line with the address of the shards."""
     head = ("role", "set", "kind", "samples", "pixels (width x height)", "MB", "shards")
     cells = [head]
     for row in summarize_sets(store, manifest):
@@ -72,7 +72,7 @@ def lines(store: Store, manifest: Manifest) -> list[str]:
             (row.role, row.set, row.kind, f"{row.samples:,}", pixels, f"{row.bytes / 1e6:.1f}", f"{row.shards}")
         )
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
-    right = {3, 5, 6}  # numbers
+    right = {3, 5, 6}  # right-aligned columns: numbers
 
     def text(line: tuple[str, ...]) -> str:
         placed = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
@@ -87,7 +87,7 @@ def lines(store: Store, manifest: Manifest) -> list[str]:
 
 
 def draw_sheet(store: Store, manifest: Manifest) -> bytes:
-    """Draw a PNG file with a row for every set: centres of its first samples, in the order of the shards."""
+    """Draw a PNG file with one row per set: centre crops of its first samples, in shard order."""
     rows = []
     for shards in _group_by_set(manifest):
         crops: list[Pixels] = []
@@ -106,7 +106,7 @@ def _iterate_samples(store: Store, shards: list[Shard]) -> Iterator[tuple[Shard,
 
 
 def _crop_centre(store: Store, shard: Shard, part: Part) -> Pixels:
-    """Read the centre of an image in a shard, on white where the image is smaller."""
+    """Read the centre of an image, uint8 (SIDE, SIDE, 3), padded with white if the image is smaller."""
     centre = image_strip.centre(decode(_read_member(store, shard, part)), SIDE)
     height, width = centre.shape[:2]
     filled = np.full((SIDE, SIDE, 3), 255, np.uint8)
@@ -116,7 +116,7 @@ def _crop_centre(store: Store, shard: Shard, part: Part) -> Pixels:
 
 
 def _read_member(store: Store, shard: Shard, part: Part) -> bytes:
-    """Read the bytes of one member, without the rest of its shard."""
+    """Read the bytes of one member, without reading the whole shard."""
 
     def read() -> bytes:
         data = bytearray()

@@ -1,6 +1,6 @@
-"""Real photographs inside scikit-image's wheel: enough for a demo without any download.
+"""Photographs from scikit-image's wheel, enough for a demo without downloads.
 
-Two views of one scene would leak from training into evaluation, so only one of each scene is known here.
+Only one view of each scene is listed, because a second view would leak from training into evaluation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mirl_dist.errors import UserError
 
 
 class Photograph(NamedTuple):
-    """A file in scikit-image's folder of data, and its disparity's file where it has one."""
+    """A file in scikit-image's data folder, and the file of its disparity map, if any."""
 
     file: str
     disparity: str | None = None
@@ -32,11 +32,14 @@ PHOTOGRAPHS = {
     "retina": Photograph("retina.jpg"),
     "rocket": Photograph("rocket.jpg"),
 }
-DISPARITY_OFFSET = 31.086  # pixels between the principal points: calibration of Middlebury 2014's motorcycle
+DISPARITY_OFFSET = 31.086  # pixels between the principal points, from the calibration of Middlebury 2014's motorcycle
 
 
 def locate(name: str) -> tuple[Path, Path | None]:
-    """The paths of a photograph and of its disparity. Raises UserError for an unknown name or a missing file."""
+    """Return the paths of a photograph and of its disparity map.
+
+    Raises UserError for an unknown name or a missing file.
+    """
     if name not in PHOTOGRAPHS:
         raise UserError(f"no photograph is named '{name}'. Known are: {', '.join(PHOTOGRAPHS)}.")
     package = importlib.util.find_spec("skimage")
@@ -51,10 +54,11 @@ def locate(name: str) -> tuple[Path, Path | None]:
 
 
 def depth_from_disparity(disparity: Plane) -> Plane:
-    """Depth in (0, 1], the farthest point 1. disparity: float (H, W) in pixels, not finite where unknown.
+    """Compute depth in (0, 1], 1 at the farthest point. disparity: float (H, W) in pixels, non-finite where unknown.
 
-    Unknown points are mostly hidden from one of the two cameras, so they take the farther (smaller) of the
-    nearest known disparities to their left and right; a row without any takes the farthest of the image.
+    Unknown points are mostly occluded in one of the two views. So they take the smaller (farther) of the nearest known
+    disparities to their left and right; in rows without any known value, the smallest of the image.
+    Raises UserError without any finite disparity.
     """
     known = np.isfinite(disparity)
     if not known.any():
@@ -72,9 +76,9 @@ def depth_from_disparity(disparity: Plane) -> Plane:
 
 
 def depth(height: int, width: int, disparity: Path | None) -> Plane:
-    """Depth in [0, 1] of an image, (height, width): true where a disparity is known, else a stand-in.
+    """Return the depth of an image, float64 (height, width) in [0, 1]: from its disparity map, or else a placeholder.
 
-    The stand-in knows nothing of the scene: it rises evenly from 0.1 at the lower border to 1 at the upper.
+    The placeholder is independent of the scene: linear from 0.1 at the lower border to 1 at the upper.
     """
     if disparity is None:
         return np.repeat(np.linspace(1.0, 0.1, height)[:, None], width, axis=1)

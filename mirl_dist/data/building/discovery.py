@@ -1,4 +1,4 @@
-"""Finds the files of a recipe, and the clean image of each degraded one: by names alone, without reading pixels."""
+"""Finds the files of a recipe, and pairs degraded with clean images, by file name and without reading pixels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHOWN, EXAMPLES = 20, 3
 
 @dataclass(frozen=True)
 class SourceImage:
-    """One image or pair of one set. `name` is the degraded (else the clean) file's path below its folder."""
+    """One image or pair of a set. name: path of the degraded (or only) file relative to its folder."""
 
     role: Role
     set: str
@@ -45,7 +45,7 @@ class SourceImage:
 
 @dataclass(frozen=True)
 class ImageProblem:
-    """Why something cannot be used. `path` and `expected` name this machine's folders, the rest does not."""
+    """Why an image or pair cannot be used. Only `path` and `expected` contain paths of this machine."""
 
     label: str
     name: str
@@ -61,32 +61,32 @@ class ImageProblem:
 
 
 def printable(path: str | Path) -> str:
-    """A file name as valid text, whatever bytes it has on disk."""
+    """Return a file name as valid text; bytes that are not UTF-8 are escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def format_complaints(complaints: Sequence[str], heading: str, advice: str) -> str:
-    """Format the text of a UserError about many files: at most SHOWN of them, and how many more."""
+    """Format a UserError's text about many files: at most SHOWN of them, and the number of the others."""
     more = [f"and {len(complaints) - SHOWN} more"] if len(complaints) > SHOWN else []
     return "\n".join([heading, *(f"  {c}" for c in [*complaints[:SHOWN], *more]), advice])
 
 
 def compile_template(names: str) -> re.Pattern[str]:
-    """Compile a name template to a pattern. {id} takes as much as it can, {any} at least one character, neither a /."""
+    """Compile a name template to a pattern. {id} is greedy, {any} is not; both match one or more characters but '/'."""
     parts = re.split(r"(\{first\}|\{id\}|\{any\})", names.replace("{id}", "{first}", 1))
     known = {"{first}": "(?P<id>[^/]+)", "{id}": "([^/]+)", "{any}": "[^/]+?"}
     return re.compile("".join(known.get(part, re.escape(part)) for part in parts))
 
 
 def _fill_template(names: str, identity: str) -> str:
-    """Fill an identity into a name template."""
+    """Substitute an identity into a name template."""
     for part in identity.split("/"):
         names = names.replace("{id}", part, 1)
     return names
 
 
 def list_files(folder: ImageFolder) -> tuple[Path, dict[str, Path]]:
-    """List the images of a folder by their path below it, in order, after its own path. Raises UserError for none."""
+    """Return a folder's path, and its images by relative path, sorted. Raises UserError if there are none."""
     root = expand_folder(folder.folder)
     if not root.is_dir():
         near = next((p for p in root.parents if p.is_dir()), Path("."))
@@ -111,7 +111,7 @@ def list_files(folder: ImageFolder) -> tuple[Path, dict[str, Path]]:
 
 
 def _group_by_id(folder: ImageFolder, label: str) -> tuple[dict[str, list[tuple[str, Path]]], list[ImageProblem]]:
-    """Group the folder's files by the {id} in their names, with complaints about names without any."""
+    """Group the files of a folder by the {id} in their names; also return complaints about names that do not match."""
     pattern, whole = compile_template(folder.names), "/" in folder.names
     by_id: dict[str, list[tuple[str, Path]]] = {}
     complaints = []
@@ -156,7 +156,7 @@ def _pair_images(
 
 
 def _find_set_images(role: Role, one: ImageSet) -> tuple[list[SourceImage], list[ImageProblem]]:
-    """Find all images or pairs of one set, in the order of their names."""
+    """Return all images or pairs of one set, sorted by name, and complaints."""
     if one.photographs:
         return [
             SourceImage(role, one.set, one.kind, path.name, path, None, one.make, one.versions, disparity)
@@ -171,13 +171,13 @@ def _find_set_images(role: Role, one: ImageSet) -> tuple[list[SourceImage], list
 
 
 def count_kept(fraction: float, count: int) -> int:
-    """How many of `count` a fraction keeps: the nearest whole number, halves up, at least one."""
-    exact = Fraction(str(fraction)) * count  # 0.05 means one twentieth here, not the float beside it
+    """Return the nearest integer to fraction * count, halves up, at least 1."""
+    exact = Fraction(str(fraction)) * count  # the decimal that the user wrote, without float rounding
     return max(1, int(exact + Fraction(1, 2)))
 
 
 def _draw_sample(pictures: list[SourceImage], image_set: ImageSet, seed: int) -> list[SourceImage]:
-    """Draw what `limit` or `fraction` keeps, whatever order the files came in, in the order of names."""
+    """Draw the subset for `limit` or `fraction`, independent of the order of files; the result is sorted by name."""
     keep = image_set.limit if image_set.limit is not None else len(pictures)
     if image_set.fraction is not None:
         keep = count_kept(image_set.fraction, len(pictures))
@@ -191,7 +191,7 @@ def _draw_sample(pictures: list[SourceImage], image_set: ImageSet, seed: int) ->
 
 
 def _describe_miscount(image_set: ImageSet, count: int, uncounted: Sequence[ImageProblem]) -> str:
-    """Describe a set of another size than its official one."""
+    """Return the message for a set whose size is not the expected one."""
     places = [
         f"{expand_folder(f.folder)} ({', '.join(f.include)})"
         for f in (image_set.degraded, image_set.clean)
@@ -207,10 +207,10 @@ def _describe_miscount(image_set: ImageSet, count: int, uncounted: Sequence[Imag
 
 
 def find_images(recipe: Recipe) -> tuple[list[SourceImage], list[ImageProblem]]:
-    """Find every image or pair that a recipe means, set by set, and everything that does not fit.
+    """Return every image or pair of a recipe, set by set, and complaints about files that do not fit.
 
-    Raises UserError that names all folders which are missing or hold no image, all unset variables, and all sets which
-    hold another number than expected, each with the recipe's words on where the set can be had.
+    Raises UserError naming all missing or empty folders, unset variables, and sets of another size than expected, each
+    with the recipe's note on where to get the set.
     """
     pictures: list[SourceImage] = []
     complaints: list[ImageProblem] = []

@@ -1,4 +1,4 @@
-"""Encodes an image or pair as the members of its sample, in PPM or PNG; degraded where the recipe says so."""
+"""Encodes an image or pair as the tar members of a sample, in PPM or PNG, making the degraded image if required."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from mirl_dist.data.image_files import ImageRefused, decode
 from mirl_dist.data.manifest import CLEAN, DEGRADED, NOTES, ImageFormat, ppm_header
 from mirl_dist.errors import UserError
 
-PNG_LEVEL = 4  # measured on photographs: 0.7 % larger than level 9 in half of its time
+PNG_LEVEL = 4  # measured on photographs: 0.7 % larger than level 9 in half the time
 
 
 def encode_png(pixels: Pixels) -> bytes:
-    """Encode as the bytes of a PNG file, the same for the same pixels and version of Pillow."""
+    """Encode as PNG. The bytes are deterministic for a given version of Pillow."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=PNG_LEVEL)
     return buffer.getvalue()
 
 
 def encode_ppm(pixels: Pixels) -> bytes:
-    """Encode as the bytes of a binary PPM file: a header that the size alone decides, then the pixels as they are."""
+    """Encode as binary PPM: a header that depends only on the size, then the raw pixels."""
     return ppm_header(*pixels.shape[:2]) + pixels.tobytes()
 
 
@@ -39,7 +39,7 @@ ENCODE: dict[ImageFormat, Callable[[Pixels], bytes]] = {"ppm": encode_ppm, "png"
 
 
 def _read_unchanged(path: Path, digest: str) -> Pixels:
-    """Read the pixels of a file. Raises UserError where it has changed since it was checked."""
+    """Read the pixels of a file. Raises UserError if it changed since the inspection."""
     try:
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() == digest:
@@ -50,7 +50,7 @@ def _read_unchanged(path: Path, digest: str) -> Pixels:
 
 
 def _make_degraded(item: LayoutItem, clean: Pixels, seed: int) -> Pixels:
-    """Make the degraded image of a whole clean one, as the recipe says."""
+    """Make the degraded version of a whole clean image with `picture.make`."""
     picture = item.picture
     assert picture.make is not None
     image_rng = rng(seed, picture.make, item.key)
@@ -64,9 +64,9 @@ def _make_degraded(item: LayoutItem, clean: Pixels, seed: int) -> Pixels:
 
 
 def encode_members(item: LayoutItem, seed: int) -> dict[str, bytes]:
-    """Encode the members of one sample by their names without the key. Raises UserError for a file that changed.
+    """Return the members of one sample by name without the key. Raises UserError for a file that changed.
 
-    A made degradation depends on nothing but the seed, the sample's key and the whole image's pixels.
+    A synthetic degradation depends only on the seed, the sample's key and the pixels of the whole image.
     """
     picture, box = item.picture, item.box
     images = [_read_unchanged(file, digest) for file, digest in zip(picture.files, item.digests, strict=True)]

@@ -1,4 +1,4 @@
-"""Inspects all images of a recipe before any work: which can be used, and what is wrong with the others."""
+"""Inspects all images of a recipe before building: which are usable, and what is wrong with the others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mirl_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Inspection:
-    """What can be built: images, what is known of their files, what is skipped and why, and the fingerprint."""
+    """What can be built: usable images, facts about their files, what is skipped and why, and the fingerprint."""
 
     images: tuple[SourceImage, ...]
     file_info: Mapping[Path, ImageInfo]
@@ -26,10 +26,10 @@ class Inspection:
 
 
 def inspect_images(recipe: Recipe, workers: int, progress: ProgressCallback, group: WorkerGroup) -> Inspection:
-    """Find, pair, read and decode every image of a recipe: names by rank 0, files shared by all ranks.
+    """Find, pair, read and decode every image of a recipe. Rank 0 lists the files; all ranks share reading them.
 
-    Raises UserError, on every rank, that lists what cannot be used (recipe.broken: stop), sets without any usable
-    image, and images that serve both training and evaluation.
+    Raises UserError, on every rank, listing unusable images (with recipe.broken: stop), sets without a usable image, or
+    images that are in both training and evaluation.
     """
     pictures, complaints = group.on_main(lambda: find_images(recipe))
     paths = sorted({file for picture in pictures for file in picture.files})
@@ -64,7 +64,7 @@ def _select_usable(
 
 
 def _find_problems(picture: SourceImage, file_info: Mapping[Path, ImageInfo], least: int) -> list[ImageProblem]:
-    """Find why an image or pair cannot be used."""
+    """Return why an image or pair cannot be used; empty if it can."""
 
     def complaint(file: Path, problem: str) -> ImageProblem:
         name = printable(picture.name)
@@ -101,7 +101,7 @@ def _check_empty_sets(recipe: Recipe, pictures: Iterable[SourceImage], complaint
 
 
 def _check_overlap(pictures: Iterable[SourceImage], file_info: Mapping[Path, ImageInfo]) -> None:
-    """Check that no image is both trained on and scored on, in whatever format: its score would be worthless."""
+    """Raise UserError if images with equal pixels are in both training and evaluation: scores would be invalid."""
     trained: dict[str, Path] = {}
     scored: dict[str, Path] = {}
     for picture in pictures:
@@ -125,7 +125,7 @@ def _check_overlap(pictures: Iterable[SourceImage], file_info: Mapping[Path, Ima
 def fingerprint(
     recipe: Recipe, pictures: Iterable[SourceImage], file_info: Mapping[Path, ImageInfo], skipped: tuple[str, ...]
 ) -> str:
-    """Compute the hex SHA-256 of the recipe without its places, what it skips, and every file's name and SHA-256."""
+    """Return the hex SHA-256 of the recipe (without locations), the skipped images, and all file names and digests."""
     sources = []
     for picture in pictures:
         row = [picture.label, printable(picture.name)]

@@ -1,4 +1,4 @@
-"""Assigns samples to shards before any pixel is encoded: arithmetic on names and sizes."""
+"""Assigns samples to shards before encoding, from names and sizes only."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.image_files import ImageInfo
 from mirl_dist.data.manifest import ImageFormat, ppm_header
 
-PNG_SHARE = 0.6  # of the raw bytes: about what PNG leaves of photographs
-BLOCK = 512  # of a tar: every member takes a header and its data, each filled up to whole blocks
+PNG_SHARE = 0.6  # approximate PNG size of photographs, relative to raw bytes
+BLOCK = 512  # bytes; in a tar, the header and the data of every member are padded to whole blocks
 
 
 @dataclass(frozen=True)
 class CentreBox:
-    """A part of an image, in pixels: top and left corner, height and width."""
+    """A rectangle of an image in pixels: its top-left corner (y, x), height and width."""
 
     y: int
     x: int
@@ -31,8 +31,10 @@ class CentreBox:
 
 @dataclass(frozen=True)
 class LayoutItem:
-    """One sample to store: its key, its picture, which version of a made degradation, the digests the files had when
-    checked, the part to keep, and how."""
+    """One sample to store.
+
+    version: of a synthetic degradation. digests: of the files at inspection. box: the part to keep. form: the format.
+    """
 
     key: str
     picture: SourceImage
@@ -44,7 +46,7 @@ class LayoutItem:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One tar to write, with its samples in order."""
+    """One tar to write: its name, the recipe's seed, and its samples in order."""
 
     name: str
     seed: int
@@ -52,20 +54,20 @@ class ShardPlan:
 
 
 def centre_box(height: int, width: int, side: int | None) -> CentreBox:
-    """The centre of an image, at most `side` pixels high and wide; the whole image for None."""
+    """Return the centre of an image, at most `side` x `side` pixels; the whole image if `side` is None."""
     h, w = (height, width) if side is None else (min(height, side), min(width, side))
     return CentreBox((height - h) // 2, (width - w) // 2, h, w)
 
 
 def _sample_name(picture: SourceImage, version: int) -> str:
-    """Name a sample among those of its set; further versions of a made degradation are further samples."""
+    """Return a name that is unique in the set; each version of a synthetic degradation is a separate sample."""
     return printable(picture.name) + (f"/{version}" if version else "")
 
 
 def sample_key(picture: SourceImage, version: int = 0) -> str:
-    """Make a sample's key: readable, without dots and slashes, the same for the same file wherever it lies.
+    """Return a sample's key: readable, without dots and slashes, and independent of the folder's location.
 
-    At most 69 characters, so that `key.degraded.ppm` fits the 100 of a plain tar header.
+    It has at most 69 characters, so that `key.degraded.ppm` fits into the 100 of a plain tar header.
     """
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(printable(picture.name)).stem)[:24]
     digest = hashlib.sha256(_sample_name(picture, version).encode()).hexdigest()[:8]
@@ -73,7 +75,7 @@ def sample_key(picture: SourceImage, version: int = 0) -> str:
 
 
 def _shuffle(items: Sequence[LayoutItem], seed: int) -> list[LayoutItem]:
-    """Shuffle training samples into an order drawn from seed and names, so that every shard is a sample of its set."""
+    """Shuffle training samples by seed and name, so that every shard is a random sample of its set."""
 
     def sort_key(item: LayoutItem) -> bytes:
         name = _sample_name(item.picture, item.version)
@@ -83,7 +85,7 @@ def _shuffle(items: Sequence[LayoutItem], seed: int) -> list[LayoutItem]:
 
 
 def _split_evenly(weights: Sequence[float], limit: float) -> list[list[int]]:
-    """Split positions into consecutive groups of nearly equal weight, none empty, of about `limit` at most."""
+    """Split positions into consecutive, non-empty groups of nearly equal weight, of about `limit` at most."""
     total = sum(weights)
     count = math.ceil(total / limit)
     middles = [after - weight / 2 for weight, after in zip(weights, accumulate(weights), strict=True)]
@@ -91,7 +93,7 @@ def _split_evenly(weights: Sequence[float], limit: float) -> list[list[int]]:
 
 
 def _estimate_bytes(item: LayoutItem) -> float:
-    """Estimate the bytes of a sample in a tar; exact for PPM."""
+    """Estimate the size of a sample in a tar, in bytes; exact for PPM."""
     raw = len(ppm_header(item.box.height, item.box.width)) + 3 * item.box.height * item.box.width
     image = raw if item.form == "ppm" else int(PNG_SHARE * raw)
     images = 1 if item.picture.kind == "clean" else 2
@@ -101,7 +103,7 @@ def _estimate_bytes(item: LayoutItem) -> float:
 def plan_shards(
     recipe: Recipe, pictures: Sequence[SourceImage], file_info: Mapping[Path, ImageInfo]
 ) -> list[ShardPlan]:
-    """Plan the tars of a recipe. pictures: those to use, grouped by set; file_info: of their files."""
+    """Return the plans of all tars of a recipe. pictures: usable images, grouped by set. file_info: of their files."""
     centres = {e.set: e.centre_pixels for e in recipe.evaluate}
     plans = []
     for (role, name), group in groupby(pictures, key=lambda p: (p.role, p.set)):

@@ -1,4 +1,4 @@
-"""A recipe: which folders of images become which sets of shards. Typed YAML, checked as a whole."""
+"""Recipes, which define how folders of images become sets of shards: typed YAML, validated as a whole."""
 
 from __future__ import annotations
 
@@ -24,44 +24,44 @@ MAKES: dict[Make, Kind] = {"rain": "derain", "haze": "dehaze", "snow": "desnow"}
 
 
 class ImageFolder(Node):
-    """Images of one folder. `folder` may hold `${NAME}`: the value of that environment variable."""
+    """The images of one folder. `folder` may contain `${NAME}`, the value of an environment variable."""
 
     folder: str = Field(min_length=1)
     include: tuple[str, ...] = ("*",)
-    """Globs below the folder, `**/*` for all depths. Only images' endings count, no name with a dot first."""
+    """Globs relative to the folder; `**/*` for all depths. Only files with image suffixes match, and no hidden ones."""
     exclude: tuple[str, ...] = ()
-    """Globs of names (paths below the folder) to leave out."""
+    """Globs of relative paths to exclude."""
     names: str = "{id}"
-    """How a file's name without its ending is made: `rain-{id}`; in `{id}_{any}` {id} takes what it can.
+    """Template of file names without suffix, such as `rain-{id}`. In `{id}_{any}`, {id} is greedy.
 
-    With a `/` it describes the path below the folder: `{id}/blur/{id}`, whose two {id} are one identity.
+    With a `/` it describes the relative path, such as `{id}/blur/{id}`; the {id} together form one identity.
     """
 
 
 class ImageSet(Node):
-    """One set: clean images alone (kind clean), pairs of two folders, or clean images and a made degradation."""
+    """One set: clean images (kind clean), pairs from two folders, or clean images with a synthetic degradation."""
 
     set: SetName
     kind: Kind
     clean: ImageFolder | None = None
     degraded: ImageFolder | None = None
     photographs: tuple[str, ...] = ()
-    """Instead of `clean`: photographs that lie inside scikit-image, by name."""
+    """Instead of `clean`: names of photographs in scikit-image."""
     make: Make | None = None
     """Instead of `degraded`: a synthetic degradation, seeded by the recipe's seed and the sample's key."""
     versions: PositiveInt = 1
-    """How many degraded versions `make` makes of each clean image, each a pair of its own, as in OTS."""
+    """Number of degraded versions that `make` makes of each clean image, each a separate pair, as in OTS."""
     unused_clean: bool = False
-    """True where the clean folder holds images that no degraded one belongs to, as in OTS."""
+    """Allow clean images without a degraded partner, as in OTS."""
     expect: PositiveInt | None = None
-    """Images or pairs which the official set has; another count stops the build."""
+    """Number of images or pairs in the official set; another count stops the build."""
     get: str = ""
-    """Where the set can be had and under which terms; shown where it is missing or incomplete."""
+    """Where to get the set and under which terms; shown if it is missing or incomplete."""
     limit: PositiveInt | None = None
     fraction: Share | None = None
-    """Keep so many, or this share (to the nearest image), of the images or pairs, drawn by seed and name."""
+    """Keep this number (limit) or fraction (rounded) of the images or pairs, drawn by seed and name."""
     draw_seed: Seed | None = None
-    """The seed of that draw alone. Null: the recipe's."""
+    """Seed of that draw only. Null: the recipe's seed."""
 
     def inconsistencies(self) -> list[str]:
         problems = []
@@ -98,32 +98,32 @@ class ImageSet(Node):
 
 
 class EvaluateSet(ImageSet):
-    """A set to score on: whole images, or their centres."""
+    """An evaluation set: whole images, or their centres."""
 
     centre_pixels: PositiveInt | None = None
     """Side of the centre to keep. Null: the whole image."""
 
 
 class Recipe(Node):
-    """Everything that decides the bytes of a folder of shards, beside the images themselves."""
+    """Everything, besides the images, that determines the bytes of the shards."""
 
     name: str = Field(min_length=1)
     seed: Seed = 0
     train_format: ImageFormat = "ppm"
-    """How training images are stored: ppm (raw pixels, read without decoding) or png. Evaluation is always png."""
+    """Format of training images: ppm (raw pixels, read without decoding) or png. Evaluation images are always png."""
     least_pixels: PositiveInt = 64
-    """Training images with a shorter side are a complaint: no patch could be cut from them."""
+    """Minimum side of training images; smaller ones are unusable, because no patch can be cropped from them."""
     shard_megabytes: Annotated[float, Field(gt=0)] = 64
-    """About the size of one tar; by the pixels' count for PNG, whose true size is known only afterwards."""
+    """Approximate size of one tar in MiB; for PNG, estimated from the number of pixels."""
     broken: Literal["stop", "skip"] = "stop"
-    """What to do about images that cannot be used: stop and list them all, or leave out and list them."""
+    """Policy for unusable images: stop and list them all, or skip and list them."""
     allow_overlap: bool = False
-    """True lets an image serve both training and evaluation."""
+    """Allow images to be in both training and evaluation."""
     train: tuple[ImageSet, ...] = ()
     evaluate: tuple[EvaluateSet, ...] = ()
 
     def sets(self) -> Iterator[tuple[Role, ImageSet]]:
-        """All sets with their role, training first."""
+        """Yield all sets with their roles, training first."""
         for one in self.train:
             yield "train", one
         for other in self.evaluate:
@@ -143,7 +143,7 @@ class Recipe(Node):
         return problems
 
     def content(self) -> dict[str, Any]:
-        """The recipe without the places and the words about its sets: what its fingerprint counts."""
+        """Return the part of the recipe that its fingerprint covers: without folders, `expect` and `get`."""
         everywhere: Any = {"clean": {"folder"}, "degraded": {"folder"}, "expect": True, "get": True}
         return self.model_dump(
             mode="json", exclude={"train": {"__all__": everywhere}, "evaluate": {"__all__": everywhere}}
@@ -151,12 +151,12 @@ class Recipe(Node):
 
 
 def read(path: Path, sets: Sequence[str] = ()) -> Recipe:
-    """Read a recipe. Raises UserError that lists every unknown key, wrong value and contradiction."""
+    """Read a recipe. Raises UserError listing every unknown key, invalid value and contradiction."""
     return yaml_loader.read(Recipe, path, sets, "shards/demo.yaml")
 
 
 def expand_folder(folder: str) -> Path:
-    """Expand a recipe's `folder` to a path: `${NAME}` replaced, `~` opened. Raises UserError for one not set."""
+    """Expand `${NAME}` and `~` in a recipe's `folder`. Raises UserError for an unset variable."""
 
     def value(match: re.Match[str]) -> str:
         name = match.group(1)

@@ -1,11 +1,11 @@
-"""Marks and records of an unfinished build, so that a killed one is resumed and no other build mixes in.
+"""Marks and records of an unfinished build, so that a killed build can be resumed and two builds never mix.
 
-    <shards>/.building/build.json       the fingerprint of the build that writes here
-    <shards>/.building/train-x-00000.json   written after a shard and its index: that shard is done
-    <shards>/.building/lock             in folders: held by the build that writes now
-    <shards>/.building/probe-<letters>  there for a moment before any work: the place can be written
+    <shards>/.building/build.json           the fingerprint of the build
+    <shards>/.building/train-x-00000.json   written after a shard and its index: the shard is complete
+    <shards>/.building/lock                 folders only: held by the running build
+    <shards>/.building/probe-<letters>      temporary, before any work: tests whether the store is writable
 
-All of it goes when the manifest is there.
+All of these are removed once the manifest is written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ADVICE = "Choose another --out, or remove what lies there."
 
 
 class _BuildMark(BaseModel):
-    """Whose build it is: the recipe's name and fingerprint, and in a shard's record what was written."""
+    """The identity of a build: the recipe's name and fingerprint, and, in a shard's record, the shard."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,7 +47,7 @@ class _BuildMark(BaseModel):
 
 
 def _read_mark(store: Store, name: str) -> _BuildMark | None:
-    """Read a mark; None where there is none that is valid."""
+    """Read a mark; None if it is missing or invalid."""
     try:
         return _BuildMark.model_validate_json(store.get(name))
     except (NotFound, ValidationError):
@@ -60,7 +60,7 @@ def _record_name(shard: str) -> str:
 
 @contextlib.contextmanager
 def lock_folder(store: Store) -> Iterator[None]:
-    """Keep a folder for this build alone; other stores have a marker. Raises UserError where another build writes."""
+    """Lock a folder for this build; other stores rely on the marker. Raises UserError if another build holds it."""
     if not isinstance(store, Folder):
         yield
         return
@@ -71,7 +71,7 @@ def lock_folder(store: Store) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # what a build that died needs lies there still
+            with contextlib.suppress(OSError):  # not empty: the records of an unfinished build are still needed
                 path.parent.rmdir()
                 if created:
                     out.rmdir()
@@ -84,7 +84,7 @@ def _open_lock(path: Path, out: str) -> BinaryIO:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = path.open("ab")
         except FileNotFoundError:
-            continue  # the build that ended just now took the folder away
+            continue  # another build just ended and removed the folder
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"cannot write {out}: {reason}. Make room or allow it, or choose another --out.") from None
@@ -93,22 +93,22 @@ def _open_lock(path: Path, out: str) -> BinaryIO:
         except BlockingIOError:
             handle.close()
             raise UserError(f"another build is writing into {out}. Wait for it, or choose another --out.") from None
-        except OSError:  # a file system without locks: two builds at once are then the user's care
+        except OSError:  # the file system has no locks; the user must then avoid concurrent builds
             return handle
         if path.exists() and path.stat().st_ino == os.fstat(handle.fileno()).st_ino:
             return handle
-        handle.close()  # the lock of a build that ended just now
+        handle.close()  # another build just ended and removed this file
 
 
 def put_probe(store: Store) -> str:
-    """Write a small file and return its name. Raises UserError where nothing can be written."""
+    """Write a small file and return its name. Raises UserError if the store is not writable."""
     name = f"{AREA}/probe-{uuid.uuid4().hex}"
     store.put_if_absent(name, b"mirl-dist tries whether it may write here\n")
     return name
 
 
 def check_same_store(store: Store, probe: str, rank: int) -> None:
-    """Write and remove a probe, and look for the one of rank 0. Raises UserError where any of that fails."""
+    """Write and remove a probe, and look for rank 0's probe. Raises UserError if any of these fails."""
     own_probe = put_probe(store)
     shared = store.exists(probe)
     store.remove(own_probe)
@@ -120,9 +120,9 @@ def check_same_store(store: Store, probe: str, rank: int) -> None:
 
 
 def check_resumable(store: Store, name: str) -> Manifest | _BuildMark | None:
-    """Read what a store holds: a finished build, the mark of one that died, or nothing.
+    """Return the manifest of a finished build, the mark of an unfinished one, or None for an empty store.
 
-    Raises UserError for what no build of the recipe `name` could use, whatever its images.
+    Raises UserError if no build of the recipe `name` could use the store, regardless of its images.
     """
     existing: Manifest | _BuildMark | None
     try:
@@ -151,9 +151,9 @@ def _foreign_build_error(store: Store, existing: Manifest | _BuildMark, this: st
 
 
 def read_finished_build(store: Store, name: str, fingerprint: str) -> Manifest | None:
-    """Read the manifest of an earlier build of the same recipe and images; None where none was finished.
+    """Return the manifest of a finished build of the same recipe and images; None if there is none.
 
-    Raises UserError where the store holds other shards, or an unfinished build of another recipe.
+    Raises UserError if the store holds a finished or unfinished build of another recipe or other images.
     """
     existing = check_resumable(store, name)
     if existing is not None and existing.recipe != fingerprint:
@@ -162,9 +162,9 @@ def read_finished_build(store: Store, name: str, fingerprint: str) -> Manifest |
 
 
 def mark_started(store: Store, name: str, fingerprint: str) -> frozenset[str]:
-    """Mark a store as this build's; return the names of shards that an earlier try recorded as done.
+    """Mark a store as used by this build; return the names of shards that an interrupted build recorded as done.
 
-    Raises UserError where another build was faster.
+    Raises UserError if a different build has marked the store first.
     """
     store.sweep()
     if not store.put_if_absent(MARKER, _BuildMark(name=name, recipe=fingerprint).dump()):
@@ -179,7 +179,7 @@ def record_shard(store: Store, name: str, fingerprint: str, shard: Shard) -> Non
 
 
 def read_recorded_shard(store: Store, shard: str, fingerprint: str) -> Shard | None:
-    """Read the record of a shard that this build has written before; None where the shard is not there any more."""
+    """Return a shard that an interrupted run of this build recorded; None without a record or if it is not intact."""
     mark = _read_mark(store, _record_name(shard))
     if mark is None or mark.shard is None or (mark.recipe, mark.shard.name) != (fingerprint, shard):
         return None
@@ -187,7 +187,7 @@ def read_recorded_shard(store: Store, shard: str, fingerprint: str) -> Shard | N
 
 
 def reopen_build(store: Store, manifest: Manifest, intact: Sequence[bool]) -> None:
-    """Turn a finished build of which shards were damaged or lost into an unfinished one: the others stay."""
+    """Turn a finished build with damaged or lost shards into an unfinished one that keeps the intact shards."""
     for shard, is_good in zip(manifest.shards, intact, strict=True):
         if is_good:
             record_shard(store, manifest.name, manifest.recipe, shard)
@@ -196,14 +196,14 @@ def reopen_build(store: Store, manifest: Manifest, intact: Sequence[bool]) -> No
 
 
 def remove_marks(store: Store) -> None:
-    """Remove marks and records, the marker last."""
+    """Remove all records, and the marker last."""
     for name in sorted(store.list(AREA), key=MARKER.__eq__):
         if name != LOCK:
             store.remove(name)
 
 
 def is_intact(store: Store, shard: Shard) -> bool:
-    """Whether a shard and its index are what their record says: in folders by every byte, elsewhere by size."""
+    """Return whether a shard and its index match their record. The tar is hashed in folders; elsewhere by size only."""
     try:
         if store.size(shard.name) != shard.bytes:
             return False

@@ -1,1 +1,1 @@
-"""Noise, blur, rain, haze, snow and lost resolution, made on images."""
+"""Synthetic degradations: noise, blur, JPEG, low light, lost resolution, rain, haze and snow."""

@@ -1,4 +1,4 @@
-"""Isotropic Gaussian blur of 8-bit images, the same on every machine."""
+"""Isotropic Gaussian blur of 8-bit images, bitwise identical on every machine."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from numpy.typing import NDArray
 
 from mirl_dist.data.degradations.bicubic import Band, Pixels, Plane, exact, weigh
 
-_STEP = 32  # rows or columns per product: fewer zeros in it than with 64, fewer calls than with 16
+_STEP = 32  # rows or columns per matrix product: fewer zeros than with 64, fewer calls than with 16
 
 
 @lru_cache(maxsize=128)
 def _shifted(kernel: int, sigma: float) -> Plane:
-    """A Gaussian of width `kernel`, one further right in each row: float64 (_STEP, _STEP - 1 + kernel)."""
+    """Return the Toeplitz matrix of a 1-D Gaussian of width `kernel`: float64 (_STEP, _STEP - 1 + kernel)."""
     x = np.arange(kernel) - kernel // 2
     gaussian = np.exp(-0.5 * (x / sigma) ** 2)
     row = exact((gaussian / gaussian.sum())[None], bits=20)[0]  # 8 + 20 + 20 bits: sums are exact in float64
     width = _STEP - 1 + kernel
-    return np.resize(np.concatenate([row, np.zeros(_STEP)]), (_STEP, width))  # its period is one more than the width
+    # The repeated row has length width + 1, so each row of the result is shifted right by one.
+    return np.resize(np.concatenate([row, np.zeros(_STEP)]), (_STEP, width))
 
 
 @lru_cache(maxsize=1024)
@@ -28,13 +29,14 @@ def _reflected(size: int, reach: int) -> NDArray[np.intp]:
 
 
 def blur(image: Pixels, kernel: int, sigma: float) -> Pixels:
-    """Isotropic Gaussian blur cut to kernel x kernel pixels (odd), sigma > 0 in pixels; rounded.
+    """Blur a uint8 (H, W, 3) image with an isotropic Gaussian, and round.
 
-    The border is reflected without repeating its last pixel, as MiOIR does. The result is the same on every machine.
+    kernel: odd width in pixels at which the Gaussian is truncated. sigma: > 0, in pixels. Borders are reflected
+    without repeating the edge pixel, as in MiOIR. The result is bitwise identical on every machine.
     """
     reach, shifted = kernel // 2, _shifted(kernel, sigma)
     blurred = np.empty(image.shape, np.uint8)
-    for channel in range(image.shape[2]):  # one by one: large temporaries cost more than the arithmetic
+    for channel in range(image.shape[2]):  # one at a time: large temporaries cost more than the arithmetic
         plane = image[:, :, channel].astype(np.float64)
         for axis, size in enumerate(plane.shape):
             parts = [(start, min(start + _STEP, size)) for start in range(0, size, _STEP)]

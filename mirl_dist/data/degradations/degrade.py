@@ -1,7 +1,7 @@
 """Seeded degradations of one image: noise, blur, JPEG, low light, lost resolution, rain, haze, snow.
 
-Images are uint8 (H, W, 3) in [0, 255], in and out. Every random draw comes from a generator which the caller
-keys by words (seed, epoch, sample), so that a sample looks the same whoever makes it and whenever.
+Inputs and outputs are uint8 (H, W, 3) images in [0, 255]. Every random draw comes from a generator that the caller
+seeds from the sample's identity (seed, epoch, sample), so a sample is the same on every rank and after every resume.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ Plane = NDArray[np.float64]
 
 
 def add_noise(image: Pixels, noise: Plane, sigma: float) -> Pixels:
-    """image + sigma * noise, clipped to [0, 255] and truncated (not rounded) to uint8.
+    """Return image + sigma * noise, clipped to [0, 255] and truncated (not rounded) to uint8.
 
-    noise: float64, the image's shape, unit variance. sigma: in steps of 1/255.
-    Truncation is what the released code of AirNet, PromptIR and MIR-L does: half a step darker on average.
+    noise: float64, the image's shape, unit variance. sigma: in units of 1/255.
+    The released code of AirNet, PromptIR and MIR-L truncates too; it darkens images by half a step on average.
     """
     noisy: Pixels = np.clip(image + sigma * noise, 0, 255).astype(np.uint8)
     return noisy
 
 
 def gaussian_noise(image: Pixels, sigma: float, rng: np.random.Generator) -> Pixels:
-    """White Gaussian noise of standard deviation sigma (in steps of 1/255), made by `add_noise`."""
+    """Add white Gaussian noise of standard deviation sigma (in units of 1/255) with `add_noise`."""
     return add_noise(image, rng.standard_normal(image.shape), sigma)
 
 
 @lru_cache(maxsize=1)
 def _quantiles() -> Plane:
-    """65,536 equally likely values of the standard normal, ascending, rescaled to unit variance: |z| <= 4.33."""
+    """Return 65,536 equiprobable standard normal quantiles, ascending, rescaled to unit variance; |z| <= 4.33."""
     inverse = NormalDist().inv_cdf
     upper = np.array([inverse((i + 0.5) / 65536) for i in range(32768, 65536)])
     upper /= np.sqrt(np.mean(upper**2))
@@ -51,16 +51,16 @@ def _quantiles() -> Plane:
 
 @lru_cache(maxsize=256)
 def _whole_noise(sigma: float) -> NDArray[np.int16]:
-    """floor(sigma z) for each of the quantiles."""
+    """Return floor(sigma * z) for each quantile z."""
     assert 0 <= sigma <= 1000, "int16 holds the noise and a pixel"
     return np.floor(sigma * _quantiles()).astype(np.int16)
 
 
 def quick_noise(image: Pixels, sigma: float, rng: np.random.Generator) -> Pixels:
-    """Noise of the law of `gaussian_noise`, about four times as fast: for training.
+    """Add noise distributed as in `gaussian_noise`, but limited to |z| <= 4.33, about four times as fast; for training.
 
-    clip(pixel + sigma z) truncated is clip(pixel + floor(sigma z)), so whole numbers are drawn, by 16 raw bits each,
-    from a table: no z passes 4.33, and no release of numpy changes the numbers. sigma: 0 to 1000, in steps of 1/255.
+    Truncating clip(pixel + sigma z) equals clip(pixel + floor(sigma z)). So 16 raw random bits select each integer
+    from a table, which is also independent of the numpy version. sigma: 0 to 1000, in units of 1/255.
     """
     raw = rng.bit_generator.random_raw(-(-image.size // 4)).astype("<u8", copy=False)
     noisy = _whole_noise(sigma).take(raw.view("<u2")[: image.size].reshape(image.shape), mode="clip")
@@ -69,7 +69,7 @@ def quick_noise(image: Pixels, sigma: float, rng: np.random.Generator) -> Pixels
 
 
 def jpeg(image: Pixels, quality: int) -> Pixels:
-    """Through JPEG and back by Pillow's libjpeg: quality 1 to 100, colour at half resolution (4:2:0)."""
+    """Compress as JPEG and decode again with Pillow's libjpeg. quality: 1 to 100; chroma subsampling is 4:2:0."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image)).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     with Image.open(buffer) as back:
@@ -77,15 +77,15 @@ def jpeg(image: Pixels, quality: int) -> Pixels:
 
 
 def low_light(image: Pixels, gamma: float) -> Pixels:
-    """image^gamma on [0, 1], rounded: gamma 1 leaves the image as it is, above 1 darkens (MiOIR)."""
+    """Return image^gamma on [0, 1], rounded (MiOIR). gamma: 1 is the identity, larger values darken."""
     curve: Pixels = np.rint(255 * (np.arange(256) / 255) ** gamma).astype(np.uint8)
     return curve[image]
 
 
 def lost_resolution(image: Pixels, factor: float, antialias: bool = True) -> Pixels:
-    """Bicubic down to ceil(size / factor) and up to the original size again; factor >= 1, fractions too.
+    """Downscale bicubically to ceil(size / factor) and upscale to the original size. factor: real, >= 1.
 
-    antialias: MATLAB's bicubic, else torch's (MiOIR). The scale of each axis is the ratio of its whole sizes.
+    antialias: MATLAB's bicubic; otherwise torch's (MiOIR). The scale of each axis is the ratio of its integer sizes.
     """
     height, width = image.shape[:2]
     small = bicubic(image, math.ceil(height / factor), math.ceil(width / factor), antialias)
@@ -93,8 +93,8 @@ def lost_resolution(image: Pixels, factor: float, antialias: bool = True) -> Pix
 
 
 def _streak(length: int, tilt: float, width: int) -> Plane:
-    """One streak, (K, K) with K odd: a segment `tilt` degrees from the vertical with a Gaussian profile."""
-    sigma = 0.3 * ((width - 1) * 0.5 - 1) + 0.8  # the deviation which OpenCV gives to a blur of this width
+    """Draw one streak, float64 (K, K), K odd: a segment `tilt` degrees from the vertical with a Gaussian profile."""
+    sigma = 0.3 * ((width - 1) * 0.5 - 1) + 0.8  # OpenCV's default sigma for this kernel width
     half = 0.5 * min(length, np.sqrt(2) * length * (1 - length / 100))
     reach = int(np.ceil(half + 3 * sigma))
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float64)
@@ -106,18 +106,18 @@ def _streak(length: int, tilt: float, width: int) -> Plane:
 
 
 def rain(image: Pixels, rng: np.random.Generator) -> Pixels:
-    """Synthetic rain streaks of one direction, length and width per image, added and clipped.
+    """Add synthetic rain: streaks of one direction, length and width per image, clipped to [0, 255].
 
-    After the recipe of MiOIR: drops where uniform noise passes 256 - 0.01 v, v from 50 to 99; length 20 to 40
-    pixels; -45 to 44 degrees from the vertical; width 3 to 11; the brightest point stretched to 255.
-    Differs: a streak is drawn as a Gaussian around a line segment instead of being turned as a picture.
+    Follows MiOIR: drops where uniform noise in [0, 256) exceeds 256 - 0.01 v, v from 50 to 99; length 20 to 40 pixels;
+    -45 to 44 degrees from the vertical; width 3 to 11 pixels; the layer is scaled to a maximum of 255.
+    Difference: a streak is drawn as a Gaussian around a line segment instead of rotating a raster image.
     """
     height, width = image.shape[:2]
     value = int(rng.integers(50, 100))
     length, tilt = int(rng.integers(20, 41)), float(rng.integers(-45, 45))
     kernel = _streak(length, tilt, width=int(rng.choice([3, 5, 7, 9, 11])))
     reach = kernel.shape[0] // 2
-    # Drops also fall outside the frame, so that streaks enter it from all sides.
+    # Drops are also placed outside the frame, so that streaks enter it from all sides.
     sown = rng.uniform(0, 256, (height + 2 * reach, width + 2 * reach)) > 256 - 0.01 * value
     layer = np.zeros((height + 4 * reach, width + 4 * reach))
     for row, column in np.argwhere(sown):
@@ -131,10 +131,10 @@ def rain(image: Pixels, rng: np.random.Generator) -> Pixels:
 
 
 def haze(image: Pixels, depth: Plane, airlight: float, beta: float) -> Pixels:
-    """The scattering model I T + A (1 - T) with T = exp(-beta depth), rounded to uint8.
+    """Apply RESIDE's scattering model I T + A (1 - T), T = exp(-beta depth), rounded to uint8.
 
-    depth: float64 (H, W), in units in which beta is its inverse (MiOIR: 0 to 1 per image).
-    airlight A: 0 to 1 (white). beta: 0 leaves the image as it is. Source: RESIDE's model.
+    depth: float64 (H, W), in the inverse unit of beta (MiOIR: 0 to 1 per image).
+    airlight: A, 0 to 1 (white). beta: 0 is the identity.
     """
     transmission = np.exp(-beta * depth)[..., None]
     scattered = image * transmission + 255 * airlight * (1 - transmission)
@@ -143,7 +143,7 @@ def haze(image: Pixels, depth: Plane, airlight: float, beta: float) -> Pixels:
 
 
 class _Flakes(NamedTuple):
-    """One distance of snow. Ranges: radius in pixels, flakes per 10,000 pixels, fall in radii, opacity 0 to 1."""
+    """Ranges for flakes at one distance: radius in pixels, density per 10,000 pixels, fall in radii, opacity 0 to 1."""
 
     radius: tuple[float, float]
     density: tuple[float, float]
@@ -159,7 +159,7 @@ _SNOW = (
 
 
 def _flake(radius: float, fall: float, tilt: float, opacity: float, at: Plane, phase: float) -> Plane:
-    """One flake's opacity, float64 (K, K) with K odd: a lobed disc with a soft edge, drawn out along its fall."""
+    """Draw the opacity of one flake, float64 (K, K), K odd: a lobed disc with a soft edge, stretched along its fall."""
     half, soft = 0.5 * fall * radius, 0.4 + 0.7 * radius
     reach = math.ceil(half + radius + soft) + 1
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1] - at[:, None, None]
@@ -173,14 +173,14 @@ def _flake(radius: float, fall: float, tilt: float, opacity: float, at: Plane, p
 
 
 def snow(image: Pixels, rng: np.random.Generator) -> Pixels:
-    """Synthetic snow: flakes at three distances, falling one way, over the image; rounded.
+    """Add synthetic snow: flakes at three distances with one main direction, alpha-blended and rounded.
 
-    Our own recipe, after what Snow100K says of itself: particles of three sizes and of many densities, shapes,
-    transparencies and motions. Ranges: _SNOW; fall -50 to 50 degrees from the vertical, 10 more or less per flake;
-    flakes of one grey, 225 to 255. Sizes are in pixels whatever the image's size. No veil of far snow is drawn.
+    Our own procedure, modelled on the description of Snow100K: particles of three sizes with varied density, shape,
+    transparency and motion. Ranges: _SNOW; direction -50 to 50 degrees from the vertical, +-10 degrees per flake; one
+    grey level per image, 225 to 255. Sizes are in pixels, independent of the image size. There is no veiling effect.
     """
     height, width = image.shape[:2]
-    margin = 32  # flakes also fall outside the frame and reach into it
+    margin = 32  # flakes are also placed outside the frame and extend into it
     wind, grey = rng.uniform(-50, 50), rng.uniform(225, 255)
     clear = np.ones((height + 2 * margin, width + 2 * margin))
     for kind in _SNOW:
@@ -198,7 +198,7 @@ def snow(image: Pixels, rng: np.random.Generator) -> Pixels:
 
 
 def _between(low: float, high: float, rng: np.random.Generator) -> float:
-    """Uniform, to two decimals, as MiOIR draws; from raw bits, which no release of numpy changes."""
+    """Draw uniformly, rounded to two decimals as in MiOIR; from raw bits, which do not depend on the numpy version."""
     return round(low + (high - low) * (rng.bit_generator.random_raw() >> 11) * 2.0**-53, 2)
 
 
@@ -257,24 +257,24 @@ _FAMILIES: dict[str, Callable[[str, Pixels, np.random.Generator], Pixels]] = {
 
 
 def degrade_for_training(task: Task, image: Pixels, rng: np.random.Generator) -> Pixels:
-    """Degrade a clean image as the task says, for training: task.kind is 'clean'; docs/degradations.md has the ranges.
+    """Degrade a clean image for a training task with task.kind 'clean'; docs/degradations.md lists the ranges.
 
-    The strength is drawn first, so it does not depend on the image's size.
+    The strength is drawn first, so it does not depend on the image size.
     """
     return _FAMILIES[task.family](task.level, image, rng)
 
 
 def degrade_for_test(task: Task, image: Pixels, rng: np.random.Generator) -> Pixels:
-    """`degrade_for_training` for evaluation: the same, but noise is `gaussian_noise`, not limited to 4.33 sigma."""
+    """Degrade as `degrade_for_training`, but with `gaussian_noise`, which is not limited to 4.33 sigma."""
     if task.family == "denoise":
         return gaussian_noise(image, sigma_of(task.level, rng), rng)
     return degrade_for_training(task, image, rng)
 
 
 def context_pixels(task: Task) -> int:
-    """Pixels around a crop that the task needs: degrading with them and cutting equals degrading the whole and cutting.
+    """Return the margin in pixels with which a degraded crop equals the same crop of the degraded image.
 
-    0 for what changes each pixel alone, and for JPEG and lost resolution, whose grids begin at the crop's corner.
+    0 for pixelwise degradations, and for JPEG and lost resolution, whose grids start at the crop's corner.
     """
     if task.family != "deblur":
         return 0
