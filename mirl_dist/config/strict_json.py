@@ -32,7 +32,7 @@ def parse(text: bytes) -> Any:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):
-        raise ValueError("a key stands there twice")
+        raise ValueError("a key appears there twice")
     return tree
 
 

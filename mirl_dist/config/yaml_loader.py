@@ -39,7 +39,7 @@ class _OneValuePerKey(yaml.SafeLoader):
                 continue  # a list or mapping as a key: refused below
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key.value}' stands here twice", key.start_mark
+                    None, None, f"the key '{key.value}' appears twice here", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)

@@ -186,7 +186,7 @@ def _find_mismatches(index: Index, shard: Shard) -> Iterator[str]:
     extents: list[tuple[int, int, str]] = []
     for entry in index.entries:
         if entry.key in keys:
-            yield f"the key {entry.key} stands there twice"
+            yield f"the key {entry.key} appears there twice"
         keys.add(entry.key)
         images = [name.partition(".")[0] for name in entry.parts if name != NOTES]
         if sorted(images) != sorted(wanted) or NOTES not in entry.parts:

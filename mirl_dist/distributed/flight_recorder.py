@@ -96,14 +96,14 @@ def diagnose(own: RankState, others: Mapping[int, RankState], silent: Collection
             causes.append(f"{names[rank]} calls this meeting {other.name}: a fault of this program, please report it")
     if len(causes) > _MOST_NAMED:
         causes[_MOST_NAMED:] = [f"and {len(causes) - _MOST_NAMED} more ranks have not come"]
-    stuck = "all have come to it: the network between them, or a GPU, is stuck"
+    stuck = "all have reached it: the network between them, or a GPU, is stuck"
     return f"{describe_wait(own)}; {'; '.join(causes) or stuck}"
 
 
 def _describe_state(other: RankState, silent: bool) -> str:
     last = f"{'in' if other.waiting else 'after'} meeting {other.sequence}"
     if silent:
-        gone = "its process does not answer any more: it is stopped, swapped out, or its node is gone"
+        gone = "its process no longer responds: it is stopped, swapped out, or its node is gone"
         return f"{gone} (last heard of in {other.phase}, {last})"
     waits = "waits" if other.waiting else "is"
     return f"it {waits} in {other.phase}, {last}, at {other.location}, for {other.seconds:.0f} s"

@@ -138,7 +138,7 @@ class StopSignal:
 
     def _exit_at_deadline(self) -> None:
         text = f"asked to stop {self.deadline_seconds:g} s ago (preempt.deadline_seconds), and still in "
-        text += f"{self.phase()}: leaving now. The run goes on from its last commit with --resume auto."
+        text += f"{self.phase()}: leaving now. The run resumes from its last commit with --resume auto."
         warn(f"mirl-dist, {rank_label()}: {text}")
         self.on_user_signal()
         os._exit(RESUMABLE)

@@ -22,7 +22,7 @@ from mirl_dist.observability.console import rank_label, warn
 _PERIOD_SECONDS = 1.0
 _PERIODS_BEFORE_EXIT = 2
 _STOP, _REPORTED_BY = "stop", "verdict"
-_AGAIN = "Start again: a run goes on from its last commit."
+_AGAIN = "Start again: a run resumes from its last commit."
 
 
 class _Limits(NamedTuple):
@@ -89,7 +89,7 @@ class _StateExchange:
         timeout = self._limits.timeout
         if reported_by:
             if own.waiting and own.seconds > timeout / 2:
-                self._terminator.terminate(f"waited too; rank {reported_by.decode()} has said for whom")
+                self._terminator.terminate(f"waited too; rank {reported_by.decode()} has named the missing ranks")
             return False
         if own.waiting and own.seconds > timeout - (READS + 1) * self._limits.period:
             diagnosis = self._peers.read(own, overdue=own.seconds >= timeout)
@@ -167,6 +167,6 @@ class Watchdog:
             quiet, seen = (quiet + 1 if self._exchange.beat == seen else 0), self._exchange.beat
             own = self._recorder.state()
             if own.waiting and own.seconds > self._limits.timeout and quiet > READS:
-                silent = f"{self._store_host}, through which ranks tell where they are, does not answer any more"
+                silent = f"{self._store_host}, through which ranks tell where they are, no longer responds"
                 text = f"{describe_wait(own)}, and {silent}: it has ended or is stopped, or its node is gone. {_AGAIN}"
                 self._terminator.terminate(text)

@@ -60,7 +60,7 @@ class _LogFile:
                 self._failed = True
                 warn(
                     f"mirl-dist, {self._rank}: {self.path}: this rank's log cannot be written "
-                    f"({error.strerror}); the run goes on without it. Make room there, or set ranks.logs."
+                    f"({error.strerror}); the run continues without it. Make room there, or set ranks.logs."
                 )
 
     def close(self) -> None:

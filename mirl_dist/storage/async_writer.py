@@ -60,5 +60,5 @@ class AsyncWriter:
         try:
             self._future.result()
         except UserError as fault:
-            text = f"a commit failed, and training does not go on without: {fault}"
+            text = f"a commit failed, and training stops: {fault}"
             raise UserError(text, everywhere=fault.everywhere, resumable=fault.resumable) from fault

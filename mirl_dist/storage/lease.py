@@ -169,7 +169,7 @@ class Lease:
     def _start(self, previous: Holder | None) -> None:
         self.generation, self.previous = self._claim.generation, previous
         self._heartbeat.start()
-        endings = {"dead": "is dead", "silent": f"gave no sign of life for {self._seconds:g} s"}
+        endings = {"dead": "is dead", "silent": f"sent no heartbeat for {self._seconds:g} s"}
         if previous is not None and previous.ended in endings:
             self._say(f"the launch on {previous}, {endings[previous.ended]}; going on in its place")
         with suppress(StorageError):  # best effort: the next claim deletes what remains

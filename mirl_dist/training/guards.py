@@ -76,14 +76,14 @@ def check_gradient(norm: Tensor, losses: StepLosses, progress: Progress, skip: i
 
 def _skip_step(problem: str, advice: str, progress: Progress, skip: int, ranks: Ranks) -> None:
     if progress.bad >= skip:
-        before = f" {progress.bad} such batches were left out before (guard.skip_bad_batches)." if progress.bad else ""
+        before = f" {progress.bad} such batches were skipped before (guard.skip_bad_batches)." if progress.bad else ""
         raise UserError(
             f"{problem}. Nothing of this step was applied.{before} {advice} in a new run.folder, or allow some with "
             f"guard.skip_bad_batches={max(2 * skip, 10)} and go on from the last commit.",
             everywhere=True,
         )
     if ranks.is_main:
-        say(f"warning: {problem}. The step is left out, as the {progress.bad + 1}. of {skip} allowed in a round.")
+        say(f"warning: {problem}. The step is skipped ({progress.bad + 1} of {skip} allowed in a round).")
 
 
 class SpikeDetector:

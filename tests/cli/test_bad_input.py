@@ -249,7 +249,7 @@ def test_a_full_disk_keeps_the_last_commit_and_the_run_goes_on_with_room(
     sets = {"run.folder": str(small_disk / "run")}
     ended = lab.play(tmp_path, sets | {"store.patience_seconds": 1})
     assert ended.codes == (75, 75) and "Traceback" not in ended.err, ended.said()
-    assert "a commit failed, and training does not go on without: " in ended.err
+    assert "a commit failed, and training stops: " in ended.err
     for words in ("No space left on device", "Make room or repair the disk, then start again", "Given up on a commit"):
         assert words in ended.err
     assert len(list(small_disk.rglob("COMPLETE.json"))) == 1

@@ -291,7 +291,7 @@ def test_a_set_value_is_read_as_yaml(tmp_path: Path) -> None:
         ("prune..fraction=3", "--set 'prune..fraction=3' is not of the form key=value"),
         ("run.seed.x=1", "--set run.seed.x: 'seed' holds 3, which has no keys below it"),
         ("model.blocks=[1, 2", "--set model.blocks is not valid YAML at line 1"),
-        ("data.mix={a: 1, a: 2}", "the key 'a' stands here twice"),
+        ("data.mix={a: 1, a: 2}", "the key 'a' appears twice here"),
         ("prune.fracton=0.3", "the nearest key is 'fraction'"),
     ],
 )
@@ -304,8 +304,8 @@ def test_a_set_that_means_nothing_is_refused(tmp_path: Path, assignment: str, co
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("run: {seed: 1}\nrun: {seed: 2}\n", "line 2, column 1: the key 'run' stands here twice"),
-        ("run:\n  seed: 1\n  folder: a\n  seed: 2\n", "line 4, column 3: the key 'seed' stands here twice"),
+        ("run: {seed: 1}\nrun: {seed: 2}\n", "line 2, column 1: the key 'run' appears twice here"),
+        ("run:\n  seed: 1\n  folder: a\n  seed: 2\n", "line 4, column 3: the key 'seed' appears twice here"),
         ("run: {seed: 1\n", "is not valid YAML at line 2"),
         ("? [a, b]\n: 1\n", "is not valid YAML at line 1, column 3"),
         ("- 1\n", "holds a list, not keys with values. Start from configs/demo.yaml."),

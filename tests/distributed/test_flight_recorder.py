@@ -47,7 +47,7 @@ def test_those_who_wait_for_a_rank_that_hangs_are_not_accused_with_it() -> None:
 
 def test_a_collective_that_all_have_reached_accuses_the_network_and_no_rank() -> None:
     said = diagnose(at(5, waiting=True), {1: at(5, waiting=True), 2: at(6)}, (), NAMES)
-    assert said.endswith("; all have come to it: the network between them, or a GPU, is stuck")
+    assert said.endswith("; all have reached it: the network between them, or a GPU, is stuck")
 
 
 def test_two_names_for_one_collective_are_reported_as_a_fault_of_this_program() -> None:

@@ -106,7 +106,9 @@ def test_the_lowest_waiting_rank_names_who_has_not_come_and_all_that_wait_exit(
         f"mirl-dist, rank 1 ({HERE}): waited S s in starting for the sum of losses (meeting 1); rank 0 ("
     )
     assert "rank 0 (node0, pid 0) has not come: it is in evaluating, after meeting 0, at " in lines[0]
-    assert lines[1:] == [f"mirl-dist, rank {r} ({HERE}): waited too; rank 1 has said for whom" for r in (2, 3)]
+    assert lines[1:] == [
+        f"mirl-dist, rank {r} ({HERE}): waited too; rank 1 has named the missing ranks" for r in (2, 3)
+    ]
 
 
 def test_when_the_lowest_rank_has_not_waited_long_enough_another_one_says_it(

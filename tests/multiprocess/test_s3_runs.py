@@ -119,7 +119,7 @@ def test_a_right_that_is_taken_away_while_training_stops_at_a_step_with_the_caus
     proxy.always = answer(*FORBIDDEN)
     ended = launch.wait()
     assert ended.codes == (2, 2), ended.said()
-    assert "a commit failed, and training does not go on without: s3://runs/taken/" in ended.err
+    assert "a commit failed, and training stops: s3://runs/taken/" in ended.err
     assert "AccessDenied (HTTP 403). This needs the right s3:" in ended.err
     proxy.calm()
     again = start(bucket, **LONG).wait()
@@ -137,7 +137,7 @@ def test_training_outlives_an_absent_store_and_stops_resumably_when_it_stays_awa
     ended = launch.wait()
     proxy.accept()
     assert ended.codes == (75, 75), ended.said()
-    assert "a commit failed, and training does not go on without: " in ended.err and "Given up" in ended.err
+    assert "a commit failed, and training stops: " in ended.err and "Given up" in ended.err
     assert "Go on with --resume auto." in ended.err
     assert bucket.commits(), "what was committed is there"
 
@@ -178,7 +178,7 @@ def test_of_two_launches_one_runs_and_when_it_falls_silent_the_other_takes_over(
     assert late.rc in (1, 2), late.said()
     assert "no longer holds s3://runs/twice" in late.err or "another rank has gone" in late.err
     done = second.wait()
-    assert done.rc == 0 and "gave no sign of life for 5 s; going on in its place" in done.err, done.said()
+    assert done.rc == 0 and "sent no heartbeat for 5 s; going on in its place" in done.err, done.said()
     assert len(bucket.digests()) == 1
 
 

@@ -100,7 +100,7 @@ def test_a_sweep_that_is_asked_to_stop_has_its_runs_commit_and_ends_with_75(stor
     ended = story.killed_then_asked
     assert ended.codes == (75,), ended.said()
     assert "SIGTERM: random-seed0 asked to stop" in ended.err, ended.said()
-    assert "random-seed0: stopped (goes on with the next start of the sweep)\n" in ended.out, ended.said()
+    assert "random-seed0: stopped (resumes with the next start of the sweep)\n" in ended.out, ended.said()
     assert "4 runs: 1 stopped, 1 failed, 2 waiting" in ended.out, ended.said()
     assert "compar" not in ended.out and "Traceback" not in ended.err, ended.said()
 

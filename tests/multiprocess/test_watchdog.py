@@ -58,7 +58,7 @@ def test_a_rank_whose_process_is_stopped_is_named_with_the_collective_it_delays(
     assert run.codes == (1, 1), run.said()
     assert f"mirl-dist, rank 0 ({HERE}): waited " in run.err
     assert " s in training for the gather of loss flags (meeting 5); rank 1 (" in run.err
-    assert "has not come: its process does not answer any more: it is stopped, swapped out, or its node is" in run.err
+    assert "has not come: its process no longer responds: it is stopped, swapped out, or its node is" in run.err
     assert "frame #" not in run.err, "pages of C++"
 
 
@@ -71,7 +71,7 @@ def test_a_stopped_rank_that_serves_the_store_is_named_although_the_store_is_sil
     assert run.codes[1] == 1, run.said()
     assert f"mirl-dist, rank 1 ({HERE}): waited " in run.err
     assert " s in training for the gather of loss flags (meeting 5), and rank 0 (" in run.err
-    assert "), through which ranks tell where they are, does not answer any more: it has ended or is stop" in run.err
+    assert "), through which ranks tell where they are, no longer responds: it has ended or is stop" in run.err
 
 
 def test_a_rank_that_hangs_is_named_with_phase_and_location_by_one_that_waits(

@@ -151,7 +151,7 @@ def test_a_full_disk_costs_lines_and_nothing_else(
     say("a line")
     said = capsys.readouterr()
     assert said.out == "a line\n" * 2
-    assert said.err.count("(No space left on device); the run goes on without it") == 1
+    assert said.err.count("(No space left on device); the run continues without it") == 1
 
 
 SCRIPT = """

@@ -16,7 +16,7 @@ from mirl_dist.storage import async_writer as keeping
 from mirl_dist.storage.async_writer import AsyncWriter
 from mirl_dist.storage.retry import Patience
 
-REFUSED = "a commit failed, and training does not go on without: "
+REFUSED = "a commit failed, and training stops: "
 
 
 class Slow:

@@ -279,7 +279,7 @@ class TestRealProcesses:
         assert time.monotonic() - began >= 1.0
         assert lines == [
             f"{store.where()} is held by the launch on {first.name}; watching for a sign of life, 1 s at most",
-            f"the launch on {first.name}, gave no sign of life for 1 s; going on in its place",
+            f"the launch on {first.name}, sent no heartbeat for 1 s; going on in its place",
         ]
         assert next_.previous is not None and next_.previous.ended == "silent"
 

@@ -206,7 +206,7 @@ def header(data: bytes, old: bytes, new: bytes) -> bytes:
     [
         (b'"dtype":"F32"', b'"dtype":"F16"', "its header is not the one of its parts"),
         (b'"data_offsets":[0,', b'"data_offsets":[4,', "its header is not the one of its parts"),
-        (b'"mask":{', b'"mask":{"shape":[1],', r"its text cannot be read \(a key stands there twice\)"),
+        (b'"mask":{', b'"mask":{"shape":[1],', r"its text cannot be read \(a key appears there twice\)"),
         (b'"shape":[', b'"shape":[-', "its header is not the one of its parts"),
         (b'"shape":[', b'"shape":[9999999999999999999', r"cannot be read \(a number of 2. digits\)"),
         (b'"shape":[', b'"shape":[NaN,', r"cannot be read \(a number that is not finite\)"),
@@ -249,7 +249,7 @@ HOSTILE: list[tuple[str, Callable[[Any], Any], str]] = [
     ("no UTF-8", lambda t: b'"\xff"', "its text cannot be read"),
     ("a list", lambda t: [], "its text is not that of a ticket file"),
     ("a key more", lambda t: t | {"more": 1}, "its text is not that of a ticket file"),
-    ("a key twice", lambda t: json.dumps(t)[:-1].encode() + b',"begins":""}', "a key stands there twice"),
+    ("a key twice", lambda t: json.dumps(t)[:-1].encode() + b',"begins":""}', "a key appears there twice"),
     ("nested", lambda t: b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
     ("nested a little", lambda t: t | {"config": {"a": json.loads("[" * 20 + "]" * 20)}}, "nested too deeply"),
     ("many values", lambda t: t | {"config": {"a": [0] * 60_000}}, "more than 50,000 values"),

@@ -162,7 +162,7 @@ def test_a_bad_step_that_is_allowed_is_left_out_on_every_rank_and_said_and_count
     (told,) = [line for line in ended.out.splitlines() if line.startswith("warning: ")]
     at = "round 0, epoch 1, step 0, samples as task:key: "
     assert told.startswith(f"warning: the loss is not finite at {at}rank 1 ({platform.node()}): ")
-    assert told.endswith(". The step is left out, as the 1. of 2 allowed in a round.")
+    assert told.endswith(". The step is skipped (1 of 2 allowed in a round).")
     (ticket,) = lab.tickets(run)
     assert (ticket["bad"], ticket["updates"], ticket["samples"]) == (1, 6, 24)
     assert all(score["psnr"] > 0 for score in ticket["scores"].values()), "no weight became nan"
@@ -188,7 +188,7 @@ def test_a_step_is_left_out_alike_whether_a_loss_or_the_gradient_was_not_finite(
     ended = lab.play(tmp_path, SETS | {"guard.skip_bad_batches": 2}, fatal=inf_gradient(3))
     assert ended.rc == 0, ended.said()
     assert f"step 0 though every loss was; samples: rank 0 ({platform.node()}): " in ended.out
-    assert ". The step is left out, as the 1. of 2 allowed in a round." in ended.out
+    assert ". The step is skipped (1 of 2 allowed in a round)." in ended.out
     assert lab.digests(tmp_path / "run") == lab.digests(left_out[0])
 
 
@@ -198,7 +198,7 @@ def test_no_more_bad_steps_are_left_out_than_are_allowed(lab: Any, tmp_path: Pat
     assert ended.codes == (2, 2), ended.said()
     assert "as the 1. of 1 allowed in a round" in ended.out
     assert "the gradient is not finite at round 0, epoch 1, step 0" in ended.err
-    assert " 1 such batches were left out before (guard.skip_bad_batches). " in ended.err
+    assert " 1 such batches were skipped before (guard.skip_bad_batches). " in ended.err
     assert "guard.skip_bad_batches=10 and go on" in ended.err
     allowed = SETS | {"guard.skip_bad_batches": 10}
     ended = lab.play(tmp_path, allowed, fatal=inf_gradient(3))
@@ -216,7 +216,7 @@ def test_a_step_of_several_passes_is_left_out_whole_whichever_of_them_was_bad(la
         folder.mkdir()
         ended = lab.play(folder, sets, fatal=nan(2, **{"pass": number}))
         assert ended.rc == 0, ended.said()
-        assert ended.out.count("The step is left out, as the 1. of 1 allowed") == 1
+        assert ended.out.count("The step is skipped (1 of 1 allowed") == 1
         assert lab.tickets(folder / "run")[0]["bad"] == 1
         digests.append(lab.digests(folder / "run"))
     assert digests[0] == digests[1]

@@ -128,7 +128,7 @@ class Scheduler:
             if code == 0:
                 self._table.set_state(run, "finished", "" if status.psnr is None else f"{status.psnr:.2f} dB")
             elif code == RESUMABLE or (stopping and code in (-signal.SIGTERM, -signal.SIGINT)):
-                self._table.set_state(run, "stopped", "goes on with the next start of the sweep")
+                self._table.set_state(run, "stopped", "resumes with the next start of the sweep")
             elif code == 2 and status.state == "running" and not stopping:
                 self._waiting.append(run)  # another launch acquired it first, and is training it
             else:

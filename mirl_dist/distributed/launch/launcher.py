@@ -35,7 +35,7 @@ _NAME_SECONDS = 60.0
 _GRACE_SECONDS = 15.0
 """Left to the ranks, which exit by themselves at preempt.deadline_seconds."""
 _LEAST_RENDEZVOUS_SECONDS = 60
-_AGAIN = "start the same command again on every node: the run goes on from its last commit"
+_AGAIN = "start the same command again on every node: the run resumes from its last commit"
 
 
 def choose(config: Config, launch_option: str) -> tuple[LaunchFile, list[str]]:

@@ -84,9 +84,10 @@ def read(reference: str, uri: str | None) -> list[RemoteTickets]:
 
 
 def check_server(address: str, experiment: str, seconds: float) -> None:
-    """Ask a server once whether it knows an experiment; nothing is made. Raises UserError where it is away or refuses.
+    """Ask a server once whether it knows an experiment; nothing is made.
 
-    seconds: of waiting, where MLFLOW_HTTP_REQUEST_TIMEOUT does not say.
+    seconds: of waiting, where MLFLOW_HTTP_REQUEST_TIMEOUT does not say. Raises UserError where the server is
+    unavailable or refuses requests.
     """
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     before = os.environ.get(name)
@@ -155,7 +156,7 @@ def _client(address: str, *, makes: bool = False) -> Iterator[Any]:
         raise
     except transient_errors() as trouble:
         raise UserError(
-            f"found {redact_uri(address)} away or refusing ({describe(trouble, address)}). "
+            f"found {redact_uri(address)} unavailable or refusing requests ({describe(trouble, address)}). "
             "Check the server, and the address in tracking.uri or MLFLOW_TRACKING_URI.",
             resumable=True,
         ) from None

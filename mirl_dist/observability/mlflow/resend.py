@@ -75,8 +75,8 @@ def _send(store: MlflowClientStore, outbox: Outbox, journal: Path, say: Callable
     if failure:
         left = outbox.count()
         raise UserError(
-            f"found {store.name} away or refusing ({failure}): {left.points} points and {left.records} other records "
-            f"still wait in {journal}. Check the server, and call this again.",
+            f"found {store.name} unavailable or refusing requests ({failure}): {left.points} points and "
+            f"{left.records} other records still wait in {journal}. Check the server, and call this again.",
             resumable=True,
         )
     say(f"sent {before.points} points and {before.records} other records to {store.name}")

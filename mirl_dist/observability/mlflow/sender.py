@@ -222,7 +222,7 @@ class Sender:
         if record.kind == "open" or isinstance(trouble, UserError) or not self._store.is_final(trouble):
             return False
         if (record.kind, record.run_key) not in self._failures.refused:
-            text = "%s did not take %s '%s' of %s (%s). Training goes on without it there."
+            text = "%s did not take %s '%s' of %s (%s). Training continues without it there."
             _log.warning(
                 text, self._store.name, record.kind, record.name, record.run_key, self._store.describe(trouble)
             )
@@ -234,13 +234,13 @@ class Sender:
         cause = str(trouble) if isinstance(trouble, UserError) else self._store.describe(trouble)
         outage = self._away
         text = (
-            "%s is away or refuses (%s). Training goes on; points are kept and sent when it is back. "
+            "%s is unavailable or refuses requests (%s). Training continues; points are kept and sent when it is back. "
             "Check the server, and the address in tracking.uri or MLFLOW_TRACKING_URI."
         )
         if isinstance(trouble, UserError):
-            text = "records for %s wait, because the ids of its runs could not be kept (%s). Training goes on."
+            text = "records for %s wait, because the ids of its runs could not be kept (%s). Training continues."
         elif record.kind == "file" and self._store.answers():
-            outage, text = self._no_files, "%s takes points but no file (%s). Training goes on; files are kept."
+            outage, text = self._no_files, "%s accepts points but no files (%s). Training continues; files are kept."
         self._failures.last = cause
         with self._changed:
             outage.lengthen(self._schedule.longest_pause)
@@ -253,7 +253,7 @@ class Sender:
         files, others = self._outbox.waits()
         if self._away.announced and not others and (not files or self._no_files.announced):
             self._away.announced = False
-            self._failures.announce("%s is back: all that waited is sent", self._store.name)
+            self._failures.announce("%s is back: all pending records are sent", self._store.name)
         if self._no_files.announced and not files:
             self._no_files.announced = False
-            self._failures.announce("%s takes files again: all that waited are sent", self._store.name)
+            self._failures.announce("%s accepts files again: all that waited are sent", self._store.name)

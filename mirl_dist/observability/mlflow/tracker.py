@@ -86,8 +86,8 @@ class MlflowTracker:
     run is found whose id got lost); `remember` gets new ones as soon as they exist, in the thread that sends, and is
     called again later when it raises a UserError (as storage does).
     journal: a folder of this machine for this run alone. inherited: what `pending` gave to the commit that the run goes
-    on from. A store that is away or refuses raises nothing and is not waited for: one warning per outage, logger
-    "mirl_dist.tracking"; the same for a journal that can't be written, whose part then waits in memory.
+    on from. A store that is unavailable or refuses requests raises nothing and is not waited for: one warning per
+    outage, logger "mirl_dist.tracking"; the same for a journal that can't be written, whose part then waits in memory.
     Raises UserError for a URI that MLflow refuses, and when MLflow is not installed.
     """
 

@@ -111,7 +111,7 @@ def test_methods_that_are_the_same_config_are_refused(swept: Any) -> None:
 
 def test_names_that_a_disk_may_take_for_one_are_refused(swept: Any) -> None:
     refused(swept, "methods: found 'Dense' and another that differs in capitals", methods=METHODS | {"Dense": {}})
-    with pytest.raises(UserError, match="the key 'mirl' stands here twice"):
+    with pytest.raises(UserError, match="the key 'mirl' appears twice here"):
         swept(("methods={mirl: {}, mirl: {}}",))
     refused(
         swept,

@@ -305,7 +305,7 @@ def test_an_index_that_cannot_be_true_is_refused_by_file_and_place(entries: Any,
 
 def test_a_key_twice_or_an_image_below_the_least_side_is_refused() -> None:
     data = json.dumps({"entries": [entry(), entry()]}).encode()
-    with pytest.raises(UserError, match="x: the key a stands there twice"):
+    with pytest.raises(UserError, match="x: the key a appears there twice"):
         read_index(data, shard_of(data, samples=2), "x")
     data = json.dumps({"entries": [entry()]}).encode()
     with pytest.raises(UserError, match="x: a is 80x64, but the manifest says that no side is below 65 pixels"):

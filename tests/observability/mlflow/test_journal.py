@@ -571,7 +571,7 @@ def test_a_refusing_server_is_asked_again_and_gives_one_warning(
         until(lambda said=said: proxy.answered > said + 3)
         assert [f"{status}" in record.message for record in caplog.records] == [True], caplog.text
         proxy.always = None
-        until(lambda: "is back: all that waited is sent" in caplog.text)
+        until(lambda: "is back: all pending records are sent" in caplog.text)
     assert whole(server.url, run.ids["round/00"], 4)
 
 
@@ -822,7 +822,7 @@ def test_what_a_dead_job_left_can_be_sent_but_not_while_it_lives(
     os.kill(pid, signal.SIGKILL)
     assert lives.end(pid) == -signal.SIGKILL
     with pytest.raises(
-        UserError, match="away or refusing .*refused.*: 60 points and 5 other records still wait"
+        UserError, match="unavailable or refusing requests .*refused.*: 60 points and 5 other records still wait"
     ) as away:
         send(proxy.url)
     assert away.value.resumable and pending_records(journal)[:2] == (60, 5)

@@ -153,11 +153,11 @@ def test_files_that_are_missing_damaged_or_no_tickets_of_ours_are_told(
 
 def test_a_store_that_is_away_is_told_and_none_is_made(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="found http://127.0.0.1:9 away or refusing .*refused.*Check the server"
+        UserError, match="found http://127.0.0.1:9 unavailable or refusing requests .*refused.*Check the server"
     ) as away:
         read("f" * 32, "http://ada:hunter22@127.0.0.1:9")
     assert away.value.resumable and "hunter22" not in str(away.value)
-    with pytest.raises(UserError, match="found http://127.0.0.1:9 away or refusing"):
+    with pytest.raises(UserError, match="found http://127.0.0.1:9 unavailable or refusing requests"):
         log_report("http://127.0.0.1:9", EXPERIMENT, "comparison", {"a.html": b"<p>"})
     with pytest.raises(UserError, match=f"found no file {tmp_path}/no.db for the tracking URI"):
         read("experiment:x", f"sqlite:///{tmp_path}/no.db")
@@ -170,7 +170,7 @@ def test_a_silent_server_is_not_waited_for_longer_than_the_environment_says(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with FaultyProxy(server) as proxy:
         proxy.silent = True
-        with pytest.raises(UserError, match="away or refusing .*timed out"):
+        with pytest.raises(UserError, match="unavailable or refusing requests .*timed out"):
             read("f" * 32, proxy.url)
 
 

@@ -361,14 +361,14 @@ def test_a_dead_server_stops_nothing_and_gets_everything_later(
         until(lambda: caplog.records)
         told = [(record.name, record.levelno) for record in caplog.records]
         assert told == [("mirl_dist.tracking", logging.WARNING)], "one outage, one warning"
-        assert f"{proxy.url} is away or refuses" in caplog.text
+        assert f"{proxy.url} is unavailable or refuses requests" in caplog.text
         assert "Connection refused" in caplog.text
-        assert "Training goes on; points are kept and sent when it is back. Check the server" in caplog.text
+        assert "Training continues; points are kept and sent when it is back. Check the server" in caplog.text
         assert tracker.address() == proxy.url and "run" not in ids
 
         proxy.accept()
         begin.settle(tracker)
-    assert [record.message for record in caplog.records[1:]] == [f"{proxy.url} is back: all that waited is sent"]
+    assert [record.message for record in caplog.records[1:]] == [f"{proxy.url} is back: all pending records are sent"]
     assert "hunter22" not in caplog.text
     assert curve(server, ids["round/00"], "loss") == [(step, 1 / step) for step in range(1, 121)]
     assert curve(server, ids["run"], "psnr/BSD68") == [(900, 27.5)]
@@ -495,10 +495,10 @@ def test_a_file_that_finds_no_place_waits_and_points_pass(
     tracker.flush()
     until(lambda: caplog.records and pending_records(begin.journals[tracker])[:2] == (0, 1))
     assert curve(uri, ids["round/00"], "loss") == [(1, 0.5), (2, 0.5)]
-    assert len(caplog.records) == 1 and f"{uri} takes points but no file (" in caplog.text
+    assert len(caplog.records) == 1 and f"{uri} accepts points but no files (" in caplog.text
     place.unlink()
     begin.settle(tracker)
-    assert f"{uri} takes files again: all that waited are sent" in caplog.text and len(caplog.records) == 2
+    assert f"{uri} accepts files again: all that waited are sent" in caplog.text and len(caplog.records) == 2
     assert [path.name for path in place.rglob("ticket.json")] == ["ticket.json"]
 
 
