@@ -6,7 +6,7 @@ import os
 
 
 def processes() -> int:
-    """Return the default number of worker processes per rank: allowed CPUs divided by the ranks of this node, at least 1.
+    """Return the default number of worker processes per rank: allowed CPUs divided by local ranks, at least 1.
 
     CPU quotas of cgroups are ignored.
     """
