@@ -77,7 +77,7 @@ class _StateExchange:
         self.stop_requested = self._stop_pending = True
 
     def exchange(self) -> bool:
-        """Publish the own state and read the others' once. Return False once a hang was reported by another rank."""
+        """Publish this rank's state and read the shared keys once. Return False once a hang was reported."""
         own = self._recorder.state(self.beat)
         self._store.set(str(self._rank), json.dumps(own))
         if self._stop_pending:
@@ -131,7 +131,7 @@ class Watchdog:
         return self._exchange.stop_requested
 
     def start(self) -> Watchdog:
-        """Start both threads on every rank. A collective must follow, so that all ranks have published before any reads."""
+        """Start both threads on every rank. A collective must follow, so that all ranks publish before any reads."""
         self._exchange.publish_first()
         for thread in self._threads:
             thread.start()
