@@ -146,7 +146,7 @@ def _shard(network: nn.Module, device: torch.device, spec: EngineSpec) -> Any:
 
 
 def _units(network: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules that are gathered and freed as a unit: each block of a block sequence. The root takes the rest."""
+    """Yield the modules gathered and freed as a unit: each block of a sequence of blocks. The root takes the rest."""
     for container in network.modules():
         if isinstance(container, nn.Sequential | nn.ModuleList):
             for block in container.children():

@@ -26,7 +26,7 @@ class ShardLayout(NamedTuple):
         return not self.lengths
 
     def name(self, key: str) -> str:
-        """Return the tensor name of a key: 'name' itself, or 'name.kind' for a tensor of equal shape such as a moment."""
+        """Return the tensor name of a key: 'name', or 'name.kind' for a tensor of equal shape, such as a moment."""
         return key if key in self.shapes else key.rpartition(".")[0]
 
     def part_of(self, key: str, tensor: Tensor) -> Tensor:

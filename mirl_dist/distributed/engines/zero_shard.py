@@ -68,7 +68,7 @@ class ZeroShard:
         return {name: p.detach() for name, p in self._parameters.items()}
 
     def copy_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy `weights` to DeepSpeed's second copy: gathered parameters in stage 3, else the flat float32 tensor."""
+        """Copy `weights` to DeepSpeed's second copy: parameter partitions in stage 3, else the flat float32 tensor."""
         for name, parameter in self._parameters.items():
             owned = self._slices[name]
             if self._stage == 3:
