@@ -5,7 +5,7 @@
         stop            a stop of the run was requested
         word-<code>     a worker exited for good with this code; restarted workers exit with it immediately
 
-A launcher restarts all workers when one fails, whatever the cause. A worker whose failure a restart cannot fix therefore
+A launcher restarts all workers when one fails, whatever the cause. Therefore a worker whose failure a restart cannot fix
 reports its exit code. Each message is an empty file, so it cannot be written partially.
 """
 
@@ -133,7 +133,7 @@ class ControlChannel:
             time.sleep(_WAIT_BEFORE_EXIT_SECONDS)
 
     def restart_notice(self) -> str | None:
-        """Return a message with the restart count, or None if there was no restart or the launcher reports it itself."""
+        """Return a message with the restart count; None without a restart or if the launcher reports it itself."""
         count, most = (os.environ.get(f"TORCHELASTIC_{key}", "0") for key in ("RESTART_COUNT", "MAX_RESTARTS"))
         if self._folder is None or count == "0" or os.path.exists(self._folder / "launcher"):
             return None

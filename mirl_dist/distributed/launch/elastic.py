@@ -95,7 +95,10 @@ def _report_failures(on_failure: Callable[[int, int], None]) -> None:
 
 
 def own_address(address: str, port: int) -> str:
-    """Return this node's address on the route to `address`, without sending packets. Raise OSError if unreachable."""
+    """Return this node's address on the route to `address`; sends no packet.
+
+    Raise OSError if the name does not resolve or there is no route.
+    """
     family, _, _, _, endpoint = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(endpoint)

@@ -29,9 +29,8 @@ _DEFAULT_PORT = 29500  # accelerate's
 class LaunchFile(NamedTuple):
     """Contents of a launch file, merged with the environment.
 
-    ranks: total over all nodes. node_rank: rank of this node. rendezvous: method by which the launchers of several nodes
-    find each other at `address`:`port` on node 0; 'none' on one node. offload: whether weights or moments are in host
-    memory.
+    ranks: total over all nodes. node_rank: rank of this node. rendezvous: how the launchers of several nodes find each
+    other at `address`:`port` on node 0; 'none' on one node. offload: whether weights or moments are in host memory.
     """
 
     path: Path
