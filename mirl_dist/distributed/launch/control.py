@@ -5,8 +5,8 @@
         stop            a stop of the run was requested
         word-<code>     a worker exited for good with this code; restarted workers exit with it immediately
 
-A launcher restarts all workers when one fails, whatever the cause. Therefore a worker whose failure a restart cannot fix
-reports its exit code. Each message is an empty file, so it cannot be written partially.
+A launcher restarts all workers when one fails, whatever the cause. Therefore a worker whose failure a restart cannot
+fix reports its exit code. Each message is an empty file, so it cannot be written partially.
 """
 
 from __future__ import annotations
