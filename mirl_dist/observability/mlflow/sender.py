@@ -28,9 +28,9 @@ _log = logging.getLogger("mirl_dist.tracking")
 class RecordStore(Protocol):
     """Destination of records.
 
-    deliver: must be idempotent, and accept records of a run that an earlier process opened. transient_errors: exceptions
-    of `deliver` after which it is retried, including UserError for ids that could not be saved. is_final: whether the
-    store rejects the record permanently. answers: whether the server responds.
+    deliver: must be idempotent, and accept records of a run that an earlier process opened. transient_errors: the
+    exceptions of `deliver` after which it may be retried, including UserError for ids that could not be saved.
+    is_final: whether the store rejects the record permanently. answers: whether the server responds.
     """
 
     name: str  # for messages, without secrets
