@@ -9,7 +9,10 @@ from typing import Any
 
 
 def to_json(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:
-    """Return indented JSON with sorted keys and a final newline. default: as for json.dumps."""
+    """Return indented UTF-8 JSON with sorted keys and a final newline.
+
+    default: converts values that JSON does not know, as for json.dumps; without it they raise TypeError.
+    """
     return (json.dumps(value, indent=1, sort_keys=True, default=default) + "\n").encode()
 
 

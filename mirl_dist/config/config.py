@@ -101,7 +101,7 @@ class Config(Node):
         return self.rewind.to or ("finetune" if self.prune.style == "one_shot" else "initial")
 
     def method(self) -> str:
-        """Return the papers' name of the pruning method with deviations from it: 'MIR-L-G', 'PIR-OSM 70%'."""
+        """Return the papers' name of the method, 'MIR-L-G' or 'PIR-OSM 70%', or a description; deviations follow."""
         prune, to = self.prune, self.rewinds_to()
         known = {
             ("iterative", "magnitude", "global", "initial"): "MIR-L-G",

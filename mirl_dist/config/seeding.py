@@ -25,7 +25,7 @@ def rng_from_digest(digest: bytes) -> np.random.Generator:
 def shared_rng(*words: int | str) -> np.random.Generator:
     """Return the same generator as `rng`, but valid only until the next call in this thread, which re-keys it.
 
-    Constructing a Philox draws system entropy that the key then replaces; re-keying an existing one is six times faster.
+    Constructing a Philox draws system entropy that the key then replaces; re-keying one is six times faster.
     """
     _SHARED.state["state"]["key"] = np.frombuffer(_digest(words)[:16], "<u8")
     _SHARED.bits.state = _SHARED.state
