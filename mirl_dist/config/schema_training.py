@@ -88,7 +88,7 @@ class DataSection(Node):
     steps_per_epoch: PositiveInt | None = None
     """Null: the whole mix once, without the last incomplete global batch."""
     damage: Annotated[Literal["refuse", "skip"], Local] = "refuse"
-    """Damaged or missing training samples: refuse stops the run; skip replaces, reports and counts them in the ticket."""
+    """Damaged or missing training samples. refuse: stop the run; skip: replace, report and count them in the ticket."""
     cache: CacheSection = CacheSection()
     workers: Annotated[Count, Local] = 2
     """Loader processes per rank; 0 reads in the training process."""
@@ -184,7 +184,7 @@ class PruneSection(Node):
     the initial values, without data; snip: |w g| of the initial values; gradient: |w g| after training. g is the
     gradient summed over `criterion_batches`."""
     synflow_steps: PositiveInt = 100
-    """synflow: number of pruning steps of increasing sparsity; scores are recomputed under the current masks in each."""
+    """synflow: number of pruning steps of increasing sparsity; each recomputes the scores under the current masks."""
     criterion_batches: PositiveInt = 8
     """snip and gradient: number of global batches, the first ones of the next round, over which g is summed."""
     per: Literal["global", "layer"] = "global"
