@@ -1,1 +1,1 @@
-"""The typed tree of a run, and how YAML becomes one."""
+"""The typed config of a run, its loading from YAML, and small shared helpers."""

@@ -1,4 +1,4 @@
-"""Writes JSON in one form, so that equal values have equal bytes and equal digests."""
+"""Canonical JSON: equal values have equal bytes and equal digests."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 
 
 def to_json(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:
-    """The text of a file of plain values. default: makes plain values of others, which are errors without it."""
+    """Return indented UTF-8 JSON with sorted keys and a final newline.
+
+    default: converts values that JSON does not know, as for json.dumps; without it they raise TypeError.
+    """
     return (json.dumps(value, indent=1, sort_keys=True, default=default) + "\n").encode()
 
 
 def digest_of_json(value: Any) -> str:
-    """Hex SHA-256 of plain values."""
+    """Return the hex SHA-256 of a JSON-serialisable value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

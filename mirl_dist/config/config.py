@@ -1,6 +1,6 @@
-"""The config of one run as a typed tree: its sections, what contradicts between them, its method and fingerprint.
+"""The config of one run as a typed tree: sections, contradictions between them, method name and fingerprint.
 
-`fingerprint` hashes the non-default keys that change the numbers. Every key and its default: schema.py and
+`fingerprint` hashes the non-default keys that affect numerical results. All keys and their defaults: schema.py and
 schema_training.py.
 """
 
@@ -37,7 +37,7 @@ class Config(Node):
     tracking: schema.TrackingSection = schema.TrackingSection()
 
     def inconsistencies(self) -> list[str]:
-        """Sentences about keys that cannot stand together: those within each section, then those between sections."""
+        """Return messages about contradicting keys, first within sections, then between sections."""
         sections = [getattr(self, name) for name in type(self).model_fields]
         texts = [text for section in sections for text in section.inconsistencies()]
         return texts + self._pruning_inconsistencies() + self._epoch_inconsistencies() + self._place_inconsistencies()
@@ -97,11 +97,11 @@ class Config(Node):
         return texts
 
     def rewinds_to(self) -> str:
-        """Where survivors go after a cut: 'initial', 'step', 'rate' or 'finetune'."""
+        """Return how surviving weights train on after pruning: 'initial', 'step', 'rate' or 'finetune'."""
         return self.rewind.to or ("finetune" if self.prune.style == "one_shot" else "initial")
 
     def method(self) -> str:
-        """The papers' word for what is done after round 0, with all that differs from it: 'MIR-L-G', 'PIR-OSM 70%'."""
+        """Return the papers' name of the method, 'MIR-L-G' or 'PIR-OSM 70%', or a description; deviations follow."""
         prune, to = self.prune, self.rewinds_to()
         known = {
             ("iterative", "magnitude", "global", "initial"): "MIR-L-G",
@@ -118,25 +118,27 @@ class Config(Node):
         return usual + (f" floor {prune.floor:g}" if prune.floor else "") + started
 
     def round_epochs(self, round_: int) -> int:
-        """Epochs of a round: fine-tuning after a cut is shorter."""
+        """Return the number of epochs of a round; fine-tuning rounds are shorter."""
         if self.is_finetuning(round_):
             return max(1, round(self.prune.finetune_epochs_fraction * self.train.epochs))
         return self.train.epochs
 
     def is_finetuning(self, round_: int) -> bool:
-        """Whether a round is fine-tuning."""
+        """Whether a round fine-tunes a pruned network."""
         return round_ > 0 and self.rewinds_to() == "finetune"
 
     def dump(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True)
 
     def fingerprint(self) -> str:
-        """16 hex digits over the non-default keys that change the numbers; equal for equal experiments."""
+        """Return a digest (16 hex digits) of the non-default keys that affect results; equal for equal experiments."""
         return digest_of_json(self.experiment_keys())[:16]
 
     def training_digest(self) -> str:
-        """The same over how networks are trained and scored alone, whatever the seed: not how they are pruned. Runs of
-        one training and one seed have the same dense network."""
+        """Return a digest like `fingerprint`, but only of training and scoring, without pruning and seed.
+
+        Runs with equal training digest and seed have the same dense network.
+        """
         keys = {
             key: value
             for key, value in self.experiment_keys().items()
@@ -145,7 +147,10 @@ class Config(Node):
         return digest_of_json(keys)[:16]
 
     def experiment_digest(self) -> str:
-        """The same over all but the seed and the ticket that was begun from: runs of one experiment are its seeds."""
+        """Return a digest like `fingerprint`, but without the seed and the path of the initial ticket.
+
+        Runs with equal experiment digest differ only in these, so they are repetitions of one experiment.
+        """
         keys = self.experiment_keys()
         keys.pop("run", None)
         if "start" in keys:
@@ -153,10 +158,10 @@ class Config(Node):
         return digest_of_json(keys)[:16]
 
     def experiment_keys(self) -> dict[str, Any]:
-        """The keys that change the numbers and differ from the published recipe, as a tree."""
+        """Return, as a tree, the keys that affect results and differ from the published recipe."""
         usual = "finetune" if self.prune.style == "one_shot" else "initial"
         keys = _changed_keys(self, Config())
-        if self.rewind.to == usual:  # written out or left out, it is the same
+        if self.rewind.to == usual:  # the explicit default is equivalent to an omitted key
             keys["rewind"] = {key: value for key, value in keys["rewind"].items() if key != "to"}
             if not keys["rewind"]:
                 del keys["rewind"]
@@ -164,7 +169,7 @@ class Config(Node):
 
 
 def _changed_keys(node: Node, default: Node) -> dict[str, Any]:
-    """The values of a node that differ from the default, by key, without those marked Local."""
+    """Return the values of a node that differ from the default, by key, without keys marked Local."""
     keys: dict[str, Any] = {}
     for name, field in type(node).model_fields.items():
         value, usual = getattr(node, name), getattr(default, name)
@@ -178,17 +183,17 @@ def _changed_keys(node: Node, default: Node) -> dict[str, Any]:
 
 
 def read(path: Path, sets: Sequence[str] = ()) -> Config:
-    """The config of one run: defaults, the file, the `--set` assignments. Raises UserError with every complaint."""
+    """Read the config of one run: defaults, then the file, then `--set`. Raise UserError that lists all faults."""
     return yaml_loader.read(Config, path, sets, "configs/demo.yaml", "the config of a run")
 
 
 def from_dump(tree: dict[str, Any], source: str) -> Config:
-    """The config that `dump` wrote. Raises UserError when this version does not understand it."""
+    """Return the config that `dump` wrote. Raise UserError if it is invalid for this version."""
     return yaml_loader.build(Config, tree, source)
 
 
 def differences(config: Config, other: Config) -> list[str]:
-    """`key: A here, B there` for each key that changes the numbers."""
+    """Return `key: A here, B there` for each key that affects results and differs."""
 
     def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         pairs: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""Where a run keeps on this machine what is no part of it: pending records, rank logs, crash markers, cached shards.
+"""Local folders for data that is not part of a run: pending records, rank logs, crash markers, cached shards.
 
-Every folder outside a run is named `mirl-dist` below the user's XDG folders (pending records: cache, rank logs: state),
-or `mirl-dist-UID` below the folder for temporary files (shards, launch messages, crash markers).
+Folders outside a run are named `mirl-dist` below the user's XDG folders (pending records: cache, rank logs: state), or
+`mirl-dist-UID` below the temporary folder (shards, launch messages, crash markers).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NAME = "mirl-dist"
 
 
 def local_folder(address: str) -> Path | None:
-    """The folder of this machine that an address means (a path or file://); None for other kinds of address."""
+    """Return the local folder of an address (a path or file://), or None for other kinds of address."""
     kind, is_url, _ = address.partition("://")
     if not is_url:
         return Path(address).expanduser()
@@ -29,10 +29,10 @@ def local_folder(address: str) -> Path | None:
 
 
 def journal_folder(run_folder: str, configured: str | None, run_id: str = "") -> Path:
-    """Where records that MLflow has not received yet are kept for the run at that address; nothing is made.
+    """Return the folder for a run's records that MLflow has not received yet. Creates nothing.
 
-    configured: the folder of tracking.journal, in which each run gets one of its own; run_id: tells the run from others
-    that lay at the same address before.
+    run_folder: address of the run. configured: tracking.journal, in which each run gets its own subfolder. run_id:
+    distinguishes the run from earlier runs at the same address.
     """
     folder = local_folder(run_folder)
     local = folder.resolve() if folder is not None else None
@@ -45,7 +45,7 @@ def journal_folder(run_folder: str, configured: str | None, run_id: str = "") ->
 
 
 def log_folder(run_folder: str, configured: str | None) -> Path:
-    """Where the ranks of a run keep their logs; nothing is made. configured: ranks.logs."""
+    """Return the folder for the rank logs of a run. Creates nothing. configured: ranks.logs."""
     if configured is not None:
         return Path(configured).expanduser()
     folder = local_folder(run_folder)
@@ -57,7 +57,7 @@ def log_folder(run_folder: str, configured: str | None) -> Path:
 
 
 def shard_cache_folder(configured: str | None = None) -> Path:
-    """Where shards are cached: by default on a disk of this node, where the environment names one; one per user.
+    """Return the folder for cached shards. Default: a folder per user below SLURM_TMPDIR or the temporary folder.
 
     configured: data.cache.folder.
     """
@@ -65,9 +65,9 @@ def shard_cache_folder(configured: str | None = None) -> Path:
 
 
 def process_folder() -> Path:
-    """This user's folder for what outlives a process but not the machine: launch messages and crash markers. Made here.
+    """Create and return this user's folder for launch messages and crash markers, with mode 0700.
 
-    Raises UserError where it cannot be made, or is another user's.
+    Raise UserError if it cannot be created or belongs to another user.
     """
     try:
         folder = _shared_folder()
@@ -92,6 +92,6 @@ def _shared_folder(base: str | None = None) -> Path:
 
 
 def _is_writable(folder: Path) -> bool:
-    """Whether the folder, or the first one above it that exists, can be written."""
+    """Whether the folder, or its closest existing parent, is writable."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)

@@ -1,4 +1,4 @@
-"""Prepares a config for other people: without the places and habits of the machine that it ran on."""
+"""Prepares a config for publication: resets paths and other settings of the machine that it ran on."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from mirl_dist.config.yaml_loader import Node
 _Node = TypeVar("_Node", bound=Node)
 
 _LOCAL_BUT_KEPT = ("prune.rounds", "prune.target_sparsity")
-"""Marked Local, but part of the experiment: how far it pruned."""
+"""Keys marked Local that are kept, because they tell how far the experiment pruned."""
 
 
 def portable(config: Config) -> Config:
-    """The same experiment, with every other key marked Local (folders, addresses, devices, workers) as this user has
-    it by default. Fingerprint and method stay. What changes the numbers stays too: model.weights and start.ticket."""
+    """Return the same experiment with all other Local keys (folders, addresses, devices, workers) at their defaults.
+
+    Fingerprint and method are unchanged. Keys that affect results are kept, including the paths model.weights and
+    start.ticket.
+    """
     return _reset_local_keys(config, Config(), "")
 
 

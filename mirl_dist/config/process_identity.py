@@ -1,6 +1,6 @@
-"""Identifies processes of this machine, so that a number in use again is not taken for the process that had it before.
+"""Identifies local processes by process id and start time, so that a reused id is not mistaken for the old process.
 
-Read from /proc: psutil tells start times by the machine's clock, which may be set while a process runs.
+Start times come from /proc, because psutil's depend on the wall clock, which may be set while a process runs.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import psutil
 
 
 class Machine(NamedTuple):
-    """Identifies where process numbers mean the same: the kernel's start, and the namespace of numbers."""
+    """Scope in which process ids are unique: one boot of the kernel and one pid namespace."""
 
     boot: str
     pid_namespace: int
 
 
 def this_machine() -> Machine | None:
-    """Where this process runs; None where /proc does not tell, or shows another namespace than this process's."""
+    """Return the scope of this process's id; None if /proc is unavailable or belongs to another pid namespace."""
     try:
         if os.readlink("/proc/self") != str(os.getpid()):
             return None
@@ -31,14 +31,14 @@ def this_machine() -> Machine | None:
 
 
 class ProcessState(NamedTuple):
-    """letter: 'R', 'S', 'Z', ...; started: in ticks since the machine's boot."""
+    """State of a process. letter: 'R', 'S', 'Z', ...; started: start time in clock ticks since boot."""
 
     letter: str
     started: int
 
 
 def process_state(pid: int) -> ProcessState | None:
-    """The state of a process; None where there is none, or /proc hides it."""
+    """Return the state of a process; None if it does not exist or /proc hides it."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         return ProcessState(after_name[0].decode(), int(after_name[19]))
@@ -47,7 +47,7 @@ def process_state(pid: int) -> ProcessState | None:
 
 
 def has_exited(pid: int, started: int) -> bool:
-    """Whether the process of this machine that had this number and start is dead."""
+    """Whether the local process with this id and start time has exited (zombies included)."""
     state = process_state(pid)
     if state is None:
         return pid < 2**31 and not psutil.pid_exists(pid)

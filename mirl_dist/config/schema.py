@@ -1,8 +1,8 @@
-"""Where and how a run is kept: the sections of a config that say nothing of the experiment (run.seed excepted).
+"""Config sections about storing and operating a run; except for run.seed they do not define the experiment.
 
-What is trained, pruned and scored stands in schema_training.py. Each key has its unit, its range and its default here;
-keys marked `Local` (places, logging, workers) do not change the numbers of a run. A section states what contradicts
-within it; config.py, what contradicts between sections.
+Sections about training, pruning and scoring are in schema_training.py. Each key has its unit, range and default here.
+Keys marked `Local` (paths, logging, workers) do not affect numerical results. Each section checks itself for
+contradictions; config.py checks for contradictions between sections.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mirl_dist.config.yaml_loader import Node
 
 
 class _Local:
-    """Marks a key that does not change the numbers of a run."""
+    """Marker for keys that do not affect a run's numerical results."""
 
 
 Local = _Local()
@@ -25,7 +25,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 class RunSection(Node):
     folder: Annotated[str, Local] = Field("runs/run", min_length=1)
-    """Where everything of this run is kept: a folder, or s3://bucket/prefix."""
+    """Where all data of this run is stored: a folder, or s3://bucket/prefix."""
     seed: Seed = 0
 
     def inconsistencies(self) -> list[str]:
@@ -36,19 +36,19 @@ class RunSection(Node):
 
 
 class StoreSection(Node):
-    """How stores are talked to: of the run, and of its shards."""
+    """Access to the stores of the run and of its shards."""
 
     endpoint: Annotated[str | None, Local] = None
-    """The S3 server, http(s)://host:port. Null: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, a profile, else AWS."""
+    """S3 server, http(s)://host:port. Null: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, the AWS profile, else AWS."""
     encryption: Annotated[Literal["AES256", "aws:kms"] | None, Local] = None
-    """Server-side encryption of what is written to S3. Null: as the bucket says."""
+    """Server-side encryption of objects written to S3. Null: the bucket's default."""
     kms_key: Annotated[str | None, Local] = None
-    """With aws:kms: the key's id or ARN. Null: the account's own key for S3."""
+    """Key id or ARN for aws:kms. Null: the account's default key for S3."""
     patience_seconds: Annotated[PositiveFloat, Local] = 900
-    """How long a store that is away or full is tried again, since the last byte that passed. After that a run stops,
-    resumably."""
+    """How long requests to an unavailable or full store are retried, counted from the last byte transferred. After that
+    the run stops and can be resumed."""
     lease_seconds: Annotated[float, Field(ge=1), Local] = 60
-    """A launch without a sign of life for so long is dead, and another may go on with its run."""
+    """A launch that has not renewed its lease for this long is considered dead; another may resume its run."""
 
     def inconsistencies(self) -> list[str]:
         texts = []
@@ -62,36 +62,38 @@ class StoreSection(Node):
 
 class RanksSection(Node):
     timeout_seconds: Annotated[PositiveFloat, Local] = 1800
-    """How long ranks wait for one another. After that those who did not come are named, and the ranks end."""
+    """How long ranks wait for each other in a collective. After that missing ranks are named and the ranks exit."""
     restarts: Annotated[Count, Local] = 3
-    """How often `train --launch` starts the ranks again after one of them died."""
+    """How often `train --launch` restarts the ranks after one of them died."""
     slow_factor: Annotated[float, Field(gt=1), Local] = 1.5
-    """A rank that reaches the all-reduce later than the others by this factor, report after report, is named."""
+    """A rank is reported as a straggler if it repeatedly takes longer than the others to reach the all-reduce, by this
+    factor."""
     logs: Annotated[str | None, Local] = None
-    """The folder in which each rank keeps a log, rank-0003.jsonl. Null: logs/ inside a run.folder that is a folder; for
-    s3:// a folder named after the run below XDG_STATE_HOME or ~/.local/state/mirl-dist."""
+    """Folder for the logs of ranks, such as rank-0003.jsonl. Null: logs/ inside a local run.folder; for s3:// a folder
+    named after the run in mirl-dist below XDG_STATE_HOME or ~/.local/state."""
 
 
 class PreemptSection(Node):
     deadline_seconds: Annotated[PositiveFloat, Local] = 120
-    """From SIGTERM, SIGINT or SIGUSR1 to the end of the process, at the latest."""
+    """Longest time from SIGTERM, SIGINT or SIGUSR1 to the exit of the process."""
 
 
 class GuardSection(Node):
     skip_bad_batches: Annotated[Count, Local] = 0
-    """How many global batches of a round may have a loss or gradient that is not finite: they are left out, told and
-    counted in the ticket. 0: the first one stops the run."""
+    """How many global batches per round may have a non-finite loss or gradient: they are skipped, reported and counted
+    in the ticket. 0: the first one stops the run."""
     spike_factor: Annotated[float | None, Field(gt=1), Local] = 10
-    """A step whose loss is so many times the median of the 50 before it is reported. Null: none is."""
+    """Report a step whose loss exceeds this factor times the median of the 50 steps before. Null: never."""
     same_step_failures: Annotated[PositiveInt, Local] = 3
-    """Launches on one machine that may die in one and the same step before the next one refuses to try it again."""
+    """How many launches on one machine may crash in the same step before the next launch refuses to retry it."""
 
 
 class KeepSection(Node):
     rounds: Annotated[Literal["all", "best"], Local] = "all"
-    """best: at the end the run names the round with the best validation score and drops other rounds' weights."""
+    """all: keep every round's weights. best: when the run ends, keep only those of the round with the best validation
+    score."""
     by: Annotated[tuple[str, ...], Local] = ()
-    """Globs of score names, `psnr/<task>/<set>`; their mean decides. Needed for rounds: best."""
+    """Globs of score names, `psnr/<task>/<set>`; the round with the best mean is kept. Required for rounds: best."""
 
     def inconsistencies(self) -> list[str]:
         if self.rounds == "best" and not self.by:
@@ -101,22 +103,22 @@ class KeepSection(Node):
 
 class CheckpointSection(Node):
     every_steps: Annotated[PositiveInt | None, Local] = 1000
-    """Null: only when a round's training has ended, and at the end of the round."""
+    """Optimiser steps between commits. Null: commit only after a round's training and at the end of the round."""
     keep_last: Annotated[int, Field(ge=2), Local] = 2
 
 
 class TrackingSection(Node):
     enabled: Annotated[bool, Local] = True
     uri: Annotated[str | None, Local] = None
-    """Null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db. Passwords belong into the environment."""
+    """Null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db. Give passwords in the environment only."""
     experiment: Annotated[str, Local] = "mirl_dist"
     run_name: Annotated[str | None, Local] = None
     tags: Annotated[dict[str, str], Local] = Field(default_factory=dict)
-    """Of the run in MLflow, beside those that it has anyway."""
+    """Additional tags of the run in MLflow."""
     every_steps: Annotated[PositiveInt, Local] = 10
     journal: Annotated[str | None, Local] = None
-    """The folder of this machine where records wait until MLflow has received them. Null: inside a run.folder that
-    is a folder; for s3:// in mirl-dist below XDG_CACHE_HOME or ~/.cache."""
+    """Local folder for records until MLflow has received them. Null: inside a local run.folder; for s3:// in mirl-dist
+    below XDG_CACHE_HOME or ~/.cache."""
 
     def inconsistencies(self) -> list[str]:
         address = (self.uri or "").partition("://")[2]

@@ -1,7 +1,7 @@
-"""What is trained, pruned and scored: the sections of a config that make an experiment; defaults: MIR-L's recipe.
+"""Config sections that define an experiment: model, data, training, pruning, scoring. Defaults are MIR-L's recipe.
 
-Each key has its unit, its range and its default here. Where and how a run is kept stands in schema.py. Recipe: paper
-section IV and the released code, at full size.
+Each key has its unit, range and default here. Sections about storing and operating a run are in schema.py. Source of
+the recipe: paper section IV and the released code, at full size.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class ModelSection(Node):
     prompt_sizes: Three = (64, 32, 16)
     prompt_heads: PositiveInt = 4
     weights: Annotated[str, Field(min_length=1)] | None = None
-    """First values to begin from: a safetensors file as `mirl-dist import` writes. Null: drawn from run.seed."""
+    """Initial weights: a safetensors file as written by `mirl-dist import`. Null: drawn from run.seed."""
 
     def sizes(self) -> dict[str, Any]:
-        """The keyword arguments of `models.create`."""
+        """Return the keyword arguments of `models.create`."""
         return self.model_dump(exclude={"name", "weights"})
 
     def inconsistencies(self) -> list[str]:
@@ -47,9 +47,9 @@ class ModelSection(Node):
         ]
 
     def _head_widths(self) -> list[tuple[str, int, int]]:
-        """Key, number of heads and width in channels of each attention."""
+        """Return (config key, number of heads, width in channels) of each attention."""
         levels = [(f"heads[{i}]", heads, self.dim * 2**i) for i, heads in enumerate(self.heads)]
-        joined = (self.dim * 2, self.dim * 4, self.dim * 8)  # width that each prompt is joined to
+        joined = (self.dim * 2, self.dim * 4, self.dim * 8)  # width of the features that each prompt is concatenated to
         prompts = [a + b for a, b in zip(self.prompt_dims, joined, strict=True)]
         return levels + [("prompt_heads", self.prompt_heads, width) for width in prompts]
 
@@ -66,31 +66,32 @@ _PUBLISHED_MIX: dict[str, float | dict[str, float]] = {
 
 class CacheSection(Node):
     folder: Annotated[str | None, Local] = None
-    """Where shards are kept on each node, on a disk of its own; all its ranks share it. Null: below SLURM_TMPDIR,
-    TMPDIR or /tmp for s3:// and https://, and none for a folder, whose shards are read in place."""
+    """Folder for cached shards on a local disk of each node, shared by its ranks. Null: below SLURM_TMPDIR, TMPDIR or
+    /tmp for s3:// and https://; no cache for a folder, whose shards are read in place."""
     gigabytes: Annotated[PositiveFloat, Local] = 50
-    """Most that the cache may take on the disk, in 10^9 bytes."""
+    """Maximum size of the cache on disk, in 10^9 bytes."""
 
 
 class DataSection(Node):
     shards: Annotated[str, Local] = Field("shards/built", min_length=1)
-    """Where `mirl-dist shards build` wrote: a folder, s3://bucket/prefix or https://host/path. The digest of its
-    manifest is part of the run's identity."""
+    """Output of `mirl-dist shards build`: a folder, s3://bucket/prefix or https://host/path. The digest of its manifest
+    is part of the run's identity."""
     mix: dict[str, PositiveFloat | dict[str, PositiveFloat]] = Field(default_factory=lambda: dict(_PUBLISHED_MIX))
-    """Task -> number, or task -> set -> number; what the numbers mean says mix_by. Task words: docs/degradations.md."""
+    """Task -> number, or task -> set -> number; mix_by defines the numbers' meaning. Tasks: docs/degradations.md."""
     mix_by: Literal["repeats", "weights", "balanced"] = "repeats"
-    """repeats: how often each sample is read per epoch, as published; weights: shares of the epoch; balanced: equal
-    shares (all numbers 1)."""
+    """repeats: how often each sample is read per epoch, as published; weights: relative shares of the epoch; balanced:
+    equal shares (all numbers 1)."""
     patch_pixels: Annotated[int, Field(ge=8)] = 64
     augment: Literal["published", "all", "flips", "none"] = "published"
-    """published: one of the 7 turns and flips that change the image; all: 8; flips: the paper's text."""
+    """published: one of the 7 rotations and flips that change the image; all: these and the identity; flips: as in the
+    paper's text."""
     steps_per_epoch: PositiveInt | None = None
-    """Null: the whole mix once, the last incomplete global batch left out."""
+    """Null: the whole mix once, without the last incomplete global batch."""
     damage: Annotated[Literal["refuse", "skip"], Local] = "refuse"
-    """What a damaged or missing training sample does: stop the run, or be replaced, told and counted in the ticket."""
+    """Damaged or missing training samples. refuse: stop the run; skip: replace, report and count them in the ticket."""
     cache: CacheSection = CacheSection()
     workers: Annotated[Count, Local] = 2
-    """Loader processes of each rank; 0 reads in the training process."""
+    """Loader processes per rank; 0 reads in the training process."""
 
     def inconsistencies(self) -> list[str]:
         texts = []
@@ -117,9 +118,9 @@ class DataSection(Node):
 
 class BatchSection(Node):
     global_: PositiveInt = Field(8, alias="global")
-    """Samples per optimiser step over all ranks. The world size never changes it."""
+    """Samples per optimiser step over all ranks, independent of the world size."""
     forward: Annotated[PositiveInt | None, Local] = None
-    """Samples per forward pass on a rank; less than the rank's share means accumulation. Null: the whole share."""
+    """Samples per forward pass on a rank; if less than the rank's share, gradients are accumulated. Null: the share."""
 
     def inconsistencies(self) -> list[str]:
         if self.forward is not None and self.global_ % self.forward:
@@ -139,10 +140,11 @@ class OptimiserSection(Node):
 
 class ScheduleSection(Node):
     by: Literal["epoch", "step"] = "epoch"
-    """epoch: as published (the whole first epoch runs at rate 0 when warm-up is on); step: smooth."""
+    """When the learning rate is updated. epoch: as published (with warm-up the whole first epoch has rate 0); step: at
+    every step."""
     warmup_epochs: NotNegative = 15
     horizon_epochs: PositiveFloat | None = None
-    """Where the cosine reaches 0. Null: train.epochs."""
+    """Epoch at which the cosine reaches 0. Null: train.epochs."""
 
 
 class TrainSection(Node):
@@ -153,13 +155,13 @@ class TrainSection(Node):
 
 
 class StartSection(Node):
-    """Begin from a finished ticket in place of a dense network; with prune.rounds 0 that is a control."""
+    """Start from a finished ticket instead of a dense network; with prune.rounds 0 this is a control experiment."""
 
     ticket: Annotated[str, Field(min_length=1)] | None = None
-    """`RUN/rounds/NN`, or a ticket file."""
+    """`RUN/rounds/NN`, or the path of a ticket file."""
     kind: Literal["ticket", "reinit", "random_layer", "random_global"] = "ticket"
-    """ticket: its mask and its first values; reinit: its mask, and first values drawn anew;
-    random_layer, random_global: its first values, and a random mask of the same density per tensor, or over all."""
+    """ticket: its mask and initial values; reinit: its mask with newly drawn initial values; random_layer,
+    random_global: its initial values with a random mask of equal density per tensor, or over all tensors."""
 
     def inconsistencies(self) -> list[str]:
         if self.ticket is None and self.kind != "ticket":
@@ -169,36 +171,37 @@ class StartSection(Node):
 
 class PruneSection(Node):
     style: Literal["iterative", "one_shot"] = "iterative"
-    """iterative: MIR-L, `rounds` times prune and rewind; one_shot: prune once, then as rewind.to says (PIR-OSM and
-    PIR-OSR fine-tune)."""
+    """iterative: prune and rewind `rounds` times (MIR-L); one_shot: prune once, then train according to rewind.to
+    (PIR-OSM and PIR-OSR fine-tune)."""
     rounds: Annotated[Count, Local] = 15
-    """Pruned rounds after the dense round 0. 0 trains the dense network alone."""
+    """Pruned rounds after the dense round 0. 0 trains the dense network only."""
     target_sparsity: Annotated[Share | None, Local] = None
     """Stop after the first round whose sparsity over all parameters reaches this."""
     fraction: Share = 0.2
-    """Of the surviving prunable weights, per round."""
+    """Fraction of the surviving prunable weights that each round prunes."""
     criterion: Literal["magnitude", "random", "synflow", "snip", "gradient"] = "magnitude"
-    """What makes a weight w strong: |w| after training; chance; SynFlow's flow of the first values, without data;
-    SNIP's |w g| of the first values; or |w g| after training, with g the gradient over `criterion_batches`."""
+    """Pruning score of a weight w. magnitude: |w| after training; random: a random number; synflow: SynFlow score of
+    the initial values, without data; snip: |w g| of the initial values; gradient: |w g| after training. g is the
+    gradient summed over `criterion_batches`."""
     synflow_steps: PositiveInt = 100
-    """synflow: cuts of growing depth, each scored anew under the masks so far."""
+    """synflow: number of pruning steps of increasing sparsity; each recomputes the scores under the current masks."""
     criterion_batches: PositiveInt = 8
-    """snip and gradient: global batches, the first of the round to come, over which g is summed."""
+    """snip and gradient: number of global batches, the first ones of the next round, over which g is summed."""
     per: Literal["global", "layer"] = "global"
     floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """With per global: the share of each tensor that stays alive in any case."""
+    """With per global: minimum fraction of each tensor's weights that survives."""
     scope: Literal["published", "all"] | tuple[str, ...] = "published"
-    """published: names that contain 'weight'; all: every parameter; or globs of names."""
+    """Prunable parameters. published: names that contain 'weight'; all: every parameter; or globs of names."""
     output_layers: tuple[str, ...] = ("output.weight",)
-    """Globs of tensors that layer-wise pruning treats at `output_factor` x fraction."""
+    """Globs of tensors that layer-wise pruning prunes by only `output_factor` x fraction."""
     output_factor: PositiveFloat = 0.5
     finetune_epochs_fraction: Share = 0.05
-    """rewind.to finetune: length of the fine-tuning as a share of train.epochs (at least one epoch)."""
+    """rewind.to finetune: length of fine-tuning as a fraction of train.epochs (at least one epoch)."""
     finetune_lr: PositiveFloat | None = None
-    """rewind.to finetune: peak rate of the fine-tuning, cosine by step without warm-up. Null: optimiser.lr."""
+    """rewind.to finetune: peak learning rate; cosine schedule by step without warm-up. Null: optimiser.lr."""
 
     def ends_after(self, round_: int, total_sparsity: float) -> bool:
-        """Whether no round follows a round that has this sparsity over all parameters."""
+        """Whether this round is the last one. total_sparsity: its sparsity over all parameters."""
         return round_ >= self.rounds or (self.target_sparsity is not None and total_sparsity >= self.target_sparsity)
 
     def inconsistencies(self) -> list[str]:
@@ -214,36 +217,37 @@ class PruneSection(Node):
 
 class RewindSection(Node):
     to: Literal["initial", "step", "rate", "finetune"] | None = None
-    """Where survivors train from after a cut: their first values; their values at `step` of round 0, with the schedule
-    from there; their trained values with the whole schedule (learning-rate rewinding); or their trained values with
-    prune.finetune_*. Null: initial, and finetune with prune.style one_shot."""
+    """Values and schedule of surviving weights after pruning. initial: their initial values; step: their values at
+    `step` of round 0, with the schedule from there; rate: their trained values with the whole schedule (learning-rate
+    rewinding); finetune: their trained values with prune.finetune_*. Null: finetune with prune.style one_shot, else
+    initial."""
     step: PositiveInt | None = None
     """rewind.to step: the optimiser step of round 0."""
     what: Literal["all", "published"] = "all"
-    """all: every tensor returns to its first value; published: as the released code (prompts and temperatures
-    never, biases before round 1 only)."""
+    """Rewound tensors. all: every tensor; published: as in the released code (prompts and temperatures never, biases
+    before round 1 only)."""
 
 
 class EvaluateSection(Node):
     sets: tuple[str, ...] | None = None
-    """Evaluation sets of the shards. Null: all."""
+    """Names of evaluation sets in the shards. Null: all."""
     seed: Seed = 0
-    """Seed of the test noise, which depends on nothing but this, the image's name and sigma."""
+    """Seed of the test noise, which depends only on this seed, the image's name and sigma."""
     protocols: tuple[Literal["promptir", "restormer", "basicsr_rgb", "basicsr_y", "mioir"], ...] = ("promptir",)
-    """How PSNR and SSIM are computed (docs/protocols.md), all in one pass. The first one's are the headline."""
+    """Definitions of PSNR and SSIM (docs/protocols.md), all computed in one pass. The first gives the main scores."""
     every_epochs: PositiveInt | None = None
-    """Score within a round too, every so many epochs: for the iterations to the best score. Null: at its end alone."""
+    """Also score during a round, every so many epochs, to find the step of the best score. Null: only at its end."""
     curve_images: PositiveInt = 4
-    """Within a round: the first so many images of each task and set."""
+    """Number of images, the first ones of each task and set, that are scored during a round."""
     tile_pixels: Annotated[int, Field(ge=64)] | None = None
-    """Restore images in square tiles of so many pixels, which changes scores a little. Null: whole images."""
+    """Restore images in square tiles of this side length, which changes scores slightly. Null: whole images."""
     tile_overlap: Annotated[int, Field(ge=0)] = 32
-    """Pixels that neighbouring tiles share, and over which they are blended."""
+    """Overlap of neighbouring tiles in pixels, over which they are blended."""
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
-    """Compile the network for scoring (torch.compile): for GPUs; on a CPU the first image takes minutes."""
+    """Compile the network for scoring with torch.compile; meant for GPUs, as on a CPU the first image takes minutes."""
     pictures: Annotated[PositiveInt, Local] = 2
-    """How many images of each task and set a ticket's strip of pictures shows."""
+    """Number of images of each task and set in a ticket's picture strip."""
 
     def inconsistencies(self) -> list[str]:
         texts = []

@@ -1,4 +1,4 @@
-"""Seeded random numbers: a generator for each key of words, with the same numbers in any process, at any time."""
+"""Seeded random numbers: one generator per key, reproducible in every process and independent of call order."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import numpy as np
 
 
 def rng(*words: int | str) -> np.random.Generator:
-    """A counter-based generator (Philox) keyed by the SHA-256 of the words.
+    """Return a counter-based generator (Philox) keyed by the SHA-256 of the words.
 
     The encoding is unambiguous: ("ab", "c"), ("a", "bc"), (1,) and ("1",) are four different keys.
-    Raises TypeError for words that are neither int nor str.
+    Raise TypeError for words that are neither int nor str.
     """
     return rng_from_digest(_digest(words))
 
 
 def rng_from_digest(digest: bytes) -> np.random.Generator:
-    """The generator keyed by the first 16 bytes of a digest, for keys that were encoded in another way."""
+    """Return the generator keyed by the first 16 bytes of a digest, for keys encoded by the caller."""
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
 def shared_rng(*words: int | str) -> np.random.Generator:
-    """`rng`, with the same numbers, until the next call in this thread: one object is keyed anew each time.
+    """Return the same generator as `rng`, but valid only until the next call in this thread, which re-keys it.
 
-    Making a Philox asks the system for entropy which the key replaces; keying one that exists is six times faster.
+    Constructing a Philox draws system entropy that the key then replaces; re-keying one is six times faster.
     """
     _SHARED.state["state"]["key"] = np.frombuffer(_digest(words)[:16], "<u8")
     _SHARED.bits.state = _SHARED.state
@@ -35,7 +35,7 @@ def shared_rng(*words: int | str) -> np.random.Generator:
 class _SharedRng(threading.local):
     def __init__(self) -> None:
         self.bits = np.random.Philox(0)
-        self.state = self.bits.state  # of a generator that nobody has drawn from
+        self.state = self.bits.state  # initial state: counter at 0, nothing drawn yet
         self.rng = np.random.Generator(self.bits)
 
 

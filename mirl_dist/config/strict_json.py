@@ -1,4 +1,4 @@
-"""Reads JSON that anybody may have written: no key twice, no NaN, bounded in depth and size, printable texts only."""
+"""Parses untrusted JSON: no duplicate keys, no NaN or infinity, bounded depth and size, printable strings only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u20
 
 
 def parse(text: bytes) -> Any:
-    """The tree of a JSON text in UTF-8; integers have at most 18 digits. Raises ValueError, saying what is wrong."""
+    """Parse UTF-8 JSON text; integers may have at most 18 digits. Raise ValueError that describes the fault."""
     if len(text) > MOST_BYTES:
         raise ValueError(f"{len(text):,} bytes of text")
     try:
@@ -50,7 +50,7 @@ def _parse_finite(digits: str) -> float:
 
 
 def _check_bounds(tree: Any) -> None:
-    """Check depth, number of values and texts level by level, since a tree may be deeper than Python's stack."""
+    """Check depth, number of values and strings level by level; recursion could exceed Python's stack."""
     level, count = [tree], 0
     for _ in range(DEEPEST):
         count += len(level)

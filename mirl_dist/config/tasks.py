@@ -1,4 +1,4 @@
-"""Task words: what each name of `data.mix` means."""
+"""Task names: the meaning of each key of `data.mix`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from mirl_dist.errors import UserError
 
 KINDS = ("derain", "dehaze", "desnow", "deraindrop", "deblur", "enlighten")
-"""Tasks whose degraded images are stored in the shards. The kind of their samples has the task's name."""
+"""Tasks whose degraded images are stored in the shards, as samples of a kind with the task's name."""
 CLEAN, PAIRS = "clean", "pairs"
 LEVELS: dict[str, tuple[str, ...]] = {
     "denoise": ("mild", "hard"),
@@ -18,23 +18,23 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "dejpeg": ("mild", "hard"),
     "enlighten": ("mild", "hard"),
 }
-"""Families made on reading, and their levels that draw a strength per image; ranges: docs/degradations.md."""
+"""Families synthesised when samples are read, with levels that draw a strength per image (docs/degradations.md)."""
 NUMBERS: dict[str, tuple[str, range]] = {
     "denoise": ("sigma", range(1, 256)),
     "superres": ("factor", range(2, 17)),
     "dejpeg": ("quality", range(1, 101)),
 }
-"""Families whose level may be one number: what the number is, and its range."""
+"""Families whose level may be a number: its meaning and range."""
 BLUR_KERNELS, BLUR_SIGMAS = range(3, 52, 2), range(1, 21)
-"""What deblur_k<kernel>s<sigma> may say: kernel width and sigma in pixels."""
-_WHOLE = "[1-9][0-9]*"  # no leading zero: one task has one name
+"""Ranges of deblur_k<kernel>s<sigma>: kernel width and sigma in pixels."""
+_WHOLE = "[1-9][0-9]*"  # no leading zeros, so that each task has exactly one name
 
 
 class Task(NamedTuple):
-    """One degradation to undo.
+    """One restoration task.
 
-    name: the word itself. kind: the kind of stored samples that it reads, `clean` when it is made on reading.
-    family: `pairs`, or a key of LEVELS. level: what follows the family's name, '' for pairs.
+    name: the task's name. kind: kind of stored samples that it reads, `clean` if the degradation is synthesised.
+    family: `pairs` for stored pairs, or a key of LEVELS. level: rest of the name after the family, '' for pairs.
     """
 
     name: str
@@ -44,26 +44,27 @@ class Task(NamedTuple):
 
     @classmethod
     def of(cls, name: str) -> Task:
-        """The task of a word, such as 'denoise_25', 'deblur_easy', 'derain'. Raises UserError for an unknown word."""
+        """Return the task with a name such as 'denoise_25', 'deblur_easy' or 'derain'. Raise UserError if unknown."""
         if name in KINDS:
             return cls(name, name, PAIRS, "")
         family, _, level = name.partition("_")
         if level in LEVELS.get(family, ()) or _is_number(family, level) or _is_blur(family, level):
             return cls(name, CLEAN, family, level)
-        wrong_number = family in LEVELS and any(c.isdigit() for c in level)  # its range says more than a near word
+        # For a number out of range, list the ranges rather than suggest a similar name.
+        wrong_number = family in LEVELS and any(c.isdigit() for c in level)
         near = [] if wrong_number else difflib.get_close_matches(name, _examples(), n=1, cutoff=0.75)
         hint = f"did you mean '{near[0]}'? Allowed" if near else "allowed"
         raise UserError(f"found '{name}', where the word of a task belongs; {hint} are {', '.join(allowed())}")
 
 
 def blur_of(level: str) -> tuple[int, int] | None:
-    """Kernel width and sigma, in pixels, of a level such as 'k19s4'; None for another text."""
+    """Return kernel width and sigma in pixels of a level such as 'k19s4'; None for other levels."""
     match = re.fullmatch(f"k({_WHOLE})s({_WHOLE})", level)
     return (int(match[1]), int(match[2])) if match else None
 
 
 def allowed() -> tuple[str, ...]:
-    """All task words, those with numbers as patterns with their ranges."""
+    """Return all task names; numbered ones as patterns with their ranges."""
     words = list(KINDS)
     for family, levels in LEVELS.items():
         words += [f"{family}_{level}" for level in levels]
@@ -77,7 +78,7 @@ def allowed() -> tuple[str, ...]:
 
 
 def _examples() -> tuple[str, ...]:
-    """Task words without patterns, to suggest from: one or a few of each pattern."""
+    """Return concrete task names for suggestions, with a few examples of each numbered family."""
     drawn = [f"{family}_{level}" for family, levels in LEVELS.items() for level in levels]
     numbered = ["denoise_15", "denoise_25", "denoise_50", "superres_4", "dejpeg_40", "deblur_k19s4"]
     return (*KINDS, *drawn, *numbered)

@@ -1,4 +1,4 @@
-"""YAML files and `--set a.b=c` to a typed pydantic tree; every complaint is gathered before any is raised."""
+"""Loads YAML files and `--set a.b=c` into a typed pydantic tree; all faults are collected into one error."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from mirl_dist.errors import UserError
 
 
 class Node(BaseModel):
-    """A frozen part of a tree. Unknown keys are errors, and so are non-finite numbers."""
+    """A frozen section of a config tree. Unknown keys and non-finite numbers are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=False)
 
     def inconsistencies(self) -> list[str]:
-        """Sentences about keys that cannot stand together; each names the keys and what to change."""
+        """Return messages about contradicting keys; each names the keys and the remedy."""
         return []
 
 
 Tree = TypeVar("Tree", bound=Node)
-CREDENTIALS = re.compile(r"(?<=://)\S*@|(?<=\w)\?\S*=\S*")  # in addresses: not for messages
+CREDENTIALS = re.compile(r"(?<=://)\S*@|(?<=\w)\?\S*=\S*")  # parts of URLs to mask in messages
 
 
 class _OneValuePerKey(yaml.SafeLoader):
-    """safe_load that refuses a key given twice: YAML would keep the last one without a word."""
+    """SafeLoader that rejects duplicate keys; plain YAML would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                continue  # a list or mapping as a key: refused below
+                continue  # a list or mapping as a key: rejected by the base class
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key '{key.value}' appears twice here", key.start_mark
@@ -47,8 +47,8 @@ class _OneValuePerKey(yaml.SafeLoader):
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_OneValuePerKey)  # a SafeLoader: builds plain values only
-    except ValueError as error:  # a date or number that is none
+        return yaml.load(text, Loader=_OneValuePerKey)  # safe: a SafeLoader, which builds plain values only
+    except ValueError as error:  # an invalid date or number
         raise UserError(f"{source} is not valid YAML: {error}. Put that value in quotes, or correct it.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -58,9 +58,9 @@ def _parse(text: str, source: str) -> Any:
 
 
 def load_file(path: Path, example: str = "configs/demo.yaml") -> dict[str, Any]:
-    """The mapping a YAML file holds. Raises UserError for a missing, unreadable or malformed file.
+    """Return the mapping in a YAML file. Raise UserError for a missing, unreadable or malformed file.
 
-    example: a file that people may start from."""
+    example: file that messages suggest as a starting point."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -84,7 +84,7 @@ def _list_yaml_files(folder: Path) -> str:
 
 
 def check_kind(tree: Mapping[str, Any], meant: str, source: str) -> None:
-    """Raise UserError for a file of another kind. meant: a key of _KINDS."""
+    """Raise UserError if the tree is a file of another known kind. meant: the expected kind, a key of _KINDS."""
     if any(key in tree for key in _KINDS[meant].keys):
         return
     for name, kind in _KINDS.items():
@@ -105,7 +105,7 @@ _KINDS = {
 
 
 def apply_set(tree: dict[str, Any], assignment: str) -> None:
-    """Put one `a.b=c` into the tree; the value is read as YAML (`[1, 2]`, `null`, `0.2`, text)."""
+    """Apply one assignment `a.b=c` to the tree; the value is parsed as YAML (`[1, 2]`, `null`, `0.2`, text)."""
     key, equals, value = assignment.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path):
@@ -120,7 +120,7 @@ def apply_set(tree: dict[str, Any], assignment: str) -> None:
 
 
 def _node_type(annotation: Any) -> type[BaseModel] | None:
-    """The tree node an annotation allows, looking through Optional, list and dict."""
+    """Return the first model class inside an annotation, searching Optional, list and dict; None if there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for inner in typing.get_args(annotation):
@@ -131,7 +131,7 @@ def _node_type(annotation: Any) -> type[BaseModel] | None:
 
 
 def _keys_at(cls: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
-    """The keys that are known at a place of the tree."""
+    """Return the keys allowed at a location of the tree."""
     here: type[BaseModel] | None = cls
     for part in loc:
         if isinstance(part, int) or here is None:
@@ -145,16 +145,18 @@ _Location = tuple[str | int, ...]
 
 
 def _describe_errors(cls: type[BaseModel], errors: Sequence[tuple[_Location, Any]]) -> list[str]:
-    """One complaint for each place. What branches of a union say of the same value is joined; a branch that would not
-    have taken a value at all is silent where another took it and found something inside."""
+    """Return one message per location. Errors of several union branches for one value are joined.
+
+    A branch that rejects the value's type is omitted if another branch accepted it and found an error inside.
+    """
     complaints: dict[_Location, str] = {}
     for loc, error in errors:
         inside = any(len(other) > len(loc) and other[: len(loc)] == loc for other, _ in errors)
         if inside and (error["type"].endswith("_type") or error["type"] == "too_short"):
-            continue  # too short: without what is wrong in it
+            continue  # too_short only follows from the invalid items inside
         word_allowed = any(other == loc and e["type"] == "literal_error" for other, e in errors)
         if word_allowed and error["type"].startswith("bool") and isinstance(error["input"], str):
-            continue  # a word was meant
+            continue  # a string was given, so the literal error is the relevant one
         text = _describe_error(cls, loc, error["type"], error["msg"], error["input"])
         first, other = complaints.get(loc, text), text.rpartition("; ")[2]
         complaints[loc] = first if other in first else f"{first}, or {other}"
@@ -179,7 +181,7 @@ def _describe_error(cls: type[BaseModel], loc: _Location, kind: str, message: st
 
 
 def _suggest_word(kind: str, message: str, value: Any) -> str:
-    """Which of the known words was meant, if it can be guessed."""
+    """Return a suggestion of the allowed word closest to the value, or ''."""
     if kind != "literal_error" or not isinstance(value, str):
         return ""
     words = {word.lower(): word for word in re.findall(r"'([^']+)'", message)}
@@ -192,7 +194,7 @@ def _contains(part: Any, here: Any) -> bool:
 
 
 def _existing_part(tree: Any, loc: Sequence[str | int], kind: str) -> _Location:
-    """The keys of a complaint that the tree has (pydantic also names the branches of a union)."""
+    """Return the part of an error location that exists in the tree; pydantic also inserts names of union branches."""
     here, keys = tree, []
     for part in loc:
         if _contains(part, here):
@@ -202,7 +204,7 @@ def _existing_part(tree: Any, loc: Sequence[str | int], kind: str) -> _Location:
 
 
 def _remove(tree: Any, loc: _Location) -> None:
-    """Remove the value at loc from the innermost mapping that loc leads through: a faulty list goes as a whole."""
+    """Remove the value at loc from the innermost mapping on its path; a faulty list is thus removed as a whole."""
     here, holder, key = tree, {}, None
     for part in loc:
         if isinstance(here, dict):
@@ -214,13 +216,13 @@ def _remove(tree: Any, loc: _Location) -> None:
 
 
 def _mentions(inconsistency: str, key: str) -> bool:
-    """Whether an inconsistency names a key, or is of a section above it."""
+    """Whether an inconsistency names a key or concerns a section that contains it."""
     section = inconsistency.partition(":")[0]
     return re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", inconsistency) is not None or key.startswith(f"{section}.")
 
 
 def build(cls: type[Tree], tree: dict[str, Any], source: str) -> Tree:
-    """Validate a raw tree; UserError lists every unknown key, wrong value and inconsistency at once."""
+    """Validate a raw tree. Raise UserError that lists all unknown keys, wrong values and inconsistencies."""
     complaints: list[str] = []
     failed: list[str] = []
     checked: Tree | None = None
@@ -233,7 +235,7 @@ def build(cls: type[Tree], tree: dict[str, Any], source: str) -> Tree:
         failed = [".".join(part for part in loc if isinstance(part, str)) for loc, _ in errors]
         for loc, _ in errors:
             _remove(rest, loc)
-        try:  # the faulty keys at their defaults: do the others fit together?
+        try:  # with faulty keys at their defaults, check the remaining keys for inconsistencies
             checked = cls.model_validate(rest)
         except ValidationError:
             checked = None
@@ -246,9 +248,9 @@ def build(cls: type[Tree], tree: dict[str, Any], source: str) -> Tree:
 
 
 def read(cls: type[Tree], path: Path, sets: Sequence[str], example: str, kind: str | None = None) -> Tree:
-    """Defaults, then the file, then the `--set` assignments in order: the only three merges.
+    """Read a config from three sources in this order: defaults, the file, `--set` assignments.
 
-    example, kind: as for `load_file` and `check_kind`; None is a kind that no other is taken for."""
+    example: as for `load_file`. kind: as for `check_kind`; None skips that check."""
     tree = load_file(path, example)
     if kind is not None:
         check_kind(tree, kind, str(path))

@@ -1,1 +1,1 @@
-"""Ranks and what they do together."""
+"""Process groups, collectives, engines and the launcher."""

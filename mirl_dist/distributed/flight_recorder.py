@@ -1,4 +1,4 @@
-"""Records where a rank is: collectives are numbered, so that ranks that have not reached one can be named."""
+"""Records which collective a rank is in. Collectives are numbered, so that ranks missing from one can be named."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ _MOST_NAMED = 4
 
 
 class RankState(NamedTuple):
-    """Where a rank is. sequence: the number of the collective that it is in, or was in last; name: that of the
-    collective; seconds: in it, or since it left it; location: in this package's code; beat: grows while it runs."""
+    """Snapshot of a rank's progress.
+
+    sequence, name: number and name of the current collective, or of the last one. waiting: whether the rank is still in
+    it. seconds: time in the collective, or since leaving it. location: source line in this package. beat: grows as long
+    as the process runs.
+    """
 
     sequence: int
     name: str
@@ -27,7 +31,7 @@ class RankState(NamedTuple):
 
 
 class FlightRecorder:
-    """Records where the main thread is, by replacing whole values: another thread may read them at any time."""
+    """Record of the main thread's position. Values are replaced as a whole, so any thread may read them at any time."""
 
     def __init__(self) -> None:
         self.phase = "starting"
@@ -36,7 +40,7 @@ class FlightRecorder:
 
     @contextmanager
     def in_phase(self, name: str) -> Iterator[None]:
-        """Name the work inside for messages; the phase around it returns afterwards."""
+        """Set the phase shown in messages; restore the enclosing phase on exit."""
         before, self.phase = self.phase, name
         try:
             yield
@@ -45,7 +49,7 @@ class FlightRecorder:
 
     @contextmanager
     def collective(self, what: str) -> Iterator[None]:
-        """Record a collective that runs inside."""
+        """Record the collective that runs in this context."""
         self.begin(what)
         try:
             yield
@@ -57,18 +61,21 @@ class FlightRecorder:
         self._current = (self._current[0] + 1, what, time.monotonic(), None)
 
     def end(self, is_done: Callable[[], bool] = lambda: True) -> None:
-        """Record that the main thread leaves it. is_done: whether a GPU has left it too; called by other threads."""
+        """Record that the main thread leaves the collective.
+
+        is_done: returns whether the GPU has finished the collective too; called from other threads.
+        """
         sequence, what, since, _ = self._current
         self._current = (sequence, what, time.monotonic() if is_done() else since, is_done)
 
     def state(self, beat: int = 0) -> RankState:
-        """Read where the main thread is now. beat: a number for readers on other ranks."""
+        """Return the main thread's current state. beat: counter that other ranks compare between reads."""
         sequence, what, since, is_done = self._current
         waiting = is_done is None or not is_done()
         return RankState(sequence, what, waiting, self.phase, time.monotonic() - since, self._location(), beat)
 
     def _location(self) -> str:
-        """The main thread's line in this package, and in what that called: 'loop.py:9 run, in conv.py:1 f'."""
+        """Return the main thread's innermost frame in this package and overall: 'loop.py:9 run, in conv.py:1 f'."""
         frame: Any = sys._current_frames().get(self._thread)
         innermost = frame
         while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] != "mirl_dist":
@@ -82,13 +89,13 @@ def _frame_location(frame: Any) -> str:
 
 
 def diagnose(own: RankState, others: Mapping[int, RankState], silent: Collection[int], names: Sequence[str]) -> str:
-    """Name the ranks that have not reached the collective in which this rank waits.
+    """Return a message that names the ranks that have not reached the collective in which this rank waits.
 
-    others: states by rank; silent: ranks whose process shows no sign of life; names: of all ranks.
+    others: states by rank; silent: ranks whose process no longer updates its state; names: one per rank.
     """
     behind = {r: o for r, o in others.items() if r in silent or o.sequence < own.sequence}
     if any(r in silent or not o.waiting for r, o in behind.items()):
-        # A rank that waits in an earlier collective waits for the same ones.
+        # Ranks waiting in an earlier collective are blocked too: name only the ranks that block them.
         behind = {r: o for r, o in behind.items() if r in silent or not o.waiting}
     causes = [f"{names[r]} has not come: {_describe_state(o, r in silent)}" for r, o in behind.items()]
     for rank, other in others.items():
@@ -110,6 +117,6 @@ def _describe_state(other: RankState, silent: bool) -> str:
 
 
 def describe_wait(own: RankState) -> str:
-    """The first part of the message of a rank that waits for too long."""
+    """Return the first part of the message about a rank that has waited too long."""
     what = own.name.removeprefix("the ").removeprefix("a ")
     return f"waited {own.seconds:.0f} s in {own.phase} for the {what} (meeting {own.sequence})"

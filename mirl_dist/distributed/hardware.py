@@ -1,4 +1,4 @@
-"""Counts what this machine offers to training: processors, GPUs and collective libraries."""
+"""Counts the CPUs and GPUs available to training, and lists torch's collective backends."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import os
 
 
 def processes() -> int:
-    """Worker processes for this rank unless a user says otherwise: the processors that it may use, shared by its node.
+    """Return the default number of worker processes per rank: allowed CPUs divided by local ranks, at least 1.
 
-    What cgroups' CPU quotas grant is not looked at.
+    CPU quotas of cgroups are ignored.
     """
-    # On Linux what taskset, Slurm or a container's cpuset leave, not all that the node has.
+    # On Linux, the CPUs left by taskset, Slurm or a container's cpuset, not all CPUs of the node.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def gpus() -> int:
-    """GPUs that this process could use."""
+    """Return the number of GPUs visible to this process."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def backends() -> dict[str, bool]:
-    """The collectives that this torch was built with."""
+    """Return which collective backends this torch build has, by name; empty without torch.distributed."""
     import torch.distributed
 
     if not torch.distributed.is_available():

@@ -1,4 +1,4 @@
-"""A key-value store that all ranks share, used until its server is gone."""
+"""A key-value store shared by all ranks, which detects the end of its server."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 
 class StatusStore(Protocol):
-    """A store that all ranks read and write. Once its server is gone calls raise RuntimeError or OSError, or block.
+    """Key-value store that all ranks read and write.
 
-    get: the values of some keys, which have all been set.
+    get: values of keys that are all set already. Once the server has exited, calls raise RuntimeError or OSError, or
+    block.
     """
 
     def set(self, key: str, value: str) -> None: ...
@@ -19,9 +20,10 @@ class StatusStore(Protocol):
 
 
 class LiveStore:
-    """A StatusStore over torch's store at host:port, which is not called once its server has closed the connection.
+    """StatusStore backed by torch's store at host:port.
 
-    Torch prints a page of C++ frames when it meets a dead server, so a connection of our own notices that first.
+    torch prints a page of C++ frames when it calls a dead server. A separate connection detects that the server has
+    closed, and calls then raise ConnectionResetError without reaching torch.
     """
 
     def __init__(self, store: Any, host: str, port: int) -> None:

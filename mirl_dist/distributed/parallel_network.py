@@ -1,4 +1,4 @@
-"""Runs the forward and backward passes of a network under the engine that the launch asked for."""
+"""Runs the forward and backward passes of a network under the launch's engine (DDP, ZeRO or FSDP2)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mirl_dist.pruning.partition import ReplicatedPartition
 
 
 class ParallelNetwork:
-    """The network that all ranks train: replicas under DDP, or one that an engine shards over the ranks."""
+    """The network that all ranks train: replicated under DDP, sharded over the ranks under other engines."""
 
     def __init__(self, spec: EngineSpec, membership: Membership, collectives: Collectives, *, half: bool) -> None:
-        """half: passes in bfloat16, under autocast."""
+        """half: run forward and backward passes in bfloat16 under autocast."""
         self.spec = spec
         self._membership, self._collectives, self._half = membership, collectives, half
         self._sharded: ShardedEngine | None = None
@@ -28,14 +28,14 @@ class ParallelNetwork:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether a forward pass needs all ranks: weights are gathered in it."""
+        """Whether a forward pass is a collective, because weights may be gathered in it."""
         return self._sharded is not None
 
     def engine(self, model: nn.Module, make_optimiser: MakeOptimiser, example: Tensor) -> tuple[Engine, nn.Module]:
-        """Build the engine around a model that lies on this rank's device.
+        """Build the engine around a model on this rank's device.
 
-        Returns it and the module to call in training. Weights become those of rank 0 under DDP; else they must be the
-        same on every rank. example: (B, 3, H, W), of any values.
+        Return the engine and the module to call in training. DDP broadcasts the weights of rank 0; other engines
+        require equal weights on every rank. example: input of shape (B, 3, H, W) with arbitrary values.
         """
         rank, world = self._membership.rank, self._membership.world
         if self.spec.name == "ddp":
@@ -56,11 +56,11 @@ class ParallelNetwork:
         return sharded, sharded.network
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Put the model on this rank's device and let DDP average its gradients. Weights become those of rank 0.
+        """Move the model to this rank's device and wrap it in DDP. Weights become those of rank 0.
 
-        Raises InvariantError when several ranks would train a model that is not wrapped.
+        Raise InvariantError when several ranks would train a model that is not wrapped in DDP.
         """
-        # Depthwise kernels (C, 1, 3, 3) have two equal layouts, and autograd picks the other one: harmless.
+        # Depthwise kernels (C, 1, 3, 3) have two equivalent memory layouts, and autograd picks the other: harmless.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         with self._collectives.collective("wrapping of the network"):
             wrapped: nn.Module = self._membership.accelerator.prepare(model)
@@ -73,26 +73,26 @@ class ParallelNetwork:
         return wrapped
 
     def warm_up(self, wrapped: nn.Module, example: Tensor) -> None:
-        """Run one throwaway pass, so that every step that counts adds gradients in one order.
+        """Run one discarded forward and backward pass, so that all training steps sum gradients in the same order.
 
-        DDP sorts its buckets anew after its first backward pass; with three ranks or more, a process's first step
-        would otherwise add in another order than the same step of a run that was not interrupted.
+        DDP rebuilds its buckets after its first backward pass. With three or more ranks, the first step after a restart
+        would otherwise sum gradients in a different order than the same step of an uninterrupted run.
         """
         self.backward(wrapped(example.to(self._membership.device)).sum() * 0)
         wrapped.zero_grad()
 
     def unwrap(self, wrapped: nn.Module) -> nn.Module:
-        """Return the bare network below `wrap`: names and weights as created.
+        """Return the network without its DDP wrapper: parameter names and weights as created.
 
-        Accelerate's `unwrap_model` would import DeepSpeed, where it is installed, and through it MLflow, which costs
-        seconds of each start.
+        Accelerate's `unwrap_model` imports DeepSpeed if installed, and through it MLflow, which adds seconds to every
+        start.
         """
         return wrapped.module if isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Run the model in the precision that was asked for. Weights, gradients and losses stay float32.
+        """Run the model in the configured precision. Weights, gradients and losses stay float32.
 
-        A collective where weights are gathered for it.
+        A collective if the network is sharded.
         """
         collective = self._collectives.collective("gather of weights") if self.is_sharded else nullcontext()
         device = self._membership.device.type
@@ -101,7 +101,7 @@ class ParallelNetwork:
         return restored
 
     def backward(self, loss: Tensor) -> None:
-        """Add to the gradients, averaged over ranks: a collective, unless more passes follow in this step."""
+        """Accumulate gradients averaged over ranks. A collective, unless more passes follow in this step."""
         if self._sharded is not None:
             with self._collectives.collective("gradient reduction"):
                 self._sharded.backward(loss)
@@ -113,7 +113,7 @@ class ParallelNetwork:
 
     @contextmanager
     def accumulate(self, model: nn.Module, more: bool) -> Iterator[None]:
-        """Surround a forward and backward pass. more: passes follow in this step, so no all-reduce is due yet."""
+        """Wrap one forward and backward pass. more: further passes follow in this step, so skip the all-reduce."""
         if self._sharded is not None:
             self._sharded.accumulate(more)
             yield

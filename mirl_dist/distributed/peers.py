@@ -1,4 +1,4 @@
-"""Reads where the other ranks are, and decides which rank reports that some have not reached a collective."""
+"""Reads the states of the other ranks, and decides which rank reports those missing from a collective."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from mirl_dist.distributed.flight_recorder import RankState, diagnose
 from mirl_dist.distributed.live_store import StatusStore
 
 READS = 5
-"""How often the others are read before a report."""
-_SILENT_READS = 4  # without a new beat: the process does not run
+"""Number of reads of the other ranks' states before a report."""
+_SILENT_READS = 4  # reads without a new beat after which a process counts as silent
 
 
 class PeerMonitor:
-    """The states of the other ranks, read once a period from shortly before this rank has waited too long."""
+    """Reader of the other ranks' states, called once per period from shortly before this rank's timeout."""
 
     def __init__(self, store: StatusStore, rank: int, names: Sequence[str]) -> None:
-        """names: of all ranks, for messages."""
+        """names: one per rank, for messages."""
         self._store, self._rank, self._names = store, rank, names
         self._sequence, self._reads, self._turns_left = 0, 0, 0
         self._last_beats: dict[int, tuple[int, int]] = {}  # rank -> its last beat, and the read that found it first
 
     def read(self, own: RankState, *, overdue: bool) -> str | None:
-        """Read all states once. Returns the diagnosis when this rank is `overdue` and the one to report it, else None.
+        """Read all states once. Return a diagnosis if this rank is `overdue` and should report it, else None.
 
-        The lowest rank that waits in the same collective reports; others do only when it has not for a while.
+        The lowest rank waiting in the same collective reports. Other ranks report only if it has not done so after
+        READS further reads.
         """
         if self._sequence != own.sequence:
             self._sequence, self._reads, self._turns_left, self._last_beats = own.sequence, 0, READS, {}
@@ -48,6 +49,6 @@ class PeerMonitor:
         return {rank: RankState(*json.loads(text)) for rank, text in zip(others, texts, strict=True)}
 
     def _lowest_waiting(self, own: RankState, states: Mapping[int, RankState], silent: Collection[int]) -> int:
-        """The lowest rank that waits in the collective of this one and whose process runs; this one without others."""
+        """Return the lowest running rank that waits in the same collective; this rank if there is no other."""
         waiting = (r for r, s in states.items() if s.waiting and s.sequence == own.sequence and r not in silent)
         return min(waiting, default=self._rank)

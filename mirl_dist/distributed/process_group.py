@@ -1,4 +1,4 @@
-"""Joins and leaves torch's process group, and connects to the store where the ranks of a launch find each other."""
+"""Joins and leaves torch's process group, and connects to the launch's rendezvous store."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from mirl_dist.distributed.live_store import LiveStore
 from mirl_dist.distributed.rendezvous import rendezvous
 
-_DISTRIBUTED: Any = torch.distributed  # what it calls private, or does not describe
+_DISTRIBUTED: Any = torch.distributed  # typed Any: some members are private or lack type stubs
 
-# Groups that were left. Were a wrapped model the last to hold one, freeing it would wait, with Python's lock held, for
-# a thread of gloo that may need that lock to free a tensor (torch 2.13): a finished rank that never ends.
+# Keeps destroyed groups alive. If a wrapped model held the last reference, freeing it would wait, while holding the
+# GIL, for a gloo thread that may need the GIL to free a tensor (torch 2.13): a finished rank would never exit.
 _LEFT_GROUPS: list[Any] = []
 
 
 class Membership(NamedTuple):
-    """What a process is in its group. launch_id: shared by all ranks of this start, '' for one process alone.
+    """A process's place in its group.
 
-    accelerator: Accelerate's object, which wraps the network and runs its backward passes under DDP; None under other
-    engines.
+    launch_id: shared by all ranks of this start; '' for a single process. accelerator: Accelerate's Accelerator, which
+    wraps the network and runs its backward passes under DDP; None under other engines.
     """
 
     rank: int
@@ -33,10 +33,10 @@ class Membership(NamedTuple):
 
 
 def join_process_group(*, cpu: bool, use_accelerate: bool, timeout: timedelta) -> Membership:
-    """Join the group that the launcher announced in the environment. timeout: after which torch gives up a collective.
+    """Join the process group that the launcher announced in the environment.
 
-    use_accelerate: under DDP. Accelerate would wrap the networks of other engines in its own loop, or, on a CPU, not at
-    all and without a word.
+    timeout: torch's timeout for collectives. use_accelerate: True for DDP only. Accelerate would wrap the networks of
+    other engines in its own training loop or, on a CPU, silently not at all.
     """
     backend = "gloo" if cpu else "nccl"
     launch_id = _join_under_launch_id(backend, timeout) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
@@ -62,10 +62,10 @@ def _join_with_accelerate(cpu: bool, timeout: timedelta, launch_id: str) -> Memb
 
 
 def _join_under_launch_id(backend: str, timeout: timedelta) -> str:
-    """Join the process group under the launch id, which is returned.
+    """Join the process group under a new launch id, and return the id.
 
-    For torch's launcher keeps its store when it starts ranks again (torch 2.4 to 2.13), and torch alone would read in
-    it where the dead ones listened.
+    torch's launcher keeps its store when it restarts ranks (torch 2.4 to 2.13). Without a prefix per launch, torch
+    would read the addresses of the previous, dead ranks.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = connect_store(timeout, master=rank == 0 and not store_is_the_launchers())
@@ -76,7 +76,7 @@ def _join_under_launch_id(backend: str, timeout: timedelta) -> str:
 
 
 def leave_process_group(membership: Membership) -> None:
-    """Leave it, all ranks together."""
+    """Leave the process group. All ranks must call this together."""
     if _is_joined():
         _LEFT_GROUPS.append(_DISTRIBUTED.group.WORLD)
     if membership.accelerator is not None:
@@ -90,25 +90,25 @@ def _is_joined() -> bool:
 
 
 def connect_store(timeout: timedelta, *, master: bool) -> Any:
-    """Connect to the store of this launch; the master's process serves it."""
+    """Connect to the store of this launch. master: serve the store from this process."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     options = {"is_master": master, "wait_for_workers": False, "multi_tenant": True}
     return _DISTRIBUTED.TCPStore(host, port, timeout=timeout, **options)
 
 
 def connect_live_store(launch_id: str) -> LiveStore:
-    """Connect once more, for the watchdog: a call may block for as long as it likes, which the watchdog notices."""
+    """Open a separate connection for the watchdog. Calls may block indefinitely, which the watchdog itself detects."""
     store = connect_store(timedelta(days=1000), master=False)
     return LiveStore(_DISTRIBUTED.PrefixStore(f"{launch_id}/watch", store), store.host, store.port)
 
 
 def store_is_the_launchers() -> bool:
-    """Whether the launcher's process serves the store, not that of rank 0."""
+    """Whether the launcher's process serves the store, rather than rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def is_peer_loss(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process ended, or the network to it."""
+    """Whether a collective failed because another process exited or the network to it failed."""
     signs = (
         "closed by peer",
         "reset by peer",
@@ -116,7 +116,7 @@ def is_peer_loss(error: RuntimeError) -> bool:
         "timed out waiting",  # gloo
         "application timeout caused pair closure",
         "at the start for rank",
-        "client socket has",  # timed out, failed
+        "client socket has",  # ... timed out, ... failed
         "connection was likely closed",
         "remote process exit",  # NCCL
         "nccl communicator was aborted",

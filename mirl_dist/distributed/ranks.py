@@ -1,7 +1,8 @@
 """The ranks of a launch and their collectives: gather, sum, agree, broadcast.
 
-Every collective of the project is a method here, of `network` or of the engine, so that a reader sees in the loop where
-ranks wait for each other. Each has a number and a name, `what`, for messages; see flight_recorder.py and watchdog.py.
+Every collective of the project is a method of Ranks, of its `network` or of the engine, so the training loop shows
+where ranks wait for each other. Each collective has a number and a name (`what`) for messages; see flight_recorder.py
+and watchdog.py.
 """
 
 from __future__ import annotations
@@ -36,21 +37,21 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """One process among `world`. Constructed once per process; joins the process group that the launcher announced."""
+    """This process as one of `world` ranks. Construct it once per process: it joins the launcher's process group."""
 
     def __init__(
         self, *, device: str = "auto", precision: str = "fp32", seed: int = 0, timeout_seconds: float = 1800
     ) -> None:
-        """device: 'auto' (a GPU per rank where there are any) or 'cpu'; precision: 'fp32' or 'bf16'.
+        """device: 'auto' (one GPU per rank if CUDA is available) or 'cpu'. precision: 'fp32' or 'bf16'.
 
-        timeout_seconds: how long ranks wait for one another. After that those that have not come are named on standard
-        error, and the ranks that waited exit with code 1. Raises UserError for an environment in which no launch works,
-        InvariantError when the processes that were launched are not the processes that found each other.
+        timeout_seconds: how long ranks wait in a collective. After that, missing ranks are named on standard error and
+        the waiting ranks exit with code 1. Raise UserError for an environment in which a launch cannot work,
+        InvariantError if the number of joined processes differs from the number launched.
         """
         check_launch_environment(os.environ)
         spec = engine_from_env(os.environ)
         cpu = _prepare_device(device)
-        timeout = timedelta(seconds=timeout_seconds + 60)  # torch gives up after the watchdog, which can tell why
+        timeout = timedelta(seconds=timeout_seconds + 60)  # longer than the watchdog's, which can name the cause
         self._membership = join_process_group(cpu=cpu, use_accelerate=spec.name == "ddp", timeout=timeout)
         self.network = ParallelNetwork(spec, self._membership, self, half=precision == "bf16")
         self._recorder, self._stop_requested = FlightRecorder(), False
@@ -70,7 +71,7 @@ class Ranks:
         return Watchdog(self._recorder, store, self.rank, names, store_host, timeout_seconds).start()
 
     def _check_world(self) -> None:
-        """Raise InvariantError unless as many processes answer as the launcher announced."""
+        """Raise InvariantError unless the announced, joined and responding process counts are equal."""
         announced = int(os.environ.get("WORLD_SIZE", "1"))
         counted = int(self.sum(torch.ones(1, dtype=torch.int64), what="roll call").item())
         if not announced == self.world == counted:
@@ -91,7 +92,7 @@ class Ranks:
 
     @property
     def device(self) -> torch.device:
-        """The device that this rank computes on."""
+        """This rank's compute device."""
         return self._membership.device
 
     @property
@@ -100,31 +101,31 @@ class Ranks:
 
     @property
     def phase(self) -> str:
-        """What this rank is doing, for messages."""
+        """This rank's current phase, for messages."""
         return self._recorder.phase
 
     def in_phase(self, name: str) -> AbstractContextManager[None]:
-        """Name the work inside, as in 'training'; afterwards the phase around it returns."""
+        """Set the phase, such as 'training', inside the context; restore the enclosing phase on exit."""
         return self._recorder.in_phase(name)
 
     def request_stop(self) -> None:
-        """Ask all ranks to stop: `stop_requested` becomes true on each within about two seconds. Returns at once."""
+        """Request a stop on all ranks without blocking. `stop_requested` becomes true on each within about 2 s."""
         self._stop_requested = True
         if self._watchdog is not None:
             self._watchdog.request_stop()
 
     def stop_requested(self) -> bool:
-        """Whether any rank was asked to stop; costs nothing, and ranks may learn it a second apart."""
+        """Whether a stop was requested on any rank. Not a collective: ranks may see it a second apart."""
         return self._stop_requested or (self._watchdog is not None and self._watchdog.stop_requested)
 
     @property
     def partition(self) -> ReplicatedPartition:
-        """This rank's slice of replicated tensors, for counting every weight once."""
+        """This rank's slice of replicated tensors, so that each weight is counted on exactly one rank."""
         return ReplicatedPartition(self.rank, self.world)
 
     @contextmanager
     def collective(self, what: str) -> Iterator[None]:
-        """Record a collective that somebody else runs inside, and that the GPU may still be in afterwards."""
+        """Record a collective that a library runs in this context. The GPU may still execute it on exit."""
         self._recorder.begin(what)
         try:
             yield
@@ -132,12 +133,12 @@ class Ranks:
             self._recorder.end(*([_track_gpu_work()] if self.device.type == "cuda" else []))
 
     def gather(self, values: Tensor, *, what: str = "gather of numbers") -> Tensor:
-        """Gather a tensor of every rank, of one shape and dtype, as (world, *shape) on the CPU, in rank order."""
+        """Gather tensors of equal shape and dtype. Return them in rank order as (world, *shape) on the CPU."""
         with self._recorder.collective(what) if self.world > 1 else nullcontext():
             return self._all_gather(values).cpu()
 
     def gather_here(self, values: Tensor, *, what: str = "gather of numbers") -> Tensor:
-        """Gather as `gather` does, on this rank's device: for large tensors."""
+        """Gather like `gather`, but return the result on this rank's device; for large tensors."""
         with self.collective(what) if self.world > 1 else nullcontext():
             return self._all_gather(values)
 
@@ -150,15 +151,15 @@ class Ranks:
         return torch.stack(per_rank)
 
     def sum(self, values: Tensor, *, what: str = "sum of numbers") -> Tensor:
-        """Add values over ranks, on the CPU, in rank order: so the same bits on every rank."""
+        """Sum values over ranks on the CPU in rank order, so the result is bit-identical on every rank."""
         return self.gather(values, what=what).sum(dim=0)
 
     def any(self, flag: bool, *, what: str) -> bool:
-        """Whether the flag is true on any rank; the same on all. what: the question, as in 'whether to stop'."""
+        """Return on every rank whether the flag is true on any rank. what: the question, such as 'whether to stop'."""
         return bool(self.gather(torch.tensor(flag), what=f"question {what}").any())
 
     def gather_objects(self, item: T, *, what: str = "gather of objects") -> list[T]:
-        """Gather a small picklable object of every rank, in rank order, on every rank."""
+        """Gather one small picklable object per rank. Return them in rank order on every rank."""
         if self.world == 1:
             return [item]
         items: list[Any] = [None] * self.world
@@ -167,7 +168,7 @@ class Ranks:
         return items
 
     def check_agreement(self, what: str, digest: str) -> None:
-        """Raise InvariantError on every rank, naming who differs, unless all ranks hold the same digest."""
+        """Raise InvariantError on every rank, naming the ranks that differ, unless all digests are equal."""
         all_digests = self.gather_objects(digest, what=f"agreement on {what}")
         if len(set(all_digests)) > 1:
             usual = max(all_digests, key=all_digests.count)
@@ -181,7 +182,7 @@ class Ranks:
             )
 
     def on_main(self, work: Callable[[], T], *, what: str = "work") -> T:
-        """Run `work` on rank 0 alone; return its result, or raise its MirlError or Stopped, on every rank."""
+        """Run `work` on rank 0 only. Return its result, or raise its MirlError or Stopped, on every rank."""
         if self.world == 1:
             return work()
         outcome: list[Any] = [None, None]  # the result, or the error
@@ -204,7 +205,10 @@ class Ranks:
     def broadcast_tensors(
         self, tensors: Mapping[str, Tensor] | None, *, what: str = "tensors", layout: ShardLayout | None = None
     ) -> dict[str, Tensor]:
-        """Send rank 0's named tensors to the CPU of every rank; other ranks pass None. layout: what to keep of each."""
+        """Broadcast rank 0's named tensors to the CPU of every rank; other ranks pass None.
+
+        layout: keep only this rank's part of each tensor.
+        """
         if self.world == 1:
             assert tensors is not None
             return {
@@ -225,13 +229,13 @@ class Ranks:
         return received
 
     def barrier(self, *, what: str = "barrier") -> None:
-        """Wait for all ranks."""
+        """Block until all ranks reach this call."""
         if self.world > 1:
             with self._recorder.collective(what):
                 torch.distributed.barrier()
 
     def close(self) -> None:
-        """Leave the process group, all ranks together; without this, torch warns about leaked resources."""
+        """Leave the process group; all ranks must call this together. Otherwise torch warns about leaked resources."""
         if self._watchdog is not None:
             self._watchdog.stop()
             self.barrier(what="end")  # rank 0 may serve the store that the others' watchdogs read
@@ -239,18 +243,18 @@ class Ranks:
 
 
 def _prepare_device(device: str) -> bool:
-    """Set what CUDA and DeepSpeed read before they start. Returns whether this rank computes on the CPU."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it matmul varies
+    """Set the variables that CUDA and DeepSpeed read at start-up. Return whether this rank computes on the CPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic matmul; read when CUDA starts
     if device == "cpu" or not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed it says else that it guesses
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed logs that it guesses the accelerator
         return True
     check_own_gpu(os.environ, gpus())
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: TF32 would change every convolution
+    torch.backends.cudnn.allow_tf32 = False  # TF32 would reduce the precision of every fp32 convolution
     return False
 
 
 def _track_gpu_work() -> Callable[[], bool]:
-    """Return a function that says whether all that this thread has asked of its GPU so far is done, to any thread."""
+    """Return a function, callable from any thread, that tells whether the GPU work queued so far has finished."""
     cuda: Any = torch.cuda
     event = cuda.Event()
     event.record()
@@ -258,7 +262,7 @@ def _track_gpu_work() -> Callable[[], bool]:
     def done() -> bool:
         try:
             return bool(event.query())
-        except RuntimeError:  # the GPU has failed, as the main thread will notice
+        except RuntimeError:  # the GPU has failed; the main thread will get the error too
             return True
 
     return done

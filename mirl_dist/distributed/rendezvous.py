@@ -1,4 +1,4 @@
-"""Lets the processes of a launch find each other, and rejects environments in which some would train alone."""
+"""Agrees on a launch id between the ranks of a launch, and rejects environments where ranks would train alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LONGEST_PAUSE_SECONDS = 0.25
 
 
 class KeyValueStore(Protocol):
-    """A store that all processes of a launch reach. check: whether all of some keys are set; get: the value of one."""
+    """Key-value store shared by all processes of a launch. check: whether all keys are set; get: the value of a key."""
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
@@ -22,11 +22,11 @@ class KeyValueStore(Protocol):
 
 
 def rendezvous(store: KeyValueStore, rank: int, world: int, seconds: float) -> str:
-    """Return the launch id: shared by all ranks of this start, and by none of an earlier start in the same store.
+    """Return the launch id, shared by all ranks of this start and distinct from earlier starts in the same store.
 
-    Rank 0 draws the launch id and publishes it; each other rank answers under it with a token of its own, and is
-    admitted by that token: so no rank takes an old launch id for this one. Raises RuntimeError after `seconds`, on rank
-    0 with the ranks that have not come.
+    Rank 0 draws and publishes the launch id. Every other rank registers a token of its own under it and waits until
+    rank 0 admits that token, so a stale launch id is never accepted. Raise RuntimeError after `seconds`; on rank 0 it
+    names the missing ranks.
     """
     deadline, pause = time.monotonic() + seconds, 0.005
     token, answered = secrets.token_hex(8), ""
@@ -52,9 +52,9 @@ def rendezvous(store: KeyValueStore, rank: int, world: int, seconds: float) -> s
 
 
 def check_launch_environment(env: Mapping[str, str]) -> None:
-    """Raise UserError where processes were announced that nobody starts, or started without a launcher.
+    """Raise UserError if announced processes were never started, or were started without a launcher.
 
-    `accelerate launch --cpu --num_processes 2` sets a master address but starts one process, silently.
+    For example, `accelerate launch --cpu --num_processes 2` sets a master address but silently starts one process.
     """
     if int(env.get("WORLD_SIZE", "1")) > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
         raise UserError(
@@ -74,7 +74,7 @@ def check_launch_environment(env: Mapping[str, str]) -> None:
 
 
 def check_own_gpu(env: Mapping[str, str], gpus: int) -> None:
-    """Raise UserError when this rank has no GPU of its own: NCCL refuses two ranks on one without naming the cause."""
+    """Raise UserError if this rank has no GPU of its own. NCCL rejects two ranks on one GPU with an unclear error."""
     local = int(env.get("LOCAL_RANK", "0"))
     if local >= gpus:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Handles SIGTERM, SIGINT and SIGUSR1: a run that trains commits and exits; any other command exits where it is.
+"""Handles SIGTERM, SIGINT and SIGUSR1: a training run commits and exits; any other command exits immediately.
 
-A signal is noted by a thread, because the main thread may be waiting inside a collective or a transfer, where Python
-runs no handler. The same thread asks whether others were asked to stop, and ends the process at the deadline.
+A thread receives the signals, because Python runs no handler while the main thread blocks in a collective or a
+transfer. The same thread polls for stop requests from elsewhere, and exits the process at the deadline.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BUSY_SECONDS = 10.0
 
 @dataclass
 class _SignalState:
-    """What has happened so far. requested_at: seconds of the monotonic clock, None while nobody has asked."""
+    """Mutable state of StopSignal. requested_at: monotonic seconds of the first stop request, or None."""
 
     requested_at: float | None = None
     handled: bool = False
@@ -34,16 +34,16 @@ class _SignalState:
 
 
 class StopSignal:
-    """Whether this process was asked to stop; a second SIGINT ends it at once.
+    """Stop request of this process; callable, returns whether a stop was requested. A second SIGINT exits at once.
 
-    Until `graceful` is set there is nothing to commit, and the first signal ends the process with code 75. It does so
-    by SystemExit, which no library takes for an error of its own and tries again.
+    Until `graceful` is set there is nothing to commit, and the first signal exits the process with code 75. It raises
+    SystemExit, because libraries might catch and retry an ordinary exception.
 
-    sources: others that may have been asked, polled twice a second; listeners: called once, when this process was asked
-    (both in a thread of their own, and must not raise); on_user_signal: called for SIGINT and SIGUSR1, which no
-    launcher sends of its own. is_cleanup: whether a SIGTERM only clears this process away because another has failed;
-    it then exits with code 1 as soon as it is not `busy` any more, or after ten seconds. phase: what the process is
-    doing, for the message at the deadline, which is `deadline_seconds` after the first request.
+    sources: further stop conditions, polled twice a second. listeners: called once after a stop request. Both run in
+    the signal thread and must not raise. on_user_signal: called for SIGINT and SIGUSR1, which launchers never send by
+    themselves. is_cleanup: whether a SIGTERM only ends this process because another rank failed; the process then exits
+    with code 1 once it is no longer `busy`, after ten seconds at most. phase: current activity, for the message at the
+    deadline, `deadline_seconds` after the first request.
     """
 
     def __init__(self) -> None:
@@ -65,11 +65,11 @@ class StopSignal:
         return self.requested
 
     def listen(self) -> StopSignal:
-        """Handle the signals of this process from now on; only its main thread may call this."""
+        """Start handling signals. Only the main thread may call this."""
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        # A loader process that is ended by SIGTERM must not write into this socket, which it has inherited.
+        # Forked loader processes inherit this socket; a SIGTERM to one of them must not be written into it.
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         for number in _SIGNALS:
             signal.signal(number, self._handle)
@@ -77,37 +77,37 @@ class StopSignal:
         return self
 
     def close(self) -> None:
-        """Handle no more signals: whoever comes next has handlers of its own."""
+        """Stop handling signals, so that later code can install its own handlers."""
         self._state.closed = True
         signal.set_wakeup_fd(-1)
 
     def request(self) -> None:
-        """Ask this process to stop."""
+        """Request a stop of this process."""
         if self._state.requested_at is None:
             self._state.requested_at = time.monotonic()
 
     def left_seconds(self) -> float:
-        """Seconds until the deadline; all of it while nobody has asked."""
+        """Return the seconds left until the deadline; `deadline_seconds` before any stop request."""
         since = self._state.requested_at
         return self.deadline_seconds - (time.monotonic() - since if since is not None else 0.0)
 
     def _handle(self, number: int, frame: object) -> None:
-        """Run in the main thread, as soon as it executes Python again."""
+        """Handle a signal in the main thread, as soon as it executes Python bytecode again."""
         if number == signal.SIGTERM and not self.requested and self.is_cleanup():
-            return  # the thread ends the process
+            return  # the signal thread exits the process
         again, handled = self.requested and self._state.handled, self._state.handled
         self._state.handled = True
         self.request()
         if again and number == signal.SIGINT:
             os._exit(INTERRUPTED)
-        if not self.graceful and not handled:  # once: a second one must not break what the first has begun to clear up
+        if not self.graceful and not handled:  # only once: a second signal must not interrupt the clean-up
             if os.environ.get("RANK", "0") == "0":
                 text = "stopped as asked; nothing is left half-written. Start the same command again to continue."
                 warn(f"mirl-dist: {text}")
             raise SystemExit(RESUMABLE)
 
     def _watch(self, signals: socket.socket, keep: socket.socket) -> None:
-        """Run in a thread until the process ends. `keep`: the other end, which must not be closed."""
+        """Receive signals until `close`; runs in a thread. keep: reference that keeps the socket's write end open."""
         signals.settimeout(_POLL_SECONDS)
         notified = False
         interrupts = 0
@@ -128,7 +128,7 @@ class StopSignal:
                 self._exit_at_deadline()
 
     def _note(self, numbers: bytes) -> None:
-        """Act on the signals received since the last poll, and ask the other sources."""
+        """Process the signals received since the last poll, and poll the other sources."""
         if signal.SIGTERM in numbers and not self.requested and self.is_cleanup():
             self._exit_for_restart()
         if signal.SIGINT in numbers or signal.SIGUSR1 in numbers:
@@ -144,7 +144,7 @@ class StopSignal:
         os._exit(RESUMABLE)
 
     def _exit_for_restart(self) -> None:
-        """Exit with code 1 once this process is not busy: the launcher clears it away and may start it again."""
+        """Exit with code 1 once this process is not busy, after ten seconds at most. The launcher may restart it."""
         deadline = time.monotonic() + _BUSY_SECONDS
         while self.busy() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -153,9 +153,9 @@ class StopSignal:
 
 @contextlib.contextmanager
 def record_signals(on_signal: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
-    """Collect the signals that ask this process to stop, in order, SIGHUP too; only the main thread may call this.
+    """Collect the received stop signals, SIGHUP included, in order. Only the main thread may call this.
 
-    on_signal: called at each of them.
+    on_signal: called for each signal.
     """
     signals: list[int] = []
 
@@ -163,7 +163,7 @@ def record_signals(on_signal: Callable[[], None] = lambda: None) -> Iterator[lis
         signals.append(number)
         on_signal()
 
-    # nohup has SIGHUP ignored, and means it.
+    # Under nohup SIGHUP is ignored; keep it so.
     handles_hangup = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
     numbers = (*_SIGNALS, signal.SIGHUP) if handles_hangup else _SIGNALS
     before = [(number, signal.signal(number, handle)) for number in numbers]

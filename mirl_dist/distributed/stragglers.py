@@ -1,4 +1,4 @@
-"""Names the ranks that reach the all-reduce much later than the others, which all wait for them."""
+"""Detects stragglers: ranks that reach the all-reduce much later than the others."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _LEAST_SECONDS = 0.005
 
 
 class StragglerDetector:
-    """Measures how long a rank takes from the start of a pass to its first collective, and compares ranks.
+    """Timer for the part of a pass before its first collective, and comparison of these times between ranks.
 
-    Only durations are compared, for clocks of two machines differ; waiting for other ranks is not counted.
+    Only durations are compared, because clocks of different machines differ. Time waiting for other ranks is excluded.
     """
 
     def __init__(self, hosts: Sequence[str] = (), clock: Callable[[], float] = time.monotonic) -> None:
-        """hosts: of all ranks, for messages."""
+        """hosts: one per rank, for messages."""
         self._hosts, self._clock = hosts, clock
         self._slow: dict[int, int] = {}
         self._began_at = self._batch_ready_at = 0.0
@@ -28,31 +28,31 @@ class StragglerDetector:
         self._passes, self._batch_seconds, self._other_seconds = 0, 0.0, 0.0
 
     def begin(self) -> None:
-        """Record that a pass starts."""
+        """Record the start of a pass."""
         self._began_at = self._batch_ready_at = self._clock()
 
     def batch_ready(self) -> None:
-        """Record that its batch has arrived."""
+        """Record that the pass has received its batch."""
         self._batch_ready_at = self._clock()
 
     def reached_collective(self) -> None:
-        """Record the first collective since `begin`; to be called before it waits."""
+        """Record the first collective since `begin`. Call this before the collective blocks."""
         self._passes += 1
         self._batch_seconds += self._batch_ready_at - self._began_at
         self._other_seconds += self._clock() - self._batch_ready_at
 
     def mean_seconds(self) -> tuple[float, float]:
-        """Return the mean seconds of a pass since the last call: waiting for its batch, and the rest."""
+        """Return the mean seconds per pass since the last call: (waiting for the batch, everything else)."""
         passes = max(self._passes, 1)
         means = self._batch_seconds / passes, self._other_seconds / passes
         self._reset()
         return means
 
     def find_slow(self, seconds_per_rank: Sequence[tuple[float, float]], factor: float) -> list[str]:
-        """Return lines that name ranks slower than the median of the others by `factor`, three reports in a row.
+        """Return one line per rank that was slower than `factor` x the median of the others in three calls in a row.
 
-        seconds_per_rank: `mean_seconds` of every rank. A rank is named again when it has recovered in between, or
-        after 100 reports.
+        seconds_per_rank: `mean_seconds` of every rank. A rank is reported again after it recovered in between, or after
+        100 more slow calls.
         """
         totals = [sum(seconds) for seconds in seconds_per_rank]
         lines = []

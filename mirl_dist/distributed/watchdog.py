@@ -1,8 +1,7 @@
-"""Detects ranks that hang: ranks publish once a second where they are, so that one that others wait for is named.
+"""Detects hanging ranks: every rank publishes its state once a second, so the ranks that block others can be named.
 
-A rank that waits too long in a collective reports who has not reached it, and exits; its launcher starts all ranks
-again from the last commit. The main thread only records where it is (flight_recorder.py); the rest is the work of
-threads.
+A rank that waits too long in a collective names the missing ranks and exits; the launcher then restarts all ranks from
+the last commit. The main thread only records its state (flight_recorder.py); threads do the rest.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ _AGAIN = "Start again: a run resumes from its last commit."
 
 
 class _Limits(NamedTuple):
-    """timeout: seconds that a rank waits for the others; period: seconds between two exchanges."""
+    """Time limits in seconds. timeout: longest wait in a collective; period: interval between two exchanges."""
 
     timeout: float
     period: float
 
 
 class _Terminator:
-    """Ends this process with code 1, after a message and a delay in which other ranks can read that it has reported."""
+    """Exits this process with code 1, after a message and a delay in which other ranks can read its report."""
 
     def __init__(self, rank: int, delay_seconds: float, leave: Callable[[int], None]) -> None:
         self._rank, self._delay_seconds, self._leave = rank, delay_seconds, leave
         self.closed = threading.Event()
-        """Set when there is nothing to watch any more."""
+        """Set once the watchdog is stopped or has exited the process."""
 
     def terminate(self, text: str) -> None:
-        """Warn and exit, unless the watchdog is stopped before; this process may serve the store for the others."""
+        """Warn and exit after the delay, unless the watchdog is stopped first. This process may serve the store."""
         warn(f"mirl-dist, {rank_label(self._rank)}: {text}")
         if not self.closed.wait(self._delay_seconds):
             self._leave(1)
@@ -49,7 +48,7 @@ class _Terminator:
 
 
 class _StateExchange:
-    """Publishes the state of this rank and reads whether any rank was asked to stop or has reported a hang."""
+    """Publisher of this rank's state, and reader of stop requests and hang reports from any rank."""
 
     def __init__(
         self,
@@ -62,13 +61,13 @@ class _StateExchange:
     ) -> None:
         self.stop_requested = self._stop_pending = False
         self.beat = 0
-        """How many exchanges the store has answered."""
+        """Number of completed exchanges with the store."""
         self._recorder, self._store, self._rank = recorder, store, rank
         self._limits, self._terminator = limits, terminator
         self._peers = PeerMonitor(store, rank, names)
 
     def publish_first(self) -> None:
-        """Write every key that the others will read."""
+        """Write the initial value of every key that other ranks read."""
         if self._rank == 0:
             self._store.set(_STOP, "")
             self._store.set(_REPORTED_BY, "")
@@ -78,7 +77,7 @@ class _StateExchange:
         self.stop_requested = self._stop_pending = True
 
     def exchange(self) -> bool:
-        """Write and read once. Returns False when this rank has nothing more to publish, for a hang was reported."""
+        """Publish this rank's state and read the shared keys once. Return False once a hang was reported."""
         own = self._recorder.state(self.beat)
         self._store.set(str(self._rank), json.dumps(own))
         if self._stop_pending:
@@ -93,7 +92,7 @@ class _StateExchange:
             return False
         if own.waiting and own.seconds > timeout - (READS + 1) * self._limits.period:
             diagnosis = self._peers.read(own, overdue=own.seconds >= timeout)
-            if diagnosis is not None and self._recorder.state()[:3] == own[:3]:  # nobody came while this rank looked
+            if diagnosis is not None and self._recorder.state()[:3] == own[:3]:  # still waiting in that collective
                 self._store.set(_REPORTED_BY, str(self._rank))
                 self._terminator.terminate(f"{diagnosis}. {_AGAIN}")
         self.beat += 1
@@ -101,7 +100,7 @@ class _StateExchange:
 
 
 class Watchdog:
-    """Two threads of a rank: one exchanges states with the others, one notices when the store does not answer."""
+    """Two threads of a rank: one exchanges states with the other ranks, one detects an unresponsive store."""
 
     def __init__(
         self,
@@ -115,8 +114,8 @@ class Watchdog:
         period_seconds: float = _PERIOD_SECONDS,
         leave: Callable[[int], None] = os._exit,
     ) -> None:
-        """names: of all ranks, for messages; store_host: the process that serves the store; leave: ends this process
-        at once."""
+        """names: one per rank, for messages. store_host: description of the process that serves the store. leave: exits
+        this process immediately with a code."""
         self._recorder, self._store, self._store_host = recorder, store, store_host
         self._limits = _Limits(timeout_seconds, period_seconds)
         self._terminator = _Terminator(rank, _PERIODS_BEFORE_EXIT * period_seconds, leave)
@@ -128,19 +127,19 @@ class Watchdog:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether any rank was asked to stop."""
+        """Whether a stop was requested on any rank."""
         return self._exchange.stop_requested
 
     def start(self) -> Watchdog:
-        """Start on every rank; a collective must follow, so that all have written before one reads."""
+        """Start both threads on every rank. A collective must follow, so that all ranks publish before any reads."""
         self._exchange.publish_first()
         for thread in self._threads:
             thread.start()
-        atexit.register(self.stop)  # a thread inside the store must not meet the end of Python
+        atexit.register(self.stop)  # no thread may be inside the store at interpreter shutdown
         return self
 
     def stop(self) -> None:
-        """End both threads."""
+        """Stop both threads and close the store connection."""
         self._terminator.closed.set()
         self._wake.set()
         for thread in self._threads:
@@ -148,7 +147,7 @@ class Watchdog:
         self._store.close()
 
     def request_stop(self) -> None:
-        """Ask all ranks to stop; returns at once."""
+        """Request a stop on all ranks without blocking."""
         self._exchange.request_stop()
         self._wake.set()
 
@@ -158,10 +157,10 @@ class Watchdog:
                 self._wake.wait(self._limits.period)
                 self._wake.clear()
         except (RuntimeError, OSError):
-            pass  # the store is gone: a rank that waits for its host fails by itself, or the other thread ends it
+            pass  # the store is gone: collectives with its host fail by themselves, or the other thread exits
 
     def _watch_store(self) -> None:
-        """Exit when the store does not answer while this rank waits: a stopped process serves it, or a lost node."""
+        """Exit if this rank waits past the timeout and the store is unresponsive (stopped process or lost node)."""
         quiet, seen = 0, -1
         while not self._terminator.closed.wait(self._limits.period):
             quiet, seen = (quiet + 1 if self._exchange.beat == seen else 0), self._exchange.beat

@@ -1,1 +1,1 @@
-"""What a run shows: console, progress bars, logs, MLflow."""
+"""Console output, progress bars, rank logs and MLflow tracking."""

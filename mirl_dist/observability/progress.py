@@ -1,4 +1,4 @@
-"""What a person sees while work goes on: bars on a terminal, plain lines without one."""
+"""Progress display: bars on a terminal, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ _LINE_EVERY_SECONDS = 10.0
 
 @contextmanager
 def bar(what: str, total: int, *, start: int = 0, shown: bool = True) -> Iterator[Advance]:
-    """A progress bar of `total` units, or a line every ten seconds where standard error is no terminal. Shown or not,
-    this rank's log gets those lines."""
+    """Show a progress bar of `total` units, or a line every ten seconds if standard error is not a terminal.
+
+    The lines also go to this rank's log, even if not `shown`.
+    """
     advance_log = _every_ten_seconds(what, total, note)
     if not shown:
         yield advance_log
@@ -49,7 +51,7 @@ def bar(what: str, total: int, *, start: int = 0, shown: bool = True) -> Iterato
 
 
 class Bars:
-    """Bars for work in phases: called with (units done, units in all, phase); a new phase begins a new bar."""
+    """Progress bars for work in phases. Call it with (units done, total units, phase); each new phase opens a bar."""
 
     def __init__(self) -> None:
         self._open = ExitStack()

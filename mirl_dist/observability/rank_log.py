@@ -1,9 +1,9 @@
-"""The log of one rank: all that it says, with where it stood, one line of JSON each, over all starts of a run.
+"""The log of one rank: one JSON line per message, with phase, round and step, appended over all starts of a run.
 
     logs/rank-0003.jsonl    {"time": "2026-11-21T21:15:22.123Z", "rank": 3, "world": 8, "host": "node-7", "pid": 71,
                              "phase": "training", "round": 0, "step": 40, "level": "note", "text": ..., "loss": ...}
 
-A refused launch leaves no log. A log that cannot be written is told once and costs nothing else.
+A rejected launch creates no log. If the log cannot be written, one warning is printed and the run continues.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from mirl_dist.config.yaml_loader import CREDENTIALS
 from mirl_dist.observability.console import LOGGER, LockFreeHandler, note, rank_label, warn
 
 _MAX_EARLY_LINES = 200
-"""Lines that are kept until the run has a folder."""
+"""Most lines buffered until the run's folder exists."""
 _EVERY_SECONDS = 5.0
 _SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|PRIVATE|CREDENTIAL|(ACCESS|API)_?KEY", re.IGNORECASE)
-_LEAST_SECRET = 6  # characters; shorter values are words
+_LEAST_SECRET = 6  # characters; shorter values may be common words, which must not be masked
 
 
 class _LogFile:
-    """The file of one rank's log: made with the first lines, appended to by whole lines in one call."""
+    """The log file of one rank. It is created on the first write; each write appends whole lines in one system call."""
 
     def __init__(self, path: Path, rank: str) -> None:
         self.path, self._rank = path, rank
@@ -46,15 +46,16 @@ class _LogFile:
         return self._handle >= 0
 
     def append(self, data: bytes) -> None:
-        """Append lines. What cannot be written is lost, and the first time a warning says so."""
-        if not data:  # another thread has written it
+        """Append lines. If that fails the lines are lost; the first failure prints a warning."""
+        if not data:  # another thread has already written these lines
             return
         try:
             if self._handle < 0:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             data = b"\n" * self._torn + data
-            self._torn = os.write(self._handle, data) < len(data)  # the rest of a line is lost, the next begins anew
+            # After a partial write the rest is lost, and the next write begins on a new line.
+            self._torn = os.write(self._handle, data) < len(data)
         except OSError as error:
             if not self._failed:
                 self._failed = True
@@ -70,13 +71,13 @@ class _LogFile:
 
 
 class _JsonFormatter(logging.Formatter):
-    """A record as one line of JSON without secrets, with this process, its phase and its position in the run."""
+    """Formatter of records as one JSON line, secrets masked, with process, phase and position (round, step)."""
 
     def __init__(self, rank: int, phase: Callable[[], str]) -> None:
         super().__init__()
         self._process = {"rank": rank, "world": int(os.environ.get("WORLD_SIZE", "1")), "host": platform.node()}
         self._phase, self._secrets = phase, _secrets(os.environ)
-        self.position: dict[str, float] = {}  # round and step
+        self.position: dict[str, float] = {}  # latest round and step
 
     def format(self, record: logging.LogRecord) -> str:
         now = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
@@ -92,20 +93,24 @@ class _JsonFormatter(logging.Formatter):
 
 
 class RankLog(LockFreeHandler):
-    """Appends to the log of the rank that this process is."""
+    """Handler that appends records to this rank's log."""
 
     def __init__(self, folder: Path, phase: Callable[[], str], *, wait_for: Path | None = None) -> None:
-        """wait_for: a folder that must be there before a log is made, unless the run has begun or something failed."""
+        """folder: where the log is created. phase: returns the rank's current phase.
+
+        wait_for: folder that must exist before the log is created, unless the run has left phase 'starting' or the
+        record is a warning or an error.
+        """
         super().__init__()
         rank = int(os.environ.get("RANK", "0"))
         self.path = folder / f"rank-{rank:04d}.jsonl"
         self._file, self._json = _LogFile(self.path, rank_label(str(rank))), _JsonFormatter(rank, phase)
         self._phase, self._wait_for = phase, wait_for
         self._early_lines: list[bytes] = []
-        self._last_notes: dict[str, float] = {}  # monotonic time by what was noted
+        self._last_notes: dict[str, float] = {}  # kind of note -> monotonic time of the last one written
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line; notes of numbers at most every five seconds."""
+        """Write a record; notes with numbers are limited to one per kind every five seconds."""
         numbers = _numbers(record)
         self._json.position |= {key: numbers[key] for key in ("round", "step") if key in numbers}
         if numbers and not self._is_due(record.getMessage().partition(":")[0]):
@@ -139,7 +144,7 @@ def _numbers(record: logging.LogRecord) -> dict[str, float]:
 
 
 def _secrets(env: Mapping[str, str]) -> list[str]:
-    """Values of variables whose names mean a secret, longest first."""
+    """Return the values of environment variables with secret-like names, longest first."""
     values = [v for name, v in env.items() if _SECRET_NAMES.search(name) and len(v) >= _LEAST_SECRET]
     return sorted(values, key=len, reverse=True)
 
@@ -148,9 +153,9 @@ _restorers: list[Callable[[], None]] = []
 
 
 def begin(config: Config, phase: Callable[[], str]) -> Path:
-    """Write all that this process reports to its rank's log too, unforeseen errors included; returns the log's path.
+    """Start logging all messages and uncaught exceptions to this rank's log. Return the log's path.
 
-    phase: what this rank is doing. A second call ends what the first began.
+    phase: returns the rank's current phase. A second call replaces the first log.
     """
     end()
     run = config.run.folder
@@ -180,6 +185,6 @@ def begin(config: Config, phase: Callable[[], str]) -> Path:
 
 
 def end() -> None:
-    """Write no more to the log."""
+    """Stop writing to the log, and restore the exception hooks."""
     while _restorers:
         _restorers.pop()()

@@ -1,1 +1,1 @@
-"""Engines hold a rank's weights and update them: replicas (DDP), or a network sharded over the ranks (ZeRO, FSDP2)."""
+"""Engines that hold and update a rank's weights: replicated (DDP) or sharded over the ranks (ZeRO, FSDP2)."""

@@ -1,4 +1,4 @@
-"""Defines what every engine can do."""
+"""Interfaces of engines, and the gathering of whole tensors from shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ Name = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
 
 
 class EngineSpec(NamedTuple):
-    """The engine that a launch asks for. offload_*: moments and their weights, or parameters, stay with the host."""
+    """Engine requested by a launch.
+
+    offload_optimizer: keep moments and the weights they update in host memory. offload_parameters: keep parameters in
+    host memory.
+    """
 
     name: Name = "ddp"
     offload_optimizer: bool = False
@@ -26,19 +30,22 @@ class EngineSpec(NamedTuple):
 
 
 class Collectives(Protocol):
-    """What engines use of the ranks. gather: a tensor of every rank, of one shape and dtype, as (ranks, *shape);
-    collective: records one that the engine's library runs inside."""
+    """The collectives that engines need.
+
+    gather: tensors of equal shape and dtype from all ranks, as (ranks, *shape). collective: records a collective that
+    the engine's library runs in the context.
+    """
 
     def gather(self, values: Tensor, *, what: str) -> Tensor: ...
     def collective(self, what: str) -> AbstractContextManager[None]: ...
 
 
 class Engine(Protocol):
-    """The live weights of one rank, and what updates them.
+    """The live weights of one rank, with their gradients and optimiser.
 
-    weights: what this rank holds of each parameter, detached and live: whole tensors, or flat parts of them, as layout
-    says. owned_layout: of what it keeps moments and the averaged gradient. partition: what it counts. Names and their
-    order are the bare network's.
+    weights: this rank's part of each parameter, detached but sharing memory: whole tensors or flat slices, according to
+    `layout`. owned_layout: layout of the moments and averaged gradients that this rank keeps. partition: the weights
+    that this rank counts. Names and their order are those of the unwrapped network.
     """
 
     weights: dict[str, Tensor]
@@ -47,62 +54,62 @@ class Engine(Protocol):
     partition: Partition
 
     def mask_gradients(self, masks: Mapping[str, Tensor]) -> None:
-        """Set the averaged gradients of pruned weights to zero. masks: laid out as `weights` are."""
+        """Set the averaged gradients of pruned weights to zero. masks: in the layout of `weights`."""
         ...
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """Return the norm of the averaged gradient over all ranks, the same on each; scale it down to `max_norm`."""
+        """Return the global norm of the averaged gradient, equal on all ranks. Scale gradients down to `max_norm`."""
         ...
 
     def step(self, lr: float) -> None:
-        """Update the weights once; there is no gradient afterwards."""
+        """Update the weights once and clear the gradients."""
         ...
 
     def drop_gradients(self) -> None:
-        """Drop the gradients: the step is skipped."""
+        """Clear the gradients without an update, to skip the step."""
         ...
 
     def reset_optimizer(self) -> None:
-        """Start with a fresh optimiser: no moments, no steps counted."""
+        """Reset the optimiser: no moments, step count 0."""
         ...
 
     def weights_changed(self) -> None:
-        """Bring all copies of `weights` up to date after they were changed in place."""
+        """Update all copies of `weights` after an in-place change."""
         ...
 
     def moments(self) -> dict[str, Tensor]:
-        """Return the live moments of what is owned, as '<weight>.exp_avg' and '<weight>.exp_avg_sq', float32."""
+        """Return the live moments that this rank owns: '<weight>.exp_avg' and '<weight>.exp_avg_sq', float32."""
         ...
 
     def load_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
-        """Set what `moments` returns, after `steps` updates."""
+        """Load moments as returned by `moments`, and set the step count to `steps`."""
         ...
 
 
 class ShardedEngine(Engine, Protocol):
-    """An engine that shards the network, or what updates it, over the ranks.
+    """An engine that shards the network or its optimiser over the ranks.
 
-    network: to be called in training, by all ranks together: collectives may run in it.
+    network: module to call in training. All ranks must call it together, because it may run collectives.
     """
 
     network: nn.Module
 
     def accumulate(self, more: bool) -> None:
-        """Announce, before each pass, whether `more` follow in this step."""
+        """Announce before each pass whether more passes follow in this step."""
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add to the gradients, which are averaged over ranks when no more passes follow: a collective."""
+        """Accumulate gradients; average them over ranks after the step's last pass. A collective."""
         ...
 
 
 def gather_full(
     parts: Mapping[str, Tensor], layout: ShardLayout, gather: Callable[..., Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield whole tensors from the parts of all ranks, one after the other in the order of names; never two at once.
+    """Yield whole tensors joined from the parts of all ranks, sorted by key, one at a time to bound memory.
 
-    A collective for each where tensors are sharded: all ranks must exhaust it. parts: by 'name' or 'name.kind', laid
-    out as layout says.
+    If tensors are sharded, each one is a collective: all ranks must exhaust the iterator. parts: 'name' or 'name.kind'
+    -> this rank's part according to `layout`.
     """
     for key in sorted(parts):
         part = parts[key].detach()

@@ -1,4 +1,4 @@
-"""Trains replicas: every rank holds the whole network, alone or under DDP."""
+"""Replicated training: every rank holds the whole network, under DDP or as a single process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mirl_dist.pruning.partition import Partition, ReplicatedPartition
 
 
 class DdpEngine:
-    """Engine of one replica."""
+    """Engine of a replicated network."""
 
     optimiser: torch.optim.Optimizer
 
@@ -24,7 +24,7 @@ class DdpEngine:
         make_optimiser: MakeOptimiser,
         partition: Partition = ReplicatedPartition(),  # noqa: B008 - an immutable tuple
     ) -> None:
-        """parameters: of the bare network, whose gradients DDP averages."""
+        """parameters: those of the unwrapped network; DDP averages their gradients."""
         self.parameters, self._make_optimiser = dict(parameters), make_optimiser
         self.weights: dict[str, Tensor] = {name: p.detach() for name, p in parameters.items()}
         self.layout = self.owned_layout = ShardLayout({name: tuple(p.shape) for name, p in parameters.items()})

@@ -1,7 +1,8 @@
-"""DeepSpeed's ZeRO: moments (stage 1), gradients (2) and weights (3) are sharded over the ranks.
+"""DeepSpeed's ZeRO: shards moments (stage 1), also gradients (2), also weights (3) over the ranks.
 
-DeepSpeed runs the passes, averages gradients and updates; masks, clipping, rates and states are done here, on what this
-rank owns (zero_shard.py). Its own checkpoints are not used: states are named tensors, whatever the engine.
+DeepSpeed runs the passes, averages gradients and updates weights. Masking, clipping, learning rates and states are
+handled here, on the shard that this rank owns (zero_shard.py). DeepSpeed's checkpoints are not used: states are named
+tensors under every engine.
 """
 
 from __future__ import annotations
@@ -22,16 +23,15 @@ from mirl_dist.errors import InvariantError, UserError
 from mirl_dist.pruning.partition import Partition, ReplicatedPartition, ShardedPartition
 
 DEEPSPEED_BUCKET = 50_000_000
-"""The most weights that DeepSpeed is asked to keep room for when it reduces gradients; never more than the network
-has."""
+"""Upper limit of DeepSpeed's gradient reduction bucket, in weights; smaller networks get a bucket of their own size."""
 DEEPSPEED_LIVE = 8
-"""ZeRO-3: one part in so many of the network may be gathered in addition to the layer in use."""
+"""ZeRO-3: up to 1/DEEPSPEED_LIVE of the network may be gathered in addition to the layer in use."""
 _STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
-_OLD_NAMES = r"`torch.distributed.\w+` is deprecated"  # of collectives, which DeepSpeed and FSDP2 call (torch 2.13)
+_OLD_NAMES = r"`torch.distributed.\w+` is deprecated"  # collectives that DeepSpeed and FSDP2 still call (torch 2.13)
 
 
 class _AutocastNetwork(nn.Module):
-    """The network under autocast: DeepSpeed switches off one that is entered outside of it."""
+    """The network under autocast, entered inside the module because DeepSpeed disables an outer autocast."""
 
     def __init__(self, network: nn.Module, half: bool) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class _AutocastNetwork(nn.Module):
 
 
 class ZeroEngine:
-    """ShardedEngine of DeepSpeed. In stages 1 and 2 `weights` are whole, and moments and gradients sharded."""
+    """ShardedEngine of DeepSpeed. In stages 1 and 2 `weights` are replicated; moments and gradients are sharded."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class ZeroEngine:
         collectives: Collectives,
         half: bool,
     ) -> None:
-        """network: with the same weights on every rank, on the ranks' device; it is taken over. half: in bfloat16."""
+        """network: equal weights on every rank, on this rank's device; modified by DeepSpeed. half: use bfloat16."""
         self._collectives, stage = collectives, _STAGES[spec.name]
         shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
         optimiser = make_optimiser(dict(network.named_parameters()))
@@ -106,19 +106,19 @@ class ZeroEngine:
 
 
 def _deepspeed_config(spec: EngineSpec, stage: int, parameters: int) -> dict[str, Any]:
-    """Return DeepSpeed's own config: float32, one pass a step as far as it knows, nothing of its own on top."""
+    """Return DeepSpeed's config: float32, one pass per step from its point of view, no clipping of its own."""
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "round_robin_gradients": False}
-    zero["reduce_bucket_size"] = min(DEEPSPEED_BUCKET, parameters)  # a buffer of that size is filled in each step
+    zero["reduce_bucket_size"] = min(DEEPSPEED_BUCKET, parameters)  # a buffer of this size is filled in each step
     if spec.offload_optimizer:
         zero["offload_optimizer"] = host
     if spec.offload_parameters and stage == 3:
         zero["offload_param"] = host
     if stage == 3:
-        zero["memory_efficient_linear"] = False  # it would replace torch's linear function in this process, for all
-        zero["stage3_param_persistence_threshold"] = 0  # no rank keeps what it does not own
+        zero["memory_efficient_linear"] = False  # it would replace torch's linear function in the whole process
+        zero["stage3_param_persistence_threshold"] = 0  # ranks keep no parameters that they do not own
         for limit in ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size"):
-            zero[f"stage3_{limit}"] = max(1, parameters // DEEPSPEED_LIVE)  # for long
+            zero[f"stage3_{limit}"] = max(1, parameters // DEEPSPEED_LIVE)
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -136,16 +136,16 @@ def _initialize(name: Name, network: nn.Module, optimiser: torch.optim.Optimizer
     try:
         requirements.require(name)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what DeepSpeed uses of torch
+            warnings.simplefilter("ignore")  # DeepSpeed uses deprecated parts of torch
             import deepspeed
             from deepspeed.utils import logger
 
             compatible = deepspeed.ops.__compatible_ops__
-    except (LookupError, ImportError) as error:  # it wants transformers too, under Accelerate
+    except (LookupError, ImportError) as error:  # under Accelerate it also imports transformers
         raise UserError(str(error), everywhere=True) from None
     logger.setLevel("ERROR")
     warnings.filterwarnings("ignore", message=_OLD_NAMES, category=FutureWarning)
-    if not cuda:  # gloo sums in rank order, and needs no compiler on the user's machine
+    if not cuda:  # use gloo: it sums in rank order and needs no compiler on the user's machine
         compatible["deepspeed_shm_comm"] = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -1,4 +1,4 @@
-"""Reads which engine a launch asks for from the environment that `accelerate launch` makes of its launch file."""
+"""Reads the requested engine from the environment variables that `accelerate launch` sets from its launch file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _IS_OFFLOADED = {"": False, "none": False, "cpu": True}
 
 
 def engine_from_env(env: Mapping[str, str]) -> EngineSpec:
-    """Return DDP where nothing else is asked for. Raises UserError for an engine that is not supported."""
+    """Return the requested engine, DDP by default. Raise UserError for an unsupported engine or option."""
     if _is_true(env, "ACCELERATE_USE_DEEPSPEED"):
         return _zero_spec(env)
     if not _is_true(env, "ACCELERATE_USE_FSDP"):

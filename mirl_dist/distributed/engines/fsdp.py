@@ -1,7 +1,7 @@
-"""FSDP2: parameters, gradients and moments are sharded over the ranks by rows; each layer's are gathered for use.
+"""FSDP2: shards parameters, gradients and moments over the ranks by rows, and gathers each layer's weights for use.
 
-torch's fully_shard directly: Accelerate's own FSDP leaves the model unwrapped on a CPU, without a word. The optimiser
-works on this rank's rows as plain tensors that share the memory of torch's DTensors.
+Calls torch's fully_shard directly, because Accelerate's FSDP silently leaves the model unwrapped on a CPU. The
+optimiser works on this rank's rows as plain tensors that share memory with torch's DTensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mirl_dist.pruning.partition import Partition, ShardedPartition
 
 
 class _ShardedParameter(NamedTuple):
-    """A parameter as torch sees it, and this rank's rows of it: a flat parameter in the same memory."""
+    """A parameter as torch's DTensor, and this rank's rows as a flat parameter in the same memory."""
 
     dtensor: Any
     local: nn.Parameter
@@ -41,9 +41,9 @@ class FsdpEngine:
         collectives: Collectives,
         example: Tensor,
     ) -> None:
-        """network: with the same weights on every rank, on the ranks' device; it is taken over. example: (B, 3, H, W).
+        """network: equal weights on every rank, on this rank's device; sharded in place. example: (B, 3, H, W).
 
-        Raises InvariantError when torch leaves a parameter whole.
+        Raise InvariantError if torch leaves a parameter unsharded.
         """
         shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
         with collectives.collective("sharding of the network"):
@@ -57,7 +57,7 @@ class FsdpEngine:
                 everywhere=True,
             )
         with collectives.collective("first pass"), torch.no_grad():
-            self.network(example)  # FSDP2 puts parameters in their last place when they are first used
+            self.network(example)  # FSDP2 moves parameters to their final memory at the first forward pass
         self.network.reshard()
         self._make_optimiser, self._collectives = make_optimiser, collectives
         self._parameters = {
@@ -73,13 +73,13 @@ class FsdpEngine:
         self.reset_optimizer()
 
     def accumulate(self, more: bool) -> None:
-        """Do nothing: every pass reduces and scatters its gradients, no rank keeps whole ones between passes."""
+        """Do nothing: every pass reduce-scatters its gradients, so no rank keeps whole gradients between passes."""
 
     def backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss)
 
     def _gradients(self) -> dict[str, Tensor]:
-        """Return the averaged gradients of this rank's rows, flat and live."""
+        """Return the averaged gradients of this rank's rows as flat views."""
         gradients = {name: p.dtensor.grad for name, p in self._parameters.items()}
         return {name: g.to_local().reshape(-1) for name, g in gradients.items() if g is not None}
 
@@ -104,13 +104,13 @@ class FsdpEngine:
     def drop_gradients(self) -> None:
         self.optimiser.zero_grad()
         self.network.zero_grad()
-        self.network.reshard()  # after a forward pass that no backward pass followed
+        self.network.reshard()  # frees weights gathered by a forward pass without a backward pass
 
     def reset_optimizer(self) -> None:
         self.optimiser = self._make_optimiser({name: p.local for name, p in self._parameters.items()})
 
     def weights_changed(self) -> None:
-        pass  # the parameters are views of the same memory
+        pass  # `weights` share memory with the parameters
 
     def moments(self) -> dict[str, Tensor]:
         state = {name: self.optimiser.state[p.local] for name, p in self._parameters.items()}
@@ -133,7 +133,7 @@ def _shard(network: nn.Module, device: torch.device, spec: EngineSpec) -> Any:
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
-    # The network ends in a crop, a view, which nothing here changes in place.
+    # The network's output is a crop, hence a view; it is never modified in place here.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
@@ -146,7 +146,7 @@ def _shard(network: nn.Module, device: torch.device, spec: EngineSpec) -> Any:
 
 
 def _units(network: nn.Module) -> Iterator[nn.Module]:
-    """Yield what is gathered and freed as one: each block in a sequence of blocks; the root takes the rest."""
+    """Yield the modules gathered and freed as a unit: each block of a sequence of blocks. The root takes the rest."""
     for container in network.modules():
         if isinstance(container, nn.Sequential | nn.ModuleList):
             for block in container.children():

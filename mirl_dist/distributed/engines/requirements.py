@@ -1,4 +1,4 @@
-"""Checks what an engine needs of this environment, before any rank is started."""
+"""Checks an engine's library requirements before any rank is started."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import re
 from mirl_dist.distributed.engines.base import Name
 
 _TORCH, _DEEPSPEED = (2, 6), (0, 19)
-"""FSDP2 stands in torch.distributed.fsdp from 2.6 on. DeepSpeed 0.16 left the gradients of all passes but the last out
-when moments were offloaded, and has no way to skip a step."""
+"""Minimum versions. torch.distributed.fsdp exports FSDP2 since 2.6. DeepSpeed 0.16 loses the gradients of all passes
+but the last when moments are offloaded, and cannot skip a step."""
 
 
 def require(name: Name) -> str:
-    """Return the engine's library with its version. Raises LookupError that says what to install."""
+    """Return the engine's name with its library and version. Raise LookupError that tells what to install."""
     library = "deepspeed" if name.startswith("zero") else "torch"
     try:
         version = importlib.metadata.version(library)

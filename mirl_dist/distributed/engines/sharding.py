@@ -1,4 +1,4 @@
-"""Says which part of each named tensor each rank holds: flat slices, which follow one another in rank order."""
+"""Layouts of sharded tensors: each rank holds one flat slice of each named tensor, in rank order."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 
 class ShardLayout(NamedTuple):
-    """shapes: of the whole tensors, by name; lengths: of each rank's parts, by name, in rank order (some may be 0).
+    """Layout of named tensors over the ranks.
 
-    Without lengths every rank holds every tensor whole, in its shape.
+    shapes: name -> shape of the whole tensor. lengths: per rank, name -> length of its flat slice (may be 0). Without
+    lengths all tensors are replicated in their full shape.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -25,11 +26,11 @@ class ShardLayout(NamedTuple):
         return not self.lengths
 
     def name(self, key: str) -> str:
-        """Return the tensor that a key is about: 'name', or 'name.kind' for what has its shape, as a moment has."""
+        """Return the tensor name of a key: 'name', or 'name.kind' for a tensor of equal shape, such as a moment."""
         return key if key in self.shapes else key.rpartition(".")[0]
 
     def part_of(self, key: str, tensor: Tensor) -> Tensor:
-        """Return this rank's part of a whole tensor: a flat view of it; the tensor itself where all are replicated."""
+        """Return this rank's part of a whole tensor as a flat view, or the tensor itself in a replicated layout."""
         if self.is_replicated:
             return tensor
         name = self.name(key)
@@ -37,22 +38,22 @@ class ShardLayout(NamedTuple):
         return tensor.reshape(-1)[begin : begin + self.lengths[self.rank][name]]
 
     def longest(self, name: str) -> int:
-        """Return the length of the longest part."""
+        """Return the length of the longest part over all ranks."""
         return max(of_rank[name] for of_rank in self.lengths)
 
     def join(self, name: str, padded: Tensor) -> Tensor:
-        """Join a whole tensor from the parts of all ranks, (ranks, longest or more)."""
+        """Join the padded parts of all ranks, (ranks, at least longest), to the whole tensor."""
         parts = [row[: of_rank[name]] for row, of_rank in zip(padded, self.lengths, strict=True)]
         return torch.cat(parts).reshape(self.shapes[name])
 
 
 def local_part(layout: ShardLayout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what this rank holds of whole tensors, in memory of its own where that is a part."""
+    """Return this rank's parts of whole tensors, copied if sharded, so that the whole tensors can be freed."""
     return {name: t if layout.is_replicated else layout.part_of(name, t).clone() for name, t in tensors.items()}
 
 
 def shard_layout(shapes: Mapping[str, tuple[int, ...]], rank: int, lengths: Sequence[Mapping[str, int]]) -> ShardLayout:
-    """Lay out parts that cover every tensor once. lengths: may count padding after a tensor's end, which is dropped."""
+    """Return a layout whose parts cover every tensor once. lengths may include trailing padding, which is dropped."""
     exact: list[dict[str, int]] = [{} for _ in lengths]
     for name, shape in shapes.items():
         size = int(torch.Size(shape).numel())

@@ -1,4 +1,4 @@
-"""What a rank owns of DeepSpeed's flat float32 tensors: slices by parameter name, their gradients and moments."""
+"""This rank's shard of DeepSpeed's flat float32 tensors: slices by parameter name, their gradients and moments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from mirl_dist.distributed.engines.base import MOMENTS
 
 
 class _OwnedSlice(NamedTuple):
-    """Where a parameter's owned part lies: in `flat`, from `begin`; `first`: its flat index in the whole parameter."""
+    """The owned part of a parameter: `length` elements of `flat` from `begin` on.
+
+    first: flat index of the part in the whole parameter.
+    """
 
     flat: Tensor
     begin: int
@@ -26,12 +29,12 @@ class _OwnedSlice(NamedTuple):
 class ZeroShard:
     """This rank's shard of the float32 weights under ZeRO, with its gradients and moments.
 
-    DeepSpeed keeps one flat tensor of all that a rank owns and gives that to the optimiser; each parameter is a slice
-    of it.
+    DeepSpeed keeps everything that a rank owns in one flat tensor and passes that to the optimiser; each parameter is a
+    slice of it.
     """
 
     def __init__(self, network: nn.Module, deepspeed_optimizer: Any, stage: int, *, offloaded: bool) -> None:
-        """network: in the hands of DeepSpeed; stage: of ZeRO, 1 to 3; offloaded: moments stay with the host."""
+        """network: already initialised by DeepSpeed. stage: ZeRO stage, 1 to 3. offloaded: moments in host memory."""
         self._deepspeed = deepspeed_optimizer
         self._optimizer: Any = deepspeed_optimizer.optimizer
         self._stage, self._offloaded = stage, offloaded
@@ -39,33 +42,33 @@ class ZeroShard:
         self._slices = {name: self._find_slice(p) for name, p in self._parameters.items()}
 
     def _find_slice(self, parameter: Any) -> _OwnedSlice:
-        """Find a parameter's slice. In stage 3 its length counts the padding that every rank's part may end in."""
+        """Return a parameter's slice. In stage 3 its length includes the padding at the end of a rank's part."""
         if self._stage == 3:
             group, begin, length = self._deepspeed.grad_position[self._deepspeed.get_param_id(parameter)]
             return _OwnedSlice(self._deepspeed.fp32_partitioned_groups_flat[group], begin, length, 0)
         flat = self._deepspeed.single_partition_of_fp32_groups[0]
         mapping = parameter._hp_mapping
-        if mapping is None:  # all of it is owned by other ranks
+        if mapping is None:  # the parameter is owned entirely by other ranks
             return _OwnedSlice(flat, 0, 0, 0)
         inside, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
         return _OwnedSlice(flat, inside.start, inside.numel, whole.start)
 
     def lengths(self) -> list[int]:
-        """Return the lengths of the slices, in the order of parameters."""
+        """Return the slice lengths in parameter order."""
         return [owned.length for owned in self._slices.values()]
 
     def drop_padding(self, lengths: Mapping[str, int]) -> None:
-        """Cut each slice to the length without padding."""
+        """Shorten each slice to its length without padding."""
         self._slices = {name: owned._replace(length=lengths[name]) for name, owned in self._slices.items()}
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the live weights that this rank holds: its slices in stage 3, else whole parameters."""
+        """Return this rank's live weights: its slices in stage 3, otherwise whole parameters."""
         if self._stage == 3:
             return {name: owned.of(owned.flat.detach()) for name, owned in self._slices.items()}
         return {name: p.detach() for name, p in self._parameters.items()}
 
     def copy_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Bring DeepSpeed's other copy of `weights` up to date."""
+        """Copy `weights` to DeepSpeed's second copy: parameter partitions in stage 3, else the flat float32 tensor."""
         for name, parameter in self._parameters.items():
             owned = self._slices[name]
             if self._stage == 3:
@@ -75,9 +78,9 @@ class ZeroShard:
                 owned.of(owned.flat.detach()).copy_(whole[owned.first : owned.first + owned.length])
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return the averaged gradients that this rank owns, live."""
+        """Return the averaged gradients that this rank owns, without copying."""
         if self._offloaded and torch.cuda.is_available():
-            torch.cuda.synchronize()  # DeepSpeed sends them to the host without waiting (0.19.8)
+            torch.cuda.synchronize()  # DeepSpeed copies them to the host asynchronously (0.19.8)
         return {name: self._gradient(parameter, self._slices[name]) for name, parameter in self._parameters.items()}
 
     def _gradient(self, parameter: Any, owned: _OwnedSlice) -> Tensor:
@@ -93,7 +96,7 @@ class ZeroShard:
         return part.reshape(-1)[: owned.length]
 
     def drop_gradients(self) -> None:
-        """Drop them as DeepSpeed itself does after a step that it skips."""
+        """Clear the gradients in the way DeepSpeed does after a skipped step."""
         self._deepspeed.zero_grad(set_to_none=True)
         if self._stage == 3:
             self._deepspeed._partition_all_parameters()
@@ -116,13 +119,13 @@ class ZeroShard:
             group["lr"] = lr
 
     def reset_optimizer(self) -> None:
-        """Set moments and the count of steps to zero."""
+        """Set moments and step counts to zero in place."""
         for state in self._optimizer.state.values():
             for value in state.values():
                 value.zero_()
 
     def moments(self) -> dict[str, Tensor]:
-        """Return the live moments that this rank owns, as Engine.moments does."""
+        """Return the live moments that this rank owns; see Engine.moments."""
         return {
             f"{name}.{kind}": owned.of(self._optimizer.state[owned.flat][kind])
             for name, owned in self._slices.items()
@@ -131,7 +134,7 @@ class ZeroShard:
         }
 
     def load_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
-        """Set what `moments` returns, after `steps` updates; none are there to be set before the first update."""
+        """Load moments and the step count `steps`. Do nothing if `moments` is empty, as before the first update."""
         if not moments:
             return
         for flat in {id(owned.flat): owned.flat for owned in self._slices.values()}.values():

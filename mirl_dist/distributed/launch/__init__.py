@@ -1,1 +1,1 @@
-"""The launcher: starts ranks, stops them, starts them again."""
+"""The launcher: starts, stops and restarts ranks."""

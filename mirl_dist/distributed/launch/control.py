@@ -1,12 +1,12 @@
-"""Messages between a launcher and its workers on one machine, in a small folder that both can name.
+"""Messages between a launcher and its workers on one machine, through a folder whose name both can derive.
 
-    <tmp>/mirl-dist-<uid>/launch-<machine>-<pid>-<start>/    pid, start: of the process that started the workers
-        launcher        it is `mirl-dist train --launch`, which asks by `stop` and never by a signal
-        stop            the run was asked to stop
-        word-<code>     a worker exited for good with this code; a worker that is started again exits with it at once
+    <tmp>/mirl-dist-<uid>/launch-<machine>-<pid>-<start>/    pid and start time of the process that started the workers
+        launcher        the launcher is `mirl-dist train --launch`, which requests a stop by `stop`, never by a signal
+        stop            a stop of the run was requested
+        word-<code>     a worker exited for good with this code; restarted workers exit with it immediately
 
-A launcher starts all workers again when one fails, whatever it died of. So a worker that a restart cannot help reports
-its exit code. Each message is an empty file, so none can be half written.
+A launcher restarts all workers when one fails, whatever the cause. Therefore a worker whose failure a restart cannot
+fix reports its exit code. Each message is an empty file, so it cannot be written partially.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _WAIT_BEFORE_EXIT_SECONDS = 0.5
 
 
 class ControlChannel:
-    """One end of the channel: a launcher's, a worker's, or (folder None) that of a process which nobody launched."""
+    """One end of the channel: a launcher's or a worker's. With folder None, a process without a launcher."""
 
     def __init__(self, folder: Path | None, parent: int | None = None) -> None:
-        """parent: the launcher's process, with which a worker ends."""
+        """parent: process id of the launcher; a worker exits when that process has exited."""
         self._folder, self._parent = folder, parent
         self._was_orphaned = False
 
     @classmethod
     def of_launcher(cls) -> ControlChannel:
-        """Open the launcher's end in a process that is about to start workers. Removes what dead launchers left.
+        """Open the launcher's end before starting workers, and remove the folders of dead launchers.
 
-        Raises UserError where the folder cannot be made, or is another user's.
+        Raise UserError if the folder cannot be created or belongs to another user.
         """
         folder = process_folder() / _folder_name(os.getpid())
         try:
@@ -57,7 +57,7 @@ class ControlChannel:
 
     @classmethod
     def of_worker(cls) -> ControlChannel:
-        """Open the end of a worker under `train --launch`, accelerate launch or torchrun; to be called early."""
+        """Open a worker's end under `train --launch`, accelerate launch or torchrun. Call this early in the process."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls(None)
         parent = os.getppid()
@@ -65,23 +65,23 @@ class ControlChannel:
             return cls(None, 0)
         try:
             return cls(process_folder() / _folder_name(parent), parent)
-        except UserError:  # nothing is written or believed in a folder that others can write
+        except UserError:  # do not use a folder that other users can write
             return cls(None, parent)
 
     def request_stop(self) -> None:
-        """Ask the run to stop, and its launcher not to start it again."""
+        """Request a stop of the run, without a restart by its launcher."""
         self._write("stop")
 
     def stop_requested(self) -> bool:
-        """Whether anyone on this machine asked the run to stop."""
+        """Whether a stop of the run was requested on this machine."""
         return self._folder is not None and os.path.exists(self._folder / "stop")
 
     def report_exit(self, code: int) -> None:
-        """Report that this worker is about to exit with `code`, for a reason that a restart cannot mend."""
+        """Report that this worker is about to exit with `code`, for a reason that a restart cannot fix."""
         self._write(f"{_EXIT_PREFIX}{code}")
 
     def exit_code(self) -> int | None:
-        """Return the code to exit with at once: the least one reported, else 75 after a stop request, else None."""
+        """Return the code to exit with immediately: the lowest reported, else 75 after a stop request, else None."""
         if self._folder is None or not os.path.isdir(self._folder):
             return None
         names = os.listdir(self._folder)
@@ -89,14 +89,14 @@ class ControlChannel:
         return min(codes) if codes else RESUMABLE if "stop" in names else None
 
     def parent_gone(self) -> bool:
-        """Whether the launcher of this worker has ended."""
+        """Whether this worker's launcher has exited."""
         return self._parent is not None and os.getppid() != self._parent
 
     def leave_if_orphaned(self, stop_requested: Callable[[], bool]) -> bool:
-        """Exit with code 1 when the launcher has ended; return False otherwise.
+        """Exit with code 1 if the launcher has exited; return False otherwise.
 
-        Not if `stop_requested`: a stop that was asked for is finished within its deadline. And not at the first call
-        that finds it: the signal that ended the launcher may be on its way to this process too.
+        Do not exit if `stop_requested`: a requested stop completes within its deadline. Do not exit at the first call
+        that finds the launcher gone either: the signal that ended it may be about to reach this process too.
         """
         orphaned = self.parent_gone()
         if orphaned and self._was_orphaned and not stop_requested():
@@ -107,11 +107,11 @@ class ControlChannel:
         return False
 
     def another_failed(self) -> bool:
-        """Whether a SIGTERM that this worker has just got only ends it because another rank has failed.
+        """Whether a SIGTERM just received only ends this worker because another rank failed.
 
-        So it is under `train --launch`, which asks through this channel. That is given two seconds, for whoever stops a
-        run may send SIGTERM to its launcher and its workers together. Under other launchers a SIGTERM is always a
-        request.
+        `train --launch` requests stops through this channel, so a SIGTERM without a request means a failure elsewhere.
+        Wait up to two seconds for the request, since SIGTERM may be sent to launcher and workers at the same time.
+        Under other launchers a SIGTERM always is a stop request.
         """
         if self._folder is None or not os.path.exists(self._folder / "launcher"):
             return False
@@ -123,26 +123,29 @@ class ControlChannel:
         return False
 
     def wait_before_exit(self) -> None:
-        """Wait before a worker exits because another has gone: the launcher, which polls a few times a second, then
-        names the one that died, not this one. SIGTERM, its way to end the others, is ignored."""
+        """Wait before this worker exits because another one died.
+
+        The launcher polls a few times a second, and thus reports the worker that died, not this one. SIGTERM, with
+        which the launcher ends the remaining workers, is ignored meanwhile.
+        """
         if self._folder is not None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(_WAIT_BEFORE_EXIT_SECONDS)
 
     def restart_notice(self) -> str | None:
-        """Say how often the launcher has started this worker again, where the launcher does not say so itself."""
+        """Return a message with the restart count; None without a restart or if the launcher reports it itself."""
         count, most = (os.environ.get(f"TORCHELASTIC_{key}", "0") for key in ("RESTART_COUNT", "MAX_RESTARTS"))
         if self._folder is None or count == "0" or os.path.exists(self._folder / "launcher"):
             return None
         return f"started again by the launcher ({count} of {most})"
 
     def remove(self) -> None:
-        """Remove the folder, when all workers have ended."""
+        """Remove the folder. Call this after all workers have exited."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _write(self, name: str) -> None:
-        """Write a message, or none where that fails: what it would spare is not worth a run's end."""
+        """Write a message. Ignore failures: a missing message only costs time, and must not end a run."""
         if self._folder is None:
             return
         with contextlib.suppress(OSError, UserError):
@@ -159,14 +162,17 @@ def _folder_name(pid: int) -> str:
 
 
 def _machine_id() -> str:
-    """Identify where process ids mean the same: this boot of this machine, in this container. TMPDIR may be shared."""
+    """Return an id of the scope of process ids: machine, boot and container. TMPDIR may be shared between these."""
     return hashlib.sha256(repr(this_machine() or os.uname().nodename).encode()).hexdigest()[:8]
 
 
 def _is_not_launcher(parent: int) -> bool:
-    """Whether this worker, which leads a session as torch's launchers start them, has a parent without torch in its
-    memory, so not a launcher: that one ended before its worker could look for it."""
-    if os.getpid() == 1 or os.getsid(0) != os.getpid():  # something stands between it and its launcher
+    """Whether `parent` is not this worker's launcher, because the launcher exited before this call.
+
+    torch's launchers start each worker as a session leader. If this process is one and its parent has not loaded torch,
+    the worker was reparented.
+    """
+    if os.getpid() == 1 or os.getsid(0) != os.getpid():  # there is a process between this one and its launcher
         return False
     try:
         return "libtorch" not in Path(f"/proc/{parent}/maps").read_text(errors="replace")
@@ -177,7 +183,7 @@ def _is_not_launcher(parent: int) -> bool:
 
 
 def _clear_leftovers(folder: Path) -> None:
-    """Remove the folders of this machine's launchers that no longer run."""
+    """Remove the folders of launchers on this machine that no longer run."""
     for left in folder.glob(f"launch-{_machine_id()}-*"):
         if left.name != _folder_name(int(left.name.split("-")[2])):
             shutil.rmtree(left, ignore_errors=True)

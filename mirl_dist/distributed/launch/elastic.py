@@ -1,7 +1,7 @@
-"""Runs torch's launcher, which starts this node's ranks, again when some died; exchanges exit codes between nodes.
+"""Runs torch's launcher, which starts and restarts this node's ranks, and exchanges exit codes between nodes.
 
-Torch's launchers agree on who starts, and on little else. So those of `train --launch` also tell each other, in the
-store of the ranks' rendezvous, when one of them has ended for good.
+torch's launchers of several nodes coordinate little beyond starting. Those of `train --launch` therefore also publish
+in the store of the ranks' rendezvous when one of them has ended for good.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from mirl_dist.distributed.live_store import LiveStore
 
 _PERIOD_SECONDS = 0.5
 _DELIVERY_SECONDS = 3.0
-"""Left to the other nodes to read an exit code, while node 0 serves the store for them."""
+"""Time for the other nodes to read an exit code before node 0, which serves the store, exits."""
 _STORE_TIMEOUT_SECONDS = 7 * 86400
 
 
 class NodesDisconnected(Exception):
-    """Launchers of several nodes did not find each other, or lost each other. The text says how."""
+    """Launchers of several nodes did not find each other or lost their connection; the message gives the cause."""
 
 
 class NoRestart(Exception):
-    """Raised by `on_failure`: the ranks are not to be started again."""
+    """Raised by `on_failure` to prevent a restart of the ranks."""
 
 
 def launch(arguments: list[str], on_failure: Callable[[int, int], None], address: str | None = None) -> int:
-    """Run `accelerate launch ARGUMENTS` in this process; return the exit code of the first worker that failed, else 0.
+    """Run `accelerate launch ARGUMENTS` in this process. Return the first failed worker's exit code, or 0.
 
-    To be called in a thread: in the main thread, torch's launcher would handle the signals itself. on_failure(local,
-    code): called in that thread each time that ranks of this node failed, with the number on this node of the first of
-    them, when all have ended; it may raise NoRestart, and 1 is returned. address: of this node, for the others. Raises
-    ValueError for options that accelerate refuses, NodesDisconnected for several nodes that lose each other.
+    Call this in a thread: in the main thread, torch's launcher would install its own signal handlers. on_failure(local
+    rank, exit code): called in that thread for the first failed rank of this node, once all its ranks have exited; if
+    it raises NoRestart, 1 is returned. address: this node's address for the others. Raise ValueError for options that
+    accelerate rejects, NodesDisconnected if the launchers of several nodes lose each other.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch import distributed
@@ -49,7 +49,7 @@ def launch(arguments: list[str], on_failure: Callable[[int, int], None], address
     options = launch_command_parser().parse_args(arguments)
     nodes = int(options.num_machines or 1)
     if address is not None:
-        options.local_addr = address  # accelerate has no option for it, but hands it on to torch
+        options.local_addr = address  # not an option of accelerate, but passed on to torch
     _report_failures(on_failure)
     try:
         launch_command(options)
@@ -66,7 +66,7 @@ def launch(arguments: list[str], on_failure: Callable[[int, int], None], address
         ConnectionError,
         AttributeError,
     ) as error:
-        # AttributeError: torch 2.13 stumbles over the None of its own graceful exit from a closed rendezvous
+        # torch 2.13 raises AttributeError on the None that its own graceful exit from a closed rendezvous returns.
         if nodes == 1 or (isinstance(error, AttributeError) and "is_failed" not in str(error)):
             raise
         raise NodesDisconnected((str(error).strip().splitlines() or [type(error).__name__])[0][:200]) from None
@@ -74,8 +74,11 @@ def launch(arguments: list[str], on_failure: Callable[[int, int], None], address
 
 
 def _report_failures(on_failure: Callable[[int, int], None]) -> None:
-    """Silence torch's launcher (the workers have said in one line what is wrong, its reports would bury it), and read
-    in its log which worker failed: it tells that nowhere else before it starts all of them again."""
+    """Silence torch's launcher and call on_failure(local rank, exit code) for failed workers.
+
+    The launcher's long reports would bury the worker's one-line error. Its log is the only place that names the failed
+    worker before all workers are restarted, so a log handler reads it there.
+    """
 
     class FailureHandler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -83,8 +86,8 @@ def _report_failures(on_failure: Callable[[int, int], None]) -> None:
                 code, local = record.args[:2]
                 on_failure(int(str(local)), int(str(code)))
 
-    importlib.import_module("torch.distributed.run")  # which sets its log's level itself
-    logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # it would warn about c10d's node ranks
+    importlib.import_module("torch.distributed.run")  # first: importing it sets its logger's level
+    logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # hides a warning about c10d's node ranks
     logger = logging.getLogger("torch.distributed.elastic")
     logger.setLevel(logging.ERROR)
     logger.propagate = False
@@ -92,7 +95,10 @@ def _report_failures(on_failure: Callable[[int, int], None]) -> None:
 
 
 def own_address(address: str, port: int) -> str:
-    """Return this node's address on its way to another; nothing is sent. Raises OSError for a name without address."""
+    """Return this node's address on the route to `address`; sends no packet.
+
+    Raise OSError if the name does not resolve or there is no route.
+    """
     family, _, _, _, endpoint = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(endpoint)
@@ -100,7 +106,7 @@ def own_address(address: str, port: int) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """Return the network interface that has an address of this node."""
+    """Return the name of this node's network interface with that address, or None."""
     import psutil
 
     for name, addresses in psutil.net_if_addrs().items():
@@ -110,9 +116,9 @@ def interface_of(address: str) -> str | None:
 
 
 class NodeChannel:
-    """Exchanges exit codes between the launchers of several nodes, when one of them has ended for good.
+    """Exchange of final exit codes between the launchers of several nodes.
 
-    Through the store that torch's launcher of node 0 opens at address:port; that node serves it until it exits.
+    Uses the store that torch's launcher opens on node 0 at address:port; node 0 serves it until its launcher exits.
     """
 
     def __init__(self, address: str, port: int, node: int, nodes: int) -> None:
@@ -124,15 +130,15 @@ class NodeChannel:
         threading.Thread(target=self._run, name="nodes", daemon=True).start()
 
     def received(self) -> tuple[int, int] | None:
-        """Return the node that has ended for good, and its code; None while there is none."""
+        """Return (node, exit code) of a node that has ended for good, or None."""
         return self._received
 
     def host_gone(self) -> bool:
-        """Whether the launcher of node 0 was reached, and has ended since."""
+        """Whether the connection to node 0's launcher was established and then lost."""
         return self._host_gone
 
     def send(self, code: int) -> None:
-        """Send the others the code with which this node has ended, and leave them some time to read it."""
+        """Publish this node's final exit code, and give the other nodes time to read it (3 s at most)."""
         self._exit_code = code
         deadline = time.monotonic() + _DELIVERY_SECONDS
         self._sent.wait(_DELIVERY_SECONDS)
@@ -158,7 +164,7 @@ class NodeChannel:
             self._host_gone = not self._closed.is_set()
 
     def _open_store(self) -> LiveStore | None:
-        """Connect once node 0 listens; node 0 writes that no node has ended, before any other node reads."""
+        """Connect once node 0 listens; return None if closed before. Node 0 initialises all keys before others read."""
         from torch import distributed
 
         torch_distributed: Any = distributed

@@ -1,8 +1,8 @@
-"""Reads launch files, which are accelerate configs: how many ranks, on which nodes, on which engine.
+"""Reads launch files, which are accelerate configs: number of ranks, nodes and the engine.
 
-Accelerate starts processes that train alone, or changes the numbers, for some of what such a file may say; all of that
-is an error here. One file serves every node: what differs from node to node, or from job to job, may come from the
-environment (`NODE_RANK`, `ADDRESS`, ... below), which goes before the file.
+Some settings make accelerate start processes that train alone, or change numerical results; these are errors here. One
+file serves every node: values that differ between nodes or jobs may come from environment variables (`NODE_RANK`,
+`ADDRESS`, ... below), which take precedence over the file.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from mirl_dist.errors import UserError
 
 Engine = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
 NODE_RANK = ("MIRL_NODE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
-"""Which node this is, from 0: the first of these that is set. SLURM's and Kubernetes' own variables count."""
+"""Variables with this node's rank, from 0; the first one set applies. Includes SLURM's and Kubernetes' variables."""
 NODES, RANKS_PER_NODE = "MIRL_NODES", "MIRL_RANKS_PER_NODE"
 ADDRESS, PORT = "MIRL_MASTER_ADDR", "MIRL_MASTER_PORT"
-"""At which node 0 is reached by all others."""
+"""Variables with the address and port at which the other nodes reach node 0."""
 _DEFAULT_PORT = 29500  # accelerate's
 
 
 class LaunchFile(NamedTuple):
-    """What a launch file says, the environment's part included.
+    """Contents of a launch file, merged with the environment.
 
-    ranks: in all; node_rank: of this node; rendezvous: how launchers of several nodes find each other, at
-    `address`:`port` on node 0; 'none' on one node. offload: whether weights or moments lie in the host's memory.
+    ranks: total over all nodes. node_rank: rank of this node. rendezvous: how the launchers of several nodes find each
+    other at `address`:`port` on node 0; 'none' on one node. offload: whether weights or moments are in host memory.
     """
 
     path: Path
@@ -45,7 +45,7 @@ class LaunchFile(NamedTuple):
     port: int | None
 
     def options(self) -> list[str]:
-        """Return accelerate's options to start this node's ranks; those that a file leaves out are given too."""
+        """Return accelerate's options to start this node's ranks, including those that the file leaves out."""
         options = ["--config_file", str(self.path), "--num_processes", str(self.ranks)]
         options += ["--num_machines", str(self.nodes)]
         options += ["--machine_rank", str(self.node_rank), "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -115,7 +115,7 @@ class _Fsdp(Node):
 
 
 class _AccelerateConfig(Node):
-    """The keys of accelerate's file that make sense here, as `accelerate config` writes them."""
+    """The supported keys of accelerate's config file, as `accelerate config` writes them."""
 
     num_processes: PositiveInt
     num_machines: PositiveInt = 1
@@ -209,8 +209,8 @@ class _AccelerateConfig(Node):
 def read(path: Path, env: Mapping[str, str] = os.environ) -> LaunchFile:
     """Read a launch file for this node.
 
-    Raises UserError with every complaint: keys that are unknown, do not fit together, would train ranks alone or would
-    change the numbers of a run; several nodes without an address or without this node's number.
+    Raise UserError that lists all faults: keys that are unknown, contradict each other, would train ranks alone or
+    would change a run's numerical results; several nodes without node 0's address or this node's rank.
     """
     raw = load_file(path, "launch/cpu_two.yaml")
     check_kind(raw, "a launch file", str(path))
@@ -263,7 +263,7 @@ def _offload(tree: _AccelerateConfig) -> bool:
 
 
 def _node_rank(tree: _AccelerateConfig, env: Mapping[str, str]) -> tuple[int | None, str]:
-    """Return which node this is, and the variable or key that says so."""
+    """Return this node's rank, or None, and the variable or key that it comes from."""
     for name in NODE_RANK:
         if env.get(name):
             return _int_from_env(env, name, 0), name
@@ -271,7 +271,7 @@ def _node_rank(tree: _AccelerateConfig, env: Mapping[str, str]) -> tuple[int | N
 
 
 def _int_from_env(env: Mapping[str, str], name: str, least: int) -> int | None:
-    """Read a whole number from the environment; None where it is not set."""
+    """Return a whole number from the environment, or None if unset. Raise UserError for anything below `least`."""
     text = env.get(name)
     if not text:
         return None

@@ -1,7 +1,7 @@
-"""Starts the ranks of `train --launch` and returns how they ended.
+"""Starts the ranks of `train --launch` and returns their exit code.
 
-Torch's launcher works in a thread. The main thread handles the signals: it asks the ranks to stop, and ends those that
-do not. Launcher and ranks talk through a ControlChannel.
+torch's launcher runs in a thread. The main thread handles signals: it requests a stop of the ranks, and kills those
+that do not exit in time. Launcher and ranks communicate through a ControlChannel.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from mirl_dist.observability.console import warn
 _POLL_SECONDS = 0.2
 _NAME_SECONDS = 60.0
 _GRACE_SECONDS = 15.0
-"""Left to the ranks, which exit by themselves at preempt.deadline_seconds."""
+"""Extra time for the ranks, which exit by themselves at preempt.deadline_seconds."""
 _LEAST_RENDEZVOUS_SECONDS = 60
 _AGAIN = "start the same command again on every node: the run resumes from its last commit"
 
 
 def choose(config: Config, launch_option: str) -> tuple[LaunchFile, list[str]]:
-    """Return how many ranks to start, and accelerate's options for this node; none for one rank in this process.
+    """Return the launch file and accelerate's options for this node; no options for one DDP rank in this process.
 
-    launch_option: a launch file for accelerate, or 'auto': one rank per GPU (as many as divide the global batch), or
-    two on the CPU where two divide it. Raises UserError as launch_file.read does.
+    launch_option: path of a launch file, or 'auto': one rank per GPU, as many as divide the global batch, or on the CPU
+    two if two divides it. Raise UserError for an empty option and as launch_file.read does.
     """
     if launch_option == "auto":
         return _choose_for_machine(config.batch, gpus=0 if config.train.device == "cpu" else hardware.gpus())
@@ -61,11 +61,11 @@ def launch(
     resume: str,
     before_signals: Callable[[], None],
 ) -> None:
-    """Start this node's ranks of a run and exit with their code. The caller has checked file and config.
+    """Start this node's ranks of a run; exit with their code if it is not 0. The caller has checked file and config.
 
-    They are started again `ranks.restarts` times, together, after one of them died. resume: as for the command; 'never'
-    was checked by the caller, for ranks that are started again find their own run. before_signals: called when this
-    launcher is about to handle signals.
+    All ranks are restarted together after one died, up to `ranks.restarts` times. resume: as for the command; 'never'
+    becomes 'auto', because restarted ranks find their own run, and the caller has checked it. before_signals: called
+    before this launcher installs its signal handlers.
     """
     arguments = [*options, "--max_restarts", str(config.ranks.restarts), "--monitor_interval", "0.1"]
     arguments += _rendezvous_options(config.ranks.timeout_seconds, file)
@@ -80,11 +80,12 @@ def launch(
 
 
 def attend(arguments: list[str], restarts: int, deadline_seconds: float, file: LaunchFile | None = None) -> int:
-    """Run `accelerate launch ARGUMENTS` to its end; return its exit code. Only the main thread may call it.
+    """Run `accelerate launch ARGUMENTS` until it exits and return its exit code. Only the main thread may call this.
 
-    That is the code a worker reported (control.py), on this node or another, else the code of the first worker that
-    failed, else 0. SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask the ranks to stop: 75. They are killed when they have not
-    exited 15 s after the deadline, and at once by a second SIGINT: 130. file: of a launch on several nodes.
+    The code is the one that a worker reported (control.py) on this or another node, else that of the first failed
+    worker, else 0. SIGTERM, SIGINT, SIGUSR1 and SIGHUP request a stop of the ranks: code 75. Ranks that have not exited
+    15 s after the deadline are killed. A second SIGINT kills them immediately: code 130. file: the launch file, needed
+    for several nodes.
     """
     control = ControlChannel.of_launcher()
     several = file if file is not None and file.nodes > 1 else None
@@ -122,17 +123,17 @@ def _run_accelerate(arguments: list[str], on_failure: Callable[[int, int], None]
 
 
 class _NodeEnd(NamedTuple):
-    """The end of another node for good: its exit code, and since when this launcher knows (monotonic seconds)."""
+    """Final exit of another node. code: its exit code; since: monotonic seconds at which this launcher learned it."""
 
     code: int
     since: float
 
 
 class _LaunchReporter:
-    """Reports that ranks died and are started again, that another node has ended; decides the exit code."""
+    """Reporter of failed and restarted ranks and of ended nodes; it also determines the launch's exit code."""
 
     def __init__(self, control: ControlChannel, restarts: int, file: LaunchFile | None) -> None:
-        """file: of a launch on several nodes."""
+        """file: launch file of a launch on several nodes, else None."""
         self._control, self._restarts, self._file, self._failures = control, restarts, file, 0
         self._nodes: elastic.NodeChannel | None = None
         self._other_node: _NodeEnd | None = None
@@ -145,18 +146,18 @@ class _LaunchReporter:
         warn(f"{self._prefix}: {text}")
 
     def stop_requested(self, number: int) -> None:
-        """Report the signal that asked the ranks to stop."""
+        """Report the signal that requested a stop of the ranks."""
         name = signal.Signals(number).name
         more = "again" if number == signal.SIGINT else "twice"
         self.say(f"{name}: the ranks were asked to stop; press Ctrl-C {more} to kill them.")
 
     def rank_exited(self, local: int, code: int) -> None:
-        """Report a rank that failed, in the launcher's thread, when the others on this node have ended too.
+        """Report a failed rank after all ranks of this node have exited. Called in the launcher's thread.
 
-        local: its number on this node; code: minus the signal, for one that was killed. Raises NoRestart when starting
-        the ranks again would not mend it.
+        local: local rank; code: exit code, or minus the signal number of a killed rank. Raise NoRestart if a restart
+        would not help.
         """
-        if self._control.exit_code() is not None:  # the rank has said why
+        if self._control.exit_code() is not None:  # the rank has reported the cause itself
             raise elastic.NoRestart
         self._failures += 1
         cause = f"was killed by signal {-code}" if code < 0 else f"failed (code {code})"
@@ -174,12 +175,12 @@ class _LaunchReporter:
     def _rank_name(self, local: int) -> str:
         if self._file is None:
             return f"rank {local}"
-        if self._file.rendezvous == "c10d":  # which numbers the ranks by the nodes' addresses
+        if self._file.rendezvous == "c10d":  # c10d numbers ranks by node address, so the global rank is unknown here
             return f"rank {local} of this node"
         return f"rank {self._file.node_rank * self._file.ranks_per_node + local}"
 
     def other_node_ended(self) -> _NodeEnd | None:
-        """Return the end of another node, once there is one. The ranks here then exit with its code too."""
+        """Return the final exit of another node, or None. The ranks of this node then exit with the same code."""
         received = self._nodes.received() if self._nodes is not None else None
         if received is not None and self._other_node is None:
             node, code = received
@@ -190,7 +191,7 @@ class _LaunchReporter:
         return self._other_node
 
     def exit_code_of(self, work: concurrent.futures.Future[int]) -> int:
-        """Return the exit code of a launch whose ranks have all ended, and send it to the other nodes."""
+        """Return the exit code of a launch whose ranks have all exited, and send a nonzero code to the other nodes."""
         self.other_node_ended()
         reported = self._control.exit_code()
         self._control.remove()
@@ -207,8 +208,10 @@ class _LaunchReporter:
 
 
 def _rendezvous_options(timeout_seconds: float, file: LaunchFile) -> list[str]:
-    """Return how long launchers of several nodes wait for each other: as long as ranks do, so that both outlast one
-    network failure."""
+    """Return the options for how long launchers of several nodes wait for each other.
+
+    Launchers wait as long as ranks do (60 s at least), so that both survive the same network failures.
+    """
     if file.nodes == 1:
         return []
     seconds = max(_LEAST_RENDEZVOUS_SECONDS, int(timeout_seconds))
@@ -219,9 +222,11 @@ def _rendezvous_options(timeout_seconds: float, file: LaunchFile) -> list[str]:
 
 
 def _find_own_address(file: LaunchFile) -> str:
-    """Return this node's address on its way to node 0, and name its interface to gloo, which would take the address of
-    the host name (often 127.0.1.1). A name may get an address while this waits, as those of pods do. Raises UserError
-    for an address that cannot be reached from here."""
+    """Return this node's address on the route to node 0, and set GLOO_SOCKET_IFNAME to its interface.
+
+    gloo would otherwise use the address of the host name, often 127.0.1.1. Node 0's name is resolved repeatedly for 60
+    s, because the names of pods may not resolve at first. Raise UserError if there is no route to the address.
+    """
     since, warned = time.monotonic(), False
     while True:
         try:
@@ -245,19 +250,19 @@ def _find_own_address(file: LaunchFile) -> str:
 
 
 def _kill(work: concurrent.futures.Future[int], control: ControlChannel, code: int) -> None:
-    """Kill the ranks, with all that they have started, until their launcher starts no more."""
+    """Kill the ranks and their process groups until torch's launcher has returned."""
     deadline = time.monotonic() + _GRACE_SECONDS
     while not concurrent.futures.wait([work], _POLL_SECONDS).done:
         for child in psutil.Process().children():
             with contextlib.suppress(ProcessLookupError):
                 (os.killpg if os.getpgid(child.pid) == child.pid else os.kill)(child.pid, signal.SIGKILL)
-        if time.monotonic() > deadline:  # a rank that not even SIGKILL ends: its thread here would wait for it
+        if time.monotonic() > deadline:  # SIGKILL has no effect on a rank; a normal exit would wait for its thread
             os._exit(code)
     control.remove()
 
 
 def _choose_for_machine(batch: BatchSection, gpus: int) -> tuple[LaunchFile, list[str]]:
-    """Return as many ranks as this machine has GPUs and the global batch allows; without GPUs two where it is even."""
+    """Return a launch with as many ranks as GPUs that divide the global batch; without GPUs, two if it is even."""
     world = max(n for n in range(1, (gpus or 2) + 1) if batch.global_ % n == 0)
     file = LaunchFile(Path("auto"), world, 1, 0, world, "ddp", False, "none", None, None)
     options = ["--multi_gpu", "--num_processes", str(world), "--num_machines", "1", "--mixed_precision", "no"]

@@ -1,1 +1,1 @@
-"""MLflow: records kept until they are delivered, and reading back."""
+"""MLflow tracking: records are kept on disk until delivered, and tickets can be read back."""

@@ -1,4 +1,4 @@
-"""MLflow at one address: resolves our names to its ids, and bears every record twice. Imports mlflow."""
+"""Client for one MLflow address: maps run names to MLflow's ids, and delivers records idempotently. Imports mlflow."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow.records import BY_ROUND, IMAGES, Record, legal_name, redact, redact_uri, round_name
 from mirl_dist.observability.mlflow.remote_runs import RemoteRun, RunHistory, RunIds
 
-_ENVIRONMENT = {  # MLflow reads them at each call; what the user has set stands
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds; without retries a dead server costs 30 s a try, not 246 s
+_ENVIRONMENT = {  # defaults that MLflow reads at each call; values set by the user take precedence
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds; without retries a dead server blocks 30 s per call, not 246 s
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_CONFIGURE_LOGGING": "false",
@@ -25,12 +25,12 @@ _ENVIRONMENT = {  # MLflow reads them at each call; what the user has set stands
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
-_FINAL = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", _NOT_FOUND)  # asking again is no use
+_FINAL = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", _NOT_FOUND)  # errors for which a retry cannot help
 _log = logging.getLogger("mirl_dist.tracking")
 
 
 class _Connection:
-    """MLflow's client for one address, and the experiment there. experiment_id: '' until the store has answered."""
+    """MLflow's client for one address and experiment. experiment_id: '' until the store has answered."""
 
     def __init__(self, uri: str, experiment: str) -> None:
         self.experiment_id = ""
@@ -38,7 +38,7 @@ class _Connection:
         self._client: Any = None
 
     def client(self) -> Any:
-        """MLflow's client, once the store has answered and knows the experiment."""
+        """Return MLflow's client. The first call finds or creates the experiment."""
         if self._client is None:
             from mlflow import MlflowClient
 
@@ -48,15 +48,15 @@ class _Connection:
         return self._client
 
     def reset(self) -> None:
-        """Have the experiment looked up again."""
+        """Discard the client, so that the experiment is looked up again."""
         self._client = None
 
 
 class MlflowClientStore:
-    """MLflow at one address: resolves our names to its ids, and bears the same record twice.
+    """RecordStore for MLflow at one address. Maps run names to MLflow's ids; delivery is idempotent.
 
-    ids: those that runs have there already, by which they are found again. experiment_id: '' until the store answered.
-    session_id: with which the ids of this process's records begin.
+    ids: MLflow ids of runs opened before. experiment_id: '' until the store has answered. session_id: prefix of the ids
+    of this process's records.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class MlflowClientStore:
         return self._connection.experiment_id
 
     def deliver(self, record: Record) -> None:
-        """Deliver a record; a server that was emptied or restored meanwhile gets the runs anew."""
+        """Deliver a record. Runs missing on the server, for example after it was reset, are created again."""
         from mlflow.exceptions import MlflowException
 
         self._history.note(record)
@@ -114,12 +114,12 @@ class MlflowClientStore:
                 Path(folder, path.name).write_bytes(record.data)
                 client.log_artifact(run.id, f"{folder}/{path.name}", str(path.parent) if path.parent.name else None)
             if record.name.startswith(IMAGES):
-                client.set_tag(run.id, "mlflow.loggedImages", "true")  # else the grid does not look for any
+                client.set_tag(run.id, "mlflow.loggedImages", "true")  # otherwise MLflow's image grid stays empty
         else:
             _send_points(client, record, run)
 
     def answers(self) -> bool:
-        """Whether the store itself is there, whatever became of its place for files."""
+        """Whether the tracking server responds, regardless of its artifact store."""
         try:
             self._connection.client().get_run(self.remote_runs["run"].id)
         except self.transient_errors():
@@ -136,7 +136,7 @@ class MlflowClientStore:
         return transient_errors()
 
     def _open_or_find(self, client: Any, record: Record) -> RemoteRun:
-        """The run of a record; one that an earlier life opened is found, one that the store lost is made as it was."""
+        """Return the record's run: found if an earlier process opened it, recreated with its params if it was lost."""
         if record.run_key not in self.remote_runs:
             round_ = record.run_key.rpartition("/")[2]
             name = self._run_name if record.run_key == "run" else round_name(self._run_name, int(round_))
@@ -147,13 +147,13 @@ class MlflowClientStore:
         return self.remote_runs[record.run_key]
 
     def _open(self, client: Any, record: Record) -> None:
-        """Find the run by id or tag, or create it, and note what it holds already."""
+        """Find the run by id or tag, or create it. Remember its params and the latest step of each curve."""
         from mlflow.entities import RunTag
 
         tags = record.texts | {"mirl_dist.key": self._ids.key_of(record.run_key)}
         if record.run_key != "run":
             parent = self._open_or_find(client, Record("open", "run", at_ms=record.at_ms)).id
-            client.get_run(parent)  # raises where it is lost: a child is not hung on nothing
+            client.get_run(parent)  # raises if the parent is lost, so that no orphan is created
             tags["mlflow.parentRunId"] = parent
         run = self._find(client, record.run_key, tags["mirl_dist.key"])
         if run is None:
@@ -170,11 +170,11 @@ class MlflowClientStore:
         self._ids.keep(record.run_key, run.info.run_id)
 
     def _is_out_of_date(self, record: Record, run: Any) -> bool:
-        """Whether another life has ended the run since: by the clock, which this life's own words need not heed."""
+        """Whether another process ended the run after this record was made. False for this process's own records."""
         return not record.id.startswith(self._session_id) and (run.info.end_time or 0) > record.at_ms
 
     def _find(self, client: Any, run_key: str, key: str) -> Any:
-        """The run that was opened as `run_key` before, if the store still has it."""
+        """Return the run opened as `run_key` before, by id or else by tag; None if the store has none."""
         from mlflow.exceptions import MlflowException
 
         if id_ := self._ids.get(run_key):
@@ -194,7 +194,7 @@ class MlflowClientStore:
         return list(client.search_runs([self.experiment_id], f"tags.`mirl_dist.key` = '{key}'", max_results=10))
 
     def _delete_duplicates(self, client: Any, run_key: str) -> None:
-        """Delete the empty twins of a run: made by requests that a slow server took up after we asked again."""
+        """Delete empty duplicates of a run, left when a slow server executed a creation request that was retried."""
         if self._history.created[run_key] > 1:
             for run in self._runs_with_key(client, self._ids.key_of(run_key)):
                 if run.info.run_id != self.remote_runs[run_key].id and not run.data.metrics:
@@ -202,10 +202,10 @@ class MlflowClientStore:
 
 
 def _send_points(client: Any, record: Record, run: RemoteRun) -> None:
-    """Send the points that the run does not hold: the steps of each curve only grow, so the latest one tells.
+    """Send the points that the run does not have yet.
 
-    Of a ticket, a score 'x' at step = alive weights goes in one batch with 'round/x', whose steps are rounds and grow;
-    its own shrink.
+    Steps of a curve only grow, so points beyond its latest step are new. Exception: a ticket's score 'x' has step =
+    alive weights, which shrinks; it is sent in one batch with 'round/x' (step = round) and is new if that one is.
     """
     from mlflow.entities import Metric
 
@@ -222,33 +222,34 @@ def _send_points(client: Any, record: Record, run: RemoteRun) -> None:
 
 
 def experiment_id(client: Any, uri: str, name: str) -> str:
-    """The experiment of a name, created where there is none."""
+    """Return the id of the experiment with this name; create it if missing."""
     if experiment := client.get_experiment_by_name(name):
         return str(experiment.experiment_id)
     location = None
-    if uri.startswith("sqlite"):  # files beside the database, whatever the working directory
+    if uri.startswith("sqlite"):  # store artifacts beside the database, independent of the working directory
         location = (database(uri).parent / "mlartifacts" / legal_name(name)).as_uri()
-    kind = {"mlflow.experimentKind": "custom_model_development"}  # else it opens on the pages for language models
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # otherwise MLflow opens its LLM pages
     return str(client.create_experiment(name, artifact_location=location, tags=kind))
 
 
 def database(uri: str) -> Path:
-    """The file of a SQLite store."""
+    """Return the path of a SQLite store's file."""
     return Path(uri.partition(":///")[2].partition("?")[0]).resolve()
 
 
 def describe(trouble: BaseException, uri: str) -> str:
-    """What went wrong at a tracking URI, for people: short, and without secrets."""
+    """Return a short error description for messages, with secrets of the tracking URI masked."""
     text = " ".join(redact(str(trouble), uri).split())
-    short = text if len(text) <= 300 else f"{text[:120]} ... {text[-170:]}"  # the cause stands last
+    short = text if len(text) <= 300 else f"{text[:120]} ... {text[-170:]}"  # the cause is at the end
     return f"{type(trouble).__name__}: {short}"
 
 
 def transient_errors() -> tuple[type[BaseException], ...]:
-    """What comes of a store that is away, refuses, lacks its driver, or whose answers make no sense; and UserError."""
+    """Return the exceptions raised for a store that is unavailable, rejects requests, lacks its driver or sends
+    malformed responses; also UserError."""
     from mlflow.exceptions import MlflowException
 
-    # requests' errors are OSErrors; a client that reads nonsense raises what the reading of it raised.
+    # requests' errors are OSErrors. On malformed responses MLflow's client raises whatever its parsing raised.
     nonsense = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
     kinds: list[type[BaseException]] = [MlflowException, UserError, OSError, ImportError, *nonsense]
     for module, name in (
@@ -258,13 +259,16 @@ def transient_errors() -> tuple[type[BaseException], ...]:
         ("botocore.exceptions", "ClientError"),
         ("boto3.exceptions", "Boto3Error"),
     ):
-        if module in sys.modules:  # only what MLflow has loaded can have been raised
+        if module in sys.modules:  # a module that MLflow has not loaded cannot have raised anything
             kinds.append(getattr(sys.modules[module], name))
     return tuple(kinds)
 
 
 def import_quietly(uri: str) -> None:
-    """Import MLflow with short timeouts and without its chatter, after refusing what it cannot use."""
+    """Import MLflow with short timeouts and without its log output.
+
+    Raise UserError for a URI that MLflow cannot use, or if MLflow is not installed.
+    """
     scheme = uri.partition("://")[0]
     if scheme == "file" or scheme == uri != "databricks":
         raise UserError(
@@ -281,11 +285,11 @@ def import_quietly(uri: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import mlflow.tracking
-    # For good, not around each call: the thread that calls must not change what other threads are warned of.
+    # Permanently, not around each call: warning filters are global, so the sending thread would affect other threads.
     warnings.filterwarnings("ignore", module=r"(mlflow|alembic|sqlalchemy)(\.|$)")
-    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # its troubles reach us as exceptions; we mask them
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # errors also arrive as exceptions, with secrets masked here
     logging.getLogger("alembic").setLevel(logging.WARNING)
     if not scheme.startswith("http"):
         import mlflow.store.db.utils
 
-        mlflow.store.db.utils.MAX_RETRY_COUNT = 2  # else a database that is away costs 100 s a try
+        mlflow.store.db.utils.MAX_RETRY_COUNT = 2  # otherwise an unavailable database blocks 100 s per call

@@ -1,11 +1,13 @@
-"""The SQLite database of a journal: how it is opened, closed, set aside when damaged, and read from outside.
+"""The SQLite database of a journal: opening, closing, setting aside when damaged, and read-only access.
 
-A transaction that has returned survives the death of its process, since the kernel has the data; the mode decides about
-power cuts. With a write-ahead log and synchronous=NORMAL the database stays whole and may lack its last transactions.
-The disk is synced in checkpoints only, which the thread that sends makes, so that no append waits for the disk. The log
-needs shared memory, which machines do not have on a networked disk: there, and wherever it is not known to work, SQLite
-keeps a rollback journal. That would sync in every append and therefore does not sync at all (synchronous=OFF): a power
-cut may damage the database, which is noticed and set aside.
+A committed transaction survives the death of the process, because the kernel holds the data. After a power cut the mode
+matters:
+
+Write-ahead log, synchronous=NORMAL: the database stays intact but may lack the last transactions. Only checkpoints sync
+the disk, and the sending thread makes them, so appends never wait for the disk.
+Rollback journal, synchronous=OFF: used on network disks, which lack the shared memory that a write-ahead log needs, and
+on file systems not known to support it. Syncing would block every append. A power cut may damage the database; the
+damage is detected and the database is set aside.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 FILE = "pending.db"
-BUSY_SECONDS = 0.25  # for the transaction of another process, which must not hold up training
-CHECKPOINT_PAGES = 10_000  # 40 MB of log, after which an append makes the checkpoint if no other thread has
+BUSY_SECONDS = 0.25  # longest wait for another process's transaction; short, so that training is not held up
+CHECKPOINT_PAGES = 10_000  # 40 MB of log, after which an append checkpoints if the sending thread has not done so
 LOCAL_DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"}
 _SIDE_FILES = ("-wal", "-shm", "-journal")
 
-# run.processes: how many have appended. records.place: the number of the process that appended the record, negative for
-# one that was inherited; records go in the order of (place, n). delivered: ranges of ids.
+# run.processes: number of processes that have appended. records.place: number of the process that appended the record,
+# negative for inherited records; delivery order is (place, n). delivered: ranges of record ids.
 _TABLES = """
 CREATE TABLE IF NOT EXISTS run (key TEXT NOT NULL, processes INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS records (
@@ -38,8 +40,8 @@ CREATE INDEX IF NOT EXISTS in_order ON records (is_file, place);
 CREATE TABLE IF NOT EXISTS delivered (
     session TEXT, first INTEGER, last INTEGER, PRIMARY KEY (session, last)) WITHOUT ROWID;
 """
-# Of one connection, in memory. own: the place of this process once it has appended; records of later ones are theirs to
-# deliver. sent: ranges of ids that are delivered and could not be deleted yet, as on a full disk.
+# Temporary tables of one connection, in memory. own: place of this process once it has appended; records of later
+# processes are left for them to deliver. sent: ranges of delivered ids not yet deleted, for example on a full disk.
 _VIEWS = """
 CREATE TEMP TABLE own (place INTEGER);
 CREATE TEMP TABLE sent (session TEXT, first INTEGER, last INTEGER);
@@ -52,35 +54,35 @@ T = TypeVar("T")
 
 
 class Database:
-    """A journal's database, for any thread of one process. It is opened at its first use, and again after `close`."""
+    """A journal's database, usable from all threads of one process. It opens on first use, and again after `close`."""
 
     def __init__(self, folder: Path | None, memory_bytes: int) -> None:
-        """folder: None keeps everything in memory, at most `memory_bytes`."""
+        """folder: location of the file; None keeps everything in memory, at most `memory_bytes`."""
         self._path, self._memory_bytes = folder and folder / FILE, memory_bytes
         self._guard = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._inode, self._pid = 0, os.getpid()
 
     def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do all of a change and return its result. Raises OSError, and then nothing is changed."""
+        """Run `work` in a write transaction and return its result. Raise OSError after rolling back on failure."""
         return self._transact("BEGIN IMMEDIATE", work)
 
     def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do something that changes temporary tables only. Raises OSError."""
+        """Run `work`, which may change temporary tables only, and return its result. Raise OSError on failure."""
         return self._transact("BEGIN", work)
 
     def select(self, query: str, *values: object) -> list[Any]:
-        """The rows of a query. Raises OSError."""
+        """Return the rows of a query. Raise OSError on failure."""
         return self.read(lambda connection: connection.execute(query, values).fetchall())
 
     def checkpoint(self) -> None:
-        """Move the write-ahead log into the database. It waits for the disk, while other threads may append."""
+        """Checkpoint the write-ahead log. Blocks on the disk, while other threads can still append."""
         if self._path is not None and self._connection is not None:
             with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(self._path, "rw")) as connection:
                 connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def close(self) -> None:
-        """Leave one file, and a small one if nothing waits. Twice is once."""
+        """Close the database, leaving a single file, compacted if no records are pending. Idempotent."""
         with self._guard:
             if self._connection is None:
                 return
@@ -92,7 +94,7 @@ class Database:
             self._connection = None
 
     def _transact(self, begin: str, work: Callable[[sqlite3.Connection], T], again: bool = True) -> T:
-        """Do it in one transaction, and once more in a new database where the first one is damaged."""
+        """Run `work` in one transaction. If the database is damaged, set it aside and retry once in a new one."""
         if os.getpid() != self._pid:  # SQLite's connections must not be used after a fork
             raise OSError("another process has opened it")
         with self._guard:
@@ -113,7 +115,7 @@ class Database:
             connection = _connect(":memory:")
             connection.execute(f"PRAGMA max_page_count = {self._memory_bytes // 4096}")
             return _with_tables(connection)
-        with contextlib.suppress(FileExistsError):  # SQLite would make a file that all may read
+        with contextlib.suppress(FileExistsError):  # create it here with mode 0600: SQLite's default is world-readable
             os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         self._inode = self._path.stat().st_ino
         connection = _connect(self._path, "rw")
@@ -130,7 +132,7 @@ class Database:
             raise
 
     def _set_aside(self, path: Path, error: sqlite3.Error) -> None:
-        """Rename a damaged database, unless another process has done so."""
+        """Rename a damaged database, unless another process has already done so."""
         if self._connection is not None:
             self._connection.close()
         self._connection = None
@@ -148,18 +150,24 @@ class Database:
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether a file is damaged or no database. Subclasses of the error stand for full disks, locks and rights."""
+    """Whether an error means a damaged file or no SQLite database at all.
+
+    Its subclasses mean other failures: full disk, locks, permissions.
+    """
     return type(error) is sqlite3.DatabaseError
 
 
 def open_read_only(folder: Path) -> sqlite3.Connection | None:
-    """The database of a folder, untouched; None where nothing has been kept yet. Raises sqlite3.Error and OSError."""
+    """Open a folder's database without changing it; None if it does not exist or has no tables yet.
+
+    Raise sqlite3.Error or OSError on failure.
+    """
     path = folder / FILE
     try:
         path.stat()
     except FileNotFoundError:
         return None
-    for mode in ("ro", "rw"):  # "rw" where a killed process has left half a transaction, which SQLite rolls back
+    for mode in ("ro", "rw"):  # "rw" lets SQLite roll back an incomplete transaction of a killed process
         connection = _connect(path, mode)
         try:
             begun = connection.execute("SELECT EXISTS (SELECT 1 FROM sqlite_master)").fetchone()[0]
@@ -184,7 +192,7 @@ def _with_tables(connection: sqlite3.Connection) -> sqlite3.Connection:
 
 
 def _is_local(folder: Path) -> bool:
-    """Whether a folder lies on a disk of this machine, as far as Linux says."""
+    """Whether a folder is on a local file system, according to /proc/self/mountinfo; False if unknown."""
     device = folder.stat().st_dev
     try:
         mounts = Path("/proc/self/mountinfo").read_text(errors="replace")

@@ -1,9 +1,9 @@
-"""Pending records of a run, kept on disk before anything is sent and read by later processes of the run.
+"""Pending records of a run, written to disk before they are sent, and read by later processes of the run.
 
-    <folder>/pending.db    an SQLite database: records, contents of files, ids of delivered records
+    <folder>/pending.db    SQLite database: records, file contents, ids of delivered records
     <folder>/lock          locked by the one process that delivers
 
-Beside the database lie SQLite's own files (-wal and -shm, or -journal) while a process has it open.
+While a process has the database open, SQLite keeps its own files beside it (-wal and -shm, or -journal).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _log = logging.getLogger("mirl_dist.tracking")
 
 
 class Pending(NamedTuple):
-    """What waits. since: wall-clock seconds of the oldest."""
+    """Counts of pending points and other records. since: wall-clock seconds of the oldest, None if there are none."""
 
     points: int
     records: int
@@ -33,13 +33,13 @@ class Pending(NamedTuple):
 
 
 class Journal:
-    """The pending records of one run, for any thread of one process.
+    """The pending records of one run, usable from all threads of one process.
 
-    Methods raise OSError, and then nothing is changed. A damaged database is set aside with a warning, for a new one.
+    Methods that fail raise OSError and change nothing. A damaged database is set aside with a warning and replaced.
     """
 
     def __init__(self, folder: Path | None, memory_bytes: int = 0) -> None:
-        """folder: made where there is none; None keeps the records in memory, at most `memory_bytes`."""
+        """folder: created if missing; None keeps the records in memory, at most `memory_bytes`."""
         if folder is not None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder = folder
@@ -47,7 +47,7 @@ class Journal:
         self._lock = -1
 
     def append(self, records: Sequence[Record]) -> None:
-        """Keep records: from then on no death of this process loses them."""
+        """Store records. Once this returns, they survive the death of this process."""
 
         def insert(connection: sqlite3.Connection) -> None:
             place = connection.execute("SELECT place FROM own").fetchone()
@@ -60,7 +60,7 @@ class Journal:
         self._database.write(insert)
 
     def inherit(self, records: Sequence[Record]) -> None:
-        """Keep those that this folder does not know, and have all of them that wait delivered first, in this order."""
+        """Store a commit's records except those already delivered, and schedule them first, in this order."""
 
         def insert(connection: sqlite3.Connection) -> None:
             known = "SELECT 1 FROM delivered WHERE session = ? AND ? BETWEEN first AND last"
@@ -78,9 +78,9 @@ class Journal:
         self._database.write(insert)
 
     def next_batch(self, *, is_file: bool) -> list[Record]:
-        """The next delivery, of files or of other records: points of one run, up to the limit, or one record.
+        """Return the next delivery: points of one run up to MLflow's limit, or a single other record.
 
-        Damaged records are left out with a warning.
+        is_file: return a file, otherwise other records. Damaged records are dropped with a warning.
         """
 
         def select(connection: sqlite3.Connection) -> list[Any]:
@@ -115,11 +115,11 @@ class Journal:
         return batch
 
     def mark_sent(self, records: Sequence[Record]) -> None:
-        """Note that these are delivered. This process knows it even if OSError says that the disk does not."""
+        """Mark records as delivered. After an OSError this is still remembered in memory, for this process only."""
         self._drop([_split(record.id) for record in records])
 
     def waits(self) -> tuple[bool, bool]:
-        """Whether files wait, and whether other records do."""
+        """Return whether files are pending, and whether other records are."""
         query = (
             "SELECT EXISTS (SELECT 1 FROM waiting WHERE is_file = 1), EXISTS (SELECT 1 FROM waiting WHERE is_file = 0)"
         )
@@ -130,16 +130,16 @@ class Journal:
         return self._database.read(lambda connection: _count(connection, "waiting"))
 
     def total(self) -> int:
-        """How many records wait, whatever they are."""
+        """Return the number of pending records of all kinds."""
         return int(self._database.select("SELECT count(*) FROM waiting")[0][0])
 
     def lines(self, most: int) -> bytes:
-        """All that waits, files last; the largest files are left out above `most` bytes."""
+        """Return all pending records as lines, files last. The largest files are omitted to stay below `most` bytes."""
         lines, after = list[bytes](), (-(2**62), 0)
         query = (
             "SELECT place, n, line FROM waiting WHERE is_file = 0 AND (place, n) > (?, ?) ORDER BY place, n LIMIT 1000"
         )
-        while page := self._database.select(query, *after):  # appends may come in between
+        while page := self._database.select(query, *after):  # paged by (place, n), so concurrent appends do no harm
             lines += [line for _, _, line in page]
             after = page[-1][:2]
         query = "SELECT n, length(line) + length(data) * 4 / 3 FROM waiting WHERE is_file = 1 ORDER BY place, n"
@@ -155,7 +155,7 @@ class Journal:
         return b"".join(lines)
 
     def drop_oldest(self) -> int:
-        """Drop the oldest record that has points or a content: how many points, 1 for a content, 0 if there is none."""
+        """Drop the oldest record with points or a file. Return its number of points, 1 for a file, 0 if none exists."""
 
         def delete(connection: sqlite3.Connection) -> int:
             query = "SELECT n, points FROM records WHERE points > 0 OR is_file = 1 ORDER BY n LIMIT 1"
@@ -166,15 +166,15 @@ class Journal:
         return self._database.write(delete)
 
     def read_key(self) -> str:
-        """32 hex digits by which a store finds the run of this folder, the same in all processes."""
+        """Return the run's key in the store, 32 hex digits, the same for all processes with this folder."""
         return str(self._database.select("SELECT key FROM run")[0][0])
 
     def checkpoint(self) -> None:
-        """Let the thread that sends wait for the disk, so that no append has to."""
+        """Sync the database to disk. Called by the sending thread, so that appends need not wait for the disk."""
         self._database.checkpoint()
 
     def lock(self) -> bool:
-        """Whether this process is now the one that delivers. The kernel takes the lock back when it dies."""
+        """Try to take the delivery lock; return whether this process holds it. The kernel releases it at exit."""
         if self.folder is None:
             return True
         try:
@@ -183,19 +183,19 @@ class Journal:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        except OSError:  # this file system knows no locks, and to deliver twice does no harm
+        except OSError:  # no locks on this file system; delivering twice is harmless, as delivery is idempotent
             pass
         return True
 
     def close(self) -> None:
-        """Let other processes deliver. Twice is once."""
+        """Close the database and release the delivery lock. Idempotent."""
         self._database.close()
         if self._lock >= 0:
             os.close(self._lock)
         self._lock = -1
 
     def _drop(self, ids: Sequence[tuple[str, int]]) -> None:
-        """Delete records and note them as delivered, first for this process, then on disk."""
+        """Delete records and mark them as delivered, first in memory for this process, then on disk."""
         ranges: list[list[Any]] = []
         for session, number in ids:
             if ranges and ranges[-1][0] == session and ranges[-1][2] == number - 1:
@@ -217,7 +217,10 @@ class Journal:
 
 
 def pending_records(folder: Path) -> Pending:
-    """What waits in a journal, whether its run lives or not; nothing is touched. Raises UserError."""
+    """Count the pending records of a journal without changing it, whether or not its run is active.
+
+    Raise UserError if the journal is damaged or unreadable.
+    """
     try:
         if (connection := open_read_only(folder)) is None:
             return Pending(0, 0, None)
@@ -234,7 +237,7 @@ def pending_records(folder: Path) -> Pending:
 
 
 def _insert(connection: sqlite3.Connection, placed: Sequence[tuple[Record, int]]) -> None:
-    """Insert records, each with its place, unless they are there."""
+    """Insert records with their places; skip those already present."""
     connection.executemany(
         "INSERT OR IGNORE INTO records (session, number, place, is_file, points, at_ms, line, data) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",

@@ -1,7 +1,7 @@
-"""Queue of records not yet delivered to MLflow: in order, each in the journal before anybody may send it.
+"""Queue of records not yet delivered to MLflow, in order; each is in the journal before it may be sent.
 
-What the journal cannot keep (a full disk, a folder that may not be written) waits in memory, bounded, and moves to the
-journal when that is possible again. No store is known here.
+If the journal cannot be written (full disk, missing permission), records are kept in memory up to a limit, and move to
+the journal once that works again. This module does not depend on a store.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import TypeVar
 from mirl_dist.observability.mlflow.journal import Journal, Pending
 from mirl_dist.observability.mlflow.records import POINTS_PER_CALL, Record, legal_name, parse_all
 
-MEMORY_BYTES = 64 * 2**20  # what may wait in memory
+MEMORY_BYTES = 64 * 2**20  # limit for records in memory
 MAX_PENDING_BYTES = 16 * 2**20
-DISK_PAUSE_SECONDS = 5.0  # after a failure: a disk that is busy or full must not be tried in every step
+DISK_PAUSE_SECONDS = 5.0  # pause after a failed write, so that a busy or full disk is not retried in every step
 
 _log = logging.getLogger("mirl_dist.tracking")
 T = TypeVar("T")
 
 
 class _Stamps:
-    """Gives records their ids and times. The clock of a process never runs backwards."""
+    """Source of record ids and timestamps. Timestamps of a process never decrease."""
 
     def __init__(self, session_id: str) -> None:
         self._session_id, self._count, self._last_ms = session_id, 0, 0
@@ -42,11 +42,11 @@ class _Stamps:
 
 
 class Outbox:
-    """Records in the order of their making, for any thread; inherited ones, and what earlier processes left, first.
+    """Queue of records in creation order, usable from all threads; inherited and earlier processes' records come first.
 
-    store_name: for people. session_id: 32 hex digits, this process's own. journal: None for memory only. inherited: the
-    pending lines of the process that this one goes on from. changed: notified when something was sent. owns_delivery:
-    whether this process delivers. sent: records so far.
+    store_name: name for messages. session_id: 32 hex digits, unique to this process. journal: None keeps records in
+    memory only. inherited: pending lines from the commit that this process resumes. changed: condition notified after
+    each delivery. owns_delivery: whether this process delivers. sent: number of records sent so far.
     """
 
     def __init__(self, store_name: str, session_id: str, journal: Journal | None, inherited: bytes = b"") -> None:
@@ -59,15 +59,15 @@ class Outbox:
         self._inherit(inherited)
 
     def put(self, record: Record) -> None:
-        """Keep a record for sending; it gets its id and its time here."""
+        """Queue a record, and assign its id and time."""
         with self.changed:
             record.at_ms = self._stamps.next_ms()
             self._keep(record)
 
     def put_points(self, kind: str, run_key: str, values: Iterable[tuple[str, float, int]]) -> None:
-        """Keep (name, value, step) for sending, under one time.
+        """Queue points (name, value, step) with a common timestamp.
 
-        Values that are not finite are left out: MLflow would draw infinity as 1.8e308.
+        Non-finite values are omitted, because MLflow would plot infinity as 1.8e308.
         """
         with self.changed:
             now = self._stamps.next_ms()
@@ -76,12 +76,12 @@ class Outbox:
                 self._keep(Record(kind, run_key, points=points[start : start + POINTS_PER_CALL], at_ms=now))
 
     def claim(self) -> bool:
-        """Whether this process delivers from now on: it has the lock of the journal."""
+        """Try to take the journal's delivery lock. Return whether this process delivers from now on."""
         self.owns_delivery = self.owns_delivery or self._journal is None or self._journal.lock()
         return self.owns_delivery
 
     def waits(self) -> tuple[bool, bool]:
-        """Whether files wait, and whether other records do."""
+        """Return whether files are pending, and whether other records are."""
         answers = [self._ask(journal.waits, (False, False)) for journal in self._journals()]
         return any(files for files, _ in answers), any(others for _, others in answers)
 
@@ -91,15 +91,18 @@ class Outbox:
         return Pending(sum(count.points for count in counts), sum(count.records for count in counts), since)
 
     def count_in_memory(self) -> Pending:
-        """What of it no disk has."""
+        """Count the pending records that are in memory only."""
         return self._memory.count()
 
     def total(self) -> int:
-        """How many records wait, whatever they are."""
+        """Return the number of pending records of all kinds."""
         return sum(self._ask(journal.total, 0) for journal in self._journals())
 
     def next_batch(self, *, files: bool, others: bool) -> list[Record]:
-        """The next delivery: points of one run, up to the limit, or one record; files go when nothing else may."""
+        """Return the next delivery: points of one run up to MLflow's limit, or a single other record.
+
+        files, others: which kinds may be sent; other records take precedence over files.
+        """
         for is_file in [False] * others + [True] * files:
             for journal in self._journals():
                 if batch := self._ask(partial(journal.next_batch, is_file=is_file), list[Record]()):
@@ -107,35 +110,38 @@ class Outbox:
         return []
 
     def mark_sent(self, batch: list[Record]) -> None:
-        """These need not be sent any more."""
+        """Mark records as delivered."""
         with self.changed:
             for journal in self._journals():
-                with contextlib.suppress(OSError):  # what is not noted is sent again by the next process: no harm
+                with contextlib.suppress(OSError):  # unmarked records are sent again by the next process: harmless
                     journal.mark_sent(batch)
             self.sent += len(batch)
             self.changed.notify_all()
 
     def pending_lines(self) -> bytes:
-        """All that waits, as lines for a process on another machine; the largest files are left out above 16 MiB."""
-        # Memory first: what moves to the journal meanwhile is in both, and known by its id.
+        """Return all pending records as lines, for a process on another machine.
+
+        The largest files are omitted to stay below 16 MiB.
+        """
+        # Read memory first: a record that moves to the journal meanwhile appears twice, and its id identifies it.
         memory = self._memory.lines(MAX_PENDING_BYTES)
         if self._journal is None:
             return memory
         return self._ask(partial(self._journal.lines, MAX_PENDING_BYTES - len(memory)), b"") + memory
 
     def move_to_disk(self) -> None:
-        """Move what waits in memory to the journal, as far as it takes it."""
+        """Move records from memory to the journal until memory is empty or a write fails."""
         with self.changed:
             while self._journal is not None and self._memory.total() and self._move_batch(self._journal):
                 pass
 
     def checkpoint(self) -> None:
-        """Wait for the disk here, not where records are put."""
+        """Sync the journal to disk. Called by the sending thread, so that `put` need not wait for the disk."""
         if self._journal is not None:
             self._journal.checkpoint()
 
     def close(self) -> None:
-        """Let other processes deliver."""
+        """Close the journal and release its delivery lock."""
         with self.changed:
             if self._journal is not None:
                 self._journal.close()
@@ -151,7 +157,7 @@ class Outbox:
             return otherwise
 
     def _inherit(self, lines: bytes) -> None:
-        """Take what a commit had pending, unless this folder knows it."""
+        """Queue the pending lines of a commit, except records already delivered from this journal."""
         records, damaged = parse_all(lines)
         if damaged:
             _log.warning("%d damaged lines that a commit kept for %s are left out", damaged, self._store_name)
@@ -168,7 +174,7 @@ class Outbox:
         if self._journal is not None and time.monotonic() >= self._disk_retry_at:
             if not self._memory.total():
                 return self._keep_on_disk(self._journal, record)
-            self._move_batch(self._journal)  # not all at once: this may be the thread that trains
+            self._move_batch(self._journal)  # one batch only, because this may be the training thread
         self._keep_in_memory(record)
 
     def _keep_on_disk(self, journal: Journal, record: Record) -> None:
@@ -179,7 +185,7 @@ class Outbox:
             self._keep_in_memory(record)
 
     def _move_batch(self, journal: Journal) -> bool:
-        """Move the oldest records from memory to the journal; whether it took them."""
+        """Move the oldest records from memory to the journal. Return whether that succeeded."""
         try:
             for is_file in (False, True):
                 batch = self._memory.next_batch(is_file=is_file)
@@ -191,8 +197,8 @@ class Outbox:
         return True
 
     def _keep_in_memory(self, record: Record) -> None:
-        """Keep a record, and drop the oldest where memory does not suffice, but neither runs nor params."""
-        while len(record.data) <= MEMORY_BYTES // 2:  # a larger file would drive out all the rest
+        """Keep a record in memory. If memory is full, drop the oldest points or files, never runs or params."""
+        while len(record.data) <= MEMORY_BYTES // 2:  # a larger file would displace everything else
             try:
                 return self._memory.append([record])
             except OSError:
@@ -201,7 +207,7 @@ class Outbox:
             self._warn_once("memory", "too much waits for %s: the oldest is being forgotten", self._store_name)
 
     def _warn_of_disk(self, error: OSError) -> None:
-        """Warn once of a journal that fails, and leave it alone for a while."""
+        """Warn once that the journal fails, and pause before the next attempt."""
         self._disk_retry_at = time.monotonic() + DISK_PAUSE_SECONDS
         if self._journal is not None:
             self._warn_once(

@@ -1,7 +1,7 @@
-"""The way back from MLflow: what a run told it of its tickets, for comparisons; and the place of their reports there.
+"""Reads runs with their tickets back from MLflow for comparisons, and logs comparison reports there.
 
-A store that is away is told at once or after MLFLOW_HTTP_REQUEST_TIMEOUT (30 s if unset). Nothing read here is checked
-beyond its size: `ticket.parse` and the readers of masks and pictures do that.
+An unavailable store is reported immediately or after MLFLOW_HTTP_REQUEST_TIMEOUT (default 30 s). Files read here are
+checked for size only; `ticket.parse` and the readers of masks and pictures validate their contents.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from mirl_dist.observability.mlflow.records import (
 )
 
 EXPERIMENT = "experiment:"
-"""Before the name of an experiment, all of whose runs are meant."""
+"""Prefix of a reference to all runs of an experiment: 'experiment:NAME'."""
 RUN, TICKET, MASK, PICTURES = "run.json", "ticket.json", "mask.safetensors", "pictures.png"
 _MIB = 2**20
-_LARGEST = {RUN: _MIB, TICKET: 16 * _MIB, MASK: 256 * _MIB, PICTURES: 64 * _MIB}  # bytes; a bit per weight is a mask
+_LARGEST = {RUN: _MIB, TICKET: 16 * _MIB, MASK: 256 * _MIB, PICTURES: 64 * _MIB}  # bytes; a mask has 1 bit per weight
 _KEY, _PARENT = "mirl_dist.key", "mlflow.parentRunId"
 
 
 class RemoteTicket(NamedTuple):
-    """What a round left: ticket.json, mask.safetensors and pictures.png as they were written; None for what is none."""
+    """Files of one round, as written: ticket.json, mask.safetensors and pictures.png; None if missing."""
 
     round: int
     ticket: bytes
@@ -45,7 +45,7 @@ class RemoteTicket(NamedTuple):
 
 
 class RemoteTickets(NamedTuple):
-    """A run with its tickets, by round. config: what its run.json says, None where it has none."""
+    """A run with its tickets, sorted by round. config: contents of its run.json, or None if missing."""
 
     run_name: str
     run_id: str
@@ -54,10 +54,11 @@ class RemoteTickets(NamedTuple):
 
 
 def read(reference: str, uri: str | None) -> list[RemoteTickets]:
-    """The run of an id, or with 'experiment:NAME' all runs of an experiment that have tickets, oldest first.
+    """Return the run with the given id, or for 'experiment:NAME' all its runs with tickets, oldest first.
 
-    uri: tracking URI; None as for `Mlflow`. Raises UserError for an id that no run of ours has or that a round has, for
-    runs without tickets, for files that are missing or too large to be ours, and (resumable) for a store that is away.
+    uri: tracking URI; None as for `MlflowTracker`. Raise UserError for an id that is unknown, belongs to a round or was
+    not tracked by mirl-dist, for runs without tickets, for missing or too large files, and (resumable) for an
+    unavailable store.
     """
     address = default_uri(uri)
     with _client(address) as client:
@@ -84,10 +85,9 @@ def read(reference: str, uri: str | None) -> list[RemoteTickets]:
 
 
 def check_server(address: str, experiment: str, seconds: float) -> None:
-    """Ask a server once whether it knows an experiment; nothing is made.
+    """Query a server once for an experiment, creating nothing. Raise UserError if it is unavailable or refuses.
 
-    seconds: of waiting, where MLFLOW_HTTP_REQUEST_TIMEOUT does not say. Raises UserError where the server is
-    unavailable or refuses requests.
+    seconds: timeout if MLFLOW_HTTP_REQUEST_TIMEOUT is unset.
     """
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     before = os.environ.get(name)
@@ -108,10 +108,10 @@ def log_report(
     metrics: Mapping[str, float] = {},
     tags: Mapping[str, str] = {},
 ) -> str:
-    """Keep files as a run of their own in an experiment, which is made where there is none; returns where it is seen.
+    """Log files as a separate run of an experiment, which is created if missing. Return the run's address.
 
-    name: the run's. files: 'name' or 'folder/name' -> content; MLflow shows HTML as a page. Raises UserError
-    (resumable) for a store that is away, and leaves no run half filled there if it can.
+    name: run name. files: 'name' or 'folder/name' -> content; MLflow displays HTML as a page. Raise UserError
+    (resumable) for an unavailable store. After a failure the incomplete run is deleted if possible.
     """
     assert files and not any(PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts for path in files)
     address = default_uri(uri)
@@ -140,7 +140,7 @@ def log_report(
 
 @contextlib.contextmanager
 def _client(address: str, *, makes: bool = False) -> Iterator[Any]:
-    """A client; troubles with the store become Faults. makes: whether a SQLite store may be new."""
+    """Yield a client; store errors inside become a resumable UserError. makes: allow creating a new SQLite store."""
     check_uri(address)
     import_quietly(address)
     if address.startswith("sqlite") and not makes and not database(address).exists():
@@ -163,7 +163,7 @@ def _client(address: str, *, makes: bool = False) -> Iterator[Any]:
 
 
 def _find_run(client: Any, id_: str, store: str) -> Any:
-    """The parent run of an id."""
+    """Return the parent run with this id. Raise UserError if it is unknown, deleted, a round, or not from mirl-dist."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -201,7 +201,7 @@ def _read_tickets(client: Any, run: Any, store: str) -> RemoteTickets:
 
 
 def _read_ticket(client: Any, run: Any, store: str) -> RemoteTicket | None:
-    """The ticket of a nested run with what belongs to it; None while the round has none."""
+    """Return the ticket files of a nested run; None if its round has no ticket yet."""
     number = run.data.tags.get(_KEY, "").rpartition("/round/")[2]
     if not (number.isdecimal() and number.isascii()):
         return None
@@ -218,14 +218,14 @@ def _read_ticket(client: Any, run: Any, store: str) -> RemoteTicket | None:
 
 
 def _files(client: Any, run: Any, folder: str, names: Sequence[str], store: str) -> dict[str, bytes]:
-    """Those of the named files that a folder has. Raises UserError for one that is larger than ours are."""
+    """Return the contents of those named files that exist in a folder. Raise UserError for a file that is too large."""
     id_, contents = run.info.run_id, dict[str, bytes]()
     sizes = {file.path: file.file_size for file in client.list_artifacts(id_, folder.rstrip("/")) if not file.is_dir}
     with tempfile.TemporaryDirectory() as here:
         for name in names:
             if (path := folder + name) not in sizes:
                 continue
-            most, size = _LARGEST[name], sizes[path] or 0  # 0 where the store does not know it: seen after the fact
+            most, size = _LARGEST[name], sizes[path] or 0  # 0 if unknown to the store: then checked after the download
             if size <= most:
                 file = Path(client.download_artifacts(id_, path, here))
                 size = file.stat().st_size
@@ -239,7 +239,7 @@ def _files(client: Any, run: Any, folder: str, names: Sequence[str], store: str)
 
 
 def _search_runs(client: Any, experiment: str, condition: str) -> list[Any]:
-    """All active runs that fulfil a condition, oldest first."""
+    """Return all active runs that match a filter expression, oldest first."""
     runs, token = list[Any](), None
     while True:
         page = client.search_runs(

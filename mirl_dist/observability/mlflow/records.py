@@ -1,7 +1,7 @@
-"""Records for a tracking store, the lines in which journals and commits keep them, and texts that MLflow 3 accepts.
+"""Records for a tracking store, their line format in journals and commits, and names and texts that MLflow 3 accepts.
 
-Runs go by our own names ("run", "round/03") and a record holds plain values only: no store is known here. A line may be
-damaged or come from another machine: `parse` checks every field. No text that leaves here has a password in it.
+Runs have names of this project ("run", "round/03") and records hold plain values only, independent of any store. A line
+may be damaged or come from another machine, so `parse` checks every field. Texts returned here contain no passwords.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from mirl_dist.errors import UserError
 
 POINTS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits, as are the next three (characters)
 LONGEST_NAME, LONGEST_PARAM, LONGEST_TAG = 250, 6000, 8000
-BY_ROUND = "round/"  # before names whose step is the round, where the plain name goes by alive weights
-IMAGES, SMALL_PIXELS = "images/", 640  # where pictures lie for the grid, and the longer side of the small ones
+BY_ROUND = "round/"  # prefix of names with step = round; scores without the prefix have step = alive weights
+IMAGES, SMALL_PIXELS = "images/", 640  # folder of MLflow's image grid; longer side of the thumbnails
 _KINDS = ("open", "params", "points", "ticket", "file", "end")
 _ID, _RUN_KEY = re.compile(r"[0-9a-f]{32}-\d{1,15}"), re.compile(r"run|round/\d{2,6}")
 
 
 @dataclass(eq=False)
 class Record:
-    """One thing to deliver."""
+    """One item to deliver to a tracking store."""
 
     kind: str  # open, params, points, ticket, file or end
     run_key: str  # "run" or "round/03"
-    name: str = ""  # of a run or a file; the status for "end"
+    name: str = ""  # name of a run or a file; the final status for kind "end"
     texts: dict[str, str] = field(default_factory=dict)  # tags or params
     points: list[tuple[str, float, int, int]] = field(default_factory=list)  # name, value, time in ms, step
-    data: bytes = b""  # of a file
-    at_ms: int = 0
-    id: str = ""  # unique over all lives of a run: 32 hex digits of the life, '-', and a number
+    data: bytes = b""  # content of a file
+    at_ms: int = 0  # wall-clock time of creation
+    id: str = ""  # unique over all processes of a run: 32 hex digits of the process, '-', and a number
 
 
 class DamagedRecord(ValueError):
-    """A line is not what was written."""
+    """Raised for a line that is not a valid record."""
 
 
 def to_line(record: Record, *, with_data: bool = True) -> bytes:
-    """The line of a record; a file's content is in it unless it is kept elsewhere."""
+    """Return a record as one JSON line. with_data: include a file's content."""
     fields: dict[str, object] = {"id": record.id, "do": record.kind, "where": record.run_key, "at_ms": record.at_ms}
     for key in ("name", "texts", "points"):
         if value := getattr(record, key):
@@ -59,7 +59,7 @@ def to_line(record: Record, *, with_data: bool = True) -> bytes:
 
 
 def parse(line: bytes, data: bytes | None = None) -> Record:
-    """The record of a line. data: a file's content that is not in the line. Raises DamagedRecord."""
+    """Parse a line. data: a file's content if it is not in the line. Raise DamagedRecord for an invalid line."""
     try:
         fields = json.loads(line)
         record = Record(
@@ -88,13 +88,13 @@ def parse(line: bytes, data: bytes | None = None) -> Record:
 
 
 def is_relative_file(name: str) -> bool:
-    """Whether a name is that of a file below a folder, and does not lead out of it."""
+    """Whether a name is a relative file path without '..' parts."""
     path = PurePosixPath(name)
     return bool(path.name) and not path.is_absolute() and ".." not in path.parts
 
 
 def parse_all(lines: bytes) -> tuple[list[Record], int]:
-    """The records of a commit's lines, and how many lines are damaged."""
+    """Parse a commit's lines. Return the records and the number of damaged lines."""
     records, damaged = list[Record](), 0
     for line in lines.splitlines():
         try:
@@ -105,7 +105,7 @@ def parse_all(lines: bytes) -> tuple[list[Record], int]:
 
 
 def flatten(params: Mapping[str, object], prefix: str = "") -> dict[str, str]:
-    """Nested params as {'a.b': text}; numbers, lists, true, false and null as JSON writes them."""
+    """Flatten nested params to {'a.b': text}; values other than strings are written as JSON."""
     texts: dict[str, str] = {}
     for name, value in params.items():
         if isinstance(value, Mapping) and value:
@@ -116,26 +116,26 @@ def flatten(params: Mapping[str, object], prefix: str = "") -> dict[str, str]:
 
 
 def legal_name(name: str) -> str:
-    """A name that MLflow takes for a metric, param or tag: letters, digits, _ - . / space, 250 at most."""
+    """Return a name that MLflow accepts for metrics, params and tags: letters, digits, _ - . / space, 250 at most."""
     parts = re.sub(r"[^/\w.\- ]", "_", name)[:LONGEST_NAME].split("/")
     return "/".join(part for part in parts if part not in ("", ".", "..")) or "_"
 
 
 def round_name(run_name: str, round_: int) -> str:
-    """'RUN, round 03': what a nested run is called, wherever runs are shown beside each other."""
+    """Return the name of a nested run: 'RUN, round 03'."""
     return f"{run_name}, round {round_:02d}"
 
 
 def is_score(name: str) -> bool:
-    """Whether a metric is a score, by whatever protocol: 'psnr/...', 'ssim/...', 'psnr.<protocol>/...'."""
+    """Whether a metric is a score of any protocol: 'psnr/...', 'ssim/...', 'psnr.<protocol>/...'."""
     return name.partition("/")[0].partition(".")[0] in ("psnr", "ssim")
 
 
 def image_files(key: str, png: bytes, step: int) -> dict[str, bytes]:
-    """The two files by which MLflow's image grid knows a picture: as it is, and small.
+    """Return the two files that MLflow's image grid needs for a picture: the original and a thumbnail.
 
-    As MLflow's `log_image` names them, but for the time and the number there: here key and step alone make the name, so
-    that a second writing replaces the first.
+    They are named as by MLflow's `log_image`, except that timestamp and UUID are derived from key and step, so that
+    logging a picture again replaces the first one.
     """
     from PIL import Image
 
@@ -148,14 +148,14 @@ def image_files(key: str, png: bytes, step: int) -> dict[str, bytes]:
 
 
 def redact_uri(uri: str) -> str:
-    """A tracking URI without password, token and query (for web addresses without user name as well).
+    """Return a tracking URI without password, token and query; web addresses also lose the user name.
 
-    A password may hold a '/' that nobody escaped: all up to the last '@' may belong to it."""
+    A password may contain an unescaped '/', so everything up to the last '@' is treated as credentials."""
     kind, is_url, rest = uri.partition("://")
     place, *query = re.split("[?#]", rest if is_url else uri, maxsplit=1)
-    if is_url and place.startswith("/") and not _is_web(kind):  # a file's path
+    if is_url and place.startswith("/") and not _is_web(kind):  # a file path
         return f"{kind}://{place}"
-    if query and "@" in query[0]:  # where the host begins nobody knows
+    if query and "@" in query[0]:  # the start of the host is ambiguous
         return f"{kind}://***" if is_url else "***"
     user, at, host = place.rpartition("@")
     if not is_url:
@@ -167,8 +167,7 @@ def redact_uri(uri: str) -> str:
 
 
 def check_uri(uri: str) -> None:
-    """Raise UserError, without a password in it, for a tracking URI whose '@' stands behind the host, and for one whose
-    port is none."""
+    """Raise UserError, without credentials in it, for a tracking URI with an '@' behind the host or an invalid port."""
     kind, is_url, rest = uri.partition("://")
     place, *query = re.split("[?#]", rest, maxsplit=1)
     if not is_url or (place.startswith("/") and not _is_web(kind)):
@@ -195,12 +194,12 @@ def _is_web(kind: str) -> bool:
 
 
 def default_uri(configured: str | None) -> str:
-    """The tracking URI that is meant: what is configured, else what the environment says, else a file here."""
+    """Return the configured tracking URI, else MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
 def page_address(uri: str, experiment_id: str, run_id: str) -> str:
-    """Where people find a run ('' while it is unknown): its page, or the command that opens the store; no password."""
+    """Return a run's page, or the command that opens the store, without credentials. run_id: '' while unknown."""
     clean = redact_uri(uri)
     if not clean.startswith("http"):
         return f"{clean} (to see it: {_mlflow_command()} ui --backend-store-uri {clean})"
@@ -208,7 +207,7 @@ def page_address(uri: str, experiment_id: str, run_id: str) -> str:
 
 
 def _mlflow_command() -> str:
-    """How to call this environment's mlflow: by its path below the working directory, where it lies there."""
+    """Return the command of this environment's mlflow: its relative path if below the working directory."""
     beside = Path(sys.executable).parent / "mlflow"
     try:
         return str(beside.relative_to(Path.cwd())) if beside.exists() else "mlflow"
@@ -217,7 +216,7 @@ def _mlflow_command() -> str:
 
 
 def redact(text: str, uri: str) -> str:
-    """A text without the secrets of the tracking URI, of MLflow's environment, and of any address in it."""
+    """Mask in a text the secrets of the tracking URI, of MLflow's environment variables and of any URL."""
     kind, _, rest = uri.partition("://")
     secrets = [os.environ.get(f"MLFLOW_TRACKING_{word}", "") for word in ("PASSWORD", "TOKEN")]
     for place in (rest, re.split("[?#]", rest)[0], re.split("[/?#]", rest)[0]):
@@ -226,6 +225,6 @@ def redact(text: str, uri: str) -> str:
     secrets.append(rest.partition("?")[2].partition("#")[0])
     text = re.sub(r"(\w://)(?!/)\S+@", r"\1***@", text.replace(uri, redact_uri(uri)))
     for secret in sorted(secrets, key=len, reverse=True):
-        if len(secret) > 3:  # shorter ones would garble every word
+        if len(secret) > 3:  # masking shorter ones would garble ordinary words
             text = text.replace(secret, "***")
     return text

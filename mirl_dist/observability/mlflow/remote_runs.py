@@ -1,4 +1,4 @@
-"""What is known of a run's runs in MLflow: their ids over restarts, and what was sent to open them. No MLflow here."""
+"""State of a run's MLflow runs: their ids over restarts, and the records that opened them. Does not import mlflow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mirl_dist.observability.mlflow.records import Record
 
 @dataclass
 class RemoteRun:
-    """What the store holds of a run: noted when it was opened, and after each delivery."""
+    """Known contents of a run in the store, updated when it is opened and after each delivery."""
 
     id: str
     params: dict[str, str]
@@ -19,10 +19,10 @@ class RemoteRun:
 
 
 class RunIds:
-    """MLflow's ids of a run and its rounds ("run", "round/03"), kept over restarts, and the key that finds lost ones.
+    """MLflow's ids of a run and its rounds ("run", "round/03"), kept over restarts, and the key to find lost runs.
 
-    remembered: what `remember` was given by earlier processes. key: for this run, unless an earlier process had one.
-    remember: gets new ids before anything depends on them; may raise UserError, and is then called again later.
+    remembered: ids passed to `remember` by earlier processes. key: this run's key, unless an earlier process set one.
+    remember: saves new ids before they are used; if it raises UserError, it is called again later.
     """
 
     def __init__(self, remembered: Mapping[str, str], key: str, remember: Callable[[dict[str, str]], None]) -> None:
@@ -32,12 +32,12 @@ class RunIds:
         return self._ids.get(run_key)
 
     def key_of(self, run_key: str) -> str:
-        """The tag by which a run is found. Raises UserError while the key cannot be remembered."""
+        """Return the value of the tag by which a run is found. Raise UserError while the key cannot be saved."""
         self.keep("key", self._ids.get("key", self._key))
         return f"{self._ids['key']}/{run_key}"
 
     def keep(self, name: str, id_: str) -> None:
-        """Remember an id, if it is new. Raises UserError where that fails."""
+        """Save an id if it is new. Raise UserError if that fails."""
         if self._ids.get(name) != id_:
             self._remember({name: id_})
             self._ids[name] = id_
@@ -47,9 +47,9 @@ class RunIds:
 
 
 class RunHistory:
-    """What this process was given to open runs with, to make them anew where a store lost them.
+    """Records with which this process opened runs, to recreate runs that the store lost.
 
-    opened: by run; created: how often a run's creation was asked for.
+    opened: record per run. created: number of creation requests per run.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Sends what an ended run left in its journal, or in its last commit: for a command that people call."""
+"""Sends the pending records of an ended run from its journal or last commit, for `mirl-dist track resend`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mirl_dist.observability.mlflow.sender import Sender
 from mirl_dist.observability.mlflow.tracker import check_reachable
 
 RESEND_SECONDS = 30.0
-"""How long nothing may get through before `resend` gives up."""
+"""Time without a successful delivery after which `resend` gives up."""
 
 
 def resend(
@@ -30,9 +30,10 @@ def resend(
     inherited: bytes,
     say: Callable[[str], None],
 ) -> Pending:
-    """Send all that waits for the store, and say so; returns what was sent. Arguments as of `MlflowTracker`.
+    """Send all pending records to the store, report it through `say`, and return their counts.
 
-    Raises UserError while the run lives, and a resumable one when nothing got through for 30 seconds.
+    Other arguments as for `MlflowTracker`. Raise UserError while the run is active, and a resumable one if nothing was
+    delivered for 30 seconds.
     """
     address = default_uri(uri)
     check_reachable(address)
@@ -56,7 +57,7 @@ def resend(
 
 
 def _open_journal(folder: Path) -> tuple[Journal, str]:
-    """The journal and the key of its run. Raises UserError."""
+    """Return the journal and its run's key. Raise UserError if it cannot be used."""
     try:
         journal = Journal(folder)
         return journal, journal.read_key()
@@ -65,7 +66,7 @@ def _open_journal(folder: Path) -> tuple[Journal, str]:
 
 
 def _send(store: MlflowClientStore, outbox: Outbox, journal: Path, say: Callable[[str], None]) -> Pending:
-    """Send all that an outbox holds; what that was. Raises a resumable UserError where something is left."""
+    """Send all records of an outbox and return their counts. Raise a resumable UserError if any are left."""
     before = outbox.count()
     if before.since is None:
         say(f"nothing waits for {store.name} in {journal}")

@@ -1,6 +1,7 @@
-"""The thread that sends pending records to a tracking store, in order, so that nobody else has to wait for it.
+"""The thread that sends pending records to a tracking store in order, so that training never waits for the store.
 
-After a failure it pauses and tries again; only what a store refuses for good is given up. No store is known here.
+After a failure it pauses and retries; only records that the store rejects permanently are dropped. This module does not
+depend on a specific store.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ _log = logging.getLogger("mirl_dist.tracking")
 
 
 class RecordStore(Protocol):
-    """Where records go.
+    """Destination of records.
 
-    deliver: must bear the same record twice, and one of a run that an earlier life opened. troubles: what it may raise
-    when it should be tried again; UserError among them, for ids that could not be kept.
+    deliver: must be idempotent, and accept records of a run that an earlier process opened. transient_errors: the
+    exceptions of `deliver` after which it may be retried, including UserError for ids that could not be saved.
+    is_final: whether the store rejects the record permanently. answers: whether the server responds.
     """
 
-    name: str  # for people, without secrets
+    name: str  # for messages, without secrets
 
     def deliver(self, record: Record) -> None: ...
     def transient_errors(self) -> tuple[type[BaseException], ...]: ...
@@ -42,7 +44,10 @@ class RecordStore(Protocol):
 
 @dataclasses.dataclass
 class _Outage:
-    """Of a store, or of its place for files alone. announced: whether people know; not_before: monotonic time."""
+    """Outage of a store, or of its artifact store only.
+
+    announced: whether a warning was logged. pause: seconds. not_before: monotonic time of the next attempt.
+    """
 
     announced: bool = False
     pause: float = 0.0
@@ -58,8 +63,11 @@ class _Outage:
 
 @dataclasses.dataclass
 class _Schedule:
-    """When something is to be sent. due: monotonic time from which all but files may go; lock_at: when the journal's
-    lock is tried next; steps: gathered since the last delivery; longest_pause: seconds after a failure."""
+    """When to send.
+
+    due: monotonic time from which records other than files may be sent. lock_at: monotonic time of the next attempt to
+    take the journal's lock. steps: steps gathered since the last delivery. longest_pause: seconds, limit of pauses.
+    """
 
     due: float = math.inf
     lock_at: float = 0.0
@@ -69,8 +77,11 @@ class _Schedule:
 
 @dataclasses.dataclass
 class _FailureReport:
-    """What people hear of failures. announce: takes a text with its values; last: the last cause; refused: kind and run
-    of records that the store has refused for good."""
+    """Reported failures.
+
+    announce: logs a format string with values. last: most recent cause. refused: (kind, run) of records that the store
+    rejected permanently.
+    """
 
     announce: Callable[..., None]
     last: str = "nothing got through"
@@ -78,7 +89,7 @@ class _FailureReport:
 
 
 class Sender:
-    """Sends what an outbox holds to a store, in a daemon thread after `start`, or in the caller's by `send_all`."""
+    """Sender of an outbox's records to a store: in a daemon thread by `start`, or in the caller's by `send_all`."""
 
     def __init__(self, store: RecordStore, outbox: Outbox) -> None:
         self._store, self._outbox, self._changed = store, outbox, outbox.changed
@@ -92,20 +103,20 @@ class Sender:
         self._thread.start()
 
     def request_send(self) -> None:
-        """Send what waits, now or when the pause after a failure is over."""
+        """Request sending of all pending records, now or after the current pause. Does not block."""
         self._send_at(time.monotonic())
 
     def count_step(self) -> None:
-        """A step was put: send when 50 have gathered, or after 5 seconds."""
+        """Count a queued step. Steps are sent once 50 have gathered, or after 5 seconds."""
         with self._changed:
             self._schedule.steps += 1
             full = self._schedule.steps >= STEPS_PER_DELIVERY
             self._send_at(time.monotonic() + (0.0 if full else SECONDS_PER_DELIVERY))
 
     def finish(self, idle_seconds: float, seconds: float) -> bool:
-        """Try all that waits once more, without long pauses; whether it is sent. The thread ends.
+        """Send all pending records without long pauses, and end the thread. Return whether all were sent.
 
-        Waits while records keep getting through: at most `idle_seconds` without one, and `seconds` in all.
+        Wait as long as deliveries succeed: at most `idle_seconds` without one, and `seconds` in total.
         """
         with self._changed:
             self._schedule.longest_pause = HURRIED_PAUSE_SECONDS
@@ -127,7 +138,10 @@ class Sender:
         return not unfinished
 
     def send_all(self, idle_seconds: float, advance: Callable[[int], None]) -> str:
-        """Send all that waits in this thread; what prevented it for `idle_seconds`, or ''. advance: given a count."""
+        """Send all pending records in this thread. Return '', or the cause if no delivery succeeds for `idle_seconds`.
+
+        advance: called with the number of records sent.
+        """
         self._schedule.due, self._schedule.longest_pause = -math.inf, HURRIED_PAUSE_SECONDS
         self._failures.announce = lambda *_: None
         last, sent = time.monotonic(), 0
@@ -165,7 +179,7 @@ class Sender:
             self._outbox.close()
 
     def _wait_for_work(self) -> bool:
-        """Wait until there is something to do; False at the end."""
+        """Block until there is work. Return False once the sender is closed."""
         with self._changed:
             while not self._closed:
                 seconds = self._seconds_to_wait()
@@ -175,7 +189,7 @@ class Sender:
         return False
 
     def _seconds_to_wait(self) -> float:
-        """Seconds until something may be tried."""
+        """Return the seconds until the next attempt is due; infinite if there is nothing to send."""
         at = self._schedule.lock_at
         if self._outbox.owns_delivery:
             files, others = self._outbox.waits()
@@ -186,19 +200,19 @@ class Sender:
         return at - time.monotonic()
 
     def _gather_again(self) -> None:
-        """When all steps are sent, the next ones are gathered again."""
+        """Once all records but files are sent, start gathering steps again."""
         with self._changed:
             if not self._outbox.waits()[1]:
                 self._schedule.due, self._schedule.steps = math.inf, 0
 
     def _send_one(self) -> None:
-        """One delivery of what may be tried now, and what comes of it."""
+        """Try one delivery of records that are due, and handle its result."""
         now = time.monotonic()
         back = self._away.not_before <= now
         batch = self._outbox.next_batch(
             files=back and self._no_files.not_before <= now, others=back and self._schedule.due <= now
         )
-        if not batch:  # all of it was damaged
+        if not batch:  # all its records were damaged
             return
         record = dataclasses.replace(batch[0], points=[point for record in batch for point in record.points])
         try:
@@ -218,7 +232,7 @@ class Sender:
             self._report_recovery()
 
     def _is_refused(self, record: Record, trouble: BaseException) -> bool:
-        """Whether the store will never take it; the first refusal of a kind is told."""
+        """Whether the store rejects the record permanently. Log the first rejection per kind and run."""
         if record.kind == "open" or isinstance(trouble, UserError) or not self._store.is_final(trouble):
             return False
         if (record.kind, record.run_key) not in self._failures.refused:
@@ -230,7 +244,10 @@ class Sender:
         return True
 
     def _back_off(self, record: Record, trouble: BaseException) -> None:
-        """Pause; the first failure of an outage is told. The place for files may be away alone: points pass then."""
+        """Pause after a failure, and announce the first one of an outage.
+
+        If only the artifact store is unavailable, points are still sent.
+        """
         cause = str(trouble) if isinstance(trouble, UserError) else self._store.describe(trouble)
         outage = self._away
         text = (
@@ -249,7 +266,7 @@ class Sender:
             self._failures.announce(text, self._store.name, cause)
 
     def _report_recovery(self) -> None:
-        """An outage is over, and told to be, when all that waited is sent."""
+        """Announce the end of an outage once all records pending from it are sent."""
         files, others = self._outbox.waits()
         if self._away.announced and not others and (not files or self._no_files.announced):
             self._away.announced = False

@@ -1,9 +1,9 @@
-"""Tracking of a run in MLflow: one parent run, one nested run per round; no failure of MLflow stops training.
+"""Tracking of a run in MLflow: one parent run, one nested run per round. Failures of MLflow never stop training.
 
-Every record goes into a journal on disk first. A thread sends the records in order, and the caller never waits for the
-store. Sending a record twice changes nothing: points keep the time at which they were made (the store knows them by it)
-and curves only grow, runs are found again by id or tag, files are overwritten. So neither a restart nor a lost answer
-leaves a point twice. A process first sends the records that earlier ones could not send.
+Every record is first written to a journal on disk. A thread sends the records in order, so the caller never waits for
+the store. Delivery is idempotent: points keep their creation time, which identifies them in the store, and steps of a
+curve only grow; runs are found again by id or tag; files are overwritten. Neither a restart nor a lost response
+duplicates a point. Undelivered records are sent first after a restart.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from mirl_dist.observability.mlflow.sender import Sender
 __all__ = ["MlflowTracker", "NoTracker", "Tracker", "Pending", "pending_records"]
 
 FAREWELL_SECONDS = 10.0
-"""How long the end of a run waits for MLflow while nothing gets through."""
+"""How long `end_run` waits for MLflow without a successful delivery."""
 
 _log = logging.getLogger("mirl_dist.tracking")
 
 
 class Tracker(Protocol):
-    """What training reports of its run: to `MlflowTracker` on rank 0, to `NoTracker` on the others."""
+    """Interface for tracking a run: `MlflowTracker` on rank 0, `NoTracker` on the other ranks."""
 
     def begin_run(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None: ...
     def begin_round(self, round_: int, tags: Mapping[str, str], params: Mapping[str, object] = {}) -> None: ...
@@ -59,7 +59,7 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    """Does nothing: for ranks other than 0, and for tracking switched off."""
+    """Tracker that does nothing, for ranks other than 0 and for disabled tracking."""
 
     def begin_run(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None: ...
     def begin_round(self, round_: int, tags: Mapping[str, str], params: Mapping[str, object] = {}) -> None: ...
@@ -79,16 +79,16 @@ class NoTracker:
 
 
 class MlflowTracker:
-    """A run as MLflow shows it, reopened by id after a restart and without any point twice.
+    """Tracker of a run in MLflow; reopens the run by id after a restart, without duplicate points.
 
     uri: tracking URI; None means MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the working directory.
-    remembered, remember: ids that the caller keeps over restarts ("run", "round/03", and "key", by which a
-    run is found whose id got lost); `remember` gets new ones as soon as they exist, in the thread that sends, and is
-    called again later when it raises a UserError (as storage does).
-    journal: a folder of this machine for this run alone. inherited: what `pending` gave to the commit that the run goes
-    on from. A store that is unavailable or refuses requests raises nothing and is not waited for: one warning per
-    outage, logger "mirl_dist.tracking"; the same for a journal that can't be written, whose part then waits in memory.
-    Raises UserError for a URI that MLflow refuses, and when MLflow is not installed.
+    remembered, remember: ids that the caller keeps over restarts ("run", "round/03", and "key", which finds a run whose
+    id was lost). The sending thread calls `remember` as soon as new ids exist, and again later if it raises UserError,
+    as storage does.
+    journal: a local folder used by this run only. inherited: the return value of `pending` from the commit that the run
+    resumes. A store that is unavailable or refuses neither raises nor blocks: one warning per outage goes to the logger
+    "mirl_dist.tracking". The same applies to a journal that cannot be written; its records are then kept in memory.
+    Raise UserError for a URI that MLflow rejects, or if MLflow is not installed.
     """
 
     def __init__(
@@ -115,85 +115,85 @@ class MlflowTracker:
         self._sender.start()
 
     def begin_run(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
-        """Open the parent run; nested params become 'a.b', long values are cut, passwords in URLs masked.
+        """Open the parent run. Nested params become 'a.b'; long values are cut; passwords in URLs are masked.
 
-        A param that differs after a restart stays; its new value becomes the tag 'changed.<name>'.
+        A param that differs after a restart keeps its old value; the new value becomes the tag 'changed.<name>'.
         """
         self._begin("run", self._run_name, tags, params)
 
     def begin_round(self, round_: int, tags: Mapping[str, str], params: Mapping[str, object] = {}) -> None:
         """Open the nested run 'RUN, round 03'; params as in `begin_run`.
 
-        Steps that it holds already, or that wait for it, are not sent again.
+        Steps that it already has, or that are pending for it, are not sent again.
         """
         self._round = f"round/{round_:02d}"
         self._begin(self._round, records.round_name(self._run_name, round_), tags, params)
 
     def log_step(self, step: int, values: Mapping[str, float]) -> None:
-        """Write down the values of one optimiser step; sent when 50 steps or 5 seconds have gathered.
+        """Log the values of one optimiser step. Steps are sent in groups of 50, or after 5 seconds.
 
-        Values that are not finite are left out.
+        Non-finite values are omitted.
         """
         assert self._round, "begin_round comes first"
         self._outbox.put_points("points", self._round, [(n, value, step) for n, value in values.items()])
         self._sender.count_step()
 
     def log_ticket(self, round_: int, values: Mapping[str, float]) -> None:
-        """Write down what a begun round came to: twice is once. Names must differ from those of log_step.
+        """Log the results of a begun round; idempotent. Names must differ from those of log_step.
 
-        All go to the nested run at step = round, and those not under 'weights/density/' to the parent too, as
-        'round/<name>'. The parent also has its scores ('psnr/...', 'ssim.<protocol>/...') under their plain names, at
-        step = values['alive_weights'].
+        All values go to the nested run at step = round. Those not under 'weights/density/' also go to the parent run as
+        'round/<name>'. The parent run additionally gets the scores ('psnr/...', 'ssim.<protocol>/...') under their
+        plain names at step = values['alive_weights'].
         """
         run_key = f"round/{round_:02d}"
         assert run_key in self._begun, "begin_round comes first"
         self._outbox.put_points("ticket", run_key, [(name, value, round_) for name, value in values.items()])
         alive, points = values.get("alive_weights", math.nan), list[tuple[str, float, int]]()
-        for name in sorted(values, key=lambda name: (not is_score(name), name.count("/"))):  # as pages list them
+        for name in sorted(values, key=lambda name: (not is_score(name), name.count("/"))):  # order of MLflow's pages
             if not name.startswith("weights/density/"):
                 points.append((records.BY_ROUND + name, values[name], round_))
-            if is_score(name) and math.isfinite(alive):  # next to its twin, from which no limit may part it
+            if is_score(name) and math.isfinite(alive):  # next to its 'round/' twin: both must be in one batch
                 points.append((name, values[name], int(alive)))
         self._outbox.put_points("ticket", "run", points)
         self.flush()
 
     def log_file(self, name: str, data: bytes, scope: str) -> None:
-        """Keep a file ('folder/name', a relative path) with the current 'round' or with the whole 'run'."""
+        """Log a file under a relative path, 'folder/name'. scope: 'round' (the current one) or 'run'."""
         assert scope in ("round", "run") and records.is_relative_file(name)
         name = str(PurePosixPath(name))
         self._outbox.put(Record("file", self._round if scope == "round" else "run", name, data=data))
         self.flush()
 
     def log_image(self, key: str, png: bytes, step: int) -> None:
-        """Show a picture in the image grid of the run, under 'task/set image', at a step of its slider (the round).
+        """Log a picture for the run's image grid. key: 'task/set image'. step: position of the slider (the round).
 
-        Of a key and step the last one stands.
+        A picture with the same key and step is replaced.
         """
         for name, data in image_files(key, png, step).items():
             self.log_file(name, data, "run")
 
     def flush(self) -> None:
-        """Have sent what waits, unless the store failed a moment ago; returns at once."""
+        """Request sending of pending records, after the current pause if the store failed recently. Does not block."""
         self._sender.request_send()
 
     def pending(self) -> bytes:
-        """All that waits now, for a commit: a life that goes on from it elsewhere gets it as `inherited`.
+        """Return all pending records for a commit; a process that resumes from it passes them as `inherited`.
 
-        b"" when nothing waits. Above 16 MiB the largest files are left out, never points.
+        b"" if there are none. Above 16 MiB the largest files are omitted, never points.
         """
         return self._outbox.pending_lines()
 
     def end_round(self, status: str = "FINISHED") -> None:
-        """Close the nested run of the current round, if one is open, as FINISHED, FAILED or KILLED."""
+        """Close the current round's nested run, if one is open, with status FINISHED, FAILED or KILLED."""
         if self._round:
             self._outbox.put(Record("end", self._round, status))
             self._round = ""
             self.flush()
 
     def end_run(self, status: str = "FINISHED", seconds: float = math.inf) -> None:
-        """Close the parent run as FINISHED, FAILED or KILLED, and wait while what waits gets through.
+        """Close the parent run with status FINISHED, FAILED or KILLED, and wait for pending records to be sent.
 
-        At most `FAREWELL_SECONDS` without progress, and at most `seconds` in all. What is left then is told.
+        Wait at most `FAREWELL_SECONDS` without progress and `seconds` in total. A warning reports what is left.
         """
         self._outbox.put(Record("end", "run", status))
         self._outbox.move_to_disk()
@@ -213,7 +213,7 @@ class MlflowTracker:
             _log.warning(text, lost.points, lost.records, self._store.name)
 
     def address(self) -> str:
-        """Where people find the run: its page, or the command that opens the store; never a password."""
+        """Return the run's page, or the command that opens the store, without credentials."""
         run = self._store.remote_runs.get("run")
         return records.page_address(self._uri, self._store.experiment_id, run.id if run else "")
 
@@ -229,16 +229,16 @@ class MlflowTracker:
 
 
 def check_reachable(uri: str | None) -> None:
-    """Raise UserError for an address that is unclear or that MLflow refuses, and when MLflow is not installed.
+    """Raise UserError for an invalid tracking URI or one that MLflow rejects, or if MLflow is not installed.
 
-    No server is asked."""
+    Does not contact the server."""
     address = default_uri(uri)
     records.check_uri(address)
     import_quietly(address)
 
 
 def _open_journal(folder: Path, store_name: str) -> tuple[Journal | None, str]:
-    """The journal, if there can be one, and the key of its run."""
+    """Return the journal, or None with a warning if it cannot be used, and the run's key."""
     try:
         journal = Journal(folder)
     except OSError as error:
