@@ -157,7 +157,7 @@ def test_a_waiting_rank_names_the_host_of_a_store_that_does_not_answer(
     wait_for(lambda: ranks.left)
     assert ranks.left == {1: 1}
     err = capsys.readouterr().err
-    assert "for the barrier (meeting 1), and the keeper, through which ranks tell where they are, does not" in err
+    assert "for the barrier (meeting 1), and the keeper, through which ranks tell where they are, no longer" in err
 
 
 def test_a_stop_reaches_every_watchdog_and_does_not_wait_for_the_store(group: Callable[[int], Group]) -> None:

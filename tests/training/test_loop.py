@@ -248,7 +248,7 @@ def test_a_report_after_nothing_but_steps_that_were_left_out_tells_no_loss(
     run = Run().train(plan(skip_bad=4))
     assert "loss/mean" in run.told[4] and "loss/mean" in run.told[12]
     assert not [name for name in run.told[8] if name.startswith("loss/")]
-    assert capsys.readouterr().out.count("The step is left out") == 4
+    assert capsys.readouterr().out.count("The step is skipped") == 4
 
 
 @pytest.mark.parametrize("bad", [(), ((10, 0),), ((11, 1),)])
