@@ -196,14 +196,14 @@ def test_a_step_is_left_out_alike_whether_a_loss_or_the_gradient_was_not_finite(
 def test_no_more_bad_steps_are_left_out_than_are_allowed(lab: Any, tmp_path: Path) -> None:
     ended = lab.play(tmp_path, SETS | {"guard.skip_bad_batches": 1}, fatal=[nan(1), inf_gradient(3)])
     assert ended.codes == (2, 2), ended.said()
-    assert "as the 1. of 1 allowed in a round" in ended.out
+    assert "(1 of 1 allowed in a round)" in ended.out
     assert "the gradient is not finite at round 0, epoch 1, step 0" in ended.err
     assert " 1 such batches were skipped before (guard.skip_bad_batches). " in ended.err
     assert "guard.skip_bad_batches=10 and go on" in ended.err
     allowed = SETS | {"guard.skip_bad_batches": 10}
     ended = lab.play(tmp_path, allowed, fatal=inf_gradient(3))
     assert ended.rc == 0 and "resuming: round 0, after step 2" in ended.out, ended.said()
-    assert "as the 2. of 10 allowed in a round" in ended.out, "the one before was remembered"
+    assert "(2 of 10 allowed in a round" in ended.out, "the one before was remembered"
     assert lab.tickets(tmp_path / "run")[0]["bad"] == 2
 
 
