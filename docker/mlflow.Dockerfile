@@ -2,11 +2,11 @@
 # docker build -f docker/mlflow.Dockerfile -t mirl_dist_mlflow .
 FROM python:3.11-slim-bookworm
 COPY constraints.txt /tmp/
-RUN python -m venv /opt/mlflow \
-    && /opt/mlflow/bin/pip install --no-cache-dir -c /tmp/constraints.txt mlflow boto3 psycopg2-binary==2.9.13 \
+RUN python -m venv /venv \
+    && /venv/bin/pip install --no-cache-dir -c /tmp/constraints.txt mlflow boto3 psycopg2-binary==2.9.13 \
     && useradd --uid 1000 --create-home mlflow
 # The jobs of MLflow's own evaluations are not needed, and cost a gigabyte of memory.
-ENV PATH=/opt/mlflow/bin:$PATH \
+ENV PATH=/venv/bin:$PATH \
     MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
     MLFLOW_DISABLE_TELEMETRY=true
 WORKDIR /home/mlflow

@@ -167,7 +167,7 @@ def _load_tensors(file: Path) -> dict[str, Any]:
         return tensors
     except FileNotFoundError:
         raise UserError(f"no file at {file}. Give the path of an official checkpoint.") from None
-    except pickle.UnpicklingError:  # torch's own message suggests weights_only=False, which would run the file's code
+    except pickle.UnpicklingError:  # torch's own message advises running the file's code
         raise UserError(
             f"{file} holds more than tensors and plain values, which only code from the file could read; none was run. "
             "Save its state dict alone, where you trust the file."

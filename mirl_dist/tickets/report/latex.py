@@ -9,13 +9,14 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
 from mirl_dist.errors import UserError
 from mirl_dist.tickets.compare import caveats, published, statistics
 from mirl_dist.tickets.compare.entry import Entry
 from mirl_dist.tickets.compare.published import Published
 from mirl_dist.tickets.compare.statistics import Group
+from mirl_dist.tickets.report.environment import make_environment
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -74,12 +75,13 @@ def tables(entries: Sequence[Entry]) -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        *("<%", "%>", "<<", ">>", "<#", "#>"),
-        loader=PackageLoader("mirl_dist.tickets.report"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    environment = make_environment(
+        block_start_string="<%",
+        block_end_string="%>",
+        variable_start_string="<<",
+        variable_end_string=">>",
+        comment_start_string="<#",
+        comment_end_string="#>",
         keep_trailing_newline=True,
     )
     environment.filters |= {

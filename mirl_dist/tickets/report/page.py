@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
 from mirl_dist.errors import UserError
 from mirl_dist.tickets.compare import caveats, judge, published, statistics
@@ -20,6 +20,7 @@ from mirl_dist.tickets.compare.published import PublishedMatch
 from mirl_dist.tickets.compare.statistics import Group
 from mirl_dist.tickets.report import latex, page_figures, page_gallery, text_tables
 from mirl_dist.tickets.report.chart_style import assign_styles, swatch
+from mirl_dist.tickets.report.environment import make_environment
 from mirl_dist.tickets.report.page_figures import data_uri, embed
 
 
@@ -81,13 +82,7 @@ def html(entries: Sequence[Entry], title: str, made: str) -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("mirl_dist.tickets.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = make_environment(autoescape=True)
     environment.filters |= {
         "thousands": "{:,.0f}".format,
         "percent": "{:.1%}".format,
