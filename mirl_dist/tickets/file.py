@@ -1,7 +1,8 @@
 """A ticket as one file: the record, the config, the packed mask, and the survivors' initial and trained values.
 
-docs/ticket.md specifies the format byte by byte. The file is a safetensors file of four flat tensors, so that a network
-of many small tensors needs no header entry for each. This module checks the file's form; verify.py checks its claims.
+docs/ticket_format.md specifies the format byte by byte. The file is a safetensors file of four flat tensors, so that a
+network of many small tensors needs no header entry for each. This module checks the file's form; verify.py checks its
+claims.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Verifies a ticket's claims, by itself and against its parent. docs/ticket.md describes what this proves."""
+"""Verifies a ticket's claims, by itself and against its parent. docs/ticket_format.md describes what this proves."""
 
 from __future__ import annotations
 

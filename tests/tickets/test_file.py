@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import fuzz_tickets
 from fuzz_tickets import repacked, with_digest, with_text
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "ticket.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "ticket_format.md"
 
 
 def packed(content: TicketContent) -> bytes:
