@@ -1,30 +1,70 @@
-"""Checks of a command's local output paths, made before its work instead of after it."""
+"""Checks of a command's local output paths, made before its work instead of after it.
+
+An output never replaces a file that the command reads, nor a file of a run; another existing file only if asked to.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from mirl_dist.errors import UserError
 
+_RUN_FILE = "run.json"
+"""The file that makes a folder a run (training/checkpoint.py)."""
 
-def check_file(out: Path | None, option: str = "--out") -> None:
-    """Raise UserError if a file cannot be written at `out`; do nothing for None."""
+
+def check_file(
+    out: Path | None, option: str = "--out", *, overwrite: bool, reads: Iterable[str | Path] = ()
+) -> None:
+    """Raise UserError if a file cannot or must not be written at `out`; do nothing for None.
+
+    reads: the command's input files and folders. overwrite: whether an existing file, unless it is one of these or
+    belongs to a run, may be replaced.
+    """
     if out is None:
         return
     _check_path(out, option)
     if out.is_dir():
         raise UserError(f"{option}: found {out}, which is a folder, where a file is to be written. Name a file in it.")
     _check_rights(out.parent, option)
+    _check_replaced(out, option, overwrite, reads)
 
 
-def check_folder(out: Path | None, option: str = "--out") -> None:
-    """Raise UserError if `out` cannot be used as an output folder; do nothing for None."""
-    if out is not None:
-        _check_path(out, option)
-        _check_rights(out, option)
+def check_folder(
+    out: Path | None,
+    option: str = "--out",
+    *,
+    names: Iterable[str] = (),
+    overwrite: bool = False,
+    reads: Iterable[str | Path] = (),
+) -> None:
+    """Raise UserError if `out` cannot be used as an output folder for files of these names; do nothing for None."""
+    if out is None:
+        return
+    _check_path(out, option)
+    _check_rights(out, option)
+    for name in names:
+        _check_replaced(out / name, option, overwrite, reads)
+
+
+def _check_replaced(out: Path, option: str, overwrite: bool, reads: Iterable[str | Path]) -> None:
+    """Raise UserError if writing `out` would replace an input, a file of a run, or, unless `overwrite`, any file."""
+    if not os.path.lexists(out):
+        return
+    for path in map(Path, reads):
+        with contextlib.suppress(OSError):
+            if out.samefile(path):
+                raise UserError(f"{option}: {out} is {path}, which this command reads. Choose another place.")
+    for folder in out.resolve().parents:
+        if (folder / _RUN_FILE).is_file():
+            raise UserError(f"{option}: {out} is a file of the run in {folder}. Choose a place outside the run.")
+    if not overwrite:
+        raise UserError(f"{option}: {out} exists already. Choose another name, or add --overwrite to replace it.")
 
 
 def _check_path(out: Path, option: str) -> None:

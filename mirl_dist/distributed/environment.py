@@ -1,0 +1,92 @@
+"""Decides which environment variables of launchers and libraries are obeyed, ignored or refused.
+
+`train --launch` starts its ranks from the launch file and the config alone: variables of accelerate, torchrun, MPI or
+a job operator in its environment belong to another launch and are removed, with a line that names them. A process
+that another launcher started obeys that launcher, unless a variable contradicts the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, MutableMapping
+
+from mirl_dist.errors import UserError
+
+_OTHER_LAUNCHES = ("ACCELERATE_", "FSDP_", "PET_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
+_OF_RANKS = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "CROSS_RANK"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+)
+# Variables whose other values would change the training behind the config's back, their neutral values, and the key.
+_DECIDED_BY_CONFIG = (
+    ("ACCELERATE_GRADIENT_CLIPPING", ("none",), "optimiser.clip_norm"),
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("1", "none"), "batch.forward"),
+    ("ACCELERATE_MIXED_PRECISION", ("no", "none"), "train.precision"),
+    ("ACCELERATE_DYNAMO_BACKEND", ("no", "none"), "model.compile"),
+)
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_INTERFACES = "GLOO_SOCKET_IFNAME"
+
+
+def foreign_variables(env: Mapping[str, str]) -> list[str]:
+    """Return the names of the variables that `train --launch` ignores, sorted."""
+    return sorted(name for name in env if name in _OF_RANKS or name.startswith(_OTHER_LAUNCHES))
+
+
+def clear_for_launch(env: MutableMapping[str, str]) -> list[str]:
+    """Remove variables of other launches and return their names.
+
+    Raise UserError if a launcher has started this process: each of its ranks would start a launch of its own.
+    """
+    if "TORCHELASTIC_RUN_ID" in env:
+        raise UserError(
+            "--launch: found TORCHELASTIC_RUN_ID in the environment: torchrun or accelerate has started this process. "
+            "Use either that launcher or --launch, not both."
+        )
+    names = foreign_variables(env)
+    for name in names:
+        del env[name]
+    return names
+
+
+def check_rank(env: Mapping[str, str]) -> None:
+    """Raise UserError if this process's launcher left it incomplete, or contradicts the config.
+
+    For example, `accelerate launch --cpu --num_processes 2` sets a master address but silently starts one process.
+    """
+    for name in _NUMBERS:
+        if name in env and not (env[name].isascii() and env[name].isdigit()):
+            raise UserError(f"{name}: found '{env[name]}' in the environment. Give a whole number, or unset it.")
+    world = int(env.get("WORLD_SIZE", "1"))
+    if world > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        raise UserError(
+            f"found WORLD_SIZE={world} in the environment, but not RANK, MASTER_ADDR and MASTER_PORT: this process "
+            "would wait for ranks that were never started. Unset it, or launch with a file from launch/."
+        )
+    if int(env.get("RANK", "0")) >= world:
+        raise UserError(
+            f"found RANK={env['RANK']} with WORLD_SIZE={env.get('WORLD_SIZE', 'unset')} in the environment: ranks count "
+            "from 0. Unset both, or launch with a file from launch/."
+        )
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "WORLD_SIZE" not in env:
+        raise UserError(
+            f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks without a launcher: each would train alone in the same "
+            "folder. Start one task per node, and in it `accelerate launch` with a file from launch/, or torchrun."
+        )
+    if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and "RANK" not in env:
+        raise UserError(
+            "accelerate launch was asked for several processes but started only this one (its --cpu launcher does "
+            "that silently). Use `accelerate launch --config_file launch/cpu_two.yaml -m mirl_dist train ...`."
+        )
+    for name, neutral, key in _DECIDED_BY_CONFIG:
+        if env.get(name, neutral[0]).lower() not in neutral:
+            raise UserError(f"found {name}={env[name]} in the environment; the config decides ({key}). Unset it.")
+
+
+def check_interfaces(env: Mapping[str, str], interfaces: Collection[str]) -> None:
+    """Raise UserError if gloo is to use a network interface that this node does not have."""
+    for name in env.get(_INTERFACES, "").split(","):
+        if name and name not in interfaces:
+            raise UserError(
+                f"{_INTERFACES}: found '{name}', which is no network interface of this node. Use one of "
+                f"{', '.join(sorted(interfaces))}, or unset it."
+            )
