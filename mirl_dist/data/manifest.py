@@ -15,7 +15,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -59,6 +59,15 @@ class Part(_ManifestPart):
     sha256: _Digest
 
 
+class StoredImage(NamedTuple):
+    """An image inside a shard: format, byte offset, size in bytes, and hex SHA-256."""
+
+    format: ImageFormat
+    offset: int
+    size: int
+    sha256: str
+
+
 class SampleEntry(_ManifestPart):
     """One sample: its key (unique in the manifest), image height and width in pixels, and its parts.
 
@@ -70,12 +79,11 @@ class SampleEntry(_ManifestPart):
     width: _Pixels
     parts: dict[_Member, Part]
 
-    def image(self, which: str) -> tuple[ImageFormat, Part] | None:
-        """Return format and part of the CLEAN or DEGRADED image; None if the sample does not have it."""
+    def image(self, which: str) -> StoredImage | None:
+        """Return the CLEAN or DEGRADED image; None if the sample does not have it."""
         for name, part in self.parts.items():
-            stem, _, form = name.partition(".")
-            if stem == which and form:
-                return ("ppm" if form == "ppm" else "png"), part
+            if name in (f"{which}.ppm", f"{which}.png"):
+                return StoredImage("ppm" if name.endswith("ppm") else "png", part.offset, part.size, part.sha256)
         return None
 
 

@@ -17,7 +17,7 @@ from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.cache import ShardCache
 from mirl_dist.data.loader import TrainLoader, passes_behind
 from mirl_dist.data.prefetch import shards_ahead
-from mirl_dist.data.sample import Batch, Pixels
+from mirl_dist.data.sample import Batch, PatchReader, Pixels
 from mirl_dist.data.sampler import GlobalSampler, Position, split_batch
 from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.data.shards import Shards
@@ -118,9 +118,7 @@ def loader_of(
     return TrainLoader(
         pool,
         sampler,
-        seed=seed,
-        patch_pixels=PATCH,
-        augment=augment,
+        PatchReader(sampler.tasks, seed, PATCH, augment),
         workers=workers,
         rank=rank,
         split=split,

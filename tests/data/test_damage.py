@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mirl_dist.data.cache import ShardCache
-from mirl_dist.data.manifest import CLEAN, DEGRADED, MANIFEST, Part, SampleEntry, Shard, read_manifest
+from mirl_dist.data.manifest import CLEAN, DEGRADED, MANIFEST, SampleEntry, Shard, StoredImage, read_manifest
 from mirl_dist.data.sample import Batch
 from mirl_dist.data.sampler import Position
 from mirl_dist.data.shard_pool import ShardPool
@@ -43,10 +43,10 @@ def victim(folder: Path, kind: str = "derain") -> SamplePlace:
     return SamplePlace(shard, shards.index(shard).entries[0])
 
 
-def part_of(entry: SampleEntry, which: str) -> Part:
+def part_of(entry: SampleEntry, which: str) -> StoredImage:
     found = entry.image(which)
     assert found is not None
-    return found[1]
+    return found
 
 
 def flip(folder: Path, place: SamplePlace, which: str = CLEAN) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from mirl_dist.data import image_strip
 from mirl_dist.data.degradations.degrade import Pixels
 from mirl_dist.data.image_files import decode
-from mirl_dist.data.manifest import CLEAN, DEGRADED, Index, Manifest, Part, SampleEntry, Shard, read_index
+from mirl_dist.data.manifest import CLEAN, DEGRADED, Index, Manifest, SampleEntry, Shard, StoredImage, read_index
 from mirl_dist.storage import Store
 from mirl_dist.storage.retry import DEFAULT_PATIENCE, to_stderr, with_retries
 
@@ -92,7 +92,7 @@ def draw_sheet(store: Store, manifest: Manifest) -> bytes:
     for shards in _group_by_set(manifest):
         crops: list[Pixels] = []
         for shard, entry in _iterate_samples(store, shards):
-            crops += [_crop_centre(store, shard, member[1]) for member in map(entry.image, (DEGRADED, CLEAN)) if member]
+            crops += [_crop_centre(store, shard, image) for image in map(entry.image, (DEGRADED, CLEAN)) if image]
             if len(crops) >= ACROSS:
                 break
         rows.append(image_strip.Row(_summarize_set(store, shards).title, tuple(crops)))
@@ -105,9 +105,9 @@ def _iterate_samples(store: Store, shards: list[Shard]) -> Iterator[tuple[Shard,
             yield shard, entry
 
 
-def _crop_centre(store: Store, shard: Shard, part: Part) -> Pixels:
+def _crop_centre(store: Store, shard: Shard, stored: StoredImage) -> Pixels:
     """Read the centre of an image, uint8 (SIDE, SIDE, 3), padded with white if the image is smaller."""
-    centre = image_strip.centre(decode(_read_member(store, shard, part)), SIDE)
+    centre = image_strip.centre(decode(_read_member(store, shard, stored)), SIDE)
     height, width = centre.shape[:2]
     filled = np.full((SIDE, SIDE, 3), 255, np.uint8)
     top, left = (SIDE - height) // 2, (SIDE - width) // 2
@@ -115,15 +115,15 @@ def _crop_centre(store: Store, shard: Shard, part: Part) -> Pixels:
     return filled
 
 
-def _read_member(store: Store, shard: Shard, part: Part) -> bytes:
+def _read_member(store: Store, shard: Shard, stored: StoredImage) -> bytes:
     """Read the bytes of one member, without reading the whole shard."""
 
     def read() -> bytes:
         data = bytearray()
-        for block in store.read(shard.name, part.offset):
+        for block in store.read(shard.name, stored.offset):
             data += block
-            if len(data) >= part.size:
+            if len(data) >= stored.size:
                 break
-        return bytes(data[: part.size])
+        return bytes(data[: stored.size])
 
     return with_retries(read, f"reading {store.where(shard.name)}", DEFAULT_PATIENCE, to_stderr)

@@ -140,8 +140,8 @@ def test_training_images_are_raw_pixels_after_a_header_that_the_size_decides(bui
     shard = next(s for s in manifest.shards if s.set == "clean" and s.role == "train")
     entry = indices(out, manifest)[shard.name].entries[0]
     found = entry.image("clean")
-    assert found is not None and found[0] == "ppm" and entry.image("degraded") is None
-    held = (out / shard.name).read_bytes()[found[1].offset : found[1].offset + found[1].size]
+    assert found is not None and found.format == "ppm" and entry.image("degraded") is None
+    held = (out / shard.name).read_bytes()[found.offset : found.offset + found.size]
     header = b"P6\n%d %d\n255\n" % (entry.width, entry.height)
     source = photo("chelsea" if entry.height == 300 else "coffee")
     assert header == ppm_header(entry.height, entry.width) and held == header + source.tobytes()
@@ -153,7 +153,7 @@ def test_png_is_stored_where_the_recipe_says_so_and_always_to_score_on(
     out = tmp_path / "out"
     manifest = build(recipe(SMALL, train_format="png"), Folder(out), 1, quiet)
     entries = [e for index in indices(out, manifest).values() for e in index.entries]
-    assert {e.image("clean")[0] for e in entries} == {"png"}  # type: ignore[index]
+    assert {e.image("clean").format for e in entries} == {"png"}  # type: ignore[union-attr]
     assert sum(s.bytes for s in manifest.shards) < 0.8 * sum(s.bytes for s in built[1].shards)
     scored = [s for s in built[1].shards if s.role == "evaluate"]
     assert {part for s in scored for e in indices(*built)[s.name].entries for part in e.parts} == {
