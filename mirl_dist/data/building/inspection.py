@@ -33,9 +33,8 @@ def inspect_images(recipe: Recipe, workers: int, progress: ProgressCallback, gro
     """
     pictures, complaints = group.on_main(lambda: find_images(recipe))
     paths = sorted({file for picture in pictures for file in picture.files})
-    file_info = dict(
-        zip(paths, distributed_map(group, examine, paths, workers, progress, "checking images", 8), strict=True)
-    )
+    examined = distributed_map(group, examine, paths, workers, progress, "checking images", 8)
+    file_info = dict(zip(paths, examined, strict=True))
     return group.on_main(lambda: _select_usable(recipe, pictures, complaints, file_info))
 
 
@@ -105,13 +104,10 @@ def _check_overlap(pictures: Iterable[SourceImage], file_info: Mapping[Path, Ima
     trained: dict[str, Path] = {}
     scored: dict[str, Path] = {}
     for picture in pictures:
-        side = trained if picture.role == "train" else scored
         for file in picture.files:
-            side.setdefault(file_info[file].pixels_sha256, file)
-    both = [
-        f"{printable(trained[d])} = {printable(scored[d])}"
-        for d in sorted(trained.keys() & scored.keys(), key=lambda d: trained[d])
-    ]
+            (trained if picture.role == "train" else scored).setdefault(file_info[file].pixels_sha256, file)
+    digests = sorted(trained.keys() & scored.keys(), key=lambda digest: trained[digest])
+    both = [f"{printable(trained[digest])} = {printable(scored[digest])}" for digest in digests]
     if both:
         raise UserError(
             format_complaints(

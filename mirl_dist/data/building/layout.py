@@ -12,21 +12,11 @@ from pathlib import Path
 
 from mirl_dist.data.building.discovery import SourceImage, printable
 from mirl_dist.data.building.recipe import Recipe
-from mirl_dist.data.image_files import ImageInfo
+from mirl_dist.data.image_files import Box, ImageInfo, centre_box
 from mirl_dist.data.manifest import ImageFormat, ppm_header
 
 PNG_SHARE = 0.6  # approximate PNG size of photographs, relative to raw bytes
 BLOCK = 512  # bytes; in a tar, the header and the data of every member are padded to whole blocks
-
-
-@dataclass(frozen=True)
-class CentreBox:
-    """A rectangle of an image in pixels: its top-left corner (y, x), height and width."""
-
-    y: int
-    x: int
-    height: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -40,7 +30,7 @@ class LayoutItem:
     picture: SourceImage
     version: int
     digests: tuple[str, ...]
-    box: CentreBox
+    box: Box
     form: ImageFormat
 
 
@@ -51,12 +41,6 @@ class ShardPlan:
     name: str
     seed: int
     items: tuple[LayoutItem, ...]
-
-
-def centre_box(height: int, width: int, side: int | None) -> CentreBox:
-    """Return the centre of an image, at most `side` x `side` pixels; the whole image if `side` is None."""
-    h, w = (height, width) if side is None else (min(height, side), min(width, side))
-    return CentreBox((height - h) // 2, (width - w) // 2, h, w)
 
 
 def _sample_name(picture: SourceImage, version: int) -> str:
