@@ -33,8 +33,7 @@ REBUILD = "Copy it again, or build the shards again."
 # Names become file names in caches and wherever a tar is unpacked, so they must not allow path traversal.
 SAFE_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _Key = Annotated[str, Field(pattern=f"^{SAFE_KEY.pattern}$")]
-_ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*\.tar$")]
-_SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
+_ShardName = Annotated[str, Field(pattern=rf"^{SAFE_KEY.pattern}\.tar$")]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Count = Annotated[int, Field(ge=0, strict=True)]
 _Pixels = Annotated[int, Field(ge=1, strict=True)]
@@ -101,7 +100,7 @@ class Shard(_ManifestPart):
 
     name: _ShardName
     role: Literal["train", "evaluate"]
-    set: _SetName
+    set: _Key
     kind: Kind
     samples: Annotated[int, Field(ge=1, strict=True)]
     least_pixels: _Pixels
@@ -125,13 +124,6 @@ class Manifest(_ManifestPart):
 
     def role(self, role: str) -> tuple[Shard, ...]:
         return tuple(s for s in self.shards if s.role == role)
-
-    def samples(self, role: str) -> dict[str, int]:
-        """Return the number of samples of each kind in one role."""
-        counts: Counter[str] = Counter()
-        for shard in self.role(role):
-            counts[shard.kind] += shard.samples
-        return dict(counts)
 
     def dump(self) -> bytes:
         return to_json(self.model_dump())

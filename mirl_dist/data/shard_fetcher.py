@@ -84,6 +84,13 @@ class LocalShard:
             return damaged
 
 
+def _is_intact(cached: CachedShard, shard: Shard) -> bool:
+    try:
+        return cached.digest() == shard.sha256
+    except OSError:  # the node's disk cannot read the copy
+        return False
+
+
 def _file_state(path: Path) -> tuple[int, int, int]:
     """Return inode, size in bytes and modification time in nanoseconds, which change when the file does."""
     stat = path.stat()
@@ -223,7 +230,7 @@ class ShardFetcher:
         try:
             while True:
                 cached = self._acquire(cache, shard, shard.bytes)
-                if cached.fresh or shard.name in self._verified or cached.matches(shard.sha256):
+                if cached.fresh or shard.name in self._verified or _is_intact(cached, shard):
                     break
                 cache.discard(cached)
         except WrongBytes:

@@ -16,6 +16,7 @@ from mirl_dist.data.parallel import SINGLE_PROCESS, distributed_map
 from mirl_dist.distributed.hardware import processes
 from mirl_dist.errors import UserError
 from mirl_dist.observability.console import rank_label
+from tests.data.loaders import quiet
 
 T = TypeVar("T")
 
@@ -57,10 +58,6 @@ def together(world: int, work: Callable[[Threads], T]) -> tuple[list[T | BaseExc
     for thread in threads:
         thread.join(30)
     return ended, ranks
-
-
-def quiet(done: int, total: int, what: str) -> None:
-    pass
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7])

@@ -28,6 +28,7 @@ from mirl_dist.data.manifest import CLEAN, DEGRADED, Part, StoredImage, read_ind
 from mirl_dist.data.parallel import SingleProcess
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder
+from tests.data.loaders import quiet
 
 RECIPES = Path(__file__).resolve().parents[3] / "shards"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -38,10 +39,6 @@ Pairs = Mapping[str, str | None]
 
 def shipped(name: str) -> Recipe:
     return read(RECIPES / f"{name}.yaml")
-
-
-def quiet(done: int, total: int, what: str) -> None:
-    pass
 
 
 def clean(*files: str) -> Pairs:
