@@ -17,7 +17,7 @@ from mirl_dist.data.building.build import build
 from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.cache import ShardCache
 from mirl_dist.data.loader import TrainLoader, passes_behind
-from mirl_dist.data.manifest import Index, Manifest, read_index
+from mirl_dist.data.manifest import Index, Manifest, Shard, read_index
 from mirl_dist.data.prefetch import shards_ahead
 from mirl_dist.data.sample import Batch, PatchReader, Pixels
 from mirl_dist.data.sampler import GlobalSampler, Position, split_batch
@@ -56,6 +56,14 @@ def recipe(tree: Mapping[str, Any], **more: Any) -> Recipe:
 def made(tree: Mapping[str, Any], out: Path | Store, **more: Any) -> Manifest:
     """The shards of a recipe in a folder or another store."""
     return build(recipe(tree, **more), Folder(out) if isinstance(out, Path) else out, 1, quiet)
+
+
+def shard(number: int, samples: int, **more: Any) -> Shard:
+    """A shard of a manifest that lies nowhere."""
+    digest = f"{number:064x}"
+    known: dict[str, Any] = {"role": "train", "set": "x", "kind": "clean", "least_pixels": 64, "bytes": 1024}
+    known |= {"sha256": digest, "index_sha256": digest} | more
+    return Shard(name=f"train-{known['set']}-{number:05d}.tar", samples=samples, **known)
 
 
 def indices(out: Path, manifest: Manifest) -> dict[str, Index]:
