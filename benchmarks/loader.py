@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mirl_dist.data.building.build import build
-from mirl_dist.data.building.inspection import inspect_images
+from mirl_dist.data.building.planning import inspect_images
 from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.building.recipe import read as read_recipe
 from mirl_dist.data.loader import TrainLoader

@@ -52,14 +52,13 @@ def parallel_map(
     workers: int,
     progress: ProgressCallback,
     what: str,
-    chunk: int = 1,
 ) -> Iterator[Result]:
     """Yield function(item) for every item, in order. With one worker, the calls run in this process.
 
     function and items must be picklable. Raises what `function` raises, and UserError if a worker process was killed.
     """
     progress(0, len(items), what)
-    if workers <= 1 or len(items) <= chunk:
+    if workers <= 1 or len(items) <= 1:
         for done, item in enumerate(items, 1):
             yield function(item)
             progress(done, len(items), what)
@@ -68,7 +67,7 @@ def parallel_map(
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(min(workers, len(items)), context, end_with_parent) as pool:
-            for done, result in enumerate(pool.map(function, items, chunksize=chunk), 1):
+            for done, result in enumerate(pool.map(function, items), 1):
                 yield result
                 progress(done, len(items), what)
     except BrokenProcessPool:
@@ -117,7 +116,6 @@ def distributed_map(
     workers: int,
     progress: ProgressCallback,
     what: str,
-    chunk: int = 1,
 ) -> list[Result]:
     """Return function(item) for every item, in order, on every rank. Each rank maps its share with `workers` processes.
 
@@ -126,13 +124,13 @@ def distributed_map(
     a UserError of any rank on every rank.
     """
     if group.world == 1:
-        return list(parallel_map(function, items, workers, progress, what, chunk))
+        return list(parallel_map(function, items, workers, progress, what))
     share = items[group.rank :: group.world]
     results: list[Result] = []
     stop_requested = threading.Event()
 
     def work_on_share() -> None:
-        for result in parallel_map(function, share, workers, lambda done, total, what: None, what, chunk):
+        for result in parallel_map(function, share, workers, lambda done, total, what: None, what):
             results.append(result)
             if stop_requested.is_set():
                 return

@@ -57,21 +57,16 @@ class Patch(NamedTuple):
     key: str
 
 
-class NumpyBatch(NamedTuple):
-    """Patches of one forward pass as NumPy arrays; between processes, each tensor would need a socket.
-
-    degraded, clean: uint8 (B, 3, P, P). task: int64 (B,) task indices. skipped: how many patches replace damaged ones.
-    """
-
-    degraded: Pixels
-    clean: Pixels
-    task: NDArray[np.int64]
-    keys: tuple[str, ...]
-    skipped: int
+NumpyBatch = tuple[Pixels, Pixels, NDArray[np.int64], tuple[str, ...], int]
+"""The fields of a `Batch` as NumPy arrays: between processes, each tensor would need a socket."""
 
 
 class Batch(NamedTuple):
-    """A `NumpyBatch` as tensors. Images are uint8 from the reader, and float32 in [0, 1] after `to`."""
+    """The patches of one forward pass.
+
+    degraded, clean: (B, 3, P, P), uint8 from the reader, and float32 in [0, 1] after `to`. task: int64 (B,) task
+    indices. skipped: how many patches replace damaged ones.
+    """
 
     degraded: Tensor
     clean: Tensor
@@ -82,19 +77,17 @@ class Batch(NamedTuple):
     @classmethod
     def of(cls, batch: NumpyBatch, pin: bool) -> Batch:
         """Wrap the arrays as tensors without a copy; pin: copy to page-locked memory for asynchronous transfers."""
-        degraded, clean, task = (torch.from_numpy(array) for array in batch[:3])
+        *arrays, keys, skipped = batch
+        degraded, clean, task = (torch.from_numpy(array) for array in arrays)
         if pin:
             degraded, clean, task = degraded.pin_memory(), clean.pin_memory(), task.pin_memory()
-        return cls(degraded, clean, task, batch.keys, batch.skipped)
+        return cls(degraded, clean, task, keys, skipped)
 
     def to(self, device: torch.device) -> Batch:
         """Move to a device, then convert images to float32 in [0, 1]; uint8 transfers a quarter of the bytes."""
 
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
-
-        degraded, clean = (move(images).float().div_(255.0) for images in (self.degraded, self.clean))
-        return Batch(degraded, clean, move(self.task), self.keys, self.skipped)
+        degraded, clean, task = (x.to(device, non_blocking=True) for x in self[:3])
+        return Batch(degraded.float().div_(255.0), clean.float().div_(255.0), task, self.keys, self.skipped)
 
 
 def decode(data: bytes, source: str) -> Pixels:
@@ -196,4 +189,4 @@ def collate(patches: list[Patch], skipped: int = 0) -> NumpyBatch:
         degraded[number] = patch.degraded
         clean[number] = patch.clean
     task = np.array([p.task for p in patches], dtype=np.int64)
-    return NumpyBatch(degraded, clean, task, tuple(p.key for p in patches), skipped)
+    return degraded, clean, task, tuple(p.key for p in patches), skipped

@@ -22,8 +22,7 @@ from PIL import Image
 from mirl_dist.config.seeding import rng
 from mirl_dist.data.building import contact_sheet, demo_photos, resume
 from mirl_dist.data.building.discovery import printable
-from mirl_dist.data.building.inspection import inspect_images
-from mirl_dist.data.building.layout import LayoutItem, ShardPlan, plan_shards
+from mirl_dist.data.building.planning import LayoutItem, ShardPlan, inspect_images, plan_shards
 from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.building.resume import BuildRecords
 from mirl_dist.data.degradations.degrade import Pixels, haze, rain, snow

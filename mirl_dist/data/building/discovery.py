@@ -65,10 +65,10 @@ def printable(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def format_complaints(complaints: Sequence[str], heading: str, advice: str) -> str:
-    """Format a UserError's text about many files: at most SHOWN of them, and the number of the others."""
+def error_of(complaints: Sequence[str], heading: str, advice: str) -> UserError:
+    """Return an error about many files that lists at most SHOWN of them, and the number of the others."""
     more = [f"and {len(complaints) - SHOWN} more"] if len(complaints) > SHOWN else []
-    return "\n".join([heading, *(f"  {c}" for c in [*complaints[:SHOWN], *more]), advice])
+    return UserError("\n".join([heading, *(f"  {c}" for c in [*complaints[:SHOWN], *more]), advice]))
 
 
 def compile_template(names: str) -> re.Pattern[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mirl_dist.data.building import discovery, layout
+from mirl_dist.data.building import discovery, planning
 from mirl_dist.data.building.recipe import Recipe, read
 from mirl_dist.errors import UserError
 from tests.data import loaders
@@ -212,6 +212,6 @@ def test_keys_are_short_plain_and_differ_where_names_differ() -> None:
     keys = set()
     for name in names:
         picture = discovery.SourceImage("evaluate", "s" * 24, "derain", name, Path(name))
-        keys.add(layout.sample_key(picture))
+        keys.add(planning.sample_key(picture))
     assert len(keys) == len(names)
     assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,69}", key) for key in keys)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from mirl_dist.data.building import demo_photos, discovery
 from mirl_dist.data.building.build import build
-from mirl_dist.data.building.inspection import inspect_images
+from mirl_dist.data.building.planning import inspect_images
 from mirl_dist.data.building.recipe import ImageSet, Recipe, read
 from mirl_dist.data.manifest import CLEAN, DEGRADED, Part, StoredImage, read_index
 from mirl_dist.data.parallel import SingleProcess
