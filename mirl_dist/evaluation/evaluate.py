@@ -21,8 +21,8 @@ from mirl_dist.config.seeding import rng
 from mirl_dist.config.tasks import Task
 from mirl_dist.data import image_strip
 from mirl_dist.data.manifest import CLEAN, DEGRADED, Shard
-from mirl_dist.data.resident_images import ImageSource
 from mirl_dist.data.sample import Pixels, to_tensor
+from mirl_dist.data.shard_pool import ImageSource
 from mirl_dist.data.shards import SamplePlace, Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import InvariantError, Stopped, UserError

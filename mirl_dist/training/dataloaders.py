@@ -11,15 +11,13 @@ from typing import NamedTuple
 from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import shard_cache_folder
 from mirl_dist.data.cache import ShardCache
-from mirl_dist.data.calibration import CalibrationPatches
-from mirl_dist.data.loader import TrainLoader, passes_behind
+from mirl_dist.data.loader import TrainLoader, calibration_batches, passes_behind
 from mirl_dist.data.manifest import Shard
 from mirl_dist.data.parallel import distributed_map
 from mirl_dist.data.prefetch import shards_ahead
-from mirl_dist.data.resident_images import ResidentImages
-from mirl_dist.data.sample import Batch
+from mirl_dist.data.sample import Batch, PatchReader
 from mirl_dist.data.sampler import BatchSplit, GlobalSampler, Position
-from mirl_dist.data.shard_pool import ShardPool
+from mirl_dist.data.shard_pool import ResidentImages, ShardPool
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
@@ -98,15 +96,17 @@ def train_loader_of(
     return TrainLoader(
         pool,
         sampler,
-        seed=config.run.seed,
-        patch_pixels=config.data.patch_pixels,
-        augment=config.data.augment,
+        patch_reader_of(config, sampler),
         workers=config.data.workers,
         rank=ranks.rank,
         split=batch_split,
         ahead=shards_ahead(lanes, behind, sampler.steps_per_epoch, shards, limit, most_ranks),
         pin=ranks.device.type == "cuda",
     )
+
+
+def patch_reader_of(config: Config, sampler: GlobalSampler) -> PatchReader:
+    return PatchReader(sampler.tasks, config.run.seed, config.data.patch_pixels, config.data.augment)
 
 
 def check_damage(pool: ShardPool, jobs: Sequence[EvalJob], ranks: Ranks, damage: str) -> None:
@@ -170,12 +170,12 @@ def calibration_of(
     It maps a round to batches of one sample on this rank's device, the same for any number of ranks. Only one sample
     and one shard are held at a time.
     """
-    patches = CalibrationPatches(sampler.tasks, config.run.seed, config.data.patch_pixels, config.data.augment)
+    patches = patch_reader_of(config, sampler)
 
     def batches(round_: int) -> Iterator[Batch]:
         positions = islice(sampler.positions(Position(0, 0), config.train.epochs), config.prune.criterion_batches)
         slots = [slot for position in positions for slot in sampler.slots(round_, position)]
-        for batch in patches.of(slots, pool, stop_requested):
+        for batch in calibration_batches(slots, pool, patches, stop_requested):
             yield Batch.of(batch, pin=False).to(ranks.device)
 
     return batches

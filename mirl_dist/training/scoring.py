@@ -7,8 +7,7 @@ from statistics import fmean
 
 from torch import nn
 
-from mirl_dist.data.resident_images import ResidentImages
-from mirl_dist.data.shard_pool import ShardPool
+from mirl_dist.data.shard_pool import ResidentImages, ShardPool
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.evaluation.evaluate import EvalJob, EvalResult, EvalSettings, evaluate, first_images

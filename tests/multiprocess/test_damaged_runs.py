@@ -30,7 +30,7 @@ def flip(shards: Path, place: SamplePlace) -> None:
     assert found is not None
     tar = shards / place.shard.name
     data = bytearray(tar.read_bytes())
-    data[found[1].offset + found[1].size // 2] ^= 1
+    data[found.offset + found.size // 2] ^= 1
     tar.write_bytes(data)
 
 
