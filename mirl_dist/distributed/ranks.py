@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mirl_dist.distributed.engines.from_env import engine_from_env
 from mirl_dist.distributed.engines.sharding import ShardLayout
+from mirl_dist.distributed.engines.spec import engine_from_env
 from mirl_dist.distributed.flight_recorder import FlightRecorder
 from mirl_dist.distributed.hardware import gpus
 from mirl_dist.distributed.parallel_network import ParallelNetwork

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-from mirl_dist.distributed.engines.from_env import engine_from_env
+from mirl_dist.distributed.engines.spec import engine_from_env
 from mirl_dist.distributed.launch import launch_file
 from tests.services.lab import PROGRAMS, ROOT, Ended, Lab
 

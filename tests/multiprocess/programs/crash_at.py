@@ -22,7 +22,7 @@ import torch
 
 from mirl_dist import storage
 from mirl_dist.cli import app
-from mirl_dist.distributed.engines import sharded_gradients
+from mirl_dist.distributed.engines import sharding
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks
 from mirl_dist.storage import async_writer, commits, local
@@ -84,7 +84,7 @@ def at_put(plan: Plan) -> None:
 
 def at_step(plan: Plan) -> None:
     train_round, close_gradients, l1 = loop.train_round, masks.mask_gradients, objective.per_sample_l1
-    close_parts = sharded_gradients.mask
+    close_parts = sharding.mask_gradients
     where: list[Any] = []
     passes = [0]
 
@@ -125,7 +125,7 @@ def at_step(plan: Plan) -> None:
 
     loop.train_round = training
     masks.mask_gradients = closing
-    sharded_gradients.mask = closing_parts
+    sharding.mask_gradients = closing_parts
     objective.per_sample_l1 = losing
 
 
