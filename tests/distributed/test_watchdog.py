@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from mirl_dist.distributed.flight_recorder import FlightRecorder
-from mirl_dist.distributed.peers import READS
-from mirl_dist.distributed.watchdog import Watchdog
+from mirl_dist.distributed.watchdog import READS, Watchdog
 
 HERE = platform.node()
 NAMES = [f"rank {rank} (node{rank}, pid {rank})" for rank in range(4)]

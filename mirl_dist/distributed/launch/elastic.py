@@ -16,12 +16,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from mirl_dist.distributed.live_store import LiveStore
+from mirl_dist.distributed.process_group import LiveStore
 
 _PERIOD_SECONDS = 0.5
 _DELIVERY_SECONDS = 3.0
 """Time for the other nodes to read an exit code before node 0, which serves the store, exits."""
-_STORE_TIMEOUT_SECONDS = 7 * 86400
+_STORE_TIMEOUT = timedelta(days=7)
 
 
 class NodesDisconnected(Exception):
@@ -165,16 +165,10 @@ class NodeChannel:
 
     def _open_store(self) -> LiveStore | None:
         """Connect once node 0 listens; return None if closed before. Node 0 initialises all keys before others read."""
-        from torch import distributed
-
-        torch_distributed: Any = distributed
         while not self._is_listening():
             if self._closed.wait(_PERIOD_SECONDS):
                 return None
-        options = {"is_master": self._node == 0, "wait_for_workers": False, "multi_tenant": True}
-        timeout = timedelta(seconds=_STORE_TIMEOUT_SECONDS)
-        server = torch_distributed.TCPStore(*self._endpoint, timeout=timeout, **options)
-        store = LiveStore(torch_distributed.PrefixStore("mirl_dist/nodes", server), *self._endpoint)
+        store = LiveStore(*self._endpoint, _STORE_TIMEOUT, "mirl_dist/nodes", serve=self._node == 0)
         for node in range(self._nodes) if self._node == 0 else [self._node]:
             store.set(f"ended/{node}", "")
         return store

@@ -8,8 +8,7 @@ import time
 import pytest
 import torch
 
-from mirl_dist.distributed.process_group import is_peer_loss
-from mirl_dist.distributed.rendezvous import rendezvous
+from mirl_dist.distributed.process_group import is_peer_loss, rendezvous
 
 
 def test_ranks_of_one_start_share_a_launch_id_in_a_store_full_of_earlier_ones() -> None:
