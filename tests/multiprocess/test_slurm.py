@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.services.ports import free_port
+from tests.services.processes import free_port
 from tests.services.slurm_cluster import MISSING, Job, SlurmCluster
 
 ROOT = Path(__file__).resolve().parents[2]

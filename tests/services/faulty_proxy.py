@@ -17,7 +17,6 @@ import struct
 import termios
 import threading
 import time
-from types import TracebackType
 from urllib.parse import urlsplit
 
 SLOW_DOWN = (503, "SlowDown")
@@ -114,7 +113,7 @@ class FaultyProxy:
     def __enter__(self) -> FaultyProxy:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     # -- threads ------------------------------------------------------------------------------------------------

@@ -7,16 +7,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mirl_dist.distributed.launch import control
 from mirl_dist.distributed.launch.control import ControlChannel
 from mirl_dist.errors import UserError
+from tests.services.processes import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -215,7 +213,7 @@ def test_a_worker_whose_launcher_has_gone_leaves_unless_it_was_asked_to_stop_bef
     pid = int(launcher.stdout.readline())
     os.kill(launcher.pid, signal.SIGKILL)
     launcher.wait()
-    wait_for(lambda: ended(pid))
+    wait_until(lambda: ended(pid))
     said = {"asked": ("committed\n", ""), "not asked": ("", "mirl-dist: the launcher has exited; exiting too.\n")}[
         asked
     ]
@@ -230,10 +228,3 @@ def ended(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
     except OSError:
         return True
-
-
-def wait_for(found: Callable[[], Any]) -> None:
-    last = time.monotonic() + 30
-    while not found():
-        assert time.monotonic() < last
-        time.sleep(0.01)
