@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+import psutil
+
 T = TypeVar("T")
 PATIENCE = 300.0
 """Seconds after which what a test waits for counts as never to come: many, for a machine may be busy."""
@@ -62,6 +64,13 @@ def output_of(*command: str, env: Mapping[str, str], timeout: float) -> str:
     if ended.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stderr[-3000:]}")
     return ended.stdout
+
+
+def runs(pid: int) -> bool:
+    """Whether a process has not ended (one that only waits for its parent to take note has)."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def kill_group(process: subprocess.Popen[bytes] | None) -> None:

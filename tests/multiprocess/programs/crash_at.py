@@ -49,7 +49,6 @@ def die(plan: Plan) -> None:
 
 
 def at_put(plan: Plan) -> None:
-    put, put_if_absent, replace, link = storage.Folder.put, storage.Folder.put_if_absent, os.replace, os.link
     armed = [True]
 
     def strike(name: str, when: str) -> None:
@@ -57,29 +56,30 @@ def at_put(plan: Plan) -> None:
             armed[0] = False
             die(plan)
 
-    def putting(self: storage.Folder, name: str, data: bytes) -> None:
-        strike(name, "before")
-        put(self, name, data)
-        strike(name, "after")
+    def around(owner: Any, method: str) -> None:
+        put = getattr(owner, method)
 
-    def putting_if_absent(self: storage.Folder, name: str, data: bytes) -> bool:
-        strike(name, "before")
-        written = put_if_absent(self, name, data)
-        strike(name, "after")
-        return written
+        def putting(self: Any, name: str, data: bytes) -> Any:
+            strike(name, "before")
+            written = put(self, name, data)
+            strike(name, "after")
+            return written
 
-    def replacing(source: str, target: Any) -> None:
-        strike(str(target), "during")
-        replace(source, target)
+        setattr(owner, method, putting)
 
-    def linking(source: str, target: Any) -> None:
-        strike(str(target), "during")
-        link(source, target)
+    def during(call: str) -> None:
+        publish = getattr(os, call)
 
-    storage.Folder.put = putting  # type: ignore[method-assign]
-    storage.Folder.put_if_absent = putting_if_absent  # type: ignore[method-assign]
-    local.os.replace = replacing  # type: ignore[assignment]
-    local.os.link = linking  # type: ignore[assignment]
+        def publishing(source: str, target: Any) -> None:
+            strike(str(target), "during")
+            publish(source, target)
+
+        setattr(local.os, call, publishing)
+
+    around(storage.Folder, "put")
+    around(storage.Folder, "put_if_absent")
+    during("replace")
+    during("link")
 
 
 def at_step(plan: Plan) -> None:
