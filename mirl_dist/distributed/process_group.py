@@ -16,7 +16,6 @@ import torch
 from mirl_dist.errors import UserError
 
 _DISTRIBUTED: Any = torch.distributed  # typed Any: some members are private or lack type stubs
-CONNECTION_ERRORS = (_DISTRIBUTED.DistNetworkError, _DISTRIBUTED.DistStoreError, ConnectionError)
 _LAUNCH_ID = "launch_id"
 _LONGEST_PAUSE_SECONDS = 0.25
 

@@ -60,6 +60,11 @@ class Ended(NamedTuple):
         bad = [c for c in self.codes if c]
         return min(bad, key=lambda c: (c < 0, c == 1, c)) if bad else 0
 
+    def ok(self) -> Ended:
+        """Itself, if all processes ended well."""
+        assert self.rc == 0, self.said()
+        return self
+
     def said(self) -> str:
         return f"codes {self.codes}\n--- out\n{self.out}\n--- err\n{self.err}"
 
@@ -223,6 +228,13 @@ class Lab:
 
     def digests(self, run: Path) -> list[str]:
         return [str(ticket["digest"]) for ticket in self.tickets(run)]
+
+    def assert_same_run(self, run: Path, reference: Path) -> None:
+        """The same tickets, with masks and weights of the same bytes."""
+        assert self.digests(run) == self.digests(reference)
+        for mine, theirs in zip(self.ended(run), self.ended(reference), strict=True):
+            for name in ("weights.safetensors", "mask.safetensors"):
+                assert (mine / name).read_bytes() == (theirs / name).read_bytes()
 
 
 def write_photographs(folder: Path) -> None:

@@ -14,9 +14,9 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from mirl_dist.distributed.process_group import CONNECTION_ERRORS, LiveStore
+from mirl_dist.distributed.process_group import LiveStore
 from mirl_dist.errors import UserError
 
 _PERIOD_SECONDS = 0.5
@@ -41,10 +41,13 @@ def launch(arguments: list[str], on_failure: Callable[[int, int], None], address
     it raises NoRestart, 1 is returned. address: this node's address for the others. Raise UserError for options that
     accelerate rejects, NodesDisconnected if the launchers of several nodes lose each other.
     """
+    import torch.distributed
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
+    distributed: Any = torch.distributed
+    lost = (RendezvousError, distributed.DistNetworkError, distributed.DistStoreError, ConnectionError)
     options = launch_command_parser().parse_args(arguments)
     if address is not None:
         options.local_addr = address  # not an option of accelerate, but passed on to torch
@@ -60,7 +63,7 @@ def launch(arguments: list[str], on_failure: Callable[[int, int], None], address
     except (ValueError, ImportError) as error:
         reason = str(error).rstrip(".")
         raise UserError(f"accelerate refuses this launch: {reason}. Compare with launch/cpu_two.yaml.") from None
-    except (RendezvousError, *CONNECTION_ERRORS, AttributeError) as error:
+    except (*lost, AttributeError) as error:
         # torch 2.13 raises AttributeError on the None that its own graceful exit from a closed rendezvous returns.
         if options.num_machines in (None, 1) or (isinstance(error, AttributeError) and "is_failed" not in str(error)):
             raise

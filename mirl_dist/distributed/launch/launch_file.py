@@ -24,6 +24,7 @@ NODES, RANKS_PER_NODE = "MIRL_NODES", "MIRL_RANKS_PER_NODE"
 ADDRESS, PORT = "MIRL_MASTER_ADDR", "MIRL_MASTER_PORT"
 """Variables with the address and port at which the other nodes reach node 0."""
 _DEFAULT_PORT = 29500  # accelerate's
+_LEAST_RENDEZVOUS_SECONDS = 60
 
 
 class LaunchFile(NamedTuple):
@@ -44,8 +45,12 @@ class LaunchFile(NamedTuple):
     address: str | None
     port: int | None
 
-    def options(self) -> list[str]:
-        """Return accelerate's options to start this node's ranks, including those that the file leaves out."""
+    def options(self, timeout_seconds: float) -> list[str]:
+        """Return accelerate's options to start this node's ranks, including those that the file leaves out.
+
+        timeout_seconds: how long ranks wait for each other. Launchers of several nodes wait as long (60 s at least), so
+        that both survive the same network failures.
+        """
         options = ["--config_file", str(self.path), "--num_processes", str(self.ranks)]
         options += ["--num_machines", str(self.nodes)]
         options += ["--machine_rank", str(self.node_rank), "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -54,7 +59,11 @@ class LaunchFile(NamedTuple):
         options += ["--main_process_ip", str(self.address), "--main_process_port", str(self.port)]
         if self.engine.startswith("zero"):
             options += ["--deepspeed_multinode_launcher", "standard"]
-        return [*options, "--rdzv_backend", self.rendezvous]
+        seconds = max(_LEAST_RENDEZVOUS_SECONDS, int(timeout_seconds))
+        wait = f"timeout={seconds}"
+        if self.rendezvous == "c10d":
+            wait = f"is_host={int(self.node_rank == 0)},join_timeout={seconds},read_timeout={seconds}"
+        return [*options, "--rdzv_backend", self.rendezvous, "--rdzv_conf", wait]
 
 
 _Device = Literal["none", "cpu"]

@@ -33,7 +33,6 @@ _POLL_SECONDS = 0.2
 _NAME_SECONDS = 60.0
 _GRACE_SECONDS = 15.0
 """Extra time for the ranks, which exit by themselves at preempt.deadline_seconds."""
-_LEAST_RENDEZVOUS_SECONDS = 60
 _AGAIN = "start the same command again on every node: the run resumes from its last commit"
 
 
@@ -48,7 +47,7 @@ def choose(config: Config, launch_option: str) -> tuple[LaunchFile, list[str]]:
     if not launch_option.strip():
         raise UserError("--launch: found an empty name. Give a file from launch/, or auto.")
     file = launch_file.read(Path(launch_option))
-    return file, file.options() if file.ranks > 1 or file.engine != "ddp" else []
+    return file, file.options(config.ranks.timeout_seconds) if file.ranks > 1 or file.engine != "ddp" else []
 
 
 def launch(
@@ -67,7 +66,6 @@ def launch(
     before this launcher installs its signal handlers.
     """
     arguments = [*options, "--max_restarts", str(config.ranks.restarts), "--monitor_interval", "0.1"]
-    arguments += _rendezvous_options(config.ranks.timeout_seconds, file)
     arguments += ["-m", "mirl_dist", *command, "--resume", "auto" if resume == "never" else resume]
     for assignment in sets:
         arguments += ["--set", assignment]
@@ -188,20 +186,6 @@ class _LaunchReporter:
         if code and self._nodes is not None:
             self._nodes.send(code)
         return code
-
-
-def _rendezvous_options(timeout_seconds: float, file: LaunchFile) -> list[str]:
-    """Return the options for how long launchers of several nodes wait for each other.
-
-    Launchers wait as long as ranks do (60 s at least), so that both survive the same network failures.
-    """
-    if file.nodes == 1:
-        return []
-    seconds = max(_LEAST_RENDEZVOUS_SECONDS, int(timeout_seconds))
-    if file.rendezvous == "static":
-        return ["--rdzv_conf", f"timeout={seconds}"]
-    host = int(file.node_rank == 0)
-    return ["--rdzv_conf", f"is_host={host},join_timeout={seconds},read_timeout={seconds}"]
 
 
 def _find_own_address(file: LaunchFile) -> str:

@@ -146,12 +146,12 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
 
 def test_accelerate_is_told_all_that_it_would_take_from_elsewhere(tmp_path: Path) -> None:
     """It does not heed a file's rdzv_backend, and would ask pdsh to start DeepSpeed's ranks."""
-    options = read(written(tmp_path, NODES | zero() | {"num_processes": 8, "rdzv_backend": "c10d"}), {}).options()
+    options = read(written(tmp_path, NODES | zero() | {"num_processes": 8, "rdzv_backend": "c10d"}), {}).options(10)
     said = dict(zip(options[::2], options[1::2], strict=True))
     assert said["--rdzv_backend"] == "c10d" and said["--deepspeed_multinode_launcher"] == "standard"
     assert (said["--num_processes"], said["--num_machines"], said["--machine_rank"]) == ("8", "2", "1")
     assert (said["--main_process_ip"], said["--main_process_port"]) == ("10.0.0.1", "29500")
-    assert read(written(tmp_path, TWO), {}).options()[-2:] == ["--main_process_port", "0"]
+    assert read(written(tmp_path, TWO), {}).options(10)[-2:] == ["--main_process_port", "0"]
 
 
 @pytest.mark.parametrize(
