@@ -13,9 +13,6 @@ from typing import Any
 import psutil
 import pytest
 
-from mirl_dist.config.config import Config
-from mirl_dist.distributed.launch import launcher
-from mirl_dist.errors import UserError
 from tests.services.lab import ROOT
 from tests.services.processes import runs, wait_until
 
@@ -97,9 +94,8 @@ def play(lab: Any, tmp_path: Path) -> Play:
 
 
 def test_ranks_of_which_one_died_are_started_again_and_it_is_said_who_and_how_often(play: Play) -> None:
-    ended = (
-        play("os.kill(os.getpid(), 9) if (rank, again) == (1, 0) else sys.exit(again == 1 and rank == 0)").wait().ok()
-    )
+    deed = "os.kill(os.getpid(), 9) if (rank, again) == (1, 0) else sys.exit(again == 1 and rank == 0)"
+    ended = play(deed).wait().ok()
     assert ended.err.splitlines() == [
         "mirl-dist: rank 1 was killed by signal 9; starting the ranks again (1 of 2).",
         "mirl-dist: rank 0 failed (code 1); starting the ranks again (2 of 2).",
@@ -185,14 +181,6 @@ def test_a_launcher_that_is_killed_leaves_no_ranks_behind(play: Play) -> None:
     os.kill(launch.pids[0], signal.SIGKILL)
     assert launch.wait().rc == -9
     wait_for_end_of(pids)
-
-
-def test_a_launch_file_with_which_accelerate_hides_failures_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "launch.yaml").write_text("num_processes: 2\ndebug: true\n")
-    with pytest.raises(
-        UserError, match=r"launch\.yaml:\n  debug: found true, with which accelerate hides that ranks failed"
-    ):
-        launcher.choose(Config(), str(tmp_path / "launch.yaml"))
 
 
 # -- the whole program ------------------------------------------------------------------------------------------

@@ -70,23 +70,12 @@ rgw gc obj min wait = 30
 rgw gc processor period = 30
 """
 
-_KEYS = """
-[mon.]
-key = {mon}
-caps mon = "allow *"
-[client.admin]
-key = {admin}
-caps mon = "allow *"
-caps osd = "allow *"
-[osd.0]
-key = {osd}
-caps mon = "allow profile osd"
-caps osd = "allow *"
-[client.rgw.a]
-key = {rgw}
-caps mon = "allow rw"
-caps osd = "allow rwx"
-"""
+_RIGHTS = {
+    "mon.": ['mon = "allow *"'],
+    "client.admin": ['mon = "allow *"', 'osd = "allow *"'],
+    "osd.0": ['mon = "allow profile osd"', 'osd = "allow *"'],
+    "client.rgw.a": ['mon = "allow rw"', 'osd = "allow rwx"'],
+}
 
 # The daemon's parent holds the other end of its pipe: when that is gone, however it went, so is the daemon.
 _BOUND = 'exec 3<&0; (read -r _ <&3; kill -KILL 0) & exec "$@" </dev/null 3<&-'
@@ -152,8 +141,10 @@ class CephServer(S3Server):
         """Ports, keys, and an empty monitor."""
         here, fsid, v1, v2 = self._folder, str(uuid.uuid4()), free_port(), free_port()
         run = self._run
-        keys = {name: run("ceph-authtool", "--gen-print-key").strip() for name in ("mon", "admin", "osd", "rgw")}
-        (here / "keyring").write_text(_KEYS.format(**keys))
+        with (here / "keyring").open("w") as file:
+            for name, rights in _RIGHTS.items():
+                key = run("ceph-authtool", "--gen-print-key")
+                print(f"[{name}]\nkey = {key}", *(f"caps {right}" for right in rights), sep="\n", file=file)
         (here / "conf").write_text(_CONF.format(folder=here, fsid=fsid, v1=v1, v2=v2, port=self.port))
         at = f"[v2:127.0.0.1:{v2},v1:127.0.0.1:{v1}]"
         run("monmaptool", "--create", "--fsid", fsid, "--addv", "a", at, f"{here}/monmap")

@@ -18,6 +18,7 @@ from tests.services.processes import PATIENCE, free_port, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ROOT / "tests" / "multiprocess" / "programs"
+TASKS = ("denoise_25", "derain", "dehaze")
 TINY: dict[str, Any] = {
     "run": {"folder": "run"},
     "model": {
@@ -29,12 +30,7 @@ TINY: dict[str, Any] = {
         "prompt_sizes": [4, 4, 4],
         "prompt_heads": 4,
     },
-    "data": {
-        "mix": {"denoise_25": 3, "derain": 3, "dehaze": 3},
-        "patch_pixels": 16,
-        "steps_per_epoch": 3,
-        "workers": 0,
-    },
+    "data": {"mix": dict.fromkeys(TASKS, 3), "patch_pixels": 16, "steps_per_epoch": 3, "workers": 0},
     "batch": {"global": 4},
     "optimiser": {"lr": 2e-3, "clip_norm": 1.0},
     "schedule": {"by": "step", "warmup_epochs": 1},

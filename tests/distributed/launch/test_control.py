@@ -61,11 +61,12 @@ def test_workers_of_a_launcher_that_opens_no_channel_hear_each_other() -> None:
     assert worker("print(channel.stop_requested())") == "True\n"
 
 
-def test_a_users_mistake_is_the_last_word_whoever_spoke_first() -> None:
+def test_a_users_mistake_is_the_last_word_and_a_new_launcher_hears_none() -> None:
     channel = ControlChannel.of_launcher()
     for code in (75, 2, 75):
         channel.report_exit(code)
     assert channel.exit_code() == 2
+    assert ControlChannel.of_launcher().exit_code() is None
 
 
 def test_a_process_that_nobody_launched_says_and_hears_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,11 +98,6 @@ def test_what_dead_launchers_left_is_removed_and_what_living_ones_say_is_kept(pl
     assert left == {str(living.pid), str(os.getpid())} and not earlier.exists()
     assert len(list(place.iterdir())) == 2
     living.communicate(b"\n")
-
-
-def test_a_launcher_begins_with_an_empty_channel() -> None:
-    ControlChannel.of_launcher().report_exit(2)
-    assert ControlChannel.of_launcher().exit_code() is None
 
 
 def test_a_folder_that_others_could_write_is_closed_or_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,18 +32,6 @@ from mirl_dist.training import losses as objective
 Plan = dict[str, Any]
 
 
-class Overflow(torch.autograd.Function):
-    """The same values, and a gradient that is infinite."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return gradients[0] * float("inf")
-
-
 def die(plan: Plan) -> None:
     os.kill(os.getpid(), plan.get("signal", 9))
 
@@ -117,7 +105,7 @@ def at_step(plan: Plan) -> None:
         passes[0] = passes[0] + 1 if now() else 0
         mine = passes[0] and plan.get("pass", passes[0] - 1) == passes[0] - 1
         if mine and plan.get("do") == "inf_gradient":
-            restored = Overflow.apply(restored)
+            restored.register_hook(lambda gradient: gradient * float("inf"))
         losses = l1(restored, clean)
         if mine and plan.get("do") == "nan":
             losses = torch.cat([losses[:-1], losses[-1:] * float("nan")])
