@@ -99,10 +99,10 @@ def _train_rank(config: Config, resume: str, stop: StopSignal, control: ControlC
 def _check_launch(file: LaunchFile) -> None:
     """Raise UserError if this machine lacks what a launch file requires."""
     from mirl_dist.cli.doctor import machine
-    from mirl_dist.distributed.engines import requirements
+    from mirl_dist.distributed.engines.spec import require
 
     try:
-        requirements.require(file.engine)
+        require(file.engine)
     except LookupError as error:
         raise UserError(f"{file.path}: {error}") from None
     if file.nodes == 1:

@@ -12,8 +12,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from mirl_dist.distributed.engines.base import Engine, gather_full
-from mirl_dist.distributed.engines.sharding import ShardLayout
+from mirl_dist.distributed.engines.base import Engine
+from mirl_dist.distributed.engines.sharding import ShardLayout, gather_full
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks

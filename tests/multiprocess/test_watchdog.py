@@ -5,25 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import signal
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.services.lab import PROGRAMS
+from tests.services.processes import wait_until
 
 pytestmark = pytest.mark.long
 
 HERE = platform.node()
 SCRIPT = str(PROGRAMS / "hang.py")
-
-
-def wait_for(found: Callable[[], Any], seconds: float = 120) -> None:
-    last = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < last, "what was waited for never came"
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +32,11 @@ def ended(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     launch = lab.cold(*torchrun, cwd=folder)
     try:
         # What was stopped wakes up when the others have gone; what sleeps has nobody to wake it.
-        wait_for(lambda: started["stopped"]._codes()[0] is not None)
+        wait_until(lambda: started["stopped"].codes()[0] is not None)
         os.kill(started["stopped"].pids[1], signal.SIGCONT)
-        wait_for(lambda: started["frozen-main"]._codes()[1] is not None)
+        wait_until(lambda: started["frozen-main"].codes()[1] is not None)
         os.kill(started["frozen-main"].pids[0], signal.SIGCONT)
-        wait_for(lambda: None not in started["asleep"]._codes()[:2])
+        wait_until(lambda: None not in started["asleep"].codes()[:2])
         os.kill(started["asleep"].pids[2], signal.SIGKILL)
         found = {how: run.wait() for how, run in started.items()} | {"restarted": launch.wait()}
     finally:

@@ -17,7 +17,7 @@ from mirl_dist.cli.doctor.memory import GIB
 from mirl_dist.config.config import Config
 from mirl_dist.data.sampler import ranks_in_words, split_batch
 from mirl_dist.distributed import hardware
-from mirl_dist.distributed.engines import requirements
+from mirl_dist.distributed.engines.spec import require
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.errors import UserError
 
@@ -157,7 +157,7 @@ def _check_gpu_memory(count: int, needed: int | None) -> Iterator[Finding]:
 def check_engine(launch_file: LaunchFile) -> Iterator[Finding]:
     """Check that the packages for the engine of a launch file are installed."""
     try:
-        yield Finding("ok", "engine", requirements.require(launch_file.engine))
+        yield Finding("ok", "engine", require(launch_file.engine))
     except LookupError as error:
         yield Finding("FAULT", "engine", str(error))
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirl_dist import models
 from mirl_dist.distributed.engines.deepspeed import DEEPSPEED_BUCKET, DEEPSPEED_LIVE
-from mirl_dist.distributed.launch.launch_file import Engine
+from mirl_dist.distributed.engines.spec import EngineName
 from mirl_dist.errors import UserError
 from mirl_dist.pruning.prune import in_scope
 from mirl_dist.training import losses
@@ -88,7 +88,7 @@ def size_of(name: str, sizes: Mapping[str, Any], scope: str | tuple[str, ...]) -
     return Size(sum(counts.values()), sum(counts[n] for n in in_scope(counts, scope)), unit)
 
 
-def state_bytes(size: Size, engine: Engine, world: int, *, offload: bool = False) -> Budget:
+def state_bytes(size: Size, engine: EngineName, world: int, *, offload: bool = False) -> Budget:
     """Return an upper bound of the bytes of weights, gradients, moments and masks on one of `world` ranks.
 
     ddp: everything is replicated, with buckets as large as the gradients. zero1, zero2, zero3: moments, then also

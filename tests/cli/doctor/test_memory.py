@@ -8,7 +8,7 @@ import torch
 from mirl_dist import models
 from mirl_dist.cli.doctor import memory
 from mirl_dist.cli.doctor.memory import GIB, Gpu, Pass, Passes, Size
-from mirl_dist.distributed.launch.launch_file import Engine
+from mirl_dist.distributed.engines.spec import EngineName
 from mirl_dist.errors import UserError
 
 SMALL = {
@@ -18,7 +18,7 @@ SMALL = {
     "prompt_dims": (8, 8, 8),
     "prompt_sizes": (4, 4, 4),
 }
-ENGINES: tuple[Engine, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+ENGINES: tuple[EngineName, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
