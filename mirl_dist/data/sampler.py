@@ -60,25 +60,27 @@ def ranks_in_words(count: int) -> str:
 def split_batch(global_batch: int, forward: int | None, world: int) -> BatchSplit:
     """Split a global batch over ranks and passes. Raises UserError, with the valid numbers, for an uneven split."""
     if global_batch % world:
-        fits = [str(n) for n in range(1, global_batch + 1) if global_batch % n == 0]
         below, above = global_batch // world * world, (global_batch // world + 1) * world
         near = f"{below} or {above}" if below else f"{above}"
         raise UserError(
             f"batch.global: a global batch of {global_batch} cannot be shared by {world} ranks. "
-            f"Use {', '.join(fits)} ranks, or set batch.global to a multiple of {world} such as {near} "
+            f"Use {_divisors(global_batch)} ranks, or set batch.global to a multiple of {world} such as {near} "
             "(another experiment: the fingerprint changes).",
             everywhere=True,
         )
     per_rank = global_batch // world
     size = min(forward or per_rank, per_rank)
     if per_rank % size:
-        fits = [str(n) for n in range(1, per_rank + 1) if per_rank % n == 0]
         raise UserError(
             f"batch.forward: {size} samples per pass do not divide the {per_rank} samples that each of {world} "
-            f"ranks takes per step. Use {', '.join(fits)}.",
+            f"ranks takes per step. Use {_divisors(per_rank)}.",
             everywhere=True,
         )
     return BatchSplit(per_rank, per_rank // size, size)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 class GlobalSampler:

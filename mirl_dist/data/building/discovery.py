@@ -152,17 +152,17 @@ def _pair_images(
 
 def _find_set_images(role: Role, one: ImageSet) -> tuple[list[SourceImage], list[ImageProblem]]:
     """Return all images or pairs of one set, sorted by name, and complaints."""
-    if one.photographs:
-        return [
-            SourceImage(role, one.set, one.kind, path.name, path, None, one.make, one.versions, disparity)
-            for path, disparity in map(locate, one.photographs)
-        ], []
-    assert one.clean is not None
-    if one.degraded is not None:
+    if one.clean is not None and one.degraded is not None:
         return _pair_images(role, one, one.degraded, one.clean)
-    by_id, complaints = _group_by_id(one.clean, f"{role} {one.set}")
-    named = sorted((name, path) for files in by_id.values() for name, path in files)
-    return [SourceImage(role, one.set, one.kind, n, p, None, one.make, one.versions) for n, p in named], complaints
+    complaints: list[ImageProblem] = []
+    images = [(path.name, path, disparity) for path, disparity in map(locate, one.photographs)]
+    if one.clean is not None:
+        by_id, complaints = _group_by_id(one.clean, f"{role} {one.set}")
+        images = sorted((name, path, None) for files in by_id.values() for name, path in files)
+    made = one.make, one.versions
+    return [
+        SourceImage(role, one.set, one.kind, name, path, None, *made, depth) for name, path, depth in images
+    ], complaints
 
 
 def count_kept(fraction: float, count: int) -> int:
