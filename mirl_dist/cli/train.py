@@ -68,7 +68,8 @@ def _start_ranks(config: Config, launch: str, path: Path, sets: Sequence[str], r
         return False
     _check_launch(file)
     preflight.preflight(config, file.ranks, resume, open_ticket)
-    launcher.launch(config, file, options, ["train", str(path)], sets, resume, stop.close)
+    stop.close()
+    launcher.launch(config, file, options, ["train", str(path)], sets, resume)
     return True
 
 

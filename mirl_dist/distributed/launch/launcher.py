@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -51,26 +51,19 @@ def choose(config: Config, launch_option: str) -> tuple[LaunchFile, list[str]]:
 
 
 def launch(
-    config: Config,
-    file: LaunchFile,
-    options: list[str],
-    command: list[str],
-    sets: Sequence[str],
-    resume: str,
-    before_signals: Callable[[], None],
+    config: Config, file: LaunchFile, options: list[str], command: list[str], sets: Sequence[str], resume: str
 ) -> None:
     """Start this node's ranks of a run; exit with their code if it is not 0. The caller has checked file and config.
 
     All ranks are restarted together after one died, up to `ranks.restarts` times. resume: as for the command; 'never'
-    becomes 'auto', because restarted ranks find their own run, and the caller has checked it. before_signals: called
-    before this launcher installs its signal handlers.
+    becomes 'auto', because restarted ranks find their own run, and the caller has checked it. Installs signal handlers:
+    the caller's must be closed.
     """
     arguments = [*options, "--max_restarts", str(config.ranks.restarts), "--monitor_interval", "0.1"]
     arguments += ["-m", "mirl_dist", *command, "--resume", "auto" if resume == "never" else resume]
     for assignment in sets:
         arguments += ["--set", assignment]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, hardware.processes() // file.ranks_per_node)))
-    before_signals()
     code = attend(arguments, config.ranks.restarts, config.preempt.deadline_seconds, file)
     if code:
         sys.exit(code)
