@@ -107,16 +107,8 @@ class Checkpoints:
                 f"{self.store.where()} was begun by another launch a moment ago. Choose another run.folder."
             )
 
-    def save_initial(self, weights: Mapping[str, Tensor]) -> None:
-        """Write the initial weights, replacing any left by an older run; run.json already records their digest."""
-        self.store.put(INITIAL, pack_tensors(weights))
-
-    def initial(self) -> dict[str, Tensor] | None:
-        """Read the initial weights; None if damaged or missing. The caller must compare their digest."""
-        return self.tensors(INITIAL)
-
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write START or a rewind point. The caller must keep the digest."""
+        """Write INITIAL, START or a rewind point. The caller must keep the digest."""
         self._commits.writer.check()
         self.store.put(name, pack_tensors(tensors))
 

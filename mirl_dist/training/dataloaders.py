@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
 from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import shard_cache_folder
+from mirl_dist.config.schema_training import EvaluateSection
 from mirl_dist.data.cache import ShardCache
 from mirl_dist.data.calibration import CalibrationPatches
 from mirl_dist.data.loader import TrainLoader, passes_behind
@@ -18,56 +18,61 @@ from mirl_dist.data.parallel import distributed_map
 from mirl_dist.data.prefetch import shards_ahead
 from mirl_dist.data.resident_images import ResidentImages
 from mirl_dist.data.sample import Batch
-from mirl_dist.data.sampler import BatchSplit, GlobalSampler, Position
+from mirl_dist.data.sampler import Position
 from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import Stopped, UserError
-from mirl_dist.evaluation.evaluate import EvalJob, assign_jobs, first_images
+from mirl_dist.evaluation.evaluate import EvalJob, EvalSettings, assign_jobs, first_images
+from mirl_dist.evaluation.protocols import PROTOCOLS
 from mirl_dist.observability.console import rank_label, warn
 from mirl_dist.observability.progress import Bars
 from mirl_dist.storage import Folder
 from mirl_dist.storage.retry import Patience
-from mirl_dist.training.builders import eval_settings_of
 from mirl_dist.training.preflight import RunPlan
-from mirl_dist.training.round import TrainData
 from mirl_dist.training.scoring import Evaluation
-from mirl_dist.training.selection import Calibration
+
+Calibration = Callable[[int], Iterable[Batch]]
+"""Round -> its calibration batches."""
 
 
 class RunInputs(NamedTuple):
     """The data sources of a run on one rank."""
 
     pool: ShardPool
-    data: TrainData
+    loader: TrainLoader
     evaluation: Evaluation
     calibration: Calibration
 
 
-def open_inputs(config: Config, plan: RunPlan, ranks: Ranks, stop: StopSignal) -> RunInputs:
+def open_inputs(plan: RunPlan, ranks: Ranks, stop: StopSignal) -> RunInputs:
     """Open and check the data sources of a run.
 
     Raises UserError, on every rank, for damage and for a cache that is too small; Stopped, on every rank, if any was
     asked to stop meanwhile.
     """
+    config = plan.config
     pool = shard_pool_of(config, plan.shards, rank_label(ranks.rank), stop)
-    loader = train_loader_of(config, pool, plan.sampler, plan.batch_split, ranks)
+    loader = train_loader_of(plan, pool, ranks)
     look_ahead = evaluation_looks_ahead(pool, plan.jobs, ranks)
     check_damage(pool, plan.jobs, ranks, config.data.damage)
-    curve_images = config.evaluate.curve_images if config.evaluate.every_epochs is not None else 0
-    evaluation = Evaluation(
-        ranks,
-        pool,
-        plan.jobs,
-        eval_settings_of(config.evaluate),
-        resident_images_of(first_images(plan.jobs, curve_images), pool, ranks),
-        config.evaluate.curve_images,
-        look_ahead,
-        stop,
+    first = first_images(plan.jobs, config.evaluate.curve_images if config.evaluate.every_epochs is not None else 0)
+    resident, settings = resident_images_of(first, pool, ranks), eval_settings_of(config.evaluate)
+    evaluation = Evaluation(ranks, pool, plan.jobs, settings, first, resident, look_ahead, stop)
+    return RunInputs(pool, loader, evaluation, calibration_of(plan, pool, ranks, stop))
+
+
+def eval_settings_of(section: EvaluateSection) -> EvalSettings:
+    """Return the settings for restoring and scoring images."""
+    return EvalSettings(
+        tuple(PROTOCOLS[name] for name in section.protocols),
+        section.seed,
+        section.tile_pixels,
+        section.tile_overlap,
+        section.precision,
+        section.compile,
     )
-    calibration = calibration_of(config, pool, plan.sampler, ranks, stop)
-    return RunInputs(pool, TrainData(plan.sampler, plan.batch_split, loader), evaluation, calibration)
 
 
 def shard_pool_of(config: Config, shards: Shards, rank_name: str, stop_requested: Callable[[], bool]) -> ShardPool:
@@ -77,34 +82,32 @@ def shard_pool_of(config: Config, shards: Shards, rank_name: str, stop_requested
     """
     section, cache = config.data.cache, None
     if section.folder is not None or not isinstance(shards.store, Folder):
-        folder = shard_cache_folder(section.folder)
-        cache = ShardCache(folder, round(section.gigabytes * 1e9))
+        cache = ShardCache(shard_cache_folder(section.folder), round(section.gigabytes * 1e9))
+    patience = Patience(config.store.patience_seconds)
 
     def report(line: str) -> None:
         warn(f"mirl-dist, {rank_name}: {line}")
 
-    patience = Patience(config.store.patience_seconds)
     return ShardPool(shards, cache, config.data.damage, report, stop_asked=stop_requested, patience=patience)
 
 
-def train_loader_of(
-    config: Config, pool: ShardPool, sampler: GlobalSampler, batch_split: BatchSplit, ranks: Ranks
-) -> TrainLoader:
+def train_loader_of(plan: RunPlan, pool: ShardPool, ranks: Ranks) -> TrainLoader:
     """Return the training loader of this rank. Raises UserError, on every rank, for a cache that is too small."""
-    lanes = batch_split.per_rank * len(sampler.sources)
+    data, sampler, split = plan.config.data, plan.sampler, plan.batch_split
+    lanes, behind = split.per_rank * len(sampler.sources), passes_behind(data.workers)
     limit = None if pool.cache is None else pool.cache.limit
-    behind = passes_behind(config.data.workers)
-    shards, most_ranks = sampler.shards(), _most_ranks_on_a_node(ranks)
     return TrainLoader(
         pool,
         sampler,
-        seed=config.run.seed,
-        patch_pixels=config.data.patch_pixels,
-        augment=config.data.augment,
-        workers=config.data.workers,
+        seed=plan.config.run.seed,
+        patch_pixels=data.patch_pixels,
+        augment=data.augment,
+        workers=data.workers,
         rank=ranks.rank,
-        split=batch_split,
-        ahead=shards_ahead(lanes, behind, sampler.steps_per_epoch, shards, limit, most_ranks),
+        split=split,
+        ahead=shards_ahead(
+            lanes, behind, sampler.steps_per_epoch, sampler.shards(), limit, _most_ranks_on_a_node(ranks)
+        ),
         pin=ranks.device.type == "cuda",
     )
 
@@ -116,8 +119,12 @@ def check_damage(pool: ShardPool, jobs: Sequence[EvalJob], ranks: Ranks, damage:
     damage.
     """
     shards = pool.shards
+
+    def read_index(shard: Shard) -> None:
+        shards.index(shard)
+
     if damage == "refuse" and isinstance(shards.store, Folder):
-        distributed_map(ranks, partial(_read_index, shards), shards.train, 1, _no_progress, "reading indices")
+        distributed_map(ranks, read_index, shards.train, 1, _no_progress, "reading indices")
     evaluation_shards = list({job.place.shard.name: job.place.shard for job in jobs}.values())
     with Bars() as bars:
         progress = bars if ranks.is_main and pool.cache is not None else _no_progress
@@ -162,14 +169,13 @@ def resident_images_of(jobs: Sequence[EvalJob], pool: ShardPool, ranks: Ranks) -
     return images
 
 
-def calibration_of(
-    config: Config, pool: ShardPool, sampler: GlobalSampler, ranks: Ranks, stop_requested: Callable[[], bool]
-) -> Calibration:
+def calibration_of(plan: RunPlan, pool: ShardPool, ranks: Ranks, stop_requested: Callable[[], bool]) -> Calibration:
     """Return the calibration of a run: the samples of a round's first global batches, for gradient criteria.
 
     It maps a round to batches of one sample on this rank's device, the same for any number of ranks. Only one sample
     and one shard are held at a time.
     """
+    config, sampler = plan.config, plan.sampler
     patches = CalibrationPatches(sampler.tasks, config.run.seed, config.data.patch_pixels, config.data.augment)
 
     def batches(round_: int) -> Iterator[Batch]:
@@ -184,10 +190,6 @@ def calibration_of(
 def _most_ranks_on_a_node(ranks: Ranks) -> int:
     """Return the largest number of ranks on any node: equal on every rank, so that either all ranks raise or none."""
     return max(Counter(ranks.hosts).values())
-
-
-def _read_index(shards: Shards, shard: Shard) -> None:
-    shards.index(shard)
 
 
 def _no_progress(done: int, total: int, what: str) -> None:

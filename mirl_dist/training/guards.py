@@ -1,4 +1,4 @@
-"""Guards training steps: detects non-finite losses and gradients, and loss spikes."""
+"""Guards training: detects non-finite losses and gradients, loss spikes, and pruned weights that moved."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mirl_dist.data.sample import Batch
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.errors import UserError
+from mirl_dist.errors import InvariantError, UserError
 from mirl_dist.observability.progress import say
-from mirl_dist.training.state import Progress
+from mirl_dist.pruning import masks as masking
+from mirl_dist.training.state import Progress, TrainState
 
 _REMEMBERED, _NAMED = 50, 3
 
@@ -34,9 +35,8 @@ class StepLosses:
 
     def not_finite(self) -> list[str]:
         """Return the samples whose loss is not finite, as task:key."""
-        masks = [~torch.isfinite(losses) for losses, _ in self.passes]
-        wrong = torch.cat(masks).tolist()
-        return [key for key, bad in zip(self.keys(), wrong, strict=True) if bad]
+        finite = torch.cat([torch.isfinite(losses) for losses, _ in self.passes]).tolist()
+        return [key for key, is_finite in zip(self.keys(), finite, strict=True) if not is_finite]
 
     def worst(self) -> list[tuple[float, str]]:
         """Return the (loss, task:key) of the samples with the highest losses, highest first."""
@@ -111,3 +111,21 @@ class SpikeDetector:
                     f"{usual:.3g} of the {_REMEMBERED} steps before. Highest: {named}."
                 )
         self._before.append(loss)
+
+
+def check_pruned_weights(state: TrainState, ranks: Ranks) -> None:
+    """Check that pruned weights are exactly zero on every rank after training."""
+    moved = masking.find_nonzero_pruned(state.weights, state.masks)
+    check_on_ranks(f"pruned weights moved in round {state.progress.round}", moved, ranks)
+
+
+def check_on_ranks(broken: str, tensor: str | None, ranks: Ranks) -> None:
+    """Raise InvariantError on every rank if any rank passes the name of a tensor. broken: the invariant, in words."""
+    names = ranks.gather_objects(tensor)
+    violations = [f"{ranks.names[rank]}, tensor '{name}'" for rank, name in enumerate(names) if name is not None]
+    if violations:
+        raise InvariantError(
+            f"{broken}: {'; '.join(violations)}. The round cannot be trusted and was not recorded; start again with "
+            "--resume auto, and report this with the run's config.",
+            everywhere=True,
+        )

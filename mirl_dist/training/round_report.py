@@ -18,7 +18,7 @@ from mirl_dist.observability.progress import say
 from mirl_dist.pruning import masks as masking
 from mirl_dist.training.checkpoint import MASK, PICTURES, SCORES, TICKET, Checkpoints
 from mirl_dist.training.crash_loop import CrashLoopGuard
-from mirl_dist.training.state import Progress, TrainState, pack_tensors
+from mirl_dist.training.state import TrainState, pack_tensors
 from mirl_dist.training.ticket import DENSE, Ticket, metrics
 
 
@@ -39,18 +39,6 @@ class RoundReporter:
         surviving = weights - sum(counts.total.values()) + sum(counts.surviving.values())
         self._open_mlflow_round(progress.round, surviving, weights, progress.mask_digest)
         self.status.update(round=progress.round, step=progress.updates, steps=total_steps)
-
-    def set_position(self, progress: Progress) -> None:
-        """Set the position that the lease's heartbeats report."""
-        self.status.update(round=progress.round, step=progress.updates)
-
-    def begin_step(self, progress: Progress) -> None:
-        """Tell the crash guard that a step is in progress."""
-        self.crash_guard.begin_step(progress.round, progress.updates)
-
-    def end_step(self) -> None:
-        """Tell the crash guard that no step is in progress."""
-        self.crash_guard.end_step()
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
         """Log the losses, the learning rate and the speed at a step."""

@@ -14,16 +14,17 @@ from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import MirlError, Stopped
 from mirl_dist.observability.mlflow.tracker import FAREWELL_SECONDS, Tracker
 from mirl_dist.observability.progress import say
+from mirl_dist.storage import Folder
+from mirl_dist.storage.async_writer import AsyncWriter
 from mirl_dist.training import builders, dataloaders, lottery, resume
 from mirl_dist.training.checkpoint import RUN, Checkpoints
 from mirl_dist.training.committer import Committer
 from mirl_dist.training.dataloaders import RunInputs
-from mirl_dist.training.initial import OpenTicket, create_initial
+from mirl_dist.training.initial import OpenTicket
 from mirl_dist.training.preflight import RunPlan, describe, open_run_store, preflight_on_ranks
-from mirl_dist.training.round import RoundRunner, RunDigests
+from mirl_dist.training.round import RoundRunner
 from mirl_dist.training.round_report import RoundReporter, params_of, tags_of
 from mirl_dist.training.selection import Pruner
-from mirl_dist.training.ticket import Ticket
 
 LEAVE_SECONDS = 2.0  # of the stop deadline, reserved for closing store and lease
 SETTLE_SECONDS = 10.0  # granted to a commit in progress when a run fails
@@ -38,11 +39,11 @@ def run(config: Config, resume_mode: str, stop: StopSignal, open_ticket: OpenTic
     plan = preflight_on_ranks(config, resume_mode, ranks, open_ticket)
     if ranks.is_main:
         say(describe(config, plan, ranks.world))
-    inputs = dataloaders.open_inputs(config, plan, ranks, stop)
+    inputs = dataloaders.open_inputs(plan, ranks, stop)
     status: dict[str, Any] = {}
     check_again = partial(open_run_store, config, plan.manifest_digest(), resume_mode, open_ticket)
-    with resume.hold_lease(config, plan.store, ranks, status, stop, check_again) as checkpoints:
-        tracker = train_under_lease(config, plan, inputs, ranks, checkpoints, status, stop, open_ticket)
+    with resume.hold_lease(plan, ranks, status, stop, check_again) as checkpoints:
+        tracker = train_under_lease(plan, inputs, ranks, checkpoints, status, stop, open_ticket)
         inputs.pool.close()
     ranks.barrier()
     ranks.close()
@@ -50,7 +51,6 @@ def run(config: Config, resume_mode: str, stop: StopSignal, open_ticket: OpenTic
 
 
 def train_under_lease(
-    config: Config,
     plan: RunPlan,
     inputs: RunInputs,
     ranks: Ranks,
@@ -60,49 +60,30 @@ def train_under_lease(
     open_ticket: OpenTicket,
 ) -> Tracker:
     """Start or resume the run and train all its rounds; return its tracker. status: the lease's heartbeats."""
+    config = plan.config
     latest = resume.load_latest(checkpoints, ranks)
-    identity_of = partial(builders.identity_of, config, plan.manifest_digest())
-    create = partial(create_initial, config, open_ticket)
-    origin = resume.load_or_create_initial(checkpoints, create, identity_of, ranks)
-    digests = RunDigests(plan.manifest_digest(), origin.initial_digest)
-    tracker = builders.tracker_of(config, checkpoints, latest, origin.id, ranks)
-    crash_guard = resume.crash_loop_guard(origin.id, config.guard, plan, ranks)
-    network, state, initial = builders.network_of(config, origin, ranks)
+    start, run_id = resume.load_or_create_initial(checkpoints, plan, open_ticket, ranks)
+    tracker = builders.tracker_of(config, checkpoints, latest, run_id, ranks)
+    crash_guard = resume.crash_loop_guard(run_id, plan, ranks)
+    network, initial = builders.network_of(config, start, ranks)
+    state = network.state
     newest = resume.restore(state, latest, ranks)
-    writer = resume.commit_writer(config.store, plan.store)
-    committer = Committer(config.checkpoint, ranks, state, checkpoints, writer, inputs.data.loader, tracker)
+    # The writer retries writes to a folder (disk full); an S3 store retries by itself.
+    writer = AsyncWriter(config.store.patience_seconds if isinstance(plan.store, Folder) else 0.0)
+    committer = Committer(config.checkpoint, ranks, state, checkpoints, writer, inputs.loader, tracker)
     report = RoundReporter(config, checkpoints, tracker, crash_guard, status)
-    runner = RoundRunner(config, ranks, state, network, inputs.data, inputs.evaluation, committer, report, stop)
-    prune_config = builders.prune_config_of(config.prune, config.run.seed)
-    rewind_step = config.rewind.step if config.rewinds_to() == "step" else None
-    pruner = Pruner(prune_config, rewind_step, state, initial, network, inputs.calibration, checkpoints, ranks, stop)
+    runner = RoundRunner(plan, inputs, ranks, state, network, committer, report, stop)
+    pruner = Pruner(plan, state, initial, network, inputs.calibration, checkpoints, ranks, stop)
     stop.busy = committer.busy
     stop.graceful = True  # from here on a stop request leads to a commit
     tracker.begin_run(params_of(config), tags_of(config) | launch_tags(plan, ranks))
     tracker.log_file(RUN, to_json(config.dump()), "run")
-    with _ends_in_mlflow(tracker, committer, stop), crash_guard:
-        play(config, runner, pruner, digests, newest)
-    return tracker
-
-
-def play(config: Config, runner: RoundRunner, pruner: Pruner, digests: RunDigests, newest: Ticket | None) -> None:
-    """Run all remaining rounds and finish the run. newest: the ticket of the current round if it is finished."""
-    rules = builders.lottery_of(config, runner.data.sampler.steps_per_epoch)
-    if newest is not None and rules.finished(newest) and runner.ranks.is_main:
+    if newest is not None and config.prune.ends_after(newest.round, newest.total_sparsity) and ranks.is_main:
         say(f"all rounds are finished; nothing is left to train (prune.rounds: {config.prune.rounds})")
-    lottery.play(
-        rules,
-        runner.state,
-        pruner.initial,
-        runner.ranks,
-        newest=newest,
-        train_and_score=lambda: runner.train_and_score(digests),
-        record=runner.record,
-        select=pruner.select,
-        rewind_point=pruner.rewind_point,
-        stop_if_requested=runner.stop_if_requested,
-    )
-    runner.committer.finish_run(config.keep)
+    with _ends_in_mlflow(tracker, committer, stop), crash_guard:
+        lottery.play(runner, pruner, newest)
+        committer.finish_run(config.keep)
+    return tracker
 
 
 def launch_tags(plan: RunPlan, ranks: Ranks) -> dict[str, str]:

@@ -11,23 +11,23 @@ from mirl_dist.data.resident_images import ResidentImages
 from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
-from mirl_dist.evaluation.evaluate import EvalJob, EvalResult, EvalSettings, evaluate, first_images
+from mirl_dist.evaluation.evaluate import EvalJob, EvalResult, EvalSettings, evaluate
 
 
 @dataclass
 class Evaluation:
     """The evaluation of a run on one rank: the images, their source, and the settings.
 
-    curve_images: images of each 'task/set' that are scored during a round; resident: holds this rank's part of them in
-    memory. look_ahead: whether the node's cache has room for two shards per rank.
+    first_jobs: the images that are scored during a round; resident: holds this rank's part of them in memory.
+    look_ahead: whether the node's cache has room for two shards per rank.
     """
 
     ranks: Ranks
     pool: ShardPool
     jobs: list[EvalJob]
     settings: EvalSettings
+    first_jobs: list[EvalJob]
     resident: ResidentImages
-    curve_images: int
     look_ahead: bool
     stop: StopSignal
 
@@ -38,16 +38,13 @@ class Evaluation:
     def score_first(self, network: nn.Module) -> EvalResult:
         """Score the first images of each 'task/set' by the headline protocol. Raises Stopped like `score_all`."""
         settings = self.settings._replace(protocols=self.settings.protocols[:1])
-        return evaluate(network, self.resident, self._first_jobs(), self.ranks, settings, False, self.stop)
+        return evaluate(network, self.resident, self.first_jobs, self.ranks, settings, False, self.stop)
 
     def curve_point(self, result: EvalResult) -> dict[str, float]:
         """Return 'task/set' -> mean PSNR in dB of its first images, by the headline protocol."""
-        first = {(job.name, job.place.entry.key) for job in self._first_jobs()}
+        first = {(job.name, job.place.entry.key) for job in self.first_jobs}
         values: dict[str, list[float]] = {}
         for image in result.images:
             if image.protocol == self.settings.protocols[0].name and (image.name, image.image) in first:
                 values.setdefault(image.name, []).append(image.psnr)
         return {name: fmean(psnr) for name, psnr in values.items()}
-
-    def _first_jobs(self) -> list[EvalJob]:
-        return first_images(self.jobs, self.curve_images)

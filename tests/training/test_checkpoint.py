@@ -462,23 +462,23 @@ def test_a_run_json_that_describes_no_run_is_refused_and_never_begun_over(kept: 
 
 
 def test_first_weights_come_back_and_equal_tensors_give_equal_bytes(kept: Checkpoints) -> None:
-    kept.save_initial(weights())
-    found = kept.initial()
+    kept.save_tensors(INITIAL, weights())
+    found = kept.tensors(INITIAL)
     assert found is not None and masking.digest_tensors(found) == masking.digest_tensors(weights())
     assert pack_tensors(weights()) == pack_tensors(dict(reversed(weights().items())))
 
 
 def test_first_weights_that_are_missing_or_damaged_are_none_or_others(kept: Checkpoints, tmp_path: Path) -> None:
-    assert kept.initial() is None
-    kept.save_initial(weights())
+    assert kept.tensors(INITIAL) is None
+    kept.save_tensors(INITIAL, weights())
     path, data = tmp_path / INITIAL, pack_tensors(weights())
     for at in range(len(data)):
         path.write_bytes(data)
         spoil(path, at)
-        found = kept.initial()
+        found = kept.tensors(INITIAL)
         assert found is None or masking.digest_tensors(found) != masking.digest_tensors(weights()), f"byte {at}"
     path.write_bytes(data[:-7])
-    assert kept.initial() is None
+    assert kept.tensors(INITIAL) is None
 
 
 # -- tickets ----------------------------------------------------------------------------------------------------
