@@ -1,11 +1,15 @@
-"""Builds the training loader, evaluation and calibration of a run from its config: store, cache, shard pool."""
+"""Opens the data of a run: its shard pool and cache, the training loader, the images to score, the calibration."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
+from statistics import fmean
 from typing import NamedTuple
+
+from torch import nn
 
 from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import shard_cache_folder
@@ -24,14 +28,50 @@ from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import Stopped, UserError
-from mirl_dist.evaluation.evaluate import EvalJob, EvalSettings, assign_jobs, first_images
+from mirl_dist.evaluation.evaluate import EvalJob, EvalResult, EvalSettings, assign_jobs, evaluate, first_images
 from mirl_dist.evaluation.protocols import PROTOCOLS
 from mirl_dist.observability.console import rank_label, warn
 from mirl_dist.observability.progress import Bars
 from mirl_dist.storage import Folder
 from mirl_dist.storage.retry import Patience
 from mirl_dist.training.preflight import RunPlan
-from mirl_dist.training.scoring import Evaluation
+
+
+@dataclass
+class Evaluation:
+    """The evaluation of a run on one rank: the images, their source, and the settings.
+
+    first_jobs: the images that are scored during a round; resident: holds this rank's part of them in memory.
+    look_ahead: whether the node's cache has room for two shards per rank.
+    """
+
+    ranks: Ranks
+    pool: ShardPool
+    jobs: list[EvalJob]
+    settings: EvalSettings
+    first_jobs: list[EvalJob]
+    resident: ResidentImages
+    look_ahead: bool
+    stop: StopSignal
+
+    def score_all(self, network: nn.Module) -> EvalResult:
+        """Score every image. Raises Stopped on every rank if any was asked to stop."""
+        return evaluate(network, self.pool, self.jobs, self.ranks, self.settings, self.look_ahead, self.stop)
+
+    def score_first(self, network: nn.Module) -> EvalResult:
+        """Score the first images of each 'task/set' by the headline protocol. Raises Stopped like `score_all`."""
+        settings = self.settings._replace(protocols=self.settings.protocols[:1])
+        return evaluate(network, self.resident, self.first_jobs, self.ranks, settings, False, self.stop)
+
+    def curve_point(self, result: EvalResult) -> dict[str, float]:
+        """Return 'task/set' -> mean PSNR in dB of its first images, by the headline protocol."""
+        first = {(job.name, job.place.entry.key) for job in self.first_jobs}
+        values: dict[str, list[float]] = {}
+        for image in result.images:
+            if image.protocol == self.settings.protocols[0].name and (image.name, image.image) in first:
+                values.setdefault(image.name, []).append(image.psnr)
+        return {name: fmean(psnr) for name, psnr in values.items()}
+
 
 Calibration = Callable[[int], Iterable[Batch]]
 """Round -> its calibration batches."""

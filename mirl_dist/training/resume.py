@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -29,7 +27,7 @@ from mirl_dist.training.checkpoint import INITIAL, MASK, MOMENTS, START, STATE, 
 from mirl_dist.training.crash_loop import CrashLoopGuard
 from mirl_dist.training.initial import InitialState, OpenTicket, create_initial
 from mirl_dist.training.preflight import RunPlan
-from mirl_dist.training.state import Progress, TrainState, unpack_masks
+from mirl_dist.training.state import Progress, TrainState, check_same_network, unpack_masks
 from mirl_dist.training.ticket import Ticket, parse
 
 
@@ -204,14 +202,11 @@ def _load_first_masks(checkpoints: Checkpoints, weights: Mapping[str, Tensor]) -
     return None
 
 
-@dataclass
-class LatestCommit:
-    """The newest intact commit. ticket: JSON text if the round is finished; parts: its files, on rank 0 only."""
+class LatestCommit(NamedTuple):
+    """The newest intact commit. parts: its files on rank 0; on other ranks only the state and the ticket, if any."""
 
     commit: Commit
-    progress: dict[str, Any]
-    ticket: str | None
-    parts: dict[str, bytes] = field(default_factory=dict)
+    parts: dict[str, bytes]
 
 
 def load_latest(checkpoints: Checkpoints, ranks: Ranks) -> LatestCommit | None:
@@ -226,13 +221,10 @@ def load_latest(checkpoints: Checkpoints, ranks: Ranks) -> LatestCommit | None:
         for text in damaged:
             say(f"warning: {text}; falling back to {commit.folder}")
         parts.update(contents)
-        ticket = parts[TICKET].decode() if TICKET in parts else None
-        return LatestCommit(commit, json.loads(parts[STATE]), ticket)
+        return LatestCommit(commit, {name: parts[name] for name in (STATE, TICKET) if name in parts})
 
     chosen = ranks.on_main(on_main, what="newest commit")
-    if chosen is not None:
-        chosen.parts = parts
-    return chosen
+    return None if chosen is None else LatestCommit(chosen.commit, chosen.parts | parts)
 
 
 def restore(state: TrainState, latest: LatestCommit | None, ranks: Ranks) -> Ticket | None:
@@ -242,20 +234,21 @@ def restore(state: TrainState, latest: LatestCommit | None, ranks: Ranks) -> Tic
     """
     if latest is None:
         return None
-    parts, layout = latest.parts, state.engine.layout
+    folder, parts, layout = latest.commit.folder, latest.parts, state.engine.layout
+    progress = Progress.model_validate_json(parts[STATE])
+    ticket = parse(parts[TICKET], folder) if TICKET in parts else None
 
     def read() -> dict[str, dict[str, Tensor]]:
         weights = safetensors.torch.load(parts[WEIGHTS])
         moments = safetensors.torch.load(parts[MOMENTS]) if MOMENTS in parts else {}
-        state.check_same_network(weights)
-        masks = unpack_masks(parts[MASK], {n: layout.shapes[n] for n in state.masks}, latest.commit.folder)
-        parts.clear()
+        check_same_network(folder, weights, layout.shapes)
+        masks = unpack_masks(parts[MASK], {n: layout.shapes[n] for n in state.masks}, folder)
+        parts.clear()  # frees the bytes, which the caller holds as long as it trains
         return {"weights": weights, "masks": masks, "moments": moments}
 
     tensors = ranks.keep_on_main(read, what="state of the commit") or {}
     weights = ranks.broadcast_tensors(tensors.pop("weights", None), layout=layout, what="weights")
     masks = ranks.broadcast_tensors(tensors.pop("masks", None), layout=layout, what="masks")
-    progress = Progress.model_validate(latest.progress)
     digest = masking.digest_of_masks(state.gather_full(masks))
     if digest != progress.mask_digest:
         raise UserError(
@@ -271,4 +264,4 @@ def restore(state: TrainState, latest: LatestCommit | None, ranks: Ranks) -> Tic
     if ranks.is_main:
         position = "finished" if latest.commit.step is None else f"after step {latest.commit.step}"
         say(f"resuming: round {progress.round}, {position}")
-    return parse(latest.ticket.encode(), latest.commit.folder) if latest.ticket is not None else None
+    return ticket

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mirl_dist.config.config import Config
 from mirl_dist.data.image_strip import rows, strip
+from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow.records import flatten
 from mirl_dist.observability.mlflow.tracker import Tracker
@@ -18,6 +19,7 @@ from mirl_dist.observability.progress import say
 from mirl_dist.pruning import masks as masking
 from mirl_dist.training.checkpoint import MASK, PICTURES, SCORES, TICKET, Checkpoints
 from mirl_dist.training.crash_loop import CrashLoopGuard
+from mirl_dist.training.preflight import RunPlan
 from mirl_dist.training.state import TrainState, pack_tensors
 from mirl_dist.training.ticket import DENSE, Ticket, metrics
 
@@ -117,9 +119,19 @@ def params_of(config: Config) -> dict[str, object]:
     }
 
 
-def tags_of(config: Config) -> dict[str, str]:
-    """Return the tags of a run: its comparison keys, and as `config.<key>` each value that affects results and differs
-    from the published one. The full config is in run.json, logged with the run's files."""
+def tags_of(plan: RunPlan, ranks: Ranks) -> dict[str, str]:
+    """Return the tags of a run: its comparison keys, its data and ranks, and as `config.<key>` each value that affects
+    results and differs from the published one. The full config is in run.json, logged with the run's files."""
+    config, manifest = plan.config, plan.shards.manifest
     changed = {f"config.{key}": text for key, text in flatten(config.experiment_keys()).items()}
-    own = changed | comparison_keys(config) | {"method": config.method(), "fingerprint": config.fingerprint()}
-    return config.tracking.tags | own
+    return {
+        **config.tracking.tags,
+        **changed,
+        **comparison_keys(config),
+        "method": config.method(),
+        "fingerprint": config.fingerprint(),
+        "shards": manifest.name,
+        "manifest": manifest.digest(),
+        "ranks": str(ranks.world),
+        "engine": ranks.network.spec.name,
+    }

@@ -76,7 +76,7 @@ def train_under_lease(
     pruner = Pruner(plan, state, initial, network, inputs.calibration, checkpoints, ranks, stop)
     stop.busy = committer.busy
     stop.graceful = True  # from here on a stop request leads to a commit
-    tracker.begin_run(params_of(config), tags_of(config) | launch_tags(plan, ranks))
+    tracker.begin_run(params_of(config), tags_of(plan, ranks))
     tracker.log_file(RUN, to_json(config.dump()), "run")
     if newest is not None and config.prune.ends_after(newest.round, newest.total_sparsity) and ranks.is_main:
         say(f"all rounds are finished; nothing is left to train (prune.rounds: {config.prune.rounds})")
@@ -84,17 +84,6 @@ def train_under_lease(
         lottery.play(runner, pruner, newest)
         committer.finish_run(config.keep)
     return tracker
-
-
-def launch_tags(plan: RunPlan, ranks: Ranks) -> dict[str, str]:
-    """Return the MLflow tags of a run that its config does not determine."""
-    manifest = plan.shards.manifest
-    return {
-        "shards": manifest.name,
-        "manifest": manifest.digest(),
-        "ranks": str(ranks.world),
-        "engine": ranks.network.spec.name,
-    }
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from statistics import fmean
 from typing import Any
 
@@ -116,32 +117,15 @@ class Ticket(BaseModel):
 
     def row(self) -> dict[str, Any]:
         """Return the fields that `tickets list --json` prints."""
-        return {
-            "round": self.round,
-            "alive": self.alive,
-            "prunable": self.prunable,
-            "total": self.total,
+        computed = {
             "alive_total": self.alive_total,
             "sparsity": self.sparsity,
             "total_sparsity": self.total_sparsity,
-            "threshold": self.threshold,
-            "mask_digest": self.mask_digest,
-            "initial_digest": self.initial_digest,
-            "weights_digest": self.weights_digest,
-            "parent": self.parent,
             "digest": self.digest(),
-            "method": self.method,
-            "seed": self.seed,
-            "collapsed": list(self.collapsed),
-            "protocol": self.protocol,
-            "measured": self.measured,
-            "skipped": self.skipped,
-            "bad": self.bad,
-            "damaged": self.damaged,
-            "scores": {name: score.model_dump() for name, score in self.scores.items()},
-            "also": {p: {name: score.model_dump() for name, score in s.items()} for p, s in self.also.items()},
             "best_step": self.best_steps(),
         }
+        values = self.model_dump(mode="json") | computed
+        return {name: values[name] for name in _ROW}
 
     def best_steps(self) -> dict[str, int]:
         """Return 'task/set' -> optimiser steps of this round up to the best (first, if tied) score of the curve."""
@@ -155,6 +139,13 @@ class Ticket(BaseModel):
 
 # Fields that older tickets lack: at their default value they are excluded from the digest, so that old digests hold.
 _LATER = ("bad", "method", "seed", "began", "collapsed", "protocols", "also", "measured", "curve")
+
+
+_ROW = (
+    *("round", "alive", "prunable", "total", "alive_total", "sparsity", "total_sparsity", "threshold"),
+    *("mask_digest", "initial_digest", "weights_digest", "parent", "digest", "method", "seed", "collapsed", "protocol"),
+    *("measured", "skipped", "bad", "damaged", "scores", "also", "best_step"),
+)
 
 
 def parse(data: bytes, source: str) -> Ticket:
@@ -249,8 +240,6 @@ def metrics(ticket: Ticket) -> dict[str, float]:
 
 def validation_score(ticket: Ticket, globs: tuple[str, ...]) -> float:
     """Return the mean of the scores that match any of the globs. Raises UserError if none does."""
-    from fnmatch import fnmatchcase
-
     scores = metrics(ticket)
     scores.pop("psnr/mean", None)
     named: Mapping[str, float] = {n: v for n, v in scores.items() if n.startswith(("psnr/", "ssim/"))}
