@@ -91,10 +91,9 @@ class PromptIR(nn.Module):
             return level(channels, heads[at], ffn_expansion, count)
 
         def prompt_stage(at: int, channels: int, out: int) -> tuple[PromptBlock, TransformerBlock, nn.Conv2d]:
-            """Build a prompt, the block on features and prompt, and the 1x1 convolution after it, in this order, which
-            determines the random initial weights."""
-            prompt = PromptBlock(channels, prompt_dims[at], prompt_length, prompt_sizes[at])
             joined = channels + prompt_dims[at]
+            # This order determines the random initial weights.
+            prompt = PromptBlock(channels, prompt_dims[at], prompt_length, prompt_sizes[at])
             block = TransformerBlock(joined, prompt_heads, ffn_expansion)
             return prompt, block, nn.Conv2d(joined, out, 1, bias=False)
 
@@ -113,10 +112,8 @@ class PromptIR(nn.Module):
         self.decoder_level2 = row(c2, 1, blocks[1])
 
         self.prompt1, self.noise_level1, self.reduce_noise_level1 = prompt_stage(0, c2, c2)
-        self.up2_1 = Upsample(c2)
-        self.decoder_level1 = row(c1 + c1, 0, blocks[0])
-        self.refinement = row(c1 + c1, 0, refinement_blocks)
-        self.output = nn.Conv2d(c1 + c1, 3, 3, padding=1, bias=False)
+        self.up2_1, self.decoder_level1 = Upsample(c2), row(c2, 0, blocks[0])
+        self.refinement, self.output = row(c2, 0, refinement_blocks), nn.Conv2d(c2, 3, 3, padding=1, bias=False)
 
     def official_only_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of the tensors that the official class owns but never uses.

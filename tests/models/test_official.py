@@ -15,6 +15,11 @@ from mirl_dist.errors import UserError
 from tests.models.test_models import SMALL, golden, meta_promptir
 
 
+def official_shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the published class, as it was measured."""
+    return {name: tuple(shape) for name, (shape, _) in golden("official")["tensors"].items()}
+
+
 def stand_in(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
     """A module that owns parameters of these names and shapes, as the published class does."""
     root = nn.Module()
@@ -37,7 +42,7 @@ def sparse(density: float) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("compact", [False, True])
 def test_an_official_checkpoint_comes_in_and_goes_out_key_by_key(compact: bool) -> None:
-    shapes = {name: tuple(shape) for name, (shape, _) in golden("official")["tensors"].items()}
+    shapes = official_shapes()
     torch.manual_seed(0)
     official = {name: torch.zeros(shape) for name, shape in shapes.items()}
     for tensor in official.values():
