@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.services.lab import PROGRAMS
+from tests.services.outcomes import expect
 
 ASKED = str(PROGRAMS / "stop_in_phase.py")
 # In the order in which a run comes through them.
@@ -45,8 +46,7 @@ def assert_stopped(lab: Any, folder: Path, phase: str, reference: Path) -> None:
 
 
 def assert_goes_on(lab: Any, folder: Path, reference: Path) -> None:
-    again = lab.play(folder)
-    assert again.rc == 0 and "resuming: round " in again.out, again.said()
+    expect(0, lab.play(folder), "resuming: round ")
     assert lab.digests(folder / "run") == lab.digests(reference)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.services.faulty_proxy import FORBIDDEN, FaultyProxy, answer
+from tests.services.outcomes import expect
 from tests.services.s3_server import S3Server
 
 
@@ -84,8 +85,7 @@ def test_a_run_on_s3_that_is_killed_goes_on_to_the_tickets_of_one_in_a_folder(
     bucket = Bucket(server, "killed")
     assert start(bucket, {"rank": "all", "step": [1, 3]}).wait().codes == (-9, -9)
     assert any(name.startswith("rounds/01/steps/00000002-0001/") for name in bucket.commits())
-    ended = start(bucket).wait()
-    assert ended.rc == 0 and "resuming: round 1, after step 2" in ended.out, ended.said()
+    ended = expect(0, start(bucket).wait(), "resuming: round 1, after step 2")
     assert "is dead; going on in its place" in ended.err, "at once: it ran on this machine"
     assert bucket.digests() == lab.digests(reference)
     assert not any("/steps/" in name for name in bucket.names())
@@ -122,8 +122,7 @@ def test_a_right_that_is_taken_away_while_training_stops_at_a_step_with_the_caus
     assert "a commit failed, and training stops: s3://runs/taken/" in ended.err
     assert "AccessDenied (HTTP 403). This needs the right s3:" in ended.err
     proxy.calm()
-    again = start(bucket, **LONG).wait()
-    assert again.rc == 0 and "resuming: round 0, after step " in again.out, again.said()
+    expect(0, start(bucket, **LONG).wait(), "resuming: round 0, after step ")
 
 
 @pytest.mark.long
@@ -165,8 +164,7 @@ def test_of_two_launches_one_runs_and_when_it_falls_silent_the_other_takes_over(
     sets = LONG | {"store.lease_seconds": 5}  # so long may a busy machine keep the first from telling that it lives
     first = start(bucket, **sets)
     first.until(bucket.commits)
-    ended = start(bucket, **sets).wait()
-    assert ended.codes == (2, 2), ended.said()
+    ended = expect((2, 2), start(bucket, **sets).wait())
     assert "s3://runs/twice is held by another launch (" in ended.err and "which is alive" in ended.err
     assert f"pid {first.pids[0]}" in ended.err and "choose another run.folder" in ended.err
     first.kill(signal.SIGSTOP)  # silent, but not gone: as a machine that was cut off
@@ -199,6 +197,5 @@ def test_a_spoiled_commit_is_noticed_and_the_one_before_it_taken(
         assert ended.codes == (-9, -9), f"{part}: {ended.said()}"
         assert f"warning: {bucket.url}/{name} is damaged" in ended.out, ended.said()
         assert "falling back to rounds/01/steps/00000002-0001\n" in ended.out, ended.said()
-    ended = start(bucket, **often).wait()
-    assert ended.rc == 0, ended.said()
+    expect(0, start(bucket, **often).wait())
     assert bucket.digests() == lab.digests(reference)

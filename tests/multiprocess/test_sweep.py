@@ -16,6 +16,7 @@ import pytest
 
 from mirl_dist.storage import Folder
 from mirl_dist.storage.lease import Lease
+from tests.services.outcomes import expect
 
 pytestmark = pytest.mark.long
 
@@ -160,8 +161,7 @@ def test_a_mistake_in_one_method_starts_nothing(lab: Any, tmp_path: Path) -> Non
     methods = METHODS | {"snow": {"data.mix": {"desnow": 1}}, "late": {"rewind": {"to": "step", "step": 500}}}
     write(lab, tmp_path, methods=methods)
     before = files(tmp_path)
-    ended = sweep(lab, tmp_path).wait()
-    assert ended.codes == (2,), ended.said()
+    ended = expect((2,), sweep(lab, tmp_path).wait())
     assert "2 faults in the runs of trial.yaml; nothing was started:" in ended.err, ended.said()
     assert "snow-seed0, snow-seed1: data.mix: the shards hold no training samples for desnow" in ended.err, ended.said()
     assert "late-seed0, late-seed1: rewind.step: found 500, but a round has 12 steps" in ended.err, ended.said()
@@ -227,8 +227,7 @@ def test_slurm_gets_an_array_of_what_has_not_finished(lab: Any, story: Story, tm
     (story.folder / "launch/slurm").mkdir(parents=True, exist_ok=True)
     (story.folder / "launch/slurm/array.sbatch").touch()
     more = ("--submit", "slurm", "--set", "seeds=[1, 2]", "--set", "slots=3", "--set", "sbatch=[--gpus-per-node=1]")
-    ended = sweep(lab, story.folder, *more, env=env).wait()
-    assert ended.codes == (0,), ended.said()
+    ended = expect((0,), sweep(lab, story.folder, *more, env=env).wait())
     assert "mirl-seed1: finished, not submitted" in ended.out and "as job 4711" in ended.out, ended.said()
     *options, script, commands = (story.folder / "asked").read_text().splitlines()
     assert options[:3] == ["--parsable", "--job-name=sweep-trial", "--array=1-2%3"]

@@ -13,6 +13,7 @@ import torch
 from mirl_dist.data.sample import Batch
 from mirl_dist.training.guards import SpikeDetector, StepLosses
 from mirl_dist.training.state import Progress
+from tests.services.outcomes import expect
 
 NONE = torch.zeros(0)
 SETS = {"prune.rounds": 0, "ranks.slow_factor": 1e9}  # one round of six steps; a busy machine slows ranks
@@ -120,8 +121,7 @@ def newest_commits(run: Path) -> list[str]:
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step_with_advice(lab: Any, tmp_path: Path) -> None:
-    ended = lab.play(tmp_path, SETS, fatal=nan(3))
-    assert ended.codes == (2, 2), ended.said()
+    ended = expect((2, 2), lab.play(tmp_path, SETS, fatal=nan(3)))
     assert ended.err.count("\n") == 1, "all ranks know, one says it"
     assert re.fullmatch(
         r"mirl-dist: the loss is not finite at round 0, epoch 1, step 0, samples as task:key: "
@@ -136,8 +136,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step_with_advice(l
 
 @pytest.mark.long
 def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_step(lab: Any, tmp_path: Path) -> None:
-    ended = lab.play(tmp_path, SETS, fatal=inf_gradient(3))
-    assert ended.codes == (2, 2), ended.said()
+    ended = expect((2, 2), lab.play(tmp_path, SETS, fatal=inf_gradient(3)))
     assert ended.err.count("\n") == 1
     assert re.fullmatch(
         r"mirl-dist: the gradient is not finite at round 0, epoch 1, step 0 though every loss was; samples: "
@@ -176,8 +175,7 @@ def test_a_run_that_is_killed_after_a_step_was_left_out_ends_in_the_same_ticket(
     ended = lab.play(tmp_path, sets, fatal=[nan(3), {"rank": 1, "step": [0, 4]}])
     assert -9 in ended.codes, ended.said()
     assert newest_commits(tmp_path / "run") == ["00000002-0001", "00000004-0001"]
-    ended = lab.play(tmp_path, sets)
-    assert ended.rc == 0 and "resuming: round 0, after step 4" in ended.out, ended.said()
+    expect(0, lab.play(tmp_path, sets), "resuming: round 0, after step 4")
     assert lab.digests(tmp_path / "run") == lab.digests(left_out[0])
 
 
@@ -185,8 +183,7 @@ def test_a_run_that_is_killed_after_a_step_was_left_out_ends_in_the_same_ticket(
 def test_a_step_is_left_out_alike_whether_a_loss_or_the_gradient_was_not_finite(
     lab: Any, left_out: Any, tmp_path: Path
 ) -> None:
-    ended = lab.play(tmp_path, SETS | {"guard.skip_bad_batches": 2}, fatal=inf_gradient(3))
-    assert ended.rc == 0, ended.said()
+    ended = expect(0, lab.play(tmp_path, SETS | {"guard.skip_bad_batches": 2}, fatal=inf_gradient(3)))
     assert f"step 0 though every loss was; samples: rank 0 ({platform.node()}): " in ended.out
     assert ". The step is skipped (1 of 2 allowed in a round)." in ended.out
     assert lab.digests(tmp_path / "run") == lab.digests(left_out[0])
@@ -194,15 +191,13 @@ def test_a_step_is_left_out_alike_whether_a_loss_or_the_gradient_was_not_finite(
 
 @pytest.mark.long
 def test_no_more_bad_steps_are_left_out_than_are_allowed(lab: Any, tmp_path: Path) -> None:
-    ended = lab.play(tmp_path, SETS | {"guard.skip_bad_batches": 1}, fatal=[nan(1), inf_gradient(3)])
-    assert ended.codes == (2, 2), ended.said()
+    ended = expect((2, 2), lab.play(tmp_path, SETS | {"guard.skip_bad_batches": 1}, fatal=[nan(1), inf_gradient(3)]))
     assert "(1 of 1 allowed in a round)" in ended.out
     assert "the gradient is not finite at round 0, epoch 1, step 0" in ended.err
     assert " 1 such batches were skipped before (guard.skip_bad_batches). " in ended.err
     assert "guard.skip_bad_batches=10 and go on" in ended.err
     allowed = SETS | {"guard.skip_bad_batches": 10}
-    ended = lab.play(tmp_path, allowed, fatal=inf_gradient(3))
-    assert ended.rc == 0 and "resuming: round 0, after step 2" in ended.out, ended.said()
+    ended = expect(0, lab.play(tmp_path, allowed, fatal=inf_gradient(3)), "resuming: round 0, after step 2")
     assert "(2 of 10 allowed in a round" in ended.out, "the one before was remembered"
     assert lab.tickets(tmp_path / "run")[0]["bad"] == 2
 
@@ -214,8 +209,7 @@ def test_a_step_of_several_passes_is_left_out_whole_whichever_of_them_was_bad(la
     for number in (0, 1):
         folder = tmp_path / str(number)
         folder.mkdir()
-        ended = lab.play(folder, sets, fatal=nan(2, **{"pass": number}))
-        assert ended.rc == 0, ended.said()
+        ended = expect(0, lab.play(folder, sets, fatal=nan(2, **{"pass": number})))
         assert ended.out.count("The step is skipped (1 of 1 allowed") == 1
         assert lab.tickets(folder / "run")[0]["bad"] == 1
         digests.append(lab.digests(folder / "run"))
