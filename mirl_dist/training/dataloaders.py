@@ -105,14 +105,9 @@ def open_inputs(plan: RunPlan, ranks: Ranks, stop: StopSignal) -> RunInputs:
 
 def eval_settings_of(section: EvaluateSection) -> EvalSettings:
     """Return the settings for restoring and scoring images."""
-    return EvalSettings(
-        tuple(PROTOCOLS[name] for name in section.protocols),
-        section.seed,
-        section.tile_pixels,
-        section.tile_overlap,
-        section.precision,
-        section.compile,
-    )
+    protocols = tuple(PROTOCOLS[name] for name in section.protocols)
+    own = section.model_dump(include={"seed", "tile_pixels", "tile_overlap", "precision", "compile"})
+    return EvalSettings(protocols, **own)
 
 
 def shard_pool_of(config: Config, shards: Shards, rank_name: str, stop_requested: Callable[[], bool]) -> ShardPool:
@@ -123,12 +118,14 @@ def shard_pool_of(config: Config, shards: Shards, rank_name: str, stop_requested
     section, cache = config.data.cache, None
     if section.folder is not None or not isinstance(shards.store, Folder):
         cache = ShardCache(shard_cache_folder(section.folder), round(section.gigabytes * 1e9))
-    patience = Patience(config.store.patience_seconds)
-
-    def report(line: str) -> None:
-        warn(f"mirl-dist, {rank_name}: {line}")
-
-    return ShardPool(shards, cache, config.data.damage, report, stop_asked=stop_requested, patience=patience)
+    return ShardPool(
+        shards,
+        cache,
+        config.data.damage,
+        lambda line: warn(f"mirl-dist, {rank_name}: {line}"),
+        stop_asked=stop_requested,
+        patience=Patience(config.store.patience_seconds),
+    )
 
 
 def train_loader_of(plan: RunPlan, pool: ShardPool, ranks: Ranks) -> TrainLoader:
@@ -192,20 +189,18 @@ def resident_images_of(jobs: Sequence[EvalJob], pool: ShardPool, ranks: Ranks) -
 
     Raises UserError, on every rank, if any rank cannot read an image; Stopped, on every rank, if any was asked to stop.
     """
-    own_places = [jobs[number].place for number in assign_jobs(jobs, ranks.rank, ranks.world)]
-    images, error_text, stopped = ResidentImages(), "", False
+    images, stopped, error_text = ResidentImages(), False, ""
     try:
-        images.read(pool, own_places)
+        images.read(pool, [jobs[number].place for number in assign_jobs(jobs, ranks.rank, ranks.world)])
     except UserError as error:
         error_text = str(error)
     except Stopped:
         stopped = True
-    outcomes = ranks.gather_objects((error_text, stopped), what="gather of images to look at")
-    if any(stopped for _, stopped in outcomes):
+    stops, texts = zip(*ranks.gather_objects((stopped, error_text), what="gather of images to look at"), strict=True)
+    if any(stops):
         raise Stopped("stopped as asked before any step was trained")
-    for text, _ in outcomes:
-        if text:
-            raise UserError(text, everywhere=True)
+    if any(texts):
+        raise UserError(next(filter(None, texts)), everywhere=True)
     return images
 
 

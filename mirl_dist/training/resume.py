@@ -18,7 +18,7 @@ from mirl_dist.config.config import Config
 from mirl_dist.data.sampler import Position
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
-from mirl_dist.errors import InvariantError, MirlError, Stopped, UserError
+from mirl_dist.errors import InvariantError, Stopped, UserError
 from mirl_dist.observability.progress import say
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
@@ -52,11 +52,19 @@ def hold_lease(
             status=lambda: {**status, "phase": ranks.phase},
             launch={"world": ranks.world, "tracking": plan.config.tracking.model_dump(mode="json")},
         )
-    checkpoints = Checkpoints(plan.store, lease)
-    if not ranks.on_main(lambda: _claim(lease, checkpoints, stop, check_again), what="lease"):
-        raise Stopped("stopped as asked before any step was trained")
-    reason = "failed"
+    checkpoints, reason = Checkpoints(plan.store, lease), "failed"
+
+    def claim() -> None:
+        assert lease is not None
+        try:
+            lease.claim(stop)
+        except Stopped:
+            raise Stopped("stopped as asked before any step was trained") from None
+        checkpoints.fence_older_writers()
+        check_again()  # another launch may have begun the run since it was checked
+
     try:
+        ranks.on_main(claim, what="lease")
         yield checkpoints
         reason = "finished"
     except Stopped:
@@ -65,22 +73,6 @@ def hold_lease(
     finally:
         if lease is not None:
             lease.release(reason)
-
-
-def _claim(lease: Lease | None, checkpoints: Checkpoints, stop: StopSignal, check_again: Callable[[], object]) -> bool:
-    """Claim the lease and fence older writers; return False if asked to stop meanwhile."""
-    assert lease is not None
-    try:
-        lease.claim(stop)
-    except Stopped:
-        return False
-    try:
-        checkpoints.fence_older_writers()
-        check_again()  # another launch may have begun the run since it was checked
-    except MirlError:
-        lease.release("failed")
-        raise
-    return True
 
 
 def crash_loop_guard(run_id: str, plan: RunPlan, ranks: Ranks) -> CrashLoopGuard:

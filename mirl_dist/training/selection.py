@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mirl_dist.config.schema_training import PruneSection
 from mirl_dist.distributed.engines.sharding import ShardLayout
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
@@ -22,13 +23,26 @@ from mirl_dist.pruning import saliency, synflow
 from mirl_dist.pruning.criteria import CRITERIA, scores_of_weights
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.prune import PruneConfig, PruneResult, prune
-from mirl_dist.training.builders import prune_config_of
 from mirl_dist.training.checkpoint import Checkpoints, rewind_name
 from mirl_dist.training.dataloaders import Calibration
 from mirl_dist.training.losses import per_sample_l1
 from mirl_dist.training.preflight import RunPlan
 from mirl_dist.training.round import TrainNetwork
 from mirl_dist.training.state import TrainState
+
+
+def prune_config_of(section: PruneSection, seed: int) -> PruneConfig:
+    """Return the settings for pruning."""
+    return PruneConfig(
+        section.fraction,
+        section.criterion,
+        section.per,
+        section.output_layers,
+        section.output_factor,
+        seed,
+        floor=section.floor,
+        iterations=section.synflow_steps,
+    )
 
 
 @dataclass

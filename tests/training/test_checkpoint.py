@@ -54,8 +54,8 @@ def newest(kept: Checkpoints) -> tuple[int, int | None, list[str]]:
     return commit.round_, commit.step, damaged
 
 
-def newest_folder(kept: Checkpoints) -> str:
-    return kept.commits()[0].folder
+def places(kept: Checkpoints) -> list[tuple[int, int | None]]:
+    return [(commit.round_, commit.step) for commit in kept.commits()]
 
 
 # -- whole or none ----------------------------------------------------------------------------------------------
@@ -81,22 +81,14 @@ def test_what_is_committed_comes_back_to_the_last_bit(kept: Checkpoints) -> None
     assert Progress.model_validate_json(parts[STATE]) == progress(0, 3)
     assert masking.digest(unpack_masks(parts[MASK], SHAPES, "here")) == masking.digest(masks())
     commit_round(kept, 0)
-    assert newest_folder(kept) == "rounds/00/ticket-0000"
+    assert kept.commits()[0].folder == "rounds/00/ticket-0000"
     again = kept.round_weights(0)
     assert all(torch.equal(again[n], w) for n, w in weights(0).items())
     assert (kept.ticket(0), kept.scores(0), kept.pictures(0)) == (ticket(0), b"csv", b"png")
-
-
-def test_complete_tells_of_every_part_its_size_and_digest_and_seals_that(kept: Checkpoints) -> None:
-    commit_round(kept, 0)
     said = check_digest(kept.store.get(f"rounds/00/ticket-0000/{COMPLETE}"))
     assert said == {"parts": {name: part_info(kept.store.get(f"rounds/00/ticket-0000/{name}")) for name in ROUND_PARTS}}
-
-
-def test_a_round_without_pictures_has_none(kept: Checkpoints) -> None:
-    kept.commit_round(ticket(0), snapshot(0, 4, 0), b"csv", None, 2)
-    assert kept.pictures(0) is None
-    assert newest(kept) == (0, None, [])
+    kept.commit_round(ticket(1), snapshot(1, 4, 0), b"csv", None, 2)
+    assert (kept.pictures(1), newest(kept)) == (None, (1, None, []))
 
 
 def test_a_commit_twice_is_once(tmp_path: Path) -> None:
@@ -173,21 +165,19 @@ def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(
         assert damaged == []
         return
     said = "is missing from its commit" if how == "missing" else "is damaged: "
-    assert len(damaged) == 1
-    assert damaged[0].startswith(f"{path} {said}")
+    assert [text.startswith(f"{path} {said}") for text in damaged] == [True]
 
 
 def test_when_no_commit_can_be_read_the_run_is_not_begun_afresh(kept: Checkpoints, tmp_path: Path) -> None:
     commit_steps(kept, 3, 6)
     for step in ("00000003-0000", "00000006-0000"):
         spoil(tmp_path / "rounds/00/steps" / step / WEIGHTS)
-    with pytest.raises(UserError) as caught:
+    damage = r".*0000000{}-0000/weights\.safetensors is damaged"
+    both = f"{damage.format(6)}{damage.format(3)}"
+    with pytest.raises(
+        UserError, match=rf"^no commit of this run can be read: {both}.*\. Restore a copy of the run\.$"
+    ):
         kept.latest()
-    text = str(caught.value)
-    assert text.startswith("no commit of this run can be read: ")
-    assert "00000006-0000/weights.safetensors is damaged" in text
-    assert "00000003-0000/weights.safetensors is damaged" in text
-    assert text.endswith("Restore a copy of the run.")
 
 
 @pytest.mark.parametrize("error", [Rejected, Unavailable])
@@ -216,19 +206,16 @@ def test_only_the_last_commits_are_kept(kept: Checkpoints, keep_last: int) -> No
 
 
 def test_rounds_count_among_the_commits_that_are_kept_and_are_never_removed(kept: Checkpoints) -> None:
-    def told() -> list[tuple[int, int | None]]:
-        return [(c.round_, c.step) for c in kept.commits()]
-
     commit_steps(kept, 1, 2, keep_last=3)
     commit_round(kept, 0)
-    assert told() == [(0, None), (0, 2)]
+    assert places(kept) == [(0, None), (0, 2)]
     commit_steps(kept, 1, round_=1)
-    assert told() == [(1, 1), (0, None)]
+    assert places(kept) == [(1, 1), (0, None)]
     commit_steps(kept, 2, 3, round_=1)
-    assert told() == [(1, 3), (1, 2), (0, None)]
+    assert places(kept) == [(1, 3), (1, 2), (0, None)]
     for round_ in (1, 2, 3):
         commit_round(kept, round_)
-    assert told() == [(3, None), (2, None), (1, None), (0, None)]
+    assert places(kept) == [(3, None), (2, None), (1, None), (0, None)]
 
 
 def test_a_commit_that_was_found_damaged_does_not_count_among_those_that_are_kept(
@@ -244,12 +231,10 @@ def test_a_commit_that_was_found_damaged_does_not_count_among_those_that_are_kep
 def test_the_end_of_the_run_leaves_its_rounds_alone(kept: Checkpoints) -> None:
     commit_steps(kept, 1, 2)
     commit_round(kept, 0)
-    assert [(c.round_, c.step) for c in kept.commits()] == [(0, None), (0, 2)]
+    assert places(kept) == [(0, None), (0, 2)]
     kept.finish()
-    assert [(c.round_, c.step) for c in kept.commits()] == [(0, None)]
-    assert kept.store.list("rounds/00/steps") == []
+    assert places(kept) == [(0, None)]
     assert set(kept.store.list("rounds")) == {f"rounds/00/ticket-0000/{name}" for name in (*ROUND_PARTS, COMPLETE)}
-    assert kept.pictures(0) == b"png"
     assert kept.ticket(0) == ticket(0)
 
 
@@ -264,9 +249,7 @@ def test_dropped_weights_leave_a_ticket_that_can_be_read(kept: Checkpoints, tmp_
     assert said is not None and said["parts"].keys() == set(ROUND_PARTS) - {WEIGHTS}
     assert [t.round for t in kept.tickets()] == [0, 1]
     assert all(torch.equal(w, weights(1)[n]) for n, w in kept.round_weights(1).items())
-    with pytest.raises(
-        UserError, match=r"rounds/00/ticket-0000 kept its ticket but not its weights \(keep\.rounds: best\)"
-    ):
+    with pytest.raises(UserError, match=r"rounds/00/ticket-0000 kept its ticket but not its weights \(keep\.rounds"):
         kept.round_weights(0)
     with pytest.raises(UserError, match=r"rounds/07 holds no finished round\. `mirl-dist tickets list` shows them"):
         kept.round_weights(7)
@@ -295,9 +278,7 @@ def test_the_best_round_is_remembered_and_every_flipped_byte_found(kept: Checkpo
     assert kept.best() == 3
     for at in range((tmp_path / BEST).stat().st_size):
         spoil(tmp_path / BEST, at)
-        with pytest.raises(
-            UserError, match=r"best\.json is damaged\. Remove it: the last round then stands for the run\.$"
-        ):
+        with pytest.raises(UserError, match=r"best\.json is damaged\. Remove it: the last round then stands for the"):
             kept.best()
         spoil(tmp_path / BEST, at)
 
@@ -332,9 +313,6 @@ def test_masks_of_another_network_or_scope_are_refused(shapes: dict[str, tuple[i
     with pytest.raises(UserError) as caught:
         unpack_masks(pack_tensors(masking.pack(masks())), shapes, "rounds/00")
     assert str(caught.value) == f"rounds/00/{MASK}: {said}. The prune.scope or the model differs."
-
-
-def test_a_mask_file_that_is_none_is_refused() -> None:
     with pytest.raises(UserError, match=r"^rounds/00/mask\.safetensors: "):
         unpack_masks(b"not safetensors at all", SHAPES, "rounds/00")
 

@@ -14,7 +14,7 @@ published = partial(rate, 2e-4, by="epoch", step=0, steps_per_epoch=859, warmup_
 smooth = partial(rate, 1e-3, by="step", steps_per_epoch=5, warmup_epochs=2, horizon_epochs=10)
 
 
-def test_the_published_rate_rises_from_zero_peaks_for_two_epochs_and_falls_to_its_last() -> None:
+def test_the_published_rate_rises_from_zero_peaks_for_two_epochs_and_falls() -> None:
     for epoch in range(15):
         assert published(epoch=epoch) == pytest.approx(epoch * 2e-4 / 14, rel=1e-12)
     assert published(epoch=0) == 0.0
