@@ -1,11 +1,10 @@
-"""Opens the data of a run: its shard pool and cache, the training loader, the images to score, the calibration."""
+"""Opens the data of a run: its shard pool and cache, the training loader, the images to score."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from statistics import fmean
 from typing import NamedTuple
 
@@ -15,14 +14,11 @@ from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import shard_cache_folder
 from mirl_dist.config.schema_training import EvaluateSection
 from mirl_dist.data.cache import ShardCache
-from mirl_dist.data.calibration import CalibrationPatches
 from mirl_dist.data.loader import TrainLoader, passes_behind
 from mirl_dist.data.manifest import Shard
 from mirl_dist.data.parallel import distributed_map
 from mirl_dist.data.prefetch import shards_ahead
 from mirl_dist.data.resident_images import ResidentImages
-from mirl_dist.data.sample import Batch
-from mirl_dist.data.sampler import Position
 from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
@@ -73,17 +69,12 @@ class Evaluation:
         return {name: fmean(psnr) for name, psnr in values.items()}
 
 
-Calibration = Callable[[int], Iterable[Batch]]
-"""Round -> its calibration batches."""
-
-
 class RunInputs(NamedTuple):
     """The data sources of a run on one rank."""
 
     pool: ShardPool
     loader: TrainLoader
     evaluation: Evaluation
-    calibration: Calibration
 
 
 def open_inputs(plan: RunPlan, ranks: Ranks, stop: StopSignal) -> RunInputs:
@@ -100,7 +91,7 @@ def open_inputs(plan: RunPlan, ranks: Ranks, stop: StopSignal) -> RunInputs:
     first = first_images(plan.jobs, config.evaluate.curve_images if config.evaluate.every_epochs is not None else 0)
     resident, settings = resident_images_of(first, pool, ranks), eval_settings_of(config.evaluate)
     evaluation = Evaluation(ranks, pool, plan.jobs, settings, first, resident, look_ahead, stop)
-    return RunInputs(pool, loader, evaluation, calibration_of(plan, pool, ranks, stop))
+    return RunInputs(pool, loader, evaluation)
 
 
 def eval_settings_of(section: EvaluateSection) -> EvalSettings:
@@ -202,24 +193,6 @@ def resident_images_of(jobs: Sequence[EvalJob], pool: ShardPool, ranks: Ranks) -
     if any(texts):
         raise UserError(next(filter(None, texts)), everywhere=True)
     return images
-
-
-def calibration_of(plan: RunPlan, pool: ShardPool, ranks: Ranks, stop_requested: Callable[[], bool]) -> Calibration:
-    """Return the calibration of a run: the samples of a round's first global batches, for gradient criteria.
-
-    It maps a round to batches of one sample on this rank's device, the same for any number of ranks. Only one sample
-    and one shard are held at a time.
-    """
-    config, sampler = plan.config, plan.sampler
-    patches = CalibrationPatches(sampler.tasks, config.run.seed, config.data.patch_pixels, config.data.augment)
-
-    def batches(round_: int) -> Iterator[Batch]:
-        positions = islice(sampler.positions(Position(0, 0), config.train.epochs), config.prune.criterion_batches)
-        slots = [slot for position in positions for slot in sampler.slots(round_, position)]
-        for batch in patches.of(slots, pool, stop_requested):
-            yield Batch.of(batch, pin=False).to(ranks.device)
-
-    return batches
 
 
 def _most_ranks_on_a_node(ranks: Ranks) -> int:

@@ -131,30 +131,15 @@ def _from_ticket(config: Config, open_ticket: OpenTicket, drawn: dict[str, Tenso
             f"{source} was pruned in another scope: {len(mismatched)} tensors are in one of the two only, first "
             f"'{mismatched[0]}'. Set prune.scope to the ticket's."
         )
-    weights = {name: weights[name] for name in drawn}
     if kind == "reinit":
         weights = draw_weights(config, _REINIT_SEED_OFFSET)
     elif kind != "ticket":
         masks = random_masks(masks, config.run.seed, kind.removeprefix("random_"))
-        weights = _all_initial_weights(opened, config, ticket.initial_digest, source, drawn)
-    return InitialState(weights, masks, ticket.digest())
-
-
-def _all_initial_weights(
-    opened: OpenedTicket, config: Config, digest: str, source: str, drawn: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the initial values of all weights, pruned ones included.
-
-    They come from the ticket's run, or are drawn again from the seed in a ticket file. Raises UserError if the drawn
-    weights do not have the digest that the ticket records.
-    """
-    weights = opened.initial_weights()
-    if weights is None:
         seed = opened.config.run.seed
-        weights = draw_weights(config, seed - config.run.seed)
-        if masking.digest_tensors(weights) != digest:
+        weights = opened.initial_weights() or draw_weights(config, seed - config.run.seed)
+        if masking.digest_tensors(weights) != ticket.initial_digest:
             raise UserError(
                 f"{source} tells the first values of its survivors only, and seed {seed} gives others here. Name a "
                 "round of the run whose tickets began from all weights, as RUN/rounds/NN."
             )
-    return {name: weights[name] for name in drawn}
+    return InitialState({name: weights[name] for name in drawn}, masks, ticket.digest())

@@ -181,7 +181,7 @@ class RoundRunner:
         self.report.crash_guard.begin_step(progress.round, progress.updates)
 
     def flags(self) -> tuple[bool, bool, bool]:
-        return self.stop(), self.committer.busy(), self.committer.failed()
+        return self.stop(), self.committer.writer.busy, self.committer.failed()
 
     def raise_commit_failure(self) -> None:
         self.committer.raise_failure()

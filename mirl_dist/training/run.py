@@ -85,8 +85,8 @@ def train_under_lease(
     committer = Committer(config.checkpoint, ranks, state, checkpoints, writer, inputs.loader, tracker)
     report = RoundReporter(config, checkpoints, tracker, crash_guard, status)
     runner = RoundRunner(plan, inputs, ranks, state, network, committer, report, stop)
-    pruner = Pruner(plan, state, initial, network, inputs.calibration, checkpoints, ranks, stop)
-    stop.busy = committer.busy
+    pruner = Pruner(plan, state, initial, network, inputs.pool, checkpoints, ranks, stop)
+    stop.busy = lambda: writer.busy
     stop.graceful = True  # from here on a stop request leads to a commit
     tracker.begin_run(params_of(config), tags_of(plan, ranks))
     tracker.log_file(RUN, to_json(config.dump()), "run")

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from mirl_dist.config.schema_training import PruneSection
+from mirl_dist.data.calibration import CalibrationPatches
+from mirl_dist.data.sample import Batch
+from mirl_dist.data.sampler import Position
+from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.distributed.engines.sharding import ShardLayout
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
@@ -24,7 +29,6 @@ from mirl_dist.pruning.criteria import CRITERIA, scores_of_weights
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.prune import PruneConfig, PruneResult, prune
 from mirl_dist.training.checkpoint import Checkpoints, rewind_name
-from mirl_dist.training.dataloaders import Calibration
 from mirl_dist.training.losses import per_sample_l1
 from mirl_dist.training.preflight import RunPlan
 from mirl_dist.training.round import TrainNetwork
@@ -49,15 +53,14 @@ def prune_config_of(section: PruneSection, seed: int) -> PruneConfig:
 class Pruner:
     """Computes new masks and the rewind point between two rounds, on one rank.
 
-    initial: this rank's part of the initial weights; calibration: returns the samples of a round's first global
-    batches.
+    initial: this rank's part of the initial weights; pool: holds the samples from which gradients are computed.
     """
 
     plan: RunPlan
     state: TrainState
     initial: dict[str, Tensor]
     network: TrainNetwork
-    calibration: Calibration
+    pool: ShardPool
     checkpoints: Checkpoints
     ranks: Ranks
     stop: StopSignal
@@ -107,11 +110,19 @@ class Pruner:
         return values
 
     def _gradient_scores(self, network: nn.Module, values: dict[str, Tensor], masks: Masks) -> dict[str, Tensor]:
-        """Return gradient scores of the prunable weights from the next round's calibration batches."""
+        """Return gradient scores of the prunable weights from the first global batches of the next round.
+
+        They are taken one sample at a time, the same for any number of ranks; one shard is held at a time.
+        """
+        config, sampler = self.plan.config, self.plan.sampler
+        patches = CalibrationPatches(sampler.tasks, config.run.seed, config.data.patch_pixels, config.data.augment)
+        positions = islice(sampler.positions(Position(0, 0), config.train.epochs), config.prune.criterion_batches)
+        slots = [slot for at in positions for slot in sampler.slots(self.state.progress.round + 1, at)]
 
         def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-            for batch in self.calibration(self.state.progress.round + 1):
+            for sample in patches.of(slots, self.pool, self.stop):
                 self._check_stop()
+                batch = Batch.of(sample, pin=False).to(self.ranks.device)
                 yield batch.degraded, batch.clean
 
         def loss(restored: Tensor, clean: Tensor) -> Tensor:

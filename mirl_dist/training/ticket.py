@@ -159,12 +159,11 @@ def parse(data: bytes, source: str) -> Ticket:
         claimed = raw.pop("digest", None) if isinstance(raw, dict) else None
         ticket = Ticket.model_validate(raw)
         strict_json.parse(json.dumps(_texts(ticket)).encode())
-    except ValidationError as error:
-        first = error.errors()[0]
-        record = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".encode("unicode_escape").decode()[:160]
-        raise UserError(f"{source} is not a ticket ({record}). Take it from a run folder.") from None
     except (ValueError, RecursionError) as error:
         record = (str(error).splitlines() or [""])[0]
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            record = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".encode("unicode_escape").decode()[:160]
         raise UserError(f"{source} is not a ticket ({record}). Take it from a run folder.") from None
     unprintable = _impossible_values(ticket)
     if unprintable:
@@ -227,11 +226,9 @@ def metrics(ticket: Ticket) -> dict[str, float]:
         "skipped_reads": ticket.skipped,
         "bad_batches": ticket.bad,
     }
-    for name, score in ticket.scores.items():
-        values[f"psnr/{name}"], values[f"ssim/{name}"] = score.psnr, score.ssim
-    for protocol, scores in ticket.also.items():
+    for protocol, scores in [("", ticket.scores), *((f".{name}", scores) for name, scores in ticket.also.items())]:
         for name, score in scores.items():
-            values[f"psnr.{protocol}/{name}"], values[f"ssim.{protocol}/{name}"] = score.psnr, score.ssim
+            values[f"psnr{protocol}/{name}"], values[f"ssim{protocol}/{name}"] = score.psnr, score.ssim
     values |= {f"best_step/{name}": step for name, step in ticket.best_steps().items()}
     if ticket.scores:
         values["psnr/mean"] = fmean(s.psnr for s in ticket.scores.values())
