@@ -26,6 +26,9 @@ from mirl_dist.training.round_report import RoundReporter, method_of
 from mirl_dist.training.state import Progress, TrainState
 from mirl_dist.training.ticket import Curve, Ticket
 
+_IN_TICKET = {"round", "began", "updates", "samples", "skipped", "bad", "seconds", "threshold", "mask_digest", "parent"}
+"""Fields of the progress that a ticket records under the same names."""
+
 
 @dataclass
 class TrainNetwork:
@@ -123,16 +126,13 @@ class RoundRunner:
         headline, *others = settings.protocols
         densities = {name: counts.surviving[name] / size for name, size in counts.total.items()}
         return Ticket(
-            round=progress.round,
+            **progress.model_dump(include=_IN_TICKET),
             alive=sum(counts.surviving.values()),
             prunable=sum(counts.total.values()),
             total=self.state.total(),
-            threshold=progress.threshold,
             layer_density=densities,
-            mask_digest=progress.mask_digest,
             initial_digest=initial_digest,
             weights_digest=self.state.digest(),
-            parent=progress.parent,
             fingerprint=config.fingerprint(),
             manifest_digest=self.plan.manifest_digest(),
             protocol=headline.text,
@@ -143,14 +143,8 @@ class RoundRunner:
             curve=progress.curve if progress.curve.steps else None,
             method=method_of(config, progress.round),
             seed=config.run.seed,
-            began=progress.began,
             collapsed=tuple(name for name, density in densities.items() if density == 0),
-            updates=progress.updates,
-            samples=progress.samples,
-            skipped=progress.skipped,
-            bad=progress.bad,
             damaged=dict(sorted(progress.damaged.items())),
-            seconds=progress.seconds,
             world=self.ranks.world,
             engine=self.ranks.network.spec.name,
             versions={"mirl_dist": __version__, "torch": torch.__version__, **library_versions()},
