@@ -135,7 +135,6 @@ class Pruner:
         self, config: PruneConfig, network: nn.Module, values: dict[str, Tensor], masks: Masks
     ) -> PruneResult:
         """Run SynFlow on rank 0 and broadcast its masks."""
-
         results: list[PruneResult] = []
 
         def iterate() -> tuple[float, int, tuple[str, ...]]:

@@ -260,38 +260,24 @@ def test_all_bad_sizes_are_named_at_once() -> None:
         models.create("promptir", **(SMALL | {"heads": (1, 3, 2, 4), "prompt_dims": (5, 8, 16)}))
 
 
-@pytest.fixture(scope="module")
-def official() -> dict[str, Tensor]:
-    """A random set of tensors in the official layout, unused ones included, at full size, without prefix."""
+def test_official_tensors_convert_bare_with_prefix_and_in_lightnings_checkpoint() -> None:
     torch.manual_seed(1)
-    return {name: torch.empty(shape).normal_() for name, (shape, _) in golden("official")["tensors"].items()}
-
-
-def test_an_official_lightning_checkpoint_loads_strictly_and_reports_what_it_drops(
-    official: dict[str, Tensor],
-) -> None:
-    checkpoint = {"epoch": 3, "state_dict": {f"net.{name}": tensor for name, tensor in official.items()}}
-    converted = models.from_official("promptir", checkpoint)
-    assert converted.dropped == (
-        "chnl_reduce1.weight (64, 64, 1, 1)",
-        "chnl_reduce2.weight (128, 128, 1, 1)",
-        "chnl_reduce3.weight (256, 320, 1, 1)",
-        "reduce_noise_channel_1.weight (48, 112, 1, 1)",
-        "reduce_noise_channel_2.weight (96, 224, 1, 1)",
-        "reduce_noise_channel_3.weight (192, 448, 1, 1)",
-    )
-    meta_promptir().load_state_dict(converted.weights, strict=True, assign=True)
-    assert all(torch.equal(tensor, official[name]) for name, tensor in converted.weights.items())
-
-
-def test_official_tensors_convert_with_and_without_prefix_and_unused_tensors(
-    official: dict[str, Tensor],
-) -> None:
-    bare = models.from_official("promptir", official)
-    prefixed = models.from_official("promptir", {f"net.{name}": tensor for name, tensor in official.items()})
-    assert list(bare.weights) == list(prefixed.weights) and bare.dropped == prefixed.dropped
-    without_unused = models.from_official("promptir", bare.weights)
-    assert without_unused.dropped == () and list(without_unused.weights) == list(bare.weights)
+    official = {name: torch.empty(shape).normal_() for name, (shape, _) in golden("official")["tensors"].items()}
+    prefixed = {f"net.{name}": tensor for name, tensor in official.items()}
+    checkpoints: list[dict[str, Any]] = [official, prefixed, {"epoch": 3, "state_dict": prefixed}]
+    for converted in (models.from_official("promptir", checkpoint) for checkpoint in checkpoints):
+        assert converted.dropped == (
+            "chnl_reduce1.weight (64, 64, 1, 1)",
+            "chnl_reduce2.weight (128, 128, 1, 1)",
+            "chnl_reduce3.weight (256, 320, 1, 1)",
+            "reduce_noise_channel_1.weight (48, 112, 1, 1)",
+            "reduce_noise_channel_2.weight (96, 224, 1, 1)",
+            "reduce_noise_channel_3.weight (192, 448, 1, 1)",
+        )
+        meta_promptir().load_state_dict(converted.weights, strict=True, assign=True)
+        assert all(torch.equal(tensor, official[name]) for name, tensor in converted.weights.items())
+    without_unused = models.from_official("promptir", converted.weights)
+    assert without_unused.dropped == () and list(without_unused.weights) == list(converted.weights)
 
 
 def test_official_tensors_convert_at_other_sizes() -> None:
