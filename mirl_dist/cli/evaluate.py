@@ -31,7 +31,6 @@ from mirl_dist.storage import Folder, output_paths
 from mirl_dist.storage.configured import open_configured
 from mirl_dist.tickets.open import FileTicket, network, open_ticket
 from mirl_dist.training import dataloaders
-from mirl_dist.training.builders import eval_settings_of
 
 
 class EvalOptions(NamedTuple):
@@ -49,7 +48,7 @@ def _settings(config: Config, options: EvalOptions) -> evaluate.EvalSettings:
         raise UserError(f"--protocol: found '{unknown[0]}'. Use {', '.join(PROTOCOLS)}.")
     if options.precision not in (None, "fp32", "bf16"):
         raise UserError(f"--precision: found '{options.precision}'. Use fp32 or bf16.")
-    settings = eval_settings_of(config.evaluate)
+    settings = dataloaders.eval_settings_of(config.evaluate)
     if options.protocols:
         settings = settings._replace(protocols=tuple(PROTOCOLS[name] for name in dict.fromkeys(options.protocols)))
     if options.tile_pixels is not None:

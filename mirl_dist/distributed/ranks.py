@@ -202,6 +202,12 @@ class Ranks:
         result: T = outcome[0]
         return result
 
+    def keep_on_main(self, work: Callable[[], T], *, what: str) -> T | None:
+        """Run `work` on rank 0 like `on_main`, but keep its result there, unpickled; the other ranks get None."""
+        results: list[T] = []
+        self.on_main(lambda: results.append(work()), what=what)
+        return results[0] if results else None
+
     def broadcast_tensors(
         self, tensors: Mapping[str, Tensor] | None, *, what: str = "tensors", layout: ShardLayout | None = None
     ) -> dict[str, Tensor]:

@@ -170,7 +170,7 @@ def network(config: Config, weights: dict[str, Tensor]) -> nn.Module:
 
 
 def _verified_initial(checkpoints: Checkpoints) -> dict[str, Tensor]:
-    initial, identity = checkpoints.initial(), checkpoints.identity() or {}
+    initial, identity = checkpoints.tensors(INITIAL), checkpoints.identity() or {}
     if initial is None or masking.digest_tensors(initial) != identity.get("initial_digest"):
         raise UserError(
             f"{checkpoints.store.where(INITIAL)} is damaged or missing. Start the run again once: it makes the file "

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.services.lab import PROGRAMS
+from tests.services.outcomes import expect
 from tests.services.processes import wait_until
 
 pytestmark = pytest.mark.long
@@ -46,16 +47,12 @@ def ended(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_a_rank_whose_process_is_stopped_is_named_with_the_collective_it_delays(ended: dict[str, Any]) -> None:
-    run = ended["stopped"]
-    assert run.codes == (1, 1), run.said()
+    run = expect((1, 1), ended["stopped"])
     assert f"mirl-dist, rank 0 ({HERE}): waited " in run.err
     assert " s in training for the gather of loss flags (meeting 5); rank 1 (" in run.err
     assert "has not come: its process no longer responds: it is stopped, swapped out, or its node is" in run.err
     assert "frame #" not in run.err, "pages of C++"
-
-
-def test_a_rank_that_wakes_up_finds_that_the_others_have_gone(ended: dict[str, Any]) -> None:
-    assert ended["stopped"].err.count("another rank has gone\n") == 1
+    assert run.err.count("another rank has gone\n") == 1, "as it finds when it wakes up"
 
 
 def test_a_stopped_rank_that_serves_the_store_is_named_although_the_store_is_silent(ended: dict[str, Any]) -> None:
@@ -66,11 +63,8 @@ def test_a_stopped_rank_that_serves_the_store_is_named_although_the_store_is_sil
     assert "), through which ranks tell where they are, no longer responds: it has ended or is stop" in run.err
 
 
-def test_a_rank_that_hangs_is_named_with_phase_and_location_by_one_that_waits(
-    ended: dict[str, Any],
-) -> None:
-    run = ended["asleep"]
-    assert run.codes == (1, 1, -9), run.said()
+def test_a_rank_that_hangs_is_named_with_phase_and_location_by_one_that_waits(ended: dict[str, Any]) -> None:
+    run = expect((1, 1, -9), ended["asleep"])
     first, *rest = run.err.splitlines()
     assert first.startswith(f"mirl-dist, rank 0 ({HERE}): waited ")
     assert " s in training for the gather of loss flags (meeting 5); rank 2 (" in first
@@ -92,7 +86,7 @@ def test_a_stop_that_one_rank_was_asked_reaches_a_rank_that_waits_in_a_collectiv
 
 
 def test_restarted_ranks_rendezvous_and_see_no_stop_request_of_the_start_before(ended: dict[str, Any]) -> None:
-    run, folder = ended["restarted"], ended["restarted folder"]
-    assert run.rc == 0, run.said()
+    expect(0, ended["restarted"])
+    folder = ended["restarted folder"]
     assert {f"first-{r}" for r in (0, 1)} < {p.name for p in folder.iterdir()}, "the first start was asked and died"
     assert {(folder / f"{when}-{rank}").read_text() for when in ("again", "later") for rank in (0, 1)} == {"False"}

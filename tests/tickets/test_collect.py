@@ -27,7 +27,7 @@ from mirl_dist.tickets import collect, transfer
 from mirl_dist.tickets import open as opening
 from mirl_dist.tickets.file import TicketContent, pack, read
 from mirl_dist.tickets.verify import MASK_FOLLOWS, check_size, verify, verify_descent
-from mirl_dist.training.checkpoint import Checkpoints
+from mirl_dist.training.checkpoint import INITIAL, Checkpoints
 from mirl_dist.training.state import Progress, Snapshot
 from mirl_dist.training.ticket import Ticket, parse
 
@@ -93,7 +93,7 @@ def written(contents: list[TicketContent], folder: Path, rounds: int = 2) -> Pat
     kept, ticket = Checkpoints(Folder(folder)), contents[0].ticket
     identity = {name: getattr(ticket, name) for name in ("fingerprint", "manifest_digest", "initial_digest")}
     kept.begin({"config": contents[0].config, "versions": {}} | identity)
-    kept.save_initial(contents[0].initial)
+    kept.save_tensors(INITIAL, contents[0].initial)
     for content in contents[:rounds]:
         progress = Progress(round=content.ticket.round, mask_digest=content.ticket.mask_digest)
         kept.commit_round(content.ticket, Snapshot(progress, content.masks, content.trained, {}), b"", None, 2)

@@ -14,6 +14,7 @@ from unittest import mock
 import safetensors.torch
 import torch
 
+from mirl_dist.config.config import Config
 from mirl_dist.data.sample import Batch
 from mirl_dist.distributed.engines.ddp import DdpEngine
 from mirl_dist.distributed.ranks import Ranks
@@ -113,22 +114,23 @@ def nudge(tensor: torch.Tensor) -> None:
 def guarded(ranks: Ranks) -> dict[str, Any]:
     """Laws that one rank breaks, by the smallest step that a float can take."""
     last = ranks.rank == ranks.world - 1
-    game = lottery.LotteryConfig(2, None, "initial", "all", 0, 1)
-    opened: list[str] = []
+    config, opened = Config(), []
 
     def play(state: TrainState, initial: dict[str, torch.Tensor]) -> None:
-        lottery.play(
-            game,
-            state,
-            initial,
-            ranks,
-            newest=None,
-            train_and_score=lambda: a_ticket(state),
+        runner: Any = SimpleNamespace(
+            plan=SimpleNamespace(config=config, sampler=SimpleNamespace(steps_per_epoch=1)),
+            state=state,
+            ranks=ranks,
+            train_and_score=lambda initial_digest: a_ticket(state),
             record=lambda ticket: None,
+            stop_if_requested=opened.append,
+        )
+        pruner: Any = SimpleNamespace(
+            initial=initial,
             select=lambda: prune(state.weights, state.masks, PruneConfig(0.2), ranks.partition, ranks.gather),
             rewind_point=lambda: initial,
-            stop_if_requested=lambda before: opened.append(before),
         )
+        lottery.play(runner, pruner, None)
 
     def first(state: TrainState) -> dict[str, torch.Tensor]:
         return {n: p.detach().clone() for n, p in state.weights.items()}
@@ -152,16 +154,16 @@ def guarded(ranks: Ranks) -> dict[str, Any]:
             if last:
                 nudge(weights["b.weight"])
 
-        rewind = lottery.rewind
+        rewind, result = lottery.rewind, PruneResult(masks, 0.5, 0, ())
         with mock.patch.object(lottery, "rewind", wrong):
-            lottery.begin_round(game, unproven, starts[2], ranks, PruneResult(masks, 0.5, 0, ()), a_ticket(unproven))
+            lottery.begin_round(config, unproven, starts[2], ranks, result, a_ticket(unproven), steps_per_epoch=1)
 
     found = {
         "drift": refused(lambda: play(drifted, starts[0])),
         "drifted masks": masking.count_surviving(drifted.masks),
         "other start": refused(lambda: play(other_start, starts[1])),
         "rewind": refused(rewind_that_fails),
-        "risen": refused(lambda: lottery.check_pruned_weights(risen, ranks)),
+        "risen": refused(lambda: guards.check_pruned_weights(risen, ranks)),
     }
     return found | {"opened": opened, "loss": refused(lambda: lossy(ranks, last)), "stop": stops(ranks, last)}
 
@@ -188,7 +190,7 @@ def stops(ranks: Ranks, last: bool) -> tuple[bool, int]:
 
 def hooks(stop: bool = False) -> Any:
     """The run around a loop that only looks whether to stop."""
-    return SimpleNamespace(stop_requested=lambda: stop, commit_busy=lambda: False, commit_failed=lambda: False)
+    return SimpleNamespace(flags=lambda: (stop, False, False))
 
 
 def averaged(ranks: Ranks) -> dict[str, Any]:
