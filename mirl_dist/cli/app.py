@@ -14,11 +14,11 @@ from typing import Annotated, Any
 import typer
 
 from mirl_dist import __version__
-from mirl_dist.cli import doctor_command, shards, sweep_command, tickets, train
-from mirl_dist.cli.options import Json, TicketArgument, Tile
+from mirl_dist.cli import shards, tickets, train
+from mirl_dist.cli.options import Json, Sets, TicketArgument, Tile
 from mirl_dist.distributed.launch.control import ControlChannel
-from mirl_dist.distributed.signals import RESUMABLE
-from mirl_dist.errors import MirlError, Stopped
+from mirl_dist.distributed.signals import RESUMABLE, StopSignal
+from mirl_dist.errors import MirlError, Stopped, UserError
 from mirl_dist.observability.console import FAULT, rank_label, warn
 
 app = typer.Typer(
@@ -106,8 +106,84 @@ def _options(
 
 
 app.command("train")(train.train)
-app.command("sweep")(sweep_command.sweep)
-app.command("doctor")(doctor_command.doctor)
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML file, for example configs/sweeps/demo.yaml.")],
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value of the sweep itself, for example slots=2.")
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--print", "--dry-run", help="Print the command of each run, a line each.")
+    ] = False,
+    submit: Annotated[str | None, typer.Option(help="'slurm': hand the runs over as a job array.")] = None,
+    status: Annotated[bool, typer.Option("--status", help="Say where the runs stand.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Compare the runs that have finished.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train methods x seeds, a few runs at a time, and compare them. The same command resumes a sweep.
+
+    Exit codes: 0 all finished, 1 a run failed, 2 a mistake to put right, 75 asked to stop, 130 ended at once.
+    """
+    stop = StopSignal().listen()
+    if sum((show, submit is not None, status, compare)) > 1:
+        raise UserError(
+            "found several of --print, --submit, --status and --compare. Give one of them, or none to train."
+        )
+    if as_json and not status:
+        raise UserError("found --json without --status. Remove it, or add --status.")
+    if submit not in (None, "slurm"):
+        raise UserError(f"--submit: found '{submit}'. There is slurm; for other schedulers take --print.")
+    from mirl_dist.cli.sweep import spec
+
+    plan = spec.read(file, sets or [])
+    if show:
+        print("\n".join(spec.command_line(plan, run) for run in plan.runs))
+        return
+    from mirl_dist.cli.sweep import sweep as sweeps
+
+    if status:
+        sweeps.print_status(plan, as_json)
+    elif compare:
+        sweeps.compare_finished(plan, str(file))
+    elif submit is not None:
+        sweeps.submit(plan, str(file))
+    else:
+        raise typer.Exit(sweeps.run(plan, str(file), stop.close))
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="Also say what this config means on 1, 2, 4, ... ranks.")
+    ] = None,
+    sets: Sets = None,
+    launch: Annotated[
+        str | None, typer.Option(help="A file from launch/, or 'auto': check this launch of the config, and plan it.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="With --launch: A40, A100-40, A100-80, H100 or H200.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=1e-6, help="With --launch: samples per second over all ranks.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine offers, and what is missing; with --launch: whether a launch would work, and its plan."""
+    if launch is None and (gpu is not None or rate is not None or as_json):
+        raise UserError("found --gpu, --rate or --json without --launch, which they belong to. Name a launch file.")
+    if launch is not None and config is None:
+        raise UserError("found --launch without a config. Name the config that is to be launched.")
+    from mirl_dist.cli.doctor import doctor as doctors
+    from mirl_dist.config import config as configs
+
+    if launch is not None and config is not None:
+        faults = doctors.print_launch(configs.read(config, sets or []), launch, gpu, rate, as_json)
+    else:
+        faults = doctors.print_machine()
+        if config is not None:
+            doctors.print_plan(configs.read(config, sets or []))
+    if faults:
+        raise typer.Exit(1)
 
 
 @app.command()

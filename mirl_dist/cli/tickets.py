@@ -21,10 +21,7 @@ def tickets_list(run: Annotated[str, typer.Argument(help="Run folder.")], as_jso
 
 
 @app.command("show")
-def tickets_show(
-    ticket: TicketArgument,
-    as_json: Json = False,
-) -> None:
+def tickets_show(ticket: TicketArgument, as_json: Json = False) -> None:
     """Print one ticket: counts, digests, scores, density per layer."""
     from mirl_dist.cli import show
 
@@ -112,6 +109,6 @@ def tickets_judge(
     as_json: Json = False,
 ) -> None:
     """Say whether tickets win: MIR-L's Definition 1 per task, over the seeds, and against controls."""
-    from mirl_dist.cli import judge
+    from mirl_dist.cli import compare
 
-    judge.judge_runs(runs, round_, train, tolerance, as_json)
+    compare.judge_runs(runs, round_, train, tolerance, as_json)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from mirl_dist.cli.sweep.spec import SweepPlan, SweepRun, arguments
 from mirl_dist.cli.sweep.status import StatusTable
@@ -22,11 +22,12 @@ _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 20.0  # `train --launch` needs time to end its ranks
 
 
-class StartedRun(NamedTuple):
-    """A run that this process has started."""
-
-    run: SweepRun
-    process: subprocess.Popen[bytes]
+def _open_log(log: Path) -> BinaryIO:
+    try:
+        return open(log, "ab")
+    except OSError as error:
+        text = f"folder: {log} cannot be written: {error.strerror}"
+        raise UserError(f"{text}. Put {log.parent} right, or choose another place.") from None
 
 
 class Scheduler:
@@ -39,7 +40,7 @@ class Scheduler:
     def __init__(self, plan: SweepPlan, table: StatusTable, environments: list[dict[str, str]]) -> None:
         self._plan, self._table, self._environments = plan, table, environments
         self._waiting = [run for run in plan.runs if table.statuses[run.name].state != "finished"]
-        self._slots: dict[int, StartedRun] = {}
+        self._slots: dict[int, tuple[SweepRun, subprocess.Popen[bytes]]] = {}  # the runs started here, by slot
         self._last_signs: dict[str, tuple[bytes, float]] = {}
 
     def work(self, lost: Callable[[], bool]) -> int | None:
@@ -65,7 +66,7 @@ class Scheduler:
                     except UserError as error:
                         stopping, fault = True, error
                         self._ask_to_stop("a log cannot be written")
-                self._table.refresh({started.run.name for started in self._slots.values()})
+                self._table.refresh({run.name for run, _ in self._slots.values()})
                 time.sleep(_POLL_SECONDS)
         if fault is not None:
             raise fault
@@ -82,7 +83,7 @@ class Scheduler:
                 return
             self._waiting.remove(run)
             log = self._plan.log(run)
-            with self._open_log(log) as file:
+            with _open_log(log) as file:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "mirl_dist", *arguments(self._plan, run)],
                     stdin=subprocess.DEVNULL,
@@ -91,17 +92,8 @@ class Scheduler:
                     env=os.environ | self._environments[slot],
                     start_new_session=True,  # Ctrl-C reaches only this process, which forwards it
                 )
-            self._slots[slot] = StartedRun(run, process)
+            self._slots[slot] = run, process
             self._table.set_state(run, "running", f"pid {process.pid}, log {log}")
-
-    def _open_log(self, log: Path) -> BinaryIO:
-        try:
-            return open(log, "ab")
-        except OSError as error:
-            folder = self._plan.local_folder
-            raise UserError(
-                f"folder: {log} cannot be written: {error.strerror}. Put {folder} right, or choose another place."
-            ) from None
 
     def _is_trained_elsewhere(self, run: SweepRun) -> bool:
         """Return whether another launch is training a run: its lease was renewed recently."""
@@ -136,7 +128,7 @@ class Scheduler:
                 self._table.set_state(run, "failed", f"{ending}, log {self._plan.log(run)}")
 
     def _ask_to_stop(self, why: str) -> None:
-        names = ", ".join(started.run.name for started in self._slots.values()) or "no run"
+        names = ", ".join(run.name for run, _ in self._slots.values()) or "no run"
         more = "again" if why == "SIGINT" else "twice"
         warn(f"mirl-dist: {why}: {names} asked to stop; press Ctrl-C {more} to kill them.")
         self._waiting.clear()
@@ -148,16 +140,15 @@ class Scheduler:
         for _ in range(3):
             self._send_signal(signal.SIGINT)
             time.sleep(2 * _POLL_SECONDS)
-        while any(started.process.poll() is None for started in self._slots.values()):
+        while any(process.poll() is None for _, process in self._slots.values()):
             if time.monotonic() > deadline:
-                for started in self._slots.values():
+                for _, process in self._slots.values():
                     with contextlib.suppress(ProcessLookupError):
-                        os.killpg(started.process.pid, signal.SIGKILL)
+                        os.killpg(process.pid, signal.SIGKILL)
             time.sleep(_POLL_SECONDS)
-        for started in self._slots.values():
-            self._table.set_state(started.run, "stopped", "ended at once")
+        for run, _ in self._slots.values():
+            self._table.set_state(run, "stopped", "ended at once")
 
     def _send_signal(self, number: int) -> None:
-        for started in self._slots.values():
-            if started.process.poll() is None:
-                started.process.send_signal(number)
+        for _, process in self._slots.values():
+            process.send_signal(number)  # does nothing if the process has ended

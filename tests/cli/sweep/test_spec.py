@@ -1,20 +1,23 @@
-"""Laws of a sweep's plan: what it expands to, what it refuses, the commands that it prints, who gets which GPU."""
+"""Laws of a sweep: what it expands to and refuses, the commands it prints, who gets which GPU, states of its runs."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mirl_dist.cli.sweep import spec
-from mirl_dist.cli.sweep.spec import SweepPlan
+from mirl_dist.cli.sweep import spec, status
+from mirl_dist.cli.sweep.spec import SweepPlan, SweepRun
+from mirl_dist.cli.sweep.sweep import exit_code
 from mirl_dist.config import config as configs
 from mirl_dist.config import yaml_loader
+from mirl_dist.config.config import Config
 from mirl_dist.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -126,7 +129,7 @@ def test_names_that_a_disk_may_take_for_one_are_refused(swept: Any) -> None:
 def test_no_two_runs_ever_share_a_folder(names: set[str]) -> None:
     methods = {name: {"optimiser.lr": number + 1} for number, name in enumerate(sorted(names))}
     sweep = spec.Sweep(config=str(DEMO), folder="f", methods=methods, seeds=(0, 1, 11))
-    assert not sweep.inconsistencies()
+    assert not list(sweep.inconsistencies())
     assert len({run.config.run.folder for run in spec.expand(sweep, "s", "s.yaml")}) == 3 * len(names)
 
 
@@ -220,3 +223,52 @@ def test_a_file_of_another_kind_is_no_sweep(tmp_path: Path, text: str, said: str
     with pytest.raises(UserError) as caught:
         spec.read(tmp_path / "a.yaml")
     assert str(caught.value) == f"{tmp_path}/a.yaml{said}"
+
+
+# -- states -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ended", "exited", "complete", "state"),
+    [
+        (None, False, False, "running"),
+        (None, True, False, "failed"),
+        (None, True, True, "failed"),
+        ("finished", False, True, "finished"),
+        ("finished", False, False, "stopped"),
+        ("stopped", False, True, "stopped"),
+        ("failed", False, False, "failed"),
+    ],
+)
+def test_a_finished_run_has_a_launch_that_said_so_and_a_last_ticket(
+    ended: str | None, exited: bool, complete: bool, state: str
+) -> None:
+    holder: Any = SimpleNamespace(ended=ended, has_exited=lambda: exited)
+    assert status.state_of(holder, complete) == state
+    assert status.state_of(None, complete) == ("finished" if complete else "waiting"), "never launched"
+
+
+@pytest.mark.parametrize(
+    ("states", "asked", "code"),
+    [
+        (["finished", "finished"], False, 0),
+        (["finished", "finished"], True, 0),
+        (["finished", "failed", "stopped"], False, 1),
+        (["finished", "stopped"], False, 75),
+        (["failed", "waiting"], True, 75),
+    ],
+)
+def test_a_sweep_asked_to_stop_can_be_queued_again_whatever_failed(
+    states: list[status.State], asked: bool, code: int
+) -> None:
+    assert exit_code(states, asked=asked) == code
+
+
+def test_where_a_run_stands_is_told_in_words_and_to_programs() -> None:
+    run = SweepRun("mirl-seed0", "mirl", 0, "runs/s/mirl-seed0", (), Config())
+    stands = status.RunStatus("running", 3, 1, 5, 36, 0.2, 17.256, "host, pid 4", b"beat")
+    assert stands.cells() == ["running", "1/3", "5/36", "20.0%", "17.26"]
+    assert status.RunStatus().cells() == ["waiting", "", "", "", ""]
+    row = json.loads(json.dumps(stands.row(run)))
+    assert row["method"] == "mirl" and row["seed"] == 0 and row["state"] == "running" and row["psnr"] == 17.256
+    assert row["who"] == "host, pid 4" and "sign" not in row
