@@ -10,6 +10,7 @@ from mirl_dist.cli.doctor import memory
 from mirl_dist.cli.doctor.memory import GIB, Gpu, Pass, Passes, Size
 from mirl_dist.distributed.launch.launch_file import Engine
 from mirl_dist.errors import UserError
+from mirl_dist.training import losses
 
 SMALL = {
     "dim": 8,
@@ -25,7 +26,13 @@ ENGINES: tuple[Engine, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 @pytest.mark.long
 def test_activations_counted_on_meta_are_those_that_a_real_pass_keeps(precision: str) -> None:
     model, images = models.create("promptir", **SMALL), torch.rand(3, 3, 32, 32)
-    real = memory.measure_pass(model, images, precision)
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            restored = model(images)
+        return losses.combine(losses.per_sample_l1(restored, images))
+
+    real = memory.measure_pass(model, loss)
     told = memory.passes_of("promptir", SMALL, 32, precision, "cpu")
     assert told.of(3).saved == real.saved > 10**7
     assert told.of(3).working == pytest.approx(real.working, rel=0.05) and real.working > 10**5
@@ -43,16 +50,22 @@ def test_what_a_pass_keeps_is_the_sum_of_the_tensors_that_autograd_saves() -> No
 def test_bfloat16_keeps_less_and_on_a_gpu_norms_keep_float32() -> None:
     with torch.device("meta"):
         model, images = models.create("promptir", **SMALL), torch.rand(2, 3, 32, 32)
-    full, half = (memory.measure_pass(model, images, p, "cuda").saved for p in ("fp32", "bf16"))
-    assert memory.measure_pass(model, images, "bf16", "cpu").saved < half < 0.7 * full
+        full, half, on_cpu = (
+            memory.saved_bytes(memory.loss_of(model, images, precision, kind), model)
+            for precision, kind in (("fp32", "cuda"), ("bf16", "cuda"), ("bf16", "cpu"))
+        )
+    assert on_cpu < half < 0.7 * full
 
 
 @pytest.mark.long
 def test_activations_grow_with_samples_and_with_pixels() -> None:
     with torch.device("meta"):
         model = models.create("promptir", **SMALL)
-        one, more = (memory.measure_pass(model, torch.rand(n, 3, n * 16, n * 16), "fp32") for n in (2, 4))
-    assert more.saved == pytest.approx(8 * one.saved, rel=0.05), "twice the samples of four times the pixels"
+        one, more = (
+            memory.saved_bytes(memory.loss_of(model, torch.rand(n, 3, n * 16, n * 16), "fp32", "cuda"), model)
+            for n in (2, 4)
+        )
+    assert more == pytest.approx(8 * one, rel=0.05), "twice the samples of four times the pixels"
 
 
 def test_each_engine_takes_no_more_than_the_last_and_offload_moves_moments() -> None:
@@ -78,7 +91,7 @@ def test_the_published_network_has_its_weights_and_a_largest_unit_within_it() ->
 
 
 def test_the_largest_batch_that_fits_divides_the_share_of_a_rank() -> None:
-    passes = Passes(Pass(5, 0), Pass(9, 1))
+    passes = Passes(5, Pass(9, 1))
     assert [memory.largest_forward(passes, 100, room, 12) for room in (105, 115, 154, 164, 1_000)] == [0, 1, 4, 4, 12]
 
 
