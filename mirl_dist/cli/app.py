@@ -39,7 +39,8 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank would print a page of C++ frames
     if "RANK" in os.environ:
         sys.excepthook = _leave_with_traceback
-        _leave_if_reported()
+        if (code := ControlChannel.of_worker().exit_code()) is not None:
+            os._exit(code)  # elastic launchers restart ranks that have reported their exit, too
     try:
         app()
     except SystemExit as ended:
@@ -77,13 +78,6 @@ def _leave(code: int, *, final: bool = False) -> None:
     if final and "RANK" in os.environ:
         ControlChannel.of_worker().report_exit(code)
     os._exit(code)
-
-
-def _leave_if_reported() -> None:
-    """Exit if this rank has already reported an exit code, because elastic launchers restart ranks in any case."""
-    code = ControlChannel.of_worker().exit_code()
-    if code is not None:
-        os._exit(code)
 
 
 def _leave_with_traceback(*error: Any) -> None:

@@ -21,7 +21,6 @@ from mirl_dist.observability.mlflow import reader
 from mirl_dist.storage import Folder, open_store, output_paths
 from mirl_dist.tickets import collect
 from mirl_dist.tickets.compare import caveats, judge, statistics
-from mirl_dist.tickets.compare.entry import Entry
 from mirl_dist.tickets.open import RunTicket, open_run_ticket, run_of
 from mirl_dist.tickets.report import latex, page, text_tables
 from mirl_dist.training.checkpoint import Checkpoints
@@ -51,7 +50,11 @@ def compare(
         entries = [one._replace(strip=None) for one in entries]
     say = warn if as_json else progress.say  # standard output is reserved for JSON
     if as_json:
-        print(json.dumps([_entry_as_row(one) for one in entries], indent=1))
+        rows = [
+            {"run": one.run, "method": one.method, "seed": one.seed} | one.ticket.row() | {"method": one.method}
+            for one in entries
+        ]
+        print(json.dumps(rows, indent=1))
     else:
         _print_tables(text_tables.tables(entries))
     for note in caveats.list_caveats(entries):
@@ -71,11 +74,6 @@ def compare(
         say(f"wrote {', '.join(str(out / name) for name in files)}")
     if to_mlflow is not None:
         say(f"MLflow: {reader.log_report(uri, to_mlflow, title, files)}")
-
-
-def _entry_as_row(entry: Entry) -> dict[str, object]:
-    own: dict[str, object] = {"run": entry.run, "method": entry.method, "seed": entry.seed}
-    return own | entry.ticket.row() | {"method": entry.method}
 
 
 def _print_tables(tables: Sequence[text_tables.TextTable]) -> None:

@@ -18,7 +18,6 @@ from mirl_dist.cli import show
 from mirl_dist.config.config import Config, portable
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.image_files import ImageRefused, decode
-from mirl_dist.data.sample import Pixels
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import UserError
@@ -140,7 +139,12 @@ def restore_files(images: list[Path], reference: str, out: Path, tile_pixels: in
     if missing:
         raise UserError(f"no image at {', '.join(missing[:5])}. Give paths of image files.")
     _check_tiles(tile_pixels, config.evaluate.tile_overlap)
-    decoded = [_read_image(path) for path in images]
+    decoded = []
+    for path in images:
+        try:
+            decoded.append(decode(path.read_bytes()))
+        except ImageRefused as reason:
+            raise UserError(f"{path} {reason}. Give a PNG, JPEG or BMP file of 8 bits per channel.") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, folder = network(config, opened.trained_weights()).to(device), Folder(out)
     with progress.bar("restoring", len(images)) as advance:
@@ -151,11 +155,3 @@ def restore_files(images: list[Path], reference: str, out: Path, tile_pixels: in
             folder.put(f"{path.stem}.png", data.getvalue())
             advance(number + 1, path.name)
     progress.say(f"{len(images)} restored by round {ticket.round} into {out}")
-
-
-def _read_image(path: Path) -> Pixels:
-    """Read the pixels of an image file. Raises UserError if it has no unambiguous 8-bit RGB."""
-    try:
-        return decode(path.read_bytes())
-    except ImageRefused as reason:
-        raise UserError(f"{path} {reason}. Give a PNG, JPEG or BMP file of 8 bits per channel.") from None

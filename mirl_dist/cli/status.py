@@ -32,15 +32,18 @@ def print_status(run: str, as_json: bool) -> None:
         "run": run,
         "rounds_finished": len(tickets),
         "rounds_planned_at_first": config.prune.rounds + 1,
-        "newest_commit": None
-        if newest is None
-        else {"round": newest.round_, "step": newest.step, "folder": newest.folder},
+        "newest_commit": newest and {"round": newest.round_, "step": newest.step, "folder": newest.folder},
         "samples": totals.samples,
         "seconds_training": totals.seconds,
         "samples_per_second": totals.samples / totals.seconds if totals.seconds else None,
         "writer": _writer(checkpoints, config),
-        "mlflow": _pending_records(run, checkpoints, config),
+        "mlflow": None,
     }
+    section, journal = _latest_tracking(run, checkpoints, config)
+    if section.enabled:
+        pending = tracker.pending_records(journal)
+        since = pending.since and datetime.fromtimestamp(pending.since, timezone.utc).isoformat(timespec="seconds")
+        status["mlflow"] = {"points_waiting": pending.points, "records_waiting": pending.records, "since": since}
     if as_json:
         print(json.dumps(status, indent=1))
         return
@@ -70,18 +73,6 @@ def _latest_tracking(run: str, checkpoints: Checkpoints, config: Config) -> tupl
     section = config.tracking if dump is None else TrackingSection.model_validate(dump)
     identity = checkpoints.identity() or {}
     return section, journal_folder(run, section.journal, str(identity.get("id", "")))
-
-
-def _pending_records(run: str, checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
-    """Count the pending MLflow records on this machine; None without tracking."""
-    section, journal = _latest_tracking(run, checkpoints, config)
-    if not section.enabled:
-        return None
-    pending = tracker.pending_records(journal)
-    since = None
-    if pending.since is not None:
-        since = datetime.fromtimestamp(pending.since, timezone.utc).isoformat(timespec="seconds")
-    return {"points_waiting": pending.points, "records_waiting": pending.records, "since": since}
 
 
 def _check_no_live_launch(run: str, checkpoints: Checkpoints) -> None:

@@ -41,7 +41,9 @@ def journal_folder(run_folder: str, configured: str | None, run_id: str = "") ->
     if configured is not None:
         return Path(os.path.expanduser(configured)) / name
     usual = local / "outbox" if local else platformdirs.user_cache_path(_NAME) / "outbox" / name
-    return usual if usual.is_absolute() and _is_writable(usual) else _shared_folder() / "outbox" / name
+    existing = next(path for path in (usual, *usual.parents) if path.exists())
+    is_writable = usual.is_absolute() and existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    return usual if is_writable else _shared_folder() / "outbox" / name
 
 
 def log_folder(run_folder: str, configured: str | None) -> Path:
@@ -89,9 +91,3 @@ def process_folder() -> Path:
 
 def _shared_folder(base: str | None = None) -> Path:
     return Path(base or tempfile.gettempdir()) / f"{_NAME}-{os.getuid()}"
-
-
-def _is_writable(folder: Path) -> bool:
-    """Whether the folder, or its closest existing parent, is writable."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)

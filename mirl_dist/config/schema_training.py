@@ -50,13 +50,7 @@ class ModelSection(Node):
 
 
 MOST_REPEATS = 10_000
-_PUBLISHED_MIX: dict[str, float | dict[str, float]] = {
-    "denoise_15": 3.0,
-    "denoise_25": 3.0,
-    "denoise_50": 3.0,
-    "derain": 120.0,
-    "dehaze": 1.0,
-}
+Mix = dict[str, PositiveFloat | dict[str, PositiveFloat]]
 
 
 class CacheSection(Node):
@@ -71,7 +65,7 @@ class DataSection(Node):
     shards: Annotated[str, Local] = Field("shards/built", min_length=1)
     """Output of `mirl-dist shards build`: a folder, s3://bucket/prefix or https://host/path. The digest of its manifest
     is part of the run's identity."""
-    mix: dict[str, PositiveFloat | dict[str, PositiveFloat]] = Field(default_factory=lambda: dict(_PUBLISHED_MIX))
+    mix: Mix = {"denoise_15": 3.0, "denoise_25": 3.0, "denoise_50": 3.0, "derain": 120.0, "dehaze": 1.0}
     """Task -> number, or task -> set -> number; mix_by defines the numbers' meaning. Tasks: docs/degradations.md."""
     mix_by: Literal["repeats", "weights", "balanced"] = "repeats"
     """repeats: how often each sample is read per epoch, as published; weights: relative shares of the epoch; balanced:

@@ -176,30 +176,22 @@ def _describe_error(cls: type[BaseModel], loc: _Location, kind: str, message: st
     return text
 
 
-def _contains(part: Any, here: Any) -> bool:
-    return part in here if isinstance(here, Mapping) else isinstance(here, list) and part in range(len(here))
+def _locate(tree: Any, loc: _Location, kind: str) -> tuple[_Location, dict[Any, Any], Any]:
+    """Return the part of an error location that exists in the tree, and the innermost mapping on it with its key.
 
-
-def _existing_part(tree: Any, loc: Sequence[str | int], kind: str) -> _Location:
-    """Return the part of an error location that exists in the tree; pydantic also inserts names of union branches."""
-    here, keys = tree, []
+    pydantic also inserts names of union branches into locations. A missing key belongs to no mapping.
+    """
+    here, path, holder, key = tree, list[str | int](), dict[Any, Any](), None
     for part in loc:
-        if _contains(part, here):
-            here = here[part]
-            keys.append(part)
-    return (*keys, loc[-1]) if kind == "missing" else tuple(keys)
-
-
-def _remove(tree: Any, loc: _Location) -> None:
-    """Remove the value at loc from the innermost mapping on its path; a faulty list is thus removed as a whole."""
-    here, holder, key = tree, {}, None
-    for part in loc:
-        if isinstance(here, dict):
+        if isinstance(here, dict) and part in here:
             holder, key = here, part
-        if not _contains(part, here):
-            break
+        elif not isinstance(here, list) or part not in range(len(here)):
+            continue
         here = here[part]
-    holder.pop(key, None)
+        path.append(part)
+    if kind != "missing":
+        return tuple(path), holder, key
+    return (*path, loc[-1]), {} if isinstance(here, dict) else holder, key
 
 
 def _mentions(inconsistency: str, key: str) -> bool:
@@ -216,12 +208,12 @@ def build(cls: type[Tree], tree: dict[str, Any], source: str) -> Tree:
     try:
         checked = cls.model_validate(tree)
     except ValidationError as error:
-        errors = [(_existing_part(tree, e["loc"], e["type"]), e) for e in error.errors(include_url=False)]
-        complaints = _describe_errors(cls, errors)
-        failed = [".".join(part for part in loc if isinstance(part, str)) for loc, _ in errors]
         rest = copy.deepcopy(tree)
-        for loc, _ in errors:
-            _remove(rest, loc)
+        located = [(_locate(rest, e["loc"], e["type"]), e) for e in error.errors(include_url=False)]
+        complaints = _describe_errors(cls, [(loc, e) for (loc, _, _), e in located])
+        for (loc, holder, key), _ in located:
+            failed.append(".".join(part for part in loc if isinstance(part, str)))
+            holder.pop(key, None)  # a faulty list is removed as a whole
         with contextlib.suppress(ValidationError):  # faulty keys at their defaults: check the rest for inconsistencies
             checked = cls.model_validate(rest)
     if checked is not None:

@@ -1,20 +1,14 @@
-"""The status of a sweep's runs, read from their stores: a live table on a terminal, lines of text elsewhere."""
+"""The status of a sweep's runs, read from their stores."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection
 from dataclasses import replace
 from typing import Literal, NamedTuple, TypeAlias
 
-from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from mirl_dist.cli.sweep.spec import SweepPlan, SweepRun
-from mirl_dist.errors import UserError
-from mirl_dist.observability.progress import say
 from mirl_dist.storage import lease, open_store
 from mirl_dist.storage.configured import options_of
 from mirl_dist.storage.lease_files import Holder
@@ -22,7 +16,6 @@ from mirl_dist.training.checkpoint import Checkpoints
 from mirl_dist.training.ticket import metrics
 
 State: TypeAlias = Literal["waiting", "running", "stopped", "failed", "finished"]
-_READ_SECONDS = 2.0
 _PATIENCE_SECONDS = 5.0  # short, because it blocks the scheduler
 
 
@@ -102,47 +95,3 @@ def make_table(plan: SweepPlan, statuses: dict[str, RunStatus]) -> Table:
     for run in plan.runs:
         table.add_row(Text(run.method), str(run.seed), *statuses[run.name].cells())
     return table
-
-
-class StatusTable:
-    """Displays the progress of a sweep. statuses: run name -> status."""
-
-    def __init__(self, plan: SweepPlan) -> None:
-        self.plan = plan
-        self.statuses = {run.name: read_status(run) for run in plan.runs}
-        self._read_at = time.monotonic()
-        console = Console(stderr=True)
-        live = Live(console=console, get_renderable=lambda: make_table(plan, self.statuses), refresh_per_second=2)
-        self._live = live if console.is_terminal else None
-
-    def set_state(self, run: SweepRun, state: State, why: str = "") -> None:
-        """Record the new state of a run, and print it. why: a reason, printed with it."""
-        self.statuses[run.name] = self.statuses[run.name]._replace(state=state, step=None, steps=None)
-        if self._live is None or state == "failed":
-            say(f"{run.name}: {state}{f' ({why})' if why else ''}")
-
-    def refresh(self, own_runs: Collection[str]) -> None:
-        """Update the status of running runs, at most every few seconds. own_runs: runs whose processes are alive."""
-        if time.monotonic() - self._read_at < _READ_SECONDS:
-            return
-        for run in self.plan.runs:
-            if self.statuses[run.name].state == "running":
-                current = self.read(run)
-                self.statuses[run.name] = current._replace(state="running") if run.name in own_runs else current
-        self._read_at = time.monotonic()
-
-    def read(self, run: SweepRun) -> RunStatus:
-        """Return the status of a run, or the last known one if it cannot be read."""
-        try:
-            return read_status(run)
-        except UserError:  # the store is unavailable, or a commit was removed while being read
-            return self.statuses[run.name]
-
-    def __enter__(self) -> StatusTable:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()

@@ -18,7 +18,7 @@ from mirl_dist.cli import compare
 from mirl_dist.cli.sweep import spec
 from mirl_dist.cli.sweep.scheduler import Scheduler
 from mirl_dist.cli.sweep.spec import SweepPlan
-from mirl_dist.cli.sweep.status import State, StatusTable, make_table, read_status
+from mirl_dist.cli.sweep.status import State, make_table, read_status
 from mirl_dist.config.yaml_loader import raise_complaints
 from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch.launch_file import ADDRESS, NODE_RANK, LaunchFile
@@ -48,10 +48,10 @@ def run(plan: SweepPlan, source: str, before_signals: Callable[[], None]) -> int
     if launch_file is not None:
         _check_fits_slots(plan, launch_file, environments)
     check_sweep(plan, source, launch_file)
-    table, stop_code = StatusTable(plan), None
-    if any(status.state != "finished" for status in table.statuses.values()):
-        stop_code = _train_runs(plan, source, table, environments, before_signals)
-    states = {name: status.state for name, status in table.statuses.items()}
+    scheduler, stop_code = Scheduler(plan, environments), None
+    if any(status.state != "finished" for status in scheduler.statuses.values()):
+        stop_code = _train_runs(plan, source, scheduler, before_signals)
+    states = {name: status.state for name, status in scheduler.statuses.items()}
     try:
         counts = Counter(states.values())
         progress.say(f"{_count_in_words(len(plan.runs))}: {', '.join(f'{counts[s]} {s}' for s in _ORDER if counts[s])}")
@@ -72,13 +72,7 @@ def exit_code(states: Sequence[State], *, asked: bool) -> int:
     return RESUMABLE if asked or "failed" not in states else 1
 
 
-def _train_runs(
-    plan: SweepPlan,
-    source: str,
-    table: StatusTable,
-    environments: list[dict[str, str]],
-    before_signals: Callable[[], None],
-) -> int | None:
+def _train_runs(plan: SweepPlan, source: str, scheduler: Scheduler, before_signals: Callable[[], None]) -> int | None:
     """Run `Scheduler.work` as the only sweep of its folder. Raises UserError if another sweep uses the folder."""
     try:
         plan.local_folder.mkdir(parents=True, exist_ok=True)
@@ -98,8 +92,7 @@ def _train_runs(
     ending = "failed"
     try:
         before_signals()
-        with table:
-            stop_code = Scheduler(plan, table, environments).work(lease.lost)
+        stop_code = scheduler.work(lease.lost)
         ending = "finished" if stop_code is None else "stopped"
     finally:
         lease.release(ending)
