@@ -14,8 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from mirl_dist import __version__
-from mirl_dist.cli import shards, tickets, train
-from mirl_dist.cli.options import Json, Sets, TicketArgument, Tile
+from mirl_dist.cli import Json, Sets, TicketArgument, shards, tickets, train
 from mirl_dist.distributed.launch.control import ControlChannel
 from mirl_dist.distributed.signals import RESUMABLE, StopSignal
 from mirl_dist.errors import MirlError, Stopped, UserError
@@ -27,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find winning tickets in all-in-one image restoration networks, on any number of GPUs.",
 )
+Tile = Annotated[int | None, typer.Option(help="Pixels of square tiles, for images too large for memory.")]
 track_app = typer.Typer(no_args_is_help=True, help="Deliver a run's records to MLflow.")
 app.add_typer(shards.app, name="shards")
 app.add_typer(tickets.app, name="tickets")

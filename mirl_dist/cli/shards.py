@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from mirl_dist.cli.options import Sets, Workers
+from mirl_dist.cli import Sets
 from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import UserError
 
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes of each rank; default: one per processor.")]
 app = typer.Typer(no_args_is_help=True, help="Build and check WebDataset shards.")
 
 

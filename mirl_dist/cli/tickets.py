@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mirl_dist.cli.options import Json, TicketArgument
+from mirl_dist.cli import Json, TicketArgument
 
 app = typer.Typer(no_args_is_help=True, help="List, show, prove, ship, compare and judge tickets.")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mirl_dist.cli.options import Sets
+from mirl_dist.cli import Sets
 from mirl_dist.distributed.launch.control import ControlChannel
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.distributed.signals import StopSignal

@@ -143,11 +143,8 @@ class Config(Node):
 
         Runs with equal experiment digest differ only in these, so they are repetitions of one experiment.
         """
-        keys = self.experiment_keys()
-        keys.pop("run", None)
-        if "start" in keys:
-            keys["start"] = {"kind": self.start.kind}
-        return digest_of_json(keys)[:16]
+        keys = {key: value for key, value in self.experiment_keys().items() if key != "run"}
+        return digest_of_json(keys | ({"start": {"kind": self.start.kind}} if "start" in keys else {}))[:16]
 
     def experiment_keys(self) -> dict[str, Any]:
         """Return, as a tree, the keys that affect results and differ from the published recipe."""

@@ -41,9 +41,15 @@ def journal_folder(run_folder: str, configured: str | None, run_id: str = "") ->
     if configured is not None:
         return Path(os.path.expanduser(configured)) / name
     usual = local / "outbox" if local else platformdirs.user_cache_path(_NAME) / "outbox" / name
-    existing = next(path for path in (usual, *usual.parents) if path.exists())
+    existing = nearest_existing(usual)
     is_writable = usual.is_absolute() and existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     return usual if is_writable else _shared_folder() / "outbox" / name
+
+
+def nearest_existing(folder: Path) -> Path:
+    """Return the folder, or its nearest existing parent."""
+    absolute = folder.absolute()
+    return next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))
 
 
 def log_folder(run_folder: str, configured: str | None) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 from mirl_dist.cli.doctor.machine import Finding, format_bytes
 from mirl_dist.cli.doctor.memory import Size
 from mirl_dist.config.config import Config
-from mirl_dist.config.local_paths import shard_cache_folder
+from mirl_dist.config.local_paths import nearest_existing, shard_cache_folder
 from mirl_dist.config.schema import StoreSection
 from mirl_dist.config.schema_training import DataSection
 from mirl_dist.data.shards import Shards
@@ -31,12 +31,6 @@ _NETWORK_FILE_SYSTEM = re.compile(r"nfs|lustre|gpfs|beegfs|cifs|smb|ceph|gluster
 def store_of(section: StoreSection, address: str) -> Store:
     """Open a store without retries, so that checks do not wait for an unavailable server."""
     return open_store(address, replace(options_of(section), patience_seconds=0.0))
-
-
-def nearest_existing(folder: Path) -> Path:
-    """Return the folder, or its nearest existing parent."""
-    absolute = folder.expanduser().absolute()
-    return next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from mirl_dist.cli.doctor import disks, machine, services
 from mirl_dist.cli.doctor.machine import Finding
 from mirl_dist.cli.doctor.plan import LaunchPlan, make_plan, plan_as_dict, plan_lines
 from mirl_dist.config.config import Config
-from mirl_dist.config.local_paths import shard_cache_folder
+from mirl_dist.config.local_paths import nearest_existing, shard_cache_folder
 from mirl_dist.data.sampler import ranks_in_words, split_batch
 from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch import launcher
@@ -79,7 +79,7 @@ def print_machine() -> int:
 
 def _free_space(folder: Path) -> str:
     """Return the free space, in GB, of the disk that contains or would contain a folder."""
-    return f"{shutil.disk_usage(disks.nearest_existing(folder)).free / 1e9:.1f} GB"
+    return f"{shutil.disk_usage(nearest_existing(folder.expanduser())).free / 1e9:.1f} GB"
 
 
 def _has_s3_credentials() -> bool:

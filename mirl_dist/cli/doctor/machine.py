@@ -83,7 +83,12 @@ def check_port(launch_file: LaunchFile) -> Iterator[Finding]:
             yield Finding("FAULT", "address", text)
             return
         if launch_file.node_rank != 0:
-            yield _connect_to_node_0(address, int(port or 0))
+            try:
+                socket.create_connection((address, int(port or 0)), timeout=_MASTER_SECONDS).close()
+                yield Finding("ok", "port", f"{address}:{port} answers")
+            except OSError as error:
+                text = f"{address}:{port} does not answer ({error.strerror or 'no time'})"
+                yield Finding("warning", "port", f"{text}; start node 0, or open the port between nodes.")
             return
         # An address is of this machine if a socket can bind to it.
         if all(_bind_error(family, (place[0], 0)) == errno.EADDRNOTAVAIL for family, _, _, _, place in sockets):
@@ -96,16 +101,6 @@ def check_port(launch_file: LaunchFile) -> Iterator[Finding]:
     else:
         text = f"{port} is in use on this machine; give another main_process_port"
         yield Finding("FAULT", "port", f"{text}{', or 0: any' if launch_file.nodes == 1 else ''}.")
-
-
-def _connect_to_node_0(address: str, port: int) -> Finding:
-    """Check from another node that node 0 accepts connections on its port."""
-    try:
-        socket.create_connection((address, port), timeout=_MASTER_SECONDS).close()
-    except OSError as error:
-        text = f"{address}:{port} does not answer ({error.strerror or 'no time'})"
-        return Finding("warning", "port", f"{text}; start node 0, or open the port between nodes.")
-    return Finding("ok", "port", f"{address}:{port} answers")
 
 
 def _bind_error(family: int, place: tuple[object, int]) -> int | None:

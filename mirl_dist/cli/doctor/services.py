@@ -166,7 +166,9 @@ def check_mlflow(config: Config) -> Finding:
             HttpStore(shown_address, seconds=_SECONDS).now("health")  # fails fast if the server is unavailable
             reader.check_server(address, config.tracking.experiment, _SECONDS)
         elif urlsplit(address).hostname:
-            _connect_to_database(address)
+            parts = urlsplit(address)  # a database: connect without reading data
+            port = parts.port or _PORTS.get(parts.scheme.partition("+")[0], 0)
+            socket.create_connection((str(parts.hostname), port), timeout=_SECONDS).close()
         else:
             tracker.check_reachable(address)
     except (UserError, OSError, sqlite3.Error) as error:
@@ -185,13 +187,6 @@ def _read_sqlite(file: Path) -> None:
     uri = f"{file.absolute().as_uri()}?mode=ro"
     with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=_SECONDS)) as connection:
         connection.execute("PRAGMA schema_version").fetchone()
-
-
-def _connect_to_database(address: str) -> None:
-    """Connect to a database server without reading data."""
-    parts = urlsplit(address)
-    port = parts.port or _PORTS.get(parts.scheme.partition("+")[0], 0)
-    socket.create_connection((str(parts.hostname), port), timeout=_SECONDS).close()
 
 
 # -- clocks -------------------------------------------------------------------------------------------------------

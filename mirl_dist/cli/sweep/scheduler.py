@@ -58,15 +58,10 @@ class Scheduler:
         another sweep has taken over this one, which then stops. Raises UserError if a log cannot be written, after the
         started runs have ended.
         """
-        if not self._console.is_terminal:
-            return self._work(lost)
-        table = functools.partial(make_table, self._plan, self.statuses)
-        with Live(console=self._console, get_renderable=table, refresh_per_second=2):
-            return self._work(lost)
-
-    def _work(self, lost: Callable[[], bool]) -> int | None:
         stopping, fault = False, None
-        with record_signals() as signals:
+        table = functools.partial(make_table, self._plan, self.statuses)
+        live = Live(console=self._console, get_renderable=table, refresh_per_second=2)
+        with live if self._console.is_terminal else contextlib.nullcontext(), record_signals() as signals:
             while self._waiting or self._slots:
                 self._collect_ended(stopping)
                 if signals.count(signal.SIGINT) > 1:
