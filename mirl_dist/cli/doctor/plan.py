@@ -60,13 +60,13 @@ class LaunchPlan(NamedTuple):
 def make_plan(
     config: Config,
     launch_file: LaunchFile,
-    shards_and_sampler: tuple[Shards, GlobalSampler] | None,
+    opened: tuple[Shards, GlobalSampler] | None,
     gpu: str | None,
     rate: float | None,
 ) -> LaunchPlan:
     """Compute the plan of a launch. Raises UserError for an unknown GPU.
 
-    shards_and_sampler: None if the shards cannot be read. gpu: a name in memory.GPUS; None: this machine's GPU, if any.
+    opened: None if the shards cannot be read. gpu: a name in memory.GPUS; None: this machine's GPU, if any.
     rate: samples per second over all ranks; None: as measured in the run's folder.
     """
     name, sizes = config.model.name, config.model.sizes()
@@ -77,22 +77,14 @@ def make_plan(
     size = memory.size_of(name, sizes, config.prune.scope)
     states = memory.state_bytes(size, launch_file.engine, launch_file.ranks, offload=launch_file.offload)
     passes = memory.passes_of(name, sizes, config.data.patch_pixels, config.train.precision)
-    shards, sampler = shards_and_sampler or (None, None)
+    shards, sampler = opened or (None, None)
     largest = _largest_image(config.evaluate, shards) if shards else None
     scoring = (memory.scoring_bytes(name, sizes, *largest), *largest) if largest else None
     measured = (rate, "--rate") if rate else _measured_rate(config, launch_file)
-    return LaunchPlan(
-        config, launch_file, split, sampler, size, states, passes, scoring, _gpu_of(config.train.device, gpu), measured
-    )
-
-
-def _gpu_of(device: str, name: str | None) -> Gpu | None:
-    """Return the GPU with that name, or else this machine's first; None without GPUs or for a run on the CPU."""
-    if name is not None:
-        return memory.gpu_of(name)
-    if device == "cpu" or not hardware.gpus():
-        return None
-    return Gpu(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)
+    chosen = None if gpu is None else memory.gpu_of(gpu)
+    if chosen is None and config.train.device != "cpu" and hardware.gpus():
+        chosen = Gpu(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)
+    return LaunchPlan(config, launch_file, split, sampler, size, states, passes, scoring, chosen, measured)
 
 
 def _largest_image(section: EvaluateSection, shards: Shards) -> tuple[int, int] | None:

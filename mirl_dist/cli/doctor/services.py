@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 
 from mirl_dist.cli.doctor.disks import probe_folder, store_of
@@ -207,13 +206,12 @@ def check_clocks(config: Config) -> Iterator[Finding]:
             server_time = now()
         except UserError:
             continue  # reported by the check of that service
-        if server_time is not None:
-            yield _judge_skew(server, (datetime.now(timezone.utc) - server_time).total_seconds())
-
-
-def _judge_skew(server: str, seconds: float) -> Finding:
-    if abs(seconds) <= _WARN_SKEW:
-        return Finding("ok", "clock", f"within {max(1.0, abs(seconds)):.0f} s of {server}")
-    text = f"this clock is {abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} that of {server}"
-    kind: Literal["warning", "FAULT"] = "FAULT" if abs(seconds) >= _MAX_SKEW else "warning"
-    return Finding(kind, "clock", f"{text}; S3 refuses from {_MAX_SKEW:.0f} s: set it (chrony, NTP).")
+        if server_time is None:
+            continue
+        ahead = (datetime.now(timezone.utc) - server_time).total_seconds()
+        text = f"this clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} that of {server}"
+        text += f"; S3 refuses from {_MAX_SKEW:.0f} s: set it (chrony, NTP)."
+        if abs(ahead) <= _WARN_SKEW:
+            yield Finding("ok", "clock", f"within {max(1.0, abs(ahead)):.0f} s of {server}")
+        else:
+            yield Finding("FAULT" if abs(ahead) >= _MAX_SKEW else "warning", "clock", text)

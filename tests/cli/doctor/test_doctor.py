@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import http.server
 import json
 import os
@@ -10,8 +9,8 @@ import re
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,10 +26,10 @@ from mirl_dist.distributed.launch import launcher
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Options, Store, configured, open_store
+from mirl_dist.storage.http import HttpStore
 from tests.services.ceph_server import MISSING, CephServer
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-PAIR = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 OTHERS = (
     "AWS_PROFILE",
     "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -41,7 +40,7 @@ OTHERS = (
 
 @pytest.fixture(autouse=True)
 def no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*PAIR, *OTHERS):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", *OTHERS):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
 
@@ -154,7 +153,8 @@ def everything(folder: Path) -> dict[str, int]:
 def test_a_sound_setup_is_told_with_its_plan_in_100_columns_and_leaves_nothing(lab: Any, here: Path) -> None:
     config = str(lab.config(here))
     before = everything(here)
-    ended = lab.mirl("doctor", config, "--launch", TWO, "--gpu", "A40", "--rate", "2", cwd=here)
+    arguments = ["--gpu", "A40", "--rate", "2", "--set", "data.cache.folder=cache"]
+    ended = lab.mirl("doctor", config, "--launch", TWO, *arguments, cwd=here)
     assert ended.rc == 0 and ended.err == "", ended.said()
     checked, _, plan = ended.out.partition("\n\n")
     assert all(line.startswith("ok ") for line in checked.splitlines())
@@ -301,18 +301,26 @@ def test_a_shared_memory_that_is_too_small_for_the_loaders_is_a_fault(tmp_path: 
     assert line.kind == "FAULT" and "enlarge it (docker: --shm-size), or lower data.workers." in line.text
 
 
-class Late(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder, and a tracking server that knows nothing; its clock is `ahead` seconds ahead."""
+@pytest.mark.parametrize(("ahead", "kind"), [(0.0, "ok"), (300.0, "warning"), (-2000.0, "FAULT")])
+def test_a_clock_that_is_off_is_told_by_how_much_and_which_way(
+    lab: Any, here: Path, monkeypatch: pytest.MonkeyPatch, ahead: float, kind: str
+) -> None:
+    clock = datetime.now(timezone.utc) + timedelta(seconds=ahead)
+    monkeypatch.setattr(HttpStore, "now", lambda self: clock)
+    config = configs.read(lab.config(here), [*QUIET, "data.shards=https://host/shards"])
+    (finding,) = services.check_clocks(config)
+    assert finding.kind == kind
+    if ahead:
+        way = "behind" if ahead > 0 else "ahead of"
+        text = rf"this clock is (\d+) s {way} that of https://host/shards; S3 refuses from 900 s"
+        match = re.fullmatch(rf"{text}: set it \(chrony, NTP\)\.", finding.text)
+        assert match is not None and abs(int(match[1]) - abs(ahead)) < 60
 
-    ahead = 0.0
 
-    def date_time_string(self, timestamp: float | None = None) -> str:
-        return super().date_time_string(time.time() + self.ahead)
+class KnowsNothing(http.server.BaseHTTPRequestHandler):
+    """A tracking server without experiments."""
 
     def do_GET(self) -> None:
-        if not self.path.startswith("/api/"):
-            super().do_GET()
-            return
         body = b'{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "none"}'
         self.send_response(404)
         self.send_header("Content-Type", "application/json")
@@ -325,39 +333,20 @@ class Late(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def late(lab: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a server that serves the tiny shards."""
+def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a tracking server that knows nothing."""
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
-    handler = functools.partial(Late, directory=str(lab.shards))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), KnowsNothing) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-@pytest.mark.parametrize(("ahead", "kind"), [(0.0, None), (300.0, "warning"), (-2000.0, "FAULT")])
-def test_a_clock_that_is_off_is_told_by_how_much_and_which_way(
-    lab: Any, here: Path, late: str, monkeypatch: pytest.MonkeyPatch, ahead: float, kind: str | None
-) -> None:
-    monkeypatch.setattr(Late, "ahead", ahead)
-    found, _ = judged(lab, here, TWO, f"data.shards={late}", f"data.cache.folder={here}/cache")
-    if kind is None:
-        assert found == []
-        return
-    way = "behind" if ahead > 0 else "ahead of"
-    (line,) = found
-    text = rf"{kind:8} clock        this clock is \d+ s {way} that of {late}; S3 refuses from 900 s: set it \(chrony, N"
-    assert re.match(text, line) and abs(int(line.split()[5]) - abs(ahead)) < 60
-    assert not (here / "cache").exists()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 def test_a_tracking_server_that_is_away_is_a_fault_which_shows_no_password(
-    lab: Any, here: Path, late: str, monkeypatch: pytest.MonkeyPatch
+    lab: Any, here: Path, answering: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
@@ -371,9 +360,9 @@ def test_a_tracking_server_that_is_away_is_a_fault_which_shows_no_password(
             (line,) = judged(lab, here, TWO, "tracking.enabled=true")[0]
             assert line.startswith("FAULT    MLflow") and all(piece in line for piece in pieces), line
             assert not any(word in line for word in ("swordfish", "hunt", "s3://")), line
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", late)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", answering)
     assert judged(lab, here, TWO, "tracking.enabled=true")[0] == []
-    assert os.environ.get("MLFLOW_TRACKING_URI") == late
+    assert os.environ.get("MLFLOW_TRACKING_URI") == answering
 
 
 def test_a_sqlite_store_is_looked_at_and_not_made(lab: Any, here: Path) -> None:

@@ -12,13 +12,8 @@ from mirl_dist.distributed.launch.launch_file import Engine
 from mirl_dist.errors import UserError
 from mirl_dist.training import losses
 
-SMALL = {
-    "dim": 8,
-    "blocks": (1, 2, 1, 1),
-    "refinement_blocks": 1,
-    "prompt_dims": (8, 8, 8),
-    "prompt_sizes": (4, 4, 4),
-}
+SMALL = {"dim": 8, "blocks": (1, 2, 1, 1), "refinement_blocks": 1}
+SMALL |= {"prompt_dims": (8, 8, 8), "prompt_sizes": (4, 4, 4)}
 ENGINES: tuple[Engine, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 
 
@@ -47,25 +42,15 @@ def test_what_a_pass_keeps_is_the_sum_of_the_tensors_that_autograd_saves() -> No
 
 
 @pytest.mark.long
-def test_bfloat16_keeps_less_and_on_a_gpu_norms_keep_float32() -> None:
-    with torch.device("meta"):
-        model, images = models.create("promptir", **SMALL), torch.rand(2, 3, 32, 32)
-        full, half, on_cpu = (
-            memory.saved_bytes(memory.loss_of(model, images, precision, kind), model)
-            for precision, kind in (("fp32", "cuda"), ("bf16", "cuda"), ("bf16", "cpu"))
-        )
-    assert on_cpu < half < 0.7 * full
+def test_activations_shrink_with_bfloat16_and_grow_with_samples_and_pixels() -> None:
+    def saved(precision: str, kind: str, samples: int, side: int) -> int:
+        with torch.device("meta"):
+            model, images = models.create("promptir", **SMALL), torch.rand(samples, 3, side, side)
+            return memory.saved_bytes(memory.loss_of(model, images, precision, kind), model)
 
-
-@pytest.mark.long
-def test_activations_grow_with_samples_and_with_pixels() -> None:
-    with torch.device("meta"):
-        model = models.create("promptir", **SMALL)
-        one, more = (
-            memory.saved_bytes(memory.loss_of(model, torch.rand(n, 3, n * 16, n * 16), "fp32", "cuda"), model)
-            for n in (2, 4)
-        )
-    assert more == pytest.approx(8 * one, rel=0.05), "twice the samples of four times the pixels"
+    full = saved("fp32", "cuda", 2, 32)
+    assert saved("bf16", "cpu", 2, 32) < saved("bf16", "cuda", 2, 32) < 0.7 * full, "on a GPU norms keep float32"
+    assert saved("fp32", "cuda", 4, 64) == pytest.approx(8 * full, rel=0.05), "twice the samples, four times the pixels"
 
 
 def test_each_engine_takes_no_more_than_the_last_and_offload_moves_moments() -> None:
