@@ -54,7 +54,8 @@ class Task(NamedTuple):
             return cls(name, CLEAN, family, level)
         # For a number out of range, list the ranges rather than suggest a similar name.
         wrong_number = family in LEVELS and any(c.isdigit() for c in level)
-        near = [] if wrong_number else difflib.get_close_matches(name, [*allowed(), *_EXAMPLES], n=1, cutoff=0.75)
+        words = [] if wrong_number else [word for word in (*allowed(), *_EXAMPLES) if "<" not in word]
+        near = difflib.get_close_matches(name, words, n=1, cutoff=0.75)
         hint = f"did you mean '{near[0]}'? Allowed" if near else "allowed"
         raise UserError(f"found '{name}', where the word of a task belongs; {hint} are {', '.join(allowed())}")
 
