@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +38,13 @@ def shards(lab: Any, tmp_path: Path) -> Path:
     return Path(shutil.copytree(lab.shards, tmp_path / "copied"))
 
 
-def test_a_missing_config_is_named_with_those_that_are_there(lab: Any, tmp_path: Path) -> None:
-    lab.config(tmp_path)
-    ended = lab.mirl("train", str(tmp_path / "tinny.yaml"))
-    assert_refused(ended, f"no file at {tmp_path / 'tinny.yaml'}", str(tmp_path / "tiny.yaml"))
-
-
-def test_all_faults_of_a_config_come_at_once_with_the_nearest_key(lab: Any, tmp_path: Path) -> None:
+def test_all_faults_of_a_config_come_at_once_with_the_nearest_key_or_file(lab: Any, tmp_path: Path) -> None:
     sets = {"prune.fracton": 0.2, "batch.global": 0, "optimiser.lr": "fast", "schedule.warmup_epochs": 9}
     ended = lab.mirl(*lab.train(tmp_path, sets), cwd=tmp_path)
     assert_refused(ended, "4 faults in ", "nearest key is 'fraction'", "batch.global: found 0", "optimiser.lr", "warm")
     assert ended.err.count("\n") == 5
+    missing = lab.mirl("train", str(tmp_path / "tinny.yaml"))
+    assert_refused(missing, f"no file at {tmp_path / 'tinny.yaml'}", str(tmp_path / "tiny.yaml"))
     assert files(tmp_path) == {"tiny.yaml"}
 
 
@@ -199,21 +194,8 @@ def test_folders_without_a_run_are_refused_by_every_command(lab: Any, tmp_path: 
     assert files(tmp_path) == set()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 6 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 @pytest.mark.long
+@pytest.mark.parametrize("small_disk", [6], indirect=True)
 def test_a_full_disk_keeps_the_last_commit_and_the_run_goes_on_with_room(
     lab: Any, reference: Path, tmp_path: Path, small_disk: Path
 ) -> None:
@@ -252,13 +234,10 @@ def test_tickets_are_listed_and_shown_as_json_with_the_promised_keys(lab: Any, r
     assert_refused(missing, "is not there; finished rounds are 0, 1, 2")
 
 
-def test_status_tells_the_newest_commit(lab: Any, reference: Path) -> None:
+def test_status_tells_the_newest_commit_and_a_ticket_has_its_scores_again(lab: Any, reference: Path) -> None:
     said = json.loads(lab.mirl("status", str(reference), "--json").out)
     assert (said["rounds_finished"], said["rounds_planned_at_first"]) == (3, 3)
     assert said["newest_commit"] == {"round": 2, "step": None, "folder": "rounds/02/ticket-0001"}
-
-
-def test_evaluating_a_ticket_again_gives_its_own_scores(lab: Any, reference: Path) -> None:
     ended = lab.mirl("evaluate", str(reference / "rounds/01"), "--json")
     assert ended.rc == 0, ended.said()
     assert json.loads(ended.out)["scores"] == lab.tickets(reference)[1]["scores"]

@@ -137,7 +137,7 @@ def _check_fits_slots(plan: SweepPlan, launch_file: LaunchFile, slots: list[dict
     if len(slots) > 1 and launch_file.ranks > 1 and launch_file.port:
         text = f"launch: {launch_file.path} has main_process_port {launch_file.port}"
         raise UserError(f"{text}, where {len(slots)} runs meet. Write 0.")
-    gpus, ranks = len(list(filter(None, slots[0].get(_GPUS, "").split(",")))), launch_file.ranks_per_node
+    gpus, ranks = sum(map(bool, slots[0].get(_GPUS, "").split(","))), launch_file.ranks_per_node
     if 0 < gpus < ranks and any(one.config.train.device != "cpu" for one in plan.runs):
         text = f"launch: {launch_file.path} starts {ranks} ranks, and each of {len(slots)} slots has {gpus} GPUs"
         raise UserError(f"{text}. Lower slots, or name a smaller launch file.")

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -265,22 +264,16 @@ def test_a_gpu_that_is_too_small_is_a_fault_with_what_fits(lab: Any, here: Path)
     assert plan["fits"] is False and plan["largest_forward"] == 128
 
 
-def test_a_full_disk_is_a_fault_with_how_much_is_needed_where(lab: Any, here: Path) -> None:
-    small = here / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a tmpfs: run as root")
-    try:
-        (line,) = judged(lab, here, TWO, f"run.folder={small}/run")[0]
-        text = rf"FAULT    disk         the run in {small}/run needs 1\d\.\d MB, free are 1\.05 MB"
-        assert re.fullmatch(rf"{text}: make room for 1\d\.\d MB, or choose another disk\.", line)
-        (small / "filling").write_bytes(bytes(2**20 - 4096))
-        found = judged(lab, here, TWO, f"run.folder={small}/run")[0]
-        assert any("FAULT    run.folder" in one and "No space left on device" in one for one in found), found
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
-    assert os.listdir(small) == []
+@pytest.mark.parametrize("small_disk", [1], indirect=True)
+def test_a_full_disk_is_a_fault_with_how_much_is_needed_where(lab: Any, here: Path, small_disk: Path) -> None:
+    run = f"{small_disk}/run"
+    (line,) = judged(lab, here, TWO, f"run.folder={run}")[0]
+    text = rf"FAULT    disk         the run in {run} needs 1\d\.\d MB, free are 1\.05 MB"
+    assert re.fullmatch(rf"{text}: make room for 1\d\.\d MB, or choose another disk\.", line)
+    (small_disk / "filling").write_bytes(bytes(2**20 - 4096))
+    found = judged(lab, here, TWO, f"run.folder={run}")[0]
+    assert any("FAULT    run.folder" in one and "No space left on device" in one for one in found), found
+    assert os.listdir(small_disk) == ["filling"]
 
 
 def test_a_cache_on_a_network_disk_is_warned_of() -> None:
