@@ -1,4 +1,4 @@
-"""The commands of `mirl-dist`, one module each, and the options that several of them share."""
+"""The commands of `mirl-dist`, gathered in app.py, and the options that several of them share."""
 
 from typing import Annotated
 
