@@ -122,9 +122,7 @@ def sweep(
     """
     stop = StopSignal().listen()
     if sum((show, submit is not None, status, compare)) > 1:
-        raise UserError(
-            "found several of --print, --submit, --status and --compare. Give one of them, or none to train."
-        )
+        raise UserError("found several of --print, --submit, --status and --compare. Give one, or none to train.")
     if as_json and not status:
         raise UserError("found --json without --status. Remove it, or add --status.")
     if submit not in (None, "slurm"):

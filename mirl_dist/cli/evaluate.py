@@ -130,11 +130,9 @@ def restore_files(images: list[Path], reference: str, out: Path, tile_pixels: in
     opened = open_ticket(reference)
     config, ticket = opened.config, opened.ticket()
     stems = [path.stem for path in images]
-    repeated = sorted({s for s in stems if stems.count(s) > 1})
-    if repeated:
-        raise UserError(
-            f"two images are named '{repeated[0]}': both would be written to {out / repeated[0]}.png. Rename one."
-        )
+    twice = min((stem for stem in stems if stems.count(stem) > 1), default=None)
+    if twice is not None:
+        raise UserError(f"two images are named '{twice}': both would be written to {out / twice}.png. Rename one.")
     missing = [str(path) for path in images if not path.is_file()]
     if missing:
         raise UserError(f"no image at {', '.join(missing[:5])}. Give paths of image files.")

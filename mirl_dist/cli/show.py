@@ -76,9 +76,7 @@ def write_pictures(reference: str, out: Path) -> None:
         raise UserError(f"found {reference}, a ticket file, which holds no pictures. Name its run, as RUN/rounds/NN.")
     strip = opened.checkpoints.pictures(opened.round_)
     if strip is None:
-        raise UserError(
-            f"{reference} drew no pictures: its shards have no evaluation sets. Build shards that have some."
-        )
+        raise UserError(f"{reference} drew no pictures: its shards have no evaluation sets. Build shards with some.")
     Folder(out.parent).put(out.name, strip)
     progress.say(f"degraded, restored and clean images of round {opened.round_}: {out}")
 

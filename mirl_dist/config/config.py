@@ -148,12 +148,7 @@ class Config(Node):
 
     def experiment_keys(self) -> dict[str, Any]:
         """Return, as a tree, the keys that affect results and differ from the published recipe."""
-        keys = _selected_keys(
-            self,
-            lambda _, field, value: (
-                Local not in field.metadata and value != field.get_default(call_default_factory=True)
-            ),
-        )
+        keys = _selected_keys(self, lambda _, field, value: Local not in field.metadata and value != field.default)
         if self.rewind.to == ("finetune" if self.prune.style == "one_shot" else "initial"):
             del keys["rewind"]["to"]  # the explicit default is equivalent to an omitted key
         return {key: value for key, value in keys.items() if value}
@@ -182,9 +177,8 @@ def portable(config: Config) -> Config:
     Fingerprint and method are unchanged. Keys that affect results are kept, including the paths model.weights and
     start.ticket.
     """
-    return Config.model_validate(
-        _selected_keys(config, lambda key, field, _: Local not in field.metadata or key in _LOCAL_BUT_KEPT)
-    )
+    keys = _selected_keys(config, lambda key, field, _: Local not in field.metadata or key in _LOCAL_BUT_KEPT)
+    return Config.model_validate(keys)
 
 
 def read(path: Path, sets: Sequence[str] = ()) -> Config:

@@ -90,9 +90,7 @@ def process_folder() -> Path:
             return folder
     except OSError as error:
         raise UserError(f"{folder}: cannot be used ({error.strerror}). Set TMPDIR to a folder of yours.") from None
-    raise UserError(
-        f"{folder}: found what is not a folder of this user. Remove it, or set TMPDIR to a folder of yours."
-    )
+    raise UserError(f"{folder}: found what is not a folder of this user. Remove it, or set TMPDIR to one of yours.")
 
 
 def _shared_folder(base: str | None = None) -> Path:

@@ -110,7 +110,7 @@ class TrackingSection(Node):
     """Null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db. Give passwords in the environment only."""
     experiment: Annotated[str, Local] = "mirl_dist"
     run_name: Annotated[str | None, Local] = None
-    tags: Annotated[dict[str, str], Local] = Field(default_factory=dict)
+    tags: Annotated[dict[str, str], Local] = {}
     """Additional tags of the run in MLflow."""
     every_steps: Annotated[PositiveInt, Local] = 10
     journal: Annotated[str | None, Local] = None

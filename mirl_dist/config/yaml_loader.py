@@ -41,9 +41,8 @@ class _OneValuePerKey(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 continue  # a list or mapping as a key: rejected by the base class
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key.value}' appears twice here", key.start_mark
-                )
+                text = f"the key '{key.value}' appears twice here"
+                raise yaml.constructor.ConstructorError(None, None, text, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

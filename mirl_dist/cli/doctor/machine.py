@@ -58,12 +58,12 @@ def split_in_words(ranks: int, split: BatchSplit, what: str = "pass") -> str:
 def check_world(config: Config, launch_file: LaunchFile, env: Mapping[str, str]) -> Iterator[Finding]:
     """Check that the ranks can split the global batch, and that the environment does not belong to another launch."""
     batch, ranks, world_size = config.batch, launch_file.ranks, env.get("WORLD_SIZE")
-    yield run_check(
-        "world",
-        lambda: (
-            f"{split_in_words(ranks, split_batch(batch.global_, batch.forward, ranks))} = batch.global {batch.global_}"
-        ),
-    )
+
+    def check_split() -> str:
+        split = split_batch(batch.global_, batch.forward, ranks)
+        return f"{split_in_words(ranks, split)} = batch.global {batch.global_}"
+
+    yield run_check("world", check_split)
     if world_size is not None and world_size != str(ranks):
         text = f"WORLD_SIZE={world_size} is set, {launch_file.path} has {ranks_in_words(ranks)}"
         yield Finding("FAULT", "environment", f"{text}; unset it, or correct the file.")
