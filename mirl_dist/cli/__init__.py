@@ -2,8 +2,8 @@
 
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
-Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value, read as YAML; may be repeated.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-TicketArgument = Annotated[str, typer.Argument(help="Run folder, run folder/rounds/NN, or a ticket file.")]
+Sets = Annotated[list[str] | None, Option("--set", help="key=value, read as YAML; may be repeated.")]
+Json = Annotated[bool, Option("--json", help="Print JSON for programs.")]
+TicketArgument = Annotated[str, Argument(help="Run folder, run folder/rounds/NN, or a ticket file.")]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from mirl_dist import __version__
 from mirl_dist.cli import Json, Sets, TicketArgument, shards, tickets, train
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find winning tickets in all-in-one image restoration networks, on any number of GPUs.",
 )
-Tile = Annotated[int | None, typer.Option(help="Pixels of square tiles, for images too large for memory.")]
+Tile = Annotated[int | None, Option(help="Pixels of square tiles, for images too large for memory.")]
 track_app = typer.Typer(no_args_is_help=True, help="Deliver a run's records to MLflow.")
 app.add_typer(shards.app, name="shards")
 app.add_typer(tickets.app, name="tickets")
@@ -94,7 +95,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
     pass
 
@@ -104,16 +105,14 @@ app.command("train")(train.train)
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(help="YAML file, for example configs/sweeps/demo.yaml.")],
+    file: Annotated[Path, Argument(help="YAML file, for example configs/sweeps/demo.yaml.")],
     sets: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of the sweep itself, for example slots=2.")
+        list[str] | None, Option("--set", help="key=value of the sweep itself, for example slots=2.")
     ] = None,
-    show: Annotated[
-        bool, typer.Option("--print", "--dry-run", help="Print the command of each run, a line each.")
-    ] = False,
-    submit: Annotated[str | None, typer.Option(help="'slurm': hand the runs over as a job array.")] = None,
-    status: Annotated[bool, typer.Option("--status", help="Say where the runs stand.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Compare the runs that have finished.")] = False,
+    show: Annotated[bool, Option("--print", "--dry-run", help="Print the command of each run, a line each.")] = False,
+    submit: Annotated[str | None, Option(help="'slurm': hand the runs over as a job array.")] = None,
+    status: Annotated[bool, Option("--status", help="Say where the runs stand.")] = False,
+    compare: Annotated[bool, Option("--compare", help="Compare the runs that have finished.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train methods x seeds, a few runs at a time, and compare them. The same command resumes a sweep.
@@ -147,17 +146,13 @@ def sweep(
 
 @app.command()
 def doctor(
-    config: Annotated[
-        Path | None, typer.Argument(help="Also say what this config means on 1, 2, 4, ... ranks.")
-    ] = None,
+    config: Annotated[Path | None, Argument(help="Also say what this config means on 1, 2, 4, ... ranks.")] = None,
     sets: Sets = None,
     launch: Annotated[
-        str | None, typer.Option(help="A file from launch/, or 'auto': check this launch of the config, and plan it.")
+        str | None, Option(help="A file from launch/, or 'auto': check this launch of the config, and plan it.")
     ] = None,
-    gpu: Annotated[str | None, typer.Option(help="With --launch: A40, A100-40, A100-80, H100 or H200.")] = None,
-    rate: Annotated[
-        float | None, typer.Option(min=1e-6, help="With --launch: samples per second over all ranks.")
-    ] = None,
+    gpu: Annotated[str | None, Option(help="With --launch: A40, A100-40, A100-80, H100 or H200.")] = None,
+    rate: Annotated[float | None, Option(min=1e-6, help="With --launch: samples per second over all ranks.")] = None,
     as_json: Json = False,
 ) -> None:
     """Say what this machine offers, and what is missing; with --launch: whether a launch would work, and its plan."""
@@ -179,7 +174,7 @@ def doctor(
 
 
 @app.command()
-def status(run: Annotated[str, typer.Argument(help="Run folder.")], as_json: Json = False) -> None:
+def status(run: Annotated[str, Argument(help="Run folder.")], as_json: Json = False) -> None:
     """Show where a run stands: round, step, last commit, the launch that writes it, records pending for MLflow."""
     from mirl_dist.cli.status import print_status
 
@@ -191,15 +186,15 @@ def evaluate(
     ticket: TicketArgument,
     shards: Annotated[
         str | None,
-        typer.Option(help="Built shards, a folder or URL; default: the run's. A ticket file needs it."),
+        Option(help="Built shards, a folder or URL; default: the run's. A ticket file needs it."),
     ] = None,
     protocol: Annotated[
-        list[str] | None, typer.Option(help="How to score (docs/protocols.md); may be repeated. Default: the run's.")
+        list[str] | None, Option(help="How to score (docs/protocols.md); may be repeated. Default: the run's.")
     ] = None,
     tile: Tile = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
-    compiled: Annotated[bool | None, typer.Option("--compile/--no-compile", help="torch.compile.")] = None,
-    table: Annotated[Path | None, typer.Option(help="A CSV file to write: the scores of each image.")] = None,
+    precision: Annotated[str | None, Option(help="fp32 or bf16.")] = None,
+    compiled: Annotated[bool | None, Option("--compile/--no-compile", help="torch.compile.")] = None,
+    table: Annotated[Path | None, Option(help="A CSV file to write: the scores of each image.")] = None,
     as_json: Json = False,
 ) -> None:
     """Score a ticket: PSNR and SSIM per task and set. Under `accelerate launch` all ranks share the images."""
@@ -210,9 +205,9 @@ def evaluate(
 
 @app.command()
 def restore(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    ticket: Annotated[str, typer.Option(help="Run folder, run folder/rounds/NN, or a ticket file.")],
-    out: Annotated[Path, typer.Option(help="Folder for the restored PNG files.")],
+    images: Annotated[list[Path], Argument(help="Image files.")],
+    ticket: Annotated[str, Option(help="Run folder, run folder/rounds/NN, or a ticket file.")],
+    out: Annotated[Path, Option(help="Folder for the restored PNG files.")],
     tile: Tile = None,
 ) -> None:
     """Restore images with a ticket's network."""
@@ -223,9 +218,9 @@ def restore(
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="Official checkpoint (.ckpt, .pth, .pt or .safetensors).")],
-    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
-    model: Annotated[str, typer.Option(help="Network name.")] = "promptir",
+    file: Annotated[Path, Argument(help="Official checkpoint (.ckpt, .pth, .pt or .safetensors).")],
+    out: Annotated[Path, Option(help="The safetensors file to write.")],
+    model: Annotated[str, Option(help="Network name.")] = "promptir",
 ) -> None:
     """Convert an official checkpoint of the published size to this project's weights."""
     from mirl_dist.tickets import transfer
@@ -234,7 +229,7 @@ def import_(
 
 
 @track_app.command("resend")
-def track_resend(run: Annotated[str, typer.Argument(help="Run folder, or s3://bucket/prefix.")]) -> None:
+def track_resend(run: Annotated[str, Argument(help="Run folder, or s3://bucket/prefix.")]) -> None:
     """Send MLflow the records that a run left pending when it ended."""
     from mirl_dist.cli.status import resend
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from mirl_dist.cli import Sets
 from mirl_dist.distributed.launch.control import ControlChannel
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file, for example configs/demo.yaml.")],
+    config: Annotated[Path, Argument(help="YAML file, for example configs/demo.yaml.")],
     sets: Sets = None,
-    resume: Annotated[str, typer.Option(help="auto, never or must.")] = "auto",
+    resume: Annotated[str, Option(help="auto, never or must.")] = "auto",
     launch: Annotated[
-        str | None, typer.Option(help="A file from launch/, or 'auto': all GPUs, or two CPU processes.")
+        str | None, Option(help="A file from launch/, or 'auto': all GPUs, or two CPU processes.")
     ] = None,
 ) -> None:
     """Train a run: rounds of train, evaluate, prune and rewind, each of which becomes a ticket.
