@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from mirl_dist.config.local_paths import nearest_existing
 from mirl_dist.errors import UserError
 
 
@@ -44,9 +45,7 @@ def _check_path(out: Path, option: str) -> None:
 
 def _check_rights(folder: Path, option: str) -> None:
     """Raise UserError unless `folder` is writable or can be created."""
-    here = folder.absolute()
-    while not os.path.lexists(here):
-        here = here.parent
+    here = nearest_existing(folder)
     if not here.is_dir():
         raise UserError(f"{option}: found {here}, which is no folder, where one is needed. Choose another place.")
     if not os.access(here, os.W_OK | os.X_OK):

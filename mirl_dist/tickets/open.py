@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mirl_dist import models
-from mirl_dist.config.config import Config, from_dump
-from mirl_dist.config.portable import portable
+from mirl_dist.config.config import Config, from_dump, portable
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import Options, open_store

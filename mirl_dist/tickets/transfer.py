@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mirl_dist import models
-from mirl_dist.config.portable import portable
+from mirl_dist.config.config import portable
 from mirl_dist.errors import UserError
 from mirl_dist.observability import progress
 from mirl_dist.storage import Folder, output_paths

@@ -15,7 +15,7 @@ from torch import Tensor
 from mirl_dist import models
 from mirl_dist.cli import compare, evaluate, show
 from mirl_dist.config import config as configs
-from mirl_dist.config.portable import portable
+from mirl_dist.config.config import portable
 from mirl_dist.config.schema import StoreSection
 from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
