@@ -22,7 +22,7 @@ from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.evaluation.evaluate import EvalSettings
 from mirl_dist.evaluation.protocols import PROTOCOLS
-from mirl_dist.observability.mlflow.tracker import MlflowTracker, NoTracker, Tracker
+from mirl_dist.observability.mlflow.tracker import MlflowTracker, Tracker
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import PruneConfig, in_scope
 from mirl_dist.training.checkpoint import OUTBOX, Checkpoints
@@ -104,9 +104,9 @@ def eval_settings_of(section: schema_training.EvaluateSection) -> EvalSettings:
 def tracker_of(
     config: Config, checkpoints: Checkpoints, latest: LatestCommit | None, run_id: str, ranks: Ranks
 ) -> Tracker:
-    """Return an MLflow tracker on rank 0, else NoTracker. Raises UserError on every rank for a rejected address."""
+    """Return the tracker of this rank: MLflow's on rank 0. Raises UserError on every rank for a rejected address."""
     if not config.tracking.enabled:
-        return NoTracker()
+        return Tracker()
     trackers: list[Tracker] = []
 
     def on_main() -> None:
@@ -123,7 +123,7 @@ def tracker_of(
         )
 
     ranks.on_main(on_main, what="MLflow")
-    return trackers[0] if trackers else NoTracker()
+    return trackers[0] if trackers else Tracker()
 
 
 class BuiltNetwork(NamedTuple):

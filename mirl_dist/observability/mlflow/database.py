@@ -56,24 +56,40 @@ T = TypeVar("T")
 class Database:
     """A journal's database, usable from all threads of one process. It opens on first use, and again after `close`."""
 
-    def __init__(self, folder: Path | None, memory_bytes: int) -> None:
-        """folder: location of the file; None keeps everything in memory, at most `memory_bytes`."""
+    def __init__(self, folder: Path | None, memory_bytes: int = 0) -> None:
+        """folder: location of the file, created if missing; None keeps everything in memory, at most `memory_bytes`."""
+        if folder is not None:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path, self._memory_bytes = folder and folder / FILE, memory_bytes
         self._guard = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._inode, self._pid = 0, os.getpid()
 
-    def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run `work` in a write transaction and return its result. Raise OSError after rolling back on failure."""
-        return self._transact("BEGIN IMMEDIATE", work)
+    def transact(self, work: Callable[[sqlite3.Connection], T], *, writes: bool = True) -> T:
+        """Run `work` in one transaction and return its result. Raise OSError after rolling back on failure.
 
-    def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run `work`, which may change temporary tables only, and return its result. Raise OSError on failure."""
-        return self._transact("BEGIN", work)
+        writes: False if `work` changes temporary tables at most. If the database is damaged, it is set aside, and
+        `work` is repeated once in a new one.
+        """
+        for is_last in (False, True):
+            if os.getpid() != self._pid:  # SQLite's connections must not be used after a fork
+                raise OSError("another process has opened it")
+            with self._guard:
+                try:
+                    if self._connection is None:
+                        self._connection = self._open()
+                    with self._connection as connection:  # commits, or rolls back after an error
+                        connection.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
+                        return work(connection)
+                except sqlite3.Error as error:
+                    if self._path is None or not is_damage(error) or is_last:
+                        raise OSError(str(error)) from None
+                    self._set_aside(self._path, error)
+        raise AssertionError("the last attempt returns or raises")
 
     def select(self, query: str, *values: object) -> list[Any]:
         """Return the rows of a query. Raise OSError on failure."""
-        return self.read(lambda connection: connection.execute(query, values).fetchall())
+        return self.transact(lambda connection: connection.execute(query, values).fetchall(), writes=False)
 
     def checkpoint(self) -> None:
         """Checkpoint the write-ahead log. Blocks on the disk, while other threads can still append."""
@@ -92,23 +108,6 @@ class Database:
                     connection.execute("VACUUM")
                 connection.execute("PRAGMA journal_mode = DELETE")  # refused while another process has it open
             self._connection = None
-
-    def _transact(self, begin: str, work: Callable[[sqlite3.Connection], T], again: bool = True) -> T:
-        """Run `work` in one transaction. If the database is damaged, set it aside and retry once in a new one."""
-        if os.getpid() != self._pid:  # SQLite's connections must not be used after a fork
-            raise OSError("another process has opened it")
-        with self._guard:
-            try:
-                if self._connection is None:
-                    self._connection = self._open()
-                with self._connection as connection:  # commits, or rolls back after an error
-                    connection.execute(begin)
-                    return work(connection)
-            except sqlite3.Error as error:
-                if self._path is None or not is_damage(error) or not again:
-                    raise OSError(str(error)) from None
-                self._set_aside(self._path, error)
-            return self._transact(begin, work, again=False)
 
     def _open(self) -> sqlite3.Connection:
         if self._path is None:

@@ -46,7 +46,8 @@ class Outbox:
 
     store_name: name for messages. session_id: 32 hex digits, unique to this process. journal: None keeps records in
     memory only. inherited: pending lines from the commit that this process resumes. changed: condition notified after
-    each delivery. owns_delivery: whether this process delivers. sent: number of records sent so far.
+    each delivery. owns_delivery: whether this process delivers. sent: number of points and other records sent so
+    far.
     """
 
     def __init__(self, store_name: str, session_id: str, journal: Journal | None, inherited: bytes = b"") -> None:
@@ -94,10 +95,6 @@ class Outbox:
         """Count the pending records that are in memory only."""
         return self._memory.count()
 
-    def total(self) -> int:
-        """Return the number of pending records of all kinds."""
-        return sum(self._ask(journal.total, 0) for journal in self._journals())
-
     def next_batch(self, *, files: bool, others: bool) -> list[Record]:
         """Return the next delivery: points of one run up to MLflow's limit, or a single other record.
 
@@ -115,7 +112,7 @@ class Outbox:
             for journal in self._journals():
                 with contextlib.suppress(OSError):  # unmarked records are sent again by the next process: harmless
                     journal.mark_sent(batch)
-            self.sent += len(batch)
+            self.sent += sum(len(record.points) or 1 for record in batch)
             self.changed.notify_all()
 
     def pending_lines(self) -> bytes:
@@ -132,8 +129,11 @@ class Outbox:
     def move_to_disk(self) -> None:
         """Move records from memory to the journal until memory is empty or a write fails."""
         with self.changed:
-            while self._journal is not None and self._memory.total() and self._move_batch(self._journal):
-                pass
+            try:
+                while self._journal is not None and any(self._memory.waits()):
+                    self._move_batch(self._journal)
+            except OSError as error:
+                self._warn_of_disk(error)
 
     def checkpoint(self) -> None:
         """Sync the journal to disk. Called by the sending thread, so that `put` need not wait for the disk."""
@@ -172,29 +172,20 @@ class Outbox:
     def _keep(self, record: Record) -> None:
         record.id = self._stamps.next_id()
         if self._journal is not None and time.monotonic() >= self._disk_retry_at:
-            if not self._memory.total():
-                return self._keep_on_disk(self._journal, record)
-            self._move_batch(self._journal)  # one batch only, because this may be the training thread
+            try:
+                if not any(self._memory.waits()):
+                    return self._journal.append([record])
+                self._move_batch(self._journal)  # one batch only, because this may be the training thread
+            except OSError as error:
+                self._warn_of_disk(error)
         self._keep_in_memory(record)
 
-    def _keep_on_disk(self, journal: Journal, record: Record) -> None:
-        try:
-            journal.append([record])
-        except OSError as error:
-            self._warn_of_disk(error)
-            self._keep_in_memory(record)
-
-    def _move_batch(self, journal: Journal) -> bool:
-        """Move the oldest records from memory to the journal. Return whether that succeeded."""
-        try:
-            for is_file in (False, True):
-                batch = self._memory.next_batch(is_file=is_file)
-                journal.append(batch)
-                self._memory.mark_sent(batch)
-        except OSError as error:
-            self._warn_of_disk(error)
-            return False
-        return True
+    def _move_batch(self, journal: Journal) -> None:
+        """Move the oldest records, and the oldest file, from memory to the journal."""
+        for is_file in (False, True):
+            batch = self._memory.next_batch(is_file=is_file)
+            journal.append(batch)
+            self._memory.mark_sent(batch)
 
     def _keep_in_memory(self, record: Record) -> None:
         """Keep a record in memory. If memory is full, drop the oldest points or files, never runs or params."""

@@ -228,3 +228,15 @@ def redact(text: str, uri: str) -> str:
         if len(secret) > 3:  # masking shorter ones would garble ordinary words
             text = text.replace(secret, "***")
     return text
+
+
+def database(uri: str) -> Path:
+    """Return the path of a SQLite store's file."""
+    return Path(uri.partition(":///")[2].partition("?")[0]).resolve()
+
+
+def describe(trouble: BaseException, uri: str) -> str:
+    """Return a short error description for messages, with secrets of the tracking URI masked."""
+    text = " ".join(redact(str(trouble), uri).split())
+    short = text if len(text) <= 300 else f"{text[:120]} ... {text[-170:]}"  # the cause is at the end
+    return f"{type(trouble).__name__}: {short}"

@@ -28,8 +28,7 @@ from mirl_dist.observability.mlflow.database import FILE
 from mirl_dist.observability.mlflow.journal import Journal, pending_records
 from mirl_dist.observability.mlflow.outbox import Outbox
 from mirl_dist.observability.mlflow.records import DamagedRecord, Record
-from mirl_dist.observability.mlflow.resend import resend
-from mirl_dist.observability.mlflow.tracker import MlflowTracker
+from mirl_dist.observability.mlflow.tracker import MlflowTracker, resend
 from mirl_dist.storage.base import Unavailable
 from tests.services import mlflow_client_program
 from tests.services.faulty_proxy import FORBIDDEN, FaultyProxy, answer
@@ -202,7 +201,7 @@ def test_a_hundred_thousand_records_are_sent_in_little_memory(tmp_path: Path) ->
         journal.append([item(number) for number in range(start, start + 10_000)])
     journal.close()
     box, sent, before = new_outbox(tmp_path), 0, memory()
-    assert box.claim() and box.count().points == box.total() == count
+    assert box.claim() and box.count().points == count
     while batch := box.next_batch(files=True, others=True):
         assert [int(record.id[33:]) for record in batch] == list(range(sent, sent + 1000))
         sent += len(batch)
@@ -220,7 +219,7 @@ def test_a_damaged_record_is_left_out_with_a_warning(tmp_path: Path, caplog: pyt
     connection.close()
     assert [record.id[33:] for record in journal.next_batch(is_file=False)] == ["0", "2", "3"]
     assert caplog.text.count(f"{tmp_path}: record {SESSION}-1 is damaged") == len(caplog.records) == 1
-    assert journal.total() == 3
+    assert journal.count().points == 3
 
 
 @pytest.mark.parametrize("damage", ["another file", "cut short", "overwritten", "overwritten while open"])
@@ -265,7 +264,7 @@ def test_a_full_disk_costs_one_warning_and_stops_no_delivery(
     earlier.append([item(number) for number in range(1200)])
     earlier.close()
     box = new_outbox(small / "outbox")
-    assert box.claim() and box.total() == 1200
+    assert box.claim() and box.count().points == 1200
     with small.joinpath("filler").open("wb", buffering=0) as filler, pytest.raises(OSError):
         while filler.write(bytes(512)):
             pass
@@ -810,7 +809,7 @@ def test_what_a_dead_job_left_can_be_sent_but_not_while_it_lives(
     folder, journal = tmp_path / "left", tmp_path / "outbox"
     pid = lives.begin(proxy.url, folder, journal, die_at=20, hold=True)
     until(lambda: pending_records(journal).points == 60)
-    monkeypatch.setattr("mirl_dist.observability.mlflow.resend.RESEND_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "RESEND_SECONDS", 0.2)
     monkeypatch.setattr(sender, "FIRST_PAUSE_SECONDS", 0.02)
     ids, said = dict[str, str](), list[str]()
 
