@@ -13,6 +13,7 @@ first. The folder must be on a local disk: network file systems may not support 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import time
@@ -23,7 +24,6 @@ from typing import NamedTuple
 
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Unavailable
-from mirl_dist.storage.hashing import digest_of_file
 
 _FILE_NAME = re.compile(r"[0-9a-f]{64}(\.tar|\.\d+\.damaged|\.(?P<bytes>\d+)\.(tar|damaged)\.partial)")
 _PAUSE_SECONDS = 0.05
@@ -54,7 +54,7 @@ class CachedShard:
         """Return the hex SHA-256 of the open file, even if its path now names another file."""
         with open(os.dup(self._handle), "rb") as stream:
             stream.seek(0)
-            return digest_of_file(stream)
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def matches(self, digest: str) -> bool:
         """Return whether the file can be read and has that SHA-256."""

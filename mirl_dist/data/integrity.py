@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -12,7 +13,6 @@ from mirl_dist.data.manifest import NOTES, Part, SampleEntry, Shard
 from mirl_dist.data.sample import Pixels, decode
 from mirl_dist.data.shards import SamplePlace
 from mirl_dist.errors import UserError
-from mirl_dist.storage.hashing import digest_of_file
 
 
 @dataclass
@@ -40,7 +40,7 @@ def file_state(path: Path) -> tuple[int, int, int]:
 def find_damage(path: Path, shard: Shard, entries: Sequence[SampleEntry]) -> dict[int, str] | None:
     """Return the damaged samples of a shard as number -> problem (text for a ticket); None if the file is intact."""
     with path.open("rb") as tar:
-        if digest_of_file(tar) == shard.sha256:
+        if hashlib.file_digest(tar, "sha256").hexdigest() == shard.sha256:
             return None
         damaged = {}
         for number, entry in enumerate(entries):

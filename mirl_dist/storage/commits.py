@@ -25,8 +25,8 @@ PartInfo = dict[str, Any]
 class Writer(Protocol):
     """Interface of a lease holder. `check` raises UserError once a newer generation exists; `lost` asks no store."""
 
-    generation: int
-
+    @property
+    def generation(self) -> int: ...
     def check(self) -> None: ...
     def lost(self) -> bool: ...
 

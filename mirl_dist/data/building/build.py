@@ -25,7 +25,6 @@ from mirl_dist.data.manifest import MANIFEST, Index, Manifest, Part, SampleEntry
 from mirl_dist.data.parallel import SINGLE_PROCESS, ProgressCallback, WorkerGroup, distributed_map
 from mirl_dist.errors import UserError
 from mirl_dist.storage import NotFound, Store
-from mirl_dist.storage.hashing import digest_of_file
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ def _write_tar(plan: ShardPlan, path: Path) -> tuple[Index, int, str]:
             for item in plan.items:
                 writer.write({"__key__": item.key, **encode_members(item, plan.seed)})
         with path.open("rb") as tar:
-            digest = digest_of_file(tar)
+            digest = hashlib.file_digest(tar, "sha256").hexdigest()
         return build_index(path, plan.items), path.stat().st_size, digest
     except OSError as error:
         raise _no_room_error(error) from None

@@ -29,7 +29,6 @@ from mirl_dist.data.manifest import (
 from mirl_dist.data.parallel import ProgressCallback, parallel_map
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder, NotFound, Rejected, Store
-from mirl_dist.storage.hashing import digest_of_file
 from mirl_dist.storage.retry import DEFAULT_PATIENCE, download, to_stderr
 
 
@@ -115,7 +114,7 @@ def _check_digest(tar: Path, shard: Shard) -> Iterator[str]:
         yield f"{shard.name}: has {size} bytes, the manifest says {shard.bytes}"
         return
     with tar.open("rb") as stream:
-        if digest_of_file(stream) != shard.sha256:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != shard.sha256:
             yield f"{shard.name}: its SHA-256 is not the manifest's, although its size is"
 
 
