@@ -82,8 +82,8 @@ class Journal(Database):
                     damaged.append((session, number))
                     continue
                 points += len(record.points)
-                follows = (record.kind, record.run_key) == ("points", batch[0].run_key) if batch else True
-                if not follows or (batch and points > POINTS_PER_CALL):
+                first = batch[0] if batch else record
+                if batch and (record.kind != "points" or record.run_key != first.run_key or points > POINTS_PER_CALL):
                     break
                 batch.append(record)
                 if record.kind != "points":
