@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +14,7 @@ from mirl_dist.storage import Rejected, Unavailable
 from mirl_dist.storage import async_writer as keeping
 from mirl_dist.storage.async_writer import AsyncWriter
 from mirl_dist.storage.retry import Patience
+from tests.services.waiting import until
 
 REFUSED = "a commit failed, and training stops: "
 
@@ -39,13 +39,6 @@ def failing(*errors: Exception) -> Callable[[], None]:
             raise left.pop(0)
 
     return work
-
-
-def until(found: Callable[[], bool]) -> None:
-    last = time.monotonic() + 60
-    while not found():
-        assert time.monotonic() < last, "what was waited for never came"
-        time.sleep(0.001)
 
 
 @pytest.fixture(autouse=True)

@@ -34,6 +34,7 @@ from tests.services import mlflow_client_program
 from tests.services.faulty_proxy import FORBIDDEN, FaultyProxy, answer
 from tests.services.mlflow_client_program import ROUNDS, STEPS, get
 from tests.services.mlflow_server import MlflowServer, client, curve, runs_of
+from tests.services.waiting import until
 
 SESSION = "0123456789abcdef" * 2
 
@@ -65,13 +66,6 @@ def read(journal: Journal) -> list[Record]:
 
 def numbers(journal: Journal) -> list[int]:
     return [int(record.id.rpartition("-")[2]) for record in read(journal)]
-
-
-def until(holds: Callable[[], object]) -> None:
-    last = time.monotonic() + 90
-    while not holds():
-        assert time.monotonic() < last, "it never happened"
-        time.sleep(0.01)
 
 
 # -- the database -----------------------------------------------------------------------------------------------------
@@ -449,13 +443,6 @@ def test_the_clock_of_a_process_never_runs_backwards(tmp_path: Path, monkeypatch
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    pytest.importorskip("mlflow", reason="MLflow is not installed")
-    with MlflowServer(tmp_path_factory.mktemp("mlflow")) as started:
-        yield started
-
-
 @pytest.fixture
 def proxy(server: MlflowServer) -> Iterator[FaultyProxy]:
     with FaultyProxy(server.url, seed=4) as between:
@@ -642,7 +629,10 @@ def test_ids_that_cannot_be_remembered_are_remembered_later(
     assert whole(server.url, run.ids["round/00"], 10) and len(tries) >= 9
 
 
-def test_a_life_waits_for_a_dying_one_to_let_the_journal_go(run: Run, server: MlflowServer, proxy: FaultyProxy) -> None:
+@pytest.mark.parametrize("delivers", [True, False])
+def test_a_life_waits_for_a_dying_one_and_finds_what_that_has_made(
+    delivers: bool, run: Run, server: MlflowServer, proxy: FaultyProxy
+) -> None:
     proxy.refuse()
     dying = run.begin(proxy.url)
     dying.begin_round(0, {})
@@ -652,8 +642,13 @@ def test_a_life_waits_for_a_dying_one_to_let_the_journal_go(run: Run, server: Ml
     log(next_, range(21, 41), value=7.0)
     next_.flush()
     assert run.waits()[0] == 50 and run.ids == {}, "two deliver never at once"
-    dying.end_run(seconds=0.0)
+    if delivers:
+        proxy.accept()
+    dying.end_run("KILLED", seconds=60.0 * delivers)
+    made = dict(run.ids)
+    assert bool(made) == delivers
     next_.end_run()
+    assert run.ids.items() >= made.items() and client(server.url).get_run(run.ids["run"]).info.status == "FINISHED"
     assert run.waits() == (0, 0) and len(runs_of(server.url, run.ids["run"])) == 2
     assert curve(server.url, run.ids["round/00"], "loss") == [
         (step, 1 / step if step <= 30 else 7 / step) for step in range(1, 41)
@@ -668,21 +663,6 @@ def test_a_new_life_sends_what_was_left_before_it_says_anything_itself(run: Run,
     run.tracker(server.url)
     until(lambda: run.waits() == (0, 0))
     assert curve(server.url, run.ids["run"], "loss") == [(1, 1.0)]
-
-
-def test_a_life_that_began_before_the_run_was_known_finds_what_a_dying_one_has_made(
-    run: Run, server: MlflowServer, proxy: FaultyProxy
-) -> None:
-    proxy.refuse()
-    dying = run.begin(proxy.url)
-    assert run.ids == {}
-    next_ = run.begin(server.url)
-    proxy.accept()
-    dying.end_run("KILLED")
-    made = dict(run.ids)
-    next_.end_run()
-    assert run.ids == made and len(runs_of(server.url, made["run"])) == 1
-    assert client(server.url).get_run(made["run"]).info.status == "FINISHED"
 
 
 def test_a_backlog_goes_on_elsewhere_and_the_old_journal_does_no_harm(
