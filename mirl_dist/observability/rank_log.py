@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ class _JsonFormatter(logging.Formatter):
     def __init__(self, rank: int, phase: Callable[[], str]) -> None:
         super().__init__()
         self._process = {"rank": rank, "world": int(os.environ.get("WORLD_SIZE", "1")), "host": platform.node()}
-        self.phase, self._secrets = phase, _secrets(os.environ)
+        self.phase = phase
+        values = [v for name, v in os.environ.items() if _SECRET_NAMES.search(name) and len(v) >= _LEAST_SECRET]
+        self._secrets = sorted(values, key=len, reverse=True)  # longest first, as one may contain another
         self.position: dict[str, float] = {}  # latest round and step
 
     def format(self, record: logging.LogRecord) -> str:
@@ -126,12 +128,6 @@ class RankLog(LockFreeHandler):
 
 def _numbers(record: logging.LogRecord) -> dict[str, float]:
     return getattr(record, "numbers", {})
-
-
-def _secrets(env: Mapping[str, str]) -> list[str]:
-    """Return the values of environment variables with secret-like names, longest first."""
-    values = [v for name, v in env.items() if _SECRET_NAMES.search(name) and len(v) >= _LEAST_SECRET]
-    return sorted(values, key=len, reverse=True)
 
 
 _restorers: list[Callable[[], None]] = []

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mirl_dist.observability.mlflow.tracker import MlflowTracker
 from tests.services.ports import free_port
 
 
@@ -77,3 +78,9 @@ def runs_of(uri: str, run: str) -> list[Any]:
     """All runs of the experiment of `run`."""
     look = client(uri)
     return list(look.search_runs([look.get_run(run).info.experiment_id]))
+
+
+def tracker_of(uri: str | None, experiment: str, journal: Path, ids: dict[str, str], **more: Any) -> MlflowTracker:
+    """A tracker of the run 'demo'; `ids` plays the memory that survives a restart."""
+    usual: dict[str, Any] = {"run_name": "demo", "remembered": ids, "remember": ids.update}
+    return MlflowTracker(uri=uri, experiment=experiment, journal=journal, **(usual | more))

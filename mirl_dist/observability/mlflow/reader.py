@@ -54,27 +54,23 @@ def read(reference: str, uri: str | None) -> list[RemoteTickets]:
     unavailable store.
     """
     address = records.default_uri(uri)
+    store = redact_uri(address)
     with _client(address) as client:
         if not reference.startswith(EXPERIMENT):
-            run = _find_run(client, reference, redact_uri(address))
-            remote = _read_tickets(client, run, redact_uri(address))
-            if not remote.tickets:
-                raise UserError(
-                    f"found no ticket yet in {_describe_run(run)} at {redact_uri(address)}. Wait for its first round."
-                )
-            return [remote]
-        name = reference.removeprefix(EXPERIMENT)
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            known = sorted(e.name for e in client.search_experiments(max_results=20))
-            raise UserError(f"found no experiment {name!r} at {redact_uri(address)}. There are: {', '.join(known)}.")
-        runs = _search_runs(client, experiment.experiment_id, f"tags.`{_KEY}` LIKE '%/run'")
-        everything = [_read_tickets(client, run, redact_uri(address)) for run in runs]
-        if not any(remote.tickets for remote in everything):
-            raise UserError(
-                f"found no run with tickets in the experiment {name!r} at {redact_uri(address)}. Name another one."
-            )
-        return [remote for remote in everything if remote.tickets]
+            runs = [_find_run(client, reference, store)]
+            missing = f"found no ticket yet in {_describe_run(runs[0])} at {store}. Wait for its first round."
+        else:
+            name = reference.removeprefix(EXPERIMENT)
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                known = sorted(e.name for e in client.search_experiments(max_results=20))
+                raise UserError(f"found no experiment {name!r} at {store}. There are: {', '.join(known)}.")
+            runs = _search_runs(client, experiment.experiment_id, f"tags.`{_KEY}` LIKE '%/run'")
+            missing = f"found no run with tickets in the experiment {name!r} at {store}. Name another one."
+        found = [remote for run in runs if (remote := _read_tickets(client, run, store)).tickets]
+        if not found:
+            raise UserError(missing)
+        return found
 
 
 def check_server(address: str, experiment: str, seconds: float) -> None:

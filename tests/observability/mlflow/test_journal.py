@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from mirl_dist.storage.base import Unavailable
 from tests.services import mlflow_client_program
 from tests.services.faulty_proxy import FORBIDDEN, FaultyProxy, answer
 from tests.services.mlflow_client_program import ROUNDS, STEPS, get
-from tests.services.mlflow_server import MlflowServer, client, curve, runs_of
+from tests.services.mlflow_server import MlflowServer, client, curve, runs_of, tracker_of
 from tests.services.waiting import until
 
 SESSION = "0123456789abcdef" * 2
@@ -456,24 +456,9 @@ class Run:
         self.name, self.folder, self.ids = name, folder, dict[str, str]()
         self.trackers: list[MlflowTracker] = []
 
-    def tracker(
-        self,
-        uri: str,
-        journal: str = "outbox",
-        inherited: bytes = b"",
-        remember: Callable[[dict[str, str]], None] | None = None,
-    ) -> MlflowTracker:
-        tracker = MlflowTracker(
-            uri=uri,
-            experiment=self.name,
-            run_name="demo",
-            remembered=self.ids,
-            remember=remember or self.ids.update,
-            journal=self.folder / journal,
-            inherited=inherited,
-        )
-        self.trackers.append(tracker)
-        return tracker
+    def tracker(self, uri: str, journal: str = "outbox", **more: Any) -> MlflowTracker:
+        self.trackers.append(tracker_of(uri, self.name, self.folder / journal, self.ids, **more))
+        return self.trackers[-1]
 
     def begin(self, *arguments: Any, **more: Any) -> MlflowTracker:
         tracker = self.tracker(*arguments, **more)
@@ -676,7 +661,7 @@ def test_a_backlog_goes_on_elsewhere_and_the_old_journal_does_no_harm(
     commit = first.pending()
     log(first, range(21, 31))
     first.end_run("KILLED", seconds=0.0)
-    second = run.begin(server.url, "machine-b", commit)
+    second = run.begin(server.url, "machine-b", inherited=commit)
     second.begin_round(0, {})
     log(second, range(21, 41), value=7.0)
     second.end_run()

@@ -13,9 +13,8 @@ from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import reader
 from mirl_dist.observability.mlflow import tracker as tracking
 from mirl_dist.observability.mlflow.reader import RemoteTicket, log_report, read
-from mirl_dist.observability.mlflow.tracker import MlflowTracker
 from tests.services.faulty_proxy import FaultyProxy
-from tests.services.mlflow_server import client
+from tests.services.mlflow_server import client, tracker_of
 
 pytest.importorskip("mlflow", reason="MLflow is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -31,14 +30,7 @@ def ticket(round_: int) -> bytes:
 def tell(uri: str, folder: Path, name: str, *, rounds: int, experiment: str = EXPERIMENT) -> dict[str, str]:
     """A run as ours are told, of so many rounds; pictures with round 1 alone. Returns its ids."""
     ids: dict[str, str] = {}
-    tracker = MlflowTracker(
-        uri=uri,
-        experiment=experiment,
-        run_name=name,
-        remembered={},
-        remember=ids.update,
-        journal=folder / experiment / name,
-    )
+    tracker = tracker_of(uri, experiment, folder / experiment / name, ids, run_name=name)
     tracker.begin_run({}, {"method": "MIR-L"})
     tracker.log_file("run.json", json.dumps(CONFIG).encode(), "run")
     for round_ in range(rounds):

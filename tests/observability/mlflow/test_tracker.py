@@ -20,7 +20,7 @@ from mirl_dist.observability.mlflow import tracker as tracking
 from mirl_dist.observability.mlflow.tracker import MlflowTracker, Tracker, pending_records
 from tests.services.faulty_proxy import FaultyProxy
 from tests.services.mlflow_client_program import picture
-from tests.services.mlflow_server import client, curve, runs_of
+from tests.services.mlflow_server import client, curve, runs_of, tracker_of
 from tests.services.waiting import until
 
 pytest.importorskip("mlflow", reason="MLflow is not installed")
@@ -49,16 +49,8 @@ class Begin:
         self.journals: dict[MlflowTracker, Path] = {}
 
     def __call__(self, uri: str, ids: dict[str, str] | None = None, **params: object) -> MlflowTracker:
-        kept = {} if ids is None else ids
         journal = self._folder / f"journal{len(self.journals)}"
-        tracker = MlflowTracker(
-            uri=uri,
-            experiment=self._experiment,
-            run_name="demo",
-            remembered=kept,
-            remember=kept.update,
-            journal=journal,
-        )
+        tracker = tracker_of(uri, self._experiment, journal, {} if ids is None else ids)
         self.journals[tracker] = journal
         tracker.begin_run(params, {"fingerprint": "9f3c"})
         return tracker
@@ -534,13 +526,10 @@ def test_no_secret_reaches_a_run_a_reader_or_the_journal(
             assert secret not in told
 
 
-NAMES: dict[str, Any] = {"experiment": "e", "run_name": "r", "remembered": {}, "remember": lambda ids: None}
-
-
 def test_a_folder_as_store_is_refused_with_the_way_out(tmp_path: Path) -> None:
     for uri in ("./mlruns", "file:///srv/mlruns"):
         with pytest.raises(UserError, match="the tracking URI .*mlruns.*keeps no runs in plain folders. Use sqlite"):
-            MlflowTracker(uri=uri, journal=tmp_path / "j", **NAMES)
+            tracker_of(uri, "e", tmp_path / "j", {})
 
 
 def test_without_an_address_the_environment_decides_then_a_file_here(
@@ -549,7 +538,7 @@ def test_without_an_address_the_environment_decides_then_a_file_here(
     monkeypatch.chdir(tmp_path)
     for setting, address in (("http://127.0.0.1:9", "http://127.0.0.1:9"), ("", "sqlite:///mlflow.db (to see it")):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", setting)
-        tracker = MlflowTracker(uri=None, journal=tmp_path / "journal", **NAMES)
+        tracker = tracker_of(None, "e", tmp_path / "journal", {})
         assert tracker.address().startswith(address)
         tracker.end_run(seconds=0.0)
 
