@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+
 FILE = "pending.db"
 BUSY_SECONDS = 0.25  # longest wait for another process's transaction; short, so that training is not held up
 CHECKPOINT_PAGES = 10_000  # 40 MB of log, after which an append checkpoints if the sending thread has not done so
@@ -58,8 +60,6 @@ class Database:
 
     def __init__(self, folder: Path | None, memory_bytes: int = 0) -> None:
         """folder: location of the file, created if missing; None keeps everything in memory, at most `memory_bytes`."""
-        if folder is not None:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path, self._memory_bytes = folder and folder / FILE, memory_bytes
         self._guard = threading.RLock()
         self._connection: sqlite3.Connection | None = None
@@ -114,6 +114,7 @@ class Database:
             connection = _connect(":memory:")
             connection.execute(f"PRAGMA max_page_count = {self._memory_bytes // 4096}")
             return _with_tables(connection)
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):  # create it here with mode 0600: SQLite's default is world-readable
             os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         self._inode = self._path.stat().st_ino
@@ -191,14 +192,8 @@ def _with_tables(connection: sqlite3.Connection) -> sqlite3.Connection:
 
 
 def _is_local(folder: Path) -> bool:
-    """Whether a folder is on a local file system, according to /proc/self/mountinfo; False if unknown."""
-    device = folder.stat().st_dev
-    try:
-        mounts = Path("/proc/self/mountinfo").read_text(errors="replace")
-    except OSError:
-        return False
-    for line in mounts.splitlines():
-        place, _, file_system = line.partition(" - ")
-        if place.split()[2] == f"{os.major(device)}:{os.minor(device)}":
-            return file_system.split()[0] in LOCAL_DISKS
-    return False
+    """Whether a folder is on a local file system; False if unknown."""
+    place = folder.resolve()
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if place.is_relative_to(mount.mountpoint)]
+    innermost = max(reversed(mounts), key=lambda mount: len(mount.mountpoint), default=None)  # the last one of equals
+    return innermost is not None and innermost.fstype in LOCAL_DISKS

@@ -139,20 +139,22 @@ class Journal(Database):
             return True
         try:
             if self._lock < 0:
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        except OSError:  # no locks on this file system; delivering twice is harmless, as delivery is idempotent
+        except OSError:  # no locks, or no files, on this file system; delivery is idempotent, so two do no harm
             pass
         return True
 
     def close(self) -> None:
         """Close the database and release the delivery lock. Idempotent."""
-        super().close()
-        if self._lock >= 0:
-            os.close(self._lock)
-        self._lock = -1
+        with self._guard:  # `resend` may close it while its sender's thread does
+            super().close()
+            if self._lock >= 0:
+                os.close(self._lock)
+            self._lock = -1
 
     def _drop(self, ids: Sequence[tuple[str, int]]) -> None:
         """Delete records and mark them as delivered, first in memory for this process, then on disk."""

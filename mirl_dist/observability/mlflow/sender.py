@@ -135,9 +135,10 @@ class Sender:
                     self._gather_again()
                 else:
                     self._schedule.lock_at = time.monotonic() + LOCK_PAUSE_SECONDS
-                self._outbox.checkpoint()
+                self._outbox.journal.checkpoint()  # here, so that appending need not wait for the disk
         finally:
-            self._outbox.close()
+            with self._outbox.changed:
+                self._outbox.journal.close()
 
     def _wait_for_work(self) -> bool:
         """Block until there is work. Return False once the sender is closed."""

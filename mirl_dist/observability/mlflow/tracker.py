@@ -81,20 +81,12 @@ class MlflowTracker(Tracker):
         self._uri = records.default_uri(uri)
         import_quietly(self._uri)
         self._run_name = run_name
-        self._journal: Journal | None = None
-        key, session_id = uuid.uuid4().hex, uuid.uuid4().hex
-        try:
-            self._journal = Journal(journal)
-            key = self._journal.read_key()
-        except OSError as error:
-            if self._journal is None:
-                _log.warning(
-                    "the journal %s cannot be used (%s): records for %s wait in memory only. "
-                    "Make room or correct the rights, or choose another tracking.journal.",
-                    *(journal, error.strerror or error, redact_uri(self._uri)),
-                )
+        self._journal = journal
+        opened, key, session_id = Journal(journal), uuid.uuid4().hex, uuid.uuid4().hex
+        with contextlib.suppress(OSError):  # the outbox warns of it, and keeps records in memory
+            key = opened.read_key()
         self._store = MlflowClientStore(self._uri, experiment, run_name, RunIds(remembered, key, remember), session_id)
-        self._outbox = Outbox(self._store.name, session_id, self._journal, inherited)
+        self._outbox = Outbox(self._store.name, session_id, opened, inherited)
         self._sender = Sender(self._store, self._outbox)
         self._round, self._begun = "", set[str]()
         self._sender.start()
@@ -186,12 +178,11 @@ class MlflowTracker(Tracker):
         if self._sender.finish(FAREWELL_SECONDS, seconds):
             return
         text = "the run ends while %d points and %d other records wait for %s in "
-        if self._journal is not None and self._journal.folder is not None:
-            with contextlib.suppress(UserError):
-                left, where = pending_records(self._journal.folder), self._journal.folder
-                if left.since is not None:
-                    remedy = "%s. Send them with `mirl-dist track resend RUN`."
-                    _log.warning(text + remedy, left.points, left.records, self._store.name, where)
+        with contextlib.suppress(UserError):
+            left = pending_records(self._journal)
+            if left.since is not None:
+                remedy = "%s. Send them with `mirl-dist track resend RUN`."
+                _log.warning(text + remedy, left.points, left.records, self._store.name, self._journal)
         lost = self._outbox.count_in_memory()
         if lost.since is not None:
             _log.warning(text + "memory only: they are lost to it", lost.points, lost.records, self._store.name)

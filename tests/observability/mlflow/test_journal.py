@@ -202,7 +202,7 @@ def test_a_hundred_thousand_records_are_sent_in_little_memory(tmp_path: Path) ->
         box.mark_sent(batch)
         assert memory() < before + 16 * 2**20
     assert sent == count
-    box.close()
+    box.journal.close()
 
 
 def test_a_damaged_record_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -246,7 +246,7 @@ def test_a_damaged_database_is_set_aside_with_one_warning(
     assert f"the journal {path} is damaged (" in caplog.text and f"set aside as {aside}. MLflow does" in caplog.text
     assert f"Read what is left with `sqlite3 {aside} .recover`, or remove it." in caplog.text
     before.close()
-    box.close()
+    box.journal.close()
     assert pending_records(tmp_path).points == 2
 
 
@@ -278,7 +278,7 @@ def test_a_full_disk_costs_one_warning_and_stops_no_delivery(
     box.move_to_disk()
     assert box.count_in_memory().since is None, "room again, journal again"
     box.mark_sent(box.next_batch(files=True, others=False))
-    box.close()
+    box.journal.close()
     assert steps_of(new_outbox(small / "outbox").pending_lines()) == list(range(1000, 1203))
 
 
@@ -411,14 +411,14 @@ def test_records_that_a_folder_knows_are_not_inherited_again_in_commit_order(tmp
     committed = b"".join(everything[2:4])  # 4 and 5 came after the commit
     away = new_outbox(tmp_path / "away", committed)
     put_steps(away, 4, 5, 6, value=2.0)
-    here.close()
+    here.journal.close()
 
     back = new_outbox(tmp_path / "here", b"".join(everything[:1]) + away.pending_lines())
     put_steps(back, 7, value=3.0)
     lines = back.pending_lines()
     assert steps_of(lines) == [2, 3, 4, 5, 6, 4, 5, 7], "those that were trained again after 2 and 3, as there"
     assert pending_records(tmp_path / "here").points == 8, "nothing is kept twice"
-    back.close()
+    back.journal.close()
     turned = new_outbox(tmp_path / "here", b"".join(lines.splitlines(True)[::-1]))
     assert steps_of(turned.pending_lines()) == [7, 5, 4, 6, 5, 4, 3, 2]
 
@@ -644,7 +644,7 @@ def test_a_new_life_sends_what_was_left_before_it_says_anything_itself(run: Run,
     left = new_outbox(run.folder / "outbox")
     left.put(Record("open", "run", "demo"))
     put_steps(left, 1)
-    left.close()
+    left.journal.close()
     run.tracker(server.url)
     until(lambda: run.waits() == (0, 0))
     assert curve(server.url, run.ids["run"], "loss") == [(1, 1.0)]

@@ -421,7 +421,7 @@ def test_without_a_journal_what_waits_is_bounded_and_the_oldest_points_go_first(
         proxy.refuse()
         ids: dict[str, str] = {}
         tracker = begin(proxy.url, ids, seed=0)
-        assert f"the journal {tmp_path / 'journal0'} cannot be used (File exists)" in caplog.text
+        assert f"the journal {tmp_path / 'journal0'} takes no more (File exists)" in caplog.text
         assert "wait in memory only" in caplog.text
         tracker.begin_round(0, {})
         for step in range(50):
