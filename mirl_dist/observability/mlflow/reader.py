@@ -67,10 +67,10 @@ def read(reference: str, uri: str | None) -> list[RemoteTickets]:
                 raise UserError(f"found no experiment {name!r} at {store}. There are: {', '.join(known)}.")
             runs = _search_runs(client, experiment.experiment_id, f"tags.`{_KEY}` LIKE '%/run'")
             missing = f"found no run with tickets in the experiment {name!r} at {store}. Name another one."
-        found = [remote for run in runs if (remote := _read_tickets(client, run, store)).tickets]
-        if not found:
+        with_tickets = [remote for run in runs if (remote := _read_tickets(client, run, store)).tickets]
+        if not with_tickets:
             raise UserError(missing)
-        return found
+        return with_tickets
 
 
 def check_server(address: str, experiment: str, seconds: float) -> None:

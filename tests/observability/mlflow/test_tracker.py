@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +70,9 @@ def begin(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Begin]:
 
 
 @pytest.fixture(autouse=True)
-def farewell(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """How long the end waits for a store: long, for this machine may be busy."""
-
-    def takes(seconds: float) -> None:
-        monkeypatch.setattr(tracking, "FAREWELL_SECONDS", seconds)
-
-    takes(60.0)
-    return takes
+def farewell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end waits long for a store, for this machine may be busy."""
+    monkeypatch.setattr(tracking, "FAREWELL_SECONDS", 60.0)
 
 
 @pytest.fixture
@@ -350,7 +345,6 @@ def test_a_dead_server_stops_nothing_and_gets_everything_later(
 
 def test_a_dead_server_is_asked_after_pauses_that_double(
     begin: Begin,
-    farewell: Callable[[float], None],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -377,7 +371,7 @@ def test_a_dead_server_is_asked_after_pauses_that_double(
     monkeypatch.setattr(sender, "FIRST_PAUSE_SECONDS", 1e9)
     now = len(asked)
     until(lambda: len(asked) > now)
-    farewell(0.2)
+    monkeypatch.setattr(tracking, "FAREWELL_SECONDS", 0.2)
     tracker.end_run()
     assert len(asked) >= now + 2, "the end tries once more, pause or not"
     folder = begin.journals[tracker]
@@ -493,7 +487,6 @@ def test_names_values_and_texts_are_made_fit_for_mlflow(uri: str, begin: Begin) 
 
 def test_no_secret_reaches_a_run_a_reader_or_the_journal(
     begin: Begin,
-    farewell: Callable[[float], None],
     sqlite: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -514,7 +507,7 @@ def test_no_secret_reaches_a_run_a_reader_or_the_journal(
     ):
         away = begin(secret_uri, ids, note=f"see {secret_uri}")
         away.begin_round(0, {"also": f"tags see {secret_uri}"})
-        farewell(0.2)
+        monkeypatch.setattr(tracking, "FAREWELL_SECONDS", 0.2)
         away.end_run()
         assert away.address().startswith(clean)
         files = sorted(map(str, begin.journals[away].iterdir()))  # closed by this process, they would lose their locks
