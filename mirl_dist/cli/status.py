@@ -14,7 +14,6 @@ from mirl_dist.config.local_paths import journal_folder
 from mirl_dist.config.schema import TrackingSection
 from mirl_dist.errors import UserError
 from mirl_dist.observability import progress
-from mirl_dist.observability.mlflow import resend as mlflow_resend
 from mirl_dist.observability.mlflow import tracker
 from mirl_dist.storage import lease
 from mirl_dist.tickets.open import open_run
@@ -96,7 +95,7 @@ def resend(run: str) -> None:
         raise UserError(f"{run} was trained with tracking.enabled=false: there is nothing to send.")
     _check_no_live_launch(run, checkpoints)
     latest = checkpoints.latest()
-    mlflow_resend.resend(
+    tracker.resend(
         uri=section.uri,
         experiment=section.experiment,
         run_name=section.run_name or Path(run).name,

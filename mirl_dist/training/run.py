@@ -20,7 +20,7 @@ from mirl_dist.distributed.engines.sharding import local_part
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import MirlError, Stopped
-from mirl_dist.observability.mlflow.tracker import FAREWELL_SECONDS, MlflowTracker, NoTracker, Tracker
+from mirl_dist.observability.mlflow.tracker import FAREWELL_SECONDS, MlflowTracker, Tracker
 from mirl_dist.observability.progress import say
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import in_scope
@@ -129,9 +129,9 @@ def optimiser_of(section: OptimiserSection) -> MakeOptimiser:
 def tracker_of(
     config: Config, checkpoints: Checkpoints, latest: LatestCommit | None, run_id: str, ranks: Ranks
 ) -> Tracker:
-    """Return an MLflow tracker on rank 0, else NoTracker. Raises UserError on every rank for a rejected address."""
+    """Return the tracker of this rank: MLflow's on rank 0. Raises UserError on every rank for a rejected address."""
     if not config.tracking.enabled:
-        return NoTracker()
+        return Tracker()
 
     def connect() -> Tracker:
         return MlflowTracker(
@@ -144,7 +144,7 @@ def tracker_of(
             inherited=b"" if latest is None else latest.parts.get(OUTBOX, b""),
         )
 
-    return ranks.keep_on_main(connect, what="MLflow") or NoTracker()
+    return ranks.keep_on_main(connect, what="MLflow") or Tracker()
 
 
 def network_of(config: Config, start: InitialState, ranks: Ranks) -> tuple[TrainNetwork, dict[str, Tensor]]:

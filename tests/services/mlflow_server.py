@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from mirl_dist.observability.mlflow.tracker import MlflowTracker
 from tests.services.processes import free_port, kill_group, wait_until
 
 
@@ -68,3 +69,9 @@ def runs_of(uri: str, run: str) -> list[Any]:
     """All runs of the experiment of `run`."""
     look = client(uri)
     return list(look.search_runs([look.get_run(run).info.experiment_id]))
+
+
+def tracker_of(uri: str | None, experiment: str, journal: Path, ids: dict[str, str], **more: Any) -> MlflowTracker:
+    """A tracker of the run 'demo'; `ids` plays the memory that survives a restart."""
+    usual: dict[str, Any] = {"run_name": "demo", "remembered": ids, "remember": ids.update}
+    return MlflowTracker(uri=uri, experiment=experiment, journal=journal, **(usual | more))

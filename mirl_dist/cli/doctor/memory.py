@@ -165,7 +165,7 @@ def loss_of(model: nn.Module, images: Tensor, precision: str, kind: str) -> Call
     def loss() -> Tensor:
         with nullcontext() if precision == "fp32" else _Autocast(kind):
             restored = model(images)
-        return losses.combine(losses.per_sample_l1(restored, images))
+        return losses.per_sample_l1(restored, images).mean()
 
     return loss
 

@@ -25,8 +25,7 @@ from mirl_dist.data.sampler import GlobalSampler
 from mirl_dist.data.shards import Shards
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import reader, tracker
-from mirl_dist.observability.mlflow.client import database
-from mirl_dist.observability.mlflow.records import check_uri, default_uri, redact_uri
+from mirl_dist.observability.mlflow.records import check_uri, database, default_uri, redact_uri
 from mirl_dist.storage import Folder, NotFound, Store
 from mirl_dist.storage.http import HttpStore
 from mirl_dist.storage.s3 import S3Store

@@ -26,7 +26,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mirl_dist.data.manifest import MANIFEST, Manifest, Shard, read_manifest
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder, NotFound, Store
-from mirl_dist.storage.hashing import digest_of_blocks
 
 AREA = ".building"
 MARKER, LOCK = f"{AREA}/build.json", f"{AREA}/lock"
@@ -208,6 +207,11 @@ def is_intact(store: Store, shard: Shard) -> bool:
             return False
         if hashlib.sha256(store.get(shard.index_name)).hexdigest() != shard.index_sha256:
             return False
-        return not isinstance(store, Folder) or digest_of_blocks(store.read(shard.name)) == shard.sha256
+        if not isinstance(store, Folder):
+            return True
+        digest = hashlib.sha256()
+        for block in store.read(shard.name):
+            digest.update(block)
+        return digest.hexdigest() == shard.sha256
     except NotFound:
         return False

@@ -18,7 +18,6 @@ from mirl_dist.data.building.check import check
 from mirl_dist.data.manifest import Manifest, Shard, read_index, read_manifest
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder, Rejected, Unavailable
-from mirl_dist.storage.hashing import digest_of_blocks, digest_of_file
 from tests.data.loaders import flip, indices, made, photo, quiet
 
 SHA = "0" * 64
@@ -359,13 +358,3 @@ def test_notes_of_another_set_or_none_are_named(copy: Path, built: tuple[Path, M
     resealed(copy, shard, kind="clean", set="other")
     faults = check(Folder(copy), 1, quiet)
     assert len(faults) == 6 and faults[0].endswith(".json says it is of clean, clean")
-
-
-@pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 20) + 1, 3 << 20])
-def test_a_digest_in_blocks_is_the_digest_of_the_whole(size: int) -> None:
-    data = bytes(range(251)) * (size // 251 + 1)
-    whole = hashlib.sha256(data[:size]).hexdigest()
-    stream = io.BytesIO(b"before" + data[:size])
-    stream.seek(len(b"before"))
-    assert digest_of_file(stream) == whole
-    assert digest_of_blocks(data[:size][at : at + 1000] for at in range(0, size, 1000)) == whole
