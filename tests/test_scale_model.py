@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.partition import ReplicatedPartition
+from mirl_dist.pruning.partition import Partition
 from mirl_dist.pruning.prune import PruneConfig, PruneResult, prune
 from mirl_dist.pruning.quantile import kth_smallest
 
@@ -90,7 +90,7 @@ def test_ties_are_allotted_to_ranks_as_the_package_drops_them(ranks: int, monkey
 def pruned_as_replicas(weights: dict[str, Tensor], ranks: int, rule: PruneConfig) -> tuple[list[PruneResult], int]:
     """What each rank made, and received, of weights that all hold."""
     meeting, masks = Meeting(ranks), masking.dense_masks(weights, weights)
-    made = meeting.on_all(lambda rank, gather: prune(weights, masks, rule, ReplicatedPartition(rank, ranks), gather))
+    made = meeting.on_all(lambda rank, gather: prune(weights, masks, rule, Partition(rank, ranks), gather))
     return made, meeting.received
 
 

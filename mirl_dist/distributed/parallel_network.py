@@ -13,7 +13,7 @@ from mirl_dist.distributed.engines.base import Collectives, Engine, EngineSpec, 
 from mirl_dist.distributed.engines.ddp import DdpEngine
 from mirl_dist.distributed.process_group import Membership
 from mirl_dist.errors import InvariantError
-from mirl_dist.pruning.partition import ReplicatedPartition
+from mirl_dist.pruning.partition import Partition
 
 
 class ParallelNetwork:
@@ -42,7 +42,7 @@ class ParallelNetwork:
             wrapped = self.wrap(model)
             self.warm_up(wrapped, example)
             parameters = dict(self.unwrap(wrapped).named_parameters())
-            return DdpEngine(parameters, make_optimiser, ReplicatedPartition(rank, world)), wrapped
+            return DdpEngine(parameters, make_optimiser, Partition(rank, world)), wrapped
         if self.spec.name == "fsdp":
             from mirl_dist.distributed.engines.fsdp import FsdpEngine
 

@@ -12,7 +12,7 @@ from mirl_dist.config import config as configs
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.criteria import CRITERIA
-from mirl_dist.pruning.partition import ReplicatedPartition, count_weights
+from mirl_dist.pruning.partition import WHOLE, count_weights
 from mirl_dist.pruning.prune import PruneConfig, form_groups, prune
 from mirl_dist.pruning.quantile import single_rank
 from mirl_dist.tickets.file import TicketContent
@@ -131,7 +131,7 @@ def verify_descent(content: TicketContent, parent: TicketContent, rule: PruneCon
 
 def _verify_cut(content: TicketContent, parent: TicketContent, rule: PruneConfig) -> Iterator[Check]:
     criterion = CRITERIA[rule.criterion]
-    groups = form_groups(count_weights(parent.masks, ReplicatedPartition(), single_rank), rule)
+    groups = form_groups(count_weights(parent.masks, WHOLE, single_rank), rule)
     wanted = sum(group.k for group in groups)
     removed = masking.count_surviving(parent.masks) - masking.count_surviving(content.masks)
     yield _compare("weights removed by the rule", wanted, removed)

@@ -17,7 +17,6 @@ from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.prune import in_scope
-from mirl_dist.pruning.random_masks import random_masks
 from mirl_dist.storage import Options
 from mirl_dist.storage.configured import options_of
 from mirl_dist.training.ticket import Ticket
@@ -129,7 +128,7 @@ def _from_ticket(config: Config, open_ticket: OpenTicket, drawn: dict[str, Tenso
     if kind == "reinit":
         weights = {name: p.detach() for name, p in create_network(config, _REINIT_SEED_OFFSET).named_parameters()}
     elif kind != "ticket":
-        masks = random_masks(masks, config.run.seed, kind.removeprefix("random_"))
+        masks = masking.random_masks(masks, config.run.seed, kind.removeprefix("random_"))
         weights = _all_initial_weights(opened, config, ticket.initial_digest, source, drawn)
     return InitialState(weights, masks, ticket.digest())
 

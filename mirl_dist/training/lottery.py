@@ -16,8 +16,8 @@ from torch import Tensor
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import InvariantError
 from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning.masks import find_unrewound, rewind, rewound_names
 from mirl_dist.pruning.prune import PruneResult
-from mirl_dist.pruning.rewind import find_unrewound, rewind, rewound_names
 from mirl_dist.training.state import TrainState
 from mirl_dist.training.ticket import Ticket
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from mirl_dist import models
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.masks import Masks
+from mirl_dist.pruning.masks import Masks, find_unrewound, rewind, rewound_names
 from mirl_dist.pruning.prune import PruneConfig, in_scope, prune
-from mirl_dist.pruning.rewind import find_unrewound, rewind, rewound_names
 
 TINY = {
     "dim": 8,

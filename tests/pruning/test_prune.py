@@ -20,7 +20,7 @@ from mirl_dist import models
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks, count_surviving, dense_masks
-from mirl_dist.pruning.partition import ReplicatedPartition
+from mirl_dist.pruning.partition import Partition
 from mirl_dist.pruning.prune import PruneConfig, PruneResult, count_to_remove, in_scope, prune
 from tests.pruning.test_quantile import on_ranks
 
@@ -181,9 +181,7 @@ def test_the_smallest_go_and_ties_go_by_name_and_place(
     magnitudes = flat.view(np.int32)[places] & 0x7FFFFFFF
     expected = living.copy()
     expected[places[np.argsort(magnitudes, kind="stable")[:k]]] = False
-    found = on_ranks(
-        ranks, lambda rank, gather: prune(weights, masks, PruneConfig(p), ReplicatedPartition(rank, ranks), gather)
-    )
+    found = on_ranks(ranks, lambda rank, gather: prune(weights, masks, PruneConfig(p), Partition(rank, ranks), gather))
     for pruned in found:
         assert isinstance(pruned, PruneResult)
         assert pruned.removed == k
@@ -206,7 +204,7 @@ def test_of_equal_weights_exactly_the_stated_number_goes_on_every_rank_alike(
     weights = {name: torch.full_like(w, -0.5) for name, w in small().items()}
     masks = dense_masks(weights, weights)
     rule = PruneConfig(0.2, criterion, per)
-    found = on_ranks(ranks, lambda rank, gather: prune(weights, masks, rule, ReplicatedPartition(rank, ranks), gather))
+    found = on_ranks(ranks, lambda rank, gather: prune(weights, masks, rule, Partition(rank, ranks), gather))
     counts = {n: w.numel() for n, w in weights.items()}
     if per == "global":
         wanted = count_to_remove(sum(counts.values()), 0.2)
@@ -315,7 +313,7 @@ def test_a_floor_spares_each_tensors_strongest_and_the_weakest_others_go(
         if expected[place] and gone < k and expected[a:b].sum() > math.ceil(Fraction(str(floor)) * (b - a)):
             expected[place], gone = False, gone + 1
     rule = PruneConfig(p, floor=floor)
-    found = on_ranks(ranks, lambda rank, gather: prune(weights, masks, rule, ReplicatedPartition(rank, ranks), gather))
+    found = on_ranks(ranks, lambda rank, gather: prune(weights, masks, rule, Partition(rank, ranks), gather))
     for pruned in found:
         if gone < k:
             assert isinstance(pruned, UserError) and "prune.floor: found" in str(pruned)
@@ -427,7 +425,7 @@ def test_weights_that_are_not_finite_are_refused_on_every_rank(odd: float) -> No
     weights = small()
     weights["z.weight"][1, 1, 1] = odd
     masks = dense_masks(weights, weights)
-    found = on_ranks(3, lambda rank, gather: prune(weights, masks, FIFTH, ReplicatedPartition(rank, 3), gather))
+    found = on_ranks(3, lambda rank, gather: prune(weights, masks, FIFTH, Partition(rank, 3), gather))
     assert all(isinstance(f, UserError) and "NaN or infinite weights on rank 2 (" in str(f) for f in found)
     assert "z.weight" in str(found[2])
 
@@ -435,7 +433,4 @@ def test_weights_that_are_not_finite_are_refused_on_every_rank(odd: float) -> No
 def test_slices_of_all_ranks_hold_every_weight_once() -> None:
     flat = torch.arange(11)
     for ranks in (1, 2, 3, 4, 13):
-        assert (
-            torch.cat([ReplicatedPartition(rank, ranks).own_part(flat) for rank in range(ranks)]).tolist()
-            == flat.tolist()
-        )
+        assert torch.cat([Partition(rank, ranks).own_part(flat) for rank in range(ranks)]).tolist() == flat.tolist()

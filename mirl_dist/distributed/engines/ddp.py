@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mirl_dist.distributed.engines.base import MOMENTS, MakeOptimiser
 from mirl_dist.distributed.engines.sharding import ShardLayout
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.partition import Partition, ReplicatedPartition
+from mirl_dist.pruning.partition import WHOLE, Partition
 
 
 class DdpEngine:
@@ -22,7 +22,7 @@ class DdpEngine:
         self,
         parameters: Mapping[str, nn.Parameter],
         make_optimiser: MakeOptimiser,
-        partition: Partition = ReplicatedPartition(),  # noqa: B008 - an immutable tuple
+        partition: Partition = WHOLE,
     ) -> None:
         """parameters: those of the unwrapped network; DDP averages their gradients."""
         self.parameters, self._make_optimiser = dict(parameters), make_optimiser

@@ -20,7 +20,7 @@ from mirl_dist.distributed.engines.base import Collectives, EngineSpec, MakeOpti
 from mirl_dist.distributed.engines.sharding import ShardLayout, shard_layout
 from mirl_dist.distributed.engines.zero_shard import ZeroShard
 from mirl_dist.errors import InvariantError, UserError
-from mirl_dist.pruning.partition import Partition, ReplicatedPartition, ShardedPartition
+from mirl_dist.pruning.partition import Partition
 
 DEEPSPEED_BUCKET = 50_000_000
 """Upper limit of DeepSpeed's gradient reduction bucket, in weights; smaller networks get a bucket of their own size."""
@@ -69,7 +69,7 @@ class ZeroEngine:
         self.owned_layout = shard_layout(shapes, rank, [dict(zip(shapes, row, strict=True)) for row in lengths])
         self._shard.drop_padding(self.owned_layout.lengths[rank])
         self.layout = self.owned_layout if stage == 3 else ShardLayout(shapes)
-        self.partition: Partition = ShardedPartition(rank) if stage == 3 else ReplicatedPartition(rank, world)
+        self.partition = Partition(rank, world, is_replicated=stage != 3)
         self.weights = self._shard.weights()
 
     def accumulate(self, more: bool) -> None:

@@ -17,7 +17,7 @@ from mirl_dist.distributed.engines import requirements, sharded_gradients
 from mirl_dist.distributed.engines.base import MOMENTS, Collectives, EngineSpec, MakeOptimiser
 from mirl_dist.distributed.engines.sharding import shard_layout
 from mirl_dist.errors import InvariantError, UserError
-from mirl_dist.pruning.partition import Partition, ShardedPartition
+from mirl_dist.pruning.partition import Partition
 
 
 class _ShardedParameter(NamedTuple):
@@ -69,7 +69,7 @@ class FsdpEngine:
         self.layout = self.owned_layout = shard_layout(
             shapes, rank, [dict(zip(shapes, row, strict=True)) for row in lengths]
         )
-        self.partition: Partition = ShardedPartition(rank)
+        self.partition = Partition(rank, is_replicated=False)
         self.reset_optimizer()
 
     def accumulate(self, more: bool) -> None:
