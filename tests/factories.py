@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirl_dist.data import image_strip
-from mirl_dist.evaluation import metrics
+from mirl_dist.evaluation.protocols import PROTOCOLS
 from mirl_dist.evaluation.score import Score
 from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.training.ticket import Curve, Ticket
@@ -157,7 +157,7 @@ def entry(
         parent=None if first else _hex("ticket", method, seed, round_ - 1),
         fingerprint=_hex("fingerprint", method, seed)[:16],
         manifest_digest=_hex("manifest"),
-        protocol=metrics.PROTOCOL,
+        protocol=PROTOCOLS["promptir"].text,
         scores=scores,
         updates=8000,
         samples=64000,
@@ -165,7 +165,7 @@ def entry(
         seed=seed,
         began=began,
         collapsed=tuple(n for n, m in masks.items() if not m.any()),
-        protocols={"promptir": metrics.PROTOCOL},
+        protocols={"promptir": PROTOCOLS["promptir"].text},
         measured={"precision": "fp32", "compile": "False", "tile": "None"},
         curve=_curve(seed, f"{method}{round_}", scores, began, 8000) if curved else None,
         seconds=3600.0,

@@ -121,7 +121,7 @@ def _image_row(columns: Sequence[Column], title: str, lossy: bool) -> ImageRow:
 
 
 def _describe_quality(image: image_strip.Pixels, clean: image_strip.Pixels) -> str:
-    return f"{metrics.psnr_8bit(image, clean):.2f} dB" if image.shape == clean.shape else "another size"
+    return f"{metrics.psnr(image, clean, peak=255):.2f} dB" if image.shape == clean.shape else "another size"
 
 
 def _image_cell(image: image_strip.Pixels, lossy: bool, text: str) -> ImageCell:
