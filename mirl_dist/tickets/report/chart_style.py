@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from mirl_dist.tickets.compare.entry import DENSE
-from mirl_dist.tickets.compare.grouping import CONTROL_PREFIX
+from mirl_dist.tickets.compare.entry import CONTROL_PREFIX, DENSE
 
 INK = "#0d1b2b"
 """Placeholder colour, replaced by the page's text colour (currentColor) for light and dark themes."""
