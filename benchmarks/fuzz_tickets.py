@@ -148,7 +148,7 @@ def _paths(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 def forge_text(data: bytes, chance: random.Random) -> bytes:
     """One to three places of the text hold something else, are gone, stand twice, or have another key."""
-    densities = file.peek(data, "the small ticket")[0].layer_density
+    densities = file.read(data, "the small ticket").ticket.layer_density
 
     def change(tree: Any) -> Any:
         for _ in range(chance.randint(1, 3)):

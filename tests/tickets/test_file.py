@@ -122,7 +122,6 @@ def test_what_is_packed_is_read_to_the_last_bit_and_holds(network: tuple[dict[st
     read = ticket_file.read(data, "x")
     assert same(read, content)
     assert packed(read) == data
-    assert ticket_file.peek(data, "x") == (content.ticket, content.config)
     assert broken(read) == []
 
 
