@@ -125,9 +125,9 @@ def _load_mask(data: bytes, ticket: Ticket, shapes: _Shapes, source: str) -> Pac
 def _check_mask(packed: Mapping[str, Tensor], ticket: Ticket, shapes: _Shapes, source: str) -> Packed:
     """Return the mask as NumPy arrays. Raise UserError unless it fits the network and matches the ticket's digest."""
     sizes = {n: (math.prod(shapes[n]) + 7) // 8 for n in ticket.layer_density if n in shapes}
-    found = {n: bits.numel() for n, bits in packed.items() if bits.dtype == torch.uint8 and bits.ndim == 1}
+    lengths = {n: bits.numel() for n, bits in packed.items() if bits.dtype == torch.uint8 and bits.ndim == 1}
     names = ticket.layer_density.keys() | packed.keys()
-    mismatched = sorted(n for n in names if n not in found or found[n] != sizes.get(n))
+    mismatched = sorted(n for n in names if n not in lengths or lengths[n] != sizes.get(n))
     if mismatched:
         raise UserError(
             f"{source}: its mask does not fit its network, first in '{mismatched[0]}'. Take it from the run again."

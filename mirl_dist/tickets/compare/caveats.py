@@ -121,7 +121,7 @@ def _note_training(entries: Sequence[Entry]) -> list[str]:
         "tensors have no alive weight": lambda t: len(t.collapsed),
     }
     counts = {t: [f"{s.name}: {count(s.ticket):,}" for s in entries if count(s.ticket)] for t, count in counted.items()}
-    return [f"{text} ({_join_first(found)})" for text, found in counts.items() if found]
+    return [f"{text} ({_join_first(texts)})" for text, texts in counts.items() if texts]
 
 
 def _join_first(texts: Iterable[str]) -> str:
