@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from mirl_dist.evaluation.protocols import PROTOCOLS
 from mirl_dist.evaluation.score import Score
 from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.training.ticket import Curve, Ticket
+
+if TYPE_CHECKING:
+    from torch import nn
 
 TASKS = {"derain/rain": 29.0, "denoise_25/photos": 30.2, "dehaze/haze": 26.5}
 """'task/set' -> PSNR in dB of a whole network."""
@@ -38,23 +41,15 @@ PARTS = {
 UNPRUNABLE = 900
 
 
-@cache
-def promptir_parts() -> Mapping[str, int]:
-    """The prunable tensors of a small PromptIR."""
+def small_promptir(seed: int = 0) -> nn.Module:
+    """A small PromptIR."""
     import torch
 
     from mirl_dist import models
 
-    with torch.device("meta"):
-        network = models.create(
-            "promptir",
-            dim=8,
-            blocks=(1, 1, 1, 1),
-            refinement_blocks=1,
-            prompt_dims=(8, 16, 32),
-            prompt_sizes=(16, 8, 4),
-        )
-    return {name: p.numel() for name, p in network.named_parameters() if "weight" in name}
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"dim": 8, "blocks": (1,) * 4, "refinement_blocks": 1, "prompt_heads": 4}
+    return models.create("promptir", **sizes, prompt_dims=(8,) * 3, prompt_sizes=(4,) * 3)
 
 
 def _rng(*key: object) -> np.random.Generator:

@@ -158,38 +158,6 @@ numbers = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
-@given(numbers, st.sampled_from([0.01, 0.2, 0.5, 0.9, 0.99]), st.integers(1, 4), st.randoms(use_true_random=False))
-def test_the_smallest_go_and_ties_go_by_name_and_place(
-    values: list[float], p: float, ranks: int, dice: random.Random
-) -> None:
-    flat = np.array(values, dtype=np.float32)
-    third = len(flat) // 3
-    weights = {
-        "c.weight": torch.from_numpy(flat[2 * third :].copy()),
-        "a.weight": torch.from_numpy(flat[:third].copy()),
-        "b.weight": torch.from_numpy(flat[third : 2 * third].copy()).reshape(1, -1),
-    }
-    living = np.array([dice.random() < 0.7 for _ in values])
-    masks = {
-        "a.weight": torch.from_numpy(living[:third].copy()),
-        "b.weight": torch.from_numpy(living[third : 2 * third].copy()).reshape(1, -1),
-        "c.weight": torch.from_numpy(living[2 * third :].copy()),
-    }
-    k = count_to_remove(int(living.sum()), p)
-    places = np.flatnonzero(living)
-    magnitudes = flat.view(np.int32)[places] & 0x7FFFFFFF
-    expected = living.copy()
-    expected[places[np.argsort(magnitudes, kind="stable")[:k]]] = False
-    found = on_ranks(ranks, lambda rank, gather: prune(weights, masks, PruneConfig(p), Partition(rank, ranks), gather))
-    for pruned in found:
-        assert isinstance(pruned, PruneResult)
-        assert pruned.removed == k
-        assert np.array_equal(joined(pruned.masks), expected)
-        assert pruned.threshold == (float(np.abs(flat[living & ~expected].astype(np.float64)).max()) if k else 0.0)
-    assert np.array_equal(joined(masks), living), "the old masks stay as they were"
-
-
 def joined(masks: Masks) -> NDArray[np.bool_]:
     """All bits in the order of names."""
     return torch.cat([masks[n].reshape(-1) for n in sorted(masks)]).numpy()
@@ -216,15 +184,6 @@ def test_of_equal_weights_exactly_the_stated_number_goes_on_every_rank_alike(
         assert pruned.removed == wanted == sum(counts.values()) - count_surviving(pruned.masks)
         digests.add(masking.digest(pruned.masks))
     assert len(digests) == 1
-
-
-def test_equal_weights_go_in_the_order_of_names_then_places() -> None:
-    weights = {"b.weight": torch.ones(4), "a.weight": torch.ones(2, 2), "c.weight": torch.tensor([0.5, 1, 1])}
-    pruned = prune(weights, dense_masks(weights, weights), PruneConfig(0.5))
-    assert pruned.removed == 5
-    assert pruned.masks["a.weight"].tolist() == [[False, False], [False, False]]
-    assert pruned.masks["b.weight"].tolist() == [True] * 4
-    assert pruned.masks["c.weight"].tolist() == [False, True, True]
 
 
 # -- laws of rounds ---------------------------------------------------------------------------------------------
@@ -292,20 +251,20 @@ def test_a_single_survivor_stays() -> None:
 @settings(max_examples=150, deadline=None)
 @given(
     numbers,
-    st.sampled_from([0.01, 0.2, 0.5, 0.9]),
-    st.sampled_from([0.0, 0.1, 0.3, 1 / 3, 0.5, 0.95]),
-    st.integers(1, 3),
+    st.sampled_from([0.01, 0.2, 0.5, 0.9, 0.99]),
+    st.sampled_from([0.0, 0.0, 0.1, 0.3, 1 / 3, 0.5, 0.95]),
+    st.integers(1, 4),
     st.randoms(use_true_random=False),
 )
-def test_a_floor_spares_each_tensors_strongest_and_the_weakest_others_go(
+def test_the_weakest_go_ties_by_name_and_place_and_a_floor_spares_the_strongest(
     values: list[float], p: float, floor: float, ranks: int, dice: random.Random
 ) -> None:
     cuts = sorted(dice.randint(0, len(values)) for _ in range(3))
     flat, ends = np.array(values, dtype=np.float32), [0, *cuts, len(values)]
     living = np.array([dice.random() < 0.8 for _ in values])
     spans = list(zip("abcd", ends, ends[1:], strict=False))
-    weights = {n: torch.from_numpy(flat[a:b].copy()) for n, a, b in spans}
-    masks = {n: torch.from_numpy(living[a:b].copy()) for n, a, b in spans}
+    weights = {n: torch.from_numpy(flat[a:b].copy()).reshape(1, -1) for n, a, b in reversed(spans)}
+    masks = {n: torch.from_numpy(living[a:b].copy()).reshape(1, -1) for n, a, b in spans}
     k = count_to_remove(int(living.sum()), p)
     expected, gone = living.copy(), 0
     for place in np.argsort(flat.view(np.int32) & 0x7FFFFFFF, kind="stable"):  # one by one, while its tensor may lose
@@ -323,6 +282,7 @@ def test_a_floor_spares_each_tensors_strongest_and_the_weakest_others_go(
         assert np.array_equal(joined(pruned.masks), expected)
         assert pruned.threshold == (float(np.abs(flat[living & ~expected].astype(np.float64)).max()) if k else 0.0)
         assert pruned.collapsed == tuple(n for n, a, b in spans if not expected[a:b].any())
+    assert np.array_equal(joined(masks), living), "the old masks stay as they were"
 
 
 def test_a_floor_of_0_changes_nothing_and_one_of_half_holds_the_weakest_tensor() -> None:
@@ -418,16 +378,6 @@ def test_weights_below_the_normal_range_are_cut_exactly(flush: bool) -> None:
         torch.set_flush_denormal(False)
     assert subnormal
     assert pruned.masks["a.weight"].tolist() == [True, True, False, False, False, True]
-
-
-@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused_on_every_rank(odd: float) -> None:
-    weights = small()
-    weights["z.weight"][1, 1, 1] = odd
-    masks = dense_masks(weights, weights)
-    found = on_ranks(3, lambda rank, gather: prune(weights, masks, FIFTH, Partition(rank, 3), gather))
-    assert all(isinstance(f, UserError) and "NaN or infinite weights on rank 2 (" in str(f) for f in found)
-    assert "z.weight" in str(found[2])
 
 
 def test_slices_of_all_ranks_hold_every_weight_once() -> None:
