@@ -238,13 +238,6 @@ def test_tensors_without_a_mask_are_neither_counted_nor_pruned() -> None:
     assert pruned.removed == 2
 
 
-def test_a_single_survivor_stays() -> None:
-    weights = {"a.weight": torch.tensor([0.0, 1.0])}
-    pruned = prune(weights, {"a.weight": torch.tensor([True, False])}, PruneConfig(0.9))
-    assert (pruned.removed, pruned.threshold) == (0, 0.0)
-    assert pruned.masks["a.weight"].tolist() == [True, False]
-
-
 # -- floors -----------------------------------------------------------------------------------------------------
 
 
@@ -283,20 +276,6 @@ def test_the_weakest_go_ties_by_name_and_place_and_a_floor_spares_the_strongest(
         assert pruned.threshold == (float(np.abs(flat[living & ~expected].astype(np.float64)).max()) if k else 0.0)
         assert pruned.collapsed == tuple(n for n, a, b in spans if not expected[a:b].any())
     assert np.array_equal(joined(masks), living), "the old masks stay as they were"
-
-
-def test_a_floor_of_0_changes_nothing_and_one_of_half_holds_the_weakest_tensor() -> None:
-    weights = {"a.weight": torch.arange(1.0, 11.0), "b.weight": torch.arange(101.0, 131.0)}
-    masks = dense_masks(weights, weights)
-    bare = prune(weights, masks, PruneConfig(0.3))
-    assert {n: int(m.sum()) for n, m in bare.masks.items()} == {"a.weight": 0, "b.weight": 28}
-    assert bare.collapsed == ("a.weight",)
-    held = prune(weights, masks, PruneConfig(0.3, floor=0.5))
-    assert held.masks["a.weight"].tolist() == [False] * 5 + [True] * 5
-    assert held.masks["b.weight"].tolist() == [False] * 7 + [True] * 23
-    assert (held.removed, held.threshold, held.collapsed) == (12, 107.0, ())
-    again = prune(weights, held.masks, PruneConfig(0.2, floor=0.5))
-    assert int(again.masks["a.weight"].sum()) == 5, "the floor counts the whole tensor, not what is left of it"
 
 
 def test_a_floor_that_leaves_too_few_weights_to_remove_is_refused_with_both_numbers() -> None:
