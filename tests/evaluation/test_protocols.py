@@ -16,7 +16,7 @@ from mirl_dist.data.degradations import degrade
 from mirl_dist.errors import UserError
 from mirl_dist.evaluation.metrics import psnr, to_8bit
 from mirl_dist.evaluation.protocols import PROTOCOLS, as_restored, cropped, degraded, score
-from tests.evaluation.vectors import reference_pair
+from tests.evaluation.test_metrics import reference_pair
 
 NOISE_25, RAIN = Task.of("denoise_25"), Task.of("derain")
 Image = NDArray[Any]
