@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mirl_dist.data import image_strip
-from mirl_dist.evaluation import metrics
+from mirl_dist.evaluation.protocols import PROTOCOLS
 from mirl_dist.evaluation.score import Score
 from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.training.ticket import Curve, Ticket
+
+if TYPE_CHECKING:
+    from torch import nn
 
 TASKS = {"derain/rain": 29.0, "denoise_25/photos": 30.2, "dehaze/haze": 26.5}
 """'task/set' -> PSNR in dB of a whole network."""
@@ -36,6 +40,17 @@ PARTS = {
     "output.weight": 432,
 }
 UNPRUNABLE = 900
+
+
+def small_promptir(seed: int = 0) -> nn.Module:
+    """A small PromptIR."""
+    import torch
+
+    from mirl_dist import models
+
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"dim": 8, "blocks": (1,) * 4, "refinement_blocks": 1, "prompt_heads": 4}
+    return models.create("promptir", **sizes, prompt_dims=(8,) * 3, prompt_sizes=(4,) * 3)
 
 
 def _rng(*key: object) -> np.random.Generator:
@@ -129,7 +144,7 @@ def entry(
         parent=None if first else _hex("ticket", method, seed, round_ - 1),
         fingerprint=_hex("fingerprint", method, seed)[:16],
         manifest_digest=_hex("manifest"),
-        protocol=metrics.PROTOCOL,
+        protocol=PROTOCOLS["promptir"].text,
         scores=scores,
         updates=8000,
         samples=64000,
@@ -137,7 +152,7 @@ def entry(
         seed=seed,
         began=began,
         collapsed=tuple(n for n, m in masks.items() if not m.any()),
-        protocols={"promptir": metrics.PROTOCOL},
+        protocols={"promptir": PROTOCOLS["promptir"].text},
         measured={"precision": "fp32", "compile": "False", "tile": "None"},
         curve=_curve(seed, f"{method}{round_}", scores, began, 8000) if curved else None,
         seconds=3600.0,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.partition import ReplicatedPartition
+from mirl_dist.pruning.partition import Partition
 from mirl_dist.pruning.prune import PruneConfig, prune
 from mirl_dist.pruning.quantile import kth_smallest
 
@@ -98,7 +98,7 @@ def test_masks_are_the_same_and_the_formula_counts_what_a_gather_moves(rule: Pru
         digests.add(digest)
         meeting, masks = Meeting(ranks), masking.dense_masks(weights, weights)
         whole = meeting.on_all(
-            lambda rank, gather, n=ranks, old=masks: prune(weights, old, rule, ReplicatedPartition(rank, n), gather)
+            lambda rank, gather, n=ranks, old=masks: prune(weights, old, rule, Partition(rank, n), gather)
         )
         assert meeting.received == received(ranks, words(3, own=False, layers=layers))
         digests |= {masking.digest(found.masks) for found in whole}

@@ -14,7 +14,7 @@ from mirl_dist.distributed.engines.ddp import DdpEngine
 from mirl_dist.distributed.engines.spec import EngineSpec, require
 from mirl_dist.distributed.process_group import Membership
 from mirl_dist.errors import InvariantError, UserError
-from mirl_dist.pruning.partition import ReplicatedPartition
+from mirl_dist.pruning.partition import Partition
 
 
 class ParallelNetwork:
@@ -43,7 +43,7 @@ class ParallelNetwork:
             wrapped = self.wrap(model)
             self.warm_up(wrapped, example)
             parameters = dict(self.unwrap(wrapped).named_parameters())
-            return DdpEngine(parameters, make_optimiser, ReplicatedPartition(rank, world)), wrapped
+            return DdpEngine(parameters, make_optimiser, Partition(rank, world)), wrapped
         try:
             require(self.spec.name)
         except LookupError as error:

@@ -31,7 +31,7 @@ from mirl_dist.distributed.process_group import (
 )
 from mirl_dist.distributed.watchdog import Watchdog
 from mirl_dist.errors import InvariantError, MirlError, Stopped, UserError
-from mirl_dist.pruning.partition import ReplicatedPartition
+from mirl_dist.pruning.partition import Partition
 
 T = TypeVar("T")
 
@@ -119,9 +119,9 @@ class Ranks:
         return self._stop_requested or (self._watchdog is not None and self._watchdog.stop_requested)
 
     @property
-    def partition(self) -> ReplicatedPartition:
+    def partition(self) -> Partition:
         """This rank's slice of replicated tensors, so that each weight is counted on exactly one rank."""
-        return ReplicatedPartition(self.rank, self.world)
+        return Partition(self.rank, self.world)
 
     @contextmanager
     def collective(self, what: str) -> Iterator[None]:

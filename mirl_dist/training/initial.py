@@ -17,7 +17,6 @@ from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.prune import in_scope
-from mirl_dist.pruning.random_masks import random_masks
 from mirl_dist.storage import Options
 from mirl_dist.storage.configured import options_of
 from mirl_dist.training.state import check_same_network
@@ -134,7 +133,7 @@ def _from_ticket(config: Config, open_ticket: OpenTicket, drawn: dict[str, Tenso
     if kind == "reinit":
         weights = draw_weights(config, _REINIT_SEED_OFFSET)
     elif kind != "ticket":
-        masks = random_masks(masks, config.run.seed, kind.removeprefix("random_"))
+        masks = masking.random_masks(masks, config.run.seed, kind.removeprefix("random_"))
         seed = opened.config.run.seed
         weights = opened.initial_weights() or draw_weights(config, seed - config.run.seed)
         if masking.digest_tensors(weights) != ticket.initial_digest:

@@ -15,8 +15,8 @@ from torch import Tensor
 from mirl_dist.config.config import Config
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning.masks import find_unrewound, rewind, rewound_names
 from mirl_dist.pruning.prune import PruneResult
-from mirl_dist.pruning.rewind import find_unrewound, rewind, rewound_names
 from mirl_dist.training.guards import check_on_ranks
 from mirl_dist.training.round import RoundRunner
 from mirl_dist.training.selection import Pruner

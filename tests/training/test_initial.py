@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.random_masks import random_masks
 from tests.services.outcomes import expect
 
 ONE_ROUND = {"prune.rounds": 0}
@@ -42,17 +41,17 @@ def control(lab: Any, folder: Path, ticket: Path, kind: str, **how: Any) -> Any:
 def test_a_random_mask_keeps_the_number_of_alive_weights(seed: int, size: int, per: str) -> None:
     chance = torch.Generator().manual_seed(seed)
     masks = {f"t{i}": torch.rand(size, i + 1, generator=chance) > 0.7 for i in range(3)}
-    drawn = random_masks(masks, seed, per)
+    drawn = masking.random_masks(masks, seed, per)
     assert masking.count_surviving(drawn) == masking.count_surviving(masks)
     assert {n: m.shape for n, m in drawn.items()} == {n: m.shape for n, m in masks.items()}
     if per == "layer":
         assert masking.densities(drawn) == masking.densities(masks)
-    assert masking.digest(random_masks(masks, seed, per)) == masking.digest(drawn)
+    assert masking.digest(masking.random_masks(masks, seed, per)) == masking.digest(drawn)
 
 
 def test_random_masks_of_other_seeds_and_scopes_differ_and_spread_over_all_weights() -> None:
     masks = {"a": torch.arange(20000) < 2000, "b": torch.arange(20000) < 8000}
-    layer, over_all, other = (random_masks(masks, s, p) for s, p in ((0, "layer"), (0, "global"), (1, "layer")))
+    layer, over_all, other = (masking.random_masks(masks, s, p) for s, p in ((0, "layer"), (0, "global"), (1, "layer")))
     assert len({masking.digest(m) for m in (layer, over_all, other, masks)}) == 4
     assert 0.22 < float(over_all["a"].float().mean()) < 0.28
     assert 150 < int(layer["a"][:2000].sum()) < 250, "a tenth of every stretch"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mirl_dist.distributed.engines.base import LocalEngine, MakeOptimiser
 from mirl_dist.distributed.engines.sharding import ShardLayout
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.partition import Partition, ReplicatedPartition
+from mirl_dist.pruning.partition import WHOLE, Partition
 
 
 class DdpEngine(LocalEngine):
@@ -19,7 +19,7 @@ class DdpEngine(LocalEngine):
         self,
         parameters: Mapping[str, nn.Parameter],
         make_optimiser: MakeOptimiser,
-        partition: Partition = ReplicatedPartition(),  # noqa: B008 - an immutable tuple
+        partition: Partition = WHOLE,
     ) -> None:
         """parameters: those of the unwrapped network; DDP averages their gradients."""
         layout = ShardLayout({name: tuple(p.shape) for name, p in parameters.items()})

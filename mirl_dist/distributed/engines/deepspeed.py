@@ -20,7 +20,7 @@ from mirl_dist.distributed.engines.base import MOMENTS, Collectives, MakeOptimis
 from mirl_dist.distributed.engines.sharding import ShardLayout
 from mirl_dist.distributed.engines.spec import EngineSpec
 from mirl_dist.errors import InvariantError, UserError
-from mirl_dist.pruning.partition import Partition, ReplicatedPartition, ShardedPartition
+from mirl_dist.pruning.partition import Partition
 
 DEEPSPEED_BUCKET = 50_000_000
 """Upper limit of DeepSpeed's gradient reduction bucket, in weights; smaller networks get a bucket of their own size."""
@@ -77,7 +77,7 @@ class ZeroEngine:
         """network: equal weights on every rank, on this rank's device; modified by DeepSpeed. half: use bfloat16."""
         self._collectives, self._offloaded = collectives, spec.offload_optimizer
         sharded = spec.name == "zero3"
-        self.partition: Partition = ShardedPartition(rank) if sharded else ReplicatedPartition(rank, world)
+        self.partition = Partition(rank, world, is_replicated=not sharded)
         shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
         optimiser = make_optimiser(dict(network.named_parameters()))
         with collectives.collective("sharding of the network"):

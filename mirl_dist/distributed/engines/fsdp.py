@@ -17,7 +17,7 @@ from mirl_dist.distributed.engines import sharding
 from mirl_dist.distributed.engines.base import Collectives, LocalEngine, MakeOptimiser
 from mirl_dist.distributed.engines.spec import EngineSpec
 from mirl_dist.errors import InvariantError
-from mirl_dist.pruning.partition import ShardedPartition
+from mirl_dist.pruning.partition import Partition
 
 
 class FsdpEngine(LocalEngine):
@@ -53,7 +53,7 @@ class FsdpEngine(LocalEngine):
         self.network.reshard()
         rows = {name: nn.Parameter(p.detach().to_local().reshape(-1)) for name, p in self._dtensors.items()}
         layout = sharding.shard_layout(shapes, rank, [p.numel() for p in rows.values()], collectives.gather)
-        super().__init__(rows, make_optimiser, layout, ShardedPartition(rank))
+        super().__init__(rows, make_optimiser, layout, Partition(rank, is_replicated=False))
 
     def accumulate(self, more: bool) -> None:
         """Do nothing: every pass reduce-scatters its gradients, so no rank keeps whole gradients between passes."""
