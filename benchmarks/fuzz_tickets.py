@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mirl_dist.config import config as configs
 from mirl_dist.errors import UserError
@@ -52,12 +53,15 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def rounds(count: int) -> list[TicketContent]:
-    """Consecutive rounds of a small run that nobody trained: a fifth goes each time, the rest is rewound."""
-    config = configs.from_dump(CONFIG, "the small run")
+def rounds(count: int, tree: dict[str, Any] = CONFIG, first: dict[str, Tensor] | None = None) -> list[TicketContent]:
+    """Consecutive rounds of a run that nobody trained: a fifth goes each time, the rest is rewound.
+
+    tree: the config. first: the first values by name; None for those of a small network.
+    """
+    config = configs.from_dump(tree, "the small run")
     random_ = torch.Generator().manual_seed(3)
-    first = {name: torch.randn(shape, generator=random_) for name, shape in SHAPES.items()}
-    masks, threshold = masking.dense_masks(first, [n for n in SHAPES if n.endswith("weight")]), 0.0
+    first = first or {name: torch.randn(shape, generator=random_) for name, shape in SHAPES.items()}
+    masks, threshold = masking.dense_masks(first, [n for n in first if n.endswith("weight")]), 0.0
     found: list[TicketContent] = []
     for round_ in range(count):
         if round_:
@@ -148,7 +152,7 @@ def _paths(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 def forge_text(data: bytes, chance: random.Random) -> bytes:
     """One to three places of the text hold something else, are gone, stand twice, or have another key."""
-    densities = file.peek(data, "the small ticket")[0].layer_density
+    densities = file.read(data, "the small ticket").ticket.layer_density
 
     def change(tree: Any) -> Any:
         for _ in range(chance.randint(1, 3)):

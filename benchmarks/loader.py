@@ -36,11 +36,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mirl_dist.data.building.build import build
-from mirl_dist.data.building.inspection import inspect_images
+from mirl_dist.data.building.planning import inspect_images
 from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.building.recipe import read as read_recipe
 from mirl_dist.data.loader import TrainLoader
 from mirl_dist.data.parallel import SINGLE_PROCESS
+from mirl_dist.data.sample import PatchReader
 from mirl_dist.data.sampler import GlobalSampler, Position, split_batch
 from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.data.shards import Shards
@@ -154,8 +155,8 @@ def ours(pool: ShardPool, mix: dict[str, int], workers: int) -> Iterator[Any]:
     """Batches of the package's loader, as a network on the CPU gets them."""
     shards, split = pool.shards, split_batch(BATCH, None, 1)
     sampler = GlobalSampler(mix, shards.train, BATCH, seed=0)
-    cut: dict[str, Any] = {"patch_pixels": PATCH, "augment": "published", "pin": False}
-    loader = TrainLoader(pool, sampler, seed=0, workers=workers, rank=0, split=split, ahead=BATCH, **cut)
+    patches = PatchReader(sampler.tasks, 0, PATCH, "published")
+    loader = TrainLoader(pool, sampler, patches, workers=workers, rank=0, split=split, ahead=BATCH, pin=False)
     with closing(loader.batches(0, Position(0, 0), epochs=1000)) as batches:
         for batch in batches:
             yield batch.to(torch.device("cpu"))

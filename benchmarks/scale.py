@@ -32,9 +32,9 @@ from scale_ranks import part_of, processes
 from scale_round import Constants, plot, received, reduced, table, words
 
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.partition import ShardedPartition
+from mirl_dist.pruning.partition import Partition
 from mirl_dist.pruning.prune import PruneConfig, PruneResult, count_to_remove, prune
-from mirl_dist.pruning.quantile import BitSearch, Gather, Threshold
+from mirl_dist.pruning.quantile import BitSearch, Gather, Threshold, magnitude_bits
 
 T = TypeVar("T")
 PIECE = 1 << 20
@@ -107,10 +107,6 @@ def search(weights: int, ranks: int, k: int, seed: int = 0) -> Found:
     return Found(Threshold(step.prefix, step.below, step.remaining), equal, allotted, seconds, adding, by_sort)
 
 
-def magnitude_bits(part: Tensor) -> Tensor:
-    return part.view(torch.int32) & 0x7FFFFFFF
-
-
 def beginning(part: Tensor, prefix: int) -> Tensor:
     """Those whose magnitude has these first 11 bits."""
     return part[(magnitude_bits(part) >> 20) == prefix]
@@ -147,7 +143,7 @@ def pruned_apart(weights: Mapping[str, Tensor], ranks: int, rule: PruneConfig) -
 
     def one(rank: int, gather: Gather) -> PruneResult:
         mine = {n: part_of(w, rank, ranks) for n, w in weights.items()}
-        return prune(mine, masking.dense_masks(mine, mine), rule, ShardedPartition(rank), gather)
+        return prune(mine, masking.dense_masks(mine, mine), rule, Partition(rank, is_replicated=False), gather)
 
     found = meeting.on_all(one)
     joined = {n: torch.cat([f.masks[n] for f in found]).reshape(w.shape) for n, w in weights.items()}

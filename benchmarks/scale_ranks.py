@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from scale_round import received, reduced, words
 
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.partition import ShardedPartition
+from mirl_dist.pruning.partition import Partition
 from mirl_dist.pruning.prune import PruneConfig, PruneResult, prune
 
 GATHERS, REDUCES = "50 all-gathers of 2048 counts", "50 all-reduces of 2048 counts"
@@ -59,7 +59,9 @@ def rank_work(folder: Path, runs: int) -> None:
     made: dict[str, PruneResult] = {}
 
     def cut(way: str) -> None:
-        held, share = (whole, ranks.partition) if way == "replicas" else (mine, ShardedPartition(ranks.rank))
+        held, share = (
+            (whole, ranks.partition) if way == "replicas" else (mine, Partition(ranks.rank, is_replicated=False))
+        )
         made[way] = prune(held, masks[way], rule, share, ranks.gather)
 
     def often(gathers: bool) -> None:

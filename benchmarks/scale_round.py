@@ -14,9 +14,9 @@ BINS = 2048 + 1024 + 1024
 
 def words(tensors: int, *, own: bool, layers: bool = False) -> int:
     """int64 that a rank gives to the gathers of one cut of that many tensors: a finite check and three counts per group
-    of competing tensors; where ranks own parts also the sizes of all, before and after, of each group, and its ties."""
+    of competing tensors; where ranks own parts also the sizes of all, before and after, and the ties of each group."""
     groups = tensors if layers else 1
-    return groups * (1 + BINS) + (2 * 2 * tensors + 2 * tensors + tensors) * own
+    return groups * (1 + BINS) + (2 * 2 * tensors + tensors) * own
 
 
 def received(ranks: int, given: int) -> int:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mirl_dist.data import image_strip
-from mirl_dist.evaluation import metrics
+from mirl_dist.evaluation.protocols import PROTOCOLS
 from mirl_dist.evaluation.score import Score
 from mirl_dist.tickets.compare.entry import DENSE, Entry
 from mirl_dist.training.ticket import Curve, Ticket
+
+if TYPE_CHECKING:
+    from torch import nn
 
 TASKS = {"derain/rain": 29.0, "denoise_25/photos": 30.2, "dehaze/haze": 26.5}
 """'task/set' -> PSNR in dB of a whole network."""
@@ -38,23 +42,15 @@ PARTS = {
 UNPRUNABLE = 900
 
 
-@cache
-def promptir_parts() -> Mapping[str, int]:
-    """The prunable tensors of a small PromptIR."""
+def small_promptir(seed: int = 0) -> nn.Module:
+    """A small PromptIR."""
     import torch
 
     from mirl_dist import models
 
-    with torch.device("meta"):
-        network = models.create(
-            "promptir",
-            dim=8,
-            blocks=(1, 1, 1, 1),
-            refinement_blocks=1,
-            prompt_dims=(8, 16, 32),
-            prompt_sizes=(16, 8, 4),
-        )
-    return {name: p.numel() for name, p in network.named_parameters() if "weight" in name}
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"dim": 8, "blocks": (1,) * 4, "refinement_blocks": 1, "prompt_heads": 4}
+    return models.create("promptir", **sizes, prompt_dims=(8,) * 3, prompt_sizes=(4,) * 3)
 
 
 def _rng(*key: object) -> np.random.Generator:
@@ -94,20 +90,11 @@ def _scores(method: str, seed: int, density: float, tasks: Mapping[str, float]) 
 
 
 def _curve(seed: int, method: str, scores: Mapping[str, Score], began: int, steps: int) -> Curve:
-    at = tuple(began + steps * i // 8 for i in range(1, 9))
-    rise = 1 - np.exp(-np.arange(1, 9) / 2.2)
-    return Curve(
-        steps=at,
-        psnr={
-            n: tuple(
-                float(x)
-                for x in s.degraded_psnr
-                + (s.psnr - s.degraded_psnr) * rise
-                + 0.15 * _rng(seed, method, n).normal(size=8)
-            )
-            for n, s in scores.items()
-        },
-    )
+    rise, psnr = 1 - np.exp(-np.arange(1, 9) / 2.2), {}
+    for name, score in scores.items():
+        noise = 0.15 * _rng(seed, method, name).normal(size=8)
+        psnr[name] = tuple((score.degraded_psnr + (score.psnr - score.degraded_psnr) * rise + noise).tolist())
+    return Curve(steps=tuple(began + steps * i // 8 for i in range(1, 9)), psnr=psnr)
 
 
 def _strip(seed: int, psnr: Mapping[str, float], side: int) -> bytes:
@@ -157,7 +144,7 @@ def entry(
         parent=None if first else _hex("ticket", method, seed, round_ - 1),
         fingerprint=_hex("fingerprint", method, seed)[:16],
         manifest_digest=_hex("manifest"),
-        protocol=metrics.PROTOCOL,
+        protocol=PROTOCOLS["promptir"].text,
         scores=scores,
         updates=8000,
         samples=64000,
@@ -165,7 +152,7 @@ def entry(
         seed=seed,
         began=began,
         collapsed=tuple(n for n, m in masks.items() if not m.any()),
-        protocols={"promptir": metrics.PROTOCOL},
+        protocols={"promptir": PROTOCOLS["promptir"].text},
         measured={"precision": "fp32", "compile": "False", "tile": "None"},
         curve=_curve(seed, f"{method}{round_}", scores, began, 8000) if curved else None,
         seconds=3600.0,
@@ -191,21 +178,18 @@ def comparison(
 
     Controls are of the last ticket of the first method.
     """
-    found = []
+    found, make = [], partial(entry, parts=parts, tasks=tasks)
     for method in methods:
         for seed in seeds:
             run = f"{method.lower().replace(' ', '_').replace('%', '')}_s{seed}"
-            densities = [0.8**r for r in range(1, rounds + 1)]
-            if "OS" in method:
-                densities = [0.3]
+            densities = [0.3] if "OS" in method else [0.8**r for r in range(1, rounds + 1)]
             if method.startswith("control"):
                 parent = [s for s in found if s.seed == seed and s.method == methods[0]][-1].ticket.digest()
-                control = entry(method, seed, 0, densities[-1], run=run, parts=parts, tasks=tasks, side=side)
+                control = make(method, seed, 0, densities[-1], run=run, side=side)
                 found.append(control._replace(ticket=control.ticket.model_copy(update={"parent": parent})))
                 continue
-            found.append(entry(DENSE, seed, 0, 1.0, run=run, parts=parts, tasks=tasks, side=side))
-            found += [
-                entry(method, seed, r, d, run=run, parts=parts, tasks=tasks, side=side if d == densities[-1] else 0)
-                for r, d in enumerate(densities, 1)
-            ]
+            found.append(make(DENSE, seed, 0, 1.0, run=run, side=side))
+            for round_, density in enumerate(densities, 1):
+                shown = side if density == densities[-1] else 0
+                found.append(make(method, seed, round_, density, run=run, side=shown))
     return found

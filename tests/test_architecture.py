@@ -48,9 +48,7 @@ def trees(folder: Path) -> dict[str, ast.Module]:
 
 def tool(name: str) -> str:
     program = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if program is None:
-        pytest.skip(f"{name} is not installed: pip install -e '.[dev]'")
-    return program
+    return program or pytest.skip(f"{name} is not installed: pip install -e '.[dev]'")
 
 
 def broken_contracts(root: Path) -> set[str]:
@@ -130,62 +128,36 @@ def test_the_front_door_opens_without_the_heavy_libraries(module: str) -> None:
 # -- no code from files ---------------------------------------------------------------------------------------------
 
 
-def dotted(node: ast.expr) -> str:
-    """'torch.distributed' for the expression of that name, else ''."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        inner = dotted(node.value)
-        return f"{inner}.{node.attr}" if inner else ""
-    return ""
-
-
-def safe_loaders(tree: ast.Module) -> set[str]:
-    """Names of YAML loaders that build plain values only: SafeLoader and this module's children of it."""
-    safe = {"yaml.SafeLoader", "yaml.CSafeLoader"}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef) and any(dotted(base) in safe for base in node.bases):
-            safe.add(node.name)
-    return safe
-
-
 def dangers(tree: ast.Module) -> Iterator[str]:
     """Everything in a module that could run code from a file."""
-    allowed = {id(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and dotted(n) in HARMLESS}
-    inside_allowed = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and id(n) in allowed}
-    safe = safe_loaders(tree)
-    for node in ast.walk(tree):
+    nodes, safe = list(ast.walk(tree)), {"yaml.SafeLoader", "yaml.CSafeLoader"}  # which build plain values only
+    harmless = {id(n.value) for n in nodes if isinstance(n, ast.Attribute) and ast.unparse(n) in HARMLESS}
+    safe |= {n.name for n in nodes if isinstance(n, ast.ClassDef) and safe.intersection(map(ast.unparse, n.bases))}
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in RUNS_CODE:
             yield f"from {node.module} import"
         if isinstance(node, ast.Import):
             yield from (f"import {a.name} as {a.asname}" for a in node.names if a.name in RUNS_CODE and a.asname)
-        if isinstance(node, ast.Name) and node.id in RUNS_CODE and id(node) not in inside_allowed:
+        if isinstance(node, ast.Name) and node.id in RUNS_CODE and id(node) not in harmless:
             yield f"use of {node.id}"
         if isinstance(node, ast.Call):
             yield from _danger_of_call(node, safe)
 
 
 def _danger_of_call(node: ast.Call, safe: set[str]) -> Iterator[str]:
-    name = dotted(node.func)
-    given = {k.arg: k.value for k in node.keywords}
-
-    def says(key: str, value: bool) -> bool:
-        value_given = given.get(key)
-        return isinstance(value_given, ast.Constant) and value_given.value is value
-
+    name, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
     if name in ("eval", "exec", "__import__", "compile"):
         yield name
-    if name in ("yaml.load", "yaml.load_all"):
-        loader = given.get("Loader") or (node.args[1] if len(node.args) > 1 else None)
-        if loader is None or dotted(loader) not in safe:
-            yield f"{name} without a SafeLoader"
+    loaders = [given.get("Loader"), *map(ast.unparse, node.args[1:])]
+    if name in ("yaml.load", "yaml.load_all") and safe.isdisjoint(loaders):
+        yield f"{name} without a SafeLoader"
     if name.startswith("yaml.") and name.endswith(("full_load", "unsafe_load", "full_load_all", "unsafe_load_all")):
         yield name
-    if name == "torch.load" and not says("weights_only", True):
+    if name == "torch.load" and given.get("weights_only") != "True":
         yield "torch.load without weights_only=True"
-    if name in ("np.load", "numpy.load") and not says("allow_pickle", False):
+    if name in ("np.load", "numpy.load") and given.get("allow_pickle") != "False":
         yield f"{name} without allow_pickle=False"
-    if says("allow_pickle", True):
+    if given.get("allow_pickle") == "True":
         yield f"{name} with allow_pickle=True"
 
 

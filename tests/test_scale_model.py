@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.partition import ReplicatedPartition
-from mirl_dist.pruning.prune import PruneConfig, PruneResult, prune
+from mirl_dist.pruning.partition import Partition
+from mirl_dist.pruning.prune import PruneConfig, prune
 from mirl_dist.pruning.quantile import kth_smallest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -22,7 +23,6 @@ from scale import Meeting, pruned_apart, search
 from scale_round import Constants, phases, received, reduced, words
 
 WEIGHTS = 50_001
-DRAWN = scale.drawn
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +35,9 @@ def row() -> Tensor:
     return torch.cat([part for _, part in scale.parts(WEIGHTS, 1)])
 
 
-def coarse(piece: int, seed: int = 0) -> Tensor:
+def coarse(piece: int, seed: int = 0, drawn: Callable[[int, int], Tensor] = scale.drawn) -> Tensor:
     """Few magnitudes, so that a cut runs through many equal weights."""
-    return DRAWN(piece, seed).mul(200).round()
+    return drawn(piece, seed).mul(200).round()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 7, 64, 1000])
@@ -87,13 +87,6 @@ def test_ties_are_allotted_to_ranks_as_the_package_drops_them(ranks: int, monkey
     assert gone == found.allotted.tolist()
 
 
-def pruned_as_replicas(weights: dict[str, Tensor], ranks: int, rule: PruneConfig) -> tuple[list[PruneResult], int]:
-    """What each rank made, and received, of weights that all hold."""
-    meeting, masks = Meeting(ranks), masking.dense_masks(weights, weights)
-    made = meeting.on_all(lambda rank, gather: prune(weights, masks, rule, ReplicatedPartition(rank, ranks), gather))
-    return made, meeting.received
-
-
 @pytest.mark.parametrize("rule", [PruneConfig(0.2), PruneConfig(0.2, per="layer")], ids=["global", "layer"])
 def test_masks_are_the_same_and_the_formula_counts_what_a_gather_moves(rule: PruneConfig) -> None:
     weights = {f"{i}.weight": coarse(i) for i in range(3)}
@@ -103,8 +96,11 @@ def test_masks_are_the_same_and_the_formula_counts_what_a_gather_moves(rule: Pru
         pruned, digest, moved = pruned_apart(weights, ranks, rule)
         assert moved == received(ranks, words(3, own=True, layers=layers))
         digests.add(digest)
-        whole, moved = pruned_as_replicas(weights, ranks, rule)
-        assert moved == received(ranks, words(3, own=False, layers=layers))
+        meeting, masks = Meeting(ranks), masking.dense_masks(weights, weights)
+        whole = meeting.on_all(
+            lambda rank, gather, n=ranks, old=masks: prune(weights, old, rule, Partition(rank, n), gather)
+        )
+        assert meeting.received == received(ranks, words(3, own=False, layers=layers))
         digests |= {masking.digest(found.masks) for found in whole}
         assert {found.removed for found in pruned} == {found.removed for found in whole}
     assert len(digests) == 1

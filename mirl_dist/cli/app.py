@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from mirl_dist import __version__
-from mirl_dist.cli import doctor_command, shards, sweep_command, tickets, train
-from mirl_dist.cli.options import Json, TicketArgument, Tile
+from mirl_dist.cli import Json, Sets, TicketArgument, shards, tickets, train
 from mirl_dist.distributed.launch.control import ControlChannel
-from mirl_dist.distributed.signals import RESUMABLE
-from mirl_dist.errors import MirlError, Stopped
+from mirl_dist.distributed.signals import RESUMABLE, StopSignal
+from mirl_dist.errors import MirlError, Stopped, UserError
 from mirl_dist.observability.console import FAULT, rank_label, warn
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find winning tickets in all-in-one image restoration networks, on any number of GPUs.",
 )
+Tile = Annotated[int | None, Option(help="Pixels of square tiles, for images too large for memory.")]
 track_app = typer.Typer(no_args_is_help=True, help="Deliver a run's records to MLflow.")
 app.add_typer(shards.app, name="shards")
 app.add_typer(tickets.app, name="tickets")
@@ -39,7 +40,8 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank would print a page of C++ frames
     if "RANK" in os.environ:
         sys.excepthook = _leave_with_traceback
-        _leave_if_reported()
+        if (code := ControlChannel.of_worker().exit_code()) is not None:
+            os._exit(code)  # elastic launchers restart ranks that have reported their exit, too
     try:
         app()
     except SystemExit as ended:
@@ -79,13 +81,6 @@ def _leave(code: int, *, final: bool = False) -> None:
     os._exit(code)
 
 
-def _leave_if_reported() -> None:
-    """Exit if this rank has already reported an exit code, because elastic launchers restart ranks in any case."""
-    code = ControlChannel.of_worker().exit_code()
-    if code is not None:
-        os._exit(code)
-
-
 def _leave_with_traceback(*error: Any) -> None:
     """Print the traceback of an unexpected error of a rank, and exit with code 1."""
     sys.__excepthook__(*error)
@@ -100,18 +95,86 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
     pass
 
 
 app.command("train")(train.train)
-app.command("sweep")(sweep_command.sweep)
-app.command("doctor")(doctor_command.doctor)
 
 
 @app.command()
-def status(run: Annotated[str, typer.Argument(help="Run folder.")], as_json: Json = False) -> None:
+def sweep(
+    file: Annotated[Path, Argument(help="YAML file, for example configs/sweeps/demo.yaml.")],
+    sets: Annotated[
+        list[str] | None, Option("--set", help="key=value of the sweep itself, for example slots=2.")
+    ] = None,
+    show: Annotated[bool, Option("--print", "--dry-run", help="Print the command of each run, a line each.")] = False,
+    submit: Annotated[str | None, Option(help="'slurm': hand the runs over as a job array.")] = None,
+    status: Annotated[bool, Option("--status", help="Say where the runs stand.")] = False,
+    compare: Annotated[bool, Option("--compare", help="Compare the runs that have finished.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train methods x seeds, a few runs at a time, and compare them. The same command resumes a sweep.
+
+    Exit codes: 0 all finished, 1 a run failed, 2 a mistake to put right, 75 asked to stop, 130 ended at once.
+    """
+    stop = StopSignal().listen()
+    if sum((show, submit is not None, status, compare)) > 1:
+        raise UserError("found several of --print, --submit, --status and --compare. Give one, or none to train.")
+    if as_json and not status:
+        raise UserError("found --json without --status. Remove it, or add --status.")
+    if submit not in (None, "slurm"):
+        raise UserError(f"--submit: found '{submit}'. There is slurm; for other schedulers take --print.")
+    from mirl_dist.cli.sweep import spec
+
+    plan = spec.read(file, sets or [])
+    if show:
+        print("\n".join(spec.command_line(plan, run) for run in plan.runs))
+        return
+    from mirl_dist.cli.sweep import sweep as sweeps
+
+    if status:
+        sweeps.print_status(plan, as_json)
+    elif compare:
+        sweeps.compare_finished(plan, str(file))
+    elif submit is not None:
+        sweeps.submit(plan, str(file))
+    else:
+        raise typer.Exit(sweeps.run(plan, str(file), stop.close))
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, Argument(help="Also say what this config means on 1, 2, 4, ... ranks.")] = None,
+    sets: Sets = None,
+    launch: Annotated[
+        str | None, Option(help="A file from launch/, or 'auto': check this launch of the config, and plan it.")
+    ] = None,
+    gpu: Annotated[str | None, Option(help="With --launch: A40, A100-40, A100-80, H100 or H200.")] = None,
+    rate: Annotated[float | None, Option(min=1e-6, help="With --launch: samples per second over all ranks.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine offers, and what is missing; with --launch: whether a launch would work, and its plan."""
+    if launch is None and (gpu is not None or rate is not None or as_json):
+        raise UserError("found --gpu, --rate or --json without --launch, which they belong to. Name a launch file.")
+    if launch is not None and config is None:
+        raise UserError("found --launch without a config. Name the config that is to be launched.")
+    from mirl_dist.cli.doctor import doctor as doctors
+    from mirl_dist.config import config as configs
+
+    if launch is not None and config is not None:
+        faults = doctors.print_launch(configs.read(config, sets or []), launch, gpu, rate, as_json)
+    else:
+        faults = doctors.print_machine()
+        if config is not None:
+            doctors.print_plan(configs.read(config, sets or []))
+    if faults:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(run: Annotated[str, Argument(help="Run folder.")], as_json: Json = False) -> None:
     """Show where a run stands: round, step, last commit, the launch that writes it, records pending for MLflow."""
     from mirl_dist.cli.status import print_status
 
@@ -123,15 +186,15 @@ def evaluate(
     ticket: TicketArgument,
     shards: Annotated[
         str | None,
-        typer.Option(help="Built shards, a folder or URL; default: the run's. A ticket file needs it."),
+        Option(help="Built shards, a folder or URL; default: the run's. A ticket file needs it."),
     ] = None,
     protocol: Annotated[
-        list[str] | None, typer.Option(help="How to score (docs/protocols.md); may be repeated. Default: the run's.")
+        list[str] | None, Option(help="How to score (docs/protocols.md); may be repeated. Default: the run's.")
     ] = None,
     tile: Tile = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
-    compiled: Annotated[bool | None, typer.Option("--compile/--no-compile", help="torch.compile.")] = None,
-    table: Annotated[Path | None, typer.Option(help="A CSV file to write: the scores of each image.")] = None,
+    precision: Annotated[str | None, Option(help="fp32 or bf16.")] = None,
+    compiled: Annotated[bool | None, Option("--compile/--no-compile", help="torch.compile.")] = None,
+    table: Annotated[Path | None, Option(help="A CSV file to write: the scores of each image.")] = None,
     as_json: Json = False,
 ) -> None:
     """Score a ticket: PSNR and SSIM per task and set. Under `accelerate launch` all ranks share the images."""
@@ -142,9 +205,9 @@ def evaluate(
 
 @app.command()
 def restore(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    ticket: Annotated[str, typer.Option(help="Run folder, run folder/rounds/NN, or a ticket file.")],
-    out: Annotated[Path, typer.Option(help="Folder for the restored PNG files.")],
+    images: Annotated[list[Path], Argument(help="Image files.")],
+    ticket: Annotated[str, Option(help="Run folder, run folder/rounds/NN, or a ticket file.")],
+    out: Annotated[Path, Option(help="Folder for the restored PNG files.")],
     tile: Tile = None,
 ) -> None:
     """Restore images with a ticket's network."""
@@ -155,9 +218,9 @@ def restore(
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="Official checkpoint (.ckpt, .pth, .pt or .safetensors).")],
-    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
-    model: Annotated[str, typer.Option(help="Network name.")] = "promptir",
+    file: Annotated[Path, Argument(help="Official checkpoint (.ckpt, .pth, .pt or .safetensors).")],
+    out: Annotated[Path, Option(help="The safetensors file to write.")],
+    model: Annotated[str, Option(help="Network name.")] = "promptir",
 ) -> None:
     """Convert an official checkpoint of the published size to this project's weights."""
     from mirl_dist.tickets import transfer
@@ -166,7 +229,7 @@ def import_(
 
 
 @track_app.command("resend")
-def track_resend(run: Annotated[str, typer.Argument(help="Run folder, or s3://bucket/prefix.")]) -> None:
+def track_resend(run: Annotated[str, Argument(help="Run folder, or s3://bucket/prefix.")]) -> None:
     """Send MLflow the records that a run left pending when it ended."""
     from mirl_dist.cli.status import resend
 

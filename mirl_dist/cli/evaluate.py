@@ -15,11 +15,9 @@ import torch
 from PIL import Image
 
 from mirl_dist.cli import show
-from mirl_dist.config.config import Config
-from mirl_dist.config.portable import portable
+from mirl_dist.config.config import Config, portable
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.image_files import ImageRefused, decode
-from mirl_dist.data.sample import Pixels
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import UserError
@@ -31,7 +29,6 @@ from mirl_dist.storage import Folder, output_paths
 from mirl_dist.storage.configured import open_configured
 from mirl_dist.tickets.open import FileTicket, network, open_ticket
 from mirl_dist.training import dataloaders
-from mirl_dist.training.builders import eval_settings_of
 
 
 class EvalOptions(NamedTuple):
@@ -49,20 +46,15 @@ def _settings(config: Config, options: EvalOptions) -> evaluate.EvalSettings:
         raise UserError(f"--protocol: found '{unknown[0]}'. Use {', '.join(PROTOCOLS)}.")
     if options.precision not in (None, "fp32", "bf16"):
         raise UserError(f"--precision: found '{options.precision}'. Use fp32 or bf16.")
-    settings = eval_settings_of(config.evaluate)
-    if options.protocols:
-        settings = settings._replace(protocols=tuple(PROTOCOLS[name] for name in dict.fromkeys(options.protocols)))
-    if options.tile_pixels is not None:
-        settings = settings._replace(tile_pixels=options.tile_pixels)
-        check_tiles(options.tile_pixels, settings.tile_overlap)
-    if options.precision is not None:
-        settings = settings._replace(precision="bf16" if options.precision == "bf16" else "fp32")
-    return settings if options.compile is None else settings._replace(compile=options.compile)
+    _check_tiles(options.tile_pixels, config.evaluate.tile_overlap)
+    changes = options._asdict() | {"protocols": tuple(dict.fromkeys(options.protocols or ())) or None}
+    given = {key: value for key, value in changes.items() if value is not None}
+    return dataloaders.eval_settings_of(config.evaluate.model_copy(update=given))
 
 
-def check_tiles(tile_pixels: int, overlap: int) -> None:
+def _check_tiles(tile_pixels: int | None, overlap: int) -> None:
     """Raise UserError if tiles are too small."""
-    if tile_pixels < 64 or tile_pixels <= overlap:
+    if tile_pixels is not None and (tile_pixels < 64 or tile_pixels <= overlap):
         raise UserError(
             f"--tile: found {tile_pixels}. Give 64 or more pixels, and more than the {overlap} that tiles share."
         )
@@ -87,9 +79,8 @@ def print_scores(
     settings = _settings(config, options)
     shards = Shards(open_configured(config.store, shards_address or config.data.shards))
     tasks = tuple(Task.of(name) for name in config.data.mix)
-    jobs = evaluate.plan_jobs(
-        shards, tasks, config.evaluate.sets if shards_address is None else None, by=settings.protocols
-    )
+    sets = config.evaluate.sets if shards_address is None else None
+    jobs = evaluate.plan_jobs(shards, tasks, sets, by=settings.protocols)
     if not jobs:
         raise UserError(f"{shards.store.where()} holds no evaluation images for {', '.join(t.name for t in tasks)}.")
     model = network(config, opened.trained_weights())
@@ -138,17 +129,19 @@ def restore_files(images: list[Path], reference: str, out: Path, tile_pixels: in
     opened = open_ticket(reference)
     config, ticket = opened.config, opened.ticket()
     stems = [path.stem for path in images]
-    repeated = sorted({s for s in stems if stems.count(s) > 1})
-    if repeated:
-        raise UserError(
-            f"two images are named '{repeated[0]}': both would be written to {out / repeated[0]}.png. Rename one."
-        )
+    twice = min((stem for stem in stems if stems.count(stem) > 1), default=None)
+    if twice is not None:
+        raise UserError(f"two images are named '{twice}': both would be written to {out / twice}.png. Rename one.")
     missing = [str(path) for path in images if not path.is_file()]
     if missing:
         raise UserError(f"no image at {', '.join(missing[:5])}. Give paths of image files.")
-    if tile_pixels is not None:
-        check_tiles(tile_pixels, config.evaluate.tile_overlap)
-    decoded = [_read_image(path) for path in images]
+    _check_tiles(tile_pixels, config.evaluate.tile_overlap)
+    decoded = []
+    for path in images:
+        try:
+            decoded.append(decode(path.read_bytes()))
+        except ImageRefused as reason:
+            raise UserError(f"{path} {reason}. Give a PNG, JPEG or BMP file of 8 bits per channel.") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, folder = network(config, opened.trained_weights()).to(device), Folder(out)
     with progress.bar("restoring", len(images)) as advance:
@@ -159,11 +152,3 @@ def restore_files(images: list[Path], reference: str, out: Path, tile_pixels: in
             folder.put(f"{path.stem}.png", data.getvalue())
             advance(number + 1, path.name)
     progress.say(f"{len(images)} restored by round {ticket.round} into {out}")
-
-
-def _read_image(path: Path) -> Pixels:
-    """Read the pixels of an image file. Raises UserError if it has no unambiguous 8-bit RGB."""
-    try:
-        return decode(path.read_bytes())
-    except ImageRefused as reason:
-        raise UserError(f"{path} {reason}. Give a PNG, JPEG or BMP file of 8 bits per channel.") from None

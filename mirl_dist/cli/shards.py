@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
-from mirl_dist.cli.options import Sets, Workers
+from mirl_dist.cli import Sets
 from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import UserError
 
+Workers = Annotated[int | None, Option(min=1, help="Processes of each rank; default: one per processor.")]
 app = typer.Typer(no_args_is_help=True, help="Build and check WebDataset shards.")
 
 
 @app.command("build")
 def shards_build(
-    recipe: Annotated[Path, typer.Argument(help="YAML file, for example shards/demo.yaml.")],
-    out: Annotated[str, typer.Option(help="Where the shards go: a folder, or s3://bucket/prefix.")],
+    recipe: Annotated[Path, Argument(help="YAML file, for example shards/demo.yaml.")],
+    out: Annotated[str, Option(help="Where the shards go: a folder, or s3://bucket/prefix.")],
     workers: Workers = None,
     sets: Sets = None,
 ) -> None:
@@ -54,7 +56,7 @@ def shards_build(
 
 @app.command("check")
 def shards_check(
-    shards: Annotated[str, typer.Argument(help="Built shards: a folder, s3:// or https://.")],
+    shards: Annotated[str, Argument(help="Built shards: a folder, s3:// or https://.")],
     workers: Workers = None,
 ) -> None:
     """Check every shard against its manifest: sizes, digests, counts, and that every image decodes."""

@@ -42,13 +42,10 @@ def print_tickets(run: str, as_json: bool, options: Options = _DEFAULT_OPTIONS) 
     columns = ["round", "alive", "sparsity"] + [name.replace("/", "\n") for name in names]
     rows = []
     for t in tickets:
-        mark = "*" if t.round == best else ""
         cells = [f"{t.scores[n].psnr:.2f}\n{t.scores[n].ssim:.4f}" for n in names]
-        rows.append([f"{t.round}{mark}", f"{t.alive_total:,}", f"{t.total_sparsity:.1%}", *cells])
-    first_scores = tickets[0].scores
-    rows.append(
-        ["input", "", "", *(f"{first_scores[n].degraded_psnr:.2f}\n{first_scores[n].degraded_ssim:.4f}" for n in names)]
-    )
+        rows.append([f"{t.round}{'*' * (t.round == best)}", f"{t.alive_total:,}", f"{t.total_sparsity:.1%}", *cells])
+    inputs = [f"{score.degraded_psnr:.2f}\n{score.degraded_ssim:.4f}" for score in tickets[0].scores.values()]
+    rows.append(["input", "", "", *inputs])
     _print_table(f"tickets of {run} (PSNR in dB over SSIM)", columns, rows)
     if best is not None:
         progress.say("* best by validation")
@@ -79,9 +76,7 @@ def write_pictures(reference: str, out: Path) -> None:
         raise UserError(f"found {reference}, a ticket file, which holds no pictures. Name its run, as RUN/rounds/NN.")
     strip = opened.checkpoints.pictures(opened.round_)
     if strip is None:
-        raise UserError(
-            f"{reference} drew no pictures: its shards have no evaluation sets. Build shards that have some."
-        )
+        raise UserError(f"{reference} drew no pictures: its shards have no evaluation sets. Build shards with some.")
     Folder(out.parent).put(out.name, strip)
     progress.say(f"degraded, restored and clean images of round {opened.round_}: {out}")
 
@@ -89,14 +84,7 @@ def write_pictures(reference: str, out: Path) -> None:
 def print_score_table(title: str, scores: dict[str, Score]) -> None:
     """Print one line of scores per task and set."""
     rows = [
-        [
-            name,
-            str(s.images),
-            f"{s.psnr:.2f}",
-            f"{s.ssim:.4f}",
-            f"{s.degraded_psnr:.2f}",
-            f"{s.degraded_ssim:.4f}",
-        ]
+        [name, str(s.images), f"{s.psnr:.2f}", f"{s.ssim:.4f}", f"{s.degraded_psnr:.2f}", f"{s.degraded_ssim:.4f}"]
         for name, s in scores.items()
     ]
     _print_table(title, ["task/set", "images", "PSNR", "SSIM", "input PSNR", "input SSIM"], rows)
@@ -105,9 +93,7 @@ def print_score_table(title: str, scores: dict[str, Score]) -> None:
 def in_words(value: Any) -> str:
     """Format a value as one line of text, with at most four digits; None is '-', and empty dict entries are omitted."""
     if isinstance(value, dict):
-        return ", ".join(
-            f"{in_words(key)} {in_words(inner)}" for key, inner in value.items() if inner not in ("", None)
-        )
+        return ", ".join(f"{in_words(key)} {in_words(one)}" for key, one in value.items() if one not in ("", None))
     if isinstance(value, str):  # it may come from damaged data: remove terminal control characters
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

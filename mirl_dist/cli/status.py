@@ -14,7 +14,6 @@ from mirl_dist.config.local_paths import journal_folder
 from mirl_dist.config.schema import TrackingSection
 from mirl_dist.errors import UserError
 from mirl_dist.observability import progress
-from mirl_dist.observability.mlflow import resend as mlflow_resend
 from mirl_dist.observability.mlflow import tracker
 from mirl_dist.storage import lease
 from mirl_dist.tickets.open import open_run
@@ -32,15 +31,18 @@ def print_status(run: str, as_json: bool) -> None:
         "run": run,
         "rounds_finished": len(tickets),
         "rounds_planned_at_first": config.prune.rounds + 1,
-        "newest_commit": None
-        if newest is None
-        else {"round": newest.round_, "step": newest.step, "folder": newest.folder},
+        "newest_commit": newest and {"round": newest.round_, "step": newest.step, "folder": newest.folder},
         "samples": totals.samples,
         "seconds_training": totals.seconds,
         "samples_per_second": totals.samples / totals.seconds if totals.seconds else None,
         "writer": _writer(checkpoints, config),
-        "mlflow": _pending_records(run, checkpoints, config),
+        "mlflow": None,
     }
+    section, journal = _latest_tracking(run, checkpoints, config)
+    if section.enabled:
+        pending = tracker.pending_records(journal)
+        since = pending.since and datetime.fromtimestamp(pending.since, timezone.utc).isoformat(timespec="seconds")
+        status["mlflow"] = {"points_waiting": pending.points, "records_waiting": pending.records, "since": since}
     if as_json:
         print(json.dumps(status, indent=1))
         return
@@ -63,28 +65,13 @@ def _writer(checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
     return writer | last_status
 
 
-def _latest_tracking_section(checkpoints: Checkpoints, config: Config) -> TrackingSection:
-    """Return the tracking section of the last launch; run.json has that of the first launch."""
+def _latest_tracking(run: str, checkpoints: Checkpoints, config: Config) -> tuple[TrackingSection, Path]:
+    """Return the tracking section of the last launch (run.json has that of the first), and the journal's folder."""
     holder = lease.read_holder(checkpoints.store)
-    section = holder.launch.get("tracking") if holder is not None else None
-    return config.tracking if section is None else TrackingSection.model_validate(section)
-
-
-def _journal(run: str, checkpoints: Checkpoints, section: TrackingSection) -> Path:
+    dump = None if holder is None else holder.launch.get("tracking")
+    section = config.tracking if dump is None else TrackingSection.model_validate(dump)
     identity = checkpoints.identity() or {}
-    return journal_folder(run, section.journal, str(identity.get("id", "")))
-
-
-def _pending_records(run: str, checkpoints: Checkpoints, config: Config) -> dict[str, Any] | None:
-    """Count the pending MLflow records on this machine; None without tracking."""
-    section = _latest_tracking_section(checkpoints, config)
-    if not section.enabled:
-        return None
-    pending = tracker.pending_records(_journal(run, checkpoints, section))
-    since = None
-    if pending.since is not None:
-        since = datetime.fromtimestamp(pending.since, timezone.utc).isoformat(timespec="seconds")
-    return {"points_waiting": pending.points, "records_waiting": pending.records, "since": since}
+    return section, journal_folder(run, section.journal, str(identity.get("id", "")))
 
 
 def _check_no_live_launch(run: str, checkpoints: Checkpoints) -> None:
@@ -103,18 +90,18 @@ def _check_no_live_launch(run: str, checkpoints: Checkpoints) -> None:
 def resend(run: str) -> None:
     """Send the pending records of an ended run to MLflow: those on this machine, and those in its last commit."""
     checkpoints, config = open_run(run)
-    section = _latest_tracking_section(checkpoints, config)
+    section, journal = _latest_tracking(run, checkpoints, config)
     if not section.enabled:
         raise UserError(f"{run} was trained with tracking.enabled=false: there is nothing to send.")
     _check_no_live_launch(run, checkpoints)
     latest = checkpoints.latest()
-    mlflow_resend.resend(
+    tracker.resend(
         uri=section.uri,
         experiment=section.experiment,
         run_name=section.run_name or Path(run).name,
         remembered=checkpoints.mlflow_ids(),
         remember=checkpoints.save_mlflow_ids,
-        journal=_journal(run, checkpoints, section),
+        journal=journal,
         inherited=b"" if latest is None else latest[1].get(OUTBOX, b""),
         say=progress.say,
     )

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
-from mirl_dist.cli.options import Json, TicketArgument
+from mirl_dist.cli import Json, TicketArgument
 
 app = typer.Typer(no_args_is_help=True, help="List, show, prove, ship, compare and judge tickets.")
 
 
 @app.command("list")
-def tickets_list(run: Annotated[str, typer.Argument(help="Run folder.")], as_json: Json = False) -> None:
+def tickets_list(run: Annotated[str, Argument(help="Run folder.")], as_json: Json = False) -> None:
     """Print the tickets of a run, a line per round."""
     from mirl_dist.cli import show
 
@@ -21,10 +22,7 @@ def tickets_list(run: Annotated[str, typer.Argument(help="Run folder.")], as_jso
 
 
 @app.command("show")
-def tickets_show(
-    ticket: TicketArgument,
-    as_json: Json = False,
-) -> None:
+def tickets_show(ticket: TicketArgument, as_json: Json = False) -> None:
     """Print one ticket: counts, digests, scores, density per layer."""
     from mirl_dist.cli import show
 
@@ -33,8 +31,8 @@ def tickets_show(
 
 @app.command("pictures")
 def tickets_pictures(
-    ticket: Annotated[str, typer.Argument(help="Run folder, or run folder/rounds/NN.")],
-    out: Annotated[Path, typer.Option(help="The PNG file to write.")],
+    ticket: Annotated[str, Argument(help="Run folder, or run folder/rounds/NN.")],
+    out: Annotated[Path, Option(help="The PNG file to write.")],
 ) -> None:
     """Write a ticket's degraded, restored and clean images, a row per task."""
     from mirl_dist.cli import show
@@ -44,8 +42,8 @@ def tickets_pictures(
 
 @app.command("pack")
 def tickets_pack(
-    ticket: Annotated[str, typer.Argument(help="Run folder, or run folder/rounds/NN.")],
-    out: Annotated[Path, typer.Option(help="The file to write, for example mine.ticket.")],
+    ticket: Annotated[str, Argument(help="Run folder, or run folder/rounds/NN.")],
+    out: Annotated[Path, Option(help="The file to write, for example mine.ticket.")],
 ) -> None:
     """Write a ticket as one file: mask, first and trained values, scores, config, digests."""
     from mirl_dist.tickets import transfer
@@ -56,7 +54,7 @@ def tickets_pack(
 @app.command("verify")
 def tickets_verify(
     ticket: TicketArgument,
-    run: Annotated[str | None, typer.Option(help="The run of a ticket file, to prove its descent too.")] = None,
+    run: Annotated[str | None, Option(help="The run of a ticket file, to prove its descent too.")] = None,
     as_json: Json = False,
 ) -> None:
     """Prove a ticket from itself alone, and with its run that the mask follows from the parent's weights."""
@@ -68,8 +66,8 @@ def tickets_verify(
 @app.command("export")
 def tickets_export(
     ticket: TicketArgument,
-    out: Annotated[Path, typer.Option(help="A .ckpt, .pth or .pt file for the official code, or .safetensors.")],
-    compact: Annotated[bool, typer.Option("--compact", help="A smaller file, which loads in the same way.")] = False,
+    out: Annotated[Path, Option(help="A .ckpt, .pth or .pt file for the official code, or .safetensors.")],
+    compact: Annotated[bool, Option("--compact", help="A smaller file, which loads in the same way.")] = False,
 ) -> None:
     """Write a ticket's trained weights as the official code loads them."""
     from mirl_dist.tickets import transfer
@@ -81,16 +79,16 @@ def tickets_export(
 def tickets_compare(
     tickets: Annotated[
         list[str],
-        typer.Argument(
+        Argument(
             help="Runs, run folder/rounds/NN, ticket files, mlflow:RUN_ID or mlflow:experiment:NAME; several seeds of "
             "one method stand in one line."
         ),
     ],
-    out: Annotated[Path | None, typer.Option(help="A folder for the CSV, the LaTeX tables and the page.")] = None,
-    title: Annotated[str, typer.Option(help="Of the page, and of the run in MLflow.")] = "Tickets compared",
-    experiment: Annotated[str | None, typer.Option(help="Also log the files to this MLflow experiment.")] = None,
-    uri: Annotated[str | None, typer.Option(help="MLflow's address; default: MLFLOW_TRACKING_URI.")] = None,
-    pictures: Annotated[bool, typer.Option(help="Whether the page shows restored images.")] = True,
+    out: Annotated[Path | None, Option(help="A folder for the CSV, the LaTeX tables and the page.")] = None,
+    title: Annotated[str, Option(help="Of the page, and of the run in MLflow.")] = "Tickets compared",
+    experiment: Annotated[str | None, Option(help="Also log the files to this MLflow experiment.")] = None,
+    uri: Annotated[str | None, Option(help="MLflow's address; default: MLFLOW_TRACKING_URI.")] = None,
+    pictures: Annotated[bool, Option(help="Whether the page shows restored images.")] = True,
     as_json: Json = False,
 ) -> None:
     """Compare tickets: a table, and with --out a CSV, LaTeX tables and one self-contained HTML page."""
@@ -101,17 +99,15 @@ def tickets_compare(
 
 @app.command("judge")
 def tickets_judge(
-    runs: Annotated[list[str], typer.Argument(help="Runs of one method, one for each seed.")],
-    round_: Annotated[
-        int | None, typer.Option("--round", min=1, help="Default: the best chosen, else the last.")
-    ] = None,
+    runs: Annotated[list[str], Argument(help="Runs of one method, one for each seed.")],
+    round_: Annotated[int | None, Option("--round", min=1, help="Default: the best chosen, else the last.")] = None,
     train: Annotated[
-        str | None, typer.Option(help="Train controls that are missing: a file from launch/, or 'auto'.")
+        str | None, Option(help="Train controls that are missing: a file from launch/, or 'auto'.")
     ] = None,
-    tolerance: Annotated[float, typer.Option(min=0, help="dB below dense that still count as equal.")] = 0.0,
+    tolerance: Annotated[float, Option(min=0, help="dB below dense that still count as equal.")] = 0.0,
     as_json: Json = False,
 ) -> None:
     """Say whether tickets win: MIR-L's Definition 1 per task, over the seeds, and against controls."""
-    from mirl_dist.cli import judge
+    from mirl_dist.cli import compare
 
-    judge.judge_runs(runs, round_, train, tolerance, as_json)
+    compare.judge_runs(runs, round_, train, tolerance, as_json)

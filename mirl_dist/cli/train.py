@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
-from mirl_dist.cli.options import Sets
+from mirl_dist.cli import Sets
 from mirl_dist.distributed.launch.control import ControlChannel
-from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import UserError
 from mirl_dist.observability.console import say, warn
@@ -22,19 +21,22 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file, for example configs/demo.yaml.")],
+    config: Annotated[Path, Argument(help="YAML file, for example configs/demo.yaml.")],
     sets: Sets = None,
-    resume: Annotated[str, typer.Option(help="auto, never or must.")] = "auto",
+    resume: Annotated[str, Option(help="auto, never or must.")] = "auto",
     launch: Annotated[
-        str | None, typer.Option(help="A file from launch/, or 'auto': all GPUs, or two CPU processes.")
+        str | None, Option(help="A file from launch/, or 'auto': all GPUs, or two CPU processes.")
     ] = None,
 ) -> None:
     """Train a run: rounds of train, evaluate, prune and rewind, each of which becomes a ticket.
 
     Under `accelerate launch` this is one rank; with --launch it starts the ranks itself.
     """
-    control = ControlChannel.of_worker()
-    stop = _listen(control)  # first, because the imports below take seconds
+    # Listen to signals and the launcher first, because the imports below take seconds.
+    control, stop = ControlChannel.of_worker(), StopSignal()
+    stop.sources += [control.stop_requested, lambda: control.leave_if_orphaned(stop)]
+    stop.on_user_signal, stop.is_cleanup = control.request_stop, control.another_failed
+    stop.listen()
 
     from mirl_dist.config import config as configs
 
@@ -48,17 +50,9 @@ def train(
         _train_rank(tree, resume, stop, control)
 
 
-def _listen(control: ControlChannel) -> StopSignal:
-    """Listen for stop requests from signals and the launcher, and forward the user's requests to the launcher."""
-    stop = StopSignal()
-    stop.sources += [control.stop_requested, lambda: control.leave_if_orphaned(stop)]
-    stop.on_user_signal, stop.is_cleanup = control.request_stop, control.another_failed
-    stop.listen()
-    return stop
-
-
 def _start_ranks(config: Config, launch: str, path: Path, sets: Sequence[str], resume: str, stop: StopSignal) -> bool:
     """Start the ranks for --launch and wait until they end; return False if this process alone should train."""
+    from mirl_dist.cli.doctor import machine
     from mirl_dist.distributed.launch import launcher
     from mirl_dist.tickets.open import open_ticket
     from mirl_dist.training import preflight
@@ -66,9 +60,15 @@ def _start_ranks(config: Config, launch: str, path: Path, sets: Sequence[str], r
     file, options = launcher.choose(config, launch)
     if not options:
         return False
-    _check_launch(file)
+    findings = [("", machine.check_engine(file))]
+    if file.nodes == 1:
+        findings += [("main_process_port: ", finding) for finding in machine.check_port(file)]
+    for key, finding in findings:
+        if finding.kind == "FAULT":
+            raise UserError(f"{file.path}: {key}{finding.text}")
     preflight.preflight(config, file.ranks, resume, open_ticket)
-    launcher.launch(config, file, options, ["train", str(path)], sets, resume, stop.close)
+    stop.close()
+    launcher.launch(config, file, options, ["train", str(path)], sets, resume)
     return True
 
 
@@ -94,18 +94,3 @@ def _train_rank(config: Config, resume: str, stop: StopSignal, control: ControlC
             show.print_tickets(config.run.folder, as_json=False, options=options_of(config.store))
         if address:
             say(f"MLflow: {address}")
-
-
-def _check_launch(file: LaunchFile) -> None:
-    """Raise UserError if this machine lacks what a launch file requires."""
-    from mirl_dist.cli.doctor import machine
-    from mirl_dist.distributed.engines import requirements
-
-    try:
-        requirements.require(file.engine)
-    except LookupError as error:
-        raise UserError(f"{file.path}: {error}") from None
-    if file.nodes == 1:
-        for finding in machine.check_port(file):
-            if finding.kind == "FAULT":
-                raise UserError(f"{file.path}: main_process_port: {finding.text}")

@@ -6,9 +6,11 @@ schema_training.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic.fields import FieldInfo
 
 from mirl_dist.config import schema, schema_training, yaml_loader
 from mirl_dist.config.canonical_json import digest_of_json
@@ -36,65 +38,59 @@ class Config(Node):
     guard: schema.GuardSection = schema.GuardSection()
     tracking: schema.TrackingSection = schema.TrackingSection()
 
-    def inconsistencies(self) -> list[str]:
+    def inconsistencies(self) -> Iterator[str]:
         """Return messages about contradicting keys, first within sections, then between sections."""
-        sections = [getattr(self, name) for name in type(self).model_fields]
-        texts = [text for section in sections for text in section.inconsistencies()]
-        return texts + self._pruning_inconsistencies() + self._epoch_inconsistencies() + self._place_inconsistencies()
-
-    def _pruning_inconsistencies(self) -> list[str]:
-        texts, to = [], self.rewinds_to()
-        if to != "finetune" and self.prune.finetune_lr is not None:
-            texts.append(f"prune.finetune_lr: found with rewind.to {to}; remove it, or set rewind.to finetune")
-        if to in ("rate", "finetune") and self.rewind.what != "all":
-            texts.append(f"rewind.what: found 'published' with rewind.to {to}, which moves no weight; remove it")
-        if to == "step" and self.rewind.step is None:
-            texts.append("rewind.step: found nothing with rewind.to step; give the step of round 0 to return to")
-        if to != "step" and self.rewind.step is not None:
-            texts.append(f"rewind.step: found {self.rewind.step} with rewind.to {to}; remove it, or set rewind.to step")
-        if to == "step" and self.start.ticket is not None:
-            texts.append("rewind.to: found step with start.ticket; a ticket has first values only: use initial")
-        if self.start.ticket is not None and self.model.weights is not None:
-            texts.append("model.weights: found with start.ticket, which has first values; remove one of them")
-        cuts = self.prune.rounds if self.prune.target_sparsity is None and self.start.ticket is None else 1
-        surviving = (1 - self.prune.fraction) ** max(1, cuts)
-        if self.prune.floor > surviving and self.prune.rounds:
-            texts.append(
-                f"prune.floor: found {self.prune.floor:g}, but {cuts} cuts of {self.prune.fraction:g} leave "
-                f"{surviving:.3g} of all weights: lower it, or cut less"
-            )
-        return texts
-
-    def _epoch_inconsistencies(self) -> list[str]:
-        texts, epochs = [], self.train.epochs
-        if self.evaluate.every_epochs is not None and self.evaluate.every_epochs >= epochs:
-            texts.append(
-                f"evaluate.every_epochs: found {self.evaluate.every_epochs} of {epochs} train.epochs, at "
-                "whose end all is scored anyway: lower it, or leave it out"
-            )
-        if self.schedule.warmup_epochs >= epochs:
-            texts.append(
-                f"schedule.warmup_epochs: found {self.schedule.warmup_epochs} of {epochs} train.epochs; "
-                "the warm-up must be shorter than the round"
-            )
-        horizon = self.schedule.horizon_epochs
-        if horizon is not None and horizon < epochs:
-            texts.append(
-                f"schedule.horizon_epochs: found {horizon} below train.epochs {epochs}; "
-                "the cosine would end before the round: raise it, or leave it out"
-            )
-        return texts
-
-    def _place_inconsistencies(self) -> list[str]:
-        texts = []
+        for name in type(self).model_fields:
+            yield from getattr(self, name).inconsistencies()
+        yield from self._pruning_inconsistencies()
+        yield from self._epoch_inconsistencies()
         if "\0" in self.run.folder + self.data.shards:
-            texts.append("run.folder, data.shards: found a NUL character; no folder has one in its name")
+            yield "run.folder, data.shards: found a NUL character; no folder has one in its name"
         if self.ranks.timeout_seconds <= self.store.patience_seconds:
-            texts.append(
+            yield (
                 f"ranks.timeout_seconds: found {self.ranks.timeout_seconds:g}, not more than store.patience_seconds "
                 f"{self.store.patience_seconds:g}; ranks would give up rank 0 while it waits for the store: raise it"
             )
-        return texts
+
+    def _pruning_inconsistencies(self) -> Iterator[str]:
+        to, ticket = self.rewinds_to(), self.start.ticket
+        if to != "finetune" and self.prune.finetune_lr is not None:
+            yield f"prune.finetune_lr: found with rewind.to {to}; remove it, or set rewind.to finetune"
+        if to in ("rate", "finetune") and self.rewind.what != "all":
+            yield f"rewind.what: found 'published' with rewind.to {to}, which moves no weight; remove it"
+        if to == "step" and self.rewind.step is None:
+            yield "rewind.step: found nothing with rewind.to step; give the step of round 0 to return to"
+        if to != "step" and self.rewind.step is not None:
+            yield f"rewind.step: found {self.rewind.step} with rewind.to {to}; remove it, or set rewind.to step"
+        if to == "step" and ticket is not None:
+            yield "rewind.to: found step with start.ticket; a ticket has first values only: use initial"
+        if ticket is not None and self.model.weights is not None:
+            yield "model.weights: found with start.ticket, which has first values; remove one of them"
+        cuts = self.prune.rounds if self.prune.target_sparsity is None and ticket is None else 1
+        surviving = (1 - self.prune.fraction) ** max(1, cuts)
+        if self.prune.floor > surviving and self.prune.rounds:
+            yield (
+                f"prune.floor: found {self.prune.floor:g}, but {cuts} cuts of {self.prune.fraction:g} leave "
+                f"{surviving:.3g} of all weights: lower it, or cut less"
+            )
+
+    def _epoch_inconsistencies(self) -> Iterator[str]:
+        epochs, every, horizon = self.train.epochs, self.evaluate.every_epochs, self.schedule.horizon_epochs
+        if every is not None and every >= epochs:
+            yield (
+                f"evaluate.every_epochs: found {every} of {epochs} train.epochs, at "
+                "whose end all is scored anyway: lower it, or leave it out"
+            )
+        if self.schedule.warmup_epochs >= epochs:
+            yield (
+                f"schedule.warmup_epochs: found {self.schedule.warmup_epochs} of {epochs} train.epochs; "
+                "the warm-up must be shorter than the round"
+            )
+        if horizon is not None and horizon < epochs:
+            yield (
+                f"schedule.horizon_epochs: found {horizon} below train.epochs {epochs}; "
+                "the cosine would end before the round: raise it, or leave it out"
+            )
 
     def rewinds_to(self) -> str:
         """Return how surviving weights train on after pruning: 'initial', 'step', 'rate' or 'finetune'."""
@@ -139,47 +135,50 @@ class Config(Node):
 
         Runs with equal training digest and seed have the same dense network.
         """
-        keys = {
-            key: value
-            for key, value in self.experiment_keys().items()
-            if key not in ("prune", "rewind", "start", "run")
-        }
-        return digest_of_json(keys)[:16]
+        left_out = ("prune", "rewind", "start", "run")
+        return digest_of_json({key: value for key, value in self.experiment_keys().items() if key not in left_out})[:16]
 
     def experiment_digest(self) -> str:
         """Return a digest like `fingerprint`, but without the seed and the path of the initial ticket.
 
         Runs with equal experiment digest differ only in these, so they are repetitions of one experiment.
         """
-        keys = self.experiment_keys()
-        keys.pop("run", None)
-        if "start" in keys:
-            keys["start"] = {"kind": self.start.kind}
-        return digest_of_json(keys)[:16]
+        keys = {key: value for key, value in self.experiment_keys().items() if key != "run"}
+        return digest_of_json(keys | ({"start": {"kind": self.start.kind}} if "start" in keys else {}))[:16]
 
     def experiment_keys(self) -> dict[str, Any]:
         """Return, as a tree, the keys that affect results and differ from the published recipe."""
-        usual = "finetune" if self.prune.style == "one_shot" else "initial"
-        keys = _changed_keys(self, Config())
-        if self.rewind.to == usual:  # the explicit default is equivalent to an omitted key
-            keys["rewind"] = {key: value for key, value in keys["rewind"].items() if key != "to"}
-            if not keys["rewind"]:
-                del keys["rewind"]
-        return keys
+        keys = _selected_keys(self, lambda _, field, value: Local not in field.metadata and value != field.default)
+        if self.rewind.to == ("finetune" if self.prune.style == "one_shot" else "initial"):
+            del keys["rewind"]["to"]  # the explicit default is equivalent to an omitted key
+        return {key: value for key, value in keys.items() if value}
 
 
-def _changed_keys(node: Node, default: Node) -> dict[str, Any]:
-    """Return the values of a node that differ from the default, by key, without keys marked Local."""
-    keys: dict[str, Any] = {}
+def _selected_keys(node: Node, select: Callable[[str, FieldInfo, Any], bool], above: str = "") -> dict[str, Any]:
+    """Return, as a tree without empty sections, the values for which select(dotted key, field, value) is true."""
+    tree: dict[str, Any] = {}
     for name, field in type(node).model_fields.items():
-        value, usual = getattr(node, name), getattr(default, name)
+        key, value = field.alias or name, getattr(node, name)
         if isinstance(value, Node):
-            inner = _changed_keys(value, usual)
-            if inner:
-                keys[field.alias or name] = inner
-        elif value != usual and Local not in field.metadata:
-            keys[field.alias or name] = value
-    return keys
+            if section := _selected_keys(value, select, f"{above}{key}."):
+                tree[key] = section
+        elif select(f"{above}{key}", field, value):
+            tree[key] = value
+    return tree
+
+
+_LOCAL_BUT_KEPT = ("prune.rounds", "prune.target_sparsity")
+"""Keys marked Local that are published, because they tell how far the experiment pruned."""
+
+
+def portable(config: Config) -> Config:
+    """Return the same experiment for publication: other Local keys (folders, devices, workers) have their defaults.
+
+    Fingerprint and method are unchanged. Keys that affect results are kept, including the paths model.weights and
+    start.ticket.
+    """
+    keys = _selected_keys(config, lambda key, field, _: Local not in field.metadata or key in _LOCAL_BUT_KEPT)
+    return Config.model_validate(keys)
 
 
 def read(path: Path, sets: Sequence[str] = ()) -> Config:

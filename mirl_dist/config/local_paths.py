@@ -41,7 +41,15 @@ def journal_folder(run_folder: str, configured: str | None, run_id: str = "") ->
     if configured is not None:
         return Path(os.path.expanduser(configured)) / name
     usual = local / "outbox" if local else platformdirs.user_cache_path(_NAME) / "outbox" / name
-    return usual if usual.is_absolute() and _is_writable(usual) else _shared_folder() / "outbox" / name
+    existing = nearest_existing(usual)
+    is_writable = usual.is_absolute() and existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    return usual if is_writable else _shared_folder() / "outbox" / name
+
+
+def nearest_existing(folder: Path) -> Path:
+    """Return the folder, or its nearest existing parent."""
+    absolute = folder.absolute()
+    return next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))
 
 
 def log_folder(run_folder: str, configured: str | None) -> Path:
@@ -82,16 +90,8 @@ def process_folder() -> Path:
             return folder
     except OSError as error:
         raise UserError(f"{folder}: cannot be used ({error.strerror}). Set TMPDIR to a folder of yours.") from None
-    raise UserError(
-        f"{folder}: found what is not a folder of this user. Remove it, or set TMPDIR to a folder of yours."
-    )
+    raise UserError(f"{folder}: found what is not a folder of this user. Remove it, or set TMPDIR to one of yours.")
 
 
 def _shared_folder(base: str | None = None) -> Path:
     return Path(base or tempfile.gettempdir()) / f"{_NAME}-{os.getuid()}"
-
-
-def _is_writable(folder: Path) -> bool:
-    """Whether the folder, or its closest existing parent, is writable."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)

@@ -7,6 +7,7 @@ contradictions; config.py checks for contradictions between sections.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -28,11 +29,10 @@ class RunSection(Node):
     """Where all data of this run is stored: a folder, or s3://bucket/prefix."""
     seed: Seed = 0
 
-    def inconsistencies(self) -> list[str]:
+    def inconsistencies(self) -> Iterator[str]:
         kind = self.folder.partition("://")[0]
         if kind not in ("s3", "file", self.folder):
-            return [f"run.folder: found {kind}://; runs are kept in folders and under s3://bucket/prefix"]
-        return []
+            yield f"run.folder: found {kind}://; runs are kept in folders and under s3://bucket/prefix"
 
 
 class StoreSection(Node):
@@ -50,14 +50,12 @@ class StoreSection(Node):
     lease_seconds: Annotated[float, Field(ge=1), Local] = 60
     """A launch that has not renewed its lease for this long is considered dead; another may resume its run."""
 
-    def inconsistencies(self) -> list[str]:
-        texts = []
+    def inconsistencies(self) -> Iterator[str]:
         endpoint = self.endpoint or "http://"
         if not endpoint.startswith(("http://", "https://")) or "@" in endpoint or "?" in endpoint:
-            texts.append("store.endpoint: found no plain address; write http(s)://host:port, keys belong into AWS's")
+            yield "store.endpoint: found no plain address; write http(s)://host:port, keys belong into AWS's"
         if self.kms_key is not None and self.encryption != "aws:kms":
-            texts.append("store.kms_key: found without store.encryption aws:kms; set that too, or remove the key")
-        return texts
+            yield "store.kms_key: found without store.encryption aws:kms; set that too, or remove the key"
 
 
 class RanksSection(Node):
@@ -95,10 +93,9 @@ class KeepSection(Node):
     by: Annotated[tuple[str, ...], Local] = ()
     """Globs of score names, `psnr/<task>/<set>`; the round with the best mean is kept. Required for rounds: best."""
 
-    def inconsistencies(self) -> list[str]:
+    def inconsistencies(self) -> Iterator[str]:
         if self.rounds == "best" and not self.by:
-            return ["keep.by: found nothing with keep.rounds best; name scores, for example ['psnr/*/valid']"]
-        return []
+            yield "keep.by: found nothing with keep.rounds best; name scores, for example ['psnr/*/valid']"
 
 
 class CheckpointSection(Node):
@@ -113,15 +110,14 @@ class TrackingSection(Node):
     """Null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db. Give passwords in the environment only."""
     experiment: Annotated[str, Local] = "mirl_dist"
     run_name: Annotated[str | None, Local] = None
-    tags: Annotated[dict[str, str], Local] = Field(default_factory=dict)
+    tags: Annotated[dict[str, str], Local] = {}
     """Additional tags of the run in MLflow."""
     every_steps: Annotated[PositiveInt, Local] = 10
     journal: Annotated[str | None, Local] = None
     """Local folder for records until MLflow has received them. Null: inside a local run.folder; for s3:// in mirl-dist
     below XDG_CACHE_HOME or ~/.cache."""
 
-    def inconsistencies(self) -> list[str]:
+    def inconsistencies(self) -> Iterator[str]:
         address = (self.uri or "").partition("://")[2]
         if "@" in address or "?" in address:
-            return ["tracking.uri: found '@' or '?', which may hold credentials; use MLFLOW_TRACKING_URI instead"]
-        return []
+            yield "tracking.uri: found '@' or '?', which may hold credentials; use MLFLOW_TRACKING_URI instead"

@@ -6,6 +6,7 @@ the recipe: paper section IV and the released code, at full size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -39,29 +40,17 @@ class ModelSection(Node):
         """Return the keyword arguments of `models.create`."""
         return self.model_dump(exclude={"name", "weights"})
 
-    def inconsistencies(self) -> list[str]:
-        return [
-            f"model.{key}: found {heads} heads for a width of {width}; heads must divide the width"
-            for key, heads, width in self._head_widths()
-            if width % heads
-        ]
-
-    def _head_widths(self) -> list[tuple[str, int, int]]:
-        """Return (config key, number of heads, width in channels) of each attention."""
+    def inconsistencies(self) -> Iterator[str]:
         levels = [(f"heads[{i}]", heads, self.dim * 2**i) for i, heads in enumerate(self.heads)]
         joined = (self.dim * 2, self.dim * 4, self.dim * 8)  # width of the features that each prompt is concatenated to
-        prompts = [a + b for a, b in zip(self.prompt_dims, joined, strict=True)]
-        return levels + [("prompt_heads", self.prompt_heads, width) for width in prompts]
+        prompts = [("prompt_heads", self.prompt_heads, a + b) for a, b in zip(self.prompt_dims, joined, strict=True)]
+        for key, heads, width in levels + prompts:
+            if width % heads:
+                yield f"model.{key}: found {heads} heads for a width of {width}; heads must divide the width"
 
 
 MOST_REPEATS = 10_000
-_PUBLISHED_MIX: dict[str, float | dict[str, float]] = {
-    "denoise_15": 3.0,
-    "denoise_25": 3.0,
-    "denoise_50": 3.0,
-    "derain": 120.0,
-    "dehaze": 1.0,
-}
+Mix = dict[str, PositiveFloat | dict[str, PositiveFloat]]
 
 
 class CacheSection(Node):
@@ -76,7 +65,7 @@ class DataSection(Node):
     shards: Annotated[str, Local] = Field("shards/built", min_length=1)
     """Output of `mirl-dist shards build`: a folder, s3://bucket/prefix or https://host/path. The digest of its manifest
     is part of the run's identity."""
-    mix: dict[str, PositiveFloat | dict[str, PositiveFloat]] = Field(default_factory=lambda: dict(_PUBLISHED_MIX))
+    mix: Mix = {"denoise_15": 3.0, "denoise_25": 3.0, "denoise_50": 3.0, "derain": 120.0, "dehaze": 1.0}
     """Task -> number, or task -> set -> number; mix_by defines the numbers' meaning. Tasks: docs/degradations.md."""
     mix_by: Literal["repeats", "weights", "balanced"] = "repeats"
     """repeats: how often each sample is read per epoch, as published; weights: relative shares of the epoch; balanced:
@@ -93,27 +82,25 @@ class DataSection(Node):
     workers: Annotated[Count, Local] = 2
     """Loader processes per rank; 0 reads in the training process."""
 
-    def inconsistencies(self) -> list[str]:
-        texts = []
+    def inconsistencies(self) -> Iterator[str]:
         if not self.mix:
-            texts.append("data.mix: found no task; name at least one, for example derain: 1")
+            yield "data.mix: found no task; name at least one, for example derain: 1"
         for word, amount in self.mix.items():
             try:
                 Task.of(word)
             except UserError as error:
-                texts.append(f"data.mix: {error}")
+                yield f"data.mix: {error}"
             numbers = {"": amount} if isinstance(amount, float) else amount
             if not numbers:
-                texts.append(f"data.mix.{word}: found no set; give a number, or numbers of sets")
+                yield f"data.mix.{word}: found no set; give a number, or numbers of sets"
             for name, number in numbers.items():
-                key = f"data.mix.{word}" + (f".{name}" if name else "")
+                text = f"data.mix.{word}{name and f'.{name}'}: found {number:g} with mix_by {self.mix_by}"
                 if self.mix_by == "repeats" and number != int(number):
-                    texts.append(f"{key}: found {number:g} with mix_by repeats; use a whole number, or mix_by: weights")
+                    yield f"{text}; use a whole number, or mix_by: weights"
                 if self.mix_by == "repeats" and number > MOST_REPEATS:
-                    texts.append(f"{key}: found {number:g} with mix_by repeats; at most {MOST_REPEATS:,} make sense")
+                    yield f"{text}; at most {MOST_REPEATS:,} make sense"
                 if self.mix_by == "balanced" and number != 1:
-                    texts.append(f"{key}: found {number:g} with mix_by balanced; write 1, or use mix_by: weights")
-        return texts
+                    yield f"{text}; write 1, or use mix_by: weights"
 
 
 class BatchSection(Node):
@@ -122,10 +109,9 @@ class BatchSection(Node):
     forward: Annotated[PositiveInt | None, Local] = None
     """Samples per forward pass on a rank; if less than the rank's share, gradients are accumulated. Null: the share."""
 
-    def inconsistencies(self) -> list[str]:
+    def inconsistencies(self) -> Iterator[str]:
         if self.forward is not None and self.global_ % self.forward:
-            return [f"batch.forward: found {self.forward}, which does not divide batch.global {self.global_}"]
-        return []
+            yield f"batch.forward: found {self.forward}, which does not divide batch.global {self.global_}"
 
 
 class OptimiserSection(Node):
@@ -163,10 +149,9 @@ class StartSection(Node):
     """ticket: its mask and initial values; reinit: its mask with newly drawn initial values; random_layer,
     random_global: its initial values with a random mask of equal density per tensor, or over all tensors."""
 
-    def inconsistencies(self) -> list[str]:
+    def inconsistencies(self) -> Iterator[str]:
         if self.ticket is None and self.kind != "ticket":
-            return [f"start.kind: found {self.kind} without start.ticket; name a ticket, or remove it"]
-        return []
+            yield f"start.kind: found {self.kind} without start.ticket; name a ticket, or remove it"
 
 
 class PruneSection(Node):
@@ -204,15 +189,11 @@ class PruneSection(Node):
         """Whether this round is the last one. total_sparsity: its sparsity over all parameters."""
         return round_ >= self.rounds or (self.target_sparsity is not None and total_sparsity >= self.target_sparsity)
 
-    def inconsistencies(self) -> list[str]:
-        texts = []
+    def inconsistencies(self) -> Iterator[str]:
         if self.style == "one_shot" and self.rounds != 1:
-            texts.append(
-                f"prune.rounds: found {self.rounds} with prune.style one_shot; one-shot prunes once: set it to 1"
-            )
+            yield f"prune.rounds: found {self.rounds} with prune.style one_shot; one-shot prunes once: set it to 1"
         if self.floor and self.per != "global":
-            texts.append("prune.floor: found with prune.per layer, which cuts each tensor by itself; remove it")
-        return texts
+            yield "prune.floor: found with prune.per layer, which cuts each tensor by itself; remove it"
 
 
 class RewindSection(Node):
@@ -249,13 +230,9 @@ class EvaluateSection(Node):
     pictures: Annotated[PositiveInt, Local] = 2
     """Number of images of each task and set in a ticket's picture strip."""
 
-    def inconsistencies(self) -> list[str]:
-        texts = []
-        if self.tile_pixels is not None and self.tile_overlap >= self.tile_pixels:
-            texts.append(
-                f"evaluate.tile_overlap: found {self.tile_overlap} for tiles of {self.tile_pixels} "
-                "pixels; it must be smaller"
-            )
+    def inconsistencies(self) -> Iterator[str]:
+        overlap, tile = self.tile_overlap, self.tile_pixels
+        if tile is not None and overlap >= tile:
+            yield f"evaluate.tile_overlap: found {overlap} for tiles of {tile} pixels; it must be smaller"
         if not self.protocols or len(set(self.protocols)) < len(self.protocols):
-            texts.append(f"evaluate.protocols: found {list(self.protocols)}; name at least one, and each once")
-        return texts
+            yield f"evaluate.protocols: found {list(self.protocols)}; name at least one, and each once"

@@ -56,23 +56,12 @@ def _check_bounds(tree: Any) -> None:
         count += len(level)
         if count > MOST_VALUES:
             raise ValueError(f"more than {MOST_VALUES:,} values")
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                _check_printable(value)
-                below += value.values()
-            elif isinstance(value, list):
-                below += value
-            elif isinstance(value, str):
-                _check_printable([value])
-        if not below:
-            return
-        level = below
-    raise ValueError("nested too deeply")
-
-
-def _check_printable(texts: dict[str, Any] | list[str]) -> None:
-    for text in texts:
-        match = _UNPRINTABLE.search(text)
-        if match:
+        mappings = [value for value in level if isinstance(value, dict)]
+        texts = [value for value in level if isinstance(value, str)] + [key for tree in mappings for key in tree]
+        if match := _UNPRINTABLE.search("".join(texts)):
             raise ValueError(f"a text with the character U+{ord(match.group()):04X}")
+        level = [inner for value in level if isinstance(value, list) for inner in value]
+        level += [inner for mapping in mappings for inner in mapping.values()]
+        if not level:
+            return
+    raise ValueError("nested too deeply")

@@ -27,6 +27,8 @@ NUMBERS: dict[str, tuple[str, range]] = {
 """Families whose level may be a number: its meaning and range."""
 BLUR_KERNELS, BLUR_SIGMAS = range(3, 52, 2), range(1, 21)
 """Ranges of deblur_k<kernel>s<sigma>: kernel width and sigma in pixels."""
+_EXAMPLES = ("denoise_15", "denoise_25", "denoise_50", "superres_4", "dejpeg_40", "deblur_k19s4")
+"""Numbered tasks that are suggested for a mistyped name."""
 _WHOLE = "[1-9][0-9]*"  # no leading zeros, so that each task has exactly one name
 
 
@@ -48,11 +50,12 @@ class Task(NamedTuple):
         if name in KINDS:
             return cls(name, name, PAIRS, "")
         family, _, level = name.partition("_")
-        if level in LEVELS.get(family, ()) or _is_number(family, level) or _is_blur(family, level):
+        if _is_level(family, level):
             return cls(name, CLEAN, family, level)
         # For a number out of range, list the ranges rather than suggest a similar name.
         wrong_number = family in LEVELS and any(c.isdigit() for c in level)
-        near = [] if wrong_number else difflib.get_close_matches(name, _examples(), n=1, cutoff=0.75)
+        words = [] if wrong_number else [word for word in (*allowed(), *_EXAMPLES) if "<" not in word]
+        near = difflib.get_close_matches(name, words, n=1, cutoff=0.75)
         hint = f"did you mean '{near[0]}'? Allowed" if near else "allowed"
         raise UserError(f"found '{name}', where the word of a task belongs; {hint} are {', '.join(allowed())}")
 
@@ -77,17 +80,9 @@ def allowed() -> tuple[str, ...]:
     return tuple(words)
 
 
-def _examples() -> tuple[str, ...]:
-    """Return concrete task names for suggestions, with a few examples of each numbered family."""
-    drawn = [f"{family}_{level}" for family, levels in LEVELS.items() for level in levels]
-    numbered = ["denoise_15", "denoise_25", "denoise_50", "superres_4", "dejpeg_40", "deblur_k19s4"]
-    return (*KINDS, *drawn, *numbered)
-
-
-def _is_number(family: str, level: str) -> bool:
-    return family in NUMBERS and bool(re.fullmatch(_WHOLE, level)) and int(level) in NUMBERS[family][1]
-
-
-def _is_blur(family: str, level: str) -> bool:
-    blur = blur_of(level) if family == "deblur" else None
-    return blur is not None and blur[0] in BLUR_KERNELS and blur[1] in BLUR_SIGMAS
+def _is_level(family: str, level: str) -> bool:
+    if family in NUMBERS and re.fullmatch(_WHOLE, level):
+        return int(level) in NUMBERS[family][1]
+    if family == "deblur" and (blur := blur_of(level)):
+        return blur[0] in BLUR_KERNELS and blur[1] in BLUR_SIGMAS
+    return level in LEVELS.get(family, ())

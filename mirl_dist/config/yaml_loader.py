@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import difflib
 import re
 import typing
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from mirl_dist.errors import UserError
 
@@ -20,9 +23,9 @@ class Node(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=False)
 
-    def inconsistencies(self) -> list[str]:
+    def inconsistencies(self) -> Iterable[str]:
         """Return messages about contradicting keys; each names the keys and the remedy."""
-        return []
+        return ()
 
 
 Tree = TypeVar("Tree", bound=Node)
@@ -38,9 +41,8 @@ class _OneValuePerKey(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 continue  # a list or mapping as a key: rejected by the base class
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key.value}' appears twice here", key.start_mark
-                )
+                text = f"the key '{key.value}' appears twice here"
+                raise yaml.constructor.ConstructorError(None, None, text, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -83,25 +85,19 @@ def _list_yaml_files(folder: Path) -> str:
     return f"There are: {', '.join(names)}." if names else "Give the path of a YAML file."
 
 
+_KINDS = {
+    "the config of a run": ("configs/", {"model", "prune", "batch", "run"}),
+    "a launch file": ("launch/", {"num_processes", "distributed_type"}),
+    "a sweep": ("configs/sweeps/", {"methods", "seeds"}),
+}
+"""Kind of file -> its folder, and the keys by which it is recognised."""
+
+
 def check_kind(tree: Mapping[str, Any], meant: str, source: str) -> None:
     """Raise UserError if the tree is a file of another known kind. meant: the expected kind, a key of _KINDS."""
-    if any(key in tree for key in _KINDS[meant].keys):
-        return
-    for name, kind in _KINDS.items():
-        if any(key in tree for key in kind.keys):
-            raise UserError(f"{source} is {name}, not {meant}; {_KINDS[meant].folder} has those.")
-
-
-class _Kind(NamedTuple):
-    keys: tuple[str, ...]
-    folder: str
-
-
-_KINDS = {
-    "the config of a run": _Kind(("model", "prune", "batch", "run"), "configs/"),
-    "a launch file": _Kind(("num_processes", "distributed_type"), "launch/"),
-    "a sweep": _Kind(("methods", "seeds"), "configs/sweeps/"),
-}
+    kinds = [kind for kind, (_, keys) in _KINDS.items() if keys & tree.keys()]
+    if kinds and meant not in kinds:
+        raise UserError(f"{source} is {kinds[0]}, not {meant}; {_KINDS[meant][0]} has those.")
 
 
 def apply_set(tree: dict[str, Any], assignment: str) -> None:
@@ -119,26 +115,20 @@ def apply_set(tree: dict[str, Any], assignment: str) -> None:
     here[path[-1]] = _parse(value, f"--set {key}")
 
 
-def _node_type(annotation: Any) -> type[BaseModel] | None:
-    """Return the first model class inside an annotation, searching Optional, list and dict; None if there is none."""
+def _fields_of(annotation: Any) -> dict[str, FieldInfo]:
+    """Return the fields, by key, of the first model inside an annotation (Optional, list, dict); {} without a model."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in typing.get_args(annotation):
-        node = _node_type(inner)
-        if node is not None:
-            return node
-    return None
+        return {field.alias or name: field for name, field in annotation.model_fields.items()}
+    return next(filter(None, map(_fields_of, typing.get_args(annotation))), {})
 
 
-def _keys_at(cls: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
-    """Return the keys allowed at a location of the tree."""
-    here: type[BaseModel] | None = cls
+def known_keys(cls: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
+    """Return the keys allowed at a location of the tree; [] where there is no section."""
+    fields = _fields_of(cls)
     for part in loc:
-        if isinstance(part, int) or here is None:
-            continue
-        fields = {(f.alias or name): f for name, f in here.model_fields.items()}
-        here = _node_type(fields[part].annotation) if part in fields else None
-    return sorted((f.alias or name) for name, f in here.model_fields.items()) if here else []
+        if isinstance(part, str):
+            fields = _fields_of(fields[part].annotation) if part in fields else {}
+    return sorted(fields)
 
 
 _Location = tuple[str | int, ...]
@@ -167,7 +157,7 @@ def _describe_error(cls: type[BaseModel], loc: _Location, kind: str, message: st
     key = ".".join(str(part) for part in loc)
     value = CREDENTIALS.sub("***", value) if isinstance(value, str) else value
     if kind == "extra_forbidden":
-        known = _keys_at(cls, loc[:-1])
+        known = known_keys(cls, loc[:-1])
         near = difflib.get_close_matches(str(loc[-1]), known, n=1)
         offer = f"the nearest key is '{near[0]}'" if near else f"known here: {', '.join(known)}"
         return f"{key}: found an unknown key (value {value!r}); {offer}"
@@ -177,42 +167,30 @@ def _describe_error(cls: type[BaseModel], loc: _Location, kind: str, message: st
         return f"{key}: found {value!r}; write a list, as [0, 1]"
     if kind in ("dict_type", "model_type") and value is None:
         return f"{key}: found nothing; write {{}} for none"
-    return f"{key}: found {value!r}; {message[0].lower()}{message[1:]}{_suggest_word(kind, message, value)}"
+    text = f"{key}: found {value!r}; {message[0].lower()}{message[1:]}"
+    if kind == "literal_error" and isinstance(value, str):
+        words = {word.lower(): word for word in re.findall(r"'([^']+)'", message)}
+        near = difflib.get_close_matches(value.lower(), words, n=1)
+        text += f" (the nearest is {words[near[0]]!r})" if near else ""
+    return text
 
 
-def _suggest_word(kind: str, message: str, value: Any) -> str:
-    """Return a suggestion of the allowed word closest to the value, or ''."""
-    if kind != "literal_error" or not isinstance(value, str):
-        return ""
-    words = {word.lower(): word for word in re.findall(r"'([^']+)'", message)}
-    near = difflib.get_close_matches(value.lower(), words, n=1)
-    return f" (the nearest is {words[near[0]]!r})" if near else ""
+def _locate(tree: Any, loc: _Location, kind: str) -> tuple[_Location, dict[Any, Any], Any]:
+    """Return the part of an error location that exists in the tree, and the innermost mapping on it with its key.
 
-
-def _contains(part: Any, here: Any) -> bool:
-    return part in here if isinstance(here, Mapping) else isinstance(here, list) and part in range(len(here))
-
-
-def _existing_part(tree: Any, loc: Sequence[str | int], kind: str) -> _Location:
-    """Return the part of an error location that exists in the tree; pydantic also inserts names of union branches."""
-    here, keys = tree, []
+    pydantic also inserts names of union branches into locations. A missing key belongs to no mapping.
+    """
+    here, path, holder, key = tree, list[str | int](), dict[Any, Any](), None
     for part in loc:
-        if _contains(part, here):
-            here = here[part]
-            keys.append(part)
-    return (*keys, loc[-1]) if kind == "missing" else tuple(keys)
-
-
-def _remove(tree: Any, loc: _Location) -> None:
-    """Remove the value at loc from the innermost mapping on its path; a faulty list is thus removed as a whole."""
-    here, holder, key = tree, {}, None
-    for part in loc:
-        if isinstance(here, dict):
+        if isinstance(here, dict) and part in here:
             holder, key = here, part
-        if not _contains(part, here):
-            break
+        elif not isinstance(here, list) or part not in range(len(here)):
+            continue
         here = here[part]
-    holder.pop(key, None)
+        path.append(part)
+    if kind != "missing":
+        return tuple(path), holder, key
+    return (*path, loc[-1]), {} if isinstance(here, dict) else holder, key
 
 
 def _mentions(inconsistency: str, key: str) -> bool:
@@ -229,22 +207,26 @@ def build(cls: type[Tree], tree: dict[str, Any], source: str) -> Tree:
     try:
         checked = cls.model_validate(tree)
     except ValidationError as error:
-        rest = yaml.safe_load(yaml.safe_dump(tree))
-        errors = [(_existing_part(tree, e["loc"], e["type"]), e) for e in error.errors(include_url=False)]
-        complaints = _describe_errors(cls, errors)
-        failed = [".".join(part for part in loc if isinstance(part, str)) for loc, _ in errors]
-        for loc, _ in errors:
-            _remove(rest, loc)
-        try:  # with faulty keys at their defaults, check the remaining keys for inconsistencies
+        rest = copy.deepcopy(tree)
+        located = [(_locate(rest, e["loc"], e["type"]), e) for e in error.errors(include_url=False)]
+        complaints = _describe_errors(cls, [(loc, e) for (loc, _, _), e in located])
+        for (loc, holder, key), _ in located:
+            failed.append(".".join(part for part in loc if isinstance(part, str)))
+            holder.pop(key, None)  # a faulty list is removed as a whole
+        with contextlib.suppress(ValidationError):  # faulty keys at their defaults: check the rest for inconsistencies
             checked = cls.model_validate(rest)
-        except ValidationError:
-            checked = None
     if checked is not None:
         complaints += [text for text in checked.inconsistencies() if not any(_mentions(text, key) for key in failed)]
-    if complaints or checked is None:
-        count = f"{len(complaints)} faults" if len(complaints) > 1 else "a fault"
-        raise UserError(f"{count} in {source}:\n" + "\n".join(f"  {c}" for c in complaints))
+    raise_complaints(complaints, f"in {source}")
+    assert checked is not None  # a tree that cannot be checked has complaints
     return checked
+
+
+def raise_complaints(complaints: Sequence[str], where: str) -> None:
+    """Raise UserError that lists the complaints, if there are any."""
+    if complaints:
+        count = f"{len(complaints)} faults" if len(complaints) > 1 else "a fault"
+        raise UserError(f"{count} {where}:\n" + "\n".join(f"  {text}" for text in complaints))
 
 
 def read(cls: type[Tree], path: Path, sets: Sequence[str], example: str, kind: str | None = None) -> Tree:

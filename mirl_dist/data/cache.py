@@ -17,9 +17,8 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Unavailable
@@ -56,31 +55,15 @@ class CachedShard:
             stream.seek(0)
             return digest_of_file(stream)
 
-    def matches(self, digest: str) -> bool:
-        """Return whether the file can be read and has that SHA-256."""
-        try:
-            return self.digest() == digest
-        except OSError:
-            return False
-
     def is_in_place(self) -> bool:
         """Return whether its path still names this file."""
-        try:
-            return os.path.samestat(os.fstat(self._handle), os.stat(self.path))
-        except FileNotFoundError:
-            return False
+        return _names(self.path, self._handle)
 
     def release(self) -> None:
         """Allow the cache to evict the file. Idempotent."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
-
-
-class _CacheFile(NamedTuple):
-    path: Path
-    bytes: int
-    used: float
 
 
 class ShardCache:
@@ -120,7 +103,12 @@ class ShardCache:
                 if handle is not None:
                     return self._download(whole, partial, handle, None if damaged else digest, fetch)
                 if time.monotonic() > last and not partial.exists():
-                    raise Unavailable(self._no_room_text(size))
+                    used = sum(file_bytes for _, file_bytes, _ in self._list_files())
+                    raise Unavailable(
+                        f"the cache {self.folder} has no room for {size / 1e9:.3g} GB: of its {self.limit / 1e9:g} GB "
+                        f"{used / 1e9:.3g} GB are in use. Raise data.cache.gigabytes, or choose a folder of its own "
+                        "for each run."
+                    )
                 time.sleep(_PAUSE_SECONDS)
         raise UserError(f"{whole}: the work that wanted this file has ended.")
 
@@ -162,35 +150,25 @@ class ShardCache:
 
     def _make_room(self, size: int) -> bool:
         """Evict unlocked files, least recently used first, until `size` more bytes fit; return whether they fit."""
-        files = sorted(self._list_files(), key=lambda file: file.used)
-        total = sum(file.bytes for file in files)
-        for file in files:
+        files = sorted(self._list_files())
+        total = sum(file_bytes for _, file_bytes, _ in files)
+        for _, file_bytes, path in files:
             if total + size <= self.limit:
                 break
-            handle = _lock_file(file.path, fcntl.LOCK_EX)
+            handle = _lock_file(path, fcntl.LOCK_EX)
             if handle is not None:
-                file.path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
                 os.close(handle)
-                total -= file.bytes
+                total -= file_bytes
         return total + size <= self.limit
 
-    def _list_files(self) -> Iterator[_CacheFile]:
-        """Yield the files of the cache; a partial file counts with its final size."""
+    def _list_files(self) -> Iterator[tuple[float, int, Path]]:
+        """Yield the files of the cache: time of last use, size in bytes (of a partial file: its final size), path."""
         for entry in os.scandir(self.folder):
-            match = _FILE_NAME.fullmatch(entry.name)
-            if match is not None:
-                try:
+            if match := _FILE_NAME.fullmatch(entry.name):
+                with suppress(FileNotFoundError):
                     stat = entry.stat()
-                except FileNotFoundError:
-                    continue
-                yield _CacheFile(Path(entry.path), int(match.group("bytes") or stat.st_size), stat.st_mtime)
-
-    def _no_room_text(self, size: int) -> str:
-        used = sum(file.bytes for file in self._list_files())
-        return (
-            f"the cache {self.folder} has no room for {size / 1e9:.3g} GB: of its {self.limit / 1e9:g} GB "
-            f"{used / 1e9:.3g} GB are in use. Raise data.cache.gigabytes, or choose a folder of its own for each run."
-        )
+                    yield stat.st_mtime, int(match.group("bytes") or stat.st_size), Path(entry.path)
 
     @contextmanager
     def _room_lock(self) -> Iterator[None]:
@@ -215,11 +193,16 @@ def _lock_file(path: Path, kind: int) -> int | None:
         handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
-    try:
+    with suppress(BlockingIOError):
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(handle), os.stat(path)):  # it may have been renamed or removed before the lock
+        if _names(path, handle):  # it may have been renamed or removed before the lock
             return handle
-    except (BlockingIOError, FileNotFoundError):
-        pass
     os.close(handle)
     return None
+
+
+def _names(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -61,6 +61,25 @@ class Decoded(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+class Box(NamedTuple):
+    """A rectangle of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def cut(self, image: Pixels) -> Pixels:
+        """Return a view of this part of an image (H, W, 3)."""
+        return image[self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+def centre_box(height: int, width: int, side: int | None) -> Box:
+    """Return the centre of an image, at most `side` x `side` pixels; the whole image if `side` is None."""
+    h, w = (height, width) if side is None else (min(height, side), min(width, side))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
 class ImageInfo(NamedTuple):
     """Result of examining an image file: hex SHA-256 of its bytes and of its pixels, height and width, or a problem."""
 
@@ -95,8 +114,8 @@ def decode(data: bytes) -> Decoded:
             return Decoded(pixels, (*notes, *note))
     except UnidentifiedImageError:
         raise ImageRefused("is empty" if not data else "is not an image that Pillow can read") from None
-    except Image.DecompressionBombError:
-        raise ImageRefused("has more pixels than Pillow takes for safe") from None
+    except Image.DecompressionBombError as error:
+        raise ImageRefused(f"has more pixels than Pillow takes for safe ({error})") from None
     except DAMAGE as error:
         raise ImageRefused(f"is damaged ({str(error) or type(error).__name__})") from None
 

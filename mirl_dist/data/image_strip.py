@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
-from mirl_dist.data.image_files import DAMAGE
+from mirl_dist.data.image_files import DAMAGE, centre_box
 from mirl_dist.errors import UserError
 
 Pixels = NDArray[np.uint8]
@@ -31,27 +31,25 @@ class Row(NamedTuple):
     images: tuple[Pixels, ...]
 
 
-class _RowLayout(BaseModel):
-    """Title of a row, and left, top, width and height of its images in pixels."""
-
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _RowLayout(_Strict):
+    """Title of a row, and left, top, width and height of its images in pixels."""
 
     title: str
     boxes: list[tuple[NonNegativeInt, NonNegativeInt, PositiveInt, PositiveInt]]
 
 
-class _StripLayout(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class _StripLayout(_Strict):
     rows: list[_RowLayout]
 
 
 def centre(image: Pixels, pixels: int) -> Pixels:
     """Crop the centre of an image, at most `pixels` x `pixels`."""
     height, width = image.shape[:2]
-    h, w = min(height, pixels), min(width, pixels)
-    top, left = (height - h) // 2, (width - w) // 2
-    return image[top : top + h, left : left + w]
+    return centre_box(height, width, pixels).cut(image)
 
 
 def strip(rows: Sequence[Row], columns: Sequence[str] = ()) -> bytes:
@@ -89,59 +87,42 @@ def rows(png: bytes, source: str = "the strip of pictures") -> list[Row]:
 
     Raises UserError for any other bytes, and for an image above MOST_PIXELS before decoding it.
     """
-    size = _read_size(png)
-    if size is None:
+    if len(png) < 33 or png[:16] != b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR":
         raise UserError(f"{source} is no PNG file. Take pictures.png from a run folder.")
-    if size[0] * size[1] > MOST_PIXELS:
-        raise UserError(
-            f"{source} has {size[0]} x {size[1]} pixels, more than {MOST_PIXELS:,}. Compare fewer pictures."
-        )
+    width, height = struct.unpack(">II", png[16:24])
+    if width * height > MOST_PIXELS:
+        raise UserError(f"{source} has {width} x {height} pixels, more than {MOST_PIXELS:,}. Compare fewer pictures.")
     try:
         with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
-            layout = image.info.get(_CHUNK)
-            if image.size != size or image.mode != "RGB" or not isinstance(layout, str):
-                raise UserError(
-                    f"{source} is a PNG file, but no strip of pictures. Take pictures.png from a run folder."
-                )
-            lines = _StripLayout.model_validate_json(layout).rows
-            pixels = np.array(image)
-    except ValidationError as error:
-        raise UserError(
-            f"{source} tells its rows wrongly ({error.errors()[0]['msg']}). Take it from the run again."
-        ) from None
-    except UserError:
-        raise
+            mode, layout, pixels = image.mode, image.info.get(_CHUNK), np.array(image)
     except DAMAGE as error:
-        raise UserError(
-            f"{source} is damaged ({str(error) or type(error).__name__}). Take it from the run again."
-        ) from None
-    _check_inside(lines, size, source)
+        problem = f"is damaged ({str(error) or type(error).__name__})"
+        raise UserError(f"{source} {problem}. Take it from the run again.") from None
+    if mode != "RGB" or pixels.shape[:2] != (height, width) or not isinstance(layout, str):
+        raise UserError(f"{source} is a PNG file, but no strip of pictures. Take pictures.png from a run folder.")
+    try:
+        lines = _StripLayout.model_validate_json(layout).rows
+    except ValidationError as error:
+        problem = f"tells its rows wrongly ({error.errors()[0]['msg']})"
+        raise UserError(f"{source} {problem}. Take it from the run again.") from None
+    for problem in _find_misplaced(lines, width, height):
+        raise UserError(f"{source}: {problem}. Take it from the run again.")
     return [Row(line.title, tuple(pixels[t : t + h, x : x + w] for x, t, w, h in line.boxes)) for line in lines]
 
 
-def _check_inside(lines: Sequence[_RowLayout], size: tuple[int, int], source: str) -> None:
-    """Raise UserError for a row without images or with unequal heights, and for boxes that leave the image or overlap.
+def _find_misplaced(lines: Sequence[_RowLayout], width: int, height: int) -> Iterator[str]:
+    """Yield problems: rows without images or of unequal heights, and boxes that leave the image or overlap.
 
     Overlap is detected only if the total area of the boxes exceeds that of the image.
     """
     area = 0
     for line in lines:
         if not line.boxes or len({box[3] for box in line.boxes}) > 1:
-            raise UserError(
-                f"{source}: its row '{line.title}' has no images of one height. Take it from the run again."
-            )
-        for left, top, width, height in line.boxes:
-            area += width * height
-            if left + width > size[0] or top + height > size[1] or area > size[0] * size[1]:
-                raise UserError(f"{source}: its row '{line.title}' lies outside the image. Take it from the run again.")
-
-
-def _read_size(png: bytes) -> tuple[int, int] | None:
-    """Read width and height from a PNG header; None if the bytes are not a PNG file."""
-    if len(png) < 33 or png[:16] != b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR":
-        return None
-    width, height = struct.unpack(">II", png[16:24])
-    return width, height
+            yield f"its row '{line.title}' has no images of one height"
+        for x, y, w, h in line.boxes:
+            area += w * h
+            if x + w > width or y + h > height or area > width * height:
+                yield f"its row '{line.title}' lies outside the image"
 
 
 def _to_ascii(text: str) -> str:

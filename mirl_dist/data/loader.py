@@ -11,26 +11,50 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from itertools import groupby
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mirl_dist.config.tasks import Task
+from mirl_dist.data.mixture import Source
 from mirl_dist.data.parallel import end_with_parent
 from mirl_dist.data.prefetch import PrefetchWindow
-from mirl_dist.data.read_requests import FailedRead, ReadRequest, RequestStream
-from mirl_dist.data.sample import Batch, NumpyBatch, Patch, collate, make_patch
-from mirl_dist.data.sampler import BatchSplit, GlobalSampler, Position
+from mirl_dist.data.sample import Batch, NumpyBatch, Patch, PatchReader, SampleLocation, collate
+from mirl_dist.data.sampler import BatchSplit, GlobalSampler, Position, Slot
+from mirl_dist.data.shard_fetcher import LocalShard
 from mirl_dist.data.shard_pool import ShardPool
-from mirl_dist.errors import UserError
+from mirl_dist.errors import Stopped, UserError
 
 _PREFETCH = 2  # batches that each loader process prepares in advance
-_ReadResult = tuple[ReadRequest, Patch] | FailedRead
+
+
+class _ReadRequest(NamedTuple):
+    """A sample to read, and the slot that it fills. shard, sample: not the slot's if they replace a damaged sample."""
+
+    location: SampleLocation
+    slot: Slot
+    shard: int
+    sample: int
+
+    @property
+    def is_replacement(self) -> bool:
+        return (self.shard, self.sample) != (self.slot.shard, self.slot.sample)
+
+
+class _FailedRead(NamedTuple):
+    """A failed read and its problem. transient: a system error, not damaged data."""
+
+    request: _ReadRequest
+    problem: str
+    transient: bool
+
+
+_ReadResult = tuple[_ReadRequest, Patch] | _FailedRead
 
 
 def passes_behind(workers: int) -> int:
@@ -41,27 +65,70 @@ def passes_behind(workers: int) -> int:
 class _PatchDataset(Dataset[Any]):
     """Reads the patch of a request. Failures are returned, because exceptions lose their type between processes."""
 
-    def __init__(self, tasks: Sequence[Task], seed: int, patch_pixels: int, augment: str) -> None:
-        self._tasks, self._seed, self._patch_pixels, self._augment = tuple(tasks), seed, patch_pixels, augment
+    def __init__(self, patches: PatchReader) -> None:
+        self._patches = patches
 
-    def __getitem__(self, request: ReadRequest) -> _ReadResult:
+    def __getitem__(self, request: _ReadRequest) -> _ReadResult:
         location = request.location
-        task = self._tasks[location.task]
         try:
-            return request, make_patch(location, task, self._seed, self._patch_pixels, self._augment)
+            return request, self._patches.read(location)
         except UserError as fault:
-            return FailedRead(request, str(fault), transient=False)
+            return _FailedRead(request, str(fault), transient=False)
         except OSError as error:
             problem = f"{location.shard}, sample '{location.key}' cannot be read: {error}"
-            return FailedRead(request, problem, transient=True)
+            return _FailedRead(request, problem, transient=True)
 
 
 def _collate(results: list[_ReadResult]) -> NumpyBatch | list[_ReadResult]:
     """Collate patches into a batch; if any read failed, return all results unchanged for `_replace_failed`."""
-    reads = [result for result in results if not isinstance(result, FailedRead)]
+    reads = [result for result in results if not isinstance(result, _FailedRead)]
     if len(reads) < len(results):
         return results
     return collate([patch for _, patch in reads], sum(request.is_replacement for request, _ in reads))
+
+
+class _RequestStream:
+    """Iterates over the forward passes of a prefetch window, as lists of read requests.
+
+    If a stop is requested while waiting for a shard, the stream ends and keeps the exception in `stopped`. Batches that
+    are ready are still trained on, so that all ranks may reach the step at which they commit.
+    """
+
+    def __init__(
+        self, pool: ShardPool, window: PrefetchWindow, sampler: GlobalSampler, damaged: dict[str, str]
+    ) -> None:
+        """damaged: filled with 'shard' or 'shard key' -> problem, for everything that is skipped."""
+        self._pool, self._window, self._sources, self._damaged = pool, window, sampler.sources, damaged
+        self.stopped: Stopped | None = None
+
+    def __iter__(self) -> Iterator[list[_ReadRequest]]:
+        try:
+            for slots in self._window:
+                yield [self.request(slot) for slot in slots]
+        except Stopped as stopped:
+            self.stopped = stopped
+
+    def request(self, slot: Slot) -> _ReadRequest:
+        """Return the read of a slot's sample, or of the next intact one if that sample is known to be damaged."""
+        for shard in self._candidates(slot):
+            local = self._pool.get(self._pool.shards.train[shard])
+            sample = local.find_intact(slot.sample % local.shard.samples, self._damaged)
+            if sample is not None:
+                return _ReadRequest(local.locate(sample, slot), slot, shard, sample)
+        name = self._source_of(slot).name
+        raise UserError(f"data.damage: no shard of {name} has a whole sample left. Build or copy the shards again.")
+
+    def _candidates(self, slot: Slot) -> Iterator[int]:
+        """Yield the slot's shard, and then, acquired for this pass, the following shards of its source."""
+        yield slot.shard
+        shards = self._source_of(slot).shards
+        at = shards.index(slot.shard)
+        for other in (*shards[at + 1 :], *shards[:at]):
+            self._window.acquire_extra(other)
+            yield other
+
+    def _source_of(self, slot: Slot) -> Source:
+        return next(s for s in self._sources if slot.task in s.task_cycle and slot.shard in s.shards)
 
 
 class TrainLoader:
@@ -76,10 +143,8 @@ class TrainLoader:
         self,
         pool: ShardPool,
         sampler: GlobalSampler,
+        patches: PatchReader,
         *,
-        seed: int,
-        patch_pixels: int,
-        augment: str,
         workers: int,
         rank: int,
         split: BatchSplit,
@@ -88,7 +153,7 @@ class TrainLoader:
     ) -> None:
         """ahead: shards to fetch before their first use (`prefetch.shards_ahead`). pin: use page-locked memory."""
         self._pool, self._sampler = pool, sampler
-        self._patches = _PatchDataset(sampler.tasks, seed, patch_pixels, augment)
+        self._patches = _PatchDataset(patches)
         self._rank, self._split, self._workers, self._ahead, self._pin = rank, split, workers, ahead, pin
         self.damaged: dict[str, str] = {}
         """Damage that this rank skipped in the round: 'shard' or 'shard key' -> problem."""
@@ -102,7 +167,7 @@ class TrainLoader:
         self.damaged.clear()
         context = _worker_context() if self._workers else None
         with closing(self._prefetch_window(round_, start, epochs)) as window:
-            requests = RequestStream(self._pool, window, self._sampler.sources, self.damaged)
+            requests = _RequestStream(self._pool, window, self._sampler, self.damaged)
             loader: DataLoader[Any] = DataLoader(
                 self._patches,
                 batch_sampler=requests,
@@ -129,7 +194,7 @@ class TrainLoader:
             extra=self._ahead,
         )
 
-    def _replace_failed(self, requests: RequestStream, results: list[_ReadResult]) -> NumpyBatch:
+    def _replace_failed(self, requests: _RequestStream, results: list[_ReadResult]) -> NumpyBatch:
         """Collate a batch with failed reads, replacing samples whose damage no digest had shown by intact ones.
 
         A transient failure (of the system) is retried once after fetching the shard again. It is not recorded as
@@ -138,14 +203,15 @@ class TrainLoader:
         patches, skipped = [], 0
         for result in results:
             tries = 0
-            while isinstance(result, FailedRead):
+            while isinstance(result, _FailedRead):
+                shard = self._pool.shards.train[result.request.shard]
                 if not result.transient:
-                    requests.mark_damaged(result)
+                    self._pool.mark_damaged(shard, result.request.sample, result.problem)
                 elif tries:
                     raise UserError(f"{result.problem}. Check the disk, then start again.")
                 else:
                     tries += 1
-                    requests.refetch(result)
+                    self._pool.refetch(shard)
                 result = self._patches[requests.request(result.request.slot)]
             request, patch = result
             patches.append(patch)
@@ -157,8 +223,21 @@ def _worker_context() -> BaseContext:
     """Start the fork server; its workers do not inherit this process's threads (collectives, tracking)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # import once, not in every worker of every round
-    with _signals_ignored():  # a stop signal reaches the whole process group; the fork server must survive it
-        _start_fork_server()
+    # A stop signal reaches the whole process group; the fork server must survive it, and inherits that it is ignored.
+    # Only the main thread may set handlers; runs always train there.
+    in_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if in_main else ()
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        forkserver.ensure_running()
+    except OSError as error:  # for example: the path of a Unix socket is limited to 107 bytes
+        raise UserError(
+            f"found {tempfile.gettempdir()} as the folder for temporary files, where loader processes cannot be "
+            f"started ({error}). Set TMPDIR to a folder with a short path, or data.workers=0."
+        ) from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return context
 
 
@@ -171,26 +250,34 @@ def _initialize_worker(_: int) -> None:
     end_with_parent()
 
 
-def _start_fork_server() -> None:
-    try:
-        forkserver.ensure_running()
-    except OSError as error:  # for example: the path of a Unix socket is limited to 107 bytes
-        raise UserError(
-            f"found {tempfile.gettempdir()} as the folder for temporary files, where loader processes cannot be "
-            f"started ({error}). Set TMPDIR to a folder with a short path, or data.workers=0."
-        ) from None
+def calibration_batches(
+    slots: Sequence[Slot], pool: ShardPool, patches: PatchReader, stop_asked: Callable[[], bool]
+) -> Iterator[NumpyBatch]:
+    """Yield a batch of one patch for each slot, in order: the patches of training, for criteria that need gradients.
+
+    All patches are read before the first batch is yielded, so that each shard is fetched only once and one at a time.
+    A damaged sample is replaced by the next intact one of its shard. Raises UserError if a shard has no intact sample
+    or cannot be read, and Stopped if `stop_asked` returns True.
+    """
+    patch_of: dict[int, Patch] = {}
+    by_shard = sorted(range(len(slots)), key=lambda number: slots[number].shard)
+    for shard_number, numbers in groupby(by_shard, key=lambda number: slots[number].shard):
+        shard = pool.shards.train[shard_number]
+        with pool.holding([shard]):
+            local = pool.get(shard)
+            for number in numbers:
+                if stop_asked():
+                    raise Stopped("stopped as asked while reading samples to select by")
+                patch_of[number] = _read_calibration_patch(local, slots[number], patches)
+    for number in range(len(slots)):
+        yield collate([patch_of[number]])
 
 
-@contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """Ignore stop signals, so that processes started inside inherit that; restore the handlers afterwards."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers; runs always train there
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+def _read_calibration_patch(local: LocalShard, slot: Slot, patches: PatchReader) -> Patch:
+    name, sample = local.shard.name, local.find_intact(slot.sample, {})
+    if sample is None:
+        raise UserError(f"{name} has no whole sample left to select by. Build or copy the shards again.")
     try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        return patches.read(local.locate(sample, slot))
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error}. Check the disk, then start again.") from None

@@ -15,7 +15,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -33,8 +33,7 @@ REBUILD = "Copy it again, or build the shards again."
 # Names become file names in caches and wherever a tar is unpacked, so they must not allow path traversal.
 SAFE_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _Key = Annotated[str, Field(pattern=f"^{SAFE_KEY.pattern}$")]
-_ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*\.tar$")]
-_SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
+_ShardName = Annotated[str, Field(pattern=rf"^{SAFE_KEY.pattern}\.tar$")]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Count = Annotated[int, Field(ge=0, strict=True)]
 _Pixels = Annotated[int, Field(ge=1, strict=True)]
@@ -59,6 +58,15 @@ class Part(_ManifestPart):
     sha256: _Digest
 
 
+class StoredImage(NamedTuple):
+    """An image inside a shard: format, byte offset, size in bytes, and hex SHA-256."""
+
+    format: ImageFormat
+    offset: int
+    size: int
+    sha256: str
+
+
 class SampleEntry(_ManifestPart):
     """One sample: its key (unique in the manifest), image height and width in pixels, and its parts.
 
@@ -70,12 +78,11 @@ class SampleEntry(_ManifestPart):
     width: _Pixels
     parts: dict[_Member, Part]
 
-    def image(self, which: str) -> tuple[ImageFormat, Part] | None:
-        """Return format and part of the CLEAN or DEGRADED image; None if the sample does not have it."""
+    def image(self, which: str) -> StoredImage | None:
+        """Return the CLEAN or DEGRADED image; None if the sample does not have it."""
         for name, part in self.parts.items():
-            stem, _, form = name.partition(".")
-            if stem == which and form:
-                return ("ppm" if form == "ppm" else "png"), part
+            if name in (f"{which}.ppm", f"{which}.png"):
+                return StoredImage("ppm" if name.endswith("ppm") else "png", part.offset, part.size, part.sha256)
         return None
 
 
@@ -93,7 +100,7 @@ class Shard(_ManifestPart):
 
     name: _ShardName
     role: Literal["train", "evaluate"]
-    set: _SetName
+    set: _Key
     kind: Kind
     samples: Annotated[int, Field(ge=1, strict=True)]
     least_pixels: _Pixels
@@ -117,13 +124,6 @@ class Manifest(_ManifestPart):
 
     def role(self, role: str) -> tuple[Shard, ...]:
         return tuple(s for s in self.shards if s.role == role)
-
-    def samples(self, role: str) -> dict[str, int]:
-        """Return the number of samples of each kind in one role."""
-        counts: Counter[str] = Counter()
-        for shard in self.role(role):
-            counts[shard.kind] += shard.samples
-        return dict(counts)
 
     def dump(self) -> bytes:
         return to_json(self.model_dump())

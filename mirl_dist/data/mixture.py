@@ -28,15 +28,6 @@ class Source(NamedTuple):
     per_epoch: int
 
 
-class MixEntry(NamedTuple):
-    """One number of a mix: the index of its task, the shards it reads, and its repeats or weight."""
-
-    task: int
-    label: str
-    shards: tuple[int, ...]
-    amount: float
-
-
 def tasks_of(mix: Amounts) -> tuple[Task, ...]:
     """Return the tasks of a mix in config order; their positions are the task indices of batches and losses."""
     return tuple(Task.of(name) for name in mix)
@@ -52,19 +43,17 @@ def sources(mix: Amounts, mix_by: str, shards: Sequence[Shard], batch: int, step
     """
     entries = _read_entries(mix, shards)
     if mix_by == "repeats":
-        return _by_repeats(entries, shards, tasks_of(mix))
-    samples = [_count_samples(e.shards, shards) for e in entries]
-    total = batch * (steps or max(1, sum(samples) // batch))
-    weights = [1.0 if mix_by == "balanced" else e.amount for e in entries]
-    counts = apportion(total, weights)
-    for entry, count in zip(entries, counts, strict=True):
+        return _by_repeats(entries)
+    total = batch * (steps or max(1, sum(source.samples for source, _ in entries) // batch))
+    counts = apportion(total, [1.0 if mix_by == "balanced" else amount for _, amount in entries])
+    for (source, _), count in zip(entries, counts, strict=True):
         if count == 0:
             raise UserError(
-                f"data.mix: {entry.label} gets none of the {total} samples of an epoch. Raise its weight, or "
+                f"data.mix: {source.name} gets none of the {total} samples of an epoch. Raise its weight, or "
                 "data.steps_per_epoch.",
                 everywhere=True,
             )
-    return [Source(e.label, (e.task,), e.shards, m, n) for e, m, n in zip(entries, samples, counts, strict=True)]
+    return [source._replace(per_epoch=count) for (source, _), count in zip(entries, counts, strict=True)]
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
@@ -77,13 +66,9 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
     return parts
 
 
-def _count_samples(numbers: Sequence[int], shards: Sequence[Shard]) -> int:
-    return sum(shards[i].samples for i in numbers)
-
-
-def _read_entries(mix: Amounts, shards: Sequence[Shard]) -> list[MixEntry]:
-    """Return the entries of a mix, sorted by task and set, with their shards."""
-    result: list[MixEntry] = []
+def _read_entries(mix: Amounts, shards: Sequence[Shard]) -> list[tuple[Source, float]]:
+    """Return a source of one task, `per_epoch` still 0, for each number of a mix, sorted by task and set."""
+    result: list[tuple[Source, float]] = []
     missing: list[str] = []
     tasks = tasks_of(mix)
     for index in sorted(range(len(tasks)), key=lambda i: tasks[i].name):
@@ -93,10 +78,9 @@ def _read_entries(mix: Amounts, shards: Sequence[Shard]) -> list[MixEntry]:
         for name, number in per_set.items():
             numbers = tuple(i for i in of_kind if name in ("", shards[i].set))
             label = task.name + (f"@{name}" if name else "")
-            if numbers:
-                result.append(MixEntry(index, label, numbers, number))
-            else:
+            if not numbers:
                 missing.append(label)
+            result.append((Source(label, (index,), numbers, sum(shards[i].samples for i in numbers), 0), number))
     if missing:
         have = sorted({f"{s.set} ({s.kind})" for s in shards})
         raise UserError(
@@ -107,15 +91,14 @@ def _read_entries(mix: Amounts, shards: Sequence[Shard]) -> list[MixEntry]:
     return result
 
 
-def _by_repeats(entries: Sequence[MixEntry], shards: Sequence[Shard], tasks: Sequence[Task]) -> list[Source]:
+def _by_repeats(entries: Sequence[tuple[Source, float]]) -> list[Source]:
     """Merge entries that read the same shards into one source, so that these shards are fetched only once."""
-    entries_of: dict[tuple[int, ...], list[MixEntry]] = {}
-    for entry in entries:
-        entries_of.setdefault(entry.shards, []).append(entry)
+    entries_of: dict[tuple[int, ...], list[tuple[Source, float]]] = {}
+    for source, repeats in entries:
+        entries_of.setdefault(source.shards, []).append((source, repeats))
     result = []
     for numbers, together in entries_of.items():
-        cycle = tuple(e.task for e in together for _ in range(int(e.amount)))
-        name = "+".join(e.label for e in together)
-        samples = _count_samples(numbers, shards)
+        cycle = tuple(task for source, repeats in together for task in source.task_cycle * int(repeats))
+        name, samples = "+".join(source.name for source, _ in together), together[0][0].samples
         result.append(Source(name, cycle, numbers, samples, samples * len(cycle)))
     return result

@@ -7,10 +7,10 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from mirl_dist.errors import MirlError, UserError
 from mirl_dist.observability.console import rank_label
@@ -38,13 +38,12 @@ def end_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
-    sentinel = parent.sentinel
 
-    def wait() -> None:
+    def exit_after(sentinel: int) -> None:
         multiprocessing.connection.wait([sentinel])
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=exit_after, args=(parent.sentinel,), daemon=True).start()
 
 
 def parallel_map(
@@ -53,14 +52,13 @@ def parallel_map(
     workers: int,
     progress: ProgressCallback,
     what: str,
-    chunk: int = 1,
 ) -> Iterator[Result]:
     """Yield function(item) for every item, in order. With one worker, the calls run in this process.
 
     function and items must be picklable. Raises what `function` raises, and UserError if a worker process was killed.
     """
     progress(0, len(items), what)
-    if workers <= 1 or len(items) <= chunk:
+    if workers <= 1 or len(items) <= 1:
         for done, item in enumerate(items, 1):
             yield function(item)
             progress(done, len(items), what)
@@ -69,7 +67,7 @@ def parallel_map(
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(min(workers, len(items)), context, end_with_parent) as pool:
-            for done, result in enumerate(pool.map(function, items, chunksize=chunk), 1):
+            for done, result in enumerate(pool.map(function, items), 1):
                 yield result
                 progress(done, len(items), what)
     except BrokenProcessPool:
@@ -111,46 +109,6 @@ class SingleProcess:
 SINGLE_PROCESS = SingleProcess()
 
 
-class _RankWork(Generic[Result]):
-    """Processes a rank's share of the items in a thread, while the main thread exchanges states with other ranks."""
-
-    def __init__(self, work: Callable[[], Iterable[Result]]) -> None:
-        self.results: list[Result] = []
-        self._stop_requested = threading.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="share")
-        self._future = self._thread.submit(self._run, work)
-
-    def _run(self, work: Callable[[], Iterable[Result]]) -> None:
-        for result in work():
-            self.results.append(result)
-            if self._stop_requested.is_set():
-                return
-
-    def state(self) -> tuple[int, bool, str | None]:
-        """Return the number of results, whether the work ended, and its error text, or None.
-
-        Raises errors of the work other than MirlError.
-        """
-        ended = self._future.done()
-        error = self._future.exception() if ended else None
-        if error is not None and not isinstance(error, MirlError):
-            raise error
-        return len(self.results), ended, None if error is None else str(error)
-
-    def wait(self, seconds: float) -> None:
-        """Wait until the work ends, for at most `seconds`."""
-        wait([self._future], seconds)
-
-    def stop(self) -> None:
-        """Start no further item, and wait briefly for the current one, so that it can clean up.
-
-        The wait is short because a fault must be reported even while a transfer is being retried for minutes.
-        """
-        self._stop_requested.set()
-        self.wait(_FINISH_SECONDS)
-        self._thread.shutdown(wait=False)
-
-
 def distributed_map(
     group: WorkerGroup,
     function: Callable[[Item], Result],
@@ -158,35 +116,57 @@ def distributed_map(
     workers: int,
     progress: ProgressCallback,
     what: str,
-    chunk: int = 1,
 ) -> list[Result]:
     """Return function(item) for every item, in order, on every rank. Each rank maps its share with `workers` processes.
 
-    The ranks exchange their states every half second, however long an item takes. So no collective waits for a slow
-    rank, progress covers all ranks, and a lost or failed rank soon ends the others. Raises a UserError of any rank on
-    every rank.
+    The ranks exchange their states every half second, however long an item takes: a thread does the work. So no
+    collective waits for a slow rank, progress covers all ranks, and a lost or failed rank soon ends the others. Raises
+    a UserError of any rank on every rank.
     """
     if group.world == 1:
-        return list(parallel_map(function, items, workers, progress, what, chunk))
+        return list(parallel_map(function, items, workers, progress, what))
     share = items[group.rank :: group.world]
-    work = _RankWork(lambda: parallel_map(function, share, workers, lambda done, total, what: None, what, chunk))
+    results: list[Result] = []
+    stop_requested = threading.Event()
+
+    def work_on_share() -> None:
+        for result in parallel_map(function, share, workers, lambda done, total, what: None, what):
+            results.append(result)
+            if stop_requested.is_set():
+                return
+
+    thread = ThreadPoolExecutor(1, thread_name_prefix="share")
+    work = thread.submit(work_on_share)
     progress(0, len(items), what)
-    reported = 0
+    reported, ended = 0, False
     try:
-        while True:
-            statuses = group.gather_objects((work.state(), rank_label(group.rank)))
-            states = [state for state, _ in statuses]
-            faults = {text: who for (_, _, text), who in reversed(statuses) if text is not None}
-            if faults:
-                raise UserError("\n".join(f"{who}: {text}" for text, who in faults.items()), everywhere=True)
-            done = sum(count for count, _, _ in states)
+        while not ended:
+            done, ended = _exchange_states(group, work, results)
             if done != reported:
                 progress(done, len(items), what)
             reported = done
-            if all(ended for _, ended, _ in states):
-                break
-            work.wait(SYNC_SECONDS)
+            wait([work], SYNC_SECONDS)
     finally:
-        work.stop()
-    results = group.gather_objects(work.results)
-    return [results[number % group.world][number // group.world] for number in range(len(items))]
+        # Let the current item clean up, but briefly: faults must be reported even while a transfer is being retried.
+        stop_requested.set()
+        wait([work], _FINISH_SECONDS)
+        thread.shutdown(wait=False)
+    all_results = group.gather_objects(results)
+    return [all_results[number % group.world][number // group.world] for number in range(len(items))]
+
+
+def _exchange_states(group: WorkerGroup, work: Future[None], results: Sequence[object]) -> tuple[int, bool]:
+    """Return the number of results on all ranks, and whether all ranks have ended. Raises UserError if any failed.
+
+    Errors other than MirlError are raised on their own rank.
+    """
+    ended = work.done()  # before the results are counted, so that an ended rank has counted all of them
+    error = work.exception() if ended else None
+    if error is not None and not isinstance(error, MirlError):
+        raise error
+    state = len(results), ended, None if error is None else str(error), rank_label(group.rank)
+    states = group.gather_objects(state)
+    faults = {text: who for _, _, text, who in reversed(states) if text is not None}
+    if faults:
+        raise UserError("\n".join(f"{who}: {text}" for text, who in faults.items()), everywhere=True)
+    return sum(count for count, *_ in states), all(ended for _, ended, *_ in states)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from typing import NamedTuple
 
@@ -10,14 +9,14 @@ import numpy as np
 import torch
 from einops import rearrange
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from mirl_dist.config.seeding import shared_rng
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.degradations.degrade import context_pixels, degrade_for_training
-from mirl_dist.data.image_files import DAMAGE
-from mirl_dist.data.manifest import ImageFormat
+from mirl_dist.data.image_files import Box, ImageRefused
+from mirl_dist.data.image_files import decode as decode_file
+from mirl_dist.data.manifest import StoredImage
 from mirl_dist.errors import UserError
 
 Pixels = NDArray[np.uint8]
@@ -31,14 +30,6 @@ TURNS: dict[str, tuple[int, ...]] = {
 }
 
 
-class Member(NamedTuple):
-    """An image inside a shard: format, byte offset and size in bytes."""
-
-    format: ImageFormat
-    offset: int
-    size: int
-
-
 class SampleLocation(NamedTuple):
     """What a reader needs to make one patch: the sample's location on this node, and the values that seed its draws.
 
@@ -50,8 +41,8 @@ class SampleLocation(NamedTuple):
     key: str
     height: int
     width: int
-    clean: Member
-    degraded: Member | None
+    clean: StoredImage
+    degraded: StoredImage | None
     task: int
     round_: int
     pass_index: int
@@ -66,21 +57,16 @@ class Patch(NamedTuple):
     key: str
 
 
-class NumpyBatch(NamedTuple):
-    """Patches of one forward pass as NumPy arrays; between processes, each tensor would need a socket.
-
-    degraded, clean: uint8 (B, 3, P, P). task: int64 (B,) task indices. skipped: how many patches replace damaged ones.
-    """
-
-    degraded: Pixels
-    clean: Pixels
-    task: NDArray[np.int64]
-    keys: tuple[str, ...]
-    skipped: int
+NumpyBatch = tuple[Pixels, Pixels, NDArray[np.int64], tuple[str, ...], int]
+"""The fields of a `Batch` as NumPy arrays: between processes, each tensor would need a socket."""
 
 
 class Batch(NamedTuple):
-    """A `NumpyBatch` as tensors. Images are uint8 from the reader, and float32 in [0, 1] after `to`."""
+    """The patches of one forward pass.
+
+    degraded, clean: (B, 3, P, P), uint8 from the reader, and float32 in [0, 1] after `to`. task: int64 (B,) task
+    indices. skipped: how many patches replace damaged ones.
+    """
 
     degraded: Tensor
     clean: Tensor
@@ -91,28 +77,25 @@ class Batch(NamedTuple):
     @classmethod
     def of(cls, batch: NumpyBatch, pin: bool) -> Batch:
         """Wrap the arrays as tensors without a copy; pin: copy to page-locked memory for asynchronous transfers."""
-        degraded, clean, task = (torch.from_numpy(array) for array in batch[:3])
+        *arrays, keys, skipped = batch
+        degraded, clean, task = (torch.from_numpy(array) for array in arrays)
         if pin:
             degraded, clean, task = degraded.pin_memory(), clean.pin_memory(), task.pin_memory()
-        return cls(degraded, clean, task, batch.keys, batch.skipped)
+        return cls(degraded, clean, task, keys, skipped)
 
     def to(self, device: torch.device) -> Batch:
         """Move to a device, then convert images to float32 in [0, 1]; uint8 transfers a quarter of the bytes."""
 
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
-
-        degraded, clean = (move(images).float().div_(255.0) for images in (self.degraded, self.clean))
-        return Batch(degraded, clean, move(self.task), self.keys, self.skipped)
+        degraded, clean, task = (x.to(device, non_blocking=True) for x in self[:3])
+        return Batch(degraded.float().div_(255.0), clean.float().div_(255.0), task, self.keys, self.skipped)
 
 
-def decode(data: bytes, source: str, remedy: str = "Build the shards again.") -> Pixels:
-    """Decode an image file to uint8 (H, W, 3) RGB. Raises UserError naming `source` if it cannot be decoded."""
+def decode(data: bytes, source: str) -> Pixels:
+    """Decode an image of a shard to uint8 (H, W, 3) RGB. Raises UserError naming `source` if it cannot be decoded."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.array(image.convert("RGB"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, *DAMAGE) as error:
-        raise UserError(f"{source} does not decode as an image ({error}). {remedy}") from None
+        return decode_file(data)
+    except ImageRefused as reason:
+        raise UserError(f"{source} does not decode as an image (it {reason}). Build the shards again.") from None
 
 
 def turned_planes(image: Pixels, index: int) -> Pixels:
@@ -137,73 +120,65 @@ def to_tensor(images: list[Pixels]) -> Tensor:
     return rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w").contiguous().float().div_(255.0)
 
 
-class CropBox(NamedTuple):
-    """A rectangle of an image, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-def crop(location: SampleLocation, member: Member, box: CropBox) -> Pixels:
+def crop(location: SampleLocation, stored: StoredImage, box: Box) -> Pixels:
     """Read a crop of one image, uint8 (height, width, 3). Of a PPM, only the rows of the box are read from disk.
 
     Raises OSError if the file cannot be read, and UserError if the data are not the expected image.
     """
     source = f"{location.shard}, sample '{location.key}'"
+    stride = 3 * location.width
+    header = stored.size - location.height * stride  # of a PPM
+    begin, size = (header + box.top * stride, box.height * stride) if stored.format == "ppm" else (0, stored.size)
     handle = os.open(location.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if member.format == "ppm":
-            stride = 3 * location.width
-            header = member.size - location.height * stride
-            band = os.pread(handle, box.height * stride, member.offset + header + box.top * stride)
-            if header <= 0 or len(band) != box.height * stride:
-                raise UserError(f"{source}: the shard ends inside its pixels. Copy the shard again.")
-            image = np.frombuffer(band, np.uint8).reshape(box.height, location.width, 3)
-            return image[:, box.left : box.left + box.width]
-        data = os.pread(handle, member.size, member.offset)
+        data = os.pread(handle, size, stored.offset + begin)
     finally:
         os.close(handle)
+    if stored.format == "ppm":
+        if header <= 0 or len(data) != size:
+            raise UserError(f"{source}: the shard ends inside its pixels. Copy the shard again.")
+        band = np.frombuffer(data, np.uint8).reshape(box.height, location.width, 3)
+        return band[:, box.left : box.left + box.width]
     image = decode(data, source)
     if image.shape[:2] != (location.height, location.width):
         raise UserError(
             f"{source} has {image.shape[:2]} pixels, the index says {location.height, location.width}. Build it again."
         )
-    return image[box.top : box.top + box.height, box.left : box.left + box.width]
+    return box.cut(image)
 
 
-def make_patch(location: SampleLocation, task: Task, seed: int, patch_pixels: int, augment: str) -> Patch:
-    """Make one seeded random patch of a sample: crop, degrade (if the sample is clean only), rotate or flip.
+class PatchReader(NamedTuple):
+    """Makes the seeded random patches of a run. tasks: of the run, by index. augment: a key of TURNS."""
 
-    The crop position is uniform over the image, whose sides are at least `patch_pixels`. As in MIR-L section IV-A and
-    the released code: a crop, one of TURNS[augment], and noise that is clipped and truncated. The context that a
-    degradation needs around the crop is read with it and cut off afterwards. Raises what `crop` raises.
-    """
-    rng = shared_rng("patch", seed, location.round_, location.pass_index, task.name, location.key)
-    draws = rng.bit_generator.random_raw(3).tolist()
+    tasks: tuple[Task, ...]
+    seed: int
+    patch_pixels: int
+    augment: str
 
-    def below(count: int, draw: int) -> int:
-        return int(draw) * count >> 64
+    def read(self, location: SampleLocation) -> Patch:
+        """Make one patch of a sample: crop, degrade (if the sample is clean only), rotate or flip.
 
-    top, left = below(location.height - patch_pixels + 1, draws[0]), below(location.width - patch_pixels + 1, draws[1])
-    index = TURNS[augment][below(len(TURNS[augment]), draws[2])]
-    if location.degraded is not None:
-        box = CropBox(top, left, patch_pixels, patch_pixels)
-        degraded, clean = crop(location, location.degraded, box), crop(location, location.clean, box)
-    else:
-        context = context_pixels(task)
+        The crop position is uniform over the image, whose sides are at least `patch_pixels`. As in MIR-L section IV-A
+        and the released code: a crop, one of TURNS[augment], and noise that is clipped and truncated. The context that
+        a degradation needs around the crop is read with it and cut off afterwards. Raises what `crop` raises.
+        """
+        task, side, turns = self.tasks[location.task], self.patch_pixels, TURNS[self.augment]
+        rng = shared_rng("patch", self.seed, location.round_, location.pass_index, task.name, location.key)
+        choices = (location.height - side + 1, location.width - side + 1, len(turns))
+        draws = rng.bit_generator.random_raw(3).tolist()
+        top, left, turn = (draw * count >> 64 for draw, count in zip(draws, choices, strict=True))
+        context = 0 if location.degraded else context_pixels(task)
         y, x = max(0, top - context), max(0, left - context)
-        end_y, end_x = (
-            min(location.height, top + patch_pixels + context),
-            min(location.width, left + patch_pixels + context),
-        )
-        wide = crop(location, location.clean, CropBox(y, x, end_y - y, end_x - x))
-        inner = (slice(top - y, top - y + patch_pixels), slice(left - x, left - x + patch_pixels))
-        degraded, clean = degrade_for_training(task, wide, rng)[inner], wide[inner]
-    return Patch(
-        turned_planes(degraded, index), turned_planes(clean, index), location.task, f"{task.name}:{location.key}"
-    )
+        end_y, end_x = min(location.height, top + side + context), min(location.width, left + side + context)
+        box = Box(y, x, end_y - y, end_x - x)
+        clean = crop(location, location.clean, box)
+        if location.degraded:
+            degraded = crop(location, location.degraded, box)
+        else:
+            degraded = degrade_for_training(task, clean, rng)
+        inner = Box(top - y, left - x, side, side)
+        degraded, clean = (turned_planes(inner.cut(image), turns[turn]) for image in (degraded, clean))
+        return Patch(degraded, clean, location.task, f"{task.name}:{location.key}")
 
 
 def collate(patches: list[Patch], skipped: int = 0) -> NumpyBatch:
@@ -214,4 +189,4 @@ def collate(patches: list[Patch], skipped: int = 0) -> NumpyBatch:
         degraded[number] = patch.degraded
         clean[number] = patch.clean
     task = np.array([p.task for p in patches], dtype=np.int64)
-    return NumpyBatch(degraded, clean, task, tuple(p.key for p in patches), skipped)
+    return degraded, clean, task, tuple(p.key for p in patches), skipped

@@ -1,27 +1,143 @@
 """Makes a shard available as a local, verified file: in place in a folder, or downloaded into the node's cache.
 
 Every shard is hashed once per process before its first use. If its digest differs from the manifest, every member is
-checked, so that damage is reported by shard and key. A full disk or an unavailable server is not damage and is never
-skipped.
+checked, so that damage is reported by shard and key: as a UserError (refuse), or once, to go on without it (skip). A
+full disk or an unavailable server is not damage and is never skipped.
 """
 
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
-from mirl_dist.data import integrity
-from mirl_dist.data.cache import ShardCache, WrongBytes
-from mirl_dist.data.damage import REMEDY, WHOLE_SHARD, DamagePolicy
-from mirl_dist.data.integrity import LocalShard
-from mirl_dist.data.manifest import SampleEntry, Shard
+from mirl_dist.data.cache import CachedShard, ShardCache, WrongBytes
+from mirl_dist.data.manifest import CLEAN, DEGRADED, NOTES, SampleEntry, Shard
+from mirl_dist.data.sample import SampleLocation
+from mirl_dist.data.sampler import Slot
 from mirl_dist.data.shards import Shards
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder, NotFound, Rejected, Unavailable
+from mirl_dist.storage.hashing import digest_of_file
 from mirl_dist.storage.retry import Patience, download
 
+_REMEDY = "Copy the shard again, build the shards again, or go on without such samples by data.damage: skip."
+_WHOLE_SHARD = -1
+_SHOWN = 5
 _FILE_ERRORS = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR)  # errors of the file, not the system
+
+
+@dataclass
+class LocalShard:
+    """A shard on this node.
+
+    damaged: sample number -> problem (text for a ticket). release: allows the cache to evict the file. state: a value
+    that changes when the file changes; None if it must be read from the file system.
+    """
+
+    shard: Shard
+    path: Path
+    entries: tuple[SampleEntry, ...]
+    damaged: dict[int, str] = field(default_factory=dict)
+    release: Callable[[], None] = lambda: None
+    state: object = None
+
+    def find_intact(self, sample: int, skipped: dict[str, str]) -> int | None:
+        """Return the number of the first intact sample from `sample` on, cyclically; None without any.
+
+        skipped: receives 'shard' or 'shard key' -> problem for the damaged ones before it.
+        """
+        for step in range(self.shard.samples):
+            number = (sample + step) % self.shard.samples
+            if number not in self.damaged:
+                return number
+            key = f" {self.entries[number].key}" if self.entries else ""
+            skipped[self.shard.name + key] = self.damaged[number]
+        return None
+
+    def locate(self, sample: int, slot: Slot) -> SampleLocation:
+        """Return the location of a sample, with the task, round and pass of a slot."""
+        entry = self.entries[sample]
+        clean = entry.image(CLEAN)
+        assert clean is not None, "manifest.read_index lets no sample through without a clean image"
+        images = clean, entry.image(DEGRADED)
+        size, draws = (entry.height, entry.width), (slot.task, slot.round_, slot.pass_index)
+        return SampleLocation(str(self.path), self.shard.name, entry.key, *size, *images, *draws)
+
+    def find_damage(self) -> dict[int, str] | None:
+        """Hash the file; return its damaged samples as number -> problem, or None if the file is intact."""
+        with self.path.open("rb") as tar:
+            if digest_of_file(tar) == self.shard.sha256:
+                return None
+            damaged = {}
+            for number, entry in enumerate(self.entries):
+                wrong = []
+                for name, part in entry.parts.items():
+                    tar.seek(part.offset)
+                    if name != NOTES and sha256(tar.read(part.size)).hexdigest() != part.sha256:
+                        wrong.append(name)
+                if wrong:
+                    damaged[number] = f"is damaged ({', '.join(sorted(wrong))})"
+            return damaged
+
+
+def _is_intact(cached: CachedShard, shard: Shard) -> bool:
+    try:
+        return cached.digest() == shard.sha256
+    except OSError:  # the node's disk cannot read the copy
+        return False
+
+
+def _file_state(path: Path) -> tuple[int, int, int]:
+    """Return inode, size in bytes and modification time in nanoseconds, which change when the file does."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+class DamagePolicy:
+    """Raises or reports damage according to `data.damage`. Thread-safe."""
+
+    def __init__(self, policy: str, say: Callable[[str], None]) -> None:
+        """policy: 'refuse' or 'skip'. say: prints one line of text."""
+        self._policy, self._say = policy, say
+        self._lock = threading.Lock()
+        self._reported: set[tuple[str, int]] = set()
+
+    def skips(self, shard: Shard) -> bool:
+        """Return whether damage in this shard is skipped: never in evaluation shards, where it would change scores."""
+        return self._policy == "skip" and shard.role == "train"
+
+    def handle_shard(self, local: LocalShard, damaged: dict[int, str], address: str) -> None:
+        """Report the damaged samples of a shard by key. Raises UserError if damage is refused.
+
+        damaged: sample number -> problem. address: the shard's address in its store, for the message.
+        """
+        lines = [f"sample '{local.entries[i].key}' {problem}" for i, problem in list(damaged.items())[:_SHOWN]]
+        if len(damaged) > _SHOWN:
+            lines.append(f"and {len(damaged) - _SHOWN} more")
+        text = "; ".join(lines) or "no image is damaged, only what lies between them"
+        if not self.skips(local.shard):
+            raise UserError(f"{address}: its bytes are not the manifest's: {text}. {_REMEDY}")
+        self.report_once(local.shard, text)
+
+    def handle_sample(self, local: LocalShard, sample: int, problem: str) -> None:
+        """Mark a sample of a shard as damaged and report it. Raises UserError if damage is refused."""
+        text = f"sample '{local.entries[sample].key}': {problem}"
+        if not self.skips(local.shard):
+            raise UserError(f"{local.shard.name}, {text}. {_REMEDY}")
+        local.damaged.setdefault(sample, problem)
+        self.report_once(local.shard, text, sample)
+
+    def report_once(self, shard: Shard, text: str, sample: int = _WHOLE_SHARD) -> None:
+        """Report that a sample is skipped, unless that was reported before."""
+        with self._lock:
+            if (shard.name, sample) in self._reported:
+                return
+            self._reported.add((shard.name, sample))
+        self._say(f"skipped of {shard.name}: {text}")
 
 
 class _ShardLost(UserError):
@@ -52,9 +168,9 @@ class ShardFetcher:
     def fetch(self, shard: Shard) -> LocalShard:
         """Fetch a shard to this node and verify it. Raises UserError for refused damage or a full disk."""
         try:
-            local = self._locate(shard, self._read_entries(shard))
+            local = self._locate(shard)
             try:
-                local.damaged = self._find_damage(local)
+                local.damaged = self._verify(local)
             except BaseException:
                 local.release()
                 raise
@@ -62,30 +178,22 @@ class ShardFetcher:
         except _ShardLost as lost:
             if not self._damage.skips(shard) or self._closed:
                 raise
-            self._damage.report_once(shard, WHOLE_SHARD, f"all of its {shard.samples} samples: {lost}")
+            self._damage.report_once(shard, f"all of its {shard.samples} samples: {lost}")
             return LocalShard(shard, Path(), (), dict.fromkeys(range(shard.samples), lost.reason))
 
     def close(self) -> None:
         """Start no further download; partial files remain in the cache, where the next process resumes them."""
         self._closed = True
 
-    def _read_entries(self, shard: Shard) -> tuple[SampleEntry, ...]:
-        try:
-            return self._shards.index(shard).entries
-        except (Rejected, Unavailable):
-            raise
-        except UserError as fault:
-            raise _ShardLost(str(fault), "its index is missing or damaged") from None
-
-    def _find_damage(self, local: LocalShard) -> dict[int, str]:
-        """Return the damaged samples of a local shard, verifying the file if it is new or has changed."""
+    def _verify(self, local: LocalShard) -> dict[int, str]:
+        """Return the damaged samples of a local shard, hashing the file if it is new or has changed."""
         name = local.shard.name
         try:
-            state = local.state or integrity.file_state(local.path)
+            state = local.state or _file_state(local.path)
             if name not in self._verified or self._verified[name][0] != state:
-                damaged = integrity.find_damage(local.path, local.shard, local.entries)
+                damaged = local.find_damage()
                 if damaged is not None:
-                    self._damage.report_shard(local, damaged, self._shards.store.where(name))
+                    self._damage.handle_shard(local, damaged, self._shards.store.where(name))
                 self._verified[name] = (state, damaged or {})
         except OSError as error:
             text = f"{name} cannot be read ({error}). Check the disk."
@@ -94,52 +202,54 @@ class ShardFetcher:
             raise UserError(text) from None
         return self._verified[name][1]
 
-    def _locate(self, shard: Shard, entries: tuple[SampleEntry, ...]) -> LocalShard:
+    def _locate(self, shard: Shard) -> LocalShard:
         """Return the local file of a shard; from a store: the intact file, or else the store's damaged version."""
         store = self._shards.store
+        try:
+            entries = self._shards.index(shard).entries
+        except (Rejected, Unavailable):
+            raise
+        except UserError as fault:
+            raise _ShardLost(str(fault), "its index is missing or damaged") from None
         if self._cache is None:
             assert isinstance(store, Folder)
             path = Path(store.where(shard.name))
             if not path.is_file():
-                raise _ShardLost(f"{path} is missing. {REMEDY}", "is missing")
+                raise _ShardLost(f"{path} is missing. {_REMEDY}", "is missing")
             return LocalShard(shard, path, entries)
         try:
-            if shard.name not in self._wrong_in_store:
-                return self._fetch_whole(self._cache, shard, entries)
-            return self._fetch_damaged(self._cache, shard, entries)
+            cached = self._fetch_whole(self._cache, shard) or self._fetch_damaged(self._cache, shard)
         except NotFound:
-            raise _ShardLost(f"{store.where(shard.name)} is missing. {REMEDY}", "is missing") from None
+            raise _ShardLost(f"{store.where(shard.name)} is missing. {_REMEDY}", "is missing") from None
+        return LocalShard(shard, cached.path, entries, release=cached.release, state=cached.state)
 
-    def _fetch_whole(self, cache: ShardCache, shard: Shard, entries: tuple[SampleEntry, ...]) -> LocalShard:
-        """Fetch a shard through the cache. A copy that was damaged on this node's disk is replaced."""
-
-        def fetch(path: Path) -> None:
-            download(self._shards.store, shard.name, path, shard.bytes, patience=self._patience, say=self._say)
-
+    def _fetch_whole(self, cache: ShardCache, shard: Shard) -> CachedShard | None:
+        """Fetch a shard through the cache, replacing a copy that this node's disk damaged; None if the store's is."""
+        if shard.name in self._wrong_in_store:
+            return None
         try:
             while True:
-                cached = cache.acquire(shard.sha256, shard.bytes, fetch, lambda: self._closed)
-                if cached.fresh or shard.name in self._verified or cached.matches(shard.sha256):
+                cached = self._acquire(cache, shard, shard.bytes)
+                if cached.fresh or shard.name in self._verified or _is_intact(cached, shard):
                     break
                 cache.discard(cached)
         except WrongBytes:
-            return self._fetch_damaged(cache, shard, entries)
+            return None
         except Rejected:
             if self._shards.store.size(shard.name) == shard.bytes:
                 raise
-            return self._fetch_damaged(cache, shard, entries)
+            return None
         if self._verified.get(shard.name, (None,))[0] != cached.state:
             self._verified[shard.name] = (cached.state, {})
-        return LocalShard(shard, cached.path, entries, release=cached.release, state=cached.state)
+        return cached
 
-    def _fetch_damaged(self, cache: ShardCache, shard: Shard, entries: tuple[SampleEntry, ...]) -> LocalShard:
+    def _fetch_damaged(self, cache: ShardCache, shard: Shard) -> CachedShard:
         """Fetch the store's version of a shard that is damaged in the store, also through the cache."""
         self._wrong_in_store.add(shard.name)
-        store = self._shards.store
-        size = store.size(shard.name)
+        return self._acquire(cache, shard, self._shards.store.size(shard.name), damaged=True)
 
+    def _acquire(self, cache: ShardCache, shard: Shard, size: int, damaged: bool = False) -> CachedShard:
         def fetch(path: Path) -> None:
-            download(store, shard.name, path, size, patience=self._patience, say=self._say)
+            download(self._shards.store, shard.name, path, size, patience=self._patience, say=self._say)
 
-        cached = cache.acquire(shard.sha256, size, fetch, lambda: self._closed, damaged=True)
-        return LocalShard(shard, cached.path, entries, release=cached.release, state=cached.state)
+        return cache.acquire(shard.sha256, size, fetch, lambda: self._closed, damaged=damaged)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 from mirl_dist.data.manifest import MANIFEST, Index, Manifest, SampleEntry, Shard, read_index, read_manifest
@@ -61,8 +60,9 @@ class Shards:
             present = set(self.store.list(""))
         except Rejected:
             return  # HTTP has no listing, and a bucket may only allow reads; missing shards then fail on reading
-        names = itertools.chain.from_iterable((s.name, s.index_name) for s in expected)
-        wrong = [f"{name} is missing" for name in names if name not in present]
+        wrong = []
+        for shard in expected:
+            wrong += [f"{name} is missing" for name in (shard.name, shard.index_name) if name not in present]
         if isinstance(self.store, Folder):
             for shard in expected:
                 if shard.name in present and (size := self.store.size(shard.name)) != shard.bytes:
@@ -76,11 +76,10 @@ class Shards:
 
     def check_patch_size(self, patch_pixels: int) -> None:
         """Raise UserError if patches do not fit into every training image."""
-        least = min((s.least_pixels for s in self.train), default=patch_pixels)
-        if least < patch_pixels:
-            name = next(s.name for s in self.train if s.least_pixels == least)
+        smallest = min(self.train, key=lambda shard: shard.least_pixels, default=None)
+        if smallest is not None and smallest.least_pixels < patch_pixels:
             raise UserError(
-                f"data.patch_pixels: found {patch_pixels}, but an image in {name} has a side of {least} pixels. Lower "
-                "it, or build shards with least_pixels of at least that.",
+                f"data.patch_pixels: found {patch_pixels}, but an image in {smallest.name} has a side of "
+                f"{smallest.least_pixels} pixels. Lower it, or build shards with least_pixels of at least that.",
                 everywhere=True,
             )

@@ -9,11 +9,12 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from mirl_dist.distributed.engines.base import Collectives, Engine, EngineSpec, MakeOptimiser, ShardedEngine
+from mirl_dist.distributed.engines.base import Collectives, Engine, MakeOptimiser, ShardedEngine
 from mirl_dist.distributed.engines.ddp import DdpEngine
+from mirl_dist.distributed.engines.spec import EngineSpec, require
 from mirl_dist.distributed.process_group import Membership
-from mirl_dist.errors import InvariantError
-from mirl_dist.pruning.partition import ReplicatedPartition
+from mirl_dist.errors import InvariantError, UserError
+from mirl_dist.pruning.partition import Partition
 
 
 class ParallelNetwork:
@@ -42,7 +43,11 @@ class ParallelNetwork:
             wrapped = self.wrap(model)
             self.warm_up(wrapped, example)
             parameters = dict(self.unwrap(wrapped).named_parameters())
-            return DdpEngine(parameters, make_optimiser, ReplicatedPartition(rank, world)), wrapped
+            return DdpEngine(parameters, make_optimiser, Partition(rank, world)), wrapped
+        try:
+            require(self.spec.name)
+        except LookupError as error:
+            raise UserError(str(error), everywhere=True) from None
         if self.spec.name == "fsdp":
             from mirl_dist.distributed.engines.fsdp import FsdpEngine
 
@@ -105,11 +110,10 @@ class ParallelNetwork:
         if self._sharded is not None:
             with self._collectives.collective("gradient reduction"):
                 self._sharded.backward(loss)
-        elif self._membership.world == 1 or not self._all_reduces:
+            return
+        shares = self._membership.world > 1 and self._all_reduces
+        with self._collectives.collective("gradient all-reduce") if shares else nullcontext():
             self._membership.accelerator.backward(loss)
-        else:
-            with self._collectives.collective("gradient all-reduce"):
-                self._membership.accelerator.backward(loss)
 
     @contextmanager
     def accumulate(self, model: nn.Module, more: bool) -> Iterator[None]:

@@ -1,17 +1,23 @@
-"""Joins and leaves torch's process group, and connects to the launch's rendezvous store."""
+"""Joins and leaves torch's process group, under a launch id that the ranks agree on in the launch's store."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
+import socket
+import time
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 
-from mirl_dist.distributed.live_store import LiveStore
-from mirl_dist.distributed.rendezvous import rendezvous
+from mirl_dist.errors import UserError
 
 _DISTRIBUTED: Any = torch.distributed  # typed Any: some members are private or lack type stubs
+_LAUNCH_ID = "launch_id"
+_LONGEST_PAUSE_SECONDS = 0.25
 
 # Keeps destroyed groups alive. If a wrapped model held the last reference, freeing it would wait, while holding the
 # GIL, for a gloo thread that may need the GIL to free a tensor (torch 2.13): a finished rank would never exit.
@@ -32,6 +38,28 @@ class Membership(NamedTuple):
     accelerator: Any
 
 
+def check_launch_environment(env: Mapping[str, str]) -> None:
+    """Raise UserError if announced processes were never started, or were started without a launcher.
+
+    For example, `accelerate launch --cpu --num_processes 2` sets a master address but silently starts one process.
+    """
+    if int(env.get("WORLD_SIZE", "1")) > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        raise UserError(
+            f"found WORLD_SIZE={env['WORLD_SIZE']} in the environment, but not RANK, MASTER_ADDR and MASTER_PORT: this "
+            "process would wait for others that nobody started. Unset it, or launch with a file from launch/."
+        )
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "WORLD_SIZE" not in env:
+        raise UserError(
+            f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks without a launcher: each would train alone in the same "
+            "folder. Start one task per node, and in it `accelerate launch` with a file from launch/, or torchrun."
+        )
+    if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and "RANK" not in env:
+        raise UserError(
+            "accelerate launch was asked for several processes but started this one alone (its --cpu launcher does "
+            "that without a word). Use `accelerate launch --config_file launch/cpu_two.yaml -m mirl_dist train ...`."
+        )
+
+
 def join_process_group(*, cpu: bool, use_accelerate: bool, timeout: timedelta) -> Membership:
     """Join the process group that the launcher announced in the environment.
 
@@ -41,7 +69,12 @@ def join_process_group(*, cpu: bool, use_accelerate: bool, timeout: timedelta) -
     backend = "gloo" if cpu else "nccl"
     launch_id = _join_under_launch_id(backend, timeout) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     if use_accelerate:
-        return _join_with_accelerate(cpu, timeout, launch_id)
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
+        settings = InitProcessGroupKwargs(timeout=timeout)
+        accelerator: Any = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[settings])
+        rank, world = accelerator.process_index, accelerator.num_processes
+        return Membership(rank, world, accelerator.device, launch_id, accelerator)
     if not _DISTRIBUTED.is_initialized():  # one process
         store = _DISTRIBUTED.HashStore()
         _DISTRIBUTED.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
@@ -52,15 +85,6 @@ def join_process_group(*, cpu: bool, use_accelerate: bool, timeout: timedelta) -
     return Membership(_DISTRIBUTED.get_rank(), _DISTRIBUTED.get_world_size(), device, launch_id, None)
 
 
-def _join_with_accelerate(cpu: bool, timeout: timedelta, launch_id: str) -> Membership:
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
-    settings = InitProcessGroupKwargs(timeout=timeout)
-    accelerator: Any = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[settings])
-    rank, world = accelerator.process_index, accelerator.num_processes
-    return Membership(rank, world, accelerator.device, launch_id, accelerator)
-
-
 def _join_under_launch_id(backend: str, timeout: timedelta) -> str:
     """Join the process group under a new launch id, and return the id.
 
@@ -68,11 +92,41 @@ def _join_under_launch_id(backend: str, timeout: timedelta) -> str:
     would read the addresses of the previous, dead ranks.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = connect_store(timeout, master=rank == 0 and not store_is_the_launchers())
+    store = open_store(*_master(), timeout, serve=rank == 0 and not store_is_the_launchers())
     launch_id = rendezvous(_DISTRIBUTED.PrefixStore("mirl_dist", store), rank, world, timeout.total_seconds())
     prefixed = _DISTRIBUTED.PrefixStore(launch_id, store)
     _DISTRIBUTED.init_process_group(backend, store=prefixed, rank=rank, world_size=world, timeout=timeout)
     return launch_id
+
+
+def rendezvous(store: Any, rank: int, world: int, seconds: float) -> str:
+    """Return the launch id, shared by all ranks of this start and distinct from earlier starts in the same store.
+
+    Rank 0 draws and publishes the launch id. Every other rank registers a token of its own under it and waits until
+    rank 0 admits that token, so a stale launch id is never accepted. Raise RuntimeError after `seconds`; on rank 0 it
+    names the missing ranks. store: torch's, or one with its methods set, get and check.
+    """
+    deadline, pause = time.monotonic() + seconds, 0.005
+    token, answered = secrets.token_hex(8), ""
+    others = range(1, world)
+    if rank == 0:
+        store.set(_LAUNCH_ID, token)
+    while time.monotonic() < deadline:
+        if rank == 0 and store.check([f"{token}/{other}" for other in others]):
+            for other in others:
+                store.set(f"{token}/{store.get(f'{token}/{other}').decode()}", "admitted")
+            return token
+        if rank != 0 and store.check([_LAUNCH_ID]):
+            launch_id: str = store.get(_LAUNCH_ID).decode()
+            if launch_id != answered:
+                answered = launch_id
+                store.set(f"{launch_id}/{rank}", token)
+            if store.check([f"{launch_id}/{token}"]):
+                return launch_id
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+    missing = [other for other in others if not store.check([f"{token}/{other}"])] if rank == 0 else [0]
+    raise RuntimeError(f"waited {seconds:.0f} s at the start for rank {', '.join(map(str, missing))}")
 
 
 def leave_process_group(membership: Membership) -> None:
@@ -89,22 +143,57 @@ def _is_joined() -> bool:
     return bool(_DISTRIBUTED.is_available() and _DISTRIBUTED.is_initialized())
 
 
-def connect_store(timeout: timedelta, *, master: bool) -> Any:
-    """Connect to the store of this launch. master: serve the store from this process."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    options = {"is_master": master, "wait_for_workers": False, "multi_tenant": True}
+def open_store(host: str, port: int, timeout: timedelta, *, serve: bool) -> Any:
+    """Connect to torch's store at host:port. serve: serve the store from this process, unless it does already."""
+    options = {"is_master": serve, "wait_for_workers": False, "multi_tenant": True}
     return _DISTRIBUTED.TCPStore(host, port, timeout=timeout, **options)
 
 
-def connect_live_store(launch_id: str) -> LiveStore:
-    """Open a separate connection for the watchdog. Calls may block indefinitely, which the watchdog itself detects."""
-    store = connect_store(timedelta(days=1000), master=False)
-    return LiveStore(_DISTRIBUTED.PrefixStore(f"{launch_id}/watch", store), store.host, store.port)
+def _master() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def store_is_the_launchers() -> bool:
     """Whether the launcher's process serves the store, rather than rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+class LiveStore:
+    """Key-value store of torch at host:port under a prefix, which detects the end of its server.
+
+    get: values of keys that are all set already. Once the server has exited, calls raise RuntimeError or OSError, or
+    block. torch prints a page of C++ frames when it calls a dead server. A separate connection detects that the server
+    has closed, and calls then raise ConnectionResetError without reaching torch.
+    """
+
+    def __init__(self, host: str, port: int, timeout: timedelta, prefix: str, *, serve: bool = False) -> None:
+        """serve: as for open_store."""
+        self.address = f"{host}:{port}"
+        self._store = _DISTRIBUTED.PrefixStore(prefix, open_store(host, port, timeout, serve=serve))
+        self._connection = socket.create_connection((host, port), timeout=60)
+        self._connection.setblocking(False)
+
+    @classmethod
+    def of_launch(cls, launch_id: str) -> LiveStore:
+        """Open the watchdog's own connection. Calls may block indefinitely, which the watchdog itself detects."""
+        return cls(*_master(), timedelta(days=1000), f"{launch_id}/watch")
+
+    def _check_alive(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            if not self._connection.recv(1):
+                raise ConnectionResetError("the store has closed the connection")
+
+    def set(self, key: str, value: str) -> None:
+        self._check_alive()
+        self._store.set(key, value)
+
+    def get(self, keys: list[str]) -> list[bytes]:
+        self._check_alive()
+        values: list[bytes] = self._store.multi_get(keys)
+        return values
+
+    def close(self) -> None:
+        self._connection.close()
 
 
 def is_peer_loss(error: RuntimeError) -> bool:

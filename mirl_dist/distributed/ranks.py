@@ -17,21 +17,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mirl_dist.distributed.engines.from_env import engine_from_env
-from mirl_dist.distributed.engines.sharding import ShardLayout
+from mirl_dist.distributed.engines.sharding import ShardLayout, local_part
+from mirl_dist.distributed.engines.spec import engine_from_env
 from mirl_dist.distributed.flight_recorder import FlightRecorder
 from mirl_dist.distributed.hardware import gpus
 from mirl_dist.distributed.parallel_network import ParallelNetwork
 from mirl_dist.distributed.process_group import (
-    connect_live_store,
+    LiveStore,
+    check_launch_environment,
     join_process_group,
     leave_process_group,
     store_is_the_launchers,
 )
-from mirl_dist.distributed.rendezvous import check_launch_environment, check_own_gpu
 from mirl_dist.distributed.watchdog import Watchdog
 from mirl_dist.errors import InvariantError, MirlError, Stopped, UserError
-from mirl_dist.pruning.partition import ReplicatedPartition
+from mirl_dist.pruning.partition import Partition
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class Ranks:
     def _start_watchdog(self, timeout_seconds: float) -> Watchdog:
         pids = self.gather_objects(os.getpid(), what="gather of process ids")
         names = [f"rank {rank} ({self.hosts[rank]}, pid {pid})" for rank, pid in enumerate(pids)]
-        store = connect_live_store(self._membership.launch_id)
+        store = LiveStore.of_launch(self._membership.launch_id)
         store_host = f"the launcher's process at {store.address}" if store_is_the_launchers() else names[0]
         return Watchdog(self._recorder, store, self.rank, names, store_host, timeout_seconds).start()
 
@@ -119,9 +119,9 @@ class Ranks:
         return self._stop_requested or (self._watchdog is not None and self._watchdog.stop_requested)
 
     @property
-    def partition(self) -> ReplicatedPartition:
+    def partition(self) -> Partition:
         """This rank's slice of replicated tensors, so that each weight is counted on exactly one rank."""
-        return ReplicatedPartition(self.rank, self.world)
+        return Partition(self.rank, self.world)
 
     @contextmanager
     def collective(self, what: str) -> Iterator[None]:
@@ -202,6 +202,12 @@ class Ranks:
         result: T = outcome[0]
         return result
 
+    def keep_on_main(self, work: Callable[[], T], *, what: str) -> T | None:
+        """Run `work` on rank 0 like `on_main`, but keep its result there, unpickled; the other ranks get None."""
+        results: list[T] = []
+        self.on_main(lambda: results.append(work()), what=what)
+        return results[0] if results else None
+
     def broadcast_tensors(
         self, tensors: Mapping[str, Tensor] | None, *, what: str = "tensors", layout: ShardLayout | None = None
     ) -> dict[str, Tensor]:
@@ -209,13 +215,11 @@ class Ranks:
 
         layout: keep only this rank's part of each tensor.
         """
+        layout = layout or ShardLayout({})  # keeps whole tensors
         if self.world == 1:
             assert tensors is not None
-            return {
-                name: tensor if layout is None else layout.part_of(name, tensor) for name, tensor in tensors.items()
-            }
-        described = [(n, tuple(t.shape), t.dtype) for n, t in tensors.items()] if tensors is not None else []
-        described = self.on_main(lambda: described, what=what)
+            return {name: layout.part_of(name, tensor) for name, tensor in tensors.items()}
+        described = self.on_main(lambda: [(n, tuple(t.shape), t.dtype) for n, t in (tensors or {}).items()], what=what)
         received: dict[str, Tensor] = {}
         for name, shape, dtype in described:
             wire = torch.uint8 if dtype is torch.bool else dtype
@@ -225,7 +229,7 @@ class Ranks:
                 buffer = torch.empty(shape, dtype=wire, device=self.device)
             with self._recorder.collective(f"{what} by rank 0, {name}"):
                 torch.distributed.broadcast(buffer, src=0)
-            received[name] = (buffer if layout is None else layout.part_of(name, buffer).clone()).to("cpu", dtype)
+            received[name] = local_part(layout, {name: buffer})[name].to("cpu", dtype)
         return received
 
     def barrier(self, *, what: str = "barrier") -> None:
@@ -243,12 +247,20 @@ class Ranks:
 
 
 def _prepare_device(device: str) -> bool:
-    """Set the variables that CUDA and DeepSpeed read at start-up. Return whether this rank computes on the CPU."""
+    """Set the variables that CUDA and DeepSpeed read at start-up. Return whether this rank computes on the CPU.
+
+    Raise UserError if there are GPUs, but none of its own.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic matmul; read when CUDA starts
     if device == "cpu" or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed logs that it guesses the accelerator
         return True
-    check_own_gpu(os.environ, gpus())
+    local, visible = int(os.environ.get("LOCAL_RANK", "0")), gpus()
+    if local >= visible:  # NCCL rejects two ranks on one GPU with an unclear error
+        raise UserError(
+            f"rank {local} of this node finds {visible} GPUs, so none for itself. Start one rank per GPU, or add "
+            "--set train.device=cpu to train on its processors."
+        )
     torch.backends.cudnn.allow_tf32 = False  # TF32 would reduce the precision of every fp32 convolution
     return False
 

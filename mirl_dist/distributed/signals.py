@@ -57,12 +57,8 @@ class StopSignal:
         self.phase: Callable[[], str] = lambda: "starting"
         self._state = _SignalState()
 
-    @property
-    def requested(self) -> bool:
-        return self._state.requested_at is not None
-
     def __call__(self) -> bool:
-        return self.requested
+        return self._state.requested_at is not None
 
     def listen(self) -> StopSignal:
         """Start handling signals. Only the main thread may call this."""
@@ -83,7 +79,7 @@ class StopSignal:
 
     def request(self) -> None:
         """Request a stop of this process."""
-        if self._state.requested_at is None:
+        if not self():
             self._state.requested_at = time.monotonic()
 
     def left_seconds(self) -> float:
@@ -93,14 +89,13 @@ class StopSignal:
 
     def _handle(self, number: int, frame: object) -> None:
         """Handle a signal in the main thread, as soon as it executes Python bytecode again."""
-        if number == signal.SIGTERM and not self.requested and self.is_cleanup():
+        if number == signal.SIGTERM and not self() and self.is_cleanup():
             return  # the signal thread exits the process
-        again, handled = self.requested and self._state.handled, self._state.handled
-        self._state.handled = True
+        is_second, self._state.handled = self._state.handled, True
         self.request()
-        if again and number == signal.SIGINT:
+        if is_second and number == signal.SIGINT:
             os._exit(INTERRUPTED)
-        if not self.graceful and not handled:  # only once: a second signal must not interrupt the clean-up
+        if not self.graceful and not is_second:  # only once: a second signal must not interrupt the clean-up
             if os.environ.get("RANK", "0") == "0":
                 text = "stopped as asked; nothing is left half-written. Start the same command again to continue."
                 warn(f"mirl-dist: {text}")
@@ -109,32 +104,26 @@ class StopSignal:
     def _watch(self, signals: socket.socket, keep: socket.socket) -> None:
         """Receive signals until `close`; runs in a thread. keep: reference that keeps the socket's write end open."""
         signals.settimeout(_POLL_SECONDS)
-        notified = False
-        interrupts = 0
+        has_notified, interrupts = False, 0
         while not self._state.closed:
-            try:
+            numbers = b""
+            with contextlib.suppress(TimeoutError):
                 numbers = signals.recv(64)
-            except TimeoutError:
-                numbers = b""
             interrupts += numbers.count(signal.SIGINT)
             if interrupts > 1:
                 os._exit(INTERRUPTED)
-            self._note(numbers)
-            if self.requested and not notified:
-                notified = True
+            if signal.SIGTERM in numbers and not self() and self.is_cleanup():
+                self._exit_for_restart()
+            if signal.SIGINT in numbers or signal.SIGUSR1 in numbers:
+                self.on_user_signal()
+            if any(number in _SIGNALS for number in numbers) or any(asked() for asked in self.sources):
+                self.request()
+            if self() and not has_notified:
+                has_notified = True
                 for notify in self.listeners:
                     notify()
-            if self.requested and self.left_seconds() <= 0:
+            if self() and self.left_seconds() <= 0:
                 self._exit_at_deadline()
-
-    def _note(self, numbers: bytes) -> None:
-        """Process the signals received since the last poll, and poll the other sources."""
-        if signal.SIGTERM in numbers and not self.requested and self.is_cleanup():
-            self._exit_for_restart()
-        if signal.SIGINT in numbers or signal.SIGUSR1 in numbers:
-            self.on_user_signal()
-        if any(number in _SIGNALS for number in numbers) or any(asked() for asked in self.sources):
-            self.request()
 
     def _exit_at_deadline(self) -> None:
         text = f"asked to stop {self.deadline_seconds:g} s ago (preempt.deadline_seconds), and still in "

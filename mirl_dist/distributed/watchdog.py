@@ -11,40 +11,51 @@ import json
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
-from mirl_dist.distributed.flight_recorder import FlightRecorder, describe_wait
-from mirl_dist.distributed.live_store import StatusStore
-from mirl_dist.distributed.peers import READS, PeerMonitor
+from mirl_dist.distributed.flight_recorder import FlightRecorder, RankState, describe_wait, diagnose
+from mirl_dist.distributed.process_group import LiveStore
 from mirl_dist.observability.console import rank_label, warn
 
+READS = 5
+"""Number of reads of the other ranks' states before a report."""
+_SILENT_READS = 4  # reads without a new beat after which a process counts as silent
 _PERIOD_SECONDS = 1.0
 _PERIODS_BEFORE_EXIT = 2
 _STOP, _REPORTED_BY = "stop", "verdict"
 _AGAIN = "Start again: a run resumes from its last commit."
 
 
-class _Limits(NamedTuple):
-    """Time limits in seconds. timeout: longest wait in a collective; period: interval between two exchanges."""
+class _PeerMonitor:
+    """Reader of the other ranks' states, called once per period from shortly before this rank's timeout."""
 
-    timeout: float
-    period: float
+    def __init__(self, store: LiveStore, rank: int, names: Sequence[str]) -> None:
+        self._store, self._rank, self._names = store, rank, names
+        self._sequence, self._reads, self._turns_left = 0, 0, 0
+        self._last_beats: dict[int, tuple[int, int]] = {}  # rank -> its last beat, and the read that found it first
 
+    def read(self, own: RankState, *, overdue: bool) -> str | None:
+        """Read all states once. Return a diagnosis if this rank is `overdue` and should report it, else None.
 
-class _Terminator:
-    """Exits this process with code 1, after a message and a delay in which other ranks can read its report."""
-
-    def __init__(self, rank: int, delay_seconds: float, leave: Callable[[int], None]) -> None:
-        self._rank, self._delay_seconds, self._leave = rank, delay_seconds, leave
-        self.closed = threading.Event()
-        """Set once the watchdog is stopped or has exited the process."""
-
-    def terminate(self, text: str) -> None:
-        """Warn and exit after the delay, unless the watchdog is stopped first. This process may serve the store."""
-        warn(f"mirl-dist, {rank_label(self._rank)}: {text}")
-        if not self.closed.wait(self._delay_seconds):
-            self._leave(1)
-            self.closed.set()
+        The lowest running rank that waits in the same collective reports. Other ranks report only if it has not done so
+        after READS further reads.
+        """
+        if self._sequence != own.sequence:
+            self._sequence, self._reads, self._turns_left, self._last_beats = own.sequence, 0, READS, {}
+        self._reads += 1
+        others = [rank for rank in range(len(self._names)) if rank != self._rank]
+        texts = self._store.get([str(rank) for rank in others])
+        states = {rank: RankState(*json.loads(text)) for rank, text in zip(others, texts, strict=True)}
+        for rank, state in states.items():
+            if self._last_beats.get(rank, (-1, 0))[0] != state.beat:
+                self._last_beats[rank] = (state.beat, self._reads)
+        if not overdue or self._reads < READS:
+            return None
+        silent = [rank for rank, (_, read) in self._last_beats.items() if self._reads - read >= _SILENT_READS]
+        waiting = (r for r, s in states.items() if s.waiting and s.sequence == own.sequence and r not in silent)
+        if self._rank > min(waiting, default=self._rank) and self._turns_left > 0:
+            self._turns_left -= 1
+            return None
+        return diagnose(own, states, silent, self._names)
 
 
 class _StateExchange:
@@ -53,50 +64,51 @@ class _StateExchange:
     def __init__(
         self,
         recorder: FlightRecorder,
-        store: StatusStore,
+        store: LiveStore,
         rank: int,
         names: Sequence[str],
-        limits: _Limits,
-        terminator: _Terminator,
+        timeout_seconds: float,
+        period_seconds: float,
     ) -> None:
         self.stop_requested = self._stop_pending = False
         self.beat = 0
         """Number of completed exchanges with the store."""
-        self._recorder, self._store, self._rank = recorder, store, rank
-        self._limits, self._terminator = limits, terminator
-        self._peers = PeerMonitor(store, rank, names)
+        self.recorder, self.store, self._rank = recorder, store, rank
+        self._timeout_seconds, self._period_seconds = timeout_seconds, period_seconds
+        self._peers = _PeerMonitor(store, rank, names)
 
     def publish_first(self) -> None:
         """Write the initial value of every key that other ranks read."""
         if self._rank == 0:
-            self._store.set(_STOP, "")
-            self._store.set(_REPORTED_BY, "")
-        self._store.set(str(self._rank), json.dumps(self._recorder.state()))
+            self.store.set(_STOP, "")
+            self.store.set(_REPORTED_BY, "")
+        self.store.set(str(self._rank), json.dumps(self.recorder.state()))
 
     def request_stop(self) -> None:
         self.stop_requested = self._stop_pending = True
 
-    def exchange(self) -> bool:
-        """Publish this rank's state and read the shared keys once. Return False once a hang was reported."""
-        own = self._recorder.state(self.beat)
-        self._store.set(str(self._rank), json.dumps(own))
+    def exchange(self) -> str | None:
+        """Publish this rank's state and read the shared keys once. Return None as long as no hang was reported.
+
+        Then return the message with which this rank should exit; '' if it does not wait for the missing ranks.
+        """
+        own = self.recorder.state(self.beat)
+        self.store.set(str(self._rank), json.dumps(own))
         if self._stop_pending:
-            self._store.set(_STOP, "1")
+            self.store.set(_STOP, "1")
             self._stop_pending = False
-        stop, reported_by = self._store.get([_STOP, _REPORTED_BY])
+        stop, reported_by = self.store.get([_STOP, _REPORTED_BY])
         self.stop_requested = self.stop_requested or stop != b""
-        timeout = self._limits.timeout
         if reported_by:
-            if own.waiting and own.seconds > timeout / 2:
-                self._terminator.terminate(f"waited too; rank {reported_by.decode()} has named the missing ranks")
-            return False
-        if own.waiting and own.seconds > timeout - (READS + 1) * self._limits.period:
-            diagnosis = self._peers.read(own, overdue=own.seconds >= timeout)
-            if diagnosis is not None and self._recorder.state()[:3] == own[:3]:  # still waiting in that collective
-                self._store.set(_REPORTED_BY, str(self._rank))
-                self._terminator.terminate(f"{diagnosis}. {_AGAIN}")
+            waits = own.waiting and own.seconds > self._timeout_seconds / 2
+            return f"waited too; rank {reported_by.decode()} has named the missing ranks" if waits else ""
+        if own.waiting and own.seconds > self._timeout_seconds - (READS + 1) * self._period_seconds:
+            diagnosis = self._peers.read(own, overdue=own.seconds >= self._timeout_seconds)
+            if diagnosis is not None and self.recorder.state()[:3] == own[:3]:  # still waiting in that collective
+                self.store.set(_REPORTED_BY, str(self._rank))
+                return f"{diagnosis}. {_AGAIN}"
         self.beat += 1
-        return True
+        return None
 
 
 class Watchdog:
@@ -105,7 +117,7 @@ class Watchdog:
     def __init__(
         self,
         recorder: FlightRecorder,
-        store: StatusStore,
+        store: LiveStore,
         rank: int,
         names: Sequence[str],
         store_host: str,
@@ -116,11 +128,10 @@ class Watchdog:
     ) -> None:
         """names: one per rank, for messages. store_host: description of the process that serves the store. leave: exits
         this process immediately with a code."""
-        self._recorder, self._store, self._store_host = recorder, store, store_host
-        self._limits = _Limits(timeout_seconds, period_seconds)
-        self._terminator = _Terminator(rank, _PERIODS_BEFORE_EXIT * period_seconds, leave)
-        self._exchange = _StateExchange(recorder, store, rank, names, self._limits, self._terminator)
-        self._wake = threading.Event()
+        self._label, self._store_host, self._leave = rank_label(rank), store_host, leave
+        self._timeout_seconds, self._period_seconds = timeout_seconds, period_seconds
+        self._exchange = _StateExchange(recorder, store, rank, names, timeout_seconds, period_seconds)
+        self._wake, self._closed = threading.Event(), threading.Event()
         self._threads = [
             threading.Thread(target=run, daemon=True, name="watch") for run in (self._run_exchange, self._watch_store)
         ]
@@ -140,11 +151,11 @@ class Watchdog:
 
     def stop(self) -> None:
         """Stop both threads and close the store connection."""
-        self._terminator.closed.set()
+        self._closed.set()
         self._wake.set()
         for thread in self._threads:
-            thread.join(2 * self._limits.period)
-        self._store.close()
+            thread.join(2 * self._period_seconds)
+        self._exchange.store.close()
 
     def request_stop(self) -> None:
         """Request a stop on all ranks without blocking."""
@@ -153,8 +164,13 @@ class Watchdog:
 
     def _run_exchange(self) -> None:
         try:
-            while not self._terminator.closed.is_set() and self._exchange.exchange():
-                self._wake.wait(self._limits.period)
+            while not self._closed.is_set():
+                text = self._exchange.exchange()
+                if text is not None:
+                    if text:
+                        self._terminate(text)
+                    return
+                self._wake.wait(self._period_seconds)
                 self._wake.clear()
         except (RuntimeError, OSError):
             pass  # the store is gone: collectives with its host fail by themselves, or the other thread exits
@@ -162,10 +178,18 @@ class Watchdog:
     def _watch_store(self) -> None:
         """Exit if this rank waits past the timeout and the store is unresponsive (stopped process or lost node)."""
         quiet, seen = 0, -1
-        while not self._terminator.closed.wait(self._limits.period):
+        while not self._closed.wait(self._period_seconds):
             quiet, seen = (quiet + 1 if self._exchange.beat == seen else 0), self._exchange.beat
-            own = self._recorder.state()
-            if own.waiting and own.seconds > self._limits.timeout and quiet > READS:
+            own = self._exchange.recorder.state()
+            if own.waiting and own.seconds > self._timeout_seconds and quiet > READS:
                 silent = f"{self._store_host}, through which ranks tell where they are, no longer responds"
                 text = f"{describe_wait(own)}, and {silent}: it has ended or is stopped, or its node is gone. {_AGAIN}"
-                self._terminator.terminate(text)
+                self._terminate(text)
+
+    def _terminate(self, text: str) -> None:
+        """Warn, and exit with code 1 after a delay in which other ranks can read the report; they may need this
+        process for that, as the store's server. Do not exit if the watchdog is stopped first."""
+        warn(f"mirl-dist, {self._label}: {text}")
+        if not self._closed.wait(_PERIODS_BEFORE_EXIT * self._period_seconds):
+            self._leave(1)
+            self._closed.set()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby, islice
 from math import fsum
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,8 +22,8 @@ from mirl_dist.config.seeding import rng
 from mirl_dist.config.tasks import Task
 from mirl_dist.data import image_strip
 from mirl_dist.data.manifest import CLEAN, DEGRADED, Shard
-from mirl_dist.data.resident_images import ImageSource
 from mirl_dist.data.sample import Pixels, to_tensor
+from mirl_dist.data.shard_pool import ImageSource
 from mirl_dist.data.shards import SamplePlace, Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import InvariantError, Stopped, UserError
@@ -80,7 +81,6 @@ class ImageScore(NamedTuple):
 
 
 class _ImageResult(NamedTuple):
-    number: int
     scores: tuple[ImageScore, ...]
     row: image_strip.Row | None
 
@@ -117,14 +117,15 @@ def plan_jobs(
     least = max(protocol.least_pixels for protocol in by)
     places = shards.places("evaluate")
     kinds = {s.set: s.kind for s in shards.manifest.role("evaluate")}
-    unknown = [name for name in sets or () if name not in places]
+    chosen = places if sets is None else sets
+    unknown = [name for name in chosen if name not in places]
     if unknown:
         raise UserError(
             f"evaluate.sets: found {', '.join(unknown)}; the shards have {', '.join(sorted(places)) or 'none'}. "
             "Correct the names, or build shards with those sets.",
             everywhere=True,
         )
-    entries = (p.entry for name in (places if sets is None else sets) for p in places[name])
+    entries = (place.entry for name in chosen for place in places[name])
     small = [e for e in entries if min(e.height, e.width) < least]
     if small:
         raise UserError(
@@ -132,14 +133,13 @@ def plan_jobs(
             f"scores need {least} a side. Leave it out of the recipe and build the shards again.",
             everywhere=True,
         )
-    jobs = []
-    for task in tasks:
-        for name in sorted(sets if sets is not None else places):
-            if kinds[name] == task.kind:
-                jobs += [
-                    EvalJob(f"{task.name}/{name}", task, name, p, i < pictures) for i, p in enumerate(places[name])
-                ]
-    return jobs
+    return [
+        EvalJob(f"{task.name}/{name}", task, name, place, at < pictures)
+        for task in tasks
+        for name in sorted(chosen)
+        if kinds[name] == task.kind
+        for at, place in enumerate(places[name])
+    ]
 
 
 def first_images(jobs: Sequence[EvalJob], images: int) -> list[EvalJob]:
@@ -187,7 +187,7 @@ def restore(
 
 
 def _score(
-    model: nn.Module, source: ImageSource, number: int, job: EvalJob, settings: EvalSettings, device: torch.device
+    model: nn.Module, source: ImageSource, job: EvalJob, settings: EvalSettings, device: torch.device
 ) -> _ImageResult:
     """Score one image by every protocol; restore it once per distinct protocol input."""
     triples: dict[tuple[int, str], tuple[Image, Image, Pixels]] = {}  # degraded, restored, clean by protocol input
@@ -204,7 +204,7 @@ def _score(
         if job.pictured and row is None:
             images = (metrics.to_8bit(degraded), metrics.to_8bit(restored), clean)
             row = image_strip.Row(f"{job.name} {key}", tuple(image_strip.centre(i, _STRIP_PIXELS) for i in images))
-    return _ImageResult(number, tuple(scores), row)
+    return _ImageResult(tuple(scores), row)
 
 
 def assign_jobs(jobs: Sequence[EvalJob], rank: int, world: int) -> list[int]:
@@ -221,7 +221,7 @@ def _acquire_in_turn(source: ImageSource, shards: Sequence[Shard], look_ahead: b
     def one_by_one() -> Iterator[Shard]:
         upcoming = iter(shards)
         for shard in shards:
-            while len(acquired) < 1 + look_ahead and (following := next(upcoming, None)) is not None:
+            for following in islice(upcoming, 1 + look_ahead - len(acquired)):
                 source.acquire(following)
                 acquired.append(following)
             yield shard
@@ -234,10 +234,6 @@ def _acquire_in_turn(source: ImageSource, shards: Sequence[Shard], look_ahead: b
             source.release(shard)
 
 
-def _never() -> bool:
-    return False
-
-
 def evaluate(
     model: nn.Module,
     source: ImageSource,
@@ -245,7 +241,7 @@ def evaluate(
     ranks: Ranks,
     settings: EvalSettings,
     look_ahead: bool = False,
-    stop_asked: Callable[[], bool] = _never,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> EvalResult:
     """Score every job once, distributed over the ranks; results are bit-identical on all ranks and for any world size.
 
@@ -257,7 +253,7 @@ def evaluate(
     model.eval()
     own_jobs, stopped = assign_jobs(jobs, ranks.rank, ranks.world), False
     network = Compiled(model) if settings.compile else model
-    results: list[_ImageResult] = []
+    results: dict[int, _ImageResult] = {}
     with bar("evaluating", len(own_jobs), shown=ranks.is_main and bool(jobs)) as advance:
         runs = [list(group) for _, group in groupby(own_jobs, key=lambda n: jobs[n].place.shard.name)]
         with _acquire_in_turn(source, [jobs[numbers[0]].place.shard for numbers in runs], look_ahead) as shards:
@@ -266,7 +262,7 @@ def evaluate(
                     break
                 job = jobs[number]
                 try:
-                    results.append(_score(network, source, number, job, settings, ranks.device))
+                    results[number] = _score(network, source, job, settings, ranks.device)
                 except Stopped:  # raised while waiting for a shard
                     stopped = True
                     break
@@ -276,10 +272,10 @@ def evaluate(
     model.train()
     if ranks.any(stopped, what="whether to stop evaluating"):
         raise Stopped("stopped as asked while evaluating; the round's training is committed")
-    all_results = sorted((r for part in ranks.gather_objects(results) for r in part), key=lambda r: r.number)
-    if [r.number for r in all_results] != list(range(len(jobs))):
+    everyone = sorted((item for part in ranks.gather_objects(results) for item in part.items()), key=itemgetter(0))
+    if [number for number, _ in everyone] != list(range(len(jobs))):
         raise InvariantError("an image was scored twice or not at all", everywhere=True)
-    return _average(all_results, settings)
+    return _average([result for _, result in everyone], settings)
 
 
 def _average(results: Sequence[_ImageResult], settings: EvalSettings) -> EvalResult:

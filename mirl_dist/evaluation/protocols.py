@@ -1,8 +1,8 @@
 """Defines the named evaluation protocols: cropping, test noise, and how PSNR and SSIM are computed.
 
 A protocol has two parts. Its input (`multiple`, `noise`) is the image that the network restores; protocols with equal
-input share the forward pass. Its measure (`output`, `colour`, `border`, `window`) compares the restored image with the
-clean one. docs/protocols.md lists the protocols with their sources.
+input share the forward pass. Its measure (`output`, `colour`, `border`) compares the restored image with the clean one.
+docs/protocols.md lists the protocols with their sources.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.degradations import degrade
+from mirl_dist.errors import UserError
 from mirl_dist.evaluation import metrics
 
 Pixels = NDArray[np.uint8]
@@ -25,18 +26,18 @@ class ScoringProtocol(NamedTuple):
 
     text: all conventions in one sentence. multiple: both images are centre-cropped to multiples of this many pixels; 1
     keeps them whole. noise: for denoising tasks; 'truncated' and 'rounded' give clipped 8-bit images, 'float' is
-    neither clipped nor quantised. output: restored images are clipped, then scored in float or rounded to 8 bits.
-    colour: scored channels, RGB or luma. border: pixels removed at each side before scoring. window: of SSIM.
+    neither clipped nor quantised. output: restored images are clipped, then scored in float with SSIM's uniform window,
+    or rounded to 8 bits with its Gaussian one. colour: scored channels, RGB or luma. border: pixels removed at each
+    side before scoring.
     """
 
     name: str
     text: str
-    multiple: int
-    noise: Literal["truncated", "rounded", "float"]
-    output: Literal["float", "8bit"]
-    colour: Literal["rgb", "y"]
-    border: int
-    window: Literal["uniform 7x7", "gaussian 11x11"]
+    multiple: int = 16
+    noise: Literal["truncated", "rounded", "float"] = "truncated"
+    output: Literal["float", "8bit"] = "8bit"
+    colour: Literal["rgb", "y"] = "rgb"
+    border: int = 0
 
     @property
     def least_pixels(self) -> int:
@@ -56,62 +57,38 @@ class Quality(NamedTuple):
     ssim: float
 
 
-_PUBLISHED_NOISE = "gaussian noise added to uint8 then clipped and truncated"
-_GAUSSIAN_SSIM = "ssim (11x11 gaussian window of sigma 1.5 where it fits whole, population covariance, data range 255)"
-
-
-def _basicsr(name: str, text: str, colour: Literal["rgb", "y"]) -> ScoringProtocol:
-    """Return a protocol with PromptIR's input and BasicSR's 8-bit measure."""
-    return ScoringProtocol(
-        name,
-        f"{text}, centre crop to a multiple of 16, {_PUBLISHED_NOISE}, output clipped and rounded to uint8, no border "
-        f"cut, scikit-image psnr (at most 100 dB) and {_GAUSSIAN_SSIM} as BasicSR, mean over images",
-        multiple=16,
-        noise="truncated",
-        output="8bit",
-        colour=colour,
-        border=0,
-        window="gaussian 11x11",
-    )
-
-
+_PUBLISHED_INPUT = "centre crop to a multiple of 16, gaussian noise added to uint8 then clipped and truncated"
+_BASICSR = (
+    "scikit-image psnr (at most 100 dB) and ssim (11x11 gaussian window of sigma 1.5 where it fits whole, population "
+    "covariance, data range 255) as BasicSR, mean over images"
+)
+_BASICSR_8BIT = f"{_PUBLISHED_INPUT}, output clipped and rounded to uint8, no border cut, {_BASICSR}"
 _ALL = (
     ScoringProtocol(
         "promptir",
-        metrics.PROTOCOL,
-        multiple=16,
-        noise="truncated",
+        f"rgb, {_PUBLISHED_INPUT}, output clipped to [0, 1] and not quantised, scikit-image psnr (at most 100 dB) and "
+        "ssim (7x7 uniform window, sample covariance, data range 1), mean over images",
         output="float",
-        colour="rgb",
-        border=0,
-        window="uniform 7x7",
     ),
     ScoringProtocol(
         "restormer",
         "rgb, whole image (the network pads by reflection to a multiple of 8), gaussian noise of numpy's legacy "
         "generator with seed 0 for each image added to [0, 1], neither clipped nor quantised, output clipped and "
-        "rounded to uint8, no border cut, scikit-image psnr (at most 100 dB) and "
-        f"{_GAUSSIAN_SSIM} as BasicSR, mean over images",
+        f"rounded to uint8, no border cut, {_BASICSR}",
         multiple=1,
         noise="float",
-        output="8bit",
-        colour="rgb",
-        border=0,
-        window="gaussian 11x11",
     ),
-    _basicsr("basicsr_rgb", "rgb", "rgb"),
-    _basicsr("basicsr_y", "Y of BT.601 YCbCr in studio range 16 to 235, not rounded", "y"),
+    ScoringProtocol("basicsr_rgb", f"rgb, {_BASICSR_8BIT}"),
+    ScoringProtocol(
+        "basicsr_y", f"Y of BT.601 YCbCr in studio range 16 to 235, not rounded, {_BASICSR_8BIT}", colour="y"
+    ),
     ScoringProtocol(
         "mioir",
         "rgb, whole image, gaussian noise added to uint8 then clipped and rounded, output clipped and rounded to "
-        "uint8, 4 pixels of border cut on each side, scikit-image psnr (at most 100 dB) and "
-        f"{_GAUSSIAN_SSIM} as BasicSR, mean over images",
+        f"uint8, 4 pixels of border cut on each side, {_BASICSR}",
         multiple=1,
         noise="rounded",
-        output="8bit",
-        colour="rgb",
         border=4,
-        window="gaussian 11x11",
     ),
 )
 PROTOCOLS: dict[str, ScoringProtocol] = {protocol.name: protocol for protocol in _ALL}
@@ -119,8 +96,20 @@ PROTOCOLS: dict[str, ScoringProtocol] = {protocol.name: protocol for protocol in
 
 
 def cropped(protocol: ScoringProtocol, image: Pixels) -> Pixels:
-    """Return the centre crop of an image that the protocol uses: uint8 (H, W, 3)."""
-    return np.ascontiguousarray(metrics.crop_to_multiple(image, protocol.multiple))
+    """Return the centre of an image, with sides that are the largest multiples of `protocol.multiple`: uint8 (H, W, 3).
+
+    An odd remainder removes one pixel more at the bottom or right. Raises UserError if a side is shorter than one
+    multiple. Source: evaluation of AirNet, PromptIR and MIR-L.
+    """
+    (height, width), multiple = image.shape[:2], protocol.multiple
+    if min(height, width) < multiple:
+        raise UserError(
+            f"found an image of {height} x {width} pixels where the protocol crops to a multiple of "
+            f"{multiple}. Leave it out, or evaluate images of at least {multiple} x {multiple} pixels."
+        )
+    top, left = height % multiple // 2, width % multiple // 2
+    part = image[top : top + height // multiple * multiple, left : left + width // multiple * multiple]
+    return np.ascontiguousarray(part)
 
 
 def degraded(protocol: ScoringProtocol, task: Task, clean: Pixels, rng: np.random.Generator) -> Pixels | Image:
@@ -137,31 +126,35 @@ def degraded(protocol: ScoringProtocol, task: Task, clean: Pixels, rng: np.rando
         noisy = clean + sigma * rng.standard_normal(clean.shape)
         return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
     noise = np.random.RandomState(0).normal(0, sigma / 255, clean.shape)
-    return (_unit(clean) + noise).astype(np.float32)
+    return (as_restored(clean) + noise).astype(np.float32)
 
 
 def score(protocol: ScoringProtocol, restored: Image, clean: Pixels) -> Quality:
     """Compare a restored image with the clean one.
 
     restored: float32 (H, W, 3) RGB in any range, clipped to [0, 1] here. clean: uint8 (H, W, 3) RGB of the same size.
-    Raises UserError for another type, shape or size, and for NaN.
+    Raises UserError for another shape or a smaller size, and for NaN or inf.
     """
+    if restored.shape != clean.shape or clean.ndim != 3 or clean.shape[2] != 3:
+        raise UserError(
+            f"found shapes {restored.shape} and {clean.shape} where a restored image meets its clean one. "
+            "Give RGB images with channels last, (H, W, 3), cropped or padded in the same way."
+        )
+    if not np.isfinite(restored).all():
+        raise UserError(
+            "found NaN or infinite pixels where the restored image is scored. "
+            "Look for the first step whose loss is not finite, or for a damaged ticket."
+        )
     if protocol.output == "float":
-        truth = _unit(clean)
-        return Quality(metrics.psnr(restored, truth), metrics.ssim(restored, truth))
-    metrics.check_same_shape(restored, clean)
+        pair = np.clip(restored, 0.0, 1.0), as_restored(clean)
+        return Quality(metrics.psnr(*pair, peak=1), metrics.ssim(*pair))
     inside = slice(protocol.border, -protocol.border or None)
-    pair = [image[inside, inside] for image in (metrics.to_8bit(restored), clean)]
-    levels: list[metrics.Levels] = [metrics.luma(i) if protocol.colour == "y" else i for i in pair]
-    return Quality(metrics.psnr_8bit(*levels), metrics.ssim_8bit(*levels))
+    levels = [image[inside, inside] for image in (metrics.to_8bit(restored), clean)]
+    one, other = map(metrics.luma, levels) if protocol.colour == "y" else levels
+    return Quality(metrics.psnr(one, other, peak=255), metrics.ssim_8bit(one, other))
 
 
 def as_restored(image: Pixels | Image) -> Image:
     """Convert a network input to the format of its output: float32 (H, W, 3), 8-bit levels divided by 255."""
-    return _unit(image) if image.dtype == np.uint8 else image.astype(np.float32, copy=False)
-
-
-def _unit(image: NDArray[np.uint8] | Image) -> Image:
-    """Scale levels in [0, 255] to float32 in [0, 1]."""
-    unit: Image = image.astype(np.float32) / np.float32(255)
-    return unit
+    unit = image.astype(np.float32, copy=False)
+    return unit / np.float32(255) if image.dtype == np.uint8 else unit

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mirl_dist.errors import UserError
+from mirl_dist.models.promptir import PromptIR
 
 _NAMES_LISTED = 8  # names listed per kind of problem; the message always states the full count
 
@@ -25,67 +26,44 @@ class Converted(NamedTuple):
     dropped: tuple[str, ...]
 
 
-def convert(
-    network: str, checkpoint: Mapping[str, object], expected: Mapping[str, Sequence[int]], unused: Iterable[str]
-) -> Converted:
-    """Convert an official checkpoint to our names, and check that no tensor is missing, unknown or misshapen.
-
-    checkpoint: names to tensors, with the prefix `net.` on all or none, or a Lightning checkpoint with such a mapping
-    under `state_dict`. expected: our names and shapes, in our order. unused: names, without prefix, of tensors that the
-    official class owns but never uses; those present are dropped and reported, whatever their shape.
-    Raises a UserError that lists all problems.
-    """
-    named = _without_prefix(network, _tensors_of(network, checkpoint))
-    dropped = tuple(f"{name} {tuple(named.pop(name).shape)}" for name in sorted(unused) if name in named)
-    mismatches = _mismatches(named, expected)
+def convert(name: str, network: PromptIR, checkpoint: Mapping[str, object]) -> Converted:
+    """Convert an official checkpoint to the names of a network; see `models.from_official`."""
+    tensors = _without_prefix(name, _tensors_of(name, checkpoint))
+    unused = sorted(network.official_only_shapes().keys() & tensors.keys())
+    dropped = tuple(f"{key} {tuple(tensors.pop(key).shape)}" for key in unused)
+    mismatches = _mismatches(tensors, network)
     if mismatches:
         raise UserError(
-            f"found {'; '.join(mismatches)}, where an official checkpoint of {network!r} was read. "
+            f"found {'; '.join(mismatches)}, where an official checkpoint of {name!r} was read. "
             "Use a checkpoint of this very network, and give the sizes that it was trained with."
         )
-    return Converted({name: named[name] for name in expected}, dropped)
+    return Converted({key: tensors[key] for key in network.state_dict()}, dropped)
 
 
-def revert(
-    network: str,
-    weights: Mapping[str, Tensor],
-    expected: Mapping[str, Sequence[int]],
-    unused: Mapping[str, Sequence[int]],
-) -> dict[str, Tensor]:
-    """Invert `convert`: return all tensors of the official class, with zeros for those that it never uses.
-
-    weights: our names to tensors; expected: our names and shapes; unused: names and shapes to add. Nothing is copied
-    or cast. Raises a UserError that lists all problems.
-    """
-    mismatches = _mismatches(weights, expected)
+def revert(name: str, network: PromptIR, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Invert `convert`: return all tensors of the official class, with zeros for those that it never uses."""
+    mismatches = _mismatches(weights, network)
     if mismatches:
         raise UserError(
-            f"found {'; '.join(mismatches)}, where weights of {network!r} were exported. Give the weights of this very "
+            f"found {'; '.join(mismatches)}, where weights of {name!r} were exported. Give the weights of this very "
             "network, and its sizes."
         )
-    ours = {name: weights[name].detach() for name in expected}
-    return ours | {name: torch.zeros(tuple(shape)) for name, shape in unused.items()}
+    ours = {key: weights[key].detach() for key in network.state_dict()}
+    return ours | {key: torch.zeros(shape) for key, shape in network.official_only_shapes().items()}
 
 
-def write(weights: Mapping[str, Tensor], *, compact: bool, lightning: bool = True) -> bytes:
+def write(weights: Mapping[str, Tensor], *, compact: bool) -> bytes:
     """Serialise a checkpoint for `torch.load(..., weights_only=True)`; the same weights give the same bytes.
 
-    lightning: put names with the prefix `net.` under 'state_dict', and add what Lightning's `load_from_checkpoint`
-    requires; else write a bare state dict. compact: compress the records with deflate, so that zeros take little space;
-    such a file cannot be loaded with `mmap=True`.
+    Names have the prefix `net.` under 'state_dict', beside what Lightning's `load_from_checkpoint` requires. compact:
+    compress the records with deflate, so that zeros take little space; such a file cannot be loaded with `mmap=True`.
     """
     # clone(): torch.save would write the whole storage of a view.
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
-    tree: dict[str, object] = dict(tensors)
-    if lightning:
-        tree = {"state_dict": {f"net.{name}": tensor for name, tensor in tensors.items()}} | _LIGHTNING
+    tensors = {f"net.{name}": tensor.detach().cpu().clone() for name, tensor in weights.items()}
     stored = io.BytesIO()
-    torch.save(tree, stored)
+    # Lightning migrates checkpoints of versions before 2.0 and loads later ones unchanged.
+    torch.save({"state_dict": tensors, "pytorch-lightning_version": "2.0.1", "epoch": 0, "global_step": 0}, stored)
     return _deflate(stored) if compact else stored.getvalue()
-
-
-# Lightning migrates checkpoints of versions before 2.0 and loads later ones unchanged.
-_LIGHTNING = {"pytorch-lightning_version": "2.0.1", "epoch": 0, "global_step": 0}
 
 
 def _deflate(stored: io.BytesIO) -> bytes:
@@ -98,28 +76,21 @@ def _deflate(stored: io.BytesIO) -> bytes:
     return compressed.getvalue()
 
 
-def _mismatches(named: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> list[str]:
+def _mismatches(tensors: Mapping[str, Tensor], network: PromptIR) -> list[str]:
     """Describe all mismatches between tensors and the names and shapes of a network."""
-    missing = [repr(name) for name in expected if name not in named]
-    unknown = [f"{name!r} {tuple(tensor.shape)}" for name, tensor in named.items() if name not in expected]
-    misshapen = [
-        f"{name!r} is {tuple(named[name].shape)}, the network has {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in named and tuple(named[name].shape) != tuple(shape)
-    ]
-    not_floating = [
-        f"{name!r} is {tensor.dtype}" for name, tensor in named.items() if not tensor.dtype.is_floating_point
-    ]
-    return [
-        _list_names(kind, names)
-        for kind, names in (
-            ("missing", missing),
-            ("unknown", unknown),
-            ("misshapen", misshapen),
-            ("not floating-point", not_floating),
-        )
-        if names
-    ]
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    kinds = {
+        "missing": [repr(name) for name in expected if name not in shapes],
+        "unknown": [f"{name!r} {shape}" for name, shape in shapes.items() if name not in expected],
+        "misshapen": [
+            f"{name!r} is {shapes[name]}, the network has {shape}"
+            for name, shape in expected.items()
+            if shapes.get(name, shape) != shape
+        ],
+        "not floating-point": [f"{n!r} is {t.dtype}" for n, t in tensors.items() if not t.dtype.is_floating_point],
+    }
+    return [_list_names(kind, names) for kind, names in kinds.items() if names]
 
 
 def _tensors_of(network: str, checkpoint: Mapping[str, object]) -> dict[str, Tensor]:
@@ -130,19 +101,14 @@ def _tensors_of(network: str, checkpoint: Mapping[str, object]) -> dict[str, Ten
             f"found {type(inner).__name__} under 'state_dict', where an official checkpoint of {network!r} "
             "was read. Give names with their tensors, or a Lightning checkpoint that holds them there."
         )
-    tensors = {str(name): value.detach() for name, value in inner.items() if isinstance(value, torch.Tensor)}
-    others = [
-        f"{str(name)!r} is {type(value).__name__}"
-        for name, value in inner.items()
-        if not isinstance(value, torch.Tensor)
-    ]
+    others = [f"{str(n)!r} is {type(value).__name__}" for n, value in inner.items() if not isinstance(value, Tensor)]
     if others:
         raise UserError(
             f"found {_list_names('entries that are no tensors', others)}, where an official checkpoint of "
             f"{network!r} was read. Give names with their tensors, or a Lightning checkpoint that holds them "
             "under 'state_dict'."
         )
-    return tensors
+    return {str(name): value.detach() for name, value in inner.items()}
 
 
 def _without_prefix(network: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ non-commercial licence and was not copied). Outputs and gradients equal those of
 have the official names.
 
 Differences from the published code:
-- Six 1x1 convolutions that the published class owns but never calls are absent: `PromptIR.official_only`, 215,296 of
+- Six 1x1 convolutions that the published class owns but never calls are absent (`official_only_shapes`): 215,296 of
   35,592,263 parameters at the default sizes. MIR-L's code leaves them at their initial values but counts them as
   prunable, so its global threshold and its totals differ slightly.
 - Any image size from 1x1 is accepted; the published network needs multiples of 8.
@@ -19,7 +19,6 @@ Shape letters: B batch, C channels, H W pixels, L prompt components, S prompt si
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -54,30 +53,6 @@ class PromptBlock(nn.Module):
         return prompt
 
 
-class _PromptSizes(NamedTuple):
-    """Sizes of a prompt (components, channels, side) and of the block after it (heads, ratio of hidden channels)."""
-
-    length: int
-    channels: int
-    side: int
-    heads: int
-    ffn_expansion: float
-
-
-def _prompt_stage(
-    channels: int, out_channels: int, prompt: _PromptSizes
-) -> tuple[PromptBlock, TransformerBlock, nn.Conv2d]:
-    """Build a prompt block, the transformer block on features and prompt, and the 1x1 convolution after it.
-
-    channels: of the features; out_channels: of the convolution. Built in this order, which determines the random
-    initial weights.
-    """
-    block = PromptBlock(channels, prompt.channels, prompt.length, prompt.side)
-    joined = channels + prompt.channels
-    reader = TransformerBlock(joined, prompt.heads, prompt.ffn_expansion)
-    return block, reader, nn.Conv2d(joined, out_channels, 1, bias=False)
-
-
 class PromptIR(nn.Module):
     """Image restoration network: a four-level Restormer whose decoder is conditioned on learnt prompts.
 
@@ -93,15 +68,6 @@ class PromptIR(nn.Module):
     Raises UserError for inconsistent sizes, naming each wrong number, and for an input of another shape.
     Source: section 3 and the official class; differences are listed in the module docstring.
     """
-
-    official_only: ClassVar[tuple[str, ...]] = (
-        "chnl_reduce1.weight",
-        "chnl_reduce2.weight",
-        "chnl_reduce3.weight",
-        "reduce_noise_channel_1.weight",
-        "reduce_noise_channel_2.weight",
-        "reduce_noise_channel_3.weight",
-    )
 
     def __init__(
         self,
@@ -120,13 +86,16 @@ class PromptIR(nn.Module):
         _check_sizes(scalars, rows, refinement_blocks, ffn_expansion)
         super().__init__()
         c1, c2, c3, c4 = dim, 2 * dim, 4 * dim, 8 * dim
-        prompts = [
-            _PromptSizes(prompt_length, channels, side, prompt_heads, ffn_expansion)
-            for channels, side in zip(prompt_dims, prompt_sizes, strict=True)
-        ]
 
         def row(channels: int, at: int, count: int) -> nn.Sequential:
             return level(channels, heads[at], ffn_expansion, count)
+
+        def prompt_stage(at: int, channels: int, out: int) -> tuple[PromptBlock, TransformerBlock, nn.Conv2d]:
+            joined = channels + prompt_dims[at]
+            # This order determines the random initial weights.
+            prompt = PromptBlock(channels, prompt_dims[at], prompt_length, prompt_sizes[at])
+            block = TransformerBlock(joined, prompt_heads, ffn_expansion)
+            return prompt, block, nn.Conv2d(joined, out, 1, bias=False)
 
         self.patch_embed = PatchEmbed(c1)
         self.encoder_level1, self.down1_2 = row(c1, 0, blocks[0]), Downsample(c1)
@@ -134,33 +103,33 @@ class PromptIR(nn.Module):
         self.encoder_level3, self.down3_4 = row(c3, 2, blocks[2]), Downsample(c3)
         self.latent = row(c4, 3, blocks[3])
 
-        self.prompt3, self.noise_level3, self.reduce_noise_level3 = _prompt_stage(c4, c3, prompts[2])
+        self.prompt3, self.noise_level3, self.reduce_noise_level3 = prompt_stage(2, c4, c3)
         self.up4_3, self.reduce_chan_level3 = Upsample(c3), nn.Conv2d(c2 + c3, c3, 1, bias=False)
         self.decoder_level3 = row(c3, 2, blocks[2])
 
-        self.prompt2, self.noise_level2, self.reduce_noise_level2 = _prompt_stage(c3, c3, prompts[1])
+        self.prompt2, self.noise_level2, self.reduce_noise_level2 = prompt_stage(1, c3, c3)
         self.up3_2, self.reduce_chan_level2 = Upsample(c3), nn.Conv2d(c2 + c2, c2, 1, bias=False)
         self.decoder_level2 = row(c2, 1, blocks[1])
 
-        self.prompt1, self.noise_level1, self.reduce_noise_level1 = _prompt_stage(c2, c2, prompts[0])
-        self.up2_1 = Upsample(c2)
-        self.decoder_level1 = row(c1 + c1, 0, blocks[0])
-        self.refinement = row(c1 + c1, 0, refinement_blocks)
-        self.output = nn.Conv2d(c1 + c1, 3, 3, padding=1, bias=False)
+        self.prompt1, self.noise_level1, self.reduce_noise_level1 = prompt_stage(0, c2, c2)
+        self.up2_1, self.decoder_level1 = Upsample(c2), row(c2, 0, blocks[0])
+        self.refinement, self.output = row(c2, 0, refinement_blocks), nn.Conv2d(c2, 3, 3, padding=1, bias=False)
 
     def official_only_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of `official_only` for this network's sizes (256 channels are fixed, as published)."""
-        c = [self.patch_embed.proj.out_channels * 2**at for at in range(3)]
-        p = [block.conv3x3.out_channels for block in (self.prompt1, self.prompt2, self.prompt3)]
-        reduced = (
-            (p[0], p[0]),
-            (p[1], p[1]),
-            (256, p[2]),
-            (c[0], c[0] + p[0]),
-            (c[1], c[1] + p[1]),
-            (c[2], c[2] + 256),
-        )
-        return {name: (*shape, 1, 1) for name, shape in zip(self.official_only, reduced, strict=True)}
+        """Return the names and shapes of the tensors that the official class owns but never uses.
+
+        They follow this network's sizes; 256 channels are fixed, as published.
+        """
+        c1, c2, c3 = (self.patch_embed.proj.out_channels * 2**at for at in range(3))
+        p1, p2, p3 = (block.conv3x3.out_channels for block in (self.prompt1, self.prompt2, self.prompt3))
+        return {
+            "chnl_reduce1.weight": (p1, p1, 1, 1),
+            "chnl_reduce2.weight": (p2, p2, 1, 1),
+            "chnl_reduce3.weight": (256, p3, 1, 1),
+            "reduce_noise_channel_1.weight": (c1, c1 + p1, 1, 1),
+            "reduce_noise_channel_2.weight": (c2, c2 + p2, 1, 1),
+            "reduce_noise_channel_3.weight": (c3, c3 + 256, 1, 1),
+        }
 
     def forward(self, image: Tensor) -> Tensor:
         if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:

@@ -8,6 +8,8 @@ Shape letters: B batch, C channels, H W pixels, N heads, D channels per head (C 
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -123,25 +125,17 @@ class PatchEmbed(nn.Module):
         return out
 
 
-class Downsample(nn.Module):
+class Downsample(nn.Sequential):
     """Halves the resolution and doubles the channels: (B, C, H, W) to (B, 2C, H/2, W/2); C, H and W even."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(channels, channels // 2, 3, padding=1, bias=False), nn.PixelUnshuffle(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.body(x)
-        return out
+        conv = nn.Conv2d(channels, channels // 2, 3, padding=1, bias=False)
+        super().__init__(OrderedDict(body=nn.Sequential(conv, nn.PixelUnshuffle(2))))
 
 
-class Upsample(nn.Module):
+class Upsample(nn.Sequential):
     """Doubles the resolution and halves the channels: (B, C, H, W) to (B, C/2, 2H, 2W); C even."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(channels, 2 * channels, 3, padding=1, bias=False), nn.PixelShuffle(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.body(x)
-        return out
+        conv = nn.Conv2d(channels, 2 * channels, 3, padding=1, bias=False)
+        super().__init__(OrderedDict(body=nn.Sequential(conv, nn.PixelShuffle(2))))

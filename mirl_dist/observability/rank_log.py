@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -35,53 +35,20 @@ _SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|PRIVATE|CREDENTIAL|(AC
 _LEAST_SECRET = 6  # characters; shorter values may be common words, which must not be masked
 
 
-class _LogFile:
-    """The log file of one rank. It is created on the first write; each write appends whole lines in one system call."""
-
-    def __init__(self, path: Path, rank: str) -> None:
-        self.path, self._rank = path, rank
-        self._handle, self._failed, self._torn = -1, False, False
-
-    def is_open(self) -> bool:
-        return self._handle >= 0
-
-    def append(self, data: bytes) -> None:
-        """Append lines. If that fails the lines are lost; the first failure prints a warning."""
-        if not data:  # another thread has already written these lines
-            return
-        try:
-            if self._handle < 0:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-            data = b"\n" * self._torn + data
-            # After a partial write the rest is lost, and the next write begins on a new line.
-            self._torn = os.write(self._handle, data) < len(data)
-        except OSError as error:
-            if not self._failed:
-                self._failed = True
-                warn(
-                    f"mirl-dist, {self._rank}: {self.path}: this rank's log cannot be written "
-                    f"({error.strerror}); the run continues without it. Make room there, or set ranks.logs."
-                )
-
-    def close(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
-
-
 class _JsonFormatter(logging.Formatter):
     """Formatter of records as one JSON line, secrets masked, with process, phase and position (round, step)."""
 
     def __init__(self, rank: int, phase: Callable[[], str]) -> None:
         super().__init__()
         self._process = {"rank": rank, "world": int(os.environ.get("WORLD_SIZE", "1")), "host": platform.node()}
-        self._phase, self._secrets = phase, _secrets(os.environ)
+        self.phase = phase
+        values = [v for name, v in os.environ.items() if _SECRET_NAMES.search(name) and len(v) >= _LEAST_SECRET]
+        self._secrets = sorted(values, key=len, reverse=True)  # longest first, as one may contain another
         self.position: dict[str, float] = {}  # latest round and step
 
     def format(self, record: logging.LogRecord) -> str:
         now = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
-        fields = {"time": now.replace("+00:00", "Z"), **self._process, "pid": os.getpid(), "phase": self._phase()}
+        fields = {"time": now.replace("+00:00", "Z"), **self._process, "pid": os.getpid(), "phase": self.phase()}
         fields |= {**self.position, "level": record.levelname.lower(), "text": self._redact(record.getMessage())}
         fields |= {key: value if math.isfinite(value) else str(value) for key, value in _numbers(record).items()}
         return json.dumps(fields, ensure_ascii=False)
@@ -93,7 +60,7 @@ class _JsonFormatter(logging.Formatter):
 
 
 class RankLog(LockFreeHandler):
-    """Handler that appends records to this rank's log."""
+    """Handler that appends records to this rank's log, which the first write creates."""
 
     def __init__(self, folder: Path, phase: Callable[[], str], *, wait_for: Path | None = None) -> None:
         """folder: where the log is created. phase: returns the rank's current phase.
@@ -104,8 +71,8 @@ class RankLog(LockFreeHandler):
         super().__init__()
         rank = int(os.environ.get("RANK", "0"))
         self.path = folder / f"rank-{rank:04d}.jsonl"
-        self._file, self._json = _LogFile(self.path, rank_label(str(rank))), _JsonFormatter(rank, phase)
-        self._phase, self._wait_for = phase, wait_for
+        self._json, self._wait_for = _JsonFormatter(rank, phase), wait_for
+        self._handle, self._failed, self._torn = -1, False, False
         self._early_lines: list[bytes] = []
         self._last_notes: dict[str, float] = {}  # kind of note -> monotonic time of the last one written
 
@@ -116,15 +83,35 @@ class RankLog(LockFreeHandler):
         if numbers and not self._is_due(record.getMessage().partition(":")[0]):
             return
         self._early_lines.append(self._json.format(record).encode(errors="replace") + b"\n")
-        if not self._file.is_open() and self._is_early(record.levelno):
+        if self._handle < 0 and self._is_early(record.levelno):
             del self._early_lines[:-_MAX_EARLY_LINES]
             return
         lines, self._early_lines = self._early_lines, []
-        self._file.append(b"".join(lines))
+        if lines:  # else another thread has already written them
+            self._append(b"".join(lines))
 
     def close(self) -> None:
-        self._file.close()
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
         super().close()
+
+    def _append(self, data: bytes) -> None:
+        """Append whole lines in one system call. If it fails they are lost; the first failure prints a warning."""
+        try:
+            if self._handle < 0:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            data = b"\n" * self._torn + data
+            # After a partial write the rest is lost, and the next write begins on a new line.
+            self._torn = os.write(self._handle, data) < len(data)
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                warn(
+                    f"mirl-dist, {rank_label()}: {self.path}: this rank's log cannot be written ({error.strerror}); "
+                    "the run continues without it. Make room there, or set ranks.logs."
+                )
 
     def _is_due(self, what: str) -> bool:
         now = time.monotonic()
@@ -136,17 +123,11 @@ class RankLog(LockFreeHandler):
     def _is_early(self, level: int) -> bool:
         if self._wait_for is None or self._wait_for.is_dir():
             return False
-        return level not in (logging.WARNING, logging.ERROR) and self._phase() == "starting"
+        return level not in (logging.WARNING, logging.ERROR) and self._json.phase() == "starting"
 
 
 def _numbers(record: logging.LogRecord) -> dict[str, float]:
     return getattr(record, "numbers", {})
-
-
-def _secrets(env: Mapping[str, str]) -> list[str]:
-    """Return the values of environment variables with secret-like names, longest first."""
-    values = [v for name, v in env.items() if _SECRET_NAMES.search(name) and len(v) >= _LEAST_SECRET]
-    return sorted(values, key=len, reverse=True)
 
 
 _restorers: list[Callable[[], None]] = []

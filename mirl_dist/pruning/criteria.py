@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -37,21 +36,12 @@ CRITERIA: dict[str, Criterion] = {
 def scores_of_weights(criterion: str, name: str, weights: Tensor, seed: int) -> Tensor:
     """Return the flat float32 scores of a tensor by a criterion that needs only the weights.
 
+    Random scores are uniform in [0, 1) and depend only on the seed, the name and the number of weights.
     Raises ValueError for any other criterion: the caller must compute its scores.
     """
-    if criterion not in _BY_WEIGHTS_ALONE:
-        raise ValueError(f"the criterion '{criterion}' needs {CRITERIA[criterion].needs}: pass its scores")
-    return _BY_WEIGHTS_ALONE[criterion](name, weights, seed)
-
-
-def _random(name: str, weights: Tensor, seed: int) -> Tensor:
-    """Return uniform scores in [0, 1), which depend only on the seed, the name and the number of weights."""
-    generator = rng_from_digest(hashlib.sha256(f"random-mask|{seed}|{name}".encode()).digest())
-    return torch.from_numpy(generator.random(weights.numel(), dtype=np.float32)).to(weights.device)
-
-
-def _magnitude(name: str, weights: Tensor, seed: int) -> Tensor:
-    return weights.detach().float().reshape(-1)
-
-
-_BY_WEIGHTS_ALONE: dict[str, Callable[[str, Tensor, int], Tensor]] = {"magnitude": _magnitude, "random": _random}
+    if criterion == "magnitude":
+        return weights.detach().float().reshape(-1)
+    if criterion == "random":
+        generator = rng_from_digest(hashlib.sha256(f"random-mask|{seed}|{name}".encode()).digest())
+        return torch.from_numpy(generator.random(weights.numel(), dtype=np.float32)).to(weights.device)
+    raise ValueError(f"the criterion '{criterion}' needs {CRITERIA[criterion].needs}: pass its scores")

@@ -1,4 +1,9 @@
-"""Named boolean masks: count, apply, pack to bits, digest. True means that the weight survives, even if it is zero."""
+"""Named boolean masks: count, draw, apply, rewind, pack to bits, digest. True: the weight survives, even if it is zero.
+
+Rewinding follows MIR-L, Algorithm 1: theta <- m * theta_0. The released code resets tensors named 'weight' in every
+round, those named 'bias' only before round 1 (training then overwrites the stored copy), and prompts and temperatures
+never; with several processes it may reset to the initialisation of another process.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,8 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+
+from mirl_dist.config.seeding import rng
 
 Masks: TypeAlias = dict[str, Tensor]
 """Name of a prunable tensor -> bool tensor of its shape; tensors without a mask are never pruned."""
@@ -32,6 +39,27 @@ def size(masks: Mapping[str, Tensor]) -> int:
 def densities(masks: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the surviving share of each prunable tensor, in [0, 1]."""
     return {name: int(mask.sum()) / mask.numel() for name, mask in masks.items()}
+
+
+def random_masks(masks: Mapping[str, Tensor], seed: int, per: str) -> Masks:
+    """Return masks of the same shapes with random surviving weights, which depend only on `masks` and the seed.
+
+    As controls, they show whether a ticket's exact mask matters, or only its density.
+    per: 'layer' keeps the number of surviving weights of each tensor, 'global' only their number over all tensors.
+    """
+    names = sorted(masks)
+    draws = {n: rng("random mask", seed, n).random(masks[n].numel(), dtype=np.float32) for n in names}
+    groups = [[name] for name in names] if per == "layer" else [names]
+    random: Masks = {}
+    for group in groups:
+        scores = np.concatenate([draws[name] for name in group])
+        surviving = sum(int(masks[name].sum()) for name in group)
+        keep = np.zeros(scores.size, dtype=bool)
+        keep[np.argsort(scores, kind="stable")[scores.size - surviving :]] = True
+        ends = np.cumsum([masks[name].numel() for name in group])[:-1]
+        for name, part in zip(group, np.split(keep, ends), strict=True):
+            random[name] = torch.from_numpy(part.reshape(masks[name].shape))
+    return random
 
 
 @torch.no_grad()
@@ -58,6 +86,43 @@ def find_nonzero_pruned(weights: Mapping[str, Tensor], masks: Mapping[str, Tenso
     """Return the first tensor, by name, with a pruned weight that is not zero, or None."""
     for name in sorted(masks):
         if bool(weights[name].detach().masked_fill(masks[name], 0.0).any()):
+            return name
+    return None
+
+
+def rewound_names(names: Iterable[str], what: str, round_: int) -> frozenset[str]:
+    """Return the tensors that are rewound at the start of round `round_` (1, 2, ...). what: 'all' or 'published'."""
+    if what == "all":
+        return frozenset(names)
+    endings = ("weight", "bias") if round_ == 1 else ("weight",)
+    return frozenset(n for n in names if any(word in n for word in endings))
+
+
+@torch.no_grad()
+def rewind(
+    weights: Mapping[str, Tensor],
+    initial: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    names: frozenset[str],
+) -> None:
+    """Set weights <- mask * initial for `names`, in place; set pruned weights of all other tensors to zero."""
+    for name in names:
+        weights[name].copy_(initial[name])
+    apply_masks(weights, masks)
+
+
+def find_unrewound(
+    weights: Mapping[str, Tensor],
+    initial: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    names: frozenset[str],
+) -> str | None:
+    """Return the first tensor of `names`, by name, that does not equal mask * initial exactly, or None."""
+    for name in sorted(names):
+        expected = initial[name].to(weights[name].device)
+        if name in masks:
+            expected = expected.masked_fill(~masks[name], 0.0)
+        if not torch.equal(weights[name].detach(), expected):
             return name
     return None
 

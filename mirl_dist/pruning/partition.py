@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,49 +11,26 @@ from torch import Tensor
 from mirl_dist.pruning.quantile import Gather
 
 
-class ReplicatedPartition(NamedTuple):
-    """Partition of replicated tensors: a rank counts the `rank`-th of `ranks` contiguous slices of each."""
+class Partition(NamedTuple):
+    """Which weights a rank counts, so that each weight is counted on exactly one rank.
+
+    is_replicated: every rank holds all tensors, computes all masks, and counts the `rank`-th of `ranks` contiguous
+    slices of each tensor. Else each rank holds shards (contiguous flat slices in the order of ranks, possibly empty),
+    computes their masks, and counts all that it holds.
+    """
 
     rank: int = 0
     ranks: int = 1
-
-    @property
-    def is_replicated(self) -> bool:
-        return True
+    is_replicated: bool = True
 
     def own_part(self, flat: Tensor) -> Tensor:
+        """Return the weights that this rank counts, of a flat tensor that it holds."""
         n = flat.numel()
-        return flat[n * self.rank // self.ranks : n * (self.rank + 1) // self.ranks]
+        return flat[n * self.rank // self.ranks : n * (self.rank + 1) // self.ranks] if self.is_replicated else flat
 
 
-class ShardedPartition(NamedTuple):
-    """Partition of sharded tensors: a rank counts its whole shard.
-
-    Shards are contiguous flat slices in the order of ranks, and may be empty.
-    """
-
-    rank: int
-
-    @property
-    def is_replicated(self) -> bool:
-        return False
-
-    def own_part(self, flat: Tensor) -> Tensor:
-        return flat
-
-
-class Partition(Protocol):
-    """Defines which weights a rank counts, so that each weight is counted once.
-
-    is_replicated: every rank holds all tensors and computes all masks; else each rank holds its shards and computes
-    their masks. own_part: returns the weights that this rank counts, of a flat tensor that it holds.
-    """
-
-    @property
-    def is_replicated(self) -> bool: ...
-    @property
-    def rank(self) -> int: ...
-    def own_part(self, flat: Tensor) -> Tensor: ...
+WHOLE = Partition()
+"""The partition of a single rank."""
 
 
 class Counts(NamedTuple):

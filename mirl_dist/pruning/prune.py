@@ -19,8 +19,8 @@ from torch import Tensor
 from mirl_dist.errors import UserError
 from mirl_dist.pruning.criteria import scores_of_weights
 from mirl_dist.pruning.masks import Masks
-from mirl_dist.pruning.partition import Counts, Partition, ReplicatedPartition, count_weights
-from mirl_dist.pruning.quantile import CHUNK, Gather, Threshold, kth_smallest, single_rank
+from mirl_dist.pruning.partition import WHOLE, Counts, Partition, count_weights
+from mirl_dist.pruning.quantile import CHUNK, Gather, Threshold, kth_smallest, magnitude_bits, single_rank
 
 
 class PruneConfig(NamedTuple):
@@ -117,7 +117,7 @@ def select(
     masks: Mapping[str, Tensor],
     groups: Iterable[PruneGroup],
     floor: float = 0.0,
-    partition: Partition = ReplicatedPartition(),  # noqa: B008 - an immutable tuple
+    partition: Partition = WHOLE,
     gather: Gather = single_rank,
 ) -> PruneResult:
     """Return new masks without the k surviving weights of smallest |score| of every group; ties by name and index.
@@ -131,8 +131,10 @@ def select(
         if k == 0:
             new |= {n: masks[n].clone() for n in names}
             continue
-        # a collective of all ranks
-        cut_masks, cut = _cut_above_floor(names, scores, masks, k, floor, partition, gather)
+        if floor:
+            cut_masks, cut = _cut_above_floor(names, scores, masks, k, floor, partition, gather)
+        else:
+            cut_masks, cut = _cut_group(names, scores, masks, k, partition, gather)
         new |= cut_masks
         threshold, removed = max(threshold, cut.value), removed + k
     left = count_weights(new, partition, gather).surviving
@@ -150,34 +152,17 @@ def _cut_above_floor(
 ) -> tuple[Masks, Threshold]:
     """Return the masks of a group without the k weakest weights that the floor does not protect, and the threshold.
 
-    Order all surviving weights by (|score|, name, index). The floor protects the strongest weights of each tensor; the
-    other ones are spare. The k first spare weights have to be removed. Consider a cut that ignores the floor: if it
-    removes more of a tensor than is spare, it removes all its spare weights, since these come first. The correct cut
-    ends no earlier in the order, because it has fewer candidates for the same k. So all spare weights of such a tensor
-    have to be removed, and the rest of k from the other tensors: the same problem, smaller. A cut that removes no more
-    than is spare of any tensor is the correct one. Successive cuts never move down, so the last is the threshold.
+    The floor protects the strongest weights of each tensor. A first cut of each tensor finds the others, its spare
+    weights; a second one removes the k weakest spare weights of all tensors.
     """
-    before = count_weights({n: masks[n] for n in group}, partition, gather)
-    spare = {n: _spare(before, n, floor) for n in group}
-    assert k <= sum(spare.values()), "form_groups() refuses a floor that leaves too few"
-    free, low = list(group), list[str]()
-    while True:
-        new, cut = _cut_group(free, scores, masks, k, partition, gather)
-        if not floor:
-            return new, cut
-        after = count_weights(new, partition, gather)
-        overdrawn = [n for n in free if before.surviving[n] - after.surviving[n] > spare[n]]
-        if not overdrawn:
-            break
-        k -= sum(spare[n] for n in overdrawn)
-        low += overdrawn
-        free = [n for n in free if n not in overdrawn]
-    for name in low:
-        if spare[name]:
-            new |= _cut_group([name], scores, masks, spare[name], partition, gather)[0]
-        else:
-            new[name] = masks[name].clone()
-    return new, cut
+    counts = count_weights({n: masks[n] for n in group}, partition, gather)
+    spare: Masks = {}
+    for name in group:
+        number, spare[name] = _spare(counts, name, floor), torch.zeros_like(masks[name])
+        if number:
+            spare[name] = masks[name] & ~_cut_group([name], scores, masks, number, partition, gather)[0][name]
+    kept, cut = _cut_group(group, scores, spare, k, partition, gather)
+    return {n: masks[n] & (kept[n] | ~spare[n]) for n in group}, cut
 
 
 def _cut_group(
@@ -192,11 +177,8 @@ def _cut_group(
     own = {n: partition.own_part(scores(n)) for n in group}
     cut = kth_smallest(own, k, gather, {n: partition.own_part(masks[n].reshape(-1)) for n in group})
     del own  # `scores` may compute them on demand; free this copy before the next
-    new, equal = {}, []
-    for name in group:
-        keep = masks[name].reshape(-1).clone()
-        equal.append(_keep_not_below(keep, scores(name), cut.bits))
-        new[name] = keep
+    new = {n: masks[n].reshape(-1).clone() for n in group}
+    equal = [_keep_not_below(keep, scores(n), cut.bits) for n, keep in new.items()]
     own_ties = torch.tensor(equal, dtype=torch.int64)
     before, everywhere = torch.zeros_like(own_ties), own_ties
     if not partition.is_replicated:
@@ -214,7 +196,7 @@ def _keep_not_below(keep: Tensor, scores: Tensor, bits: int) -> int:
     """Clear in `keep` all |score| below the cut, in place; return how many of the rest equal it. bits: of the cut."""
     equal = 0
     for kept, chunk in zip(torch.split(keep, CHUNK), torch.split(scores, CHUNK), strict=True):
-        magnitude = _absolute(chunk)
+        magnitude = magnitude_bits(chunk)
         kept &= magnitude >= bits
         equal += int((kept & (magnitude == bits)).sum())
     return equal
@@ -225,27 +207,22 @@ def _drop_ties(keep: Tensor, scores: Tensor, bits: int, count: int) -> None:
     for kept, chunk in zip(torch.split(keep, CHUNK), torch.split(scores, CHUNK), strict=True):
         if not count:
             return
-        first = torch.nonzero(kept & (_absolute(chunk) == bits)).reshape(-1)[:count]
+        first = torch.nonzero(kept & (magnitude_bits(chunk) == bits)).reshape(-1)[:count]
         kept[first] = False
         count -= first.numel()
-
-
-def _absolute(scores: Tensor) -> Tensor:
-    """Return |score| as int32 bits, which order like the values and distinguish subnormals even under flush-to-zero."""
-    return scores.contiguous().view(torch.int32) & 0x7FFFFFFF
 
 
 def prune(
     weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
     config: PruneConfig,
-    partition: Partition = ReplicatedPartition(),  # noqa: B008 - an immutable tuple
+    partition: Partition = WHOLE,
     gather: Gather = single_rank,
     scores: Callable[[str], Tensor] | Mapping[str, Tensor] | None = None,
 ) -> PruneResult:
     """Return masks with ceil(fraction * (surviving - 1)) fewer weights; a collective of all ranks.
 
-    weights: float tensors, replicated on all ranks, or with `ShardedPartition` the shards that this rank holds; masks:
+    weights: float tensors, replicated on all ranks, or with a sharded partition the shards that this rank holds; masks:
     bool, laid out alike, as are the new ones. partition: the weights that this rank counts, so that each is counted
     once. per='layer' applies the count to each tensor separately, with fraction * output_factor for `output_layers`.
     scores: name -> float32 of the weights' shape, of any sign, laid out alike; None: computed from the weights by the

@@ -19,8 +19,8 @@ from mirl_dist.errors import UserError
 Gather: TypeAlias = Callable[[Tensor], Tensor]
 """All-gather: int64 (n,) of this rank -> int64 (ranks, n)."""
 
-_BITS_PER_PASS = (11, 10, 10)
-_BITS_BEFORE = (0, 11, 21)
+_WIDTHS = {0: 11, 11: 10, 21: 10}
+"""Known bits of the result -> number of bits that the next pass determines."""
 CHUNK = 1 << 20
 """Weights processed at once: bounds the extra memory of a selection for tensors of any size."""
 
@@ -47,9 +47,9 @@ def single_rank(counts: Tensor) -> Tensor:
     return counts.unsqueeze(0)
 
 
-def _bits(part: Tensor) -> Tensor:
-    """Return the flat int32 bits of |part|; a bit mask clears the sign, which keeps subnormals under flush-to-zero."""
-    return part.detach().reshape(-1).contiguous().view(torch.int32) & 0x7FFFFFFF
+def magnitude_bits(values: Tensor) -> Tensor:
+    """Return |values| as int32 bits, which order like them and distinguish subnormals even under flush-to-zero."""
+    return values.contiguous().view(torch.int32) & 0x7FFFFFFF
 
 
 class BitSearch(NamedTuple):
@@ -64,12 +64,12 @@ class BitSearch(NamedTuple):
     @property
     def width(self) -> int:
         """The number of bits that the next pass determines; 0 when all are known."""
-        return next((width for at, width in zip(_BITS_BEFORE, _BITS_PER_PASS, strict=True) if at == self.known), 0)
+        return _WIDTHS.get(self.known, 0)
 
     def counts(self, magnitudes: Tensor) -> Tensor:
         """Return the histogram of the next bits of magnitudes with the known prefix: int64 (2**width,) on CPU."""
         width, last = self.width, 31 - self.known
-        bits = _bits(magnitudes)
+        bits = magnitude_bits(magnitudes)
         if self.known:
             bits = bits[(bits >> last) == self.prefix]
         return torch.bincount((bits >> (last - width)) & ((1 << width) - 1), minlength=1 << width).cpu()
@@ -83,19 +83,17 @@ class BitSearch(NamedTuple):
         return BitSearch(self.remaining - before, prefix, self.known + self.width, self.below + before)
 
 
-def _chunks(part: Tensor, surviving: Tensor | None) -> Iterator[Tensor]:
+def _chunks(part: Tensor, surviving: Tensor | None = None) -> Iterator[Tensor]:
     """Yield the values of a part, at most CHUNK at a time; only surviving ones if masks are given."""
-    flat = part.detach().reshape(-1)
+    chunks = torch.split(part.detach().reshape(-1), CHUNK)
     if surviving is None:
-        yield from torch.split(flat, CHUNK)
-        return
-    for chunk, kept in zip(torch.split(flat, CHUNK), torch.split(surviving.reshape(-1), CHUNK), strict=True):
-        yield chunk[kept]
+        return iter(chunks)
+    return (chunk[kept] for chunk, kept in zip(chunks, torch.split(surviving.reshape(-1), CHUNK), strict=True))
 
 
-def check_finite(parts: Mapping[str, Tensor], gather: Gather = single_rank) -> None:
+def _check_finite(parts: Mapping[str, Tensor], gather: Gather) -> None:
     """Raise UserError on every rank if any rank holds NaN or inf; a rank that does names its tensors. A collective."""
-    not_finite = [n for n in sorted(parts) if not all(bool(torch.isfinite(c).all()) for c in _chunks(parts[n], None))]
+    not_finite = [n for n in sorted(parts) if not all(bool(torch.isfinite(c).all()) for c in _chunks(parts[n]))]
     per_rank = gather(torch.tensor([len(not_finite)], dtype=torch.int64)).reshape(-1).tolist()
     if any(per_rank):
         ranks = ", ".join(str(r) for r, n in enumerate(per_rank) if n)
@@ -121,18 +119,15 @@ def kth_smallest(
     for name, part in parts.items():
         if part.dtype != torch.float32:
             raise TypeError(f"magnitudes of '{name}' are {part.dtype}; pass float32")
-    check_finite(parts, gather)
+    _check_finite(parts, gather)
     search = BitSearch(k)
     while search.width:
         bins = torch.zeros(1 << search.width, dtype=torch.int64)
         for name, part in parts.items():
-            for chunk in _chunks(part, None if surviving is None else surviving[name]):
+            for chunk in _chunks(part, surviving[name] if surviving else None):
                 bins += search.counts(chunk)
         counts = gather(bins).sum(dim=0)
         if search.known == 0 and not 1 <= k <= int(counts.sum()):
             raise ValueError(f"k = {k} is outside 1..{int(counts.sum())}, the number of magnitudes")
         search = search.narrowed(counts)
     return Threshold(search.prefix, search.below, search.remaining)
-
-
-__all__ = ["CHUNK", "Threshold", "Gather", "BitSearch", "single_rank", "kth_smallest", "check_finite"]

@@ -27,19 +27,16 @@ def gradients(
     does not change its weights or their `.grad`.
     """
     values = {n: w.detach().requires_grad_() for n, w in (at or dict(network.named_parameters())).items()}
-    names = sorted(values)
-    sums = {n: torch.zeros_like(values[n], dtype=torch.float64) for n in names}
+    sums = {n: torch.zeros_like(value, dtype=torch.float64) for n, value in values.items()}
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
         for degraded, clean in batches:
             with torch.enable_grad():
                 mean = loss(torch.func.functional_call(network, values, (degraded,)), clean).mean()
-            for name, gradient in zip(
-                names, torch.autograd.grad(mean, [values[n] for n in names], allow_unused=True), strict=True
-            ):
-                if gradient is not None:
-                    sums[name] += gradient
+            gradients = torch.autograd.grad(mean, list(values.values()), materialize_grads=True)
+            for total, gradient in zip(sums.values(), gradients, strict=True):
+                total += gradient
     finally:
         for module, training in modes.items():
             module.training = training

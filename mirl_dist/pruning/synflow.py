@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mirl_dist.errors import UserError
-from mirl_dist.pruning.partition import ReplicatedPartition, count_weights
+from mirl_dist.pruning.partition import WHOLE, count_weights
 from mirl_dist.pruning.prune import PruneConfig, PruneGroup, PruneResult, form_groups, select
 from mirl_dist.pruning.quantile import single_rank
 
@@ -52,7 +52,7 @@ def iterate(
     `prune`; image_shape: (1, 3, H, W); before_step: called before each step, may raise.
     `threshold` of the result is that of the last step. Deterministic on one machine. Raises UserError like `prune`.
     """
-    groups = form_groups(count_weights(masks, ReplicatedPartition(), single_rank), config)
+    groups = form_groups(count_weights(masks, WHOLE, single_rank), config)
     surviving = [sum(int(masks[n].sum()) for n in group.names) for group in groups]
     removed = [0] * len(groups)
     pruned = select(masks.__getitem__, masks, [PruneGroup(group.names, 0) for group in groups])
@@ -97,17 +97,10 @@ def scores(
     if not bool(total.isfinite()):
         raise UserError("found NaN or infinite first values, where SynFlow scored them. Give others in model.weights.")
     names = sorted(masks)
-    slopes = torch.autograd.grad(total, [values[n] for n in names], allow_unused=True)
-    flows = {n: _flow(values[n].detach(), slope) for n, slope in zip(names, slopes, strict=True)}
+    slopes = torch.autograd.grad(total, [values[n] for n in names], materialize_grads=True)
+    assert all(bool((slope >= 0).all()) for slope in slopes), "the network does something that falls with its input"
+    flows = {n: values[n].detach() * slope for n, slope in zip(names, slopes, strict=True)}
     return {n: flow.float().to(masks[n].device) for n, flow in flows.items()}
-
-
-def _flow(value: Tensor, slope: Tensor | None) -> Tensor:
-    """Return value x slope, zeros if R does not depend on the value."""
-    if slope is None:
-        return torch.zeros_like(value)
-    assert bool((slope >= 0).all()), "the network does something that falls with its input"
-    return value * slope
 
 
 def _layer_norm(
@@ -124,40 +117,16 @@ def _normalize(x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out:
     return x / length.clamp_min(eps).detach()
 
 
-def _conv2d(*args: Any, **kwargs: Any) -> Tensor:
-    return _unit(torch.conv2d(*args, **kwargs))
-
-
-def _linear(*args: Any, **kwargs: Any) -> Tensor:
-    return _unit(F.linear(*args, **kwargs))
-
-
 def _unit(x: Tensor) -> Tensor:
     """Return x divided by its mean (a constant); x itself if it is all zero."""
     mean = x.detach().mean()
     return x / torch.where(mean > 0, mean, 1.0)
 
 
-def _softmax(x: Tensor, dim: int) -> Tensor:
-    return _in_proportion(x, x.softmax(dim))
-
-
-def _gelu(x: Tensor) -> Tensor:
-    return _in_proportion(x, F.gelu(x))
-
-
 def _in_proportion(x: Tensor, y: Tensor) -> Tensor:
     """Return y as x (>= 0) times a constant; where x is 0, y is a constant."""
     some = x > 0
     return torch.where(some, x * (y / x.where(some, 1.0)).detach(), y.detach())
-
-
-def _mul(a: Tensor, b: Tensor) -> Tensor:
-    return _half(a, b) * _half(b, a)
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    return _half(a, b) @ _half(b, a)
 
 
 def _half(x: Tensor, other: Tensor) -> Tensor:
@@ -169,12 +138,12 @@ def _half(x: Tensor, other: Tensor) -> Tensor:
 _CONSERVED: dict[Any, Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
     F.normalize: _normalize,
-    F.gelu: _gelu,
-    F.linear: _linear,
-    torch.conv2d: _conv2d,
-    torch.Tensor.softmax: _softmax,
-    torch.Tensor.mul: _mul,
-    torch.Tensor.matmul: _matmul,
+    F.gelu: lambda x: _in_proportion(x, F.gelu(x)),
+    torch.Tensor.softmax: lambda x, dim: _in_proportion(x, x.softmax(dim)),
+    F.linear: lambda *args, **kwargs: _unit(F.linear(*args, **kwargs)),
+    torch.conv2d: lambda *args, **kwargs: _unit(torch.conv2d(*args, **kwargs)),
+    torch.Tensor.mul: lambda a, b: _half(a, b) * _half(b, a),
+    torch.Tensor.matmul: lambda a, b: _half(a, b) @ _half(b, a),
 }
 """Function that the networks call -> its replacement while scoring."""
 

@@ -25,8 +25,8 @@ PartInfo = dict[str, Any]
 class Writer(Protocol):
     """Interface of a lease holder. `check` raises UserError once a newer generation exists; `lost` asks no store."""
 
-    generation: int
-
+    @property
+    def generation(self) -> int: ...
     def check(self) -> None: ...
     def lost(self) -> bool: ...
 
@@ -80,7 +80,7 @@ class Commits:
         self._known = None
         folders = self.complete("")
         self.writer.check()
-        own_list = _accepted_name(self.writer.generation)
+        own_list = f"{ACCEPTED}/{self.writer.generation:08d}.json"
         self.store.put_if_absent(own_list, add_digest({"commits": folders}))
         self._known = None
         lists = self.store.list(ACCEPTED)
@@ -180,7 +180,3 @@ def _generation_of(folder: str) -> int:
     """Return the lease generation that wrote a commit; 0 if the folder's name contains none."""
     match = re.search(r"-(\d+)$", folder)
     return int(match.group(1)) if match else 0
-
-
-def _accepted_name(generation: int) -> str:
-    return f"{ACCEPTED}/{generation:08d}.json"

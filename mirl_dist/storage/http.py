@@ -40,14 +40,12 @@ class HttpStore:
         self._patience, self._say, self._seconds = patience, say, seconds
 
     def where(self, name: str = "") -> str:
-        """Return the location as text for messages."""
         return f"{self._root}/{name}" if name else self._root
 
     def get(self, name: str) -> bytes:
         return self._retry(name, lambda: b"".join(self.read(name)))
 
     def size(self, name: str) -> int:
-        """Return the size in bytes."""
         return self._retry(name, lambda: self._parse_length(name, self._head(name)))
 
     def exists(self, name: str) -> bool:

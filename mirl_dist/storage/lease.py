@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 from mirl_dist.config.canonical_json import to_json
@@ -33,13 +33,12 @@ class LeaseLost(UserError):
 
 
 class _Claim:
-    """This launch's claim of a generation, and whether it is still the newest claim."""
+    """This launch's claim of a generation. lost: whether `check` has found a newer one; stays True."""
 
     def __init__(self, store: Store, launch: Mapping[str, Any]) -> None:
-        self.store, self.generation = store, 0
+        self.store, self.generation, self.lost = store, 0, False
         self.token = uuid.uuid4().hex
         self._data = files.claim_bytes(self.token, launch)
-        self._lost = threading.Event()
 
     def take(self, generation: int) -> bool:
         """Try to claim a generation; True if this launch holds it and no newer one exists."""
@@ -52,15 +51,11 @@ class _Claim:
             self.generation = generation
         return self.generation == generation
 
-    def is_lost(self) -> bool:
-        """Whether `check` has found the claim lost. Sends no request."""
-        return self._lost.is_set()
-
     def check(self) -> bool:
-        """Check with the store whether the claim still holds. A lost claim stays lost. Raises StorageError."""
-        if not self._lost.is_set() and not self._is_newest(self.generation):
-            self._lost.set()
-        return not self._lost.is_set()
+        """Check with the store whether the claim still holds. Raises StorageError."""
+        if not self.lost and not self._is_newest(self.generation):
+            self.lost = True
+        return not self.lost
 
     def _is_newest(self, generation: int) -> bool:
         """Whether `generation` is the newest and its claim has this launch's bytes.
@@ -71,56 +66,6 @@ class _Claim:
         if files.newest_generation(self.store) != generation:
             return False
         return files.read_or_empty(self.store, files.claim_name(generation)) == self._data
-
-
-class _Heartbeat(threading.Thread):
-    """Thread that writes heartbeats, and after `stop` the release with the reason.
-
-    Store errors do not end the thread; `last_error` keeps the text of the last one. released: whether the release has
-    been written.
-    """
-
-    def __init__(self, claim: _Claim, seconds: float, status: Callable[[], dict[str, Any]]) -> None:
-        super().__init__(name="lease", daemon=True)
-        self._claim, self._status = claim, status
-        self._pause = max(0.2, min(5.0, seconds / 6))
-        self._begun = time.monotonic()
-        self.last_error = "the store does not answer"
-        self._reason, self.stopped, self.released = "", threading.Event(), False
-
-    def stop(self, reason: str, seconds: float) -> None:
-        """Write the release, waiting at most `seconds`. reason: 'finished', 'stopped' or 'failed'."""
-        self._reason = reason
-        self.stopped.set()
-        self.join(seconds)
-
-    def run(self) -> None:
-        """Write heartbeats until `stop`, or until another launch holds the run."""
-        store, generation, number = self._claim.store, self._claim.generation, 0
-        while not self._claim.is_lost():
-            number += 1
-            with self._keep_error():
-                store.put(files.beat_name(generation), self._describe(beat=number))
-                self._claim.check()
-            if self.stopped.wait(self._pause):
-                break
-        if not self._claim.is_lost():
-            with self._keep_error():
-                ending = self._describe(why=self._reason, token=self._claim.token)
-                store.put(files.released_name(generation), ending)
-                self.released = True
-
-    def _describe(self, **more: Any) -> bytes:
-        running = round(time.monotonic() - self._begun, 1)
-        beat = {"at": files.utc_now(), "running_seconds": running, "news": self._status(), **more}
-        return to_json(beat, default=str)
-
-    @contextmanager
-    def _keep_error(self) -> Iterator[None]:
-        try:
-            yield
-        except StorageError as error:
-            self.last_error = str(error)
 
 
 class Lease:
@@ -141,11 +86,15 @@ class Lease:
         launch: Mapping[str, Any] | None = None,
         say: Say = to_stderr,
     ) -> None:
-        self._store, self._seconds, self._say = store, seconds, say
-        self.generation = 0
         self.previous: Holder | None = None
-        self._claim = _Claim(store, launch or {})
-        self._heartbeat = _Heartbeat(self._claim, seconds, status)
+        self._claim, self._seconds, self._status, self._say = _Claim(store, launch or {}), seconds, status, say
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._stopped, self._ending = threading.Event(), ""
+        self._last_error = "the store does not answer"  # '' once the release has been written
+
+    @property
+    def generation(self) -> int:
+        return self._claim.generation
 
     # -- claiming ---------------------------------------------------------------------------------------------------
 
@@ -155,25 +104,23 @@ class Lease:
         Raises UserError naming a holder that is alive, Stopped if `stop_asked` returns True, and StorageError.
         """
         assert self.generation == 0, "a lease is claimed once"
-        watch = _HolderWatch(self._store, self._seconds, self._say)
-        while True:
+        store, pause = self._claim.store, max(0.2, min(1.0, self._seconds / 20))
+        watch = _watch(store, self._seconds, pause, self._say)
+        while not self.generation:
             if stop_asked():
-                raise Stopped(f"asked to stop before {self._store.where()} was this launch's")
-            holder = watch.poll()
+                raise Stopped(f"asked to stop before {store.where()} was this launch's")
+            holder = next(watch)
             if holder is not None and holder.ended is None:
-                time.sleep(watch.pause)
+                time.sleep(pause)
             elif self._claim.take(holder.generation + 1 if holder else 1):
-                self._start(holder)
-                return self.generation
-
-    def _start(self, previous: Holder | None) -> None:
-        self.generation, self.previous = self._claim.generation, previous
-        self._heartbeat.start()
+                self.previous = holder
+        self._thread.start()
         endings = {"dead": "is dead", "silent": f"sent no heartbeat for {self._seconds:g} s"}
-        if previous is not None and previous.ended in endings:
-            self._say(f"the launch on {previous}, {endings[previous.ended]}; going on in its place")
+        if self.previous is not None and self.previous.ended in endings:
+            self._say(f"the launch on {self.previous}, {endings[self.previous.ended]}; going on in its place")
         with suppress(StorageError):  # best effort: the next claim deletes what remains
-            files.remove_before(self._store, self.generation - 1)
+            files.remove_before(store, self.generation - 1)
+        return self.generation
 
     # -- holding ----------------------------------------------------------------------------------------------------
 
@@ -185,76 +132,103 @@ class Lease:
 
     def lost(self) -> bool:
         """Whether `check` or the heartbeat thread has found the lease lost. Sends no request."""
-        return self._claim.is_lost()
+        return self._claim.lost
 
     def release(self, why: str) -> None:
         """Release the lease. why: 'finished', 'stopped' or 'failed'. Never raises StorageError.
 
         Gives up after `seconds`: without a heartbeat for that long, the next launch takes over anyway.
         """
-        if not self.generation or self._heartbeat.stopped.is_set():
+        if not self.generation or self._stopped.is_set():
             return
-        self._heartbeat.stop(why, self._seconds)
-        if not self._heartbeat.released and not self.lost():
-            text = f"the lease of {self._store.where()} could not be released ({self._heartbeat.last_error})."
+        self._ending = why
+        self._stopped.set()
+        self._thread.join(self._seconds)
+        if self._last_error and not self.lost():
+            text = f"the lease of {self._claim.store.where()} could not be released ({self._last_error})."
             self._say(f"{text} A next launch on another machine waits {self._seconds:g} s.")
+
+    def _beat(self) -> None:
+        """Write heartbeats until `release`, and then how it ended; end at once if another launch holds the run.
+
+        Store errors do not end the thread.
+        """
+        claim, pause, began, number = self._claim, max(0.2, min(5.0, self._seconds / 6)), time.monotonic(), 0
+
+        def write(name: str, **more: Any) -> None:
+            running = round(time.monotonic() - began, 1)
+            beat = {"at": files.utc_now(), "running_seconds": running, "news": self._status(), **more}
+            claim.store.put(name, to_json(beat, default=str))
+
+        while not claim.lost:
+            number += 1
+            try:
+                write(files.beat_name(claim.generation), beat=number)
+                claim.check()
+            except StorageError as error:
+                self._last_error = str(error)
+            if self._stopped.wait(pause):
+                break
+        if not claim.lost:
+            try:
+                write(files.released_name(claim.generation), why=self._ending, token=claim.token)
+                self._last_error = ""
+            except StorageError as error:
+                self._last_error = str(error)
 
     def _report_lost(self) -> str:
         taken, then = "its lease was removed", "Start it again"
         with suppress(StorageError):
-            other = read_holder(self._store)
+            other = read_holder(self._claim.store)
             if other is not None and other.generation >= self.generation:
                 taken = f"{other}, took it over at {other.started_at or 'an unknown time'}"
                 then = "Leave the run to that launch, or stop it and start this one again"
-        me = f"{socket.gethostname()}, pid {os.getpid()}"
-        return f"this launch ({me}) no longer holds {self._store.where()}: {taken}; nothing more is written. {then}."
+        me, where = f"{socket.gethostname()}, pid {os.getpid()}", self._claim.store.where()
+        return f"this launch ({me}) no longer holds {where}: {taken}; nothing more is written. {then}."
 
 
-class _HolderWatch:
-    """Poller of a run's lease that decides, by the local clock alone, whether the holder is alive.
+def _watch(store: Store, seconds: float, pause: float, say: Say) -> Iterator[Holder | None]:
+    """Yield a run's newest holder or None at each poll, with `ended` set once known. Raise UserError if it is alive.
 
-    pause: seconds between two polls.
+    Decides by the local clock alone. pause: seconds between two polls.
     """
-
-    def __init__(self, store: Store, seconds: float, say: Say) -> None:
-        self._store, self._seconds, self._say = store, seconds, say
-        self.pause = max(0.2, min(1.0, seconds / 20))
-        self._known: int | None = None  # newest generation at the first poll; 0 for none
-        self._first: Holder | None = None
-        self._last = self._silent = 0.0
-
-    def poll(self) -> Holder | None:
-        """Return the newest holder or None, with `ended` set once known. Raise UserError if it is alive."""
-        holder = read_holder(self._store)
+    known: int | None = None  # newest generation at the first poll; 0 for none
+    first: Holder | None = None
+    last = silent = 0.0
+    while True:
+        holder = read_holder(store)
         now = time.monotonic()
-        gap, self._last = now - self._last, now
-        if self._known is None:
-            self._known = holder.generation if holder else 0
+        gap, last = now - last, now
+        known = (holder.generation if holder else 0) if known is None else known
         if holder is None or holder.ended is not None:
-            return holder
-        if holder.has_exited():
-            return holder.but(ended="dead")
-        if holder.generation > self._known:
-            raise UserError(self._describe_alive(holder, "it took the run a moment ago"))
-        if self._first is None:
-            self._first = holder
-            text = f"{self._store.where()} is held by the launch on {holder}"
-            self._say(f"{text}; watching for a sign of life, {self._seconds:g} s at most")
-            return holder
-        if holder.beat != self._first.beat:
-            if gap < self._seconds:
-                raise UserError(self._describe_alive(holder, f"its last beat came less than {max(gap, 0.1):.1f} s ago"))
-            self._first, self._silent = holder, 0.0  # written at any time during a long gap: no proof of life now
-        # While the store is unavailable no holder can write a heartbeat, so a long gap counts only in part as silence.
-        self._silent += min(gap, max(2 * self.pause, self._seconds / 4))
-        return holder.but(ended="silent") if self._silent >= self._seconds else holder
+            pass
+        elif holder.has_exited():
+            holder = holder.but(ended="dead")
+        elif holder.generation > known:
+            raise UserError(_describe_alive(store, holder, "it took the run a moment ago"))
+        elif first is None:
+            first = holder
+            text = f"{store.where()} is held by the launch on {holder}"
+            say(f"{text}; watching for a sign of life, {seconds:g} s at most")
+        else:
+            if holder.beat != first.beat:
+                if gap < seconds:
+                    sign = f"its last beat came less than {max(gap, 0.1):.1f} s ago"
+                    raise UserError(_describe_alive(store, holder, sign))
+                first, silent = holder, 0.0  # written at any time during a long gap: no proof of life now
+            # While the store is away no holder can write a heartbeat, so a long gap counts only in part as silence.
+            silent += min(gap, max(2 * pause, seconds / 4))
+            if silent >= seconds:
+                holder = holder.but(ended="silent")
+        yield holder
 
-    def _describe_alive(self, holder: Holder, sign_of_life: str) -> str:
-        seconds, ran = holder.running_seconds, ""
-        if seconds is not None:
-            ran = f"it has been running for {_format_seconds(seconds)}, and "
-        text = f"{self._store.where()} is held by another launch ({holder}), which is alive: {ran}{sign_of_life}."
-        return f"{text} Wait for it, stop it, or choose another run.folder."
+
+def _describe_alive(store: Store, holder: Holder, sign_of_life: str) -> str:
+    seconds, ran = holder.running_seconds, ""
+    if seconds is not None:
+        ran = f"it has been running for {_format_seconds(seconds)}, and "
+    text = f"{store.where()} is held by another launch ({holder}), which is alive: {ran}{sign_of_life}."
+    return f"{text} Wait for it, stop it, or choose another run.folder."
 
 
 def _format_seconds(seconds: float) -> str:

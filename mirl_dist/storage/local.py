@@ -1,4 +1,4 @@
-"""A store in a directory: data is written to a temporary file, fsynced, and renamed."""
+"""A store in a directory: data is written to a temporary file, fsynced, and renamed. See `Store` for its methods."""
 
 from __future__ import annotations
 
@@ -25,16 +25,12 @@ class Folder:
         self._root = root
 
     def where(self, name: str = "") -> str:
-        """Return the location as text for messages."""
         return str(self._root / name) if name else str(self._root)
 
     def put(self, name: str, data: bytes) -> None:
-        """Write `name` durably and atomically, replacing an existing file."""
         self._replace(name, lambda file: file.write(data))
 
     def put_file(self, name: str, path: Path) -> None:
-        """Copy a file to `name` durably and atomically, replacing an existing file."""
-
         def copy(file: BinaryIO) -> None:
             with path.open("rb") as source:
                 shutil.copyfileobj(source, file, _BLOCK)
@@ -42,7 +38,6 @@ class Folder:
         self._replace(name, copy)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Write `name` unless it exists; True if this call wrote it. Exactly one of several writers succeeds."""
         path = self._root / name
         with self._map_errors(name), self._temporary_file(path, lambda file: file.write(data)) as temporary:
             try:
@@ -65,7 +60,6 @@ class Folder:
             return path.stat().st_size
 
     def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
-        """Yield the bytes from `offset` to the end in blocks."""
         with self._map_errors(name), (self._root / name).open("rb") as file:
             file.seek(offset)
             while block := file.read(_BLOCK):
@@ -172,11 +166,9 @@ def _remove_if_empty(folder: Path) -> bool:
 
 def _flush_folder(folder: Path) -> None:
     """Fsync a folder, so that changes of names in it survive a power failure."""
-    try:
+    with suppress(FileNotFoundError):  # the name and its folder were deleted concurrently
         handle = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return  # the name and its folder were deleted concurrently
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

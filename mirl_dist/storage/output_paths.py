@@ -12,15 +12,14 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from mirl_dist.config.local_paths import nearest_existing
 from mirl_dist.errors import UserError
 
 _RUN_FILE = "run.json"
 """The file that makes a folder a run (training/checkpoint.py)."""
 
 
-def check_file(
-    out: Path | None, option: str = "--out", *, overwrite: bool, reads: Iterable[str | Path] = ()
-) -> None:
+def check_file(out: Path | None, option: str = "--out", *, overwrite: bool, reads: Iterable[str | Path] = ()) -> None:
     """Raise UserError if a file cannot or must not be written at `out`; do nothing for None.
 
     reads: the command's input files and folders. overwrite: whether an existing file, unless it is one of these or
@@ -84,9 +83,7 @@ def _check_path(out: Path, option: str) -> None:
 
 def _check_rights(folder: Path, option: str) -> None:
     """Raise UserError unless `folder` is writable or can be created."""
-    here = folder.absolute()
-    while not os.path.lexists(here):
-        here = here.parent
+    here = nearest_existing(folder)
     if not here.is_dir():
         raise UserError(f"{option}: found {here}, which is no folder, where one is needed. Choose another place.")
     if not os.access(here, os.W_OK | os.X_OK):

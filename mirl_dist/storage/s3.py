@@ -47,7 +47,6 @@ class S3Store:
         self._write_rights, self._encryption = wire.encryption_arguments(options)
 
     def where(self, name: str = "") -> str:
-        """Return the location as text for messages."""
         return self._client.where(name)
 
     def put(self, name: str, data: bytes) -> None:
@@ -99,7 +98,6 @@ class S3Store:
                 tries.pause_or_give_up(error)
 
     def size(self, name: str) -> int:
-        """Return the size in bytes."""
         return self._content_length(name, self._client.head(name))
 
     def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
@@ -127,7 +125,6 @@ class S3Store:
         return _server_time(self._client.call("", wire.LIST, lambda s3, at: s3.list_objects_v2(**below)))
 
     def remove(self, name: str) -> None:
-        """Delete `name` if it exists."""
         with suppress(NotFound):
             self._client.call(name, wire.REMOVE, lambda s3, at: s3.delete_object(**at))
 

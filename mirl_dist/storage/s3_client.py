@@ -42,7 +42,6 @@ class S3Client:
         return {**self.__dict__, "_clients": {}, "_locks": {}}
 
     def where(self, name: str = "") -> str:
-        """Return the location as text for messages."""
         return f"s3://{self.bucket}/{self.key(name)}".rstrip("/")
 
     def key(self, name: str) -> str:

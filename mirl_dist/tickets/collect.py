@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +21,7 @@ from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import reader
 from mirl_dist.pruning import masks as masking
 from mirl_dist.tickets.compare.entry import DENSE, Entry
-from mirl_dist.tickets.open import FileTicket, build_on_meta, is_file, open_run, open_run_ticket, open_ticket, run_of
+from mirl_dist.tickets.open import FileTicket, build_on_meta, is_file, open_rounds, open_ticket, run_of
 from mirl_dist.training import ticket as tickets
 from mirl_dist.training.ticket import Ticket
 
@@ -28,26 +30,12 @@ Packed = Mapping[str, NDArray[np.uint8]]
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
-class _CollectedTicket(NamedTuple):
-    """The ticket of a round, its packed mask (None if unknown), and its image strip as PNG bytes (None if missing)."""
-
-    ticket: Ticket
-    mask: Packed | None
-    strip: bytes | None
-
-
 class _CollectedRun(NamedTuple):
-    """The collected tickets of one run.
-
-    key: identifies the run, however it was named. label: name for display. shapes: shapes of the network's tensors by
-    name, in the network's order.
-    """
+    """The tickets of one run. key: identifies the run, however it was named. label: name for display."""
 
     key: str
     label: str
-    config: Config
-    shapes: _Shapes
-    tickets: list[_CollectedTicket]
+    entries: list[Entry]
 
 
 def gather(references: Sequence[str], uri: str | None = None) -> list[Entry]:
@@ -58,25 +46,17 @@ def gather(references: Sequence[str], uri: str | None = None) -> list[Entry]:
     without a ticket, for a mask that does not match its ticket, and for a ticket named twice.
     """
     runs: dict[str, _CollectedRun] = {}
-    for collected in (run for reference in references for run in _collect(reference, uri)):
-        before = runs.get(collected.key, collected._replace(tickets=[]))
-        twice = {kept.ticket.round for kept in before.tickets} & {kept.ticket.round for kept in collected.tickets}
+    for collected in chain.from_iterable(_collect(reference, uri) for reference in references):
+        run = runs.setdefault(collected.key, collected._replace(entries=[]))
+        twice = {s.ticket.round for s in run.entries} & {s.ticket.round for s in collected.entries}
         if twice:
-            raise UserError(f"found round {min(twice)} of {before.label} twice. Name each ticket once.")
-        runs[collected.key] = collected._replace(label=before.label, tickets=before.tickets + collected.tickets)
-    entries = []
-    for run, name in zip(runs.values(), _unique_labels(list(runs.values())), strict=True):
-        for ticket, mask, strip in run.tickets:
-            first = ticket.round == 0 and run.config.start.ticket is None
-            method = ticket.method or (DENSE if first else run.config.method())
-            seed = run.config.run.seed if ticket.seed is None else ticket.seed
-            parts = {part: math.prod(shape) for part, shape in run.shapes.items() if part in ticket.layer_density}
-            likeness = run.config.training_digest(), run.config.experiment_digest()
-            entries.append(Entry(name, method, seed, *likeness, ticket, parts, mask, strip))
-    return entries
+            raise UserError(f"found round {min(twice)} of {run.label} twice. Name each ticket once.")
+        run.entries.extend(collected.entries)
+    names = _unique_labels(list(runs.values()))
+    return [s._replace(run=name) for name, run in zip(names, runs.values(), strict=True) for s in run.entries]
 
 
-def _collect(reference: str, uri: str | None) -> list[_CollectedRun]:
+def _collect(reference: str, uri: str | None) -> Iterable[_CollectedRun]:
     if reference.startswith(MLFLOW):
         return _collect_mlflow(reference.removeprefix(MLFLOW), uri)
     return [_collect_file(reference) if is_file(reference) else _collect_run(reference)]
@@ -85,52 +65,53 @@ def _collect(reference: str, uri: str | None) -> list[_CollectedRun]:
 def _collect_file(reference: str) -> _CollectedRun:
     opened = open_ticket(reference)
     assert isinstance(opened, FileTicket)
-    packed = masking.pack(opened.body.masks)
     shapes = _tensor_shapes(opened.config, opened.ticket(), reference)
-    kept = _CollectedTicket(opened.ticket(), _check_mask(packed, opened.ticket(), shapes, reference), None)
-    return _CollectedRun(f"file:{Path(reference).resolve()}", reference, opened.config, shapes, [kept])
+    mask = _check_mask(masking.pack(opened.body.masks), opened.ticket(), shapes, reference)
+    return _CollectedRun(
+        f"file:{Path(reference).resolve()}", reference, [_make_entry(opened.config, opened.ticket(), shapes, mask=mask)]
+    )
 
 
 def _collect_run(reference: str) -> _CollectedRun:
-    run = run_of(reference)
-    if run != (reference.rstrip("/") or reference):
-        run_ticket = open_run_ticket(reference)
-        checkpoints, config, rounds = run_ticket.checkpoints, run_ticket.config, [run_ticket.ticket()]
-    else:
-        checkpoints, config = open_run(reference)
-        rounds = checkpoints.tickets()
-    if not rounds:
-        raise UserError(f"{reference} has no finished round yet. `mirl-dist status` shows where it stands.")
-    location = checkpoints.store.where()
-    key = location if "://" in location else f"folder:{Path(location).resolve()}"
-    shapes, collected = _tensor_shapes(config, rounds[0], location), []
-    for ticket in rounds:
-        source = f"{run}, round {ticket.round}"
+    checkpoints, config, rounds, asked = open_rounds(reference)
+    label, location = run_of(reference), checkpoints.store.where()
+    shapes, entries = _tensor_shapes(config, rounds[0], location), []
+    for ticket in [t for t in rounds if asked in (None, t.round)]:
+        source = f"{label}, round {ticket.round}"
         mask = _load_mask(checkpoints.round_masks(ticket.round), ticket, shapes, source)
-        collected.append(_CollectedTicket(ticket, mask, checkpoints.pictures(ticket.round)))
-    return _CollectedRun(key, run, config, shapes, collected)
+        entries.append(_make_entry(config, ticket, shapes, mask=mask, strip=checkpoints.pictures(ticket.round)))
+    key = location if "://" in location else f"folder:{Path(location).resolve()}"
+    return _CollectedRun(key, label, entries)
 
 
-def _collect_mlflow(reference: str, uri: str | None) -> list[_CollectedRun]:
-    runs = []
+def _collect_mlflow(reference: str, uri: str | None) -> Iterator[_CollectedRun]:
     for run in reader.read(reference, uri):
-        run_source = f"MLflow run {run.run_id}"
+        source = f"MLflow run {run.run_id}"
         if run.config is None:
             raise UserError(
-                f"{run_source} holds no run.json, so it says neither method nor seed. Compare it from its run folder."
+                f"{source} holds no run.json, so it says neither method nor seed. Compare it from its run folder."
             )
-        config, shapes = from_dump(run.config, f"{run_source}, run.json"), dict[str, tuple[int, ...]]()
-        collected = []
-        for round_, data, mask, strip in run.tickets:
-            source = f"{run_source}, round {round_}"
-            ticket = tickets.parse(data, source)
+        config, shapes, entries = from_dump(run.config, f"{source}, run.json"), dict[str, tuple[int, ...]](), []
+        for round_, data, bits, strip in run.tickets:
+            place = f"{source}, round {round_}"
+            ticket = tickets.parse(data, place)
             if ticket.round != round_:
-                raise UserError(f"{source}: its ticket is of round {ticket.round}. Compare it from its run folder.")
-            shapes = shapes or _tensor_shapes(config, ticket, run_source)
-            packed = None if mask is None else _load_mask(mask, ticket, shapes, source)
-            collected.append(_CollectedTicket(ticket, packed, strip))
-        runs.append(_CollectedRun(f"{MLFLOW}{run.run_id}", run.run_name, config, shapes, collected))
-    return runs
+                raise UserError(f"{place}: its ticket is of round {ticket.round}. Compare it from its run folder.")
+            shapes = shapes or _tensor_shapes(config, ticket, source)
+            mask = None if bits is None else _load_mask(bits, ticket, shapes, place)
+            entries.append(_make_entry(config, ticket, shapes, mask=mask, strip=strip))
+        yield _CollectedRun(f"{MLFLOW}{run.run_id}", run.run_name, entries)
+
+
+def _make_entry(
+    config: Config, ticket: Ticket, shapes: _Shapes, *, mask: Packed | None, strip: bytes | None = None
+) -> Entry:
+    """Return an entry without a name. shapes: of the network's tensors, in its order."""
+    first = ticket.round == 0 and config.start.ticket is None
+    method = ticket.method or (DENSE if first else config.method())
+    seed = config.run.seed if ticket.seed is None else ticket.seed
+    parts = {name: math.prod(shape) for name, shape in shapes.items() if name in ticket.layer_density}
+    return Entry("", method, seed, config.training_digest(), config.experiment_digest(), ticket, parts, mask, strip)
 
 
 def _load_mask(data: bytes, ticket: Ticket, shapes: _Shapes, source: str) -> Packed:
@@ -143,16 +124,15 @@ def _load_mask(data: bytes, ticket: Ticket, shapes: _Shapes, source: str) -> Pac
 
 def _check_mask(packed: Mapping[str, Tensor], ticket: Ticket, shapes: _Shapes, source: str) -> Packed:
     """Return the mask as NumPy arrays. Raise UserError unless it fits the network and matches the ticket's digest."""
-    wanted = {name: shapes[name] for name in ticket.layer_density if name in shapes}
-    mismatched = sorted((wanted.keys() ^ packed.keys()) | (ticket.layer_density.keys() - wanted.keys()))
-    for name in [] if mismatched else sorted(packed):
-        if packed[name].dtype != torch.uint8 or tuple(packed[name].shape) != ((math.prod(wanted[name]) + 7) // 8,):
-            mismatched.append(name)
+    sizes = {n: (math.prod(shapes[n]) + 7) // 8 for n in ticket.layer_density if n in shapes}
+    lengths = {n: bits.numel() for n, bits in packed.items() if bits.dtype == torch.uint8 and bits.ndim == 1}
+    names = ticket.layer_density.keys() | packed.keys()
+    mismatched = sorted(n for n in names if n not in lengths or lengths[n] != sizes.get(n))
     if mismatched:
         raise UserError(
             f"{source}: its mask does not fit its network, first in '{mismatched[0]}'. Take it from the run again."
         )
-    if masking.digest_tensors(packed, wanted) != ticket.mask_digest:
+    if masking.digest_tensors(packed, {name: shapes[name] for name in sizes}) != ticket.mask_digest:
         raise UserError(f"{source}: its mask is not the one that its ticket names. Take it from the run again.")
     return {name: bits.numpy() for name, bits in packed.items()}
 
@@ -176,21 +156,19 @@ def _unique_labels(runs: Sequence[_CollectedRun]) -> list[str]:
     Runs with equal labels get the first six characters of MLflow's run id, or a number, appended.
     """
     names = _short_names([run.label for run in runs])
-    for at, run in enumerate(runs):
-        if names.count(names[at]) > 1 and run.key.startswith(MLFLOW):
-            names[at] = f"{names[at]}-{run.key.removeprefix(MLFLOW)[:6]}"
+    often = Counter(names)
+    for at, (run, name) in enumerate(zip(runs, names, strict=True)):
+        if often[name] > 1 and run.key.startswith(MLFLOW):
+            names[at] = f"{name}-{run.key.removeprefix(MLFLOW)[:6]}"
     for at, name in enumerate(names):
-        number = 2
-        while names[at] in names[:at]:
-            names[at], number = f"{name} ({number})", number + 1
+        numbered = chain([name], (f"{name} ({number})" for number in count(2)))
+        names[at] = next(text for text in numbered if text not in names[:at])
     return names
 
 
 def _short_names(labels: Sequence[str]) -> list[str]:
     """Return path suffixes of the smallest length that keeps different labels different; else the labels."""
     parts = [[p for p in text.rstrip("/").split("/") if p not in ("", ".")] or [text] for text in labels]
-    for length in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(p[-length:]) for p in parts]
-        if len(set(names)) == len(set(labels)):
-            return names
-    return list(labels)
+    lengths = range(1, max(map(len, parts), default=1) + 1)
+    suffixes = (["/".join(p[-length:]) for p in parts] for length in lengths)
+    return next((names for names in suffixes if len(set(names)) == len(set(labels))), list(labels))

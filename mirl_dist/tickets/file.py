@@ -183,12 +183,6 @@ def read(data: bytes, source: str) -> TicketContent:
     return TicketContent(opened.ticket, opened.config, masks, dense["initial"], dense["trained"])
 
 
-def peek(data: bytes, source: str) -> tuple[Ticket, dict[str, Any]]:
-    """Return ticket and config of a file, with all checks of `_open_file` but no unpacked weights. Raises UserError."""
-    opened = _open_file(data, source)
-    return opened.ticket, opened.config
-
-
 def _open_file(data: bytes, source: str) -> _OpenedFile:
     """Run all checks that need no unpacked weights. Raise UserError if one fails."""
     parts = container.unpack(data, source)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mirl_dist import models
-from mirl_dist.config.config import Config, from_dump
-from mirl_dist.config.portable import portable
+from mirl_dist.config.config import Config, from_dump, portable
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import Options, open_store
@@ -88,16 +87,6 @@ _DEFAULT_OPTIONS = Options()
 
 def open_run(folder: str, options: Options = _DEFAULT_OPTIONS) -> tuple[Checkpoints, Config]:
     """Open a run for reading. options: override the environment's for its store. Raise UserError without a run."""
-    _check_is_run(folder)
-    checkpoints = Checkpoints(open_store(folder, options))
-    identity = checkpoints.identity()
-    if identity is None:
-        raise UserError(f"{folder} holds no run (no run.json). Give the run.folder of a config that was trained.")
-    return checkpoints, from_dump(identity["config"], f"{folder}/run.json")
-
-
-def _check_is_run(folder: str) -> None:
-    """Raise UserError for a reference to something other than a run."""
     if folder.startswith("mlflow:"):
         raise UserError(
             f"found {folder}, but only `tickets compare` reads MLflow. Name the run's folder, or a ticket file."
@@ -106,6 +95,11 @@ def _check_is_run(folder: str) -> None:
         raise UserError(f"found {folder}, which is a file, where a run is needed. Name the folder of a run.")
     if folder.endswith(".ticket") and not Path(folder).exists():
         raise UserError(f"no file at {folder}. Give the path of a ticket file, or a run.")
+    checkpoints = Checkpoints(open_store(folder, options))
+    identity = checkpoints.identity()
+    if identity is None:
+        raise UserError(f"{folder} holds no run (no run.json). Give the run.folder of a config that was trained.")
+    return checkpoints, from_dump(identity["config"], f"{folder}/run.json")
 
 
 def is_file(reference: str) -> bool:
@@ -118,18 +112,29 @@ def run_of(reference: str) -> str:
     return re.sub(r"/rounds/\d+/?$", "", reference).rstrip("/") or reference
 
 
-def open_run_ticket(reference: str, options: Options = _DEFAULT_OPTIONS) -> RunTicket:
-    """Open `RUN/rounds/NN`, or the best round of `RUN` (its last if the run chose none). Raise UserError if missing."""
+def open_rounds(
+    reference: str, options: Options = _DEFAULT_OPTIONS
+) -> tuple[Checkpoints, Config, list[Ticket], int | None]:
+    """Open the run of `RUN` or `RUN/rounds/NN`; return it with its tickets (one or more) and NN (None for `RUN`).
+
+    Raises UserError without a run, a finished round, or round NN.
+    """
     match = re.fullmatch(r"(.*?)/rounds/(\d+)/?", reference)
     checkpoints, config = open_run(match.group(1) if match else reference, options)
-    rounds = [t.round for t in checkpoints.tickets()]
-    if not rounds:
+    tickets = checkpoints.tickets()
+    if not tickets:
         raise UserError(f"{reference} has no finished round yet. `mirl-dist status` shows where it stands.")
-    chosen = checkpoints.best()
-    round_ = int(match.group(2)) if match else (rounds[-1] if chosen is None else chosen)
-    if round_ not in rounds:
-        raise UserError(f"{reference} is not there; finished rounds are {', '.join(map(str, rounds))}.")
-    return RunTicket(checkpoints, config, round_)
+    asked = int(match.group(2)) if match else None
+    if asked not in (None, *(t.round for t in tickets)):
+        raise UserError(f"{reference} is not there; finished rounds are {', '.join(str(t.round) for t in tickets)}.")
+    return checkpoints, config, tickets, asked
+
+
+def open_run_ticket(reference: str, options: Options = _DEFAULT_OPTIONS) -> RunTicket:
+    """Open `RUN/rounds/NN`, or the best round of `RUN` (its last if the run chose none). Raise UserError if missing."""
+    checkpoints, config, tickets, asked = open_rounds(reference, options)
+    best = checkpoints.best() if asked is None else asked
+    return RunTicket(checkpoints, config, tickets[-1].round if best is None else best)
 
 
 def open_ticket(reference: str, options: Options = _DEFAULT_OPTIONS) -> RunTicket | FileTicket:
@@ -170,7 +175,7 @@ def network(config: Config, weights: dict[str, Tensor]) -> nn.Module:
 
 
 def _verified_initial(checkpoints: Checkpoints) -> dict[str, Tensor]:
-    initial, identity = checkpoints.initial(), checkpoints.identity() or {}
+    initial, identity = checkpoints.tensors(INITIAL), checkpoints.identity() or {}
     if initial is None or masking.digest_tensors(initial) != identity.get("initial_digest"):
         raise UserError(
             f"{checkpoints.store.where(INITIAL)} is damaged or missing. Start the run again once: it makes the file "

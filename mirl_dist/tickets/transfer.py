@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import pickle  # for its error
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from mirl_dist import models
-from mirl_dist.config.portable import portable
+from mirl_dist.config.config import portable
 from mirl_dist.errors import UserError
 from mirl_dist.observability import progress
 from mirl_dist.storage import Folder, output_paths
@@ -19,7 +21,7 @@ from mirl_dist.tickets import verify as verifying
 from mirl_dist.tickets.file import TicketContent
 from mirl_dist.tickets.open import FileTicket, RunTicket
 from mirl_dist.tickets.verify import MASK_FOLLOWS, Check, check_size
-from mirl_dist.training.builders import prune_config_of
+from mirl_dist.training.selection import prune_config_of
 from mirl_dist.training.state import pack_tensors
 
 
@@ -143,23 +145,13 @@ def import_official(file: Path, model: str, out: Path) -> None:
 
 # torch's restricted unpickler raises any of these for bytes that are not a checkpoint, depending on the bytes.
 _CHECKPOINT_ERRORS = (
-    RuntimeError,
-    OSError,
-    EOFError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
+    *(RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError),
+    safetensors.SafetensorError,
 )
 
 
 def _load_tensors(file: Path) -> dict[str, Any]:
     """Load a checkpoint file without running code from it. Raise UserError for a missing or invalid file."""
-    import pickle
-
-    import safetensors.torch
-
     try:
         if file.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(file))
@@ -172,7 +164,7 @@ def _load_tensors(file: Path) -> dict[str, Any]:
             f"{file} holds more than tensors and plain values, which only code from the file could read; none was run. "
             "Save its state dict alone, where you trust the file."
         ) from None
-    except (*_CHECKPOINT_ERRORS, safetensors.SafetensorError) as error:
+    except _CHECKPOINT_ERRORS as error:
         reason = (str(error).splitlines() or [""])[0][:120]
         raise UserError(
             f"{file} is not a checkpoint that can be read ({type(error).__name__}: {reason}). Get the file again."

@@ -12,7 +12,7 @@ from mirl_dist.config import config as configs
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.criteria import CRITERIA
-from mirl_dist.pruning.partition import ReplicatedPartition, count_weights
+from mirl_dist.pruning.partition import WHOLE, count_weights
 from mirl_dist.pruning.prune import PruneConfig, form_groups, prune
 from mirl_dist.pruning.quantile import single_rank
 from mirl_dist.tickets.file import TicketContent
@@ -71,7 +71,7 @@ def verify(content: TicketContent) -> Iterator[Check]:
     densities = masking.densities(masks)
     names = sorted(densities.keys() | ticket.layer_density.keys())
     mismatched = [n for n in names if densities.get(n) != ticket.layer_density.get(n)]
-    yield Check("density of each tensor", not mismatched, _list_names(mismatched) or f"{len(densities)} tensors")
+    yield _check_none("density of each tensor", mismatched, f"{len(densities)} tensors")
     if ticket.collapsed or ticket.method:  # older tickets have neither field
         collapsed = [n for n in sorted(densities) if densities[n] == 0]
         yield _compare("tensors without surviving weights", ", ".join(sorted(ticket.collapsed)), ", ".join(collapsed))
@@ -113,11 +113,11 @@ def verify_descent(content: TicketContent, parent: TicketContent, rule: PruneCon
     if parent.trained:
         yield _compare("parent's weights digest", elder.weights_digest, masking.digest_tensors(parent.trained))
     names = _mismatched_names(content.masks, parent.masks) or _mismatched_names(content.initial, parent.initial)
-    yield Check("the same tensors", not names, _list_names(names) or f"{len(content.initial)} tensors")
+    yield _check_none("the same tensors", names, f"{len(content.initial)} tensors")
     if names:
         return
     returned = [n for n in sorted(content.masks) if bool((content.masks[n] & ~parent.masks[n]).any())]
-    yield Check("no pruned weight returned", not returned, _list_names(returned) or "all masks lie inside the parent's")
+    yield _check_none("no pruned weight returned", returned, "all masks lie inside the parent's")
     yield from _verify_cut(content, parent, rule)
     moved = []
     for name, values in sorted(content.initial.items()):
@@ -126,12 +126,12 @@ def verify_descent(content: TicketContent, parent: TicketContent, rule: PruneCon
             first = first.masked_fill(~content.masks[name], 0.0)
         if not torch.equal(values.view(torch.int32), first.view(torch.int32)):
             moved.append(name)
-    yield Check("survivors have the run's first values", not moved, _list_names(moved) or "all, to the last bit")
+    yield _check_none("survivors have the run's first values", moved, "all, to the last bit")
 
 
 def _verify_cut(content: TicketContent, parent: TicketContent, rule: PruneConfig) -> Iterator[Check]:
     criterion = CRITERIA[rule.criterion]
-    groups = form_groups(count_weights(parent.masks, ReplicatedPartition(), single_rank), rule)
+    groups = form_groups(count_weights(parent.masks, WHOLE, single_rank), rule)
     wanted = sum(group.k for group in groups)
     removed = masking.count_surviving(parent.masks) - masking.count_surviving(content.masks)
     yield _compare("weights removed by the rule", wanted, removed)
@@ -144,25 +144,23 @@ def _verify_cut(content: TicketContent, parent: TicketContent, rule: PruneConfig
         return
     cut = prune(values, parent.masks, rule)
     mismatched = [n for n in sorted(cut.masks) if not torch.equal(cut.masks[n], content.masks[n])]
-    yield Check(MASK_FOLLOWS, not mismatched, _list_names(mismatched) or f"by {rule.criterion}, {rule.per}")
+    yield _check_none(MASK_FOLLOWS, mismatched, f"by {rule.criterion}, {rule.per}")
     yield _compare("threshold", content.ticket.threshold, cut.threshold)
 
 
 def _compare(what: str, stated: object, actual: object) -> Check:
     """Return a check that the stated value equals the actual one."""
-    return Check(
-        what, stated == actual, f"{actual}" if stated == actual else f"the ticket says {stated}, found {actual}"
-    )
+    holds = stated == actual
+    return Check(what, holds, f"{actual}" if holds else f"the ticket says {stated}, found {actual}")
+
+
+def _check_none(what: str, names: list[str], detail: str) -> Check:
+    """Return a check that holds without names; else its detail is 'not in a, b, c and 3 more'."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return Check(what, not names, f"not in {', '.join(names[:3])}{more}" if names else detail)
 
 
 def _mismatched_names(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
     """Return the names that one side lacks or has with a different shape, sorted."""
-    return [
-        n for n in sorted(one.keys() | other.keys()) if n not in one or n not in other or one[n].shape != other[n].shape
-    ]
-
-
-def _list_names(names: list[str]) -> str:
-    """Return 'not in a, b, c and 3 more', or '' without names."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"not in {', '.join(names[:3])}{more}" if names else ""
+    shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (one, other)]
+    return sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})

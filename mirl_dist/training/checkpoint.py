@@ -48,23 +48,22 @@ def rewind_name(digest: str) -> str:
 
 
 class Commit(NamedTuple):
-    """A complete commit: its folder, its round, and the optimiser step within it, None for the round's ticket."""
+    """A complete commit: its folder, its round, the optimiser step within it, None for the round's ticket, and the
+    lease generation that wrote it."""
 
     folder: str
     round_: int
     step: int | None
+    generation: int
 
-
-def _parsed(folder: str) -> tuple[Commit, int] | None:
-    """Return the commit and the lease generation that a folder name denotes; None for any other name."""
-    match = _FOLDER.fullmatch(folder)
-    if match is None:
-        return None
-    round_, step, generation = match.groups()
-    return Commit(folder, int(round_), None if step is None else int(step)), int(generation)
-
-
-_FOLDER = re.compile(r"rounds/(\d+)/(?:steps/(\d+)|ticket)-(\d+)")
+    @classmethod
+    def of(cls, folder: str) -> Commit | None:
+        """Return the commit that a folder name denotes; None for any other name."""
+        match = re.fullmatch(r"rounds/(\d+)/(?:steps/(\d+)|ticket)-(\d+)", folder)
+        if match is None:
+            return None
+        round_, step, generation = match.groups()
+        return cls(folder, int(round_), None if step is None else int(step), int(generation))
 
 
 class Checkpoints:
@@ -82,15 +81,19 @@ class Checkpoints:
         self._commits.fence_older_writers()
         whole, generation = {c.folder for c in self.commits()}, self._commits.writer.generation
         for name in self.store.list("rounds"):
-            parsed = _parsed(name.rpartition("/")[0])
-            if parsed is not None and 0 < parsed[1] < generation and parsed[0].folder not in whole:
+            commit = Commit.of(name.rpartition("/")[0])
+            if commit is not None and 0 < commit.generation < generation and commit.folder not in whole:
                 self.store.remove(name)
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            return self.store.get(name)
+        except NotFound:
+            return None
 
     def identity(self) -> dict[str, Any] | None:
         """Return the content of run.json, or None without a run. Raises UserError for an unreadable run.json."""
-        try:
-            data = self.store.get(RUN)
-        except NotFound:
+        if (data := self._read(RUN)) is None:
             return None
         identity = check_digest(data)
         if identity is None or not identity.keys() >= _IDENTITY:
@@ -107,16 +110,8 @@ class Checkpoints:
                 f"{self.store.where()} was begun by another launch a moment ago. Choose another run.folder."
             )
 
-    def save_initial(self, weights: Mapping[str, Tensor]) -> None:
-        """Write the initial weights, replacing any left by an older run; run.json already records their digest."""
-        self.store.put(INITIAL, pack_tensors(weights))
-
-    def initial(self) -> dict[str, Tensor] | None:
-        """Read the initial weights; None if damaged or missing. The caller must compare their digest."""
-        return self.tensors(INITIAL)
-
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write START or a rewind point. The caller must keep the digest."""
+        """Write INITIAL, START or a rewind point. The caller must keep the digest."""
         self._commits.writer.check()
         self.store.put(name, pack_tensors(tensors))
 
@@ -143,9 +138,8 @@ class Checkpoints:
 
     def commits(self) -> list[Commit]:
         """Return all complete commits, newest first."""
-        commits = [parsed for folder in self._commits.complete("rounds") if (parsed := _parsed(folder))]
-        commits.sort(key=lambda c: (c[0].round_, c[0].step is None, c[0].step or 0, c[1]), reverse=True)
-        return [commit for commit, _ in commits]
+        commits = [commit for folder in self._commits.complete("rounds") if (commit := Commit.of(folder))]
+        return sorted(commits, key=lambda c: (c.round_, c.step is None, c.step or 0, c.generation), reverse=True)
 
     def commit_step(self, snapshot: Snapshot, keep_last: int, outbox: bytes = b"") -> None:
         """Commit a step of a round, then remove commits no longer needed. outbox: pending MLflow records."""
@@ -166,7 +160,7 @@ class Checkpoints:
         self._commit("ticket", snapshot, parts, keep_last, outbox)
 
     def _commit(self, what: str, snapshot: Snapshot, more: dict[str, bytes], keep_last: int, outbox: bytes) -> None:
-        """Write a commit, then remove all step commits but those among the newest `keep_last` undamaged commits."""
+        """Write a commit, then remove step commits no longer needed."""
         parts = {
             WEIGHTS: pack_tensors(snapshot.weights),
             MASK: pack_tensors(masking.pack(snapshot.masks)),
@@ -174,10 +168,13 @@ class Checkpoints:
         }
         folder = f"rounds/{snapshot.progress.round:02d}/{what}-{self._commits.writer.generation:04d}"
         self._commits.commit(folder, parts | more | ({OUTBOX: outbox} if outbox else {}))
-        commits = self.commits()
-        kept = {c.folder for c in [c for c in commits if c.folder not in self._damaged][:keep_last]}
+        self._remove_steps(self.commits(), keep_last)
+
+    def _remove_steps(self, commits: list[Commit], keep_last: int) -> None:
+        """Remove all step commits but those among the newest `keep_last` undamaged commits."""
+        kept = [c for c in commits if c.folder not in self._damaged][:keep_last]
         for commit in commits:
-            if commit.step is not None and commit.folder not in kept:
+            if commit.step is not None and commit not in kept:
                 self._commits.remove(commit.folder)
 
     def lost(self) -> bool:
@@ -192,9 +189,7 @@ class Checkpoints:
         """Remove all step commits, after the last round."""
         commits = self.commits()
         self._commits.writer.check()
-        for commit in commits:
-            if commit.step is not None:
-                self._commits.remove(commit.folder)
+        self._remove_steps(commits, keep_last=0)
 
     def drop_weights(self, round_: int) -> None:
         """Remove the trained weights of a round, keeping its ticket and mask. Idempotent."""
@@ -257,21 +252,15 @@ class Checkpoints:
 
     def pictures(self, round_: int) -> bytes | None:
         """Return the PNG of degraded, restored and clean images of a round, or None if no images were scored."""
-        return self._beside(round_, PICTURES)
+        return self._read(f"{self._ended(round_)}/{PICTURES}")
 
     def scores(self, round_: int) -> bytes | None:
         """Return the per-image scores of a round as CSV; None in runs of older versions."""
-        return self._beside(round_, SCORES)
+        return self._read(f"{self._ended(round_)}/{SCORES}")
 
     def round_masks(self, round_: int) -> bytes:
         """Return the bit-packed masks of a round as safetensors bytes, verified."""
         return self._commits.part(self._ended(round_), MASK)
-
-    def _beside(self, round_: int, name: str) -> bytes | None:
-        try:
-            return self.store.get(f"{self._ended(round_)}/{name}")
-        except NotFound:
-            return None
 
     def round_weights(self, round_: int) -> dict[str, Tensor]:
         """Return the trained weights of a round, verified. Raises UserError if they are damaged or were not kept."""
@@ -290,9 +279,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Return the best round by validation, or None if none was chosen. Raises UserError for a damaged file."""
-        try:
-            data = self.store.get(BEST)
-        except NotFound:
+        if (data := self._read(BEST)) is None:
             return None
         best = check_digest(data)
         if best is None:

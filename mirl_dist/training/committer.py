@@ -32,10 +32,6 @@ class Committer:
     tracker: Tracker
     last_commit: tuple[int, int] | None = None
 
-    def busy(self) -> bool:
-        """Whether this rank is writing a commit."""
-        return self.writer.busy
-
     def failed(self) -> bool:
         """Whether this rank failed to write its last commit, or has lost the run's lease."""
         return self.writer.failed or self.checkpoints.lost()
@@ -100,9 +96,26 @@ class Committer:
         self._write_now(lambda: self.checkpoints.save_tensors(name, weights), "the rewind point")
 
     def finish_run(self, keep: schema.KeepSection) -> None:
-        """After the last round, remove step commits; mark the best round and drop other weights as configured."""
+        """After the last round, remove step commits; mark the best round and drop other weights as configured.
+
+        The weights of the last round that has them are always kept.
+        """
         with self.ranks.in_phase("committing"):
-            self._write_now(lambda: keep_rounds(self.checkpoints, keep), "the end of the run")
+            self._write_now(lambda: self._keep_rounds(keep), "the end of the run")
+
+    def _keep_rounds(self, keep: schema.KeepSection) -> None:
+        self.checkpoints.finish()
+        if not keep.by:
+            return
+        tickets = self.checkpoints.tickets()
+        complete = [t for t in tickets if self.checkpoints.has_weights(t.round)]
+        scores = {t.round: validation_score(t, keep.by) for t in complete}
+        best = max(scores, key=lambda r: (scores[r], r))
+        self.checkpoints.mark_best(best, scores[best], keep.by)
+        if keep.rounds == "best":
+            for ticket in tickets:
+                if ticket.round not in (best, complete[-1].round):
+                    self.checkpoints.drop_weights(ticket.round)
 
     def _write_now(self, work: Callable[[], None], what: str) -> None:
         """Run a small write on rank 0 with the writer's retries, and wait for it."""
@@ -112,21 +125,3 @@ class Committer:
             self.writer.wait()
 
         self.ranks.on_main(on_main, what=what)
-
-
-def keep_rounds(checkpoints: Checkpoints, keep: schema.KeepSection) -> None:
-    """Remove step commits; mark the best round by validation and drop weights of other rounds as `keep` configures.
-
-    The weights of the last round that has them are always kept.
-    """
-    checkpoints.finish()
-    if not keep.by:
-        return
-    tickets = [t for t in checkpoints.tickets() if checkpoints.has_weights(t.round)]
-    scores = {t.round: validation_score(t, keep.by) for t in tickets}
-    best = max(scores, key=lambda r: (scores[r], r))
-    checkpoints.mark_best(best, scores[best], keep.by)
-    if keep.rounds == "best":
-        for ticket in checkpoints.tickets():
-            if ticket.round not in (best, tickets[-1].round):
-                checkpoints.drop_weights(ticket.round)

@@ -16,7 +16,6 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from mirl_dist.config.local_paths import process_folder
@@ -50,7 +49,7 @@ def read_record(data: bytes) -> StepRecord:
 
 
 class CrashLoopGuard:
-    """Records the steps of one run, on rank 0.
+    """Records the steps of one run on rank 0; without a file, as on other ranks, it records nothing.
 
     repeated: the round and number of updates before the step in which too many consecutive launches crashed, or None.
     If it is set, the caller must refuse to train, with the message of `describe`.
@@ -59,8 +58,7 @@ class CrashLoopGuard:
     repeated: tuple[int, int] | None = None
 
     def __init__(self, handle: int = -1, path: Path = Path()) -> None:
-        """handle: file descriptor of the open record, or -1 to record nothing; path: its path."""
-        self._handle, self._path = handle, path
+        self._handle, self._path = handle, path  # handle: file descriptor, or -1 to record nothing
         self._record = StepRecord()
 
     @classmethod
@@ -84,11 +82,6 @@ class CrashLoopGuard:
         opened.end_step()
         return opened
 
-    @classmethod
-    def disabled(cls) -> CrashLoopGuard:
-        """Return a guard that records nothing, for ranks other than 0."""
-        return cls()
-
     def begin_step(self, round_: int, updates: int) -> None:
         """Record that the step after `updates` optimiser steps of the round is in progress."""
         self._write(self._record._replace(inside=1, round_=round_, updates=updates))
@@ -110,9 +103,7 @@ class CrashLoopGuard:
     def __enter__(self) -> CrashLoopGuard:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close, unless an unexpected exception ends the launch: that counts as a crash."""
         if kind is None or issubclass(kind, (MirlError, Stopped, SystemExit)):
             self.close()

@@ -1,73 +1,105 @@
-"""Builds the training loader, evaluation and calibration of a run from its config: store, cache, shard pool."""
+"""Opens the data of a run: its shard pool and cache, the training loader, the images to score."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from itertools import islice
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 from typing import NamedTuple
+
+from torch import nn
 
 from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import shard_cache_folder
+from mirl_dist.config.schema_training import EvaluateSection
 from mirl_dist.data.cache import ShardCache
-from mirl_dist.data.calibration import CalibrationPatches
 from mirl_dist.data.loader import TrainLoader, passes_behind
 from mirl_dist.data.manifest import Shard
 from mirl_dist.data.parallel import distributed_map
 from mirl_dist.data.prefetch import shards_ahead
-from mirl_dist.data.resident_images import ResidentImages
-from mirl_dist.data.sample import Batch
-from mirl_dist.data.sampler import BatchSplit, GlobalSampler, Position
-from mirl_dist.data.shard_pool import ShardPool
+from mirl_dist.data.sample import PatchReader
+from mirl_dist.data.sampler import GlobalSampler
+from mirl_dist.data.shard_pool import ResidentImages, ShardPool
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import Stopped, UserError
-from mirl_dist.evaluation.evaluate import EvalJob, assign_jobs, first_images
+from mirl_dist.evaluation.evaluate import EvalJob, EvalResult, EvalSettings, assign_jobs, evaluate, first_images
+from mirl_dist.evaluation.protocols import PROTOCOLS
 from mirl_dist.observability.console import rank_label, warn
 from mirl_dist.observability.progress import Bars
 from mirl_dist.storage import Folder
 from mirl_dist.storage.retry import Patience
-from mirl_dist.training.builders import eval_settings_of
 from mirl_dist.training.preflight import RunPlan
-from mirl_dist.training.round import TrainData
-from mirl_dist.training.scoring import Evaluation
-from mirl_dist.training.selection import Calibration
+
+
+@dataclass
+class Evaluation:
+    """The evaluation of a run on one rank: the images, their source, and the settings.
+
+    first_jobs: the images that are scored during a round; resident: holds this rank's part of them in memory.
+    look_ahead: whether the node's cache has room for two shards per rank.
+    """
+
+    ranks: Ranks
+    pool: ShardPool
+    jobs: list[EvalJob]
+    settings: EvalSettings
+    first_jobs: list[EvalJob]
+    resident: ResidentImages
+    look_ahead: bool
+    stop: StopSignal
+
+    def score_all(self, network: nn.Module) -> EvalResult:
+        """Score every image. Raises Stopped on every rank if any was asked to stop."""
+        return evaluate(network, self.pool, self.jobs, self.ranks, self.settings, self.look_ahead, self.stop)
+
+    def score_first(self, network: nn.Module) -> EvalResult:
+        """Score the first images of each 'task/set' by the headline protocol. Raises Stopped like `score_all`."""
+        settings = self.settings._replace(protocols=self.settings.protocols[:1])
+        return evaluate(network, self.resident, self.first_jobs, self.ranks, settings, False, self.stop)
+
+    def curve_point(self, result: EvalResult) -> dict[str, float]:
+        """Return 'task/set' -> mean PSNR in dB of its first images, by the headline protocol."""
+        first = {(job.name, job.place.entry.key) for job in self.first_jobs}
+        values: dict[str, list[float]] = {}
+        for image in result.images:
+            if image.protocol == self.settings.protocols[0].name and (image.name, image.image) in first:
+                values.setdefault(image.name, []).append(image.psnr)
+        return {name: fmean(psnr) for name, psnr in values.items()}
 
 
 class RunInputs(NamedTuple):
     """The data sources of a run on one rank."""
 
     pool: ShardPool
-    data: TrainData
+    loader: TrainLoader
     evaluation: Evaluation
-    calibration: Calibration
 
 
-def open_inputs(config: Config, plan: RunPlan, ranks: Ranks, stop: StopSignal) -> RunInputs:
+def open_inputs(plan: RunPlan, ranks: Ranks, stop: StopSignal) -> RunInputs:
     """Open and check the data sources of a run.
 
     Raises UserError, on every rank, for damage and for a cache that is too small; Stopped, on every rank, if any was
     asked to stop meanwhile.
     """
+    config = plan.config
     pool = shard_pool_of(config, plan.shards, rank_label(ranks.rank), stop)
-    loader = train_loader_of(config, pool, plan.sampler, plan.batch_split, ranks)
+    loader = train_loader_of(plan, pool, ranks)
     look_ahead = evaluation_looks_ahead(pool, plan.jobs, ranks)
     check_damage(pool, plan.jobs, ranks, config.data.damage)
-    curve_images = config.evaluate.curve_images if config.evaluate.every_epochs is not None else 0
-    evaluation = Evaluation(
-        ranks,
-        pool,
-        plan.jobs,
-        eval_settings_of(config.evaluate),
-        resident_images_of(first_images(plan.jobs, curve_images), pool, ranks),
-        config.evaluate.curve_images,
-        look_ahead,
-        stop,
-    )
-    calibration = calibration_of(config, pool, plan.sampler, ranks, stop)
-    return RunInputs(pool, TrainData(plan.sampler, plan.batch_split, loader), evaluation, calibration)
+    first = first_images(plan.jobs, config.evaluate.curve_images if config.evaluate.every_epochs is not None else 0)
+    resident, settings = resident_images_of(first, pool, ranks), eval_settings_of(config.evaluate)
+    evaluation = Evaluation(ranks, pool, plan.jobs, settings, first, resident, look_ahead, stop)
+    return RunInputs(pool, loader, evaluation)
+
+
+def eval_settings_of(section: EvaluateSection) -> EvalSettings:
+    """Return the settings for restoring and scoring images."""
+    protocols = tuple(PROTOCOLS[name] for name in section.protocols)
+    own = section.model_dump(include={"seed", "tile_pixels", "tile_overlap", "precision", "compile"})
+    return EvalSettings(protocols, **own)
 
 
 def shard_pool_of(config: Config, shards: Shards, rank_name: str, stop_requested: Callable[[], bool]) -> ShardPool:
@@ -77,36 +109,38 @@ def shard_pool_of(config: Config, shards: Shards, rank_name: str, stop_requested
     """
     section, cache = config.data.cache, None
     if section.folder is not None or not isinstance(shards.store, Folder):
-        folder = shard_cache_folder(section.folder)
-        cache = ShardCache(folder, round(section.gigabytes * 1e9))
+        cache = ShardCache(shard_cache_folder(section.folder), round(section.gigabytes * 1e9))
+    return ShardPool(
+        shards,
+        cache,
+        config.data.damage,
+        lambda line: warn(f"mirl-dist, {rank_name}: {line}"),
+        stop_asked=stop_requested,
+        patience=Patience(config.store.patience_seconds),
+    )
 
-    def report(line: str) -> None:
-        warn(f"mirl-dist, {rank_name}: {line}")
 
-    patience = Patience(config.store.patience_seconds)
-    return ShardPool(shards, cache, config.data.damage, report, stop_asked=stop_requested, patience=patience)
-
-
-def train_loader_of(
-    config: Config, pool: ShardPool, sampler: GlobalSampler, batch_split: BatchSplit, ranks: Ranks
-) -> TrainLoader:
+def train_loader_of(plan: RunPlan, pool: ShardPool, ranks: Ranks) -> TrainLoader:
     """Return the training loader of this rank. Raises UserError, on every rank, for a cache that is too small."""
-    lanes = batch_split.per_rank * len(sampler.sources)
+    data, sampler, split = plan.config.data, plan.sampler, plan.batch_split
+    lanes, behind = split.per_rank * len(sampler.sources), passes_behind(data.workers)
     limit = None if pool.cache is None else pool.cache.limit
-    behind = passes_behind(config.data.workers)
-    shards, most_ranks = sampler.shards(), _most_ranks_on_a_node(ranks)
     return TrainLoader(
         pool,
         sampler,
-        seed=config.run.seed,
-        patch_pixels=config.data.patch_pixels,
-        augment=config.data.augment,
-        workers=config.data.workers,
+        patch_reader_of(plan.config, sampler),
+        workers=data.workers,
         rank=ranks.rank,
-        split=batch_split,
-        ahead=shards_ahead(lanes, behind, sampler.steps_per_epoch, shards, limit, most_ranks),
+        split=split,
+        ahead=shards_ahead(
+            lanes, behind, sampler.steps_per_epoch, sampler.shards(), limit, _most_ranks_on_a_node(ranks)
+        ),
         pin=ranks.device.type == "cuda",
     )
+
+
+def patch_reader_of(config: Config, sampler: GlobalSampler) -> PatchReader:
+    return PatchReader(sampler.tasks, config.run.seed, config.data.patch_pixels, config.data.augment)
 
 
 def check_damage(pool: ShardPool, jobs: Sequence[EvalJob], ranks: Ranks, damage: str) -> None:
@@ -116,8 +150,12 @@ def check_damage(pool: ShardPool, jobs: Sequence[EvalJob], ranks: Ranks, damage:
     damage.
     """
     shards = pool.shards
+
+    def read_index(shard: Shard) -> None:
+        shards.index(shard)
+
     if damage == "refuse" and isinstance(shards.store, Folder):
-        distributed_map(ranks, partial(_read_index, shards), shards.train, 1, _no_progress, "reading indices")
+        distributed_map(ranks, read_index, shards.train, 1, _no_progress, "reading indices")
     evaluation_shards = list({job.place.shard.name: job.place.shard for job in jobs}.values())
     with Bars() as bars:
         progress = bars if ranks.is_main and pool.cache is not None else _no_progress
@@ -145,49 +183,24 @@ def resident_images_of(jobs: Sequence[EvalJob], pool: ShardPool, ranks: Ranks) -
 
     Raises UserError, on every rank, if any rank cannot read an image; Stopped, on every rank, if any was asked to stop.
     """
-    own_places = [jobs[number].place for number in assign_jobs(jobs, ranks.rank, ranks.world)]
-    images, error_text, stopped = ResidentImages(), "", False
+    images, stopped, error_text = ResidentImages(), False, ""
     try:
-        images.read(pool, own_places)
+        images.read(pool, [jobs[number].place for number in assign_jobs(jobs, ranks.rank, ranks.world)])
     except UserError as error:
         error_text = str(error)
     except Stopped:
         stopped = True
-    outcomes = ranks.gather_objects((error_text, stopped), what="gather of images to look at")
-    if any(stopped for _, stopped in outcomes):
+    stops, texts = zip(*ranks.gather_objects((stopped, error_text), what="gather of images to look at"), strict=True)
+    if any(stops):
         raise Stopped("stopped as asked before any step was trained")
-    for text, _ in outcomes:
-        if text:
-            raise UserError(text, everywhere=True)
+    if any(texts):
+        raise UserError(next(filter(None, texts)), everywhere=True)
     return images
-
-
-def calibration_of(
-    config: Config, pool: ShardPool, sampler: GlobalSampler, ranks: Ranks, stop_requested: Callable[[], bool]
-) -> Calibration:
-    """Return the calibration of a run: the samples of a round's first global batches, for gradient criteria.
-
-    It maps a round to batches of one sample on this rank's device, the same for any number of ranks. Only one sample
-    and one shard are held at a time.
-    """
-    patches = CalibrationPatches(sampler.tasks, config.run.seed, config.data.patch_pixels, config.data.augment)
-
-    def batches(round_: int) -> Iterator[Batch]:
-        positions = islice(sampler.positions(Position(0, 0), config.train.epochs), config.prune.criterion_batches)
-        slots = [slot for position in positions for slot in sampler.slots(round_, position)]
-        for batch in patches.of(slots, pool, stop_requested):
-            yield Batch.of(batch, pin=False).to(ranks.device)
-
-    return batches
 
 
 def _most_ranks_on_a_node(ranks: Ranks) -> int:
     """Return the largest number of ranks on any node: equal on every rank, so that either all ranks raise or none."""
     return max(Counter(ranks.hosts).values())
-
-
-def _read_index(shards: Shards, shard: Shard) -> None:
-    shards.index(shard)
 
 
 def _no_progress(done: int, total: int, what: str) -> None:

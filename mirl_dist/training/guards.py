@@ -1,4 +1,4 @@
-"""Guards training steps: detects non-finite losses and gradients, and loss spikes."""
+"""Guards training: detects non-finite losses and gradients, loss spikes, and pruned weights that moved."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mirl_dist.data.sample import Batch
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.errors import UserError
+from mirl_dist.errors import InvariantError, UserError
 from mirl_dist.observability.progress import say
-from mirl_dist.training.state import Progress
+from mirl_dist.pruning import masks as masking
+from mirl_dist.training.state import Progress, TrainState
 
 _REMEMBERED, _NAMED = 50, 3
 
@@ -34,9 +35,8 @@ class StepLosses:
 
     def not_finite(self) -> list[str]:
         """Return the samples whose loss is not finite, as task:key."""
-        masks = [~torch.isfinite(losses) for losses, _ in self.passes]
-        wrong = torch.cat(masks).tolist()
-        return [key for key, bad in zip(self.keys(), wrong, strict=True) if bad]
+        finite = torch.cat([torch.isfinite(losses) for losses, _ in self.passes]).tolist()
+        return [key for key, is_finite in zip(self.keys(), finite, strict=True) if not is_finite]
 
     def worst(self) -> list[tuple[float, str]]:
         """Return the (loss, task:key) of the samples with the highest losses, highest first."""
@@ -54,9 +54,8 @@ def check_loss(losses: StepLosses, progress: Progress, skip: int, ranks: Ranks) 
 
     Raises UserError on every rank, naming the samples, if the round has already skipped `skip` steps.
     """
-    bad_samples = ranks.gather_objects(losses.not_finite())
-    named = [f"{ranks.names[rank]}: {', '.join(keys)}" for rank, keys in enumerate(bad_samples) if keys]
-    problem = f"the loss is not finite at {position(progress)}, samples as task:key: {'; '.join(named)}"
+    named = _name_samples(losses.not_finite(), ranks)
+    problem = f"the loss is not finite at {position(progress)}, samples as task:key: {named}"
     _skip_step(problem, "Check those samples, or lower optimiser.lr or optimiser.clip_norm", progress, skip, ranks)
 
 
@@ -67,11 +66,16 @@ def check_gradient(norm: Tensor, losses: StepLosses, progress: Progress, skip: i
     """
     if bool(torch.isfinite(norm)):
         return False
-    samples = ranks.gather_objects(losses.keys())
-    named = "; ".join(f"{ranks.names[rank]}: {', '.join(keys)}" for rank, keys in enumerate(samples))
+    named = _name_samples(losses.keys(), ranks)
     problem = f"the gradient is not finite at {position(progress)} though every loss was; samples: {named}"
     _skip_step(problem, "Lower optimiser.lr, or train in fp32,", progress, skip, ranks)
     return True
+
+
+def _name_samples(keys: list[str], ranks: Ranks) -> str:
+    """Return the samples of all ranks that have any, by rank."""
+    per_rank = zip(ranks.names, ranks.gather_objects(keys), strict=True)
+    return "; ".join(f"{name}: {', '.join(keys)}" for name, keys in per_rank if keys)
 
 
 def _skip_step(problem: str, advice: str, progress: Progress, skip: int, ranks: Ranks) -> None:
@@ -100,10 +104,9 @@ class SpikeDetector:
         usual = median(self._before) if len(self._before) == _REMEMBERED else None
         if self._factor is not None and usual is not None and loss > self._factor * usual:
             per_rank = ranks.gather_objects(step_losses.worst(), what="gather of the worst samples")
-            worst = sorted(
-                ((value, key, rank) for rank, pairs in enumerate(per_rank) for value, key in pairs), reverse=True
-            )
-            named = ", ".join(f"{key} ({value:.3g}, {ranks.names[rank]})" for value, key, rank in worst[:_NAMED])
+            worst = [(value, key, rank) for rank, pairs in enumerate(per_rank) for value, key in pairs]
+            worst = sorted(worst, reverse=True)[:_NAMED]
+            named = ", ".join(f"{key} ({value:.3g}, {ranks.names[rank]})" for value, key, rank in worst)
             if ranks.is_main:
                 times = loss / usual if usual else float("inf")
                 say(
@@ -111,3 +114,21 @@ class SpikeDetector:
                     f"{usual:.3g} of the {_REMEMBERED} steps before. Highest: {named}."
                 )
         self._before.append(loss)
+
+
+def check_pruned_weights(state: TrainState, ranks: Ranks) -> None:
+    """Check that pruned weights are exactly zero on every rank after training."""
+    moved = masking.find_nonzero_pruned(state.weights, state.masks)
+    check_on_ranks(f"pruned weights moved in round {state.progress.round}", moved, ranks)
+
+
+def check_on_ranks(broken: str, tensor: str | None, ranks: Ranks) -> None:
+    """Raise InvariantError on every rank if any rank passes the name of a tensor. broken: the invariant, in words."""
+    tensors = zip(ranks.names, ranks.gather_objects(tensor), strict=True)
+    violations = [f"{rank}, tensor '{name}'" for rank, name in tensors if name is not None]
+    if violations:
+        raise InvariantError(
+            f"{broken}: {'; '.join(violations)}. The round cannot be trusted and was not recorded; start again with "
+            "--resume auto, and report this with the run's config.",
+            everywhere=True,
+        )

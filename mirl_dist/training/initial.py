@@ -17,9 +17,9 @@ from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.prune import in_scope
-from mirl_dist.pruning.random_masks import random_masks
 from mirl_dist.storage import Options
 from mirl_dist.storage.configured import options_of
+from mirl_dist.training.state import check_same_network
 from mirl_dist.training.ticket import Ticket
 
 
@@ -68,12 +68,17 @@ def create_network(config: Config, more: int = 0) -> nn.Module:
     return model
 
 
+def draw_weights(config: Config, more: int = 0) -> dict[str, Tensor]:
+    """Return the weights of `create_network`."""
+    return {name: parameter.detach() for name, parameter in create_network(config, more).named_parameters()}
+
+
 def create_initial(config: Config, open_ticket: OpenTicket) -> InitialState:
     """Return the initial weights and masks of a run. open_ticket: opens `start.ticket`.
 
     Raises UserError for a weights file or a ticket that does not match the config.
     """
-    drawn = {name: parameter.detach() for name, parameter in create_network(config).named_parameters()}
+    drawn = draw_weights(config)
     if config.model.weights is not None:
         return InitialState(load_weights(Path(config.model.weights), drawn), None, None)
     if config.start.ticket is None:
@@ -93,7 +98,7 @@ def load_weights(file: Path, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
             f"model.weights: found {file}, which cannot be read as safetensors ({str(error)[:100]}). "
             "Write it with `mirl-dist import`."
         ) from None
-    _check_same_network(f"model.weights: {file}", {n: t.shape for n, t in weights.items()}, drawn)
+    check_same_network(f"model.weights: {file}", weights, {n: t.shape for n, t in drawn.items()})
     unusable = sorted(n for n, t in weights.items() if t.dtype != torch.float32 or not bool(torch.isfinite(t).all()))
     if unusable:
         raise UserError(
@@ -118,52 +123,22 @@ def _from_ticket(config: Config, open_ticket: OpenTicket, drawn: dict[str, Tenso
     opened = open_ticket(reference, options_of(config.store))
     ticket, masks, weights = opened.starting_point()
     source = f"start.ticket: {reference}"
-    _check_same_network(source, {n: t.shape for n, t in weights.items()}, drawn)
+    check_same_network(source, weights, {n: t.shape for n, t in drawn.items()})
     mismatched = sorted(masks.keys() ^ set(in_scope(drawn, config.prune.scope)))
     if mismatched:
         raise UserError(
             f"{source} was pruned in another scope: {len(mismatched)} tensors are in one of the two only, first "
             f"'{mismatched[0]}'. Set prune.scope to the ticket's."
         )
-    weights = {name: weights[name] for name in drawn}
     if kind == "reinit":
-        weights = {name: p.detach() for name, p in create_network(config, _REINIT_SEED_OFFSET).named_parameters()}
+        weights = draw_weights(config, _REINIT_SEED_OFFSET)
     elif kind != "ticket":
-        masks = random_masks(masks, config.run.seed, kind.removeprefix("random_"))
-        weights = _all_initial_weights(opened, config, ticket.initial_digest, source, drawn)
-    return InitialState(weights, masks, ticket.digest())
-
-
-def _all_initial_weights(
-    opened: OpenedTicket, config: Config, digest: str, source: str, drawn: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the initial values of all weights, pruned ones included.
-
-    They come from the ticket's run, or are drawn again from the seed in a ticket file. Raises UserError if the drawn
-    weights do not have the digest that the ticket records.
-    """
-    weights = opened.initial_weights()
-    if weights is None:
+        masks = masking.random_masks(masks, config.run.seed, kind.removeprefix("random_"))
         seed = opened.config.run.seed
-        run = config.run.model_copy(update={"seed": seed})
-        again = create_network(config.model_copy(update={"run": run}))
-        weights = {name: parameter.detach() for name, parameter in again.named_parameters()}
-        if masking.digest_tensors(weights) != digest:
+        weights = opened.initial_weights() or draw_weights(config, seed - config.run.seed)
+        if masking.digest_tensors(weights) != ticket.initial_digest:
             raise UserError(
                 f"{source} tells the first values of its survivors only, and seed {seed} gives others here. Name a "
                 "round of the run whose tickets began from all weights, as RUN/rounds/NN."
             )
-    return {name: weights[name] for name in drawn}
-
-
-def _check_same_network(source: str, shapes: dict[str, torch.Size], drawn: dict[str, Tensor]) -> None:
-    """Raise UserError if names or shapes differ from those of the config's network. source: for the message."""
-    expected = {name: t.shape for name, t in drawn.items()}
-    mismatched = sorted(n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n))
-    if mismatched:
-        there, here = shapes.get(mismatched[0]), expected.get(mismatched[0])
-        raise UserError(
-            f"{source} is of another network: {len(mismatched)} tensors differ, first '{mismatched[0]}' (there "
-            f"{'absent' if there is None else tuple(there)}, here {'absent' if here is None else tuple(here)}). "
-            "Make the model section that of the file."
-        )
+    return InitialState({name: weights[name] for name in drawn}, masks, ticket.digest())

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mirl_dist.config.tasks import Task
+from mirl_dist.config.config import Config
 from mirl_dist.data.sample import Batch
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.stragglers import StragglerDetector
@@ -19,41 +18,21 @@ from mirl_dist.observability.console import NOTE, note
 from mirl_dist.observability.progress import Advance, say
 from mirl_dist.training import guards, losses
 from mirl_dist.training.guards import StepLosses
+from mirl_dist.training.preflight import RunPlan
+from mirl_dist.training.schedule import learning_rate
 from mirl_dist.training.state import Progress, TrainState
-
-
-@dataclass(frozen=True)
-class RoundConfig:
-    """The settings of one round. batch: global batch size; passes: forward passes per step and rank; skip_bad: steps
-    of the round that may be skipped; slow_factor, spike_factor: as in the config."""
-
-    tasks: tuple[Task, ...]
-    epochs: int
-    steps_per_epoch: int
-    batch: int
-    passes: int
-    clip_norm: float | None
-    commit_every: int | None
-    report_every: int
-    skip_bad: int = 0
-    spike_factor: float | None = None
-    slow_factor: float = 1.5
-    patch_pixels: int = 64
 
 
 class LoopHooks(Protocol):
     """What the loop requires of the run.
 
-    rate: returns the learning rate at a position; before_step: may raise Stopped on all ranks; commit: saves the state,
-    in the background unless `wait`; commit_busy, commit_failed: whether a commit is being written, or has failed (on
-    the rank that writes); raise_commit_failure: raises that failure on every rank; log: logs the values of a step.
+    before_step: may raise Stopped on all ranks; flags: whether this rank was asked to stop, whether it is writing a
+    commit, and whether that failed; raise_commit_failure: raises the failure on every rank; commit: saves the state, in
+    the background unless `wait`; log: logs the values of a step.
     """
 
-    def rate(self, progress: Progress) -> float: ...
     def before_step(self, progress: Progress) -> None: ...
-    def stop_requested(self) -> bool: ...
-    def commit_busy(self) -> bool: ...
-    def commit_failed(self) -> bool: ...
+    def flags(self) -> tuple[bool, bool, bool]: ...
     def raise_commit_failure(self) -> None: ...
     def commit(self, *, wait: bool) -> None: ...
     def log(self, step: int, values: dict[str, float]) -> None: ...
@@ -67,8 +46,8 @@ class StepStatus(NamedTuple):
     """
 
     bad: bool
-    stop: bool
     no_batch: bool
+    stop: bool
     commit_busy: bool
     commit_failed: bool
     replaced: int
@@ -79,7 +58,7 @@ def train_round(
     state: TrainState,
     model: nn.Module,
     batches: Iterator[Batch],
-    config: RoundConfig,
+    plan: RunPlan,
     ranks: Ranks,
     hooks: LoopHooks,
     advance: Advance,
@@ -90,26 +69,27 @@ def train_round(
     Raises UserError on every rank for a non-finite loss or gradient that may not be skipped (before the update), and
     for a failed commit; Stopped, after a commit, if any rank was asked to stop.
     """
-    progress, commit_due = state.progress, False
-    meter, spikes = Meter(config, progress, ranks), guards.SpikeDetector(config.spike_factor)
-    while progress.epoch < config.epochs:
-        lr = hooks.rate(progress)
+    config, progress, commit_due = plan.config, state.progress, False
+    epochs, commit_every = config.round_epochs(progress.round), config.checkpoint.every_steps
+    meter, spikes = Meter(plan, progress, ranks), guards.SpikeDetector(config.guard.spike_factor)
+    while progress.epoch < epochs:
+        lr = learning_rate(config, progress, plan.sampler.steps_per_epoch)
         call_before_step(hooks, meter)
         step_losses = StepLosses()
-        status = forward_backward(model, batches, step_losses, config=config, ranks=ranks, hooks=hooks, meter=meter)
+        status = forward_backward(model, batches, step_losses, hooks, meter)
         if status.no_batch:
             commit_and_stop(hooks, meter)
         norm = update_weights(state, lr, step_losses, config, ranks)
         if not step_losses.skipped:
             meter.add(step_losses)
             spikes.check(status.loss, step_losses, progress, ranks)
-        advance_progress(progress, config, replaced=status.replaced, skipped=step_losses.skipped)
-        ended = progress.epoch == config.epochs
-        if progress.updates % config.report_every == 0 or ended:
+        advance_progress(progress, plan, replaced=status.replaced, skipped=step_losses.skipped)
+        ended = progress.epoch == epochs
+        if progress.updates % config.tracking.every_steps == 0 or ended:
             report_step(meter, {"lr": lr, "gradient_norm": float(norm)}, hooks, advance)
         if status.commit_failed:
             hooks.raise_commit_failure()
-        commit_due = commit_due or (config.commit_every is not None and progress.updates % config.commit_every == 0)
+        commit_due = commit_due or (commit_every is not None and progress.updates % commit_every == 0)
         if status.stop:
             commit_and_stop(hooks, meter)
         if ended or (commit_due and not status.commit_busy):
@@ -143,35 +123,29 @@ def commit_and_stop(hooks: LoopHooks, meter: Meter) -> NoReturn:
 
 
 def forward_backward(
-    model: nn.Module,
-    batches: Iterator[Batch],
-    step_losses: StepLosses,
-    *,
-    config: RoundConfig,
-    ranks: Ranks,
-    hooks: LoopHooks,
-    meter: Meter,
+    model: nn.Module, batches: Iterator[Batch], step_losses: StepLosses, hooks: LoopHooks, meter: Meter
 ) -> StepStatus:
     """Run all forward and backward passes of a step; return the last status, with mean loss and replaced of all passes.
 
     Returns early if any rank has no batch. A non-finite loss on any rank marks the step as skipped.
     """
-    loss, replaced = 0.0, 0
-    for number in range(config.passes):
+    loss, replaced, ranks, config = 0.0, 0, meter.ranks, meter.plan.config
+    passes = meter.plan.batch_split.passes
+    for number in range(passes):
         meter.stragglers.begin()
         batch = next_batch(batches, ranks.device)
         meter.stragglers.batch_ready()
-        with ranks.network.accumulate(model, more=number + 1 < config.passes):
-            sample_losses = forward(model, batch, config, step_losses, ranks)
+        with ranks.network.accumulate(model, more=number + 1 < passes):
+            sample_losses = forward(model, batch, config.data.patch_pixels, step_losses, ranks)
             status = sync_status(sample_losses, batch, ranks, hooks, meter.stragglers)
             if status.no_batch:
                 return status
             if status.bad and not step_losses.skipped:
-                guards.check_loss(step_losses, meter.progress, config.skip_bad, ranks)
+                guards.check_loss(step_losses, meter.progress, config.guard.skip_bad_batches, ranks)
                 step_losses.skipped = True
             if not step_losses.skipped:
-                ranks.network.backward(losses.combine(sample_losses) / config.passes)
-        loss += status.loss / config.batch
+                ranks.network.backward(sample_losses.mean() / passes)
+        loss += status.loss / config.batch.global_
         replaced += status.replaced
     return status._replace(loss=loss, replaced=replaced)
 
@@ -184,13 +158,11 @@ def next_batch(batches: Iterator[Batch], device: torch.device) -> Batch | None:
         return None
 
 
-def forward(
-    model: nn.Module, batch: Batch | None, config: RoundConfig, step_losses: StepLosses, ranks: Ranks
-) -> Tensor:
+def forward(model: nn.Module, batch: Batch | None, patch_pixels: int, step_losses: StepLosses, ranks: Ranks) -> Tensor:
     """Return per-sample losses (B,); empty without a batch (a sharded engine still runs a dummy forward pass)."""
     if batch is None:
         if ranks.network.is_sharded:
-            ranks.network.forward(model, torch.zeros((1, 3, *2 * [config.patch_pixels]), device=ranks.device))
+            ranks.network.forward(model, torch.zeros((1, 3, *2 * [patch_pixels]), device=ranks.device))
         return torch.zeros(0)
     restored = ranks.network.forward(model, batch.degraded)
     sample_losses = losses.per_sample_l1(restored, batch.clean)
@@ -202,18 +174,16 @@ def sync_status(
     sample_losses: Tensor, batch: Batch | None, ranks: Ranks, hooks: LoopHooks, stragglers: StragglerDetector
 ) -> StepStatus:
     """Sum losses and flags over all ranks: one collective per pass."""
-    bad = not bool(torch.isfinite(sample_losses.detach()).all())
-    replaced = 0 if batch is None else batch.skipped
-    flags = [bad, hooks.stop_requested(), batch is None, hooks.commit_busy(), hooks.commit_failed()]
-    values = [*map(float, flags), float(replaced), float(sample_losses.detach().sum())]
+    sample_losses = sample_losses.detach()
+    bad, replaced = not bool(torch.isfinite(sample_losses).all()), 0 if batch is None else batch.skipped
+    own = [bad, batch is None, *hooks.flags(), replaced, float(sample_losses.sum())]
     stragglers.reached_collective()
-    total = ranks.sum(torch.tensor(values, dtype=torch.float64), what="sum of losses and flags")
-    *flags_set, replaced, loss = total.tolist()
-    bad, stop, no_batch, commit_busy, commit_failed = (count > 0 for count in flags_set)
-    return StepStatus(bad, stop, no_batch, commit_busy, commit_failed, int(replaced), loss)
+    total = ranks.sum(torch.tensor(own, dtype=torch.float64), what="sum of losses and flags")
+    bad, no_batch, stop, busy, failed, replaced, loss = total.tolist()
+    return StepStatus(bad > 0, no_batch > 0, stop > 0, busy > 0, failed > 0, int(replaced), loss)
 
 
-def update_weights(state: TrainState, lr: float, step_losses: StepLosses, config: RoundConfig, ranks: Ranks) -> Tensor:
+def update_weights(state: TrainState, lr: float, step_losses: StepLosses, config: Config, ranks: Ranks) -> Tensor:
     """Mask and clip the gradients and make one optimiser step, or drop the gradients if the step is skipped.
 
     Returns the norm of the averaged gradient, NaN after a non-finite loss. A non-finite norm marks the step as skipped.
@@ -221,8 +191,9 @@ def update_weights(state: TrainState, lr: float, step_losses: StepLosses, config
     norm = torch.tensor(float("nan"))
     if not step_losses.skipped:
         state.engine.mask_gradients(state.masks)
-        norm = state.engine.clip(config.clip_norm)
-        step_losses.skipped = guards.check_gradient(norm, step_losses, state.progress, config.skip_bad, ranks)
+        norm = state.engine.clip(config.optimiser.clip_norm)
+        allowed = config.guard.skip_bad_batches
+        step_losses.skipped = guards.check_gradient(norm, step_losses, state.progress, allowed, ranks)
     if step_losses.skipped:
         state.engine.drop_gradients()
     else:
@@ -230,29 +201,29 @@ def update_weights(state: TrainState, lr: float, step_losses: StepLosses, config
     return norm
 
 
-def advance_progress(progress: Progress, config: RoundConfig, *, replaced: int = 0, skipped: bool = False) -> None:
+def advance_progress(progress: Progress, plan: RunPlan, *, replaced: int, skipped: bool) -> None:
     """Advance the position by one optimiser step."""
     progress.skipped += replaced
     progress.updates += 1
     progress.bad += skipped
-    progress.samples += config.batch
-    progress.epoch, progress.step = divmod(progress.updates, config.steps_per_epoch)
+    progress.samples += plan.config.batch.global_
+    progress.epoch, progress.step = divmod(progress.updates, plan.sampler.steps_per_epoch)
 
 
 class Meter:
     """Losses, samples and time since the last report, including unreported losses restored from the last commit."""
 
-    def __init__(self, config: RoundConfig, progress: Progress, ranks: Ranks) -> None:
-        self.config, self.progress, self.ranks = config, progress, ranks
+    def __init__(self, plan: RunPlan, progress: Progress, ranks: Ranks) -> None:
+        self.plan, self.progress, self.ranks = plan, progress, ranks
         self.stragglers = StragglerDetector(ranks.hosts)
-        tasks = len(config.tasks)
+        tasks = len(plan.sampler.tasks)
         self.sums = torch.zeros(2, tasks, dtype=torch.float64, device=ranks.device)
         self.carried = torch.tensor(progress.unreported or [[0.0] * tasks] * 2, dtype=torch.float64)
         self.since = time.monotonic()
 
     def add(self, step_losses: StepLosses) -> None:
         for sample_losses, batch in step_losses.passes:
-            self.sums += losses.by_task(sample_losses, batch.task, len(self.config.tasks))
+            self.sums += losses.by_task(sample_losses, batch.task, len(self.plan.sampler.tasks))
 
     def unreported(self) -> list[list[float]]:
         """Return the unreported losses and samples per task, summed over ranks; a collective."""
@@ -278,7 +249,7 @@ def report_step(meter: Meter, values: dict[str, float], hooks: LoopHooks, advanc
     losses_per_task, counts, speed = meter.take()
     # The loss comes first: MLflow's comparison of rounds shows the first metric received.
     mean = {"loss/mean": float(losses_per_task.sum() / counts.sum())} if counts.sum() else {}  # none: all were skipped
-    per_task = zip(meter.config.tasks, losses_per_task.tolist(), counts.tolist(), strict=True)
+    per_task = zip(meter.plan.sampler.tasks, losses_per_task.tolist(), counts.tolist(), strict=True)
     values = mean | {f"loss/{task.name}": total / count for task, total, count in per_task if count} | values
     hooks.log(progress.updates, values | {"samples_per_second": speed})
     advance(progress.updates, f"loss {values.get('loss/mean', float('nan')):.4f}  {speed:.0f} samples/s")
@@ -295,6 +266,6 @@ def warn_of_stragglers(meter: Meter, values: dict[str, float]) -> None:
         return
     own = torch.tensor([batch_seconds, rest_seconds], dtype=torch.float64)
     per_rank = [(float(batch), float(rest)) for batch, rest in ranks.gather(own, what="gather of paces").tolist()]
-    for line in meter.stragglers.find_slow(per_rank, meter.config.slow_factor):
+    for line in meter.stragglers.find_slow(per_rank, meter.plan.config.ranks.slow_factor):
         if ranks.is_main:
             say(f"warning: {line}")

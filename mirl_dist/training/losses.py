@@ -1,4 +1,4 @@
-"""Computes the loss per sample, the scalar that is minimised, and sums per task for reports."""
+"""Computes the loss per sample, whose mean is minimised, and sums per task for reports."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from torch import Tensor
 
 
 def per_sample_l1(restored: Tensor, clean: Tensor) -> Tensor:
-    """Return the mean absolute error of each sample, float32 (B,); inputs are (B, 3, H, W). MIR-L section IV-A."""
+    """Return the mean absolute error of each sample, float32 (B,); inputs are (B, 3, H, W).
+
+    All patches have one size, so its mean over samples is the published L1 loss. MIR-L section IV-A.
+    """
     return (restored.float() - clean.float()).abs().mean(dim=(1, 2, 3))
-
-
-def combine(losses: Tensor) -> Tensor:
-    """Return the mean over samples, (B,) to a scalar: the published L1 loss, since all patches have one size."""
-    return losses.mean()
 
 
 def by_task(losses: Tensor, task: Tensor, tasks: int) -> Tensor:

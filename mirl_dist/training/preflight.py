@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -10,8 +9,6 @@ import torch
 
 from mirl_dist import models
 from mirl_dist.config.config import Config, differences, from_dump
-from mirl_dist.config.schema_training import EvaluateSection
-from mirl_dist.config.tasks import Task
 from mirl_dist.data.sampler import BatchSplit, GlobalSampler, ranks_in_words, split_batch
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
@@ -28,8 +25,9 @@ from mirl_dist.training.initial import OpenTicket, check_start_exists
 
 
 class RunPlan(NamedTuple):
-    """The plan of a run: its shards, the order of samples, the split of batches, the images to score, and its store."""
+    """The plan of a run: config, shards, the order of samples, the split of batches, the images to score, and store."""
 
+    config: Config
     shards: Shards
     sampler: GlobalSampler
     batch_split: BatchSplit
@@ -39,13 +37,6 @@ class RunPlan(NamedTuple):
     def manifest_digest(self) -> str:
         """Return the digest of the shards' manifest."""
         return self.shards.manifest.digest()
-
-
-class _SharedPlan(NamedTuple):
-    """The part of the plan that rank 0 reads and sends to the others, so that only one rank queries the store."""
-
-    manifest: bytes
-    jobs: list[EvalJob]
 
 
 def preflight(config: Config, world: int, resume: str, open_ticket: OpenTicket) -> RunPlan:
@@ -58,33 +49,37 @@ def preflight(config: Config, world: int, resume: str, open_ticket: OpenTicket) 
     batch_split = split_batch(config.batch.global_, config.batch.forward, world)
     shards.check_patch_size(config.data.patch_pixels)
     shards.check_present(*(("train", "evaluate") if config.data.damage == "refuse" else ("evaluate",)))
-    jobs = _jobs_of(config.evaluate, shards, sampler.tasks)
+    scoring = [PROTOCOLS[name] for name in config.evaluate.protocols]
+    jobs = plan_jobs(shards, sampler.tasks, config.evaluate.sets, config.evaluate.pictures, scoring)
     _check_score_globs(config.keep.by, sorted({job.name for job in jobs}))
     _check_step_numbers(config, sampler.steps_per_epoch)
     store = open_run_store(config, shards.manifest.digest(), resume, open_ticket)
     with torch.device("meta"):
         names = [n for n, _ in models.create(config.model.name, **config.model.sizes()).named_parameters()]
     in_scope(names, config.prune.scope)
-    return RunPlan(shards, sampler, batch_split, jobs, store)
+    return RunPlan(config, shards, sampler, batch_split, jobs, store)
 
 
 def preflight_on_ranks(config: Config, resume: str, ranks: Ranks, open_ticket: OpenTicket) -> RunPlan:
-    """Run `preflight` on rank 0 and return the plan on every rank. Raises UserError on every rank."""
+    """Run `preflight` on rank 0, so that only one rank queries the store, and return the plan on every rank.
+
+    Raises UserError on every rank.
+    """
     plans: list[RunPlan] = []
 
-    def on_main() -> _SharedPlan:
+    def on_main() -> tuple[bytes, list[EvalJob]]:
         plans.append(preflight(config, ranks.world, resume, open_ticket))
         if config.tracking.enabled:
             check_reachable(config.tracking.uri)
-        return _SharedPlan(plans[0].shards.manifest.dump(), plans[0].jobs)
+        return plans[0].shards.manifest.dump(), plans[0].jobs
 
-    shared = ranks.on_main(on_main, what="manifest")
+    manifest, jobs = ranks.on_main(on_main, what="manifest")
     if plans:
         return plans[0]
-    shards = Shards(open_configured(config.store, config.data.shards), shared.manifest)
+    shards = Shards(open_configured(config.store, config.data.shards), manifest)
     batch_split = split_batch(config.batch.global_, config.batch.forward, ranks.world)
     store = open_configured(config.store, config.run.folder)
-    return RunPlan(shards, sampler_of(config, shards), batch_split, shared.jobs, store)
+    return RunPlan(config, shards, sampler_of(config, shards), batch_split, jobs, store)
 
 
 def sampler_of(config: Config, shards: Shards) -> GlobalSampler:
@@ -97,11 +92,6 @@ def sampler_of(config: Config, shards: Shards) -> GlobalSampler:
         mix_by=config.data.mix_by,
         steps_per_epoch=config.data.steps_per_epoch,
     )
-
-
-def _jobs_of(section: EvaluateSection, shards: Shards, tasks: Sequence[Task]) -> list[EvalJob]:
-    scoring = [PROTOCOLS[name] for name in section.protocols]
-    return plan_jobs(shards, tasks, section.sets, section.pictures, scoring)
 
 
 def open_run_store(config: Config, manifest_digest: str, resume: str, open_ticket: OpenTicket) -> Store:

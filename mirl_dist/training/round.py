@@ -5,43 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from mirl_dist import __version__
-from mirl_dist.config.config import Config
-from mirl_dist.data.loader import TrainLoader
-from mirl_dist.data.sampler import BatchSplit, GlobalSampler, Position
+from mirl_dist.data.sampler import Position
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import Stopped
 from mirl_dist.evaluation.evaluate import EvalResult
 from mirl_dist.evaluation.score import library_versions
 from mirl_dist.observability.progress import bar
-from mirl_dist.training import loop, schedule
+from mirl_dist.training import loop
 from mirl_dist.training.committer import Committer
-from mirl_dist.training.lottery import check_pruned_weights
+from mirl_dist.training.dataloaders import RunInputs
+from mirl_dist.training.guards import check_pruned_weights
+from mirl_dist.training.preflight import RunPlan
 from mirl_dist.training.round_report import RoundReporter, method_of
-from mirl_dist.training.scoring import Evaluation
 from mirl_dist.training.state import Progress, TrainState
 from mirl_dist.training.ticket import Curve, Ticket
 
-
-class TrainData(NamedTuple):
-    """Training data of a run: the sampler, this rank's part of each global batch, and its loader."""
-
-    sampler: GlobalSampler
-    batch_split: BatchSplit
-    loader: TrainLoader
-
-
-class RunDigests(NamedTuple):
-    """Digests that every ticket of a run records: of the shards' manifest and of the initial weights."""
-
-    manifest: str
-    initial: str
+_IN_TICKET = {"round", "began", "updates", "samples", "skipped", "bad", "seconds", "threshold", "mask_digest", "parent"}
+"""Fields of the progress that a ticket records under the same names."""
 
 
 @dataclass
@@ -78,56 +64,54 @@ class TrainNetwork:
 class RoundRunner:
     """Trains and scores rounds on one rank; the hooks of the training loop (loop.LoopHooks)."""
 
-    config: Config
+    plan: RunPlan
+    inputs: RunInputs
     ranks: Ranks
     state: TrainState
     network: TrainNetwork
-    data: TrainData
-    evaluation: Evaluation
     committer: Committer
     report: RoundReporter
     stop: StopSignal
 
-    def train_and_score(self, digests: RunDigests) -> Ticket:
+    def train_and_score(self, initial_digest: str) -> Ticket:
         """Train the round from its current position, score it, and commit its ticket."""
         with self.ranks.in_phase("training"):
             self._train()
         with self.ranks.in_phase("evaluating"):
             with self.network.gathered() as network:
-                result = self.evaluation.score_all(network)
-            if self.config.evaluate.every_epochs is not None:
+                result = self.inputs.evaluation.score_all(network)
+            if self.plan.config.evaluate.every_epochs is not None:
                 self._add_to_curve(result)
         check_pruned_weights(self.state, self.ranks)
         self.committer.gather_damage()
-        ticket = self._make_ticket(result, digests)
+        ticket = self._make_ticket(result, initial_digest)
         self.ranks.check_agreement("the ticket", ticket.digest())
         self.committer.commit_round(ticket, result)
         return ticket
 
     def _train(self) -> None:
         """Train the round from its current position to its end."""
-        progress, epochs = self.state.progress, self.config.round_epochs(self.state.progress.round)
-        config = round_config(self.config, self.data, epochs)
-        total = epochs * config.steps_per_epoch
+        progress, epochs = self.state.progress, self.plan.config.round_epochs(self.state.progress.round)
+        total = epochs * self.plan.sampler.steps_per_epoch
         self.report.open_round(self.state, total)
-        stream = self.data.loader.batches(progress.round, Position(progress.epoch, progress.step), epochs)
+        stream = self.inputs.loader.batches(progress.round, Position(progress.epoch, progress.step), epochs)
         with (
             closing(stream) as batches,  # stops its workers at the end of the round, also after an error
             bar(f"round {progress.round}", total, start=progress.updates, shown=self.ranks.is_main) as advance,
         ):
-            loop.train_round(self.state, self.network.wrapped, batches, config, self.ranks, self, advance)
-        self.report.end_step()
+            loop.train_round(self.state, self.network.wrapped, batches, self.plan, self.ranks, self, advance)
+        self.report.crash_guard.end_step()
 
     def evaluate_mid_round(self) -> None:
         """Score the first images of each 'task/set'. Raises Stopped on every rank if any was asked to stop."""
-        self.report.end_step()
+        self.report.crash_guard.end_step()
         with self.ranks.in_phase("evaluating"), self.network.gathered() as network:
-            result = self.evaluation.score_first(network)
+            result = self.inputs.evaluation.score_first(network)
         self._add_to_curve(result)
 
     def _add_to_curve(self, result: EvalResult) -> None:
         """Add a point to the round's curve, at most one per number of updates."""
-        progress, means = self.state.progress, self.evaluation.curve_point(result)
+        progress, means = self.state.progress, self.inputs.evaluation.curve_point(result)
         if progress.updates in progress.curve.steps or not means:
             return
         progress.curve = Curve(
@@ -136,39 +120,31 @@ class RoundRunner:
         )
         self.report.log_curve(progress.updates, means)
 
-    def _make_ticket(self, result: EvalResult, digests: RunDigests) -> Ticket:
-        progress, counts, settings = self.state.progress, self.state.counts, self.evaluation.settings
+    def _make_ticket(self, result: EvalResult, initial_digest: str) -> Ticket:
+        progress, counts, config = self.state.progress, self.state.counts, self.plan.config
+        settings = self.inputs.evaluation.settings
         headline, *others = settings.protocols
         densities = {name: counts.surviving[name] / size for name, size in counts.total.items()}
         return Ticket(
-            round=progress.round,
+            **progress.model_dump(include=_IN_TICKET),
             alive=sum(counts.surviving.values()),
             prunable=sum(counts.total.values()),
             total=self.state.total(),
-            threshold=progress.threshold,
             layer_density=densities,
-            mask_digest=progress.mask_digest,
-            initial_digest=digests.initial,
+            initial_digest=initial_digest,
             weights_digest=self.state.digest(),
-            parent=progress.parent,
-            fingerprint=self.config.fingerprint(),
-            manifest_digest=digests.manifest,
+            fingerprint=config.fingerprint(),
+            manifest_digest=self.plan.manifest_digest(),
             protocol=headline.text,
             scores=result.scores[headline.name],
             protocols={protocol.name: protocol.text for protocol in settings.protocols},
             also={protocol.name: result.scores[protocol.name] for protocol in others},
             measured=settings.as_recorded(),
             curve=progress.curve if progress.curve.steps else None,
-            method=method_of(self.config, progress.round),
-            seed=self.config.run.seed,
-            began=progress.began,
+            method=method_of(config, progress.round),
+            seed=config.run.seed,
             collapsed=tuple(name for name, density in densities.items() if density == 0),
-            updates=progress.updates,
-            samples=progress.samples,
-            skipped=progress.skipped,
-            bad=progress.bad,
             damaged=dict(sorted(progress.damaged.items())),
-            seconds=progress.seconds,
             world=self.ranks.world,
             engine=self.ranks.network.spec.name,
             versions={"mirl_dist": __version__, "torch": torch.__version__, **library_versions()},
@@ -186,69 +162,28 @@ class RoundRunner:
 
     # -- hooks of the training loop (loop.LoopHooks) --------------------------------------------------------------
 
-    def rate(self, progress: Progress) -> float:
-        """Return the learning rate at a position."""
-        return learning_rate(self.config, progress, self.data.sampler.steps_per_epoch)
-
     def before_step(self, progress: Progress) -> None:
         """Save the rewind point and run the validation during the round when due. May raise Stopped on every rank."""
-        self.report.set_position(progress)
-        if progress.round == 0 and progress.updates == self.config.rewind.step:
+        config = self.plan.config
+        self.report.status["step"] = progress.updates
+        if progress.round == 0 and progress.updates == config.rewind.step:
             self.committer.save_rewind_point(progress)
-        every = self.config.evaluate.every_epochs
+        every = config.evaluate.every_epochs
         due = every is not None and progress.step == 0 and progress.epoch > 0 and progress.epoch % every == 0
         if due and progress.updates not in progress.curve.steps and progress.updates > progress.began:
             self.evaluate_mid_round()
-        self.report.begin_step(progress)
+        self.report.crash_guard.begin_step(progress.round, progress.updates)
 
-    def stop_requested(self) -> bool:
-        return self.stop()
-
-    def commit_busy(self) -> bool:
-        return self.committer.busy()
-
-    def commit_failed(self) -> bool:
-        return self.committer.failed()
+    def flags(self) -> tuple[bool, bool, bool]:
+        return self.stop(), self.committer.writer.busy, self.committer.failed()
 
     def raise_commit_failure(self) -> None:
         self.committer.raise_failure()
 
     def commit(self, *, wait: bool) -> None:
         if wait:
-            self.report.end_step()  # a crash from here on does not count as one in a step
+            self.report.crash_guard.end_step()  # a crash from here on does not count as one in a step
         self.committer.commit_step(wait=wait)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.report.log_step(step, values)
-
-
-def round_config(config: Config, data: TrainData, epochs: int) -> loop.RoundConfig:
-    """Return the settings of a round of `epochs` epochs."""
-    return loop.RoundConfig(
-        tasks=data.sampler.tasks,
-        epochs=epochs,
-        steps_per_epoch=data.sampler.steps_per_epoch,
-        batch=config.batch.global_,
-        passes=data.batch_split.passes,
-        clip_norm=config.optimiser.clip_norm,
-        commit_every=config.checkpoint.every_steps,
-        report_every=config.tracking.every_steps,
-        skip_bad=config.guard.skip_bad_batches,
-        spike_factor=config.guard.spike_factor,
-        slow_factor=config.ranks.slow_factor,
-        patch_pixels=config.data.patch_pixels,
-    )
-
-
-def learning_rate(config: Config, progress: Progress, steps_per_epoch: int) -> float:
-    """Return the learning rate at a position; one-shot fine-tuning has its own cosine schedule, without warm-up."""
-    epochs, finetuning = config.round_epochs(progress.round), config.is_finetuning(progress.round)
-    return schedule.rate(
-        (config.prune.finetune_lr if finetuning else None) or config.optimiser.lr,
-        by="step" if finetuning else config.schedule.by,
-        epoch=progress.epoch,
-        step=progress.step,
-        steps_per_epoch=steps_per_epoch,
-        warmup_epochs=0 if finetuning else config.schedule.warmup_epochs,
-        horizon_epochs=epochs if finetuning else config.schedule.horizon_epochs or epochs,
-    )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mirl_dist.config.config import Config
 from mirl_dist.data.image_strip import rows, strip
+from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow.records import flatten
 from mirl_dist.observability.mlflow.tracker import Tracker
@@ -18,7 +19,8 @@ from mirl_dist.observability.progress import say
 from mirl_dist.pruning import masks as masking
 from mirl_dist.training.checkpoint import MASK, PICTURES, SCORES, TICKET, Checkpoints
 from mirl_dist.training.crash_loop import CrashLoopGuard
-from mirl_dist.training.state import Progress, TrainState, pack_tensors
+from mirl_dist.training.preflight import RunPlan
+from mirl_dist.training.state import TrainState, pack_tensors
 from mirl_dist.training.ticket import DENSE, Ticket, metrics
 
 
@@ -39,18 +41,6 @@ class RoundReporter:
         surviving = weights - sum(counts.total.values()) + sum(counts.surviving.values())
         self._open_mlflow_round(progress.round, surviving, weights, progress.mask_digest)
         self.status.update(round=progress.round, step=progress.updates, steps=total_steps)
-
-    def set_position(self, progress: Progress) -> None:
-        """Set the position that the lease's heartbeats report."""
-        self.status.update(round=progress.round, step=progress.updates)
-
-    def begin_step(self, progress: Progress) -> None:
-        """Tell the crash guard that a step is in progress."""
-        self.crash_guard.begin_step(progress.round, progress.updates)
-
-    def end_step(self) -> None:
-        """Tell the crash guard that no step is in progress."""
-        self.crash_guard.end_step()
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
         """Log the losses, the learning rate and the speed at a step."""
@@ -129,9 +119,19 @@ def params_of(config: Config) -> dict[str, object]:
     }
 
 
-def tags_of(config: Config) -> dict[str, str]:
-    """Return the tags of a run: its comparison keys, and as `config.<key>` each value that affects results and differs
-    from the published one. The full config is in run.json, logged with the run's files."""
+def tags_of(plan: RunPlan, ranks: Ranks) -> dict[str, str]:
+    """Return the tags of a run: its comparison keys, its data and ranks, and as `config.<key>` each value that affects
+    results and differs from the published one. The full config is in run.json, logged with the run's files."""
+    config, manifest = plan.config, plan.shards.manifest
     changed = {f"config.{key}": text for key, text in flatten(config.experiment_keys()).items()}
-    own = changed | comparison_keys(config) | {"method": config.method(), "fingerprint": config.fingerprint()}
-    return config.tracking.tags | own
+    return {
+        **config.tracking.tags,
+        **changed,
+        **comparison_keys(config),
+        "method": config.method(),
+        "fingerprint": config.fingerprint(),
+        "shards": manifest.name,
+        "manifest": manifest.digest(),
+        "ranks": str(ranks.world),
+        "engine": ranks.network.spec.name,
+    }

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from mirl_dist.config.canonical_json import to_json
 from mirl_dist.config.config import Config
+from mirl_dist.config.local_paths import journal_folder
+from mirl_dist.config.schema_training import OptimiserSection
+from mirl_dist.distributed.engines.base import MakeOptimiser
+from mirl_dist.distributed.engines.sharding import local_part
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import MirlError, Stopped
-from mirl_dist.observability.mlflow.tracker import FAREWELL_SECONDS, Tracker
+from mirl_dist.observability.mlflow.tracker import FAREWELL_SECONDS, MlflowTracker, Tracker
 from mirl_dist.observability.progress import say
-from mirl_dist.training import builders, dataloaders, lottery, resume
-from mirl_dist.training.checkpoint import RUN, Checkpoints
+from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning.prune import in_scope
+from mirl_dist.storage import Folder
+from mirl_dist.storage.async_writer import AsyncWriter
+from mirl_dist.training import dataloaders, lottery, resume
+from mirl_dist.training.checkpoint import OUTBOX, RUN, Checkpoints
 from mirl_dist.training.committer import Committer
 from mirl_dist.training.dataloaders import RunInputs
-from mirl_dist.training.initial import OpenTicket, create_initial
+from mirl_dist.training.initial import InitialState, OpenTicket, create_network
 from mirl_dist.training.preflight import RunPlan, describe, open_run_store, preflight_on_ranks
-from mirl_dist.training.round import RoundRunner, RunDigests
+from mirl_dist.training.resume import LatestCommit
+from mirl_dist.training.round import RoundRunner, TrainNetwork
 from mirl_dist.training.round_report import RoundReporter, params_of, tags_of
 from mirl_dist.training.selection import Pruner
-from mirl_dist.training.ticket import Ticket
+from mirl_dist.training.state import TrainState
 
 LEAVE_SECONDS = 2.0  # of the stop deadline, reserved for closing store and lease
 SETTLE_SECONDS = 10.0  # granted to a commit in progress when a run fails
@@ -34,15 +47,15 @@ def run(config: Config, resume_mode: str, stop: StopSignal, open_ticket: OpenTic
 
     resume_mode: 'auto', 'never' or 'must'; open_ticket: opens `start.ticket`. Raises MirlError and Stopped.
     """
-    ranks = builders.join_ranks(config, stop)
+    ranks = join_ranks(config, stop)
     plan = preflight_on_ranks(config, resume_mode, ranks, open_ticket)
     if ranks.is_main:
         say(describe(config, plan, ranks.world))
-    inputs = dataloaders.open_inputs(config, plan, ranks, stop)
+    inputs = dataloaders.open_inputs(plan, ranks, stop)
     status: dict[str, Any] = {}
     check_again = partial(open_run_store, config, plan.manifest_digest(), resume_mode, open_ticket)
-    with resume.hold_lease(config, plan.store, ranks, status, stop, check_again) as checkpoints:
-        tracker = train_under_lease(config, plan, inputs, ranks, checkpoints, status, stop, open_ticket)
+    with resume.hold_lease(plan, ranks, status, stop, check_again) as checkpoints:
+        tracker = train_under_lease(plan, inputs, ranks, checkpoints, status, stop, open_ticket)
         inputs.pool.close()
     ranks.barrier()
     ranks.close()
@@ -50,7 +63,6 @@ def run(config: Config, resume_mode: str, stop: StopSignal, open_ticket: OpenTic
 
 
 def train_under_lease(
-    config: Config,
     plan: RunPlan,
     inputs: RunInputs,
     ranks: Ranks,
@@ -60,60 +72,99 @@ def train_under_lease(
     open_ticket: OpenTicket,
 ) -> Tracker:
     """Start or resume the run and train all its rounds; return its tracker. status: the lease's heartbeats."""
+    config = plan.config
     latest = resume.load_latest(checkpoints, ranks)
-    identity_of = partial(builders.identity_of, config, plan.manifest_digest())
-    create = partial(create_initial, config, open_ticket)
-    origin = resume.load_or_create_initial(checkpoints, create, identity_of, ranks)
-    digests = RunDigests(plan.manifest_digest(), origin.initial_digest)
-    tracker = builders.tracker_of(config, checkpoints, latest, origin.id, ranks)
-    crash_guard = resume.crash_loop_guard(origin.id, config.guard, plan, ranks)
-    network, state, initial = builders.network_of(config, origin, ranks)
+    start, run_id = resume.load_or_create_initial(checkpoints, plan, open_ticket, ranks)
+    tracker = tracker_of(config, checkpoints, latest, run_id, ranks)
+    crash_guard = resume.crash_loop_guard(run_id, plan, ranks)
+    network, initial = network_of(config, start, ranks)
+    state = network.state
     newest = resume.restore(state, latest, ranks)
-    writer = resume.commit_writer(config.store, plan.store)
-    committer = Committer(config.checkpoint, ranks, state, checkpoints, writer, inputs.data.loader, tracker)
+    # The writer retries writes to a folder (disk full); an S3 store retries by itself.
+    writer = AsyncWriter(config.store.patience_seconds if isinstance(plan.store, Folder) else 0.0)
+    committer = Committer(config.checkpoint, ranks, state, checkpoints, writer, inputs.loader, tracker)
     report = RoundReporter(config, checkpoints, tracker, crash_guard, status)
-    runner = RoundRunner(config, ranks, state, network, inputs.data, inputs.evaluation, committer, report, stop)
-    prune_config = builders.prune_config_of(config.prune, config.run.seed)
-    rewind_step = config.rewind.step if config.rewinds_to() == "step" else None
-    pruner = Pruner(prune_config, rewind_step, state, initial, network, inputs.calibration, checkpoints, ranks, stop)
-    stop.busy = committer.busy
+    runner = RoundRunner(plan, inputs, ranks, state, network, committer, report, stop)
+    pruner = Pruner(plan, state, initial, network, inputs.pool, checkpoints, ranks, stop)
+    stop.busy = lambda: writer.busy
     stop.graceful = True  # from here on a stop request leads to a commit
-    tracker.begin_run(params_of(config), tags_of(config) | launch_tags(plan, ranks))
+    tracker.begin_run(params_of(config), tags_of(plan, ranks))
     tracker.log_file(RUN, to_json(config.dump()), "run")
+    if newest is not None and config.prune.ends_after(newest.round, newest.total_sparsity) and ranks.is_main:
+        say(f"all rounds are finished; nothing is left to train (prune.rounds: {config.prune.rounds})")
     with _ends_in_mlflow(tracker, committer, stop), crash_guard:
-        play(config, runner, pruner, digests, newest)
+        lottery.play(runner, pruner, newest)
+        committer.finish_run(config.keep)
     return tracker
 
 
-def play(config: Config, runner: RoundRunner, pruner: Pruner, digests: RunDigests, newest: Ticket | None) -> None:
-    """Run all remaining rounds and finish the run. newest: the ticket of the current round if it is finished."""
-    rules = builders.lottery_of(config, runner.data.sampler.steps_per_epoch)
-    if newest is not None and rules.finished(newest) and runner.ranks.is_main:
-        say(f"all rounds are finished; nothing is left to train (prune.rounds: {config.prune.rounds})")
-    lottery.play(
-        rules,
-        runner.state,
-        pruner.initial,
-        runner.ranks,
-        newest=newest,
-        train_and_score=lambda: runner.train_and_score(digests),
-        record=runner.record,
-        select=pruner.select,
-        rewind_point=pruner.rewind_point,
-        stop_if_requested=runner.stop_if_requested,
+def join_ranks(config: Config, stop: StopSignal) -> Ranks:
+    """Join the ranks of this launch; a stop request to any rank reaches all of them."""
+    ranks = Ranks(
+        device=config.train.device,
+        precision=config.train.precision,
+        seed=config.run.seed,
+        timeout_seconds=config.ranks.timeout_seconds,
     )
-    runner.committer.finish_run(config.keep)
+    stop.deadline_seconds = config.preempt.deadline_seconds
+    stop.phase = lambda: ranks.phase
+    stop.sources.append(ranks.stop_requested)
+    stop.listeners.append(ranks.request_stop)
+    return ranks
 
 
-def launch_tags(plan: RunPlan, ranks: Ranks) -> dict[str, str]:
-    """Return the MLflow tags of a run that its config does not determine."""
-    manifest = plan.shards.manifest
-    return {
-        "shards": manifest.name,
-        "manifest": manifest.digest(),
-        "ranks": str(ranks.world),
-        "engine": ranks.network.spec.name,
-    }
+def optimiser_of(section: OptimiserSection) -> MakeOptimiser:
+    """Return a factory of fresh optimisers over named parameters."""
+    build: Callable[..., torch.optim.Optimizer] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[section.name]
+    usual_decay = {"adam": 0.0, "adamw": 0.01}[section.name]
+    return lambda parameters: build(
+        list(parameters.values()),
+        lr=section.lr,
+        betas=section.betas,
+        eps=section.eps,
+        weight_decay=usual_decay if section.weight_decay is None else section.weight_decay,
+    )
+
+
+def tracker_of(
+    config: Config, checkpoints: Checkpoints, latest: LatestCommit | None, run_id: str, ranks: Ranks
+) -> Tracker:
+    """Return the tracker of this rank: MLflow's on rank 0. Raises UserError on every rank for a rejected address."""
+    if not config.tracking.enabled:
+        return Tracker()
+
+    def connect() -> Tracker:
+        return MlflowTracker(
+            uri=config.tracking.uri,
+            experiment=config.tracking.experiment,
+            run_name=config.tracking.run_name or Path(config.run.folder).name,
+            remembered=checkpoints.mlflow_ids(),
+            remember=checkpoints.save_mlflow_ids,
+            journal=journal_folder(config.run.folder, config.tracking.journal, run_id),
+            inherited=b"" if latest is None else latest.parts.get(OUTBOX, b""),
+        )
+
+    return ranks.keep_on_main(connect, what="MLflow") or Tracker()
+
+
+def network_of(config: Config, start: InitialState, ranks: Ranks) -> tuple[TrainNetwork, dict[str, Tensor]]:
+    """Build the network with a run's initial weights and masks, in the launch's engine. Clears start.weights.
+
+    Returns also this rank's part of the initial weights.
+    """
+    model = create_network(config)
+    model.load_state_dict(start.weights)
+    model.to(ranks.device)
+    pixels = config.data.patch_pixels
+    engine, wrapped = ranks.network.engine(model, optimiser_of(config.optimiser), torch.zeros(1, 3, pixels, pixels))
+    initial, masks = local_part(engine.layout, start.weights), local_part(engine.layout, start.masks or {})
+    start.weights.clear()  # frees the full tensors: a rank with a shard keeps only its part
+    dense = masking.dense_masks(initial, in_scope(initial, config.prune.scope))
+    state = TrainState(engine, masks or dense, start.parent, ranks.gather_here)
+    masking.apply_masks(state.weights, state.masks)
+    engine.weights_changed()
+    unwrapped = None if ranks.network.is_sharded else model
+    return TrainNetwork(wrapped, unwrapped, partial(create_network, config), state, ranks.device), initial
 
 
 @contextmanager

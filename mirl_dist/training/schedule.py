@@ -4,6 +4,23 @@ from __future__ import annotations
 
 import math
 
+from mirl_dist.config.config import Config
+from mirl_dist.training.state import Progress
+
+
+def learning_rate(config: Config, progress: Progress, steps_per_epoch: int) -> float:
+    """Return the learning rate at a position; one-shot fine-tuning has its own cosine schedule, without warm-up."""
+    epochs, finetuning = config.round_epochs(progress.round), config.is_finetuning(progress.round)
+    return rate(
+        (config.prune.finetune_lr if finetuning else None) or config.optimiser.lr,
+        by="step" if finetuning else config.schedule.by,
+        epoch=progress.epoch,
+        step=progress.step,
+        steps_per_epoch=steps_per_epoch,
+        warmup_epochs=0 if finetuning else config.schedule.warmup_epochs,
+        horizon_epochs=epochs if finetuning else config.schedule.horizon_epochs or epochs,
+    )
+
 
 def rate(
     peak: float,

@@ -6,14 +6,18 @@ ranks, and broadcast. The masks are therefore bit-identical for any number of ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from mirl_dist.config.schema_training import PruneSection
+from mirl_dist.data.loader import calibration_batches
 from mirl_dist.data.sample import Batch
+from mirl_dist.data.sampler import Position
+from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.distributed.engines.sharding import ShardLayout
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
@@ -24,118 +28,155 @@ from mirl_dist.pruning import saliency, synflow
 from mirl_dist.pruning.criteria import CRITERIA, scores_of_weights
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.prune import PruneConfig, PruneResult, prune
-from mirl_dist.training import losses
 from mirl_dist.training.checkpoint import Checkpoints, rewind_name
+from mirl_dist.training.dataloaders import patch_reader_of
+from mirl_dist.training.losses import per_sample_l1
+from mirl_dist.training.preflight import RunPlan
 from mirl_dist.training.round import TrainNetwork
 from mirl_dist.training.state import TrainState
 
-Calibration = Callable[[int], Iterable[Batch]]
-"""Round -> its calibration batches."""
+
+def prune_config_of(section: PruneSection, seed: int) -> PruneConfig:
+    """Return the settings for pruning."""
+    return PruneConfig(
+        section.fraction,
+        section.criterion,
+        section.per,
+        section.output_layers,
+        section.output_factor,
+        seed,
+        floor=section.floor,
+        iterations=section.synflow_steps,
+    )
 
 
 @dataclass
 class Pruner:
     """Computes new masks and the rewind point between two rounds, on one rank.
 
-    initial: this rank's part of the initial weights; rewind_step: the step of round 0 to rewind to, None for the
-    initial weights; calibration: returns the samples of a round's first global batches.
+    initial: this rank's part of the initial weights; pool: holds the samples from which gradients are computed.
     """
 
-    config: PruneConfig
-    rewind_step: int | None
+    plan: RunPlan
     state: TrainState
     initial: dict[str, Tensor]
     network: TrainNetwork
-    calibration: Calibration
+    pool: ShardPool
     checkpoints: Checkpoints
     ranks: Ranks
     stop: StopSignal
 
     def select(self) -> PruneResult:
-        """Return the masks of the next round; warn of tensors without any surviving weight."""
-        next_round = self.state.progress.round + 1
-        result = select(
-            self.config,
-            self.state,
-            self.initial,
-            self.network.gathered,
-            lambda: self.calibration(next_round),
-            self.ranks,
-            self.stop,
-        )
+        """Return the masks of the next round for the weights that this rank holds; warn of tensors left without any.
+
+        With sharded weights, each rank computes magnitude and random scores of its own part, so that the full network
+        is never gathered; the other criteria gather it. Raises UserError, on every rank, for non-finite weights or
+        scores; Stopped, on every rank, if a stop is requested while rank 0 computes scores.
+        """
+        config = prune_config_of(self.plan.config.prune, self.plan.config.run.seed)
+        result = self._select_by_part(config) if CRITERIA[config.criterion].needs == "nothing" else self._select(config)
         if result.collapsed and self.ranks.is_main:
             names = ", ".join(result.collapsed[:5]) + (", ..." if len(result.collapsed) > 5 else "")
+            next_round = self.state.progress.round + 1
             say(f"warning: round {next_round} leaves nothing of {len(result.collapsed)} tensors ({names})")
         return result
+
+    def _select_by_part(self, config: PruneConfig) -> PruneResult:
+        """Select by scores that follow from single weights: each rank scores its part."""
+        layout = self.state.engine.layout
+        is_local = config.criterion == "random" and not layout.is_replicated
+        scores = _random_part_scores(config, layout) if is_local else None
+        values = self._values(config)
+        return prune(values, self.state.masks, config, self.state.engine.partition, self.ranks.gather, scores)
+
+    def _select(self, config: PruneConfig) -> PruneResult:
+        """Select by scores of the whole network, computed on rank 0."""
+        state, ranks, is_main = self.state, self.ranks, self.ranks.is_main
+        values = {n: v for n, v in state.gather_full(self._values(config)) if is_main}  # others only join collectives
+        masks = {n: m for n, m in state.gather_full(state.masks) if is_main}
+        with self.network.gathered() as network:
+            if CRITERIA[config.criterion].needs == "network":
+                return self._select_by_synflow(config, network, values, masks)
+            scores = ranks.keep_on_main(lambda: self._gradient_scores(network, values, masks), what="gradients")
+        own = self._own_part(scores, "scores")
+        return prune(state.weights, state.masks, config, state.engine.partition, ranks.gather, own)
+
+    def _values(self, config: PruneConfig) -> dict[str, Tensor]:
+        """Return this rank's part of the weights to score: the trained ones, or masked copies of the initial ones."""
+        weights = self.state.weights
+        if CRITERIA[config.criterion].weights_from != "initial":
+            return {name: weight.detach() for name, weight in weights.items()}
+        values = {name: self.initial[name].to(weight.device, copy=True) for name, weight in weights.items()}
+        masking.apply_masks(values, self.state.masks)
+        return values
+
+    def _gradient_scores(self, network: nn.Module, values: dict[str, Tensor], masks: Masks) -> dict[str, Tensor]:
+        """Return gradient scores of the prunable weights from the first global batches of the next round.
+
+        They are taken one sample at a time, the same for any number of ranks; one shard is held at a time.
+        """
+        config, sampler = self.plan.config, self.plan.sampler
+        patches = patch_reader_of(config, sampler)
+        positions = islice(sampler.positions(Position(0, 0), config.train.epochs), config.prune.criterion_batches)
+        slots = [slot for at in positions for slot in sampler.slots(self.state.progress.round + 1, at)]
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            for sample in calibration_batches(slots, self.pool, patches, self.stop):
+                self._check_stop()
+                batch = Batch.of(sample, pin=False).to(self.ranks.device)
+                yield batch.degraded, batch.clean
+
+        def loss(restored: Tensor, clean: Tensor) -> Tensor:
+            return per_sample_l1(restored, clean).mean()
+
+        gradients = saliency.gradients(network, pairs(), loss, at=values)
+        return {n: s for n, s in saliency.scores(values, gradients).items() if n in masks}
+
+    def _select_by_synflow(
+        self, config: PruneConfig, network: nn.Module, values: dict[str, Tensor], masks: Masks
+    ) -> PruneResult:
+        """Run SynFlow on rank 0 and broadcast its masks."""
+        results: list[PruneResult] = []
+
+        def iterate() -> tuple[float, int, tuple[str, ...]]:
+            results.append(synflow.iterate(network, values, masks, config, before_step=self._check_stop))
+            return results[0][1:]
+
+        numbers = self.ranks.on_main(iterate, what="SynFlow")
+        return PruneResult(self._own_part(results[0].masks if results else None, "masks"), *numbers)
+
+    def _own_part(self, whole: dict[str, Tensor] | None, what: str) -> dict[str, Tensor]:
+        """Broadcast rank 0's tensors; return this rank's part of the prunable ones on its device."""
+        own = self.ranks.broadcast_tensors(whole, what=what, layout=self.state.engine.layout)
+        return {name: own[name].to(mask.device) for name, mask in self.state.masks.items()}
+
+    def _check_stop(self) -> None:
+        if self.stop():
+            raise Stopped("stopped as asked while selecting; all rounds that were trained are committed")
 
     def rewind_point(self) -> dict[str, Tensor]:
         """Return this rank's part of the values to which surviving weights are rewound.
 
         Raises UserError, on every rank, if the file of the rewind point is damaged or missing.
         """
-        if self.rewind_step is None:
+        if self.plan.config.rewinds_to() != "step":
             return self.initial
-        name, layout = rewind_name(self.state.progress.rewind_digest), self.state.engine.layout
-        weights: list[dict[str, Tensor] | None] = []
-        self.ranks.on_main(lambda: weights.append(self.checkpoints.tensors(name)), what="rewind point")
-        if weights and weights[0] is not None and weights[0].keys() != layout.shapes.keys():
-            weights[0] = None
-        own = (weights[0] or {}) if weights else None
-        point = self.ranks.broadcast_tensors(own, what="rewind point", layout=layout)
-        if not point or masking.digest_of(self.state.gather_full(point)) != self.state.progress.rewind_digest:
+        digest, layout = self.state.progress.rewind_digest, self.state.engine.layout
+        name = rewind_name(digest)
+
+        def read() -> dict[str, Tensor]:
+            weights = self.checkpoints.tensors(name) or {}
+            return weights if weights.keys() == layout.shapes.keys() else {}
+
+        weights = self.ranks.keep_on_main(read, what="rewind point")
+        point = self.ranks.broadcast_tensors(weights, what="rewind point", layout=layout)
+        if not point or masking.digest_of(self.state.gather_full(point)) != digest:
             raise UserError(
                 f"{self.checkpoints.store.where(name)} is damaged or missing, and nothing else holds the weights of "
-                f"step {self.rewind_step}. Restore a copy of it, or train in a new run.folder.",
+                f"step {self.plan.config.rewind.step}. Restore a copy of it, or train in a new run.folder.",
                 everywhere=True,
             )
         return point
-
-
-def select(
-    config: PruneConfig,
-    state: TrainState,
-    initial: dict[str, Tensor],
-    gathered_network: Callable[[], AbstractContextManager[nn.Module]],
-    calibration: Callable[[], Iterable[Batch]],
-    ranks: Ranks,
-    stop_requested: Callable[[], bool],
-) -> PruneResult:
-    """Return new masks by a criterion; each rank gets the masks of the weights that it holds.
-
-    With sharded weights, each rank computes magnitude and random scores of its own part, so that the full network is
-    never gathered; the other criteria gather it. gathered_network: yields it with the trained weights, which must not
-    be changed. calibration: called on rank 0 only, by criteria that need gradients. Raises UserError, on every rank,
-    for non-finite weights or scores; Stopped, on every rank, if a stop is requested while rank 0 computes scores.
-    """
-    criterion, partition, layout = CRITERIA[config.criterion], state.engine.partition, state.engine.layout
-    values = _values(criterion.weights_from, state, initial)
-    if criterion.needs == "nothing":
-        local_scores = config.criterion == "random" and not layout.is_replicated
-        scores_of_part = _random_part_scores(config, layout) if local_scores else None
-        return prune(values, state.masks, config, partition, ranks.gather, scores_of_part)
-    values = {n: v for n, v in state.gather_full(values) if ranks.is_main}  # the other ranks only join the collective
-    masks = {n: m for n, m in state.gather_full(state.masks) if ranks.is_main}
-
-    def check_stop() -> None:
-        if stop_requested():
-            raise Stopped("stopped as asked while selecting; all rounds that were trained are committed")
-
-    with gathered_network() as network:
-        if criterion.needs == "network":
-            return _select_by_synflow(config, state, values, masks, network, ranks, check_stop)
-        scores = _gradient_scores(values, masks, network, calibration, ranks, check_stop)
-    own = ranks.broadcast_tensors(scores, what="scores", layout=layout)
-    own = {n: own[n].to(state.masks[n].device) for n in state.masks}
-    return prune(state.weights, state.masks, config, partition, ranks.gather, own)
-
-
-def _values(of: str, state: TrainState, initial: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return this rank's part of the weights to score: the trained ones, or masked copies of the initial ones."""
-    if of != "initial":
-        return {name: weight.detach() for name, weight in state.weights.items()}
-    values = {name: initial[name].to(weight.device, copy=True) for name, weight in state.weights.items()}
-    masking.apply_masks(values, state.masks)
-    return values
 
 
 def _random_part_scores(config: PruneConfig, layout: ShardLayout) -> Callable[[str], Tensor]:
@@ -146,53 +187,3 @@ def _random_part_scores(config: PruneConfig, layout: ShardLayout) -> Callable[[s
         return layout.part_of(name, scores_of_weights(config.criterion, name, whole, config.seed))
 
     return scores_of
-
-
-def _gradient_scores(
-    values: dict[str, Tensor],
-    masks: Masks,
-    network: nn.Module,
-    calibration: Callable[[], Iterable[Batch]],
-    ranks: Ranks,
-    check_stop: Callable[[], None],
-) -> dict[str, Tensor] | None:
-    """Return gradient scores of the prunable weights from calibration batches, on rank 0; None on the others."""
-    scores: list[dict[str, Tensor]] = []
-
-    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in calibration():
-            check_stop()
-            yield batch.degraded, batch.clean
-
-    def compute() -> None:
-        gradients = saliency.gradients(network, pairs(), _loss, at=values)
-        scores.append({n: s for n, s in saliency.scores(values, gradients).items() if n in masks})
-
-    ranks.on_main(compute, what="gradients")
-    return scores[0] if scores else None
-
-
-def _select_by_synflow(
-    config: PruneConfig,
-    state: TrainState,
-    values: dict[str, Tensor],
-    masks: Masks,
-    network: nn.Module,
-    ranks: Ranks,
-    check_stop: Callable[[], None],
-) -> PruneResult:
-    """Run SynFlow on rank 0 and broadcast its masks."""
-    results: list[PruneResult] = []
-
-    def iterate() -> tuple[float, int, tuple[str, ...]]:
-        results.append(synflow.iterate(network, values, masks, config, before_step=check_stop))
-        return results[0].threshold, results[0].removed, results[0].collapsed
-
-    threshold, removed, collapsed = ranks.on_main(iterate, what="SynFlow")
-    whole = results[0].masks if results else None
-    own = ranks.broadcast_tensors(whole, what="masks", layout=state.engine.layout)
-    return PruneResult({n: own[n].to(state.masks[n].device) for n in state.masks}, threshold, removed, collapsed)
-
-
-def _loss(restored: Tensor, clean: Tensor) -> Tensor:
-    return losses.combine(losses.per_sample_l1(restored, clean))

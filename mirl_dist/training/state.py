@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from mirl_dist.distributed.engines.base import Engine, gather_full
-from mirl_dist.distributed.engines.sharding import ShardLayout
+from mirl_dist.distributed.engines.base import Engine
+from mirl_dist.distributed.engines.sharding import ShardLayout, gather_full
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
@@ -123,7 +123,7 @@ class TrainState:
 
     def total(self) -> int:
         """Return the number of parameters of the whole network."""
-        return sum(torch.Size(shape).numel() for shape in self.engine.layout.shapes.values())
+        return sum(map(math.prod, self.engine.layout.shapes.values()))
 
     def gather_full(
         self, parts: Mapping[str, Tensor], layout: ShardLayout | None = None
@@ -136,18 +136,6 @@ class TrainState:
     def digest(self) -> str:
         """Return the digest of the whole network's weights; a collective with sharded weights."""
         return masking.digest_of(self.gather_full(self.weights))
-
-    def check_same_network(self, whole: Mapping[str, Tensor]) -> None:
-        """Raise UserError if names or shapes of full tensors differ from the network's."""
-        expected, saved = self.engine.layout.shapes, {name: tuple(t.shape) for name, t in whole.items()}
-        if expected != saved:
-            mismatched = sorted(n for n in expected.keys() | saved.keys() if expected.get(n) != saved.get(n))
-            raise UserError(
-                f"saved weights and the network differ in {len(mismatched)} tensors, first '{mismatched[0]}': saved "
-                f"{saved.get(mismatched[0], 'absent')}, network {expected.get(mismatched[0], 'absent')}. The model "
-                "section differs.",
-                everywhere=True,
-            )
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copy named tensors, laid out like the weights, into the network."""
@@ -167,12 +155,10 @@ class TrainState:
         """Return full CPU copies of weights and moments on the rank with `keep`, else None.
 
         The next snapshot reuses the same memory. A collective if weights or moments are sharded."""
-        engine = self.engine
-        if not keep and engine.layout.is_replicated and engine.owned_layout.is_replicated:
-            return None
-        masks = {n: m.cpu() if keep else m for n, m in self._each(self.masks, engine.layout, keep)}
-        weights = dict(self._copied(self._each(self.weights, engine.layout, keep)))
-        moments = dict(self._copied(self._each(self.moments(), engine.owned_layout, keep)))
+        layout, owned_layout = self.engine.layout, self.engine.owned_layout
+        masks = {name: mask.cpu() for name, mask in self._each(self.masks, layout, keep)}
+        weights = dict(self._copied(self._each(self.weights, layout, keep)))
+        moments = dict(self._copied(self._each(self.moments(), owned_layout, keep)))
         if not keep:
             return None
         if any(copy.is_pinned() for copy in self._copies.values()):
@@ -187,7 +173,7 @@ class TrainState:
             if keep:
                 yield name, tensor
 
-    def _copied(self, tensors: Any) -> Iterator[tuple[str, Tensor]]:
+    def _copied(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Copy tensors into the reused CPU buffers, without waiting for the copies."""
         for name, tensor in tensors:
             if name not in self._copies:
@@ -208,3 +194,16 @@ def unpack_masks(data: bytes, shapes: Mapping[str, tuple[int, ...]], source: str
         return masking.unpack(safetensors.torch.load(data), shapes)
     except (ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{source}/mask.safetensors: {error}. The prune.scope or the model differs.") from None
+
+
+def check_same_network(source: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise UserError if names or shapes of full tensors differ from those of the network. source: for the message."""
+    there = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    here = {name: tuple(shape) for name, shape in shapes.items()}
+    mismatched = sorted(n for n in here.keys() | there.keys() if here.get(n) != there.get(n))
+    if mismatched:
+        first = mismatched[0]
+        raise UserError(
+            f"{source} is of another network: {len(mismatched)} tensors differ, first '{first}' (there "
+            f"{there.get(first, 'absent')}, here {here.get(first, 'absent')}). Make the model section that of the file."
+        )

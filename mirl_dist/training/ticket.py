@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from statistics import fmean
 from typing import Any
 
@@ -116,32 +117,15 @@ class Ticket(BaseModel):
 
     def row(self) -> dict[str, Any]:
         """Return the fields that `tickets list --json` prints."""
-        return {
-            "round": self.round,
-            "alive": self.alive,
-            "prunable": self.prunable,
-            "total": self.total,
+        computed = {
             "alive_total": self.alive_total,
             "sparsity": self.sparsity,
             "total_sparsity": self.total_sparsity,
-            "threshold": self.threshold,
-            "mask_digest": self.mask_digest,
-            "initial_digest": self.initial_digest,
-            "weights_digest": self.weights_digest,
-            "parent": self.parent,
             "digest": self.digest(),
-            "method": self.method,
-            "seed": self.seed,
-            "collapsed": list(self.collapsed),
-            "protocol": self.protocol,
-            "measured": self.measured,
-            "skipped": self.skipped,
-            "bad": self.bad,
-            "damaged": self.damaged,
-            "scores": {name: score.model_dump() for name, score in self.scores.items()},
-            "also": {p: {name: score.model_dump() for name, score in s.items()} for p, s in self.also.items()},
             "best_step": self.best_steps(),
         }
+        values = self.model_dump(mode="json") | computed
+        return {name: values[name] for name in _ROW}
 
     def best_steps(self) -> dict[str, int]:
         """Return 'task/set' -> optimiser steps of this round up to the best (first, if tied) score of the curve."""
@@ -157,6 +141,13 @@ class Ticket(BaseModel):
 _LATER = ("bad", "method", "seed", "began", "collapsed", "protocols", "also", "measured", "curve")
 
 
+_ROW = (
+    *("round", "alive", "prunable", "total", "alive_total", "sparsity", "total_sparsity", "threshold"),
+    *("mask_digest", "initial_digest", "weights_digest", "parent", "digest", "method", "seed", "collapsed", "protocol"),
+    *("measured", "skipped", "bad", "damaged", "scores", "also", "best_step"),
+)
+
+
 def parse(data: bytes, source: str) -> Ticket:
     """Parse and validate a ticket that `dump` wrote. source: where it comes from, for messages.
 
@@ -168,12 +159,11 @@ def parse(data: bytes, source: str) -> Ticket:
         claimed = raw.pop("digest", None) if isinstance(raw, dict) else None
         ticket = Ticket.model_validate(raw)
         strict_json.parse(json.dumps(_texts(ticket)).encode())
-    except ValidationError as error:
-        first = error.errors()[0]
-        record = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".encode("unicode_escape").decode()[:160]
-        raise UserError(f"{source} is not a ticket ({record}). Take it from a run folder.") from None
     except (ValueError, RecursionError) as error:
         record = (str(error).splitlines() or [""])[0]
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            record = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".encode("unicode_escape").decode()[:160]
         raise UserError(f"{source} is not a ticket ({record}). Take it from a run folder.") from None
     unprintable = _impossible_values(ticket)
     if unprintable:
@@ -236,11 +226,9 @@ def metrics(ticket: Ticket) -> dict[str, float]:
         "skipped_reads": ticket.skipped,
         "bad_batches": ticket.bad,
     }
-    for name, score in ticket.scores.items():
-        values[f"psnr/{name}"], values[f"ssim/{name}"] = score.psnr, score.ssim
-    for protocol, scores in ticket.also.items():
+    for protocol, scores in [("", ticket.scores), *((f".{name}", scores) for name, scores in ticket.also.items())]:
         for name, score in scores.items():
-            values[f"psnr.{protocol}/{name}"], values[f"ssim.{protocol}/{name}"] = score.psnr, score.ssim
+            values[f"psnr{protocol}/{name}"], values[f"ssim{protocol}/{name}"] = score.psnr, score.ssim
     values |= {f"best_step/{name}": step for name, step in ticket.best_steps().items()}
     if ticket.scores:
         values["psnr/mean"] = fmean(s.psnr for s in ticket.scores.values())
@@ -249,8 +237,6 @@ def metrics(ticket: Ticket) -> dict[str, float]:
 
 def validation_score(ticket: Ticket, globs: tuple[str, ...]) -> float:
     """Return the mean of the scores that match any of the globs. Raises UserError if none does."""
-    from fnmatch import fnmatchcase
-
     scores = metrics(ticket)
     scores.pop("psnr/mean", None)
     named: Mapping[str, float] = {n: v for n, v in scores.items() if n.startswith(("psnr/", "ssim/"))}

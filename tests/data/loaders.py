@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from mirl_dist.data.building.build import build
 from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.cache import ShardCache
 from mirl_dist.data.loader import TrainLoader, passes_behind
+from mirl_dist.data.manifest import Index, Manifest, Shard, read_index
 from mirl_dist.data.prefetch import shards_ahead
-from mirl_dist.data.sample import Batch, Pixels
+from mirl_dist.data.sample import Batch, PatchReader, Pixels
 from mirl_dist.data.sampler import GlobalSampler, Position, split_batch
 from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.data.shards import Shards
-from mirl_dist.storage import Folder, open_store
+from mirl_dist.storage import Folder, Store, open_store
 from mirl_dist.storage.retry import Patience
 
 MIX: dict[str, float] = {"denoise_25": 1, "denoise_50": 1, "derain": 1}
@@ -47,21 +49,52 @@ def quiet(done: int, total: int, what: str) -> None:
     pass
 
 
+def recipe(tree: Mapping[str, Any], **more: Any) -> Recipe:
+    return yaml_loader.build(Recipe, {**tree, **more}, "the test")
+
+
+def made(tree: Mapping[str, Any], out: Path | Store, **more: Any) -> Manifest:
+    """The shards of a recipe in a folder or another store."""
+    return build(recipe(tree, **more), Folder(out) if isinstance(out, Path) else out, 1, quiet)
+
+
+def shard(number: int, samples: int, **more: Any) -> Shard:
+    """A shard of a manifest that lies nowhere."""
+    digest = f"{number:064x}"
+    known: dict[str, Any] = {"role": "train", "set": "x", "kind": "clean", "least_pixels": 64, "bytes": 1024}
+    known |= {"sha256": digest, "index_sha256": digest} | more
+    return Shard(name=f"train-{known['set']}-{number:05d}.tar", samples=samples, **known)
+
+
+def indices(out: Path, manifest: Manifest) -> dict[str, Index]:
+    return {s.name: read_index((out / s.index_name).read_bytes(), s, s.index_name) for s in manifest.shards}
+
+
+def flip(path: Path, at: int | None = None) -> None:
+    """One bit of a file: that of byte `at`, or of the one in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if at is None else at] ^= 1
+    path.write_bytes(data)
+
+
+def photo(name: str) -> Pixels:
+    return np.array(Image.open(demo_photos.locate(name)[0]).convert("RGB"))
+
+
 def crops(folder: Path, name: str, at: int, count: int) -> Path:
     """A folder of real crops of a photograph in PNG files."""
     path = folder / name
     path.mkdir(parents=True)
-    photo = np.array(Image.open(demo_photos.locate("chelsea")[0]).convert("RGB"))
     for number in range(count):
         x = 8 * number
-        Image.fromarray(photo[at : at + HEIGHT, x : x + WIDTH]).save(path / f"{number}.png")
+        Image.fromarray(photo("chelsea")[at : at + HEIGHT, x : x + WIDTH]).save(path / f"{number}.png")
     return path
 
 
 def built_at(folder: Path, at: int = 0, form: str = "ppm", counts: tuple[int, int] = (10, 6), mb: float = 0.03) -> Path:
     """Shards of real pixels: 10 images for noise in several tars, 6 pairs for rain in others."""
     clean, rainy = crops(folder, "clean", at, counts[0]), crops(folder, "rain", at + 100, counts[1])
-    recipe: dict[str, Any] = {
+    tree = {
         "name": "tiny",
         "least_pixels": 32,
         "train_format": form,
@@ -72,7 +105,7 @@ def built_at(folder: Path, at: int = 0, form: str = "ppm", counts: tuple[int, in
         ],
         "evaluate": [{"set": "e", "kind": "clean", "photographs": ["coffee"], "centre_pixels": 32}],
     }
-    build(yaml_loader.build(Recipe, recipe, "the test"), Folder(folder / "shards"), 1, quiet)
+    made(tree, folder / "shards")
     return folder / "shards"
 
 
@@ -118,9 +151,7 @@ def loader_of(
     return TrainLoader(
         pool,
         sampler,
-        seed=seed,
-        patch_pixels=PATCH,
-        augment=augment,
+        PatchReader(sampler.tasks, seed, PATCH, augment),
         workers=workers,
         rank=rank,
         split=split,

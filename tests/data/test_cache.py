@@ -88,9 +88,8 @@ def test_the_longest_unused_file_goes_first_and_the_limit_holds(tmp_path: Path, 
 def test_what_is_held_stays_also_when_room_is_wanted(tmp_path: Path, source: Source) -> None:
     cache = ShardCache(tmp_path, 2 * SIZE, patience=0.2)
     first, second = hold(cache, source, 0), hold(cache, source, 1)
-    with pytest.raises(
-        Unavailable, match=r"has no room for .* of its 2e-06 GB 2e-06 GB are in use\. Raise data\.cache\."
-    ):
+    wanted = r"has no room for .* of its 2e-06 GB 2e-06 GB are in use\. Raise data\.cache\."
+    with pytest.raises(Unavailable, match=wanted):
         hold(cache, source, 2)
     assert kept(tmp_path) == [0, 1]
     first.release()
@@ -143,13 +142,12 @@ def test_who_looks_while_a_file_gets_its_name_does_not_bring_it_again(
 ) -> None:
     """The moment between 'is it there' and 'is it being brought': the name changes in between."""
     cache = ShardCache(tmp_path, 10 * SIZE)
-    exists = Path.exists
-    first: list[CachedShard] = []
+    exists, first = Path.exists, list[CachedShard | None]()
 
     def late(path: Path) -> bool:
         found = exists(path)
         if not first and path.name.endswith(".tar"):  # looked, and then another process is done with it
-            first.append(None)  # type: ignore[arg-type]
+            first.append(None)
             first[0] = bring_elsewhere(tmp_path, source)
         return found
 
@@ -208,12 +206,9 @@ def test_leftovers_of_the_dead_make_room_when_it_is_wanted(tmp_path: Path, sourc
     assert kept(tmp_path) == [0, 1]
 
 
-def test_a_file_larger_than_the_limit_is_refused(tmp_path: Path, source: Source) -> None:
+def test_a_file_larger_than_the_limit_and_a_folder_that_cannot_be_are_refused(tmp_path: Path, source: Source) -> None:
     with pytest.raises(UserError, match=r"^data\.cache\.gigabytes: found 5e-07, but one shard has 1e-06 GB\. Raise it"):
         hold(ShardCache(tmp_path, SIZE // 2), source, 1)
-
-
-def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^the cache .*file.* or choose another data\.cache\.folder"):
         ShardCache(tmp_path / "file" / "cache", SIZE)

@@ -62,6 +62,10 @@ def test_words_above_the_columns_are_drawn_once_and_take_a_line() -> None:
     assert np.array_equal(headed[grown + 4 :], plain[4:])
 
 
+WRONG_BOXES = ([0, 0, 9], [0, 0, 9, 9.5], [-1, 0, 9, 9], [0, 0, 0, 9])
+OUTSIDE = ([92, 0, 9, 9], [0, 52, 9, 9], [0, 0, 10**30, 9])
+
+
 @pytest.mark.parametrize(
     ("png", "said"),
     [
@@ -69,17 +73,12 @@ def test_words_above_the_columns_are_drawn_once_and_take_a_line() -> None:
         (b"GIF89a" + bytes(60), "is no PNG file"),
         (written("{}", key="other"), "is a PNG file, but no strip of pictures"),
         (written(a_row([0, 0, 9, 9]), mode="L"), "no strip of pictures"),
+        *((written(a_row(box)), "tells its rows wrongly") for box in WRONG_BOXES),
         (written("{"), "tells its rows wrongly"),
         (written([1]), "tells its rows wrongly"),
-        (written(a_row([0, 0, 9])), "tells its rows wrongly"),
-        (written(a_row([0, 0, 9, 9.5])), "tells its rows wrongly"),
-        (written(a_row([-1, 0, 9, 9])), "tells its rows wrongly"),
-        (written(a_row([0, 0, 0, 9])), "tells its rows wrongly"),
         (written(a_row([0, 0, 9, 9], title=7)), "tells its rows wrongly"),
         (written(a_row([0, 0, 9, 9]) | {"more": 1}), "tells its rows wrongly"),
-        (written(a_row([92, 0, 9, 9])), "its row 't' lies outside the image"),
-        (written(a_row([0, 52, 9, 9])), "its row 't' lies outside the image"),
-        (written(a_row([0, 0, 10**30, 9])), "its row 't' lies outside the image"),
+        *((written(a_row(box)), "its row 't' lies outside the image") for box in OUTSIDE),
         (written(a_row([0, 0, 100, 60], [0, 0, 1, 60])), "its row 't' lies outside the image"),
         (written(a_row([0, 0, 9, 9], [20, 0, 9, 8])), "has no images of one height"),
         (written(a_row()), "has no images of one height"),

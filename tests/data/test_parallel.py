@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from mirl_dist.data.parallel import SINGLE_PROCESS, distributed_map
 from mirl_dist.distributed.hardware import processes
 from mirl_dist.errors import UserError
 from mirl_dist.observability.console import rank_label
+from tests.data.loaders import quiet
 
 T = TypeVar("T")
 
@@ -59,10 +61,6 @@ def together(world: int, work: Callable[[Threads], T]) -> tuple[list[T | BaseExc
     return ended, ranks
 
 
-def quiet(done: int, total: int, what: str) -> None:
-    pass
-
-
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_rank_holds_all_results_in_the_order_of_the_items(count: int, world: int) -> None:
@@ -72,23 +70,18 @@ def test_every_rank_holds_all_results_in_the_order_of_the_items(count: int, worl
     assert distributed_map(SINGLE_PROCESS, lambda n: n * n, items, 1, quiet, "squaring") == [n * n for n in items]
 
 
-def test_ranks_meet_while_one_of_them_is_slow_so_that_no_collective_waits_for_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_ranks_meet_while_one_is_slow_so_that_no_collective_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "SYNC_SECONDS", 0.01)
-    enough = threading.Event()
     met: list[int] = []
-
-    def report(done: int, total: int, what: str) -> None:
-        met.append(done)
 
     def work(rank: Threads) -> list[int]:
         def slow(item: int) -> int:
             while item == 1 and rank.meetings < 10:
-                enough.wait(0.01)
+                time.sleep(0.01)
             return item
 
-        return distributed_map(rank, slow, [0, 1, 2, 3], 1, report if rank.rank == 0 else quiet, "working")
+        report = quiet if rank.rank else lambda done, total, what: met.append(done)
+        return distributed_map(rank, slow, [0, 1, 2, 3], 1, report, "working")
 
     ended, ranks = together(2, work)
     assert ended == [[0, 1, 2, 3]] * 2 and ranks[0].meetings == ranks[1].meetings > 10
@@ -103,16 +96,15 @@ def test_a_fault_of_one_rank_is_raised_on_all_and_ends_their_work(monkeypatch: p
         def one(item: int) -> int:
             if item == 1:
                 raise UserError("found this, here, do that.")
-            threading.Event().wait(0.01)
+            time.sleep(0.01)
             done.append(item)
             return item
 
         return distributed_map(rank, one, list(range(2000)), 1, quiet, "working")
 
     ended, _ = together(2, work)
-    assert [(str(error), error.everywhere) for error in ended if isinstance(error, UserError)] == [
-        (f"{rank_label(1)}: found this, here, do that.", True)
-    ] * 2
+    faults = [(str(error), error.everywhere) for error in ended if isinstance(error, UserError)]
+    assert faults == [(f"{rank_label(1)}: found this, here, do that.", True)] * 2
     assert len(done) < 500, "the other rank stopped soon"
 
 
@@ -149,9 +141,7 @@ def test_a_process_that_may_use_one_processor_uses_one() -> None:
 
 
 @pytest.mark.parametrize(("ranks", "each"), [(None, 12), ("1", 12), ("5", 2), ("12", 1), ("16", 1)])
-def test_the_ranks_of_a_node_share_its_processors(
-    ranks: str | None, each: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_ranks_of_a_node_share_its_processors(ranks: str | None, each: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if ranks is not None:
@@ -159,9 +149,7 @@ def test_the_ranks_of_a_node_share_its_processors(
     assert processes() == each
 
 
-def test_where_a_system_does_not_say_what_a_process_may_use_all_processors_count(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_where_a_system_does_not_say_what_a_process_may_use_all_processors_count(monkeypatch: Any) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert processes() == os.cpu_count()

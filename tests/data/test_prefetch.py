@@ -14,6 +14,7 @@ from mirl_dist.data.manifest import Shard
 from mirl_dist.data.prefetch import PrefetchWindow, shards_ahead
 from mirl_dist.data.sampler import GlobalSampler, Position, Slot, split_batch
 from mirl_dist.errors import UserError
+from tests.data.loaders import shard
 
 
 def passes(*shards: tuple[int, ...]) -> Iterator[list[Slot]]:
@@ -27,16 +28,18 @@ class Ledger:
 
     def __init__(self) -> None:
         self.held: Counter[int] = Counter()
-        self.events: list[tuple[str, int]] = []
+        self.acquired: list[int] = []
+
+    def window(self, *held: tuple[int, ...], behind: int, extra: int) -> PrefetchWindow:
+        return PrefetchWindow(passes(*held), self.acquire, self.release, behind=behind, extra=extra)
 
     def acquire(self, shard: int) -> None:
         self.held[shard] += 1
-        self.events.append(("acquire", shard))
+        self.acquired.append(shard)
 
     def release(self, shard: int) -> None:
         assert self.held[shard] > 0
         self.held[shard] -= 1
-        self.events.append(("release", shard))
 
     def now(self) -> set[int]:
         return {shard for shard, count in self.held.items() if count}
@@ -53,7 +56,7 @@ def test_a_pass_and_those_before_it_are_held_and_little_more(
 ) -> None:
     ledger = Ledger()
     most = max((len({s for one in held[max(0, n - behind) : n + 1] for s in one}) for n in range(len(held))), default=0)
-    window = PrefetchWindow(passes(*held), ledger.acquire, ledger.release, behind=behind, extra=extra)
+    window = ledger.window(*held, behind=behind, extra=extra)
     for number, slots in enumerate(window):
         assert tuple(slot.shard for slot in slots) == held[number]
         needed = {shard for one in held[max(0, number - behind) : number + 1] for shard in one}
@@ -62,20 +65,18 @@ def test_a_pass_and_those_before_it_are_held_and_little_more(
         assert len(ledger.now()) <= most + extra
     assert len(list(window)) == 0
     window.close()
-    assert ledger.now() == set()
-    assert [kind for kind, _ in ledger.events].count("acquire") == [kind for kind, _ in ledger.events].count("release")
+    assert ledger.now() == set(), "as many releases as acquisitions"
 
 
 def test_shards_are_wanted_in_the_order_of_their_first_use() -> None:
     ledger = Ledger()
-    window = PrefetchWindow(passes((3, 1), (1, 2), (0, 3), (4,)), ledger.acquire, ledger.release, behind=9, extra=9)
-    next(window)
-    assert ledger.events == [("acquire", shard) for shard in (3, 1, 2, 0, 4)]
+    next(ledger.window((3, 1), (1, 2), (0, 3), (4,), behind=9, extra=9))
+    assert ledger.acquired == [3, 1, 2, 0, 4]
 
 
 def test_closing_in_the_middle_releases_what_was_looked_ahead_at() -> None:
     ledger = Ledger()
-    window = PrefetchWindow(passes(*((n,) for n in range(50))), ledger.acquire, ledger.release, behind=2, extra=5)
+    window = ledger.window(*((n,) for n in range(50)), behind=2, extra=5)
     for _ in itertools.islice(window, 10):
         pass
     assert 8 <= len(ledger.now()) <= 9
@@ -84,20 +85,7 @@ def test_closing_in_the_middle_releases_what_was_looked_ahead_at() -> None:
 
 
 def shards(count: int, megabytes: int, samples: int = 100) -> list[Shard]:
-    return [
-        Shard(
-            name=f"train-x-{n:05d}.tar",
-            role="train",
-            set="x",
-            kind="clean",
-            samples=samples,
-            least_pixels=64,
-            bytes=megabytes * 10**6,
-            sha256="0" * 64,
-            index_sha256="0" * 64,
-        )
-        for n in range(count)
-    ]
+    return [shard(number, samples, bytes=megabytes * 10**6) for number in range(count)]
 
 
 def ahead(lanes: int, behind: int, held: list[Shard], limit: int | None, ranks: int, steps: int = 1000) -> int:
@@ -164,7 +152,7 @@ def test_a_rank_never_holds_more_shards_than_the_cache_was_found_to_have_room_fo
 
 def test_a_lent_shard_goes_with_the_pass_that_it_was_lent_for() -> None:
     ledger = Ledger()
-    window = PrefetchWindow(passes((0,), (1,), (2,), (3,)), ledger.acquire, ledger.release, behind=1, extra=1)
+    window = ledger.window((0,), (1,), (2,), (3,), behind=1, extra=1)
     next(window)
     window.acquire_extra(9)
     window.acquire_extra(9)

@@ -17,27 +17,12 @@ from mirl_dist.data.manifest import Shard
 from mirl_dist.data.mixture import apportion
 from mirl_dist.data.sampler import BatchSplit, GlobalSampler, Position, Slot, split_batch
 from mirl_dist.errors import UserError
+from tests.data.loaders import shard
 
 
-def shard(set_: str, kind: Any, number: int, samples: int) -> Shard:
-    name = f"train-{set_}-{number:05d}.tar"
-    digest = f"{number:064x}"
-    return Shard(
-        name=name,
-        role="train",
-        set=set_,
-        kind=kind,
-        samples=samples,
-        least_pixels=64,
-        bytes=1024,
-        sha256=digest,
-        index_sha256=digest,
-    )
-
-
-def shards(counts: Mapping[tuple[str, str], tuple[int, ...]]) -> list[Shard]:
+def shards(counts: Mapping[tuple[str, Any], tuple[int, ...]]) -> list[Shard]:
     """Shards of (set, kind), as many samples in each as told."""
-    return [shard(s, kind, n, c) for (s, kind), held in counts.items() for n, c in enumerate(held)]
+    return [shard(n, c, set=s, kind=kind) for (s, kind), held in counts.items() for n, c in enumerate(held)]
 
 
 MIX: dict[str, float] = {"denoise_25": 2, "denoise_50": 1, "derain": 3, "dehaze": 1}
@@ -103,23 +88,17 @@ def test_an_epoch_reads_every_sample_for_every_task_as_often_as_the_mix_says(glo
     made = sampler(global_batch)
     assert made.length == 54
     assert made.steps_per_epoch == 54 // global_batch
-    wanted = Counter(
-        {
-            (name, number, sample): int(copies)
-            for name, copies in MIX.items()
-            for number, one in enumerate(HELD)
-            if one.kind == Task.of(name).kind
-            for sample in range(one.samples)
-        }
-    )
+    wanted: Counter[tuple[str, int, int]] = Counter()
+    for name, copies in MIX.items():
+        of_kind = ((number, one.samples) for number, one in enumerate(HELD) if one.kind == Task.of(name).kind)
+        wanted.update({(name, number, sample): int(copies) for number, count in of_kind for sample in range(count)})
     for epoch in range(2):
         slots = [s for step in epoch_of(made, epoch) for s in step]
         found = read(made, slots)
         assert found <= wanted
         assert sum((wanted - found).values()) == 54 % global_batch
-        assert len({(s.pass_index, s.shard, s.sample) for s in slots}) == len(slots), (
-            "no two reads of a sample are alike"
-        )
+        reads = {(s.pass_index, s.shard, s.sample) for s in slots}
+        assert len(reads) == len(slots), "no two reads of a sample are alike"
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -238,9 +217,8 @@ def test_parts_add_up_and_are_as_near_to_the_weights_as_whole_numbers_can_be() -
 
 
 def test_a_weight_too_small_to_be_read_is_refused() -> None:
-    with pytest.raises(
-        UserError, match=r"^data\.mix: derain gets none of the 8 samples of an epoch\. Raise its weight"
-    ):
+    wanted = r"^data\.mix: derain gets none of the 8 samples of an epoch\. Raise its weight"
+    with pytest.raises(UserError, match=wanted):
         sampler(8, mix={"denoise_25": 1, "derain": 0.001}, mix_by="weights", steps_per_epoch=1)
 
 
@@ -259,9 +237,8 @@ def test_every_lane_reads_whole_shards_in_sequence() -> None:
     for lane in lanes_of(made, 1):
         for kind in ("clean", "derain"):
             mine = [s for s in lane if MANY[s.shard].kind == kind]
-            runs = [
-                (key, len(list(group))) for key, group in itertools.groupby(mine, lambda s: (s.pass_index, s.shard))
-            ]
+            by_shard = itertools.groupby(mine, lambda s: (s.pass_index, s.shard))
+            runs = [(key, len(list(group))) for key, group in by_shard]
             assert len({key for key, _ in runs}) == len(runs), "a shard was left and entered again"
             for (_, number), length in runs[1:-1]:
                 assert length == MANY[number].samples
@@ -322,41 +299,48 @@ def test_a_batch_is_shared_into_ranks_and_passes(
     assert split.passes * split.forward * world == global_batch
 
 
-def test_a_batch_that_cannot_be_shared_is_refused_with_numbers_that_can() -> None:
+@pytest.mark.parametrize(
+    ("split", "text"),
+    [
+        (
+            (8, None, 3),
+            "batch.global: a global batch of 8 cannot be shared by 3 ranks. Use 1, 2, 4, 8 ranks, or set batch.global "
+            "to a multiple of 3 such as 6 or 9 (another experiment: the fingerprint changes).",
+        ),
+        (
+            (8, None, 16),
+            "batch.global: a global batch of 8 cannot be shared by 16 ranks. Use 1, 2, 4, 8 ranks, or set batch.global "
+            "to a multiple of 16 such as 16 (another experiment: the fingerprint changes).",
+        ),
+        (
+            (12, 4, 2),
+            "batch.forward: 4 samples per pass do not divide the 6 samples that each of 2 ranks takes per step. "
+            "Use 1, 2, 3, 6.",
+        ),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_is_refused_with_numbers_that_can(
+    split: tuple[int, int | None, int], text: str
+) -> None:
     with pytest.raises(UserError) as caught:
-        split_batch(8, None, 3)
-    assert str(caught.value) == (
-        "batch.global: a global batch of 8 cannot be shared by 3 ranks. Use 1, 2, 4, 8 ranks, or set batch.global to "
-        "a multiple of 3 such as 6 or 9 (another experiment: the fingerprint changes)."
-    )
-    assert caught.value.everywhere
-    with pytest.raises(UserError, match=r"a multiple of 16 such as 16 \("):
-        split_batch(8, None, 16)
-
-
-def test_passes_that_do_not_divide_the_share_are_refused_with_those_that_do() -> None:
-    with pytest.raises(UserError) as caught:
-        split_batch(12, 4, 2)
-    assert str(caught.value) == (
-        "batch.forward: 4 samples per pass do not divide the 6 samples that each of 2 ranks takes per step. "
-        "Use 1, 2, 3, 6."
-    )
+        split_batch(*split)
+    assert str(caught.value) == text and caught.value.everywhere
 
 
 # -- what cannot be ordered -------------------------------------------------------------------------------------
 
 
-def test_an_epoch_shorter_than_a_global_batch_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^an epoch has 54 samples, fewer than one global batch of 55\. Lower batch"):
-        sampler(55)
-
-
-def test_more_steps_than_the_mix_gives_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("batch", "steps", "text"),
+    [
+        (55, None, r"^an epoch has 54 samples, fewer than one global batch of 55\. Lower batch"),
+        (8, 7, r"^data\.steps_per_epoch: found 7, but the mix fills only 6 steps of 8\. Lower"),
+    ],
+)
+def test_an_epoch_that_the_mix_cannot_fill_is_refused(batch: int, steps: int | None, text: str) -> None:
     assert sampler(steps_per_epoch=6).steps_per_epoch == 6
-    with pytest.raises(
-        UserError, match=r"^data\.steps_per_epoch: found 7, but the mix fills only 6 steps of 8\. Lower"
-    ):
-        sampler(steps_per_epoch=7)
+    with pytest.raises(UserError, match=text):
+        sampler(batch, steps_per_epoch=steps)
 
 
 def test_fewer_steps_than_the_mix_gives_read_no_sample_more_often_than_it_says() -> None:

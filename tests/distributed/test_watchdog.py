@@ -5,29 +5,20 @@ from __future__ import annotations
 import platform
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
 from mirl_dist.distributed.flight_recorder import FlightRecorder
-from mirl_dist.distributed.peers import READS
-from mirl_dist.distributed.watchdog import Watchdog
+from mirl_dist.distributed.watchdog import READS, Watchdog
+from tests.services.processes import wait_until
 
 HERE = platform.node()
 NAMES = [f"rank {rank} (node{rank}, pid {rank})" for rank in range(4)]
 
 
-def wait_for(found: Callable[[], Any], seconds: float = 120) -> None:
-    last = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < last, "what was waited for never came"
-        time.sleep(0.005)
-
-
 class MemoryStore:
-    """A StatusStore in memory. answers: it blocks while this is clear; gone: it is torn down; reads: of ranks."""
+    """A LiveStore in memory. answers: it blocks while this is clear; gone: it is torn down; reads: of ranks."""
 
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
@@ -46,7 +37,7 @@ class MemoryStore:
 
     def get(self, keys: list[str]) -> list[bytes]:
         self._answer()
-        wait_for(lambda: all(key in self.values for key in keys))  # as a store does
+        wait_until(lambda: all(key in self.values for key in keys))  # as a store does
         if keys[0].isdigit():
             self.reads += 1
             self.on_read(self.reads)
@@ -98,7 +89,7 @@ def test_the_lowest_waiting_rank_names_who_has_not_come_and_all_that_wait_exit(
     for rank in (1, 2, 3):
         ranks.recorders[rank].begin("sum of losses")
     ranks.start(0.1, 0.1, 0.1, 0.1)
-    wait_for(lambda: len(ranks.left) == 3)
+    wait_until(lambda: len(ranks.left) == 3)
     assert ranks.left == {1: 1, 2: 1, 3: 1}
     lines = sorted(capsys.readouterr().err.splitlines())
     waited = re.sub(r"waited \d+ s", "waited S s", lines[0])
@@ -118,7 +109,7 @@ def test_when_the_lowest_rank_has_not_waited_long_enough_another_one_says_it(
     for rank in (0, 1):
         ranks.recorders[rank].begin("barrier")
     ranks.start(1000, 0.1, 0.1)
-    wait_for(lambda: 1 in ranks.left)
+    wait_until(lambda: 1 in ranks.left)
     waited = re.sub(r"waited \d+ s", "waited S s", capsys.readouterr().err)
     assert f"mirl-dist, rank 1 ({HERE}): waited S s in starting for the barrier (meeting 1); rank 2 (" in waited
 
@@ -131,16 +122,16 @@ def test_a_rank_that_comes_while_its_state_is_read_is_not_named(
     ranks.recorders[0].begin("barrier")
     ranks.store.on_read = lambda count: ranks.recorders[0].end() if count == READS - 1 else None
     ranks.start(0.0, 0.0)
-    wait_for(lambda: ranks.store.reads >= READS - 1)
+    wait_until(lambda: ranks.store.reads >= READS - 1)
     before = ranks.watchdogs[0]._exchange.beat
-    wait_for(lambda: ranks.watchdogs[0]._exchange.beat > before + 2 * READS)
+    wait_until(lambda: ranks.watchdogs[0]._exchange.beat > before + 2 * READS)
     assert (ranks.left, capsys.readouterr().err) == ({}, "")
 
 
 def test_a_busy_rank_reports_nobody(group: Callable[[int], Group], capsys: pytest.CaptureFixture[str]) -> None:
     ranks = group(2)
     ranks.start(0.0, 0.0)
-    wait_for(lambda: ranks.watchdogs[0]._exchange.beat > 4 * READS)
+    wait_until(lambda: ranks.watchdogs[0]._exchange.beat > 4 * READS)
     assert (ranks.left, ranks.store.reads, capsys.readouterr().err) == ({}, 0, "")
 
 
@@ -154,7 +145,7 @@ def test_a_waiting_rank_names_the_host_of_a_store_that_does_not_answer(
         ranks.store.answers.clear()
     ranks.store.gone = how == "gone"
     ranks.recorders[1].begin("barrier")
-    wait_for(lambda: ranks.left)
+    wait_until(lambda: ranks.left)
     assert ranks.left == {1: 1}
     err = capsys.readouterr().err
     assert "for the barrier (meeting 1), and the keeper, through which ranks tell where they are, no longer" in err
@@ -167,4 +158,4 @@ def test_a_stop_reaches_every_watchdog_and_does_not_wait_for_the_store(group: Ca
     ranks.watchdogs[1].request_stop()
     assert [w.stop_requested for w in ranks.watchdogs] == [False, True, False]
     ranks.store.answers.set()
-    wait_for(lambda: all(w.stop_requested for w in ranks.watchdogs))
+    wait_until(lambda: all(w.stop_requested for w in ranks.watchdogs))

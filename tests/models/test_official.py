@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import zipfile
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,21 +12,12 @@ from torch import Tensor, nn
 
 from mirl_dist import models
 from mirl_dist.errors import UserError
-
-SMALL: dict[str, Any] = {
-    "dim": 4,
-    "blocks": (1, 1, 1, 1),
-    "refinement_blocks": 1,
-    "heads": (1, 2, 2, 4),
-    "prompt_dims": (4, 8, 16),
-    "prompt_sizes": (8, 4, 2),
-}
+from tests.models.test_models import SMALL, golden, meta_promptir
 
 
 def official_shapes() -> dict[str, tuple[int, ...]]:
     """Names and shapes of the published class, as it was measured."""
-    golden = json.loads((Path(__file__).parent / "golden" / "promptir_official.json").read_text())
-    return {name: tuple(shape) for name, (shape, _) in golden["tensors"].items()}
+    return {name: tuple(shape) for name, (shape, _) in golden("official")["tensors"].items()}
 
 
 def stand_in(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
@@ -62,12 +50,13 @@ def test_an_official_checkpoint_comes_in_and_goes_out_key_by_key(compact: bool) 
     ours = models.from_official("promptir", {"state_dict": {f"net.{n}": t for n, t in official.items()}}).weights
     out = models.to_official("promptir", ours)
     assert {n: tuple(t.shape) for n, t in out.items()} == shapes
-    unused = set(models.PromptIR.official_only)
+    unused = meta_promptir().official_only_shapes().keys()
     assert all(torch.equal(out[n], official[n]) for n in shapes.keys() - unused)
     assert all(not out[n].any() and out[n].dtype == torch.float32 for n in unused)
     if compact:
         out = {n: t for n, t in out.items() if t.numel() < 50_000} | {n: out[n] for n in list(unused)[:1]}
     read = torch.load(io.BytesIO(models.write_official(out, compact=compact)), weights_only=True)
+    assert read.keys() == {"state_dict", "pytorch-lightning_version", "epoch", "global_step"}, "Lightning asks for them"
     whole = stand_in({n: tuple(t.shape) for n, t in out.items()})
     whole.load_state_dict({n.removeprefix("net."): t for n, t in read["state_dict"].items()}, strict=True)
     assert all(torch.equal(tensor, out[name]) for name, tensor in whole.state_dict().items())
@@ -84,24 +73,6 @@ def test_the_exported_network_restores_images_as_before() -> None:
     image = torch.rand(1, 3, 24, 16)
     with torch.no_grad():
         assert torch.equal(network(image), again(image))
-
-
-def test_a_bare_state_dict_and_a_lightning_checkpoint_hold_the_same(tmp_path: Path) -> None:
-    weights = models.to_official("promptir", sparse(0.5), **SMALL)
-    file = tmp_path / "ticket.ckpt"
-    for compact in (False, True):
-        file.write_bytes(models.write_official(weights, compact=compact, lightning=False))
-        bare = torch.load(file, weights_only=True)
-        file.write_bytes(models.write_official(weights, compact=compact))
-        full = torch.load(file, weights_only=True)
-        assert list(bare) == list(weights)
-        assert {n.removeprefix("net.") for n in full["state_dict"]} == set(weights)
-        assert all(torch.equal(bare[n], full["state_dict"][f"net.{n}"]) for n in weights)
-        assert full.keys() >= {
-            "pytorch-lightning_version",
-            "epoch",
-            "global_step",
-        }  # load_from_checkpoint asks for them
 
 
 def test_a_compact_file_of_a_sparse_ticket_is_small_and_the_same_each_time() -> None:

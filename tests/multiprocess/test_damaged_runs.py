@@ -13,6 +13,7 @@ from mirl_dist.data.manifest import CLEAN
 from mirl_dist.data.shards import SamplePlace, Shards
 from mirl_dist.observability.console import rank_label
 from mirl_dist.storage import Folder
+from tests.services.outcomes import expect
 
 pytestmark = pytest.mark.long
 
@@ -30,7 +31,7 @@ def flip(shards: Path, place: SamplePlace) -> None:
     assert found is not None
     tar = shards / place.shard.name
     data = bytearray(tar.read_bytes())
-    data[found[1].offset + found[1].size // 2] ^= 1
+    data[found.offset + found.size // 2] ^= 1
     tar.write_bytes(data)
 
 
@@ -53,8 +54,7 @@ def skipping(lab: Any, damaged: Damaged, tmp_path_factory: pytest.TempPathFactor
     """The folder of two ranks that skipped the damage, undisturbed, with MLflow. Only to be read."""
     folder = tmp_path_factory.mktemp("skipping")
     store = {"tracking.enabled": True, "tracking.uri": f"sqlite:///{folder}/mlflow.db"}
-    ended = lab.play(folder, ALL | store | {"data.shards": str(damaged.shards)})
-    assert ended.codes == (0, 0), ended.said()
+    ended = expect((0, 0), lab.play(folder, ALL | store | {"data.shards": str(damaged.shards)}))
     told = [line for line in ended.err.splitlines() if "skipped of" in line]
     assert {line.partition(": ")[0] for line in told} <= {f"mirl-dist, {rank_label(rank)}" for rank in range(2)}
     assert len(told) == len(set(told)) > 0, "each rank that meets it tells it once"
@@ -98,10 +98,8 @@ def test_a_skipping_run_that_is_killed_and_resumed_has_the_same_tickets(
 ) -> None:
     sets = ALL | {"data.shards": str(damaged.shards)}
     for step in ([0, 11], [1, 3]):
-        ended = lab.play(tmp_path, sets, fatal={"rank": "all", "step": step})
-        assert ended.codes == (-9, -9), ended.said()
-    ended = lab.play(tmp_path, sets | {"data.workers": 1})
-    assert ended.rc == 0 and "resuming: round 1, after step 2" in ended.out, ended.said()
+        expect((-9, -9), lab.play(tmp_path, sets, fatal={"rank": "all", "step": step}))
+    expect(0, lab.play(tmp_path, sets | {"data.workers": 1}), "resuming: round 1, after step 2")
     assert lab.digests(tmp_path / "run") == lab.digests(skipping / "run")
 
 
@@ -113,8 +111,7 @@ def test_a_whole_shard_that_is_lost_gives_the_same_ticket_wherever_the_shards_li
         folder = tmp_path / name
         shards = Path(shutil.copytree(lab.shards, folder / "shards"))
         (shards / damaged.place.shard.name).unlink()
-        ended = lab.play(folder, ALL | more | {"data.shards": str(shards), "prune.rounds": 0})
-        assert ended.codes == (0, 0), ended.said()
+        expect((0, 0), lab.play(folder, ALL | more | {"data.shards": str(shards), "prune.rounds": 0}))
         (ticket,) = lab.tickets(folder / "run")
         assert ticket["skipped"] == 6 * damaged.place.shard.samples
         assert list(ticket["damaged"]) == [damaged.place.shard.name]
@@ -128,18 +125,14 @@ def test_refused_damage_ends_ranks_in_one_line_and_the_run_goes_on_by_skipping_i
     lab: Any, damaged: Damaged, tmp_path: Path
 ) -> None:
     sets = ALL | {"data.shards": str(damaged.shards), "data.damage": "refuse"}
-    ended = lab.play(tmp_path, sets)
-    assert ended.rc == 2 and 0 not in ended.codes, ended.said()
-    assert "Traceback" not in ended.err
-    told = [line for line in ended.err.splitlines() if damaged.place.shard.name in line]
-    assert len(told) == 1, ended.said()
-    assert told[0].startswith("mirl-dist")
-    assert f"sample '{damaged.place.entry.key}' is damaged" in told[0]
-    assert "data.damage: skip" in told[0], "what to do instead"
+    ended = expect(2, lab.play(tmp_path, sets))
+    assert 0 not in ended.codes and "Traceback" not in ended.err, ended.said()
+    (told,) = [line for line in ended.err.splitlines() if damaged.place.shard.name in line]
+    assert told.startswith("mirl-dist") and f"sample '{damaged.place.entry.key}' is damaged" in told
+    assert "data.damage: skip" in told, "what to do instead"
     assert not list((tmp_path / "run").rglob("ticket.json"))
     assert (tmp_path / "run" / "run.json").exists(), "the run had begun"
-    ended = lab.play(tmp_path, sets | {"data.damage": "skip"})
-    assert ended.rc == 0, ended.said()
+    expect(0, lab.play(tmp_path, sets | {"data.damage": "skip"}))
     key = f"{damaged.place.shard.name} {damaged.place.entry.key}"
     assert all(t["skipped"] > 0 and list(t["damaged"]) == [key] for t in lab.tickets(tmp_path / "run"))
 
@@ -149,25 +142,21 @@ def test_damaged_evaluation_shards_are_refused_before_training_even_by_skip(lab:
     place = Shards(Folder(shards)).places("evaluate")["haze"][0]
     flip(shards, place)
     sets = {"data.shards": str(shards), "data.damage": "skip"}
-    ended = lab.play(tmp_path, sets)
-    assert ended.codes == (2, 2), ended.said()
+    ended = expect((2, 2), lab.play(tmp_path, sets))
     (line,) = ended.err.splitlines()
     assert place.shard.name in line and f"sample '{place.entry.key}' is damaged" in line
     assert not (tmp_path / "run").exists(), "nothing was begun"
-    ended = lab.play(tmp_path, sets | {"data.mix": {"derain": 2}, "prune.rounds": 0})
-    assert ended.rc == 0, "what is not scored does not matter"
+    expect(0, lab.play(tmp_path, sets | {"data.mix": {"derain": 2}, "prune.rounds": 0}))  # not scored: no matter
 
 
 def test_a_cache_that_is_too_small_is_no_damage_and_is_refused_first(lab: Any, tmp_path: Path) -> None:
     sets = {"data.cache.folder": "cache", "data.cache.gigabytes": 3e-5, "data.damage": "skip"}
-    ended = lab.play(tmp_path, sets)
-    assert ended.codes == (2, 2), ended.said()
+    ended = expect((2, 2), lab.play(tmp_path, sets))
     (line,) = ended.err.splitlines()
     assert line.startswith("mirl-dist: data.cache.gigabytes: found 3e-05, but each of 2 ranks on this node needs"), line
     assert "Set it to" in line
     assert not (tmp_path / "run").exists()
     enough = float(line.partition("Set it to ")[2].split()[0])
-    ended = lab.play(tmp_path, sets | {"data.cache.gigabytes": enough, "prune.rounds": 0})
-    assert ended.rc == 0, "what the message says is enough"
+    expect(0, lab.play(tmp_path, sets | {"data.cache.gigabytes": enough, "prune.rounds": 0}))  # as the message says
     assert lab.tickets(tmp_path / "run")[0]["skipped"] == 0
     assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")) <= enough * 1e9

@@ -5,16 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 
-from mirl_dist.distributed.engines.from_env import engine_from_env
+from mirl_dist.distributed.engines.spec import engine_from_env
 from mirl_dist.distributed.launch import launch_file
-from tests.services.lab import PROGRAMS, ROOT, Ended, Lab
+from tests.services.lab import PROGRAMS, ROOT, Lab
 
 DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
@@ -34,22 +33,6 @@ DEALT = [
 PASSES = {"batch.forward": 1, "guard.skip_bad_batches": 2, "prune.rounds": 1}
 
 
-def train(
-    lab: Lab,
-    folder: Path,
-    engine: str,
-    sets: Mapping[str, Any] = {},
-    *,
-    world: int = 2,
-    fatal: Any = None,
-    env: Mapping[str, str] = {},
-) -> Ended:
-    told = {"MIRL_FATAL": json.dumps(fatal)} if fatal is not None else {}
-    script = lab.fatal if fatal is not None else None
-    arguments = lab.train(folder, sets)
-    return lab.start(*arguments, cwd=folder, world=world, script=script, env=ENGINES[engine] | told | dict(env)).wait()
-
-
 def weights(run: Path, round_: int) -> dict[str, Any]:
     (folder,) = run.glob(f"rounds/{round_:02d}/ticket-*")
     return safetensors.torch.load_file(folder / "weights.safetensors")
@@ -62,12 +45,11 @@ def told(lab: Lab, run: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.fixture(scope="module")
-def with_mishaps(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def with_mishaps(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two rounds under DDP, each step in two passes, with one loss and one gradient that are not finite."""
     folder = tmp_path_factory.mktemp("mishaps")
-    ended = train(lab, folder, "ddp", PASSES, fatal=mishaps())
-    assert ended.rc == 0, ended.said()
-    yield folder / "run"
+    lab.play(folder, PASSES, fatal=mishaps()).ok()
+    return folder / "run"
 
 
 def mishaps() -> list[dict[str, Any]]:
@@ -81,8 +63,7 @@ def mishaps() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("engine", DEALT)
 def test_every_engine_ends_in_the_bits_of_ddp(engine: str, lab: Lab, reference: Path, tmp_path: Path) -> None:
-    ended = train(lab, tmp_path, engine)
-    assert ended.rc == 0, ended.said()
+    ended = lab.play(tmp_path, env=ENGINES[engine]).ok()
     assert ended.err == "", ended.said()
     assert told(lab, tmp_path / "run") == told(lab, reference)
 
@@ -96,8 +77,7 @@ def test_passes_are_added_and_bad_steps_left_out_on_every_engine(
     engine: str, lab: Lab, with_mishaps: Path, tmp_path: Path
 ) -> None:
     name, _, offload = engine.partition(" ")
-    ended = train(lab, tmp_path, name, PASSES, fatal=mishaps(), env=OFFLOAD if offload else {})
-    assert ended.rc == 0, ended.said()
+    ended = lab.play(tmp_path, PASSES, fatal=mishaps(), env=OFFLOAD if offload else ENGINES[name]).ok()
     assert "The step is skipped (2 of 2 allowed in a round)" in ended.out
     mine, expected = weights(tmp_path / "run", 0), weights(with_mishaps, 0)
     apart = max(float((mine[name] - expected[name]).abs().max()) for name in expected)
@@ -117,7 +97,7 @@ def test_a_run_moves_between_engines_and_numbers_of_ranks_in_mid_round(lab: Lab,
         folder.mkdir()
         for engine, world, until in legs:
             stop = {"rank": "all", "step": until, "signal": 15} if until else {"rank": 0, "do": "keep"}
-            ended = train(lab, folder, engine, {"checkpoint.every_steps": 1}, world=world, fatal=stop)
+            ended = lab.play(folder, {"checkpoint.every_steps": 1}, world=world, fatal=stop, env=ENGINES[engine])
             assert ended.rc == (75 if until else 0), ended.said()
     assert told(lab, tmp_path / "moved" / "run") == told(lab, tmp_path / "stayed" / "run")
 
@@ -131,8 +111,7 @@ def test_the_masks_of_one_checkpoint_do_not_depend_on_engine_or_ranks(
     shutil.copytree(reference, tmp_path / "run")
     for name in ("01", "02"):
         shutil.rmtree(tmp_path / "run" / "rounds" / name)
-    ended = train(lab, tmp_path, "zero3", {"prune.rounds": 1}, world=4)
-    assert ended.rc == 0, ended.said()
+    lab.play(tmp_path, {"prune.rounds": 1}, world=4, env=ENGINES["zero3"]).ok()
     cut, expected = lab.tickets(tmp_path / "run")[1], lab.tickets(reference)[1]
     assert [cut[key] for key in ("mask_digest", "threshold", "alive")] == [
         expected[key] for key in ("mask_digest", "threshold", "alive")
@@ -147,7 +126,7 @@ def test_accelerate_asks_for_the_engine_that_the_launch_file_names(file: Path) -
     if "zero" in file.stem and DEEPSPEED.args[0]:
         pytest.skip(DEEPSPEED.kwargs["reason"])
     said = launch_file.read(file, {"MIRL_MASTER_ADDR": "127.0.0.1", "MIRL_NODE_RANK": "0"})
-    ask = launch.launch_command_parser().parse_args([*said.options(), "-m", "mirl_dist"])
+    ask = launch.launch_command_parser().parse_args([*said.options(10), "-m", "mirl_dist"])
     given, defaults, _ = launch._validate_launch_command(ask)
     given.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config) if given.use_deepspeed else ""
     env = made.prepare_deepspeed_cmd_env(given)[1] if given.use_deepspeed else made.prepare_multi_gpu_env(given)
@@ -160,8 +139,7 @@ def test_accelerate_asks_for_the_engine_that_the_launch_file_names(file: Path) -
 @pytest.mark.long
 def test_train_launch_starts_the_engine_of_its_file(lab: Lab, reference: Path, tmp_path: Path) -> None:
     command = [*lab.train(tmp_path), "--launch", str(ROOT / "launch" / "fsdp.yaml")]
-    ended = lab.cold("python", "-m", "mirl_dist", *command, cwd=tmp_path, env={"MIRL_SEEN": "1"}).wait()
-    assert ended.rc == 0, ended.said()
+    lab.cold("python", "-m", "mirl_dist", *command, cwd=tmp_path, env={"MIRL_SEEN": "1"}).wait().ok()
     assert told(lab, tmp_path / "run") == told(lab, reference)
     assert {ticket["engine"] for ticket in lab.tickets(tmp_path / "run")} == {"fsdp"}
 
@@ -173,8 +151,7 @@ def test_scores_of_a_sharded_network_are_those_of_one_process(lab: Lab, tmp_path
     masks = []
     for engine, world in (("zero3", 2), ("ddp", 1)):
         (folder := tmp_path / engine).mkdir()
-        ended = train(lab, folder, engine, flow, world=world)
-        assert ended.rc == 0, ended.said()
+        lab.play(folder, flow, world=world, env=ENGINES[engine]).ok()
         masks.append(lab.tickets(folder / "run")[1]["mask_digest"])
     assert masks[0] == masks[1]
 
@@ -185,8 +162,7 @@ def test_selection_and_rewinding_need_no_more_memory_than_the_part_of_a_rank(
     engine: str, lab: Lab, tmp_path: Path
 ) -> None:
     script = str(PROGRAMS / "selection_memory.py")
-    ended = lab.start(str(tmp_path), cwd=tmp_path, world=2, script=script, env=ENGINES[engine]).wait()
-    assert ended.rc == 0, ended.said()
+    lab.start(str(tmp_path), cwd=tmp_path, world=2, script=script, env=ENGINES[engine]).wait().ok()
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["held"] < 0.6 * found["network"], "the rank holds a part"

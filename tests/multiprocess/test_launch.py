@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from mirl_dist.config.config import Config
-from mirl_dist.distributed.launch import launcher
-from mirl_dist.errors import UserError
+from tests.services.lab import ROOT
+from tests.services.processes import runs, wait_until
 
 pytestmark = pytest.mark.long
 
@@ -51,33 +50,16 @@ exec(sys.argv[1])
 """A rank without torch: what it does is its argument."""
 
 
-def living(pids: list[int]) -> list[int]:
-    """Those that have not ended (one that only waits for its parent to take note has)."""
-    found = []
-    for pid in pids:
-        try:
-            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-                found.append(pid)
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
-def gone(pids: list[int], seconds: float = 120) -> bool:
-    last = time.monotonic() + seconds
-    while living(pids) and time.monotonic() < last:
-        time.sleep(0.02)
-    return not living(pids)
+def wait_for_end_of(pids: list[int]) -> None:
+    wait_until(lambda: not any(map(runs, pids)), seconds=120)
 
 
 def workers(launch: Any) -> dict[int, int]:
     """Rank -> process of the ranks that run now."""
     found = {}
     for child in psutil.Process(launch.pids[0]).children():
-        try:
+        with contextlib.suppress(psutil.Error, KeyError):
             found[int(child.environ()["RANK"])] = child.pid
-        except (psutil.NoSuchProcess, KeyError, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
     return found
 
 
@@ -96,8 +78,14 @@ class Play:
             *(str(restarts), str(deadline), str(grace), script, deed),
             cwd=self._folder,
             script=str(self._folder / "driver.py"),
-            env={"TMPDIR": str(self._folder), "PYTHONPATH": str(Path(launcher.__file__).parents[3])},
+            env={"TMPDIR": str(self._folder), "PYTHONPATH": str(ROOT)},
         )
+
+    def running(self, deed: str, **how: Any) -> Any:
+        """The launch, once both ranks run."""
+        launch = self(deed, **how)
+        launch.until(lambda: launch.text("out").count("process") == (4 if "fork" in deed else 2))
+        return launch
 
 
 @pytest.fixture
@@ -106,8 +94,8 @@ def play(lab: Any, tmp_path: Path) -> Play:
 
 
 def test_ranks_of_which_one_died_are_started_again_and_it_is_said_who_and_how_often(play: Play) -> None:
-    ended = play("os.kill(os.getpid(), 9) if (rank, again) == (1, 0) else sys.exit(again == 1 and rank == 0)").wait()
-    assert ended.rc == 0, ended.said()
+    deed = "os.kill(os.getpid(), 9) if (rank, again) == (1, 0) else sys.exit(again == 1 and rank == 0)"
+    ended = play(deed).wait().ok()
     assert ended.err.splitlines() == [
         "mirl-dist: rank 1 was killed by signal 9; starting the ranks again (1 of 2).",
         "mirl-dist: rank 0 failed (code 1); starting the ranks again (2 of 2).",
@@ -139,8 +127,7 @@ def test_after_a_last_word_no_rank_works_again_though_restarts_are_left(play: Pl
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_each_signal_asks_the_ranks_to_stop_and_none_is_started_again(play: Play, number: signal.Signals) -> None:
-    launch = play("serve(channel.stop_requested); print('committed', flush=True); sys.exit(75)")
-    launch.until(lambda: launch.text("out").count("process") == 2)
+    launch = play.running("serve(channel.stop_requested); print('committed', flush=True); sys.exit(75)")
     os.kill(launch.pids[0], number)
     ended = launch.wait()
     assert ended.rc == 75, ended.said()
@@ -151,18 +138,11 @@ def test_each_signal_asks_the_ranks_to_stop_and_none_is_started_again(play: Play
     ]
 
 
-def test_ranks_that_finish_although_they_were_asked_to_stop_have_finished(play: Play) -> None:
-    launch = play("serve(channel.stop_requested)")
-    launch.until(lambda: launch.text("out").count("process") == 2)
+@pytest.mark.parametrize(("end", "code"), [("", 0), ("; sys.exit(1)", 75)])
+def test_ranks_asked_to_stop_may_finish_and_if_they_fail_can_be_gone_on_with(play: Play, end: str, code: int) -> None:
+    launch = play.running(f"serve(channel.stop_requested){end}", restarts=0)
     os.kill(launch.pids[0], signal.SIGTERM)
-    assert launch.wait().rc == 0
-
-
-def test_a_launch_that_was_asked_to_stop_can_be_gone_on_with_even_if_its_ranks_fail(play: Play) -> None:
-    launch = play("serve(channel.stop_requested); sys.exit(1)", restarts=0)
-    launch.until(lambda: launch.text("out").count("process") == 2)
-    os.kill(launch.pids[0], signal.SIGTERM)
-    assert launch.wait().rc == 75
+    assert launch.wait().rc == code
 
 
 DEAF = """
@@ -182,8 +162,7 @@ while True:
 def test_ranks_that_hear_nothing_are_killed_by_a_second_ctrl_c_or_at_the_deadline(
     play: Play, numbers: tuple[int, int], grace: float, code: int
 ) -> None:
-    launch = play(DEAF, deadline=0.2, grace=grace)
-    launch.until(lambda: launch.text("out").count("process") == 4)
+    launch = play.running(DEAF, deadline=0.2, grace=grace)
     pids = launch.everyone()
     assert len(pids) >= 5
     for number in numbers:
@@ -192,25 +171,16 @@ def test_ranks_that_hear_nothing_are_killed_by_a_second_ctrl_c_or_at_the_deadlin
     ended = launch.wait()
     assert ended.rc == code, ended.said()
     assert ("the ranks have not left in time (preempt.deadline_seconds)" in ended.err) == (code == 75)
-    assert gone(pids), "what the ranks have started ends with them"
+    wait_for_end_of(pids)  # what the ranks have started ends with them
     assert ended.out.count("start") == 2 and "Traceback" not in ended.err
 
 
 def test_a_launcher_that_is_killed_leaves_no_ranks_behind(play: Play) -> None:
-    launch = play("serve()")
-    launch.until(lambda: launch.text("out").count("process") == 2)
+    launch = play.running("serve()")
     pids = launch.everyone()
     os.kill(launch.pids[0], signal.SIGKILL)
     assert launch.wait().rc == -9
-    assert gone(pids)
-
-
-def test_a_launch_file_with_which_accelerate_hides_failures_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "launch.yaml").write_text("num_processes: 2\ndebug: true\n")
-    with pytest.raises(
-        UserError, match=r"launch\.yaml:\n  debug: found true, with which accelerate hides that ranks failed"
-    ):
-        launcher.choose(Config(), str(tmp_path / "launch.yaml"))
+    wait_for_end_of(pids)
 
 
 # -- the whole program ------------------------------------------------------------------------------------------
@@ -230,8 +200,7 @@ def test_a_launched_run_survives_a_killed_rank_and_a_stop(lab: Any, reference: P
     assert ended.err.count("stopped as asked") == 1, ended.said()
     assert "(2 of 3)" not in ended.err and "Traceback" not in ended.err, ended.said()
 
-    ended = lab.play(tmp_path, sets)
-    assert ended.rc == 0, ended.said()
+    lab.play(tmp_path, sets).ok()
     assert lab.digests(run) == lab.digests(reference)
 
 
@@ -244,8 +213,7 @@ def test_a_step_that_always_kills_its_ranks_is_given_up_and_can_be_tried_again(l
     assert ended.codes == (2, 2), ended.said()
     assert ended.err.startswith("mirl-dist: 2 launches in a row died in step ") and ended.err.count("\n") == 1
     assert " of round 0 on this machine" in ended.err and "Its samples as task:key: d" in ended.err
-    ended = lab.play(tmp_path, sets)
-    assert ended.rc == 0, ended.said()
+    lab.play(tmp_path, sets).ok()
 
 
 def test_a_fault_of_a_rank_is_said_once_though_a_restart_is_left(lab: Any, tmp_path: Path) -> None:

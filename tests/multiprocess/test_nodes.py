@@ -8,8 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,16 +15,11 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SETS = {
-    "train.epochs": 8,
-    "prune.rounds": 1,
-    "store.lease_seconds": 5,
-    "store.patience_seconds": 2,
-    "ranks.timeout_seconds": 5,
-}
+from tests.services.lab import ROOT, Lab
+from tests.services.processes import wait_until
 
-
+SETS = {"train.epochs": 8, "prune.rounds": 1, "ranks.timeout_seconds": 5}
+SETS |= {"store.lease_seconds": 5, "store.patience_seconds": 2}
 WAITED = [f"mirl-dist, rank {rank} (node-{rank}): waited " for rank in (0, 1)]
 
 
@@ -38,12 +31,8 @@ class Node:
     """A network namespace with one end of a cable; commands in it see the host name node-<number>."""
 
     def __init__(self, number: int) -> None:
-        self.number, self.name, self.cable = (
-            number,
-            f"mirl-{os.getpid()}-{number}",
-            f"mirl{os.getpid() % 10**6}n{number}",
-        )
-        self.address = f"10.213.77.{number + 1}"
+        self.number, self.address = number, f"10.213.77.{number + 1}"
+        self.name, self.cable = f"mirl-{os.getpid()}-{number}", f"mirl{os.getpid() % 10**6}n{number}"
 
     def inside(self, *command: str) -> list[str]:
         return ["ip", "netns", "exec", self.name, *command]
@@ -97,74 +86,46 @@ def remove(nodes: list[Node]) -> None:
 class Launch:
     """`mirl-dist train --launch` with one file, on each of two nodes."""
 
-    def __init__(self, lab: Any, nodes: list[Node], folder: Path, backend: str, port: int, sets: Mapping[str, Any]):
+    def __init__(self, lab: Lab, nodes: list[Node], folder: Path, backend: str, port: int, sets: Mapping[str, Any]):
         folder.mkdir()
         self.run = folder / "run"
         tree = {"distributed_type": "MULTI_GPU", "num_machines": 2, "num_processes": 2, "rdzv_backend": backend}
         (folder / "launch.yaml").write_text(json.dumps(tree | {"main_process_port": port}))
         arguments = lab.train(folder, sets, "--launch", str(folder / "launch.yaml"))
-        self._folder, self._started = folder, []
+        self._started = []
         for node in nodes:
             place = {"MIRL_NODE_RANK": str(node.number), "MIRL_MASTER_ADDR": nodes[0].address, "PYTHONPATH": str(ROOT)}
-            (folder / f"tmp-{node.number}").mkdir()
-            env = os.environ | lab.env(place | {"TMPDIR": str(folder / f"tmp-{node.number}")})
-            with open(folder / f"{node.number}.out", "wb") as out, open(folder / f"{node.number}.err", "wb") as err:
-                command = node.command(sys.executable, "-m", "mirl_dist", *arguments)
-                self._started.append(
-                    subprocess.Popen(
-                        command,
-                        cwd=folder,
-                        env=env,
-                        stdin=subprocess.DEVNULL,
-                        stdout=out,
-                        stderr=err,
-                        start_new_session=True,
-                    )
-                )
+            (own := folder / f"tmp-{node.number}").mkdir()
+            command = ("python", "-m", "mirl_dist", *arguments)
+            env = place | {"TMPDIR": str(own)}
+            self._started.append(lab.cold(*command, cwd=folder, env=env, through=node.command()))
 
     def text(self, number: int, kind: str = "err") -> str:
-        return (self._folder / f"{number}.{kind}").read_text(errors="replace")
+        return self._started[number].text(kind)
 
     def said(self) -> str:
         return "\n".join(f"--- node {n}, {kind}\n{self.text(n, kind)}" for n in (0, 1) for kind in ("out", "err"))
 
     def pid(self, number: int) -> int:
         """Of the launcher: each command on the way to it has become the next one."""
-        return self._started[number].pid
+        return self._started[number].pids[0]
 
-    def until(self, reached: Callable[[], Any], seconds: float = 300) -> None:
-        last = time.monotonic() + seconds
-        while not reached():
-            over = time.monotonic() > last or any(process.poll() is not None for process in self._started)
-            if over and not reached():
-                self.kill()
-                pytest.fail(f"what was waited for never came\n{self.said()}")
-            time.sleep(0.05)
+    def until(self, reached: Callable[[], Any]) -> None:
+        wait_until(reached, hopeless=lambda: any(one.codes() != [None] for one in self._started), said=self.said)
 
-    def wait(self, seconds: float = 300) -> list[int]:
-        try:
-            return [process.wait(seconds) for process in self._started]
-        except subprocess.TimeoutExpired:
-            self.kill()
-            pytest.fail(f"still running\n{self.said()}")
+    def wait(self) -> list[int]:
+        return [one.wait().rc for one in self._started]
 
     def kill(self) -> None:
-        import psutil
-
-        for process in self._started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        child.kill()
-            process.kill()
-            process.wait()
+        for one in self._started:
+            one.kill()
 
     def log(self, rank: int) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.run / f"logs/rank-{rank:04d}.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def cut(lab: Any, nodes: list[Node], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Launch]:
+def cut(lab: Lab, nodes: list[Node], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Launch]:
     """Launches that lost the link between their nodes in the middle of training, until all ranks were started again;
     both at once, for they mostly wait."""
     folder = tmp_path_factory.mktemp("nodes")
@@ -197,23 +158,19 @@ def lost(launch: Launch) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    ended = lab.play(folder, SETS)
-    assert ended.rc == 0, ended.said()
+    lab.play(folder, SETS).ok()
     return folder / "run"
 
 
 @pytest.mark.parametrize("kind", ["static", "c10d"])
 def test_a_run_whose_nodes_lost_each_other_goes_on_by_itself_to_the_same_tickets(
-    lab: Any, cut: dict[str, Launch], undisturbed: Path, kind: str
+    lab: Lab, cut: dict[str, Launch], undisturbed: Path, kind: str
 ) -> None:
     launch = cut[kind]
     assert "resuming: round 0, after step " in launch.text(0, "out"), launch.said()
-    assert lab.digests(launch.run) == lab.digests(undisturbed)
-    for mine, other in zip(lab.ended(launch.run), lab.ended(undisturbed), strict=True):
-        for name in ("weights.safetensors", "mask.safetensors"):
-            assert (mine / name).read_bytes() == (other / name).read_bytes()
+    lab.assert_same_run(launch.run, undisturbed)
 
 
 @pytest.mark.parametrize("kind", ["static", "c10d"])
@@ -242,7 +199,7 @@ def test_the_logs_of_all_ranks_on_all_nodes_tell_the_whole_story(cut: dict[str, 
 
 
 def test_a_stop_that_is_asked_of_one_node_ends_all_of_them_resumably(
-    lab: Any, nodes: list[Node], tmp_path: Path
+    lab: Lab, nodes: list[Node], tmp_path: Path
 ) -> None:
     launch = Launch(lab, nodes, tmp_path / "stop", "static", 29513, SETS | {"train.epochs": 4000})
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.services.lab import PROGRAMS
+from tests.services.outcomes import expect
 
 ASKED = str(PROGRAMS / "stop_in_phase.py")
 # In the order in which a run comes through them.
@@ -20,10 +21,7 @@ PHASES: dict[str, tuple[dict[str, Any], str]] = {
     "counting": ({"rank": 0, "phase": "counting"}, "stopped as asked before pruning; all rounds that"),
     "pruning": ({"rank": 0, "phase": "pruning"}, "stopped as asked before the next round; all rounds that"),
     "rewinding": ({"rank": 1, "phase": "rewinding"}, "stopped as asked before the next round; all rounds that"),
-    "training-later": (
-        {"rank": 0, "phase": "training"},
-        "stopped as asked in round 1 after 1 steps; committed",
-    ),
+    "training-later": ({"rank": 0, "phase": "training"}, "stopped as asked in round 1 after 1 steps; committed"),
     "committing": ({"rank": 0, "phase": "committing"}, "stopped as asked"),
     "uploading": ({"rank": 0, "phase": "uploading"}, "stopped as asked"),
 }
@@ -37,16 +35,14 @@ def asked(lab: Any, folder: Path, plan: dict[str, Any], number: int, **sets: Any
 def assert_stopped(lab: Any, folder: Path, phase: str, reference: Path) -> None:
     plan, words = PHASES[phase]
     number = signal.SIGUSR1 if phase in ("evaluating", "pruning") else signal.SIGTERM
-    ended = asked(lab, folder, plan, number)
-    assert ended.codes == (75, 75), f"{phase}: {ended.said()}"
+    ended = expect((75, 75), asked(lab, folder, plan, number))
     assert ended.err.startswith(f"mirl-dist: {words}"), f"{phase}: {ended.said()}"
     assert ended.err.endswith("Go on with --resume auto.\n") and ended.err.count("\n") == 1, "one rank says it, once"
     assert lab.digests(folder / "run") == lab.digests(reference)[: len(lab.digests(folder / "run"))], phase
 
 
 def assert_goes_on(lab: Any, folder: Path, reference: Path) -> None:
-    again = lab.play(folder)
-    assert again.rc == 0 and "resuming: round " in again.out, again.said()
+    expect(0, lab.play(folder), "resuming: round ")
     assert lab.digests(folder / "run") == lab.digests(reference)
 
 
@@ -83,16 +79,15 @@ def test_a_run_that_cannot_stop_in_time_says_why_and_leaves_at_the_deadline(
     ended = asked(lab, tmp_path, {"rank": 0, "phase": "uploading"}, signal.SIGTERM, **{"preempt.deadline_seconds": 0.3})
     assert 75 in ended.codes, ended.said()
     assert "asked to stop 0.3 s ago (preempt.deadline_seconds), and still in " in ended.err, ended.said()
-    assert lab.play(tmp_path).rc == 0
+    expect(0, lab.play(tmp_path))
     assert lab.digests(tmp_path / "run") == lab.digests(reference)
 
 
 def test_a_build_that_is_asked_to_stop_goes_on_from_there(lab: Any, tmp_path: Path) -> None:
     build = ("shards", "build", str(lab.folder / "recipe.yaml"), "--out", str(tmp_path / "shards"), "--workers", "1")
     env = {"MIRL_ASKED": json.dumps({"rank": 0, "phase": "shards", "times": 2, "signal": signal.SIGTERM})}
-    ended = lab.start(*build, cwd=lab.folder, script=ASKED, env=env).wait()
-    assert ended.codes == (75,), ended.said()
-    assert "stopped as asked" in ended.err and "Traceback" not in ended.err
+    ended = expect((75,), lab.start(*build, cwd=lab.folder, script=ASKED, env=env).wait(), "stopped as asked")
+    assert "Traceback" not in ended.err
     assert not (tmp_path / "shards/manifest.json").exists()
     assert lab.mirl(*build, cwd=lab.folder).rc == 0
     assert (tmp_path / "shards/manifest.json").read_bytes() == (lab.shards / "manifest.json").read_bytes()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mirl_dist.pruning import masks as masking
+from tests.services.outcomes import expect
 
 Tensors = dict[str, Tensor]
 
@@ -57,9 +58,8 @@ def assert_laws(run: Path, tickets: list[dict[str, Any]]) -> None:
         if before is not None:
             assert ticket["alive"] < tickets[round_ - 1]["alive"]
             assert all(not bool((mask[n] & ~before[n]).any()) for n in mask), "a dead weight came back"
-        (folder,) = run.glob(f"rounds/{round_:02d}/ticket-*")
-        if (folder / "weights.safetensors").exists():
-            trained = weights(folder)
+        if (ticket_of(run, round_) / "weights.safetensors").exists():
+            trained = weights(ticket_of(run, round_))
             assert ticket["weights_digest"] == masking.digest_tensors(trained)
             assert masking.find_nonzero_pruned(trained, mask) is None
         parent, before = ticket["digest"], mask
@@ -90,10 +90,7 @@ def test_a_finished_run_resumes_to_nothing_and_says_so(lab: Any, reference: Path
     told = ("lease", "accepted", "logs")
     files = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.parent.name not in told]
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
-    ended = lab.play(tmp_path)
-    assert ended.rc == 0, ended.said()
-    assert "resuming: round 2, finished" in ended.out
-    assert "nothing is left to train" in ended.out
+    expect(0, lab.play(tmp_path), "resuming: round 2, finished", "nothing is left to train")
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in before} == before
     more = {p for p in (tmp_path / "run").rglob("*") if p.is_file()} - before.keys()
     assert {p.parent.name for p in more} == set(told)
@@ -103,9 +100,7 @@ def test_a_finished_run_resumes_to_nothing_and_says_so(lab: Any, reference: Path
 def test_accumulation_takes_the_same_steps_and_other_ranks_continue_the_run(
     lab: Any, reference: Path, tmp_path: Path
 ) -> None:
-    ended = lab.play(tmp_path, {"batch.forward": 1, "prune.rounds": 0})
-    assert ended.rc == 0, ended.said()
-    assert "2 ranks x 2 passes x 1 samples" in ended.out
+    expect(0, lab.play(tmp_path, {"batch.forward": 1, "prune.rounds": 0}), "2 ranks x 2 passes x 1 samples")
     run, (whole,) = tmp_path / "run", lab.tickets(tmp_path / "run")
     first = safetensors.torch.load_file(reference / "initial.safetensors")
     one, other = weights(ticket_of(reference, 0)), weights(ticket_of(run, 0))
@@ -115,9 +110,7 @@ def test_accumulation_takes_the_same_steps_and_other_ranks_continue_the_run(
     for name, score in lab.tickets(reference)[0]["scores"].items():
         assert score["psnr"] == pytest.approx(whole["scores"][name]["psnr"], abs=0.01)
 
-    again = lab.play(tmp_path, {"prune.rounds": 1}, world=4)
-    assert again.rc == 0, again.said()
-    assert "resuming: round 0, finished" in again.out
+    expect(0, lab.play(tmp_path, {"prune.rounds": 1}, world=4), "resuming: round 0, finished")
     tickets = lab.tickets(run)
     assert [t["world"] for t in tickets] == [2, 4]
     assert tickets[0] == whole
@@ -127,8 +120,7 @@ def test_accumulation_takes_the_same_steps_and_other_ranks_continue_the_run(
 def test_every_round_starts_from_the_first_values_of_its_survivors(lab: Any, tmp_path: Path) -> None:
     # The published schedule runs the whole first epoch at rate 0, so the commit at its end holds the round's start.
     sets = {"schedule.by": "epoch", "checkpoint.every_steps": 3, "train.precision": "bf16"}
-    ended = lab.play(tmp_path, sets, fatal={"rank": 0, "do": "keep"})
-    assert ended.rc == 0, ended.said()
+    expect(0, lab.play(tmp_path, sets, fatal={"rank": 0, "do": "keep"}))
     run = tmp_path / "run"
     initial = safetensors.torch.load_file(run / "initial.safetensors")
     for round_ in range(3):
@@ -155,8 +147,7 @@ def test_the_published_rewind_carries_prompts_over_and_stops_at_the_target_by_la
         "keep.rounds": "best",
         "keep.by": ["psnr/*"],
     }
-    ended = lab.play(tmp_path, sets, fatal={"rank": 0, "do": "keep"})
-    assert ended.rc == 0, ended.said()
+    expect(0, lab.play(tmp_path, sets, fatal={"rank": 0, "do": "keep"}))
     run = tmp_path / "run"
     tickets = lab.tickets(run)
     initial = safetensors.torch.load_file(run / "initial.safetensors")
@@ -188,9 +179,7 @@ def test_the_published_rewind_carries_prompts_over_and_stops_at_the_target_by_la
     assert json.loads(shown.out)["round"] == best["round"]
     assert_laws(run, tickets)
     dropped = kept.index(False)
-    refused = lab.mirl("evaluate", str(run / f"rounds/0{dropped}"))
-    assert refused.rc == 2
-    assert "kept its ticket but not its weights" in refused.err
+    expect(2, lab.mirl("evaluate", str(run / f"rounds/0{dropped}")), "kept its ticket but not its weights")
 
 
 @pytest.mark.long
@@ -205,8 +194,7 @@ def test_a_one_shot_prunes_once_and_fine_tunes_what_it_trained(lab: Any, tmp_pat
         "data.steps_per_epoch": 1,
         "checkpoint.every_steps": None,
     }
-    ended = lab.play(tmp_path, sets)
-    assert ended.rc == 0, ended.said()
+    expect(0, lab.play(tmp_path, sets))
     run = tmp_path / "run"
     tickets = lab.tickets(run)
     dense, tuned = weights(ticket_of(run, 0)), weights(ticket_of(run, 1))
@@ -216,6 +204,5 @@ def test_a_one_shot_prunes_once_and_fine_tunes_what_it_trained(lab: Any, tmp_pat
     assert differing(tuned, masked(dense, mask)) == set()
     flat = torch.cat([dense[n].flatten() for n in mask]).abs()
     alive = torch.cat([mask[n].flatten() for n in mask])
-    weakest = bool(flat[alive].min() >= flat[~alive].max())
-    assert weakest
+    assert bool(flat[alive].min() >= flat[~alive].max())
     assert_laws(run, tickets)

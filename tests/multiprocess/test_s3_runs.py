@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.services.faulty_proxy import FORBIDDEN, FaultyProxy, answer
+from tests.services.outcomes import expect
 from tests.services.s3_server import S3Server
 
 
@@ -84,8 +85,7 @@ def test_a_run_on_s3_that_is_killed_goes_on_to_the_tickets_of_one_in_a_folder(
     bucket = Bucket(server, "killed")
     assert start(bucket, {"rank": "all", "step": [1, 3]}).wait().codes == (-9, -9)
     assert any(name.startswith("rounds/01/steps/00000002-0001/") for name in bucket.commits())
-    ended = start(bucket).wait()
-    assert ended.rc == 0 and "resuming: round 1, after step 2" in ended.out, ended.said()
+    ended = expect(0, start(bucket).wait(), "resuming: round 1, after step 2")
     assert "is dead; going on in its place" in ended.err, "at once: it ran on this machine"
     assert bucket.digests() == lab.digests(reference)
     assert not any("/steps/" in name for name in bucket.names())
@@ -102,10 +102,8 @@ def test_a_refusal_names_bucket_key_and_right_and_nothing_is_begun_afresh(
     assert start(bucket, {"rank": "all", "step": [0, 3]}).wait().codes == (-9, -9)
     before = {name: bucket.get(name) for name in bucket.names()}
     proxy.always = answer(*FORBIDDEN)
-    ended = start(bucket).wait()
-    assert ended.codes == (2, 2) and ended.err.count("\n") == 1, ended.said()
-    for word in ("s3://runs/refused/run.json", "AccessDenied (HTTP 403)", "s3:GetObject"):
-        assert word in ended.err
+    words = ("s3://runs/refused/run.json", "AccessDenied (HTTP 403)", "s3:GetObject")
+    assert expect((2, 2), start(bucket).wait(), *words).err.count("\n") == 1
     assert {name: bucket.get(name) for name in bucket.names()} == before
 
 
@@ -117,13 +115,10 @@ def test_a_right_that_is_taken_away_while_training_stops_at_a_step_with_the_caus
     launch = start(bucket, **LONG)
     launch.until(bucket.commits)
     proxy.always = answer(*FORBIDDEN)
-    ended = launch.wait()
-    assert ended.codes == (2, 2), ended.said()
-    assert "a commit failed, and training stops: s3://runs/taken/" in ended.err
-    assert "AccessDenied (HTTP 403). This needs the right s3:" in ended.err
+    failed = "a commit failed, and training stops: s3://runs/taken/"
+    expect((2, 2), launch.wait(), failed, "AccessDenied (HTTP 403). This needs the right s3:")
     proxy.calm()
-    again = start(bucket, **LONG).wait()
-    assert again.rc == 0 and "resuming: round 0, after step " in again.out, again.said()
+    expect(0, start(bucket, **LONG).wait(), "resuming: round 0, after step ")
 
 
 @pytest.mark.long
@@ -136,9 +131,7 @@ def test_training_outlives_an_absent_store_and_stops_resumably_when_it_stays_awa
     proxy.refuse()
     ended = launch.wait()
     proxy.accept()
-    assert ended.codes == (75, 75), ended.said()
-    assert "a commit failed, and training stops: " in ended.err and "Given up" in ended.err
-    assert "Go on with --resume auto." in ended.err
+    expect((75, 75), ended, "a commit failed, and training stops: ", "Given up", "Go on with --resume auto.")
     assert bucket.commits(), "what was committed is there"
 
 
@@ -152,8 +145,7 @@ def test_a_store_that_comes_back_in_time_is_not_noticed_by_the_run(
     proxy.refuse()
     time.sleep(1.5)
     proxy.accept()
-    ended = launch.wait()
-    assert ended.rc == 0, ended.said()
+    expect(0, launch.wait())
     assert bucket.digests() == lab.digests(reference)
 
 
@@ -165,8 +157,7 @@ def test_of_two_launches_one_runs_and_when_it_falls_silent_the_other_takes_over(
     sets = LONG | {"store.lease_seconds": 5}  # so long may a busy machine keep the first from telling that it lives
     first = start(bucket, **sets)
     first.until(bucket.commits)
-    ended = start(bucket, **sets).wait()
-    assert ended.codes == (2, 2), ended.said()
+    ended = expect((2, 2), start(bucket, **sets).wait())
     assert "s3://runs/twice is held by another launch (" in ended.err and "which is alive" in ended.err
     assert f"pid {first.pids[0]}" in ended.err and "choose another run.folder" in ended.err
     first.kill(signal.SIGSTOP)  # silent, but not gone: as a machine that was cut off
@@ -177,8 +168,7 @@ def test_of_two_launches_one_runs_and_when_it_falls_silent_the_other_takes_over(
     late = first.wait()
     assert late.rc in (1, 2), late.said()
     assert "no longer holds s3://runs/twice" in late.err or "another rank has gone" in late.err
-    done = second.wait()
-    assert done.rc == 0 and "sent no heartbeat for 5 s; going on in its place" in done.err, done.said()
+    expect(0, second.wait(), "sent no heartbeat for 5 s; going on in its place")
     assert len(bucket.digests()) == 1
 
 
@@ -199,6 +189,5 @@ def test_a_spoiled_commit_is_noticed_and_the_one_before_it_taken(
         assert ended.codes == (-9, -9), f"{part}: {ended.said()}"
         assert f"warning: {bucket.url}/{name} is damaged" in ended.out, ended.said()
         assert "falling back to rounds/01/steps/00000002-0001\n" in ended.out, ended.said()
-    ended = start(bucket, **often).wait()
-    assert ended.rc == 0, ended.said()
+    expect(0, start(bucket, **often).wait())
     assert bucket.digests() == lab.digests(reference)

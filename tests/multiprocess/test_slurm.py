@@ -7,17 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.services.ports import free_port
+from tests.services.lab import ROOT, Lab
+from tests.services.processes import free_port, wait_until
 from tests.services.slurm_cluster import MISSING, Job, SlurmCluster
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "launch" / "slurm").glob("*.sbatch"))
 Batch = tuple[list[str], dict[str, str]]
 SETS = {"train.epochs": 6, "prune.rounds": 1}
@@ -33,24 +32,25 @@ def slurm() -> Iterator[SlurmCluster]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def undisturbed(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The tickets of a run on two ranks without SLURM."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    ended = lab.play(folder, SETS)
-    assert ended.rc == 0, ended.said()
-    digests: list[str] = lab.digests(folder / "run")
-    return digests
+    lab.play(folder, SETS).ok()
+    return lab.digests(folder / "run")
 
 
-def environment(lab: Any, more: Mapping[str, str] = {}) -> dict[str, str]:
+def environment(lab: Lab, more: Mapping[str, str] = {}) -> dict[str, str]:
     """That of a user in whose shell `mirl-dist` is to be found."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    own: dict[str, str] = lab.env({"PATH": path, "PYTHONPATH": str(ROOT)} | dict(more))
-    return os.environ | own
+    return os.environ | lab.env({"PATH": path, "PYTHONPATH": str(ROOT)} | dict(more))
 
 
-def assignments(sets: Mapping[str, Any]) -> list[str]:
-    return [word for key, value in sets.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+def files(lab: Lab, folder: Path, batch: str = "one_node.sbatch", launch: str = "cpu_two.yaml") -> tuple[str, ...]:
+    return str(ROOT / "launch/slurm" / batch), str(lab.config(folder)), str(ROOT / "launch" / launch)
+
+
+def sets(tree: Mapping[str, Any] = SETS) -> list[str]:
+    return [word for key, value in tree.items() for word in ("--set", f"{key}={json.dumps(value)}")]
 
 
 def trains(run: Path) -> bool:
@@ -69,10 +69,9 @@ def finished_after_a_requeue(job: Job) -> str:
 
 
 def test_a_job_that_is_asked_to_stop_is_requeued_to_the_same_tickets(
-    lab: Any, slurm: SlurmCluster, undisturbed: list[str], tmp_path: Path
+    lab: Lab, slurm: SlurmCluster, undisturbed: list[str], tmp_path: Path
 ) -> None:
-    files = (str(ROOT / "launch/slurm/one_node.sbatch"), str(lab.config(tmp_path)), str(ROOT / "launch/cpu_two.yaml"))
-    job = slurm.submit("--cpus-per-task=2", *files, *assignments(SETS), cwd=tmp_path, env=environment(lab))
+    job = slurm.submit("--cpus-per-task=2", *files(lab, tmp_path), *sets(), cwd=tmp_path, env=environment(lab))
     job.until(lambda: trains(tmp_path / "run"))
     slurm.run("scancel", "--batch", "--signal=TERM", job.number)
     said = finished_after_a_requeue(job)
@@ -81,19 +80,16 @@ def test_a_job_that_is_asked_to_stop_is_requeued_to_the_same_tickets(
 
 
 def test_a_job_on_two_nodes_makes_way_for_an_urgent_one_and_has_the_same_tickets(
-    lab: Any, slurm: SlurmCluster, undisturbed: list[str], tmp_path: Path
+    lab: Lab, slurm: SlurmCluster, undisturbed: list[str], tmp_path: Path
 ) -> None:
     meeting = {"MIRL_MASTER_ADDR": "127.0.0.1", "MIRL_MASTER_PORT": str(free_port()), "MIRL_RANKS_PER_NODE": "1"}
     meeting["MIRL_REQUEUES"] = "0"  # which is for stops that nobody asks for
-    files = (str(ROOT / "launch/slurm/nodes.sbatch"), str(lab.config(tmp_path)), str(ROOT / "launch/nodes_static.yaml"))
-    job = slurm.submit(
-        "--nodes=2", "--exclusive", *files, *assignments(SETS), cwd=tmp_path, env=environment(lab, meeting)
-    )
+    two = ("--nodes=2", "--exclusive")
+    given = (*two, *files(lab, tmp_path, "nodes.sbatch", "nodes_static.yaml"), *sets())
+    job = slurm.submit(*given, cwd=tmp_path, env=environment(lab, meeting))
     job.until(lambda: trains(tmp_path / "run"))
     (tmp_path / "urgent").mkdir()
-    urgent = slurm.submit(
-        *("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true"), cwd=tmp_path / "urgent", env=os.environ
-    )
+    urgent = slurm.submit("--partition=urgent", *two, "--wrap=true", cwd=tmp_path / "urgent", env=os.environ)
     job.until(job.requeued)
     urgent.until(urgent.ended)
     said = finished_after_a_requeue(job)
@@ -103,10 +99,9 @@ def test_a_job_on_two_nodes_makes_way_for_an_urgent_one_and_has_the_same_tickets
 
 
 def test_a_users_mistake_ends_a_job_for_good_and_its_last_words_say_what_it_was(
-    lab: Any, slurm: SlurmCluster, tmp_path: Path
+    lab: Lab, slurm: SlurmCluster, tmp_path: Path
 ) -> None:
-    files = (str(ROOT / "launch/slurm/one_node.sbatch"), str(lab.config(tmp_path)), str(ROOT / "launch/cpu_two.yaml"))
-    job = slurm.submit(*files, "--set", "train.epoch=3", cwd=tmp_path, env=environment(lab))
+    job = slurm.submit(*files(lab, tmp_path), *sets({"train.epoch": 3}), cwd=tmp_path, env=environment(lab))
     job.until(job.ended)
     ended = [job.field(name) for name in ("JobState", "ExitCode", "Restarts")]
     assert ended == ["FAILED", "2:0", "0"], job.said()
@@ -115,7 +110,7 @@ def test_a_users_mistake_ends_a_job_for_good_and_its_last_words_say_what_it_was(
 
 
 def test_an_array_runs_lines_of_a_file_and_requeues_the_stopped_not_the_cancelled(
-    lab: Any, slurm: SlurmCluster, tmp_path: Path
+    lab: Lab, slurm: SlurmCluster, tmp_path: Path
 ) -> None:
     (tmp_path / "stops.sh").write_text("trap 'exit 75' TERM\ntouch waits\nwhile true; do sleep 0.05; done\n")
     (tmp_path / "again.sh").write_text('echo start ${SLURM_RESTART_COUNT:-0}\n[ -n "$SLURM_RESTART_COUNT" ] || exit 75')
@@ -133,13 +128,8 @@ def test_an_array_runs_lines_of_a_file_and_requeues_the_stopped_not_the_cancelle
     slurm.run("scancel", three.number)
     two.until(two.requeued)
     two.start_now()
-    for job, state in (
-        (one, "COMPLETED"),
-        (two, "COMPLETED"),
-        (three, "CANCELLED"),
-        (four, "FAILED"),
-        (five, "FAILED"),
-    ):
+    states = ("COMPLETED", "COMPLETED", "CANCELLED", "FAILED", "FAILED")
+    for job, state in zip((one, two, three, four, five), states, strict=True):
         job.until(job.ended)
         assert job.field("JobState") == state, job.said()
     assert one.said() == "two  words of a file\n"
@@ -148,11 +138,10 @@ def test_an_array_runs_lines_of_a_file_and_requeues_the_stopped_not_the_cancelle
     assert five.said().startswith("runs.txt: line 5 is empty or missing.")
 
 
-def test_a_file_of_secrets_that_others_can_read_is_refused(lab: Any, slurm: SlurmCluster, tmp_path: Path) -> None:
+def test_a_file_of_secrets_that_others_can_read_is_refused(lab: Lab, slurm: SlurmCluster, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("SECRET=1\n")
     (tmp_path / "keys").chmod(0o640)
-    files = (str(ROOT / "launch/slurm/one_node.sbatch"), "no.yaml", "no.yaml")
-    job = slurm.submit(*files, cwd=tmp_path, env=environment(lab, {"MIRL_ENV": "keys"}))
+    job = slurm.submit(*files(lab, tmp_path), cwd=tmp_path, env=environment(lab, {"MIRL_ENV": "keys"}))
     job.until(job.ended)
     assert job.field("ExitCode") == "2:0" and job.said().startswith("MIRL_ENV: keys can be read by others"), job.said()
 
@@ -186,14 +175,21 @@ def batch(request: Any, tmp_path: Path) -> Batch:
     return ["bash", str(request.param), *arguments], env
 
 
+def ended(command: list[str], folder: Path, env: Mapping[str, str]) -> tuple[int, str]:
+    """Exit code and standard error of a batch file that prints nothing else."""
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
 def test_a_run_that_stops_early_unasked_is_requeued_so_many_times_and_then_left(batch: Batch, tmp_path: Path) -> None:
     command, env = batch
 
     def play(**more: str) -> tuple[bool, str]:
         (tmp_path / "told").unlink(missing_ok=True)
-        ended = subprocess.run(command, cwd=tmp_path, env=env | more, capture_output=True, text=True, timeout=60)
-        assert ended.returncode == 75, ended.stderr
-        return (tmp_path / "told").exists(), ended.stderr
+        code, said = ended(command, tmp_path, env | more)
+        assert code == 75, said
+        return (tmp_path / "told").exists(), said
 
     assert play() == play(SLURM_RESTART_COUNT="9") == play(SLURM_RESTART_COUNT="10", MIRL_REQUEUES="11") == (True, "")
     for more in ({"SLURM_RESTART_COUNT": "10"}, {"MIRL_REQUEUES": "0"}):
@@ -206,9 +202,7 @@ def test_a_script_that_is_asked_to_stop_is_requeued_however_often_it_was(batch: 
     command, env = batch
     with subprocess.Popen(command, cwd=tmp_path, env=env | {"WAITS": "yes", "SLURM_RESTART_COUNT": "99"}) as script:
         try:
-            while not (tmp_path / "seen").exists():
-                assert script.poll() is None
-                time.sleep(0.02)
+            wait_until((tmp_path / "seen").exists, hopeless=lambda: script.poll() is not None)
             script.send_signal(signal.SIGTERM)
             assert script.wait(60) == 75
         finally:
@@ -221,12 +215,10 @@ def test_a_file_of_secrets_may_hold_what_bash_frowns_on_and_none_of_it_is_printe
     (tmp_path / "keys").write_text("ONE=pa$sword\nfalse\nTWO='it is $that'\n")
     (tmp_path / "keys").chmod(0o600)
     env |= {"CODE": "0", "MIRL_ENV": "keys"}
-    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert ended(command, tmp_path, env) == (0, "")
     assert {"ONE=pa", "TWO=it is $that"} <= set((tmp_path / "seen").read_text().splitlines())
     (tmp_path / "keys").write_text("ONE=pa(ssword\n")
-    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stderr) == (2, "MIRL_ENV: keys is no sound bash. Quote values: '...'\n")
+    assert ended(command, tmp_path, env) == (2, "MIRL_ENV: keys is no sound bash. Quote values: '...'\n")
 
 
 def test_all_files_end_alike() -> None:

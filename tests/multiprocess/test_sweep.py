@@ -16,6 +16,7 @@ import pytest
 
 from mirl_dist.storage import Folder
 from mirl_dist.storage.lease import Lease
+from tests.services.outcomes import expect
 
 pytestmark = pytest.mark.long
 
@@ -97,20 +98,16 @@ def story(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Story:
 
 
 def test_a_sweep_that_is_asked_to_stop_has_its_runs_commit_and_ends_with_75(story: Story) -> None:
-    ended = story.killed_then_asked
-    assert ended.codes == (75,), ended.said()
-    assert "SIGTERM: random-seed0 asked to stop" in ended.err, ended.said()
-    assert "random-seed0: stopped (resumes with the next start of the sweep)\n" in ended.out, ended.said()
-    assert "4 runs: 1 stopped, 1 failed, 2 waiting" in ended.out, ended.said()
+    stopped = "random-seed0: stopped (resumes with the next start of the sweep)\n"
+    texts = ("SIGTERM: random-seed0 asked to stop", stopped, "4 runs: 1 stopped, 1 failed, 2 waiting")
+    ended = expect((75,), story.killed_then_asked, *texts)
     assert "compar" not in ended.out and "Traceback" not in ended.err, ended.said()
 
 
 def test_a_run_that_fails_stops_no_other_and_is_named_with_its_log(story: Story) -> None:
-    assert "mirl-seed0: failed (killed by signal 9" in story.killed_then_asked.out, story.killed_then_asked.said()
-    ended = story.killed
-    assert ended.codes == (1,), ended.said()
-    assert "random-seed1: finished" in ended.out, ended.said()
-    assert "note: not in this comparison: mirl-seed1 (failed)" in ended.out, ended.said()
+    expect((75,), story.killed_then_asked, "mirl-seed0: failed (killed by signal 9")
+    note = "note: not in this comparison: mirl-seed1 (failed)"
+    ended = expect((1,), story.killed, "random-seed1: finished", note)
     last = (story.folder / "runs/mirl-seed1.log").read_text()
     named = re.findall(r"mirl-dist: mirl-seed1 failed; its log is runs/mirl-seed1.log: (.+)\n", ended.err)
     assert len(named) == 1 and named[0].rstrip() in last, ended.said()
@@ -123,8 +120,7 @@ def test_the_same_command_goes_on_where_a_run_stood(story: Story) -> None:
 
 
 def test_a_second_sweep_of_one_file_is_refused_while_the_first_works(story: Story) -> None:
-    assert story.second.codes == (2,), story.second.said()
-    assert "another sweep works here, and this one has started nothing" in story.second.err, story.second.said()
+    expect((2,), story.second, "another sweep works here, and this one has started nothing")
     assert ": running" not in story.second.out
 
 
@@ -142,7 +138,7 @@ def test_a_run_that_another_launch_trains_is_waited_for_and_then_taken(story: St
 
 
 def test_a_sweep_ends_in_one_comparison_of_all_its_runs(lab: Any, story: Story) -> None:
-    assert story.last.codes == (0,), story.last.said()
+    expect((0,), story.last)
     assert compared(story.folder) == set(ALL)
     assert {p.name for p in (story.folder / "runs/report").iterdir()} >= {"tickets.csv", "tickets.html", "tickets.tex"}
     told = lab.mirl("sweep", "trial.yaml", "--status", "--json", cwd=story.folder)
@@ -160,11 +156,12 @@ def test_a_mistake_in_one_method_starts_nothing(lab: Any, tmp_path: Path) -> Non
     methods = METHODS | {"snow": {"data.mix": {"desnow": 1}}, "late": {"rewind": {"to": "step", "step": 500}}}
     write(lab, tmp_path, methods=methods)
     before = files(tmp_path)
-    ended = sweep(lab, tmp_path).wait()
-    assert ended.codes == (2,), ended.said()
-    assert "2 faults in the runs of trial.yaml; nothing was started:" in ended.err, ended.said()
-    assert "snow-seed0, snow-seed1: data.mix: the shards hold no training samples for desnow" in ended.err, ended.said()
-    assert "late-seed0, late-seed1: rewind.step: found 500, but a round has 12 steps" in ended.err, ended.said()
+    texts = (
+        "2 faults in the runs of trial.yaml; nothing was started:",
+        "snow-seed0, snow-seed1: data.mix: the shards hold no training samples for desnow",
+        "late-seed0, late-seed1: rewind.step: found 500, but a round has 12 steps",
+    )
+    expect((2,), sweep(lab, tmp_path).wait(), *texts)
     assert files(tmp_path) == before
 
 
@@ -176,8 +173,7 @@ def test_a_sweep_that_is_asked_to_stop_when_all_have_finished_compares_them(lab:
     started.until(lambda: run.status() == psutil.STATUS_ZOMBIE)
     os.kill(started.pids[0], signal.SIGTERM)
     os.kill(started.pids[0], signal.SIGCONT)
-    ended = started.wait()
-    assert ended.codes == (0,) and "asked to stop" in ended.err, ended.said()
+    expect((0,), started.wait(), "asked to stop")
     assert compared(tmp_path) == {"mirl-seed0"}
 
 
@@ -193,10 +189,9 @@ def test_a_log_that_cannot_be_written_is_named_once_the_other_runs_have_stopped(
     (tmp_path / "runs/random-seed0.log").mkdir(parents=True)
     started = sweep(lab, tmp_path)
     pid = pid_of(started, "mirl-seed0")
-    ended = started.wait()
-    assert ended.codes == (2,) and "Traceback" not in ended.err, ended.said()
-    assert "mirl-seed0 asked to stop" in ended.err and "mirl-seed0: stopped" in ended.out, ended.said()
-    assert "folder: runs/random-seed0.log cannot be written: Is a directory" in ended.err, ended.said()
+    text = "folder: runs/random-seed0.log cannot be written: Is a directory"
+    ended = expect((2,), started.wait(), "mirl-seed0 asked to stop", "mirl-seed0: stopped", text)
+    assert "Traceback" not in ended.err, ended.said()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
@@ -211,8 +206,7 @@ def test_a_second_interrupt_ends_the_runs_at_once(lab: Any, tmp_path: Path) -> N
     started.until(lambda: "asked to stop" in started.text("err"))
     os.kill(pid, signal.SIGCONT)
     os.kill(started.pids[0], signal.SIGINT)
-    ended = started.wait()
-    assert ended.codes == (130,), ended.said()
+    ended = expect((130,), started.wait())
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert re.findall(r"(\S+): running", ended.out) == ["mirl-seed0"], "no other is started any more"
@@ -227,8 +221,7 @@ def test_slurm_gets_an_array_of_what_has_not_finished(lab: Any, story: Story, tm
     (story.folder / "launch/slurm").mkdir(parents=True, exist_ok=True)
     (story.folder / "launch/slurm/array.sbatch").touch()
     more = ("--submit", "slurm", "--set", "seeds=[1, 2]", "--set", "slots=3", "--set", "sbatch=[--gpus-per-node=1]")
-    ended = sweep(lab, story.folder, *more, env=env).wait()
-    assert ended.codes == (0,), ended.said()
+    ended = expect((0,), sweep(lab, story.folder, *more, env=env).wait())
     assert "mirl-seed1: finished, not submitted" in ended.out and "as job 4711" in ended.out, ended.said()
     *options, script, commands = (story.folder / "asked").read_text().splitlines()
     assert options[:3] == ["--parsable", "--job-name=sweep-trial", "--array=1-2%3"]

@@ -5,25 +5,18 @@ from __future__ import annotations
 import os
 import platform
 import signal
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.services.lab import PROGRAMS
+from tests.services.outcomes import expect
+from tests.services.processes import wait_until
 
 pytestmark = pytest.mark.long
 
 HERE = platform.node()
 SCRIPT = str(PROGRAMS / "hang.py")
-
-
-def wait_for(found: Callable[[], Any], seconds: float = 120) -> None:
-    last = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < last, "what was waited for never came"
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +33,11 @@ def ended(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     launch = lab.cold(*torchrun, cwd=folder)
     try:
         # What was stopped wakes up when the others have gone; what sleeps has nobody to wake it.
-        wait_for(lambda: started["stopped"]._codes()[0] is not None)
+        wait_until(lambda: started["stopped"].codes()[0] is not None)
         os.kill(started["stopped"].pids[1], signal.SIGCONT)
-        wait_for(lambda: started["frozen-main"]._codes()[1] is not None)
+        wait_until(lambda: started["frozen-main"].codes()[1] is not None)
         os.kill(started["frozen-main"].pids[0], signal.SIGCONT)
-        wait_for(lambda: None not in started["asleep"]._codes()[:2])
+        wait_until(lambda: None not in started["asleep"].codes()[:2])
         os.kill(started["asleep"].pids[2], signal.SIGKILL)
         found = {how: run.wait() for how, run in started.items()} | {"restarted": launch.wait()}
     finally:
@@ -54,16 +47,12 @@ def ended(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_a_rank_whose_process_is_stopped_is_named_with_the_collective_it_delays(ended: dict[str, Any]) -> None:
-    run = ended["stopped"]
-    assert run.codes == (1, 1), run.said()
+    run = expect((1, 1), ended["stopped"])
     assert f"mirl-dist, rank 0 ({HERE}): waited " in run.err
     assert " s in training for the gather of loss flags (meeting 5); rank 1 (" in run.err
     assert "has not come: its process no longer responds: it is stopped, swapped out, or its node is" in run.err
     assert "frame #" not in run.err, "pages of C++"
-
-
-def test_a_rank_that_wakes_up_finds_that_the_others_have_gone(ended: dict[str, Any]) -> None:
-    assert ended["stopped"].err.count("another rank has gone\n") == 1
+    assert run.err.count("another rank has gone\n") == 1, "as it finds when it wakes up"
 
 
 def test_a_stopped_rank_that_serves_the_store_is_named_although_the_store_is_silent(ended: dict[str, Any]) -> None:
@@ -74,11 +63,8 @@ def test_a_stopped_rank_that_serves_the_store_is_named_although_the_store_is_sil
     assert "), through which ranks tell where they are, no longer responds: it has ended or is stop" in run.err
 
 
-def test_a_rank_that_hangs_is_named_with_phase_and_location_by_one_that_waits(
-    ended: dict[str, Any],
-) -> None:
-    run = ended["asleep"]
-    assert run.codes == (1, 1, -9), run.said()
+def test_a_rank_that_hangs_is_named_with_phase_and_location_by_one_that_waits(ended: dict[str, Any]) -> None:
+    run = expect((1, 1, -9), ended["asleep"])
     first, *rest = run.err.splitlines()
     assert first.startswith(f"mirl-dist, rank 0 ({HERE}): waited ")
     assert " s in training for the gather of loss flags (meeting 5); rank 2 (" in first
@@ -100,7 +86,7 @@ def test_a_stop_that_one_rank_was_asked_reaches_a_rank_that_waits_in_a_collectiv
 
 
 def test_restarted_ranks_rendezvous_and_see_no_stop_request_of_the_start_before(ended: dict[str, Any]) -> None:
-    run, folder = ended["restarted"], ended["restarted folder"]
-    assert run.rc == 0, run.said()
+    expect(0, ended["restarted"])
+    folder = ended["restarted folder"]
     assert {f"first-{r}" for r in (0, 1)} < {p.name for p in folder.iterdir()}, "the first start was asked and died"
     assert {(folder / f"{when}-{rank}").read_text() for when in ("again", "later") for rank in (0, 1)} == {"False"}

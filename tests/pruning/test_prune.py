@@ -20,7 +20,7 @@ from mirl_dist import models
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks, count_surviving, dense_masks
-from mirl_dist.pruning.partition import ReplicatedPartition
+from mirl_dist.pruning.partition import Partition
 from mirl_dist.pruning.prune import PruneConfig, PruneResult, count_to_remove, in_scope, prune
 from tests.pruning.test_quantile import on_ranks
 
@@ -158,40 +158,6 @@ numbers = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
-@given(numbers, st.sampled_from([0.01, 0.2, 0.5, 0.9, 0.99]), st.integers(1, 4), st.randoms(use_true_random=False))
-def test_the_smallest_go_and_ties_go_by_name_and_place(
-    values: list[float], p: float, ranks: int, dice: random.Random
-) -> None:
-    flat = np.array(values, dtype=np.float32)
-    third = len(flat) // 3
-    weights = {
-        "c.weight": torch.from_numpy(flat[2 * third :].copy()),
-        "a.weight": torch.from_numpy(flat[:third].copy()),
-        "b.weight": torch.from_numpy(flat[third : 2 * third].copy()).reshape(1, -1),
-    }
-    living = np.array([dice.random() < 0.7 for _ in values])
-    masks = {
-        "a.weight": torch.from_numpy(living[:third].copy()),
-        "b.weight": torch.from_numpy(living[third : 2 * third].copy()).reshape(1, -1),
-        "c.weight": torch.from_numpy(living[2 * third :].copy()),
-    }
-    k = count_to_remove(int(living.sum()), p)
-    places = np.flatnonzero(living)
-    magnitudes = flat.view(np.int32)[places] & 0x7FFFFFFF
-    expected = living.copy()
-    expected[places[np.argsort(magnitudes, kind="stable")[:k]]] = False
-    found = on_ranks(
-        ranks, lambda rank, gather: prune(weights, masks, PruneConfig(p), ReplicatedPartition(rank, ranks), gather)
-    )
-    for pruned in found:
-        assert isinstance(pruned, PruneResult)
-        assert pruned.removed == k
-        assert np.array_equal(joined(pruned.masks), expected)
-        assert pruned.threshold == (float(np.abs(flat[living & ~expected].astype(np.float64)).max()) if k else 0.0)
-    assert np.array_equal(joined(masks), living), "the old masks stay as they were"
-
-
 def joined(masks: Masks) -> NDArray[np.bool_]:
     """All bits in the order of names."""
     return torch.cat([masks[n].reshape(-1) for n in sorted(masks)]).numpy()
@@ -206,7 +172,7 @@ def test_of_equal_weights_exactly_the_stated_number_goes_on_every_rank_alike(
     weights = {name: torch.full_like(w, -0.5) for name, w in small().items()}
     masks = dense_masks(weights, weights)
     rule = PruneConfig(0.2, criterion, per)
-    found = on_ranks(ranks, lambda rank, gather: prune(weights, masks, rule, ReplicatedPartition(rank, ranks), gather))
+    found = on_ranks(ranks, lambda rank, gather: prune(weights, masks, rule, Partition(rank, ranks), gather))
     counts = {n: w.numel() for n, w in weights.items()}
     if per == "global":
         wanted = count_to_remove(sum(counts.values()), 0.2)
@@ -218,15 +184,6 @@ def test_of_equal_weights_exactly_the_stated_number_goes_on_every_rank_alike(
         assert pruned.removed == wanted == sum(counts.values()) - count_surviving(pruned.masks)
         digests.add(masking.digest(pruned.masks))
     assert len(digests) == 1
-
-
-def test_equal_weights_go_in_the_order_of_names_then_places() -> None:
-    weights = {"b.weight": torch.ones(4), "a.weight": torch.ones(2, 2), "c.weight": torch.tensor([0.5, 1, 1])}
-    pruned = prune(weights, dense_masks(weights, weights), PruneConfig(0.5))
-    assert pruned.removed == 5
-    assert pruned.masks["a.weight"].tolist() == [[False, False], [False, False]]
-    assert pruned.masks["b.weight"].tolist() == [True] * 4
-    assert pruned.masks["c.weight"].tolist() == [False, True, True]
 
 
 # -- laws of rounds ---------------------------------------------------------------------------------------------
@@ -281,33 +238,26 @@ def test_tensors_without_a_mask_are_neither_counted_nor_pruned() -> None:
     assert pruned.removed == 2
 
 
-def test_a_single_survivor_stays() -> None:
-    weights = {"a.weight": torch.tensor([0.0, 1.0])}
-    pruned = prune(weights, {"a.weight": torch.tensor([True, False])}, PruneConfig(0.9))
-    assert (pruned.removed, pruned.threshold) == (0, 0.0)
-    assert pruned.masks["a.weight"].tolist() == [True, False]
-
-
 # -- floors -----------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=150, deadline=None)
 @given(
     numbers,
-    st.sampled_from([0.01, 0.2, 0.5, 0.9]),
-    st.sampled_from([0.0, 0.1, 0.3, 1 / 3, 0.5, 0.95]),
-    st.integers(1, 3),
+    st.sampled_from([0.01, 0.2, 0.5, 0.9, 0.99]),
+    st.sampled_from([0.0, 0.0, 0.1, 0.3, 1 / 3, 0.5, 0.95]),
+    st.integers(1, 4),
     st.randoms(use_true_random=False),
 )
-def test_a_floor_spares_each_tensors_strongest_and_the_weakest_others_go(
+def test_the_weakest_go_ties_by_name_and_place_and_a_floor_spares_the_strongest(
     values: list[float], p: float, floor: float, ranks: int, dice: random.Random
 ) -> None:
     cuts = sorted(dice.randint(0, len(values)) for _ in range(3))
     flat, ends = np.array(values, dtype=np.float32), [0, *cuts, len(values)]
     living = np.array([dice.random() < 0.8 for _ in values])
     spans = list(zip("abcd", ends, ends[1:], strict=False))
-    weights = {n: torch.from_numpy(flat[a:b].copy()) for n, a, b in spans}
-    masks = {n: torch.from_numpy(living[a:b].copy()) for n, a, b in spans}
+    weights = {n: torch.from_numpy(flat[a:b].copy()).reshape(1, -1) for n, a, b in reversed(spans)}
+    masks = {n: torch.from_numpy(living[a:b].copy()).reshape(1, -1) for n, a, b in spans}
     k = count_to_remove(int(living.sum()), p)
     expected, gone = living.copy(), 0
     for place in np.argsort(flat.view(np.int32) & 0x7FFFFFFF, kind="stable"):  # one by one, while its tensor may lose
@@ -315,7 +265,7 @@ def test_a_floor_spares_each_tensors_strongest_and_the_weakest_others_go(
         if expected[place] and gone < k and expected[a:b].sum() > math.ceil(Fraction(str(floor)) * (b - a)):
             expected[place], gone = False, gone + 1
     rule = PruneConfig(p, floor=floor)
-    found = on_ranks(ranks, lambda rank, gather: prune(weights, masks, rule, ReplicatedPartition(rank, ranks), gather))
+    found = on_ranks(ranks, lambda rank, gather: prune(weights, masks, rule, Partition(rank, ranks), gather))
     for pruned in found:
         if gone < k:
             assert isinstance(pruned, UserError) and "prune.floor: found" in str(pruned)
@@ -325,20 +275,7 @@ def test_a_floor_spares_each_tensors_strongest_and_the_weakest_others_go(
         assert np.array_equal(joined(pruned.masks), expected)
         assert pruned.threshold == (float(np.abs(flat[living & ~expected].astype(np.float64)).max()) if k else 0.0)
         assert pruned.collapsed == tuple(n for n, a, b in spans if not expected[a:b].any())
-
-
-def test_a_floor_of_0_changes_nothing_and_one_of_half_holds_the_weakest_tensor() -> None:
-    weights = {"a.weight": torch.arange(1.0, 11.0), "b.weight": torch.arange(101.0, 131.0)}
-    masks = dense_masks(weights, weights)
-    bare = prune(weights, masks, PruneConfig(0.3))
-    assert {n: int(m.sum()) for n, m in bare.masks.items()} == {"a.weight": 0, "b.weight": 28}
-    assert bare.collapsed == ("a.weight",)
-    held = prune(weights, masks, PruneConfig(0.3, floor=0.5))
-    assert held.masks["a.weight"].tolist() == [False] * 5 + [True] * 5
-    assert held.masks["b.weight"].tolist() == [False] * 7 + [True] * 23
-    assert (held.removed, held.threshold, held.collapsed) == (12, 107.0, ())
-    again = prune(weights, held.masks, PruneConfig(0.2, floor=0.5))
-    assert int(again.masks["a.weight"].sum()) == 5, "the floor counts the whole tensor, not what is left of it"
+    assert np.array_equal(joined(masks), living), "the old masks stay as they were"
 
 
 def test_a_floor_that_leaves_too_few_weights_to_remove_is_refused_with_both_numbers() -> None:
@@ -422,20 +359,7 @@ def test_weights_below_the_normal_range_are_cut_exactly(flush: bool) -> None:
     assert pruned.masks["a.weight"].tolist() == [True, True, False, False, False, True]
 
 
-@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused_on_every_rank(odd: float) -> None:
-    weights = small()
-    weights["z.weight"][1, 1, 1] = odd
-    masks = dense_masks(weights, weights)
-    found = on_ranks(3, lambda rank, gather: prune(weights, masks, FIFTH, ReplicatedPartition(rank, 3), gather))
-    assert all(isinstance(f, UserError) and "NaN or infinite weights on rank 2 (" in str(f) for f in found)
-    assert "z.weight" in str(found[2])
-
-
 def test_slices_of_all_ranks_hold_every_weight_once() -> None:
     flat = torch.arange(11)
     for ranks in (1, 2, 3, 4, 13):
-        assert (
-            torch.cat([ReplicatedPartition(rank, ranks).own_part(flat) for rank in range(ranks)]).tolist()
-            == flat.tolist()
-        )
+        assert torch.cat([Partition(rank, ranks).own_part(flat) for rank in range(ranks)]).tolist() == flat.tolist()

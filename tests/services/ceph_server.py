@@ -6,19 +6,15 @@ is (tests/services/s3_server.py), but what it holds outlives `kill` and `kill_al
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import tempfile
-import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.services.ports import free_port
+from tests.services.processes import free_port, kill_group, listens, output_of, wait_until
 from tests.services.s3_server import S3Server
 
 NEEDED = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "ceph-authtool", "monmaptool")
@@ -74,23 +70,12 @@ rgw gc obj min wait = 30
 rgw gc processor period = 30
 """
 
-_KEYS = """
-[mon.]
-key = {mon}
-caps mon = "allow *"
-[client.admin]
-key = {admin}
-caps mon = "allow *"
-caps osd = "allow *"
-[osd.0]
-key = {osd}
-caps mon = "allow profile osd"
-caps osd = "allow *"
-[client.rgw.a]
-key = {rgw}
-caps mon = "allow rw"
-caps osd = "allow rwx"
-"""
+_RIGHTS = {
+    "mon.": ['mon = "allow *"'],
+    "client.admin": ['mon = "allow *"', 'osd = "allow *"'],
+    "osd.0": ['mon = "allow profile osd"', 'osd = "allow *"'],
+    "client.rgw.a": ['mon = "allow rw"', 'osd = "allow rwx"'],
+}
 
 # The daemon's parent holds the other end of its pipe: when that is gone, however it went, so is the daemon.
 _BOUND = 'exec 3<&0; (read -r _ <&3; kill -KILL 0) & exec "$@" </dev/null 3<&-'
@@ -126,7 +111,7 @@ class CephServer(S3Server):
         if not (self._folder / "users").exists():
             self.user("testing", "testing-secret")
         self._daemon("radosgw", "radosgw", "-f", "-n", "client.rgw.a")
-        self._until("radosgw", self._listens, seconds)
+        self._until("radosgw", lambda: listens(self.port), seconds)
 
     def kill(self) -> None:
         """SIGKILL to radosgw alone."""
@@ -156,55 +141,42 @@ class CephServer(S3Server):
         """Ports, keys, and an empty monitor."""
         here, fsid, v1, v2 = self._folder, str(uuid.uuid4()), free_port(), free_port()
         run = self._run
-        keys = {name: run("ceph-authtool", "--gen-print-key").strip() for name in ("mon", "admin", "osd", "rgw")}
-        (here / "keyring").write_text(_KEYS.format(**keys))
+        with (here / "keyring").open("w") as file:
+            for name, rights in _RIGHTS.items():
+                key = run("ceph-authtool", "--gen-print-key")
+                print(f"[{name}]\nkey = {key}", *(f"caps {right}" for right in rights), sep="\n", file=file)
         (here / "conf").write_text(_CONF.format(folder=here, fsid=fsid, v1=v1, v2=v2, port=self.port))
         at = f"[v2:127.0.0.1:{v2},v1:127.0.0.1:{v1}]"
         run("monmaptool", "--create", "--fsid", fsid, "--addv", "a", at, f"{here}/monmap")
         run("ceph-mon", "--id", "a", "--mkfs", "--monmap", f"{here}/monmap")
 
     def _env(self) -> dict[str, str]:
-        return os.environ | {"CEPH_CONF": f"{self._folder}/conf"}
+        return {"CEPH_CONF": f"{self._folder}/conf"}
 
     def _run(self, *command: str) -> str:
-        ended = subprocess.run(command, env=self._env(), capture_output=True, text=True, timeout=120, check=False)
-        if ended.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stderr[-3000:]}")
-        return ended.stdout
+        return output_of(*command, env=self._env(), timeout=120)
 
-    def _daemon(self, name: str, *command: str) -> subprocess.Popen[bytes]:
-        """Started, if it does not run; it lives no longer than this process."""
-        running = self._daemons.get(name)
-        if running is not None and running.poll() is None:
-            return running
+    def _daemon(self, name: str, *command: str) -> None:
+        """Start it, if it does not run; it lives no longer than this process."""
+        if name in self._daemons and self._daemons[name].poll() is None:
+            return
         self._kill(name)
         with (self._folder / f"{name}.out").open("wb") as out:
             self._daemons[name] = subprocess.Popen(
                 ["sh", "-c", _BOUND, "sh", *command],
-                env=self._env(),
+                env=os.environ | self._env(),
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
             )
-        return self._daemons[name]
 
     def _until(self, name: str, is_there: Callable[[], bool], seconds: float) -> None:
-        last = time.monotonic() + seconds
-        while not is_there():
-            if time.monotonic() > last or self._daemons[name].poll() is not None:
-                said = (self._folder / f"{name}.out").read_text(errors="replace")
-                raise RuntimeError(f"{name} does not start:\n{said[-3000:]}")
-            time.sleep(0.02)
+        def said() -> str:
+            return f"{name}: " + (self._folder / f"{name}.out").read_text(errors="replace")[-3000:]
 
-    def _listens(self) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
-            return True
-        return False
+        ended = self._daemons[name].poll
+        wait_until(is_there, seconds=seconds, hopeless=lambda: ended() is not None, said=said)
 
     def _kill(self, name: str) -> None:
-        daemon = self._daemons.pop(name, None)
-        if daemon is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(daemon.pid, signal.SIGKILL)
-            daemon.communicate()
+        kill_group(self._daemons.pop(name, None))

@@ -17,7 +17,6 @@ import struct
 import termios
 import threading
 import time
-from types import TracebackType
 from urllib.parse import urlsplit
 
 SLOW_DOWN = (503, "SlowDown")
@@ -44,8 +43,7 @@ class FaultyProxy:
     so (bytes of HTTP each), without the server; `always`: every request is. `refuse` and `accept`: nobody listens, or
     again.
 
-    Counters: `connections`, `requests` (first lines), `cuts`, `flips`, `silences`, `answered`, `bytes_down` (all that
-    went to clients), `bytes_up`.
+    Counters: `requests` (first lines), `cuts`, `flips`, `silences`, `answered`, `bytes_down` (what went to clients).
     """
 
     def __init__(self, upstream: str, seed: int = 0) -> None:
@@ -54,7 +52,7 @@ class FaultyProxy:
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._closed = False
-        self.connections = self.cuts = self.flips = self.silences = self.answered = self.bytes_down = self.bytes_up = 0
+        self.cuts = self.flips = self.silences = self.answered = self.bytes_down = 0
         self.requests: list[str] = []
         self.calm()
         self._listener: socket.socket | None = None
@@ -114,7 +112,7 @@ class FaultyProxy:
     def __enter__(self) -> FaultyProxy:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     # -- threads ------------------------------------------------------------------------------------------------
@@ -129,7 +127,6 @@ class FaultyProxy:
                 if self._listener is not listener:
                     client.close()
                     return
-                self.connections += 1
                 self._open.add(client)
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
@@ -162,8 +159,6 @@ class FaultyProxy:
                         _say_and_hear(client, said)
                         return
                 sent, passed = self._flipped(sent, passed)
-                with self._lock:
-                    self.bytes_up += len(sent)
                 if server is None:
                     at = urlsplit(self.upstream)
                     server = stack.enter_context(socket.create_connection((at.hostname or "", at.port or 80)))

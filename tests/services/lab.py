@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import pytest
+import psutil
 
-from tests.services.ports import free_port
+from tests.services.processes import PATIENCE, free_port, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ROOT / "tests" / "multiprocess" / "programs"
-PATIENCE = 300.0
-"""Seconds after which what a test waits for counts as never to come: many, for a machine may be busy."""
+TASKS = ("denoise_25", "derain", "dehaze")
 TINY: dict[str, Any] = {
     "run": {"folder": "run"},
     "model": {
@@ -32,12 +30,7 @@ TINY: dict[str, Any] = {
         "prompt_sizes": [4, 4, 4],
         "prompt_heads": 4,
     },
-    "data": {
-        "mix": {"denoise_25": 3, "derain": 3, "dehaze": 3},
-        "patch_pixels": 16,
-        "steps_per_epoch": 3,
-        "workers": 0,
-    },
+    "data": {"mix": dict.fromkeys(TASKS, 3), "patch_pixels": 16, "steps_per_epoch": 3, "workers": 0},
     "batch": {"global": 4},
     "optimiser": {"lr": 2e-3, "clip_norm": 1.0},
     "schedule": {"by": "step", "warmup_epochs": 1},
@@ -50,8 +43,7 @@ TINY: dict[str, Any] = {
 """About 0.26 million weights, 6 steps a round, 3 rounds; differs from test to test by `--set`."""
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(NamedTuple):
     """How a command ended: the exit code of each process (minus the signal for a killed one), and what it printed."""
 
     codes: tuple[int, ...]
@@ -64,6 +56,11 @@ class Ended:
         bad = [c for c in self.codes if c]
         return min(bad, key=lambda c: (c < 0, c == 1, c)) if bad else 0
 
+    def ok(self) -> Ended:
+        """Itself, if all processes ended well."""
+        assert self.rc == 0, self.said()
+        return self
+
     def said(self) -> str:
         return f"codes {self.codes}\n--- out\n{self.out}\n--- err\n{self.err}"
 
@@ -74,55 +71,42 @@ class Started:
     def __init__(self, lab: Lab, streams: Path, pids: Sequence[int], process: subprocess.Popen[bytes] | None) -> None:
         self._lab, self._streams, self._process, self.pids = lab, streams, process, tuple(pids)
 
-    def _codes(self) -> list[int | None]:
+    def codes(self) -> list[Any]:
+        """The exit codes so far; None for what still runs."""
         if self._process is not None:
             return [self._process.poll()]
-        codes: list[int | None] = self._lab.ask({"poll": self.pids})
-        return codes
+        return list(self._lab.ask({"poll": self.pids}))
 
     def everyone(self) -> list[int]:
         """The processes and all that descend from them."""
-        import psutil
-
         found = []
         for pid in self.pids:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 found += [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
-            except psutil.NoSuchProcess:
-                continue
         return found
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """A signal to every process of this launch, the launcher included."""
         for pid in self.everyone():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                continue
 
     def text(self, kind: str) -> str:
         files = sorted(self._streams.parent.glob(f"{self._streams.name}.*.{kind}"))
         return "".join(f.read_text(errors="replace") for f in files)
 
+    def _killed(self) -> str:
+        self.kill()
+        return f"{self.text('out')}\n{self.text('err')}"
+
     def until(self, reached: Callable[[], Any], seconds: float = PATIENCE) -> None:
         """Wait for what the processes bring about; when they end before, they are killed and the test fails."""
-        last = time.monotonic() + seconds
-        while not reached():
-            if time.monotonic() > last or None not in self._codes():
-                self.kill()
-                pytest.fail(f"what was waited for never came\n{self.text('out')}\n{self.text('err')}")
-            time.sleep(0.01)
+        wait_until(reached, seconds=seconds, hopeless=lambda: None not in self.codes(), said=self._killed)
 
     def wait(self, seconds: float = PATIENCE) -> Ended:
         """How it ended; a launch that takes longer than `seconds` is killed and fails the test."""
-        last = time.monotonic() + seconds
-        while any(code is None for code in self._codes()):
-            if time.monotonic() > last:
-                self.kill()
-                pytest.fail(f"still running after {seconds} s\n{self.text('out')}\n{self.text('err')}")
-            time.sleep(0.02)
-        codes = tuple(code for code in self._codes() if code is not None)
-        return Ended(codes, self.text("out"), self.text("err"))
+        wait_until(lambda: None not in self.codes(), seconds=seconds, said=self._killed, pause=0.02)
+        return Ended(tuple(self.codes()), self.text("out"), self.text("err"))
 
 
 class Lab:
@@ -174,8 +158,11 @@ class Lab:
         pids = self.ask(question | {"env": self.env(meeting | dict(env))})
         return Started(self, streams, pids, None)
 
-    def cold(self, *command: str, cwd: Path, env: Mapping[str, str] = {}) -> Started:
-        """Any command, started as a user starts it. 'python', 'torchrun' and 'accelerate' mean this environment's."""
+    def cold(self, *command: str, cwd: Path, env: Mapping[str, str] = {}, through: Sequence[str] = ()) -> Started:
+        """Any command, started as a user starts it. 'python', 'torchrun' and 'accelerate' mean this environment's.
+
+        through: a command that becomes the one which is given to it.
+        """
         launchers = {
             "python": [],
             "torchrun": ["-m", "torch.distributed.run", "--standalone"],
@@ -184,7 +171,7 @@ class Lab:
         streams = self._streams()
         with open(f"{streams}.0.out", "wb") as out, open(f"{streams}.0.err", "wb") as err:
             process = subprocess.Popen(
-                [sys.executable, *launchers[command[0]], *command[1:]],
+                [*through, sys.executable, *launchers[command[0]], *command[1:]],
                 cwd=cwd,
                 env=os.environ | self.env(env),
                 stdin=subprocess.DEVNULL,
@@ -218,12 +205,14 @@ class Lab:
         sets: Mapping[str, Any] = {},
         *,
         world: int = 2,
-        fatal: Mapping[str, Any] | None = None,
+        fatal: Any = None,
         seconds: float = PATIENCE,
+        env: Mapping[str, str] = {},
     ) -> Ended:
-        """Train the tiny config in `folder` on `world` ranks; fatal: a mishap as in programs/crash_at.py."""
-        script, env = (None, {}) if fatal is None else (self.fatal, {"MIRL_FATAL": json.dumps(fatal)})
-        return self.start(*self.train(folder, sets), cwd=folder, world=world, script=script, env=env).wait(seconds)
+        """Train the tiny config in `folder` on `world` ranks; fatal: mishaps as in programs/crash_at.py."""
+        script, told = (None, {}) if fatal is None else (self.fatal, {"MIRL_FATAL": json.dumps(fatal)})
+        started = self.start(*self.train(folder, sets), cwd=folder, world=world, script=script, env=told | dict(env))
+        return started.wait(seconds)
 
     def tickets(self, run: Path) -> list[dict[str, Any]]:
         """What ticket.json says in each finished round."""
@@ -235,6 +224,13 @@ class Lab:
 
     def digests(self, run: Path) -> list[str]:
         return [str(ticket["digest"]) for ticket in self.tickets(run)]
+
+    def assert_same_run(self, run: Path, reference: Path) -> None:
+        """The same tickets, with masks and weights of the same bytes."""
+        assert self.digests(run) == self.digests(reference)
+        for mine, theirs in zip(self.ended(run), self.ended(reference), strict=True):
+            for name in ("weights.safetensors", "mask.safetensors"):
+                assert (mine / name).read_bytes() == (theirs / name).read_bytes()
 
 
 def write_photographs(folder: Path) -> None:

@@ -40,14 +40,7 @@ def picture(shade: int) -> bytes:
 
 
 def live(
-    uri: str,
-    run: str,
-    journal: str,
-    *,
-    die_at: int = -1,
-    linger: float = 0.0,
-    hold: bool = False,
-    farewell: float = 60.0,
+    uri: str, run: str, journal: str, *, die_at: int = -1, linger: float = 0, hold: bool = False, farewell: float = 60
 ) -> None:
     """One life, from the last commit to the end, or to the SIGKILL that it gives itself.
 
@@ -77,10 +70,8 @@ def live(
     )
 
     def keep(round_: int, step: int) -> None:
-        put(
-            folder / "commit.json",
-            {"round": round_, "step": step, "backlog": base64.b64encode(tracker.pending()).decode()},
-        )
+        backlog = base64.b64encode(tracker.pending()).decode()
+        put(folder / "commit.json", {"round": round_, "step": step, "backlog": backlog})
 
     lived = 0
     tracker.begin_run({"seed": 0}, {})

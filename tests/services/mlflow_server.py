@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from tests.services.ports import free_port
+from mirl_dist.observability.mlflow.tracker import MlflowTracker
+from tests.services.processes import free_port, kill_group, wait_until
 
 
 class MlflowServer:
@@ -35,30 +33,24 @@ class MlflowServer:
             self._process = subprocess.Popen(
                 command, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True
             )
-        last = time.monotonic() + seconds
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=1).close()
-                return
-            except (urllib.error.URLError, OSError):
-                if time.monotonic() > last or self._process.poll() is not None:
-                    self.kill()
-                    raise RuntimeError((self._folder / "log").read_text()) from None
-                time.sleep(0.05)
+        ended, said = self._process.poll, (self._folder / "log").read_text
+        wait_until(self._is_healthy, seconds=seconds, hopeless=lambda: ended() is not None, said=said)
+
+    def _is_healthy(self) -> bool:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{self.url}/health", timeout=1).close()
+            return True
+        return False
 
     def kill(self) -> None:
         """SIGKILL to its process group."""
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
+        kill_group(self._process)
+        self._process = None
 
     def __enter__(self) -> MlflowServer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.kill()
 
 
@@ -77,3 +69,9 @@ def runs_of(uri: str, run: str) -> list[Any]:
     """All runs of the experiment of `run`."""
     look = client(uri)
     return list(look.search_runs([look.get_run(run).info.experiment_id]))
+
+
+def tracker_of(uri: str | None, experiment: str, journal: Path, ids: dict[str, str], **more: Any) -> MlflowTracker:
+    """A tracker of the run 'demo'; `ids` plays the memory that survives a restart."""
+    usual: dict[str, Any] = {"run_name": "demo", "remembered": ids, "remember": ids.update}
+    return MlflowTracker(uri=uri, experiment=experiment, journal=journal, **(usual | more))

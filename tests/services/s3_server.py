@@ -6,19 +6,14 @@ through a FaultyProxy that refuses meanwhile (tests/services/faulty_proxy.py).
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from tests.services.ports import free_port
+from tests.services.processes import free_port, kill_group, listens, wait_until
 
 PROGRAM = Path(__file__).with_name("moto_program.py")
 
@@ -42,33 +37,23 @@ class S3Server:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        last = time.monotonic() + seconds
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                return
-            except OSError:
-                if time.monotonic() > last or self._process.poll() is not None:
-                    self.kill()
-                    raise RuntimeError("moto_server does not start: pip install -e '.[dev]'") from None
-                time.sleep(0.05)
+        ended, help_ = self._process.poll, "moto_server does not start: pip install -e '.[dev]'"
+        wait_until(
+            lambda: listens(self.port), seconds=seconds, hopeless=lambda: ended() is not None, said=lambda: help_
+        )
 
     def kill(self) -> None:
         """SIGKILL to its process group; all objects are lost."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
+        kill_group(self._process)
+        self._process = None
 
     stop = kill
 
-    def restart(self, refill: Callable[[], None] | None = None) -> None:
+    def restart(self, refill: Callable[[], None] = lambda: None) -> None:
         """The same port again, empty but for what `refill` puts there."""
         self.kill()
         self.start()
-        if refill is not None:
-            refill()
+        refill()
 
     def env(self, endpoint: str | None = None) -> dict[str, str]:
         """What a client's environment needs; endpoint: a proxy's address instead of the server's own."""
@@ -116,5 +101,5 @@ class S3Server:
     def __enter__(self) -> S3Server:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()

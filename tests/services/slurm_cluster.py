@@ -15,14 +15,12 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 
 import psutil
 
-from tests.services.ports import free_port
+from tests.services.processes import PATIENCE, free_port, output_of, wait_until
 
 NEEDED = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 MISSING = "SLURM is not installed, or this is not root: apt-get install slurm-wlm munge, as root"
@@ -69,13 +67,9 @@ class Job:
         words = self._cluster.run("scontrol", "show", "job", "--oneliner", self.number).split()
         return next(word.removeprefix(f"{name}=") for word in words if word.startswith(f"{name}="))
 
-    def until(self, reached: Callable[[], object], seconds: float = 300) -> None:
-        last = time.monotonic() + seconds
-        while not reached():
-            if time.monotonic() > last:
-                told = self._cluster.run("scontrol", "show", "job", self.number)
-                raise AssertionError(f"what was waited for never came\n{told}\n{self.said()}")
-            time.sleep(0.1)
+    def until(self, reached: Callable[[], object], seconds: float = PATIENCE) -> None:
+        said = lambda: self._cluster.run("scontrol", "show", "job", self.number) + self.said()  # noqa: E731
+        wait_until(reached, seconds=seconds, said=said, pause=0.1)
 
     def ended(self) -> bool:
         return self.field("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "PREEMPTED")
@@ -116,22 +110,14 @@ class SlurmCluster:
 
     def run(self, *command: str) -> str:
         """A command of SLURM's; what it prints. Raises RuntimeError where it fails."""
-        ended = subprocess.run(
-            command, env=os.environ | self.env, capture_output=True, text=True, timeout=60, check=False
-        )
-        if ended.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stderr[-3000:]}")
-        return ended.stdout
+        return output_of(*command, env=self.env, timeout=60)
 
     def submit(self, *arguments: str, cwd: Path, env: Mapping[str, str]) -> Job:
         """`sbatch ARGUMENTS` in the folder `cwd` and the whole environment `env`."""
         output = cwd / "job.out"
         command = ["sbatch", "--parsable", f"--output={output}", *arguments]
-        ended = subprocess.run(
-            command, cwd=cwd, env=dict(env) | self.env, capture_output=True, text=True, timeout=60, check=False
-        )
-        assert ended.returncode == 0, ended.stderr
-        return Job(self, ended.stdout.strip(), output)
+        number = subprocess.check_output(command, cwd=cwd, env=dict(env) | self.env, text=True, timeout=60)
+        return Job(self, number.strip(), output)
 
     def stop(self) -> None:
         """The end of it, its jobs and its folder included."""
@@ -151,9 +137,6 @@ class SlurmCluster:
             with contextlib.suppress(psutil.Error):
                 found.append(" ".join(process.cmdline()))
         return found
-
-    def log(self, name: str) -> str:
-        return (self.folder / f"{name}.out").read_text(errors="replace")
 
     # -- processes ----------------------------------------------------------------------------------------------
 
@@ -185,12 +168,13 @@ class SlurmCluster:
                 start_new_session=True,
             )
 
-    def _until(self, name: str, is_there: Callable[[], bool], seconds: float = 120) -> None:
-        last = time.monotonic() + seconds
-        while not is_there():
-            if time.monotonic() > last or any(daemon.poll() is not None for daemon in self._daemons.values()):
-                raise RuntimeError(f"SLURM does not start ({name}):\n{self.log(name)[-3000:]}")
-            time.sleep(0.05)
+    def _until(self, name: str, is_there: Callable[[], bool]) -> None:
+        wait_until(
+            is_there,
+            seconds=120,
+            hopeless=lambda: any(daemon.poll() is not None for daemon in self._daemons.values()),
+            said=lambda: f"{name}: " + (self.folder / f"{name}.out").read_text(errors="replace")[-3000:],
+        )
 
     def _idle(self) -> int:
         with contextlib.suppress(RuntimeError):
@@ -210,7 +194,7 @@ class SlurmCluster:
     def __enter__(self) -> SlurmCluster:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
 

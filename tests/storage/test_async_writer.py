@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +14,7 @@ from mirl_dist.storage import Rejected, Unavailable
 from mirl_dist.storage import async_writer as keeping
 from mirl_dist.storage.async_writer import AsyncWriter
 from mirl_dist.storage.retry import Patience
+from tests.services.waiting import until
 
 REFUSED = "a commit failed, and training stops: "
 
@@ -41,11 +41,9 @@ def failing(*errors: Exception) -> Callable[[], None]:
     return work
 
 
-def until(found: Callable[[], bool]) -> None:
-    last = time.monotonic() + 60
-    while not found():
-        assert time.monotonic() < last, "what was waited for never came"
-        time.sleep(0.001)
+HEAR = pytest.mark.parametrize(
+    "hear", [AsyncWriter.wait, AsyncWriter.raise_failure, lambda keeper: keeper.begin(failing(), "the next")]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -53,19 +51,15 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeping, "Patience", lambda seconds: Patience(seconds, first=0.001, most=0.002))
 
 
-def test_who_has_begun_nothing_is_not_busy_and_has_not_failed() -> None:
-    keeper = AsyncWriter(60.0)
-    assert not keeper.busy and not keeper.failed
-    keeper.raise_failure()
-    keeper.wait()
-
-
 def test_training_goes_on_while_a_commit_is_written() -> None:
     keeper, slow = AsyncWriter(60.0), Slow()
-    keeper.begin(slow, "a commit")
-    until(lambda: slow.begun == 1)
-    assert keeper.busy and not keeper.failed
-    keeper.raise_failure()
+    for begun in (False, True):
+        assert keeper.busy == begun and not keeper.failed
+        keeper.raise_failure()
+        if not begun:
+            keeper.wait()
+            keeper.begin(slow, "a commit")
+            until(lambda: slow.begun == 1)
     slow.go.set()
     keeper.wait()
     assert not keeper.busy and not keeper.failed
@@ -95,9 +89,7 @@ def test_a_store_that_is_away_for_a_while_is_tried_again_and_nobody_is_stopped()
     assert len(lines) == 1 and lines[0].startswith("the disk is full. Trying again for ")
 
 
-@pytest.mark.parametrize(
-    "hear", [AsyncWriter.wait, AsyncWriter.raise_failure, lambda keeper: keeper.begin(failing(), "the next")]
-)
+@HEAR
 def test_a_store_that_stays_away_stops_the_training_and_the_run_can_go_on_later(
     hear: Callable[[AsyncWriter], None],
 ) -> None:
@@ -112,30 +104,26 @@ def test_a_store_that_stays_away_stops_the_training_and_the_run_can_go_on_later(
         assert caught.value.resumable
 
 
-def test_without_patience_there_is_one_try() -> None:
-    keeper = AsyncWriter(0.0)
-    keeper.begin(failing(Unavailable("the server is away.")), "a commit")
-    with pytest.raises(UserError) as caught:
-        keeper.wait()
-    assert str(caught.value) == f"{REFUSED}the server is away."
-    assert caught.value.resumable
-
-
-@pytest.mark.parametrize("error", [Rejected("no right to write here."), UserError("this launch no longer holds it.")])
-def test_what_time_does_not_put_right_is_said_at_once(error: UserError) -> None:
-    keeper = AsyncWriter(60.0, lambda line: None)
+@pytest.mark.parametrize(
+    ("patience", "error"),
+    [
+        (60.0, Rejected("no right to write here.")),
+        (60.0, UserError("this launch no longer holds it.")),
+        (0.0, Unavailable("the server is away.")),
+    ],
+)
+def test_what_time_does_not_put_right_or_nobody_waits_for_is_said_at_once(patience: float, error: UserError) -> None:
+    keeper = AsyncWriter(patience, pytest.fail)
     keeper.begin(failing(error), "a commit")
     until(lambda: keeper.failed)
     with pytest.raises(UserError) as caught:
         keeper.raise_failure()
     assert str(caught.value) == f"{REFUSED}{error}"
-    assert not caught.value.resumable
-    assert caught.value.__cause__ is error
+    assert caught.value.resumable == isinstance(error, Unavailable)
+    assert patience == 0 or caught.value.__cause__ is error
 
 
-@pytest.mark.parametrize(
-    "hear", [AsyncWriter.wait, AsyncWriter.raise_failure, lambda keeper: keeper.begin(failing(), "the next")]
-)
+@HEAR
 @pytest.mark.parametrize("error", [KeyError("a slip of ours"), AssertionError("a guarantee"), MemoryError()])
 def test_what_nobody_foresaw_surfaces_as_itself(error: Exception, hear: Callable[[AsyncWriter], None]) -> None:
     keeper = AsyncWriter(60.0)

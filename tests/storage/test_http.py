@@ -37,15 +37,10 @@ class Ranges(Plain):
 
     def do_GET(self) -> None:
         way, _, name = unquote(self.path.partition("?")[0]).lstrip("/").partition("/")
-        if way == "moved":
+        places = {"moved": f"/plain/{name}", "astray": f"file://{Path(self.directory) / 'a'}"}
+        if way in places:
             self.send_response(302)
-            self.send_header("Location", f"/plain/{name}?signature={SECRET}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        if way == "astray":
-            self.send_response(302)
-            self.send_header("Location", f"file://{Path(self.directory) / 'a'}?signature={SECRET}")
+            self.send_header("Location", f"{places[way]}?signature={SECRET}")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from mirl_dist.storage.retry import Patience
 from mirl_dist.storage.s3 import S3Store
 from tests.services.faulty_proxy import FORBIDDEN, FaultyProxy, answer
 from tests.services.s3_server import S3Server
+from tests.services.waiting import until
 
 LONG = 60.0  # seconds of a lease that nobody watches to its end
 QUICK = 4.0  # the same, looked at as often as may be
@@ -60,13 +62,6 @@ for asked in sys.stdin:
     print(json.dumps([*told, lines]), flush=True)
     lines.clear()
 """
-
-
-def until(true: Callable[[], object]) -> None:
-    last = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < last, "waited for 30 s"
-        time.sleep(0.02)
 
 
 @dataclass
@@ -126,12 +121,6 @@ class Launch:
         self._process.communicate()
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with S3Server() as running:
-        yield running
-
-
 @pytest.fixture
 def direct(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     for name, value in server.env().items():
@@ -174,12 +163,6 @@ Make = Callable[..., Lease]
 
 
 @pytest.fixture
-def lines() -> list[str]:
-    """What was said to people."""
-    return []
-
-
-@pytest.fixture
 def make(lines: list[str]) -> Iterator[Make]:
     """Makes leases of this process; they end with the test."""
     made: list[Lease] = []
@@ -199,6 +182,18 @@ def stranger(store: Store, generation: int = 1, **more: Any) -> dict[str, Any]:
     said = {"host": "far", "pid": 77, "process_started": 5, "boot": "b", "pids": 9, "token": "t", "started_at": "then"}
     store.put(claim_name(generation), json.dumps(said | more).encode())
     return said | more
+
+
+def at_look(number: int, deed: Callable[[], object]) -> Callable[[], bool]:
+    """For `stop_asked` of a launch that watches: that look does something."""
+    looks = itertools.count(1)
+
+    def stop_asked() -> bool:
+        if next(looks) == number:
+            deed()
+        return False
+
+    return stop_asked
 
 
 def lease_names(store: Store) -> list[str]:
@@ -330,18 +325,9 @@ class TestRealProcesses:
         (first,) = launches(folder, 1, QUICK)
         first.ask("claim")
         first.sleep()
-        looks = 0
-
-        def stop_asked() -> bool:
-            nonlocal looks
-            looks += 1
-            if looks == 3:
-                first.kill()
-            return False
-
         next_ = make(folder, QUICK)
-        assert next_.claim(stop_asked) == 2
-        assert looks > 2 and next_.previous is not None and next_.previous.ended == "dead"
+        assert next_.claim(at_look(3, first.kill)) == 2
+        assert next_.previous is not None and next_.previous.ended == "dead"
 
 
 class TestTaking:
@@ -365,19 +351,10 @@ class TestTaking:
         assert found is not None and (found.ended, found.status) == ("finished", {"step": 8})
 
     def test_a_release_ends_the_watch(self, folder: Folder, make: Make) -> None:
-        said = stranger(folder)
-        looks = 0
-
-        def stop_asked() -> bool:
-            nonlocal looks
-            looks += 1
-            if looks == 3:
-                folder.put(released_name(1), json.dumps({"why": "failed", "token": said["token"]}).encode())
-            return False
-
+        release = json.dumps({"why": "failed", "token": stranger(folder)["token"]}).encode()
         next_ = make(folder, QUICK)
-        assert next_.claim(stop_asked) == 2
-        assert looks > 2 and next_.previous is not None and next_.previous.ended == "failed"
+        assert next_.claim(at_look(3, lambda: folder.put(released_name(1), release))) == 2
+        assert next_.previous is not None and next_.previous.ended == "failed"
 
     def test_a_release_of_another_claim_of_that_number_counts_for_nothing(self, folder: Folder, make: Make) -> None:
         stranger(folder)
@@ -498,7 +475,8 @@ class TestWhoIsDead:
         assert not self.gone(folder)
         folder.put(claim_name(1), json.dumps(said | {"process_started": said["process_started"] - 1}).encode())
         assert self.gone(folder), "another process has that number now"
-        for other in ({"boot": "another"}, {"pids": 1}, {"boot": None}, {"process_started": None}, {"pid": None}):
+        others = [{"pid": None}, {"pid": 1 << 70}, {"boot": "another"}, {"pids": 1}, {"boot": None}]
+        for other in (*others, {"process_started": None}):
             folder.put(claim_name(1), json.dumps(said | {"process_started": 1} | other).encode())
             assert not self.gone(folder)
 
@@ -543,31 +521,23 @@ class TestDamage:
         assert (found.generation, found.ended, found.launch, found.status) == (12, None, {}, {})
         assert found.running_seconds is None and found.machine is None and not found.has_exited()
 
-    def test_a_number_of_no_process_is_not_judged(self, folder: Folder) -> None:
-        machine = process_identity.this_machine()
-        assert machine
-        stranger(folder, pid=1 << 70, boot=machine.boot, pids=machine.pid_namespace)
-        found = read_holder(folder)
-        assert found is not None and not found.has_exited()
-
     def test_a_holder_that_cannot_be_named_is_watched(self, folder: Folder, make: Make) -> None:
         folder.put(claim_name(1), b"not JSON")
-        beats = 0
+        with pytest.raises(UserError, match=r"another launch \(an unknown host, pid unknown\), which is alive: its"):
+            make(folder, QUICK).claim(at_look(3, lambda: folder.put(beat_name(1), b"a sign of life")))
+        assert make(folder, 0.5).claim() == 2, "it is silent from then on"
 
-        def beat() -> bool:
-            nonlocal beats
-            beats += 1
-            folder.put(beat_name(1), b"%d" % beats)
-            return False
 
-        with pytest.raises(
-            UserError, match=r"held by another launch \(an unknown host, pid unknown\), which is alive: its"
-        ):
-            make(folder, QUICK).claim(beat)
+class Away(Folder):
+    """Before its n-th listing, from 1, something happens: the store hangs for a while, or the holder beats."""
 
-    def test_a_silent_holder_that_cannot_be_named_is_followed(self, folder: Folder, make: Make) -> None:
-        folder.put(claim_name(1), b"not JSON")
-        assert make(folder, 0.5).claim() == 2
+    def __init__(self, folder: Folder, before: Mapping[int, Callable[[], object]]) -> None:
+        super().__init__(Path(folder.where()))
+        self._before, self._looks = before, itertools.count(1)
+
+    def list(self, prefix: str) -> list[str]:
+        self._before.get(next(self._looks), lambda: None)()
+        return super().list(prefix)
 
 
 class TestHolding:
@@ -619,37 +589,17 @@ class TestHolding:
 
     def test_time_in_which_the_store_was_away_is_not_silence(self, folder: Folder, make: Make) -> None:
         stranger(folder)
-        looks = 0
-
-        class Away(Folder):
-            """From the second look on it does not answer for longer than the lease; then the holder beats."""
-
-            def list(self, prefix: str) -> list[str]:
-                nonlocal looks
-                looks += 1
-                if looks == 2:
-                    time.sleep(1.3)
-                if looks >= 4:
-                    folder.put(beat_name(1), b"%d" % looks)
-                return super().list(prefix)
-
+        away = Away(folder, {2: lambda: time.sleep(1.3), 4: lambda: folder.put(beat_name(1), b"a sign of life")})
         with pytest.raises(UserError, match="which is alive"):
-            make(Away(Path(folder.where())), 1.0).claim()
+            make(away, 1.0).claim()
 
     def test_a_beat_from_before_an_outage_is_no_sign_of_life_after_it(self, folder: Folder, make: Make) -> None:
+        def beat_and_hang() -> None:
+            folder.put(beat_name(1), b"{}")
+            time.sleep(0.6)
+
         stranger(folder)
-        looks = 0
-
-        class Away(Folder):
-            def list(self, prefix: str) -> list[str]:
-                nonlocal looks
-                looks += 1
-                if looks == 2:
-                    folder.put(beat_name(1), b"{}")
-                    time.sleep(0.6)
-                return super().list(prefix)
-
-        assert make(Away(Path(folder.where())), 0.5).claim() == 2
+        assert make(Away(folder, {2: beat_and_hang}), 0.5).claim() == 2
 
 
 class TestAServerThatIsAway:

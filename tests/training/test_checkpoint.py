@@ -54,8 +54,8 @@ def newest(kept: Checkpoints) -> tuple[int, int | None, list[str]]:
     return commit.round_, commit.step, damaged
 
 
-def newest_folder(kept: Checkpoints) -> str:
-    return kept.commits()[0].folder
+def places(kept: Checkpoints) -> list[tuple[int, int | None]]:
+    return [(commit.round_, commit.step) for commit in kept.commits()]
 
 
 # -- whole or none ----------------------------------------------------------------------------------------------
@@ -81,22 +81,14 @@ def test_what_is_committed_comes_back_to_the_last_bit(kept: Checkpoints) -> None
     assert Progress.model_validate_json(parts[STATE]) == progress(0, 3)
     assert masking.digest(unpack_masks(parts[MASK], SHAPES, "here")) == masking.digest(masks())
     commit_round(kept, 0)
-    assert newest_folder(kept) == "rounds/00/ticket-0000"
+    assert kept.commits()[0].folder == "rounds/00/ticket-0000"
     again = kept.round_weights(0)
     assert all(torch.equal(again[n], w) for n, w in weights(0).items())
     assert (kept.ticket(0), kept.scores(0), kept.pictures(0)) == (ticket(0), b"csv", b"png")
-
-
-def test_complete_tells_of_every_part_its_size_and_digest_and_seals_that(kept: Checkpoints) -> None:
-    commit_round(kept, 0)
     said = check_digest(kept.store.get(f"rounds/00/ticket-0000/{COMPLETE}"))
     assert said == {"parts": {name: part_info(kept.store.get(f"rounds/00/ticket-0000/{name}")) for name in ROUND_PARTS}}
-
-
-def test_a_round_without_pictures_has_none(kept: Checkpoints) -> None:
-    kept.commit_round(ticket(0), snapshot(0, 4, 0), b"csv", None, 2)
-    assert kept.pictures(0) is None
-    assert newest(kept) == (0, None, [])
+    kept.commit_round(ticket(1), snapshot(1, 4, 0), b"csv", None, 2)
+    assert (kept.pictures(1), newest(kept)) == (None, (1, None, []))
 
 
 def test_a_commit_twice_is_once(tmp_path: Path) -> None:
@@ -116,57 +108,6 @@ def test_a_commit_without_complete_does_not_exist(kept: Checkpoints, tmp_path: P
     commit_round(kept, 1)
     (tmp_path / "rounds/01/ticket-0000" / COMPLETE).unlink()
     assert kept.tickets() == []
-
-
-def test_complete_is_written_last(tmp_path: Path) -> None:
-    written: list[str] = []
-
-    class Noting(Folder):
-        def put(self, name: str, data: bytes) -> None:
-            written.append(name)
-            super().put(name, data)
-
-        def put_if_absent(self, name: str, data: bytes) -> bool:
-            written.append(name)
-            return super().put_if_absent(name, data)
-
-    kept = Checkpoints(Noting(tmp_path))
-    commit_steps(kept, 3)
-    assert written[-1] == f"rounds/00/steps/00000003-0000/{COMPLETE}"
-    assert {n.rpartition("/")[2] for n in written[:-1]} == set(STEP_PARTS)
-    written.clear()
-    commit_round(kept, 0)
-    assert written[-1] == f"rounds/00/ticket-0000/{COMPLETE}"
-    assert {n.rpartition("/")[2] for n in written[:-1]} == set(ROUND_PARTS)
-
-
-@pytest.mark.parametrize("stop_after", range(5))
-def test_a_commit_that_breaks_off_anywhere_leaves_the_one_before(tmp_path: Path, stop_after: int) -> None:
-    class Breaking(Folder):
-        left = 99
-
-        def put(self, name: str, data: bytes) -> None:
-            if self.left == 0:
-                raise Unavailable("the disk is full")
-            self.left -= 1
-            super().put(name, data)
-
-        def put_if_absent(self, name: str, data: bytes) -> bool:
-            if self.left == 0:
-                raise Unavailable("the disk is full")
-            self.left -= 1
-            return super().put_if_absent(name, data)
-
-    store = Breaking(tmp_path)
-    kept = Checkpoints(store)
-    commit_steps(kept, 3)
-    store.left = stop_after
-    with pytest.raises(Unavailable):
-        kept.commit_step(snapshot(0, 6, 6), 2)
-    store.left = 99
-    assert newest(kept) == (0, 3, [])
-    kept.commit_step(snapshot(0, 6, 6), 2)
-    assert newest(kept) == (0, 6, [])
 
 
 # -- which one wins ---------------------------------------------------------------------------------------------
@@ -208,15 +149,13 @@ def test_other_files_among_the_rounds_are_no_commits(kept: Checkpoints) -> None:
 
 
 @pytest.mark.parametrize("part", [*STEP_PARTS, COMPLETE])
-@pytest.mark.parametrize("how", ["flipped", "missing", "cut", "empty"])
+@pytest.mark.parametrize("how", ["missing", "cut", "empty"])
 def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(
     kept: Checkpoints, tmp_path: Path, part: str, how: str
 ) -> None:
     commit_steps(kept, 3, 6)
     path = tmp_path / "rounds/00/steps/00000006-0000" / part
-    if how == "flipped":
-        spoil(path, at=0)
-    elif how == "missing":
+    if how == "missing":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-7] if how == "cut" else b"")
@@ -226,45 +165,19 @@ def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(
         assert damaged == []
         return
     said = "is missing from its commit" if how == "missing" else "is damaged: "
-    assert len(damaged) == 1
-    assert damaged[0].startswith(f"{path} {said}")
-
-
-def test_every_single_flipped_bit_of_complete_is_noticed_or_harmless(kept: Checkpoints, tmp_path: Path) -> None:
-    commit_steps(kept, 3, 6)
-    path = tmp_path / "rounds/00/steps/00000006-0000" / COMPLETE
-    whole = path.read_bytes()
-    for at in range(len(whole)):
-        spoil(path, at)
-        round_, step, damaged = newest(kept)
-        assert (round_, step, len(damaged)) in ((0, 3, 1), (0, 6, 0))
-        if step == 6:
-            assert json.loads(path.read_bytes()) == json.loads(whole) or whole[at : at + 1].isspace()
-        path.write_bytes(whole)
-
-
-@pytest.mark.parametrize("part", ROUND_PARTS)
-def test_a_damaged_end_of_a_round_falls_back_to_the_round_before(kept: Checkpoints, tmp_path: Path, part: str) -> None:
-    commit_round(kept, 0)
-    commit_round(kept, 1)
-    spoil(tmp_path / "rounds/01/ticket-0000" / part)
-    round_, step, damaged = newest(kept)
-    assert (round_, step) == (0, None)
-    name = f"{tmp_path}/rounds/01/ticket-0000/{part}"
-    assert damaged == [f"{name} is damaged: its bytes are not those that were committed"]
+    assert [text.startswith(f"{path} {said}") for text in damaged] == [True]
 
 
 def test_when_no_commit_can_be_read_the_run_is_not_begun_afresh(kept: Checkpoints, tmp_path: Path) -> None:
     commit_steps(kept, 3, 6)
     for step in ("00000003-0000", "00000006-0000"):
         spoil(tmp_path / "rounds/00/steps" / step / WEIGHTS)
-    with pytest.raises(UserError) as caught:
+    damage = r".*0000000{}-0000/weights\.safetensors is damaged"
+    both = f"{damage.format(6)}{damage.format(3)}"
+    with pytest.raises(
+        UserError, match=rf"^no commit of this run can be read: {both}.*\. Restore a copy of the run\.$"
+    ):
         kept.latest()
-    text = str(caught.value)
-    assert text.startswith("no commit of this run can be read: ")
-    assert "00000006-0000/weights.safetensors is damaged" in text
-    assert "00000003-0000/weights.safetensors is damaged" in text
-    assert text.endswith("Restore a copy of the run.")
 
 
 @pytest.mark.parametrize("error", [Rejected, Unavailable])
@@ -293,19 +206,16 @@ def test_only_the_last_commits_are_kept(kept: Checkpoints, keep_last: int) -> No
 
 
 def test_rounds_count_among_the_commits_that_are_kept_and_are_never_removed(kept: Checkpoints) -> None:
-    def told() -> list[tuple[int, int | None]]:
-        return [(c.round_, c.step) for c in kept.commits()]
-
     commit_steps(kept, 1, 2, keep_last=3)
     commit_round(kept, 0)
-    assert told() == [(0, None), (0, 2)]
+    assert places(kept) == [(0, None), (0, 2)]
     commit_steps(kept, 1, round_=1)
-    assert told() == [(1, 1), (0, None)]
+    assert places(kept) == [(1, 1), (0, None)]
     commit_steps(kept, 2, 3, round_=1)
-    assert told() == [(1, 3), (1, 2), (0, None)]
+    assert places(kept) == [(1, 3), (1, 2), (0, None)]
     for round_ in (1, 2, 3):
         commit_round(kept, round_)
-    assert told() == [(3, None), (2, None), (1, None), (0, None)]
+    assert places(kept) == [(3, None), (2, None), (1, None), (0, None)]
 
 
 def test_a_commit_that_was_found_damaged_does_not_count_among_those_that_are_kept(
@@ -318,28 +228,13 @@ def test_a_commit_that_was_found_damaged_does_not_count_among_those_that_are_kep
     assert [c.step for c in kept.commits()] == [3, 1], "the damaged one has gone, the sound one before it has not"
 
 
-def test_a_commit_is_removed_from_its_complete_on(tmp_path: Path) -> None:
-    removed: list[str] = []
-
-    class Noting(Folder):
-        def remove(self, name: str) -> None:
-            removed.append(name)
-            super().remove(name)
-
-    commit_steps(Checkpoints(Noting(tmp_path)), 1, 2, 3)
-    assert removed[0] == f"rounds/00/steps/00000001-0000/{COMPLETE}"
-    assert {n.rpartition("/")[2] for n in removed[1:]} == set(STEP_PARTS)
-
-
 def test_the_end_of_the_run_leaves_its_rounds_alone(kept: Checkpoints) -> None:
     commit_steps(kept, 1, 2)
     commit_round(kept, 0)
-    assert [(c.round_, c.step) for c in kept.commits()] == [(0, None), (0, 2)]
+    assert places(kept) == [(0, None), (0, 2)]
     kept.finish()
-    assert [(c.round_, c.step) for c in kept.commits()] == [(0, None)]
-    assert kept.store.list("rounds/00/steps") == []
+    assert places(kept) == [(0, None)]
     assert set(kept.store.list("rounds")) == {f"rounds/00/ticket-0000/{name}" for name in (*ROUND_PARTS, COMPLETE)}
-    assert kept.pictures(0) == b"png"
     assert kept.ticket(0) == ticket(0)
 
 
@@ -354,9 +249,7 @@ def test_dropped_weights_leave_a_ticket_that_can_be_read(kept: Checkpoints, tmp_
     assert said is not None and said["parts"].keys() == set(ROUND_PARTS) - {WEIGHTS}
     assert [t.round for t in kept.tickets()] == [0, 1]
     assert all(torch.equal(w, weights(1)[n]) for n, w in kept.round_weights(1).items())
-    with pytest.raises(
-        UserError, match=r"rounds/00/ticket-0000 kept its ticket but not its weights \(keep\.rounds: best\)"
-    ):
+    with pytest.raises(UserError, match=r"rounds/00/ticket-0000 kept its ticket but not its weights \(keep\.rounds"):
         kept.round_weights(0)
     with pytest.raises(UserError, match=r"rounds/07 holds no finished round\. `mirl-dist tickets list` shows them"):
         kept.round_weights(7)
@@ -379,22 +272,15 @@ def test_damaged_weights_of_a_round_are_refused(kept: Checkpoints, tmp_path: Pat
         kept.round_weights(0)
 
 
-def test_the_best_round_is_remembered(kept: Checkpoints) -> None:
+def test_the_best_round_is_remembered_and_every_flipped_byte_found(kept: Checkpoints, tmp_path: Path) -> None:
     assert kept.best() is None
     kept.mark_best(3, 30.5, ("psnr/*/valid",))
     assert kept.best() == 3
-
-
-def test_every_flipped_byte_of_the_best_round_is_found(kept: Checkpoints, tmp_path: Path) -> None:
-    kept.mark_best(3, 30.5, ("psnr/*/valid",))
     for at in range((tmp_path / BEST).stat().st_size):
         spoil(tmp_path / BEST, at)
-        with pytest.raises(
-            UserError, match=r"best\.json is damaged\. Remove it: the last round then stands for the run\.$"
-        ):
+        with pytest.raises(UserError, match=r"best\.json is damaged\. Remove it: the last round then stands for the"):
             kept.best()
         spoil(tmp_path / BEST, at)
-    assert kept.best() == 3
 
 
 def test_ids_are_remembered_beside_older_ones(kept: Checkpoints) -> None:
@@ -415,14 +301,6 @@ def test_ids_in_a_damaged_file_are_not_known_and_can_be_remembered_anew(kept: Ch
 # -- masks ------------------------------------------------------------------------------------------------------
 
 
-def test_masks_come_back(kept: Checkpoints) -> None:
-    commit_steps(kept, 3)
-    commit_round(kept, 0)
-    for commit in kept.commits():
-        found = unpack_masks(kept.store.get(f"{commit.folder}/{MASK}"), SHAPES, commit.folder)
-        assert masking.digest(found) == masking.digest(masks())
-
-
 @pytest.mark.parametrize(
     ("shapes", "said"),
     [
@@ -435,9 +313,6 @@ def test_masks_of_another_network_or_scope_are_refused(shapes: dict[str, tuple[i
     with pytest.raises(UserError) as caught:
         unpack_masks(pack_tensors(masking.pack(masks())), shapes, "rounds/00")
     assert str(caught.value) == f"rounds/00/{MASK}: {said}. The prune.scope or the model differs."
-
-
-def test_a_mask_file_that_is_none_is_refused() -> None:
     with pytest.raises(UserError, match=r"^rounds/00/mask\.safetensors: "):
         unpack_masks(b"not safetensors at all", SHAPES, "rounds/00")
 
@@ -461,24 +336,22 @@ def test_a_run_json_that_describes_no_run_is_refused_and_never_begun_over(kept: 
         kept.identity()
 
 
-def test_first_weights_come_back_and_equal_tensors_give_equal_bytes(kept: Checkpoints) -> None:
-    kept.save_initial(weights())
-    found = kept.initial()
-    assert found is not None and masking.digest_tensors(found) == masking.digest_tensors(weights())
-    assert pack_tensors(weights()) == pack_tensors(dict(reversed(weights().items())))
-
-
-def test_first_weights_that_are_missing_or_damaged_are_none_or_others(kept: Checkpoints, tmp_path: Path) -> None:
-    assert kept.initial() is None
-    kept.save_initial(weights())
+def test_first_weights_come_back_and_missing_or_damaged_ones_are_none_or_others(
+    kept: Checkpoints, tmp_path: Path
+) -> None:
+    assert kept.tensors(INITIAL) is None
+    kept.save_tensors(INITIAL, dict(reversed(weights().items())))
     path, data = tmp_path / INITIAL, pack_tensors(weights())
+    assert path.read_bytes() == data, "equal tensors give equal bytes"
+    found = kept.tensors(INITIAL)
+    assert found is not None and masking.digest_tensors(found) == masking.digest_tensors(weights())
     for at in range(len(data)):
         path.write_bytes(data)
         spoil(path, at)
-        found = kept.initial()
+        found = kept.tensors(INITIAL)
         assert found is None or masking.digest_tensors(found) != masking.digest_tensors(weights()), f"byte {at}"
     path.write_bytes(data[:-7])
-    assert kept.initial() is None
+    assert kept.tensors(INITIAL) is None
 
 
 # -- tickets ----------------------------------------------------------------------------------------------------

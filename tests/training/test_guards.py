@@ -13,6 +13,7 @@ import torch
 from mirl_dist.data.sample import Batch
 from mirl_dist.training.guards import SpikeDetector, StepLosses
 from mirl_dist.training.state import Progress
+from tests.services.outcomes import expect
 
 NONE = torch.zeros(0)
 SETS = {"prune.rounds": 0, "ranks.slow_factor": 1e9}  # one round of six steps; a busy machine slows ranks
@@ -24,7 +25,7 @@ HERE = re.escape(f"({platform.node()})")
 
 
 class SomeRanks:
-    """What all ranks say, given what the others say; `said` counts the meetings."""
+    """What all ranks say, given what the others say; `met` counts the meetings."""
 
     def __init__(self, *others: Any) -> None:
         self._others, self.met = others, 0
@@ -65,50 +66,36 @@ def test_a_loss_that_jumps_is_told_with_the_samples_that_lost_most_on_any_rank(
 
 
 @pytest.mark.parametrize(
-    ("before", "loss", "told"),
-    [(49, 99.0, False), (50, 99.0, True), (50, 1.0, False), (50, 1.01, True), (50, 0.0, False)],
+    ("factor", "losses", "jumps"),
+    [
+        (10.0, [0.1] * 49 + [99.0], 0),
+        (10.0, [0.1] * 50 + [99.0], 1),
+        (10.0, [0.1] * 50 + [1.0], 0),
+        (10.0, [0.1] * 50 + [1.01], 1),
+        (10.0, [0.1] * 50 + [0.0], 0),
+        (10.0, [0.0] * 50 + [0.5], 1),
+        (10.0, [0.1] * 50 + [5.0] * 60 + [0.1], 25),  # until half of those remembered are high
+        (None, [0.1] * 60 + [1e9], 0),
+    ],
 )
 def test_a_loss_jumps_when_it_is_many_times_the_median_of_fifty_steps(
-    capsys: pytest.CaptureFixture[str], before: int, loss: float, told: bool
+    capsys: pytest.CaptureFixture[str], factor: float | None, losses: list[float], jumps: int
 ) -> None:
-    spikes = SpikeDetector(10.0)
-    looked(spikes, SomeRanks(), *[0.1] * before, loss)
-    assert ("warning: the loss at" in capsys.readouterr().out) == told
-
-
-def test_only_the_newest_fifty_steps_count_and_a_loss_that_stays_high_is_soon_usual(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    spikes = SpikeDetector(10.0)
-    looked(spikes, SomeRanks(), *[0.1] * 50, *[5.0] * 60)
-    assert capsys.readouterr().out.count("warning") == 25, "until half of those remembered are high"
-    looked(spikes, SomeRanks(), 0.1)
-    assert capsys.readouterr().out == ""
-
-
-def test_after_losses_of_nothing_any_loss_jumps(capsys: pytest.CaptureFixture[str]) -> None:
-    looked(SpikeDetector(10.0), SomeRanks(), *[0.0] * 50, 0.5)
-    assert "is 0.5, inf times the median 0 of" in capsys.readouterr().out
-
-
-def test_nobody_who_switched_it_off_hears_of_a_jump(capsys: pytest.CaptureFixture[str]) -> None:
-    ranks = SomeRanks()
-    looked(SpikeDetector(None), ranks, *[0.1] * 60, 1e9)
-    assert (capsys.readouterr().out, ranks.met) == ("", 0)
-
-
-def test_only_one_rank_tells_and_all_of_them_meet(capsys: pytest.CaptureFixture[str]) -> None:
-    ranks = SomeRanks()
-    ranks.is_main = False
-    looked(SpikeDetector(10.0), ranks, *[0.1] * 50, 9.0)
-    assert (capsys.readouterr().out, ranks.met) == ("", 1)
+    for is_main in (True, False):
+        ranks = SomeRanks()
+        ranks.is_main = is_main
+        looked(SpikeDetector(factor), ranks, *losses)
+        assert ranks.met == jumps, "all ranks meet, one tells"
+        told = capsys.readouterr().out
+        assert told.count("warning: the loss at") == jumps * is_main
+        assert ("inf times the median 0 of" in told) == (losses[0] == 0 and is_main)
 
 
 # -- losses and gradients that are not finite -------------------------------------------------------------------
 
 
-def nan(step: int, **more: Any) -> dict[str, Any]:
-    return {"rank": 1, "step": [0, step], "do": "nan"} | more
+def nan(step: int) -> dict[str, Any]:
+    return {"rank": 1, "step": [0, step], "do": "nan"}
 
 
 def inf_gradient(step: int) -> dict[str, Any]:
@@ -119,33 +106,32 @@ def newest_commits(run: Path) -> list[str]:
     return sorted(path.parent.name for path in run.glob("rounds/00/steps/*/COMPLETE.json"))
 
 
-def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step_with_advice(lab: Any, tmp_path: Path) -> None:
-    ended = lab.play(tmp_path, SETS, fatal=nan(3))
-    assert ended.codes == (2, 2), ended.said()
-    assert ended.err.count("\n") == 1, "all ranks know, one says it"
-    assert re.fullmatch(
-        r"mirl-dist: the loss is not finite at round 0, epoch 1, step 0, samples as task:key: "
-        rf"rank 1 {HERE}: (denoise_25|derain|dehaze):\S+\. "
-        r"Nothing of this step was applied\. Check those samples, or lower "
-        r"optimiser\.lr or optimiser\.clip_norm in a new run\.folder, or allow some with "
-        r"guard\.skip_bad_batches=10 and go on from the last commit\.\n",
-        ended.err,
-    ), ended.err
+@pytest.mark.parametrize(
+    ("fatal", "problem", "advice"),
+    [
+        (
+            nan(3),
+            rf"loss is not finite at round 0, epoch 1, step 0, samples as task:key: rank 1 {HERE}: "
+            r"(denoise_25|derain|dehaze):\S+",
+            r"Check those samples, or lower optimiser\.lr or optimiser\.clip_norm",
+        ),
+        pytest.param(
+            inf_gradient(3),
+            r"gradient is not finite at round 0, epoch 1, step 0 though every loss was; samples: "
+            rf"rank 0 {HERE}: \S+, \S+; rank 1 {HERE}: \S+, \S+",
+            r"Lower optimiser\.lr, or train in fp32,",
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_what_is_not_finite_stops_all_ranks_before_the_step_with_advice(
+    lab: Any, tmp_path: Path, fatal: dict[str, Any], problem: str, advice: str
+) -> None:
+    ended = expect((2, 2), lab.play(tmp_path, SETS, fatal=fatal))
+    allow = r"in a new run\.folder, or allow some with guard\.skip_bad_batches=10 and go on from the last commit\."
+    text = rf"mirl-dist: the {problem}\. Nothing of this step was applied\. {advice} {allow}\n"
+    assert re.fullmatch(text, ended.err), "all ranks know, one says it"
     assert newest_commits(tmp_path / "run") == ["00000002-0001"]
-
-
-@pytest.mark.long
-def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_step(lab: Any, tmp_path: Path) -> None:
-    ended = lab.play(tmp_path, SETS, fatal=inf_gradient(3))
-    assert ended.codes == (2, 2), ended.said()
-    assert ended.err.count("\n") == 1
-    assert re.fullmatch(
-        r"mirl-dist: the gradient is not finite at round 0, epoch 1, step 0 though every loss was; samples: "
-        rf"rank 0 {HERE}: \S+, \S+; rank 1 {HERE}: \S+, \S+\. "
-        r"Nothing of this step was applied\. Lower optimiser\.lr, or train in "
-        r"fp32, in a new run\.folder, or allow some with guard\.skip_bad_batches=10 and go on from the last commit\.\n",
-        ended.err,
-    ), ended.err
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +162,7 @@ def test_a_run_that_is_killed_after_a_step_was_left_out_ends_in_the_same_ticket(
     ended = lab.play(tmp_path, sets, fatal=[nan(3), {"rank": 1, "step": [0, 4]}])
     assert -9 in ended.codes, ended.said()
     assert newest_commits(tmp_path / "run") == ["00000002-0001", "00000004-0001"]
-    ended = lab.play(tmp_path, sets)
-    assert ended.rc == 0 and "resuming: round 0, after step 4" in ended.out, ended.said()
+    expect(0, lab.play(tmp_path, sets), "resuming: round 0, after step 4")
     assert lab.digests(tmp_path / "run") == lab.digests(left_out[0])
 
 
@@ -185,8 +170,7 @@ def test_a_run_that_is_killed_after_a_step_was_left_out_ends_in_the_same_ticket(
 def test_a_step_is_left_out_alike_whether_a_loss_or_the_gradient_was_not_finite(
     lab: Any, left_out: Any, tmp_path: Path
 ) -> None:
-    ended = lab.play(tmp_path, SETS | {"guard.skip_bad_batches": 2}, fatal=inf_gradient(3))
-    assert ended.rc == 0, ended.said()
+    ended = expect(0, lab.play(tmp_path, SETS | {"guard.skip_bad_batches": 2}, fatal=inf_gradient(3)))
     assert f"step 0 though every loss was; samples: rank 0 ({platform.node()}): " in ended.out
     assert ". The step is skipped (1 of 2 allowed in a round)." in ended.out
     assert lab.digests(tmp_path / "run") == lab.digests(left_out[0])
@@ -194,16 +178,17 @@ def test_a_step_is_left_out_alike_whether_a_loss_or_the_gradient_was_not_finite(
 
 @pytest.mark.long
 def test_no_more_bad_steps_are_left_out_than_are_allowed(lab: Any, tmp_path: Path) -> None:
-    ended = lab.play(tmp_path, SETS | {"guard.skip_bad_batches": 1}, fatal=[nan(1), inf_gradient(3)])
-    assert ended.codes == (2, 2), ended.said()
-    assert "(1 of 1 allowed in a round)" in ended.out
-    assert "the gradient is not finite at round 0, epoch 1, step 0" in ended.err
-    assert " 1 such batches were skipped before (guard.skip_bad_batches). " in ended.err
-    assert "guard.skip_bad_batches=10 and go on" in ended.err
+    texts = (
+        "(1 of 1 allowed in a round)",
+        "the gradient is not finite at round 0, epoch 1, step 0",
+        " 1 such batches were skipped before (guard.skip_bad_batches). ",
+        "guard.skip_bad_batches=10 and go on",
+    )
+    one = SETS | {"guard.skip_bad_batches": 1}
+    expect((2, 2), lab.play(tmp_path, one, fatal=[nan(1), inf_gradient(3)]), *texts)
     allowed = SETS | {"guard.skip_bad_batches": 10}
-    ended = lab.play(tmp_path, allowed, fatal=inf_gradient(3))
-    assert ended.rc == 0 and "resuming: round 0, after step 2" in ended.out, ended.said()
-    assert "(2 of 10 allowed in a round" in ended.out, "the one before was remembered"
+    texts = ("resuming: round 0, after step 2", "(2 of 10 allowed in a round")  # the one before was remembered
+    expect(0, lab.play(tmp_path, allowed, fatal=inf_gradient(3)), *texts)
     assert lab.tickets(tmp_path / "run")[0]["bad"] == 2
 
 
@@ -214,8 +199,7 @@ def test_a_step_of_several_passes_is_left_out_whole_whichever_of_them_was_bad(la
     for number in (0, 1):
         folder = tmp_path / str(number)
         folder.mkdir()
-        ended = lab.play(folder, sets, fatal=nan(2, **{"pass": number}))
-        assert ended.rc == 0, ended.said()
+        ended = expect(0, lab.play(folder, sets, fatal=nan(2) | {"pass": number}))
         assert ended.out.count("The step is skipped (1 of 1 allowed") == 1
         assert lab.tickets(folder / "run")[0]["bad"] == 1
         digests.append(lab.digests(folder / "run"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +13,17 @@ import torch
 from torch import nn
 
 from mirl_dist import models
+from mirl_dist.config.config import from_dump
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.sample import Batch
+from mirl_dist.data.sampler import BatchSplit
 from mirl_dist.distributed.engines.ddp import DdpEngine
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import Stopped, UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.training import loop as train
 from mirl_dist.training import losses as objective
+from mirl_dist.training.schedule import rate
 from mirl_dist.training.state import Progress, TrainState
 
 TINY: dict[str, Any] = {
@@ -65,9 +69,19 @@ TASKS = (Task.of("derain"), Task.of("dehaze"))
 STEPS = 12
 
 
-def plan(**more: Any) -> train.RoundConfig:
-    told: dict[str, Any] = {"commit_every": 3, "report_every": 4, "clip_norm": 1.0, "batch": 4, "passes": 1}
-    return train.RoundConfig(tasks=TASKS, epochs=3, steps_per_epoch=4, **(told | more))
+def plan(*, commit_every: int | None = 3, report_every: int = 4, skip_bad: int = 0, passes: int = 1) -> Any:
+    """What the loop reads of a run's plan: one round of three epochs of four steps."""
+    tree = {
+        "train": {"epochs": 3},
+        "batch": {"global": 4},
+        "optimiser": {"lr": 0.1, "clip_norm": 1.0},
+        "schedule": {"by": "step", "warmup_epochs": 0},
+        "checkpoint": {"every_steps": commit_every},
+        "tracking": {"every_steps": report_every},
+        "guard": {"skip_bad_batches": skip_bad},
+    }
+    sampler = SimpleNamespace(tasks=TASKS, steps_per_epoch=4)
+    return SimpleNamespace(config=from_dump(tree, "test"), sampler=sampler, batch_split=BatchSplit(4, passes, 4))
 
 
 def batches(passes: int, begin: int = 0) -> Iterator[Batch]:
@@ -95,20 +109,11 @@ class Run:
     told: dict[int, dict[str, float]] = field(default_factory=dict)
     now: int = 0
 
-    def rate(self, progress: Progress) -> float:
-        return 0.1 / (1 + progress.updates)
-
     def before_step(self, progress: Progress) -> None:
         self.now = progress.updates
 
-    def stop_requested(self) -> bool:
-        return self.stop_in(self.now)
-
-    def commit_busy(self) -> bool:
-        return self.busy_in(self.now)
-
-    def commit_failed(self) -> bool:
-        return self.fail_in(self.now)
+    def flags(self) -> tuple[bool, bool, bool]:
+        return self.stop_in(self.now), self.busy_in(self.now), self.fail_in(self.now)
 
     def raise_commit_failure(self) -> None:
         raise UserError("a commit failed")
@@ -123,7 +128,7 @@ class Run:
     def log(self, step: int, values: dict[str, float]) -> None:
         self.told[step] = values
 
-    def train(self, numbers: train.RoundConfig, resumed: Run | None = None) -> Run:
+    def train(self, plan: Any, resumed: Run | None = None) -> Run:
         """A round, from its beginning or from the newest commit of another run."""
         torch.manual_seed(0)
         model = nn.Conv2d(3, 3, 3, padding=1)
@@ -137,8 +142,8 @@ class Run:
             self.state.progress = resumed.kept[begin].model_copy(deep=True)
             self.state.load_moments(resumed.weights[begin][1])
         ranks = Ranks(device="cpu")
-        stream = batches(numbers.passes, begin)
-        train.train_round(self.state, ranks.network.wrap(model), stream, numbers, ranks, self, lambda step, text: None)
+        stream = batches(plan.batch_split.passes, begin)
+        train.train_round(self.state, ranks.network.wrap(model), stream, plan, ranks, self, lambda step, text: None)
         return self
 
 
@@ -159,19 +164,12 @@ def test_a_commit_due_while_one_is_written_is_made_after_it_and_at_the_end_anywa
 
 
 def test_a_run_that_is_asked_to_stop_commits_after_the_step_and_waits_for_it() -> None:
-    for busy in (False, True):
-        run = Run(stop_in=lambda step: step == 4, busy_in=lambda step, busy=busy: busy)  # type: ignore[misc]
-        with pytest.raises(Stopped, match=r"^stopped as asked in round 0 after 5 steps; committed$"):
+    for busy, steps in ((False, 5), (True, 5), (False, STEPS)):
+        run = Run(stop_in=lambda step, s=steps: step == s - 1, busy_in=lambda step, busy=busy: busy)  # type: ignore[misc]
+        with pytest.raises(Stopped, match=rf"^stopped as asked in round 0 after {steps} steps; committed$"):
             run.train(plan())
-        assert run.commits[-1] == (5, True) and run.state.progress.updates == 5
-
-
-def test_a_run_that_is_asked_to_stop_in_its_last_step_has_committed_the_whole_round() -> None:
-    run = Run(stop_in=lambda step: step == STEPS - 1)
-    with pytest.raises(Stopped):
-        run.train(plan())
-    assert run.commits[-1] == (STEPS, True)
-    assert (run.kept[STEPS].epoch, run.kept[STEPS].step) == (3, 0)
+        assert run.commits[-1] == (steps, True) and run.state.progress.updates == steps
+    assert (run.kept[STEPS].epoch, run.kept[STEPS].step) == (3, 0), "the whole round"
 
 
 def test_a_commit_that_cannot_be_written_stops_training_and_none_follows_it() -> None:
@@ -266,4 +264,9 @@ def test_two_passes_make_the_step_of_one(monkeypatch: pytest.MonkeyPatch, bad: t
 
 def test_the_rate_of_a_position_is_the_rate_of_its_step() -> None:
     run = Run().train(plan(report_every=1))
-    assert [run.told[step]["lr"] for step in range(1, 13)] == [0.1 / step for step in range(1, 13)]
+    rates = [
+        rate(0.1, by="step", epoch=epoch, step=step, steps_per_epoch=4, warmup_epochs=0, horizon_epochs=3)
+        for epoch in range(3)
+        for step in range(4)
+    ]
+    assert [run.told[step]["lr"] for step in range(1, 13)] == rates

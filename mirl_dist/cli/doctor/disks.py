@@ -6,55 +6,31 @@ Probes are removed afterwards; nothing else is written.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mirl_dist.cli.doctor.machine import Finding, format_bytes
+from mirl_dist.cli.doctor.memory import Size
 from mirl_dist.config.config import Config
-from mirl_dist.config.local_paths import shard_cache_folder
+from mirl_dist.config.local_paths import nearest_existing, shard_cache_folder
 from mirl_dist.config.schema import StoreSection
 from mirl_dist.config.schema_training import DataSection
 from mirl_dist.data.shards import Shards
 from mirl_dist.storage import Folder, Store, open_store
 from mirl_dist.storage.configured import options_of
 
-_NETWORK_FILE_SYSTEMS = (
-    "nfs",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "cifs",
-    "smb",
-    "ceph",
-    "gluster",
-    "9p",
-    "fuse.sshfs",
-    "fuse.ceph",
-)
-
-
-class SpaceNeed(NamedTuple):
-    """Bytes that will be written below a folder of this machine."""
-
-    what: str
-    folder: Path
-    bytes: int
+_NETWORK_FILE_SYSTEM = re.compile(r"nfs|lustre|gpfs|beegfs|cifs|smb|ceph|gluster|9p|fuse\.(sshfs|ceph)")
 
 
 def store_of(section: StoreSection, address: str) -> Store:
     """Open a store without retries, so that checks do not wait for an unavailable server."""
     return open_store(address, replace(options_of(section), patience_seconds=0.0))
-
-
-def nearest_existing(folder: Path) -> Path:
-    """Return the folder, or its nearest existing parent."""
-    absolute = folder.expanduser().absolute()
-    return next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))
 
 
 @contextmanager
@@ -70,24 +46,21 @@ def cache_folder(section: DataSection) -> Path | None:
     return shard_cache_folder(section.cache.folder) if is_remote or section.cache.folder else None
 
 
-def check_cache(folder: Path | None, mounts: Sequence[Any]) -> Iterator[Finding]:
+def check_cache(folder: Path | None, mounts: Sequence[Any]) -> Finding:
     """Check that the shard cache is writable and on a local disk. mounts: all mounts, as listed by psutil."""
     if folder is None:
-        yield Finding("ok", "shard cache", "none: shards are read in place")
-        return
+        return Finding("ok", "shard cache", "none: shards are read in place")
     try:
         with probe_folder(folder) as probe:
             (probe / "probe").write_bytes(b"probe")
     except OSError as error:
         text = f"{folder}: {error.strerror}; correct the rights, make room, or set data.cache.folder."
-        yield Finding("FAULT", "shard cache", text)
-        return
+        return Finding("FAULT", "shard cache", text)
     kind = file_system_type(nearest_existing(folder), mounts)
-    if kind.startswith(_NETWORK_FILE_SYSTEMS):
+    if _NETWORK_FILE_SYSTEM.match(kind):
         text = f"{folder} lies on {kind}, which may not keep locks; set data.cache.folder to a disk of the node."
-        yield Finding("warning", "shard cache", text)
-    else:
-        yield Finding("ok", "shard cache", f"{folder}, on {kind or 'a disk of this node'}")
+        return Finding("warning", "shard cache", text)
+    return Finding("ok", "shard cache", f"{folder}, on {kind or 'a disk of this node'}")
 
 
 def file_system_type(folder: Path, mounts: Sequence[Any]) -> str:
@@ -97,48 +70,35 @@ def file_system_type(folder: Path, mounts: Sequence[Any]) -> str:
     return str(max(around, key=lambda mount: len(mount.mountpoint)).fstype) if around else ""
 
 
-def run_bytes(config: Config, weights: int, prunable: int) -> int:
-    """Return an upper bound of the bytes that a whole run writes to its folder.
-
-    Counts float32 weights, two float32 moments in each commit, and one bit per prunable weight in each mask.
-    """
-    mask, rounds = -(-prunable // 8), config.prune.rounds + 1
-    commits = (config.checkpoint.keep_last + 1) * (12 * weights + mask)
-    initial = 4 * weights * (2 if config.rewinds_to() == "step" else 1)
-    return commits + rounds * (4 * weights + mask) + initial
-
-
-def run_space(config: Config, weights: int, prunable: int) -> Iterator[SpaceNeed]:
-    """Yield the space that the run will still need, if its folder is on this machine."""
-    store = store_of(config.store, config.run.folder)
+def _space_needs(config: Config, size: Size, shards: Shards | None) -> Iterator[tuple[str, Path, int]]:
+    """Yield what will still be written on this machine: its name, its folder, and an upper bound of its bytes."""
+    store, cache = store_of(config.store, config.run.folder), cache_folder(config.data)
     if isinstance(store, Folder):
+        # float32 weights; in each commit also two float32 moments; in each mask a bit per prunable weight
+        weights, mask = 4 * size.weights, -(-size.prunable // 8)
+        commits = (config.checkpoint.keep_last + 1) * (3 * weights + mask)
+        rounds = (config.prune.rounds + 1) * (weights + mask)
+        initial = weights * (2 if config.rewinds_to() == "step" else 1)
         folder = Path(store.where()).expanduser()
-        used_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        yield SpaceNeed(f"the run in {folder}", folder, max(0, run_bytes(config, weights, prunable) - used_bytes))
-
-
-def cache_space(section: DataSection, shards: Shards | None) -> Iterator[SpaceNeed]:
-    """Yield the space that the shard cache will still need. shards: None if they cannot be read."""
-    folder = cache_folder(section)
-    if folder is not None and shards is not None:
+        used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        yield f"the run in {folder}", folder, max(0, commits + rounds + initial - used)
+    if cache is not None and shards is not None:
         all_bytes = sum(shard.bytes for shard in shards.manifest.shards)
-        needed_bytes = min(all_bytes, int(section.cache.gigabytes * 1e9))
-        used_bytes = sum(path.stat().st_size for path in folder.glob("*.tar"))
-        yield SpaceNeed(f"the shard cache in {folder}", folder, max(0, needed_bytes - used_bytes))
+        needed = min(all_bytes, int(config.data.cache.gigabytes * 1e9))
+        used = sum(path.stat().st_size for path in cache.glob("*.tar"))
+        yield f"the shard cache in {cache}", cache, max(0, needed - used)
 
 
-def check_space(needs: Sequence[SpaceNeed]) -> Iterator[Finding]:
-    """Check that each disk has space for everything that will be written to it."""
-    disks: dict[int, list[SpaceNeed]] = {}
-    for need in needs:
-        disks.setdefault(os.stat(nearest_existing(need.folder)).st_dev, []).append(need)
-    for on_disk in disks.values():
-        free = shutil.disk_usage(nearest_existing(on_disk[0].folder)).free
-        needed = sum(need.bytes for need in on_disk)
-        text = " and ".join(f"{need.what} needs {format_bytes(need.bytes)}" for need in on_disk)
+def check_space(config: Config, size: Size, shards: Shards | None) -> Iterator[Finding]:
+    """Check that each disk has space for all that will be written to it. shards: None if they cannot be read."""
+    disks: dict[int, list[tuple[str, Path, int]]] = {}
+    for need in _space_needs(config, size, shards):
+        disks.setdefault(os.stat(nearest_existing(need[1])).st_dev, []).append(need)
+    for needs in disks.values():
+        free = shutil.disk_usage(nearest_existing(needs[0][1])).free
+        missing = sum(needed for _, _, needed in needs) - free
+        text = " and ".join(f"{what} needs {format_bytes(needed)}" for what, _, needed in needs)
         text += f", free are {format_bytes(free)}"
-        if free < needed:
-            text = f"{text}: make room for {format_bytes(needed - free)}, or choose another disk."
-            yield Finding("FAULT", "disk", text)
-        else:
-            yield Finding("ok", "disk", text)
+        if missing > 0:
+            text += f": make room for {format_bytes(missing)}, or choose another disk."
+        yield Finding("FAULT" if missing > 0 else "ok", "disk", text)

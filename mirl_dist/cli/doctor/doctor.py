@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from mirl_dist.cli.doctor import disks, machine, services
 from mirl_dist.cli.doctor.machine import Finding
 from mirl_dist.cli.doctor.plan import LaunchPlan, make_plan, plan_as_dict, plan_lines
 from mirl_dist.config.config import Config
-from mirl_dist.config.local_paths import shard_cache_folder
+from mirl_dist.config.local_paths import nearest_existing, shard_cache_folder
 from mirl_dist.data.sampler import ranks_in_words, split_batch
 from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch import launcher
@@ -47,12 +48,7 @@ _REQUIRED_PACKAGES = (
     "rich",
     "typer",
 )
-_OTHER_CREDENTIALS = (
-    "AWS_PROFILE",
-    "AWS_WEB_IDENTITY_TOKEN_FILE",
-    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-)
+_OTHER_CREDENTIALS = re.compile("AWS_(PROFILE|WEB_IDENTITY_TOKEN_FILE|CONTAINER_CREDENTIALS_(RELATIVE|FULL)_URI)")
 
 
 def print_machine() -> int:
@@ -83,7 +79,7 @@ def print_machine() -> int:
 
 def _free_space(folder: Path) -> str:
     """Return the free space, in GB, of the disk that contains or would contain a folder."""
-    return f"{shutil.disk_usage(disks.nearest_existing(folder)).free / 1e9:.1f} GB"
+    return f"{shutil.disk_usage(nearest_existing(folder.expanduser())).free / 1e9:.1f} GB"
 
 
 def _has_s3_credentials() -> bool:
@@ -91,7 +87,8 @@ def _has_s3_credentials() -> bool:
     env = os.environ
     keys = env.get("AWS_ACCESS_KEY_ID") and env.get("AWS_SECRET_ACCESS_KEY")
     file = Path(env.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
-    return bool(keys or any(env.get(name) for name in _OTHER_CREDENTIALS) or file.is_file())
+    others = any(value and _OTHER_CREDENTIALS.fullmatch(name) for name, value in env.items())
+    return bool(keys or others or file.is_file())
 
 
 def print_plan(config: Config) -> None:
@@ -135,26 +132,21 @@ def examine(
     shards = opened[0] if opened else None
     plan = make_plan(config, launch_file, opened, gpu, rate)
     needed = plan.needed_bytes()
-    needs = [
-        *disks.run_space(config, plan.size.weights, plan.size.prunable),
-        *disks.cache_space(config.data, shards),
-    ]
     permissions = list(services.check_permissions(config))
     readable = not any(f.kind == "FAULT" and f.text.startswith(("list", "get")) for f in permissions)
-    digest = shards.manifest.digest() if shards else None
     findings = [
         *machine.check_world(config, launch_file, os.environ),
         *machine.check_port(launch_file),
         *machine.check_devices(config, launch_file, needed),
-        *machine.check_engine(launch_file),
+        machine.check_engine(launch_file),
         *machine.check_limits(config, launch_file),
         *machine.check_host_memory(plan.states.host, launch_file),
         shards_finding,
-        *disks.check_cache(disks.cache_folder(config.data), psutil.disk_partitions(all=True)),
+        disks.check_cache(disks.cache_folder(config.data), psutil.disk_partitions(all=True)),
         *permissions,
-        *(services.check_run(config, digest) if readable else ()),
-        *disks.check_space(needs),
-        *services.check_mlflow(config),
+        *([services.check_run(config, shards.manifest.digest() if shards else None)] if readable else []),
+        *disks.check_space(config, plan.size, shards),
+        services.check_mlflow(config),
         *services.check_clocks(config),
     ]
     if not any(finding.kind == "FAULT" for finding in findings):

@@ -6,7 +6,7 @@ import errno
 import resource
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
@@ -15,13 +15,12 @@ import torch
 
 from mirl_dist.cli.doctor.memory import GIB
 from mirl_dist.config.config import Config
-from mirl_dist.data.sampler import ranks_in_words, split_batch
+from mirl_dist.data.sampler import BatchSplit, ranks_in_words, split_batch
 from mirl_dist.distributed import hardware
-from mirl_dist.distributed.engines import requirements
+from mirl_dist.distributed.engines.spec import require
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.errors import UserError
 
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK")
 _MASTER_SECONDS = 3.0
 _OPEN_FILES = 1024
 
@@ -37,129 +36,119 @@ class Finding(NamedTuple):
         return f"{self.kind:8} {self.about:12} {self.text}"
 
 
+def run_check(about: str, check: Callable[[], str]) -> Finding:
+    """Return the finding of a check that returns what it found, or raises UserError for a fault."""
+    try:
+        return Finding("ok", about, check())
+    except UserError as fault:
+        return Finding("FAULT", about, str(fault))
+
+
 def format_bytes(size: int) -> str:
     """Format a number of bytes with decimal units, as disk sizes are given."""
     return f"{size / 1e9:.3g} GB" if size >= 10**8 else f"{size / 1e6:.3g} MB"
 
 
+def split_in_words(ranks: int, split: BatchSplit, what: str = "pass") -> str:
+    """Return '2 ranks x 1 pass x 4 samples'."""
+    passes = f"{split.passes} {what if split.passes == 1 else f'{what}es'}"
+    return f"{ranks_in_words(ranks)} x {passes} x {split.forward} samples"
+
+
 def check_world(config: Config, launch_file: LaunchFile, env: Mapping[str, str]) -> Iterator[Finding]:
     """Check that the ranks can split the global batch, and that the environment does not belong to another launch."""
-    try:
-        split = split_batch(config.batch.global_, config.batch.forward, launch_file.ranks)
-        passes = "pass" if split.passes == 1 else "passes"
-        text = f"{ranks_in_words(launch_file.ranks)} x {split.passes} {passes} x {split.forward} samples"
-        yield Finding("ok", "world", f"{text} = batch.global {config.batch.global_}")
-    except UserError as fault:
-        yield Finding("FAULT", "world", str(fault))
-    world_size = env.get("WORLD_SIZE")
-    if world_size is not None and world_size != str(launch_file.ranks):
-        text = f"WORLD_SIZE={world_size} is set, {launch_file.path} has {ranks_in_words(launch_file.ranks)}"
-        text += "; unset it, or correct the file."
-        yield Finding("FAULT", "environment", text)
-    elif rank_variables := [name for name in _RANK_VARIABLES if name in env]:
-        text = f"{' and '.join(rank_variables)} set, as inside a launched rank; unset, or call this outside a launch."
+    batch, ranks, world_size = config.batch, launch_file.ranks, env.get("WORLD_SIZE")
+
+    def check_split() -> str:
+        split = split_batch(batch.global_, batch.forward, ranks)
+        return f"{split_in_words(ranks, split)} = batch.global {batch.global_}"
+
+    yield run_check("world", check_split)
+    if world_size is not None and world_size != str(ranks):
+        text = f"WORLD_SIZE={world_size} is set, {launch_file.path} has {ranks_in_words(ranks)}"
+        yield Finding("FAULT", "environment", f"{text}; unset it, or correct the file.")
+    elif names := " and ".join(name for name in ("RANK", "LOCAL_RANK") if name in env):
+        text = f"{names} set, as inside a launched rank; unset, or call this outside a launch."
         yield Finding("warning", "environment", text)
 
 
 def check_port(launch_file: LaunchFile) -> Iterator[Finding]:
     """Check the rendezvous: the port is free on node 0, and reachable from the other nodes."""
-    is_node_0 = launch_file.node_rank == 0
-    if launch_file.address is not None:
+    address, port = launch_file.address, launch_file.port
+    if address is not None:
         try:
-            addresses = socket.getaddrinfo(launch_file.address, launch_file.port, type=socket.SOCK_STREAM)
+            sockets = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
         except OSError as error:
-            text = f"{launch_file.address} has no address ({error.strerror})"
-            text += "; correct main_process_ip, or the name service."
+            text = f"{address} has no address ({error.strerror}); correct main_process_ip, or the name service."
             yield Finding("FAULT", "address", text)
             return
-        if not is_node_0:
-            yield _connect_to_node_0(launch_file)
+        if launch_file.node_rank != 0:
+            try:
+                socket.create_connection((address, int(port or 0)), timeout=_MASTER_SECONDS).close()
+                yield Finding("ok", "port", f"{address}:{port} answers")
+            except OSError as error:
+                text = f"{address}:{port} does not answer ({error.strerror or 'no time'})"
+                yield Finding("warning", "port", f"{text}; start node 0, or open the port between nodes.")
             return
-        if not any(_is_own_address(family, address[0]) for family, _, _, _, address in addresses):
-            text = f"{launch_file.address} is no address of this machine, which is node 0; is machine_rank right?"
+        # An address is of this machine if a socket can bind to it.
+        if all(_bind_error(family, (place[0], 0)) == errno.EADDRNOTAVAIL for family, _, _, _, place in sockets):
+            text = f"{address} is no address of this machine, which is node 0; is machine_rank right?"
             yield Finding("warning", "address", text)
-    if not launch_file.port:
+    if not port:
         yield Finding("ok", "port", "chosen when ranks start")
-    elif _is_free_port(launch_file.port):
-        yield Finding("ok", "port", f"{launch_file.port} is free here")
+    elif _bind_error(socket.AF_INET, ("", port)) is None:
+        yield Finding("ok", "port", f"{port} is free here")
     else:
-        text = f"{launch_file.port} is in use on this machine; give another main_process_port"
+        text = f"{port} is in use on this machine; give another main_process_port"
         yield Finding("FAULT", "port", f"{text}{', or 0: any' if launch_file.nodes == 1 else ''}.")
 
 
-def _connect_to_node_0(launch_file: LaunchFile) -> Finding:
-    """Check from another node that node 0 accepts connections on its port."""
-    address = f"{launch_file.address}:{launch_file.port}"
-    try:
-        node_0 = str(launch_file.address), int(launch_file.port or 0)
-        socket.create_connection(node_0, timeout=_MASTER_SECONDS).close()
-    except OSError as error:
-        text = f"{address} does not answer ({error.strerror or 'no time'})"
-        text += "; start node 0, or open the port between nodes."
-        return Finding("warning", "port", text)
-    return Finding("ok", "port", f"{address} answers")
-
-
-def _is_own_address(family: int, host: object) -> bool:
-    """Return whether an address belongs to this machine: a socket can bind to it."""
+def _bind_error(family: int, place: tuple[object, int]) -> int | None:
+    """Return the error number of binding a socket to (host, port), or None. Closing connections do not count."""
     with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's TCPStore
         try:
-            probe.bind((host, 0))
+            probe.bind(place)
         except OSError as error:
-            return error.errno != errno.EADDRNOTAVAIL
-    return True
-
-
-def _is_free_port(number: int) -> bool:
-    """Return whether a port is free. Closing connections do not count, as for torch's TCPStore."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", number))
-        except OSError:
-            return False
-    return True
+            return error.errno
+    return None
 
 
 def check_devices(config: Config, launch_file: LaunchFile, needed: int | None) -> Iterator[Finding]:
     """Check that each rank of this node has a GPU with `needed` free bytes (None: unknown), and the ranks' backend."""
-    cpu, count = config.train.device == "cpu", launch_file.ranks_per_node
-    gpus = 0 if cpu else hardware.gpus()
-    if cpu or not gpus:
-        placement = f"{ranks_in_words(count)} on {hardware.processes()} processors"
-        if cpu:
-            yield Finding("ok", "devices", f"train.device cpu: {placement}")
-        else:
-            yield Finding("warning", "devices", f"no GPU here: {placement}; call this on the node that is to train.")
+    count = launch_file.ranks_per_node
+    gpus = 0 if config.train.device == "cpu" else hardware.gpus()
+    placement = f"{ranks_in_words(count)} on {hardware.processes()} processors"
+    if config.train.device == "cpu":
+        yield Finding("ok", "devices", f"train.device cpu: {placement}")
+    elif not gpus:
+        yield Finding("warning", "devices", f"no GPU here: {placement}; call this on the node that is to train.")
     elif gpus < count:
-        text = f"{ranks_in_words(count)} per node, but {gpus} GPUs here; lower num_processes, or show more GPUs to"
-        text += " this process."
-        yield Finding("FAULT", "devices", text)
+        text = f"{ranks_in_words(count)} per node, but {gpus} GPUs here"
+        yield Finding("FAULT", "devices", f"{text}; lower num_processes, or show more GPUs to this process.")
     else:
-        yield from _check_gpu_memory(count, needed)
+        yield _check_gpu_memory(count, needed)
     backend = "nccl" if gpus else "gloo"
     if launch_file.ranks > 1 and not hardware.backends().get(backend):
         yield Finding("FAULT", "backend", f"this torch has no {backend}; install a torch that is built with it.")
 
 
-def _check_gpu_memory(count: int, needed: int | None) -> Iterator[Finding]:
+def _check_gpu_memory(count: int, needed: int | None) -> Finding:
     free = [torch.cuda.mem_get_info(number)[0] for number in range(count)]
-    least = min(free)
-    if needed is None or least >= needed:
-        text = f"{count} x {torch.cuda.get_device_name(0)}, {least / GIB:.1f} GiB free on the fullest"
-        yield Finding("ok", "devices", text)
-        return
+    if needed is None or min(free) >= needed:
+        text = f"{count} x {torch.cuda.get_device_name(0)}, {min(free) / GIB:.1f} GiB free on the fullest"
+        return Finding("ok", "devices", text)
     full = ", ".join(f"GPU {n} ({f / GIB:.1f} GiB)" for n, f in enumerate(free) if f < needed)
     text = f"a rank needs about {needed / GIB:.1f} GiB, free are {full}; lower batch.forward, or end what runs there."
-    yield Finding("FAULT", "devices", text)
+    return Finding("FAULT", "devices", text)
 
 
-def check_engine(launch_file: LaunchFile) -> Iterator[Finding]:
+def check_engine(launch_file: LaunchFile) -> Finding:
     """Check that the packages for the engine of a launch file are installed."""
     try:
-        yield Finding("ok", "engine", requirements.require(launch_file.engine))
+        return Finding("ok", "engine", require(launch_file.engine))
     except LookupError as error:
-        yield Finding("FAULT", "engine", str(error))
+        return Finding("FAULT", "engine", str(error))
 
 
 def check_limits(config: Config, launch_file: LaunchFile, shm: Path = Path("/dev/shm")) -> Iterator[Finding]:
@@ -184,10 +173,9 @@ def check_host_memory(needed: int, launch_file: LaunchFile) -> Iterator[Finding]
     """Check the host memory for what the engine offloads to it. needed: bytes per rank."""
     if needed:
         limits = memory_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-        total = min([psutil.virtual_memory().total, *limits])
-        offloaded = needed * launch_file.ranks_per_node
-        ranks = ranks_in_words(launch_file.ranks_per_node)
-        text = f"{format_bytes(offloaded)} offloaded by {ranks}, of {format_bytes(total)} here"
+        total, offloaded = min([psutil.virtual_memory().total, *limits]), needed * launch_file.ranks_per_node
+        text = f"{format_bytes(offloaded)} offloaded by {ranks_in_words(launch_file.ranks_per_node)}"
+        text += f", of {format_bytes(total)} here"
         if offloaded < total:
             yield Finding("ok", "host memory", text)
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirl_dist import models
 from mirl_dist.distributed.engines.deepspeed import DEEPSPEED_BUCKET, DEEPSPEED_LIVE
-from mirl_dist.distributed.launch.launch_file import Engine
+from mirl_dist.distributed.engines.spec import EngineName
 from mirl_dist.errors import UserError
 from mirl_dist.pruning.prune import in_scope
 from mirl_dist.training import losses
@@ -54,13 +54,13 @@ class Pass(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """Bytes of a pass over n samples: fixed + n * per_sample."""
+    """Bytes of a pass over n samples: what any pass saves, and n times what each sample saves and works with."""
 
-    fixed: Pass
+    fixed: int
     per_sample: Pass
 
     def of(self, samples: int) -> Pass:
-        return Pass(*(f + e * samples for f, e in zip(self.fixed, self.per_sample, strict=True)))
+        return Pass(self.fixed + samples * self.per_sample.saved, samples * self.per_sample.working)
 
 
 class Budget(NamedTuple):
@@ -88,7 +88,7 @@ def size_of(name: str, sizes: Mapping[str, Any], scope: str | tuple[str, ...]) -
     return Size(sum(counts.values()), sum(counts[n] for n in in_scope(counts, scope)), unit)
 
 
-def state_bytes(size: Size, engine: Engine, world: int, *, offload: bool = False) -> Budget:
+def state_bytes(size: Size, engine: EngineName, world: int, *, offload: bool = False) -> Budget:
     """Return an upper bound of the bytes of weights, gradients, moments and masks on one of `world` ranks.
 
     ddp: everything is replicated, with buckets as large as the gradients. zero1, zero2, zero3: moments, then also
@@ -153,19 +153,25 @@ def passes_of(name: str, sizes: Mapping[str, Any], side: int, precision: str, ki
     """
     with torch.device("meta"):
         model = models.create(name, **sizes)
-        two = measure_pass(model, torch.rand(2, 3, side, side), precision, kind)
-        three = saved_bytes(_loss(model, torch.rand(3, 3, side, side), precision, kind), model)
-    each = Pass(three - two.saved, -(-two.working // 2))
-    return Passes(Pass(max(0, two.saved - 2 * each.saved), 0), each)
+        losses_of = [loss_of(model, torch.rand(samples, 3, side, side), precision, kind) for samples in (2, 3)]
+        two, three_saved = measure_pass(model, losses_of[0]), saved_bytes(losses_of[1], model)
+    each = Pass(three_saved - two.saved, -(-two.working // 2))
+    return Passes(max(0, two.saved - 2 * each.saved), each)
 
 
-def measure_pass(model: nn.Module, images: Tensor, precision: str, kind: str | None = None) -> Pass:
-    """Count the bytes of one forward and backward pass over images (B, 3, H, W) on the model's device.
+def loss_of(model: nn.Module, images: Tensor, precision: str, kind: str) -> Callable[[], Tensor]:
+    """Return the training loss of images (B, 3, H, W) on `meta`, as a function; bf16 with the autocast of `kind`."""
 
-    kind: device type whose autocast is emulated ('cuda', 'cpu'); None: use the real autocast of the images' device.
-    `working` includes the gradients of the weights.
-    """
-    loss = _loss(model, images, precision, kind)
+    def loss() -> Tensor:
+        with nullcontext() if precision == "fp32" else _Autocast(kind):
+            restored = model(images)
+        return losses.per_sample_l1(restored, images).mean()
+
+    return loss
+
+
+def measure_pass(model: nn.Module, loss: Callable[[], Tensor]) -> Pass:
+    """Count the bytes of one forward and backward pass. `working` includes the gradients of the weights."""
     saved = saved_bytes(loss, model)
     live = _LiveBytes({_storage_id(p) for p in model.parameters()})
     with live:
@@ -189,22 +195,6 @@ def saved_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
     total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     del output
     return total
-
-
-def _loss(model: nn.Module, images: Tensor, precision: str, kind: str | None) -> Callable[[], Tensor]:
-    """Return a function that computes the training loss of one forward pass."""
-
-    def autocast() -> AbstractContextManager[Any]:
-        if precision == "fp32":
-            return nullcontext()
-        return _Autocast(kind) if kind else torch.autocast(images.device.type, torch.bfloat16)
-
-    def loss() -> Tensor:
-        with autocast():
-            restored = model(images)
-        return losses.combine(losses.per_sample_l1(restored, images))
-
-    return loss
 
 
 def scoring_bytes(name: str, sizes: Mapping[str, Any], height: int, width: int) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from mirl_dist.cli.doctor import memory
 from mirl_dist.cli.doctor.disks import store_of
+from mirl_dist.cli.doctor.machine import split_in_words
 from mirl_dist.cli.doctor.memory import GIB, OVERHEAD, Budget, Gpu, Passes, Size
 from mirl_dist.config.config import Config
 from mirl_dist.config.schema_training import EvaluateSection
@@ -17,8 +18,6 @@ from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.errors import UserError
 from mirl_dist.training.checkpoint import Checkpoints
-
-_UNKNOWN_RATE = "unknown: no measured rate; run a round, or give --rate"
 
 
 class LaunchPlan(NamedTuple):
@@ -51,17 +50,23 @@ class LaunchPlan(NamedTuple):
         scoring = self.scoring[0] if self.scoring else 0  # includes all weights: scoring gathers sharded ones
         return self.bytes_without_pass() + max(sum(self.passes.of(self.split.forward)), scoring)
 
+    def largest_forward(self) -> int | None:
+        """Return the largest batch.forward that fits the GPU, 0 if none does; None without GPU or split."""
+        if self.gpu is None or self.split is None:
+            return None
+        return memory.largest_forward(self.passes, self.bytes_without_pass(), self.gpu.bytes, self.split.per_rank)
+
 
 def make_plan(
     config: Config,
     launch_file: LaunchFile,
-    shards_and_sampler: tuple[Shards, GlobalSampler] | None,
+    opened: tuple[Shards, GlobalSampler] | None,
     gpu: str | None,
     rate: float | None,
 ) -> LaunchPlan:
     """Compute the plan of a launch. Raises UserError for an unknown GPU.
 
-    shards_and_sampler: None if the shards cannot be read. gpu: a name in memory.GPUS; None: this machine's GPU, if any.
+    opened: None if the shards cannot be read. gpu: a name in memory.GPUS; None: this machine's GPU, if any.
     rate: samples per second over all ranks; None: as measured in the run's folder.
     """
     name, sizes = config.model.name, config.model.sizes()
@@ -72,22 +77,14 @@ def make_plan(
     size = memory.size_of(name, sizes, config.prune.scope)
     states = memory.state_bytes(size, launch_file.engine, launch_file.ranks, offload=launch_file.offload)
     passes = memory.passes_of(name, sizes, config.data.patch_pixels, config.train.precision)
-    shards, sampler = shards_and_sampler or (None, None)
+    shards, sampler = opened or (None, None)
     largest = _largest_image(config.evaluate, shards) if shards else None
     scoring = (memory.scoring_bytes(name, sizes, *largest), *largest) if largest else None
     measured = (rate, "--rate") if rate else _measured_rate(config, launch_file)
-    return LaunchPlan(
-        config, launch_file, split, sampler, size, states, passes, scoring, _gpu_of(config.train.device, gpu), measured
-    )
-
-
-def _gpu_of(device: str, name: str | None) -> Gpu | None:
-    """Return the GPU with that name, or else this machine's first; None without GPUs or for a run on the CPU."""
-    if name is not None:
-        return memory.gpu_of(name)
-    if device == "cpu" or not hardware.gpus():
-        return None
-    return Gpu(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)
+    chosen = None if gpu is None else memory.gpu_of(gpu)
+    if chosen is None and config.train.device != "cpu" and hardware.gpus():
+        chosen = Gpu(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)
+    return LaunchPlan(config, launch_file, split, sampler, size, states, passes, scoring, chosen, measured)
 
 
 def _largest_image(section: EvaluateSection, shards: Shards) -> tuple[int, int] | None:
@@ -112,10 +109,8 @@ def _measured_rate(config: Config, launch_file: LaunchFile) -> tuple[float, str]
     if not totals.seconds or not totals.samples:
         return None
     world = tickets[-1].world if tickets else None
-    source = "measured in this run"
-    if world is not None and world != launch_file.ranks:
-        source += f" on {ranks_in_words(world)}"
-    return totals.samples / totals.seconds, source
+    on_ranks = "" if world in (None, launch_file.ranks) else f" on {ranks_in_words(world)}"
+    return totals.samples / totals.seconds, f"measured in this run{on_ranks}"
 
 
 # -- output -------------------------------------------------------------------------------------------------------
@@ -124,39 +119,28 @@ def _measured_rate(config: Config, launch_file: LaunchFile) -> tuple[float, str]
 def plan_lines(plan: LaunchPlan) -> list[str]:
     """Format the plan as lines of text, at most 100 columns wide."""
     config, launch_file, split = plan.config, plan.launch_file, plan.split
-    nodes = "node" if launch_file.nodes == 1 else "nodes"
     offload = ", offloaded to the host" if launch_file.offload else ""
-    ranks = f"{launch_file.nodes} {nodes} x {ranks_in_words(launch_file.ranks_per_node)}"
-    lines = [_line("engine", f"{launch_file.engine}{offload}: {ranks}")]
+    nodes = f"{launch_file.nodes} {'node' if launch_file.nodes == 1 else 'nodes'}"
+    lines = [_line("engine", f"{launch_file.engine}{offload}: {nodes} x {ranks_in_words(launch_file.ranks_per_node)}")]
     if split is not None:
-        passes = "forward pass" if split.passes == 1 else "forward passes"
-        share = f"{ranks_in_words(launch_file.ranks)} x {split.passes} {passes} x {split.forward} samples"
-        lines.append(_line("batch", f"{config.batch.global_} = {share}"))
-    lines += _step_lines(plan)
-    lines += ["", f"{'memory of a rank':36}{'MiB':>10}"]
-    lines += [_row(name, bytes_) for name, bytes_ in _memory_rows(plan).items()]
-    if plan.states.host:
-        lines.append(_row("on the host", plan.states.host))
-    lines += ["", *_gpu_lines(plan)]
-    return lines
+        words = split_in_words(launch_file.ranks, split, "forward pass")
+        lines.append(_line("batch", f"{config.batch.global_} = {words}"))
+    memory_bytes = _memory_rows(plan) | ({"on the host": plan.states.host} if plan.states.host else {})
+    rows = [f"  {what:34}{size / 2**20:10,.1f}" for what, size in memory_bytes.items()]
+    return [*lines, *_step_lines(plan), "", f"{'memory of a rank':36}{'MiB':>10}", *rows, "", *_gpu_lines(plan)]
 
 
 def _line(what: str, text: str) -> str:
     return f"{what:12} {text}"
 
 
-def _row(what: str, bytes_: int) -> str:
-    return f"  {what:34}{bytes_ / 2**20:10,.1f}"
-
-
 def _memory_rows(plan: LaunchPlan) -> dict[str, int]:
-    rows = dict(plan.states.gpu)
+    rows, precision = dict(plan.states.gpu), plan.config.train.precision
     if plan.split is not None:
         saved, working = plan.passes.of(plan.split.forward)
-        rows[f"activations of {plan.split.forward} samples, {plan.config.train.precision}"] = saved
-        rows["at work in a pass"] = working
+        rows |= {f"activations of {plan.split.forward} samples, {precision}": saved, "at work in a pass": working}
     else:
-        rows[f"activations of one sample, {plan.config.train.precision}"] = plan.passes.of(1).saved
+        rows[f"activations of one sample, {precision}"] = plan.passes.of(1).saved
     rows["CUDA, NCCL, workspaces (assumed)"] = OVERHEAD
     return rows | {"in all": sum(rows.values())}
 
@@ -165,18 +149,17 @@ def _step_lines(plan: LaunchPlan) -> list[str]:
     if plan.sampler is None:
         return [_line("epoch", "unknown: the shards were not read")]
     steps, config = plan.sampler.steps_per_epoch, plan.config
-    text = f"{steps:,} steps, {steps * config.batch.global_:,} samples"
-    lines = [_line("epoch", text)]
-    for round_ in (0, 1)[: 1 + config.is_finetuning(1)]:
+    lines = [_line("epoch", f"{steps:,} steps, {steps * config.batch.global_:,} samples")]
+    rounds = {"round 0": 0, "fine-tuning": 1} if config.is_finetuning(1) else {"a round": 0}
+    for name, round_ in rounds.items():
         epochs = config.round_epochs(round_)
-        name = "a round" if not config.is_finetuning(1) else ("round 0" if not round_ else "fine-tuning")
         lines.append(_line(name, f"{epochs} epochs, {epochs * steps:,} steps; {_duration(plan, epochs * steps)}"))
     return lines
 
 
 def _duration(plan: LaunchPlan, steps: int) -> str:
     if plan.rate is None:
-        return f"time {_UNKNOWN_RATE}"
+        return "time unknown: no measured rate; run a round, or give --rate"
     rate, source = plan.rate
     seconds = steps * plan.config.batch.global_ / rate
     if seconds < 60:
@@ -189,33 +172,31 @@ def _duration(plan: LaunchPlan, steps: int) -> str:
 def _gpu_lines(plan: LaunchPlan) -> list[str]:
     if plan.gpu is None:
         return [_line("GPU", f"none here; --gpu {'|'.join(memory.GPUS)} judges for one")]
-    lines, gpu = [], f"{plan.gpu.name}, {plan.gpu.bytes / GIB:.1f} GiB"
+    room, base = plan.gpu.bytes, plan.bytes_without_pass()
+    text = f"{plan.gpu.name}, {room / GIB:.1f} GiB: "
     if plan.split is None:
-        lines.append(_line("GPU", f"{gpu}: unknown, for the ranks cannot share the batch"))
+        text += "unknown, for the ranks cannot share the batch"
     else:
-        needed = plan.bytes_without_pass() + sum(plan.passes.of(plan.split.forward))
-        largest = memory.largest_forward(plan.passes, plan.bytes_without_pass(), plan.gpu.bytes, plan.split.per_rank)
-        advice = "no batch.forward fits" if not largest else f"largest batch.forward that fits: {largest}"
-        lines.append(_line("GPU", f"{gpu}: {_fits(needed, plan.gpu)}; {advice}"))
+        largest = plan.largest_forward()
+        text += _fits(base + sum(plan.passes.of(plan.split.forward)), room)
+        text += f"; largest batch.forward that fits: {largest}" if largest else "; no batch.forward fits"
+    lines = [_line("GPU", text)]
     if plan.scoring is not None:
-        bytes_, height, width = plan.scoring
-        text = f"{bytes_ / 2**20:,.0f} MiB more for an image of {height} x {width}"
-        lines.append(_line("scoring", f"{text}: {_fits(plan.bytes_without_pass() + bytes_, plan.gpu)}"))
+        size, height, width = plan.scoring
+        text = f"{size / 2**20:,.0f} MiB more for an image of {height} x {width}: {_fits(base + size, room)}"
+        lines.append(_line("scoring", text))
     return lines
 
 
-def _fits(needed: int, gpu: Gpu) -> str:
-    return "fits" if needed <= gpu.bytes else "DOES NOT FIT"
+def _fits(needed: int, room: int) -> str:
+    return "fits" if needed <= room else "DOES NOT FIT"
 
 
 def plan_as_dict(plan: LaunchPlan) -> dict[str, Any]:
     """Return the plan for JSON output: bytes, steps, samples, seconds."""
     launch_file, split, sampler = plan.launch_file, plan.split, plan.sampler
-    largest = None
-    if plan.gpu is not None and split is not None:
-        largest = memory.largest_forward(plan.passes, plan.bytes_without_pass(), plan.gpu.bytes, split.per_rank)
+    batch, needed = plan.config.batch.global_, plan.needed_bytes()
     steps = None if sampler is None else sampler.steps_per_epoch * plan.config.round_epochs(0)
-    needed = plan.needed_bytes()
     return {
         "engine": launch_file.engine,
         "offload": launch_file.offload,
@@ -227,13 +208,13 @@ def plan_as_dict(plan: LaunchPlan) -> dict[str, Any]:
         "forward": split and split.forward,
         "steps_per_epoch": sampler and sampler.steps_per_epoch,
         "steps_per_round": steps,
-        "samples_per_epoch": sampler and sampler.steps_per_epoch * plan.config.batch.global_,
-        "seconds_per_round": plan.rate and steps and steps * plan.config.batch.global_ / plan.rate[0],
+        "samples_per_epoch": sampler and sampler.steps_per_epoch * batch,
+        "seconds_per_round": plan.rate and steps and steps * batch / plan.rate[0],
         "bytes": _memory_rows(plan),
         "host_bytes": plan.states.host,
         "scoring_bytes": plan.scoring and plan.scoring[0],
         "gpu": plan.gpu and plan.gpu.name,
         "gpu_bytes": plan.gpu and plan.gpu.bytes,
         "fits": None if plan.gpu is None or needed is None else needed <= plan.gpu.bytes,
-        "largest_forward": largest,
+        "largest_forward": plan.largest_forward(),
     }

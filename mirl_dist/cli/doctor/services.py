@@ -5,6 +5,7 @@ Stores are tested with real objects, which are removed afterwards; nothing else 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import os
@@ -12,21 +13,19 @@ import secrets
 import socket
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from mirl_dist.cli.doctor.disks import probe_folder, store_of
-from mirl_dist.cli.doctor.machine import Finding, format_bytes
+from mirl_dist.cli.doctor.machine import Finding, format_bytes, run_check
 from mirl_dist.config.config import Config
 from mirl_dist.data.sampler import GlobalSampler
 from mirl_dist.data.shards import Shards
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import reader, tracker
-from mirl_dist.observability.mlflow.client import database
-from mirl_dist.observability.mlflow.records import check_uri, default_uri, redact_uri
+from mirl_dist.observability.mlflow.records import check_uri, database, default_uri, redact_uri
 from mirl_dist.storage import Folder, NotFound, Store
 from mirl_dist.storage.http import HttpStore
 from mirl_dist.storage.s3 import S3Store
@@ -57,62 +56,45 @@ def check_permissions(config: Config) -> Iterator[Finding]:
         yield from _probe_store(store, store.where())
 
 
-class PermissionProbe:
-    """Tries operations on a store, and records the results.
-
-    passed: names of successful operations. aborted: an operation failed for another reason than a missing permission,
-    so that further attempts are pointless.
-    """
-
-    def __init__(self) -> None:
-        self.passed: list[str] = []
-        self.findings: list[Finding] = []
-        self.aborted = False
-
-    def attempt(self, what: str, work: Callable[[], object]) -> bool:
-        """Try an operation and return whether it is allowed; NotFound counts as allowed."""
-        if self.aborted:
-            return False
-        try:
-            work()
-        except NotFound:
-            pass
-        except UserError as fault:
-            self.aborted = not isinstance(fault, AccessDenied)
-            self.findings.append(Finding("FAULT", "run.folder", f"{what}: {fault}"))
-            return False
-        self.passed.append(what)
-        return True
-
-
 def _probe_store(store: Store, location: str) -> Iterator[Finding]:
     """Try all operations. First delete an absent object: if that is refused, a probe could not be removed later."""
     name, data = f"doctor-{secrets.token_hex(6)}/probe", secrets.token_bytes(16)
-    probe, created = PermissionProbe(), list[bool]()
-    probe.attempt("list", lambda: store.list(name.partition("/")[0]))
-    probe.attempt("get", lambda: store.get(name))
-    if probe.attempt("delete", lambda: store.remove(name)):
+    allowed, faults, created = list[str](), list[Finding](), list[bool]()
+    aborted = False  # an operation failed for another reason than a missing permission: others would fail likewise
+
+    def attempt(what: str, work: Callable[[], object]) -> bool:
+        """Try an operation and return whether it is allowed; NotFound counts as allowed."""
+        nonlocal aborted
+        if aborted:
+            return False
         try:
-            if probe.attempt("put", lambda: store.put(name, data)):
-                probe.attempt("read back", lambda: _read_back(store, name, data))
-            probe.attempt(
-                "conditional put", lambda: created.extend(store.put_if_absent(f"{name}-2", data) for _ in "ab")
-            )
+            with contextlib.suppress(NotFound):
+                work()
+        except UserError as fault:
+            aborted = not isinstance(fault, AccessDenied)
+            faults.append(Finding("FAULT", "run.folder", f"{what}: {fault}"))
+            return False
+        allowed.append(what)
+        return True
+
+    attempt("list", lambda: store.list(name.partition("/")[0]))
+    attempt("get", lambda: store.get(name))
+    if attempt("delete", lambda: store.remove(name)):
+        try:
+            if attempt("put", lambda: store.put(name, data)):
+                attempt("read back", lambda: _read_back(store, name, data))
+            attempt("conditional put", lambda: created.extend(store.put_if_absent(f"{name}-2", data) for _ in "ab"))
         finally:
-            probe.aborted = False
-            for object_name in (name, f"{name}-2"):
-                probe.attempt("delete", partial(store.remove, object_name))
-    elif not probe.aborted:
+            aborted = False
+            for probe in (name, f"{name}-2"):
+                attempt("delete", partial(store.remove, probe))
+    elif not aborted:
         text = f"put: not tried in {location}, for a probe would stay there."
-        probe.findings.append(Finding("warning", "run.folder", text))
+        faults.append(Finding("warning", "run.folder", text))
     if created == [True, True]:
-        text = (
-            f"conditional put: {location} lets two writers win, so two launches could write one run; use a server that"
-        )
-        probe.findings.append(Finding("FAULT", "run.folder", f"{text} knows If-None-Match."))
-    yield from probe.findings
-    if not probe.findings:
-        yield Finding("ok", "run.folder", f"{location}: {', '.join(dict.fromkeys(probe.passed))}")
+        text = f"conditional put: {location} lets two writers win, so two launches could write one run"
+        faults.append(Finding("FAULT", "run.folder", f"{text}; use a server that knows If-None-Match."))
+    yield from faults or [Finding("ok", "run.folder", f"{location}: {', '.join(dict.fromkeys(allowed))}")]
 
 
 def _read_back(store: Store, name: str, data: bytes) -> None:
@@ -120,29 +102,23 @@ def _read_back(store: Store, name: str, data: bytes) -> None:
         raise UserError(f"{store.where(name)} gives back other bytes than were put there. Check the server.")
 
 
-def check_run(config: Config, digest: str | None) -> Iterator[Finding]:
+def check_run(config: Config, digest: str | None) -> Finding:
     """Check the run that the folder already contains. digest: of the shards' manifest."""
     checkpoints = Checkpoints(store_of(config.store, config.run.folder))
-    try:
+
+    def check() -> str:
         if digest is not None:
             preflight.check_run_folder(checkpoints, config, digest, "auto", open_ticket)
-        if checkpoints.identity() is not None:
-            commits = checkpoints.commits()
-            newest = f"newest commit {commits[0].folder}" if commits else "no commit yet"
-            yield Finding("ok", "run", f"{'finished' if _is_finished(config, checkpoints) else 'goes on'}: {newest}")
-        else:
-            yield Finding("ok", "run", "new")
-    except UserError as fault:
-        yield Finding("FAULT", "run", str(fault))
+        if checkpoints.identity() is None:
+            return "new"
+        commits = checkpoints.commits()
+        rounds = [commit.round_ for commit in commits if commit.step is None]
+        ticket = checkpoints.ticket(max(rounds)) if rounds else None
+        finished = ticket is not None and config.prune.ends_after(ticket.round, ticket.total_sparsity)
+        newest = f"newest commit {commits[0].folder}" if commits else "no commit yet"
+        return f"{'finished' if finished else 'goes on'}: {newest}"
 
-
-def _is_finished(config: Config, checkpoints: Checkpoints) -> bool:
-    """Return whether the last round of the config has its ticket."""
-    finished_rounds = [commit.round_ for commit in checkpoints.commits() if commit.step is None]
-    if not finished_rounds:
-        return False
-    ticket = checkpoints.ticket(max(finished_rounds))
-    return config.prune.ends_after(ticket.round, ticket.total_sparsity)
+    return run_check("run", check)
 
 
 # -- shards -------------------------------------------------------------------------------------------------------
@@ -150,36 +126,36 @@ def _is_finished(config: Config, checkpoints: Checkpoints) -> bool:
 
 def check_shards(config: Config) -> tuple[Finding, tuple[Shards, GlobalSampler] | None]:
     """Check that the shards can be read and provide the mix; also return the shards and the sampler if so."""
-    try:
+    opened: list[tuple[Shards, GlobalSampler]] = []
+
+    def check() -> str:
         shards = Shards(store_of(config.store, config.data.shards))
-        roles = ("train", "evaluate") if config.data.damage == "refuse" else ("evaluate",)
-        shards.check_present(*roles)
+        shards.check_present(*(("train", "evaluate") if config.data.damage == "refuse" else ("evaluate",)))
         shards.check_patch_size(config.data.patch_pixels)
         sampler = preflight.sampler_of(config, shards)
         first = shards.train[0]
         shards.index(first)
         next(iter(shards.store.read(first.name)), b"")
-    except UserError as fault:
-        return Finding("FAULT", "shards", str(fault)), None
-    size = format_bytes(sum(shard.bytes for shard in shards.manifest.shards))
-    count = len(shards.manifest.shards)
-    return Finding("ok", "shards", f"{shards.store.where()}: {count} shards, {size}"), (shards, sampler)
+        opened.append((shards, sampler))
+        size = format_bytes(sum(shard.bytes for shard in shards.manifest.shards))
+        return f"{shards.store.where()}: {len(shards.manifest.shards)} shards, {size}"
+
+    finding = run_check("shards", check)
+    return finding, opened[0] if opened else None
 
 
 # -- MLflow -------------------------------------------------------------------------------------------------------
 
 
-def check_mlflow(config: Config) -> Iterator[Finding]:
+def check_mlflow(config: Config) -> Finding:
     """Check that MLflow would accept records. Unavailability is a FAULT only here; a run continues without MLflow."""
     if not config.tracking.enabled:
-        yield Finding("ok", "MLflow", "off (tracking.enabled)")
-        return
+        return Finding("ok", "MLflow", "off (tracking.enabled)")
     address = default_uri(config.tracking.uri)
     kind, shown_address = address.partition(":")[0].lower(), redact_uri(address)
     if importlib.util.find_spec("mlflow") is None:
         text = "no package mlflow, and tracking is on; pip install mlflow, or set tracking.enabled=false."
-        yield Finding("FAULT", "MLflow", text)
-        return
+        return Finding("FAULT", "MLflow", text)
     try:
         check_uri(address)
         if kind.startswith("sqlite"):
@@ -188,14 +164,15 @@ def check_mlflow(config: Config) -> Iterator[Finding]:
             HttpStore(shown_address, seconds=_SECONDS).now("health")  # fails fast if the server is unavailable
             reader.check_server(address, config.tracking.experiment, _SECONDS)
         elif urlsplit(address).hostname:
-            _connect_to_database(address)
+            parts = urlsplit(address)  # a database: connect without reading data
+            port = parts.port or _PORTS.get(parts.scheme.partition("+")[0], 0)
+            socket.create_connection((str(parts.hostname), port), timeout=_SECONDS).close()
         else:
             tracker.check_reachable(address)
     except (UserError, OSError, sqlite3.Error) as error:
         advice = "" if isinstance(error, UserError) else "; correct tracking.uri or MLFLOW_TRACKING_URI, or the rights."
-        yield Finding("FAULT", "MLflow", f"{shown_address}: {error}{advice}")
-        return
-    yield Finding("ok", "MLflow", f"{shown_address}: {'writable' if kind.startswith('sqlite') else 'answers'}")
+        return Finding("FAULT", "MLflow", f"{shown_address}: {error}{advice}")
+    return Finding("ok", "MLflow", f"{shown_address}: {'writable' if kind.startswith('sqlite') else 'answers'}")
 
 
 def _read_sqlite(file: Path) -> None:
@@ -205,15 +182,9 @@ def _read_sqlite(file: Path) -> None:
             return
     if not os.access(file, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
-    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=_SECONDS)) as connection:
+    uri = f"{file.absolute().as_uri()}?mode=ro"
+    with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=_SECONDS)) as connection:
         connection.execute("PRAGMA schema_version").fetchone()
-
-
-def _connect_to_database(address: str) -> None:
-    """Connect to a database server without reading data."""
-    parts = urlsplit(address)
-    port = parts.port or _PORTS.get(parts.scheme.partition("+")[0], 0)
-    socket.create_connection((str(parts.hostname), port), timeout=_SECONDS).close()
 
 
 # -- clocks -------------------------------------------------------------------------------------------------------
@@ -234,14 +205,12 @@ def check_clocks(config: Config) -> Iterator[Finding]:
             server_time = now()
         except UserError:
             continue  # reported by the check of that service
-        if server_time is not None:
-            yield _judge_skew(server, (datetime.now(timezone.utc) - server_time).total_seconds())
-
-
-def _judge_skew(server: str, seconds: float) -> Finding:
-    text = f"this clock is {abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} that of {server}"
-    if abs(seconds) >= _MAX_SKEW:
-        return Finding("FAULT", "clock", f"{text}; S3 refuses from {_MAX_SKEW:.0f} s: set it (chrony, NTP).")
-    if abs(seconds) > _WARN_SKEW:
-        return Finding("warning", "clock", f"{text}; S3 refuses from {_MAX_SKEW:.0f} s: set it (chrony, NTP).")
-    return Finding("ok", "clock", f"within {max(1.0, abs(seconds)):.0f} s of {server}")
+        if server_time is None:
+            continue
+        ahead = (datetime.now(timezone.utc) - server_time).total_seconds()
+        text = f"this clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} that of {server}"
+        text += f"; S3 refuses from {_MAX_SKEW:.0f} s: set it (chrony, NTP)."
+        if abs(ahead) <= _WARN_SKEW:
+            yield Finding("ok", "clock", f"within {max(1.0, abs(ahead)):.0f} s of {server}")
+        else:
+            yield Finding("FAULT" if abs(ahead) >= _MAX_SKEW else "warning", "clock", text)

@@ -63,48 +63,33 @@ class Sweep(Node):
     """Additional sbatch options for --submit slurm, for example --gpus-per-node=1."""
     compare: Compare = Compare()
 
-    def inconsistencies(self) -> list[str]:
-        problems = []
+    def inconsistencies(self) -> Iterator[str]:
+        lower = [name.lower() for name in self.methods]
         for name in self.methods:
             if not _NAME.fullmatch(name):
-                problems.append(
-                    f"methods: found the name '{name}', which becomes part of a folder's: use letters, digits, . _ -"
-                )
-        lower = [name.lower() for name in self.methods]
-        problems += [
-            f"methods: found '{name}' and another that differs in capitals alone; not every disk tells them apart"
-            for name in self.methods
-            if lower.count(name.lower()) > 1
-        ]
+                yield f"methods: found the name '{name}', which becomes part of a folder's: use letters, digits, . _ -"
+            if lower.count(name.lower()) > 1:
+                text = f"methods: found '{name}' and another that differs in capitals alone"
+                yield f"{text}; not every disk tells them apart"
         if len(set(self.seeds)) < len(self.seeds):
-            problems.append(f"seeds: found {list(self.seeds)}; name each once")
-        problems += [
-            f"sbatch: found '{option}'; write --option=value, each by itself"
-            for option in self.sbatch
-            if not option.startswith("--")
-        ]
+            yield f"seeds: found {list(self.seeds)}; name each once"
+        for option in self.sbatch:
+            if not option.startswith("--"):
+                yield f"sbatch: found '{option}'; write --option=value, each by itself"
         kind, address, _ = self.folder.partition("://")
         bucket = re.match(r"s3:/+(?=[^/])", self.folder)
         if bucket and bucket[0] != "s3://" and not re.search("[@?#]", self.folder):
-            problems.append(f"folder: found {self.folder}; write s3://{self.folder[bucket.end() :]}")
+            yield f"folder: found {self.folder}; write s3://{self.folder[bucket.end() :]}"
         elif address and kind != "s3":
-            problems.append(f"folder: found {kind}://; runs are kept in folders and under s3://bucket/prefix")
-        for place, changes in [
-            ("set", self.set_),
-            *((f"methods.{name}", changes) for name, changes in self.methods.items()),
-        ]:
-            keys = [key for key, _ in _flatten(changes)]
-            problems += [
-                f"{place}: found {key} twice; write it once" for key in sorted(set(keys)) if keys.count(key) > 1
-            ]
-            problems += [
-                f"{place}: found {key}; leave it out: {why}" for key, why in _SET_BY_SWEEP.items() if key in keys
-            ]
-        return problems
-
-    def local_folder(self, name: str) -> Path:
-        """Return the folder for logs, command lists and the report: `folder`, or sweep-logs/NAME for a bucket."""
-        return Path("sweep-logs", name) if "://" in self.folder else Path(self.folder).expanduser()
+            yield f"folder: found {kind}://; runs are kept in folders and under s3://bucket/prefix"
+        changes = {"set": self.set_} | {f"methods.{name}": changes for name, changes in self.methods.items()}
+        for place, change in changes.items():
+            keys = [key for key, _ in _flatten(change)]
+            for key in sorted(set(keys)):
+                if keys.count(key) > 1:
+                    yield f"{place}: found {key} twice; write it once"
+                if key in _SET_BY_SWEEP:
+                    yield f"{place}: found {key}; leave it out: {_SET_BY_SWEEP[key]}"
 
 
 class SweepRun(NamedTuple):
@@ -124,7 +109,12 @@ class SweepPlan(NamedTuple):
     name: str
     sweep: Sweep
     runs: tuple[SweepRun, ...]
-    local_folder: Path
+
+    @property
+    def local_folder(self) -> Path:
+        """The folder for logs, command lists and the report: `folder`, or sweep-logs/NAME for a bucket."""
+        address = self.sweep.folder
+        return Path("sweep-logs", self.name) if "://" in address else Path(address).expanduser()
 
     def log(self, run: SweepRun) -> Path:
         return self.local_folder / f"{run.name}.log"
@@ -133,7 +123,7 @@ class SweepPlan(NamedTuple):
 def read(path: Path, sets: Sequence[str] = ()) -> SweepPlan:
     """Read a sweep and all its runs. Raises UserError with all complaints about the sweep or about its runs."""
     sweep = yaml_loader.read(Sweep, path, sets, "configs/sweeps/demo.yaml", "a sweep")
-    return SweepPlan(path.stem, sweep, expand(sweep, path.stem, str(path)), sweep.local_folder(path.stem))
+    return SweepPlan(path.stem, sweep, expand(sweep, path.stem, str(path)))
 
 
 def expand(sweep: Sweep, name: str, source: str) -> tuple[SweepRun, ...]:
@@ -144,8 +134,8 @@ def expand(sweep: Sweep, name: str, source: str) -> tuple[SweepRun, ...]:
         for method, changes in sweep.methods.items():
             run = f"{method}-seed{seed}"
             folder = f"{sweep.folder.rstrip('/') or '/'}/{run}"
-            own = {"run.seed": seed, "run.folder": folder, "tracking.run_name": f"{name}/{run}"}
-            own["tracking.tags"] = {"sweep": name}
+            own = {"run.seed": seed, "run.folder": folder}
+            own |= {"tracking.run_name": f"{name}/{run}", "tracking.tags": {"sweep": name}}
             sets = tuple(assignment(key, value) for part in (sweep.set_, changes, own) for key, value in _flatten(part))
             tree = copy.deepcopy(base)
             try:
@@ -159,33 +149,20 @@ def expand(sweep: Sweep, name: str, source: str) -> tuple[SweepRun, ...]:
     every = list(sweep.methods)
     lines = [f"{'all methods' if m == every else ', '.join(m)}: {text}" for text, m in complaints.items()]
     lines += _duplicate_methods([run for run in runs if run.seed == sweep.seeds[0]])
-    raise_complaints(lines, source)
+    yaml_loader.raise_complaints(lines, f"in the runs of {source}; nothing was started")
     return tuple(runs)
 
 
-def raise_complaints(complaints: Sequence[str], source: str) -> None:
-    """Raise UserError if there are complaints about runs."""
-    if complaints:
-        count = f"{len(complaints)} faults" if len(complaints) > 1 else "a fault"
-        raise UserError(
-            f"{count} in the runs of {source}; nothing was started:\n" + "\n".join(f"  {c}" for c in complaints)
-        )
-
-
-def _duplicate_methods(runs: Sequence[SweepRun]) -> list[str]:
-    """Return complaints about methods that yield identical runs, each with the earlier method."""
+def _duplicate_methods(runs: Sequence[SweepRun]) -> Iterator[str]:
+    """Yield complaints about methods that have identical runs, each with the earlier method."""
     seen: dict[str, str] = {}
-    problems = []
     for run in runs:
         tree = run.config.dump()
         for section, key in (own.split(".") for own in _SET_BY_SWEEP):
             del tree[section][key]
         first = seen.setdefault(json.dumps(tree, sort_keys=True), run.method)
         if first != run.method:
-            problems.append(
-                f"{first}, {run.method}: these are the same config; remove one, or set what tells them apart"
-            )
-    return problems
+            yield f"{first}, {run.method}: these are the same config; remove one, or set what tells them apart"
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -194,35 +171,18 @@ def _duplicate_methods(runs: Sequence[SweepRun]) -> list[str]:
 def _flatten(changes: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Yield keys and values as for --set; a section given as a mapping changes only the keys in it."""
     for key, value in changes.items():
-        if isinstance(value, dict) and _is_section(f"{above}{key}"):
+        if isinstance(value, dict) and yaml_loader.known_keys(Config, f"{above}{key}".split(".")):
             yield from _flatten(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value
-
-
-def _is_section(key: str) -> bool:
-    here: Any = Config
-    for part in key.split("."):
-        fields = {field.alias or name: field.annotation for name, field in here.model_fields.items()}
-        here = fields.get(part)
-        if not (isinstance(here, type) and issubclass(here, Node)):
-            return False
-    return True
 
 
 def assignment(key: str, value: Any) -> str:
     """Return `key=value` on one line, which --set parses to the same value."""
 
     def text(style: str | None) -> str:
-        dumped = yaml.safe_dump(
-            value,
-            default_flow_style=True,
-            default_style=style,
-            width=math.inf,
-            allow_unicode=True,
-            sort_keys=False,
-        )
-        return str(dumped).removesuffix("\n").removesuffix("\n...")
+        options: Any = {"default_flow_style": True, "width": math.inf, "allow_unicode": True, "sort_keys": False}
+        return str(yaml.safe_dump(value, default_style=style, **options)).removesuffix("\n").removesuffix("\n...")
 
     plain = text(None)
     one_line = plain if len(plain.splitlines()) < 2 else text('"')  # quoting escapes line breaks

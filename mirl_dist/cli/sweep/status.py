@@ -1,29 +1,68 @@
-"""The status of a sweep's runs, read from their stores: a live table on a terminal, lines of text elsewhere."""
+"""The status of a sweep's runs, read from their stores."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection
 from dataclasses import replace
-from types import TracebackType
-from typing import Any
+from typing import Literal, NamedTuple, TypeAlias
 
-from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from mirl_dist.cli.sweep.spec import SweepPlan, SweepRun
-from mirl_dist.cli.sweep.states import RunStatus, State, state_of
-from mirl_dist.errors import UserError
-from mirl_dist.observability.progress import say
 from mirl_dist.storage import lease, open_store
 from mirl_dist.storage.configured import options_of
+from mirl_dist.storage.lease_files import Holder
 from mirl_dist.training.checkpoint import Checkpoints
 from mirl_dist.training.ticket import metrics
 
-_READ_SECONDS = 2.0
+State: TypeAlias = Literal["waiting", "running", "stopped", "failed", "finished"]
 _PATIENCE_SECONDS = 5.0  # short, because it blocks the scheduler
+
+
+class RunStatus(NamedTuple):
+    """The progress of a run.
+
+    round (of rounds): current, or that of the last ticket. step (of steps): in a round being trained. sparsity: over
+    all parameters, of the last ticket. psnr: in dB, mean over tasks, of the last ticket. who: the launch that holds the
+    run. sign: its heartbeat, which changes while it is alive.
+    """
+
+    state: State = "waiting"
+    rounds: int = 0
+    round: int | None = None
+    step: int | None = None
+    steps: int | None = None
+    sparsity: float | None = None
+    psnr: float | None = None
+    who: str = ""
+    sign: bytes = b""
+
+    def cells(self) -> list[str]:
+        """Return state, round, step, sparsity and PSNR as table cells."""
+        return [
+            self.state,
+            "" if self.round is None else f"{self.round}/{self.rounds}",
+            "" if self.step is None else f"{self.step}/{self.steps or '?'}",
+            "" if self.sparsity is None else f"{self.sparsity:.1%}",
+            "" if self.psnr is None else f"{self.psnr:.2f}",
+        ]
+
+    def row(self, run: SweepRun) -> dict[str, object]:
+        """Return the run and its progress for JSON output."""
+        fields = self._asdict()
+        del fields["sign"]
+        return {"run": run.folder, "method": run.method, "seed": run.seed, **fields, "who": self.who or None}
+
+
+def state_of(holder: Holder | None, complete: bool) -> State:
+    """Derive the state of a run. holder: the last launch. complete: the last round of the config has a ticket."""
+    if holder is None:
+        return "finished" if complete else "waiting"
+    if holder.ended is None:
+        return "failed" if holder.has_exited() else "running"
+    if holder.ended == "finished":
+        return "finished" if complete else "stopped"  # the config now has more rounds
+    return "failed" if holder.ended in ("failed", "dead") else "stopped"
 
 
 def read_status(run: SweepRun) -> RunStatus:
@@ -34,26 +73,18 @@ def read_status(run: SweepRun) -> RunStatus:
     checkpoints, holder = Checkpoints(store), lease.read_holder(store)
     rounds = [commit.round_ for commit in checkpoints.commits() if commit.step is None]
     ticket = checkpoints.ticket(max(rounds)) if rounds else None
-    last_status: dict[str, Any] = (
-        {} if holder is None else {k: v for k, v in holder.status.items() if isinstance(v, int)}
-    )
-    state = state_of(
-        launched=holder is not None,
-        ended=None if holder is None else holder.ended,
-        exited=holder is not None and holder.has_exited(),
-        complete=ticket is not None and run.config.prune.ends_after(ticket.round, ticket.total_sparsity),
-    )
-    return RunStatus(
-        state,
+    reported = {} if holder is None else {k: v for k, v in holder.status.items() if isinstance(v, int)}
+    status = RunStatus(
+        state_of(holder, ticket is not None and run.config.prune.ends_after(ticket.round, ticket.total_sparsity)),
         run.config.prune.rounds,
-        max([last_status.get("round", 0), *rounds]) if rounds or "round" in last_status else None,
-        last_status.get("step") if state == "running" else None,
-        last_status.get("steps") if state == "running" else None,
-        None if ticket is None else ticket.total_sparsity,
-        None if ticket is None else metrics(ticket).get("psnr/mean"),
-        str(holder) if holder is not None and state == "running" else "",
-        b"" if holder is None else holder.beat,
+        max([reported.get("round", 0), *rounds]) if rounds or "round" in reported else None,
+        sparsity=None if ticket is None else ticket.total_sparsity,
+        psnr=None if ticket is None else metrics(ticket).get("psnr/mean"),
+        sign=b"" if holder is None else holder.beat,
     )
+    if status.state != "running":
+        return status
+    return status._replace(step=reported.get("step"), steps=reported.get("steps"), who=str(holder))
 
 
 def make_table(plan: SweepPlan, statuses: dict[str, RunStatus]) -> Table:
@@ -64,53 +95,3 @@ def make_table(plan: SweepPlan, statuses: dict[str, RunStatus]) -> Table:
     for run in plan.runs:
         table.add_row(Text(run.method), str(run.seed), *statuses[run.name].cells())
     return table
-
-
-class StatusTable:
-    """Displays the progress of a sweep. statuses: run name -> status."""
-
-    def __init__(self, plan: SweepPlan) -> None:
-        self.plan = plan
-        self.statuses = {run.name: read_status(run) for run in plan.runs}
-        self._runs = {run.name: run for run in plan.runs}
-        self._read_at = time.monotonic()
-        console = Console(stderr=True)
-        self._live = (
-            Live(console=console, get_renderable=lambda: make_table(plan, self.statuses), refresh_per_second=2)
-            if console.is_terminal
-            else None
-        )
-
-    def set_state(self, run: SweepRun, state: State, why: str = "") -> None:
-        """Record the new state of a run, and print it. why: a reason, printed with it."""
-        self.statuses[run.name] = self.statuses[run.name]._replace(state=state, step=None, steps=None)
-        if self._live is None or state == "failed":
-            say(f"{run.name}: {state}{f' ({why})' if why else ''}")
-
-    def refresh(self, own_runs: Collection[str]) -> None:
-        """Update the status of running runs, at most every few seconds. own_runs: runs whose processes are alive."""
-        if time.monotonic() - self._read_at < _READ_SECONDS:
-            return
-        for name, status in self.statuses.items():
-            if status.state == "running":
-                current = self.read(self._runs[name])
-                self.statuses[name] = current._replace(state="running") if name in own_runs else current
-        self._read_at = time.monotonic()
-
-    def read(self, run: SweepRun) -> RunStatus:
-        """Return the status of a run, or the last known one if it cannot be read."""
-        try:
-            return read_status(run)
-        except UserError:  # the store is unavailable, or a commit was removed while being read
-            return self.statuses[run.name]
-
-    def __enter__(self) -> StatusTable:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()

@@ -9,22 +9,21 @@ import shlex
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from mirl_dist.cli import judge
-from mirl_dist.cli.compare import compare
+from mirl_dist.cli import compare
 from mirl_dist.cli.sweep import spec
 from mirl_dist.cli.sweep.scheduler import Scheduler
-from mirl_dist.cli.sweep.spec import SweepPlan, SweepRun
-from mirl_dist.cli.sweep.states import State, exit_code
-from mirl_dist.cli.sweep.status import StatusTable, make_table, read_status
+from mirl_dist.cli.sweep.spec import SweepPlan
+from mirl_dist.cli.sweep.status import State, make_table, read_status
+from mirl_dist.config.yaml_loader import raise_complaints
 from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch.launch_file import ADDRESS, NODE_RANK, LaunchFile
 from mirl_dist.distributed.launch.launch_file import read as read_launch_file
-from mirl_dist.distributed.signals import INTERRUPTED
+from mirl_dist.distributed.signals import INTERRUPTED, RESUMABLE
 from mirl_dist.errors import UserError
 from mirl_dist.observability import progress
 from mirl_dist.observability.console import warn
@@ -49,10 +48,10 @@ def run(plan: SweepPlan, source: str, before_signals: Callable[[], None]) -> int
     if launch_file is not None:
         _check_fits_slots(plan, launch_file, environments)
     check_sweep(plan, source, launch_file)
-    table, stop_code = StatusTable(plan), None
-    if any(status.state != "finished" for status in table.statuses.values()):
-        stop_code = _train_runs(plan, source, table, environments, before_signals)
-    states = {name: status.state for name, status in table.statuses.items()}
+    scheduler, stop_code = Scheduler(plan, environments), None
+    if any(status.state != "finished" for status in scheduler.statuses.values()):
+        stop_code = _train_runs(plan, source, scheduler, before_signals)
+    states = {name: status.state for name, status in scheduler.statuses.items()}
     try:
         counts = Counter(states.values())
         progress.say(f"{_count_in_words(len(plan.runs))}: {', '.join(f'{counts[s]} {s}' for s in _ORDER if counts[s])}")
@@ -63,16 +62,17 @@ def run(plan: SweepPlan, source: str, before_signals: Callable[[], None]) -> int
         for one in plan.runs:
             if states[one.name] == "failed":
                 warn(f"mirl-dist: {one.name} failed; its log is {plan.log(one)}{_last_line(plan.log(one))}")
-    return INTERRUPTED if stop_code == INTERRUPTED else exit_code(list(states.values()), stop_code is not None)
+    return INTERRUPTED if stop_code == INTERRUPTED else exit_code(list(states.values()), asked=stop_code is not None)
 
 
-def _train_runs(
-    plan: SweepPlan,
-    source: str,
-    table: StatusTable,
-    environments: list[dict[str, str]],
-    before_signals: Callable[[], None],
-) -> int | None:
+def exit_code(states: Sequence[State], *, asked: bool) -> int:
+    """Return 0 if all runs have finished, else 75 if a stop was asked for or no run failed, else 1."""
+    if all(state == "finished" for state in states):
+        return 0
+    return RESUMABLE if asked or "failed" not in states else 1
+
+
+def _train_runs(plan: SweepPlan, source: str, scheduler: Scheduler, before_signals: Callable[[], None]) -> int | None:
     """Run `Scheduler.work` as the only sweep of its folder. Raises UserError if another sweep uses the folder."""
     try:
         plan.local_folder.mkdir(parents=True, exist_ok=True)
@@ -92,8 +92,7 @@ def _train_runs(
     ending = "failed"
     try:
         before_signals()
-        with table:
-            stop_code = Scheduler(plan, table, environments).work(lease.lost)
+        stop_code = scheduler.work(lease.lost)
         ending = "finished" if stop_code is None else "stopped"
     finally:
         lease.release(ending)
@@ -109,7 +108,7 @@ def check_sweep(plan: SweepPlan, source: str, launch_file: LaunchFile | None) ->
         raise UserError("a sweep is one process, which starts its runs itself: call it without a launcher.")
     output_paths.check_folder(plan.local_folder, "folder")
     output_paths.check_folder(report_folder(plan), "compare.out")
-    complaints = dict[str, list[str]]()
+    complaints: dict[str, list[str]] = {}
     for one in plan.runs:
         try:
             preflight.preflight(one.config, 1 if launch_file is None else launch_file.ranks, "auto", open_ticket)
@@ -117,9 +116,8 @@ def check_sweep(plan: SweepPlan, source: str, launch_file: LaunchFile | None) ->
             if fault.resumable:
                 raise
             complaints.setdefault(str(fault), []).append(one.name)
-    every = len(plan.runs)
-    lines = [f"{'all' if len(n) == every else ', '.join(n)}: {text}" for text, n in complaints.items()]
-    spec.raise_complaints(lines, source)
+    lines = [f"{'all' if len(n) == len(plan.runs) else ', '.join(n)}: {text}" for text, n in complaints.items()]
+    raise_complaints(lines, f"in the runs of {source}; nothing was started")
 
 
 def _launch_file_of(plan: SweepPlan) -> LaunchFile | None:
@@ -139,12 +137,10 @@ def _check_fits_slots(plan: SweepPlan, launch_file: LaunchFile, slots: list[dict
     if len(slots) > 1 and launch_file.ranks > 1 and launch_file.port:
         text = f"launch: {launch_file.path} has main_process_port {launch_file.port}"
         raise UserError(f"{text}, where {len(slots)} runs meet. Write 0.")
-    gpus = len([name for name in slots[0].get(_GPUS, "").split(",") if name])
-    if 0 < gpus < launch_file.ranks_per_node and any(one.config.train.device != "cpu" for one in plan.runs):
-        text = f"launch: {launch_file.path} starts {launch_file.ranks_per_node} ranks"
-        raise UserError(
-            f"{text}, and each of {len(slots)} slots has {gpus} GPUs. Lower slots, or name a smaller launch file."
-        )
+    gpus, ranks = sum(map(bool, slots[0].get(_GPUS, "").split(","))), launch_file.ranks_per_node
+    if 0 < gpus < ranks and any(one.config.train.device != "cpu" for one in plan.runs):
+        text = f"launch: {launch_file.path} starts {ranks} ranks, and each of {len(slots)} slots has {gpus} GPUs"
+        raise UserError(f"{text}. Lower slots, or name a smaller launch file.")
 
 
 def _slot_environments(plan: SweepPlan, launch_file: LaunchFile | None) -> list[dict[str, str]]:
@@ -153,10 +149,9 @@ def _slot_environments(plan: SweepPlan, launch_file: LaunchFile | None) -> list[
     devices = [str(n) for n in range(count)] if visible is None else visible.split(",")[:count]
     environments = []
     for share in spec.share_devices(devices, plan.sweep.slots):
+        processes = 1 if plan.sweep.launch is None else len(share) or 2
         if launch_file is not None:
             processes = launch_file.ranks_per_node
-        else:
-            processes = 1 if plan.sweep.launch is None else len(share) or 2
         threads = max(1, (os.cpu_count() or 1) // (plan.sweep.slots * processes))
         own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)}
         environments.append(own | ({_GPUS: ",".join(share)} if share else {}))
@@ -191,9 +186,8 @@ def compare_runs(plan: SweepPlan, source: str, states: Mapping[str, State]) -> N
     """Compare the finished runs, together with their controls trained by `tickets judge --train`."""
     finished = [one for one in plan.runs if states[one.name] == "finished"]
     if not finished:
-        raise UserError(
-            f"no run of {source} has finished, so there is nothing to compare. --status shows where they stand."
-        )
+        text = f"no run of {source} has finished, so there is nothing to compare"
+        raise UserError(f"{text}. --status shows where they stand.")
     missing = [f"{one.name} ({states[one.name]})" for one in plan.runs if one not in finished]
     if missing:
         progress.say(f"note: not in this comparison: {', '.join(missing)}")
@@ -201,14 +195,11 @@ def compare_runs(plan: SweepPlan, source: str, states: Mapping[str, State]) -> N
     if config.store.endpoint is not None:
         os.environ["AWS_ENDPOINT_URL_S3"] = config.store.endpoint  # readers of runs do not see the config
     names = [one.folder for one in finished]
-    names += [folder for one in finished for folder in _finished_controls(one)]
+    for one in finished:
+        opened = open_run_ticket(one.folder, options_of(one.config.store))
+        names += [control.folder for control in compare.controls_of(one.folder, opened) if control.is_finished()]
     title, uri = section.title or plan.name, config.tracking.uri
-    compare(names, report_folder(plan), False, title, section.experiment, uri, section.pictures)
-
-
-def _finished_controls(run: SweepRun) -> list[str]:
-    opened = open_run_ticket(run.folder, options_of(run.config.store))
-    return [control.folder for control in judge.controls_of(run.folder, opened) if control.is_finished()]
+    compare.compare(names, report_folder(plan), False, title, section.experiment, uri, section.pictures)
 
 
 def compare_finished(plan: SweepPlan, source: str) -> None:
@@ -253,8 +244,7 @@ def submit(plan: SweepPlan, source: str) -> None:
     command += [f"--output={plan.local_folder}/slurm-%A_%a.out", *plan.sweep.sbatch, str(BATCH), str(commands)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
-        raise UserError(
-            f"{shlex.join(command)} ended with code {ended.returncode}: {ended.stderr.strip()}. Correct that."
-        )
+        why = ended.stderr.strip()
+        raise UserError(f"{shlex.join(command)} ended with code {ended.returncode}: {why}. Correct that.")
     progress.say(f"{_count_in_words(len(unfinished))} submitted as job {ended.stdout.strip()}: {shlex.join(command)}")
     progress.say(f"where they stand: mirl-dist sweep {shlex.quote(source)} --status; at the end: --compare")

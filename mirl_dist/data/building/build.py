@@ -7,35 +7,44 @@ into a local temporary file and then uploaded, so that the store never holds a p
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mirl_dist.data.building import contact_sheet, resume
-from mirl_dist.data.building.encode import encode_members
-from mirl_dist.data.building.inspection import inspect_images
-from mirl_dist.data.building.layout import LayoutItem, ShardPlan, plan_shards
+import numpy as np
+from PIL import Image
+
+from mirl_dist.config.seeding import rng
+from mirl_dist.data.building import contact_sheet, demo_photos, resume
+from mirl_dist.data.building.discovery import printable
+from mirl_dist.data.building.planning import LayoutItem, ShardPlan, inspect_images, plan_shards
 from mirl_dist.data.building.recipe import Recipe
-from mirl_dist.data.manifest import MANIFEST, Index, Manifest, Part, SampleEntry, Shard
+from mirl_dist.data.building.resume import BuildRecords
+from mirl_dist.data.degradations.degrade import Pixels, haze, rain, snow
+from mirl_dist.data.image_files import ImageRefused, decode
+from mirl_dist.data.manifest import (
+    CLEAN,
+    DEGRADED,
+    MANIFEST,
+    NOTES,
+    Index,
+    Manifest,
+    Part,
+    SampleEntry,
+    Shard,
+    ppm_header,
+)
 from mirl_dist.data.parallel import SINGLE_PROCESS, ProgressCallback, WorkerGroup, distributed_map
 from mirl_dist.errors import UserError
 from mirl_dist.storage import NotFound, Store
 from mirl_dist.storage.hashing import digest_of_file
 
-
-@dataclass(frozen=True)
-class ShardJob:
-    """What a worker needs besides the plan of its shard. recorded: shards recorded as done by an interrupted build."""
-
-    store: Store
-    name: str
-    fingerprint: str
-    recorded: frozenset[str]
+_PNG_LEVEL = 4  # measured on photographs: 0.7 % larger than level 9 in half the time
 
 
 def build(
@@ -52,26 +61,23 @@ def build(
         group.on_main(lambda: stack.enter_context(resume.lock_folder(store)))
         _check_writable(store, recipe.name, group, progress)
         inspection = inspect_images(recipe, workers, progress, group)
-        identity = recipe.name, inspection.fingerprint
-        existing = group.on_main(lambda: resume.read_finished_build(store, *identity))
+        records = BuildRecords(store, recipe.name, inspection.fingerprint)
+        existing = group.on_main(records.read_finished)
         if existing is not None:
-            compare = partial(resume.is_intact, store)
-            intact = distributed_map(
-                group, compare, existing.shards, workers, progress, "comparing shards already built"
-            )
+            compare, what = partial(resume.is_intact, store), "comparing shards already built"
+            intact = distributed_map(group, compare, existing.shards, workers, progress, what)
             if all(intact):
-                group.on_main(lambda: resume.remove_marks(store))
+                group.on_main(records.remove)
                 progress(len(intact), len(intact), "already built")
                 return existing
-            group.on_main(lambda: resume.reopen_build(store, existing, intact))
-        recorded = group.on_main(lambda: resume.mark_started(store, *identity))
+            group.on_main(lambda: records.reopen(existing, intact))
+        group.on_main(records.mark_started)
         plans = plan_shards(recipe, inspection.images, inspection.file_info)
-        write = partial(write_shard, ShardJob(store, *identity, recorded))
-        written = distributed_map(group, write, plans, workers, progress, "writing shards")
-        manifest = Manifest(
-            name=recipe.name, recipe=inspection.fingerprint, skipped=inspection.skipped, shards=tuple(written)
+        shards = tuple(
+            distributed_map(group, partial(write_shard, records), plans, workers, progress, "writing shards")
         )
-        group.on_main(lambda: _store_manifest(store, manifest))
+        manifest = Manifest(name=recipe.name, recipe=inspection.fingerprint, skipped=inspection.skipped, shards=shards)
+        group.on_main(lambda: _store_manifest(records, manifest))
         return manifest
 
 
@@ -89,8 +95,9 @@ def _check_writable(store: Store, name: str, group: WorkerGroup, progress: Progr
                 store.remove(probe)
 
 
-def _store_manifest(store: Store, manifest: Manifest) -> None:
+def _store_manifest(records: BuildRecords, manifest: Manifest) -> None:
     """Check that all shards are present, then store the contact sheet and, last, the manifest."""
+    store = records.store
     for shard in manifest.shards:
         try:
             size = store.size(shard.name)
@@ -103,18 +110,16 @@ def _store_manifest(store: Store, manifest: Manifest) -> None:
             )
     store.put(contact_sheet.NAME, contact_sheet.draw_sheet(store, manifest))
     store.put(MANIFEST, manifest.dump())
-    resume.remove_marks(store)
+    records.remove()
 
 
-def write_shard(job: ShardJob, plan: ShardPlan) -> Shard:
+def write_shard(records: BuildRecords, plan: ShardPlan) -> Shard:
     """Encode the samples of one shard, and store its tar, index and record, unless an interrupted build already did.
 
     Raises UserError for an image that changed since the inspection, and for a full disk.
     """
-    if plan.name in job.recorded:
-        kept = resume.read_recorded_shard(job.store, plan.name, job.fingerprint)
-        if kept is not None:
-            return kept
+    if kept := records.read_shard(plan.name):
+        return kept
     with _temporary_file() as path:
         index, size, digest = _write_tar(plan, path)
         first = plan.items[0].picture
@@ -130,9 +135,9 @@ def write_shard(job: ShardJob, plan: ShardPlan) -> Shard:
             sha256=digest,
             index_sha256=hashlib.sha256(data).hexdigest(),
         )
-        job.store.put_file(shard.name, path)
-        job.store.put(shard.index_name, data)
-        resume.record_shard(job.store, job.name, job.fingerprint, shard)
+        records.store.put_file(shard.name, path)
+        records.store.put(shard.index_name, data)
+        records.record_shard(shard)
         return shard
 
 
@@ -168,15 +173,62 @@ def _write_tar(plan: ShardPlan, path: Path) -> tuple[Index, int, str]:
             webdataset.TarWriter(stream, user="mirl", group="mirl", mode=0o644, mtime=0, encoder=False) as writer,
         ):
             for item in plan.items:
-                writer.write({"__key__": item.key, **encode_members(item, plan.seed)})
+                writer.write({"__key__": item.key, **_encode_members(item, plan.seed)})
         with path.open("rb") as tar:
             digest = digest_of_file(tar)
-        return build_index(path, plan.items), path.stat().st_size, digest
+        return _build_index(path, plan.items), path.stat().st_size, digest
     except OSError as error:
         raise _no_room_error(error) from None
 
 
-def build_index(tar: Path, items: tuple[LayoutItem, ...]) -> Index:
+def _encode_members(item: LayoutItem, seed: int) -> dict[str, bytes]:
+    """Return the members of one sample by name without the key. Raises UserError for a file that changed.
+
+    A synthetic degradation depends only on the seed, the sample's key and the pixels of the whole image.
+    """
+    picture, box = item.picture, item.box
+    images = [_read_unchanged(file, digest) for file, digest in zip(picture.files, item.digests, strict=True)]
+    if picture.make is not None:
+        images.append(_make_degraded(item, picture.make, images[0], seed))
+    notes = {"set": picture.set, "kind": picture.kind, "source": printable(picture.name), "y": box.top, "x": box.left}
+    members = {NOTES: json.dumps(notes, sort_keys=True).encode()}
+    for which, image in zip((CLEAN, DEGRADED), images, strict=False):
+        members[f"{which}.{item.form}"] = _encode_image(box.cut(image), item.form)
+    return members
+
+
+def _read_unchanged(path: Path, digest: str) -> Pixels:
+    """Read the pixels of a file. Raises UserError if it changed since the inspection."""
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() == digest:
+            return decode(data)
+    except (OSError, ImageRefused):
+        pass
+    raise UserError(f"{printable(path)} changed while the shards were built. Build again when the images are at rest.")
+
+
+def _make_degraded(item: LayoutItem, make: str, clean: Pixels, seed: int) -> Pixels:
+    """Make the degraded version of a whole clean image: 'rain', 'snow' or 'haze'."""
+    image_rng = rng(seed, make, item.key)
+    if make == "rain":
+        return rain(clean, image_rng)
+    if make == "snow":
+        return snow(clean, image_rng)
+    depth = demo_photos.depth(clean.shape[0], clean.shape[1], item.picture.disparity)
+    return haze(clean, depth, airlight=image_rng.uniform(0.8, 1.0), beta=image_rng.uniform(0.5, 2.5))
+
+
+def _encode_image(pixels: Pixels, form: str) -> bytes:
+    """Encode as binary PPM, or as PNG, whose bytes are deterministic for a given version of Pillow."""
+    if form == "ppm":
+        return ppm_header(*pixels.shape[:2]) + pixels.tobytes()
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=_PNG_LEVEL)
+    return buffer.getvalue()
+
+
+def _build_index(tar: Path, items: tuple[LayoutItem, ...]) -> Index:
     """Return the index of a tar: offset, size and SHA-256 of every member of its samples."""
     parts: dict[str, dict[str, Part]] = {item.key: {} for item in items}
     with tar.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as opened:

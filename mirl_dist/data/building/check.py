@@ -6,7 +6,7 @@ import hashlib
 import json
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from mirl_dist.data.manifest import (
     NOTES,
     SAFE_KEY,
     Manifest,
-    Part,
     SampleEntry,
     Shard,
     ppm_header,
@@ -88,41 +87,33 @@ def _local_copy(store: Store, shard: Shard) -> Iterator[Path]:
 def _check_shard(store: Store, shard: Shard) -> tuple[list[str], list[str]]:
     """Return the faults and the sample keys of one shard."""
     faults: list[str] = []
-    keys: list[str] = []
+    entries: tuple[SampleEntry, ...] = ()
     try:
-        with _local_copy(store, shard) as tar:
-            faults += _check_digest(tar, shard)
+        with _local_copy(store, shard) as tar, tar.open("rb") as stream:
+            size = tar.stat().st_size
+            if size != shard.bytes:
+                faults.append(f"{shard.name}: has {size} bytes, the manifest says {shard.bytes}")
+            elif digest_of_file(stream) != shard.sha256:
+                faults.append(f"{shard.name}: its SHA-256 is not the manifest's, although its size is")
+            index_fault = []
             try:
-                index = read_index(store.get(shard.index_name), shard, shard.index_name)
+                entries = read_index(store.get(shard.index_name), shard, shard.index_name).entries
             except UserError as fault:
-                return [*faults, *_check_tar(tar, shard, {}), str(fault)], keys
-            keys = [entry.key for entry in index.entries]
-            parts = {f"{e.key}.{name}": part for e in index.entries for name, part in e.parts.items()}
-            faults += _check_tar(tar, shard, parts)
-            with tar.open("rb") as stream:
-                for entry in index.entries:
-                    faults += _check_sample(stream, shard, entry)
+                index_fault.append(str(fault))
+            faults += [*_check_tar(tar, shard, entries), *index_fault]
+            for entry in entries:
+                faults += _check_sample(stream, shard, entry)
     except UserError as fault:
         faults.append(str(fault))
     except OSError as error:
         faults.append(f"{shard.name}: cannot be read ({error.strerror or error})")
-    return faults, keys
+    return faults, [entry.key for entry in entries]
 
 
-def _check_digest(tar: Path, shard: Shard) -> Iterator[str]:
-    size = tar.stat().st_size
-    if size != shard.bytes:
-        yield f"{shard.name}: has {size} bytes, the manifest says {shard.bytes}"
-        return
-    with tar.open("rb") as stream:
-        if digest_of_file(stream) != shard.sha256:
-            yield f"{shard.name}: its SHA-256 is not the manifest's, although its size is"
-
-
-def _check_tar(tar: Path, shard: Shard, parts: dict[str, Part]) -> Iterator[str]:
+def _check_tar(tar: Path, shard: Shard, entries: Sequence[SampleEntry]) -> Iterator[str]:
     """Check that a tar has exactly the members of the index at their offsets, all plain files with safe names.
 
-    parts: the members that the index lists; empty if the index cannot be read.
+    entries: the samples that the index lists; empty if the index cannot be read.
     """
     members: dict[str, tuple[int, int]] = {}
     try:
@@ -137,7 +128,7 @@ def _check_tar(tar: Path, shard: Shard, parts: dict[str, Part]) -> Iterator[str]
     except (tarfile.TarError, ValueError, EOFError) as error:
         yield f"{shard.name}: cannot be read as a tar ({error})"
         return
-    listed = {name: (part.offset, part.size) for name, part in parts.items()}
+    listed = {f"{e.key}.{name}": (part.offset, part.size) for e in entries for name, part in e.parts.items()}
     for name in sorted(listed.keys() | members.keys()) if listed else ():
         if name not in members:
             yield f"{shard.name}: the index names {name}, the tar does not hold it"
@@ -187,9 +178,9 @@ def _check_image(data: bytes, label: str, name: str, entry: SampleEntry) -> Iter
         yield f"{label} does not begin as a PPM file of {entry.width}x{entry.height} pixels does"
         return
     try:
-        size = decode(data).shape[:2]
+        height, width = decode(data).shape[:2]
     except ImageRefused as refused:
         yield f"{label} {refused}"
         return
-    if size != (entry.height, entry.width):
-        yield f"{label} is {size[1]}x{size[0]}, the index says {entry.width}x{entry.height}"
+    if (height, width) != (entry.height, entry.width):
+        yield f"{label} is {width}x{height}, the index says {entry.width}x{entry.height}"

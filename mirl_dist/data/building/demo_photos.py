@@ -7,31 +7,23 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from mirl_dist.data.degradations.degrade import Plane
 from mirl_dist.errors import UserError
 
-
-class Photograph(NamedTuple):
-    """A file in scikit-image's data folder, and the file of its disparity map, if any."""
-
-    file: str
-    disparity: str | None = None
-
-
 PHOTOGRAPHS = {
-    "astronaut": Photograph("astronaut.png"),
-    "chelsea": Photograph("chelsea.png"),
-    "coffee": Photograph("coffee.png"),
-    "hubble_deep_field": Photograph("hubble_deep_field.jpg"),
-    "ihc": Photograph("ihc.png"),
-    "motorcycle_left": Photograph("motorcycle_left.png", "motorcycle_disp.npz"),
-    "retina": Photograph("retina.jpg"),
-    "rocket": Photograph("rocket.jpg"),
+    "astronaut": "astronaut.png",
+    "chelsea": "chelsea.png",
+    "coffee": "coffee.png",
+    "hubble_deep_field": "hubble_deep_field.jpg",
+    "ihc": "ihc.png",
+    "motorcycle_left": "motorcycle_left.png",
+    "retina": "retina.jpg",
+    "rocket": "rocket.jpg",
 }
+DISPARITIES = {"motorcycle_left": "motorcycle_disp.npz"}
 DISPARITY_OFFSET = 31.086  # pixels between the principal points, from the calibration of Middlebury 2014's motorcycle
 
 
@@ -46,11 +38,11 @@ def locate(name: str) -> tuple[Path, Path | None]:
     if package is None or package.origin is None:
         raise UserError("the photographs lie inside scikit-image, which is not installed: pip install scikit-image")
     folder = Path(package.origin).parent / "data"
-    one = PHOTOGRAPHS[name]
-    for file in filter(None, one):
-        if not (folder / file).is_file():
-            raise UserError(f"no file {folder / file}. Install scikit-image's wheel, or name other photographs.")
-    return folder / one.file, folder / one.disparity if one.disparity else None
+    image, disparity = folder / PHOTOGRAPHS[name], folder / DISPARITIES[name] if name in DISPARITIES else None
+    for path in filter(None, (image, disparity)):
+        if not path.is_file():
+            raise UserError(f"no file {path}. Install scikit-image's wheel, or name other photographs.")
+    return image, disparity
 
 
 def depth_from_disparity(disparity: Plane) -> Plane:

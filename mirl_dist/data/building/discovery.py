@@ -65,10 +65,10 @@ def printable(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def format_complaints(complaints: Sequence[str], heading: str, advice: str) -> str:
-    """Format a UserError's text about many files: at most SHOWN of them, and the number of the others."""
+def error_of(complaints: Sequence[str], heading: str, advice: str) -> UserError:
+    """Return an error about many files that lists at most SHOWN of them, and the number of the others."""
     more = [f"and {len(complaints) - SHOWN} more"] if len(complaints) > SHOWN else []
-    return "\n".join([heading, *(f"  {c}" for c in [*complaints[:SHOWN], *more]), advice])
+    return UserError("\n".join([heading, *(f"  {c}" for c in [*complaints[:SHOWN], *more]), advice]))
 
 
 def compile_template(names: str) -> re.Pattern[str]:
@@ -78,15 +78,8 @@ def compile_template(names: str) -> re.Pattern[str]:
     return re.compile("".join(known.get(part, re.escape(part)) for part in parts))
 
 
-def _fill_template(names: str, identity: str) -> str:
-    """Substitute an identity into a name template."""
-    for part in identity.split("/"):
-        names = names.replace("{id}", part, 1)
-    return names
-
-
-def list_files(folder: ImageFolder) -> tuple[Path, dict[str, Path]]:
-    """Return a folder's path, and its images by relative path, sorted. Raises UserError if there are none."""
+def _list_files(folder: ImageFolder) -> dict[str, Path]:
+    """Return a folder's images by relative path, sorted. Raises UserError if there are none."""
     root = expand_folder(folder.folder)
     if not root.is_dir():
         near = next((p for p in root.parents if p.is_dir()), Path("."))
@@ -107,7 +100,7 @@ def list_files(folder: ImageFolder) -> tuple[Path, dict[str, Path]]:
             f"no image in {printable(root)} fits {', '.join(folder.include)}. Put images there "
             f"({', '.join(ENDINGS)}), or correct 'include' ('**/*' looks at all depths) in the recipe."
         )
-    return root, dict(sorted(images.items()))
+    return dict(sorted(images.items()))
 
 
 def _group_by_id(folder: ImageFolder, label: str) -> tuple[dict[str, list[tuple[str, Path]]], list[ImageProblem]]:
@@ -115,7 +108,7 @@ def _group_by_id(folder: ImageFolder, label: str) -> tuple[dict[str, list[tuple[
     pattern, whole = compile_template(folder.names), "/" in folder.names
     by_id: dict[str, list[tuple[str, Path]]] = {}
     complaints = []
-    for name, path in list_files(folder)[1].items():
+    for name, path in _list_files(folder).items():
         match = pattern.fullmatch(name.removesuffix(path.suffix) if whole else path.stem)
         if match is None:
             problem = f"its name does not fit '{folder.names}'"
@@ -140,10 +133,12 @@ def _pair_images(
     for identity, named in degraded_by_id.items():
         partners = clean_by_id.get(identity, [])
         for name, path in named:
-            wanted = _fill_template(clean.names, printable(identity))
             if len(partners) == 1:
                 pictures.append(SourceImage(role, image_set.set, image_set.kind, name, partners[0][1], path))
             elif not partners:
+                wanted = clean.names
+                for part in printable(identity).split("/"):
+                    wanted = wanted.replace("{id}", part, 1)
                 complain(name, path, f"no clean partner '{wanted}'", clean.folder)
             else:
                 several = ", ".join(printable(n) for n, _ in partners)
@@ -157,17 +152,17 @@ def _pair_images(
 
 def _find_set_images(role: Role, one: ImageSet) -> tuple[list[SourceImage], list[ImageProblem]]:
     """Return all images or pairs of one set, sorted by name, and complaints."""
-    if one.photographs:
-        return [
-            SourceImage(role, one.set, one.kind, path.name, path, None, one.make, one.versions, disparity)
-            for path, disparity in map(locate, one.photographs)
-        ], []
-    assert one.clean is not None
-    if one.degraded is not None:
+    if one.clean is not None and one.degraded is not None:
         return _pair_images(role, one, one.degraded, one.clean)
-    by_id, complaints = _group_by_id(one.clean, f"{role} {one.set}")
-    named = sorted((name, path) for files in by_id.values() for name, path in files)
-    return [SourceImage(role, one.set, one.kind, n, p, None, one.make, one.versions) for n, p in named], complaints
+    complaints: list[ImageProblem] = []
+    images = [(path.name, path, disparity) for path, disparity in map(locate, one.photographs)]
+    if one.clean is not None:
+        by_id, complaints = _group_by_id(one.clean, f"{role} {one.set}")
+        images = sorted((name, path, None) for files in by_id.values() for name, path in files)
+    made = one.make, one.versions
+    return [
+        SourceImage(role, one.set, one.kind, name, path, None, *made, depth) for name, path, depth in images
+    ], complaints
 
 
 def count_kept(fraction: float, count: int) -> int:
@@ -192,11 +187,8 @@ def _draw_sample(pictures: list[SourceImage], image_set: ImageSet, seed: int) ->
 
 def _describe_miscount(image_set: ImageSet, count: int, uncounted: Sequence[ImageProblem]) -> str:
     """Return the message for a set whose size is not the expected one."""
-    places = [
-        f"{expand_folder(f.folder)} ({', '.join(f.include)})"
-        for f in (image_set.degraded, image_set.clean)
-        if f is not None
-    ]
+    folders = filter(None, (image_set.degraded, image_set.clean))
+    places = [f"{expand_folder(f.folder)} ({', '.join(f.include)})" for f in folders]
     what = "images" if image_set.degraded is None else "pairs"
     sources = " and ".join(map(printable, places)) or "scikit-image"
     text = f"found {count:,} {what}, expected {image_set.expect:,}, in {sources}."

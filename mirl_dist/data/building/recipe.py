@@ -82,13 +82,15 @@ class ImageSet(Node):
         if self.draw_seed is not None and self.limit is None and self.fraction is None:
             problems.append("has 'draw_seed', but keeps all it finds; add 'limit' or 'fraction', or remove it")
         for key, folder in (("clean", self.clean), ("degraded", self.degraded)):
-            if folder is not None and not 1 <= folder.names.count("{id}") <= folder.names.count("/") + 1:
+            if folder is None:
+                continue
+            if not 1 <= folder.names.count("{id}") <= folder.names.count("/") + 1:
                 problems.append(
                     f"has {key}.names '{folder.names}'; it must hold {{id}} exactly once, or once between /"
                 )
-            if folder is not None and re.search(r"[{}]", re.sub(r"\{(id|any)\}", "", folder.names)):
+            if re.search(r"[{}]", re.sub(r"\{(id|any)\}", "", folder.names)):
                 problems.append(f"has {key}.names '{folder.names}'; known in braces are only {{id}} and {{any}}")
-            if folder is not None and any(not g or g.startswith("/") or ".." in g for g in folder.include):
+            if any(not g or g.startswith("/") or ".." in g for g in folder.include):
                 problems.append(f"has {key}.include {list(folder.include)}; globs lie below the folder")
         if self.clean and self.degraded and self.clean.names.count("{id}") != self.degraded.names.count("{id}"):
             problems.append(f"pairs '{self.degraded.names}' with '{self.clean.names}'; write {{id}} as often in both")
@@ -124,10 +126,8 @@ class Recipe(Node):
 
     def sets(self) -> Iterator[tuple[Role, ImageSet]]:
         """Yield all sets with their roles, training first."""
-        for one in self.train:
-            yield "train", one
-        for other in self.evaluate:
-            yield "evaluate", other
+        yield from (("train", one) for one in self.train)
+        yield from (("evaluate", one) for one in self.evaluate)
 
     def inconsistencies(self) -> list[str]:
         problems = []

@@ -17,6 +17,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,7 +26,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mirl_dist.data.manifest import MANIFEST, Manifest, Shard, read_manifest
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder, NotFound, Store
-from mirl_dist.storage.hashing import digest_of_blocks
 
 AREA = ".building"
 MARKER, LOCK = f"{AREA}/build.json", f"{AREA}/lock"
@@ -42,9 +42,6 @@ class _BuildMark(BaseModel):
     recipe: str
     shard: Shard | None = None
 
-    def dump(self) -> bytes:
-        return (self.model_dump_json(exclude_none=True) + "\n").encode()
-
 
 def _read_mark(store: Store, name: str) -> _BuildMark | None:
     """Read a mark; None if it is missing or invalid."""
@@ -52,10 +49,6 @@ def _read_mark(store: Store, name: str) -> _BuildMark | None:
         return _BuildMark.model_validate_json(store.get(name))
     except (NotFound, ValidationError):
         return None
-
-
-def _record_name(shard: str) -> str:
-    return f"{AREA}/{shard.removesuffix('.tar')}.json"
 
 
 @contextlib.contextmanager
@@ -150,56 +143,61 @@ def _foreign_build_error(store: Store, existing: Manifest | _BuildMark, this: st
     )
 
 
-def read_finished_build(store: Store, name: str, fingerprint: str) -> Manifest | None:
-    """Return the manifest of a finished build of the same recipe and images; None if there is none.
+@dataclass(frozen=True)
+class BuildRecords:
+    """The marks of one build in its store. name, recipe: the recipe's name and fingerprint."""
 
-    Raises UserError if the store holds a finished or unfinished build of another recipe or other images.
-    """
-    existing = check_resumable(store, name)
-    if existing is not None and existing.recipe != fingerprint:
-        raise _foreign_build_error(store, existing, f"'{name}', {fingerprint[:12]}")
-    return existing if isinstance(existing, Manifest) else None
+    store: Store
+    name: str
+    recipe: str
 
+    def read_finished(self) -> Manifest | None:
+        """Return the manifest of a finished build of the same recipe and images; None if there is none.
 
-def mark_started(store: Store, name: str, fingerprint: str) -> frozenset[str]:
-    """Mark a store as used by this build; return the names of shards that an interrupted build recorded as done.
+        Raises UserError if the store holds a finished or unfinished build of another recipe or other images.
+        """
+        existing = check_resumable(self.store, self.name)
+        if existing is not None and existing.recipe != self.recipe:
+            raise _foreign_build_error(self.store, existing, f"'{self.name}', {self.recipe[:12]}")
+        return existing if isinstance(existing, Manifest) else None
 
-    Raises UserError if a different build has marked the store first.
-    """
-    store.sweep()
-    if not store.put_if_absent(MARKER, _BuildMark(name=name, recipe=fingerprint).dump()):
-        read_finished_build(store, name, fingerprint)
-    stems = {Path(n).stem for n in store.list(AREA) if n not in (MARKER, LOCK)}
-    return frozenset(f"{stem}.tar" for stem in stems)
+    def mark_started(self) -> None:
+        """Mark the store as used by this build. Raises UserError if a different build has marked it first."""
+        self.store.sweep()
+        if not self.store.put_if_absent(MARKER, self._mark()):
+            self.read_finished()
 
+    def record_shard(self, shard: Shard) -> None:
+        """Record that a shard and its index are in the store."""
+        self.store.put(self._name_of(shard.name), self._mark(shard))
 
-def record_shard(store: Store, name: str, fingerprint: str, shard: Shard) -> None:
-    """Record that a shard and its index are in the store."""
-    store.put(_record_name(shard.name), _BuildMark(name=name, recipe=fingerprint, shard=shard).dump())
+    def read_shard(self, name: str) -> Shard | None:
+        """Return a shard that an interrupted run of this build recorded; None without a record or if it is damaged."""
+        mark = _read_mark(self.store, self._name_of(name))
+        if mark is None or mark.shard is None or (mark.recipe, mark.shard.name) != (self.recipe, name):
+            return None
+        return mark.shard if is_intact(self.store, mark.shard) else None
 
+    def reopen(self, manifest: Manifest, intact: Sequence[bool]) -> None:
+        """Turn a finished build with damaged or lost shards into an unfinished one that keeps the intact shards."""
+        for shard, is_good in zip(manifest.shards, intact, strict=True):
+            if is_good:
+                self.record_shard(shard)
+        self.store.put(MARKER, self._mark())
+        self.store.remove(MANIFEST)
 
-def read_recorded_shard(store: Store, shard: str, fingerprint: str) -> Shard | None:
-    """Return a shard that an interrupted run of this build recorded; None without a record or if it is not intact."""
-    mark = _read_mark(store, _record_name(shard))
-    if mark is None or mark.shard is None or (mark.recipe, mark.shard.name) != (fingerprint, shard):
-        return None
-    return mark.shard if is_intact(store, mark.shard) else None
+    def remove(self) -> None:
+        """Remove all records, and the marker last."""
+        for name in sorted(self.store.list(AREA), key=MARKER.__eq__):
+            if name != LOCK:
+                self.store.remove(name)
 
+    def _mark(self, shard: Shard | None = None) -> bytes:
+        mark = _BuildMark(name=self.name, recipe=self.recipe, shard=shard)
+        return (mark.model_dump_json(exclude_none=True) + "\n").encode()
 
-def reopen_build(store: Store, manifest: Manifest, intact: Sequence[bool]) -> None:
-    """Turn a finished build with damaged or lost shards into an unfinished one that keeps the intact shards."""
-    for shard, is_good in zip(manifest.shards, intact, strict=True):
-        if is_good:
-            record_shard(store, manifest.name, manifest.recipe, shard)
-    store.put(MARKER, _BuildMark(name=manifest.name, recipe=manifest.recipe).dump())
-    store.remove(MANIFEST)
-
-
-def remove_marks(store: Store) -> None:
-    """Remove all records, and the marker last."""
-    for name in sorted(store.list(AREA), key=MARKER.__eq__):
-        if name != LOCK:
-            store.remove(name)
+    def _name_of(self, shard: str) -> str:
+        return f"{AREA}/{shard.removesuffix('.tar')}.json"
 
 
 def is_intact(store: Store, shard: Shard) -> bool:
@@ -209,6 +207,11 @@ def is_intact(store: Store, shard: Shard) -> bool:
             return False
         if hashlib.sha256(store.get(shard.index_name)).hexdigest() != shard.index_sha256:
             return False
-        return not isinstance(store, Folder) or digest_of_blocks(store.read(shard.name)) == shard.sha256
+        if not isinstance(store, Folder):
+            return True
+        digest = hashlib.sha256()
+        for block in store.read(shard.name):
+            digest.update(block)
+        return digest.hexdigest() == shard.sha256
     except NotFound:
         return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple
@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mirl_dist.config.tasks import Task, blur_of
-from mirl_dist.data.degradations.bicubic import bicubic
-from mirl_dist.data.degradations.blur import blur
+from mirl_dist.data.degradations.filters import bicubic, blur
 
 Pixels = NDArray[np.uint8]
 Plane = NDArray[np.float64]
@@ -220,48 +219,31 @@ def sigma_of(level: str, rng: np.random.Generator) -> int:
     return round(_between(*_SIGMAS[level], rng)) if level in _SIGMAS else int(level)
 
 
-def _denoise(level: str, image: Pixels, rng: np.random.Generator) -> Pixels:
-    return quick_noise(image, sigma_of(level, rng), rng)
-
-
-def _deblur(level: str, image: Pixels, rng: np.random.Generator) -> Pixels:
-    if fixed := blur_of(level):
-        return blur(image, *fixed)
-    kernels, sigmas = _BLURS[level]
-    return blur(image, _one_of(kernels, rng), _between(*sigmas, rng))
-
-
-def _superres(level: str, image: Pixels, rng: np.random.Generator) -> Pixels:
-    if level == "mild":
-        return lost_resolution(image, 4, antialias=False)
-    if level == "easy":
-        return lost_resolution(image, _between(1, 4, rng))
-    return lost_resolution(image, _one_of((6, 8), rng) if level == "hard" else int(level))
-
-
-def _dejpeg(level: str, image: Pixels, rng: np.random.Generator) -> Pixels:
-    return jpeg(image, _one_of(_QUALITIES[level], rng) if level in _QUALITIES else int(level))
-
-
-def _enlighten(level: str, image: Pixels, rng: np.random.Generator) -> Pixels:
-    return low_light(image, _between(*_GAMMAS[level], rng))
-
-
-_FAMILIES: dict[str, Callable[[str, Pixels, np.random.Generator], Pixels]] = {
-    "denoise": _denoise,
-    "deblur": _deblur,
-    "superres": _superres,
-    "dejpeg": _dejpeg,
-    "enlighten": _enlighten,
-}
-
-
 def degrade_for_training(task: Task, image: Pixels, rng: np.random.Generator) -> Pixels:
     """Degrade a clean image for a training task with task.kind 'clean'; docs/degradations.md lists the ranges.
 
     The strength is drawn first, so it does not depend on the image size.
     """
-    return _FAMILIES[task.family](task.level, image, rng)
+    level = task.level
+    match task.family:
+        case "denoise":
+            return quick_noise(image, sigma_of(level, rng), rng)
+        case "deblur":
+            if fixed := blur_of(level):
+                return blur(image, *fixed)
+            kernels, sigmas = _BLURS[level]
+            return blur(image, _one_of(kernels, rng), _between(*sigmas, rng))
+        case "superres":
+            if level == "mild":
+                return lost_resolution(image, 4, antialias=False)
+            if level == "easy":
+                return lost_resolution(image, _between(1, 4, rng))
+            return lost_resolution(image, _one_of((6, 8), rng) if level == "hard" else int(level))
+        case "dejpeg":
+            return jpeg(image, _one_of(_QUALITIES[level], rng) if level in _QUALITIES else int(level))
+        case "enlighten":
+            return low_light(image, _between(*_GAMMAS[level], rng))
+    raise AssertionError(f"'{task.name}' reads pairs")
 
 
 def degrade_for_test(task: Task, image: Pixels, rng: np.random.Generator) -> Pixels:

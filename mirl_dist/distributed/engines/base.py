@@ -1,10 +1,10 @@
-"""Interfaces of engines, and the gathering of whole tensors from shards."""
+"""Interfaces of engines, and what engines share whose optimiser works on plain parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Literal, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +14,6 @@ from mirl_dist.pruning.partition import Partition
 
 MakeOptimiser = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Name = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
-
-
-class EngineSpec(NamedTuple):
-    """Engine requested by a launch.
-
-    offload_optimizer: keep moments and the weights they update in host memory. offload_parameters: keep parameters in
-    host memory.
-    """
-
-    name: Name = "ddp"
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
 
 
 class Collectives(Protocol):
@@ -103,21 +90,45 @@ class ShardedEngine(Engine, Protocol):
         ...
 
 
-def gather_full(
-    parts: Mapping[str, Tensor], layout: ShardLayout, gather: Callable[..., Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield whole tensors joined from the parts of all ranks, sorted by key, one at a time to bound memory.
+class LocalEngine:
+    """What engines share whose torch optimiser updates plain `parameters` of this rank. Subclasses mask and clip."""
 
-    If tensors are sharded, each one is a collective: all ranks must exhaust the iterator. parts: 'name' or 'name.kind'
-    -> this rank's part according to `layout`.
-    """
-    for key in sorted(parts):
-        part = parts[key].detach()
-        if layout.is_replicated:
-            yield key, part
-            continue
-        name = layout.name(key)
-        wire = torch.uint8 if part.dtype is torch.bool else part.dtype
-        padded = torch.zeros(layout.longest(name), dtype=wire, device=part.device)
-        padded[: part.numel()] = part.reshape(-1)
-        yield key, layout.join(name, gather(padded, what=f"gather of {key}")).to(part.dtype)
+    optimiser: torch.optim.Optimizer
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        make_optimiser: MakeOptimiser,
+        layout: ShardLayout,
+        partition: Partition,
+    ) -> None:
+        self.parameters, self._make_optimiser = dict(parameters), make_optimiser
+        self.weights: dict[str, Tensor] = {name: p.detach() for name, p in parameters.items()}
+        self.layout = self.owned_layout = layout
+        self.partition = partition
+        self.reset_optimizer()
+
+    def step(self, lr: float) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.optimiser.step()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        self.optimiser.zero_grad()
+
+    def reset_optimizer(self) -> None:
+        self.optimiser = self._make_optimiser(self.parameters)
+
+    def weights_changed(self) -> None:
+        pass  # `weights` share memory with the parameters
+
+    def moments(self) -> dict[str, Tensor]:
+        state = {name: self.optimiser.state[p] for name, p in self.parameters.items()}
+        return {f"{name}.{kind}": of_one[kind] for name, of_one in state.items() for kind in MOMENTS if kind in of_one}
+
+    def load_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
+        for name, parameter in self.parameters.items():
+            if f"{name}.{MOMENTS[0]}" in moments:
+                loaded = {kind: moments[f"{name}.{kind}"].clone().to(parameter.device) for kind in MOMENTS}
+                self.optimiser.state[parameter] = {"step": torch.tensor(float(steps)), **loaded}

@@ -14,14 +14,15 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
-from mirl_dist.distributed.live_store import LiveStore
+from mirl_dist.distributed.process_group import LiveStore
+from mirl_dist.errors import UserError
 
 _PERIOD_SECONDS = 0.5
 _DELIVERY_SECONDS = 3.0
 """Time for the other nodes to read an exit code before node 0, which serves the store, exits."""
-_STORE_TIMEOUT_SECONDS = 7 * 86400
+_STORE_TIMEOUT = timedelta(days=7)
 
 
 class NodesDisconnected(Exception):
@@ -37,17 +38,17 @@ def launch(arguments: list[str], on_failure: Callable[[int, int], None], address
 
     Call this in a thread: in the main thread, torch's launcher would install its own signal handlers. on_failure(local
     rank, exit code): called in that thread for the first failed rank of this node, once all its ranks have exited; if
-    it raises NoRestart, 1 is returned. address: this node's address for the others. Raise ValueError for options that
+    it raises NoRestart, 1 is returned. address: this node's address for the others. Raise UserError for options that
     accelerate rejects, NodesDisconnected if the launchers of several nodes lose each other.
     """
+    import torch.distributed
     from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch import distributed
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    torch_distributed: Any = distributed
+    distributed: Any = torch.distributed
+    lost = (RendezvousError, distributed.DistNetworkError, distributed.DistStoreError, ConnectionError)
     options = launch_command_parser().parse_args(arguments)
-    nodes = int(options.num_machines or 1)
     if address is not None:
         options.local_addr = address  # not an option of accelerate, but passed on to torch
     _report_failures(on_failure)
@@ -59,15 +60,12 @@ def launch(arguments: list[str], on_failure: Callable[[int, int], None], address
         codes = [failure.exitcode for failure in error.failures.values()]
         positive = [code for code in codes if code > 0] or [1]
         return min(positive, key=lambda code: (code == 1, code))
-    except (
-        RendezvousError,
-        torch_distributed.DistNetworkError,
-        torch_distributed.DistStoreError,
-        ConnectionError,
-        AttributeError,
-    ) as error:
+    except (ValueError, ImportError) as error:
+        reason = str(error).rstrip(".")
+        raise UserError(f"accelerate refuses this launch: {reason}. Compare with launch/cpu_two.yaml.") from None
+    except (*lost, AttributeError) as error:
         # torch 2.13 raises AttributeError on the None that its own graceful exit from a closed rendezvous returns.
-        if nodes == 1 or (isinstance(error, AttributeError) and "is_failed" not in str(error)):
+        if options.num_machines in (None, 1) or (isinstance(error, AttributeError) and "is_failed" not in str(error)):
             raise
         raise NodesDisconnected((str(error).strip().splitlines() or [type(error).__name__])[0][:200]) from None
     return 0
@@ -94,48 +92,28 @@ def _report_failures(on_failure: Callable[[int, int], None]) -> None:
     logger.handlers = [FailureHandler()]
 
 
-def own_address(address: str, port: int) -> str:
-    """Return this node's address on the route to `address`; sends no packet.
+class NodeEnd(NamedTuple):
+    """Final exit of another node. code: its exit code; since: monotonic seconds at which this launcher learned it."""
 
-    Raise OSError if the name does not resolve or there is no route.
-    """
-    family, _, _, _, endpoint = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(endpoint)
-        return str(probe.getsockname()[0])
-
-
-def interface_of(address: str) -> str | None:
-    """Return the name of this node's network interface with that address, or None."""
-    import psutil
-
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(one.address.partition("%")[0] == address for one in addresses):
-            return str(name)
-    return None
+    node: int
+    code: int
+    since: float
 
 
 class NodeChannel:
     """Exchange of final exit codes between the launchers of several nodes.
 
     Uses the store that torch's launcher opens on node 0 at address:port; node 0 serves it until its launcher exits.
+    ended: a node that has ended for good. host_gone: the connection to node 0's launcher was established and then lost.
     """
 
     def __init__(self, address: str, port: int, node: int, nodes: int) -> None:
         self._endpoint, self._node, self._nodes = (address, port), node, nodes
         self._exit_code: int | None = None
-        self._received: tuple[int, int] | None = None
-        self._host_gone = False
+        self.ended: NodeEnd | None = None
+        self.host_gone = False
         self._sent, self._closed = threading.Event(), threading.Event()
         threading.Thread(target=self._run, name="nodes", daemon=True).start()
-
-    def received(self) -> tuple[int, int] | None:
-        """Return (node, exit code) of a node that has ended for good, or None."""
-        return self._received
-
-    def host_gone(self) -> bool:
-        """Whether the connection to node 0's launcher was established and then lost."""
-        return self._host_gone
 
     def send(self, code: int) -> None:
         """Publish this node's final exit code, and give the other nodes time to read it (3 s at most)."""
@@ -157,24 +135,19 @@ class NodeChannel:
                     store.set(f"ended/{self._node}", str(self._exit_code))
                     self._sent.set()
                 codes = store.get([f"ended/{node}" for node in others])
-                ended = [(node, int(code)) for node, code in zip(others, codes, strict=True) if code]
-                self._received = self._received or (ended[0] if ended else None)
+                if self.ended is None:
+                    ended = [(node, int(code)) for node, code in zip(others, codes, strict=True) if code]
+                    self.ended = NodeEnd(*ended[0], time.monotonic()) if ended else None
                 self._closed.wait(_PERIOD_SECONDS)
         except (RuntimeError, OSError, ValueError):
-            self._host_gone = not self._closed.is_set()
+            self.host_gone = not self._closed.is_set()
 
     def _open_store(self) -> LiveStore | None:
         """Connect once node 0 listens; return None if closed before. Node 0 initialises all keys before others read."""
-        from torch import distributed
-
-        torch_distributed: Any = distributed
         while not self._is_listening():
             if self._closed.wait(_PERIOD_SECONDS):
                 return None
-        options = {"is_master": self._node == 0, "wait_for_workers": False, "multi_tenant": True}
-        timeout = timedelta(seconds=_STORE_TIMEOUT_SECONDS)
-        server = torch_distributed.TCPStore(*self._endpoint, timeout=timeout, **options)
-        store = LiveStore(torch_distributed.PrefixStore("mirl_dist/nodes", server), *self._endpoint)
+        store = LiveStore(*self._endpoint, _STORE_TIMEOUT, "mirl_dist/nodes", serve=self._node == 0)
         for node in range(self._nodes) if self._node == 0 else [self._node]:
             store.set(f"ended/{node}", "")
         return store

@@ -8,22 +8,23 @@ file serves every node: values that differ between nodes or jobs may come from e
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt
 
 from mirl_dist.config.yaml_loader import Node, build, check_kind, load_file
+from mirl_dist.distributed.engines.spec import ZERO_STAGES, EngineName
 from mirl_dist.errors import UserError
 
-Engine = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
 NODE_RANK = ("MIRL_NODE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
 """Variables with this node's rank, from 0; the first one set applies. Includes SLURM's and Kubernetes' variables."""
 NODES, RANKS_PER_NODE = "MIRL_NODES", "MIRL_RANKS_PER_NODE"
 ADDRESS, PORT = "MIRL_MASTER_ADDR", "MIRL_MASTER_PORT"
 """Variables with the address and port at which the other nodes reach node 0."""
 _DEFAULT_PORT = 29500  # accelerate's
+_LEAST_RENDEZVOUS_SECONDS = 60
 
 
 class LaunchFile(NamedTuple):
@@ -38,14 +39,18 @@ class LaunchFile(NamedTuple):
     nodes: int
     node_rank: int
     ranks_per_node: int
-    engine: Engine
+    engine: EngineName
     offload: bool
     rendezvous: Literal["none", "static", "c10d"]
     address: str | None
     port: int | None
 
-    def options(self) -> list[str]:
-        """Return accelerate's options to start this node's ranks, including those that the file leaves out."""
+    def options(self, timeout_seconds: float) -> list[str]:
+        """Return accelerate's options to start this node's ranks, including those that the file leaves out.
+
+        timeout_seconds: how long ranks wait for each other. Launchers of several nodes wait as long (60 s at least), so
+        that both survive the same network failures.
+        """
         options = ["--config_file", str(self.path), "--num_processes", str(self.ranks)]
         options += ["--num_machines", str(self.nodes)]
         options += ["--machine_rank", str(self.node_rank), "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -54,7 +59,11 @@ class LaunchFile(NamedTuple):
         options += ["--main_process_ip", str(self.address), "--main_process_port", str(self.port)]
         if self.engine.startswith("zero"):
             options += ["--deepspeed_multinode_launcher", "standard"]
-        return [*options, "--rdzv_backend", self.rendezvous]
+        seconds = max(_LEAST_RENDEZVOUS_SECONDS, int(timeout_seconds))
+        wait = f"timeout={seconds}"
+        if self.rendezvous == "c10d":
+            wait = f"is_host={int(self.node_rank == 0)},join_timeout={seconds},read_timeout={seconds}"
+        return [*options, "--rdzv_backend", self.rendezvous, "--rdzv_conf", wait]
 
 
 _Device = Literal["none", "cpu"]
@@ -71,34 +80,29 @@ class _DeepSpeed(Node):
     deepspeed_multinode_launcher: str = "standard"
     deepspeed_config_file: str | None = None
 
-    def complaints(self) -> list[str]:
-        complaints, section = [], "deepspeed_config"
+    def faults(self) -> Iterator[str]:
+        """Yield what contradicts the run's config or starts ranks behind its back, without the section's name."""
         if self.deepspeed_config_file not in (None, "none"):
-            complaints.append(
-                f"{section}.deepspeed_config_file: found {self.deepspeed_config_file}; it would hide what it sets from "
-                "this project: write zero_stage and offload_* here, and remove it"
+            yield (
+                f"deepspeed_config_file: found {self.deepspeed_config_file}; it would hide what it sets from this "
+                "project: write zero_stage and offload_* here, and remove it"
             )
-        if self.gradient_accumulation_steps not in (None, 1, "1"):
-            complaints.append(
-                f"{section}.gradient_accumulation_steps: found {self.gradient_accumulation_steps}; the run's config "
-                "decides (batch.forward): remove it"
-            )
-        if self.gradient_clipping not in (None, "none"):
-            complaints.append(
-                f"{section}.gradient_clipping: found {self.gradient_clipping}; the run's config decides "
-                "(optimiser.clip_norm): remove it"
-            )
+        for key, harmless, instead in (
+            ("gradient_accumulation_steps", (None, 1, "1"), "batch.forward"),
+            ("gradient_clipping", (None, "none"), "optimiser.clip_norm"),
+        ):
+            if getattr(self, key) not in harmless:
+                yield f"{key}: found {getattr(self, key)}; the run's config decides ({instead}): remove it"
         if self.offload_param_device == "cpu" and self.zero_stage != 3:
-            complaints.append(
-                f"{section}.offload_param_device: found cpu with zero_stage {self.zero_stage}; parameters stay with "
-                "the host under ZeRO-3 alone: write none"
+            yield (
+                f"offload_param_device: found cpu with zero_stage {self.zero_stage}; parameters stay with the host "
+                "under ZeRO-3 alone: write none"
             )
         if self.deepspeed_multinode_launcher != "standard":
-            complaints.append(
-                f"{section}.deepspeed_multinode_launcher: found {self.deepspeed_multinode_launcher}, which starts "
-                "ranks over ssh and without a word to this project: write standard"
+            yield (
+                f"deepspeed_multinode_launcher: found {self.deepspeed_multinode_launcher}, which starts ranks over ssh "
+                "and without a word to this project: write standard"
             )
-        return complaints
 
 
 class _Fsdp(Node):
@@ -108,10 +112,10 @@ class _Fsdp(Node):
     fsdp_cpu_ram_efficient_loading: Literal[False] = False
     fsdp_activation_checkpointing: Literal[False] = False
 
-    def complaints(self) -> list[str]:
-        if self.fsdp_version == 2:
-            return []
-        return [f"fsdp_config.fsdp_version: found {self.fsdp_version} (1 where it is left out); write 2"]
+    def faults(self) -> Iterator[str]:
+        """Yield the faults as _DeepSpeed does."""
+        if self.fsdp_version != 2:
+            yield f"fsdp_version: found {self.fsdp_version} (1 where it is left out); write 2"
 
 
 class _AccelerateConfig(Node):
@@ -141,69 +145,71 @@ class _AccelerateConfig(Node):
     tpu_env: tuple[()] = ()
 
     def inconsistencies(self) -> list[str]:
-        complaints = [
-            f"{key}: found the bare word no, which YAML takes for false; put it in quotes"
-            for key in ("distributed_type", "mixed_precision", "dynamo_backend")
-            if getattr(self, key) is False
-        ]
+        return [*self._numeric_faults(), *self._engine_faults(), *self._node_faults()]
+
+    def _numeric_faults(self) -> Iterator[str]:
+        for key in ("distributed_type", "mixed_precision", "dynamo_backend"):
+            if getattr(self, key) is False:
+                yield f"{key}: found the bare word no, which YAML takes for false; put it in quotes"
         if str(self.mixed_precision).lower() not in ("no", "false"):
-            complaints.append(
+            yield (
                 f"mixed_precision: found {self.mixed_precision}; the run's config decides (train.precision): write "
                 '"no" in quotes'
             )
         if str(self.dynamo_backend).lower() not in ("no", "false"):
-            complaints.append(
-                f'dynamo_backend: found {self.dynamo_backend}; networks are trained as they are: write "no"'
-            )
+            yield f'dynamo_backend: found {self.dynamo_backend}; networks are trained as they are: write "no"'
         if self.debug:
-            complaints.append("debug: found true, with which accelerate hides that ranks failed; remove it")
+            yield "debug: found true, with which accelerate hides that ranks failed; remove it"
         if self.use_cpu:
-            complaints.append(
+            yield (
                 "use_cpu: found true, with which accelerate starts ranks that each train alone; remove it, and add "
                 "--set train.device=cpu to the command where GPUs are present"
             )
-        return complaints + self._engine_complaints() + self._node_complaints()
 
-    def _engine_complaints(self) -> list[str]:
-        kind, complaints = self.distributed_type, []
+    def _engine_faults(self) -> Iterator[str]:
+        kind = self.distributed_type
         if kind == "MULTI_CPU":
-            complaints.append(
-                "distributed_type: found MULTI_CPU, with which accelerate starts one process; write MULTI_GPU"
-            )
+            yield "distributed_type: found MULTI_CPU, with which accelerate starts one process; write MULTI_GPU"
         if kind == "NO" and self.num_processes > 1:
-            complaints.append(
+            yield (
                 f"distributed_type: found NO (also where it is left out) with num_processes {self.num_processes}, of "
                 "which accelerate starts one; write MULTI_GPU, DEEPSPEED or FSDP"
             )
-        if kind == "DEEPSPEED" and self.deepspeed_config is None:
-            complaints.append("deepspeed_config: missing with distributed_type DEEPSPEED; write zero_stage below it")
-        if kind == "FSDP" and self.fsdp_config is None:
-            complaints.append("fsdp_config: missing with distributed_type FSDP; write fsdp_version: 2 below it")
-        if kind != "DEEPSPEED" and self.deepspeed_config is not None:
-            complaints.append(f"deepspeed_config: found with distributed_type {kind}; write DEEPSPEED, or remove it")
-        if kind != "FSDP" and self.fsdp_config is not None:
-            complaints.append(f"fsdp_config: found with distributed_type {kind}; write FSDP, or remove it")
-        for section in (self.deepspeed_config, self.fsdp_config):
-            complaints += section.complaints() if section is not None else []
-        return complaints
+        for name, section, key in (
+            ("DEEPSPEED", self.deepspeed_config, "zero_stage"),
+            ("FSDP", self.fsdp_config, "fsdp_version: 2"),
+        ):
+            if kind == name and section is None:
+                yield f"{name.lower()}_config: missing with distributed_type {name}; write {key} below it"
+            if kind != name and section is not None:
+                yield f"{name.lower()}_config: found with distributed_type {kind}; write {name}, or remove it"
+            if section is not None:
+                yield from (f"{name.lower()}_config.{fault}" for fault in section.faults())
 
-    def _node_complaints(self) -> list[str]:
-        complaints = []
+    def _node_faults(self) -> Iterator[str]:
         if self.num_processes % self.num_machines:
-            complaints.append(
+            yield (
                 f"num_processes: found {self.num_processes} on num_machines {self.num_machines}; give all nodes "
                 "together a multiple of that: equally many ranks on each node"
             )
         if self.machine_rank is not None and self.machine_rank >= self.num_machines:
-            complaints.append(
-                f"machine_rank: found {self.machine_rank} of num_machines {self.num_machines}; it counts from 0"
-            )
+            yield f"machine_rank: found {self.machine_rank} of num_machines {self.num_machines}; it counts from 0"
         if self.rdzv_backend == "c10d" and self.same_network:
-            complaints.append(
+            yield (
                 "same_network: found true with rdzv_backend c10d, with which each node would meet itself alone; write "
                 "false"
             )
-        return complaints
+
+    def engine(self) -> EngineName:
+        if self.deepspeed_config is not None:
+            return ZERO_STAGES[self.deepspeed_config.zero_stage]
+        return "fsdp" if self.fsdp_config is not None else "ddp"
+
+    def offload(self) -> bool:
+        """Whether weights or moments are in host memory."""
+        zero, fsdp = self.deepspeed_config, self.fsdp_config
+        offloads_zero = zero is not None and "cpu" in (zero.offload_optimizer_device, zero.offload_param_device)
+        return offloads_zero or (fsdp is not None and fsdp.fsdp_offload_params)
 
 
 def read(path: Path, env: Mapping[str, str] = os.environ) -> LaunchFile:
@@ -217,16 +223,16 @@ def read(path: Path, env: Mapping[str, str] = os.environ) -> LaunchFile:
     tree = build(_AccelerateConfig, raw, str(path))
     nodes = _int_from_env(env, NODES, 1) or tree.num_machines
     per_node = _int_from_env(env, RANKS_PER_NODE, 1) or tree.num_processes // tree.num_machines
-    ranks, engine = nodes * per_node, _engine(tree)
+    ranks, engine, offload = nodes * per_node, tree.engine(), tree.offload()
     if tree.distributed_type == "NO" and ranks > 1:
-        request = f"{NODES} and {RANKS_PER_NODE} ask for {ranks} ranks"
         raise UserError(
-            f"{path}: distributed_type: found NO, of which accelerate starts one rank, but {request}. Change it."
+            f"{path}: distributed_type: found NO, of which accelerate starts one rank, but {NODES} and "
+            f"{RANKS_PER_NODE} ask for {ranks} ranks. Change it."
         )
-    offload = _offload(tree)
     if nodes == 1:
         return LaunchFile(path, ranks, 1, 0, per_node, engine, offload, "none", None, tree.main_process_port)
-    node, source = _node_rank(tree, env)
+    source = next((name for name in NODE_RANK if env.get(name)), "machine_rank")
+    node = tree.machine_rank if source == "machine_rank" else _int_from_env(env, source, 0)
     if node is None:
         raise UserError(
             f"{path}: {nodes} nodes, and nothing says which of them this is. Set {NODE_RANK[0]} on each, from 0 to "
@@ -247,27 +253,6 @@ def read(path: Path, env: Mapping[str, str] = os.environ) -> LaunchFile:
             f"that is free on node 0, or set {PORT}."
         )
     return LaunchFile(path, ranks, nodes, node, per_node, engine, offload, tree.rdzv_backend, address, port)
-
-
-def _engine(tree: _AccelerateConfig) -> Engine:
-    engines: dict[int, Engine] = {1: "zero1", 2: "zero2", 3: "zero3"}
-    if tree.deepspeed_config is not None:
-        return engines[tree.deepspeed_config.zero_stage]
-    return "fsdp" if tree.fsdp_config is not None else "ddp"
-
-
-def _offload(tree: _AccelerateConfig) -> bool:
-    zero, fsdp = tree.deepspeed_config, tree.fsdp_config
-    offloads_zero = zero is not None and "cpu" in (zero.offload_optimizer_device, zero.offload_param_device)
-    return offloads_zero or (fsdp is not None and fsdp.fsdp_offload_params)
-
-
-def _node_rank(tree: _AccelerateConfig, env: Mapping[str, str]) -> tuple[int | None, str]:
-    """Return this node's rank, or None, and the variable or key that it comes from."""
-    for name in NODE_RANK:
-        if env.get(name):
-            return _int_from_env(env, name, 0), name
-    return tree.machine_rank, "machine_rank"
 
 
 def _int_from_env(env: Mapping[str, str], name: str, least: int) -> int | None:

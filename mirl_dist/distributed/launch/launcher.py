@@ -14,9 +14,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 
@@ -34,7 +33,6 @@ _POLL_SECONDS = 0.2
 _NAME_SECONDS = 60.0
 _GRACE_SECONDS = 15.0
 """Extra time for the ranks, which exit by themselves at preempt.deadline_seconds."""
-_LEAST_RENDEZVOUS_SECONDS = 60
 _AGAIN = "start the same command again on every node: the run resumes from its last commit"
 
 
@@ -49,31 +47,23 @@ def choose(config: Config, launch_option: str) -> tuple[LaunchFile, list[str]]:
     if not launch_option.strip():
         raise UserError("--launch: found an empty name. Give a file from launch/, or auto.")
     file = launch_file.read(Path(launch_option))
-    return file, file.options() if file.ranks > 1 or file.engine != "ddp" else []
+    return file, file.options(config.ranks.timeout_seconds) if file.ranks > 1 or file.engine != "ddp" else []
 
 
 def launch(
-    config: Config,
-    file: LaunchFile,
-    options: list[str],
-    command: list[str],
-    sets: Sequence[str],
-    resume: str,
-    before_signals: Callable[[], None],
+    config: Config, file: LaunchFile, options: list[str], command: list[str], sets: Sequence[str], resume: str
 ) -> None:
     """Start this node's ranks of a run; exit with their code if it is not 0. The caller has checked file and config.
 
     All ranks are restarted together after one died, up to `ranks.restarts` times. resume: as for the command; 'never'
-    becomes 'auto', because restarted ranks find their own run, and the caller has checked it. before_signals: called
-    before this launcher installs its signal handlers.
+    becomes 'auto', because restarted ranks find their own run, and the caller has checked it. Installs signal handlers:
+    the caller's must be closed.
     """
     arguments = [*options, "--max_restarts", str(config.ranks.restarts), "--monitor_interval", "0.1"]
-    arguments += _rendezvous_options(config.ranks.timeout_seconds, file)
     arguments += ["-m", "mirl_dist", *command, "--resume", "auto" if resume == "never" else resume]
     for assignment in sets:
         arguments += ["--set", assignment]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, hardware.processes() // file.ranks_per_node)))
-    before_signals()
     code = attend(arguments, config.ranks.restarts, config.preempt.deadline_seconds, file)
     if code:
         sys.exit(code)
@@ -92,7 +82,7 @@ def attend(arguments: list[str], restarts: int, deadline_seconds: float, file: L
     reporter = _LaunchReporter(control, restarts, several)
     address = _find_own_address(several) if several is not None else None
     with record_signals(control.request_stop) as signals, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        work = pool.submit(_run_accelerate, arguments, reporter.rank_exited, address)
+        work = pool.submit(elastic.launch, arguments, reporter.rank_exited, address)
         stop_since: float | None = None
         while not concurrent.futures.wait([work], _POLL_SECONDS).done:
             if signals.count(signal.SIGINT) > 1:
@@ -114,21 +104,6 @@ def attend(arguments: list[str], restarts: int, deadline_seconds: float, file: L
         return reporter.exit_code_of(work)
 
 
-def _run_accelerate(arguments: list[str], on_failure: Callable[[int, int], None], address: str | None) -> int:
-    try:
-        return elastic.launch(arguments, on_failure, address)
-    except (ValueError, ImportError) as error:
-        reason = str(error).rstrip(".")
-        raise UserError(f"accelerate refuses this launch: {reason}. Compare with launch/cpu_two.yaml.") from None
-
-
-class _NodeEnd(NamedTuple):
-    """Final exit of another node. code: its exit code; since: monotonic seconds at which this launcher learned it."""
-
-    code: int
-    since: float
-
-
 class _LaunchReporter:
     """Reporter of failed and restarted ranks and of ended nodes; it also determines the launch's exit code."""
 
@@ -136,7 +111,7 @@ class _LaunchReporter:
         """file: launch file of a launch on several nodes, else None."""
         self._control, self._restarts, self._file, self._failures = control, restarts, file, 0
         self._nodes: elastic.NodeChannel | None = None
-        self._other_node: _NodeEnd | None = None
+        self._told_of_node = False
         self._prefix = "mirl-dist"
         if file is not None:
             self._nodes = elastic.NodeChannel(str(file.address), int(file.port or 0), file.node_rank, file.nodes)
@@ -162,7 +137,7 @@ class _LaunchReporter:
         self._failures += 1
         cause = f"was killed by signal {-code}" if code < 0 else f"failed (code {code})"
         rank = self._rank_name(local)
-        if self._nodes is not None and self._nodes.host_gone():
+        if self._nodes is not None and self._nodes.host_gone:
             self.say(f"{rank} {cause}, and the launcher of node 0 has gone; {_AGAIN}.")
             raise elastic.NoRestart
         if self._failures <= self._restarts:
@@ -179,16 +154,15 @@ class _LaunchReporter:
             return f"rank {local} of this node"
         return f"rank {self._file.node_rank * self._file.ranks_per_node + local}"
 
-    def other_node_ended(self) -> _NodeEnd | None:
+    def other_node_ended(self) -> elastic.NodeEnd | None:
         """Return the final exit of another node, or None. The ranks of this node then exit with the same code."""
-        received = self._nodes.received() if self._nodes is not None else None
-        if received is not None and self._other_node is None:
-            node, code = received
-            self._other_node = _NodeEnd(code, time.monotonic())
+        ended = self._nodes.ended if self._nodes is not None else None
+        if ended is not None and not self._told_of_node:
+            self._told_of_node = True
             if self._control.exit_code() is None:
-                self.say(f"node {node} has ended for good (code {code}): ending here too.")
-            self._control.report_exit(code)
-        return self._other_node
+                self.say(f"node {ended.node} has ended for good (code {ended.code}): ending here too.")
+            self._control.report_exit(ended.code)
+        return ended
 
     def exit_code_of(self, work: concurrent.futures.Future[int]) -> int:
         """Return the exit code of a launch whose ranks have all exited, and send a nonzero code to the other nodes."""
@@ -207,20 +181,6 @@ class _LaunchReporter:
         return code
 
 
-def _rendezvous_options(timeout_seconds: float, file: LaunchFile) -> list[str]:
-    """Return the options for how long launchers of several nodes wait for each other.
-
-    Launchers wait as long as ranks do (60 s at least), so that both survive the same network failures.
-    """
-    if file.nodes == 1:
-        return []
-    seconds = max(_LEAST_RENDEZVOUS_SECONDS, int(timeout_seconds))
-    if file.rendezvous == "static":
-        return ["--rdzv_conf", f"timeout={seconds}"]
-    host = int(file.node_rank == 0)
-    return ["--rdzv_conf", f"is_host={host},join_timeout={seconds},read_timeout={seconds}"]
-
-
 def _find_own_address(file: LaunchFile) -> str:
     """Return this node's address on the route to node 0, and set GLOO_SOCKET_IFNAME to its interface.
 
@@ -230,7 +190,10 @@ def _find_own_address(file: LaunchFile) -> str:
     since, warned = time.monotonic(), False
     while True:
         try:
-            address = elastic.own_address(str(file.address), int(file.port or 0))
+            family, _, _, _, endpoint = socket.getaddrinfo(file.address, file.port, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect(endpoint)  # sends no packet
+                address = str(probe.getsockname()[0])
             break
         except OSError as error:
             temporary = isinstance(error, socket.gaierror) and time.monotonic() - since < _NAME_SECONDS
@@ -243,9 +206,9 @@ def _find_own_address(file: LaunchFile) -> str:
             warn(f"mirl-dist: {file.address} has no address yet; asking again for {_NAME_SECONDS:.0f} s.")
         warned = True
         time.sleep(1)
-    interface = elastic.interface_of(address)
-    if interface is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(one.address.partition("%")[0] == address for one in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", str(interface))
     return address
 
 

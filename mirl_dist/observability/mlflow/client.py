@@ -8,12 +8,15 @@ import os
 import sys
 import tempfile
 import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mirl_dist.errors import UserError
-from mirl_dist.observability.mlflow.records import BY_ROUND, IMAGES, Record, legal_name, redact, redact_uri, round_name
-from mirl_dist.observability.mlflow.remote_runs import RemoteRun, RunHistory, RunIds
+from mirl_dist.observability.mlflow import records
+from mirl_dist.observability.mlflow.records import Record, redact
 
 _ENVIRONMENT = {  # defaults that MLflow reads at each call; values set by the user take precedence
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds; without retries a dead server blocks 30 s per call, not 246 s
@@ -25,76 +28,85 @@ _ENVIRONMENT = {  # defaults that MLflow reads at each call; values set by the u
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
-_FINAL = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", _NOT_FOUND)  # errors for which a retry cannot help
+REFUSALS = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", _NOT_FOUND)  # error codes of records that no retry helps
 _log = logging.getLogger("mirl_dist.tracking")
 
 
-class _Connection:
-    """MLflow's client for one address and experiment. experiment_id: '' until the store has answered."""
+@dataclass
+class RemoteRun:
+    """Known contents of a run in the store, updated when it is opened and after each delivery."""
 
-    def __init__(self, uri: str, experiment: str) -> None:
-        self.experiment_id = ""
-        self._uri, self._experiment = uri, experiment
-        self._client: Any = None
+    id: str
+    params: dict[str, str]
+    steps: dict[str, int]  # latest step of each curve
 
-    def client(self) -> Any:
-        """Return MLflow's client. The first call finds or creates the experiment."""
-        if self._client is None:
-            from mlflow import MlflowClient
 
-            client = MlflowClient(tracking_uri=self._uri)
-            self.experiment_id = experiment_id(client, self._uri, self._experiment)
-            self._client = client
-        return self._client
+class RunIds:
+    """MLflow's ids of a run and its rounds ("run", "round/03"), kept over restarts, and the key to find lost runs.
 
-    def reset(self) -> None:
-        """Discard the client, so that the experiment is looked up again."""
-        self._client = None
+    remembered: ids passed to `remember` by earlier processes. key: this run's key, unless an earlier process set one.
+    remember: saves new ids before they are used; if it raises UserError, it is called again later.
+    """
+
+    def __init__(self, remembered: Mapping[str, str], key: str, remember: Callable[[dict[str, str]], None]) -> None:
+        self.known, self._key, self._remember = dict(remembered), key, remember
+
+    def key_of(self, run_key: str) -> str:
+        """Return the value of the tag by which a run is found. Raise UserError while the key cannot be saved."""
+        self.keep("key", self.known.get("key", self._key))
+        return f"{self.known['key']}/{run_key}"
+
+    def keep(self, name: str, id_: str) -> None:
+        """Save an id if it is new. Raise UserError if that fails."""
+        if self.known.get(name) != id_:
+            self._remember({name: id_})
+            self.known[name] = id_
 
 
 class MlflowClientStore:
-    """RecordStore for MLflow at one address. Maps run names to MLflow's ids; delivery is idempotent.
+    """Delivers records to MLflow at one address, idempotently. Maps run names to MLflow's ids.
 
-    ids: MLflow ids of runs opened before. experiment_id: '' until the store has answered. session_id: prefix of the ids
-    of this process's records.
+    ids: MLflow ids of runs opened before. session_id: prefix of the ids of this process's records.
     """
 
-    def __init__(
-        self,
-        uri: str,
-        experiment: str,
-        run_name: str,
-        ids: RunIds,
-        session_id: str,
-    ) -> None:
-        self.name = redact_uri(uri)
+    def __init__(self, uri: str, experiment: str, run_name: str, ids: RunIds, session_id: str) -> None:
         self.remote_runs: dict[str, RemoteRun] = {}
-        self._uri, self._run_name, self._session_id = uri, run_name, session_id
-        self._ids, self._history = ids, RunHistory()
-        self._connection = _Connection(uri, experiment)
+        self.uri, self._experiment, self._run_name, self._session_id = uri, experiment, run_name, session_id
+        self._ids = ids
+        self._connection: tuple[Any, str] | None = None  # MLflow's client and the experiment's id
+        self._opened: dict[str, Record] = {}  # what opens a lost run again: by run key, or id for params
+        self._created = Counter[str]()  # creation requests per run
+
+    @property
+    def name(self) -> str:
+        return records.redact_uri(self.uri)
 
     @property
     def experiment_id(self) -> str:
-        return self._connection.experiment_id
+        """'' until the store has answered."""
+        return self._connection[1] if self._connection else ""
 
     def deliver(self, record: Record) -> None:
-        """Deliver a record. Runs missing on the server, for example after it was reset, are created again."""
+        """Deliver a record; raise one of `transient_errors`. It may belong to a run that an earlier process opened.
+
+        Runs missing on the server, for example after it was reset, are created again.
+        """
         from mlflow.exceptions import MlflowException
 
-        self._history.note(record)
+        if record.kind in ("open", "params"):
+            self._opened[record.run_key if record.kind == "open" else record.id] = record
         try:
             self._deliver(record)
         except MlflowException as trouble:
             if trouble.error_code != _NOT_FOUND:
                 raise
-            self._connection.reset()
-            self.remote_runs = {}
+            self._connection, self.remote_runs = None, {}
             self._deliver(record)
 
     def _deliver(self, record: Record) -> None:
         from mlflow.entities import Param, RunTag
 
-        client = self._connection.client()
+        client = self._connect()
         if record.kind == "open":
             return self._open(client, record)
         run = self._open_or_find(client, record)
@@ -113,37 +125,38 @@ class MlflowClientStore:
             with tempfile.TemporaryDirectory() as folder:
                 Path(folder, path.name).write_bytes(record.data)
                 client.log_artifact(run.id, f"{folder}/{path.name}", str(path.parent) if path.parent.name else None)
-            if record.name.startswith(IMAGES):
+            if record.name.startswith(records.IMAGES):
                 client.set_tag(run.id, "mlflow.loggedImages", "true")  # otherwise MLflow's image grid stays empty
         else:
             _send_points(client, record, run)
 
+    def _connect(self) -> Any:
+        """Return MLflow's client. The first call finds or creates the experiment."""
+        from mlflow import MlflowClient
+
+        if self._connection is None:
+            client = MlflowClient(tracking_uri=self.uri)
+            self._connection = client, experiment_id(client, self.uri, self._experiment)
+        return self._connection[0]
+
     def answers(self) -> bool:
         """Whether the tracking server responds, regardless of its artifact store."""
         try:
-            self._connection.client().get_run(self.remote_runs["run"].id)
-        except self.transient_errors():
+            self._connect().get_run(self.remote_runs["run"].id)
+        except transient_errors():
             return False
         return True
-
-    def is_final(self, trouble: BaseException) -> bool:
-        return getattr(trouble, "error_code", "") in _FINAL
-
-    def describe(self, trouble: BaseException) -> str:
-        return describe(trouble, self._uri)
-
-    def transient_errors(self) -> tuple[type[BaseException], ...]:
-        return transient_errors()
 
     def _open_or_find(self, client: Any, record: Record) -> RemoteRun:
         """Return the record's run: found if an earlier process opened it, recreated with its params if it was lost."""
         if record.run_key not in self.remote_runs:
             round_ = record.run_key.rpartition("/")[2]
-            name = self._run_name if record.run_key == "run" else round_name(self._run_name, int(round_))
+            name = self._run_name if record.run_key == "run" else records.round_name(self._run_name, int(round_))
             opening = Record("open", record.run_key, name, at_ms=record.at_ms)
-            self._open(client, self._history.opened.get(record.run_key) or opening)
-            for params in self._history.params_of(record.run_key):
-                self._deliver(params)
+            self._open(client, self._opened.get(record.run_key, opening))
+            for opened in list(self._opened.values()):
+                if (opened.kind, opened.run_key) == ("params", record.run_key):
+                    self._deliver(opened)
         return self.remote_runs[record.run_key]
 
     def _open(self, client: Any, record: Record) -> None:
@@ -157,8 +170,8 @@ class MlflowClientStore:
             tags["mlflow.parentRunId"] = parent
         run = self._find(client, record.run_key, tags["mirl_dist.key"])
         if run is None:
-            self._history.created[record.run_key] += 1
-            run = client.create_run(self._connection.experiment_id, record.at_ms, tags, record.name)
+            self._created[record.run_key] += 1
+            run = client.create_run(self.experiment_id, record.at_ms, tags, record.name)
         else:
             if run.info.status != "RUNNING" and not self._is_out_of_date(record, run):
                 client.update_run(run.info.run_id, status="RUNNING")
@@ -177,7 +190,7 @@ class MlflowClientStore:
         """Return the run opened as `run_key` before, by id or else by tag; None if the store has none."""
         from mlflow.exceptions import MlflowException
 
-        if id_ := self._ids.get(run_key):
+        if id_ := self._ids.known.get(run_key):
             try:
                 run = client.get_run(id_)
             except MlflowException as trouble:
@@ -187,7 +200,7 @@ class MlflowClientStore:
                 if run.info.lifecycle_stage == "active":
                     return run
             _log.warning("%s has no run %s any more (remembered as %s); it gets a new one", self.name, id_, run_key)
-            self._ids.forget(run_key)
+            del self._ids.known[run_key]
         return next(iter(self._runs_with_key(client, key)), None)
 
     def _runs_with_key(self, client: Any, key: str) -> list[Any]:
@@ -195,7 +208,7 @@ class MlflowClientStore:
 
     def _delete_duplicates(self, client: Any, run_key: str) -> None:
         """Delete empty duplicates of a run, left when a slow server executed a creation request that was retried."""
-        if self._history.created[run_key] > 1:
+        if self._created[run_key] > 1:
             for run in self._runs_with_key(client, self._ids.key_of(run_key)):
                 if run.info.run_id != self.remote_runs[run_key].id and not run.data.metrics:
                     client.delete_run(run.info.run_id)
@@ -210,9 +223,10 @@ def _send_points(client: Any, record: Record, run: RemoteRun) -> None:
     from mlflow.entities import Metric
 
     steps, points = dict(run.steps), list[tuple[str, float, int, int]]()
-    rounds = {name: step for name, _, _, step in record.points if record.kind == "ticket" and name.startswith(BY_ROUND)}
+    is_ticket = record.kind == "ticket"
+    rounds = {name: step for name, *_, step in record.points if is_ticket and name.startswith(records.BY_ROUND)}
     for name, value, at_ms, step in record.points:
-        twin = BY_ROUND + name
+        twin = records.BY_ROUND + name
         if rounds[twin] > run.steps.get(twin, -1) if twin in rounds else step > steps.get(name, -1):
             points.append((name, value, at_ms, step))
             steps[name] = step
@@ -227,21 +241,9 @@ def experiment_id(client: Any, uri: str, name: str) -> str:
         return str(experiment.experiment_id)
     location = None
     if uri.startswith("sqlite"):  # store artifacts beside the database, independent of the working directory
-        location = (database(uri).parent / "mlartifacts" / legal_name(name)).as_uri()
+        location = (records.database(uri).parent / "mlartifacts" / records.legal_name(name)).as_uri()
     kind = {"mlflow.experimentKind": "custom_model_development"}  # otherwise MLflow opens its LLM pages
     return str(client.create_experiment(name, artifact_location=location, tags=kind))
-
-
-def database(uri: str) -> Path:
-    """Return the path of a SQLite store's file."""
-    return Path(uri.partition(":///")[2].partition("?")[0]).resolve()
-
-
-def describe(trouble: BaseException, uri: str) -> str:
-    """Return a short error description for messages, with secrets of the tracking URI masked."""
-    text = " ".join(redact(str(trouble), uri).split())
-    short = text if len(text) <= 300 else f"{text[:120]} ... {text[-170:]}"  # the cause is at the end
-    return f"{type(trouble).__name__}: {short}"
 
 
 def transient_errors() -> tuple[type[BaseException], ...]:

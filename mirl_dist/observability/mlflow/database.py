@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+
 FILE = "pending.db"
 BUSY_SECONDS = 0.25  # longest wait for another process's transaction; short, so that training is not held up
 CHECKPOINT_PAGES = 10_000  # 40 MB of log, after which an append checkpoints if the sending thread has not done so
@@ -56,24 +58,38 @@ T = TypeVar("T")
 class Database:
     """A journal's database, usable from all threads of one process. It opens on first use, and again after `close`."""
 
-    def __init__(self, folder: Path | None, memory_bytes: int) -> None:
-        """folder: location of the file; None keeps everything in memory, at most `memory_bytes`."""
+    def __init__(self, folder: Path | None, memory_bytes: int = 0) -> None:
+        """folder: location of the file, created if missing; None keeps everything in memory, at most `memory_bytes`."""
         self._path, self._memory_bytes = folder and folder / FILE, memory_bytes
         self._guard = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._inode, self._pid = 0, os.getpid()
 
-    def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run `work` in a write transaction and return its result. Raise OSError after rolling back on failure."""
-        return self._transact("BEGIN IMMEDIATE", work)
+    def transact(self, work: Callable[[sqlite3.Connection], T], *, writes: bool = True) -> T:
+        """Run `work` in one transaction and return its result. Raise OSError after rolling back on failure.
 
-    def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run `work`, which may change temporary tables only, and return its result. Raise OSError on failure."""
-        return self._transact("BEGIN", work)
+        writes: False if `work` changes temporary tables at most. If the database is damaged, it is set aside, and
+        `work` is repeated once in a new one.
+        """
+        for is_last in (False, True):
+            if os.getpid() != self._pid:  # SQLite's connections must not be used after a fork
+                raise OSError("another process has opened it")
+            with self._guard:
+                try:
+                    if self._connection is None:
+                        self._connection = self._open()
+                    with self._connection as connection:  # commits, or rolls back after an error
+                        connection.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
+                        return work(connection)
+                except sqlite3.Error as error:
+                    if self._path is None or not is_damage(error) or is_last:
+                        raise OSError(str(error)) from None
+                    self._set_aside(self._path, error)
+        raise AssertionError("the last attempt returns or raises")
 
     def select(self, query: str, *values: object) -> list[Any]:
         """Return the rows of a query. Raise OSError on failure."""
-        return self.read(lambda connection: connection.execute(query, values).fetchall())
+        return self.transact(lambda connection: connection.execute(query, values).fetchall(), writes=False)
 
     def checkpoint(self) -> None:
         """Checkpoint the write-ahead log. Blocks on the disk, while other threads can still append."""
@@ -93,28 +109,12 @@ class Database:
                 connection.execute("PRAGMA journal_mode = DELETE")  # refused while another process has it open
             self._connection = None
 
-    def _transact(self, begin: str, work: Callable[[sqlite3.Connection], T], again: bool = True) -> T:
-        """Run `work` in one transaction. If the database is damaged, set it aside and retry once in a new one."""
-        if os.getpid() != self._pid:  # SQLite's connections must not be used after a fork
-            raise OSError("another process has opened it")
-        with self._guard:
-            try:
-                if self._connection is None:
-                    self._connection = self._open()
-                with self._connection as connection:  # commits, or rolls back after an error
-                    connection.execute(begin)
-                    return work(connection)
-            except sqlite3.Error as error:
-                if self._path is None or not is_damage(error) or not again:
-                    raise OSError(str(error)) from None
-                self._set_aside(self._path, error)
-            return self._transact(begin, work, again=False)
-
     def _open(self) -> sqlite3.Connection:
         if self._path is None:
             connection = _connect(":memory:")
             connection.execute(f"PRAGMA max_page_count = {self._memory_bytes // 4096}")
             return _with_tables(connection)
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):  # create it here with mode 0600: SQLite's default is world-readable
             os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         self._inode = self._path.stat().st_ino
@@ -192,14 +192,8 @@ def _with_tables(connection: sqlite3.Connection) -> sqlite3.Connection:
 
 
 def _is_local(folder: Path) -> bool:
-    """Whether a folder is on a local file system, according to /proc/self/mountinfo; False if unknown."""
-    device = folder.stat().st_dev
-    try:
-        mounts = Path("/proc/self/mountinfo").read_text(errors="replace")
-    except OSError:
-        return False
-    for line in mounts.splitlines():
-        place, _, file_system = line.partition(" - ")
-        if place.split()[2] == f"{os.major(device)}:{os.minor(device)}":
-            return file_system.split()[0] in LOCAL_DISKS
-    return False
+    """Whether a folder is on a local file system; False if unknown."""
+    place = folder.resolve()
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if place.is_relative_to(mount.mountpoint)]
+    innermost = max(reversed(mounts), key=lambda mount: len(mount.mountpoint), default=None)  # the last one of equals
+    return innermost is not None and innermost.fstype in LOCAL_DISKS

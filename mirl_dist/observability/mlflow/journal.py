@@ -32,18 +32,16 @@ class Pending(NamedTuple):
     since: float | None
 
 
-class Journal:
+class Journal(Database):
     """The pending records of one run, usable from all threads of one process.
 
-    Methods that fail raise OSError and change nothing. A damaged database is set aside with a warning and replaced.
+    folder: created if missing; None keeps the records in memory, at most `memory_bytes`. Methods that fail raise
+    OSError and change nothing. A damaged database is set aside with a warning and replaced.
     """
 
     def __init__(self, folder: Path | None, memory_bytes: int = 0) -> None:
-        """folder: created if missing; None keeps the records in memory, at most `memory_bytes`."""
-        if folder is not None:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        super().__init__(folder, memory_bytes)
         self.folder = folder
-        self._database = Database(folder, memory_bytes)
         self._lock = -1
 
     def append(self, records: Sequence[Record]) -> None:
@@ -55,61 +53,44 @@ class Journal:
                 connection.execute("UPDATE run SET processes = processes + 1")
                 connection.execute("INSERT INTO own SELECT processes FROM run")
                 place = connection.execute("SELECT place FROM own").fetchone()
-            _insert(connection, [(record, *place) for record in records])
+            connection.executemany(_INSERT, [_row(record, *place) for record in records])
 
-        self._database.write(insert)
+        self.transact(insert)
 
     def inherit(self, records: Sequence[Record]) -> None:
         """Store a commit's records except those already delivered, and schedule them first, in this order."""
-
-        def insert(connection: sqlite3.Connection) -> None:
-            known = "SELECT 1 FROM delivered WHERE session = ? AND ? BETWEEN first AND last"
-            pending = [
-                (record, place)
-                for place, record in enumerate(records, -len(records))
-                if connection.execute(known, _split(record.id)).fetchone() is None
-            ]
-            _insert(connection, pending)
-            connection.executemany(
-                "UPDATE records SET place = ? WHERE session = ? AND number = ?",
-                [(place, *_split(record.id)) for record, place in pending],
-            )
-
-        self._database.write(insert)
+        rows = [_row(record, place) for place, record in enumerate(records, -len(records))]
+        self.transact(lambda connection: connection.executemany(_INSERT, rows))
 
     def next_batch(self, *, is_file: bool) -> list[Record]:
         """Return the next delivery: points of one run up to MLflow's limit, or a single other record.
 
         is_file: return a file, otherwise other records. Damaged records are dropped with a warning.
         """
+        damaged = list[tuple[str, int]]()
 
-        def select(connection: sqlite3.Connection) -> list[Any]:
-            rows, points = list[Any](), 0
-            query = "SELECT points, session, number, line, data FROM waiting WHERE is_file = ? ORDER BY place, n"
-            for row in connection.execute(query, (is_file,)):
-                points += row[0]
-                if rows and points > POINTS_PER_CALL:
+        def select(connection: sqlite3.Connection) -> list[Record]:
+            batch, points = list[Record](), 0
+            query = "SELECT session, number, line, data FROM waiting WHERE is_file = ? ORDER BY place, n"
+            for session, number, line, data in connection.execute(query, (is_file,)):
+                try:
+                    record = parse(line, data)
+                    if record.id != f"{session}-{number}":
+                        raise DamagedRecord(f"its id there is {record.id}")
+                except DamagedRecord as error:
+                    _log.warning("%s: record %s-%s is damaged (%s) and left out", self.folder, session, number, error)
+                    damaged.append((session, number))
+                    continue
+                points += len(record.points)
+                first = batch[0] if batch else record
+                if batch and (record.kind != "points" or record.run_key != first.run_key or points > POINTS_PER_CALL):
                     break
-                rows.append(row)
-                if row[0] == 0:
+                batch.append(record)
+                if record.kind != "points":
                     break
-            return rows
+            return batch
 
-        batch, damaged = list[Record](), list[tuple[str, int]]()
-        for _, session, number, line, data in self._database.read(select):
-            try:
-                record = parse(line, data)
-                if record.id != f"{session}-{number}":
-                    raise DamagedRecord(f"its id there is {record.id}")
-            except DamagedRecord as error:
-                _log.warning("%s: record %s-%s is damaged (%s) and left out", self.folder, session, number, error)
-                damaged.append((session, number))
-                continue
-            if batch and (record.kind, record.run_key) != ("points", batch[0].run_key):
-                break
-            batch.append(record)
-            if record.kind != "points":
-                break
+        batch = self.transact(select, writes=False)
         if damaged:
             self._drop(damaged)
         return batch
@@ -120,58 +101,37 @@ class Journal:
 
     def waits(self) -> tuple[bool, bool]:
         """Return whether files are pending, and whether other records are."""
-        query = (
-            "SELECT EXISTS (SELECT 1 FROM waiting WHERE is_file = 1), EXISTS (SELECT 1 FROM waiting WHERE is_file = 0)"
-        )
-        files, others = self._database.select(query)[0]
+        query = "SELECT {0} WHERE is_file = 1), {0} WHERE is_file = 0)".format("EXISTS (SELECT 1 FROM waiting")
+        files, others = self.select(query)[0]
         return bool(files), bool(others)
 
     def count(self) -> Pending:
-        return self._database.read(lambda connection: _count(connection, "waiting"))
-
-    def total(self) -> int:
-        """Return the number of pending records of all kinds."""
-        return int(self._database.select("SELECT count(*) FROM waiting")[0][0])
+        return self.transact(lambda connection: _count(connection, "waiting"), writes=False)
 
     def lines(self, most: int) -> bytes:
         """Return all pending records as lines, files last. The largest files are omitted to stay below `most` bytes."""
-        lines, after = list[bytes](), (-(2**62), 0)
-        query = (
-            "SELECT place, n, line FROM waiting WHERE is_file = 0 AND (place, n) > (?, ?) ORDER BY place, n LIMIT 1000"
-        )
-        while page := self._database.select(query, *after):  # paged by (place, n), so concurrent appends do no harm
-            lines += [line for _, _, line in page]
-            after = page[-1][:2]
+        lines = [line for (line,) in self.select("SELECT line FROM waiting WHERE is_file = 0 ORDER BY place, n")]
         query = "SELECT n, length(line) + length(data) * 4 / 3 FROM waiting WHERE is_file = 1 ORDER BY place, n"
-        sizes = dict[int, int](self._database.select(query))
+        sizes = dict[int, int](self.select(query))
         total = sum(map(len, lines)) + sum(sizes.values())
         for n in sorted(sizes, key=lambda n: -sizes[n]):
             if total > most:
                 total -= sizes.pop(n)
         for n in sizes:
-            for line, data in self._database.select("SELECT line, data FROM waiting WHERE n = ?", n):
+            for line, data in self.select("SELECT line, data FROM waiting WHERE n = ?", n):
                 with contextlib.suppress(DamagedRecord):
                     lines.append(to_line(parse(line, data)))
         return b"".join(lines)
 
-    def drop_oldest(self) -> int:
-        """Drop the oldest record with points or a file. Return its number of points, 1 for a file, 0 if none exists."""
-
-        def delete(connection: sqlite3.Connection) -> int:
-            query = "SELECT n, points FROM records WHERE points > 0 OR is_file = 1 ORDER BY n LIMIT 1"
-            n, points = connection.execute(query).fetchone() or (None, 0)
-            connection.execute("DELETE FROM records WHERE n = ?", (n,))
-            return 0 if n is None else points or 1
-
-        return self._database.write(delete)
+    def drop_oldest(self) -> bool:
+        """Drop the oldest record with points or a file. Return False if none exists."""
+        oldest = "SELECT n FROM records WHERE points > 0 OR is_file = 1 ORDER BY n LIMIT 1"
+        delete = f"DELETE FROM records WHERE n = ({oldest})"
+        return self.transact(lambda connection: connection.execute(delete).rowcount > 0)
 
     def read_key(self) -> str:
         """Return the run's key in the store, 32 hex digits, the same for all processes with this folder."""
-        return str(self._database.select("SELECT key FROM run")[0][0])
-
-    def checkpoint(self) -> None:
-        """Sync the database to disk. Called by the sending thread, so that appends need not wait for the disk."""
-        self._database.checkpoint()
+        return str(self.select("SELECT key FROM run")[0][0])
 
     def lock(self) -> bool:
         """Try to take the delivery lock; return whether this process holds it. The kernel releases it at exit."""
@@ -179,20 +139,22 @@ class Journal:
             return True
         try:
             if self._lock < 0:
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        except OSError:  # no locks on this file system; delivering twice is harmless, as delivery is idempotent
+        except OSError:  # no locks, or no files, on this file system; delivery is idempotent, so two do no harm
             pass
         return True
 
     def close(self) -> None:
         """Close the database and release the delivery lock. Idempotent."""
-        self._database.close()
-        if self._lock >= 0:
-            os.close(self._lock)
-        self._lock = -1
+        with self._guard:  # `resend` may close it while its sender's thread does
+            super().close()
+            if self._lock >= 0:
+                os.close(self._lock)
+            self._lock = -1
 
     def _drop(self, ids: Sequence[tuple[str, int]]) -> None:
         """Delete records and mark them as delivered, first in memory for this process, then on disk."""
@@ -202,7 +164,7 @@ class Journal:
                 ranges[-1][2] = number
             else:
                 ranges.append([session, number, number])
-        self._database.read(lambda connection: connection.executemany("INSERT INTO sent VALUES (?, ?, ?)", ranges))
+        self.transact(lambda c: c.executemany("INSERT INTO sent VALUES (?, ?, ?)", ranges), writes=False)
 
         def delete(connection: sqlite3.Connection) -> None:
             for session, first, last in connection.execute("SELECT * FROM sent").fetchall():
@@ -213,7 +175,7 @@ class Journal:
                     connection.execute("INSERT OR IGNORE INTO delivered VALUES (?, ?, ?)", (session, first, last))
             connection.execute("DELETE FROM sent")
 
-        self._database.write(delete)
+        self.transact(delete)
 
 
 def pending_records(folder: Path) -> Pending:
@@ -236,19 +198,19 @@ def pending_records(folder: Path) -> Pending:
         ) from None
 
 
-def _insert(connection: sqlite3.Connection, placed: Sequence[tuple[Record, int]]) -> None:
-    """Insert records with their places; skip those already present."""
-    connection.executemany(
-        "INSERT OR IGNORE INTO records (session, number, place, is_file, points, at_ms, line, data) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        [
-            (
-                *(*_split(record.id), place, record.kind == "file", len(record.points), record.at_ms),
-                *(to_line(record, with_data=False), record.data if record.kind == "file" else None),
-            )
-            for record, place in placed
-        ],
-    )
+# Skips delivered records; a record that is present already moves to the new place.
+_INSERT = """
+INSERT INTO records (session, number, place, is_file, points, at_ms, line, data) SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8
+WHERE NOT EXISTS (SELECT 1 FROM delivered WHERE session = ?1 AND ?2 BETWEEN first AND last)
+ON CONFLICT (session, number) DO UPDATE SET place = excluded.place
+"""
+
+
+def _row(record: Record, place: int) -> tuple[object, ...]:
+    """Return the values of _INSERT for a record."""
+    data = record.data if record.kind == "file" else None
+    counts = place, data is not None, len(record.points), record.at_ms
+    return (*_split(record.id), *counts, to_line(record, with_data=False), data)
 
 
 def _split(id_: str) -> tuple[str, int]:

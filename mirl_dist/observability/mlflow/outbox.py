@@ -44,16 +44,18 @@ class _Stamps:
 class Outbox:
     """Queue of records in creation order, usable from all threads; inherited and earlier processes' records come first.
 
-    store_name: name for messages. session_id: 32 hex digits, unique to this process. journal: None keeps records in
-    memory only. inherited: pending lines from the commit that this process resumes. changed: condition notified after
-    each delivery. owns_delivery: whether this process delivers. sent: number of records sent so far.
+    store_name: name for messages. session_id: 32 hex digits, unique to this process. inherited: pending lines from the
+    commit that this process resumes. changed: condition notified after
+    each delivery. owns_delivery: whether this process delivers. sent: number of points and other records sent so
+    far.
     """
 
-    def __init__(self, store_name: str, session_id: str, journal: Journal | None, inherited: bytes = b"") -> None:
+    def __init__(self, store_name: str, session_id: str, journal: Journal, inherited: bytes = b"") -> None:
         self.changed = threading.Condition()
-        self.owns_delivery = journal is None
+        self.journal = journal
+        self.owns_delivery = False
         self.sent = 0
-        self._store_name, self._journal, self._memory = store_name, journal, Journal(None, MEMORY_BYTES)
+        self._store_name, self._memory = store_name, Journal(None, MEMORY_BYTES)
         self._stamps = _Stamps(session_id)
         self._warned, self._disk_retry_at = set[str](), -math.inf
         self._inherit(inherited)
@@ -77,16 +79,16 @@ class Outbox:
 
     def claim(self) -> bool:
         """Try to take the journal's delivery lock. Return whether this process delivers from now on."""
-        self.owns_delivery = self.owns_delivery or self._journal is None or self._journal.lock()
+        self.owns_delivery = self.owns_delivery or self.journal.lock()
         return self.owns_delivery
 
     def waits(self) -> tuple[bool, bool]:
         """Return whether files are pending, and whether other records are."""
-        answers = [self._ask(journal.waits, (False, False)) for journal in self._journals()]
+        answers = [self._ask(journal.waits, (False, False)) for journal in (self.journal, self._memory)]
         return any(files for files, _ in answers), any(others for _, others in answers)
 
     def count(self) -> Pending:
-        counts = [self._ask(journal.count, Pending(0, 0, None)) for journal in self._journals()]
+        counts = [self._ask(journal.count, Pending(0, 0, None)) for journal in (self.journal, self._memory)]
         since = min((count.since for count in counts if count.since is not None), default=None)
         return Pending(sum(count.points for count in counts), sum(count.records for count in counts), since)
 
@@ -94,17 +96,13 @@ class Outbox:
         """Count the pending records that are in memory only."""
         return self._memory.count()
 
-    def total(self) -> int:
-        """Return the number of pending records of all kinds."""
-        return sum(self._ask(journal.total, 0) for journal in self._journals())
-
     def next_batch(self, *, files: bool, others: bool) -> list[Record]:
         """Return the next delivery: points of one run up to MLflow's limit, or a single other record.
 
         files, others: which kinds may be sent; other records take precedence over files.
         """
         for is_file in [False] * others + [True] * files:
-            for journal in self._journals():
+            for journal in (self.journal, self._memory):
                 if batch := self._ask(partial(journal.next_batch, is_file=is_file), list[Record]()):
                     return batch
         return []
@@ -112,10 +110,10 @@ class Outbox:
     def mark_sent(self, batch: list[Record]) -> None:
         """Mark records as delivered."""
         with self.changed:
-            for journal in self._journals():
+            for journal in (self.journal, self._memory):
                 with contextlib.suppress(OSError):  # unmarked records are sent again by the next process: harmless
                     journal.mark_sent(batch)
-            self.sent += len(batch)
+            self.sent += sum(len(record.points) or 1 for record in batch)
             self.changed.notify_all()
 
     def pending_lines(self) -> bytes:
@@ -125,29 +123,16 @@ class Outbox:
         """
         # Read memory first: a record that moves to the journal meanwhile appears twice, and its id identifies it.
         memory = self._memory.lines(MAX_PENDING_BYTES)
-        if self._journal is None:
-            return memory
-        return self._ask(partial(self._journal.lines, MAX_PENDING_BYTES - len(memory)), b"") + memory
+        return self._ask(partial(self.journal.lines, MAX_PENDING_BYTES - len(memory)), b"") + memory
 
     def move_to_disk(self) -> None:
         """Move records from memory to the journal until memory is empty or a write fails."""
         with self.changed:
-            while self._journal is not None and self._memory.total() and self._move_batch(self._journal):
-                pass
-
-    def checkpoint(self) -> None:
-        """Sync the journal to disk. Called by the sending thread, so that `put` need not wait for the disk."""
-        if self._journal is not None:
-            self._journal.checkpoint()
-
-    def close(self) -> None:
-        """Close the journal and release its delivery lock."""
-        with self.changed:
-            if self._journal is not None:
-                self._journal.close()
-
-    def _journals(self) -> list[Journal]:
-        return [self._memory] if self._journal is None else [self._journal, self._memory]
+            try:
+                while any(self._memory.waits()):
+                    self._move_batch()
+            except OSError as error:
+                self._warn_of_disk(error)
 
     def _ask(self, question: Callable[[], T], otherwise: T) -> T:
         try:
@@ -161,40 +146,31 @@ class Outbox:
         records, damaged = parse_all(lines)
         if damaged:
             _log.warning("%d damaged lines that a commit kept for %s are left out", damaged, self._store_name)
-        if self._journal is not None and records:
-            try:
-                return self._journal.inherit(records)
-            except OSError as error:
-                self._warn_of_disk(error)
-        for record in records:
-            self._keep_in_memory(record)
+        try:
+            if records:
+                self.journal.inherit(records)
+        except OSError as error:
+            self._warn_of_disk(error)
+            for record in records:
+                self._keep_in_memory(record)
 
     def _keep(self, record: Record) -> None:
         record.id = self._stamps.next_id()
-        if self._journal is not None and time.monotonic() >= self._disk_retry_at:
-            if not self._memory.total():
-                return self._keep_on_disk(self._journal, record)
-            self._move_batch(self._journal)  # one batch only, because this may be the training thread
+        if time.monotonic() >= self._disk_retry_at:
+            try:
+                if not any(self._memory.waits()):
+                    return self.journal.append([record])
+                self._move_batch()  # one batch only, because this may be the training thread
+            except OSError as error:
+                self._warn_of_disk(error)
         self._keep_in_memory(record)
 
-    def _keep_on_disk(self, journal: Journal, record: Record) -> None:
-        try:
-            journal.append([record])
-        except OSError as error:
-            self._warn_of_disk(error)
-            self._keep_in_memory(record)
-
-    def _move_batch(self, journal: Journal) -> bool:
-        """Move the oldest records from memory to the journal. Return whether that succeeded."""
-        try:
-            for is_file in (False, True):
-                batch = self._memory.next_batch(is_file=is_file)
-                journal.append(batch)
-                self._memory.mark_sent(batch)
-        except OSError as error:
-            self._warn_of_disk(error)
-            return False
-        return True
+    def _move_batch(self) -> None:
+        """Move the oldest records, and the oldest file, from memory to the journal."""
+        for is_file in (False, True):
+            batch = self._memory.next_batch(is_file=is_file)
+            self.journal.append(batch)
+            self._memory.mark_sent(batch)
 
     def _keep_in_memory(self, record: Record) -> None:
         """Keep a record in memory. If memory is full, drop the oldest points or files, never runs or params."""
@@ -209,13 +185,12 @@ class Outbox:
     def _warn_of_disk(self, error: OSError) -> None:
         """Warn once that the journal fails, and pause before the next attempt."""
         self._disk_retry_at = time.monotonic() + DISK_PAUSE_SECONDS
-        if self._journal is not None:
-            self._warn_once(
-                "disk",
-                "the journal %s takes no more (%s): records for %s wait in memory only. "
-                "Make room, or correct the rights.",
-                *(self._journal.folder, error.strerror or error, self._store_name),
-            )
+        self._warn_once(
+            "disk",
+            "the journal %s takes no more (%s): records for %s wait in memory only. "
+            "Make room or correct the rights, or choose another tracking.journal.",
+            *(self.journal.folder, error.strerror or error, self._store_name),
+        )
 
     def _warn_once(self, subject: str, text: str, *values: object) -> None:
         if subject not in self._warned:

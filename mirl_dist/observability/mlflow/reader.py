@@ -16,16 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from mirl_dist.errors import UserError
-from mirl_dist.observability.mlflow.client import database, describe, experiment_id, import_quietly, transient_errors
-from mirl_dist.observability.mlflow.records import (
-    LONGEST_TAG,
-    check_uri,
-    default_uri,
-    legal_name,
-    page_address,
-    redact,
-    redact_uri,
-)
+from mirl_dist.observability.mlflow import records
+from mirl_dist.observability.mlflow.client import experiment_id, import_quietly, transient_errors
+from mirl_dist.observability.mlflow.records import redact, redact_uri
 
 EXPERIMENT = "experiment:"
 """Prefix of a reference to all runs of an experiment: 'experiment:NAME'."""
@@ -60,28 +53,24 @@ def read(reference: str, uri: str | None) -> list[RemoteTickets]:
     not tracked by mirl-dist, for runs without tickets, for missing or too large files, and (resumable) for an
     unavailable store.
     """
-    address = default_uri(uri)
+    address = records.default_uri(uri)
+    store = redact_uri(address)
     with _client(address) as client:
         if not reference.startswith(EXPERIMENT):
-            run = _find_run(client, reference, redact_uri(address))
-            remote = _read_tickets(client, run, redact_uri(address))
-            if not remote.tickets:
-                raise UserError(
-                    f"found no ticket yet in {_describe_run(run)} at {redact_uri(address)}. Wait for its first round."
-                )
-            return [remote]
-        name = reference.removeprefix(EXPERIMENT)
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            known = sorted(e.name for e in client.search_experiments(max_results=20))
-            raise UserError(f"found no experiment {name!r} at {redact_uri(address)}. There are: {', '.join(known)}.")
-        runs = _search_runs(client, experiment.experiment_id, f"tags.`{_KEY}` LIKE '%/run'")
-        everything = [_read_tickets(client, run, redact_uri(address)) for run in runs]
-        if not any(remote.tickets for remote in everything):
-            raise UserError(
-                f"found no run with tickets in the experiment {name!r} at {redact_uri(address)}. Name another one."
-            )
-        return [remote for remote in everything if remote.tickets]
+            runs = [_find_run(client, reference, store)]
+            missing = f"found no ticket yet in {_describe_run(runs[0])} at {store}. Wait for its first round."
+        else:
+            name = reference.removeprefix(EXPERIMENT)
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                known = sorted(e.name for e in client.search_experiments(max_results=20))
+                raise UserError(f"found no experiment {name!r} at {store}. There are: {', '.join(known)}.")
+            runs = _search_runs(client, experiment.experiment_id, f"tags.`{_KEY}` LIKE '%/run'")
+            missing = f"found no run with tickets in the experiment {name!r} at {store}. Name another one."
+        with_tickets = [remote for run in runs if (remote := _read_tickets(client, run, store)).tickets]
+        if not with_tickets:
+            raise UserError(missing)
+        return with_tickets
 
 
 def check_server(address: str, experiment: str, seconds: float) -> None:
@@ -114,12 +103,12 @@ def log_report(
     (resumable) for an unavailable store. After a failure the incomplete run is deleted if possible.
     """
     assert files and not any(PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts for path in files)
-    address = default_uri(uri)
+    address = records.default_uri(uri)
     with _client(address, makes=True) as client:
         from mlflow.entities import Metric
 
         place = experiment_id(client, address, experiment)
-        texts = {legal_name(n): redact(text, address)[:LONGEST_TAG] for n, text in tags.items()}
+        texts = {records.legal_name(n): redact(text, address)[: records.LONGEST_TAG] for n, text in tags.items()}
         run = client.create_run(place, tags=texts | {"mirl_dist.report": name}, run_name=name).info
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -127,25 +116,24 @@ def log_report(
                     Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
                     Path(folder, path).write_bytes(data)
                 client.log_artifacts(run.run_id, folder)
-            client.log_batch(
-                run.run_id, metrics=[Metric(legal_name(n), value, run.start_time, 0) for n, value in metrics.items()]
-            )
+            points = [Metric(records.legal_name(n), value, run.start_time, 0) for n, value in metrics.items()]
+            client.log_batch(run.run_id, metrics=points)
             client.set_terminated(run.run_id)
         except BaseException:
             with contextlib.suppress(*transient_errors()):
                 client.delete_run(run.run_id)
             raise
-    return page_address(address, place, run.run_id)
+    return records.page_address(address, place, run.run_id)
 
 
 @contextlib.contextmanager
 def _client(address: str, *, makes: bool = False) -> Iterator[Any]:
     """Yield a client; store errors inside become a resumable UserError. makes: allow creating a new SQLite store."""
-    check_uri(address)
+    records.check_uri(address)
     import_quietly(address)
-    if address.startswith("sqlite") and not makes and not database(address).exists():
+    if address.startswith("sqlite") and not makes and not records.database(address).exists():
         raise UserError(
-            f"found no file {database(address)} for the tracking URI {redact_uri(address)}. "
+            f"found no file {records.database(address)} for the tracking URI {redact_uri(address)}. "
             "Give the address that the runs were tracked at."
         )
     from mlflow import MlflowClient
@@ -156,7 +144,7 @@ def _client(address: str, *, makes: bool = False) -> Iterator[Any]:
         raise
     except transient_errors() as trouble:
         raise UserError(
-            f"found {redact_uri(address)} unavailable or refusing requests ({describe(trouble, address)}). "
+            f"found {redact_uri(address)} unavailable or refusing requests ({records.describe(trouble, address)}). "
             "Check the server, and the address in tracking.uri or MLFLOW_TRACKING_URI.",
             resumable=True,
         ) from None

@@ -202,17 +202,11 @@ def page_address(uri: str, experiment_id: str, run_id: str) -> str:
     """Return a run's page, or the command that opens the store, without credentials. run_id: '' while unknown."""
     clean = redact_uri(uri)
     if not clean.startswith("http"):
-        return f"{clean} (to see it: {_mlflow_command()} ui --backend-store-uri {clean})"
+        own = Path(sys.executable).parent / "mlflow"  # this environment's; its relative path if it is near
+        is_near = own.exists() and own.is_relative_to(Path.cwd())
+        command = own.relative_to(Path.cwd()) if is_near else "mlflow"
+        return f"{clean} (to see it: {command} ui --backend-store-uri {clean})"
     return f"{clean.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}" if run_id else clean
-
-
-def _mlflow_command() -> str:
-    """Return the command of this environment's mlflow: its relative path if below the working directory."""
-    beside = Path(sys.executable).parent / "mlflow"
-    try:
-        return str(beside.relative_to(Path.cwd())) if beside.exists() else "mlflow"
-    except ValueError:
-        return "mlflow"
 
 
 def redact(text: str, uri: str) -> str:
@@ -228,3 +222,15 @@ def redact(text: str, uri: str) -> str:
         if len(secret) > 3:  # masking shorter ones would garble ordinary words
             text = text.replace(secret, "***")
     return text
+
+
+def database(uri: str) -> Path:
+    """Return the path of a SQLite store's file."""
+    return Path(uri.partition(":///")[2].partition("?")[0]).resolve()
+
+
+def describe(trouble: BaseException, uri: str) -> str:
+    """Return a short error description for messages, with secrets of the tracking URI masked."""
+    text = " ".join(redact(str(trouble), uri).split())
+    short = text if len(text) <= 300 else f"{text[:120]} ... {text[-170:]}"  # the cause is at the end
+    return f"{type(trouble).__name__}: {short}"

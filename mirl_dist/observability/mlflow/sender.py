@@ -1,7 +1,6 @@
 """The thread that sends pending records to a tracking store in order, so that training never waits for the store.
 
-After a failure it pauses and retries; only records that the store rejects permanently are dropped. This module does not
-depend on a specific store.
+After a failure it pauses and retries; only records that the store rejects permanently are dropped.
 """
 
 from __future__ import annotations
@@ -12,34 +11,17 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from mirl_dist.errors import UserError
+from mirl_dist.observability.mlflow.client import REFUSALS, MlflowClientStore, transient_errors
 from mirl_dist.observability.mlflow.outbox import Outbox
-from mirl_dist.observability.mlflow.records import Record
+from mirl_dist.observability.mlflow.records import Record, describe
 
 STEPS_PER_DELIVERY, SECONDS_PER_DELIVERY = 50, 5.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, HURRIED_PAUSE_SECONDS = 5.0, 300.0, 1.0
 LOCK_PAUSE_SECONDS = 1.0
 
 _log = logging.getLogger("mirl_dist.tracking")
-
-
-class RecordStore(Protocol):
-    """Destination of records.
-
-    deliver: must be idempotent, and accept records of a run that an earlier process opened. transient_errors: the
-    exceptions of `deliver` after which it may be retried, including UserError for ids that could not be saved.
-    is_final: whether the store rejects the record permanently. answers: whether the server responds.
-    """
-
-    name: str  # for messages, without secrets
-
-    def deliver(self, record: Record) -> None: ...
-    def transient_errors(self) -> tuple[type[BaseException], ...]: ...
-    def describe(self, trouble: BaseException) -> str: ...
-    def is_final(self, trouble: BaseException) -> bool: ...
-    def answers(self) -> bool: ...
 
 
 @dataclasses.dataclass
@@ -67,35 +49,29 @@ class _Schedule:
 
     due: monotonic time from which records other than files may be sent. lock_at: monotonic time of the next attempt to
     take the journal's lock. steps: steps gathered since the last delivery. longest_pause: seconds, limit of pauses.
+    ended: whether the thread is to end.
     """
 
     due: float = math.inf
     lock_at: float = 0.0
     steps: int = 0
     longest_pause: float = math.inf
-
-
-@dataclasses.dataclass
-class _FailureReport:
-    """Reported failures.
-
-    announce: logs a format string with values. last: most recent cause. refused: (kind, run) of records that the store
-    rejected permanently.
-    """
-
-    announce: Callable[..., None]
-    last: str = "nothing got through"
-    refused: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+    ended: bool = False
 
 
 class Sender:
-    """Sender of an outbox's records to a store: in a daemon thread by `start`, or in the caller's by `send_all`."""
+    """Sender of an outbox's records to a store, in a daemon thread.
 
-    def __init__(self, store: RecordStore, outbox: Outbox) -> None:
-        self._store, self._outbox, self._changed = store, outbox, outbox.changed
-        self._schedule, self._closed = _Schedule(), False
-        self._away, self._no_files = _Outage(), _Outage()
-        self._failures = _FailureReport(_log.warning)
+    announce: logs a format string with values. last_failure: most recent cause.
+    """
+
+    def __init__(
+        self, store: MlflowClientStore, outbox: Outbox, announce: Callable[..., object] = _log.warning
+    ) -> None:
+        self.last_failure = "nothing got through"
+        self._store, self._outbox, self._announce = store, outbox, announce
+        self._schedule, self._away, self._no_files = _Schedule(), _Outage(), _Outage()
+        self._refused = set[tuple[str, str]]()  # kind and run of records that the store rejected permanently
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
 
     def start(self) -> None:
@@ -108,59 +84,44 @@ class Sender:
 
     def count_step(self) -> None:
         """Count a queued step. Steps are sent once 50 have gathered, or after 5 seconds."""
-        with self._changed:
+        with self._outbox.changed:
             self._schedule.steps += 1
             full = self._schedule.steps >= STEPS_PER_DELIVERY
             self._send_at(time.monotonic() + (0.0 if full else SECONDS_PER_DELIVERY))
 
-    def finish(self, idle_seconds: float, seconds: float) -> bool:
+    def finish(
+        self, idle_seconds: float, seconds: float = math.inf, advance: Callable[[int], None] = lambda sent: None
+    ) -> bool:
         """Send all pending records without long pauses, and end the thread. Return whether all were sent.
 
-        Wait as long as deliveries succeed: at most `idle_seconds` without one, and `seconds` in total.
+        Wait as long as deliveries succeed: at most `idle_seconds` without one, and `seconds` in total. advance: called
+        with the number of points and other records sent.
         """
-        with self._changed:
+        with self._outbox.changed:
             self._schedule.longest_pause = HURRIED_PAUSE_SECONDS
             self._away.not_before = self._no_files.not_before = self._schedule.lock_at = 0.0
             self._schedule.due = -math.inf
-            self._changed.notify_all()
+            self._outbox.changed.notify_all()
             last = now = time.monotonic()
             end, sent = now + seconds, self._outbox.sent
-            while self._unfinished() and self._thread.is_alive() and now < min(end, last + idle_seconds):
-                self._changed.wait(min(end - now, last + idle_seconds - now, 0.5))
+            advance(sent)
+            while (left := self._unfinished()) and self._thread.is_alive() and now < min(end, last + idle_seconds):
+                self._outbox.changed.wait(min(end - now, last + idle_seconds - now, 0.5))
                 now = time.monotonic()
                 if self._outbox.sent != sent:
                     last, sent = now, self._outbox.sent
-            unfinished = self._unfinished()
-            self._closed = True
-            self._changed.notify_all()
-        if not unfinished:
+                    advance(sent)
+            self._schedule.ended = True
+            self._outbox.changed.notify_all()
+        if not left:
             self._thread.join(idle_seconds)
-        return not unfinished
-
-    def send_all(self, idle_seconds: float, advance: Callable[[int], None]) -> str:
-        """Send all pending records in this thread. Return '', or the cause if no delivery succeeds for `idle_seconds`.
-
-        advance: called with the number of records sent.
-        """
-        self._schedule.due, self._schedule.longest_pause = -math.inf, HURRIED_PAUSE_SECONDS
-        self._failures.announce = lambda *_: None
-        last, sent = time.monotonic(), 0
-        while self._unfinished():
-            self._send_one()
-            if self._outbox.sent != sent:
-                last, sent = time.monotonic(), self._outbox.sent
-                advance(sent)
-            elif time.monotonic() - last > idle_seconds:
-                return self._failures.last
-            else:
-                time.sleep(max(0.0, min(self._seconds_to_wait(), HURRIED_PAUSE_SECONDS)))
-        return ""
+        return not left
 
     def _send_at(self, when: float) -> None:
-        with self._changed:
+        with self._outbox.changed:
             if when < self._schedule.due and self._unfinished():
                 self._schedule.due = when
-                self._changed.notify_all()
+                self._outbox.changed.notify_all()
 
     def _unfinished(self) -> bool:
         return not self._outbox.owns_delivery or any(self._outbox.waits())
@@ -174,18 +135,19 @@ class Sender:
                     self._gather_again()
                 else:
                     self._schedule.lock_at = time.monotonic() + LOCK_PAUSE_SECONDS
-                self._outbox.checkpoint()
+                self._outbox.journal.checkpoint()  # here, so that appending need not wait for the disk
         finally:
-            self._outbox.close()
+            with self._outbox.changed:
+                self._outbox.journal.close()
 
     def _wait_for_work(self) -> bool:
         """Block until there is work. Return False once the sender is closed."""
-        with self._changed:
-            while not self._closed:
+        with self._outbox.changed:
+            while not self._schedule.ended:
                 seconds = self._seconds_to_wait()
                 if seconds <= 0:
                     return True
-                self._changed.wait(None if seconds == math.inf else seconds)
+                self._outbox.changed.wait(None if seconds == math.inf else seconds)
         return False
 
     def _seconds_to_wait(self) -> float:
@@ -201,7 +163,7 @@ class Sender:
 
     def _gather_again(self) -> None:
         """Once all records but files are sent, start gathering steps again."""
-        with self._changed:
+        with self._outbox.changed:
             if not self._outbox.waits()[1]:
                 self._schedule.due, self._schedule.steps = math.inf, 0
 
@@ -217,30 +179,29 @@ class Sender:
         record = dataclasses.replace(batch[0], points=[point for record in batch for point in record.points])
         try:
             self._store.deliver(record)
-        except self._store.transient_errors() as trouble:
+        except transient_errors() as trouble:
             if not self._is_refused(record, trouble):
                 self._back_off(record, trouble)
                 return
         else:
-            self._failures.refused.discard((record.kind, record.run_key))
+            self._refused.discard((record.kind, record.run_key))
             self._away.end()
             if record.kind == "file":
                 self._no_files.end()
-        with self._changed:
+        with self._outbox.changed:
             self._outbox.mark_sent(batch)
             self._gather_again()
             self._report_recovery()
 
     def _is_refused(self, record: Record, trouble: BaseException) -> bool:
         """Whether the store rejects the record permanently. Log the first rejection per kind and run."""
-        if record.kind == "open" or isinstance(trouble, UserError) or not self._store.is_final(trouble):
+        if record.kind == "open" or getattr(trouble, "error_code", "") not in REFUSALS:
             return False
-        if (record.kind, record.run_key) not in self._failures.refused:
+        if (record.kind, record.run_key) not in self._refused:
             text = "%s did not take %s '%s' of %s (%s). Training continues without it there."
-            _log.warning(
-                text, self._store.name, record.kind, record.name, record.run_key, self._store.describe(trouble)
-            )
-        self._failures.refused.add((record.kind, record.run_key))
+            cause = describe(trouble, self._store.uri)
+            _log.warning(text, self._store.name, record.kind, record.name, record.run_key, cause)
+        self._refused.add((record.kind, record.run_key))
         return True
 
     def _back_off(self, record: Record, trouble: BaseException) -> None:
@@ -248,7 +209,7 @@ class Sender:
 
         If only the artifact store is unavailable, points are still sent.
         """
-        cause = str(trouble) if isinstance(trouble, UserError) else self._store.describe(trouble)
+        cause = str(trouble) if isinstance(trouble, UserError) else describe(trouble, self._store.uri)
         outage = self._away
         text = (
             "%s is unavailable or refuses requests (%s). Training continues; points are kept and sent when it is back. "
@@ -258,19 +219,19 @@ class Sender:
             text = "records for %s wait, because the ids of its runs could not be kept (%s). Training continues."
         elif record.kind == "file" and self._store.answers():
             outage, text = self._no_files, "%s accepts points but no files (%s). Training continues; files are kept."
-        self._failures.last = cause
-        with self._changed:
+        self.last_failure = cause
+        with self._outbox.changed:
             outage.lengthen(self._schedule.longest_pause)
         if not outage.announced:
             outage.announced = True
-            self._failures.announce(text, self._store.name, cause)
+            self._announce(text, self._store.name, cause)
 
     def _report_recovery(self) -> None:
         """Announce the end of an outage once all records pending from it are sent."""
         files, others = self._outbox.waits()
         if self._away.announced and not others and (not files or self._no_files.announced):
             self._away.announced = False
-            self._failures.announce("%s is back: all pending records are sent", self._store.name)
+            self._announce("%s is back: all pending records are sent", self._store.name)
         if self._no_files.announced and not files:
             self._no_files.announced = False
-            self._failures.announce("%s accepts files again: all that waited are sent", self._store.name)
+            self._announce("%s accepts files again: all that waited are sent", self._store.name)

@@ -14,52 +14,28 @@ import math
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 from mirl_dist.errors import UserError
+from mirl_dist.observability import progress
 from mirl_dist.observability.mlflow import records
-from mirl_dist.observability.mlflow.client import MlflowClientStore, import_quietly
+from mirl_dist.observability.mlflow.client import MlflowClientStore, RunIds, import_quietly
 from mirl_dist.observability.mlflow.journal import Journal, Pending, pending_records
 from mirl_dist.observability.mlflow.outbox import Outbox
-from mirl_dist.observability.mlflow.records import (
-    Record,
-    default_uri,
-    flatten,
-    image_files,
-    is_score,
-    legal_name,
-    redact,
-    redact_uri,
-)
-from mirl_dist.observability.mlflow.remote_runs import RunIds
+from mirl_dist.observability.mlflow.records import Record, legal_name, redact, redact_uri
 from mirl_dist.observability.mlflow.sender import Sender
 
-__all__ = ["MlflowTracker", "NoTracker", "Tracker", "Pending", "pending_records"]
+__all__ = ["MlflowTracker", "Tracker", "Pending", "pending_records", "resend"]
 
 FAREWELL_SECONDS = 10.0
 """How long `end_run` waits for MLflow without a successful delivery."""
+RESEND_SECONDS = 30.0
+"""Time without a successful delivery after which `resend` gives up."""
 
 _log = logging.getLogger("mirl_dist.tracking")
 
 
-class Tracker(Protocol):
-    """Interface for tracking a run: `MlflowTracker` on rank 0, `NoTracker` on the other ranks."""
-
-    def begin_run(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None: ...
-    def begin_round(self, round_: int, tags: Mapping[str, str], params: Mapping[str, object] = {}) -> None: ...
-    def log_step(self, step: int, values: Mapping[str, float]) -> None: ...
-    def log_ticket(self, round_: int, values: Mapping[str, float]) -> None: ...
-    def log_file(self, name: str, data: bytes, scope: str) -> None: ...
-    def log_image(self, key: str, png: bytes, step: int) -> None: ...
-    def flush(self) -> None: ...
-    def pending(self) -> bytes: ...
-    def end_round(self, status: str = "FINISHED") -> None: ...
-    def end_run(self, status: str = "FINISHED", seconds: float = math.inf) -> None: ...
-    def address(self) -> str: ...
-
-
-class NoTracker:
-    """Tracker that does nothing, for ranks other than 0 and for disabled tracking."""
+class Tracker:
+    """A tracker that does nothing, for ranks other than 0 and disabled tracking. Rank 0 has an `MlflowTracker`."""
 
     def begin_run(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None: ...
     def begin_round(self, round_: int, tags: Mapping[str, str], params: Mapping[str, object] = {}) -> None: ...
@@ -78,7 +54,7 @@ class NoTracker:
         return ""
 
 
-class MlflowTracker:
+class MlflowTracker(Tracker):
     """Tracker of a run in MLflow; reopens the run by id after a restart, without duplicate points.
 
     uri: tracking URI; None means MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the working directory.
@@ -102,12 +78,13 @@ class MlflowTracker:
         journal: Path,
         inherited: bytes = b"",
     ) -> None:
-        self._uri = default_uri(uri)
+        self._uri = records.default_uri(uri)
         import_quietly(self._uri)
         self._run_name = run_name
-        opened, key = _open_journal(journal, redact_uri(self._uri))
-        self._journal = journal if opened is not None else None
-        session_id = uuid.uuid4().hex
+        self._journal = journal
+        opened, key, session_id = Journal(journal), uuid.uuid4().hex, uuid.uuid4().hex
+        with contextlib.suppress(OSError):  # the outbox warns of it, and keeps records in memory
+            key = opened.read_key()
         self._store = MlflowClientStore(self._uri, experiment, run_name, RunIds(remembered, key, remember), session_id)
         self._outbox = Outbox(self._store.name, session_id, opened, inherited)
         self._sender = Sender(self._store, self._outbox)
@@ -149,10 +126,11 @@ class MlflowTracker:
         assert run_key in self._begun, "begin_round comes first"
         self._outbox.put_points("ticket", run_key, [(name, value, round_) for name, value in values.items()])
         alive, points = values.get("alive_weights", math.nan), list[tuple[str, float, int]]()
-        for name in sorted(values, key=lambda name: (not is_score(name), name.count("/"))):  # order of MLflow's pages
+        order = sorted(values, key=lambda name: (not records.is_score(name), name.count("/")))  # that of MLflow's pages
+        for name in order:
             if not name.startswith("weights/density/"):
                 points.append((records.BY_ROUND + name, values[name], round_))
-            if is_score(name) and math.isfinite(alive):  # next to its 'round/' twin: both must be in one batch
+            if records.is_score(name) and math.isfinite(alive):  # next to its 'round/' twin: both must be in one batch
                 points.append((name, values[name], int(alive)))
         self._outbox.put_points("ticket", "run", points)
         self.flush()
@@ -169,7 +147,7 @@ class MlflowTracker:
 
         A picture with the same key and step is replaced.
         """
-        for name, data in image_files(key, png, step).items():
+        for name, data in records.image_files(key, png, step).items():
             self.log_file(name, data, "run")
 
     def flush(self) -> None:
@@ -199,18 +177,15 @@ class MlflowTracker:
         self._outbox.move_to_disk()
         if self._sender.finish(FAREWELL_SECONDS, seconds):
             return
+        text = "the run ends while %d points and %d other records wait for %s in "
         with contextlib.suppress(UserError):
-            left = pending_records(self._journal) if self._journal else Pending(0, 0, None)
+            left = pending_records(self._journal)
             if left.since is not None:
-                _log.warning(
-                    "the run ends while %d points and %d other records wait for %s in %s. "
-                    "Send them with `mirl-dist track resend RUN`.",
-                    *(left.points, left.records, self._store.name, self._journal),
-                )
+                remedy = "%s. Send them with `mirl-dist track resend RUN`."
+                _log.warning(text + remedy, left.points, left.records, self._store.name, self._journal)
         lost = self._outbox.count_in_memory()
         if lost.since is not None:
-            text = "the run ends while %d points and %d other records wait for %s in memory only: they are lost to it"
-            _log.warning(text, lost.points, lost.records, self._store.name)
+            _log.warning(text + "memory only: they are lost to it", lost.points, lost.records, self._store.name)
 
     def address(self) -> str:
         """Return the run's page, or the command that opens the store, without credentials."""
@@ -222,7 +197,7 @@ class MlflowTracker:
         self._outbox.put(Record("open", run_key, name, texts))
         self._begun.add(run_key)
         long = records.LONGEST_PARAM
-        pairs = [(legal_name(n), redact(text, self._uri)[:long]) for n, text in flatten(params).items()]
+        pairs = [(legal_name(n), redact(text, self._uri)[:long]) for n, text in records.flatten(params).items()]
         for start in range(0, len(pairs), records.PARAMS_PER_CALL):
             self._outbox.put(Record("params", run_key, texts=dict(pairs[start : start + records.PARAMS_PER_CALL])))
         self.flush()
@@ -232,23 +207,65 @@ def check_reachable(uri: str | None) -> None:
     """Raise UserError for an invalid tracking URI or one that MLflow rejects, or if MLflow is not installed.
 
     Does not contact the server."""
-    address = default_uri(uri)
+    address = records.default_uri(uri)
     records.check_uri(address)
     import_quietly(address)
 
 
-def _open_journal(folder: Path, store_name: str) -> tuple[Journal | None, str]:
-    """Return the journal, or None with a warning if it cannot be used, and the run's key."""
+def resend(
+    uri: str | None,
+    experiment: str,
+    run_name: str,
+    remembered: Mapping[str, str],
+    remember: Callable[[dict[str, str]], None],
+    journal: Path,
+    inherited: bytes,
+    say: Callable[[str], None],
+) -> Pending:
+    """Send all pending records of an ended run, report it through `say`, and return their counts.
+
+    Other arguments as for `MlflowTracker`. Raise UserError while the run is active, and a resumable one if nothing was
+    delivered for 30 seconds.
+    """
+    address, session_id = records.default_uri(uri), uuid.uuid4().hex
+    check_reachable(address)
+    if not inherited and not journal.exists():
+        say(f"nothing waits for {redact_uri(address)}")
+        return Pending(0, 0, None)
     try:
-        journal = Journal(folder)
+        opened = Journal(journal)
+        key = opened.read_key()
     except OSError as error:
-        _log.warning(
-            "the journal %s cannot be used (%s): records for %s wait in memory only. "
-            "Make room or correct the rights, or choose another tracking.journal.",
-            *(folder, error.strerror or error, store_name),
-        )
-        return None, uuid.uuid4().hex
+        raise UserError(f"found the journal {journal}, which cannot be used: {error}. Correct the rights.") from None
+    store = MlflowClientStore(address, experiment, run_name, RunIds(remembered, key, remember), session_id)
     try:
-        return journal, journal.read_key()
-    except OSError:
-        return journal, uuid.uuid4().hex
+        if not opened.lock():
+            raise UserError(
+                f"found the journal {journal} in use: the run lives and sends by itself, or another command does. "
+                "Wait until it has ended."
+            )
+        return _send_all(store, Outbox(store.name, session_id, opened, inherited), journal, say)
+    finally:
+        opened.close()
+
+
+def _send_all(store: MlflowClientStore, outbox: Outbox, journal: Path, say: Callable[[str], None]) -> Pending:
+    """Send all records of an outbox and return their counts. Raise a resumable UserError if any are left."""
+    before = outbox.count()
+    if before.since is None:
+        say(f"nothing waits for {store.name} in {journal}")
+        return before
+    outbox.claim()
+    sender = Sender(store, outbox, announce=lambda *_: None)
+    with progress.bar(f"sending to {store.name}", before.points + before.records) as advance:
+        sender.start()
+        sent_all = sender.finish(RESEND_SECONDS, advance=lambda sent: advance(sent, ""))
+    if not sent_all:
+        left = outbox.count()
+        raise UserError(
+            f"found {store.name} unavailable or refusing requests ({sender.last_failure}): {left.points} points and "
+            f"{left.records} other records still wait in {journal}. Check the server, and call this again.",
+            resumable=True,
+        )
+    say(f"sent {before.points} points and {before.records} other records to {store.name}")
+    return before

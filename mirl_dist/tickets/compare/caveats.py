@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from mirl_dist.tickets.compare import grouping, statistics
-from mirl_dist.tickets.compare.entry import DENSE, Entry
+from mirl_dist.tickets.compare import statistics
+from mirl_dist.tickets.compare.entry import Entry
 from mirl_dist.tickets.compare.statistics import Group
 from mirl_dist.training.ticket import Ticket
 
@@ -20,13 +20,26 @@ def list_caveats(entries: Sequence[Entry]) -> list[str]:
     """
     table = statistics.group_entries(entries)
     return [
-        *grouping.describe_other_experiments(entries),
+        *_note_other_experiments(entries),
         *_note_seeds(table),
         *_note_missing_pairs(table, entries),
         *_note_differences(table, entries),
         *_note_implausible_scores(entries),
         *_note_evaluation(entries),
         *_note_training(entries),
+    ]
+
+
+def _note_other_experiments(entries: Sequence[Entry]) -> list[str]:
+    """Return a sentence for each numbered label: its runs, and that they are a different experiment."""
+    runs: dict[tuple[str, str], dict[str, None]] = {}
+    for s, key in zip(entries, statistics.group_keys(entries), strict=True):
+        if key.label != key.method:
+            runs.setdefault((key.label, key.method), {})[s.run] = None
+    return [
+        f"{label} is another experiment than {method}: the configs differ, so these runs are no seeds of it: "
+        + "; ".join(names)
+        for (label, method), names in runs.items()
     ]
 
 
@@ -47,7 +60,7 @@ def _note_seeds(table: Sequence[Group]) -> list[str]:
 
 
 def _note_missing_pairs(table: Sequence[Group], entries: Sequence[Entry]) -> list[str]:
-    dense = [s for s in entries if s.method == DENSE]
+    dense = [s for s in entries if s.dense]
     lone = [s.name for group in table if not group.dense for s in group.entries if not statistics.find_dense(s, dense)]
     text = "no dense ticket of the same seed, training, data and network, so no difference to it"
     return [f"{text}: {_join_first(lone)}"] if lone else []
@@ -74,12 +87,15 @@ def _note_differences(table: Sequence[Group], entries: Sequence[Entry]) -> list[
 
 
 def _note_implausible_scores(entries: Sequence[Entry]) -> list[str]:
-    implausible = []
-    for s in entries:
-        for scores in (s.ticket.scores, *s.ticket.also.values()):
-            implausible += [f"{s.name}, {name}" for name, score in scores.items() if not statistics.is_plausible(score)]
+    implausible = dict.fromkeys(
+        f"{s.name}, {name}"
+        for s in entries
+        for scores in (s.ticket.scores, *s.ticket.also.values())
+        for name, score in scores.items()
+        if not statistics.is_plausible(score)
+    )
     text = "scores that are no numbers, or out of range, count as unknown and are in no mean"
-    return [f"{text}: {_join_first(dict.fromkeys(implausible))}"] if implausible else []
+    return [f"{text}: {_join_first(implausible)}"] if implausible else []
 
 
 def _note_evaluation(entries: Sequence[Entry]) -> list[str]:
@@ -99,17 +115,13 @@ def _note_evaluation(entries: Sequence[Entry]) -> list[str]:
 
 
 def _note_training(entries: Sequence[Entry]) -> list[str]:
-    sentences = []
     counted: dict[str, _Counter] = {
         "damaged samples were replaced in training": lambda t: t.skipped,
         "batches were left out of training (loss or gradient not finite)": lambda t: t.bad,
         "tensors have no alive weight": lambda t: len(t.collapsed),
     }
-    for text, count in counted.items():
-        counts = [f"{s.name}: {count(s.ticket):,}" for s in entries if count(s.ticket)]
-        if counts:
-            sentences.append(f"{text} ({_join_first(counts)})")
-    return sentences
+    counts = {t: [f"{s.name}: {count(s.ticket):,}" for s in entries if count(s.ticket)] for t, count in counted.items()}
+    return [f"{text} ({_join_first(texts)})" for text, texts in counts.items() if texts]
 
 
 def _join_first(texts: Iterable[str]) -> str:

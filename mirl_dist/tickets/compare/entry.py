@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 
 from mirl_dist.training.ticket import DENSE, Ticket
 
-__all__ = ["DENSE", "Entry"]
+__all__ = ["CONTROL_PREFIX", "DENSE", "Entry"]
+
+CONTROL_PREFIX = "control "
+"""Prefix of a control's method."""
 
 
 class Entry(NamedTuple):
@@ -34,6 +37,14 @@ class Entry(NamedTuple):
     parts: Mapping[str, int]
     mask: Mapping[str, NDArray[np.uint8]] | None
     strip: bytes | None
+
+    @property
+    def dense(self) -> bool:
+        return self.method == DENSE
+
+    @property
+    def control(self) -> bool:
+        return self.method.startswith(CONTROL_PREFIX)
 
     @property
     def name(self) -> str:

@@ -16,9 +16,8 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from mirl_dist.tickets.compare import statistics
-from mirl_dist.tickets.compare.entry import DENSE, Entry
-from mirl_dist.tickets.compare.grouping import CONTROL_PREFIX
-from mirl_dist.tickets.compare.statistics import Group, Statistic
+from mirl_dist.tickets.compare.entry import CONTROL_PREFIX, Entry
+from mirl_dist.tickets.compare.statistics import Group, Statistic, psnr_of
 
 YES, WITHIN, NO, UNKNOWN = "yes", "within the spread", "no", "unknown"
 YES_ONE, NO_ONE = "yes (one seed)", "no (one seed)"
@@ -95,24 +94,24 @@ def judge(entries: Sequence[Entry], tolerance_db: float = 0.0, *, chosen: bool =
 
 
 def _judge_group(group: Group, entries: Sequence[Entry], tolerance_db: float) -> Judgement:
-    dense = [s for s in entries if s.method == DENSE]
-    gains, laters = (
-        statistics.summarize(statistics.subtract_dense(group.entries, dense, value))
-        for value in (_psnr_by_task, _best_steps)
-    )
+    dense = [s for s in entries if s.dense]
+    gains, laters = (statistics.subtract_dense(group.entries, dense, value) for value in (psnr_of, _best_steps))
     answers = {}
     for name in statistics.task_names(group.entries):
         gain, later = gains.get(name), laters.get(name)
-        fewer = None if later is None else later._replace(mean=-later.mean)
-        known = all(name in _psnr_by_task(s) for s in group.entries if name in s.ticket.scores)
-        answers[name] = Answer(
-            gain, _judge_difference(gain, tolerance_db) if known else UNKNOWN, later, _judge_difference(fewer, 0.0)
-        )
+        score = UNKNOWN if name in _broken_scores(group) else _judge_difference(gain, tolerance_db)
+        steps = _judge_difference(later and later._replace(mean=-later.mean), 0.0)
+        answers[name] = Answer(gain, score, later, steps)
     controls = tuple(_judge_control(kind, group, entries) for kind in CONTROLS)
     overall = _judge_overall(group, answers)
     remarks = tuple(_collect_remarks(group, answers, controls, overall))
     density = group.alive / group.total
     return Judgement(group.method, group.round_, group.seeds, density, answers, controls, overall, remarks)
+
+
+def _broken_scores(group: Group) -> list[str]:
+    """Return the tasks with a score that is not plausible."""
+    return list(dict.fromkeys(n for s in group.entries for n in s.ticket.scores if n not in psnr_of(s)))
 
 
 def _remark_on_rounds(judgement: Judgement, judgements: Sequence[Judgement]) -> list[str]:
@@ -123,10 +122,6 @@ def _remark_on_rounds(judgement: Judgement, judgements: Sequence[Judgement]) -> 
         return []
     rounds_of_seeds = ", ".join(f"round {round_} for seed {seed}" for seed, round_ in sorted(seeds))
     return [f"{rounds_of_seeds}: judge one round with --round"]
-
-
-def _psnr_by_task(s: Entry) -> dict[str, float]:
-    return {name: score.psnr for name, score in statistics.scores_of(s.ticket).items()}
 
 
 def _best_steps(s: Entry) -> Mapping[str, float]:
@@ -165,7 +160,7 @@ def _collect_remarks(
     group: Group, answers: Mapping[str, Answer], controls: Sequence[Control], overall: str
 ) -> list[str]:
     remarks = [*_remark_on_pairs(group, answers)]
-    broken = [n for n in answers if any(n in s.ticket.scores and n not in _psnr_by_task(s) for s in group.entries)]
+    broken = _broken_scores(group)
     if broken:
         remarks.append(f"a score that is no number: {', '.join(broken)}")
     missing = [name for name, a in answers.items() if a.gain is None and name not in broken]
@@ -206,19 +201,16 @@ def _judge_control(kind: str, group: Group, entries: Sequence[Entry]) -> Control
         return [c for c in controls_of.get(s.ticket.digest(), []) if statistics.same_network_and_data(c, s)]
 
     def difference(s: Entry) -> dict[str, float]:
-        return statistics.subtract_mean(_psnr_by_task(s), [_psnr_by_task(c) for c in against(s)])
+        return statistics.subtract_mean(psnr_of(s), [psnr_of(c) for c in against(s)])
 
-    def mean(s: Entry) -> dict[str, float]:
-        differences = difference(s)
-        return {"": fmean(differences.values())} if differences else {}
-
-    gains = statistics.summarize(statistics.average_by_seed(group.entries, difference))
-    mean_gain = statistics.summarize(statistics.average_by_seed(group.entries, mean)).get("")
+    gains = statistics.over_seeds(group.entries, difference)
+    means = statistics.over_seeds(group.entries, lambda s: {"": fmean(d.values())} if (d := difference(s)) else {})
     verdicts = {name: _control_verdict(gain) for name, gain in gains.items()}
     pairs = [(s, c) for s in group.entries for c in against(s)]
-    sound = all(len(_psnr_by_task(x)) == len(x.ticket.scores) for pair in pairs for x in pair)
-    verdict = (NOT_RUN if mean_gain is None else _control_verdict(mean_gain)) if sound else UNKNOWN
-    return Control(kind, gains, verdicts, mean_gain if sound else None, verdict)
+    if not all(len(psnr_of(x)) == len(x.ticket.scores) for pair in pairs for x in pair):
+        return Control(kind, gains, verdicts, None, UNKNOWN)
+    mean = means.get("")
+    return Control(kind, gains, verdicts, mean, NOT_RUN if mean is None else _control_verdict(mean))
 
 
 def _control_verdict(gain: Statistic) -> str:

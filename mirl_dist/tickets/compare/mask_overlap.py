@@ -75,11 +75,11 @@ def _positions_of_equal(keys: Sequence[Hashable]) -> list[list[int]]:
 
 def _intersections(entries: Sequence[Entry]) -> Square:
     """Return pairwise counts of weights that survive in both masks, float64 (n, n). All masks must have one layout."""
-    counts = np.zeros((len(entries), len(entries)), dtype=np.int64)
+    counts = np.zeros((len(entries), len(entries)))
     masks = [s.mask for s in entries if s.mask is not None]
-    for name in masks[0]:
-        for start in range(0, masks[0][name].size, _BYTES_AT_A_TIME):
+    for name, first in masks[0].items():
+        for start in range(0, first.size, _BYTES_AT_A_TIME):
             pieces = np.stack([mask[name].reshape(-1)[start : start + _BYTES_AT_A_TIME] for mask in masks])
-            for row, piece in enumerate(pieces):
-                counts[row, row:] += np.bitwise_count(piece & pieces[row:]).sum(axis=1, dtype=np.int64)
-    return (counts + np.triu(counts, 1).T).astype(np.float64)
+            bits = np.unpackbits(pieces, axis=1).astype(np.float32)  # so few that their products sum up exactly
+            counts += bits @ bits.T
+    return counts

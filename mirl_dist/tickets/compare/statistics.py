@@ -1,4 +1,4 @@
-"""Statistics of a method and round: means and standard deviations over seeds, differences to the dense network."""
+"""Groups tickets into lines of a comparison, one per method and round of an experiment, with statistics over seeds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import NamedTuple
 
 from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
-from mirl_dist.tickets.compare import grouping
-from mirl_dist.tickets.compare.entry import DENSE, Entry
-from mirl_dist.tickets.compare.grouping import CONTROL_PREFIX
+from mirl_dist.tickets.compare.entry import Entry
 from mirl_dist.training.ticket import Ticket
 
 MAX_DB, _MAX_SSIM = 1000.0, 1.001
@@ -31,10 +29,18 @@ class Statistic(NamedTuple):
         return cls(fmean(numbers), stdev(numbers) if len(numbers) > 1 else None, len(numbers))
 
 
+class GroupKey(NamedTuple):
+    """The line of a ticket. label: the method, numbered if an earlier experiment in the comparison has the same one."""
+
+    method: str
+    label: str
+    round_: int
+
+
 class Group(NamedTuple):
     """One line of a comparison: a method's tickets of one round, over all seeds.
 
-    method, round_: label and round from `grouping.group_keys`. alive: surviving weights of `total`, mean over seeds.
+    method, round_: label and round from `group_keys`. alive: surviving weights of `total`, mean over seeds.
     sparsity: over all parameters. psnr (dB), ssim: by 'task/set'. against_dense: paired difference of PSNR in dB,
     ticket minus dense network (`find_dense`), by 'task/set'; tasks without a pair are absent.
     Several tickets of one seed count as one value, their mean. Scores that are not plausible are left out; a caveat
@@ -57,11 +63,11 @@ class Group(NamedTuple):
 
     @property
     def dense(self) -> bool:
-        return self.entries[0].method == DENSE
+        return self.entries[0].dense
 
     @property
     def control(self) -> bool:
-        return self.entries[0].method.startswith(CONTROL_PREFIX)
+        return self.entries[0].control
 
 
 def headline_protocol(ticket: Ticket) -> str:
@@ -72,6 +78,11 @@ def headline_protocol(ticket: Ticket) -> str:
 def scores_of(ticket: Ticket, protocol: str | None = None) -> Mapping[str, Score]:
     """Return 'task/set' -> Score under a protocol (None: the headline), plausible scores only; empty if not scored."""
     return {name: score for name, score in _stated_scores(ticket, protocol).items() if is_plausible(score)}
+
+
+def psnr_of(s: Entry) -> dict[str, float]:
+    """Return 'task/set' -> PSNR in dB under the headline protocol, plausible scores only."""
+    return {name: score.psnr for name, score in scores_of(s.ticket).items()}
 
 
 def _stated_scores(ticket: Ticket, protocol: str | None) -> Mapping[str, Score]:
@@ -91,6 +102,32 @@ def task_names(entries: Iterable[Entry]) -> list[str]:
     return list(dict.fromkeys(name for s in entries for name in s.ticket.scores))
 
 
+def group_keys(entries: Sequence[Entry]) -> list[GroupKey]:
+    """Return the line of each ticket, in the order of `entries`.
+
+    Seeds of one experiment share a line; dense tickets share one if their training settings are equal. A second
+    experiment of a method is labelled 'MIR-L-G (2)'. A control is placed at the round of the ticket that it controls,
+    and its method includes that ticket's label.
+    """
+    numbers: dict[str, dict[str, int]] = {}
+
+    def key_of(s: Entry, method: str, round_: int) -> GroupKey:
+        known = numbers.setdefault(method, {})
+        number = known.setdefault(s.training if s.dense else s.experiment, len(known) + 1)
+        return GroupKey(method, method if number == 1 else f"{method} ({number})", round_)
+
+    keys = {at: key_of(s, s.method, s.ticket.round) for at, s in enumerate(entries) if not s.control}
+    parents = {entries[at].ticket.digest(): key for at, key in keys.items()}
+    for at, s in enumerate(entries):
+        if s.control:
+            parent = parents.get(s.ticket.parent or "")
+            if parent is None:  # parent not compared here: distinguish by density instead
+                keys[at] = key_of(s, f"{s.method} ({s.ticket.alive_total:,} alive)", s.ticket.round)
+            else:
+                keys[at] = key_of(s, f"{s.method} of {parent.label}", parent.round_)
+    return [keys[at] for at in range(len(entries))]
+
+
 def group_entries(entries: Sequence[Entry], protocol: str | None = None) -> list[Group]:
     """Return a line per label and round: dense first, methods in order of first appearance, rounds ascending.
 
@@ -102,56 +139,47 @@ def group_entries(entries: Sequence[Entry], protocol: str | None = None) -> list
         known = dict.fromkeys(name for s in entries for name in (headline_protocol(s.ticket), *s.ticket.also))
         raise UserError(f"no ticket here was scored by {protocol}; there are {', '.join(known)}. Name one of these.")
     together: dict[tuple[str, int], list[Entry]] = {}
-    for s, key in zip(entries, grouping.group_keys(entries), strict=True):
+    for s, key in zip(entries, group_keys(entries), strict=True):
         together.setdefault((key.label, key.round_), []).append(s)
     order = list(dict.fromkeys(method for method, _ in together))
-    placed = sorted(together, key=lambda k: (together[k][0].method != DENSE, order.index(k[0]), k[1]))
-    dense = [s for s in entries if s.method == DENSE]
-    return [_make_group(key, together[key], dense, protocol) for key in placed]
+    placed = sorted(together, key=lambda k: (not together[k][0].dense, order.index(k[0]), k[1]))
+    dense = [s for s in entries if s.dense]
+    return [_make_group(*key, together[key], dense, protocol) for key in placed]
 
 
-def _make_group(key: tuple[str, int], entries: Sequence[Entry], dense: Sequence[Entry], protocol: str | None) -> Group:
+def _make_group(
+    method: str, round_: int, entries: Sequence[Entry], dense: Sequence[Entry], protocol: str | None
+) -> Group:
     def of(what: str) -> Callable[[Entry], Mapping[str, float]]:
         return lambda s: {name: getattr(score, what) for name, score in scores_of(s.ticket, protocol).items()}
 
-    alive = Statistic.of(average_by_seed(entries, lambda s: {"": s.ticket.alive_total})[""].values()).mean
-    total = entries[0].ticket.total
-    against = {} if entries[0].method == DENSE else subtract_dense(entries, dense, of("psnr"))
     return Group(
-        method=key[0],
-        round_=key[1],
-        alive=alive,
-        total=total,
+        method=method,
+        round_=round_,
+        alive=over_seeds(entries, lambda s: {"": s.ticket.alive_total})[""].mean,
+        total=entries[0].ticket.total,
         sparsity=fmean(s.ticket.total_sparsity for s in entries),
-        psnr=summarize(average_by_seed(entries, of("psnr"))),
-        ssim=summarize(average_by_seed(entries, of("ssim"))),
-        against_dense=summarize(against),
+        psnr=over_seeds(entries, of("psnr")),
+        ssim=over_seeds(entries, of("ssim")),
+        against_dense={} if entries[0].dense else subtract_dense(entries, dense, of("psnr")),
         entries=tuple(entries),
     )
 
 
-def summarize(values: Mapping[str, Mapping[int, float]]) -> dict[str, Statistic]:
-    """Convert name -> seed -> value to name -> Statistic over seeds."""
-    return {name: Statistic.of(numbers.values()) for name, numbers in values.items() if numbers}
-
-
-def average_by_seed(
-    entries: Iterable[Entry], value: Callable[[Entry], Mapping[str, float]]
-) -> dict[str, dict[int, float]]:
-    """Return name -> seed -> mean over that seed's tickets, so that repeated runs do not count as further seeds."""
-    by_task: dict[str, dict[int, list[float]]] = {}
+def over_seeds(entries: Iterable[Entry], value: Callable[[Entry], Mapping[str, float]]) -> dict[str, Statistic]:
+    """Return the statistic over seeds of each named value. Several tickets of one seed count once, by their mean."""
+    values: dict[str, dict[int, list[float]]] = {}
     for s in entries:
         for name, number in value(s).items():
-            by_task.setdefault(name, {}).setdefault(s.seed, []).append(number)
-    return {name: {seed: fmean(numbers) for seed, numbers in seeds.items()} for name, seeds in by_task.items()}
+            values.setdefault(name, {}).setdefault(s.seed, []).append(number)
+    return {name: Statistic.of(map(fmean, seeds.values())) for name, seeds in values.items()}
 
 
 def subtract_dense(
     entries: Iterable[Entry], dense: Sequence[Entry], value: Callable[[Entry], Mapping[str, float]]
-) -> dict[str, dict[int, float]]:
-    """Return name -> seed -> value minus the dense ticket's (`find_dense`); values without a pair are left out."""
-
-    return average_by_seed(entries, lambda s: subtract_mean(value(s), [value(d) for d in find_dense(s, dense)]))
+) -> dict[str, Statistic]:
+    """Return `over_seeds` of value minus the dense ticket's (`find_dense`); values without a pair are left out."""
+    return over_seeds(entries, lambda s: subtract_mean(value(s), [value(d) for d in find_dense(s, dense)]))
 
 
 def subtract_mean(values: Mapping[str, float], others: Sequence[Mapping[str, float]]) -> dict[str, float]:

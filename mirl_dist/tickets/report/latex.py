@@ -8,15 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mirl_dist.errors import UserError
 from mirl_dist.tickets.compare import caveats, published, statistics
 from mirl_dist.tickets.compare.entry import Entry
 from mirl_dist.tickets.compare.published import Published
 from mirl_dist.tickets.compare.statistics import Group
-from mirl_dist.tickets.report.environment import make_environment
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -73,22 +73,18 @@ def tables(entries: Sequence[Entry]) -> str:
     )
 
 
+def make_environment(**options: Any) -> Environment:
+    """Return an environment for the templates of this folder, in which a missing value is an error."""
+    loader = PackageLoader("mirl_dist.tickets.report")
+    return Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options)
+
+
 @cache
 def _environment() -> Environment:
-    environment = make_environment(
-        block_start_string="<%",
-        block_end_string="%>",
-        variable_start_string="<<",
-        variable_end_string=">>",
-        comment_start_string="<#",
-        comment_end_string="#>",
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "tex": escape,
-        "level": _level,
-        "network": lambda figure: f"{figure.method} {figure.params}",
-    }
+    marks = {"block": ("<%", "%>"), "variable": ("<<", ">>"), "comment": ("<#", "#>")}
+    delimiters = {f"{what}_{at}_string": mark[at == "end"] for what, mark in marks.items() for at in ("start", "end")}
+    environment = make_environment(keep_trailing_newline=True, **delimiters)
+    environment.filters |= {"tex": escape, "level": _level, "network": lambda f: f"{f.method} {f.params}"}
     environment.globals |= {
         "dataset_of": published.dataset_of,
         "published_title": published.TITLE,

@@ -11,39 +11,29 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from jinja2 import Environment
+from markupsafe import Markup, escape
 
 from mirl_dist.errors import UserError
 from mirl_dist.tickets.compare import caveats, judge, published, statistics
-from mirl_dist.tickets.compare.entry import DENSE, Entry
+from mirl_dist.tickets.compare.entry import Entry
 from mirl_dist.tickets.compare.judge import Judgement
 from mirl_dist.tickets.compare.published import PublishedMatch
 from mirl_dist.tickets.compare.statistics import Group
-from mirl_dist.tickets.report import latex, page_figures, page_gallery, text_tables
-from mirl_dist.tickets.report.chart_style import assign_styles, swatch
-from mirl_dist.tickets.report.environment import make_environment
-from mirl_dist.tickets.report.page_figures import data_uri, embed
+from mirl_dist.tickets.report import charts, latex, mask_charts, page_gallery, text_tables
+from mirl_dist.tickets.report.charts import Style, assign_styles, swatch
+from mirl_dist.tickets.report.page_gallery import data_uri
+
+_Styles = Mapping[str, Style]
+MAX_CURVES = 6
+"""Maximum number of 'task/set' with curves, per method."""
 
 
-class ScoreTable(NamedTuple):
-    """Contents of a score table.
+class Chart(NamedTuple):
+    """A chart. heading: title next to the swatch of `method`; empty if the SVG contains its title."""
 
-    matches: published results by (method, round). cited: 'task/set' -> source of its published results. last: method ->
-    its last round. best: (measure, 'task/set') -> highest mean of a ticket.
-    """
-
-    groups: Sequence[Group]
-    matches: Mapping[tuple[str, int], PublishedMatch]
-    cited: Mapping[str, str]
-    last: Mapping[str, int]
-    best: Mapping[tuple[str, str], float | None]
-
-
-class Download(NamedTuple):
-    """A file embedded in the page. source: its content as a data URI."""
-
-    name: str
-    title: str
-    source: str
+    svg: Markup
+    method: str = ""
+    heading: str = ""
 
 
 def html(entries: Sequence[Entry], title: str, made: str) -> str:
@@ -63,18 +53,18 @@ def html(entries: Sequence[Entry], title: str, made: str) -> str:
         "entries": entries,
         "names": names,
         "runs": _tickets_by_run(entries),
-        "methods": list(dict.fromkeys(s.method for s in entries if s.method != DENSE)),
+        "methods": list(dict.fromkeys(s.method for s in entries if not s.dense)),
         "seeds": sorted({s.seed for s in entries}),
-        "dense": any(s.method == DENSE for s in entries),
-        "masked": sum(s.mask is not None for s in entries if s.method != DENSE),
+        "dense": any(s.dense for s in entries),
+        "masked": sum(s.mask is not None for s in entries if not s.dense),
         "protocols": _protocol_texts(entries),
         "caveats": caveats.list_caveats(entries),
         "scores": _score_table(groups, names, published.match_groups(groups, names)),
         "other_scores": {p: _score_table(statistics.group_entries(entries, p), names, []) for p in protocols},
-        "figures": page_figures.draw(groups, names, styles),
+        "figures": _draw(groups, names, styles),
         "gallery": page_gallery.gallery(groups),
         "downloads": _downloads(entries, bool(names)),
-        "swatch": lambda method: embed(swatch(method, styles[method]), "") if method in styles else "",
+        "swatch": lambda method: _embed(swatch(method, styles[method]), "") if method in styles else "",
     }
     values |= _judged(judge.judge(entries))
     return _environment().get_template("tickets.html.j2").render(values)
@@ -82,7 +72,7 @@ def html(entries: Sequence[Entry], title: str, made: str) -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = make_environment(autoescape=True)
+    environment = latex.make_environment(autoescape=True)
     environment.filters |= {
         "thousands": "{:,.0f}".format,
         "percent": "{:.1%}".format,
@@ -96,7 +86,7 @@ def _environment() -> Environment:
         "good": (judge.YES, judge.WINNING, judge.BEATS),
         "bad": (judge.NO, judge.LOSES),
         "published_title": published.TITLE,
-        "max_curves": page_figures.MAX_CURVES,
+        "max_curves": MAX_CURVES,
     }
     return environment
 
@@ -133,15 +123,20 @@ def _protocol_texts(entries: Sequence[Entry]) -> dict[str, str]:
     return texts
 
 
-def _score_table(groups: Sequence[Group], names: Sequence[str], matches: Sequence[PublishedMatch]) -> ScoreTable:
+def _score_table(groups: Sequence[Group], names: Sequence[str], matches: Sequence[PublishedMatch]) -> dict[str, Any]:
+    """Return the contents of a score table.
+
+    matches: published results by (method, round). cited: 'task/set' -> source of its published results. last: method ->
+    its last round. best: (measure, 'task/set') -> highest mean of a ticket.
+    """
     figures = {name: m.figures[name] for m in matches for name in names if name in m.figures}
-    return ScoreTable(
-        groups,
-        {(m.group.method, m.group.round_): m for m in matches},
-        {name: f"{figure.dataset}, {figure.table}" for name, figure in figures.items()},
-        {group.method: group.round_ for group in groups},
-        {(measure, name): _best_mean(groups, measure, name) for measure in ("psnr", "ssim") for name in names},
-    )
+    return {
+        "groups": groups,
+        "matches": {(m.group.method, m.group.round_): m for m in matches},
+        "cited": {name: f"{figure.dataset}, {figure.table}" for name, figure in figures.items()},
+        "last": {group.method: group.round_ for group in groups},
+        "best": {(measure, n): _best_mean(groups, measure, n) for measure in ("psnr", "ssim") for n in names},
+    }
 
 
 def _best_mean(groups: Sequence[Group], measure: str, name: str) -> float | None:
@@ -161,10 +156,87 @@ def _judged(judgements: Sequence[Judgement]) -> dict[str, Any]:
     }
 
 
-def _downloads(entries: Sequence[Entry], scored: bool) -> list[Download]:
+def _downloads(entries: Sequence[Entry], scored: bool) -> list[tuple[str, str, str]]:
+    """Return name, title and data URI of the files embedded in the page."""
     table = data_uri(text_tables.csv(entries), "text/csv;charset=utf-8")
-    files = [Download("tickets.csv", "All numbers (CSV)", table)]
+    files = [("tickets.csv", "All numbers (CSV)", table)]
     if scored:
         tex = data_uri(latex.tables(entries).encode(), "text/plain;charset=utf-8")
-        files.append(Download("tables.tex", "Tables II and III (LaTeX)", tex))
+        files.append(("tables.tex", "Tables II and III (LaTeX)", tex))
     return files
+
+
+def _embed(svg: bytes, label: str) -> Markup:
+    """Return an SVG as an inline element, so that it inherits the page's colours. label: for screen readers."""
+    return Markup(svg.decode().replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1))
+
+
+def _draw(groups: Sequence[Group], names: Sequence[str], styles: _Styles) -> dict[str, Any]:
+    """Return all charts of a page for its template. Lists are empty if the tickets lack the data.
+
+    scores: 'PSNR' or 'SSIM' -> charts. curves: a list of charts per method. overlapping: number of tickets in the
+    overlap grids.
+    """
+    last = charts.last_rounds(groups)
+    known = [(group, s) for group in last if not group.dense and (s := _first_seed(group)).ticket.layer_density]
+    named = mask_charts.choose_entries(groups)
+    grids = {"overlap of masks, two by two": False, "overlap of masks beyond chance": True}
+    between = mask_charts.overlap_of_seeds(groups, styles)
+    return {
+        "scores": {
+            word: [
+                Chart(_embed(charts.score(groups, styles, n, word.lower()), f"{word} of {n} against alive weights"))
+                for n in names
+            ]
+            for word in ("PSNR", "SSIM")
+        },
+        "distance": [
+            Chart(_embed(charts.distance(last, styles, n), f"distance of {n} to the dense network"))
+            for n in names
+            if any(n in group.against_dense for group in last)
+        ],
+        "curves": _curves(groups, names, styles),
+        "scale": _embed(mask_charts.scale(), "colours from 1% to 100% of weights alive"),
+        "by_kind": [_density_by_kind(group, s) for group, s in known],
+        "by_round": [chart for group, s in known for chart in _density_by_round(groups, group, s)],
+        "overlap": [Chart(_embed(mask_charts.grid(named, beyond), label)) for label, beyond in grids.items()]
+        if len(named) > 1
+        else [],
+        "overlapping": len(named),
+        "between_seeds": [] if between is None else [Chart(_embed(between, "overlap between seeds"))],
+    }
+
+
+def _curves(groups: Sequence[Group], names: Sequence[str], styles: _Styles) -> list[list[Chart]]:
+    """Draw training curves: a row of charts per method, for its lowest seed and the dense network of the same run."""
+    rows = []
+    curved = [(group, s) for group in groups for s in group.entries if s.ticket.curve is not None]
+    for method in dict.fromkeys(group.method for group, _ in curved if not group.dense):
+        of_method = [s for group, s in curved if group.method == method]
+        seed = min(s.seed for s in of_method)
+        one_seed = [s for s in of_method if s.seed == seed]
+        one_seed += [s for group, s in curved if group.dense and s.run == one_seed[0].run]
+        tasks = [n for n in names if any(s.ticket.curve and s.ticket.curve.psnr.get(n) for s in one_seed)][:MAX_CURVES]
+        drawn = [(charts.curves(one_seed, styles[method], n), f"{method}: PSNR of {n} within rounds") for n in tasks]
+        if drawn:
+            rows.append([Chart(_embed(*each), method, f"{method}, seed {seed}") for each in drawn])
+    return rows
+
+
+def _first_seed(group: Group) -> Entry:
+    return min(group.entries, key=lambda s: s.seed)
+
+
+def _density_by_kind(group: Group, entry: Entry) -> Chart:
+    grid = mask_charts.heat(mask_charts.by_kind(entry), f"kinds {group.method}")
+    heading = f"{group.method}, round {group.round_}, {group.alive / group.total:.1%}"
+    return Chart(_embed(grid, f"density by block and kind of tensor, {group.method}"), group.method, heading)
+
+
+def _density_by_round(groups: Sequence[Group], group: Group, entry: Entry) -> list[Chart]:
+    """Draw densities over rounds; an empty list for a control, or for a run with a single round here."""
+    rounds = [s for other in groups for s in other.entries if s.run == entry.run]
+    if group.control or len({s.ticket.round for s in rounds}) < 2:
+        return []
+    grid = mask_charts.heat(mask_charts.by_round(rounds), f"rounds {group.method}", "round")
+    return [Chart(_embed(grid, f"density by block and round, {group.method}"), group.method, group.method)]

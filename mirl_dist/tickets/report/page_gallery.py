@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import zip_longest
-from typing import NamedTuple
+from itertools import accumulate, zip_longest
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -13,10 +14,9 @@ from PIL import Image
 from mirl_dist.data import image_strip
 from mirl_dist.errors import UserError
 from mirl_dist.evaluation import metrics
-from mirl_dist.tickets.compare.entry import DENSE, Entry
+from mirl_dist.tickets.compare.entry import Entry
 from mirl_dist.tickets.compare.statistics import Group
 from mirl_dist.tickets.report.charts import last_rounds
-from mirl_dist.tickets.report.page_figures import data_uri
 
 MAX_ROWS, MAX_BYTES = 12, 2_500_000
 """Maximum number of image rows, and of bytes of all rows on the page."""
@@ -39,22 +39,12 @@ class ImageCell(NamedTuple):
     text: str
 
 
-class ImageRow(NamedTuple):
-    """One test image: degraded, restored by each column's ticket (None if the ticket lacks it), clean."""
-
-    title: str
-    images: list[ImageCell | None]
-
-    @property
-    def size(self) -> int:
-        return sum(len(image.source) for image in self.images if image)
-
-
 class Gallery(NamedTuple):
-    """The gallery. remarks: what was left out, and the image format. full: whether MAX_BYTES cut off rows."""
+    """The gallery. rows: (title of a test image, its cells: degraded, restored by each column's ticket, None if the
+    ticket lacks it, clean). remarks: what was left out, and the image format. full: whether MAX_BYTES cut off rows."""
 
     columns: list[Column]
-    rows: list[ImageRow]
+    rows: list[tuple[str, list[ImageCell | None]]]
     remarks: list[str]
     full: bool
 
@@ -64,21 +54,18 @@ def gallery(groups: Sequence[Group]) -> Gallery:
     columns, remarks = _choose_columns(groups)
     titles = _spread_over_tasks(dict.fromkeys(t for c in columns for t in c.images))
     kept = titles[:MAX_ROWS]
-    rows, full = [_image_row(columns, title, False) for title in kept], False
-    if not rows:
+    if not kept:
         return Gallery(columns, [], remarks, False)
     if len(kept) < len(titles):
         remarks.append(f"{len(kept)} of {len(titles)} images are shown.")
-    if sum(row.size for row in rows) <= MAX_BYTES:
-        return Gallery(columns, rows, [*remarks, "Pixels are exact (PNG)."], False)
-    rows = []
-    for title in kept:
-        row = _image_row(columns, title, True)
-        full = bool(rows) and sum(each.size for each in rows) + row.size > MAX_BYTES
-        if full:
+    formats = {"image/png": "Pixels are exact (PNG).", "image/jpeg": "JPEG (quality 90), to keep the page small."}
+    for media_type in formats:
+        rows = [(title, _image_cells(columns, title, media_type)) for title in kept]
+        total = list(accumulate(sum(len(cell.source) for cell in cells if cell) for _, cells in rows))
+        if total[-1] <= MAX_BYTES:
             break
-        rows.append(row)
-    return Gallery(columns, rows, [*remarks, "JPEG (quality 90), to keep the page small."], full)
+    fitting = max(1, sum(size <= MAX_BYTES for size in total))
+    return Gallery(columns, rows[:fitting], [*remarks, formats[media_type]], fitting < len(rows))
 
 
 def _choose_columns(groups: Sequence[Group]) -> tuple[list[Column], list[str]]:
@@ -95,7 +82,7 @@ def _choose_columns(groups: Sequence[Group]) -> tuple[list[Column], list[str]]:
                 continue
             columns.append(Column(group, entry, {r.title: r.images for r in rows if len(r.images) == 3}))
             break
-    return sorted(columns, key=lambda c: c.entry.method == DENSE), remarks
+    return sorted(columns, key=lambda c: c.entry.dense), remarks
 
 
 def _spread_over_tasks(titles: Iterable[str]) -> list[str]:
@@ -106,9 +93,9 @@ def _spread_over_tasks(titles: Iterable[str]) -> list[str]:
     return [t for turn in zip_longest(*tasks.values()) for t in turn if t is not None]
 
 
-def _image_row(columns: Sequence[Column], title: str, lossy: bool) -> ImageRow:
+def _image_cells(columns: Sequence[Column], title: str, media_type: str) -> list[ImageCell | None]:
     degraded, _, clean = next(c.images[title] for c in reversed(columns) if title in c.images)
-    cells: list[ImageCell | None] = [_image_cell(degraded, lossy, _describe_quality(degraded, clean))]
+    cells: list[ImageCell | None] = [_image_cell(degraded, media_type, _describe_quality(degraded, clean))]
     for column in columns:
         images = column.images.get(title)
         if images is None:
@@ -116,19 +103,21 @@ def _image_row(columns: Sequence[Column], title: str, lossy: bool) -> ImageRow:
             continue
         same = np.array_equal(images[0], degraded) and np.array_equal(images[2], clean)
         text = _describe_quality(images[1], clean) + ("" if same else " (another input)")
-        cells.append(_image_cell(images[1], lossy, text))
-    return ImageRow(title, [*cells, _image_cell(clean, lossy, "clean")])
+        cells.append(_image_cell(images[1], media_type, text))
+    return [*cells, _image_cell(clean, media_type, "clean")]
 
 
 def _describe_quality(image: image_strip.Pixels, clean: image_strip.Pixels) -> str:
-    return f"{metrics.psnr_8bit(image, clean):.2f} dB" if image.shape == clean.shape else "another size"
+    return f"{metrics.psnr(image, clean, peak=255):.2f} dB" if image.shape == clean.shape else "another size"
 
 
-def _image_cell(image: image_strip.Pixels, lossy: bool, text: str) -> ImageCell:
+def _image_cell(image: image_strip.Pixels, media_type: str, text: str) -> ImageCell:
     data = io.BytesIO()
-    if lossy:
-        Image.fromarray(image).save(data, "JPEG", quality=90, subsampling=0)
-    else:
-        Image.fromarray(image).save(data, "PNG", optimize=True)
+    options: dict[str, Any] = {"optimize": True} if media_type == "image/png" else {"quality": 90, "subsampling": 0}
+    Image.fromarray(image).save(data, media_type.removeprefix("image/"), **options)
     height, width = image.shape[:2]
-    return ImageCell(data_uri(data.getvalue(), "image/jpeg" if lossy else "image/png"), width, height, text)
+    return ImageCell(data_uri(data.getvalue(), media_type), width, height, text)
+
+
+def data_uri(data: bytes, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"

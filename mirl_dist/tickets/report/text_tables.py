@@ -97,7 +97,10 @@ def tables(entries: Sequence[Entry]) -> list[TextTable]:
     groups, names = statistics.group_entries(entries), statistics.task_names(entries)
     many = any(len(group.seeds) > 1 for group in groups)
     heads = ("method", "round", "alive", "sparsity") + (("seeds",) if many else ())
-    rows = [_group_row(group, many) for group in groups] + _degraded_rows(entries, len(heads))
+    rows = [_group_row(group, many) for group in groups]
+    scored = {n: s for one in reversed(entries) for n, s in statistics.scores_of(one.ticket).items()}
+    degraded = {n: f"{s.degraded_psnr:.2f}\n{s.degraded_ssim:.4f}" for n, s in scored.items()}
+    rows += [TableRow(("input",) + ("",) * (len(heads) - 1), degraded)] if degraded else []
     title = "PSNR in dB over SSIM" + (", means over seeds, ± sample standard deviation" if many else "")
     ours = TextTable(title, heads, rows, names, [f"protocol: {s.ticket.protocol}" for s in entries[:1]])
     return [ours, *_published_tables(groups, names)]
@@ -116,13 +119,6 @@ def format_statistic(statistic: Statistic, digits: int, sign: str = "") -> list[
     """Return the lines of a cell: the mean, and the standard deviation if known. sign: '+' always shows the sign."""
     lines = [f"{statistic.mean:{sign},.{digits}f}"]
     return lines if statistic.sd is None else [*lines, f"±{statistic.sd:,.{digits}f}"]
-
-
-def _degraded_rows(entries: Sequence[Entry], fixed: int) -> list[TableRow]:
-    """Return a row with the scores of the degraded images; none without scores."""
-    given = {n: s for one in reversed(entries) for n, s in statistics.scores_of(one.ticket).items()}
-    cells = {n: f"{s.degraded_psnr:.2f}\n{s.degraded_ssim:.4f}" for n, s in given.items()}
-    return [TableRow(("input",) + ("",) * (fixed - 1), cells)] if cells else []
 
 
 def _published_tables(groups: Sequence[Group], names: Sequence[str]) -> list[TextTable]:
@@ -145,37 +141,30 @@ def _published_tables(groups: Sequence[Group], names: Sequence[str]) -> list[Tex
 def judgement_tables(judgements: Sequence[Judgement]) -> list[TextTable]:
     """Return tables of conditions (1) and, with curves, (2) of Definition 1 (see judge.py), then of controls."""
     names = list(dict.fromkeys(name for j in judgements for name in j.answers))
+    gains, steps, controls = [], [], []
+    for j in judgements:
+        line, answers = (j.method, str(j.round_)), j.answers.items()
+        fixed = (*line, f"{j.density:.1%}", j.overall)
+        gains.append(TableRow(fixed, {n: _verdict_cell(a.gain, 2, a.score) for n, a in answers}))
+        steps.append(TableRow(fixed, {n: _verdict_cell(a.later, 0, a.steps) for n, a in answers if a.later}))
+        if any(c.verdict != NOT_RUN for c in j.controls):
+            for c in j.controls:
+                cells = {n: _verdict_cell(gain, 2, c.verdicts[n]) for n, gain in c.gains.items()}
+                controls.append(TableRow((*line, c.kind, c.verdict), cells))
     heads = ("method", "round", "density", "winning?")
-    fixed = [(j.method, str(j.round_), f"{j.density:.1%}", j.overall) for j in judgements]
-    gains = [{n: _verdict_cell(a.gain, 2, a.score) for n, a in j.answers.items()} for j in judgements]
-    tables = [TextTable("PSNR against the dense network, dB: at least as good?", heads, _zip_rows(fixed, gains), names)]
-    steps = [{n: _verdict_cell(a.later, 0, a.steps) for n, a in j.answers.items() if a.later} for j in judgements]
-    if any(steps):
-        rows = _zip_rows(fixed, steps)
-        tables.append(TextTable("steps to the best score against the dense network's: no more?", heads, rows, names))
-    control_rows = [
-        TableRow(
-            (j.method, str(j.round_), c.kind, c.verdict),
-            {n: _verdict_cell(gain, 2, c.verdicts[n]) for n, gain in c.gains.items()},
-        )
-        for j in judgements
-        if any(c.verdict != NOT_RUN for c in j.controls)
-        for c in j.controls
-    ]
-    if control_rows:
+    tables = [TextTable("PSNR against the dense network, dB: at least as good?", heads, gains, names)]
+    if any(row.cells for row in steps):
+        tables.append(TextTable("steps to the best score against the dense network's: no more?", heads, steps, names))
+    if controls:
         heads = ("method", "round", "control", "verdict")
-        tables.append(TextTable("PSNR against controls, dB (ticket minus control)", heads, control_rows, names))
+        tables.append(TextTable("PSNR against controls, dB (ticket minus control)", heads, controls, names))
     remarks = [f"{j.method}, round {j.round_}: {'; '.join(j.remarks)}" for j in judgements if j.remarks]
-    remarks += [] if control_rows else ["no control was run"]
+    remarks += [] if controls else ["no control was run"]
     remarks.append(
         "within the spread: a difference, with any tolerance, no larger than its ±: neither a win nor a loss"
     )
     tables[-1] = replace(tables[-1], remarks=remarks)
     return tables
-
-
-def _zip_rows(fixed: Sequence[tuple[str, ...]], cells: Sequence[Mapping[str, str]]) -> list[TableRow]:
-    return [TableRow(*row) for row in zip(fixed, cells, strict=True)]
 
 
 def _verdict_cell(statistic: Statistic | None, digits: int, verdict: str) -> str:

@@ -1,20 +1,23 @@
-"""Laws of a sweep's plan: what it expands to, what it refuses, the commands that it prints, who gets which GPU."""
+"""Laws of a sweep: what it expands to and refuses, the commands it prints, who gets which GPU, states of its runs."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mirl_dist.cli.sweep import spec
-from mirl_dist.cli.sweep.spec import SweepPlan
+from mirl_dist.cli.sweep import spec, status
+from mirl_dist.cli.sweep.spec import SweepPlan, SweepRun
+from mirl_dist.cli.sweep.sweep import exit_code
 from mirl_dist.config import config as configs
 from mirl_dist.config import yaml_loader
+from mirl_dist.config.config import Config
 from mirl_dist.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -69,22 +72,39 @@ def test_what_all_runs_share_yields_to_what_a_method_says(swept: Any) -> None:
     assert {run.config.train.epochs for run in runs} == {30}
 
 
-def test_all_that_is_wrong_with_a_sweep_comes_at_once_with_the_nearest_key(swept: Any) -> None:
-    text = refused(
-        swept,
-        "5 faults in ",
-        "slot: found an unknown key (value 2); the nearest key is 'slots'",
-        "methods: found the name 'a/b'",
-        "seeds: found [1, 1]; name each once",
-        "folder: found https://",
-        "set: found run.seed; leave it out: write seeds",
-        slot=2,
-        methods={"a/b": {}},
-        seeds=[1, 1],
-        folder="https://host/runs",
-        set={"run": {"seed": 4}},
-    )
-    assert text.count("\n") == 5
+@pytest.mark.parametrize(
+    ("more", "pieces"),
+    [
+        (
+            {"slot": 2, "methods": {"a/b": {}}, "seeds": [1, 1], "folder": "https://host", "set": {"run": {"seed": 4}}},
+            (
+                "5 faults in ",
+                "slot: found an unknown key (value 2); the nearest key is 'slots'",
+                "methods: found the name 'a/b'",
+                "seeds: found [1, 1]; name each once",
+                "folder: found https://",
+                "set: found run.seed; leave it out: write seeds",
+            ),
+        ),
+        ({"methods": METHODS | {"Dense": {}}}, ("methods: found 'Dense' and another that differs in capitals",)),
+        (
+            {"methods": {"a": {"prune.rounds": 1, "prune": {"rounds": 2}}}},
+            ("methods.a: found prune.rounds twice; write it once",),
+        ),
+        ({"methods": METHODS | {"b": {"prune.rounds": 3}}}, ("a fault in ", "mirl, b: these are the same config")),
+        ({"config": "nowhere.yaml"}, ("no file at nowhere.yaml",)),
+        ({"methods": {}}, ("methods: found {}",)),
+        ({"config": None, "seeds": []}, ("2 faults in ", "config: missing; give it a value", "seeds: found []")),
+        ({"seeds": 3}, ("a fault in ", "seeds: found 3; write a list, as [0, 1]")),
+        ({"seeds": [-1]}, ("a fault in ", "seeds.0: found -1; ")),
+        ({"methods": {"dense": None, "b": {}}}, ("a fault in ", "methods.dense: found nothing; write {} for none")),
+        ({"folder": "s3:/b/x"}, ("folder: found s3:/b/x; write s3://b/x",)),
+    ],
+)
+def test_all_that_is_wrong_with_a_sweep_comes_at_once(swept: Any, more: Any, pieces: tuple[str, ...]) -> None:
+    text = refused(swept, *pieces, **more)
+    if "fault" in pieces[0]:
+        assert text.startswith(pieces[0]) and text.count("\n") == len(pieces) - 1, "each fault once"
 
 
 def test_all_that_is_wrong_with_runs_comes_at_once_naming_the_methods(swept: Any) -> None:
@@ -102,22 +122,10 @@ def test_all_that_is_wrong_with_runs_comes_at_once_naming_the_methods(swept: Any
     assert text.startswith("4 faults in the runs of ") and text.count("\n") == 4, "each once, not once for every seed"
 
 
-def test_methods_that_are_the_same_config_are_refused(swept: Any) -> None:
-    methods = METHODS | {"again": {"prune.rounds": 3}}
-    assert refused(swept, "mirl, again: these are the same config", methods=methods).count("\n") == 1
-    methods = METHODS | {"longer": {"prune.rounds": 4}}
-    assert len(swept(methods=methods).runs) == 8, "the number of rounds tells methods apart"
-
-
-def test_names_that_a_disk_may_take_for_one_are_refused(swept: Any) -> None:
-    refused(swept, "methods: found 'Dense' and another that differs in capitals", methods=METHODS | {"Dense": {}})
+def test_methods_are_told_apart_by_rounds_and_no_name_is_given_twice(swept: Any) -> None:
+    assert len(swept(methods=METHODS | {"longer": {"prune.rounds": 4}}).runs) == 8
     with pytest.raises(UserError, match="the key 'mirl' appears twice here"):
         swept(("methods={mirl: {}, mirl: {}}",))
-    refused(
-        swept,
-        "methods.a: found prune.rounds twice; write it once",
-        methods={"a": {"prune.rounds": 1, "prune": {"rounds": 2}}},
-    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -126,14 +134,8 @@ def test_names_that_a_disk_may_take_for_one_are_refused(swept: Any) -> None:
 def test_no_two_runs_ever_share_a_folder(names: set[str]) -> None:
     methods = {name: {"optimiser.lr": number + 1} for number, name in enumerate(sorted(names))}
     sweep = spec.Sweep(config=str(DEMO), folder="f", methods=methods, seeds=(0, 1, 11))
-    assert not sweep.inconsistencies()
+    assert not list(sweep.inconsistencies())
     assert len({run.config.run.folder for run in spec.expand(sweep, "s", "s.yaml")}) == 3 * len(names)
-
-
-def test_a_sweep_without_its_config_says_so(swept: Any, tmp_path: Path) -> None:
-    refused(swept, "no file at nowhere.yaml", config="nowhere.yaml")
-    refused(swept, "methods: found {}", methods={})
-    refused(swept, "config: missing; give it a value", "seeds: found []", config=None, seeds=[])
 
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
@@ -188,8 +190,7 @@ def test_slots_have_equal_gpus_and_share_none_where_there_are_enough(gpus: int, 
     shares = spec.share_devices(devices, slots)
     assert len(shares) == slots and {len(share) for share in shares} == {max(1, gpus // slots)}
     used = [name for share in shares for name in share]
-    assert len(set(used)) == min(gpus, len(used)) if gpus < slots else len(set(used)) == len(used)
-    assert set(used) <= set(devices)
+    assert len(set(used)) == min(gpus, len(used)) and set(used) <= set(devices)
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("configs/sweeps/*.yaml")), ids=lambda p: p.stem)
@@ -197,14 +198,6 @@ def test_every_committed_sweep_can_be_expanded(file: Path, monkeypatch: pytest.M
     monkeypatch.chdir(ROOT)
     plan = spec.read(file)
     assert plan.runs and file.read_text().startswith("# ")
-
-
-def test_what_is_no_list_or_no_mapping_is_told_once_and_how_to_write_it(swept: Any) -> None:
-    assert refused(swept, "seeds: found 3; write a list, as [0, 1]", seeds=3).startswith("a fault in ")
-    assert refused(swept, "seeds.0: found -1; ", seeds=[-1]).startswith("a fault in ")
-    nothing = refused(swept, "methods.dense: found nothing; write {} for none", methods={"dense": None, "b": {}})
-    assert nothing.startswith("a fault in ")
-    refused(swept, "folder: found s3:/b/x; write s3://b/x", folder="s3:/b/x")
 
 
 @pytest.mark.parametrize(
@@ -220,3 +213,52 @@ def test_a_file_of_another_kind_is_no_sweep(tmp_path: Path, text: str, said: str
     with pytest.raises(UserError) as caught:
         spec.read(tmp_path / "a.yaml")
     assert str(caught.value) == f"{tmp_path}/a.yaml{said}"
+
+
+# -- states -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ended", "exited", "complete", "state"),
+    [
+        (None, False, False, "running"),
+        (None, True, False, "failed"),
+        (None, True, True, "failed"),
+        ("finished", False, True, "finished"),
+        ("finished", False, False, "stopped"),
+        ("stopped", False, True, "stopped"),
+        ("failed", False, False, "failed"),
+    ],
+)
+def test_a_finished_run_has_a_launch_that_said_so_and_a_last_ticket(
+    ended: str | None, exited: bool, complete: bool, state: str
+) -> None:
+    holder: Any = SimpleNamespace(ended=ended, has_exited=lambda: exited)
+    assert status.state_of(holder, complete) == state
+    assert status.state_of(None, complete) == ("finished" if complete else "waiting"), "never launched"
+
+
+@pytest.mark.parametrize(
+    ("states", "asked", "code"),
+    [
+        (["finished", "finished"], False, 0),
+        (["finished", "finished"], True, 0),
+        (["finished", "failed", "stopped"], False, 1),
+        (["finished", "stopped"], False, 75),
+        (["failed", "waiting"], True, 75),
+    ],
+)
+def test_a_sweep_asked_to_stop_can_be_queued_again_whatever_failed(
+    states: list[status.State], asked: bool, code: int
+) -> None:
+    assert exit_code(states, asked=asked) == code
+
+
+def test_where_a_run_stands_is_told_in_words_and_to_programs() -> None:
+    run = SweepRun("mirl-seed0", "mirl", 0, "runs/s/mirl-seed0", (), Config())
+    stands = status.RunStatus("running", 3, 1, 5, 36, 0.2, 17.256, "host, pid 4", b"beat")
+    assert stands.cells() == ["running", "1/3", "5/36", "20.0%", "17.26"]
+    assert status.RunStatus().cells() == ["waiting", "", "", "", ""]
+    row = json.loads(json.dumps(stands.row(run)))
+    assert row["method"] == "mirl" and row["seed"] == 0 and row["state"] == "running" and row["psnr"] == 17.256
+    assert row["who"] == "host, pid 4" and "sign" not in row

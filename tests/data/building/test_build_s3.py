@@ -16,7 +16,8 @@ from mirl_dist.data.building.recipe import read
 from mirl_dist.data.building.resume import AREA, MARKER
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder, Store, open_store
-from tests.data.building.test_build import SMALL, contents, killed_build, quiet, recipe
+from tests.data.building.test_build import SMALL, contents, killed_build
+from tests.data.loaders import made, quiet, recipe
 from tests.services.s3_server import S3Server
 
 
@@ -39,7 +40,7 @@ def held(store: Store) -> dict[str, str]:
 
 
 def test_a_bucket_gets_the_same_bytes_as_a_folder(bucket: str, tmp_path: Path) -> None:
-    build(recipe(SMALL), Folder(tmp_path / "out"), 1, quiet)
+    made(SMALL, tmp_path / "out")
     store = open_store(bucket)
     manifest = build(recipe(SMALL), store, 2, quiet)
     assert held(store) == contents(tmp_path / "out")
@@ -48,7 +49,7 @@ def test_a_bucket_gets_the_same_bytes_as_a_folder(bucket: str, tmp_path: Path) -
     assert build(recipe(SMALL), store, 1, lambda done, total, what: said.append(what)) == manifest
     assert said[-1] == "already built" and "writing shards" not in said
     with pytest.raises(UserError, match=f"{bucket} holds shards of another recipe or other images"):
-        build(recipe(SMALL, seed=1), store, 1, quiet)
+        made(SMALL, store, seed=1)
 
 
 @pytest.mark.long
@@ -79,19 +80,19 @@ def test_the_marker_keeps_another_build_out_of_a_bucket(bucket: str) -> None:
     store = open_store(bucket)
     store.put(MARKER, json.dumps({"name": "theirs", "recipe": "f" * 64}).encode())
     with pytest.raises(UserError, match=r"holds an unfinished build of another .*'theirs', ffffffffffff"):
-        build(recipe(SMALL), store, 1, quiet)
+        made(SMALL, store)
     assert store.list("") == [MARKER]
 
 
 @pytest.mark.long
 def test_a_shard_that_is_missing_in_a_finished_bucket_is_written_again(bucket: str) -> None:
     store = open_store(bucket)
-    manifest = build(recipe(SMALL), store, 1, quiet)
+    manifest = made(SMALL, store)
     before = held(store)
     store.remove(manifest.shards[1].name)
     (fault,) = check(store, 1, quiet)
     assert fault.startswith(f"{bucket}/{manifest.shards[1].name}")
-    assert build(recipe(SMALL), store, 1, quiet) == manifest
+    assert made(SMALL, store) == manifest
     assert held(store) == before
 
 
@@ -107,5 +108,5 @@ def test_trying_a_bucket_leaves_nothing_there(bucket: str, tmp_path: Path) -> No
     (tmp_path / "a.png").write_bytes(b"")
     one = {"set": "s", "kind": "clean", "clean": {"folder": str(tmp_path)}}
     with pytest.raises(UserError, match=r"a\.png: is empty"):
-        build(recipe({"name": "s", "train": [one]}), open_store(bucket), 1, quiet)
+        made({"name": "s", "train": [one]}, open_store(bucket))
     assert open_store(bucket).list("") == []

@@ -11,36 +11,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from mirl_dist.config import yaml_loader
-from mirl_dist.data.building import demo_photos
-from mirl_dist.data.building.build import build
 from mirl_dist.data.building.check import check
-from mirl_dist.data.building.recipe import Recipe
-from mirl_dist.data.manifest import Index, Manifest, Shard, read_index, read_manifest
+from mirl_dist.data.manifest import Manifest, Shard, read_index, read_manifest
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder, Rejected, Unavailable
-from mirl_dist.storage.hashing import digest_of_blocks, digest_of_file
+from tests.data.loaders import flip, indices, made, photo, quiet
 
 SHA = "0" * 64
-
-
-def quiet(done: int, total: int, what: str) -> None:
-    pass
-
-
-def indices(out: Path, manifest: Manifest) -> dict[str, Index]:
-    return {s.name: read_index((out / s.index_name).read_bytes(), s, s.index_name) for s in manifest.shards}
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     """Four shards: six clean crops of a photograph in one, four rainy ones in two, two to score on."""
     top = tmp_path_factory.mktemp("built")
-    coffee = np.array(Image.open(demo_photos.locate("coffee")[0]))
+    coffee = photo("coffee")
     for name, count, left in (("clean", 6, 0), ("rain", 4, 100), ("score", 2, 200)):
         (top / name).mkdir()
         for n in range(count):
@@ -55,7 +42,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
         ],
         "evaluate": [{"set": "clean", "kind": "clean", "clean": three}],
     }
-    manifest = build(yaml_loader.build(Recipe, tree, "the test"), Folder(top / "out"), 1, quiet)
+    manifest = made(tree, top / "out")
     assert [s.samples for s in manifest.shards] == [6, 2, 2, 2]
     return top / "out", manifest
 
@@ -131,9 +118,7 @@ def test_damage_elsewhere_is_named_too(copy: Path, built: tuple[Path, Manifest])
 def test_the_damaged_sample_is_named(copy: Path, built: tuple[Path, Manifest]) -> None:
     shard = built[1].shards[0]
     entry = indices(*built)[shard.name].entries[3]
-    data = bytearray((copy / shard.name).read_bytes())
-    data[entry.parts["clean.ppm"].offset + 900] ^= 255
-    (copy / shard.name).write_bytes(data)
+    flip(copy / shard.name, entry.parts["clean.ppm"].offset + 900)
     assert check(Folder(copy), 1, quiet) == [
         f"{shard.name}: its SHA-256 is not the manifest's, although its size is",
         f"{shard.name}: {entry.key}.clean.ppm is damaged (its SHA-256 is not the index's)",
@@ -192,9 +177,10 @@ def evil(name: str, **more: Any) -> Callable[[tarfile.TarFile], None]:
         (evil("ä.json", size=1), "which is no name of a member"),
         (evil("a.json", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "holds 'a.json', which is a link"),
         (evil("a.json", type=tarfile.LNKTYPE, linkname="b.json"), "holds 'a.json', which is a link"),
-        (evil("a.json", type=tarfile.CHRTYPE), "holds 'a.json', which is a link, a folder or a device"),
-        (evil("a.json", type=tarfile.FIFOTYPE), "holds 'a.json', which is a link, a folder or a device"),
-        (evil("a.json", type=tarfile.DIRTYPE), "holds 'a.json', which is a link, a folder or a device"),
+        *(
+            (evil("a.json", type=kind), "holds 'a.json', which is a link, a folder or a device")
+            for kind in (tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
+        ),
         (evil("a.json", size=1), "holds 'a.json', the index does not name it"),
     ],
 )
@@ -265,15 +251,10 @@ def shard_of(data: bytes, **more: Any) -> Shard:
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ([entry(key="../x")], r"entries\.0\.key: String should match"),
-        ([entry(key="/etc/x")], r"entries\.0\.key: "),
-        ([entry(key="a/b")], r"entries\.0\.key: "),
-        ([entry(key="a.b")], r"entries\.0\.key: "),
-        ([entry(key="a\\b")], r"entries\.0\.key: "),
-        ([entry(key="a\0b")], r"entries\.0\.key: "),
-        ([entry(key="a\n")], r"entries\.0\.key: "),
-        ([entry(key="")], r"entries\.0\.key: "),
-        ([entry(key="-rf")], r"entries\.0\.key: "),
+        *(
+            ([entry(key=key)], r"entries\.0\.key: String should match")
+            for key in ("../x", "/etc/x", "a/b", "a.b", "a\\b", "a\0b", "a\n", "", "-rf")
+        ),
         ([entry(key=7)], r"entries\.0\.key: Input should be a valid string"),
         ([entry(height="64")], r"entries\.0\.height: Input should be a valid integer"),
         ([entry(height=64.0)], r"entries\.0\.height: "),
@@ -333,12 +314,10 @@ def manifest_of(**more: Any) -> bytes:
         (b"[]", "here says format None; this version reads 'mirl-dist-shards-2'"),
         (b'{"format": "mirl-dist-shards-1"}', "here says format 'mirl-dist-shards-1'"),
         (b'{"format": "mirl-dist-shards-2"}', r"here is not a manifest of shards .name: Field required"),
-        (manifest_of(name="../x.tar"), r"shards\.0\.name"),
-        (manifest_of(name="/x.tar"), r"shards\.0\.name"),
-        (manifest_of(name="a/x.tar"), r"shards\.0\.name"),
-        (manifest_of(name="..tar"), r"shards\.0\.name"),
-        (manifest_of(name="x"), r"shards\.0\.name"),
-        (manifest_of(name="x\0.tar"), r"shards\.0\.name"),
+        *(
+            (manifest_of(name=name), r"shards\.0\.name")
+            for name in ("../x.tar", "/x.tar", "a/x.tar", "..tar", "x", "x\0.tar")
+        ),
         (manifest_of(set="../x"), r"shards\.0\.set"),
         (manifest_of(kind="denoise"), r"shards\.0\.kind"),
         (manifest_of(samples=0), r"shards\.0\.samples"),
@@ -379,13 +358,3 @@ def test_notes_of_another_set_or_none_are_named(copy: Path, built: tuple[Path, M
     resealed(copy, shard, kind="clean", set="other")
     faults = check(Folder(copy), 1, quiet)
     assert len(faults) == 6 and faults[0].endswith(".json says it is of clean, clean")
-
-
-@pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 20) + 1, 3 << 20])
-def test_a_digest_in_blocks_is_the_digest_of_the_whole(size: int) -> None:
-    data = bytes(range(251)) * (size // 251 + 1)
-    whole = hashlib.sha256(data[:size]).hexdigest()
-    stream = io.BytesIO(b"before" + data[:size])
-    stream.seek(len(b"before"))
-    assert digest_of_file(stream) == whole
-    assert digest_of_blocks(data[:size][at : at + 1000] for at in range(0, size, 1000)) == whole

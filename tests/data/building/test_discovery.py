@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from mirl_dist.config import yaml_loader
-from mirl_dist.data.building import discovery, layout
+from mirl_dist.data.building import discovery, planning
 from mirl_dist.data.building.recipe import Recipe, read
 from mirl_dist.errors import UserError
+from tests.data import loaders
 
 RECIPES = Path(__file__).resolve().parents[3] / "shards"
 
@@ -23,7 +23,7 @@ def touch(root: Path, *names: str) -> None:
 
 
 def recipe(*train: dict[str, Any], **more: Any) -> Recipe:
-    return yaml_loader.build(Recipe, {"name": "test", "train": list(train), **more}, "the test")
+    return loaders.recipe({"name": "test", "train": list(train), **more})
 
 
 def pairs(root: Path, degraded: str = "{id}", clean: str = "{id}", **more: Any) -> dict[str, Any]:
@@ -167,6 +167,7 @@ def test_all_contradictions_of_a_recipe_are_told_at_once() -> None:
             {"set": "d", "kind": "clean"},
             {"set": "e", "kind": "clean", "clean": {"folder": "x"}, "draw_seed": 3},
             {"set": "f", "kind": "deblur", "photographs": ["coffee"], "make": "snow"},
+            {"set": "g", "kind": "clean", "photographs": ["coffee"], "versions": 2},
         )
     for text in (
         "the set 'a' is of kind clean, which the reader degrades; remove 'degraded' and 'make'",
@@ -179,6 +180,7 @@ def test_all_contradictions_of_a_recipe_are_told_at_once() -> None:
         "the set 'd' has 'clean' and 'photographs' both or neither",
         "the set 'e' has 'draw_seed', but keeps all it finds",
         "the set 'f' makes snow, which is of kind desnow, not deblur",
+        "the set 'g' has versions: 2 without 'make', which alone makes versions; remove one",
     ):
         assert text in str(fault.value)
 
@@ -210,6 +212,6 @@ def test_keys_are_short_plain_and_differ_where_names_differ() -> None:
     keys = set()
     for name in names:
         picture = discovery.SourceImage("evaluate", "s" * 24, "derain", name, Path(name))
-        keys.add(layout.sample_key(picture))
+        keys.add(planning.sample_key(picture))
     assert len(keys) == len(names)
     assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,69}", key) for key in keys)

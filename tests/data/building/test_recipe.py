@@ -22,12 +22,13 @@ from PIL import Image
 
 from mirl_dist.data.building import demo_photos, discovery
 from mirl_dist.data.building.build import build
-from mirl_dist.data.building.inspection import inspect_images
+from mirl_dist.data.building.planning import inspect_images
 from mirl_dist.data.building.recipe import ImageSet, Recipe, read
-from mirl_dist.data.manifest import CLEAN, DEGRADED, Part, read_index
+from mirl_dist.data.manifest import CLEAN, DEGRADED, Part, StoredImage, read_index
 from mirl_dist.data.parallel import SingleProcess
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Folder
+from tests.data.loaders import quiet
 
 RECIPES = Path(__file__).resolve().parents[3] / "shards"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -38,10 +39,6 @@ Pairs = Mapping[str, str | None]
 
 def shipped(name: str) -> Recipe:
     return read(RECIPES / f"{name}.yaml")
-
-
-def quiet(done: int, total: int, what: str) -> None:
-    pass
 
 
 def clean(*files: str) -> Pairs:
@@ -591,10 +588,10 @@ def test_real_images_are_built_into_the_right_pairs(
                 if file is None:
                     assert held is None
                     continue
-                assert held is not None and held[0] == ("ppm" if shard.role == "train" else "png")
-                stored, wanted = _bytes(tar, held[1]), pixels(file)
+                assert held is not None and held.format == ("ppm" if shard.role == "train" else "png")
+                stored, wanted = _bytes(tar, held), pixels(file)
                 assert np.array_equal(np.array(Image.open(io.BytesIO(stored))), wanted), (name, notes["source"])
-                assert held[0] == "png" or stored.endswith(wanted.tobytes()), "raw pixels"
+                assert held.format == "png" or stored.endswith(wanted.tobytes()), "raw pixels"
             sources.append(source)
             checked += 1
     drawn = {"train bsd400": 20, "train rain100l": 8} if name == "mirl" else {}
@@ -603,7 +600,7 @@ def test_real_images_are_built_into_the_right_pairs(
         assert len(set(sources)) < len(sources), "several degraded images of one clean one are among them"
 
 
-def _bytes(tar: bytes, part: Part) -> bytes:
+def _bytes(tar: bytes, part: Part | StoredImage) -> bytes:
     return tar[part.offset : part.offset + part.size]
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mirl_dist.data.degradations.bicubic import bands, bicubic, cubic
 from mirl_dist.data.degradations.degrade import Pixels
+from mirl_dist.data.degradations.filters import bands, bicubic, cubic
 
 
 def noise(height: int, width: int) -> Pixels:

@@ -7,16 +7,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mirl_dist.distributed.launch import control
 from mirl_dist.distributed.launch.control import ControlChannel
 from mirl_dist.errors import UserError
+from tests.services.lab import ROOT
+from tests.services.processes import runs, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -33,24 +32,22 @@ channel = ControlChannel.of_worker()
 """
 
 
-def worker(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """A child of this process, as an elastic launcher starts it."""
-    whole = f"{OPEN}\n{code}"
-    return subprocess.run(
-        [sys.executable, "-c", whole],
-        env=os.environ | {"TORCHELASTIC_RUN_ID": "none"} | env,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def printed(code: str, **env: str) -> str:
+    """What a child of this process prints that runs the code, as an elastic launcher starts it."""
+    env = os.environ | {"TORCHELASTIC_RUN_ID": "none"} | env
+    return subprocess.check_output([sys.executable, "-c", code], env=env, text=True, timeout=60)
+
+
+def worker(code: str, **env: str) -> str:
+    return printed(f"{OPEN}\n{code}", **env)
 
 
 def test_launcher_and_worker_hear_each_other_without_being_told_where(place: Path) -> None:
     channel = ControlChannel.of_launcher()
-    assert worker("print(channel.stop_requested(), channel.exit_code())").stdout == "False None\n"
+    assert worker("print(channel.stop_requested(), channel.exit_code())") == "False None\n"
     channel.request_stop()
-    assert worker("print(channel.stop_requested(), channel.exit_code())").stdout == "True 75\n"
-    assert worker("channel.report_exit(2)").returncode == 0
+    assert worker("print(channel.stop_requested(), channel.exit_code())") == "True 75\n"
+    assert worker("channel.report_exit(2)") == ""
     assert channel.exit_code() == 2
     assert place.stat().st_mode & 0o777 == 0o700
     channel.remove()
@@ -58,17 +55,18 @@ def test_launcher_and_worker_hear_each_other_without_being_told_where(place: Pat
 
 
 def test_workers_of_a_launcher_that_opens_no_channel_hear_each_other() -> None:
-    assert worker("channel.report_exit(75); print(channel.exit_code())").stdout == "75\n"
-    assert worker("print(channel.exit_code(), channel.another_failed())").stdout == "75 False\n"
-    assert worker("channel.request_stop()").returncode == 0
-    assert worker("print(channel.stop_requested())").stdout == "True\n"
+    assert worker("channel.report_exit(75); print(channel.exit_code())") == "75\n"
+    assert worker("print(channel.exit_code(), channel.another_failed())") == "75 False\n"
+    assert worker("channel.request_stop()") == ""
+    assert worker("print(channel.stop_requested())") == "True\n"
 
 
-def test_a_users_mistake_is_the_last_word_whoever_spoke_first() -> None:
+def test_a_users_mistake_is_the_last_word_and_a_new_launcher_hears_none() -> None:
     channel = ControlChannel.of_launcher()
     for code in (75, 2, 75):
         channel.report_exit(code)
     assert channel.exit_code() == 2
+    assert ControlChannel.of_launcher().exit_code() is None
 
 
 def test_a_process_that_nobody_launched_says_and_hears_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,21 +75,17 @@ def test_a_process_that_nobody_launched_says_and_hears_nothing(place: Path, monk
     channel.report_exit(2)
     channel.request_stop()
     channel.remove()
-    assert (channel.exit_code(), channel.stop_requested(), channel.parent_gone(), channel.restart_notice()) == (
-        None,
-        False,
-        False,
-        None,
-    )
-    assert not channel.leave_if_orphaned(lambda: False) and not channel.another_failed()
+    assert channel.exit_code() is None and channel.restart_notice() is None
+    assert not channel.stop_requested() and not channel.parent_gone() and not channel.another_failed()
+    assert not channel.leave_if_orphaned(lambda: False)
     assert not place.exists()
 
 
 def test_what_dead_launchers_left_is_removed_and_what_living_ones_say_is_kept(place: Path) -> None:
     code = "from mirl_dist.distributed.launch.control import ControlChannel\n"
     code += "ControlChannel.of_launcher().report_exit(2)\nprint(flush=True)\ninput()"
-    living = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    dead = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    living, dead = (subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2))
     for process in (living, dead):
         assert process.stdout and process.stdout.readline() == b"\n"
     dead.kill()
@@ -104,11 +98,6 @@ def test_what_dead_launchers_left_is_removed_and_what_living_ones_say_is_kept(pl
     assert left == {str(living.pid), str(os.getpid())} and not earlier.exists()
     assert len(list(place.iterdir())) == 2
     living.communicate(b"\n")
-
-
-def test_a_launcher_begins_with_an_empty_channel() -> None:
-    ControlChannel.of_launcher().report_exit(2)
-    assert ControlChannel.of_launcher().exit_code() is None
 
 
 def test_a_folder_that_others_could_write_is_closed_or_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +147,8 @@ def test_a_restart_is_said_once_by_the_worker_or_by_a_launcher_of_ours(ours: boo
     if ours:
         ControlChannel.of_launcher()
     counts = {"TORCHELASTIC_MAX_RESTARTS": "3"}
-    assert worker("print(channel.restart_notice())", TORCHELASTIC_RESTART_COUNT="1", **counts).stdout == f"{said}\n"
-    assert worker("print(channel.restart_notice())", TORCHELASTIC_RESTART_COUNT="0", **counts).stdout == "None\n"
+    assert worker("print(channel.restart_notice())", TORCHELASTIC_RESTART_COUNT="1", **counts) == f"{said}\n"
+    assert worker("print(channel.restart_notice())", TORCHELASTIC_RESTART_COUNT="0", **counts) == "None\n"
 
 
 HAS_TORCH = """
@@ -173,17 +162,14 @@ keep = mmap.mmap(os.open("libtorch.so", os.O_RDONLY), 0, prot=mmap.PROT_READ)
     ("launcher", "session", "gone"), [("", True, True), ("", False, False), (HAS_TORCH, True, False)]
 )
 def test_a_worker_whose_launcher_ended_before_it_could_look_has_none(
-    tmp_path: Path, launcher: str, session: bool, gone: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str, session: bool, gone: bool
 ) -> None:
     # Torch's launchers, which have torch in their memory, start each worker in a session of its own.
     worker = f"{OPEN}\nprint(channel.parent_gone())"
     code = f"import os, subprocess, sys{launcher}\n"
     code += f"subprocess.run([sys.executable, '-c', {worker!r}], start_new_session={session})"
-    env = os.environ | {"TORCHELASTIC_RUN_ID": "none"}
-    ended = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    assert ended.stdout == f"{gone}\n", ended.stderr
+    monkeypatch.chdir(tmp_path)
+    assert printed(code, PYTHONPATH=str(ROOT)) == f"{gone}\n"
 
 
 ORPHAN = """
@@ -201,39 +187,19 @@ print("committed", flush=True)
 """
 
 
-@pytest.mark.parametrize("asked", ["asked", "not asked"])
-def test_a_worker_whose_launcher_has_gone_leaves_unless_it_was_asked_to_stop_before(asked: str) -> None:
+@pytest.mark.parametrize(
+    ("asked", "out", "err"),
+    [("asked", "committed\n", ""), ("not asked", "", "mirl-dist: the launcher has exited; exiting too.\n")],
+)
+def test_a_worker_whose_launcher_has_gone_leaves_unless_it_was_asked_to_stop_before(
+    asked: str, out: str, err: str
+) -> None:
     code = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {ORPHAN!r}, {asked!r}])"
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=os.environ | {"TORCHELASTIC_RUN_ID": "none"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert launcher.stdout and launcher.stderr
-    pid = int(launcher.stdout.readline())
-    os.kill(launcher.pid, signal.SIGKILL)
-    launcher.wait()
-    wait_for(lambda: ended(pid))
-    said = {"asked": ("committed\n", ""), "not asked": ("", "mirl-dist: the launcher has exited; exiting too.\n")}[
-        asked
-    ]
-    assert (launcher.stdout.read(), launcher.stderr.read()) == ("looked once\n" + said[0], said[1])
-    launcher.stdout.close()
-    launcher.stderr.close()
-
-
-def ended(pid: int) -> bool:
-    """Whether a process has gone, or only waits for its parent to take note."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
-    except OSError:
-        return True
-
-
-def wait_for(found: Callable[[], Any]) -> None:
-    last = time.monotonic() + 30
-    while not found():
-        assert time.monotonic() < last
-        time.sleep(0.01)
+    env, pipe = os.environ | {"TORCHELASTIC_RUN_ID": "none"}, subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stdout=pipe, stderr=pipe, text=True) as launcher:
+        assert launcher.stdout and launcher.stderr
+        pid = int(launcher.stdout.readline())
+        os.kill(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+        wait_until(lambda: not runs(pid))
+        assert (launcher.stdout.read(), launcher.stderr.read()) == (f"looked once\n{out}", err)

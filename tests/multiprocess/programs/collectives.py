@@ -7,11 +7,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import safetensors.torch
 import torch
 
+from mirl_dist.config.config import Config
 from mirl_dist.data.sample import Batch
 from mirl_dist.distributed.engines.ddp import DdpEngine
 from mirl_dist.distributed.ranks import Ranks
@@ -31,19 +34,12 @@ RULES = {
 }
 
 
-def refused(work: Callable[[], object]) -> dict[str, Any] | None:
-    """The MirlError that some work meets, or None."""
+def refused(work: Callable[[], object]) -> dict[str, Any] | str | None:
+    """The MirlError that some work meets, or what the Stopped says, or None."""
     try:
         work()
     except MirlError as fault:
         return {"text": str(fault), "everywhere": fault.everywhere, "resumable": fault.resumable}
-    return None
-
-
-def stopped(work: Callable[[], object]) -> str | None:
-    """What the Stopped says that some work meets, or None."""
-    try:
-        work()
     except Stopped as asked:
         return str(asked)
     return None
@@ -66,14 +62,11 @@ def told(ranks: Ranks) -> dict[str, Any]:
     """What travels between ranks."""
     last = ranks.rank == ranks.world - 1
 
-    def main_fails() -> str:
-        raise UserError(f"found something on rank {ranks.rank}, here, do that.")
+    def main_raises(error: Exception) -> Any:
+        def fail() -> None:
+            raise error
 
-    def main_is_asked_to_stop() -> str:
-        raise Stopped("stopped as asked")
-
-    def main_finds_the_server_away() -> str:
-        raise UserError("the server is away.", resumable=True)
+        return refused(lambda: ranks.on_main(fail, what="commit"))
 
     sent = {
         "flags": torch.tensor([[True, False], [False, True]]),
@@ -88,9 +81,9 @@ def told(ranks: Ranks) -> dict[str, Any]:
         "agree": refused(lambda: ranks.check_agreement("the colour", "red" if not last else "blue")),
         "agreed": refused(lambda: ranks.check_agreement("the colour", "red")),
         "from main": ranks.on_main(lambda: f"from rank {ranks.rank}"),
-        "main stops": stopped(lambda: ranks.on_main(main_is_asked_to_stop)),
-        "main fails": refused(lambda: ranks.on_main(main_fails)),
-        "server away": refused(lambda: ranks.on_main(main_finds_the_server_away, what="commit")),
+        "main stops": main_raises(Stopped("stopped as asked")),
+        "main fails": main_raises(UserError(f"found something on rank {ranks.rank}, here, do that.")),
+        "server away": main_raises(UserError("the server is away.", resumable=True)),
         "any": [ranks.any(last, what="whether one is last"), ranks.any(False, what="whether none is")],
         "sent": {n: [str(t.dtype), list(t.shape), t.tolist()] for n, t in got.items()},
         "gather": ranks.gather(torch.tensor([ranks.rank, 10 * ranks.rank])).tolist(),
@@ -110,28 +103,7 @@ def small_state(seed: int) -> TrainState:
 
 
 def a_ticket(state: TrainState) -> Ticket:
-    progress = state.progress
-    return Ticket(
-        round=progress.round,
-        alive=17,
-        prunable=17,
-        total=17,
-        threshold=0.0,
-        layer_density={},
-        mask_digest=progress.mask_digest,
-        initial_digest="",
-        weights_digest="",
-        parent=None,
-        fingerprint="",
-        manifest_digest="",
-        protocol="",
-        scores={},
-        updates=0,
-        samples=0,
-        seconds=0.0,
-        world=1,
-        versions={},
-    )
+    return Ticket.model_construct(round=state.progress.round, alive=17, mask_digest=state.progress.mask_digest)
 
 
 def nudge(tensor: torch.Tensor) -> None:
@@ -142,22 +114,23 @@ def nudge(tensor: torch.Tensor) -> None:
 def guarded(ranks: Ranks) -> dict[str, Any]:
     """Laws that one rank breaks, by the smallest step that a float can take."""
     last = ranks.rank == ranks.world - 1
-    game = lottery.LotteryConfig(2, None, "initial", "all", 0, 1)
-    opened: list[str] = []
+    config, opened = Config(), []
 
     def play(state: TrainState, initial: dict[str, torch.Tensor]) -> None:
-        lottery.play(
-            game,
-            state,
-            initial,
-            ranks,
-            newest=None,
-            train_and_score=lambda: a_ticket(state),
+        runner: Any = SimpleNamespace(
+            plan=SimpleNamespace(config=config, sampler=SimpleNamespace(steps_per_epoch=1)),
+            state=state,
+            ranks=ranks,
+            train_and_score=lambda initial_digest: a_ticket(state),
             record=lambda ticket: None,
+            stop_if_requested=opened.append,
+        )
+        pruner: Any = SimpleNamespace(
+            initial=initial,
             select=lambda: prune(state.weights, state.masks, PruneConfig(0.2), ranks.partition, ranks.gather),
             rewind_point=lambda: initial,
-            stop_if_requested=lambda before: opened.append(before),
         )
+        lottery.play(runner, pruner, None)
 
     def first(state: TrainState) -> dict[str, torch.Tensor]:
         return {n: p.detach().clone() for n, p in state.weights.items()}
@@ -176,63 +149,48 @@ def guarded(ranks: Ranks) -> dict[str, Any]:
             risen.weights["b.weight"][~masks["b.weight"]] = 1e-30
 
     def rewind_that_fails() -> None:
-        told = lottery.rewind
-        try:  # a rewind that this machine gets wrong
+        def wrong(weights: Any, *rest: Any) -> None:  # as on a machine that gets it wrong
+            rewind(weights, *rest)
+            if last:
+                nudge(weights["b.weight"])
 
-            def wrong(weights: Any, *rest: Any) -> None:
-                told(weights, *rest)
-                if last:
-                    nudge(weights["b.weight"])
-
-            lottery.rewind = wrong
-            lottery.begin_round(game, unproven, starts[2], ranks, PruneResult(masks, 0.5, 0, ()), a_ticket(unproven))
-        finally:
-            lottery.rewind = told
+        rewind, result = lottery.rewind, PruneResult(masks, 0.5, 0, ())
+        with mock.patch.object(lottery, "rewind", wrong):
+            lottery.begin_round(config, unproven, starts[2], ranks, result, a_ticket(unproven), steps_per_epoch=1)
 
     found = {
         "drift": refused(lambda: play(drifted, starts[0])),
         "drifted masks": masking.count_surviving(drifted.masks),
         "other start": refused(lambda: play(other_start, starts[1])),
         "rewind": refused(rewind_that_fails),
-        "risen": refused(lambda: lottery.check_pruned_weights(risen, ranks)),
+        "risen": refused(lambda: guards.check_pruned_weights(risen, ranks)),
     }
     return found | {"opened": opened, "loss": refused(lambda: lossy(ranks, last)), "stop": stops(ranks, last)}
 
 
-def lossy(ranks: Ranks, last: bool) -> tuple[bool, int]:
+def lossy(ranks: Ranks, last: bool) -> None:
     losses = torch.tensor([0.1, float("inf") if last else 0.2])
     none = torch.zeros(2)
     batch = Batch(none, none, none, (f"derain:one-{ranks.rank}", f"derain:two-{ranks.rank}"))
     seen = guards.StepLosses([(losses, batch)])
     progress = Progress(round=1, epoch=2, step=3)
-    if loop.sync_status(losses, batch, ranks, Hooks(), StragglerDetector()).bad:
+    if loop.sync_status(losses, batch, ranks, hooks(), StragglerDetector()).bad:
         guards.check_loss(seen, progress, 0, ranks)
-    return (False, 0)
 
 
 def stops(ranks: Ranks, last: bool) -> tuple[bool, int]:
     """Asked of one rank alone, heard by all; so is what every rank's batch replaced."""
     losses = torch.tensor([0.1, 0.2])
     batch = Batch(losses, losses, losses, ("a", "b"), skipped=2 if ranks.rank else 1)
-    status = loop.sync_status(losses, batch, ranks, Hooks(stop=last), StragglerDetector())
+    status = loop.sync_status(losses, batch, ranks, hooks(stop=last), StragglerDetector())
     assert abs(status.loss - ranks.world * 0.3) < 1e-6
     assert not (status.bad or status.commit_busy or status.commit_failed)
     return (status.stop, status.replaced)
 
 
-class Hooks:
+def hooks(stop: bool = False) -> Any:
     """The run around a loop that only looks whether to stop."""
-
-    def __init__(self, stop: bool = False) -> None:
-        self._stop = stop
-
-    def stop_requested(self) -> bool:
-        return self._stop
-
-    def commit_busy(self) -> bool:
-        return False
-
-    commit_failed = commit_busy
+    return SimpleNamespace(flags=lambda: (stop, False, False))
 
 
 def averaged(ranks: Ranks) -> dict[str, Any]:

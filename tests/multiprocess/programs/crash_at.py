@@ -22,7 +22,7 @@ import torch
 
 from mirl_dist import storage
 from mirl_dist.cli import app
-from mirl_dist.distributed.engines import sharded_gradients
+from mirl_dist.distributed.engines import sharding
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks
 from mirl_dist.storage import async_writer, commits, local
@@ -32,24 +32,11 @@ from mirl_dist.training import losses as objective
 Plan = dict[str, Any]
 
 
-class Overflow(torch.autograd.Function):
-    """The same values, and a gradient that is infinite."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return gradients[0] * float("inf")
-
-
 def die(plan: Plan) -> None:
     os.kill(os.getpid(), plan.get("signal", 9))
 
 
 def at_put(plan: Plan) -> None:
-    put, put_if_absent, replace, link = storage.Folder.put, storage.Folder.put_if_absent, os.replace, os.link
     armed = [True]
 
     def strike(name: str, when: str) -> None:
@@ -57,34 +44,35 @@ def at_put(plan: Plan) -> None:
             armed[0] = False
             die(plan)
 
-    def putting(self: storage.Folder, name: str, data: bytes) -> None:
-        strike(name, "before")
-        put(self, name, data)
-        strike(name, "after")
+    def around(owner: Any, method: str) -> None:
+        put = getattr(owner, method)
 
-    def putting_if_absent(self: storage.Folder, name: str, data: bytes) -> bool:
-        strike(name, "before")
-        written = put_if_absent(self, name, data)
-        strike(name, "after")
-        return written
+        def putting(self: Any, name: str, data: bytes) -> Any:
+            strike(name, "before")
+            written = put(self, name, data)
+            strike(name, "after")
+            return written
 
-    def replacing(source: str, target: Any) -> None:
-        strike(str(target), "during")
-        replace(source, target)
+        setattr(owner, method, putting)
 
-    def linking(source: str, target: Any) -> None:
-        strike(str(target), "during")
-        link(source, target)
+    def during(call: str) -> None:
+        publish = getattr(os, call)
 
-    storage.Folder.put = putting  # type: ignore[method-assign]
-    storage.Folder.put_if_absent = putting_if_absent  # type: ignore[method-assign]
-    local.os.replace = replacing  # type: ignore[assignment]
-    local.os.link = linking  # type: ignore[assignment]
+        def publishing(source: str, target: Any) -> None:
+            strike(str(target), "during")
+            publish(source, target)
+
+        setattr(local.os, call, publishing)
+
+    around(storage.Folder, "put")
+    around(storage.Folder, "put_if_absent")
+    during("replace")
+    during("link")
 
 
 def at_step(plan: Plan) -> None:
     train_round, close_gradients, l1 = loop.train_round, masks.mask_gradients, objective.per_sample_l1
-    close_parts = sharded_gradients.mask
+    close_parts = sharding.mask_gradients
     where: list[Any] = []
     passes = [0]
 
@@ -117,7 +105,7 @@ def at_step(plan: Plan) -> None:
         passes[0] = passes[0] + 1 if now() else 0
         mine = passes[0] and plan.get("pass", passes[0] - 1) == passes[0] - 1
         if mine and plan.get("do") == "inf_gradient":
-            restored = Overflow.apply(restored)
+            restored.register_hook(lambda gradient: gradient * float("inf"))
         losses = l1(restored, clean)
         if mine and plan.get("do") == "nan":
             losses = torch.cat([losses[:-1], losses[-1:] * float("nan")])
@@ -125,7 +113,7 @@ def at_step(plan: Plan) -> None:
 
     loop.train_round = training
     masks.mask_gradients = closing
-    sharded_gradients.mask = closing_parts
+    sharding.mask_gradients = closing_parts
     objective.per_sample_l1 = losing
 
 

@@ -9,14 +9,17 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
+from mirl_dist.config.config import Config
 from mirl_dist.distributed.engines.sharding import local_part
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.prune import PruneConfig
-from mirl_dist.training import lottery, selection
+from mirl_dist.training import lottery
+from mirl_dist.training.selection import Pruner
 from mirl_dist.training.state import TrainState
 from mirl_dist.training.ticket import Ticket
 
@@ -60,16 +63,15 @@ def main(folder: Path) -> None:
     found = {"network": sum(t.nbytes for t in first.values()), "held": sum(t.nbytes for t in engine.weights.values())}
     first.clear()
     state = TrainState(engine, masking.dense_masks(initial, initial), None, ranks.gather_here)
-    game = lottery.LotteryConfig(2, None, "initial", "all", 0, 1)
+    plan: Any = SimpleNamespace(config=Config())
     ticket = Ticket.model_construct(round=0, protocols={})
 
-    def whole() -> contextlib.AbstractContextManager[torch.nn.Module]:
-        raise AssertionError("magnitudes need no network")
-
+    nothing: Any = None  # magnitudes need no network, samples or files
+    pruner = Pruner(plan, state, initial, nothing, nothing, nothing, ranks, nothing)
     with measured(found, "extra"):
-        pruned = selection.select(PruneConfig(0.2), state, initial, whole, lambda: [], ranks, lambda: False)
+        pruned = pruner.select()
         ranks.check_agreement("the new masks", masking.digest_of_masks(state.gather_full(pruned.masks)))
-        lottery.begin_round(game, state, initial, ranks, pruned, ticket)
+        lottery.begin_round(plan.config, state, initial, ranks, pruned, ticket, steps_per_epoch=1)
     assert state.progress.round == 1 and pruned.removed == round(0.2 * (found["network"] // 4 - 1) + 0.5)
     with measured(found, "whole_extra"):
         gathered = dict(state.gather_full(state.weights))

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 PLAN: dict[str, Any] = json.loads(os.environ["MIRL_ASKED"])
@@ -43,77 +44,55 @@ def at_phase() -> None:
     Ranks.in_phase = entering  # type: ignore[assignment, method-assign]
 
 
-def while_uploading() -> None:
-    from mirl_dist.training.checkpoint import Checkpoints
+def at_call(owner: Any, name: str, *, after: bool = False, pause: float = 0.2) -> None:
+    """Strike before a call of `owner.name`, or after it: the first one, or that after so many times."""
+    call, left = getattr(owner, name), [PLAN.get("times", 1)]
 
-    commit, armed = Checkpoints.commit_step, [True]
-
-    def slowly(self: Checkpoints, *args: Any) -> None:
-        if armed[0]:
-            armed[0] = False
+    def calling(*args: Any) -> Any:
+        made = call(*args) if after else None
+        left[0] -= 1
+        if left[0] == 0:
             strike()
-            time.sleep(1)
-        commit(self, *args)
+            time.sleep(pause)
+        return made if after else call(*args)
 
-    Checkpoints.commit_step = slowly  # type: ignore[method-assign]
+    setattr(owner, name, calling)
 
 
 def while_counting() -> None:
     from mirl_dist.training import selection
 
-    prune, armed = selection.prune, [True]
+    prune = selection.prune
 
     def pruning(weights: Any, masks: Any, rule: Any, share: Any, gather: Any, *scores: Any) -> Any:
-        def gathering(values: Any) -> Any:
-            if armed[0]:
-                armed[0] = False
-                strike()
-                time.sleep(0.2)
-            return gather(values)
-
-        return prune(weights, masks, rule, share, gathering, *scores)
+        counting = SimpleNamespace(gather=gather)
+        at_call(counting, "gather")
+        return prune(weights, masks, rule, share, lambda values: counting.gather(values), *scores)
 
     selection.prune = pruning
 
 
-def while_starting() -> None:
-    from mirl_dist.training import resume
-
-    newest = resume.load_latest
-
-    def looking(*args: Any) -> Any:
-        strike()
-        time.sleep(0.2)
-        return newest(*args)
-
-    resume.load_latest = looking
-
-
-def while_building() -> None:
+def aim() -> None:
     from mirl_dist.data.building import build
+    from mirl_dist.training import resume
+    from mirl_dist.training.checkpoint import Checkpoints
 
-    write, left = build.write_shard, [PLAN["times"]]
-
-    def writing(*args: Any) -> Any:
-        written = write(*args)
-        left[0] -= 1
-        if left[0] == 0:
-            strike()
-            time.sleep(0.2)
-        return written
-
-    build.write_shard = writing
+    match PLAN["phase"]:
+        case "uploading":
+            at_call(Checkpoints, "commit_step", pause=1)
+        case "counting":
+            while_counting()
+        case "starting":
+            at_call(resume, "load_latest")
+        case "shards":
+            at_call(build, "write_shard", after=True)
+        case _:
+            at_phase()
 
 
 if __name__ == "__main__":
     from mirl_dist.cli import app
 
     if MINE:
-        special = {
-            "uploading": while_uploading,
-            "counting": while_counting,
-            "starting": while_starting,
-            "shards": while_building,
-        }
-        special.get(PLAN["phase"], at_phase)()
+        aim()
     app.main()

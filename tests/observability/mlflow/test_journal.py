@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ from mirl_dist.observability.mlflow.database import FILE
 from mirl_dist.observability.mlflow.journal import Journal, pending_records
 from mirl_dist.observability.mlflow.outbox import Outbox
 from mirl_dist.observability.mlflow.records import DamagedRecord, Record
-from mirl_dist.observability.mlflow.resend import resend
-from mirl_dist.observability.mlflow.tracker import MlflowTracker
+from mirl_dist.observability.mlflow.tracker import MlflowTracker, resend
 from mirl_dist.storage.base import Unavailable
 from tests.services import mlflow_client_program
 from tests.services.faulty_proxy import FORBIDDEN, FaultyProxy, answer
 from tests.services.mlflow_client_program import ROUNDS, STEPS, get
-from tests.services.mlflow_server import MlflowServer, client, curve, runs_of
+from tests.services.mlflow_server import MlflowServer, client, curve, runs_of, tracker_of
+from tests.services.waiting import until
 
 SESSION = "0123456789abcdef" * 2
 
@@ -66,13 +66,6 @@ def read(journal: Journal) -> list[Record]:
 
 def numbers(journal: Journal) -> list[int]:
     return [int(record.id.rpartition("-")[2]) for record in read(journal)]
-
-
-def until(holds: Callable[[], object]) -> None:
-    last = time.monotonic() + 90
-    while not holds():
-        assert time.monotonic() < last, "it never happened"
-        time.sleep(0.01)
 
 
 # -- the database -----------------------------------------------------------------------------------------------------
@@ -202,14 +195,14 @@ def test_a_hundred_thousand_records_are_sent_in_little_memory(tmp_path: Path) ->
         journal.append([item(number) for number in range(start, start + 10_000)])
     journal.close()
     box, sent, before = new_outbox(tmp_path), 0, memory()
-    assert box.claim() and box.count().points == box.total() == count
+    assert box.claim() and box.count().points == count
     while batch := box.next_batch(files=True, others=True):
         assert [int(record.id[33:]) for record in batch] == list(range(sent, sent + 1000))
         sent += len(batch)
         box.mark_sent(batch)
         assert memory() < before + 16 * 2**20
     assert sent == count
-    box.close()
+    box.journal.close()
 
 
 def test_a_damaged_record_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -220,7 +213,7 @@ def test_a_damaged_record_is_left_out_with_a_warning(tmp_path: Path, caplog: pyt
     connection.close()
     assert [record.id[33:] for record in journal.next_batch(is_file=False)] == ["0", "2", "3"]
     assert caplog.text.count(f"{tmp_path}: record {SESSION}-1 is damaged") == len(caplog.records) == 1
-    assert journal.total() == 3
+    assert journal.count().points == 3
 
 
 @pytest.mark.parametrize("damage", ["another file", "cut short", "overwritten", "overwritten while open"])
@@ -253,7 +246,7 @@ def test_a_damaged_database_is_set_aside_with_one_warning(
     assert f"the journal {path} is damaged (" in caplog.text and f"set aside as {aside}. MLflow does" in caplog.text
     assert f"Read what is left with `sqlite3 {aside} .recover`, or remove it." in caplog.text
     before.close()
-    box.close()
+    box.journal.close()
     assert pending_records(tmp_path).points == 2
 
 
@@ -265,7 +258,7 @@ def test_a_full_disk_costs_one_warning_and_stops_no_delivery(
     earlier.append([item(number) for number in range(1200)])
     earlier.close()
     box = new_outbox(small / "outbox")
-    assert box.claim() and box.total() == 1200
+    assert box.claim() and box.count().points == 1200
     with small.joinpath("filler").open("wb", buffering=0) as filler, pytest.raises(OSError):
         while filler.write(bytes(512)):
             pass
@@ -285,7 +278,7 @@ def test_a_full_disk_costs_one_warning_and_stops_no_delivery(
     box.move_to_disk()
     assert box.count_in_memory().since is None, "room again, journal again"
     box.mark_sent(box.next_batch(files=True, others=False))
-    box.close()
+    box.journal.close()
     assert steps_of(new_outbox(small / "outbox").pending_lines()) == list(range(1000, 1203))
 
 
@@ -418,14 +411,14 @@ def test_records_that_a_folder_knows_are_not_inherited_again_in_commit_order(tmp
     committed = b"".join(everything[2:4])  # 4 and 5 came after the commit
     away = new_outbox(tmp_path / "away", committed)
     put_steps(away, 4, 5, 6, value=2.0)
-    here.close()
+    here.journal.close()
 
     back = new_outbox(tmp_path / "here", b"".join(everything[:1]) + away.pending_lines())
     put_steps(back, 7, value=3.0)
     lines = back.pending_lines()
     assert steps_of(lines) == [2, 3, 4, 5, 6, 4, 5, 7], "those that were trained again after 2 and 3, as there"
     assert pending_records(tmp_path / "here").points == 8, "nothing is kept twice"
-    back.close()
+    back.journal.close()
     turned = new_outbox(tmp_path / "here", b"".join(lines.splitlines(True)[::-1]))
     assert steps_of(turned.pending_lines()) == [7, 5, 4, 6, 5, 4, 3, 2]
 
@@ -450,13 +443,6 @@ def test_the_clock_of_a_process_never_runs_backwards(tmp_path: Path, monkeypatch
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    pytest.importorskip("mlflow", reason="MLflow is not installed")
-    with MlflowServer(tmp_path_factory.mktemp("mlflow")) as started:
-        yield started
-
-
 @pytest.fixture
 def proxy(server: MlflowServer) -> Iterator[FaultyProxy]:
     with FaultyProxy(server.url, seed=4) as between:
@@ -470,24 +456,9 @@ class Run:
         self.name, self.folder, self.ids = name, folder, dict[str, str]()
         self.trackers: list[MlflowTracker] = []
 
-    def tracker(
-        self,
-        uri: str,
-        journal: str = "outbox",
-        inherited: bytes = b"",
-        remember: Callable[[dict[str, str]], None] | None = None,
-    ) -> MlflowTracker:
-        tracker = MlflowTracker(
-            uri=uri,
-            experiment=self.name,
-            run_name="demo",
-            remembered=self.ids,
-            remember=remember or self.ids.update,
-            journal=self.folder / journal,
-            inherited=inherited,
-        )
-        self.trackers.append(tracker)
-        return tracker
+    def tracker(self, uri: str, journal: str = "outbox", **more: Any) -> MlflowTracker:
+        self.trackers.append(tracker_of(uri, self.name, self.folder / journal, self.ids, **more))
+        return self.trackers[-1]
 
     def begin(self, *arguments: Any, **more: Any) -> MlflowTracker:
         tracker = self.tracker(*arguments, **more)
@@ -643,7 +614,10 @@ def test_ids_that_cannot_be_remembered_are_remembered_later(
     assert whole(server.url, run.ids["round/00"], 10) and len(tries) >= 9
 
 
-def test_a_life_waits_for_a_dying_one_to_let_the_journal_go(run: Run, server: MlflowServer, proxy: FaultyProxy) -> None:
+@pytest.mark.parametrize("delivers", [True, False])
+def test_a_life_waits_for_a_dying_one_and_finds_what_that_has_made(
+    delivers: bool, run: Run, server: MlflowServer, proxy: FaultyProxy
+) -> None:
     proxy.refuse()
     dying = run.begin(proxy.url)
     dying.begin_round(0, {})
@@ -653,8 +627,13 @@ def test_a_life_waits_for_a_dying_one_to_let_the_journal_go(run: Run, server: Ml
     log(next_, range(21, 41), value=7.0)
     next_.flush()
     assert run.waits()[0] == 50 and run.ids == {}, "two deliver never at once"
-    dying.end_run(seconds=0.0)
+    if delivers:
+        proxy.accept()
+    dying.end_run("KILLED", seconds=60.0 * delivers)
+    made = dict(run.ids)
+    assert bool(made) == delivers
     next_.end_run()
+    assert run.ids.items() >= made.items() and client(server.url).get_run(run.ids["run"]).info.status == "FINISHED"
     assert run.waits() == (0, 0) and len(runs_of(server.url, run.ids["run"])) == 2
     assert curve(server.url, run.ids["round/00"], "loss") == [
         (step, 1 / step if step <= 30 else 7 / step) for step in range(1, 41)
@@ -665,25 +644,10 @@ def test_a_new_life_sends_what_was_left_before_it_says_anything_itself(run: Run,
     left = new_outbox(run.folder / "outbox")
     left.put(Record("open", "run", "demo"))
     put_steps(left, 1)
-    left.close()
+    left.journal.close()
     run.tracker(server.url)
     until(lambda: run.waits() == (0, 0))
     assert curve(server.url, run.ids["run"], "loss") == [(1, 1.0)]
-
-
-def test_a_life_that_began_before_the_run_was_known_finds_what_a_dying_one_has_made(
-    run: Run, server: MlflowServer, proxy: FaultyProxy
-) -> None:
-    proxy.refuse()
-    dying = run.begin(proxy.url)
-    assert run.ids == {}
-    next_ = run.begin(server.url)
-    proxy.accept()
-    dying.end_run("KILLED")
-    made = dict(run.ids)
-    next_.end_run()
-    assert run.ids == made and len(runs_of(server.url, made["run"])) == 1
-    assert client(server.url).get_run(made["run"]).info.status == "FINISHED"
 
 
 def test_a_backlog_goes_on_elsewhere_and_the_old_journal_does_no_harm(
@@ -697,7 +661,7 @@ def test_a_backlog_goes_on_elsewhere_and_the_old_journal_does_no_harm(
     commit = first.pending()
     log(first, range(21, 31))
     first.end_run("KILLED", seconds=0.0)
-    second = run.begin(server.url, "machine-b", commit)
+    second = run.begin(server.url, "machine-b", inherited=commit)
     second.begin_round(0, {})
     log(second, range(21, 41), value=7.0)
     second.end_run()
@@ -810,7 +774,7 @@ def test_what_a_dead_job_left_can_be_sent_but_not_while_it_lives(
     folder, journal = tmp_path / "left", tmp_path / "outbox"
     pid = lives.begin(proxy.url, folder, journal, die_at=20, hold=True)
     until(lambda: pending_records(journal).points == 60)
-    monkeypatch.setattr("mirl_dist.observability.mlflow.resend.RESEND_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "RESEND_SECONDS", 0.2)
     monkeypatch.setattr(sender, "FIRST_PAUSE_SECONDS", 0.02)
     ids, said = dict[str, str](), list[str]()
 

@@ -13,9 +13,8 @@ from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import reader
 from mirl_dist.observability.mlflow import tracker as tracking
 from mirl_dist.observability.mlflow.reader import RemoteTicket, log_report, read
-from mirl_dist.observability.mlflow.tracker import MlflowTracker
 from tests.services.faulty_proxy import FaultyProxy
-from tests.services.mlflow_server import MlflowServer, client
+from tests.services.mlflow_server import client, tracker_of
 
 pytest.importorskip("mlflow", reason="MLflow is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -31,14 +30,7 @@ def ticket(round_: int) -> bytes:
 def tell(uri: str, folder: Path, name: str, *, rounds: int, experiment: str = EXPERIMENT) -> dict[str, str]:
     """A run as ours are told, of so many rounds; pictures with round 1 alone. Returns its ids."""
     ids: dict[str, str] = {}
-    tracker = MlflowTracker(
-        uri=uri,
-        experiment=experiment,
-        run_name=name,
-        remembered={},
-        remember=ids.update,
-        journal=folder / experiment / name,
-    )
+    tracker = tracker_of(uri, experiment, folder / experiment / name, ids, run_name=name)
     tracker.begin_run({}, {"method": "MIR-L"})
     tracker.log_file("run.json", json.dumps(CONFIG).encode(), "run")
     for round_ in range(rounds):
@@ -63,12 +55,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[str]:
-    with MlflowServer(folder) as started:
-        yield started.url
-
-
-@pytest.fixture(scope="module")
 def sqlite(folder: Path) -> str:
     return f"sqlite:///{folder}/own.db"
 
@@ -81,7 +67,7 @@ def run(sqlite: str, folder: Path) -> dict[str, str]:
     return ids
 
 
-@pytest.mark.parametrize("store", ["sqlite", pytest.param("server", marks=pytest.mark.long)])
+@pytest.mark.parametrize("store", ["sqlite", pytest.param("server_url", marks=pytest.mark.long)])
 def test_tickets_come_back_as_they_were_told(store: str, request: pytest.FixtureRequest, folder: Path) -> None:
     uri = request.getfixturevalue(store)
     ids = tell(uri, folder, f"told-{store}", rounds=2, experiment="told")
@@ -165,16 +151,16 @@ def test_a_store_that_is_away_is_told_and_none_is_made(tmp_path: Path) -> None:
 
 
 def test_a_silent_server_is_not_waited_for_longer_than_the_environment_says(
-    server: str, monkeypatch: pytest.MonkeyPatch
+    server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    with FaultyProxy(server) as proxy:
+    with FaultyProxy(server_url) as proxy:
         proxy.silent = True
         with pytest.raises(UserError, match="unavailable or refusing requests .*timed out"):
             read("f" * 32, proxy.url)
 
 
-@pytest.mark.parametrize("store", ["sqlite", pytest.param("server", marks=pytest.mark.long)])
+@pytest.mark.parametrize("store", ["sqlite", pytest.param("server_url", marks=pytest.mark.long)])
 def test_a_report_is_a_run_of_its_own(store: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     uri = request.getfixturevalue(store)
     files = {"comparison.html": b"<h1>Tickets</h1>", "tables/psnr.csv": b"a,b\n"}
@@ -185,7 +171,7 @@ def test_a_report_is_a_run_of_its_own(store: str, request: pytest.FixtureRequest
     assert found.data.metrics == {"psnr/mean": 31.5} and found.data.tags["runs"] == "first, second"
     for name, content in files.items():
         assert Path(look.download_artifacts(found.info.run_id, name, str(tmp_path))).read_bytes() == content
-    assert address.startswith(f"{uri}/#/experiments/" if store == "server" else f"{uri} (to see it: ")
+    assert address.startswith(f"{uri}/#/experiments/" if store == "server_url" else f"{uri} (to see it: ")
 
 
 def test_a_report_that_breaks_off_leaves_no_half_run(sqlite: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from mirl_dist.tickets.compare import mask_overlap, statistics
 from mirl_dist.tickets.compare.entry import DENSE, Entry
-from mirl_dist.tickets.report import charts, layer_density, overlap_grid
-from mirl_dist.tickets.report.chart_style import INK, assign_styles, swatch
+from mirl_dist.tickets.report import charts, mask_charts
+from mirl_dist.tickets.report.charts import INK, assign_styles, swatch
 from tests.factories import PARTS, comparison, entry
 
 RAIN = "derain/rain"
@@ -31,7 +31,7 @@ def tickets() -> list[Entry]:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
     """The figures that charts would have written."""
     figures: list[Figure] = []
-    for module in (charts, layer_density, overlap_grid):
+    for module in (charts, mask_charts):
         monkeypatch.setattr(module, "svg", lambda figure, name: figures.append(figure) or b"")
     yield figures
 
@@ -51,15 +51,15 @@ def test_the_same_tickets_give_the_same_bytes_whatever_the_users_settings(ticket
 
     def everything() -> list[bytes | None]:
         swatch.cache_clear()
-        named = overlap_grid.choose_entries(lines)
+        named = mask_charts.choose_entries(lines)
         return [
             charts.score(lines, styles, RAIN),
             charts.distance(lines, styles, RAIN),
             charts.curves(tickets[:3], styles["MIR-L-G"], RAIN),
-            layer_density.heat(layer_density.by_kind(tickets[1]), "one"),
-            layer_density.scale(),
-            overlap_grid.grid(named, beyond=True),
-            overlap_grid.overlap_of_seeds(lines, styles),
+            mask_charts.heat(mask_charts.by_kind(tickets[1]), "one"),
+            mask_charts.scale(),
+            mask_charts.grid(named, beyond=True),
+            mask_charts.overlap_of_seeds(lines, styles),
             swatch(DENSE, styles[DENSE]),
         ]
 
@@ -165,14 +165,14 @@ def test_curves_count_steps_from_the_rounds_beginning_and_mark_the_best(drawn: l
     ],
 )
 def test_a_tensors_name_tells_its_block_and_its_kind(name: str, block: str, kind: str) -> None:
-    assert layer_density.locate_layer(name) == (block, kind)
+    assert mask_charts.locate_layer(name) == (block, kind)
 
 
 def test_densities_stand_in_the_networks_order_with_collapsed_tensors_marked() -> None:
     one = entry(density=0.5)
     layers = one.ticket.layer_density | {"down1_2.body.0.weight": 0.0}
     told = one.ticket.model_copy(update={"layer_density": layers, "collapsed": ("down1_2.body.0.weight",)})
-    grid = layer_density.by_kind(one._replace(ticket=told))
+    grid = mask_charts.by_kind(one._replace(ticket=told))
     assert grid.rows == ("patch_embed", "encoder_level1.0", "down1_2", "encoder_level2.0", "output")
     assert grid.columns == ("norm1", "attn.qkv", "ffn.project_in", "conv")
     qkv = grid.share[grid.rows.index("encoder_level1.0"), grid.columns.index("attn.qkv")]
@@ -184,7 +184,7 @@ def test_densities_stand_in_the_networks_order_with_collapsed_tensors_marked() -
 
 def test_densities_by_round_weigh_tensors_by_their_size(tickets: list[Entry]) -> None:
     run = [s for s in tickets if s.run == "mir-l-g_s0"]
-    grid = layer_density.by_round(list(reversed(run)))
+    grid = mask_charts.by_round(list(reversed(run)))
     assert grid.columns == ("0", "1", "2", "3")
     assert (grid.share[:, 0] == 1).all()
     inside = [n for n in PARTS if n.startswith("encoder_level1.0.")]
@@ -194,28 +194,28 @@ def test_densities_by_round_weigh_tensors_by_their_size(tickets: list[Entry]) ->
 
 def test_a_grid_of_overlaps_shows_last_rounds_first_and_never_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = statistics.group_entries(comparison(("MIR-L-G", "MIR-L-LW"), seeds=(0, 1), rounds=4))
-    assert len(overlap_grid.choose_entries(lines)) == 16, "all, where they fit; the dense ones never"
-    monkeypatch.setattr(overlap_grid, "MAX_ENTRIES", 4)
-    assert [x.name for x in overlap_grid.choose_entries(lines)] == [
+    assert len(mask_charts.choose_entries(lines)) == 16, "all, where they fit; the dense ones never"
+    monkeypatch.setattr(mask_charts, "MAX_ENTRIES", 4)
+    assert [name for name, _ in mask_charts.choose_entries(lines)] == [
         "MIR-L-G r4 s0",
         "MIR-L-G r4 s1",
         "MIR-L-LW r4 s0",
         "MIR-L-LW r4 s1",
     ]
-    monkeypatch.setattr(overlap_grid, "MAX_ENTRIES", 8)
-    assert {x.entry.ticket.round for x in overlap_grid.choose_entries(lines)} == {1, 4}
+    monkeypatch.setattr(mask_charts, "MAX_ENTRIES", 8)
+    assert {s.ticket.round for _, s in mask_charts.choose_entries(lines)} == {1, 4}
 
 
 def test_overlap_between_seeds_stands_beside_what_chance_gives(tickets: list[Entry], drawn: list[Figure]) -> None:
     lines = statistics.group_entries(tickets)
     styles = assign_styles(line.method for line in lines)
-    overlap_grid.overlap_of_seeds(lines, styles)
+    mask_charts.overlap_of_seeds(lines, styles)
     last = next(line for line in lines if (line.method, line.round_) == ("MIR-L-G", 3)).entries
     mine = [x for x in drawn[0].axes[0].lines if to_hex(x.get_color()) == styles["MIR-L-G"].colour]
     found = {x.get_linestyle(): x.get_ydata()[0] for x in mine}  # the fewest weights stand first
     assert found["-"] == pytest.approx(mask_overlap.iou(last)[0, 1])
     assert found[":"] == pytest.approx(mask_overlap.expected_iou(last)[0, 1])
-    assert overlap_grid.overlap_of_seeds(statistics.group_entries(tickets[:4]), styles) is None, "one seed has no pair"
+    assert mask_charts.overlap_of_seeds(statistics.group_entries(tickets[:4]), styles) is None, "one seed has no pair"
 
 
 def test_names_that_look_like_formulas_or_tags_are_drawn_as_they_are() -> None:
