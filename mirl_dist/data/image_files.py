@@ -110,6 +110,8 @@ def decode(data: bytes) -> Decoded:
             if frames > 1:
                 notes.append("first of several frames or pages")
             image.load()
+            if image.mode in ("1", "L", "LA"):
+                notes.append("grey, used as RGB")
             pixels, note = _to_srgb(ImageOps.exif_transpose(image))
             return Decoded(pixels, (*notes, *note))
     except UnidentifiedImageError:

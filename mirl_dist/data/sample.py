@@ -93,7 +93,7 @@ class Batch(NamedTuple):
 def decode(data: bytes, source: str) -> Pixels:
     """Decode an image of a shard to uint8 (H, W, 3) RGB. Raises UserError naming `source` if it cannot be decoded."""
     try:
-        return decode_file(data)
+        return decode_file(data).pixels
     except ImageRefused as reason:
         raise UserError(f"{source} does not decode as an image (it {reason}). Build the shards again.") from None
 

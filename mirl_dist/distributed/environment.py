@@ -64,8 +64,8 @@ def check_rank(env: Mapping[str, str]) -> None:
         )
     if int(env.get("RANK", "0")) >= world:
         raise UserError(
-            f"found RANK={env['RANK']} with WORLD_SIZE={env.get('WORLD_SIZE', 'unset')} in the environment: ranks count "
-            "from 0. Unset both, or launch with a file from launch/."
+            f"found RANK={env['RANK']} with WORLD_SIZE={env.get('WORLD_SIZE', 'unset')} in the environment: ranks "
+            "count from 0. Unset both, or launch with a file from launch/."
         )
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "WORLD_SIZE" not in env:
         raise UserError(

@@ -178,7 +178,7 @@ def _check_image(data: bytes, label: str, name: str, entry: SampleEntry) -> Iter
         yield f"{label} does not begin as a PPM file of {entry.width}x{entry.height} pixels does"
         return
     try:
-        height, width = decode(data).shape[:2]
+        height, width = decode(data).pixels.shape[:2]
     except ImageRefused as refused:
         yield f"{label} {refused}"
         return

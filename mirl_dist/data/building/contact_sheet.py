@@ -77,7 +77,7 @@ def _read_crops(built: Shards, shards: list[Shard]) -> Iterator[Pixels]:
         for entry in built.index(shard).entries:
             for stored in map(entry.image, (DEGRADED, CLEAN)):
                 if stored is not None:
-                    centre = image_strip.centre(decode(_read_bytes(built.store, shard.name, stored)), SIDE)
+                    centre = image_strip.centre(decode(_read_bytes(built.store, shard.name, stored)).pixels, SIDE)
                     spare = [(SIDE - side) for side in centre.shape[:2]]
                     margins = [(each // 2, each - each // 2) for each in spare]
                     yield np.pad(centre, (*margins, (0, 0)), constant_values=255)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -13,10 +15,10 @@ from pathlib import Path
 
 from mirl_dist.data.building.demo_photos import locate
 from mirl_dist.data.building.recipe import ImageFolder, ImageSet, Recipe, Role, expand_folder
+from mirl_dist.data.image_files import ENDINGS
 from mirl_dist.data.manifest import Kind
 from mirl_dist.errors import UserError
 
-ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SHOWN, EXAMPLES = 20, 3
 
 
@@ -78,8 +80,12 @@ def compile_template(names: str) -> re.Pattern[str]:
     return re.compile("".join(known.get(part, re.escape(part)) for part in parts))
 
 
-def _list_files(folder: ImageFolder) -> dict[str, Path]:
-    """Return a folder's images by relative path, sorted. Raises UserError if there are none."""
+def _list_files(folder: ImageFolder, *, is_counted: bool) -> dict[str, Path]:
+    """Return a folder's images by relative path, sorted.
+
+    Raises UserError if there are none, or none for one of its globs. is_counted: the set has `expect`, which notices a
+    missing image; its globs may then be alternatives.
+    """
     root = expand_folder(folder.folder)
     if not root.is_dir():
         near = next((p for p in root.parents if p.is_dir()), Path("."))
@@ -89,12 +95,18 @@ def _list_files(folder: ImageFolder) -> dict[str, Path]:
         )
     images: dict[str, Path] = {}
     for glob in folder.include:
+        before = len(images)
         for path in root.glob(glob):
             name = path.relative_to(root).as_posix()
             is_hidden = any(part.startswith(".") for part in Path(name).parts)
             is_excluded = any(fnmatchcase(name, pattern) for pattern in folder.exclude)
             if path.suffix.lower() in ENDINGS and not is_hidden and not is_excluded and not path.is_dir():
                 images[name] = path
+        if len(images) == before and not is_counted:
+            raise UserError(
+                f"no image in {printable(root)} fits '{glob}'. Put images there ({', '.join(ENDINGS)}), or correct "
+                "'include' in the recipe ('**/*' looks at all depths; linked folders must be named)."
+            )
     if not images:
         raise UserError(
             f"no image in {printable(root)} fits {', '.join(folder.include)}. Put images there "
@@ -103,18 +115,49 @@ def _list_files(folder: ImageFolder) -> dict[str, Path]:
     return dict(sorted(images.items()))
 
 
-def _group_by_id(folder: ImageFolder, label: str) -> tuple[dict[str, list[tuple[str, Path]]], list[ImageProblem]]:
+def find_unused(recipe: Recipe, used: Collection[Path]) -> list[str]:
+    """Return a line for each image folder of a recipe that holds files which no set uses: how many, by reason."""
+    folders = [f for _, one in recipe.sets() for f in (one.clean, one.degraded) if f is not None]
+    lines = []
+    for root in sorted({expand_folder(folder.folder) for folder in folders}):
+        reasons: Counter[str] = Counter()
+        for at, names, files in os.walk(root):
+            names[:] = [name for name in names if not name.startswith(".")]
+            links = [Path(at, name) for name in names if Path(at, name).is_symlink()]
+            reasons["linked folders, which ** does not enter"] += sum(
+                not any(link in path.parents for path in used) for link in links
+            )
+            reasons.update(_why_unused(name) for name in files if Path(at, name) not in used)
+        texts = [f"{count:,} {reason}" for reason, count in reasons.most_common() if count]
+        if texts:
+            lines.append(f"not used in {printable(root)}: {', '.join(texts)}")
+    return lines
+
+
+def _why_unused(name: str) -> str:
+    if name.startswith("."):
+        return "hidden files"
+    ending = Path(name).suffix.lower()
+    if ending not in ENDINGS:
+        return f"files of the ending '{printable(ending)}'"
+    return "images that no 'include' names or that 'exclude' names"
+
+
+def _group_by_id(
+    folder: ImageFolder, label: str, *, is_counted: bool
+) -> tuple[dict[str, list[tuple[str, Path]]], list[ImageProblem]]:
     """Group the files of a folder by the {id} in their names; also return complaints about names that do not match."""
     pattern, whole = compile_template(folder.names), "/" in folder.names
     by_id: dict[str, list[tuple[str, Path]]] = {}
     complaints = []
-    for name, path in _list_files(folder).items():
+    for name, path in _list_files(folder, is_counted=is_counted).items():
         match = pattern.fullmatch(name.removesuffix(path.suffix) if whole else path.stem)
         if match is None:
             problem = f"its name does not fit '{folder.names}'"
             complaints.append(ImageProblem(label, printable(name), printable(path), problem))
         else:
-            by_id.setdefault("/".join(match.groups()), []).append((name, path))
+            # One name may be spelt in two forms of Unicode by the programs that made the two sides.
+            by_id.setdefault(unicodedata.normalize("NFC", "/".join(match.groups())), []).append((name, path))
     return by_id, complaints
 
 
@@ -122,8 +165,9 @@ def _pair_images(
     role: Role, image_set: ImageSet, degraded: ImageFolder, clean: ImageFolder
 ) -> tuple[list[SourceImage], list[ImageProblem]]:
     label = f"{role} {image_set.set}"
-    clean_by_id, complaints = _group_by_id(clean, label)
-    degraded_by_id, more = _group_by_id(degraded, label)
+    is_counted = image_set.expect is not None
+    clean_by_id, complaints = _group_by_id(clean, label, is_counted=is_counted)
+    degraded_by_id, more = _group_by_id(degraded, label, is_counted=is_counted)
     complaints += more
 
     def complain(name: str, path: Path, problem: str, expected: str) -> None:
@@ -157,7 +201,7 @@ def _find_set_images(role: Role, one: ImageSet) -> tuple[list[SourceImage], list
     complaints: list[ImageProblem] = []
     images = [(path.name, path, disparity) for path, disparity in map(locate, one.photographs)]
     if one.clean is not None:
-        by_id, complaints = _group_by_id(one.clean, f"{role} {one.set}")
+        by_id, complaints = _group_by_id(one.clean, f"{role} {one.set}", is_counted=one.expect is not None)
         images = sorted((name, path, None) for files in by_id.values() for name, path in files)
     made = one.make, one.versions
     return [
@@ -213,7 +257,7 @@ def find_images(recipe: Recipe) -> tuple[list[SourceImage], list[ImageProblem]]:
             if image_set.expect is not None and len(images) != image_set.expect:
                 raise UserError(_describe_miscount(image_set, len(images), uncounted))
         except UserError as fault:
-            origin = f"\n  where it can be had: {image_set.get}" if image_set.get else ""
+            origin = f"\n  available from: {image_set.get}" if image_set.get else ""
             incomplete.append(f"the set '{image_set.set}' ({role}): {fault}{origin}")
             continue
         pictures += _draw_sample(images, image_set, recipe.seed)

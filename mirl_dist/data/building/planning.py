@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
 
 from mirl_dist.config.canonical_json import digest_of_json
-from mirl_dist.data.building.discovery import ImageProblem, SourceImage, error_of, find_images, printable
+from mirl_dist.data.building.discovery import ImageProblem, SourceImage, error_of, find_images, find_unused, printable
 from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.image_files import Box, ImageInfo, centre_box, examine
 from mirl_dist.data.manifest import ImageFormat, ppm_header
@@ -23,12 +24,16 @@ BLOCK = 512  # bytes; in a tar, the header and the data of every member are padd
 
 @dataclass(frozen=True)
 class Inspection:
-    """What can be built: usable images, facts about their files, what is skipped and why, and the fingerprint."""
+    """What can be built: usable images, facts about their files, what is skipped and why, and the fingerprint.
+
+    remarks: lines for the user about conversions, files that are not used, and suspicious pairs.
+    """
 
     images: tuple[SourceImage, ...]
     file_info: Mapping[Path, ImageInfo]
     skipped: tuple[str, ...]
     fingerprint: str
+    remarks: tuple[str, ...]
 
 
 def inspect_images(recipe: Recipe, workers: int, progress: ProgressCallback, group: WorkerGroup) -> Inspection:
@@ -63,7 +68,19 @@ def _select_usable(
     if not recipe.allow_overlap:
         _check_overlap(usable, file_info)
     skipped = tuple(c.portable() for c in complaints)
-    return Inspection(tuple(usable), file_info, skipped, fingerprint(recipe, usable, file_info, skipped))
+    remarks = (*_remarks(usable, file_info), *find_unused(recipe, file_info.keys()))
+    return Inspection(tuple(usable), file_info, skipped, fingerprint(recipe, usable, file_info, skipped), remarks)
+
+
+def _remarks(pictures: Iterable[SourceImage], file_info: Mapping[Path, ImageInfo]) -> Iterator[str]:
+    """Yield what was done to images of each set on decoding, and pairs of which both sides are the same pixels."""
+    counts: Counter[str] = Counter()
+    for picture in pictures:
+        counts.update(f"{picture.label}: {note}" for file in picture.files for note in file_info[file].notes)
+        if len({file_info[file].pixels_sha256 for file in picture.files}) < len(picture.files):
+            counts[f"{picture.label}: degraded image equal to its clean partner"] += 1
+    for text, count in sorted(counts.items()):
+        yield f"{text} (images: {count:,})"
 
 
 def _find_problems(picture: SourceImage, file_info: Mapping[Path, ImageInfo], least: int) -> list[ImageProblem]:
