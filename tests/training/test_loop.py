@@ -40,9 +40,8 @@ def test_a_precision_asked_for_is_that_of_the_layers_in_the_wrapped_network(
     precision: str, inside: torch.dtype
 ) -> None:
     ranks = Ranks(device="cpu", precision=precision)
-    model = models.create("promptir", **TINY)
-    wrapped = ranks.network.wrap(model)
-    bare = ranks.network.unwrap(wrapped)
+    bare = models.create("promptir", **TINY)
+    wrapped = ranks.network.wrap(bare)
     seen: list[torch.dtype] = []
     stem = bare.get_submodule("patch_embed.proj")
     assert isinstance(stem, nn.Conv2d)

@@ -199,7 +199,7 @@ def averaged(ranks: Ranks) -> dict[str, Any]:
     bare = torch.nn.Linear(2, 1, bias=False)
     wrapped = ranks.network.wrap(bare)
     ranks.network.backward(wrapped(torch.full((1, 2), float(ranks.rank))).sum())
-    weights = dict(ranks.network.unwrap(wrapped).named_parameters())
+    weights = dict(bare.named_parameters())
     gradient = weights["weight"].grad
     assert gradient is not None
     return {"weights": masking.digest_tensors(weights), "gradient": gradient.tolist(), "type": type(wrapped).__name__}
