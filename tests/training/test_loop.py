@@ -121,7 +121,7 @@ class Run:
         progress = self.state.progress
         self.commits.append((progress.updates, wait))
         self.kept[progress.updates] = progress.model_copy(deep=True)
-        moments = {name: moment.clone() for name, moment in self.state.moments().items()}
+        moments = {name: moment.clone() for name, moment in self.state.engine.moments().items()}
         self.weights[progress.updates] = {n: p.detach().clone() for n, p in self.state.weights.items()}, moments
 
     def log(self, step: int, values: dict[str, float]) -> None:
