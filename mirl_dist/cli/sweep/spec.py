@@ -104,7 +104,7 @@ class SweepRun(NamedTuple):
 
 
 class SweepPlan(NamedTuple):
-    """A sweep and its runs, ordered by seed, then method. name: stem of its file."""
+    """A sweep and its runs, ordered by seed, then method. name: stem of its file. report_folder: of the comparison."""
 
     name: str
     sweep: Sweep
@@ -115,6 +115,10 @@ class SweepPlan(NamedTuple):
         """The folder for logs, command lists and the report: `folder`, or sweep-logs/NAME for a bucket."""
         address = self.sweep.folder
         return Path("sweep-logs", self.name) if "://" in address else Path(address).expanduser()
+
+    @property
+    def report_folder(self) -> Path:
+        return self.local_folder / "report" if self.sweep.compare.out is None else Path(self.sweep.compare.out)
 
     def log(self, run: SweepRun) -> Path:
         return self.local_folder / f"{run.name}.log"

@@ -107,7 +107,7 @@ def check_sweep(plan: SweepPlan, source: str, launch_file: LaunchFile | None) ->
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a sweep is one process, which starts its runs itself: call it without a launcher.")
     output_paths.check_folder(plan.local_folder, "folder")
-    output_paths.check_folder(report_folder(plan), "compare.out")
+    output_paths.check_folder(plan.report_folder, "compare.out")
     complaints: dict[str, list[str]] = {}
     for one in plan.runs:
         try:
@@ -177,11 +177,6 @@ def _last_line(log: Path) -> str:
 # -- comparison -------------------------------------------------------------------------------------------------------
 
 
-def report_folder(plan: SweepPlan) -> Path:
-    """Return the folder for the files of the comparison."""
-    return plan.local_folder / "report" if plan.sweep.compare.out is None else Path(plan.sweep.compare.out)
-
-
 def compare_runs(plan: SweepPlan, source: str, states: Mapping[str, State]) -> None:
     """Compare the finished runs, together with their controls trained by `tickets judge --train`."""
     finished = [one for one in plan.runs if states[one.name] == "finished"]
@@ -199,12 +194,12 @@ def compare_runs(plan: SweepPlan, source: str, states: Mapping[str, State]) -> N
         opened = open_run_ticket(one.folder, options_of(one.config.store))
         names += [control.folder for control in compare.controls_of(one.folder, opened) if control.is_finished()]
     title, uri = section.title or plan.name, config.tracking.uri
-    compare.compare(names, report_folder(plan), False, title, section.experiment, uri, section.pictures)
+    compare.compare(names, plan.report_folder, False, title, section.experiment, uri, section.pictures)
 
 
 def compare_finished(plan: SweepPlan, source: str) -> None:
     """Compare the runs that have finished so far (`sweep --compare`)."""
-    output_paths.check_folder(report_folder(plan), "compare.out")
+    output_paths.check_folder(plan.report_folder, "compare.out")
     compare_runs(plan, source, {one.name: read_status(one).state for one in plan.runs})
 
 
