@@ -203,7 +203,7 @@ def _watch(store: Store, seconds: float, pause: float, say: Say) -> Iterator[Hol
         if holder is None or holder.ended is not None:
             pass
         elif holder.has_exited():
-            holder = holder.but(ended="dead")
+            holder = holder.model_copy(update={"ended": "dead"})
         elif holder.generation > known:
             raise UserError(_describe_alive(store, holder, "it took the run a moment ago"))
         elif first is None:
@@ -219,7 +219,7 @@ def _watch(store: Store, seconds: float, pause: float, say: Say) -> Iterator[Hol
             # While the store is away no holder can write a heartbeat, so a long gap counts only in part as silence.
             silent += min(gap, max(2 * pause, seconds / 4))
             if silent >= seconds:
-                holder = holder.but(ended="silent")
+                holder = holder.model_copy(update={"ended": "silent"})
         yield holder
 
 
