@@ -103,7 +103,16 @@ def small_state(seed: int) -> TrainState:
 
 
 def a_ticket(state: TrainState) -> Ticket:
-    return Ticket.model_construct(round=state.progress.round, alive=17, mask_digest=state.progress.mask_digest)
+    known = {"round": state.progress.round, "mask_digest": state.progress.mask_digest, "parent": None, "scores": {}}
+    counts = {"alive": 17, "prunable": 17, "total": 17}
+    unknown = dict.fromkeys(("initial_digest", "weights_digest", "fingerprint", "manifest_digest", "protocol"), "")
+    return Ticket.model_validate(
+        {"threshold": 0, "layer_density": {}, "updates": 0, "samples": 0}
+        | known
+        | counts
+        | unknown
+        | {"seconds": 0, "world": 1, "versions": {}}
+    )
 
 
 def nudge(tensor: torch.Tensor) -> None:
