@@ -62,8 +62,9 @@ def depth_from_disparity(disparity: Plane) -> Plane:
     rows = np.arange(disparity.shape[0])[:, None]
     filled = np.minimum(padded[rows, left + 1], padded[rows, right + 1])
     filled = np.where(np.isfinite(filled), filled, disparity[known].min())
-    depth: Plane = 1 / (filled + DISPARITY_OFFSET)
-    return (depth / depth.max()).astype(np.float64)
+    depth = 1 / (filled + DISPARITY_OFFSET)
+    far: Plane = (depth / depth.max()).astype(np.float64)
+    return far
 
 
 def depth(height: int, width: int, disparity: Path | None) -> Plane:
