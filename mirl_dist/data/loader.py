@@ -263,8 +263,7 @@ def calibration_batches(
     by_shard = sorted(range(len(slots)), key=lambda number: slots[number].shard)
     for shard_number, numbers in groupby(by_shard, key=lambda number: slots[number].shard):
         shard = pool.shards.train[shard_number]
-        with pool.holding([shard]):
-            local = pool.get(shard)
+        with pool.holding(shard) as local:
             for number in numbers:
                 if stop_asked():
                     raise Stopped("stopped as asked while reading samples to select by")
