@@ -87,7 +87,7 @@ class ShardPool:
                 if self._stop_asked():
                     since = since or time.monotonic()
                     if time.monotonic() - since > _GRACE_SECONDS:
-                        text = f"stopped as asked while waiting for {shard.name}; the last commit stands"
+                        text = f"stopped on request while waiting for {shard.name}; the last commit is intact"
                         raise Stopped(text) from None
 
     def refetch(self, shard: Shard) -> None:

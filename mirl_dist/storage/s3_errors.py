@@ -80,7 +80,7 @@ _REMEDIES = {
     "IllegalLocationConstraintException": _REGION,
     "InvalidAccessKeyId": _KEYS,
     "InvalidBucketName": "Correct the bucket's name.",
-    "InvalidRequest": "Check the endpoint, and store.encryption where it is set: some servers want https for it.",
+    "InvalidRequest": "Check the endpoint, and store.encryption if it is set: some servers require https for it.",
     "InvalidToken": _RENEW,
     "KeyTooLongError": "Choose a shorter prefix.",
     "PermanentRedirect": _REGION,

@@ -165,7 +165,7 @@ def test_a_commit_due_while_one_is_written_is_made_after_it_and_at_the_end_anywa
 def test_a_run_that_is_asked_to_stop_commits_after_the_step_and_waits_for_it() -> None:
     for busy, steps in ((False, 5), (True, 5), (False, STEPS)):
         run = Run(stop_in=lambda step, s=steps: step == s - 1, busy_in=lambda step, busy=busy: busy)  # type: ignore[misc]
-        with pytest.raises(Stopped, match=rf"^stopped as asked in round 0 after {steps} steps; committed$"):
+        with pytest.raises(Stopped, match=rf"^stopped on request in round 0 after {steps} steps; committed$"):
             run.train(plan())
         assert run.commits[-1] == (steps, True) and run.state.progress.updates == steps
     assert (run.kept[STEPS].epoch, run.kept[STEPS].step) == (3, 0), "the whole round"

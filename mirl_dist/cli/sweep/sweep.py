@@ -105,7 +105,7 @@ def check_sweep(plan: SweepPlan, source: str, launch_file: LaunchFile | None) ->
     launch_file: of the runs, if any.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("a sweep is one process, which starts its runs itself: call it without a launcher.")
+        raise UserError("a sweep is one process that launches its own runs: start it without a launcher.")
     output_paths.check_folder(plan.local_folder, "folder")
     output_paths.check_folder(plan.report_folder, "compare.out")
     complaints: dict[str, list[str]] = {}
@@ -136,7 +136,7 @@ def _check_fits_slots(plan: SweepPlan, launch_file: LaunchFile, slots: list[dict
         )
     if len(slots) > 1 and launch_file.ranks > 1 and launch_file.port:
         text = f"launch: {launch_file.path} has main_process_port {launch_file.port}"
-        raise UserError(f"{text}, where {len(slots)} runs meet. Write 0.")
+        raise UserError(f"{text}, which {len(slots)} runs at once would share. Write 0.")
     gpus, ranks = sum(map(bool, slots[0].get(_GPUS, "").split(","))), launch_file.ranks_per_node
     if 0 < gpus < ranks and any(one.config.train.device != "cpu" for one in plan.runs):
         text = f"launch: {launch_file.path} starts {ranks} ranks, and each of {len(slots)} slots has {gpus} GPUs"
@@ -229,7 +229,7 @@ def submit(plan: SweepPlan, source: str) -> None:
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not here. Submit on a machine of the cluster, or print the commands with --print.")
     if not BATCH.is_file():
-        raise UserError(f"no file at {BATCH}. Call this where the repository's launch/ lies, as for train.")
+        raise UserError(f"no file at {BATCH}. Run this in the folder that contains launch/, as for train.")
     text = "".join(f"{spec.command_line(plan, one)}\n" for one in unfinished).encode()
     # The name depends on the content, because queued SLURM tasks read their line of this file later.
     commands = plan.local_folder / f"commands-{hashlib.sha256(text).hexdigest()[:8]}.txt"

@@ -213,7 +213,7 @@ def find_images(recipe: Recipe) -> tuple[list[SourceImage], list[ImageProblem]]:
             if image_set.expect is not None and len(images) != image_set.expect:
                 raise UserError(_describe_miscount(image_set, len(images), uncounted))
         except UserError as fault:
-            origin = f"\n  where it can be had: {image_set.get}" if image_set.get else ""
+            origin = f"\n  available from: {image_set.get}" if image_set.get else ""
             incomplete.append(f"the set '{image_set.set}' ({role}): {fault}{origin}")
             continue
         pictures += _draw_sample(images, image_set, recipe.seed)

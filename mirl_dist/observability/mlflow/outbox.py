@@ -142,7 +142,9 @@ class Outbox:
         """Queue the pending lines of a commit, except records already delivered from this journal."""
         records, damaged = parse_all(lines)
         if damaged:
-            _log.warning("%d damaged lines that a commit kept for %s are left out", damaged, self._store_name)
+            _log.warning(
+                "%d damaged lines of a commit's pending records for %s were skipped", damaged, self._store_name
+            )
         try:
             if records:
                 self.journal.inherit(records)

@@ -241,8 +241,8 @@ def resend(
     try:
         if not opened.lock():
             raise UserError(
-                f"found the journal {journal} in use: the run lives and sends by itself, or another command does. "
-                "Wait until it has ended."
+                f"found the journal {journal} in use: the run is still running and sends its records, or "
+                "another command does. Wait until it has ended."
             )
         return _send_all(store, Outbox(store.name, session_id, opened, inherited), journal, say)
     finally:

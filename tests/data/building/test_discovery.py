@@ -105,9 +105,9 @@ def test_another_count_than_expected_names_what_was_not_counted_and_the_origin(
     found = f"found 1 pairs, expected 1,000, in {tmp_path}/input (*) and {tmp_path}/target (*)."
     assert first.startswith(f"the set 'pairs' (train): {found} Not counted: 2.png: no clean partner '2'; 3.png:")
     assert first.endswith("; and 3 more. Complete the set, or correct 'expect' in the recipe.")
-    assert got == "  where it can be had: https://example.org/rain; research"
+    assert got == "  available from: https://example.org/rain; research"
     assert second.startswith(f"the set 'two' (train): no folder at {tmp_path}/nowhere")
-    assert two_got == "  where it can be had: from Ada"
+    assert two_got == "  available from: from Ada"
 
 
 def test_all_missing_and_empty_folders_are_named_at_once(tmp_path: Path) -> None:

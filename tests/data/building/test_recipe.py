@@ -335,7 +335,7 @@ def told(recipe: Recipe) -> Iterator[tuple[str, str, ImageSet]]:
         discovery.find_images(recipe)
     said = str(fault.value).splitlines()
     for (role, one), sentence, source in zip(recipe.sets(), said[::2], said[1::2], strict=True):
-        assert source == f"  where it can be had: {one.get}"
+        assert source == f"  available from: {one.get}"
         yield role, sentence, one
 
 

@@ -81,7 +81,7 @@ def told(ranks: Ranks) -> dict[str, Any]:
         "agree": refused(lambda: ranks.check_agreement("the colour", "red" if not last else "blue")),
         "agreed": refused(lambda: ranks.check_agreement("the colour", "red")),
         "from main": ranks.on_main(lambda: f"from rank {ranks.rank}"),
-        "main stops": main_raises(Stopped("stopped as asked")),
+        "main stops": main_raises(Stopped("stopped on request")),
         "main fails": main_raises(UserError(f"found something on rank {ranks.rank}, here, do that.")),
         "server away": main_raises(UserError("the server is away.", resumable=True)),
         "any": [ranks.any(last, what="whether one is last"), ranks.any(False, what="whether none is")],
