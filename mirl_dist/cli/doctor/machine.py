@@ -251,7 +251,7 @@ def check_cache(folder: Path | None, mounts: Sequence[Any]) -> Finding:
         return Finding("FAULT", "shard cache", text)
     kind = file_system_type(nearest_existing(folder), mounts)
     if _NETWORK_FILE_SYSTEM.match(kind):
-        text = f"{folder} is on {kind}, which may not support file locks; set data.cache.folder to a local disk of the node."
+        text = f"{folder} is on {kind}, which may not support file locks; set data.cache.folder to a local disk."
         return Finding("warning", "shard cache", text)
     return Finding("ok", "shard cache", f"{folder}, on {kind or 'a disk of this node'}")
 

@@ -70,7 +70,7 @@ class Sweep(Node):
                 yield f"methods: found the name '{name}', which becomes part of a folder's: use letters, digits, . _ -"
             if lower.count(name.lower()) > 1:
                 text = f"methods: found '{name}' and another that differs only in case"
-                yield f"{text}; not every disk tells them apart"
+                yield f"{text}; some file systems do not distinguish them"
         if len(set(self.seeds)) < len(self.seeds):
             yield f"seeds: found {list(self.seeds)}; name each once"
         for option in self.sbatch:

@@ -182,7 +182,7 @@ def compare_runs(plan: SweepPlan, source: str, states: Mapping[str, State]) -> N
     finished = [one for one in plan.runs if states[one.name] == "finished"]
     if not finished:
         text = f"no run of {source} has finished, so there is nothing to compare"
-        raise UserError(f"{text}. --status shows where they stand.")
+        raise UserError(f"{text}. --status shows their progress.")
     missing = [f"{one.name} ({states[one.name]})" for one in plan.runs if one not in finished]
     if missing:
         progress.say(f"note: not in this comparison: {', '.join(missing)}")
@@ -242,4 +242,4 @@ def submit(plan: SweepPlan, source: str) -> None:
         why = ended.stderr.strip()
         raise UserError(f"{shlex.join(command)} ended with code {ended.returncode}: {why}. Correct that.")
     progress.say(f"{_count_in_words(len(unfinished))} submitted as job {ended.stdout.strip()}: {shlex.join(command)}")
-    progress.say(f"where they stand: mirl-dist sweep {shlex.quote(source)} --status; at the end: --compare")
+    progress.say(f"progress: mirl-dist sweep {shlex.quote(source)} --status; at the end: --compare")
