@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from mirl_dist.data.chance import generator
-from mirl_dist.data.degrade import Pixels, for_test, haze, rain, snow
-from mirl_dist.tasks import Task
 from PIL import Image, ImageDraw
 
-from mirl_dist.data import photographs
+from mirl_dist.config.seeding import rng
+from mirl_dist.config.tasks import Task
+from mirl_dist.data.building import demo_photos
+from mirl_dist.data.degradations.degrade import Pixels, degrade_for_test, haze, rain, snow
 
 GAP, TITLE, QUALITY = 4, 18, 88
 
@@ -48,14 +48,14 @@ HAZE = ((0.8, 0.5), (0.9, 1.5), (1.0, 2.5))  # airlight, beta: the ends and the 
 
 
 def whole(name: str) -> Pixels:
-    with Image.open(photographs.locate(name)[0]) as image:
+    with Image.open(demo_photos.locate(name)[0]) as image:
         return np.array(image.convert("RGB"))
 
 
 def made_on_reading(place: Place, words: tuple[str, ...]) -> dict[str, Pixels]:
     """Degraded whole, then cut, as in evaluation."""
     image = whole(place.name)
-    row = {word: place.cut(for_test(Task.of(word), image, generator("picture", word))) for word in words}
+    row = {word: place.cut(degrade_for_test(Task.of(word), image, rng("picture", word))) for word in words}
     return {"clean": place.cut(image), **row}
 
 
@@ -64,12 +64,12 @@ def weather() -> dict[str, dict[str, Pixels]]:
     cat, street = whole("chelsea"), whole(STREET.name)
     part = Place("chelsea", 10, 60, 280, 280)
     height, width = street.shape[:2]
-    far = photographs.depth(height, width, photographs.locate(STREET.name)[1])
+    far = demo_photos.depth(height, width, demo_photos.locate(STREET.name)[1])
     depth = np.repeat(np.rint(255 * far).astype(np.uint8)[..., None], 3, axis=2)
     hazy = {f"A {a}, B {b}": STREET.cut(haze(street, far, a, b)) for a, b in HAZE}
     return {
-        "rain": {"clean": part.cut(cat)} | {f"rain, draw {i}": part.cut(rain(cat, generator(i))) for i in (1, 2, 3)},
-        "snow": {"clean": part.cut(cat)} | {f"snow, draw {i}": part.cut(snow(cat, generator(i))) for i in (1, 2, 3)},
+        "rain": {"clean": part.cut(cat)} | {f"rain, draw {i}": part.cut(rain(cat, rng(i))) for i in (1, 2, 3)},
+        "snow": {"clean": part.cut(cat)} | {f"snow, draw {i}": part.cut(snow(cat, rng(i))) for i in (1, 2, 3)},
         "haze": {"clean": STREET.cut(street), "depth (white: far)": STREET.cut(depth), **hazy},
     }
 

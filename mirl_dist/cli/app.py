@@ -62,7 +62,7 @@ def main() -> None:
 
         if not is_peer_loss(error):
             raise
-        warn(f"mirl-dist, {rank_label()}: another rank has gone ({str(error).splitlines()[0][:120]})")
+        warn(f"mirl-dist, {rank_label()}: another rank has exited ({str(error).splitlines()[0][:120]})")
         ControlChannel.of_worker().wait_before_exit()
         _leave(1)
 
@@ -111,7 +111,7 @@ def sweep(
     ] = None,
     show: Annotated[bool, Option("--print", "--dry-run", help="Print the command of each run, a line each.")] = False,
     submit: Annotated[str | None, Option(help="'slurm': hand the runs over as a job array.")] = None,
-    status: Annotated[bool, Option("--status", help="Say where the runs stand.")] = False,
+    status: Annotated[bool, Option("--status", help="Print the progress of the runs.")] = False,
     compare: Annotated[bool, Option("--compare", help="Compare the runs that have finished.")] = False,
     as_json: Json = False,
 ) -> None:

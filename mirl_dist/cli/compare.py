@@ -136,7 +136,7 @@ def judge_runs(runs: Sequence[str], round_: int | None, train: str | None, toler
     judgements = judge.judge(entries, tolerance_db, chosen=chosen)
     notes = caveats.list_caveats(entries)
     if any(opened.config.rewinds_to() != "initial" for opened in opened_runs.values()) and finished:
-        notes.append("controls begin from first values and train a whole round; these tickets did not begin there")
+        notes.append("controls start from initial values and train a whole round; these tickets did not start there")
     missing = [control.folder for control in controls if control not in finished]
     if as_json:
         result = {"judgements": judge.to_json(judgements), "notes": notes, "controls_missing": missing}

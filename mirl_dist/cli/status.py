@@ -79,12 +79,16 @@ def _check_no_live_launch(run: str, checkpoints: Checkpoints) -> None:
     holder, deadline = lease.read_holder(checkpoints.store), time.monotonic() + _WATCH_SECONDS
     if holder is None or holder.ended is not None or holder.has_exited():
         return
-    progress.say(f"{run} was last held by the launch on {holder}; watching for {_WATCH_SECONDS:g} s whether it lives")
+    progress.say(
+        f"{run} was last held by the launch on {holder}; watching for {_WATCH_SECONDS:g} s whether it is still running"
+    )
     while time.monotonic() < deadline:
         time.sleep(0.5)
         now = lease.read_holder(checkpoints.store)
         if now is not None and (now.beat != holder.beat or now.generation != holder.generation):
-            raise UserError(f"{run} is held by a launch ({now}) that lives, and sends by itself. Wait for its end.")
+            raise UserError(
+                f"{run} is held by a launch ({now}) that is still running and sends its records. Wait until it ends."
+            )
 
 
 def resend(run: str) -> None:

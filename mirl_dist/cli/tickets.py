@@ -81,7 +81,7 @@ def tickets_compare(
         list[str],
         Argument(
             help="Runs, run folder/rounds/NN, ticket files, mlflow:RUN_ID or mlflow:experiment:NAME; several seeds of "
-            "one method stand in one line."
+            "one method share a row."
         ),
     ],
     out: Annotated[Path | None, Option(help="A folder for the CSV, the LaTeX tables and the page.")] = None,

@@ -78,8 +78,8 @@ class Config(Node):
         epochs, every, horizon = self.train.epochs, self.evaluate.every_epochs, self.schedule.horizon_epochs
         if every is not None and every >= epochs:
             yield (
-                f"evaluate.every_epochs: found {every} of {epochs} train.epochs, at "
-                "whose end all is scored anyway: lower it, or leave it out"
+                f"evaluate.every_epochs: found {every} of {epochs} train.epochs, after "
+                "which everything is scored anyway: lower it, or leave it out"
             )
         if self.schedule.warmup_epochs >= epochs:
             yield (

@@ -32,7 +32,7 @@ class RunSection(Node):
     def inconsistencies(self) -> Iterator[str]:
         kind = self.folder.partition("://")[0]
         if kind not in ("s3", "file", self.folder):
-            yield f"run.folder: found {kind}://; runs are kept in folders and under s3://bucket/prefix"
+            yield f"run.folder: found {kind}://; a run is stored in a folder or under s3://bucket/prefix"
 
 
 class StoreSection(Node):
@@ -81,7 +81,7 @@ class GuardSection(Node):
     """How many global batches per round may have a non-finite loss or gradient: they are skipped, reported and counted
     in the ticket. 0: the first one stops the run."""
     spike_factor: Annotated[float | None, Field(gt=1), Local] = 10
-    """Report a step whose loss exceeds this factor times the median of the 50 steps before. Null: never."""
+    """Report a step whose loss exceeds this factor times the median of the previous 50 steps. Null: never."""
     same_step_failures: Annotated[PositiveInt, Local] = 3
     """How many launches on one machine may crash in the same step before the next launch refuses to retry it."""
 

@@ -126,8 +126,8 @@ class OptimiserSection(Node):
 
 class ScheduleSection(Node):
     by: Literal["epoch", "step"] = "epoch"
-    """When the learning rate is updated. epoch: as published (with warm-up the whole first epoch has rate 0); step: at
-    every step."""
+    """When the learning rate is updated. epoch: as published (with warm-up the rate is 0 for all of the first
+    epoch); step: at every step."""
     warmup_epochs: NotNegative = 15
     horizon_epochs: PositiveFloat | None = None
     """Epoch at which the cosine reaches 0. Null: train.epochs."""
@@ -193,7 +193,7 @@ class PruneSection(Node):
         if self.style == "one_shot" and self.rounds != 1:
             yield f"prune.rounds: found {self.rounds} with prune.style one_shot; one-shot prunes once: set it to 1"
         if self.floor and self.per != "global":
-            yield "prune.floor: found with prune.per layer, which cuts each tensor by itself; remove it"
+            yield "prune.floor: found with prune.per layer, which prunes each tensor separately; remove it"
 
 
 class RewindSection(Node):

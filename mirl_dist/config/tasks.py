@@ -57,7 +57,7 @@ class Task(NamedTuple):
         words = [] if wrong_number else [word for word in (*allowed(), *_EXAMPLES) if "<" not in word]
         near = difflib.get_close_matches(name, words, n=1, cutoff=0.75)
         hint = f"did you mean '{near[0]}'? Allowed" if near else "allowed"
-        raise UserError(f"found '{name}', where the word of a task belongs; {hint} are {', '.join(allowed())}")
+        raise UserError(f"found '{name}', where a task is expected; {hint} are {', '.join(allowed())}")
 
 
 def blur_of(level: str) -> tuple[int, int] | None:

@@ -122,7 +122,7 @@ def _find_misplaced(lines: Sequence[_RowLayout], width: int, height: int) -> Ite
         for x, y, w, h in line.boxes:
             area += w * h
             if x + w > width or y + h > height or area > width * height:
-                yield f"its row '{line.title}' lies outside the image"
+                yield f"its row '{line.title}' is outside the image"
 
 
 def _to_ascii(text: str) -> str:

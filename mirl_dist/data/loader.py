@@ -116,7 +116,9 @@ class _RequestStream:
             if sample is not None:
                 return _ReadRequest(local.locate(sample, slot), slot, shard, sample)
         name = self._source_of(slot).name
-        raise UserError(f"data.damage: no shard of {name} has a whole sample left. Build or copy the shards again.")
+        raise UserError(
+            f"data.damage: no shard of {name} has an undamaged sample left. Build or copy the shards again."
+        )
 
     def _candidates(self, slot: Slot) -> Iterator[int]:
         """Yield the slot's shard, and then, acquired for this pass, the following shards of its source."""
@@ -263,11 +265,10 @@ def calibration_batches(
     by_shard = sorted(range(len(slots)), key=lambda number: slots[number].shard)
     for shard_number, numbers in groupby(by_shard, key=lambda number: slots[number].shard):
         shard = pool.shards.train[shard_number]
-        with pool.holding([shard]):
-            local = pool.get(shard)
+        with pool.holding(shard) as local:
             for number in numbers:
                 if stop_asked():
-                    raise Stopped("stopped as asked while reading samples to select by")
+                    raise Stopped("stopped on request while reading samples to select by")
                 patch_of[number] = _read_calibration_patch(local, slots[number], patches)
     for number in range(len(slots)):
         yield collate([patch_of[number]])
@@ -276,7 +277,7 @@ def calibration_batches(
 def _read_calibration_patch(local: LocalShard, slot: Slot, patches: PatchReader) -> Patch:
     name, sample = local.shard.name, local.find_intact(slot.sample, {})
     if sample is None:
-        raise UserError(f"{name} has no whole sample left to select by. Build or copy the shards again.")
+        raise UserError(f"{name} has no undamaged sample left to select with. Build or copy the shards again.")
     try:
         return patches.read(local.locate(sample, slot))
     except OSError as error:

@@ -204,5 +204,4 @@ class GlobalSampler:
         block, number = divmod(pass_index, len(cycle))
         pass_rng = rng("deck", self._seed, round_, source.name, block)
         shuffled, shifts = pass_rng.permutation(cycle), pass_rng.integers(len(cycle), size=source.samples)
-        tasks: NDArray[np.uint8] = shuffled[(number + shifts) % len(cycle)]
-        return tasks
+        return shuffled[(number + shifts) % len(cycle)]

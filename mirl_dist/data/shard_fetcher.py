@@ -118,7 +118,7 @@ class DamagePolicy:
         lines = [f"sample '{local.entries[i].key}' {problem}" for i, problem in list(damaged.items())[:_SHOWN]]
         if len(damaged) > _SHOWN:
             lines.append(f"and {len(damaged) - _SHOWN} more")
-        text = "; ".join(lines) or "no image is damaged, only what lies between them"
+        text = "; ".join(lines) or "no image is damaged, only bytes between images"
         if not self.skips(local.shard):
             raise UserError(f"{address}: its bytes are not the manifest's: {text}. {_REMEDY}")
         self.report_once(local.shard, text)

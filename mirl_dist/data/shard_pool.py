@@ -9,9 +9,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, TimeoutError
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Protocol
@@ -62,11 +62,9 @@ class ShardPool:
     def acquire(self, shard: Shard) -> None:
         """Fetch a shard in the background and keep it until each `acquire` has had its `release`."""
         with self._lock:
-            acquired = self._acquired.get(shard.name)
-            if acquired is None:
-                self._acquired[shard.name] = _Acquired(1, self._submit(shard))
-            else:
-                acquired.users += 1
+            if shard.name not in self._acquired:
+                self._acquired[shard.name] = _Acquired(0, self._submit(shard))
+            self._acquired[shard.name].users += 1
 
     def get(self, shard: Shard) -> LocalShard:
         """Wait for an acquired shard and return it.
@@ -89,7 +87,7 @@ class ShardPool:
                 if self._stop_asked():
                     since = since or time.monotonic()
                     if time.monotonic() - since > _GRACE_SECONDS:
-                        text = f"stopped as asked while waiting for {shard.name}; the last commit stands"
+                        text = f"stopped on request while waiting for {shard.name}; the last commit is intact"
                         raise Stopped(text) from None
 
     def refetch(self, shard: Shard) -> None:
@@ -111,13 +109,13 @@ class ShardPool:
             acquired.future.add_done_callback(_release_result)
 
     @contextmanager
-    def holding(self, shards: Iterable[Shard]) -> Iterator[None]:
-        """Hold shards for the duration of a `with` block."""
-        with ExitStack() as stack:
-            for shard in shards:
-                self.acquire(shard)
-                stack.callback(self.release, shard)
-            yield
+    def holding(self, shard: Shard) -> Iterator[LocalShard]:
+        """Hold a shard for the duration of a `with` block. Raises what `get` raises."""
+        self.acquire(shard)
+        try:
+            yield self.get(shard)
+        finally:
+            self.release(shard)
 
     def image(self, place: SamplePlace, which: str) -> Pixels:
         """Read one image of an evaluation sample, uint8 (H, W, 3), verifying its digest again.
@@ -128,9 +126,9 @@ class ShardPool:
         source = f"{place.shard.name}, sample '{place.entry.key}', {which}"
         if stored is None:
             raise UserError(f"{source}: the index names no such image. Build the shards again.")
-        with self.holding([place.shard]):
+        with self.holding(place.shard) as local:
             try:
-                with self.get(place.shard).path.open("rb") as tar:
+                with local.path.open("rb") as tar:
                     tar.seek(stored.offset)
                     data = tar.read(stored.size)
             except OSError as error:
@@ -145,13 +143,13 @@ class ShardPool:
 
     def verify(self, shard: Shard) -> None:
         """Fetch and verify a shard, then release it. Raises UserError if damage is refused."""
-        with self.holding([shard]):
-            self.get(shard)
+        with self.holding(shard):
+            pass
 
     def mark_damaged(self, shard: Shard, sample: int, problem: str) -> None:
         """Record a sample that turned out to be damaged on reading. Raises UserError if damage is refused."""
-        with self.holding([shard]):
-            self._damage.handle_sample(self.get(shard), sample, problem)
+        with self.holding(shard) as local:
+            self._damage.handle_sample(local, sample, problem)
 
     def close(self) -> None:
         """Stop fetching shards; partial files remain in the cache, where the next process resumes them."""

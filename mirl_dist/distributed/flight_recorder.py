@@ -97,21 +97,23 @@ def diagnose(own: RankState, others: Mapping[int, RankState], silent: Collection
     if any(r in silent or not o.waiting for r, o in behind.items()):
         # Ranks waiting in an earlier collective are blocked too: name only the ranks that block them.
         behind = {r: o for r, o in behind.items() if r in silent or not o.waiting}
-    causes = [f"{names[r]} has not come: {_describe_state(o, r in silent)}" for r, o in behind.items()]
+    causes = [f"{names[r]} has not arrived: {_describe_state(o, r in silent)}" for r, o in behind.items()]
     for rank, other in others.items():
         if other.sequence == own.sequence and other.name != own.name:
-            causes.append(f"{names[rank]} calls this meeting {other.name}: a fault of this program, please report it")
+            causes.append(
+                f"{names[rank]} calls this collective {other.name}: a fault of this program, please report it"
+            )
     if len(causes) > _MOST_NAMED:
-        causes[_MOST_NAMED:] = [f"and {len(causes) - _MOST_NAMED} more ranks have not come"]
+        causes[_MOST_NAMED:] = [f"and {len(causes) - _MOST_NAMED} more ranks have not arrived"]
     stuck = "all have reached it: the network between them, or a GPU, is stuck"
     return f"{describe_wait(own)}; {'; '.join(causes) or stuck}"
 
 
 def _describe_state(other: RankState, silent: bool) -> str:
-    last = f"{'in' if other.waiting else 'after'} meeting {other.sequence}"
+    last = f"{'in' if other.waiting else 'after'} collective {other.sequence}"
     if silent:
-        gone = "its process no longer responds: it is stopped, swapped out, or its node is gone"
-        return f"{gone} (last heard of in {other.phase}, {last})"
+        gone = "its process no longer responds: it is stopped, swapped out, or its node is down"
+        return f"{gone} (last seen in {other.phase}, {last})"
     waits = "waits" if other.waiting else "is"
     return f"it {waits} in {other.phase}, {last}, at {other.location}, for {other.seconds:.0f} s"
 
@@ -119,4 +121,4 @@ def _describe_state(other: RankState, silent: bool) -> str:
 def describe_wait(own: RankState) -> str:
     """Return the first part of the message about a rank that has waited too long."""
     what = own.name.removeprefix("the ").removeprefix("a ")
-    return f"waited {own.seconds:.0f} s in {own.phase} for the {what} (meeting {own.sequence})"
+    return f"waited {own.seconds:.0f} s in {own.phase} for the {what} (collective {own.sequence})"

@@ -42,8 +42,7 @@ class ParallelNetwork:
         if self.spec.name == "ddp":
             wrapped = self.wrap(model)
             self.warm_up(wrapped, example)
-            parameters = dict(self.unwrap(wrapped).named_parameters())
-            return DdpEngine(parameters, make_optimiser, Partition(rank, world)), wrapped
+            return DdpEngine(dict(model.named_parameters()), make_optimiser, Partition(rank, world)), wrapped
         try:
             require(self.spec.name)
         except LookupError as error:
@@ -85,14 +84,6 @@ class ParallelNetwork:
         """
         self.backward(wrapped(example.to(self._membership.device)).sum() * 0)
         wrapped.zero_grad()
-
-    def unwrap(self, wrapped: nn.Module) -> nn.Module:
-        """Return the network without its DDP wrapper: parameter names and weights as created.
-
-        Accelerate's `unwrap_model` imports DeepSpeed if installed, and through it MLflow, which adds seconds to every
-        start.
-        """
-        return wrapped.module if isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         """Run the model in the configured precision. Weights, gradients and losses stay float32.

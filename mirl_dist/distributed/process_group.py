@@ -46,7 +46,7 @@ def check_launch_environment(env: Mapping[str, str]) -> None:
     if int(env.get("WORLD_SIZE", "1")) > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
         raise UserError(
             f"found WORLD_SIZE={env['WORLD_SIZE']} in the environment, but not RANK, MASTER_ADDR and MASTER_PORT: this "
-            "process would wait for others that nobody started. Unset it, or launch with a file from launch/."
+            "process would wait for ranks that were never started. Unset it, or launch with a file from launch/."
         )
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "WORLD_SIZE" not in env:
         raise UserError(
@@ -55,8 +55,8 @@ def check_launch_environment(env: Mapping[str, str]) -> None:
         )
     if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and "RANK" not in env:
         raise UserError(
-            "accelerate launch was asked for several processes but started this one alone (its --cpu launcher does "
-            "that without a word). Use `accelerate launch --config_file launch/cpu_two.yaml -m mirl_dist train ...`."
+            "accelerate launch was asked for several processes but started only this one (its --cpu launcher does "
+            "that silently). Use `accelerate launch --config_file launch/cpu_two.yaml -m mirl_dist train ...`."
         )
 
 

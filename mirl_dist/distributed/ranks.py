@@ -258,7 +258,7 @@ def _prepare_device(device: str) -> bool:
     local, visible = int(os.environ.get("LOCAL_RANK", "0")), gpus()
     if local >= visible:  # NCCL rejects two ranks on one GPU with an unclear error
         raise UserError(
-            f"rank {local} of this node finds {visible} GPUs, so none for itself. Start one rank per GPU, or add "
+            f"rank {local} of this node finds {visible} GPUs and has none of its own. Start one rank per GPU, or add "
             "--set train.device=cpu to train on its processors."
         )
     torch.backends.cudnn.allow_tf32 = False  # TF32 would reduce the precision of every fp32 convolution

@@ -97,7 +97,7 @@ class StopSignal:
             os._exit(INTERRUPTED)
         if not self.graceful and not is_second:  # only once: a second signal must not interrupt the clean-up
             if os.environ.get("RANK", "0") == "0":
-                text = "stopped as asked; nothing is left half-written. Start the same command again to continue."
+                text = "stopped on request; nothing is left half-written. Start the same command again to continue."
                 warn(f"mirl-dist: {text}")
             raise SystemExit(RESUMABLE)
 

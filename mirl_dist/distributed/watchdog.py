@@ -182,8 +182,8 @@ class Watchdog:
             quiet, seen = (quiet + 1 if self._exchange.beat == seen else 0), self._exchange.beat
             own = self._exchange.recorder.state()
             if own.waiting and own.seconds > self._timeout_seconds and quiet > READS:
-                silent = f"{self._store_host}, through which ranks tell where they are, no longer responds"
-                text = f"{describe_wait(own)}, and {silent}: it has ended or is stopped, or its node is gone. {_AGAIN}"
+                silent = f"{self._store_host}, through which ranks share their state, no longer responds"
+                text = f"{describe_wait(own)}, and {silent}: it has exited or is stopped, or its node is down. {_AGAIN}"
                 self._terminate(text)
 
     def _terminate(self, text: str) -> None:

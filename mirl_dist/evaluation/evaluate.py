@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from itertools import groupby, islice
 from math import fsum
 from operator import itemgetter
@@ -213,22 +213,19 @@ def assign_jobs(jobs: Sequence[EvalJob], rank: int, world: int) -> list[int]:
     return by_shard[len(jobs) * rank // world : len(jobs) * (rank + 1) // world]
 
 
-@contextmanager
-def _acquire_in_turn(source: ImageSource, shards: Sequence[Shard], look_ahead: bool) -> Iterator[Iterator[Shard]]:
-    """Yield shards in order, each held until the next is requested. look_ahead: prefetch the next one meanwhile."""
-    acquired: deque[Shard] = deque()
-
-    def one_by_one() -> Iterator[Shard]:
-        upcoming = iter(shards)
-        for shard in shards:
-            for following in islice(upcoming, 1 + look_ahead - len(acquired)):
-                source.acquire(following)
-                acquired.append(following)
-            yield shard
-            source.release(acquired.popleft())
-
+def _hold_shards(
+    source: ImageSource, jobs: Sequence[EvalJob], numbers: Iterable[int], look_ahead: bool
+) -> Generator[int]:
+    """Yield numbers of jobs while their shard is held. look_ahead: fetch the shard after it meanwhile."""
+    runs = [list(run) for _, run in groupby(numbers, key=lambda n: jobs[n].place.shard.name)]
+    shards, acquired = (jobs[run[0]].place.shard for run in runs), deque[Shard]()
     try:
-        yield one_by_one()
+        for run in runs:
+            for shard in islice(shards, 1 + look_ahead - len(acquired)):
+                source.acquire(shard)
+                acquired.append(shard)
+            yield from run
+            source.release(acquired.popleft())
     finally:
         for shard in acquired:
             source.release(shard)
@@ -254,24 +251,25 @@ def evaluate(
     own_jobs, stopped = assign_jobs(jobs, ranks.rank, ranks.world), False
     network = Compiled(model) if settings.compile else model
     results: dict[int, _ImageResult] = {}
-    with bar("evaluating", len(own_jobs), shown=ranks.is_main and bool(jobs)) as advance:
-        runs = [list(group) for _, group in groupby(own_jobs, key=lambda n: jobs[n].place.shard.name)]
-        with _acquire_in_turn(source, [jobs[numbers[0]].place.shard for numbers in runs], look_ahead) as shards:
-            for number in (n for _, numbers in zip(shards, runs, strict=True) for n in numbers):
-                if stopped := stop_asked():
-                    break
-                job = jobs[number]
-                try:
-                    results[number] = _score(network, source, job, settings, ranks.device)
-                except Stopped:  # raised while waiting for a shard
-                    stopped = True
-                    break
-                except UserError as error:
-                    raise UserError(f"{job.name}, image '{job.place.entry.key}': {error}") from None
-                advance(len(results), job.name)
+    with (
+        bar("evaluating", len(own_jobs), shown=ranks.is_main and bool(jobs)) as advance,
+        closing(_hold_shards(source, jobs, own_jobs, look_ahead)) as numbers,
+    ):
+        for number in numbers:
+            if stopped := stop_asked():
+                break
+            job = jobs[number]
+            try:
+                results[number] = _score(network, source, job, settings, ranks.device)
+            except Stopped:  # raised while waiting for a shard
+                stopped = True
+                break
+            except UserError as error:
+                raise UserError(f"{job.name}, image '{job.place.entry.key}': {error}") from None
+            advance(len(results), job.name)
     model.train()
     if ranks.any(stopped, what="whether to stop evaluating"):
-        raise Stopped("stopped as asked while evaluating; the round's training is committed")
+        raise Stopped("stopped on request while evaluating; the round's training is committed")
     everyone = sorted((item for part in ranks.gather_objects(results) for item in part.items()), key=itemgetter(0))
     if [number for number, _ in everyone] != list(range(len(jobs))):
         raise InvariantError("an image was scored twice or not at all", everywhere=True)

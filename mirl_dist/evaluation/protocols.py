@@ -137,7 +137,7 @@ def score(protocol: ScoringProtocol, restored: Image, clean: Pixels) -> Quality:
     """
     if restored.shape != clean.shape or clean.ndim != 3 or clean.shape[2] != 3:
         raise UserError(
-            f"found shapes {restored.shape} and {clean.shape} where a restored image meets its clean one. "
+            f"found shapes {restored.shape} and {clean.shape} for a restored image and its clean one. "
             "Give RGB images with channels last, (H, W, 3), cropped or padded in the same way."
         )
     if not np.isfinite(restored).all():

@@ -35,7 +35,7 @@ def create(name: str, **sizes: Any) -> PromptIR:
     if unknown:
         raise UserError(
             f"found unknown sizes {', '.join(map(repr, unknown))}, where the network {name!r} is built. "
-            f"It knows: {', '.join(known)}."
+            f"Its sizes are: {', '.join(known)}."
         )
     return _NETWORKS[name](**sizes)
 

@@ -8,7 +8,7 @@ never; with several processes it may reset to the initialisation of another proc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -152,32 +152,28 @@ def digest(masks: Mapping[str, Tensor]) -> str:
     return digest_of_masks((name, masks[name]) for name in sorted(masks))
 
 
+def digest_of_masks(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Compute `digest` from an iterable of masks, which must be in the order of names."""
+    return _sha256((name, pack({name: mask})[name], tuple(mask.shape)) for name, mask in named)
+
+
 def digest_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None) -> str:
     """Return the hex SHA-256 over names, dtypes, shapes and bytes of named tensors, in the order of names.
 
     shapes: hashed in place of a tensor's own shape, for those named.
     """
-    return digest_of(((name, tensors[name]) for name in sorted(tensors)), shapes)
+    return _sha256((n, tensors[n], (shapes or {}).get(n, tuple(tensors[n].shape))) for n in sorted(tensors))
 
 
-def digest_of(named: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]] | None = None) -> str:
+def digest_of(named: Iterable[tuple[str, Tensor]]) -> str:
     """Compute `digest_tensors` from an iterable, which must be in the order of names."""
+    return _sha256((name, tensor, tuple(tensor.shape)) for name, tensor in named)
+
+
+def _sha256(named: Iterable[tuple[str, Tensor, tuple[int, ...]]]) -> str:
     total = hashlib.sha256()
-    for name, tensor in named:
-        flat = tensor.detach().cpu().contiguous()
-        shape = (shapes or {}).get(name, tuple(flat.shape))
+    for name, tensor, shape in named:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
         total.update(f"{name}|{flat.dtype}|{shape}|".encode())
-        total.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+        total.update(flat.view(torch.uint8).numpy().data)
     return total.hexdigest()
-
-
-def digest_of_masks(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Compute `digest` from an iterable of masks, which must be in the order of names."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def packed() -> Iterator[tuple[str, Tensor]]:
-        for name, mask in named:
-            shapes[name] = tuple(mask.shape)
-            yield name, pack({name: mask})[name]
-
-    return digest_of(packed(), shapes)

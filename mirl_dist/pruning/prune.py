@@ -188,7 +188,7 @@ def _cut_group(
     for name, own_equal, earlier, all_equal in zip(group, equal, before.tolist(), everywhere.tolist(), strict=True):
         _drop_ties(new[name], scores(name), cut.bits, min(max(ties - earlier, 0), own_equal))
         ties -= min(ties, all_equal)
-    assert ties == 0, "the ranks counted ties that nobody holds"
+    assert ties == 0, "the ranks counted ties that no rank has"
     return {n: keep.reshape(masks[n].shape) for n, keep in new.items()}, cut
 
 

@@ -203,9 +203,9 @@ def _watch(store: Store, seconds: float, pause: float, say: Say) -> Iterator[Hol
         if holder is None or holder.ended is not None:
             pass
         elif holder.has_exited():
-            holder = holder.but(ended="dead")
+            holder = holder.model_copy(update={"ended": "dead"})
         elif holder.generation > known:
-            raise UserError(_describe_alive(store, holder, "it took the run a moment ago"))
+            raise UserError(_describe_alive(store, holder, "it took over the run a moment ago"))
         elif first is None:
             first = holder
             text = f"{store.where()} is held by the launch on {holder}"
@@ -213,13 +213,13 @@ def _watch(store: Store, seconds: float, pause: float, say: Say) -> Iterator[Hol
         else:
             if holder.beat != first.beat:
                 if gap < seconds:
-                    sign = f"its last beat came less than {max(gap, 0.1):.1f} s ago"
+                    sign = f"its last heartbeat came less than {max(gap, 0.1):.1f} s ago"
                     raise UserError(_describe_alive(store, holder, sign))
                 first, silent = holder, 0.0  # written at any time during a long gap: no proof of life now
             # While the store is away no holder can write a heartbeat, so a long gap counts only in part as silence.
             silent += min(gap, max(2 * pause, seconds / 4))
             if silent >= seconds:
-                holder = holder.but(ended="silent")
+                holder = holder.model_copy(update={"ended": "silent"})
         yield holder
 
 

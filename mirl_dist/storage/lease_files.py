@@ -104,9 +104,6 @@ class Holder(BaseModel):
     def __str__(self) -> str:
         return f"{self.host or 'an unknown host'}, pid {self.pid or 'unknown'}"
 
-    def but(self, **changes: Any) -> Holder:
-        return self.model_copy(update=changes)
-
     @property
     def machine(self) -> Machine | None:
         return Machine(self.boot, self.pids) if self.boot and self.pids else None
@@ -142,7 +139,7 @@ def read_holder(store: Store) -> Holder | None:
     ended = released.why or None if released.token == claim.token else None
     last = released if ended else _parse(_Status, beat)
     known = {"running_seconds": last.running_seconds, "beat_at": last.at, "status": last.news}
-    return claim.but(generation=generation, ended=ended, beat=beat, **known)
+    return claim.model_copy(update={"generation": generation, "ended": ended, "beat": beat, **known})
 
 
 def read_or_empty(store: Store, name: str) -> bytes:

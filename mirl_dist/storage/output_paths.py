@@ -88,5 +88,5 @@ def _check_rights(folder: Path, option: str) -> None:
         raise UserError(f"{option}: found {here}, which is no folder, where one is needed. Choose another place.")
     if not os.access(here, os.W_OK | os.X_OK):
         raise UserError(
-            f"{option}: found {here}, which may not be written. Correct the rights, or choose another place."
+            f"{option}: found {here}, which is not writable. Correct its permissions, or choose another place."
         )

@@ -66,6 +66,11 @@ _TRANSIENT_CODE = re.compile(
     "RequestTimeout|SlowDown|Throttling|ThrottlingException|TooManyRequests|XAmzContentSHA256Mismatch"
 )
 
+_CONNECTION_FAILURES = {
+    "ConnectTimeoutError": "does not answer",
+    "EndpointConnectionError": "cannot be reached",
+    "ReadTimeoutError": "fell silent",
+}
 _KEYS = "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile."
 _RENEW = "Renew the credentials: they have expired."
 _REGION = "Set AWS_DEFAULT_REGION (or the profile's region) to the bucket's, and check the endpoint."
@@ -75,7 +80,7 @@ _REMEDIES = {
     "IllegalLocationConstraintException": _REGION,
     "InvalidAccessKeyId": _KEYS,
     "InvalidBucketName": "Correct the bucket's name.",
-    "InvalidRequest": "Check the endpoint, and store.encryption where it is set: some servers want https for it.",
+    "InvalidRequest": "Check the endpoint, and store.encryption if it is set: some servers require https for it.",
     "InvalidToken": _RENEW,
     "KeyTooLongError": "Choose a shorter prefix.",
     "PermanentRedirect": _REGION,
@@ -134,13 +139,12 @@ def map_errors(location: str, needs: RequiredRights) -> Iterator[None]:
         raise _error_of_response(location, needs, error.response) from error
     except RecursionError as error:  # botocore looks up the region endlessly if a server only redirects
         raise Rejected(f"{location}: the server redirects without saying where to. {_REGION}") from error
-    except known.SSLError as error:
-        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+    except passing as error:
+        if isinstance(error, known.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
             text = f"{location}: {_host_of_error(error)} shows a certificate that is not trusted."
             raise Rejected(f"{text} Set AWS_CA_BUNDLE to its authority's.") from error
-        raise Unavailable(_connection_error(location, error)) from error
-    except passing as error:
-        raise Unavailable(_connection_error(location, error)) from error
+        failure = _CONNECTION_FAILURES.get(type(error).__name__, f"broke the transfer ({type(error).__name__})")
+        raise Unavailable(f"{location}: {_host_of_error(error)} {failure}. {CHECK_SERVER}") from error
     except no_keys as error:
         text = f"{location}: no usable credentials were found."
         raise Rejected(f"{text} Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.") from error
@@ -175,19 +179,6 @@ def _error_of_response(location: str, needs: RequiredRights, answer: dict[str, A
     if status in (405, 501):
         return AccessDenied(f"{text}. It cannot do this: use another, or leave out store.encryption if it is set.")
     return Rejected(f"{text}. {_REMEDIES.get(code, 'Check the endpoint, the bucket and the credentials.')}")
-
-
-_CONNECTION_FAILURES = {
-    "ConnectTimeoutError": "does not answer",
-    "EndpointConnectionError": "cannot be reached",
-    "ReadTimeoutError": "fell silent",
-}
-
-
-def _connection_error(location: str, error: Exception) -> str:
-    kind = type(error).__name__
-    failure = _CONNECTION_FAILURES.get(kind, f"broke the transfer ({kind})")
-    return f"{location}: {_host_of_error(error)} {failure}. {CHECK_SERVER}"
 
 
 def _host_of_error(error: Exception) -> str:

@@ -89,7 +89,7 @@ def _collect_mlflow(reference: str, uri: str | None) -> Iterator[_CollectedRun]:
         source = f"MLflow run {run.run_id}"
         if run.config is None:
             raise UserError(
-                f"{source} holds no run.json, so it says neither method nor seed. Compare it from its run folder."
+                f"{source} holds no run.json, so its method and seed are unknown. Compare it from its run folder."
             )
         config, shapes, entries = from_dump(run.config, f"{source}, run.json"), dict[str, tuple[int, ...]](), []
         for round_, data, bits, strip in run.tickets:

@@ -22,11 +22,6 @@ _FIRST_BYTES = b'{"__metadata__":{"format":"mirl-dist-ticket-file-'
 _MAX_HEADER = 2_048
 
 
-def is_ticket_file(first: bytes) -> bool:
-    """Whether a file that begins with these bytes (at least 64) is a ticket file of any version."""
-    return first[8:].startswith(_FIRST_BYTES)
-
-
 def pack(parts: Mapping[str, bytes]) -> bytes:
     """Return a ticket file of these parts."""
     sums = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
@@ -50,7 +45,7 @@ def _header(sizes: Mapping[str, int], sums: Mapping[str, str]) -> bytes:
 
 def unpack(data: bytes, source: str) -> dict[str, memoryview]:
     """Return the parts of a file by name. Raise UserError unless it is a ticket file with correct checksums."""
-    if not is_ticket_file(data[:64]):
+    if not data.startswith(_FIRST_BYTES, 8):  # of any version
         raise UserError(f"{source} is no ticket file. `mirl-dist tickets pack` writes them.")
     begin = 8 + int.from_bytes(data[:8], "little")
     if begin > min(len(data), 8 + _MAX_HEADER):
@@ -76,11 +71,6 @@ def unpack(data: bytes, source: str) -> dict[str, memoryview]:
         if hashlib.sha256(parts[name]).hexdigest() != sums[name]:
             raise UserError(f"{source}: its part '{name}' is damaged: its SHA-256 is not the one stated. {GET_AGAIN}")
     return parts
-
-
-def compress(text: bytes) -> bytes:
-    """Return the part `about` for a text. The bytes depend on the zlib build; every build can read them."""
-    return zlib.compress(text, 9)
 
 
 def decompress(part: memoryview, source: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -113,11 +114,12 @@ def _pack_about(content: TicketContent, source: str) -> bytes:
         "begins": masking.digest_tensors(initial_survivors),
     }
     try:
-        return container.compress(json.dumps(about, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
+        text = json.dumps(about, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except ValueError:
         raise UserError(
             f"found a number that is not finite in the record of {source}. A ticket file holds none."
         ) from None
+    return zlib.compress(text.encode(), 9)  # the bytes depend on the zlib build; every build can read them
 
 
 def _check_consistent(

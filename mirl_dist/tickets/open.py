@@ -123,7 +123,7 @@ def open_rounds(
     checkpoints, config = open_run(match.group(1) if match else reference, options)
     tickets = checkpoints.tickets()
     if not tickets:
-        raise UserError(f"{reference} has no finished round yet. `mirl-dist status` shows where it stands.")
+        raise UserError(f"{reference} has no finished round yet. `mirl-dist status` shows its progress.")
     asked = int(match.group(2)) if match else None
     if asked not in (None, *(t.round for t in tickets)):
         raise UserError(f"{reference} is not there; finished rounds are {', '.join(str(t.round) for t in tickets)}.")

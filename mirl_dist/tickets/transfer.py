@@ -36,7 +36,9 @@ def pack(reference: str, out: Path) -> None:
     data = ticket_file.pack(content._replace(config=portable(opened.config).dump()))
     broken = [check for check in verifying.verify(ticket_file.read(data, str(out))) if check.holds is False]
     if broken:
-        raise UserError(f"{reference} does not prove itself: {broken[0].what} ({broken[0].detail}). Restore the run.")
+        raise UserError(
+            f"{reference} fails its own verification: {broken[0].what} ({broken[0].detail}). Restore the run."
+        )
     Folder(out.parent).put(out.name, data)
     ticket = content.ticket
     progress.say(
@@ -69,7 +71,7 @@ def verify(reference: str, run: str | None, as_json: bool) -> None:
             detail = f": {check.detail}" if check.detail else ""
             progress.say(f"{_STATUS_WORDS[check.holds]}  {check.what}{detail}")
         if run_ticket is None:
-            progress.say("not asked: whether the mask follows from the parent's weights; name the run with --run RUN")
+            progress.say("not checked: whether the mask follows from the parent's weights; name the run with --run RUN")
     broken = [check.what for check in checks if check.holds is False]
     if broken:
         raise UserError(f"{reference} does not hold: {'; '.join(broken)}. Do not use it; get it from its run again.")
@@ -95,8 +97,8 @@ def _verify_with_run(content: TicketContent, run_ticket: RunTicket) -> list[Chec
     location, ticket = run_ticket.checkpoints.store.where(), content.ticket
     kept = {t.round: t.digest() for t in run_ticket.checkpoints.tickets()}
     same = kept[ticket.round] == ticket.digest() if ticket.round in kept else None
-    detail = f"not provable: {location} lacks its round" if same is None else location
-    checks = [Check("the run holds this very ticket", same, detail)]
+    detail = f"not provable: {location} does not have its round" if same is None else location
+    checks = [Check("the run has this exact ticket", same, detail)]
     if ticket.round == 0:
         return checks
     if ticket.round - 1 not in kept:
@@ -113,7 +115,7 @@ def export(reference: str, out: Path, compact: bool) -> None:
     """Write a ticket's trained weights in the official code's layout (.ckpt, .pth, .pt), or as safetensors."""
     output_paths.check_file(out)
     if out.suffix not in (".ckpt", ".pth", ".pt", ".safetensors"):
-        raise UserError(f"--out: found {out}, whose ending says no format. Use .ckpt, .pth, .pt or .safetensors.")
+        raise UserError(f"--out: found {out}, whose extension names no format. Use .ckpt, .pth, .pt or .safetensors.")
     if compact and out.suffix == ".safetensors":
         raise UserError("--compact: found with a .safetensors file, which is never compressed. Name a .ckpt file.")
     opened = opening.open_ticket(reference)

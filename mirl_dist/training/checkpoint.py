@@ -107,7 +107,7 @@ class Checkpoints:
         """Write run.json. Raises UserError if another launch created it first."""
         if not self.store.put_if_absent(RUN, add_digest(identity)):
             raise UserError(
-                f"{self.store.where()} was begun by another launch a moment ago. Choose another run.folder."
+                f"{self.store.where()} was started by another launch a moment ago. Choose another run.folder."
             )
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -283,5 +283,5 @@ class Checkpoints:
             return None
         best = check_digest(data)
         if best is None:
-            raise UserError(f"{self.store.where(BEST)} is damaged. Remove it: the last round then stands for the run.")
+            raise UserError(f"{self.store.where(BEST)} is damaged. Remove it: the last round then represents the run.")
         return int(best["round"])

@@ -192,7 +192,7 @@ def resident_images_of(jobs: Sequence[EvalJob], pool: ShardPool, ranks: Ranks) -
         stopped = True
     stops, texts = zip(*ranks.gather_objects((stopped, error_text), what="gather of images to look at"), strict=True)
     if any(stops):
-        raise Stopped("stopped as asked before any step was trained")
+        raise Stopped("stopped on request before any step was trained")
     if any(texts):
         raise UserError(next(filter(None, texts)), everywhere=True)
     return images

@@ -91,7 +91,7 @@ def _skip_step(problem: str, advice: str, progress: Progress, skip: int, ranks: 
 
 
 class SpikeDetector:
-    """Warns of a step whose loss is more than `factor` times the median of the 50 steps before.
+    """Warns of a step whose loss is more than `factor` times the median of the previous 50 steps.
 
     All ranks must call it at every step, with the same loss. factor: None disables it.
     """

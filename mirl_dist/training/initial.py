@@ -138,7 +138,7 @@ def _from_ticket(config: Config, open_ticket: OpenTicket, drawn: dict[str, Tenso
         weights = opened.initial_weights() or draw_weights(config, seed - config.run.seed)
         if masking.digest_tensors(weights) != ticket.initial_digest:
             raise UserError(
-                f"{source} tells the first values of its survivors only, and seed {seed} gives others here. Name a "
-                "round of the run whose tickets began from all weights, as RUN/rounds/NN."
+                f"{source} has only the initial values of its survivors, and seed {seed} gives others here. Name "
+                "a round of the run in which all weights had their initial values, as RUN/rounds/NN."
             )
     return InitialState({name: weights[name] for name in drawn}, masks, ticket.digest())

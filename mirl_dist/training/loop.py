@@ -119,7 +119,7 @@ def commit_and_stop(hooks: LoopHooks, meter: Meter) -> NoReturn:
     """Commit the state and raise Stopped."""
     commit(hooks, meter, wait=True)
     position = f"round {meter.progress.round} after {meter.progress.updates} steps"
-    raise Stopped(f"stopped as asked in {position}; committed")
+    raise Stopped(f"stopped on request in {position}; committed")
 
 
 def forward_backward(

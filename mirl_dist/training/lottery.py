@@ -3,7 +3,7 @@
 Lines of the paper's Algorithm 1: theta_0 of line 1 is `pruner.initial`; lines 3 to 5 are `train_and_score`; the
 quantile of line 6 and the mask of line 7 are `select`; the rewind of line 8 is `begin_round`. The one-shot baselines
 (PIR-OSM, PIR-OSR) prune once after round 0 and do not rewind. The released code loses some initial values; this code
-does not (see pruning/rewind.py).
+does not (see pruning/masks.py).
 """
 
 from __future__ import annotations

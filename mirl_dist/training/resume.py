@@ -59,7 +59,7 @@ def hold_lease(
         try:
             lease.claim(stop)
         except Stopped:
-            raise Stopped("stopped as asked before any step was trained") from None
+            raise Stopped("stopped on request before any step was trained") from None
         checkpoints.fence_older_writers()
         check_again()  # another launch may have begun the run since it was checked
 

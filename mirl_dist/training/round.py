@@ -158,7 +158,7 @@ class RoundRunner:
     def stop_if_requested(self, before: str) -> None:
         """Raise Stopped on every rank if any was asked to stop. before: the phase that comes next, for the message."""
         if self.ranks.any(self.stop(), what="whether to stop"):
-            raise Stopped(f"stopped as asked before {before}; all rounds that were trained are committed")
+            raise Stopped(f"stopped on request before {before}; all rounds that were trained are committed")
 
     # -- hooks of the training loop (loop.LoopHooks) --------------------------------------------------------------
 

@@ -152,7 +152,7 @@ class Pruner:
 
     def _check_stop(self) -> None:
         if self.stop():
-            raise Stopped("stopped as asked while selecting; all rounds that were trained are committed")
+            raise Stopped("stopped on request while selecting; all rounds that were trained are committed")
 
     def rewind_point(self) -> dict[str, Tensor]:
         """Return this rank's part of the values to which surviving weights are rewound.

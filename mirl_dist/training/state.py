@@ -143,12 +143,8 @@ class TrainState:
             weight.copy_(weights[name])
         self.engine.weights_changed()
 
-    def moments(self) -> dict[str, Tensor]:
-        """Return the optimiser moments that this rank owns: '<weight>.exp_avg' and '<weight>.exp_avg_sq', float32."""
-        return self.engine.moments()
-
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        """Restore what `moments` returned, and the optimiser's step count, which excludes skipped steps."""
+        """Restore what `engine.moments` returned, and the optimiser's step count, which excludes skipped steps."""
         self.engine.load_moments(moments, self.progress.updates - self.progress.began - self.progress.bad)
 
     def snapshot(self, *, keep: bool = True) -> Snapshot | None:
@@ -158,7 +154,7 @@ class TrainState:
         layout, owned_layout = self.engine.layout, self.engine.owned_layout
         masks = {name: mask.cpu() for name, mask in self._each(self.masks, layout, keep)}
         weights = dict(self._copied(self._each(self.weights, layout, keep)))
-        moments = dict(self._copied(self._each(self.moments(), owned_layout, keep)))
+        moments = dict(self._copied(self._each(self.engine.moments(), owned_layout, keep)))
         if not keep:
             return None
         if any(copy.is_pinned() for copy in self._copies.values()):

@@ -165,7 +165,7 @@ def test_damage_between_the_members_loses_nothing(copy: Path, built: Path) -> No
     with (copy / place.shard.name).open("r+b") as tar:
         tar.seek(part_of(place.entry, CLEAN).offset - 512)
         tar.write(bytes(512))
-    with pytest.raises(UserError, match="no image is damaged, only what lies between them"):
+    with pytest.raises(UserError, match="no image is damaged, only bytes between images"):
         batches(loader_of(copy))
     said: list[str] = []
     skipping = loader_of(copy, damage="skip", said=said)
@@ -340,7 +340,7 @@ def test_who_is_asked_to_stop_does_not_wait_long_for_a_store(
     store = Away(copy)
     pool = pool_over(store, tmp_path / "cache", seconds=60, stop_asked=lambda: True)
     store.away = True
-    with pytest.raises(Stopped, match=r"stopped as asked while waiting for train-.*; the last commit stands"):
+    with pytest.raises(Stopped, match=r"stopped on request while waiting for train-.*; the last commit is intact"):
         pool.verify(pool.shards.train[0])
 
 
@@ -364,7 +364,7 @@ def test_ready_batches_are_trained_on_when_a_stop_meets_an_unavailable_store(
     monkeypatch.setattr(pool, "acquire", wanting)
     loader = loader_of(copy, pool=pool, mix={"denoise_25": 4, "derain": 4}, global_batch=2)
     made = 0
-    with pytest.raises(Stopped, match="stopped as asked while waiting for train-"):
+    with pytest.raises(Stopped, match="stopped on request while waiting for train-"):
         for _ in loader.batches(0, Position(0, 0), 9):
             made += 1
     assert made > 0

@@ -36,12 +36,12 @@ def at(number: int, *, waiting: bool = False, what: str = "gather", phase: str =
 def test_those_who_wait_for_a_rank_that_hangs_are_not_accused_with_it() -> None:
     said = diagnose(at(5, waiting=True), {1: at(4, waiting=True), 2: at(3, phase="evaluating")}, (), NAMES)
     assert said == (
-        "waited 40 s in training for the gather (meeting 5); rank 2 (node2, pid 2) has not come: it is in evaluating, "
-        "after meeting 3, at file.py:1 f, for 40 s"
+        "waited 40 s in training for the gather (collective 5); rank 2 (node2, pid 2) has not arrived: it is in "
+        "evaluating, after collective 3, at file.py:1 f, for 40 s"
     )
     waits = diagnose(at(5, waiting=True), {1: at(4, waiting=True), 2: at(5, waiting=True)}, (), NAMES)
     assert waits.endswith(
-        "; rank 1 (node1, pid 1) has not come: it waits in training, in meeting 4, at file.py:1 f, for 40 s"
+        "; rank 1 (node1, pid 1) has not arrived: it waits in training, in collective 4, at file.py:1 f, for 40 s"
     )
 
 
@@ -53,10 +53,10 @@ def test_a_collective_that_all_have_reached_accuses_the_network_and_no_rank() ->
 def test_two_names_for_one_collective_are_reported_as_a_fault_of_this_program() -> None:
     said = diagnose(at(5, waiting=True), {1: at(5, waiting=True, what="barrier")}, (), NAMES)
     assert said.endswith(
-        "; rank 1 (node1, pid 1) calls this meeting barrier: a fault of this program, please report it"
+        "; rank 1 (node1, pid 1) calls this collective barrier: a fault of this program, please report it"
     )
 
 
 def test_many_missing_ranks_are_named_in_one_short_text() -> None:
     said = diagnose(at(5, waiting=True), {r: at(4) for r in range(1, 9)}, (), NAMES)
-    assert "rank 4 (" in said and "rank 5 (" not in said and said.endswith("; and 4 more ranks have not come")
+    assert "rank 4 (" in said and "rank 5 (" not in said and said.endswith("; and 4 more ranks have not arrived")

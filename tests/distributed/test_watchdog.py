@@ -94,9 +94,9 @@ def test_the_lowest_waiting_rank_names_who_has_not_come_and_all_that_wait_exit(
     lines = sorted(capsys.readouterr().err.splitlines())
     waited = re.sub(r"waited \d+ s", "waited S s", lines[0])
     assert waited.startswith(
-        f"mirl-dist, rank 1 ({HERE}): waited S s in starting for the sum of losses (meeting 1); rank 0 ("
+        f"mirl-dist, rank 1 ({HERE}): waited S s in starting for the sum of losses (collective 1); rank 0 ("
     )
-    assert "rank 0 (node0, pid 0) has not come: it is in evaluating, after meeting 0, at " in lines[0]
+    assert "rank 0 (node0, pid 0) has not arrived: it is in evaluating, after collective 0, at " in lines[0]
     assert lines[1:] == [
         f"mirl-dist, rank {r} ({HERE}): waited too; rank 1 has named the missing ranks" for r in (2, 3)
     ]
@@ -111,7 +111,7 @@ def test_when_the_lowest_rank_has_not_waited_long_enough_another_one_says_it(
     ranks.start(1000, 0.1, 0.1)
     wait_until(lambda: 1 in ranks.left)
     waited = re.sub(r"waited \d+ s", "waited S s", capsys.readouterr().err)
-    assert f"mirl-dist, rank 1 ({HERE}): waited S s in starting for the barrier (meeting 1); rank 2 (" in waited
+    assert f"mirl-dist, rank 1 ({HERE}): waited S s in starting for the barrier (collective 1); rank 2 (" in waited
 
 
 def test_a_rank_that_comes_while_its_state_is_read_is_not_named(
@@ -148,7 +148,7 @@ def test_a_waiting_rank_names_the_host_of_a_store_that_does_not_answer(
     wait_until(lambda: ranks.left)
     assert ranks.left == {1: 1}
     err = capsys.readouterr().err
-    assert "for the barrier (meeting 1), and the keeper, through which ranks tell where they are, no longer" in err
+    assert "for the barrier (collective 1), and the keeper, through which ranks share their state, no longer" in err
 
 
 def test_a_stop_reaches_every_watchdog_and_does_not_wait_for_the_store(group: Callable[[int], Group]) -> None:

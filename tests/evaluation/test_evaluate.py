@@ -25,7 +25,6 @@ from mirl_dist.config.tasks import Task
 from mirl_dist.data.building.build import build
 from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.image_strip import rows
-from mirl_dist.data.manifest import CLEAN
 from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.data.shards import Shards
 from mirl_dist.errors import Stopped, UserError
@@ -192,18 +191,6 @@ def test_scores_are_those_of_the_published_protocol(supply: ShardPool) -> None:
     assert score.ssim == pytest.approx(np.mean(ssim), abs=1e-6)
 
 
-def test_test_noise_belongs_to_the_image_and_the_sigma_alone(supply: ShardPool) -> None:
-    jobs = evaluate.plan_jobs(supply.shards, TASKS[:2], ("photos",))
-    first = [pair(supply, job)[0] for job in jobs]
-    again = [pair(supply, job)[0] for job in reversed(jobs)][::-1]
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not np.array_equal(first[0], first[3]), "another sigma"
-    assert not np.array_equal(first[0], pair(supply, jobs[0], 1)[0]), "another seed"
-    clean = supply.image(jobs[1].place, CLEAN)
-    noise = first[1].astype(float) - pair(supply, jobs[1])[1]
-    assert clean.shape == (64, 64, 3) and 15 < noise.std() < 26
-
-
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_scores_and_pictures_are_the_same_bits_on_any_number_of_ranks(supply: ShardPool, world: int) -> None:
     jobs = evaluate.plan_jobs(supply.shards, TASKS, None)
@@ -229,7 +216,7 @@ def test_all_ranks_stop_when_one_is_asked_to_and_the_next_evaluation_is_whole(
 
     for found in scores_on(3, supply, jobs, asked):
         assert isinstance(found, Stopped)
-        assert str(found) == "stopped as asked while evaluating; the round's training is committed"
+        assert str(found) == "stopped on request while evaluating; the round's training is committed"
     [alone] = scores_on(1, supply, jobs)
     assert scores_on(3, supply, jobs) == [alone] * 3, "nothing was left held, and nobody waits for somebody"
 
@@ -310,7 +297,7 @@ def test_every_image_is_told_with_all_its_digits_and_means_are_exact(supply: Sha
                 assert math.fsum(float(line[what]) for line in of) / 3 == getattr(score, what)
 
 
-def test_inputs_follow_the_protocol(supply: ShardPool) -> None:
+def test_inputs_follow_the_protocol_and_noise_the_image_and_the_sigma(supply: ShardPool) -> None:
     jobs = evaluate.plan_jobs(supply.shards, TASKS[:1], ("photos",))
     for job in jobs:
         size = (job.place.entry.height, job.place.entry.width)
@@ -321,8 +308,11 @@ def test_inputs_follow_the_protocol(supply: ShardPool) -> None:
             assert degraded.dtype == (np.float32 if name == "restormer" else np.uint8)
             other = pair(supply, job, 1, name)[0]
             assert np.array_equal(degraded, other) == (name == "restormer"), "whose seed is 0, always"
-    one, other = (pair(supply, job, protocol="promptir")[0] for job in (jobs[0], jobs[0]._replace(set="elsewhere")))
-    assert not np.array_equal(one, other)
+    (given, clean), again = pair(supply, jobs[1]), pair(supply, jobs[1])[0]
+    assert np.array_equal(given, again) and clean.shape == (64, 64, 3)
+    assert 15 < (given.astype(float) - clean).std() < 26
+    for change in ({"set": "elsewhere"}, {"task": TASKS[1]}, {"place": jobs[0].place}):
+        assert not np.array_equal(given, pair(supply, jobs[1]._replace(**change))[0])
 
 
 def test_the_degraded_score_is_that_of_a_network_that_does_nothing(supply: ShardPool) -> None:

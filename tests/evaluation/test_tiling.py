@@ -69,21 +69,6 @@ def test_where_tiles_overlap_each_gives_way_to_the_next_on_a_straight_line() -> 
     assert row == pytest.approx(np.array(expected), abs=1e-7)
 
 
-def test_ramps_of_rows_and_columns_add_up_to_one_at_every_pixel() -> None:
-    """Each tile answers with a picture of its own: what all of them have in common comes through unchanged."""
-    tiles = len(tile_starts(61, 16, 6)) * len(tile_starts(45, 16, 6))
-    shares = []
-    for chosen in range(tiles):
-        numbers = iter(range(tiles))
-
-        def one_alone(part: Image, chosen: int = chosen, numbers: Any = numbers) -> Image:
-            return np.full(part.shape, float(next(numbers) == chosen), np.float32)
-
-        shares.append(restore_tiled(one_alone, picture(61, 45), 16, 6))
-    assert min(share.min() for share in shares) >= 0
-    assert np.abs(np.sum(shares, axis=0, dtype=np.float64) - 1).max() < 1e-6
-
-
 @settings(max_examples=60, deadline=None)
 @given(size=sizes, tile=st.integers(1, 40), share=st.floats(0, 0.99))
 def test_tiles_cover_an_axis_and_share_what_was_asked(size: int, tile: int, share: float) -> None:

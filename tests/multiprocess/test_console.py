@@ -46,7 +46,7 @@ def test_a_signal_in_the_first_moments_of_a_command_ends_it_with_75(lab: Any, tm
     launch = lab.cold("python", "-u", "-c", EARLY, *lab.train(tmp_path), cwd=tmp_path)
     ended = launch.wait()
     assert ended.codes == (75,), ended.said()
-    assert ended.err.count("\n") == 1 and "stopped as asked" in ended.err
+    assert ended.err.count("\n") == 1 and "stopped on request" in ended.err
     assert json.loads((tmp_path / "tiny.yaml").read_text()) and not (tmp_path / "run").exists()
 
 

@@ -197,7 +197,7 @@ def test_a_launched_run_survives_a_killed_rank_and_a_stop(lab: Any, reference: P
     ended = first.wait()
     assert ended.rc == 75, ended.said()
     assert "mirl-dist: rank 1 was killed by signal 9; starting the ranks again (1 of 3)." in ended.err
-    assert ended.err.count("stopped as asked") == 1, ended.said()
+    assert ended.err.count("stopped on request") == 1, ended.said()
     assert "(2 of 3)" not in ended.err and "Traceback" not in ended.err, ended.said()
 
     lab.play(tmp_path, sets).ok()

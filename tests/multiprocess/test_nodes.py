@@ -181,7 +181,7 @@ def test_ranks_that_lost_each_other_say_who_is_missing_and_on_which_node(cut: di
     assert "; rank 1 (node-1, pid " in first and "or its node is gone" in first
     assert "mirl-dist, node 0 (node-0): rank 0 " in first
     assert WAITED[1] in second
-    assert "through which ranks tell where they are, no longer responds" in second
+    assert "through which ranks share their state, no longer responds" in second
     if kind == "static":
         assert "mirl-dist, node 1 (node-1): rank 1 " in second
     assert "Traceback" not in first + second and "C++" not in first + second
@@ -209,4 +209,4 @@ def test_a_stop_that_is_asked_of_one_node_ends_all_of_them_resumably(
     finally:
         launch.kill()
     assert "mirl-dist, node 1 (node-1): SIGTERM: the ranks were asked to stop" in launch.text(1)
-    assert launch.text(0).count("stopped as asked in round 0") == 1 and "again (1 of" not in launch.said()
+    assert launch.text(0).count("stopped on request in round 0") == 1 and "again (1 of" not in launch.said()

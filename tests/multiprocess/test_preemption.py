@@ -15,15 +15,15 @@ from tests.services.outcomes import expect
 ASKED = str(PROGRAMS / "stop_in_phase.py")
 # In the order in which a run comes through them.
 PHASES: dict[str, tuple[dict[str, Any], str]] = {
-    "training": ({"rank": 1, "phase": "training"}, "stopped as asked in round 0 after 1 steps; committed"),
-    "evaluating": ({"rank": 1, "phase": "evaluating"}, "stopped as asked while evaluating; the round's training is"),
-    "selecting": ({"rank": 1, "phase": "selecting"}, "stopped as asked before pruning; all rounds that"),
-    "counting": ({"rank": 0, "phase": "counting"}, "stopped as asked before pruning; all rounds that"),
-    "pruning": ({"rank": 0, "phase": "pruning"}, "stopped as asked before the next round; all rounds that"),
-    "rewinding": ({"rank": 1, "phase": "rewinding"}, "stopped as asked before the next round; all rounds that"),
-    "training-later": ({"rank": 0, "phase": "training"}, "stopped as asked in round 1 after 1 steps; committed"),
-    "committing": ({"rank": 0, "phase": "committing"}, "stopped as asked"),
-    "uploading": ({"rank": 0, "phase": "uploading"}, "stopped as asked"),
+    "training": ({"rank": 1, "phase": "training"}, "stopped on request in round 0 after 1 steps; committed"),
+    "evaluating": ({"rank": 1, "phase": "evaluating"}, "stopped on request while evaluating; the round's training is"),
+    "selecting": ({"rank": 1, "phase": "selecting"}, "stopped on request before pruning; all rounds that"),
+    "counting": ({"rank": 0, "phase": "counting"}, "stopped on request before pruning; all rounds that"),
+    "pruning": ({"rank": 0, "phase": "pruning"}, "stopped on request before the next round; all rounds that"),
+    "rewinding": ({"rank": 1, "phase": "rewinding"}, "stopped on request before the next round; all rounds that"),
+    "training-later": ({"rank": 0, "phase": "training"}, "stopped on request in round 1 after 1 steps; committed"),
+    "committing": ({"rank": 0, "phase": "committing"}, "stopped on request"),
+    "uploading": ({"rank": 0, "phase": "uploading"}, "stopped on request"),
 }
 
 
@@ -86,7 +86,7 @@ def test_a_run_that_cannot_stop_in_time_says_why_and_leaves_at_the_deadline(
 def test_a_build_that_is_asked_to_stop_goes_on_from_there(lab: Any, tmp_path: Path) -> None:
     build = ("shards", "build", str(lab.folder / "recipe.yaml"), "--out", str(tmp_path / "shards"), "--workers", "1")
     env = {"MIRL_ASKED": json.dumps({"rank": 0, "phase": "shards", "times": 2, "signal": signal.SIGTERM})}
-    ended = expect((75,), lab.start(*build, cwd=lab.folder, script=ASKED, env=env).wait(), "stopped as asked")
+    ended = expect((75,), lab.start(*build, cwd=lab.folder, script=ASKED, env=env).wait(), "stopped on request")
     assert "Traceback" not in ended.err
     assert not (tmp_path / "shards/manifest.json").exists()
     assert lab.mirl(*build, cwd=lab.folder).rc == 0

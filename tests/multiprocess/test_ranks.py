@@ -78,7 +78,7 @@ def test_what_ranks_tell_each_other_arrives_on_every_rank(seen: Seen, world: int
             "half": ["torch.bfloat16", [2], [1.0, 2.0]],
         }
         assert rank["from main"] == "from rank 0"
-        assert rank["main stops"] == "stopped as asked"
+        assert rank["main stops"] == "stopped on request"
         fails, away = rank["main fails"], rank["server away"]
         assert (fails["text"], fails["resumable"]) == ("found something on rank 0, here, do that.", False)
         assert (away["text"], away["resumable"]) == ("the server is away.", True)

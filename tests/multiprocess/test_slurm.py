@@ -61,7 +61,7 @@ def trains(run: Path) -> bool:
 def finished_after_a_requeue(job: Job) -> str:
     """What a job said that is requeued now, once it was let go on."""
     job.until(job.requeued)
-    assert "stopped as asked in round " in job.said(), job.said()
+    assert "stopped on request in round " in job.said(), job.said()
     job.start_now()
     job.until(job.ended)
     assert (job.field("JobState"), job.field("Restarts")) == ("COMPLETED", "1"), job.said()

@@ -49,8 +49,8 @@ def ended(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_rank_whose_process_is_stopped_is_named_with_the_collective_it_delays(ended: dict[str, Any]) -> None:
     run = expect((1, 1), ended["stopped"])
     assert f"mirl-dist, rank 0 ({HERE}): waited " in run.err
-    assert " s in training for the gather of loss flags (meeting 5); rank 1 (" in run.err
-    assert "has not come: its process no longer responds: it is stopped, swapped out, or its node is" in run.err
+    assert " s in training for the gather of loss flags (collective 5); rank 1 (" in run.err
+    assert "has not arrived: its process no longer responds: it is stopped, swapped out, or its node is" in run.err
     assert "frame #" not in run.err, "pages of C++"
     assert run.err.count("another rank has gone\n") == 1, "as it finds when it wakes up"
 
@@ -59,16 +59,16 @@ def test_a_stopped_rank_that_serves_the_store_is_named_although_the_store_is_sil
     run = ended["frozen-main"]
     assert run.codes[1] == 1, run.said()
     assert f"mirl-dist, rank 1 ({HERE}): waited " in run.err
-    assert " s in training for the gather of loss flags (meeting 5), and rank 0 (" in run.err
-    assert "), through which ranks tell where they are, no longer responds: it has ended or is stop" in run.err
+    assert " s in training for the gather of loss flags (collective 5), and rank 0 (" in run.err
+    assert "), through which ranks share their state, no longer responds: it has ended or is stop" in run.err
 
 
 def test_a_rank_that_hangs_is_named_with_phase_and_location_by_one_that_waits(ended: dict[str, Any]) -> None:
     run = expect((1, 1, -9), ended["asleep"])
     first, *rest = run.err.splitlines()
     assert first.startswith(f"mirl-dist, rank 0 ({HERE}): waited ")
-    assert " s in training for the gather of loss flags (meeting 5); rank 2 (" in first
-    assert "has not come: it is in evaluating, after meeting 4, at hang.py:" in first
+    assert " s in training for the gather of loss flags (collective 5); rank 2 (" in first
+    assert "has not arrived: it is in evaluating, after collective 4, at hang.py:" in first
     assert " work, for " in first
     assert "rank 1 (" not in first
     assert not any("has not come" in line for line in rest), "one says it"

@@ -306,7 +306,7 @@ def test_what_cannot_be_proved_is_not_called_broken(
     later.write_bytes(pack(contents[1]))
     early = written(contents, tmp_path / "early", rounds=1)
     transfer.verify(str(later), str(early), False)
-    assert "unknown  the run holds this very ticket" in capsys.readouterr().out
+    assert "unknown  the run has this exact ticket" in capsys.readouterr().out
 
 
 def test_the_run_of_another_ticket_is_named_as_such(contents: list[TicketContent], tmp_path: Path) -> None:

@@ -40,9 +40,8 @@ def test_a_precision_asked_for_is_that_of_the_layers_in_the_wrapped_network(
     precision: str, inside: torch.dtype
 ) -> None:
     ranks = Ranks(device="cpu", precision=precision)
-    model = models.create("promptir", **TINY)
-    wrapped = ranks.network.wrap(model)
-    bare = ranks.network.unwrap(wrapped)
+    bare = models.create("promptir", **TINY)
+    wrapped = ranks.network.wrap(bare)
     seen: list[torch.dtype] = []
     stem = bare.get_submodule("patch_embed.proj")
     assert isinstance(stem, nn.Conv2d)
@@ -122,7 +121,7 @@ class Run:
         progress = self.state.progress
         self.commits.append((progress.updates, wait))
         self.kept[progress.updates] = progress.model_copy(deep=True)
-        moments = {name: moment.clone() for name, moment in self.state.moments().items()}
+        moments = {name: moment.clone() for name, moment in self.state.engine.moments().items()}
         self.weights[progress.updates] = {n: p.detach().clone() for n, p in self.state.weights.items()}, moments
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -166,7 +165,7 @@ def test_a_commit_due_while_one_is_written_is_made_after_it_and_at_the_end_anywa
 def test_a_run_that_is_asked_to_stop_commits_after_the_step_and_waits_for_it() -> None:
     for busy, steps in ((False, 5), (True, 5), (False, STEPS)):
         run = Run(stop_in=lambda step, s=steps: step == s - 1, busy_in=lambda step, busy=busy: busy)  # type: ignore[misc]
-        with pytest.raises(Stopped, match=rf"^stopped as asked in round 0 after {steps} steps; committed$"):
+        with pytest.raises(Stopped, match=rf"^stopped on request in round 0 after {steps} steps; committed$"):
             run.train(plan())
         assert run.commits[-1] == (steps, True) and run.state.progress.updates == steps
     assert (run.kept[STEPS].epoch, run.kept[STEPS].step) == (3, 0), "the whole round"

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from mirl_dist.cli.doctor import disks, machine, services
+from mirl_dist.cli.doctor import machine, services
 from mirl_dist.cli.doctor.machine import Finding
 from mirl_dist.cli.doctor.plan import LaunchPlan, make_plan, plan_as_dict, plan_lines
 from mirl_dist.config.config import Config
@@ -142,10 +142,10 @@ def examine(
         *machine.check_limits(config, launch_file),
         *machine.check_host_memory(plan.states.host, launch_file),
         shards_finding,
-        disks.check_cache(disks.cache_folder(config.data), psutil.disk_partitions(all=True)),
+        machine.check_cache(machine.cache_folder(config.data), psutil.disk_partitions(all=True)),
         *permissions,
         *([services.check_run(config, shards.manifest.digest() if shards else None)] if readable else []),
-        *disks.check_space(config, plan.size, shards),
+        *machine.check_space(config, plan.size, shards),
         services.check_mlflow(config),
         *services.check_clocks(config),
     ]

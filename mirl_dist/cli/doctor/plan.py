@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mirl_dist.cli.doctor import memory
-from mirl_dist.cli.doctor.disks import store_of
-from mirl_dist.cli.doctor.machine import split_in_words
+from mirl_dist.cli.doctor.machine import split_in_words, store_of
 from mirl_dist.cli.doctor.memory import GIB, OVERHEAD, Budget, Gpu, Passes, Size
 from mirl_dist.config.config import Config
 from mirl_dist.config.schema_training import EvaluateSection
@@ -18,6 +17,8 @@ from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.errors import UserError
 from mirl_dist.training.checkpoint import Checkpoints
+
+OpenedShards = tuple[Shards, GlobalSampler]
 
 
 class LaunchPlan(NamedTuple):
@@ -58,11 +59,7 @@ class LaunchPlan(NamedTuple):
 
 
 def make_plan(
-    config: Config,
-    launch_file: LaunchFile,
-    opened: tuple[Shards, GlobalSampler] | None,
-    gpu: str | None,
-    rate: float | None,
+    config: Config, launch_file: LaunchFile, opened: OpenedShards | None, gpu: str | None, rate: float | None
 ) -> LaunchPlan:
     """Compute the plan of a launch. Raises UserError for an unknown GPU.
 

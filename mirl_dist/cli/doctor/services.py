@@ -18,8 +18,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from mirl_dist.cli.doctor.disks import probe_folder, store_of
-from mirl_dist.cli.doctor.machine import Finding, format_bytes, run_check
+from mirl_dist.cli.doctor.machine import Finding, format_bytes, probe_folder, run_check, store_of
 from mirl_dist.config.config import Config
 from mirl_dist.data.sampler import GlobalSampler
 from mirl_dist.data.shards import Shards

@@ -69,19 +69,19 @@ class Sweep(Node):
             if not _NAME.fullmatch(name):
                 yield f"methods: found the name '{name}', which becomes part of a folder's: use letters, digits, . _ -"
             if lower.count(name.lower()) > 1:
-                text = f"methods: found '{name}' and another that differs in capitals alone"
-                yield f"{text}; not every disk tells them apart"
+                text = f"methods: found '{name}' and another that differs only in case"
+                yield f"{text}; some file systems do not distinguish them"
         if len(set(self.seeds)) < len(self.seeds):
             yield f"seeds: found {list(self.seeds)}; name each once"
         for option in self.sbatch:
             if not option.startswith("--"):
-                yield f"sbatch: found '{option}'; write --option=value, each by itself"
+                yield f"sbatch: found '{option}'; write each option as its own entry, --option=value"
         kind, address, _ = self.folder.partition("://")
         bucket = re.match(r"s3:/+(?=[^/])", self.folder)
         if bucket and bucket[0] != "s3://" and not re.search("[@?#]", self.folder):
             yield f"folder: found {self.folder}; write s3://{self.folder[bucket.end() :]}"
         elif address and kind != "s3":
-            yield f"folder: found {kind}://; runs are kept in folders and under s3://bucket/prefix"
+            yield f"folder: found {kind}://; a run is stored in a folder or under s3://bucket/prefix"
         changes = {"set": self.set_} | {f"methods.{name}": changes for name, changes in self.methods.items()}
         for place, change in changes.items():
             keys = [key for key, _ in _flatten(change)]
@@ -104,7 +104,7 @@ class SweepRun(NamedTuple):
 
 
 class SweepPlan(NamedTuple):
-    """A sweep and its runs, ordered by seed, then method. name: stem of its file."""
+    """A sweep and its runs, ordered by seed, then method. name: stem of its file. report_folder: of the comparison."""
 
     name: str
     sweep: Sweep
@@ -115,6 +115,10 @@ class SweepPlan(NamedTuple):
         """The folder for logs, command lists and the report: `folder`, or sweep-logs/NAME for a bucket."""
         address = self.sweep.folder
         return Path("sweep-logs", self.name) if "://" in address else Path(address).expanduser()
+
+    @property
+    def report_folder(self) -> Path:
+        return self.local_folder / "report" if self.sweep.compare.out is None else Path(self.sweep.compare.out)
 
     def log(self, run: SweepRun) -> Path:
         return self.local_folder / f"{run.name}.log"
@@ -162,7 +166,7 @@ def _duplicate_methods(runs: Sequence[SweepRun]) -> Iterator[str]:
             del tree[section][key]
         first = seen.setdefault(json.dumps(tree, sort_keys=True), run.method)
         if first != run.method:
-            yield f"{first}, {run.method}: these are the same config; remove one, or set what tells them apart"
+            yield f"{first}, {run.method}: these are the same config; remove one, or make them differ"
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------

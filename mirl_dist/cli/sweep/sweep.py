@@ -105,9 +105,9 @@ def check_sweep(plan: SweepPlan, source: str, launch_file: LaunchFile | None) ->
     launch_file: of the runs, if any.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("a sweep is one process, which starts its runs itself: call it without a launcher.")
+        raise UserError("a sweep is one process that launches its own runs: start it without a launcher.")
     output_paths.check_folder(plan.local_folder, "folder")
-    output_paths.check_folder(report_folder(plan), "compare.out")
+    output_paths.check_folder(plan.report_folder, "compare.out")
     complaints: dict[str, list[str]] = {}
     for one in plan.runs:
         try:
@@ -136,7 +136,7 @@ def _check_fits_slots(plan: SweepPlan, launch_file: LaunchFile, slots: list[dict
         )
     if len(slots) > 1 and launch_file.ranks > 1 and launch_file.port:
         text = f"launch: {launch_file.path} has main_process_port {launch_file.port}"
-        raise UserError(f"{text}, where {len(slots)} runs meet. Write 0.")
+        raise UserError(f"{text}, which {len(slots)} runs at once would share. Write 0.")
     gpus, ranks = sum(map(bool, slots[0].get(_GPUS, "").split(","))), launch_file.ranks_per_node
     if 0 < gpus < ranks and any(one.config.train.device != "cpu" for one in plan.runs):
         text = f"launch: {launch_file.path} starts {ranks} ranks, and each of {len(slots)} slots has {gpus} GPUs"
@@ -177,17 +177,12 @@ def _last_line(log: Path) -> str:
 # -- comparison -------------------------------------------------------------------------------------------------------
 
 
-def report_folder(plan: SweepPlan) -> Path:
-    """Return the folder for the files of the comparison."""
-    return plan.local_folder / "report" if plan.sweep.compare.out is None else Path(plan.sweep.compare.out)
-
-
 def compare_runs(plan: SweepPlan, source: str, states: Mapping[str, State]) -> None:
     """Compare the finished runs, together with their controls trained by `tickets judge --train`."""
     finished = [one for one in plan.runs if states[one.name] == "finished"]
     if not finished:
         text = f"no run of {source} has finished, so there is nothing to compare"
-        raise UserError(f"{text}. --status shows where they stand.")
+        raise UserError(f"{text}. --status shows their progress.")
     missing = [f"{one.name} ({states[one.name]})" for one in plan.runs if one not in finished]
     if missing:
         progress.say(f"note: not in this comparison: {', '.join(missing)}")
@@ -199,12 +194,12 @@ def compare_runs(plan: SweepPlan, source: str, states: Mapping[str, State]) -> N
         opened = open_run_ticket(one.folder, options_of(one.config.store))
         names += [control.folder for control in compare.controls_of(one.folder, opened) if control.is_finished()]
     title, uri = section.title or plan.name, config.tracking.uri
-    compare.compare(names, report_folder(plan), False, title, section.experiment, uri, section.pictures)
+    compare.compare(names, plan.report_folder, False, title, section.experiment, uri, section.pictures)
 
 
 def compare_finished(plan: SweepPlan, source: str) -> None:
     """Compare the runs that have finished so far (`sweep --compare`)."""
-    output_paths.check_folder(report_folder(plan), "compare.out")
+    output_paths.check_folder(plan.report_folder, "compare.out")
     compare_runs(plan, source, {one.name: read_status(one).state for one in plan.runs})
 
 
@@ -234,7 +229,7 @@ def submit(plan: SweepPlan, source: str) -> None:
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not here. Submit on a machine of the cluster, or print the commands with --print.")
     if not BATCH.is_file():
-        raise UserError(f"no file at {BATCH}. Call this where the repository's launch/ lies, as for train.")
+        raise UserError(f"no file at {BATCH}. Run this in the folder that contains launch/, as for train.")
     text = "".join(f"{spec.command_line(plan, one)}\n" for one in unfinished).encode()
     # The name depends on the content, because queued SLURM tasks read their line of this file later.
     commands = plan.local_folder / f"commands-{hashlib.sha256(text).hexdigest()[:8]}.txt"
@@ -247,4 +242,4 @@ def submit(plan: SweepPlan, source: str) -> None:
         why = ended.stderr.strip()
         raise UserError(f"{shlex.join(command)} ended with code {ended.returncode}: {why}. Correct that.")
     progress.say(f"{_count_in_words(len(unfinished))} submitted as job {ended.stdout.strip()}: {shlex.join(command)}")
-    progress.say(f"where they stand: mirl-dist sweep {shlex.quote(source)} --status; at the end: --compare")
+    progress.say(f"progress: mirl-dist sweep {shlex.quote(source)} --status; at the end: --compare")

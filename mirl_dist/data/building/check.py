@@ -63,7 +63,7 @@ def _find_unlisted_files(store: Store, manifest: Manifest) -> Iterator[str]:
         return
     for name in names:
         if "/" not in name and name.endswith((".tar", ".index.json")) and name not in named:
-            yield f"{name}: lies there, but the manifest does not name it"
+            yield f"{name}: exists, but the manifest does not list it"
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def _local_copy(store: Store, shard: Shard) -> Iterator[Path]:
             download(store, shard.name, Path(copy.name), size, patience=DEFAULT_PATIENCE, say=to_stderr)
         except OSError as error:
             raise UserError(
-                f"{shard.name}: cannot be kept in {tempfile.gettempdir()} ({error.strerror or error}). Make room, "
+                f"{shard.name}: cannot be stored in {tempfile.gettempdir()} ({error.strerror or error}). Make room, "
                 "set TMPDIR to a folder on a larger disk, or use fewer --workers."
             ) from None
         yield Path(copy.name)
@@ -170,7 +170,7 @@ def _check_notes(data: bytes, label: str, shard: Shard) -> Iterator[str]:
         yield f"{label} is not what 'shards build' writes"
         return
     if labels != (shard.set, shard.kind):
-        yield f"{label} says it is of {labels[0]}, {labels[1]}"
+        yield f"{label} names the set and kind {labels[0]}, {labels[1]}"
 
 
 def _check_image(data: bytes, label: str, name: str, entry: SampleEntry) -> Iterator[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import accumulate, groupby
 from pathlib import Path
 
@@ -144,7 +144,7 @@ def fingerprint(
         row = [picture.label, printable(picture.name)]
         row += [f"{printable(f.name)} {file_info[f].sha256}" for f in picture.files]
         if picture.disparity is not None:
-            row.append(hashlib.sha256(picture.disparity.read_bytes()).hexdigest())
+            row.append(sha256(picture.disparity.read_bytes()).hexdigest())
         sources.append(row)
     return digest_of_json([recipe.content(), sources, skipped])
 
@@ -184,26 +184,18 @@ def sample_key(picture: SourceImage, version: int = 0) -> str:
     It has at most 69 characters, so that `key.degraded.ppm` fits into the 100 of a plain tar header.
     """
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(printable(picture.name)).stem)[:24]
-    digest = hashlib.sha256(_sample_name(picture, version).encode()).hexdigest()[:8]
+    digest = sha256(_sample_name(picture, version).encode()).hexdigest()[:8]
     return f"{picture.role}-{picture.set}-{stem}-{digest}"
 
 
-def _shuffle(items: Sequence[LayoutItem], seed: int) -> list[LayoutItem]:
-    """Shuffle training samples by seed and name, so that every shard is a random sample of its set."""
-
-    def sort_key(item: LayoutItem) -> bytes:
-        name = _sample_name(item.picture, item.version)
-        return hashlib.sha256(f"{seed}/order/{item.picture.set}/{name}".encode()).digest()
-
-    return sorted(items, key=sort_key)
-
-
-def _split_evenly(weights: Sequence[float], limit: float) -> list[list[int]]:
-    """Split positions into consecutive, non-empty groups of nearly equal weight, of about `limit` at most."""
+def _split_evenly(items: Sequence[LayoutItem], limit: float) -> Iterator[tuple[LayoutItem, ...]]:
+    """Split items into consecutive, non-empty groups of nearly equal size, of about `limit` bytes at most."""
+    weights = [_estimate_bytes(item) for item in items]
     total = sum(weights)
     count = math.ceil(total / limit)
     middles = [after - weight / 2 for weight, after in zip(weights, accumulate(weights), strict=True)]
-    return [list(group) for _, group in groupby(range(len(weights)), key=lambda i: int(middles[i] / total * count))]
+    for _, group in groupby(range(len(items)), key=lambda i: int(middles[i] / total * count)):
+        yield tuple(items[i] for i in group)
 
 
 def _estimate_bytes(item: LayoutItem) -> float:
@@ -230,11 +222,9 @@ def plan_shards(
             items += [
                 LayoutItem(sample_key(picture, v), picture, v, digests, box, form) for v in range(picture.versions)
             ]
-        if role == "train":
-            items = _shuffle(items, recipe.seed)
-        for number, part in enumerate(
-            _split_evenly([_estimate_bytes(i) for i in items], recipe.shard_megabytes * 2**20)
-        ):
-            part_items = tuple(items[position] for position in part)
-            plans.append(ShardPlan(f"{role}-{name}-{number:05d}.tar", recipe.seed, part_items))
+        if role == "train":  # shuffled by seed and name, so that every shard is a random sample of its set
+            order = f"{recipe.seed}/order/{name}"
+            items.sort(key=lambda item: sha256(f"{order}/{_sample_name(item.picture, item.version)}".encode()).digest())
+        for number, part in enumerate(_split_evenly(items, recipe.shard_megabytes * 2**20)):
+            plans.append(ShardPlan(f"{role}-{name}-{number:05d}.tar", recipe.seed, part))
     return plans

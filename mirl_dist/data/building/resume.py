@@ -30,7 +30,7 @@ from mirl_dist.storage import Folder, NotFound, Store
 AREA = ".building"
 MARKER, LOCK = f"{AREA}/build.json", f"{AREA}/lock"
 _SHARD_FILE = re.compile(r"(train|evaluate)-[A-Za-z0-9_-]+-\d{5,}\.(tar|index\.json)")
-_ADVICE = "Choose another --out, or remove what lies there."
+_ADVICE = "Choose another --out, or remove what is there."
 
 
 class _BuildMark(BaseModel):

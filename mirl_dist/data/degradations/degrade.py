@@ -30,8 +30,7 @@ def add_noise(image: Pixels, noise: Plane, sigma: float) -> Pixels:
     noise: float64, the image's shape, unit variance. sigma: in units of 1/255.
     The released code of AirNet, PromptIR and MIR-L truncates too; it darkens images by half a step on average.
     """
-    noisy: Pixels = np.clip(image + sigma * noise, 0, 255).astype(np.uint8)
-    return noisy
+    return (image + sigma * noise).clip(0, 255).astype(np.uint8)
 
 
 def gaussian_noise(image: Pixels, sigma: float, rng: np.random.Generator) -> Pixels:
@@ -99,9 +98,8 @@ def _streak(length: int, tilt: float, width: int) -> Plane:
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float64)
     angle = np.deg2rad(tilt)
     along = np.clip(y * np.cos(angle) + x * np.sin(angle), -half, half)
-    distance = np.hypot(y - along * np.cos(angle), x - along * np.sin(angle))
-    kernel: Plane = np.exp(-0.5 * (distance / sigma) ** 2)
-    return kernel
+    distance: Plane = np.hypot(y - along * np.cos(angle), x - along * np.sin(angle))
+    return np.exp(-0.5 * (distance / sigma) ** 2)
 
 
 def rain(image: Pixels, rng: np.random.Generator) -> Pixels:
@@ -125,8 +123,7 @@ def rain(image: Pixels, rng: np.random.Generator) -> Pixels:
     peak = layer.max(initial=0.0)
     if peak > 0:
         layer = layer * (255 / peak)
-    rainy: Pixels = np.clip(np.rint(image + layer[..., None]), 0, 255).astype(np.uint8)
-    return rainy
+    return np.rint(image + layer[..., None]).clip(0, 255).astype(np.uint8)
 
 
 def haze(image: Pixels, depth: Plane, airlight: float, beta: float) -> Pixels:
@@ -137,8 +134,7 @@ def haze(image: Pixels, depth: Plane, airlight: float, beta: float) -> Pixels:
     """
     transmission = np.exp(-beta * depth)[..., None]
     scattered = image * transmission + 255 * airlight * (1 - transmission)
-    hazy: Pixels = np.clip(np.rint(scattered), 0, 255).astype(np.uint8)
-    return hazy
+    return np.rint(scattered).clip(0, 255).astype(np.uint8)
 
 
 class _Flakes(NamedTuple):
@@ -166,9 +162,8 @@ def _flake(radius: float, fall: float, tilt: float, opacity: float, at: Plane, p
     lobes = 0.2 * np.cos(3 * np.arctan2(y, x) + phase) * np.minimum(np.hypot(y, x) / radius, 1)
     along = np.clip(y * down + x * right, -half, half)
     inside = radius * (0.8 + lobes) - np.hypot(y - along * down, x - along * right)
-    rise = np.clip(0.5 + 0.5 * inside / soft, 0, 1)
-    flake: Plane = opacity * rise * rise * (3 - 2 * rise)
-    return flake
+    rise: Plane = np.clip(0.5 + 0.5 * inside / soft, 0, 1)
+    return opacity * rise * rise * (3 - 2 * rise)
 
 
 def snow(image: Pixels, rng: np.random.Generator) -> Pixels:
@@ -192,8 +187,7 @@ def snow(image: Pixels, rng: np.random.Generator) -> Pixels:
             top, left = rng.integers(clear.shape[0] - size + 1), rng.integers(clear.shape[1] - size + 1)
             clear[top : top + size, left : left + size] *= 1 - flake
     part = clear[margin : margin + height, margin : margin + width, None]
-    snowy: Pixels = np.rint(image * part + grey * (1 - part)).astype(np.uint8)
-    return snowy
+    return np.rint(image * part + grey * (1 - part)).astype(np.uint8)
 
 
 def _between(low: float, high: float, rng: np.random.Generator) -> float:

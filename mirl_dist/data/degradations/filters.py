@@ -40,8 +40,7 @@ def cubic(distance: Plane, slope: float) -> Plane:
     x = np.abs(distance)
     near = ((slope + 2) * x - (slope + 3)) * x * x + 1
     far = slope * (((x - 5) * x + 8) * x - 4)
-    value: Plane = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
-    return value
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
 
 
 def exact(weights: Plane, bits: int) -> Plane:

@@ -256,7 +256,7 @@ def _initialize(network: nn.Module, optimiser: torch.optim.Optimizer, settings: 
     stage, given = settings["zero_optimization"]["stage"], engine.zero_optimization_stage()
     if given != stage:
         raise InvariantError(
-            f"ZeRO-{stage} was asked for, and DeepSpeed gave stage {given}. Please report this with your launch file.",
+            f"ZeRO-{stage} was requested, but DeepSpeed set up stage {given}. Please report it with your launch file.",
             everywhere=True,
         )
     return engine

@@ -44,7 +44,7 @@ class FsdpEngine(LocalEngine):
         whole = [name for name, p in self._dtensors.items() if not hasattr(p, "to_local")]
         if whole:
             raise InvariantError(
-                f"FSDP2 was asked for, but '{whole[0]}' ({len(whole)} such) is still whole on rank {rank}: nothing "
+                f"FSDP2 was requested, but '{whole[0]}' ({len(whole)} such) is not sharded on rank {rank}: nothing "
                 "would be saved. This torch does not shard here; launch with a file for DDP.",
                 everywhere=True,
             )

@@ -115,7 +115,7 @@ class _Fsdp(Node):
     def faults(self) -> Iterator[str]:
         """Yield the faults as _DeepSpeed does."""
         if self.fsdp_version != 2:
-            yield f"fsdp_version: found {self.fsdp_version} (1 where it is left out); write 2"
+            yield f"fsdp_version: found {self.fsdp_version} (the default is 1); write 2"
 
 
 class _AccelerateConfig(Node):
@@ -150,7 +150,7 @@ class _AccelerateConfig(Node):
     def _numeric_faults(self) -> Iterator[str]:
         for key in ("distributed_type", "mixed_precision", "dynamo_backend"):
             if getattr(self, key) is False:
-                yield f"{key}: found the bare word no, which YAML takes for false; put it in quotes"
+                yield f"{key}: found an unquoted no, which YAML reads as false; quote it"
         if str(self.mixed_precision).lower() not in ("no", "false"):
             yield (
                 f"mixed_precision: found {self.mixed_precision}; the run's config decides (train.precision): write "
@@ -172,7 +172,7 @@ class _AccelerateConfig(Node):
             yield "distributed_type: found MULTI_CPU, with which accelerate starts one process; write MULTI_GPU"
         if kind == "NO" and self.num_processes > 1:
             yield (
-                f"distributed_type: found NO (also where it is left out) with num_processes {self.num_processes}, of "
+                f"distributed_type: found NO (the default) with num_processes {self.num_processes}, of "
                 "which accelerate starts one; write MULTI_GPU, DEEPSPEED or FSDP"
             )
         for name, section, key in (
@@ -196,8 +196,8 @@ class _AccelerateConfig(Node):
             yield f"machine_rank: found {self.machine_rank} of num_machines {self.num_machines}; it counts from 0"
         if self.rdzv_backend == "c10d" and self.same_network:
             yield (
-                "same_network: found true with rdzv_backend c10d, with which each node would meet itself alone; write "
-                "false"
+                "same_network: found true with rdzv_backend c10d, with which each node would form a group of its own; "
+                "write false"
             )
 
     def engine(self) -> EngineName:
@@ -235,7 +235,7 @@ def read(path: Path, env: Mapping[str, str] = os.environ) -> LaunchFile:
     node = tree.machine_rank if source == "machine_rank" else _int_from_env(env, source, 0)
     if node is None:
         raise UserError(
-            f"{path}: {nodes} nodes, and nothing says which of them this is. Set {NODE_RANK[0]} on each, from 0 to "
+            f"{path}: {nodes} nodes, and the rank of this node is unknown. Set {NODE_RANK[0]} on each, from 0 to "
             f"{nodes - 1} ({' and '.join(NODE_RANK[1:])} count too), or write machine_rank."
         )
     if node >= nodes:

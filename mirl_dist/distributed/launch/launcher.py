@@ -138,7 +138,7 @@ class _LaunchReporter:
         cause = f"was killed by signal {-code}" if code < 0 else f"failed (code {code})"
         rank = self._rank_name(local)
         if self._nodes is not None and self._nodes.host_gone:
-            self.say(f"{rank} {cause}, and the launcher of node 0 has gone; {_AGAIN}.")
+            self.say(f"{rank} {cause}, and the launcher of node 0 has exited; {_AGAIN}.")
             raise elastic.NoRestart
         if self._failures <= self._restarts:
             self.say(f"{rank} {cause}; starting the ranks again ({self._failures} of {self._restarts}).")

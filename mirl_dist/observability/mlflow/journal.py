@@ -150,11 +150,10 @@ class Journal(Database):
 
     def close(self) -> None:
         """Close the database and release the delivery lock. Idempotent."""
-        with self._guard:  # `resend` may close it while its sender's thread does
-            super().close()
-            if self._lock >= 0:
-                os.close(self._lock)
-            self._lock = -1
+        super().close()
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
 
     def _drop(self, ids: Sequence[tuple[str, int]]) -> None:
         """Delete records and mark them as delivered, first in memory for this process, then on disk."""

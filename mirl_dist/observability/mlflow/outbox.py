@@ -45,16 +45,13 @@ class Outbox:
     """Queue of records in creation order, usable from all threads; inherited and earlier processes' records come first.
 
     store_name: name for messages. session_id: 32 hex digits, unique to this process. inherited: pending lines from the
-    commit that this process resumes. changed: condition notified after
-    each delivery. owns_delivery: whether this process delivers. sent: number of points and other records sent so
-    far.
+    commit that this process resumes. changed: condition notified after each delivery. owns_delivery: whether this
+    process delivers. sent: number of points and other records sent so far.
     """
 
     def __init__(self, store_name: str, session_id: str, journal: Journal, inherited: bytes = b"") -> None:
-        self.changed = threading.Condition()
-        self.journal = journal
-        self.owns_delivery = False
-        self.sent = 0
+        self.changed, self.journal = threading.Condition(), journal
+        self.owns_delivery, self.sent = False, 0
         self._store_name, self._memory = store_name, Journal(None, MEMORY_BYTES)
         self._stamps = _Stamps(session_id)
         self._warned, self._disk_retry_at = set[str](), -math.inf
@@ -145,7 +142,9 @@ class Outbox:
         """Queue the pending lines of a commit, except records already delivered from this journal."""
         records, damaged = parse_all(lines)
         if damaged:
-            _log.warning("%d damaged lines that a commit kept for %s are left out", damaged, self._store_name)
+            _log.warning(
+                "%d damaged lines of a commit's pending records for %s were skipped", damaged, self._store_name
+            )
         try:
             if records:
                 self.journal.inherit(records)

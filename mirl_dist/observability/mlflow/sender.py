@@ -60,7 +60,7 @@ class _Schedule:
 
 
 class Sender:
-    """Sender of an outbox's records to a store, in a daemon thread.
+    """Sender of an outbox's records to a store: in a daemon thread by `start`, or in the caller's by `send_all`.
 
     announce: logs a format string with values. last_failure: most recent cause.
     """
@@ -89,13 +89,10 @@ class Sender:
             full = self._schedule.steps >= STEPS_PER_DELIVERY
             self._send_at(time.monotonic() + (0.0 if full else SECONDS_PER_DELIVERY))
 
-    def finish(
-        self, idle_seconds: float, seconds: float = math.inf, advance: Callable[[int], None] = lambda sent: None
-    ) -> bool:
+    def finish(self, idle_seconds: float, seconds: float) -> bool:
         """Send all pending records without long pauses, and end the thread. Return whether all were sent.
 
-        Wait as long as deliveries succeed: at most `idle_seconds` without one, and `seconds` in total. advance: called
-        with the number of points and other records sent.
+        Wait as long as deliveries succeed: at most `idle_seconds` without one, and `seconds` in total.
         """
         with self._outbox.changed:
             self._schedule.longest_pause = HURRIED_PAUSE_SECONDS
@@ -104,18 +101,34 @@ class Sender:
             self._outbox.changed.notify_all()
             last = now = time.monotonic()
             end, sent = now + seconds, self._outbox.sent
-            advance(sent)
             while (left := self._unfinished()) and self._thread.is_alive() and now < min(end, last + idle_seconds):
                 self._outbox.changed.wait(min(end - now, last + idle_seconds - now, 0.5))
                 now = time.monotonic()
                 if self._outbox.sent != sent:
                     last, sent = now, self._outbox.sent
-                    advance(sent)
             self._schedule.ended = True
             self._outbox.changed.notify_all()
         if not left:
             self._thread.join(idle_seconds)
         return not left
+
+    def send_all(self, idle_seconds: float, advance: Callable[[int], None]) -> bool:
+        """Send all pending records in the caller's thread. Return False if no delivery succeeds for `idle_seconds`.
+
+        A delivery under way is never given up. advance: called with the number of points and other records sent.
+        """
+        self._schedule.due, self._schedule.longest_pause = -math.inf, HURRIED_PAUSE_SECONDS
+        last, sent = time.monotonic(), 0
+        while self._unfinished():
+            self._send_one()
+            if self._outbox.sent != sent:
+                last, sent = time.monotonic(), self._outbox.sent
+                advance(sent)
+            elif time.monotonic() - last > idle_seconds:
+                return False
+            else:
+                time.sleep(max(0.0, min(self._seconds_to_wait(), HURRIED_PAUSE_SECONDS)))
+        return True
 
     def _send_at(self, when: float) -> None:
         with self._outbox.changed:
@@ -216,7 +229,9 @@ class Sender:
             "Check the server, and the address in tracking.uri or MLFLOW_TRACKING_URI."
         )
         if isinstance(trouble, UserError):
-            text = "records for %s wait, because the ids of its runs could not be kept (%s). Training continues."
+            text = (
+                "records for %s are pending, because the ids of its runs could not be stored (%s). Training continues."
+            )
         elif record.kind == "file" and self._store.answers():
             outage, text = self._no_files, "%s accepts points but no files (%s). Training continues; files are kept."
         self.last_failure = cause

@@ -241,8 +241,8 @@ def resend(
     try:
         if not opened.lock():
             raise UserError(
-                f"found the journal {journal} in use: the run lives and sends by itself, or another command does. "
-                "Wait until it has ended."
+                f"found the journal {journal} in use: the run is still running and sends its records, or "
+                "another command does. Wait until it has ended."
             )
         return _send_all(store, Outbox(store.name, session_id, opened, inherited), journal, say)
     finally:
@@ -258,8 +258,7 @@ def _send_all(store: MlflowClientStore, outbox: Outbox, journal: Path, say: Call
     outbox.claim()
     sender = Sender(store, outbox, announce=lambda *_: None)
     with progress.bar(f"sending to {store.name}", before.points + before.records) as advance:
-        sender.start()
-        sent_all = sender.finish(RESEND_SECONDS, advance=lambda sent: advance(sent, ""))
+        sent_all = sender.send_all(RESEND_SECONDS, lambda sent: advance(sent, ""))
     if not sent_all:
         left = outbox.count()
         raise UserError(

@@ -169,7 +169,7 @@ def _collect_remarks(
     if any(a.steps == UNKNOWN for a in answers.values()):
         remarks.append("steps to the best score unknown (no curves): by scores alone")
     if _KEEPS_TRAINED_VALUES.match(group.method):
-        remarks.append("kept its trained values: no ticket in the definition's sense, whatever it scores")
+        remarks.append("kept its trained values: not a ticket in the definition's sense, whatever it scores")
     if overall == WITHIN_SEEDS:
         remarks.append(CANNOT_TELL)
     remarks += [f"control {c.kind} does as well" for c in controls if c.verdict in (WITHIN, LOSES)]

@@ -213,14 +213,14 @@ def check_comparable(entries: Sequence[Entry]) -> None:
         if ticket.protocol != first.ticket.protocol:
             raise UserError(
                 f"found two protocols: {first.name} has '{first.ticket.protocol}', {s.name} has '{ticket.protocol}'; "
-                "their scores are no comparison. Compare them apart, or score one of them again by the other's."
+                "their scores are not comparable. Compare them separately, or score one again under the other's."
             )
         for name, text in ticket.protocols.items():
             other, first_text = protocols.setdefault(name, (s, text))
             if first_text != text:
                 raise UserError(
                     f"found two meanings of the protocol {name}: {other.name} has '{first_text}', {s.name} has "
-                    f"'{text}'. Compare them apart, or score one of them again."
+                    f"'{text}'. Compare them separately, or score one of them again."
                 )
         for scores in (ticket.scores, *ticket.also.values()):
             for name, score in scores.items():
@@ -228,5 +228,5 @@ def check_comparable(entries: Sequence[Entry]) -> None:
                 if count != score.images:
                     raise UserError(
                         f"found {name} scored on {count} images in {other.name} and on {score.images} in {s.name}: "
-                        "these are different evaluation sets. Compare them apart, or score one of them again."
+                        "these are different evaluation sets. Compare them separately, or score one of them again."
                     )

@@ -46,21 +46,23 @@ def html(entries: Sequence[Entry], title: str, made: str) -> str:
     entries = [s._replace(run=_printable(s.run), method=_printable(s.method)) for s in entries]
     groups, names = statistics.group_entries(entries), statistics.task_names(entries)
     styles = assign_styles(group.method for group in groups)
-    protocols = dict.fromkeys(protocol for s in entries for protocol in s.ticket.also)
+    by_round = sorted(entries, key=lambda s: s.ticket.round)
+    other_protocols = dict.fromkeys(protocol for s in entries for protocol in s.ticket.also)
+    protocols = [{statistics.headline_protocol(s.ticket): s.ticket.protocol} | s.ticket.protocols for s in entries]
     values = {
         "title": _printable(title),
         "made": made,
         "entries": entries,
         "names": names,
-        "runs": _tickets_by_run(entries),
+        "runs": {run: [s for s in by_round if s.run == run] for run in dict.fromkeys(s.run for s in entries)},
         "methods": list(dict.fromkeys(s.method for s in entries if not s.dense)),
         "seeds": sorted({s.seed for s in entries}),
         "dense": any(s.dense for s in entries),
         "masked": sum(s.mask is not None for s in entries if not s.dense),
-        "protocols": _protocol_texts(entries),
+        "protocols": {name: text for stated in protocols for name, text in stated.items()},
         "caveats": caveats.list_caveats(entries),
         "scores": _score_table(groups, names, published.match_groups(groups, names)),
-        "other_scores": {p: _score_table(statistics.group_entries(entries, p), names, []) for p in protocols},
+        "other_scores": {p: _score_table(statistics.group_entries(entries, p), names, []) for p in other_protocols},
         "figures": _draw(groups, names, styles),
         "gallery": page_gallery.gallery(groups),
         "downloads": _downloads(entries, bool(names)),
@@ -106,21 +108,6 @@ def _range_of_rounds(rounds: Sequence[int]) -> str:
 def _printable(name: str) -> str:
     """Replace unprintable characters (control characters, lone surrogates) in a user's name with U+FFFD."""
     return "".join(c if c.isprintable() else "\ufffd" for c in name)
-
-
-def _tickets_by_run(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
-    runs: dict[str, list[Entry]] = {}
-    for s in entries:
-        runs.setdefault(s.run, []).append(s)
-    return {run: sorted(tickets, key=lambda s: s.ticket.round) for run, tickets in runs.items()}
-
-
-def _protocol_texts(entries: Sequence[Entry]) -> dict[str, str]:
-    """Return protocol name -> text, the headline protocol first."""
-    texts: dict[str, str] = {}
-    for s in entries:
-        texts |= {statistics.headline_protocol(s.ticket): s.ticket.protocol} | s.ticket.protocols
-    return texts
 
 
 def _score_table(groups: Sequence[Group], names: Sequence[str], matches: Sequence[PublishedMatch]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from mirl_dist.cli.doctor import disks, doctor, machine, memory, services
+from mirl_dist.cli.doctor import doctor, machine, memory, services
 from mirl_dist.cli.doctor.plan import plan_as_dict
 from mirl_dist.config import config as configs
 from mirl_dist.distributed import hardware
@@ -279,10 +279,10 @@ def test_a_full_disk_is_a_fault_with_how_much_is_needed_where(lab: Any, here: Pa
 def test_a_cache_on_a_network_disk_is_warned_of() -> None:
     places = {"/": "ext4", "/home": "nfs4", "/home/local disk": "xfs"}
     mounts = [SimpleNamespace(mountpoint=place, fstype=kind) for place, kind in places.items()]
-    assert disks.file_system_type(Path("/home/me"), mounts) == "nfs4"
-    assert disks.file_system_type(Path("/home/local disk/x"), mounts) == "xfs"
-    assert disks.file_system_type(Path("/homely"), mounts) == "ext4"
-    far = disks.check_cache(Path("/tmp/none"), [SimpleNamespace(mountpoint="/", fstype="nfs")])
+    assert machine.file_system_type(Path("/home/me"), mounts) == "nfs4"
+    assert machine.file_system_type(Path("/home/local disk/x"), mounts) == "xfs"
+    assert machine.file_system_type(Path("/homely"), mounts) == "ext4"
+    far = machine.check_cache(Path("/tmp/none"), [SimpleNamespace(mountpoint="/", fstype="nfs")])
     assert far.kind == "warning" and far.text.endswith("set data.cache.folder to a disk of the node.")
 
 

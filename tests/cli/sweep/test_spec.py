@@ -86,7 +86,7 @@ def test_what_all_runs_share_yields_to_what_a_method_says(swept: Any) -> None:
                 "set: found run.seed; leave it out: write seeds",
             ),
         ),
-        ({"methods": METHODS | {"Dense": {}}}, ("methods: found 'Dense' and another that differs in capitals",)),
+        ({"methods": METHODS | {"Dense": {}}}, ("methods: found 'Dense' and another that differs only in case",)),
         (
             {"methods": {"a": {"prune.rounds": 1, "prune": {"rounds": 2}}}},
             ("methods.a: found prune.rounds twice; write it once",),

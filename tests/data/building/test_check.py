@@ -135,7 +135,7 @@ def test_what_is_missing_cut_foreign_or_exchanged_is_named(copy: Path, built: tu
     assert f"{copy}/{shards[0].name} does not exist" in faults
     assert f"{shards[1].name}: has {shards[1].bytes - 25000} bytes, the manifest says {shards[1].bytes}" in faults
     assert f"{shards[2].index_name} has SHA-256" in faults
-    assert "other.tar: lies there, but the manifest does not name it" in faults
+    assert "other.tar: exists, but the manifest does not list it" in faults
 
 
 def test_a_damaged_tar_header_hides_no_sample(copy: Path, built: tuple[Path, Manifest]) -> None:

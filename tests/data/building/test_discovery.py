@@ -117,7 +117,7 @@ def test_all_missing_and_empty_folders_are_named_at_once(tmp_path: Path) -> None
     with pytest.raises(UserError) as fault:
         discovery.find_images(recipe(one, two))
     assert f"no folder at {tmp_path}/no/where (the nearest that exists is {tmp_path})" in str(fault.value)
-    assert f"no image in {tmp_path}/empty fits *" in str(fault.value)
+    assert f"no image in {tmp_path}/empty fits '*'" in str(fault.value)
 
 
 def test_an_unset_variable_is_named_with_the_way_to_set_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,10 +279,8 @@ def found_in(root: Path, pictures: Sequence[discovery.SourceImage]) -> dict[str,
     """What pairing found, as a layout."""
     held: dict[str, dict[str, str | None]] = defaultdict(dict)
     for one in pictures:
-        path = one.clean.relative_to(root).as_posix()
-        held[one.label][path if one.degraded is None else one.degraded.relative_to(root).as_posix()] = (
-            None if one.degraded is None else path
-        )
+        clean, *degraded = (path.relative_to(root).as_posix() for path in one.files)
+        held[one.label] |= {degraded[0]: clean} if degraded else {clean: None}
     return dict(held)
 
 
@@ -342,18 +340,14 @@ def told(recipe: Recipe) -> Iterator[tuple[str, str, ImageSet]]:
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_another_count_is_told_for_every_set_with_the_count_and_the_source(name: str, sets: Path) -> None:
+def test_a_missing_folder_or_another_count_is_told_for_every_set_with_its_source(name: str, sets: Path) -> None:
+    for role, sentence, one in told(shipped(name)):
+        assert sentence.startswith(f"the set '{one.set}' ({role}): no folder at {sets}/")
     lay_out(sets, LAYOUTS[name])
     for role, sentence, one in told(shipped(name)):
         count = len(LAYOUTS[name][f"{role} {one.set}"])
         found = f"found {count} {'images' if one.degraded is None else 'pairs'}, expected {one.expect:,}"
         assert sentence.startswith(f"the set '{one.set}' ({role}): {found}, in {sets}")
-
-
-@pytest.mark.parametrize("name", OFFICIAL)
-def test_a_missing_folder_is_told_for_every_set_with_its_source(name: str, sets: Path) -> None:
-    for role, sentence, one in told(shipped(name)):
-        assert sentence.startswith(f"the set '{one.set}' ({role}): no folder at {sets}/")
 
 
 @pytest.mark.parametrize("name", PAIRED)
@@ -388,8 +382,8 @@ def test_a_path_template_takes_an_id_between_slashes_and_both_sides_the_same_num
     folder = {"folder": str(tmp_path), "names": "{id}/blur/{id}"}
     one = {"set": "s", "kind": "deblur", "degraded": folder, "clean": {**folder, "names": "{id}/sharp"}}
     for wrong in ("{id}_{id}/sharp_{id}", "sharp/{any}"):
-        for found in (ImageSet.model_validate({**one, "clean": {**folder, "names": wrong}}).inconsistencies(),):
-            assert any(f"has clean.names '{wrong}'; it must hold {{id}} exactly once" in text for text in found)
+        found = ImageSet.model_validate({**one, "clean": {**folder, "names": wrong}}).inconsistencies()
+        assert any(f"has clean.names '{wrong}'; it must hold {{id}} exactly once" in text for text in found)
     (text,) = ImageSet.model_validate(one).inconsistencies()
     assert text == "pairs '{id}/blur/{id}' with '{id}/sharp'; write {id} as often in both"
     assert discovery.compile_template("{id}/blur/{id}").fullmatch("a/b/blur/c") is None, "an id never spans folders"
@@ -470,19 +464,20 @@ class Real:
     def __init__(self, data: Path, root: Path) -> None:
         self.root, self.data = root, data
         self.pairs: dict[str, tuple[Path | None, Path]] = {}
-        bsd = sorted((data / "train/denoise/BSD400").iterdir())
-        for number, path in enumerate(bsd):
-            self._images(f"BSDS500/data/images/{'train' if number < 200 else 'test'}", path)
-            self._images("data/Train/Denoise", path)
-        for path in sorted((data / "test/denoise/CBSD68").iterdir()):
-            self._images("CBSD68", path)
-            self._images("data/test/denoise/bsd68", path)
-        for path in sorted((data / "test/denoise/Set5").iterdir()):
-            self._images("Set5", path)
+        for number, path in enumerate(sorted((data / "train/denoise/BSD400").iterdir())):
+            self._images(path, f"BSDS500/data/images/{'train' if number < 200 else 'test'}", "data/Train/Denoise")
+        for path in (data / "test/denoise/CBSD68").iterdir():
+            self._images(path, "CBSD68", "data/test/denoise/bsd68")
+        for path in (data / "test/denoise/Set5").iterdir():
+            self._images(path, "Set5")
         for part in ("train", "test"):
             self._rain(data / part / "derain", part)
             for hazy, clear in _sources(data / part / "dehaze/SOTS-indoor", lambda stem: stem.partition("_")[0]):
                 self._pair(f"SOTS/indoor/hazy/{hazy.name}", hazy, f"SOTS/indoor/gt/{clear.name}", clear)
+        for rainy, clear in _sources(data / "train/derain/GT-RAIN", lambda stem: stem.rpartition("_")[0]):
+            scene, _, frame = rainy.stem.rpartition("_")
+            folder = f"GT-RAIN_{'test' if scene.startswith('Taitung') else 'train'}/{scene}/{scene}-Webcam"
+            self._pair(f"{folder}-R-{frame}.png", rainy, f"{folder}-C-000.png", clear)
 
     def _link(self, name: str, source: Path) -> None:
         link = self.root / name
@@ -490,9 +485,10 @@ class Real:
         if not link.is_symlink():
             link.symlink_to(source)
 
-    def _images(self, folder: str, source: Path) -> None:
-        self._link(f"{folder}/{source.name}", source)
-        self.pairs[f"{folder}/{source.name}"] = (None, source)
+    def _images(self, source: Path, *folders: str) -> None:
+        for name in (f"{folder}/{source.name}" for folder in folders):
+            self._link(name, source)
+            self.pairs[name] = (None, source)
 
     def _pair(self, name: str, degraded: Path, clean_name: str, clean: Path) -> None:
         self._link(name, degraded)
@@ -507,16 +503,13 @@ class Real:
                 names = f"rain-{number}{rainy.suffix}", f"norain-{number}{clear.suffix}"
                 self._pair(f"{folder}/{names[0]}", rainy, f"{folder}/{names[1]}", clear)
                 if letter == "L":
-                    both = (f"data/test/derain/Rain100L/{way}/{int(rainy.stem)}" for way in ("input", "target"))
-                    self._pair(f"{next(both)}.png", rainy, f"{next(both)}.jpg", clear)
+                    test = "data/test/derain/Rain100L"
+                    self._pair(
+                        f"{test}/input/{int(rainy.stem)}.png", rainy, f"{test}/target/{int(rainy.stem)}.jpg", clear
+                    )
                 if letter == "L" and part == "train":
-                    rain, gt = "data/Train/Derain/rainy", "data/Train/Derain/gt"
-                    self._pair(f"{rain}/{names[0]}", rainy, f"{gt}/{names[1]}", clear)
-        if part == "train":
-            for rainy, clear in _sources(data / "GT-RAIN", lambda stem: stem.rpartition("_")[0]):
-                scene, _, frame = rainy.stem.rpartition("_")
-                folder = f"GT-RAIN_{'test' if scene.startswith('Taitung') else 'train'}/{scene}/{scene}-Webcam"
-                self._pair(f"{folder}-R-{frame}.png", rainy, f"{folder}-C-000.png", clear)
+                    train = "data/Train/Derain"
+                    self._pair(f"{train}/rainy/{names[0]}", rainy, f"{train}/gt/{names[1]}", clear)
 
 
 def _sources(folder: Path, clean_stem: Callable[[str], str]) -> Iterator[tuple[Path, Path]]:
@@ -574,7 +567,6 @@ def test_real_images_are_built_into_the_right_pairs(
 
     recipe = changed(shipped(name), some)
     manifest = build(recipe, Folder(tmp_path / "shards"), 1, quiet)
-    checked = 0
     sources: list[Path] = []
     for shard in manifest.shards:
         tar = (tmp_path / "shards" / shard.name).read_bytes()
@@ -583,19 +575,17 @@ def test_real_images_are_built_into_the_right_pairs(
         for entry in index.entries:
             notes = json.loads(_bytes(tar, entry.parts["json"]))
             degraded, source = real.pairs[f"{folder}/{notes['source']}"]
+            sources.append(source)
             for which, file in ((CLEAN, source), (DEGRADED, degraded)):
                 held = entry.image(which)
-                if file is None:
-                    assert held is None
-                    continue
-                assert held is not None and held.format == ("ppm" if shard.role == "train" else "png")
-                stored, wanted = _bytes(tar, held), pixels(file)
-                assert np.array_equal(np.array(Image.open(io.BytesIO(stored))), wanted), (name, notes["source"])
-                assert held.format == "png" or stored.endswith(wanted.tobytes()), "raw pixels"
-            sources.append(source)
-            checked += 1
+                assert (held is None) == (file is None)
+                if held is not None and file is not None:
+                    assert held.format == ("ppm" if shard.role == "train" else "png")
+                    stored, wanted = _bytes(tar, held), pixels(file)
+                    assert np.array_equal(np.array(Image.open(io.BytesIO(stored))), wanted), (name, notes["source"])
+                    assert held.format == "png" or stored.endswith(wanted.tobytes()), "raw pixels"
     drawn = {"train bsd400": 20, "train rain100l": 8} if name == "mirl" else {}
-    assert checked == sum(drawn.get(label, min(count, MOST_BUILT)) for label, count in REAL[name].items())
+    assert len(sources) == sum(drawn.get(label, min(count, MOST_BUILT)) for label, count in REAL[name].items())
     if name in ("sots", "gt_rain"):
         assert len(set(sources)) < len(sources), "several degraded images of one clean one are among them"
 

@@ -53,7 +53,7 @@ def test_slurm_and_kubernetes_name_the_node_only_where_there_are_several(tmp_pat
     assert read(path, {"MIRL_NODE_RANK": "0", "SLURM_NODEID": "1", "JOB_COMPLETION_INDEX": "1"}).node_rank == 0
     assert read(written(tmp_path, NODES), {"MIRL_NODE_RANK": "0"}).node_rank == 0, "before the file"
     assert read(written(tmp_path, TWO), {"SLURM_NODEID": "7"}).node_rank == 0
-    with pytest.raises(UserError, match="2 nodes, and nothing says which of them this is. Set MIRL_NODE_RANK on "):
+    with pytest.raises(UserError, match="2 nodes, and the rank of this node is unknown. Set MIRL_NODE_RANK on "):
         read(written(tmp_path, several), {})
 
 
@@ -93,9 +93,9 @@ def test_the_engine_is_the_file_s(tmp_path: Path, tree: dict[str, Any], engine: 
         (TWO | {"debug": True}, "debug: found true, with which accelerate hides that ranks failed"),
         (TWO | {"use_cpu": True}, "use_cpu: found true, with which accelerate starts ranks that each train alone"),
         (TWO | {"distributed_type": "MULTI_CPU"}, "distributed_type: found MULTI_CPU, with which accelerate starts"),
-        ({"num_processes": 2}, "distributed_type: found NO (also where it is left out) with num_processes 2"),
-        (FSDP | {"fsdp_config": {"fsdp_version": 1}}, "fsdp_config.fsdp_version: found 1 (1 where it is left out)"),
-        (FSDP | {"fsdp_config": {}}, "fsdp_config.fsdp_version: found 1 (1 where it is left out); write 2"),
+        ({"num_processes": 2}, "distributed_type: found NO (the default) with num_processes 2"),
+        (FSDP | {"fsdp_config": {"fsdp_version": 1}}, "fsdp_config.fsdp_version: found 1 (the default is 1)"),
+        (FSDP | {"fsdp_config": {}}, "fsdp_config.fsdp_version: found 1 (the default is 1); write 2"),
         (FSDP, "fsdp_config: missing with distributed_type FSDP"),
         (TWO | {"fsdp_config": {"fsdp_version": 2}}, "fsdp_config: found with distributed_type MULTI_GPU"),
         (ZERO, "deepspeed_config: missing with distributed_type DEEPSPEED"),

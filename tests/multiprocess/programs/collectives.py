@@ -81,7 +81,7 @@ def told(ranks: Ranks) -> dict[str, Any]:
         "agree": refused(lambda: ranks.check_agreement("the colour", "red" if not last else "blue")),
         "agreed": refused(lambda: ranks.check_agreement("the colour", "red")),
         "from main": ranks.on_main(lambda: f"from rank {ranks.rank}"),
-        "main stops": main_raises(Stopped("stopped as asked")),
+        "main stops": main_raises(Stopped("stopped on request")),
         "main fails": main_raises(UserError(f"found something on rank {ranks.rank}, here, do that.")),
         "server away": main_raises(UserError("the server is away.", resumable=True)),
         "any": [ranks.any(last, what="whether one is last"), ranks.any(False, what="whether none is")],
@@ -103,7 +103,16 @@ def small_state(seed: int) -> TrainState:
 
 
 def a_ticket(state: TrainState) -> Ticket:
-    return Ticket.model_construct(round=state.progress.round, alive=17, mask_digest=state.progress.mask_digest)
+    known = {"round": state.progress.round, "mask_digest": state.progress.mask_digest, "parent": None, "scores": {}}
+    counts = {"alive": 17, "prunable": 17, "total": 17}
+    unknown = dict.fromkeys(("initial_digest", "weights_digest", "fingerprint", "manifest_digest", "protocol"), "")
+    return Ticket.model_validate(
+        {"threshold": 0, "layer_density": {}, "updates": 0, "samples": 0}
+        | known
+        | counts
+        | unknown
+        | {"seconds": 0, "world": 1, "versions": {}}
+    )
 
 
 def nudge(tensor: torch.Tensor) -> None:
@@ -199,7 +208,7 @@ def averaged(ranks: Ranks) -> dict[str, Any]:
     bare = torch.nn.Linear(2, 1, bias=False)
     wrapped = ranks.network.wrap(bare)
     ranks.network.backward(wrapped(torch.full((1, 2), float(ranks.rank))).sum())
-    weights = dict(ranks.network.unwrap(wrapped).named_parameters())
+    weights = dict(bare.named_parameters())
     gradient = weights["weight"].grad
     assert gradient is not None
     return {"weights": masking.digest_tensors(weights), "gradient": gradient.tolist(), "type": type(wrapped).__name__}
