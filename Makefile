@@ -35,8 +35,8 @@ lock: install
 demo: install
 	mirl-dist shards build shards/demo.yaml --out demo/shards
 	mirl-dist train configs/demo.yaml --launch auto
-	mirl-dist tickets pictures demo/run --out demo/restored.png
-	mirl-dist tickets compare demo/run --out demo/report --title "The demo's tickets" >/dev/null
+	mirl-dist tickets pictures demo/run --out demo/restored.png --overwrite
+	mirl-dist tickets compare demo/run --out demo/report --title "The demo's tickets" --overwrite >/dev/null
 	@echo "all of it on one page: demo/report/tickets.html"
 
 check: install

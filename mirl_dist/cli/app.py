@@ -15,7 +15,7 @@ import typer
 from typer import Argument, Option
 
 from mirl_dist import __version__
-from mirl_dist.cli import Json, Sets, TicketArgument, shards, tickets, train
+from mirl_dist.cli import Json, Overwrite, Sets, TicketArgument, shards, tickets, train
 from mirl_dist.distributed.launch.control import ControlChannel
 from mirl_dist.distributed.signals import RESUMABLE, StopSignal
 from mirl_dist.errors import MirlError, Stopped, UserError
@@ -36,7 +36,6 @@ app.add_typer(track_app, name="track")
 
 def main() -> None:
     """Run a command; a UserError becomes one line on standard error."""
-    rank = os.environ.get("RANK", "0")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank would print a page of C++ frames
     if "RANK" in os.environ:
         sys.excepthook = _leave_with_traceback
@@ -48,13 +47,13 @@ def main() -> None:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         _leave(code, final=code == 2)
     except MirlError as fault:
-        if rank == "0" or not fault.everywhere:
+        if _is_main() or not fault.everywhere:
             who = "mirl-dist" if fault.everywhere or "RANK" not in os.environ else f"mirl-dist, {rank_label()}"
             more = " Go on with --resume auto." if fault.resumable and "train" in sys.argv[1:2] else ""
             warn(f"{who}: {fault}{more}", FAULT)
         _leave(RESUMABLE if fault.resumable else 2, final=True)
     except Stopped as stopped:
-        if rank == "0":
+        if _is_main():
             warn(f"mirl-dist: {stopped}. Go on with --resume auto.")
         _leave(RESUMABLE, final=True)
     except RuntimeError as error:
@@ -65,6 +64,12 @@ def main() -> None:
         warn(f"mirl-dist, {rank_label()}: another rank has exited ({str(error).splitlines()[0][:120]})")
         ControlChannel.of_worker().wait_before_exit()
         _leave(1)
+
+
+def _is_main() -> bool:
+    """Whether this process reports for all ranks: rank 0, or any process of a command that no launcher starts."""
+    launched = sys.argv[1:2] in (["train"], ["evaluate"]) or sys.argv[1:3] == ["shards", "build"]
+    return not launched or os.environ.get("RANK", "0") == "0"
 
 
 def _leave(code: int, *, final: bool = False) -> None:
@@ -195,12 +200,14 @@ def evaluate(
     precision: Annotated[str | None, Option(help="fp32 or bf16.")] = None,
     compiled: Annotated[bool | None, Option("--compile/--no-compile", help="torch.compile.")] = None,
     table: Annotated[Path | None, Option(help="A CSV file to write: the scores of each image.")] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Score a ticket: PSNR and SSIM per task and set. Under `accelerate launch` all ranks share the images."""
     from mirl_dist.cli.evaluate import EvalOptions, print_scores
 
-    print_scores(ticket, shards, EvalOptions(protocol, tile, precision, compiled), table, as_json)
+    options = EvalOptions(protocol, tile, precision, compiled)
+    print_scores(ticket, shards, options, table=table, overwrite=overwrite, as_json=as_json)
 
 
 @app.command()
@@ -208,12 +215,15 @@ def restore(
     images: Annotated[list[Path], Argument(help="Image files.")],
     ticket: Annotated[str, Option(help="Run folder, run folder/rounds/NN, or a ticket file.")],
     out: Annotated[Path, Option(help="Folder for the restored PNG files.")],
-    tile: Tile = None,
+    tile: Annotated[
+        str, Option(help="auto: square tiles for images too large for memory; none; or the tiles' side in pixels.")
+    ] = "auto",
+    overwrite: Overwrite = False,
 ) -> None:
     """Restore images with a ticket's network."""
-    from mirl_dist.cli.evaluate import restore_files
+    from mirl_dist.cli.restore import restore_files
 
-    restore_files(images, ticket, out, tile)
+    restore_files(images, ticket, out, tile, overwrite=overwrite)
 
 
 @app.command("import")
@@ -221,11 +231,12 @@ def import_(
     file: Annotated[Path, Argument(help="Official checkpoint (.ckpt, .pth, .pt or .safetensors).")],
     out: Annotated[Path, Option(help="The safetensors file to write.")],
     model: Annotated[str, Option(help="Network name.")] = "promptir",
+    overwrite: Overwrite = False,
 ) -> None:
     """Convert an official checkpoint of the published size to this project's weights."""
     from mirl_dist.tickets import transfer
 
-    transfer.import_official(file, model, out)
+    transfer.import_official(file, model, out, overwrite=overwrite)
 
 
 @track_app.command("resend")

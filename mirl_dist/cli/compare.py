@@ -29,21 +29,24 @@ CSV, LATEX, PAGE, PUBLISHED = "tickets.csv", "tickets.tex", "tickets.html", "pub
 CONTROL_KINDS = ("reinit", "random_layer", "random_global")
 
 
-def compare(
-    references: Sequence[str],
-    out: Path | None,
-    as_json: bool,
-    title: str,
-    to_mlflow: str | None,
-    uri: str | None,
-    pictures: bool,
-) -> None:
+class Report(NamedTuple):
+    """What a comparison writes. out: folder for the files. experiment: of MLflow, at `uri`, which gets them too."""
+
+    out: Path | None
+    title: str
+    experiment: str | None
+    uri: str | None
+    pictures: bool
+
+
+def compare(references: Sequence[str], report: Report, *, overwrite: bool, as_json: bool) -> None:
     """Print a comparison of tickets, and write and log its files.
 
-    out: folder for the files. to_mlflow: MLflow experiment to which they are also logged. pictures: show restored
-    images on the page. as_json: print a list of tickets on standard output, and notes on standard error.
+    as_json: print a list of tickets on standard output, and notes on standard error.
     """
-    output_paths.check_folder(out)
+    out, title, to_mlflow, uri, pictures = report
+    names = (CSV, LATEX, PAGE, PUBLISHED)
+    output_paths.check_folder(out, names=names, overwrite=overwrite, reads=references)
     entries = collect.gather(references, uri)
     statistics.check_comparable(entries)
     if not pictures:

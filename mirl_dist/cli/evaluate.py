@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -10,14 +9,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image
-
 from mirl_dist.cli import show
 from mirl_dist.config.config import Config, portable
 from mirl_dist.config.tasks import Task
-from mirl_dist.data.image_files import ImageRefused, decode
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import UserError
@@ -46,13 +40,13 @@ def _settings(config: Config, options: EvalOptions) -> evaluate.EvalSettings:
         raise UserError(f"--protocol: found '{unknown[0]}'. Use {', '.join(PROTOCOLS)}.")
     if options.precision not in (None, "fp32", "bf16"):
         raise UserError(f"--precision: found '{options.precision}'. Use fp32 or bf16.")
-    _check_tiles(options.tile_pixels, config.evaluate.tile_overlap)
+    check_tiles(options.tile_pixels, config.evaluate.tile_overlap)
     changes = options._asdict() | {"protocols": tuple(dict.fromkeys(options.protocols or ())) or None}
     given = {key: value for key, value in changes.items() if value is not None}
     return dataloaders.eval_settings_of(config.evaluate.model_copy(update=given))
 
 
-def _check_tiles(tile_pixels: int | None, overlap: int) -> None:
+def check_tiles(tile_pixels: int | None, overlap: int) -> None:
     """Raise UserError if tiles are too small."""
     if tile_pixels is not None and (tile_pixels < 64 or tile_pixels <= overlap):
         raise UserError(
@@ -61,13 +55,19 @@ def _check_tiles(tile_pixels: int | None, overlap: int) -> None:
 
 
 def print_scores(
-    reference: str, shards_address: str | None, options: EvalOptions, table: Path | None, as_json: bool
+    reference: str,
+    shards_address: str | None,
+    options: EvalOptions,
+    *,
+    table: Path | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Score a ticket on the run's shards or on others; the launched ranks share the images.
 
     Local paths in a ticket file are ignored in favour of this user's own; packed tickets contain none.
     """
-    output_paths.check_file(table, "--table")
+    output_paths.check_file(table, "--table", overwrite=overwrite, reads=[reference, shards_address or ""])
     opened = open_ticket(reference)
     config, ticket = opened.config, opened.ticket()
     if isinstance(opened, FileTicket):
@@ -121,34 +121,3 @@ def _scores_as_dict(
         "manifest_digest": shards.manifest.digest(),
         "versions": library_versions(),
     }
-
-
-def restore_files(images: list[Path], reference: str, out: Path, tile_pixels: int | None) -> None:
-    """Restore image files to PNG files of the same stem. Raises UserError for unusable files before restoring any."""
-    output_paths.check_folder(out)
-    opened = open_ticket(reference)
-    config, ticket = opened.config, opened.ticket()
-    stems = [path.stem for path in images]
-    twice = min((stem for stem in stems if stems.count(stem) > 1), default=None)
-    if twice is not None:
-        raise UserError(f"two images are named '{twice}': both would be written to {out / twice}.png. Rename one.")
-    missing = [str(path) for path in images if not path.is_file()]
-    if missing:
-        raise UserError(f"no image at {', '.join(missing[:5])}. Give paths of image files.")
-    _check_tiles(tile_pixels, config.evaluate.tile_overlap)
-    decoded = []
-    for path in images:
-        try:
-            decoded.append(decode(path.read_bytes()))
-        except ImageRefused as reason:
-            raise UserError(f"{path} {reason}. Give a PNG, JPEG or BMP file of 8 bits per channel.") from None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, folder = network(config, opened.trained_weights()).to(device), Folder(out)
-    with progress.bar("restoring", len(images)) as advance:
-        for number, (path, pixels) in enumerate(zip(images, decoded, strict=True)):
-            restored = evaluate.restore(model, pixels, device, tile_pixels, config.evaluate.tile_overlap)
-            data = io.BytesIO()
-            Image.fromarray(np.round(restored * 255).astype(np.uint8)).save(data, "PNG")
-            folder.put(f"{path.stem}.png", data.getvalue())
-            advance(number + 1, path.name)
-    progress.say(f"{len(images)} restored by round {ticket.round} into {out}")

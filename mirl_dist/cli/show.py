@@ -68,9 +68,9 @@ def print_ticket(reference: str, as_json: bool) -> None:
     _print_table("density per layer", ["tensor", "alive share"], rows)
 
 
-def write_pictures(reference: str, out: Path) -> None:
+def write_pictures(reference: str, out: Path, *, overwrite: bool) -> None:
     """Write a ticket's strip of restored images as a PNG file."""
-    output_paths.check_file(out)
+    output_paths.check_file(out, overwrite=overwrite, reads=[reference])
     opened = open_ticket(reference)
     if isinstance(opened, FileTicket):
         raise UserError(f"found {reference}, a ticket file, which holds no pictures. Name its run, as RUN/rounds/NN.")

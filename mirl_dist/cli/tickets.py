@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from mirl_dist.cli import Json, TicketArgument
+from mirl_dist.cli import Json, Overwrite, TicketArgument
 
 app = typer.Typer(no_args_is_help=True, help="List, show, prove, ship, compare and judge tickets.")
 
@@ -33,31 +33,33 @@ def tickets_show(ticket: TicketArgument, as_json: Json = False) -> None:
 def tickets_pictures(
     ticket: Annotated[str, Argument(help="Run folder, or run folder/rounds/NN.")],
     out: Annotated[Path, Option(help="The PNG file to write.")],
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a ticket's degraded, restored and clean images, a row per task."""
     from mirl_dist.cli import show
 
-    show.write_pictures(ticket, out)
+    show.write_pictures(ticket, out, overwrite=overwrite)
 
 
 @app.command("pack")
 def tickets_pack(
     ticket: Annotated[str, Argument(help="Run folder, or run folder/rounds/NN.")],
     out: Annotated[Path, Option(help="The file to write, for example mine.ticket.")],
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a ticket as one file: mask, first and trained values, scores, config, digests."""
     from mirl_dist.tickets import transfer
 
-    transfer.pack(ticket, out)
+    transfer.pack(ticket, out, overwrite=overwrite)
 
 
 @app.command("verify")
 def tickets_verify(
     ticket: TicketArgument,
-    run: Annotated[str | None, Option(help="The run of a ticket file, to prove its descent too.")] = None,
+    run: Annotated[str | None, Option(help="The run of a ticket file, to check its descent too.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Prove a ticket from itself alone, and with its run that the mask follows from the parent's weights."""
+    """Check a ticket by itself, and with its run that the mask follows from the parent's weights."""
     from mirl_dist.tickets import transfer
 
     transfer.verify(ticket, run, as_json)
@@ -68,11 +70,12 @@ def tickets_export(
     ticket: TicketArgument,
     out: Annotated[Path, Option(help="A .ckpt, .pth or .pt file for the official code, or .safetensors.")],
     compact: Annotated[bool, Option("--compact", help="A smaller file, which loads in the same way.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a ticket's trained weights as the official code loads them."""
     from mirl_dist.tickets import transfer
 
-    transfer.export(ticket, out, compact)
+    transfer.export(ticket, out, compact=compact, overwrite=overwrite)
 
 
 @app.command("compare")
@@ -89,12 +92,14 @@ def tickets_compare(
     experiment: Annotated[str | None, Option(help="Also log the files to this MLflow experiment.")] = None,
     uri: Annotated[str | None, Option(help="MLflow's address; default: MLFLOW_TRACKING_URI.")] = None,
     pictures: Annotated[bool, Option(help="Whether the page shows restored images.")] = True,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Compare tickets: a table, and with --out a CSV, LaTeX tables and one self-contained HTML page."""
     from mirl_dist.cli import compare
 
-    compare.compare(tickets, out, as_json, title, experiment, uri, pictures)
+    report = compare.Report(out, title, experiment, uri, pictures)
+    compare.compare(tickets, report, overwrite=overwrite, as_json=as_json)
 
 
 @app.command("judge")

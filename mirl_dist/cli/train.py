@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from mirl_dist.cli import Sets
+from mirl_dist.distributed import environment
 from mirl_dist.distributed.launch.control import ControlChannel
 from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import UserError
@@ -32,6 +33,8 @@ def train(
 
     Under `accelerate launch` this is one rank; with --launch it starts the ranks itself.
     """
+    if launch is not None and (ignored := environment.clear_for_launch(os.environ)):
+        warn(f"mirl-dist: --launch ignores {', '.join(ignored)} in the environment: the launch file and config decide.")
     # Listen to signals and the launcher first, because the imports below take seconds.
     control, stop = ControlChannel.of_worker(), StopSignal()
     stop.sources += [control.stop_requested, lambda: control.leave_if_orphaned(stop)]

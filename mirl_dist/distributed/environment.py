@@ -7,7 +7,9 @@ that another launcher started obeys that launcher, unless a variable contradicts
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
+
+import psutil
 
 from mirl_dist.errors import UserError
 
@@ -21,7 +23,7 @@ _DECIDED_BY_CONFIG = (
     ("ACCELERATE_GRADIENT_CLIPPING", ("none",), "optimiser.clip_norm"),
     ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("1", "none"), "batch.forward"),
     ("ACCELERATE_MIXED_PRECISION", ("no", "none"), "train.precision"),
-    ("ACCELERATE_DYNAMO_BACKEND", ("no", "none"), "model.compile"),
+    ("ACCELERATE_DYNAMO_BACKEND", ("no", "none"), "networks are trained without torch.compile"),
 )
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _INTERFACES = "GLOO_SOCKET_IFNAME"
@@ -82,8 +84,9 @@ def check_rank(env: Mapping[str, str]) -> None:
             raise UserError(f"found {name}={env[name]} in the environment; the config decides ({key}). Unset it.")
 
 
-def check_interfaces(env: Mapping[str, str], interfaces: Collection[str]) -> None:
+def check_interfaces(env: Mapping[str, str]) -> None:
     """Raise UserError if gloo is to use a network interface that this node does not have."""
+    interfaces = psutil.net_if_addrs() if _INTERFACES in env else {}
     for name in env.get(_INTERFACES, "").split(","):
         if name and name not in interfaces:
             raise UserError(

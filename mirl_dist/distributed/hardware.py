@@ -3,6 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "unable to allocate", "not enough memory")
+
+
+class OutOfMemory(Exception):
+    """Memory of the GPU or of the host did not suffice."""
+
+
+@contextmanager
+def out_of_memory() -> Iterator[None]:
+    """Raise OutOfMemory in place of the exceptions by which torch and numpy report that memory does not suffice."""
+    try:
+        yield
+    except MemoryError as error:
+        raise OutOfMemory(str(error)) from None
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if any(sign in str(error).lower() for sign in _OUT_OF_MEMORY):
+            raise OutOfMemory(str(error).splitlines()[0]) from None
+        raise
 
 
 def processes() -> int:

@@ -7,13 +7,10 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
-
-from mirl_dist.errors import UserError
 
 _DISTRIBUTED: Any = torch.distributed  # typed Any: some members are private or lack type stubs
 _LAUNCH_ID = "launch_id"
@@ -36,28 +33,6 @@ class Membership(NamedTuple):
     device: torch.device
     launch_id: str
     accelerator: Any
-
-
-def check_launch_environment(env: Mapping[str, str]) -> None:
-    """Raise UserError if announced processes were never started, or were started without a launcher.
-
-    For example, `accelerate launch --cpu --num_processes 2` sets a master address but silently starts one process.
-    """
-    if int(env.get("WORLD_SIZE", "1")) > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-        raise UserError(
-            f"found WORLD_SIZE={env['WORLD_SIZE']} in the environment, but not RANK, MASTER_ADDR and MASTER_PORT: this "
-            "process would wait for ranks that were never started. Unset it, or launch with a file from launch/."
-        )
-    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "WORLD_SIZE" not in env:
-        raise UserError(
-            f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks without a launcher: each would train alone in the same "
-            "folder. Start one task per node, and in it `accelerate launch` with a file from launch/, or torchrun."
-        )
-    if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and "RANK" not in env:
-        raise UserError(
-            "accelerate launch was asked for several processes but started only this one (its --cpu launcher does "
-            "that silently). Use `accelerate launch --config_file launch/cpu_two.yaml -m mirl_dist train ...`."
-        )
 
 
 def join_process_group(*, cpu: bool, use_accelerate: bool, timeout: timedelta) -> Membership:

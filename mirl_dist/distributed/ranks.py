@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mirl_dist.distributed import environment
 from mirl_dist.distributed.engines.sharding import ShardLayout, local_part
 from mirl_dist.distributed.engines.spec import engine_from_env
 from mirl_dist.distributed.flight_recorder import FlightRecorder
@@ -24,7 +25,6 @@ from mirl_dist.distributed.hardware import gpus
 from mirl_dist.distributed.parallel_network import ParallelNetwork
 from mirl_dist.distributed.process_group import (
     LiveStore,
-    check_launch_environment,
     join_process_group,
     leave_process_group,
     store_is_the_launchers,
@@ -48,7 +48,8 @@ class Ranks:
         the waiting ranks exit with code 1. Raise UserError for an environment in which a launch cannot work,
         InvariantError if the number of joined processes differs from the number launched.
         """
-        check_launch_environment(os.environ)
+        environment.check_rank(os.environ)
+        environment.check_interfaces(os.environ)
         spec = engine_from_env(os.environ)
         cpu = _prepare_device(device)
         timeout = timedelta(seconds=timeout_seconds + 60)  # longer than the watchdog's, which can name the cause

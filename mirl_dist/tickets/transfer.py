@@ -25,10 +25,10 @@ from mirl_dist.training.selection import prune_config_of
 from mirl_dist.training.state import pack_tensors
 
 
-def pack(reference: str, out: Path) -> None:
+def pack(reference: str, out: Path, *, overwrite: bool) -> None:
     """Write one round of a run to a ticket file, without the paths in its config. Raise UserError if the packed ticket
     fails its own verification."""
-    output_paths.check_file(out)
+    output_paths.check_file(out, overwrite=overwrite, reads=[reference])
     opened = opening.open_ticket(reference)
     if isinstance(opened, FileTicket):
         raise UserError(f"found {reference}, which is a ticket file already. Copy it, or name a round of a run.")
@@ -111,9 +111,9 @@ def _verify_with_run(content: TicketContent, run_ticket: RunTicket) -> list[Chec
     return [*checks, *verifying.verify_descent(content, parent, rule)]
 
 
-def export(reference: str, out: Path, compact: bool) -> None:
+def export(reference: str, out: Path, *, compact: bool, overwrite: bool) -> None:
     """Write a ticket's trained weights in the official code's layout (.ckpt, .pth, .pt), or as safetensors."""
-    output_paths.check_file(out)
+    output_paths.check_file(out, overwrite=overwrite, reads=[reference])
     if out.suffix not in (".ckpt", ".pth", ".pt", ".safetensors"):
         raise UserError(f"--out: found {out}, whose extension names no format. Use .ckpt, .pth, .pt or .safetensors.")
     if compact and out.suffix == ".safetensors":
@@ -134,9 +134,9 @@ def export(reference: str, out: Path, compact: bool) -> None:
     )
 
 
-def import_official(file: Path, model: str, out: Path) -> None:
+def import_official(file: Path, model: str, out: Path, *, overwrite: bool) -> None:
     """Convert an official checkpoint to safetensors under this project's names; print which tensors were dropped."""
-    output_paths.check_file(out)
+    output_paths.check_file(out, overwrite=overwrite, reads=[file])
     converted = models.from_official(model, _load_tensors(file))
     Folder(out.parent).put(out.name, pack_tensors(converted.weights))
     count = sum(t.numel() for t in converted.weights.values())

@@ -28,7 +28,7 @@ from mirl_dist.config.schema import StoreSection
 from mirl_dist.config.schema_training import DataSection
 from mirl_dist.data.sampler import BatchSplit, ranks_in_words, split_batch
 from mirl_dist.data.shards import Shards
-from mirl_dist.distributed import hardware
+from mirl_dist.distributed import environment, hardware
 from mirl_dist.distributed.engines.spec import require
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.errors import UserError
@@ -72,19 +72,19 @@ def split_in_words(ranks: int, split: BatchSplit, what: str = "pass") -> str:
 
 def check_world(config: Config, launch_file: LaunchFile, env: Mapping[str, str]) -> Iterator[Finding]:
     """Check that the ranks can split the global batch, and that the environment does not belong to another launch."""
-    batch, ranks, world_size = config.batch, launch_file.ranks, env.get("WORLD_SIZE")
+    batch, ranks = config.batch, launch_file.ranks
 
     def check_split() -> str:
         split = split_batch(batch.global_, batch.forward, ranks)
         return f"{split_in_words(ranks, split)} = batch.global {batch.global_}"
 
     yield run_check("world", check_split)
-    if world_size is not None and world_size != str(ranks):
-        text = f"WORLD_SIZE={world_size} is set, {launch_file.path} has {ranks_in_words(ranks)}"
-        yield Finding("FAULT", "environment", f"{text}; unset it, or correct the file.")
-    elif names := " and ".join(name for name in ("RANK", "LOCAL_RANK") if name in env):
-        text = f"{names} set, as inside a launched rank; unset, or call this outside a launch."
-        yield Finding("warning", "environment", text)
+    if names := ", ".join(environment.foreign_variables(env)):
+        yield Finding("warning", "environment", f"{names} set, for another launch: --launch ignores them; unset them.")
+    try:
+        environment.check_interfaces(env)
+    except UserError as fault:
+        yield Finding("FAULT", "environment", str(fault))
 
 
 def check_port(launch_file: LaunchFile) -> Iterator[Finding]:

@@ -194,7 +194,8 @@ def compare_runs(plan: SweepPlan, source: str, states: Mapping[str, State]) -> N
         opened = open_run_ticket(one.folder, options_of(one.config.store))
         names += [control.folder for control in compare.controls_of(one.folder, opened) if control.is_finished()]
     title, uri = section.title or plan.name, config.tracking.uri
-    compare.compare(names, plan.report_folder, False, title, section.experiment, uri, section.pictures)
+    report = compare.Report(plan.report_folder, title, section.experiment, uri, section.pictures)
+    compare.compare(names, report, overwrite=True, as_json=False)
 
 
 def compare_finished(plan: SweepPlan, source: str) -> None:

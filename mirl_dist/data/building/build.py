@@ -23,7 +23,7 @@ from mirl_dist.config.seeding import rng
 from mirl_dist.data.building import contact_sheet, demo_photos, resume
 from mirl_dist.data.building.discovery import printable
 from mirl_dist.data.building.planning import LayoutItem, ShardPlan, inspect_images, plan_shards
-from mirl_dist.data.building.recipe import Recipe
+from mirl_dist.data.building.recipe import Recipe, expand_folder
 from mirl_dist.data.building.resume import BuildRecords
 from mirl_dist.data.degradations.degrade import Pixels, haze, rain, snow
 from mirl_dist.data.image_files import ImageRefused, decode
@@ -41,7 +41,7 @@ from mirl_dist.data.manifest import (
 )
 from mirl_dist.data.parallel import SINGLE_PROCESS, ProgressCallback, WorkerGroup, distributed_map
 from mirl_dist.errors import UserError
-from mirl_dist.storage import NotFound, Store
+from mirl_dist.storage import Folder, NotFound, Store
 from mirl_dist.storage.hashing import digest_of_file
 from mirl_dist.storage.retry import to_stderr
 
@@ -59,6 +59,7 @@ def build(
     build, or cannot be written by every rank; then for unusable images (all listed at once).
     """
     with ExitStack() as stack:
+        group.on_main(lambda: _check_not_among_images(recipe, store))
         group.on_main(lambda: stack.enter_context(resume.lock_folder(store)))
         _check_writable(store, recipe.name, group, progress)
         inspection = inspect_images(recipe, workers, progress, group)
@@ -83,6 +84,21 @@ def build(
         manifest = Manifest(name=recipe.name, recipe=inspection.fingerprint, skipped=inspection.skipped, shards=shards)
         group.on_main(lambda: _store_manifest(records, manifest))
         return manifest
+
+
+def _check_not_among_images(recipe: Recipe, store: Store) -> None:
+    """Raise UserError if the contact sheet of the shards would become one of the recipe's own images."""
+    if not isinstance(store, Folder):
+        return
+    out = Path(store.where()).resolve()
+    for _, image_set in recipe.sets():
+        for folder in filter(None, (image_set.clean, image_set.degraded)):
+            root = expand_folder(folder.folder).resolve()
+            if out == root or (root in out.parents and any("**" in glob for glob in folder.include)):
+                raise UserError(
+                    f"--out: found {out}, among the images of the set '{image_set.set}' in {root}: the next build "
+                    "would take the contact sheet for one of them. Choose a folder outside."
+                )
 
 
 def _check_writable(store: Store, name: str, group: WorkerGroup, progress: ProgressCallback) -> None:

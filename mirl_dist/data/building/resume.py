@@ -29,7 +29,7 @@ from mirl_dist.storage import Folder, NotFound, Store
 
 AREA = ".building"
 MARKER, LOCK = f"{AREA}/build.json", f"{AREA}/lock"
-_SHARD_FILE = re.compile(r"(train|evaluate)-[A-Za-z0-9_-]+-\d{5,}\.(tar|index\.json)")
+_SHARD_FILE = re.compile(r"(train|evaluate)-[A-Za-z0-9_-]+-\d{5,}\.(tar|index\.json)|contact_sheet\.png")
 _ADVICE = "Choose another --out, or remove what is there."
 
 
@@ -125,8 +125,8 @@ def check_resumable(store: Store, name: str) -> Manifest | _BuildMark | None:
         foreign = [n for n in store.list("") if _SHARD_FILE.fullmatch(n)] if existing is None else []
         if foreign:
             raise UserError(
-                f"{store.where()} holds shards ({foreign[0]}) without a manifest or the mark of a build that died. "
-                f"{_ADVICE}"
+                f"{store.where()} holds files of shards ({foreign[0]}) without a manifest or the mark of a build that "
+                f"died. {_ADVICE}"
             ) from None
     except UserError as fault:
         raise UserError(f"{fault} Or choose another --out.") from None

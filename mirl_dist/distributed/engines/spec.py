@@ -14,11 +14,6 @@ from mirl_dist.errors import UserError
 
 EngineName = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
 ZERO_STAGES: dict[int, EngineName] = {1: "zero1", 2: "zero2", 3: "zero3"}
-_DECIDED_BY_CONFIG = (
-    ("ACCELERATE_GRADIENT_CLIPPING", "none", "optimiser.clip_norm"),
-    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", "batch.forward"),
-    ("ACCELERATE_MIXED_PRECISION", "no", "train.precision"),
-)
 _IS_OFFLOADED = {"": False, "none": False, "cpu": True}
 _TORCH, _DEEPSPEED = (2, 6), (0, 19)
 """Minimum versions. torch.distributed.fsdp exports FSDP2 since 2.6. DeepSpeed 0.16 loses the gradients of all passes
@@ -65,9 +60,6 @@ def _zero_spec(env: Mapping[str, str]) -> EngineSpec:
         )
     if stage not in ("1", "2", "3"):
         raise UserError(f"found zero_stage {stage or 'none'} in the launch file. Use 1, 2 or 3, or a file for DDP.")
-    for key, usual, instead in _DECIDED_BY_CONFIG:
-        if env.get(key, usual) not in (usual, "none"):
-            raise UserError(f"found {key}={env[key]} from the launch file; the run's config decides ({instead}).")
     devices = [
         env.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none").lower() for what in ("OPTIMIZER", "PARAM")
     ]

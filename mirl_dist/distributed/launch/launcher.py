@@ -20,8 +20,7 @@ from pathlib import Path
 import psutil
 
 from mirl_dist.config.config import Config
-from mirl_dist.config.schema_training import BatchSection
-from mirl_dist.distributed import hardware
+from mirl_dist.distributed import environment, hardware
 from mirl_dist.distributed.launch import elastic, launch_file
 from mirl_dist.distributed.launch.control import ControlChannel
 from mirl_dist.distributed.launch.launch_file import LaunchFile
@@ -33,6 +32,7 @@ _POLL_SECONDS = 0.2
 _NAME_SECONDS = 60.0
 _GRACE_SECONDS = 15.0
 """Extra time for the ranks, which exit by themselves at preempt.deadline_seconds."""
+_AUTO_FILE = Path(__file__).with_name("auto.yaml")
 _AGAIN = "start the same command again on every node: the run resumes from its last commit"
 
 
@@ -43,7 +43,7 @@ def choose(config: Config, launch_option: str) -> tuple[LaunchFile, list[str]]:
     two if two divides it. Raise UserError for an empty option and as launch_file.read does.
     """
     if launch_option == "auto":
-        return _choose_for_machine(config.batch, gpus=0 if config.train.device == "cpu" else hardware.gpus())
+        return _choose_for_machine(config, gpus=0 if config.train.device == "cpu" else hardware.gpus())
     if not launch_option.strip():
         raise UserError("--launch: found an empty name. Give a file from launch/, or auto.")
     file = launch_file.read(Path(launch_option))
@@ -59,6 +59,7 @@ def launch(
     becomes 'auto', because restarted ranks find their own run, and the caller has checked it. Installs signal handlers:
     the caller's must be closed.
     """
+    environment.check_interfaces(os.environ)
     arguments = [*options, "--max_restarts", str(config.ranks.restarts), "--monitor_interval", "0.1"]
     arguments += ["-m", "mirl_dist", *command, "--resume", "auto" if resume == "never" else resume]
     for assignment in sets:
@@ -224,10 +225,10 @@ def _kill(work: concurrent.futures.Future[int], control: ControlChannel, code: i
     control.remove()
 
 
-def _choose_for_machine(batch: BatchSection, gpus: int) -> tuple[LaunchFile, list[str]]:
+def _choose_for_machine(config: Config, gpus: int) -> tuple[LaunchFile, list[str]]:
     """Return a launch with as many ranks as GPUs that divide the global batch; without GPUs, two if it is even."""
-    world = max(n for n in range(1, (gpus or 2) + 1) if batch.global_ % n == 0)
+    world = max(n for n in range(1, (gpus or 2) + 1) if config.batch.global_ % n == 0)
     file = LaunchFile(Path("auto"), world, 1, 0, world, "ddp", False, "none", None, None)
-    options = ["--multi_gpu", "--num_processes", str(world), "--num_machines", "1", "--mixed_precision", "no"]
-    options += ["--dynamo_backend", "no", "--main_process_port", "0"]
+    # Without a config file accelerate would read the user's default one.
+    options = file._replace(path=_AUTO_FILE).options(config.ranks.timeout_seconds)
     return file, options if world > 1 else []
