@@ -68,7 +68,7 @@ def print_ticket(reference: str, as_json: bool) -> None:
     _print_table("density per layer", ["tensor", "alive share"], rows)
 
 
-def write_pictures(reference: str, out: Path, *, overwrite: bool) -> None:
+def write_pictures(reference: str, out: Path, *, overwrite: bool = False) -> None:
     """Write a ticket's strip of restored images as a PNG file."""
     output_paths.check_file(out, overwrite=overwrite, reads=[reference])
     opened = open_ticket(reference)

@@ -19,7 +19,9 @@ _RUN_FILE = "run.json"
 """The file that makes a folder a run (training/checkpoint.py)."""
 
 
-def check_file(out: Path | None, option: str = "--out", *, overwrite: bool, reads: Iterable[str | Path] = ()) -> None:
+def check_file(
+    out: Path | None, option: str = "--out", *, overwrite: bool = False, reads: Iterable[str | Path] = ()
+) -> None:
     """Raise UserError if a file cannot or must not be written at `out`; do nothing for None.
 
     reads: the command's input files and folders. overwrite: whether an existing file, unless it is one of these or

@@ -25,7 +25,7 @@ from mirl_dist.training.selection import prune_config_of
 from mirl_dist.training.state import pack_tensors
 
 
-def pack(reference: str, out: Path, *, overwrite: bool) -> None:
+def pack(reference: str, out: Path, *, overwrite: bool = False) -> None:
     """Write one round of a run to a ticket file, without the paths in its config. Raise UserError if the packed ticket
     fails its own verification."""
     output_paths.check_file(out, overwrite=overwrite, reads=[reference])
@@ -111,7 +111,7 @@ def _verify_with_run(content: TicketContent, run_ticket: RunTicket) -> list[Chec
     return [*checks, *verifying.verify_descent(content, parent, rule)]
 
 
-def export(reference: str, out: Path, *, compact: bool, overwrite: bool) -> None:
+def export(reference: str, out: Path, *, compact: bool, overwrite: bool = False) -> None:
     """Write a ticket's trained weights in the official code's layout (.ckpt, .pth, .pt), or as safetensors."""
     output_paths.check_file(out, overwrite=overwrite, reads=[reference])
     if out.suffix not in (".ckpt", ".pth", ".pt", ".safetensors"):
@@ -134,7 +134,7 @@ def export(reference: str, out: Path, *, compact: bool, overwrite: bool) -> None
     )
 
 
-def import_official(file: Path, model: str, out: Path, *, overwrite: bool) -> None:
+def import_official(file: Path, model: str, out: Path, *, overwrite: bool = False) -> None:
     """Convert an official checkpoint to safetensors under this project's names; print which tensors were dropped."""
     output_paths.check_file(out, overwrite=overwrite, reads=[file])
     converted = models.from_official(model, _load_tensors(file))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mirl_dist import models
-from mirl_dist.cli import compare, evaluate, show
+from mirl_dist.cli import compare, evaluate, restore, show
 from mirl_dist.config import config as configs
 from mirl_dist.config.config import portable
 from mirl_dist.config.schema import StoreSection
@@ -187,7 +187,7 @@ def test_a_file_cannot_make_export_build_a_larger_network(
     (tmp_path / "x.ticket").write_bytes(pack(contents[1]._replace(config=contents[1].config | {"model": model})))
     monkeypatch.setattr(models, "to_official", lambda *_, **__: pytest.fail("it was built"))
     with pytest.raises(UserError, match=r"x\.ticket: its model.blocks makes a larger network"):
-        transfer.export(str(tmp_path / "x.ticket"), tmp_path / "x.ckpt", False)
+        transfer.export(str(tmp_path / "x.ticket"), tmp_path / "x.ckpt", compact=False)
 
 
 def test_no_published_size_is_taken_for_too_large() -> None:
@@ -283,9 +283,11 @@ def test_a_strangers_file_says_neither_where_shards_are_nor_how_stores_are_reach
     opened = opening.open_ticket(str(file)).config
     assert opened.train.device == "auto" and "secret" not in json.dumps(opened.dump())
     with pytest.raises(UserError, match="Name the shards with --shards"):
-        evaluate.print_scores(str(file), None, evaluate.EvalOptions(), None, True)
+        evaluate.print_scores(str(file), None, evaluate.EvalOptions(), table=None, overwrite=False, as_json=True)
     with pytest.raises(Asked):
-        evaluate.print_scores(str(file), "s3://mine/shards", evaluate.EvalOptions(), None, True)
+        evaluate.print_scores(
+            str(file), "s3://mine/shards", evaluate.EvalOptions(), table=None, overwrite=False, as_json=True
+        )
 
 
 # -- proof ------------------------------------------------------------------------------------------------------
@@ -331,12 +333,16 @@ def test_names_are_no_markup(name: str, capsys: pytest.CaptureFixture[str], monk
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "pack": lambda out: transfer.pack("run", out),
-    "export": lambda out: transfer.export("run", out, False),
+    "export": lambda out: transfer.export("run", out, compact=False),
     "import": lambda out: transfer.import_official(Path("x.ckpt"), "promptir", out),
     "pictures": lambda out: show.write_pictures("run", out),
-    "evaluate": lambda out: evaluate.print_scores("run", None, evaluate.EvalOptions(), out, False),
-    "compare": lambda out: compare.compare(["run"], out, False, "t", None, None, True),
-    "restore": lambda out: evaluate.restore_files([], "run", out, None),
+    "evaluate": lambda out: evaluate.print_scores(
+        "run", None, evaluate.EvalOptions(), table=out, overwrite=False, as_json=False
+    ),
+    "compare": lambda out: compare.compare(
+        ["run"], compare.Report(out, "t", None, None, True), overwrite=False, as_json=False
+    ),
+    "restore": lambda out: restore.restore_files([], "run", out, "auto", overwrite=False),
 }
 
 
@@ -374,7 +380,8 @@ def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path: Path, monkeypatch: p
 def test_beside_json_notes_go_to_standard_error(
     contents: list[TicketContent], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compare.compare([str(written(contents, tmp_path / "run"))], None, True, "t", None, None, True)
+    report = compare.Report(None, "t", None, None, True)
+    compare.compare([str(written(contents, tmp_path / "run"))], report, overwrite=False, as_json=True)
     told = capsys.readouterr()
     assert [row["round"] for row in json.loads(told.out)] == [0, 1]
     assert "note: one seed only" in told.err
