@@ -189,7 +189,7 @@ def test_a_ticket_file_is_scored_as_its_run_on_shards_that_its_user_names(
         (("tickets", "show", "mlflow:abc"), "only `tickets compare` reads MLflow"),
         (("tickets", "judge", "RUN", "--round", "9"), "finished rounds are 0, 1, 2"),
         (("tickets", "pack", "RUN/rounds/09", "--out", "x.ticket"), "finished rounds are 0, 1, 2"),
-        (("tickets", "export", "RUN", "--out", "x.onnx"), "whose ending says no format"),
+        (("tickets", "export", "RUN", "--out", "x.onnx"), "whose extension names no format"),
         (("tickets", "export", "RUN", "--out", "x.safetensors", "--compact"), "never compressed"),
         (("tickets", "verify", "tiny.txt"), "tiny.txt"),
         (("tickets", "pictures", "FILE", "--out", "x.png"), "holds no pictures"),

@@ -43,7 +43,7 @@ def test_an_unknown_word_is_refused_with_all_that_is_allowed(name: str) -> None:
         Task.of(name)
     text = str(caught.value)
     assert name != "denoise_256" or "did you mean" not in text, "a number out of range is answered with the range"
-    assert text.startswith(f"found '{name}', where the word of a task belongs; ")
+    assert text.startswith(f"found '{name}', where a task is expected; ")
     for word in ("derain", "denoise_<sigma 1..255>", "deblur_k<odd 3..51>s<sigma 1..20>", "superres_<factor 2..16>"):
         assert word in text
 

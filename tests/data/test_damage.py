@@ -178,7 +178,7 @@ def test_a_set_without_a_whole_sample_is_refused_whatever_the_policy(copy: Path)
     for shard in Shards(Folder(copy)).train:
         if shard.kind == "derain":
             (copy / shard.name).unlink()
-    with pytest.raises(UserError, match=r"^data\.damage: no shard of derain has a whole sample left\."):
+    with pytest.raises(UserError, match=r"^data\.damage: no shard of derain has an undamaged sample left\."):
         batches(loader_of(copy, damage="skip"))
 
 

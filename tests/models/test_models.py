@@ -226,7 +226,7 @@ def test_an_input_that_is_no_batch_of_colour_images_is_refused(shape: tuple[int,
 def test_unknown_networks_and_sizes_are_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"found the network name 'prompir', where .* Use one of: promptir\."):
         models.create("prompir")
-    with pytest.raises(UserError, match=r"found unknown sizes 'width', 'deep', where .* It knows: .*_heads\."):
+    with pytest.raises(UserError, match=r"found unknown sizes 'width', 'deep', where .* Its sizes are: .*_heads\."):
         models.create("promptir", width=3, dim=8, deep=1)
     with pytest.raises(UserError, match="Use one of: promptir"):
         models.from_official("restormer", {})

@@ -240,7 +240,7 @@ class TestRealProcesses:
         wanted = (
             rf"{where} is held by another launch \({name}\), which is alive: it has been running for \d+ s, and its "
         )
-        wanted += r"last beat came less than \d+\.\d s ago\. Wait for it, stop it, or choose another run\.folder\."
+        wanted += r"last heartbeat came less than \d+\.\d s ago\. Wait for it, stop it, or choose another run\.folder\."
         assert re.fullmatch(wanted, str(refused.value)), str(refused.value)
         assert not refused.value.resumable
         assert lines == [
@@ -393,7 +393,7 @@ class TestTaking:
         last = make(folder)
         folder.put(released_name(1), json.dumps({"why": "stopped", "token": token(folder, 1)}).encode())
         slow = make(Slow(Path(folder.where())))
-        with pytest.raises(UserError, match="took the run a moment ago"):
+        with pytest.raises(UserError, match="took over the run a moment ago"):
             slow.claim()
         assert slow.generation == 0
         last.check()

@@ -373,7 +373,7 @@ def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path: Path, monkeypatch: p
     output_paths.check_file(tmp_path / "new" / "deep" / "file")
     output_paths.check_folder(tmp_path / "new" / "deep")
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may do everything
-    with pytest.raises(UserError, match="which may not be written. Correct the rights"):
+    with pytest.raises(UserError, match="which is not writable. Correct its permissions"):
         output_paths.check_folder(tmp_path / "new")
 
 

@@ -279,7 +279,7 @@ def test_the_best_round_is_remembered_and_every_flipped_byte_found(kept: Checkpo
     assert kept.best() == 3
     for at in range((tmp_path / BEST).stat().st_size):
         spoil(tmp_path / BEST, at)
-        with pytest.raises(UserError, match=r"best\.json is damaged\. Remove it: the last round then stands for the"):
+        with pytest.raises(UserError, match=r"best\.json is damaged\. Remove it: the last round then represents the"):
             kept.best()
         spoil(tmp_path / BEST, at)
 
@@ -325,7 +325,7 @@ def test_a_run_is_described_once(kept: Checkpoints) -> None:
     assert kept.identity() is None
     one = {"config": {}, "fingerprint": "one", "manifest_digest": "m", "initial_digest": "i"}
     kept.begin(one)
-    with pytest.raises(UserError, match=r"was begun by another launch a moment ago\. Choose another run\.folder\."):
+    with pytest.raises(UserError, match=r"was started by another launch a moment ago\. Choose another run\.folder\."):
         kept.begin(one | {"fingerprint": "two"})
     assert kept.identity() == one
 

@@ -283,7 +283,7 @@ def test_a_cache_on_a_network_disk_is_warned_of() -> None:
     assert machine.file_system_type(Path("/home/local disk/x"), mounts) == "xfs"
     assert machine.file_system_type(Path("/homely"), mounts) == "ext4"
     far = machine.check_cache(Path("/tmp/none"), [SimpleNamespace(mountpoint="/", fstype="nfs")])
-    assert far.kind == "warning" and far.text.endswith("set data.cache.folder to a disk of the node.")
+    assert far.kind == "warning" and far.text.endswith("set data.cache.folder to a local disk.")
 
 
 def test_a_shared_memory_that_is_too_small_for_the_loaders_is_a_fault(tmp_path: Path) -> None:

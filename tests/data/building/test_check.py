@@ -357,4 +357,4 @@ def test_notes_of_another_set_or_none_are_named(copy: Path, built: tuple[Path, M
     shard = built[1].shards[0]
     resealed(copy, shard, kind="clean", set="other")
     faults = check(Folder(copy), 1, quiet)
-    assert len(faults) == 6 and faults[0].endswith(".json says it is of clean, clean")
+    assert len(faults) == 6 and faults[0].endswith(".json names the set and kind clean, clean")

@@ -88,7 +88,7 @@ def test_the_engine_is_the_file_s(tmp_path: Path, tree: dict[str, Any], engine: 
         (NODES | {"num_processes": 3}, "num_processes: found 3 on num_machines 2; give all nodes together a multiple"),
         (NODES | {"machine_rank": 2}, "machine_rank: found 2 of num_machines 2; it counts from 0"),
         (TWO | {"mixed_precision": "bf16"}, "mixed_precision: found bf16; the run's config decides (train.precision)"),
-        (TWO | {"mixed_precision": False}, "mixed_precision: found the bare word no, which YAML takes for false"),
+        (TWO | {"mixed_precision": False}, "mixed_precision: found an unquoted no, which YAML reads as false"),
         (TWO | {"dynamo_backend": "inductor"}, "dynamo_backend: found inductor"),
         (TWO | {"debug": True}, "debug: found true, with which accelerate hides that ranks failed"),
         (TWO | {"use_cpu": True}, "use_cpu: found true, with which accelerate starts ranks that each train alone"),

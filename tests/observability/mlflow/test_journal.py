@@ -426,7 +426,7 @@ def test_records_that_a_folder_knows_are_not_inherited_again_in_commit_order(tmp
 def test_damage_in_a_commit_is_told_and_the_rest_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = records.to_line(item(0)) + b'{"torn\n' + records.to_line(item(1))
     assert new_outbox(tmp_path, lines).count()[:2] == (2, 0)
-    assert "1 damaged lines that a commit kept for the store are left out" in caplog.text
+    assert "1 damaged lines of a commit's pending records for the store were skipped" in caplog.text
 
 
 def test_the_clock_of_a_process_never_runs_backwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -609,7 +609,7 @@ def test_ids_that_cannot_be_remembered_are_remembered_later(
     tracker.begin_round(0, {})
     log(tracker, range(1, 11))
     tracker.end_run()
-    assert "because the ids of its runs could not be kept (the bucket is away. Start again.)" in caplog.text
+    assert "because the ids of its runs could not be stored (the bucket is away. Start again.)" in caplog.text
     assert run.waits() == (0, 0) and len(runs_of(server.url, run.ids["run"])) == 2
     assert whole(server.url, run.ids["round/00"], 10) and len(tries) >= 9
 
@@ -684,7 +684,12 @@ class Lives:
         script = str(Path(mlflow_client_program.__file__))
         settings = {name: text for name, text in os.environ.items() if not name.startswith("MLFLOW")}
         self._warm = subprocess.Popen(
-            [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings
+            [sys.executable, script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=settings,
+            start_new_session=True,
         )
 
     def _ask(self, question: Mapping[str, Any]) -> int:
@@ -701,7 +706,7 @@ class Lives:
         return self._ask({"ended": pid})
 
     def close(self) -> None:
-        self._warm.kill()
+        os.killpg(self._warm.pid, signal.SIGKILL)  # a test that failed may have left a life
         self._warm.communicate()
 
 
@@ -781,7 +786,9 @@ def test_what_a_dead_job_left_can_be_sent_but_not_while_it_lives(
     def send(uri: str) -> Any:
         return resend(uri, "left", "demo", ids, ids.update, journal, b"", said.append)
 
-    with pytest.raises(UserError, match=f"found the journal {journal} in use: the run lives and sends by itself.*Wait"):
+    with pytest.raises(
+        UserError, match=f"found the journal {journal} in use: the run is still running and sends its records.*Wait"
+    ):
         send(server.url)
     os.kill(pid, signal.SIGKILL)
     assert lives.end(pid) == -signal.SIGKILL
