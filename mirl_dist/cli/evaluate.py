@@ -95,15 +95,18 @@ def print_scores(
         if as_json:
             print(json.dumps(_scores_as_dict(ticket.round, settings, shards, scored), indent=1))
         else:
-            for protocol in settings.protocols:
-                title = f"{reference}, round {ticket.round}, {protocol.name}"
-                show.print_score_table(title, scored.scores[protocol.name])
-            for protocol in settings.protocols:
-                progress.say(f"{protocol.name}: {protocol.text}")
-            progress.say(", ".join(f"{key}: {value}" for key, value in settings.as_recorded().items()))
+            _print_tables(f"{reference}, round {ticket.round}", settings, scored)
             if table is not None:
                 progress.say(f"scores of each image: {table}")
     ranks.close()
+
+
+def _print_tables(title: str, settings: evaluate.EvalSettings, scored: evaluate.EvalResult) -> None:
+    for protocol in settings.protocols:
+        show.print_score_table(f"{title}, {protocol.name}", scored.scores[protocol.name])
+    for protocol in settings.protocols:
+        progress.say(f"{protocol.name}: {protocol.text}")
+    progress.say(", ".join(f"{key}: {value}" for key, value in settings.as_recorded().items()))
 
 
 def _scores_as_dict(

@@ -256,7 +256,7 @@ def test_images_of_odd_sizes_and_grey_ones_are_restored_at_their_size(
     assert shapes == {"odd.png": (37, 51, 3), "grey.png": (16, 23, 3)}
     (tmp_path / "text.png").write_text("no image")
     refused = lab.mirl("restore", str(tmp_path / "text.png"), "--ticket", str(reference), "--out", str(tmp_path / "no"))
-    assert_refused(refused, "text.png is not an image that Pillow can read", "Give a PNG, JPEG or BMP file")
+    assert_refused(refused, "text.png is not an image that Pillow can read", "Give an image file of 8 bits")
     assert not (tmp_path / "no").exists()
 
 

@@ -369,7 +369,7 @@ def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path: Path, monkeypatch: p
         output_paths.check_file(tmp_path)
     with pytest.raises(UserError, match="which is no folder"):
         output_paths.check_folder(tmp_path / "file")
-    output_paths.check_file(tmp_path / "file")
+    output_paths.check_file(tmp_path / "file", overwrite=True)
     output_paths.check_file(tmp_path / "new" / "deep" / "file")
     output_paths.check_folder(tmp_path / "new" / "deep")
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may do everything

@@ -16,6 +16,7 @@ from typing import Any
 
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import records
+from mirl_dist.observability.mlflow.first_start import one_at_a_time
 from mirl_dist.observability.mlflow.records import Record, redact
 
 _ENVIRONMENT = {  # defaults that MLflow reads at each call; values set by the user take precedence
@@ -135,8 +136,9 @@ class MlflowClientStore:
         from mlflow import MlflowClient
 
         if self._connection is None:
-            client = MlflowClient(tracking_uri=self.uri)
-            self._connection = client, experiment_id(client, self.uri, self._experiment)
+            with one_at_a_time(self.uri):
+                client = MlflowClient(tracking_uri=self.uri)
+                self._connection = client, experiment_id(client, self.uri, self._experiment)
         return self._connection[0]
 
     def answers(self) -> bool:

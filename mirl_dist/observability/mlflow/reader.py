@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import records
 from mirl_dist.observability.mlflow.client import experiment_id, import_quietly, transient_errors
+from mirl_dist.observability.mlflow.first_start import one_at_a_time
 from mirl_dist.observability.mlflow.records import redact, redact_uri
 
 EXPERIMENT = "experiment:"
@@ -139,7 +140,10 @@ def _client(address: str, *, makes: bool = False) -> Iterator[Any]:
     from mlflow import MlflowClient
 
     try:
-        yield MlflowClient(tracking_uri=address)
+        with one_at_a_time(address):
+            client = MlflowClient(tracking_uri=address)
+            client.search_experiments(max_results=1)  # creates the tables of a new database
+        yield client
     except UserError:
         raise
     except transient_errors() as trouble:

@@ -19,6 +19,7 @@ from mirl_dist.errors import UserError
 from mirl_dist.observability import progress
 from mirl_dist.observability.mlflow import records
 from mirl_dist.observability.mlflow.client import MlflowClientStore, RunIds, import_quietly
+from mirl_dist.observability.mlflow.first_start import one_at_a_time
 from mirl_dist.observability.mlflow.journal import Journal, Pending, pending_records
 from mirl_dist.observability.mlflow.outbox import Outbox
 from mirl_dist.observability.mlflow.records import Record, legal_name, redact, redact_uri
@@ -80,6 +81,8 @@ class MlflowTracker(Tracker):
     ) -> None:
         self._uri = records.default_uri(uri)
         import_quietly(self._uri)
+        with one_at_a_time(self._uri):
+            pass  # raises UserError for a half-made database, before any step is trained
         self._run_name = run_name
         self._journal = journal
         opened, key, session_id = Journal(journal), uuid.uuid4().hex, uuid.uuid4().hex
