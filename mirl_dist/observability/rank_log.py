@@ -23,6 +23,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from mirl_dist.config import credentials
 from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import local_folder, log_folder
 from mirl_dist.config.yaml_loader import CREDENTIALS
@@ -42,8 +43,7 @@ class _JsonFormatter(logging.Formatter):
         super().__init__()
         self._process = {"rank": rank, "world": int(os.environ.get("WORLD_SIZE", "1")), "host": platform.node()}
         self.phase = phase
-        values = [v for name, v in os.environ.items() if _SECRET_NAMES.search(name) and len(v) >= _LEAST_SECRET]
-        self._secrets = sorted(values, key=len, reverse=True)  # longest first, as one may contain another
+        self._secrets = [v for name, v in os.environ.items() if _SECRET_NAMES.search(name) and len(v) >= _LEAST_SECRET]
         self.position: dict[str, float] = {}  # latest round and step
 
     def format(self, record: logging.LogRecord) -> str:
@@ -54,9 +54,7 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(fields, ensure_ascii=False)
 
     def _redact(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return CREDENTIALS.sub("***", text)
+        return CREDENTIALS.sub("***", credentials.mask(text, self._secrets))
 
 
 class RankLog(LockFreeHandler):

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from mirl_dist.config import credentials
+from mirl_dist.errors import UserError
 from mirl_dist.storage import s3_errors as wire
 from mirl_dist.storage.base import NotFound, Rejected, Unavailable
 from mirl_dist.storage.retry import Patience, Say, with_retries
@@ -69,8 +71,9 @@ class S3Client:
 
         def once() -> T:
             try:
-                with map_errors(self.where(name), needs):
-                    return work(self.client(attempts), at)
+                client = self.client(attempts)
+                with map_errors(self.where(name), needs, urlsplit(client.meta.endpoint_url).hostname or ""):
+                    return work(client, at)
             except BareNotFound as error:
                 self._explain_not_found(name)
                 if needs in (wire.READ, wire.REMOVE):
@@ -142,6 +145,10 @@ def _connect(endpoint: str | None, timeouts: tuple[float, float], attempts: int)
         max_pool_connections=32,
         tcp_keepalive=True,
     )
+    try:
+        credentials.check_variables(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"))
+    except UserError as fault:
+        raise Rejected(str(fault)) from None
     session = boto3.session.Session()
     try:
         client = session.client("s3", endpoint_url=endpoint, config=config)

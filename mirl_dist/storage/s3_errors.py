@@ -115,8 +115,11 @@ def encryption_arguments(options: Options) -> tuple[RequiredRights, dict[str, st
 
 
 @contextmanager
-def map_errors(location: str, needs: RequiredRights) -> Iterator[None]:
-    """Convert errors of boto3 in the block to StorageError. needs: the rights that a refusal's message names."""
+def map_errors(location: str, needs: RequiredRights, server: str = "") -> Iterator[None]:
+    """Convert errors of boto3 in the block to StorageError.
+
+    needs: the rights that a refusal's message names. server: the host of the endpoint, which a proxy's error lacks.
+    """
     from botocore import exceptions as known
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
@@ -140,9 +143,8 @@ def map_errors(location: str, needs: RequiredRights) -> Iterator[None]:
     except RecursionError as error:  # botocore looks up the region endlessly if a server only redirects
         raise Rejected(f"{location}: the server redirects without saying where to. {_REGION}") from error
     except passing as error:
-        if isinstance(error, known.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
-            text = f"{location}: {_host_of_error(error)} shows a certificate that is not trusted."
-            raise Rejected(f"{text} Set AWS_CA_BUNDLE to its authority's.") from error
+        if (refusal := _fault_of_settings(error, server)) is not None:
+            raise Rejected(f"{location}: {_host_of_error(error)} {refusal}") from error
         failure = _CONNECTION_FAILURES.get(type(error).__name__, f"broke the transfer ({type(error).__name__})")
         raise Unavailable(f"{location}: {_host_of_error(error)} {failure}. {CHECK_SERVER}") from error
     except no_keys as error:
@@ -151,6 +153,33 @@ def map_errors(location: str, needs: RequiredRights) -> Iterator[None]:
     except known.BotoCoreError as error:
         text = f"{location}: {type(error).__name__}. Correct the address, or the AWS settings of this machine."
         raise Rejected(text) from error
+
+
+def _fault_of_settings(error: Exception, server: str) -> str | None:
+    """Return what is wrong and what to do, for a failed connection that no waiting can mend; otherwise None."""
+    from botocore import exceptions as known
+
+    if isinstance(error, known.SSLError):
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return "shows a certificate that is not trusted. Set AWS_CA_BUNDLE to its authority's."
+        if re.search("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|HTTP_REQUEST", str(error)):
+            return "does not speak TLS on this port. Write http:// in the endpoint, or the port of https."
+    if isinstance(error, known.ProxyConnectionError) and (server == "localhost" or server.startswith("127.")):
+        return f"on {server} is asked for through a proxy that is not there. Add {server} to NO_PROXY."
+    host = _host_of_error(error).partition(":")[0]
+    region = re.fullmatch(r"(?:.+\.)?s3[.-]([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?", host)
+    if isinstance(error, known.EndpointConnectionError) and region and not _is_region(region[1]):
+        return f"is not known: is there a region '{region[1]}'? {_REGION}"
+    return None
+
+
+def _is_region(name: str) -> bool:
+    """Whether this botocore knows a region of S3."""
+    import boto3.session
+
+    session = boto3.session.Session()
+    partitions = session.get_available_partitions()
+    return any(name in session.get_available_regions("s3", partition) for partition in partitions)
 
 
 def _error_of_response(location: str, needs: RequiredRights, answer: dict[str, Any]) -> StorageError:
@@ -163,6 +192,9 @@ def _error_of_response(location: str, needs: RequiredRights, answer: dict[str, A
         return Unavailable(f"{text}. {_REMEDIES.get(code, CHECK_SERVER)}")
     if code.startswith("KMS."):
         return Rejected(f"{text}. Check the encryption's key (store.kms_key) and the right to use it.")
+    if "html" in str(answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("content-type", "")).lower():
+        advice = "Correct the endpoint, or add its host to NO_PROXY."
+        return Rejected(f"{text} with a web page, as a proxy or another kind of server does. {advice}")
     if status in (401, 403) and code not in _REMEDIES:
         rights = f"This needs the right {needs.rights} on {needs.on}."
         return AccessDenied(f"{text}. {rights} Grant it to these credentials, or use others.")

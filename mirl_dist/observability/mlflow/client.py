@@ -240,6 +240,11 @@ def _send_points(client: Any, record: Record, run: RemoteRun) -> None:
 def experiment_id(client: Any, uri: str, name: str) -> str:
     """Return the id of the experiment with this name; create it if missing."""
     if experiment := client.get_experiment_by_name(name):
+        if experiment.lifecycle_stage != "active":
+            raise UserError(
+                f"tracking.experiment: '{name}' was deleted in MLflow. Restore it (mlflow experiments restore "
+                f"--experiment-id {experiment.experiment_id}), or choose another name"
+            )
         return str(experiment.experiment_id)
     location = None
     if uri.startswith("sqlite"):  # store artifacts beside the database, independent of the working directory

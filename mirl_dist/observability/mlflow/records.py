@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+from mirl_dist.config import credentials
 from mirl_dist.errors import UserError
 
 POINTS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits, as are the next three (characters)
@@ -167,7 +168,11 @@ def redact_uri(uri: str) -> str:
 
 
 def check_uri(uri: str) -> None:
-    """Raise UserError, without credentials in it, for a tracking URI with an '@' behind the host or an invalid port."""
+    """Raise UserError, without credentials in it, for a tracking URI with an '@' behind the host or an invalid port.
+
+    Also for credentials in MLflow's environment variables that no header can carry.
+    """
+    credentials.check_variables(f"MLFLOW_TRACKING_{word}" for word in ("USERNAME", "PASSWORD", "TOKEN"))
     kind, is_url, rest = uri.partition("://")
     place, *query = re.split("[?#]", rest, maxsplit=1)
     if not is_url or (place.startswith("/") and not _is_web(kind)):
@@ -218,10 +223,7 @@ def redact(text: str, uri: str) -> str:
         secrets += [password, unquote(password), user if not password and _is_web(kind) else ""]
     secrets.append(rest.partition("?")[2].partition("#")[0])
     text = re.sub(r"(\w://)(?!/)\S+@", r"\1***@", text.replace(uri, redact_uri(uri)))
-    for secret in sorted(secrets, key=len, reverse=True):
-        if len(secret) > 3:  # masking shorter ones would garble ordinary words
-            text = text.replace(secret, "***")
-    return text
+    return credentials.mask(text, secrets)
 
 
 def database(uri: str) -> Path:
@@ -232,5 +234,10 @@ def database(uri: str) -> Path:
 def describe(trouble: BaseException, uri: str) -> str:
     """Return a short error description for messages, with secrets of the tracking URI masked."""
     text = " ".join(redact(str(trouble), uri).split())
+    if "out-of-date database schema" in text:
+        text = (
+            "the database has the schema of another MLflow version; back it up and run `mlflow db upgrade "
+            f"{redact_uri(uri)}`, or install the version that made it"
+        )
     short = text if len(text) <= 300 else f"{text[:120]} ... {text[-170:]}"  # the cause is at the end
     return f"{type(trouble).__name__}: {short}"

@@ -229,9 +229,7 @@ class Sender:
             "Check the server, and the address in tracking.uri or MLFLOW_TRACKING_URI."
         )
         if isinstance(trouble, UserError):
-            text = (
-                "records for %s are pending, because the ids of its runs could not be stored (%s). Training continues."
-            )
+            text = "records for %s are pending: %s. Training continues, and keeps them."
         elif record.kind == "file" and self._store.answers():
             outage, text = self._no_files, "%s accepts points but no files (%s). Training continues; files are kept."
         self.last_failure = cause

@@ -24,7 +24,8 @@ def test_processes_that_start_together_share_a_new_database(tmp_path: Path, atte
     command = [sys.executable, "-c", _PROGRAM, uri]
     started = [subprocess.Popen([*command, str(n)], cwd=tmp_path, stderr=subprocess.PIPE) for n in range(4)]
     for process in started:
-        assert process.wait(240) == 0, process.communicate()[1].decode()[-2000:]
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err.decode()[-2000:]
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         assert database.execute("SELECT count(*) FROM runs").fetchone() == (4,)
         assert not database.execute("SELECT name FROM sqlite_master WHERE name LIKE '!_alembic%' ESCAPE '!'").fetchall()

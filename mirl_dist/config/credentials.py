@@ -1,0 +1,40 @@
+"""Checks credentials of the environment before their use, and masks secrets in every form that a library prints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from urllib.parse import quote
+
+from mirl_dist.errors import UserError
+
+_SHORTEST = 4  # characters; masking shorter ones would garble ordinary words
+
+
+def check_variables(names: Iterable[str]) -> None:
+    """Raise UserError for a variable with white space, a line end or another unprintable or non-ASCII character.
+
+    HTTP headers cannot carry these. Libraries quote the value in their error, or send a request that no server accepts.
+    """
+    for name in names:
+        value = os.environ.get(name, "")
+        odd = next((c for c in value if not ("!" <= c <= "~")), None)
+        if odd is not None:
+            what = "a line end" if odd in "\r\n" else "white space" if odd.isspace() else "a character outside ASCII"
+            raise UserError(
+                f"{name}: found {what} in its value, of {len(value)} characters. Set it again without (a file's last "
+                "line end is a common cause)."
+            )
+
+
+def mask(text: str, secrets: Iterable[str]) -> str:
+    """Replace secrets by ***: as they are, without the white space around them, escaped, and quoted for a URL."""
+    forms = {form for secret in secrets for form in _forms(secret) if len(form) >= _SHORTEST}
+    for form in sorted(forms, key=len, reverse=True):  # longest first, as one may contain another
+        text = text.replace(form, "***")
+    return text
+
+
+def _forms(secret: str) -> set[str]:
+    plain = {secret, secret.strip()}
+    return plain | {repr(one)[1:-1] for one in plain} | {quote(one, safe="") for one in plain}
