@@ -43,10 +43,10 @@ def create(name: str, **sizes: Any) -> PromptIR:
 def from_official(name: str, state_dict: Mapping[str, Any], **sizes: Any) -> Converted:
     """Convert an official checkpoint for `create(name, **sizes).load_state_dict(weights)`.
 
-    state_dict: names to tensors, with the prefix `net.` on all or none, or a Lightning checkpoint with such a mapping
-    under `state_dict`. Tensors that the official class owns but never uses are dropped and reported, whatever their
-    shape; nothing is copied or cast. Raises UserError like `create`, and one that lists all missing, unknown and
-    misshapen tensors.
+    state_dict: names to tensors, with the prefix of a wrapper (`net.`, `module.`) on all or none, or a checkpoint with
+    such a mapping under `state_dict`, `params` or the like. Tensors that the official class owns but never uses are
+    dropped and reported, whatever their shape; other precisions are cast to float32. Raises UserError like `create`,
+    one that lists all missing, unknown and misshapen tensors, and one for values that are not finite.
     """
     with torch.device("meta"):
         network = create(name, **sizes)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,22 +14,28 @@ from torch import Tensor
 from mirl_dist.errors import UserError
 from mirl_dist.models.promptir import PromptIR
 
+# Where programs keep the weights in a checkpoint; of several the first is taken (an average of weights is tested with).
+_PARTS = ("params_ema", "params", "state_dict", "model_state_dict")
+_PREFIXES = ("module.", "_orig_mod.", "net.", "model.")
 _NAMES_LISTED = 8  # names listed per kind of problem; the message always states the full count
 
 
 class Converted(NamedTuple):
     """A converted checkpoint.
 
-    weights: our names to tensors, detached, otherwise unchanged. dropped: 'name (shape)' of each dropped tensor.
+    weights: our names to tensors, float32. dropped: 'name (shape)' of each dropped tensor. notes: what was taken from
+    the checkpoint and converted, a line each.
     """
 
     weights: dict[str, Tensor]
     dropped: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def convert(name: str, network: PromptIR, checkpoint: Mapping[str, object]) -> Converted:
     """Convert an official checkpoint to the names of a network; see `models.from_official`."""
-    tensors = _without_prefix(name, _tensors_of(name, checkpoint))
+    tensors, part = _tensors_of(name, checkpoint)
+    tensors, prefixes = _without_prefix(name, tensors)
     unused = sorted(network.official_only_shapes().keys() & tensors.keys())
     dropped = tuple(f"{key} {tuple(tensors.pop(key).shape)}" for key in unused)
     mismatches = _mismatches(tensors, network)
@@ -37,7 +44,8 @@ def convert(name: str, network: PromptIR, checkpoint: Mapping[str, object]) -> C
             f"found {'; '.join(mismatches)}, where an official checkpoint of {name!r} was read. "
             "Use a checkpoint of this very network, and give the sizes that it was trained with."
         )
-    return Converted({key: tensors[key] for key in network.state_dict()}, dropped)
+    tensors, kinds = _as_float32(name, tensors)
+    return Converted({key: tensors[key] for key in network.state_dict()}, dropped, (*part, *prefixes, *kinds))
 
 
 def revert(name: str, network: PromptIR, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,36 +101,56 @@ def _mismatches(tensors: Mapping[str, Tensor], network: PromptIR) -> list[str]:
     return [_list_names(kind, names) for kind, names in kinds.items() if names]
 
 
-def _tensors_of(network: str, checkpoint: Mapping[str, object]) -> dict[str, Tensor]:
-    """Return the flat mapping of names to tensors in `checkpoint`. Raises UserError if it has other entries."""
-    inner = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(inner, Mapping):
-        raise UserError(
-            f"found {type(inner).__name__} under 'state_dict', where an official checkpoint of {network!r} "
-            "was read. Give names with their tensors, or a Lightning checkpoint that holds them there."
-        )
-    others = [f"{str(n)!r} is {type(value).__name__}" for n, value in inner.items() if not isinstance(value, Tensor)]
+def _tensors_of(network: str, checkpoint: Mapping[str, object]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the flat mapping of names to tensors in a checkpoint, and which of its parts it is.
+
+    Raises UserError if the part has other entries.
+    """
+    notes: list[str] = []
+    while (key := next((k for k in _PARTS if isinstance(checkpoint.get(k), Mapping)), None)) is not None:
+        others = [repr(k) for k in _PARTS if k != key and isinstance(checkpoint.get(k), Mapping)]
+        notes.append(f"taken: the weights under {key!r}" + (f", not those under {', '.join(others)}" if others else ""))
+        checkpoint = cast("Mapping[str, object]", checkpoint[key])
+    others = [f"{str(n)!r} is {type(v).__name__}" for n, v in checkpoint.items() if not isinstance(v, Tensor)]
     if others:
         raise UserError(
             f"found {_list_names('entries that are no tensors', others)}, where an official checkpoint of "
-            f"{network!r} was read. Give names with their tensors, or a Lightning checkpoint that holds them "
-            "under 'state_dict'."
+            f"{network!r} was read. Give names with their tensors, or a checkpoint that holds them under one of "
+            f"{', '.join(_PARTS)}."
         )
-    return {str(name): value.detach() for name, value in inner.items()}
+    return {str(name): value.detach() for name, value in checkpoint.items() if isinstance(value, Tensor)}, notes
 
 
-def _without_prefix(network: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors without Lightning's prefix `net.`. Raises UserError if only some names have it."""
-    prefixed = [name for name in tensors if name.startswith("net.")]
-    if not prefixed:
-        return tensors
-    bare = [repr(name) for name in tensors if not name.startswith("net.")]
-    if bare:
+def _without_prefix(network: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors without wrappers' prefixes, and which these were. Raises UserError if some names lack one.
+
+    DDP adds `module.`, torch.compile `_orig_mod.`, Lightning modules `net.` or `model.`.
+    """
+    removed = ""
+    while prefix := next((p for p in _PREFIXES if any(name.startswith(p) for name in tensors)), ""):
+        bare = [repr(name) for name in tensors if not name.startswith(prefix)]
+        if bare:
+            raise UserError(
+                f"found {len(tensors) - len(bare)} names with the prefix {prefix!r} and "
+                f"{_list_names('without it', bare)}, where an official checkpoint of {network!r} was read. Keep the "
+                "tensors of one network only."
+            )
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        removed += prefix
+    return tensors, [f"removed from all names: the prefix {removed!r}"] if removed else []
+
+
+def _as_float32(network: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors in float32, and which were of another precision. Raises UserError for NaN and infinity."""
+    bad = [repr(name) for name, t in tensors.items() if t.dtype.is_floating_point and not bool(t.isfinite().all())]
+    if bad:
         raise UserError(
-            f"found {len(prefixed)} names with the prefix 'net.' and {_list_names('without it', bare)}, where an "
-            f"official checkpoint of {network!r} was read. Keep the tensors of one network only."
+            f"found {_list_names('tensors with NaN or infinite values', bad)}, where an official checkpoint of "
+            f"{network!r} was read. Its training diverged, or the file is damaged: use another checkpoint."
         )
-    return {name.removeprefix("net."): tensor for name, tensor in tensors.items()}
+    kinds = Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.dtype.is_floating_point)
+    notes = [f"converted to float32: {n} tensors of {kind}" for kind, n in sorted(kinds.items()) if kind != "float32"]
+    return {n: t.float() if t.dtype.is_floating_point else t for n, t in tensors.items()}, notes
 
 
 def _list_names(kind: str, names: Sequence[str]) -> str:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import pickle  # for its error
 from pathlib import Path
-from typing import Any
-
-import safetensors.torch
-import torch
 
 from mirl_dist import models
 from mirl_dist.config.config import portable
 from mirl_dist.errors import UserError
 from mirl_dist.observability import progress
 from mirl_dist.storage import Folder, output_paths
+from mirl_dist.tickets import checkpoint_file
 from mirl_dist.tickets import file as ticket_file
 from mirl_dist.tickets import open as opening
 from mirl_dist.tickets import verify as verifying
@@ -137,37 +133,14 @@ def export(reference: str, out: Path, *, compact: bool, overwrite: bool = False)
 def import_official(file: Path, model: str, out: Path, *, overwrite: bool = False) -> None:
     """Convert an official checkpoint to safetensors under this project's names; print which tensors were dropped."""
     output_paths.check_file(out, overwrite=overwrite, reads=[file])
-    converted = models.from_official(model, _load_tensors(file))
+    try:
+        converted = models.from_official(model, checkpoint_file.read(file))
+    except UserError as fault:
+        raise UserError(str(fault) if str(file) in str(fault) else f"{file}: {fault}") from None
     Folder(out.parent).put(out.name, pack_tensors(converted.weights))
     count = sum(t.numel() for t in converted.weights.values())
     progress.say(f"{out}: {len(converted.weights)} tensors, {count:,} weights")
+    for note in converted.notes:
+        progress.say(note)
     for text in converted.dropped:
         progress.say(f"dropped (never used by the network): {text}")
-
-
-# torch's restricted unpickler raises any of these for bytes that are not a checkpoint, depending on the bytes.
-_CHECKPOINT_ERRORS = (
-    *(RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError),
-    safetensors.SafetensorError,
-)
-
-
-def _load_tensors(file: Path) -> dict[str, Any]:
-    """Load a checkpoint file without running code from it. Raise UserError for a missing or invalid file."""
-    try:
-        if file.suffix == ".safetensors":
-            return dict(safetensors.torch.load_file(file))
-        tensors: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        return tensors
-    except FileNotFoundError:
-        raise UserError(f"no file at {file}. Give the path of an official checkpoint.") from None
-    except pickle.UnpicklingError:  # torch's own message advises running the file's code
-        raise UserError(
-            f"{file} holds more than tensors and plain values, which only code from the file could read; none was run. "
-            "Save its state dict alone, where you trust the file."
-        ) from None
-    except _CHECKPOINT_ERRORS as error:
-        reason = (str(error).splitlines() or [""])[0][:120]
-        raise UserError(
-            f"{file} is not a checkpoint that can be read ({type(error).__name__}: {reason}). Get the file again."
-        ) from None

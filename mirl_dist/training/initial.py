@@ -102,20 +102,23 @@ def load_weights(file: Path, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
     unusable = sorted(n for n, t in weights.items() if t.dtype != torch.float32 or not bool(torch.isfinite(t).all()))
     if unusable:
         raise UserError(
-            f"model.weights: {file}: '{unusable[0]}' ({len(unusable)} such) is not float32, or not finite. "
-            "Import again."
+            f"model.weights: {file}: '{unusable[0]}' ({len(unusable)} such) is not float32, or not finite. Convert the "
+            "checkpoint with `mirl-dist import`, which widens other precisions and names values that are not finite."
         )
     return {name: weights[name] for name in drawn}
 
 
-def check_start_exists(config: Config, open_ticket: OpenTicket) -> None:
-    """Raise UserError if the weights file or the ticket that the config names does not exist. Writes nothing."""
+def check_start(config: Config, open_ticket: OpenTicket) -> None:
+    """Raise UserError if a run cannot start from the weights file or the ticket that its config names.
+
+    Writes nothing, so that a refused start leaves nothing in the run folder.
+    """
     if config.model.weights is not None and not Path(config.model.weights).is_file():
         raise UserError(
             f"model.weights: found {config.model.weights}, which is no file. Write it with `mirl-dist import`."
         )
-    if config.start.ticket is not None:
-        open_ticket(config.start.ticket, options_of(config.store))
+    if config.model.weights is not None or config.start.ticket is not None:
+        create_initial(config, open_ticket)
 
 
 def _from_ticket(config: Config, open_ticket: OpenTicket, drawn: dict[str, Tensor]) -> InitialState:

@@ -21,7 +21,7 @@ from mirl_dist.pruning.prune import in_scope
 from mirl_dist.storage import Store
 from mirl_dist.storage.configured import open_configured
 from mirl_dist.training.checkpoint import Checkpoints
-from mirl_dist.training.initial import OpenTicket, check_start_exists
+from mirl_dist.training.initial import OpenTicket, check_start
 
 
 class RunPlan(NamedTuple):
@@ -138,7 +138,7 @@ def check_run_folder(
             raise UserError(f"--resume must, but {folder} holds no run. Correct run.folder, or use --resume auto.")
         if checkpoints.commits():
             raise UserError(f"{folder} holds commits but no run.json. Restore it, or choose another run.folder.")
-        check_start_exists(config, open_ticket)
+        check_start(config, open_ticket)
         return
     if resume == "never":
         raise UserError(f"--resume never, but {folder} holds a run. Choose another run.folder, or use --resume auto.")

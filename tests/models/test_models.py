@@ -316,7 +316,38 @@ def test_mixed_prefixes_and_entries_that_are_no_tensors_are_refused() -> None:
     mixed = {f"net.{name}": tensor for name, tensor in weights.items()} | {"loss.scale": torch.ones(1)}
     with pytest.raises(UserError, match=r"names with the prefix 'net\.' and 1 without it \('loss\.scale'\)"):
         models.from_official("promptir", mixed, **SMALL)
-    with pytest.raises(UserError, match=r"found 1 entries that are no tensors \('params' is dict\)"):
-        models.from_official("promptir", {"params": dict(weights)}, **SMALL)
-    with pytest.raises(UserError, match="found list under 'state_dict'"):
+    with pytest.raises(UserError, match=r"found 1 entries that are no tensors \('weights' is dict\)"):
+        models.from_official("promptir", {"weights": dict(weights)}, **SMALL)
+    with pytest.raises(UserError, match="'state_dict' is list"):
         models.from_official("promptir", {"state_dict": []}, **SMALL)
+
+
+@pytest.mark.parametrize(
+    "wrap, note",
+    [
+        (lambda w: {f"module.{n}": t for n, t in w.items()}, "removed from all names: the prefix 'module.'"),
+        (lambda w: {f"module.net.{n}": t for n, t in w.items()}, "removed from all names: the prefix 'module.net.'"),
+        (lambda w: {f"net._orig_mod.{n}": t for n, t in w.items()}, "the prefix 'net._orig_mod.'"),
+        (lambda w: {"params": w, "iter": 5}, "taken: the weights under 'params'"),
+        (
+            lambda w: {"params": {n: t + 1 for n, t in w.items()}, "params_ema": w},
+            "taken: the weights under 'params_ema', not those under 'params'",
+        ),
+        (lambda w: {"epoch": 3, "model_state_dict": w}, "taken: the weights under 'model_state_dict'"),
+        (lambda w: {n: t.double() for n, t in w.items()}, "converted to float32: 40 tensors of float64"),
+    ],
+)
+def test_wrappers_and_precisions_of_other_programs_are_taken_and_noted(wrap: Any, note: str) -> None:
+    weights = small().state_dict()
+    converted = models.from_official("promptir", wrap(weights), **SMALL)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in converted.weights.items())
+    assert any(note.replace("40", str(len(weights))) in text for text in converted.notes), converted.notes
+
+
+def test_half_precision_is_widened_and_values_that_are_none_refused() -> None:
+    weights = {name: tensor.half() for name, tensor in small().state_dict().items()}
+    converted = models.from_official("promptir", weights, **SMALL).weights
+    assert all(t.dtype == torch.float32 and torch.equal(t, weights[n].float()) for n, t in converted.items())
+    weights[next(iter(weights))].view(-1)[0] = float("nan")
+    with pytest.raises(UserError, match="1 tensors with NaN or infinite values"):
+        models.from_official("promptir", weights, **SMALL)
