@@ -20,11 +20,22 @@ from mirl_dist.errors import UserError
 _NAME = "mirl-dist"
 
 
+def expand_home(path: str | Path) -> Path:
+    """Expand a leading ~ or ~user. Raise UserError if there is no such home, instead of making a folder named ~."""
+    if not str(path).startswith("~"):
+        return Path(path)
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") or not os.path.isabs(expanded):
+        who = "this user has no home folder" if str(path).partition("/")[0] == "~" else "there is no such user here"
+        raise UserError(f"found {path}, but {who}. Write the whole path, or set HOME.")
+    return Path(expanded)
+
+
 def local_folder(address: str) -> Path | None:
     """Return the local folder of an address (a path or file://), or None for other kinds of address."""
     kind, is_url, _ = address.partition("://")
     if not is_url:
-        return Path(address).expanduser()
+        return expand_home(address)
     return Path(unquote(urlsplit(address).path)) if kind == "file" else None
 
 
@@ -39,7 +50,7 @@ def journal_folder(run_folder: str, configured: str | None, run_id: str = "") ->
     address = str(local or run_folder.rstrip("/"))
     name = hashlib.sha256(f"{address}#{run_id}".encode()).hexdigest()[:16]
     if configured is not None:
-        return Path(os.path.expanduser(configured)) / name
+        return expand_home(configured) / name
     usual = local / "outbox" if local else platformdirs.user_cache_path(_NAME) / "outbox" / name
     existing = nearest_existing(usual)
     is_writable = usual.is_absolute() and existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
@@ -55,13 +66,14 @@ def nearest_existing(folder: Path) -> Path:
 def log_folder(run_folder: str, configured: str | None) -> Path:
     """Return the folder for the rank logs of a run. Creates nothing. configured: ranks.logs."""
     if configured is not None:
-        return Path(configured).expanduser()
+        return expand_home(configured)
     folder = local_folder(run_folder)
     if folder is not None:
         return folder / "logs"
     address = run_folder.rstrip("/")
     name = f"{address.rpartition('/')[2]}-{hashlib.sha256(address.encode()).hexdigest()[:8]}"
-    return platformdirs.user_state_path(_NAME) / name
+    usual = platformdirs.user_state_path(_NAME)
+    return (usual if usual.is_absolute() else _shared_folder() / "logs") / name
 
 
 def shard_cache_folder(configured: str | None = None) -> Path:
@@ -69,7 +81,7 @@ def shard_cache_folder(configured: str | None = None) -> Path:
 
     configured: data.cache.folder.
     """
-    return Path(configured).expanduser() if configured else _shared_folder(os.environ.get("SLURM_TMPDIR")) / "shards"
+    return expand_home(configured) if configured else _shared_folder(os.environ.get("SLURM_TMPDIR")) / "shards"
 
 
 def process_folder() -> Path:

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mirl_dist.data.mixture import Source
-from mirl_dist.data.parallel import end_with_parent
+from mirl_dist.data.parallel import end_with_parent, next_item
 from mirl_dist.data.prefetch import PrefetchWindow
 from mirl_dist.data.sample import Batch, NumpyBatch, Patch, PatchReader, SampleLocation, collate
 from mirl_dist.data.sampler import BatchSplit, GlobalSampler, Position, Slot
@@ -180,7 +180,8 @@ class TrainLoader:
                 generator=torch.Generator().manual_seed(0),  # seeds the workers, which never draw from it
                 worker_init_fn=_initialize_worker if self._workers else None,
             )
-            for item in loader:
+            items = iter(loader)
+            while (item := next_item(items)) is not None:
                 batch = self._replace_failed(requests, item) if isinstance(item, list) else item
                 yield Batch.of(batch, self._pin)
         if requests.stopped is not None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mirl_dist.errors import MirlError, UserError
 from mirl_dist.observability.console import rank_label
@@ -21,6 +23,8 @@ Result = TypeVar("Result")
 SYNC_SECONDS = 0.5
 _FINISH_SECONDS = 5.0
 """Seconds granted to the current item to finish after a fault."""
+
+_LOADER_DIED = re.compile("DataLoader worker .* (is killed by signal|exited unexpectedly)|Unexpected bus error")
 
 
 class ProgressCallback(Protocol):
@@ -170,3 +174,27 @@ def _exchange_states(group: WorkerGroup, work: Future[None], results: Sequence[o
     if faults:
         raise UserError("\n".join(f"{who}: {text}" for text, who in faults.items()), everywhere=True)
     return sum(count for count, *_ in states), all(ended for _, ended, *_ in states)
+
+
+def next_item(items: Iterator[Any]) -> Any:
+    """Return the next item of a DataLoader, or None at its end. Raise UserError if a loader process was killed."""
+    try:
+        return next(items, None)
+    except RuntimeError as error:
+        if not _LOADER_DIED.search(str(error)):
+            raise
+        pid = re.search(r"pid\(?s?\)? ([\d, ]+)", str(error))
+        how = re.search(r"killed by signal: (\w+)|(bus error)", str(error))
+        fate = f"was {how[0]}" if how and how[1] else "died of a bus error" if how else "has died"
+        raise UserError(
+            f"data.workers: the loader process {pid[1] if pid else 'of this rank'} {fate}, as happens when "
+            "the system runs out of memory (see dmesg), or when /dev/shm is full "
+            f"({_free_shared_memory()}). Lower data.workers, or enlarge /dev/shm (docker: --shm-size)."
+        ) from None
+
+
+def _free_shared_memory() -> str:
+    try:
+        return f"{shutil.disk_usage('/dev/shm').free / 1e6:,.0f} MB are free now"
+    except OSError:
+        return "this machine has none"

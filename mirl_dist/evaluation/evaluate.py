@@ -25,6 +25,7 @@ from mirl_dist.data.manifest import CLEAN, DEGRADED, Shard
 from mirl_dist.data.sample import Pixels, to_tensor
 from mirl_dist.data.shard_pool import ImageSource
 from mirl_dist.data.shards import SamplePlace, Shards
+from mirl_dist.distributed import hardware
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import InvariantError, Stopped, UserError
 from mirl_dist.evaluation import metrics, protocols, tiling
@@ -196,7 +197,18 @@ def _score(
         kind = protocol.input(job.task)
         if kind not in triples:
             image, clean = degraded_and_clean(source, job, protocol, settings.seed)
-            restored = restore(model, image, device, settings.tile_pixels, settings.tile_overlap, settings.precision)
+            try:
+                with hardware.out_of_memory():
+                    restored = restore(
+                        model, image, device, settings.tile_pixels, settings.tile_overlap, settings.precision
+                    )
+            except hardware.OutOfMemory:
+                height, width = image.shape[:2]
+                tile = 512 if settings.tile_pixels is None else settings.tile_pixels // 2
+                raise UserError(
+                    f"{job.name} {key} ({width}x{height} pixels) does not fit into the memory of this rank's device. "
+                    f"Score in tiles: evaluate.tile_pixels (or --tile) {tile}; this changes scores slightly."
+                ) from None
             triples[kind] = (protocols.as_restored(image), restored, clean)
         degraded, restored, clean = triples[kind]
         quality, before = (protocols.score(protocol, each, clean) for each in (restored, degraded))

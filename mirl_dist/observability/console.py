@@ -38,7 +38,16 @@ class _TerminalHandler(LockFreeHandler):
         stream = getattr(record, "stream", "stderr" if record.levelno >= logging.WARNING else "")
         if stream:
             with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
-                print(record.getMessage(), file=getattr(sys, stream), flush=True)
+                print(printable(record.getMessage()), file=getattr(sys, stream), flush=True)
+
+
+def printable(text: str) -> str:
+    """Escape what would steer a terminal, and line ends inside the words of this command line (names of files)."""
+    for word in sys.argv[1:]:
+        if word and not word.isprintable():
+            for name in (word, os.path.basename(word), os.path.splitext(os.path.basename(word))[0]):
+                text = text.replace(name, ascii(name)[1:-1] if name else "")
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 logging.addLevelName(NOTE, "NOTE")

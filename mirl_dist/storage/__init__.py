@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from mirl_dist.config.local_paths import expand_home
+from mirl_dist.errors import UserError
 from mirl_dist.storage.base import DEFAULT_OPTIONS, NotFound, Options, Rejected, StorageError, Store, Unavailable
 from mirl_dist.storage.local import Folder
 from mirl_dist.storage.retry import Patience
@@ -22,7 +24,10 @@ def open_store(url: str, options: Options = DEFAULT_OPTIONS) -> Store:
     kind, is_url, _ = url.partition("://")
     if not is_url:
         _check_scheme(url)
-        return Folder(Path(url).expanduser())
+        try:
+            return Folder(expand_home(url))
+        except UserError as fault:
+            raise Rejected(str(fault)) from None
     if kind == "file":
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost") or not parts.path or parts.query or parts.fragment:

@@ -9,7 +9,7 @@ import ssl
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timezone
 from email.message import Message
 from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn, TypeVar
@@ -20,6 +20,16 @@ from mirl_dist.storage.base import NotFound, Rejected, StorageError, Unavailable
 from mirl_dist.storage.retry import DEFAULT_PATIENCE, Patience, Say, to_stderr, with_retries
 
 T = TypeVar("T")
+
+
+def parse_date(header: str | None) -> datetime | None:
+    """Return the time of a `Date` header, in UTC; None without one, or for anything but one date."""
+    try:
+        date = parsedate_to_datetime(header or "")
+        return date if date.tzinfo is not None else date.replace(tzinfo=timezone.utc)
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+
 
 _BLOCK = 1 << 16  # upper bound of the bytes lost with a broken connection
 _CHECK_SERVER = "Check the server and the network."
@@ -65,10 +75,7 @@ class HttpStore:
                 answer = error
             with answer:
                 date = answer.headers.get("Date")
-        try:
-            return parsedate_to_datetime(date) if date else None
-        except ValueError:
-            return None
+        return parse_date(date)
 
     def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
         """Yield the bytes from `offset` to the end in blocks. Raise Unavailable at once if the transfer breaks."""

@@ -10,13 +10,13 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from datetime import datetime, timedelta, timezone
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 from mirl_dist.storage import base
 from mirl_dist.storage import s3_errors as wire
 from mirl_dist.storage.base import NotFound, Options, Rejected, StorageError, Unavailable
+from mirl_dist.storage.http import parse_date
 from mirl_dist.storage.retry import Patience, RetryState, Say, to_stderr
 from mirl_dist.storage.s3_client import PART_BYTES, S3Client
 from mirl_dist.storage.s3_errors import CHECK_SERVER, AccessDenied, AlreadyExists, NoSuchUpload, RangePastEnd
@@ -207,5 +207,4 @@ class S3Store:
 
 
 def _server_time(answer: dict[str, Any]) -> datetime | None:
-    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-    return parsedate_to_datetime(date) if date else None
+    return parse_date(answer["ResponseMetadata"]["HTTPHeaders"].get("date"))

@@ -79,14 +79,14 @@ def print_machine() -> int:
 
 def _free_space(folder: Path) -> str:
     """Return the free space, in GB, of the disk that contains or would contain a folder."""
-    return f"{shutil.disk_usage(nearest_existing(folder.expanduser())).free / 1e9:.1f} GB"
+    return f"{shutil.disk_usage(nearest_existing(folder)).free / 1e9:.1f} GB"
 
 
 def _has_s3_credentials() -> bool:
     """Return whether the environment or the home folder has S3 credentials; instance roles are not detected."""
     env = os.environ
     keys = env.get("AWS_ACCESS_KEY_ID") and env.get("AWS_SECRET_ACCESS_KEY")
-    file = Path(env.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
+    file = Path(os.path.expanduser(env.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials"))
     others = any(value and _OTHER_CREDENTIALS.fullmatch(name) for name, value in env.items())
     return bool(keys or others or file.is_file())
 

@@ -272,7 +272,7 @@ def _space_needs(config: Config, size: Size, shards: Shards | None) -> Iterator[
         commits = (config.checkpoint.keep_last + 1) * (3 * weights + mask)
         rounds = (config.prune.rounds + 1) * (weights + mask)
         initial = weights * (2 if config.rewinds_to() == "step" else 1)
-        folder = Path(store.where()).expanduser()
+        folder = Path(store.where())
         used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         yield f"the run in {folder}", folder, max(0, commits + rounds + initial - used)
     if cache is not None and shards is not None:

@@ -19,6 +19,7 @@ from pydantic import Field, PositiveInt
 
 from mirl_dist.config import yaml_loader
 from mirl_dist.config.config import Config
+from mirl_dist.config.local_paths import expand_home
 from mirl_dist.config.schema import Seed
 from mirl_dist.config.yaml_loader import Node
 from mirl_dist.errors import UserError
@@ -114,7 +115,7 @@ class SweepPlan(NamedTuple):
     def local_folder(self) -> Path:
         """The folder for logs, command lists and the report: `folder`, or sweep-logs/NAME for a bucket."""
         address = self.sweep.folder
-        return Path("sweep-logs", self.name) if "://" in address else Path(address).expanduser()
+        return Path("sweep-logs", self.name) if "://" in address else expand_home(address)
 
     @property
     def report_folder(self) -> Path:

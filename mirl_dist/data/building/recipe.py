@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 
 from mirl_dist.config import yaml_loader
+from mirl_dist.config.local_paths import expand_home
 from mirl_dist.config.yaml_loader import Node
 from mirl_dist.data.manifest import ImageFormat, Kind
 from mirl_dist.errors import UserError
@@ -168,4 +169,4 @@ def expand_folder(folder: str) -> Path:
             )
         return folder_path
 
-    return Path(re.sub(r"\$\{(\w+)\}", value, folder)).expanduser()
+    return expand_home(re.sub(r"\$\{(\w+)\}", value, folder))
