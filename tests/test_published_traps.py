@@ -26,7 +26,7 @@ def test_accelerates_cpu_launcher_which_starts_one_process_is_refused(lab: Any, 
     arguments = ["launch", "--cpu", "--num_processes", "2", "-m", "mirl_dist", *lab.train(tmp_path, ONE_STEP)]
     ended = lab.cold("accelerate", *arguments, cwd=tmp_path).wait()
     assert ended.rc != 0, ended.said()
-    assert "mirl-dist: accelerate launch was asked for several processes but started this one alone" in ended.err
+    assert "mirl-dist: accelerate launch was asked for several processes but started only this one" in ended.err
     assert "launch/cpu_two.yaml" in ended.err
     assert not (tmp_path / "run").exists()
 

@@ -101,7 +101,7 @@ def test_a_fault_of_one_rank_while_writing_ends_all_and_the_build_goes_on_later(
 def test_an_unforeseen_error_of_one_rank_ends_the_others_too(lab: Any, tmp_path: Path) -> None:
     ended = spoil(lab, tmp_path, "error").wait()
     assert ended.codes == (1, 1), ended.said()
-    assert "ZeroDivisionError: unforeseen" in ended.err and f"{rank_label(0)}: another rank has gone" in ended.err
+    assert "ZeroDivisionError: unforeseen" in ended.err and f"{rank_label(0)}: another rank has exited" in ended.err
 
 
 def test_a_rank_that_is_killed_ends_the_others(lab: Any, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_rank_that_is_killed_ends_the_others(lab: Any, tmp_path: Path) -> None
     os.kill(started.pids[1], signal.SIGKILL)
     ended = started.wait()
     assert ended.codes == (1, -9), ended.said()
-    assert f"{rank_label(0)}: another rank has gone" in ended.err
+    assert f"{rank_label(0)}: another rank has exited" in ended.err
 
 
 APART = """

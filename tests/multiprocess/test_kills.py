@@ -44,7 +44,7 @@ def test_a_run_killed_at_every_bad_moment_has_the_tickets_of_one_that_was_not(
         assert -9 in ended.codes, f"{what}: nobody was killed\n{ended.said()}"
         if fatal["rank"] != "all":
             assert ended.codes[1 - fatal["rank"]] == 1, f"{what}\n{ended.said()}"
-            assert "another rank has gone" in ended.err and "Traceback" not in ended.err
+            assert "another rank has exited" in ended.err and "Traceback" not in ended.err
         assert newest(lab, tmp_path) == expected, what
     left = [p.name for p in (tmp_path / "run").rglob(".writing-*")]
     assert not left, "two writers died over a file that they had not named yet, and the next start cleared it away"
@@ -109,7 +109,7 @@ def test_a_dead_rank_ends_the_others_under_a_launcher(lab: Any, tmp_path: Path) 
     fatal = {"rank": 1, "step": [0, 3], "signal": 9}
     ended = lab.cold("torchrun", *arguments, cwd=tmp_path, env={"MIRL_FATAL": json.dumps(fatal)}).wait()
     assert ended.rc == 1, ended.said()  # torchrun's own code
-    assert f"mirl-dist, rank 0 ({platform.node()}): another rank has gone" in ended.err
+    assert f"mirl-dist, rank 0 ({platform.node()}): another rank has exited" in ended.err
 
 
 def test_a_replica_that_drifts_in_training_stops_the_run_before_its_ticket(lab: Any, tmp_path: Path) -> None:

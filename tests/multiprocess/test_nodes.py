@@ -178,7 +178,7 @@ def test_ranks_that_lost_each_other_say_who_is_missing_and_on_which_node(cut: di
     launch = cut[kind]
     first, second = launch.text(0), launch.text(1)
     assert WAITED[0] in first, launch.said()
-    assert "; rank 1 (node-1, pid " in first and "or its node is gone" in first
+    assert "; rank 1 (node-1, pid " in first and "or its node is down" in first
     assert "mirl-dist, node 0 (node-0): rank 0 " in first
     assert WAITED[1] in second
     assert "through which ranks share their state, no longer responds" in second

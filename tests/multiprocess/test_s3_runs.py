@@ -167,7 +167,7 @@ def test_of_two_launches_one_runs_and_when_it_falls_silent_the_other_takes_over(
     first.kill(signal.SIGCONT)
     late = first.wait()
     assert late.rc in (1, 2), late.said()
-    assert "no longer holds s3://runs/twice" in late.err or "another rank has gone" in late.err
+    assert "no longer holds s3://runs/twice" in late.err or "another rank has exited" in late.err
     expect(0, second.wait(), "sent no heartbeat for 5 s; going on in its place")
     assert len(bucket.digests()) == 1
 

@@ -52,7 +52,7 @@ def test_a_rank_whose_process_is_stopped_is_named_with_the_collective_it_delays(
     assert " s in training for the gather of loss flags (collective 5); rank 1 (" in run.err
     assert "has not arrived: its process no longer responds: it is stopped, swapped out, or its node is" in run.err
     assert "frame #" not in run.err, "pages of C++"
-    assert run.err.count("another rank has gone\n") == 1, "as it finds when it wakes up"
+    assert run.err.count("another rank has exited\n") == 1, "as it finds when it wakes up"
 
 
 def test_a_stopped_rank_that_serves_the_store_is_named_although_the_store_is_silent(ended: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ def test_a_stopped_rank_that_serves_the_store_is_named_although_the_store_is_sil
     assert run.codes[1] == 1, run.said()
     assert f"mirl-dist, rank 1 ({HERE}): waited " in run.err
     assert " s in training for the gather of loss flags (collective 5), and rank 0 (" in run.err
-    assert "), through which ranks share their state, no longer responds: it has ended or is stop" in run.err
+    assert "), through which ranks share their state, no longer responds: it has exited or is stop" in run.err
 
 
 def test_a_rank_that_hangs_is_named_with_phase_and_location_by_one_that_waits(ended: dict[str, Any]) -> None:

@@ -124,7 +124,7 @@ def test_a_refused_launch_leaves_no_log_and_a_failed_one_does(tmp_path: Path, at
     say("started")
     warn("mirl-dist: found another config", FAULT)
     assert not run.exists()
-    warn("mirl-dist, rank 1: another rank has gone")
+    warn("mirl-dist, rank 1: another rank has exited")
     assert [line["level"] for line in lines(log.path)] == ["info", "fault", "warning"]
 
 

@@ -148,7 +148,7 @@ def test_a_random_mask_over_a_run_that_began_from_survivors_alone_is_refused(
         "start.kind": "random_global",
         "run.folder": "again",
     }
-    expect(2, lab.play(tmp_path, sets, world=1), "tells the first values of its survivors only")
+    expect(2, lab.play(tmp_path, sets, world=1), "has only the initial values of its survivors")
 
 
 def test_imported_weights_are_what_a_run_begins_with(lab: Any, reference: Path, tmp_path: Path) -> None:

@@ -76,6 +76,6 @@ if __name__ == "__main__":
     except RuntimeError as error:
         if not is_peer_loss(error):
             raise
-        print("another rank has gone", file=sys.stderr, flush=True)
+        print("another rank has exited", file=sys.stderr, flush=True)
         os._exit(1)
     os._exit(0)  # as the commands do
