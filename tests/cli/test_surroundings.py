@@ -1,0 +1,113 @@
+"""What surrounds a command: variables of other launchers, defaults of accelerate, homes, credentials."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.test_environment import HOSTILE
+
+DEFAULTS = """
+compute_environment: LOCAL_MACHINE
+distributed_type: DEEPSPEED
+deepspeed_config: {zero_stage: 3, gradient_accumulation_steps: 4}
+num_machines: 3
+num_processes: 6
+machine_rank: 2
+main_process_ip: 10.255.255.1
+main_process_port: 1
+rdzv_backend: static
+mixed_precision: bf16
+"""
+
+
+def only_line(ended: Any) -> str:
+    assert ended.rc == 2 and "Traceback" not in ended.err, ended.said()
+    (line,) = ended.err.splitlines()
+    return str(line)
+
+
+@pytest.mark.long
+def test_a_launch_in_hostile_surroundings_has_the_tickets_of_one_without(
+    lab: Any, reference: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "hf" / "accelerate"
+    home.mkdir(parents=True)
+    (home / "default_config.yaml").write_text(DEFAULTS)
+    arguments = [*lab.train(tmp_path), "--launch", "auto"]
+    env = HOSTILE | {"HF_HOME": str(tmp_path / "hf")}
+    ended = lab.cold("python", "-m", "mirl_dist", *arguments, cwd=tmp_path, env=env).wait().ok()
+    (line,) = (line for line in ended.err.splitlines() if "--launch ignores" in line)
+    assert all(name in line for name in HOSTILE)
+    lab.assert_same_run(tmp_path / "run", reference)
+
+
+@pytest.mark.parametrize(
+    "env, text",
+    [
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "the config decides (batch.forward)"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "inductor"}, "found ACCELERATE_DYNAMO_BACKEND=inductor"),
+        ({"GLOO_SOCKET_IFNAME": "nosuch0"}, "GLOO_SOCKET_IFNAME: found 'nosuch0'"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "but not RANK, MASTER_ADDR and MASTER_PORT"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE: found 'many'"),
+    ],
+)
+def test_a_process_of_another_launcher_is_refused_by_variable(
+    lab: Any, env: dict[str, str], text: str, tmp_path: Path
+) -> None:
+    assert text in only_line(lab.start(*lab.train(tmp_path), cwd=tmp_path, env=env).wait())
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interface_that_is_none_is_refused_before_any_rank_starts(lab: Any, tmp_path: Path) -> None:
+    arguments = [*lab.train(tmp_path), "--launch", "auto"]
+    ended = lab.start(*arguments, cwd=tmp_path, env={"GLOO_SOCKET_IFNAME": "nosuch0"}).wait()
+    assert "GLOO_SOCKET_IFNAME: found 'nosuch0', which is no network interface" in only_line(ended)
+
+
+@pytest.mark.parametrize("command", [["tickets", "list"], ["status"], ["evaluate"]])
+def test_a_home_that_is_none_is_named_and_no_folder_is_made(lab: Any, command: list[str], tmp_path: Path) -> None:
+    ended = lab.start(*command, "~nosuchuser/run", cwd=tmp_path).wait()
+    assert "~nosuchuser/run" in only_line(ended) and not list(tmp_path.iterdir())
+
+
+def test_a_user_without_an_entry_or_a_home_gets_one_line(tmp_path: Path) -> None:
+    uid = 54321
+    if os.geteuid() != 0 or uid in {entry.pw_uid for entry in pwd.getpwall()}:
+        pytest.skip("needs the right to become another user: run as root")
+    tmp_path.chmod(0o777)
+    env = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    ended = subprocess.run(
+        [sys.executable, "-m", "mirl_dist", "tickets", "list", "~/run"],
+        cwd="/",
+        env=env | {"PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path)},
+        user=uid,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "Permission denied" in ended.stderr or "No module named" in ended.stderr:
+        pytest.skip("this Python may not be read by other users")
+    assert ended.returncode == 2 and "found ~/run, but this user has no home folder" in ended.stderr, ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", " "])
+def test_a_secret_with_a_line_end_is_refused_and_never_shown(lab: Any, name: str, end: str, tmp_path: Path) -> None:
+    secret = "hunter2hunter2"
+    env = {name: secret + end, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_TRACKING_USERNAME": "me"}
+    sets = ["--set", "tracking.enabled=true"]
+    for command in (
+        ["tickets", "compare", "mlflow:experiment:x"],
+        ["doctor", str(lab.config(tmp_path)), "--launch", "auto", *sets],
+    ):
+        ended = lab.start(*command, cwd=tmp_path, env=env).wait()
+        assert secret not in ended.out + ended.err, command
+        assert f"{name}: found " in ended.out + ended.err, ended.said()
