@@ -69,8 +69,12 @@ def load_file(path: Path, example: str = "configs/demo.yaml") -> dict[str, Any]:
         raise UserError(f"no file at {path}. {_list_yaml_files(path.parent)}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, where a file is needed. {_list_yaml_files(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}. Give a readable YAML file.") from None
+    except UnicodeDecodeError as error:
+        wide = path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff")
+        what = "its text is UTF-16" if wide else f"it is no UTF-8 text (byte {error.start})"
+        raise UserError(f"cannot read {path}: {what}. Save it as UTF-8.") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}. Give a readable YAML file.") from None
     tree = _parse(text, str(path))
     if tree is None:
         raise UserError(f"{path} is empty. Start from {example}.")

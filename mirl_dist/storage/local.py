@@ -44,6 +44,13 @@ class Folder:
                 os.link(temporary, path)  # unlike a rename, fails if the name exists
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                raise Rejected(
+                    f"{self.where(name)}: this file system has no hard links ({error.strerror}), by which one of several "
+                    "launches takes a run. Choose a folder on another file system."
+                ) from error
             _flush_folder(path.parent)
             return True
 
@@ -124,6 +131,7 @@ class Folder:
             raise Rejected(f"{text} intact. Correct the rights, or choose another folder.") from error
 
 
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _TRANSIENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE)
 
 

@@ -19,7 +19,14 @@ from mirl_dist.storage.base import NotFound, Options, Rejected, StorageError, Un
 from mirl_dist.storage.http import parse_date
 from mirl_dist.storage.retry import Patience, RetryState, Say, to_stderr
 from mirl_dist.storage.s3_client import PART_BYTES, S3Client
-from mirl_dist.storage.s3_errors import CHECK_SERVER, AccessDenied, AlreadyExists, NoSuchUpload, RangePastEnd
+from mirl_dist.storage.s3_errors import (
+    CHECK_SERVER,
+    AccessDenied,
+    AlreadyExists,
+    NoSuchUpload,
+    NotSupported,
+    RangePastEnd,
+)
 
 _BLOCK = 1 << 16  # upper bound of the bytes lost with a broken connection
 _ONCE = Patience(0)
@@ -77,6 +84,11 @@ class S3Store:
             self._put_object(name, data, {**marked, "IfNoneMatch": "*"})
         except AlreadyExists:
             return self._is_own_write(name, marked)
+        except NotSupported:
+            raise NotSupported(
+                f"{self.where(name)}: this server does not know conditional writes (If-None-Match), by which one of "
+                "several launches takes a run. Use a store that does (AWS S3, Ceph, MinIO), or a folder."
+            ) from None
         return True
 
     def get(self, name: str) -> bytes:

@@ -46,6 +46,9 @@ class S3Client:
     def where(self, name: str = "") -> str:
         return f"s3://{self.bucket}/{self.key(name)}".rstrip("/")
 
+    def _server(self) -> str:
+        return urlsplit(self.client().meta.endpoint_url).hostname or ""
+
     def key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
 
@@ -71,9 +74,8 @@ class S3Client:
 
         def once() -> T:
             try:
-                client = self.client(attempts)
-                with map_errors(self.where(name), needs, urlsplit(client.meta.endpoint_url).hostname or ""):
-                    return work(client, at)
+                with map_errors(self.where(name), needs, self._server):
+                    return work(self.client(attempts), at)
             except BareNotFound as error:
                 self._explain_not_found(name)
                 if needs in (wire.READ, wire.REMOVE):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -31,6 +31,10 @@ class NoSuchUpload(Rejected):
 
 class AccessDenied(Rejected):
     """The credentials lack the rights, or the server does not support the request."""
+
+
+class NotSupported(AccessDenied):
+    """The server does not implement the request."""
 
 
 class BareNotFound(NotFound):
@@ -115,10 +119,11 @@ def encryption_arguments(options: Options) -> tuple[RequiredRights, dict[str, st
 
 
 @contextmanager
-def map_errors(location: str, needs: RequiredRights, server: str = "") -> Iterator[None]:
+def map_errors(location: str, needs: RequiredRights, server: Callable[[], str] = str) -> Iterator[None]:
     """Convert errors of boto3 in the block to StorageError.
 
-    needs: the rights that a refusal's message names. server: the host of the endpoint, which a proxy's error lacks.
+    needs: the rights that a refusal's message names. server: returns the host of the endpoint, which a proxy's error
+    lacks.
     """
     from botocore import exceptions as known
     from botocore.parsers import ResponseParserError
@@ -150,12 +155,15 @@ def map_errors(location: str, needs: RequiredRights, server: str = "") -> Iterat
     except no_keys as error:
         text = f"{location}: no usable credentials were found."
         raise Rejected(f"{text} Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.") from error
+    except known.ProfileNotFound as error:
+        text = f"{location}: there is no profile '{error.kwargs.get('profile')}' in the AWS files of this machine."
+        raise Rejected(f"{text} Correct AWS_PROFILE, or unset it.") from error
     except known.BotoCoreError as error:
         text = f"{location}: {type(error).__name__}. Correct the address, or the AWS settings of this machine."
         raise Rejected(text) from error
 
 
-def _fault_of_settings(error: Exception, server: str) -> str | None:
+def _fault_of_settings(error: Exception, server: Callable[[], str]) -> str | None:
     """Return what is wrong and what to do, for a failed connection that no waiting can mend; otherwise None."""
     from botocore import exceptions as known
 
@@ -164,8 +172,8 @@ def _fault_of_settings(error: Exception, server: str) -> str | None:
             return "shows a certificate that is not trusted. Set AWS_CA_BUNDLE to its authority's."
         if re.search("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|HTTP_REQUEST", str(error)):
             return "does not speak TLS on this port. Write http:// in the endpoint, or the port of https."
-    if isinstance(error, known.ProxyConnectionError) and (server == "localhost" or server.startswith("127.")):
-        return f"on {server} is asked for through a proxy that is not there. Add {server} to NO_PROXY."
+    if isinstance(error, known.ProxyConnectionError) and re.fullmatch(r"localhost|127\..*|::1", server()):
+        return f"on {server()} is asked for through a proxy that is not there. Add {server()} to NO_PROXY."
     host = _host_of_error(error).partition(":")[0]
     region = re.fullmatch(r"(?:.+\.)?s3[.-]([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?", host)
     if isinstance(error, known.EndpointConnectionError) and region and not _is_region(region[1]):
@@ -209,7 +217,7 @@ def _error_of_response(location: str, needs: RequiredRights, answer: dict[str, A
     if 300 <= status < 400:
         return Rejected(f"{text}. {_REGION}")
     if status in (405, 501):
-        return AccessDenied(f"{text}. It cannot do this: use another, or leave out store.encryption if it is set.")
+        return NotSupported(f"{text}. It cannot do this: use another, or leave out store.encryption if it is set.")
     return Rejected(f"{text}. {_REMEDIES.get(code, 'Check the endpoint, the bucket and the credentials.')}")
 
 

@@ -1,8 +1,11 @@
 """Faults of settings are told at once, with the setting; waiting is for what can pass."""
 
+import errno
 import http.server
+import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +78,40 @@ def test_a_proxy_for_a_local_server_is_named(page: str, monkeypatch: pytest.Monk
 def test_a_region_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-9")
     assert "is there a region 'us-east-9'?" in refusal(None)
+
+
+def test_a_profile_that_is_none_is_named(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nosuch")
+    assert "there is no profile 'nosuch'" in refusal(f"http://{page}")
+
+
+def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: object, target: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(source), None, str(target))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(Rejected, match="this file system has no hard links .* Choose a folder on another file system"):
+        open_store(str(tmp_path)).put_if_absent("lease/1.json", b"mine")
+    assert not list(tmp_path.rglob("*.json*"))
+
+
+class Old(Page):
+    """A server that does not know conditional writes."""
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(501 if self.headers.get("If-None-Match") else 200)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", "63")
+        self.end_headers()
+        self.wfile.write(b"<Error><Code>NotImplemented</Code><Message>x</Message></Error>\n")
+
+
+def test_a_server_without_conditional_writes_is_named() -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Old)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    store = open_store("s3://bucket/run", Options(endpoint=f"http://127.0.0.1:{server.server_address[1]}"))
+    with pytest.raises(Rejected, match="does not know conditional writes"):
+        store.put_if_absent("lease/1.json", b"mine")
+    server.shutdown()
+    server.server_close()
