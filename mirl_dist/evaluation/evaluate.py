@@ -197,17 +197,15 @@ def _score(
         kind = protocol.input(job.task)
         if kind not in triples:
             image, clean = degraded_and_clean(source, job, protocol, settings.seed)
+            tile, (height, width) = settings.tile_pixels, image.shape[:2]
             try:
                 with hardware.out_of_memory():
-                    restored = restore(
-                        model, image, device, settings.tile_pixels, settings.tile_overlap, settings.precision
-                    )
+                    restored = restore(model, image, device, tile, settings.tile_overlap, settings.precision)
             except hardware.OutOfMemory:
-                height, width = image.shape[:2]
-                tile = 512 if settings.tile_pixels is None else settings.tile_pixels // 2
+                text = f"{job.name} {key} ({width}x{height} pixels) does not fit into the memory of this rank's device"
+                smaller = tile // 2 if tile else 512
                 raise UserError(
-                    f"{job.name} {key} ({width}x{height} pixels) does not fit into the memory of this rank's device. "
-                    f"Score in tiles: evaluate.tile_pixels (or --tile) {tile}; this changes scores slightly."
+                    f"{text}. Use tiles, which change scores slightly: evaluate.tile_pixels (or --tile) {smaller}."
                 ) from None
             triples[kind] = (protocols.as_restored(image), restored, clean)
         degraded, restored, clean = triples[kind]

@@ -48,8 +48,8 @@ class Folder:
                 if error.errno not in _NO_LINKS:
                     raise
                 raise Rejected(
-                    f"{self.where(name)}: this file system has no hard links ({error.strerror}), by which one of several "
-                    "launches takes a run. Choose a folder on another file system."
+                    f"{self.where(name)}: this file system has no hard links ({error.strerror}), by which one of "
+                    "several launches takes a run. Choose a folder on another file system."
                 ) from error
             _flush_folder(path.parent)
             return True

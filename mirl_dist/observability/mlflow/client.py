@@ -1,4 +1,4 @@
-"""Client for one MLflow address: maps run names to MLflow's ids, and delivers records idempotently. Imports mlflow."""
+"""Client for one MLflow address: maps run names to ids, and delivers records idempotently. Imports mlflow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import records
-from mirl_dist.observability.mlflow.first_start import one_at_a_time
+from mirl_dist.observability.mlflow.first_start import experiment_id, one_at_a_time
 from mirl_dist.observability.mlflow.records import Record, redact
 
 _ENVIRONMENT = {  # defaults that MLflow reads at each call; values set by the user take precedence
@@ -235,22 +235,6 @@ def _send_points(client: Any, record: Record, run: RemoteRun) -> None:
     if points:
         client.log_batch(run.id, metrics=[Metric(*point) for point in points])
     run.steps = steps
-
-
-def experiment_id(client: Any, uri: str, name: str) -> str:
-    """Return the id of the experiment with this name; create it if missing."""
-    if experiment := client.get_experiment_by_name(name):
-        if experiment.lifecycle_stage != "active":
-            raise UserError(
-                f"tracking.experiment: '{name}' was deleted in MLflow. Restore it (mlflow experiments restore "
-                f"--experiment-id {experiment.experiment_id}), or choose another name"
-            )
-        return str(experiment.experiment_id)
-    location = None
-    if uri.startswith("sqlite"):  # store artifacts beside the database, independent of the working directory
-        location = (records.database(uri).parent / "mlartifacts" / records.legal_name(name)).as_uri()
-    kind = {"mlflow.experimentKind": "custom_model_development"}  # otherwise MLflow opens its LLM pages
-    return str(client.create_experiment(name, artifact_location=location, tags=kind))
 
 
 def transient_errors() -> tuple[type[BaseException], ...]:

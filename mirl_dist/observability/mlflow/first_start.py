@@ -1,4 +1,4 @@
-"""Lets one process at a time create MLflow's SQLite database, and recognises one that was left half-made.
+"""The first use of an MLflow server: the experiment is found or created, and a database created by one process at a time.
 
 MLflow creates its tables by a chain of migrations on first use. Two processes that do so at once, or one that is
 killed meanwhile, leave a database that no later process can use.
@@ -11,8 +11,10 @@ import fcntl
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mirl_dist.errors import UserError
+from mirl_dist.observability.mlflow import records
 
 _TEMPORARY = "_alembic_tmp_"  # prefix of the tables that a migration removes at its end
 
@@ -23,8 +25,8 @@ def one_at_a_time(uri: str) -> Iterator[None]:
 
     Raises UserError for a half-made database without runs.
     """
-    path = sqlite_path(uri)
-    if path is None or not path.parent.is_dir():
+    path = records.database(uri)
+    if not uri.startswith("sqlite") or path.is_dir() or not path.parent.is_dir() or path.name == ":memory:":
         yield
         return
     with contextlib.ExitStack() as stack:
@@ -32,13 +34,6 @@ def one_at_a_time(uri: str) -> Iterator[None]:
             fcntl.flock(stack.enter_context(path.with_name(f"{path.name}.lock").open("ab")), fcntl.LOCK_EX)
         _check_complete(path)
         yield
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """Return the file of a URI such as sqlite:///mlflow.db, or None for other URIs and for databases in memory."""
-    scheme, _, path = uri.partition("://")
-    path = path.partition("?")[0].removeprefix("/")
-    return Path(path) if scheme.partition("+")[0] == "sqlite" and path not in ("", ":memory:") else None
 
 
 def _check_complete(path: Path) -> None:
@@ -57,3 +52,17 @@ def _check_complete(path: Path) -> None:
                 f"tracking.uri: {path} was left half-made by a first start that was killed or ran twice{left}; it has "
                 f"no runs. Remove it (rm '{path}'), and start again."
             )
+
+
+def experiment_id(client: Any, uri: str, name: str) -> str:
+    """Return the id of the experiment with this name; create it if missing. Raises UserError for a deleted one."""
+    if experiment := client.get_experiment_by_name(name):
+        if experiment.lifecycle_stage == "deleted":
+            remedy = f"Restore it (mlflow experiments restore --experiment-id {experiment.experiment_id})"
+            raise UserError(f"tracking.experiment: '{name}' was deleted in MLflow. {remedy}, or choose another name.")
+        return str(experiment.experiment_id)
+    location = None
+    if uri.startswith("sqlite"):  # store artifacts beside the database, independent of the working directory
+        location = (records.database(uri).parent / "mlartifacts" / records.legal_name(name)).as_uri()
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # otherwise MLflow opens its LLM pages
+    return str(client.create_experiment(name, artifact_location=location, tags=kind))

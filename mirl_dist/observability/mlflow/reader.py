@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import records
-from mirl_dist.observability.mlflow.client import experiment_id, import_quietly, transient_errors
-from mirl_dist.observability.mlflow.first_start import one_at_a_time
+from mirl_dist.observability.mlflow.client import import_quietly, transient_errors
+from mirl_dist.observability.mlflow.first_start import experiment_id, one_at_a_time
 from mirl_dist.observability.mlflow.records import redact, redact_uri
 
 EXPERIMENT = "experiment:"

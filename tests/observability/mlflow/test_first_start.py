@@ -62,3 +62,24 @@ def test_other_addresses_have_no_lock(uri: str, tmp_path: Path, monkeypatch: pyt
     with first_start.one_at_a_time(uri):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.long
+def test_an_experiment_that_was_deleted_and_a_schema_of_another_version_name_their_remedies(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    reader.log_report(uri, "gone", "first", {"a.txt": b"a"})
+    client = MlflowClient(tracking_uri=uri)
+    client.delete_experiment(client.get_experiment_by_name("gone").experiment_id)
+    with pytest.raises(UserError, match="tracking.experiment: 'gone' was deleted in MLflow. Restore it .mlflow exper"):
+        reader.log_report(uri, "gone", "second", {"a.txt": b"a"})
+    program = "import sys; sys.argv[2:] = ['x']; " + _PROGRAM.replace('"first"', '"other"')
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute("UPDATE alembic_version SET version_num = 'cfd24bdc0731'")
+    database.close()
+    ended = subprocess.run(
+        [sys.executable, "-c", program, uri], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "the database has the schema of another MLflow version; back it up" in ended.stderr, ended.stderr[-2000:]
+    assert f"mlflow db upgrade {uri}" in ended.stderr
