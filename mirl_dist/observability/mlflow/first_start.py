@@ -1,4 +1,4 @@
-"""The first use of an MLflow server: the experiment is found or created, and a database created by one process at a time.
+"""The first use of an MLflow server: finds or creates the experiment; one process at a time creates a database.
 
 MLflow creates its tables by a chain of migrations on first use. Two processes that do so at once, or one that is
 killed meanwhile, leave a database that no later process can use.

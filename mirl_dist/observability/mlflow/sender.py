@@ -222,7 +222,7 @@ class Sender:
 
         If only the artifact store is unavailable, points are still sent.
         """
-        cause = str(trouble) if isinstance(trouble, UserError) else describe(trouble, self._store.uri)
+        cause = str(trouble).rstrip(".") if isinstance(trouble, UserError) else describe(trouble, self._store.uri)
         outage = self._away
         text = (
             "%s is unavailable or refuses requests (%s). Training continues; points are kept and sent when it is back. "

@@ -609,7 +609,7 @@ def test_ids_that_cannot_be_remembered_are_remembered_later(
     tracker.begin_round(0, {})
     log(tracker, range(1, 11))
     tracker.end_run()
-    assert "are pending: the bucket is away. Start again." in caplog.text
+    assert "are pending: the bucket is away. Start again. Training" in caplog.text
     assert run.waits() == (0, 0) and len(runs_of(server.url, run.ids["run"])) == 2
     assert whole(server.url, run.ids["round/00"], 10) and len(tries) >= 9
 
