@@ -10,6 +10,7 @@ import typer
 from typer import Argument, Option
 
 from mirl_dist.cli import Sets
+from mirl_dist.distributed import environment
 from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import UserError
 
@@ -38,6 +39,7 @@ def shards_build(
 
     StopSignal().listen()  # finished shards are kept; the next build resumes from them
     ranks = None
+    environment.check_rank(os.environ)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from mirl_dist.distributed.ranks import Ranks
 

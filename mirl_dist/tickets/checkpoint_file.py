@@ -27,6 +27,7 @@ _OTHERS = (
 _ERRORS = (
     *(RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError),
     safetensors.SafetensorError,
+    zipfile.BadZipFile,
 )
 
 
@@ -38,7 +39,8 @@ def read(file: Path) -> dict[str, Any]:
         if _is_safetensors(head, size):
             return dict(safetensors.torch.load_file(file))
         _check_kind(file, head)
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with file.open("rb") as stream:  # of a path, torch takes the name for the format
+            content = torch.load(stream, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except FileNotFoundError:
@@ -46,6 +48,8 @@ def read(file: Path) -> dict[str, Any]:
     except IsADirectoryError:
         raise UserError(f"{file} is a folder. Give the path of a checkpoint file.") from None
     except pickle.UnpicklingError:  # torch's own message advises running the file's code
+        if not head.startswith((b"PK", b"\x80")):
+            raise UserError(f"{file} is not a checkpoint that can be read. Get the file again.") from None
         raise UserError(
             f"{file} holds more than tensors and plain values, which only code from the file could read; none was run. "
             "Save its state dict alone, where you trust the file."
