@@ -10,6 +10,7 @@ import hashlib
 import os
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -51,7 +52,7 @@ def journal_folder(run_folder: str, configured: str | None, run_id: str = "") ->
     name = hashlib.sha256(f"{address}#{run_id}".encode()).hexdigest()[:16]
     if configured is not None:
         return expand_home(configured) / name
-    usual = local / "outbox" if local else platformdirs.user_cache_path(_NAME) / "outbox" / name
+    usual = local / "outbox" if local else _user_folder(platformdirs.user_cache_path) / "outbox" / name
     existing = nearest_existing(usual)
     is_writable = usual.is_absolute() and existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     return usual if is_writable else _shared_folder() / "outbox" / name
@@ -72,8 +73,7 @@ def log_folder(run_folder: str, configured: str | None) -> Path:
         return folder / "logs"
     address = run_folder.rstrip("/")
     name = f"{address.rpartition('/')[2]}-{hashlib.sha256(address.encode()).hexdigest()[:8]}"
-    usual = platformdirs.user_state_path(_NAME)
-    return (usual if usual.is_absolute() else _shared_folder() / "logs") / name
+    return _user_folder(platformdirs.user_state_path, "logs") / name
 
 
 def shard_cache_folder(configured: str | None = None) -> Path:
@@ -103,6 +103,15 @@ def process_folder() -> Path:
     except OSError as error:
         raise UserError(f"{folder}: cannot be used ({error.strerror}). Set TMPDIR to a folder of yours.") from None
     raise UserError(f"{folder}: found what is not a folder of this user. Remove it, or set TMPDIR to one of yours.")
+
+
+def _user_folder(of_user: Callable[[str], Path], instead: str = "") -> Path:
+    """Return a folder of platformdirs, or for a user without a home one below the temporary folder."""
+    try:
+        usual = of_user(_NAME)
+    except RuntimeError:
+        return _shared_folder() / instead
+    return usual if usual.is_absolute() else _shared_folder() / instead
 
 
 def _shared_folder(base: str | None = None) -> Path:
