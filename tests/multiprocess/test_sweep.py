@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -229,3 +230,14 @@ def test_slurm_gets_an_array_of_what_has_not_finished(lab: Any, story: Story, tm
     assert script == "launch/slurm/array.sbatch"
     printed = lab.mirl("sweep", "trial.yaml", "--print", "--set", "seeds=[1, 2]", cwd=story.folder).out.splitlines()
     assert (story.folder / commands).read_text().splitlines() == printed[2:]
+
+
+def test_slots_that_start_at_once_share_a_new_mlflow_database(lab: Any, tmp_path: Path) -> None:
+    shared = {"prune.rounds": 0, "train.epochs": 1, "tracking.enabled": True}
+    write(lab, tmp_path, slots=2, seeds=[0], set=shared, compare={"pictures": False})
+    ended = expect(0, sweep(lab, tmp_path).wait(300))
+    assert "half-made" not in ended.err
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        runs = database.execute("SELECT name, status FROM runs WHERE name IN ('mirl-seed0', 'random-seed0')").fetchall()
+        left = database.execute("SELECT name FROM sqlite_master WHERE name LIKE '%alembic_tmp%'").fetchall()
+    assert sorted(runs) == [("mirl-seed0", "FINISHED"), ("random-seed0", "FINISHED")] and not left

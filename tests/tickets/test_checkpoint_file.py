@@ -52,7 +52,7 @@ def test_the_content_decides_and_not_the_name(name: str, data: bytes, tmp_path: 
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is an XML document"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a pointer of Git LFS"),
         (b'{"weights": "https://x"}', "is a JSON text"),
-        (gzip.compress(b"x"), "is compressed with gzip"),
+        (gzip.compress(b"x", mtime=0), "is compressed with gzip"),
         (zipped("weights/x.ckpt", b"x"), "is a zip archive without a checkpoint"),
         (torch_bytes(WEIGHTS)[:200], "is not a checkpoint that can be read"),
         (torch_bytes([1, 2]), "holds a list"),
