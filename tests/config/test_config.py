@@ -117,7 +117,10 @@ def test_a_wrong_value_is_named_with_its_key_and_what_is_right(tree: dict[str, A
         ({"model": {"prompt_dims": [63, 128, 320]}}, "model.prompt_heads: found 4 heads for a width of 159"),
         ({"batch": {"forward": 3}}, "batch.forward: found 3, which does not divide batch.global 8"),
         ({"keep": {"rounds": "best"}}, "keep.by: found nothing with keep.rounds best"),
-        (nested("run.folder", "https://host/run"), "run.folder: found https://; a run is stored in a folder or under s3"),
+        (
+            nested("run.folder", "https://host/run"),
+            "run.folder: found https://; a run is stored in a folder or under s3",
+        ),
         ({"store": {"endpoint": "http://key:word@host"}}, "store.endpoint: found no plain address"),
         ({"store": {"endpoint": "host:9000"}}, "store.endpoint: found no plain address"),
         ({"ranks": {"timeout_seconds": 900}}, "ranks.timeout_seconds: found 900, not more than store.patience_seconds"),
