@@ -82,8 +82,10 @@ def size_of(name: str, sizes: Mapping[str, Any], scope: str | tuple[str, ...]) -
     with torch.device("meta"):
         model = models.create(name, **sizes)
     counts = {n: p.numel() for n, p in model.named_parameters()}
-    rows = [row for row in model.modules() if isinstance(row, nn.Sequential | nn.ModuleList)]
-    blocks = [sum(p.numel() for p in block.parameters()) for row in rows for block in row if any(block.children())]
+    rows = [row for row in model.modules() if type(row) in (nn.Sequential, nn.ModuleList)]
+    blocks = [
+        sum(p.numel() for p in block.parameters()) for row in rows for block in row.children() if any(block.children())
+    ]
     unit = sum(counts.values()) - sum(blocks) + max(blocks, default=0)
     return Size(sum(counts.values()), sum(counts[n] for n in in_scope(counts, scope)), unit)
 

@@ -107,7 +107,7 @@ def _shard(network: nn.Module, device: torch.device, spec: EngineSpec) -> Any:
 def _units(network: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules gathered and freed as a unit: each block of a sequence of blocks. The root takes the rest."""
     for container in network.modules():
-        if isinstance(container, nn.Sequential | nn.ModuleList):
+        if type(container) in (nn.Sequential, nn.ModuleList):  # subclasses are blocks of their own
             for block in container.children():
                 if next(block.children(), None) is not None and next(block.parameters(), None) is not None:
                     yield block

@@ -42,7 +42,11 @@ def launch(arguments: list[str], on_failure: Callable[[int, int], None], address
     accelerate rejects, NodesDisconnected if the launchers of several nodes lose each other.
     """
     import torch.distributed
-    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    try:
+        from accelerate.commands.launch import launch_command, launch_command_parser
+    except ImportError as error:
+        raise UserError(f"accelerate cannot be used here: {error}. Install the version of constraints.txt.") from None
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 

@@ -194,6 +194,9 @@ def _with_tables(connection: sqlite3.Connection) -> sqlite3.Connection:
 def _is_local(folder: Path) -> bool:
     """Whether a folder is on a local file system; False if unknown."""
     place = folder.resolve()
-    mounts = [mount for mount in psutil.disk_partitions(all=True) if place.is_relative_to(mount.mountpoint)]
+    try:
+        mounts = [mount for mount in psutil.disk_partitions(all=True) if place.is_relative_to(mount.mountpoint)]
+    except OSError:
+        return False
     innermost = max(reversed(mounts), key=lambda mount: len(mount.mountpoint), default=None)  # the last one of equals
     return innermost is not None and innermost.fstype in LOCAL_DISKS

@@ -197,11 +197,12 @@ def pending_records(folder: Path) -> Pending:
         ) from None
 
 
-# Skips delivered records; a record that is present already moves to the new place.
+# Skips delivered records. A record that is present already moves only if it is inherited (negative places): one that
+# waited in memory and is stored now must not fall behind later records, whose steps MLflow already has then.
 _INSERT = """
 INSERT INTO records (session, number, place, is_file, points, at_ms, line, data) SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8
 WHERE NOT EXISTS (SELECT 1 FROM delivered WHERE session = ?1 AND ?2 BETWEEN first AND last)
-ON CONFLICT (session, number) DO UPDATE SET place = excluded.place
+ON CONFLICT (session, number) DO UPDATE SET place = CASE WHEN excluded.place < 0 THEN excluded.place ELSE place END
 """
 
 

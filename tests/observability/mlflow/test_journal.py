@@ -423,6 +423,25 @@ def test_records_that_a_folder_knows_are_not_inherited_again_in_commit_order(tmp
     assert steps_of(turned.pending_lines()) == [7, 5, 4, 6, 5, 4, 3, 2]
 
 
+def test_records_that_wait_in_memory_keep_their_place_before_later_ones_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = new_outbox(tmp_path)
+    put_steps(first, *range(10))
+    committed = b"".join(first.pending_lines().splitlines(True)[:5])
+    first.journal.close()
+
+    def busy(self: Journal, records: object) -> None:
+        raise OSError("the database is busy")
+
+    with monkeypatch.context() as once:
+        once.setattr(Journal, "inherit", busy)
+        second = new_outbox(tmp_path, committed)
+    put_steps(second, 10)
+    second.move_to_disk()
+    assert steps_of(second.pending_lines()) == list(range(11))
+
+
 def test_damage_in_a_commit_is_told_and_the_rest_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = records.to_line(item(0)) + b'{"torn\n' + records.to_line(item(1))
     assert new_outbox(tmp_path, lines).count()[:2] == (2, 0)
