@@ -57,8 +57,12 @@ def main() -> None:
             warn(f"mirl-dist: {stopped}. Go on with --resume auto.")
         _leave(RESUMABLE, final=True)
     except RuntimeError as error:
+        from mirl_dist.data.parallel import loader_fault
         from mirl_dist.distributed.process_group import is_peer_loss
 
+        if (dead_loader := loader_fault(error)) is not None:  # torch reports it in whatever the main thread does
+            warn(f"mirl-dist, {rank_label()}: {dead_loader}", FAULT)
+            _leave(2, final=True)
         if not is_peer_loss(error):
             raise
         warn(f"mirl-dist, {rank_label()}: another rank has exited ({str(error).splitlines()[0][:120]})")

@@ -67,7 +67,6 @@ def print_scores(
 
     Local paths in a ticket file are ignored in favour of this user's own; packed tickets contain none.
     """
-    output_paths.check_file(table, "--table", overwrite=overwrite, reads=[reference, shards_address or ""])
     opened = open_ticket(reference)
     config, ticket = opened.config, opened.ticket()
     if isinstance(opened, FileTicket):
@@ -77,7 +76,9 @@ def print_scores(
             )
         config = portable(config)
     settings = _settings(config, options)
-    shards = Shards(open_configured(config.store, shards_address or config.data.shards))
+    address = shards_address or config.data.shards
+    output_paths.check_file(table, "--table", overwrite=overwrite, reads=[reference, address])
+    shards = Shards(open_configured(config.store, address))
     tasks = tuple(Task.of(name) for name in config.data.mix)
     sets = config.evaluate.sets if shards_address is None else None
     jobs = evaluate.plan_jobs(shards, tasks, sets, by=settings.protocols)

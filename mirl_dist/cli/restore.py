@@ -29,6 +29,7 @@ from mirl_dist.tickets.open import network, open_ticket
 
 AUTO, WHOLE = "auto", "none"
 AUTO_TILES = (1024, 512, 256, 128)  # pixels per side, tried in this order
+_COUNTED: dict[tuple[int, int], int] = {}
 _RESERVE = 1.25  # times the counted bytes: the allocator and the libraries need more than the tensors
 
 
@@ -77,7 +78,7 @@ def _check_images(images: list[Path], out: Path) -> None:
 def _tile_sides(tile: str, config: Config) -> tuple[int | None, ...]:
     """Return the tile sides to try in turn; None stands for the whole image."""
     if tile in (AUTO, WHOLE):
-        return (None, *AUTO_TILES) if tile == AUTO else (None,)
+        return (None, *(s for s in AUTO_TILES if s > config.evaluate.tile_overlap)) if tile == AUTO else (None,)
     if not (tile.isascii() and tile.isdigit()):
         raise UserError(f"--tile: found '{tile}'. Use {AUTO}, {WHOLE} or a number of pixels.")
     check_tiles(int(tile), config.evaluate.tile_overlap)
@@ -108,9 +109,10 @@ def _restore(
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    tile = max(64, min([side // 2 for side in sides if side] or [512]))
+    smaller = f"smaller tiles (--tile {tile}), " if tile < min([side for side in sides if side] or [tile + 1]) else ""
     raise UserError(
-        f"{path} ({width}x{height} pixels) does not fit into the memory of this machine. Restore it in smaller tiles: "
-        f"--tile {min([side // 2 for side in sides if side] or [512])}, or free memory."
+        f"{path} ({width}x{height} pixels) does not fit into the memory of this machine. Use {smaller}or free memory."
     )
 
 
@@ -123,14 +125,22 @@ def _likely_to_fit(
     """
     for side in sides:
         height, width = (min(length, side or length) for length in size)
-        counted: float = memory.scoring_bytes(config.model.name, config.model.sizes(), height, width)
-        if side == sides[-1] or counted * _RESERVE <= _free_bytes(device):
+        if side == sides[-1] or _counted_bytes(config, height, width) * _RESERVE <= _free_bytes(device):
             yield side
+
+
+def _counted_bytes(config: Config, height: int, width: int) -> int:
+    """Count the bytes of restoring an image; only once for images of one size, because counting takes seconds."""
+    key = height, width
+    if key not in _COUNTED:
+        _COUNTED[key] = memory.scoring_bytes(config.model.name, config.model.sizes(), height, width)
+    return _COUNTED[key]
 
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free for torch itself
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     used = psutil.Process().memory_info().rss
     limits = memory_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     free: int = min([psutil.virtual_memory().available, *(limit - used for limit in limits)])

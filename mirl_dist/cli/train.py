@@ -35,7 +35,8 @@ def train(
     """
     if launch is not None and (ignored := environment.clear_for_launch(os.environ)):
         warn(f"mirl-dist: --launch ignores {', '.join(ignored)} in the environment: the launch file and config decide.")
-    environment.check_rank(os.environ)
+    if launch is None:
+        environment.check_rank(os.environ)
     # Listen to signals and the launcher first, because the imports below take seconds.
     control, stop = ControlChannel.of_worker(), StopSignal()
     stop.sources += [control.stop_requested, lambda: control.leave_if_orphaned(stop)]

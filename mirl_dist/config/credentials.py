@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus
 
 from mirl_dist.errors import UserError
 
 _SHORTEST = 4  # characters; masking shorter ones would garble ordinary words
 
 
-def check_variables(names: Iterable[str]) -> None:
+def check_variables(names: Iterable[str], *, is_encoded: bool = False) -> None:
     """Raise UserError for a variable with white space, a line end or another unprintable or non-ASCII character.
+
+    is_encoded: the library encodes the value, so that only a line end at its end is a mistake.
 
     HTTP headers cannot carry these. Libraries quote the value in their error, or send a request that no server accepts.
     """
     for name in names:
         value = os.environ.get(name, "")
-        odd = next((c for c in value if not ("!" <= c <= "~")), None)
-        if odd is not None:
-            what = "a line end" if odd in "\r\n" else "white space" if odd.isspace() else "a character outside ASCII"
+        refused = next((c for c in value if (c in "\r\n" if is_encoded else not ("!" <= c <= "~"))), None)
+        if refused is not None:
+            what = (
+                "a line end"
+                if refused in "\r\n"
+                else "white space"
+                if refused.isspace()
+                else "a character outside ASCII"
+            )
             raise UserError(
                 f"{name}: found {what} in its value, of {len(value)} characters. Set it again without (a file's last "
                 "line end is a common cause)."
@@ -37,4 +46,5 @@ def mask(text: str, secrets: Iterable[str]) -> str:
 
 def _forms(secret: str) -> set[str]:
     plain = {secret, secret.strip()}
-    return plain | {repr(one)[1:-1] for one in plain} | {quote(one, safe="") for one in plain}
+    written = (lambda one: repr(one)[1:-1], lambda one: json.dumps(one)[1:-1], quote, quote_plus)
+    return plain | {write(one) for one in plain for write in written} | {quote(one, safe="") for one in plain}

@@ -26,7 +26,8 @@ def expand_home(path: str | Path) -> Path:
     if not str(path).startswith("~"):
         return Path(path)
     expanded = os.path.expanduser(path)
-    if expanded.startswith("~") or not os.path.isabs(expanded):
+    has_home = str(path).partition("/")[0] != "~" or os.environ.get("HOME") != ""
+    if not has_home or expanded.startswith("~") or not os.path.isabs(expanded):
         who = "this user has no home folder" if str(path).partition("/")[0] == "~" else "there is no such user here"
         raise UserError(f"found {path}, but {who}. Write the whole path, or set HOME.")
     return Path(expanded)

@@ -10,11 +10,12 @@ import io
 import struct
 import warnings
 import zlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from mirl_dist.data.degradations.degrade import Pixels
 
@@ -41,7 +42,29 @@ ENDINGS = (
 )
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "YCbCr")
 # Exceptions that Pillow raises for damaged files; found by truncating and overwriting files of every supported format.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
+DAMAGE = (
+    *(
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        LookupError,
+        ArithmeticError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ),
+    *(struct.error, zlib.error),
+)
+_TURNS = {  # EXIF orientation -> what makes the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 SAME_COLOUR = 2  # levels of 255: a profile that moves no colour of a grid further is sRGB in all but name
 SAME_GAMMA = 0.05  # relative: libpng's own threshold for leaving pixels alone
 _SRGB_PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
@@ -99,20 +122,24 @@ def decode(data: bytes) -> Decoded:
     channel, CMYK or transparency are refused, because their 8-bit RGB is ambiguous.
     """
     try:
-        with Image.open(io.BytesIO(_without_text(data)), formats=FORMATS) as image:
-            bits = _bits_per_channel(image, data)
+        Image.init()  # an older Pillow, or one built without a library, lacks some of FORMATS
+        plain = _without_text(data)
+        with Image.open(io.BytesIO(plain), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            bits = _bits_per_channel(image, plain)
             if bits > 8:
                 raise ImageRefused(f"has {bits} bits per channel; save it with 8")
             if image.mode not in MODES:
                 raise ImageRefused(f"has Pillow's mode '{image.mode}'; save it as 8-bit RGB")
-            notes = ["turned upright"] if image.getexif().get(0x0112, 1) in range(2, 9) else []
+            turn = _TURNS.get(image.getexif().get(0x0112, 1))
+            notes = [] if turn is None else ["turned upright"]
             frames = getattr(image, "n_frames", 1)
             if frames > 1:
                 notes.append("first of several frames or pages")
             image.load()
             if image.mode in ("1", "L", "LA"):
                 notes.append("grey, used as RGB")
-            pixels, note = _to_srgb(ImageOps.exif_transpose(image))
+            is_turned = image.format == "TIFF"  # by Pillow, on loading
+            pixels, note = _to_srgb(image if turn is None or is_turned else image.transpose(turn))
             return Decoded(pixels, (*notes, *note))
     except UnidentifiedImageError:
         raise ImageRefused("is empty" if not data else "is not an image that Pillow can read") from None
@@ -180,6 +207,7 @@ def _to_srgb(image: Image.Image) -> tuple[Pixels, tuple[str, ...]]:
         rgba = np.array(image.convert("RGBA"))
         if rgba[..., 3].min() != 255:
             raise ImageRefused("has transparent pixels; save it as RGB without alpha")
+        image = Image.fromarray(rgba[..., :3])
     if info.get("icc_profile"):
         return _apply_profile(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"), info["icc_profile"])
     pixels = np.array(image.convert("RGB"))
@@ -198,19 +226,26 @@ def _to_srgb(image: Image.Image) -> tuple[Pixels, tuple[str, ...]]:
 def _apply_profile(image: Image.Image, profile: bytes) -> tuple[Pixels, tuple[str, ...]]:
     """Convert from an ICC profile to sRGB; leave the pixels alone if the profile is sRGB within SAME_COLOUR levels."""
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source.profile.xcolor_space.strip() != ("GRAY" if image.mode == "L" else "RGB"):
-            image = image.convert("L" if source.profile.xcolor_space.strip() == "GRAY" else "RGB")
-        convert: Any = ImageCms.buildTransform(
-            source, ImageCms.createProfile("sRGB"), image.mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC
-        )
-        grid = _colour_grid().convert(image.mode)
-        moved = np.array(convert.apply(grid), np.int16) - np.array(grid.convert("RGB"), np.int16)
-        if np.abs(moved).max() <= SAME_COLOUR:
+        convert = _conversion(profile, image.mode)
+        if convert is None:
             return np.array(image.convert("RGB")), ()
         return np.array(convert.apply(image)), ("colour profile converted to sRGB",)
     except (ImageCms.PyCMSError, *DAMAGE) as error:
         raise ImageRefused(f"has a colour profile that cannot be applied ({error}); save it as sRGB") from None
+
+
+@lru_cache(8)  # the images of a set mostly share one
+def _conversion(profile: bytes, mode: str) -> Any:
+    """Return the conversion of images of a mode ('L' or 'RGB') to sRGB, or None for a profile that is sRGB itself."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    space = source.profile.xcolor_space.strip()
+    if space != {"L": "GRAY", "RGB": "RGB"}[mode]:
+        raise ValueError(f"it is for {space} and the image is {mode}")
+    target, intent = ImageCms.createProfile("sRGB"), ImageCms.Intent.RELATIVE_COLORIMETRIC
+    convert: Any = ImageCms.buildTransform(source, target, mode, "RGB", intent)
+    grid = _colour_grid().convert(mode)
+    moved = np.array(convert.apply(grid), np.int16) - np.array(grid.convert("RGB"), np.int16)
+    return None if np.abs(moved).max() <= SAME_COLOUR else convert
 
 
 def _colour_grid() -> Image.Image:

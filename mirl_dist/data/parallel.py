@@ -181,16 +181,23 @@ def next_item(items: Iterator[Any]) -> Any:
     try:
         return next(items, None)
     except RuntimeError as error:
-        if not _LOADER_DIED.search(str(error)):
+        if (fault := loader_fault(error)) is None:
             raise
-        pid = re.search(r"pid\(?s?\)? ([\d, ]+)", str(error))
-        how = re.search(r"killed by signal: (\w+)|(bus error)", str(error))
-        fate = f"was {how[0]}" if how and how[1] else "died of a bus error" if how else "has died"
-        raise UserError(
-            f"data.workers: the loader process {pid[1] if pid else 'of this rank'} {fate}, as happens when "
-            "the system runs out of memory (see dmesg), or when /dev/shm is full "
-            f"({_free_shared_memory()}). Lower data.workers, or enlarge /dev/shm (docker: --shm-size)."
-        ) from None
+        raise fault from None
+
+
+def loader_fault(error: RuntimeError) -> UserError | None:
+    """Return the fault that torch reports for a dead loader process, at any place of the main thread; else None."""
+    if not _LOADER_DIED.search(str(error)):
+        return None
+    pid = re.search(r"pid\(?s?\)? ([\d, ]+)", str(error))
+    how = re.search(r"killed by signal: (\w+)|(bus error)", str(error))
+    fate = f"was {how[0]}" if how and how[1] else "died of a bus error" if how else "has died"
+    return UserError(
+        f"data.workers: the loader process {pid[1] if pid else 'of this rank'} {fate}, as happens when the system runs "
+        f"out of memory (see dmesg), or when /dev/shm is full ({_free_shared_memory()}). Lower data.workers, or enlarge "
+        "/dev/shm (docker: --shm-size)."
+    )
 
 
 def _free_shared_memory() -> str:

@@ -142,15 +142,16 @@ def _without_prefix(network: str, tensors: dict[str, Tensor]) -> tuple[dict[str,
 
 def _as_float32(network: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors in float32, and which were of another precision. Raises UserError for NaN and infinity."""
-    bad = [repr(name) for name, t in tensors.items() if t.dtype.is_floating_point and not bool(t.isfinite().all())]
+    wide = {name: t.float() if t.dtype.is_floating_point else t for name, t in tensors.items()}
+    bad = [repr(name) for name, t in wide.items() if t.dtype.is_floating_point and not bool(t.isfinite().all())]
     if bad:
+        names = _list_names("tensors with NaN or infinite values in float32", bad)
         raise UserError(
-            f"found {_list_names('tensors with NaN or infinite values', bad)}, where an official checkpoint of "
-            f"{network!r} was read. Its training diverged, or the file is damaged: use another checkpoint."
+            f"found {names}, where an official checkpoint of {network!r} was read. Its training diverged, or the file is damaged: use another checkpoint."
         )
     kinds = Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.dtype.is_floating_point)
     notes = [f"converted to float32: {n} tensors of {kind}" for kind, n in sorted(kinds.items()) if kind != "float32"]
-    return {n: t.float() if t.dtype.is_floating_point else t for n, t in tensors.items()}, notes
+    return wide, notes
 
 
 def _list_names(kind: str, names: Sequence[str]) -> str:

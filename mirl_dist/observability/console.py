@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import sys
+import unicodedata
 
 LOGGER = logging.getLogger("mirl_dist")
 NOTE, FAULT = logging.DEBUG + 5, logging.WARNING + 5
@@ -44,10 +45,14 @@ class _TerminalHandler(LockFreeHandler):
 def printable(text: str) -> str:
     """Escape what would steer a terminal, and line ends inside the words of this command line (names of files)."""
     for word in sys.argv[1:]:
-        if word and not word.isprintable():
+        if word.strip() and not word.isprintable():
             for name in (word, os.path.basename(word), os.path.splitext(os.path.basename(word))[0]):
-                text = text.replace(name, ascii(name)[1:-1] if name else "")
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+                text = text.replace(name, _escape(name)) if name.strip() else text
+    return "".join(c if c in "\n\t" else _escape(c) for c in text)
+
+
+def _escape(text: str) -> str:
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else ascii(c)[1:-1] for c in text)
 
 
 logging.addLevelName(NOTE, "NOTE")

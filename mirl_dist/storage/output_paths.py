@@ -57,10 +57,14 @@ def _check_replaced(out: Path, option: str, overwrite: bool, reads: Iterable[str
     """Raise UserError if writing `out` would replace an input, a file of a run, or, unless `overwrite`, any file."""
     if not os.path.lexists(out):
         return
+    if out.is_dir():
+        raise UserError(f"{option}: found {out}, which is a folder, where a file is to be written. Move it away.")
     for path in map(Path, reads):
         with contextlib.suppress(OSError):
             if out.samefile(path):
                 raise UserError(f"{option}: {out} is {path}, which this command reads. Choose another place.")
+            if path.is_dir() and path.resolve() in out.resolve().parents:
+                raise UserError(f"{option}: {out} is in {path}, which this command reads. Choose a place outside.")
     for folder in out.resolve().parents:
         if (folder / _RUN_FILE).is_file():
             raise UserError(f"{option}: {out} is a file of the run in {folder}. Choose a place outside the run.")

@@ -176,7 +176,8 @@ def _fault_of_settings(error: Exception, server: Callable[[], str]) -> str | Non
         return f"on {server()} is asked for through a proxy that is not there. Add {server()} to NO_PROXY."
     host = _host_of_error(error).partition(":")[0]
     region = re.fullmatch(r"(?:.+\.)?s3[.-]([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?", host)
-    if isinstance(error, known.EndpointConnectionError) and region and not _is_region(region[1]):
+    is_name = region is not None and region[1] not in ("accelerate", "external-1")
+    if isinstance(error, known.EndpointConnectionError) and region and is_name and not _is_region(region[1]):
         return f"is not known: is there a region '{region[1]}'? {_REGION}"
     return None
 
@@ -200,7 +201,8 @@ def _error_of_response(location: str, needs: RequiredRights, answer: dict[str, A
         return Unavailable(f"{text}. {_REMEDIES.get(code, CHECK_SERVER)}")
     if code.startswith("KMS."):
         return Rejected(f"{text}. Check the encryption's key (store.kms_key) and the right to use it.")
-    if "html" in str(answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("content-type", "")).lower():
+    is_page = "html" in str(answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("content-type", "")).lower()
+    if is_page and status in (400, 401, 403, 407) and code in ("no code", str(status)):
         advice = "Correct the endpoint, or add its host to NO_PROXY."
         return Rejected(f"{text} with a web page, as a proxy or another kind of server does. {advice}")
     if status in (401, 403) and code not in _REMEDIES:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle  # for its error
+import struct
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ _OTHERS = (
 _ERRORS = (
     *(RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError),
     safetensors.SafetensorError,
-    zipfile.BadZipFile,
+    *(zipfile.BadZipFile, struct.error, ArithmeticError),
 )
 
 
@@ -39,7 +41,9 @@ def read(file: Path) -> dict[str, Any]:
         if _is_safetensors(head, size):
             return dict(safetensors.torch.load_file(file))
         _check_kind(file, head)
-        with file.open("rb") as stream:  # of a path, torch takes the name for the format
+        with file.open("rb") as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old formats
+            # Of a path instead of a stream, torch takes the name for the format.
             content = torch.load(stream, map_location="cpu", weights_only=True)
     except UserError:
         raise

@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -94,11 +95,20 @@ def _check_not_among_images(recipe: Recipe, store: Store) -> None:
     for _, image_set in recipe.sets():
         for folder in filter(None, (image_set.clean, image_set.degraded)):
             root = expand_folder(folder.folder).resolve()
-            if out == root or (root in out.parents and any("**" in glob for glob in folder.include)):
+            sheet = out / contact_sheet.NAME
+            if root in sheet.parents and any(_fits(sheet.relative_to(root), glob) for glob in folder.include):
                 raise UserError(
                     f"--out: found {out}, among the images of the set '{image_set.set}' in {root}: the next build "
                     "would take the contact sheet for one of them. Choose a folder outside."
                 )
+
+
+def _fits(path: Path, glob: str) -> bool:
+    """Whether a glob of `include` could name a relative path; ** may stand for any folders."""
+    names = glob.split("/")
+    if "**" in names:
+        return True
+    return len(names) == len(path.parts) and all(map(fnmatchcase, path.parts, names))
 
 
 def _check_writable(store: Store, name: str, group: WorkerGroup, progress: ProgressCallback) -> None:

@@ -95,14 +95,15 @@ def _list_files(folder: ImageFolder, *, is_counted: bool) -> dict[str, Path]:
         )
     images: dict[str, Path] = {}
     for glob in folder.include:
-        before = len(images)
+        is_matched = False
         for path in root.glob(glob):
             name = path.relative_to(root).as_posix()
             is_hidden = any(part.startswith(".") for part in Path(name).parts)
             is_excluded = any(fnmatchcase(name, pattern) for pattern in folder.exclude)
             if path.suffix.lower() in ENDINGS and not is_hidden and not is_excluded and not path.is_dir():
                 images[name] = path
-        if len(images) == before and not is_counted:
+                is_matched = True
+        if not is_matched and not is_counted:
             raise UserError(
                 f"no image in {printable(root)} fits '{glob}'. Put images there ({', '.join(ENDINGS)}), or correct "
                 "'include' in the recipe ('**/*' looks at all depths; linked folders must be named)."
@@ -118,15 +119,14 @@ def _list_files(folder: ImageFolder, *, is_counted: bool) -> dict[str, Path]:
 def find_unused(recipe: Recipe, used: Collection[Path]) -> list[str]:
     """Return a line for each image folder of a recipe that holds files which no set uses: how many, by reason."""
     folders = [f for _, one in recipe.sets() for f in (one.clean, one.degraded) if f is not None]
+    parents = {parent for path in used for parent in path.parents}
     lines = []
     for root in sorted({expand_folder(folder.folder) for folder in folders}):
         reasons: Counter[str] = Counter()
         for at, names, files in os.walk(root):
             names[:] = [name for name in names if not name.startswith(".")]
             links = [Path(at, name) for name in names if Path(at, name).is_symlink()]
-            reasons["linked folders, which ** does not enter"] += sum(
-                not any(link in path.parents for path in used) for link in links
-            )
+            reasons["linked folders, which ** does not enter"] += sum(link not in parents for link in links)
             reasons.update(_why_unused(name) for name in files if Path(at, name) not in used)
         texts = [f"{count:,} {reason}" for reason, count in reasons.most_common() if count]
         if texts:

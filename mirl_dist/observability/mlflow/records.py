@@ -172,7 +172,8 @@ def check_uri(uri: str) -> None:
 
     Also for credentials in MLflow's environment variables that no header can carry.
     """
-    credentials.check_variables(f"MLFLOW_TRACKING_{word}" for word in ("USERNAME", "PASSWORD", "TOKEN"))
+    credentials.check_variables(("MLFLOW_TRACKING_TOKEN",))
+    credentials.check_variables(("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"), is_encoded=True)
     kind, is_url, rest = uri.partition("://")
     place, *query = re.split("[?#]", rest, maxsplit=1)
     if not is_url or (place.startswith("/") and not _is_web(kind)):

@@ -65,7 +65,7 @@ def test_other_addresses_have_no_lock(uri: str, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.long
-def test_an_experiment_that_was_deleted_and_a_schema_of_another_version_name_their_remedies(tmp_path: Path) -> None:
+def test_a_deleted_experiment_and_a_schema_of_another_version_name_their_remedies(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
