@@ -423,7 +423,7 @@ def test_records_that_a_folder_knows_are_not_inherited_again_in_commit_order(tmp
     assert steps_of(turned.pending_lines()) == [7, 5, 4, 6, 5, 4, 3, 2]
 
 
-def test_records_that_wait_in_memory_keep_their_place_before_later_ones_of_the_folder(
+def test_records_that_waited_in_memory_stay_before_later_ones_of_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = new_outbox(tmp_path)
