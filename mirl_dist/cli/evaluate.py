@@ -67,6 +67,7 @@ def print_scores(
 
     Local paths in a ticket file are ignored in favour of this user's own; packed tickets contain none.
     """
+    output_paths.check_file(table, "--table", overwrite=overwrite, reads=[reference])
     opened = open_ticket(reference)
     config, ticket = opened.config, opened.ticket()
     if isinstance(opened, FileTicket):
@@ -77,13 +78,9 @@ def print_scores(
         config = portable(config)
     settings = _settings(config, options)
     address = shards_address or config.data.shards
-    output_paths.check_file(table, "--table", overwrite=overwrite, reads=[reference, address])
+    output_paths.check_file(table, "--table", overwrite=overwrite, reads=[address])
     shards = Shards(open_configured(config.store, address))
-    tasks = tuple(Task.of(name) for name in config.data.mix)
-    sets = config.evaluate.sets if shards_address is None else None
-    jobs = evaluate.plan_jobs(shards, tasks, sets, by=settings.protocols)
-    if not jobs:
-        raise UserError(f"{shards.store.where()} holds no evaluation images for {', '.join(t.name for t in tasks)}.")
+    jobs = _plan_jobs(config, shards, config.evaluate.sets if shards_address is None else None, settings)
     model = network(config, opened.trained_weights())
     ranks = Ranks(device=config.train.device)
     pool = dataloaders.shard_pool_of(config, shards, "evaluate", stop_requested=lambda: False)
@@ -100,6 +97,16 @@ def print_scores(
             if table is not None:
                 progress.say(f"scores of each image: {table}")
     ranks.close()
+
+
+def _plan_jobs(
+    config: Config, shards: Shards, sets: Sequence[str] | None, settings: evaluate.EvalSettings
+) -> list[evaluate.EvalJob]:
+    tasks = tuple(Task.of(name) for name in config.data.mix)
+    jobs = evaluate.plan_jobs(shards, tasks, sets, by=settings.protocols)
+    if not jobs:
+        raise UserError(f"{shards.store.where()} holds no evaluation images for {', '.join(t.name for t in tasks)}.")
+    return jobs
 
 
 def _print_tables(title: str, settings: evaluate.EvalSettings, scored: evaluate.EvalResult) -> None:

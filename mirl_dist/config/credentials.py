@@ -23,13 +23,8 @@ def check_variables(names: Iterable[str], *, is_encoded: bool = False) -> None:
         value = os.environ.get(name, "")
         refused = next((c for c in value if (c in "\r\n" if is_encoded else not ("!" <= c <= "~"))), None)
         if refused is not None:
-            what = (
-                "a line end"
-                if refused in "\r\n"
-                else "white space"
-                if refused.isspace()
-                else "a character outside ASCII"
-            )
+            kinds = {"\r": "a line end", "\n": "a line end"}
+            what = kinds.get(refused, "white space" if refused.isspace() else "a character outside ASCII")
             raise UserError(
                 f"{name}: found {what} in its value, of {len(value)} characters. Set it again without (a file's last "
                 "line end is a common cause)."

@@ -194,8 +194,8 @@ def loader_fault(error: RuntimeError) -> UserError | None:
     how = re.search(r"killed by signal: (\w+)|(bus error)", str(error))
     fate = f"was {how[0]}" if how and how[1] else "died of a bus error" if how else "has died"
     return UserError(
-        f"data.workers: the loader process {pid[1] if pid else 'of this rank'} {fate}, as happens when the system runs "
-        f"out of memory (see dmesg), or when /dev/shm is full ({_free_shared_memory()}). Lower data.workers, or enlarge "
+        f"data.workers: the loader process {pid[1] if pid else 'of this rank'} {fate}, as happens when the system "
+        f"runs out of memory (see dmesg), or when /dev/shm is full ({_free_shared_memory()}). Lower data.workers, or enlarge "
         "/dev/shm (docker: --shm-size)."
     )
 

@@ -147,7 +147,8 @@ def _as_float32(network: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Ten
     if bad:
         names = _list_names("tensors with NaN or infinite values in float32", bad)
         raise UserError(
-            f"found {names}, where an official checkpoint of {network!r} was read. Its training diverged, or the file is damaged: use another checkpoint."
+            f"found {names}, where an official checkpoint of {network!r} was read. Its training diverged, or the file "
+            "is damaged: use another checkpoint."
         )
     kinds = Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.dtype.is_floating_point)
     notes = [f"converted to float32: {n} tensors of {kind}" for kind, n in sorted(kinds.items()) if kind != "float32"]
