@@ -195,8 +195,8 @@ def loader_fault(error: RuntimeError) -> UserError | None:
     fate = f"was {how[0]}" if how and how[1] else "died of a bus error" if how else "has died"
     return UserError(
         f"data.workers: the loader process {pid[1] if pid else 'of this rank'} {fate}, as happens when the system "
-        f"runs out of memory (see dmesg), or when /dev/shm is full ({_free_shared_memory()}). Lower data.workers, or enlarge "
-        "/dev/shm (docker: --shm-size)."
+        f"runs out of memory (see dmesg), or when /dev/shm is full ({_free_shared_memory()}). Lower data.workers, or "
+        "enlarge /dev/shm (docker: --shm-size)."
     )
 
 

@@ -93,6 +93,8 @@ def test_a_user_without_an_entry_or_a_home_gets_an_error(path: str, monkeypatch:
 @pytest.mark.parametrize("end", ["\n", "\r\n", " "])
 def test_a_secret_with_a_line_end_is_refused_and_never_shown(lab: Any, name: str, end: str, tmp_path: Path) -> None:
     secret = "hunter2hunter2"
+    if end == " " and name.endswith("PASSWORD"):
+        pytest.skip("a password may end in a space")
     env = {name: secret + end, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_TRACKING_USERNAME": "me"}
     sets = ["--set", "tracking.enabled=true"]
     for command in (

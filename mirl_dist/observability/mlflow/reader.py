@@ -142,7 +142,8 @@ def _client(address: str, *, makes: bool = False) -> Iterator[Any]:
     try:
         with one_at_a_time(address):
             client = MlflowClient(tracking_uri=address)
-            client.search_experiments(max_results=1)  # creates the tables of a new database
+            if address.startswith("sqlite"):
+                client.search_experiments(max_results=1)  # creates the tables of a new database
         yield client
     except UserError:
         raise
