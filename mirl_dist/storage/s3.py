@@ -84,10 +84,10 @@ class S3Store:
             self._put_object(name, data, {**marked, "IfNoneMatch": "*"})
         except AlreadyExists:
             return self._is_own_write(name, marked)
-        except NotSupported:
+        except NotSupported as error:
             raise NotSupported(
-                f"{self.where(name)}: this server does not know conditional writes (If-None-Match), by which one of "
-                "several launches takes a run. Use a store that does (AWS S3, Ceph, MinIO), or a folder."
+                f"{error} Conditional writes (If-None-Match), by which one of several launches takes a run, are known to "
+                "AWS S3, Ceph and MinIO."
             ) from None
         return True
 

@@ -370,7 +370,7 @@ def test_missing_credentials_are_named(proxy: FaultyProxy, bucket: str, monkeypa
         (401, "Unauthorized", "This needs the right"),
         (400, "AuthorizationHeaderMalformed", "Set AWS_DEFAULT_REGION"),
         (400, "KMS.DisabledException", r"Check the encryption's key \(store\.kms_key\) and the right to use it"),
-        (501, "NotImplemented", "this server does not know conditional writes"),
+        (501, "NotImplemented", "It cannot do this: use another, or leave out store.encryption"),
         (418, f"a teapot {SECRET}", "no code .HTTP 418.. Check the endpoint"),
     ],
 )
