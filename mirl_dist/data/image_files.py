@@ -71,6 +71,7 @@ _SRGB_PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 
 # Large photographs are decoded on purpose; beyond twice this limit Pillow raises an error, which is reported.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about tags of files; pixels are checked
 
 
 class ImageRefused(Exception):

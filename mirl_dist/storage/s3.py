@@ -86,8 +86,8 @@ class S3Store:
             return self._is_own_write(name, marked)
         except NotSupported as error:
             raise NotSupported(
-                f"{error} Conditional writes (If-None-Match), by which one of several launches takes a run, are known to "
-                "AWS S3, Ceph and MinIO."
+                f"{error} Conditional writes (If-None-Match), by which one of several launches takes a "
+                "run, are known to AWS S3, Ceph and MinIO."
             ) from None
         return True
 

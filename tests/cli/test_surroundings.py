@@ -104,3 +104,11 @@ def test_a_secret_with_a_line_end_is_refused_and_never_shown(lab: Any, name: str
         ended = lab.start(*command, cwd=tmp_path, env=env).wait()
         assert secret not in ended.out + ended.err, command
         assert f"{name}: found " in ended.out + ended.err, ended.said()
+
+
+def test_one_launcher_for_each_node_of_a_slurm_step_is_no_fault(lab: Any, tmp_path: Path) -> None:
+    launch = str(Path(__file__).parents[2] / "launch" / "nodes_static.yaml")
+    env = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0"}
+    ended = lab.start(*lab.train(tmp_path), "--launch", launch, cwd=tmp_path, env=env).wait()
+    assert "main_process_ip is missing" in only_line(ended), "the launch file is read"
+    assert "srun started 2 tasks" in only_line(lab.start(*lab.train(tmp_path), cwd=tmp_path, env=env).wait())

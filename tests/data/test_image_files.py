@@ -1,5 +1,6 @@
 """Image files decode to what a viewer shows, or are refused; never to other pixels in silence."""
 
+import contextlib
 import io
 import os
 import struct
@@ -202,3 +203,21 @@ def test_files_of_the_field_are_what_a_viewer_shows(name):
     viewer = CASES / f"{Path(name).stem}_viewer.png"
     shown = Image.open(viewer if viewer.exists() else CASES / "plain.png").convert("RGB")
     assert np.array_equal(decode((CASES / name).read_bytes()).pixels, np.asarray(shown))
+
+
+def test_a_profile_for_grey_in_a_colour_image_is_refused() -> None:
+    grey = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+    with pytest.raises(ImageRefused, match="colour profile that cannot be applied .it is for XYZ and the image is RGB"):
+        decode(save(format="PNG", icc_profile=grey))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF"])
+def test_damaged_files_decode_or_are_refused_and_nothing_else(form: str) -> None:
+    data, draw = save(format=form), np.random.default_rng(0)
+    for _ in range(60):
+        spoilt = bytearray(data)
+        for place in draw.integers(0, len(data), 4):
+            spoilt[place] = draw.integers(0, 256)
+        with contextlib.suppress(ImageRefused):
+            decode(bytes(spoilt))
