@@ -82,7 +82,7 @@ def test_an_image_that_does_not_fit_into_memory_is_restored_in_tiles_or_named(re
             capture_output=True,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30)),
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30)),
             check=False,
         )
 
