@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pytest
 
 from mirl_dist.storage import NotFound, Rejected, Unavailable, open_store
-from mirl_dist.storage.http import HttpStore
+from mirl_dist.storage.http import HttpStore, parse_date
 from mirl_dist.storage.retry import Patience, download
 from tests.services.faulty_proxy import FORBIDDEN, SLOW_DOWN, FaultyProxy, answer
 
@@ -277,3 +277,19 @@ def test_addresses_with_keys_or_queries_are_refused_and_not_repeated(address: st
 def test_a_web_store_travels_to_other_processes() -> None:
     copy = pickle.loads(pickle.dumps(HttpStore("http://127.0.0.1:1/x/")))
     assert copy.where("a") == "http://127.0.0.1:1/x/a"
+
+
+@pytest.mark.parametrize(
+    "header, hour",
+    [
+        ("Tue, 01 Dec 2026 07:00:00 GMT", 7),
+        ("Tue, 01 Dec 2026 07:00:00 -0000", 7),
+        ("Tue, 01 Dec 2026 07:00:00 GMT, Tue, 01 Dec 2026 08:00:00 GMT", 7),
+        ("1 Foo 2026", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_odd_dates_of_a_server_are_none(header: str | None, hour: int | None) -> None:
+    date = parse_date(header)
+    assert (date and date.hour) == hour and (date is None or date.tzinfo is not None)
