@@ -14,7 +14,10 @@ import runpy
 import signal
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # scripts of the suite import the suite
 
 
 def become(ask: dict[str, Any], rank: int) -> None:
