@@ -93,7 +93,8 @@ def test_an_image_that_does_not_fit_into_memory_is_restored_in_tiles_or_named(re
     tiled = run("tiled")
     assert tiled.returncode == 0, tiled.stderr
     assert "large.png (1400x1400) is restored in tiles of" in tiled.stdout
-    assert Image.open(tmp_path / "tiled" / "large.png").size == (1400, 1400)
+    with Image.open(tmp_path / "tiled" / "large.png") as image:
+        assert image.size == (1400, 1400)
 
 
 def recipe(tmp_path: Path, **changes: Any) -> str:

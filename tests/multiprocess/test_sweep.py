@@ -233,7 +233,7 @@ def test_slurm_gets_an_array_of_what_has_not_finished(lab: Any, story: Story, tm
 
 
 def test_slots_that_start_at_once_share_a_new_mlflow_database(lab: Any, tmp_path: Path) -> None:
-    shared = {"prune.rounds": 0, "train.epochs": 1, "tracking.enabled": True}
+    shared = {"prune.rounds": 0, "train.epochs": 2, "tracking.enabled": True}
     write(lab, tmp_path, slots=2, seeds=[0], set=shared, compare={"pictures": False})
     ended = expect(0, sweep(lab, tmp_path).wait(300))
     assert "half-made" not in ended.err

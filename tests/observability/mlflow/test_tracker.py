@@ -569,7 +569,7 @@ assert mlflow.active_run() is None
         [sys.executable, "-c", story], cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["j", "mlartifacts", "mlflow.db"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["j", "mlartifacts", "mlflow.db", "mlflow.db.lock"]
 
 
 @pytest.mark.parametrize(
