@@ -238,6 +238,7 @@ def test_slots_that_start_at_once_share_a_new_mlflow_database(lab: Any, tmp_path
     ended = expect(0, sweep(lab, tmp_path).wait(300))
     assert "half-made" not in ended.err
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
-        runs = database.execute("SELECT name, status FROM runs WHERE name IN ('mirl-seed0', 'random-seed0')").fetchall()
+        runs = database.execute("SELECT name, status FROM runs WHERE name NOT LIKE '%round%'").fetchall()
         left = database.execute("SELECT name FROM sqlite_master WHERE name LIKE '%alembic_tmp%'").fetchall()
-    assert sorted(runs) == [("mirl-seed0", "FINISHED"), ("random-seed0", "FINISHED")] and not left
+    finished = {("trial/mirl-seed0", "FINISHED"), ("trial/random-seed0", "FINISHED")}
+    assert finished <= set(runs) and not left
