@@ -6,7 +6,8 @@ import contextlib
 import gc
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,6 @@ from mirl_dist.tickets.open import network, open_ticket
 
 AUTO, WHOLE = "auto", "none"
 AUTO_TILES = (1024, 512, 256, 128)  # pixels per side, tried in this order
-_COUNTED: dict[tuple[int, int], int] = {}
 _RESERVE = 1.25  # times the counted bytes: the allocator and the libraries need more than the tensors
 
 
@@ -55,9 +55,11 @@ def restore_files(images: list[Path], reference: str, out: Path, tile: str, *, o
         progress.say(f"{note} (images: {count})")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, folder = network(config, opened.trained_weights()).to(device), Folder(out)
+    # Counting takes seconds, and images mostly share a size.
+    count_bytes = cache(partial(memory.scoring_bytes, config.model.name, config.model.sizes()))
     with progress.bar("restoring", len(images)) as advance:
         for number, path in enumerate(images):
-            restored = _restore(model, path, device, sides, config)
+            restored = _restore(model, path, device, sides, config.evaluate.tile_overlap, count_bytes)
             data = io.BytesIO()
             Image.fromarray(np.round(restored * 255).astype(np.uint8)).save(data, "PNG")
             folder.put(f"{path.stem}.png", data.getvalue())
@@ -95,17 +97,22 @@ def _read(path: Path) -> Decoded:
 
 
 def _restore(
-    model: nn.Module, path: Path, device: torch.device, sides: tuple[int | None, ...], config: Config
+    model: nn.Module,
+    path: Path,
+    device: torch.device,
+    sides: tuple[int | None, ...],
+    overlap: int,
+    count_bytes: Callable[[int, int], int],
 ) -> evaluate.Image:
     """Restore one image with the first of the tile sides that fits into memory. Raises UserError if none does."""
     pixels = _read(path).pixels
     height, width = pixels.shape[:2]
     useful = [side for side in sides if side is None or len(sides) == 1 or side < max(height, width)]
-    for side in _likely_to_fit(useful, (height, width), device, config):
+    for side in _likely_to_fit(useful, (height, width), device, count_bytes):
         if side is not None and len(sides) > 1:
             progress.say(f"{path.name} ({width}x{height}) is restored in tiles of {side} pixels: memory is short")
         with contextlib.suppress(hardware.OutOfMemory), hardware.out_of_memory():
-            return evaluate.restore(model, pixels, device, side, config.evaluate.tile_overlap)
+            return evaluate.restore(model, pixels, device, side, overlap)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -117,7 +124,7 @@ def _restore(
 
 
 def _likely_to_fit(
-    sides: list[int | None], size: tuple[int, int], device: torch.device, config: Config
+    sides: list[int | None], size: tuple[int, int], device: torch.device, count_bytes: Callable[[int, int], int]
 ) -> Iterator[int | None]:
     """Yield the tile sides whose counted memory is free, and always the last one.
 
@@ -125,16 +132,8 @@ def _likely_to_fit(
     """
     for side in sides:
         height, width = (min(length, side or length) for length in size)
-        if side == sides[-1] or _counted_bytes(config, height, width) * _RESERVE <= _free_bytes(device):
+        if side == sides[-1] or count_bytes(height, width) * _RESERVE <= _free_bytes(device):
             yield side
-
-
-def _counted_bytes(config: Config, height: int, width: int) -> int:
-    """Count the bytes of restoring an image; only once for images of one size, because counting takes seconds."""
-    key = height, width
-    if key not in _COUNTED:
-        _COUNTED[key] = memory.scoring_bytes(config.model.name, config.model.sizes(), height, width)
-    return _COUNTED[key]
 
 
 def _free_bytes(device: torch.device) -> int:

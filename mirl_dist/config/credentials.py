@@ -31,10 +31,18 @@ def check_variables(names: Iterable[str], *, is_encoded: bool = False) -> None:
             )
 
 
-def mask(text: str, secrets: Iterable[str]) -> str:
-    """Replace secrets by ***: as they are, without the white space around them, escaped, and quoted for a URL."""
+def written_forms(secrets: Iterable[str]) -> list[str]:
+    """Return how texts may spell secrets: as they are, without white space around them, escaped, quoted for a URL.
+
+    Longest first, as one may contain another.
+    """
     forms = {form for secret in secrets for form in _forms(secret) if len(form) >= _SHORTEST}
-    for form in sorted(forms, key=len, reverse=True):  # longest first, as one may contain another
+    return sorted(forms, key=len, reverse=True)
+
+
+def mask(text: str, forms: Iterable[str]) -> str:
+    """Replace the forms of secrets (`written_forms`) by ***."""
+    for form in forms:
         text = text.replace(form, "***")
     return text
 

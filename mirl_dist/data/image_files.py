@@ -65,6 +65,7 @@ _TURNS = {  # EXIF orientation -> what makes the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
 SAME_COLOUR = 2  # levels of 255: a profile that moves no colour of a grid further is sRGB in all but name
 SAME_GAMMA = 0.05  # relative: libpng's own threshold for leaving pixels alone
 _SRGB_PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
@@ -152,12 +153,12 @@ def decode(data: bytes) -> Decoded:
 
 def _without_text(data: bytes) -> bytes:
     """Return a PNG file without its text chunks, whose size Pillow limits; other files are returned as they are."""
-    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+    if not data.startswith(b"\x89PNG\r\n\x1a\n") or not any(kind in data for kind in _PNG_TEXT):
         return data
     kept, at = [data[:8]], 8
     while at + 12 <= len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if data[at + 4 : at + 8] not in (b"tEXt", b"zTXt", b"iTXt"):
+        if data[at + 4 : at + 8] not in _PNG_TEXT:
             kept.append(data[at:end])
         at = end
     return b"".join(kept)
@@ -208,7 +209,7 @@ def _to_srgb(image: Image.Image) -> tuple[Pixels, tuple[str, ...]]:
         rgba = np.array(image.convert("RGBA"))
         if rgba[..., 3].min() != 255:
             raise ImageRefused("has transparent pixels; save it as RGB without alpha")
-        image = Image.fromarray(rgba[..., :3])
+        image = image.convert("L") if image.mode == "LA" else Image.fromarray(rgba[..., :3])
     if info.get("icc_profile"):
         return _apply_profile(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"), info["icc_profile"])
     pixels = np.array(image.convert("RGB"))

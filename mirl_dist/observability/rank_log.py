@@ -43,7 +43,8 @@ class _JsonFormatter(logging.Formatter):
         super().__init__()
         self._process = {"rank": rank, "world": int(os.environ.get("WORLD_SIZE", "1")), "host": platform.node()}
         self.phase = phase
-        self._secrets = [v for name, v in os.environ.items() if _SECRET_NAMES.search(name) and len(v) >= _LEAST_SECRET]
+        values = [v for name, v in os.environ.items() if _SECRET_NAMES.search(name) and len(v) >= _LEAST_SECRET]
+        self._secrets = credentials.written_forms(values)
         self.position: dict[str, float] = {}  # latest round and step
 
     def format(self, record: logging.LogRecord) -> str:

@@ -221,3 +221,14 @@ def test_damaged_files_decode_or_are_refused_and_nothing_else(form: str) -> None
             spoilt[place] = draw.integers(0, 256)
         with contextlib.suppress(ImageRefused):
             decode(bytes(spoilt))
+
+
+def test_an_opaque_grey_image_with_alpha_is_grey() -> None:
+    levels = np.full((8, 8), 128, np.uint8)
+    data, opaque = (
+        io.BytesIO(),
+        Image.merge("LA", (Image.fromarray(levels), Image.fromarray(np.full_like(levels, 255)))),
+    )
+    opaque.save(data, "PNG")
+    pixels, notes = decode(data.getvalue())
+    assert np.array_equal(pixels, np.repeat(levels[..., None], 3, axis=2)) and notes == ("grey, used as RGB",)

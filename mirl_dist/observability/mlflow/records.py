@@ -224,7 +224,7 @@ def redact(text: str, uri: str) -> str:
         secrets += [password, unquote(password), user if not password and _is_web(kind) else ""]
     secrets.append(rest.partition("?")[2].partition("#")[0])
     text = re.sub(r"(\w://)(?!/)\S+@", r"\1***@", text.replace(uri, redact_uri(uri)))
-    return credentials.mask(text, secrets)
+    return credentials.mask(text, credentials.written_forms(secrets))
 
 
 def database(uri: str) -> Path:
