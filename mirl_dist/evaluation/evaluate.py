@@ -202,7 +202,7 @@ def _score(
                 with hardware.out_of_memory():
                     restored = restore(model, image, device, tile, settings.tile_overlap, settings.precision)
             except hardware.OutOfMemory:
-                text = f"{job.name} {key} ({width}x{height} pixels) does not fit into the memory of this rank's device"
+                text = f"its {width}x{height} pixels do not fit into the memory of this rank's device"
                 smaller = tile // 2 if tile else 512
                 raise UserError(
                     f"{text}. Use tiles, which change scores slightly: evaluate.tile_pixels (or --tile) {smaller}."

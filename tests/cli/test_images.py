@@ -97,6 +97,37 @@ def test_an_image_that_does_not_fit_into_memory_is_restored_in_tiles_or_named(re
         assert image.size == (1400, 1400)
 
 
+@pytest.mark.long
+def test_an_evaluation_that_does_not_fit_into_memory_names_image_and_tile(
+    lab: Any, reference: Path, tmp_path: Path
+) -> None:
+    draw = np.random.default_rng(0)
+    for folder, side in (("train", 64), ("evaluate", 1400)):
+        (tmp_path / folder).mkdir()
+        pixels = draw.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / folder / f"{folder}.png")
+    sets = {f: [{"set": "big", "kind": "clean", "clean": {"folder": str(tmp_path / f)}}] for f in ("train", "evaluate")}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"name": "big", "least_pixels": 16} | sets))
+    shards = str(tmp_path / "shards")
+    lab.mirl("shards", "build", str(tmp_path / "recipe.yaml"), "--out", shards, "--workers", "1").ok()
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "mirl_dist", "evaluate", str(reference), "--shards", shards, *more],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2300 << 20, 2300 << 20)),
+            check=False,
+        )
+
+    whole = run()
+    assert whole.returncode == 2 and "Traceback" not in whole.stderr, whole.stderr
+    assert "denoise_25/big, image 'evaluate-big-" in whole.stderr, whole.stderr
+    assert "its 1392x1392 pixels do not fit into the memory" in whole.stderr and "(or --tile) 512" in whole.stderr
+    assert run("--tile", "512").returncode == 0
+
+
 def recipe(tmp_path: Path, **changes: Any) -> str:
     one = {"set": "mine", "kind": "derain"} | changes
     tree = {"name": "mine", "least_pixels": 16, "train": [one]}
