@@ -6,15 +6,22 @@ import contextlib
 import os
 import secrets
 import socket
+import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 
+from mirl_dist.errors import UserError
+from mirl_dist.observability.console import warn
+
 _DISTRIBUTED: Any = torch.distributed  # typed Any: some members are private or lack type stubs
 _LAUNCH_ID = "launch_id"
 _LONGEST_PAUSE_SECONDS = 0.25
+_QUIET_SECONDS = 30.0  # after that, a rank that waits for others at the start names them
+_NAME_SECONDS = 60.0  # how long a name server may take to learn the name of a node that has just started
 
 # Keeps destroyed groups alive. If a wrapped model held the last reference, freeing it would wait, while holding the
 # GIL, for a gloo thread that may need the GIL to free a tensor (torch 2.13): a finished rank would never exit.
@@ -67,11 +74,64 @@ def _join_under_launch_id(backend: str, timeout: timedelta) -> str:
     would read the addresses of the previous, dead ranks.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = open_store(*_master(), timeout, serve=rank == 0 and not store_is_the_launchers())
-    launch_id = rendezvous(_DISTRIBUTED.PrefixStore("mirl_dist", store), rank, world, timeout.total_seconds())
+    serve, seconds = rank == 0 and not store_is_the_launchers(), timeout.total_seconds()
+    with _remark_on_waiting(rank, world):
+        wait_for_store(*_master(), seconds, serve=serve)
+        store = open_store(*_master(), timeout, serve=serve)
+        launch_id = rendezvous(_DISTRIBUTED.PrefixStore("mirl_dist", store), rank, world, seconds)
     prefixed = _DISTRIBUTED.PrefixStore(launch_id, store)
     _DISTRIBUTED.init_process_group(backend, store=prefixed, rank=rank, world_size=world, timeout=timeout)
     return launch_id
+
+
+@contextlib.contextmanager
+def _remark_on_waiting(rank: int, world: int) -> Iterator[None]:
+    """Print what this rank waits for, and why, once the context has lasted for a while."""
+    host, port = _master()
+    timer = threading.Timer(
+        _QUIET_SECONDS,
+        warn,
+        [
+            f"mirl-dist, rank {rank}: waiting for the other ranks at {host}:{port} (found RANK={rank}, "
+            f"WORLD_SIZE={world}, MASTER_ADDR and MASTER_PORT in the environment). Start them, or unset these "
+            "variables to run alone."
+        ],
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def wait_for_store(host: str, port: int, seconds: float, *, serve: bool) -> None:
+    """Wait until the host's name is known and, unless this process is to serve it, the store answers.
+
+    torch waits for both inside a call in which Python handles no signal. Raise UserError if the name stays unknown,
+    RuntimeError if nothing answers within `seconds`.
+    """
+    start, pause = time.monotonic(), 0.05
+    while time.monotonic() - start < seconds:
+        try:
+            if serve:
+                socket.getaddrinfo(host, port)
+            else:
+                socket.create_connection((host, port), timeout=10).close()
+            return
+        except socket.gaierror as error:
+            if time.monotonic() - start > _NAME_SECONDS:
+                raise UserError(
+                    f"MASTER_ADDR: found '{host}' in the environment, whose address this node cannot find "
+                    f"({error.strerror}). Give the address of the node of rank 0, or unset RANK and WORLD_SIZE to run "
+                    "alone.",
+                    resumable=True,
+                ) from error
+        except OSError:
+            pass  # nobody listens there yet
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+    raise RuntimeError(f"waited {seconds:.0f} s at the start for rank 0, at {host}:{port}")
 
 
 def rendezvous(store: Any, rank: int, world: int, seconds: float) -> str:
