@@ -57,7 +57,7 @@ def restore_files(images: list[Path], reference: str, out: Path, tile: str, *, o
     hardware.keep_freed_memory()
     model, folder = network(config, opened.trained_weights()).to(device), Folder(out)
     # Counting takes seconds, and images mostly share a size.
-    count_bytes = cache(partial(memory.scoring_bytes, config.model.name, config.model.sizes(), kind=device.type))
+    count_bytes = cache(partial(memory.scoring_bytes, config.model.name, config.model.sizes()))
     with progress.bar("restoring", len(images)) as advance:
         for number, path in enumerate(images):
             restored = _restore(model, path, device, sides, config.evaluate.tile_overlap, count_bytes)
