@@ -77,6 +77,7 @@ def test_a_group_on_gpus_is_bound_to_the_gpu_of_the_rank(monkeypatch: pytest.Mon
         HashStore=torch.distributed.HashStore,
         get_rank=lambda: 0,
         get_world_size=lambda: 1,
+        ProcessGroupNCCL=SimpleNamespace(get_error=None),
     )
     monkeypatch.setattr(process_group, "_DISTRIBUTED", distributed)
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
