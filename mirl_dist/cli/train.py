@@ -58,6 +58,7 @@ def train(
 def _start_ranks(config: Config, launch: str, path: Path, sets: Sequence[str], resume: str, stop: StopSignal) -> bool:
     """Start the ranks for --launch and wait until they end; return False if this process alone should train."""
     from mirl_dist.cli.doctor import machine
+    from mirl_dist.distributed import hardware
     from mirl_dist.distributed.launch import launcher
     from mirl_dist.tickets.open import open_ticket
     from mirl_dist.training import preflight
@@ -65,6 +66,8 @@ def _start_ranks(config: Config, launch: str, path: Path, sets: Sequence[str], r
     file, options = launcher.choose(config, launch)
     if not options:
         return False
+    if config.train.device == "cuda" and not hardware.gpus():
+        raise UserError(hardware.choose_device("cuda").fault)
     findings = [("", machine.check_engine(file))]
     if file.nodes == 1:
         findings += [("main_process_port: ", finding) for finding in machine.check_port(file)]

@@ -5,14 +5,21 @@ from __future__ import annotations
 import concurrent.futures
 import socket
 import time
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from mirl_dist.distributed import process_group
+from mirl_dist.distributed.agreement import RankFacts
+from mirl_dist.distributed.hardware import DeviceChoice
 from mirl_dist.distributed.process_group import is_peer_loss, rendezvous
 from mirl_dist.errors import UserError
 from tests.services.processes import free_port
+
+FACTS = RankFacts.of_this_process(DeviceChoice(cpu=True), "ddp")
 
 
 def test_ranks_of_one_start_share_a_launch_id_in_a_store_full_of_earlier_ones() -> None:
@@ -22,7 +29,7 @@ def test_ranks_of_one_start_share_a_launch_id_in_a_store_full_of_earlier_ones() 
         with concurrent.futures.ThreadPoolExecutor() as threads:
             found = []
             for rank in (2, 1, 0):
-                found.append(threads.submit(rendezvous, store, rank, 3, 20))
+                found.append(threads.submit(rendezvous, store, rank, 3, 20, FACTS))
                 time.sleep(0.02)  # rank 0 last: the others find an old call first
         return {one.result() for one in found}
 
@@ -33,10 +40,63 @@ def test_ranks_of_one_start_share_a_launch_id_in_a_store_full_of_earlier_ones() 
 
 def test_ranks_that_never_come_are_named() -> None:
     with pytest.raises(RuntimeError, match="waited 0 s at the start for rank 1, 2$") as told:
-        rendezvous(torch.distributed.HashStore(), 0, 3, 0.05)
+        rendezvous(torch.distributed.HashStore(), 0, 3, 0.05, FACTS)
     assert is_peer_loss(told.value)
     with pytest.raises(RuntimeError, match="waited 0 s at the start for rank 0$"):
-        rendezvous(torch.distributed.HashStore(), 2, 3, 0.05)
+        rendezvous(torch.distributed.HashStore(), 2, 3, 0.05, FACTS)
+
+
+def test_all_ranks_are_refused_with_one_text_if_one_of_them_differs() -> None:
+    store = torch.distributed.HashStore()
+    facts = [FACTS, FACTS._replace(host="odd", engine="fsdp"), FACTS]
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        calls = [threads.submit(rendezvous, store, rank, 3, 20, facts[rank]) for rank in range(3)]
+        errors = [call.exception(timeout=20) for call in calls]
+    assert all(isinstance(error, UserError) and error.everywhere for error in errors)
+    (text,) = {str(error) for error in errors}
+    assert text.startswith("ranks differ in their engine: rank 1 (odd) has fsdp; rank 0 (")
+
+
+def test_a_rank_of_a_version_without_facts_is_named() -> None:
+    store = torch.distributed.HashStore()
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        call = threads.submit(rendezvous, store, 0, 2, 20, FACTS)
+        launch_id = store.get("launch_id").decode()
+        store.set(f"{launch_id}/1", "token")  # all that such a version registers
+        with pytest.raises(
+            UserError, match=r"differ in their version of mirl_dist: rank 1 \(\) has an older version; rank 0 \("
+        ):
+            call.result(timeout=20)
+
+
+def test_a_group_on_gpus_is_bound_to_the_gpu_of_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    distributed = SimpleNamespace(
+        init_process_group=lambda backend, **options: calls.append((backend, options["device_id"])),
+        is_initialized=lambda: False,
+        HashStore=torch.distributed.HashStore,
+        get_rank=lambda: 0,
+        get_world_size=lambda: 1,
+        ProcessGroupNCCL=SimpleNamespace(get_error=None),
+    )
+    monkeypatch.setattr(process_group, "_DISTRIBUTED", distributed)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(process_group.os, "environ", env := {"LOCAL_RANK": "3"})
+    facts = FACTS._replace(device="cuda", engine="fsdp")
+    joined = process_group.join_process_group(facts, timeout=timedelta(seconds=60))
+    gpu = torch.device("cuda", 3)
+    assert joined.device == gpu
+    assert calls == [gpu, ("nccl", gpu)], "the device is set before NCCL starts"
+    assert env["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+
+
+def test_an_error_of_nccl_is_read_from_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = torch._C._distributed_c10d.ErrorType
+    errors = [kinds.SUCCESS, kinds.COMM_ERROR]
+    backend = SimpleNamespace(get_error=lambda: errors.pop(0))
+    world = SimpleNamespace(_get_backend=lambda device: backend)
+    monkeypatch.setattr(process_group, "_DISTRIBUTED", SimpleNamespace(group=SimpleNamespace(WORLD=world)))
+    assert [process_group.find_connection_error() for _ in range(2)] == ["", "COMM_ERROR"]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def choose(config: Config, launch_option: str) -> tuple[LaunchFile, list[str]]:
     two if two divides it. Raise UserError for an empty option and as launch_file.read does.
     """
     if launch_option == "auto":
-        return _choose_for_machine(config, gpus=0 if config.train.device == "cpu" else hardware.gpus())
+        return _choose_for_machine(config, gpus=hardware.gpus_for(config.train.device))
     if not launch_option.strip():
         raise UserError("--launch: found an empty name. Give a file from launch/, or auto.")
     file = launch_file.read(Path(launch_option))
@@ -59,7 +59,7 @@ def launch(
     becomes 'auto', because restarted ranks find their own run, and the caller has checked it. Installs signal handlers:
     the caller's must be closed.
     """
-    environment.check_interfaces(os.environ)
+    environment.check_interfaces(os.environ, nccl=hardware.gpus_for(config.train.device) > 0)
     arguments = [*options, "--max_restarts", str(config.ranks.restarts), "--monitor_interval", "0.1"]
     arguments += ["-m", "mirl_dist", *command, "--resume", "auto" if resume == "never" else resume]
     for assignment in sets:
@@ -183,7 +183,7 @@ class _LaunchReporter:
 
 
 def _find_own_address(file: LaunchFile) -> str:
-    """Return this node's address on the route to node 0, and set GLOO_SOCKET_IFNAME to its interface.
+    """Return this node's address on the route to node 0, and let gloo and NCCL use its interface unless one is named.
 
     gloo would otherwise use the address of the host name, often 127.0.1.1. Node 0's name is resolved repeatedly for 60
     s, because the names of pods may not resolve at first. Raise UserError if there is no route to the address.
@@ -210,6 +210,7 @@ def _find_own_address(file: LaunchFile) -> str:
     for interface, addresses in psutil.net_if_addrs().items():
         if any(one.address.partition("%")[0] == address for one in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", str(interface))
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
     return address
 
 
