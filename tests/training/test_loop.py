@@ -23,8 +23,9 @@ from mirl_dist.errors import Stopped, UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.training import loop as train
 from mirl_dist.training import losses as objective
+from mirl_dist.training.progress import Progress
 from mirl_dist.training.schedule import rate
-from mirl_dist.training.state import Progress, TrainState
+from mirl_dist.training.state import TrainState
 
 TINY: dict[str, Any] = {
     "dim": 8,
