@@ -28,7 +28,7 @@ AWAITING = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "_uni
 """Operations whose result a host must wait for, in whole or for its shape."""
 
 
-RULES = [PruneConfig(0.2), PruneConfig(0.2, per="layer"), PruneConfig(0.3, floor=0.5)]
+RULES = [PruneConfig(0.2), PruneConfig(0.2, per="layer"), PruneConfig(0.2, floor=0.5)]
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def network(tensors: int = 40, equal: bool = False) -> tuple[dict[str, Tensor], 
 @pytest.mark.parametrize("many", [1, 1 << 18], ids=["guessed", "counted"])
 @pytest.mark.parametrize(
     "rule",
-    [PruneConfig(0.2), PruneConfig(0.2, per="layer"), PruneConfig(0.3, floor=0.5)],
+    [PruneConfig(0.2), PruneConfig(0.2, per="layer"), PruneConfig(0.2, floor=0.5)],
     ids=["global", "layer", "floor"],
 )
 def test_a_cut_on_a_device_is_that_of_a_cpu(
