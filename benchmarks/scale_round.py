@@ -14,8 +14,8 @@ BINS = 2048 + 1024 + 1024
 
 def words(tensors: int, *, own: bool, layers: bool = False, sampled: bool = False) -> int:
     """int64 that a rank gives to the gathers of one cut of that many tensors: a finite check and three counts per group
-    of competing tensors, and a sample's counts first where many weights go; where ranks own parts also the sizes of all,
-    before and after, and the ties of each group, if not all of them go."""
+    of competing tensors, after those of a sample where many weights go; where ranks own parts also the sizes of all,
+    before and after, and the ties of each group, if some of them stay."""
     groups = tensors if layers else 1
     return groups * (1 + BINS + BINS // 2 * sampled) + (2 * 2 * tensors + tensors) * own
 
