@@ -30,7 +30,7 @@ _WIDTHS = {0: 11, 11: 10, 21: 10}
 _FIRST_BINS, _FIRST_SHIFT = 1 << 11, 20
 
 
-class Part(NamedTuple):
+class CountedPart(NamedTuple):
     """Weights to count. values: flat float32; surviving: flat bool of as many, which of them count; None: all."""
 
     values: Tensor
@@ -89,12 +89,12 @@ class Histogram(NamedTuple):
     largest: int
 
 
-def count(parts: Sequence[Part], search: BitSearch) -> Histogram:
+def count(parts: Sequence[CountedPart], search: BitSearch) -> Histogram:
     """Return the histogram of a pass over the parts, all of which are on one device."""
     return count_on_cpu(parts, search) if on_cpu(part.values for part in parts) else count_on_device(parts, search)
 
 
-def count_on_cpu(parts: Iterable[Part], search: BitSearch) -> Histogram:
+def count_on_cpu(parts: Iterable[CountedPart], search: BitSearch) -> Histogram:
     """Compute `count` block by block. Memory: a few times BLOCK weights."""
     size, shift = 1 << search.width, 31 - search.known - search.width
     counts, largest = np.zeros(size, dtype=np.int64), 0
@@ -112,7 +112,7 @@ def count_on_cpu(parts: Iterable[Part], search: BitSearch) -> Histogram:
     return Histogram(torch.from_numpy(counts), largest)
 
 
-def count_on_device(parts: Iterable[Part], search: BitSearch) -> Histogram:
+def count_on_device(parts: Iterable[CountedPart], search: BitSearch) -> Histogram:
     """Compute `count` on the parts' device, with one transfer to the host. Memory: some 30 bytes for CHUNK weights.
 
     Bits are counted by sorting: unlike adding into bins it is deterministic on every device, and needs no wait.
@@ -135,14 +135,14 @@ def count_on_device(parts: Iterable[Part], search: BitSearch) -> Histogram:
     return Histogram(torch.diff(totals[:size], prepend=totals.new_zeros(1)), int(totals[size]))
 
 
-def sample(parts: Iterable[Part]) -> list[Part]:
+def sample(parts: Iterable[CountedPart]) -> list[CountedPart]:
     """Return every SAMPLED-th weight of each part, without copying."""
     places = slice(SAMPLED // 2, None, SAMPLED)
     large = (part for part in parts if part.values.numel() > SAMPLED // 2)
-    return [Part(values[places], None if mask is None else mask[places]) for values, mask in large]
+    return [CountedPart(values[places], None if mask is None else mask[places]) for values, mask in large]
 
 
-def count_near(parts: Sequence[Part], guess: Guess) -> tuple[Histogram, Sequence[Part]]:
+def count_near(parts: Sequence[CountedPart], guess: Guess) -> tuple[Histogram, Sequence[CountedPart]]:
     """Return the histogram of the first pass with what lies below and above the guess in the bins next to it, and the
     parts that the next passes have to read: on a CPU, copies of what lies in the guess, if that is little.
 
@@ -175,10 +175,10 @@ def count_near(parts: Sequence[Part], guess: Guess) -> tuple[Histogram, Sequence
         return histogram, parts
     near = np.concatenate(copies)
     near += np.int32(guess.begin)
-    return histogram, [Part(torch.from_numpy(near).view(torch.float32))]
+    return histogram, [CountedPart(torch.from_numpy(near).view(torch.float32))]
 
 
-def _count_near_on_device(parts: Iterable[Part], guess: Guess) -> Histogram:
+def _count_near_on_device(parts: Iterable[CountedPart], guess: Guess) -> Histogram:
     """Compute the histogram of `count_near` on the parts' device, with one transfer to the host."""
     edges = [0, *range(guess.first, guess.last + 2)]
     pieces = []
@@ -203,7 +203,7 @@ def keep_from(scores: Tensor, mask: Tensor, bits: int) -> Tensor:
     if not on_cpu([scores]):
         return (magnitude_bits(scores) >= bits).logical_and_(mask)
     kept, surviving = np.empty(mask.numel(), dtype=bool), mask.numpy()
-    for start, block in zip(range(0, kept.size, BLOCK), _blocks([Part(scores)]), strict=True):
+    for start, block in zip(range(0, kept.size, BLOCK), _blocks([CountedPart(scores)]), strict=True):
         here = slice(start, start + BLOCK)
         np.greater_equal(block[0], bits, out=kept[here])
         np.logical_and(kept[here], surviving[here], out=kept[here])
@@ -246,7 +246,7 @@ def magnitude_bits(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.int32) & _MAGNITUDE
 
 
-def _blocks(parts: Iterable[Part]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_] | None]]:
+def _blocks(parts: Iterable[CountedPart]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_] | None]]:
     """Yield the bits of magnitudes on the CPU, in memory that the next block overwrites, and which of them survive."""
     buffer = np.empty(BLOCK, dtype=np.int32)
     for values, surviving in parts:
@@ -269,7 +269,7 @@ def _with_prefix(bits: NDArray[np.int32], surviving: NDArray[np.bool_] | None, s
     return with_prefix
 
 
-def _groups(parts: Iterable[Part]) -> Iterator[Part]:
+def _groups(parts: Iterable[CountedPart]) -> Iterator[CountedPart]:
     """Yield the parts joined, or cut, to at most CHUNK weights: a few large kernels in place of many small ones."""
     group: list[tuple[Tensor, ...]] = []
     size = 0
@@ -277,9 +277,9 @@ def _groups(parts: Iterable[Part]) -> Iterator[Part]:
         tensors = [t.detach().reshape(-1) for t in part if t is not None]
         for pieces in zip(*(torch.split(t, CHUNK) for t in tensors), strict=True):
             if group and size + pieces[0].numel() > CHUNK:
-                yield Part(*map(torch.cat, zip(*group, strict=True)))
+                yield CountedPart(*map(torch.cat, zip(*group, strict=True)))
                 group, size = [], 0
             if pieces[0].numel():
                 group, size = [*group, pieces], size + pieces[0].numel()
     if group:
-        yield Part(*map(torch.cat, zip(*group, strict=True)))
+        yield CountedPart(*map(torch.cat, zip(*group, strict=True)))

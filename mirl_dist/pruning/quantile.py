@@ -19,9 +19,9 @@ from mirl_dist.pruning.magnitudes import (
     NOT_FINITE,
     SAMPLED,
     BitSearch,
+    CountedPart,
     Guess,
     Histogram,
-    Part,
     count,
     count_near,
     sample,
@@ -79,9 +79,8 @@ def kth_smallest(
     for name, part in parts.items():
         if part.dtype != torch.float32:
             raise TypeError(f"magnitudes of '{name}' are {part.dtype}; pass float32")
-    counted = [
-        Part(part.reshape(-1), surviving[name].reshape(-1) if surviving else None) for name, part in parts.items()
-    ]
+    masks = {name: surviving[name].reshape(-1) for name in parts} if surviving else {}
+    counted = [CountedPart(part.reshape(-1), masks.get(name)) for name, part in parts.items()]
     search = BitSearch(k)
     guess = _guess(counted, k, gather) if k >= _MANY else None
     if guess:
@@ -96,7 +95,7 @@ def kth_smallest(
     return Threshold(search.prefix, search.below, search.remaining, search.within)
 
 
-def _guess(parts: Sequence[Part], k: int, gather: Gather) -> Guess | None:
+def _guess(parts: Sequence[CountedPart], k: int, gather: Gather) -> Guess | None:
     """Return the bins of the first pass in which the k-th smallest magnitude lies, says a sample. A collective.
 
     None, on every rank, if these would be too many to be worth it.

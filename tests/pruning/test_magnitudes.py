@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirl_dist.pruning import magnitudes, quantile
 from mirl_dist.pruning import masks as masking
-from mirl_dist.pruning.magnitudes import BitSearch, Guess, Part, count_near, count_on_cpu, count_on_device
+from mirl_dist.pruning.magnitudes import BitSearch, CountedPart, Guess, count_near, count_on_cpu, count_on_device
 from mirl_dist.pruning.masks import Masks, dense_masks
 from mirl_dist.pruning.prune import PruneConfig, prune
 
@@ -61,12 +61,12 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def parts_of(numbers: Iterable[float], masked: bool) -> list[Part]:
+def parts_of(numbers: Iterable[float], masked: bool) -> list[CountedPart]:
     values = torch.tensor(list(numbers), dtype=torch.float32)
     mask = torch.arange(len(values)) % 3 != 1 if masked else None
     ends = (0, len(values) // 3, len(values) // 2, len(values))
     slices = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
-    return [Part(values[s], None if mask is None else mask[s]) for s in slices]
+    return [CountedPart(values[s], None if mask is None else mask[s]) for s in slices]
 
 
 @settings(max_examples=100, deadline=None)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mirl_dist.errors import UserError
 from mirl_dist.pruning import magnitudes, quantile
-from mirl_dist.pruning.magnitudes import BitSearch, Histogram, Part
+from mirl_dist.pruning.magnitudes import BitSearch, CountedPart, Histogram
 from mirl_dist.pruning.quantile import Gather, Threshold, kth_smallest
 
 T = TypeVar("T")
@@ -101,7 +101,7 @@ def test_a_guess_from_a_sample_right_or_wrong_changes_nothing(
 def test_a_guess_spares_reading_all_weights_three_times(rare: float, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
 
-    def counted(parts: Sequence[Part], search: BitSearch) -> Histogram:
+    def counted(parts: Sequence[CountedPart], search: BitSearch) -> Histogram:
         passes.append(sum(part.values.numel() for part in parts))
         return magnitudes.count(parts, search)
 
