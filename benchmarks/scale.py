@@ -32,9 +32,10 @@ from scale_ranks import part_of, processes
 from scale_round import Constants, plot, received, reduced, table, words
 
 from mirl_dist.pruning import masks as masking
+from mirl_dist.pruning.magnitudes import BitSearch, CountedPart, count, magnitude_bits
 from mirl_dist.pruning.partition import Partition
 from mirl_dist.pruning.prune import PruneConfig, PruneResult, count_to_remove, prune
-from mirl_dist.pruning.quantile import BitSearch, Gather, Threshold, magnitude_bits
+from mirl_dist.pruning.quantile import Gather, Threshold
 
 T = TypeVar("T")
 PIECE = 1 << 20
@@ -81,14 +82,14 @@ def search(weights: int, ranks: int, k: int, seed: int = 0) -> Found:
     """
     sample = drawn(0, seed)[:weights]
     first = BitSearch(max(1, k * len(sample) // weights))
-    guess = first.narrowed(first.counts(sample)).prefix
+    guess = first.narrowed(count([CountedPart(sample)], first).counts).prefix
     step, seconds, adding, place = BitSearch(k), torch.zeros(ranks, dtype=torch.float64), 0.0, 0
     kept, counts = list[tuple[int, Tensor]](), torch.empty(0)
     while step.width:
         counts = torch.zeros(ranks, 1 << step.width, dtype=torch.int64)
         for rank, part in kept if step.known else parts(weights, ranks, seed):
             began = time.perf_counter()
-            counts[rank] += step.counts(part)
+            counts[rank] += count([CountedPart(part)], step).counts
             if not step.known:
                 seconds[rank] += time.perf_counter() - began
                 kept.append((rank, beginning(part, guess)))
@@ -104,7 +105,9 @@ def search(weights: int, ranks: int, k: int, seed: int = 0) -> Found:
     allotted = (step.remaining - (equal.cumsum(0) - equal)).clamp(min=0).minimum(equal)  # as prune._cut_group
     within = magnitude_bits(torch.cat([part for _, part in kept])).numpy()
     by_sort = int(np.partition(within, place)[place])
-    return Found(Threshold(step.prefix, step.below, step.remaining), equal, allotted, seconds, adding, by_sort)
+    return Found(
+        Threshold(step.prefix, step.below, step.remaining, step.within), equal, allotted, seconds, adding, by_sort
+    )
 
 
 def beginning(part: Tensor, prefix: int) -> Tensor:

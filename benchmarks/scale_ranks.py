@@ -120,7 +120,8 @@ def processes(worlds: Sequence[int], runs: int) -> None:
         said = launched(world, runs)
         lean = launched(world, 2, MALLOC_MMAP_THRESHOLD_="131072")  # slow, but what is freed does not stay counted
         digests |= {said["digest"], lean["digest"]}
-        cuts = {way: received(world, words(said["tensors"], own=way == "dealt")) for way in ("replicas", "dealt")}
+        given = {way: words(said["tensors"], own=way == "dealt", sampled=True) for way in ("replicas", "dealt")}
+        cuts = {way: received(world, number) for way, number in given.items()}
         formula = cuts | {GATHERS: 50 * received(world, 2048), REDUCES: 50 * reduced(world, 2048)}
         for way, (wall, cpu, _, wire, _) in said["ways"].items():
             memory = ", ".join(f"{lean['ways'][way][i] / 1e6:.1f}" for i in (2, 4))

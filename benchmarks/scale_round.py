@@ -12,11 +12,12 @@ WORLDS = tuple(2**i for i in range(10))
 BINS = 2048 + 1024 + 1024
 
 
-def words(tensors: int, *, own: bool, layers: bool = False) -> int:
+def words(tensors: int, *, own: bool, layers: bool = False, sampled: bool = False) -> int:
     """int64 that a rank gives to the gathers of one cut of that many tensors: a finite check and three counts per group
-    of competing tensors; where ranks own parts also the sizes of all, before and after, and the ties of each group."""
+    of competing tensors, after those of a sample where many weights go; where ranks own parts also the sizes of all,
+    before and after, and the ties of each group, if some of them stay."""
     groups = tensors if layers else 1
-    return groups * (1 + BINS) + (2 * 2 * tensors + tensors) * own
+    return groups * (1 + BINS + BINS // 2 * sampled) + (2 * 2 * tensors + tensors) * own
 
 
 def received(ranks: int, given: int) -> int:
@@ -71,7 +72,7 @@ def phases(c: Constants, ranks: int, batch: float) -> dict[str, float]:
     steps, hops = c.samples / batch, (ranks - 1) * c.latency
     each = math.ceil(c.images / ranks) / c.images * c.megapixels
     forward = c.forward_share / c.samples_per_second / 64**2 * 1e6
-    counts = received(ranks, words(int(c.tensors), own=False)) / bandwidth(c, ranks) + 4 * hops
+    counts = received(ranks, words(int(c.tensors), own=False, sampled=True)) / bandwidth(c, ranks) + 4 * hops
     step = max(batch / ranks / c.samples_per_second, c.launches * c.launch_seconds)
     commits = steps / c.commit_every * c.snapshot_seconds + c.upload_seconds
     return {

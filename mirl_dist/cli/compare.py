@@ -21,8 +21,9 @@ from mirl_dist.observability.mlflow import reader
 from mirl_dist.storage import Folder, open_store, output_paths
 from mirl_dist.tickets import collect
 from mirl_dist.tickets.compare import caveats, judge, statistics
-from mirl_dist.tickets.open import RunTicket, open_run_ticket, run_of
+from mirl_dist.tickets.open import RunTicket, open_run_ticket
 from mirl_dist.tickets.report import latex, page, text_tables
+from mirl_dist.tickets.runs import run_of
 from mirl_dist.training.checkpoint import Checkpoints
 
 CSV, LATEX, PAGE, PUBLISHED = "tickets.csv", "tickets.tex", "tickets.html", "published.csv"

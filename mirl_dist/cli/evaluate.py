@@ -18,6 +18,7 @@ from mirl_dist.errors import UserError
 from mirl_dist.evaluation import evaluate
 from mirl_dist.evaluation.protocols import PROTOCOLS
 from mirl_dist.evaluation.score import library_versions
+from mirl_dist.evaluation.scorer import EvalJob, EvalSettings
 from mirl_dist.observability import progress
 from mirl_dist.storage import Folder, output_paths
 from mirl_dist.storage.configured import open_configured
@@ -35,7 +36,7 @@ class EvalOptions(NamedTuple):
     device: str | None = None
 
 
-def _settings(config: Config, options: EvalOptions) -> evaluate.EvalSettings:
+def _settings(config: Config, options: EvalOptions) -> EvalSettings:
     unknown = [name for name in options.protocols or () if name not in PROTOCOLS]
     if unknown:
         raise UserError(f"--protocol: found '{unknown[0]}'. Use {', '.join(PROTOCOLS)}.")
@@ -109,9 +110,7 @@ def print_scores(
     ranks.close()
 
 
-def _plan_jobs(
-    config: Config, shards: Shards, sets: Sequence[str] | None, settings: evaluate.EvalSettings
-) -> list[evaluate.EvalJob]:
+def _plan_jobs(config: Config, shards: Shards, sets: Sequence[str] | None, settings: EvalSettings) -> list[EvalJob]:
     tasks = tuple(Task.of(name) for name in config.data.mix)
     jobs = evaluate.plan_jobs(shards, tasks, sets, by=settings.protocols)
     if not jobs:
@@ -119,7 +118,7 @@ def _plan_jobs(
     return jobs
 
 
-def _print_tables(title: str, settings: evaluate.EvalSettings, scored: evaluate.EvalResult) -> None:
+def _print_tables(title: str, settings: EvalSettings, scored: evaluate.EvalResult) -> None:
     for protocol in settings.protocols:
         show.print_score_table(f"{title}, {protocol.name}", scored.scores[protocol.name])
     for protocol in settings.protocols:
@@ -131,7 +130,7 @@ def _print_tables(title: str, settings: evaluate.EvalSettings, scored: evaluate.
 
 
 def _scores_as_dict(
-    round_: int, settings: evaluate.EvalSettings, shards: Shards, scored: evaluate.EvalResult
+    round_: int, settings: EvalSettings, shards: Shards, scored: evaluate.EvalResult
 ) -> dict[str, object]:
     headline = settings.protocols[0]
     dumped = {p: {name: score.model_dump() for name, score in of.items()} for p, of in scored.scores.items()}

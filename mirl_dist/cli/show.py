@@ -14,7 +14,7 @@ from mirl_dist.errors import UserError
 from mirl_dist.evaluation.score import Score
 from mirl_dist.observability import progress
 from mirl_dist.storage import Folder, Options, output_paths
-from mirl_dist.tickets.open import FileTicket, open_run, open_ticket
+from mirl_dist.tickets.runs import open_run
 
 _DEFAULT_OPTIONS = Options()
 
@@ -53,8 +53,9 @@ def print_tickets(run: str, as_json: bool, options: Options = _DEFAULT_OPTIONS) 
 
 def print_ticket(reference: str, as_json: bool) -> None:
     """Print the counts, digests, scores and density per layer of one ticket."""
-    opened = open_ticket(reference)
-    ticket = opened.ticket()
+    from mirl_dist.tickets.open import open_ticket
+
+    ticket = open_ticket(reference).ticket()
     if as_json:
         print(json.dumps(ticket.row() | {"layer_density": ticket.layer_density}, indent=1))
         return
@@ -70,6 +71,8 @@ def print_ticket(reference: str, as_json: bool) -> None:
 
 def write_pictures(reference: str, out: Path, *, overwrite: bool = False) -> None:
     """Write a ticket's strip of restored images as a PNG file."""
+    from mirl_dist.tickets.open import FileTicket, open_ticket
+
     output_paths.check_file(out, overwrite=overwrite, reads=[reference])
     opened = open_ticket(reference)
     if isinstance(opened, FileTicket):

@@ -10,7 +10,7 @@ from contextlib import closing
 from itertools import groupby, islice
 from math import fsum
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,55 +24,19 @@ from mirl_dist.data import image_strip
 from mirl_dist.data.manifest import CLEAN, DEGRADED, Shard
 from mirl_dist.data.sample import Pixels, to_tensor
 from mirl_dist.data.shard_pool import ImageSource
-from mirl_dist.data.shards import SamplePlace, Shards
+from mirl_dist.data.shards import Shards
 from mirl_dist.distributed import device_errors
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import InvariantError, Stopped, UserError
-from mirl_dist.evaluation import metrics, protocols, tiling
+from mirl_dist.evaluation import protocols, tiling
 from mirl_dist.evaluation.protocols import PROTOCOLS, ScoringProtocol
 from mirl_dist.evaluation.score import ImageScore, Score
+from mirl_dist.evaluation.scorer import EvalJob, EvalSettings, ImageResult, RestoredImage, Scorer, naming
 from mirl_dist.models.compiled import Compiled
 from mirl_dist.observability.progress import bar
 
 Image = NDArray[np.float32]
-_STRIP_PIXELS = 192
 _COLUMNS = ("degraded", "restored", "clean")
-
-
-class EvalSettings(NamedTuple):
-    """The settings for restoring and scoring images.
-
-    protocols: the first is the headline. seed: of the test noise. tile_pixels: side of tiles, which share
-    `tile_overlap` pixels; None restores whole images. compile: restore with torch.compile.
-    """
-
-    protocols: tuple[ScoringProtocol, ...]
-    seed: int
-    tile_pixels: int | None = None
-    tile_overlap: int = 32
-    precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = False
-
-    def as_recorded(self) -> dict[str, str]:
-        """Return the settings that affect scores but are not part of a protocol, as text for a ticket."""
-        tile = f"{self.tile_pixels} pixels, {self.tile_overlap} shared" if self.tile_pixels else "whole image"
-        return {"precision": self.precision, "compile": "yes" if self.compile else "no", "tile": tile}
-
-
-class EvalJob(NamedTuple):
-    """One image to restore for one task. name: 'task/set'; pictured: include it in the strip of images."""
-
-    name: str
-    task: Task
-    set: str
-    place: SamplePlace
-    pictured: bool
-
-
-class _ImageResult(NamedTuple):
-    scores: tuple[ImageScore, ...]
-    row: image_strip.Row | None
-    is_grey: bool
 
 
 class EvalResult(NamedTuple):
@@ -178,34 +142,32 @@ def restore(
     return np.clip(tiling.restore_tiled(restore_part, image, tile_pixels, tile_overlap), 0, 1)
 
 
-def _score(
+def _restore_job(
     model: nn.Module, source: ImageSource, job: EvalJob, settings: EvalSettings, device: torch.device
-) -> _ImageResult:
-    """Score one image by every protocol; restore it once per distinct protocol input."""
-    triples: dict[tuple[int, str], tuple[Image, Image, Pixels]] = {}  # degraded, restored, clean by protocol input
-    scores, row, key = [], None, job.place.entry.key
+) -> dict[tuple[int, str], RestoredImage]:
+    """Restore the image of a job once per distinct protocol input.
+
+    Images are restored one at a time, never as batches: a batch rounds differently from its images alone, and which
+    images share one would depend on the number of ranks.
+    """
+    images: dict[tuple[int, str], RestoredImage] = {}
     for protocol in settings.protocols:
         kind = protocol.input(job.task)
-        if kind not in triples:
-            image, clean = degraded_and_clean(source, job, protocol, settings.seed)
-            tile, (height, width) = settings.tile_pixels, image.shape[:2]
-            try:
-                with device_errors.out_of_memory():
-                    restored = restore(model, image, device, tile, settings.tile_overlap, settings.precision)
-            except device_errors.OutOfMemory:
-                text = f"its {width}x{height} pixels do not fit into the memory of this rank's device"
-                smaller = tile // 2 if tile else 512
-                raise UserError(
-                    f"{text}. Use tiles, which change scores slightly: evaluate.tile_pixels (or --tile) {smaller}."
-                ) from None
-            triples[kind] = (protocols.as_restored(image), restored, clean)
-        degraded, restored, clean = triples[kind]
-        quality, before = (protocols.score(protocol, each, clean) for each in (restored, degraded))
-        scores.append(ImageScore(protocol.name, job.name, key, *quality, *before))
-        if job.pictured and row is None:
-            images = (metrics.to_8bit(degraded), metrics.to_8bit(restored), clean)
-            row = image_strip.Row(f"{job.name} {key}", tuple(image_strip.centre(i, _STRIP_PIXELS) for i in images))
-    return _ImageResult(tuple(scores), row, is_grey=bool((clean == clean[..., :1]).all()))
+        if kind in images:
+            continue
+        image, clean = degraded_and_clean(source, job, protocol, settings.seed)
+        tile, (height, width) = settings.tile_pixels, image.shape[:2]
+        try:
+            with device_errors.out_of_memory():
+                restored = restore(model, image, device, tile, settings.tile_overlap, settings.precision)
+        except device_errors.OutOfMemory:
+            text = f"its {width}x{height} pixels do not fit into the memory of this rank's device"
+            smaller = tile // 2 if tile else 512
+            raise UserError(
+                f"{text}. Use tiles, which change scores slightly: evaluate.tile_pixels (or --tile) {smaller}."
+            ) from None
+        images[kind] = RestoredImage(protocols.as_restored(image), restored, clean)
+    return images
 
 
 def assign_jobs(jobs: Sequence[EvalJob], rank: int, world: int) -> list[int]:
@@ -251,23 +213,24 @@ def evaluate(
     model.eval()
     own_jobs, stopped = assign_jobs(jobs, ranks.rank, ranks.world), False
     network = Compiled(model) if settings.compile else model
-    results: dict[int, _ImageResult] = {}
     with (
         bar("evaluating", len(own_jobs), shown=ranks.is_main and bool(jobs)) as advance,
         closing(_hold_shards(source, jobs, own_jobs, look_ahead)) as numbers,
+        closing(Scorer(settings)) as scorer,
     ):
-        for number in numbers:
+        for done, number in enumerate(numbers, 1):
             if stopped := stop_asked():
                 break
             job = jobs[number]
             try:
-                results[number] = _score(network, source, job, settings, ranks.device)
+                with naming(job):
+                    images = _restore_job(network, source, job, settings, ranks.device)
             except Stopped:  # raised while waiting for a shard
                 stopped = True
                 break
-            except UserError as error:
-                raise UserError(f"{job.name}, image '{job.place.entry.key}': {error}") from None
-            advance(len(results), job.name)
+            scorer.add(number, job, images)
+            advance(done, job.name)
+        results = {} if stopped else scorer.results()
     model.train()
     if ranks.any(stopped, what="whether to stop evaluating"):
         raise Stopped("stopped on request while evaluating; the round's training is committed")
@@ -277,7 +240,7 @@ def evaluate(
     return _average([result for _, result in everyone], settings)
 
 
-def _average(results: Sequence[_ImageResult], settings: EvalSettings) -> EvalResult:
+def _average(results: Sequence[ImageResult], settings: EvalSettings) -> EvalResult:
     """Average over images exactly (fsum), independently of the world size."""
     images = tuple(r.scores[at] for at in range(len(settings.protocols)) for r in results)
     scores: dict[str, dict[str, Score]] = {protocol.name: {} for protocol in settings.protocols}

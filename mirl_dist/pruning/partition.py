@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mirl_dist.pruning.magnitudes import count_true
 from mirl_dist.pruning.quantile import Gather
 
 
@@ -43,7 +44,9 @@ class Counts(NamedTuple):
 def count_weights(masks: Mapping[str, Tensor], partition: Partition, gather: Gather) -> Counts:
     """Count weights over all ranks; a collective if tensors are sharded."""
     names = sorted(masks)
-    counts = torch.tensor([[int(masks[n].sum()), masks[n].numel()] for n in names], dtype=torch.int64).reshape(-1, 2)
+    surviving_here = count_true(masks[n] for n in names)
+    counts = torch.tensor([*zip(surviving_here, (masks[n].numel() for n in names), strict=True)], dtype=torch.int64)
+    counts = counts.reshape(-1, 2)
     if not partition.is_replicated:
         counts = gather(counts).sum(dim=0)
     surviving, total = counts.t().tolist() if names else ([], [])

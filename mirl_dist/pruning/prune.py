@@ -18,9 +18,10 @@ from torch import Tensor
 
 from mirl_dist.errors import UserError
 from mirl_dist.pruning.criteria import scores_of_weights
+from mirl_dist.pruning.magnitudes import count_equal, drop_equal, keep_from
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.partition import WHOLE, Counts, Partition, count_weights
-from mirl_dist.pruning.quantile import CHUNK, Gather, Threshold, kth_smallest, magnitude_bits, single_rank
+from mirl_dist.pruning.quantile import Gather, Threshold, kth_smallest, single_rank
 
 
 class PruneConfig(NamedTuple):
@@ -96,7 +97,7 @@ def form_groups(counts: Counts, config: PruneConfig) -> list[PruneGroup]:
         is_output = config.per == "layer" and any(fnmatchcase(names[0], glob) for glob in config.output_layers)
         surviving = sum(counts.surviving[n] for n in names)
         k = count_to_remove(surviving, config.fraction, config.output_factor if is_output else 1.0)
-        spare = sum(_spare(counts, n, config.floor) for n in names)
+        spare = sum(_spare(counts, n, config.floor) for n in names) if config.floor else surviving
         if k > spare:
             raise UserError(
                 f"prune.floor: found {config.floor:g}, which lets only {spare:,} of {surviving:,} alive weights go, "
@@ -177,39 +178,33 @@ def _cut_group(
     own = {n: partition.own_part(scores(n)) for n in group}
     cut = kth_smallest(own, k, gather, {n: partition.own_part(masks[n].reshape(-1)) for n in group})
     del own  # `scores` may compute them on demand; free this copy before the next
-    new = {n: masks[n].reshape(-1).clone() for n in group}
-    equal = [_keep_not_below(keep, scores(n), cut.bits) for n, keep in new.items()]
-    own_ties = torch.tensor(equal, dtype=torch.int64)
+    least = cut.bits + 1 if cut.ties == cut.equal else cut.bits
+    kept = {n: keep_from(scores(n), masks[n].reshape(-1), least) for n in group}
+    if cut.ties < cut.equal:
+        _drop_ties(kept, scores, cut, partition, gather)
+    return {n: keep.reshape(masks[n].shape) for n, keep in kept.items()}, cut
+
+
+def _drop_ties(
+    kept: Masks, scores: Callable[[str], Tensor], cut: Threshold, partition: Partition, gather: Gather
+) -> None:
+    """Clear in `kept`, in place, the first `cut.ties` weights whose |score| equals the cut, in the order of names, then
+    of ranks, then of indices; a collective if tensors are sharded."""
+    own_ties = torch.stack([count_equal(scores(n), keep, cut.bits) for n, keep in kept.items()]).cpu()
     before, everywhere = torch.zeros_like(own_ties), own_ties
     if not partition.is_replicated:
         of_ranks = gather(own_ties)
         before, everywhere = of_ranks[: partition.rank].sum(dim=0), of_ranks.sum(dim=0)
     ties = cut.ties
-    for name, own_equal, earlier, all_equal in zip(group, equal, before.tolist(), everywhere.tolist(), strict=True):
-        _drop_ties(new[name], scores(name), cut.bits, min(max(ties - earlier, 0), own_equal))
+    per_tensor = zip(kept, own_ties.tolist(), before.tolist(), everywhere.tolist(), strict=True)
+    for name, own_equal, earlier, all_equal in per_tensor:
+        dropped = min(max(ties - earlier, 0), own_equal)
         ties -= min(ties, all_equal)
+        if dropped == own_equal > 0:
+            kept[name] = keep_from(scores(name), kept[name], cut.bits + 1)
+        elif dropped:
+            drop_equal(scores(name), kept[name], cut.bits, dropped)
     assert ties == 0, "the ranks counted ties that no rank has"
-    return {n: keep.reshape(masks[n].shape) for n, keep in new.items()}, cut
-
-
-def _keep_not_below(keep: Tensor, scores: Tensor, bits: int) -> int:
-    """Clear in `keep` all |score| below the cut, in place; return how many of the rest equal it. bits: of the cut."""
-    equal = 0
-    for kept, chunk in zip(torch.split(keep, CHUNK), torch.split(scores, CHUNK), strict=True):
-        magnitude = magnitude_bits(chunk)
-        kept &= magnitude >= bits
-        equal += int((kept & (magnitude == bits)).sum())
-    return equal
-
-
-def _drop_ties(keep: Tensor, scores: Tensor, bits: int, count: int) -> None:
-    """Clear in `keep` the first `count` weights whose |score| equals the cut, in place. bits: of the cut."""
-    for kept, chunk in zip(torch.split(keep, CHUNK), torch.split(scores, CHUNK), strict=True):
-        if not count:
-            return
-        first = torch.nonzero(kept & (magnitude_bits(chunk) == bits)).reshape(-1)[:count]
-        kept[first] = False
-        count -= first.numel()
 
 
 def prune(
@@ -227,7 +222,7 @@ def prune(
     once. per='layer' applies the count to each tensor separately, with fraction * output_factor for `output_layers`.
     scores: name -> float32 of the weights' shape, of any sign, laid out alike; None: computed from the weights by the
     criterion. Raises UserError for NaN or inf, and for a floor that leaves too few weights to remove. Extra memory: the
-    new masks (one byte per weight held), and a few times quantile.CHUNK weights.
+    new masks (one byte per weight held), and that of `kth_smallest`.
     """
     if scores is None:
 

@@ -1,32 +1,47 @@
 """Finds the exact k-th smallest magnitude over the parts of all ranks by a radix search.
 
-The bits of a non-negative float32, read as an integer, order like its value. Three passes determine 11, 10 and 10 of
-the 31 bits: each builds a histogram of the next bits of all magnitudes with the prefix found so far, and an all-gather
-of the histograms gives every rank the same next prefix. Nothing is sorted or interpolated, and only counts are sent.
+Three passes determine 11, 10 and 10 of the 31 bits of the result: each builds a histogram of the next bits of all
+magnitudes with the prefix found so far, and an all-gather of the histograms gives every rank the same next prefix.
+Nothing is sorted or interpolated, and only counts are sent. See magnitudes.py for the counting.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from mirl_dist.errors import UserError
+from mirl_dist.pruning.magnitudes import (
+    NOT_FINITE,
+    SAMPLED,
+    BitSearch,
+    CountedPart,
+    Guess,
+    Histogram,
+    count,
+    count_near,
+    sample,
+)
 
 Gather: TypeAlias = Callable[[Tensor], Tensor]
 """All-gather: int64 (n,) of this rank -> int64 (ranks, n)."""
-
-_WIDTHS = {0: 11, 11: 10, 21: 10}
-"""Known bits of the result -> number of bits that the next pass determines."""
-CHUNK = 1 << 20
-"""Weights processed at once: bounds the extra memory of a selection for tensors of any size."""
+_MANY = 1 << 18
+"""For a k from here on, a sample is worth its time."""
+_DEVIATIONS = 4
+"""Standard deviations of a sample's rank, at most, for which a guess has room: it fails once in 10,000 cuts."""
+_MOST_BINS = 16
+"""A guess that spans more bins is not used."""
+_RARE = 1 / 16
+"""Magnitudes in the guess are copied, so that later passes read only them, if they are at most this share."""
 
 
 class Threshold(NamedTuple):
-    """The cut after the k smallest magnitudes: `below` are smaller than it, and the first `ties` equal to it make up k.
+    """The cut after the k smallest magnitudes: `below` are smaller than it, and the first `ties` of the `equal` ones
+    that equal it make up k.
 
     bits: the cut as float32 bits; compare bits, which is exact even under flush-to-zero.
     """
@@ -34,6 +49,7 @@ class Threshold(NamedTuple):
     bits: int
     below: int
     ties: int
+    equal: int
 
     @property
     def value(self) -> float:
@@ -47,87 +63,71 @@ def single_rank(counts: Tensor) -> Tensor:
     return counts.unsqueeze(0)
 
 
-def magnitude_bits(values: Tensor) -> Tensor:
-    """Return |values| as int32 bits, which order like them and distinguish subnormals even under flush-to-zero."""
-    return values.contiguous().view(torch.int32) & 0x7FFFFFFF
-
-
-class BitSearch(NamedTuple):
-    """State of the radix search: the top `known` of the 31 bits of the result are `prefix`; `below` magnitudes have a
-    smaller prefix, and the result is the `remaining`-th smallest (1-based) of those with this prefix."""
-
-    remaining: int
-    prefix: int = 0
-    known: int = 0
-    below: int = 0
-
-    @property
-    def width(self) -> int:
-        """The number of bits that the next pass determines; 0 when all are known."""
-        return _WIDTHS.get(self.known, 0)
-
-    def counts(self, magnitudes: Tensor) -> Tensor:
-        """Return the histogram of the next bits of magnitudes with the known prefix: int64 (2**width,) on CPU."""
-        width, last = self.width, 31 - self.known
-        bits = magnitude_bits(magnitudes)
-        if self.known:
-            bits = bits[(bits >> last) == self.prefix]
-        return torch.bincount((bits >> (last - width)) & ((1 << width) - 1), minlength=1 << width).cpu()
-
-    def narrowed(self, counts: Tensor) -> BitSearch:
-        """Return the state after a pass. counts: int64 (2**width,), the histogram over all magnitudes of all ranks."""
-        upto = counts.cumsum(0)
-        chosen = int(torch.searchsorted(upto, self.remaining))
-        before = int(upto[chosen] - counts[chosen])
-        prefix = (self.prefix << self.width) | chosen
-        return BitSearch(self.remaining - before, prefix, self.known + self.width, self.below + before)
-
-
-def _chunks(part: Tensor, surviving: Tensor | None = None) -> Iterator[Tensor]:
-    """Yield the values of a part, at most CHUNK at a time; only surviving ones if masks are given."""
-    chunks = torch.split(part.detach().reshape(-1), CHUNK)
-    if surviving is None:
-        return iter(chunks)
-    return (chunk[kept] for chunk, kept in zip(chunks, torch.split(surviving.reshape(-1), CHUNK), strict=True))
-
-
-def _check_finite(parts: Mapping[str, Tensor], gather: Gather) -> None:
-    """Raise UserError on every rank if any rank holds NaN or inf; a rank that does names its tensors. A collective."""
-    not_finite = [n for n in sorted(parts) if not all(bool(torch.isfinite(c).all()) for c in _chunks(parts[n]))]
-    per_rank = gather(torch.tensor([len(not_finite)], dtype=torch.int64)).reshape(-1).tolist()
-    if any(per_rank):
-        ranks = ", ".join(str(r) for r, n in enumerate(per_rank) if n)
-        here = f"tensors: {', '.join(not_finite[:5])}" if not_finite else "none in this rank's share"
-        raise UserError(
-            f"found NaN or infinite weights on rank {ranks} ({here}); nothing was pruned. "
-            "Lower optimiser.lr, or set optimiser.clip_norm, in a new run.folder."
-        )
-
-
 def kth_smallest(
     parts: Mapping[str, Tensor], k: int, gather: Gather = single_rank, surviving: Mapping[str, Tensor] | None = None
 ) -> Threshold:
     """Return the exact k-th smallest magnitude among all parts of all ranks, as a Threshold with below + ties == k.
 
-    parts: named float32 tensors that this rank counts, any shape; parts of different ranks must not overlap.
-    k: 1-based, at most the number of magnitudes on all ranks. gather: see `Gather`. surviving: bool masks of the parts'
-    sizes; None counts all.
+    parts: named float32 tensors that this rank counts, any shape, all on one device; parts of different ranks must not
+    overlap. k: 1-based, at most the number of magnitudes on all ranks. gather: see `Gather`. surviving: bool masks of
+    the parts' sizes; None counts all.
     Raises TypeError for another dtype (on the rank that holds it), and on every rank ValueError for k out of range and
-    UserError for NaN or inf.
-    Cost: a few reads of the parts, at most 2048 int64 sent per rank and pass, memory for a few times CHUNK weights.
+    UserError for NaN or inf, in pruned weights too.
+    Cost: one to three reads of the parts, at most 2049 int64 sent per rank and pass; memory for a few times
+    magnitudes.CHUNK weights, and half a byte per weight at most.
     """
     for name, part in parts.items():
         if part.dtype != torch.float32:
             raise TypeError(f"magnitudes of '{name}' are {part.dtype}; pass float32")
-    _check_finite(parts, gather)
+    masks = {name: surviving[name].reshape(-1) for name in parts} if surviving else {}
+    counted = [CountedPart(part.reshape(-1), masks.get(name)) for name, part in parts.items()]
     search = BitSearch(k)
+    guess = _guess(counted, k, gather) if k >= _MANY else None
+    if guess:
+        own, near = count_near(counted, guess)
+        guessed = search.narrowed(_sum_over_ranks(own, parts, k, gather))
+        if guess.first <= guessed.prefix <= guess.last:
+            search, counted = guessed, [*near]
     while search.width:
-        bins = torch.zeros(1 << search.width, dtype=torch.int64)
-        for name, part in parts.items():
-            for chunk in _chunks(part, surviving[name] if surviving else None):
-                bins += search.counts(chunk)
-        counts = gather(bins).sum(dim=0)
-        if search.known == 0 and not 1 <= k <= int(counts.sum()):
+        own = count(counted, search)
+        is_first = search.known == 0
+        search = search.narrowed(_sum_over_ranks(own, parts, k, gather) if is_first else gather(own.counts).sum(dim=0))
+    return Threshold(search.prefix, search.below, search.remaining, search.within)
+
+
+def _guess(parts: Sequence[CountedPart], k: int, gather: Gather) -> Guess | None:
+    """Return the bins of the first pass in which the k-th smallest magnitude lies, says a sample. A collective.
+
+    None, on every rank, if these would be too many to be worth it.
+    """
+    own = count(sample(parts), BitSearch(1)).counts
+    upto = gather(own).sum(dim=0).cumsum(0)
+    rank, spread = k // SAMPLED, _DEVIATIONS * math.isqrt(k // SAMPLED)
+    first, last = torch.searchsorted(upto, torch.tensor([max(rank - spread, 1), rank + spread])).tolist()
+    last = min(last, (NOT_FINITE >> 20) - 1)
+    first = min(first, last)
+    if last + 1 - first > _MOST_BINS:
+        return None
+    return Guess(first, last, int(own[first : last + 1].sum()) <= _RARE * int(own.sum()))
+
+
+def _sum_over_ranks(own: Histogram, parts: Mapping[str, Tensor], k: int, gather: Gather) -> Tensor:
+    """Return the first pass's histogram over all ranks. A collective.
+
+    Raises on every rank ValueError for k out of range, and UserError if any rank holds NaN or inf; a rank that does
+    names its tensors.
+    """
+    is_finite = own.largest < NOT_FINITE
+    of_ranks = gather(torch.cat([own.counts, torch.tensor([0 if is_finite else 1])]))
+    if not bool(of_ranks[:, -1].any()):
+        counts = of_ranks[:, :-1].sum(dim=0)
+        if not 1 <= k <= int(counts.sum()):
             raise ValueError(f"k = {k} is outside 1..{int(counts.sum())}, the number of magnitudes")
-        search = search.narrowed(counts)
-    return Threshold(search.prefix, search.below, search.remaining)
+        return counts
+    ranks = ", ".join(str(rank) for rank, bad in enumerate(of_ranks[:, -1].tolist()) if bad)
+    names = [] if is_finite else [n for n in sorted(parts) if not bool(torch.isfinite(parts[n]).all())]
+    here = f"tensors: {', '.join(names[:5])}" if names else "none in this rank's share"
+    raise UserError(
+        f"found NaN or infinite weights on rank {ranks} ({here}); nothing was pruned. "
+        "Lower optimiser.lr, or set optimiser.clip_norm, in a new run.folder."
+    )

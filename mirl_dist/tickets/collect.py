@@ -21,7 +21,8 @@ from mirl_dist.errors import UserError
 from mirl_dist.observability.mlflow import reader
 from mirl_dist.pruning import masks as masking
 from mirl_dist.tickets.compare.entry import DENSE, Entry
-from mirl_dist.tickets.open import FileTicket, build_on_meta, is_file, open_rounds, open_ticket, run_of
+from mirl_dist.tickets.open import FileTicket, build_on_meta, open_ticket
+from mirl_dist.tickets.runs import is_file, open_rounds, run_of
 from mirl_dist.training import ticket as tickets
 from mirl_dist.training.ticket import Ticket
 

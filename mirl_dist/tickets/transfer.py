@@ -15,6 +15,7 @@ from mirl_dist.tickets import open as opening
 from mirl_dist.tickets import verify as verifying
 from mirl_dist.tickets.file import TicketContent
 from mirl_dist.tickets.open import FileTicket, RunTicket
+from mirl_dist.tickets.runs import open_run
 from mirl_dist.tickets.verify import MASK_FOLLOWS, Check, check_size
 from mirl_dist.training import checkpoint_file
 from mirl_dist.training.selection import prune_config_of
@@ -75,7 +76,7 @@ def verify(reference: str, run: str | None, as_json: bool) -> None:
 
 def _open_named_run(content: TicketContent, reference: str, run: str) -> RunTicket:
     """Open the run of --run at the ticket's round. Raise UserError if the ticket belongs to a different run."""
-    checkpoints, config = opening.open_run(run)
+    checkpoints, config = open_run(run)
     identity = checkpoints.identity() or {}
     for what in ("fingerprint", "manifest_digest", "initial_digest"):
         stated = getattr(content.ticket, what)

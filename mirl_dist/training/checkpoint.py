@@ -22,18 +22,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-import safetensors.torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mirl_dist.config.canonical_json import to_json
 from mirl_dist.errors import UserError
-from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import NotFound, Rejected, Store, Unavailable
 from mirl_dist.storage.commits import Commits, Reader, Writer, add_digest, check_digest
-from mirl_dist.training.state import Progress, Snapshot, pack_tensors
+from mirl_dist.training.progress import Progress
 from mirl_dist.training.ticket import Ticket, parse
+
+if TYPE_CHECKING:  # torch takes seconds to import, and only tensors need it
+    from torch import Tensor
+
+    from mirl_dist.training.state import Snapshot
 
 RUN, INITIAL, START, STATE, SCORES = "run.json", "initial.safetensors", "start.safetensors", "state.json", "scores.csv"
 WEIGHTS, MOMENTS, MASK, BEST = "weights.safetensors", "moments.safetensors", "mask.safetensors", "best.json"
@@ -112,14 +113,19 @@ class Checkpoints:
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write INITIAL, START or a rewind point. The caller must keep the digest."""
+        from mirl_dist.training.state import pack_tensors
+
         self._commits.writer.check()
         self.store.put(name, pack_tensors(tensors))
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
         """Read what `save_tensors` wrote; None if damaged or missing. The caller must compare the digest."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
         try:
-            return safetensors.torch.load(self.store.get(name))
-        except (NotFound, safetensors.SafetensorError):
+            return load(self.store.get(name))
+        except (NotFound, SafetensorError):
             return None
 
     def mlflow_ids(self) -> dict[str, str]:
@@ -143,6 +149,8 @@ class Checkpoints:
 
     def commit_step(self, snapshot: Snapshot, keep_last: int, outbox: bytes = b"") -> None:
         """Commit a step of a round, then remove commits no longer needed. outbox: pending MLflow records."""
+        from mirl_dist.training.state import pack_tensors
+
         parts = {MOMENTS: pack_tensors(snapshot.moments)}
         self._commit(f"steps/{snapshot.progress.updates:08d}", snapshot, parts, keep_last, outbox)
 
@@ -161,9 +169,12 @@ class Checkpoints:
 
     def _commit(self, what: str, snapshot: Snapshot, more: dict[str, bytes], keep_last: int, outbox: bytes) -> None:
         """Write a commit, then remove step commits no longer needed."""
+        from mirl_dist.pruning.masks import pack
+        from mirl_dist.training.state import pack_tensors
+
         parts = {
             WEIGHTS: pack_tensors(snapshot.weights),
-            MASK: pack_tensors(masking.pack(snapshot.masks)),
+            MASK: pack_tensors(pack(snapshot.masks)),
             STATE: to_json(snapshot.progress.model_dump()),
         }
         folder = f"rounds/{snapshot.progress.round:02d}/{what}-{self._commits.writer.generation:04d}"
@@ -264,11 +275,13 @@ class Checkpoints:
 
     def round_weights(self, round_: int) -> dict[str, Tensor]:
         """Return the trained weights of a round, verified. Raises UserError if they are damaged or were not kept."""
+        from safetensors.torch import load
+
         folder = self._ended(round_)
         parts = self._commits.parts(folder)
         if WEIGHTS not in parts:
             raise UserError(f"{self.store.where(folder)} kept its ticket but not its weights (keep.rounds: best).")
-        return safetensors.torch.load(parts[WEIGHTS])
+        return load(parts[WEIGHTS])
 
     def has_weights(self, round_: int) -> bool:
         """Whether a finished round's weights were kept."""

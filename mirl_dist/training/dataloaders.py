@@ -25,8 +25,9 @@ from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import Stopped, UserError
-from mirl_dist.evaluation.evaluate import EvalJob, EvalResult, EvalSettings, assign_jobs, evaluate, first_images
+from mirl_dist.evaluation.evaluate import EvalResult, assign_jobs, evaluate, first_images
 from mirl_dist.evaluation.protocols import PROTOCOLS
+from mirl_dist.evaluation.scorer import EvalJob, EvalSettings
 from mirl_dist.observability.console import rank_label, warn
 from mirl_dist.observability.progress import Bars
 from mirl_dist.storage import Folder

@@ -15,7 +15,8 @@ from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import InvariantError, UserError
 from mirl_dist.observability.progress import say
 from mirl_dist.pruning import masks as masking
-from mirl_dist.training.state import Progress, TrainState
+from mirl_dist.training.progress import Progress
+from mirl_dist.training.state import TrainState
 from mirl_dist.training.step_status import StepStatus
 
 _REMEMBERED, _NAMED = 50, 3

@@ -20,8 +20,9 @@ from mirl_dist.observability.progress import Advance, say
 from mirl_dist.training import guards, losses
 from mirl_dist.training.guards import StepLosses
 from mirl_dist.training.preflight import RunPlan
+from mirl_dist.training.progress import Progress
 from mirl_dist.training.schedule import learning_rate
-from mirl_dist.training.state import Progress, TrainState
+from mirl_dist.training.state import TrainState
 from mirl_dist.training.step_status import StepStatus, UpdateGate, sum_status
 
 _PASSES_ADDED_AT_ONCE = 100

@@ -13,8 +13,9 @@ from mirl_dist.data.sampler import BatchSplit, GlobalSampler, ranks_in_words, sp
 from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import UserError
-from mirl_dist.evaluation.evaluate import EvalJob, plan_jobs
+from mirl_dist.evaluation.evaluate import plan_jobs
 from mirl_dist.evaluation.protocols import PROTOCOLS
+from mirl_dist.evaluation.scorer import EvalJob
 from mirl_dist.observability.mlflow.tracker import check_reachable
 from mirl_dist.pruning.criteria import CRITERIA
 from mirl_dist.pruning.prune import in_scope

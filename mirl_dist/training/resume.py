@@ -27,7 +27,8 @@ from mirl_dist.training.checkpoint import INITIAL, MASK, MOMENTS, START, STATE, 
 from mirl_dist.training.crash_loop import CrashLoopGuard
 from mirl_dist.training.initial import InitialState, OpenTicket, create_initial
 from mirl_dist.training.preflight import RunPlan
-from mirl_dist.training.state import Progress, TrainState, check_same_network, unpack_masks
+from mirl_dist.training.progress import Progress
+from mirl_dist.training.state import TrainState, check_same_network, unpack_masks
 from mirl_dist.training.ticket import Ticket, parse
 
 

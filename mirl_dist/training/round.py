@@ -23,8 +23,9 @@ from mirl_dist.training.committer import Committer
 from mirl_dist.training.dataloaders import RunInputs
 from mirl_dist.training.guards import check_pruned_weights
 from mirl_dist.training.preflight import RunPlan
+from mirl_dist.training.progress import Progress
 from mirl_dist.training.round_report import RoundReporter, method_of
-from mirl_dist.training.state import Progress, TrainState
+from mirl_dist.training.state import TrainState
 from mirl_dist.training.ticket import Curve, Ticket
 
 _IN_TICKET = {"round", "began", "updates", "samples", "skipped", "bad", "seconds", "threshold", "mask_digest", "parent"}

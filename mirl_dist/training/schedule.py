@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from mirl_dist.config.config import Config
-from mirl_dist.training.state import Progress
+from mirl_dist.training.progress import Progress
 
 
 def learning_rate(config: Config, progress: Progress, steps_per_epoch: int) -> float:

@@ -28,9 +28,10 @@ from mirl_dist.data.image_strip import rows
 from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.data.shards import Shards
 from mirl_dist.errors import Stopped, UserError
-from mirl_dist.evaluation import evaluate
+from mirl_dist.evaluation import evaluate, protocols
 from mirl_dist.evaluation.metrics import to_8bit
 from mirl_dist.evaluation.protocols import PROTOCOLS
+from mirl_dist.evaluation.scorer import EvalJob, EvalSettings
 from mirl_dist.storage import Folder
 from tests.data.loaders import pool_of, quiet
 from tests.services.lab import PROGRAMS
@@ -69,15 +70,15 @@ class SomeRanks:
 
 
 ONE, ALL = (PROTOCOLS["promptir"],), tuple(PROTOCOLS.values())
-PUBLISHED = evaluate.EvalSettings(ONE, seed=0)
+PUBLISHED = EvalSettings(ONE, seed=0)
 
 
 def scores_on(
     world: int,
     supply: ShardPool,
-    jobs: list[evaluate.EvalJob],
+    jobs: list[EvalJob],
     asked: Callable[[int], bool] = lambda rank: False,
-    settings: evaluate.EvalSettings = PUBLISHED,
+    settings: EvalSettings = PUBLISHED,
     model: nn.Module | None = None,
 ) -> list[Any]:
     """What every rank scored, or the exception that it met; asked: whether a rank is asked to stop, at each image."""
@@ -102,7 +103,7 @@ def scores_on(
     return found
 
 
-def pair(supply: ShardPool, job: evaluate.EvalJob, seed: int = 0, protocol: str = "promptir") -> tuple[Any, Any]:
+def pair(supply: ShardPool, job: EvalJob, seed: int = 0, protocol: str = "promptir") -> tuple[Any, Any]:
     return evaluate.degraded_and_clean(supply, job, PROTOCOLS[protocol], seed)
 
 
@@ -129,6 +130,38 @@ def supply(tmp_path_factory: pytest.TempPathFactory) -> ShardPool:
     }
     build(yaml_loader.build(Recipe, tree, "the test"), Folder(folder / "built"), 1, quiet)
     return pool_of(folder / "built")
+
+
+def test_the_next_image_is_restored_while_one_is_scored(supply: ShardPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, second, score = evaluate.plan_jobs(supply.shards, TASKS, None), threading.Event(), protocols.score
+
+    class Counting(Darker):
+        calls = 0
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            if self.calls == 2:
+                second.set()
+            return super().forward(image)
+
+    def patient(*given: Any) -> tuple[float, float]:
+        assert second.wait(60), "the second image is not restored before the first one is scored"
+        return score(*given)
+
+    expected = scores_on(1, supply, jobs)
+    monkeypatch.setattr(protocols, "score", patient)
+    assert scores_on(1, supply, jobs, model=Counting()) == expected
+
+
+def test_an_image_that_cannot_be_scored_is_named(supply: ShardPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: Any) -> tuple[float, float]:
+        raise UserError("it is odd")
+
+    monkeypatch.setattr(protocols, "score", refuse)
+    job = evaluate.plan_jobs(supply.shards, TASKS, None)[0]
+    (fault,) = scores_on(1, supply, [job])
+    assert isinstance(fault, UserError)
+    assert str(fault) == f"{job.name}, image '{job.place.entry.key}': it is odd"
 
 
 def test_a_denoising_set_is_scored_at_every_sigma_that_is_trained(supply: ShardPool) -> None:
@@ -349,7 +382,7 @@ def test_a_strip_shows_the_first_images_of_each_score_and_says_which(supply: Sha
 
 def test_what_was_measured_with_is_told_in_words() -> None:
     assert PUBLISHED.as_recorded() == {"precision": "fp32", "compile": "no", "tile": "whole image"}
-    other = evaluate.EvalSettings(ONE, 0, tile_pixels=256, precision="bf16", compile=True)
+    other = EvalSettings(ONE, 0, tile_pixels=256, precision="bf16", compile=True)
     assert other.as_recorded() == {"precision": "bf16", "compile": "yes", "tile": "256 pixels, 32 shared"}
 
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mirl_dist.errors import UserError
-from mirl_dist.pruning import quantile
+from mirl_dist.pruning import magnitudes, quantile
+from mirl_dist.pruning.magnitudes import BitSearch, CountedPart, Histogram
 from mirl_dist.pruning.quantile import Gather, Threshold, kth_smallest
 
 T = TypeVar("T")
@@ -83,6 +84,36 @@ def test_counting_finds_what_sorting_finds_on_one_to_four_ranks(
     check(values, 1 + int(where * (len(values) - 1)), cuts)
 
 
+@settings(max_examples=150, deadline=None)
+@given(lists, st.floats(0, 1), st.lists(st.integers(0, 60), max_size=3), st.sampled_from([1, 2, 5]))
+def test_a_guess_from_a_sample_right_or_wrong_changes_nothing(
+    numbers: list[float], where: float, cuts: list[int], sampled: int
+) -> None:
+    values = np.array(numbers, dtype=np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantile, "_MANY", 1)
+        patch.setattr(quantile, "SAMPLED", sampled)
+        patch.setattr(magnitudes, "SAMPLED", sampled)
+        check(values, 1 + int(where * (len(values) - 1)), cuts)
+
+
+@pytest.mark.parametrize("rare", [0.0, 1.0], ids=["read again", "copied"])
+def test_a_guess_spares_reading_all_weights_three_times(rare: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+
+    def counted(parts: Sequence[CountedPart], search: BitSearch) -> Histogram:
+        passes.append(sum(part.values.numel() for part in parts))
+        return magnitudes.count(parts, search)
+
+    monkeypatch.setattr(quantile, "count", counted)
+    monkeypatch.setattr(quantile, "_RARE", rare)
+    values = np.random.default_rng(0).normal(0, 0.02, 2_000_000).astype(np.float32)
+    check(values, 400_000)
+    sampled, *others = passes
+    assert sampled < 5_000
+    assert len(others) == 2 and all(number < 200_000 if rare else number == 2_000_000 for number in others)
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -117,7 +148,7 @@ def test_ranks_without_any_weight_hear_the_answer() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
 def test_chunks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(quantile, "CHUNK", chunk)
+    monkeypatch.setattr(magnitudes, "BLOCK", chunk)
     values = np.random.default_rng(1).choice(np.array([0, 1e-40, 0.1, -0.1, 0.2, 3], np.float32), 200)
     for k in (1, 50, 200):
         check(values, k, (33, 100))
@@ -171,3 +202,6 @@ def test_only_counts_travel() -> None:
     kth_smallest({"a": torch.rand(100_000)}, 20_000, gather)
     assert all(s.dtype == torch.int64 for s in sent)
     assert sum(s.numel() for s in sent) == 1 + 2048 + 1024 + 1024
+    sent.clear()
+    kth_smallest({"a": torch.rand(2_000_000)}, 400_000, gather)
+    assert sum(s.numel() for s in sent) == 2048 + 1 + 2048 + 1024 + 1024, "with the sample's"

@@ -28,7 +28,8 @@ from mirl_dist.tickets import open as opening
 from mirl_dist.tickets.file import TicketContent, pack, read
 from mirl_dist.tickets.verify import MASK_FOLLOWS, check_size, verify
 from mirl_dist.training.checkpoint import INITIAL, Checkpoints
-from mirl_dist.training.state import Progress, Snapshot
+from mirl_dist.training.progress import Progress
+from mirl_dist.training.state import Snapshot
 from mirl_dist.training.ticket import Ticket, parse
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))

@@ -21,7 +21,8 @@ from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import Stopped, UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.training import loop, losses
-from mirl_dist.training.state import Progress, TrainState
+from mirl_dist.training.progress import Progress
+from mirl_dist.training.state import TrainState
 
 TASKS = (Task.of("derain"), Task.of("dehaze"))
 STEPS = 12

@@ -28,7 +28,8 @@ from mirl_dist.training.checkpoint import (
     WEIGHTS,
     Checkpoints,
 )
-from mirl_dist.training.state import Progress, pack_tensors, unpack_masks
+from mirl_dist.training.progress import Progress
+from mirl_dist.training.state import pack_tensors, unpack_masks
 from mirl_dist.training.ticket import metrics, parse, validation_score
 from tests.storage.snapshots import SHAPES, commit_round, commit_steps, masks, progress, snapshot, ticket, weights
 

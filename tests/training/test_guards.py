@@ -12,7 +12,7 @@ import torch
 
 from mirl_dist.data.sample import Batch
 from mirl_dist.training.guards import SpikeDetector, StepLosses
-from mirl_dist.training.state import Progress
+from mirl_dist.training.progress import Progress
 from tests.services.outcomes import expect
 
 NONE = torch.zeros(0)

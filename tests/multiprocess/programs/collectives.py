@@ -24,7 +24,8 @@ from mirl_dist.errors import MirlError, Stopped, UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import PruneConfig, PruneResult, prune
 from mirl_dist.training import guards, lottery
-from mirl_dist.training.state import Progress, TrainState
+from mirl_dist.training.progress import Progress
+from mirl_dist.training.state import TrainState
 from mirl_dist.training.step_status import StepStatus, sum_status
 from mirl_dist.training.ticket import Ticket
 

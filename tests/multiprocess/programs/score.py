@@ -18,6 +18,7 @@ from mirl_dist.data.shards import Shards
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.evaluation import evaluate
 from mirl_dist.evaluation.protocols import PROTOCOLS
+from mirl_dist.evaluation.scorer import EvalSettings
 from mirl_dist.storage import open_store
 
 SIZES: dict[str, Any] = {
@@ -36,9 +37,7 @@ def main() -> None:
     jobs = evaluate.plan_jobs(shards, tasks, None)
     torch.manual_seed(3)
     network = models.create("promptir", **SIZES)
-    settings = evaluate.EvalSettings(
-        (PROTOCOLS["promptir"], PROTOCOLS["restormer"]), seed=0, tile_pixels=40, tile_overlap=8
-    )
+    settings = EvalSettings((PROTOCOLS["promptir"], PROTOCOLS["restormer"]), seed=0, tile_pixels=40, tile_overlap=8)
     found = evaluate.evaluate(network, ShardPool(shards, None, "refuse", print), jobs, ranks, settings)
     report = {
         "own_jobs": evaluate.assign_jobs(jobs, ranks.rank, ranks.world),
