@@ -21,6 +21,7 @@ from mirl_dist.training.guards import StepLosses
 from mirl_dist.training.preflight import RunPlan
 from mirl_dist.training.schedule import learning_rate
 from mirl_dist.training.state import Progress, TrainState
+from mirl_dist.training.step_times import Phase, PhaseClock, report_epoch
 
 
 class LoopHooks(Protocol):
@@ -28,14 +29,18 @@ class LoopHooks(Protocol):
 
     before_step: may raise Stopped on all ranks; flags: whether this rank was asked to stop, whether it is writing a
     commit, and whether that failed; raise_commit_failure: raises the failure on every rank; commit: saves the state, in
-    the background unless `wait`; log: logs the values of a step.
+    the background unless `wait`; log: logs the values of a step; log_times: logs percentages of an epoch's time; clock:
+    measures the phases of steps.
     """
+
+    clock: PhaseClock
 
     def before_step(self, progress: Progress) -> None: ...
     def flags(self) -> tuple[bool, bool, bool]: ...
     def raise_commit_failure(self) -> None: ...
     def commit(self, *, wait: bool) -> None: ...
     def log(self, step: int, values: dict[str, float]) -> None: ...
+    def log_times(self, step: int, percent: dict[str, float]) -> None: ...
 
 
 class StepStatus(NamedTuple):
@@ -72,6 +77,7 @@ def train_round(
     config, progress, commit_due = plan.config, state.progress, False
     epochs, commit_every = config.round_epochs(progress.round), config.checkpoint.every_steps
     meter, spikes = Meter(plan, progress, ranks), guards.SpikeDetector(config.guard.spike_factor)
+    hooks.clock.begin_round()
     while progress.epoch < epochs:
         lr = learning_rate(config, progress, plan.sampler.steps_per_epoch)
         call_before_step(hooks, meter)
@@ -79,14 +85,18 @@ def train_round(
         status = forward_backward(model, batches, step_losses, hooks, meter)
         if status.no_batch:
             commit_and_stop(hooks, meter)
-        norm = update_weights(state, lr, step_losses, config, ranks)
+        norm = update_weights(state, lr, step_losses, config, ranks, hooks.clock)
         if not step_losses.skipped:
             meter.add(step_losses)
             spikes.check(status.loss, step_losses, progress, ranks)
         advance_progress(progress, plan, replaced=status.replaced, skipped=step_losses.skipped)
+        hooks.clock.samples += config.batch.global_
         ended = progress.epoch == epochs
         if progress.updates % config.tracking.every_steps == 0 or ended:
-            report_step(meter, {"lr": lr, "gradient_norm": float(norm)}, hooks, advance)
+            with hooks.clock.phase(Phase.TRACKING):
+                report_step(meter, {"lr": lr, "gradient_norm": float(norm)}, hooks, advance)
+        if progress.step == 0:  # before a commit, which then has the record of it
+            hooks.log_times(progress.updates, report_epoch(hooks.clock, progress))
         if status.commit_failed:
             hooks.raise_commit_failure()
         commit_due = commit_due or (commit_every is not None and progress.updates % commit_every == 0)
@@ -106,13 +116,16 @@ def call_before_step(hooks: LoopHooks, meter: Meter) -> None:
         commit(hooks, meter, wait=True)
         raise
     finally:
-        meter.since += time.monotonic() - began
+        seconds = time.monotonic() - began
+        meter.since += seconds
+        hooks.clock.exclude(seconds)
 
 
 def commit(hooks: LoopHooks, meter: Meter, *, wait: bool) -> None:
     """Commit the state, with the losses not yet reported."""
-    meter.progress.unreported = meter.unreported()
-    hooks.commit(wait=wait)
+    with hooks.clock.phase(Phase.COMMIT):
+        meter.progress.unreported = meter.unreported()
+        hooks.commit(wait=wait)
 
 
 def commit_and_stop(hooks: LoopHooks, meter: Meter) -> NoReturn:
@@ -129,22 +142,26 @@ def forward_backward(
 
     Returns early if any rank has no batch. A non-finite loss on any rank marks the step as skipped.
     """
-    loss, replaced, ranks, config = 0.0, 0, meter.ranks, meter.plan.config
+    loss, replaced, ranks, config, clock = 0.0, 0, meter.ranks, meter.plan.config, hooks.clock
     passes = meter.plan.batch_split.passes
     for number in range(passes):
         meter.stragglers.begin()
-        batch = next_batch(batches, ranks.device)
+        with clock.phase(Phase.DATA):
+            batch = next_batch(batches, ranks.device)
         meter.stragglers.batch_ready()
         with ranks.network.accumulate(model, more=number + 1 < passes):
-            sample_losses = forward(model, batch, config.data.patch_pixels, step_losses, ranks)
-            status = sync_status(sample_losses, batch, ranks, hooks, meter.stragglers)
+            with clock.phase(Phase.FORWARD):
+                sample_losses = forward(model, batch, config.data.patch_pixels, step_losses, ranks)
+            with clock.phase(Phase.LOSS_SUM):
+                status = sync_status(sample_losses, batch, ranks, hooks, meter.stragglers)
             if status.no_batch:
                 return status
             if status.bad and not step_losses.skipped:
                 guards.check_loss(step_losses, meter.progress, config.guard.skip_bad_batches, ranks)
                 step_losses.skipped = True
             if not step_losses.skipped:
-                ranks.network.backward(sample_losses.mean() / passes)
+                with clock.phase(Phase.BACKWARD):
+                    ranks.network.backward(sample_losses.mean() / passes)
         loss += status.loss / config.batch.global_
         replaced += status.replaced
     return status._replace(loss=loss, replaced=replaced)
@@ -183,21 +200,25 @@ def sync_status(
     return StepStatus(bad > 0, no_batch > 0, stop > 0, busy > 0, failed > 0, int(replaced), loss)
 
 
-def update_weights(state: TrainState, lr: float, step_losses: StepLosses, config: Config, ranks: Ranks) -> Tensor:
+def update_weights(
+    state: TrainState, lr: float, step_losses: StepLosses, config: Config, ranks: Ranks, clock: PhaseClock
+) -> Tensor:
     """Mask and clip the gradients and make one optimiser step, or drop the gradients if the step is skipped.
 
     Returns the norm of the averaged gradient, NaN after a non-finite loss. A non-finite norm marks the step as skipped.
     """
     norm = torch.tensor(float("nan"))
     if not step_losses.skipped:
-        state.engine.mask_gradients(state.masks)
-        norm = state.engine.clip(config.optimiser.clip_norm)
-        allowed = config.guard.skip_bad_batches
-        step_losses.skipped = guards.check_gradient(norm, step_losses, state.progress, allowed, ranks)
-    if step_losses.skipped:
-        state.engine.drop_gradients()
-    else:
-        state.engine.step(lr)
+        with clock.phase(Phase.MASKS):
+            state.engine.mask_gradients(state.masks)
+            norm = state.engine.clip(config.optimiser.clip_norm)
+            allowed = config.guard.skip_bad_batches
+            step_losses.skipped = guards.check_gradient(norm, step_losses, state.progress, allowed, ranks)
+    with clock.phase(Phase.OPTIMISER):
+        if step_losses.skipped:
+            state.engine.drop_gradients()
+        else:
+            state.engine.step(lr)
     return norm
 
 

@@ -25,6 +25,7 @@ from mirl_dist.training import loop as train
 from mirl_dist.training import losses as objective
 from mirl_dist.training.schedule import rate
 from mirl_dist.training.state import Progress, TrainState
+from mirl_dist.training.step_times import PhaseClock
 
 TINY: dict[str, Any] = {
     "dim": 8,
@@ -106,6 +107,8 @@ class Run:
     kept: dict[int, Progress] = field(default_factory=dict)
     weights: dict[int, Any] = field(default_factory=dict)
     told: dict[int, dict[str, float]] = field(default_factory=dict)
+    clock: PhaseClock = field(default_factory=PhaseClock)
+    percent: dict[int, dict[str, float]] = field(default_factory=dict)
     now: int = 0
 
     def before_step(self, progress: Progress) -> None:
@@ -126,6 +129,9 @@ class Run:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.told[step] = values
+
+    def log_times(self, step: int, percent: dict[str, float]) -> None:
+        self.percent[step] = percent
 
     def train(self, plan: Any, resumed: Run | None = None) -> Run:
         """A round, from its beginning or from the newest commit of another run."""
@@ -269,3 +275,12 @@ def test_the_rate_of_a_position_is_the_rate_of_its_step() -> None:
         for step in range(4)
     ]
     assert [run.told[step]["lr"] for step in range(1, 13)] == rates
+
+
+def test_the_shares_of_each_epochs_time_are_told_and_make_it_whole() -> None:
+    run = Run().train(plan())
+    assert sorted(run.percent) == [4, 8, 12]
+    for percent in run.percent.values():
+        assert sum(percent.values()) == pytest.approx(100)
+        assert percent["time/forward_backward"] > 0 and percent["time/reduce_optimiser"] > 0
+    assert run.percent[4]["time/commit"] > 0 and run.percent[4]["time/tracking"] > 0
