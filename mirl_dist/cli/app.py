@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find winning tickets in all-in-one image restoration networks, on any number of GPUs.",
 )
+Device = Annotated[str | None, Option(help="auto, cpu or cuda. Default: the run's train.device.")]
 Tile = Annotated[int | None, Option(help="Pixels of square tiles, for images too large for memory.")]
 track_app = typer.Typer(no_args_is_help=True, help="Deliver a run's records to MLflow.")
 app.add_typer(shards.app, name="shards")
@@ -58,17 +59,32 @@ def main() -> None:
             warn(f"mirl-dist: {stopped}.{' Go on with --resume auto.' if 'train' in sys.argv[1:2] else ''}")
         _leave(RESUMABLE, final=True)
     except RuntimeError as error:
-        from mirl_dist.data.parallel import loader_fault
-        from mirl_dist.distributed.process_group import is_peer_loss
+        _leave_for(error)
 
-        if (dead_loader := loader_fault(error)) is not None:  # torch reports it in whatever the main thread does
-            warn(f"mirl-dist, {rank_label()}: {dead_loader}", FAULT)
-            _leave(2, final=True)
-        if not is_peer_loss(error):
-            raise
-        warn(f"mirl-dist, {rank_label()}: another rank has exited ({str(error).splitlines()[0][:120]})")
+
+def _leave_for(error: RuntimeError) -> None:
+    """Report in one line an error of a device or of another process, and exit; raise any other error again."""
+    from mirl_dist.data.parallel import loader_fault
+    from mirl_dist.distributed import device_errors
+    from mirl_dist.distributed.process_group import is_peer_loss
+
+    who = f"mirl-dist, {rank_label()}"
+    if (dead_loader := loader_fault(error)) is not None:  # torch reports it in whatever the main thread does
+        warn(f"{who}: {dead_loader}", FAULT)
+        _leave(2, final=True)
+    if device_errors.is_out_of_memory(error):
+        warn(
+            f"{who}: {device_errors.describe_out_of_memory(error)} End what else uses it, or take a larger one.", FAULT
+        )
+        _leave(2, final=True)
+    if is_peer_loss(error):
+        warn(f"{who}: another rank has exited ({str(error).splitlines()[0][:120]})")
         ControlChannel.of_worker().wait_before_exit()
         _leave(1)
+    if (failure := device_errors.describe_gpu_failure(error)) is None:
+        raise error
+    warn(f"{who}: {failure}", FAULT)
+    _leave(1)
 
 
 def _is_main() -> bool:
@@ -205,6 +221,7 @@ def evaluate(
     tile: Tile = None,
     precision: Annotated[str | None, Option(help="fp32 or bf16.")] = None,
     compiled: Annotated[bool | None, Option("--compile/--no-compile", help="torch.compile.")] = None,
+    device: Device = None,
     table: Annotated[Path | None, Option(help="A CSV file to write: the scores of each image.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -212,7 +229,7 @@ def evaluate(
     """Score a ticket: PSNR and SSIM per task and set. Under `accelerate launch` all ranks share the images."""
     from mirl_dist.cli.evaluate import EvalOptions, print_scores
 
-    options = EvalOptions(protocol, tile, precision, compiled)
+    options = EvalOptions(protocol, tile, precision, compiled, device)
     print_scores(ticket, shards, options, table=table, overwrite=overwrite, as_json=as_json)
 
 
@@ -224,12 +241,13 @@ def restore(
     tile: Annotated[
         str, Option(help="auto: square tiles for images too large for memory; none; or the tiles' side in pixels.")
     ] = "auto",
+    device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Restore images with a ticket's network."""
     from mirl_dist.cli.restore import restore_files
 
-    restore_files(images, ticket, out, tile, overwrite=overwrite)
+    restore_files(images, ticket, out, tile, device, overwrite=overwrite)
 
 
 @app.command("import")

@@ -32,6 +32,7 @@ class EvalOptions(NamedTuple):
     tile_pixels: int | None = None
     precision: str | None = None
     compile: bool | None = None
+    device: str | None = None
 
 
 def _settings(config: Config, options: EvalOptions) -> evaluate.EvalSettings:
@@ -41,8 +42,9 @@ def _settings(config: Config, options: EvalOptions) -> evaluate.EvalSettings:
     if options.precision not in (None, "fp32", "bf16"):
         raise UserError(f"--precision: found '{options.precision}'. Use fp32 or bf16.")
     check_tiles(options.tile_pixels, config.evaluate.tile_overlap)
+    check_device(options.device)
     changes = options._asdict() | {"protocols": tuple(dict.fromkeys(options.protocols or ())) or None}
-    given = {key: value for key, value in changes.items() if value is not None}
+    given = {key: value for key, value in changes.items() if value is not None and key != "device"}
     return dataloaders.eval_settings_of(config.evaluate.model_copy(update=given))
 
 
@@ -52,6 +54,12 @@ def check_tiles(tile_pixels: int | None, overlap: int) -> None:
         raise UserError(
             f"--tile: found {tile_pixels}. Give 64 or more pixels, and more than the {overlap} that tiles share."
         )
+
+
+def check_device(device: str | None) -> None:
+    """Raise UserError for a device that is none."""
+    if device not in (None, "auto", "cpu", "cuda"):
+        raise UserError(f"--device: found '{device}'. Use auto, cpu or cuda.")
 
 
 def print_scores(
@@ -82,9 +90,11 @@ def print_scores(
     shards = Shards(open_configured(config.store, address))
     jobs = _plan_jobs(config, shards, config.evaluate.sets if shards_address is None else None, settings)
     model = network(config, opened.trained_weights())
-    ranks = Ranks(device=config.train.device)
+    ranks = Ranks(device=options.device or config.train.device)
     pool = dataloaders.shard_pool_of(config, shards, "evaluate", stop_requested=lambda: False)
     with redirect_stdout(sys.stderr if as_json else sys.stdout):  # standard output is reserved for JSON
+        if ranks.is_main and ranks.device_note:
+            progress.say(ranks.device_note)
         scored = evaluate.evaluate(model.to(ranks.device), pool, jobs, ranks, settings)
     pool.close()
     if ranks.is_main:

@@ -18,10 +18,11 @@ from torch import nn
 
 from mirl_dist.cli.doctor import memory
 from mirl_dist.cli.doctor.machine import memory_limits
-from mirl_dist.cli.evaluate import check_tiles
+from mirl_dist.cli.evaluate import check_device, check_tiles
 from mirl_dist.config.config import Config
+from mirl_dist.config.schema_training import EvaluateSection
 from mirl_dist.data.image_files import Decoded, ImageRefused, decode
-from mirl_dist.distributed import hardware
+from mirl_dist.distributed import device_errors, hardware
 from mirl_dist.errors import UserError
 from mirl_dist.evaluation import evaluate
 from mirl_dist.observability import progress
@@ -33,19 +34,24 @@ AUTO_TILES = (1024, 512, 256, 128)  # pixels per side, tried in this order
 _RESERVE = 1.25  # times the counted bytes: the allocator and the libraries need more than the tensors
 
 
-def restore_files(images: list[Path], reference: str, out: Path, tile: str, *, overwrite: bool) -> None:
+def restore_files(
+    images: list[Path], reference: str, out: Path, tile: str, device: str | None, *, overwrite: bool
+) -> None:
     """Restore image files to PNG files of the same stem; those that are written stay if a later one fails.
 
-    tile: 'auto' (tiles for images that do not fit into memory), 'none', or the side of the tiles in pixels.
+    Computes what `evaluate` computes, in the ticket's evaluate.precision. tile: 'auto' (tiles for images that do not
+    fit into memory), 'none', or the side of the tiles in pixels. device: None for the config's train.device.
     Raises UserError for unusable files, and for outputs that exist, before restoring any.
     """
     _check_images(images, out)
+    check_device(device)
     output_paths.check_folder(
         out, names=[f"{path.stem}.png" for path in images], overwrite=overwrite, reads=[*images, reference]
     )
     opened = open_ticket(reference)
     config, ticket = opened.config, opened.ticket()
     sides = _tile_sides(tile, config)
+    place = _prepare_device(device or config.train.device)
     notes: Counter[str] = Counter()
     with progress.bar("checking images", len(images)) as advance:
         for number, path in enumerate(images):
@@ -53,18 +59,28 @@ def restore_files(images: list[Path], reference: str, out: Path, tile: str, *, o
             advance(number + 1, path.name)
     for note, count in sorted(notes.items()):
         progress.say(f"{note} (images: {count})")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, folder = network(config, opened.trained_weights()).to(device), Folder(out)
+    model, folder = network(config, opened.trained_weights()).to(place), Folder(out)
     # Counting takes seconds, and images mostly share a size.
     count_bytes = cache(partial(memory.scoring_bytes, config.model.name, config.model.sizes()))
     with progress.bar("restoring", len(images)) as advance:
         for number, path in enumerate(images):
-            restored = _restore(model, path, device, sides, config.evaluate.tile_overlap, count_bytes)
+            restored = _restore(model, path, place, sides, config.evaluate, count_bytes)
             data = io.BytesIO()
             Image.fromarray(np.round(restored * 255).astype(np.uint8)).save(data, "PNG")
             folder.put(f"{path.stem}.png", data.getvalue())
             advance(number + 1, path.name)
     progress.say(f"{len(images)} restored by round {ticket.round} into {out}")
+
+
+def _prepare_device(wanted: str) -> torch.device:
+    """Choose the device and switch on exact arithmetic, as Ranks does. Raises UserError if the device is missing."""
+    choice = hardware.choose_device(wanted)
+    if choice.fault:
+        raise UserError(choice.fault)
+    if choice.why_cpu:
+        progress.say(choice.note())
+    hardware.use_exact_arithmetic()
+    return torch.device("cpu" if choice.cpu else "cuda")
 
 
 def _check_images(images: list[Path], out: Path) -> None:
@@ -101,7 +117,7 @@ def _restore(
     path: Path,
     device: torch.device,
     sides: tuple[int | None, ...],
-    overlap: int,
+    section: EvaluateSection,
     count_bytes: Callable[[int, int], int],
 ) -> evaluate.Image:
     """Restore one image with the first of the tile sides that fits into memory. Raises UserError if none does."""
@@ -111,8 +127,8 @@ def _restore(
     for side in _likely_to_fit(useful, (height, width), device, count_bytes):
         if side is not None and len(sides) > 1:
             progress.say(f"{path.name} ({width}x{height}) is restored in tiles of {side} pixels: memory is short")
-        with contextlib.suppress(hardware.OutOfMemory), hardware.out_of_memory():
-            return evaluate.restore(model, pixels, device, side, overlap)
+        with contextlib.suppress(device_errors.OutOfMemory), device_errors.out_of_memory():
+            return evaluate.restore(model, pixels, device, side, section.tile_overlap, section.precision)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -74,6 +74,7 @@ def start_ranks(config: Config, launch: str, command: Sequence[str], resume: str
     command: of one rank. Restarted ranks find their own run, so its --resume is not 'never'; `resume` is the user's.
     """
     from mirl_dist.cli.doctor import machine
+    from mirl_dist.distributed import hardware
     from mirl_dist.distributed.launch import launcher
     from mirl_dist.tickets.open import open_ticket
     from mirl_dist.training import preflight
@@ -81,6 +82,8 @@ def start_ranks(config: Config, launch: str, command: Sequence[str], resume: str
     file, options = launcher.choose(config, launch)
     if not options:
         return False
+    if config.train.device == "cuda" and not hardware.gpus():
+        raise UserError(hardware.choose_device("cuda").fault)
     findings = [("", machine.check_engine(file))]
     if file.nodes == 1:
         findings += [("main_process_port: ", finding) for finding in machine.check_port(file)]

@@ -137,7 +137,8 @@ class TrainSection(Node):
     epochs: PositiveInt = 120
     """Epochs of every round."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    device: Annotated[Literal["auto", "cpu"], Local] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Local] = "auto"
+    """auto: a GPU per rank if this node has any, else processors; cuda: a GPU per rank, or the run is refused."""
 
 
 class StartSection(Node):

@@ -7,7 +7,7 @@ that another launcher started obeys that launcher, unless a variable contradicts
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 
 import psutil
 
@@ -24,9 +24,12 @@ _DECIDED_BY_CONFIG = (
     ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("1", "none"), "batch.forward"),
     ("ACCELERATE_MIXED_PRECISION", ("no", "none"), "train.precision"),
     ("ACCELERATE_DYNAMO_BACKEND", ("no", "none"), "networks are trained without torch.compile"),
+    ("NVIDIA_TF32_OVERRIDE", ("0",), "train.precision"),
 )
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_INTERFACES = "GLOO_SOCKET_IFNAME"
+_NCCL_ERRORS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+_HEARTBEAT_MARGIN_SECONDS = 120
+_GLOO_INTERFACES, _NCCL_INTERFACES = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 
 
 def foreign_variables(env: Mapping[str, str]) -> list[str]:
@@ -84,12 +87,45 @@ def check_rank(env: Mapping[str, str]) -> None:
             raise UserError(f"found {name}={env[name]} in the environment; the config decides ({key}). Unset it.")
 
 
-def check_interfaces(env: Mapping[str, str]) -> None:
-    """Raise UserError if gloo is to use a network interface that this node does not have."""
-    interfaces = psutil.net_if_addrs() if _INTERFACES in env else {}
-    for name in env.get(_INTERFACES, "").split(","):
-        if name and name not in interfaces:
-            raise UserError(
-                f"{_INTERFACES}: found '{name}', which is no network interface of this node. Use one of "
-                f"{', '.join(sorted(interfaces))}, or unset it."
-            )
+def check_interfaces(env: Mapping[str, str], *, nccl: bool) -> None:
+    """Raise UserError if gloo, or NCCL where ranks use it, is to use network interfaces that this node does not have.
+
+    GLOO_SOCKET_IFNAME lists names. NCCL_SOCKET_IFNAME lists beginnings of names; '^' before the list excludes them
+    instead, '=' before them (after '^') makes them whole names.
+    """
+    interfaces = psutil.net_if_addrs() if _GLOO_INTERFACES in env or _NCCL_INTERFACES in env else {}
+    missing = [name for name in env.get(_GLOO_INTERFACES, "").split(",") if name and name not in interfaces]
+    refused = {_GLOO_INTERFACES: missing[0]} if missing else {}
+    listed = env.get(_NCCL_INTERFACES, "") if nccl else ""
+    if listed and not _nccl_interfaces(listed, interfaces):
+        refused[_NCCL_INTERFACES] = listed
+    for variable, value in refused.items():
+        raise UserError(
+            f"{variable}: found '{value}', which is no network interface of this node. Use one of "
+            f"{', '.join(sorted(interfaces))}, or unset it."
+        )
+
+
+def _nccl_interfaces(text: str, interfaces: Iterable[str]) -> list[str]:
+    """Return the interfaces that a value of NCCL_SOCKET_IFNAME admits."""
+    is_excluding, listed = text.startswith("^"), text.removeprefix("^")
+    is_exact, names = listed.startswith("="), tuple(name for name in listed.removeprefix("=").split(",") if name)
+    return [i for i in interfaces if (i in names if is_exact else i.startswith(names)) != is_excluding]
+
+
+def set_nccl_defaults(env: MutableMapping[str, str], timeout_seconds: float) -> None:
+    """Set how torch reacts to errors of NCCL, unless the user has: this package's watchdog reports them in one line.
+
+    torch would abort the process with pages of C++ when a peer has died, and when its own thread has waited longer than
+    its heartbeat. timeout_seconds: of the collectives. Source: torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp (2.13).
+    """
+    if env.get(_NCCL_ERRORS) == "1" and "TORCHELASTIC_RUN_ID" in env:
+        del env[_NCCL_ERRORS]  # the default of torch's launcher, not a wish
+    defaults = {
+        _NCCL_ERRORS: "0",  # keep the error, which Watchdog asks for; do not abort
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+        "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",  # the main thread meets the same error, and reports it
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(int(timeout_seconds) + _HEARTBEAT_MARGIN_SECONDS),
+    }
+    for name, value in defaults.items():
+        env.setdefault(name, value)

@@ -1,29 +1,78 @@
-"""Counts the CPUs and GPUs available to training, and lists torch's collective backends."""
+"""The processors and GPUs of this machine: their number, which of them a rank computes on, and how exactly."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "unable to allocate", "not enough memory")
+from typing import NamedTuple
 
 
-class OutOfMemory(Exception):
-    """Memory of the GPU or of the host did not suffice."""
+class DeviceChoice(NamedTuple):
+    """Where this process computes.
+
+    cpu: on its processors; otherwise on the GPU of its LOCAL_RANK. why_cpu: why it has no GPU; '' if it has one or none
+    was asked for. fault: why this choice cannot be used, in one line; '' if it can.
+    """
+
+    cpu: bool
+    why_cpu: str = ""
+    fault: str = ""
+
+    def note(self) -> str:
+        """Return a line about processors that are used for want of a GPU, or ''."""
+        return f"computes on processors: {self.why_cpu}" if self.why_cpu and not self.fault else ""
 
 
-@contextmanager
-def out_of_memory() -> Iterator[None]:
-    """Raise OutOfMemory in place of the exceptions by which torch and numpy report that memory does not suffice."""
+def choose_device(wanted: str) -> DeviceChoice:
+    """Choose where this process computes, and set the variables that CUDA and DeepSpeed read when they start.
+
+    wanted: 'auto' (a GPU if there is any), 'cpu' or 'cuda' (a GPU, or a fault).
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic matmul
+    missing = "" if wanted == "cpu" else why_no_cuda()
+    if wanted == "cpu" or missing:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed logs that it guesses the accelerator
+        fault = f"found device cuda where no GPU can be used: {missing}. Mend that, or choose cpu or auto."
+        return DeviceChoice(True, missing, fault if wanted == "cuda" else "")
+    local, visible = int(os.environ.get("LOCAL_RANK", "0")), gpus()
+    if local >= visible:  # NCCL rejects two ranks on one GPU with an unclear error
+        fault = (
+            f"rank {local} of this node finds {visible} GPUs and has none of its own. Start one rank per GPU, or add "
+            "--set train.device=cpu to train on its processors."
+        )
+        return DeviceChoice(False, "", fault)
+    return DeviceChoice(False)
+
+
+def why_no_cuda() -> str:
+    """Return why torch cannot compute on a GPU here, or '' if it can. Creates no CUDA context where it can."""
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if torch.cuda.is_available():
+        return ""
     try:
-        yield
-    except MemoryError as error:
-        raise OutOfMemory(str(error)) from None
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if any(sign in str(error).lower() for sign in _OUT_OF_MEMORY):
-            raise OutOfMemory(str(error).splitlines()[0]) from None
-        raise
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # torch reports the driver's error only here
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")
+    else:
+        reason = "no GPU is visible"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return reason if hidden is None else f"{reason} (CUDA_VISIBLE_DEVICES={hidden!r})"
+
+
+def use_exact_arithmetic(precision: str = "fp32") -> None:
+    """Make torch compute the same bits in every run, and in float32 without shortened products.
+
+    precision: 'tf32' lets GPUs multiply float32 with 10 bits of mantissa; under every other name they must not. Sets
+    process-wide switches: training, evaluation and restoring call this before their first tensor.
+    """
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.use_deterministic_algorithms(True)
+    # Determinism would also fill every new tensor before it is written: thousands of fills a step, and the same bits.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def processes() -> int:
@@ -41,6 +90,11 @@ def gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def gpus_for(device: str) -> int:
+    """Return the number of GPUs that ranks of this node could use with that train.device."""
+    return 0 if device == "cpu" else gpus()
 
 
 def backends() -> dict[str, bool]:

@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mirl_dist.distributed import environment
+from mirl_dist.distributed.agreement import RankFacts, find_disagreement
 from mirl_dist.errors import UserError
 from mirl_dist.observability.console import warn
 
 _DISTRIBUTED: Any = torch.distributed  # typed Any: some members are private or lack type stubs
-_LAUNCH_ID = "launch_id"
+_LAUNCH_ID, _ADMITTED = "launch_id", "admitted"
 _LONGEST_PAUSE_SECONDS = 0.25
+_READING_SECONDS = 4 * _LONGEST_PAUSE_SECONDS  # time for the other ranks to read why they are refused
 _QUIET_SECONDS = 30.0  # after that, a rank that waits for others at the start names them
 _NAME_SECONDS = 60.0  # how long a name server may take to learn the name of a node that has just started
 
@@ -42,14 +45,21 @@ class Membership(NamedTuple):
     accelerator: Any
 
 
-def join_process_group(*, cpu: bool, use_accelerate: bool, timeout: timedelta) -> Membership:
+def join_process_group(facts: RankFacts, *, timeout: timedelta) -> Membership:
     """Join the process group that the launcher announced in the environment.
 
-    timeout: torch's timeout for collectives. use_accelerate: True for DDP only. Accelerate would wrap the networks of
-    other engines in its own training loop or, on a CPU, silently not at all.
+    timeout: torch's timeout for collectives. Raise UserError, on every rank, if the ranks' facts do not fit together.
     """
-    backend = "gloo" if cpu else "nccl"
-    launch_id = _join_under_launch_id(backend, timeout) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    device, cpu = torch.device("cpu"), facts.device == "cpu"
+    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if is_alone and facts.fault:
+        raise UserError(facts.fault)
+    if not cpu:
+        environment.set_nccl_defaults(os.environ, timeout.total_seconds())
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    launch_id = "" if is_alone else _join_under_launch_id(facts, device, timeout)
+    # Accelerate would wrap the networks of other engines in its own training loop or, on a CPU, silently not at all.
+    use_accelerate = facts.engine == "ddp"
     if use_accelerate:
         from accelerate import Accelerator, InitProcessGroupKwargs
 
@@ -58,17 +68,22 @@ def join_process_group(*, cpu: bool, use_accelerate: bool, timeout: timedelta) -
         rank, world = accelerator.process_index, accelerator.num_processes
         return Membership(rank, world, accelerator.device, launch_id, accelerator)
     if not _DISTRIBUTED.is_initialized():  # one process
-        store = _DISTRIBUTED.HashStore()
-        _DISTRIBUTED.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    device = torch.device("cpu")
-    if not cpu:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+        _init_process_group(facts.backend, device, _DISTRIBUTED.HashStore(), 0, 1, timeout)
     return Membership(_DISTRIBUTED.get_rank(), _DISTRIBUTED.get_world_size(), device, launch_id, None)
 
 
-def _join_under_launch_id(backend: str, timeout: timedelta) -> str:
-    """Join the process group under a new launch id, and return the id.
+def _init_process_group(
+    backend: str, device: torch.device, store: Any, rank: int, world: int, timeout: timedelta
+) -> None:
+    options: dict[str, Any] = {"store": store, "rank": rank, "world_size": world, "timeout": timeout}
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        options["device_id"] = device  # NCCL connects here, so a GPU that it cannot use fails here
+    _DISTRIBUTED.init_process_group(backend, **options)
+
+
+def _join_under_launch_id(facts: RankFacts, device: torch.device, timeout: timedelta) -> str:
+    """Join the process group under a new launch id, and return the id. Raise UserError as `rendezvous`.
 
     torch's launcher keeps its store when it restarts ranks (torch 2.4 to 2.13). Without a prefix per launch, torch
     would read the addresses of the previous, dead ranks.
@@ -78,9 +93,8 @@ def _join_under_launch_id(backend: str, timeout: timedelta) -> str:
     with _remark_on_waiting(rank, world):
         wait_for_store(*_master(), seconds, serve=serve)
         store = open_store(*_master(), timeout, serve=serve)
-        launch_id = rendezvous(_DISTRIBUTED.PrefixStore("mirl_dist", store), rank, world, seconds)
-    prefixed = _DISTRIBUTED.PrefixStore(launch_id, store)
-    _DISTRIBUTED.init_process_group(backend, store=prefixed, rank=rank, world_size=world, timeout=timeout)
+        launch_id = rendezvous(_DISTRIBUTED.PrefixStore("mirl_dist", store), rank, world, seconds, facts)
+    _init_process_group(facts.backend, device, _DISTRIBUTED.PrefixStore(launch_id, store), rank, world, timeout)
     return launch_id
 
 
@@ -134,12 +148,13 @@ def wait_for_store(host: str, port: int, seconds: float, *, serve: bool) -> None
     raise RuntimeError(f"waited {seconds:.0f} s at the start for rank 0, at {host}:{port}")
 
 
-def rendezvous(store: Any, rank: int, world: int, seconds: float) -> str:
+def rendezvous(store: Any, rank: int, world: int, seconds: float, facts: RankFacts) -> str:
     """Return the launch id, shared by all ranks of this start and distinct from earlier starts in the same store.
 
-    Rank 0 draws and publishes the launch id. Every other rank registers a token of its own under it and waits until
-    rank 0 admits that token, so a stale launch id is never accepted. Raise RuntimeError after `seconds`; on rank 0 it
-    names the missing ranks. store: torch's, or one with its methods set, get and check.
+    Rank 0 draws and publishes the launch id. Every other rank registers its facts and a token of its own under it, and
+    waits until rank 0 answers that token, so a stale launch id is never accepted. Rank 0 compares the facts of all
+    before it answers any. Raise UserError on every rank if they do not fit together, RuntimeError after `seconds`; on
+    rank 0 it names the missing ranks. store: torch's, or one with its methods set, get and check.
     """
     deadline, pause = time.monotonic() + seconds, 0.005
     token, answered = secrets.token_hex(8), ""
@@ -148,20 +163,48 @@ def rendezvous(store: Any, rank: int, world: int, seconds: float) -> str:
         store.set(_LAUNCH_ID, token)
     while time.monotonic() < deadline:
         if rank == 0 and store.check([f"{token}/{other}" for other in others]):
-            for other in others:
-                store.set(f"{token}/{store.get(f'{token}/{other}').decode()}", "admitted")
+            _answer_all(store, token, [facts, *(_read_facts(store, token, other) for other in others)])
             return token
         if rank != 0 and store.check([_LAUNCH_ID]):
             launch_id: str = store.get(_LAUNCH_ID).decode()
             if launch_id != answered:
                 answered = launch_id
+                store.set(f"{launch_id}/{rank}/facts", facts.to_json().decode())
                 store.set(f"{launch_id}/{rank}", token)
             if store.check([f"{launch_id}/{token}"]):
+                _raise_refusal(store.get(f"{launch_id}/{token}").decode())
                 return launch_id
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
     missing = [other for other in others if not store.check([f"{token}/{other}"])] if rank == 0 else [0]
     raise RuntimeError(f"waited {seconds:.0f} s at the start for rank {', '.join(map(str, missing))}")
+
+
+def _read_facts(store: Any, launch_id: str, rank: int) -> RankFacts:
+    key = f"{launch_id}/{rank}/facts"
+    # Versions before these facts register a token alone.
+    return RankFacts.from_json(store.get(key) if store.check([key]) else b'{"mirl_dist": "an older version"}')
+
+
+def _answer_all(store: Any, launch_id: str, everyone: list[RankFacts]) -> None:
+    """Admit all ranks, or refuse all with the reason, from rank 0. everyone: facts in rank order."""
+    refusal = find_disagreement(everyone)
+    for other in range(1, len(everyone)):
+        store.set(f"{launch_id}/{store.get(f'{launch_id}/{other}').decode()}", refusal or _ADMITTED)
+    if refusal and not store_is_the_launchers():
+        time.sleep(_READING_SECONDS)  # the store ends with this process
+    _raise_refusal(refusal or _ADMITTED)
+
+
+def _raise_refusal(answer: str) -> None:
+    if answer != _ADMITTED:
+        raise UserError(answer, everywhere=True)
+
+
+def find_connection_error() -> str:
+    """Return the error that NCCL's thread has met in a collective of this process, or ''. Callable from any thread."""
+    error = _DISTRIBUTED.group.WORLD._get_backend(torch.device("cuda")).get_error()
+    return "" if error == torch._C._distributed_c10d.ErrorType.SUCCESS else str(error.name)
 
 
 def leave_process_group(membership: Membership) -> None:

@@ -17,14 +17,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mirl_dist.distributed import environment
+from mirl_dist.distributed import environment, hardware
+from mirl_dist.distributed.agreement import RankFacts
 from mirl_dist.distributed.engines.sharding import ShardLayout, local_part
 from mirl_dist.distributed.engines.spec import engine_from_env
 from mirl_dist.distributed.flight_recorder import FlightRecorder
-from mirl_dist.distributed.hardware import gpus
 from mirl_dist.distributed.parallel_network import ParallelNetwork
 from mirl_dist.distributed.process_group import (
     LiveStore,
+    find_connection_error,
     join_process_group,
     leave_process_group,
     store_is_the_launchers,
@@ -42,18 +43,22 @@ class Ranks:
     def __init__(
         self, *, device: str = "auto", precision: str = "fp32", seed: int = 0, timeout_seconds: float = 1800
     ) -> None:
-        """device: 'auto' (one GPU per rank if CUDA is available) or 'cpu'. precision: 'fp32' or 'bf16'.
+        """device: 'auto' (one GPU per rank if CUDA is available), 'cpu' or 'cuda'. precision: 'fp32' or 'bf16'.
 
         timeout_seconds: how long ranks wait in a collective. After that, missing ranks are named on standard error and
-        the waiting ranks exit with code 1. Raise UserError for an environment in which a launch cannot work,
-        InvariantError if the number of joined processes differs from the number launched.
+        the waiting ranks exit with code 1. Raise UserError for an environment in which a launch cannot work, and on
+        every rank if ranks differ in device or versions; InvariantError if the number of joined processes differs from
+        the number launched.
         """
         environment.check_rank(os.environ)
-        environment.check_interfaces(os.environ)
-        spec = engine_from_env(os.environ)
-        cpu = _prepare_device(device)
+        spec, choice = engine_from_env(os.environ), hardware.choose_device(device)
+        environment.check_interfaces(os.environ, nccl=not choice.cpu)
+        hardware.use_exact_arithmetic(precision)
         timeout = timedelta(seconds=timeout_seconds + 60)  # longer than the watchdog's, which can name the cause
-        self._membership = join_process_group(cpu=cpu, use_accelerate=spec.name == "ddp", timeout=timeout)
+        facts = RankFacts.of_this_process(choice, spec.name)
+        self._membership = join_process_group(facts, timeout=timeout)
+        self.device_note = choice.note()
+        """A line about processors that are used for want of a GPU, or ''."""
         self.network = ParallelNetwork(spec, self._membership, self, half=precision == "bf16")
         self._recorder, self._stop_requested = FlightRecorder(), False
         self.hosts: list[str] = self.gather_objects(platform.node(), what="gather of hosts")
@@ -62,14 +67,16 @@ class Ranks:
         self._watchdog = self._start_watchdog(timeout_seconds) if watched else None
         self._check_world()
         torch.manual_seed(seed)
-        torch.use_deterministic_algorithms(True)
 
     def _start_watchdog(self, timeout_seconds: float) -> Watchdog:
         pids = self.gather_objects(os.getpid(), what="gather of process ids")
         names = [f"rank {rank} ({self.hosts[rank]}, pid {pid})" for rank, pid in enumerate(pids)]
         store = LiveStore.of_launch(self._membership.launch_id)
         store_host = f"the launcher's process at {store.address}" if store_is_the_launchers() else names[0]
-        return Watchdog(self._recorder, store, self.rank, names, store_host, timeout_seconds).start()
+        watchdog = Watchdog(self._recorder, store, self.rank, names, store_host, timeout_seconds)
+        if self.device.type == "cuda":  # gloo raises its errors where a rank waits
+            watchdog.find_connection_error = find_connection_error
+        return watchdog.start()
 
     def _check_world(self) -> None:
         """Raise InvariantError unless the announced, joined and responding process counts are equal."""
@@ -245,25 +252,6 @@ class Ranks:
             self._watchdog.stop()
             self.barrier(what="end")  # rank 0 may serve the store that the others' watchdogs read
         leave_process_group(self._membership)
-
-
-def _prepare_device(device: str) -> bool:
-    """Set the variables that CUDA and DeepSpeed read at start-up. Return whether this rank computes on the CPU.
-
-    Raise UserError if there are GPUs, but none of its own.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic matmul; read when CUDA starts
-    if device == "cpu" or not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed logs that it guesses the accelerator
-        return True
-    local, visible = int(os.environ.get("LOCAL_RANK", "0")), gpus()
-    if local >= visible:  # NCCL rejects two ranks on one GPU with an unclear error
-        raise UserError(
-            f"rank {local} of this node finds {visible} GPUs and has none of its own. Start one rank per GPU, or add "
-            "--set train.device=cpu to train on its processors."
-        )
-    torch.backends.cudnn.allow_tf32 = False  # TF32 would reduce the precision of every fp32 convolution
-    return False
 
 
 def _track_gpu_work() -> Callable[[], bool]:

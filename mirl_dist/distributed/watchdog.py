@@ -131,6 +131,8 @@ class Watchdog:
         self._label, self._store_host, self._leave = rank_label(rank), store_host, leave
         self._timeout_seconds, self._period_seconds = timeout_seconds, period_seconds
         self._exchange = _StateExchange(recorder, store, rank, names, timeout_seconds, period_seconds)
+        self.find_connection_error: Callable[[], str] = str
+        """Returns the error of a collective in which the main thread waits forever, or ''. NCCL's; gloo raises its."""
         self._wake, self._closed = threading.Event(), threading.Event()
         self._threads = [
             threading.Thread(target=run, daemon=True, name="watch") for run in (self._run_exchange, self._watch_store)
@@ -176,9 +178,13 @@ class Watchdog:
             pass  # the store is gone: collectives with its host fail by themselves, or the other thread exits
 
     def _watch_store(self) -> None:
-        """Exit if this rank waits past the timeout and the store is unresponsive (stopped process or lost node)."""
+        """Exit if this rank waits past the timeout and the store is unresponsive (stopped process or lost node), or if
+        a collective has failed in which the main thread would wait forever."""
         quiet, seen = 0, -1
         while not self._closed.wait(self._period_seconds):
+            if error := self.find_connection_error():
+                self._terminate(f"another rank has exited, or the network to it has failed (NCCL: {error}). {_AGAIN}")
+                return
             quiet, seen = (quiet + 1 if self._exchange.beat == seen else 0), self._exchange.beat
             own = self._exchange.recorder.state()
             if own.waiting and own.seconds > self._timeout_seconds and quiet > READS:

@@ -25,7 +25,7 @@ from mirl_dist.data.manifest import CLEAN, DEGRADED, Shard
 from mirl_dist.data.sample import Pixels, to_tensor
 from mirl_dist.data.shard_pool import ImageSource
 from mirl_dist.data.shards import SamplePlace, Shards
-from mirl_dist.distributed import hardware
+from mirl_dist.distributed import device_errors
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import InvariantError, Stopped, UserError
 from mirl_dist.evaluation import metrics, protocols, tiling
@@ -199,9 +199,9 @@ def _score(
             image, clean = degraded_and_clean(source, job, protocol, settings.seed)
             tile, (height, width) = settings.tile_pixels, image.shape[:2]
             try:
-                with hardware.out_of_memory():
+                with device_errors.out_of_memory():
                     restored = restore(model, image, device, tile, settings.tile_overlap, settings.precision)
-            except hardware.OutOfMemory:
+            except device_errors.OutOfMemory:
                 text = f"its {width}x{height} pixels do not fit into the memory of this rank's device"
                 smaller = tile // 2 if tile else 512
                 raise UserError(

@@ -15,6 +15,7 @@ from mirl_dist.config.canonical_json import to_json
 from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import journal_folder
 from mirl_dist.config.schema_training import OptimiserSection
+from mirl_dist.distributed.device_errors import out_of_memory_in_training
 from mirl_dist.distributed.engines.base import MakeOptimiser
 from mirl_dist.distributed.engines.sharding import local_part
 from mirl_dist.distributed.ranks import Ranks
@@ -50,6 +51,8 @@ def run(config: Config, resume_mode: str, stop: StopSignal, open_ticket: OpenTic
     ranks = join_ranks(config, stop)
     plan = preflight_on_ranks(config, resume_mode, ranks, open_ticket)
     if ranks.is_main:
+        if ranks.device_note:
+            say(ranks.device_note)
         say(describe(config, plan, ranks.world))
     inputs = dataloaders.open_inputs(plan, ranks, stop)
     status: dict[str, Any] = {}
@@ -92,7 +95,7 @@ def train_under_lease(
     tracker.log_file(RUN, to_json(config.dump()), "run")
     if newest is not None and config.prune.ends_after(newest.round, newest.total_sparsity) and ranks.is_main:
         say(f"all rounds are finished; nothing is left to train (prune.rounds: {config.prune.rounds})")
-    with _ends_in_mlflow(tracker, committer, stop), crash_guard:
+    with _ends_in_mlflow(tracker, committer, stop), crash_guard, out_of_memory_in_training():
         lottery.play(runner, pruner, newest)
         committer.finish_run(config.keep)
     return tracker

@@ -91,8 +91,51 @@ def test_an_incomplete_launch_is_refused_by_name(env: dict[str, str], text: str)
 
 def test_an_interface_that_is_none_is_refused_with_those_that_are() -> None:
     with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME: found 'nosuch0'.* Use one of .*\blo\b"):
-        environment.check_interfaces({"GLOO_SOCKET_IFNAME": "nosuch0"})
+        environment.check_interfaces({"GLOO_SOCKET_IFNAME": "nosuch0"}, nccl=False)
     with pytest.raises(UserError, match="nosuch0"):
-        environment.check_interfaces({"GLOO_SOCKET_IFNAME": "lo,nosuch0"})
-    environment.check_interfaces({"GLOO_SOCKET_IFNAME": "lo"})
-    environment.check_interfaces({})
+        environment.check_interfaces({"GLOO_SOCKET_IFNAME": "lo,nosuch0"}, nccl=False)
+    environment.check_interfaces({"GLOO_SOCKET_IFNAME": "lo"}, nccl=False)
+    environment.check_interfaces({}, nccl=True)
+
+
+@pytest.mark.parametrize(
+    "value, fits",
+    [
+        ("eth", True),
+        ("=eth0", True),
+        ("=eth", False),
+        ("nosuch,ib", True),
+        ("=nosuch,ib0", True),
+        ("nosuch", False),
+        ("^lo,eth", True),
+        ("^lo,eth,ib", False),
+        ("^=lo,eth", True),
+        ("", True),
+    ],
+)
+def test_the_interfaces_of_nccl_are_beginnings_of_names(
+    value: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment.psutil, "net_if_addrs", lambda: {"lo": [], "eth0": [], "ib0": []})
+    env = {"NCCL_SOCKET_IFNAME": value}
+    environment.check_interfaces(env, nccl=False)
+    if fits:
+        environment.check_interfaces(env, nccl=True)
+        return
+    with pytest.raises(UserError, match=r"NCCL_SOCKET_IFNAME: found '.*', which is no .* Use one of eth0, ib0, lo"):
+        environment.check_interfaces(env, nccl=True)
+
+
+def test_errors_of_nccl_are_left_to_the_watchdog_unless_the_user_says_otherwise() -> None:
+    env: dict[str, str] = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    environment.set_nccl_defaults(env, 1860.0)
+    assert env == {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "1980",
+    }
+    for given, found in ({"TORCHELASTIC_RUN_ID": "x"}, "0"), ({}, "1"):
+        env = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"} | given
+        environment.set_nccl_defaults(env, 60.0)
+        assert env["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == found

@@ -8,7 +8,12 @@ import time
 import pytest
 import torch
 
+from mirl_dist.distributed.agreement import RankFacts
+from mirl_dist.distributed.hardware import DeviceChoice
 from mirl_dist.distributed.process_group import is_peer_loss, rendezvous
+from mirl_dist.errors import UserError
+
+FACTS = RankFacts.of_this_process(DeviceChoice(cpu=True), "ddp")
 
 
 def test_ranks_of_one_start_share_a_launch_id_in_a_store_full_of_earlier_ones() -> None:
@@ -18,7 +23,7 @@ def test_ranks_of_one_start_share_a_launch_id_in_a_store_full_of_earlier_ones() 
         with concurrent.futures.ThreadPoolExecutor() as threads:
             found = []
             for rank in (2, 1, 0):
-                found.append(threads.submit(rendezvous, store, rank, 3, 20))
+                found.append(threads.submit(rendezvous, store, rank, 3, 20, FACTS))
                 time.sleep(0.02)  # rank 0 last: the others find an old call first
         return {one.result() for one in found}
 
@@ -29,10 +34,33 @@ def test_ranks_of_one_start_share_a_launch_id_in_a_store_full_of_earlier_ones() 
 
 def test_ranks_that_never_come_are_named() -> None:
     with pytest.raises(RuntimeError, match="waited 0 s at the start for rank 1, 2$") as told:
-        rendezvous(torch.distributed.HashStore(), 0, 3, 0.05)
+        rendezvous(torch.distributed.HashStore(), 0, 3, 0.05, FACTS)
     assert is_peer_loss(told.value)
     with pytest.raises(RuntimeError, match="waited 0 s at the start for rank 0$"):
-        rendezvous(torch.distributed.HashStore(), 2, 3, 0.05)
+        rendezvous(torch.distributed.HashStore(), 2, 3, 0.05, FACTS)
+
+
+def test_all_ranks_are_refused_with_one_text_if_one_of_them_differs() -> None:
+    store = torch.distributed.HashStore()
+    facts = [FACTS, FACTS._replace(host="odd", engine="fsdp"), FACTS]
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        calls = [threads.submit(rendezvous, store, rank, 3, 20, facts[rank]) for rank in range(3)]
+        errors = [call.exception(timeout=20) for call in calls]
+    assert all(isinstance(error, UserError) and error.everywhere for error in errors)
+    (text,) = {str(error) for error in errors}
+    assert text.startswith("ranks differ in their engine: rank 1 (odd) has fsdp; rank 0 (")
+
+
+def test_a_rank_of_a_version_without_facts_is_named() -> None:
+    store = torch.distributed.HashStore()
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        call = threads.submit(rendezvous, store, 0, 2, 20, FACTS)
+        launch_id = store.get("launch_id").decode()
+        store.set(f"{launch_id}/1", "token")  # all that such a version registers
+        with pytest.raises(
+            UserError, match=r"differ in their version of mirl_dist: rank 1 \(\) has an older version; rank 0 \("
+        ):
+            call.result(timeout=20)
 
 
 @pytest.mark.parametrize(

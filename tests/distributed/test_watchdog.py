@@ -159,3 +159,17 @@ def test_a_stop_reaches_every_watchdog_and_does_not_wait_for_the_store(group: Ca
     assert [w.stop_requested for w in ranks.watchdogs] == [False, True, False]
     ranks.store.answers.set()
     wait_until(lambda: all(w.stop_requested for w in ranks.watchdogs))
+
+
+def test_a_failed_connection_in_which_nobody_is_told_ends_the_rank(
+    group: Callable[[int], Group], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks, errors = group(2), [""]
+    ranks.start(600.0, 600.0)
+    ranks.watchdogs[1].find_connection_error = lambda: errors[0]
+    wait_until(lambda: ranks.watchdogs[1]._exchange.beat > 2)
+    assert ranks.left == {}
+    ranks.store.gone, errors[0] = True, "COMM_ERROR"  # as where rank 0, which served the store, has exited
+    wait_until(lambda: ranks.left)
+    assert ranks.left == {1: 1}
+    assert "another rank has exited, or the network to it has failed (NCCL: COMM_ERROR)" in capsys.readouterr().err

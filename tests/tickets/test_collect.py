@@ -342,7 +342,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "compare": lambda out: compare.compare(
         ["run"], compare.Report(out, "t", None, None, True), overwrite=False, as_json=False
     ),
-    "restore": lambda out: restore.restore_files([], "run", out, "auto", overwrite=False),
+    "restore": lambda out: restore.restore_files([], "run", out, "auto", None, overwrite=False),
 }
 
 

@@ -63,7 +63,7 @@ def print_machine() -> int:
             say(f"{package:16} MISSING: pip install {package}")
     say(f"{'cores':16} {os.cpu_count()}, {hardware.processes()} for this process")
     gpus = [torch.cuda.get_device_name(i) for i in range(hardware.gpus())]
-    say(f"{'GPUs':16} {', '.join(gpus) if gpus else 'none: ranks train on the CPU'}")
+    say(f"{'GPUs':16} {', '.join(gpus) or f'none: ranks train on the CPU ({hardware.why_no_cuda()})'}")
     backends = [name for name, there in hardware.backends().items() if there]
     say(f"{'rank backends':16} {', '.join(backends) or 'MISSING: this torch cannot connect processes'}")
     missing += not backends

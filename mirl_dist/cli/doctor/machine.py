@@ -82,7 +82,7 @@ def check_world(config: Config, launch_file: LaunchFile, env: Mapping[str, str])
     if names := ", ".join(environment.foreign_variables(env)):
         yield Finding("warning", "environment", f"{names} set, for another launch: --launch ignores them; unset them.")
     try:
-        environment.check_interfaces(env)
+        environment.check_interfaces(env, nccl=hardware.gpus_for(config.train.device) > 0)
     except UserError as fault:
         yield Finding("FAULT", "environment", str(fault))
 
@@ -132,12 +132,15 @@ def _bind_error(family: int, place: tuple[object, int]) -> int | None:
 def check_devices(config: Config, launch_file: LaunchFile, needed: int | None) -> Iterator[Finding]:
     """Check that each rank of this node has a GPU with `needed` free bytes (None: unknown), and the ranks' backend."""
     count = launch_file.ranks_per_node
-    gpus = 0 if config.train.device == "cpu" else hardware.gpus()
+    gpus = hardware.gpus_for(config.train.device)
     placement = f"{ranks_in_words(count)} on {hardware.processes()} processors"
     if config.train.device == "cpu":
         yield Finding("ok", "devices", f"train.device cpu: {placement}")
+    elif not gpus and config.train.device == "cuda":
+        yield Finding("FAULT", "devices", hardware.choose_device("cuda").fault)
     elif not gpus:
-        yield Finding("warning", "devices", f"no GPU here: {placement}; call this on the node that is to train.")
+        text = f"no GPU here ({hardware.why_no_cuda()}): {placement}; call this on the node that is to train."
+        yield Finding("warning", "devices", text)
     elif gpus < count:
         text = f"{ranks_in_words(count)} per node, but {gpus} GPUs here"
         yield Finding("FAULT", "devices", f"{text}; lower num_processes, or show more GPUs to this process.")

@@ -43,7 +43,7 @@ def choose(config: Config, launch_option: str) -> tuple[LaunchFile, list[str]]:
     two if two divides it. Raise UserError for an empty option and as launch_file.read does.
     """
     if launch_option == "auto":
-        return _choose_for_machine(config, gpus=0 if config.train.device == "cpu" else hardware.gpus())
+        return _choose_for_machine(config, gpus=hardware.gpus_for(config.train.device))
     if not launch_option.strip():
         raise UserError("--launch: found an empty name. Give a file from launch/, or auto.")
     file = launch_file.read(Path(launch_option))
@@ -56,7 +56,7 @@ def launch(config: Config, file: LaunchFile, options: list[str], command: Sequen
     All ranks are restarted together after one died, up to `ranks.restarts` times. The caller has checked file and
     config, and closed its signal handlers: this installs others.
     """
-    environment.check_interfaces(os.environ)
+    environment.check_interfaces(os.environ, nccl=hardware.gpus_for(config.train.device) > 0)
     arguments = [*options, "--max_restarts", str(config.ranks.restarts), "--monitor_interval", "0.1"]
     arguments += ["-m", "mirl_dist", *command]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, hardware.processes() // file.ranks_per_node)))
@@ -178,7 +178,7 @@ class _LaunchReporter:
 
 
 def _find_own_address(file: LaunchFile) -> str:
-    """Return this node's address on the route to node 0, and set GLOO_SOCKET_IFNAME to its interface.
+    """Return this node's address on the route to node 0, and let gloo and NCCL use its interface unless one is named.
 
     gloo would otherwise use the address of the host name, often 127.0.1.1. Node 0's name is resolved repeatedly for 60
     s, because the names of pods may not resolve at first. Raise UserError if there is no route to the address.
@@ -205,6 +205,7 @@ def _find_own_address(file: LaunchFile) -> str:
     for interface, addresses in psutil.net_if_addrs().items():
         if any(one.address.partition("%")[0] == address for one in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", str(interface))
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
     return address
 
 

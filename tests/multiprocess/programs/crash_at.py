@@ -8,6 +8,8 @@
 {"rank": 1, "step": [ROUND, UPDATES], "do": "inf_gradient"}    its losses are finite, their gradient is not
 {"rank": 1, "step": [ROUND, UPDATES], "do": "drift"}  one weight of that rank moves by one part in a million
 {"rank": 1, "step": [ROUND, UPDATES], "do": "fault"}  that rank raises a UserError of its own
+{"rank": 1, "step": [ROUND, UPDATES], "do": "raise", "error": NAME, "text": TEXT}    that error of torch
+{"rank": 1, "step": [ROUND, UPDATES], "do": "allocate", "bytes": NUMBER}    a tensor of that size in a pass
 {"rank": 0, "do": "keep"}                             no mishap: commits inside rounds are kept for a look at them
 """
 
@@ -106,6 +108,10 @@ def at_step(plan: Plan) -> None:
         mine = passes[0] and plan.get("pass", passes[0] - 1) == passes[0] - 1
         if mine and plan.get("do") == "inf_gradient":
             restored.register_hook(lambda gradient: gradient * float("inf"))
+        if mine and plan.get("do") == "raise":
+            raise getattr(torch, plan["error"])(plan["text"])
+        if mine and plan.get("do") == "allocate":
+            torch.empty(plan["bytes"], dtype=torch.uint8)
         losses = l1(restored, clean)
         if mine and plan.get("do") == "nan":
             losses = torch.cat([losses[:-1], losses[-1:] * float("nan")])
