@@ -22,7 +22,7 @@ from mirl_dist.training.committer import Committer
 from mirl_dist.training.dataloaders import RunInputs
 from mirl_dist.training.guards import check_pruned_weights
 from mirl_dist.training.preflight import RunPlan
-from mirl_dist.training.round_report import RoundReporter, method_of
+from mirl_dist.training.round_report import RoundReporter, arithmetic_of, method_of
 from mirl_dist.training.state import Progress, TrainState
 from mirl_dist.training.step_times import PhaseClock, print_round
 from mirl_dist.training.ticket import Curve, Ticket
@@ -144,6 +144,7 @@ class RoundRunner:
             protocols={protocol.name: protocol.text for protocol in settings.protocols},
             also={protocol.name: result.scores[protocol.name] for protocol in others},
             measured=settings.as_recorded(),
+            arithmetic=arithmetic_of(config),
             curve=progress.curve if progress.curve.steps else None,
             method=method_of(config, progress.round),
             seed=config.run.seed,

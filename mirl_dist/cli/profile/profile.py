@@ -52,7 +52,7 @@ def profile(
 
 def _apart_from_the_run(config: Config) -> Config:
     """Return the config with a run folder that does not exist, without MLflow and without restarts of ranks."""
-    folder = f"{tempfile.gettempdir()}/mirl-dist-{uuid.uuid4().hex}"
+    folder = f"{tempfile.gettempdir()}/mirl-dist-profile-{uuid.uuid4().hex}"
     sections: dict[str, Any] = {
         "run": config.run.model_copy(update={"folder": folder}),
         "tracking": config.tracking.model_copy(update={"enabled": False}),
@@ -72,7 +72,7 @@ def _profile_rank(config: Config, stop: StopSignal, steps: int, out: Path | None
     ranks = run.join_ranks(config, stop)
     plan = preflight.preflight_on_ranks(config, "never", ranks, open_ticket)
     stop.graceful = True  # from here on the loop ends after a step
-    with tempfile.TemporaryDirectory(prefix="mirl-dist-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mirl-dist-profile-") as folder:
         times = measure.profile_steps(plan, ranks, stop, open_ticket, steps, Path(folder))
     engine = ranks.network.spec.name
     if ranks.is_main:

@@ -1,0 +1,99 @@
+"""Laws of compiled networks: one graph, the numbers of the network itself, and the names of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+
+from mirl_dist import models
+from mirl_dist.errors import UserError
+from mirl_dist.models import compiled
+from mirl_dist.models.restormer import TransformerBlock
+from mirl_dist.training import losses
+
+TINY: dict[str, Any] = {
+    "dim": 8,
+    "blocks": (2, 1, 1, 1),
+    "refinement_blocks": 1,
+    "prompt_dims": (8, 8, 8),
+    "prompt_sizes": (4, 4, 4),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """No compilation of another test; determinism as in training."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):
+        yield
+    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return models.create("promptir", **TINY)
+
+
+def images(side: int = 32) -> Tensor:
+    return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    return losses.per_sample_l1(model(batch), batch.flip(0)).mean()
+
+
+def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def test_forward_and_loss_are_one_graph_with_the_numbers_of_the_network() -> None:
+    model, batch = network(), images()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(loss_of, backend=counter, fullgraph=True, dynamic=False)
+    loss, eager = step(model, batch), loss_of(model, batch)
+    assert counter.frame_count == 1
+    assert torch.equal(loss, eager)
+    for one, other in zip(gradients(model, loss), gradients(model, eager), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_compiled_blocks_compute_what_the_network_computes_under_the_same_names() -> None:
+    eager, model, batch = network(), network(), images()
+    names = list(model.state_dict())
+    compiled.compile_blocks(model, backend="aot_eager")
+    assert list(model.state_dict()) == names == list(eager.state_dict())
+    loss, expected = loss_of(model, batch), loss_of(eager, batch)
+    assert torch.equal(loss, expected)
+    for one, other in zip(gradients(model, loss), gradients(eager, expected), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_equal_blocks_share_a_compilation_and_there_is_room_for_all_shapes() -> None:
+    model, counter = network(), CompileCounter()
+    compiled.compile_blocks(model, backend=counter)
+    for _ in range(3):
+        loss_of(model, images()).backward()  # type: ignore[no-untyped-call]
+    blocks = [module for module in model.modules() if isinstance(module, TransformerBlock)]
+    assert len(blocks) == 13 and 8 < counter.frame_count <= len(blocks)
+    trained = counter.frame_count
+    loss_of(model, images())
+    assert counter.frame_count == trained, "a step of the same shape compiles nothing"
+    loss_of(model, images(64))
+    assert counter.frame_count > trained
+
+
+def test_without_a_compiler_compiled_training_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    compiled.check_compiler()
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(UserError, match=r"^found that torch.compile fails .*Install a C\+\+ compiler.*train.compile"):
+        compiled.check_compiler()
