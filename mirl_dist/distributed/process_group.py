@@ -51,10 +51,11 @@ def join_process_group(*, cpu: bool, use_accelerate: bool, timeout: timedelta) -
     backend = "gloo" if cpu else "nccl"
     launch_id = _join_under_launch_id(backend, timeout) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     if use_accelerate:
-        from accelerate import Accelerator, InitProcessGroupKwargs
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-        settings = InitProcessGroupKwargs(timeout=timeout)
-        accelerator: Any = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[settings])
+        replicas = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no gradient is copied back
+        settings = [InitProcessGroupKwargs(timeout=timeout), replicas]
+        accelerator: Any = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=settings)
         rank, world = accelerator.process_index, accelerator.num_processes
         return Membership(rank, world, accelerator.device, launch_id, accelerator)
     if not _DISTRIBUTED.is_initialized():  # one process

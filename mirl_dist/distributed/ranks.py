@@ -63,6 +63,8 @@ class Ranks:
         self._check_world()
         torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True)
+        # Filling every new tensor with NaN would show reads of unset memory; it changes no result and takes time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def _start_watchdog(self, timeout_seconds: float) -> Watchdog:
         pids = self.gather_objects(os.getpid(), what="gather of process ids")
@@ -139,7 +141,7 @@ class Ranks:
             return self._all_gather(values).cpu()
 
     def gather_here(self, values: Tensor, *, what: str = "gather of numbers") -> Tensor:
-        """Gather like `gather`, but return the result on this rank's device; for large tensors."""
+        """Gather like `gather`, but return the result on this rank's device, without waiting for a GPU."""
         with self.collective(what) if self.world > 1 else nullcontext():
             return self._all_gather(values)
 
@@ -154,6 +156,10 @@ class Ranks:
     def sum(self, values: Tensor, *, what: str = "sum of numbers") -> Tensor:
         """Sum values over ranks on the CPU in rank order, so the result is bit-identical on every rank."""
         return self.gather(values, what=what).sum(dim=0)
+
+    def sum_here(self, values: Tensor, *, what: str) -> Tensor:
+        """Sum like `sum`, but on this rank's device, without waiting for it."""
+        return self.gather_here(values, what=what).sum(dim=0)
 
     def any(self, flag: bool, *, what: str) -> bool:
         """Return on every rank whether the flag is true on any rank. what: the question, such as 'whether to stop'."""
