@@ -3,7 +3,7 @@
 # make test-all  that and the long tests: chaos, networks, SLURM, Ceph, engines at length (make test-long: these alone)
 # make check  ruff, format, types, who imports whom
 # make report five methods side by side on real images (needs MIRL_DATA; over an hour on two cores)
-# make bench  measurements (see benchmarks/)
+# make bench  each costly piece of work against the published way: docs/performance.md (make bench-check compares)
 # make lock   pins the newest versions in constraints.txt
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,7 +12,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # One thread per rank and per test process: two ranks on two cores would fight for them otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-long test-all check report bench install lock clean
+.PHONY: demo test test-long test-all check report bench bench-check install lock clean
 .DEFAULT_GOAL := demo
 
 # constraints.txt pins every package, so that an installation next year is the one of today.
@@ -61,7 +61,10 @@ report: install
 	python benchmarks/five_methods.py
 
 bench: install
-	python benchmarks/selection.py
+	python benchmarks/performance.py --write
+
+bench-check: install
+	python benchmarks/performance.py --check
 
 clean:
 	rm -rf demo .mypy_cache .ruff_cache .import_linter_cache .pytest_cache build *.egg-info

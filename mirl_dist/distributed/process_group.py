@@ -61,10 +61,11 @@ def join_process_group(facts: RankFacts, *, timeout: timedelta) -> Membership:
     # Accelerate would wrap the networks of other engines in its own training loop or, on a CPU, silently not at all.
     use_accelerate = facts.engine == "ddp"
     if use_accelerate:
-        from accelerate import Accelerator, InitProcessGroupKwargs
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-        settings = InitProcessGroupKwargs(timeout=timeout)
-        accelerator: Any = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[settings])
+        replicas = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no gradient is copied back
+        settings = [InitProcessGroupKwargs(timeout=timeout), replicas]
+        accelerator: Any = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=settings)
         rank, world = accelerator.process_index, accelerator.num_processes
         return Membership(rank, world, accelerator.device, launch_id, accelerator)
     if not _DISTRIBUTED.is_initialized():  # one process

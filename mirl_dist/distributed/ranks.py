@@ -146,7 +146,7 @@ class Ranks:
             return self._all_gather(values).cpu()
 
     def gather_here(self, values: Tensor, *, what: str = "gather of numbers") -> Tensor:
-        """Gather like `gather`, but return the result on this rank's device; for large tensors."""
+        """Gather like `gather`, but return the result on this rank's device, without waiting for a GPU."""
         with self.collective(what) if self.world > 1 else nullcontext():
             return self._all_gather(values)
 
@@ -161,6 +161,10 @@ class Ranks:
     def sum(self, values: Tensor, *, what: str = "sum of numbers") -> Tensor:
         """Sum values over ranks on the CPU in rank order, so the result is bit-identical on every rank."""
         return self.gather(values, what=what).sum(dim=0)
+
+    def sum_here(self, values: Tensor, *, what: str) -> Tensor:
+        """Sum like `sum`, but on this rank's device, without waiting for it."""
+        return self.gather_here(values, what=what).sum(dim=0)
 
     def any(self, flag: bool, *, what: str) -> bool:
         """Return on every rank whether the flag is true on any rank. what: the question, such as 'whether to stop'."""

@@ -69,17 +69,31 @@ def apply_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> N
         weights[name].masked_fill_(~mask, 0.0)
 
 
+def gradient_factors(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the masks of tensors with a pruned weight as float32 factors, for `mask_gradients`.
+
+    One kernel multiplies many float32 gradients by float32 factors; with bool masks it would take one for each.
+    """
+    return {name: mask.float() for name, mask in with_pruned_weights(masks).items()}
+
+
+def with_pruned_weights(masks: Mapping[str, Tensor]) -> Masks:
+    """Return the masks of the tensors with at least one pruned weight."""
+    dense = torch.stack([mask.all() for mask in masks.values()]).tolist() if masks else []
+    return {name: mask for (name, mask), is_dense in zip(masks.items(), dense, strict=True) if not is_dense}
+
+
 @torch.no_grad()
 def mask_gradients(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-    """Set the gradients of pruned weights to zero, in place.
+    """Set the gradients of pruned weights to zero, in place. masks: bool, or their `gradient_factors`.
 
     With zero weights, zero gradients and a fresh optimiser, weights and moments stay exactly zero under any optimiser
     whose update is zero for a zero weight with zero moments; decoupled weight decay is such an update.
     """
-    for name, mask in masks.items():
-        gradient = parameters[name].grad
-        if gradient is not None:
-            gradient.mul_(mask)
+    pairs = [(parameters[name].grad, mask) for name, mask in masks.items()]
+    present = [(gradient, mask) for gradient, mask in pairs if gradient is not None]
+    if present:
+        torch._foreach_mul_([gradient for gradient, _ in present], [mask for _, mask in present])
 
 
 def find_nonzero_pruned(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> str | None:

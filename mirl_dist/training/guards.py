@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
@@ -15,19 +16,28 @@ from mirl_dist.errors import InvariantError, UserError
 from mirl_dist.observability.progress import say
 from mirl_dist.pruning import masks as masking
 from mirl_dist.training.state import Progress, TrainState
+from mirl_dist.training.step_status import StepStatus
 
 _REMEMBERED, _NAMED = 50, 3
 
 
 @dataclass
 class StepLosses:
-    """The per-sample losses of a step on this rank, pass by pass. skipped: the step makes no update."""
+    """The per-sample losses of a step on this rank, pass by pass. no_batch: this rank lacks a batch in some pass."""
 
     passes: list[tuple[Tensor, Batch]] = field(default_factory=list)
-    skipped: bool = False
+    no_batch: bool = False
 
     def add(self, losses: Tensor, batch: Batch) -> None:
         self.passes.append((losses, batch))
+
+    def sum(self, device: torch.device) -> Tensor:
+        """Return the sum of all losses, a float64 scalar on the device."""
+        return torch.cat([torch.zeros(0, device=device), *(losses for losses, _ in self.passes)]).double().sum()
+
+    def replaced(self) -> int:
+        """Return the number of reads in which a damaged sample was replaced by another."""
+        return sum(batch.skipped for _, batch in self.passes)
 
     def keys(self) -> list[str]:
         """Return the samples of the step as task:key."""
@@ -35,7 +45,7 @@ class StepLosses:
 
     def not_finite(self) -> list[str]:
         """Return the samples whose loss is not finite, as task:key."""
-        finite = torch.cat([torch.isfinite(losses) for losses, _ in self.passes]).tolist()
+        finite = [is_finite for losses, _ in self.passes for is_finite in torch.isfinite(losses).tolist()]
         return [key for key, is_finite in zip(self.keys(), finite, strict=True) if not is_finite]
 
     def worst(self) -> list[tuple[float, str]]:
@@ -49,26 +59,23 @@ def position(progress: Progress) -> str:
     return f"round {progress.round}, epoch {progress.epoch}, step {progress.step}"
 
 
-def check_loss(losses: StepLosses, progress: Progress, skip: int, ranks: Ranks) -> None:
-    """Warn that the step is skipped because a sample on some rank has a non-finite loss. All ranks call this.
+def check_step(status: StepStatus, losses: StepLosses, progress: Progress, skip: int, ranks: Ranks) -> bool:
+    """Return whether the step was skipped because a loss or the averaged gradient is not finite; warn if so.
 
-    Raises UserError on every rank, naming the samples, if the round has already skipped `skip` steps.
+    All ranks call this, with the same status. progress: before the step. Raises UserError on every rank, naming the
+    samples, if the round has already skipped `skip` steps.
     """
-    named = _name_samples(losses.not_finite(), ranks)
-    problem = f"the loss is not finite at {position(progress)}, samples as task:key: {named}"
-    _skip_step(problem, "Check those samples, or lower optimiser.lr or optimiser.clip_norm", progress, skip, ranks)
-
-
-def check_gradient(norm: Tensor, losses: StepLosses, progress: Progress, skip: int, ranks: Ranks) -> bool:
-    """Return whether to skip the step because the averaged gradient is not finite; `norm` is the same on every rank.
-
-    Warns or raises UserError like `check_loss`.
-    """
-    if bool(torch.isfinite(norm)):
+    if not status.is_bad:
         return False
-    named = _name_samples(losses.keys(), ranks)
-    problem = f"the gradient is not finite at {position(progress)} though every loss was; samples: {named}"
-    _skip_step(problem, "Lower optimiser.lr, or train in fp32,", progress, skip, ranks)
+    if not math.isfinite(status.loss):
+        named = _name_samples(losses.not_finite(), ranks)
+        problem = f"the loss is not finite at {position(progress)}, samples as task:key: {named}"
+        advice = "Check those samples, or lower optimiser.lr or optimiser.clip_norm"
+    else:
+        named = _name_samples(losses.keys(), ranks)
+        problem = f"the gradient is not finite at {position(progress)} though every loss was; samples: {named}"
+        advice = "Lower optimiser.lr, or train in fp32,"
+    _skip_step(problem, advice, progress, skip, ranks)
     return True
 
 

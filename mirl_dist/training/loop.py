@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mirl_dist.config.config import Config
 from mirl_dist.data.sample import Batch
+from mirl_dist.distributed.host_copy import HostCopy
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.stragglers import StragglerDetector
 from mirl_dist.errors import Stopped
@@ -21,16 +22,17 @@ from mirl_dist.training.guards import StepLosses
 from mirl_dist.training.preflight import RunPlan
 from mirl_dist.training.schedule import learning_rate
 from mirl_dist.training.state import Progress, TrainState
+from mirl_dist.training.step_status import StepStatus, UpdateGate, sum_status
 from mirl_dist.training.step_times import Phase, PhaseClock, report_epoch
 
 
 class LoopHooks(Protocol):
     """What the loop requires of the run.
 
-    before_step: may raise Stopped on all ranks; flags: whether this rank was asked to stop, whether it is writing a
-    commit, and whether that failed; raise_commit_failure: raises the failure on every rank; commit: saves the state, in
-    the background unless `wait`; log: logs the values of a step; log_times: logs percentages of an epoch's time; clock:
-    measures the phases of steps.
+    before_step: called with the position of the step to queue next; may raise Stopped on all ranks. flags: whether this
+    rank was asked to stop, whether it is writing a commit, and whether that failed; raise_commit_failure: raises the
+    failure on every rank; commit: saves the state, in the background unless `wait`; log: logs the values of a step;
+    log_times: logs percentages of an epoch's time; clock: measures the phases of steps.
     """
 
     clock: PhaseClock
@@ -41,22 +43,6 @@ class LoopHooks(Protocol):
     def commit(self, *, wait: bool) -> None: ...
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def log_times(self, step: int, percent: dict[str, float]) -> None: ...
-
-
-class StepStatus(NamedTuple):
-    """The result of the all-reduce of a pass, before the backward pass; the same on all ranks.
-
-    A flag is set if any rank sets it (no_batch: a stop was requested while waiting for a shard). replaced: reads in
-    which a damaged sample was replaced by another; loss: sum over samples.
-    """
-
-    bad: bool
-    no_batch: bool
-    stop: bool
-    commit_busy: bool
-    commit_failed: bool
-    replaced: int
-    loss: float
 
 
 def train_round(
@@ -71,32 +57,31 @@ def train_round(
     """Train the masked network in place from `state.progress` to the end of its round, and commit the result.
 
     model: the network to train, whose weights are `state.weights`; batches: this rank's, from that position on.
-    Raises UserError on every rank for a non-finite loss or gradient that may not be skipped (before the update), and
-    for a failed commit; Stopped, after a commit, if any rank was asked to stop.
+    Raises UserError on every rank for a non-finite loss or gradient that may not be skipped (its step changes nothing),
+    and for a failed commit; Stopped, after a commit, if any rank was asked to stop.
     """
     config, progress, commit_due = plan.config, state.progress, False
     epochs, commit_every = config.round_epochs(progress.round), config.checkpoint.every_steps
-    meter, spikes = Meter(plan, progress, ranks), guards.SpikeDetector(config.guard.spike_factor)
-    hooks.clock.begin_round()
+    meter, spikes = Meter(plan, progress, ranks, hooks.clock), guards.SpikeDetector(config.guard.spike_factor)
+    steps = StepQueue(state, model, batches, hooks, meter)
     while progress.epoch < epochs:
-        lr = learning_rate(config, progress, plan.sampler.steps_per_epoch)
-        call_before_step(hooks, meter)
-        step_losses = StepLosses()
-        status = forward_backward(model, batches, step_losses, hooks, meter)
+        step = steps.next_step(alone=commit_due or is_milestone(plan, progress))
+        with meter.clock.phase(Phase.WAIT):  # the one wait for the device in a step
+            status = StepStatus.of(step.outcome.read(), ranks.world)
         if status.no_batch:
             commit_and_stop(hooks, meter)
-        norm = update_weights(state, lr, step_losses, config, ranks, hooks.clock)
-        if not step_losses.skipped:
-            meter.add(step_losses)
-            spikes.check(status.loss, step_losses, progress, ranks)
-        advance_progress(progress, plan, replaced=status.replaced, skipped=step_losses.skipped)
-        hooks.clock.samples += config.batch.global_
+        skipped = guards.check_step(status, step.losses, progress, config.guard.skip_bad_batches, ranks)
+        if not skipped:
+            meter.add(step.losses)
+            spikes.check(status.loss / config.batch.global_, step.losses, progress, ranks)
+        advance_progress(progress, plan, replaced=status.replaced, skipped=skipped)
+        meter.clock.samples += config.batch.global_
         ended = progress.epoch == epochs
         if progress.updates % config.tracking.every_steps == 0 or ended:
-            with hooks.clock.phase(Phase.TRACKING):
-                report_step(meter, {"lr": lr, "gradient_norm": float(norm)}, hooks, advance)
+            with meter.clock.phase(Phase.TRACKING):
+                report_step(meter, {"lr": step.lr, "gradient_norm": status.norm}, hooks, advance)
         if progress.step == 0:  # before a commit, which then has the record of it
-            hooks.log_times(progress.updates, report_epoch(hooks.clock, progress))
+            hooks.log_times(progress.updates, report_epoch(meter.clock, progress))
         if status.commit_failed:
             hooks.raise_commit_failure()
         commit_due = commit_due or (commit_every is not None and progress.updates % commit_every == 0)
@@ -107,23 +92,80 @@ def train_round(
             commit_due = False
 
 
-def call_before_step(hooks: LoopHooks, meter: Meter) -> None:
+def is_milestone(plan: RunPlan, progress: Progress) -> bool:
+    """Whether the state after the next step is looked at: by a commit, a report, a validation or a rewind point."""
+    config, updates = plan.config, progress.updates + 1
+    every = plan.sampler.steps_per_epoch, config.tracking.every_steps, config.checkpoint.every_steps
+    return updates == config.rewind.step or any(steps is not None and updates % steps == 0 for steps in every)
+
+
+class QueuedStep(NamedTuple):
+    """A step that the device computes now or soon. outcome: of `sum_status`."""
+
+    lr: float
+    losses: StepLosses
+    outcome: HostCopy
+
+
+class StepQueue:
+    """Queues the steps of a round on the device, where the engine allows it one ahead of the host's knowledge.
+
+    `state.progress` is the position after the steps that `next_step` has returned and the caller has counted. If
+    training ends with one of them, a gate on the device keeps the step behind it from changing the state.
+    """
+
+    def __init__(
+        self, state: TrainState, model: nn.Module, batches: Iterator[Batch], hooks: LoopHooks, meter: Meter
+    ) -> None:
+        self._state, self._model, self._batches, self._hooks, self._meter = state, model, batches, hooks, meter
+        skips = meter.plan.config.guard.skip_bad_batches - state.progress.bad
+        self._gate = UpdateGate(max(0, skips), meter.ranks.device)
+        self._queued: deque[QueuedStep] = deque()
+
+    def next_step(self, *, alone: bool) -> QueuedStep:
+        """Return the next step in order. alone: queue none behind it, because the state after it is looked at."""
+        wanted = 1 if alone or not self._state.engine.runs_ahead else 2
+        while len(self._queued) < wanted:
+            self._queued.append(self._queue_step())
+        return self._queued.popleft()
+
+    def _queue_step(self) -> QueuedStep:
+        """Queue one optimiser step: gradients, masks, clipping, the sum over ranks, and the update. Nothing waits."""
+        plan, ranks, engine = self._meter.plan, self._meter.ranks, self._state.engine
+        progress = self._state.progress.ahead(len(self._queued), plan.sampler.steps_per_epoch)
+        call_before_step(self._hooks, progress, self._meter)
+        lr = learning_rate(plan.config, progress, plan.sampler.steps_per_epoch)
+        step_losses = forward_backward(self._model, self._batches, self._meter)
+        clock = self._meter.clock
+        with clock.phase(Phase.MASKS):
+            engine.mask_gradients()
+            norm = engine.clip(plan.config.optimiser.clip_norm)
+        stop, commit_busy, commit_failed = self._hooks.flags()
+        flags = step_losses.no_batch, stop, commit_failed, commit_busy
+        with clock.phase(Phase.LOSS_SUM):
+            total = sum_status(flags, step_losses.replaced(), step_losses.sum(ranks.device), norm, ranks)
+        with clock.phase(Phase.OPTIMISER):
+            engine.step(lr, self._gate.refuses(total))
+        return QueuedStep(lr, step_losses, HostCopy(total))
+
+
+def call_before_step(hooks: LoopHooks, progress: Progress, meter: Meter) -> None:
     """Call the hook, excluding its time from the measured speed; commit if it raises Stopped."""
     began = time.monotonic()
     try:
-        hooks.before_step(meter.progress)
+        hooks.before_step(progress)
     except Stopped:
         commit(hooks, meter, wait=True)
         raise
     finally:
         seconds = time.monotonic() - began
         meter.since += seconds
-        hooks.clock.exclude(seconds)
+        meter.clock.exclude(seconds)
 
 
 def commit(hooks: LoopHooks, meter: Meter, *, wait: bool) -> None:
     """Commit the state, with the losses not yet reported."""
-    with hooks.clock.phase(Phase.COMMIT):
+    with meter.clock.phase(Phase.COMMIT):
         meter.progress.unreported = meter.unreported()
         hooks.commit(wait=wait)
 
@@ -135,36 +177,21 @@ def commit_and_stop(hooks: LoopHooks, meter: Meter) -> NoReturn:
     raise Stopped(f"stopped on request in {position}; committed")
 
 
-def forward_backward(
-    model: nn.Module, batches: Iterator[Batch], step_losses: StepLosses, hooks: LoopHooks, meter: Meter
-) -> StepStatus:
-    """Run all forward and backward passes of a step; return the last status, with mean loss and replaced of all passes.
-
-    Returns early if any rank has no batch. A non-finite loss on any rank marks the step as skipped.
-    """
-    loss, replaced, ranks, config, clock = 0.0, 0, meter.ranks, meter.plan.config, hooks.clock
-    passes = meter.plan.batch_split.passes
+def forward_backward(model: nn.Module, batches: Iterator[Batch], meter: Meter) -> StepLosses:
+    """Run all forward and backward passes of a step, which average the gradients over ranks; return the losses."""
+    step_losses, ranks, passes, clock = StepLosses(), meter.ranks, meter.plan.batch_split.passes, meter.clock
     for number in range(passes):
         meter.stragglers.begin()
         with clock.phase(Phase.DATA):
-            batch = next_batch(batches, ranks.device)
+            batch = None if step_losses.no_batch else next_batch(batches, ranks.device)
         meter.stragglers.batch_ready()
         with ranks.network.accumulate(model, more=number + 1 < passes):
             with clock.phase(Phase.FORWARD):
-                sample_losses = forward(model, batch, config.data.patch_pixels, step_losses, ranks)
-            with clock.phase(Phase.LOSS_SUM):
-                status = sync_status(sample_losses, batch, ranks, hooks, meter.stragglers)
-            if status.no_batch:
-                return status
-            if status.bad and not step_losses.skipped:
-                guards.check_loss(step_losses, meter.progress, config.guard.skip_bad_batches, ranks)
-                step_losses.skipped = True
-            if not step_losses.skipped:
-                with clock.phase(Phase.BACKWARD):
-                    ranks.network.backward(sample_losses.mean() / passes)
-        loss += status.loss / config.batch.global_
-        replaced += status.replaced
-    return status._replace(loss=loss, replaced=replaced)
+                loss = forward(model, batch, meter.plan.config.data.patch_pixels, step_losses, ranks)
+            meter.stragglers.reached_collective()
+            with clock.phase(Phase.BACKWARD):
+                ranks.network.backward(loss / passes)
+    return step_losses
 
 
 def next_batch(batches: Iterator[Batch], device: torch.device) -> Batch | None:
@@ -176,50 +203,14 @@ def next_batch(batches: Iterator[Batch], device: torch.device) -> Batch | None:
 
 
 def forward(model: nn.Module, batch: Batch | None, patch_pixels: int, step_losses: StepLosses, ranks: Ranks) -> Tensor:
-    """Return per-sample losses (B,); empty without a batch (a sharded engine still runs a dummy forward pass)."""
+    """Return the mean loss; without a batch that of a pass without weight, for the other ranks' collectives."""
     if batch is None:
-        if ranks.network.is_sharded:
-            ranks.network.forward(model, torch.zeros((1, 3, *2 * [patch_pixels]), device=ranks.device))
-        return torch.zeros(0)
-    restored = ranks.network.forward(model, batch.degraded)
-    sample_losses = losses.per_sample_l1(restored, batch.clean)
+        step_losses.no_batch = True
+        blank = torch.zeros((1, 3, patch_pixels, patch_pixels), device=ranks.device)
+        return 0 * ranks.network.forward(model, blank).sum()
+    sample_losses = losses.per_sample_l1(ranks.network.forward(model, batch.degraded), batch.clean)
     step_losses.add(sample_losses.detach(), batch)
-    return sample_losses
-
-
-def sync_status(
-    sample_losses: Tensor, batch: Batch | None, ranks: Ranks, hooks: LoopHooks, stragglers: StragglerDetector
-) -> StepStatus:
-    """Sum losses and flags over all ranks: one collective per pass."""
-    sample_losses = sample_losses.detach()
-    bad, replaced = not bool(torch.isfinite(sample_losses).all()), 0 if batch is None else batch.skipped
-    own = [bad, batch is None, *hooks.flags(), replaced, float(sample_losses.sum())]
-    stragglers.reached_collective()
-    total = ranks.sum(torch.tensor(own, dtype=torch.float64), what="sum of losses and flags")
-    bad, no_batch, stop, busy, failed, replaced, loss = total.tolist()
-    return StepStatus(bad > 0, no_batch > 0, stop > 0, busy > 0, failed > 0, int(replaced), loss)
-
-
-def update_weights(
-    state: TrainState, lr: float, step_losses: StepLosses, config: Config, ranks: Ranks, clock: PhaseClock
-) -> Tensor:
-    """Mask and clip the gradients and make one optimiser step, or drop the gradients if the step is skipped.
-
-    Returns the norm of the averaged gradient, NaN after a non-finite loss. A non-finite norm marks the step as skipped.
-    """
-    norm = torch.tensor(float("nan"))
-    if not step_losses.skipped:
-        with clock.phase(Phase.MASKS):
-            state.engine.mask_gradients(state.masks)
-            norm = state.engine.clip(config.optimiser.clip_norm)
-            allowed = config.guard.skip_bad_batches
-            step_losses.skipped = guards.check_gradient(norm, step_losses, state.progress, allowed, ranks)
-    with clock.phase(Phase.OPTIMISER):
-        if step_losses.skipped:
-            state.engine.drop_gradients()
-        else:
-            state.engine.step(lr)
-    return norm
+    return sample_losses.mean()
 
 
 def advance_progress(progress: Progress, plan: RunPlan, *, replaced: int, skipped: bool) -> None:
@@ -234,8 +225,9 @@ def advance_progress(progress: Progress, plan: RunPlan, *, replaced: int, skippe
 class Meter:
     """Losses, samples and time since the last report, including unreported losses restored from the last commit."""
 
-    def __init__(self, plan: RunPlan, progress: Progress, ranks: Ranks) -> None:
-        self.plan, self.progress, self.ranks = plan, progress, ranks
+    def __init__(self, plan: RunPlan, progress: Progress, ranks: Ranks, clock: PhaseClock) -> None:
+        self.plan, self.progress, self.ranks, self.clock = plan, progress, ranks, clock
+        clock.begin_round()
         self.stragglers = StragglerDetector(ranks.hosts)
         tasks = len(plan.sampler.tasks)
         self.sums = torch.zeros(2, tasks, dtype=torch.float64, device=ranks.device)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mirl_dist.config.canonical_json import to_json
 from mirl_dist.config.config import Config
@@ -130,13 +130,21 @@ def optimiser_of(section: OptimiserSection) -> MakeOptimiser:
     """Return a factory of fresh optimisers over named parameters."""
     build: Callable[..., torch.optim.Optimizer] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[section.name]
     usual_decay = {"adam": 0.0, "adamw": 0.01}[section.name]
-    return lambda parameters: build(
-        list(parameters.values()),
-        lr=section.lr,
-        betas=section.betas,
-        eps=section.eps,
-        weight_decay=usual_decay if section.weight_decay is None else section.weight_decay,
-    )
+
+    def make(parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        # Not on a CPU: its fused update rounds the end of a tensor otherwise than the rest, so that engines which cut
+        # tensors elsewhere would train other weights.
+        on_gpu = all(parameter.device.type == "cuda" for parameter in parameters.values())
+        return build(
+            list(parameters.values()),
+            lr=section.lr,
+            betas=section.betas,
+            eps=section.eps,
+            weight_decay=usual_decay if section.weight_decay is None else section.weight_decay,
+            fused=on_gpu or None,
+        )
+
+    return make
 
 
 def tracker_of(

@@ -51,6 +51,14 @@ class Progress(BaseModel):
     curve: Curve = Curve()
     rewind_digest: str = ""
 
+    def ahead(self, steps: int, steps_per_epoch: int) -> Progress:
+        """Return the position after so many more optimiser steps; itself for 0."""
+        if not steps:
+            return self
+        updates = self.updates + steps
+        epoch, step = divmod(updates, steps_per_epoch)
+        return self.model_copy(update={"updates": updates, "epoch": epoch, "step": step})
+
 
 class Snapshot(NamedTuple):
     """A copy of the state on the CPU, full tensors, which training does not change."""
@@ -106,6 +114,7 @@ class TrainState:
         """
         self.masks = {name: mask.to(self.weights[name].device) for name, mask in masks.items()}
         self.counts = count_weights(self.masks, self.engine.partition, self.gather)
+        self.engine.set_masks(self.masks)
         self.engine.reset_optimizer()
         self.progress = Progress(
             round=round_,

@@ -16,17 +16,19 @@ from mirl_dist.training.state import Progress
 class Phase(str, Enum):
     """The phases of a training step, in their order.
 
-    LOSS_SUM: the sum of losses and flags over ranks, which waits for the slowest rank. REDUCE: waiting for the
-    all-reduce after the last gradient is computed, if that is measured (`PhaseClock.mark`); else part of BACKWARD.
+    REDUCE: waiting for the all-reduce after the last gradient is computed, if that is measured (`PhaseClock.mark`);
+    else part of BACKWARD. LOSS_SUM: the sum of losses, norm and flags over ranks, in which ranks wait for each other.
+    WAIT: the host waits until the device has computed that sum, on a GPU thus for the step.
     """
 
     DATA = "data"
     FORWARD = "forward"
-    LOSS_SUM = "loss sum"
     BACKWARD = "backward"
     REDUCE = "reduce"
     MASKS = "masks, clip"
+    LOSS_SUM = "loss sum"
     OPTIMISER = "optimiser"
+    WAIT = "wait"
     COMMIT = "commit"
     TRACKING = "tracking"
 
@@ -34,7 +36,8 @@ class Phase(str, Enum):
 _GROUPS = {
     "data": (Phase.DATA,),
     "forward + backward": (Phase.FORWARD, Phase.BACKWARD),
-    "reduce + optimiser": (Phase.LOSS_SUM, Phase.REDUCE, Phase.MASKS, Phase.OPTIMISER),
+    "reduce + optimiser": (Phase.REDUCE, Phase.MASKS, Phase.LOSS_SUM, Phase.OPTIMISER),
+    "wait": (Phase.WAIT,),
     "commit": (Phase.COMMIT,),
     "tracking": (Phase.TRACKING,),
 }

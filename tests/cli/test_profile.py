@@ -13,7 +13,7 @@ from mirl_dist.cli.profile import flops
 from tests.services.processes import PATIENCE
 
 PHASES = {"data", "forward", "loss sum", "backward", "reduce", "masks, clip", "optimiser", "commit", "tracking"}
-PHASES.add("other")
+PHASES |= {"wait", "other"}
 
 
 def profile(lab: Any, folder: Path, *more: str) -> Any:

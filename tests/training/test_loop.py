@@ -6,13 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
-from mirl_dist import models
 from mirl_dist.config.config import from_dump
 from mirl_dist.config.tasks import Task
 from mirl_dist.data.sample import Batch
@@ -26,42 +25,6 @@ from mirl_dist.training import losses as objective
 from mirl_dist.training.schedule import rate
 from mirl_dist.training.state import Progress, TrainState
 from mirl_dist.training.step_times import PhaseClock
-
-TINY: dict[str, Any] = {
-    "dim": 8,
-    "blocks": (1, 1, 1, 1),
-    "refinement_blocks": 1,
-    "prompt_dims": (8, 8, 8),
-    "prompt_sizes": (4, 4, 4),
-}
-
-
-@pytest.mark.parametrize(("precision", "inside"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
-def test_a_precision_asked_for_is_that_of_the_layers_in_the_wrapped_network(
-    precision: str, inside: torch.dtype
-) -> None:
-    ranks = Ranks(device="cpu", precision=precision)
-    bare = models.create("promptir", **TINY)
-    wrapped = ranks.network.wrap(bare)
-    seen: list[torch.dtype] = []
-    stem = bare.get_submodule("patch_embed.proj")
-    assert isinstance(stem, nn.Conv2d)
-    stem.register_forward_hook(lambda _module, _given, out: seen.append(out.dtype))
-    ranks.network.forward(wrapped, torch.rand(1, 3, 16, 16))
-    assert seen == [inside]
-    bare(torch.rand(1, 3, 16, 16))
-    assert seen[1] == torch.float32, "scores are computed in full precision"
-    assert {p.dtype for p in bare.parameters()} == {torch.float32}
-
-
-def test_the_throwaway_pass_leaves_no_gradient_and_no_changed_weight() -> None:
-    ranks = Ranks(device="cpu")
-    model = models.create("promptir", **TINY)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    ranks.network.warm_up(ranks.network.wrap(model), torch.zeros(1, 3, 16, 16))
-    assert all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-
 
 # -- the loop and the run around it -----------------------------------------------------------------------------
 
@@ -95,9 +58,19 @@ def batches(passes: int, begin: int = 0) -> Iterator[Batch]:
             yield Batch(images[0, mine], images[1, mine], task[mine], keys[mine])
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["waits", "runs ahead"])
+def fused(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each law holds where the host knows the outcome of a step before the next, and where it queues one ahead."""
+    Run.fused = request.param
+    yield
+    Run.fused = False
+
+
 @dataclass
 class Run:
     """The run around a round, as a test wants it. busy, stop, fail: whether it is so in the step after so many."""
+
+    fused: ClassVar[bool] = False
 
     busy_in: Callable[[int], bool] = lambda step: False
     stop_in: Callable[[int], bool] = lambda step: False
@@ -139,7 +112,9 @@ class Run:
         model = nn.Conv2d(3, 3, 3, padding=1)
         weights = dict(model.named_parameters())
         masks = masking.dense_masks(weights, ["weight"])
-        self.state = TrainState(DdpEngine(weights, lambda given: torch.optim.Adam(list(given.values()), lr=9.0)), masks)
+        self.state = TrainState(
+            DdpEngine(weights, lambda given: torch.optim.Adam(list(given.values()), lr=9.0, fused=self.fused)), masks
+        )
         begin = 0
         if resumed is not None:
             begin = max(resumed.kept)

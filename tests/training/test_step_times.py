@@ -82,7 +82,8 @@ def test_a_round_is_the_sum_of_its_epochs_and_a_new_round_starts_from_nothing(
         metrics = report_epoch(clock, Progress())
         assert metrics["time/commit"] == pytest.approx(100)
         assert set(metrics) == {
-            f"time/{name}" for name in ("data", "forward_backward", "reduce_optimiser", "commit", "tracking", "other")
+            f"time/{name}"
+            for name in ("data", "forward_backward", "reduce_optimiser", "wait", "commit", "tracking", "other")
         }
     print_round(clock, Progress(round=3))
     assert capsys.readouterr().out.startswith("round 3: 20 samples/s; data 0.0 %")

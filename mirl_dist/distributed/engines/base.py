@@ -40,20 +40,28 @@ class Engine(Protocol):
     owned_layout: ShardLayout
     partition: Partition
 
-    def mask_gradients(self, masks: Mapping[str, Tensor]) -> None:
-        """Set the averaged gradients of pruned weights to zero. masks: in the layout of `weights`."""
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the host may queue another step before it knows whether this one was refused."""
+        ...
+
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Set the masks of the round. masks: in the layout of `weights`."""
+        ...
+
+    def mask_gradients(self) -> None:
+        """Set the averaged gradients of pruned weights to zero; launches nothing for tensors without any."""
         ...
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Return the global norm of the averaged gradient, equal on all ranks. Scale gradients down to `max_norm`."""
         ...
 
-    def step(self, lr: float) -> None:
-        """Update the weights once and clear the gradients."""
-        ...
+    def step(self, lr: float, refused: Tensor) -> None:
+        """Update the weights once unless `refused`, a float32 scalar, is 1, and clear the gradients.
 
-    def drop_gradients(self) -> None:
-        """Clear the gradients without an update, to skip the step."""
+        A refused update changes no weight, no moment and no step count.
+        """
         ...
 
     def reset_optimizer(self) -> None:
@@ -108,13 +116,18 @@ class LocalEngine:
         self.partition = partition
         self.reset_optimizer()
 
-    def step(self, lr: float) -> None:
+    @property
+    def _is_fused(self) -> bool:
+        return bool(self.optimiser.defaults["fused"])
+
+    def step(self, lr: float, refused: Tensor) -> None:
         for group in self.optimiser.param_groups:
             group["lr"] = lr
-        self.optimiser.step()
-        self.drop_gradients()
-
-    def drop_gradients(self) -> None:
+        if self._is_fused:  # reads this attribute on the device, so the host does not wait (torch.amp.GradScaler)
+            self.optimiser.found_inf = refused  # type: ignore[attr-defined]
+            self.optimiser.step()
+        elif not bool(refused):
+            self.optimiser.step()
         self.optimiser.zero_grad()
 
     def reset_optimizer(self) -> None:
@@ -131,4 +144,9 @@ class LocalEngine:
         for name, parameter in self.parameters.items():
             if f"{name}.{MOMENTS[0]}" in moments:
                 loaded = {kind: moments[f"{name}.{kind}"].clone().to(parameter.device) for kind in MOMENTS}
-                self.optimiser.state[parameter] = {"step": torch.tensor(float(steps)), **loaded}
+                self.optimiser.state[parameter] = {"step": step_count(steps, self.optimiser, parameter), **loaded}
+
+
+def step_count(steps: int, optimiser: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    """Return the optimiser's state 'step' of a parameter: a tensor beside it if fused, else on the CPU."""
+    return torch.tensor(float(steps), device=parameter.device if optimiser.defaults["fused"] else "cpu")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mirl_dist.distributed.engines import sharding
-from mirl_dist.distributed.engines.base import MOMENTS, Collectives, MakeOptimiser
+from mirl_dist.distributed.engines.base import MOMENTS, Collectives, MakeOptimiser, step_count
 from mirl_dist.distributed.engines.sharding import ShardLayout
 from mirl_dist.distributed.engines.spec import EngineSpec
 from mirl_dist.errors import InvariantError, UserError
@@ -89,10 +89,15 @@ class ZeroEngine:
         self.owned_layout = sharding.shard_layout(shapes, rank, lengths, collectives.gather)
         exact = self.owned_layout.lengths[rank]
         self._slices = {name: owned._replace(length=exact[name]) for name, owned in slices.items()}
+        self._masks: dict[str, Tensor] = {}
         self.layout = self.owned_layout if self._is_stage_3 else ShardLayout(shapes)
         self.weights: dict[str, Tensor] = {name: p.detach() for name, p in self._parameters.items()}
         if self._is_stage_3:
             self.weights = {name: owned.of(owned.flat.detach()) for name, owned in self._slices.items()}
+
+    @property
+    def runs_ahead(self) -> bool:
+        return False  # DeepSpeed's step has no gate on the device
 
     @property
     def _is_stage_3(self) -> bool:
@@ -139,19 +144,25 @@ class ZeroEngine:
             part = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
         return part.reshape(-1)[: owned.length]
 
-    def mask_gradients(self, masks: Mapping[str, Tensor]) -> None:
-        sharding.mask_gradients(self._gradients(), masks, self.layout, self.owned_layout)
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        self._masks = sharding.owned_masks(masks, self.layout, self.owned_layout)
+
+    def mask_gradients(self) -> None:
+        sharding.mask_gradients(self._gradients(), self._masks)
 
     def clip(self, max_norm: float | None) -> Tensor:
         return sharding.clip_gradients(self._gradients(), max_norm, self._collectives.gather)
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, refused: Tensor) -> None:
+        if bool(refused):
+            self._drop_gradients()
+            return
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
         with self._collectives.collective("update of the weights"):
             self.network.step()
 
-    def drop_gradients(self) -> None:
+    def _drop_gradients(self) -> None:
         """Clear the gradients in the way DeepSpeed does after a skipped step."""
         self._deepspeed.zero_grad(set_to_none=True)
         if self._is_stage_3:
@@ -202,7 +213,7 @@ class ZeroEngine:
         for flat in {id(owned.flat): owned.flat for owned in self._slices.values()}.values():
             for kind in MOMENTS:
                 state[flat].setdefault(kind, torch.zeros_like(flat))
-            state[flat]["step"] = torch.tensor(float(steps))
+            state[flat]["step"] = step_count(steps, self._deepspeed.optimizer, flat)
         for name, owned in self._slices.items():
             for kind in MOMENTS:
                 owned.of(state[owned.flat][kind]).copy_(moments[f"{name}.{kind}"].reshape(-1))

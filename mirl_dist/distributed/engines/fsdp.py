@@ -54,6 +54,8 @@ class FsdpEngine(LocalEngine):
         rows = {name: nn.Parameter(p.detach().to_local().reshape(-1)) for name, p in self._dtensors.items()}
         layout = sharding.shard_layout(shapes, rank, [p.numel() for p in rows.values()], collectives.gather)
         super().__init__(rows, make_optimiser, layout, Partition(rank, is_replicated=False))
+        self._masks: dict[str, Tensor] = {}
+        self._local_gradients: dict[str, Tensor] = {}
 
     def accumulate(self, more: bool) -> None:
         """Do nothing: every pass reduce-scatters its gradients, so no rank keeps whole gradients between passes."""
@@ -61,28 +63,35 @@ class FsdpEngine(LocalEngine):
     def backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss)
 
-    def _gradients(self) -> dict[str, Tensor]:
-        """Return the averaged gradients of this rank's rows as flat views."""
-        gradients = {name: p.grad for name, p in self._dtensors.items()}
-        return {name: g.to_local().reshape(-1) for name, g in gradients.items() if g is not None}
+    @property
+    def runs_ahead(self) -> bool:
+        return False  # `clip` waits for the norms of all ranks
 
-    def mask_gradients(self, masks: Mapping[str, Tensor]) -> None:
-        gradients = self._gradients()
-        present = {name: mask for name, mask in masks.items() if name in gradients}
-        sharding.mask_gradients(gradients, present, self.layout, self.owned_layout)
+    @torch.no_grad()  # with which `to_local` makes no autograd node
+    def _gradients(self) -> dict[str, Tensor]:
+        """Return the averaged gradients of this rank's rows as flat views, which are made once in a step."""
+        if not self._local_gradients:
+            gradients = {name: p.grad for name, p in self._dtensors.items()}
+            self._local_gradients = {n: g.to_local().reshape(-1) for n, g in gradients.items() if g is not None}
+        return self._local_gradients
+
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        self._masks = sharding.owned_masks(masks, self.layout, self.owned_layout)
+
+    def mask_gradients(self) -> None:
+        sharding.mask_gradients(self._gradients(), self._masks)
 
     def clip(self, max_norm: float | None) -> Tensor:
         return sharding.clip_gradients(self._gradients(), max_norm, self._collectives.gather)
 
-    def step(self, lr: float) -> None:
+    @torch.no_grad()
+    def step(self, lr: float, refused: Tensor) -> None:
         for name, gradient in self._gradients().items():
             self.parameters[name].grad = gradient
         in_place = all(p.data_ptr() == self._dtensors[n].to_local().data_ptr() for n, p in self.parameters.items())
         assert in_place, "FSDP2 has moved its parameters"
-        super().step(lr)
-
-    def drop_gradients(self) -> None:
-        super().drop_gradients()
+        super().step(lr, refused)
+        self._local_gradients = {}
         self.network.zero_grad()
         self.network.reshard()  # frees weights gathered by a forward pass without a backward pass
 

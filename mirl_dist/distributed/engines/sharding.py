@@ -9,9 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mirl_dist.pruning.masks import with_pruned_weights
+
 Gather = Callable[..., Tensor]
 """gather(tensor, what=...) returns the tensors of all ranks, of equal shape and dtype, as (ranks, *shape)."""
-_EPSILON = 1e-6  # added to the norm, as in torch.nn.utils.clip_grad_norm_
+NORM_EPSILON = 1e-6
+"""Added to the norm, as in torch.nn.utils.clip_grad_norm_."""
 
 
 class ShardLayout(NamedTuple):
@@ -86,13 +89,18 @@ def gather_full(parts: Mapping[str, Tensor], layout: ShardLayout, gather: Gather
         yield key, whole.reshape(layout.shapes[name]).to(part.dtype)
 
 
+def owned_masks(masks: Mapping[str, Tensor], layout: ShardLayout, owned: ShardLayout) -> dict[str, Tensor]:
+    """Return flat masks of the gradients that this rank owns, without those that prune nothing. masks: in `layout`."""
+    parts = {name: owned.part_of(name, mask) if layout.is_replicated else mask for name, mask in masks.items()}
+    return with_pruned_weights({name: part.reshape(-1) for name, part in parts.items()})
+
+
 @torch.no_grad()
-def mask_gradients(
-    gradients: Mapping[str, Tensor], masks: Mapping[str, Tensor], layout: ShardLayout, owned: ShardLayout
-) -> None:
-    """Set the gradients of pruned weights to zero in place. masks have `layout`, gradients have `owned`."""
-    for name, mask in masks.items():
-        gradients[name].mul_(owned.part_of(name, mask).reshape(-1) if layout.is_replicated else mask)
+def mask_gradients(gradients: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Set the gradients of pruned weights to zero in place. masks: `owned_masks`."""
+    present = [name for name in masks if name in gradients]
+    if present:
+        torch._foreach_mul_([gradients[name] for name in present], [masks[name] for name in present])
 
 
 @torch.no_grad()
@@ -106,7 +114,7 @@ def clip_gradients(gradients: Mapping[str, Tensor], max_norm: float | None, gath
     total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
     norm = gather(total, what="gather of gradient norms").sum().sqrt()
     if max_norm is not None and bool(torch.isfinite(norm)):
-        scale = torch.clamp(max_norm / (norm + _EPSILON), max=1.0)
+        scale = torch.clamp(max_norm / (norm + NORM_EPSILON), max=1.0)
         for gradient in gradients.values():
             gradient.mul_(scale.to(gradient.device, gradient.dtype))
     return norm.float()

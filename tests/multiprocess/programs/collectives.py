@@ -17,13 +17,14 @@ import torch
 from mirl_dist.config.config import Config
 from mirl_dist.data.sample import Batch
 from mirl_dist.distributed.engines.ddp import DdpEngine
+from mirl_dist.distributed.host_copy import HostCopy
 from mirl_dist.distributed.ranks import Ranks
-from mirl_dist.distributed.stragglers import StragglerDetector
 from mirl_dist.errors import MirlError, Stopped, UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import PruneConfig, PruneResult, prune
-from mirl_dist.training import guards, loop, lottery
+from mirl_dist.training import guards, lottery
 from mirl_dist.training.state import Progress, TrainState
+from mirl_dist.training.step_status import StepStatus, sum_status
 from mirl_dist.training.ticket import Ticket
 
 RULES = {
@@ -177,29 +178,28 @@ def guarded(ranks: Ranks) -> dict[str, Any]:
     return found | {"opened": opened, "loss": refused(lambda: lossy(ranks, last)), "stop": stops(ranks, last)}
 
 
+def status_of(losses: guards.StepLosses, flags: tuple[bool, bool, bool, bool], ranks: Ranks) -> StepStatus:
+    total = sum_status(flags, losses.replaced(), losses.sum(ranks.device), torch.tensor(1.5), ranks)
+    return StepStatus.of(HostCopy(total).read(), ranks.world)
+
+
 def lossy(ranks: Ranks, last: bool) -> None:
     losses = torch.tensor([0.1, float("inf") if last else 0.2])
     none = torch.zeros(2)
     batch = Batch(none, none, none, (f"derain:one-{ranks.rank}", f"derain:two-{ranks.rank}"))
     seen = guards.StepLosses([(losses, batch)])
     progress = Progress(round=1, epoch=2, step=3)
-    if loop.sync_status(losses, batch, ranks, hooks(), StragglerDetector()).bad:
-        guards.check_loss(seen, progress, 0, ranks)
+    guards.check_step(status_of(seen, (False,) * 4, ranks), seen, progress, 0, ranks)
 
 
 def stops(ranks: Ranks, last: bool) -> tuple[bool, int]:
     """Asked of one rank alone, heard by all; so is what every rank's batch replaced."""
     losses = torch.tensor([0.1, 0.2])
     batch = Batch(losses, losses, losses, ("a", "b"), skipped=2 if ranks.rank else 1)
-    status = loop.sync_status(losses, batch, ranks, hooks(stop=last), StragglerDetector())
-    assert abs(status.loss - ranks.world * 0.3) < 1e-6
-    assert not (status.bad or status.commit_busy or status.commit_failed)
+    status = status_of(guards.StepLosses([(losses, batch)]), (False, last, False, False), ranks)
+    assert abs(status.loss - ranks.world * 0.3) < 1e-6 and status.norm == 1.5
+    assert not (status.is_bad or status.no_batch or status.commit_busy or status.commit_failed)
     return (status.stop, status.replaced)
-
-
-def hooks(stop: bool = False) -> Any:
-    """The run around a loop that only looks whether to stop."""
-    return SimpleNamespace(flags=lambda: (stop, False, False))
 
 
 def averaged(ranks: Ranks) -> dict[str, Any]:

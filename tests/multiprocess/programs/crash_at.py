@@ -1,4 +1,5 @@
-"""`mirl_dist` with planned mishaps, described by the environment variable MIRL_FATAL as JSON: one, or a list.
+"""`mirl_dist` with planned mishaps, described by the environment variable MIRL_FATAL as JSON: one, or a list. With
+MIRL_AHEAD the loop runs one step ahead of what the host knows, as on a GPU.
 
 {"rank": 0, "put": GLOB, "when": "before" | "during" | "after", "signal": 9}   at the first put of a matching name;
     during: the bytes lie under a temporary name, the rename has not happened
@@ -24,12 +25,9 @@ import torch
 
 from mirl_dist import storage
 from mirl_dist.cli import app
-from mirl_dist.distributed.engines import sharding
 from mirl_dist.errors import UserError
-from mirl_dist.pruning import masks
 from mirl_dist.storage import async_writer, commits, local
-from mirl_dist.training import loop
-from mirl_dist.training import losses as objective
+from mirl_dist.training import loop, losses
 
 Plan = dict[str, Any]
 
@@ -73,54 +71,57 @@ def at_put(plan: Plan) -> None:
 
 
 def at_step(plan: Plan) -> None:
-    train_round, close_gradients, l1 = loop.train_round, masks.mask_gradients, objective.per_sample_l1
-    close_parts = sharding.mask_gradients
-    where: list[Any] = []
-    passes = [0]
-
-    def now() -> bool:
-        return bool(where) and [where[0].progress.round, where[0].progress.updates] == plan["step"]
+    train_round, begin, passes, l1 = (
+        loop.train_round,
+        loop.call_before_step,
+        loop.forward_backward,
+        losses.per_sample_l1,
+    )
+    around: list[Any] = []  # the state and the hooks of the round
+    now, number = [False], [0]  # whether the step is the planned one, and its pass
 
     def training(state: Any, model: Any, batches: Any, config: Any, ranks: Any, hooks: Any, advance: Any) -> None:
-        where[:] = [state, hooks]
+        around[:] = [state, hooks]
         train_round(state, model, batches, config, ranks, hooks, advance)
 
-    def before_closing() -> None:
-        if now() and "do" not in plan:
-            where[1].committer.writer.wait_at_most(60)  # a commit that is under way is the matter of other mishaps
+    def beginning(hooks: Any, progress: Any, meter: Any) -> None:
+        now[0], number[0] = [progress.round, progress.updates] == plan["step"], 0
+        begin(hooks, progress, meter)
+
+    def passing(model: Any, batches: Any, meter: Any) -> Any:
+        step_losses = passes(model, batches, meter)
+        if now[0] and "do" not in plan:
+            around[1].committer.writer.wait_at_most(60)  # a commit that is under way is the matter of other mishaps
             die(plan)
-        if now() and plan.get("do") == "fault":
+        if now[0] and plan.get("do") == "fault":
             raise UserError("found a planned fault, in this rank alone, so that a test can see it.")
-
-    def closing_parts(*given: Any) -> None:
-        before_closing()
-        close_parts(*given)
-
-    def closing(weights: Any, alive: Any) -> None:
-        before_closing()
-        close_gradients(weights, alive)
-        if now() and plan.get("do") == "drift":
-            with torch.no_grad():
-                next(iter(weights.values())).view(-1)[0] *= 1.000001
+        if now[0] and plan.get("do") == "drift":
+            next(iter(around[0].weights.values())).view(-1)[0] *= 1.000001
+        return step_losses
 
     def losing(restored: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
-        passes[0] = passes[0] + 1 if now() else 0
-        mine = passes[0] and plan.get("pass", passes[0] - 1) == passes[0] - 1
-        if mine and plan.get("do") == "inf_gradient":
+        strikes = now[0] and plan.get("pass", number[0]) == number[0]
+        number[0] += 1
+        if strikes and plan.get("do") == "inf_gradient":
             restored.register_hook(lambda gradient: gradient * float("inf"))
-        if mine and plan.get("do") == "raise":
+        if strikes and plan.get("do") == "raise":
             raise getattr(torch, plan["error"])(plan["text"])
-        if mine and plan.get("do") == "allocate":
+        if strikes and plan.get("do") == "allocate":
             torch.empty(plan["bytes"], dtype=torch.uint8)
-        losses = l1(restored, clean)
-        if mine and plan.get("do") == "nan":
-            losses = torch.cat([losses[:-1], losses[-1:] * float("nan")])
-        return losses
+        samples = l1(restored, clean)
+        if strikes and plan.get("do") == "nan":
+            samples = torch.cat([samples[:-1], samples[-1:] * float("nan")])
+        return samples
 
-    loop.train_round = training
-    masks.mask_gradients = closing
-    sharding.mask_gradients = closing_parts
-    objective.per_sample_l1 = losing
+    loop.train_round, loop.call_before_step, loop.forward_backward = training, beginning, passing
+    losses.per_sample_l1 = losing
+
+
+def run_ahead() -> None:
+    """Fused optimisers, as on a GPU: they gate their updates, and the loop queues a step before it knows the last."""
+    for name in ("Adam", "AdamW"):
+        build = getattr(torch.optim, name)
+        setattr(torch.optim, name, lambda *args, build=build, **kwargs: build(*args, **kwargs | {"fused": True}))
 
 
 def keep(plan: Plan) -> None:
@@ -129,6 +130,8 @@ def keep(plan: Plan) -> None:
 
 def main() -> None:
     told = json.loads(os.environ["MIRL_FATAL"])
+    if "MIRL_AHEAD" in os.environ:
+        run_ahead()
     for plan in told if isinstance(told, list) else [told]:
         if plan["rank"] in ("all", int(os.environ.get("RANK", "0"))):
             (keep if plan.get("do") == "keep" else at_put if "put" in plan else at_step)(plan)

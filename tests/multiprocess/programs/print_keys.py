@@ -17,21 +17,26 @@ from mirl_dist.training import loop
 
 
 def watch() -> None:
-    sync_status, kill = loop.sync_status, json.loads(os.environ.get("MIRL_KILL", "null"))
+    forward, begin, kill = loop.forward, loop.call_before_step, json.loads(os.environ.get("MIRL_KILL", "null"))
     lines = Path(os.environ["MIRL_KEYS"]) / f"{os.environ.get('RANK', '0')}.jsonl"
+    now: list[Any] = []
 
-    def watching(losses: Any, batch: Any, ranks: Any, hooks: Any, stragglers: Any) -> Any:
-        progress = hooks.state.progress
+    def beginning(hooks: Any, progress: Any, meter: Any) -> None:
+        now[:] = [progress.round, progress.epoch, progress.step]
+        begin(hooks, progress, meter)
         if [progress.round, progress.updates] == kill:
             hooks.committer.writer.wait_at_most(60)  # a commit under way is not what this test is about
             os.kill(os.getpid(), signal.SIGKILL)
-        at = [progress.round, progress.epoch, progress.step]
-        line = {"at": at, "keys": batch.keys, "losses": [loss.hex() for loss in losses.tolist()]}
+
+    def watching(model: Any, batch: Any, patch_pixels: int, step_losses: Any, ranks: Any) -> Any:
+        mean = forward(model, batch, patch_pixels, step_losses, ranks)
+        losses, _ = step_losses.passes[-1]
+        line = {"at": now, "keys": batch.keys, "losses": [loss.hex() for loss in losses.tolist()]}
         with lines.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        return sync_status(losses, batch, ranks, hooks, stragglers)
+        return mean
 
-    loop.sync_status = watching
+    loop.forward, loop.call_before_step = watching, beginning
     # A commit that is due is made at its step, not later because the one before is still being written.
     AsyncWriter.busy = property(lambda self: bool(self.wait_at_most(60)))  # type: ignore[assignment, method-assign]
 
