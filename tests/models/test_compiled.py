@@ -16,6 +16,9 @@ from mirl_dist.models import compiled
 from mirl_dist.models.restormer import TransformerBlock
 from mirl_dist.training import losses
 
+# dynamo looks at the gradients of a block's inputs, whether they are leaves or not
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
 TINY: dict[str, Any] = {
     "dim": 8,
     "blocks": (2, 1, 1, 1),
@@ -50,8 +53,14 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
     return losses.per_sample_l1(model(batch), batch.flip(0)).mean()
 
 
-def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, list(model.parameters())))
+def assert_same_step(one: nn.Module, loss: Tensor, other: nn.Module, expected: Tensor) -> None:
+    """Loss and gradients are equal up to the rounding of sums in another order."""
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    gradients, all_wanted = (
+        torch.autograd.grad(value, list(model.parameters())) for model, value in ((one, loss), (other, expected))
+    )
+    for (name, _), gradient, wanted in zip(one.named_parameters(), gradients, all_wanted, strict=True):
+        assert (gradient - wanted).norm() <= 1e-5 * wanted.norm(), name
 
 
 def test_forward_and_loss_are_one_graph_with_the_numbers_of_the_network() -> None:
@@ -60,9 +69,7 @@ def test_forward_and_loss_are_one_graph_with_the_numbers_of_the_network() -> Non
     step = torch.compile(loss_of, backend=counter, fullgraph=True, dynamic=False)
     loss, eager = step(model, batch), loss_of(model, batch)
     assert counter.frame_count == 1
-    assert torch.equal(loss, eager)
-    for one, other in zip(gradients(model, loss), gradients(model, eager), strict=True):
-        assert torch.equal(one, other)
+    assert_same_step(model, loss, model, eager)
 
 
 def test_compiled_blocks_compute_what_the_network_computes_under_the_same_names() -> None:
@@ -70,10 +77,7 @@ def test_compiled_blocks_compute_what_the_network_computes_under_the_same_names(
     names = list(model.state_dict())
     compiled.compile_blocks(model, backend="aot_eager")
     assert list(model.state_dict()) == names == list(eager.state_dict())
-    loss, expected = loss_of(model, batch), loss_of(eager, batch)
-    assert torch.equal(loss, expected)
-    for one, other in zip(gradients(model, loss), gradients(eager, expected), strict=True):
-        assert torch.equal(one, other)
+    assert_same_step(model, loss_of(model, batch), eager, loss_of(eager, batch))
 
 
 def test_equal_blocks_share_a_compilation_and_there_is_room_for_all_shapes() -> None:

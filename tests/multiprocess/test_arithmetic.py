@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import safe_open
+
+from tests.services.lab import ROOT
 
 COMPILED = {"train.compile": True, "prune.rounds": 1}
 
@@ -48,3 +52,10 @@ def test_arithmetic_that_cannot_be_had_is_refused_in_one_line(
     ended = lab.play(tmp_path, sets, world=None, env=env)
     assert ended.rc == 2 and text in ended.err and ended.err.count("\n") == 1, ended.said()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_the_loss_in_bf16_stays_within_the_noise_between_seeds() -> None:
+    script = [sys.executable, "benchmarks/precision.py", "--steps", "200"]
+    ended = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0 and "within the noise" in ended.stdout, ended.stdout + ended.stderr
