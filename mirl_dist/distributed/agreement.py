@@ -84,9 +84,9 @@ def find_disagreement(everyone: Sequence[RankFacts]) -> str:
             continue
         described = [f"{names[rank]} has {_described(everyone[rank], key)}" for rank in others[:_MOST_NAMED]]
         more = f" and {len(others) - _MOST_NAMED} more differ" if len(others) > _MOST_NAMED else ""
-        first = values.index(usual)
+        first, name = values.index(usual), _NAMES.get(key, f"version of {key}")
         return (
-            f"ranks differ in their {_NAMES.get(key, f'version of {key}')}: {', '.join(described)}{more}; {names[first]} has "
+            f"ranks differ in their {name}: {', '.join(described)}{more}; {names[first]} has "
             f"{_described(everyone[first], key)}. {_ADVICE.get(key, _SAME_PACKAGES)}"
         )
     return ""

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.data.test_image_files import CASES, PIXELS, oriented, save, tiff
+from tests.services.lab import PROGRAMS
 
 
 def restored(lab: Any, reference: Path, file: Path, out: Path, *more: str) -> Any:
@@ -30,6 +31,32 @@ def test_a_photograph_that_lies_on_its_side_is_restored_upright(lab: Any, refere
     plain, silent = restored(lab, reference, tmp_path / "plain.png", tmp_path / "b")
     assert np.array_equal(upright, plain) and "turned upright (images: 1)" in out and "turned" not in silent
     assert Image.open(tmp_path / "a" / "side.png").getexif().get(0x0112, 1) == 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_restored_image_has_the_bits_of_the_evaluated_one(lab: Any, precision: str, tmp_path: Path) -> None:
+    short = {"train.epochs": 1, "schedule.warmup_epochs": 0, "prune.rounds": 0, "evaluate.precision": precision}
+    lab.play(tmp_path, short, world=1).ok()
+    script, folders = str(PROGRAMS / "pixels.py"), [tmp_path / "evaluated", tmp_path / "restored"]
+    for folder in folders:
+        folder.mkdir()
+
+    def run(folder: Path, *arguments: str) -> None:
+        lab.start(*arguments, cwd=tmp_path, script=script, env={"MIRL_PIXELS": str(folder)}).wait().ok()
+
+    run(folders[0], "evaluate", "run")
+    inputs = sorted(folders[0].glob("*-in.npy"))
+    assert [np.load(path).dtype for path in inputs] == [np.uint8] * 3, "noise, rain and haze"
+    images = [tmp_path / f"{path.stem}.png" for path in inputs]
+    for path, image in zip(inputs, images, strict=True):
+        Image.fromarray(np.load(path)).save(image)
+    run(folders[1], "restore", *map(str, images), "--ticket", "run", "--out", str(tmp_path / "out"))
+    for number, path in enumerate(inputs):
+        evaluated, restored = np.load(f"{path}".replace("-in", "-out")), np.load(folders[1] / f"{number:02d}-out.npy")
+        assert evaluated.tobytes() == restored.tobytes()
+    switches = [json.loads((folder / "switches.json").read_text()) for folder in folders]
+    exact = {"tf32": [False, False], "deterministic": True, "fill": False, "workspace": ":4096:8"}
+    assert switches == [exact, exact]
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="the cases of the field lie beside MIRL_DATA, which is not set")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mirl_dist.config import local_paths
 from mirl_dist.errors import UserError
@@ -68,6 +69,39 @@ def test_an_interface_that_is_none_is_refused_before_any_rank_starts(lab: Any, t
     arguments = [*lab.train(tmp_path), "--launch", "auto"]
     ended = lab.start(*arguments, cwd=tmp_path, env={"GLOO_SOCKET_IFNAME": "nosuch0"}).wait()
     assert "GLOO_SOCKET_IFNAME: found 'nosuch0', which is no network interface" in only_line(ended)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_a_missing_gpu_is_refused_by_every_command_that_is_to_use_one(
+    lab: Any, reference: Path, tmp_path: Path
+) -> None:
+    image, out = str(lab.folder / "images" / "evaluate" / "chelsea.png"), str(tmp_path / "out")
+    train = lab.train(tmp_path, {"train.device": "cuda"})
+    for command in (
+        train,
+        [*train, "--launch", "auto"],
+        ["evaluate", str(reference), "--device", "cuda"],
+        ["restore", image, "--ticket", str(reference), "--out", out, "--device", "cuda"],
+    ):
+        line = only_line(lab.mirl(*command, cwd=tmp_path))
+        reason = f"found device cuda where no GPU can be used: torch {torch.__version__} is built without CUDA. Mend"
+        assert line.startswith(f"mirl-dist: {reason}"), line
+    assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
+    doctor = ["doctor", str(lab.config(tmp_path)), "--launch", "auto", "--set", "train.device=cuda"]
+    ended = lab.mirl(*doctor, cwd=tmp_path)
+    assert ended.rc == 1 and f"FAULT    devices      {reason}" in ended.out, ended.said()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_the_device_of_a_run_can_be_overruled_where_its_ticket_is_used(
+    lab: Any, reference: Path, tmp_path: Path
+) -> None:
+    arguments = ("evaluate", str(reference), "--json", "--device")
+    automatic, named = (lab.mirl(*arguments, device).ok() for device in ("auto", "cpu"))
+    note = f"computes on processors: torch {torch.__version__} is built without CUDA\n"
+    assert automatic.out == named.out
+    assert (automatic.err.count(note), named.err.count(note)) == (1, 0)
+    assert "--device: found 'gpu'. Use auto, cpu or cuda." in only_line(lab.mirl(*arguments, "gpu"))
 
 
 @pytest.mark.parametrize("command", [["tickets", "list"], ["status"], ["evaluate"]])

@@ -16,8 +16,8 @@ def test_equal_ranks_agree() -> None:
 def test_the_fewer_are_named_with_their_reason_and_one_of_the_others() -> None:
     assert find_disagreement([CPU, GPU, GPU, CPU._replace(host="node-c"), GPU]) == (
         "ranks differ in their device: rank 0 (node-b) has cpu (Found no NVIDIA driver on your system), rank 3 "
-        "(node-c) has cpu (Found no NVIDIA driver on your system); rank 1 (node-a) has cuda. Start ranks on equal nodes, or set "
-        "train.device to cpu or cuda, which names the node to mend."
+        "(node-c) has cpu (Found no NVIDIA driver on your system); rank 1 (node-a) has cuda. Start ranks on equal "
+        "nodes, or set train.device to cpu or cuda, which names the node to mend."
     )
 
 

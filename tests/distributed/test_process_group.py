@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import time
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from mirl_dist.distributed import process_group
 from mirl_dist.distributed.agreement import RankFacts
 from mirl_dist.distributed.hardware import DeviceChoice
 from mirl_dist.distributed.process_group import is_peer_loss, rendezvous
@@ -61,6 +65,35 @@ def test_a_rank_of_a_version_without_facts_is_named() -> None:
             UserError, match=r"differ in their version of mirl_dist: rank 1 \(\) has an older version; rank 0 \("
         ):
             call.result(timeout=20)
+
+
+def test_a_group_on_gpus_is_bound_to_the_gpu_of_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    distributed = SimpleNamespace(
+        init_process_group=lambda backend, **options: calls.append((backend, options["device_id"])),
+        is_initialized=lambda: False,
+        HashStore=torch.distributed.HashStore,
+        get_rank=lambda: 0,
+        get_world_size=lambda: 1,
+    )
+    monkeypatch.setattr(process_group, "_DISTRIBUTED", distributed)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(process_group.os, "environ", env := {"LOCAL_RANK": "3"})
+    facts = FACTS._replace(device="cuda", engine="fsdp")
+    joined = process_group.join_process_group(facts, timeout=timedelta(seconds=60))
+    gpu = torch.device("cuda", 3)
+    assert joined.device == gpu
+    assert calls == [gpu, ("nccl", gpu)], "the device is set before NCCL starts"
+    assert env["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+
+
+def test_an_error_of_nccl_is_read_from_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = torch._C._distributed_c10d.ErrorType
+    errors = [kinds.SUCCESS, kinds.COMM_ERROR]
+    backend = SimpleNamespace(get_error=lambda: errors.pop(0))
+    world = SimpleNamespace(_get_backend=lambda device: backend)
+    monkeypatch.setattr(process_group, "_DISTRIBUTED", SimpleNamespace(group=SimpleNamespace(WORLD=world)))
+    assert [process_group.find_connection_error() for _ in range(2)] == ["", "COMM_ERROR"]
 
 
 @pytest.mark.parametrize(
