@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
 
 from mirl_dist import models
 from mirl_dist.training import losses
@@ -33,7 +33,7 @@ def step_flops(name: str, sizes: Mapping[str, Any], side: int, samples: int) -> 
 
 def counter() -> FlopCounterMode:
     """Return a counter of operations, as a context."""
-    own = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+    own = {torch.ops.aten.convolution_backward: _convolution_backward_flops, torch.ops.aten.baddbmm_: baddbmm_flop}
     return FlopCounterMode(display=False, custom_mapping=own)
 
 
