@@ -111,6 +111,7 @@ class StepQueue:
         skips = meter.plan.config.guard.skip_bad_batches - state.progress.bad
         self._gate = UpdateGate(max(0, skips), meter.ranks.device)
         self._queued: deque[QueuedStep] = deque()
+        self._no_batch = False
 
     def next_step(self, *, alone: bool) -> QueuedStep:
         """Return the next step in order. alone: queue none behind it, because the state after it is looked at."""
@@ -125,7 +126,9 @@ class StepQueue:
         progress = self._state.progress.ahead(len(self._queued), plan.sampler.steps_per_epoch)
         call_before_step(self._hooks, progress, self._meter)
         lr = learning_rate(plan.config, progress, plan.sampler.steps_per_epoch)
-        step_losses = forward_backward(self._model, self._batches, self._meter)
+        step_losses = StepLosses(no_batch=self._no_batch)
+        forward_backward(self._model, self._batches, step_losses, self._meter)
+        self._no_batch = step_losses.no_batch  # none will follow in the next step either
         engine.mask_gradients()
         norm = engine.clip(plan.config.optimiser.clip_norm)
         stop, commit_busy, commit_failed = self._hooks.flags()
@@ -160,9 +163,9 @@ def commit_and_stop(hooks: LoopHooks, meter: Meter) -> NoReturn:
     raise Stopped(f"stopped on request in {position}; committed")
 
 
-def forward_backward(model: nn.Module, batches: Iterator[Batch], meter: Meter) -> StepLosses:
-    """Run all forward and backward passes of a step, which average the gradients over ranks; return the losses."""
-    step_losses, ranks, passes = StepLosses(), meter.ranks, meter.plan.batch_split.passes
+def forward_backward(model: nn.Module, batches: Iterator[Batch], step_losses: StepLosses, meter: Meter) -> None:
+    """Run all forward and backward passes of a step, which average the gradients over ranks."""
+    ranks, passes = meter.ranks, meter.plan.batch_split.passes
     for number in range(passes):
         meter.stragglers.begin()
         batch = None if step_losses.no_batch else next_batch(batches, ranks.device)
@@ -171,7 +174,6 @@ def forward_backward(model: nn.Module, batches: Iterator[Batch], meter: Meter) -
             loss = forward(model, batch, meter.plan.config.data.patch_pixels, step_losses, ranks)
             meter.stragglers.reached_collective()
             ranks.network.backward(loss / passes)
-    return step_losses
 
 
 def next_batch(batches: Iterator[Batch], device: torch.device) -> Batch | None:
@@ -207,7 +209,7 @@ class Meter:
 
     def __init__(self, plan: RunPlan, progress: Progress, ranks: Ranks) -> None:
         self.plan, self.progress, self.ranks = plan, progress, ranks
-        self.stragglers = StragglerDetector(ranks.hosts)
+        self.stragglers = StragglerDetector(ranks.hosts, on_gpu=ranks.device.type == "cuda")
         tasks = len(plan.sampler.tasks)
         self.sums = torch.zeros(2, tasks, dtype=torch.float64, device=ranks.device)
         self.carried = torch.tensor(progress.unreported or [[0.0] * tasks] * 2, dtype=torch.float64)
