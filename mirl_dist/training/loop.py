@@ -121,6 +121,7 @@ class StepQueue:
         skips = meter.plan.config.guard.skip_bad_batches - state.progress.bad
         self._gate = UpdateGate(max(0, skips), meter.ranks.device)
         self._queued: deque[QueuedStep] = deque()
+        self._no_batch = False
 
     def next_step(self, *, alone: bool) -> QueuedStep:
         """Return the next step in order. alone: queue none behind it, because the state after it is looked at."""
@@ -135,7 +136,9 @@ class StepQueue:
         progress = self._state.progress.ahead(len(self._queued), plan.sampler.steps_per_epoch)
         call_before_step(self._hooks, progress, self._meter)
         lr = learning_rate(plan.config, progress, plan.sampler.steps_per_epoch)
-        step_losses = forward_backward(self._model, self._batches, self._meter)
+        step_losses = StepLosses(no_batch=self._no_batch)
+        forward_backward(self._model, self._batches, step_losses, self._meter)
+        self._no_batch = step_losses.no_batch  # none will follow in the next step either
         clock = self._meter.clock
         with clock.phase(Phase.MASKS):
             engine.mask_gradients()
@@ -177,9 +180,9 @@ def commit_and_stop(hooks: LoopHooks, meter: Meter) -> NoReturn:
     raise Stopped(f"stopped on request in {position}; committed")
 
 
-def forward_backward(model: nn.Module, batches: Iterator[Batch], meter: Meter) -> StepLosses:
-    """Run all forward and backward passes of a step, which average the gradients over ranks; return the losses."""
-    step_losses, ranks, passes, clock = StepLosses(), meter.ranks, meter.plan.batch_split.passes, meter.clock
+def forward_backward(model: nn.Module, batches: Iterator[Batch], step_losses: StepLosses, meter: Meter) -> None:
+    """Run all forward and backward passes of a step, which average the gradients over ranks."""
+    ranks, passes, clock = meter.ranks, meter.plan.batch_split.passes, meter.clock
     for number in range(passes):
         meter.stragglers.begin()
         with clock.phase(Phase.DATA):
@@ -191,7 +194,6 @@ def forward_backward(model: nn.Module, batches: Iterator[Batch], meter: Meter) -
             meter.stragglers.reached_collective()
             with clock.phase(Phase.BACKWARD):
                 ranks.network.backward(loss / passes)
-    return step_losses
 
 
 def next_batch(batches: Iterator[Batch], device: torch.device) -> Batch | None:
@@ -228,7 +230,7 @@ class Meter:
     def __init__(self, plan: RunPlan, progress: Progress, ranks: Ranks, clock: PhaseClock) -> None:
         self.plan, self.progress, self.ranks, self.clock = plan, progress, ranks, clock
         clock.begin_round()
-        self.stragglers = StragglerDetector(ranks.hosts)
+        self.stragglers = StragglerDetector(ranks.hosts, on_gpu=ranks.device.type == "cuda")
         tasks = len(plan.sampler.tasks)
         self.sums = torch.zeros(2, tasks, dtype=torch.float64, device=ranks.device)
         self.carried = torch.tensor(progress.unreported or [[0.0] * tasks] * 2, dtype=torch.float64)

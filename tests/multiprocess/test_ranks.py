@@ -94,6 +94,13 @@ def test_replicas_take_the_weights_of_rank_0_and_average_gradients(seen: Seen, w
     assert world == 1 or {f["type"] for f in found} == {"DistributedDataParallel"}
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_gradients_in_buckets_have_the_bits_of_plain_ddp_in_one_pass_and_in_two(seen: Seen, world: int) -> None:
+    digests = [rank["as plain DDP"] for rank in seen[world]]
+    assert all(ours == plain for ours, plain in digests[0]) and digests[0][0] != digests[0][1]
+    assert digests == [digests[0]] * world
+
+
 @pytest.mark.parametrize("world", WORLDS[1:])
 def test_a_replica_that_drifted_by_one_bit_is_named_before_anything_is_pruned(seen: Seen, world: int) -> None:
     drifted = f"Rank {world - 1} ({platform.node()}) has drifted"

@@ -179,6 +179,22 @@ def test_only_masked_gradients_are_touched() -> None:
     assert parameters["c"].grad is None
 
 
+def test_masked_gradients_have_the_bits_of_a_product_with_the_mask() -> None:
+    special = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, float("inf"), float("-inf"), float("nan"), -1.5])
+    gradient, mask = special.repeat(2), torch.arange(20) < 10
+    weights = {name: nn.Parameter(torch.zeros(20)) for name in ("some", "none", "all")}
+    masks = {"some": mask, "none": torch.zeros(20, dtype=torch.bool), "all": torch.ones(20, dtype=torch.bool)}
+    for weight in weights.values():
+        weight.grad = gradient.clone()
+    factors = masking.gradient_factors(masks)
+    assert factors.keys() == {"some", "none"}, "where every weight survives there is nothing to do"
+    masking.mask_gradients(weights, factors)
+    for name, weight in weights.items():
+        assert weight.grad is not None
+        assert torch.equal(weight.grad.view(torch.int32), (gradient * masks[name]).view(torch.int32))
+    assert torch.signbit(weights["none"].grad[1]), "a negative gradient of a pruned weight becomes -0.0"  # type: ignore[index]
+
+
 # -- rewinding --------------------------------------------------------------------------------------------------
 
 

@@ -4,58 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
 
-from mirl_dist.config.config import from_dump
-from mirl_dist.config.tasks import Task
-from mirl_dist.data.sample import Batch
-from mirl_dist.data.sampler import BatchSplit
-from mirl_dist.distributed.engines.ddp import DdpEngine
-from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import Stopped, UserError
 from mirl_dist.pruning import masks as masking
-from mirl_dist.training import loop as train
 from mirl_dist.training import losses as objective
 from mirl_dist.training.schedule import rate
-from mirl_dist.training.state import Progress, TrainState
-from mirl_dist.training.step_times import PhaseClock
-
-# -- the loop and the run around it -----------------------------------------------------------------------------
-
-TASKS = (Task.of("derain"), Task.of("dehaze"))
-STEPS = 12
-
-
-def plan(*, commit_every: int | None = 3, report_every: int = 4, skip_bad: int = 0, passes: int = 1) -> Any:
-    """What the loop reads of a run's plan: one round of three epochs of four steps."""
-    tree = {
-        "train": {"epochs": 3},
-        "batch": {"global": 4},
-        "optimiser": {"lr": 0.1, "clip_norm": 1.0},
-        "schedule": {"by": "step", "warmup_epochs": 0},
-        "checkpoint": {"every_steps": commit_every},
-        "tracking": {"every_steps": report_every},
-        "guard": {"skip_bad_batches": skip_bad},
-    }
-    sampler = SimpleNamespace(tasks=TASKS, steps_per_epoch=4)
-    return SimpleNamespace(config=from_dump(tree, "test"), sampler=sampler, batch_split=BatchSplit(4, passes, 4))
-
-
-def batches(passes: int, begin: int = 0) -> Iterator[Batch]:
-    """What the steps of a round read, from one on; a step's samples are the same in one pass and in two."""
-    for step in range(begin, STEPS):
-        chance = torch.Generator().manual_seed(step)
-        images = torch.randint(0, 256, (2, 4, 3, 8, 8), generator=chance, dtype=torch.uint8)
-        task, keys = torch.tensor([0, 1, 1, 0]), tuple(f"{step}-{i}" for i in range(4))
-        for part in torch.arange(4).chunk(passes):
-            mine = slice(int(part[0]), int(part[-1]) + 1)
-            yield Batch(images[0, mine], images[1, mine], task[mine], keys[mine])
+from tests.training.small_round import STEPS, Run, bits, plan
 
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["waits", "runs ahead"])
@@ -64,71 +21,6 @@ def fused(request: pytest.FixtureRequest) -> Iterator[None]:
     Run.fused = request.param
     yield
     Run.fused = False
-
-
-@dataclass
-class Run:
-    """The run around a round, as a test wants it. busy, stop, fail: whether it is so in the step after so many."""
-
-    fused: ClassVar[bool] = False
-
-    busy_in: Callable[[int], bool] = lambda step: False
-    stop_in: Callable[[int], bool] = lambda step: False
-    fail_in: Callable[[int], bool] = lambda step: False
-    state: TrainState = field(init=False)
-    commits: list[tuple[int, bool]] = field(default_factory=list)
-    kept: dict[int, Progress] = field(default_factory=dict)
-    weights: dict[int, Any] = field(default_factory=dict)
-    told: dict[int, dict[str, float]] = field(default_factory=dict)
-    clock: PhaseClock = field(default_factory=PhaseClock)
-    percent: dict[int, dict[str, float]] = field(default_factory=dict)
-    now: int = 0
-
-    def before_step(self, progress: Progress) -> None:
-        self.now = progress.updates
-
-    def flags(self) -> tuple[bool, bool, bool]:
-        return self.stop_in(self.now), self.busy_in(self.now), self.fail_in(self.now)
-
-    def raise_commit_failure(self) -> None:
-        raise UserError("a commit failed")
-
-    def commit(self, *, wait: bool) -> None:
-        progress = self.state.progress
-        self.commits.append((progress.updates, wait))
-        self.kept[progress.updates] = progress.model_copy(deep=True)
-        moments = {name: moment.clone() for name, moment in self.state.engine.moments().items()}
-        self.weights[progress.updates] = {n: p.detach().clone() for n, p in self.state.weights.items()}, moments
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self.told[step] = values
-
-    def log_times(self, step: int, percent: dict[str, float]) -> None:
-        self.percent[step] = percent
-
-    def train(self, plan: Any, resumed: Run | None = None) -> Run:
-        """A round, from its beginning or from the newest commit of another run."""
-        torch.manual_seed(0)
-        model = nn.Conv2d(3, 3, 3, padding=1)
-        weights = dict(model.named_parameters())
-        masks = masking.dense_masks(weights, ["weight"])
-        self.state = TrainState(
-            DdpEngine(weights, lambda given: torch.optim.Adam(list(given.values()), lr=9.0, fused=self.fused)), masks
-        )
-        begin = 0
-        if resumed is not None:
-            begin = max(resumed.kept)
-            self.state.load_weights(resumed.weights[begin][0])
-            self.state.progress = resumed.kept[begin].model_copy(deep=True)
-            self.state.load_moments(resumed.weights[begin][1])
-        ranks = Ranks(device="cpu")
-        stream = batches(plan.batch_split.passes, begin)
-        train.train_round(self.state, ranks.network.wrap(model), stream, plan, ranks, self, lambda step, text: None)
-        return self
-
-
-def bits(run: Run) -> str:
-    return masking.digest_tensors(run.state.weights)
 
 
 def test_commits_are_made_when_they_are_due_and_at_the_end_of_the_round() -> None:
@@ -252,10 +144,29 @@ def test_the_rate_of_a_position_is_the_rate_of_its_step() -> None:
     assert [run.told[step]["lr"] for step in range(1, 13)] == rates
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_without_a_batch_ends_training_before_its_step(number: int) -> None:
+    lacking = Run(starved_in=lambda step, pass_: (step, pass_) == (6, number))
+    with pytest.raises(Stopped, match=r"^stopped on request in round 0 after 6 steps; committed$"):
+        lacking.train(plan(commit_every=None, passes=2))
+    asked = Run(stop_in=lambda step: step == 5)
+    with pytest.raises(Stopped):
+        asked.train(plan(commit_every=None, passes=2))
+    assert lacking.commits == [(6, True)] and bits(lacking) == bits(asked)
+    assert bits(Run().train(plan(passes=2), lacking)) == bits(Run().train(plan(passes=2)))
+
+
+def test_a_round_that_skipped_more_than_is_allowed_now_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Run(nan_in=lambda step, _: step in (1, 2), stop_in=lambda step: step == 4)
+    with pytest.raises(Stopped):
+        first.train(plan(skip_bad=2))
+    assert Run().train(plan(skip_bad=0), first).state.progress.bad == 2
+
+
 def test_the_shares_of_each_epochs_time_are_told_and_make_it_whole() -> None:
     run = Run().train(plan())
     assert sorted(run.percent) == [4, 8, 12]
     for percent in run.percent.values():
         assert sum(percent.values()) == pytest.approx(100)
         assert percent["time/forward_backward"] > 0 and percent["time/reduce_optimiser"] > 0
-    assert run.percent[4]["time/commit"] > 0 and run.percent[4]["time/tracking"] > 0
+    assert run.percent[8]["time/commit"] > 0 and run.percent[4]["time/tracking"] > 0

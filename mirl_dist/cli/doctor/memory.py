@@ -107,6 +107,8 @@ def state_bytes(size: Size, engine: EngineName, world: int, *, offload: bool = F
         "moments": 2 * (whole if engine == "ddp" else part),
         "masks": size.prunable if keeps_weights else -(-size.prunable // world),
     }
+    if engine == "ddp":
+        gpu["masks"] += 4 * size.prunable  # the float32 factors of the gradients
     if engine.startswith("zero"):
         gpu |= {"DeepSpeed's copy of weights": part, "DeepSpeed's bucket": min(whole, 4 * DEEPSPEED_BUCKET)}
     if engine == "ddp" and world > 1:

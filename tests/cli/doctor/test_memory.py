@@ -56,7 +56,7 @@ def test_activations_shrink_with_bfloat16_and_grow_with_samples_and_pixels() -> 
 def test_each_engine_takes_no_more_than_the_last_and_offload_moves_moments() -> None:
     size = Size(weights=1_000, prunable=800, unit=100)
     alone = memory.state_bytes(size, "ddp", 1)
-    assert alone.gpu == {"weights": 4_000, "gradients": 4_000, "moments": 8_000, "masks": 800}
+    assert alone.gpu == {"weights": 4_000, "gradients": 4_000, "moments": 8_000, "masks": 4_000}
     assert memory.state_bytes(size, "ddp", 8).total == alone.total + 4_000, "DDP's buckets"
     found = {engine: memory.state_bytes(size, engine, 8).gpu for engine in ENGINES}
     assert [found[e]["moments"] for e in ENGINES] == [8_000] + 4 * [1_000]

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -214,10 +215,41 @@ def averaged(ranks: Ranks) -> dict[str, Any]:
     return {"weights": masking.digest_tensors(weights), "gradient": gradient.tolist(), "type": type(wrapped).__name__}
 
 
+def as_plain_ddp(ranks: Ranks, passes: int) -> list[str]:
+    """Digests of the gradients of three steps: of the network as it is wrapped here, then of torch's plain DDP."""
+    digests = []
+    for is_plain in (False, True):
+        torch.manual_seed(0)
+        bare = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.GELU(), torch.nn.Conv2d(5, 5, 3, groups=5))
+        engine = DdpEngine(dict(bare.named_parameters()), lambda p: torch.optim.AdamW(p.values(), lr=0.1))
+        wrapped: Any = bare
+        if not is_plain:
+            wrapped = ranks.network.wrap(bare)
+        elif ranks.world > 1:
+            wrapped = torch.nn.parallel.DistributedDataParallel(bare)
+        draws = torch.Generator().manual_seed(ranks.rank)
+        gradients = {}
+        for step in range(3):
+            for number in range(passes):
+                images, more = torch.randn(2, 3, 9, 9, generator=draws), number + 1 < passes
+                if is_plain:
+                    with wrapped.no_sync() if more and ranks.world > 1 else nullcontext():
+                        wrapped(images).square().mean().backward()
+                    continue
+                with ranks.network.accumulate(wrapped, more):
+                    ranks.network.backward(wrapped(images).square().mean())
+            gradients |= {f"{step} {n}": p.grad.clone() for n, p in bare.named_parameters() if p.grad is not None}
+            engine.step(0.1, torch.zeros(()))
+            assert all(p.grad is None for p in bare.parameters())
+        digests.append(masking.digest_tensors(gradients))
+    return digests
+
+
 def main(folder: Path) -> None:
     ranks = Ranks(device="cpu")
     weights = safetensors.torch.load_file(folder / "weights.safetensors")
     found = {"pruned": pruned(weights, ranks), "told": told(ranks), "averaged": averaged(ranks)}
+    found["as plain DDP"] = [as_plain_ddp(ranks, passes) for passes in (1, 2)]
     if ranks.world > 1:
         found["guarded"] = guarded(ranks)
     (folder / f"{ranks.world}-{ranks.rank}.json").write_text(json.dumps(found))

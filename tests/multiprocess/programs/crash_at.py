@@ -71,12 +71,8 @@ def at_put(plan: Plan) -> None:
 
 
 def at_step(plan: Plan) -> None:
-    train_round, begin, passes, l1 = (
-        loop.train_round,
-        loop.call_before_step,
-        loop.forward_backward,
-        losses.per_sample_l1,
-    )
+    train_round, begin = loop.train_round, loop.call_before_step
+    passes, l1 = loop.forward_backward, losses.per_sample_l1
     around: list[Any] = []  # the state and the hooks of the round
     now, number = [False], [0]  # whether the step is the planned one, and its pass
 
@@ -88,8 +84,8 @@ def at_step(plan: Plan) -> None:
         now[0], number[0] = [progress.round, progress.updates] == plan["step"], 0
         begin(hooks, progress, meter)
 
-    def passing(model: Any, batches: Any, meter: Any) -> Any:
-        step_losses = passes(model, batches, meter)
+    def passing(*args: Any) -> None:
+        passes(*args)
         if now[0] and "do" not in plan:
             around[1].committer.writer.wait_at_most(60)  # a commit that is under way is the matter of other mishaps
             die(plan)
@@ -97,7 +93,6 @@ def at_step(plan: Plan) -> None:
             raise UserError("found a planned fault, in this rank alone, so that a test can see it.")
         if now[0] and plan.get("do") == "drift":
             next(iter(around[0].weights.values())).view(-1)[0] *= 1.000001
-        return step_losses
 
     def losing(restored: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
         strikes = now[0] and plan.get("pass", number[0]) == number[0]
