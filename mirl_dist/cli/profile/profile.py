@@ -32,7 +32,7 @@ def profile(
 
     Under `accelerate launch` this is one rank; with --launch it starts the ranks itself.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "4")  # torch's profiler would print when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler would print when it starts and stops
     _, stop = train.listen(launch)
     from mirl_dist.config import config as configs
     from mirl_dist.storage import output_paths
