@@ -54,6 +54,7 @@ def restore_files(images: list[Path], reference: str, out: Path, tile: str, *, o
     for note, count in sorted(notes.items()):
         progress.say(f"{note} (images: {count})")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    hardware.keep_freed_memory()
     model, folder = network(config, opened.trained_weights()).to(device), Folder(out)
     # Counting takes seconds, and images mostly share a size.
     count_bytes = cache(partial(memory.scoring_bytes, config.model.name, config.model.sizes()))
@@ -114,6 +115,7 @@ def _restore(
         with contextlib.suppress(hardware.OutOfMemory), hardware.out_of_memory():
             return evaluate.restore(model, pixels, device, side, overlap)
         gc.collect()
+        hardware.return_freed_memory()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     tile = max(64, min([side // 2 for side in sides if side] or [512]))
@@ -132,7 +134,10 @@ def _likely_to_fit(
     """
     for side in sides:
         height, width = (min(length, side or length) for length in size)
-        if side == sides[-1] or count_bytes(height, width) * _RESERVE <= _free_bytes(device):
+        needed = count_bytes(height, width) * _RESERVE
+        if needed > _free_bytes(device):
+            hardware.return_freed_memory()
+        if side == sides[-1] or needed <= _free_bytes(device):
             yield side
 
 

@@ -21,7 +21,7 @@ from mirl_dist.distributed import environment
 from mirl_dist.distributed.engines.sharding import ShardLayout, local_part
 from mirl_dist.distributed.engines.spec import engine_from_env
 from mirl_dist.distributed.flight_recorder import FlightRecorder
-from mirl_dist.distributed.hardware import gpus
+from mirl_dist.distributed.hardware import gpus, keep_freed_memory
 from mirl_dist.distributed.parallel_network import ParallelNetwork
 from mirl_dist.distributed.process_group import (
     LiveStore,
@@ -63,6 +63,8 @@ class Ranks:
         self._check_world()
         torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True)
+        # Filling makes reads of unset memory repeatable, and there are none.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def _start_watchdog(self, timeout_seconds: float) -> Watchdog:
         pids = self.gather_objects(os.getpid(), what="gather of process ids")
@@ -255,6 +257,7 @@ def _prepare_device(device: str) -> bool:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic matmul; read when CUDA starts
     if device == "cpu" or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed logs that it guesses the accelerator
+        keep_freed_memory()
         return True
     local, visible = int(os.environ.get("LOCAL_RANK", "0")), gpus()
     if local >= visible:  # NCCL rejects two ranks on one GPU with an unclear error
