@@ -59,6 +59,7 @@ def restore_files(
             advance(number + 1, path.name)
     for note, count in sorted(notes.items()):
         progress.say(f"{note} (images: {count})")
+    hardware.keep_freed_memory()
     model, folder = network(config, opened.trained_weights()).to(place), Folder(out)
     # Counting takes seconds, and images mostly share a size.
     count_bytes = cache(partial(memory.scoring_bytes, config.model.name, config.model.sizes()))
@@ -130,6 +131,7 @@ def _restore(
         with contextlib.suppress(device_errors.OutOfMemory), device_errors.out_of_memory():
             return evaluate.restore(model, pixels, device, side, section.tile_overlap, section.precision)
         gc.collect()
+        hardware.return_freed_memory()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     tile = max(64, min([side // 2 for side in sides if side] or [512]))
@@ -148,7 +150,10 @@ def _likely_to_fit(
     """
     for side in sides:
         height, width = (min(length, side or length) for length in size)
-        if side == sides[-1] or count_bytes(height, width) * _RESERVE <= _free_bytes(device):
+        needed = count_bytes(height, width) * _RESERVE
+        if needed > _free_bytes(device):
+            hardware.return_freed_memory()
+        if side == sides[-1] or needed <= _free_bytes(device):
             yield side
 
 

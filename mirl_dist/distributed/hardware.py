@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from typing import NamedTuple
 
 _LEAST_TF32 = (8, 0)
@@ -97,6 +99,31 @@ def use_exact_arithmetic(precision: str = "fp32") -> None:
     torch.use_deterministic_algorithms(True)
     # Determinism would also fill every new tensor before it is written: thousands of fills a step, and the same bits.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # of malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep freed memory for the next tensors, in the whole process; no effect without glibc.
+
+    By default it returns large blocks to the kernel, which clears their pages again at the next use: measured as a
+    fifth to a quarter of a training step on the CPU. Peak memory stays the same.
+    """
+    if libc := _glibc():
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
+def return_freed_memory() -> None:
+    """Return the memory that `keep_freed_memory` kept to the operating system."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "gnu_get_libc_version") else None
 
 
 def processes() -> int:

@@ -14,8 +14,13 @@ from mirl_dist.models.official import Converted, convert, revert
 from mirl_dist.models.official import write as write_official
 from mirl_dist.models.promptir import PromptIR
 
-__all__ = ["PromptIR", "create", "from_official", "to_official", "write_official"]
+__all__ = ["FORMULATION", "PromptIR", "create", "from_official", "to_official", "write_official"]
 
+FORMULATION = "2"
+"""Version of the order of computing in the networks: another one rounds differently. Recorded in tickets.
+
+1: channels first. 2: channels last, scores before norms, attention and projection multiplied first.
+"""
 _NETWORKS = {"promptir": PromptIR}
 
 

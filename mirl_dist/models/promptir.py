@@ -23,16 +23,26 @@ from collections.abc import Sequence
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mirl_dist.errors import UserError
-from mirl_dist.models.restormer import Downsample, PatchEmbed, TransformerBlock, Upsample, level, pad_to_multiple
+from mirl_dist.models.restormer import (
+    Conv3x3,
+    Downsample,
+    PatchEmbed,
+    PixelLinear,
+    TransformerBlock,
+    Upsample,
+    channels_first,
+    channels_last,
+    level,
+    pad_to_multiple,
+)
 
 
 class PromptBlock(nn.Module):
     """Prompt generation: a mixture of learnt components, weighted by the image's features. Section 3.1.1.
 
-    Features (B, C, H, W) to a prompt (B, channels, H, W). The mean over pixels gives softmax weights of the components
+    Features (B, H, W, C) to a prompt (B, H, W, channels). The mean over pixels gives softmax weights of the components
     (1, L, channels, S, S), which are initially uniform in [0, 1). The mixture is resized bilinearly to (H, W)
     (align_corners=False, no antialiasing) and passed through a 3x3 convolution.
     """
@@ -41,16 +51,33 @@ class PromptBlock(nn.Module):
         super().__init__()
         self.prompt_param = nn.Parameter(torch.rand(1, length, channels, side, side))
         self.linear_layer = nn.Linear(feature_channels, length)
-        self.conv3x3 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv3x3 = Conv3x3(channels, channels)
 
     def forward(self, features: Tensor) -> Tensor:
-        shares = self.linear_layer(features.mean(dim=(-2, -1))).softmax(dim=1)  # (B, L)
-        components = rearrange(self.prompt_param, "1 l c h w -> l (c h w)")
+        shares = self.linear_layer(features.mean(dim=(1, 2))).softmax(dim=1)  # (B, L)
+        components = rearrange(self.prompt_param, "1 l c h w -> l (h w c)")
         side = self.prompt_param.shape[-1]
-        mixture = rearrange(shares @ components, "b (c h w) -> b c h w", h=side, w=side)
-        resized = F.interpolate(mixture, features.shape[-2:], mode="bilinear", align_corners=False)
-        prompt: Tensor = self.conv3x3(resized)
+        mixture = rearrange(shares @ components, "b (h w c) -> b h w c", h=side, w=side)
+        prompt: Tensor = self.conv3x3(resize_bilinear(mixture, *features.shape[1:3]))
         return prompt
+
+
+def resize_bilinear(x: Tensor, height: int, width: int) -> Tensor:
+    """Resize (B, H, W, C) to (B, height, width, C) as F.interpolate does, without align_corners and antialiasing.
+
+    Computed as two small matrix products, which are deterministic on every device and which torch.compile can trace.
+    """
+    rows, columns = _interpolation(x.shape[1], height, x), _interpolation(x.shape[2], width, x)
+    tall = rearrange(rows @ rearrange(x, "b h w c -> b h (w c)"), "b y (w c) -> b y w c", c=x.shape[-1])
+    return columns @ tall
+
+
+def _interpolation(size: int, to: int, like: Tensor) -> Tensor:
+    """Return the matrix (to, size) that interpolates a line linearly between pixel centres, repeating its ends."""
+    pixels, wanted = (torch.arange(n, device=like.device, dtype=torch.float64) for n in (size, to))
+    positions = ((wanted + 0.5) * (size / to) - 0.5).clamp(0, size - 1)
+    weights = (1 - (positions.unsqueeze(1) - pixels).abs()).clamp_min(0)
+    return weights.to(like.dtype)
 
 
 class PromptIR(nn.Module):
@@ -90,12 +117,12 @@ class PromptIR(nn.Module):
         def row(channels: int, at: int, count: int) -> nn.Sequential:
             return level(channels, heads[at], ffn_expansion, count)
 
-        def prompt_stage(at: int, channels: int, out: int) -> tuple[PromptBlock, TransformerBlock, nn.Conv2d]:
+        def prompt_stage(at: int, channels: int, out: int) -> tuple[PromptBlock, TransformerBlock, PixelLinear]:
             joined = channels + prompt_dims[at]
             # This order determines the random initial weights.
             prompt = PromptBlock(channels, prompt_dims[at], prompt_length, prompt_sizes[at])
             block = TransformerBlock(joined, prompt_heads, ffn_expansion)
-            return prompt, block, nn.Conv2d(joined, out, 1, bias=False)
+            return prompt, block, PixelLinear(joined, out)
 
         self.patch_embed = PatchEmbed(c1)
         self.encoder_level1, self.down1_2 = row(c1, 0, blocks[0]), Downsample(c1)
@@ -104,16 +131,16 @@ class PromptIR(nn.Module):
         self.latent = row(c4, 3, blocks[3])
 
         self.prompt3, self.noise_level3, self.reduce_noise_level3 = prompt_stage(2, c4, c3)
-        self.up4_3, self.reduce_chan_level3 = Upsample(c3), nn.Conv2d(c2 + c3, c3, 1, bias=False)
+        self.up4_3, self.reduce_chan_level3 = Upsample(c3), PixelLinear(c2 + c3, c3)
         self.decoder_level3 = row(c3, 2, blocks[2])
 
         self.prompt2, self.noise_level2, self.reduce_noise_level2 = prompt_stage(1, c3, c3)
-        self.up3_2, self.reduce_chan_level2 = Upsample(c3), nn.Conv2d(c2 + c2, c2, 1, bias=False)
+        self.up3_2, self.reduce_chan_level2 = Upsample(c3), PixelLinear(c2 + c2, c2)
         self.decoder_level2 = row(c2, 1, blocks[1])
 
         self.prompt1, self.noise_level1, self.reduce_noise_level1 = prompt_stage(0, c2, c2)
         self.up2_1, self.decoder_level1 = Upsample(c2), row(c2, 0, blocks[0])
-        self.refinement, self.output = row(c2, 0, refinement_blocks), nn.Conv2d(c2, 3, 3, padding=1, bias=False)
+        self.refinement, self.output = row(c2, 0, refinement_blocks), Conv3x3(c2, 3)
 
     def official_only_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of the tensors that the official class owns but never uses.
@@ -139,25 +166,26 @@ class PromptIR(nn.Module):
             )
         height, width = image.shape[-2:]
         padded = pad_to_multiple(image, 8)
-        return (self._correction(padded) + padded)[..., :height, :width]
+        correction = channels_first(self._correction(channels_last(padded).contiguous()))
+        return (correction + padded)[..., :height, :width]
 
     def _correction(self, image: Tensor) -> Tensor:
-        """Return the residual to add to the image: (B, 3, H, W) to (B, 3, H, W), H and W multiples of 8."""
-        encoded1 = self.encoder_level1(self.patch_embed(image))  # (B, dim, H, W)
-        encoded2 = self.encoder_level2(self.down1_2(encoded1))  # (B, 2 dim, H/2, W/2)
-        encoded3 = self.encoder_level3(self.down2_3(encoded2))  # (B, 4 dim, H/4, W/4)
-        x = self.latent(self.down3_4(encoded3))  # (B, 8 dim, H/8, W/8)
+        """Return the residual to add to the image: (B, H, W, 3) to (B, H, W, 3), H and W multiples of 8."""
+        encoded1 = self.encoder_level1(self.patch_embed(image))  # (B, H, W, dim)
+        encoded2 = self.encoder_level2(self.down1_2(encoded1))  # (B, H/2, W/2, 2 dim)
+        encoded3 = self.encoder_level3(self.down2_3(encoded2))  # (B, H/4, W/4, 4 dim)
+        x = self.latent(self.down3_4(encoded3))  # (B, H/8, W/8, 8 dim)
 
-        x = self.reduce_noise_level3(self.noise_level3(torch.cat((x, self.prompt3(x)), dim=1)))
-        x = self.reduce_chan_level3(torch.cat((self.up4_3(x), encoded3), dim=1))
+        x = self.reduce_noise_level3(self.noise_level3(torch.cat((x, self.prompt3(x)), dim=-1)))
+        x = self.reduce_chan_level3(torch.cat((self.up4_3(x), encoded3), dim=-1))
         x = self.decoder_level3(x)
 
-        x = self.reduce_noise_level2(self.noise_level2(torch.cat((x, self.prompt2(x)), dim=1)))
-        x = self.reduce_chan_level2(torch.cat((self.up3_2(x), encoded2), dim=1))
+        x = self.reduce_noise_level2(self.noise_level2(torch.cat((x, self.prompt2(x)), dim=-1)))
+        x = self.reduce_chan_level2(torch.cat((self.up3_2(x), encoded2), dim=-1))
         x = self.decoder_level2(x)
 
-        x = self.reduce_noise_level1(self.noise_level1(torch.cat((x, self.prompt1(x)), dim=1)))
-        x = self.decoder_level1(torch.cat((self.up2_1(x), encoded1), dim=1))
+        x = self.reduce_noise_level1(self.noise_level1(torch.cat((x, self.prompt1(x)), dim=-1)))
+        x = self.decoder_level1(torch.cat((self.up2_1(x), encoded1), dim=-1))
         correction: Tensor = self.output(self.refinement(x))
         return correction
 

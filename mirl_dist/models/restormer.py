@@ -3,17 +3,20 @@
 Written from the paper and from measurements of the official classes. Parameters have the official names, so published
 weights load with `strict=True`. No convolution has a bias.
 
-Shape letters: B batch, C channels, H W pixels, N heads, D channels per head (C = N * D).
+Features are (B, H, W, C): the channels of a pixel lie side by side in memory, where norms, 1x1 convolutions, attention
+between channels and gates read them. Results equal the published formulation's (B, C, H, W) up to rounding.
+
+Shape letters: B batch, C channels, H W pixels, P = H * W, N heads, D channels per head (C = N * D).
 """
 
 from __future__ import annotations
-
-from collections import OrderedDict
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mirl_dist.models.channel_ops import cosine_scores, gated_projection, mix_values, pad_channels
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
@@ -31,10 +34,41 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     return F.pad(image, (0, right - mirrored_right, 0, down - mirrored_down), mode="replicate")
 
 
+def channels_first(x: Tensor) -> Tensor:
+    """View (B, H, W, C) as (B, C, H, W), the shape that torch's convolutions take; memory stays channels last."""
+    return rearrange(x, "b h w c -> b c h w")
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """View (B, C, H, W) as (B, H, W, C)."""
+    return rearrange(x, "b c h w -> b h w c")
+
+
+class PixelLinear(nn.Conv2d):
+    """A 1x1 convolution, computed as a linear map of each pixel: (B, H, W, C) to (B, H, W, C')."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1))
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution with zero padding, over all channels or depthwise: (B, H, W, C) to (B, H, W, C')."""
+
+    def __init__(self, channels: int, out_channels: int, *, depthwise: bool = False) -> None:
+        groups = channels if depthwise else 1
+        super().__init__(channels, out_channels, 3, padding=1, groups=groups, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_last(super().forward(channels_first(x)))
+
+
 class PixelNorm(nn.Module):
     """Layer norm over the channels of each pixel: population variance, eps 1e-5, scale and shift ("WithBias").
 
-    (B, C, H, W) to (B, C, H, W). Section 3; parameters `body.weight` (ones) and `body.bias` (zeros).
+    (B, H, W, C) to (B, H, W, C). Section 3; parameters `body.weight` (ones) and `body.bias` (zeros).
     """
 
     def __init__(self, channels: int) -> None:
@@ -42,58 +76,60 @@ class PixelNorm(nn.Module):
         self.body = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed: Tensor = self.body(rearrange(x, "b c h w -> b h w c"))
-        return rearrange(normed, "b h w c -> b c h w")
+        normed: Tensor = self.body(x)
+        return normed
 
 
 class ChannelAttention(nn.Module):
     """MDTA: attention between channels, with a cost linear in H * W. Section 3.1.
 
-    (B, C, H, W) to (B, C, H, W); C must be a multiple of `heads`, and each head has contiguous channels. Queries and
-    keys are normalised to unit length over the pixels (eps 1e-12); `temperature` (N, 1, 1), initially one, multiplies
-    the scores.
+    (B, H, W, C) to (B, H, W, C); C must be a multiple of `heads`, and each head has contiguous channels. Scores are the
+    cosines between queries and keys over the pixels; `temperature` (N, 1, 1), initially one, multiplies them.
     """
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
-        self.qkv_dwconv = nn.Conv2d(3 * channels, 3 * channels, 3, padding=1, groups=3 * channels, bias=False)
-        self.project_out = nn.Conv2d(channels, channels, 1, bias=False)
+        self.qkv = PixelLinear(channels, 3 * channels)
+        self.qkv_dwconv = Conv3x3(3 * channels, 3 * channels, depthwise=True)
+        self.project_out = PixelLinear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        qkv: Tensor = self.qkv_dwconv(self.qkv(x))
-        # unbind(1): with `three` as the first axis, backward would copy the gradient of the batch once more
-        q, k, v = rearrange(qkv, "b (three n d) h w -> b three n d (h w)", three=3, n=self.heads).unbind(1)
-        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
-        mixed = scores.softmax(dim=-1) @ v
-        out: Tensor = self.project_out(rearrange(mixed, "b n d (h w) -> b (n d) h w", h=height, w=width))
-        return out
+        channels = x.shape[-1]
+        qkv = rearrange(self.qkv_dwconv(self.qkv(x)), "b h w c -> b (h w) c")
+        queries_keys, values = torch.split(qkv, [2 * channels, channels], dim=-1)
+        scores = cosine_scores(queries_keys, self.heads) * self.temperature  # (B, N, D, D)
+        out = mix_values(scores.softmax(dim=-1), values, self.project_out.weight.flatten(1))
+        return out.view_as(x)
 
 
 class GatedFeedForward(nn.Module):
     """GDFN: the product of two depthwise 3x3 branches, the first with exact (erf) GELU. Section 3.2.
 
-    (B, C, H, W) to (B, C, H, W); each branch has int(expansion * C) channels, rounded down as published.
+    (B, H, W, C) to (B, H, W, C); each branch has int(expansion * C) channels, rounded down as published. While
+    computing, `pad_channels` rounds them up.
     """
 
     def __init__(self, channels: int, expansion: float) -> None:
         super().__init__()
         hidden = int(expansion * channels)
-        self.project_in = nn.Conv2d(channels, 2 * hidden, 1, bias=False)
-        self.dwconv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
-        self.project_out = nn.Conv2d(hidden, channels, 1, bias=False)
+        self.project_in = PixelLinear(channels, 2 * hidden)
+        self.dwconv = Conv3x3(2 * hidden, 2 * hidden, depthwise=True)
+        self.project_out = PixelLinear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.dwconv(self.project_in(x)).chunk(2, dim=1)
-        out: Tensor = self.project_out(F.gelu(gate) * value)
-        return out
+        # Gate and value, padded each.
+        halves = (rearrange(conv.weight, "(two f) ... -> two f ...", two=2) for conv in (self.project_in, self.dwconv))
+        project_in, kernels = (pad_channels(pair, dim=1).flatten(0, 1) for pair in halves)
+        project_out = pad_channels(self.project_out.weight, dim=1)
+        hidden = F.linear(x, project_in.flatten(1))
+        hidden = channels_last(F.conv2d(channels_first(hidden), kernels, padding=1, groups=len(kernels)))
+        return gated_projection(hidden, project_out.flatten(1))
 
 
 class TransformerBlock(nn.Module):
-    """x + MDTA(norm1(x)), then x + GDFN(norm2(x)): (B, C, H, W) to (B, C, H, W). Figure 2 of the paper."""
+    """x + MDTA(norm1(x)), then x + GDFN(norm2(x)): (B, H, W, C) to (B, H, W, C). Figure 2 of the paper."""
 
     def __init__(self, channels: int, heads: int, ffn_expansion: float) -> None:
         super().__init__()
@@ -114,28 +150,34 @@ def level(channels: int, heads: int, ffn_expansion: float, blocks: int) -> nn.Se
 
 
 class PatchEmbed(nn.Module):
-    """The stem: 3x3 convolution, (B, 3, H, W) to (B, C, H, W)."""
+    """The stem: 3x3 convolution, (B, H, W, 3) to (B, H, W, C)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.proj = Conv3x3(3, channels)
 
     def forward(self, image: Tensor) -> Tensor:
         out: Tensor = self.proj(image)
         return out
 
 
-class Downsample(nn.Sequential):
-    """Halves the resolution and doubles the channels: (B, C, H, W) to (B, 2C, H/2, W/2); C, H and W even."""
+class Downsample(nn.Module):
+    """Halves the resolution and doubles the channels: (B, H, W, C) to (B, H/2, W/2, 2C); C, H and W even."""
 
     def __init__(self, channels: int) -> None:
-        conv = nn.Conv2d(channels, channels // 2, 3, padding=1, bias=False)
-        super().__init__(OrderedDict(body=nn.Sequential(conv, nn.PixelUnshuffle(2))))
+        super().__init__()
+        self.body = nn.Sequential(Conv3x3(channels, channels // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_last(F.pixel_unshuffle(channels_first(self.body(x)), 2))
 
 
-class Upsample(nn.Sequential):
-    """Doubles the resolution and halves the channels: (B, C, H, W) to (B, C/2, 2H, 2W); C even."""
+class Upsample(nn.Module):
+    """Doubles the resolution and halves the channels: (B, H, W, C) to (B, 2H, 2W, C/2); C even."""
 
     def __init__(self, channels: int) -> None:
-        conv = nn.Conv2d(channels, 2 * channels, 3, padding=1, bias=False)
-        super().__init__(OrderedDict(body=nn.Sequential(conv, nn.PixelShuffle(2))))
+        super().__init__()
+        self.body = nn.Sequential(Conv3x3(channels, 2 * channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_last(F.pixel_shuffle(channels_first(self.body(x)), 2))

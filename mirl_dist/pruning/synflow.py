@@ -27,11 +27,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mirl_dist.errors import UserError
+from mirl_dist.models import channel_ops
 from mirl_dist.pruning.partition import WHOLE, count_weights
 from mirl_dist.pruning.prune import PruneConfig, PruneGroup, PruneResult, form_groups, select
 from mirl_dist.pruning.quantile import single_rank
@@ -131,19 +133,48 @@ def _in_proportion(x: Tensor, y: Tensor) -> Tensor:
 
 def _half(x: Tensor, other: Tensor) -> Tensor:
     """Return x, with half of its gradient if both factors are activations (neither a parameter nor constant)."""
-    both = all(t.requires_grad and not t.is_leaf for t in (x, other))
+    both = all(isinstance(t, Tensor) and t.requires_grad and not t.is_leaf for t in (x, other))
     return 0.5 * x + (0.5 * x).detach() if both else x
+
+
+def _linear(*args: Any, **kwargs: Any) -> Tensor:
+    return _unit(F.linear(*args, **kwargs))
+
+
+def _mul(a: Tensor, b: Tensor) -> Tensor:
+    return _half(a, b) * _half(b, a)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    return _half(a, b) @ _half(b, a)
+
+
+def _cosine_scores(queries_keys: Tensor, heads: int) -> Tensor:
+    queries, keys = rearrange(queries_keys, "b p (two n d) -> two b n d p", two=2, n=heads)
+    return _matmul(_normalize(queries, dim=-1), _normalize(keys, dim=-1).mT)
+
+
+def _mix_values(attention: Tensor, values: Tensor, projection: Tensor) -> Tensor:
+    mixed = _matmul(attention, rearrange(values, "b p (n d) -> b n d p", n=attention.shape[1]))
+    return _linear(rearrange(mixed, "b n d p -> b p (n d)"), projection)
+
+
+def _gated_projection(hidden: Tensor, projection: Tensor) -> Tensor:
+    gate, value = hidden.chunk(2, dim=-1)
+    return _linear(_mul(_in_proportion(gate, F.gelu(gate)), value), projection)
 
 
 _CONSERVED: dict[Any, Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
-    F.normalize: _normalize,
-    F.gelu: lambda x: _in_proportion(x, F.gelu(x)),
-    torch.Tensor.softmax: lambda x, dim: _in_proportion(x, x.softmax(dim)),
-    F.linear: lambda *args, **kwargs: _unit(F.linear(*args, **kwargs)),
+    F.linear: _linear,
     torch.conv2d: lambda *args, **kwargs: _unit(torch.conv2d(*args, **kwargs)),
-    torch.Tensor.mul: lambda a, b: _half(a, b) * _half(b, a),
-    torch.Tensor.matmul: lambda a, b: _half(a, b) @ _half(b, a),
+    torch.Tensor.softmax: lambda x, dim: _in_proportion(x, x.softmax(dim)),
+    torch.Tensor.mul: _mul,
+    torch.Tensor.matmul: _matmul,
+    channel_ops.pad_channels: lambda weight, dim: weight,  # zeros would change the mean of an output
+    channel_ops.cosine_scores: _cosine_scores,
+    channel_ops.mix_values: _mix_values,
+    channel_ops.gated_projection: _gated_projection,
 }
 """Function that the networks call -> its replacement while scoring."""
 

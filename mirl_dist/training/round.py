@@ -16,6 +16,7 @@ from mirl_dist.distributed.signals import StopSignal
 from mirl_dist.errors import Stopped
 from mirl_dist.evaluation.evaluate import EvalResult
 from mirl_dist.evaluation.score import library_versions
+from mirl_dist.models import FORMULATION
 from mirl_dist.observability.progress import bar
 from mirl_dist.training import loop
 from mirl_dist.training.committer import Committer
@@ -152,7 +153,12 @@ class RoundRunner:
             damaged=dict(sorted(progress.damaged.items())),
             world=self.ranks.world,
             engine=self.ranks.network.spec.name,
-            versions={"mirl_dist": __version__, "torch": torch.__version__, **library_versions()},
+            versions={
+                "mirl_dist": __version__,
+                "torch": torch.__version__,
+                "network": FORMULATION,
+                **library_versions(),
+            },
         )
 
     def record(self, ticket: Ticket) -> None:

@@ -91,7 +91,7 @@ def run_case_a(network: nn.Module, published: Mapping[str, Any]) -> Tensor:
     stages: dict[str, Tensor] = {}
 
     def record(name: str, output: Tensor) -> None:
-        stages.setdefault(name, output.detach())
+        stages.setdefault(name, output.detach().movedim(-1, 1))  # our stages are channels last
 
     for name, child in network.named_children():
         child.register_forward_hook(lambda _module, _inputs, output, name=name: record(name, output))

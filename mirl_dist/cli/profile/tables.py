@@ -21,6 +21,8 @@ from mirl_dist.training.step_times import Phase
 _MOST_COLUMNS = 4
 """With more ranks the table shows the fastest, the median and the slowest rank of each phase."""
 _OTHER = "other"
+_NUMBERS_WIDTH = 36
+"""Columns of the terminal for the borders and numbers of the table of kernels."""
 
 
 def rows_of(times: RankTimes) -> dict[str, float]:
@@ -57,7 +59,8 @@ def print_profile(plan: RunPlan, engine: str, ranks: Sequence[RankTimes], steps:
     )
     if Phase.REDUCE not in _measured(ranks):
         say("reduce: " + ("none, as one rank trains alone" if len(ranks) == 1 else "part of backward with this engine"))
-    console.print(_kernel_table(ranks[0].kernels, f"largest kernels of rank 0, {KERNEL_STEPS} steps, own time"))
+    title = f"largest kernels of rank 0, {KERNEL_STEPS} steps, own time"
+    console.print(_kernel_table(ranks[0].kernels, title, console.width))
 
 
 def _measured(ranks: Sequence[RankTimes]) -> set[Phase]:
@@ -79,9 +82,9 @@ def _phase_table(ranks: Sequence[RankTimes], title: str) -> Table:
     return table
 
 
-def _kernel_table(kernels: Sequence[KernelTime], title: str) -> Table:
+def _kernel_table(kernels: Sequence[KernelTime], title: str, width: int) -> Table:
     table = Table(title=Text(title))
-    table.add_column("kernel", no_wrap=True, overflow="ellipsis")
+    table.add_column("kernel", no_wrap=True, overflow="ellipsis", max_width=width - _NUMBERS_WIDTH)
     for head in ("calls", "ms", "share"):
         table.add_column(head, justify="right", no_wrap=True)
     for kernel in kernels:
