@@ -16,8 +16,12 @@ from mirl_dist.models import compiled
 from mirl_dist.models.restormer import TransformerBlock
 from mirl_dist.training import losses
 
-# dynamo looks at the gradients of a block's inputs, whether they are leaves or not
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+# Warnings about what torch.compile itself does: it reads gradients of inputs that are no leaves, and makes instances of
+# autograd functions.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated"),
+]
 
 TINY: dict[str, Any] = {
     "dim": 8,
