@@ -46,7 +46,8 @@ class Constants(NamedTuple):
     snapshot_seconds: float = 0.048  # training stands still, for each commit
     upload_seconds: float = 2.89  # of the round's ticket, which the ranks wait for
     samples_per_second: float = 50  # one GPU, patches of 64 pixels, forward and backward
-    step_floor: float = 0.02  # a forward and a backward pass of any size: 4,000 kernels of 5 microseconds
+    launches: float = 6_000  # of kernels in a step of any size: 5,000 counted for fp32, 6,600 to 8,800 for bf16
+    launch_seconds: float = 7e-6  # 6 to 8 microseconds of the host for each, with autograd and Python
     megapixels: float = 400  # of all images that are scored
     forward_share: float = 1 / 3  # of a sample's work
     node_gpus: float = 8
@@ -71,7 +72,7 @@ def phases(c: Constants, ranks: int, batch: float) -> dict[str, float]:
     each = math.ceil(c.images / ranks) / c.images * c.megapixels
     forward = c.forward_share / c.samples_per_second / 64**2 * 1e6
     counts = received(ranks, words(int(c.tensors), own=False)) / bandwidth(c, ranks) + 4 * hops
-    step = max(batch / ranks / c.samples_per_second, c.step_floor)
+    step = max(batch / ranks / c.samples_per_second, c.launches * c.launch_seconds)
     commits = steps / c.commit_every * c.snapshot_seconds + c.upload_seconds
     return {
         "train": steps * step,

@@ -114,13 +114,22 @@ def test_an_all_reduce_moves_no_more_with_more_ranks_where_a_gather_does() -> No
 
 
 def test_a_round_without_any_waiting_is_divided_by_the_ranks() -> None:
-    free = Constants()._replace(step_floor=0, latency=0, node_bandwidth=float("inf"), network_bandwidth=float("inf"))
+    free = Constants()._replace(launches=0, latency=0, node_bandwidth=float("inf"), network_bandwidth=float("inf"))
     alone = phases(free, 1, 512)
     for ranks in scale_round.WORLDS:
         cost = phases(free, ranks, 512)
         assert cost["train"] == pytest.approx(alone["train"] / ranks)
         assert cost["reduce"] == cost["meet"] == 0
         assert cost["digest"] == alone["digest"]
+
+
+def test_no_number_of_ranks_takes_a_step_below_the_time_of_its_launches() -> None:
+    c = Constants()
+    floor, steps = c.launches * c.launch_seconds, c.samples / c.batch
+    assert 0.03 <= floor <= 0.06, "30 to 60 ms, as counted"
+    trained = {ranks: phases(c, ranks, c.batch)["train"] / steps for ranks in (1, 2, 4, 8)}
+    assert trained[1] == pytest.approx(c.batch / c.samples_per_second)
+    assert trained[4] == trained[8] == pytest.approx(floor), "more GPUs gain nothing"
 
 
 def test_a_number_of_ranks_that_does_not_divide_the_batch_has_no_round() -> None:

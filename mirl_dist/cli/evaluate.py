@@ -124,6 +124,9 @@ def _print_tables(title: str, settings: evaluate.EvalSettings, scored: evaluate.
         show.print_score_table(f"{title}, {protocol.name}", scored.scores[protocol.name])
     for protocol in settings.protocols:
         progress.say(f"{protocol.name}: {protocol.text}")
+    by = ", ".join(protocol.name for protocol in settings.protocols if protocol.colour == "rgb")
+    for name, count in scored.grey.items() if by else ():
+        progress.say(f"{name}: grey images, scored as RGB with three equal channels by {by} (images: {count})")
     progress.say(", ".join(f"{key}: {value}" for key, value in settings.as_recorded().items()))
 
 
@@ -138,6 +141,7 @@ def _scores_as_dict(
         "scores": dumped[headline.name],
         "protocols": {protocol.name: protocol.text for protocol in settings.protocols},
         "also": {name: of for name, of in dumped.items() if name != headline.name},
+        "grey_images": scored.grey,
         "measured": settings.as_recorded(),
         "manifest_digest": shards.manifest.digest(),
         "versions": library_versions(),

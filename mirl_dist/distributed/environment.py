@@ -113,19 +113,21 @@ def _nccl_interfaces(text: str, interfaces: Iterable[str]) -> list[str]:
     return [i for i in interfaces if (i in names if is_exact else i.startswith(names)) != is_excluding]
 
 
-def set_nccl_defaults(env: MutableMapping[str, str], timeout_seconds: float) -> None:
+def set_nccl_defaults(env: MutableMapping[str, str], timeout_seconds: float, *, keep_errors: bool) -> None:
     """Set how torch reacts to errors of NCCL, unless the user has: this package's watchdog reports them in one line.
 
     torch would abort the process with pages of C++ when a peer has died, and when its own thread has waited longer than
-    its heartbeat. timeout_seconds: of the collectives. Source: torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp (2.13).
+    its heartbeat. timeout_seconds: of the collectives. keep_errors: this process asks torch for the errors, which may
+    therefore end nothing. Source: torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp (2.13).
     """
-    if env.get(_NCCL_ERRORS) == "1" and "TORCHELASTIC_RUN_ID" in env:
-        del env[_NCCL_ERRORS]  # the default of torch's launcher, not a wish
     defaults = {
-        _NCCL_ERRORS: "0",  # keep the error, which Watchdog asks for; do not abort
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
         "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",  # the main thread meets the same error, and reports it
         "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(int(timeout_seconds) + _HEARTBEAT_MARGIN_SECONDS),
     }
+    if keep_errors:
+        defaults[_NCCL_ERRORS] = "0"
+        if env.get(_NCCL_ERRORS) == "1" and "TORCHELASTIC_RUN_ID" in env:
+            del env[_NCCL_ERRORS]  # the default of torch's launcher, not a wish
     for name, value in defaults.items():
         env.setdefault(name, value)

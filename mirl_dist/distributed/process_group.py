@@ -55,7 +55,7 @@ def join_process_group(facts: RankFacts, *, timeout: timedelta) -> Membership:
     if is_alone and facts.fault:
         raise UserError(facts.fault)
     if not cpu:
-        environment.set_nccl_defaults(os.environ, timeout.total_seconds())
+        environment.set_nccl_defaults(os.environ, timeout.total_seconds(), keep_errors=tells_nccl_errors())
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     launch_id = "" if is_alone else _join_under_launch_id(facts, device, timeout)
     # Accelerate would wrap the networks of other engines in its own training loop or, on a CPU, silently not at all.
@@ -200,6 +200,11 @@ def _answer_all(store: Any, launch_id: str, everyone: list[RankFacts]) -> None:
 def _raise_refusal(answer: str) -> None:
     if answer != _ADMITTED:
         raise UserError(answer, everywhere=True)
+
+
+def tells_nccl_errors() -> bool:
+    """Whether this torch can be asked for errors of NCCL, as `find_connection_error` does (torch 2.6 or newer)."""
+    return hasattr(getattr(_DISTRIBUTED, "ProcessGroupNCCL", None), "get_error")
 
 
 def find_connection_error() -> str:

@@ -29,6 +29,7 @@ from mirl_dist.distributed.process_group import (
     join_process_group,
     leave_process_group,
     store_is_the_launchers,
+    tells_nccl_errors,
 )
 from mirl_dist.distributed.watchdog import Watchdog
 from mirl_dist.errors import InvariantError, MirlError, Stopped, UserError
@@ -76,7 +77,7 @@ class Ranks:
         store = LiveStore.of_launch(self._membership.launch_id)
         store_host = f"the launcher's process at {store.address}" if store_is_the_launchers() else names[0]
         watchdog = Watchdog(self._recorder, store, self.rank, names, store_host, timeout_seconds)
-        if self.device.type == "cuda":  # gloo raises its errors where a rank waits
+        if self.device.type == "cuda" and tells_nccl_errors():  # gloo raises its errors where a rank waits
             watchdog.find_connection_error = find_connection_error
         return watchdog.start()
 

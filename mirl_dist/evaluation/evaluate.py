@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from itertools import groupby, islice
@@ -30,7 +30,7 @@ from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import InvariantError, Stopped, UserError
 from mirl_dist.evaluation import metrics, protocols, tiling
 from mirl_dist.evaluation.protocols import PROTOCOLS, ScoringProtocol
-from mirl_dist.evaluation.score import Score
+from mirl_dist.evaluation.score import ImageScore, Score
 from mirl_dist.models.compiled import Compiled
 from mirl_dist.observability.progress import bar
 
@@ -69,30 +69,21 @@ class EvalJob(NamedTuple):
     pictured: bool
 
 
-class ImageScore(NamedTuple):
-    """The score of one image by one protocol. name: 'task/set'; image: sample key; degraded_*: of the input."""
-
-    protocol: str
-    name: str
-    image: str
-    psnr: float
-    ssim: float
-    degraded_psnr: float
-    degraded_ssim: float
-
-
 class _ImageResult(NamedTuple):
     scores: tuple[ImageScore, ...]
     row: image_strip.Row | None
+    is_grey: bool
 
 
 class EvalResult(NamedTuple):
     """The result of an evaluation. scores: means by protocol (in the order of the settings) and 'task/set'; images: all
-    scores, by protocol and in the order of the jobs; pictures: PNG strip of pictured images, or None."""
+    scores, by protocol and in the order of the jobs; pictures: PNG strip of pictured images, or None; grey: how many
+    clean images of each set have three equal channels (sets without any are left out)."""
 
     scores: dict[str, dict[str, Score]]
     images: tuple[ImageScore, ...]
     pictures: bytes | None
+    grey: dict[str, int]
 
     def table(self) -> bytes:
         """Return `images` as CSV with a header; numbers have full precision."""
@@ -214,7 +205,7 @@ def _score(
         if job.pictured and row is None:
             images = (metrics.to_8bit(degraded), metrics.to_8bit(restored), clean)
             row = image_strip.Row(f"{job.name} {key}", tuple(image_strip.centre(i, _STRIP_PIXELS) for i in images))
-    return _ImageResult(tuple(scores), row)
+    return _ImageResult(tuple(scores), row, is_grey=bool((clean == clean[..., :1]).all()))
 
 
 def assign_jobs(jobs: Sequence[EvalJob], rank: int, world: int) -> list[int]:
@@ -297,4 +288,6 @@ def _average(results: Sequence[_ImageResult], settings: EvalSettings) -> EvalRes
             psnr=psnr, ssim=ssim, degraded_psnr=before_psnr, degraded_ssim=before_ssim, images=len(values)
         )
     rows = [r.row for r in results if r.row is not None]
-    return EvalResult(scores, images, image_strip.strip(rows, _COLUMNS) if rows else None)
+    grey = {(r.scores[0].name.partition("/")[2], r.scores[0].image) for r in results if r.is_grey}
+    strip = image_strip.strip(rows, _COLUMNS) if rows else None
+    return EvalResult(scores, images, strip, dict(Counter(sorted(name for name, _ in grey))))

@@ -16,7 +16,7 @@ from mirl_dist.models.promptir import PromptIR
 
 # Where programs keep the weights in a checkpoint; of several the first is taken (an average of weights is tested with).
 _PARTS = ("params_ema", "params", "state_dict", "model_state_dict")
-_PREFIXES = ("module.", "_orig_mod.", "net.", "model.")
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "net.", "model.")
 _NAMES_LISTED = 8  # names listed per kind of problem; the message always states the full count
 
 
@@ -127,7 +127,7 @@ def _without_prefix(network: str, tensors: dict[str, Tensor]) -> tuple[dict[str,
     DDP adds `module.`, torch.compile `_orig_mod.`, Lightning modules `net.` or `model.`.
     """
     removed = ""
-    while prefix := next((p for p in _PREFIXES if any(name.startswith(p) for name in tensors)), ""):
+    while prefix := next((p for p in WRAPPER_PREFIXES if any(name.startswith(p) for name in tensors)), ""):
         bare = [repr(name) for name in tensors if not name.startswith(prefix)]
         if bare:
             raise UserError(

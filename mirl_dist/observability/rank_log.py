@@ -30,7 +30,7 @@ from mirl_dist.config.yaml_loader import CREDENTIALS
 from mirl_dist.observability.console import LOGGER, LockFreeHandler, note, rank_label, warn
 
 _MAX_EARLY_LINES = 200
-"""Most lines buffered until the run's folder exists."""
+"""Most lines buffered until the run exists."""
 _EVERY_SECONDS = 5.0
 _SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|PRIVATE|CREDENTIAL|(ACCESS|API)_?KEY", re.IGNORECASE)
 _LEAST_SECRET = 6  # characters; shorter values may be common words, which must not be masked
@@ -64,7 +64,7 @@ class RankLog(LockFreeHandler):
     def __init__(self, folder: Path, phase: Callable[[], str], *, wait_for: Path | None = None) -> None:
         """folder: where the log is created. phase: returns the rank's current phase.
 
-        wait_for: folder that must exist before the log is created, unless the run has left phase 'starting' or the
+        wait_for: what must exist before the log is created, unless the run has left phase 'starting' or the
         record is a warning or an error.
         """
         super().__init__()
@@ -120,7 +120,7 @@ class RankLog(LockFreeHandler):
         return True
 
     def _is_early(self, level: int) -> bool:
-        if self._wait_for is None or self._wait_for.is_dir():
+        if self._wait_for is None or self._wait_for.exists():
             return False
         return level not in (logging.WARNING, logging.ERROR) and self._json.phase() == "starting"
 
@@ -139,10 +139,8 @@ def begin(config: Config, phase: Callable[[], str]) -> Path:
     """
     end()
     run = config.run.folder
-    inside = config.ranks.logs is None and not run.startswith("s3://")
-    log = RankLog(
-        log_folder(config.run.folder, config.ranks.logs), phase, wait_for=local_folder(run) if inside else None
-    )
+    folder = local_folder(run) if config.ranks.logs is None else None
+    log = RankLog(log_folder(run, config.ranks.logs), phase, wait_for=folder and folder / "run.json")
     in_main, in_thread = sys.excepthook, threading.excepthook
 
     def main_failed(*error: Any) -> None:

@@ -33,6 +33,8 @@ def parse_date(header: str | None) -> datetime | None:
 
 _BLOCK = 1 << 16  # upper bound of the bytes lost with a broken connection
 _CHECK_SERVER = "Check the server and the network."
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_REFUSALS = (401, 403, 407)
 _TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -155,24 +157,52 @@ class HttpStore:
         except StorageError:
             raise
         except HTTPError as error:
-            raise _error_of_status(self.where(name), error.code) from None
+            proxy = _proxy_of(self._root) if error.code in _REFUSALS else None
+            raise _error_of_status(self.where(name), error.code, proxy) from None
         except (URLError, OSError, http.client.HTTPException) as error:
             cause = error.reason if isinstance(error, URLError) else error
             if isinstance(cause, ssl.SSLCertVerificationError):
                 text = f"{self.where(name)}: the server's certificate is not trusted. Set SSL_CERT_FILE, or correct it."
                 raise Rejected(text) from None
+            if isinstance(cause, ssl.SSLError) and cause.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+                text = f"{self.where(name)}: the server does not speak TLS on this port. Write http://, or its port."
+                raise Rejected(text) from None
+            if isinstance(error, URLError):  # else the answer had begun
+                _check_proxy(self._root, self.where(name), str(cause))
             reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else type(cause).__name__
             raise Unavailable(f"{self.where(name)}: the transfer broke ({reason}). {_CHECK_SERVER}") from None
 
 
-def _error_of_status(location: str, status: int) -> StorageError:
-    """Return the StorageError for an HTTP status."""
+def _proxy_of(url: str) -> str | None:
+    """Return 'host:port (VARIABLE)' of the proxy for an address; None if it is asked directly."""
+    parts = urlsplit(url)
+    proxy = urlsplit(urllib.request.getproxies().get(parts.scheme, ""))
+    if not proxy.hostname or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    return f"{proxy.hostname}:{proxy.port} ({parts.scheme.upper()}_PROXY)"
+
+
+def _check_proxy(root: str, location: str, failure: str) -> None:
+    """Raise Rejected if a connection failed because a proxy refuses it, or stands before a server of this machine."""
+    proxy, host = _proxy_of(root), urlsplit(root).hostname
+    if proxy is None:
+        return
+    refused = re.search(r"Tunnel connection failed: (4\d\d|501)\b", failure)
+    if refused or host in _LOOPBACK:
+        why = f"refuses that (HTTP {refused[1]})" if refused else "does not answer"
+        raise Rejected(f"{location} is asked for through the proxy {proxy}, which {why}. Add {host} to NO_PROXY.")
+
+
+def _error_of_status(location: str, status: int, proxy: str | None) -> StorageError:
+    """Return the StorageError for an HTTP status. proxy: which may have answered instead of the server."""
     if status in (404, 410):
         return NotFound(f"{location} does not exist")
     text = f"{location}: the server answered HTTP {status}."
     if status in _TRANSIENT_STATUSES:
         return Unavailable(f"{text} {_CHECK_SERVER}")
-    if status in (401, 403, 407):
+    if status in _REFUSALS and proxy is not None:
+        return Rejected(f"{text} It is asked for through the proxy {proxy}: add the host to NO_PROXY, or use s3://.")
+    if status in _REFUSALS:
         return Rejected(f"{text} It must be readable for everyone; else use s3:// or a folder.")
     return Rejected(f"{text} Correct the address, or use s3:// or a folder.")
 

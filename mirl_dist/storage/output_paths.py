@@ -53,6 +53,15 @@ def check_folder(
         _check_replaced(out / name, option, overwrite, reads)
 
 
+def check_outside_runs(out: Path, option: str = "--out", complaint: str | None = None) -> None:
+    """Raise UserError if the folder `out` is a run's, or lies in one. complaint: how the message begins."""
+    resolved = out.resolve()
+    for folder in (resolved, *resolved.parents):
+        if (folder / _RUN_FILE).is_file():
+            beginning = complaint or f"found {out}, which belongs to the run in"
+            raise UserError(f"{option}: {beginning} {folder}. Choose a place outside the run.")
+
+
 def _check_replaced(out: Path, option: str, overwrite: bool, reads: Iterable[str | Path]) -> None:
     """Raise UserError if writing `out` would replace an input, a file of a run, or, unless `overwrite`, any file."""
     if not os.path.lexists(out):
@@ -65,9 +74,7 @@ def _check_replaced(out: Path, option: str, overwrite: bool, reads: Iterable[str
                 raise UserError(f"{option}: {out} is {path}, which this command reads. Choose another place.")
             if path.is_dir() and path.resolve() in out.resolve().parents:
                 raise UserError(f"{option}: {out} is in {path}, which this command reads. Choose a place outside.")
-    for folder in out.resolve().parents:
-        if (folder / _RUN_FILE).is_file():
-            raise UserError(f"{option}: {out} is a file of the run in {folder}. Choose a place outside the run.")
+    check_outside_runs(out.parent, option, f"{out} is a file of the run in")
     if not overwrite:
         raise UserError(f"{option}: {out} exists already. Choose another name, or add --overwrite to replace it.")
 

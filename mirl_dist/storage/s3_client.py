@@ -139,6 +139,7 @@ def _connect(endpoint: str | None, timeouts: tuple[float, float], attempts: int)
     """Create a boto3 client. Raise Rejected for an invalid endpoint, or one with credentials."""
     import boto3.session
     from botocore.config import Config
+    from botocore.exceptions import InvalidRegionError
 
     config = Config(
         connect_timeout=timeouts[0],
@@ -157,6 +158,11 @@ def _connect(endpoint: str | None, timeouts: tuple[float, float], attempts: int)
         address = urlsplit(client.meta.endpoint_url)
         if address.username is not None:
             raise ValueError
+    except InvalidRegionError:
+        raise Rejected(
+            f"S3: found {ascii(session.region_name)[:80]}, which is no name of a region. Correct AWS_DEFAULT_REGION, "
+            "or the profile's region."
+        ) from None
     except ValueError:
         raise Rejected(
             "The endpoint of S3 is no plain address. Set store.endpoint or AWS_ENDPOINT_URL_S3 to http(s)://host:port, "

@@ -78,6 +78,7 @@ _CONNECTION_FAILURES = {
 _KEYS = "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile."
 _RENEW = "Renew the credentials: they have expired."
 _REGION = "Set AWS_DEFAULT_REGION (or the profile's region) to the bucket's, and check the endpoint."
+_ENDPOINT = "the endpoint (store.endpoint or AWS_ENDPOINT_URL_S3)"
 _REMEDIES = {
     "AuthorizationHeaderMalformed": _REGION,
     "ExpiredToken": _RENEW,
@@ -171,14 +172,26 @@ def _fault_of_settings(error: Exception, server: Callable[[], str]) -> str | Non
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             return "shows a certificate that is not trusted. Set AWS_CA_BUNDLE to its authority's."
         if re.search("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|HTTP_REQUEST", str(error)):
-            return "does not speak TLS on this port. Write http:// in the endpoint, or the port of https."
-    if isinstance(error, known.ProxyConnectionError) and re.fullmatch(r"localhost|127\..*|::1", server()):
-        return f"on {server()} is asked for through a proxy that is not there. Add {server()} to NO_PROXY."
+            return f"does not speak TLS on this port. Write http:// in {_ENDPOINT}, or the port of https."
+    if isinstance(error, known.ProxyConnectionError):
+        return _fault_of_proxy(error, server())
     host = _host_of_error(error).partition(":")[0]
     region = re.fullmatch(r"(?:.+\.)?s3[.-]([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?", host)
     is_name = region is not None and region[1] not in ("accelerate", "external-1")
     if isinstance(error, known.EndpointConnectionError) and region and is_name and not _is_region(region[1]):
         return f"is not known: is there a region '{region[1]}'? {_REGION}"
+    return None
+
+
+def _fault_of_proxy(error: Exception, server: str) -> str | None:
+    """Return what is wrong with the proxy to `server`, and what to do; None if it may come back."""
+    kwargs = getattr(error, "kwargs", {})
+    proxy = urlsplit(str(kwargs.get("proxy_url", "")))
+    through = f"on {server} is asked for through the proxy {proxy.hostname}:{proxy.port} (HTTP_PROXY or HTTPS_PROXY), "
+    if re.fullmatch(r"localhost|127\..*|::1", server):
+        return f"{through}which is not there. Add {server} to NO_PROXY."
+    if refused := re.search(r"Tunnel connection failed: (4\d\d|501)\b", str(kwargs.get("error", ""))):
+        return f"{through}which refuses that (HTTP {refused[1]}). Correct the proxy, or add {server} to NO_PROXY."
     return None
 
 
@@ -202,8 +215,8 @@ def _error_of_response(location: str, needs: RequiredRights, answer: dict[str, A
     if code.startswith("KMS."):
         return Rejected(f"{text}. Check the encryption's key (store.kms_key) and the right to use it.")
     is_page = "html" in str(answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("content-type", "")).lower()
-    if is_page and status in (400, 401, 403, 407) and code in ("no code", str(status)):
-        advice = "Correct the endpoint, or add its host to NO_PROXY."
+    if is_page and status in (400, 401, 403, 405, 407, 501) and code in ("no code", str(status)):
+        advice = f"Correct {_ENDPOINT}, or add its host to NO_PROXY."
         return Rejected(f"{text} with a web page, as a proxy or another kind of server does. {advice}")
     if status in (401, 403) and code not in _REMEDIES:
         rights = f"This needs the right {needs.rights} on {needs.on}."

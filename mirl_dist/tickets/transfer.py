@@ -10,13 +10,13 @@ from mirl_dist.config.config import portable
 from mirl_dist.errors import UserError
 from mirl_dist.observability import progress
 from mirl_dist.storage import Folder, output_paths
-from mirl_dist.tickets import checkpoint_file
 from mirl_dist.tickets import file as ticket_file
 from mirl_dist.tickets import open as opening
 from mirl_dist.tickets import verify as verifying
 from mirl_dist.tickets.file import TicketContent
 from mirl_dist.tickets.open import FileTicket, RunTicket
 from mirl_dist.tickets.verify import MASK_FOLLOWS, Check, check_size
+from mirl_dist.training import checkpoint_file
 from mirl_dist.training.selection import prune_config_of
 from mirl_dist.training.state import pack_tensors
 

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from mirl_dist import models
 from mirl_dist.config.config import Config
+from mirl_dist.config.local_paths import local_folder
 from mirl_dist.errors import UserError
+from mirl_dist.models.official import WRAPPER_PREFIXES
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.prune import in_scope
 from mirl_dist.storage import Options
 from mirl_dist.storage.configured import options_of
+from mirl_dist.training import checkpoint_file
 from mirl_dist.training.state import check_same_network
 from mirl_dist.training.ticket import Ticket
 
@@ -93,19 +96,37 @@ def load_weights(file: Path, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     try:
         weights = safetensors.torch.load_file(file)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError):
+        raise UserError(f"model.weights: {_explain_unreadable(file)}") from None
+    prefix = next((p for p in WRAPPER_PREFIXES if all(name.startswith(p) for name in weights)), None)
+    if prefix is not None:
         raise UserError(
-            f"model.weights: found {file}, which cannot be read as safetensors ({str(error)[:100]}). "
-            "Write it with `mirl-dist import`."
-        ) from None
-    check_same_network(f"model.weights: {file}", weights, {n: t.shape for n, t in drawn.items()})
-    unusable = sorted(n for n, t in weights.items() if t.dtype != torch.float32 or not bool(torch.isfinite(t).all()))
-    if unusable:
-        raise UserError(
-            f"model.weights: {file}: '{unusable[0]}' ({len(unusable)} such) is not float32, or not finite. Convert the "
-            "checkpoint with `mirl-dist import`, which widens other precisions and names values that are not finite."
+            f"model.weights: {file}: its names have the prefix '{prefix}'. Remove that with `mirl-dist import`, which "
+            "takes checkpoints of the published size."
         )
+    check_same_network(f"model.weights: {file}", weights, {n: t.shape for n, t in drawn.items()})
+    for text, unusable in (
+        (
+            "has NaN or infinite values. Its training diverged, or the file is damaged: use another checkpoint.",
+            [n for n, t in weights.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())],
+        ),
+        (
+            "is not float32. Save it as float32, as `mirl-dist import` does with checkpoints of the published size.",
+            [n for n, t in weights.items() if t.dtype != torch.float32],
+        ),
+    ):
+        if unusable:
+            raise UserError(f"model.weights: {file}: '{min(unusable)}' ({len(unusable)} such) {text}")
     return {name: weights[name] for name in drawn}
+
+
+def _explain_unreadable(file: Path) -> str:
+    """Return what a file that is not safetensors is, and what to do."""
+    try:
+        checkpoint_file.read(file)
+    except UserError as fault:
+        return str(fault)
+    return f"found {file}, a checkpoint of torch. Convert it with `mirl-dist import`."
 
 
 def check_start(config: Config, open_ticket: OpenTicket) -> None:
@@ -116,6 +137,12 @@ def check_start(config: Config, open_ticket: OpenTicket) -> None:
     if config.model.weights is not None and not Path(config.model.weights).is_file():
         raise UserError(
             f"model.weights: found {config.model.weights}, which is no file. Write it with `mirl-dist import`."
+        )
+    folder, weights = local_folder(config.run.folder), config.model.weights
+    if weights is not None and folder is not None and folder.resolve() in Path(weights).resolve().parents:
+        raise UserError(
+            f"model.weights: found {weights}, which is in run.folder, where this run would replace files. Move it, or "
+            "choose another run.folder."
         )
     if config.model.weights is not None or config.start.ticket is not None:
         create_initial(config, open_ticket)

@@ -219,3 +219,25 @@ def test_two_forms_of_one_name_are_one_pair(lab: Any, tmp_path: Path) -> None:
     (clean / "u\u0308ber.png").write_bytes(save(format="PNG"))
     (rainy / "\u00fcber.png").write_bytes(save(PIXELS[::-1], format="PNG"))
     build(lab, tmp_path).ok()
+
+
+def test_grey_images_that_are_scored_as_rgb_are_named_by_set_with_the_scores(
+    lab: Any, reference: Path, tmp_path: Path
+) -> None:
+    draw = np.random.default_rng(0)
+    for name, modes in {"old": ("L", "L"), "mixed": ("RGB", "L"), "colour": ("RGB", "RGB")}.items():
+        (tmp_path / name).mkdir()
+        for number, mode in enumerate(modes):
+            pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).convert(mode).save(tmp_path / name / f"{name}-{number}.png")
+    sets = [{"set": n, "kind": "clean", "clean": {"folder": str(tmp_path / n)}} for n in ("old", "mixed", "colour")]
+    tree = {"name": "grey", "least_pixels": 16, "train": sets[:1], "evaluate": sets, "allow_overlap": True}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(tree))
+    shards = str(tmp_path / "shards")
+    lab.mirl("shards", "build", str(tmp_path / "recipe.yaml"), "--out", shards, "--workers", "1").ok()
+    command = ["evaluate", str(reference), "--shards", shards, "--protocol", "promptir", "--protocol", "basicsr_y"]
+    said = [line for line in lab.mirl(*command).ok().out.splitlines() if "grey" in line]
+    text = "grey images, scored as RGB with three equal channels by promptir"
+    assert said == [f"mixed: {text} (images: 1)", f"old: {text} (images: 2)"]
+    assert json.loads(lab.mirl(*command, "--json").ok().out)["grey_images"] == {"mixed": 1, "old": 2}
+    assert "grey" not in lab.mirl(*command[:4], "--protocol", "basicsr_y").ok().out, "Y of grey is what it is"

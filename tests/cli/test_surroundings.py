@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pwd
+import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from mirl_dist.config import local_paths
 from mirl_dist.errors import UserError
 from tests.distributed.test_environment import HOSTILE
+from tests.services.processes import free_port
 
 DEFAULTS = """
 compute_environment: LOCAL_MACHINE
@@ -146,3 +149,34 @@ def test_one_launcher_for_each_node_of_a_slurm_step_is_no_fault(lab: Any, tmp_pa
     ended = lab.start(*lab.train(tmp_path), "--launch", launch, cwd=tmp_path, env=env).wait()
     assert "main_process_ip is missing" in only_line(ended), "the launch file is read"
     assert "srun started 2 tasks" in only_line(lab.start(*lab.train(tmp_path), cwd=tmp_path, env=env).wait())
+
+
+def build_as_a_rank(lab: Any, tmp_path: Path, address: str, port: int) -> Any:
+    env = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    command = ["shards", "build", str(lab.folder / "recipe.yaml"), "--out", str(tmp_path / "shards"), "--workers", "1"]
+    return lab.start(*command, cwd=tmp_path, env=env)
+
+
+@pytest.mark.long
+def test_a_rank_whose_master_has_no_address_says_what_it_waits_for(lab: Any, tmp_path: Path) -> None:
+    ended = build_as_a_rank(lab, tmp_path, "nowhere.invalid", 1).wait()
+    waiting, fault = ended.err.splitlines()
+    assert ended.codes == (75,) and "waiting for the other ranks at nowhere.invalid:1" in waiting, ended.said()
+    assert "RANK=1, WORLD_SIZE=2, MASTER_ADDR and MASTER_PORT" in waiting and "unset these variables" in waiting
+    assert "MASTER_ADDR: found 'nowhere.invalid'" in fault and "unset RANK and WORLD_SIZE" in fault
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_rank_that_waits_for_a_master_that_is_not_there_ends_when_asked(lab: Any, tmp_path: Path) -> None:
+    started = build_as_a_rank(lab, tmp_path, "127.0.0.1", free_port())
+    (process,) = (psutil.Process(pid) for pid in started.pids)
+    started.until(lambda: signal.SIGTERM in handled(process.pid))
+    process.send_signal(signal.SIGTERM)
+    ended = started.wait(20)
+    assert ended.codes == (75,) and ended.err == "", ended.said()  # rank 0 speaks for all
+
+
+def handled(pid: int) -> set[int]:
+    """The signals for which a process has a handler."""
+    (mask,) = (line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "SigCgt" in line)
+    return {number for number in range(1, 65) if int(mask, 16) >> (number - 1) & 1}

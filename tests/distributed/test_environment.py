@@ -51,6 +51,7 @@ def test_a_launch_inside_another_launcher_is_refused() -> None:
         ("ACCELERATE_GRADIENT_CLIPPING", "1.0", "optimiser.clip_norm"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "train.precision"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "without torch.compile"),
+        ("NVIDIA_TF32_OVERRIDE", "1", "train.precision"),
     ],
 )
 def test_what_would_change_the_training_under_another_launcher_is_refused(name: str, value: str, key: str) -> None:
@@ -128,7 +129,7 @@ def test_the_interfaces_of_nccl_are_beginnings_of_names(
 
 def test_errors_of_nccl_are_left_to_the_watchdog_unless_the_user_says_otherwise() -> None:
     env: dict[str, str] = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
-    environment.set_nccl_defaults(env, 1860.0)
+    environment.set_nccl_defaults(env, 1860.0, keep_errors=True)
     assert env == {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
@@ -137,5 +138,7 @@ def test_errors_of_nccl_are_left_to_the_watchdog_unless_the_user_says_otherwise(
     }
     for given, found in ({"TORCHELASTIC_RUN_ID": "x"}, "0"), ({}, "1"):
         env = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"} | given
-        environment.set_nccl_defaults(env, 60.0)
+        environment.set_nccl_defaults(env, 60.0, keep_errors=True)
         assert env["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == found
+    environment.set_nccl_defaults(env := {}, 60.0, keep_errors=False)
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in env, "torch ends what nobody asks about"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import socket
 import time
 from datetime import timedelta
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from mirl_dist.distributed.agreement import RankFacts
 from mirl_dist.distributed.hardware import DeviceChoice
 from mirl_dist.distributed.process_group import is_peer_loss, rendezvous
 from mirl_dist.errors import UserError
+from tests.services.processes import free_port
 
 FACTS = RankFacts.of_this_process(DeviceChoice(cpu=True), "ddp")
 
@@ -75,6 +77,7 @@ def test_a_group_on_gpus_is_bound_to_the_gpu_of_the_rank(monkeypatch: pytest.Mon
         HashStore=torch.distributed.HashStore,
         get_rank=lambda: 0,
         get_world_size=lambda: 1,
+        ProcessGroupNCCL=SimpleNamespace(get_error=None),
     )
     monkeypatch.setattr(process_group, "_DISTRIBUTED", distributed)
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
@@ -112,3 +115,28 @@ def test_an_error_of_nccl_is_read_from_the_backend(monkeypatch: pytest.MonkeyPat
 )
 def test_errors_of_collectives_that_lost_a_rank_are_told_from_others(text: str, lost: bool) -> None:
     assert is_peer_loss(RuntimeError(text)) is lost
+
+
+def test_a_listener_that_appears_late_is_waited_for() -> None:
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        waiting = threads.submit(process_group.wait_for_store, "127.0.0.1", port, 20, serve=False)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.2)
+        with socket.create_server(("127.0.0.1", port)):
+            waiting.result(timeout=20)
+
+
+def test_a_store_that_nobody_serves_is_a_lost_rank() -> None:
+    with pytest.raises(RuntimeError, match="at the start for rank 0, at 127.0.0.1:") as told:
+        process_group.wait_for_store("127.0.0.1", free_port(), 0.2, serve=False)
+    assert is_peer_loss(told.value)
+    process_group.wait_for_store("127.0.0.1", free_port(), 0.2, serve=True)
+
+
+@pytest.mark.parametrize("serve", [True, False])
+def test_a_master_whose_name_stays_unknown_is_named(serve: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_group, "_NAME_SECONDS", 0.1)
+    with pytest.raises(UserError, match="MASTER_ADDR: found 'nowhere.invalid'.* unset RANK and WORLD_SIZE") as told:
+        process_group.wait_for_store("nowhere.invalid", 1, 20, serve=serve)
+    assert told.value.resumable

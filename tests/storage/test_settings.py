@@ -62,7 +62,8 @@ def test_keys_that_no_header_can_carry_are_refused_unseen(
 
 
 def test_https_on_a_port_of_http_is_refused(page: str) -> None:
-    assert "does not speak TLS on this port. Write http:// in the endpoint" in refusal(f"https://{page}")
+    text = refusal(f"https://{page}")
+    assert "does not speak TLS on this port. Write http:// in the endpoint (store.endpoint or AWS_ENDPOINT" in text
 
 
 def test_a_web_page_is_not_taken_for_a_missing_right(page: str) -> None:
@@ -72,7 +73,8 @@ def test_a_web_page_is_not_taken_for_a_missing_right(page: str) -> None:
 
 def test_a_proxy_for_a_local_server_is_named(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    assert "through a proxy that is not there. Add 127.0.0.1 to NO_PROXY" in refusal(f"http://{page}")
+    text = refusal(f"http://{page}")
+    assert "through the proxy 127.0.0.1:9 (HTTP_PROXY or HTTPS_PROXY), which is not there. Add 127.0.0.1 to" in text
 
 
 def test_a_region_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,10 +114,10 @@ def test_a_control_that_is_killed_and_lost_its_first_masks_ends_in_the_same_tick
         ({"start.ticket": "RUN", "model.dim": 16}, "is of another network"),
         ({"start.ticket": "RUN", "prune.scope": "all"}, "was pruned in another scope"),
         ({"model.weights": "absent.safetensors"}, "model.weights: found absent.safetensors, which is no file"),
-        ({"model.weights": "tiny.yaml"}, "Write it with `mirl-dist import`"),
+        ({"model.weights": "tiny.yaml"}, "model.weights: tiny.yaml is a JSON text"),
         (
             {"model.weights": "half.safetensors"},
-            "'refinement.0.attn.qkv.weight' (1 such) is not float32, or not finite",
+            "'refinement.0.attn.qkv.weight' (1 such) is not float32. Save it as float32",
         ),
         ({"model.weights": "few.safetensors"}, "is of another network"),
         ({"prune.criterion": "snip", "prune.criterion_batches": 7}, "found 7, but a round has 6 steps. Give fewer"),

@@ -42,7 +42,7 @@ from mirl_dist.data.manifest import (
 )
 from mirl_dist.data.parallel import SINGLE_PROCESS, ProgressCallback, WorkerGroup, distributed_map
 from mirl_dist.errors import UserError
-from mirl_dist.storage import Folder, NotFound, Store
+from mirl_dist.storage import Folder, NotFound, Store, output_paths
 from mirl_dist.storage.hashing import digest_of_file
 from mirl_dist.storage.retry import to_stderr
 
@@ -60,7 +60,7 @@ def build(
     build, or cannot be written by every rank; then for unusable images (all listed at once).
     """
     with ExitStack() as stack:
-        group.on_main(lambda: _check_not_among_images(recipe, store))
+        group.on_main(lambda: _check_place(recipe, store))
         group.on_main(lambda: stack.enter_context(resume.lock_folder(store)))
         _check_writable(store, recipe.name, group, progress)
         inspection = inspect_images(recipe, workers, progress, group)
@@ -87,10 +87,11 @@ def build(
         return manifest
 
 
-def _check_not_among_images(recipe: Recipe, store: Store) -> None:
-    """Raise UserError if the contact sheet of the shards would become one of the recipe's own images."""
+def _check_place(recipe: Recipe, store: Store) -> None:
+    """Raise UserError for a run's folder, and if the contact sheet would become one of the recipe's own images."""
     if not isinstance(store, Folder):
         return
+    output_paths.check_outside_runs(Path(store.where()))
     out = Path(store.where()).resolve()
     for _, image_set in recipe.sets():
         for folder in filter(None, (image_set.clean, image_set.degraded)):

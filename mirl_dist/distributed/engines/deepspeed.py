@@ -253,16 +253,14 @@ def _initialize(network: nn.Module, optimiser: torch.optim.Optimizer, settings: 
             warnings.simplefilter("ignore")  # DeepSpeed uses deprecated parts of torch
             import deepspeed
             from deepspeed.utils import logger
-
-            compatible = deepspeed.ops.__compatible_ops__
     except ImportError as error:  # under Accelerate it also imports transformers
         raise UserError(str(error), everywhere=True) from None
     logger.setLevel("ERROR")
     warnings.filterwarnings("ignore", message=_OLD_NAMES, category=FutureWarning)
-    if not cuda:  # use gloo: it sums in rank order and needs no compiler on the user's machine
-        compatible["deepspeed_shm_comm"] = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        if not cuda:  # use gloo: it sums in rank order and needs no compiler. On GPUs reading this probes every op.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         engine, *_ = deepspeed.initialize(model=network, optimizer=optimiser, config=settings, dist_init_required=False)
     stage, given = settings["zero_optimization"]["stage"], engine.zero_optimization_stage()
     if given != stage:
