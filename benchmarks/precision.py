@@ -1,6 +1,6 @@
 """Whether training in bf16, or with compiled blocks, follows the loss of training in float32.
 
-    python benchmarks/precision.py [--steps 2000] [--seeds 2] [--variants train.precision=bf16] [--out curves.json]
+    python benchmarks/precision.py [--steps 2000] [--samples 4] [--seeds 2] [--variants train.precision=bf16] [--out curves.json]
 
 Trains the demo's network, 0.35 million weights, on the demo's photographs with `mirl-dist train`: float32 with
 several seeds, and each variant with the first seed. Compares mean losses of consecutive windows. The noise is the root
@@ -34,6 +34,7 @@ WINDOWS = 20
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--samples", type=int, default=4, help="patches per step")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--variants", nargs="*", default=["train.precision=bf16"], help="a --set, or several with ','")
     parser.add_argument("--out", type=Path)
@@ -41,11 +42,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         mirl("shards", "build", str(ROOT / "shards/demo.yaml"), "--out", str(work / "shards"))
-        curves = {f"fp32 seed {seed}": train(work, args.steps, seed, []) for seed in range(args.seeds)}
-        curves |= {variant: train(work, args.steps, 0, variant.split(",")) for variant in args.variants}
+        curves = {f"fp32 seed {seed}": train(work, args, seed, []) for seed in range(args.seeds)}
+        curves |= {variant: train(work, args, 0, variant.split(",")) for variant in args.variants}
     noise = max(distance(curves["fp32 seed 0"], curves[f"fp32 seed {seed}"]) for seed in range(1, args.seeds))
     distances = {variant: distance(curves["fp32 seed 0"], curves[variant]) for variant in args.variants}
-    print(f"{args.steps} steps of 4 patches of 32 pixels, {WINDOWS} windows; torch {torch.__version__}")
+    print(f"{args.steps} steps of {args.samples} patches of 32 pixels, {WINDOWS} windows; torch {torch.__version__}")
     print(
         f"CPU: {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
     )
@@ -64,16 +65,16 @@ def mirl(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "mirl_dist", *words], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
 
 
-def train(work: Path, steps: int, seed: int, sets: Sequence[str]) -> dict[str, Any]:
+def train(work: Path, args: argparse.Namespace, seed: int, sets: Sequence[str]) -> dict[str, Any]:
     """Train one dense round; return the mean loss of each window, and the seconds that the command took."""
-    database, began = work / f"{len(list(work.iterdir()))}.db", time.monotonic()
+    steps, database, began = args.steps, work / f"{len(list(work.iterdir()))}.db", time.monotonic()
     values = {
         "run.folder": database.with_suffix(".run"),
         "run.seed": seed,
         "data.shards": work / "shards",
         "data.patch_pixels": 32,
         "data.steps_per_epoch": steps // WINDOWS,
-        "batch.global": 4,
+        "batch.global": args.samples,
         "train.epochs": WINDOWS,
         "prune.rounds": 0,
         "evaluate.sets": "[photos]",
