@@ -1,6 +1,6 @@
 """Whether training in bf16, or with compiled blocks, follows the loss of training in float32.
 
-    python benchmarks/precision.py [--steps 2000] [--samples 4] [--seeds 2] [--variants train.precision=bf16] [--out curves.json]
+    python benchmarks/precision.py [--steps 2000] [--samples 4] [--seeds 2] [--variants SET ...] [--out curves.json]
 
 Trains the demo's network, 0.35 million weights, on the demo's photographs with `mirl-dist train`: float32 with
 several seeds, and each variant with the first seed. Compares mean losses of consecutive windows. The noise is the root
