@@ -54,7 +54,6 @@ class RankTimes(NamedTuple):
 
     rank: str
     device: str
-    threads: int
     phases: dict[Phase, float]
     step_seconds: float
     commit_seconds: float
@@ -64,26 +63,73 @@ class RankTimes(NamedTuple):
     kernels: list[KernelTime]
 
 
+class StepWindows:
+    """Stretches of timed steps. times: seconds of each, and its seconds by phase."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.clock = PhaseClock()
+        self.times: list[tuple[float, dict[Phase, float]]] = []
+        self._device, self._began = device, 0.0
+
+    def open(self) -> None:
+        """Begin a window; from the second one on the host waits for the GPU at both ends of each phase."""
+        wait_for_device(self._device)
+        self.clock.synchronise = torch.cuda.synchronize if self.times else None
+        self.clock.begin_round()
+        self._began = time.perf_counter()
+
+    def close(self) -> None:
+        """End a window."""
+        wait_for_device(self._device)
+        seconds = time.perf_counter() - self._began
+        self.clock.synchronise = None
+        self.clock.take()  # into `clock.round`, where the epochs of the window are
+        self.times.append((seconds, self.clock.round.phases))
+
+
+class KernelRecorder:
+    """torch's profiler on rank 0; on other ranks it does nothing. largest: the kernels with most time, after `stop`."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.largest: list[KernelTime] = []
+        self._device, self._is_main = ranks.device, ranks.is_main
+        self._profiler: Any = None
+
+    def start(self) -> None:
+        if self._is_main:
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self._device.type == "cuda")
+            self._profiler = torch.profiler.profile(activities=activities, acc_events=True)
+            self._profiler.start()
+
+    def stop(self, steps: int) -> None:
+        """steps: how many were recorded."""
+        if self._profiler is not None:
+            wait_for_device(self._device)
+            self._profiler.stop()
+            self.largest = largest_kernels(self._profiler, steps, cuda=self._device.type == "cuda")
+
+
 class ProfileHooks:
     """Hooks of the training loop that write nothing but a temporary journal, and stop it after the profiled steps.
 
-    Warm-up steps are followed by `steps` timed ones, on a GPU by as many again in which the host waits for the GPU at
-    both ends of each phase, and by a few steps under torch's profiler.
+    Warm-up steps are followed by a window of `steps` timed ones, on a GPU by a second window, and by a few steps under
+    torch's profiler.
     """
 
     def __init__(self, state: TrainState, ranks: Ranks, stop: StopSignal, steps: int, journal: Path) -> None:
-        self.clock = PhaseClock()
-        self.windows: list[tuple[float, dict[Phase, float]]] = []  # seconds in all, and seconds by phase
-        self.kernels: list[KernelTime] = []
+        self.windows, self.kernels = StepWindows(ranks.device), KernelRecorder(ranks)
         self.commit_seconds = 0.0
         self._state, self._ranks, self._stop, self._steps = state, ranks, stop, steps
         self._outbox = Outbox("", uuid.uuid4().hex, Journal(journal)) if ranks.is_main else None
-        self._profiler: Any = None
-        self._window_began = 0.0
+        self._updates = 0
+
+    @property
+    def clock(self) -> PhaseClock:
+        return self.windows.clock
 
     @property
     def timed_steps(self) -> int:
-        """The number of timed steps in all."""
+        """The number of timed steps in all windows."""
         return self._steps * (2 if self._ranks.device.type == "cuda" else 1)
 
     @property
@@ -91,21 +137,15 @@ class ProfileHooks:
         return WARM_UP_STEPS + self.timed_steps + KERNEL_STEPS
 
     def before_step(self, progress: Progress) -> None:
-        timed = progress.updates - WARM_UP_STEPS
-        if 0 < timed <= self.timed_steps and timed % self._steps == 0:
-            wait_for_device(self._ranks.device)
-            self.clock.take()  # into `clock.round`, where the epochs of the window are
-            self.windows.append((time.perf_counter() - self._window_began, self.clock.round.phases))
-        if timed == self.timed_steps:
-            self.clock.synchronise = None
-            self._start_profiler()
-        elif timed >= 0 and timed % self._steps == 0:
-            wait_for_device(self._ranks.device)
-            if self.windows:
-                self.clock.synchronise = torch.cuda.synchronize
-            self.clock.begin_round()
-            self._window_began = time.perf_counter()
-        self._updates = progress.updates
+        self._updates, timed = progress.updates, progress.updates - WARM_UP_STEPS
+        if not 0 <= timed <= self.timed_steps or timed % self._steps:
+            return
+        if timed > 0:
+            self.windows.close()
+        if timed < self.timed_steps:
+            self.windows.open()
+        else:
+            self.kernels.start()
 
     def flags(self) -> tuple[bool, bool, bool]:
         return self._stop() or self._updates + 1 >= self.total_steps, False, False
@@ -115,7 +155,7 @@ class ProfileHooks:
 
     def commit(self, *, wait: bool) -> None:
         """Measure the snapshot of a commit, when the loop ends. The first snapshot allocates memory, as in a run."""
-        self._stop_profiler()
+        self.kernels.stop(self._updates + 1 - WARM_UP_STEPS - self.timed_steps)
         for _ in range(2):
             wait_for_device(self._ranks.device)
             began = time.perf_counter()
@@ -128,20 +168,6 @@ class ProfileHooks:
 
     def log_times(self, step: int, percent: dict[str, float]) -> None:
         self.log(step, percent)
-
-    def _start_profiler(self) -> None:
-        if self._ranks.is_main:
-            activities = [ProfilerActivity.CPU]
-            activities += [ProfilerActivity.CUDA] * (self._ranks.device.type == "cuda")
-            self._profiler = torch.profiler.profile(activities=activities, acc_events=True)
-            self._profiler.start()
-
-    def _stop_profiler(self) -> None:
-        if self._profiler is not None:
-            wait_for_device(self._ranks.device)
-            self._profiler.stop()
-            steps = self._updates + 1 - (WARM_UP_STEPS + self.timed_steps)
-            self.kernels = largest_kernels(self._profiler, steps, cuda=self._ranks.device.type == "cuda")
 
 
 def largest_kernels(profiler: torch.profiler.profile, steps: int, *, cuda: bool) -> list[KernelTime]:
@@ -225,7 +251,8 @@ def _measured_reduce(model: nn.Module, ranks: Ranks, clock: PhaseClock) -> Itera
 def _rank_times(plan: RunPlan, ranks: Ranks, hooks: ProfileHooks, steps: int, peak: float) -> RankTimes:
     """Return the times of this rank. plan: with the run's own config."""
     config = plan.config
-    seconds, phases = hooks.windows[0][0], hooks.windows[-1][1]
+    windows = hooks.windows.times
+    seconds, phases = windows[0][0], windows[-1][1]  # without waiting for the GPU, and with it
     report = phases.get(Phase.TRACKING, 0.0)
     commits_per_step = 1 / config.checkpoint.every_steps if config.checkpoint.every_steps is not None else 0.0
     per_step = {phase: phases.get(phase, 0.0) / steps for phase in Phase}
@@ -236,13 +263,12 @@ def _rank_times(plan: RunPlan, ranks: Ranks, hooks: ProfileHooks, steps: int, pe
     cuda = ranks.device.type == "cuda"
     return RankTimes(
         rank=ranks.names[ranks.rank],
-        device=torch.cuda.get_device_name(ranks.device) if cuda else "CPU",
-        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name(ranks.device) if cuda else f"CPU, threads per rank {torch.get_num_threads()}",
         phases=per_step,
         step_seconds=step_seconds,
         commit_seconds=hooks.commit_seconds,
         report_seconds=report,
         flops=flops.step_flops(config.model.name, config.model.sizes(), config.data.patch_pixels, samples),
         peak=peak,
-        kernels=hooks.kernels,
+        kernels=hooks.kernels.largest,
     )

@@ -44,7 +44,7 @@ def print_profile(plan: RunPlan, engine: str, ranks: Sequence[RankTimes], steps:
     say(
         f"{seconds:.4g} s per step, {config.batch.global_ / seconds:.4g} samples/s: {ranks_in_words(len(ranks))} x "
         f"{split.passes} x {split.forward} samples of {config.data.patch_pixels} pixels, {config.train.precision}, "
-        f"{engine}, {ranks[0].device}, threads per rank {ranks[0].threads} ({steps} steps after {WARM_UP_STEPS})"
+        f"{engine}, {ranks[0].device} ({steps} steps after {WARM_UP_STEPS})"
     )
     counted, peak = sum(times.flops for times in ranks), sum(times.peak for times in ranks)
     say(
