@@ -51,7 +51,7 @@ def state_of(megaweights: float) -> TrainState:
     state = TrainState(DdpEngine(weights, lambda named: torch.optim.AdamW(named.values())), masks)
     for parameter in weights.values():
         parameter.grad = torch.randn(each)
-    state.engine.step(1e-3)
+    state.engine.step(1e-3, refused=torch.zeros(()))
     state.progress.mask_digest = masking.digest(masks)
     return state
 

@@ -25,6 +25,8 @@ from mirl_dist.training.state import Progress, TrainState
 from mirl_dist.training.step_status import StepStatus, UpdateGate, sum_status
 from mirl_dist.training.step_times import Phase, PhaseClock, report_epoch
 
+_PASSES_ADDED_AT_ONCE = 100
+
 
 class LoopHooks(Protocol):
     """What the loop requires of the run.
@@ -232,28 +234,38 @@ class Meter:
         clock.begin_round()
         self.stragglers = StragglerDetector(ranks.hosts, on_gpu=ranks.device.type == "cuda")
         tasks = len(plan.sampler.tasks)
-        self.sums = torch.zeros(2, tasks, dtype=torch.float64, device=ranks.device)
-        self.carried = torch.tensor(progress.unreported or [[0.0] * tasks] * 2, dtype=torch.float64)
+        self._passes: list[tuple[Tensor, Tensor]] = []
+        self._sums = torch.zeros(2, tasks, dtype=torch.float64, device=ranks.device)
+        self._carried = torch.tensor(progress.unreported or [[0.0] * tasks] * 2, dtype=torch.float64)
         self.since = time.monotonic()
 
     def add(self, step_losses: StepLosses) -> None:
-        for sample_losses, batch in step_losses.passes:
-            self.sums += losses.by_task(sample_losses, batch.task, len(self.plan.sampler.tasks))
+        self._passes += [(sample_losses, batch.task) for sample_losses, batch in step_losses.passes]
+        if len(self._passes) >= _PASSES_ADDED_AT_ONCE:
+            self._add_up()
+
+    def _add_up(self) -> Tensor:
+        """Return losses and samples per task of this rank; many passes at once launch few kernels."""
+        if self._passes:
+            sample_losses, tasks = (torch.cat(values) for values in zip(*self._passes, strict=True))
+            self._sums += losses.by_task(sample_losses, tasks, len(self.plan.sampler.tasks))
+            self._passes.clear()
+        return self._sums
 
     def unreported(self) -> list[list[float]]:
         """Return the unreported losses and samples per task, summed over ranks; a collective."""
-        totals: list[list[float]] = (self.ranks.sum(self.sums) + self.carried).tolist()
+        totals: list[list[float]] = (self.ranks.sum(self._add_up()) + self._carried).tolist()
         return totals
 
     def take(self) -> tuple[Tensor, Tensor, float]:
         """Return losses and samples per task, and samples per second, since the last report; then reset."""
-        recent = self.ranks.sum(self.sums)
-        losses_per_task, counts = recent + self.carried
+        recent = self.ranks.sum(self._add_up())
+        losses_per_task, counts = recent + self._carried
         elapsed = max(time.monotonic() - self.since, 1e-9)
         self.progress.seconds += elapsed
         self.progress.unreported = []
-        self.sums.zero_()
-        self.carried.zero_()
+        self._sums.zero_()
+        self._carried.zero_()
         self.since = time.monotonic()
         return losses_per_task, counts, float(recent[1].sum()) / elapsed
 

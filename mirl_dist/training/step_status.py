@@ -11,8 +11,8 @@ from torch import Tensor
 from mirl_dist.distributed.host_copy import to_device
 from mirl_dist.distributed.ranks import Ranks
 
-_ENDS, _LOSS = 3, 5
-"""In the vector of `sum_status`: the first 3 numbers, if not 0, end training; loss and norm begin at 5."""
+_ENDS, _LOSS = 2, 5
+"""In the vector of `sum_status`: one of the first 2 numbers, if not 0, ends training; loss and norm begin at 5."""
 
 
 class StepStatus(NamedTuple):
@@ -43,7 +43,7 @@ class StepStatus(NamedTuple):
 
 
 def sum_status(flags: tuple[bool, bool, bool, bool], replaced: int, loss: Tensor, norm: Tensor, ranks: Ranks) -> Tensor:
-    """Sum a rank's outcome of a step over all ranks: float64 (7,) on the device. The one collective of a step.
+    """Sum a rank's outcome of a step over all ranks: float64 (7,) on the device. A collective, one in a step.
 
     flags: no_batch, stop, commit_failed and commit_busy of this rank; loss: sum over its samples; norm: of the averaged
     gradient, equal on all ranks.
@@ -57,12 +57,13 @@ class UpdateGate:
     """Decides on the device which steps change the weights, so that the host may queue a step before it knows.
 
     A step is refused if its loss or gradient is not finite, or if a rank has no batch. Every step after one with which
-    training ends is refused too, so whatever was queued behind it has not happened.
+    training ends is refused too, so whatever was queued behind it has not happened. (After a failed commit no state is
+    kept.)
     """
 
     def __init__(self, skips: int, device: torch.device) -> None:
         """skips: how many steps of this round may still be skipped for a loss or gradient that is not finite."""
-        self._skips_left = torch.tensor(skips, dtype=torch.float64, device=device)
+        self._skips_left = torch.full((), skips, dtype=torch.float64, device=device)
         self._closed = torch.zeros((), dtype=torch.bool, device=device)
 
     def refuses(self, total: Tensor) -> Tensor:

@@ -53,8 +53,7 @@ def with_mishaps(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mishaps() -> list[dict[str, Any]]:
-    """A loss in the first of two passes, so that no backward pass follows two forward passes; and a gradient after
-    both. (`crash_at.py` takes one hold of the loop: the last plan of a rank counts, so ranks have one each.)"""
+    """A loss in the first of two passes, and a gradient after both, on a rank each."""
     return [
         {"rank": 0, "step": [0, 2], "do": "nan", "pass": 0},
         {"rank": 1, "step": [0, 4], "do": "inf_gradient"},

@@ -78,6 +78,7 @@ def test_ranks_that_run_ahead_are_killed_and_stopped_and_end_as_undisturbed(lab:
     sets = {
         "data.steps_per_epoch": 6,
         "train.epochs": 1,
+        "schedule.warmup_epochs": 0,
         "prune.rounds": 1,
         "tracking.every_steps": 6,
         "checkpoint.every_steps": 4,

@@ -1,4 +1,6 @@
-// A device guard for "cuda" that does nothing, so that autograd runs over pretended GPU tensors without CUDA.
+// What torch asks of CUDA before it runs autograd over tensors of a GPU: a device guard that does nothing, and hooks
+// that say that there is a GPU. To be loaded before torch asks for the first time.
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 using namespace c10;
@@ -31,3 +33,22 @@ struct Guard final : public impl::DeviceGuardImplInterface {
 impl::DeviceGuardImplRegistrar registrar(DeviceType::CUDA, new Guard());
 
 }  // namespace
+
+namespace at {
+
+struct CUDAHooks final : public CUDAHooksInterface {
+  explicit CUDAHooks(CUDAHooksArgs) {}
+  bool hasCUDA() const override { return true; }
+  DeviceIndex deviceCount() const override { return 1; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+  DeviceIndex current_device() const override { return 0; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool isBuilt() const override { return true; }
+  void init() const override {}
+  bool isPinnedPtr(const void*) const override { return false; }
+};
+
+REGISTER_CUDA_HOOKS(CUDAHooks);
+
+}  // namespace at

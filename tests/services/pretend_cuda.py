@@ -8,7 +8,6 @@ device. What it cannot show: numbers of CUDA kernels, streams, memory, collectiv
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import subprocess
 import sys
 from collections import Counter
@@ -192,7 +191,7 @@ def _move(func: Any, args: Any, kwargs: dict[str, Any], device: torch.device | N
 def _wrap(func: Any, args: Any, kwargs: Any, result: Any, on_gpu: list[CudaTensor]) -> Any:
     """Return the result as tensors of the GPU: those given, where the operation has changed them in place."""
     given = {id(tensor.inner): tensor for tensor in on_gpu}
-    result = pytree.tree_map_only(Tensor, lambda t: given.get(id(t)) or CudaTensor(t), result)
+    result = pytree.tree_map_only(Tensor, lambda t: given[id(t)] if id(t) in given else CudaTensor(t), result)
     if on_gpu and any(argument.alias_info is not None for argument in func._schema.arguments):
         with contextlib.suppress(Exception):  # of operations on lists, whose results are None
             return return_and_correct_aliasing(func, args, kwargs, result)
@@ -231,22 +230,21 @@ _MODULE_TO = torch.nn.Module.to
 
 
 def build_guard(folder: Path) -> Path:
-    """Compile pretend_cuda.cpp, which takes about two seconds."""
+    """Compile pretend_cuda.cpp, which takes seconds. Processes that pretend need it as LD_PRELOAD: torch asks once."""
     torch_folder = Path(torch.__file__).parent
-    source, library = Path(__file__).with_suffix(".cpp"), folder / "pretend_cuda.so"
+    source, library, libraries = Path(__file__).with_suffix(".cpp"), folder / "pretend_cuda.so", torch_folder / "lib"
     command = ["g++", "-shared", "-fPIC", "-std=c++20", f"-I{torch_folder / 'include'}", str(source)]
-    command += [f"-L{torch_folder / 'lib'}", "-lc10", "-o", str(library)]  # of this process, loaded by torch
+    command += [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lc10", "-ltorch_cpu", "-o", str(library)]
     subprocess.run(command, check=True)
     return library
 
 
 @contextlib.contextmanager
-def pretended_cuda(guard: Path) -> Iterator[None]:
-    """Make torch believe in one GPU, in this process for good. guard: of `build_guard`."""
-    ctypes.CDLL(str(guard))
-    nothing = {"set_device", "_lazy_init", "manual_seed", "manual_seed_all"}
+def pretended_cuda() -> Iterator[None]:
+    """Make torch believe in one GPU, in this process for good."""
+    nothing = ("set_device", "_lazy_init", "manual_seed", "manual_seed_all")
     answers: dict[str, Any] = {
-        **dict.fromkeys(nothing, lambda *_: None),
+        **{name: lambda *_: None for name in nothing},  # a function each: torch's compiler has a rule for each name
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,

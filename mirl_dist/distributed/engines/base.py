@@ -149,4 +149,4 @@ class LocalEngine:
 
 def step_count(steps: int, optimiser: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
     """Return the optimiser's state 'step' of a parameter: a tensor beside it if fused, else on the CPU."""
-    return torch.tensor(float(steps), device=parameter.device if optimiser.defaults["fused"] else "cpu")
+    return torch.full((), float(steps), device=parameter.device if optimiser.defaults["fused"] else "cpu")

@@ -1,4 +1,4 @@
-"""`count_kernels.py GUARD REPORT`: what a training step of the published network launches on a GPU, without one.
+"""`count_kernels.py REPORT`: what a training step of the published network launches on a GPU, without one.
 
 The step runs on FakeTensors of device cuda:0, which have shapes and no numbers, under torch's own CUDA autocast.
 REPORT: {precision: {part: [operations that launch kernels, gigabytes that they read and write]}} as JSON; parts:
@@ -25,7 +25,17 @@ from mirl_dist.training.losses import per_sample_l1
 from tests.services.pretend_cuda import pretended_cuda
 
 BATCH, PIXELS = 8, 64
-LAUNCH_NOTHING = ("empty", "new_empty", "detach", "alias", "lift_fresh", "_unsafe_view", "_local_scalar_dense", "sym_")
+LAUNCH_NOTHING = (
+    "empty",
+    "new_empty",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "_unsafe_view",
+    "_reshape_alias",
+    "sym_",
+    "is_",
+)
 
 
 def nbytes(values: Any) -> int:
@@ -43,7 +53,7 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
-        if not func.is_view and not name.startswith(LAUNCH_NOTHING):
+        if func.namespace == "aten" and not func.is_view and not name.startswith(LAUNCH_NOTHING):
             self.counts[self.part][0] += 1
             self.counts[self.part][1] += (nbytes((args, kwargs)) + nbytes(result)) / 1e9
         return result
@@ -85,7 +95,7 @@ def count(precision: str) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    with pretended_cuda(Path(sys.argv[1])):
+    with pretended_cuda():
         pass  # torch believes in a GPU from here on
     torch.use_deterministic_algorithms(True)
-    Path(sys.argv[2]).write_text(json.dumps({precision: count(precision) for precision in ("fp32", "bf16")}))
+    Path(sys.argv[1]).write_text(json.dumps({precision: count(precision) for precision in ("fp32", "bf16")}))

@@ -1,7 +1,7 @@
-"""`on_pretended_gpu.py GUARD REPORT ARGUMENTS`: mirl-dist on a pretended GPU, in one process.
+"""`on_pretended_gpu.py REPORT ARGUMENTS`: mirl-dist with a pretended GPU, of tests/services/pretend_cuda.py.
 
-Writes to REPORT as JSON: waits, where the host waited for the device in each step of training ([round, updates, {place:
-times}]) and in each phase; not_deterministic: operations without a deterministic kernel.
+Writes to REPORT as JSON: steps, where the host waited for the device in each step of training, [round, updates, {place:
+times}]; phases, how often in each phase; not_deterministic, operations without a deterministic kernel.
 PRETEND_STOP: '[round, updates]', SIGTERM to itself before that step.
 """
 
@@ -27,27 +27,32 @@ PHASES: Counter[str] = Counter()
 
 
 def watch_steps() -> None:
-    begin, train = loop.call_before_step, loop.train_round
+    """Count from one step's beginning to the next, without commits and what lies between rounds."""
+    begin, commit, train = loop.call_before_step, loop.commit, loop.train_round
     stop = json.loads(os.environ.get("PRETEND_STOP", "null"))
+    at_begin: list[Counter[str]] = []
+
+    def end_step() -> None:
+        if at_begin:
+            STEPS[-1][2].update(JOURNAL.waits - at_begin.pop())
 
     def beginning(hooks: Any, progress: Any, meter: Any) -> None:
-        if STEPS:
-            STEPS[-1][2].update(JOURNAL.waits - before)
+        end_step()
         if [progress.round, progress.updates] == stop:
             os.kill(os.getpid(), signal.SIGTERM)
         begin(hooks, progress, meter)
-        before.clear()
-        before.update(JOURNAL.waits)
+        at_begin.append(JOURNAL.waits.copy())
         STEPS.append((progress.round, progress.updates, Counter()))
 
-    def training(*args: Any) -> None:
-        try:
-            train(*args)
-        finally:
-            STEPS[-1][2].update(JOURNAL.waits - before)
+    def committing(*args: Any, **kwargs: Any) -> None:
+        end_step()
+        commit(*args, **kwargs)
 
-    before: Counter[str] = Counter()
-    loop.call_before_step, loop.train_round = beginning, training
+    def training(*args: Any) -> None:
+        train(*args)
+        end_step()
+
+    loop.call_before_step, loop.commit, loop.train_round = beginning, committing, training
 
 
 def watch_phases() -> None:
@@ -63,17 +68,22 @@ def watch_phases() -> None:
     Ranks.in_phase = entering  # type: ignore[assignment, method-assign]
 
 
-def main(guard: Path, report: Path) -> None:
-    watch_steps()
-    watch_phases()
-    try:
-        with pretended_cuda(guard):
-            app.main()
-    finally:
+def write_at_the_end(report: Path) -> None:
+    """The command ends by os._exit, which runs nothing else."""
+    leave = os._exit
+
+    def leaving(code: int) -> None:
         found = {"steps": STEPS, "phases": PHASES, "not_deterministic": JOURNAL.not_deterministic}
         report.write_text(json.dumps(found))
+        leave(code)
+
+    os._exit = leaving  # type: ignore[assignment]
 
 
 if __name__ == "__main__":
-    _, library, written, *sys.argv[1:] = sys.argv
-    main(Path(library), Path(written))
+    _, written, *sys.argv[1:] = sys.argv
+    watch_steps()
+    watch_phases()
+    write_at_the_end(Path(written))
+    with pretended_cuda():
+        app.main()
