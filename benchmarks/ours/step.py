@@ -6,7 +6,7 @@ finite, and the optimiser of the engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,15 +27,15 @@ def prepare(
     batch: int = 8,
     patch: int = 64,
     precision: str = "fp32",
-    image: tuple[int, int] | None = None,
-    sizes: dict[str, Any] | None = None,
+    image: Sequence[int] | None = None,
+    **sizes: Any,
 ) -> Callable[[], None]:
     """Build everything, and return a function that makes one training step, or restores one image (height, width).
 
-    batch: samples of this rank. precision: 'fp32' or 'bf16'. sizes: of the network; the published ones by default.
+    batch: samples of this rank. precision: 'fp32' or 'bf16'. sizes: of the network, instead of the published ones.
     """
     ranks = Ranks(device="cpu", precision=precision)
-    network = models.create("promptir", **(sizes or {}))
+    network = models.create("promptir", **sizes)
     if image is not None:
         pixels = np.random.default_rng(0).integers(0, 256, (*image, 3), dtype=np.uint8)
         network.eval()

@@ -5,7 +5,7 @@ PyTorch's defaults (allocator, threads, AdamW), no masks, no determinism.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +20,15 @@ def prepare(
     batch: int = 8,
     patch: int = 64,
     precision: str = "fp32",
-    image: tuple[int, int] | None = None,
-    sizes: dict[str, Any] | None = None,
+    image: Sequence[int] | None = None,
+    **sizes: Any,
 ) -> Callable[[], None]:
     """Build everything, and return a function that makes one training step, or restores one image (height, width).
 
-    precision: 'fp32' or 'bf16' (autocast). sizes: of the network; the published ones by default.
+    precision: 'fp32' or 'bf16' (autocast). sizes: of the network, instead of the published ones.
     """
     torch.manual_seed(0)
-    network = PublishedPromptIR(**(sizes or {}))
+    network = PublishedPromptIR(**sizes)
 
     def run(degraded: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

@@ -18,6 +18,11 @@ from torch.nn import functional as F
 
 from mirl_dist.models.channel_ops import cosine_scores, gated_projection, mix_values, pad_channels
 
+_CACHE_BYTES = 8 * 2**20
+"""Bytes of a block's widest activations to compute at once on a CPU: a few of these fit into its last-level cache."""
+
+_LEAST_ROWS = 16  # so that the two neighbours of a strip, computed twice, cost little
+
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     """Pad an image at the bottom and right until both sides are multiples of `multiple`.
@@ -42,6 +47,17 @@ def channels_first(x: Tensor) -> Tensor:
 def channels_last(x: Tensor) -> Tensor:
     """View (B, C, H, W) as (B, H, W, C)."""
     return rearrange(x, "b c h w -> b h w c")
+
+
+def rows_in_cache(x: Tensor, channels: int) -> int:
+    """Return how many rows of x (B, H, W, C) to compute at once, so that `channels` of them fit into the cache.
+
+    All rows of the batch on other devices than the CPU, and while torch.compile traces.
+    """
+    batch, height, width, _ = x.shape
+    if torch.compiler.is_compiling() or not x.is_cpu:
+        return batch * height
+    return max(_LEAST_ROWS, _CACHE_BYTES // (x.element_size() * width * channels))
 
 
 class PixelLinear(nn.Conv2d):
@@ -122,10 +138,21 @@ class GatedFeedForward(nn.Module):
         # Gate and value, padded each.
         halves = (rearrange(conv.weight, "(two f) ... -> two f ...", two=2) for conv in (self.project_in, self.dwconv))
         project_in, kernels = (pad_channels(pair, dim=1).flatten(0, 1) for pair in halves)
-        project_out = pad_channels(self.project_out.weight, dim=1)
-        hidden = F.linear(x, project_in.flatten(1))
-        hidden = channels_last(F.conv2d(channels_first(hidden), kernels, padding=1, groups=len(kernels)))
-        return gated_projection(hidden, project_out.flatten(1))
+        project_out = pad_channels(self.project_out.weight, dim=1).flatten(1)
+
+        def gated(rows: Tensor, padding: tuple[int, int]) -> Tensor:
+            hidden = channels_first(F.linear(rows, project_in.flatten(1)))
+            hidden = F.conv2d(hidden, kernels, padding=padding, groups=len(kernels))
+            return gated_projection(channels_last(hidden), project_out)
+
+        height = x.shape[1]
+        strip = rows_in_cache(x, len(kernels))
+        if strip >= height or torch.is_grad_enabled():
+            return gated(x, (1, 1))
+        # Strips of rows, each with its neighbours. A row of zeros stays one without bias, as the convolution's padding.
+        padded = F.pad(x, (0, 0, 0, 0, 1, 1))
+        strips = [gated(padded[:, top : top + strip + 2], (0, 1)) for top in range(0, height, strip)]
+        return torch.cat(strips, dim=1)
 
 
 class TransformerBlock(nn.Module):
@@ -139,6 +166,11 @@ class TransformerBlock(nn.Module):
         self.ffn = GatedFeedForward(channels, ffn_expansion)
 
     def forward(self, x: Tensor) -> Tensor:
+        images = max(1, rows_in_cache(x, self.ffn.dwconv.out_channels) // x.shape[1])
+        parts = [self._of_images(part) for part in torch.split(x, images)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _of_images(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         out: Tensor = x + self.ffn(self.norm2(x))
         return out

@@ -77,6 +77,6 @@ def test_both_formulations_have_the_same_losses_over_many_steps() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_both_sides_of_the_benchmark_run(options: dict[str, Any], precision: str) -> None:
     for side in (published, ours):
-        once = side.prepare(**options, precision=precision, sizes=SMALL)
+        once = side.prepare(**options, precision=precision, **SMALL)
         once()
         once()
