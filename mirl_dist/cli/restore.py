@@ -62,7 +62,7 @@ def restore_files(
     hardware.keep_freed_memory()
     model, folder = network(config, opened.trained_weights()).to(place), Folder(out)
     # Counting takes seconds, and images mostly share a size.
-    count_bytes = cache(partial(memory.scoring_bytes, config.model.name, config.model.sizes(), kind=place.type))
+    count_bytes = cache(partial(memory.scoring_bytes, config.model.name, config.model.sizes()))
     with progress.bar("restoring", len(images)) as advance:
         for number, path in enumerate(images):
             restored = _restore(model, path, place, sides, config.evaluate, count_bytes)

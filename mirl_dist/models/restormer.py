@@ -18,10 +18,8 @@ from torch.nn import functional as F
 
 from mirl_dist.models.channel_ops import cosine_scores, gated_projection, mix_values, pad_channels
 
-_CACHE_BYTES = 8 * 2**20
+_CACHE_BYTES = 4 * 2**20
 """Bytes of a block's widest activations to compute at once on a CPU: a few of these fit into its last-level cache."""
-
-_LEAST_ROWS = 16  # so that the two neighbours of a strip, computed twice, cost little
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
@@ -49,15 +47,15 @@ def channels_last(x: Tensor) -> Tensor:
     return rearrange(x, "b c h w -> b h w c")
 
 
-def rows_in_cache(x: Tensor, channels: int) -> int:
-    """Return how many rows of x (B, H, W, C) to compute at once, so that `channels` of them fit into the cache.
+def images_in_cache(x: Tensor, channels: int) -> int:
+    """Return how many images of x (B, H, W, C) to compute at once, so that `channels` of them fit into the cache.
 
-    All rows of the batch on other devices than the CPU, and while torch.compile traces.
+    All of them on other devices than the CPU, and while torch.compile traces.
     """
     batch, height, width, _ = x.shape
     if torch.compiler.is_compiling() or not x.is_cpu:
-        return batch * height
-    return max(_LEAST_ROWS, _CACHE_BYTES // (x.element_size() * width * channels))
+        return batch
+    return max(1, _CACHE_BYTES // (x.element_size() * height * width * channels))
 
 
 class PixelLinear(nn.Conv2d):
@@ -140,19 +138,9 @@ class GatedFeedForward(nn.Module):
         project_in, kernels = (pad_channels(pair, dim=1).flatten(0, 1) for pair in halves)
         project_out = pad_channels(self.project_out.weight, dim=1).flatten(1)
 
-        def gated(rows: Tensor, padding: tuple[int, int]) -> Tensor:
-            hidden = channels_first(F.linear(rows, project_in.flatten(1)))
-            hidden = F.conv2d(hidden, kernels, padding=padding, groups=len(kernels))
-            return gated_projection(channels_last(hidden), project_out)
-
-        height = x.shape[1]
-        strip = rows_in_cache(x, len(kernels))
-        if strip >= height or torch.is_grad_enabled():
-            return gated(x, (1, 1))
-        # Strips of rows, each with its neighbours. A row of zeros stays one without bias, as the convolution's padding.
-        padded = F.pad(x, (0, 0, 0, 0, 1, 1))
-        strips = [gated(padded[:, top : top + strip + 2], (0, 1)) for top in range(0, height, strip)]
-        return torch.cat(strips, dim=1)
+        hidden = channels_first(F.linear(x, project_in.flatten(1)))
+        hidden = F.conv2d(hidden, kernels, padding=1, groups=len(kernels))
+        return gated_projection(channels_last(hidden), project_out)
 
 
 class TransformerBlock(nn.Module):
@@ -166,8 +154,8 @@ class TransformerBlock(nn.Module):
         self.ffn = GatedFeedForward(channels, ffn_expansion)
 
     def forward(self, x: Tensor) -> Tensor:
-        images = max(1, rows_in_cache(x, self.ffn.dwconv.out_channels) // x.shape[1])
-        parts = [self._of_images(part) for part in torch.split(x, images)]
+        at_once = images_in_cache(x, self.ffn.dwconv.out_channels)
+        parts = [self._of_images(part) for part in torch.split(x, at_once)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _of_images(self, x: Tensor) -> Tensor:

@@ -37,5 +37,5 @@ print(json.dumps([usual, faults, kept - resident()]))
 def test_kept_memory_needs_no_new_pages_and_can_be_returned() -> None:
     ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     usual, faults, returned = json.loads(ended.stdout)
-    assert faults < usual / 10
+    assert faults < usual / 4, "at most two of eight tensors are on new pages"
     assert returned > 60 * 2**20, "a tensor of 64 MiB"

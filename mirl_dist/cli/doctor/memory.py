@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -202,18 +201,14 @@ def saved_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
     return total
 
 
-def scoring_bytes(name: str, sizes: Mapping[str, Any], height: int, width: int, kind: str = "cuda") -> int:
-    """Count the peak bytes of restoring one image of height x width in float32, weights and image included.
-
-    kind: 'cuda' or 'cpu', where networks compute in strips.
-    """
-    on_cpu = kind == "cpu"
-    with FakeTensorMode() if on_cpu else nullcontext(), torch.device("cpu" if on_cpu else "meta"), torch.no_grad():
+def scoring_bytes(name: str, sizes: Mapping[str, Any], height: int, width: int) -> int:
+    """Count the peak bytes of restoring one image of height x width in float32, weights and image included."""
+    with torch.device("meta"):
         model = models.create(name, **sizes)
         image = torch.rand(1, 3, height, width)
-        live = _LiveBytes({_storage_id(p) for p in model.parameters()})
-        with live:
-            model(image)
+    live = _LiveBytes({_storage_id(p) for p in model.parameters()})
+    with torch.no_grad(), live:
+        model(image)
     weights_and_image: int = sum(t.untyped_storage().nbytes() for t in (*model.parameters(), image))
     return live.peak + weights_and_image
 
