@@ -22,7 +22,7 @@ BUCKET, RUN, SHARDS, ROUNDS = "chaos", "run", "shards", (0, 1, 2)
 CHAOS, REFERENCE = "chaos", "reference"
 """Experiments in MLflow."""
 _COMMIT = re.compile(rf"{RUN}/rounds/(\d+)/(?:steps/(\d+)-\d+|ticket-\d+)/COMPLETE\.json")
-_TIMES = ("samples_per_second",)
+_TIMES = ("samples_per_second", "time/")
 _CLOSE = 1e-6
 _PER_LAUNCH = ("logs/", "lease/", "accepted/")
 
@@ -222,7 +222,7 @@ class Compared:
             self.twice += len(mine) - len(steps)
             self.missing += len(theirs.keys() - steps)
             self.foreign += len(steps - theirs.keys())
-            if name not in _TIMES:
+            if not name.startswith(_TIMES):
                 self._values(name, mine, theirs)
 
     def _values(self, name: str, mine: list[tuple[int, float]], theirs: dict[int, float]) -> None:

@@ -16,6 +16,7 @@ from typer import Argument, Option
 
 from mirl_dist import __version__
 from mirl_dist.cli import Json, Overwrite, Sets, TicketArgument, shards, tickets, train
+from mirl_dist.cli.profile.profile import profile
 from mirl_dist.distributed.launch.control import ControlChannel
 from mirl_dist.distributed.signals import RESUMABLE, StopSignal
 from mirl_dist.errors import MirlError, Stopped, UserError
@@ -55,7 +56,7 @@ def main() -> None:
         _leave(RESUMABLE if fault.resumable else 2, final=True)
     except Stopped as stopped:
         if _is_main():
-            warn(f"mirl-dist: {stopped}. Go on with --resume auto.")
+            warn(f"mirl-dist: {stopped}.{' Go on with --resume auto.' if 'train' in sys.argv[1:2] else ''}")
         _leave(RESUMABLE, final=True)
     except RuntimeError as error:
         _leave_for(error)
@@ -88,7 +89,7 @@ def _leave_for(error: RuntimeError) -> None:
 
 def _is_main() -> bool:
     """Whether this process reports for all ranks: rank 0, or any process of a command that no launcher starts."""
-    launched = sys.argv[1:2] in (["train"], ["evaluate"]) or sys.argv[1:3] == ["shards", "build"]
+    launched = sys.argv[1:2] in (["train"], ["evaluate"], ["profile"]) or sys.argv[1:3] == ["shards", "build"]
     return not launched or os.environ.get("RANK", "0") == "0"
 
 
@@ -126,6 +127,7 @@ def _options(
 
 
 app.command("train")(train.train)
+app.command("profile")(profile)
 
 
 @app.command()

@@ -33,16 +33,7 @@ def train(
 
     Under `accelerate launch` this is one rank; with --launch it starts the ranks itself.
     """
-    if launch is not None and (ignored := environment.clear_for_launch(os.environ)):
-        warn(f"mirl-dist: --launch ignores {', '.join(ignored)} in the environment: the launch file and config decide.")
-    if launch is None:
-        environment.check_rank(os.environ)
-    # Listen to signals and the launcher first, because the imports below take seconds.
-    control, stop = ControlChannel.of_worker(), StopSignal()
-    stop.sources += [control.stop_requested, lambda: control.leave_if_orphaned(stop)]
-    stop.on_user_signal, stop.is_cleanup = control.request_stop, control.another_failed
-    stop.listen()
-
+    control, stop = listen(launch)
     from mirl_dist.config import config as configs
 
     if resume not in ("auto", "never", "must"):
@@ -51,12 +42,37 @@ def train(
         tree = configs.read(config, sets or [])
     except UserError as fault:
         raise UserError(str(fault), everywhere=True) from None
-    if launch is None or not _start_ranks(tree, launch, config, sets or [], resume, stop):
+    command = ["train", str(config), "--resume", "auto" if resume == "never" else resume, *set_options(sets)]
+    if launch is None or not start_ranks(tree, launch, command, resume, stop):
         _train_rank(tree, resume, stop, control)
 
 
-def _start_ranks(config: Config, launch: str, path: Path, sets: Sequence[str], resume: str, stop: StopSignal) -> bool:
-    """Start the ranks for --launch and wait until they end; return False if this process alone should train."""
+def listen(launch: str | None) -> tuple[ControlChannel, StopSignal]:
+    """Check the environment of a command that has --launch, and listen to signals and the launcher.
+
+    Call this first, because the imports of such a command take seconds.
+    """
+    if launch is not None and (ignored := environment.clear_for_launch(os.environ)):
+        warn(f"mirl-dist: --launch ignores {', '.join(ignored)} in the environment: the launch file and config decide.")
+    if launch is None:
+        environment.check_rank(os.environ)
+    control, stop = ControlChannel.of_worker(), StopSignal()
+    stop.sources += [control.stop_requested, lambda: control.leave_if_orphaned(stop)]
+    stop.on_user_signal, stop.is_cleanup = control.request_stop, control.another_failed
+    stop.listen()
+    return control, stop
+
+
+def set_options(sets: Sequence[str] | None) -> list[str]:
+    """Return the --set options of a command line."""
+    return [word for assignment in sets or [] for word in ("--set", assignment)]
+
+
+def start_ranks(config: Config, launch: str, command: Sequence[str], resume: str, stop: StopSignal) -> bool:
+    """Start the ranks for --launch and wait until they end; return False if this process alone should work.
+
+    command: of one rank. Restarted ranks find their own run, so its --resume is not 'never'; `resume` is the user's.
+    """
     from mirl_dist.cli.doctor import machine
     from mirl_dist.distributed import hardware
     from mirl_dist.distributed.launch import launcher
@@ -76,7 +92,7 @@ def _start_ranks(config: Config, launch: str, path: Path, sets: Sequence[str], r
             raise UserError(f"{file.path}: {key}{finding.text}")
     preflight.preflight(config, file.ranks, resume, open_ticket)
     stop.close()
-    launcher.launch(config, file, options, ["train", str(path)], sets, resume)
+    launcher.launch(config, file, options, command)
     return True
 
 

@@ -136,7 +136,11 @@ class ScheduleSection(Node):
 class TrainSection(Node):
     epochs: PositiveInt = 120
     """Epochs of every round."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Precision of forward and backward passes; weights, moments and losses are float32 in all of them. tf32: GPUs from
+    Ampere on multiply with 10 bits of mantissa; bf16: autocast to bfloat16, with 7 bits."""
+    compile: bool = False
+    """Compile each transformer block with torch.compile for training; results differ by rounding. DDP only."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Local] = "auto"
     """auto: a GPU per rank if this node has any, else processors; cuda: a GPU per rank, or the run is refused."""
 

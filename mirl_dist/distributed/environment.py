@@ -23,7 +23,7 @@ _DECIDED_BY_CONFIG = (
     ("ACCELERATE_GRADIENT_CLIPPING", ("none",), "optimiser.clip_norm"),
     ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("1", "none"), "batch.forward"),
     ("ACCELERATE_MIXED_PRECISION", ("no", "none"), "train.precision"),
-    ("ACCELERATE_DYNAMO_BACKEND", ("no", "none"), "networks are trained without torch.compile"),
+    ("ACCELERATE_DYNAMO_BACKEND", ("no", "none"), "train.compile"),
     ("NVIDIA_TF32_OVERRIDE", ("0",), "train.precision"),
 )
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")

@@ -7,6 +7,9 @@ import os
 import sys
 from typing import NamedTuple
 
+_LEAST_TF32 = (8, 0)
+"""Compute capability from which on GPUs have TF32."""
+
 
 class DeviceChoice(NamedTuple):
     """Where this process computes.
@@ -62,6 +65,27 @@ def why_no_cuda() -> str:
         reason = "no GPU is visible"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     return reason if hidden is None else f"{reason} (CUDA_VISIBLE_DEVICES={hidden!r})"
+
+
+def with_precision(choice: DeviceChoice, precision: str) -> DeviceChoice:
+    """Return the choice, with a fault if that device cannot compute in the precision. precision: as in the config."""
+    if precision != "tf32" or choice.fault:
+        return choice
+    if choice.cpu:
+        reason = f" ({choice.why_cpu})" if choice.why_cpu else ""
+        return choice._replace(
+            fault=f"found train.precision tf32, but processors compute here{reason}, which do not have it. Use fp32."
+        )
+    import torch
+
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if (version := torch.cuda.get_device_capability(number)) < _LEAST_TF32:
+        fault = (
+            f"found train.precision tf32, but GPU {number} ({torch.cuda.get_device_name(number)}, compute capability "
+            f"{version[0]}.{version[1]}) does not have it; GPUs from 8.0 (Ampere) on do. Use fp32."
+        )
+        return choice._replace(fault=fault)
+    return choice
 
 
 def use_exact_arithmetic(precision: str = "fp32") -> None:

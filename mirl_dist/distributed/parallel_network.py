@@ -79,10 +79,12 @@ class ParallelNetwork:
     def warm_up(self, wrapped: nn.Module, example: Tensor) -> None:
         """Run one discarded forward and backward pass, so that all training steps sum gradients in the same order.
 
+        It also compiles what is to be compiled.
+
         DDP rebuilds its buckets after its first backward pass. With three or more ranks, the first step after a restart
         would otherwise sum gradients in a different order than the same step of an uninterrupted run.
         """
-        self.backward(wrapped(example.to(self._membership.device)).sum() * 0)
+        self.backward(self.forward(wrapped, example.to(self._membership.device)).sum() * 0)
         wrapped.zero_grad()
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:

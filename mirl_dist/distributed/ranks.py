@@ -44,7 +44,7 @@ class Ranks:
     def __init__(
         self, *, device: str = "auto", precision: str = "fp32", seed: int = 0, timeout_seconds: float = 1800
     ) -> None:
-        """device: 'auto' (one GPU per rank if CUDA is available), 'cpu' or 'cuda'. precision: 'fp32' or 'bf16'.
+        """device: 'auto' (one GPU per rank if CUDA is available), 'cpu' or 'cuda'. precision: 'fp32', 'tf32' or 'bf16'.
 
         timeout_seconds: how long ranks wait in a collective. After that, missing ranks are named on standard error and
         the waiting ranks exit with code 1. Raise UserError for an environment in which a launch cannot work, and on
@@ -52,9 +52,11 @@ class Ranks:
         the number launched.
         """
         environment.check_rank(os.environ)
-        spec, choice = engine_from_env(os.environ), hardware.choose_device(device)
+        spec, choice = engine_from_env(os.environ), hardware.with_precision(hardware.choose_device(device), precision)
         environment.check_interfaces(os.environ, nccl=not choice.cpu)
         hardware.use_exact_arithmetic(precision)
+        if choice.cpu:
+            hardware.keep_freed_memory()
         timeout = timedelta(seconds=timeout_seconds + 60)  # longer than the watchdog's, which can name the cause
         facts = RankFacts.of_this_process(choice, spec.name)
         self._membership = join_process_group(facts, timeout=timeout)

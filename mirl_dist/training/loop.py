@@ -24,6 +24,7 @@ from mirl_dist.training.progress import Progress
 from mirl_dist.training.schedule import learning_rate
 from mirl_dist.training.state import TrainState
 from mirl_dist.training.step_status import StepStatus, UpdateGate, sum_status
+from mirl_dist.training.step_times import Phase, PhaseClock, report_epoch
 
 _PASSES_ADDED_AT_ONCE = 100
 
@@ -33,14 +34,18 @@ class LoopHooks(Protocol):
 
     before_step: called with the position of the step to queue next; may raise Stopped on all ranks. flags: whether this
     rank was asked to stop, whether it is writing a commit, and whether that failed; raise_commit_failure: raises the
-    failure on every rank; commit: saves the state, in the background unless `wait`; log: logs the values of a step.
+    failure on every rank; commit: saves the state, in the background unless `wait`; log: logs the values of a step;
+    log_times: logs percentages of an epoch's time; clock: measures the phases of steps.
     """
 
+    @property
+    def clock(self) -> PhaseClock: ...
     def before_step(self, progress: Progress) -> None: ...
     def flags(self) -> tuple[bool, bool, bool]: ...
     def raise_commit_failure(self) -> None: ...
     def commit(self, *, wait: bool) -> None: ...
     def log(self, step: int, values: dict[str, float]) -> None: ...
+    def log_times(self, step: int, percent: dict[str, float]) -> None: ...
 
 
 def train_round(
@@ -60,11 +65,12 @@ def train_round(
     """
     config, progress, commit_due = plan.config, state.progress, False
     epochs, commit_every = config.round_epochs(progress.round), config.checkpoint.every_steps
-    meter, spikes = Meter(plan, progress, ranks), guards.SpikeDetector(config.guard.spike_factor)
+    meter, spikes = Meter(plan, progress, ranks, hooks.clock), guards.SpikeDetector(config.guard.spike_factor)
     steps = StepQueue(state, model, batches, hooks, meter)
     while progress.epoch < epochs:
         step = steps.next_step(alone=commit_due or is_milestone(plan, progress))
-        status = StepStatus.of(step.outcome.read(), ranks.world)  # the one wait for the device in a step
+        with meter.clock.phase(Phase.WAIT):  # the one wait for the device in a step
+            status = StepStatus.of(step.outcome.read(), ranks.world)
         if status.no_batch:
             commit_and_stop(hooks, meter)
         skipped = guards.check_step(status, step.losses, progress, config.guard.skip_bad_batches, ranks)
@@ -72,9 +78,13 @@ def train_round(
             meter.add(step.losses)
             spikes.check(status.loss / config.batch.global_, step.losses, progress, ranks)
         advance_progress(progress, plan, replaced=status.replaced, skipped=skipped)
+        meter.clock.samples += config.batch.global_
         ended = progress.epoch == epochs
         if progress.updates % config.tracking.every_steps == 0 or ended:
-            report_step(meter, {"lr": step.lr, "gradient_norm": status.norm}, hooks, advance)
+            with meter.clock.phase(Phase.TRACKING):
+                report_step(meter, {"lr": step.lr, "gradient_norm": status.norm}, hooks, advance)
+        if progress.step == 0:  # before a commit, which then has the record of it
+            hooks.log_times(progress.updates, report_epoch(meter.clock, progress))
         if status.commit_failed:
             hooks.raise_commit_failure()
         commit_due = commit_due or (commit_every is not None and progress.updates % commit_every == 0)
@@ -132,12 +142,16 @@ class StepQueue:
         step_losses = StepLosses(no_batch=self._no_batch)
         forward_backward(self._model, self._batches, step_losses, self._meter)
         self._no_batch = step_losses.no_batch  # none will follow in the next step either
-        engine.mask_gradients()
-        norm = engine.clip(plan.config.optimiser.clip_norm)
+        clock = self._meter.clock
+        with clock.phase(Phase.MASKS):
+            engine.mask_gradients()
+            norm = engine.clip(plan.config.optimiser.clip_norm)
         stop, commit_busy, commit_failed = self._hooks.flags()
         flags = step_losses.no_batch, stop, commit_failed, commit_busy
-        total = sum_status(flags, step_losses.replaced(), step_losses.sum(ranks.device), norm, ranks)
-        engine.step(lr, self._gate.refuses(total))
+        with clock.phase(Phase.LOSS_SUM):
+            total = sum_status(flags, step_losses.replaced(), step_losses.sum(ranks.device), norm, ranks)
+        with clock.phase(Phase.OPTIMISER):
+            engine.step(lr, self._gate.refuses(total))
         return QueuedStep(lr, step_losses, HostCopy(total))
 
 
@@ -150,13 +164,16 @@ def call_before_step(hooks: LoopHooks, progress: Progress, meter: Meter) -> None
         commit(hooks, meter, wait=True)
         raise
     finally:
-        meter.since += time.monotonic() - began
+        seconds = time.monotonic() - began
+        meter.since += seconds
+        meter.clock.exclude(seconds)
 
 
 def commit(hooks: LoopHooks, meter: Meter, *, wait: bool) -> None:
     """Commit the state, with the losses not yet reported."""
-    meter.progress.unreported = meter.unreported()
-    hooks.commit(wait=wait)
+    with meter.clock.phase(Phase.COMMIT):
+        meter.progress.unreported = meter.unreported()
+        hooks.commit(wait=wait)
 
 
 def commit_and_stop(hooks: LoopHooks, meter: Meter) -> NoReturn:
@@ -168,15 +185,18 @@ def commit_and_stop(hooks: LoopHooks, meter: Meter) -> NoReturn:
 
 def forward_backward(model: nn.Module, batches: Iterator[Batch], step_losses: StepLosses, meter: Meter) -> None:
     """Run all forward and backward passes of a step, which average the gradients over ranks."""
-    ranks, passes = meter.ranks, meter.plan.batch_split.passes
+    ranks, passes, clock = meter.ranks, meter.plan.batch_split.passes, meter.clock
     for number in range(passes):
         meter.stragglers.begin()
-        batch = None if step_losses.no_batch else next_batch(batches, ranks.device)
+        with clock.phase(Phase.DATA):
+            batch = None if step_losses.no_batch else next_batch(batches, ranks.device)
         meter.stragglers.batch_ready()
         with ranks.network.accumulate(model, more=number + 1 < passes):
-            loss = forward(model, batch, meter.plan.config.data.patch_pixels, step_losses, ranks)
+            with clock.phase(Phase.FORWARD):
+                loss = forward(model, batch, meter.plan.config.data.patch_pixels, step_losses, ranks)
             meter.stragglers.reached_collective()
-            ranks.network.backward(loss / passes)
+            with clock.phase(Phase.BACKWARD):
+                ranks.network.backward(loss / passes)
 
 
 def next_batch(batches: Iterator[Batch], device: torch.device) -> Batch | None:
@@ -210,8 +230,9 @@ def advance_progress(progress: Progress, plan: RunPlan, *, replaced: int, skippe
 class Meter:
     """Losses, samples and time since the last report, including unreported losses restored from the last commit."""
 
-    def __init__(self, plan: RunPlan, progress: Progress, ranks: Ranks) -> None:
-        self.plan, self.progress, self.ranks = plan, progress, ranks
+    def __init__(self, plan: RunPlan, progress: Progress, ranks: Ranks, clock: PhaseClock) -> None:
+        self.plan, self.progress, self.ranks, self.clock = plan, progress, ranks, clock
+        clock.begin_round()
         self.stragglers = StragglerDetector(ranks.hosts, on_gpu=ranks.device.type == "cuda")
         tasks = len(plan.sampler.tasks)
         self._passes: list[tuple[Tensor, Tensor]] = []

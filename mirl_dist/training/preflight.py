@@ -16,6 +16,7 @@ from mirl_dist.errors import UserError
 from mirl_dist.evaluation.evaluate import plan_jobs
 from mirl_dist.evaluation.protocols import PROTOCOLS
 from mirl_dist.evaluation.scorer import EvalJob
+from mirl_dist.models.compiled import check_compiler
 from mirl_dist.observability.mlflow.tracker import check_reachable
 from mirl_dist.pruning.criteria import CRITERIA
 from mirl_dist.pruning.prune import in_scope
@@ -58,6 +59,8 @@ def preflight(config: Config, world: int, resume: str, open_ticket: OpenTicket) 
     with torch.device("meta"):
         names = [n for n, _ in models.create(config.model.name, **config.model.sizes()).named_parameters()]
     in_scope(names, config.prune.scope)
+    if config.train.compile:
+        check_compiler()
     return RunPlan(config, shards, sampler, batch_split, jobs, store)
 
 
@@ -168,4 +171,5 @@ def describe(config: Config, plan: RunPlan, world: int) -> str:
         f"{config.batch.global_}; {steps} steps per epoch, {config.train.epochs} epochs, "
         f"{samples:,} samples per round; {optimiser.name}, learning rate {optimiser.lr:g}, "
         f"warm-up {config.schedule.warmup_epochs:g} epochs, {config.train.precision}"
+        f"{', compiled' if config.train.compile else ''}"
     )

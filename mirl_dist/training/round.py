@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -24,8 +24,9 @@ from mirl_dist.training.dataloaders import RunInputs
 from mirl_dist.training.guards import check_pruned_weights
 from mirl_dist.training.preflight import RunPlan
 from mirl_dist.training.progress import Progress
-from mirl_dist.training.round_report import RoundReporter, method_of
+from mirl_dist.training.round_report import RoundReporter, arithmetic_of, method_of
 from mirl_dist.training.state import TrainState
+from mirl_dist.training.step_times import PhaseClock, print_round
 from mirl_dist.training.ticket import Curve, Ticket
 
 _IN_TICKET = {"round", "began", "updates", "samples", "skipped", "bad", "seconds", "threshold", "mask_digest", "parent"}
@@ -74,6 +75,7 @@ class RoundRunner:
     committer: Committer
     report: RoundReporter
     stop: StopSignal
+    clock: PhaseClock = field(default_factory=PhaseClock)
 
     def train_and_score(self, initial_digest: str) -> Ticket:
         """Train the round from its current position, score it, and commit its ticket."""
@@ -103,6 +105,8 @@ class RoundRunner:
         ):
             loop.train_round(self.state, self.network.wrapped, batches, self.plan, self.ranks, self, advance)
         self.report.crash_guard.end_step()
+        if self.ranks.is_main:
+            print_round(self.clock, progress)
 
     def evaluate_mid_round(self) -> None:
         """Score the first images of each 'task/set'. Raises Stopped on every rank if any was asked to stop."""
@@ -142,6 +146,7 @@ class RoundRunner:
             protocols={protocol.name: protocol.text for protocol in settings.protocols},
             also={protocol.name: result.scores[protocol.name] for protocol in others},
             measured=settings.as_recorded(),
+            arithmetic=arithmetic_of(config),
             curve=progress.curve if progress.curve.steps else None,
             method=method_of(config, progress.round),
             seed=config.run.seed,
@@ -194,3 +199,6 @@ class RoundRunner:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.report.log_step(step, values)
+
+    def log_times(self, step: int, percent: dict[str, float]) -> None:
+        self.report.tracker.log_step(step, percent)

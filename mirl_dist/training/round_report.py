@@ -94,6 +94,12 @@ def method_of(config: Config, round_: int) -> str:
     return DENSE if config.start.ticket is None else f"control {config.start.kind}"
 
 
+def arithmetic_of(config: Config) -> dict[str, str]:
+    """Return what a ticket records of the arithmetic of training: what differs from float32 and eager execution."""
+    unusual = {} if config.train.precision == "fp32" else {"precision": config.train.precision}
+    return unusual | ({"compile": "yes"} if config.train.compile else {})
+
+
 def comparison_keys(config: Config) -> dict[str, str]:
     """Return the config values by which runs and rounds are searched and compared in MLflow."""
     return {

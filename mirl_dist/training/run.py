@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from mirl_dist.config.canonical_json import to_json
 from mirl_dist.config.config import Config
 from mirl_dist.config.local_paths import journal_folder
 from mirl_dist.config.schema_training import OptimiserSection
+from mirl_dist.data.sampler import split_batch
 from mirl_dist.distributed.device_errors import out_of_memory_in_training
 from mirl_dist.distributed.engines.base import MakeOptimiser
 from mirl_dist.distributed.engines.sharding import local_part
+from mirl_dist.distributed.engines.spec import engine_from_env
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.distributed.signals import StopSignal
-from mirl_dist.errors import MirlError, Stopped
+from mirl_dist.errors import MirlError, Stopped, UserError
+from mirl_dist.models.compiled import compile_blocks, compiles_for_training
 from mirl_dist.observability.mlflow.tracker import FAREWELL_SECONDS, MlflowTracker, Tracker
 from mirl_dist.observability.progress import say
 from mirl_dist.pruning import masks as masking
@@ -103,6 +107,12 @@ def train_under_lease(
 
 def join_ranks(config: Config, stop: StopSignal) -> Ranks:
     """Join the ranks of this launch; a stop request to any rank reaches all of them."""
+    if config.train.compile and (engine := engine_from_env(os.environ).name) != "ddp":
+        raise UserError(
+            f"train.compile: found true with engine {engine}; blocks are compiled with DDP alone. Launch with a file "
+            "for DDP, or set train.compile=false.",
+            everywhere=True,
+        )
     ranks = Ranks(
         device=config.train.device,
         precision=config.train.precision,
@@ -166,15 +176,22 @@ def network_of(config: Config, start: InitialState, ranks: Ranks) -> tuple[Train
     model = create_network(config)
     model.load_state_dict(start.weights)
     model.to(ranks.device)
-    pixels = config.data.patch_pixels
-    engine, wrapped = ranks.network.engine(model, optimiser_of(config.optimiser), torch.zeros(1, 3, pixels, pixels))
+    pixels, samples = config.data.patch_pixels, 1
+    if config.train.compile:
+        compile_blocks(model)
+        # The shape of training, so that nothing is compiled for the example alone.
+        samples = split_batch(config.batch.global_, config.batch.forward, ranks.world).forward
+    example = torch.zeros(samples, 3, pixels, pixels)
+    with compiles_for_training() if config.train.compile else nullcontext():
+        engine, wrapped = ranks.network.engine(model, optimiser_of(config.optimiser), example)
     initial, masks = local_part(engine.layout, start.weights), local_part(engine.layout, start.masks or {})
     start.weights.clear()  # frees the full tensors: a rank with a shard keeps only its part
     dense = masking.dense_masks(initial, in_scope(initial, config.prune.scope))
     state = TrainState(engine, masks or dense, start.parent, ranks.gather_here)
     masking.apply_masks(state.weights, state.masks)
     engine.weights_changed()
-    unwrapped = None if ranks.network.is_sharded else model
+    # Images to score have many sizes, for each of which blocks would be compiled: they are restored by a copy.
+    unwrapped = None if ranks.network.is_sharded or config.train.compile else model
     return TrainNetwork(wrapped, unwrapped, partial(create_network, config), state, ranks.device), initial
 
 

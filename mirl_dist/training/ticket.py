@@ -44,10 +44,11 @@ class Ticket(BaseModel):
     problem; bad: global batches skipped because their loss or gradient was not finite. scores: 'task/set' -> Score by
     the headline protocol, described by `protocol`; also: protocol -> 'task/set' -> Score for the other protocols;
     protocols: name -> description of all. measured: how images were restored for scoring ('precision', 'compile',
-    'tile'). method: the papers' term (config.method). began: the optimiser step at which the round's training began
-    (above 0 with rewinding to a step). collapsed: prunable tensors without a surviving weight. parent: digest of the
-    parent ticket. engine: 'ddp', 'zero1', 'zero2', 'zero3' or 'fsdp'. seconds: spent training in all rounds so far.
-    world: number of ranks. Digests are hex SHA-256.
+    'tile'). arithmetic: how training differs from eager execution in float32 ('precision', 'compile'). method: the
+    papers' term (config.method). began: the optimiser step at which the round's training began (above 0 with rewinding
+    to a step). collapsed: prunable tensors without a surviving weight. parent: digest of the parent ticket. engine:
+    'ddp', 'zero1', 'zero2', 'zero3' or 'fsdp'. seconds: spent training in all rounds so far. world: number of ranks.
+    Digests are hex SHA-256.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -79,6 +80,7 @@ class Ticket(BaseModel):
     protocols: dict[str, str] = {}
     also: dict[str, dict[str, Score]] = {}
     measured: dict[str, str] = {}
+    arithmetic: dict[str, str] = {}
     curve: Curve | None = None
     seconds: float
     world: int
@@ -113,7 +115,8 @@ class Ticket(BaseModel):
 
     def dump(self) -> bytes:
         """Serialise to canonical JSON, with the digest."""
-        return to_json(self.model_dump(mode="json") | {"digest": self.digest()})
+        usual = {"arithmetic"} if not self.arithmetic else set[str]()  # the files of such runs stay as they were
+        return to_json(self.model_dump(mode="json", exclude=usual) | {"digest": self.digest()})
 
     def row(self) -> dict[str, Any]:
         """Return the fields that `tickets list --json` prints."""
@@ -138,7 +141,7 @@ class Ticket(BaseModel):
 
 
 # Fields that older tickets lack: at their default value they are excluded from the digest, so that old digests hold.
-_LATER = ("bad", "method", "seed", "began", "collapsed", "protocols", "also", "measured", "curve")
+_LATER = ("bad", "method", "seed", "began", "collapsed", "protocols", "also", "measured", "arithmetic", "curve")
 
 
 _ROW = (
@@ -187,7 +190,7 @@ def _texts(ticket: Ticket) -> list[str]:
     texts += [*ticket.layer_density, *ticket.collapsed, *ticket.scores]
     texts += [name for scores in ticket.also.values() for name in scores]
     texts += [] if ticket.curve is None else ticket.curve.psnr
-    trees: tuple[Mapping[str, str], ...] = (ticket.protocols, ticket.measured, ticket.versions)
+    trees: tuple[Mapping[str, str], ...] = (ticket.protocols, ticket.measured, ticket.arithmetic, ticket.versions)
     return texts + [*ticket.also] + [text for tree in trees for pair in tree.items() for text in pair]
 
 

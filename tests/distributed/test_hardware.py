@@ -84,3 +84,19 @@ def test_products_are_shortened_under_the_name_of_tf32_alone(precision: str, tf3
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (tf32, tf32)
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_tf32_is_refused_on_processors_and_on_gpus_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, missing = DeviceChoice(cpu=True), DeviceChoice(True, "no GPU is visible")
+    assert hardware.with_precision(asked, "bf16") == asked
+    text = "found train.precision tf32, but processors compute here{}, which do not have it. Use fp32."
+    assert hardware.with_precision(asked, "tf32").fault == text.format("")
+    assert hardware.with_precision(missing, "tf32").fault == text.format(" (no GPU is visible)")
+    gpu = DeviceChoice(cpu=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "Tesla T4")
+    for capability, refused in (((7, 5), True), ((8, 0), False), ((9, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number, capability=capability: capability)
+        fault = hardware.with_precision(gpu, "tf32").fault
+        assert bool(fault) == refused
+        assert not refused or "GPU 0 (Tesla T4, compute capability 7.5) does not have it" in fault
+    assert hardware.with_precision(gpu._replace(fault="none of its own"), "tf32").fault == "none of its own"

@@ -23,6 +23,7 @@ from mirl_dist.pruning import masks as masking
 from mirl_dist.training import loop, losses
 from mirl_dist.training.progress import Progress
 from mirl_dist.training.state import TrainState
+from mirl_dist.training.step_times import PhaseClock
 
 TASKS = (Task.of("derain"), Task.of("dehaze"))
 STEPS = 12
@@ -76,6 +77,8 @@ class Run:
     kept: dict[int, Progress] = field(default_factory=dict)
     weights: dict[int, Any] = field(default_factory=dict)
     told: dict[int, dict[str, float]] = field(default_factory=dict)
+    percent: dict[int, dict[str, float]] = field(default_factory=dict)
+    clock: PhaseClock = field(default_factory=PhaseClock)
     now: int = 0
     number: int = 0
 
@@ -97,6 +100,9 @@ class Run:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.told[step] = values
+
+    def log_times(self, step: int, percent: dict[str, float]) -> None:
+        self.percent[step] = percent
 
     def train(self, plan: Any, resumed: Run | None = None, ranks: Ranks | None = None) -> Run:
         """A round, from its beginning or from the newest commit of another run."""

@@ -161,3 +161,12 @@ def test_a_round_that_skipped_more_than_is_allowed_now_goes_on(monkeypatch: pyte
     with pytest.raises(Stopped):
         first.train(plan(skip_bad=2))
     assert Run().train(plan(skip_bad=0), first).state.progress.bad == 2
+
+
+def test_the_shares_of_each_epochs_time_are_told_and_make_it_whole() -> None:
+    run = Run().train(plan())
+    assert sorted(run.percent) == [4, 8, 12]
+    for percent in run.percent.values():
+        assert sum(percent.values()) == pytest.approx(100)
+        assert percent["time/forward_backward"] > 0 and percent["time/reduce_optimiser"] > 0
+    assert run.percent[8]["time/commit"] > 0 and run.percent[4]["time/tracking"] > 0

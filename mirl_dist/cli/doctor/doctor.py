@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from mirl_dist.cli.doctor import machine, services
+from mirl_dist.cli.doctor.arithmetic import check_arithmetic
 from mirl_dist.cli.doctor.machine import Finding
 from mirl_dist.cli.doctor.plan import LaunchPlan, make_plan, plan_as_dict, plan_lines
 from mirl_dist.config.config import Config
@@ -138,6 +139,7 @@ def examine(
         *machine.check_world(config, launch_file, os.environ),
         *machine.check_port(launch_file),
         *machine.check_devices(config, launch_file, needed),
+        *check_arithmetic(config, launch_file),
         machine.check_engine(launch_file),
         *machine.check_limits(config, launch_file),
         *machine.check_host_memory(plan.states.host, launch_file),

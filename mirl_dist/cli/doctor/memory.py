@@ -153,7 +153,7 @@ def passes_of(name: str, sizes: Mapping[str, Any], side: int, precision: str, ki
     """Count the bytes of passes over patches of side x side pixels.
 
     Extrapolates from passes with two and three samples; with one sample, tensors have a different memory layout.
-    precision: 'fp32' or 'bf16', with the autocast rules of `kind`, 'cuda' or 'cpu'.
+    precision: as in the config, 'bf16' with the autocast rules of `kind`, 'cuda' or 'cpu'.
     """
     with torch.device("meta"):
         model = models.create(name, **sizes)
@@ -167,7 +167,7 @@ def loss_of(model: nn.Module, images: Tensor, precision: str, kind: str) -> Call
     """Return the training loss of images (B, 3, H, W) on `meta`, as a function; bf16 with the autocast of `kind`."""
 
     def loss() -> Tensor:
-        with nullcontext() if precision == "fp32" else _Autocast(kind):
+        with _Autocast(kind) if precision == "bf16" else nullcontext():
             restored = model(images)
         return losses.per_sample_l1(restored, images).mean()
 

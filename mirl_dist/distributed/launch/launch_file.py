@@ -157,7 +157,10 @@ class _AccelerateConfig(Node):
                 '"no" in quotes'
             )
         if str(self.dynamo_backend).lower() not in ("no", "false"):
-            yield f'dynamo_backend: found {self.dynamo_backend}; networks are trained as they are: write "no"'
+            yield (
+                f"dynamo_backend: found {self.dynamo_backend}; the run's config decides (train.compile): write "
+                '"no" in quotes'
+            )
         if self.debug:
             yield "debug: found true, with which accelerate hides that ranks failed; remove it"
         if self.use_cpu:

@@ -50,20 +50,15 @@ def choose(config: Config, launch_option: str) -> tuple[LaunchFile, list[str]]:
     return file, file.options(config.ranks.timeout_seconds) if file.ranks > 1 or file.engine != "ddp" else []
 
 
-def launch(
-    config: Config, file: LaunchFile, options: list[str], command: list[str], sets: Sequence[str], resume: str
-) -> None:
-    """Start this node's ranks of a run; exit with their code if it is not 0. The caller has checked file and config.
+def launch(config: Config, file: LaunchFile, options: list[str], command: Sequence[str]) -> None:
+    """Start this node's ranks of a command; exit with their code if it is not 0.
 
-    All ranks are restarted together after one died, up to `ranks.restarts` times. resume: as for the command; 'never'
-    becomes 'auto', because restarted ranks find their own run, and the caller has checked it. Installs signal handlers:
-    the caller's must be closed.
+    All ranks are restarted together after one died, up to `ranks.restarts` times. The caller has checked file and
+    config, and closed its signal handlers: this installs others.
     """
     environment.check_interfaces(os.environ, nccl=hardware.gpus_for(config.train.device) > 0)
     arguments = [*options, "--max_restarts", str(config.ranks.restarts), "--monitor_interval", "0.1"]
-    arguments += ["-m", "mirl_dist", *command, "--resume", "auto" if resume == "never" else resume]
-    for assignment in sets:
-        arguments += ["--set", assignment]
+    arguments += ["-m", "mirl_dist", *command]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, hardware.processes() // file.ranks_per_node)))
     code = attend(arguments, config.ranks.restarts, config.preempt.deadline_seconds, file)
     if code:

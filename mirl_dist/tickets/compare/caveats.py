@@ -121,7 +121,13 @@ def _note_training(entries: Sequence[Entry]) -> list[str]:
         "tensors have no alive weight": lambda t: len(t.collapsed),
     }
     counts = {t: [f"{s.name}: {count(s.ticket):,}" for s in entries if count(s.ticket)] for t, count in counted.items()}
-    return [f"{text} ({_join_first(texts)})" for text, texts in counts.items() if texts]
+    sentences = [f"{text} ({_join_first(texts)})" for text, texts in counts.items() if texts]
+    runs_by_arithmetic: dict[str, list[str]] = {}
+    for s in entries:
+        words = ", ".join(f"{key} {value}" for key, value in s.ticket.arithmetic.items())
+        runs_by_arithmetic.setdefault(words, []).append(s.run)
+    unusual = {words: dict.fromkeys(runs) for words, runs in runs_by_arithmetic.items() if words}
+    return sentences + [f"trained with {words}: {_join_first(runs)}" for words, runs in unusual.items()]
 
 
 def _join_first(texts: Iterable[str]) -> str:

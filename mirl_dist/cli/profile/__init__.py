@@ -1,0 +1,1 @@
+"""The command `mirl-dist profile`: where the time of training steps goes."""
