@@ -18,7 +18,7 @@ import psutil
 from chaos_checks import FINISHED, Check, Commits, told
 from chaos_world import At, Launch, Service, alive, family, kill
 
-from mirl_dist.training import crash_loop
+from mirl_dist.training.checkpointing import crash_loop
 
 RANK, ALL, LAUNCHER = "one rank", "all ranks", "the launcher"
 S3, S3_WHOLE, MLFLOW = "the S3 server", "S3 with its storage", "the MLflow server"

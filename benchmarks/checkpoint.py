@@ -34,7 +34,7 @@ from mirl_dist.distributed.engines.ddp import DdpEngine
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import open_store
 from mirl_dist.storage.async_writer import AsyncWriter
-from mirl_dist.training.checkpoint import Checkpoints
+from mirl_dist.training.checkpointing.checkpoint import Checkpoints
 from mirl_dist.training.state import TrainState
 from tests.services.ceph_server import CephServer
 from tests.services.s3_server import S3Server

@@ -24,7 +24,7 @@ from mirl_dist.tickets.compare import caveats, judge, statistics
 from mirl_dist.tickets.open import RunTicket, open_run_ticket
 from mirl_dist.tickets.report import latex, page, text_tables
 from mirl_dist.tickets.runs import run_of
-from mirl_dist.training.checkpoint import Checkpoints
+from mirl_dist.training.checkpointing.checkpoint import Checkpoints
 
 CSV, LATEX, PAGE, PUBLISHED = "tickets.csv", "tickets.tex", "tickets.html", "published.csv"
 CONTROL_KINDS = ("reinit", "random_layer", "random_global")

@@ -17,7 +17,7 @@ from mirl_dist.observability import progress
 from mirl_dist.observability.mlflow import tracker
 from mirl_dist.storage import lease
 from mirl_dist.tickets.runs import open_run
-from mirl_dist.training.checkpoint import OUTBOX, Checkpoints
+from mirl_dist.training.checkpointing.checkpoint import OUTBOX, Checkpoints
 
 _WATCH_SECONDS = 15.0  # three heartbeat intervals of a lease
 

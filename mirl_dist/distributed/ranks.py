@@ -55,8 +55,6 @@ class Ranks:
         spec, choice = engine_from_env(os.environ), hardware.with_precision(hardware.choose_device(device), precision)
         environment.check_interfaces(os.environ, nccl=not choice.cpu)
         hardware.use_exact_arithmetic(precision)
-        if choice.cpu:
-            hardware.keep_freed_memory()
         timeout = timedelta(seconds=timeout_seconds + 60)  # longer than the watchdog's, which can name the cause
         facts = RankFacts.of_this_process(choice, spec.name)
         self._membership = join_process_group(facts, timeout=timeout)

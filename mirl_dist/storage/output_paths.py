@@ -16,7 +16,7 @@ from mirl_dist.config.local_paths import nearest_existing
 from mirl_dist.errors import UserError
 
 _RUN_FILE = "run.json"
-"""The file that makes a folder a run (training/checkpoint.py)."""
+"""The file that makes a folder a run (training/checkpointing/checkpoint.py)."""
 
 
 def check_file(

@@ -16,7 +16,7 @@ from mirl_dist.storage import Options
 from mirl_dist.tickets import file, verify
 from mirl_dist.tickets.file import TicketContent
 from mirl_dist.tickets.runs import is_file, open_rounds
-from mirl_dist.training.checkpoint import INITIAL, Checkpoints
+from mirl_dist.training.checkpointing.checkpoint import INITIAL, Checkpoints
 from mirl_dist.training.initial import StartingPoint
 from mirl_dist.training.state import unpack_masks
 from mirl_dist.training.ticket import Ticket

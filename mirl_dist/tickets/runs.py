@@ -8,7 +8,7 @@ from pathlib import Path
 from mirl_dist.config.config import Config, from_dump
 from mirl_dist.errors import UserError
 from mirl_dist.storage import Options, open_store
-from mirl_dist.training.checkpoint import Checkpoints
+from mirl_dist.training.checkpointing.checkpoint import Checkpoints
 from mirl_dist.training.ticket import Ticket
 
 _DEFAULT_OPTIONS = Options()

@@ -17,7 +17,7 @@ from mirl_dist.tickets.file import TicketContent
 from mirl_dist.tickets.open import FileTicket, RunTicket
 from mirl_dist.tickets.runs import open_run
 from mirl_dist.tickets.verify import MASK_FOLLOWS, Check, check_size
-from mirl_dist.training import checkpoint_file
+from mirl_dist.training.checkpointing import checkpoint_file
 from mirl_dist.training.selection import prune_config_of
 from mirl_dist.training.state import pack_tensors
 

@@ -21,7 +21,7 @@ from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.prune import in_scope
 from mirl_dist.storage import Options
 from mirl_dist.storage.configured import options_of
-from mirl_dist.training import checkpoint_file
+from mirl_dist.training.checkpointing import checkpoint_file
 from mirl_dist.training.state import check_same_network
 from mirl_dist.training.ticket import Ticket
 

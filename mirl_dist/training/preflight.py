@@ -22,7 +22,7 @@ from mirl_dist.pruning.criteria import CRITERIA
 from mirl_dist.pruning.prune import in_scope
 from mirl_dist.storage import Store
 from mirl_dist.storage.configured import open_configured
-from mirl_dist.training.checkpoint import Checkpoints
+from mirl_dist.training.checkpointing.checkpoint import Checkpoints
 from mirl_dist.training.initial import OpenTicket, check_start
 
 

@@ -19,7 +19,7 @@ from mirl_dist.evaluation.score import library_versions
 from mirl_dist.models import FORMULATION
 from mirl_dist.observability.progress import bar
 from mirl_dist.training import loop
-from mirl_dist.training.committer import Committer
+from mirl_dist.training.checkpointing.committer import Committer
 from mirl_dist.training.dataloaders import RunInputs
 from mirl_dist.training.guards import check_pruned_weights
 from mirl_dist.training.preflight import RunPlan

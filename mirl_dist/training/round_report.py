@@ -17,8 +17,8 @@ from mirl_dist.observability.mlflow.records import flatten
 from mirl_dist.observability.mlflow.tracker import Tracker
 from mirl_dist.observability.progress import say
 from mirl_dist.pruning import masks as masking
-from mirl_dist.training.checkpoint import MASK, PICTURES, SCORES, TICKET, Checkpoints
-from mirl_dist.training.crash_loop import CrashLoopGuard
+from mirl_dist.training.checkpointing.checkpoint import MASK, PICTURES, SCORES, TICKET, Checkpoints
+from mirl_dist.training.checkpointing.crash_loop import CrashLoopGuard
 from mirl_dist.training.preflight import RunPlan
 from mirl_dist.training.state import TrainState, pack_tensors
 from mirl_dist.training.ticket import DENSE, Ticket, metrics

@@ -31,13 +31,14 @@ from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import in_scope
 from mirl_dist.storage import Folder
 from mirl_dist.storage.async_writer import AsyncWriter
-from mirl_dist.training import dataloaders, lottery, resume
-from mirl_dist.training.checkpoint import OUTBOX, RUN, Checkpoints
-from mirl_dist.training.committer import Committer
+from mirl_dist.training import dataloaders, lottery
+from mirl_dist.training.checkpointing import resume
+from mirl_dist.training.checkpointing.checkpoint import OUTBOX, RUN, Checkpoints
+from mirl_dist.training.checkpointing.committer import Committer
+from mirl_dist.training.checkpointing.resume import LatestCommit
 from mirl_dist.training.dataloaders import RunInputs
 from mirl_dist.training.initial import InitialState, OpenTicket, create_network
 from mirl_dist.training.preflight import RunPlan, describe, open_run_store, preflight_on_ranks
-from mirl_dist.training.resume import LatestCommit
 from mirl_dist.training.round import RoundRunner, TrainNetwork
 from mirl_dist.training.round_report import RoundReporter, params_of, tags_of
 from mirl_dist.training.selection import Pruner

@@ -28,7 +28,7 @@ from mirl_dist.pruning import saliency, synflow
 from mirl_dist.pruning.criteria import CRITERIA, scores_of_weights
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.pruning.prune import PruneConfig, PruneResult, prune
-from mirl_dist.training.checkpoint import Checkpoints, rewind_name
+from mirl_dist.training.checkpointing.checkpoint import Checkpoints, rewind_name
 from mirl_dist.training.dataloaders import patch_reader_of
 from mirl_dist.training.losses import per_sample_l1
 from mirl_dist.training.preflight import RunPlan

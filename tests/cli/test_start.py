@@ -9,7 +9,7 @@ import pytest
 
 from mirl_dist.config.config import Config
 from mirl_dist.storage import Folder
-from mirl_dist.training.checkpoint import Checkpoints
+from mirl_dist.training.checkpointing.checkpoint import Checkpoints
 from tests.storage.snapshots import commit_round, commit_steps
 
 HEAVY = {"torch", "mlflow", "matplotlib", "boto3", "accelerate", "deepspeed", "scipy", "skimage", "webdataset"}

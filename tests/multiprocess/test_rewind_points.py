@@ -12,7 +12,7 @@ import torch
 from mirl_dist.config.config import from_dump
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import Folder
-from mirl_dist.training.checkpoint import Checkpoints, rewind_name
+from mirl_dist.training.checkpointing.checkpoint import Checkpoints, rewind_name
 from mirl_dist.training.lottery import names_to_rewind
 from mirl_dist.training.state import pack_tensors
 from tests.services.outcomes import expect

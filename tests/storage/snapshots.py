@@ -16,7 +16,7 @@ from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import NotFound, Store
 from mirl_dist.storage.commits import Commits, Reader
 from mirl_dist.storage.lease_files import claim_name, newest_generation
-from mirl_dist.training.checkpoint import Checkpoints
+from mirl_dist.training.checkpointing.checkpoint import Checkpoints
 from mirl_dist.training.progress import Progress
 from mirl_dist.training.state import Snapshot
 from mirl_dist.training.ticket import Ticket

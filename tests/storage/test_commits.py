@@ -18,7 +18,7 @@ from mirl_dist.storage import Folder, Store, Unavailable, open_store
 from mirl_dist.storage.commits import ACCEPTED, COMPLETE, Reader, add_digest, check_digest
 from mirl_dist.storage.lease import Lease
 from mirl_dist.storage.retry import Patience, with_retries
-from mirl_dist.training.checkpoint import (
+from mirl_dist.training.checkpointing.checkpoint import (
     MASK,
     MOMENTS,
     OUTBOX,
@@ -527,7 +527,7 @@ from pathlib import Path
 
 sys.path.insert(0, sys.argv[2])
 from tests.storage.snapshots import snapshot
-from mirl_dist.training.checkpoint import Checkpoints
+from mirl_dist.training.checkpointing.checkpoint import Checkpoints
 from mirl_dist.errors import UserError
 from mirl_dist.storage.lease import Lease
 from mirl_dist.storage import Folder

@@ -27,7 +27,7 @@ from mirl_dist.tickets import collect, transfer
 from mirl_dist.tickets import open as opening
 from mirl_dist.tickets.file import TicketContent, pack, read
 from mirl_dist.tickets.verify import MASK_FOLLOWS, check_size, verify
-from mirl_dist.training.checkpoint import INITIAL, Checkpoints
+from mirl_dist.training.checkpointing.checkpoint import INITIAL, Checkpoints
 from mirl_dist.training.progress import Progress
 from mirl_dist.training.state import Snapshot
 from mirl_dist.training.ticket import Ticket, parse

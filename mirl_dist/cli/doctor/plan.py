@@ -16,7 +16,7 @@ from mirl_dist.data.shards import Shards
 from mirl_dist.distributed import hardware
 from mirl_dist.distributed.launch.launch_file import LaunchFile
 from mirl_dist.errors import UserError
-from mirl_dist.training.checkpoint import Checkpoints
+from mirl_dist.training.checkpointing.checkpoint import Checkpoints
 
 OpenedShards = tuple[Shards, GlobalSampler]
 

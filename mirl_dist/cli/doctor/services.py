@@ -31,7 +31,7 @@ from mirl_dist.storage.s3 import S3Store
 from mirl_dist.storage.s3_errors import AccessDenied
 from mirl_dist.tickets.open import open_ticket
 from mirl_dist.training import preflight
-from mirl_dist.training.checkpoint import Checkpoints
+from mirl_dist.training.checkpointing.checkpoint import Checkpoints
 
 _SECONDS = 5.0
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}

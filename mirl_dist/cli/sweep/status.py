@@ -12,7 +12,7 @@ from mirl_dist.cli.sweep.spec import SweepPlan, SweepRun
 from mirl_dist.storage import lease, open_store
 from mirl_dist.storage.configured import options_of
 from mirl_dist.storage.lease_files import Holder
-from mirl_dist.training.checkpoint import Checkpoints
+from mirl_dist.training.checkpointing.checkpoint import Checkpoints
 from mirl_dist.training.ticket import metrics
 
 State: TypeAlias = Literal["waiting", "running", "stopped", "failed", "finished"]

@@ -74,8 +74,8 @@ def while_counting() -> None:
 
 def aim() -> None:
     from mirl_dist.data.building import build
-    from mirl_dist.training import resume
-    from mirl_dist.training.checkpoint import Checkpoints
+    from mirl_dist.training.checkpointing import resume
+    from mirl_dist.training.checkpointing.checkpoint import Checkpoints
 
     match PLAN["phase"]:
         case "uploading":

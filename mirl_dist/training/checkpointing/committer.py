@@ -11,7 +11,7 @@ from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.evaluation.evaluate import EvalResult
 from mirl_dist.observability.mlflow.tracker import Tracker
 from mirl_dist.storage.async_writer import AsyncWriter
-from mirl_dist.training.checkpoint import Checkpoints, rewind_name
+from mirl_dist.training.checkpointing.checkpoint import Checkpoints, rewind_name
 from mirl_dist.training.progress import Progress
 from mirl_dist.training.state import Snapshot, TrainState
 from mirl_dist.training.ticket import Ticket, validation_score

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mirl_dist.errors import Stopped, UserError
-from mirl_dist.training.crash_loop import CrashLoopGuard, read_record
+from mirl_dist.training.checkpointing.crash_loop import CrashLoopGuard, read_record
 
 RUN = "s3://bucket/run"
 
@@ -107,7 +107,7 @@ def test_a_run_that_is_not_this_one_has_its_own_footprint(place: Path) -> None:
 
 def test_a_kill_at_any_moment_leaves_a_whole_record_of_the_newest_step(place: Path) -> None:
     code = (
-        "from mirl_dist.training.crash_loop import CrashLoopGuard\n"
+        "from mirl_dist.training.checkpointing.crash_loop import CrashLoopGuard\n"
         f"f = CrashLoopGuard.open({RUN!r}, 1)\nf.begin_step(0, 1)\nprint(flush=True)\nstep = 1\n"
         "while True:\n    step += 1\n    f.begin_step(0, step)"
     )

@@ -14,7 +14,7 @@ from mirl_dist.errors import UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.storage import Folder, Rejected, Unavailable
 from mirl_dist.storage.commits import COMPLETE, Commits, Reader, check_digest, part_info
-from mirl_dist.training.checkpoint import (
+from mirl_dist.training.checkpointing.checkpoint import (
     BEST,
     INITIAL,
     MASK,

@@ -23,8 +23,18 @@ from mirl_dist.observability.progress import say
 from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.masks import Masks
 from mirl_dist.storage.lease import Lease
-from mirl_dist.training.checkpoint import INITIAL, MASK, MOMENTS, START, STATE, TICKET, WEIGHTS, Checkpoints, Commit
-from mirl_dist.training.crash_loop import CrashLoopGuard
+from mirl_dist.training.checkpointing.checkpoint import (
+    INITIAL,
+    MASK,
+    MOMENTS,
+    START,
+    STATE,
+    TICKET,
+    WEIGHTS,
+    Checkpoints,
+    Commit,
+)
+from mirl_dist.training.checkpointing.crash_loop import CrashLoopGuard
 from mirl_dist.training.initial import InitialState, OpenTicket, create_initial
 from mirl_dist.training.preflight import RunPlan
 from mirl_dist.training.progress import Progress

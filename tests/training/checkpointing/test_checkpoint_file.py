@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from mirl_dist.errors import UserError
-from mirl_dist.training import checkpoint_file
+from mirl_dist.training.checkpointing import checkpoint_file
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3)}
 

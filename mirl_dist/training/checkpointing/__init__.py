@@ -1,0 +1,1 @@
+"""Commits of a run: what they hold, when they are written, and how a run continues from them."""
