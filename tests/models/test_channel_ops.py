@@ -73,7 +73,7 @@ def test_values_are_mixed_and_projected_in_either_order(pixels: int, heads: int)
     assert_same(mix_values, plain, draw(2, heads, 12 // heads, 12 // heads), draw(2, pixels, 12), draw(7, 12))
 
 
-def test_a_gated_projection_is_the_projected_product_of_the_halves_and_keeps_only_its_input() -> None:
+def test_a_gated_projection_multiplies_the_halves_and_keeps_only_its_inputs() -> None:
     torch.manual_seed(3)
 
     def plain(hidden: Tensor, projection: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def test_under_autocast_outputs_and_gradients_are_those_of_float32_up_to_bfloat1
         assert (half_result - full).norm() < 0.05 * full.norm() + 1e-3
 
 
-def test_a_step_keeps_at_most_three_quarters_of_what_the_published_formulation_keeps() -> None:
+def test_a_step_keeps_at_most_three_quarters_of_what_the_published_one_keeps() -> None:
     with torch.device("meta"):
         images = torch.rand(8, 3, 64, 64)
         ours, published = (
