@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from benchmarks.published.promptir import PublishedPromptIR
 from mirl_dist import models
 from mirl_dist.cli.doctor import memory
-from mirl_dist.models import restormer
 from mirl_dist.models.channel_ops import cosine_scores, gated_projection, mix_values, pad_channels
 from mirl_dist.models.promptir import resize_bilinear
 from mirl_dist.models.restormer import TransformerBlock
@@ -116,22 +115,6 @@ def test_a_block_is_one_graph_for_torch_compile_and_gives_the_same_bits(side: in
         output = function(x)
         results.append((output, *torch.autograd.grad(output.square().sum(), [x, *block.parameters()])))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_images_computed_apart_give_those_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(7)
-    block, x = TransformerBlock(8, 2, 2.66).double(), draw(3, 7, 6, 8)
-
-    def run() -> tuple[Tensor, ...]:
-        leaf = x.clone().requires_grad_()
-        output = block(leaf)
-        return (output, *torch.autograd.grad(output.square().sum(), [leaf, *block.parameters()]))
-
-    whole = run()
-    for images in (1, 2):
-        monkeypatch.setattr(restormer, "images_in_cache", lambda x, channels, images=images: images)
-        for found, expected in zip(run(), whole, strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_under_autocast_outputs_and_gradients_are_those_of_float32_up_to_bfloat16() -> None:
