@@ -18,9 +18,6 @@ from torch.nn import functional as F
 
 from mirl_dist.models.channel_ops import cosine_scores, gated_projection, mix_values, pad_channels
 
-_CACHE_BYTES = 4 * 2**20
-"""Bytes of a block's widest activations to compute at once on a CPU: a few of these fit into its last-level cache."""
-
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     """Pad an image at the bottom and right until both sides are multiples of `multiple`.
@@ -45,17 +42,6 @@ def channels_first(x: Tensor) -> Tensor:
 def channels_last(x: Tensor) -> Tensor:
     """View (B, C, H, W) as (B, H, W, C)."""
     return rearrange(x, "b c h w -> b h w c")
-
-
-def images_in_cache(x: Tensor, channels: int) -> int:
-    """Return how many images of x (B, H, W, C) to compute at once, so that `channels` of them fit into the cache.
-
-    All of them on other devices than the CPU, and while torch.compile traces.
-    """
-    batch, height, width, _ = x.shape
-    if torch.compiler.is_compiling() or not x.is_cpu:
-        return batch
-    return max(1, _CACHE_BYTES // (x.element_size() * height * width * channels))
 
 
 class PixelLinear(nn.Conv2d):
@@ -154,11 +140,6 @@ class TransformerBlock(nn.Module):
         self.ffn = GatedFeedForward(channels, ffn_expansion)
 
     def forward(self, x: Tensor) -> Tensor:
-        at_once = images_in_cache(x, self.ffn.dwconv.out_channels)
-        parts = [self._of_images(part) for part in torch.split(x, at_once)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _of_images(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         out: Tensor = x + self.ffn(self.norm2(x))
         return out
