@@ -20,6 +20,7 @@ from mirl_dist.pruning import masks as masking
 from mirl_dist.pruning.prune import PruneConfig, in_scope, prune
 from mirl_dist.training import losses
 from mirl_dist.training.run import optimiser_of
+from mirl_dist.training.step_status import UpdateGate, sum_status
 
 
 def prepare(
@@ -50,14 +51,16 @@ def prepare(
     dense = masking.dense_masks(engine.weights, in_scope(engine.weights, config.prune.scope))
     masks = prune(engine.weights, dense, PruneConfig(0.2)).masks
     masking.apply_masks(engine.weights, masks)
+    engine.set_masks(masks)
+    gate = UpdateGate(0, ranks.device)
     degraded, clean = torch.rand(2, batch, 3, patch, patch)
 
     def train_step() -> None:
         sample_losses = losses.per_sample_l1(ranks.network.forward(wrapped, degraded), clean)
-        ranks.sum(sample_losses.detach().sum().double())
         ranks.network.backward(sample_losses.mean())
-        engine.mask_gradients(masks)
-        engine.clip(config.optimiser.clip_norm)
-        engine.step(config.optimiser.lr)
+        engine.mask_gradients()
+        norm = engine.clip(config.optimiser.clip_norm)
+        total = sum_status((False, False, False, False), 0, sample_losses.detach().sum(), norm, ranks)
+        engine.step(config.optimiser.lr, gate.refuses(total))
 
     return train_step

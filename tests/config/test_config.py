@@ -65,7 +65,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one() -> None:
         ({"prune": {"fraction": float("nan")}}, "prune.fraction: found nan; input should be a finite number"),
         ({"batch": {"global": 0}}, "batch.global: found 0; input should be greater than 0"),
         ({"batch": {"global_": 4}}, "batch.global_: found an unknown key (value 4); the nearest key is 'global'"),
-        ({"train": {"precision": "fp8"}}, "train.precision: found 'fp8'; input should be 'fp32' or 'bf16'"),
+        ({"train": {"precision": "fp8"}}, "train.precision: found 'fp8'; input should be 'fp32', 'tf32' or 'bf16'"),
         ({"run": {"folder": 5}}, "run.folder: found 5; input should be a valid string"),
         ({"run": {"folder": ""}}, "run.folder: found ''; string should have at least 1 character"),
         ({"model": {"blocks": [1, 1]}}, "model.blocks.2: missing; give it a value"),
@@ -334,7 +334,7 @@ data: {mix: {denoise_15: 3, denoise_25: 3, denoise_50: 3, derain: 120, dehaze: 2
 batch: {global: 16}
 optimiser: {name: adam, lr: 0.0001, betas: [0.9, 0.99], eps: 1.0e-7, weight_decay: 0, clip_norm: 1.0}
 schedule: {by: step, warmup_epochs: 14, horizon_epochs: 150}
-train: {epochs: 121, precision: bf16}
+train: {epochs: 121, precision: bf16, compile: true}
 start: {ticket: run/rounds/03, kind: reinit}
 prune: {style: one_shot, fraction: 0.3, criterion: random, per: layer, scope: all, output_layers: [output.*],
   output_factor: 1.0, finetune_epochs_fraction: 0.1, finetune_lr: 0.00001, criterion_batches: 2, synflow_steps: 5,

@@ -50,14 +50,12 @@ def test_a_launch_inside_another_launcher_is_refused() -> None:
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "batch.forward"),
         ("ACCELERATE_GRADIENT_CLIPPING", "1.0", "optimiser.clip_norm"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "train.precision"),
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "without torch.compile"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "train.compile"),
         ("NVIDIA_TF32_OVERRIDE", "1", "train.precision"),
     ],
 )
 def test_what_would_change_the_training_under_another_launcher_is_refused(name: str, value: str, key: str) -> None:
-    with pytest.raises(
-        UserError, match=rf"found {name}={value} in the environment; the config decides \({key}|.*{key}"
-    ):
+    with pytest.raises(UserError, match=rf"found {name}={value} in the environment; the config decides \({key}\)"):
         environment.check_rank({name: value})
     for neutral in ("no", "NO", "none", "1"):
         if (name, neutral) in (
