@@ -17,6 +17,7 @@ from mirl_dist.distributed.stragglers import StragglerDetector
 from mirl_dist.errors import Stopped
 from mirl_dist.observability.console import NOTE, note
 from mirl_dist.observability.progress import Advance, say
+from mirl_dist.observability.step_times import Phase, PhaseClock, report_epoch
 from mirl_dist.training import guards, losses
 from mirl_dist.training.guards import StepLosses
 from mirl_dist.training.preflight import RunPlan
@@ -24,7 +25,6 @@ from mirl_dist.training.progress import Progress
 from mirl_dist.training.schedule import learning_rate
 from mirl_dist.training.state import TrainState
 from mirl_dist.training.step_status import StepStatus, UpdateGate, sum_status
-from mirl_dist.training.step_times import Phase, PhaseClock, report_epoch
 
 _PASSES_ADDED_AT_ONCE = 100
 
@@ -84,7 +84,7 @@ def train_round(
             with meter.clock.phase(Phase.TRACKING):
                 report_step(meter, {"lr": step.lr, "gradient_norm": status.norm}, hooks, advance)
         if progress.step == 0:  # before a commit, which then has the record of it
-            hooks.log_times(progress.updates, report_epoch(meter.clock, progress))
+            hooks.log_times(progress.updates, report_epoch(meter.clock, progress.round, progress.epoch))
         if status.commit_failed:
             hooks.raise_commit_failure()
         commit_due = commit_due or (commit_every is not None and progress.updates % commit_every == 0)

@@ -18,6 +18,7 @@ from mirl_dist.evaluation.evaluate import EvalResult
 from mirl_dist.evaluation.score import library_versions
 from mirl_dist.models import FORMULATION
 from mirl_dist.observability.progress import bar
+from mirl_dist.observability.step_times import PhaseClock, print_round
 from mirl_dist.training import loop
 from mirl_dist.training.checkpointing.committer import Committer
 from mirl_dist.training.dataloaders import RunInputs
@@ -26,7 +27,6 @@ from mirl_dist.training.preflight import RunPlan
 from mirl_dist.training.progress import Progress
 from mirl_dist.training.round_report import RoundReporter, arithmetic_of, method_of
 from mirl_dist.training.state import TrainState
-from mirl_dist.training.step_times import PhaseClock, print_round
 from mirl_dist.training.ticket import Curve, Ticket
 
 _IN_TICKET = {"round", "began", "updates", "samples", "skipped", "bad", "seconds", "threshold", "mask_digest", "parent"}
@@ -106,7 +106,7 @@ class RoundRunner:
             loop.train_round(self.state, self.network.wrapped, batches, self.plan, self.ranks, self, advance)
         self.report.crash_guard.end_step()
         if self.ranks.is_main:
-            print_round(self.clock, progress)
+            print_round(self.clock, progress.round)
 
     def evaluate_mid_round(self) -> None:
         """Score the first images of each 'task/set'. Raises Stopped on every rank if any was asked to stop."""

@@ -19,11 +19,11 @@ from mirl_dist.data.sampler import BatchSplit
 from mirl_dist.distributed.engines.ddp import DdpEngine
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import Stopped, UserError
+from mirl_dist.observability.step_times import PhaseClock
 from mirl_dist.pruning import masks as masking
 from mirl_dist.training import loop, losses
 from mirl_dist.training.progress import Progress
 from mirl_dist.training.state import TrainState
-from mirl_dist.training.step_times import PhaseClock
 
 TASKS = (Task.of("derain"), Task.of("dehaze"))
 STEPS = 12

@@ -24,13 +24,13 @@ from mirl_dist.observability.console import rank_label
 from mirl_dist.observability.mlflow.journal import Journal
 from mirl_dist.observability.mlflow.outbox import Outbox
 from mirl_dist.observability.progress import bar
+from mirl_dist.observability.step_times import Phase, PhaseClock
 from mirl_dist.training import dataloaders, loop
 from mirl_dist.training.initial import InitialState, OpenTicket, create_initial
 from mirl_dist.training.preflight import RunPlan
 from mirl_dist.training.progress import Progress
 from mirl_dist.training.run import network_of
 from mirl_dist.training.state import TrainState
-from mirl_dist.training.step_times import Phase, PhaseClock
 
 WARM_UP_STEPS, KERNEL_STEPS = 3, 2
 LARGEST_KERNELS = 10

@@ -15,8 +15,8 @@ from mirl_dist import __version__
 from mirl_dist.cli.profile.measure import KERNEL_STEPS, WARM_UP_STEPS, KernelTime, RankTimes
 from mirl_dist.data.sampler import ranks_in_words
 from mirl_dist.observability.progress import say
+from mirl_dist.observability.step_times import Phase
 from mirl_dist.training.preflight import RunPlan
-from mirl_dist.training.step_times import Phase
 
 _MOST_COLUMNS = 4
 """With more ranks the table shows the fastest, the median and the slowest rank of each phase."""

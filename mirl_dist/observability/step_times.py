@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from mirl_dist.observability.console import note
 from mirl_dist.observability.progress import say
-from mirl_dist.training.progress import Progress
 
 
 class Phase(str, Enum):
@@ -124,18 +123,18 @@ class PhaseClock:
         return times
 
 
-def report_epoch(clock: PhaseClock, progress: Progress) -> dict[str, float]:
+def report_epoch(clock: PhaseClock, round_: int, epoch: int) -> dict[str, float]:
     """Note in this rank's log where its time went in the epoch that ends here; return percentages as MLflow metrics.
 
     A commit at the end of an epoch counts in the next one.
     """
     times = clock.take()
-    note(f"epoch {progress.epoch} of round {progress.round}: {times.line()}")
+    note(f"epoch {epoch} of round {round_}: {times.line()}")
     return {f"time/{group.replace(' + ', '_')}": percent for group, percent in times.percent().items()}
 
 
-def print_round(clock: PhaseClock, progress: Progress) -> None:
+def print_round(clock: PhaseClock, round_: int) -> None:
     """Print where this rank's time went in the round, or in the part of it that this process trained."""
     clock.take()
     if clock.round.samples:
-        say(f"round {progress.round}: {clock.round.line()}")
+        say(f"round {round_}: {clock.round.line()}")
