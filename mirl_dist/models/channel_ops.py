@@ -33,11 +33,19 @@ def _overridable(function: Function) -> Function:
     return cast(Function, wrap_torch_function(tensors)(function))
 
 
+def _on_cpu(tensor: Tensor) -> bool:
+    """Whether operations cost what they compute; on a GPU each also costs a launch."""
+    return tensor.is_cpu
+
+
 @_overridable
 def pad_channels(weight: Tensor, dim: int) -> Tensor:
-    """Append zeros in dimension `dim` of a weight until its size is a multiple of 8; results stay the same."""
+    """Append zeros in dimension `dim` of a weight until its size is a multiple of 8; results stay the same.
+
+    On the CPU only: a GPU gains less from it than the launches cost.
+    """
     after = weight.ndim - 1 - dim
-    missing = -weight.shape[dim] % _WIDTH
+    missing = -weight.shape[dim] % _WIDTH if _on_cpu(weight) else 0
     return F.pad(weight, (*(0, 0) * after, 0, missing)) if missing else weight
 
 
@@ -55,40 +63,58 @@ def cosine_scores(queries_keys: Tensor, heads: int) -> Tensor:
 class _CosineScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, queries_keys: Tensor, heads: int) -> Tensor:
-        queries, keys = queries_keys.chunk(2, dim=-1)
-        lengths_q, lengths_k = (_lengths(part, heads) for part in (queries, keys))
-        per_head = zip(queries.chunk(heads, -1), keys.chunk(heads, -1), strict=True)
-        products = torch.stack([q.mT @ k for q, k in per_head], dim=1)
-        scores = products / lengths_q.unsqueeze(-1) / lengths_k.unsqueeze(-2)
-        ctx.save_for_backward(queries_keys, scores, lengths_q, lengths_k)
+        wide = torch.promote_types(queries_keys.dtype, torch.float32)
+        lengths = torch.linalg.vector_norm(queries_keys, dim=1, dtype=wide).clamp_min(_EPS)  # (B, 2C)
+        of_queries, of_keys = rearrange(lengths, "b (two n d) -> two b n d", two=2, n=heads)
+        scores = _products(queries_keys, heads) / of_queries.unsqueeze(-1) / of_keys.unsqueeze(-2)
+        ctx.save_for_backward(queries_keys, scores, lengths)
         return scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor, None]:
-        queries_keys, scores, lengths_q, lengths_k = ctx.saved_tensors
-        queries, keys = queries_keys.chunk(2, dim=-1)
-        # A longer query changes no score: take away the part of its gradient along itself.
+        queries_keys, scores, lengths = ctx.saved_tensors
+        of_queries, of_keys = rearrange(lengths, "b (two n d) -> two b n d", two=2, n=scores.shape[1])
+        # A longer query changes no score: take away the part of its gradient along itself, unless it counts as _EPS.
         along = grad_scores * scores
-        along_q, along_k = _radial(along.sum(-1), lengths_q), _radial(along.sum(-2), lengths_k)
-        products = (grad_scores / lengths_q.unsqueeze(-1) / lengths_k.unsqueeze(-2)).to(queries.dtype)
-        parts = (part.chunk(products.shape[1], -1) for part in (queries, keys, along_q, along_k))
-        per_head = list(zip(products.unbind(1), *parts, strict=True))
-        grad_q = [torch.baddbmm((q * radial).to(q.dtype), k, product.mT) for product, q, k, radial, _ in per_head]
-        grad_k = [torch.baddbmm((k * radial).to(k.dtype), q, product) for product, q, k, _, radial in per_head]
-        return torch.cat((*grad_q, *grad_k), dim=-1), None
+        along = torch.cat((along.sum(-1).flatten(1), along.sum(-2).flatten(1)), dim=1)  # (B, 2C)
+        radial = torch.where(lengths > _EPS, -along / lengths.square(), 0.0).to(queries_keys.dtype)
+        grad_products = (grad_scores / of_queries.unsqueeze(-1) / of_keys.unsqueeze(-2)).to(queries_keys.dtype)
+        return _grad_of_products(queries_keys, grad_products, radial), None
 
 
-def _lengths(channels: Tensor, heads: int) -> Tensor:
-    """Return the lengths of channels over the pixels, at least _EPS: (B, P, C) to (B, N, D)."""
-    wide = torch.promote_types(channels.dtype, torch.float32)
-    lengths: Tensor = torch.linalg.vector_norm(channels, dim=1, dtype=wide)
-    return rearrange(lengths.clamp_min(_EPS), "b (n d) -> b n d", n=heads)
+def _products(queries_keys: Tensor, heads: int) -> Tensor:
+    """queries^T @ keys of each head: (B, P, 2C) to (B, N, D, D).
+
+    On the CPU head by head, without copies. A GPU, where each operation costs a launch, multiplies all channels with
+    all, and the heads are the blocks on the diagonal.
+    """
+    queries, keys = queries_keys.chunk(2, dim=-1)
+    if _on_cpu(queries_keys):
+        return torch.stack([q.mT @ k for q, k in zip(queries.chunk(heads, -1), keys.chunk(heads, -1), strict=True)], 1)
+    return _diagonal_blocks(rearrange(queries.mT @ keys, "b (m c) (n d) -> b m c n d", m=heads, n=heads))
 
 
-def _radial(along: Tensor, lengths: Tensor) -> Tensor:
-    """Return the factor (B, 1, C) by which a channel enters its own gradient; 0 where its length counts as _EPS."""
-    return torch.where(lengths > _EPS, -along / lengths.square(), 0.0).flatten(1).unsqueeze(1)
+def _grad_of_products(queries_keys: Tensor, grad_products: Tensor, radial: Tensor) -> Tensor:
+    """Return the gradient of `_products`, plus each channel times its `radial` (B, 2C): (B, P, 2C)."""
+    heads = grad_products.shape[1]
+    if not _on_cpu(queries_keys):  # one product: the matrix has `radial` on its diagonal, and both gradients beside it
+        matrix = torch.diag_embed(radial)
+        blocks = rearrange(matrix, "b (i m c) (j n d) -> b i m c j n d", i=2, j=2, m=heads, n=heads)
+        _diagonal_blocks(blocks[:, 0, :, :, 1]).copy_(grad_products)
+        _diagonal_blocks(blocks[:, 1, :, :, 0]).copy_(grad_products.mT)
+        return queries_keys @ matrix
+    channels = [part.chunk(heads, -1) for part in queries_keys.chunk(2, dim=-1)]
+    scaled = [part.chunk(heads, -1) for part in (queries_keys * radial.unsqueeze(1)).chunk(2, dim=-1)]
+    per_head = list(zip(grad_products.unbind(1), *channels, *scaled, strict=True))
+    grad_queries = [torch.baddbmm(scaled_q, k, product.mT) for product, _, k, scaled_q, _ in per_head]
+    grad_keys = [torch.baddbmm(scaled_k, q, product) for product, q, _, _, scaled_k in per_head]
+    return torch.cat((*grad_queries, *grad_keys), dim=-1)
+
+
+def _diagonal_blocks(blocks: Tensor) -> Tensor:
+    """View (B, N, D, N, D) as its blocks on the diagonal: (B, N, D, D)."""
+    return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
 @_overridable

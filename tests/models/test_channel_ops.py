@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from benchmarks.published.promptir import PublishedPromptIR
 from mirl_dist import models
 from mirl_dist.cli.doctor import memory
+from mirl_dist.models import channel_ops
 from mirl_dist.models.channel_ops import cosine_scores, gated_projection, mix_values, pad_channels
 from mirl_dist.models.promptir import resize_bilinear
 from mirl_dist.models.restormer import TransformerBlock
@@ -43,12 +44,20 @@ def plain_scores(queries_keys: Tensor, heads: int) -> Tensor:
     return queries.mT @ keys
 
 
+@pytest.fixture(params=["on a CPU", "as on a GPU"])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(channel_ops, "_on_cpu", lambda tensor: False)
+
+
+@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("heads", [1, 3])
 def test_cosine_scores_are_products_of_normalised_channels(heads: int) -> None:
     torch.manual_seed(0)
     assert_same(lambda x: cosine_scores(x, heads), lambda x: plain_scores(x, heads), draw(2, 20, 12))
 
 
+@pytest.mark.usefixtures("place")
 def test_channels_that_are_almost_zero_count_as_1e_12_long_as_in_the_formula() -> None:
     torch.manual_seed(1)
     queries_keys = draw(1, 5, 8)
@@ -117,6 +126,7 @@ def test_a_block_is_one_graph_for_torch_compile_and_gives_the_same_bits(side: in
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.usefixtures("place")
 def test_under_autocast_outputs_and_gradients_are_those_of_float32_up_to_bfloat16() -> None:
     torch.manual_seed(6)
     block, x = TransformerBlock(16, 2, 2.66), torch.randn(2, 8, 8, 16, requires_grad=True)

@@ -18,10 +18,10 @@ WAITS_IN_A_STEP = 1
 WAITS_IN_A_REPORT = 3  # the step behind which none is queued included
 WAITS_IN_A_CUT = 1_760  # of 107 tensors
 KERNELS = {  # operations of a step of 8 patches of 64 x 64; each launches one kernel or more
-    "fp32": {"forward": 1_219, "backward": 2_511, "update": 12},
-    "bf16": {"forward": 1_868, "backward": 3_395, "update": 12},
+    "fp32": {"forward": 1_178, "backward": 2_342, "update": 12},
+    "bf16": {"forward": 1_727, "backward": 2_985, "update": 12},
 }
-GIGABYTES = {"fp32": {"forward": 14.3, "backward": 32.0}, "bf16": {"forward": 10.1, "backward": 23.9}}
+GIGABYTES = {"fp32": {"forward": 13.8, "backward": 32.0}, "bf16": {"forward": 8.8, "backward": 18.2}}
 
 SETS = {
     "train.device": "auto",

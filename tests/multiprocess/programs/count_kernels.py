@@ -35,6 +35,7 @@ LAUNCH_NOTHING = (
     "_reshape_alias",
     "sym_",
     "is_",
+    "promote_types",
 )
 
 

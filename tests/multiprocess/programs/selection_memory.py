@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mirl_dist.config.config import Config
+from mirl_dist.distributed import hardware
 from mirl_dist.distributed.engines.sharding import local_part
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.pruning import masks as masking
@@ -47,6 +48,7 @@ def resident(kind: str) -> int:
 def measured(found: dict[str, int], name: str) -> Iterator[None]:
     """The peak inside, beyond what was there before."""
     gc.collect()
+    hardware.return_freed_memory()  # else new tensors would fill what earlier ones left
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     before = resident("VmRSS")
     yield
