@@ -92,7 +92,8 @@ def _products(queries_keys: Tensor, heads: int) -> Tensor:
     queries, keys = queries_keys.chunk(2, dim=-1)
     if _on_cpu(queries_keys):
         return torch.stack([q.mT @ k for q, k in zip(queries.chunk(heads, -1), keys.chunk(heads, -1), strict=True)], 1)
-    return _diagonal_blocks(rearrange(queries.mT @ keys, "b (m c) (n d) -> b m c n d", m=heads, n=heads))
+    products: Tensor = queries.mT @ keys
+    return _diagonal_blocks(rearrange(products, "b (m c) (n d) -> b m c n d", m=heads, n=heads))
 
 
 def _grad_of_products(queries_keys: Tensor, grad_products: Tensor, radial: Tensor) -> Tensor:
