@@ -1,4 +1,4 @@
-# make demo   the whole mission, small: shards, two ranks, four tickets, a picture
+# make demo   the whole mission, small: shards, two ranks, three tickets, a picture
 # make test   the checks, and all tests that take no minutes and no server from Debian
 # make test-all  that and the long tests: chaos, networks, SLURM, Ceph, engines at length (make test-long: these alone)
 # make check  ruff, format, types, who imports whom

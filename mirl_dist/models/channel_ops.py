@@ -66,7 +66,7 @@ class _CosineScores(torch.autograd.Function):
         wide = torch.promote_types(queries_keys.dtype, torch.float32)
         lengths = torch.linalg.vector_norm(queries_keys, dim=1, dtype=wide).clamp_min(_EPS)  # (B, 2C)
         of_queries, of_keys = rearrange(lengths, "b (two n d) -> two b n d", two=2, n=heads)
-        scores = _products(queries_keys, heads) / of_queries.unsqueeze(-1) / of_keys.unsqueeze(-2)
+        scores: Tensor = _products(queries_keys, heads) / of_queries.unsqueeze(-1) / of_keys.unsqueeze(-2)
         ctx.save_for_backward(queries_keys, scores, lengths)
         return scores
 
