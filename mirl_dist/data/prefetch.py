@@ -11,6 +11,7 @@ from mirl_dist.data.sampler import Slot
 from mirl_dist.errors import UserError
 
 _SLOTS = 16384  # maximum window size in slots; takes a few megabytes
+_PASSES_PER_FILL = 32  # so that the window grows while training runs, and the first batch of a round need not wait
 
 
 def shards_ahead(
@@ -92,9 +93,14 @@ class PrefetchWindow:
         self._upcoming.clear()
 
     def _fill(self, at_least: int) -> None:
-        """Acquire the shards of upcoming passes; those of the first `at_least` passes even if that exceeds `extra`."""
+        """Acquire the shards of upcoming passes; those of the first `at_least` passes even if that exceeds `extra`.
+
+        The window grows by _PASSES_PER_FILL passes at most.
+        """
         used = set().union(*self._handed_out)
-        while len(self._upcoming) < at_least or sum(map(len, self._upcoming)) < _SLOTS:
+        for _ in range(_PASSES_PER_FILL):
+            if len(self._upcoming) >= at_least and sum(map(len, self._upcoming)) >= _SLOTS:
+                return
             if self._next is None:
                 self._next = next(self._passes, None)
             if self._next is None:

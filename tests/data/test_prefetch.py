@@ -74,6 +74,18 @@ def test_shards_are_wanted_in_the_order_of_their_first_use() -> None:
     assert ledger.acquired == [3, 1, 2, 0, 4]
 
 
+def test_the_first_pass_of_a_long_round_waits_for_few_others_and_the_window_grows_later() -> None:
+    ledger, taken = Ledger(), itertools.count()
+    endless = ([Slot(0, next(taken), 0, 0, 0)] for _ in itertools.repeat(0))
+    window = PrefetchWindow(endless, ledger.acquire, ledger.release, behind=0, extra=1)
+    next(window)
+    first = next(taken)
+    assert first < 100
+    for _ in range(1000):
+        next(window)
+    assert next(taken) > 10 * first, "shards are asked for long before their use"
+
+
 def test_closing_in_the_middle_releases_what_was_looked_ahead_at() -> None:
     ledger = Ledger()
     window = ledger.window(*((n,) for n in range(50)), behind=2, extra=5)

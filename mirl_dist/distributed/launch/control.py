@@ -4,6 +4,7 @@
         launcher        the launcher is `mirl-dist train --launch`, which requests a stop by `stop`, never by a signal
         stop            a stop of the run was requested
         word-<code>     a worker exited for good with this code; restarted workers exit with it immediately
+        end-<pid>       that worker is about to get a SIGTERM, because another worker failed
 
 A launcher restarts all workers when one fails, whatever the cause. Therefore a worker whose failure a restart cannot
 fix reports its exit code. Each message is an empty file, so it cannot be written partially.
@@ -26,7 +27,7 @@ from mirl_dist.distributed.signals import RESUMABLE
 from mirl_dist.errors import UserError
 from mirl_dist.observability.console import warn
 
-_EXIT_PREFIX = "word-"
+_EXIT_PREFIX, _END_PREFIX = "word-", "end-"
 _STOP_MESSAGE_SECONDS = 2.0
 _WAIT_BEFORE_EXIT_SECONDS = 0.5
 
@@ -76,6 +77,10 @@ class ControlChannel:
         """Whether a stop of the run was requested on this machine."""
         return self._folder is not None and os.path.exists(self._folder / "stop")
 
+    def announce_end(self, pid: int) -> None:
+        """Tell a worker that the SIGTERM about to be sent to it only ends it because another one failed."""
+        self._write(f"{_END_PREFIX}{pid}")
+
     def report_exit(self, code: int) -> None:
         """Report that this worker is about to exit with `code`, for a reason that a restart cannot fix."""
         self._write(f"{_EXIT_PREFIX}{code}")
@@ -109,15 +114,15 @@ class ControlChannel:
     def another_failed(self) -> bool:
         """Whether a SIGTERM just received only ends this worker because another rank failed.
 
-        `train --launch` requests stops through this channel, so a SIGTERM without a request means a failure elsewhere.
-        Wait up to two seconds for the request, since SIGTERM may be sent to launcher and workers at the same time.
-        Under other launchers a SIGTERM always is a stop request.
+        `train --launch` requests stops through this channel, and announces that it ends a worker. Without either, wait
+        up to two seconds for a request, since SIGTERM may be sent to launcher and workers at the same time. Under other
+        launchers a SIGTERM always is a stop request.
         """
         if self._folder is None or not os.path.exists(self._folder / "launcher"):
             return False
         deadline = time.monotonic() + _STOP_MESSAGE_SECONDS
         while not self.stop_requested():
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or os.path.exists(self._folder / f"{_END_PREFIX}{os.getpid()}"):
                 return True
             time.sleep(0.02)
         return False

@@ -33,13 +33,19 @@ class NoRestart(Exception):
     """Raised by `on_failure` to prevent a restart of the ranks."""
 
 
-def launch(arguments: list[str], on_failure: Callable[[int, int], None], address: str | None = None) -> int:
+def launch(
+    arguments: list[str],
+    on_failure: Callable[[int, int], None],
+    on_end: Callable[[int], None],
+    address: str | None = None,
+) -> int:
     """Run `accelerate launch ARGUMENTS` in this process. Return the first failed worker's exit code, or 0.
 
     Call this in a thread: in the main thread, torch's launcher would install its own signal handlers. on_failure(local
     rank, exit code): called in that thread for the first failed rank of this node, once all its ranks have exited; if
-    it raises NoRestart, 1 is returned. address: this node's address for the others. Raise UserError for options that
-    accelerate rejects, NodesDisconnected if the launchers of several nodes lose each other.
+    it raises NoRestart, 1 is returned. on_end(process id): called there before a SIGTERM ends a rank because another
+    failed. address: this node's address for the others. Raise UserError for options that accelerate rejects,
+    NodesDisconnected if the launchers of several nodes lose each other.
     """
     import torch.distributed
 
@@ -55,7 +61,7 @@ def launch(arguments: list[str], on_failure: Callable[[int, int], None], address
     options = launch_command_parser().parse_args(arguments)
     if address is not None:
         options.local_addr = address  # not an option of accelerate, but passed on to torch
-    _report_failures(on_failure)
+    _report_failures(on_failure, on_end)
     try:
         launch_command(options)
     except NoRestart:
@@ -75,11 +81,11 @@ def launch(arguments: list[str], on_failure: Callable[[int, int], None], address
     return 0
 
 
-def _report_failures(on_failure: Callable[[int, int], None]) -> None:
-    """Silence torch's launcher and call on_failure(local rank, exit code) for failed workers.
+def _report_failures(on_failure: Callable[[int, int], None], on_end: Callable[[int], None]) -> None:
+    """Silence torch's launcher; call on_failure(local rank, exit code) for failed workers, on_end(pid) for ended ones.
 
     The launcher's long reports would bury the worker's one-line error. Its log is the only place that names the failed
-    worker before all workers are restarted, so a log handler reads it there.
+    worker before all workers are restarted, and that announces the SIGTERM to the others, so a log handler reads it.
     """
 
     class FailureHandler(logging.Handler):
@@ -87,11 +93,13 @@ def _report_failures(on_failure: Callable[[int, int], None]) -> None:
             if record.msg.startswith("failed (exitcode: %s) local_rank: %s") and isinstance(record.args, tuple):
                 code, local = record.args[:2]
                 on_failure(int(str(local)), int(str(code)))
+            elif record.msg.startswith("Sending process %s closing signal") and isinstance(record.args, tuple):
+                on_end(int(str(record.args[0])))
 
     importlib.import_module("torch.distributed.run")  # first: importing it sets its logger's level
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # hides a warning about c10d's node ranks
     logger = logging.getLogger("torch.distributed.elastic")
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.WARNING)
     logger.propagate = False
     logger.handlers = [FailureHandler()]
 

@@ -78,7 +78,7 @@ def attend(arguments: list[str], restarts: int, deadline_seconds: float, file: L
     reporter = _LaunchReporter(control, restarts, several)
     address = _find_own_address(several) if several is not None else None
     with record_signals(control.request_stop) as signals, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        work = pool.submit(elastic.launch, arguments, reporter.rank_exited, address)
+        work = pool.submit(elastic.launch, arguments, reporter.rank_exited, control.announce_end, address)
         stop_since: float | None = None
         while not concurrent.futures.wait([work], _POLL_SECONDS).done:
             if signals.count(signal.SIGINT) > 1:

@@ -92,6 +92,8 @@ class MlflowClientStore:
 
         Runs missing on the server, for example after it was reset, are created again.
         """
+        if self._connection is None:
+            import_quietly(self.uri)
         from mlflow.exceptions import MlflowException
 
         if record.kind in ("open", "params"):
@@ -240,28 +242,24 @@ def _send_points(client: Any, record: Record, run: RemoteRun) -> None:
 def transient_errors() -> tuple[type[BaseException], ...]:
     """Return the exceptions raised for a store that is unavailable, rejects requests, lacks its driver or sends
     malformed responses; also UserError."""
-    from mlflow.exceptions import MlflowException
-
     # requests' errors are OSErrors. On malformed responses MLflow's client raises whatever its parsing raised.
     nonsense = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
-    kinds: list[type[BaseException]] = [MlflowException, UserError, OSError, ImportError, *nonsense]
+    kinds: list[type[BaseException]] = [UserError, OSError, ImportError, *nonsense]
     for module, name in (
+        ("mlflow.exceptions", "MlflowException"),
         ("sqlalchemy.exc", "SQLAlchemyError"),
         ("alembic.util.exc", "CommandError"),
         ("botocore.exceptions", "BotoCoreError"),
         ("botocore.exceptions", "ClientError"),
         ("boto3.exceptions", "Boto3Error"),
     ):
-        if module in sys.modules:  # a module that MLflow has not loaded cannot have raised anything
+        if module in sys.modules:  # a module that is not loaded cannot have raised anything
             kinds.append(getattr(sys.modules[module], name))
     return tuple(kinds)
 
 
-def import_quietly(uri: str) -> None:
-    """Import MLflow with short timeouts and without its log output.
-
-    Raise UserError for a URI that MLflow cannot use, or if MLflow is not installed.
-    """
+def check_usable(uri: str) -> None:
+    """Raise UserError for a URI that MLflow cannot use, or if MLflow is not installed. Does not import it."""
     scheme = uri.partition("://")[0]
     if scheme == "file" or scheme == uri != "databricks":
         raise UserError(
@@ -273,16 +271,20 @@ def import_quietly(uri: str) -> None:
             "found no package mlflow where tracking is switched on. "
             "Run pip install mlflow, or set tracking.enabled=false."
         )
+
+
+def import_quietly(uri: str) -> None:
+    """Import MLflow, in seconds, with short timeouts and without its log output. Raise UserError as `check_usable`."""
+    check_usable(uri)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import mlflow.tracking
     # Permanently, not around each call: warning filters are global, so the sending thread would affect other threads.
-    warnings.filterwarnings("ignore", module=r"(mlflow|alembic|sqlalchemy)(\.|$)")
+    warnings.filterwarnings("ignore", module=r"(mlflow|alembic|sqlalchemy|pydantic)(\.|$)")
+    import mlflow.tracking
+
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # errors also arrive as exceptions, with secrets masked here
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    if not scheme.startswith("http"):
+    if not uri.startswith("http"):
         import mlflow.store.db.utils
 
         mlflow.store.db.utils.MAX_RETRY_COUNT = 2  # otherwise an unavailable database blocks 100 s per call

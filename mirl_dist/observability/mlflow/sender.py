@@ -18,6 +18,8 @@ from mirl_dist.observability.mlflow.outbox import Outbox
 from mirl_dist.observability.mlflow.records import Record, describe
 
 STEPS_PER_DELIVERY, SECONDS_PER_DELIVERY = 50, 5.0
+FIRST_STEP_SECONDS = 5.0
+"""How long sending waits for the first step: importing MLflow takes a processor for seconds, which delays that step."""
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, HURRIED_PAUSE_SECONDS = 5.0, 300.0, 1.0
 LOCK_PAUSE_SECONDS = 1.0
 
@@ -47,11 +49,12 @@ class _Outage:
 class _Schedule:
     """When to send.
 
-    due: monotonic time from which records other than files may be sent. lock_at: monotonic time of the next attempt to
-    take the journal's lock. steps: steps gathered since the last delivery. longest_pause: seconds, limit of pauses.
-    ended: whether the thread is to end.
+    opens_at: monotonic time before which nothing is sent. due: as that, for records other than files. lock_at:
+    monotonic time of the next attempt to take the journal's lock. steps: steps gathered since the last delivery.
+    longest_pause: seconds, limit of pauses. ended: whether the thread is to end.
     """
 
+    opens_at: float = 0.0
     due: float = math.inf
     lock_at: float = 0.0
     steps: int = 0
@@ -75,6 +78,8 @@ class Sender:
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
 
     def start(self) -> None:
+        """Start sending: after the first step, or in a few seconds."""
+        self._schedule.opens_at = time.monotonic() + FIRST_STEP_SECONDS
         self.request_send()
         self._thread.start()
 
@@ -86,6 +91,9 @@ class Sender:
         """Count a queued step. Steps are sent once 50 have gathered, or after 5 seconds."""
         with self._outbox.changed:
             self._schedule.steps += 1
+            if self._schedule.opens_at:
+                self._schedule.opens_at = 0.0
+                self._outbox.changed.notify_all()
             full = self._schedule.steps >= STEPS_PER_DELIVERY
             self._send_at(time.monotonic() + (0.0 if full else SECONDS_PER_DELIVERY))
 
@@ -97,7 +105,7 @@ class Sender:
         with self._outbox.changed:
             self._schedule.longest_pause = HURRIED_PAUSE_SECONDS
             self._away.not_before = self._no_files.not_before = self._schedule.lock_at = 0.0
-            self._schedule.due = -math.inf
+            self._schedule.due, self._schedule.opens_at = -math.inf, 0.0
             self._outbox.changed.notify_all()
             last = now = time.monotonic()
             end, sent = now + seconds, self._outbox.sent
@@ -172,6 +180,7 @@ class Sender:
                 max(self._away.not_before, self._schedule.due) if others else math.inf,
                 max(self._away.not_before, self._no_files.not_before) if files else math.inf,
             )
+            at = max(at, self._schedule.opens_at)
         return at - time.monotonic()
 
     def _gather_again(self) -> None:

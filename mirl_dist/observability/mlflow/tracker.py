@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from mirl_dist.errors import UserError
 from mirl_dist.observability import progress
 from mirl_dist.observability.mlflow import records
-from mirl_dist.observability.mlflow.client import MlflowClientStore, RunIds, import_quietly
+from mirl_dist.observability.mlflow.client import MlflowClientStore, RunIds, check_usable, import_quietly
 from mirl_dist.observability.mlflow.first_start import one_at_a_time
 from mirl_dist.observability.mlflow.journal import Journal, Pending, pending_records
 from mirl_dist.observability.mlflow.outbox import Outbox
@@ -80,7 +80,7 @@ class MlflowTracker(Tracker):
         inherited: bytes = b"",
     ) -> None:
         self._uri = records.default_uri(uri)
-        import_quietly(self._uri)
+        check_usable(self._uri)
         with one_at_a_time(self._uri):
             pass  # raises UserError for a half-made database, before any step is trained
         self._run_name = run_name
@@ -178,6 +178,9 @@ class MlflowTracker(Tracker):
         """
         self._outbox.put(Record("end", "run", status))
         self._outbox.move_to_disk()
+        if seconds == math.inf:
+            with contextlib.suppress(ImportError):
+                import_quietly(self._uri)  # the thread of a short run may still be importing it: that is no silence
         if self._sender.finish(FAREWELL_SECONDS, seconds):
             return
         text = "the run ends while %d points and %d other records wait for %s in "
@@ -212,7 +215,7 @@ def check_reachable(uri: str | None) -> None:
     Does not contact the server."""
     address = records.default_uri(uri)
     records.check_uri(address)
-    import_quietly(address)
+    check_usable(address)
 
 
 def resend(

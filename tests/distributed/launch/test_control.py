@@ -142,6 +142,15 @@ def test_a_sigterm_means_a_request_unless_the_launcher_asks_by_channel(monkeypat
     assert not channel.another_failed(), "torchrun passes on the SIGTERM that it got itself"
 
 
+def test_a_worker_that_the_launcher_ends_does_not_wait_for_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control.time, "sleep", lambda _: pytest.fail("it waits"))
+    channel = ControlChannel.of_launcher()
+    channel.announce_end(os.getpid())
+    assert channel.another_failed()
+    channel.request_stop()
+    assert not channel.another_failed(), "a request counts more"
+
+
 @pytest.mark.parametrize(("ours", "said"), [(True, "None"), (False, "started again by the launcher (1 of 3)")])
 def test_a_restart_is_said_once_by_the_worker_or_by_a_launcher_of_ours(ours: bool, said: str) -> None:
     if ours:
