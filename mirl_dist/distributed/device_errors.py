@@ -73,7 +73,7 @@ def describe_gpu_failure(error: RuntimeError) -> str | None:
 
     text = str(error)
     match = _GPU_FAILURE.search(text)
-    if match is None and not isinstance(error, torch.AcceleratorError):
+    if match is None and not isinstance(error, getattr(torch, "AcceleratorError", ())):  # torch 2.8 or newer
         return None
     reason = (text[match.start() if match else 0 :].strip().splitlines() or ["no reason given"])[0]
     return (

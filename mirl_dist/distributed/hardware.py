@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 _LEAST_TF32 = (8, 0)
 """Compute capability from which on GPUs have TF32."""
@@ -100,6 +102,22 @@ def use_exact_arithmetic(precision: str = "fp32") -> None:
     torch.use_deterministic_algorithms(True)
     # Determinism would also fill every new tensor before it is written: thousands of fills a step, and the same bits.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Multiply float32 in full inside the context, whatever `use_exact_arithmetic` allows."""
+    import torch
+
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    allowed = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for switch, before in zip(switches, allowed, strict=True):
+            switch.allow_tf32 = before
 
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # of malloc.h

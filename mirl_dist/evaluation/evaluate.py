@@ -25,7 +25,7 @@ from mirl_dist.data.manifest import CLEAN, DEGRADED, Shard
 from mirl_dist.data.sample import Pixels, to_tensor
 from mirl_dist.data.shard_pool import ImageSource
 from mirl_dist.data.shards import Shards
-from mirl_dist.distributed import device_errors
+from mirl_dist.distributed import device_errors, hardware
 from mirl_dist.distributed.ranks import Ranks
 from mirl_dist.errors import InvariantError, Stopped, UserError
 from mirl_dist.evaluation import protocols, tiling
@@ -214,6 +214,7 @@ def evaluate(
     own_jobs, stopped = assign_jobs(jobs, ranks.rank, ranks.world), False
     network = Compiled(model) if settings.compile else model
     with (
+        hardware.without_tf32(),  # a run that trains in tf32 gets the scores that `evaluate` gets of its ticket
         bar("evaluating", len(own_jobs), shown=ranks.is_main and bool(jobs)) as advance,
         closing(_hold_shards(source, jobs, own_jobs, look_ahead)) as numbers,
         closing(Scorer(settings)) as scorer,

@@ -70,7 +70,8 @@ def compile_blocks(network: nn.Module, backend: Any = "inductor") -> None:
     """
     from torch._dynamo import config
 
-    config.recompile_limit = max(config.recompile_limit, _MOST_SHAPES)
+    # The name that torch before 2.7 knows too; now an alias of recompile_limit.
+    config.cache_size_limit = max(config.cache_size_limit, _MOST_SHAPES)
     config.optimize_ddp = False  # else dynamo would cut a block inside DDP where DDP's buckets end
     for module in network.modules():
         if isinstance(module, TransformerBlock):

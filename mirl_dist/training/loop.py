@@ -193,7 +193,7 @@ def forward_backward(model: nn.Module, batches: Iterator[Batch], step_losses: St
         meter.stragglers.batch_ready()
         with ranks.network.accumulate(model, more=number + 1 < passes):
             with clock.phase(Phase.FORWARD):
-                loss = forward(model, batch, meter.plan.config.data.patch_pixels, step_losses, ranks)
+                loss = forward(model, batch, meter.plan, step_losses, ranks)
             meter.stragglers.reached_collective()
             with clock.phase(Phase.BACKWARD):
                 ranks.network.backward(loss / passes)
@@ -207,11 +207,12 @@ def next_batch(batches: Iterator[Batch], device: torch.device) -> Batch | None:
         return None
 
 
-def forward(model: nn.Module, batch: Batch | None, patch_pixels: int, step_losses: StepLosses, ranks: Ranks) -> Tensor:
+def forward(model: nn.Module, batch: Batch | None, plan: RunPlan, step_losses: StepLosses, ranks: Ranks) -> Tensor:
     """Return the mean loss; without a batch that of a pass without weight, for the other ranks' collectives."""
     if batch is None:
         step_losses.no_batch = True
-        blank = torch.zeros((1, 3, patch_pixels, patch_pixels), device=ranks.device)
+        samples = plan.batch_split.forward if plan.config.train.compile else 1  # another shape would be compiled now
+        blank = torch.zeros((samples, 3, *2 * [plan.config.data.patch_pixels]), device=ranks.device)
         return 0 * ranks.network.forward(model, blank).sum()
     sample_losses = losses.per_sample_l1(ranks.network.forward(model, batch.degraded), batch.clean)
     step_losses.add(sample_losses.detach(), batch)

@@ -57,6 +57,13 @@ def test_failures_of_a_gpu_are_told_from_other_errors(monkeypatch: pytest.Monkey
     assert device_errors.describe_gpu_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
+def test_other_errors_are_told_from_failures_by_a_torch_without_a_class_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(torch, "AcceleratorError")
+    assert device_errors.describe_gpu_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
 def test_other_errors_pass_unchanged() -> None:
     with pytest.raises(RuntimeError, match="^shapes differ$"), device_errors.out_of_memory_in_training():
         raise RuntimeError("shapes differ")

@@ -27,6 +27,7 @@ from mirl_dist.data.building.recipe import Recipe
 from mirl_dist.data.image_strip import rows
 from mirl_dist.data.shard_pool import ShardPool
 from mirl_dist.data.shards import Shards
+from mirl_dist.distributed import hardware
 from mirl_dist.errors import Stopped, UserError
 from mirl_dist.evaluation import evaluate, protocols
 from mirl_dist.evaluation.metrics import to_8bit
@@ -151,6 +152,23 @@ def test_the_next_image_is_restored_while_one_is_scored(supply: ShardPool, monke
     expected = scores_on(1, supply, jobs)
     monkeypatch.setattr(protocols, "score", patient)
     assert scores_on(1, supply, jobs, model=Counting()) == expected
+
+
+def test_a_run_that_trains_in_tf32_is_scored_without_it(supply: ShardPool) -> None:
+    switches, allowed = (torch.backends.cuda.matmul, torch.backends.cudnn), list[bool]()
+
+    class Watched(Darker):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            allowed.extend(bool(switch.allow_tf32) for switch in switches)
+            return super().forward(image)
+
+    hardware.use_exact_arithmetic("tf32")
+    try:
+        scores_on(1, supply, evaluate.plan_jobs(supply.shards, TASKS, None), model=Watched())
+        assert allowed and not any(allowed)
+        assert all(switch.allow_tf32 for switch in switches), "training goes on as before"
+    finally:
+        hardware.use_exact_arithmetic()
 
 
 def test_an_image_that_cannot_be_scored_is_named(supply: ShardPool, monkeypatch: pytest.MonkeyPatch) -> None:

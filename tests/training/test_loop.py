@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from mirl_dist.distributed.parallel_network import ParallelNetwork
 from mirl_dist.errors import Stopped, UserError
 from mirl_dist.pruning import masks as masking
 from mirl_dist.training import losses as objective
@@ -154,6 +155,22 @@ def test_a_rank_without_a_batch_ends_training_before_its_step(number: int) -> No
         asked.train(plan(commit_every=None, passes=2))
     assert lacking.commits == [(6, True)] and bits(lacking) == bits(asked)
     assert bits(Run().train(plan(passes=2), lacking)) == bits(Run().train(plan(passes=2)))
+
+
+def test_a_rank_without_a_batch_asks_for_no_shape_that_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, forward = list[tuple[int, ...]](), ParallelNetwork.forward
+
+    def recorded(network: ParallelNetwork, model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(images.shape))
+        return forward(network, model, images)
+
+    monkeypatch.setattr(ParallelNetwork, "forward", recorded)
+    given = plan()
+    train = given.config.train.model_copy(update={"compile": True})
+    given.config = given.config.model_copy(update={"train": train})
+    with pytest.raises(Stopped):
+        Run(starved_in=lambda step, _: step == 5).train(given)
+    assert shapes[-1] == (4, 3, *2 * [given.config.data.patch_pixels])
 
 
 def test_a_round_that_skipped_more_than_is_allowed_now_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,8 @@ def watch() -> None:
             hooks.committer.writer.wait_at_most(60)  # a commit under way is not what this test is about
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def watching(model: Any, batch: Any, patch_pixels: int, step_losses: Any, ranks: Any) -> Any:
-        mean = forward(model, batch, patch_pixels, step_losses, ranks)
+    def watching(model: Any, batch: Any, plan: Any, step_losses: Any, ranks: Any) -> Any:
+        mean = forward(model, batch, plan, step_losses, ranks)
         losses, _ = step_losses.passes[-1]
         line = {"at": now, "keys": batch.keys, "losses": [loss.hex() for loss in losses.tolist()]}
         with lines.open("a") as file:
