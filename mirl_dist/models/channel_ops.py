@@ -8,7 +8,9 @@ Shape letters: B batch, C channels, P pixels, N heads, D channels per head (C = 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,6 +23,7 @@ from torch.overrides import wrap_torch_function
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 
 _EPS = 1e-12  # least length of a query or key, as in F.normalize
+_meta_stands_for = ContextVar("_meta_stands_for", default="cuda")
 _WIDTH = 8  # channels: matrix products and vector instructions run up to twice as fast on multiples of it
 
 
@@ -35,7 +38,17 @@ def _overridable(function: Function) -> Function:
 
 def _on_cpu(tensor: Tensor) -> bool:
     """Whether operations cost what they compute; on a GPU each also costs a launch."""
-    return tensor.is_cpu
+    return tensor.is_cpu or (tensor.device.type == "meta" and _meta_stands_for.get() == "cpu")
+
+
+@contextmanager
+def meta_stands_for(kind: str) -> Iterator[None]:
+    """Compute on the `meta` device as on devices of this kind, 'cuda' (as outside the context) or 'cpu'."""
+    token = _meta_stands_for.set(kind)
+    try:
+        yield
+    finally:
+        _meta_stands_for.reset(token)
 
 
 @_overridable

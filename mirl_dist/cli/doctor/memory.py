@@ -22,6 +22,7 @@ from mirl_dist import models
 from mirl_dist.distributed.engines.deepspeed import DEEPSPEED_BUCKET, DEEPSPEED_LIVE
 from mirl_dist.distributed.engines.spec import EngineName
 from mirl_dist.errors import UserError
+from mirl_dist.models import channel_ops
 from mirl_dist.pruning.prune import in_scope
 from mirl_dist.training import losses
 
@@ -153,9 +154,9 @@ def passes_of(name: str, sizes: Mapping[str, Any], side: int, precision: str, ki
     """Count the bytes of passes over patches of side x side pixels.
 
     Extrapolates from passes with two and three samples; with one sample, tensors have a different memory layout.
-    precision: as in the config, 'bf16' with the autocast rules of `kind`, 'cuda' or 'cpu'.
+    precision: as in the config. kind: 'cuda' or 'cpu', whose autocast rules and order of computing are counted.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), channel_ops.meta_stands_for(kind):
         model = models.create(name, **sizes)
         losses_of = [loss_of(model, torch.rand(samples, 3, side, side), precision, kind) for samples in (2, 3)]
         two, three_saved = measure_pass(model, losses_of[0]), saved_bytes(losses_of[1], model)
