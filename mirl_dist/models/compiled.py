@@ -69,9 +69,11 @@ def compile_blocks(network: nn.Module, backend: Any = "inductor") -> None:
     wraps the network. backend: of torch.compile. Errors of a compilation: see `compiles_for_training`.
     """
     from torch._dynamo import config
+    from torch._inductor import config as inductor
 
     # The name that torch before 2.7 knows too; now an alias of recompile_limit.
     config.cache_size_limit = max(config.cache_size_limit, _MOST_SHAPES)
+    inductor.shape_padding = False  # whether a product is padded would be timed, and each start could round otherwise
     config.optimize_ddp = False  # else dynamo would cut a block inside DDP where DDP's buckets end
     for module in network.modules():
         if isinstance(module, TransformerBlock):

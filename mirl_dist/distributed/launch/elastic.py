@@ -68,11 +68,10 @@ def launch(
         return 1
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
-        positive = [code for code in codes if code > 0] or [1]
-        return min(positive, key=lambda code: (code == 1, code))
+        return min((code for code in codes if code > 0), key=lambda code: (code == 1, code), default=1)
     except (ValueError, ImportError) as error:
-        reason = str(error).rstrip(".")
-        raise UserError(f"accelerate refuses this launch: {reason}. Compare with launch/cpu_two.yaml.") from None
+        text = f"accelerate refuses this launch: {str(error).rstrip('.')}. Compare with launch/cpu_two.yaml."
+        raise UserError(text) from None
     except (*lost, AttributeError) as error:
         # torch 2.13 raises AttributeError on the None that its own graceful exit from a closed rendezvous returns.
         if options.num_machines in (None, 1) or (isinstance(error, AttributeError) and "is_failed" not in str(error)):
