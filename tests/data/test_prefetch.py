@@ -74,7 +74,7 @@ def test_shards_are_wanted_in_the_order_of_their_first_use() -> None:
     assert ledger.acquired == [3, 1, 2, 0, 4]
 
 
-def test_the_first_pass_waits_for_few_others_and_the_window_grows_later() -> None:
+def test_a_long_round_begins_with_a_short_window_which_grows() -> None:
     ledger, taken = Ledger(), itertools.count()
     endless = ([Slot(0, next(taken), 0, 0, 0)] for _ in itertools.repeat(0))
     window = PrefetchWindow(endless, ledger.acquire, ledger.release, behind=0, extra=1)

@@ -34,10 +34,7 @@ class NoRestart(Exception):
 
 
 def launch(
-    arguments: list[str],
-    on_failure: Callable[[int, int], None],
-    on_end: Callable[[int], None],
-    address: str | None = None,
+    arguments: list[str], on_failure: Callable[[int, int], None], on_end: Callable[[int], None], address: str | None
 ) -> int:
     """Run `accelerate launch ARGUMENTS` in this process. Return the first failed worker's exit code, or 0.
 
