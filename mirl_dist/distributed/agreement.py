@@ -15,6 +15,7 @@ import torch
 
 from mirl_dist import __version__
 from mirl_dist.distributed.hardware import DeviceChoice
+from mirl_dist.models import FORMULATION
 
 _MOST_NAMED = 8
 _ADVICE = {
@@ -47,7 +48,7 @@ class RankFacts(NamedTuple):
             engine=engine,
             torch=torch.__version__,
             nccl="" if choice.cpu else _nccl_version(),
-            mirl_dist=__version__,
+            mirl_dist=f"{__version__} (network formulation {FORMULATION})",
         )
 
     @property

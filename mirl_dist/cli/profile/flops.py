@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
 
 from mirl_dist import models
+from mirl_dist.models.channel_ops import meta_stands_for
 from mirl_dist.training import losses
 
 _SIDES = {"cpu": 1024, "cuda": 8192}
@@ -22,11 +23,12 @@ def step_flops(name: str, sizes: Mapping[str, Any], side: int, samples: int) -> 
     """Count multiplications and additions of forward and backward passes over patches of side x side pixels.
 
     name, sizes: as for `models.create`. Counts convolutions and matrix products with torch's FlopCounterMode on the
-    `meta` device; norms, activations and the optimiser are left out.
+    `meta` device, in the order in which a CPU computes, which discards no product; norms, activations and the optimiser
+    are left out.
     """
     with torch.device("meta"):
         model, images = models.create(name, **sizes), torch.rand(1, 3, side, side)
-    with counter() as counted:
+    with meta_stands_for("cpu"), counter() as counted:
         losses.per_sample_l1(model(images), images).mean().backward()  # type: ignore[no-untyped-call]
     return samples * int(counted.get_total_flops())
 
