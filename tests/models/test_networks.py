@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
+import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,8 +19,11 @@ from mirl_dist.models.airnet import AirNet, deformable_convolution
 from mirl_dist.models.base import ImageNetwork, pad_reflect, upsample_bilinear, upsample_nearest
 from mirl_dist.models.epdn import EPDN, discriminator_parameters
 from mirl_dist.models.ffdnet import FFDNet
+from mirl_dist.models.mprnet import MPRNet
+from mirl_dist.models.nafnet import NAFNet
 from mirl_dist.models.restormer import pad_to_multiple
 from mirl_dist.models.srresnet import SRResNet
+from mirl_dist.models.transweather import TransWeather
 from mirl_dist.models.uformer import Uformer
 from tests.models.fingerprints import assert_published, fill, golden, hashed_image
 
@@ -34,6 +41,15 @@ TINY: dict[type[ImageNetwork], dict[str, Any]] = {
         "ffn_ratio": 2,
     },
     FFDNet: {"width": 4, "layers": 3},
+    TransWeather: {
+        "widths": (4, 8, 12, 16),
+        "blocks": (1, 1, 1, 1),
+        "decoder_blocks": 1,
+        "queries": 3,
+        "tail_widths": (4, 4),
+    },
+    NAFNet: {"width": 4, "encoder_blocks": (1, 1), "middle_blocks": 1, "decoder_blocks": (1, 1)},
+    MPRNet: {"width": 4, "level_step": 4, "last_step": 4, "reduction": 1, "blocks": 1},
     AirNet: {"width": 4, "groups": 1, "blocks": 1, "queue": 5},
     EPDN: {"width": 2, "downs": 2, "blocks": 1, "local_blocks": 1, "enhancer_width": 3},
 }
@@ -54,11 +70,12 @@ def on_meta(kind: type[ImageNetwork], **sizes: Any) -> Any:
 
 
 class Published(NamedTuple):
-    """A published network: how to build it here, its numbers in golden/, and how to run it in its own range."""
+    """A published network: how to build it, its numbers in golden/, how to run it, and the tolerance of gradients."""
 
     build: Callable[[], Any]
     file: str
     run: Callable[[Any, Tensor], Sequence[Tensor]] = lambda network, x: network.restore(x)
+    gradients: float = 1e-9
 
 
 def noise(x: Tensor) -> Tensor:
@@ -74,18 +91,26 @@ PUBLISHED = [
         lambda network, x: [network.denoise(torch.cat((x, noise(x).expand_as(x)), dim=1))],
     ),
     Published(EPDN, "epdn", lambda network, x: [2 * stage - 1 for stage in reversed(network.restore((x + 1) / 2))]),
+    Published(TransWeather, "transweather", lambda network, x: network.restore((x + 1) / 2)),
+    Published(MPRNet, "mprnet_deraining"),
     Published(AirNet, "airnet"),
     Published(Uformer, "uformer"),
+]
+VARIANTS = [
+    # Their gradients have norms up to 7e7, where the order of additions shows in the eighth digit.
+    Published(lambda: MPRNet(80, 48, 32), "mprnet_denoising", gradients=2e-7),
+    Published(lambda: MPRNet(96, 48, 32), "mprnet_deblurring", gradients=2e-7),
+    Published(TransWeather, "transweather_art", lambda network, x: network.restore((x + 1) / 2)),
 ]
 QUICK = ("srresnet", "ffdnet_colour", "ffdnet_grey", "epdn")
 
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(p, id=p.file, marks=[] if p.file in QUICK else pytest.mark.long) for p in PUBLISHED],
+    [pytest.param(p, id=p.file, marks=[] if p.file in QUICK else pytest.mark.long) for p in PUBLISHED + VARIANTS],
 )
 def test_outputs_and_gradients_equal_the_published_ones(case: Published) -> None:
-    assert_published(case.build(), case.file, case.run)
+    assert_published(case.build(), case.file, case.run, case.gradients)
 
 
 @pytest.mark.parametrize("case", PUBLISHED, ids=lambda case: case.file)
@@ -109,6 +134,12 @@ def test_names_and_shapes_of_parameters_are_the_official_ones(case: Published) -
         (lambda: FFDNet(), 852_108, 24),
         (lambda: FFDNet(width=64, layers=15, channels=1), 485_316, 30),
         (lambda: FFDNet(width=64, layers=15), 494_540, 30),
+        (lambda: TransWeather(), 37_755_411, 341),
+        (lambda: NAFNet(), 29_159_715, 664),
+        (lambda: NAFNet(32, (1, 1, 1, 28), 1, (1, 1, 1, 1)), 17_111_907, 664),
+        (lambda: MPRNet(), 3_637_249, 262),
+        (lambda: MPRNet(80, 48, 32), 15_741_025, 262),
+        (lambda: MPRNet(96, 48, 32), 20_127_073, 262),
         (lambda: AirNet(), 8_930_313, 528),
         (lambda: EPDN(), 17_379_249 - 400, 82 - 4),
     ],
@@ -139,6 +170,13 @@ def test_uformers_official_buffers_follow_from_its_sizes() -> None:
         assert torch.equal(attention._position_bias(), bias)
 
 
+def test_mprnets_shared_slope_has_54_further_official_names() -> None:
+    network = on_meta(MPRNet)
+    aliases = network.official_aliases()
+    assert len(aliases) == 54 and set(aliases.values()) == {"shallow_feat1.1.body.1.weight"}
+    assert not aliases.keys() & network.state_dict().keys()
+
+
 def test_airnets_buffers_are_the_official_ones_and_its_slow_copy_does_not_train() -> None:
     network, numbers = on_meta(AirNet), golden("airnet")
     assert {n: list(buffer.shape) for n, buffer in network.named_buffers()} == numbers["buffers"]
@@ -158,6 +196,31 @@ def test_airnets_encoder_gives_the_published_features() -> None:
         features = encoder.E(encoder.E_pre(hashed_image((1, 3, 64, 64)))).mean(dim=(-2, -1))
     assert features.mean().item() == pytest.approx(numbers["features"]["mean"], rel=1e-9)
     assert features.std(correction=0).item() == pytest.approx(numbers["features"]["std"], rel=1e-9)
+
+
+def spandrels_nafnet(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The class NAFNet of spandrel, without the rest of that package, which imports torchvision."""
+    spec = importlib.util.find_spec("spandrel")
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip("spandrel is not installed: pip install --no-deps spandrel")
+    root = spec.submodule_search_locations[0]
+    for path in ("", "/architectures", "/architectures/NAFNet", "/architectures/NAFNet/__arch"):
+        package = ModuleType("spandrel" + path.replace("/", "."))
+        package.__path__ = [root + path]
+        monkeypatch.setitem(sys.modules, package.__name__, package)
+    return importlib.import_module("spandrel.architectures.NAFNet.__arch.NAFNet_arch").NAFNet
+
+
+def test_nafnet_equals_spandrels(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = spandrels_nafnet(monkeypatch)(
+        img_channel=3, width=8, middle_blk_num=2, enc_blk_nums=[1, 2, 1], dec_blk_nums=[1, 1, 2]
+    ).double()
+    ours = NAFNet(8, (1, 2, 1), 2, (1, 1, 2)).double()
+    names = sorted(ours.state_dict())
+    fill(ours, names, [])
+    other.load_state_dict(ours.state_dict(), strict=True)
+    image = hashed_image((2, 3, 24, 40))
+    torch.testing.assert_close(ours(image), other(image), rtol=1e-9, atol=1e-9)
 
 
 # -- laws that hold for each network --------------------------------------------------------------------------------
@@ -204,10 +267,11 @@ def test_the_restored_image_is_the_first_stage(kind: type[ImageNetwork]) -> None
     with torch.no_grad():
         stages = network.stages(image)
         assert torch.equal(stages[0], network(image))
-    assert len(stages) == (2 if kind is EPDN else 1)
+    assert len(stages) == {MPRNet: 3, EPDN: 2}.get(kind, 1)
     assert all(stage.shape == image.shape for stage in stages)
 
 
+@pytest.mark.long
 @every_network
 def test_one_graph_without_breaks_gives_the_same_image(kind: type[ImageNetwork]) -> None:
     network, image = tiny(kind), torch.rand(1, 3, 32, 48)
@@ -269,6 +333,21 @@ def test_an_input_that_is_no_batch_of_colour_images_is_refused(
             FFDNet,
             {"layers": 1, "channels": 2, "sigma": -1.0},
             ["layers = 1 (must be >= 2)", "channels = 2 (must be", "sigma = -1.0 (must be from 0 to 255)"],
+        ),
+        (
+            TransWeather,
+            {"heads": (1, 3, 4, 4), "reductions": (16, 2, 2, 1)},
+            ["stage 2 has 128 channels, which heads[1] = 3 does", "(must be at most [8, 4, 2, 2])"],
+        ),
+        (
+            NAFNet,
+            {"middle_blocks": 0, "decoder_blocks": (1, 1)},
+            ["middle_blocks = 0 (must be >= 1)", "decoder_blocks = [1, 1] has 2 numbers (must be 4)"],
+        ),
+        (
+            MPRNet,
+            {"width": 3, "last_step": -1},
+            ["last_step = -1 (must be >= 0)", "reduction = 4 leaves no channel at width = 3"],
         ),
         (
             AirNet,
@@ -347,7 +426,7 @@ def test_resizing_and_padding_equal_torchs() -> None:
 
 def test_networks_pad_as_pad_to_multiple_does() -> None:
     image = torch.rand(1, 3, 70, 9)
-    multiples = {SRResNet: 1, Uformer: 128, AirNet: 1}
+    multiples = {Uformer: 128, TransWeather: 64, NAFNet: 16, MPRNet: 8, AirNet: 1}
     for kind, multiple in multiples.items():
         assert torch.equal(on_meta(kind).pad(image), pad_to_multiple(image, multiple)), kind
     assert torch.equal(on_meta(FFDNet).pad(image), torch.cat((image, image[..., -1:]), dim=-1))
