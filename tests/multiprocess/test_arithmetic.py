@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ def names(file: Path) -> list[str]:
         return sorted(opened.keys())
 
 
+@pytest.mark.skipif("MIRL_COMPILE" not in os.environ, reason="compiles for minutes: run it with MIRL_COMPILE=1")
 @pytest.mark.long
 def test_two_compiled_ranks_end_in_the_same_bits_stopped_or_not(lab: Any, reference: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -259,10 +259,10 @@ def test_more_ranks_than_gpus_and_gpus_without_room_are_faults(monkeypatch: pyte
 
 @pytest.mark.long
 def test_a_gpu_that_is_too_small_is_a_fault_with_what_fits(lab: Any, here: Path) -> None:
-    sets = ("model={dim: 48}", "batch.global=512", "data.patch_pixels=32", "data.mix={denoise_25: 300}")
+    sets = ("model={dim: 48}", "batch.global=768", "data.patch_pixels=32", "data.mix={denoise_25: 900}")
     (line,), plan = judged(lab, here, TWO, *sets, gpu="A40")
     assert line.startswith("FAULT    GPU          a rank needs about ") and "A40 has 44.3 GiB" in line
-    assert plan["fits"] is False and plan["largest_forward"] == 128
+    assert plan["fits"] is False and plan["largest_forward"] == 192
 
 
 @pytest.mark.parametrize("small_disk", [1], indirect=True)
