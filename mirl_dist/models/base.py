@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from mirl_dist.errors import UserError
 from mirl_dist.models.restormer import pad_to_multiple
 
 
-class ImageNetwork(nn.Module):
+class ImageNetwork(nn.Module, ABC):
     """Base of the networks: float (B, 3, H, W), nominally in [0, 1], in and out, any H, W >= 1.
 
     A subclass sets `multiple`, what its sides must be multiples of, and defines `restore`.
@@ -42,9 +43,9 @@ class ImageNetwork(nn.Module):
         """Pad an image at the bottom and right to the sides that `restore` takes."""
         return pad_to_multiple(image, self.multiple)
 
+    @abstractmethod
     def restore(self, image: Tensor) -> tuple[Tensor, ...]:
         """Run the published network on an image whose sides fit; see `stages`."""
-        raise NotImplementedError
 
     def official_only_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of the tensors that the official class owns but never uses."""

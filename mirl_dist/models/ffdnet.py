@@ -47,23 +47,25 @@ class FFDNet(ImageNetwork):
 
         noise_level: deviation of the noise in units of the image (25 / 255), float (B, 1, 1, 1) or (B, 1, H, W).
         """
+        if noise_level is None:
+            return super().forward(image)
         self.check_image(image)
-        (batch, _, height, width), level = image.shape, noise_level
-        if level is None:
-            level = image.new_full((1, 1, 1, 1), self.sigma / 255)
-        planes = rearrange(image, "b (k c) h w -> (b k) c h w", c=self.channels)
-        level = level.expand(batch, 1, height, width).repeat_interleave(planes.shape[0] // batch, dim=0)
-        restored = self.denoise(self.pad(torch.cat((planes, level), dim=1)))[..., :height, :width]
-        return rearrange(restored, "(b k) c h w -> b (k c) h w", b=batch)
+        batch, _, height, width = image.shape
+        level = noise_level.expand(batch, 1, height, width)
+        return self.denoise(self.pad(torch.cat((image, level), dim=1)))[..., :height, :width]
 
     def pad(self, image: Tensor) -> Tensor:
         """Repeat the last row and column of odd sides, as published."""
         return F.pad(image, (0, image.shape[-1] % 2, 0, image.shape[-2] % 2), mode="replicate")
 
-    def stages(self, image: Tensor) -> tuple[Tensor]:
-        return (self.forward(image),)
+    def restore(self, image: Tensor) -> tuple[Tensor, ...]:
+        level = torch.full_like(image[:, :1], self.sigma / 255)
+        return (self.denoise(torch.cat((image, level), dim=1)),)
 
     def denoise(self, x: Tensor) -> Tensor:
-        """Restore (B, C + 1, H, W), image and noise level, H and W even, to (B, C, H, W)."""
-        packed, level = F.pixel_unshuffle(x[:, :-1], 2), F.avg_pool2d(x[:, -1:], 2)
-        return F.pixel_shuffle(self.model(torch.cat((packed, level), dim=1)), 2)
+        """Restore (B, 3 + 1, H, W), image and noise level, H and W even, to (B, 3, H, W)."""
+        planes = rearrange(x[:, :-1], "b (k c) h w -> (b k) c h w", c=self.channels)
+        level = F.avg_pool2d(x[:, -1:], 2).repeat_interleave(planes.shape[0] // x.shape[0], dim=0)
+        packed = F.pixel_unshuffle(planes, 2)
+        restored = F.pixel_shuffle(self.model(torch.cat((packed, level), dim=1)), 2)
+        return rearrange(restored, "(b k) c h w -> b (k c) h w", b=x.shape[0])
